@@ -1,0 +1,47 @@
+# Every target sets up what it needs. PYTHON is used once, to make the environment.
+PYTHON ?= python3
+DEMO_OUT ?= demo-out
+BENCH_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo check format test docs bench bench-report
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: $(INSTALLED)  ## make .venv with the package in editable form and all extras
+
+# The stamp makes repeated calls quick. constraints.txt pins torch among others: without it pip takes the newest.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(INSTALLED)  ## train, compress and fine-tune a small network on digits; files go to DEMO_OUT
+	$(BIN)/spectrim demo --out $(DEMO_OUT)
+
+check: $(INSTALLED)  ## lint, formatting, types and the layering rule
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)  ## reformat the code and apply the safe fixes
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+test: $(INSTALLED)  ## run the tests; PYTEST_ARGS adds arguments
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+docs: $(INSTALLED)  ## build the documentation into site/, warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+bench: $(INSTALLED)  ## run the benchmarks that have no result yet; BENCH_ARGS="--cifar10 DIR --weights FILE"
+	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
+
+bench-report: $(INSTALLED)  ## write tables and figures from benchmarks/results into README.md and docs/
+	$(BIN)/python -m benchmarks.report

@@ -1,0 +1,1 @@
+"""Benchmarks: ``experiments/<name>.json`` to ``results/<name>.json``."""

@@ -1,0 +1,73 @@
+"""Spectrim makes a trained PyTorch network smaller and measurably faster by trimming spectra."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public names and where they live. They are loaded on first use, so that the command line starts without torch.
+_HOMES = {
+    "ActivationSVD": "methods",
+    "Budget": "plan",
+    "Candidates": "plan",
+    "Choice": "plan",
+    "Latency": "latency",
+    "LowRank": "factors",
+    "Method": "methods",
+    "Plan": "plan",
+    "Result": "pipeline",
+    "Site": "sites",
+    "Sites": "sites",
+    "WeightSVD": "methods",
+    "apply": "api",
+    "calibrate": "nn.calibrate",
+    "compare": "report",
+    "compress": "pipeline",
+    "export_onnx": "nn.export",
+    "export_program": "nn.export",
+    "find": "nn.find",
+    "fine_tune": "train",
+    "load": "nn.checkpoint",
+    "macs": "costs",
+    "merge": "nn.surgery",
+    "parameters": "costs",
+    "save": "nn.checkpoint",
+    "select": "select",
+    "sensitivity": "nn.sensitivity",
+    "size_bytes": "costs",
+    "tabulate": "api",
+    "write_report": "report",
+}
+
+__all__ = sorted(_HOMES)
+
+if TYPE_CHECKING:
+    from spectrim.api import apply, tabulate
+    from spectrim.pipeline import Result, compress
+    from spectrim.costs import macs, parameters, size_bytes
+    from spectrim.factors import LowRank
+    from spectrim.latency import Latency
+    from spectrim.methods import ActivationSVD, Method, WeightSVD
+    from spectrim.nn.calibrate import calibrate
+    from spectrim.nn.checkpoint import load, save
+    from spectrim.nn.export import export_onnx, export_program
+    from spectrim.nn.find import find
+    from spectrim.nn.sensitivity import sensitivity
+    from spectrim.nn.surgery import merge
+    from spectrim.plan import Budget, Candidates, Choice, Plan
+    from spectrim.report import compare, write_report
+    from spectrim.select import select
+    from spectrim.sites import Site, Sites
+    from spectrim.train import fine_tune
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'spectrim' has no attribute {name!r}")
+    value = getattr(import_module(f"spectrim.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,244 @@
+"""The verbs where methods meet modules: tabulate, apply and compress."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from spectrim import costs as counted
+from spectrim.errors import PlanError
+from spectrim.latency import Latency
+from spectrim.methods import ActivationSVD, Method, WeightSVD, from_record
+from spectrim.nn.build import build
+from spectrim.nn.modules import make_layer
+from spectrim.nn.reconstruct import asymmetric_site
+from spectrim.nn.surgery import reestimate_batchnorm, replace_module
+from spectrim.plan import DENSE, Candidates, Option, Plan, Row
+from spectrim.sites import LayerSpec, Site, Sites
+
+Progress = Callable[[str, int, int | None], None]
+
+
+def tabulate(
+    sites: Sites,
+    methods: Sequence[Method] | None = None,
+    *,
+    latency: Latency | None = None,
+    dense_latency: float | None = None,
+    costs: Mapping[str, counted.Cost] | None = None,
+    guard: bool = False,
+    progress: Progress | None = None,
+) -> Candidates:
+    """What every method would lose and cost at every site, as one table.
+
+    Parameters
+    ----------
+    sites
+        From :func:`spectrim.calibrate`, or from :func:`spectrim.find` for data-free methods without MACs.
+    methods
+        By default ``ActivationSVD()`` and ``WeightSVD()`` after calibration, ``WeightSVD()`` before.
+    latency
+        Measures milliseconds as a further cost.
+    dense_latency
+        Milliseconds of the whole dense network, measured; what the sites do not explain counts as fixed. Without it
+        the fixed part is that of the untouched layers alone.
+    costs
+        Further costs of your own by name; the network's fixed part is taken over its untouched layers.
+    guard
+        Drop options that are measured no faster than dense. Needs ``latency``.
+    progress
+        Called with what is being done, how much of it is done, and how much there is.
+
+    Returns
+    -------
+    Candidates
+        The dense option first in every row; options that save nothing in any cost are left out.
+
+    Raises
+    ------
+    ValueError
+        If methods report errors in different units, or ``guard`` is asked for without ``latency``.
+    """
+    if guard and latency is None:
+        raise ValueError("guard=True needs latency=Latency(...): it drops options that are measured slower than dense")
+    chosen = list(methods) if methods is not None else default_methods(sites)
+    functions: dict[str, counted.Cost] = {"parameters": counted.parameters, "bytes": counted.size_bytes}
+    if sites.seen:
+        functions["macs"] = counted.macs
+    functions.update(costs or {})
+
+    found: list[tuple[Site, list[tuple[Method, Any]]]] = []
+    for done, site in enumerate(sites):
+        found.append((site, [(method, method.curve(site)) for method in chosen]))
+        if progress is not None:
+            progress("tabulate", done + 1, len(sites))
+    units = {curve.unit for _, curves in found for _, curve in curves if curve.choices}
+    if len(units) > 1:
+        raise ValueError(
+            f"methods report errors in different units ({', '.join(sorted(units))}); calibrate all sites, or use "
+            "data-free methods only"
+        )
+    plain = [
+        (site, [(o, specs) for m, c in curves for o, specs in _options(m, c, site, functions)]) for site, curves in found
+    ]
+    if latency is not None:
+        chains: list[Sequence[LayerSpec]] = [(spec,) for site, _ in plain for spec in site.layers]
+        chains += [specs for _, options in plain for _, specs in options]
+        chains += [(spec,) for spec in sites.untouched]
+        report = (lambda done, total: progress("measure", done, total)) if progress is not None else None
+        latency.prepare(chains, report)
+        functions["latency"] = latency
+    rows = [_row(site, options, curves, functions, latency, guard) for (site, options), (_, curves) in zip(plain, found, strict=True)]
+
+    fixed = {name: sum(cost((spec,)) for spec in sites.untouched) for name, cost in functions.items()}
+    fixed["parameters"] += sites.other_parameters
+    fixed["bytes"] += sites.other_bytes
+    if "macs" in fixed:
+        fixed["macs"] += sites.other_macs
+    if latency is not None and dense_latency is not None:
+        fixed["latency"] = max(0.0, dense_latency - sum(row.dense.costs["latency"] for row in rows))
+    return Candidates(
+        tuple(rows),
+        fixed,
+        units.pop() if units else "",
+        methods={method.name: method.record() for method in chosen},
+        facts=latency.facts() if latency is not None else {},
+    )
+
+
+def default_methods(sites: Sites) -> list[Method]:
+    """Both low-rank methods where every site holds moments, the data-free one otherwise."""
+    calibrated = all(site.moments for site in sites)
+    return [ActivationSVD(), WeightSVD()] if calibrated else [WeightSVD()]
+
+
+def _options(method: Method, curve: Any, site: Site, functions: Mapping[str, counted.Cost]):  # noqa: ANN202
+    dense = {name: cost(site.layers) for name, cost in functions.items()}
+    for choice, error in zip(curve.choices, curve.errors, strict=True):
+        specs = method.layers(site, choice)
+        values = {name: cost(specs) for name, cost in functions.items()}
+        if any(values[name] < dense[name] for name in values):
+            yield Option(choice, error, values), specs
+
+
+def _row(
+    site: Site,
+    options: list[tuple[Option, Sequence[LayerSpec]]],
+    curves: list[tuple[Method, Any]],
+    functions: Mapping[str, counted.Cost],
+    latency: Latency | None,
+    guard: bool,
+) -> Row:
+    dense = Option(DENSE, 0.0, {name: sum(cost((spec,)) for spec in site.layers) for name, cost in functions.items()})
+    kept = [option for option, _ in options]
+    if latency is not None:
+        kept = [Option(o.choice, o.error, {**o.costs, "latency": latency(specs)}) for o, specs in options]
+    if guard:
+        kept = [option for option in kept if option.costs["latency"] < dense.costs["latency"]]
+    spectra = {f"{method.name}/{name}": s for method, curve in curves for name, s in curve.spectra.items()}
+    kind = site.layers[0].kind if len(site.layers) == 1 else f"{len(site.layers)} x {site.layers[0].kind}"
+    scale = next((curve.scale for _, curve in curves if curve.choices), 1.0)
+    return Row(site.name, kind, (dense, *kept), scale=scale, spectra=spectra)
+
+
+def apply(
+    model: nn.Module,
+    sites: Sites,
+    plan: Plan,
+    batches: Iterable[Any] | None = None,
+    *,
+    methods: Sequence[Method] | None = None,
+    reconstruct: bool = True,
+    batchnorm: bool | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    progress: Progress | None = None,
+) -> nn.Module:
+    """Carry out a plan on a copy of the model.
+
+    Parameters
+    ----------
+    model
+        The dense model that the sites were found in; it is left untouched.
+    sites
+        From :func:`spectrim.calibrate` for methods that use activations.
+    plan
+        From :func:`spectrim.select`, or read from a file.
+    batches
+        Calibration batches, read several times. Needed for reconstruction and for BatchNorm.
+    methods
+        The methods the plan names, for methods of your own that a plan file cannot make again.
+    reconstruct
+        Factorise the layers in order of execution, each for the inputs that its already compressed predecessors
+        deliver and the responses of the dense model (two partial forward passes over the batches a site). Without it
+        every layer is factorised on its own.
+    batchnorm
+        Re-estimate BatchNorm statistics on the batches. By default where there was no reconstruction: factors fitted
+        on their own shift the statistics, reconstructed ones have been fitted to them.
+    forward
+        Runs a model on a batch in another way.
+
+    Returns
+    -------
+    nn.Module
+        A new model of plain layers. The same plan, weights and batches give the same bits.
+
+    Raises
+    ------
+    PlanError
+        If the plan names a site the model does not have, or batches that can be read once only are given.
+    """
+    if batches is not None and iter(batches) is batches:
+        raise PlanError("batches are read several times; pass a list or a DataLoader, not an iterator")
+    makers = _makers(plan, methods)
+    unknown = [entry.site for entry in plan if entry.site not in sites]
+    if unknown:
+        raise PlanError(f"the plan names sites that the model does not have: {', '.join(map(repr, unknown))}")
+    small = copy.deepcopy(model)
+    follow = batches is not None and reconstruct
+    wanted = {entry.site: entry for entry in plan}
+    todo = _steps(sites, {name: entry.choice.is_dense for name, entry in wanted.items()}, refit=follow)
+    for done, site in enumerate(todo):
+        choice = wanted[site.name].choice
+        if batches is not None and follow and len(site.layers) == 1 and "input" in site.moments:
+            site = asymmetric_site(model, small, site, batches, forward=forward)
+        if choice.is_dense:
+            replace_module(small, site.spec.names, make_layer(site.spec, site.weight, site.biases[0]))
+            continue
+        factors = makers[choice.method].factorize(site, choice)
+        for spec, module in zip(site.layers, build(factors, site.layers, site.biases), strict=True):
+            replace_module(small, spec.names, module)
+        if progress is not None:
+            progress("apply", done + 1, len(todo))
+    if batches is not None and (batchnorm if batchnorm is not None else not follow):
+        reestimate_batchnorm(small, batches, forward=forward)
+    return small
+
+
+def _steps(sites: Sites, dense: Mapping[str, bool], *, refit: bool) -> list[Site]:
+    """Sites to change, in order. With reconstruction also dense layers that have a bias to correct the mean with.
+
+    Only those after the first changed layer: before it, nothing has moved.
+    """
+    steps: list[Site] = []
+    for site in sites:
+        if site.name not in dense:
+            continue
+        correctable = refit and len(site.layers) == 1 and site.spec.bias and "input" in site.moments
+        if not dense[site.name] or (steps and correctable):
+            steps.append(site)
+    return steps
+
+
+def _makers(plan: Plan, methods: Sequence[Method] | None) -> dict[str, Method]:
+    makers = {method.name: method for method in methods or ()}
+    for entry in plan:
+        name = entry.choice.method
+        if entry.choice.is_dense or name in makers:
+            continue
+        if name not in plan.methods:
+            raise PlanError(f"site {entry.site!r} uses method {name!r}, which the plan does not describe")
+        makers[name] = from_record(plan.methods[name])
+    return makers

@@ -1,0 +1,52 @@
+"""The program ``spectrim``: its commands and nothing else.
+
+Importing this module loads typer and no torch, so that ``--help`` answers at once; a command imports what it needs.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from spectrim.cli.compress import compress
+from spectrim.cli.demo import demo
+from spectrim.cli.evaluate import evaluate
+from spectrim.cli.export import export
+from spectrim.cli.profile import profile
+
+app = typer.Typer(
+    name="spectrim",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _command in (profile, compress, evaluate, export, demo):
+    app.command()(_command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("spectrim"))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Make trained PyTorch networks smaller and faster by trimming spectra.
+
+    Exit codes: 0 done, 1 failed, 2 the command line cannot be carried out, 3 the budget cannot be met.
+    """
+
+
+def main() -> None:
+    """Entry point of the program."""
+    app()

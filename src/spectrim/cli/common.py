@@ -1,0 +1,159 @@
+"""What the commands share: options, where output goes, and exit codes.
+
+Results go to standard output, everything else to standard error. With ``--json`` one document is all that standard
+output gets. Exit codes: 0 done, 1 failed, 2 the command line cannot be carried out, 3 the budget cannot be met.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import typer
+
+from spectrim.cli.references import UsageError
+from spectrim.errors import InfeasibleBudgetError, SpectrimError
+
+FAILED, USAGE, INFEASIBLE = 1, 2, 3
+
+Model = Annotated[str, typer.Argument(help="package.module:factory, timm:NAME, torchvision:NAME or hf:NAME, with ?key=value options.")]
+Weights = Annotated[Path | None, typer.Option("--weights", "-w", help="Weights: .safetensors, or .pt read with weights_only.")]
+Checkpoint = Annotated[Path | None, typer.Option("--checkpoint", "-c", help="A compressed model that spectrim compress wrote.")]
+Input = Annotated[str | None, typer.Option("--input", help="Shape of one random input where there is no data, as 3x224x224.")]
+Skip = Annotated[list[str] | None, typer.Option("--skip", help="Leave layers alone whose name matches, as 'layer1.*'. Repeatable.")]
+Only = Annotated[list[str] | None, typer.Option("--only", help="Keep to layers whose name matches. Repeatable.")]
+MethodName = Annotated[str, typer.Option("--method", help="auto, weight-svd or activation-svd.")]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="Samples a forward pass where time and memory are measured.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; all that torch would take by default.")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ..., or auto.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no remarks on standard error.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@dataclass
+class Output:
+    """Where a command writes.
+
+    Attributes
+    ----------
+    as_json
+        One JSON document in place of tables.
+    quiet
+        Nothing on standard error but errors.
+    stdout
+        The real standard output, which a command's own code cannot reach in JSON mode.
+    """
+
+    as_json: bool = False
+    quiet: bool = False
+    stdout: TextIO = field(default_factory=lambda: sys.stdout)
+
+    def say(self, text: str) -> None:
+        """A remark for people."""
+        if not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def print(self, text: str) -> None:
+        """Part of the result, for people."""
+        if not self.as_json:
+            print(text, file=self.stdout, flush=True)
+
+    def document(self, values: Mapping[str, Any]) -> None:
+        """The result, for programs."""
+        if self.as_json:
+            print(json.dumps(values, indent=1, allow_nan=False, default=str), file=self.stdout, flush=True)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+        """A table for people; columns whose header starts with ``>`` are aligned to the right."""
+        if self.as_json:
+            return
+        from rich.box import SIMPLE_HEAD
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+        for column in columns:
+            right = column.startswith(">")
+            table.add_column(Text(column.removeprefix(">")), justify="right" if right else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        # A pipe has no width; 80 columns would break names that a reader greps for.
+        Console(file=self.stdout, width=None if self.stdout.isatty() else 160).print(table)
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[Callable[[str, int, int | None], None]]:
+        """A function ``(what, done, total)`` that draws bars on a terminal."""
+        if self.quiet or not sys.stderr.isatty():
+            yield lambda what, done, total: None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+            tasks: dict[str, Any] = {}
+
+            def report(what: str, done: int, total: int | None) -> None:
+                if what not in tasks:
+                    tasks[what] = bars.add_task(what, total=total)
+                bars.update(tasks[what], completed=done, total=total)
+
+            yield report
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """A command from a function whose first parameter is its :class:`Output`.
+
+    Adds the options ``--json``, ``--quiet`` and ``--debug``, and turns errors into one line and an exit code.
+    """
+    signature = inspect.signature(function, eval_str=True)
+    more = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+        for name, kind in (("as_json", Json), ("quiet", Quiet), ("debug", Debug))
+    ]
+
+    def run(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
+        out = Output(as_json, quiet)
+        try:
+            # What a model's or the data's own code prints must not get into the document.
+            with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+                function(out, **options)
+        except (SpectrimError, OSError, FloatingPointError) as error:
+            if debug:
+                raise
+            code = exit_code(error)
+            print(f"spectrim: error: {error}", file=sys.stderr)
+            out.document({"error": {"type": type(error).__name__, "message": str(error), "exit_code": code}})
+            raise typer.Exit(code) from None
+
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    run.__annotations__ = {}
+    given = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in list(signature.parameters.values())[1:]]
+    run.__signature__ = inspect.Signature([*given, *more])  # type: ignore[attr-defined]
+    return run
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of an error."""
+    if isinstance(error, UsageError):
+        return USAGE
+    return INFEASIBLE if isinstance(error, InfeasibleBudgetError) else FAILED
+
+
+@contextlib.contextmanager
+def usage() -> Iterator[None]:
+    """Values of the command line are checked inside: a ValueError there is a usage error."""
+    try:
+        yield
+    except SpectrimError:
+        raise
+    except ValueError as error:
+        raise UsageError(str(error)) from error

@@ -1,0 +1,117 @@
+"""``spectrim compress``: a model and a budget in, a smaller model, its plan and a report out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from spectrim.cli import common
+from spectrim.cli.common import Output, command
+
+SELECTORS = ("exact", "lagrangian", "greedy", "energy", "uniform")
+
+
+@command
+def compress(
+    out: Output,
+    model: common.Model,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option("--budget", "-b", help="macs=50%, parameters=1.2M, bytes=10MiB, latency=3ms. Repeatable."),
+    ] = None,
+    weights: common.Weights = None,
+    data: Annotated[str | None, typer.Option("--data", "-d", help="Calibration batches.")] = None,
+    input_shape: common.Input = None,
+    train: Annotated[str | None, typer.Option("--train", help="Training batches: fine-tune after the compression.")] = None,
+    test: Annotated[str | None, typer.Option("--test", help="Labelled batches to measure accuracy on.")] = None,
+    epochs: Annotated[int, typer.Option("--epochs", min=0, help="Epochs of fine-tuning; needs --train.")] = 10,
+    lr: Annotated[float | None, typer.Option("--lr", help="Highest learning rate of the fine-tuning.")] = None,
+    method: common.MethodName = "auto",
+    selector: Annotated[str, typer.Option("--selector", help=", ".join(SELECTORS) + ".")] = "exact",
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="Carry out this plan in place of a budget.")] = None,
+    skip: common.Skip = None,
+    only: common.Only = None,
+    multiple_of: Annotated[int | None, typer.Option("--multiple-of", min=1, help="Ranks are multiples of this.")] = None,
+    guard: Annotated[bool, typer.Option("--guard", help="Leave out choices that are measured no faster than dense.")] = False,
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for model.safetensors, plan.json, report.html.")] = Path(
+        "compressed"
+    ),
+    report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html.")] = True,
+    batch: common.Batch = 1,
+    threads: common.Threads = None,
+    device: common.Device = "cpu",
+) -> None:
+    """Make a model smaller, fit a budget, and say what it cost.
+
+    Writes model.safetensors (weights and plan), plan.json and report.html. Exit code 3 if the budget cannot be met.
+    """
+    from spectrim.api import apply
+    from spectrim.cli.data import load_data
+    from spectrim.cli.models import load_model
+    from spectrim.cli.references import UsageError
+    from spectrim.cli.results import Outcome
+    from spectrim.cli.steps import first_batch, prepare, random_input, survey
+    from spectrim.latency import Latency
+    from spectrim.plan import Budget, Plan
+    from spectrim.report.compare import accuracy, compare
+    from spectrim.select import energy, exact, greedy, lagrangian, select, uniform
+
+    selectors = dict(zip(SELECTORS, (exact, lagrangian, greedy, energy, uniform), strict=True))
+    if selector not in selectors:
+        raise UsageError(f"--selector {selector!r} is not known; choose from {', '.join(SELECTORS)}")
+    if bool(budget) == (plan_file is not None):
+        raise UsageError("give either --budget (as macs=50%) or --plan FILE")
+    with common.usage():
+        wanted = Budget.parse(*budget) if budget else None
+    if data is None and input_shape is None:
+        raise UsageError("give --data for calibration, or --input for a data-free compression, as --input 3x224x224")
+
+    device = prepare(threads, device)
+    dense = load_model(model, weights).to(device)
+    batches = load_data(data, purpose="calibration", device=device) if data is not None else None
+    training = load_data(train, purpose="training", device=device) if train is not None else None
+    testing = load_data(test, purpose="test", device=device) if test is not None else None
+    if batches is not None:
+        example = first_batch(batches, batch, str(data))
+    else:
+        example = random_input(str(input_shape), batch, device)
+    clocked = guard or (wanted is not None and "latency" in wanted.costs)
+    clock = Latency(device=device, batch=batch) if clocked else None
+    found = survey(
+        out, dense, batches=batches, example=example, skip=skip, only=only, method=method,
+        multiple_of=multiple_of, latency=clock, guard=guard,
+    )  # fmt: skip
+    if wanted is not None:
+        plan = select(found.table, wanted, selectors[selector])
+    else:
+        assert plan_file is not None
+        if not plan_file.is_file():
+            raise UsageError(f"--plan {str(plan_file)!r} is not a file")
+        plan = Plan.read(plan_file)
+    with out.progress() as show:
+        small = apply(dense, found.sites, plan, batches, progress=show)
+
+    def evaluate(network):  # noqa: ANN001, ANN202
+        assert testing is not None
+        return accuracy(network, testing)
+
+    outcome = Outcome(model, dense, small, plan, found.table, found.sites, folder)
+    if testing is not None:
+        outcome = outcome.scored("dense", evaluate(dense)).scored("compressed", evaluate(small))
+    if training is not None and epochs > 0:
+        from spectrim.train import fine_tune
+
+        overrides = {} if lr is None else {"lr": lr}
+        score = evaluate if testing is not None else None
+        done = fine_tune(
+            small, training, teacher=dense, epochs=epochs, evaluate=score, progress=False if out.quiet else None, **overrides
+        )
+        outcome = outcome.noted(f"Fine-tuned for {done.epochs} epochs in {done.seconds:.0f} s, with the dense model as teacher.")
+        if testing is not None:
+            outcome = outcome.scored("fine-tuned", evaluate(small))
+    comparison = compare(
+        dense, small, example, evaluate=outcome.known_score if testing is not None else None, threads=threads
+    )
+    outcome.finish(out, comparison, report=report)

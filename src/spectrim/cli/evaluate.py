@@ -1,0 +1,63 @@
+"""``spectrim evaluate``: accuracy, costs and latency of a model, or of a compressed one."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from spectrim.cli import common
+from spectrim.cli.common import Output, command
+
+
+@command
+def evaluate(
+    out: Output,
+    model: common.Model,
+    weights: common.Weights = None,
+    checkpoint: common.Checkpoint = None,
+    data: Annotated[str | None, typer.Option("--data", "-d", help="Labelled batches.")] = None,
+    input_shape: common.Input = None,
+    compare_dense: Annotated[
+        bool, typer.Option("--compare", help="With --checkpoint: the dense model (with --weights) beside it.")
+    ] = False,
+    repeats: Annotated[int, typer.Option("--repeats", min=0, help="Timed runs; 0 leaves latency out.")] = 30,
+    batch: common.Batch = 1,
+    threads: common.Threads = None,
+    device: common.Device = "cpu",
+) -> None:
+    """Measure a model: accuracy, parameters, MACs, file size, peak memory, latency."""
+    from spectrim.cli.data import load_data
+    from spectrim.cli.models import load_compressed, load_model
+    from spectrim.cli.references import UsageError
+    from spectrim.cli.steps import first_batch, prepare, random_input
+    from spectrim.report.compare import accuracy, compare, measure
+
+    if data is None and input_shape is None:
+        raise UsageError("give --data (labelled batches), or --input to measure costs alone, as --input 3x224x224")
+    if compare_dense and checkpoint is None:
+        raise UsageError("--compare needs --checkpoint: the compressed model to put beside the dense one")
+    device = prepare(threads, device)
+    batches = load_data(data, purpose="test", device=device) if data is not None else None
+    if batches is not None:
+        example = first_batch(batches, batch, str(data))
+    else:
+        example = random_input(str(input_shape), batch, device)
+
+    def score(network):  # noqa: ANN001, ANN202
+        assert batches is not None
+        return accuracy(network, batches)
+
+    scoring = score if batches is not None else None
+    name = str(checkpoint) if checkpoint is not None else model
+    network = load_compressed(model, checkpoint) if checkpoint is not None else load_model(model, weights)
+    network = network.to(device)
+    if compare_dense:
+        dense = load_model(model, weights).to(device)
+        comparison = compare(dense, network, example, evaluate=scoring, repeats=repeats, threads=threads)
+        out.document({"model": name, **comparison.to_dict()})
+        out.table(["", ">dense", ">compressed", ">change"], comparison.to_rows())
+        return
+    measured = measure(network, example, evaluate=scoring, repeats=repeats, threads=threads)
+    out.document({"model": name, **measured.to_dict()})
+    out.table(["", f">{name}"], [(line.metric, line.text) for line in measured.lines])

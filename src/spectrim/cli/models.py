@@ -1,0 +1,182 @@
+"""Model references -> modules, and weight files -> their state.
+
+==========================  =============================================================================
+reference                   model
+==========================  =============================================================================
+``package.module:factory``  whatever the callable returns; options become its keyword arguments
+``timm:NAME``               ``timm.create_model(NAME, **options)``; pretrained unless ``?pretrained=false``
+``torchvision:NAME``        ``torchvision.models.get_model(NAME, **options)``; ``weights=DEFAULT`` by default
+``hf:NAME``                 the architecture named in the hub model's (or local folder's) configuration
+==========================  =============================================================================
+
+With a weight file the built-in schemes do not fetch pretrained weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.cli.references import Reference, UsageError, call, factory, need, parse
+from spectrim.nn.checkpoint import load
+
+_WRAPPERS = ("state_dict", "model", "model_state_dict")
+
+
+def load_model(text: str, weights: str | Path | None = None, *, pretrained: bool = True) -> nn.Module:
+    """The model that a reference names, in evaluation mode.
+
+    Parameters
+    ----------
+    text
+        The reference.
+    weights
+        ``.safetensors``, or a ``.pt`` / ``.pth`` / ``.bin`` file that ``torch.load(weights_only=True)`` reads.
+    pretrained
+        Whether the built-in schemes fetch pretrained weights where no file is given.
+
+    Raises
+    ------
+    UsageError
+        If the reference or the file cannot be used, or they do not fit each other.
+    """
+    reference = parse(text)
+    pretrained = pretrained and weights is None
+    match reference.scheme:
+        case "timm":
+            model = _timm(reference, pretrained)
+        case "torchvision":
+            model = _torchvision(reference, pretrained)
+        case "hf":
+            model = _transformers(reference, pretrained)
+        case _:
+            model = call(factory(reference, "model"), reference, "model")
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model {text!r} returned a {type(model).__name__}, not a torch.nn.Module")
+    if weights is not None:
+        _fill(model, read_weights(weights), text, weights)
+    return model.eval()
+
+
+def load_compressed(text: str, checkpoint: str | Path) -> nn.Module:
+    """A compressed model from the reference of its dense architecture and a checkpoint, in evaluation mode.
+
+    Raises
+    ------
+    UsageError
+        If the reference cannot be used or there is no such file.
+    CheckpointError
+        If the file is damaged or belongs to another architecture.
+    """
+    if not Path(checkpoint).is_file():
+        raise UsageError(f"checkpoint {str(checkpoint)!r} is not a file")
+    return load(load_model(text, pretrained=False), checkpoint).eval()
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Tensors by name from a weight file. Pickled code is never run.
+
+    A state dict that lies under ``state_dict``, ``model`` or ``model_state_dict`` is unwrapped, and the prefix
+    ``module.`` that data parallel training leaves on every name is removed.
+
+    Raises
+    ------
+    UsageError
+        If the file is missing, of an unknown kind, damaged, or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"weights {str(path)!r} is not a file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        elif path.suffix in {".pt", ".pth", ".bin"}:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            raise UsageError(f"weights {str(path)!r}: expected .safetensors, .pt, .pth or .bin, got {path.suffix or 'no suffix'!r}")
+    except UsageError:
+        raise
+    except Exception as error:  # each reader has its own errors for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UsageError(f"weights {str(path)!r} cannot be read: {reason}") from error
+    for key in _WRAPPERS:
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+            break
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UsageError(f"weights {str(path)!r} hold no mapping of names to tensors")
+    if state and all(str(k).startswith("module.") for k in state):
+        state = {str(k).removeprefix("module."): v for k, v in state.items()}
+    return dict(state)
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor], text: str, weights: str | Path) -> None:
+    mine = model.state_dict()
+    # BatchNorm counts its batches only for momentum=None; older files lack the counter.
+    missing = [k for k in mine if k not in state and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in state if k not in mine]
+    shapes = [k for k in mine if k in state and mine[k].shape != state[k].shape]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} missing ({', '.join(map(repr, missing[:3]))})")
+    if unexpected:
+        problems.append(f"{len(unexpected)} unexpected ({', '.join(map(repr, unexpected[:3]))})")
+    if shapes:
+        k = shapes[0]
+        problems.append(
+            f"{len(shapes)} of another shape ({k!r} is {tuple(state[k].shape)}, the model has {tuple(mine[k].shape)})"
+        )
+    if problems:
+        raise UsageError(f"weights {str(weights)!r} do not fit model {text!r}: {'; '.join(problems)}")
+    model.load_state_dict(dict(state), strict=False)
+
+
+def _place(reference: Reference) -> str:
+    if not reference.place:
+        raise UsageError(f"model {reference.text!r} names no model: write {reference.scheme}:NAME")
+    return reference.place
+
+
+def _timm(reference: Reference, pretrained: bool) -> nn.Module:
+    name = _place(reference)
+    timm = need("timm", reference, "timm")
+    options = {"pretrained": pretrained, **reference.options}
+    try:
+        return timm.create_model(name, **options)
+    except (RuntimeError, TypeError, OSError) as error:
+        raise UsageError(f"model {reference.text!r}: timm cannot make it: {error}") from error
+
+
+def _torchvision(reference: Reference, pretrained: bool) -> nn.Module:
+    name = _place(reference)
+    models = need("torchvision.models", reference, "torchvision")
+    options = {"weights": "DEFAULT" if pretrained else None, **reference.options}
+    try:
+        return models.get_model(name, **options)
+    except (ValueError, TypeError, OSError) as error:
+        raise UsageError(f"model {reference.text!r}: torchvision cannot make it: {error}") from error
+
+
+def _transformers(reference: Reference, pretrained: bool) -> nn.Module:
+    name = _place(reference)
+    transformers = need("transformers", reference, "transformers")
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, **reference.options)
+        architectures = config.architectures or []
+        if not architectures or not hasattr(transformers, architectures[0]):
+            raise UsageError(
+                f"model {reference.text!r}: its configuration names no architecture that transformers {transformers.__version__} "
+                f"has (it names {architectures}); write a factory and pass package.module:factory"
+            )
+        kind = getattr(transformers, architectures[0])
+        return kind.from_pretrained(name, config=config) if pretrained else kind(config)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"model {reference.text!r}: transformers cannot load it: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,144 @@
+"""``spectrim profile``: what a model costs, and how much of it its spectra could spare."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spectrim.cli import common
+from spectrim.cli.common import Output, command
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from spectrim.plan import Candidates, Row
+
+_SHARES = (0.9, 0.99)
+_LOSSES = (0.01, 0.05)
+
+
+@command
+def profile(
+    out: Output,
+    model: common.Model,
+    weights: common.Weights = None,
+    data: Annotated[str | None, typer.Option("--data", "-d", help="Calibration batches: spectra of the responses, MACs.")] = None,
+    input_shape: common.Input = None,
+    method: common.MethodName = "auto",
+    skip: common.Skip = None,
+    only: common.Only = None,
+    latency: Annotated[bool, typer.Option("--latency", help="Measure the milliseconds of every layer too.")] = False,
+    batch: common.Batch = 1,
+    threads: common.Threads = None,
+    device: common.Device = "cpu",
+) -> None:
+    """List layers, costs and spectra; say what would be skipped and why.
+
+    Without data or an input shape only parameters are counted.
+    """
+    from spectrim.cli.data import load_data
+    from spectrim.cli.models import load_model
+    from spectrim.cli.references import UsageError
+    from spectrim.cli.steps import first_batch, prepare, random_input, survey
+
+    device = prepare(threads, device)
+    if latency and data is None and input_shape is None:
+        raise UsageError("--latency needs --data or --input, to know what the layers see")
+    network = load_model(model, weights).to(device)
+    batches = load_data(data, purpose="calibration", device=device) if data is not None else None
+    example = first_batch(batches, batch, str(data)) if batches is not None else None
+    if example is None and input_shape is not None:
+        example = random_input(input_shape, batch, device)
+    clock = None
+    if latency:
+        from spectrim.latency import Latency
+
+        clock = Latency(device=device, batch=batch)
+    found = survey(
+        out, network, batches=batches, example=example, skip=skip, only=only, method=method, latency=clock
+    )
+    table = found.table
+    layers = [_layer(row, table) for row in table]
+    if out.as_json:
+        out.document(
+            {
+                "model": model,
+                "costs": table.dense,
+                "fixed": dict(table.fixed),
+                "unit": table.unit,
+                "samples": found.sites.samples,
+                "layers": layers,
+                "skipped": [{"name": s.name, "kind": s.kind, "reason": s.reason} for s in found.sites.skipped],
+                "facts": dict(table.facts),
+            }
+        )
+        return
+    _print(out, table, layers)
+    if found.sites.skipped:
+        out.table(
+            ["layer", "kind", "reason"], [(s.name, s.kind, s.reason) for s in found.sites.skipped], title="Skipped"
+        )
+
+
+def _layer(row: Row, table: Candidates) -> dict[str, Any]:
+    """One layer: costs, the rank that holds a share of the energy, the share of cost left at a given loss."""
+    main = "macs" if "macs" in table.costs else "parameters"
+    return {
+        "name": row.site,
+        "kind": row.kind,
+        "costs": dict(row.dense.costs),
+        "ranks": {
+            key: {f"{share:.0%}": _rank(values, share) for share in _SHARES} for key, values in row.spectra.items()
+        },
+        "components": {key: len(values) for key, values in row.spectra.items()},
+        f"{main}_left": {
+            f"{loss:.0%}": min(o.costs[main] for o in row.options if o.error <= loss) / max(row.dense.costs[main], 1e-300)
+            for loss in _LOSSES
+        },
+    }
+
+
+def _rank(values: Sequence[float], share: float) -> int | None:
+    """How many components hold a share of the energy; None if more than the table keeps."""
+    total = 0.0
+    for rank, value in enumerate(values, 1):
+        total += value
+        if total >= share - 1e-9:
+            return rank
+    return None
+
+
+def _print(out: Output, table: Candidates, layers: Sequence[dict[str, Any]]) -> None:
+    from spectrim.plan import UNITS
+    from spectrim.report.compare import show
+
+    main = "macs" if "macs" in table.costs else "parameters"
+    title = {"macs": "MACs", "parameters": "parameters"}[main]
+    counted = [c for c in ("parameters", "macs", "latency") if c in table.costs]
+    columns = ["layer", "kind", *(f">{_HEADS[c]}" for c in counted), ">rank 90 %", ">rank 99 %", ">of"]
+    columns += [f">{title} at {loss:.0%} lost" for loss in _LOSSES]
+    rows = []
+    for layer in layers:
+        # The channel unfolding is the one that every layer has; the others are in the JSON document.
+        key = next((k for k in layer["ranks"] if k.endswith("/channel")), next(iter(layer["ranks"]), ""))
+        ranks = layer["ranks"].get(key, {})
+        size = layer["components"].get(key)
+        rows.append(
+            (
+                layer["name"],
+                layer["kind"],
+                *(show(layer["costs"][c], UNITS[c]) for c in counted),
+                *(str(ranks[s] or f">{size}") if ranks else "" for s in ("90%", "99%")),
+                str(size or ""),
+                *(f"{layer[main + '_left'][f'{loss:.0%}']:.0%}" for loss in _LOSSES),
+            )
+        )
+    fixed = [show(table.fixed[c], UNITS[c]) for c in counted]
+    rows.append(("(not touched)", "", *fixed, "", "", "", "", ""))
+    rows.append(("all", "", *(show(table.dense[c], UNITS[c]) for c in counted), "", "", "", "", ""))
+    out.table(columns, rows)
+    out.print(f"Lost is {table.unit or 'nothing, since nothing can be factorised'}; ranks are of the channel unfolding.")
+
+
+_HEADS = {"parameters": "parameters", "macs": "MACs", "latency": "latency"}

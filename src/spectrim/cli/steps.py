@@ -1,0 +1,151 @@
+"""Steps that several commands take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.api import tabulate
+from spectrim.cli.common import Output, usage
+from spectrim.cli.references import UsageError
+from spectrim.latency import Latency
+from spectrim.methods import ActivationSVD, Method, WeightSVD
+from spectrim.nn.batches import arguments, resized
+from spectrim.nn.calibrate import calibrate
+from spectrim.nn.find import find
+from spectrim.nn.timing import measure_latency
+from spectrim.plan import Candidates
+from spectrim.sites import Sites
+
+METHODS: Mapping[str, tuple[type[Method], ...]] = {
+    "auto": (ActivationSVD, WeightSVD),
+    "weight-svd": (WeightSVD,),
+    "activation-svd": (ActivationSVD,),
+}
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of a network before anything is chosen."""
+
+    sites: Sites
+    table: Candidates
+
+
+def prepare(threads: int | None, device: str) -> str:
+    """Set the number of threads and resolve the device's name.
+
+    Raises
+    ------
+    UsageError
+        For a device that torch does not know or cannot reach.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def random_input(text: str, samples: int, device: str) -> Tensor:
+    """A batch of normal noise of a shape given as ``3x224x224``.
+
+    Raises
+    ------
+    UsageError
+        If the text is no shape.
+    """
+    try:
+        shape = [int(size) for size in text.lower().split("x")]
+    except ValueError:
+        shape = []
+    if not shape or min(shape) < 1:
+        raise UsageError(f"--input {text!r} is no shape: write the sizes of one sample, as 3x224x224")
+    return torch.randn(samples, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def first_batch(batches: Iterable[Any], samples: int, name: str) -> Any:
+    """``samples`` samples from the first batch, repeated if it has fewer.
+
+    Raises
+    ------
+    UsageError
+        If there is no batch.
+    """
+    for batch in batches:
+        return resized(batch, samples)
+    raise UsageError(f"data {name!r} is empty")
+
+
+def as_arguments(model: nn.Module, example: Any) -> Any:
+    """An example as measuring and exporting take it: a tuple of arguments or a dict."""
+    args, kwargs = arguments(model, example)
+    return kwargs or args
+
+
+def chosen_methods(name: str, calibrated: bool, multiple_of: int | None = None) -> list[Method]:
+    """The methods that ``--method`` names.
+
+    Raises
+    ------
+    UsageError
+        For an unknown name, or a method that needs data where there is none.
+    """
+    if name not in METHODS:
+        raise UsageError(f"--method {name!r} is not known; choose from {', '.join(METHODS)}")
+    if name == "activation-svd" and not calibrated:
+        raise UsageError("--method activation-svd needs calibration batches: give --data")
+    kinds = METHODS[name] if calibrated else (WeightSVD,)
+    with usage():
+        return [kind(multiple_of=multiple_of) for kind in kinds]  # type: ignore[call-arg]
+
+
+def survey(
+    out: Output,
+    model: nn.Module,
+    *,
+    batches: Iterable[Any] | None,
+    example: Any,
+    skip: Sequence[str] | None,
+    only: Sequence[str] | None,
+    method: str,
+    multiple_of: int | None = None,
+    latency: Latency | None = None,
+    guard: bool = False,
+) -> Survey:
+    """Find, calibrate and tabulate.
+
+    Parameters
+    ----------
+    batches
+        For calibration; without them the example teaches the input shapes, and without that there are no MACs.
+    """
+    with usage():
+        sites = find(model, skip=list(skip or ()), only=list(only or ()))
+    if not sites.sites:
+        reasons = "; ".join(f"{s.name}: {s.reason}" for s in sites.skipped[:3])
+        raise UsageError(f"there is no layer to compress ({reasons or 'the model has no linear layer or convolution'})")
+    methods = chosen_methods(method, batches is not None, multiple_of)
+    with out.progress() as report:
+        if batches is not None:
+            sites = calibrate(model, sites, batches, progress=_named("calibrate", report))
+        elif example is not None:
+            sites = calibrate(model, sites, [example], statistics=False)
+        dense = None
+        if latency is not None:
+            timing = measure_latency({"dense": model}, as_arguments(model, example), threads=latency.threads)
+            dense = timing["dense"].p50
+        table = tabulate(sites, methods, latency=latency, dense_latency=dense, guard=guard, progress=report)
+    return Survey(sites, table)
+
+
+def _named(what: str, report: Callable[[str, int, int | None], None]) -> Callable[[int, int | None], None]:
+    return lambda done, total: report(what, done, total)

@@ -1,0 +1,52 @@
+"""The errors Spectrim raises. Each says what came, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class SpectrimError(Exception):
+    """Base of all errors that Spectrim raises on purpose."""
+
+
+class UnsupportedLayerError(SpectrimError, TypeError):
+    """A layer was asked for that Spectrim cannot factorise."""
+
+
+class MissingMomentsError(SpectrimError, ValueError):
+    """A method needs calibration statistics that the site does not hold."""
+
+
+class CalibrationError(SpectrimError, ValueError):
+    """The calibration data cannot be used: NaN, Inf, no samples, or a batch of unknown structure."""
+
+
+class InfeasibleBudgetError(SpectrimError, ValueError):
+    """A budget lies below what the candidates can reach.
+
+    Attributes
+    ----------
+    cost
+        Name of the cost whose budget cannot be met.
+    budget
+        What was asked for, in the cost's own unit.
+    lowest
+        The lowest reachable cost of the whole network.
+    """
+
+    def __init__(self, cost: str, budget: float, lowest: float, dense: float) -> None:
+        self.cost, self.budget, self.lowest, self.dense = cost, budget, lowest, dense
+        super().__init__(
+            f"budget {cost} <= {budget:,.6g} cannot be met: the lowest reachable is {lowest:,.6g} "
+            f"({lowest / dense:.1%} of dense {dense:,.6g}). Raise the budget, skip fewer layers or allow smaller ranks."
+        )
+
+
+class PlanError(SpectrimError, ValueError):
+    """A plan cannot be read, or does not fit the model it is applied to."""
+
+
+class CheckpointError(SpectrimError, ValueError):
+    """A file is not a Spectrim checkpoint, is damaged, or belongs to another architecture."""
+
+
+class ExportError(SpectrimError, RuntimeError):
+    """An exported program could not be made, or does not compute what the model computes."""

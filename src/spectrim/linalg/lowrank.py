@@ -1,0 +1,127 @@
+"""Low rank in a metric: one eigendecomposition gives the factors and the error of every rank.
+
+The problem is ``min ||(M - L R)^T||`` over rank-``r`` products, where the norm weighs the rows of ``M`` by a positive
+semidefinite metric ``A``: ``||X||_A^2 = tr(X^T A X)``. Without a metric this is the truncated SVD of a weight matrix;
+with the second moment of a layer's inputs it is principal component analysis of the layer's outputs.
+
+The solution projects onto the leading eigenvectors ``V_r`` of ``M^T A M``: ``L = M V_r``, ``R = V_r^T``. Nothing is
+inverted, so rank-deficient metrics need no special case.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """Energies and right basis of a matrix in a metric.
+
+    Attributes
+    ----------
+    energies
+        ``[g, R]``, squared singular values of ``A^{1/2} M``, descending, ``R = min(rows, columns)``.
+    basis
+        ``[g, columns, R]``, orthonormal; its first ``r`` columns span the best rank-``r`` row space.
+    """
+
+    energies: Float[Tensor, "g R"]
+    basis: Float[Tensor, "g columns R"]
+
+
+def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, descending and not negative, and eigenvectors with fixed signs."""
+    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+    values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)
+    # The largest entry of each vector is made positive, so that results do not depend on the eigensolver's mood.
+    pivots = vectors.abs().argmax(dim=-2, keepdim=True)
+    return values, vectors * torch.where(vectors.gather(-2, pivots) < 0, -1.0, 1.0)
+
+
+def square_root(metric: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:
+    """Symmetric square root of a positive semidefinite matrix. Cost ``O(n^3)``."""
+    values, vectors = _eigh(metric.double())
+    return (vectors * values.sqrt().unsqueeze(-2)) @ vectors.mT
+
+
+def spectrum(
+    matrix: Float[Tensor, "g rows columns"], metric: Float[Tensor, "g rows rows"] | None = None
+) -> Spectrum:
+    """Spectrum of ``A^{1/2} M`` by the eigenproblem of the smaller side, in float64.
+
+    Parameters
+    ----------
+    matrix
+        ``M``.
+    metric
+        ``A``, symmetric positive semidefinite; the identity if None.
+
+    Returns
+    -------
+    Spectrum
+        ``min(rows, columns)`` energies and right basis vectors.
+
+    Notes
+    -----
+    Cost ``O(rows columns min(rows, columns))``; 512 x 4608 takes a fifth of the time of an SVD.
+    """
+    m = matrix.double()
+    rows, columns = m.shape[-2:]
+    if columns <= rows:
+        weighted = m if metric is None else metric.double() @ m
+        values, vectors = _eigh(m.mT @ weighted)
+        return Spectrum(values, vectors)
+    whitened = m if metric is None else square_root(metric) @ m
+    values, vectors = _eigh(whitened @ whitened.mT)
+    # QR keeps the spans of leading columns and completes them where the spectrum has died out.
+    basis, triangle = torch.linalg.qr(whitened.mT @ vectors)
+    signs = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
+    return Spectrum(values, basis * signs.unsqueeze(-2))
+
+
+def factors(
+    matrix: Float[Tensor, "g rows columns"], basis: Float[Tensor, "g columns R"], rank: int
+) -> tuple[Float[Tensor, "g rows r"], Float[Tensor, "g r columns"]]:
+    """``L = M V_r`` and ``R = V_r^T``, in float64."""
+    v = basis[..., :rank]
+    return matrix.double() @ v, v.mT.contiguous()
+
+
+def balance(
+    left: Float[Tensor, "g rows r"], right: Float[Tensor, "g r columns"]
+) -> tuple[Float[Tensor, "g rows r"], Float[Tensor, "g r columns"]]:
+    """The same product with equally long column ``j`` of the left and row ``j`` of the right factor.
+
+    Training converges better, and half precision loses less, when the two factors are of one size. Components of
+    length zero are left as they are.
+    """
+    a, b = left.norm(dim=-2), right.norm(dim=-1)
+    scale = torch.where((a > 0) & (b > 0), (b / a.clamp_min(1e-300)).sqrt(), torch.ones_like(a))
+    return left * scale.unsqueeze(-2), right / scale.unsqueeze(-1)
+
+
+def tail_errors(energies: Float[Tensor, "g R"], total: float | None = None) -> Float[Tensor, " ranks"]:
+    """Relative error of every rank ``0 .. R``: energy of the components left out, over all groups.
+
+    A matrix without energy loses nothing at any rank.
+    """
+    kept = torch.cat([energies.new_zeros(1), energies.sum(dim=0).cumsum(0)])
+    whole = kept[-1] if total is None else torch.as_tensor(total, dtype=kept.dtype, device=kept.device)
+    if float(whole) <= 0:
+        return torch.zeros_like(kept)
+    return ((whole - kept) / whole).clamp(0, 1)
+
+
+def principal(covariance: Float[Tensor, "g n n"]) -> Spectrum:
+    """Principal components of a covariance: its eigenvalues, descending, and eigenvectors."""
+    return Spectrum(*_eigh(covariance.double()))
+
+
+def profile(energies: Float[Tensor, "g R"], most: int = 256) -> tuple[float, ...]:
+    """Share of the energy in each component, over all groups: at most ``most`` of them, for people to look at."""
+    energy = energies.sum(0)
+    return tuple((energy / energy.sum().clamp_min(1e-300))[:most].tolist())

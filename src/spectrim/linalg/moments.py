@@ -1,0 +1,95 @@
+"""Streamed moments: count, mean and centred second moment of feature vectors, in float64."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Moments:
+    """Count, mean and centred second moment of a stream of vectors.
+
+    Memory depends on the number of features only. Batches are merged with the pairwise formula of Chan, Golub and
+    LeVeque (1983), which keeps the centred sums accurate when the mean is large against the spread.
+
+    Parameters
+    ----------
+    groups, features
+        Shape of one observation, ``[groups, features]``.
+    device
+        Where the sums live.
+
+    Attributes
+    ----------
+    count
+        Observations so far.
+    mean
+        ``[groups, features]``, float64.
+    scatter
+        ``[groups, features, features]``, float64: the sum of centred outer products.
+    """
+
+    __slots__ = ("count", "mean", "scatter")
+
+    def __init__(self, groups: int, features: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self.mean = torch.zeros(groups, features, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(groups, features, features, dtype=torch.float64, device=device)
+
+    def __repr__(self) -> str:
+        groups, features = self.mean.shape
+        return f"Moments(count={self.count}, groups={groups}, features={features})"
+
+    @torch.no_grad()
+    def update(self, rows: Float[Tensor, "g n d"]) -> None:
+        """Add ``n`` observations a group. Cost ``O(n d^2)``.
+
+        Half and single precision rows are centred, multiplied in float32 and added up in float64; float64 rows stay.
+        """
+        n = rows.shape[1]
+        if n == 0:
+            return
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        rows = rows.to(self.mean.device)
+        mean = rows.mean(dim=1, keepdim=True, dtype=torch.float64)
+        centred = rows - mean.to(rows.dtype)
+        # The rounding of the mean leaves a remainder; taking it into account keeps the sums exact.
+        rest = centred.mean(dim=1, keepdim=True, dtype=torch.float64)
+        scatter = (centred.transpose(1, 2) @ centred).double()
+        scatter -= n * rest.transpose(1, 2) @ rest
+        self._add(n, mean.squeeze(1), scatter)
+
+    @torch.no_grad()
+    def merge(self, other: Moments) -> None:
+        """Add the observations of another accumulator of the same shape."""
+        if other.mean.shape != self.mean.shape:
+            raise ValueError(f"cannot merge moments of shape {tuple(other.mean.shape)} into {tuple(self.mean.shape)}")
+        if other.count:
+            self._add(other.count, other.mean.to(self.mean.device), other.scatter.to(self.mean.device).clone())
+
+    def _add(self, n: int, mean: Tensor, scatter: Tensor) -> None:
+        total = self.count + n
+        delta = mean - self.mean
+        self.scatter += scatter
+        self.scatter.baddbmm_(delta.unsqueeze(2), delta.unsqueeze(1), alpha=self.count * n / total)
+        self.mean += delta * (n / total)
+        self.count = total
+
+    @property
+    def covariance(self) -> Float[Tensor, "g d d"]:
+        """Centred second moment ``E[(x - m)(x - m)^T]``, divided by the count."""
+        return self.scatter / max(self.count, 1)
+
+    @property
+    def second_moment(self) -> Float[Tensor, "g d d"]:
+        """Raw second moment ``E[x x^T]``."""
+        return self.covariance + self.mean.unsqueeze(2) @ self.mean.unsqueeze(1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return (self.mean.numel() + self.scatter.numel()) * 8
+
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(self.mean).all() and torch.isfinite(self.scatter).all())

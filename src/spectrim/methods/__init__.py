@@ -1,0 +1,7 @@
+"""Compression methods: each a frozen dataclass that sees sites, linear algebra and factors only."""
+
+from spectrim.methods.activation_svd import ActivationSVD
+from spectrim.methods.base import Curve, LowRankMethod, Method, from_record
+from spectrim.methods.weight_svd import WeightSVD
+
+__all__ = ["ActivationSVD", "Curve", "LowRankMethod", "Method", "WeightSVD", "from_record"]

@@ -1,0 +1,139 @@
+"""Low rank in the layer's responses on calibration data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectrim.errors import MissingMomentsError
+from spectrim.factors import LowRank
+from spectrim.linalg import lowrank, response
+from spectrim.methods import metrics
+from spectrim.methods.base import OUTPUT_ENERGY, Curve, LowRankMethod
+from spectrim.plan import Choice
+from spectrim.sites import Site
+from spectrim.unfold import Unfolding, unfold, unfolding
+
+
+@dataclass(frozen=True)
+class ActivationSVD(LowRankMethod):
+    """Solve ``min E ||(W - W') (x - m)||^2`` over rank-``r`` pairs, ``x`` the layer's inputs, ``m`` their mean.
+
+    For the channel unfolding and for linear layers this is principal component analysis of the layer's outputs and
+    exact. For the others it starts from the eigenvectors in the average slice metric, takes the exact second factor
+    and alternates (:mod:`spectrim.linalg.response`). The mean of what is left out goes into the bias. Where the site
+    holds a sensitivity, the norm weighs the outputs by the gradients that reach them.
+
+    Attributes
+    ----------
+    sweeps
+        Alternations when a choice is carried out; the curve is that of the start, which they only improve.
+
+    Notes
+    -----
+    The error is the share of the layer's centred output energy lost on the calibration samples. Unfoldings for which
+    calibration kept no statistics are not offered.
+    """
+
+    sweeps: int = 4
+
+    def curve(self, site: Site) -> Curve:
+        if not self.fits(site):
+            return Curve((), (), OUTPUT_ENERGY)
+        if not site.moments:
+            raise MissingMomentsError(
+                f"ActivationSVD needs calibration statistics, and site {site.name!r} ({site.spec.kind}) holds none. "
+                "Run calibrate(model, sites, batches) first, or use WeightSVD."
+            )
+        choices: list[Choice] = []
+        errors: list[float] = []
+        spectra: dict[str, tuple[float, ...]] = {}
+        scale = 1.0
+        weight = metrics.output_weight(site)
+        outputs = site.spec.shape[1]
+        for how in self.offered(site.spec):
+            ranks = self.ranks(site.spec, how)
+            if not ranks:
+                continue
+            metric = metrics.response_metric(site, how)
+            if metric is None and not _has_outputs(site, how):
+                continue
+            found = _start(site, how, metric, weight)
+            total = float(found.energies.sum())
+            lost = lowrank.tail_errors(found.energies)
+            # With one slice, or the slice metric alone, the projection is optimal and the spectrum has its error.
+            if metric is not None and metric.is_full and metric.slices > 1:
+                mixed = metrics.mix(unfold(site.weight, how), weight)
+                left, _ = lowrank.factors(mixed, found.basis, ranks[-1])
+                lost = response.refit_errors(mixed, metric.moment, left, outputs)
+                total = float(response.total_energy(mixed, metric.moment, outputs).sum())
+            scale = metrics.scale(site, total)
+            choices += [self.choice(site, how, rank, bias=True) for rank in ranks]
+            errors += lost[list(ranks)].tolist()
+            spectra[how.name] = lowrank.profile(found.energies)
+        return Curve(tuple(choices), tuple(errors), metrics.unit(site), scale, spectra)
+
+    def factorize(self, site: Site, choice: Choice) -> LowRank:
+        how = unfolding(site.spec.kernel, choice["unfolding"])
+        metric = metrics.response_metric(site, how)
+        if metric is None and not _has_outputs(site, how):
+            site.require("input" if how.name != "channel" else "output", f"ActivationSVD ({how.name})")
+        matrix = unfold(site.weight, how).double()
+        weight = metrics.output_weight(site)
+        found = _start(site, how, metric, weight)
+        if metric is None:
+            left, right, shift = _projected(site, matrix, found.basis[..., : choice["rank"]], weight)
+        else:
+            left, right = self._fitted(matrix, metric, found, weight, choice["rank"], site.spec.shape[1])
+            shift = metric.shift(matrix - left @ right, site.spec.shape[1])
+        left, right = lowrank.balance(left, right)
+        dtype = site.spec.dtype
+        return LowRank(left.to(dtype), right.to(dtype), shift.to(dtype), how, site.spec.shape[1:])
+
+    def _fitted(
+        self,
+        matrix: Tensor,
+        metric: metrics.ResponseMetric,
+        found: lowrank.Spectrum,
+        weight: Tensor | None,
+        rank: int,
+        outputs: int,
+    ) -> tuple[Tensor, Tensor]:
+        if rank >= found.basis.shape[-1]:
+            # Nothing is lost at full rank, so nothing needs fitting and the product is exact.
+            return lowrank.factors(matrix, lowrank.spectrum(matrix).basis, rank)
+        mixed = metrics.mix(matrix, weight)
+        left, _ = lowrank.factors(mixed, found.basis, rank)
+        if metric.is_full and metric.slices > 1:
+            left, _ = response.alternate(mixed, metric.moment, left, outputs, sweeps=self.sweeps)
+        # The best second factor for a given first one does not depend on the weight of the outputs.
+        return left, response.refit(matrix, metric.moment, left, outputs)
+
+
+def _has_outputs(site: Site, how: Unfolding) -> bool:
+    return how.name == "channel" and "output" in site.moments
+
+
+def _start(
+    site: Site, how: Unfolding, metric: metrics.ResponseMetric | None, weight: Tensor | None
+) -> lowrank.Spectrum:
+    """Leading directions of every rank, by patches, slices or outputs, whichever the site holds."""
+    if metric is not None:
+        return lowrank.spectrum(metrics.mix(unfold(site.weight, how), weight), response.slice_metric(metric.moment))
+    covariance = site.moments["output"].covariance
+    return lowrank.principal(covariance if weight is None else weight @ covariance @ weight)
+
+
+def _projected(site: Site, matrix: Tensor, basis: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors and shift that project the (weighted) outputs onto a basis, from output moments alone."""
+    if weight is None:
+        inwards, outwards = basis, basis.mT
+    else:
+        inwards, outwards = weight @ basis, torch.linalg.solve(weight, basis).mT
+    mean = site.moments["output"].mean
+    (bias,) = site.biases
+    centre = mean if bias is None else mean - bias.double().reshape(mean.shape)
+    shift = centre - torch.einsum("gor,grp,go->gp", inwards, outwards, centre)
+    return matrix @ inwards, outwards, shift.reshape(-1)

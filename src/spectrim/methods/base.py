@@ -1,0 +1,184 @@
+"""What a method is: it says what every choice at a site would lose, and carries one out."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from spectrim.costs import macs, parameters, rank_multiple
+from spectrim.errors import PlanError
+from spectrim.factors import Factors
+from spectrim.plan import Choice
+from spectrim.sites import LayerSpec, Site
+from spectrim.unfold import Unfolding, unfolding, unfoldings
+
+OUTPUT_ENERGY = "output energy"
+WEIGHTED_ENERGY = "weighted output energy"
+WEIGHT_ENERGY = "weight energy"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Error of every choice a method offers at one site.
+
+    Attributes
+    ----------
+    choices, errors
+        In step; errors are fractions of the site's energy.
+    unit
+        ``output energy``; ``weighted output energy`` where the site holds a sensitivity; ``weight energy`` without data.
+    scale
+        What losing all of the site's energy would add to the loss that selectors minimise.
+    spectra
+        Normalised energies a component by unfolding, for people to look at.
+    """
+
+    choices: tuple[Choice, ...]
+    errors: tuple[float, ...]
+    unit: str
+    scale: float = 1.0
+    spectra: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A way to compress a site. Subclasses are frozen dataclasses whose fields are their options.
+
+    A method sees sites, never modules: it can be written and tested without a network.
+    """
+
+    @property
+    def name(self) -> str:
+        """The word plans use; the class name."""
+        return type(self).__name__
+
+    @abstractmethod
+    def curve(self, site: Site) -> Curve:
+        """Error of every choice, from one decomposition an unfolding. Empty where the method does not fit the site."""
+
+    @abstractmethod
+    def factorize(self, site: Site, choice: Choice) -> Factors:
+        """Carry out one choice."""
+
+    @abstractmethod
+    def layers(self, site: Site, choice: Choice) -> tuple[LayerSpec, ...]:
+        """The layers a choice leads to: what every cost is computed from."""
+
+    def record(self) -> dict[str, Any]:
+        """Type and options, as kept in a plan."""
+        return {"type": type(self).__name__, "options": dataclasses.asdict(self)}
+
+
+def from_record(record: Mapping[str, Any]) -> Method:
+    """The method that :meth:`Method.record` described.
+
+    Raises
+    ------
+    PlanError
+        If no method class of that name has been imported, or the options do not fit it.
+    """
+    import msgspec
+
+    classes = {cls.__name__: cls for cls in _concrete(Method)}
+    kind = record.get("type")
+    if kind not in classes:
+        raise PlanError(
+            f"the plan needs method {kind!r}; known are {', '.join(sorted(classes))}. Import its module, or pass methods=."
+        )
+    options = record.get("options", {})
+    known = {f.name for f in dataclasses.fields(classes[kind])}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise PlanError(f"method {kind} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")
+    try:
+        return msgspec.convert(dict(options), type=classes[kind])
+    except msgspec.ValidationError as error:
+        raise PlanError(f"options of method {kind}: {error}") from error
+
+
+def _concrete(cls: type[Method]) -> list[type[Method]]:
+    found = [] if cls.__abstractmethods__ else [cls]
+    for child in cls.__subclasses__():
+        found += _concrete(child)
+    return found
+
+
+@dataclass(frozen=True)
+class LowRankMethod(Method):
+    """What methods share that put a rank-``r`` pair in place of one layer.
+
+    Attributes
+    ----------
+    unfoldings
+        Names of the unfoldings to offer; all that fit the layer if None.
+    multiple_of
+        Offer ranks that are multiples of this; what suits the device and the layer's width if None.
+    """
+
+    unfoldings: tuple[str, ...] | None = None
+    multiple_of: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.multiple_of is not None and self.multiple_of < 1:
+            raise ValueError(f"multiple_of must be at least 1, got {self.multiple_of}")
+
+    def fits(self, site: Site) -> bool:
+        """Low rank applies to sites of one layer."""
+        return len(site.layers) == 1
+
+    def offered(self, spec: LayerSpec) -> tuple[Unfolding, ...]:
+        return tuple(u for u in unfoldings(spec.kernel) if self.unfoldings is None or u.name in self.unfoldings)
+
+    def ranks(self, spec: LayerSpec, how: Unfolding) -> range:
+        """Ranks on offer: multiples, as long as the pair has fewer parameters or fewer MACs than the layer."""
+        step = self.multiple_of or rank_multiple(spec.device, spec.dtype, full_rank(spec, how))
+        return range(step, break_even(spec, how) + 1, step)
+
+    def layers(self, site: Site, choice: Choice) -> tuple[LayerSpec, ...]:
+        how = unfolding(site.spec.kernel, choice["unfolding"])
+        return site.spec.factor(how, choice["rank"], bias=choice["bias"])
+
+    def choice(self, site: Site, how: Unfolding, rank: int, *, bias: bool) -> Choice:
+        return Choice("low_rank", self.name, {"unfolding": how.name, "rank": rank, "bias": bias})
+
+
+def full_rank(spec: LayerSpec, how: Unfolding) -> int:
+    """Rank at which a pair can equal the layer."""
+    _, o, i, *kernel = spec.shape
+    rows, columns = how.sizes(kernel)
+    return min(i * rows, o * columns)
+
+
+def break_even(spec: LayerSpec, how: Unfolding) -> int:
+    """The largest rank at which a pair costs fewer parameters or fewer MACs than the layer; 0 if there is none."""
+
+    def pays(rank: int) -> bool:
+        pair = spec.factor(how, rank)
+        if parameters(pair) < parameters((spec,)):
+            return True
+        return bool(spec.inputs) and macs(pair) < macs((spec,))
+
+    low, high = 0, full_rank(spec, how) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if pays(middle) else (low, middle)
+    return low
+
+
+def shrunk(covariance: Tensor, count: int) -> Tensor:
+    """Covariance with a little of its mean variance added to every direction.
+
+    Directions that the samples never reached would otherwise be free to take any value. The share grows as samples
+    become few: 1e-6 with plenty, 1e-2 with fewer samples than features.
+    """
+    features = covariance.shape[-1]
+    share = 1e-6 + 1e-2 * min(1.0, features / max(count, 1))
+    level = covariance.diagonal(dim1=-2, dim2=-1).mean(-1) * share
+    result = covariance.clone()
+    result.diagonal(dim1=-2, dim2=-1).add_(level.unsqueeze(-1))
+    return result

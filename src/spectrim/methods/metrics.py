@@ -1,0 +1,104 @@
+"""Which calibration statistics measure what a site loses, and how much that matters to the network."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spectrim.linalg import lowrank, response
+from spectrim.methods.base import OUTPUT_ENERGY, WEIGHTED_ENERGY, shrunk
+from spectrim.sites import LayerSpec, Site
+from spectrim.unfold import Unfolding
+
+
+@dataclass(frozen=True, eq=False)
+class ResponseMetric:
+    """Second moment of what a layer sees, in the coordinates of one unfolding.
+
+    Attributes
+    ----------
+    moment
+        ``[g, p, q, p, q]``, or ``[g, p, p]`` where only the average slice is known (:mod:`spectrim.linalg.response`).
+    mean
+        ``[g, p, q]``, or ``[g, p, 1]``.
+    """
+
+    moment: Tensor
+    mean: Float[Tensor, "g p q"]
+
+    @property
+    def is_full(self) -> bool:
+        return self.moment.dim() == 5
+
+    @property
+    def slices(self) -> int:
+        return self.moment.shape[2] if self.is_full else 1
+
+    def shift(self, missing: Float[Tensor, "g p c"], outputs: int) -> Float[Tensor, " o_total"]:
+        """Mean response of a weight difference ``[g, p, (o, q)]``: what the bias must make up for."""
+        g, p, columns = missing.shape
+        opened = missing.double().reshape(g, p, outputs, columns // outputs)
+        return (opened * self.mean.unsqueeze(2)).sum(dim=(1, 3)).reshape(-1)
+
+
+def window(how: Unfolding) -> str:
+    """Name of the statistic that holds the average slice of an unfolding."""
+    return f"input:{how.name}"
+
+
+def response_metric(site: Site, how: Unfolding) -> ResponseMetric | None:
+    """The metric of a site under an unfolding, or None if calibration kept neither patches nor slices."""
+    spec: LayerSpec = site.spec
+    g, _, *patch = spec.shape
+    if "input" in site.moments:
+        held = site.moments["input"]
+        covariance = shrunk(held.covariance, held.count)
+        axes = how.axes
+        moment = response.arrange(covariance, axes, tuple(patch))
+        order = [0, *(1 + a for a in axes), *(a + 1 for a in range(len(patch) - 1) if a not in axes)]
+        mean = held.mean.reshape(g, *patch).permute(0, *(1 + d for d in order)).reshape(g, *moment.shape[1:3])
+        return ResponseMetric(moment, mean)
+    if window(how) in site.moments:
+        held = site.moments[window(how)]
+        return ResponseMetric(shrunk(held.covariance, held.count), held.mean.unsqueeze(-1))
+    return None
+
+
+def unit(site: Site) -> str:
+    """Unit of the errors that a calibrated site reports."""
+    return WEIGHTED_ENERGY if "gradient" in site.moments else OUTPUT_ENERGY
+
+
+def output_weight(site: Site) -> Float[Tensor, "g o o"] | None:
+    """Square root of the second moment of the gradients that reach the layer's outputs, or None if it is not known.
+
+    Multiplying responses by it measures errors by what they do to the network's output, to second order, instead of
+    counting every output channel the same.
+    """
+    if "gradient" not in site.moments:
+        return None
+    held = site.moments["gradient"]
+    return lowrank.square_root(shrunk(held.second_moment, held.count))
+
+
+def mix(matrix: Float[Tensor, "g p c"], weight: Float[Tensor, "g o o"] | None) -> Float[Tensor, "g p c"]:
+    """Apply an output weight to the columns ``(o, q)`` of an unfolded matrix (or right factor)."""
+    if weight is None:
+        return matrix.double()
+    g, p, columns = matrix.shape
+    o = weight.shape[-1]
+    opened = matrix.double().reshape(g, p, o, columns // o)
+    return torch.einsum("gpoq,got->gptq", opened, weight).reshape(g, p, columns)
+
+
+def scale(site: Site, total: float) -> float:
+    """Loss of losing all energy: 1 without sensitivity, else half the weighted energy over all output positions."""
+    if "gradient" not in site.moments:
+        return 1.0
+    spec = site.spec
+    positions = sum(math.prod(spec.output_shape(shape)) for shape in spec.inputs)
+    return 0.5 * positions * total

@@ -1,0 +1,86 @@
+"""Truncated SVD of the weight: data-free low rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from spectrim.factors import LowRank
+from spectrim.linalg import lowrank, response
+from spectrim.methods import metrics
+from spectrim.methods.base import WEIGHT_ENERGY, Curve, LowRankMethod
+from spectrim.plan import Choice
+from spectrim.sites import Site
+from spectrim.unfold import Unfolding, unfold, unfolding
+
+
+@dataclass(frozen=True)
+class WeightSVD(LowRankMethod):
+    """Solve ``min ||M - L R||_F`` for the unfolded weight by truncated SVD.
+
+    Needs no data. The factors are the same with and without calibration; with it, the error is what they lose of the
+    layer's output energy, so that the table may hold other methods beside this one. Without it the error is the share
+    of the weight's energy.
+
+    Notes
+    -----
+    One eigendecomposition of the smaller Gram matrix an unfolding gives the error of every rank. Spatial unfoldings:
+    Jaderberg et al. 2014, Tai et al. 2016; channel: Denton et al. 2014.
+    """
+
+    def curve(self, site: Site) -> Curve:
+        if not self.fits(site):
+            return Curve((), (), WEIGHT_ENERGY)
+        choices: list[Choice] = []
+        errors: list[float] = []
+        spectra: dict[str, tuple[float, ...]] = {}
+        scale = 1.0
+        for how in self.offered(site.spec):
+            ranks = self.ranks(site.spec, how)
+            if not ranks:
+                continue
+            found = lowrank.spectrum(unfold(site.weight, how))
+            if site.moments:
+                measured = self._lost(site, how, found)
+                if measured is None:
+                    continue
+                lost, total = measured
+                scale = metrics.scale(site, total)
+            else:
+                lost = lowrank.tail_errors(found.energies)
+            choices += [self.choice(site, how, rank, bias=site.spec.bias) for rank in ranks]
+            errors += lost[list(ranks)].tolist()
+            spectra[how.name] = lowrank.profile(found.energies)
+        unit = metrics.unit(site) if site.moments else WEIGHT_ENERGY
+        return Curve(tuple(choices), tuple(errors), unit, scale, spectra)
+
+    def _lost(self, site: Site, how: Unfolding, found: lowrank.Spectrum) -> tuple[Tensor, float] | None:
+        """Output energy lost at every rank, and the whole, by whatever statistic the site holds; None without one."""
+        matrix = unfold(site.weight, how)
+        metric = metrics.response_metric(site, how)
+        weight = metrics.output_weight(site)
+        outputs = site.spec.shape[1]
+        if metric is not None:
+            left, right = lowrank.factors(matrix, found.basis, found.basis.shape[-1])
+            total = float(response.total_energy(metrics.mix(matrix, weight), metric.moment, outputs).sum())
+            return response.product_errors(left, metrics.mix(right, weight), metric.moment, outputs, total), total
+        if how.name == "channel" and "output" in site.moments:
+            # The pair projects the outputs onto the leading basis vectors; the rest is lost.
+            covariance = site.moments["output"].covariance
+            basis = metrics.mix(found.basis.mT, weight)
+            seen = found.basis.mT @ covariance @ found.basis
+            pairs = (seen * (basis @ basis.mT)).sum(0)
+            total = float(pairs.sum())
+            return response.trailing(pairs) / max(total, 1e-300), total
+        return None
+
+    def factorize(self, site: Site, choice: Choice) -> LowRank:
+        how = unfolding(site.spec.kernel, choice["unfolding"])
+        matrix = unfold(site.weight, how)
+        left, right = lowrank.factors(matrix, lowrank.spectrum(matrix).basis, choice["rank"])
+        left, right = lowrank.balance(left, right)
+        dtype = site.spec.dtype
+        return LowRank(left.to(dtype), right.to(dtype), None, how, site.spec.shape[1:])
+
+

@@ -1,0 +1,133 @@
+"""Feeding a model from batches of any common structure, with its state left as found."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.errors import CalibrationError
+
+
+def tensors(batch: Any) -> Iterator[Tensor]:
+    """All tensors in a nested batch, in order."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from tensors(value)
+    elif isinstance(batch, (list, tuple)):
+        for value in batch:
+            yield from tensors(value)
+
+
+def batch_size(batch: Any) -> int:
+    """Length of the first tensor of a batch along its first axis.
+
+    Raises
+    ------
+    CalibrationError
+        If the batch holds no tensor with an axis.
+    """
+    for tensor in tensors(batch):
+        if tensor.dim():
+            return tensor.shape[0]
+    raise CalibrationError(f"a batch of type {type(batch).__name__} holds no tensor with a batch axis")
+
+
+def _moved(value: Any, device: torch.device | None, dtype: torch.dtype | None) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype if dtype is not None and value.is_floating_point() else None)
+    if isinstance(value, Mapping):
+        return {k: _moved(v, device, dtype) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(v, device, dtype) for v in value)
+    return value
+
+
+def _required(model: nn.Module) -> int:
+    """How many arguments a model's forward must be given by position."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):
+        return 1
+    return sum(p.kind in kinds and p.default is p.empty for p in signature.parameters.values())
+
+
+def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments that a batch stands for, moved to the model.
+
+    A tensor is the only argument. A mapping, such as tokenisers return, gives keyword arguments. A tuple or list is ``(inputs, targets, ...)`` as data loaders give it: its first element is taken, or as
+    many as the model's ``forward`` requires. Floating tensors are cast to the model's dtype if all its parameters have
+    one.
+    """
+    floating = [p for p in model.parameters() if p.is_floating_point()]
+    device = floating[0].device if floating else None
+    kinds = {p.dtype for p in floating}
+    batch = _moved(batch, device, kinds.pop() if len(kinds) == 1 else None)
+    if isinstance(batch, Tensor):
+        return (batch,), {}
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    if isinstance(batch, (list, tuple)) and batch:
+        needed = _required(model)
+        if 1 < needed <= len(batch):
+            return tuple(batch[:needed]), {}
+        inputs = batch[0]
+        if isinstance(inputs, Mapping):
+            return (), dict(inputs)
+        return (tuple(inputs) if isinstance(inputs, (list, tuple)) else (inputs,)), {}
+    raise CalibrationError(
+        f"cannot feed a batch of type {type(batch).__name__}: expected a tensor, a mapping, or (inputs, targets)"
+    )
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch; see :func:`arguments` for what is passed."""
+    args, kwargs = arguments(model, batch)
+    return model(*args, **kwargs)
+
+
+def logits(output: Any) -> Tensor:
+    """The tensor a model's output stands for: itself, its ``logits``, or the first tensor in it."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return output.logits
+    values = output.values() if isinstance(output, Mapping) else output
+    for tensor in tensors(list(values)):
+        return tensor
+    raise CalibrationError(f"the model's output of type {type(output).__name__} holds no tensor")
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's mode is restored, one by one."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def resized(value: Any, size: int) -> Any:
+    """The same structure with every tensor's first axis repeated or cut to ``size``."""
+    if isinstance(value, Tensor):
+        if not value.dim():
+            return value
+        repeats = -(-size // value.shape[0])
+        return value.repeat(repeats, *[1] * (value.dim() - 1))[:size].contiguous()
+    if isinstance(value, Mapping):
+        return {k: resized(v, size) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(resized(v, size) for v in value)
+    return value

@@ -1,0 +1,261 @@
+"""Watch a model on calibration batches: input shapes, and streamed moments of what every site sees."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from spectrim.costs import macs
+from spectrim.errors import CalibrationError
+from spectrim.linalg.moments import Moments
+from spectrim.nn.batches import batch_size, call, evaluating
+from spectrim.nn.patches import sample_outputs, sample_patches
+from spectrim.sites import LayerSpec, Site, Sites, Skipped
+from spectrim.unfold import Unfolding, unfoldings
+
+# Patches up to this length get a full second moment (at most 42 MB); longer ones one for each unfolding's slices.
+FULL_PATCH = 2304
+# Share of a layer's own MACs that its statistics may cost.
+EFFORT = 0.08
+
+Progress = Callable[[int, int | None], None]
+
+
+def calibrate(
+    model: nn.Module,
+    sites: Sites,
+    batches: Iterable[Any],
+    *,
+    rows: int | str | None = "auto",
+    statistics: bool = True,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> Sites:
+    """Run a model on calibration batches once and keep what the methods need to know of each site.
+
+    For every site the centred second moment and mean of its input patches are streamed in float64 (``input``), so
+    that memory does not depend on the number of samples. Layers whose patches are longer than 2,304 numbers keep one
+    such moment for the slices of each unfolding (``input:height-first``, ...) and one of the outputs (``output``).
+
+    Parameters
+    ----------
+    model
+        Run in evaluation mode without gradients; its mode and hooks are left as found.
+    sites
+        From :func:`spectrim.find`.
+    batches
+        Tensors, mappings of keyword arguments, or tuples ``(inputs, targets, ...)``; see
+        :func:`spectrim.nn.batches.arguments`. Read once.
+    rows
+        Patches a batch sampled at each site: a number, None for all positions, or ``"auto"`` for as many as keep the
+        statistics cheap beside the forward pass, but at least 256.
+    statistics
+        False to learn input shapes only, from the first batch.
+    forward
+        Runs the model on a batch in another way.
+    progress
+        Called with the number of batches done and their total, if known.
+
+    Returns
+    -------
+    Sites
+        In order of execution. Sites that no batch reached are moved to ``skipped`` with that reason.
+
+    Raises
+    ------
+    CalibrationError
+        No batches, no site reached, NaN or Inf in what a layer sees (the message names the layer and the batch), or
+        batches that cannot be fed to the model.
+    """
+    watchers = {site.name: _Watcher(site, rows, statistics, seed + i) for i, site in enumerate(sites)}
+    bystanders = {spec.name: _Shapes(spec) for spec in sites.untouched}
+    run = forward or call
+    handles = []
+    samples = other_macs = done = 0
+    try:
+        length = len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        length = None
+    order: list[str] = []
+    with evaluating(model):
+        try:
+            for watcher in [*watchers.values(), *bystanders.values()]:
+                module = model.get_submodule(watcher.spec.name)
+                handles.append(module.register_forward_hook(watcher.hook(order), with_kwargs=True))
+            for index, batch in enumerate(batches):
+                size = batch_size(batch)
+                for watcher in [*watchers.values(), *bystanders.values()]:
+                    watcher.start(index, size)
+                if index == 0:
+                    with FlopCounterMode(display=False) as counter:
+                        for watcher in watchers.values():
+                            watcher.counter = counter
+                        run(model, batch)
+                    own = sum(watcher.own_flops for watcher in watchers.values())
+                    other_macs = (counter.get_total_flops() - own) / 2 / size
+                    for watcher in watchers.values():
+                        watcher.counter = None
+                else:
+                    run(model, batch)
+                samples += size
+                done += 1
+                if progress is not None:
+                    progress(done, length)
+                if not statistics:
+                    break
+        finally:
+            for handle in handles:
+                handle.remove()
+    if not done:
+        raise CalibrationError("no calibration batches: the iterable was empty")
+    reached = [name for name in dict.fromkeys(order) if name in watchers]
+    if not reached and watchers:
+        raise CalibrationError(
+            f"none of the {len(watchers)} sites was reached by the calibration batches; "
+            f"the first is {next(iter(watchers))!r}. Is this the model that the sites were found in?"
+        )
+    found = tuple(watchers[name].site() for name in reached)
+    missed = [site for site in sites if site.name not in reached]
+    untouched = tuple(spec.at(bystanders[spec.name].inputs) for spec in sites.untouched)
+    seen = [spec for spec in [*(s.spec for s in found), *untouched] if spec.inputs]
+    return dataclasses.replace(
+        sites,
+        sites=found,
+        skipped=(
+            *sites.skipped,
+            *(Skipped(s.name, s.spec.kind, "never reached by the calibration batches") for s in missed),
+        ),
+        untouched=(*untouched, *(s.spec for s in missed)),
+        other_macs=max(0.0, other_macs - macs(seen)),
+        samples=samples,
+    )
+
+
+class _Shapes:
+    """Remembers the input shapes of every call of a layer in the first forward pass, for one sample."""
+
+    def __init__(self, spec: LayerSpec) -> None:
+        self.spec = spec
+        self.inputs: tuple[tuple[int, ...], ...] = ()
+        self.frozen = False
+        self.index = 0
+        self.size = 1
+
+    def start(self, index: int, size: int) -> None:
+        self.index, self.size = index, size
+        self.frozen = index > 0
+
+    def hook(self, order: list[str]) -> Callable[..., None]:
+        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            inputs = args[0] if args else kwargs["input"]
+            # A layer that the first batch does not reach is described by the first call it gets.
+            if not self.frozen or not self.inputs:
+                order.append(self.spec.name)
+                self.inputs += self._shape(inputs)
+            self.see(inputs, output)
+
+        return watch
+
+    def see(self, inputs: Tensor, outputs: Tensor) -> None:
+        """What else to do with a call; nothing for a bystander."""
+
+    def _shape(self, inputs: Tensor) -> tuple[tuple[int, ...], ...]:
+        if self.spec.is_linear:
+            rows = inputs.numel() // max(inputs.shape[-1], 1)
+            return ((max(1, round(rows / self.size)),),)
+        axes = len(self.spec.kernel)
+        spatial = tuple(inputs.shape[-axes:])
+        # Models that fold frames or crops into the batch axis call the layer several times a sample.
+        batch = inputs.shape[0] if inputs.dim() > axes + 1 else 1
+        return (spatial,) * max(1, round(batch / self.size))
+
+
+class _Watcher(_Shapes):
+    """Streams the moments of one site."""
+
+    def __init__(self, site: Site, rows: int | str | None, statistics: bool, seed: int) -> None:
+        super().__init__(site.spec)
+        self._site = site
+        self._rows = rows
+        self._statistics = statistics
+        self._seed = seed
+        self._moments: dict[str, Moments] = {}
+        # The counter of the first pass would count the statistics' own products too.
+        self.counter: FlopCounterMode | None = None
+        self.own_flops = 0
+        spec = site.spec
+        self._slices: dict[str, Unfolding] = {}
+        if statistics and spec.features > FULL_PATCH:
+            self._slices = {f"input:{u.name}": u for u in unfoldings(spec.kernel) if u.name != "channel"}
+
+    def see(self, inputs: Tensor, outputs: Tensor) -> None:
+        if not self._statistics:
+            return
+        before = self.counter.get_total_flops() if self.counter else 0
+        self._update(inputs, outputs)
+        self.own_flops += self.counter.get_total_flops() - before if self.counter else 0
+
+    def _update(self, inputs: Tensor, outputs: Tensor) -> None:
+        spec = self.spec
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.index)
+        patches = sample_patches(spec, inputs, self._count(inputs), generator)
+        if spec.features <= FULL_PATCH:
+            self._add("input", patches.flatten(2))
+        else:
+            for name, how in self._slices.items():
+                self._add(name, _slice_rows(patches, how))
+            generator.manual_seed(self._seed * 1_000_003 + self.index)
+            self._add("output", sample_outputs(spec, outputs, self._count(inputs), generator))
+
+    def _count(self, inputs: Tensor) -> int | None:
+        if self._rows is None or isinstance(self._rows, int):
+            return self._rows
+        spec = self.spec
+        if spec.is_linear:
+            positions = inputs.numel() // inputs.shape[-1]
+        else:
+            shape = spec.output_shape(tuple(inputs.shape[-len(spec.kernel) :]))
+            positions = inputs.shape[0]
+            for size in shape:
+                positions *= size
+        # A patch of d numbers costs d^2 operations; a position of the layer costs d x out.
+        work = spec.features**2 * spec.groups if spec.features <= FULL_PATCH else spec.features * spec.in_channels * 6
+        allowed = EFFORT * positions * spec.features * spec.out_channels / work
+        return max(256, int(allowed))
+
+    def _add(self, name: str, rows: Tensor) -> None:
+        held = self._moments.get(name)
+        if held is None:
+            held = self._moments[name] = Moments(rows.shape[0], rows.shape[2], rows.device)
+        held.update(rows)
+        if not bool(torch.isfinite(held.mean).all()):
+            raise CalibrationError(
+                f"layer {self.spec.name!r} ({self.spec.kind}) sees NaN or Inf in calibration batch {self.index}. "
+                "Check the batch and the model's dtype."
+            )
+
+    def site(self) -> Site:
+        return dataclasses.replace(
+            self._site, layers=(self.spec.at(self.inputs),), moments=MappingProxyType(self._moments)
+        )
+
+
+def _slice_rows(patches: Tensor, how: Unfolding) -> Tensor:
+    """Patches ``[g, n, i, *k]`` as rows of the first factor's view, ``[g, n q, p]``."""
+    axes = patches.dim() - 3
+    rest = [a for a in range(axes) if a not in how.axes]
+    moved = patches.permute(0, 1, *(3 + a for a in rest), 2, *(3 + a for a in how.axes))
+    g, n = patches.shape[:2]
+    q = 1
+    for a in rest:
+        q *= patches.shape[3 + a]
+    return moved.reshape(g, n * q, -1)
+
+

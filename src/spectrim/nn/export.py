@@ -1,0 +1,150 @@
+"""Export to ``torch.export`` programs and ONNX, each checked against the model before it is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.errors import ExportError
+from spectrim.nn.batches import arguments, evaluating, resized, tensors
+
+TOLERANCE = 1e-3
+
+
+def export_program(
+    model: nn.Module, example: Any, path: str | Path, *, dynamic_batch: bool = True, tolerance: float = TOLERANCE
+) -> float:
+    """Write a ``torch.export`` program (``.pt2``).
+
+    Parameters
+    ----------
+    model
+        Exported in evaluation mode; its mode is restored.
+    example
+        A batch: a tensor, a tuple ``(inputs, targets)`` or a mapping, as in calibration.
+    path
+        Where to write.
+    dynamic_batch
+        Let the first axis of every input vary.
+    tolerance
+        Largest difference between program and model allowed, relative to the largest output.
+
+    Returns
+    -------
+    float
+        The difference found, on the example and on a batch of another size.
+
+    Raises
+    ------
+    ExportError
+        If the model cannot be exported, or the program computes something else.
+    """
+    with evaluating(model):
+        args, kwargs = _inputs(model, example, dynamic_batch)
+        program = _traced(model, args, kwargs, dynamic_batch)
+        run = program.module()
+        worst = _difference(model, args, kwargs, lambda a, k: run(*a, **k), dynamic_batch)
+        _accept(worst, tolerance, "the exported program")
+        torch.export.save(program, path)
+    return worst
+
+
+def export_onnx(
+    model: nn.Module, example: Any, path: str | Path, *, dynamic_batch: bool = True, tolerance: float = TOLERANCE
+) -> float:
+    """Write an ONNX file and check it with onnxruntime on the CPU.
+
+    Parameters, returns and errors as for :func:`export_program`. Needs the extra ``export``.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch.onnx needs it and says so less clearly)
+    except ImportError as error:
+        raise ExportError(f"ONNX export needs {error.name}: pip install 'spectrim[export]'") from error
+    with evaluating(model):
+        args, kwargs = _inputs(model, example, dynamic_batch)
+        program = _traced(model, args, kwargs, dynamic_batch)
+        try:
+            onnx_program = torch.onnx.export(program, dynamo=True, verbose=False)
+        except Exception as error:
+            raise ExportError(f"{type(model).__name__} cannot be converted to ONNX: {error}") from error
+        assert onnx_program is not None
+        onnx_program.save(path)
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        names = [i.name for i in session.get_inputs()]
+
+        def run(a: tuple[Any, ...], k: Mapping[str, Any]) -> list[Tensor]:
+            values = [t.detach().cpu().numpy() for t in tensors([*a, *k.values()])]
+            return [torch.from_numpy(o) for o in session.run(None, dict(zip(names, values, strict=True)))]
+
+        worst = _difference(model, args, kwargs, run, dynamic_batch)
+        try:
+            _accept(worst, tolerance, "the ONNX file")
+        except ExportError:
+            Path(path).unlink(missing_ok=True)
+            raise
+    return worst
+
+
+def _inputs(model: nn.Module, example: Any, dynamic: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args, kwargs = arguments(model, example)
+    # Export takes a first axis of length one for a constant.
+    return (resized(args, 2), resized(kwargs, 2)) if dynamic else (args, kwargs)
+
+
+def _axes(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return {0: torch.export.Dim.DYNAMIC} if value.dim() else None
+    if isinstance(value, Mapping):
+        return {k: _axes(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_axes(v) for v in value)
+    return None
+
+
+def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic: bool) -> Any:
+    shapes = None
+    if dynamic:
+        import inspect
+
+        names = list(inspect.signature(model.forward).parameters)
+        shapes = {**{n: _axes(a) for n, a in zip(names, args, strict=False)}, **_axes(kwargs)}
+    try:
+        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise ExportError(
+            f"{type(model).__name__} cannot be exported{' with a dynamic batch' if dynamic else ''}: {error}"
+        ) from error
+
+
+def _difference(model: nn.Module, args: Any, kwargs: Any, run: Any, dynamic: bool) -> float:
+    """Largest deviation relative to the largest output, on the example and, if dynamic, on three samples."""
+    worst = 0.0
+    for size in (None, 3) if dynamic else (None,):
+        a, k = (args, kwargs) if size is None else (resized(args, size), resized(kwargs, size))
+        wanted = list(tensors(_flat(model(*a, **k))))
+        given = list(tensors(_flat(run(a, k))))
+        if len(wanted) != len(given):
+            raise ExportError(f"the exported model returns {len(given)} tensors, the model {len(wanted)}")
+        for w, g in zip(wanted, given, strict=True):
+            if w.shape != g.shape:
+                raise ExportError(f"the exported model returns shape {tuple(g.shape)}, the model {tuple(w.shape)}")
+            scale = float(w.abs().max()) if w.numel() else 0.0
+            gap = float((w.cpu().double() - g.cpu().double()).abs().max()) if w.numel() else 0.0
+            worst = max(worst, gap / max(scale, 1e-12))
+    return worst
+
+
+def _flat(output: Any) -> Sequence[Any]:
+    if isinstance(output, Tensor):
+        return [output]
+    return list(output.values()) if isinstance(output, Mapping) else list(output)
+
+
+def _accept(worst: float, tolerance: float, what: str) -> None:
+    if not worst <= tolerance:
+        raise ExportError(f"{what} differs from the model by {worst:.2e} of its largest output (allowed {tolerance:.0e})")

@@ -1,0 +1,228 @@
+"""Find the layers of a model that can be factorised, and say why the others cannot."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from spectrim.errors import UnsupportedLayerError
+from spectrim.sites import LayerSpec, Site, Sites, Skipped
+
+Selector = str | type | Callable[[str, nn.Module], bool]
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_LAYERS = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
+
+
+def find(
+    model: nn.Module, *, skip: Selector | Iterable[Selector] = (), only: Selector | Iterable[Selector] = ()
+) -> Sites:
+    """List the linear layers and convolutions of a model as sites.
+
+    Parameters
+    ----------
+    model
+        Any module. It is not changed; the sites hold detached views of its weights.
+    skip, only
+        Layers to leave alone, and layers to keep to: shell-style name patterns (``"layer1.*"``, ``"fc"``), module
+        types, or predicates ``(name, module) -> bool``. A name pattern that matches nothing is an error.
+
+    Returns
+    -------
+    Sites
+        One site a layer, in order of registration, and every layer left out with the reason. A module that is
+        registered under several names is one site.
+
+    Raises
+    ------
+    ValueError
+        If a name pattern matches no layer; the message lists the layers.
+    """
+    skips, onlys = _selectors(skip), _selectors(only)
+    names = _names(model)
+    layers = {m: n for m, n in names.items() if _is_layer(m)}
+    everything = [n for group in names.values() for n in group]
+    for pattern in [*skips, *onlys]:
+        if isinstance(pattern, str) and not any(fnmatch.fnmatchcase(n, pattern) for n in everything):
+            known = ", ".join(n for group in layers.values() for n in group) or "none"
+            raise ValueError(f"the name pattern {pattern!r} matches no module; layers are: {known}")
+
+    sites: list[Site] = []
+    skipped: list[Skipped] = []
+    untouched: list[LayerSpec] = []
+    covered: set[int] = set()
+    tied = _tied_weights(model)
+    for module, paths in layers.items():
+        reason = _obstacle(model, module, paths, tied)
+        spec = describe(module, paths) if _is_plain(module) else None
+        if reason is None and spec is not None:
+            reason = _pointless(spec)
+        if reason is None and any(_matches(s, paths, module) for s in skips):
+            reason = "skipped on request"
+        if reason is None and onlys and not any(_matches(s, paths, module) for s in onlys):
+            reason = "not among the layers asked for"
+        if reason is None and spec is not None:
+            weight, bias = canonical(module)
+            sites.append(Site(spec.name, (spec,), (weight,), (bias,)))
+        else:
+            kind = spec.kind if spec is not None else type(module).__name__
+            skipped.append(Skipped(paths[0], kind, reason or "not a plain layer"))
+            if spec is not None:
+                untouched.append(spec)
+        if spec is not None:
+            covered.update(id(p) for p in module.parameters(recurse=False))
+    others = [p for p in model.parameters() if id(p) not in covered]
+    return Sites(
+        tuple(sites),
+        tuple(skipped),
+        tuple(untouched),
+        other_parameters=sum(p.numel() for p in others if not _is_lazy(p)),
+        other_bytes=sum(t.numel() * t.element_size() for t in [*others, *model.buffers()] if not _is_lazy(t)),
+    )
+
+
+def describe(module: nn.Module, names: Iterable[str]) -> LayerSpec:
+    """The numbers of a linear layer or convolution.
+
+    Raises
+    ------
+    UnsupportedLayerError
+        For any other module.
+    """
+    names = tuple(names)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    common: dict[str, Any] = {
+        "names": names,
+        "bias": module.bias is not None,
+        "dtype": weight.dtype,
+        "device": str(weight.device),
+    }
+    if isinstance(module, nn.Linear):
+        return LayerSpec(in_channels=module.in_features, out_channels=module.out_features, **common)
+    if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)):
+        return LayerSpec(
+            in_channels=module.in_channels,
+            out_channels=module.out_channels,
+            kernel=tuple(module.kernel_size),
+            stride=tuple(module.stride),
+            padding=_padding(module),
+            dilation=tuple(module.dilation),
+            output_padding=tuple(module.output_padding),
+            groups=module.groups,
+            transposed=isinstance(module, _TRANSPOSED),
+            padding_mode=module.padding_mode,
+            **common,
+        )
+    raise UnsupportedLayerError(f"{names[0]!r} is a {type(module).__name__}; expected nn.Linear or nn.Conv*")
+
+
+def _padding(module: Any) -> tuple[int, ...] | str:
+    if module.padding == "valid":
+        return (0,) * len(module.kernel_size)
+    return module.padding if isinstance(module.padding, str) else tuple(module.padding)
+
+
+def canonical(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight as ``[g, o, i, *k]`` and bias, detached. Views where torch's layout allows it."""
+    weight = module.weight
+    bias = module.bias
+    assert isinstance(weight, Tensor)
+    weight = weight.detach()
+    groups = getattr(module, "groups", 1)
+    grouped = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    if isinstance(module, _TRANSPOSED):
+        grouped = grouped.transpose(1, 2)
+    return grouped, bias.detach() if isinstance(bias, Tensor) else None
+
+
+def _names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    names: dict[nn.Module, tuple[str, ...]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module] = (*names.get(module, ()), name)
+    return names
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is a layer whose weight can be read as an ordinary tensor of numbers."""
+    return isinstance(module, _LAYERS) and not _is_lazy(module.weight) and isinstance(module.weight, Tensor)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """Layers, and things that stand for layers and deserve a reason."""
+    return isinstance(module, _LAYERS) or _is_quantised(module)
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    home = type(module).__module__
+    return "quantized" in home and hasattr(module, "weight") and not isinstance(module, nn.Sequential)
+
+
+def _is_lazy(tensor: object) -> bool:
+    return isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer))
+
+
+def _tied_weights(model: nn.Module) -> dict[int, list[str]]:
+    """Paths of the modules that hold each weight, for weights held by more than one module."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(name)
+    return {key: names for key, names in holders.items() if len(names) > 1}
+
+
+def _obstacle(
+    model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied: dict[int, list[str]]
+) -> str | None:
+    """Why a layer cannot be factorised, or None."""
+    if _is_quantised(module):
+        return "quantised: the weight is not a floating-point matrix"
+    if _is_lazy(module.weight):
+        return "lazy: run the model once so that its weight has a shape"
+    if parametrize.is_parametrized(module) or hasattr(module, "weight_g"):
+        return "parametrised: remove the parametrisation first (torch.nn.utils.parametrize.remove_parametrizations)"
+    weight = module.weight
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return f"its weight is not a floating-point tensor ({getattr(weight, 'dtype', type(weight).__name__)})"
+    if weight.is_meta:
+        return "its weight is on the meta device and has no values"
+    base = next(b for b in _LAYERS if isinstance(module, b))
+    if type(module).forward is not base.forward:
+        return f"{type(module).__name__} overrides forward"
+    if id(weight) in tied:
+        others = [n for n in tied[id(weight)] if n not in paths]
+        return f"its weight is tied to {', '.join(others)}"
+    for path in paths:
+        parent = model.get_submodule(path.rpartition(".")[0]) if path else model
+        if isinstance(parent, nn.MultiheadAttention):
+            return "nn.MultiheadAttention reads its weight directly"
+    if "" in paths:
+        return "the model itself is this layer: wrap it in nn.Sequential"
+    return None
+
+
+def _pointless(spec: LayerSpec) -> str | None:
+    _, o, i, *_ = spec.shape
+    if spec.groups > 1 and (i == 1 or o == 1):
+        return "depthwise: each group has one channel, so there is no matrix to factor"
+    return None
+
+
+def _selectors(given: Selector | Iterable[Selector]) -> list[Selector]:
+    if isinstance(given, (str, type)) or callable(given):
+        return [given]
+    return list(given)
+
+
+def _matches(selector: Selector, paths: tuple[str, ...], module: nn.Module) -> bool:
+    if isinstance(selector, str):
+        return any(fnmatch.fnmatchcase(path, selector) for path in paths)
+    if isinstance(selector, type):
+        return isinstance(module, selector)
+    return any(selector(path, module) for path in paths)

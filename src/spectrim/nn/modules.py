@@ -1,0 +1,110 @@
+"""Modules that hold a result. They are plain torch containers: nothing in them hides the rank."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.factors import LowRank
+from spectrim.nn.find import canonical, describe
+from spectrim.sites import LayerSpec
+from spectrim.unfold import unfolding
+
+_TYPES: dict[tuple[int, bool], type[nn.Module]] = {
+    (1, False): nn.Conv1d,
+    (2, False): nn.Conv2d,
+    (3, False): nn.Conv3d,
+    (1, True): nn.ConvTranspose1d,
+    (2, True): nn.ConvTranspose2d,
+    (3, True): nn.ConvTranspose3d,
+}
+
+
+def make_layer(spec: LayerSpec, weight: Tensor | None = None, bias: Tensor | None = None) -> nn.Module:
+    """The plain torch layer that a spec describes.
+
+    Parameters
+    ----------
+    weight
+        Canonical, ``[g, o, i, *k]``; left uninitialised if None.
+    bias
+        ``[o_total]``; zero if None and the spec has a bias.
+    """
+    if spec.is_linear:
+        layer: nn.Module = nn.utils.skip_init(
+            nn.Linear, spec.in_channels, spec.out_channels, bias=spec.bias, device=spec.device, dtype=spec.dtype
+        )
+    else:
+        options: dict[str, Any] = {
+            "stride": spec.stride,
+            "padding": spec.padding,
+            "dilation": spec.dilation,
+            "groups": spec.groups,
+            "bias": spec.bias,
+            "padding_mode": spec.padding_mode,
+            "device": spec.device,
+            "dtype": spec.dtype,
+        }
+        if spec.transposed:
+            options["output_padding"] = spec.output_padding
+        kind = _TYPES[len(spec.kernel), spec.transposed]
+        layer = nn.utils.skip_init(kind, spec.in_channels, spec.out_channels, spec.kernel, **options)
+    with torch.no_grad():
+        if weight is not None:
+            laid = weight.transpose(1, 2) if spec.transposed else weight
+            layer.weight.copy_(laid.reshape(layer.weight.shape))  # type: ignore[operator, arg-type]
+        if isinstance(layer.bias, Tensor):
+            layer.bias.zero_() if bias is None else layer.bias.copy_(bias)
+    return layer
+
+
+class Factored(nn.Sequential):
+    """A low-rank pair in place of one layer: two plain layers, one after the other.
+
+    Attributes
+    ----------
+    unfolding
+        Name of the unfolding, which tells how the kernel is shared out.
+    original
+        Spec of the layer it stands for.
+    """
+
+    is_factored = True
+
+    def __init__(self, first: nn.Module, second: nn.Module, *, unfolding: str, original: LayerSpec) -> None:
+        super().__init__(first, second)
+        self.unfolding = unfolding
+        self.original = original
+
+    @property
+    def first(self) -> nn.Module:
+        return self[0]
+
+    @property
+    def second(self) -> nn.Module:
+        return self[1]
+
+    @property
+    def rank(self) -> int:
+        """For each group."""
+        return describe(self.first, ("first",)).out_channels // self.original.groups
+
+    def extra_repr(self) -> str:
+        return f"{self.original.kind}, {self.unfolding}, rank {self.rank}"
+
+    @torch.no_grad()
+    def merged(self) -> nn.Module:
+        """One dense layer that computes the same, with the weight multiplied out in float64."""
+        how = unfolding(self.original.kernel, self.unfolding)
+        first, _ = canonical(self.first)
+        second, bias = canonical(self.second)
+        g, rank = first.shape[:2]
+        left = first.double().reshape(g, rank, -1).transpose(1, 2)
+        right = second.double().transpose(1, 2).reshape(g, rank, -1)
+        (weight,) = LowRank(left, right, None, how, self.original.shape[1:]).dense()
+        now = describe(self.second, ("second",))
+        spec = dataclasses.replace(self.original, bias=bias is not None, dtype=now.dtype, device=now.device)
+        return make_layer(spec, weight, bias)

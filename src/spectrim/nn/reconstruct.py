@@ -1,0 +1,118 @@
+"""Watch one layer in two models at once: what it should answer, and what it is given once its predecessors changed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.errors import CalibrationError
+from spectrim.linalg.moments import Moments
+from spectrim.nn.batches import batch_size, call, evaluating
+from spectrim.nn.patches import sample_outputs, sample_patches
+from spectrim.sites import Site
+
+# Positions sampled in every image: neighbouring patches overlap and tell little new.
+POSITIONS = 64
+
+
+class _Reached(Exception):
+    """Ends a forward pass at the layer of interest; what follows is not needed."""
+
+
+def asymmetric_site(
+    dense: nn.Module,
+    compressed: nn.Module,
+    site: Site,
+    batches: Iterable[Any],
+    *,
+    rows: int | None | str = "auto",
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    seed: int = 0,
+) -> Site:
+    """A site as it should be factorised once the layers before it have been.
+
+    The target is the dense layer's response ``y``, the input ``x`` is what the already compressed predecessors
+    deliver. With their joint moments streamed from both models, ``min E ||y - W' x - b||^2`` equals a least-squares
+    weight ``W* = D C^{-1}`` to be approximated in the metric ``C`` (Yu et al. 2017 call this asymmetric
+    reconstruction). Directions that ``x`` hardly takes keep the dense weight.
+
+    Parameters
+    ----------
+    dense, compressed
+        The original, and a copy in which the layers before the site are compressed and this one is still dense.
+    site
+        Of one layer.
+    rows
+        Positions sampled in each batch, all if None; ``"auto"`` takes 64 a sample.
+
+    Returns
+    -------
+    Site
+        With weight ``W*``, its bias, and the moments of ``x`` as ``input``; a sensitivity is kept.
+    """
+    spec = site.spec
+    g, o, i, *kernel = spec.shape
+    run = forward or call
+    held = Moments(g, spec.features + o, site.weight.device)
+    caught: list[Tensor] = []
+
+    def catch_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        caught.append(args[0] if args else kwargs["input"])
+        if len(caught) == calls:
+            raise _Reached
+
+    def catch_output(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        caught.append(output)
+        if len(caught) == calls:
+            raise _Reached
+
+    calls = max(1, len(spec.inputs))
+    with evaluating(dense, compressed):
+        for index, batch in enumerate(batches):
+            layer = compressed.get_submodule(spec.name)
+            inputs = _run(compressed, batch, run, layer.register_forward_pre_hook(catch_input, with_kwargs=True), caught)
+            layer = dense.get_submodule(spec.name)
+            targets = _run(dense, batch, run, layer.register_forward_hook(catch_output, with_kwargs=True), caught)
+            count = POSITIONS * batch_size(batch) if isinstance(rows, str) else rows
+            for x, y in zip(inputs, targets, strict=True):
+                # The same seed draws the same positions from both.
+                patches = sample_patches(spec, x, count, torch.Generator().manual_seed(seed + index)).flatten(2)
+                wanted = sample_outputs(spec, y, count, torch.Generator().manual_seed(seed + index))
+                held.update(torch.cat([patches, wanted.to(patches.dtype)], dim=2))
+    if not held.count or not held.is_finite():
+        raise CalibrationError(f"layer {spec.name!r} was not reached, or sees NaN or Inf, in the reconstruction batches")
+    d = spec.features
+    inputs_moments = Moments(g, d, held.mean.device)
+    inputs_moments.count = held.count
+    inputs_moments.mean, inputs_moments.scatter = held.mean[:, :d].clone(), held.scatter[:, :d, :d].clone()
+    covariance, cross = held.covariance[:, :d, :d], held.covariance[:, d:, :d]
+    weight = site.weight.double().reshape(g, o, d)
+    ridge = 1e-6 + 1e-2 * min(1.0, d / held.count)
+    level = covariance.diagonal(dim1=-2, dim2=-1).mean(-1) * ridge
+    damped = covariance.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(level.clamp_min(1e-300).unsqueeze(-1))
+    best = weight + torch.linalg.solve(damped, (cross - weight @ covariance).mT).mT
+    bias = (held.mean[:, d:] - torch.einsum("god,gd->go", best, held.mean[:, :d])).reshape(-1)
+    return dataclasses.replace(
+        site,
+        weights=(best.reshape(site.weight.shape),),
+        biases=(bias,),
+        moments=MappingProxyType({**site.moments, "input": inputs_moments}),
+    )
+
+
+def _run(model: nn.Module, batch: Any, run: Callable[..., Any], handle: Any, caught: list[Tensor]) -> list[Tensor]:
+    try:
+        run(model, batch)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    found = list(caught)
+    caught.clear()
+    return found

@@ -1,0 +1,99 @@
+"""Changing a model: replace modules, merge factored ones back, estimate BatchNorm statistics anew."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from spectrim.errors import PlanError
+from spectrim.nn.batches import call, evaluating
+from spectrim.nn.modules import Factored
+
+
+def replace_module(model: nn.Module, names: Iterable[str], module: nn.Module) -> None:
+    """Put one module in place of another under all its names, keeping the training mode and device."""
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        try:
+            owner = model.get_submodule(parent)
+            old = model.get_submodule(name)
+        except AttributeError as error:
+            raise PlanError(f"the model has no module {name!r}: {error}") from error
+        module.train(old.training)
+        setattr(owner, leaf, module)
+
+
+def merge(model: nn.Module) -> nn.Module:
+    """A copy of a compressed model with every low-rank pair multiplied out into one dense layer.
+
+    Useful to compress again with another plan, or to hand the weights to code that expects the original layout. The
+    result has the original's layers and computes what the compressed model computes, to float tolerance.
+    """
+    merged = copy.deepcopy(model)
+    pairs: dict[Factored, list[str]] = {}
+    for name, module in merged.named_modules(remove_duplicate=False):
+        if isinstance(module, Factored):
+            pairs.setdefault(module, []).append(name)
+    for pair, names in pairs.items():
+        replace_module(merged, names, pair.merged())
+    return merged
+
+
+def batch_norms(model: nn.Module) -> Iterator[_BatchNorm]:
+    """BatchNorm layers that keep running statistics."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module.track_running_stats and module.running_mean is not None:
+            yield module
+
+
+def reestimate_batchnorm(
+    model: nn.Module, batches: Iterable[Any], *, forward: Callable[[nn.Module, Any], Any] | None = None
+) -> int:
+    """Replace BatchNorm running statistics by averages over batches; weights and modes are left as found.
+
+    Factors change the scale of what a BatchNorm sees, which costs far more accuracy than the approximation itself.
+
+    Returns
+    -------
+    int
+        BatchNorm layers updated. Layers that no batch reached keep their statistics; without BatchNorm layers the
+        batches are not read.
+    """
+    norms = list(batch_norms(model))
+    if not norms:
+        return 0
+    before = [(norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
+    run = forward or call
+    with evaluating(model):
+        try:
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None
+                norm.training = True
+            for batch in batches:
+                run(model, batch)
+        finally:
+            updated = 0
+            for norm, (momentum, state) in zip(norms, before, strict=True):
+                norm.momentum = momentum
+                if int(norm.num_batches_tracked or 0) == 0:
+                    norm.load_state_dict(state)
+                else:
+                    updated += 1
+    return updated
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Parameters, shared ones once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def size_in_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers, shared ones once."""
+    held: dict[int, torch.Tensor] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+    return sum(t.numel() * t.element_size() for t in held.values())

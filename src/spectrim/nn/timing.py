@@ -1,0 +1,203 @@
+"""Whole models measured: latency side by side, and peak memory of inference."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.chains import preemptions, torch_threads, undisturbed
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Latency of one model, in milliseconds.
+
+    Attributes
+    ----------
+    samples
+        One a repeat, in the order taken. Samples at the same index of two models were taken next to each other.
+    preempted
+        How often the system took a core away during each sample; zeros where it does not say.
+    """
+
+    samples: tuple[float, ...]
+    preempted: tuple[int, ...] = ()
+
+    @property
+    def p50(self) -> float:
+        """Median."""
+        return statistics.median(self.samples)
+
+    @property
+    def p90(self) -> float:
+        """The smallest sample that nine in ten do not exceed."""
+        return sorted(self.samples)[-(-9 * len(self.samples) // 10) - 1]
+
+    @property
+    def quiet(self) -> float:
+        """Median of the samples that were preempted least (at least five): what an idle machine would show."""
+        return statistics.median(undisturbed(self.samples, self.preempted or (0,) * len(self.samples), 5))
+
+
+def measure_latency(
+    models: Mapping[str, nn.Module],
+    example: Any,
+    *,
+    repeats: int = 30,
+    warmup: int = 3,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Timing]:
+    """Time models side by side: in each repeat every model runs once, so that a busy moment hits all of them.
+
+    The models run in evaluation and inference mode; the mode of each of their modules is restored.
+
+    Parameters
+    ----------
+    models
+        By the name that the result uses. They must be on one device, and in the memory format to be measured.
+    example
+        One batch: a tensor, a tuple of positional arguments or a dict of keyword arguments, on the models' device.
+    repeats, warmup
+        Timed and untimed runs of each model.
+    threads
+        Of the CPU's operators; None leaves the number as it is.
+    progress
+        Called with the repeats done and their number.
+
+    Raises
+    ------
+    ValueError
+        For no model or fewer than one repeat.
+    """
+    if not models or repeats < 1:
+        raise ValueError(
+            f"measuring needs a model and at least one repeat; got {len(models)} models, repeats={repeats}"
+        )
+    call = _caller(example)
+    samples: dict[str, list[float]] = {name: [] for name in models}
+    preempted: dict[str, list[int]] = {name: [] for name in models}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch_threads(threads))
+        stack.enter_context(torch.inference_mode())
+        for model in models.values():
+            stack.enter_context(_evaluating(model))
+        wait = {name: _waiter(model) for name, model in models.items()}
+        for turn in range(warmup + repeats):
+            for name, model in models.items():
+                wait[name]()
+                before = preemptions()
+                start = time.perf_counter()
+                call(model)
+                wait[name]()
+                if turn >= warmup:
+                    samples[name].append((time.perf_counter() - start) * 1e3)
+                    preempted[name].append(preemptions() - before)
+            if progress is not None and turn >= warmup:
+                progress(turn - warmup + 1, repeats)
+    return {name: Timing(tuple(samples[name]), tuple(preempted[name])) for name in models}
+
+
+def peak_memory(model: nn.Module, example: Any) -> int:
+    """Most bytes that one inference holds at a time above the model and its input: activations, output, workspaces.
+
+    On the CPU the allocations that ``torch.profiler`` records are added up, which covers what torch's allocator hands
+    out, also inside operators. On a GPU it is what the caching allocator reports.
+    """
+    call = _caller(example)
+    device = _device(model)
+    with _evaluating(model), torch.inference_mode():
+        call(model)  # what is made once and kept does not count
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            call(model)
+            torch.cuda.synchronize(device)
+            return torch.cuda.max_memory_allocated(device) - before
+        profile = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+        )
+        with _muted():
+            profile.start()
+        try:
+            output = call(model)
+        finally:
+            with _muted():
+                profile.stop()
+        del output
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
+    changes = sorted(
+        (event["ts"], index, event["args"]["Bytes"])
+        for index, event in enumerate(events)
+        if event.get("name") == "[memory]" and event["args"].get("Device Type") == 0
+    )
+    held = peak = 0
+    for _, _, change in changes:
+        held += change
+        peak = max(peak, held)
+    return peak
+
+
+def _caller(example: Any) -> Callable[[nn.Module], Any]:
+    if isinstance(example, Tensor):
+        return lambda model: model(example)
+    if isinstance(example, Mapping):
+        return lambda model: model(**example)
+    if isinstance(example, (tuple, list)):
+        return lambda model: model(*example)
+    raise TypeError(
+        f"example is a {type(example).__name__}; expected one batch as a tensor, a tuple of positional arguments or a "
+        "dict of keyword arguments"
+    )
+
+
+def _device(model: nn.Module) -> torch.device:
+    for tensor in (*model.parameters(), *model.buffers()):
+        return tensor.device
+    return torch.device("cpu")
+
+
+def _waiter(model: nn.Module) -> Callable[[], None]:
+    device = _device(model)
+    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+
+
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+    """Drop what native code writes to standard error: some builds of the profiler announce each start and stop."""
+    sys.stderr.flush()
+    with open(os.devnull, "wb") as nowhere:
+        kept = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,236 @@
+"""The one call: from a trained model, calibration batches and a budget to a smaller, faster model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from spectrim.api import Progress, apply, tabulate
+from spectrim.errors import InfeasibleBudgetError, PlanError
+from spectrim.latency import Latency
+from spectrim.methods import Method
+from spectrim.nn.batches import arguments, resized
+from spectrim.nn.calibrate import calibrate
+from spectrim.nn.find import Selector, find
+from spectrim.nn.sensitivity import sensitivity as weigh
+from spectrim.nn.timing import Timing, measure_latency
+from spectrim.plan import Budget, Candidates, Plan
+from spectrim.select import exact, select
+from spectrim.sites import Sites
+
+# A latency plan is selected, built, measured and corrected at most so often.
+_ROUNDS = 4
+# ... until the measured time is within this share of the budget.
+_CLOSE = 0.03
+
+
+@dataclass(frozen=True)
+class Report:
+    """What compression did, in numbers and words.
+
+    Attributes
+    ----------
+    plan
+        With the counted costs before and after.
+    skipped
+        ``(layer, kind, reason)`` of every layer left alone.
+    samples
+        Calibration samples.
+    measured
+        Milliseconds of the dense and the compressed network, measured side by side, if latency was asked for.
+    notes
+        What a user should know, such as a model measured slower than dense.
+    """
+
+    plan: Plan
+    skipped: tuple[tuple[str, str, str], ...]
+    samples: int
+    measured: Mapping[str, Timing] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{'cost':<12}{'dense':>16}{'compressed':>16}{'ratio':>9}"]
+        for cost, dense in self.plan.dense_costs.items():
+            lines.append(f"{cost:<12}{dense:>16,.6g}{self.plan.costs[cost]:>16,.6g}{self.plan.ratio(cost):>8.2f}x")
+        if self.measured:
+            dense_ms, small_ms = self.measured["dense"].p50, self.measured["compressed"].p50
+            lines.append(f"{'measured ms':<12}{dense_ms:>16.3f}{small_ms:>16.3f}{dense_ms / small_ms:>8.2f}x")
+        changed = sum(not entry.choice.is_dense for entry in self.plan)
+        lines.append(f"{changed} of {len(self.plan.entries)} layers changed, {self.samples:,} calibration samples")
+        lines += [f"skipped {name} ({kind}): {reason}" for name, kind, reason in self.skipped]
+        return "\n".join([*lines, *self.notes])
+
+
+@dataclass(frozen=True)
+class Result:
+    """What :func:`compress` returns.
+
+    Attributes
+    ----------
+    model
+        The compressed model, a new module of plain layers.
+    plan
+        One choice a site.
+    report
+        Costs before and after, skipped layers, measured times.
+    candidates
+        The table, to select from again under another budget.
+    sites
+        The calibrated sites, to apply another plan.
+    """
+
+    model: nn.Module
+    plan: Plan
+    report: Report
+    candidates: Candidates
+    sites: Sites
+
+
+def compress(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    budget: Budget,
+    *,
+    methods: Sequence[Method] | None = None,
+    skip: Selector | Iterable[Selector] = (),
+    only: Selector | Iterable[Selector] = (),
+    sensitivity: bool = True,
+    reconstruct: bool = True,
+    latency: Latency | None = None,
+    guard: bool = False,
+    selector: Callable[[Candidates, Budget], Plan] = exact,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    progress: Progress | None = None,
+) -> Result:
+    """Compress a trained model to a budget: find, calibrate, tabulate, select, apply.
+
+    Parameters
+    ----------
+    model
+        Left untouched.
+    calibration
+        Batches of training inputs, a thousand samples or more; labels are not used. An iterator is read into a list.
+    budget
+        For the whole network.
+    methods
+        What may be chosen at each site; both low-rank methods by default.
+    skip, only
+        Layers to leave alone or keep to; see :func:`spectrim.find`.
+    sensitivity
+        Weigh errors by the gradients that reach each layer (one backward pass over 1,024 samples).
+    reconstruct
+        Fit each layer to the dense responses for the inputs that its compressed predecessors deliver.
+    latency
+        How time is measured. Made for the model's device and dtype if the budget limits latency or ``guard`` is set.
+    guard
+        Choose no option that is measured slower than dense, and measure the finished model.
+    selector
+        How choices are made; exact by default.
+
+    Returns
+    -------
+    Result
+
+    Raises
+    ------
+    InfeasibleBudgetError
+        If the budget cannot be met; carries the lowest reachable cost.
+
+    Notes
+    -----
+    With a latency budget the plan is made from measured layer times, built, measured end to end beside the dense
+    network and corrected, up to four times, until it is within 3 % of the budget.
+    """
+    batches = list(calibration) if iter(calibration) is calibration else calibration
+    sites = find(model, skip=skip, only=only)
+    if not len(sites):
+        reasons = "; ".join(f"{s.name}: {s.reason}" for s in sites.skipped[:5]) or "it has no linear or conv layers"
+        raise PlanError(f"{type(model).__name__} has no layer to compress ({reasons})")
+    told = progress or _silent
+    sites = calibrate(model, sites, batches, forward=forward, progress=lambda d, t: told("calibrate", d, t))
+    if sensitivity:
+        sites = weigh(model, sites, batches, forward=forward)
+    timed = guard or budget.latency is not None or latency is not None
+    example, measured = None, {}
+    if timed:
+        spec = sites.sites[0].spec
+        latency = latency or Latency(device=spec.device, dtype=spec.dtype)
+        example = _example(model, batches, latency.batch)
+        measured = measure_latency({"dense": model}, example)
+    table = tabulate(
+        sites,
+        methods,
+        latency=latency,
+        dense_latency=measured["dense"].p50 if measured else None,
+        guard=guard,
+        progress=progress,
+    )
+    plan = select(table, budget, selector)
+    notes: list[str] = []
+    if timed:
+        plan, measured = _corrected(model, sites, table, plan, budget, selector, example, methods)
+        dense_ms, small_ms = measured["dense"].p50, measured["compressed"].p50
+        if small_ms > dense_ms:
+            notes.append(f"the compressed model is SLOWER than dense: {small_ms:.3f} ms against {dense_ms:.3f} ms")
+    small = apply(
+        model, sites, plan, batches, methods=methods, reconstruct=reconstruct, forward=forward, progress=progress
+    )
+    report = Report(
+        plan, tuple((s.name, s.kind, s.reason) for s in sites.skipped), sites.samples, measured, tuple(notes)
+    )
+    return Result(small, plan, report, table, sites)
+
+
+def _silent(what: str, done: int, total: int | None) -> None:
+    """Progress that nobody watches."""
+
+
+def _example(model: nn.Module, batches: Iterable[Any], size: int) -> Any:
+    """One batch of the size that latency is measured at."""
+    args, kwargs = arguments(model, next(iter(batches)))
+    return resized(kwargs, size) if kwargs else resized(args, size)
+
+
+def _corrected(
+    model: nn.Module,
+    sites: Sites,
+    table: Candidates,
+    plan: Plan,
+    budget: Budget,
+    selector: Callable[[Candidates, Budget], Plan],
+    example: Any,
+    methods: Sequence[Method] | None,
+) -> tuple[Plan, Mapping[str, Timing]]:
+    """Build, measure and select again until the measured latency meets the budget.
+
+    Layer times do not add up exactly: caches, threads and the layers in between differ. The ratio of measured to
+    planned time of one round corrects the limit of the next.
+    """
+    limit = budget.limits(table.dense).get("latency")
+    best: tuple[float, Plan, Mapping[str, Timing]] | None = None
+    asked = limit
+    for _ in range(_ROUNDS):
+        trial = apply(model, sites, plan, methods=methods)
+        measured = measure_latency({"dense": model, "compressed": trial}, example)
+        if limit is None or asked is None:
+            return plan, measured
+        # The budget was read against the dense time of the table; this run's dense time rescales it.
+        wanted = limit * measured["dense"].p50 / table.dense["latency"]
+        ratio = measured["compressed"].p50 / wanted
+        # Meeting the budget comes first; among plans that do, the one that uses most of it.
+        score = ratio - 1 if ratio > 1 else (1 - ratio) * 0.5
+        if best is None or score < best[0]:
+            best = (score, plan, measured)
+        if 1 - _CLOSE <= ratio <= 1:
+            break
+        asked = asked / ratio * (0.995 if ratio > 1 else 1.0)
+        again = Budget(**{**{c: getattr(budget, c) for c in budget.costs}, "latency": f"{asked}ms"})
+        try:
+            plan = select(table, again, selector)
+        except InfeasibleBudgetError:
+            break
+    assert best is not None
+    return best[1], best[2]

@@ -1,0 +1,378 @@
+"""Choices, the table of candidates, budgets and plans: plain values, no tensors.
+
+``tabulate`` fills a :class:`Candidates` table, ``select`` turns it and a :class:`Budget` into a :class:`Plan`, and
+``apply`` carries the plan out. A plan is a small JSON document that can be read, edited, compared and replayed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from spectrim.errors import PlanError
+
+VERSION = 1
+COSTS = ("parameters", "macs", "bytes", "latency")
+UNITS = {"parameters": "", "macs": "MAC", "bytes": "B", "latency": "ms"}
+Setting = str | int | float | bool | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One option of one site. Selectors never look inside.
+
+    Attributes
+    ----------
+    kind
+        The factor type it leads to (``low_rank``), or ``dense`` for leaving the site alone.
+    method
+        The method that offered it; empty for ``dense``.
+    settings
+        What the method needs to carry it out, such as the rank and the unfolding.
+    """
+
+    kind: str = "dense"
+    method: str = ""
+    settings: Mapping[str, Setting] = field(default_factory=dict)
+
+    @property
+    def is_dense(self) -> bool:
+        return self.kind == "dense"
+
+    def __getitem__(self, key: str) -> Any:
+        return self.settings[key]
+
+    def __hash__(self) -> int:
+        return hash((self.kind, self.method, tuple(sorted(self.settings.items()))))
+
+    def __str__(self) -> str:
+        if self.is_dense:
+            return "dense"
+        return " ".join([self.method, *(f"{key}={value}" for key, value in sorted(self.settings.items()))])
+
+
+DENSE = Choice()
+
+
+@dataclass(frozen=True)
+class Option:
+    """A row of the table: a choice, what it loses and what it costs.
+
+    ``error`` is relative: the fraction of the site's energy lost. ``costs`` are the site's, in the cost's own unit.
+    """
+
+    choice: Choice
+    error: float
+    costs: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One site of the table.
+
+    Attributes
+    ----------
+    options
+        The first is always the dense one.
+    scale, exponent
+        Sensitivity: choosing an option adds ``scale * error ** exponent`` to the loss that selectors minimise.
+    spectra
+        For figures: singular values or eigenvalue energies by ``method/unfolding``, normalised, at most 256 of each.
+    """
+
+    site: str
+    kind: str
+    options: tuple[Option, ...]
+    scale: float = 1.0
+    exponent: float = 1.0
+    spectra: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    @property
+    def dense(self) -> Option:
+        return self.options[0]
+
+    def loss(self, option: Option) -> float:
+        return self.scale * max(option.error, 0.0) ** self.exponent if option.error > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """All sites' options, and the cost of what no choice touches.
+
+    Attributes
+    ----------
+    rows
+        One a site.
+    fixed
+        Cost of the rest of the network.
+    unit
+        ``output energy`` or ``weight energy``: the two never meet in one table.
+    methods
+        How to make each method that offered something again: name to its recorded type and options.
+    facts
+        Where measured costs come from: device, dtype, threads, batch.
+    """
+
+    rows: tuple[Row, ...]
+    fixed: Mapping[str, float]
+    unit: str
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, site: str) -> Row:
+        for row in self.rows:
+            if row.site == site:
+                return row
+        raise KeyError(f"no site {site!r} in the table; there are {', '.join(repr(r.site) for r in self.rows)}")
+
+    @property
+    def costs(self) -> tuple[str, ...]:
+        """Names of the costs that every option has."""
+        return tuple(self.fixed)
+
+    @property
+    def dense(self) -> dict[str, float]:
+        """Cost of the dense network."""
+        return {c: self.fixed[c] + sum(row.dense.costs[c] for row in self.rows) for c in self.costs}
+
+    def weighted(self, sensitivity: Mapping[str, tuple[float, float]]) -> Candidates:
+        """The same table with ``(scale, exponent)`` of the named sites replaced."""
+        unknown = sorted(set(sensitivity) - {row.site for row in self.rows})
+        if unknown:
+            raise KeyError(f"sensitivity names unknown sites {unknown}")
+        rows = tuple(
+            dataclasses.replace(row, scale=sensitivity[row.site][0], exponent=sensitivity[row.site][1])
+            if row.site in sensitivity
+            else row
+            for row in self.rows
+        )
+        return dataclasses.replace(self, rows=rows)
+
+
+_NUMBER = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z%]*)\s*$")
+_SUFFIXES: dict[str, dict[str, float]] = {
+    "parameters": {"k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9},
+    "macs": {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12, "kmac": 1e3, "mmac": 1e6, "gmac": 1e9},
+    "bytes": {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30},
+    "latency": {"us": 1e-3, "ms": 1.0, "s": 1e3},
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the whole network may cost, untouched layers included.
+
+    Each limit is a fraction of dense if it is a number up to 1 or a string such as ``"50%"``, and absolute if it is a
+    larger number or a string with a unit: ``"2.5M"``, ``"10MiB"``, ``"3ms"``. Latency is in milliseconds. Several limits
+    hold together.
+
+    Raises
+    ------
+    ValueError
+        For no limit at all, a limit that is not positive, or text that cannot be read.
+    """
+
+    parameters: float | str | None = None
+    macs: float | str | None = None
+    bytes: float | str | None = None
+    latency: float | str | None = None
+
+    def __post_init__(self) -> None:
+        if all(getattr(self, c) is None for c in COSTS):
+            raise ValueError("a budget needs at least one of parameters=, macs=, bytes=, latency=")
+        for cost in COSTS:
+            self._read(cost, 1.0)
+
+    @classmethod
+    def parse(cls, *texts: str) -> Budget:
+        """Read ``"macs=50%"``, ``"latency=3ms"``, ... as given on a command line."""
+        limits: dict[str, str] = {}
+        for text in texts:
+            cost, equals, value = text.partition("=")
+            if not equals or cost not in COSTS:
+                raise ValueError(f"cannot read budget {text!r}: write COST=VALUE with COST one of {', '.join(COSTS)}")
+            limits[cost] = value
+        return cls(**limits)
+
+    @property
+    def costs(self) -> tuple[str, ...]:
+        return tuple(c for c in COSTS if getattr(self, c) is not None)
+
+    def limits(self, dense: Mapping[str, float]) -> dict[str, float]:
+        """Absolute limits, given the dense network's costs."""
+        missing = [c for c in self.costs if c not in dense]
+        if missing:
+            raise ValueError(
+                f"the budget limits {', '.join(missing)}, which the table does not hold (it has {', '.join(dense)}). "
+                "MACs need calibrate() or an example input; latency needs tabulate(..., latency=...)."
+            )
+        return {c: self._read(c, dense[c]) for c in self.costs}
+
+    def _read(self, cost: str, dense: float) -> float:
+        value = getattr(self, cost)
+        if value is None:
+            return float("inf")
+        if isinstance(value, str):
+            match = _NUMBER.match(value)
+            suffixes = _SUFFIXES[cost]
+            if match and match[2] == "%":
+                number, relative = float(match[1]) / 100, True
+            elif match and match[2].lower() in suffixes:
+                number, relative = float(match[1]) * suffixes[match[2].lower()], False
+            elif match and not match[2]:
+                number, relative = float(match[1]), float(match[1]) <= 1
+            else:
+                raise ValueError(f"cannot read {cost} budget {value!r}: write 0.5, 50% or a number with one of {suffixes}")
+        else:
+            number, relative = float(value), value <= 1
+        if not number > 0 or number == float("inf"):
+            raise ValueError(f"{cost} budget {value!r} must be positive and finite")
+        return number * dense if relative else number
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One site of a plan: what was chosen, what it loses and what it costs."""
+
+    site: str
+    kind: str
+    choice: Choice
+    error: float
+    costs: Mapping[str, float]
+    dense_costs: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One choice a site.
+
+    Attributes
+    ----------
+    entries
+        In the network's order.
+    costs, dense_costs
+        Of the whole network as planned, and dense.
+    budget
+        Absolute limits that were asked for.
+    unit
+        Unit of the errors.
+    selector
+        Name of the selector.
+    loss
+        What the selector minimised.
+    bound
+        A proven lower bound of that loss under the same budget, where the selector has one.
+    methods
+        How to make the methods again.
+    facts
+        Device, dtype, threads and batch of measured costs, and library versions.
+    """
+
+    entries: tuple[Entry, ...]
+    costs: Mapping[str, float]
+    dense_costs: Mapping[str, float]
+    budget: Mapping[str, float] = field(default_factory=dict)
+    unit: str = ""
+    selector: str = ""
+    loss: float = 0.0
+    bound: float | None = None
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    version: int = VERSION
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def __getitem__(self, site: str) -> Entry:
+        for entry in self.entries:
+            if entry.site == site:
+                return entry
+        raise KeyError(f"no site {site!r} in the plan; there are {', '.join(repr(e.site) for e in self.entries)}")
+
+    def ratio(self, cost: str) -> float:
+        """Dense over planned."""
+        return self.dense_costs[cost] / self.costs[cost]
+
+    def diff(self, other: Plan) -> tuple[tuple[str, Choice | None, Choice | None], ...]:
+        """Sites where two plans differ: ``(site, mine, theirs)``, None where a plan does not have the site."""
+        mine = {e.site: e.choice for e in self.entries}
+        theirs = {e.site: e.choice for e in other.entries}
+        names = list(dict.fromkeys([*mine, *theirs]))
+        return tuple((n, mine.get(n), theirs.get(n)) for n in names if mine.get(n) != theirs.get(n))
+
+    def to_json(self) -> str:
+        """The plan as JSON text; equal plans give equal text."""
+        return msgspec.json.format(msgspec.json.encode(self, order="sorted"), indent=1).decode()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Plan:
+        """Read a plan.
+
+        Raises
+        ------
+        PlanError
+            If the text is not a plan of a version this library reads; the message says where.
+        """
+        try:
+            plan = msgspec.json.decode(text, type=cls)
+            raw = msgspec.json.decode(text)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise PlanError(f"not a plan: {error}") from error
+        if plan.version != VERSION:
+            raise PlanError(f"plan has version {plan.version}; this library reads version {VERSION}")
+        for record, known in [(raw, cls), *((entry, Entry) for entry in raw["entries"])]:
+            unknown = sorted(set(record) - {f.name for f in dataclasses.fields(known)})
+            if unknown:
+                raise PlanError(f"a plan's {known.__name__.lower()} has no field {unknown[0]!r}")
+        names = [entry.site for entry in plan.entries]
+        if len(set(names)) != len(names):
+            raise PlanError("a plan names each site once; this one repeats some")
+        return plan
+
+    def write(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: str | Path) -> Plan:
+        return cls.from_json(Path(path).read_bytes())
+
+
+def make_plan(
+    candidates: Candidates,
+    picks: Sequence[int],
+    *,
+    budget: Mapping[str, float],
+    selector: str,
+    bound: float | None = None,
+) -> Plan:
+    """A plan from the index of the option picked in each row."""
+    chosen = [row.options[i] for row, i in zip(candidates.rows, picks, strict=True)]
+    entries = tuple(
+        Entry(row.site, row.kind, option.choice, float(option.error), dict(option.costs), dict(row.dense.costs))
+        for row, option in zip(candidates.rows, chosen, strict=True)
+    )
+    used = {e.choice.method for e in entries}
+    return Plan(
+        entries=entries,
+        costs={c: candidates.fixed[c] + sum(o.costs[c] for o in chosen) for c in candidates.costs},
+        dense_costs=candidates.dense,
+        budget=dict(budget),
+        unit=candidates.unit,
+        selector=selector,
+        loss=sum(row.loss(option) for row, option in zip(candidates.rows, chosen, strict=True)),
+        bound=bound,
+        methods={name: dict(record) for name, record in candidates.methods.items() if name in used},
+        facts=dict(candidates.facts),
+    )

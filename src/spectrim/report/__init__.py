@@ -1,0 +1,20 @@
+"""Comparison of two models, figures of tables and plans, and the HTML page."""
+
+from spectrim.report.compare import Comparison, Line, Measure, Measurements, accuracy, compare, measure, show
+from spectrim.report.figures import Measured
+from spectrim.report.machine import machine_facts
+from spectrim.report.page import Page
+
+__all__ = [
+    "Comparison",
+    "Line",
+    "Measure",
+    "Measured",
+    "Measurements",
+    "Page",
+    "accuracy",
+    "compare",
+    "machine_facts",
+    "measure",
+    "show",
+]

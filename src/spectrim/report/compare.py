@@ -1,0 +1,319 @@
+"""Dense and compressed side by side: score, parameters, MACs, file size, peak memory, latency."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.nn.batches import arguments, batch_size, call, evaluating, logits
+from spectrim.nn.timing import measure_latency, peak_memory
+from spectrim.report.machine import machine_facts
+
+Evaluate = Callable[[nn.Module], float]
+Better = Literal["higher", "lower"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One measured number of one model.
+
+    Attributes
+    ----------
+    metric
+        What was measured.
+    unit
+        ``%``, ``MAC``, ``B``, ``ms`` or nothing.
+    value
+        In that unit.
+    better
+        Which way is good.
+    """
+
+    metric: str
+    unit: str
+    value: float
+    better: Better = "lower"
+
+    @property
+    def text(self) -> str:
+        return show(self.value, self.unit)
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What was measured of one model, and on what."""
+
+    lines: tuple[Line, ...]
+    batch: int = 1
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values. Numbers are in the unit of each row, not rounded."""
+        rows = [{"metric": line.metric, "unit": line.unit, "value": line.value} for line in self.lines]
+        return {"batch": self.batch, "rows": rows, "facts": dict(self.facts)}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One line of a comparison.
+
+    Attributes
+    ----------
+    metric, unit
+        As in :class:`Line`.
+    dense, compressed
+        The values.
+    better
+        Which way is good.
+    """
+
+    metric: str
+    unit: str
+    dense: float
+    compressed: float
+    better: Better = "lower"
+
+    @property
+    def ratio(self) -> float:
+        """Dense over compressed: how many times smaller or faster. NaN where the compressed value is 0."""
+        return self.dense / self.compressed if self.compressed else float("nan")
+
+    @property
+    def change(self) -> str:
+        """The difference of a score in points, the ratio of a cost."""
+        if self.better == "higher":
+            points = " points" if self.unit == "%" else ""
+            return f"{self.compressed - self.dense:+.2f}{points}"
+        return f"{self.ratio:.2f}x" if self.compressed else "-"
+
+    def show(self, value: float) -> str:
+        """A value in this line's unit, for people."""
+        return show(value, self.unit)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The lines of a comparison, and what they were measured on."""
+
+    rows: tuple[Measure, ...]
+    batch: int = 1
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, metric: str) -> Measure:
+        for row in self.rows:
+            if row.metric == metric:
+                return row
+        raise KeyError(f"no metric {metric!r}; there are {', '.join(repr(r.metric) for r in self.rows)}")
+
+    def __contains__(self, metric: object) -> bool:
+        return any(row.metric == metric for row in self.rows)
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values. Numbers are in the unit of each row, not rounded."""
+        return {
+            "batch": self.batch,
+            "rows": [
+                {
+                    "metric": r.metric,
+                    "unit": r.unit,
+                    "dense": r.dense,
+                    "compressed": r.compressed,
+                    "ratio": r.ratio if r.compressed else None,
+                }
+                for r in self.rows
+            ],
+            "facts": dict(self.facts),
+        }
+
+    def to_rows(self) -> list[tuple[str, str, str, str]]:
+        """``(metric, dense, compressed, change)`` as text."""
+        return [(r.metric, r.show(r.dense), r.show(r.compressed), r.change) for r in self.rows]
+
+    def to_text(self) -> str:
+        """A plain aligned table."""
+        lines = [("", "dense", "compressed", "change"), *self.to_rows()]
+        widths = [max(len(line[i]) for line in lines) for i in range(4)]
+        return "\n".join(
+            "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+            for line in lines
+        )
+
+
+def compare(
+    dense: nn.Module,
+    compressed: nn.Module,
+    example: Any,
+    *,
+    evaluate: Evaluate | None = None,
+    score: str = "accuracy",
+    repeats: int = 30,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Comparison:
+    """Measure two models side by side.
+
+    Parameters
+    ----------
+    dense, compressed
+        Left as found.
+    example
+        A batch as the models take it, or ``(inputs, targets)``; MACs are given a sample, memory and latency for the
+        whole batch.
+    evaluate
+        Gives the score of a model, higher is better, a percentage. Without it there is no such row.
+    score
+        What ``evaluate`` measures.
+    repeats
+        Timed runs of each model, taken in turns; 0 leaves latency out.
+    threads
+        Of the CPU while latency is measured; None leaves the number as it is.
+    progress
+        Called with the timed repeats done and their number.
+
+    Returns
+    -------
+    Comparison
+        Rows ``accuracy`` (or ``score``), ``parameters``, ``MACs``, ``file size``, ``peak memory``, ``latency p50`` and
+        ``latency p90``.
+    """
+    found = _measure({"dense": dense, "compressed": compressed}, example, evaluate, score, repeats, threads, progress)
+    rows = tuple(
+        Measure(before.metric, before.unit, before.value, after.value, before.better)
+        for before, after in zip(found["dense"], found["compressed"], strict=True)
+    )
+    return Comparison(rows, batch_size(_held(example)), _facts(threads))
+
+
+def measure(
+    model: nn.Module,
+    example: Any,
+    *,
+    evaluate: Evaluate | None = None,
+    score: str = "accuracy",
+    repeats: int = 30,
+    threads: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Measurements:
+    """Measure one model; see :func:`compare` for parameters and rows."""
+    found = _measure({"model": model}, example, evaluate, score, repeats, threads, progress)
+    return Measurements(found["model"], batch_size(_held(example)), _facts(threads))
+
+
+def _measure(
+    models: Mapping[str, nn.Module],
+    example: Any,
+    evaluate: Evaluate | None,
+    score: str,
+    repeats: int,
+    threads: int | None,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, tuple[Line, ...]]:
+    lines: dict[str, list[Line]] = {}
+    for name, model in models.items():
+        scores = [Line(score, "%", float(evaluate(model)), "higher")] if evaluate is not None else []
+        lines[name] = [
+            *scores,
+            Line("parameters", "", float(parameters(model))),
+            Line("MACs", "MAC", macs(model, example)),
+            Line("file size", "B", float(file_size(model))),
+            Line("peak memory", "B", float(peak_memory(model, _inputs(model, example)))),
+        ]
+    if repeats > 0:
+        # One call for all models: they take turns, so that a busy moment hits each of them.
+        inputs = _inputs(next(iter(models.values())), example)
+        timings = measure_latency(models, inputs, repeats=repeats, threads=threads, progress=progress)
+        for name, timing in timings.items():
+            lines[name] += [Line("latency p50", "ms", timing.p50), Line("latency p90", "ms", timing.p90)]
+    return {name: tuple(found) for name, found in lines.items()}
+
+
+def show(value: float, unit: str) -> str:
+    """A value in a size that people read: ``show(2.4e6, "MAC")`` is ``2.40 MMAC``."""
+    if unit in {"%", "ms"}:
+        digits = 2 if unit == "%" or abs(value) >= 1 else 3
+        return f"{value:.{digits}f} {unit}"
+    binary, decimal = ((2**30, "Gi"), (2**20, "Mi"), (2**10, "Ki")), ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+    for size, prefix in binary if unit == "B" else decimal:
+        if abs(value) >= size:
+            return f"{value / size:.2f} {prefix}{unit}"
+    return (f"{value:.0f} {unit}" if float(value).is_integer() else f"{value:.3f} {unit}").strip()
+
+
+def _facts(threads: int | None) -> dict[str, str]:
+    return {**machine_facts(), **({"threads": str(threads)} if threads is not None else {})}
+
+
+def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
+    """Share of samples, in percent, whose largest output is at the label.
+
+    Parameters
+    ----------
+    batches
+        Tuples ``(inputs, labels)``, or mappings with ``labels`` among the model's arguments.
+
+    Raises
+    ------
+    ValueError
+        If a batch holds no labels, or there is none at all.
+    """
+    right = seen = 0
+    with evaluating(model):
+        for batch in batches:
+            if isinstance(batch, Mapping) or hasattr(batch, "keys"):
+                labels = batch["labels"] if "labels" in batch.keys() else None  # noqa: SIM118
+            else:
+                labels = batch[-1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+            if not isinstance(labels, Tensor):
+                raise ValueError(
+                    f"a batch of type {type(batch).__name__} holds no labels: expected (inputs, labels) or a mapping with 'labels'"
+                )
+            guess = logits(call(model, batch)).argmax(-1)
+            right += int((guess == labels.to(guess.device)).sum())
+            seen += labels.numel()
+    if not seen:
+        raise ValueError("no batches to evaluate on: the iterable was empty")
+    return 100.0 * right / seen
+
+
+def parameters(model: nn.Module) -> int:
+    """Numbers in the parameters, shared ones counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def macs(model: nn.Module, example: Any) -> float:
+    """Multiply-accumulates for one sample: half of what ``torch.utils.flop_counter`` reports."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        call(model, example)
+    return counter.get_total_flops() / 2 / batch_size(_held(example))
+
+
+def file_size(model: nn.Module) -> int:
+    """Bytes of the weights as a safetensors file, shared tensors stored once."""
+    from safetensors.torch import save_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.safetensors"
+        save_model(model, str(path))
+        return path.stat().st_size
+
+
+def _inputs(model: nn.Module, example: Any) -> Any:
+    """What to pass to a model, on its device: a tuple of arguments or a dict."""
+    args, kwargs = arguments(model, example)
+    return kwargs or args
+
+
+def _held(example: Any) -> Any:
+    """Token batches behave as mappings without being one."""
+    return list(example.values()) if hasattr(example, "values") and not isinstance(example, torch.Tensor) else example

@@ -1,0 +1,168 @@
+"""One self-contained HTML page about a compression: it loads nothing from anywhere, and prints well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spectrim.plan import UNITS, Candidates, Entry, Plan
+from spectrim.report import figures
+from spectrim.report.compare import Comparison, show
+from spectrim.report.figures import Measured
+from spectrim.report.machine import machine_facts
+from spectrim.sites import Skipped
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+_COST_NAMES = {"macs": "MACs", "parameters": "Parameters", "bytes": "Weights", "latency": "Predicted latency"}
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page tells. Parts that are None or empty are left out.
+
+    Attributes
+    ----------
+    title
+        Heading, for example the model's name.
+    plan
+        What was chosen.
+    candidates
+        The table it was chosen from, for the spectra and the predicted curve.
+    comparison
+        What was measured of both models.
+    skipped
+        Layers left alone.
+    measured
+        Networks to put on the accuracy-cost figure.
+    notes
+        Sentences under the summary: warnings, how the network was trained.
+    facts
+        Machine and versions; taken from the comparison or from this machine if empty.
+    """
+
+    title: str
+    plan: Plan
+    candidates: Candidates | None = None
+    comparison: Comparison | None = None
+    skipped: Sequence[Skipped] = ()
+    measured: Sequence[Measured] = ()
+    notes: Sequence[str] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def html(self) -> str:
+        """The page as text."""
+        plan = self.plan
+        shown = [c for c in ("macs", "parameters", "latency") if c in plan.dense_costs]
+        facts = dict(self.facts) or dict(self.comparison.facts if self.comparison else {}) or machine_facts()
+        return _template().render(
+            title=self.title,
+            tiles=_tiles(plan, self.comparison),
+            comparison=self.comparison,
+            notes=list(self.notes),
+            figures=self._figures(shown),
+            layers=[_layer(entry, shown) for entry in plan],
+            cost_names=[_COST_NAMES[c] for c in shown],
+            unit=plan.unit,
+            skipped=list(self.skipped),
+            facts={**facts, **{f"costs: {k}": v for k, v in plan.facts.items()}},
+            budget=[f"{_COST_NAMES[c]} \u2264 {_show(c, limit)}" for c, limit in plan.budget.items()],
+            selector=plan.selector,
+            plan_json=plan.to_json(),
+        )
+
+    def write(self, path: str | Path) -> Path:
+        """Write the page and return where it is."""
+        path = Path(path)
+        path.write_text(self.html(), encoding="utf-8")
+        return path
+
+    def _figures(self, shown: Sequence[str]) -> list[dict[str, str]]:
+        first = next(iter(self.plan.budget), "") or (shown[0] if shown else "")
+        found = []
+
+        def add(name: str, figure: Any, caption: str) -> None:
+            found.append({"name": name, "uri": figures.to_data_uri(figure), "caption": caption})
+
+        if self.candidates is not None and first:
+            add(
+                "Accuracy and cost" if self.measured else "Loss and cost",
+                figures.tradeoff(self.candidates, self.plan, cost=first, measured=self.measured),
+                "What the table predicts to lose at every budget"
+                + (", and what was measured above it." if self.measured else "."),
+            )
+        for cost in dict.fromkeys([*([first] if first else []), *shown]):
+            if len(found) < 3:
+                add(
+                    f"{_COST_NAMES.get(cost, cost)} by layer",
+                    figures.costs(self.plan, cost),
+                    "Wide grey bars are the dense layers, narrow blue ones the plan; the share that remains is beside them.",
+                )
+        if self.candidates is not None and any(row.spectra for row in self.candidates):
+            add(
+                "Spectra and chosen ranks",
+                figures.spectra(self.candidates, self.plan),
+                "Share of the energy in each component, on a logarithmic scale. What lies right of the orange line is cut off.",
+            )
+        return found
+
+
+@cache
+def _template() -> Template:
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(files("spectrim.report").joinpath("page.html.jinja").read_text(encoding="utf-8"))
+
+
+def _tiles(plan: Plan, comparison: Comparison | None) -> list[dict[str, str]]:
+    """The numbers at the top: measured where there is a measurement, planned otherwise."""
+    if comparison is None:
+        return [
+            {
+                "name": f"{_COST_NAMES[c]} (planned)",
+                "value": f"{plan.ratio(c):.2f}x",
+                "detail": f"{_show(c, plan.dense_costs[c])} \u2192 {_show(c, plan.costs[c])}",
+                "good": "yes" if plan.ratio(c) >= 1 else "no",
+            }
+            for c in plan.dense_costs
+            if c in _COST_NAMES
+        ]
+    wanted = [r for r in comparison.rows if r.better == "higher" or r.metric in {"MACs", "parameters", "latency p50"}]
+    return [
+        {
+            "name": r.metric,
+            "value": r.change,
+            "detail": f"{r.show(r.dense)} \u2192 {r.show(r.compressed)}",
+            "good": "yes" if (r.compressed >= r.dense - 0.5 if r.better == "higher" else r.compressed <= r.dense) else "no",
+        }
+        for r in wanted
+    ]
+
+
+def _layer(entry: Entry, shown: Sequence[str]) -> dict[str, Any]:
+    settings = entry.choice.settings
+    choice = "dense"
+    if not entry.choice.is_dense:
+        parts = [str(settings["unfolding"])] if "unfolding" in settings else []
+        parts += [f"rank {settings['rank']}"] if "rank" in settings else []
+        rest = {k: v for k, v in settings.items() if k not in {"unfolding", "rank", "bias"}}
+        choice = ", ".join([*parts, *(f"{k} {v}" for k, v in rest.items())]) or entry.choice.kind
+    return {
+        "name": entry.site,
+        "kind": entry.kind,
+        "choice": choice,
+        "method": entry.choice.method or "",
+        "dense": entry.choice.is_dense,
+        "error": f"{entry.error:.2%}" if not entry.choice.is_dense else "",
+        "costs": [(_show(c, entry.dense_costs[c]), _show(c, entry.costs[c])) for c in shown],
+    }
+
+
+def _show(cost: str, value: float) -> str:
+    return show(value, UNITS.get(cost, ""))

@@ -1,0 +1,268 @@
+"""Sites: all that a method may know of a network.
+
+A :class:`LayerSpec` describes one linear layer or convolution as numbers, a :class:`Site` is a place where one choice
+is made, and :class:`Sites` is what ``find`` and ``calibrate`` return: the sites, what was skipped and why, and what the
+rest of the network costs. There is no ``nn.Module`` in any of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from spectrim.errors import MissingMomentsError
+from spectrim.linalg.moments import Moments
+from spectrim.unfold import Unfolding
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A linear layer or convolution as numbers.
+
+    A choice turns the specs of its site into other specs; every cost is a function of specs. Channel counts are totals
+    over the groups, as in torch.
+
+    Attributes
+    ----------
+    names
+        Module paths of the layer, more than one for a module that is registered in several places.
+    kernel, stride, padding, dilation, output_padding
+        One number an axis; all empty for a linear layer. ``padding`` may be ``"same"``.
+    inputs
+        Spatial shape of the input for every call in one forward pass, for one sample. A linear layer has the number of
+        rows a sample. Empty until the network has been run.
+    owned
+        False where the weight belongs to another spec that is counted elsewhere (shared factors).
+    density
+        Fraction of the weight that is stored and multiplied (sparse factors).
+    """
+
+    names: tuple[str, ...]
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
+    output_padding: tuple[int, ...] = ()
+    groups: int = 1
+    transposed: bool = False
+    padding_mode: str = "zeros"
+    bias: bool = True
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    inputs: tuple[tuple[int, ...], ...] = ()
+    owned: bool = True
+    density: float = 1.0
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def is_linear(self) -> bool:
+        return not self.kernel
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(g, o, i, *k)``: the canonical shape of the weight."""
+        g = self.groups
+        return (g, self.out_channels // g, self.in_channels // g, *self.kernel)
+
+    @property
+    def features(self) -> int:
+        """Length of one group's input patch, ``i * prod(k)``."""
+        return math.prod(self.shape[2:])
+
+    @property
+    def kind(self) -> str:
+        """A short word for people: ``Linear``, ``Conv2d 3x3/2``, ..."""
+        if self.is_linear:
+            return "Linear"
+        strided = "" if set(self.stride) == {1} else "/" + "x".join(map(str, dict.fromkeys(self.stride)))
+        grouped = "" if self.groups == 1 else f" g{self.groups}"
+        transposed = "Transpose" if self.transposed else ""
+        return f"Conv{transposed}{len(self.kernel)}d {'x'.join(map(str, self.kernel))}{strided}{grouped}"
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Spatial shape of the output for a spatial shape of the input."""
+        if self.is_linear or self.padding == "same":
+            return shape
+        assert not isinstance(self.padding, str)
+        parts = zip(shape, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        if self.transposed:
+            return tuple(
+                (n - 1) * s - 2 * p + d * (k - 1) + extra + 1
+                for (n, k, s, p, d), extra in zip(parts, self.output_padding, strict=True)
+            )
+        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in parts)
+
+    def at(self, inputs: tuple[tuple[int, ...], ...]) -> LayerSpec:
+        """The same layer with the input shapes it was seen with."""
+        return dataclasses.replace(self, inputs=inputs)
+
+    def factor(self, how: Unfolding, rank: int, *, bias: bool | None = None) -> tuple[LayerSpec, LayerSpec]:
+        """The two layers of a rank-``rank`` pair in place of this one.
+
+        Stride, padding and dilation of an axis go to the factor that has the axis, so that the pair equals the layer
+        exactly at full rank, also for reflecting and circular padding and for transposed convolutions.
+
+        Parameters
+        ----------
+        rank
+            For each group.
+        bias
+            Whether the second layer has a bias; by default as this layer.
+        """
+        middle = rank * self.groups
+        wanted = self.bias if bias is None else bias
+        if self.is_linear:
+            first = dataclasses.replace(self, out_channels=middle, bias=False)
+            return first, dataclasses.replace(self, in_channels=middle, bias=wanted)
+        kernels = how.kernels(self.kernel)
+
+        def part(kernel: tuple[int, ...], mine: list[bool]) -> dict[str, object]:
+            def pick(values: tuple[int, ...], other: int) -> tuple[int, ...]:
+                return tuple(v if m else other for v, m in zip(values, mine, strict=True))
+
+            padding = self.padding if isinstance(self.padding, str) else pick(self.padding, 0)
+            return {
+                "kernel": kernel,
+                "stride": pick(self.stride, 1),
+                "padding": padding,
+                "dilation": pick(self.dilation, 1),
+                "output_padding": pick(self.output_padding, 0) if self.transposed else self.output_padding,
+            }
+
+        has = [a in how.axes for a in range(len(self.kernel))]
+        first = dataclasses.replace(self, out_channels=middle, bias=False, **part(kernels[0], has))  # type: ignore[arg-type]
+        second = dataclasses.replace(  # type: ignore[arg-type]
+            self,
+            in_channels=middle,
+            bias=wanted,
+            inputs=tuple(first.output_shape(s) for s in self.inputs),
+            **part(kernels[1], [not h for h in has]),
+        )
+        return first, second
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place where one choice is made.
+
+    Attributes
+    ----------
+    name
+        Unique; the first layer's module path for a site of one layer.
+    layers
+        The layers concerned: one for low rank, several for joint factors or coupled channels.
+    weights
+        One canonical weight ``[g, o, i, *k]`` a layer, detached, in the model's dtype and on its device.
+    biases
+        One bias ``[o_total]`` or None a layer.
+    moments
+        Calibration statistics by name (see :mod:`spectrim.nn.calibrate`): ``input`` and ``output`` of a single layer.
+    """
+
+    name: str
+    layers: tuple[LayerSpec, ...]
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    moments: Mapping[str, Moments] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def spec(self) -> LayerSpec:
+        """The only layer of a site of one layer."""
+        (spec,) = self.layers
+        return spec
+
+    @property
+    def weight(self) -> Tensor:
+        """The only weight of a site of one layer."""
+        (weight,) = self.weights
+        return weight
+
+    def require(self, statistic: str, why: str) -> Moments:
+        """The moments called ``statistic``.
+
+        Raises
+        ------
+        MissingMomentsError
+            If calibration did not collect them; the message names the site.
+        """
+        if statistic not in self.moments:
+            held = ", ".join(sorted(self.moments)) or "none"
+            raise MissingMomentsError(
+                f"site {self.name!r} ({self.layers[0].kind}) holds no {statistic!r} moments (held: {held}), which "
+                f"{why} needs. Run calibrate(model, sites, batches) first."
+            )
+        return self.moments[statistic]
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A layer that is left alone, and why."""
+
+    name: str
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The sites of a network, in order of execution once it has been run, and what surrounds them.
+
+    Attributes
+    ----------
+    sites
+        The places where a choice is made.
+    skipped
+        Layers left alone, with the reason.
+    untouched
+        Specs of the linear layers and convolutions among ``skipped`` that can be described: they cost MACs too.
+    other_parameters, other_bytes
+        Parameters (and bytes of parameters and buffers) outside all of the above: normalisation, embeddings.
+    other_macs
+        MACs a sample outside all of the above, such as attention products; known after a run.
+    samples
+        Calibration samples seen.
+    """
+
+    sites: tuple[Site, ...]
+    skipped: tuple[Skipped, ...] = ()
+    untouched: tuple[LayerSpec, ...] = ()
+    other_parameters: int = 0
+    other_bytes: int = 0
+    other_macs: float = 0.0
+    samples: int = 0
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __getitem__(self, name: str) -> Site:
+        try:
+            return self._by_name[name]
+        except KeyError:
+            raise KeyError(f"no site {name!r}; there are {', '.join(map(repr, self._by_name)) or 'none'}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    @cached_property
+    def _by_name(self) -> dict[str, Site]:
+        return {site.name: site for site in self.sites}
+
+    @property
+    def seen(self) -> bool:
+        """Whether the network has been run, so that input shapes and MACs are known."""
+        return all(spec.inputs for site in self.sites for spec in site.layers)

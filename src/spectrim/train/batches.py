@@ -1,0 +1,104 @@
+"""Batches of any usual form: pairs, dicts; whole, on a device, or one process's part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors inside nested mappings, lists and tuples, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [t for item in value for t in tensors(item)] if isinstance(value, list | tuple) else []
+
+
+def transform(value: Any, change: Any) -> Any:
+    """The same nesting with ``change`` applied to each tensor."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: transform(item, change) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(transform(item, change) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(transform(item, change) for item in value)
+    return value
+
+
+def length(batches: Any, *, needed: bool) -> int | None:
+    """Batches in an epoch, None if unknown.
+
+    Raises
+    ------
+    TypeError
+        If it is needed and unknown.
+    """
+    try:
+        return len(batches)
+    except TypeError:
+        if not needed:
+            return None
+        raise TypeError(
+            f"{type(batches).__name__} has no length, which the schedule of the learning rate needs. Give it a "
+            "__len__, pass a list or a DataLoader, or use schedule='constant' without warmup"
+        ) from None
+
+
+def split(batch: Any) -> tuple[Any, Any]:
+    """A batch as ``(inputs, targets)``; a dict is its own inputs and has its targets under ``labels``.
+
+    Raises
+    ------
+    TypeError
+        If the batch has another form.
+    """
+    if isinstance(batch, Mapping):
+        return batch, batch.get("labels")
+    if isinstance(batch, list | tuple) and len(batch) == 2:
+        return batch[0], batch[1]
+    form = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, list | tuple) else type(batch).__name__
+    raise TypeError(f"a batch must be a pair (inputs, targets) or a dict with 'labels', not a {form}")
+
+
+def part(batch: Any, index: int, count: int) -> tuple[Any, float]:
+    """What process ``index`` of ``count`` does of a batch, and the weight that makes the mean over processes exact.
+
+    Every tensor whose first axis is the batch is cut; all others are given to each process. A batch with fewer samples
+    than processes is done by all of them.
+    """
+    found = tensors(batch)
+    size = found[0].shape[0] if found and found[0].ndim else 0
+    if count == 1 or size < count:
+        return batch, 1.0
+    start, stop = index * size // count, (index + 1) * size // count
+    cut = transform(batch, lambda t: t[start:stop] if t.ndim and t.shape[0] == size else t)
+    return cut, (stop - start) * count / size
+
+
+def place(batch: Any, device: torch.device, channels_last: bool) -> Any:
+    """A batch on a device, 4-axis floating tensors in channels-last order if asked."""
+
+    def move(tensor: Tensor) -> Tensor:
+        if channels_last and tensor.ndim == 4 and tensor.is_floating_point():
+            return tensor.to(device, non_blocking=True, memory_format=torch.channels_last)
+        return tensor.to(device, non_blocking=True)
+
+    return transform(batch, move)
+
+
+def forward(model: nn.Module, inputs: Any) -> Any:
+    """``model(**inputs)`` for a dict, ``model(inputs)`` otherwise."""
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+def logits(output: Any) -> Any:
+    """The ``logits`` of a structured output, or the output itself."""
+    if isinstance(output, Mapping) and "logits" in output:
+        return output["logits"]
+    return getattr(output, "logits", output)

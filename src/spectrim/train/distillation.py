@@ -1,0 +1,82 @@
+"""Learning from the outputs of the uncompressed network (Hinton, Vinyals and Dean, 2015)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+"""Label that marks a position to leave out, as in :func:`torch.nn.functional.cross_entropy`."""
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Mix of a task loss with the distance to a teacher's softened outputs.
+
+    ``weight * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - weight) * task``. The factor ``T^2`` keeps
+    the size of the gradients when the temperature changes.
+
+    Attributes
+    ----------
+    temperature
+        ``T``, above 0. Larger values show more of how the teacher ranks the wrong classes.
+    weight
+        Share of the teacher, from 0 (task loss only) to 1 (teacher only).
+
+    Examples
+    --------
+    Teacher outputs that were computed before travel as part of the targets, and no teacher is run::
+
+        batches = [(inputs, (labels, teacher_logits)), ...]
+        fine_tune(model, batches, loss=Distillation(temperature=2).loss_on_pairs)
+    """
+
+    temperature: float = 4.0
+    weight: float = 0.9
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature!r} must be above 0")
+        if not 0 <= self.weight <= 1:
+            raise ValueError(f"weight={self.weight!r} must lie between 0 and 1")
+
+    def divergence(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
+        """``T^2 * KL(teacher || student)`` at temperature ``T``, averaged over positions.
+
+        Parameters
+        ----------
+        student, teacher
+            Logits ``[..., classes]`` of equal shape; gradients flow to both.
+        labels
+            If it has shape ``[...]``, positions labelled -100 are left out.
+
+        Raises
+        ------
+        ValueError
+            If the two shapes differ.
+        """
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"the student returned logits of shape {tuple(student.shape)} and the teacher {tuple(teacher.shape)}; "
+                "distillation needs the same classes in the same order. Pass distillation=None to train without"
+            )
+        student = F.log_softmax(student.float() / self.temperature, -1)
+        teacher = F.log_softmax(teacher.float() / self.temperature, -1)
+        positions = (teacher.exp() * (teacher - student)).sum(-1)
+        if labels is not None and labels.shape == positions.shape and not labels.is_floating_point():
+            counted = labels != IGNORED
+            mean = (positions * counted).sum() / counted.sum().clamp(min=1)
+        else:
+            mean = positions.mean()
+        return self.temperature**2 * mean
+
+    def mix(self, task: Tensor, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The whole loss, from a task loss that is computed already."""
+        return self.weight * self.divergence(student, teacher, labels) + (1 - self.weight) * task
+
+    def loss_on_pairs(self, student: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+        """Loss for targets ``(labels, teacher_logits)``: cross-entropy as the task, teacher outputs from a cache."""
+        labels, teacher = targets
+        return self.mix(F.cross_entropy(student.float(), labels), student, teacher, labels)

@@ -1,0 +1,297 @@
+"""The training loop. Its whole state can be written at any step and continued bit for bit."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
+
+from spectrim.errors import CheckpointError
+from spectrim.train import batches as batching
+from spectrim.train import randomness, resume
+from spectrim.train.devices import assign
+from spectrim.train.objective import Loss, Objective, flags, set_flags
+from spectrim.train.penalties import add_product_decay, factored_pairs
+from spectrim.train.progress import Update, bar
+from spectrim.train.recipe import Recipe, parameter_groups
+from spectrim.train.result import EpochRecord, TrainingResult
+
+Evaluate = Callable[[nn.Module], float]
+
+
+class Loop:
+    """A training run that can be stopped between epochs and continued.
+
+    The arguments are those of :func:`fine_tune`. ``run(until=5)`` followed by ``run()`` gives the weights of one
+    ``run()``; in between, the model may be looked at and :attr:`penalty` changed. A resumed loop skips what is done, so
+    the code around it needs no case for resuming.
+
+    Attributes
+    ----------
+    penalty, after_step
+        The hooks, free to change between two calls of :meth:`run`.
+    epoch, step
+        What is done.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        recipe: Recipe,
+        *,
+        teacher: nn.Module | None = None,
+        loss: Loss | None = None,
+        evaluate: Evaluate | None = None,
+        checkpoint: str | Path | None = None,
+        penalty: Callable[[nn.Module], Tensor] | None = None,
+        after_step: Callable[[nn.Module], None] | None = None,
+        progress: bool | None = None,
+        accelerate: bool | None = None,
+    ) -> None:
+        if recipe.keep == "best" and evaluate is None:
+            raise ValueError("keep='best' needs evaluate=, a function of the model to a number where higher is better")
+        if teacher is model:
+            raise ValueError("the teacher is the model itself; pass a copy made before the compression")
+        self.model, self.batches, self.recipe = model, batches, recipe
+        self.evaluate, self.penalty, self.after_step = evaluate, penalty, after_step
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.progress = progress
+        self.steps_per_epoch = batching.length(batches, needed=recipe.schedule != "constant" or bool(recipe.warmup))
+        self.devices = assign(model, accelerate)
+        if self.devices.count > 1 and isinstance(getattr(batches, "sampler", None), DistributedSampler):
+            raise ValueError(
+                "batches are sharded already by a DistributedSampler; pass the plain DataLoader, each of the "
+                f"{self.devices.count} processes does its part of every batch"
+            )
+        self._channels_last = recipe.memory_format == "channels_last"
+        model.to(self.devices.device)
+        if self._channels_last:
+            cast(Any, model).to(memory_format=torch.channels_last)
+        self._wrapped = self.devices.wrap(model)
+        self._objective = Objective(loss, teacher, recipe.distillation, recipe.precision)
+        self._pairs = factored_pairs(model) if recipe.decay_product and recipe.weight_decay else ()
+        apart = [p for pair in self._pairs for p in (pair.first, pair.second)]
+        self._optimizer = recipe.make_optimizer(parameter_groups(model, recipe.weight_decay, apart))
+        if recipe.lr is not None:
+            for group in self._optimizer.param_groups:
+                group["lr"] = recipe.lr
+        self._base_lr = [float(group["lr"]) for group in self._optimizer.param_groups]
+        self._decoupled = bool(self._optimizer.defaults.get("decoupled_weight_decay", False))
+
+        self.epoch = self.step = 0
+        self._batch = 0  # batches done in the current epoch
+        self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.devices.device)
+        self._history: list[EpochRecord] = []
+        self._best: dict[str, Tensor] = {}
+        self._best_metric: float | None = None
+        self._best_epoch: int | None = None
+        self._seconds = 0.0
+        outside = randomness.capture()
+        randomness.seed(recipe.seed)
+        self._random = self._epoch_random = randomness.capture()
+        randomness.restore(outside)
+        if self.checkpoint is not None and self.checkpoint.exists():
+            self._resume(self.checkpoint)
+
+    def run(self, until: int | None = None) -> TrainingResult:
+        """Train until ``until`` epochs are done in all; None is the recipe's number.
+
+        Raises
+        ------
+        ValueError
+            If ``until`` exceeds the epochs of the recipe, which the learning rate is planned for.
+        """
+        until = self.recipe.epochs if until is None else until
+        if until > self.recipe.epochs:
+            raise ValueError(f"until={until} exceeds the {self.recipe.epochs} epochs of the recipe")
+        total = None if self.steps_per_epoch is None else until * self.steps_per_epoch
+        with self._ready(), bar(total, done=self.step, shown=self._shown()) as update:
+            while self.epoch < until:
+                self._run_epoch(update)
+        if self.epoch == self.recipe.epochs and self.recipe.keep == "best" and self._best:
+            resume.load_model(self.model, self._best, "the best weights")
+        return self.result()
+
+    def result(self) -> TrainingResult:
+        """What was reached so far."""
+        return TrainingResult(
+            tuple(self._history), self._best_metric, self._best_epoch, self.epoch, self.step, self._seconds
+        )
+
+    def _run_epoch(self, update: Update) -> None:
+        here = self._random
+        if self._batch:
+            randomness.restore(self._epoch_random, self.batches)
+        else:
+            self._epoch_random = randomness.capture(self.batches)
+        for owner in (self.batches, getattr(self.batches, "dataset", None), getattr(self.batches, "sampler", None)):
+            if hasattr(owner, "set_epoch"):
+                cast(Any, owner).set_epoch(self.epoch)
+        iterator = iter(self.batches)
+        if self._batch:
+            self._skip(iterator)
+            randomness.restore(here, self.batches)
+        for batch in iterator:
+            self._train_on(batch)
+            every = self.recipe.checkpoint_every
+            if every and self.step % every == 0:
+                self._check_finite()
+                self._save()
+            update(self.step, f"epoch {self.epoch + 1}")
+        if not self._batch:
+            raise ValueError(
+                f"batches gave nothing in epoch {self.epoch + 1}. It must be iterable again for every epoch, as a list "
+                "or a DataLoader is and a generator is not"
+            )
+        self._finish_epoch()
+
+    def _train_on(self, batch: Any) -> None:
+        recipe = self.recipe
+        batch, share = batching.part(batch, self.devices.index, self.devices.count)
+        inputs, targets = batching.split(batching.place(batch, self.devices.device, self._channels_last))
+        total = self.steps_per_epoch * recipe.epochs if self.steps_per_epoch else 0
+        factor = recipe.lr_factor(self.step, total) if total else 1.0
+        for group, base in zip(self._optimizer.param_groups, self._base_lr, strict=True):
+            group["lr"] = base * factor
+        loss = self._objective(self._wrapped, inputs, targets) * share
+        self._loss_sum += loss.detach()
+        if self.penalty is not None:
+            loss = loss + self.penalty(self.model)
+        loss.backward()
+        if recipe.clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        rate = self._optimizer.param_groups[0]["lr"] if self._decoupled else 1.0
+        add_product_decay(self._pairs, recipe.weight_decay * rate, shrink=self._decoupled)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        if self.after_step is not None:
+            self.after_step(self.model)
+        self.step += 1
+        self._batch += 1
+
+    def _finish_epoch(self) -> None:
+        self._check_finite()
+        loss = self.devices.mean(self._loss_sum) / self._batch
+        self.epoch += 1
+        metric = None
+        due = self.epoch % self.recipe.evaluate_every == 0 or self.epoch == self.recipe.epochs
+        if self.evaluate is not None and due:
+            metric = self._measure(self.evaluate)
+            if self._best_metric is None or metric > self._best_metric:
+                self._best_metric, self._best_epoch = metric, self.epoch
+                if self.recipe.keep == "best":
+                    own = resume.model_tensors(self.model)
+                    self._best = {name: t.detach().cpu().clone() for name, t in own.items()}
+        rate = float(self._optimizer.param_groups[0]["lr"])
+        self._history.append(EpochRecord(self.epoch, loss, rate, metric))
+        self._batch = 0
+        self._loss_sum.zero_()
+        self._save()
+
+    def _measure(self, evaluate: Evaluate) -> float:
+        self.devices.share_buffers(self.model)
+        state, modes = randomness.capture(), flags(self.model)
+        self.model.eval()
+        with torch.no_grad():
+            metric = self.devices.from_main(float(evaluate(self.model)))
+        set_flags(modes)
+        randomness.restore(state)
+        return metric
+
+    def _check_finite(self) -> None:
+        if not math.isfinite(self._loss_sum.item()):
+            rate = self._optimizer.param_groups[0]["lr"]
+            raise FloatingPointError(
+                f"the loss is {self._loss_sum.item()} in epoch {self.epoch + 1}, by step {self.step}, lr={rate:.3g}. "
+                "Lower lr, set clip=1.0, or look for non-finite values in the batches"
+            )
+
+    def _skip(self, iterator: Any) -> None:
+        for done in range(self._batch):
+            if next(iterator, None) is None:
+                raise CheckpointError(
+                    f"{self.checkpoint}: stopped after batch {self._batch} of epoch {self.epoch + 1}, but batches "
+                    f"ended after {done}: the data differ from those of the stopped run"
+                )
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """Flags, teacher and generators for training; everything as before on leaving."""
+        outside, modes = randomness.capture(), flags(self.model)
+        self._started = time.perf_counter() - self._seconds
+        self.model.train()
+        self._optimizer.zero_grad()
+        randomness.restore(self._random, None if self._batch else self.batches)
+        try:
+            with self._objective.ready(self.devices.device):
+                yield
+            self.devices.share_buffers(self.model)
+        finally:
+            self._seconds = time.perf_counter() - self._started
+            self._random = randomness.capture(self.batches)
+            set_flags(modes)
+            randomness.restore(outside)
+
+    def _shown(self) -> bool | None:
+        return self.progress if self.devices.main else False
+
+    def _record(self) -> dict[str, Any]:
+        teacher = self._objective.teacher is not None
+        return dict(self.recipe.record()) | {"steps_per_epoch": self.steps_per_epoch, "teacher": teacher}
+
+    def _save(self) -> None:
+        if self.checkpoint is None or not self.devices.main:
+            return
+        optimizer, values = resume.optimizer_tensors(self._optimizer)
+        parts = {
+            "model": resume.model_tensors(self.model),
+            "optimizer": optimizer,
+            "best": self._best,
+            "random": randomness.capture(self.batches),
+            "epoch_random": self._epoch_random,
+            "loss": {"sum": self._loss_sum},
+        }
+        if hasattr(self.penalty, "state_dict"):
+            parts["penalty"] = cast(Any, self.penalty).state_dict()
+        record = {
+            "run": self._record(),
+            "epoch": self.epoch,
+            "batch": self._batch,
+            "step": self.step,
+            "seconds": time.perf_counter() - self._started,
+            "history": [asdict(r) for r in self._history],
+            "best": [self._best_metric, self._best_epoch],
+            "optimizer": values,
+        }
+        flat = {f"{part}/{name}": t for part, held in parts.items() for name, t in held.items()}
+        resume.write(self.checkpoint, flat, record)
+
+    def _resume(self, path: Path) -> None:
+        tensors, record = resume.read(path)
+        resume.load_model(self.model, resume.section(tensors, "model"), str(path))
+        now, then = self._record(), record["run"]
+        changed = [f"{k} was {then.get(k)!r} and is {v!r}" for k, v in now.items() if then.get(k) != v]
+        if changed:
+            raise CheckpointError(
+                f"{path}: belongs to another run: {'; '.join(changed)}. Use the same recipe and data to continue, "
+                "or delete the file to start again"
+            )
+        resume.load_optimizer(self._optimizer, resume.section(tensors, "optimizer"), record["optimizer"])
+        if hasattr(self.penalty, "load_state_dict"):
+            cast(Any, self.penalty).load_state_dict(resume.section(tensors, "penalty"))
+        self.epoch, self._batch, self.step = record["epoch"], record["batch"], record["step"]
+        self._history = [EpochRecord(**r) for r in record["history"]]
+        self._best_metric, self._best_epoch = record["best"]
+        self._best = resume.section(tensors, "best")
+        self._seconds = record["seconds"]
+        self._random, self._epoch_random = (resume.section(tensors, p) for p in ("random", "epoch_random"))
+        self._loss_sum.copy_(tensors["loss/sum"])

@@ -1,0 +1,91 @@
+"""The loss of one batch: the task, the teacher, and the precision they are computed in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectrim.train import batches as batching
+from spectrim.train.distillation import Distillation
+
+Loss = Callable[[Any, Any], Tensor]
+Flags = list[tuple[nn.Module, bool]]
+
+
+class Objective:
+    """Loss of a model on inputs and targets.
+
+    Parameters
+    ----------
+    loss
+        Function of ``(logits, targets)``; None takes the loss that the model returned, or cross-entropy.
+    teacher
+        Module whose outputs to learn, or None.
+    distillation
+        How to mix them in; None ignores the teacher.
+    precision
+        ``"bfloat16"`` computes the outputs under autocast; losses are computed in float32 always.
+    """
+
+    def __init__(
+        self, loss: Loss | None, teacher: nn.Module | None, distillation: Distillation | None, precision: str
+    ) -> None:
+        self.loss, self.distillation, self.precision = loss, distillation, precision
+        self.teacher = teacher if distillation is not None else None
+
+    def __call__(self, model: nn.Module, inputs: Any, targets: Any) -> Tensor:
+        device = next((t.device.type for t in batching.tensors(inputs)), "cpu")
+        goal = None
+        with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            output = batching.forward(model, inputs)
+            if self.teacher is not None:
+                with torch.no_grad():
+                    goal = batching.logits(batching.forward(self.teacher, inputs))
+        student = batching.logits(output)
+        if isinstance(student, Tensor) and student.is_floating_point():
+            student = student.float()
+        task = self._task(output, student, targets)
+        if self.distillation is None or goal is None:
+            return task
+        return self.distillation.mix(task, student, goal, targets if isinstance(targets, Tensor) else None)
+
+    def _task(self, output: Any, student: Any, targets: Any) -> Tensor:
+        if self.loss is not None:
+            return self.loss(student, targets)
+        own = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+        if own is not None:
+            return own.float()
+        if targets is None:
+            raise ValueError("the batch has no 'labels' and the model returned no loss: pass loss= to fine_tune")
+        return F.cross_entropy(student, targets)
+
+    @contextmanager
+    def ready(self, device: torch.device) -> Iterator[None]:
+        """The teacher on a device in evaluation mode; as before on leaving."""
+        if not isinstance(self.teacher, nn.Module):
+            yield
+            return
+        before = flags(self.teacher)
+        home = next((p.device for p in self.teacher.parameters()), device)
+        self.teacher.to(device).eval()
+        try:
+            yield
+        finally:
+            set_flags(before)
+            self.teacher.to(home)
+
+
+def flags(model: nn.Module) -> Flags:
+    """Whether each module is in training mode."""
+    return [(module, module.training) for module in model.modules()]
+
+
+def set_flags(values: Flags) -> None:
+    """Put back what :func:`flags` returned."""
+    for module, training in values:
+        module.training = training

@@ -1,0 +1,60 @@
+"""The state of every global random generator as tensors, so that it can be stored and put back."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+def seed(value: int) -> None:
+    """Seed torch, numpy and python."""
+    torch.manual_seed(value)
+    np.random.seed(value % 2**32)
+    random.seed(value)
+
+
+def capture(loader: Any = None) -> State:
+    """States of torch, CUDA when in use, numpy, python, and of the generators that a data loader owns."""
+    _, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, internal, spare = random.getstate()
+    state = {
+        "torch": torch.get_rng_state(),
+        "numpy": torch.tensor([*(int(k) for k in keys), position, has_gauss]),  # type: ignore[misc]
+        "numpy_gauss": torch.tensor([gauss], dtype=torch.float64),
+        "python": torch.tensor([version, *internal]),
+        "python_gauss": torch.tensor([] if spare is None else [spare], dtype=torch.float64),
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
+    return state | {f"loader{i}": g.get_state() for i, g in enumerate(_generators(loader))}
+
+
+def restore(state: State, loader: Any = None) -> None:
+    """Put back what :func:`capture` returned."""
+    torch.set_rng_state(state["torch"])
+    *keys, position, has_gauss = state["numpy"].tolist()
+    gauss = state["numpy_gauss"].item()
+    np.random.set_state(("MT19937", np.array(keys, np.uint32), position, has_gauss, gauss))
+    version, *internal = state["python"].tolist()
+    spare = state["python_gauss"].tolist()
+    random.setstate((version, tuple(internal), spare[0] if spare else None))
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            if f"cuda{i}" in state:
+                torch.cuda.set_rng_state(state[f"cuda{i}"], i)
+    for i, generator in enumerate(_generators(loader)):
+        if f"loader{i}" in state:
+            generator.set_state(state[f"loader{i}"])
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    sampler = getattr(loader, "sampler", None)
+    found = [getattr(owner, "generator", None) for owner in (loader, sampler)]
+    unique = {id(g): g for g in found if isinstance(g, torch.Generator)}
+    return list(unique.values())

@@ -1,0 +1,155 @@
+"""The hyper-parameters of a training run, and what they mean as optimizer and learning rate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from spectrim.train.distillation import Distillation
+
+MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
+
+_DEFAULT_LR = {"sgd": 0.05, "adamw": 1e-3}
+_WORDS = {
+    "optimizer": ("sgd", "adamw"),
+    "schedule": ("one_cycle", "cosine", "constant"),
+    "precision": ("float32", "bfloat16"),
+    "memory_format": ("preserve", "channels_last"),
+    "keep": ("last", "best"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to train. Two runs with equal recipes, data and model end in equal weights on a CPU.
+
+    Attributes
+    ----------
+    epochs
+        Passes over the batches.
+    optimizer
+        ``"sgd"`` (Nesterov), ``"adamw"``, or a function from parameter groups to an optimizer.
+    lr
+        Highest learning rate; None is 0.05 for ``sgd``, 0.001 for ``adamw`` and the function's own otherwise.
+    momentum
+        Of ``sgd``.
+    weight_decay
+        Applied to weights of two or more axes, never to biases and normalisation.
+    decay_product
+        Decay the product of factored pairs instead of each factor; see :mod:`spectrim.train.penalties`.
+    schedule
+        ``"one_cycle"`` rises from lr / 25 and falls to 0 along a cosine, ``"cosine"`` falls from lr to 0,
+        ``"constant"`` stays. The rate is set at every step.
+    warmup
+        Share of all steps spent rising to ``lr``; None is 0.2 for ``one_cycle`` and 0 otherwise.
+    distillation
+        How a teacher is used when one is given; None ignores it.
+    precision
+        ``"bfloat16"`` runs model and teacher under autocast. Weights and optimizer stay as they are.
+    clip
+        Largest norm of all gradients together, None for no limit.
+    memory_format
+        ``"channels_last"`` converts the model and 4-axis inputs, which is faster for most convolutions.
+    evaluate_every
+        Epochs between two evaluations; the last epoch is always evaluated.
+    keep
+        Weights left in the model: those of the ``"last"`` epoch, or of the ``"best"`` evaluated one.
+    checkpoint_every
+        Steps between two checkpoints; None writes at the end of each epoch only.
+    seed
+        Seeds the global generators of torch, numpy and python for the run. Their states are put back afterwards.
+    """
+
+    epochs: int = 10
+    optimizer: Literal["sgd", "adamw"] | MakeOptimizer = "sgd"
+    lr: float | None = None
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    decay_product: bool = True
+    schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
+    warmup: float | None = None
+    distillation: Distillation | None = field(default_factory=Distillation)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    clip: float | None = None
+    memory_format: Literal["preserve", "channels_last"] = "preserve"
+    evaluate_every: int = 1
+    keep: Literal["last", "best"] = "last"
+    checkpoint_every: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, words in _WORDS.items():
+            value = getattr(self, name)
+            if value not in words and not (name == "optimizer" and callable(value)):
+                raise ValueError(f"{name}={value!r} is not known; choose from {', '.join(map(repr, words))}")
+        for name, least in (("epochs", 0), ("evaluate_every", 1), ("checkpoint_every", 1)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < least):
+                raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+        for name in ("lr", "momentum", "weight_decay", "clip"):
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name}={value!r} must be a finite number of at least 0")
+        if self.warmup is not None and not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup={self.warmup!r} is a share of all steps and must lie in [0, 1)")
+
+    def lr_factor(self, step: int, total: int) -> float:
+        """Share of ``lr`` to use at ``step`` (from 0) of ``total`` steps."""
+        share = self.warmup if self.warmup is not None else (0.2 if self.schedule == "one_cycle" else 0.0)
+        rising = share * total
+        if step < rising:
+            start = 1 / 25 if self.schedule == "one_cycle" else 0.0
+            return start + (1 - start) * (step + 1) / (rising + 1)
+        if self.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rising) / max(1.0, total - rising))))
+
+    def make_optimizer(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """The optimizer of this recipe on parameter groups from :func:`parameter_groups`."""
+        if not isinstance(self.optimizer, str):
+            return self.optimizer(groups)
+        lr = _DEFAULT_LR[self.optimizer] if self.lr is None else self.lr
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=lr, momentum=self.momentum, nesterov=self.momentum > 0, foreach=True)
+        return torch.optim.AdamW(groups, lr=lr, foreach=True)
+
+    def record(self) -> Mapping[str, Any]:
+        """The recipe as JSON values, to tell whether a checkpoint belongs to it."""
+        values = asdict(self)
+        if not isinstance(self.optimizer, str):
+            values["optimizer"] = getattr(self.optimizer, "__qualname__", type(self.optimizer).__qualname__)
+        return values
+
+
+def parameter_groups(model: nn.Module, weight_decay: float, apart: Iterable[Tensor]) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: decayed by the optimizer, and not.
+
+    Parameters
+    ----------
+    model
+        Parameters without ``requires_grad`` are left out.
+    weight_decay
+        Decay of the first group.
+    apart
+        Parameters that something else decays.
+
+    Raises
+    ------
+    ValueError
+        If there is nothing to train.
+    """
+    elsewhere = {id(p) for p in apart}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True: nothing to train")
+    decayed = [p for p in trainable if p.ndim >= 2 and id(p) not in elsewhere]
+    chosen = {id(p) for p in decayed}
+    rest = [p for p in trainable if id(p) not in chosen]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]

@@ -1,0 +1,48 @@
+"""Models and data that the command line tests name by reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class Tiny(nn.Module):
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, width, 3, padding=1)
+        self.wide = nn.Conv2d(width, width, 3, padding=1)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.wide(self.conv(images).relu()).relu().mean((2, 3)))
+
+
+def tiny(width: int = 12) -> nn.Module:
+    torch.manual_seed(0)
+    return Tiny(width)
+
+
+def chatty() -> nn.Module:
+    print("a library that prints")
+    return tiny()
+
+
+def no_layers() -> nn.Module:
+    return nn.ReLU()
+
+
+def not_a_model() -> str:
+    return "model"
+
+
+def batches(samples: int = 64) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(samples, 1, 8, 8, generator=generator)
+    return list(zip(images.split(16), torch.arange(samples).remainder(10).split(16), strict=True))
+
+
+def stream():
+    yield from batches()
+
+
+NUMBER = 3

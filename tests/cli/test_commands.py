@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from spectrim.plan import Plan
+
+DATA = ("--data", "nets:batches")
+
+
+def test_help_loads_no_torch_and_nothing_else_that_is_heavy():
+    script = (
+        "import sys\n"
+        "sys.argv = ['spectrim', 'compress', '--help']\n"
+        "from spectrim.cli.app import main\n"
+        "try:\n    main()\nexcept SystemExit as done:\n    assert not done.code\n"
+        "heavy = {'torch', 'numpy', 'scipy', 'matplotlib', 'sklearn', 'transformers'} & set(sys.modules)\n"
+        "sys.exit(f'loaded {heavy}' if heavy else 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--budget" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["profile", "compress", "evaluate", "export", "demo"])
+def test_every_command_has_help_and_json(run, command: str):
+    text = run(command, "--help").stdout
+    assert "--json" in text and "--debug" in text
+
+
+def test_profile_lists_layers_costs_and_what_is_skipped(run):
+    found = run.json("profile", "nets:tiny", *DATA, "--skip", "conv")
+    assert [layer["name"] for layer in found["layers"]] == ["wide", "head"]
+    assert found["skipped"] == [{"name": "conv", "kind": "Conv2d 3x3", "reason": "skipped on request"}]
+    wide = found["layers"][0]
+    assert wide["costs"]["macs"] == 12 * 12 * 9 * 64 and wide["costs"]["parameters"] == 12 * 12 * 9 + 12
+    assert found["unit"] == "output energy" and found["samples"] == 64
+    for ranks in wide["ranks"].values():
+        assert 1 <= ranks["90%"] <= ranks["99%"]
+    assert wide["macs_left"]["5%"] <= wide["macs_left"]["1%"] <= 1
+    text = run("profile", "nets:tiny", *DATA, "--skip", "conv").stdout
+    assert "wide" in text and "skipped on request" in text
+
+
+def test_profile_without_data_counts_parameters_only_and_with_a_shape_macs_too(run):
+    bare = run.json("profile", "nets:tiny")
+    assert "macs" not in bare["costs"] and bare["unit"] == "weight energy"
+    shaped = run.json("profile", "nets:tiny", "--input", "1x8x8")
+    assert shaped["costs"]["macs"] == 64 * 9 * 12 * (1 + 12) + 120
+
+
+def test_profile_measures_latency(run):
+    found = run.json("profile", "nets:tiny", *DATA, "--latency", "--only", "wide")
+    assert found["layers"][0]["costs"]["latency"] > 0
+
+
+def test_compress_writes_what_it_says(run):
+    found = run.json("compress", "nets:tiny", *DATA, "--budget", "macs=50%", "--test", "nets:batches", "--out", "small")
+    assert {Path(p).name for p in found["files"].values()} == {"model.safetensors", "plan.json", "report.html"}
+    assert all(Path(p).is_file() for p in found["files"].values())
+    assert found["costs"]["macs"] <= found["budget"]["macs"] == found["dense_costs"]["macs"] / 2
+    plan = Plan.read(found["files"]["plan"])
+    assert plan.costs["macs"] == found["costs"]["macs"]
+    rows = {row["metric"]: row for row in found["comparison"]["rows"]}
+    # The table predicts what is then counted on the finished model.
+    assert rows["MACs"]["compressed"] == pytest.approx(plan.costs["macs"])
+    assert rows["parameters"]["compressed"] == pytest.approx(plan.costs["parameters"])
+    assert rows["accuracy"]["dense"] == found["scores"]["dense"]
+
+    again = run.json("compress", "nets:tiny", *DATA, "--plan", "small/plan.json", "--no-report", "--out", "again")
+    assert "report" not in again["files"]
+    assert Path("again/model.safetensors").read_bytes() == Path("small/model.safetensors").read_bytes()
+
+    measured = run.json("evaluate", "nets:tiny", "--checkpoint", "small/model.safetensors", *DATA, "--repeats", "0")
+    values = {row["metric"]: row["value"] for row in measured["rows"]}
+    assert values["accuracy"] == found["scores"]["compressed"]
+    assert values["MACs"] == rows["MACs"]["compressed"] and "latency p50" not in values
+    both = run.json(
+        "evaluate", "nets:tiny", "-c", "small/model.safetensors", "--compare", "--input", "1x8x8", "--repeats", "2"
+    )
+    assert {row["metric"]: row["ratio"] for row in both["rows"]}["MACs"] > 1.9
+
+
+def test_compress_fine_tunes_and_prints_a_table(run):
+    arguments = ("--budget", "parameters=60%", "--train", "nets:batches", "--test", "nets:batches", "--epochs", "1")
+    text = run("compress", "nets:tiny", *DATA, *arguments, "--lr", "0.01", "--quiet").stdout
+    assert "Fine-tuned for 1 epochs" in text and "parameters" in text and "report.html" in text
+
+
+def test_compress_without_data_uses_the_weights(run):
+    found = run.json("compress", "nets:tiny", "--input", "1x8x8", "-b", "macs=60%", "--no-report")
+    assert {e.choice.method for e in Plan.read(found["files"]["plan"]) if not e.choice.is_dense} == {"WeightSVD"}
+
+
+@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_export_is_checked(run, suffix: str):
+    if suffix == "onnx":
+        pytest.importorskip("onnxruntime")
+    found = run.json("export", "nets:tiny", "--input", "1x8x8", "--out", f"files/m.{suffix}")
+    assert found["format"] == suffix and found["difference"] < 1e-4
+    assert Path(found["file"]).stat().st_size == found["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("profile", "nowhere:model"), 2, "'nowhere:model'"),
+        (("profile", "nets:no_layers"), 2, "no layer to compress"),
+        (("profile", "nets:tiny", "--skip", "layer9"), 2, "'layer9'"),
+        (("profile", "nets:tiny", "--latency"), 2, "--latency needs"),
+        (("profile", "nets:tiny", "--method", "magic"), 2, "'magic'"),
+        (("profile", "nets:tiny", "--method", "activation-svd"), 2, "needs calibration"),
+        (("profile", "nets:tiny", "--input", "1x8xa"), 2, "'1x8xa'"),
+        (("profile", "nets:tiny", "--device", "abacus"), 2, "abacus"),
+        (("compress", "nets:tiny", *DATA), 2, "either --budget"),
+        (("compress", "nets:tiny", *DATA, "-b", "macs=50%", "--plan", "p"), 2, "either --budget"),
+        (("compress", "nets:tiny", "-b", "macs=50%"), 2, "give --data"),
+        (("compress", "nets:tiny", *DATA, "-b", "speed=2"), 2, "'speed=2'"),
+        (("compress", "nets:tiny", *DATA, "-b", "macs=many"), 2, "'many'"),
+        (("compress", "nets:tiny", *DATA, "-b", "macs=50%", "--selector", "lucky"), 2, "'lucky'"),
+        (("compress", "nets:tiny", *DATA, "--plan", "gone.json"), 2, "'gone.json'"),
+        (("compress", "nets:tiny", *DATA, "-b", "macs=0.01%"), 3, "the lowest reachable is"),
+        (("compress", "nets:tiny", *DATA, "--plan", "broken.json"), 1, "not a plan"),
+        (("evaluate", "nets:tiny"), 2, "give --data"),
+        (("evaluate", "nets:tiny", *DATA, "--compare"), 2, "needs --checkpoint"),
+        (("evaluate", "nets:tiny", *DATA, "-c", "gone.safetensors"), 2, "'gone.safetensors'"),
+        (("evaluate", "nets:tiny", *DATA, "-c", "broken.json"), 1, "broken.json"),
+        (("export", "nets:tiny", "--input", "1x8x8", "--out", "m.tflite"), 2, "'m.tflite'"),
+        (("export", "nets:tiny", "--out", "m.onnx"), 2, "example input"),
+        (("demo", "--budget", "fast"), 2, "'fast'"),
+    ],
+)
+def test_errors_are_one_line_with_an_exit_code(run, arguments: tuple[str, ...], code: int, message: str):
+    Path("broken.json").write_text("{")
+    result = run(*arguments, code=code)
+    assert result.stdout == ""
+    assert result.stderr.startswith("spectrim: error: ") and message in result.stderr
+    assert "Traceback" not in result.stderr
+    document = run.json(*arguments, code=code)
+    assert document["error"]["exit_code"] == code and message in document["error"]["message"]
+
+
+def test_click_refuses_unknown_options_with_the_same_code(run):
+    run("compress", code=2)
+    run("profile", "nets:tiny", "--no-such-option", code=2)
+
+
+def test_debug_shows_where(run):
+    with pytest.raises(ValueError, match="nowhere"):
+        run("profile", "nowhere:model", "--debug")
+
+
+def test_json_stays_alone_when_a_model_prints(run):
+    result = run("profile", "nets:chatty", "--json")
+    assert json.loads(result.stdout)["model"] == "nets:chatty"
+    assert "a library that prints" in result.stderr
+
+
+def test_demo_runs_end_to_end(run):
+    before = torch.random.get_rng_state()
+    found = run.json("demo", "--dense-epochs", "1", "--epochs", "1", "--quiet")
+    assert set(found["files"]) == {"model", "plan", "report"}
+    assert found["dense_costs"]["macs"] >= 4 * found["costs"]["macs"]
+    assert list(found["scores"]) == ["dense", "compressed", "fine-tuned"]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    model = "spectrim.cli.digits_net:DigitsNet"
+    again = run.json("evaluate", model, "-c", found["files"]["model"], "--data", "digits", "--repeats", "0")
+    assert again["rows"][0]["value"] == pytest.approx(found["scores"]["fine-tuned"], abs=0.5)

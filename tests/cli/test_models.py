@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from spectrim.cli.models import load_model, read_weights
+from spectrim.cli.references import UsageError
+
+
+def test_factory_with_options_in_evaluation_mode():
+    model = load_model("nets:tiny?width=5")
+    assert model.conv.out_channels == 5 and not model.training  # type: ignore[union-attr]
+    assert isinstance(load_model("nets:Tiny"), nn.Module)
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt", "wrapped.pth", "parallel.pt"])
+def test_weight_files_fill_the_model(tmp_path: Path, suffix: str):
+    import nets
+
+    state = {k: v + 1 for k, v in nets.tiny().state_dict().items()}
+    path = tmp_path / f"w.{suffix}"
+    if suffix == "safetensors":
+        save_file(state, path)
+    elif suffix == "wrapped.pth":
+        torch.save({"state_dict": state, "epoch": 3}, path)
+    elif suffix == "parallel.pt":
+        torch.save({f"module.{k}": v for k, v in state.items()}, path)
+    else:
+        torch.save(state, path)
+    loaded = load_model("nets:tiny", path).state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in state.items())
+
+
+def test_missing_batch_counters_are_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import nets
+
+    monkeypatch.setattr(nets, "normed", lambda: nn.BatchNorm1d(3), raising=False)
+    save_file({k: v for k, v in nn.BatchNorm1d(3).state_dict().items() if v.dim()}, tmp_path / "w.safetensors")
+    assert isinstance(load_model("nets:normed", tmp_path / "w.safetensors"), nn.BatchNorm1d)
+
+
+class _Payload:
+    def __reduce__(self):
+        return (Path("pwned").write_text, ("code ran",))
+
+
+def test_pickled_code_is_not_run(tmp_path: Path):
+    torch.save({"x": _Payload()}, tmp_path / "w.pt")
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_weights(tmp_path / "w.pt")
+    assert not Path("pwned").exists()
+
+
+def test_weights_that_do_not_fit_say_how(tmp_path: Path):
+    import nets
+
+    state = nets.tiny().state_dict()
+    state["conv.weight"] = torch.zeros(2, 2)
+    state["extra"] = state.pop("head.bias")
+    save_file(state, tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match=r"1 missing \('head.bias'\); 1 unexpected \('extra'\); 1 of another shape"):
+        load_model("nets:tiny", tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("w.npz", b"", "expected .safetensors"),
+        ("w.safetensors", b"garbage", "cannot be read"),
+        ("w.pt", b"garbage", "cannot be read"),
+    ],
+)
+def test_bad_weight_files(tmp_path: Path, name: str, content: bytes, message: str):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UsageError, match=message) as caught:
+        read_weights(tmp_path / name)
+    assert name in str(caught.value)
+
+
+def test_weights_must_be_tensors(tmp_path: Path):
+    torch.save([1, 2], tmp_path / "w.pt")
+    with pytest.raises(UsageError, match="no mapping of names to tensors"):
+        read_weights(tmp_path / "w.pt")
+    with pytest.raises(UsageError, match="is not a file"):
+        read_weights(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("resnet18", "is not known"),
+        ("nets:gone", "has no attribute 'gone'"),
+        ("no_such_module:f", "cannot import"),
+        ("nets:not_a_model", "returned a str, not a torch.nn.Module"),
+        ("nets:tiny?depth=3", "cannot be called with {'depth': 3}"),
+        ("timm:", "names no model"),
+        ("hf:", "names no model"),
+        ("torchvision:", "names no model"),
+    ],
+)
+def test_bad_references_are_quoted(reference: str, message: str):
+    with pytest.raises(UsageError) as caught:
+        load_model(reference)
+    assert message in str(caught.value) and repr(reference) in str(caught.value)
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(UsageError, match="pip install timm"):
+        load_model("timm:resnet18")
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_libraries_are_asked_for_pretrained_weights_unless_there_is_a_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, weights: bool
+):
+    import nets
+
+    asked: list[tuple[str, dict[str, object]]] = []
+
+    def make(name: str, **options: object) -> nn.Module:
+        asked.append((name, options))
+        return nets.tiny()
+
+    timm, vision = ModuleType("timm"), ModuleType("torchvision.models")
+    timm.create_model, vision.get_model = make, make  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    monkeypatch.setitem(sys.modules, "torchvision", ModuleType("torchvision"))
+    monkeypatch.setitem(sys.modules, "torchvision.models", vision)
+    save_file(nets.tiny().state_dict(), tmp_path / "w.safetensors")
+    path = tmp_path / "w.safetensors" if weights else None
+    load_model("timm:resnet18?num_classes=10", path)
+    load_model("torchvision:vgg16", path)
+    assert asked == [
+        ("resnet18", {"pretrained": not weights, "num_classes": 10}),
+        ("vgg16", {"weights": None if weights else "DEFAULT"}),
+    ]
+
+
+def test_hf_builds_the_architecture_of_the_configuration(tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    options = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.BertConfig(**options, intermediate_size=8, num_labels=3)
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "bert")
+    model = load_model(f"hf:{tmp_path / 'bert'}")
+    assert type(model).__name__ == "BertForSequenceClassification"
+    with pytest.raises(UsageError, match="transformers cannot load it"):
+        load_model(f"hf:{tmp_path / 'missing'}")

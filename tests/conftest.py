@@ -1,0 +1,49 @@
+"""Set-up for all tests: shape checks while they run, few threads, fixed seeds."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+# Shapes and dtypes of the mathematics are checked at every call. The hook must stand before the modules are imported;
+# SPECTRIM_SHAPE_CHECKS=0 turns it off, for timing.
+if os.environ.get("SPECTRIM_SHAPE_CHECKS", "1") != "0" and importlib.util.find_spec("beartype"):
+    from jaxtyping import install_import_hook
+
+    install_import_hook(["spectrim.linalg", "spectrim.unfold", "spectrim.factors"], "beartype.beartype")
+
+import hypothesis
+
+torch.set_num_threads(2)
+
+# A first call may compile or import something slow: time limits a case would make tests flaky.
+hypothesis.settings.register_profile(
+    "spectrim",
+    deadline=None,
+    derandomize=True,
+    max_examples=int(os.environ.get("SPECTRIM_EXAMPLES", "50")),
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("spectrim")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same random state, alone or among others."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Measured latencies stay out of the user's cache directory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SPECTRIM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

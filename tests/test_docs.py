@@ -1,0 +1,78 @@
+"""The README's example and the tutorials run as they are written."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> Iterator[tuple[int, str]]:
+    """Python blocks of a page with the line number each starts at."""
+    text = page.read_text(encoding="utf-8")
+    for match in BLOCK.finditer(text):
+        yield text.count("\n", 0, match.start(1)), match[1]
+
+
+def run(page: Path) -> int:
+    """Run the blocks of a page one after the other in one namespace; tracebacks show the page's own lines."""
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    count = 0
+    for line, source in blocks(page):
+        exec(compile("\n" * line + source, str(page), "exec"), namespace)
+        count += 1
+    return count
+
+
+def test_there_are_tutorials():
+    assert len(TUTORIALS) >= 3
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_tutorial_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(page) > 0
+
+
+def test_readme_example_runs_and_keeps_its_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    ((_, source),) = blocks(README)
+    assert len([line for line in source.splitlines() if line.strip()]) == 12
+    assert run(README) == 1
+    assert (tmp_path / "small.safetensors").stat().st_size > 0
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "docs" / "benchmarks.md"], ids=lambda page: page.name)
+def test_results_have_their_place(page: Path):
+    text = page.read_text(encoding="utf-8")
+    begin, end = "<!-- results:begin -->", "<!-- results:end -->"
+    assert text.count(begin) == text.count(end) == 1
+    assert text.index(begin) < text.index(end)
+
+
+def test_relative_links_of_the_top_pages_lead_somewhere():
+    for page in [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
+        targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8"))
+        missing = [target for target in targets if not (ROOT / target).exists()]
+        assert not missing, f"{page.name} links to {missing}"
+
+
+def test_every_public_name_has_a_reference_page():
+    import spectrim
+
+    pages = " ".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "api").glob("*.md"))
+    modules = re.findall(r"^::: (spectrim[\w.]*)", pages, re.MULTILINE)
+    homes = {name: getattr(getattr(spectrim, name), "__module__", None) for name in spectrim.__all__}
+    lost = {
+        name: home
+        for name, home in homes.items()
+        if home and home.startswith("spectrim.") and not any(f"{home}.{name}".startswith(m) for m in modules)
+    }
+    assert not lost, f"no page of docs/api shows {lost}"

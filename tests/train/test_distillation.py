@@ -1,0 +1,57 @@
+"""The distillation loss against its definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from spectrim.train import Distillation
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5, 4.0])
+def test_divergence_is_the_definition(temperature: float) -> None:
+    student, teacher = torch.randn(5, 7, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
+    p, q = (torch.softmax(z / temperature, 1) for z in (teacher, student))
+    expected = temperature**2 * (p * (p / q).log()).sum(1).mean()
+    found = Distillation(temperature).divergence(student, teacher)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+    library = F.kl_div((student / temperature).log_softmax(1), p, reduction="batchmean") * temperature**2
+    torch.testing.assert_close(found.double(), library, rtol=1e-5, atol=1e-6)
+
+
+def test_mix_weighs_the_task() -> None:
+    student, teacher, labels = torch.randn(6, 3), torch.randn(6, 3), torch.randint(3, (6,))
+    task = F.cross_entropy(student, labels)
+    method = Distillation(3.0, 0.7)
+    expected = 0.7 * method.divergence(student, teacher) + 0.3 * task
+    torch.testing.assert_close(method.mix(task, student, teacher), expected)
+    torch.testing.assert_close(method.loss_on_pairs(student, (labels, teacher)), expected)
+    assert Distillation(weight=0).mix(task, student, teacher) == task
+
+
+def test_ignored_positions_do_not_count() -> None:
+    student, teacher = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    labels = torch.randint(3, (2, 5))
+    labels[:, 3:] = -100
+    found = Distillation().divergence(student, teacher, labels)
+    torch.testing.assert_close(found, Distillation().divergence(student[:, :3], teacher[:, :3]))
+    assert Distillation().divergence(student, teacher, torch.full((2, 5), -100)) == 0
+
+
+def test_equal_outputs_have_no_divergence() -> None:
+    logits = torch.randn(4, 3, requires_grad=True)
+    value = Distillation().divergence(logits, logits.detach())
+    value.backward()
+    assert value.abs() < 1e-6
+    assert logits.grad is not None
+    assert logits.grad.abs().max() < 1e-6
+
+
+def test_errors_quote_their_inputs() -> None:
+    with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\)"):
+        Distillation().divergence(torch.zeros(2, 3), torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="temperature=0"):
+        Distillation(temperature=0)
+    with pytest.raises(ValueError, match=r"weight=1\.5"):
+        Distillation(weight=1.5)

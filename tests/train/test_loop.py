@@ -1,0 +1,321 @@
+"""The training loop: what it reports, what its options do, and what it leaves as found."""
+
+from __future__ import annotations
+
+import copy
+import random
+import subprocess
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spectrim.train import Distillation, Loop, Recipe, TrainingResult, fine_tune
+from tests.train.small import Net, accuracy, equal, fixed_batches, loader, weights
+
+
+def test_the_loss_falls_and_the_network_learns() -> None:
+    model = Net(width=16)
+    result = fine_tune(model, loader(96), epochs=12, lr=0.05, evaluate=accuracy)
+    assert isinstance(result, TrainingResult)
+    assert [r.epoch for r in result.history] == list(range(1, 13))
+    assert result.history[-1].loss < 0.6 * result.history[0].loss
+    assert result.last is not None
+    assert result.last > 0.8
+    assert (result.epochs, result.steps) == (12, 12 * 12)
+    assert result.seconds > 0
+    assert accuracy(model.eval()) == result.last
+
+
+def test_equal_seeds_give_equal_weights() -> None:
+    models = [Net(), Net(), Net()]
+    for model, seed in zip(models, (3, 3, 4), strict=True):
+        torch.randn(3)  # the state before does not matter
+        fine_tune(model, loader(), epochs=1, seed=seed)
+    assert equal(weights(models[0]), weights(models[1]))
+    assert not equal(weights(models[0]), weights(models[2]))
+
+
+def test_everything_else_is_left_as_found() -> None:
+    model, teacher = Net(), Net(seed=1)
+    model.drop.eval()
+    teacher.norm.eval()
+    modes = [[m.training for m in net.modules()] for net in (model, teacher)]
+    before = weights(teacher)
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index] # noqa: NPY002
+    fine_tune(model, loader(), teacher=teacher, epochs=1, evaluate=accuracy)
+    assert [[m.training for m in net.modules()] for net in (model, teacher)] == modes
+    assert equal(before, weights(teacher))
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.random.get_state()[1].tolist() == states[2]  # type: ignore[index] # noqa: NPY002
+
+
+def test_a_teacher_alone_teaches() -> None:
+    """With all the weight on the teacher the labels do not matter."""
+    teacher = Net(width=16, seed=1)
+    fine_tune(teacher, loader(96), epochs=12, lr=0.05)
+    wrong = [(x, torch.zeros_like(y)) for x, y in fixed_batches(96)]
+    student = Net(width=16, seed=2)
+    method = Distillation(temperature=2, weight=1)
+    fine_tune(student, wrong, teacher=teacher, epochs=20, lr=0.05, distillation=method)
+    assert accuracy(teacher.eval()) > 0.8
+    assert accuracy(student.eval()) > 0.8
+
+
+def test_teacher_outputs_from_a_cache_train_the_same() -> None:
+    teacher, method = Net(seed=1).eval(), Distillation(2.0, 0.8)
+    batches = fixed_batches()
+    with torch.no_grad():
+        cached = [(x, (y, teacher(x))) for x, y in batches]
+    models = Net(), Net()
+    fine_tune(models[0], batches, teacher=teacher, epochs=2, distillation=method)
+    fine_tune(models[1], cached, loss=method.loss_on_pairs, epochs=2)
+    torch.testing.assert_close(weights(models[0]), weights(models[1]))
+
+
+def test_distillation_can_be_turned_off() -> None:
+    models = Net(), Net()
+    fine_tune(models[0], fixed_batches(), teacher=Net(seed=1), epochs=1, distillation=None)
+    fine_tune(models[1], fixed_batches(), epochs=1)
+    assert equal(weights(models[0]), weights(models[1]))
+
+
+def test_keep_best_returns_to_the_best_epoch() -> None:
+    metrics = iter([0.2, 0.9, 0.4, 0.3])
+    seen: list[dict[str, Tensor]] = []
+
+    def evaluate(model: nn.Module) -> float:
+        assert not model.training
+        assert not torch.is_grad_enabled()
+        torch.randn(5)  # must not change what follows
+        seen.append(weights(model))
+        return next(metrics)
+
+    model, other = Net(), Net()
+    result = fine_tune(model, loader(), epochs=4, evaluate=evaluate, keep="best")
+    assert (result.best, result.best_epoch, result.last) == (0.9, 2, 0.3)
+    assert equal(weights(model), seen[1])
+    fine_tune(other, loader(), epochs=4)
+    assert equal(weights(other), seen[3])
+
+
+def test_evaluate_every_counts_epochs_and_the_last_one() -> None:
+    result = fine_tune(Net(), loader(16), epochs=5, evaluate=lambda _: 0.5, evaluate_every=2)
+    assert [r.metric for r in result.history] == [None, 0.5, None, 0.5, 0.5]
+
+
+def test_clip_bounds_the_step() -> None:
+    model, batches = Net(), fixed_batches()[:1]
+    before = weights(model)
+    options: dict[str, Any] = {"epochs": 1, "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
+    fine_tune(model, batches, clip=0.01, **options)
+    moved = torch.stack([(p.detach() - before[n]).square().sum() for n, p in model.named_parameters()]).sum().sqrt()
+    torch.testing.assert_close(moved, torch.tensor(0.01), rtol=1e-3, atol=0)
+
+
+def test_bfloat16_computes_low_and_stores_high() -> None:
+    kinds: list[torch.dtype] = []
+    model, teacher = Net(), Net(seed=1)
+    for net in (model, teacher):
+        net.stem.register_forward_hook(lambda _module, _inputs, output: kinds.append(output.dtype))
+    result = fine_tune(model, loader(), teacher=teacher, epochs=4, lr=0.1, precision="bfloat16")
+    assert set(kinds) == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert result.history[-1].loss < result.history[0].loss
+
+
+def test_channels_last_converts_model_and_inputs() -> None:
+    formats: list[bool] = []
+    model = Net()
+    model.pair.register_forward_pre_hook(
+        lambda _module, inputs: formats.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    fine_tune(model, loader(16), epochs=1, memory_format="channels_last")
+    assert formats
+    assert all(formats)
+
+
+def test_hooks_are_called_at_every_step() -> None:
+    calls: list[str] = []
+    model = Net()
+
+    def penalty(net: nn.Module) -> Tensor:
+        assert net is model
+        calls.append("penalty")
+        return 0.0 * model.stem.weight.sum()
+
+    def after_step(net: nn.Module) -> None:
+        assert net is model
+        calls.append("after")
+        with torch.no_grad():
+            model.stem.weight[0].zero_()
+
+    fine_tune(model, loader(), epochs=2, penalty=penalty, after_step=after_step)
+    assert calls == ["penalty", "after"] * 12
+    assert model.stem.weight[0].abs().max() == 0
+
+
+def test_a_penalty_pulls() -> None:
+    model = Net()
+    fine_tune(model, loader(), epochs=5, lr=0.1, penalty=lambda _: 10 * model.stem.weight.square().sum())
+    assert model.stem.weight.abs().max() < 0.1
+
+
+def test_a_loop_can_pause_between_epochs() -> None:
+    recipe = Recipe(epochs=4, momentum=0.9)
+    model, other = Net(), Net()
+    loop = Loop(model, loader(), recipe)
+    assert loop.run(until=1).epochs == 1
+    torch.randn(7)
+    assert loop.run(until=1).steps == 6
+    loop.run(until=3)
+    loop.run()
+    fine_tune(other, loader(), recipe=recipe)
+    assert equal(weights(model), weights(other))
+    with pytest.raises(ValueError, match="until=5 exceeds the 4 epochs"):
+        loop.run(until=5)
+
+
+def test_biases_and_normalisation_are_not_decayed() -> None:
+    model = Net()
+    before = weights(model)
+    zero = lambda output, _: 0 * output.sum()  # noqa: E731
+    fine_tune(model, fixed_batches(), loss=zero, epochs=1, lr=0.1, weight_decay=0.1)
+    after = weights(model)
+    assert torch.equal(after["norm.weight"], before["norm.weight"])
+    assert torch.equal(after["stem.bias"], before["stem.bias"])
+    assert after["stem.weight"].norm() < before["stem.weight"].norm()
+    assert after["pair.0.weight"].norm() < before["pair.0.weight"].norm()
+
+
+def test_frozen_parameters_stay() -> None:
+    model = Net()
+    model.stem.requires_grad_(False)
+    model.pair[0].requires_grad_(False)
+    before = weights(model)
+    fine_tune(model, loader(), epochs=1)
+    after = weights(model)
+    assert torch.equal(after["stem.weight"], before["stem.weight"])
+    assert torch.equal(after["pair.0.weight"], before["pair.0.weight"])
+    assert not torch.equal(after["pair.1.weight"], before["pair.1.weight"])
+    with pytest.raises(ValueError, match="Net has no parameter"):
+        fine_tune(model.requires_grad_(False), loader(), epochs=1)
+
+
+class Classifier(nn.Module):
+    """Takes keyword arguments and returns a structure, as transformers' models do."""
+
+    def __init__(self, own_loss: bool) -> None:
+        super().__init__()
+        self.net, self.own_loss = Net(), own_loss
+
+    def forward(self, pixels: Tensor, labels: Tensor | None = None) -> SimpleNamespace:
+        logits = self.net(pixels)
+        own = nn.functional.cross_entropy(logits, labels) if self.own_loss and labels is not None else None
+        return SimpleNamespace(logits=logits, loss=own)
+
+
+@pytest.mark.parametrize("own_loss", [True, False])
+def test_dict_batches_train_as_pairs_do(own_loss: bool) -> None:
+    model, plain, teacher = Classifier(own_loss), Net(), Classifier(False)
+    teacher.net = Net(seed=5)
+    pairs = fixed_batches()
+    fine_tune(model, [{"pixels": x, "labels": y} for x, y in pairs], teacher=teacher, epochs=2)
+    fine_tune(plain, pairs, teacher=copy.deepcopy(teacher.net), epochs=2)
+    assert equal(weights(model.net), weights(plain))
+
+
+def test_set_epoch_is_called() -> None:
+    class Data(list):
+        epochs: list[int] = []  # noqa: RUF012 - one instance
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epochs.append(epoch)
+
+    data = Data(fixed_batches(16))
+    fine_tune(Net(), data, epochs=3)
+    assert data.epochs == [0, 1, 2]
+
+
+def test_schedules() -> None:
+    total = 100
+    one_cycle, cosine, constant = (Recipe(schedule=s) for s in ("one_cycle", "cosine", "constant"))  # type: ignore[arg-type]
+    rates = [one_cycle.lr_factor(s, total) for s in range(total)]
+    assert rates.index(max(rates)) == 20
+    assert max(rates) == pytest.approx(1)
+    assert rates[0] < 0.1
+    assert rates[-1] < 0.01
+    assert cosine.lr_factor(0, total) == 1
+    assert cosine.lr_factor(50, total) == pytest.approx(0.5)
+    assert {constant.lr_factor(s, total) for s in range(total)} == {1.0}
+    assert Recipe(schedule="constant", warmup=0.1).lr_factor(0, total) == pytest.approx(1 / 11)
+
+
+def test_an_optimizer_of_ones_own() -> None:
+    made: list[torch.optim.Optimizer] = []
+
+    def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        made.append(torch.optim.RMSprop(groups, lr=1e-3))
+        return made[0]
+
+    result = fine_tune(Net(), loader(), epochs=2, optimizer=make, schedule="constant", lr=0.002)
+    assert made[0].param_groups[0]["weight_decay"] == 5e-4
+    assert result.history[-1].lr == 0.002
+    assert result.history[1].loss < result.history[0].loss
+
+
+def test_batches_without_length_need_a_constant_rate() -> None:
+    class Stream:
+        def __iter__(self) -> Any:
+            return iter(fixed_batches(16))
+
+    with pytest.raises(TypeError, match="Stream has no length"):
+        fine_tune(Net(), Stream(), epochs=1)
+    assert fine_tune(Net(), Stream(), epochs=2, schedule="constant").steps == 4
+    with pytest.raises(ValueError, match="gave nothing in epoch 2"):
+        fine_tune(Net(), iter(fixed_batches(16)), epochs=2, schedule="constant")
+
+
+def test_errors_quote_their_inputs() -> None:
+    batches = fixed_batches(8)
+    with pytest.raises(TypeError, match="no option epoch;.*epochs"):
+        fine_tune(Net(), batches, epoch=3)
+    with pytest.raises(ValueError, match="schedule='step'.*'one_cycle'"):
+        fine_tune(Net(), batches, schedule="step")
+    with pytest.raises(ValueError, match="epochs=-1"):
+        Recipe(epochs=-1)
+    with pytest.raises(ValueError, match="lr=-0.1"):
+        Recipe(lr=-0.1)
+    with pytest.raises(ValueError, match="keep='best' needs evaluate="):
+        fine_tune(Net(), batches, keep="best")
+    with pytest.raises(TypeError, match="not a tuple of 3"):
+        fine_tune(Net(), [(1, 2, 3)], epochs=1)
+    model = Net()
+    with pytest.raises(ValueError, match="teacher is the model itself"):
+        fine_tune(model, batches, teacher=model)
+    with pytest.raises(FloatingPointError, match="the loss is nan in epoch 1"):
+        fine_tune(Net(), [(x * float("nan"), y) for x, y in batches], epochs=1)
+
+
+def test_the_progress_bar_shows_the_steps(capfd: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("rich")
+    fine_tune(Net(), loader(16), epochs=2, progress=True)
+    assert "4/4" in capfd.readouterr().err
+    fine_tune(Net(), loader(16), epochs=2, progress=False)
+    assert capfd.readouterr().err == ""
+
+
+def test_the_import_is_light() -> None:
+    code = (
+        "import sys, spectrim.train; "
+        "print(*[m for m in ('accelerate', 'rich', 'matplotlib', 'scipy', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
