@@ -22,7 +22,7 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
     teacher = cifar.network(name, paths["weights"][name])
     dense_accuracy = cifar.accuracy(teacher, test)
     cache = cifar.TeacherCache(teacher, paths["shared"] / f"teacher-{name}")
-    if config.get("threads"):
+    if "threads" in config:
         torch.set_num_threads(config["threads"])
     recipe = config["recipe"]
     distillation = Distillation(recipe["temperature"], recipe["teacher_weight"])

@@ -32,7 +32,7 @@ _HOMES = {
     "merge": "nn.surgery",
     "parameters": "costs",
     "save": "nn.checkpoint",
-    "select": "select",
+    "select": "selectors",
     "sensitivity": "nn.sensitivity",
     "size_bytes": "costs",
     "tabulate": "api",
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from spectrim.nn.surgery import merge
     from spectrim.plan import Budget, Candidates, Choice, Plan
     from spectrim.report import compare, write_report
-    from spectrim.select import select
+    from spectrim.selectors import select
     from spectrim.sites import Site, Sites
     from spectrim.train import fine_tune
 

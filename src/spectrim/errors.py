@@ -30,14 +30,25 @@ class InfeasibleBudgetError(SpectrimError, ValueError):
         What was asked for, in the cost's own unit.
     lowest
         The lowest reachable cost of the whole network.
+    dense
+        Cost of the dense network.
+    together
+        Costs that can each be met alone but not all at once; empty if ``cost`` cannot even be met alone.
     """
 
-    def __init__(self, cost: str, budget: float, lowest: float, dense: float) -> None:
-        self.cost, self.budget, self.lowest, self.dense = cost, budget, lowest, dense
+    def __init__(
+        self, cost: str, budget: float, lowest: float, dense: float, together: tuple[str, ...] = ()
+    ) -> None:
+        self.cost, self.budget, self.lowest, self.dense, self.together = cost, budget, lowest, dense, together
+        also = f" Each limit can be met alone, but not {' and '.join(together)} together." if together else ""
         super().__init__(
             f"budget {cost} <= {budget:,.6g} cannot be met: the lowest reachable is {lowest:,.6g} "
             f"({lowest / dense:.1%} of dense {dense:,.6g}). Raise the budget, skip fewer layers or allow smaller ranks."
+            + also
         )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.cost, self.budget, self.lowest, self.dense, self.together)
 
 
 class PlanError(SpectrimError, ValueError):

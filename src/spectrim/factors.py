@@ -95,8 +95,12 @@ class LowRank(Factors, kind="low_rank"):
     def empty(cls, shapes: Sequence[Sequence[int]], settings: Mapping[str, object]) -> LowRank:
         ((g, o, i, *kernel),) = shapes
         how = unfolding(kernel, str(settings["unfolding"]))
-        rank = int(settings["rank"])  # type: ignore[call-overload]
+        rank = settings["rank"]
         rows, columns = how.sizes(kernel)
+        full = min(i * rows, o * columns)
+        # A plan may come from anyone: nothing is allocated for a rank that no decomposition has.
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= full:
+            raise ValueError(f"rank {rank!r}; expected a whole number from 1 to the full rank {full}")
         return cls(
             torch.empty(g, i * rows, rank), torch.empty(g, rank, o * columns), None, how, (o, i, *kernel)
         )

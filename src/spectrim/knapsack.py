@@ -1,6 +1,6 @@
 """The multiple-choice knapsack behind the selectors, on flat arrays: fronts, walks, relaxation, integer program.
 
-:mod:`spectrim.select` has the selectors and says what each promises.
+:mod:`spectrim.selectors` has the selectors and says what each promises.
 """
 
 from __future__ import annotations
@@ -285,6 +285,5 @@ def closest(table: Table) -> Indices:
     totals = table.fixed + table.cost[picks].sum(0)
     worst = int(np.argmax(totals / table.limit))
     dense = float(table.fixed[worst] + table.dense[:, worst].sum())
-    error = InfeasibleBudgetError(table.names[worst], float(table.limit[worst]), float(totals[worst]), dense)
-    error.args = (f"{error} Each limit can be met alone, but not {' and '.join(table.names)} together.",)
-    raise error
+    limit, lowest = float(table.limit[worst]), float(totals[worst])
+    raise InfeasibleBudgetError(table.names[worst], limit, lowest, dense, together=tuple(table.names))

@@ -18,7 +18,7 @@ from spectrim.nn.find import Selector, find
 from spectrim.nn.sensitivity import sensitivity as weigh
 from spectrim.nn.timing import Timing, measure_latency
 from spectrim.plan import Budget, Candidates, Plan
-from spectrim.select import exact, select
+from spectrim.selectors import exact, select
 from spectrim.sites import Sites
 
 # A latency plan is selected, built, measured and corrected at most so often.

@@ -203,6 +203,8 @@ class Budget:
             cost, equals, value = text.partition("=")
             if not equals or cost not in COSTS:
                 raise ValueError(f"cannot read budget {text!r}: write COST=VALUE with COST one of {', '.join(COSTS)}")
+            if cost in limits:
+                raise ValueError(f"the budget limits {cost} twice: {limits[cost]!r} and {value!r}")
             limits[cost] = value
         return cls(**limits)
 
@@ -328,11 +330,12 @@ class Plan:
         try:
             plan = msgspec.json.decode(text, type=cls)
             raw = msgspec.json.decode(text)
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise PlanError(f"not a plan: {error}") from error
         if plan.version != VERSION:
             raise PlanError(f"plan has version {plan.version}; this library reads version {VERSION}")
-        for record, known in [(raw, cls), *((entry, Entry) for entry in raw["entries"])]:
+        records = [(raw, cls), *((e, Entry) for e in raw["entries"]), *((e["choice"], Choice) for e in raw["entries"])]
+        for record, known in records:
             unknown = sorted(set(record) - {f.name for f in dataclasses.fields(known)})
             if unknown:
                 raise PlanError(f"a plan's {known.__name__.lower()} has no field {unknown[0]!r}")
@@ -360,19 +363,24 @@ def make_plan(
     """A plan from the index of the option picked in each row."""
     chosen = [row.options[i] for row, i in zip(candidates.rows, picks, strict=True)]
     entries = tuple(
-        Entry(row.site, row.kind, option.choice, float(option.error), dict(option.costs), dict(row.dense.costs))
+        Entry(row.site, row.kind, option.choice, float(option.error), _plain(option.costs), _plain(row.dense.costs))
         for row, option in zip(candidates.rows, chosen, strict=True)
     )
     used = {e.choice.method for e in entries}
     return Plan(
         entries=entries,
-        costs={c: candidates.fixed[c] + sum(o.costs[c] for o in chosen) for c in candidates.costs},
-        dense_costs=candidates.dense,
-        budget=dict(budget),
+        costs=_plain({c: candidates.fixed[c] + sum(o.costs[c] for o in chosen) for c in candidates.costs}),
+        dense_costs=_plain(candidates.dense),
+        budget=_plain(budget),
         unit=candidates.unit,
         selector=selector,
-        loss=sum(row.loss(option) for row, option in zip(candidates.rows, chosen, strict=True)),
-        bound=bound,
+        loss=float(sum(row.loss(option) for row, option in zip(candidates.rows, chosen, strict=True))),
+        bound=None if bound is None else float(bound),
         methods={name: dict(record) for name, record in candidates.methods.items() if name in used},
         facts=dict(candidates.facts),
     )
+
+
+def _plain(costs: Mapping[str, float]) -> dict[str, float]:
+    """Python floats, which is what plans are written with; a cost may have come as a numpy number."""
+    return {name: float(value) for name, value in costs.items()}

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectrim.costs import parameters
+from spectrim.errors import MissingMomentsError
 from spectrim.methods.base import OUTPUT_ENERGY, WEIGHT_ENERGY, WEIGHTED_ENERGY, LowRankMethod, Method, from_record, full_rank
 from spectrim.nn.build import build
 from spectrim.nn.calibrate import calibrate
@@ -249,10 +250,10 @@ def check_method(
     checked = 0
     for kind in layers if layers is not None else LAYERS:
         for calibrated, weighted in ((False, False), (True, False), (True, True)):
+            site, layer, inputs = small_site(kind, calibrated=calibrated, weighted=weighted, dtype=dtype)
             try:
-                site, layer, inputs = small_site(kind, calibrated=calibrated, weighted=weighted, dtype=dtype)
                 curve = method.curve(site)
-            except ValueError:
+            except MissingMomentsError:
                 if calibrated:
                     raise
                 continue  # it needs data and says so

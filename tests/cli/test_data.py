@@ -45,7 +45,8 @@ def test_digits_split_is_disjoint_and_complete():
     train, test = _all(_batches("digits?split=train")), _all(_batches("digits"))
     assert len(train[1]) + len(test[1]) == 1797
     assert train[0].shape[1:] == test[0].shape[1:] == (1, 8, 8)
-    assert test[0].min() == 0 and test[0].max() == 1
+    assert test[0].min() == 0
+    assert test[0].max() == 1
     assert set(test[1].tolist()) == set(range(10))
 
 
@@ -89,14 +90,17 @@ def test_image_folder_resizes_and_crops_the_middle(tmp_path: Path):
     batches = _batches(f"imagefolder:{tmp_path}?resize=16&crop=8&normalise=none")
     images, labels = _all(batches)
     assert images.shape == (3, 3, 8, 8)
-    assert labels.tolist() == [0, 1, 1] and batches.classes == 2
-    assert (images[:, 0, 4, 4] > 0.9).all() and (images[:, 1] == 0).all()
+    assert labels.tolist() == [0, 1, 1]
+    assert batches.classes == 2
+    assert (images[:, 0, 4, 4] > 0.9).all()
+    assert (images[:, 1] == 0).all()
 
 
 def test_order_follows_from_seed_and_epoch_alone():
     first, second = (_batches("digits?split=train&shuffle=true&augment=crop") for _ in range(2))
     for one, other in zip(first, second, strict=True):
-        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+        assert torch.equal(one[0], other[0])
+        assert torch.equal(one[1], other[1])
     second.set_epoch(1)
     assert not torch.equal(_all(first)[1], _all(second)[1])
     assert torch.equal(_all(first)[1].sort().values, _all(second)[1].sort().values)
@@ -116,12 +120,15 @@ def test_crops_are_shifted_copies_and_flips_mirror_them():
 
 def test_limit_takes_the_same_samples_again_and_calibration_is_limited(tmp_path: Path):
     few = _all(_batches("digits?limit=40&seed=3"))[0]
-    assert len(few) == 40 and torch.equal(few, _all(_batches("digits?limit=40&seed=3"))[0])
+    assert len(few) == 40
+    assert torch.equal(few, _all(_batches("digits?limit=40&seed=3"))[0])
     assert not torch.equal(few, _all(_batches("digits?limit=40&seed=4"))[0])
     calibration = _batches("digits", purpose="calibration")
-    assert calibration.samples == min(CALIBRATION, 1348) and not calibration.shuffle
+    assert calibration.samples == min(CALIBRATION, 1348)
+    assert not calibration.shuffle
     training = _batches("digits", purpose="training")
-    assert training.shuffle and training.augment == "crop"
+    assert training.shuffle
+    assert training.augment == "crop"
 
 
 def test_factories_get_their_options():

@@ -15,7 +15,8 @@ from spectrim.cli.references import UsageError
 
 def test_factory_with_options_in_evaluation_mode():
     model = load_model("nets:tiny?width=5")
-    assert model.conv.out_channels == 5 and not model.training  # type: ignore[union-attr]
+    assert model.conv.out_channels == 5
+    assert not model.training
     assert isinstance(load_model("nets:Tiny"), nn.Module)
 
 
@@ -107,7 +108,8 @@ def test_weights_must_be_tensors(tmp_path: Path):
 def test_bad_references_are_quoted(reference: str, message: str):
     with pytest.raises(UsageError) as caught:
         load_model(reference)
-    assert message in str(caught.value) and repr(reference) in str(caught.value)
+    assert message in str(caught.value)
+    assert repr(reference) in str(caught.value)
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch):

@@ -22,17 +22,33 @@ from spectrim.errors import InfeasibleBudgetError, SpectrimError
 
 FAILED, USAGE, INFEASIBLE = 1, 2, 3
 
-Model = Annotated[str, typer.Argument(help="package.module:factory, timm:NAME, torchvision:NAME or hf:NAME, with ?key=value options.")]
-Weights = Annotated[Path | None, typer.Option("--weights", "-w", help="Weights: .safetensors, or .pt read with weights_only.")]
-Checkpoint = Annotated[Path | None, typer.Option("--checkpoint", "-c", help="A compressed model that spectrim compress wrote.")]
-Input = Annotated[str | None, typer.Option("--input", help="Shape of one random input where there is no data, as 3x224x224.")]
-Skip = Annotated[list[str] | None, typer.Option("--skip", help="Leave layers alone whose name matches, as 'layer1.*'. Repeatable.")]
+Model = Annotated[
+    str, typer.Argument(help="package.module:factory, timm:NAME, torchvision:NAME or hf:NAME; options as ?key=value.")
+]
+Weights = Annotated[
+    Path | None, typer.Option("--weights", "-w", help="Weights: .safetensors, or .pt read with weights_only.")
+]
+Checkpoint = Annotated[
+    Path | None, typer.Option("--checkpoint", "-c", help="A compressed model that spectrim compress wrote.")
+]
+Input = Annotated[
+    str | None, typer.Option("--input", help="Shape of one random input where there is no data, as 3x224x224.")
+]
+Skip = Annotated[
+    list[str] | None, typer.Option("--skip", help="Leave layers alone whose name matches, as 'layer1.*'. Repeatable.")
+]
 Only = Annotated[list[str] | None, typer.Option("--only", help="Keep to layers whose name matches. Repeatable.")]
 MethodName = Annotated[str, typer.Option("--method", help="auto, weight-svd or activation-svd.")]
-Batch = Annotated[int, typer.Option("--batch", min=1, help="Samples a forward pass where time and memory are measured.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; all that torch would take by default.")]
+Batch = Annotated[
+    int, typer.Option("--batch", min=1, help="Samples a forward pass where time and memory are measured.")
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads; all that torch would take by default.")
+]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ..., or auto.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else there.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else there.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no remarks on standard error.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

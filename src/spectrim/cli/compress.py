@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,9 @@ def compress(
     weights: common.Weights = None,
     data: Annotated[str | None, typer.Option("--data", "-d", help="Calibration batches.")] = None,
     input_shape: common.Input = None,
-    train: Annotated[str | None, typer.Option("--train", help="Training batches: fine-tune after the compression.")] = None,
+    train: Annotated[
+        str | None, typer.Option("--train", help="Training batches: fine-tune after the compression.")
+    ] = None,
     test: Annotated[str | None, typer.Option("--test", help="Labelled batches to measure accuracy on.")] = None,
     epochs: Annotated[int, typer.Option("--epochs", min=0, help="Epochs of fine-tuning; needs --train.")] = 10,
     lr: Annotated[float | None, typer.Option("--lr", help="Highest learning rate of the fine-tuning.")] = None,
@@ -33,11 +36,15 @@ def compress(
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Carry out this plan in place of a budget.")] = None,
     skip: common.Skip = None,
     only: common.Only = None,
-    multiple_of: Annotated[int | None, typer.Option("--multiple-of", min=1, help="Ranks are multiples of this.")] = None,
-    guard: Annotated[bool, typer.Option("--guard", help="Leave out choices that are measured no faster than dense.")] = False,
-    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for model.safetensors, plan.json, report.html.")] = Path(
-        "compressed"
-    ),
+    multiple_of: Annotated[
+        int | None, typer.Option("--multiple-of", min=1, help="Ranks are multiples of this.")
+    ] = None,
+    guard: Annotated[
+        bool, typer.Option("--guard", help="Leave out choices that are measured no faster than dense.")
+    ] = False,
+    folder: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for model.safetensors, plan.json, report.html.")
+    ] = Path("compressed"),
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html.")] = True,
     batch: common.Batch = 1,
     threads: common.Threads = None,
@@ -47,16 +54,16 @@ def compress(
 
     Writes model.safetensors (weights and plan), plan.json and report.html. Exit code 3 if the budget cannot be met.
     """
-    from spectrim.api import apply
     from spectrim.cli.data import load_data
     from spectrim.cli.models import load_model
     from spectrim.cli.references import UsageError
     from spectrim.cli.results import Outcome
-    from spectrim.cli.steps import first_batch, prepare, random_input, survey
+    from spectrim.cli.steps import carry_out, chosen_methods, first_batch, prepare, random_input, survey
     from spectrim.latency import Latency
+    from spectrim.pipeline import compress as shrink
     from spectrim.plan import Budget, Plan
-    from spectrim.report.compare import accuracy, compare
-    from spectrim.select import energy, exact, greedy, lagrangian, select, uniform
+    from spectrim.report.comparison import accuracy, compare
+    from spectrim.selectors import energy, exact, greedy, lagrangian, select, uniform
 
     selectors = dict(zip(SELECTORS, (exact, lagrangian, greedy, energy, uniform), strict=True))
     if selector not in selectors:
@@ -65,6 +72,8 @@ def compress(
         raise UsageError("give either --budget (as macs=50%) or --plan FILE")
     with common.usage():
         wanted = Budget.parse(*budget) if budget else None
+    if plan_file is not None and not plan_file.is_file():
+        raise UsageError(f"--plan {str(plan_file)!r} is not a file")
     if data is None and input_shape is None:
         raise UsageError("give --data for calibration, or --input for a data-free compression, as --input 3x224x224")
 
@@ -79,25 +88,30 @@ def compress(
         example = random_input(str(input_shape), batch, device)
     clocked = guard or (wanted is not None and "latency" in wanted.costs)
     clock = Latency(device=device, batch=batch) if clocked else None
-    found = survey(
-        out, dense, batches=batches, example=example, skip=skip, only=only, method=method,
+    look = functools.partial(
+        survey, out, dense, batches=batches, example=example, skip=skip, only=only, method=method,
         multiple_of=multiple_of, latency=clock, guard=guard,
     )  # fmt: skip
-    if wanted is not None:
-        plan = select(found.table, wanted, selectors[selector])
+    if plan_file is not None:
+        result = carry_out(look(weigh=batches is not None), dense, Plan.read(plan_file), batches)
+    elif batches is None:
+        assert wanted is not None
+        found = look()
+        result = carry_out(found, dense, select(found.table, wanted, selectors[selector]), None)
     else:
-        assert plan_file is not None
-        if not plan_file.is_file():
-            raise UsageError(f"--plan {str(plan_file)!r} is not a file")
-        plan = Plan.read(plan_file)
-    with out.progress() as show:
-        small = apply(dense, found.sites, plan, batches, progress=show)
+        assert wanted is not None
+        with out.progress() as show, common.usage():
+            result = shrink(
+                dense, batches, wanted, methods=chosen_methods(method, True, multiple_of), skip=list(skip or ()),
+                only=list(only or ()), latency=clock, guard=guard, selector=selectors[selector], progress=show,
+            )  # fmt: skip
+    small = result.model
 
-    def evaluate(network):  # noqa: ANN001, ANN202
+    def evaluate(network):
         assert testing is not None
         return accuracy(network, testing)
 
-    outcome = Outcome(model, dense, small, plan, found.table, found.sites, folder)
+    outcome = Outcome(model, dense, result, folder)
     if testing is not None:
         outcome = outcome.scored("dense", evaluate(dense)).scored("compressed", evaluate(small))
     if training is not None and epochs > 0:
@@ -106,9 +120,15 @@ def compress(
         overrides = {} if lr is None else {"lr": lr}
         score = evaluate if testing is not None else None
         done = fine_tune(
-            small, training, teacher=dense, epochs=epochs, evaluate=score, progress=False if out.quiet else None, **overrides
+            small,
+            training,
+            teacher=dense,
+            epochs=epochs,
+            evaluate=score,
+            progress=False if out.quiet else None,
+            **overrides,
         )
-        outcome = outcome.noted(f"Fine-tuned for {done.epochs} epochs in {done.seconds:.0f} s, with the dense model as teacher.")
+        outcome = outcome.tuned(done)
         if testing is not None:
             outcome = outcome.scored("fine-tuned", evaluate(small))
     comparison = compare(

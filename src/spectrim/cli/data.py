@@ -106,7 +106,7 @@ def load_data(text: str, *, purpose: Purpose = "test", device: str = "cpu") -> I
         if not isinstance(found, Iterable):
             raise UsageError(f"data {text!r} returned a {type(found).__name__}, not an iterable of batches")
         if iter(found) is found:
-            raise UsageError(f"data {text!r} returned an iterator, which can be read once only; return a list or a loader")
+            raise UsageError(f"data {text!r} returned an iterator, which can be read once only; return a list")
         return found
     options = fill(
         reference,
@@ -181,13 +181,13 @@ def _cifar10(reference: Reference, train: bool) -> Source:
     for name in names:
         path = folder / name
         if not path.is_file():
-            raise UsageError(f"data {reference.text!r}: {str(path)!r} is missing (the binary version of CIFAR-10 is read)")
+            raise UsageError(f"data {reference.text!r}: {str(path)!r} is missing (the binary version)")
         raw = np.fromfile(path, np.uint8)
         if raw.size == 0 or raw.size % 3073:
             raise UsageError(f"data {reference.text!r}: {str(path)!r} has {raw.size} bytes, not a multiple of 3073")
         records = raw.reshape(-1, 3073)
         if records[:, 0].max() > 9:
-            raise UsageError(f"data {reference.text!r}: {str(path)!r} holds label {records[:, 0].max()}, expected 0 to 9")
+            raise UsageError(f"data {reference.text!r}: {str(path)!r} holds label {records[:, 0].max()}, not 0 to 9")
         labels.append(records[:, 0].astype(np.int64))
         images.append(records[:, 1:].reshape(-1, 3, 32, 32))
     return InMemory(torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels)))

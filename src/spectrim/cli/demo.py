@@ -15,14 +15,16 @@ from spectrim.cli.common import Output, command
 @command
 def demo(
     out: Output,
-    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for the report, the checkpoint and the plan.")] = Path(
-        "demo-out"
-    ),
+    folder: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the report, the checkpoint and the plan.")
+    ] = Path("demo-out"),
     budget: Annotated[str, typer.Option("--budget", "-b", help="What the compressed model may cost.")] = "macs=22%",
-    dense_epochs: Annotated[int, typer.Option("--dense-epochs", min=1, help="Epochs of training the dense model.")] = 12,
+    dense_epochs: Annotated[
+        int, typer.Option("--dense-epochs", min=1, help="Epochs of training the dense model.")
+    ] = 12,
     epochs: Annotated[int, typer.Option("--epochs", min=0, help="Epochs of fine-tuning.")] = 20,
     seed: Annotated[int, typer.Option("--seed", help="Of the first weights and the order of the samples.")] = 0,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads; so small a network gains little from more.")] = 1,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads; the network is small.")] = 1,
 ) -> None:
     """Train a small network on digits, compress it, fine-tune it and report.
 
@@ -30,15 +32,14 @@ def demo(
     """
     import torch
 
-    from spectrim.api import apply
     from spectrim.cli.batches import Batches
     from spectrim.cli.data import load_data
     from spectrim.cli.digits_net import DigitsNet
     from spectrim.cli.results import Outcome
-    from spectrim.cli.steps import first_batch, prepare, survey
+    from spectrim.cli.steps import first_batch, prepare
+    from spectrim.pipeline import compress
     from spectrim.plan import Budget
-    from spectrim.report.compare import accuracy, compare
-    from spectrim.select import select
+    from spectrim.report.comparison import accuracy, compare
     from spectrim.train import fine_tune
 
     started = time.perf_counter()
@@ -47,9 +48,10 @@ def demo(
     prepare(threads, "cpu")
     train = load_data(f"digits?batch=64&seed={seed}", purpose="training")
     test = load_data("digits", purpose="test")
-    assert isinstance(train, Batches) and isinstance(test, Batches)
+    assert isinstance(train, Batches)
+    assert isinstance(test, Batches)
 
-    def evaluate(model):  # noqa: ANN001, ANN202
+    def evaluate(model):
         return accuracy(model, test)
 
     progress = False if out.quiet else None
@@ -63,17 +65,16 @@ def demo(
     out.say(f"compressing to {budget}")
     calibration = load_data("digits", purpose="calibration")
     example = first_batch(test, 1, "digits")
-    found = survey(out, dense, batches=calibration, example=example, skip=(), only=(), method="auto")
-    plan = select(found.table, wanted)
-    small = apply(dense, found.sites, plan, calibration)
-    outcome = Outcome("Digits demo", dense, small, plan, found.table, found.sites, folder)
+    with out.progress() as show:
+        result = compress(dense, calibration, wanted, progress=show)
+    small = result.model
+    outcome = Outcome("Digits demo", dense, result, folder)
     outcome = outcome.scored("dense", evaluate(dense)).scored("compressed", evaluate(small))
 
     if epochs:
         out.say(f"fine-tuning for {epochs} epochs with the dense network as teacher")
         done = fine_tune(small, train, teacher=dense, epochs=epochs, seed=seed, progress=progress)
-        outcome = outcome.noted(f"Fine-tuned for {done.epochs} epochs in {done.seconds:.0f} s, with the dense model as teacher.")
-        outcome = outcome.scored("fine-tuned", evaluate(small))
+        outcome = outcome.tuned(done).scored("fine-tuned", evaluate(small))
     comparison = compare(dense, small, example, evaluate=outcome.known_score, threads=threads)
     seconds = time.perf_counter() - started
     outcome.finish(out, comparison, seconds=seconds)

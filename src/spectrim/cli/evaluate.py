@@ -31,7 +31,7 @@ def evaluate(
     from spectrim.cli.models import load_compressed, load_model
     from spectrim.cli.references import UsageError
     from spectrim.cli.steps import first_batch, prepare, random_input
-    from spectrim.report.compare import accuracy, compare, measure
+    from spectrim.report.comparison import accuracy, compare, measure
 
     if data is None and input_shape is None:
         raise UsageError("give --data (labelled batches), or --input to measure costs alone, as --input 3x224x224")
@@ -44,7 +44,7 @@ def evaluate(
     else:
         example = random_input(str(input_shape), batch, device)
 
-    def score(network):  # noqa: ANN001, ANN202
+    def score(network):
         assert batches is not None
         return accuracy(network, batches)
 

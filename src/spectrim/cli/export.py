@@ -22,7 +22,9 @@ def export(
     checkpoint: common.Checkpoint = None,
     data: Annotated[str | None, typer.Option("--data", "-d", help="Batches to take the example input from.")] = None,
     input_shape: common.Input = None,
-    batch: Annotated[int, typer.Option("--batch", min=2, help="Samples of the example; the exported batch is free.")] = 2,
+    batch: Annotated[
+        int, typer.Option("--batch", min=2, help="Samples of the example; the exported batch is free.")
+    ] = 2,
     threads: common.Threads = None,
 ) -> None:
     """Write a model for other runtimes, and check that it computes the same numbers."""
@@ -46,5 +48,7 @@ def export(
     file.parent.mkdir(parents=True, exist_ok=True)
     difference = write(network, example, file)
     size = file.stat().st_size
-    out.document({"model": model, "file": str(file), "format": file.suffix[1:], "bytes": size, "difference": difference})
+    out.document(
+        {"model": model, "file": str(file), "format": file.suffix[1:], "bytes": size, "difference": difference}
+    )
     out.print(f"{file}  {size:,} bytes, largest difference to the model {difference:.1e}")

@@ -99,7 +99,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         elif path.suffix in {".pt", ".pth", ".bin"}:
             state = torch.load(path, map_location="cpu", weights_only=True)
         else:
-            raise UsageError(f"weights {str(path)!r}: expected .safetensors, .pt, .pth or .bin, got {path.suffix or 'no suffix'!r}")
+            got = repr(path.suffix) if path.suffix else "no suffix"
+            raise UsageError(f"weights {str(path)!r}: expected .safetensors, .pt, .pth or .bin, got {got}")
     except UsageError:
         raise
     except Exception as error:  # each reader has its own errors for a damaged file
@@ -171,12 +172,13 @@ def _transformers(reference: Reference, pretrained: bool) -> nn.Module:
         architectures = config.architectures or []
         if not architectures or not hasattr(transformers, architectures[0]):
             raise UsageError(
-                f"model {reference.text!r}: its configuration names no architecture that transformers {transformers.__version__} "
-                f"has (it names {architectures}); write a factory and pass package.module:factory"
+                f"model {reference.text!r}: its configuration names {architectures}, of which transformers "
+                f"{transformers.__version__} has no class; write a factory and pass package.module:factory"
             )
         kind = getattr(transformers, architectures[0])
         return kind.from_pretrained(name, config=config) if pretrained else kind(config)
     except (OSError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
-        raise UsageError(f"model {reference.text!r}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"model {reference.text!r}: transformers cannot load it: {reason}") from error

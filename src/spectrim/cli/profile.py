@@ -23,7 +23,9 @@ def profile(
     out: Output,
     model: common.Model,
     weights: common.Weights = None,
-    data: Annotated[str | None, typer.Option("--data", "-d", help="Calibration batches: spectra of the responses, MACs.")] = None,
+    data: Annotated[
+        str | None, typer.Option("--data", "-d", help="Calibration batches: spectra of the responses, MACs.")
+    ] = None,
     input_shape: common.Input = None,
     method: common.MethodName = "auto",
     skip: common.Skip = None,
@@ -55,9 +57,7 @@ def profile(
         from spectrim.latency import Latency
 
         clock = Latency(device=device, batch=batch)
-    found = survey(
-        out, network, batches=batches, example=example, skip=skip, only=only, method=method, latency=clock
-    )
+    found = survey(out, network, batches=batches, example=example, skip=skip, only=only, method=method, latency=clock)
     table = found.table
     layers = [_layer(row, table) for row in table]
     if out.as_json:
@@ -93,7 +93,8 @@ def _layer(row: Row, table: Candidates) -> dict[str, Any]:
         },
         "components": {key: len(values) for key, values in row.spectra.items()},
         f"{main}_left": {
-            f"{loss:.0%}": min(o.costs[main] for o in row.options if o.error <= loss) / max(row.dense.costs[main], 1e-300)
+            f"{loss:.0%}": min(o.costs[main] for o in row.options if o.error <= loss)
+            / max(row.dense.costs[main], 1e-300)
             for loss in _LOSSES
         },
     }
@@ -111,7 +112,7 @@ def _rank(values: Sequence[float], share: float) -> int | None:
 
 def _print(out: Output, table: Candidates, layers: Sequence[dict[str, Any]]) -> None:
     from spectrim.plan import UNITS
-    from spectrim.report.compare import show
+    from spectrim.report.comparison import show
 
     main = "macs" if "macs" in table.costs else "parameters"
     title = {"macs": "MACs", "parameters": "parameters"}[main]
@@ -138,7 +139,9 @@ def _print(out: Output, table: Candidates, layers: Sequence[dict[str, Any]]) -> 
     rows.append(("(not touched)", "", *fixed, "", "", "", "", ""))
     rows.append(("all", "", *(show(table.dense[c], UNITS[c]) for c in counted), "", "", "", "", ""))
     out.table(columns, rows)
-    out.print(f"Lost is {table.unit or 'nothing, since nothing can be factorised'}; ranks are of the channel unfolding.")
+    out.print(
+        f"Lost is {table.unit or 'nothing, since nothing can be factorised'}; ranks are of the channel unfolding."
+    )
 
 
 _HEADS = {"parameters": "parameters", "macs": "MACs", "latency": "latency"}

@@ -115,7 +115,9 @@ def factory(reference: Reference, what: str) -> Callable[..., Any]:
         If the module cannot be imported, has no such attribute, or the attribute cannot be called.
     """
     if not reference.place or not all(part.isidentifier() for part in reference.scheme.split(".")):
-        raise UsageError(f"{what} {reference.text!r} is not known: write package.module:factory or one of the built-in names")
+        raise UsageError(
+            f"{what} {reference.text!r} is not known: write package.module:factory or one of the built-in names"
+        )
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -163,4 +165,6 @@ def need(module: str, reference: Reference, install: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UsageError(f"{reference.text!r} needs {module}, which cannot be imported ({error}). Run: pip install {install}") from error
+        raise UsageError(
+            f"{reference.text!r} needs {module}, which cannot be imported ({error}). Run: pip install {install}"
+        ) from error

@@ -11,9 +11,10 @@ from torch import nn
 
 from spectrim.cli.common import Output
 from spectrim.nn.checkpoint import save
-from spectrim.plan import Candidates, Plan
-from spectrim.report import Comparison, Measured, Page
-from spectrim.sites import Sites
+from spectrim.pipeline import Result
+from spectrim.plan import Plan
+from spectrim.report import Comparison, Measured, write_report
+from spectrim.train import TrainingResult
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,10 @@ class Outcome:
     ----------
     title
         Of the report.
-    dense, small
-        The models.
-    plan, table, sites
-        How one became the other.
+    dense
+        The model that was compressed.
+    result
+        The compressed one, and how it came about.
     folder
         Where files go.
     scores
@@ -38,10 +39,7 @@ class Outcome:
 
     title: str
     dense: nn.Module
-    small: nn.Module
-    plan: Plan
-    table: Candidates
-    sites: Sites
+    result: Result
     folder: Path
     scores: tuple[tuple[str, float], ...] = ()
     notes: tuple[str, ...] = ()
@@ -49,7 +47,8 @@ class Outcome:
     def scored(self, stage: str, percent: float) -> Outcome:
         return dataclasses.replace(self, scores=(*self.scores, (stage, percent)))
 
-    def noted(self, note: str) -> Outcome:
+    def tuned(self, training: TrainingResult) -> Outcome:
+        note = f"Fine-tuned for {training.epochs} epochs in {training.seconds:.0f} s, with the dense model as teacher."
         return dataclasses.replace(self, notes=(*self.notes, note))
 
     def known_score(self, model: nn.Module) -> float:
@@ -58,25 +57,33 @@ class Outcome:
 
     def finish(self, out: Output, comparison: Comparison, *, report: bool = True, **more: Any) -> None:
         """Write the files, print the table or the document."""
+        plan = self.result.plan
         self.folder.mkdir(parents=True, exist_ok=True)
         files = {"model": self.folder / "model.safetensors", "plan": self.folder / "plan.json"}
-        save(self.small, self.plan, files["model"])
-        self.plan.write(files["plan"])
-        notes = (*self.notes, *_warnings(comparison, self.plan))
+        save(self.result.model, plan, files["model"])
+        plan.write(files["plan"])
+        notes = (*self.notes, *_warnings(comparison, plan))
         if report:
             files["report"] = self.folder / "report.html"
-            self._page(comparison, notes).write(files["report"])
+            write_report(
+                files["report"],
+                self.result,
+                title=self.title,
+                comparison=comparison,
+                measured=self._measured(),
+                notes=notes,
+            )
         out.document(
             {
                 "model": self.title,
                 "files": {name: str(path) for name, path in files.items()},
-                "costs": dict(self.plan.costs),
-                "dense_costs": dict(self.plan.dense_costs),
-                "budget": dict(self.plan.budget),
-                "selector": self.plan.selector,
+                "costs": dict(plan.costs),
+                "dense_costs": dict(plan.dense_costs),
+                "budget": dict(plan.budget),
+                "selector": plan.selector,
                 "scores": dict(self.scores),
                 "comparison": comparison.to_dict(),
-                "skipped": [{"name": s.name, "kind": s.kind, "reason": s.reason} for s in self.sites.skipped],
+                "skipped": [{"name": s.name, "kind": s.kind, "reason": s.reason} for s in self.result.sites.skipped],
                 "notes": list(notes),
                 **more,
             }
@@ -87,15 +94,15 @@ class Outcome:
         for name, path in files.items():
             out.print(f"{name:7} {path}")
 
-    def _page(self, comparison: Comparison, notes: tuple[str, ...]) -> Page:
-        cost = next(iter(self.plan.budget), "macs")
-        measured = ()
-        if cost in self.plan.costs:
-            measured = tuple(
-                Measured(stage, (self.plan.dense_costs if stage == "dense" else self.plan.costs)[cost], score)
-                for stage, score in self.scores
-            )
-        return Page(self.title, self.plan, self.table, comparison, self.sites.skipped, measured, notes)
+    def _measured(self) -> tuple[Measured, ...]:
+        plan = self.result.plan
+        cost = next(iter(plan.budget), "macs")
+        if cost not in plan.costs:
+            return ()
+        return tuple(
+            Measured(stage, (plan.dense_costs if stage == "dense" else plan.costs)[cost], score)
+            for stage, score in self.scores
+        )
 
 
 def _warnings(comparison: Comparison, plan: Plan) -> list[str]:
@@ -105,8 +112,8 @@ def _warnings(comparison: Comparison, plan: Plan) -> list[str]:
         row = comparison["latency p50"]
         if row.compressed > row.dense:
             found.append(
-                f"The compressed model is not faster here: {row.show(row.compressed)} against {row.show(row.dense)} dense. "
-                "Use --budget latency=... or --guard to choose by measured time."
+                f"The compressed model is not faster here: {row.show(row.compressed)} against {row.show(row.dense)} "
+                "dense. Use --budget latency=... or --guard to choose by measured time."
             )
         limit = plan.budget.get("latency")
         if limit is not None and row.compressed > 1.05 * limit:

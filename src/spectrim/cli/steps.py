@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.api import tabulate
+from spectrim.api import apply, tabulate
 from spectrim.cli.common import Output, usage
 from spectrim.cli.references import UsageError
 from spectrim.latency import Latency
@@ -17,8 +17,10 @@ from spectrim.methods import ActivationSVD, Method, WeightSVD
 from spectrim.nn.batches import arguments, resized
 from spectrim.nn.calibrate import calibrate
 from spectrim.nn.find import find
+from spectrim.nn.sensitivity import sensitivity
 from spectrim.nn.timing import measure_latency
-from spectrim.plan import Candidates
+from spectrim.pipeline import Report, Result
+from spectrim.plan import Candidates, Plan
 from spectrim.sites import Sites
 
 METHODS: Mapping[str, tuple[type[Method], ...]] = {
@@ -120,6 +122,7 @@ def survey(
     multiple_of: int | None = None,
     latency: Latency | None = None,
     guard: bool = False,
+    weigh: bool = False,
 ) -> Survey:
     """Find, calibrate and tabulate.
 
@@ -127,6 +130,8 @@ def survey(
     ----------
     batches
         For calibration; without them the example teaches the input shapes, and without that there are no MACs.
+    weigh
+        Collect what an error at each layer does to the outputs, as :func:`spectrim.compress` does.
     """
     with usage():
         sites = find(model, skip=list(skip or ()), only=list(only or ()))
@@ -137,6 +142,8 @@ def survey(
     with out.progress() as report:
         if batches is not None:
             sites = calibrate(model, sites, batches, progress=_named("calibrate", report))
+            if weigh:
+                sites = sensitivity(model, sites, batches)
         elif example is not None:
             sites = calibrate(model, sites, [example], statistics=False)
         dense = None
@@ -145,6 +152,13 @@ def survey(
             dense = timing["dense"].p50
         table = tabulate(sites, methods, latency=latency, dense_latency=dense, guard=guard, progress=report)
     return Survey(sites, table)
+
+
+def carry_out(found: Survey, model: nn.Module, plan: Plan, batches: Iterable[Any] | None) -> Result:
+    """Apply a plan to a model that has been surveyed."""
+    small = apply(model, found.sites, plan, batches)
+    skipped = tuple((s.name, s.kind, s.reason) for s in found.sites.skipped)
+    return Result(small, plan, Report(plan, skipped, found.sites.samples), found.table, found.sites)
 
 
 def _named(what: str, report: Callable[[str, int, int | None], None]) -> Callable[[int, int | None], None]:

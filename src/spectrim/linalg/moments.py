@@ -56,9 +56,8 @@ class Moments:
         centred = rows - mean.to(rows.dtype)
         # The rounding of the mean leaves a remainder; taking it into account keeps the sums exact.
         rest = centred.mean(dim=1, keepdim=True, dtype=torch.float64)
-        scatter = (centred.transpose(1, 2) @ centred).double()
-        scatter -= n * rest.transpose(1, 2) @ rest
-        self._add(n, mean.squeeze(1), scatter)
+        self._add(n, mean.squeeze(1), centred.transpose(1, 2) @ centred)
+        self.scatter.baddbmm_(rest.transpose(1, 2), rest, alpha=-n)
 
     @torch.no_grad()
     def merge(self, other: Moments) -> None:
@@ -66,7 +65,7 @@ class Moments:
         if other.mean.shape != self.mean.shape:
             raise ValueError(f"cannot merge moments of shape {tuple(other.mean.shape)} into {tuple(self.mean.shape)}")
         if other.count:
-            self._add(other.count, other.mean.to(self.mean.device), other.scatter.to(self.mean.device).clone())
+            self._add(other.count, other.mean.to(self.mean.device), other.scatter.to(self.mean.device))
 
     def _add(self, n: int, mean: Tensor, scatter: Tensor) -> None:
         total = self.count + n

@@ -55,31 +55,27 @@ def _projected(metric: Tensor, left: Tensor, slices: int) -> Float[Tensor, "g r 
         small = left.mT @ metric @ left
         eye = torch.eye(slices, dtype=small.dtype, device=small.device)
         return torch.einsum("gab,qs->gaqbs", small, eye)
-    half = torch.einsum("gpqts,gtb->gpqbs", metric, left)
-    return torch.einsum("gpa,gpqbs->gaqbs", left, half)
+    # The metric is contracted over its first axis, as it lies in memory; the other order would copy it.
+    half = torch.einsum("gpa,gpqts->gaqts", left, metric)
+    return torch.einsum("gaqts,gtb->gaqbs", half, left)
+
+
+def _seen(weight: Float[Tensor, "g p o q"], metric: Tensor) -> Float[Tensor, "g p q o"]:
+    """``C W^T``: moment between what the layer sees and what it answers."""
+    if metric.dim() == 3:
+        return torch.einsum("gpt,gtoq->gpqo", metric, weight)
+    return torch.einsum("gpqts,gtos->gpqo", metric, weight)
 
 
 def total_energy(matrix: Float[Tensor, "g p c"], metric: Tensor, outputs: int) -> Float[Tensor, " g"]:
     """``tr(W C W^T)`` a group, for ``W`` given as the unfolded matrix ``[g, p, (o, q)]``."""
     weight = _open(matrix, outputs)
-    if metric.dim() == 3:
-        return torch.einsum("gpoq,gpt,gtoq->g", weight, metric, weight)
-    half = torch.einsum("gpqts,gtos->gpqo", metric, weight)
-    return torch.einsum("gpoq,gpqo->g", weight, half)
+    return torch.einsum("gpoq,gpqo->g", weight, _seen(weight, metric))
 
 
 def _open(matrix: Tensor, outputs: int) -> Float[Tensor, "g p o q"]:
     g, p, columns = matrix.shape
     return matrix.double().reshape(g, p, outputs, columns // outputs)
-
-
-def _cross(matrix: Tensor, metric: Tensor, left: Tensor, outputs: int) -> Float[Tensor, "g r q o"]:
-    """``G^T C W^T``: moment between the first factor's responses and the layer's."""
-    weight = _open(matrix, outputs)
-    if metric.dim() == 3:
-        return torch.einsum("gpa,gpt,gtoq->gaqo", left, metric, weight)
-    seen = torch.einsum("gpqts,gtos->gpqo", metric, weight)
-    return torch.einsum("gpa,gpqo->gaqo", left, seen)
 
 
 def _cholesky(matrix: Tensor) -> Tensor:
@@ -103,10 +99,12 @@ def refit_errors(
     slices = matrix.shape[2] // outputs
     g, _, rank = left.shape
     gram = _projected(metric, left, slices).reshape(g, rank * slices, rank * slices)
-    cross = _cross(matrix, metric, left, outputs).reshape(g, rank * slices, outputs)
+    weight = _open(matrix, outputs)
+    seen = _seen(weight, metric)
+    cross = torch.einsum("gpa,gpqo->gaqo", left, seen).reshape(g, rank * slices, outputs)
     solved = torch.linalg.solve_triangular(_cholesky(gram), cross, upper=False)
     gained = solved.square().sum(-1).reshape(g, rank, slices).sum(-1).sum(0).cumsum(0)
-    total = total_energy(matrix, metric, outputs).sum()
+    total = torch.einsum("gpoq,gpqo->", weight, seen)
     # Rounding aside the exact error does not rise with the rank.
     return _relative(total - torch.cat([gained.new_zeros(1), gained]), total).cummin(0).values
 
@@ -118,7 +116,8 @@ def refit(
     slices = matrix.shape[2] // outputs
     g, _, rank = left.shape
     gram = _projected(metric, left, slices).reshape(g, rank * slices, rank * slices)
-    cross = _cross(matrix, metric, left, outputs).reshape(g, rank * slices, outputs)
+    seen = _seen(_open(matrix, outputs), metric)
+    cross = torch.einsum("gpa,gpqo->gaqo", left, seen).reshape(g, rank * slices, outputs)
     solved = torch.cholesky_solve(cross, _cholesky(gram))
     return solved.reshape(g, rank, slices, outputs).transpose(2, 3).reshape(g, rank, outputs * slices)
 
@@ -132,9 +131,21 @@ def product_errors(
     """
     g, _, rank = left.shape
     slices = right.shape[2] // outputs
-    weights = right.double().reshape(g, rank, outputs, slices)
-    pairs = torch.einsum("gaqbs,gaoq,gbos->gab", _projected(metric, left, slices), weights, weights).sum(0)
-    return _relative(trailing(pairs), torch.as_tensor(total))
+    second = right.double().reshape(g, rank, outputs, slices)
+    if metric.dim() == 3:
+        flat = second.flatten(2)
+        pairs = ((left.mT @ metric @ left) * (flat @ flat.mT)).sum(0)
+    else:
+        # Both moments of a block of components at a time: all at once they would take more room than the metric.
+        rows = second.transpose(2, 3).reshape(g, rank * slices, outputs)
+        pairs = left.new_zeros(rank, rank)
+        for some in torch.arange(rank, device=left.device).split(max(1, -(-rank // 4))):
+            a, b = int(some[0]), int(some[-1]) + 1
+            half = torch.einsum("gpa,gpqts->gaqts", left[..., a:b], metric)
+            first = torch.einsum("gaqts,gtb->gaqbs", half, left)
+            other = (rows[:, a * slices : b * slices] @ rows.mT).reshape(first.shape)
+            pairs[a:b] = first.mul_(other).sum(dim=(0, 2, 4))
+    return _relative(trailing(pairs), pairs.new_tensor(total))
 
 
 def trailing(pairs: Float[Tensor, "R R"]) -> Float[Tensor, " ranks"]:
@@ -168,8 +179,7 @@ def alternate(
     """
     g, p, rank = left.shape
     slices = matrix.shape[2] // outputs
-    weight = _open(matrix, outputs)
-    seen = torch.einsum("gpqts,gtos->gpqo", metric, weight)
+    seen = _seen(_open(matrix, outputs), metric)
     right = refit(matrix, metric, left, outputs)
     for _ in range(sweeps):
         second = right.reshape(g, rank, outputs, slices)

@@ -45,8 +45,13 @@ def _moved(value: Any, device: torch.device | None, dtype: torch.dtype | None) -
     if isinstance(value, Mapping):
         return {k: _moved(v, device, dtype) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_moved(v, device, dtype) for v in value)
+        return rebuilt(value, [_moved(v, device, dtype) for v in value])
     return value
+
+
+def rebuilt(like: list[Any] | tuple[Any, ...], values: list[Any]) -> Any:
+    """A list, tuple or named tuple of the same type with other values."""
+    return type(like)(*values) if hasattr(like, "_fields") else type(like)(values)
 
 
 def _required(model: nn.Module) -> int:
@@ -59,12 +64,24 @@ def _required(model: nn.Module) -> int:
     return sum(p.kind in kinds and p.default is p.empty for p in signature.parameters.values())
 
 
+def _takes(model: nn.Module, values: list[Any] | tuple[Any, ...]) -> bool:
+    """Whether a model's forward can be given these values by position."""
+    try:
+        inspect.signature(model.forward).bind(*values)
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
+
+
 def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments that a batch stands for, moved to the model.
 
-    A tensor is the only argument. A mapping, such as tokenisers return, gives keyword arguments. A tuple or list is ``(inputs, targets, ...)`` as data loaders give it: its first element is taken, or as
-    many as the model's ``forward`` requires. Floating tensors are cast to the model's dtype if all its parameters have
-    one.
+    A tensor is the only argument. A mapping, such as tokenisers return, gives keyword arguments. A tuple or list is
+    ``(inputs, targets, ...)`` as data loaders give it: its first element is taken, or as many as the model's
+    ``forward`` requires. A first element that is a tuple or list itself is spread over the arguments where ``forward``
+    takes as many. Floating tensors are cast to the model's dtype if all its parameters have one.
     """
     floating = [p for p in model.parameters() if p.is_floating_point()]
     device = floating[0].device if floating else None
@@ -81,7 +98,8 @@ def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, 
         inputs = batch[0]
         if isinstance(inputs, Mapping):
             return (), dict(inputs)
-        return (tuple(inputs) if isinstance(inputs, (list, tuple)) else (inputs,)), {}
+        spread = isinstance(inputs, (list, tuple)) and _takes(model, inputs)
+        return (tuple(inputs) if spread else (inputs,)), {}
     raise CalibrationError(
         f"cannot feed a batch of type {type(batch).__name__}: expected a tensor, a mapping, or (inputs, targets)"
     )
@@ -107,14 +125,20 @@ def logits(output: Any) -> Tensor:
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's mode is restored, one by one."""
+    """Evaluation mode without gradients; every module's mode is restored, one by one.
+
+    Torch's fused transformer kernels are off meanwhile: they pass the layers by, so that hooks would not see them.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
     modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
     try:
+        for model in models:
+            model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)
         with torch.no_grad():
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for module, mode in modes:
             module.training = mode
 
@@ -129,5 +153,5 @@ def resized(value: Any, size: int) -> Any:
     if isinstance(value, Mapping):
         return {k: resized(v, size) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(resized(v, size) for v in value)
+        return rebuilt(value, [resized(v, size) for v in value])
     return value

@@ -56,12 +56,17 @@ def skeleton(choice: Choice, layers: Sequence[LayerSpec]) -> tuple[nn.Module, ..
     known = kinds()
     if choice.kind not in known:
         raise PlanError(f"layer {layers[0].name!r}: unknown kind {choice.kind!r}; known are {', '.join(known)}")
+    biased = choice.settings.get("bias", layers[0].bias)
+    if not isinstance(biased, bool):
+        raise PlanError(f"layer {layers[0].name!r}: setting 'bias' is {biased!r}; expected true or false")
     try:
         empty = known[choice.kind].empty([spec.shape for spec in layers], choice.settings)
-        biased = bool(choice.settings.get("bias", layers[0].bias))
         return build(empty, layers, [_zeros(spec) if biased else None for spec in layers])
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise PlanError(f"layer {layers[0].name!r}: the choice {choice} does not fit {layers[0].kind}: {error}") from error
+    except KeyError as error:
+        raise PlanError(f"layer {layers[0].name!r}: the choice {choice} lacks the setting {error}") from error
+    except (ValueError, TypeError, RuntimeError) as error:
+        name, kind = layers[0].name, layers[0].kind
+        raise PlanError(f"layer {name!r}: the choice {choice} does not fit {kind}: {error}") from error
 
 
 def _zeros(spec: LayerSpec) -> Tensor:

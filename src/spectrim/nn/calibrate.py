@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from spectrim.costs import macs
+from spectrim.costs import macs, parameters, size_bytes
 from spectrim.errors import CalibrationError
 from spectrim.linalg.moments import Moments
 from spectrim.nn.batches import batch_size, call, evaluating
@@ -23,6 +24,7 @@ from spectrim.unfold import Unfolding, unfoldings
 FULL_PATCH = 2304
 # Share of a layer's own MACs that its statistics may cost.
 EFFORT = 0.08
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 Progress = Callable[[int, int | None], None]
 
@@ -66,14 +68,19 @@ def calibrate(
     Returns
     -------
     Sites
-        In order of execution. Sites that no batch reached are moved to ``skipped`` with that reason.
+        In order of execution. Sites that no batch reached, or that are called with more than their input, are moved
+        to ``skipped`` with that reason.
 
     Raises
     ------
     CalibrationError
         No batches, no site reached, NaN or Inf in what a layer sees (the message names the layer and the batch), or
         batches that cannot be fed to the model.
+    ValueError
+        For ``rows`` of another kind.
     """
+    if not (rows is None or rows == "auto" or (isinstance(rows, int) and rows > 0)):
+        raise ValueError(f"rows={rows!r}: expected a positive number, None for all positions, or 'auto'")
     watchers = {site.name: _Watcher(site, rows, statistics, seed + i) for i, site in enumerate(sites)}
     bystanders = {spec.name: _Shapes(spec) for spec in sites.untouched}
     run = forward or call
@@ -87,14 +94,14 @@ def calibrate(
     with evaluating(model):
         try:
             for watcher in [*watchers.values(), *bystanders.values()]:
-                module = model.get_submodule(watcher.spec.name)
+                module = _layer(model, watcher.spec)
                 handles.append(module.register_forward_hook(watcher.hook(order), with_kwargs=True))
             for index, batch in enumerate(batches):
                 size = batch_size(batch)
                 for watcher in [*watchers.values(), *bystanders.values()]:
                     watcher.start(index, size)
                 if index == 0:
-                    with FlopCounterMode(display=False) as counter:
+                    with FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention_flops}) as counter:
                         for watcher in watchers.values():
                             watcher.counter = counter
                         run(model, batch)
@@ -121,21 +128,37 @@ def calibrate(
             f"none of the {len(watchers)} sites was reached by the calibration batches; "
             f"the first is {next(iter(watchers))!r}. Is this the model that the sites were found in?"
         )
-    found = tuple(watchers[name].site() for name in reached)
-    missed = [site for site in sites if site.name not in reached]
-    untouched = tuple(spec.at(bystanders[spec.name].inputs) for spec in sites.untouched)
-    seen = [spec for spec in [*(s.spec for s in found), *untouched] if spec.inputs]
+    found = tuple(watchers[name].site() for name in reached if not watchers[name].irregular)
+    left = [site.spec for site in sites if site.name not in reached or watchers[site.name].irregular]
+    specs = [spec.at(bystanders[spec.name].inputs) for spec in sites.untouched]
+    specs += [spec.at(watchers[spec.name].inputs) for spec in left]
+    # Without an input shape a layer has no MACs and cannot be timed; what it stores counts all the same.
+    untouched = tuple(spec for spec in specs if spec.inputs)
+    idle = [spec for spec in specs if not spec.inputs]
     return dataclasses.replace(
         sites,
         sites=found,
-        skipped=(
-            *sites.skipped,
-            *(Skipped(s.name, s.spec.kind, "never reached by the calibration batches") for s in missed),
-        ),
-        untouched=(*untouched, *(s.spec for s in missed)),
-        other_macs=max(0.0, other_macs - macs(seen)),
+        skipped=(*sites.skipped, *(Skipped(s.name, s.kind, watchers[s.name].obstacle()) for s in left)),
+        untouched=untouched,
+        other_parameters=sites.other_parameters + int(parameters(idle)),
+        other_bytes=sites.other_bytes + int(size_bytes(idle)),
+        other_macs=max(0.0, other_macs - macs([*(site.spec for site in found), *untouched])),
         samples=samples,
     )
+
+
+def _layer(model: nn.Module, spec: LayerSpec) -> nn.Module:
+    try:
+        return model.get_submodule(spec.name)
+    except AttributeError:
+        raise CalibrationError(
+            f"the model has no layer {spec.name!r}. Is this the model that the sites were found in?"
+        ) from None
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """Operations of attention on shapes ``[batch, heads, length, size]``, which torch counts on GPUs only."""
+    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 class _Shapes:
@@ -145,6 +168,7 @@ class _Shapes:
         self.spec = spec
         self.inputs: tuple[tuple[int, ...], ...] = ()
         self.frozen = False
+        self.irregular = False
         self.index = 0
         self.size = 1
 
@@ -155,6 +179,9 @@ class _Shapes:
     def hook(self, order: list[str]) -> Callable[..., None]:
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             inputs = args[0] if args else kwargs["input"]
+            self.irregular |= len(args) + len(kwargs) > 1
+            if not inputs.numel():
+                return
             # A layer that the first batch does not reach is described by the first call it gets.
             if not self.frozen or not self.inputs:
                 order.append(self.spec.name)
@@ -165,6 +192,11 @@ class _Shapes:
 
     def see(self, inputs: Tensor, outputs: Tensor) -> None:
         """What else to do with a call; nothing for a bystander."""
+
+    def obstacle(self) -> str:
+        if self.irregular:
+            return "called with more than its input (output_size), which a pair of layers cannot take"
+        return "never reached by the calibration batches"
 
     def _shape(self, inputs: Tensor) -> tuple[tuple[int, ...], ...]:
         if self.spec.is_linear:
@@ -196,8 +228,10 @@ class _Watcher(_Shapes):
             self._slices = {f"input:{u.name}": u for u in unfoldings(spec.kernel) if u.name != "channel"}
 
     def see(self, inputs: Tensor, outputs: Tensor) -> None:
-        if not self._statistics:
+        if not self._statistics or self.irregular:
             return
+        # Sampled rows alone would miss most of a few broken positions.
+        self._refuse_unless(bool(torch.isfinite(inputs).all()), "sees NaN or Inf")
         before = self.counter.get_total_flops() if self.counter else 0
         self._update(inputs, outputs)
         self.own_flops += self.counter.get_total_flops() - before if self.counter else 0
@@ -235,9 +269,13 @@ class _Watcher(_Shapes):
         if held is None:
             held = self._moments[name] = Moments(rows.shape[0], rows.shape[2], rows.device)
         held.update(rows)
-        if not bool(torch.isfinite(held.mean).all()):
+        fits = torch.isfinite(held.mean).all() and torch.isfinite(held.scatter.diagonal(dim1=-2, dim2=-1)).all()
+        self._refuse_unless(bool(fits), "sees or gives numbers that are NaN, Inf or too large to be squared")
+
+    def _refuse_unless(self, fine: bool, what: str) -> None:
+        if not fine:
             raise CalibrationError(
-                f"layer {self.spec.name!r} ({self.spec.kind}) sees NaN or Inf in calibration batch {self.index}. "
+                f"layer {self.spec.name!r} ({self.spec.kind}) {what} in calibration batch {self.index}. "
                 "Check the batch and the model's dtype."
             )
 

@@ -144,7 +144,9 @@ def _rebuild(model: nn.Module, plan: Plan, path: str | Path) -> None:
         if entry.choice.is_dense:
             continue
         if entry.site not in sites:
-            raise CheckpointError(f"{path}: the plan changes layer {entry.site!r}, which this model does not have")
+            reasons = {skipped.name: skipped.reason for skipped in sites.skipped}
+            why = reasons.get(entry.site, "this model does not have it")
+            raise CheckpointError(f"{path}: the plan changes layer {entry.site!r}, but {why}")
         layers = sites[entry.site].layers
         try:
             modules = skeleton(entry.choice, layers)

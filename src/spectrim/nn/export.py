@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import ExportError
-from spectrim.nn.batches import arguments, evaluating, resized, tensors
+from spectrim.nn.batches import arguments, evaluating, rebuilt, resized, tensors
 
 TOLERANCE = 1e-3
 
@@ -73,21 +75,26 @@ def export_onnx(
         except Exception as error:
             raise ExportError(f"{type(model).__name__} cannot be converted to ONNX: {error}") from error
         assert onnx_program is not None
-        onnx_program.save(path)
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        names = [i.name for i in session.get_inputs()]
-
-        def run(a: tuple[Any, ...], k: Mapping[str, Any]) -> list[Tensor]:
-            values = [t.detach().cpu().numpy() for t in tensors([*a, *k.values()])]
-            return [torch.from_numpy(o) for o in session.run(None, dict(zip(names, values, strict=True)))]
-
-        worst = _difference(model, args, kwargs, run, dynamic_batch)
-        try:
+        # What fails the check must not lie under the final name, nor replace a good file there.
+        with tempfile.TemporaryDirectory() as folder:
+            trial = Path(folder) / "model.onnx"
+            onnx_program.save(trial)
+            try:
+                session = onnxruntime.InferenceSession(str(trial), providers=["CPUExecutionProvider"])
+                worst = _difference(model, args, kwargs, lambda a, k: _run_onnx(session, a, k), dynamic_batch)
+            except ExportError:
+                raise
+            except Exception as error:
+                raise ExportError(f"onnxruntime cannot run the ONNX file of {type(model).__name__}: {error}") from error
             _accept(worst, tolerance, "the ONNX file")
-        except ExportError:
-            Path(path).unlink(missing_ok=True)
-            raise
+        onnx_program.save(path)
     return worst
+
+
+def _run_onnx(session: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    values = [t.detach().cpu().numpy() for t in tensors([*args, *kwargs.values()])]
+    names = [i.name for i in session.get_inputs()]
+    return [torch.from_numpy(o) for o in session.run(None, dict(zip(names, values, strict=True)))]
 
 
 def _inputs(model: nn.Module, example: Any, dynamic: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -102,7 +109,7 @@ def _axes(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {k: _axes(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_axes(v) for v in value)
+        return rebuilt(value, [_axes(v) for v in value])
     return None
 
 
@@ -133,10 +140,16 @@ def _difference(model: nn.Module, args: Any, kwargs: Any, run: Any, dynamic: boo
         for w, g in zip(wanted, given, strict=True):
             if w.shape != g.shape:
                 raise ExportError(f"the exported model returns shape {tuple(g.shape)}, the model {tuple(w.shape)}")
-            scale = float(w.abs().max()) if w.numel() else 0.0
-            gap = float((w.cpu().double() - g.cpu().double()).abs().max()) if w.numel() else 0.0
-            worst = max(worst, gap / max(scale, 1e-12))
+            if w.numel():
+                worst = max(worst, _relative(w.cpu().double(), g.cpu().double()))
     return worst
+
+
+def _relative(wanted: Tensor, given: Tensor) -> float:
+    # Equal infinities, as masks give, are no difference; NaN anywhere is.
+    gap = float(torch.where(wanted == given, 0.0, (wanted - given).abs()).max())
+    scale = float(torch.where(wanted.isfinite(), wanted.abs(), 0.0).max())
+    return math.inf if math.isnan(gap) else gap / max(scale, 1e-12)
 
 
 def _flat(output: Any) -> Sequence[Any]:
@@ -147,4 +160,6 @@ def _flat(output: Any) -> Sequence[Any]:
 
 def _accept(worst: float, tolerance: float, what: str) -> None:
     if not worst <= tolerance:
-        raise ExportError(f"{what} differs from the model by {worst:.2e} of its largest output (allowed {tolerance:.0e})")
+        raise ExportError(
+            f"{what} differs from the model by {worst:.2e} of its largest output (allowed {tolerance:.0e})"
+        )

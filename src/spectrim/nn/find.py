@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -18,6 +19,7 @@ Selector = str | type | Callable[[str, nn.Module], bool]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def find(
@@ -31,7 +33,7 @@ def find(
         Any module. It is not changed; the sites hold detached views of its weights.
     skip, only
         Layers to leave alone, and layers to keep to: shell-style name patterns (``"layer1.*"``, ``"fc"``), module
-        types, or predicates ``(name, module) -> bool``. A name pattern that matches nothing is an error.
+        types, or predicates ``(name, module) -> bool``. A name pattern that matches no layer is an error.
 
     Returns
     -------
@@ -47,11 +49,13 @@ def find(
     skips, onlys = _selectors(skip), _selectors(only)
     names = _names(model)
     layers = {m: n for m, n in names.items() if _is_layer(m)}
-    everything = [n for group in names.values() for n in group]
+    everything = [n for group in layers.values() for n in group]
     for pattern in [*skips, *onlys]:
         if isinstance(pattern, str) and not any(fnmatch.fnmatchcase(n, pattern) for n in everything):
-            known = ", ".join(n for group in layers.values() for n in group) or "none"
-            raise ValueError(f"the name pattern {pattern!r} matches no module; layers are: {known}")
+            raise ValueError(
+                f"the name pattern {pattern!r} matches no layer; layers are: {', '.join(everything) or 'none'}. "
+                "For all layers of a part write 'part.*'."
+            )
 
     sites: list[Site] = []
     skipped: list[Skipped] = []
@@ -74,9 +78,12 @@ def find(
             kind = spec.kind if spec is not None else type(module).__name__
             skipped.append(Skipped(paths[0], kind, reason or "not a plain layer"))
             if spec is not None:
-                untouched.append(spec)
+                # What a weight is computed from, and a weight shared with another layer, is counted elsewhere.
+                weight = module._parameters.get("weight")
+                owned = weight is not None and id(weight) not in covered
+                untouched.append(dataclasses.replace(spec, owned=owned))
         if spec is not None:
-            covered.update(id(p) for p in module.parameters(recurse=False))
+            covered.update(id(module._parameters.get(name)) for name in ("weight", "bias"))
     others = [p for p in model.parameters() if id(p) not in covered]
     return Sites(
         tuple(sites),
@@ -185,18 +192,24 @@ def _obstacle(
         return "quantised: the weight is not a floating-point matrix"
     if _is_lazy(module.weight):
         return "lazy: run the model once so that its weight has a shape"
-    if parametrize.is_parametrized(module) or hasattr(module, "weight_g"):
+    # Weight and spectral normalisation of the older kind, and pruning masks, set the weight before every call.
+    if parametrize.is_parametrized(module) or not {"weight", "bias"} <= module._parameters.keys():
         return "parametrised: remove the parametrisation first (torch.nn.utils.parametrize.remove_parametrizations)"
     weight = module.weight
-    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+    if not isinstance(weight, Tensor) or weight.dtype not in _DTYPES:
         return f"its weight is not a floating-point tensor ({getattr(weight, 'dtype', type(weight).__name__)})"
+    # Quantised and distributed weights pass for floating-point ones by a tensor type of their own.
+    if type(weight) not in (Tensor, nn.Parameter) or weight.layout != torch.strided:
+        return f"its weight is a {type(weight).__name__} of layout {weight.layout}, not a plain dense tensor"
     if weight.is_meta:
         return "its weight is on the meta device and has no values"
     base = next(b for b in _LAYERS if isinstance(module, b))
-    if type(module).forward is not base.forward:
+    if "forward" in vars(module) or any(
+        getattr(type(module), name, None) is not getattr(base, name, None) for name in ("forward", "_conv_forward")
+    ):
         return f"{type(module).__name__} overrides forward"
     if id(weight) in tied:
-        others = [n for n in tied[id(weight)] if n not in paths]
+        others = [n or "the model itself" for n in tied[id(weight)] if n not in paths]
         return f"its weight is tied to {', '.join(others)}"
     for path in paths:
         parent = model.get_submodule(path.rpartition(".")[0]) if path else model
@@ -217,7 +230,11 @@ def _pointless(spec: LayerSpec) -> str | None:
 def _selectors(given: Selector | Iterable[Selector]) -> list[Selector]:
     if isinstance(given, (str, type)) or callable(given):
         return [given]
-    return list(given)
+    selectors = list(given)
+    for selector in selectors:
+        if not (isinstance(selector, (str, type)) or callable(selector)):
+            raise TypeError(f"cannot choose layers by {selector!r}: expected a name pattern, a type or a predicate")
+    return selectors
 
 
 def _matches(selector: Selector, paths: tuple[str, ...], module: nn.Module) -> bool:

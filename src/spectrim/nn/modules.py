@@ -90,21 +90,26 @@ class Factored(nn.Sequential):
     @property
     def rank(self) -> int:
         """For each group."""
-        return describe(self.first, ("first",)).out_channels // self.original.groups
+        first = self.first.original if isinstance(self.first, Factored) else describe(self.first, ("first",))
+        return first.out_channels // self.original.groups
 
     def extra_repr(self) -> str:
         return f"{self.original.kind}, {self.unfolding}, rank {self.rank}"
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """One dense layer that computes the same, with the weight multiplied out in float64."""
+        """One dense layer that computes the same, with the weight multiplied out in float64.
+
+        A layer of the pair that is a pair itself is merged first.
+        """
         how = unfolding(self.original.kernel, self.unfolding)
-        first, _ = canonical(self.first)
-        second, bias = canonical(self.second)
+        layers = [layer.merged() if isinstance(layer, Factored) else layer for layer in self]
+        first, _ = canonical(layers[0])
+        second, bias = canonical(layers[1])
         g, rank = first.shape[:2]
         left = first.double().reshape(g, rank, -1).transpose(1, 2)
         right = second.double().transpose(1, 2).reshape(g, rank, -1)
         (weight,) = LowRank(left, right, None, how, self.original.shape[1:]).dense()
-        now = describe(self.second, ("second",))
+        now = describe(layers[1], ("second",))
         spec = dataclasses.replace(self.original, bias=bias is not None, dtype=now.dtype, device=now.device)
         return make_layer(spec, weight, bias)

@@ -30,7 +30,7 @@ def asymmetric_site(
     site: Site,
     batches: Iterable[Any],
     *,
-    rows: int | None | str = "auto",
+    rows: int | str | None = "auto",
     forward: Callable[[nn.Module, Any], Any] | None = None,
     seed: int = 0,
 ) -> Site:
@@ -56,28 +56,29 @@ def asymmetric_site(
         With weight ``W*``, its bias, and the moments of ``x`` as ``input``; a sensitivity is kept.
     """
     spec = site.spec
-    g, o, i, *kernel = spec.shape
+    g, o, *_ = spec.shape
     run = forward or call
     held = Moments(g, spec.features + o, site.weight.device)
     caught: list[Tensor] = []
 
     def catch_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append(args[0] if args else kwargs["input"])
+        # A copy: what runs later may overwrite it in place.
+        caught.append((args[0] if args else kwargs["input"]).clone())
         if len(caught) == calls:
             raise _Reached
 
     def catch_output(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        caught.append(output)
+        caught.append(output.clone())
         if len(caught) == calls:
             raise _Reached
 
     calls = max(1, len(spec.inputs))
     with evaluating(dense, compressed):
         for index, batch in enumerate(batches):
-            layer = compressed.get_submodule(spec.name)
-            inputs = _run(compressed, batch, run, layer.register_forward_pre_hook(catch_input, with_kwargs=True), caught)
-            layer = dense.get_submodule(spec.name)
-            targets = _run(dense, batch, run, layer.register_forward_hook(catch_output, with_kwargs=True), caught)
+            before = compressed.get_submodule(spec.name).register_forward_pre_hook(catch_input, with_kwargs=True)
+            inputs = _run(compressed, batch, run, before, caught)
+            after = dense.get_submodule(spec.name).register_forward_hook(catch_output, with_kwargs=True)
+            targets = _run(dense, batch, run, after, caught)
             count = POSITIONS * batch_size(batch) if isinstance(rows, str) else rows
             for x, y in zip(inputs, targets, strict=True):
                 # The same seed draws the same positions from both.
@@ -85,7 +86,9 @@ def asymmetric_site(
                 wanted = sample_outputs(spec, y, count, torch.Generator().manual_seed(seed + index))
                 held.update(torch.cat([patches, wanted.to(patches.dtype)], dim=2))
     if not held.count or not held.is_finite():
-        raise CalibrationError(f"layer {spec.name!r} was not reached, or sees NaN or Inf, in the reconstruction batches")
+        raise CalibrationError(
+            f"layer {spec.name!r} was not reached, or sees NaN or Inf, in the reconstruction batches"
+        )
     d = spec.features
     inputs_moments = Moments(g, d, held.mean.device)
     inputs_moments.count = held.count

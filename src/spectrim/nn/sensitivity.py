@@ -57,12 +57,11 @@ def sensitivity(
     specs = [site.spec for site in sites if len(site.layers) == 1]
     held = {s.name: Moments(s.groups, s.out_channels // s.groups, s.device) for s in specs}
     state = {"index": 0}
-    handles = [
-        model.get_submodule(s.name).register_forward_hook(_hook(s, held[s.name], rows, seed, state)) for s in specs
-    ]
+    layers = {s.name: model.get_submodule(s.name) for s in specs}
+    handles = [layers[s.name].register_forward_hook(_hook(s, held[s.name], rows, seed, state)) for s in specs]
     parameters = list(model.parameters())
     before = [(p, p.requires_grad, p.grad) for p in parameters]
-    weights = {id(model.get_submodule(s.name).weight) for s in specs}
+    weights = {id(layer.weight) for layer in layers.values()}
     seen = 0
     generator = torch.Generator().manual_seed(seed)
     try:
@@ -73,6 +72,11 @@ def sensitivity(
             for index, batch in enumerate(batches):
                 state["index"] = index
                 output = logits(run(model, batch))
+                if not output.requires_grad:
+                    raise CalibrationError(
+                        f"no gradient reaches the sites: the model's output ({output.dtype}) does not depend on "
+                        "them, or is computed without gradients"
+                    )
                 direction = torch.randn(output.shape, generator=generator).to(output)
                 (output * direction).sum().backward()
                 for parameter in parameters:

@@ -16,7 +16,13 @@ from spectrim.nn.modules import Factored
 
 
 def replace_module(model: nn.Module, names: Iterable[str], module: nn.Module) -> None:
-    """Put one module in place of another under all its names, keeping the training mode and device."""
+    """Put one module in place of another under all its names, keeping the training mode and device.
+
+    Raises
+    ------
+    PlanError
+        If the model has no module of one of the names.
+    """
     for name in names:
         parent, _, leaf = name.rpartition(".")
         try:
@@ -25,7 +31,20 @@ def replace_module(model: nn.Module, names: Iterable[str], module: nn.Module) ->
         except AttributeError as error:
             raise PlanError(f"the model has no module {name!r}: {error}") from error
         module.train(old.training)
+        for tensor in old.parameters():
+            module.to(tensor.device)
+            break
         setattr(owner, leaf, module)
+        if isinstance(owner, nn.TransformerEncoderLayer):
+            _leave_fused_kernels(model, owner)
+
+
+def _leave_fused_kernels(model: nn.Module, layer: nn.TransformerEncoderLayer) -> None:
+    """Have torch run an encoder layer module by module: its fused kernels read weights that a pair does not have."""
+    layer.activation_relu_or_gelu = 0
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and any(inner is layer for inner in encoder.layers):
+            encoder.use_nested_tensor = False
 
 
 def merge(model: nn.Module) -> nn.Module:
@@ -34,12 +53,15 @@ def merge(model: nn.Module) -> nn.Module:
     Useful to compress again with another plan, or to hand the weights to code that expects the original layout. The
     result has the original's layers and computes what the compressed model computes, to float tolerance.
     """
+    if isinstance(model, Factored):
+        return model.merged().train(model.training)
     merged = copy.deepcopy(model)
     pairs: dict[Factored, list[str]] = {}
     for name, module in merged.named_modules(remove_duplicate=False):
         if isinstance(module, Factored):
             pairs.setdefault(module, []).append(name)
-    for pair, names in pairs.items():
+    # Pairs inside pairs come after them, and are merged before them.
+    for pair, names in reversed(pairs.items()):
         replace_module(merged, names, pair.merged())
     return merged
 
@@ -77,15 +99,16 @@ def reestimate_batchnorm(
                 norm.training = True
             for batch in batches:
                 run(model, batch)
+            updated = [norm for norm in norms if int(norm.num_batches_tracked or 0)]
+        except BaseException:
+            updated = []
+            raise
         finally:
-            updated = 0
             for norm, (momentum, state) in zip(norms, before, strict=True):
                 norm.momentum = momentum
-                if int(norm.num_batches_tracked or 0) == 0:
+                if norm not in updated:
                     norm.load_state_dict(state)
-                else:
-                    updated += 1
-    return updated
+    return len(updated)
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -1,9 +1,9 @@
 """Comparison of two models, figures of tables and plans, and the HTML page."""
 
-from spectrim.report.compare import Comparison, Line, Measure, Measurements, accuracy, compare, measure, show
+from spectrim.report.comparison import Comparison, Line, Measure, Measurements, accuracy, compare, measure, show
 from spectrim.report.figures import Measured
 from spectrim.report.machine import machine_facts
-from spectrim.report.page import Page
+from spectrim.report.page import Page, write_report
 
 __all__ = [
     "Comparison",
@@ -17,4 +17,5 @@ __all__ = [
     "machine_facts",
     "measure",
     "show",
+    "write_report",
 ]

@@ -1,7 +1,7 @@
 """Figures of tables and plans. Each function returns a matplotlib figure that draws on no screen.
 
-Colours mean the same everywhere: grey is dense, blue is the plan, orange is the choice made, and every unfolding has its
-own colour.
+Colours mean the same everywhere: grey is dense, blue is the plan, orange is the choice made, and every unfolding has
+its own colour.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.plan import UNITS, Budget, Candidates, Entry, Plan, Row
-from spectrim.select import lagrangian
+from spectrim.selectors import lagrangian
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,7 +28,7 @@ DENSE, PLANNED, CHOSEN, PALE, INK = "#a3adb8", "#2563c9", "#d9480f", "#d5dae0", 
 UNFOLDINGS = {"channel": PLANNED, "input": "#0f8a6d", "height-first": "#8a3ffc", "width-first": "#b5127d"}
 _OTHER = "#5b6570"
 _POINTS = 48  # a spectrum is drawn with at most this many points
-_STYLE = {
+_STYLE: Any = {
     "font.size": 8,
     "axes.titlesize": 7.5,
     "axes.labelsize": 8,
@@ -149,7 +149,9 @@ def costs(plan: Plan, cost: str = "macs") -> Figure:
         room = max(dense, default=1.0) / scale
         for y, before, after in zip(at, dense, now, strict=True):
             if after < before:
-                axes.text(before / scale + 0.008 * room, y, f"{after / before:.0%}", va="center", fontsize=6.5, color=PLANNED)
+                axes.text(
+                    before / scale + 0.008 * room, y, f"{after / before:.0%}", va="center", fontsize=6.5, color=PLANNED
+                )
         axes.set_yticks(at, [_short(n, 38) for n in names], fontsize=7 if len(names) <= 40 else 6.2)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlim(0, room * 1.07)

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from spectrim.plan import UNITS, Candidates, Entry, Plan
 from spectrim.report import figures
-from spectrim.report.compare import Comparison, show
+from spectrim.report.comparison import Comparison, Measure, show
 from spectrim.report.figures import Measured
 from spectrim.report.machine import machine_facts
 from spectrim.sites import Skipped
 
 if TYPE_CHECKING:
     from jinja2 import Template
+
+    from spectrim.pipeline import Result
 
 _COST_NAMES = {"macs": "MACs", "parameters": "Parameters", "bytes": "Weights", "latency": "Predicted latency"}
 
@@ -96,20 +98,49 @@ class Page:
                 "What the table predicts to lose at every budget"
                 + (", and what was measured above it." if self.measured else "."),
             )
-        for cost in dict.fromkeys([*([first] if first else []), *shown]):
+        for cost in [*([first] if first else []), *(c for c in shown if c != first)]:
             if len(found) < 3:
                 add(
                     f"{_COST_NAMES.get(cost, cost)} by layer",
                     figures.costs(self.plan, cost),
-                    "Wide grey bars are the dense layers, narrow blue ones the plan; the share that remains is beside them.",
+                    "Wide grey bars are dense, narrow blue ones the plan; the share that remains is beside them.",
                 )
         if self.candidates is not None and any(row.spectra for row in self.candidates):
             add(
                 "Spectra and chosen ranks",
                 figures.spectra(self.candidates, self.plan),
-                "Share of the energy in each component, on a logarithmic scale. What lies right of the orange line is cut off.",
+                "Share of energy in each component, logarithmic. What lies right of the orange line is cut off.",
             )
         return found
+
+
+def write_report(
+    path: str | Path,
+    result: Result,
+    *,
+    title: str = "Compression report",
+    comparison: Comparison | None = None,
+    measured: Sequence[Measured] = (),
+    notes: Sequence[str] = (),
+    facts: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write the page about what :func:`spectrim.compress` returned.
+
+    Parameters
+    ----------
+    path
+        The HTML file.
+    title, comparison, measured, notes, facts
+        As in :class:`Page`; by default the notes of the result's own report.
+
+    Returns
+    -------
+    Path
+        The file written.
+    """
+    notes = tuple(dict.fromkeys([*result.report.notes, *notes]))
+    page = Page(title, result.plan, result.candidates, comparison, result.sites.skipped, measured, notes, facts or {})
+    return page.write(path)
 
 
 @cache
@@ -139,10 +170,15 @@ def _tiles(plan: Plan, comparison: Comparison | None) -> list[dict[str, str]]:
             "name": r.metric,
             "value": r.change,
             "detail": f"{r.show(r.dense)} \u2192 {r.show(r.compressed)}",
-            "good": "yes" if (r.compressed >= r.dense - 0.5 if r.better == "higher" else r.compressed <= r.dense) else "no",
+            "good": "yes" if _holds(r) else "no",
         }
         for r in wanted
     ]
+
+
+def _holds(row: Measure) -> bool:
+    """Whether a line is no loss: half a point of a score is within what people accept."""
+    return row.compressed >= row.dense - 0.5 if row.better == "higher" else row.compressed <= row.dense
 
 
 def _layer(entry: Entry, shown: Sequence[str]) -> dict[str, Any]:

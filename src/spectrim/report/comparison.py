@@ -143,7 +143,9 @@ class Comparison:
         lines = [("", "dense", "compressed", "change"), *self.to_rows()]
         widths = [max(len(line[i]) for line in lines) for i in range(4)]
         return "\n".join(
-            "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            )
             for line in lines
         )
 
@@ -269,12 +271,13 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
     with evaluating(model):
         for batch in batches:
             if isinstance(batch, Mapping) or hasattr(batch, "keys"):
-                labels = batch["labels"] if "labels" in batch.keys() else None  # noqa: SIM118
+                labels = batch["labels"] if "labels" in list(batch.keys()) else None
             else:
                 labels = batch[-1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
             if not isinstance(labels, Tensor):
                 raise ValueError(
-                    f"a batch of type {type(batch).__name__} holds no labels: expected (inputs, labels) or a mapping with 'labels'"
+                    f"a batch of type {type(batch).__name__} holds no labels: expected (inputs, labels) or a mapping "
+                    "with 'labels'"
                 )
             guess = logits(call(model, batch)).argmax(-1)
             right += int((guess == labels.to(guess.device)).sum())

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from spectrim import knapsack
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.plan import DENSE, Budget, Candidates, Choice, Option, Plan, Row
-from spectrim.select import at_multiplier, energy, exact, greedy, lagrangian, select, uniform
+from spectrim.selectors import at_multiplier, energy, exact, greedy, lagrangian, select, uniform
 
 SELECTORS = (uniform, energy, greedy, lagrangian, exact)
 FEW = settings(max_examples=80, deadline=None, derandomize=True)
@@ -337,5 +337,5 @@ def test_importing_the_selectors_does_not_load_scipy() -> None:
     import subprocess
     import sys
 
-    code = "import sys, spectrim.select; sys.exit('scipy' in sys.modules)"
+    code = "import sys, spectrim.selectors; sys.exit('scipy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,139 @@
+"""Streamed moments against a batch reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from spectrim.linalg.moments import Moments
+
+
+def reference(rows: Tensor) -> tuple[Tensor, Tensor]:
+    rows = rows.double()
+    mean = rows.mean(1)
+    centred = rows - mean.unsqueeze(1)
+    return mean, centred.mT @ centred / rows.shape[1]
+
+
+def streamed(rows: Tensor, sizes: list[int]) -> Moments:
+    held = Moments(rows.shape[0], rows.shape[2])
+    for part in rows.split(sizes, dim=1):
+        held.update(part)
+    return held
+
+
+splits = st.lists(st.integers(0, 7), min_size=1, max_size=6).filter(lambda sizes: sum(sizes) > 0)
+
+
+@given(splits, st.integers(1, 3), st.integers(1, 5), st.integers(0, 9))
+def test_streaming_equals_one_batch(sizes: list[int], g: int, d: int, seed: int) -> None:
+    rows = torch.randn(g, sum(sizes), d, generator=torch.Generator().manual_seed(seed)).double() + 3
+    held = streamed(rows, sizes)
+    mean, covariance = reference(rows)
+    assert held.count == sum(sizes)
+    torch.testing.assert_close(held.mean, mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(held.covariance, covariance, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(held.second_moment, rows.mT @ rows / rows.shape[1], rtol=1e-10, atol=1e-12)
+
+
+@given(splits, splits, st.integers(1, 2), st.integers(0, 9))
+def test_merging_equals_one_stream(one: list[int], two: list[int], g: int, seed: int) -> None:
+    rows = torch.randn(g, sum(one) + sum(two), 3, generator=torch.Generator().manual_seed(seed)).double()
+    rows[:, sum(one) :] += 10
+    left, right = streamed(rows[:, : sum(one)], one), streamed(rows[:, sum(one) :], two)
+    before = right.scatter.clone()
+    left.merge(right)
+    whole = streamed(rows, [rows.shape[1]])
+    assert left.count == whole.count
+    torch.testing.assert_close(left.mean, whole.mean, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(left.scatter, whole.scatter, rtol=1e-10, atol=1e-10)
+    assert torch.equal(right.scatter, before)
+
+
+def test_merging_into_and_from_nothing() -> None:
+    rows = torch.randn(2, 9, 3).double()
+    full, empty = streamed(rows, [9]), Moments(2, 3)
+    expected = full.scatter.clone()
+    full.merge(empty)
+    assert torch.equal(full.scatter, expected)
+    empty.merge(full)
+    assert empty.count == 9
+    torch.testing.assert_close(empty.scatter, expected)
+    empty.scatter += 1
+    torch.testing.assert_close(full.scatter, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("offset", [1e4, 1e6])
+def test_a_tiny_spread_about_a_huge_mean(dtype: torch.dtype, offset: float) -> None:
+    spread = 1e-4 if dtype == torch.float64 else 1.0
+    rows = (torch.randn(2, 400, 3).double() * spread + offset).to(dtype)
+    held = streamed(rows, [100] * 4)
+    mean, covariance = reference(rows)
+    torch.testing.assert_close(held.mean, mean, rtol=1e-12, atol=0)
+    # float32 rows near 1e6 are multiples of 1/16; the reference sees the same rounded numbers.
+    torch.testing.assert_close(held.covariance, covariance, rtol=1e-5, atol=1e-6 * spread**2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_rows_are_summed_in_double(dtype: torch.dtype) -> None:
+    rows = (torch.randn(1, 3000, 4) + 20).to(dtype)
+    held = streamed(rows, [1000] * 3)
+    mean, covariance = reference(rows)
+    assert held.mean.dtype == held.scatter.dtype == torch.float64
+    torch.testing.assert_close(held.mean, mean, rtol=1e-9, atol=0)
+    torch.testing.assert_close(held.covariance, covariance, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_does_not_overflow() -> None:
+    rows = torch.full((1, 50, 2), 6e4).half()
+    rows[:, ::2] = -6e4
+    held = streamed(rows, [50])
+    assert held.is_finite()
+    torch.testing.assert_close(held.covariance, rows[0, 1, 0].double().square().expand(1, 2, 2), rtol=1e-6, atol=0)
+
+
+def test_an_empty_batch_changes_nothing() -> None:
+    held = Moments(2, 3)
+    held.update(torch.empty(2, 0, 3))
+    assert held.count == 0
+    assert held.is_finite()
+    assert held.covariance.abs().sum() == 0
+    assert held.second_moment.abs().sum() == 0
+
+
+def test_groups_are_kept_apart() -> None:
+    rows = torch.randn(3, 50, 4).double()
+    held = streamed(rows, [50])
+    for group in range(3):
+        torch.testing.assert_close(held.covariance[group], torch.cov(rows[group].mT, correction=0))
+
+
+def test_not_finite_numbers_are_noticed() -> None:
+    for bad in (float("nan"), float("inf")):
+        rows = torch.randn(1, 5, 2)
+        rows[0, 2, 1] = bad
+        assert not streamed(rows, [5]).is_finite()
+
+
+def test_shapes_must_agree() -> None:
+    with pytest.raises(ValueError, match=r"moments of shape \(1, 3\) into \(2, 3\)"):
+        Moments(2, 3).merge(Moments(1, 3))
+
+
+def test_memory_does_not_depend_on_the_samples() -> None:
+    held = Moments(2, 5)
+    before = held.nbytes
+    held.update(torch.randn(2, 1000, 5))
+    assert held.nbytes == before == (2 * 5 + 2 * 5 * 5) * 8
+    assert repr(held) == "Moments(count=1000, groups=2, features=5)"
+
+
+def test_gradients_are_not_kept() -> None:
+    held = Moments(1, 2)
+    held.update(torch.randn(1, 6, 2, requires_grad=True))
+    assert not held.scatter.requires_grad
+    assert not held.mean.requires_grad

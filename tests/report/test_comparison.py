@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from spectrim.report import Comparison, Measure, accuracy, compare, measure, show
+from spectrim.report.comparison import file_size, macs, parameters
+
+
+def _net(width: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.Flatten(), nn.Linear(width * 16, 3)
+    )
+
+
+@pytest.fixture(scope="module")
+def compared() -> Comparison:
+    batch = (torch.randn(2, 1, 4, 4), torch.tensor([0, 1]))
+    return compare(_net(8), _net(2), batch, evaluate=lambda m: 90.0 if m[0].out_channels == 8 else 89.5, repeats=2)  # type: ignore[union-attr,index]
+
+
+def test_counts_are_those_of_the_models(compared: Comparison):
+    assert [row.metric for row in compared.rows] == [
+        "accuracy", "parameters", "MACs", "file size", "peak memory", "latency p50", "latency p90",
+    ]  # fmt: skip
+    assert compared["parameters"].dense == 8 * 9 + 8 + 16 + 8 * 16 * 3 + 3
+    # A sample, though the batch has two.
+    assert compared["MACs"].compressed == 2 * 9 * 16 + 2 * 16 * 3
+    assert compared["MACs"].ratio == 4
+    assert compared["peak memory"].compressed < compared["peak memory"].dense
+    assert compared["latency p90"].dense >= compared["latency p50"].dense > 0
+    assert compared.batch == 2
+    assert "torch" in compared.facts
+    with pytest.raises(KeyError, match="'speed'"):
+        compared["speed"]
+
+
+def test_text_is_aligned_and_json_is_plain(compared: Comparison):
+    lines = compared.to_text().splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert len(lines) == 1 + len(compared.rows)
+    assert "-0.50 points" in lines[1]
+    assert "4.00x" in lines[3]
+    document = json.loads(json.dumps(compared.to_dict(), allow_nan=False))
+    assert document["rows"][0] == {"metric": "accuracy", "unit": "%", "dense": 90.0, "compressed": 89.5, "ratio": 90 / 89.5}
+
+
+def test_a_single_model_has_the_same_rows():
+    found = measure(_net(8), torch.randn(1, 1, 4, 4), repeats=1)
+    assert [line.metric for line in found.lines][:2] == ["parameters", "MACs"]
+    assert found.lines[1].value == 8 * 9 * 16 + 8 * 16 * 3
+    assert measure(_net(8), torch.randn(1, 1, 4, 4), repeats=0).lines[-1].metric == "peak memory"
+
+
+def test_models_are_left_as_found():
+    dense, small = _net(4).train(), _net(2).train()
+    dense[1].eval()  # type: ignore[index]
+    before = {k: v.clone() for k, v in dense.state_dict().items()}
+    compare(dense, small, torch.randn(2, 1, 4, 4), repeats=1)
+    assert dense.training
+    assert not dense[1].training  # type: ignore[index]
+    assert small[1].training  # type: ignore[index]
+    assert all(torch.equal(before[k], v) for k, v in dense.state_dict().items())
+
+
+class _Echo(nn.Module):
+    """Returns its input as logits, in a mapping, as language models do."""
+
+    def forward(self, inputs, labels=None):
+        return {"logits": inputs}
+
+
+@pytest.mark.parametrize("as_mapping", [True, False])
+def test_accuracy_counts_positions_over_batches_of_any_size(as_mapping: bool):
+    logits, labels = torch.eye(4)[[0, 1, 2, 3, 0]], torch.tensor([0, 1, 2, 0, 0])
+    pairs = [(logits[:2], labels[:2]), (logits[2:], labels[2:])]
+    batches = [{"inputs": x, "labels": y} for x, y in pairs] if as_mapping else pairs
+    assert accuracy(_Echo(), batches) == pytest.approx(80.0)
+
+
+def test_accuracy_without_labels_or_batches_says_so():
+    with pytest.raises(ValueError, match="holds no labels"):
+        accuracy(_Echo(), [torch.eye(2)])
+    with pytest.raises(ValueError, match="no batches"):
+        accuracy(_Echo(), [])
+
+
+def test_shared_weights_count_once():
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    apart = file_size(model)
+    model[1].weight = model[0].weight
+    assert parameters(model) == 16 * 16 + 2 * 16
+    assert apart - file_size(model) > 16 * 16 * 4 * 0.8
+    assert macs(model, torch.randn(3, 16)) == 2 * 16 * 16
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (2.4e6, "MAC", "2.40 MMAC"),
+        (41e9, "MAC", "41.00 GMAC"),
+        (1536, "B", "1.50 KiB"),
+        (0.1234, "ms", "0.123 ms"),
+        (12.345, "ms", "12.35 ms"),
+        (99.5, "%", "99.50 %"),
+        (12, "", "12"),
+        (0.5, "", "0.500"),
+    ],
+)
+def test_numbers_for_people(value: float, unit: str, text: str):
+    assert show(value, unit) == text
+
+
+def test_a_ratio_by_zero_is_not_a_number():
+    row = Measure("MACs", "MAC", 5.0, 0.0)
+    assert row.change == "-"
+    assert row.ratio != row.ratio
+    assert Comparison((row,)).to_dict()["rows"][0]["ratio"] is None

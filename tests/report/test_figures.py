@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import base64
+from xml.etree import ElementTree
+
+import pytest
+
+from spectrim.plan import Candidates, Row
+from spectrim.report import figures
+from spectrim.report.figures import Measured
+from tests.report.cases import plan, table
+
+HOSTILE = ["<script>alert(1)</script>", "a $\\frac{x$ & 'b' \"c\"", "layer.{{ 7 * 7 }}.$_^"]
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 40])
+def test_spectra_have_a_panel_a_site(count: int):
+    candidates = table([f"layer{i}.conv" for i in range(count)])
+    figure = figures.spectra(candidates, plan(candidates))
+    assert len(figure.axes) == count
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [row.site for row in candidates]
+
+
+def test_spectra_mark_the_rank_the_plan_chose():
+    candidates = table(["conv", "other"])
+    chosen = plan(candidates)
+    figure = figures.spectra(candidates, chosen)
+    for axes, entry in zip(figure.axes, chosen, strict=True):
+        marks = [line.get_xdata()[0] for line in axes.lines if line.get_color() == figures.CHOSEN]
+        words = [text.get_text() for text in axes.texts]
+        if entry.choice.is_dense:
+            assert marks == []
+            assert words == ["dense"]
+        else:
+            assert marks == [entry.choice["rank"]]
+            assert words == [f"rank {entry.choice['rank']}"]
+    without = figures.spectra(candidates)
+    assert not any(axes.texts for axes in without.axes)
+
+
+def test_sites_without_spectra_are_left_out():
+    (row,) = table(["conv"]).rows
+    bare = Row("bare", row.kind, row.options)
+    figure = figures.spectra(Candidates((row, bare), {"macs": 0.0, "parameters": 0.0}, ""))
+    assert len(figure.axes) == 1
+    assert figures.spectra(Candidates((bare,), {"macs": 0.0, "parameters": 0.0}, "")).texts
+
+
+def test_cost_bars_show_each_site_and_the_rest():
+    candidates = table(["a", "b", "c"])
+    chosen = plan(candidates)
+    (axes,) = figures.costs(chosen, "parameters").axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert labels == ["a", "b", "c", "(not touched)"]
+    dense, now = axes.containers
+    assert [bar.get_width() for bar in dense] == [*(e.dense_costs["parameters"] for e in chosen), 50.0]
+    assert [bar.get_width() for bar in now] == [*(e.costs["parameters"] for e in chosen), 50.0]
+    with pytest.raises(ValueError, match="no cost 'latency'"):
+        figures.costs(chosen, "latency")
+
+
+def test_predicted_loss_falls_as_the_budget_grows():
+    candidates = table(["a", "b", "c"])
+    points = figures.predicted(candidates)
+    cost, loss = zip(*points, strict=True)
+    assert len(points) > 10
+    assert list(loss) == sorted(loss, reverse=True)
+    assert (cost[-1], loss[-1]) == (candidates.dense["macs"], 0.0)
+    # The cheapest point is where every site takes its cheapest option.
+    assert cost[0] == 500 + sum(row.options[1].costs["macs"] for row in candidates)
+
+
+def test_tradeoff_has_a_panel_more_for_measured_scores():
+    candidates = table(["a", "b"])
+    chosen = plan(candidates)
+    assert len(figures.tradeoff(candidates, chosen).axes) == 1
+    points = [Measured("dense", candidates.dense["macs"], 90.0), Measured("tuned", chosen.costs["macs"], 89.5)]
+    above, _ = figures.tradeoff(candidates, chosen, measured=points).axes
+    assert [text.get_text() for text in above.texts] == ["dense: 90.00 %", "tuned: 89.50 %"]
+    assert above.lines[0].get_xdata()[0] == 100
+
+
+def test_hostile_names_are_drawn_as_they_are():
+    candidates = table(HOSTILE)
+    chosen = plan(candidates)
+    for figure in (
+        figures.spectra(candidates, chosen),
+        figures.costs(chosen),
+        figures.tradeoff(candidates, chosen, measured=[Measured(HOSTILE[1], 100.0, 5.0)]),
+    ):
+        raw = figures.to_svg(figure)
+        root = ElementTree.fromstring(raw)
+        assert root.tag.endswith("svg")
+        assert b"<script" not in raw
+    assert base64.b64decode(figures.to_data_uri(figure).partition(",")[2]).startswith(b"<?xml")
+
+
+def test_the_same_figure_gives_the_same_bytes():
+    candidates = table(["a", "b"])
+    assert figures.to_svg(figures.costs(plan(candidates))) == figures.to_svg(figures.costs(plan(candidates)))

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from spectrim.pipeline import Report, Result
+from spectrim.plan import Candidates, Plan
+from spectrim.report import Comparison, Measure, Measured, Page, write_report
+from spectrim.sites import Sites, Skipped
+from tests.report.cases import plan, table
+from tests.report.test_figures import HOSTILE
+
+
+class _Reader(HTMLParser):
+    """Tags, attributes and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.links += [value for key, value in attrs if key in {"src", "href", "srcset", "data", "action"}]
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def _page(names: list[str]) -> tuple[Page, Candidates, Plan]:
+    candidates = table(names)
+    chosen = plan(candidates)
+    comparison = Comparison(
+        (Measure("accuracy", "%", 91.0, 90.75, "higher"), Measure("latency p50", "ms", 2.0, 2.5)), 4, {"torch": "2"}
+    )
+    skipped = (Skipped("stem" + names[0], "Conv2d g8", "depthwise " + names[-1]),)
+    measured = (Measured("dense " + names[0], candidates.dense["macs"], 91.0),)
+    return Page("Net " + names[0], chosen, candidates, comparison, skipped, measured, [names[-1]]), candidates, chosen
+
+
+def test_the_page_loads_nothing():
+    page, _, _ = _page(["a", "b"])
+    html = page.html()
+    reader = _Reader(html)
+    assert reader.links
+    assert all(link.startswith("data:image/svg+xml;base64,") for link in reader.links)
+    assert not re.search(r"https?:|//[a-z]|@import|url\(", html)
+    assert not {"script", "link", "iframe", "object"} & set(reader.tags)
+
+
+def test_names_are_escaped_everywhere():
+    page, _, _ = _page(HOSTILE)
+    reader = _Reader(page.html())
+    assert "script" not in reader.tags
+    for name in HOSTILE:
+        assert name in reader.text
+    assert "layer.49" not in reader.text
+
+
+def test_the_page_tells_what_there_is():
+    page, _, chosen = _page(["conv1", "conv2"])
+    reader = _Reader(page.html())
+    for words in ("Net conv1", "-0.25 points", "0.80x", "2.00 ms", "depthwise conv2", "Budget: MACs", "lagrangian"):
+        assert words in reader.text
+    assert reader.tags.count("img") == 4
+    for entry in chosen:
+        assert entry.site in reader.text
+    found = re.search(r"<pre>(.*)</pre>", page.html(), re.S)
+    assert found is not None
+    assert Plan.from_json(_Reader(found[1]).text) == chosen
+
+
+def test_a_page_needs_a_plan_only():
+    _, _, chosen = _page(["conv"])
+    reader = _Reader(Page("Bare", chosen).html())
+    assert "planned" in reader.text
+    assert "None." in reader.text
+    assert "processor" in reader.text
+
+
+@pytest.mark.parametrize("notes", [(), ("slower",)])
+def test_write_report_takes_a_result(tmp_path: Path, notes: tuple[str, ...]):
+    import torch
+
+    _, candidates, chosen = _page(["conv"])
+    report = Report(chosen, (), 3, notes=("measured SLOWER",))
+    skipped = (Skipped("stem", "Conv2d", "asked for"),)
+    result = Result(torch.nn.Identity(), chosen, report, candidates, Sites((), skipped))
+    path = write_report(tmp_path / "r.html", result, title="T", notes=notes)
+    text = _Reader(path.read_text(encoding="utf-8")).text
+    assert "asked for" in text
+    assert all(note in text for note in ("measured SLOWER", *notes))
