@@ -27,7 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("names", nargs="*", help="experiments; all if none")
     parser.add_argument("--cifar10", type=Path, metavar="DIR", help="folder with the binary CIFAR-10 files")
-    parser.add_argument("--weights", type=Path, action="append", default=[], metavar="FILE", help="resnet20.safetensors, ...")
+    parser.add_argument(
+        "--weights", type=Path, action="append", default=[], metavar="FILE", help="resnet20.safetensors, ..."
+    )
     parser.add_argument("--work", type=Path, metavar="DIR", help="where runs keep checkpoints and caches")
     parser.add_argument("--force", action="store_true", help="run again what has a result")
     options = parser.parse_args(arguments)

@@ -43,7 +43,6 @@ __all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:
     from spectrim.api import apply, tabulate
-    from spectrim.pipeline import Result, compress
     from spectrim.costs import macs, parameters, size_bytes
     from spectrim.factors import LowRank
     from spectrim.latency import Latency
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
     from spectrim.nn.find import find
     from spectrim.nn.sensitivity import sensitivity
     from spectrim.nn.surgery import merge
+    from spectrim.pipeline import Result, compress
     from spectrim.plan import Budget, Candidates, Choice, Plan
     from spectrim.report import compare, write_report
     from spectrim.selectors import select

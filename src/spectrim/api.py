@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,7 +12,7 @@ from torch import nn
 from spectrim import costs as counted
 from spectrim.errors import PlanError
 from spectrim.latency import Latency
-from spectrim.methods import ActivationSVD, Method, WeightSVD, from_record
+from spectrim.methods import ActivationSVD, Curve, Method, WeightSVD, from_record
 from spectrim.nn.build import build
 from spectrim.nn.modules import make_layer
 from spectrim.nn.reconstruct import asymmetric_site
@@ -60,17 +61,25 @@ def tabulate(
     Raises
     ------
     ValueError
-        If methods report errors in different units, or ``guard`` is asked for without ``latency``.
+        If methods report errors in different units, two different ones have the same name, or ``guard`` is asked for
+        without ``latency``.
     """
     if guard and latency is None:
         raise ValueError("guard=True needs latency=Latency(...): it drops options that are measured slower than dense")
     chosen = list(methods) if methods is not None else default_methods(sites)
+    named = {method.name: method for method in chosen}
+    for method in chosen:
+        if named[method.name] != method:
+            raise ValueError(
+                f"two methods are called {method.name!r} ({method} and {named[method.name]}), and a plan tells methods "
+                "apart by their names; give one a subclass of its own"
+            )
     functions: dict[str, counted.Cost] = {"parameters": counted.parameters, "bytes": counted.size_bytes}
     if sites.seen:
         functions["macs"] = counted.macs
     functions.update(costs or {})
 
-    found: list[tuple[Site, list[tuple[Method, Any]]]] = []
+    found: list[tuple[Site, list[tuple[Method, Curve]]]] = []
     for done, site in enumerate(sites):
         found.append((site, [(method, method.curve(site)) for method in chosen]))
         if progress is not None:
@@ -82,7 +91,8 @@ def tabulate(
             "data-free methods only"
         )
     plain = [
-        (site, [(o, specs) for m, c in curves for o, specs in _options(m, c, site, functions)]) for site, curves in found
+        (site, [(o, specs) for m, c in curves for o, specs in _options(m, c, site, functions)])
+        for site, curves in found
     ]
     if latency is not None:
         chains: list[Sequence[LayerSpec]] = [(spec,) for site, _ in plain for spec in site.layers]
@@ -91,7 +101,10 @@ def tabulate(
         report = (lambda done, total: progress("measure", done, total)) if progress is not None else None
         latency.prepare(chains, report)
         functions["latency"] = latency
-    rows = [_row(site, options, curves, functions, latency, guard) for (site, options), (_, curves) in zip(plain, found, strict=True)]
+    rows = [
+        _row(site, options, curves, functions, latency, guard)
+        for (site, options), (_, curves) in zip(plain, found, strict=True)
+    ]
 
     fixed = {name: sum(cost((spec,)) for spec in sites.untouched) for name, cost in functions.items()}
     fixed["parameters"] += sites.other_parameters
@@ -115,7 +128,9 @@ def default_methods(sites: Sites) -> list[Method]:
     return [ActivationSVD(), WeightSVD()] if calibrated else [WeightSVD()]
 
 
-def _options(method: Method, curve: Any, site: Site, functions: Mapping[str, counted.Cost]):  # noqa: ANN202
+def _options(
+    method: Method, curve: Curve, site: Site, functions: Mapping[str, counted.Cost]
+) -> Iterator[tuple[Option, Sequence[LayerSpec]]]:
     dense = {name: cost(site.layers) for name, cost in functions.items()}
     for choice, error in zip(curve.choices, curve.errors, strict=True):
         specs = method.layers(site, choice)
@@ -126,8 +141,8 @@ def _options(method: Method, curve: Any, site: Site, functions: Mapping[str, cou
 
 def _row(
     site: Site,
-    options: list[tuple[Option, Sequence[LayerSpec]]],
-    curves: list[tuple[Method, Any]],
+    options: Sequence[tuple[Option, Sequence[LayerSpec]]],
+    curves: list[tuple[Method, Curve]],
     functions: Mapping[str, counted.Cost],
     latency: Latency | None,
     guard: bool,
@@ -204,6 +219,9 @@ def apply(
         choice = wanted[site.name].choice
         if batches is not None and follow and len(site.layers) == 1 and "input" in site.moments:
             site = asymmetric_site(model, small, site, batches, forward=forward)
+            if not choice.is_dense and not any(spec.bias for spec in makers[choice.method].layers(site, choice)):
+                # A choice that was counted without a bias gets none, or the model would cost more than its plan.
+                site = dataclasses.replace(site, biases=(None,))
         if choice.is_dense:
             replace_module(small, site.spec.names, make_layer(site.spec, site.weight, site.biases[0]))
             continue

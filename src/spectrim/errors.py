@@ -36,9 +36,7 @@ class InfeasibleBudgetError(SpectrimError, ValueError):
         Costs that can each be met alone but not all at once; empty if ``cost`` cannot even be met alone.
     """
 
-    def __init__(
-        self, cost: str, budget: float, lowest: float, dense: float, together: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, cost: str, budget: float, lowest: float, dense: float, together: tuple[str, ...] = ()) -> None:
         self.cost, self.budget, self.lowest, self.dense, self.together = cost, budget, lowest, dense, together
         also = f" Each limit can be met alone, but not {' and '.join(together)} together." if together else ""
         super().__init__(

@@ -101,6 +101,4 @@ class LowRank(Factors, kind="low_rank"):
         # A plan may come from anyone: nothing is allocated for a rank that no decomposition has.
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= full:
             raise ValueError(f"rank {rank!r}; expected a whole number from 1 to the full rank {full}")
-        return cls(
-            torch.empty(g, i * rows, rank), torch.empty(g, rank, o * columns), None, how, (o, i, *kernel)
-        )
+        return cls(torch.empty(g, i * rows, rank), torch.empty(g, rank, o * columns), None, how, (o, i, *kernel))

@@ -175,8 +175,8 @@ class Budget:
     """What the whole network may cost, untouched layers included.
 
     Each limit is a fraction of dense if it is a number up to 1 or a string such as ``"50%"``, and absolute if it is a
-    larger number or a string with a unit: ``"2.5M"``, ``"10MiB"``, ``"3ms"``. Latency is in milliseconds. Several limits
-    hold together.
+    larger number or a string with a unit: ``"2.5M"``, ``"10MiB"``, ``"3ms"``. Latency is in milliseconds. Several
+    limits hold together.
 
     Raises
     ------
@@ -236,7 +236,9 @@ class Budget:
             elif match and not match[2]:
                 number, relative = float(match[1]), float(match[1]) <= 1
             else:
-                raise ValueError(f"cannot read {cost} budget {value!r}: write 0.5, 50% or a number with one of {suffixes}")
+                raise ValueError(
+                    f"cannot read {cost} budget {value!r}: write 0.5, 50% or a number with one of {suffixes}"
+                )
         else:
             number, relative = float(value), value <= 1
         if not number > 0 or number == float("inf"):

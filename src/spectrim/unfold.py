@@ -101,9 +101,7 @@ def unfold(weight: Float[Tensor, "g o i *k"], how: Unfolding) -> Float[Tensor, "
     return weight.permute(order).reshape(g, i * rows, o * columns)
 
 
-def fold(
-    matrix: Float[Tensor, "g rows columns"], how: Unfolding, shape: Sequence[int]
-) -> Float[Tensor, "g o i *k"]:
+def fold(matrix: Float[Tensor, "g rows columns"], how: Unfolding, shape: Sequence[int]) -> Float[Tensor, "g o i *k"]:
     """Inverse of :func:`unfold`; ``shape`` is ``(o, i, *k)``."""
     g = matrix.shape[0]
     o, i, *kernel = shape
@@ -114,9 +112,7 @@ def fold(
     return opened.permute(inverse).contiguous()
 
 
-def first_weight(
-    left: Float[Tensor, "g rows r"], how: Unfolding, shape: Sequence[int]
-) -> Float[Tensor, "g r i *k"]:
+def first_weight(left: Float[Tensor, "g rows r"], how: Unfolding, shape: Sequence[int]) -> Float[Tensor, "g r i *k"]:
     """Weight of the first convolution, ``[g, r, i, *k_S]``, from the left factor ``[g, (i, k_S), r]``."""
     g, _, rank = left.shape
     _, i, *kernel = shape

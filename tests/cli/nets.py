@@ -41,6 +41,10 @@ def batches(samples: int = 64) -> list[tuple[Tensor, Tensor]]:
     return list(zip(images.split(16), torch.arange(samples).remainder(10).split(16), strict=True))
 
 
+def unlabelled() -> list[Tensor]:
+    return [images for images, _ in batches()]
+
+
 def stream():
     yield from batches()
 

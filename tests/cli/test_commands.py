@@ -139,6 +139,7 @@ def test_export_is_checked(run, suffix: str):
         (("compress", "nets:tiny", *DATA, "-b", "macs=0.01%"), 3, "the lowest reachable is"),
         (("compress", "nets:tiny", *DATA, "--plan", "broken.json"), 1, "not a plan"),
         (("evaluate", "nets:tiny"), 2, "give --data"),
+        (("evaluate", "nets:tiny", "--data", "nets:unlabelled"), 2, "holds no labels"),
         (("evaluate", "nets:tiny", *DATA, "--compare"), 2, "needs --checkpoint"),
         (("evaluate", "nets:tiny", *DATA, "-c", "gone.safetensors"), 2, "'gone.safetensors'"),
         (("evaluate", "nets:tiny", *DATA, "-c", "broken.json"), 1, "broken.json"),

@@ -57,9 +57,7 @@ def test_output_shape_of_the_spec_is_that_of_the_layer(layer):
 def test_an_input_without_a_batch_axis_is_a_batch_of_one(name):
     make, shape = LAYERS[name]
     spec, inputs = describe(make(), ["layer"]), torch.randn(shape[1:])
-    assert torch.equal(
-        sample_patches(spec, inputs, None, seeded()), sample_patches(spec, inputs[None], None, seeded())
-    )
+    assert torch.equal(sample_patches(spec, inputs, None, seeded()), sample_patches(spec, inputs[None], None, seeded()))
 
 
 def test_more_rows_than_positions_gives_each_position_once():

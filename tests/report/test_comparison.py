@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from spectrim.report import Comparison, Measure, accuracy, compare, measure, show
-from spectrim.report.comparison import file_size, macs, parameters
+from spectrim.report.measures import file_size, macs, parameters
 
 
 def _net(width: int) -> nn.Module:
@@ -46,7 +46,13 @@ def test_text_is_aligned_and_json_is_plain(compared: Comparison):
     assert "-0.50 points" in lines[1]
     assert "4.00x" in lines[3]
     document = json.loads(json.dumps(compared.to_dict(), allow_nan=False))
-    assert document["rows"][0] == {"metric": "accuracy", "unit": "%", "dense": 90.0, "compressed": 89.5, "ratio": 90 / 89.5}
+    assert document["rows"][0] == {
+        "metric": "accuracy",
+        "unit": "%",
+        "dense": 90.0,
+        "compressed": 89.5,
+        "ratio": 90 / 89.5,
+    }
 
 
 def test_a_single_model_has_the_same_rows():

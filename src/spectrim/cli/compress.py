@@ -58,12 +58,13 @@ def compress(
     from spectrim.cli.models import load_model
     from spectrim.cli.references import UsageError
     from spectrim.cli.results import Outcome
-    from spectrim.cli.steps import carry_out, chosen_methods, first_batch, prepare, random_input, survey
+    from spectrim.cli.steps import carry_out, chosen_methods, first_batch, locate, prepare, random_input, survey
     from spectrim.latency import Latency
     from spectrim.pipeline import compress as shrink
     from spectrim.plan import Budget, Plan
-    from spectrim.report.comparison import accuracy, compare
+    from spectrim.report import accuracy, compare
     from spectrim.selectors import energy, exact, greedy, lagrangian, select, uniform
+    from spectrim.train import Recipe, fine_tune
 
     selectors = dict(zip(SELECTORS, (exact, lagrangian, greedy, energy, uniform), strict=True))
     if selector not in selectors:
@@ -72,6 +73,7 @@ def compress(
         raise UsageError("give either --budget (as macs=50%) or --plan FILE")
     with common.usage():
         wanted = Budget.parse(*budget) if budget else None
+        recipe = Recipe(epochs=epochs, lr=lr)
     if plan_file is not None and not plan_file.is_file():
         raise UsageError(f"--plan {str(plan_file)!r} is not a file")
     if data is None and input_shape is None:
@@ -100,7 +102,8 @@ def compress(
         result = carry_out(found, dense, select(found.table, wanted, selectors[selector]), None)
     else:
         assert wanted is not None
-        with out.progress() as show, common.usage():
+        locate(dense, skip, only)
+        with out.progress() as show:
             result = shrink(
                 dense, batches, wanted, methods=chosen_methods(method, True, multiple_of), skip=list(skip or ()),
                 only=list(only or ()), latency=clock, guard=guard, selector=selectors[selector], progress=show,
@@ -109,25 +112,16 @@ def compress(
 
     def evaluate(network):
         assert testing is not None
-        return accuracy(network, testing)
+        with common.usage():  # batches without labels
+            return accuracy(network, testing)
 
     outcome = Outcome(model, dense, result, folder)
     if testing is not None:
         outcome = outcome.scored("dense", evaluate(dense)).scored("compressed", evaluate(small))
     if training is not None and epochs > 0:
-        from spectrim.train import fine_tune
-
-        overrides = {} if lr is None else {"lr": lr}
         score = evaluate if testing is not None else None
-        done = fine_tune(
-            small,
-            training,
-            teacher=dense,
-            epochs=epochs,
-            evaluate=score,
-            progress=False if out.quiet else None,
-            **overrides,
-        )
+        bar = False if out.quiet else None
+        done = fine_tune(small, training, teacher=dense, recipe=recipe, evaluate=score, progress=bar)
         outcome = outcome.tuned(done)
         if testing is not None:
             outcome = outcome.scored("fine-tuned", evaluate(small))

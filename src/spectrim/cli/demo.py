@@ -39,7 +39,7 @@ def demo(
     from spectrim.cli.steps import first_batch, prepare
     from spectrim.pipeline import compress
     from spectrim.plan import Budget
-    from spectrim.report.comparison import accuracy, compare
+    from spectrim.report import accuracy, compare
     from spectrim.train import fine_tune
 
     started = time.perf_counter()

@@ -31,7 +31,7 @@ def evaluate(
     from spectrim.cli.models import load_compressed, load_model
     from spectrim.cli.references import UsageError
     from spectrim.cli.steps import first_batch, prepare, random_input
-    from spectrim.report.comparison import accuracy, compare, measure
+    from spectrim.report import accuracy, compare, measure
 
     if data is None and input_shape is None:
         raise UsageError("give --data (labelled batches), or --input to measure costs alone, as --input 3x224x224")
@@ -46,7 +46,8 @@ def evaluate(
 
     def score(network):
         assert batches is not None
-        return accuracy(network, batches)
+        with common.usage():  # batches without labels
+            return accuracy(network, batches)
 
     scoring = score if batches is not None else None
     name = str(checkpoint) if checkpoint is not None else model

@@ -110,6 +110,22 @@ def chosen_methods(name: str, calibrated: bool, multiple_of: int | None = None) 
         return [kind(multiple_of=multiple_of) for kind in kinds]  # type: ignore[call-arg]
 
 
+def locate(model: nn.Module, skip: Sequence[str] | None, only: Sequence[str] | None) -> Sites:
+    """The sites of a model.
+
+    Raises
+    ------
+    UsageError
+        If a pattern matches nothing, or nothing is left to compress.
+    """
+    with usage():
+        sites = find(model, skip=list(skip or ()), only=list(only or ()))
+    if not sites.sites:
+        reasons = "; ".join(f"{s.name}: {s.reason}" for s in sites.skipped[:3])
+        raise UsageError(f"there is no layer to compress ({reasons or 'the model has no linear layer or convolution'})")
+    return sites
+
+
 def survey(
     out: Output,
     model: nn.Module,
@@ -133,11 +149,7 @@ def survey(
     weigh
         Collect what an error at each layer does to the outputs, as :func:`spectrim.compress` does.
     """
-    with usage():
-        sites = find(model, skip=list(skip or ()), only=list(only or ()))
-    if not sites.sites:
-        reasons = "; ".join(f"{s.name}: {s.reason}" for s in sites.skipped[:3])
-        raise UsageError(f"there is no layer to compress ({reasons or 'the model has no linear layer or convolution'})")
+    sites = locate(model, skip, only)
     methods = chosen_methods(method, batches is not None, multiple_of)
     with out.progress() as report:
         if batches is not None:

@@ -48,9 +48,7 @@ def square_root(metric: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:
     return (vectors * values.sqrt().unsqueeze(-2)) @ vectors.mT
 
 
-def spectrum(
-    matrix: Float[Tensor, "g rows columns"], metric: Float[Tensor, "g rows rows"] | None = None
-) -> Spectrum:
+def spectrum(matrix: Float[Tensor, "g rows columns"], metric: Float[Tensor, "g rows rows"] | None = None) -> Spectrum:
     """Spectrum of ``A^{1/2} M`` by the eigenproblem of the smaller side, in float64.
 
     Parameters

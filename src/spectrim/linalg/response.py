@@ -177,7 +177,7 @@ def alternate(
     left, right
         The objective is never larger than at the start.
     """
-    g, p, rank = left.shape
+    g, _, rank = left.shape
     slices = matrix.shape[2] // outputs
     seen = _seen(_open(matrix, outputs), metric)
     right = refit(matrix, metric, left, outputs)

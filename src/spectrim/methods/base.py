@@ -21,6 +21,9 @@ OUTPUT_ENERGY = "output energy"
 WEIGHTED_ENERGY = "weighted output energy"
 WEIGHT_ENERGY = "weight energy"
 
+# The names that any kernel's unfoldings have.
+_UNFOLDINGS = tuple(dict.fromkeys(how.name for axes in (1, 2, 3) for how in unfoldings((2,) * axes)))
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -31,7 +34,8 @@ class Curve:
     choices, errors
         In step; errors are fractions of the site's energy.
     unit
-        ``output energy``; ``weighted output energy`` where the site holds a sensitivity; ``weight energy`` without data.
+        ``output energy``; ``weighted output energy`` where the site holds a sensitivity; without data
+        ``weight energy``.
     scale
         What losing all of the site's energy would add to the loss that selectors minimise.
     spectra
@@ -88,7 +92,8 @@ def from_record(record: Mapping[str, Any]) -> Method:
     kind = record.get("type")
     if kind not in classes:
         raise PlanError(
-            f"the plan needs method {kind!r}; known are {', '.join(sorted(classes))}. Import its module, or pass methods=."
+            f"the plan needs method {kind!r}; known are {', '.join(sorted(classes))}. "
+            "Import its module, or pass methods=."
         )
     options = record.get("options", {})
     known = {f.name for f in dataclasses.fields(classes[kind])}
@@ -124,6 +129,9 @@ class LowRankMethod(Method):
     multiple_of: int | None = None
 
     def __post_init__(self) -> None:
+        names = () if self.unfoldings is None else self.unfoldings
+        if isinstance(names, str) or not set(names) <= set(_UNFOLDINGS):
+            raise ValueError(f"unfoldings is {names!r}; expected a tuple of names out of {', '.join(_UNFOLDINGS)}")
         if self.multiple_of is not None and self.multiple_of < 1:
             raise ValueError(f"multiple_of must be at least 1, got {self.multiple_of}")
 

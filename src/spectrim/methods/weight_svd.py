@@ -82,5 +82,3 @@ class WeightSVD(LowRankMethod):
         left, right = lowrank.balance(left, right)
         dtype = site.spec.dtype
         return LowRank(left.to(dtype), right.to(dtype), None, how, site.spec.shape[1:])
-
-

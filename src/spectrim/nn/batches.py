@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -64,10 +64,10 @@ def _required(model: nn.Module) -> int:
     return sum(p.kind in kinds and p.default is p.empty for p in signature.parameters.values())
 
 
-def _takes(model: nn.Module, values: list[Any] | tuple[Any, ...]) -> bool:
-    """Whether a model's forward can be given these values by position."""
+def _takes(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a model's forward has parameters for these arguments."""
     try:
-        inspect.signature(model.forward).bind(*values)
+        inspect.signature(model.forward).bind(*args, **kwargs)
     except TypeError:
         return False
     except ValueError:
@@ -80,8 +80,8 @@ def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, 
 
     A tensor is the only argument. A mapping, such as tokenisers return, gives keyword arguments. A tuple or list is
     ``(inputs, targets, ...)`` as data loaders give it: its first element is taken, or as many as the model's
-    ``forward`` requires. A first element that is a tuple or list itself is spread over the arguments where ``forward``
-    takes as many. Floating tensors are cast to the model's dtype if all its parameters have one.
+    ``forward`` requires. Inputs that are a mapping, tuple or list themselves are spread over the arguments where
+    ``forward`` takes them so. Floating tensors are cast to the model's dtype if all its parameters have one.
     """
     floating = [p for p in model.parameters() if p.is_floating_point()]
     device = floating[0].device if floating else None
@@ -92,14 +92,13 @@ def arguments(model: nn.Module, batch: Any) -> tuple[tuple[Any, ...], dict[str, 
     if isinstance(batch, Mapping):
         return (), dict(batch)
     if isinstance(batch, (list, tuple)) and batch:
-        needed = _required(model)
-        if 1 < needed <= len(batch):
-            return tuple(batch[:needed]), {}
         inputs = batch[0]
-        if isinstance(inputs, Mapping):
+        if isinstance(inputs, Mapping) and _takes(model, (), inputs):
             return (), dict(inputs)
-        spread = isinstance(inputs, (list, tuple)) and _takes(model, inputs)
-        return (tuple(inputs) if spread else (inputs,)), {}
+        if isinstance(inputs, (list, tuple)) and _takes(model, inputs, {}):
+            return tuple(inputs), {}
+        needed = _required(model)
+        return (tuple(batch[:needed]) if 1 < needed <= len(batch) else (inputs,)), {}
     raise CalibrationError(
         f"cannot feed a batch of type {type(batch).__name__}: expected a tensor, a mapping, or (inputs, targets)"
     )

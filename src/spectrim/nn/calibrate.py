@@ -295,5 +295,3 @@ def _slice_rows(patches: Tensor, how: Unfolding) -> Tensor:
     for a in rest:
         q *= patches.shape[3 + a]
     return moved.reshape(g, n * q, -1)
-
-

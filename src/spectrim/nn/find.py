@@ -184,9 +184,7 @@ def _tied_weights(model: nn.Module) -> dict[int, list[str]]:
     return {key: names for key, names in holders.items() if len(names) > 1}
 
 
-def _obstacle(
-    model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied: dict[int, list[str]]
-) -> str | None:
+def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied: dict[int, list[str]]) -> str | None:
     """Why a layer cannot be factorised, or None."""
     if _is_quantised(module):
         return "quantised: the weight is not a floating-point matrix"

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from spectrim.nn.batches import arguments, batch_size, call, evaluating, logits
+from spectrim.nn.batches import batch_size
 from spectrim.nn.timing import measure_latency, peak_memory
 from spectrim.report.machine import machine_facts
+from spectrim.report.measures import Evaluate, file_size, held, inputs, macs, parameters
 
-Evaluate = Callable[[nn.Module], float]
 Better = Literal["higher", "lower"]
 
 
@@ -192,7 +189,7 @@ def compare(
         Measure(before.metric, before.unit, before.value, after.value, before.better)
         for before, after in zip(found["dense"], found["compressed"], strict=True)
     )
-    return Comparison(rows, batch_size(_held(example)), _facts(threads))
+    return Comparison(rows, batch_size(held(example)), _facts(threads))
 
 
 def measure(
@@ -207,7 +204,7 @@ def measure(
 ) -> Measurements:
     """Measure one model; see :func:`compare` for parameters and rows."""
     found = _measure({"model": model}, example, evaluate, score, repeats, threads, progress)
-    return Measurements(found["model"], batch_size(_held(example)), _facts(threads))
+    return Measurements(found["model"], batch_size(held(example)), _facts(threads))
 
 
 def _measure(
@@ -227,12 +224,12 @@ def _measure(
             Line("parameters", "", float(parameters(model))),
             Line("MACs", "MAC", macs(model, example)),
             Line("file size", "B", float(file_size(model))),
-            Line("peak memory", "B", float(peak_memory(model, _inputs(model, example)))),
+            Line("peak memory", "B", float(peak_memory(model, inputs(model, example)))),
         ]
     if repeats > 0:
         # One call for all models: they take turns, so that a busy moment hits each of them.
-        inputs = _inputs(next(iter(models.values())), example)
-        timings = measure_latency(models, inputs, repeats=repeats, threads=threads, progress=progress)
+        first = next(iter(models.values()))
+        timings = measure_latency(models, inputs(first, example), repeats=repeats, threads=threads, progress=progress)
         for name, timing in timings.items():
             lines[name] += [Line("latency p50", "ms", timing.p50), Line("latency p90", "ms", timing.p90)]
     return {name: tuple(found) for name, found in lines.items()}
@@ -252,71 +249,3 @@ def show(value: float, unit: str) -> str:
 
 def _facts(threads: int | None) -> dict[str, str]:
     return {**machine_facts(), **({"threads": str(threads)} if threads is not None else {})}
-
-
-def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
-    """Share of samples, in percent, whose largest output is at the label.
-
-    Parameters
-    ----------
-    batches
-        Tuples ``(inputs, labels)``, or mappings with ``labels`` among the model's arguments.
-
-    Raises
-    ------
-    ValueError
-        If a batch holds no labels, or there is none at all.
-    """
-    right = seen = 0
-    with evaluating(model):
-        for batch in batches:
-            if isinstance(batch, Mapping) or hasattr(batch, "keys"):
-                labels = batch["labels"] if "labels" in list(batch.keys()) else None
-            else:
-                labels = batch[-1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
-            if not isinstance(labels, Tensor):
-                raise ValueError(
-                    f"a batch of type {type(batch).__name__} holds no labels: expected (inputs, labels) or a mapping "
-                    "with 'labels'"
-                )
-            guess = logits(call(model, batch)).argmax(-1)
-            right += int((guess == labels.to(guess.device)).sum())
-            seen += labels.numel()
-    if not seen:
-        raise ValueError("no batches to evaluate on: the iterable was empty")
-    return 100.0 * right / seen
-
-
-def parameters(model: nn.Module) -> int:
-    """Numbers in the parameters, shared ones counted once."""
-    return sum(p.numel() for p in model.parameters())
-
-
-def macs(model: nn.Module, example: Any) -> float:
-    """Multiply-accumulates for one sample: half of what ``torch.utils.flop_counter`` reports."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with evaluating(model), FlopCounterMode(display=False) as counter:
-        call(model, example)
-    return counter.get_total_flops() / 2 / batch_size(_held(example))
-
-
-def file_size(model: nn.Module) -> int:
-    """Bytes of the weights as a safetensors file, shared tensors stored once."""
-    from safetensors.torch import save_model
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "weights.safetensors"
-        save_model(model, str(path))
-        return path.stat().st_size
-
-
-def _inputs(model: nn.Module, example: Any) -> Any:
-    """What to pass to a model, on its device: a tuple of arguments or a dict."""
-    args, kwargs = arguments(model, example)
-    return kwargs or args
-
-
-def _held(example: Any) -> Any:
-    """Token batches behave as mappings without being one."""
-    return list(example.values()) if hasattr(example, "values") and not isinstance(example, torch.Tensor) else example

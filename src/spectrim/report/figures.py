@@ -172,7 +172,8 @@ def tradeoff(
     percent of accuracy and lost energy are different things.
     """
     _known(candidates.dense, cost)
-    points = predicted(candidates, cost)
+    # Losses span several powers of ten; the dense network, which loses nothing, has no place on such a scale.
+    points = [(c, loss) for c, loss in predicted(candidates, cost) if loss > 0]
     dense = candidates.dense[cost]
     with _figure(7.2, 4.6 if measured else 2.7) as figure:
         panels = figure.subplots(2 if measured else 1, 1, sharex=True, squeeze=False).ravel()
@@ -181,11 +182,12 @@ def tradeoff(
         axes = panels[-1]
         axes.plot([100 * c / dense for c, _ in points], [loss for _, loss in points], color=PLANNED, lw=1.5,
                   marker=".", ms=4, label="best selection at each budget")  # fmt: skip
-        if plan is not None and cost in plan.costs:
+        if plan is not None and cost in plan.costs and plan.loss > 0:
             axes.plot(100 * plan.costs[cost] / dense, plan.loss, "o", color=CHOSEN, ms=7, label="this plan", zorder=3)
         axes.set_xlabel(f"{_label(cost)}, % of dense")
-        axes.set_ylabel(f"predicted loss\n(sum over sites, {candidates.unit})" if candidates.unit else "predicted loss")
-        axes.set_ylim(bottom=0)
+        axes.set_ylabel(f"predicted loss\n({candidates.unit})" if candidates.unit else "predicted loss")
+        if points:
+            axes.set_yscale("log")
         axes.set_xlim(0, 103)
         axes.legend(loc="upper right")
         for each in panels:

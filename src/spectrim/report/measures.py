@@ -1,0 +1,83 @@
+"""Numbers of one model: its score, its size and its work."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.nn.batches import arguments, batch_size, call, evaluating, logits
+
+Evaluate = Callable[[nn.Module], float]
+
+
+def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
+    """Share of samples, in percent, whose largest output is at the label.
+
+    Parameters
+    ----------
+    batches
+        Tuples ``(inputs, labels)``, or mappings with ``labels`` among the model's arguments.
+
+    Raises
+    ------
+    ValueError
+        If a batch holds no labels, or there is none at all.
+    """
+    right = seen = 0
+    with evaluating(model):
+        for batch in batches:
+            if isinstance(batch, Mapping) or hasattr(batch, "keys"):
+                labels = batch["labels"] if "labels" in list(batch.keys()) else None
+            else:
+                labels = batch[-1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+            if not isinstance(labels, Tensor):
+                raise ValueError(
+                    f"a batch of type {type(batch).__name__} holds no labels: expected (inputs, labels) or a mapping "
+                    "with 'labels'"
+                )
+            guess = logits(call(model, batch)).argmax(-1)
+            right += int((guess == labels.to(guess.device)).sum())
+            seen += labels.numel()
+    if not seen:
+        raise ValueError("no batches to evaluate on: the iterable was empty")
+    return 100.0 * right / seen
+
+
+def parameters(model: nn.Module) -> int:
+    """Numbers in the parameters, shared ones counted once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def macs(model: nn.Module, example: Any) -> float:
+    """Multiply-accumulates for one sample: half of what ``torch.utils.flop_counter`` reports."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with evaluating(model), FlopCounterMode(display=False) as counter:
+        call(model, example)
+    return counter.get_total_flops() / 2 / batch_size(held(example))
+
+
+def file_size(model: nn.Module) -> int:
+    """Bytes of the weights as a safetensors file, shared tensors stored once."""
+    from safetensors.torch import save_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.safetensors"
+        save_model(model, str(path))
+        return path.stat().st_size
+
+
+def inputs(model: nn.Module, example: Any) -> Any:
+    """What to pass to a model, on its device: a tuple of arguments or a dict."""
+    args, kwargs = arguments(model, example)
+    return kwargs or args
+
+
+def held(example: Any) -> Any:
+    """Token batches behave as mappings without being one."""
+    return list(example.values()) if hasattr(example, "values") and not isinstance(example, torch.Tensor) else example

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from spectrim.errors import PlanError
+from spectrim.nn.modules import Factored
+from spectrim.nn.surgery import merge, parameter_count, reestimate_batchnorm, replace_module, size_in_bytes
+from tests.nn.layers import ConvNet, Wrapped, close
+from tests.nn.nets import CHOICES, compressed, low_rank
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_replace_keeps_the_mode_and_reaches_all_names(training):
+    inner = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": nn.Sequential(inner, nn.ReLU()), "b": nn.ModuleList([inner])}).train(training)
+    new = nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 4)).train(not training)
+    replace_module(model, ["a.0", "b.0"], new)
+    assert model["a"][0] is model["b"][0] is new
+    assert all(m.training == training for m in model.modules())
+
+
+def test_replace_puts_the_new_module_on_the_device_of_the_old():
+    model = nn.Sequential(nn.Linear(3, 3, device="meta"))
+    replace_module(model, ["0"], nn.Linear(3, 3))
+    assert model[0].weight.is_meta
+
+
+@pytest.mark.parametrize("name", ["body.missing", "nobody.fc", "body.0.weight"])
+def test_replace_names_a_module_that_is_not_there(name):
+    model = nn.ModuleDict({"body": nn.Sequential(nn.Linear(3, 3))})
+    with pytest.raises(PlanError, match="no module '" + name):
+        replace_module(model, [name], nn.Identity())
+
+
+def test_a_pair_in_a_transformer_block_keeps_the_block_working():
+    for make in (
+        lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2),
+    ):
+        model = make().eval()
+        prefix = "layers.0." if hasattr(model, "layers") else ""
+        wide = {prefix + "linear1": low_rank(8), prefix + "linear2": low_rank(8)}
+        small = compressed(copy.deepcopy(model), wide)
+        x, mask = torch.randn(2, 5, 8), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+        with torch.no_grad():
+            assert small(x).shape == (2, 5, 8)
+            masked = small(x, src_key_padding_mask=mask)
+            assert close(masked[0], small(x)[0])
+            # The dense twin of the pair, without fused kernels, is the reference.
+            torch.backends.mha.set_fastpath_enabled(False)
+            try:
+                wanted = merge(small)(x)
+            finally:
+                torch.backends.mha.set_fastpath_enabled(True)
+            assert close(small(x), wanted, 1e-4)
+
+
+def pairs(model):
+    return [name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, Factored)]
+
+
+def test_merge_gives_the_original_layers_that_compute_the_same():
+    dense = ConvNet().eval()
+    small = compressed(copy.deepcopy(dense), CHOICES).eval()
+    before = copy.deepcopy(small.state_dict())
+    merged = merge(small)
+    assert pairs(small) == ["stem", "grouped", "up"]
+    assert not pairs(merged)
+    assert {k: v.shape for k, v in merged.state_dict().items()} == {k: v.shape for k, v in dense.state_dict().items()}
+    x = torch.randn(2, 3, 6, 6)
+    assert close(merged(x), small(x), 1e-4)
+    assert all(torch.equal(v, before[k]) for k, v in small.state_dict().items())
+    assert not any(m.training for m in merged.modules())
+
+
+def test_merge_of_a_shared_pair_stays_shared():
+    inner = nn.Linear(6, 6)
+    model = compressed(nn.ModuleDict({"a": nn.Sequential(inner), "b": inner}), {"a.0": low_rank(2)})
+    merged = merge(model)
+    assert merged["a"][0] is merged["b"]
+    assert isinstance(merged["b"], nn.Linear)
+    assert close(merged["b"].weight, model["b"][1].weight @ model["b"][0].weight)
+
+
+def test_merge_of_pairs_inside_pairs():
+    model = compressed(Wrapped(nn.Conv2d(4, 6, 3)), {"layer": low_rank(5, "height-first")})
+    compressed(model, {"layer.0": low_rank(4), "layer.1": low_rank(3, "input")})
+    assert pairs(model) == ["layer", "layer.0", "layer.1"]
+    x = torch.randn(2, 4, 5, 5)
+    merged = merge(model)
+    assert type(merged.layer) is nn.Conv2d
+    assert close(merged(x), model(x), 1e-4)
+
+
+def test_merge_of_a_pair_alone():
+    pair = compressed(Wrapped(nn.Linear(4, 5)), {"layer": low_rank(2)}).layer.eval()
+    merged = merge(pair)
+    assert isinstance(merged, nn.Linear)
+    assert not merged.training
+    x = torch.randn(3, 4)
+    assert close(merged(x), pair(x))
+
+
+def test_batchnorm_statistics_are_averages_over_the_batches():
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5, momentum=0.3), nn.ReLU(), nn.BatchNorm2d(5)).train()
+    model[1].eval()
+    with torch.no_grad():
+        model[1].running_mean.fill_(7.0)
+        model[1].weight.fill_(2.0)
+    modes = [m.training for m in model.modules()]
+    weights = {k: v.clone() for k, v in model.named_parameters()}
+    batches = [torch.randn(4, 3, 6, 6) * (i + 1) + i for i in range(3)]
+    assert reestimate_batchnorm(model, batches) == 2
+    assert [m.training for m in model.modules()] == modes
+    assert (model[1].momentum, model[3].momentum) == (0.3, 0.1)
+    assert int(model[1].num_batches_tracked) == 3
+    assert all(torch.equal(v, weights[k]) for k, v in model.named_parameters())
+
+    def statistics(responses):
+        rows = [r.detach().movedim(1, -1).flatten(0, -2) for r in responses]
+        return torch.stack([r.mean(0) for r in rows]).mean(0), torch.stack([r.var(0) for r in rows]).mean(0)
+
+    first = [model[0](x) for x in batches]
+    mean, variance = statistics(first)
+    assert close(model[1].running_mean, mean)
+    assert close(model[1].running_var, variance)
+    # A norm further down sees what batch statistics make of the ones before it.
+    second = [torch.relu(nn.functional.batch_norm(r, None, None, model[1].weight, model[1].bias, True)) for r in first]
+    mean, variance = statistics(second)
+    assert close(model[3].running_mean, mean)
+    assert close(model[3].running_var, variance)
+
+
+class Partly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.used, self.unused, self.free = nn.BatchNorm1d(3), nn.BatchNorm1d(3), nn.BatchNorm1d(3, affine=False)
+        self.stateless = nn.BatchNorm1d(3, track_running_stats=False)
+        nn.init.constant_(self.unused.running_mean, 5.0)
+        self.unused.num_batches_tracked.fill_(11)
+
+    def forward(self, x):
+        return self.stateless(self.free(self.used(x)))
+
+
+def test_norms_that_are_not_reached_keep_their_statistics():
+    model = Partly()
+    before = copy.deepcopy(model.unused.state_dict())
+    assert reestimate_batchnorm(model, [torch.randn(8, 3) + 2]) == 2
+    assert all(torch.equal(v, before[k]) for k, v in model.unused.state_dict().items())
+    assert close(model.used.running_mean, torch.full((3,), 2.0), 0.6)
+    before = copy.deepcopy(model.state_dict())
+    assert reestimate_batchnorm(model, []) == 0
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_statistics_modes_and_momenta_are_restored_after_an_error():
+    model = Partly().train()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError):
+        reestimate_batchnorm(model, [torch.randn(8, 3), torch.randn(8, 4)])
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert all(m.training for m in model.modules())
+    assert model.used.momentum == 0.1
+
+
+def test_without_norms_the_batches_are_not_read():
+    def batches():
+        raise AssertionError("read")
+        yield
+
+    assert reestimate_batchnorm(nn.Sequential(nn.Linear(2, 2)), batches()) == 0
+
+
+def test_shared_parameters_and_buffers_count_once():
+    inner = nn.BatchNorm1d(4)
+    model = nn.ModuleList([inner, inner, nn.Linear(4, 4).half(), nn.Linear(4, 4, bias=False)])
+    model[3].weight = model[2].weight
+    assert parameter_count(model) == 8 + 20
+    assert size_in_bytes(model) == 8 * 4 + 8 * 4 + 8 + 20 * 2
