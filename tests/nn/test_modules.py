@@ -153,10 +153,10 @@ HOSTILE = [
 
 @pytest.mark.parametrize("change", HOSTILE, ids=str)
 def test_settings_that_do_not_fit_are_refused_before_memory_is_taken(change, monkeypatch):
+    spec = describe(nn.Linear(4, 6), ["body.fc"])
     asked = []
     plain = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **kw: asked.append(size) or plain(*size, **kw))
-    spec = describe(nn.Linear(4, 6), ["body.fc"])
     with pytest.raises(PlanError, match="'body.fc'"):
         skeleton(Choice("low_rank", "m", {"rank": 2, "unfolding": "channel", **change}), [spec])
     assert not asked

@@ -80,6 +80,15 @@ def test_tradeoff_has_a_panel_more_for_measured_scores():
     assert above.lines[0].get_xdata()[0] == 100
 
 
+def test_no_tick_is_a_formula():
+    candidates = table(["a", "b"])
+    for figure in (figures.tradeoff(candidates), figures.spectra(candidates), figures.costs(plan(candidates))):
+        figures.to_svg(figure)
+        ticks = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels(which="both")]
+        assert any(ticks)
+        assert not any("$" in tick for tick in ticks)
+
+
 def test_hostile_names_are_drawn_as_they_are():
     candidates = table(HOSTILE)
     chosen = plan(candidates)

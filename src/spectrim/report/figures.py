@@ -188,6 +188,9 @@ def tradeoff(
         axes.set_ylabel(f"predicted loss\n({candidates.unit})" if candidates.unit else "predicted loss")
         if points:
             axes.set_yscale("log")
+            # The default formatters write formulas, which are switched off here.
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.yaxis.set_minor_formatter(lambda value, _: "")
         axes.set_xlim(0, 103)
         axes.legend(loc="upper right")
         for each in panels:

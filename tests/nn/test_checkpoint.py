@@ -1,0 +1,408 @@
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import random
+import struct
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from spectrim.errors import CheckpointError
+from spectrim.nn.checkpoint import load, read_plan, same_weights, save
+from spectrim.nn.find import find
+from spectrim.nn.modules import Factored
+from spectrim.plan import Choice
+from tests.nn.layers import ConvNet
+from tests.nn.nets import CHOICES, compressed, low_rank, plan_of
+
+
+def header_of(data: bytes) -> tuple[dict, bytes]:
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def with_header(header: dict | bytes, body: bytes) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A compressed network saved."""
+    path = tmp_path / "small.safetensors"
+    model = compressed(ConvNet(), CHOICES)
+    save(model, plan_of(CHOICES), path)
+    return path, model
+
+
+def test_a_compressed_network_comes_back_bit_for_bit(file):
+    path, model = file
+    with torch.no_grad():
+        model.train()(torch.randn(2, 3, 6, 6))
+    save(model, plan_of(CHOICES), path)
+    again = load(ConvNet(), path)
+    assert same_weights(again, model)
+    assert int(again.norm.num_batches_tracked) == 1
+    assert [n for n, m in again.named_modules() if isinstance(m, Factored)] == ["stem", "grouped", "up"]
+    x = torch.randn(2, 3, 6, 6)
+    assert torch.equal(again.eval()(x), model.eval()(x))
+    assert read_plan(path) == plan_of(CHOICES)
+
+
+def test_saving_twice_gives_the_same_bytes_and_leaves_nothing_else(file):
+    path, model = file
+    first = path.read_bytes()
+    save(model, plan_of(CHOICES), path)
+    assert path.read_bytes() == first
+    assert [p.name for p in path.parent.iterdir()] == ["small.safetensors"]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_part(file, monkeypatch):
+    path, model = file
+    first = path.read_bytes()
+
+    def half(tensors, target, metadata):
+        target.write_bytes(first[:50])
+        raise OSError("disk full")
+
+    monkeypatch.setattr("spectrim.nn.checkpoint.save_file", half)
+    with pytest.raises(OSError, match="disk full"):
+        save(model, plan_of(CHOICES), path)
+    assert path.read_bytes() == first
+    assert [p.name for p in path.parent.iterdir()] == ["small.safetensors"]
+
+
+class Shared(nn.Module):
+    """A shared module, tied weights, buffers of several kinds, and a view."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.fc = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.b = self.a
+        self.embed, self.out = nn.Embedding(10, 6), nn.Linear(6, 10, bias=False)
+        self.out.weight = self.embed.weight
+        self.register_buffer("table", torch.arange(6.0).reshape(2, 3).t())
+        self.register_buffer("empty", torch.zeros(0))
+        self.register_buffer("empty2", torch.zeros(0))
+        self.register_buffer("flag", torch.tensor(True))
+
+
+def test_shared_modules_and_tied_tensors_are_stored_once_and_stay_shared(tmp_path):
+    choices = {"a": low_rank(2)}
+    model = compressed(Shared(), choices)
+    path = tmp_path / "shared.safetensors"
+    save(model, plan_of(choices), path)
+    header, _ = header_of(path.read_bytes())
+    stored = set(header) - {"__metadata__"}
+    assert stored == {
+        "a.0.weight", "a.1.weight", "a.1.bias", "fc.weight", "fc.bias", "embed.weight", "table", "empty", "empty2",
+        "flag",
+    }  # fmt: skip
+    again = load(Shared(), path)
+    assert again.a is again.b
+    assert again.out.weight is again.embed.weight
+    assert same_weights(again, model)
+
+
+def test_views_of_one_tensor_are_stored_for_themselves(tmp_path):
+    model = nn.Module()
+    base = torch.randn(10, 4)
+    model.register_buffer("top", base[:3])
+    model.register_buffer("turned", base[:4].t())
+    model.register_buffer("wide", torch.randn(1, 3, 4, 4).to(memory_format=torch.channels_last))
+    path = tmp_path / "views.safetensors"
+    save(model, plan_of({}), path)
+    assert path.stat().st_size < 2000
+    again = nn.Module()
+    for name, value in model.named_buffers():
+        again.register_buffer(name, torch.zeros(value.shape))
+    assert same_weights(load(again, path), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_weights_are_cast_to_the_dtype_of_the_model(file, dtype):
+    path, model = file
+    again = load(ConvNet().to(dtype), path)
+    assert again.stem[0].weight.dtype == dtype
+    assert torch.equal(again.stem[0].weight, model.stem[0].weight.to(dtype))
+
+
+def test_state_that_is_no_tensor_cannot_be_saved(tmp_path):
+    class Odd(nn.Linear):
+        def get_extra_state(self):
+            return {"code": 1}
+
+    with pytest.raises(CheckpointError, match="_extra_state"):
+        save(nn.Sequential(Odd(2, 2)), plan_of({}), tmp_path / "odd.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+class Other(ConvNet):
+    def __init__(self, **layers):
+        super().__init__()
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Sequential(nn.Linear(2, 2)), "layer 'stem', but this model does not have it"),
+        (lambda: Other(head=nn.Linear(7, 5)), "'head.weight' has shape"),
+        (lambda: Other(extra=nn.Linear(2, 2)), "missing .first 'extra.weight'"),
+        (lambda: Other(head=nn.Linear(6, 5, bias=False)), "unknown .first 'head.bias'"),
+        (lambda: Other(up=nn.ConvTranspose2d(8, 6, 1)), "'up'.*no unfolding 'input'"),
+        (lambda: Other(grouped=nn.Conv2d(8, 8, 3, groups=8)), "'grouped', but depthwise"),
+        (lambda: Other(stem=nn.Conv2d(3, 2, (3, 1))), "'stem'"),
+        (lambda: ConvNet().to("meta"), "meta device"),
+    ],
+)
+def test_another_architecture_names_the_first_thing_that_does_not_fit(file, make, message):
+    with pytest.raises(CheckpointError, match=message):
+        load(make(), file[0])
+
+
+def test_a_tensor_of_another_kind_of_number_is_refused(file):
+    path, _ = file
+    header, body = header_of(path.read_bytes())
+    header["head.bias"]["dtype"] = "I32"
+    path.write_bytes(with_header(header, body))
+    with pytest.raises(CheckpointError, match="'head.bias' is torch.int32"):
+        load(ConvNet(), path)
+
+
+def test_every_truncation_is_refused(file):
+    path, _ = file
+    data = path.read_bytes()
+    for size in range(0, len(data), 64):
+        path.write_bytes(data[:size])
+        for read in (lambda: load(ConvNet(), path), lambda: read_plan(path)):
+            with pytest.raises(CheckpointError, match="small.safetensors"):
+                read()
+
+
+def test_a_file_that_is_missing_or_a_folder(tmp_path):
+    with pytest.raises(CheckpointError, match="no such file"):
+        load(ConvNet(), tmp_path / "none.safetensors")
+    with pytest.raises(CheckpointError):
+        load(ConvNet(), tmp_path)
+
+
+RAN = []
+
+
+class Bomb:
+    def __reduce__(self):
+        return (RAN.append, (1,))
+
+
+def test_a_pickle_is_refused_and_not_run(tmp_path):
+    torch.save({"model": Bomb()}, tmp_path / "model.pt")
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps(Bomb()))
+    torch.save(ConvNet().state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for name in ("model.pt", "model.pkl", "old.pt"):
+        with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+            load(ConvNet(), tmp_path / name)
+    assert not RAN
+
+
+def test_a_safetensors_file_of_another_library_is_refused(tmp_path):
+    path = tmp_path / "plain.safetensors"
+    for metadata in (None, {"format": "pt"}, {"format": "spectrim"}):
+        save_file({"w": torch.zeros(2)}, path, metadata)
+        with pytest.raises(CheckpointError, match="not a Spectrim checkpoint"):
+            load(ConvNet(), path)
+
+
+def huge_shape(h, body):
+    h["head.weight"]["shape"] = [2**40, 2**40]
+
+
+def negative_shape(h, body):
+    h["head.weight"]["shape"] = [-6, -5]
+
+
+def overlapping(h, body):
+    names = [n for n in h if n != "__metadata__"]
+    h[names[1]]["data_offsets"] = h[names[0]]["data_offsets"]
+
+
+def outside(h, body):
+    h["head.weight"]["data_offsets"] = [0, 2**50]
+
+
+def backwards(h, body):
+    h["head.weight"]["data_offsets"] = h["head.weight"]["data_offsets"][::-1]
+
+
+def unknown_dtype(h, body):
+    h["head.weight"]["dtype"] = "O"
+
+
+def change_plan(**fields):
+    def change(h, body):
+        plan = json.loads(h["__metadata__"]["plan"])
+        entry = plan["entries"][0]
+        for name, value in fields.items():
+            (entry["choice"]["settings"] if name in ("rank", "unfolding") else entry["choice"])[name] = value
+        h["__metadata__"]["plan"] = json.dumps(plan)
+
+    return change
+
+
+def layer_twice(h, body):
+    plan = json.loads(h["__metadata__"]["plan"])
+    plan["entries"].append(plan["entries"][0])
+    h["__metadata__"]["plan"] = json.dumps(plan)
+
+
+def metadata(name, value):
+    def change(h, body):
+        h["__metadata__"][name] = value
+
+    return change
+
+
+def other_site(name):
+    def change(h, body):
+        h["__metadata__"]["plan"] = h["__metadata__"]["plan"].replace('"stem"', json.dumps(name))
+
+    return change
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+HEADERS = {
+    "huge shape": huge_shape,
+    "negative shape": negative_shape,
+    "overlapping offsets": overlapping,
+    "offsets outside": outside,
+    "offsets backwards": backwards,
+    "unknown dtype": unknown_dtype,
+    "huge rank": change_plan(rank=2**62),
+    "rank beyond 64 bits": change_plan(rank=2**80),
+    "negative rank": change_plan(rank=-1),
+    "rank as text": change_plan(rank="3"),
+    "unknown kind": change_plan(kind="exec"),
+    "unknown unfolding": change_plan(unfolding="__import__"),
+    "layer twice": layer_twice,
+    "deep plan": metadata("plan", DEEP),
+    "plan of another version": metadata("plan", '{"entries": [], "costs": {}, "dense_costs": {}, "version": 99}'),
+    "plan is a list": metadata("plan", "[]"),
+    "plan is code": metadata("plan", "__import__('os').system('true')"),
+    "plan is no text": metadata("plan", 3),
+    "deep shared": metadata("shared", DEEP),
+    "shared is a list": metadata("shared", "[]"),
+    "shared of numbers": metadata("shared", '{"head.weight": 1}'),
+    "shared of nothing": metadata("shared", '{"head.weight": "nowhere"}'),
+    "shared of another name": metadata("shared", '{"surplus": "head.weight"}'),
+    "shared is no JSON": metadata("shared", "{"),
+    "another format version": metadata("format_version", "2"),
+    "another format": metadata("format", "pt"),
+    "empty site name": other_site(""),
+    "dunder site": other_site("__class__"),
+    "inner site": other_site("stem.weight"),
+    "norm as site": other_site("norm"),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_hostile_headers_are_refused(file, name):
+    path, _ = file
+    header, body = header_of(path.read_bytes())
+    HEADERS[name](header, body)
+    path.write_bytes(with_header(header, body))
+    with pytest.raises(CheckpointError, match="small.safetensors"):
+        load(ConvNet(), path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"{}", b"[]", b"null", DEEP.encode(), b'{"a":' * 50_000, b"\xff" * 64, b'{"__metadata__": {"format": "\x00"}}'],
+    ids=["empty", "object", "list", "null", "deep", "deep objects", "not utf-8", "control"],
+)
+def test_headers_that_are_no_headers_are_refused(tmp_path, text):
+    path = tmp_path / "small.safetensors"
+    path.write_bytes(with_header(text, b""))
+    with pytest.raises(CheckpointError, match="small.safetensors"):
+        load(ConvNet(), path)
+
+
+def test_header_lengths_that_lie_are_refused(file):
+    path, _ = file
+    data = path.read_bytes()
+    for length in (0, 1, 2**31, 2**63, 2**64 - 1, len(data), len(data) + 1):
+        path.write_bytes(struct.pack("<Q", length) + data[8:])
+        with pytest.raises(CheckpointError):
+            load(ConvNet(), path)
+
+
+def tiny() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+
+
+def mutated(data: bytes, draw: random.Random) -> bytes:
+    """One to four edits: bytes set, bits flipped, pieces cut out, doubled or replaced, JSON swapped in."""
+    out = bytearray(data)
+    (length,) = struct.unpack("<Q", data[:8])
+    for _ in range(draw.choice((1, 1, 1, 2, 4))):
+        # Most of the structure is in the header.
+        end = min(len(out), 8 + length if draw.random() < 0.8 else len(out))
+        at = draw.randrange(max(1, end))
+        size = draw.choice((1, 1, 2, 8, 40))
+        kind = draw.randrange(6)
+        if kind == 0:
+            out[at : at + 1] = bytes([draw.randrange(256)])
+        elif kind == 1 and at < len(out):
+            out[at] ^= 1 << draw.randrange(8)
+        elif kind == 2:
+            del out[at : at + size]
+        elif kind == 3:
+            out[at:at] = out[at : at + size]
+        elif kind == 4:
+            out[at : at + size] = bytes(draw.randrange(256) for _ in range(size))
+        else:
+            words = (b"null", b"1e999", b"-1", b"[]", b"{}", b'"', b"99999999999999999999", b"\\u0000", b"true", b"dense")
+            out[at : at + size] = draw.choice(words)
+    if draw.random() < 0.5 and len(out) >= 8:
+        # Keep the length true, so that the parsers behind it are reached.
+        grown = max(0, length + len(out) - len(data))
+        out[:8] = struct.pack("<Q", grown)
+    return bytes(out)
+
+
+def test_ten_thousand_mutations_give_a_clear_error_or_a_sound_model(tmp_path, monkeypatch):
+    path = tmp_path / "tiny.safetensors"
+    choices = {"0": low_rank(2), "1": Choice()}
+    save(compressed(tiny(), choices), plan_of(choices), path)
+    data = path.read_bytes()
+    for name in ("eval", "exec"):
+        monkeypatch.setattr(f"builtins.{name}", lambda *_: pytest.fail("code was run"))
+    monkeypatch.setattr(pickle, "loads", lambda *_: pytest.fail("unpickled"))
+    sizes = {3 * 3 + 3, 2 * 3 + 2 * 3 + 3, 1 * 3 + 1 * 3 + 3, 3 * 3 + 3 * 3 + 3}
+    draw, refused, loaded = random.Random(0), 0, 0
+    for _ in range(10_000):
+        path.write_bytes(mutated(data, draw))
+        try:
+            model = load(tiny(), path)
+        except CheckpointError as error:
+            refused += 1
+            assert str(path) in str(error)
+            continue
+        loaded += 1
+        assert sum(p.numel() for p in model[0].parameters()) in sizes
+        assert model[0](torch.zeros(1, 3)).shape == (1, 3)
+        assert all(isinstance(m, (nn.Linear, Factored, nn.Sequential)) for m in model.modules())
+        assert all(math.isfinite(s.spec.features) for s in find(model))
+    assert refused > 5_000
+    assert loaded > 100
+
+
+def test_loading_does_not_import_what_a_file_names(file):
+    before = set(sys.modules)
+    load(ConvNet(), file[0])
+    assert not {m for m in set(sys.modules) - before if not m.startswith(("torch", "safetensors"))}

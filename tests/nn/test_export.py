@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+from collections import OrderedDict, namedtuple
+
+import pytest
+import torch
+from torch import nn
+
+from spectrim.errors import ExportError
+from spectrim.nn import export
+from spectrim.nn.export import export_onnx, export_program
+from tests.nn.layers import ConvNet, close
+from tests.nn.nets import CHOICES, compressed
+
+# torch and its exporters warn about themselves.
+pytestmark = pytest.mark.filterwarnings("ignore")
+EXPORTERS = {"program": (export_program, "model.pt2"), "onnx": (export_onnx, "model.onnx")}
+
+
+@pytest.fixture(params=EXPORTERS)
+def exporter(request, tmp_path):
+    if request.param == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    function, name = EXPORTERS[request.param]
+    return function, tmp_path / name
+
+
+def loaded(path):
+    """Runs what lies in a file on tensors by name."""
+    if path.suffix == ".pt2":
+        program = torch.export.load(path).module()
+        return lambda **inputs: program(**inputs)
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda **inputs: torch.from_numpy(session.run(None, {k: v.numpy() for k, v in inputs.items()})[0])
+
+
+@pytest.fixture
+def net():
+    model = compressed(ConvNet(), CHOICES)
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(torch.randn(8, 3, 8, 8) * 2 + 1)
+    return model
+
+
+def test_files_compute_what_the_model_computes_at_batch_sizes_not_seen(exporter, net):
+    write, path = exporter
+    gap = write(net, torch.randn(4, 3, 8, 8), path)
+    assert 0 <= gap < 1e-4
+    assert net.training
+    run = loaded(path)
+    net.eval()
+    for size in (1, 2, 5, 7):
+        x = torch.randn(size, 3, 8, 8)
+        with torch.no_grad():
+            assert close(run(x=x), net(x), 1e-4)
+
+
+def test_a_fixed_batch_size(exporter, net):
+    write, path = exporter
+    assert write(net, torch.randn(1, 3, 8, 8), path, dynamic_batch=False) < 1e-4
+    x = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        assert close(loaded(path)(x=x), net.eval()(x), 1e-4)
+
+
+class Words(nn.Module):
+    """Keyword inputs in another order than a batch may have them, one of them optional; a structured output."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 4)
+
+    def forward(self, ids, mask, scale=None, unused=None):
+        x = self.embed(ids) * mask.unsqueeze(-1)
+        if scale is not None:
+            x = x * scale[:, None, None]
+        x = x.sum(1)
+        return OrderedDict(logits=self.head(x), masked=(x > 0, torch.where(x > 0, 0.0, -torch.inf)))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_inputs_given_as_a_mapping(exporter, scaled):
+    write, path = exporter
+    model = Words().eval()
+
+    def batch(size):
+        given = {"mask": torch.rand(size, 6), "ids": torch.randint(20, (size, 6))}
+        return {"scale": torch.rand(size), **given} if scaled else given
+
+    assert write(model, batch(3), path) < 1e-4
+    x = batch(5)
+    given = loaded(path)(**x)
+    with torch.no_grad():
+        assert close(given if isinstance(given, torch.Tensor) else given["logits"], model(**x)["logits"], 1e-4)
+
+
+Batch = namedtuple("Batch", "image label")
+
+
+@pytest.mark.parametrize("example", [lambda x: (x, torch.arange(4)), lambda x: Batch(x, torch.arange(4))])
+def test_examples_with_labels(exporter, net, example):
+    write, path = exporter
+    assert write(net, example(torch.randn(4, 3, 8, 8)), path) < 1e-4
+
+
+def wrong(monkeypatch, change):
+    """Exports another function than the model."""
+    traced = export._traced
+
+    class Changed(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return change(self.model(x))
+
+    monkeypatch.setattr(export, "_traced", lambda model, *rest: traced(Changed(model), *rest))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda y: y * 1.1, "differs from the model by"),
+        (lambda y: y / 0 * 0, "differs from the model by inf"),
+        (lambda y: y[:, :2], "returns shape"),
+        (lambda y: (y, y), "returns 2 tensors, the model 1"),
+    ],
+)
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_file_that_computes_something_else_is_not_kept(exporter, net, monkeypatch, change, message, existing):
+    write, path = exporter
+    if existing:
+        path.write_bytes(b"a good file")
+    wrong(monkeypatch, change)
+    with pytest.raises(ExportError, match=message):
+        write(net, torch.randn(2, 3, 8, 8), path)
+    assert [(p.name, p.read_bytes()) for p in path.parent.iterdir()] == ([(path.name, b"a good file")] * existing)
+    assert net.training
+
+
+def test_a_file_that_cannot_be_run_is_not_kept(net, tmp_path, monkeypatch):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+    def fail(*_, **__):
+        raise onnxruntime.capi.onnxruntime_pybind11_state.Fail("no kernel")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fail)
+    with pytest.raises(ExportError, match="no kernel"):
+        export_onnx(net, torch.randn(2, 3, 8, 8), tmp_path / "model.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_tolerance_is_the_users(net, tmp_path):
+    with pytest.raises(ExportError, match="allowed -1e"):
+        export_program(net, torch.randn(2, 3, 8, 8), tmp_path / "model.pt2", tolerance=-1.0)
+    assert not list(tmp_path.iterdir())
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x + 1 if float(x.sum()) > 0 else x
+
+
+def test_a_model_that_cannot_be_exported_says_so(exporter):
+    write, path = exporter
+    with pytest.raises(ExportError, match="Branching cannot be exported with a dynamic batch"):
+        write(Branching(), torch.randn(2, 3), path)
+    assert not path.exists()
