@@ -6,12 +6,14 @@ import time
 from typing import Any
 
 import torch
+from torch import nn
 
 import spectrim as st
 from benchmarks import cifar
 from benchmarks.oneshot import compressed
 from benchmarks.run import claim
 from benchmarks.torch_pruning_baseline import pruned
+from spectrim.nn.checkpoint import read_plan
 from spectrim.train import Distillation
 
 
@@ -30,11 +32,12 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
     for student in config["students"]:
         for seed in config["seeds"]:
             start = time.perf_counter()
+            label = f"{student['method']}-{student['macs'] / 1e6:g}-{seed}"
             if student["method"] == "spectrim":
-                _, result = compressed({**config, "seed": seed}, paths, student["macs"])
-                model, macs = result.model, result.plan.costs["macs"]
+                model, macs = _compressed_once({**config, "seed": seed}, paths, student["macs"], label)
             else:
                 model, macs = pruned(teacher, student["macs"])
+            epochs = student.get("epochs", recipe["epochs"])
             before = cifar.accuracy(model, held)
             made = time.perf_counter() - start
             batches = cifar.Batches(train, batch_size=recipe["batch_size"], seed=seed, teacher=cache)
@@ -42,15 +45,15 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
                 model,
                 batches,
                 loss=distillation.loss_on_pairs,
-                epochs=recipe["epochs"],
+                epochs=epochs,
                 lr=recipe["lr"],
                 weight_decay=recipe["weight_decay"],
                 schedule=recipe["schedule"],
                 precision=recipe["precision"],
                 memory_format="channels_last",
                 evaluate=lambda m: cifar.accuracy(m, held),
-                evaluate_every=recipe["epochs"],
-                checkpoint=paths["work"] / f"{student['method']}-{student['macs'] / 1e6:g}-{seed}.safetensors",
+                evaluate_every=epochs,
+                checkpoint=paths["work"] / f"{label}.safetensors",
                 seed=seed,
                 accelerate=False,
             )
@@ -60,7 +63,7 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
                     "method": student["method"],
                     "macs": macs,
                     "parameters": sum(p.numel() for p in model.parameters()),
-                    "epochs": recipe["epochs"],
+                    "epochs": epochs,
                     "seed": seed,
                     "held_out_before": before,
                     "held_out": cifar.accuracy(model, held),
@@ -73,6 +76,16 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
     claims = {key: _claim(key, config, rows) for key in config["claims"]}
     notes = [f"Dense {name}: {dense_accuracy:.2f} % on the test images.", *config.get("notes", [])]
     return {"claims": claims, "rows": rows, "seeds": config["seeds"], "notes": notes}
+
+
+def _compressed_once(config: dict[str, Any], paths: dict[str, Any], macs: float, label: str) -> tuple[nn.Module, float]:
+    """The compressed network, from its checkpoint if an interrupted run has left one."""
+    path = paths["work"] / f"{label}-compressed.safetensors"
+    if not path.exists():
+        _, result = compressed(config, paths, macs)
+        st.save(result.model, result.plan, path)
+    name = config["network"]
+    return st.load(cifar.network(name, paths["weights"][name]), path), read_plan(path).costs["macs"]
 
 
 def _mean(rows: list[dict[str, Any]], method: str, macs: float) -> float | None:

@@ -138,12 +138,12 @@ def test_nothing_to_compress_is_an_error_with_the_reasons() -> None:
 
 def test_the_report_lists_costs_and_skipped_layers() -> None:
     model, batches = settled("depthwise"), batches_for("depthwise")
-    result = st.compress(model, batches, Budget(macs=0.9), skip="4")
+    result = st.compress(model, batches, Budget(macs=0.7), skip="0")
     text = str(result.report)
     assert result.report.samples == 96
     assert "96 calibration samples" in text
-    assert "skipped 2 (Conv2d 3x3 g8): depthwise: each group has one channel" in text
-    assert "skipped 4 (Conv2d 1x1): skipped on request" in text
+    assert "skipped 2 (Conv2d 3x3 g16): depthwise: each group has one channel" in text
+    assert "skipped 0 (Conv2d 1x1): skipped on request" in text
     assert f"1 of {len(result.plan.entries)} layers changed" in text
     for cost in ("parameters", "macs", "bytes"):
         (line,) = [line for line in text.splitlines() if line.startswith(cost)]
@@ -202,7 +202,7 @@ def test_a_latency_budget_is_met_as_measured(monkeypatch: pytest.MonkeyPatch, ov
 
 def test_a_latency_budget_that_is_not_met_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = settled("residual"), batches_for("residual")
-    clock = Clock(monkeypatch, "residual", 0.0, 3.0)
+    clock = Clock(monkeypatch, "residual", 0.0, 100.0)
     result = st.compress(model, batches, Budget(latency=0.9), latency=clock.latency(), sensitivity=False)
     measured = result.report.measured
     assert measured["compressed"].p50 > measured["dense"].p50

@@ -30,7 +30,7 @@ def loaded(path):
     """Runs what lies in a file on tensors by name."""
     if path.suffix == ".pt2":
         program = torch.export.load(path).module()
-        return lambda **inputs: program(**inputs)
+        return lambda x=None, **inputs: program(x) if x is not None else program(**inputs)
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

@@ -17,7 +17,7 @@ from tests.nn.layers import ConvNet, close
 class Small(nn.Module):
     def __init__(self, inplace=False):
         super().__init__()
-        self.conv = nn.Conv2d(2, 4, 3, groups=2)
+        self.conv = nn.Conv2d(4, 4, 3, groups=2)
         self.act = nn.ReLU(inplace=inplace)
         self.mid = nn.Linear(16, 5)
         self.out = nn.Linear(5, 3)
@@ -33,7 +33,7 @@ def probe(model, **kw):
 @pytest.mark.parametrize("inplace", [False, True])
 def test_second_moments_equal_autograd_along_the_same_directions(inplace):
     model = Small(inplace).double()
-    batches = [torch.randn(n, 2, 4, 4, dtype=torch.float64) for n in (3, 5)]
+    batches = [torch.randn(n, 4, 4, 4, dtype=torch.float64) for n in (3, 5)]
     sites = probe(model, batches=batches, seed=7)
     generator, gradients = torch.Generator().manual_seed(7), {"conv": [], "mid": [], "out": []}
     twin = copy.deepcopy(model)
@@ -56,7 +56,7 @@ def test_second_moments_equal_autograd_along_the_same_directions(inplace):
 
 def test_in_expectation_it_is_the_second_moment_of_the_jacobian():
     model = Small().double()
-    x = torch.randn(1, 2, 4, 4, dtype=torch.float64)
+    x = torch.randn(1, 4, 4, 4, dtype=torch.float64)
     rows = torch.relu(model.conv(x)).flatten(1).detach()
     jacobian = torch.autograd.functional.jacobian(lambda y: model.out(torch.relu(y)), model.mid(rows).detach())
     wanted = torch.einsum("bzci,bzcj->ij", jacobian.squeeze(2).unsqueeze(2), jacobian.squeeze(2).unsqueeze(2))
@@ -124,7 +124,7 @@ class Answer:
 def test_outputs_of_any_structure(wrap):
     model = Small()
     forward = lambda m, b: wrap(m(b))  # noqa: E731
-    sites = probe(model, batches=[torch.randn(2, 2, 4, 4)], forward=forward)
+    sites = probe(model, batches=[torch.randn(2, 4, 4, 4)], forward=forward)
     assert sites["out"].moments["gradient"].count == 2
 
 
@@ -133,18 +133,18 @@ def test_a_site_that_no_gradient_reaches_gets_none():
         def forward(self, x):
             return self.out(self.mid(self.conv(x).flatten(1)).detach())
 
-    sites = probe(Partly(), batches=[torch.randn(2, 2, 4, 4)])
+    sites = probe(Partly(), batches=[torch.randn(2, 4, 4, 4)])
     assert [("gradient" in s.moments) for s in sites] == [False, False, True]
 
 
 @pytest.mark.parametrize("cut", [torch.detach, lambda y: y.argmax(1)])
 def test_outputs_without_gradients_are_an_error(cut):
     with pytest.raises(CalibrationError, match="no gradient reaches"):
-        probe(Small(), batches=[torch.randn(2, 2, 4, 4)], forward=lambda m, b: cut(m(b)))
+        probe(Small(), batches=[torch.randn(2, 4, 4, 4)], forward=lambda m, b: cut(m(b)))
 
 
 def test_no_batches_and_broken_gradients_are_errors():
     with pytest.raises(CalibrationError, match="no gradient"):
         probe(Small(), batches=[])
     with pytest.raises(CalibrationError, match="layer '.*' hold NaN or Inf"):
-        probe(Small(), batches=[torch.randn(2, 2, 4, 4)], forward=lambda m, b: m(b) / 0)
+        probe(Small(), batches=[torch.randn(2, 4, 4, 4)], forward=lambda m, b: m(b) / 0)
