@@ -40,7 +40,7 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
 
 
 def _seconds(config: dict[str, Any]) -> dict[str, Any]:
-    model = nets.network(config["network"], config["size"], seed=config["seed"])
+    model = nets.network(config["network"], config["size"], seed=config["seed"], width=config.get("width", 64))
     drawn = nets.images(config["images"], config["size"], seed=config["seed"])
     batches = list(drawn.split(config["batch"]))
     found = st.find(model)
@@ -180,7 +180,8 @@ def _memory(config: dict[str, Any]) -> dict[str, Any]:
 
 def _process(what: str, config: dict[str, Any], count: int) -> dict[str, int]:
     """Run this module in a process of its own."""
-    told = json.dumps({key: config[key] for key in ("network", "size", "batch", "threads", "seed")} | {"count": count})
+    keys = ("network", "size", "width", "batch", "threads", "seed")
+    told = json.dumps({key: config[key] for key in keys if key in config} | {"count": count})
     # Threads of the pool keep memory of their own for each arena; one arena shows what is really held.
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1"}
     done = subprocess.run(
@@ -194,7 +195,7 @@ def _process(what: str, config: dict[str, Any], count: int) -> dict[str, int]:
 
 def _child(what: str, config: dict[str, Any]) -> None:
     torch.set_num_threads(config["threads"])
-    model = nets.network(config["network"], config["size"], seed=config["seed"])
+    model = nets.network(config["network"], config["size"], seed=config["seed"], width=config.get("width", 64))
 
     def batches() -> Iterator[Tensor]:
         draw = torch.Generator().manual_seed(config["seed"])

@@ -31,14 +31,14 @@ class _Block(nn.Module):
 
 
 class _ResNet(nn.Module):
-    def __init__(self, blocks: tuple[int, ...], *, bottleneck: bool, size: int, classes: int) -> None:
+    def __init__(self, blocks: tuple[int, ...], *, bottleneck: bool, size: int, classes: int, width: int) -> None:
         super().__init__()
         small = size <= 64
-        self.stem = _conv(3, 64, 3 if small else 7, 1 if small else 2)
+        self.stem = _conv(3, width, 3 if small else 7, 1 if small else 2)
         self.pool = nn.Identity() if small else nn.MaxPool2d(3, 2, 1)
-        width, stages = 64, []
+        first, stages = width, []
         for stage, count in enumerate(blocks):
-            inner = 64 * 2**stage
+            inner = first * 2**stage
             outer = 4 * inner if bottleneck else inner
             for index in range(count):
                 stride = 2 if stage and not index else 1
@@ -55,7 +55,7 @@ class _ResNet(nn.Module):
         return self.fc(self.blocks(self.pool(F.relu(self.stem(x)))).mean((2, 3)))
 
 
-def network(name: str, size: int, *, seed: int = 0) -> nn.Module:
+def network(name: str, size: int, *, seed: int = 0, width: int = 64) -> nn.Module:
     """A folded network in evaluation mode, for square colour images.
 
     Parameters
@@ -65,6 +65,8 @@ def network(name: str, size: int, *, seed: int = 0) -> nn.Module:
     size
         Side of the images. Up to 64 the networks are those used on CIFAR: the ResNets begin with a 3 x 3 convolution of
         stride 1 and VGG-16 ends in one linear layer, with 10 classes; above, they are those for ImageNet.
+    width
+        Channels of the ResNets' first layer.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -73,7 +75,7 @@ def network(name: str, size: int, *, seed: int = 0) -> nn.Module:
             model: nn.Module = _vgg16(size, classes)
         elif name in ("resnet18", "resnet50"):
             blocks = (2, 2, 2, 2) if name == "resnet18" else (3, 4, 6, 3)
-            model = _ResNet(blocks, bottleneck=name == "resnet50", size=size, classes=classes)
+            model = _ResNet(blocks, bottleneck=name == "resnet50", size=size, classes=classes, width=width)
         else:
             raise ValueError(f"no network {name!r}; there are vgg16, resnet18, resnet50")
     return model.eval().requires_grad_(False)

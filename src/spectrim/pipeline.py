@@ -184,7 +184,7 @@ def compress(
             wanted = limit * measured["dense"].quiet / table.dense["latency"]
             found = measured["compressed"].quiet
             if found > wanted * (1 + _CLOSE):
-                notes.append(f"the latency budget is NOT met: {found:.3f} ms measured against {wanted:.3f} ms asked for")
+                notes.append(f"the latency budget is NOT met: {found:.3f} ms measured, {wanted:.3f} ms asked for")
     small = apply(
         model, sites, plan, batches, methods=methods, reconstruct=reconstruct, forward=forward, progress=progress
     )

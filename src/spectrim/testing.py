@@ -1,4 +1,4 @@
-"""For those who write a method: matrices with planted spectra, small layers of every kind, and the contract as a check."""
+"""For writers of methods: matrices with planted spectra, small layers of every kind, the contract as a check."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ LAYERS: Mapping[str, SmallLayer] = {
     "transposed2d-grouped-no-bias": SmallLayer(
         lambda: nn.ConvTranspose2d(8, 6, 3, stride=2, groups=2, dilation=2, bias=False), (8, 4, 5)
     ),
-    "transposed3d": SmallLayer(lambda: nn.ConvTranspose3d(4, 6, (2, 3, 2), stride=(2, 1, 1)), (4, 3, 4, 4)),
+    "transposed3d": SmallLayer(lambda: nn.ConvTranspose3d(4, 6, (2, 3, 1), stride=(2, 1, 1)), (4, 3, 4, 4)),
 }
 """One small layer of every kind that can be factorised, by a name for messages."""
 
@@ -104,7 +104,8 @@ def planted(
     """
     if len(energies) > min(rows, columns) or any(e < 0 for e in energies):
         raise ValueError(
-            f"a {rows} x {columns} matrix takes at most {min(rows, columns)} energies of at least 0; got {list(energies)}"
+            f"a {rows} x {columns} matrix takes at most {min(rows, columns)} energies of at least 0; "
+            f"got {list(energies)}"
         )
     generator = torch.Generator().manual_seed(seed)
 
@@ -224,11 +225,14 @@ def check_method(
     tolerance: float = 0.01,
     slack: float = 0.0,
 ) -> int:
-    """Run a method on small sites of every layer kind, without data, calibrated and with gradients, and check that
+    """Run a method on small sites of every layer kind and check that it keeps the contract.
+
+    Each layer is given without data, calibrated, and with gradients. It is checked that
 
     - its curve is finite, within 0 and 1, and the same each time;
     - the factors of a choice lose what the curve says, in the curve's unit, and are the same each time;
-    - the built modules have the shapes that ``layers`` announces, and as many parameters as ``costs.parameters`` counts;
+    - the built modules have the shapes that ``layers`` announces and as many parameters as ``costs.parameters``
+      counts;
     - a low-rank method loses nothing at full rank;
     - ``from_record`` makes the method again from its record, also through JSON.
 

@@ -90,7 +90,7 @@ def test_factors_reach_the_error_of_eckart_and_young(shape: tuple[int, int, int,
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_factors_in_a_metric_are_optimal(shape: tuple[int, int, int, int]) -> None:
-    g, rows, columns, rank = shape
+    g, rows, _, rank = shape
     matrix, metric = matrix_of(*shape), metric_of(g, rows)
     found = spectrum(matrix, metric)
     kept = max(1, rank - 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -196,7 +196,7 @@ def test_alternation_never_raises_the_error(kernel: tuple[int, ...], how: Unfold
             errors.append(layer.error(a @ b))
         start = response.refit(layer.matrix, layer.metric, left, layer.o)
         assert errors[0] == pytest.approx(layer.error(left @ start), abs=1e-12)
-        assert all(after <= before + 1e-10 for before, after in zip(errors[:-1], errors[1:], strict=True)), errors
+        assert all(after <= before + 1e-10 for before, after in pairwise(errors)), errors
     assert errors[-1] < errors[0]
 
 

@@ -107,11 +107,18 @@ def test_every_mode_and_the_fused_kernels_are_restored_after_an_error():
     model[1][1].eval()
     modes = [m.training for m in model.modules()]
     fused = torch.backends.mha.get_fastpath_enabled()
-    with pytest.raises(KeyError), evaluating(model):
-        assert not any(m.training for m in model.modules())
-        assert not torch.is_grad_enabled()
-        assert not torch.backends.mha.get_fastpath_enabled()
-        raise KeyError
+    seen = []
+
+    def fail():
+        with evaluating(model):
+            seen.append(any(m.training for m in model.modules()))
+            seen.append(torch.is_grad_enabled())
+            seen.append(torch.backends.mha.get_fastpath_enabled())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert seen == [False] * 3
     assert [m.training for m in model.modules()] == modes
     assert torch.is_grad_enabled()
     assert torch.backends.mha.get_fastpath_enabled() == fused

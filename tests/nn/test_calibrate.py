@@ -69,11 +69,11 @@ def test_one_batch_or_many_make_no_difference():
 def test_sampled_positions_estimate_the_same_moments(rows, monkeypatch):
     monkeypatch.setattr(module_under_test, "EFFORT", 0.0)
     model = Wrapped(nn.Conv2d(2, 4, 3, padding=1))
-    batches = [torch.randn(8, 2, 8, 8) for _ in range(30)]
+    batches = [torch.randn(8, 2, 8, 8) for _ in range(12)]
     moments = calibrate(model, find(model), batches, rows=rows)["layer"].moments["input"]
     exact = calibrate(model, find(model), batches, rows=None)["layer"].moments["input"]
-    assert moments.count == 30 * (40 if rows == 40 else 256)
-    assert close(moments.covariance, exact.covariance, 0.1)
+    assert moments.count == 12 * (40 if rows == 40 else 256)
+    assert close(moments.covariance, exact.covariance, 0.2)
     assert not torch.equal(moments.covariance, exact.covariance)
 
 

