@@ -46,7 +46,9 @@ LEARNED = "learned ranks (published)"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    parser.add_argument("--root", type=Path, default=ROOT, help="folder that holds README.md, docs and benchmarks/results")
+    parser.add_argument(
+        "--root", type=Path, default=ROOT, help="folder that holds README.md, docs and benchmarks/results"
+    )
     root = parser.parse_args(arguments).root
     for path in write(root):
         print(path.relative_to(root), file=sys.stderr)
@@ -71,7 +73,10 @@ def write(root: Path) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
         written.append(folder / name)
-    for path, text in ((root / "README.md", readme(results)), (root / "docs" / "benchmarks.md", page(results, pictures))):
+    for path, text in (
+        (root / "README.md", readme(results)),
+        (root / "docs" / "benchmarks.md", page(results, pictures)),
+    ):
         path.write_text(placed(path.read_text(encoding="utf-8"), text), encoding="utf-8")
         written.append(path)
     return written
@@ -135,7 +140,10 @@ def _section(result: Result) -> list[str]:
         ("wall time", f"{show(result['wall_seconds'])} s"),
         ("seeds", ", ".join(map(str, result.get("seeds", []))) or "none"),
         ("machine", f"{where}, {machine.get('cores')} cores, load {machine.get('load_average')} at the start"),
-        ("software", f"Python {machine.get('python')}, torch {machine.get('torch')}, spectrim {code.get('spectrim')}, {commit}"),
+        (
+            "software",
+            f"Python {machine.get('python')}, torch {machine.get('torch')}, spectrim {code.get('spectrim')}, {commit}",
+        ),
     ]
     parts = [f"## {result['experiment'].replace('_', ' ')}", table(("", ""), facts)]
     parts += ["\n".join(f"- {note}" for note in result["notes"])] if result.get("notes") else []
@@ -211,7 +219,9 @@ def _label(row: Mapping[str, Any]) -> str:
         return "dense"
     if variant != "all":
         return ""
-    name = {"spectrim": "Spectrim", "torch-pruning": "Torch-Pruning"}.get(row.get("method", "spectrim"), row.get("method"))
+    name = {"spectrim": "Spectrim", "torch-pruning": "Torch-Pruning"}.get(
+        row.get("method", "spectrim"), row.get("method")
+    )
     return f"{name}, {epochs} epochs" if epochs else f"{name}, no fine-tuning"
 
 

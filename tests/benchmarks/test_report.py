@@ -16,13 +16,26 @@ PAGE = f"# Title\n\nbefore\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n"
 
 
 def result(name: str, claims: dict[str, Any], rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-    claim = {"value": 1.0, "unit": "points", "target": ">= 1", "met": True, "command": f"python -m benchmarks.run {name}"}
+    claim = {
+        "value": 1.0,
+        "unit": "points",
+        "target": ">= 1",
+        "met": True,
+        "command": f"python -m benchmarks.run {name}",
+    }
     return {
         "experiment": name,
         "config": {},
         "date": "2026-01-02",
         "wall_seconds": 12.5,
-        "environment": {"cpu": "Some CPU", "cores": 2, "gpu": None, "python": "3.11", "torch": "2.6", "load_average": 0.1},
+        "environment": {
+            "cpu": "Some CPU",
+            "cores": 2,
+            "gpu": None,
+            "python": "3.11",
+            "torch": "2.6",
+            "load_average": 0.1,
+        },
         "code": {"spectrim": "0.1.0", "commit": "0123456789abcdef", "changed": False},
         "claims": {key: {**claim, **given} for key, given in claims.items()},
         "rows": rows,
@@ -49,9 +62,19 @@ def results() -> list[dict[str, Any]]:
         {"network": "resnet20", "variant": "all", "macs": 17.4e6, "accuracy": 87.5},
         {"network": "resnet20", "variant": "weight SVD", "macs": 17.4e6, "accuracy": 60.0},
     ]
-    speed = {"network": "vgg16", "size": 32, "batch": 1, "asked": "2x", "macs_ratio": 2.0, "time_ratio": 1.8, "saved_ratio": 0.89}
+    speed = {
+        "network": "vgg16",
+        "size": 32,
+        "batch": 1,
+        "asked": "2x",
+        "macs_ratio": 2.0,
+        "time_ratio": 1.8,
+        "saved_ratio": 0.89,
+    }
     return [
-        result("resnet20_finetune", {"F3": {"value": 0.25}, "F10": {"met": False, "value": None, "note": "a | b"}}, tuned),
+        result(
+            "resnet20_finetune", {"F3": {"value": 0.25}, "F10": {"met": False, "value": None, "note": "a | b"}}, tuned
+        ),
         result("resnet20_oneshot", {"F2": {"value": -0.3, "met": False}}, shot),
         result("speed_32", {"F6": {}}, [speed], interpolation=[{"rank": 16, "error_percent": -3.25}]),
     ]
@@ -140,7 +163,13 @@ def test_a_page_without_its_marks_is_refused(text: str):
 
 @pytest.mark.parametrize(
     ("value", "key", "text"),
-    [(17.39e6, "macs", "17.39 M"), (2.0, "macs_ratio", "2"), (91.5, "accuracy", "91.50"), (True, "met", "yes"), (None, "", "-")],
+    [
+        (17.39e6, "macs", "17.39 M"),
+        (2.0, "macs_ratio", "2"),
+        (91.5, "accuracy", "91.50"),
+        (True, "met", "yes"),
+        (None, "", "-"),
+    ],
 )
 def test_numbers_are_shown_for_people(value: Any, key: str, text: str):
     assert report.show(value, key) == text

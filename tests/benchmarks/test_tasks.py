@@ -40,7 +40,12 @@ def test_an_experiment_runs_and_leaves_a_whole_result(name: str, tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("name", "size", "gmacs", "layers"),
-    [("vgg16", 32, 0.3132, 14), ("resnet18", 32, 0.5554, 21), ("resnet18", 224, 1.8141, 21), ("resnet50", 224, 4.0892, 54)],
+    [
+        ("vgg16", 32, 0.3132, 14),
+        ("resnet18", 32, 0.5554, 21),
+        ("resnet18", 224, 1.8141, 21),
+        ("resnet50", 224, 4.0892, 54),
+    ],
 )
 def test_networks_have_the_macs_of_the_published_ones(name: str, size: int, gmacs: float, layers: int):
     model = nets.network(name, size)

@@ -128,13 +128,23 @@ def test_outputs_of_any_structure(wrap):
     assert sites["out"].moments["gradient"].count == 2
 
 
-def test_a_site_that_no_gradient_reaches_gets_none():
+def test_all_outputs_of_a_tuple_count():
+    class TwoHeads(Small):
+        def forward(self, x):
+            hidden = self.mid(self.conv(x).flatten(1))
+            return self.out(hidden.detach()), hidden
+
+    sites = probe(TwoHeads(), batches=[torch.randn(2, 4, 4, 4)])
+    assert all(site.moments["gradient"].count for site in sites)
+
+
+def test_a_site_that_no_gradient_reaches_is_named():
     class Partly(Small):
         def forward(self, x):
             return self.out(self.mid(self.conv(x).flatten(1)).detach())
 
-    sites = probe(Partly(), batches=[torch.randn(2, 4, 4, 4)])
-    assert [("gradient" in s.moments) for s in sites] == [False, False, True]
+    with pytest.raises(CalibrationError, match="no gradient reached layer 'conv'"):
+        probe(Partly(), batches=[torch.randn(2, 4, 4, 4)])
 
 
 @pytest.mark.parametrize("cut", [torch.detach, lambda y: y.argmax(1)])

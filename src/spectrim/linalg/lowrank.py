@@ -26,11 +26,12 @@ class Spectrum:
     energies
         ``[g, R]``, squared singular values of ``A^{1/2} M``, descending, ``R = min(rows, columns)``.
     basis
-        ``[g, columns, R]``, orthonormal; its first ``r`` columns span the best rank-``r`` row space.
+        ``[g, columns, B]``, orthonormal; its first ``r`` columns span the best rank-``r`` row space. ``B`` is ``R``, or
+        what was asked for.
     """
 
     energies: Float[Tensor, "g R"]
-    basis: Float[Tensor, "g columns R"]
+    basis: Float[Tensor, "g columns B"]
 
 
 def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,7 +49,24 @@ def square_root(metric: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:
     return (vectors * values.sqrt().unsqueeze(-2)) @ vectors.mT
 
 
-def spectrum(matrix: Float[Tensor, "g rows columns"], metric: Float[Tensor, "g rows rows"] | None = None) -> Spectrum:
+def energies(matrix: Float[Tensor, "g rows columns"], metric: Float[Tensor, "g rows rows"]) -> Float[Tensor, "g R"]:
+    """Energies of :func:`spectrum` alone, descending, in a fraction of its time."""
+    m, a = matrix.double(), metric.double()
+    if m.shape[-1] <= m.shape[-2]:
+        gram = m.mT @ (a @ m)
+    else:
+        # Any square root of the metric has the same spectrum; the triangular one is the cheapest.
+        half, failed = torch.linalg.cholesky_ex(a)
+        whitened = half.mT @ m if not bool(failed.any()) else square_root(a) @ m
+        gram = whitened @ whitened.mT
+    return torch.linalg.eigvalsh((gram + gram.mT) / 2).flip(-1).clamp_min(0)
+
+
+def spectrum(
+    matrix: Float[Tensor, "g rows columns"],
+    metric: Float[Tensor, "g rows rows"] | None = None,
+    most: int | None = None,
+) -> Spectrum:
     """Spectrum of ``A^{1/2} M`` by the eigenproblem of the smaller side, in float64.
 
     Parameters
@@ -57,11 +75,13 @@ def spectrum(matrix: Float[Tensor, "g rows columns"], metric: Float[Tensor, "g r
         ``M``.
     metric
         ``A``, symmetric positive semidefinite; the identity if None.
+    most
+        Basis vectors wanted; all if None.
 
     Returns
     -------
     Spectrum
-        ``min(rows, columns)`` energies and right basis vectors.
+        ``min(rows, columns)`` energies and, if not fewer are wanted, as many right basis vectors.
 
     Notes
     -----
@@ -72,11 +92,11 @@ def spectrum(matrix: Float[Tensor, "g rows columns"], metric: Float[Tensor, "g r
     if columns <= rows:
         weighted = m if metric is None else metric.double() @ m
         values, vectors = _eigh(m.mT @ weighted)
-        return Spectrum(values, vectors)
+        return Spectrum(values, vectors[..., :most])
     whitened = m if metric is None else square_root(metric) @ m
     values, vectors = _eigh(whitened @ whitened.mT)
     # QR keeps the spans of leading columns and completes them where the spectrum has died out.
-    basis, triangle = torch.linalg.qr(whitened.mT @ vectors)
+    basis, triangle = torch.linalg.qr(whitened.mT @ vectors[..., :most])
     signs = torch.where(triangle.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0)
     return Spectrum(values, basis * signs.unsqueeze(-2))
 

@@ -123,11 +123,17 @@ def refit(
 
 
 def product_errors(
-    left: Float[Tensor, "g p R"], right: Float[Tensor, "g R c"], metric: Tensor, outputs: int, total: float
+    left: Float[Tensor, "g p R"],
+    right: Float[Tensor, "g R c"],
+    metric: Tensor,
+    outputs: int,
+    total: float,
+    matrix: Float[Tensor, "g p c"] | None = None,
 ) -> Float[Tensor, " ranks"]:
     """Error of keeping the first ``0 .. R`` components of a product, relative to the energy ``total``.
 
-    The components need not be orthogonal in the metric, so the error may rise with the rank.
+    The components need not be orthogonal in the metric, so the error may rise with the rank. Where they are the first
+    of more, ``matrix`` is the whole product.
     """
     g, _, rank = left.shape
     slices = right.shape[2] // outputs
@@ -145,6 +151,11 @@ def product_errors(
             first = torch.einsum("gaqts,gtb->gaqbs", half, left)
             other = (rows[:, a * slices : b * slices] @ rows.mT).reshape(first.shape)
             pairs[a:b] = first.mul_(other).sum(dim=(0, 2, 4))
+    if matrix is not None:
+        seen = torch.einsum("gpa,gpqo->gaqo", left, _seen(_open(matrix, outputs), metric))
+        shared = torch.einsum("gaqo,gaoq->a", seen, second)
+        kept = pairs.cumsum(0).cumsum(1).diagonal() - 2 * shared.cumsum(0)
+        return _relative(total + torch.cat([kept.new_zeros(1), kept]), torch.as_tensor(total))
     return _relative(trailing(pairs), pairs.new_tensor(total))
 
 

@@ -11,7 +11,7 @@ from spectrim.errors import MissingMomentsError
 from spectrim.factors import LowRank
 from spectrim.linalg import lowrank, response
 from spectrim.methods import metrics
-from spectrim.methods.base import OUTPUT_ENERGY, Curve, LowRankMethod
+from spectrim.methods.base import OUTPUT_ENERGY, Curve, LowRankMethod, shrunk
 from spectrim.plan import Choice
 from spectrim.sites import Site
 from spectrim.unfold import Unfolding, unfold, unfolding
@@ -50,7 +50,7 @@ class ActivationSVD(LowRankMethod):
         choices: list[Choice] = []
         errors: list[float] = []
         spectra: dict[str, tuple[float, ...]] = {}
-        scale = 1.0
+        scale, whole = 1.0, 0.0
         weight = metrics.output_weight(site)
         outputs = site.spec.shape[1]
         for how in self.offered(site.spec):
@@ -60,19 +60,26 @@ class ActivationSVD(LowRankMethod):
             metric = metrics.response_metric(site, how)
             if metric is None and not _has_outputs(site, how):
                 continue
-            found = _start(site, how, metric, weight)
-            total = float(found.energies.sum())
-            lost = lowrank.tail_errors(found.energies)
-            # With one slice, or the slice metric alone, the projection is optimal and the spectrum has its error.
+            mixed = metrics.mix(unfold(site.weight, how), weight)
             if metric is not None and metric.is_full and metric.slices > 1:
-                mixed = metrics.mix(unfold(site.weight, how), weight)
+                found = lowrank.spectrum(mixed, response.slice_metric(metric.moment), ranks[-1])
+                energies = found.energies
                 left, _ = lowrank.factors(mixed, found.basis, ranks[-1])
                 lost = response.refit_errors(mixed, metric.moment, left, outputs)
-                total = float(response.total_energy(mixed, metric.moment, outputs).sum())
+                # The energy of the responses is the same in every unfolding.
+                whole = whole or float(response.total_energy(mixed, metric.moment, outputs).sum())
+                total = whole
+            else:
+                # With one slice, or the slice metric alone, the projection is optimal and the spectrum has its error.
+                if metric is None:
+                    energies = _start(site, how, metric, weight).energies
+                else:
+                    energies = lowrank.energies(mixed, response.slice_metric(metric.moment))
+                lost, total = lowrank.tail_errors(energies), float(energies.sum())
             scale = metrics.scale(site, total)
             choices += [self.choice(site, how, rank, bias=True) for rank in ranks]
             errors += lost[list(ranks)].tolist()
-            spectra[how.name] = lowrank.profile(found.energies)
+            spectra[how.name] = lowrank.profile(energies)
         return Curve(tuple(choices), tuple(errors), metrics.unit(site), scale, spectra)
 
     def factorize(self, site: Site, choice: Choice) -> LowRank:
@@ -122,7 +129,8 @@ def _start(
     """Leading directions of every rank, by patches, slices or outputs, whichever the site holds."""
     if metric is not None:
         return lowrank.spectrum(metrics.mix(unfold(site.weight, how), weight), response.slice_metric(metric.moment))
-    covariance = site.moments["output"].covariance
+    held = site.moments["output"]
+    covariance = shrunk(held.covariance, held.count)
     return lowrank.principal(covariance if weight is None else weight @ covariance @ weight)
 
 
@@ -132,8 +140,5 @@ def _projected(site: Site, matrix: Tensor, basis: Tensor, weight: Tensor | None)
         inwards, outwards = basis, basis.mT
     else:
         inwards, outwards = weight @ basis, torch.linalg.solve(weight, basis).mT
-    mean = site.moments["output"].mean
-    (bias,) = site.biases
-    centre = mean if bias is None else mean - bias.double().reshape(mean.shape)
-    shift = centre - torch.einsum("gor,grp,go->gp", inwards, outwards, centre)
-    return matrix @ inwards, outwards, shift.reshape(-1)
+    shift = metrics.outside(site, site.moments["output"].mean, inwards, outwards)
+    return matrix @ inwards, outwards, shift

@@ -95,6 +95,16 @@ def mix(matrix: Float[Tensor, "g p c"], weight: Float[Tensor, "g o o"] | None) -
     return torch.einsum("gpoq,got->gptq", opened, weight).reshape(g, p, columns)
 
 
+def outside(site: Site, mean: Float[Tensor, "g o"], inwards: Tensor, outwards: Tensor) -> Float[Tensor, " o_total"]:
+    """Mean response, without the bias, that a projection of the outputs loses.
+
+    ``inwards`` ``[g, o, r]`` and ``outwards`` ``[g, r, o]`` are the two factors of the projection.
+    """
+    (bias,) = site.biases
+    centre = mean if bias is None else mean - bias.double().reshape(mean.shape)
+    return (centre - torch.einsum("gor,grp,go->gp", inwards, outwards, centre)).reshape(-1)
+
+
 def scale(site: Site, total: float) -> float:
     """Loss of losing all energy: 1 without sensitivity, else half the weighted energy over all output positions."""
     if "gradient" not in site.moments:

@@ -9,7 +9,7 @@ from torch import Tensor
 from spectrim.factors import LowRank
 from spectrim.linalg import lowrank, response
 from spectrim.methods import metrics
-from spectrim.methods.base import WEIGHT_ENERGY, Curve, LowRankMethod
+from spectrim.methods.base import WEIGHT_ENERGY, Curve, LowRankMethod, shrunk
 from spectrim.plan import Choice
 from spectrim.sites import Site
 from spectrim.unfold import Unfolding, unfold, unfolding
@@ -20,8 +20,8 @@ class WeightSVD(LowRankMethod):
     """Solve ``min ||M - L R||_F`` for the unfolded weight by truncated SVD.
 
     Needs no data. The factors are the same with and without calibration; with it, the error is what they lose of the
-    layer's output energy, so that the table may hold other methods beside this one. Without it the error is the share
-    of the weight's energy.
+    layer's centred output energy, so that the table may hold other methods beside this one, and the mean of what they
+    leave out goes into the bias. Without it the error is the share of the weight's energy.
 
     Notes
     -----
@@ -40,7 +40,8 @@ class WeightSVD(LowRankMethod):
             ranks = self.ranks(site.spec, how)
             if not ranks:
                 continue
-            found = lowrank.spectrum(unfold(site.weight, how))
+            most = None if how.name == "channel" else ranks[-1]
+            found = lowrank.spectrum(unfold(site.weight, how), most=most)
             if site.moments:
                 measured = self._lost(site, how, found)
                 if measured is None:
@@ -49,7 +50,8 @@ class WeightSVD(LowRankMethod):
                 scale = metrics.scale(site, total)
             else:
                 lost = lowrank.tail_errors(found.energies)
-            choices += [self.choice(site, how, rank, bias=site.spec.bias) for rank in ranks]
+            biased = site.spec.bias or bool(site.moments)
+            choices += [self.choice(site, how, rank, bias=biased) for rank in ranks]
             errors += lost[list(ranks)].tolist()
             spectra[how.name] = lowrank.profile(found.energies)
         unit = metrics.unit(site) if site.moments else WEIGHT_ENERGY
@@ -63,11 +65,14 @@ class WeightSVD(LowRankMethod):
         outputs = site.spec.shape[1]
         if metric is not None:
             left, right = lowrank.factors(matrix, found.basis, found.basis.shape[-1])
-            total = float(response.total_energy(metrics.mix(matrix, weight), metric.moment, outputs).sum())
-            return response.product_errors(left, metrics.mix(right, weight), metric.moment, outputs, total), total
+            mixed, right = metrics.mix(matrix, weight), metrics.mix(right, weight)
+            total = float(response.total_energy(mixed, metric.moment, outputs).sum())
+            whole = mixed if left.shape[-1] < found.energies.shape[-1] else None
+            return response.product_errors(left, right, metric.moment, outputs, total, whole), total
         if how.name == "channel" and "output" in site.moments:
             # The pair projects the outputs onto the leading basis vectors; the rest is lost.
-            covariance = site.moments["output"].covariance
+            held = site.moments["output"]
+            covariance = shrunk(held.covariance, held.count)
             basis = metrics.mix(found.basis.mT, weight)
             seen = found.basis.mT @ covariance @ found.basis
             pairs = (seen * (basis @ basis.mT)).sum(0)
@@ -78,7 +83,19 @@ class WeightSVD(LowRankMethod):
     def factorize(self, site: Site, choice: Choice) -> LowRank:
         how = unfolding(site.spec.kernel, choice["unfolding"])
         matrix = unfold(site.weight, how)
-        left, right = lowrank.factors(matrix, lowrank.spectrum(matrix).basis, choice["rank"])
-        left, right = lowrank.balance(left, right)
+        basis = lowrank.spectrum(matrix).basis[..., : choice["rank"]]
+        left, right = lowrank.factors(matrix, basis, choice["rank"])
         dtype = site.spec.dtype
-        return LowRank(left.to(dtype), right.to(dtype), None, how, site.spec.shape[1:])
+        shift = None
+        if site.moments or (choice["bias"] and not site.spec.bias):
+            # The choice was offered for a calibrated site: its bias carries the mean of what is left out.
+            shift = self._shift(site, how, matrix - left @ right, basis).to(dtype)
+        left, right = lowrank.balance(left, right)
+        return LowRank(left.to(dtype), right.to(dtype), shift, how, site.spec.shape[1:])
+
+    def _shift(self, site: Site, how: Unfolding, missing: Tensor, basis: Tensor) -> Tensor:
+        metric = metrics.response_metric(site, how)
+        if metric is not None:
+            return metric.shift(missing, site.spec.shape[1])
+        mean = site.require("output" if how.name == "channel" else "input", f"the bias of WeightSVD ({how.name})").mean
+        return metrics.outside(site, mean, basis, basis.mT)

@@ -110,16 +110,21 @@ def call(model: nn.Module, batch: Any) -> Any:
     return model(*args, **kwargs)
 
 
-def logits(output: Any) -> Tensor:
-    """The tensor a model's output stands for: itself, its ``logits``, or the first tensor in it."""
+def output_tensors(output: Any) -> list[Tensor]:
+    """The tensors a model's output stands for: itself, its ``logits`` if it has any, or all tensors in it."""
     if isinstance(output, Tensor):
-        return output
+        return [output]
     if isinstance(getattr(output, "logits", None), Tensor):
-        return output.logits
-    values = output.values() if isinstance(output, Mapping) else output
-    for tensor in tensors(list(values)):
-        return tensor
-    raise CalibrationError(f"the model's output of type {type(output).__name__} holds no tensor")
+        return [output.logits]
+    found = list(tensors(output))
+    if not found:
+        raise CalibrationError(f"the model's output of type {type(output).__name__} holds no tensor")
+    return found
+
+
+def logits(output: Any) -> Tensor:
+    """The first tensor that a model's output stands for; see :func:`output_tensors`."""
+    return output_tensors(output)[0]
 
 
 @contextlib.contextmanager

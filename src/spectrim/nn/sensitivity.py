@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import CalibrationError
 from spectrim.linalg.moments import Moments
-from spectrim.nn.batches import batch_size, call, evaluating, logits
+from spectrim.nn.batches import batch_size, call, evaluating, output_tensors
 from spectrim.nn.patches import sample_outputs
 from spectrim.sites import LayerSpec, Sites
 
@@ -51,7 +51,7 @@ def sensitivity(
     Raises
     ------
     CalibrationError
-        If no gradient reaches any site, or gradients are NaN or Inf.
+        If no gradient reaches a site, or gradients are NaN or Inf; the message names the layer.
     """
     run = forward or call
     specs = [site.spec for site in sites if len(site.layers) == 1]
@@ -71,14 +71,14 @@ def sensitivity(
                 parameter.grad = None
             for index, batch in enumerate(batches):
                 state["index"] = index
-                output = logits(run(model, batch))
-                if not output.requires_grad:
+                outputs = [z for z in output_tensors(run(model, batch)) if z.requires_grad]
+                if not outputs:
                     raise CalibrationError(
-                        f"no gradient reaches the sites: the model's output ({output.dtype}) does not depend on "
-                        "them, or is computed without gradients"
+                        "no gradient reaches the sites: the model's output does not depend on them, or is computed "
+                        "without gradients"
                     )
-                direction = torch.randn(output.shape, generator=generator).to(output)
-                (output * direction).sum().backward()
+                directions = [torch.randn(z.shape, generator=generator).to(z) for z in outputs]
+                torch.autograd.backward(outputs, directions)
                 for parameter in parameters:
                     parameter.grad = None
                 seen += batch_size(batch)
@@ -90,16 +90,19 @@ def sensitivity(
         for parameter, wanted, gradient in before:
             parameter.requires_grad_(wanted)
             parameter.grad = gradient
-    if not any(m.count for m in held.values()):
-        raise CalibrationError("no gradient reached any site: is the model's output differentiable?")
     for name, moments in held.items():
+        if not moments.count:
+            raise CalibrationError(
+                f"no gradient reached layer {name!r} in {seen} samples: the model's output does not depend on it. "
+                "Skip it, or do without sensitivity."
+            )
         if not moments.is_finite():
             raise CalibrationError(f"the gradients that reach layer {name!r} hold NaN or Inf")
     return dataclasses.replace(
         sites,
         sites=tuple(
             dataclasses.replace(site, moments=MappingProxyType({**site.moments, "gradient": held[site.name]}))
-            if site.name in held and held[site.name].count
+            if site.name in held
             else site
             for site in sites
         ),
