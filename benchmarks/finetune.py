@@ -37,7 +37,7 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
                 model, macs = _compressed_once({**config, "seed": seed}, paths, student["macs"], label)
             else:
                 model, macs = pruned(teacher, student["macs"])
-            epochs = student.get("epochs", recipe["epochs"])
+            epochs, rate = student.get("epochs", recipe["epochs"]), student.get("lr", recipe["lr"])
             before = cifar.accuracy(model, held)
             made = time.perf_counter() - start
             batches = cifar.Batches(train, batch_size=recipe["batch_size"], seed=seed, teacher=cache)
@@ -46,7 +46,7 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
                 batches,
                 loss=distillation.loss_on_pairs,
                 epochs=epochs,
-                lr=recipe["lr"],
+                lr=rate,
                 weight_decay=recipe["weight_decay"],
                 schedule=recipe["schedule"],
                 precision=recipe["precision"],
@@ -64,6 +64,7 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
                     "macs": macs,
                     "parameters": sum(p.numel() for p in model.parameters()),
                     "epochs": epochs,
+                    "lr": rate,
                     "seed": seed,
                     "held_out_before": before,
                     "held_out": cifar.accuracy(model, held),

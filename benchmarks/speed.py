@@ -94,8 +94,8 @@ def _saved(config: dict[str, Any]) -> dict[str, Any]:
     notes = [
         "Wall time of whole networks, dense and compressed in turns; medians over the repeats in which the system took "
         "a core away least often.",
-        "BatchNorm is folded into the convolutions of the dense and the compressed networks. Dense is the faster of the "
-        "two memory formats; the compressed network is the faster of those planned.",
+        "BatchNorm is folded into the convolutions of dense and compressed networks. Dense is the faster of the two "
+        "memory formats; the compressed network is the faster of those planned.",
         "A plan keeps as much work as fits a time: of the measured options of a layer those with the most MACs a "
         f"millisecond, spread over the layers by an exponent of {config['exponent']:g}. Ranks go down to 1/16 of full.",
         "Weights and factors are random numbers; time does not depend on them.",
@@ -264,7 +264,7 @@ def _budgets(config: dict[str, Any]) -> dict[str, Any]:
         )
     }
     notes = [
-        "Measured again after compression, dense and compressed in turns; compress itself plans, measures and corrects.",
+        "Measured again after compression, dense and compressed in turns; compress plans, measures and corrects.",
         "Dense is measured in the memory format of the budget; its time in the other one is in the rows.",
         "Weights are random, so what the plans lose means nothing. Weight SVD, without reconstruction.",
     ]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import spectrim as st
 from spectrim.api import apply, default_methods, tabulate
+from spectrim.budget import Budget
 from spectrim.costs import macs, parameters, size_bytes
 from spectrim.errors import PlanError
 from spectrim.factors import LowRank
@@ -21,7 +22,7 @@ from spectrim.nn.calibrate import calibrate
 from spectrim.nn.find import find
 from spectrim.nn.modules import Factored
 from spectrim.nn.surgery import parameter_count
-from spectrim.plan import Budget, Candidates, Choice, Plan, make_plan
+from spectrim.plan import Candidates, Choice, Plan, make_plan
 from spectrim.sites import Site, Sites
 from spectrim.testing import check_method
 from spectrim.unfold import unfold, unfolding

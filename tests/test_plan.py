@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spectrim.budget import Budget
 from spectrim.errors import PlanError, SpectrimError
-from spectrim.plan import DENSE, VERSION, Budget, Candidates, Choice, Entry, Option, Plan, Row, make_plan
+from spectrim.plan import DENSE, VERSION, Candidates, Choice, Entry, Option, Plan, Row, make_plan
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 numbers = st.floats(0, allow_nan=False, allow_infinity=False)

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectrim import knapsack
+from spectrim.budget import Budget
 from spectrim.errors import InfeasibleBudgetError
-from spectrim.plan import DENSE, Budget, Candidates, Choice, Option, Plan, Row
+from spectrim.plan import DENSE, Candidates, Choice, Option, Plan, Row
 from spectrim.selectors import at_multiplier, energy, exact, greedy, lagrangian, select, uniform
 
 SELECTORS = (uniform, energy, greedy, lagrangian, exact)

@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 # Public names and where they live. They are loaded on first use, so that the command line starts without torch.
 _HOMES = {
     "ActivationSVD": "methods",
-    "Budget": "plan",
+    "Budget": "budget",
     "Candidates": "plan",
     "Choice": "plan",
     "Latency": "latency",
@@ -39,10 +39,11 @@ _HOMES = {
     "write_report": "report",
 }
 
-__all__ = sorted(_HOMES)
+__all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]  (made from the table above)
 
 if TYPE_CHECKING:
     from spectrim.api import apply, tabulate
+    from spectrim.budget import Budget
     from spectrim.costs import macs, parameters, size_bytes
     from spectrim.factors import LowRank
     from spectrim.latency import Latency
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from spectrim.nn.sensitivity import sensitivity
     from spectrim.nn.surgery import merge
     from spectrim.pipeline import Result, compress
-    from spectrim.plan import Budget, Candidates, Choice, Plan
+    from spectrim.plan import Candidates, Choice, Plan
     from spectrim.report import compare, write_report
     from spectrim.selectors import select
     from spectrim.sites import Site, Sites

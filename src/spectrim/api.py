@@ -14,8 +14,8 @@ from spectrim.errors import PlanError
 from spectrim.latency import Latency
 from spectrim.methods import ActivationSVD, Curve, Method, WeightSVD, from_record
 from spectrim.nn.build import build
-from spectrim.nn.modules import make_layer
-from spectrim.nn.reconstruct import asymmetric_site
+from spectrim.nn.modules import Factored, make_layer
+from spectrim.nn.reconstruct import asymmetric_site, refit_second
 from spectrim.nn.surgery import reestimate_batchnorm, replace_module
 from spectrim.plan import DENSE, Candidates, Option, Plan, Row
 from spectrim.sites import LayerSpec, Site, Sites
@@ -217,7 +217,8 @@ def apply(
     todo = _steps(sites, {name: entry.choice.is_dense for name, entry in wanted.items()}, refit=follow)
     for done, site in enumerate(todo):
         choice = wanted[site.name].choice
-        if batches is not None and follow and len(site.layers) == 1 and "input" in site.moments:
+        whole = len(site.layers) == 1 and "input" in site.moments
+        if batches is not None and follow and whole:
             site = asymmetric_site(model, small, site, batches, forward=forward)
             if not choice.is_dense and not any(spec.bias for spec in makers[choice.method].layers(site, choice)):
                 # A choice that was counted without a bias gets none, or the model would cost more than its plan.
@@ -228,6 +229,8 @@ def apply(
         factors = makers[choice.method].factorize(site, choice)
         for spec, module in zip(site.layers, build(factors, site.layers, site.biases), strict=True):
             replace_module(small, spec.names, module)
+            if batches is not None and follow and not whole and isinstance(module, Factored):
+                refit_second(model, small, site, module, batches, forward=forward)
         if progress is not None:
             progress("apply", done + 1, len(todo))
     if batches is not None and (batchnorm if batchnorm is not None else not follow):

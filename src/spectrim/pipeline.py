@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from spectrim.api import Progress, apply, tabulate
+from spectrim.budget import Budget
 from spectrim.errors import InfeasibleBudgetError, PlanError
 from spectrim.latency import Latency
 from spectrim.methods import Method
@@ -19,7 +20,7 @@ from spectrim.nn.calibrate import calibrate
 from spectrim.nn.find import Selector, find
 from spectrim.nn.sensitivity import sensitivity as weigh
 from spectrim.nn.timing import Timing, measure_latency
-from spectrim.plan import Budget, Candidates, Plan
+from spectrim.plan import Candidates, Plan
 from spectrim.selectors import exact, select
 from spectrim.sites import Sites
 

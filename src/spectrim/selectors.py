@@ -23,9 +23,10 @@ from collections.abc import Callable
 import numpy as np
 
 from spectrim import knapsack
+from spectrim.budget import Budget
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.knapsack import ROUNDING, Indices, Table
-from spectrim.plan import Budget, Candidates, Plan, make_plan
+from spectrim.plan import Candidates, Plan, make_plan
 
 Selector = Callable[[Candidates, Budget], Plan]
 

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from spectrim.errors import MissingMomentsError, PlanError
 from spectrim.factors import LowRank
+from spectrim.linalg.moments import shrunk
 from spectrim.methods import ActivationSVD, Curve, Method, WeightSVD, from_record
-from spectrim.methods.base import break_even, full_rank, shrunk
+from spectrim.methods.base import break_even, full_rank
 from spectrim.plan import Choice
 from spectrim.sites import LayerSpec, Site
 from spectrim.testing import check_method, measured_error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spectrim.plan import DENSE, Budget, Candidates, Choice, Option, Plan, Row
+from spectrim.budget import Budget
+from spectrim.plan import DENSE, Candidates, Choice, Option, Plan, Row
 from spectrim.selectors import lagrangian
 
 

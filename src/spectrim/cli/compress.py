@@ -54,6 +54,7 @@ def compress(
 
     Writes model.safetensors (weights and plan), plan.json and report.html. Exit code 3 if the budget cannot be met.
     """
+    from spectrim.budget import Budget
     from spectrim.cli.data import load_data
     from spectrim.cli.models import load_model
     from spectrim.cli.references import UsageError
@@ -61,7 +62,7 @@ def compress(
     from spectrim.cli.steps import carry_out, chosen_methods, first_batch, locate, prepare, random_input, survey
     from spectrim.latency import Latency
     from spectrim.pipeline import compress as shrink
-    from spectrim.plan import Budget, Plan
+    from spectrim.plan import Plan
     from spectrim.report import accuracy, compare
     from spectrim.selectors import energy, exact, greedy, lagrangian, select, uniform
     from spectrim.train import Recipe, fine_tune

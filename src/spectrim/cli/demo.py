@@ -32,13 +32,13 @@ def demo(
     """
     import torch
 
+    from spectrim.budget import Budget
     from spectrim.cli.batches import Batches
     from spectrim.cli.data import load_data
     from spectrim.cli.digits_net import DigitsNet
     from spectrim.cli.results import Outcome
     from spectrim.cli.steps import first_batch, prepare
     from spectrim.pipeline import compress
-    from spectrim.plan import Budget
     from spectrim.report import accuracy, compare
     from spectrim.train import fine_tune
 

@@ -111,7 +111,7 @@ def _rank(values: Sequence[float], share: float) -> int | None:
 
 
 def _print(out: Output, table: Candidates, layers: Sequence[dict[str, Any]]) -> None:
-    from spectrim.plan import UNITS
+    from spectrim.budget import UNITS
     from spectrim.report.comparison import show
 
     main = "macs" if "macs" in table.costs else "parameters"

@@ -155,7 +155,7 @@ def product_errors(
         seen = torch.einsum("gpa,gpqo->gaqo", left, _seen(_open(matrix, outputs), metric))
         shared = torch.einsum("gaqo,gaoq->a", seen, second)
         kept = pairs.cumsum(0).cumsum(1).diagonal() - 2 * shared.cumsum(0)
-        return _relative(total + torch.cat([kept.new_zeros(1), kept]), torch.as_tensor(total))
+        return _relative(total + torch.cat([kept.new_zeros(1), kept]), torch.as_tensor(total, dtype=torch.float64))
     return _relative(trailing(pairs), pairs.new_tensor(total))
 
 

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from spectrim.costs import macs, parameters, rank_multiple
 from spectrim.errors import PlanError
 from spectrim.factors import Factors
@@ -176,17 +174,3 @@ def break_even(spec: LayerSpec, how: Unfolding) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if pays(middle) else (low, middle)
     return low
-
-
-def shrunk(covariance: Tensor, count: int) -> Tensor:
-    """Covariance with a little of its mean variance added to every direction.
-
-    Directions that the samples never reached would otherwise be free to take any value. The share grows as samples
-    become few: 1e-6 with plenty, 1e-2 with fewer samples than features.
-    """
-    features = covariance.shape[-1]
-    share = 1e-6 + 1e-2 * min(1.0, features / max(count, 1))
-    level = covariance.diagonal(dim1=-2, dim2=-1).mean(-1) * share
-    result = covariance.clone()
-    result.diagonal(dim1=-2, dim2=-1).add_(level.unsqueeze(-1))
-    return result

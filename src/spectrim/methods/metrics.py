@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spectrim.linalg import lowrank, response
-from spectrim.methods.base import OUTPUT_ENERGY, WEIGHTED_ENERGY, shrunk
+from spectrim.linalg.moments import shrunk
+from spectrim.methods.base import OUTPUT_ENERGY, WEIGHTED_ENERGY
 from spectrim.sites import LayerSpec, Site
 from spectrim.unfold import Unfolding
 

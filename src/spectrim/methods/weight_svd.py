@@ -8,8 +8,9 @@ from torch import Tensor
 
 from spectrim.factors import LowRank
 from spectrim.linalg import lowrank, response
+from spectrim.linalg.moments import shrunk
 from spectrim.methods import metrics
-from spectrim.methods.base import WEIGHT_ENERGY, Curve, LowRankMethod, shrunk
+from spectrim.methods.base import WEIGHT_ENERGY, Curve, LowRankMethod
 from spectrim.plan import Choice
 from spectrim.sites import Site
 from spectrim.unfold import Unfolding, unfold, unfolding

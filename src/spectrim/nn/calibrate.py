@@ -20,8 +20,8 @@ from spectrim.nn.patches import sample_outputs, sample_patches
 from spectrim.sites import LayerSpec, Site, Sites, Skipped
 from spectrim.unfold import Unfolding, unfoldings
 
-# Patches up to this length get a full second moment (at most 42 MB); longer ones one for each unfolding's slices.
-FULL_PATCH = 2304
+# Patches up to this length get a full second moment (at most 11 MB); longer ones one for each unfolding's slices.
+FULL_PATCH = 1152
 # Share of a layer's own MACs that its statistics may cost.
 EFFORT = 0.08
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -43,7 +43,7 @@ def calibrate(
     """Run a model on calibration batches once and keep what the methods need to know of each site.
 
     For every site the centred second moment and mean of its input patches are streamed in float64 (``input``), so
-    that memory does not depend on the number of samples. Layers whose patches are longer than 2,304 numbers keep one
+    that memory does not depend on the number of samples. Layers whose patches are longer than 1,152 numbers keep one
     such moment for the slices of each unfolding (``input:height-first``, ...) and one of the outputs (``output``).
 
     Parameters

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import CalibrationError
-from spectrim.linalg.moments import Moments
+from spectrim.linalg.moments import Moments, shrunk
 from spectrim.nn.batches import batch_size, call, evaluating
+from spectrim.nn.find import canonical, describe
+from spectrim.nn.modules import Factored, make_layer
 from spectrim.nn.patches import sample_outputs, sample_patches
 from spectrim.sites import Site
 
@@ -30,6 +32,7 @@ def asymmetric_site(
     site: Site,
     batches: Iterable[Any],
     *,
+    target: str | None = None,
     rows: int | str | None = "auto",
     forward: Callable[[nn.Module, Any], Any] | None = None,
     seed: int = 0,
@@ -46,7 +49,9 @@ def asymmetric_site(
     dense, compressed
         The original, and a copy in which the layers before the site are compressed and this one is still dense.
     site
-        Of one layer.
+        Of one layer, by its name in the compressed model.
+    target
+        Layer of the dense model whose responses are wanted; the site's own by default.
     rows
         Positions sampled in each batch, all if None; ``"auto"`` takes 64 a sample.
 
@@ -77,7 +82,7 @@ def asymmetric_site(
         for index, batch in enumerate(batches):
             before = compressed.get_submodule(spec.name).register_forward_pre_hook(catch_input, with_kwargs=True)
             inputs = _run(compressed, batch, run, before, caught)
-            after = dense.get_submodule(spec.name).register_forward_hook(catch_output, with_kwargs=True)
+            after = dense.get_submodule(target or spec.name).register_forward_hook(catch_output, with_kwargs=True)
             targets = _run(dense, batch, run, after, caught)
             count = POSITIONS * batch_size(batch) if isinstance(rows, str) else rows
             for x, y in zip(inputs, targets, strict=True):
@@ -95,10 +100,9 @@ def asymmetric_site(
     inputs_moments.mean, inputs_moments.scatter = held.mean[:, :d].clone(), held.scatter[:, :d, :d].clone()
     covariance, cross = held.covariance[:, :d, :d], held.covariance[:, d:, :d]
     weight = site.weight.double().reshape(g, o, d)
-    ridge = 1e-6 + 1e-2 * min(1.0, d / held.count)
-    level = covariance.diagonal(dim1=-2, dim2=-1).mean(-1) * ridge
-    damped = covariance.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(level.clamp_min(1e-300).unsqueeze(-1))
+    damped = shrunk(covariance, held.count)
+    # A layer that sees nothing but constants has no variance to divide by and keeps its weight.
+    damped.diagonal(dim1=-2, dim2=-1).clamp_min_(1e-300)
     best = weight + torch.linalg.solve(damped, (cross - weight @ covariance).mT).mT
     bias = (held.mean[:, d:] - torch.einsum("god,gd->go", best, held.mean[:, :d])).reshape(-1)
     return dataclasses.replace(
@@ -107,6 +111,30 @@ def asymmetric_site(
         biases=(bias,),
         moments=MappingProxyType({**site.moments, "input": inputs_moments}),
     )
+
+
+def refit_second(
+    dense: nn.Module,
+    compressed: nn.Module,
+    site: Site,
+    pair: Factored,
+    batches: Iterable[Any],
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> None:
+    """Fit the second layer of a pair, and its bias, to the dense layer's responses. The pair is changed in place.
+
+    For layers whose patches are too long to hold their second moment: the first factor's responses are short. Pairs
+    without a bias are left alone, since the mean could not be kept.
+    """
+    names = tuple(f"{name}.1" for name in site.spec.names)
+    spec = describe(pair.second, names).at(site.spec.inputs or ((),))
+    weight, bias = canonical(pair.second)
+    if bias is None:
+        return
+    second = Site(names[0], (spec,), (weight,), (bias,))
+    fitted = asymmetric_site(dense, compressed, second, batches, target=site.spec.name, forward=forward)
+    pair[1] = make_layer(spec, fitted.weight, fitted.biases[0]).train(pair.second.training)
 
 
 def _run(model: nn.Module, batch: Any, run: Callable[..., Any], handle: Any, caught: list[Tensor]) -> list[Tensor]:

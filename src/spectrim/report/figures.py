@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spectrim.budget import UNITS, Budget
 from spectrim.errors import InfeasibleBudgetError
-from spectrim.plan import UNITS, Budget, Candidates, Entry, Plan, Row
+from spectrim.plan import Candidates, Entry, Plan, Row
 from spectrim.selectors import lagrangian
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectrim.plan import UNITS, Candidates, Entry, Plan
+from spectrim.budget import UNITS
+from spectrim.plan import Candidates, Entry, Plan
 from spectrim.report import figures
 from spectrim.report.comparison import Comparison, Measure, show
 from spectrim.report.figures import Measured
