@@ -216,6 +216,20 @@ def test_reconstruction_lowers_the_output_error(method: str) -> None:
     assert fitted < output_error(apply(model, sites, plan, batches, reconstruct=False), model, batches)
 
 
+def test_reconstruction_fits_the_second_factor_where_patches_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spectrim.nn.calibrate.FULL_PATCH", 4)
+    model, sites, batches = prepared("residual")
+    assert not any("input" in site.moments for site in sites)
+    plan = every_site(tabulate(sites), "WeightSVD", 3)
+    once, fitted = apply(model, sites, plan), apply(model, sites, plan, batches)
+    assert output_error(fitted, model, batches) < output_error(once, model, batches)
+    assert parameter_count(fitted) == plan.costs["parameters"]
+    for entry in plan:
+        before, after = once.get_submodule(entry.site), fitted.get_submodule(entry.site)
+        assert torch.equal(before.first.weight, after.first.weight)
+        assert not torch.equal(before.second.weight, after.second.weight)
+
+
 def test_batchnorm_is_estimated_anew_where_nothing_was_reconstructed() -> None:
     model, sites, batches = prepared("residual")
     plan = every_site(tabulate(sites), "WeightSVD", 2)
