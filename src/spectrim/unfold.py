@@ -5,14 +5,12 @@ The kernel axes are shared out between them: the first takes the axes in ``S``, 
 weight as the matrix ``M[(i, k_S), (o, k_rest)]`` makes every such pair one rank-``r`` matrix product. The four
 familiar decompositions of a k x k kernel are four choices of ``S``:
 
-=================  ===========  =================================  ==========================
-name               ``S``        layers                             also known as
-=================  ===========  =================================  ==========================
-``channel``        all axes     k x k, then 1 x 1                  scheme 1, output side
-``input``          none         1 x 1, then k x k                  input side
-``height-first``   height       k x 1, then 1 x k                  Tai et al., Chen et al.
-``width-first``    width        1 x k, then k x 1                  scheme 2, Jaderberg et al.
-=================  ===========  =================================  ==========================
+| name | ``S`` | layers | also known as |
+|---|---|---|---|
+| ``channel`` | all axes | k x k, then 1 x 1 | scheme 1, output side |
+| ``input`` | none | 1 x 1, then k x k | input side |
+| ``height-first`` | height | k x 1, then 1 x k | Tai et al., Chen et al. |
+| ``width-first`` | width | 1 x k, then k x 1 | scheme 2, Jaderberg et al. |
 
 Linear layers and 1 x 1 kernels have one unfolding only, ``channel``. Weights carry a leading axis of groups, so that a
 grouped convolution is a batch of matrices.
