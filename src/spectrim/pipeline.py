@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ from spectrim.selectors import exact, select
 from spectrim.sites import Sites
 
 # A latency plan is selected, built, measured and corrected at most so often.
-_ROUNDS = 4
+_ROUNDS = 8
 # ... until the measured time is within this share of the budget.
 _CLOSE = 0.03
 
@@ -146,7 +147,7 @@ def compress(
     Notes
     -----
     With a latency budget the plan is made from measured layer times, built, measured end to end beside the dense
-    network and corrected, up to four times, until it is within 3 % of the budget.
+    network and corrected, up to eight times, until it is within 3 % of the budget.
     """
     batches = list(calibration) if iter(calibration) is calibration else calibration
     sites = find(model, skip=skip, only=only)
@@ -233,7 +234,7 @@ def _corrected(
     limit = budget.limits(table.dense).get("latency")
     dense = _laid_out(model, latency)
     best: tuple[tuple[bool, float], Plan, Mapping[str, Timing]] | None = None
-    asked = limit
+    asked, too_fast, too_slow = limit, 0.0, math.inf
     for _ in range(_ROUNDS):
         trial = _laid_out(apply(model, sites, plan, methods=methods), latency)
         measured = measure_latency({"dense": dense, "compressed": trial}, example, threads=latency.threads)
@@ -248,7 +249,14 @@ def _corrected(
             best = (score, plan, measured)
         if 1 - _CLOSE <= ratio <= 1:
             break
-        asked = asked / ratio * (0.995 if ratio > 1 else 1.0)
+        if ratio > 1:
+            too_slow = min(too_slow, asked)
+        else:
+            too_fast = max(too_fast, asked)
+        # Follow the ratio, but never out of the interval that earlier rounds leave.
+        asked = asked / ratio * (0.99 if ratio > 1 else 1.0)
+        if not too_fast < asked < too_slow:
+            asked = (too_fast + too_slow) / 2 if too_slow < math.inf else too_fast * 1.2
         again = Budget(**{**{c: getattr(budget, c) for c in budget.costs}, "latency": f"{asked}ms"})
         try:
             plan = select(table, again, selector)
