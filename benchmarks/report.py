@@ -104,13 +104,17 @@ def readme(results: Sequence[Result]) -> str:
     found = claims(results)
     if not found:
         return NONE
-    rows = [
-        (key, TITLES.get(key, name), claim["target"], f"{show(claim['value'])} {claim['unit']}", _met(claim))
-        for key, name, claim in found
-    ]
+    rows = [(key, TITLES.get(key, name), claim["target"], _measured(claim), _met(claim)) for key, name, claim in found]
     parts = [table(("", "what", "target", "measured", "met"), rows)]
     parts += [accuracies(results)] if accuracies(results) else []
     return "\n\n".join(parts)
+
+
+def _measured(claim: dict[str, Any]) -> str:
+    """The value, or the figures behind it where one number stands for several."""
+    if claim.get("note") and (";" in claim["unit"] or claim["unit"].startswith("points above target")):
+        return claim["note"]
+    return f"{show(claim['value'])} {claim['unit']}"
 
 
 def page(results: Sequence[Result], pictures: Iterable[str] = ()) -> str:
