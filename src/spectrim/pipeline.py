@@ -21,7 +21,7 @@ from spectrim.nn.calibrate import calibrate
 from spectrim.nn.find import Selector, find
 from spectrim.nn.sensitivity import sensitivity as weigh
 from spectrim.nn.timing import Timing, measure_latency
-from spectrim.plan import Candidates, Plan
+from spectrim.plan import Candidates, Choice, Plan
 from spectrim.selectors import exact, select
 from spectrim.sites import Sites
 
@@ -234,10 +234,14 @@ def _corrected(
     limit = budget.limits(table.dense).get("latency")
     dense = _laid_out(model, latency)
     best: tuple[tuple[bool, float], Plan, Mapping[str, Timing]] | None = None
+    known: dict[tuple[Choice, ...], Mapping[str, Timing]] = {}
     asked, too_fast, too_slow = limit, 0.0, math.inf
     for _ in range(_ROUNDS):
-        trial = _laid_out(apply(model, sites, plan, methods=methods), latency)
-        measured = measure_latency({"dense": dense, "compressed": trial}, example, threads=latency.threads)
+        key = tuple(entry.choice for entry in plan)
+        if key not in known:
+            trial = _laid_out(apply(model, sites, plan, methods=methods), latency)
+            known[key] = measure_latency({"dense": dense, "compressed": trial}, example, threads=latency.threads)
+        measured = known[key]
         if limit is None or asked is None:
             return plan, measured
         # The budget was read against the dense time of the table; this run's dense time rescales it.
