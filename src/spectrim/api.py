@@ -180,7 +180,7 @@ def apply(
     sites
         From :func:`spectrim.calibrate` for methods that use activations.
     plan
-        From :func:`spectrim.selectors`, or read from a file.
+        From :func:`spectrim.select`, or read from a file.
     batches
         Calibration batches, read several times. Needed for reconstruction and for BatchNorm.
     methods
