@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from spectrim.nn.surgery import parameter_count
 from spectrim.report import Comparison, Measure, accuracy, compare, measure, show
-from spectrim.report.measures import file_size, macs, parameters
+from spectrim.report.measures import file_size, macs
 
 
 def _net(width: int) -> nn.Module:
@@ -99,7 +100,7 @@ def test_shared_weights_count_once():
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
     apart = file_size(model)
     model[1].weight = model[0].weight
-    assert parameters(model) == 16 * 16 + 2 * 16
+    assert parameter_count(model) == 16 * 16 + 2 * 16
     assert apart - file_size(model) > 16 * 16 * 4 * 0.8
     assert macs(model, torch.randn(3, 16)) == 2 * 16 * 16
 
@@ -126,3 +127,12 @@ def test_a_ratio_by_zero_is_not_a_number():
     assert row.change == "-"
     assert row.ratio != row.ratio
     assert Comparison((row,)).to_dict()["rows"][0]["ratio"] is None
+
+
+def test_attention_counts_as_it_does_in_plans() -> None:
+    class Attention(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.scaled_dot_product_attention(x, x, x)
+
+    heads, length, size = 2, 4, 8
+    assert macs(Attention(), torch.randn(3, heads, length, size)) == heads * length * length * 2 * size

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from types import MappingProxyType
 from typing import Any
 
@@ -16,6 +15,7 @@ from spectrim.costs import macs, parameters, size_bytes
 from spectrim.errors import CalibrationError
 from spectrim.linalg.moments import Moments
 from spectrim.nn.batches import batch_size, call, evaluating
+from spectrim.nn.flops import flop_counter
 from spectrim.nn.patches import sample_outputs, sample_patches
 from spectrim.sites import LayerSpec, Site, Sites, Skipped
 from spectrim.unfold import Unfolding, unfoldings
@@ -24,7 +24,6 @@ from spectrim.unfold import Unfolding, unfoldings
 FULL_PATCH = 1152
 # Share of a layer's own MACs that its statistics may cost.
 EFFORT = 0.08
-_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 Progress = Callable[[int, int | None], None]
 
@@ -101,7 +100,7 @@ def calibrate(
                 for watcher in [*watchers.values(), *bystanders.values()]:
                     watcher.start(index, size)
                 if index == 0:
-                    with FlopCounterMode(display=False, custom_mapping={_CPU_ATTENTION: _attention_flops}) as counter:
+                    with flop_counter() as counter:
                         for watcher in watchers.values():
                             watcher.counter = counter
                         run(model, batch)
@@ -154,11 +153,6 @@ def _layer(model: nn.Module, spec: LayerSpec) -> nn.Module:
         raise CalibrationError(
             f"the model has no layer {spec.name!r}. Is this the model that the sites were found in?"
         ) from None
-
-
-def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-    """Operations of attention on shapes ``[batch, heads, length, size]``, which torch counts on GPUs only."""
-    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
 class _Shapes:

@@ -9,9 +9,10 @@ from typing import Any, Literal
 from torch import nn
 
 from spectrim.nn.batches import batch_size
+from spectrim.nn.surgery import parameter_count
 from spectrim.nn.timing import measure_latency, peak_memory
 from spectrim.report.machine import machine_facts
-from spectrim.report.measures import Evaluate, file_size, held, inputs, macs, parameters
+from spectrim.report.measures import Evaluate, file_size, held, inputs, macs
 
 Better = Literal["higher", "lower"]
 
@@ -221,7 +222,7 @@ def _measure(
         scores = [Line(score, "%", float(evaluate(model)), "higher")] if evaluate is not None else []
         lines[name] = [
             *scores,
-            Line("parameters", "", float(parameters(model))),
+            Line("parameters", "", float(parameter_count(model))),
             Line("MACs", "MAC", macs(model, example)),
             Line("file size", "B", float(file_size(model))),
             Line("peak memory", "B", float(peak_memory(model, inputs(model, example)))),

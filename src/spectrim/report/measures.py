@@ -48,16 +48,11 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
     return 100.0 * right / seen
 
 
-def parameters(model: nn.Module) -> int:
-    """Numbers in the parameters, shared ones counted once."""
-    return sum(p.numel() for p in model.parameters())
-
-
 def macs(model: nn.Module, example: Any) -> float:
-    """Multiply-accumulates for one sample: half of what ``torch.utils.flop_counter`` reports."""
-    from torch.utils.flop_counter import FlopCounterMode
+    """Multiply-accumulates for one sample: half of what the counter of :mod:`spectrim.nn.flops` reports."""
+    from spectrim.nn.flops import flop_counter
 
-    with evaluating(model), FlopCounterMode(display=False) as counter:
+    with evaluating(model), flop_counter() as counter:
         call(model, example)
     return counter.get_total_flops() / 2 / batch_size(held(example))
 
