@@ -407,3 +407,8 @@ def test_the_real_thing(tmp_path):
     assert cost(spec.factor(SPATIAL, 3)) > 0
     assert cost([spec]) > 0
     assert json.loads(cost.path.read_text())["facts"]["threads"] == 1
+
+
+def test_facts_are_plain_values_that_a_plan_can_be_written_with() -> None:
+    facts = Latency(cache=None).facts()
+    assert {type(value) for value in facts.values()} <= {str, int, float, bool}

@@ -125,7 +125,7 @@ class Latency:
             "threads": self.threads,
             "batch": self.batch,
             "memory_format": self.memory_format,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
         }
 
     def interpolation_error(self, spec: LayerSpec, how: Unfolding, ranks: Sequence[int]) -> dict[int, float]:

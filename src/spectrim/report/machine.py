@@ -19,7 +19,7 @@ def machine_facts() -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "spectrim": _version(),
     }
     if torch.cuda.is_available():
