@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -267,4 +268,5 @@ def _corrected(
         except InfeasibleBudgetError:
             break
     assert best is not None
-    return best[1], best[2]
+    # The plan says what was asked for, not the corrected limit that led there.
+    return dataclasses.replace(best[1], budget=budget.limits(table.dense)), best[2]
