@@ -12,14 +12,17 @@ _HOMES = {
     "Candidates": "plan",
     "Choice": "plan",
     "Latency": "latency",
+    "LearnedRanks": "train",
     "LowRank": "factors",
     "Method": "methods",
     "Plan": "plan",
     "Result": "pipeline",
     "Site": "sites",
     "Sites": "sites",
+    "Trajectory": "trajectory",
     "WeightSVD": "methods",
     "apply": "api",
+    "budget_path": "train",
     "calibrate": "nn.calibrate",
     "compare": "report",
     "compress": "pipeline",
@@ -27,6 +30,7 @@ _HOMES = {
     "export_program": "nn.export",
     "find": "nn.find",
     "fine_tune": "train",
+    "learn_ranks": "train",
     "load": "nn.checkpoint",
     "macs": "costs",
     "merge": "nn.surgery",
@@ -59,7 +63,8 @@ if TYPE_CHECKING:
     from spectrim.report import compare, write_report
     from spectrim.selectors import select
     from spectrim.sites import Site, Sites
-    from spectrim.train import fine_tune
+    from spectrim.train import LearnedRanks, budget_path, fine_tune, learn_ranks
+    from spectrim.trajectory import Trajectory
 
 
 def __getattr__(name: str) -> Any:

@@ -31,6 +31,7 @@ def tabulate(
     dense_latency: float | None = None,
     costs: Mapping[str, counted.Cost] | None = None,
     guard: bool = False,
+    dear: bool = False,
     progress: Progress | None = None,
 ) -> Candidates:
     """What every method would lose and cost at every site, as one table.
@@ -50,6 +51,8 @@ def tabulate(
         Further costs of your own by name; the network's fixed part is taken over its untouched layers.
     guard
         Drop options that are measured no faster than dense. Needs ``latency``.
+    dear
+        Keep options that save nothing in any cost.
     progress
         Called with what is being done, how much of it is done, and how much there is.
 
@@ -91,7 +94,7 @@ def tabulate(
             "data-free methods only"
         )
     plain = [
-        (site, [(o, specs) for m, c in curves for o, specs in _options(m, c, site, functions)])
+        (site, [(o, specs) for m, c in curves for o, specs in _options(m, c, site, functions, dear)])
         for site, curves in found
     ]
     if latency is not None:
@@ -128,14 +131,47 @@ def default_methods(sites: Sites) -> list[Method]:
     return [ActivationSVD(), WeightSVD()] if calibrated else [WeightSVD()]
 
 
+def retabulate(candidates: Candidates, sites: Sites, methods: Sequence[Method]) -> Candidates:
+    """The same table for other weights: errors are computed again, costs are taken over.
+
+    Parameters
+    ----------
+    candidates
+        From :func:`tabulate`, with the same methods. Options that no method offers keep their errors.
+    sites
+        Those of the table, or some of them, with their present weights and moments; other rows stay as they are.
+    """
+    rows = list(candidates.rows)
+    places = {row.site: number for number, row in enumerate(rows)}
+    for site in sites:
+        row = rows[places[site.name]]
+        curves = [(method, method.curve(site)) for method in methods]
+        errors = iter([pair for _, curve in curves for pair in zip(curve.choices, curve.errors, strict=True)])
+        options = [row.dense]
+        for option in row.options[1:]:
+            if option.choice.method:
+                # The table holds a part of what the curves offer, in the same order.
+                error = next((error for choice, error in errors if choice == option.choice), None)
+                if error is None:
+                    raise ValueError(
+                        f"site {site.name!r}: the methods do not offer {option.choice}, which the table has"
+                    )
+                option = Option(option.choice, error, option.costs)
+            options.append(option)
+        spectra = {f"{method.name}/{name}": s for method, curve in curves for name, s in curve.spectra.items()}
+        scale = next((curve.scale for _, curve in curves if curve.choices), 1.0)
+        rows[places[site.name]] = dataclasses.replace(row, options=tuple(options), scale=scale, spectra=spectra)
+    return dataclasses.replace(candidates, rows=tuple(rows))
+
+
 def _options(
-    method: Method, curve: Curve, site: Site, functions: Mapping[str, counted.Cost]
+    method: Method, curve: Curve, site: Site, functions: Mapping[str, counted.Cost], dear: bool
 ) -> Iterator[tuple[Option, Sequence[LayerSpec]]]:
     dense = {name: cost(site.layers) for name, cost in functions.items()}
     for choice, error in zip(curve.choices, curve.errors, strict=True):
         specs = method.layers(site, choice)
         values = {name: cost(specs) for name, cost in functions.items()}
-        if any(values[name] < dense[name] for name in values):
+        if dear or any(values[name] < dense[name] for name in values):
             yield Option(choice, error, values), specs
 
 

@@ -164,7 +164,7 @@ def compress(
     if timed:
         spec = sites.sites[0].spec
         latency = latency or Latency(device=spec.device, dtype=spec.dtype)
-        example = _example(model, batches, latency.batch)
+        example = one_batch(model, batches, latency.batch)
         measured = measure_latency({"dense": _laid_out(model, latency)}, example, threads=latency.threads)
     table = tabulate(
         sites,
@@ -177,7 +177,9 @@ def compress(
     plan = select(table, budget, selector)
     notes: list[str] = []
     if latency is not None:
-        plan, measured = _corrected(model, sites, table, plan, budget, selector, example, methods, latency)
+        plan, measured = meet_latency(
+            model, sites, table, plan, budget, example, latency, selector=selector, methods=methods
+        )
         dense_ms, small_ms = measured["dense"].p50, measured["compressed"].p50
         if small_ms > dense_ms:
             notes.append(f"the compressed model is SLOWER than dense: {small_ms:.3f} ms against {dense_ms:.3f} ms")
@@ -203,7 +205,7 @@ def _silent(what: str, done: int, total: int | None) -> None:
     """Progress that nobody watches."""
 
 
-def _example(model: nn.Module, batches: Iterable[Any], size: int) -> Any:
+def one_batch(model: nn.Module, batches: Iterable[Any], size: int) -> Any:
     """One batch of the size that latency is measured at."""
     args, kwargs = arguments(model, next(iter(batches)))
     return resized(kwargs, size) if kwargs else resized(args, size)
@@ -216,21 +218,38 @@ def _laid_out(model: nn.Module, latency: Latency) -> nn.Module:
     return copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _corrected(
+def meet_latency(
     model: nn.Module,
     sites: Sites,
     table: Candidates,
     plan: Plan,
     budget: Budget,
-    selector: Callable[[Candidates, Budget], Plan],
     example: Any,
-    methods: Sequence[Method] | None,
     latency: Latency,
+    *,
+    selector: Callable[[Candidates, Budget], Plan] = exact,
+    methods: Sequence[Method] | None = None,
+    close: float = _CLOSE,
 ) -> tuple[Plan, Mapping[str, Timing]]:
     """Build, measure and select again until the measured latency meets the budget.
 
     Layer times do not add up exactly: caches, threads and the layers in between differ. The ratio of measured to
     planned time of one round corrects the limit of the next.
+
+    Parameters
+    ----------
+    plan
+        The first to try, selected from ``table`` under ``budget``.
+    example
+        A batch as the network is timed with, from :func:`one_batch`.
+    close
+        Share of the budget that may stay unused.
+
+    Returns
+    -------
+    plan, timings
+        The plan that came closest from below, and its times beside the dense network's. A budget without latency
+        leaves the plan as it is.
     """
     limit = budget.limits(table.dense).get("latency")
     dense = _laid_out(model, latency)
@@ -252,7 +271,7 @@ def _corrected(
         score = (ratio > 1, abs(ratio - 1))
         if best is None or score < best[0]:
             best = (score, plan, measured)
-        if 1 - _CLOSE <= ratio <= 1:
+        if 1 - close <= ratio <= 1:
             break
         if ratio > 1:
             too_slow = min(too_slow, asked)

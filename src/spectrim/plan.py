@@ -190,6 +190,8 @@ class Plan:
         What the selector minimised.
     bound
         A proven lower bound of that loss under the same budget, where the selector has one.
+    multipliers
+        Loss that one unit of each limited cost is worth, where the selector knows it.
     methods
         How to make the methods again.
     facts
@@ -204,6 +206,7 @@ class Plan:
     selector: str = ""
     loss: float = 0.0
     bound: float | None = None
+    multipliers: Mapping[str, float] = field(default_factory=dict)
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     version: int = VERSION

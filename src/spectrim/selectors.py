@@ -94,9 +94,9 @@ def lagrangian(candidates: Candidates, budget: Budget) -> Plan:
 
     The multiplier is the smallest at which the minimiser meets the budget, found among the slopes of the lower convex
     hulls of the sites. Unused budget then goes to the changes that reduce the loss most for the cost they add.
-    ``bound`` of the plan is the Lagrangian dual: no plan within the budget loses less. With one limit, the loss exceeds
-    the bound by at most one step of one site. With several limits, the multipliers are those of the linear relaxation;
-    the bound holds too, but how close the loss comes to it is not guaranteed.
+    ``bound`` of the plan is the Lagrangian dual, attained at its ``multipliers``: no plan within the budget loses less.
+    With one limit, the loss exceeds the bound by at most one step of one site. With several limits, the multipliers are
+    those of the linear relaxation; the bound holds too, but how close the loss comes to it is not guaranteed.
 
     Raises
     ------
@@ -106,8 +106,9 @@ def lagrangian(candidates: Candidates, budget: Budget) -> Plan:
     table = _read(candidates, budget)
     if table is None:
         return _plan(candidates, budget, None, None, "lagrangian", 0.0)
-    picks, bound, _ = knapsack.relax(table)
-    return _plan(candidates, budget, table, picks, "lagrangian", bound)
+    picks, bound, multipliers = knapsack.relax(table)
+    plan = _plan(candidates, budget, table, picks, "lagrangian", bound)
+    return dataclasses.replace(plan, multipliers=dict(zip(table.names, multipliers.tolist(), strict=True)))
 
 
 def exact(candidates: Candidates, budget: Budget) -> Plan:
@@ -165,11 +166,10 @@ def select(candidates: Candidates, budget: Budget, selector: Selector = exact) -
     return selector(candidates, budget)
 
 
-def at_multiplier(candidates: Candidates, cost: str, multiplier: float) -> Plan:
+def at_multiplier(candidates: Candidates, cost: str, multiplier: float, *, dense: bool = True) -> Plan:
     """The plan that minimises ``loss + multiplier * cost``, site by site, without a budget.
 
-    Of options with equal sums the cheaper one is taken. As everywhere, an option that is not strictly cheaper than
-    dense is not considered.
+    Of options whose sums are equal (to rounding) the cheaper one is taken.
 
     Parameters
     ----------
@@ -177,6 +177,15 @@ def at_multiplier(candidates: Candidates, cost: str, multiplier: float) -> Plan:
         Name of the cost, as in ``candidates.costs``.
     multiplier
         Loss that one unit of the cost is worth; finite and >= 0.
+    dense
+        Whether a site may stay dense; then, as everywhere, an option that is not strictly cheaper than dense is not
+        considered. Without it all options but the dense one are, also those that cost more.
+
+    Raises
+    ------
+    ValueError
+        For another multiplier, a cost the table does not hold, or a site without any option but dense when that is
+        not allowed.
     """
     if not 0 <= multiplier < float("inf"):
         raise ValueError(f"multiplier {multiplier!r} must be finite and at least 0")
@@ -186,10 +195,14 @@ def at_multiplier(candidates: Candidates, cost: str, multiplier: float) -> Plan:
     for row in candidates.rows:
         loss, _, costs = knapsack.columns(row, (cost,))
         price = costs[:, 0]
-        allowed = knapsack.cheaper(costs)
-        order = np.lexsort((price[allowed], (loss + multiplier * price)[allowed]))
-        picks.append(int(allowed[order[0]]))
-    return make_plan(candidates, picks, budget={}, selector=f"at_multiplier({cost}, {multiplier:.6g})")
+        allowed = knapsack.cheaper(costs) if dense else np.arange(1, len(price))
+        if not len(allowed):
+            raise ValueError(f"site {row.site!r} has no option but dense, which is not allowed here")
+        total = (loss + multiplier * price)[allowed]
+        least = allowed[total <= total.min() * (1 + ROUNDING)]
+        picks.append(int(least[np.lexsort((loss[least], price[least]))[0]]))
+    plan = make_plan(candidates, picks, budget={}, selector=f"at_multiplier({cost}, {multiplier:.6g})")
+    return dataclasses.replace(plan, multipliers={cost: float(multiplier)})
 
 
 def _read(candidates: Candidates, budget: Budget) -> Table | None:

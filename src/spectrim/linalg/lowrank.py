@@ -49,15 +49,19 @@ def square_root(metric: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:
     return (vectors * values.sqrt().unsqueeze(-2)) @ vectors.mT
 
 
-def energies(matrix: Float[Tensor, "g rows columns"], metric: Float[Tensor, "g rows rows"]) -> Float[Tensor, "g R"]:
+def energies(
+    matrix: Float[Tensor, "g rows columns"], metric: Float[Tensor, "g rows rows"] | None = None
+) -> Float[Tensor, "g R"]:
     """Energies of :func:`spectrum` alone, descending, in a fraction of its time."""
-    m, a = matrix.double(), metric.double()
+    m = matrix.double()
     if m.shape[-1] <= m.shape[-2]:
-        gram = m.mT @ (a @ m)
+        gram = m.mT @ (m if metric is None else metric.double() @ m)
+    elif metric is None:
+        gram = m @ m.mT
     else:
         # Any square root of the metric has the same spectrum; the triangular one is the cheapest.
-        half, failed = torch.linalg.cholesky_ex(a)
-        whitened = half.mT @ m if not bool(failed.any()) else square_root(a) @ m
+        half, failed = torch.linalg.cholesky_ex(metric.double())
+        whitened = half.mT @ m if not bool(failed.any()) else square_root(metric) @ m
         gram = whitened @ whitened.mT
     return torch.linalg.eigvalsh((gram + gram.mT) / 2).flip(-1).clamp_min(0)
 

@@ -98,7 +98,8 @@ class ActivationSVD(LowRankMethod):
             shift = metric.shift(matrix - left @ right, site.spec.shape[1])
         left, right = lowrank.balance(left, right)
         dtype = site.spec.dtype
-        return LowRank(left.to(dtype), right.to(dtype), shift.to(dtype), how, site.spec.shape[1:])
+        moved = shift.to(dtype) if choice["bias"] else None
+        return LowRank(left.to(dtype), right.to(dtype), moved, how, site.spec.shape[1:])
 
     def _fitted(
         self,

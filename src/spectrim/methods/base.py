@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -121,10 +122,13 @@ class LowRankMethod(Method):
         Names of the unfoldings to offer; all that fit the layer if None.
     multiple_of
         Offer ranks that are multiples of this; what suits the device and the layer's width if None.
+    to_full_rank
+        Offer also ranks at which the pair costs more than the layer, up to full rank.
     """
 
     unfoldings: tuple[str, ...] | None = None
     multiple_of: int | None = None
+    to_full_rank: bool = False
 
     def __post_init__(self) -> None:
         names = () if self.unfoldings is None else self.unfoldings
@@ -142,8 +146,9 @@ class LowRankMethod(Method):
 
     def ranks(self, spec: LayerSpec, how: Unfolding) -> range:
         """Ranks on offer: multiples, as long as the pair has fewer parameters or fewer MACs than the layer."""
-        step = self.multiple_of or rank_multiple(spec.device, spec.dtype, full_rank(spec, how))
-        return range(step, break_even(spec, how) + 1, step)
+        full = full_rank(spec, how)
+        step = self.multiple_of or rank_multiple(spec.device, spec.dtype, full)
+        return range(step, (full if self.to_full_rank else break_even(spec, how)) + 1, step)
 
     def layers(self, site: Site, choice: Choice) -> tuple[LayerSpec, ...]:
         how = unfolding(site.spec.kernel, choice["unfolding"])
@@ -160,6 +165,7 @@ def full_rank(spec: LayerSpec, how: Unfolding) -> int:
     return min(i * rows, o * columns)
 
 
+@functools.lru_cache(maxsize=4096)
 def break_even(spec: LayerSpec, how: Unfolding) -> int:
     """The largest rank at which a pair costs fewer parameters or fewer MACs than the layer; 0 if there is none."""
 

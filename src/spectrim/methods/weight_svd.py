@@ -41,20 +41,23 @@ class WeightSVD(LowRankMethod):
             ranks = self.ranks(site.spec, how)
             if not ranks:
                 continue
-            most = None if how.name == "channel" else ranks[-1]
-            found = lowrank.spectrum(unfold(site.weight, how), most=most)
             if site.moments:
+                most = None if how.name == "channel" else ranks[-1]
+                found = lowrank.spectrum(unfold(site.weight, how), most=most)
                 measured = self._lost(site, how, found)
                 if measured is None:
                     continue
+                energies = found.energies
                 lost, total = measured
                 scale = metrics.scale(site, total)
             else:
-                lost = lowrank.tail_errors(found.energies)
+                # The error of every rank takes the spectrum alone, without a basis.
+                energies = lowrank.energies(unfold(site.weight, how))
+                lost = lowrank.tail_errors(energies)
             biased = site.spec.bias or bool(site.moments)
             choices += [self.choice(site, how, rank, bias=biased) for rank in ranks]
             errors += lost[list(ranks)].tolist()
-            spectra[how.name] = lowrank.profile(found.energies)
+            spectra[how.name] = lowrank.profile(energies)
         unit = metrics.unit(site) if site.moments else WEIGHT_ENERGY
         return Curve(tuple(choices), tuple(errors), unit, scale, spectra)
 
@@ -88,7 +91,7 @@ class WeightSVD(LowRankMethod):
         left, right = lowrank.factors(matrix, basis, choice["rank"])
         dtype = site.spec.dtype
         shift = None
-        if site.moments or (choice["bias"] and not site.spec.bias):
+        if choice["bias"] and (site.moments or not site.spec.bias):
             # The choice was offered for a calibrated site: its bias carries the mean of what is left out.
             shift = self._shift(site, how, matrix - left @ right, basis).to(dtype)
         left, right = lowrank.balance(left, right)

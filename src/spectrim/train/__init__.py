@@ -1,21 +1,30 @@
-"""Training after a compression: one short loop, distillation, decay of the product of factors, exact resume."""
+"""Training: one short loop with exact resume, distillation, decay of the product of factors, learned ranks."""
 
 from spectrim.train.distillation import Distillation
+from spectrim.train.learn import LearnedResult, budget_path, learn_ranks
+from spectrim.train.learned_ranks import LearnedRanks
 from spectrim.train.loop import Loop
 from spectrim.train.penalties import FactoredPair, add_product_decay, factored_pairs, product_penalty
 from spectrim.train.recipe import Recipe
 from spectrim.train.result import EpochRecord, TrainingResult
+from spectrim.train.schedule import PAPER_SCHEDULES, Schedule
 from spectrim.train.tune import fine_tune
 
 __all__ = [
+    "PAPER_SCHEDULES",
     "Distillation",
     "EpochRecord",
     "FactoredPair",
+    "LearnedRanks",
+    "LearnedResult",
     "Loop",
     "Recipe",
+    "Schedule",
     "TrainingResult",
     "add_product_decay",
+    "budget_path",
     "factored_pairs",
     "fine_tune",
+    "learn_ranks",
     "product_penalty",
 ]

@@ -1,0 +1,269 @@
+"""Learned ranks in one call, and several budgets in one run."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from spectrim.budget import Budget
+from spectrim.errors import PlanError
+from spectrim.latency import Latency
+from spectrim.nn.batches import batch_size
+from spectrim.nn.calibrate import calibrate
+from spectrim.nn.find import Selector, find
+from spectrim.nn.sensitivity import sensitivity
+from spectrim.pipeline import Report, Result
+from spectrim.train.batches import length
+from spectrim.train.learned_ranks import LearnedRanks
+from spectrim.train.loop import Evaluate, Loop
+from spectrim.train.objective import Loss
+from spectrim.train.recipe import Recipe
+from spectrim.train.result import TrainingResult
+from spectrim.train.schedule import Schedule
+from spectrim.train.tune import fine_tune
+from spectrim.trajectory import Trajectory
+
+# Samples taken from the training batches where no calibration batches are given.
+_SAMPLES = 2048
+
+
+@dataclass(frozen=True)
+class LearnedResult(Result):
+    """What :func:`learn_ranks` returns.
+
+    Attributes
+    ----------
+    model, plan, report, candidates, sites
+        As of :class:`spectrim.Result`; the model is trained already.
+    trajectory
+        Ranks after every C step.
+    learning, tuning
+        The training of the dense network, and that of the factored one; None for no epochs.
+    """
+
+    trajectory: Trajectory = field(default_factory=lambda: Trajectory((), (), {}))
+    learning: TrainingResult | None = None
+    tuning: TrainingResult | None = None
+
+
+def learn_ranks(
+    model: nn.Module,
+    batches: Iterable[Any],
+    budget: Budget | None = None,
+    *,
+    calibration: Iterable[Any] | None = None,
+    learning: Recipe | None = None,
+    tuning: Recipe | None = None,
+    patience: int | None = 5,
+    weigh: bool = True,
+    skip: Selector | Iterable[Selector] = (),
+    only: Selector | Iterable[Selector] = (),
+    teacher: nn.Module | None = None,
+    loss: Loss | None = None,
+    evaluate: Evaluate | None = None,
+    checkpoint: str | Path | None = None,
+    latency: Latency | None = None,
+    progress: bool | None = None,
+    accelerate: bool | None = None,
+    **options: Any,
+) -> LearnedResult:
+    """Learn the weights and ranks of a network together, within a budget, then fine-tune the factored network.
+
+    Parameters
+    ----------
+    model
+        Left untouched, and the teacher of both trainings unless there is another one.
+    batches
+        Training batches, as for :func:`spectrim.fine_tune`, with a length.
+    budget
+        For the whole network. ``multiplier=`` among the options takes its place.
+    calibration
+        Batches of inputs for the first low-rank copy and for the final fit; the first 2,048 samples of ``batches``
+        if None.
+    learning
+        Training of the dense network with the penalty. The C steps are spread evenly over its epochs.
+    tuning
+        Training of the factored network afterwards.
+    patience
+        Stop learning at the end of an epoch when so many C steps have changed no choice; None never stops early.
+    weigh
+        Weigh errors in output energy by the gradients that reach each layer.
+    skip, only
+        Layers to leave alone or keep to; see :func:`spectrim.find`.
+    teacher, loss, evaluate, progress, accelerate
+        As for :func:`spectrim.fine_tune`; ``evaluate`` is used in tuning.
+    checkpoint
+        Folder of two training checkpoints. A call that was killed and made again continues from them and ends in the
+        same weights, bit for bit on a CPU.
+    latency
+        How time is measured, for a latency budget.
+    **options
+        Of :class:`LearnedRanks`: ``schedule``, ``multiplier``, ``methods``, ``energy``, ...
+
+    Returns
+    -------
+    LearnedResult
+
+    Raises
+    ------
+    InfeasibleBudgetError
+        If the budget cannot be met.
+    """
+    prepared = _Run(
+        model, batches, calibration=calibration, weigh=weigh, skip=skip, only=only, teacher=teacher, loss=loss,
+        evaluate=evaluate, latency=latency, progress=progress, accelerate=accelerate,
+    )  # fmt: skip
+    folder = None if checkpoint is None else Path(checkpoint)
+    net = copy.deepcopy(model)
+    return prepared.point(net, budget, learning or Recipe(), tuning or Recipe(), patience, folder, options)
+
+
+def budget_path(
+    model: nn.Module,
+    batches: Iterable[Any],
+    budgets: Sequence[Budget],
+    *,
+    calibration: Iterable[Any] | None = None,
+    learning: Recipe | None = None,
+    tuning: Recipe | None = None,
+    patience: int | None = 5,
+    weigh: bool = True,
+    skip: Selector | Iterable[Selector] = (),
+    only: Selector | Iterable[Selector] = (),
+    teacher: nn.Module | None = None,
+    loss: Loss | None = None,
+    evaluate: Evaluate | None = None,
+    checkpoint: str | Path | None = None,
+    latency: Latency | None = None,
+    progress: bool | None = None,
+    accelerate: bool | None = None,
+    done: Callable[[LearnedResult], None] | None = None,
+    **options: Any,
+) -> tuple[LearnedResult, ...]:
+    """Several budgets from one run: every one goes on from the dense weights that the one before has learned.
+
+    Parameters
+    ----------
+    budgets
+        In the order they are met; the loosest first, so that each starts close to the next.
+    learning, tuning
+        For every budget.
+    done
+        Called with every result as soon as it is there.
+
+    Returns
+    -------
+    tuple of LearnedResult
+        One a budget: the points of an accuracy-cost curve. The other parameters are those of :func:`learn_ranks`.
+    """
+    if not budgets:
+        raise ValueError("give at least one budget")
+    prepared = _Run(
+        model, batches, calibration=calibration, weigh=weigh, skip=skip, only=only, teacher=teacher, loss=loss,
+        evaluate=evaluate, latency=latency, progress=progress, accelerate=accelerate,
+    )  # fmt: skip
+    net = copy.deepcopy(model)
+    results = []
+    for number, budget in enumerate(budgets):
+        folder = None if checkpoint is None else Path(checkpoint) / f"{number:02d}"
+        found = prepared.point(net, budget, learning or Recipe(), tuning or Recipe(), patience, folder, options)
+        results.append(found)
+        if done is not None:
+            done(found)
+    return tuple(results)
+
+
+class _Run:
+    """What does not change from one budget to the next."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Any],
+        *,
+        calibration: Iterable[Any] | None,
+        weigh: bool,
+        skip: Selector | Iterable[Selector],
+        only: Selector | Iterable[Selector],
+        teacher: nn.Module | None,
+        loss: Loss | None,
+        evaluate: Evaluate | None,
+        latency: Latency | None,
+        progress: bool | None,
+        accelerate: bool | None,
+    ) -> None:
+        self.model, self.batches, self.evaluate = model, batches, evaluate
+        self.calibration = _first(batches) if calibration is None else calibration
+        if iter(self.calibration) is self.calibration:
+            self.calibration = list(self.calibration)
+        self.weigh, self.skip, self.only, self.latency = weigh, skip, only, latency
+        teacher = model if teacher is None and loss is None else teacher
+        self.shared: dict[str, Any] = {
+            "teacher": teacher, "loss": loss, "progress": progress, "accelerate": accelerate,
+        }  # fmt: skip
+
+    def point(
+        self,
+        net: nn.Module,
+        budget: Budget | None,
+        learning: Recipe,
+        tuning: Recipe,
+        patience: int | None,
+        folder: Path | None,
+        options: dict[str, Any],
+    ) -> LearnedResult:
+        """Learn one budget on ``net``, in place, and fine-tune what comes of it."""
+        ranks = self._ranks(net, budget, learning, options)
+        learned = None
+        if learning.epochs:
+            loop = Loop(
+                net, self.batches, learning, penalty=ranks, after_step=ranks.after_step,
+                checkpoint=None if folder is None else folder / "learning.safetensors", **self.shared,
+            )  # fmt: skip
+            while loop.epoch < learning.epochs and not (patience and ranks.trajectory.settled >= patience):
+                loop.run(until=loop.epoch + 1)
+            learned = loop.result()
+        small, plan = ranks.finish(self.calibration)
+        tuned = None
+        if tuning.epochs:
+            tuned = fine_tune(
+                small, self.batches, recipe=tuning, evaluate=self.evaluate,
+                checkpoint=None if folder is None else folder / "tuning.safetensors", **self.shared,
+            )  # fmt: skip
+        sites = ranks.sites
+        report = Report(plan, tuple((s.name, s.kind, s.reason) for s in sites.skipped), sites.samples)
+        return LearnedResult(small, plan, report, ranks.table, sites, ranks.trajectory, learned, tuned)
+
+    def _ranks(self, net: nn.Module, budget: Budget | None, learning: Recipe, options: dict[str, Any]) -> LearnedRanks:
+        sites = find(net, skip=self.skip, only=self.only)
+        if not len(sites):
+            reasons = "; ".join(f"{s.name}: {s.reason}" for s in sites.skipped[:5]) or "it has no linear or conv layers"
+            raise PlanError(f"{type(net).__name__} has no layer to compress ({reasons})")
+        sites = calibrate(net, sites, self.calibration)
+        if self.weigh:
+            sites = sensitivity(net, sites, self.calibration)
+        schedule = options.get("schedule") or Schedule()
+        total = learning.epochs * (length(self.batches, needed=True) or 0)
+        every = max(1, math.ceil(total / max(1, schedule.steps)))
+        spec = sites.sites[0].spec
+        clock = self.latency
+        if clock is None and budget is not None and budget.latency is not None:
+            clock = Latency(device=spec.device, dtype=spec.dtype)
+        return LearnedRanks(net, sites, budget, every=every, latency=clock, **options)
+
+
+def _first(batches: Iterable[Any]) -> list[Any]:
+    """Training batches up to a number of samples, for calibration."""
+    found, samples = [], 0
+    for batch in batches:
+        found.append(batch)
+        samples += batch_size(batch)
+        if samples >= _SAMPLES:
+            break
+    return found

@@ -1,0 +1,449 @@
+"""Learned ranks: weights and ranks of all layers together, by the learning-compression (LC) algorithm.
+
+The problem is ``min L(W) + lambda C(r)`` with ``rank(W_k) <= r_k`` at every site (Idelbayev and Carreira-Perpinan, CVPR
+2020). A low-rank copy ``Delta_k`` of every weight and multipliers ``Lambda_k`` split it into two easy steps that
+alternate while ``mu`` grows::
+
+    L step:  min over W of         L(W) + mu/2 sum_k ||W_k - Delta_k - Lambda_k / mu||^2     (ordinary training)
+    C step:  min over Delta, r of  sum_k mu/2 ||W_k - Lambda_k / mu - Delta_k||^2 + lambda C(r)
+
+The second is a choice of one option a site in a table: ``select`` at a fixed multiplier, on the curves of the present
+weights. With a budget in place of ``lambda``, the multiplier is the dual of the budget at every C step.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.api import apply, default_methods, retabulate, tabulate
+from spectrim.budget import Budget
+from spectrim.costs import Cost
+from spectrim.errors import CheckpointError, PlanError
+from spectrim.latency import Latency
+from spectrim.methods import Method
+from spectrim.methods.base import full_rank
+from spectrim.nn.calibrate import calibrate
+from spectrim.nn.find import canonical
+from spectrim.nn.sensitivity import sensitivity
+from spectrim.pipeline import meet_latency, one_batch
+from spectrim.plan import Candidates, Choice, Plan, make_plan
+from spectrim.selectors import at_multiplier, exact, lagrangian
+from spectrim.sites import LayerSpec, Site, Sites
+from spectrim.train import rank_tables
+from spectrim.train.rank_tables import ZERO
+from spectrim.train.schedule import Schedule
+from spectrim.trajectory import Record, Trajectory
+from spectrim.unfold import unfoldings
+
+# How much of a latency budget may stay unused.
+_CLOSE = 0.01
+
+
+class LearnedRanks:
+    """The penalty, the C step and the state of one run.
+
+    Hand it to any training loop: add ``penalty()`` to the loss of every batch and call ``c_step()`` now and then,
+    ``schedule.steps - 1`` times in all (the first C step is taken on construction). Or hand it to
+    :class:`~spectrim.train.Loop` as ``penalty`` and its ``after_step`` as ``after_step``, which takes C steps every
+    ``every`` batches and keeps its state in checkpoints. :func:`~spectrim.train.learn_ranks` does all of it.
+
+    Parameters
+    ----------
+    model
+        The dense network. It is trained in place, and stays dense: :meth:`finish` returns the factored one.
+    sites
+        From :func:`spectrim.find`, or :func:`spectrim.calibrate` for costs in MACs and errors in output energy.
+    budget
+        What the compressed network may cost. It holds after every C step.
+    multiplier
+        ``lambda`` in place of a budget: the loss that one unit of ``cost`` is worth, so one parameter or one MAC (the
+        paper gives it for a million of them). Ranks may then start from 0 and grow with ``mu``.
+    cost
+        Which cost ``multiplier`` is for.
+    schedule
+        ``mu`` at every C step.
+    methods
+        What may be chosen at each site. By default truncated SVDs of the weight in all its unfoldings.
+    start
+        Methods of the first C step alone. By default those of :func:`spectrim.compress` if the sites are calibrated and
+        a budget is given, so that the first low-rank copy is a good network; else ``methods``.
+    energy
+        ``"weight"`` measures errors in weight energy, as the paper does. ``"output"`` measures them in the energy of
+        the layer's responses at calibration, weighed by sensitivity where the sites hold it.
+    normalize
+        Measure weight energy as a share of the layer's, as the paper does but for its smallest network. The penalty of
+        the L step is not normalised, here or there, so the two steps do not descend one common objective.
+    augmented
+        Use multipliers ``Lambda``; without them the penalty is quadratic.
+    dense
+        Offer to leave a layer dense. Without it every rank up to the full one is on offer, in the unfolding of the
+        paper, and layers whose rank does not pay are left dense by :meth:`finish`.
+    every
+        Batches between two C steps, for :meth:`after_step`.
+    evaluate
+        Function of the nested network (:meth:`nested`) to a number, recorded at every C step.
+    latency, dense_latency, costs
+        As for :func:`spectrim.tabulate`.
+
+    Attributes
+    ----------
+    sites
+        As given.
+    step
+        C steps done.
+    plan
+        Of the last C step.
+    table
+        Of the last C step.
+    trajectory
+        Ranks after every C step.
+
+    Raises
+    ------
+    InfeasibleBudgetError
+        If the budget cannot be met.
+    ValueError
+        For a budget and a multiplier at once, or neither, or options that do not fit together.
+
+    Notes
+    -----
+    A C step costs one eigendecomposition of the smaller Gram matrix, in float64, for every unfolding of every layer
+    whose weight has moved, and one more for what is chosen.
+
+    Examples
+    --------
+    >>> ranks = LearnedRanks(model, calibrate(model, find(model), batches), Budget(macs=0.5))  # doctest: +SKIP
+    >>> for inputs, labels in training:  # doctest: +SKIP
+    ...     (cross_entropy(model(inputs), labels) + ranks.penalty()).backward()
+    ...     optimizer.step(); optimizer.zero_grad()
+    >>> ranks.c_step()  # doctest: +SKIP
+    >>> small, plan = ranks.finish(batches)  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sites,
+        budget: Budget | None = None,
+        *,
+        multiplier: float | None = None,
+        cost: str = "macs",
+        schedule: Schedule | None = None,
+        methods: Sequence[Method] | None = None,
+        start: Sequence[Method] | None = None,
+        energy: str = "weight",
+        normalize: bool = True,
+        augmented: bool = True,
+        dense: bool = True,
+        every: int | None = None,
+        evaluate: Callable[[nn.Module], float] | None = None,
+        latency: Latency | None = None,
+        dense_latency: float | None = None,
+        costs: Mapping[str, Cost] | None = None,
+    ) -> None:
+        if (budget is None) == (multiplier is None):
+            raise ValueError("give either a budget or multiplier=, the loss that one unit of the cost is worth")
+        if energy not in ("weight", "output"):
+            raise ValueError(f"energy={energy!r} must be 'weight' or 'output'")
+        if energy == "output" and not normalize:
+            raise ValueError("normalize=False is for weight energy; output energy is a share of the layer's always")
+        if budget is not None and not dense:
+            raise ValueError("dense=False is for a multiplier given by hand; under a budget a layer may stay dense")
+        if every is not None and every < 1:
+            raise ValueError(f"every={every!r} must be at least 1")
+        if not len(sites):
+            raise PlanError(f"{type(model).__name__} has no layer to compress")
+        self.model, self.budget, self.schedule = model, budget, schedule or Schedule()
+        self.energy, self.normalize, self.augmented, self.dense = energy, normalize, augmented, dense
+        self.every, self.evaluate = every, evaluate
+        self.methods = list(methods) if methods is not None else rank_tables.rank_methods(paper=not dense)
+        self._multiplier, self._cost, self.sites, self._latency = multiplier, cost, sites, latency
+        self._layers = {spec.name: model.get_submodule(spec.name) for site in sites for spec in site.layers}
+        self._targets: dict[str, list[Tensor]] = {}
+        self._multipliers: dict[str, list[Tensor]] = {}
+        self._batches = 0
+        self.step = 0
+        options: dict[str, Any] = {"latency": latency, "dense_latency": dense_latency, "costs": costs}
+        now = self._present(lambda name, part, weight: weight)
+        self.table = rank_tables.with_zero(tabulate(now, self.methods, dear=not dense, **options), sites)
+        self._decomposed = {site.name: tuple(w.clone() for w in site.weights) for site in now}
+        self.trajectory = Trajectory(
+            sites=tuple(site.name for site in sites),
+            full=tuple(_full_rank(site) for site in sites),
+            dense_costs=dict(self.table.dense),
+            budget={} if budget is None else budget.limits(self.table.dense),
+        )
+        if start is None:
+            warm = budget is not None and all(site.moments for site in sites)
+            start = default_methods(sites) if warm else self.methods
+        begin = time.perf_counter()
+        if list(start) == self.methods:
+            self.plan = self._take(self._chosen(self.table, now), now, self.methods, begin)
+        else:
+            self.plan = self._take(self._chosen(tabulate(sites, start, **options), sites), sites, start, begin)
+
+    # The two calls of a training loop.
+
+    def penalty(self) -> Tensor:
+        """``mu/2 sum_k ||W_k - Delta_k - Lambda_k / mu||^2`` over the sites that are not left dense."""
+        terms = []
+        for name, targets in self._targets.items():
+            for spec, target in zip(self.sites[name].layers, targets, strict=True):
+                weight: Any = self._layers[spec.name].weight
+                terms.append((weight - target.to(weight.device)).square().sum())
+        return self.mu / 2 * torch.stack(terms).sum() if terms else torch.zeros(())
+
+    def c_step(self) -> Plan:
+        """Choose ranks and low-rank copies for the present weights; then ``mu`` grows.
+
+        Raises
+        ------
+        RuntimeError
+            If the schedule is over.
+        FloatingPointError
+            If a weight is not finite; the message names the layer.
+        """
+        if self.step >= self.schedule.steps:
+            raise RuntimeError(f"all {self.schedule.steps} C steps of the schedule are done; call finish()")
+        begin, mu = time.perf_counter(), self.mu
+        held = self._multipliers
+        sites = self._present(lambda name, part, w: w - held[name][part] / mu if name in held else w.clone())
+        self._renew(sites)
+        return self._take(self._chosen(self.table, sites), sites, self.methods, begin)
+
+    # For the loop of this library.
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        """The penalty, as :class:`~spectrim.train.Loop` calls it."""
+        if model is not self.model:
+            raise ValueError("the penalty belongs to another model than the one that is trained")
+        return self.penalty()
+
+    def after_step(self, model: nn.Module) -> None:
+        """Count a batch, and take a C step after ``every`` of them until the schedule is over."""
+        if self.every is None:
+            raise ValueError("after_step needs every=, the batches between two C steps")
+        self._batches += 1
+        if self._batches % self.every == 0 and self.step < self.schedule.steps:
+            self.c_step()
+
+    @property
+    def mu(self) -> float:
+        """Strength of the penalty now."""
+        return self.schedule.mu(self.step)
+
+    def nested(self) -> nn.Module:
+        """A copy of the model with its weights replaced by their low-rank copies, still in dense layers."""
+        copied = copy.deepcopy(self.model)
+        with torch.no_grad():
+            for name, targets in self._targets.items():
+                held = self._multipliers.get(name)
+                for part, (spec, target) in enumerate(zip(self.sites[name].layers, targets, strict=True)):
+                    low = target if held is None else target - _laid_out(held[part], spec) / self.mu
+                    weight: Any = copied.get_submodule(spec.name).weight
+                    weight.copy_(low)
+        return copied
+
+    def finish(
+        self,
+        batches: Iterable[Any] | None = None,
+        *,
+        reconstruct: bool = True,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
+    ) -> tuple[nn.Module, Plan]:
+        """The factored network that the present weights lead to, and its plan.
+
+        Under a budget, the choice is made once more, exactly, on the present weights. With a multiplier, the ranks are
+        those of the last C step; a layer at rank 0 gets the lowest rank on offer and one whose rank does not pay stays
+        dense.
+
+        Parameters
+        ----------
+        batches
+            Calibration batches, read several times: factors are fitted to the responses of the present network, and a
+            latency budget is checked by measuring. Without them every layer is factorised on its own.
+        reconstruct, forward
+            As for :func:`spectrim.apply`.
+
+        Returns
+        -------
+        model, plan
+            A new model of plain layers; the trained one is left as it is.
+        """
+        sites = self._present(lambda name, part, weight: weight)
+        if batches is not None:
+            fitted = calibrate(self.model, sites, batches, forward=forward)
+            if any("gradient" in site.moments for site in self.sites):
+                fitted = sensitivity(self.model, fitted, batches, forward=forward)
+            sites = fitted if self.energy == "output" else sites
+        else:
+            fitted = sites
+        table = retabulate(self.table, sites, self.methods)
+        if self.budget is not None:
+            table = rank_tables.without_zero(self._weighed(table, sites))
+            plan = exact(table, self.budget)
+            if self._latency is not None and batches is not None:
+                example = one_batch(self.model, batches, self._latency.batch)
+                plan, _ = meet_latency(
+                    self.model,
+                    sites,
+                    table,
+                    plan,
+                    self.budget,
+                    example,
+                    self._latency,
+                    methods=self.methods,
+                    close=0.01,
+                )
+        else:
+            picks = [rank_tables.buildable(row, entry.choice) for row, entry in zip(table, self.plan, strict=True)]
+            plan = make_plan(table, picks, budget={}, selector=self.plan.selector)
+            plan = dataclasses.replace(plan, multipliers=self.plan.multipliers)
+        small = apply(self.model, fitted, plan, batches, methods=self.methods, reconstruct=reconstruct, forward=forward)
+        return small, plan
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The whole state as tensors; with the weights of the model it continues the run bit for bit."""
+        state = {"counts": torch.tensor([self.step, self._batches])}
+        for kind, held in (("target", self._targets), ("multiplier", self._multipliers)):
+            for name, parts in held.items():
+                state |= {f"{kind}:{part}:{name}": tensor for part, tensor in enumerate(parts)}
+        for name, text in (("plan", self.plan.to_json()), ("trajectory", self.trajectory.to_json())):
+            state[name] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what :meth:`state_dict` returned.
+
+        Raises
+        ------
+        CheckpointError
+            If it belongs to a run with other sites, another budget or another multiplier.
+        """
+        found = Trajectory.from_json(_text(state["trajectory"]))
+        mine = self.trajectory
+        same = found.sites == mine.sites and found.budget == mine.budget and found.dense_costs == mine.dense_costs
+        if not same or bool(found.budget) != (self.budget is not None):
+            raise CheckpointError(
+                f"the checkpoint belongs to another run: {len(found.sites)} sites, budget {dict(found.budget)}, dense "
+                f"{dict(found.dense_costs)}; here {len(mine.sites)} sites, budget {dict(mine.budget)}, dense "
+                f"{dict(mine.dense_costs)}"
+            )
+        self.step, self._batches = (int(number) for number in state["counts"])
+        self.plan, self.trajectory = Plan.from_json(_text(state["plan"])), found
+        self._targets, self._multipliers = {}, {}
+        for key in sorted(key for key in state if ":" in key):
+            kind, _, name = key.split(":", 2)
+            held = self._targets if kind == "target" else self._multipliers
+            held.setdefault(name, []).append(state[key].to(self.sites[name].weights[0].device, copy=True))
+
+    # The C step in parts.
+
+    def _present(self, change: Callable[[str, int, Tensor], Tensor]) -> Sites:
+        """The sites with the present weights, changed by a function of site name, part and weight."""
+        found = []
+        for site in self.sites:
+            layers = [canonical(self._layers[spec.name]) for spec in site.layers]
+            weights = tuple(change(site.name, part, weight) for part, (weight, _) in enumerate(layers))
+            biases = tuple(bias for _, bias in layers)
+            moments = site.moments if self.energy == "output" else MappingProxyType({})
+            found.append(dataclasses.replace(site, weights=weights, biases=biases, moments=moments))
+        return dataclasses.replace(self.sites, sites=tuple(found))
+
+    def _renew(self, sites: Sites) -> None:
+        """Make the rows of layers that have moved again."""
+        moved = []
+        for site in sites:
+            if not all(bool(weight.isfinite().all()) for weight in site.weights):
+                raise FloatingPointError(f"layer {site.name!r} has weights that are not finite. Lower lr, or clip")
+            if not all(torch.equal(a, b) for a, b in zip(site.weights, self._decomposed[site.name], strict=True)):
+                moved.append(site)
+                self._decomposed[site.name] = site.weights
+        self.table = retabulate(self.table, dataclasses.replace(sites, sites=tuple(moved)), self.methods)
+
+    def _weighed(self, table: Candidates, sites: Sites) -> Candidates:
+        return rank_tables.weighed(table, sites.sites, self.mu, normalize=self.normalize)
+
+    def _chosen(self, table: Candidates, sites: Sites) -> Plan:
+        table = self._weighed(table, sites)
+        if self.budget is not None:
+            return lagrangian(rank_tables.without_zero(table), self.budget)
+        assert self._multiplier is not None
+        return at_multiplier(table, self._cost, self._multiplier, dense=self.dense)
+
+    @torch.no_grad()
+    def _take(self, plan: Plan, sites: Sites, methods: Sequence[Method], begin: float) -> Plan:
+        """Make the low-rank copies of a plan, update the multipliers, and write the record."""
+        mu, following = self.mu, self.schedule.mu(self.step + 1)
+        makers = {method.name: method for method in methods}
+        missed = total = 0.0
+        targets: dict[str, list[Tensor]] = {}
+        multipliers: dict[str, list[Tensor]] = {}
+        for site, entry in zip(sites, plan, strict=True):
+            present = [canonical(self._layers[spec.name])[0] for spec in site.layers]
+            total += sum(float(weight.double().square().sum()) for weight in present)
+            if entry.choice.is_dense:
+                # Without a constraint the best copy is the weight itself, at any time: there is nothing to pull at.
+                continue
+            targets[site.name] = []
+            copies = _copies(site, entry.choice, makers)
+            for part, (spec, weight, low) in enumerate(zip(site.layers, present, copies, strict=True)):
+                missed += float((weight - low).double().square().sum())
+                target = low
+                if self.augmented:
+                    after = self._multipliers[site.name][part] if site.name in self._multipliers else 0 * weight
+                    # Before any training there is no L step whose optimality the multipliers could express.
+                    after = after - mu * (weight - low) if self.step else after
+                    multipliers.setdefault(site.name, []).append(after)
+                    target = low + after / following
+                targets[site.name].append(_laid_out(target, spec))
+        self._targets, self._multipliers, self.plan = targets, multipliers, plan
+        self.step += 1
+        seconds = time.perf_counter() - begin
+        record = Record(
+            mu=mu,
+            multipliers=dict(plan.multipliers),
+            ranks=tuple(rank_tables.rank(e.choice, full) for e, full in zip(plan, self.trajectory.full, strict=True)),
+            choices=tuple(_word(entry.choice) for entry in plan),
+            costs=dict(plan.costs),
+            distance=(missed / total) ** 0.5 if total else 0.0,
+            metric=None if self.evaluate is None else float(self.evaluate(self.nested())),
+            seconds=seconds,
+        )
+        self.trajectory = dataclasses.replace(self.trajectory, records=(*self.trajectory.records, record))
+        return plan
+
+
+def _copies(site: Site, choice: Choice, makers: Mapping[str, Method]) -> tuple[Tensor, ...]:
+    if choice == ZERO:
+        return tuple(torch.zeros_like(weight) for weight in site.weights)
+    return makers[choice.method].factorize(site, choice).dense()
+
+
+def _full_rank(site: Site) -> int:
+    spec = site.layers[0]
+    return max(full_rank(spec, how) for how in unfoldings(spec.kernel))
+
+
+def _laid_out(weight: Tensor, spec: LayerSpec) -> Tensor:
+    """A canonical weight ``[g, o, i, *k]`` in the layout of torch's layer."""
+    return (weight.transpose(1, 2) if spec.transposed else weight).flatten(0, 1).contiguous()
+
+
+def _word(choice: Choice) -> str:
+    """What a choice is, without the method: the first C step may have had another one."""
+    if choice.is_dense or choice == ZERO:
+        return choice.kind
+    return " ".join(str(value) for key, value in sorted(choice.settings.items()) if key != "bias")
+
+
+def _text(tensor: Tensor) -> bytes:
+    return tensor.cpu().numpy().tobytes()

@@ -1,0 +1,70 @@
+"""Tables of the C step: options of rank 0, losses at a strength of the penalty, and which options can be built."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from spectrim.costs import Cost, macs, parameters, size_bytes
+from spectrim.methods import Method, WeightSVD
+from spectrim.plan import Candidates, Choice, Option, Row
+from spectrim.sites import Site, Sites
+
+ZERO = Choice("zero", "", {"rank": 0})
+"""Rank 0: the weight is dropped and the bias stays. An option within a run only, no network is built with it."""
+
+
+def rank_methods(*, paper: bool) -> list[Method]:
+    """What a C step offers by default: truncated SVDs in all unfoldings, or those of the paper."""
+    if paper:
+        return [WeightSVD(unfoldings=("channel",), multiple_of=1, to_full_rank=True)]
+    return [WeightSVD()]
+
+
+def with_zero(table: Candidates, sites: Sites) -> Candidates:
+    """The table with rank 0 offered at every site."""
+    counted: dict[str, Cost] = {"parameters": parameters, "bytes": size_bytes, "macs": macs}
+    rows = []
+    for row, site in zip(table.rows, sites, strict=True):
+        empty = [dataclasses.replace(spec, in_channels=0) for spec in site.layers]
+        # A cost that is measured, or is the user's, takes nothing for a layer that is not there.
+        costs = {name: counted[name](empty) if name in counted else 0.0 for name in table.costs}
+        rows.append(dataclasses.replace(row, options=(*row.options, Option(ZERO, 1.0, costs))))
+    return dataclasses.replace(table, rows=tuple(rows))
+
+
+def without_zero(table: Candidates) -> Candidates:
+    """The table without rank 0."""
+    rows = (dataclasses.replace(r, options=tuple(o for o in r.options if o.choice != ZERO)) for r in table.rows)
+    return dataclasses.replace(table, rows=tuple(rows))
+
+
+def weighed(table: Candidates, sites: Sequence[Site], mu: float, *, normalize: bool) -> Candidates:
+    """The table with the loss ``mu/2 ||A - Delta||^2`` of every option.
+
+    ``||A||^2`` counts as 1 with ``normalize``. A row that has a scale of its own, from calibration, keeps it in place
+    of ``1/2 ||A||^2``.
+    """
+    scales: dict[str, tuple[float, float]] = {}
+    for row, site in zip(table.rows, sites, strict=True):
+        half = row.scale if row.scale != 1.0 else 0.5
+        if not normalize:
+            half = 0.5 * sum(float(weight.double().square().sum()) for weight in site.weights)
+        scales[row.site] = (mu * half, row.exponent)
+    return table.weighted(scales)
+
+
+def buildable(row: Row, choice: Choice) -> int:
+    """Index of the option to build for a choice: dense where the rank does not pay, the lowest rank for rank 0."""
+    options = row.options
+    if choice == ZERO:
+        ranked = [n for n, o in enumerate(options) if o.choice.settings.get("rank")]
+        return min(ranked, key=lambda n: (options[n].choice["rank"], sum(options[n].costs.values())), default=0)
+    index = next(n for n, option in enumerate(options) if option.choice == choice)
+    pays = any(options[index].costs[name] < cost for name, cost in row.dense.costs.items())
+    return index if pays else 0
+
+
+def rank(choice: Choice, full: int) -> int:
+    """Rank of a choice; ``full`` for a layer left dense."""
+    return int(choice["rank"]) if "rank" in choice.settings else full
