@@ -115,15 +115,21 @@ def normalise(images: Tensor) -> Tensor:
 
 
 class Batches:
-    """Augmented training batches (4 pixels of padding, random crop, flip)."""
+    """Augmented training batches (4 pixels of padding, random crop, flip).
 
-    def __init__(self, data: Images, *, batch_size: int, seed: int, teacher: TeacherCache | None = None) -> None:
+    With ``views``, there are so many different views of every image, and teacher outputs to compute; the order of the
+    batches is another one in each epoch all the same.
+    """
+
+    def __init__(
+        self, data: Images, *, batch_size: int, seed: int, teacher: TeacherCache | None = None, views: int | None = None
+    ) -> None:
         padded = F.pad(data.images, (4, 4, 4, 4)).permute(0, 2, 3, 1).contiguous()
         self._pool = torch.stack([padded, padded.flip(2)], 1).flatten(0, 1)
         s = self._pool.stride()
         # Every crop of every image as a strided view; nothing is copied but what a batch takes.
         self._windows = self._pool.as_strided((len(self._pool), 9, 9, 32, 96), (s[0], s[1], s[2], s[1], 1))
-        self.data, self.batch_size, self.seed, self.teacher = data, batch_size, seed, teacher
+        self.data, self.batch_size, self.seed, self.teacher, self.views = data, batch_size, seed, teacher, views
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -145,10 +151,11 @@ class Batches:
         return normalise(crops.permute(0, 3, 1, 2))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Any]]:
-        view = self.view(self.epoch)
+        seen = self.epoch % self.views if self.views else self.epoch
+        view = self.view(seen)
         draw = torch.Generator().manual_seed(7_919 * self.seed + 104_729 + self.epoch)
         order = torch.randperm(len(self.data), generator=draw)
-        outputs = self.teacher.outputs(self, self.epoch) if self.teacher else None
+        outputs = self.teacher.outputs(self, seen) if self.teacher else None
         for index in order.split(self.batch_size)[: len(self)]:
             labels = self.data.labels[index]
             yield self.inputs(index, view), labels if outputs is None else (labels, outputs[index])

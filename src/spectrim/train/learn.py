@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ from spectrim.train.objective import Loss
 from spectrim.train.recipe import Recipe
 from spectrim.train.result import TrainingResult
 from spectrim.train.schedule import Schedule
-from spectrim.train.tune import fine_tune
 from spectrim.trajectory import Trajectory
 
 # Samples taken from the training batches where no calibration batches are given.
@@ -172,7 +171,7 @@ def budget_path(
     results = []
     for number, budget in enumerate(budgets):
         folder = None if checkpoint is None else Path(checkpoint) / f"{number:02d}"
-        found = prepared.point(net, budget, learning or Recipe(), tuning or Recipe(), patience, folder, options)
+        found = prepared.point(net, budget, learning or Recipe(), tuning or Recipe(), patience, folder, options, number)
         results.append(found)
         if done is not None:
             done(found)
@@ -217,28 +216,30 @@ class _Run:
         patience: int | None,
         folder: Path | None,
         options: dict[str, Any],
+        number: int = 0,
     ) -> LearnedResult:
-        """Learn one budget on ``net``, in place, and fine-tune what comes of it."""
+        """Learn one budget on ``net``, in place, and fine-tune what comes of it. ``number`` counts the budgets."""
         ranks = self._ranks(net, budget, learning, options)
-        learned = None
+        # Every training goes on counting epochs and seeds, so that none repeats the orders of the one before.
+        epoch = number * (learning.epochs + tuning.epochs)
+        learned = tuned = None
         if learning.epochs:
-            loop = Loop(
-                net, self.batches, learning, penalty=ranks, after_step=ranks.after_step,
-                checkpoint=None if folder is None else folder / "learning.safetensors", **self.shared,
-            )  # fmt: skip
+            loop = self._loop(net, learning, epoch, folder, "learning", penalty=ranks, after_step=ranks.after_step)
             while loop.epoch < learning.epochs and not (patience and ranks.trajectory.settled >= patience):
                 loop.run(until=loop.epoch + 1)
             learned = loop.result()
         small, plan = ranks.finish(self.calibration)
-        tuned = None
         if tuning.epochs:
-            tuned = fine_tune(
-                small, self.batches, recipe=tuning, evaluate=self.evaluate,
-                checkpoint=None if folder is None else folder / "tuning.safetensors", **self.shared,
-            )  # fmt: skip
+            epoch += learning.epochs
+            tuned = self._loop(small, tuning, epoch, folder, "tuning", evaluate=self.evaluate).run()
         sites = ranks.sites
         report = Report(plan, tuple((s.name, s.kind, s.reason) for s in sites.skipped), sites.samples)
         return LearnedResult(small, plan, report, ranks.table, sites, ranks.trajectory, learned, tuned)
+
+    def _loop(self, model: nn.Module, recipe: Recipe, epoch: int, folder: Path | None, name: str, **hooks: Any) -> Loop:
+        recipe = replace(recipe, seed=recipe.seed + epoch)
+        path = None if folder is None else folder / f"{name}.safetensors"
+        return Loop(model, self.batches, recipe, checkpoint=path, first_epoch=epoch, **hooks, **self.shared)
 
     def _ranks(self, net: nn.Module, budget: Budget | None, learning: Recipe, options: dict[str, Any]) -> LearnedRanks:
         sites = find(net, skip=self.skip, only=self.only)

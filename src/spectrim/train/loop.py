@@ -30,9 +30,11 @@ Evaluate = Callable[[nn.Module], float]
 class Loop:
     """A training run that can be stopped between epochs and continued.
 
-    The arguments are those of :func:`fine_tune`. ``run(until=5)`` followed by ``run()`` gives the weights of one
-    ``run()``; in between, the model may be looked at and :attr:`penalty` changed. A resumed loop skips what is done, so
-    the code around it needs no case for resuming.
+    The arguments are those of :func:`fine_tune`, and ``first_epoch``, the number that ``set_epoch`` of the data gets in
+    the first epoch: a run that follows another one goes on counting, and sees other orders.
+
+    ``run(until=5)`` followed by ``run()`` gives the weights of one ``run()``; in between, the model may be looked at
+    and :attr:`penalty` changed. A resumed loop skips what is done, so the code around it needs no case for resuming.
 
     Attributes
     ----------
@@ -56,6 +58,7 @@ class Loop:
         after_step: Callable[[nn.Module], None] | None = None,
         progress: bool | None = None,
         accelerate: bool | None = None,
+        first_epoch: int = 0,
     ) -> None:
         if recipe.keep == "best" and evaluate is None:
             raise ValueError("keep='best' needs evaluate=, a function of the model to a number where higher is better")
@@ -64,7 +67,7 @@ class Loop:
         self.model, self.batches, self.recipe = model, batches, recipe
         self.evaluate, self.penalty, self.after_step = evaluate, penalty, after_step
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
-        self.progress = progress
+        self.progress, self.first_epoch = progress, first_epoch
         self.steps_per_epoch = batching.length(batches, needed=recipe.schedule != "constant" or bool(recipe.warmup))
         self.devices = assign(model, accelerate)
         if self.devices.count > 1 and isinstance(getattr(batches, "sampler", None), DistributedSampler):
@@ -135,7 +138,7 @@ class Loop:
             self._epoch_random = randomness.capture(self.batches)
         for owner in (self.batches, getattr(self.batches, "dataset", None), getattr(self.batches, "sampler", None)):
             if hasattr(owner, "set_epoch"):
-                cast(Any, owner).set_epoch(self.epoch)
+                cast(Any, owner).set_epoch(self.first_epoch + self.epoch)
         iterator = iter(self.batches)
         if self._batch:
             self._skip(iterator)
