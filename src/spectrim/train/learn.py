@@ -30,6 +30,8 @@ from spectrim.trajectory import Trajectory
 
 # Samples taken from the training batches where no calibration batches are given.
 _SAMPLES = 2048
+# Distance of weights and low-rank copies at which learning may end.
+_CLOSE = 0.05
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ def learn_ranks(
     tuning
         Training of the factored network afterwards.
     patience
-        Stop learning at the end of an epoch when so many C steps have changed no choice; None never stops early.
+        Stop learning at the end of an epoch when so many C steps have changed no choice and the weights are within 5 %
+        of their low-rank copies; None never stops early.
     weigh
         Weigh errors in output energy by the gradients that reach each layer.
     skip, only
@@ -225,7 +228,7 @@ class _Run:
         learned = tuned = None
         if learning.epochs:
             loop = self._loop(net, learning, epoch, folder, "learning", penalty=ranks, after_step=ranks.after_step)
-            while loop.epoch < learning.epochs and not (patience and ranks.trajectory.settled >= patience):
+            while loop.epoch < learning.epochs and not _settled(ranks.trajectory, patience):
                 loop.run(until=loop.epoch + 1)
             learned = loop.result()
         small, plan = ranks.finish(self.calibration)
@@ -257,6 +260,12 @@ class _Run:
         if clock is None and budget is not None and budget.latency is not None:
             clock = Latency(device=spec.device, dtype=spec.dtype)
         return LearnedRanks(net, sites, budget, every=every, latency=clock, **options)
+
+
+def _settled(trajectory: Trajectory, patience: int | None) -> bool:
+    if patience is None or not trajectory.records:
+        return False
+    return trajectory.settled >= patience and trajectory.records[-1].distance <= _CLOSE
 
 
 def _first(batches: Iterable[Any]) -> list[Any]:

@@ -82,7 +82,8 @@ class LearnedRanks:
         Measure weight energy as a share of the layer's, as the paper does but for its smallest network. The penalty of
         the L step is not normalised, here or there, so the two steps do not descend one common objective.
     augmented
-        Use multipliers ``Lambda``; without them the penalty is quadratic.
+        Use multipliers ``Lambda``; without them the penalty is quadratic. None uses them with ``multiplier``, as the
+        paper does, and not with a budget: in runs of a few epochs they run ahead of the weights.
     dense
         Offer to leave a layer dense. Without it every rank up to the full one is on offer, in the unfolding of the
         paper, and layers whose rank does not pay are left dense by :meth:`finish`.
@@ -141,7 +142,7 @@ class LearnedRanks:
         start: Sequence[Method] | None = None,
         energy: str = "weight",
         normalize: bool = True,
-        augmented: bool = True,
+        augmented: bool | None = None,
         dense: bool = True,
         every: int | None = None,
         evaluate: Callable[[nn.Module], float] | None = None,
@@ -162,7 +163,8 @@ class LearnedRanks:
         if not len(sites):
             raise PlanError(f"{type(model).__name__} has no layer to compress")
         self.model, self.budget, self.schedule = model, budget, schedule or Schedule()
-        self.energy, self.normalize, self.augmented, self.dense = energy, normalize, augmented, dense
+        self.energy, self.normalize, self.dense = energy, normalize, dense
+        self.augmented = budget is None if augmented is None else augmented
         self.every, self.evaluate = every, evaluate
         self.methods = list(methods) if methods is not None else rank_tables.rank_methods(paper=not dense)
         self._multiplier, self._cost, self.sites, self._latency = multiplier, cost, sites, latency

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 class Schedule:
     """The strength ``mu`` of the penalty: ``start * factor ** j`` at C step ``j = 0 .. steps - 1``.
 
-    The default spans three decades in 16 steps, for runs of a few epochs that start from a good low-rank network. The
-    schedules of the paper's scripts, with some 30 epochs between two C steps, are in :data:`PAPER_SCHEDULES`.
+    The default spans three decades in 64 steps, for runs of a few epochs with several C steps in each: the closer they
+    are, the less the penalty holds back what training changes within the low-rank weights. The schedules of the paper's
+    scripts, with some 15 epochs between two C steps, are in :data:`PAPER_SCHEDULES`.
 
     Attributes
     ----------
@@ -21,9 +22,9 @@ class Schedule:
         C steps, the first of them before any training.
     """
 
-    start: float = 0.01
-    factor: float = 1.6
-    steps: int = 16
+    start: float = 0.02
+    factor: float = 1.12
+    steps: int = 64
 
     def __post_init__(self) -> None:
         if not 0 < self.start < float("inf"):
