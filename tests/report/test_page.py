@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from spectrim.report import Comparison, Measure, Measured, Page, write_report
 from spectrim.sites import Sites, Skipped
 from tests.report.cases import plan, table
 from tests.report.test_figures import HOSTILE
+from tests.report.test_ranks import run
 
 
 class _Reader(HTMLParser):
@@ -95,3 +97,34 @@ def test_write_report_takes_a_result(tmp_path: Path, notes: tuple[str, ...]):
     text = _Reader(path.read_text(encoding="utf-8")).text
     assert "asked for" in text
     assert all(note in text for note in ("measured SLOWER", *notes))
+
+
+def _written(tmp_path: Path, **options) -> _Reader:
+    import torch
+
+    _, candidates, chosen = _page(["conv"])
+    result = Result(torch.nn.Identity(), chosen, Report(chosen, (), 3), candidates, Sites(()))
+    return _Reader(write_report(tmp_path / "r.html", result, **options).read_text(encoding="utf-8"))
+
+
+def test_learned_ranks_have_a_section(tmp_path: Path):
+    without = _written(tmp_path)
+    learned = run(4)
+    settled = replace(learned, records=(*learned.records, learned.records[-1], learned.records[-1]))
+    page = _written(tmp_path, trajectory=settled)
+    assert "Ranks while learning" not in without.text
+    assert page.tags.count("img") == without.tags.count("img") + 1
+    assert len(page.links) == len(without.links) + 1
+    assert page.text.count("Ranks while learning") == 1
+    assert "6 C steps, the last 2 without a change." in page.text
+    assert "relative distance of 0.73 " in page.text
+
+
+@pytest.mark.parametrize(("steps", "words"), [(1, "1 C step. "), (3, "3 C steps, with changes to the last. ")])
+def test_the_sentence_about_learning_fits_short_and_moving_runs(tmp_path: Path, steps: int, words: str):
+    assert words in _written(tmp_path, trajectory=run(steps)).text
+
+
+def test_a_page_about_no_c_step_is_refused(tmp_path: Path):
+    with pytest.raises(ValueError, match="no C step to draw"):
+        _written(tmp_path, trajectory=replace(run(1), records=()))

@@ -1,10 +1,11 @@
-"""Comparison of two models, figures of tables and plans, and the HTML page."""
+"""Comparison of two models, figures of tables, plans and learned ranks, and the HTML page."""
 
 from spectrim.report.comparison import Comparison, Line, Measure, Measurements, compare, measure, show
 from spectrim.report.figures import Measured
 from spectrim.report.machine import machine_facts
 from spectrim.report.measures import accuracy
 from spectrim.report.page import Page, write_report
+from spectrim.report.ranks import animate_ranks, cost_curve, rank_paths
 
 __all__ = [
     "Comparison",
@@ -14,9 +15,12 @@ __all__ = [
     "Measurements",
     "Page",
     "accuracy",
+    "animate_ranks",
     "compare",
+    "cost_curve",
     "machine_facts",
     "measure",
+    "rank_paths",
     "show",
     "write_report",
 ]

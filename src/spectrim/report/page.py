@@ -15,7 +15,9 @@ from spectrim.report import figures
 from spectrim.report.comparison import Comparison, Measure, show
 from spectrim.report.figures import Measured
 from spectrim.report.machine import machine_facts
+from spectrim.report.ranks import rank_paths
 from spectrim.sites import Skipped
+from spectrim.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from jinja2 import Template
@@ -47,6 +49,8 @@ class Page:
         Sentences under the summary: warnings, how the network was trained.
     facts
         Machine and versions; taken from the comparison or from this machine if empty.
+    trajectory
+        Ranks while they were learned.
     """
 
     title: str
@@ -57,6 +61,7 @@ class Page:
     measured: Sequence[Measured] = ()
     notes: Sequence[str] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    trajectory: Trajectory | None = None
 
     def html(self) -> str:
         """The page as text."""
@@ -106,6 +111,8 @@ class Page:
                     figures.costs(self.plan, cost),
                     "Wide grey bars are dense, narrow blue ones the plan; the share that remains is beside them.",
                 )
+        if self.trajectory is not None:
+            add("Ranks while learning", rank_paths(self.trajectory), _learning(self.trajectory))
         if self.candidates is not None and any(row.spectra for row in self.candidates):
             add(
                 "Spectra and chosen ranks",
@@ -124,6 +131,7 @@ def write_report(
     measured: Sequence[Measured] = (),
     notes: Sequence[str] = (),
     facts: Mapping[str, Any] | None = None,
+    trajectory: Trajectory | None = None,
 ) -> Path:
     """Write the page about what :func:`spectrim.compress` returned.
 
@@ -131,16 +139,31 @@ def write_report(
     ----------
     path
         The HTML file.
-    title, comparison, measured, notes, facts
+    title, comparison, measured, notes, facts, trajectory
         As in :class:`Page`; by default the notes of the result's own report.
 
     Returns
     -------
     Path
         The file written.
+
+    Raises
+    ------
+    ValueError
+        If there is a trajectory without a C step.
     """
     notes = tuple(dict.fromkeys([*result.report.notes, *notes]))
-    page = Page(title, result.plan, result.candidates, comparison, result.sites.skipped, measured, notes, facts or {})
+    page = Page(
+        title,
+        result.plan,
+        result.candidates,
+        comparison,
+        result.sites.skipped,
+        measured,
+        notes,
+        facts or {},
+        trajectory,
+    )
     return page.write(path)
 
 
@@ -175,6 +198,20 @@ def _tiles(plan: Plan, comparison: Comparison | None) -> list[dict[str, str]]:
         }
         for r in wanted
     ]
+
+
+def _learning(trajectory: Trajectory) -> str:
+    """How a run of learned ranks went, in sentences."""
+    steps, settled, distance = len(trajectory), trajectory.settled, trajectory.records[-1].distance
+    took = f"{steps} C step{'s' if steps > 1 else ''}"
+    if steps > 1:
+        took += f", the last {settled} without a change" if settled else ", with changes to the last"
+    metric = any(record.metric is not None for record in trajectory.records)
+    return (
+        f"{took}. At the end the weights were at a relative distance of {distance:.2g} from their low-rank copies. "
+        "A line of the map is a layer, a column a C step; below it are costs, the distance"
+        + (" and what was measured of the copies." if metric else ".")
+    )
 
 
 def _holds(row: Measure) -> bool:
