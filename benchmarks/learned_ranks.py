@@ -118,7 +118,8 @@ def _path(config: Any, arm: Any, dense: Any, data: Any, calibration: Any, work: 
         checkpoint=work,
         accelerate=False,
         schedule=Schedule(**arm["schedule"]),
-        methods=_methods(),
+        methods=[st.WeightSVD(multiple_of=1)],
+        start=_methods(),
         done=done,
         **options,
     )

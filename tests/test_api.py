@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.api import apply, default_methods, tabulate
+from spectrim.api import apply, default_methods, retabulate, tabulate
 from spectrim.budget import Budget
 from spectrim.costs import macs, parameters, size_bytes
 from spectrim.errors import PlanError
@@ -22,8 +22,8 @@ from spectrim.nn.calibrate import calibrate
 from spectrim.nn.find import find
 from spectrim.nn.modules import Factored
 from spectrim.nn.surgery import parameter_count
-from spectrim.plan import Candidates, Choice, Plan, make_plan
-from spectrim.sites import Site, Sites
+from spectrim.plan import Candidates, Choice, Option, Plan, make_plan
+from spectrim.sites import LayerSpec, Site, Sites
 from spectrim.testing import check_method
 from spectrim.unfold import unfold, unfolding
 from tests.cases import MODELS, batches_for, one_thread, settled
@@ -146,6 +146,86 @@ def test_latency_is_a_further_cost_and_guard_drops_what_does_not_pay() -> None:
         assert list(after.options) == [before.dense, *kept]
     # Without a measured whole the fixed part is that of the untouched layers: here there are none.
     assert tabulate(sites, latency=fake_latency()).fixed["latency"] == 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_options_that_save_nothing_are_kept_if_they_are_asked_for(name: str) -> None:
+    _, sites, _ = prepared(name)
+    methods = [st.WeightSVD(multiple_of=1, to_full_rank=True)]
+    table, dear = tabulate(sites, methods), tabulate(sites, methods, dear=True)
+    for site, row, longer in zip(sites, table, dear, strict=True):
+        saving = [o for o in longer.options[1:] if any(o.costs[c] < longer.dense.costs[c] for c in longer.dense.costs)]
+        assert list(row.options) == [longer.dense, *saving]
+        assert [o.choice for o in longer.options[1:]] == list(methods[0].curve(site).choices)
+        assert len(longer.options) > len(row.options)
+    assert dear.dense == table.dense
+
+
+def moved(sites: Sites) -> Sites:
+    """The same sites with other weights."""
+    drawn = torch.Generator().manual_seed(4)
+
+    def change(weight: Tensor) -> Tensor:
+        return weight + 0.3 * weight.std() * torch.randn(weight.shape, generator=drawn)
+
+    changed = (dataclasses.replace(s, weights=tuple(change(w) for w in s.weights)) for s in sites)
+    return dataclasses.replace(sites, sites=tuple(changed))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("data", ["none", "calibrated", "weighted"])
+def test_a_table_made_again_is_the_table_of_the_changed_weights(name: str, data: str) -> None:
+    model, sites, batches = prepared(name)
+    sites = find(model) if data == "none" else sites
+    sites = st.sensitivity(model, sites, batches) if data == "weighted" else sites
+    methods = default_methods(sites)
+    before, other = tabulate(sites, methods), moved(sites)
+    expected = tabulate(other, methods)
+    assert retabulate(before, other, methods) == expected != before
+    assert retabulate(before, sites, methods) == before
+    dear = tabulate(sites, [st.WeightSVD(multiple_of=1, to_full_rank=True)], dear=True)
+    again = tabulate(other, [st.WeightSVD(multiple_of=1, to_full_rank=True)], dear=True)
+    assert retabulate(dear, other, [st.WeightSVD(multiple_of=1, to_full_rank=True)]) == again
+
+
+def test_a_table_made_again_takes_costs_over_and_leaves_other_rows() -> None:
+    _, sites, _ = prepared("residual")
+    counted = []
+
+    def count(specs: Sequence[LayerSpec]) -> float:
+        counted.append(specs)
+        return float(len(counted))
+
+    methods = [st.WeightSVD()]
+    table = tabulate(sites, methods, costs={"calls": count}, latency=fake_latency(), guard=True)
+    calls, other = len(counted), moved(sites)
+    part = dataclasses.replace(other, sites=other.sites[1:2])
+    found = retabulate(table, part, methods)
+    assert len(counted) == calls
+    assert found.fixed == table.fixed
+    for number, (row, was, fresh) in enumerate(zip(found, table, tabulate(other, methods), strict=True)):
+        if number != 1:
+            assert row is was
+            continue
+        assert [(o.choice, o.costs) for o in row.options] == [(o.choice, o.costs) for o in was.options]
+        errors = {o.choice: o.error for o in fresh.options}
+        assert [o.error for o in row.options] == [errors[o.choice] for o in row.options]
+        assert row != was
+
+
+def test_options_of_no_method_keep_their_errors_and_unknown_ones_are_refused() -> None:
+    _, sites, _ = prepared("mlp")
+    table = tabulate(sites, [st.WeightSVD()])
+    own = Option(Choice("zero"), 0.75, dict.fromkeys(table.costs, 0.0))
+    rows = tuple(dataclasses.replace(row, options=(*row.options, own)) for row in table)
+    for row in retabulate(dataclasses.replace(table, rows=rows), moved(sites), [st.WeightSVD()]):
+        assert row.options[-1] is own
+    with pytest.raises(
+        ValueError, match="site '0': the methods do not offer WeightSVD bias=True rank=1 .*the table has"
+    ):
+        retabulate(table, sites, [st.WeightSVD(multiple_of=3)])
+    with pytest.raises(ValueError, match="site '0': the methods do not offer WeightSVD"):
+        retabulate(table, sites, [st.ActivationSVD()])
 
 
 # apply

@@ -38,6 +38,7 @@ plans = st.builds(
     selector=names,
     loss=numbers,
     bound=st.none() | numbers,
+    multipliers=costs,
     methods=st.dictionaries(names, facts, max_size=2),
     facts=facts,
 )
@@ -63,6 +64,7 @@ def example() -> Plan:
         selector="exact",
         loss=0.125,
         bound=0.12,
+        multipliers={"macs": 2.5e-9},
         methods={"svd": {"type": "WeightSVD", "multiple_of": 8}},
         facts={"device": "cpu"},
     )
@@ -97,6 +99,13 @@ def test_a_plan_survives_a_file(tmp_path: Path) -> None:
     example().write(path)
     assert Plan.read(path) == example()
     assert json.loads(path.read_text())["version"] == VERSION
+
+
+def test_plans_written_before_there_were_multipliers_are_read() -> None:
+    text = json.dumps({key: value for key, value in document().items() if key != "multipliers"})
+    assert Plan.from_json(text) == dataclasses.replace(example(), multipliers={})
+    assert example().multipliers == {"macs": 2.5e-9}
+    assert make_plan(table(), [0, 1], budget={}, selector="mine").multipliers == {}
 
 
 def test_mutated_json_is_read_or_refused() -> None:
@@ -147,6 +156,7 @@ ENTRY = json.loads(example().to_json())["entries"][1]
         ("[" * 100_000, "not a plan"),
         (json.dumps(document(facts="x")), r"\$.facts"),
         (json.dumps(document(loss=None)), r"\$.loss"),
+        (json.dumps(document(multipliers={"macs": "1"})), r"\$.multipliers"),
         (json.dumps(document(version=VERSION + 1)), f"version {VERSION + 1}"),
         (json.dumps(document(version="1")), r"\$.version"),
         (json.dumps(document(color="red")), "no field 'color'"),

@@ -170,6 +170,83 @@ def test_at_multiplier_takes_the_cheaper_of_ties_and_never_a_dear_option() -> No
         at_multiplier(table, "bytes", 1.0)
 
 
+@FEW
+@given(tables(), st.one_of(st.just(0.0), st.floats(0, 2), st.just(1e9)))
+def test_at_multiplier_without_dense_is_the_argmin_over_all_other_options(table: Candidates, multiplier: float) -> None:
+    bare = [row.site for row in table if len(row.options) == 1]
+    if bare:
+        with pytest.raises(ValueError, match=f"site '{bare[0]}' has no option but dense, which is not allowed"):
+            at_multiplier(table, "macs", multiplier, dense=False)
+        return
+    plan = at_multiplier(table, "macs", multiplier, dense=False)
+    assert plan.multipliers == {"macs": multiplier}
+    for row, entry in zip(table, plan, strict=True):
+        assert not entry.choice.is_dense
+        sums = {o.choice: row.loss(o) + multiplier * o.costs["macs"] for o in row.options[1:]}
+        assert sums[entry.choice] <= min(sums.values()) * (1 + 1e-12)
+        ties = [o for o in row.options[1:] if sums[o.choice] <= min(sums.values()) * (1 + 1e-12)]
+        assert entry.costs["macs"] == min(o.costs["macs"] for o in ties)
+
+
+def test_at_multiplier_takes_the_cheaper_of_sums_that_are_equal_but_for_rounding() -> None:
+    assert 0.2 + 0.1 * 4.0 > 0.1 + 0.1 * 5.0
+    for points in ([(4.0, 0.2), (5.0, 0.1)], [(5.0, 0.1), (4.0, 0.2)]):
+        table = make_table(line("a", *points), macs=0.0)
+        for dense in (True, False):
+            assert at_multiplier(table, "macs", 0.1, dense=dense)["a"].costs["macs"] == 4.0
+    # Of equal costs, what loses less.
+    table = make_table(line("a", (4.0, 0.2), (4.0, 0.2 - 1e-14), (4.0, 0.2)), macs=0.0)
+    assert at_multiplier(table, "macs", 1.0)["a"].error == 0.2 - 1e-14
+    # What differs by more than rounding is no tie.
+    table = make_table(line("a", (4.0, 0.2), (5.0, 0.1 - 1e-9)), macs=0.0)
+    assert at_multiplier(table, "macs", 0.1)["a"].costs["macs"] == 5.0
+
+
+def test_at_multiplier_without_dense_takes_options_that_cost_more_than_dense() -> None:
+    table = make_table(line("a", (14.0, 0.0), (4.0, 0.5)), macs=0.0)
+    assert at_multiplier(table, "macs", 0.0, dense=False)["a"].costs["macs"] == 14.0
+    assert at_multiplier(table, "macs", 0.0)["a"].choice.is_dense
+    assert at_multiplier(table, "macs", 0.06, dense=False)["a"].costs["macs"] == 4.0
+
+
+@FEW
+@given(tables(("macs", "latency")), fractions, st.none() | fractions)
+def test_the_lagrangian_is_least_at_its_multipliers(table: Candidates, macs: float, latency: float | None) -> None:
+    budget = Budget(macs=macs, latency=None if latency is None else f"{100 * latency}%")
+    if brute_force(table, budget) is None:
+        return
+    plan, limits = lagrangian(table, budget), budget.limits(table.dense)
+    prices = plan.multipliers
+    assert set(prices) == {c for c in limits if table.dense[c] > limits[c]}
+    assert all(price >= 0 for price in prices.values())
+    assert plan.bound is not None
+    gap = 0.0
+    for row, entry in zip(table, plan, strict=True):
+        sums = {o.choice: row.loss(o) + sum(p * o.costs[c] for c, p in prices.items()) for o in row.options}
+        gap += sums[entry.choice] - min(sums[o.choice] for o in allowed(row, budget.costs))
+    # The plan loses more than the bound by what its sites are off their least, and by what it leaves of the budget.
+    unused = sum(price * (limits[c] - plan.costs[c]) for c, price in prices.items())
+    scale = 1 + plan.loss + sum(price * limits[c] for c, price in prices.items())
+    assert gap >= -1e-9 * scale
+    assert unused >= -1e-9 * scale
+    assert gap + unused == pytest.approx(plan.loss - plan.bound, abs=1e-7 * scale)
+
+
+@FEW
+@given(tables(), fractions)
+def test_the_multiplier_is_the_smallest_that_meets_the_budget(table: Candidates, fraction: float) -> None:
+    budget = Budget(macs=fraction)
+    if brute_force(table, budget) is None:
+        return
+    plan, limit = lagrangian(table, budget), budget.limits(table.dense)["macs"]
+    price = plan.multipliers.get("macs", 0.0)
+    if price > 1e-6:
+        at, below = (at_multiplier(table, "macs", p) for p in (price, price * (1 - 1e-6)))
+        assert at.costs["macs"] <= limit * (1 + 1e-9)
+        assert plan.loss <= at.loss * (1 + 1e-9)
+        assert below.costs["macs"] > limit
+
+
 @pytest.mark.parametrize("selector", SELECTORS)
 @pytest.mark.parametrize("budget", [Budget(macs=1.0), Budget(macs="100%"), Budget(macs="1k"), Budget(macs=23.0)])
 def test_the_whole_budget_leaves_all_dense(selector, budget: Budget) -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spectrim.linalg.lowrank import balance, factors, principal, profile, spectrum, square_root, tail_errors
+from spectrim.linalg.lowrank import balance, energies, factors, principal, profile, spectrum, square_root, tail_errors
 from spectrim.testing import planted
 
 SHAPES = [(1, 6, 6, 6), (2, 9, 4, 4), (3, 4, 9, 4), (2, 7, 5, 2), (2, 5, 7, 2), (1, 1, 6, 1), (1, 6, 1, 1)]
@@ -52,6 +52,18 @@ def test_energies_in_a_metric_are_those_of_the_whitened_matrix(shape: tuple[int,
     matrix, metric = matrix_of(*shape, seed=seed), metric_of(shape[0], shape[1], seed=seed)
     expected = torch.linalg.svdvals(root(metric) @ matrix).square()
     torch.testing.assert_close(spectrum(matrix, metric).energies, expected, atol=1e-11, rtol=1e-9)
+
+
+@given(shapes, st.integers(0, 5))
+def test_energies_alone_are_those_of_the_spectrum(shape: tuple[int, int, int, int], seed: int) -> None:
+    matrix, metric = matrix_of(*shape, seed=seed), metric_of(shape[0], shape[1], seed=seed)
+    # Both orientations, so that the smaller side is once the rows and once the columns.
+    for found in (energies(matrix), energies(matrix.mT.contiguous())):
+        torch.testing.assert_close(found, torch.linalg.svdvals(matrix).square(), atol=1e-11, rtol=1e-10)
+        assert (found >= 0).all()
+        assert (found.diff(dim=-1) <= 0).all()
+    torch.testing.assert_close(energies(matrix, metric), spectrum(matrix, metric).energies, atol=1e-11, rtol=1e-9)
+    assert energies(matrix.float()).dtype == torch.float64
 
 
 @given(shapes, st.integers(0, 5))
@@ -170,9 +182,9 @@ def test_balance_leaves_components_of_length_zero() -> None:
 
 
 def test_tail_errors_sum_over_groups() -> None:
-    energies = torch.tensor([[4.0, 2.0], [3.0, 1.0]]).double()
-    assert tail_errors(energies).tolist() == pytest.approx([1.0, 0.3, 0.0])
-    assert tail_errors(energies, total=20.0).tolist() == pytest.approx([1.0, 0.65, 0.5])
+    held = torch.tensor([[4.0, 2.0], [3.0, 1.0]]).double()
+    assert tail_errors(held).tolist() == pytest.approx([1.0, 0.3, 0.0])
+    assert tail_errors(held, total=20.0).tolist() == pytest.approx([1.0, 0.65, 0.5])
 
 
 def test_a_matrix_without_energy_loses_nothing() -> None:
@@ -185,8 +197,8 @@ def test_a_matrix_without_energy_loses_nothing() -> None:
 
 @given(st.lists(st.just(0.0) | st.floats(1e-50, 100), min_size=1, max_size=8), st.integers(1, 3))
 def test_tail_errors_fall_from_one_to_zero(values: list[float], g: int) -> None:
-    energies = torch.tensor(sorted(values, reverse=True), dtype=torch.float64).expand(g, -1)
-    errors = tail_errors(energies)
+    held = torch.tensor(sorted(values, reverse=True), dtype=torch.float64).expand(g, -1)
+    errors = tail_errors(held)
     assert len(errors) == len(values) + 1
     assert (errors.diff() <= 1e-12).all()
     assert float(errors[-1]) == pytest.approx(0, abs=1e-12)
@@ -194,9 +206,9 @@ def test_tail_errors_fall_from_one_to_zero(values: list[float], g: int) -> None:
 
 
 def test_profile_is_the_share_of_each_component() -> None:
-    energies = torch.tensor([[4.0, 2.0, 0.0], [3.0, 1.0, 0.0]]).double()
-    assert profile(energies) == pytest.approx((0.7, 0.3, 0.0))
-    assert profile(energies, most=2) == pytest.approx((0.7, 0.3))
+    held = torch.tensor([[4.0, 2.0, 0.0], [3.0, 1.0, 0.0]]).double()
+    assert profile(held) == pytest.approx((0.7, 0.3, 0.0))
+    assert profile(held, most=2) == pytest.approx((0.7, 0.3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -13,6 +13,7 @@ from spectrim.cli.compress import compress
 from spectrim.cli.demo import demo
 from spectrim.cli.evaluate import evaluate
 from spectrim.cli.export import export
+from spectrim.cli.path import path
 from spectrim.cli.profile import profile
 
 app = typer.Typer(
@@ -23,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (profile, compress, evaluate, export, demo):
+for _command in (profile, compress, path, evaluate, export, demo):
     app.command()(_command)
 
 

@@ -10,7 +10,7 @@ import contextlib
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -39,6 +39,21 @@ Skip = Annotated[
 ]
 Only = Annotated[list[str] | None, typer.Option("--only", help="Keep to layers whose name matches. Repeatable.")]
 MethodName = Annotated[str, typer.Option("--method", help="auto, weight-svd or activation-svd.")]
+Test = Annotated[str | None, typer.Option("--test", help="Labelled batches to measure accuracy on.")]
+Lr = Annotated[float | None, typer.Option("--lr", help="Highest learning rate of the fine-tuning.")]
+MultipleOf = Annotated[int | None, typer.Option("--multiple-of", min=1, help="Ranks are multiples of this.")]
+RankEpochs = Annotated[
+    int, typer.Option("--rank-epochs", min=0, help="Learned ranks: epochs of learning weights and ranks together.")
+]
+RankLr = Annotated[
+    float | None, typer.Option("--rank-lr", help="Learned ranks: highest learning rate of these epochs.")
+]
+CSteps = Annotated[
+    int, typer.Option("--c-steps", min=1, help="Learned ranks: how often ranks are chosen in these epochs.")
+]
+RankEnergy = Annotated[
+    str, typer.Option("--energy", help="Learned ranks: weight or output, whose energy errors are shares of.")
+]
 Batch = Annotated[
     int, typer.Option("--batch", min=1, help="Samples a forward pass where time and memory are measured.")
 ]
@@ -165,11 +180,26 @@ def exit_code(error: BaseException) -> int:
 
 
 @contextlib.contextmanager
-def usage() -> Iterator[None]:
-    """Values of the command line are checked inside: a ValueError there is a usage error."""
+def usage(option: str = "") -> Iterator[None]:
+    """Values of the command line are checked inside: a ValueError there is a usage error, of ``option`` if named."""
     try:
         yield
     except SpectrimError:
         raise
     except ValueError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(f"{option}: {error}" if option else str(error)) from error
+
+
+def refuse(context: typer.Context, parameters: Collection[str], why: str) -> None:
+    """Refuse options, by the names of their parameters, that stand on the command line.
+
+    Raises
+    ------
+    UsageError
+        Quotes the first of them and its value, then says ``why``.
+    """
+    for parameter in context.command.params:
+        source = context.get_parameter_source(str(parameter.name))
+        if parameter.name in parameters and source is not None and source.name == "COMMANDLINE":
+            value = context.params[parameter.name]
+            raise UsageError(f"{parameter.opts[0]}{'' if value is True else f' {value}'} {why}")

@@ -17,6 +17,7 @@ SELECTORS = ("exact", "lagrangian", "greedy", "energy", "uniform")
 @command
 def compress(
     out: Output,
+    context: typer.Context,
     model: common.Model,
     budget: Annotated[
         list[str] | None,
@@ -26,19 +27,37 @@ def compress(
     data: Annotated[str | None, typer.Option("--data", "-d", help="Calibration batches.")] = None,
     input_shape: common.Input = None,
     train: Annotated[
-        str | None, typer.Option("--train", help="Training batches: fine-tune after the compression.")
+        str | None, typer.Option("--train", help="Training batches: fine-tune after the compression, or learn ranks.")
     ] = None,
-    test: Annotated[str | None, typer.Option("--test", help="Labelled batches to measure accuracy on.")] = None,
+    test: common.Test = None,
     epochs: Annotated[int, typer.Option("--epochs", min=0, help="Epochs of fine-tuning; needs --train.")] = 10,
-    lr: Annotated[float | None, typer.Option("--lr", help="Highest learning rate of the fine-tuning.")] = None,
-    method: common.MethodName = "auto",
+    lr: common.Lr = None,
+    method: Annotated[
+        str, typer.Option("--method", help="auto, weight-svd, activation-svd, or learned-ranks, which needs --train.")
+    ] = "auto",
+    rank_epochs: common.RankEpochs = 10,
+    rank_lr: common.RankLr = None,
+    c_steps: common.CSteps = 64,
+    rank_energy: common.RankEnergy = "weight",
+    multiplier: Annotated[
+        float | None,
+        typer.Option(
+            "--multiplier", help="Learned ranks: loss that one unit of --cost is worth, in place of --budget."
+        ),
+    ] = None,
+    cost: Annotated[
+        str, typer.Option("--cost", help="Learned ranks: macs, parameters, bytes or latency; what --multiplier is for.")
+    ] = "macs",
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", help="Learned ranks: folder from which the same call continues after a kill."),
+    ] = None,
+    animate: Annotated[bool, typer.Option("--animate", help="Learned ranks: write ranks.gif too.")] = False,
     selector: Annotated[str, typer.Option("--selector", help=", ".join(SELECTORS) + ".")] = "exact",
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Carry out this plan in place of a budget.")] = None,
     skip: common.Skip = None,
     only: common.Only = None,
-    multiple_of: Annotated[
-        int | None, typer.Option("--multiple-of", min=1, help="Ranks are multiples of this.")
-    ] = None,
+    multiple_of: common.MultipleOf = None,
     guard: Annotated[
         bool, typer.Option("--guard", help="Leave out choices that are measured no faster than dense.")
     ] = False,
@@ -52,14 +71,26 @@ def compress(
 ) -> None:
     """Make a model smaller, fit a budget, and say what it cost.
 
-    Writes model.safetensors (weights and plan), plan.json and report.html. Exit code 3 if the budget cannot be met.
+    Writes model.safetensors (weights and plan), plan.json and report.html, and for learned ranks ranks.json, the course
+    they took. Exit code 3 if the budget cannot be met.
     """
     from spectrim.budget import Budget
+    from spectrim.cli import learning
     from spectrim.cli.data import load_data
     from spectrim.cli.models import load_model
     from spectrim.cli.references import UsageError
     from spectrim.cli.results import Outcome
-    from spectrim.cli.steps import carry_out, chosen_methods, first_batch, locate, prepare, random_input, survey
+    from spectrim.cli.steps import (
+        METHODS,
+        carry_out,
+        chosen_methods,
+        first_batch,
+        locate,
+        prepare,
+        random_input,
+        survey,
+        training_batches,
+    )
     from spectrim.latency import Latency
     from spectrim.pipeline import compress as shrink
     from spectrim.plan import Plan
@@ -67,6 +98,22 @@ def compress(
     from spectrim.selectors import energy, exact, greedy, lagrangian, select, uniform
     from spectrim.train import Recipe, fine_tune
 
+    if method == learning.METHOD:
+        common.refuse(context, {"plan_file", "selector", "guard"}, f"does not combine with --method {method}")
+        if multiplier is None:
+            common.refuse(context, {"cost"}, "is the cost that --multiplier is for, and there is no --multiplier")
+        points = (",".join(budget),) if budget else ()
+        run = learning.RankRun(
+            model=model, weights=weights, train=train, data=data, points=points, multiplier=multiplier, cost=cost,
+            rank_epochs=rank_epochs, rank_lr=rank_lr, c_steps=c_steps, epochs=epochs, lr=lr, energy=rank_energy,
+            skip=skip, only=only, multiple_of=multiple_of,
+        )  # fmt: skip
+        work = learning.Work.load(run, test, batch=batch, threads=threads, device=device)
+        learning.compress(out, run, work, folder, checkpoint=checkpoint, report=report, animate=animate)
+        return
+    if method not in METHODS:
+        raise UsageError(f"--method {method!r} is not known; choose from {', '.join((*METHODS, learning.METHOD))}")
+    common.refuse(context, learning.PARAMETERS, f"is for --method {learning.METHOD}, not for --method {method}")
     selectors = dict(zip(SELECTORS, (exact, lagrangian, greedy, energy, uniform), strict=True))
     if selector not in selectors:
         raise UsageError(f"--selector {selector!r} is not known; choose from {', '.join(SELECTORS)}")
@@ -83,7 +130,7 @@ def compress(
     device = prepare(threads, device)
     dense = load_model(model, weights).to(device)
     batches = load_data(data, purpose="calibration", device=device) if data is not None else None
-    training = load_data(train, purpose="training", device=device) if train is not None else None
+    training = training_batches(train, device) if train is not None else None
     testing = load_data(test, purpose="test", device=device) if test is not None else None
     if batches is not None:
         example = first_batch(batches, batch, str(data))

@@ -13,8 +13,20 @@ from spectrim.cli.common import Output
 from spectrim.nn.checkpoint import save
 from spectrim.pipeline import Result
 from spectrim.plan import Plan
-from spectrim.report import Comparison, Measured, write_report
-from spectrim.train import TrainingResult
+from spectrim.report import Comparison, Measured, animate_ranks, write_report
+from spectrim.train import LearnedResult, TrainingResult
+
+
+def write_result(result: Result, folder: Path) -> dict[str, Path]:
+    """Write the network, its plan, and the ranks it went through if they were learned; files by what they hold."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {"model": folder / "model.safetensors", "plan": folder / "plan.json"}
+    save(result.model, result.plan, files["model"])
+    result.plan.write(files["plan"])
+    if isinstance(result, LearnedResult):
+        files["ranks"] = folder / "ranks.json"
+        result.trajectory.write(files["ranks"])
+    return files
 
 
 @dataclass(frozen=True)
@@ -55,13 +67,15 @@ class Outcome:
         """The score already measured of one of the two models."""
         return self.scores[0][1] if model is self.dense else self.scores[-1][1]
 
-    def finish(self, out: Output, comparison: Comparison, *, report: bool = True, **more: Any) -> None:
+    def finish(
+        self, out: Output, comparison: Comparison, *, report: bool = True, animate: bool = False, **more: Any
+    ) -> None:
         """Write the files, print the table or the document."""
         plan = self.result.plan
-        self.folder.mkdir(parents=True, exist_ok=True)
-        files = {"model": self.folder / "model.safetensors", "plan": self.folder / "plan.json"}
-        save(self.result.model, plan, files["model"])
-        plan.write(files["plan"])
+        files = write_result(self.result, self.folder)
+        trajectory = self.result.trajectory if isinstance(self.result, LearnedResult) else None
+        if animate and trajectory is not None:
+            files["animation"] = animate_ranks(trajectory, self.folder / "ranks.gif")
         notes = (*self.notes, *_warnings(comparison, plan))
         if report:
             files["report"] = self.folder / "report.html"
@@ -72,6 +86,7 @@ class Outcome:
                 comparison=comparison,
                 measured=self._measured(),
                 notes=notes,
+                trajectory=trajectory,
             )
         out.document(
             {
@@ -92,7 +107,7 @@ class Outcome:
         for note in notes:
             out.print(note)
         for name, path in files.items():
-            out.print(f"{name:7} {path}")
+            out.print(f"{name:{max(map(len, files))}} {path}")
 
     def _measured(self) -> tuple[Measured, ...]:
         plan = self.result.plan

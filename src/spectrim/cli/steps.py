@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from spectrim.api import apply, tabulate
 from spectrim.cli.common import Output, usage
+from spectrim.cli.data import load_data
 from spectrim.cli.references import UsageError
 from spectrim.latency import Latency
 from spectrim.methods import ActivationSVD, Method, WeightSVD
@@ -22,6 +23,7 @@ from spectrim.nn.timing import measure_latency
 from spectrim.pipeline import Report, Result
 from spectrim.plan import Candidates, Plan
 from spectrim.sites import Sites
+from spectrim.train.batches import length, split
 
 METHODS: Mapping[str, tuple[type[Method], ...]] = {
     "auto": (ActivationSVD, WeightSVD),
@@ -74,8 +76,8 @@ def random_input(text: str, samples: int, device: str) -> Tensor:
     return torch.randn(samples, *shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def first_batch(batches: Iterable[Any], samples: int, name: str) -> Any:
-    """``samples`` samples from the first batch, repeated if it has fewer.
+def first_batch(batches: Iterable[Any], samples: int | None, name: str) -> Any:
+    """``samples`` samples from the first batch, repeated if it has fewer; None for the batch as it is.
 
     Raises
     ------
@@ -83,8 +85,26 @@ def first_batch(batches: Iterable[Any], samples: int, name: str) -> Any:
         If there is no batch.
     """
     for batch in batches:
-        return resized(batch, samples)
+        return batch if samples is None else resized(batch, samples)
     raise UsageError(f"data {name!r} is empty")
+
+
+def training_batches(text: str, device: str) -> Iterable[Any]:
+    """The batches that ``--train`` names, fit for training.
+
+    Raises
+    ------
+    UsageError
+        If the reference cannot be used, there is no length or no batch, or batches have another form than training
+        takes.
+    """
+    batches = load_data(text, purpose="training", device=device)
+    try:
+        length(batches, needed=True)
+        split(first_batch(batches, None, text))
+    except TypeError as error:
+        raise UsageError(f"--train {text!r} cannot be trained on: {error}") from error
+    return batches
 
 
 def as_arguments(model: nn.Module, example: Any) -> Any:

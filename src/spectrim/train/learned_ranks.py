@@ -23,25 +23,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.api import apply, default_methods, retabulate, tabulate
+from spectrim.api import apply, default_methods, tabulate
 from spectrim.budget import Budget
 from spectrim.costs import Cost
 from spectrim.errors import CheckpointError, PlanError
 from spectrim.latency import Latency
 from spectrim.methods import Method
-from spectrim.methods.base import full_rank
 from spectrim.nn.calibrate import calibrate
 from spectrim.nn.find import canonical
 from spectrim.nn.sensitivity import sensitivity
 from spectrim.pipeline import meet_latency, one_batch
-from spectrim.plan import Candidates, Choice, Plan, make_plan
-from spectrim.selectors import at_multiplier, exact, lagrangian
+from spectrim.plan import Candidates, Choice, Plan
 from spectrim.sites import LayerSpec, Site, Sites
 from spectrim.train import rank_tables
+from spectrim.train.c_step import CStep
 from spectrim.train.rank_tables import ZERO
 from spectrim.train.schedule import Schedule
 from spectrim.trajectory import Record, Trajectory
-from spectrim.unfold import unfoldings
 
 # How much of a latency budget may stay unused.
 _CLOSE = 0.01
@@ -90,7 +88,7 @@ class LearnedRanks:
     every
         Batches between two C steps, for :meth:`after_step`.
     evaluate
-        Function of the nested network (:meth:`nested`) to a number, recorded at every C step.
+        Function of the nested network (:meth:`nested`), in evaluation mode, to a number, recorded at every C step.
     latency, dense_latency, costs
         As for :func:`spectrim.tabulate`.
 
@@ -101,8 +99,6 @@ class LearnedRanks:
     step
         C steps done.
     plan
-        Of the last C step.
-    table
         Of the last C step.
     trajectory
         Ranks after every C step.
@@ -167,7 +163,7 @@ class LearnedRanks:
         self.augmented = budget is None if augmented is None else augmented
         self.every, self.evaluate = every, evaluate
         self.methods = list(methods) if methods is not None else rank_tables.rank_methods(paper=not dense)
-        self._multiplier, self._cost, self.sites, self._latency = multiplier, cost, sites, latency
+        self.sites, self._latency = sites, latency
         self._layers = {spec.name: model.get_submodule(spec.name) for site in sites for spec in site.layers}
         self._targets: dict[str, list[Tensor]] = {}
         self._multipliers: dict[str, list[Tensor]] = {}
@@ -175,11 +171,12 @@ class LearnedRanks:
         self.step = 0
         options: dict[str, Any] = {"latency": latency, "dense_latency": dense_latency, "costs": costs}
         now = self._present(lambda name, part, weight: weight)
-        self.table = rank_tables.with_zero(tabulate(now, self.methods, dear=not dense, **options), sites)
-        self._decomposed = {site.name: tuple(w.clone() for w in site.weights) for site in now}
+        self._c_step = CStep(
+            now, self.methods, budget, multiplier, cost=cost, normalize=normalize, dense=dense, **options
+        )
         self.trajectory = Trajectory(
             sites=tuple(site.name for site in sites),
-            full=tuple(_full_rank(site) for site in sites),
+            full=tuple(rank_tables.full(site) for site in sites),
             dense_costs=dict(self.table.dense),
             budget={} if budget is None else budget.limits(self.table.dense),
         )
@@ -188,9 +185,11 @@ class LearnedRanks:
             start = default_methods(sites) if warm else self.methods
         begin = time.perf_counter()
         if list(start) == self.methods:
-            self.plan = self._take(self._chosen(self.table, now), now, self.methods, begin)
+            self.plan = self._take(self._c_step.choose(now, self.mu), now, self.methods, begin)
         else:
-            self.plan = self._take(self._chosen(tabulate(sites, start, **options), sites), sites, start, begin)
+            self.plan = self._take(
+                self._c_step.choose(sites, self.mu, tabulate(sites, start, **options)), sites, start, begin
+            )
 
     # The two calls of a training loop.
 
@@ -218,8 +217,8 @@ class LearnedRanks:
         begin, mu = time.perf_counter(), self.mu
         held = self._multipliers
         sites = self._present(lambda name, part, w: w - held[name][part] / mu if name in held else w.clone())
-        self._renew(sites)
-        return self._take(self._chosen(self.table, sites), sites, self.methods, begin)
+        self._c_step.renew(sites)
+        return self._take(self._c_step.choose(sites, mu), sites, self.methods, begin)
 
     # For the loop of this library.
 
@@ -236,6 +235,11 @@ class LearnedRanks:
         self._batches += 1
         if self._batches % self.every == 0 and self.step < self.schedule.steps:
             self.c_step()
+
+    @property
+    def table(self) -> Candidates:
+        """The table of the last C step, in the errors of its weights."""
+        return self._c_step.table
 
     @property
     def mu(self) -> float:
@@ -288,27 +292,12 @@ class LearnedRanks:
             sites = fitted if self.energy == "output" else sites
         else:
             fitted = sites
-        table = retabulate(self.table, sites, self.methods)
-        if self.budget is not None:
-            table = rank_tables.without_zero(self._weighed(table, sites))
-            plan = exact(table, self.budget)
-            if self._latency is not None and batches is not None:
-                example = one_batch(self.model, batches, self._latency.batch)
-                plan, _ = meet_latency(
-                    self.model,
-                    sites,
-                    table,
-                    plan,
-                    self.budget,
-                    example,
-                    self._latency,
-                    methods=self.methods,
-                    close=0.01,
-                )
-        else:
-            picks = [rank_tables.buildable(row, entry.choice) for row, entry in zip(table, self.plan, strict=True)]
-            plan = make_plan(table, picks, budget={}, selector=self.plan.selector)
-            plan = dataclasses.replace(plan, multipliers=self.plan.multipliers)
+        table, plan = self._c_step.last(sites, self.mu, self.plan)
+        if self._latency is not None and self.budget is not None and batches is not None:
+            example = one_batch(self.model, batches, self._latency.batch)
+            plan, _ = meet_latency(
+                self.model, sites, table, plan, self.budget, example, self._latency, methods=self.methods, close=_CLOSE
+            )
         small = apply(self.model, fitted, plan, batches, methods=self.methods, reconstruct=reconstruct, forward=forward)
         return small, plan
 
@@ -360,27 +349,6 @@ class LearnedRanks:
             found.append(dataclasses.replace(site, weights=weights, biases=biases, moments=moments))
         return dataclasses.replace(self.sites, sites=tuple(found))
 
-    def _renew(self, sites: Sites) -> None:
-        """Make the rows of layers that have moved again."""
-        moved = []
-        for site in sites:
-            if not all(bool(weight.isfinite().all()) for weight in site.weights):
-                raise FloatingPointError(f"layer {site.name!r} has weights that are not finite. Lower lr, or clip")
-            if not all(torch.equal(a, b) for a, b in zip(site.weights, self._decomposed[site.name], strict=True)):
-                moved.append(site)
-                self._decomposed[site.name] = site.weights
-        self.table = retabulate(self.table, dataclasses.replace(sites, sites=tuple(moved)), self.methods)
-
-    def _weighed(self, table: Candidates, sites: Sites) -> Candidates:
-        return rank_tables.weighed(table, sites.sites, self.mu, normalize=self.normalize)
-
-    def _chosen(self, table: Candidates, sites: Sites) -> Plan:
-        table = self._weighed(table, sites)
-        if self.budget is not None:
-            return lagrangian(rank_tables.without_zero(table), self.budget)
-        assert self._multiplier is not None
-        return at_multiplier(table, self._cost, self._multiplier, dense=self.dense)
-
     @torch.no_grad()
     def _take(self, plan: Plan, sites: Sites, methods: Sequence[Method], begin: float) -> Plan:
         """Make the low-rank copies of a plan, update the multipliers, and write the record."""
@@ -414,10 +382,10 @@ class LearnedRanks:
             mu=mu,
             multipliers=dict(plan.multipliers),
             ranks=tuple(rank_tables.rank(e.choice, full) for e, full in zip(plan, self.trajectory.full, strict=True)),
-            choices=tuple(_word(entry.choice) for entry in plan),
+            choices=tuple(rank_tables.word(entry.choice) for entry in plan),
             costs=dict(plan.costs),
             distance=(missed / total) ** 0.5 if total else 0.0,
-            metric=None if self.evaluate is None else float(self.evaluate(self.nested())),
+            metric=None if self.evaluate is None else float(self.evaluate(self.nested().eval())),
             seconds=seconds,
         )
         self.trajectory = dataclasses.replace(self.trajectory, records=(*self.trajectory.records, record))
@@ -430,21 +398,9 @@ def _copies(site: Site, choice: Choice, makers: Mapping[str, Method]) -> tuple[T
     return makers[choice.method].factorize(site, choice).dense()
 
 
-def _full_rank(site: Site) -> int:
-    spec = site.layers[0]
-    return max(full_rank(spec, how) for how in unfoldings(spec.kernel))
-
-
 def _laid_out(weight: Tensor, spec: LayerSpec) -> Tensor:
     """A canonical weight ``[g, o, i, *k]`` in the layout of torch's layer."""
     return (weight.transpose(1, 2) if spec.transposed else weight).flatten(0, 1).contiguous()
-
-
-def _word(choice: Choice) -> str:
-    """What a choice is, without the method: the first C step may have had another one."""
-    if choice.is_dense or choice == ZERO:
-        return choice.kind
-    return " ".join(str(value) for key, value in sorted(choice.settings.items()) if key != "bias")
 
 
 def _text(tensor: Tensor) -> bytes:

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 from spectrim.costs import Cost, macs, parameters, size_bytes
 from spectrim.methods import Method, WeightSVD
+from spectrim.methods.base import full_rank
 from spectrim.plan import Candidates, Choice, Option, Row
 from spectrim.sites import Site, Sites
+from spectrim.unfold import unfoldings
 
 ZERO = Choice("zero", "", {"rank": 0})
 """Rank 0: the weight is dropped and the bias stays. An option within a run only, no network is built with it."""
@@ -65,6 +67,19 @@ def buildable(row: Row, choice: Choice) -> int:
     return index if pays else 0
 
 
-def rank(choice: Choice, full: int) -> int:
-    """Rank of a choice; ``full`` for a layer left dense."""
-    return int(choice["rank"]) if "rank" in choice.settings else full
+def rank(choice: Choice, otherwise: int) -> int:
+    """Rank of a choice; ``otherwise`` for a layer left dense."""
+    return int(choice["rank"]) if "rank" in choice.settings else otherwise
+
+
+def full(site: Site) -> int:
+    """Full rank of a site's first layer, the largest over its unfoldings."""
+    spec = site.layers[0]
+    return max(full_rank(spec, how) for how in unfoldings(spec.kernel))
+
+
+def word(choice: Choice) -> str:
+    """What a choice is, without the method: the first C step may have had another one."""
+    if choice.is_dense or choice == ZERO:
+        return choice.kind
+    return " ".join(str(value) for key, value in sorted(choice.settings.items()) if key != "bias")

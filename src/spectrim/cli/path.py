@@ -1,0 +1,142 @@
+"""``spectrim path``: several budgets from one run of learned ranks, the curve of accuracy against cost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spectrim.cli import common
+from spectrim.cli.common import Output, command
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_NAMES = {"macs": "MACs", "parameters": "parameters", "bytes": "weights", "latency": "latency"}
+
+
+@command
+def path(
+    out: Output,
+    model: common.Model,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--budget", "-b", help="One point, as macs=50% or macs=50%,parameters=40%. Repeatable, the loosest first."
+        ),
+    ] = None,
+    weights: common.Weights = None,
+    train: Annotated[str | None, typer.Option("--train", help="Training batches.")] = None,
+    test: common.Test = None,
+    data: Annotated[
+        str | None, typer.Option("--data", "-d", help="Calibration batches; some of --train if not given.")
+    ] = None,
+    rank_epochs: common.RankEpochs = 10,
+    rank_lr: common.RankLr = None,
+    c_steps: common.CSteps = 64,
+    rank_energy: common.RankEnergy = "weight",
+    epochs: Annotated[int, typer.Option("--epochs", min=0, help="Epochs of fine-tuning each network.")] = 10,
+    lr: common.Lr = None,
+    skip: common.Skip = None,
+    only: common.Only = None,
+    multiple_of: common.MultipleOf = None,
+    folder: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for path.json, path.svg and a folder for each point.")
+    ] = Path("path"),
+    batch: common.Batch = 1,
+    threads: common.Threads = None,
+    device: common.Device = "cpu",
+) -> None:
+    """Learn ranks for several budgets in one run: the curve of accuracy against cost.
+
+    Every budget goes on from the weights that the one before has learned. A point is written to a folder of its own as
+    soon as it is done: model.safetensors, plan.json, ranks.json. The same call again continues a run that was killed,
+    or adds the budgets after its last one. Exit code 3 if a budget cannot be met.
+    """
+    from spectrim.cli.learning import RankRun, Work
+    from spectrim.cli.references import UsageError
+    from spectrim.cli.results import write_result
+    from spectrim.train import LearnedResult, budget_path
+
+    if not budget:
+        raise UsageError("give --budget once for each point, as --budget macs=50% --budget macs=30%")
+    if test is None:
+        raise UsageError("give --test: labelled batches to measure the accuracy of every point on")
+    run = RankRun(
+        model=model, weights=weights, train=train, data=data, points=tuple(budget), rank_epochs=rank_epochs,
+        rank_lr=rank_lr, c_steps=c_steps, epochs=epochs, lr=lr, energy=rank_energy, skip=skip, only=only,
+        multiple_of=multiple_of,
+    )  # fmt: skip
+    work = Work.load(run, test, batch=batch, threads=threads, device=device)
+    work.see_reachable(run)
+    score = work.score(work.dense)
+    checkpoint = folder / "checkpoint"
+    run.claim(checkpoint)
+    points: list[dict[str, Any]] = []
+    found: dict[str, Any] = {"model": model, "dense": {"costs": {}, "accuracy": score}, "points": points}
+    files = {"path": folder / "path.json", "figure": folder / "path.svg"}
+
+    def done(result: LearnedResult) -> None:
+        asked, plan, parts = budget[len(points)], result.plan, (result.learning, result.tuning)
+        written = write_result(result, folder / _folder(len(points), asked))
+        seconds = sum(part.seconds for part in parts if part is not None)
+        points.append(
+            {
+                "asked": asked,
+                "budget": dict(plan.budget),
+                "costs": dict(plan.costs),
+                "accuracy": work.score(result.model),
+                "rank_epochs": result.learning.epochs if result.learning is not None else 0,
+                "c_steps": len(result.trajectory),
+                "seconds": seconds,
+                "files": {name: file.relative_to(folder).as_posix() for name, file in written.items()},
+            }
+        )
+        found["dense"]["costs"] = dict(plan.dense_costs)
+        files["path"].write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        _draw(found, run.budgets[0].costs[0], files["figure"])
+        out.say(f"{asked}: {points[-1]['accuracy']:.2f} %, dense {score:.2f} %; {seconds:.0f} s of training")
+
+    budget_path(
+        work.dense, work.training, run.budgets, calibration=work.calibration, checkpoint=checkpoint,
+        latency=work.latency, progress=False if out.quiet else None, done=done, **run.options(),
+    )  # fmt: skip
+    out.document({**found, "folder": str(folder), "files": {name: str(file) for name, file in files.items()}})
+    _print(out, found)
+    for name, file in files.items():
+        out.print(f"{name:6} {file}")
+
+
+def _folder(number: int, asked: str) -> str:
+    """A name that every file system takes: ``00-macs-65pct`` for the first point, ``macs=65%``."""
+    text = "".join(asked.split()).replace("%", "pct")
+    return f"{number:02d}-" + "".join(c if c.isascii() and (c.isalnum() or c == ".") else "-" for c in text)
+
+
+def _draw(found: Mapping[str, Any], cost: str, file: Path) -> None:
+    from spectrim.report import Measured, cost_curve
+    from spectrim.report.figures import to_svg
+
+    networks = [Measured(p["asked"], p["costs"][cost], p["accuracy"]) for p in found["points"]]
+    dense = Measured("dense", found["dense"]["costs"][cost], found["dense"]["accuracy"])
+    file.write_bytes(to_svg(cost_curve(networks, dense, cost=cost)))
+
+
+def _print(out: Output, found: Mapping[str, Any]) -> None:
+    from spectrim.budget import UNITS
+    from spectrim.report import show
+
+    dense, points = found["dense"], found["points"]
+    limited = {cost for point in points for cost in point["budget"]}
+    shown = [cost for cost in dense["costs"] if cost in {"macs", "parameters", *limited}]
+
+    def cells(costs: Mapping[str, float]) -> list[str]:
+        return [f"{show(costs[cost], UNITS[cost])} {costs[cost] / dense['costs'][cost]:>6.1%}" for cost in shown]
+
+    rows = [("dense", *(show(dense["costs"][cost], UNITS[cost]) for cost in shown), f"{dense['accuracy']:.2f} %", "")]
+    for point in points:
+        change = f"{point['accuracy'] - dense['accuracy']:+.2f} points"
+        rows.append((point["asked"], *cells(point["costs"]), f"{point['accuracy']:.2f} %", change))
+    out.table(["", *(f">{_NAMES[cost]}" for cost in shown), ">accuracy", ">change"], rows)

@@ -1,0 +1,91 @@
+"""The C step of learned ranks: one option a site for given weights, within a budget or at a multiplier."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectrim.api import retabulate, tabulate
+from spectrim.budget import Budget
+from spectrim.methods import Method
+from spectrim.plan import Candidates, Plan, make_plan
+from spectrim.selectors import at_multiplier, exact, lagrangian
+from spectrim.sites import Sites
+from spectrim.train.rank_tables import buildable, weighed, with_zero, without_zero
+
+
+class CStep:
+    """The table of a run, kept up to date with the weights, and the choice made from it.
+
+    Parameters
+    ----------
+    sites
+        With the weights and moments that errors are measured on.
+    methods
+        What may be chosen.
+    budget, multiplier, cost, normalize, dense
+        As for :class:`~spectrim.train.LearnedRanks`.
+    **options
+        Of :func:`spectrim.tabulate`: ``latency``, ``dense_latency``, ``costs``.
+
+    Attributes
+    ----------
+    table
+        Errors of all options for the weights that were seen last.
+    """
+
+    def __init__(
+        self,
+        sites: Sites,
+        methods: Sequence[Method],
+        budget: Budget | None,
+        multiplier: float | None,
+        *,
+        cost: str,
+        normalize: bool,
+        dense: bool,
+        **options: Any,
+    ) -> None:
+        self.methods, self.budget, self.multiplier, self.cost = list(methods), budget, multiplier, cost
+        self.normalize, self.dense = normalize, dense
+        self.table = with_zero(tabulate(sites, self.methods, dear=not dense, **options), sites)
+        self._seen: dict[str, tuple[Tensor, ...]] = {s.name: tuple(w.clone() for w in s.weights) for s in sites}
+
+    def renew(self, sites: Sites) -> None:
+        """Make the rows of the sites that have moved again.
+
+        Raises
+        ------
+        FloatingPointError
+            If a weight is not finite; the message names the layer.
+        """
+        moved = []
+        for site in sites:
+            if not all(bool(weight.isfinite().all()) for weight in site.weights):
+                raise FloatingPointError(f"layer {site.name!r} has weights that are not finite. Lower lr, or clip")
+            if not all(torch.equal(a, b) for a, b in zip(site.weights, self._seen[site.name], strict=True)):
+                moved.append(site)
+                self._seen[site.name] = site.weights
+        self.table = retabulate(self.table, dataclasses.replace(sites, sites=tuple(moved)), self.methods)
+
+    def choose(self, sites: Sites, mu: float, table: Candidates | None = None) -> Plan:
+        """The plan of least ``mu/2 ||A - Delta||^2`` within the budget, or with the cost added at the multiplier."""
+        table = weighed(self.table if table is None else table, sites.sites, mu, normalize=self.normalize)
+        if self.budget is not None:
+            return lagrangian(without_zero(table), self.budget)
+        assert self.multiplier is not None
+        return at_multiplier(table, self.cost, self.multiplier, dense=self.dense)
+
+    def last(self, sites: Sites, mu: float, plan: Plan) -> tuple[Candidates, Plan]:
+        """Table and plan to build a network from: chosen exactly within a budget, else the ranks of ``plan``."""
+        table = retabulate(self.table, sites, self.methods)
+        if self.budget is not None:
+            table = without_zero(weighed(table, sites.sites, mu, normalize=self.normalize))
+            return table, exact(table, self.budget)
+        picks = [buildable(row, entry.choice) for row, entry in zip(table, plan, strict=True)]
+        built = make_plan(table, picks, budget={}, selector=plan.selector)
+        return table, dataclasses.replace(built, multipliers=plan.multipliers)

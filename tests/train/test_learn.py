@@ -1,0 +1,283 @@
+"""Learned ranks in one call, several budgets of one run, and runs that were stopped."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import spectrim as st
+from spectrim.errors import CheckpointError, InfeasibleBudgetError, PlanError
+from spectrim.methods import WeightSVD
+from spectrim.nn.modules import Factored
+from spectrim.nn.surgery import parameter_count
+from spectrim.train import LearnedResult, Recipe, Schedule, budget_path, learn_ranks
+from spectrim.train import resume as resuming
+from spectrim.trajectory import Trajectory
+from tests.train import learning_script
+from tests.train.learned import timeless
+from tests.train.learning_script import SCHEDULE, Residual, Stop, Stopping, learn, options, path, shuffled
+from tests.train.small import accuracy, equal, fixed_batches, loader, weights
+from tests.train.test_resume import ENVIRONMENT
+
+BUDGET = st.Budget(parameters=0.5)
+
+
+def same(one: LearnedResult, other: LearnedResult) -> None:
+    """All that two runs have in common if one of them was stopped: everything but times."""
+    assert equal(weights(one.model), weights(other.model))
+    assert one.plan.to_json() == other.plan.to_json()
+    assert timeless(one.trajectory.records) == timeless(other.trajectory.records)
+    assert one.trajectory.budget == other.trajectory.budget
+    for mine, theirs in ((one.learning, other.learning), (one.tuning, other.tuning)):
+        assert (mine is None) == (theirs is None)
+        if mine is not None and theirs is not None:
+            assert dataclasses.replace(mine, seconds=0) == dataclasses.replace(theirs, seconds=0)
+
+
+def test_a_run_ends_in_a_factored_network_within_the_budget(tmp_path: Path) -> None:
+    model, batches = Residual(), loader()
+    model.conv1.eval()
+    before, modes = weights(model), [module.training for module in model.modules()]
+    result = learn_ranks(model, batches, BUDGET, **options(skip="stem"))
+    assert equal(weights(model), before)
+    assert [module.training for module in model.modules()] == modes
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+    assert {id(p) for p in result.model.parameters()}.isdisjoint({id(p) for p in model.parameters()})
+    assert any(isinstance(module, Factored) for module in result.model.modules())
+    plan = result.plan
+    assert parameter_count(result.model) == plan.costs["parameters"] <= 0.5 * parameter_count(model)
+    assert plan.budget == result.trajectory.budget == {"parameters": 0.5 * parameter_count(model)}
+    assert result.report.plan is plan
+    assert ("stem", "Conv2d 3x3", "skipped on request") in result.report.skipped
+    assert result.trajectory.sites == tuple(entry.site for entry in plan) == ("conv1", "conv2", "head")
+    assert [record.mu for record in result.trajectory.records] == [SCHEDULE.mu(step) for step in range(8)]
+    assert all(record.costs["parameters"] <= plan.budget["parameters"] for record in result.trajectory.records)
+    assert result.learning is not None
+    assert result.tuning is not None
+    assert (result.learning.epochs, result.learning.steps, result.learning.last) == (4, 24, None)
+    assert (result.tuning.epochs, result.tuning.steps, result.tuning.last) == (2, 12, accuracy(result.model.eval()))
+    st.save(result.model, plan, tmp_path / "small.safetensors")
+    again = st.load(Residual(), tmp_path / "small.safetensors").eval()
+    inputs = fixed_batches()[0][0]
+    assert torch.equal(again(inputs), result.model(inputs))
+    result.trajectory.write(tmp_path / "ranks.json")
+    assert Trajectory.read(tmp_path / "ranks.json") == result.trajectory
+
+
+def test_learning_pulls_the_weights_to_low_rank() -> None:
+    weak, strong = (learn(schedule=Schedule(mu, 1, 8), learning=Recipe(epochs=4, lr=0.02)) for mu in (1e-3, 5.0))
+    last = [result.trajectory.records[-1].distance for result in (weak, strong)]
+    assert last[1] < 0.3 * last[0]
+    losses = [record.loss for result in (weak, strong) for record in (result.learning or result.tuning).history]
+    assert min(losses) > 0
+
+
+def test_a_multiplier_takes_the_place_of_the_budget() -> None:
+    small = {}
+    for multiplier in (1e-5, 1e-3, 1.0):
+        result = learn_ranks(
+            Residual(), loader(), multiplier=multiplier, cost="parameters", dense=False,
+            **options(tuning=Recipe(epochs=1)),
+        )  # fmt: skip
+        assert result.plan.budget == result.trajectory.budget == {}
+        assert result.plan.multipliers == {"parameters": multiplier}
+        small[multiplier] = parameter_count(result.model)
+        assert small[multiplier] == result.plan.costs["parameters"]
+        for entry, rank in zip(result.plan, result.trajectory.records[-1].ranks, strict=True):
+            assert entry.choice.is_dense or entry.choice["rank"] == max(1, rank)
+    assert result.trajectory.records[-1].ranks == (0, 0, 0, 0)
+    assert small[1.0] < small[1e-3] < small[1e-5] <= parameter_count(Residual())
+
+
+def test_learning_ends_early_when_choices_have_settled_near_low_rank() -> None:
+    learning, schedule = Recipe(epochs=12, lr=0.02, schedule="constant", weight_decay=0), Schedule(8, 1, 36)
+    found = {
+        patience: learn(patience=patience, learning=learning, tuning=Recipe(epochs=0), schedule=schedule)
+        for patience in (3, None)
+    }
+    early, whole = found[3], found[None]
+    assert whole.learning is not None
+    assert early.learning is not None
+    assert whole.learning.epochs == 12
+    epochs = early.learning.epochs
+    assert 0 < epochs < 12
+    assert early.trajectory.settled >= 3
+    assert early.trajectory.records[-1].distance <= 0.05
+    assert early.tuning is None
+    records = timeless(whole.trajectory.records)
+    assert timeless(early.trajectory.records) == records[: len(early.trajectory)]
+    # An epoch earlier it had not settled, or was not near.
+    before = dataclasses.replace(early.trajectory, records=early.trajectory.records[:-3])
+    assert before.settled < 3 or before.records[-1].distance > 0.05
+
+
+def test_without_learning_it_is_one_choice_on_the_weights_as_they_are() -> None:
+    result = learn(learning=Recipe(epochs=0), tuning=Recipe(epochs=0), weigh=False)
+    assert (result.learning, result.tuning) == (None, None)
+    assert len(result.trajectory) == 1
+    sites = st.find(Residual())
+    table = st.tabulate(st.calibrate(Residual(), sites, fixed_batches()), [WeightSVD()])
+    assert result.plan.costs.keys() == table.dense.keys()
+    bare = st.tabulate(sites, [WeightSVD()])
+    assert [e.choice for e in result.plan] == [e.choice for e in st.select(bare, BUDGET)]
+
+
+def test_calibration_may_come_from_an_iterator_or_from_the_batches() -> None:
+    held = fixed_batches()
+    settings = options(learning=Recipe(epochs=1), tuning=Recipe(epochs=0))
+    results = [
+        learn_ranks(Residual(), held, BUDGET, **settings | {"calibration": calibration})
+        for calibration in (held, iter(held), None)
+    ]
+    for other in results[1:]:
+        same(results[0], other)
+    assert results[0].report.samples == 48
+
+
+def test_several_budgets_of_one_run() -> None:
+    model = Residual()
+    before, told = weights(model), []
+    budgets = [st.Budget(parameters=share) for share in (0.8, 0.6, 0.4)]
+    settings = options(learning=Recipe(epochs=2, lr=0.02), tuning=Recipe(epochs=1))
+    results = budget_path(model, loader(), budgets, done=told.append, **settings)
+    assert equal(weights(model), before)
+    assert told == list(results)
+    counts = [parameter_count(result.model) for result in results]
+    assert counts == sorted(counts, reverse=True)
+    for result, budget, count in zip(results, budgets, counts, strict=True):
+        assert count == result.plan.costs["parameters"] <= budget.limits(result.plan.dense_costs)["parameters"]
+        assert result.trajectory.budget == budget.limits(result.plan.dense_costs)
+        assert result.tuning is not None
+    parameters = [id(parameter) for result in results for parameter in result.model.parameters()]
+    assert len(set(parameters)) == len(parameters)
+    # The first is what one budget alone gives; the next goes on from its dense weights and not from the given ones.
+    same(results[0], learn_ranks(model, loader(), budgets[0], **settings))
+    alone = learn_ranks(model, loader(), budgets[1], **settings)
+    first, again = results[1].trajectory.records[0], alone.trajectory.records[0]
+    assert first.distance < again.distance
+
+
+def test_what_cannot_be_learned_is_refused() -> None:
+    with pytest.raises(ValueError, match="either a budget or multiplier="):
+        learn_ranks(Residual(), loader(), **options())
+    with pytest.raises(ValueError, match="either a budget or multiplier="):
+        learn_ranks(Residual(), loader(), BUDGET, **options(multiplier=1e-6))
+    with pytest.raises(ValueError, match="give at least one budget"):
+        budget_path(Residual(), loader(), [], **options())
+    with pytest.raises(PlanError, match="Residual has no layer to compress .stem: skipped on request; "):
+        learn_ranks(Residual(), loader(), BUDGET, **options(skip=[nn.Conv2d, nn.Linear]))
+    with pytest.raises(PlanError, match="Sequential has no layer to compress .it has no linear or conv layers."):
+        learn_ranks(nn.Sequential(nn.ReLU()), loader(), BUDGET, **options())
+    with pytest.raises(InfeasibleBudgetError, match="cannot be met: the lowest reachable is"):
+        learn_ranks(Residual(), loader(), st.Budget(parameters=0.01), **options())
+    with pytest.raises(TypeError, match="has no length"):
+        learn_ranks(Residual(), (batch for batch in loader()), BUDGET, **options())
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rate'"):
+        learn_ranks(Residual(), loader(), BUDGET, **options(rate=1))
+
+
+def test_weights_that_explode_name_their_layer() -> None:
+    with pytest.raises(FloatingPointError, match=r"layer '\w+' has weights that are not finite. Lower lr"):
+        learn(learning=Recipe(epochs=4, lr=1e30, warmup=0.0))
+
+
+# Stopped runs.
+
+
+@pytest.mark.parametrize("start", [{}, {"multiplier": 2e-4, "cost": "parameters", "dense": False}])
+def test_a_run_that_was_stopped_anywhere_ends_equal(start: dict[str, Any], tmp_path: Path) -> None:
+    def run(batches: Any, **changes: Any) -> LearnedResult:
+        return learn_ranks(Residual(), batches, None if start else BUDGET, **options(**start, **changes))
+
+    whole = run(loader())
+    # In the first epoch, before and after a checkpoint; in between; in the last; in tuning, which reads the batches of
+    # the stopped epoch again.
+    for at in (1, 4, 9, 8, 7, 9):
+        with pytest.raises(Stop):
+            run(Stopping(at), checkpoint=tmp_path)
+        torch.randn(7)
+        random.random()
+    assert {file.name for file in tmp_path.iterdir()} == {"learning.safetensors", "tuning.safetensors"}
+    same(whole, run(loader(), checkpoint=tmp_path))
+    # What is finished is returned at once.
+    same(whole, run(Stopping(0), checkpoint=tmp_path))
+
+
+def test_a_path_that_was_stopped_ends_equal(tmp_path: Path) -> None:
+    whole = path()
+    # In learning and in tuning of the second budget.
+    for at in (18 + 7, 9):
+        with pytest.raises(Stop):
+            path(Stopping(at), checkpoint=tmp_path)
+    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.glob("*/*")) == [
+        f"{number}/{name}.safetensors" for number in ("00", "01") for name in ("learning", "tuning")
+    ]
+    for one, other in zip(whole, path(checkpoint=tmp_path), strict=True):
+        same(one, other)
+
+
+def test_a_run_killed_at_any_moment_ends_equal(tmp_path: Path) -> None:
+    out = tmp_path / "killed.safetensors"
+    command = [sys.executable, learning_script.__file__, str(out), str(tmp_path)]
+    steps: dict[str, int] = {}
+    for name in ("learning.safetensors", "tuning.safetensors"):
+        checkpoint = tmp_path / name
+        process = subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 120
+        while not checkpoint.exists():
+            assert process.poll() is None, process.stderr and process.stderr.read().decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(random.SystemRandom().uniform(0, 0.03))
+        process.kill()
+        process.communicate()
+        steps[name] = resuming.read(checkpoint)[1]["step"]
+    assert not out.exists(), f"nothing was killed, checkpoints at {steps}"
+    subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, check=True, timeout=120)
+    expected = learn(shuffled())
+    found = st.load(Residual(), out)
+    assert equal(weights(found), weights(expected.model)), f"checkpoints at {steps}"
+    records = Trajectory.read(f"{out}.json").records
+    assert timeless(records) == timeless(expected.trajectory.records), f"checkpoints at {steps}"
+
+
+def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        learn(Stopping(10), checkpoint=tmp_path)
+    with pytest.raises(CheckpointError, match="belongs to another run: 4 sites, budget {'parameters': "):
+        learn_ranks(Residual(), loader(), st.Budget(parameters=0.6), **options(checkpoint=tmp_path))
+    with pytest.raises(CheckpointError, match=r"lr was 0\.02 and is 0\.01"):
+        learn(checkpoint=tmp_path, learning=Recipe(epochs=4, lr=0.01, checkpoint_every=2))
+    with pytest.raises(CheckpointError, match=r"belongs to another model .*stem\.weight is \(8, 1, 3, 3\)"):
+        learn_ranks(Residual(width=6), loader(), BUDGET, **options(checkpoint=tmp_path))
+    (tmp_path / "learning.safetensors").write_bytes(b"half")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        learn(checkpoint=tmp_path)
+
+
+def test_the_given_model_is_the_teacher_unless_there_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    from spectrim.train import learn as module
+
+    seen = []
+
+    class Watched(module.Loop):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            seen.append((kwargs["teacher"], kwargs["loss"]))
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(module, "Loop", Watched)
+    model, other, loss = Residual(), copy.deepcopy(Residual()), nn.CrossEntropyLoss()
+    settings = options(learning=Recipe(epochs=1), tuning=Recipe(epochs=1), weigh=False)
+    for given in ({}, {"teacher": other}, {"loss": loss}):
+        learn_ranks(model, fixed_batches(8), BUDGET, **settings, **given)
+    assert seen == [(model, None)] * 2 + [(other, None)] * 2 + [(None, loss)] * 2
