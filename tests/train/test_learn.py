@@ -207,7 +207,7 @@ def test_a_run_that_was_stopped_anywhere_ends_equal(start: dict[str, Any], tmp_p
             run(Stopping(at), checkpoint=tmp_path)
         torch.randn(7)
         random.random()
-    assert {file.name for file in tmp_path.iterdir()} == {"learning.safetensors", "tuning.safetensors"}
+    assert {file.name for file in tmp_path.iterdir()} >= {"learning.safetensors", "tuning.safetensors"}
     same(whole, run(loader(), checkpoint=tmp_path))
     # What is finished is returned at once.
     same(whole, run(Stopping(0), checkpoint=tmp_path))
@@ -219,9 +219,8 @@ def test_a_path_that_was_stopped_ends_equal(tmp_path: Path) -> None:
     for at in (18 + 7, 9):
         with pytest.raises(Stop):
             path(Stopping(at), checkpoint=tmp_path)
-    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.glob("*/*")) == [
-        f"{number}/{name}.safetensors" for number in ("00", "01") for name in ("learning", "tuning")
-    ]
+    for name in ("learning", "tuning"):
+        assert [file.parent.name for file in sorted(tmp_path.glob(f"*/{name}.safetensors"))] == ["00", "01"]
     for one, other in zip(whole, path(checkpoint=tmp_path), strict=True):
         same(one, other)
 
@@ -254,7 +253,7 @@ def test_a_run_killed_at_any_moment_ends_equal(tmp_path: Path) -> None:
 def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(Stop):
         learn(Stopping(10), checkpoint=tmp_path)
-    with pytest.raises(CheckpointError, match="belongs to another run: 4 sites, budget {'parameters': "):
+    with pytest.raises(CheckpointError, match="belongs to another run: budget was "):
         learn_ranks(Residual(), loader(), st.Budget(parameters=0.6), **options(checkpoint=tmp_path))
     with pytest.raises(CheckpointError, match=r"lr was 0\.02 and is 0\.01"):
         learn(checkpoint=tmp_path, learning=Recipe(epochs=4, lr=0.01, checkpoint_every=2))
@@ -281,3 +280,38 @@ def test_the_given_model_is_the_teacher_unless_there_is_another(monkeypatch: pyt
     for given in ({}, {"teacher": other}, {"loss": loss}):
         learn_ranks(model, fixed_batches(8), BUDGET, **settings, **given)
     assert seen == [(model, None)] * 2 + [(other, None)] * 2 + [(None, loss)] * 2
+
+
+def test_the_table_of_a_result_selects_networks_that_can_be_built() -> None:
+    model, batches = Residual(), loader()
+    result = learn_ranks(model, batches, BUDGET, **options())
+    assert not any(option.choice.kind == "zero" for row in result.candidates for option in row.options)
+    lowest = sum(min(o.costs["parameters"] for o in row.options) for row in result.candidates)
+    tight = st.Budget(parameters=f"{1.05 * (lowest + result.candidates.fixed['parameters'])}")
+    plan = st.select(result.candidates, tight)
+    small = st.apply(model, result.sites, plan)
+    assert parameter_count(small) == plan.costs["parameters"] < result.plan.costs["parameters"]
+
+
+def test_a_latency_budget_is_a_share_of_the_whole_network_and_can_be_resumed(tmp_path: Path) -> None:
+    model, batches = Residual(), loader()
+    clock = st.Latency(cache=tmp_path / "cache", threads=1, rounds=3)
+    sites = st.calibrate(model, st.find(model), [batch[0] for batch in fixed_batches()[:1]], statistics=False)
+    layers = st.tabulate(sites, [WeightSVD()], latency=clock).dense["latency"]
+    given = {**options(), "methods": [WeightSVD(multiple_of=1)], "latency": clock, "checkpoint": tmp_path / "run"}
+    first = learn_ranks(model, batches, st.Budget(latency=0.95), **given)
+    # BatchNorm, activations and the calls themselves take time that belongs to no site.
+    assert first.plan.dense_costs["latency"] > layers
+    again = learn_ranks(model, loader(), st.Budget(latency=0.95), **given)
+    assert equal(weights(again.model), weights(first.model))
+    assert again.plan.to_json() == first.plan.to_json()
+
+
+def test_calibration_from_shuffled_batches_does_not_depend_on_what_ran_before() -> None:
+    batches, found = shuffled(), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        found.append(learn_ranks(Residual(), batches, BUDGET, **options(calibration=None)))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert equal(weights(found[0].model), weights(found[1].model))

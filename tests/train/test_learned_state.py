@@ -192,12 +192,28 @@ def test_states_of_other_runs_are_refused() -> None:
         LearnedRanks(model, sites, multiplier=1e-6, cost="parameters"),
         LearnedRanks(model, st.find(model, skip="0"), budget),
         LearnedRanks(wide, st.find(wide), budget),
+        LearnedRanks(model, sites, budget, schedule=Schedule(0.5, 2.0, 3)),
+        LearnedRanks(model, sites, budget, normalize=False),
     ]
     for other in others:
-        with pytest.raises(
-            CheckpointError, match="the checkpoint belongs to another run: 3 sites, budget {'parameters'"
-        ):
+        with pytest.raises(CheckpointError, match="the checkpoint belongs to another run: "):
             other.load_state_dict(state)
         assert other.step == 1
-    with pytest.raises(CheckpointError, match="belongs to another run: 3 sites, budget {},"):
+    with pytest.raises(CheckpointError, match="belongs to another run: budget was None and is "):
         LearnedRanks(model, sites, budget).load_state_dict(others[1].state_dict())
+
+
+def test_c_steps_are_spread_over_a_run_whose_batches_they_do_not_divide() -> None:
+    model, steps, batches = settled("mlp"), 8, 45
+    schedule = Schedule(0.1, 1.5, steps)
+    ranks = LearnedRanks(
+        model, st.find(model), st.Budget(parameters=0.6), schedule=schedule, every=batches / (steps - 1)
+    )
+    done = []
+    for _ in range(batches):
+        ranks.after_step(model)
+        done.append(ranks.step)
+    assert done[-2:] == [steps - 1, steps], "the last C step comes after the last batch"
+    gaps = [done.count(step) for step in range(1, steps)]
+    assert max(gaps) - min(gaps) <= 1
+    assert ranks.trajectory.records[-1].mu == schedule.mu(steps - 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,11 +80,17 @@ class CStep:
         assert self.multiplier is not None
         return at_multiplier(table, self.cost, self.multiplier, dense=self.dense)
 
+    def take_over(self, dense: Mapping[str, float]) -> None:
+        """Go on with costs of the dense network that were measured before: their fixed part makes up the difference."""
+        own = self.table.dense
+        fixed = {name: value + dense.get(name, own[name]) - own[name] for name, value in self.table.fixed.items()}
+        self.table = dataclasses.replace(self.table, fixed=fixed)
+
     def last(self, sites: Sites, mu: float, plan: Plan) -> tuple[Candidates, Plan]:
         """Table and plan to build a network from: chosen exactly within a budget, else the ranks of ``plan``."""
-        table = retabulate(self.table, sites, self.methods)
+        table = weighed(retabulate(self.table, sites, self.methods), sites.sites, mu, normalize=self.normalize)
+        table = without_zero(table)
         if self.budget is not None:
-            table = without_zero(weighed(table, sites.sites, mu, normalize=self.normalize))
             return table, exact(table, self.budget)
         picks = [buildable(row, entry.choice) for row, entry in zip(table, plan, strict=True)]
         built = make_plan(table, picks, budget={}, selector=plan.selector)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +18,10 @@ from spectrim.nn.batches import batch_size
 from spectrim.nn.calibrate import calibrate
 from spectrim.nn.find import Selector, find
 from spectrim.nn.sensitivity import sensitivity
-from spectrim.pipeline import Report, Result
+from spectrim.nn.timing import measure_latency
+from spectrim.pipeline import Report, Result, one_batch
+from spectrim.plan import Plan
+from spectrim.train import randomness
 from spectrim.train.batches import length
 from spectrim.train.learned_ranks import LearnedRanks
 from spectrim.train.loop import Evaluate, Loop
@@ -119,7 +122,7 @@ def learn_ranks(
     """
     prepared = _Run(
         model, batches, calibration=calibration, weigh=weigh, skip=skip, only=only, teacher=teacher, loss=loss,
-        evaluate=evaluate, latency=latency, progress=progress, accelerate=accelerate,
+        evaluate=evaluate, latency=latency, progress=progress, accelerate=accelerate, seed=(learning or Recipe()).seed,
     )  # fmt: skip
     folder = None if checkpoint is None else Path(checkpoint)
     net = copy.deepcopy(model)
@@ -168,7 +171,7 @@ def budget_path(
         raise ValueError("give at least one budget")
     prepared = _Run(
         model, batches, calibration=calibration, weigh=weigh, skip=skip, only=only, teacher=teacher, loss=loss,
-        evaluate=evaluate, latency=latency, progress=progress, accelerate=accelerate,
+        evaluate=evaluate, latency=latency, progress=progress, accelerate=accelerate, seed=(learning or Recipe()).seed,
     )  # fmt: skip
     net = copy.deepcopy(model)
     results = []
@@ -199,9 +202,10 @@ class _Run:
         latency: Latency | None,
         progress: bool | None,
         accelerate: bool | None,
+        seed: int,
     ) -> None:
         self.model, self.batches, self.evaluate = model, batches, evaluate
-        self.calibration = _first(batches) if calibration is None else calibration
+        self.calibration = _first(batches, seed) if calibration is None else calibration
         if iter(self.calibration) is self.calibration:
             self.calibration = list(self.calibration)
         self.weigh, self.skip, self.only, self.latency = weigh, skip, only, latency
@@ -231,13 +235,28 @@ class _Run:
             while loop.epoch < learning.epochs and not _settled(ranks.trajectory, patience):
                 loop.run(until=loop.epoch + 1)
             learned = loop.result()
-        small, plan = ranks.finish(self.calibration)
+        small, plan = self._finished(ranks, folder)
         if tuning.epochs:
             epoch += learning.epochs
             tuned = self._loop(small, tuning, epoch, folder, "tuning", evaluate=self.evaluate).run()
         sites = ranks.sites
         report = Report(plan, tuple((s.name, s.kind, s.reason) for s in sites.skipped), sites.samples)
-        return LearnedResult(small, plan, report, ranks.table, sites, ranks.trajectory, learned, tuned)
+        return LearnedResult(
+            small, plan, report, ranks.candidates or ranks.table, sites, ranks.trajectory, learned, tuned
+        )
+
+    def _finished(self, ranks: LearnedRanks, folder: Path | None) -> tuple[nn.Module, Plan]:
+        """The factored network; its plan is kept, since one made by measuring comes out differently another time."""
+        kept = None if folder is None else folder / "plan.json"
+        if kept is not None and kept.exists():
+            return ranks.finish(self.calibration, plan=Plan.read(kept))
+        small, plan = ranks.finish(self.calibration)
+        if kept is not None:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            part = kept.with_name(kept.name + ".part")
+            plan.write(part)
+            os.replace(part, kept)
+        return small, plan
 
     def _loop(self, model: nn.Module, recipe: Recipe, epoch: int, folder: Path | None, name: str, **hooks: Any) -> Loop:
         recipe = replace(recipe, seed=recipe.seed + epoch)
@@ -254,12 +273,16 @@ class _Run:
             sites = sensitivity(net, sites, self.calibration)
         schedule = options.get("schedule") or Schedule()
         total = learning.epochs * (length(self.batches, needed=True) or 0)
-        every = max(1, math.ceil(total / max(1, schedule.steps)))
+        # The last C step is due after the last batch.
+        every = max(1.0, total / max(1, schedule.steps - 1))
         spec = sites.sites[0].spec
-        clock = self.latency
+        clock, dense = self.latency, None
         if clock is None and budget is not None and budget.latency is not None:
             clock = Latency(device=spec.device, dtype=spec.dtype)
-        return LearnedRanks(net, sites, budget, every=every, latency=clock, **options)
+        if clock is not None:
+            example = one_batch(net, self.calibration, clock.batch)
+            dense = measure_latency({"dense": net}, example, threads=clock.threads)["dense"].quiet
+        return LearnedRanks(net, sites, budget, every=every, latency=clock, dense_latency=dense, **options)
 
 
 def _settled(trajectory: Trajectory, patience: int | None) -> bool:
@@ -268,12 +291,17 @@ def _settled(trajectory: Trajectory, patience: int | None) -> bool:
     return trajectory.settled >= patience and trajectory.records[-1].distance <= _CLOSE
 
 
-def _first(batches: Iterable[Any]) -> list[Any]:
-    """Training batches up to a number of samples, for calibration."""
+def _first(batches: Iterable[Any], seed: int) -> list[Any]:
+    """Training batches up to a number of samples, for calibration: the same ones in every call with one seed."""
+    before = randomness.capture(batches)
+    randomness.seed(seed)
     found, samples = [], 0
-    for batch in batches:
-        found.append(batch)
-        samples += batch_size(batch)
-        if samples >= _SAMPLES:
-            break
+    try:
+        for batch in batches:
+            found.append(batch)
+            samples += batch_size(batch)
+            if samples >= _SAMPLES:
+                break
+    finally:
+        randomness.restore(before, batches)
     return found

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -86,7 +87,7 @@ class LearnedRanks:
         Offer to leave a layer dense. Without it every rank up to the full one is on offer, in the unfolding of the
         paper, and layers whose rank does not pay are left dense by :meth:`finish`.
     every
-        Batches between two C steps, for :meth:`after_step`.
+        Batches between two C steps, for :meth:`after_step`; on average, if it is not a whole number.
     evaluate
         Function of the nested network (:meth:`nested`), in evaluation mode, to a number, recorded at every C step.
     latency, dense_latency, costs
@@ -102,6 +103,8 @@ class LearnedRanks:
         Of the last C step.
     trajectory
         Ranks after every C step.
+    candidates
+        What may be chosen for the network that :meth:`finish` returned, to select from again; None before.
 
     Raises
     ------
@@ -140,7 +143,7 @@ class LearnedRanks:
         normalize: bool = True,
         augmented: bool | None = None,
         dense: bool = True,
-        every: int | None = None,
+        every: float | None = None,
         evaluate: Callable[[nn.Module], float] | None = None,
         latency: Latency | None = None,
         dense_latency: float | None = None,
@@ -169,6 +172,7 @@ class LearnedRanks:
         self._multipliers: dict[str, list[Tensor]] = {}
         self._batches = 0
         self.step = 0
+        self.candidates: Candidates | None = None
         options: dict[str, Any] = {"latency": latency, "dense_latency": dense_latency, "costs": costs}
         now = self._present(lambda name, part, weight: weight)
         self._c_step = CStep(
@@ -232,8 +236,9 @@ class LearnedRanks:
         """Count a batch, and take a C step after ``every`` of them until the schedule is over."""
         if self.every is None:
             raise ValueError("after_step needs every=, the batches between two C steps")
+        due = self._due()
         self._batches += 1
-        if self._batches % self.every == 0 and self.step < self.schedule.steps:
+        if self._due() > due and self.step < self.schedule.steps:
             self.c_step()
 
     @property
@@ -262,6 +267,7 @@ class LearnedRanks:
         self,
         batches: Iterable[Any] | None = None,
         *,
+        plan: Plan | None = None,
         reconstruct: bool = True,
         forward: Callable[[nn.Module, Any], Any] | None = None,
     ) -> tuple[nn.Module, Plan]:
@@ -276,6 +282,8 @@ class LearnedRanks:
         batches
             Calibration batches, read several times: factors are fitted to the responses of the present network, and a
             latency budget is checked by measuring. Without them every layer is factorised on its own.
+        plan
+            To be carried out in place of a choice made here, as the one that an earlier call returned.
         reconstruct, forward
             As for :func:`spectrim.apply`.
 
@@ -292,12 +300,15 @@ class LearnedRanks:
             sites = fitted if self.energy == "output" else sites
         else:
             fitted = sites
-        table, plan = self._c_step.last(sites, self.mu, self.plan)
-        if self._latency is not None and self.budget is not None and batches is not None:
-            example = one_batch(self.model, batches, self._latency.batch)
-            plan, _ = meet_latency(
-                self.model, sites, table, plan, self.budget, example, self._latency, methods=self.methods, close=_CLOSE
-            )
+        self.candidates, chosen = self._c_step.last(sites, self.mu, self.plan)
+        if plan is None:
+            plan = chosen
+            if self._latency is not None and self.budget is not None and batches is not None:
+                example = one_batch(self.model, batches, self._latency.batch)
+                plan, _ = meet_latency(
+                    self.model, sites, self.candidates, plan, self.budget, example, self._latency,
+                    methods=self.methods, close=_CLOSE,
+                )  # fmt: skip
         small = apply(self.model, fitted, plan, batches, methods=self.methods, reconstruct=reconstruct, forward=forward)
         return small, plan
 
@@ -307,7 +318,8 @@ class LearnedRanks:
         for kind, held in (("target", self._targets), ("multiplier", self._multipliers)):
             for name, parts in held.items():
                 state |= {f"{kind}:{part}:{name}": tensor for part, tensor in enumerate(parts)}
-        for name, text in (("plan", self.plan.to_json()), ("trajectory", self.trajectory.to_json())):
+        texts = {"plan": self.plan.to_json(), "trajectory": self.trajectory.to_json(), "run": json.dumps(self._run())}
+        for name, text in texts.items():
             state[name] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         return state
 
@@ -317,17 +329,17 @@ class LearnedRanks:
         Raises
         ------
         CheckpointError
-            If it belongs to a run with other sites, another budget or another multiplier.
+            If it belongs to a run with other sites, options or another budget; the message says what differs.
         """
+        then, now = json.loads(_text(state["run"])), json.loads(json.dumps(self._run()))
+        changed = [
+            f"{name} was {then.get(name)!r} and is {value!r}" for name, value in now.items() if then.get(name) != value
+        ]
+        if changed:
+            raise CheckpointError(f"the checkpoint belongs to another run: {'; '.join(changed)}")
         found = Trajectory.from_json(_text(state["trajectory"]))
-        mine = self.trajectory
-        same = found.sites == mine.sites and found.budget == mine.budget and found.dense_costs == mine.dense_costs
-        if not same or bool(found.budget) != (self.budget is not None):
-            raise CheckpointError(
-                f"the checkpoint belongs to another run: {len(found.sites)} sites, budget {dict(found.budget)}, dense "
-                f"{dict(found.dense_costs)}; here {len(mine.sites)} sites, budget {dict(mine.budget)}, dense "
-                f"{dict(mine.dense_costs)}"
-            )
+        # What was measured once holds for the whole run, or the same budget would mean another number of milliseconds.
+        self._c_step.take_over(found.dense_costs)
         self.step, self._batches = (int(number) for number in state["counts"])
         self.plan, self.trajectory = Plan.from_json(_text(state["plan"])), found
         self._targets, self._multipliers = {}, {}
@@ -336,7 +348,29 @@ class LearnedRanks:
             held = self._targets if kind == "target" else self._multipliers
             held.setdefault(name, []).append(state[key].to(self.sites[name].weights[0].device, copy=True))
 
+    def _run(self) -> dict[str, Any]:
+        """What makes it this run, as JSON values."""
+        counted = {name: value for name, value in self.trajectory.dense_costs.items() if name != "latency"}
+        return {
+            "sites": list(self.trajectory.sites),
+            "dense_costs": counted,
+            "budget": None if self.budget is None else dataclasses.asdict(self.budget),
+            "multiplier": self._c_step.multiplier,
+            "cost": self._c_step.cost,
+            "schedule": dataclasses.asdict(self.schedule),
+            "methods": [method.record() for method in self.methods],
+            "energy": self.energy,
+            "normalize": self.normalize,
+            "augmented": self.augmented,
+            "dense": self.dense,
+            "every": self.every,
+        }
+
     # The C step in parts.
+
+    def _due(self) -> int:
+        """C steps that the batches so far ask for; the margin is for the rounding of a quotient."""
+        return int(self._batches / (self.every or 1) + 1e-9)
 
     def _present(self, change: Callable[[str, int, Tensor], Tensor]) -> Sites:
         """The sites with the present weights, changed by a function of site name, part and weight."""
