@@ -34,6 +34,13 @@ TITLES = {
     "F7": "latency budget of half the dense time",
     "F8": "seconds to analyse ResNet-50 at 224 x 224",
     "F9": "memory to analyse ResNet-50 at 224 x 224",
+    "L1": "C step of learned ranks: its ranks, its time",
+    "L2": "ranks over C steps at a multiplier given by hand",
+    "L3": "ResNet-20 on CIFAR-10, learned ranks",
+    "L4": "ResNet-56 on CIFAR-10, learned ranks",
+    "L5": "VGG-16 on CIFAR-10 with learned ranks against ResNets",
+    "L6": "lead of learned ranks over one-shot plans, same epochs",
+    "L7": "stated budgets against finished networks",
 }
 
 # Idelbayev and Carreira-Perpinan, CVPR 2020: (MMAC, test accuracy) after some 950 epochs of learning the ranks.
@@ -218,6 +225,9 @@ def curves(results: Sequence[Result], network: str) -> dict[str, list[Point]]:
 
 
 def _label(row: Mapping[str, Any]) -> str:
+    if "arm" in row:
+        # One-shot plans among such rows are those of other results, which are in the table already.
+        return "Spectrim, learned ranks" if row["arm"].startswith("learned ranks") else ""
     variant, epochs = row.get("variant", "all"), row.get("epochs", 0)
     if variant == "dense":
         return "dense"
@@ -276,6 +286,9 @@ def figures(results: Sequence[Result]) -> dict[str, bytes]:
     timed = [row for result in results for row in result.get("rows", []) if "saved_ratio" in row]
     if timed:
         found["time-against-macs.svg"] = _times(timed)
+    for result in results:
+        if "trajectory" in result:
+            found[f"{result['experiment'].replace('_', '-')}.svg"] = _rank_paths(result["trajectory"])
     return found
 
 
@@ -319,20 +332,34 @@ def _times(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return _svg(draw)
 
 
+def _rank_paths(trajectory: Mapping[str, Any]) -> bytes:
+    from spectrim.report.ranks import rank_paths
+    from spectrim.trajectory import Trajectory
+
+    return _saved(rank_paths(Trajectory.from_json(json.dumps(trajectory))))
+
+
 def _svg(draw: Any) -> bytes:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    style = {"svg.hashsalt": "spectrim", "svg.fonttype": "path", "font.size": 8}
-    with matplotlib.rc_context(style):  # type: ignore[arg-type]
+    with matplotlib.rc_context({"font.size": 8}):
         figure = Figure(figsize=(5.4, 3.4), layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         axes = figure.subplots()
         axes.grid(color="#d5dae0", linewidth=0.5)
         axes.spines[["top", "right"]].set_visible(False)
         draw(axes)
-        out = io.BytesIO()
+        return _saved(figure)
+
+
+def _saved(figure: Any) -> bytes:
+    """A figure as SVG; the same figure gives the same bytes."""
+    import matplotlib
+
+    out = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "spectrim", "svg.fonttype": "path"}):
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
     return out.getvalue()
 

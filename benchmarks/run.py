@@ -1,6 +1,7 @@
 """Run the experiments that have no result yet.
 
-    python -m benchmarks.run [NAME ...] [--cifar10 DIR] [--weights FILE ...] [--work DIR] [--force]
+    python -m benchmarks.run [NAME ...] [--cifar10 DIR] [--fashion-mnist DIR] [--weights FILE ...] [--work DIR]
+                             [--force]
 
 An experiment file names its task, a module of this package, and the task's options. What a task needs from outside is
 given by path; experiments whose paths are not given are named and passed over.
@@ -27,6 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     parser.add_argument("names", nargs="*", help="experiments; all if none")
     parser.add_argument("--cifar10", type=Path, metavar="DIR", help="folder with the binary CIFAR-10 files")
+    parser.add_argument("--fashion-mnist", type=Path, metavar="DIR", help="folder with the IDX files, plain or .gz")
     parser.add_argument(
         "--weights", type=Path, action="append", default=[], metavar="FILE", help="resnet20.safetensors, ..."
     )
@@ -39,6 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no experiment {unknown[0]!r}; there are {', '.join(known)}")
     paths: dict[str, Any] = {
         "cifar10": options.cifar10,
+        "fashion-mnist": options.fashion_mnist,
         "weights": {path.stem: path for path in options.weights},
         "work": options.work or Path(tempfile.gettempdir()) / "spectrim-benchmarks",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^spectrim (?:[^\n]*\\\n)*[^\n]*", re.MULTILINE)
 
 
 def blocks(page: Path) -> Iterator[tuple[int, str]]:
@@ -31,8 +33,19 @@ def run(page: Path) -> int:
     return count
 
 
+@pytest.fixture(autouse=True)
+def _own_accelerate():
+    """A Trainer settles accelerate on a device for the whole process, and other tests must not inherit it."""
+    yield
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+
+
 def test_there_are_tutorials():
-    assert len(TUTORIALS) >= 3
+    assert len(TUTORIALS) >= 4
 
 
 @pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
@@ -47,6 +60,28 @@ def test_readme_example_runs_and_keeps_its_promise(tmp_path: Path, monkeypatch: 
     assert len([line for line in source.splitlines() if line.strip()]) == 12
     assert run(README) == 1
     assert (tmp_path / "small.safetensors").stat().st_size > 0
+
+
+def command_lines() -> list[tuple[str, str]]:
+    """What the pages tell to type, with the page."""
+    pages = [README, *sorted((ROOT / "docs").rglob("*.md"))]
+    return [(page.name, line) for page in pages for line in COMMAND.findall(page.read_text(encoding="utf-8"))]
+
+
+def test_command_lines_use_options_that_exist():
+    from typer.main import get_command
+
+    from spectrim.cli.app import app
+
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    lines = command_lines()
+    assert {"compress", "path"} <= {line.split()[1] for _, line in lines}
+    for page, line in lines:
+        name, *words = line.replace("\\\n", " ").split()[1:]
+        assert name in commands, f"{page}: there is no command {name!r}"
+        known = {option for parameter in commands[name].params for option in parameter.opts}
+        unknown = [word for word in words if re.match(r"--?[a-z]", word) and word not in known]
+        assert not unknown, f"{page}: spectrim {name} has no option {unknown}"
 
 
 @pytest.mark.parametrize("page", [README, ROOT / "docs" / "benchmarks.md"], ids=lambda page: page.name)
