@@ -95,7 +95,7 @@ class Trajectory:
 
         try:
             return msgspec.json.decode(text, type=cls)
-        except (msgspec.MsgspecError, UnicodeError) as error:
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise ValueError(f"not a trajectory of ranks: {error}") from error
 
     def write(self, path: str | Path) -> None:

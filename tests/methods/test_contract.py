@@ -195,7 +195,7 @@ def test_a_record_makes_the_method_again() -> None:
     method = ActivationSVD(unfoldings=("channel", "input"), multiple_of=4, sweeps=7)
     assert method.record() == {
         "type": "ActivationSVD",
-        "options": {"unfoldings": ("channel", "input"), "multiple_of": 4, "to_full_rank": False, "sweeps": 7},
+        "options": {"unfoldings": ["channel", "input"], "multiple_of": 4, "to_full_rank": False, "sweeps": 7},
     }
     assert from_record(method.record()) == method
     assert from_record({"type": "WeightSVD"}) == WeightSVD()

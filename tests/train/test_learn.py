@@ -293,20 +293,6 @@ def test_the_table_of_a_result_selects_networks_that_can_be_built() -> None:
     assert parameter_count(small) == plan.costs["parameters"] < result.plan.costs["parameters"]
 
 
-def test_a_latency_budget_is_a_share_of_the_whole_network_and_can_be_resumed(tmp_path: Path) -> None:
-    model, batches = Residual(), loader()
-    clock = st.Latency(cache=tmp_path / "cache", threads=1, rounds=3)
-    sites = st.calibrate(model, st.find(model), [batch[0] for batch in fixed_batches()[:1]], statistics=False)
-    layers = st.tabulate(sites, [WeightSVD()], latency=clock).dense["latency"]
-    given = {**options(), "methods": [WeightSVD(multiple_of=1)], "latency": clock, "checkpoint": tmp_path / "run"}
-    first = learn_ranks(model, batches, st.Budget(latency=0.95), **given)
-    # BatchNorm, activations and the calls themselves take time that belongs to no site.
-    assert first.plan.dense_costs["latency"] > layers
-    again = learn_ranks(model, loader(), st.Budget(latency=0.95), **given)
-    assert equal(weights(again.model), weights(first.model))
-    assert again.plan.to_json() == first.plan.to_json()
-
-
 def test_calibration_from_shuffled_batches_does_not_depend_on_what_ran_before() -> None:
     batches, found = shuffled(), []
     for seed in (1, 2):

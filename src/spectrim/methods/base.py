@@ -73,8 +73,9 @@ class Method(ABC):
         """The layers a choice leads to: what every cost is computed from."""
 
     def record(self) -> dict[str, Any]:
-        """Type and options, as kept in a plan."""
-        return {"type": type(self).__name__, "options": dataclasses.asdict(self)}
+        """Type and options as JSON values, as kept in a plan."""
+        options = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
+        return {"type": type(self).__name__, "options": options}
 
 
 def from_record(record: Mapping[str, Any]) -> Method:

@@ -52,6 +52,7 @@ class CStep:
     ) -> None:
         self.methods, self.budget, self.multiplier, self.cost = list(methods), budget, multiplier, cost
         self.normalize, self.dense = normalize, dense
+        _check_finite(sites)
         self.table = with_zero(tabulate(sites, self.methods, dear=not dense, **options), sites)
         self._seen: dict[str, tuple[Tensor, ...]] = {s.name: tuple(w.clone() for w in s.weights) for s in sites}
 
@@ -63,10 +64,9 @@ class CStep:
         FloatingPointError
             If a weight is not finite; the message names the layer.
         """
+        _check_finite(sites)
         moved = []
         for site in sites:
-            if not all(bool(weight.isfinite().all()) for weight in site.weights):
-                raise FloatingPointError(f"layer {site.name!r} has weights that are not finite. Lower lr, or clip")
             if not all(torch.equal(a, b) for a, b in zip(site.weights, self._seen[site.name], strict=True)):
                 moved.append(site)
                 self._seen[site.name] = site.weights
@@ -88,10 +88,20 @@ class CStep:
 
     def last(self, sites: Sites, mu: float, plan: Plan) -> tuple[Candidates, Plan]:
         """Table and plan to build a network from: chosen exactly within a budget, else the ranks of ``plan``."""
-        table = weighed(retabulate(self.table, sites, self.methods), sites.sites, mu, normalize=self.normalize)
-        table = without_zero(table)
+        _check_finite(sites)
+        fresh = retabulate(self.table, sites, self.methods)
+        if not {entry.choice.method for entry in plan} <= {"", *(method.name for method in self.methods)}:
+            # The first C step may have had methods of its own; these are the ones to build with.
+            plan = self.choose(sites, mu, fresh)
+        table = without_zero(weighed(fresh, sites.sites, mu, normalize=self.normalize))
         if self.budget is not None:
             return table, exact(table, self.budget)
         picks = [buildable(row, entry.choice) for row, entry in zip(table, plan, strict=True)]
         built = make_plan(table, picks, budget={}, selector=plan.selector)
         return table, dataclasses.replace(built, multipliers=plan.multipliers)
+
+
+def _check_finite(sites: Sites) -> None:
+    for site in sites:
+        if not all(bool(weight.isfinite().all()) for weight in site.weights):
+            raise FloatingPointError(f"layer {site.name!r} has weights that are not finite. Lower lr, or clip")

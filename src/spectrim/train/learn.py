@@ -206,7 +206,8 @@ class _Run:
     ) -> None:
         self.model, self.batches, self.evaluate = model, batches, evaluate
         self.calibration = _first(batches, seed) if calibration is None else calibration
-        if iter(self.calibration) is self.calibration:
+        # iter() would do to tell an iterator, but a DataLoader draws a number from the global generator for it.
+        if hasattr(self.calibration, "__next__"):
             self.calibration = list(self.calibration)
         self.weigh, self.skip, self.only, self.latency = weigh, skip, only, latency
         teacher = model if teacher is None and loss is None else teacher
@@ -226,7 +227,9 @@ class _Run:
         number: int = 0,
     ) -> LearnedResult:
         """Learn one budget on ``net``, in place, and fine-tune what comes of it. ``number`` counts the budgets."""
-        ranks = self._ranks(net, budget, learning, options)
+        # Calibration batches may be drawn from the generators, too.
+        with randomness.seeded(learning.seed, self.calibration):
+            ranks = self._ranks(net, budget, learning, options)
         # Every training goes on counting epochs and seeds, so that none repeats the orders of the one before.
         epoch = number * (learning.epochs + tuning.epochs)
         learned = tuned = None
@@ -235,15 +238,14 @@ class _Run:
             while loop.epoch < learning.epochs and not _settled(ranks.trajectory, patience):
                 loop.run(until=loop.epoch + 1)
             learned = loop.result()
-        small, plan = self._finished(ranks, folder)
+        with randomness.seeded(learning.seed, self.calibration):
+            small, plan = self._finished(ranks, folder)
         if tuning.epochs:
             epoch += learning.epochs
             tuned = self._loop(small, tuning, epoch, folder, "tuning", evaluate=self.evaluate).run()
-        sites = ranks.sites
+        sites = ranks.fitted
         report = Report(plan, tuple((s.name, s.kind, s.reason) for s in sites.skipped), sites.samples)
-        return LearnedResult(
-            small, plan, report, ranks.candidates or ranks.table, sites, ranks.trajectory, learned, tuned
-        )
+        return LearnedResult(small, plan, report, ranks.candidates, sites, ranks.trajectory, learned, tuned)
 
     def _finished(self, ranks: LearnedRanks, folder: Path | None) -> tuple[nn.Module, Plan]:
         """The factored network; its plan is kept, since one made by measuring comes out differently another time."""
@@ -293,15 +295,11 @@ def _settled(trajectory: Trajectory, patience: int | None) -> bool:
 
 def _first(batches: Iterable[Any], seed: int) -> list[Any]:
     """Training batches up to a number of samples, for calibration: the same ones in every call with one seed."""
-    before = randomness.capture(batches)
-    randomness.seed(seed)
     found, samples = [], 0
-    try:
+    with randomness.seeded(seed, batches):
         for batch in batches:
             found.append(batch)
             samples += batch_size(batch)
             if samples >= _SAMPLES:
                 break
-    finally:
-        randomness.restore(before, batches)
     return found

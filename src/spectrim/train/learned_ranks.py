@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -36,7 +37,7 @@ from spectrim.nn.sensitivity import sensitivity
 from spectrim.pipeline import meet_latency, one_batch
 from spectrim.plan import Candidates, Choice, Plan
 from spectrim.sites import LayerSpec, Site, Sites
-from spectrim.train import rank_tables
+from spectrim.train import randomness, rank_tables
 from spectrim.train.c_step import CStep
 from spectrim.train.rank_tables import ZERO
 from spectrim.train.schedule import Schedule
@@ -103,8 +104,8 @@ class LearnedRanks:
         Of the last C step.
     trajectory
         Ranks after every C step.
-    candidates
-        What may be chosen for the network that :meth:`finish` returned, to select from again; None before.
+    candidates, fitted
+        Table and sites that :meth:`finish` chose from and factorised; before, those of the first C step.
 
     Raises
     ------
@@ -155,6 +156,8 @@ class LearnedRanks:
             raise ValueError(f"energy={energy!r} must be 'weight' or 'output'")
         if energy == "output" and not normalize:
             raise ValueError("normalize=False is for weight energy; output energy is a share of the layer's always")
+        if energy == "output" and not all(site.moments for site in sites):
+            raise ValueError("energy='output' needs sites from calibrate(model, sites, batches), with statistics")
         if budget is not None and not dense:
             raise ValueError("dense=False is for a multiplier given by hand; under a budget a layer may stay dense")
         if every is not None and every < 1:
@@ -172,12 +175,13 @@ class LearnedRanks:
         self._multipliers: dict[str, list[Tensor]] = {}
         self._batches = 0
         self.step = 0
-        self.candidates: Candidates | None = None
         options: dict[str, Any] = {"latency": latency, "dense_latency": dense_latency, "costs": costs}
         now = self._present(lambda name, part, weight: weight)
+        self.fitted = sites
         self._c_step = CStep(
             now, self.methods, budget, multiplier, cost=cost, normalize=normalize, dense=dense, **options
         )
+        self.candidates = rank_tables.without_zero(self.table)
         self.trajectory = Trajectory(
             sites=tuple(site.name for site in sites),
             full=tuple(rank_tables.full(site) for site in sites),
@@ -188,8 +192,10 @@ class LearnedRanks:
             warm = budget is not None and all(site.moments for site in sites)
             start = default_methods(sites) if warm else self.methods
         begin = time.perf_counter()
+        # Seen now, and not after an epoch: the methods of all C steps but the first must meet the budget as well.
+        plan = self._c_step.choose(now, self.mu)
         if list(start) == self.methods:
-            self.plan = self._take(self._c_step.choose(now, self.mu), now, self.methods, begin)
+            self.plan = self._take(plan, now, self.methods, begin)
         else:
             self.plan = self._take(
                 self._c_step.choose(sites, self.mu, tabulate(sites, start, **options)), sites, start, begin
@@ -292,7 +298,7 @@ class LearnedRanks:
         model, plan
             A new model of plain layers; the trained one is left as it is.
         """
-        sites = self._present(lambda name, part, weight: weight)
+        sites = self._present(lambda name, part, weight: weight.clone())
         if batches is not None:
             fitted = calibrate(self.model, sites, batches, forward=forward)
             if any("gradient" in site.moments for site in self.sites):
@@ -309,6 +315,7 @@ class LearnedRanks:
                     self.model, sites, self.candidates, plan, self.budget, example, self._latency,
                     methods=self.methods, close=_CLOSE,
                 )  # fmt: skip
+        self.fitted = fitted
         small = apply(self.model, fitted, plan, batches, methods=self.methods, reconstruct=reconstruct, forward=forward)
         return small, plan
 
@@ -331,22 +338,37 @@ class LearnedRanks:
         CheckpointError
             If it belongs to a run with other sites, options or another budget; the message says what differs.
         """
-        then, now = json.loads(_text(state["run"])), json.loads(json.dumps(self._run()))
+        try:
+            then, plan = json.loads(_text(state["run"])), Plan.from_json(_text(state["plan"]))
+            found = Trajectory.from_json(_text(state["trajectory"]))
+            step, batches = (int(number) for number in state["counts"])
+        except (KeyError, ValueError, PlanError) as error:
+            raise CheckpointError(f"this is no state of learned ranks, or a damaged one: {error!r}") from error
+        now = json.loads(json.dumps(self._run()))
         changed = [
             f"{name} was {then.get(name)!r} and is {value!r}" for name, value in now.items() if then.get(name) != value
         ]
         if changed:
             raise CheckpointError(f"the checkpoint belongs to another run: {'; '.join(changed)}")
-        found = Trajectory.from_json(_text(state["trajectory"]))
         # What was measured once holds for the whole run, or the same budget would mean another number of milliseconds.
         self._c_step.take_over(found.dense_costs)
-        self.step, self._batches = (int(number) for number in state["counts"])
-        self.plan, self.trajectory = Plan.from_json(_text(state["plan"])), found
+        self.step, self._batches, self.plan, self.trajectory = step, batches, plan, found
         self._targets, self._multipliers = {}, {}
-        for key in sorted(key for key in state if ":" in key):
-            kind, _, name = key.split(":", 2)
-            held = self._targets if kind == "target" else self._multipliers
-            held.setdefault(name, []).append(state[key].to(self.sites[name].weights[0].device, copy=True))
+        for kind, held in (("target", self._targets), ("multiplier", self._multipliers)):
+            # In the order of the sites: the penalty adds up in that order, and rounds accordingly.
+            for site in self.sites:
+                keys = [f"{kind}:{part}:{site.name}" for part in range(len(site.layers))]
+                if keys[0] in state:
+                    held[site.name] = [state[key].to(site.weights[0].device, copy=True) for key in keys]
+
+    def _measured(self) -> float | None:
+        """What ``evaluate`` says of the nested network, if that is a number. The generators are left as they are."""
+        if self.evaluate is None:
+            return None
+        state = randomness.capture()
+        metric = float(self.evaluate(self.nested().eval()))
+        randomness.restore(state)
+        return metric if math.isfinite(metric) else None
 
     def _run(self) -> dict[str, Any]:
         """What makes it this run, as JSON values."""
@@ -419,7 +441,7 @@ class LearnedRanks:
             choices=tuple(rank_tables.word(entry.choice) for entry in plan),
             costs=dict(plan.costs),
             distance=(missed / total) ** 0.5 if total else 0.0,
-            metric=None if self.evaluate is None else float(self.evaluate(self.nested().eval())),
+            metric=self._measured(),
             seconds=seconds,
         )
         self.trajectory = dataclasses.replace(self.trajectory, records=(*self.trajectory.records, record))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -58,3 +60,14 @@ def _generators(loader: Any) -> list[torch.Generator]:
     found = [getattr(owner, "generator", None) for owner in (loader, sampler)]
     unique = {id(g): g for g in found if isinstance(g, torch.Generator)}
     return list(unique.values())
+
+
+@contextmanager
+def seeded(value: int, loader: Any = None) -> Iterator[None]:
+    """Seeded generators inside; as before on leaving."""
+    before = capture(loader)
+    seed(value)
+    try:
+        yield
+    finally:
+        restore(before, loader)

@@ -47,24 +47,28 @@ def weighed(table: Candidates, sites: Sequence[Site], mu: float, *, normalize: b
     ``||A||^2`` counts as 1 with ``normalize``. A row that has a scale of its own, from calibration, keeps it in place
     of ``1/2 ||A||^2``.
     """
-    scales: dict[str, tuple[float, float]] = {}
+    rows = []
     for row, site in zip(table.rows, sites, strict=True):
+        energy = sum(float(weight.double().square().sum()) for weight in site.weights)
         half = row.scale if row.scale != 1.0 else 0.5
-        if not normalize:
-            half = 0.5 * sum(float(weight.double().square().sum()) for weight in site.weights)
-        scales[row.site] = (mu * half, row.exponent)
-    return table.weighted(scales)
+        options = row.options
+        if not energy:
+            # Nothing is lost of nothing: a layer of zeros has rank 0.
+            options = tuple(dataclasses.replace(option, error=0.0) for option in options)
+        scale = mu * (half if normalize else 0.5 * energy)
+        rows.append(dataclasses.replace(row, options=options, scale=scale))
+    return dataclasses.replace(table, rows=tuple(rows))
 
 
 def buildable(row: Row, choice: Choice) -> int:
-    """Index of the option to build for a choice: dense where the rank does not pay, the lowest rank for rank 0."""
+    """Index of the option to build for a choice: dense where its rank does not pay, the lowest that does for rank 0."""
     options = row.options
+    pays = [n for n, o in enumerate(options) if any(o.costs[name] < cost for name, cost in row.dense.costs.items())]
     if choice == ZERO:
-        ranked = [n for n, o in enumerate(options) if o.choice.settings.get("rank")]
+        ranked = [n for n in pays if options[n].choice.settings.get("rank")]
         return min(ranked, key=lambda n: (options[n].choice["rank"], sum(options[n].costs.values())), default=0)
     index = next(n for n, option in enumerate(options) if option.choice == choice)
-    pays = any(options[index].costs[name] < cost for name, cost in row.dense.costs.items())
-    return index if pays else 0
+    return index if index in pays else 0
 
 
 def rank(choice: Choice, otherwise: int) -> int:
