@@ -165,7 +165,7 @@ def compress(
         spec = sites.sites[0].spec
         latency = latency or Latency(device=spec.device, dtype=spec.dtype)
         example = one_batch(model, batches, latency.batch)
-        measured = measure_latency({"dense": _laid_out(model, latency)}, example, threads=latency.threads)
+        measured = measure_latency({"dense": laid_out(model, latency)}, example, threads=latency.threads)
     table = tabulate(
         sites,
         methods,
@@ -194,7 +194,7 @@ def compress(
         model, sites, plan, batches, methods=methods, reconstruct=reconstruct, forward=forward, progress=progress
     )
     if latency is not None:
-        small = _laid_out(small, latency)
+        small = laid_out(small, latency)
     report = Report(
         plan, tuple((s.name, s.kind, s.reason) for s in sites.skipped), sites.samples, measured, tuple(notes)
     )
@@ -211,7 +211,7 @@ def one_batch(model: nn.Module, batches: Iterable[Any], size: int) -> Any:
     return resized(kwargs, size) if kwargs else resized(args, size)
 
 
-def _laid_out(model: nn.Module, latency: Latency) -> nn.Module:
+def laid_out(model: nn.Module, latency: Latency) -> nn.Module:
     """The model in the memory format that is measured; a copy if that is not the plain one."""
     if latency.memory_format == "contiguous":
         return model
@@ -252,14 +252,14 @@ def meet_latency(
         leaves the plan as it is.
     """
     limit = budget.limits(table.dense).get("latency")
-    dense = _laid_out(model, latency)
+    dense = laid_out(model, latency)
     best: tuple[tuple[bool, float], Plan, Mapping[str, Timing]] | None = None
     known: dict[tuple[Choice, ...], Mapping[str, Timing]] = {}
     asked, too_fast, too_slow = limit, 0.0, math.inf
     for _ in range(_ROUNDS):
         key = tuple(entry.choice for entry in plan)
         if key not in known:
-            trial = _laid_out(apply(model, sites, plan, methods=methods), latency)
+            trial = laid_out(apply(model, sites, plan, methods=methods), latency)
             known[key] = measure_latency({"dense": dense, "compressed": trial}, example, threads=latency.threads)
         measured = known[key]
         if limit is None or asked is None:

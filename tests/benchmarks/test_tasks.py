@@ -13,13 +13,12 @@ from benchmarks import nets, run, speed
 from spectrim.plan import DENSE, Candidates, Option, Row
 
 EXPERIMENTS = Path(run.__file__).parent / "experiments"
-SMOKE = {path.stem: json.loads(path.read_text()) for path in sorted(EXPERIMENTS.glob("*.json"))}
-SMOKE = {name: config for name, config in SMOKE.items() if "smoke" in config}
 CLAIMS = {"demo": "F1", "speed_32": "F6", "speed_224": "F6", "latency_budget": "F7", "analysis": "F8", "memory": "F9"}
+SMOKE = {name: json.loads((EXPERIMENTS / f"{name}.json").read_text()) for name in CLAIMS}
 
 
-def test_the_experiments_of_every_claim_are_there():
-    assert SMOKE.keys() == CLAIMS.keys()
+def test_the_experiments_of_every_claim_have_a_size_that_takes_seconds():
+    assert all("smoke" in config for config in SMOKE.values())
 
 
 @pytest.mark.parametrize("name", CLAIMS)

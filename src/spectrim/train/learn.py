@@ -19,7 +19,7 @@ from spectrim.nn.calibrate import calibrate
 from spectrim.nn.find import Selector, find
 from spectrim.nn.sensitivity import sensitivity
 from spectrim.nn.timing import measure_latency
-from spectrim.pipeline import Report, Result, one_batch
+from spectrim.pipeline import Report, Result, laid_out, one_batch
 from spectrim.plan import Plan
 from spectrim.train import randomness
 from spectrim.train.batches import length
@@ -283,7 +283,7 @@ class _Run:
             clock = Latency(device=spec.device, dtype=spec.dtype)
         if clock is not None:
             example = one_batch(net, self.calibration, clock.batch)
-            dense = measure_latency({"dense": net}, example, threads=clock.threads)["dense"].quiet
+            dense = measure_latency({"dense": laid_out(net, clock)}, example, threads=clock.threads)["dense"].quiet
         return LearnedRanks(net, sites, budget, every=every, latency=clock, dense_latency=dense, **options)
 
 
