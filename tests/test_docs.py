@@ -56,9 +56,9 @@ def test_tutorial_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_readme_example_runs_and_keeps_its_promise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    ((_, source),) = blocks(README)
+    (_, source), _ = blocks(README)
     assert len([line for line in source.splitlines() if line.strip()]) == 12
-    assert run(README) == 1
+    assert run(README) == 2
     assert (tmp_path / "small.safetensors").stat().st_size > 0
 
 

@@ -226,12 +226,12 @@ def test_guard_measures_and_offers_nothing_slower(monkeypatch: pytest.MonkeyPatc
 
 def test_the_example_has_the_batch_that_latency_is_measured_at() -> None:
     model = settled("mlp")
-    (inputs,) = pipeline._example(model, [(torch.ones(3, 12), torch.zeros(3))], 5)
+    (inputs,) = pipeline.one_batch(model, [(torch.ones(3, 12), torch.zeros(3))], 5)
     assert inputs.shape == (5, 12)
 
     class Named(nn.Module):
         def forward(self, tokens: Tensor) -> Tensor:
             return tokens
 
-    held = pipeline._example(Named(), [{"tokens": torch.ones(3, 12)}], 2)
+    held = pipeline.one_batch(Named(), [{"tokens": torch.ones(3, 12)}], 2)
     assert held["tokens"].shape == (2, 12)
