@@ -176,6 +176,7 @@ def _claim(asked: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Accuracy against targets at budgets, or the gain of one arm over another."""
     said: list[str] = []
     margins: list[float] = []
+    seeds: list[int] = []
     for point in asked["points"]:
         label = f"{point['macs'] / 1e6:g} MMAC"
         mine = _mean(rows, asked["arms"], point["macs"])
@@ -185,13 +186,16 @@ def _claim(asked: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
             continue
         margins.append(mine[0] - theirs[0])
         if "against" in asked:
+            seeds.append(min(len(mine[1]), len(theirs[1])))
             said.append(f"{label}: {mine[0]:.2f} against {theirs[0]:.2f} % ({margins[-1]:+.2f}, n = {len(mine[1])})")
         else:
             said.append(f"{label}: {mine[0]:.2f} %")
     complete = len(margins) == len(asked["points"])
     if "against" in asked:
-        unit, target = "points gained over the one-shot plan, at the worst of the budgets run", "reported, with seeds"
-        return claim(round(min(margins), 2) if margins else None, unit, target, complete, "; ".join(said))
+        unit = "points gained over the one-shot plan, at the worst of the budgets run; each in turn"
+        target = "reported at every budget, over at least two seeds"
+        met = complete and min(seeds) > 1
+        return claim(round(min(margins), 2) if margins else None, unit, target, met, "; ".join(said))
     target = "; ".join(f"{p['macs'] / 1e6:g} MMAC >= {p['at_least']:g} %" for p in asked["points"])
     value = round(min(margins), 2) if margins else None
     unit = "points above target, at the worst of the budgets run"

@@ -292,3 +292,10 @@ def test_plans_of_methods_with_unfoldings_survive_json() -> None:
     table = st.tabulate(st.find(model), [WeightSVD(unfoldings=("channel",))])
     plan = st.select(table, BUDGET)
     assert Plan.from_json(plan.to_json()) == plan
+
+
+def test_methods_that_need_calibration_are_refused_under_weight_energy() -> None:
+    model = settled("mlp")
+    sites = st.calibrate(model, st.find(model), batches_for("mlp"))
+    with pytest.raises(ValueError, match="one of ActivationSVD needs it: give energy='output'"):
+        LearnedRanks(model, sites, BUDGET, methods=[ActivationSVD()])

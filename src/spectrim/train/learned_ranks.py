@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from spectrim.api import apply, default_methods, tabulate
 from spectrim.budget import Budget
 from spectrim.costs import Cost
-from spectrim.errors import CheckpointError, PlanError
+from spectrim.errors import CheckpointError, MissingMomentsError, PlanError
 from spectrim.latency import Latency
 from spectrim.methods import Method
 from spectrim.nn.calibrate import calibrate
@@ -178,9 +178,15 @@ class LearnedRanks:
         options: dict[str, Any] = {"latency": latency, "dense_latency": dense_latency, "costs": costs}
         now = self._present(lambda name, part, weight: weight)
         self.fitted = sites
-        self._c_step = CStep(
-            now, self.methods, budget, multiplier, cost=cost, normalize=normalize, dense=dense, **options
-        )
+        try:
+            self._c_step = CStep(
+                now, self.methods, budget, multiplier, cost=cost, normalize=normalize, dense=dense, **options
+            )
+        except MissingMomentsError as error:
+            raise ValueError(
+                "energy='weight' keeps calibration from the methods, and one of "
+                f"{', '.join(method.name for method in self.methods)} needs it: give energy='output', or other methods"
+            ) from error
         self.candidates = rank_tables.without_zero(self.table)
         self.trajectory = Trajectory(
             sites=tuple(site.name for site in sites),
