@@ -90,7 +90,8 @@ class CStep:
         """Table and plan to build a network from: chosen exactly within a budget, else the ranks of ``plan``."""
         _check_finite(sites)
         fresh = retabulate(self.table, sites, self.methods)
-        if not {entry.choice.method for entry in plan} <= {"", *(method.name for method in self.methods)}:
+        offered = (any(entry.choice == o.choice for o in row.options) for row, entry in zip(fresh, plan, strict=True))
+        if self.budget is None and not all(offered):
             # The first C step may have had methods of its own; these are the ones to build with.
             plan = self.choose(sites, mu, fresh)
         table = without_zero(weighed(fresh, sites.sites, mu, normalize=self.normalize))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from spectrim.budget import Budget
-from spectrim.errors import PlanError
+from spectrim.errors import CheckpointError, PlanError
 from spectrim.latency import Latency
 from spectrim.nn.batches import batch_size
 from spectrim.nn.calibrate import calibrate
@@ -23,6 +24,7 @@ from spectrim.pipeline import Report, Result, laid_out, one_batch
 from spectrim.plan import Plan
 from spectrim.train import randomness
 from spectrim.train.batches import length
+from spectrim.train.devices import assign
 from spectrim.train.learned_ranks import LearnedRanks
 from spectrim.train.loop import Evaluate, Loop
 from spectrim.train.objective import Loss
@@ -208,7 +210,8 @@ class _Run:
         self.calibration = _first(batches, seed) if calibration is None else calibration
         # iter() would do to tell an iterator, but a DataLoader draws a number from the global generator for it.
         if hasattr(self.calibration, "__next__"):
-            self.calibration = list(self.calibration)
+            with randomness.seeded(seed):
+                self.calibration = list(self.calibration)
         self.weigh, self.skip, self.only, self.latency = weigh, skip, only, latency
         teacher = model if teacher is None and loss is None else teacher
         self.shared: dict[str, Any] = {
@@ -227,6 +230,13 @@ class _Run:
         number: int = 0,
     ) -> LearnedResult:
         """Learn one budget on ``net``, in place, and fine-tune what comes of it. ``number`` counts the budgets."""
+        planned = folder is not None and learning.epochs and (folder / "plan.json").exists()
+        if folder is not None and planned and not (folder / "learning.safetensors").exists():
+            raise CheckpointError(
+                f"{folder}: holds the plan.json of a run without its learning.safetensors. Delete it to start again"
+            )
+        # What is kept of a C step must be where training will take place.
+        net.to(assign(net, self.shared["accelerate"]).device)
         # Calibration batches may be drawn from the generators, too.
         with randomness.seeded(learning.seed, self.calibration):
             ranks = self._ranks(net, budget, learning, options)
@@ -251,7 +261,15 @@ class _Run:
         """The factored network; its plan is kept, since one made by measuring comes out differently another time."""
         kept = None if folder is None else folder / "plan.json"
         if kept is not None and kept.exists():
-            return ranks.finish(self.calibration, plan=Plan.read(kept))
+            plan, asked = Plan.read(kept), ranks.trajectory.budget
+            # A limit in time is a share of what was measured, which differs from one process to the next.
+            same = all(name == "latency" or math.isclose(asked[name], plan.budget.get(name, 0.0)) for name in asked)
+            if plan.budget.keys() != asked.keys() or not same:
+                raise CheckpointError(
+                    f"{kept}: a plan within {dict(plan.budget)}, but the budget is {dict(asked)}. Delete the folder "
+                    "to start again"
+                )
+            return ranks.finish(self.calibration, plan=plan)
         small, plan = ranks.finish(self.calibration)
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -278,13 +296,14 @@ class _Run:
         # The last C step is due after the last batch.
         every = max(1.0, total / max(1, schedule.steps - 1))
         spec = sites.sites[0].spec
-        clock, dense = self.latency, None
+        clock = self.latency
         if clock is None and budget is not None and budget.latency is not None:
             clock = Latency(device=spec.device, dtype=spec.dtype)
-        if clock is not None:
+        if clock is not None and options.get("dense_latency") is None:
             example = one_batch(net, self.calibration, clock.batch)
             dense = measure_latency({"dense": laid_out(net, clock)}, example, threads=clock.threads)["dense"].quiet
-        return LearnedRanks(net, sites, budget, every=every, latency=clock, dense_latency=dense, **options)
+            options = {**options, "dense_latency": dense}
+        return LearnedRanks(net, sites, budget, every=every, latency=clock, **options)
 
 
 def _settled(trajectory: Trajectory, patience: int | None) -> bool:

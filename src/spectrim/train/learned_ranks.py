@@ -365,7 +365,8 @@ class LearnedRanks:
             for site in self.sites:
                 keys = [f"{kind}:{part}:{site.name}" for part in range(len(site.layers))]
                 if keys[0] in state:
-                    held[site.name] = [state[key].to(site.weights[0].device, copy=True) for key in keys]
+                    weight: Any = self._layers[site.layers[0].name].weight
+                    held[site.name] = [state[key].to(weight.device, copy=True) for key in keys]
 
     def _measured(self) -> float | None:
         """What ``evaluate`` says of the nested network, if that is a number. The generators are left as they are."""
