@@ -151,10 +151,7 @@ def compress(
     network and corrected, up to eight times, until it is within 3 % of the budget.
     """
     batches = list(calibration) if iter(calibration) is calibration else calibration
-    sites = find(model, skip=skip, only=only)
-    if not len(sites):
-        reasons = "; ".join(f"{s.name}: {s.reason}" for s in sites.skipped[:5]) or "it has no linear or conv layers"
-        raise PlanError(f"{type(model).__name__} has no layer to compress ({reasons})")
+    sites = find_some(model, skip, only)
     told = progress or _silent
     sites = calibrate(model, sites, batches, forward=forward, progress=lambda d, t: told("calibrate", d, t))
     if sensitivity:
@@ -199,6 +196,21 @@ def compress(
         plan, tuple((s.name, s.kind, s.reason) for s in sites.skipped), sites.samples, measured, tuple(notes)
     )
     return Result(small, plan, report, table, sites)
+
+
+def find_some(model: nn.Module, skip: Selector | Iterable[Selector], only: Selector | Iterable[Selector]) -> Sites:
+    """The sites of a model, at least one.
+
+    Raises
+    ------
+    PlanError
+        If there is nothing to compress; the message says why layers were skipped.
+    """
+    sites = find(model, skip=skip, only=only)
+    if not len(sites):
+        reasons = "; ".join(f"{s.name}: {s.reason}" for s in sites.skipped[:5]) or "it has no linear or conv layers"
+        raise PlanError(f"{type(model).__name__} has no layer to compress ({reasons})")
+    return sites
 
 
 def _silent(what: str, done: int, total: int | None) -> None:

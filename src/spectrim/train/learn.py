@@ -13,14 +13,14 @@ from typing import Any
 from torch import nn
 
 from spectrim.budget import Budget
-from spectrim.errors import CheckpointError, PlanError
+from spectrim.errors import CheckpointError
 from spectrim.latency import Latency
 from spectrim.nn.batches import batch_size
 from spectrim.nn.calibrate import calibrate
-from spectrim.nn.find import Selector, find
+from spectrim.nn.find import Selector
 from spectrim.nn.sensitivity import sensitivity
 from spectrim.nn.timing import measure_latency
-from spectrim.pipeline import Report, Result, laid_out, one_batch
+from spectrim.pipeline import Report, Result, find_some, laid_out, one_batch
 from spectrim.plan import Plan
 from spectrim.train import randomness
 from spectrim.train.batches import length
@@ -284,11 +284,7 @@ class _Run:
         return Loop(model, self.batches, recipe, checkpoint=path, first_epoch=epoch, **hooks, **self.shared)
 
     def _ranks(self, net: nn.Module, budget: Budget | None, learning: Recipe, options: dict[str, Any]) -> LearnedRanks:
-        sites = find(net, skip=self.skip, only=self.only)
-        if not len(sites):
-            reasons = "; ".join(f"{s.name}: {s.reason}" for s in sites.skipped[:5]) or "it has no linear or conv layers"
-            raise PlanError(f"{type(net).__name__} has no layer to compress ({reasons})")
-        sites = calibrate(net, sites, self.calibration)
+        sites = calibrate(net, find_some(net, self.skip, self.only), self.calibration)
         if self.weigh:
             sites = sensitivity(net, sites, self.calibration)
         schedule = options.get("schedule") or Schedule()
