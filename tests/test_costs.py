@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -116,7 +117,7 @@ def test_calls_add_up():
 
 def test_a_shared_weight_is_computed_but_not_stored():
     spec = spec_of(nn.Linear(10, 4), (3,))
-    shared = dataclasses.replace(spec, owned=False)
+    shared = dataclasses.replace(spec, shared=math.prod(spec.shape))
     assert macs([shared]) == macs([spec])
     assert parameters([shared]) == 4  # the bias
     assert size_bytes([shared]) == 16

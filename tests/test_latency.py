@@ -63,7 +63,7 @@ def test_calls_add_up_and_equal_shapes_are_measured_once(clock):
 def test_names_owners_and_types_do_not_matter_but_shapes_do(clock):
     cost = latency(clock)
     cost([CONV])
-    cost([dataclasses.replace(CONV, names=("other",), owned=False, density=0.5, dtype=torch.float64)])
+    cost([dataclasses.replace(CONV, names=("other",), shared=1, density=0.5, dtype=torch.float64)])
     assert len(clock.asked) == 1
     changes = {
         "in_channels": 64,

@@ -225,7 +225,7 @@ def test_make_plan_adds_up_the_whole_network() -> None:
     assert (plan.selector, plan.unit, plan.bound) == ("mine", "weight energy", 0.5)
     assert plan.methods == {"svd": {"type": "WeightSVD"}}
     assert plan.facts == {"device": "cpu"}
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="covers every site"):
         make_plan(table(), [0], budget={}, selector="mine")
 
 

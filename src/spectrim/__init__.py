@@ -11,12 +11,14 @@ _HOMES = {
     "Budget": "budget",
     "Candidates": "plan",
     "Choice": "plan",
+    "JointSVD": "methods",
     "Latency": "latency",
     "LearnedRanks": "train",
     "LowRank": "factors",
     "Method": "methods",
     "Plan": "plan",
     "Result": "pipeline",
+    "SharedBasis": "factors",
     "Site": "sites",
     "Sites": "sites",
     "Trajectory": "trajectory",
@@ -30,6 +32,7 @@ _HOMES = {
     "export_program": "nn.export",
     "find": "nn.find",
     "fine_tune": "train",
+    "group": "groups",
     "learn_ranks": "train",
     "load": "nn.checkpoint",
     "macs": "costs",
@@ -49,9 +52,10 @@ if TYPE_CHECKING:
     from spectrim.api import apply, tabulate
     from spectrim.budget import Budget
     from spectrim.costs import macs, parameters, size_bytes
-    from spectrim.factors import LowRank
+    from spectrim.factors import LowRank, SharedBasis
+    from spectrim.groups import group
     from spectrim.latency import Latency
-    from spectrim.methods import ActivationSVD, Method, WeightSVD
+    from spectrim.methods import ActivationSVD, JointSVD, Method, WeightSVD
     from spectrim.nn.calibrate import calibrate
     from spectrim.nn.checkpoint import load, save
     from spectrim.nn.export import export_onnx, export_program

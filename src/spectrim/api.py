@@ -5,14 +5,16 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from spectrim import costs as counted
 from spectrim.errors import PlanError
+from spectrim.factors import Factors, LowRank, SharedBasis
 from spectrim.latency import Latency
-from spectrim.methods import ActivationSVD, Curve, Method, WeightSVD, from_record
+from spectrim.methods import ActivationSVD, Curve, JointSVD, Method, WeightSVD, from_record
 from spectrim.nn.build import build
 from spectrim.nn.modules import Factored, make_layer
 from spectrim.nn.reconstruct import asymmetric_site, refit_second
@@ -41,7 +43,8 @@ def tabulate(
     sites
         From :func:`spectrim.calibrate`, or from :func:`spectrim.find` for data-free methods without MACs.
     methods
-        By default ``ActivationSVD()`` and ``WeightSVD()`` after calibration, ``WeightSVD()`` before.
+        By default ``ActivationSVD()`` and ``WeightSVD()`` after calibration, ``WeightSVD()`` before; with groups
+        (:func:`spectrim.group`) also ``JointSVD`` with a left- and a right-shared factor.
     latency
         Measures milliseconds as a further cost.
     dense_latency
@@ -59,7 +62,8 @@ def tabulate(
     Returns
     -------
     Candidates
-        The dense option first in every row; options that save nothing in any cost are left out.
+        The dense option first in every row; options that save nothing in any cost are left out. Groups come after the
+        sites.
 
     Raises
     ------
@@ -83,10 +87,14 @@ def tabulate(
     functions.update(costs or {})
 
     found: list[tuple[Site, list[tuple[Method, Curve]]]] = []
-    for done, site in enumerate(sites):
-        found.append((site, [(method, method.curve(site)) for method in chosen]))
+    groups = sites.joint()
+    for done, site in enumerate([*sites, *groups]):
+        curves = [(method, method.curve(site)) for method in chosen]
+        # A group that no method can join is nothing to choose.
+        if done < len(sites) or any(curve.choices for _, curve in curves):
+            found.append((site, curves))
         if progress is not None:
-            progress("tabulate", done + 1, len(sites))
+            progress("tabulate", done + 1, len(sites) + len(groups))
     units = {curve.unit for _, curves in found for _, curve in curves if curve.choices}
     if len(units) > 1:
         raise ValueError(
@@ -98,7 +106,7 @@ def tabulate(
         for site, curves in found
     ]
     if latency is not None:
-        chains: list[Sequence[LayerSpec]] = [(spec,) for site, _ in plain for spec in site.layers]
+        chains: list[Sequence[LayerSpec]] = [(site.spec,) for site in sites]
         chains += [specs for _, options in plain for _, specs in options]
         chains += [(spec,) for spec in sites.untouched]
         report = (lambda done, total: progress("measure", done, total)) if progress is not None else None
@@ -115,7 +123,8 @@ def tabulate(
     if "macs" in fixed:
         fixed["macs"] += sites.other_macs
     if latency is not None and dense_latency is not None:
-        fixed["latency"] = max(0.0, dense_latency - sum(row.dense.costs["latency"] for row in rows))
+        alone = sum(row.dense.costs["latency"] for row in rows if not row.members)
+        fixed["latency"] = max(0.0, dense_latency - alone)
     return Candidates(
         tuple(rows),
         fixed,
@@ -126,9 +135,10 @@ def tabulate(
 
 
 def default_methods(sites: Sites) -> list[Method]:
-    """Both low-rank methods where every site holds moments, the data-free one otherwise."""
+    """Low rank: both methods where every site holds moments, else the data-free one; joint ones with groups."""
     calibrated = all(site.moments for site in sites)
-    return [ActivationSVD(), WeightSVD()] if calibrated else [WeightSVD()]
+    methods: list[Method] = [ActivationSVD(), WeightSVD()] if calibrated else [WeightSVD()]
+    return [*methods, JointSVD("left"), JointSVD("right")] if sites.groups else methods
 
 
 def retabulate(candidates: Candidates, sites: Sites, methods: Sequence[Method]) -> Candidates:
@@ -139,11 +149,12 @@ def retabulate(candidates: Candidates, sites: Sites, methods: Sequence[Method]) 
     candidates
         From :func:`tabulate`, with the same methods. Options that no method offers keep their errors.
     sites
-        Those of the table, or some of them, with their present weights and moments; other rows stay as they are.
+        Those of the table, or some of them, with their present weights and moments; other rows stay as they are, and
+        those of groups whose sites are not all there.
     """
     rows = list(candidates.rows)
     places = {row.site: number for number, row in enumerate(rows)}
-    for site in sites:
+    for site in [*sites, *(group for group in sites.joint() if group.name in places)]:
         row = rows[places[site.name]]
         curves = [(method, method.curve(site)) for method in methods]
         errors = iter([pair for _, curve in curves for pair in zip(curve.choices, curve.errors, strict=True)])
@@ -192,7 +203,8 @@ def _row(
     spectra = {f"{method.name}/{name}": s for method, curve in curves for name, s in curve.spectra.items()}
     kind = site.layers[0].kind if len(site.layers) == 1 else f"{len(site.layers)} x {site.layers[0].kind}"
     scale = next((curve.scale for _, curve in curves if curve.choices), 1.0)
-    return Row(site.name, kind, (dense, *kept), scale=scale, spectra=spectra)
+    members = tuple(spec.name for spec in site.layers) if len(site.layers) > 1 else ()
+    return Row(site.name, kind, (dense, *kept), scale=scale, spectra=spectra, members=members)
 
 
 def apply(
@@ -244,34 +256,73 @@ def apply(
     if batches is not None and iter(batches) is batches:
         raise PlanError("batches are read several times; pass a list or a DataLoader, not an iterator")
     makers = _makers(plan, methods)
-    unknown = [entry.site for entry in plan if entry.site not in sites]
+    unknown = [name for entry in plan for name in entry.sites if name not in sites]
     if unknown:
         raise PlanError(f"the plan names sites that the model does not have: {', '.join(map(repr, unknown))}")
     small = copy.deepcopy(model)
     follow = batches is not None and reconstruct
-    wanted = {entry.site: entry for entry in plan}
+    wanted = {name: entry for entry in plan for name in entry.sites}
+    shared: dict[str, _Shared] = {}
     todo = _steps(sites, {name: entry.choice.is_dense for name, entry in wanted.items()}, refit=follow)
     for done, site in enumerate(todo):
-        choice = wanted[site.name].choice
+        entry = wanted[site.name]
+        choice = entry.choice
         whole = len(site.layers) == 1 and "input" in site.moments
+        if entry.members and not choice.is_dense and entry.site not in shared:
+            group = sites.together(entry.site, entry.members)
+            shared[entry.site] = _Shared.made(group, makers[choice.method].factorize(group, choice))
         if batches is not None and follow and whole:
             site = asymmetric_site(model, small, site, batches, forward=forward)
-            if not choice.is_dense and not any(spec.bias for spec in makers[choice.method].layers(site, choice)):
+            group = site if entry.site not in shared else shared[entry.site].site
+            if not choice.is_dense and not any(spec.bias for spec in makers[choice.method].layers(group, choice)):
                 # A choice that was counted without a bias gets none, or the model would cost more than its plan.
                 site = dataclasses.replace(site, biases=(None,))
+            if entry.site in shared:
+                shared[entry.site].refit(makers[choice.method], site, entry.members.index(site.name))
         if choice.is_dense:
             replace_module(small, site.spec.names, make_layer(site.spec, site.weight, site.biases[0]))
             continue
-        factors = makers[choice.method].factorize(site, choice)
-        for spec, module in zip(site.layers, build(factors, site.layers, site.biases), strict=True):
-            replace_module(small, spec.names, module)
-            if batches is not None and follow and not whole and isinstance(module, Factored):
-                refit_second(model, small, site, module, batches, forward=forward)
+        if entry.site in shared:
+            factors = shared[entry.site].factors
+            module = shared[entry.site].modules[entry.members.index(site.name)]
+        else:
+            factors = makers[choice.method].factorize(site, choice)
+            (module,) = build(factors, site.layers, site.biases)
+        replace_module(small, site.spec.names, module)
+        if batches is not None and follow and not whole and _owns_second(factors):
+            assert isinstance(module, Factored)
+            refit_second(model, small, site, module, batches, forward=forward)
         if progress is not None:
             progress("apply", done + 1, len(todo))
     if batches is not None and (batchnorm if batchnorm is not None else not follow):
         reestimate_batchnorm(small, batches, forward=forward)
     return small
+
+
+@dataclass
+class _Shared:
+    """A group that is being carried out: its modules are made together, and fitted when the turn of each comes."""
+
+    site: Site
+    factors: Factors
+    modules: tuple[nn.Module, ...]
+
+    @classmethod
+    def made(cls, site: Site, factors: Factors) -> _Shared:
+        return cls(site, factors, build(factors, site.layers, site.biases))
+
+    def refit(self, method: Method, part: Site, number: int) -> None:
+        """Fit what one layer has of its own to its inputs and targets; the shared parameters stay the same objects."""
+        self.factors = method.refit(part, self.factors, number)
+        biases = list(self.site.biases)
+        biases[number] = part.biases[0]
+        fresh = build(self.factors, self.site.layers, biases)[number]
+        self.modules[number].load_state_dict(fresh.state_dict())
+
+
+def _owns_second(factors: Factors) -> bool:
+    """Whether the second layer of a pair is the layer's own and may be fitted to it alone."""
+    return isinstance(factors, LowRank) or (isinstance(factors, SharedBasis) and not factors.ranks[1])
 
 
 def _steps(sites: Sites, dense: Mapping[str, bool], *, refit: bool) -> list[Site]:

@@ -23,9 +23,9 @@ _CHOICES = 16
 def parameters(specs: Sequence[LayerSpec]) -> float:
     """Numbers stored: weights times their density, and biases.
 
-    A spec with ``owned=False`` shares the weight of another spec, which counts it; its bias is its own.
+    What a spec shares with another one, which counts it, is left out (``LayerSpec.shared``); its bias is its own.
     """
-    return sum(_weights(spec) * spec.density * spec.owned + spec.out_channels * spec.bias for spec in specs)
+    return sum((_weights(spec) - spec.shared) * spec.density + spec.out_channels * spec.bias for spec in specs)
 
 
 def size_bytes(specs: Sequence[LayerSpec]) -> float:

@@ -102,3 +102,94 @@ class LowRank(Factors, kind="low_rank"):
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= full:
             raise ValueError(f"rank {rank!r}; expected a whole number from 1 to the full rank {full}")
         return cls(torch.empty(g, i * rows, rank), torch.empty(g, rank, o * columns), None, how, (o, i, *kernel))
+
+
+@dataclass(frozen=True, eq=False)
+class SharedBasis(Factors, kind="shared_basis"):
+    """Factors of several layers, with shared ones among them.
+
+    Layer ``n`` stands for ``own_lefts[n] @ shared_right + shared_left @ own_rights[n]``. With a rank of 0 for one of
+    the two products the factors are left-shared or right-shared alone.
+
+    Attributes
+    ----------
+    own_lefts, shared_right
+        ``[g, (i_n, k_S), r_r]`` a layer, and ``[g, r_r, (o, k_rest)]`` of all.
+    shared_left, own_rights
+        ``[g, (i, k_S), r_l]`` of all, and ``[g, r_l, (o_n, k_rest)]`` a layer.
+    shifts
+        ``[o_total]`` a layer, added to its bias, or None.
+    how
+        The unfolding.
+    shapes
+        ``(o, i, *k)`` of one group's weight, a layer.
+    once
+        The first factor is shared whole and all layers see one input, so that it is computed once.
+    """
+
+    own_lefts: tuple[Float[Tensor, "g _ r"], ...]
+    shared_right: Float[Tensor, "g r columns"]
+    shared_left: Float[Tensor, "g rows l"]
+    own_rights: tuple[Float[Tensor, "g l _"], ...]
+    shifts: tuple[Float[Tensor, " _"] | None, ...]
+    how: Unfolding
+    shapes: tuple[tuple[int, ...], ...]
+    once: bool = False
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Ranks of the left-shared and of the right-shared product."""
+        return self.shared_left.shape[-1], self.shared_right.shape[-2]
+
+    def dense(self) -> tuple[Tensor, ...]:
+        return tuple(fold(left @ right, self.how, shape) for left, right, shape in self.pairs())
+
+    def pairs(self) -> tuple[tuple[Tensor, Tensor, tuple[int, ...]], ...]:
+        """``(left, right, shape)`` of every layer, both products side by side along the rank, the left-shared first."""
+        left_rank, right_rank = self.ranks
+        found = []
+        for u, v, shape in zip(self.own_lefts, self.own_rights, self.shapes, strict=True):
+            left = [part for part, rank in ((self.shared_left, left_rank), (u, right_rank)) if rank]
+            right = [part for part, rank in ((v, left_rank), (self.shared_right, right_rank)) if rank]
+            found.append((torch.cat(left, dim=-1), torch.cat(right, dim=-2), shape))
+        return tuple(found)
+
+    def numel(self) -> int:
+        held = [*self.own_lefts, self.shared_right, self.shared_left, *self.own_rights]
+        return sum(tensor.numel() for tensor in held if tensor.shape[-1] and tensor.shape[-2])
+
+    @classmethod
+    def empty(cls, shapes: Sequence[Sequence[int]], settings: Mapping[str, object]) -> SharedBasis:
+        name = str(settings["unfolding"])
+        ranks = settings["rank"], settings["left_rank"]
+        once = settings.get("once", False)
+        for rank in ranks:
+            if not isinstance(rank, int) or isinstance(rank, bool):
+                raise ValueError(f"rank {rank!r}; expected a whole number")
+        rank, left_rank = ranks
+        assert isinstance(rank, int)
+        assert isinstance(left_rank, int)
+        if len({(g, *kernel) for g, _, _, *kernel in shapes}) > 1 or len(shapes) < 2:
+            raise ValueError("layers that share a factor have equal groups and kernels")
+        if not isinstance(once, bool) or (once and left_rank != rank):
+            raise ValueError(f"once is {once!r}; expected true or false, and a first factor that is shared whole")
+        how = unfolding(tuple(shapes[0][3:]), name)
+        first, second = how.sizes(tuple(shapes[0][3:]))
+        g, rows, columns = shapes[0][0], [i * first for _, _, i, *_ in shapes], [o * second for _, o, *_ in shapes]
+        full = min(*rows, *columns)
+        # A plan may come from anyone: nothing is allocated for ranks that no decomposition has.
+        if not (1 <= rank <= 2 * full and 0 <= left_rank <= rank and max(left_rank, rank - left_rank) <= max(rows)):
+            raise ValueError(f"ranks {rank} and {left_rank}; expected a rank from 1 to {full} for each product")
+        if (left_rank and len(set(rows)) > 1) or (left_rank < rank and len(set(columns)) > 1):
+            raise ValueError(f"unfolded weights of {rows} rows and {columns} columns cannot share these factors")
+        right_rank = rank - left_rank
+        return cls(
+            tuple(torch.empty(g, r, right_rank) for r in rows),
+            torch.empty(g, right_rank, columns[0]),
+            torch.empty(g, rows[0], left_rank),
+            tuple(torch.empty(g, left_rank, c) for c in columns),
+            tuple(None for _ in shapes),
+            how,
+            tuple(tuple(shape[1:]) for shape in shapes),
+            once,
+        )

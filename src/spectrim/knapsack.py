@@ -30,7 +30,8 @@ class Table:
 
     ``site``, ``index`` (in the row's options), ``loss`` and ``error`` are ``[n]``, ``cost`` is ``[n, c]`` over the
     limits that the dense network exceeds, called ``names``. ``dense`` is ``[sites, c]``; ``fixed``, ``limit`` and
-    ``room`` (what the sites may cost) are ``[c]``.
+    ``room`` (what the sites may cost) are ``[c]``. With ``cover`` an option stands for the sites it names, not for
+    ``site``, which is then its row.
     """
 
     names: tuple[str, ...]
@@ -42,6 +43,7 @@ class Table:
     dense: Floats
     fixed: Floats
     limit: Floats
+    cover: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def room(self) -> Floats:
@@ -71,7 +73,10 @@ class Table:
 
     def keep(self, mask: NDArray[np.bool_]) -> Table:
         columns = ("site", "index", "loss", "error", "cost")
-        return dataclasses.replace(self, **{name: getattr(self, name)[mask] for name in columns})
+        kept = {name: getattr(self, name)[mask] for name in columns}
+        if self.cover is not None:
+            kept["cover"] = tuple(self.cover[n] for n in np.flatnonzero(mask))
+        return dataclasses.replace(self, **kept)
 
 
 def columns(row: Row, costs: Sequence[str]) -> tuple[Floats, Floats, Floats]:
@@ -123,7 +128,7 @@ def front(group: Indices, value: Floats, cost: Floats) -> Indices:
     return order[value[order] < least][::-1]
 
 
-def _hull(path: Indices, value: Floats, cost: Floats) -> tuple[Indices, Floats]:
+def hull(path: Indices, value: Floats, cost: Floats) -> tuple[Indices, Floats]:
     """The corners of a front's lower convex hull, and the value added per cost saved from each to the next."""
     corners: list[tuple[int, float, float]] = []
     slopes: list[float] = []
@@ -164,7 +169,7 @@ def walk(table: Table, paths: list[Indices], keys: list[Floats], *, together: bo
 def descend(table: Table, weights: Floats) -> tuple[Indices | None, float]:
     """Walk down the convex hulls of loss over weighted cost; the picks, and the multiplier of the last step."""
     price = table.cost @ weights
-    hulls = [_hull(front(group, table.loss, price), table.loss, price) for group in table.groups]
+    hulls = [hull(front(group, table.loss, price), table.loss, price) for group in table.groups]
     return walk(table, [corners for corners, _ in hulls], [slopes for _, slopes in hulls], together=False)
 
 
@@ -206,11 +211,17 @@ def _one_each(table: Table) -> Any:
     from scipy.sparse import csr_array
 
     n = len(table.site)
-    return csr_array((np.ones(n), (table.site, np.arange(n))), shape=(len(table.dense), n))
+    site, option = table.site, np.arange(n)
+    if table.cover is not None:
+        site = np.concatenate([np.array(sites, dtype=np.intp) for sites in table.cover])
+        option = np.repeat(option, [len(sites) for sites in table.cover])
+    return csr_array((np.ones(len(site)), (site, option)), shape=(len(table.dense), n))
 
 
 def _chosen(table: Table, x: Floats) -> Indices:
     """The option of each site with the largest share of a solver's solution."""
+    if table.cover is not None:
+        return np.flatnonzero(x > 0.5)
     return np.array([group[np.argmax(x[group])] for group in table.groups])
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from spectrim.api import Progress, apply, tabulate
 from spectrim.budget import Budget
 from spectrim.errors import InfeasibleBudgetError, PlanError
+from spectrim.groups import group
 from spectrim.latency import Latency
 from spectrim.methods import Method
 from spectrim.nn.batches import arguments, resized
@@ -63,8 +64,13 @@ class Report:
         if self.measured:
             dense_ms, small_ms = self.measured["dense"].p50, self.measured["compressed"].p50
             lines.append(f"{'measured ms':<12}{dense_ms:>16.3f}{small_ms:>16.3f}{dense_ms / small_ms:>8.2f}x")
-        changed = sum(not entry.choice.is_dense for entry in self.plan)
-        lines.append(f"{changed} of {len(self.plan.entries)} layers changed, {self.samples:,} calibration samples")
+        changed = sum(len(entry.sites) for entry in self.plan if not entry.choice.is_dense)
+        layers = sum(len(entry.sites) for entry in self.plan)
+        lines.append(f"{changed} of {layers} layers changed, {self.samples:,} calibration samples")
+        shared = [entry for entry in self.plan if entry.members]
+        if shared:
+            many = sum(len(entry.members) for entry in shared)
+            lines.append(f"{many} layers share factors in {len(shared)} groups")
         lines += [f"skipped {name} ({kind}): {reason}" for name, kind, reason in self.skipped]
         return "\n".join([*lines, *self.notes])
 
@@ -102,6 +108,7 @@ def compress(
     methods: Sequence[Method] | None = None,
     skip: Selector | Iterable[Selector] = (),
     only: Selector | Iterable[Selector] = (),
+    groups: bool | Mapping[str, Sequence[str]] | None = None,
     sensitivity: bool = True,
     reconstruct: bool = True,
     latency: Latency | None = None,
@@ -121,9 +128,12 @@ def compress(
     budget
         For the whole network.
     methods
-        What may be chosen at each site; both low-rank methods by default.
+        What may be chosen at each site; as for :func:`spectrim.tabulate` by default.
     skip, only
         Layers to leave alone or keep to; see :func:`spectrim.find`.
+    groups
+        Sites that may share factors: True finds them (:func:`spectrim.group`), a mapping names them. None finds them if
+        the budget limits parameters or bytes, which is what sharing saves, and no methods are given.
     sensitivity
         Weigh errors by the gradients that reach each layer (one backward pass over 1,024 samples).
     reconstruct
@@ -156,6 +166,10 @@ def compress(
     sites = calibrate(model, sites, batches, forward=forward, progress=lambda d, t: told("calibrate", d, t))
     if sensitivity:
         sites = weigh(model, sites, batches, forward=forward)
+    if groups is None:
+        groups = methods is None and not {"parameters", "bytes"}.isdisjoint(budget.costs)
+    if groups is not False:
+        sites = group(sites, None if groups is True else groups)
     timed = guard or budget.latency is not None or latency is not None
     example, measured = None, {}
     if timed:

@@ -81,6 +81,8 @@ class Row:
         Sensitivity: choosing an option adds ``scale * error ** exponent`` to the loss that selectors minimise.
     spectra
         For figures: singular values or eigenvalue energies by ``method/unfolding``, normalised, at most 256 of each.
+    members
+        For a group of sites that may share factors: the sites, whose own rows it is on offer in place of.
     """
 
     site: str
@@ -89,6 +91,7 @@ class Row:
     scale: float = 1.0
     exponent: float = 1.0
     spectra: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    members: tuple[str, ...] = ()
 
     @property
     def dense(self) -> Option:
@@ -105,7 +108,7 @@ class Candidates:
     Attributes
     ----------
     rows
-        One a site.
+        One a site, and one a group of sites after them. Either the group is chosen or its sites are.
     fixed
         Cost of the rest of the network.
     unit
@@ -142,7 +145,12 @@ class Candidates:
     @property
     def dense(self) -> dict[str, float]:
         """Cost of the dense network."""
-        return {c: self.fixed[c] + sum(row.dense.costs[c] for row in self.rows) for c in self.costs}
+        return {c: self.fixed[c] + sum(row.dense.costs[c] for row in self.singles) for c in self.costs}
+
+    @property
+    def singles(self) -> tuple[Row, ...]:
+        """The rows of single sites, without the groups."""
+        return tuple(row for row in self.rows if not row.members)
 
     def weighted(self, sensitivity: Mapping[str, tuple[float, float]]) -> Candidates:
         """The same table with ``(scale, exponent)`` of the named sites replaced."""
@@ -160,7 +168,10 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Entry:
-    """One site of a plan: what was chosen, what it loses and what it costs."""
+    """One site of a plan, or one group of sites: what was chosen, what it loses and what it costs.
+
+    ``members`` are the sites of a group, in the order of its factors.
+    """
 
     site: str
     kind: str
@@ -168,16 +179,22 @@ class Entry:
     error: float
     costs: Mapping[str, float]
     dense_costs: Mapping[str, float]
+    members: tuple[str, ...] = ()
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that the choice is for."""
+        return self.members or (self.site,)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One choice a site.
+    """One choice a site or group of sites.
 
     Attributes
     ----------
     entries
-        In the network's order.
+        In the network's order; a group stands where its first site does.
     costs, dense_costs
         Of the whole network as planned, and dense.
     budget
@@ -216,7 +233,7 @@ class Plan:
 
     def __getitem__(self, site: str) -> Entry:
         for entry in self.entries:
-            if entry.site == site:
+            if entry.site == site or site in entry.members:
                 return entry
         raise KeyError(f"no site {site!r} in the plan; there are {', '.join(repr(e.site) for e in self.entries)}")
 
@@ -226,8 +243,8 @@ class Plan:
 
     def diff(self, other: Plan) -> tuple[tuple[str, Choice | None, Choice | None], ...]:
         """Sites where two plans differ: ``(site, mine, theirs)``, None where a plan does not have the site."""
-        mine = {e.site: e.choice for e in self.entries}
-        theirs = {e.site: e.choice for e in other.entries}
+        mine = {site: e.choice for e in self.entries for site in e.sites}
+        theirs = {site: e.choice for e in other.entries for site in e.sites}
         names = list(dict.fromkeys([*mine, *theirs]))
         return tuple((n, mine.get(n), theirs.get(n)) for n in names if mine.get(n) != theirs.get(n))
 
@@ -256,9 +273,9 @@ class Plan:
             unknown = sorted(set(record) - {f.name for f in dataclasses.fields(known)})
             if unknown:
                 raise PlanError(f"a plan's {known.__name__.lower()} has no field {unknown[0]!r}")
-        names = [entry.site for entry in plan.entries]
-        if len(set(names)) != len(names):
-            raise PlanError("a plan names each site once; this one repeats some")
+        for names in ([e.site for e in plan.entries], [site for e in plan.entries for site in e.sites]):
+            if len(set(names)) != len(names):
+                raise PlanError("a plan names each site once; this one repeats some")
         return plan
 
     def write(self, path: str | Path) -> None:
@@ -271,27 +288,41 @@ class Plan:
 
 def make_plan(
     candidates: Candidates,
-    picks: Sequence[int],
+    picks: Sequence[int] | Mapping[int, int],
     *,
     budget: Mapping[str, float],
     selector: str,
     bound: float | None = None,
 ) -> Plan:
-    """A plan from the index of the option picked in each row."""
-    chosen = [row.options[i] for row, i in zip(candidates.rows, picks, strict=True)]
+    """A plan from the index of the option picked in each row.
+
+    With groups in the table, ``picks`` maps the numbers of the rows that are chosen, which cover every site once, to
+    the indices of their options.
+    """
+    numbers = picks if isinstance(picks, Mapping) else dict(enumerate(picks))
+    order = {row.site: number for number, row in enumerate(candidates.rows)}
+    rows = [(candidates.rows[number], pick) for number, pick in numbers.items()]
+    rows.sort(key=lambda pair: min(order[site] for site in pair[0].members or (pair[0].site,)))
+    covered = [site for row, _ in rows for site in row.members or (row.site,)]
+    if sorted(covered) != sorted(row.site for row in candidates.singles):
+        raise ValueError("a plan covers every site once; the picked rows do not")
+    chosen = [(row, row.options[pick]) for row, pick in rows]
     entries = tuple(
-        Entry(row.site, row.kind, option.choice, float(option.error), _plain(option.costs), _plain(row.dense.costs))
-        for row, option in zip(candidates.rows, chosen, strict=True)
-    )
+        Entry(
+            row.site, row.kind, option.choice, float(option.error), _plain(option.costs), _plain(row.dense.costs),
+            row.members,
+        )
+        for row, option in chosen
+    )  # fmt: skip
     used = {e.choice.method for e in entries}
     return Plan(
         entries=entries,
-        costs=_plain({c: candidates.fixed[c] + sum(o.costs[c] for o in chosen) for c in candidates.costs}),
+        costs=_plain({c: candidates.fixed[c] + sum(o.costs[c] for _, o in chosen) for c in candidates.costs}),
         dense_costs=_plain(candidates.dense),
         budget=_plain(budget),
         unit=candidates.unit,
         selector=selector,
-        loss=float(sum(row.loss(option) for row, option in zip(candidates.rows, chosen, strict=True))),
+        loss=float(sum(row.loss(option) for row, option in chosen)),
         bound=None if bound is None else float(bound),
         methods={name: dict(record) for name, record in candidates.methods.items() if name in used},
         facts=dict(candidates.facts),

@@ -13,18 +13,23 @@ All of them return a plan within all limits, or raise :class:`~spectrim.errors.I
 With several limits, a walk can end above one of them though some plan meets all; the plan that comes closest, found by
 mixed-integer programming, then takes the place of the walk's end. A cost counts as within its limit up to a relative
 ``1e-12``, for the rounding of sums.
+
+Where sites may share factors, a group is on offer in place of its sites (:mod:`spectrim.forest`). All selectors but
+:func:`exact` then see groups and good choices for the sites apart as options of one site.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from spectrim import knapsack
 from spectrim.budget import Budget
 from spectrim.errors import InfeasibleBudgetError
+from spectrim.forest import Flat, Forest, flattened
 from spectrim.knapsack import ROUNDING, Indices, Table
 from spectrim.plan import Candidates, Plan, make_plan
 
@@ -103,11 +108,12 @@ def lagrangian(candidates: Candidates, budget: Budget) -> Plan:
     InfeasibleBudgetError, ValueError
         As :func:`uniform`.
     """
-    table = _read(candidates, budget)
+    problem = _read(candidates, budget)
+    table = problem.table
     if table is None:
-        return _plan(candidates, budget, None, None, "lagrangian", 0.0)
-    picks, bound, multipliers = knapsack.relax(table)
-    plan = _plan(candidates, budget, table, picks, "lagrangian", bound)
+        return problem.plan(None, None, "lagrangian", 0.0)
+    picks, bound, multipliers = problem.relax(table)
+    plan = problem.plan(table, picks, "lagrangian", bound)
     return dataclasses.replace(plan, multipliers=dict(zip(table.names, multipliers.tolist(), strict=True)))
 
 
@@ -123,25 +129,22 @@ def exact(candidates: Candidates, budget: Budget) -> Plan:
     InfeasibleBudgetError, ValueError
         As :func:`uniform`.
     """
-    table = _read(candidates, budget)
+    problem = _read(candidates, budget)
+    table = problem.table
     if table is None:
-        return _plan(candidates, budget, None, None, "exact", 0.0)
-    picks, bound, multipliers = knapsack.relax(table)
+        return problem.plan(None, None, "exact", 0.0)
+    picks, bound, multipliers = problem.relax(table)
     best = float(table.loss[picks].sum())
     if best - bound <= ROUNDING * best:
-        return _plan(candidates, budget, table, picks, "exact", bound)
-    score = table.loss + table.cost @ multipliers
-    reduced = score - np.minimum.reduceat(score, table.starts)[table.site]
-    possible = reduced <= (best - table.lower_bound(multipliers)) * (1 + knapsack.GAP)
-    possible[picks] = True
-    small = table.keep(possible)
+        return problem.plan(table, picks, "exact", bound)
+    small = problem.promising(table, picks, best, multipliers)
     solution = knapsack.solve(small, scale=best)
     if isinstance(solution, str):
-        return _plan(candidates, budget, table, picks, f"lagrangian (exact: {solution})", bound)
+        return problem.plan(table, picks, f"lagrangian (exact: {solution})", bound)
     found, proven = solution
     if small.loss[found].sum() < best:
         table, picks = small, found
-    return _plan(candidates, budget, table, picks, "exact", max(bound, min(proven, best)))
+    return problem.plan(table, picks, "exact", max(bound, min(proven, best)))
 
 
 def select(candidates: Candidates, budget: Budget, selector: Selector = exact) -> Plan:
@@ -191,42 +194,137 @@ def at_multiplier(candidates: Candidates, cost: str, multiplier: float, *, dense
         raise ValueError(f"multiplier {multiplier!r} must be finite and at least 0")
     if cost not in candidates.costs:
         raise ValueError(f"the table has no cost {cost!r}; it has {', '.join(candidates.costs)}")
-    picks = []
+    forest = Forest(candidates)
+    scores: list[np.ndarray] = []
     for row in candidates.rows:
         loss, _, costs = knapsack.columns(row, (cost,))
         price = costs[:, 0]
         allowed = knapsack.cheaper(costs) if dense else np.arange(1, len(price))
-        if not len(allowed):
+        if not len(allowed) and not row.members:
             raise ValueError(f"site {row.site!r} has no option but dense, which is not allowed here")
+        score = np.full(len(price), np.inf)
         total = (loss + multiplier * price)[allowed]
-        least = allowed[total <= total.min() * (1 + ROUNDING)]
-        picks.append(int(least[np.lexsort((loss[least], price[least]))[0]]))
+        if len(allowed):
+            least = allowed[total <= total.min() * (1 + ROUNDING)]
+            score[least[np.lexsort((loss[least], price[least]))[0]]] = total.min()
+        scores.append(score)
+    picks = dict(pair for root in forest.roots for pair in forest.best(root, scores)[1])
     plan = make_plan(candidates, picks, budget={}, selector=f"at_multiplier({cost}, {multiplier:.6g})")
     return dataclasses.replace(plan, multipliers={cost: float(multiplier)})
 
 
-def _read(candidates: Candidates, budget: Budget) -> Table | None:
-    """The table under the budget's limits, or None if the dense network meets them all."""
+@dataclass(frozen=True, eq=False)
+class _Problem:
+    """A table under a budget. ``table`` is that of the trees, or None if the dense network meets all limits."""
+
+    candidates: Candidates
+    budget: Budget
+    flat: Flat
+    table: Table | None
+
+    @property
+    def grouped(self) -> bool:
+        return self.flat.candidates is not self.candidates
+
+    def relax(self, table: Table) -> tuple[Indices, float, np.ndarray]:
+        """Picks, lower bound and multipliers of the Lagrangian relaxation."""
+        picks, bound, multipliers = knapsack.relax(table)
+        if self.grouped:
+            # With several limits the sums of parts that the trees offer need not hold the best one at these prices.
+            real, forest = self._real(table), Forest(self.candidates)
+            zero = np.zeros_like(multipliers)
+            bound = max(_bound(real, forest, multipliers)[0], _bound(real, forest, zero)[0], 0.0)
+        return picks, bound, multipliers
+
+    def promising(self, table: Table, picks: Indices, best: float, multipliers: np.ndarray) -> Table:
+        """The options that may be in a better plan than ``picks``, whose loss is ``best``."""
+        if not self.grouped:
+            score = table.loss + table.cost @ multipliers
+            reduced = score - np.minimum.reduceat(score, table.starts)[table.site]
+            possible = reduced <= (best - table.lower_bound(multipliers)) * (1 + knapsack.GAP)
+            possible[picks] = True
+            return table.keep(possible)
+        real = self._real(table)
+        bound, reduced = _bound(real, Forest(self.candidates), multipliers)
+        possible = reduced <= (best - bound) * (1 + knapsack.GAP)
+        held = self.flat.expand(table.index[picks].tolist())
+        possible |= np.array([held.get(int(r)) == k for r, k in zip(real.site, real.index, strict=True)])
+        return real.keep(possible)
+
+    def _real(self, table: Table) -> Table:
+        """The options of all rows, groups among them, each with the sites it covers."""
+        forest, names = Forest(self.candidates), tuple(self.budget.limits(self.candidates.dense))
+        at = [names.index(c) for c in table.names]
+        parts = []
+        for number, row in enumerate(self.candidates.rows):
+            loss, error, cost = knapsack.columns(row, names)
+            kept = knapsack.cheaper(cost)
+            kept = kept[knapsack.undominated(np.column_stack([loss[kept], cost[kept][:, at]]))]
+            # That nothing is done in a group is said by its sites.
+            kept = kept[kept > 0] if row.members else kept
+            parts.append((np.full(len(kept), number), kept, loss[kept], error[kept], cost[kept][:, at]))
+        site, index, loss, error, cost = (np.concatenate(column) for column in zip(*parts, strict=True))
+        dense = np.array([[row.dense.costs[c] for c in table.names] for row in self.candidates.singles], dtype=float)
+        cover = tuple(forest.leaves[n] for n in site)
+        return dataclasses.replace(
+            table, site=site, index=index, loss=loss, error=error, cost=cost, dense=dense, cover=cover
+        )
+
+    def plan(self, table: Table | None, picks: Indices | None, selector: str, bound: float | None = None) -> Plan:
+        """The plan of the picked positions; without a table, all dense."""
+        limits = self.budget.limits(self.candidates.dense)
+        if table is None or picks is None:
+            chosen = self.flat.expand([0] * len(self.flat.candidates))
+        elif table.cover is not None:
+            chosen = dict(zip(table.site[picks].tolist(), table.index[picks].tolist(), strict=True))
+        else:
+            chosen = self.flat.expand(table.index[picks].tolist())
+        plan = make_plan(self.candidates, chosen, budget=limits, selector=selector)
+        return plan if bound is None else dataclasses.replace(plan, bound=min(bound, plan.loss))
+
+
+def _bound(real: Table, forest: Forest, multipliers: np.ndarray) -> tuple[float, np.ndarray]:
+    """The Lagrangian dual, and by how much every option raises it."""
+    score = real.loss + real.cost @ multipliers
+    scores = [np.concatenate([score[real.site == n], [np.inf]]) for n in range(len(forest.rows))]
+    total, rest = 0.0, np.zeros(len(forest.rows))
+    values = [forest.best(n, scores)[0] for n in range(len(forest.rows))]
+    above = list(forest.roots)
+    for root in forest.roots:
+        total += values[root]
+        rest[root] = -values[root]
+    while above:
+        number = above.pop()
+        apart = sum(values[child] for child in forest.children[number])
+        for child in forest.children[number]:
+            rest[child] = rest[number] + apart - values[child]
+            above.append(child)
+    return float(total - multipliers @ real.room), score + rest[real.site]
+
+
+def _read(candidates: Candidates, budget: Budget) -> _Problem:
+    """The table under the budget's limits."""
     dense = candidates.dense
     limits = budget.limits(dense)
     names = tuple(limits)
+    flat = flattened(candidates, names)
     # Every option allowed is cheaper in all limited costs, so that a limit met by the dense network always holds.
     binding = [c for c in names if dense[c] > limits[c] * (1 + ROUNDING)]
     at = [names.index(c) for c in binding]
     parts = []
-    for row in candidates.rows:
+    for row in flat.candidates.rows:
         loss, error, cost = knapsack.columns(row, names)
         kept = knapsack.cheaper(cost)
         kept = kept[knapsack.undominated(np.column_stack([loss[kept], error[kept], cost[kept][:, at]]))]
         parts.append((kept, loss[kept], error[kept], cost[kept][:, at], cost[0, at]))
     if not binding:
-        return None
+        return _Problem(candidates, budget, flat, None)
     fixed = np.array([candidates.fixed[c] for c in binding], dtype=float)
     lowest = fixed + sum((part[3].min(0) for part in parts), np.zeros(len(binding)))
     for c, low in zip(binding, lowest, strict=True):
         if low > limits[c] * (1 + ROUNDING):
             raise InfeasibleBudgetError(c, limits[c], float(low), dense[c])
-    return Table(
+    table = Table(
         names=tuple(binding),
         site=np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts]),
         index=np.concatenate([part[0] for part in parts]),
@@ -237,27 +335,13 @@ def _read(candidates: Candidates, budget: Budget) -> Table | None:
         fixed=fixed,
         limit=np.array([limits[c] for c in binding]),
     )
-
-
-def _plan(
-    candidates: Candidates,
-    budget: Budget,
-    table: Table | None,
-    picks: Indices | None,
-    selector: str,
-    bound: float | None = None,
-) -> Plan:
-    """The plan of the picked positions; without a table, all dense."""
-    chosen = [0] * len(candidates) if table is None or picks is None else table.index[picks].tolist()
-    limits = budget.limits(candidates.dense)
-    plan = make_plan(candidates, chosen, budget=limits, selector=selector)
-    return plan if bound is None else dataclasses.replace(plan, bound=min(bound, plan.loss))
+    return _Problem(candidates, budget, flat, table)
 
 
 def _by_walk(candidates: Candidates, budget: Budget, selector: str, end: Callable[[Table], Indices | None]) -> Plan:
-    table = _read(candidates, budget)
+    problem = _read(candidates, budget)
     picks = None
-    if table is not None:
-        picks = end(table)
-        picks = knapsack.closest(table) if picks is None else picks
-    return _plan(candidates, budget, table, picks, selector)
+    if problem.table is not None:
+        picks = end(problem.table)
+        picks = knapsack.closest(problem.table) if picks is None else picks
+    return problem.plan(problem.table, picks, selector)

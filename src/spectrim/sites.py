@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
@@ -38,8 +38,8 @@ class LayerSpec:
     inputs
         Spatial shape of the input for every call in one forward pass, for one sample. A linear layer has the number of
         rows a sample. Empty until the network has been run.
-    owned
-        False where the weight belongs to another spec that is counted elsewhere (shared factors).
+    shared
+        Numbers of the weight that belong to another spec too, which counts them (shared factors).
     density
         Fraction of the weight that is stored and multiplied (sparse factors).
     """
@@ -59,7 +59,7 @@ class LayerSpec:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     inputs: tuple[tuple[int, ...], ...] = ()
-    owned: bool = True
+    shared: int = 0
     density: float = 1.0
 
     @property
@@ -169,6 +169,10 @@ class Site:
         One bias ``[o_total]`` or None a layer.
     moments
         Calibration statistics by name (see :mod:`spectrim.nn.calibrate`): ``input`` and ``output`` of a single layer.
+        Those of the ``n``-th of several layers have ``"n/"`` before the name.
+    same_input
+        Whether all of several layers are called with one and the same tensor, as the queries, keys and values of
+        attention are.
     """
 
     name: str
@@ -176,6 +180,29 @@ class Site:
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor | None, ...]
     moments: Mapping[str, Moments] = field(default_factory=lambda: MappingProxyType({}))
+    same_input: bool = False
+
+    @classmethod
+    def join(cls, name: str, parts: Sequence[Site], *, same_input: bool = False) -> Site:
+        """One site of the layers of several."""
+        layers = [
+            (spec, w, b) for part in parts for spec, w, b in zip(part.layers, part.weights, part.biases, strict=True)
+        ]
+        specs, weights, biases = zip(*layers, strict=True)
+        moments = {f"{n}/{key}": held for n, part in enumerate(parts) for key, held in part.moments.items()}
+        return cls(name, specs, weights, biases, MappingProxyType(moments), same_input)
+
+    @property
+    def parts(self) -> tuple[Site, ...]:
+        """The layers as sites of their own, each with its moments."""
+        if len(self.layers) == 1:
+            return (self,)
+        held: list[dict[str, Moments]] = [{} for _ in self.layers]
+        for key, moments in self.moments.items():
+            number, _, statistic = key.partition("/")
+            held[int(number)][statistic] = moments
+        rows = zip(self.layers, self.weights, self.biases, held, strict=True)
+        return tuple(Site(spec.name, (spec,), (w,), (b,), MappingProxyType(own)) for spec, w, b, own in rows)
 
     @property
     def spec(self) -> LayerSpec:
@@ -222,7 +249,12 @@ class Sites:
     Attributes
     ----------
     sites
-        The places where a choice is made.
+        The places where a choice is made, one layer each.
+    groups
+        Sites that may share factors, by the name of the group (:func:`spectrim.group`). Two groups have no site in
+        common, or one contains the other. A group is on offer beside its sites, in place of them.
+    same_inputs
+        Names of sites that are called with one and the same tensor, known after a run.
     skipped
         Layers left alone, with the reason.
     untouched
@@ -242,6 +274,8 @@ class Sites:
     other_bytes: int = 0
     other_macs: float = 0.0
     samples: int = 0
+    groups: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    same_inputs: tuple[tuple[str, ...], ...] = ()
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
@@ -250,13 +284,25 @@ class Sites:
         return len(self.sites)
 
     def __getitem__(self, name: str) -> Site:
+        """A site by its name, or the site of all layers of a group."""
+        if name in self.groups and name not in self._by_name:
+            return self.together(name, self.groups[name])
         try:
             return self._by_name[name]
         except KeyError:
             raise KeyError(f"no site {name!r}; there are {', '.join(map(repr, self._by_name)) or 'none'}") from None
 
     def __contains__(self, name: object) -> bool:
-        return name in self._by_name
+        return name in self._by_name or name in self.groups
+
+    def together(self, name: str, members: Sequence[str]) -> Site:
+        """One site of the layers of several."""
+        same = any(set(members) <= set(names) for names in self.same_inputs)
+        return Site.join(name, [self[member] for member in members], same_input=same)
+
+    def joint(self) -> tuple[Site, ...]:
+        """The sites of the groups, those whose layers are all there."""
+        return tuple(self[name] for name, members in self.groups.items() if all(m in self._by_name for m in members))
 
     @cached_property
     def _by_name(self) -> dict[str, Site]:

@@ -325,7 +325,7 @@ def _check_choice(
     modules = {id(m): m for part in build(factors, site.layers, site.biases) for m in part.modules()}
     leaves = [m for m in modules.values() if isinstance(getattr(m, "weight", None), Tensor)]
     found = sorted((tuple(canonical(m)[0].shape), m.bias is not None) for m in leaves)
-    announced = sorted((spec.shape, spec.bias) for spec in specs if spec.owned)
+    announced = sorted((spec.shape, spec.bias) for spec in specs if not spec.shared)
     _expect(found == announced, f"{where}: {choice} announces {announced} and builds {found}")
     if all(spec.density == 1 for spec in specs):
         stored = sum(p.numel() for m in leaves for p in m.parameters(recurse=False))

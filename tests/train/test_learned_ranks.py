@@ -38,7 +38,7 @@ def test_penalty_gradient_copies_and_multipliers_follow_their_definitions(kind: 
         mu = schedule.mu(step)
         assert (ranks.step, ranks.mu) == (step, mu)
         # Before any training the multipliers stay zero, and the last update is what the penalty has now.
-        close(ranks.state_dict()["multiplier:0:0"], held, dtype, mu)
+        close(ranks.state_dict()["multiplier:0"], held, dtype, mu)
         close(canonical(layer, ranks.nested()[0].weight), low, dtype)
         perturb(model)
         weight = canonical(layer, layer.weight)
@@ -53,7 +53,7 @@ def test_penalty_gradient_copies_and_multipliers_follow_their_definitions(kind: 
         assert ranks.trajectory.records[-1].mu == mu
         distance = float((weight - low).norm() / weight.norm())
         assert ranks.trajectory.records[-1].distance == pytest.approx(distance, rel=TOLERANCE[dtype])
-    assert not ranks.state_dict()["multiplier:0:0"].requires_grad
+    assert not ranks.state_dict()["multiplier:0"].requires_grad
 
 
 def test_without_multipliers_the_penalty_is_quadratic() -> None:
@@ -92,13 +92,13 @@ def test_layers_left_dense_are_not_pulled_and_forget_their_multipliers() -> None
     gradients = torch.autograd.grad(ranks.penalty(), [layer.weight for layer in model], allow_unused=True)
     assert gradients[0].any()
     assert gradients[1] is None
-    assert {key for key in ranks.state_dict() if key.startswith("multiplier")} == {"multiplier:0:0"}
+    assert {key for key in ranks.state_dict() if key.startswith("multiplier")} == {"multiplier:0"}
     model[1].weight.data = low.double() + 0.01 * flat.double()
     weight, mu = model[1].weight.detach().clone(), ranks.mu
     ranks.c_step()
     assert ranks.trajectory.records[-1].choices[1] == "1 channel"
     expected = -mu * (weight - truncated(weight[None], ranks.plan["1"])[0])
-    torch.testing.assert_close(ranks.state_dict()["multiplier:0:1"][0], expected)
+    torch.testing.assert_close(ranks.state_dict()["multiplier:1"][0], expected)
 
 
 def test_all_dense_there_is_no_penalty() -> None:
@@ -138,7 +138,7 @@ def test_only_layers_that_moved_are_decomposed_again(augmented: bool) -> None:
     perturb(model.conv1)
     ranks.c_step()
     # With multipliers, those of the second C step have moved what the third decomposes, of all but dense layers.
-    held = [entry.site for entry in ranks.plan if f"multiplier:0:{entry.site}" in ranks.state_dict()]
+    held = [entry.site for entry in ranks.plan if f"multiplier:{entry.site}" in ranks.state_dict()]
     assert Counted.asked == (held if augmented else ["conv1"])
     assert augmented == (len(held) > 1)
     fresh = LearnedRanks(model, st.find(model), st.Budget(parameters=0.5), methods=[Counted()])

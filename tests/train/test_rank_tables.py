@@ -63,8 +63,8 @@ def test_losses_at_a_strength(mu: float) -> None:
     model = settled("residual")
     sites = st.find(model)
     table = tabulate(sites, [WeightSVD()])
-    shares = weighed(table, sites.sites, mu, normalize=True)
-    energies = weighed(table, sites.sites, mu, normalize=False)
+    shares = weighed(table, sites, mu, normalize=True)
+    energies = weighed(table, sites, mu, normalize=False)
     for site, row, share, energy in zip(sites, table, shares, energies, strict=True):
         whole = float(site.weight.double().square().sum())
         for option in row.options:
@@ -77,7 +77,7 @@ def test_sensitivity_of_the_sites_is_kept() -> None:
     sites = st.sensitivity(model, st.calibrate(model, st.find(model), batches), batches)
     table = tabulate(sites, [WeightSVD()])
     assert len({row.scale for row in table}) == len(table)
-    for row, found in zip(table, weighed(table, sites.sites, 2.0, normalize=True), strict=True):
+    for row, found in zip(table, weighed(table, sites, 2.0, normalize=True), strict=True):
         assert found.scale == 2.0 * row.scale
         assert found.exponent == row.exponent
 

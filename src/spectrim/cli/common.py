@@ -38,7 +38,11 @@ Skip = Annotated[
     list[str] | None, typer.Option("--skip", help="Leave layers alone whose name matches, as 'layer1.*'. Repeatable.")
 ]
 Only = Annotated[list[str] | None, typer.Option("--only", help="Keep to layers whose name matches. Repeatable.")]
-MethodName = Annotated[str, typer.Option("--method", help="auto, weight-svd or activation-svd.")]
+MethodName = Annotated[str, typer.Option("--method", help="auto, weight-svd, activation-svd or joint.")]
+Groups = Annotated[
+    Path | None,
+    typer.Option("--groups", help='Layers that may share factors, by hand: a JSON file as {"name": ["a", "b"]}.'),
+]
 Test = Annotated[str | None, typer.Option("--test", help="Labelled batches to measure accuracy on.")]
 Lr = Annotated[float | None, typer.Option("--lr", help="Highest learning rate of the fine-tuning.")]
 MultipleOf = Annotated[int | None, typer.Option("--multiple-of", min=1, help="Ranks are multiples of this.")]
@@ -202,4 +206,5 @@ def refuse(context: typer.Context, parameters: Collection[str], why: str) -> Non
         source = context.get_parameter_source(str(parameter.name))
         if parameter.name in parameters and source is not None and source.name == "COMMANDLINE":
             value = context.params[parameter.name]
-            raise UsageError(f"{parameter.opts[0]}{'' if value is True else f' {value}'} {why}")
+            given = (parameter.secondary_opts if value is False else parameter.opts)[0]
+            raise UsageError(f"{given}{'' if isinstance(value, bool) else f' {value}'} {why}")

@@ -33,8 +33,20 @@ def compress(
     epochs: Annotated[int, typer.Option("--epochs", min=0, help="Epochs of fine-tuning; needs --train.")] = 10,
     lr: common.Lr = None,
     method: Annotated[
-        str, typer.Option("--method", help="auto, weight-svd, activation-svd, or learned-ranks, which needs --train.")
+        str,
+        typer.Option(
+            "--method", help="auto, weight-svd, activation-svd, joint, or learned-ranks, which needs --train."
+        ),
     ] = "auto",
+    share: Annotated[
+        bool | None,
+        typer.Option(
+            "--share/--no-share",
+            help="Offer that repeated layers, and layers with one input, share factors. By default where the budget "
+            "limits parameters or bytes and --method is auto.",
+        ),
+    ] = None,
+    groups: common.Groups = None,
     rank_epochs: common.RankEpochs = 10,
     rank_lr: common.RankLr = None,
     c_steps: common.CSteps = 64,
@@ -80,6 +92,7 @@ def compress(
     from spectrim.cli.models import load_model
     from spectrim.cli.references import UsageError
     from spectrim.cli.results import Outcome
+    from spectrim.cli.sharing import NONE_ALIKE, offer, planned_groups, wanted_groups
     from spectrim.cli.steps import (
         METHODS,
         carry_out,
@@ -99,7 +112,9 @@ def compress(
     from spectrim.train import Recipe, fine_tune
 
     if method == learning.METHOD:
-        common.refuse(context, {"plan_file", "selector", "guard"}, f"does not combine with --method {method}")
+        common.refuse(
+            context, {"plan_file", "selector", "guard", "share", "groups"}, f"does not combine with --method {method}"
+        )
         if multiplier is None:
             common.refuse(context, {"cost"}, "is the cost that --multiplier is for, and there is no --multiplier")
         points = (",".join(budget),) if budget else ()
@@ -122,11 +137,16 @@ def compress(
     with common.usage():
         wanted = Budget.parse(*budget) if budget else None
         recipe = Recipe(epochs=epochs, lr=lr)
-    if plan_file is not None and not plan_file.is_file():
-        raise UsageError(f"--plan {str(plan_file)!r} is not a file")
+    if plan_file is not None:
+        if not plan_file.is_file():
+            raise UsageError(f"--plan {str(plan_file)!r} is not a file")
+        common.refuse(context, {"share", "groups"}, "does not combine with --plan, which says what is shared")
     if data is None and input_shape is None:
         raise UsageError("give --data for calibration, or --input for a data-free compression, as --input 3x224x224")
 
+    # What sharing saves is parameters and bytes: under other budgets it is hardly ever chosen, and takes time to offer.
+    usual = wanted is not None and method == "auto" and not {"parameters", "bytes"}.isdisjoint(wanted.costs)
+    sharing = wanted_groups(share, groups, method, default=usual)
     device = prepare(threads, device)
     dense = load_model(model, weights).to(device)
     batches = load_data(data, purpose="calibration", device=device) if data is not None else None
@@ -143,20 +163,25 @@ def compress(
         multiple_of=multiple_of, latency=clock, guard=guard,
     )  # fmt: skip
     if plan_file is not None:
-        result = carry_out(look(weigh=batches is not None), dense, Plan.read(plan_file), batches)
+        plan = Plan.read(plan_file)
+        found = look(weigh=batches is not None, groups=planned_groups(plan, locate(dense, skip, only)))
+        result = carry_out(found, dense, plan, batches)
     elif batches is None:
         assert wanted is not None
-        found = look()
+        found = look(groups=sharing)
         result = carry_out(found, dense, select(found.table, wanted, selectors[selector]), None)
     else:
         assert wanted is not None
-        locate(dense, skip, only)
+        offer(locate(dense, skip, only), sharing)
+        methods = chosen_methods(method, True, multiple_of, share=sharing is not False)
         with out.progress() as show:
             result = shrink(
-                dense, batches, wanted, methods=chosen_methods(method, True, multiple_of), skip=list(skip or ()),
-                only=list(only or ()), latency=clock, guard=guard, selector=selectors[selector], progress=show,
+                dense, batches, wanted, methods=methods, skip=list(skip or ()), only=list(only or ()), groups=sharing,
+                latency=clock, guard=guard, selector=selectors[selector], progress=show,
             )  # fmt: skip
     small = result.model
+    if sharing is True and (share or method == "joint") and not result.sites.groups:
+        out.say(NONE_ALIKE)
 
     def evaluate(network):
         assert testing is not None

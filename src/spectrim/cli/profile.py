@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 _SHARES = (0.9, 0.99)
 _LOSSES = (0.01, 0.05)
+_SIZES = (0.5, 0.25)
 
 
 @command
@@ -30,6 +31,10 @@ def profile(
     method: common.MethodName = "auto",
     skip: common.Skip = None,
     only: common.Only = None,
+    share: Annotated[
+        bool, typer.Option("--share", help="List groups of layers that may share factors, and what it saves.")
+    ] = False,
+    groups: common.Groups = None,
     latency: Annotated[bool, typer.Option("--latency", help="Measure the milliseconds of every layer too.")] = False,
     batch: common.Batch = 1,
     threads: common.Threads = None,
@@ -42,8 +47,10 @@ def profile(
     from spectrim.cli.data import load_data
     from spectrim.cli.models import load_model
     from spectrim.cli.references import UsageError
+    from spectrim.cli.sharing import NONE_ALIKE, wanted_groups
     from spectrim.cli.steps import first_batch, prepare, random_input, survey
 
+    sharing = wanted_groups(share or None, groups, method)
     device = prepare(threads, device)
     if latency and data is None and input_shape is None:
         raise UsageError("--latency needs --data or --input, to know what the layers see")
@@ -57,9 +64,13 @@ def profile(
         from spectrim.latency import Latency
 
         clock = Latency(device=device, batch=batch)
-    found = survey(out, network, batches=batches, example=example, skip=skip, only=only, method=method, latency=clock)
+    found = survey(
+        out, network, batches=batches, example=example, skip=skip, only=only, method=method, groups=sharing,
+        latency=clock,
+    )  # fmt: skip
     table = found.table
-    layers = [_layer(row, table) for row in table]
+    layers = [_layer(row, table) for row in table.singles]
+    shared = [_group(row, table) for row in table if row.members]
     if out.as_json:
         out.document(
             {
@@ -69,12 +80,17 @@ def profile(
                 "unit": table.unit,
                 "samples": found.sites.samples,
                 "layers": layers,
+                **({"groups": shared} if sharing is not False else {}),
                 "skipped": [{"name": s.name, "kind": s.kind, "reason": s.reason} for s in found.sites.skipped],
                 "facts": dict(table.facts),
             }
         )
         return
     _print(out, table, layers)
+    if shared:
+        _print_groups(out, shared)
+    elif sharing is not False:
+        out.print(NONE_ALIKE)
     if found.sites.skipped:
         out.table(
             ["layer", "kind", "reason"], [(s.name, s.kind, s.reason) for s in found.sites.skipped], title="Skipped"
@@ -98,6 +114,41 @@ def _layer(row: Row, table: Candidates) -> dict[str, Any]:
             for loss in _LOSSES
         },
     }
+
+
+def _group(row: Row, table: Candidates) -> dict[str, Any]:
+    """A group: its layers, and the share of energy they lose at given sizes, each for itself and with a shared factor."""
+    alone = dataclasses.replace(table, rows=tuple(table[member] for member in row.members), fixed=dict.fromkeys(table.fixed, 0.0))
+    dense = alone.dense["parameters"]
+    most = sum(part.scale for part in alone)
+    lost: dict[str, dict[str, Any]] = {}
+    for size in _SIZES:
+        within = [option for option in row.options[1:] if option.costs["parameters"] <= size * dense]
+        best = min(within, key=row.loss, default=None)
+        lost[f"{size:.0%}"] = {
+            "apart": _apart(alone, size, most),
+            "shared": None if best is None else row.loss(best) / max(most, 1e-300),
+            "choice": None if best is None else str(best.choice),
+        }
+    return {
+        "name": row.site,
+        "kind": row.kind,
+        "members": list(row.members),
+        "costs": dict(row.dense.costs),
+        "lost": lost,
+    }
+
+
+def _apart(alone: Candidates, size: float, most: float) -> float | None:
+    """What layers lose if each is factorised for itself, within a share of their parameters; None if they cannot."""
+    from spectrim.budget import Budget
+    from spectrim.errors import InfeasibleBudgetError
+    from spectrim.selectors import exact
+
+    try:
+        return exact(alone, Budget(parameters=size)).loss / max(most, 1e-300)
+    except InfeasibleBudgetError:
+        return None
 
 
 def _rank(values: Sequence[float], share: float) -> int | None:
@@ -141,6 +192,29 @@ def _print(out: Output, table: Candidates, layers: Sequence[dict[str, Any]]) -> 
     out.table(columns, rows)
     out.print(
         f"Lost is {table.unit or 'nothing, since nothing can be factorised'}; ranks are of the channel unfolding."
+    )
+
+
+def _print_groups(out: Output, groups: Sequence[dict[str, Any]]) -> None:
+    from spectrim.budget import UNITS
+    from spectrim.report.comparison import show
+
+    columns = ["group", "kind", ">parameters"]
+    for size in groups[0]["lost"]:
+        columns += [f">lost at {size}, apart", ">shared", "best shared choice"]
+    rows = []
+    for group in groups:
+        cells = [group["name"], group["kind"], show(group["costs"]["parameters"], UNITS["parameters"])]
+        for found in group["lost"].values():
+            cells += ["" if found[how] is None else f"{found[how]:.2%}" for how in ("apart", "shared")]
+            cells.append(_words(found["choice"]))
+        rows.append(cells)
+    out.table(columns, rows, title="Groups that may share factors")
+    for group in groups:
+        out.print(f"{group['name']}: {', '.join(group['members'])}")
+    out.print(
+        "Lost is a share of the group's energy, at a share of its parameters: each layer factorised for itself, and "
+        "all with a shared factor."
     )
 
 

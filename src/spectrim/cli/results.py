@@ -76,7 +76,7 @@ class Outcome:
         trajectory = self.result.trajectory if isinstance(self.result, LearnedResult) else None
         if animate and trajectory is not None:
             files["animation"] = animate_ranks(trajectory, self.folder / "ranks.gif")
-        notes = (*self.notes, *_warnings(comparison, plan))
+        notes = (*self.notes, *_sharing(plan), *_warnings(comparison, plan))
         if report:
             files["report"] = self.folder / "report.html"
             write_report(
@@ -96,6 +96,11 @@ class Outcome:
                 "dense_costs": dict(plan.dense_costs),
                 "budget": dict(plan.budget),
                 "selector": plan.selector,
+                "groups": [
+                    {"name": entry.site, "members": list(entry.members), "choice": str(entry.choice)}
+                    for entry in plan
+                    if entry.members
+                ],
                 "scores": dict(self.scores),
                 "comparison": comparison.to_dict(),
                 "skipped": [{"name": s.name, "kind": s.kind, "reason": s.reason} for s in self.result.sites.skipped],
@@ -118,6 +123,12 @@ class Outcome:
             Measured(stage, (plan.dense_costs if stage == "dense" else plan.costs)[cost], score)
             for stage, score in self.scores
         )
+
+
+def _sharing(plan: Plan) -> list[str]:
+    groups = [entry for entry in plan if entry.members]
+    layers = sum(len(entry.members) for entry in groups)
+    return [f"{layers} layers share factors, in {len(groups)} group{'s'[: len(groups) > 1]}."] if groups else []
 
 
 def _warnings(comparison: Comparison, plan: Plan) -> list[str]:

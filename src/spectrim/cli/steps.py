@@ -13,8 +13,9 @@ from spectrim.api import apply, tabulate
 from spectrim.cli.common import Output, usage
 from spectrim.cli.data import load_data
 from spectrim.cli.references import UsageError
+from spectrim.cli.sharing import Wanted, offer
 from spectrim.latency import Latency
-from spectrim.methods import ActivationSVD, Method, WeightSVD
+from spectrim.methods import ActivationSVD, JointSVD, Method, WeightSVD
 from spectrim.nn.batches import arguments, resized
 from spectrim.nn.calibrate import calibrate
 from spectrim.nn.find import find
@@ -29,6 +30,7 @@ METHODS: Mapping[str, tuple[type[Method], ...]] = {
     "auto": (ActivationSVD, WeightSVD),
     "weight-svd": (WeightSVD,),
     "activation-svd": (ActivationSVD,),
+    "joint": (ActivationSVD, WeightSVD),
 }
 
 
@@ -113,8 +115,13 @@ def as_arguments(model: nn.Module, example: Any) -> Any:
     return kwargs or args
 
 
-def chosen_methods(name: str, calibrated: bool, multiple_of: int | None = None) -> list[Method]:
+def chosen_methods(name: str, calibrated: bool, multiple_of: int | None = None, *, share: bool = False) -> list[Method]:
     """The methods that ``--method`` names.
+
+    Parameters
+    ----------
+    share
+        With those for layers that share a factor: the first or the second, and for ``joint`` both at once too.
 
     Raises
     ------
@@ -126,8 +133,10 @@ def chosen_methods(name: str, calibrated: bool, multiple_of: int | None = None) 
     if name == "activation-svd" and not calibrated:
         raise UsageError("--method activation-svd needs calibration batches: give --data")
     kinds = METHODS[name] if calibrated else (WeightSVD,)
+    shares = () if not share else ("left", "right", "both") if name == "joint" else ("left", "right")
     with usage():
-        return [kind(multiple_of=multiple_of) for kind in kinds]  # type: ignore[call-arg]
+        alone: list[Method] = [kind(multiple_of=multiple_of) for kind in kinds]  # type: ignore[call-arg]
+        return alone + [JointSVD(part, multiple_of=multiple_of) for part in shares]
 
 
 def locate(model: nn.Module, skip: Sequence[str] | None, only: Sequence[str] | None) -> Sites:
@@ -155,6 +164,7 @@ def survey(
     skip: Sequence[str] | None,
     only: Sequence[str] | None,
     method: str,
+    groups: Wanted = False,
     multiple_of: int | None = None,
     latency: Latency | None = None,
     guard: bool = False,
@@ -166,11 +176,14 @@ def survey(
     ----------
     batches
         For calibration; without them the example teaches the input shapes, and without that there are no MACs.
+    groups
+        Layers that may share factors.
     weigh
         Collect what an error at each layer does to the outputs, as :func:`spectrim.compress` does.
     """
     sites = locate(model, skip, only)
-    methods = chosen_methods(method, batches is not None, multiple_of)
+    methods = chosen_methods(method, batches is not None, multiple_of, share=groups is not False)
+    offer(sites, groups)  # what cannot be carried out is refused before the batches are read
     with out.progress() as report:
         if batches is not None:
             sites = calibrate(model, sites, batches, progress=_named("calibrate", report))
@@ -178,6 +191,7 @@ def survey(
                 sites = sensitivity(model, sites, batches)
         elif example is not None:
             sites = calibrate(model, sites, [example], statistics=False)
+        sites = offer(sites, groups)
         dense = None
         if latency is not None:
             timing = measure_latency({"dense": model}, as_arguments(model, example), threads=latency.threads)

@@ -18,7 +18,8 @@ every slice and no correlation between slices.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -89,37 +90,76 @@ def _cholesky(matrix: Tensor) -> Tensor:
     raise ValueError("the second moment of a layer's responses is not positive semidefinite; it holds NaN or Inf")
 
 
-def refit_errors(
-    matrix: Float[Tensor, "g p c"], metric: Tensor, left: Float[Tensor, "g p R"], outputs: int
-) -> Float[Tensor, " ranks"]:
-    """Relative error of every rank ``0 .. R`` of a nested first factor with its exact second factor.
+@dataclass(frozen=True, eq=False)
+class Normal:
+    """Normal equations of the second factor for a given first one.
 
-    One Cholesky factorisation serves all ranks: the leading blocks of ``G^T C G`` are those of the smaller ranks.
+    Those of several layers that share their second factor are added up.
+
+    Attributes
+    ----------
+    gram
+        ``G^T C G``, ``[g, (r, q), (r, q)]``.
+    cross
+        ``G^T C W^T``, ``[g, (r, q), o]``.
+    energy
+        ``tr(W C W^T)``, summed over the groups: the error of rank 0.
+    slices
+        Values of ``q``.
     """
+
+    gram: Float[Tensor, "g n n"]
+    cross: Float[Tensor, "g n o"]
+    energy: Tensor
+    slices: int
+
+    def __add__(self, other: Normal) -> Normal:
+        return Normal(self.gram + other.gram, self.cross + other.cross, self.energy + other.energy, self.slices)
+
+    def errors(self) -> Float[Tensor, " ranks"]:
+        """Energy lost at every rank ``0 .. R`` of a nested first factor.
+
+        One Cholesky factorisation serves all ranks: the leading blocks of the Gram matrix are those of the smaller
+        ranks.
+        """
+        solved = torch.linalg.solve_triangular(_cholesky(self.gram), self.cross, upper=False)
+        g, n, _ = self.cross.shape
+        gained = solved.square().sum(-1).reshape(g, n // self.slices, self.slices).sum(-1).sum(0).cumsum(0)
+        # Rounding aside the exact error does not rise with the rank.
+        return (self.energy - torch.cat([gained.new_zeros(1), gained])).cummin(0).values.clamp_min(0)
+
+    def solve(self) -> Float[Tensor, "g r c"]:
+        """The second factor, ``[g, r, (o, q)]``."""
+        solved = torch.cholesky_solve(self.cross, _cholesky(self.gram))
+        g, n, outputs = self.cross.shape
+        rank = n // self.slices
+        return solved.reshape(g, rank, self.slices, outputs).transpose(2, 3).reshape(g, rank, outputs * self.slices)
+
+
+def normal(matrix: Float[Tensor, "g p c"], metric: Tensor, left: Float[Tensor, "g p r"], outputs: int) -> Normal:
+    """Normal equations of the second factor of one layer."""
     slices = matrix.shape[2] // outputs
     g, _, rank = left.shape
     gram = _projected(metric, left, slices).reshape(g, rank * slices, rank * slices)
     weight = _open(matrix, outputs)
     seen = _seen(weight, metric)
     cross = torch.einsum("gpa,gpqo->gaqo", left, seen).reshape(g, rank * slices, outputs)
-    solved = torch.linalg.solve_triangular(_cholesky(gram), cross, upper=False)
-    gained = solved.square().sum(-1).reshape(g, rank, slices).sum(-1).sum(0).cumsum(0)
-    total = torch.einsum("gpoq,gpqo->", weight, seen)
-    # Rounding aside the exact error does not rise with the rank.
-    return _relative(total - torch.cat([gained.new_zeros(1), gained]), total).cummin(0).values
+    return Normal(gram, cross, torch.einsum("gpoq,gpqo->", weight, seen), slices)
+
+
+def refit_errors(
+    matrix: Float[Tensor, "g p c"], metric: Tensor, left: Float[Tensor, "g p R"], outputs: int
+) -> Float[Tensor, " ranks"]:
+    """Relative error of every rank ``0 .. R`` of a nested first factor with its exact second factor."""
+    equations = normal(matrix, metric, left, outputs)
+    return _relative(equations.errors(), equations.energy)
 
 
 def refit(
     matrix: Float[Tensor, "g p c"], metric: Tensor, left: Float[Tensor, "g p r"], outputs: int
 ) -> Float[Tensor, "g r c"]:
     """The exact second factor for a given first one: ``W C G (G^T C G)^{-1}``."""
-    slices = matrix.shape[2] // outputs
-    g, _, rank = left.shape
-    gram = _projected(metric, left, slices).reshape(g, rank * slices, rank * slices)
-    seen = _seen(_open(matrix, outputs), metric)
-    cross = torch.einsum("gpa,gpqo->gaqo", left, seen).reshape(g, rank * slices, outputs)
-    solved = torch.cholesky_solve(cross, _cholesky(gram))
-    return solved.reshape(g, rank, slices, outputs).transpose(2, 3).reshape(g, rank, outputs * slices)
+    return normal(matrix, metric, left, outputs).solve()
 
 
 def product_errors(
@@ -188,23 +228,53 @@ def alternate(
     left, right
         The objective is never larger than at the start.
     """
-    g, _, rank = left.shape
-    slices = matrix.shape[2] // outputs
     seen = _seen(_open(matrix, outputs), metric)
     right = refit(matrix, metric, left, outputs)
     for _ in range(sweeps):
-        second = right.reshape(g, rank, outputs, slices)
-        pairs = torch.einsum("gaoq,gbos->gaqbs", second, second)
-        target = torch.einsum("gpqo,gaoq->gpa", seen, second)
-
-        def normal(x: Tensor, pairs: Tensor = pairs) -> Tensor:
-            half = torch.einsum("gpqts,gtb->gpqbs", metric, x)
-            return torch.einsum("gpqbs,gaqbs->gpa", half, pairs)
-
-        left = _conjugate_gradient(normal, target, left, steps)
+        left = refit_first([matrix], [metric], left, [right], [outputs], steps=steps, seen=[seen])
         left = left / left.norm(dim=1, keepdim=True).clamp_min(1e-300)
         right = refit(matrix, metric, left, outputs)
     return left, right
+
+
+def refit_first(
+    matrices: Sequence[Float[Tensor, "g p _"]],
+    metrics: Sequence[Tensor],
+    left: Float[Tensor, "g p r"],
+    rights: Sequence[Float[Tensor, "g r _"]],
+    outputs: Sequence[int],
+    *,
+    steps: int = 8,
+    seen: Sequence[Tensor] | None = None,
+) -> Float[Tensor, "g p r"]:
+    """Lower the error in the first factor that several layers share (or the one of one layer), the second ones given.
+
+    A few steps of conjugate gradients from ``left`` on the sum of the layers' quadratic problems.
+    """
+    g, _, rank = left.shape
+    if seen is None:
+        seen = [_seen(_open(m, o), metric) for m, o, metric in zip(matrices, outputs, metrics, strict=True)]
+    target = torch.zeros_like(left)
+    grams: list[Tensor] = []
+    for o, metric, looked, right in zip(outputs, metrics, seen, rights, strict=True):
+        second = right.reshape(g, rank, o, right.shape[2] // o)
+        if metric.dim() == 3:
+            grams.append(torch.einsum("gaoq,gboq->gab", second, second))
+        else:
+            grams.append(torch.einsum("gaoq,gbos->gaqbs", second, second))
+        target += torch.einsum("gpqo,gaoq->gpa", looked, second)
+
+    def operator(x: Tensor) -> Tensor:
+        image = torch.zeros_like(x)
+        for metric, pairs in zip(metrics, grams, strict=True):
+            if metric.dim() == 3:
+                image += metric @ x @ pairs
+            else:
+                half = torch.einsum("gpqts,gtb->gpqbs", metric, x)
+                image += torch.einsum("gpqbs,gaqbs->gpa", half, pairs)
+        return image
+
+    return _conjugate_gradient(operator, target, left, steps)
 
 
 def _conjugate_gradient(operator: Callable[[Tensor], Tensor], target: Tensor, start: Tensor, steps: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from spectrim.methods.activation_svd import ActivationSVD
 from spectrim.methods.base import Curve, LowRankMethod, Method, from_record
+from spectrim.methods.joint_svd import JointSVD
 from spectrim.methods.weight_svd import WeightSVD
 
-__all__ = ["ActivationSVD", "Curve", "LowRankMethod", "Method", "WeightSVD", "from_record"]
+__all__ = ["ActivationSVD", "Curve", "JointSVD", "LowRankMethod", "Method", "WeightSVD", "from_record"]

@@ -72,6 +72,13 @@ class Method(ABC):
     def layers(self, site: Site, choice: Choice) -> tuple[LayerSpec, ...]:
         """The layers a choice leads to: what every cost is computed from."""
 
+    def refit(self, site: Site, factors: Any, number: int) -> Any:
+        """Fit what the ``number``-th layer of a group has of its own to the layer's new inputs and targets.
+
+        ``site`` is the layer alone. By default the factors stay as they are.
+        """
+        return factors
+
     def record(self) -> dict[str, Any]:
         """Type and options as JSON values, as kept in a plan."""
         options = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
@@ -132,9 +139,7 @@ class LowRankMethod(Method):
     to_full_rank: bool = False
 
     def __post_init__(self) -> None:
-        names = () if self.unfoldings is None else self.unfoldings
-        if isinstance(names, str) or not set(names) <= set(_UNFOLDINGS):
-            raise ValueError(f"unfoldings is {names!r}; expected a tuple of names out of {', '.join(_UNFOLDINGS)}")
+        check_unfoldings(self.unfoldings)
         if self.multiple_of is not None and self.multiple_of < 1:
             raise ValueError(f"multiple_of must be at least 1, got {self.multiple_of}")
 
@@ -157,6 +162,12 @@ class LowRankMethod(Method):
 
     def choice(self, site: Site, how: Unfolding, rank: int, *, bias: bool) -> Choice:
         return Choice("low_rank", self.name, {"unfolding": how.name, "rank": rank, "bias": bias})
+
+
+def check_unfoldings(names: tuple[str, ...] | None) -> None:
+    """Raise ValueError for what is no tuple of names of unfoldings."""
+    if names is not None and (isinstance(names, str) or not set(names) <= set(_UNFOLDINGS)):
+        raise ValueError(f"unfoldings is {names!r}; expected a tuple of names out of {', '.join(_UNFOLDINGS)}")
 
 
 def full_rank(spec: LayerSpec, how: Unfolding) -> int:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import singledispatch
 
 from torch import Tensor, nn
 
 from spectrim.errors import PlanError
-from spectrim.factors import Factors, LowRank, kinds
+from spectrim.factors import Factors, LowRank, SharedBasis, kinds
+from spectrim.nn.find import describe
 from spectrim.nn.modules import Factored, make_layer
+from spectrim.nn.shared import Once, Wide
 from spectrim.plan import Choice
 from spectrim.sites import LayerSpec
 from spectrim.unfold import first_weight, second_weight
@@ -45,6 +48,63 @@ def _(factors: LowRank, layers: Sequence[LayerSpec], biases: Sequence[Tensor | N
     )
 
 
+@build.register
+def _(factors: SharedBasis, layers: Sequence[LayerSpec], biases: Sequence[Tensor | None]) -> tuple[nn.Module, ...]:
+    left_rank, right_rank = factors.ranks
+    rows = zip(factors.own_lefts, factors.own_rights, factors.shifts, layers, biases, factors.shapes, strict=True)
+    built: list[Factored] = []
+    for own_left, own_right, shift, spec, bias, shape in rows:
+        if shift is not None:
+            bias = shift if bias is None else bias + shift
+        first, second = spec.factor(factors.how, left_rank + right_rank, bias=bias is not None)
+        lefts = [first_weight(part, factors.how, shape) for part in (factors.shared_left, own_left)]
+        rights = [second_weight(part, factors.how, shape) for part in (own_right, factors.shared_right)]
+        model = built[0] if built else None
+        built.append(
+            Factored(
+                _side_by_side(first, lefts, None, 0, None if model is None else model.first),
+                _side_by_side(second, rights, bias, 1, None if model is None else model.second),
+                unfolding=factors.how.name,
+                original=spec,
+            )
+        )
+    if factors.once:
+        first = Once(built[0].first, describe(built[0].first, ("first",)), len(built))
+        for pair in built:
+            pair[0] = first
+    return tuple(built)
+
+
+def _side_by_side(
+    spec: LayerSpec, weights: Sequence[Tensor], bias: Tensor | None, shared: int, like: nn.Module | None
+) -> nn.Module:
+    """A layer of two parts side by side along the rank, of which one may have a rank of 0.
+
+    The ``shared``-th part has the parameter of the layer ``like``.
+    """
+    axis = 1 if shared == 0 else 2  # the rank, in a canonical weight
+    parts: list[nn.Module] = []
+    tied: list[nn.Module | None] = []
+    for number, weight in enumerate(weights):
+        rank = weight.shape[axis] * spec.groups
+        if not rank:
+            continue
+        size = {"out_channels": rank} if shared == 0 else {"in_channels": rank}
+        # The layer's own part has the bias; what is shared whole keeps one for each layer.
+        biased = spec.bias and (number != shared or not weights[1 - shared].shape[axis])
+        part = dataclasses.replace(spec, bias=biased, **size)
+        parts.append(make_layer(part, weight, bias if biased else None))
+        tied.append(_part(like, len(parts) - 1) if number == shared and like is not None else None)
+    for part, owner in zip(parts, tied, strict=True):
+        if owner is not None:
+            part.weight = owner.weight
+    return parts[0] if len(parts) == 1 else Wide(parts, spec, axis - 1)
+
+
+def _part(layer: nn.Module, number: int) -> nn.Module:
+    return layer.parts[number] if isinstance(layer, Wide) else layer
+
+
 def skeleton(choice: Choice, layers: Sequence[LayerSpec]) -> tuple[nn.Module, ...]:
     """Modules of the shapes that a choice leads to, for weights to be loaded into.
 
@@ -57,6 +117,8 @@ def skeleton(choice: Choice, layers: Sequence[LayerSpec]) -> tuple[nn.Module, ..
     if choice.kind not in known:
         raise PlanError(f"layer {layers[0].name!r}: unknown kind {choice.kind!r}; known are {', '.join(known)}")
     biased = choice.settings.get("bias", layers[0].bias)
+    if len(layers) != 1 and choice.kind == LowRank.kind:
+        raise PlanError(f"layer {layers[0].name!r}: a {choice.kind!r} choice is for one layer, not for {len(layers)}")
     if not isinstance(biased, bool):
         raise PlanError(f"layer {layers[0].name!r}: setting 'bias' is {biased!r}; expected true or false")
     try:

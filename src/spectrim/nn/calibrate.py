@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterable
 from types import MappingProxyType
 from typing import Any
@@ -67,8 +68,8 @@ def calibrate(
     Returns
     -------
     Sites
-        In order of execution. Sites that no batch reached, or that are called with more than their input, are moved
-        to ``skipped`` with that reason.
+        In order of execution, with the layers that see one and the same tensor. Sites that no batch reached, or that
+        are called with more than their input, are moved to ``skipped`` with that reason.
 
     Raises
     ------
@@ -90,6 +91,9 @@ def calibrate(
     except TypeError:
         length = None
     order: list[str] = []
+    seen = _Inputs()
+    for watcher in watchers.values():
+        watcher.seen = seen
     with evaluating(model):
         try:
             for watcher in [*watchers.values(), *bystanders.values()]:
@@ -143,6 +147,7 @@ def calibrate(
         other_bytes=sites.other_bytes + int(size_bytes(idle)),
         other_macs=max(0.0, other_macs - macs([*(site.spec for site in found), *untouched])),
         samples=samples,
+        same_inputs=seen.together([site.name for site in found]),
     )
 
 
@@ -155,6 +160,29 @@ def _layer(model: nn.Module, spec: LayerSpec) -> nn.Module:
         ) from None
 
 
+class _Inputs:
+    """Which layers are called with one and the same tensor in the first forward pass."""
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[weakref.ref[Tensor], int, list[str]]] = []
+
+    def note(self, inputs: Tensor, name: str) -> None:
+        # A tensor that is gone may have given its place to another one; one that was written to is another one.
+        version = -1 if inputs.is_inference() else inputs._version
+        for held, then, names in self._calls:
+            if held() is inputs and then == version:
+                names.append(name)
+                return
+        self._calls.append((weakref.ref(inputs), version, [name]))
+
+    def together(self, known: list[str]) -> tuple[tuple[str, ...], ...]:
+        """Names of layers that see the same, of those that are called once a pass."""
+        calls = [name for _, _, names in self._calls for name in names]
+        once = {name for name in known if calls.count(name) == 1}
+        sets = [tuple(name for name in names if name in once) for _, _, names in self._calls]
+        return tuple(names for names in sets if len(names) > 1)
+
+
 class _Shapes:
     """Remembers the input shapes of every call of a layer in the first forward pass, for one sample."""
 
@@ -163,6 +191,7 @@ class _Shapes:
         self.inputs: tuple[tuple[int, ...], ...] = ()
         self.frozen = False
         self.irregular = False
+        self.seen: _Inputs | None = None
         self.index = 0
         self.size = 1
 
@@ -179,6 +208,8 @@ class _Shapes:
             # A layer that the first batch does not reach is described by the first call it gets.
             if not self.frozen or not self.inputs:
                 order.append(self.spec.name)
+                if self.seen is not None and not self.frozen:
+                    self.seen.note(inputs, self.spec.name)
                 self.inputs += self._shape(inputs)
             self.see(inputs, output)
 

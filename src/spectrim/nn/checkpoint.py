@@ -143,11 +143,12 @@ def _rebuild(model: nn.Module, plan: Plan, path: str | Path) -> None:
     for entry in plan:
         if entry.choice.is_dense:
             continue
-        if entry.site not in sites:
-            reasons = {skipped.name: skipped.reason for skipped in sites.skipped}
-            why = reasons.get(entry.site, "this model does not have it")
-            raise CheckpointError(f"{path}: the plan changes layer {entry.site!r}, but {why}")
-        layers = sites[entry.site].layers
+        for name in entry.sites:
+            if name not in sites:
+                reasons = {skipped.name: skipped.reason for skipped in sites.skipped}
+                why = reasons.get(name, "this model does not have it")
+                raise CheckpointError(f"{path}: the plan changes layer {name!r}, but {why}")
+        layers = [sites[name].spec for name in entry.sites]
         try:
             modules = skeleton(entry.choice, layers)
         except PlanError as error:

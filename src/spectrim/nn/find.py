@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -80,8 +81,8 @@ def find(
             if spec is not None:
                 # What a weight is computed from, and a weight shared with another layer, is counted elsewhere.
                 weight = module._parameters.get("weight")
-                owned = weight is not None and id(weight) not in covered
-                untouched.append(dataclasses.replace(spec, owned=owned))
+                counted = weight is not None and id(weight) not in covered
+                untouched.append(dataclasses.replace(spec, shared=0 if counted else math.prod(spec.shape)))
         if spec is not None:
             covered.update(id(module._parameters.get(name)) for name in ("weight", "bias"))
     others = [p for p in model.parameters() if id(p) not in covered]

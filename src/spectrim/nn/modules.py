@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from spectrim.factors import LowRank
 from spectrim.nn.find import canonical, describe
+from spectrim.nn.shared import Once, Wide
 from spectrim.sites import LayerSpec
 from spectrim.unfold import unfolding
 
@@ -90,7 +91,8 @@ class Factored(nn.Sequential):
     @property
     def rank(self) -> int:
         """For each group."""
-        first = self.first.original if isinstance(self.first, Factored) else describe(self.first, ("first",))
+        made = (Factored, Wide, Once)
+        first = self.first.original if isinstance(self.first, made) else describe(self.first, ("first",))
         return first.out_channels // self.original.groups
 
     def extra_repr(self) -> str:
@@ -103,13 +105,20 @@ class Factored(nn.Sequential):
         A layer of the pair that is a pair itself is merged first.
         """
         how = unfolding(self.original.kernel, self.unfolding)
-        layers = [layer.merged() if isinstance(layer, Factored) else layer for layer in self]
-        first, _ = canonical(layers[0])
-        second, bias = canonical(layers[1])
+        first, _ = whole(self.first)
+        second, bias = whole(self.second)
         g, rank = first.shape[:2]
         left = first.double().reshape(g, rank, -1).transpose(1, 2)
         right = second.double().transpose(1, 2).reshape(g, rank, -1)
         (weight,) = LowRank(left, right, None, how, self.original.shape[1:]).dense()
-        now = describe(layers[1], ("second",))
-        spec = dataclasses.replace(self.original, bias=bias is not None, dtype=now.dtype, device=now.device)
+        spec = dataclasses.replace(self.original, bias=bias is not None, dtype=second.dtype, device=str(second.device))
         return make_layer(spec, weight, bias)
+
+
+def whole(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Canonical weight and bias of a layer of a pair, put together or multiplied out where it is not a plain one."""
+    if isinstance(layer, Factored):
+        layer = layer.merged()
+    if isinstance(layer, (Wide, Once)):
+        return layer.whole()
+    return canonical(layer)

@@ -65,16 +65,19 @@ class CStep:
             If a weight is not finite; the message names the layer.
         """
         _check_finite(sites)
-        moved = []
+        moved = set()
         for site in sites:
             if not all(torch.equal(a, b) for a, b in zip(site.weights, self._seen[site.name], strict=True)):
-                moved.append(site)
+                moved.add(site.name)
                 self._seen[site.name] = site.weights
-        self.table = retabulate(self.table, dataclasses.replace(sites, sites=tuple(moved)), self.methods)
+        for members in sites.groups.values():
+            moved |= set(members) if moved & set(members) else set()
+        some = tuple(site for site in sites if site.name in moved)
+        self.table = retabulate(self.table, dataclasses.replace(sites, sites=some), self.methods)
 
     def choose(self, sites: Sites, mu: float, table: Candidates | None = None) -> Plan:
         """The plan of least ``mu/2 ||A - Delta||^2`` within the budget, or with the cost added at the multiplier."""
-        table = weighed(self.table if table is None else table, sites.sites, mu, normalize=self.normalize)
+        table = weighed(self.table if table is None else table, sites, mu, normalize=self.normalize)
         if self.budget is not None:
             return lagrangian(without_zero(table), self.budget)
         assert self.multiplier is not None
@@ -90,14 +93,15 @@ class CStep:
         """Table and plan to build a network from: chosen exactly within a budget, else the ranks of ``plan``."""
         _check_finite(sites)
         fresh = retabulate(self.table, sites, self.methods)
-        offered = (any(entry.choice == o.choice for o in row.options) for row, entry in zip(fresh, plan, strict=True))
+        offered = (any(entry.choice == option.choice for option in fresh[entry.site].options) for entry in plan)
         if self.budget is None and not all(offered):
             # The first C step may have had methods of its own; these are the ones to build with.
             plan = self.choose(sites, mu, fresh)
-        table = without_zero(weighed(fresh, sites.sites, mu, normalize=self.normalize))
+        table = without_zero(weighed(fresh, sites, mu, normalize=self.normalize))
         if self.budget is not None:
             return table, exact(table, self.budget)
-        picks = [buildable(row, entry.choice) for row, entry in zip(table, plan, strict=True)]
+        numbers = {row.site: number for number, row in enumerate(table.rows)}
+        picks = {numbers[entry.site]: buildable(table[entry.site], entry.choice) for entry in plan}
         built = make_plan(table, picks, budget={}, selector=plan.selector)
         return table, dataclasses.replace(built, multipliers=plan.multipliers)
 

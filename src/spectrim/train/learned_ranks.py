@@ -168,15 +168,19 @@ class LearnedRanks:
         self.energy, self.normalize, self.dense = energy, normalize, dense
         self.augmented = budget is None if augmented is None else augmented
         self.every, self.evaluate = every, evaluate
-        self.methods = list(methods) if methods is not None else rank_tables.rank_methods(paper=not dense)
+        self.methods = (
+            list(methods)
+            if methods is not None
+            else rank_tables.rank_methods(paper=not dense, groups=bool(sites.groups))
+        )
         self.sites, self._latency = sites, latency
         self._layers = {spec.name: model.get_submodule(spec.name) for site in sites for spec in site.layers}
-        self._targets: dict[str, list[Tensor]] = {}
-        self._multipliers: dict[str, list[Tensor]] = {}
+        self._targets: dict[str, Tensor] = {}
+        self._multipliers: dict[str, Tensor] = {}
         self._batches = 0
         self.step = 0
         options: dict[str, Any] = {"latency": latency, "dense_latency": dense_latency, "costs": costs}
-        now = self._present(lambda name, part, weight: weight)
+        now = self._present(lambda name, weight: weight)
         self.fitted = sites
         try:
             self._c_step = CStep(
@@ -212,10 +216,9 @@ class LearnedRanks:
     def penalty(self) -> Tensor:
         """``mu/2 sum_k ||W_k - Delta_k - Lambda_k / mu||^2`` over the sites that are not left dense."""
         terms = []
-        for name, targets in self._targets.items():
-            for spec, target in zip(self.sites[name].layers, targets, strict=True):
-                weight: Any = self._layers[spec.name].weight
-                terms.append((weight - target.to(weight.device)).square().sum())
+        for name, target in self._targets.items():
+            weight: Any = self._layers[name].weight
+            terms.append((weight - target.to(weight.device)).square().sum())
         return self.mu / 2 * torch.stack(terms).sum() if terms else torch.zeros(())
 
     def c_step(self) -> Plan:
@@ -232,7 +235,7 @@ class LearnedRanks:
             raise RuntimeError(f"all {self.schedule.steps} C steps of the schedule are done; call finish()")
         begin, mu = time.perf_counter(), self.mu
         held = self._multipliers
-        sites = self._present(lambda name, part, w: w - held[name][part] / mu if name in held else w.clone())
+        sites = self._present(lambda name, w: w - held[name] / mu if name in held else w.clone())
         self._c_step.renew(sites)
         return self._take(self._c_step.choose(sites, mu), sites, self.methods, begin)
 
@@ -267,12 +270,11 @@ class LearnedRanks:
         """A copy of the model with its weights replaced by their low-rank copies, still in dense layers."""
         copied = copy.deepcopy(self.model)
         with torch.no_grad():
-            for name, targets in self._targets.items():
+            for name, target in self._targets.items():
                 held = self._multipliers.get(name)
-                for part, (spec, target) in enumerate(zip(self.sites[name].layers, targets, strict=True)):
-                    low = target if held is None else target - _laid_out(held[part], spec) / self.mu
-                    weight: Any = copied.get_submodule(spec.name).weight
-                    weight.copy_(low)
+                low = target if held is None else target - _laid_out(held, self.sites[name].spec) / self.mu
+                weight: Any = copied.get_submodule(name).weight
+                weight.copy_(low)
         return copied
 
     def finish(
@@ -304,7 +306,7 @@ class LearnedRanks:
         model, plan
             A new model of plain layers; the trained one is left as it is.
         """
-        sites = self._present(lambda name, part, weight: weight.clone())
+        sites = self._present(lambda name, weight: weight.clone())
         if batches is not None:
             fitted = calibrate(self.model, sites, batches, forward=forward)
             if any("gradient" in site.moments for site in self.sites):
@@ -329,8 +331,7 @@ class LearnedRanks:
         """The whole state as tensors; with the weights of the model it continues the run bit for bit."""
         state = {"counts": torch.tensor([self.step, self._batches])}
         for kind, held in (("target", self._targets), ("multiplier", self._multipliers)):
-            for name, parts in held.items():
-                state |= {f"{kind}:{part}:{name}": tensor for part, tensor in enumerate(parts)}
+            state |= {f"{kind}:{name}": tensor for name, tensor in held.items()}
         texts = {"plan": self.plan.to_json(), "trajectory": self.trajectory.to_json(), "run": json.dumps(self._run())}
         for name, text in texts.items():
             state[name] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
@@ -363,10 +364,10 @@ class LearnedRanks:
         for kind, held in (("target", self._targets), ("multiplier", self._multipliers)):
             # In the order of the sites: the penalty adds up in that order, and rounds accordingly.
             for site in self.sites:
-                keys = [f"{kind}:{part}:{site.name}" for part in range(len(site.layers))]
-                if keys[0] in state:
-                    weight: Any = self._layers[site.layers[0].name].weight
-                    held[site.name] = [state[key].to(weight.device, copy=True) for key in keys]
+                key = f"{kind}:{site.name}"
+                if key in state:
+                    weight: Any = self._layers[site.name].weight
+                    held[site.name] = state[key].to(weight.device, copy=True)
 
     def _measured(self) -> float | None:
         """What ``evaluate`` says of the nested network, if that is a number. The generators are left as they are."""
@@ -401,13 +402,12 @@ class LearnedRanks:
         """C steps that the batches so far ask for; the margin is for the rounding of a quotient."""
         return int(self._batches / (self.every or 1) + 1e-9)
 
-    def _present(self, change: Callable[[str, int, Tensor], Tensor]) -> Sites:
-        """The sites with the present weights, changed by a function of site name, part and weight."""
+    def _present(self, change: Callable[[str, Tensor], Tensor]) -> Sites:
+        """The sites with the present weights, changed by a function of site name and weight."""
         found = []
         for site in self.sites:
-            layers = [canonical(self._layers[spec.name]) for spec in site.layers]
-            weights = tuple(change(site.name, part, weight) for part, (weight, _) in enumerate(layers))
-            biases = tuple(bias for _, bias in layers)
+            weight, bias = canonical(self._layers[site.name])
+            weights, biases = (change(site.name, weight),), (bias,)
             moments = site.moments if self.energy == "output" else MappingProxyType({})
             found.append(dataclasses.replace(site, weights=weights, biases=biases, moments=moments))
         return dataclasses.replace(self.sites, sites=tuple(found))
@@ -418,34 +418,37 @@ class LearnedRanks:
         mu, following = self.mu, self.schedule.mu(self.step + 1)
         makers = {method.name: method for method in methods}
         missed = total = 0.0
-        targets: dict[str, list[Tensor]] = {}
-        multipliers: dict[str, list[Tensor]] = {}
-        for site, entry in zip(sites, plan, strict=True):
-            present = [canonical(self._layers[spec.name])[0] for spec in site.layers]
+        targets: dict[str, Tensor] = {}
+        multipliers: dict[str, Tensor] = {}
+        for entry in plan:
+            parts = [sites[name] for name in entry.sites]
+            present = [canonical(self._layers[part.name])[0] for part in parts]
             total += sum(float(weight.double().square().sum()) for weight in present)
             if entry.choice.is_dense:
                 # Without a constraint the best copy is the weight itself, at any time: there is nothing to pull at.
                 continue
-            targets[site.name] = []
+            site = sites.together(entry.site, entry.members) if entry.members else parts[0]
             copies = _copies(site, entry.choice, makers)
-            for part, (spec, weight, low) in enumerate(zip(site.layers, present, copies, strict=True)):
+            for part, weight, low in zip(parts, present, copies, strict=True):
                 missed += float((weight - low).double().square().sum())
                 target = low
                 if self.augmented:
-                    after = self._multipliers[site.name][part] if site.name in self._multipliers else 0 * weight
+                    after = self._multipliers[part.name] if part.name in self._multipliers else 0 * weight
                     # Before any training there is no L step whose optimality the multipliers could express.
                     after = after - mu * (weight - low) if self.step else after
-                    multipliers.setdefault(site.name, []).append(after)
+                    multipliers[part.name] = after
                     target = low + after / following
-                targets[site.name].append(_laid_out(target, spec))
+                targets[part.name] = _laid_out(target, part.spec)
         self._targets, self._multipliers, self.plan = targets, multipliers, plan
         self.step += 1
         seconds = time.perf_counter() - begin
+        chosen = {name: entry.choice for entry in plan for name in entry.sites}
+        each = zip([chosen[name] for name in self.trajectory.sites], self.trajectory.full, strict=True)
         record = Record(
             mu=mu,
             multipliers=dict(plan.multipliers),
-            ranks=tuple(rank_tables.rank(e.choice, full) for e, full in zip(plan, self.trajectory.full, strict=True)),
-            choices=tuple(rank_tables.word(entry.choice) for entry in plan),
+            ranks=tuple(rank_tables.rank(choice, full) for choice, full in each),
+            choices=tuple(rank_tables.word(chosen[name]) for name in self.trajectory.sites),
             costs=dict(plan.costs),
             distance=(missed / total) ** 0.5 if total else 0.0,
             metric=self._measured(),

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 from spectrim.costs import Cost, macs, parameters, size_bytes
-from spectrim.methods import Method, WeightSVD
+from spectrim.methods import JointSVD, Method, WeightSVD
 from spectrim.methods.base import full_rank
 from spectrim.plan import Candidates, Choice, Option, Row
 from spectrim.sites import Site, Sites
@@ -16,19 +15,25 @@ ZERO = Choice("zero", "", {"rank": 0})
 """Rank 0: the weight is dropped and the bias stays. An option within a run only, no network is built with it."""
 
 
-def rank_methods(*, paper: bool) -> list[Method]:
-    """What a C step offers by default: truncated SVDs in all unfoldings, or those of the paper."""
+def rank_methods(*, paper: bool, groups: bool = False) -> list[Method]:
+    """What a C step offers by default: truncated SVDs in all unfoldings, or those of the paper; with groups joint ones.
+
+    The paper's have no groups.
+    """
     if paper:
         return [WeightSVD(unfoldings=("channel",), multiple_of=1, to_full_rank=True)]
-    return [WeightSVD()]
+    return [WeightSVD(), JointSVD("left"), JointSVD("right")] if groups else [WeightSVD()]
 
 
 def with_zero(table: Candidates, sites: Sites) -> Candidates:
     """The table with rank 0 offered at every site."""
     counted: dict[str, Cost] = {"parameters": parameters, "bytes": size_bytes, "macs": macs}
     rows = []
-    for row, site in zip(table.rows, sites, strict=True):
-        empty = [dataclasses.replace(spec, in_channels=0) for spec in site.layers]
+    for row in table.rows:
+        if row.members:
+            rows.append(row)
+            continue
+        empty = [dataclasses.replace(spec, in_channels=0) for spec in sites[row.site].layers]
         # A cost that is measured, or is the user's, takes nothing for a layer that is not there.
         costs = {name: counted[name](empty) if name in counted else 0.0 for name in table.costs}
         rows.append(dataclasses.replace(row, options=(*row.options, Option(ZERO, 1.0, costs))))
@@ -41,16 +46,17 @@ def without_zero(table: Candidates) -> Candidates:
     return dataclasses.replace(table, rows=tuple(rows))
 
 
-def weighed(table: Candidates, sites: Sequence[Site], mu: float, *, normalize: bool) -> Candidates:
+def weighed(table: Candidates, sites: Sites, mu: float, *, normalize: bool) -> Candidates:
     """The table with the loss ``mu/2 ||A - Delta||^2`` of every option.
 
-    ``||A||^2`` counts as 1 with ``normalize``. A row that has a scale of its own, from calibration, keeps it in place
-    of ``1/2 ||A||^2``.
+    ``||A||^2`` counts as 1 with ``normalize``, for every site of a group. A row that has a scale of its own, from
+    calibration, keeps it in place of ``1/2 ||A||^2``.
     """
     rows = []
-    for row, site in zip(table.rows, sites, strict=True):
-        energy = sum(float(weight.double().square().sum()) for weight in site.weights)
-        half = row.scale if row.scale != 1.0 else 0.5
+    for row in table.rows:
+        names = row.members or (row.site,)
+        energy = sum(float(weight.double().square().sum()) for name in names for weight in sites[name].weights)
+        half = row.scale if row.scale != len(names) else 0.5 * len(names)
         options = row.options
         if not energy:
             # Nothing is lost of nothing: a layer of zeros has rank 0.

@@ -1,0 +1,123 @@
+"""Which layers may share factors, as the command line says it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spectrim.cli.common import usage
+from spectrim.cli.references import UsageError
+from spectrim.groups import group
+from spectrim.methods.joint_problem import compatible
+from spectrim.plan import Plan
+from spectrim.sites import Sites
+
+NONE_ALIKE = "no layers are alike enough to share factors, as far as their names, shapes and inputs tell"
+Wanted = bool | Mapping[str, Sequence[str]]
+"""True for the groups that the rules find, False for none, or names of layers by the name of the group."""
+
+
+def wanted_groups(share: bool | None, file: Path | None, method: str, *, default: bool = False) -> Wanted:
+    """What ``--share``, ``--groups`` and ``--method`` say together.
+
+    Parameters
+    ----------
+    default
+        What not saying anything means.
+
+    Raises
+    ------
+    UsageError
+        If they contradict each other, or the file cannot be used.
+    """
+    if share is False and file is not None:
+        raise UsageError(f"--groups {file} does not combine with --no-share")
+    if share is False and method == "joint":
+        raise UsageError("--method joint does not combine with --no-share: it is for layers that share factors")
+    if file is not None:
+        return read_groups(file)
+    if share is None:
+        return default or method == "joint"
+    return share
+
+
+def read_groups(file: Path) -> dict[str, tuple[str, ...]]:
+    """Names of layers by the name of the group, from a JSON object.
+
+    Raises
+    ------
+    UsageError
+        If the file is missing or holds something else; the message quotes it.
+    """
+    if not file.is_file():
+        raise UsageError(f"--groups {str(file)!r} is not a file")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--groups {str(file)!r} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UsageError(f'--groups {str(file)!r} holds {_short(found)}; expected an object, as {{"name": ["a", "b"]}}')
+    for name, members in found.items():
+        if not isinstance(members, list) or not all(isinstance(member, str) for member in members):
+            raise UsageError(
+                f"--groups {str(file)!r}: group {name!r} is {_short(members)}; expected a list of names of layers"
+            )
+    return {name: tuple(members) for name, members in found.items()}
+
+
+def offer(sites: Sites, wanted: Wanted) -> Sites:
+    """The sites with the groups that are wanted.
+
+    Raises
+    ------
+    UsageError
+        If groups given by hand name layers that there are not, overlap, or cannot share a factor.
+    """
+    if wanted is False:
+        return sites
+    if wanted is True:
+        return group(sites)
+    left = {skipped.name: skipped.reason for skipped in sites.skipped}
+    for name, members in wanted.items():
+        for member in members:
+            if member not in sites:
+                why = f"which is left alone: {left[member]}" if member in left else "which the model does not have"
+                raise UsageError(f"--groups: group {name!r} names layer {member!r}, {why}")
+    with usage("--groups"):
+        found = group(sites, wanted)
+    for name, members in found.groups.items():
+        if not _alike(sites, members):
+            specs = [sites[member].spec for member in members]
+            each = ", ".join(f"{s.name!r} ({s.kind}, {s.in_channels} -> {s.out_channels})" for s in specs)
+            raise UsageError(
+                f"--groups: the layers of group {name!r} cannot share a factor: {each}; expected equal kernels and "
+                "equal input or output channels"
+            )
+    return found
+
+
+def planned_groups(plan: Plan, sites: Sites) -> Wanted:
+    """The groups of a plan, so that the table has them too; False without any."""
+    found = {entry.site: entry.members for entry in plan if len(entry.members) > 1 and entry.site not in sites}
+    known = {name: members for name, members in found.items() if all(member in sites for member in members)}
+    return {name: members for name, members in known.items() if _alike(sites, members)} or False
+
+
+def _alike(sites: Sites, members: Sequence[str]) -> bool:
+    specs = [sites[member].spec for member in members]
+    return compatible(specs, "left") or compatible(specs, "right")
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
+        raise ValueError(f"it has {twice!r} twice")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,349 @@
+"""Low rank with a factor that several layers share."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectrim.costs import macs, parameters, rank_multiple
+from spectrim.errors import MissingMomentsError
+from spectrim.factors import SharedBasis
+from spectrim.linalg import joint, lowrank, response
+from spectrim.linalg.joint import Bilateral
+from spectrim.methods import metrics
+from spectrim.methods.base import WEIGHT_ENERGY, Curve, Method, check_unfoldings
+from spectrim.methods.joint_problem import Problem, compatible, pose
+from spectrim.plan import Choice
+from spectrim.sites import LayerSpec, Site
+from spectrim.unfold import Unfolding, unfold, unfolding, unfoldings
+
+_SHARES = ("left", "right", "both")
+# Ranks of a curve that no single decomposition gives.
+_KNOTS = 8
+
+
+@dataclass(frozen=True)
+class JointSVD(Method):
+    """Share factors among the layers of a group (Chen et al. 2021).
+
+    ``share="right"`` solves ``min sum_n ||M_n - U_n V||^2`` (RJSVD: the second convolution is shared), ``"left"``
+    solves ``min sum_n ||M_n - U V_n||^2`` (LJSVD: the first), and ``"both"`` alternates over ``U_n V + U V_n``
+    (Bi-JSVD). The norm is that of the layers' responses if the site is calibrated, and that of the weights if not;
+    every layer counts with the share of its energy that is lost.
+
+    Attributes
+    ----------
+    share
+        Which factor.
+    proportion
+        For ``"both"``: the left-shared part of the rank; 0.5 in the paper's default.
+    unfoldings
+        Names of the unfoldings to offer; all that fit the layers if None. The paper's is ``height-first``.
+    multiple_of
+        Offer ranks that are multiples of this; what suits the device and the layer's width if None.
+    to_full_rank
+        Offer also ranks at which the factors cost more than the layers.
+    sweeps
+        Most rounds of an alternation: over both parts (30 in the paper), and over the factors of a calibrated site.
+    first
+        Which part of ``"both"`` is fitted first: ``"left"`` as in the paper's code, or ``"right"`` as in its text.
+
+    Notes
+    -----
+    One eigendecomposition an unfolding gives the error of every rank for ``"right"`` and ``"left"``. Calibrated
+    left-shared factors of layers that see different inputs, and spatial unfoldings, start from it; what is carried out
+    is improved by turns and loses no more. For ``"both"`` a few ranks are on offer, each fitted from the one before.
+    Layers whose outputs are weighed by sensitivity share one weight where they share the second factor.
+
+    Where all layers see one input and share the first factor whole, it is computed once for all of them.
+    """
+
+    share: str = "right"
+    proportion: float = 0.5
+    unfoldings: tuple[str, ...] | None = None
+    multiple_of: int | None = None
+    to_full_rank: bool = False
+    sweeps: int = 30
+    first: str = "left"
+
+    def __post_init__(self) -> None:
+        check_unfoldings(self.unfoldings)
+        if self.share not in _SHARES:
+            raise ValueError(f"share is {self.share!r}; expected one of {', '.join(map(repr, _SHARES))}")
+        if not 0 <= self.proportion <= 1:
+            raise ValueError(f"proportion is {self.proportion!r}; expected a share from 0 (right) to 1 (left)")
+        if self.first not in ("left", "right"):
+            raise ValueError(f"first is {self.first!r}; expected 'left' or 'right'")
+        for name in ("multiple_of", "sweeps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    @property
+    def name(self) -> str:
+        """The word plans use: the class and what is shared, so that several may stand in one table."""
+        return f"JointSVD-{self.share}" + (f"-{self.proportion:g}" if self.share == "both" else "")
+
+    def fits(self, site: Site) -> bool:
+        """Several layers whose unfolded weights agree on the shared side."""
+        return compatible(site.layers, self.share)
+
+    def ranks(self, site: Site, how: Unfolding) -> range:
+        """Ranks on offer: multiples, as long as the factors have fewer parameters or fewer MACs than the layers."""
+        full = self.full_rank(site, how)
+        spec = site.layers[0]
+        step = self.multiple_of or rank_multiple(spec.device, spec.dtype, full)
+        most = full if self.to_full_rank else self._break_even(site, how, full)
+        return range(step, most + 1, step)
+
+    def full_rank(self, site: Site, how: Unfolding) -> int:
+        """Rank at which every layer can be met exactly: that of the stack."""
+        first, second = how.sizes(site.layers[0].kernel)
+        rows = [spec.shape[2] * first for spec in site.layers]
+        columns = [spec.shape[1] * second for spec in site.layers]
+        if self.share == "right":
+            return min(sum(rows), columns[0])
+        if self.share == "left":
+            return min(rows[0], sum(columns))
+        return min(rows[0], columns[0])
+
+    def choice(self, site: Site, how: Unfolding, rank: int, *, left_rank: int | None = None, bias: bool) -> Choice:
+        """The choice of a rank; for ``"both"`` it is split by the proportion unless ``left_rank`` is given."""
+        if left_rank is None:
+            left_rank = {"left": rank, "right": 0}.get(self.share, round(self.proportion * rank))
+        settings = {"unfolding": how.name, "rank": rank, "left_rank": left_rank, "bias": bias}
+        if site.same_input and left_rank == rank and len({_first_of(spec, how) for spec in site.layers}) == 1:
+            settings["once"] = True
+        return Choice("shared_basis", self.name, settings)
+
+    def layers(self, site: Site, choice: Choice) -> tuple[LayerSpec, ...]:
+        rank, left_rank = choice["rank"], choice["left_rank"]
+        once = choice.settings.get("once", False)
+        found: list[LayerSpec] = []
+        for number, spec in enumerate(site.layers):
+            how = unfolding(spec.kernel, choice["unfolding"])
+            first, second = spec.factor(how, rank, bias=choice["bias"])
+            if number:
+                # Every direction of the rank has equally many numbers; the first layer has counted the shared ones.
+                first = dataclasses.replace(first, shared=math.prod(first.shape) // rank * left_rank)
+                second = dataclasses.replace(second, shared=math.prod(second.shape) // rank * (rank - left_rank))
+            found += [second] if once and number else [first, second]
+        return tuple(found)
+
+    def curve(self, site: Site) -> Curve:
+        if not self.fits(site):
+            return Curve((), (), WEIGHT_ENERGY)
+        if len(set(map(bool, (part.moments for part in site.parts)))) > 1:
+            raise MissingMomentsError(f"group {site.name!r}: some of its layers are calibrated and some are not")
+        choices: list[Choice] = []
+        errors: list[float] = []
+        spectra: dict[str, tuple[float, ...]] = {}
+        scale = 1.0
+        biased = bool(site.moments) or any(spec.bias for spec in site.layers)
+        for how in unfoldings(site.layers[0].kernel):
+            ranks = self.ranks(site, how)
+            if not ranks or (self.unfoldings is not None and how.name not in self.unfoldings):
+                continue
+            problem = pose(site, how, common=self.share != "left")
+            if problem is None:
+                continue
+            offered, lost, energies = self._lost(problem, list(ranks))
+            scale = problem.scale
+            choices += [self.choice(site, how, rank, bias=biased) for rank in offered]
+            errors += [value / max(problem.scale, 1e-300) for value in lost]
+            if energies is not None:
+                spectra[how.name] = lowrank.profile(energies)
+        unit = metrics.unit(site.parts[0]) if site.moments else WEIGHT_ENERGY
+        return Curve(tuple(choices), tuple(errors), unit, scale, spectra)
+
+    def _lost(self, problem: Problem, ranks: list[int]) -> tuple[list[int], list[float], Tensor | None]:
+        """Ranks, what each loses, and the spectrum of the stack."""
+        slices, full, most = problem.slices, problem.full, ranks[-1]
+        if self.share == "both":
+            return self._lost_by_both(problem, ranks)
+        if self.share == "right":
+            found = joint.right_shared(problem.mixed, slices, most)
+            energies, basis = found.energies, found.basis
+            lefts = [m @ basis for m in problem.mixed]
+            exact = problem.separates
+        else:
+            left, energies = joint.left_start(problem.mixed, slices, most)
+            lefts = [left] * len(problem.mixed)
+            exact = problem.separates and (slices is None or _alike(slices))
+        if exact or full is None:
+            lost = lowrank.tail_errors(energies) * float(energies.sum())
+        else:
+            layers = zip(problem.mixed, full, lefts, problem.outputs, strict=True)
+            equations = [response.normal(m, a, left, o) for m, a, left, o in layers]
+            if self.share == "right":
+                total = equations[0]
+                for more in equations[1:]:
+                    total = total + more
+                lost = total.errors()
+            else:
+                lost = torch.stack([e.errors() for e in equations]).sum(0)
+        return ranks, lost[ranks].tolist(), energies
+
+    def _lost_by_both(self, problem: Problem, ranks: list[int]) -> tuple[list[int], list[float], None]:
+        """The same for both parts: no decomposition has all ranks, so a few are fitted, each from the one before."""
+        step = max(1, -(-len(ranks) // _KNOTS))
+        knots = ranks[::-1][::step][::-1]
+        state: Bilateral | None = None
+        lost: list[float] = []
+        for rank in knots:
+            left_rank = round(self.proportion * rank)
+            state = joint.bilateral(
+                problem.mixed, left_rank, rank - left_rank, problem.slices, sweeps=2, first=self.first, start=state
+            )
+            lost.append(self._rest(problem, state))
+        # More directions cannot lose more: the fit at a lower rank is one at the higher rank too.
+        best = torch.tensor(lost, dtype=torch.float64).cummin(0).values
+        return knots, best.tolist(), None
+
+    def _rest(self, problem: Problem, state: Bilateral) -> float:
+        if problem.full is None or not state.shared_left.shape[-1]:
+            return joint.objective(problem.mixed, state.products(), problem.slices)
+        lost = 0.0
+        parts = zip(problem.mixed, problem.full, state.own_lefts, problem.outputs, strict=True)
+        for matrix, metric, left, outputs in parts:
+            rest = matrix - left @ state.shared_right
+            lost += float(response.normal(rest, metric, state.shared_left, outputs).errors()[-1])
+        return lost
+
+    def factorize(self, site: Site, choice: Choice) -> SharedBasis:
+        how = unfolding(site.layers[0].kernel, choice["unfolding"])
+        rank, left_rank = choice["rank"], choice["left_rank"]
+        problem = pose(site, how, common=left_rank < rank)
+        if problem is None:
+            site.parts[0].require("input", f"{self.name} ({how.name})")
+            raise MissingMomentsError(f"group {site.name!r}: not all layers hold 'input' moments")
+        state = self._fitted(problem, left_rank, rank - left_rank)
+        numbers = range(len(site.layers))
+        own_lefts = [problem.own_left(state.own_lefts[n], n) for n in numbers]
+        own_rights = [problem.own_right(state.own_rights[n], n) for n in numbers]
+        shared_right = problem.shared_right(state.shared_right)
+        own_lefts, shared_right = _balanced(own_lefts, shared_right)
+        mirrored, turned = _balanced([v.mT for v in own_rights], state.shared_left.mT)
+        shared_left, own_rights = turned.mT, [v.mT for v in mirrored]
+        shifts: list[Tensor | None] = [None for _ in numbers]
+        dtype = site.layers[0].dtype
+        if choice["bias"] and problem.metrics is not None:
+            for n in numbers:
+                made = Bilateral((own_lefts[n],), shared_right, shared_left, (own_rights[n],))
+                missing = problem.matrices[n] - made.products()[0]
+                shifts[n] = problem.metrics[n].shift(missing, problem.outputs[n]).to(dtype)
+        return SharedBasis(
+            tuple(u.to(dtype) for u in own_lefts),
+            shared_right.to(dtype),
+            shared_left.to(dtype),
+            tuple(v.to(dtype) for v in own_rights),
+            tuple(shifts),
+            how,
+            tuple(spec.shape[1:] for spec in site.layers),
+            bool(choice.settings.get("once", False)),
+        )
+
+    def _fitted(self, problem: Problem, left_rank: int, right_rank: int) -> Bilateral:
+        """The factors of the mixed matrices."""
+        slices, full = problem.slices, problem.full
+        state = joint.bilateral(problem.mixed, left_rank, right_rank, slices, sweeps=self.sweeps, first=self.first)
+        if full is None or (problem.separates and right_rank):
+            return state
+        turns = min(self.sweeps, 4)
+        if not right_rank:
+            left, rights = joint.alternate_left(
+                problem.mixed, full, state.shared_left, problem.outputs, sweeps=0 if _alike(full) else turns
+            )
+            return dataclasses.replace(state, shared_left=left, own_rights=rights)
+        if not left_rank:
+            lefts, right = joint.alternate_right(problem.mixed, full, state.own_lefts, problem.outputs, sweeps=turns)
+            return dataclasses.replace(state, own_lefts=lefts, shared_right=right)
+        parts = zip(problem.mixed, full, state.own_lefts, problem.outputs, strict=True)
+        rights = [response.refit(m - u @ state.shared_right, a, state.shared_left, o) for m, a, u, o in parts]
+        return dataclasses.replace(state, own_rights=tuple(rights))
+
+    def refit(self, site: Site, factors: SharedBasis, number: int) -> SharedBasis:
+        """Fit the own factors of one layer anew, to other inputs and targets; the shared ones stay.
+
+        Parameters
+        ----------
+        site
+            The layer alone, with its new weight and bias, and ``input`` moments. Without a bias it gets none.
+        number
+            Of the layer in the group.
+        """
+        metric = metrics.response_metric(site, factors.how)
+        if metric is None:
+            site.require("input", f"refitting {self.name}")
+            return factors
+        outputs = site.spec.shape[1]
+        matrix = unfold(site.weight, factors.how).double()
+        left_rank, right_rank = factors.ranks
+        shared_left, shared_right = factors.shared_left.double(), factors.shared_right.double()
+        u, v = factors.own_lefts[number].double(), factors.own_rights[number].double()
+        for _ in range(3 if left_rank and right_rank else 1):
+            if right_rank:
+                rest = matrix - shared_left @ v if left_rank else matrix
+                u = _own_left(rest, metric, u, shared_right, outputs)
+            if left_rank:
+                rest = matrix - u @ shared_right if right_rank else matrix
+                v = response.refit(rest, metric.moment, shared_left, outputs)
+        (made,) = Bilateral((u,), shared_right, shared_left, (v,)).products()
+        missing = matrix - made
+        dtype = factors.shared_right.dtype
+        shift = None if site.biases[0] is None else metric.shift(missing, outputs).to(dtype)
+
+        def put(values: tuple[Any, ...], new: Tensor | None) -> tuple[Any, ...]:
+            return (*values[:number], new, *values[number + 1 :])
+
+        return dataclasses.replace(
+            factors,
+            own_lefts=put(factors.own_lefts, u.to(dtype)),
+            own_rights=put(factors.own_rights, v.to(dtype)),
+            shifts=put(factors.shifts, shift),
+        )
+
+    def _break_even(self, site: Site, how: Unfolding, full: int) -> int:
+        """The largest rank at which the factors cost fewer parameters or fewer MACs than the layers."""
+
+        def pays(rank: int) -> bool:
+            specs = self.layers(site, self.choice(site, how, rank, bias=any(spec.bias for spec in site.layers)))
+            if parameters(specs) < parameters(site.layers):
+                return True
+            return all(spec.inputs for spec in site.layers) and macs(specs) < macs(site.layers)
+
+        low, high = 0, full + 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if pays(middle) else (low, middle)
+        return low
+
+
+def _own_left(rest: Tensor, metric: metrics.ResponseMetric, left: Tensor, right: Tensor, outputs: int) -> Tensor:
+    """First factor of one layer for a given second one, exactly where the metric separates."""
+    if not metric.is_full or metric.slices == 1:
+        return torch.linalg.lstsq(right.mT, rest.mT).solution.mT
+    return response.refit_first([rest], [metric.moment], left, [right], [outputs], steps=24)
+
+
+def _first_of(spec: LayerSpec, how: Unfolding) -> LayerSpec:
+    """The first layer of a pair, as far as it can be another layer's too."""
+    first, _ = spec.factor(how, 1)
+    return dataclasses.replace(first, names=("",), inputs=())
+
+
+def _alike(values: tuple[Tensor, ...]) -> bool:
+    return all(value is values[0] for value in values)
+
+
+def _balanced(lefts: list[Tensor], right: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The same products, with a shared factor as long in every direction as the others are on average."""
+    rows = [left.shape[-2] for left in lefts]
+    root = len(lefts) ** 0.5
+    stacked, right = lowrank.balance(torch.cat(lefts, dim=-2) / root, right)
+    return list((stacked * root).split(rows, dim=-2)), right
