@@ -164,8 +164,9 @@ class Batches:
 class TeacherCache:
     """Teacher outputs of every (epoch, image), computed when first needed and kept as float16."""
 
-    def __init__(self, teacher: ResNet, directory: Path) -> None:
-        self._teacher = folded(teacher).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    def __init__(self, teacher: nn.Module, directory: Path) -> None:
+        quick = folded(teacher) if isinstance(teacher, ResNet) else copy.deepcopy(teacher).eval()
+        self._teacher = quick.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._directory = directory
         directory.mkdir(parents=True, exist_ok=True)
 

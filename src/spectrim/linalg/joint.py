@@ -67,7 +67,7 @@ def right_shared(
 
 def left_shared(
     matrices: Sequence[Float[Tensor, "g p _"]], metric: Float[Tensor, "g p p"] | None = None, most: int | None = None
-) -> tuple[Float[Tensor, "g p R"], tuple[Float[Tensor, "g R _"], ...], Float[Tensor, "g R"]]:
+) -> tuple[Float[Tensor, "g p r"], tuple[Float[Tensor, "g r _"], ...], Float[Tensor, "g R"]]:
     """The first factor that several matrices share best in one metric, and their second ones.
 
     Parameters
@@ -231,7 +231,7 @@ def left_start(
     matrices: Sequence[Float[Tensor, "g p _"]],
     metrics: Sequence[Float[Tensor, "g p p"]] | None,
     most: int | None = None,
-) -> tuple[Float[Tensor, "g p R"], Float[Tensor, "g R"]]:
+) -> tuple[Float[Tensor, "g p r"], Float[Tensor, "g R"]]:
     """A nested first factor to share, and energies: exact in one metric, in their mean where they differ.
 
     Before the mean is taken, the size of every metric goes over to its matrix, or the largest one alone would count.
@@ -300,7 +300,8 @@ def alternate_right(
     layers = list(zip(matrices, metrics, outputs, strict=True))
 
     def fitted(lefts: Sequence[Tensor]) -> Tensor:
-        equations = [response.normal(m, a, left, o) for (m, a, o), left in zip(layers, lefts, strict=True)]
+        pairs = zip(layers, lefts, strict=True)
+        equations = [response.normal(m, a, left, o, energy=False) for (m, a, o), left in pairs]
         total = equations[0]
         for more in equations[1:]:
             total = total + more

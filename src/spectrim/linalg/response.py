@@ -50,17 +50,6 @@ def slice_metric(metric: Tensor) -> Float[Tensor, "g p p"]:
     return metric.diagonal(dim1=2, dim2=4).mean(-1)
 
 
-def _projected(metric: Tensor, left: Tensor, slices: int) -> Float[Tensor, "g r q r q"]:
-    """``G^T C G``: second moment of the first factor's responses, ordered with the rank before the slice."""
-    if metric.dim() == 3:
-        small = left.mT @ metric @ left
-        eye = torch.eye(slices, dtype=small.dtype, device=small.device)
-        return torch.einsum("gab,qs->gaqbs", small, eye)
-    # The metric is contracted over its first axis, as it lies in memory; the other order would copy it.
-    half = torch.einsum("gpa,gpqts->gaqts", left, metric)
-    return torch.einsum("gaqts,gtb->gaqbs", half, left)
-
-
 def _seen(weight: Float[Tensor, "g p o q"], metric: Tensor) -> Float[Tensor, "g p q o"]:
     """``C W^T``: moment between what the layer sees and what it answers."""
     if metric.dim() == 3:
@@ -136,15 +125,26 @@ class Normal:
         return solved.reshape(g, rank, self.slices, outputs).transpose(2, 3).reshape(g, rank, outputs * self.slices)
 
 
-def normal(matrix: Float[Tensor, "g p c"], metric: Tensor, left: Float[Tensor, "g p r"], outputs: int) -> Normal:
-    """Normal equations of the second factor of one layer."""
+def normal(
+    matrix: Float[Tensor, "g p c"], metric: Tensor, left: Float[Tensor, "g p r"], outputs: int, *, energy: bool = True
+) -> Normal:
+    """Normal equations of the second factor of one layer; without ``energy``, for :meth:`Normal.solve` alone."""
     slices = matrix.shape[2] // outputs
     g, _, rank = left.shape
-    gram = _projected(metric, left, slices).reshape(g, rank * slices, rank * slices)
     weight = _open(matrix, outputs)
-    seen = _seen(weight, metric)
-    cross = torch.einsum("gpa,gpqo->gaqo", left, seen).reshape(g, rank * slices, outputs)
-    return Normal(gram, cross, torch.einsum("gpoq,gpqo->", weight, seen), slices)
+    if metric.dim() == 3:
+        half = metric @ left
+        eye = torch.eye(slices, dtype=half.dtype, device=half.device)
+        gram = torch.einsum("gab,qs->gaqbs", left.mT @ half, eye)
+        cross = torch.einsum("gpa,gpoq->gaqo", half, weight)
+    else:
+        # The metric is contracted over its first axis, as it lies in memory; the other order would copy it.
+        half = torch.einsum("gpa,gpqts->gaqts", left, metric)
+        gram = torch.einsum("gaqts,gtb->gaqbs", half, left)
+        cross = torch.einsum("gaqts,gtos->gaqo", half, weight)
+    whole = torch.einsum("gpoq,gpqo->", weight, _seen(weight, metric)) if energy else gram.new_zeros(())
+    n = rank * slices
+    return Normal(gram.reshape(g, n, n), cross.reshape(g, n, outputs), whole, slices)
 
 
 def refit_errors(
@@ -159,7 +159,7 @@ def refit(
     matrix: Float[Tensor, "g p c"], metric: Tensor, left: Float[Tensor, "g p r"], outputs: int
 ) -> Float[Tensor, "g r c"]:
     """The exact second factor for a given first one: ``W C G (G^T C G)^{-1}``."""
-    return normal(matrix, metric, left, outputs).solve()
+    return normal(matrix, metric, left, outputs, energy=False).solve()
 
 
 def product_errors(
@@ -252,16 +252,16 @@ def refit_first(
     A few steps of conjugate gradients from ``left`` on the sum of the layers' quadratic problems.
     """
     g, _, rank = left.shape
-    if seen is None:
-        seen = [_seen(_open(m, o), metric) for m, o, metric in zip(matrices, outputs, metrics, strict=True)]
     target = torch.zeros_like(left)
     grams: list[Tensor] = []
-    for o, metric, looked, right in zip(outputs, metrics, seen, rights, strict=True):
-        second = right.reshape(g, rank, o, right.shape[2] // o)
+    for n, (matrix, o, metric, right) in enumerate(zip(matrices, outputs, metrics, rights, strict=True)):
         if metric.dim() == 3:
-            grams.append(torch.einsum("gaoq,gboq->gab", second, second))
-        else:
-            grams.append(torch.einsum("gaoq,gbos->gaqbs", second, second))
+            grams.append(right @ right.mT)
+            target += metric @ (matrix.double() @ right.mT)
+            continue
+        second = right.reshape(g, rank, o, right.shape[2] // o)
+        grams.append(torch.einsum("gaoq,gbos->gaqbs", second, second))
+        looked = _seen(_open(matrix, o), metric) if seen is None else seen[n]
         target += torch.einsum("gpqo,gaoq->gpa", looked, second)
 
     def operator(x: Tensor) -> Tensor:

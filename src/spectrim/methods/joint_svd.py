@@ -16,7 +16,7 @@ from spectrim.factors import SharedBasis
 from spectrim.linalg import joint, lowrank, response
 from spectrim.linalg.joint import Bilateral
 from spectrim.methods import metrics
-from spectrim.methods.base import WEIGHT_ENERGY, Curve, Method, check_unfoldings
+from spectrim.methods.base import WEIGHT_ENERGY, Curve, Method, check_unfoldings, full_rank
 from spectrim.methods.joint_problem import Problem, compatible, pose
 from spectrim.plan import Choice
 from spectrim.sites import LayerSpec, Site
@@ -24,7 +24,7 @@ from spectrim.unfold import Unfolding, unfold, unfolding, unfoldings
 
 _SHARES = ("left", "right", "both")
 # Ranks of a curve that no single decomposition gives.
-_KNOTS = 8
+_KNOTS = 6
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,9 @@ class JointSVD(Method):
         """Ranks on offer: multiples, as long as the factors have fewer parameters or fewer MACs than the layers."""
         full = self.full_rank(site, how)
         spec = site.layers[0]
-        step = self.multiple_of or rank_multiple(spec.device, spec.dtype, full)
+        # What suits one layer suits the group, whose pairs are as narrow.
+        narrow = min(full_rank(layer, how) for layer in site.layers)
+        step = self.multiple_of or rank_multiple(spec.device, spec.dtype, narrow)
         most = full if self.to_full_rank else self._break_even(site, how, full)
         return range(step, most + 1, step)
 
@@ -166,6 +168,10 @@ class JointSVD(Method):
         slices, full, most = problem.slices, problem.full, ranks[-1]
         if self.share == "both":
             return self._lost_by_both(problem, ranks)
+        if full is None:
+            # Without metrics the error of every rank takes the spectrum alone, without a basis.
+            energies = lowrank.energies(torch.cat(problem.mixed, dim=-2 if self.share == "right" else -1))
+            return ranks, (lowrank.tail_errors(energies) * float(energies.sum()))[ranks].tolist(), energies
         if self.share == "right":
             found = joint.right_shared(problem.mixed, slices, most)
             energies, basis = found.energies, found.basis
@@ -174,8 +180,8 @@ class JointSVD(Method):
         else:
             left, energies = joint.left_start(problem.mixed, slices, most)
             lefts = [left] * len(problem.mixed)
-            exact = problem.separates and (slices is None or _alike(slices))
-        if exact or full is None:
+            exact = problem.separates and slices is not None and _alike(slices)
+        if exact:
             lost = lowrank.tail_errors(energies) * float(energies.sum())
         else:
             layers = zip(problem.mixed, full, lefts, problem.outputs, strict=True)
@@ -198,7 +204,7 @@ class JointSVD(Method):
         for rank in knots:
             left_rank = round(self.proportion * rank)
             state = joint.bilateral(
-                problem.mixed, left_rank, rank - left_rank, problem.slices, sweeps=2, first=self.first, start=state
+                problem.mixed, left_rank, rank - left_rank, problem.slices, sweeps=1, first=self.first, start=state
             )
             lost.append(self._rest(problem, state))
         # More directions cannot lose more: the fit at a lower rank is one at the higher rank too.
