@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from spectrim.costs import parameters
 from spectrim.errors import PlanError
-from spectrim.factors import Factors, LowRank, kinds
+from spectrim.factors import Factors, LowRank, SharedBasis, kinds
 from spectrim.nn.build import build, skeleton
 from spectrim.plan import Choice
 from spectrim.unfold import fold, unfoldings
@@ -122,3 +123,95 @@ def test_the_shift_is_added_to_the_bias() -> None:
         )
         old = site.biases[0]
         torch.testing.assert_close(pair.second.bias.detach(), shift.float() + (0 if old is None else old))
+
+
+def shared(shapes: Sequence[Sequence[int]], rank: int, left_rank: int, name: str = "channel") -> SharedBasis:
+    settings = {"unfolding": name, "rank": rank, "left_rank": left_rank, "bias": True}
+    empty = SharedBasis.empty(shapes, settings)
+    filled = {
+        field: tuple(torch.randn_like(t) for t in held) if isinstance(held, tuple) else torch.randn_like(held)
+        for field in ("own_lefts", "shared_right", "shared_left", "own_rights")
+        for held in [getattr(empty, field)]
+    }
+    return dataclasses.replace(empty, **filled)
+
+
+@pytest.mark.parametrize("name", ["channel", "input", "height-first"])
+@pytest.mark.parametrize(("rank", "left_rank"), [(3, 0), (3, 3), (4, 1)])
+def test_shared_factors_multiply_out_to_the_sum_of_both_products(name: str, rank: int, left_rank: int) -> None:
+    factors = shared([(2, 6, 4, 3, 3)] * 3, rank, left_rank, name)
+    assert factors.ranks == (left_rank, rank - left_rank)
+    for n, dense in enumerate(factors.dense()):
+        product = factors.own_lefts[n] @ factors.shared_right + factors.shared_left @ factors.own_rights[n]
+        torch.testing.assert_close(dense, fold(product, factors.how, (6, 4, 3, 3)))
+    (left, right, shape), *_ = factors.pairs()
+    assert (left.shape[-1], right.shape[-2], shape) == (rank, rank, (6, 4, 3, 3))
+    rows, columns = left.shape[-2], right.shape[-1]
+    own = 3 * (left_rank * columns + (rank - left_rank) * rows)
+    assert factors.numel() == 2 * (own + left_rank * rows + (rank - left_rank) * columns)
+
+
+def test_layers_of_other_sizes_share_the_side_they_have_in_common() -> None:
+    right = shared([(1, 6, 4, 3, 3), (1, 6, 2, 3, 3)], 3, 0)
+    assert [tuple(w.shape) for w in right.dense()] == [(1, 6, 4, 3, 3), (1, 6, 2, 3, 3)]
+    assert right.numel() == 3 * (36 + 18 + 6)
+    left = shared([(1, 6, 4, 3, 3), (1, 5, 4, 3, 3)], 3, 3)
+    assert [tuple(w.shape) for w in left.dense()] == [(1, 6, 4, 3, 3), (1, 5, 4, 3, 3)]
+    assert left.numel() == 3 * (36 + 6 + 5)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "rank", "left_rank"),
+    [
+        ([(1, 64, 8)] * 4, 32, 0),  # right-shared: the rows of all four add up
+        ([(1, 64, 8)] * 4, 21, 0),
+        ([(1, 4, 64)] * 4, 16, 16),  # left-shared: their columns do
+        ([(1, 8, 8)] * 3, 16, 8),
+    ],
+)
+def test_every_rank_that_a_stack_can_have_is_made(shapes: list[tuple[int, ...]], rank: int, left_rank: int) -> None:
+    assert shared(shapes, rank, left_rank).ranks == (left_rank, rank - left_rank)
+
+
+PAIR = [(1, 5, 4, 3, 3), (1, 5, 4, 3, 3)]
+HUGE = 10**12
+
+
+@pytest.mark.parametrize(
+    ("shapes", "changes", "complaint"),
+    [
+        (PAIR, {"rank": HUGE}, f"rank.* {HUGE}"),
+        (PAIR, {"rank": HUGE, "left_rank": HUGE}, "rank"),
+        (PAIR, {"rank": 0}, "rank"),
+        (PAIR, {"rank": -2, "left_rank": -3}, "rank"),
+        (PAIR, {"rank": 2, "left_rank": -1}, "rank"),
+        (PAIR, {"rank": 2, "left_rank": 3}, "rank"),
+        (PAIR, {"rank": 2.0}, "rank 2.0; expected a whole number"),
+        (PAIR, {"rank": True}, "rank True; expected a whole number"),
+        (PAIR, {"left_rank": "1"}, "rank '1'; expected a whole number"),
+        (PAIR, {"left_rank": None}, "rank None; expected a whole number"),
+        (PAIR, {"rank": (1, 2)}, r"rank \(1, 2\); expected a whole number"),
+        (PAIR, {"unfolding": "diagonal"}, "has no unfolding 'diagonal'"),
+        (PAIR, {"once": 1, "left_rank": 2}, "once is 1; expected true or false"),
+        (PAIR, {"once": True, "left_rank": 1}, "a first factor that is shared whole"),
+        (PAIR[:1], {}, "layers that share a factor"),
+        ([], {}, "layers that share a factor"),
+        ([PAIR[0], (1, 5, 4, 1, 1)], {}, "equal groups and kernels"),
+        ([PAIR[0], (2, 5, 4, 3, 3)], {}, "equal groups and kernels"),
+        ([PAIR[0], (1, 5, 3, 3, 3)], {"left_rank": 2}, "36, 27. rows and .5, 5. columns cannot share"),
+        ([PAIR[0], (1, 6, 4, 3, 3)], {"left_rank": 0}, "36, 36. rows and .5, 6. columns cannot share"),
+    ],
+)
+def test_shared_settings_that_make_no_sense_allocate_nothing(
+    shapes: list[tuple[int, ...]], changes: dict[str, object], complaint: str
+) -> None:
+    settings = {"unfolding": "channel", "rank": 2, "left_rank": 0} | changes
+    with pytest.raises(ValueError, match=complaint):
+        SharedBasis.empty(shapes, settings)
+
+
+def test_shared_settings_must_be_there() -> None:
+    for name in ("unfolding", "rank", "left_rank"):
+        settings = {k: v for k, v in {"unfolding": "channel", "rank": 2, "left_rank": 0}.items() if k != name}
+        with pytest.raises(KeyError, match=name):
+            SharedBasis.empty(PAIR, settings)

@@ -333,3 +333,39 @@ def test_any_text_is_a_budget_or_a_value_error(text: str) -> None:
     except ValueError:
         return
     assert 0 < limit < float("inf")
+
+
+def grouped() -> Candidates:
+    joined = Option(Choice("shared_basis", "joint", {"rank": 4, "left_rank": 4}), 0.1, {"macs": 6.0, "bytes": 24.0})
+    dense = Option(DENSE, 0.0, {"macs": 20.0, "bytes": 80.0})
+    rows = (*table().rows, Row("a+b", "2 x Linear", (dense, joined), scale=3.0, members=("a", "b")))
+    return dataclasses.replace(table(), rows=rows)
+
+
+def test_a_plan_of_a_group_names_its_sites() -> None:
+    candidates = grouped()
+    assert candidates.dense == table().dense
+    assert [row.site for row in candidates.singles] == ["a", "b"]
+    plan = make_plan(candidates, {2: 1}, budget={}, selector="mine")
+    [entry] = plan
+    assert (entry.site, entry.members, entry.sites) == ("a+b", ("a", "b"), ("a", "b"))
+    assert plan["b"] is plan["a+b"] is entry
+    assert plan.costs == {"macs": 9.0, "bytes": 32.0}
+    assert plan.dense_costs == table().dense
+    assert plan.loss == pytest.approx(0.3)
+    assert Plan.from_json(plan.to_json()) == plan
+    apart = make_plan(candidates, {1: 1, 0: 0}, budget={}, selector="mine")
+    assert [e.site for e in apart] == ["a", "b"]
+    joined, half = entry.choice, table().rows[0].options[1].choice
+    assert apart.diff(plan) == (("a", DENSE, joined), ("b", half, joined))
+    for picks in ({0: 0, 2: 1}, {0: 0}, {}):
+        with pytest.raises(ValueError, match="covers every site once"):
+            make_plan(candidates, picks, budget={}, selector="mine")
+
+
+def test_plans_written_before_there_were_groups_are_read() -> None:
+    entries = [{key: value for key, value in entry.items() if key != "members"} for entry in document()["entries"]]
+    assert Plan.from_json(json.dumps(document(entries=entries))) == example()
+    twice = [{**ENTRY, "site": "g", "members": ["x", "y"]}, {**ENTRY, "site": "y"}]
+    with pytest.raises(PlanError, match="names each site once"):
+        Plan.from_json(json.dumps(document(entries=twice)))

@@ -106,3 +106,36 @@ def test_a_site_of_several_layers_has_no_single_spec() -> None:
         _ = joint.spec
     with pytest.raises(ValueError, match="too many values to unpack"):
         _ = joint.weight
+
+
+def test_a_joined_site_is_its_parts_again() -> None:
+    parts = [small_site(kind)[0] for kind in ("linear", "conv1d")]
+    parts = [
+        dataclasses.replace(p, layers=(dataclasses.replace(p.spec, names=(n,)),), name=n)
+        for p, n in zip(parts, "ab", strict=True)
+    ]
+    joint = Site.join("both", parts, same_input=True)
+    assert [spec.name for spec in joint.layers] == ["a", "b"]
+    assert sorted(joint.moments) == ["0/input", "1/input"]
+    assert joint.same_input
+    for part, again in zip(parts, joint.parts, strict=True):
+        assert (again.name, again.layers, dict(again.moments)) == (part.name, part.layers, dict(part.moments))
+        assert again.weight is part.weight
+        assert again.biases[0] is part.biases[0]
+    assert parts[0].parts == (parts[0],)
+
+
+def test_groups_are_sites_too() -> None:
+    one, _, _ = small_site("linear")
+    singles = tuple(
+        dataclasses.replace(one, name=n, layers=(dataclasses.replace(one.spec, names=(n,)),)) for n in "abc"
+    )
+    sites = Sites(singles, groups={"g": ("a", "c"), "gone": ("a", "x")}, same_inputs=(("a", "b", "c"),))
+    assert [spec.name for spec in sites["g"].layers] == ["a", "c"]
+    assert sites["g"].same_input
+    assert "g" in sites
+    assert len(sites) == 3  # groups stand beside the sites
+    assert [site.name for site in sites.joint()] == ["g"]
+    apart = dataclasses.replace(sites, same_inputs=(("a", "b"),))
+    assert not apart["g"].same_input
+    assert apart.together("h", ["a", "b"]).same_input

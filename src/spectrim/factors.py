@@ -176,13 +176,16 @@ class SharedBasis(Factors, kind="shared_basis"):
         how = unfolding(tuple(shapes[0][3:]), name)
         first, second = how.sizes(tuple(shapes[0][3:]))
         g, rows, columns = shapes[0][0], [i * first for _, _, i, *_ in shapes], [o * second for _, o, *_ in shapes]
-        full = min(*rows, *columns)
-        # A plan may come from anyone: nothing is allocated for ranks that no decomposition has.
-        if not (1 <= rank <= 2 * full and 0 <= left_rank <= rank and max(left_rank, rank - left_rank) <= max(rows)):
-            raise ValueError(f"ranks {rank} and {left_rank}; expected a rank from 1 to {full} for each product")
         if (left_rank and len(set(rows)) > 1) or (left_rank < rank and len(set(columns)) > 1):
             raise ValueError(f"unfolded weights of {rows} rows and {columns} columns cannot share these factors")
         right_rank = rank - left_rank
+        most = min(rows[0], sum(columns)), min(sum(rows), columns[0])
+        # A plan may come from anyone: nothing is allocated for ranks that no decomposition has.
+        if rank < 1 or not (0 <= left_rank <= most[0] and 0 <= right_rank <= most[1]):
+            raise ValueError(
+                f"rank {rank}, of which {left_rank} left-shared; expected 1 or more, at most {most[0]} left-shared and "
+                f"{most[1]} right-shared"
+            )
         return cls(
             tuple(torch.empty(g, r, right_rank) for r in rows),
             torch.empty(g, right_rank, columns[0]),

@@ -82,7 +82,7 @@ class Forest:
         for number in groups:
             inside = list(dict.fromkeys(top[leaf] for leaf in self.leaves[number]))
             covered = [leaf for part in inside for leaf in self.leaves[part]]
-            if sorted(covered) != sorted(self.leaves[number]) or inside == [number]:
+            if sorted(covered) != sorted(self.leaves[number]):
                 other = next((p for p in inside if not set(self.leaves[p]) < set(self.leaves[number])), inside[0])
                 raise ValueError(
                     f"groups {rows[number].site!r} and {rows[other].site!r} overlap; of two groups one contains more "

@@ -110,8 +110,8 @@ def residual(sites: Sites) -> Sites:
     stages = list(dict.fromkeys(pattern.partition("*")[0] for pattern in repeated))
     if len(stages) < 2:
         raise ValueError(
-            f"the names of these {len(sites)} sites show {len(stages)} stages of repeated blocks; the preset needs two "
-            "or more, as 'layer1.0.conv1', 'layer1.1.conv1', 'layer2.0.conv1', ... have"
+            f"the names of these {len(sites)} sites show {len(stages)} stage(s) of repeated blocks; the preset needs "
+            "two or more, as 'layer1.0.conv1', 'layer1.1.conv1', 'layer2.0.conv1', ... have"
         )
     kept = {s.name for pattern, found in repeated.items() if not pattern.startswith(stages[0]) for s in found}
     left = [site.spec for site in sites if site.name not in kept]
@@ -153,8 +153,10 @@ def _repeated(free: Sequence[Site], *, nested: bool) -> dict[str, tuple[str, ...
                 pattern, number = patterns[level]
                 positions.setdefault(pattern, []).append((number, site))
         for pattern, members in positions.items():
-            for core in _alike(members):
-                wide = _wider(core, members)
+            # Names tell the stage where something follows the number; in a flat sequence the output shape does.
+            flat = pattern.endswith("*")
+            for core in _alike(members, flat=flat):
+                wide = _wider(core, members, flat=flat)
                 for some in ([wide] if wide else []) + ([core] if len(core) > 1 else []):
                     _add(found, pattern, some, nested=nested and some is core)
                     taken.update(site.name for _, site in some)
@@ -169,35 +171,37 @@ def _patterns(name: str) -> list[tuple[str, int]]:
     ]
 
 
-def _kin(spec: LayerSpec) -> tuple[object, ...]:
-    """What layers that share a second factor have in common; the shape of the output stands for the stage."""
-    seen = tuple(spec.output_shape(shape) for shape in spec.inputs)
+def _kin(spec: LayerSpec, *, flat: bool) -> tuple[object, ...]:
+    """What layers that share a second factor have in common, with the stage of a flat sequence by its output shape."""
+    seen = tuple(spec.output_shape(shape) for shape in spec.inputs) if flat else ()
     return (spec.kernel, spec.groups, spec.transposed, spec.dtype, spec.device, spec.out_channels, seen)
 
 
-def _alike(members: Sequence[tuple[int, Site]]) -> list[list[tuple[int, Site]]]:
+def _alike(members: Sequence[tuple[int, Site]], *, flat: bool) -> list[list[tuple[int, Site]]]:
     """Members that agree in all that matters; a single one only where others join it by the second factor."""
     classes: dict[tuple[object, ...], list[tuple[int, Site]]] = {}
     for number, site in members:
-        classes.setdefault((*_kin(site.spec), site.spec.in_channels), []).append((number, site))
+        classes.setdefault((*_kin(site.spec, flat=flat), site.spec.in_channels), []).append((number, site))
     found = [some for some in classes.values() if len(some) > 1]
-    covered = {_kin(some[0][1].spec) for some in found}
+    covered = {_kin(some[0][1].spec, flat=flat) for some in found}
     for some in classes.values():
-        kin = _kin(some[0][1].spec)
+        kin = _kin(some[0][1].spec, flat=flat)
         if kin not in covered:
             covered.add(kin)
             found.append(max((other for key, other in classes.items() if key[:-1] == kin), key=len))
     return found
 
 
-def _wider(core: Sequence[tuple[int, Site]], members: Sequence[tuple[int, Site]]) -> list[tuple[int, Site]]:
+def _wider(
+    core: Sequence[tuple[int, Site]], members: Sequence[tuple[int, Site]], *, flat: bool
+) -> list[tuple[int, Site]]:
     """The core with layers of another input depth, if there are any; each goes to one core only."""
-    kin = _kin(core[0][1].spec)
+    kin = _kin(core[0][1].spec, flat=flat)
     classes: dict[int, list[tuple[int, Site]]] = {}
     for number, site in members:
-        if _kin(site.spec) == kin:
+        if _kin(site.spec, flat=flat) == kin:
             classes.setdefault(site.spec.in_channels, []).append((number, site))
-    # Two cores of one kin would both claim the rest; the first and largest gets it.
+    # Two cores of one kin would both claim the rest, and such groups would overlap: then neither gets it.
     largest = max(classes.values(), key=len)
     rivals = [some for some in classes.values() if len(some) > 1 and some is not largest]
     if core[0][1].spec.in_channels != largest[0][1].spec.in_channels or rivals:

@@ -258,3 +258,47 @@ def test_trailing_sums_blocks(size: int, seed: int) -> None:
     pairs = torch.randn(size, size, generator=torch.Generator().manual_seed(seed)).double()
     expected = torch.stack([pairs[j:, j:].sum() for j in range(size + 1)])
     torch.testing.assert_close(response.trailing(pairs), expected)
+
+
+def test_normal_equations_of_layers_that_share_their_second_factor_add_up() -> None:
+    how = unfoldings((3, 3))[2]
+    one, two = Layer((3, 3), how, i=3), Layer((3, 3), how, i=5)
+    lefts = [torch.randn(2, layer.matrix.shape[1], 3).double() for layer in (one, two)]
+    pairs = list(zip((one, two), lefts, strict=True))
+    total, other = (response.normal(x.matrix, x.metric, left, x.o) for x, left in pairs)
+    total = total + other
+    right = total.solve()
+
+    def lost(right: Tensor) -> Tensor:
+        return sum((x.energy(x.matrix - left @ right).sum() for x, left in pairs), torch.zeros(()).double())
+
+    torch.testing.assert_close(total.errors()[-1], lost(right), atol=1e-7, rtol=1e-7)
+    torch.testing.assert_close(total.errors()[0], total.energy)
+    torch.testing.assert_close(total.energy, lost(torch.zeros_like(right)))
+    for _ in range(10):
+        assert lost(right + 0.01 * torch.randn_like(right)) > lost(right)
+
+
+@pytest.mark.parametrize("sliced", [False, True])
+def test_the_first_factor_of_several_layers_is_lowered_towards_its_least_squares_solution(sliced: bool) -> None:
+    how = unfoldings((3, 3))[2]
+    layers = [Layer((3, 3), how, o=4), Layer((3, 3), how, o=6)]
+    layers[1].metric = layers[1].metric.flip(0)
+    held = [response.slice_metric(x.metric) if sliced else x.metric for x in layers]
+    rights = [torch.randn(2, 3, x.matrix.shape[2]).double() for x in layers]
+
+    def lost(left: Tensor) -> Tensor:
+        rows = zip(layers, held, rights, strict=True)
+        return sum(
+            (response.total_energy(x.matrix - left @ v, a, x.o).sum() for x, a, v in rows), torch.zeros(()).double()
+        )
+
+    left = torch.randn(2, layers[0].matrix.shape[1], 3).double()
+    args = ([x.matrix for x in layers], held)
+    values = [float(lost(left))]
+    for steps in (1, 3, 9, 400):
+        values.append(float(lost(response.refit_first(*args, left, rights, [4, 6], steps=steps))))
+    assert all(after <= before * (1 + 1e-9) for before, after in pairwise(values))
+    best = response.refit_first(*args, left, rights, [4, 6], steps=400).requires_grad_()
+    (slope,) = torch.autograd.grad(lost(best), best)
+    assert slope.abs().max() < 1e-4 * values[0]

@@ -172,7 +172,7 @@ def bilateral(
     if right_rank:
         _same(matrices, 2, "columns")
     doubles = [m.double() for m in matrices]
-    state = start or _empty(doubles)
+    state = start or nothing(doubles)
     errors: list[float] = []
     ranks = {"left": left_rank, "right": right_rank}
     order = [part for part in (_FIRST if first == "left" else _FIRST[::-1]) if ranks[part]]
@@ -199,7 +199,8 @@ def objective(matrices: Sequence[Tensor], products: Sequence[Tensor], metrics: S
     return total
 
 
-def _empty(matrices: Sequence[Tensor]) -> Bilateral:
+def nothing(matrices: Sequence[Float[Tensor, "g _ _"]]) -> Bilateral:
+    """Factors of rank 0."""
     lefts = tuple(m.new_zeros(*m.shape[:2], 0) for m in matrices)
     rights = tuple(m.new_zeros(m.shape[0], 0, m.shape[2]) for m in matrices)
     return Bilateral(lefts, rights[0], lefts[0], rights)

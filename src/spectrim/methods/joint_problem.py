@@ -78,7 +78,7 @@ class Problem:
     def shared_right(self, right: Tensor, number: int = 0) -> Tensor:
         """The same of the second factor that all layers share."""
         weight = self.weights[number]
-        return right if weight is None else metrics.mix(right, torch.linalg.inv(weight))
+        return right if weight is None else metrics.mix(right, torch.linalg.pinv(weight, hermitian=True))
 
 
 def pose(site: Site, how: Unfolding, *, common: bool) -> Problem | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,7 +105,7 @@ class JointSVD(Method):
         return range(step, most + 1, step)
 
     def full_rank(self, site: Site, how: Unfolding) -> int:
-        """Rank at which every layer can be met exactly: that of the stack."""
+        """Rank of the stack, at which every layer can be met exactly; for ``"both"`` the rank of one layer."""
         first, second = how.sizes(site.layers[0].kernel)
         rows = [spec.shape[2] * first for spec in site.layers]
         columns = [spec.shape[1] * second for spec in site.layers]
@@ -197,23 +198,28 @@ class JointSVD(Method):
 
     def _lost_by_both(self, problem: Problem, ranks: list[int]) -> tuple[list[int], list[float], None]:
         """The same for both parts: no decomposition has all ranks, so a few are fitted, each from the one before."""
-        step = max(1, -(-len(ranks) // _KNOTS))
-        knots = ranks[::-1][::step][::-1]
+        knots = _knots(ranks)
+        return knots, [self._rest(problem, state) for state in self._path(problem, knots)], None
+
+    def _path(self, problem: Problem, knots: Sequence[int]) -> Iterator[Bilateral]:
+        """Fits of both parts at ascending ranks, each from the one before."""
         state: Bilateral | None = None
-        lost: list[float] = []
         for rank in knots:
             left_rank = round(self.proportion * rank)
             state = joint.bilateral(
                 problem.mixed, left_rank, rank - left_rank, problem.slices, sweeps=1, first=self.first, start=state
             )
-            lost.append(self._rest(problem, state))
-        # More directions cannot lose more: the fit at a lower rank is one at the higher rank too.
-        best = torch.tensor(lost, dtype=torch.float64).cummin(0).values
-        return knots, best.tolist(), None
+            yield state
 
     def _rest(self, problem: Problem, state: Bilateral) -> float:
-        if problem.full is None or not state.shared_left.shape[-1]:
+        if problem.full is None or problem.separates:
             return joint.objective(problem.mixed, state.products(), problem.slices)
+        if not state.shared_left.shape[-1]:
+            layers = zip(problem.mixed, problem.full, state.own_lefts, problem.outputs, strict=True)
+            total, *others = [response.normal(m, a, left, o) for m, a, left, o in layers]
+            for more in others:
+                total = total + more
+            return float(total.errors()[-1])
         lost = 0.0
         parts = zip(problem.mixed, problem.full, state.own_lefts, problem.outputs, strict=True)
         for matrix, metric, left, outputs in parts:
@@ -228,7 +234,13 @@ class JointSVD(Method):
         if problem is None:
             site.parts[0].require("input", f"{self.name} ({how.name})")
             raise MissingMomentsError(f"group {site.name!r}: not all layers hold 'input' moments")
-        state = self._fitted(problem, left_rank, rank - left_rank)
+        start: Bilateral | None = None
+        if 0 < left_rank < rank:
+            # The way that the curve went, so that what is carried out loses no more than it says.
+            below = [knot for knot in _knots(list(self.ranks(site, how))) if knot < rank]
+            for fitted in self._path(problem, below):
+                start = fitted
+        state = self._fitted(problem, left_rank, rank - left_rank, start)
         numbers = range(len(site.layers))
         own_lefts = [problem.own_left(state.own_lefts[n], n) for n in numbers]
         own_rights = [problem.own_right(state.own_rights[n], n) for n in numbers]
@@ -238,7 +250,10 @@ class JointSVD(Method):
         shared_left, own_rights = turned.mT, [v.mT for v in mirrored]
         shifts: list[Tensor | None] = [None for _ in numbers]
         dtype = site.layers[0].dtype
-        if choice["bias"] and problem.metrics is not None:
+        if choice["bias"] and problem.metrics is None:
+            # What was announced and counted: every layer of the group has a bias.
+            shifts = [torch.zeros(s.out_channels, dtype=dtype, device=s.device) for s in site.layers]
+        elif choice["bias"] and problem.metrics is not None:
             for n in numbers:
                 made = Bilateral((own_lefts[n],), shared_right, shared_left, (own_rights[n],))
                 missing = problem.matrices[n] - made.products()[0]
@@ -254,18 +269,23 @@ class JointSVD(Method):
             bool(choice.settings.get("once", False)),
         )
 
-    def _fitted(self, problem: Problem, left_rank: int, right_rank: int) -> Bilateral:
+    def _fitted(self, problem: Problem, left_rank: int, right_rank: int, start: Bilateral | None) -> Bilateral:
         """The factors of the mixed matrices."""
         slices, full = problem.slices, problem.full
-        state = joint.bilateral(problem.mixed, left_rank, right_rank, slices, sweeps=self.sweeps, first=self.first)
-        if full is None or (problem.separates and right_rank):
-            return state
         turns = min(self.sweeps, 4)
-        if not right_rank:
+        if full is not None and not right_rank:
+            # From where the curve started, so that what is carried out loses no more than it says.
+            left, _ = joint.left_start(problem.mixed, slices, left_rank)
+            exact = problem.separates and _alike(full)
             left, rights = joint.alternate_left(
-                problem.mixed, full, state.shared_left, problem.outputs, sweeps=0 if _alike(full) else turns
+                problem.mixed, full, left, problem.outputs, sweeps=0 if exact else turns
             )
-            return dataclasses.replace(state, shared_left=left, own_rights=rights)
+            return dataclasses.replace(joint.nothing(problem.mixed), shared_left=left, own_rights=rights)
+        state = joint.bilateral(
+            problem.mixed, left_rank, right_rank, slices, sweeps=self.sweeps, first=self.first, start=start
+        )
+        if full is None or problem.separates:
+            return state
         if not left_rank:
             lefts, right = joint.alternate_right(problem.mixed, full, state.own_lefts, problem.outputs, sweeps=turns)
             return dataclasses.replace(state, own_lefts=lefts, shared_right=right)
@@ -292,10 +312,13 @@ class JointSVD(Method):
         left_rank, right_rank = factors.ranks
         shared_left, shared_right = factors.shared_left.double(), factors.shared_right.double()
         u, v = factors.own_lefts[number].double(), factors.own_rights[number].double()
+        # Only the first factor depends on how the outputs are weighed: the best second one is best for each of them.
+        weight = metrics.output_weight(site)
+        seen_right = metrics.mix(shared_right, weight)
         for _ in range(3 if left_rank and right_rank else 1):
             if right_rank:
                 rest = matrix - shared_left @ v if left_rank else matrix
-                u = _own_left(rest, metric, u, shared_right, outputs)
+                u = _own_left(metrics.mix(rest, weight), metric, u, seen_right, outputs)
             if left_rank:
                 rest = matrix - u @ shared_right if right_rank else matrix
                 v = response.refit(rest, metric.moment, shared_left, outputs)
@@ -335,6 +358,11 @@ def _own_left(rest: Tensor, metric: metrics.ResponseMetric, left: Tensor, right:
     if not metric.is_full or metric.slices == 1:
         return torch.linalg.lstsq(right.mT, rest.mT).solution.mT
     return response.refit_first([rest], [metric.moment], left, [right], [outputs], steps=24)
+
+
+def _knots(ranks: list[int]) -> list[int]:
+    """A few of the ranks, the largest among them."""
+    return ranks[::-1][:: max(1, -(-len(ranks) // _KNOTS))][::-1]
 
 
 def _first_of(spec: LayerSpec, how: Unfolding) -> LayerSpec:

@@ -1,0 +1,180 @@
+"""The contract of a method as a check, on small sites of one layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+import msgspec
+import torch
+from torch import Tensor, nn
+
+from spectrim.costs import parameters
+from spectrim.errors import MissingMomentsError
+from spectrim.factors import Factors
+from spectrim.methods.base import Curve, LowRankMethod, Method, from_record, full_rank
+from spectrim.nn.build import build
+from spectrim.nn.find import canonical
+from spectrim.plan import Choice
+from spectrim.sites import Site
+from spectrim.testing.layers import LAYERS, small_site
+from spectrim.testing.measures import measured_error
+from spectrim.unfold import unfoldings
+
+
+def check_method(
+    method: Method,
+    *,
+    layers: Sequence[str] | None = None,
+    dtype: torch.dtype = torch.float32,
+    tolerance: float = 0.01,
+    slack: float = 0.0,
+) -> int:
+    """Run a method on small sites of every layer kind and check that it keeps the contract.
+
+    Each layer is given without data, calibrated, and with gradients. It is checked that
+
+    - its curve is finite, within 0 and 1, and the same each time;
+    - the factors of a choice lose what the curve says, in the curve's unit, and are the same each time;
+    - the built modules have the shapes that ``layers`` announces and as many parameters as ``costs.parameters``
+      counts;
+    - a low-rank method loses nothing at full rank;
+    - ``from_record`` makes the method again from its record, also through JSON.
+
+    Parameters
+    ----------
+    method
+        Under test.
+    layers
+        Names from :data:`LAYERS`; all by default.
+    tolerance
+        By how much the error of a choice may differ from the measured one, in fractions of the site's energy. Methods
+        may regularise what few samples tell them.
+    slack
+        The share by which the factors may be better than the curve says, for methods that refine a choice when it is
+        carried out.
+
+    Returns
+    -------
+    int
+        Choices that were carried out and checked.
+
+    Raises
+    ------
+    AssertionError
+        Naming the layer, the choice, and what was found and expected.
+    """
+    check_record(method)
+    checked = 0
+    for kind in layers if layers is not None else LAYERS:
+        for calibrated, weighted in ((False, False), (True, False), (True, True)):
+            site, layer, inputs = small_site(kind, calibrated=calibrated, weighted=weighted, dtype=dtype)
+            try:
+                curve = method.curve(site)
+            except MissingMomentsError:
+                if calibrated:
+                    raise
+                continue  # it needs data and says so
+            where = f"{method.name} on {kind} ({curve.unit})"
+            check_curve(method, site, curve, where)
+            for choice, error in some(curve):
+                factors = check_factors(method, site, choice, error, curve.unit, tolerance, slack, where)
+                _check_modules(method, site, choice, factors, where)
+                check_numel(method, site, choice, factors, where)
+                checked += 1
+            if isinstance(method, LowRankMethod):
+                checked += _check_full_rank(method, site, layer, inputs, where)
+    expect(checked > 0, f"{method.name} offers nothing for any of the layers")
+    return checked
+
+
+def some(curve: Curve) -> Iterator[tuple[Choice, float]]:
+    """The first, the middle and the last choice of every run of equal settings other than the rank."""
+    runs: dict[tuple[object, ...], list[int]] = {}
+    for index, choice in enumerate(curve.choices):
+        fixed = tuple(sorted((k, v) for k, v in choice.settings.items() if isinstance(v, str)))
+        runs.setdefault((choice.kind, fixed), []).append(index)
+    for run in runs.values():
+        for index in dict.fromkeys((run[0], run[len(run) // 2], run[-1])):
+            yield curve.choices[index], curve.errors[index]
+
+
+def check_record(method: Method) -> None:
+    """A record makes the method again."""
+    expect(from_record(method.record()) == method, f"{method.name}: from_record(record()) is another method")
+    text = msgspec.json.encode(method.record())
+    expect(from_record(msgspec.json.decode(text)) == method, f"{method.name}: its record does not survive JSON")
+
+
+def check_curve(method: Method, site: Site, curve: Curve, where: str) -> None:
+    """A curve is the same each time, and its errors are within 0 and 1."""
+    again = method.curve(site)
+    expect(curve.choices == again.choices and curve.errors == again.errors, f"{where}: the curve changes")
+    expect(len(curve.choices) == len(curve.errors), f"{where}: choices and errors differ in number")
+    for choice, error in zip(curve.choices, curve.errors, strict=True):
+        expect(
+            math.isfinite(error) and 0 <= error <= 1 + 1e-9,
+            f"{where}: {choice} has error {error}, expected a number within 0 and 1",
+        )
+
+
+def check_factors(
+    method: Method, site: Site, choice: Choice, error: float, unit: str, tolerance: float, slack: float, where: str
+) -> Factors:
+    """The factors of a choice have the right shapes, lose what they should, and are the same each time."""
+    factors = method.factorize(site, choice)
+    dense = factors.dense()
+    shapes, wanted = [tuple(w.shape) for w in dense], [tuple(w.shape) for w in site.weights]
+    expect(shapes == wanted, f"{where}: {choice} stands for weights {shapes}, expected {wanted}")
+    expect(
+        all(torch.equal(a, b) for a, b in zip(dense, method.factorize(site, choice).dense(), strict=True)),
+        f"{where}: {choice} gives other factors each time",
+    )
+    measured = measured_error(site, dense, unit)
+    expect(
+        (1 - slack) * error - tolerance <= measured <= error + tolerance,
+        f"{where}: {choice} should lose {error:.6f} and loses {measured:.6f}",
+    )
+    return factors
+
+
+def check_numel(method: Method, site: Site, choice: Choice, factors: Factors, where: str) -> None:
+    """Factors count what the costs count."""
+    plain = parameters([dataclasses.replace(spec, bias=False) for spec in method.layers(site, choice)])
+    expect(factors.numel() == plain, f"{where}: {choice} has numel() {factors.numel()}, and costs count {plain}")
+
+
+def _check_modules(method: Method, site: Site, choice: Choice, factors: Factors, where: str) -> None:
+    """What is built is what is announced."""
+    specs = method.layers(site, choice)
+    modules = {id(m): m for part in build(factors, site.layers, site.biases) for m in part.modules()}
+    leaves = [m for m in modules.values() if isinstance(getattr(m, "weight", None), Tensor)]
+    found = sorted((tuple(canonical(m)[0].shape), m.bias is not None) for m in leaves)
+    announced = sorted((spec.shape, spec.bias) for spec in specs if not spec.shared)
+    expect(found == announced, f"{where}: {choice} announces {announced} and builds {found}")
+    if all(spec.density == 1 for spec in specs):
+        stored = sum(p.numel() for m in leaves for p in m.parameters(recurse=False))
+        counted = parameters(specs)
+        expect(stored == counted, f"{where}: {choice} has {stored} parameters, and costs count {counted}")
+
+
+def _check_full_rank(method: LowRankMethod, site: Site, layer: nn.Module, inputs: Tensor, where: str) -> int:
+    epsilon = torch.finfo(site.weight.dtype).eps
+    checked = 0
+    with torch.no_grad():
+        expected = layer(inputs).double()
+        for how in unfoldings(site.spec.kernel):
+            choice = method.choice(site, how, full_rank(site.spec, how), bias=site.spec.bias)
+            (module,) = build(method.factorize(site, choice), site.layers, site.biases)
+            found = module(inputs).double()
+            apart = float((found - expected).abs().max() / expected.abs().max())
+            expect(apart < 24 * epsilon, f"{where}: {choice} should equal the layer and is {apart:.3g} apart")
+            checked += 1
+    return checked
+
+
+def expect(holds: bool, otherwise: str) -> None:
+    """Raise AssertionError where something does not hold."""
+    if not holds:
+        raise AssertionError(otherwise)
