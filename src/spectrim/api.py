@@ -15,7 +15,7 @@ from spectrim.errors import PlanError
 from spectrim.factors import Factors, LowRank, SharedBasis
 from spectrim.latency import Latency
 from spectrim.methods import ActivationSVD, Curve, JointSVD, Method, WeightSVD, from_record
-from spectrim.nn.build import build
+from spectrim.nn.build import build, skeleton
 from spectrim.nn.modules import Factored, make_layer
 from spectrim.nn.reconstruct import asymmetric_site, refit_second
 from spectrim.nn.surgery import reestimate_batchnorm, replace_module
@@ -256,9 +256,17 @@ def apply(
     if batches is not None and iter(batches) is batches:
         raise PlanError("batches are read several times; pass a list or a DataLoader, not an iterator")
     makers = _makers(plan, methods)
-    unknown = [name for entry in plan for name in entry.sites if name not in sites]
+    known = {site.name for site in sites}
+    unknown = [name for entry in plan for name in entry.sites if name not in known]
     if unknown:
         raise PlanError(f"the plan names sites that the model does not have: {', '.join(map(repr, unknown))}")
+    names = [name for entry in plan for name in entry.sites]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise PlanError(f"the plan names sites more than once: {', '.join(map(repr, twice))}")
+    for entry in plan:
+        if not entry.choice.is_dense:
+            skeleton(entry.choice, [sites[name].spec for name in entry.sites])
     small = copy.deepcopy(model)
     follow = batches is not None and reconstruct
     wanted = {name: entry for entry in plan for name in entry.sites}

@@ -423,3 +423,101 @@ def test_the_macs_of_all_parts_add_up_to_the_flop_counter(statistics, rows):
     # Projections of the fused block, and the products of queries, keys and values twice.
     assert sites.other_macs == 16 * 8 * 32 + 2 * 2 * 16 * 16 * 8
     assert parameters(specs) + sites.other_parameters == parameter_count(model)
+
+
+class Attended(nn.Module):
+    """Queries, keys and values of one tensor, and layers that see something else."""
+
+    def __init__(self, between=None, view=False):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(6, 6) for _ in range(4))
+        self.conv = nn.Conv1d(4, 3, 1)
+        self.between, self.view = between, view
+
+    def forward(self, x):
+        x = x + 0.0
+        q = self.q(x)
+        if self.between is not None:
+            self.between(x)
+        k = self.k(x[:] if self.view else x)
+        return self.out(q * k + self.v(x)) + self.conv(x).sum()
+
+
+def test_layers_that_see_one_tensor_are_listed_together():
+    model, x = Attended(), torch.randn(2, 4, 6)
+    sites = find(model)
+    assert sites.same_inputs == ()
+    for statistics in (True, False):
+        found = calibrate(model, sites, [x, x + 1], statistics=statistics)
+        assert found.same_inputs == (("q", "k", "v", "conv"),)
+    assert found.together("some", ["q", "v"]).same_input
+    assert not found.together("some", ["q", "out"]).same_input
+
+
+@pytest.mark.parametrize(
+    ("model", "listed"),
+    [
+        (Attended(between=lambda x: x.add_(1)), (("k", "v", "conv"),)),
+        (Attended(view=True), (("q", "v", "conv"),)),
+        (nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6)), ()),
+        # In place, the activation hands on the very tensor that it was given, changed.
+        (nn.Sequential(nn.ReLU(inplace=True), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 6)), ()),
+    ],
+    ids=["changed in place", "a view", "one after the other", "changed before"],
+)
+def test_layers_that_see_another_tensor_are_not(model, listed):
+    found = calibrate(model, find(model), [torch.randn(2, 4, 6)])
+    assert found.same_inputs == listed
+
+
+class Reused(nn.Module):
+    """A layer that is called again with another tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(6, 6) for _ in range(3))
+
+    def forward(self, x):
+        return self.b(self.a(x) + self.b(x)) + self.c(x)
+
+
+def test_layers_called_more_than_once_are_left_out_of_what_sees_one_tensor():
+    model = Reused()
+    assert calibrate(model, find(model), [torch.randn(2, 6)]).same_inputs == (("a", "c"),)
+
+
+def test_tensors_that_are_gone_are_not_taken_for_those_in_their_place():
+    class Fresh(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(8))
+
+        def forward(self, x):
+            total = 0
+            for number, layer in enumerate(self.layers):
+                # Each lives for one call, so that the next may get its address.
+                total = total + float(layer(x + number).sum())
+            return torch.tensor(total)
+
+    model = Fresh()
+    assert calibrate(model, find(model), [torch.randn(2, 6)]).same_inputs == ()
+
+
+def test_layers_that_see_one_tensor_in_inference_mode():
+    model, x = Attended(), torch.randn(2, 4, 6)
+
+    def forward(net, batch):
+        with torch.inference_mode():
+            return net(batch)
+
+    assert calibrate(model, find(model), [x], forward=forward).same_inputs == (("q", "k", "v", "conv"),)
+
+
+def test_a_layer_that_is_not_reached_in_a_pass_is_in_no_list():
+    class Gated(Attended):
+        def forward(self, x):
+            x = x + 0.0
+            return self.q(x) + self.k(x)
+
+    model = Gated()
+    assert calibrate(model, find(model), [torch.randn(2, 6)]).same_inputs == (("q", "k"),)

@@ -13,10 +13,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from spectrim.errors import CheckpointError
+from spectrim.nn.build import skeleton
 from spectrim.nn.checkpoint import load, read_plan, same_weights, save
 from spectrim.nn.find import find
 from spectrim.nn.modules import Factored
-from spectrim.plan import Choice
+from spectrim.nn.surgery import parameter_count, replace_module, size_in_bytes
+from spectrim.plan import Choice, Entry, Plan
 from tests.nn.layers import ConvNet
 from tests.nn.nets import CHOICES, compressed, low_rank, plan_of
 
@@ -421,3 +423,143 @@ def test_loading_does_not_import_what_a_file_names(file):
     before = set(sys.modules)
     load(ConvNet(), file[0])
     assert not {m for m in set(sys.modules) - before if not m.startswith(("torch", "safetensors"))}
+
+
+# Layers that share factors.
+
+GROUP = ("0", "2", "4")
+
+
+def joined(kind: str = "shared_basis", **settings: object) -> Choice:
+    given = {"unfolding": "channel", "rank": 3, "left_rank": 1, "bias": True, **settings}
+    return Choice(kind, "some-method", given)  # type: ignore[arg-type]
+
+
+def plan_of_group(choice: Choice) -> Plan:
+    entry = Entry("group", "3 x Linear", choice, 0.1, {"parameters": 1.0}, {"parameters": 2.0}, GROUP)
+    return Plan((entry,), costs={"parameters": 1.0}, dense_costs={"parameters": 2.0})
+
+
+def stack() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5))
+
+
+def sharing(choice: Choice) -> nn.Module:
+    """The stack with random factors."""
+    model = stack()
+    sites = find(model)
+    for name, module in zip(GROUP, skeleton(choice, [sites[name].spec for name in GROUP]), strict=True):
+        replace_module(model, [name], module)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+SHARED = {
+    "left": (joined(rank=2, left_rank=2), ["0.weight"]),
+    "right": (joined(rank=2, left_rank=0), ["1.weight"]),
+    "both": (joined(), ["0.parts.0.weight", "1.parts.1.weight"]),
+    "once": (joined(rank=2, left_rank=2, once=True), ["0.layer.weight"]),
+}
+
+
+@pytest.mark.parametrize("share", SHARED)
+def test_shared_factors_are_stored_once_and_come_back_as_one_parameter(share, tmp_path):
+    choice, names = SHARED[share]
+    model, path = sharing(choice), tmp_path / "shared.safetensors"
+    save(model, plan_of_group(choice), path)
+    header, body = header_of(path.read_bytes())
+    assert len(body) == size_in_bytes(model)
+    assert json.loads(header["__metadata__"]["shared"]) == {f"{n}.{name}": f"0.{name}" for n in "24" for name in names}
+    again = load(stack(), path)
+    assert same_weights(again, model)
+    assert parameter_count(again) == parameter_count(model)
+    for name in names:
+        assert again.get_parameter(f"0.{name}") is again.get_parameter(f"2.{name}") is again.get_parameter(f"4.{name}")
+    x = torch.randn(3, 5)
+    assert torch.equal(again(x), model(x))
+    halved = load(stack().double(), path)
+    assert parameter_count(halved) == parameter_count(model)
+    assert halved.get_parameter(f"4.{names[0]}").dtype == torch.float64
+
+
+def test_a_file_in_which_shared_factors_differ_is_refused(tmp_path):
+    choice, (name,) = SHARED["left"]
+    model, path = sharing(choice), tmp_path / "apart.safetensors"
+    model[2][0].weight = nn.Parameter(model[2][0].weight + 1)
+    save(model, plan_of_group(choice), path)
+    with pytest.raises(CheckpointError, match=f"'0.{name}' and '2.{name}' are one"):
+        load(stack(), path)
+    model[2][0].weight = nn.Parameter(model[0][0].weight.detach().clone())
+    save(model, plan_of_group(choice), path)
+    assert same_weights(load(stack(), path), model)
+
+
+def group_of(**fields):
+    def change(h, body):
+        plan = json.loads(h["__metadata__"]["plan"])
+        entry = plan["entries"][0]
+        for name, value in fields.items():
+            (entry if name == "members" else entry["choice"] if name == "kind" else entry["choice"]["settings"])[
+                name
+            ] = value
+        h["__metadata__"]["plan"] = json.dumps(plan)
+
+    return change
+
+
+GROUPS = {
+    "a member twice": group_of(members=["0", "2", "2"]),
+    "an unknown member": group_of(members=["0", "2", "layer"]),
+    "a member that is no layer": group_of(members=["0", "1", "2"]),
+    "a member less": group_of(members=["0", "2"]),
+    "one member": group_of(members=["0"]),
+    "no members": group_of(members=[]),
+    "members in a list": group_of(members=[["0"], ["2"]]),
+    "members of numbers": group_of(members=[0, 2]),
+    "a choice for one layer": group_of(kind="low_rank"),
+    "a huge rank": group_of(rank=2**62),
+    "a left rank above the rank": group_of(left_rank=4),
+    "a negative left rank": group_of(left_rank=-1),
+    "another left rank": group_of(left_rank=2),
+    "once in two parts": group_of(once=True),
+    "once as text": group_of(once="yes"),
+    "no rank": group_of(rank=None),
+    "shared with another tensor": metadata("shared", '{"2.0.parts.0.weight": "0.1.parts.0.weight"}'),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_hostile_plans_of_groups_are_refused(name, tmp_path):
+    choice, _ = SHARED["both"]
+    path = tmp_path / "small.safetensors"
+    save(sharing(choice), plan_of_group(choice), path)
+    header, body = header_of(path.read_bytes())
+    GROUPS[name](header, body)
+    path.write_bytes(with_header(header, body))
+    with pytest.raises(CheckpointError, match="small.safetensors"):
+        load(stack(), path)
+
+
+@pytest.mark.parametrize("share", ["both", "once"])
+def test_mutated_plans_of_groups_give_a_clear_error_or_a_sound_model(share, tmp_path):
+    choice, _ = SHARED[share]
+    path = tmp_path / "small.safetensors"
+    save(sharing(choice), plan_of_group(choice), path)
+    data, draw, refused, unnamed, loaded = path.read_bytes(), random.Random(1), 0, 0, 0
+    for _ in range(500):
+        with path.open("r+b") as file:
+            file.write(mutated(data, draw))
+            file.truncate()
+        try:
+            model = load(stack(), path)
+        except CheckpointError as error:
+            refused += 1
+            unnamed += str(path) not in str(error)
+            continue
+        loaded += 1
+        assert model(torch.zeros(1, 5)).shape == (1, 5)
+        assert parameter_count(model) <= parameter_count(stack()) + 3 * 2 * 5 * 5
+    assert not unnamed
+    assert refused > 100
+    assert loaded > 5

@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from spectrim.costs import parameters
 from spectrim.errors import PlanError
+from spectrim.nn.build import skeleton
+from spectrim.nn.find import describe, find
 from spectrim.nn.modules import Factored
 from spectrim.nn.surgery import merge, parameter_count, reestimate_batchnorm, replace_module, size_in_bytes
+from spectrim.plan import Choice
 from tests.nn.layers import ConvNet, Wrapped, close
 from tests.nn.nets import CHOICES, compressed, low_rank
 
@@ -182,3 +186,77 @@ def test_shared_parameters_and_buffers_count_once():
     model[3].weight = model[2].weight
     assert parameter_count(model) == 8 + 20
     assert size_in_bytes(model) == 8 * 4 + 8 * 4 + 8 + 20 * 2
+
+
+def shared(share: dict, names: list[str]) -> list[nn.Module]:
+    """Pairs of layers that share factors, with random weights."""
+    specs = [describe(nn.Linear(6, 6), [name]) for name in names]
+    modules = skeleton(Choice("shared_basis", "m", {"unfolding": "channel", **share}), specs)
+    for parameter in nn.ModuleList(modules).parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return list(modules)
+
+
+SHARES = {
+    "left": {"rank": 2, "left_rank": 2},
+    "right": {"rank": 2, "left_rank": 0},
+    "both": {"rank": 3, "left_rank": 1},
+    "once": {"rank": 2, "left_rank": 2, "once": True},
+}
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_replacing_and_merging_pairs_that_share_factors(share):
+    dense = nn.ModuleDict({name: nn.Linear(6, 6) for name in "abc"}).eval()
+    small = copy.deepcopy(dense)
+    for name, module in zip("abc", shared(SHARES[share], list("abc")), strict=True):
+        replace_module(small, [name], module)
+    assert not any(m.training for m in small.modules())
+    assert parameter_count(small) < sum(parameter_count(pair) for pair in small.values())
+    merged = merge(small)
+    assert {k: v.shape for k, v in merged.state_dict().items()} == {k: v.shape for k, v in dense.state_dict().items()}
+    x = torch.randn(3, 6)
+    assert all(close(merged[name](x), small[name](x)) for name in "abc")
+    assert parameter_count(merged) == parameter_count(dense)
+
+
+def test_replacing_under_several_names_keeps_one_module_and_its_partners():
+    inner = nn.Linear(6, 6)
+    model = nn.ModuleDict({"a": inner, "again": inner, "b": nn.Linear(6, 6)})
+    one, other = shared(SHARES["both"], ["a", "b"])
+    replace_module(model, ["a", "again"], one)
+    replace_module(model, ["b"], other)
+    assert model["a"] is model["again"]
+    assert model["a"][0].parts[0].weight is model["b"][0].parts[0].weight
+    merged = merge(model)
+    assert merged["a"] is merged["again"]
+    assert not torch.equal(merged["a"].weight, merged["b"].weight)
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_layers_that_share_factors_are_not_taken_apart_again(share):
+    """Their weights stand in several places, or are one part of what is computed: neither can be factored alone."""
+    model = nn.ModuleDict(dict(zip("abc", shared(SHARES[share], list("abc")), strict=True)))
+    sites = find(model)
+    own = {"left": ["1"], "right": ["0"], "both": [], "once": ["1"]}[share]
+    assert [site.name for site in sites] == [f"{name}.{number}" for name in "abc" for number in own]
+    assert all("tied" in skipped.reason or "part" in skipped.reason for skipped in sites.skipped)
+    counted = parameters([*(site.spec for site in sites), *sites.untouched]) + sites.other_parameters
+    assert counted == parameter_count(model)
+
+
+def test_statistics_are_estimated_through_shared_factors():
+    pairs = shared(SHARES["once"], ["a", "b"])
+    model = nn.ModuleDict(
+        {"a": nn.Sequential(pairs[0], nn.BatchNorm1d(6)), "b": nn.Sequential(pairs[1], nn.BatchNorm1d(6))}
+    )
+    batches = [torch.randn(16, 6) for _ in range(2)]
+
+    def forward(net, x):
+        return net["a"](x) + net["b"](x)
+
+    assert reestimate_batchnorm(model, batches, forward=forward) == 2
+    with torch.no_grad():
+        for name in "ab":
+            responses = torch.stack([model[name][0](x) for x in batches])
+            assert close(model[name][1].running_mean, responses.mean((0, 1)))

@@ -51,6 +51,9 @@ def _(factors: LowRank, layers: Sequence[LayerSpec], biases: Sequence[Tensor | N
 @build.register
 def _(factors: SharedBasis, layers: Sequence[LayerSpec], biases: Sequence[Tensor | None]) -> tuple[nn.Module, ...]:
     left_rank, right_rank = factors.ranks
+    if len({(spec.kernel, spec.groups, spec.transposed, spec.dtype, spec.device) for spec in layers}) > 1:
+        found = ", ".join(f"{spec.name!r} ({spec.kind}, {spec.dtype}, {spec.device})" for spec in layers)
+        raise ValueError(f"layers that share a factor agree in kernel, groups, dtype and device; these are {found}")
     rows = zip(factors.own_lefts, factors.own_rights, factors.shifts, layers, biases, factors.shapes, strict=True)
     built: list[Factored] = []
     for own_left, own_right, shift, spec, bias, shape in rows:
@@ -69,9 +72,11 @@ def _(factors: SharedBasis, layers: Sequence[LayerSpec], biases: Sequence[Tensor
             )
         )
     if factors.once:
-        first = Once(built[0].first, describe(built[0].first, ("first",)), len(built))
-        for pair in built:
-            pair[0] = first
+        if len({describe(pair.first, ("first",)) for pair in built}) > 1:
+            raise ValueError("first factors with different strides, paddings or dilations cannot be computed once")
+        once = Once(built[0].first, describe(built[0].first, ("first",)), len(built))
+        for number, pair in enumerate(built):
+            pair[0] = once.beside(pair.first) if number else once
     return tuple(built)
 
 

@@ -83,6 +83,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
             raise CheckpointError(f"{path}: tensor {name!r} shares {source!r}, which the file does not hold")
         tensors[name] = tensors[source]
     _check(state, tensors, path)
+    _check_shared(state, tensors, path)
     model.load_state_dict(tensors)
     return model
 
@@ -174,6 +175,19 @@ def _check(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: str
             )
         if given.dtype != tensor.dtype and not (given.is_floating_point() and tensor.is_floating_point()):
             raise CheckpointError(f"{path}: tensor {name!r} is {given.dtype}, the model's is {tensor.dtype}")
+
+
+def _check_shared(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """What is one tensor in the model must be one in the file, or equal: only the last would be kept."""
+    owners: dict[tuple[Any, ...], str] = {}
+    for name, tensor in state.items():
+        if not tensor.numel() or tensor.is_meta:
+            continue
+        owner = owners.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype), name)
+        if tensors[name] is not tensors[owner] and not torch.equal(tensors[name], tensors[owner]):
+            raise CheckpointError(
+                f"{path}: tensors {owner!r} and {name!r} are one in this model and differ in the file"
+            )
 
 
 def same_weights(first: nn.Module, second: nn.Module) -> bool:

@@ -214,6 +214,9 @@ def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied:
         parent = model.get_submodule(path.rpartition(".")[0]) if path else model
         if isinstance(parent, nn.MultiheadAttention):
             return "nn.MultiheadAttention reads its weight directly"
+        above = path.split(".")
+        if any(getattr(model.get_submodule(".".join(above[:n])), "reads_weights", False) for n in range(len(above))):
+            return "its weight is one part of a layer's"
     if "" in paths:
         return "the model itself is this layer: wrap it in nn.Sequential"
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ class Wide(nn.Module):
     axis
         Of the canonical weight without its groups: 0 for parts of the outputs, 1 for parts of the inputs.
     """
+
+    # The parts are not called, so that no other layer can take the place of one.
+    reads_weights = True
 
     def __init__(self, parts: Sequence[nn.Module], original: LayerSpec, axis: int) -> None:
         super().__init__()
@@ -75,11 +79,12 @@ class Wide(nn.Module):
 
 
 class Once(nn.Module):
-    """A layer that several modules call with one tensor, and that computes it once.
+    """A layer that several modules have alike and call with one tensor, computed by the first of them for all.
 
-    What it answered is kept until it has been asked ``calls`` times for the same tensor, unchanged, with the same
-    weight and in the same mode; any other question is answered anew. Compilers and exporters see the plain layer, and
-    find equal subexpressions themselves.
+    Every module has a ``Once`` of its own (:meth:`beside`), whose layer holds the same parameters. What one of them
+    answered is kept until all have been asked for the same tensor, unchanged, with the same parameters and in the same
+    mode; any other question is answered anew. It is dropped as well when the tensor goes, and when gradients have
+    flowed back through it. Compilers and exporters see plain layers, and find equal subexpressions themselves.
 
     Attributes
     ----------
@@ -89,6 +94,11 @@ class Once(nn.Module):
         Its spec.
     calls
         Modules that share it.
+
+    Notes
+    -----
+    Tensors made in inference mode do not count their changes in place: changed between two of the calls, such a tensor
+    gets the answer from before. Calibration offers a layer to be computed once only where it has seen no such change.
     """
 
     def __init__(self, layer: nn.Module, original: LayerSpec, calls: int) -> None:
@@ -96,36 +106,92 @@ class Once(nn.Module):
         self.layer = layer
         self.original = original
         self.calls = calls
-        self._held: tuple[Any, tuple[Any, ...], Tensor, int] | None = None
+        self._kept = _Kept()
+
+    def beside(self, layer: nn.Module) -> Once:
+        """The same for another module, with its own layer of the same parameters."""
+        other = Once(layer, self.original, self.calls)
+        other._kept = self._kept
+        return other
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        # What stands for a tensor while a graph is recorded is no question that could come again.
+        if torch.compiler.is_compiling() or not isinstance(x, Tensor):
             return self.layer(x)
-        weight: Any = self.layer.weight
-        key = (
-            _version(x),
-            id(weight),
-            _version(weight),
-            torch.is_grad_enabled(),
-            torch.is_autocast_enabled(x.device.type),
-            torch.get_autocast_dtype(x.device.type),
-        )
-        held = self._held
-        if held is not None and held[0]() is x and held[1] == key:
-            _, _, answer, left = held
-            self._held = (held[0], key, answer, left - 1) if left > 1 else None
-            return answer
+        tensors = (x, *self.layer.parameters())
+        state = (*_mode(x), *map(_version, tensors))
+        # Checkpointing sets hooks of its own for every region, and computes each again by itself.
+        asked = (*tensors, *_saving_hooks())
+        held = self._kept.held
+        if held is not None and held.answers(asked, state):
+            held.left -= 1
+            if not held.left:
+                self._kept.held = None
+            return held.answer
+        self._kept.held = None
         answer = self.layer(x)
-        self._held = (weakref.ref(x), key, answer, self.calls - 1) if self.calls > 1 else None
+        if self.calls > 1:
+            self._kept.keep(answer, asked, state, self.calls - 1)
         return answer
 
     def whole(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias."""
-        return canonical(self.layer)
+        merged = getattr(self.layer, "merged", None)
+        return canonical(self.layer if merged is None else merged())
+
+
+@dataclass(eq=False)
+class _Held:
+    """An answer, and what was asked: tensors and hooks by identity, versions and modes by value."""
+
+    asked: tuple[weakref.ref[Any], ...]
+    state: tuple[Any, ...]
+    answer: Tensor
+    left: int
+
+    def answers(self, asked: tuple[Any, ...], state: tuple[Any, ...]) -> bool:
+        same = len(asked) == len(self.asked) and state == self.state
+        return same and all(ref() is now for ref, now in zip(self.asked, asked, strict=True))
+
+
+class _Kept:
+    """What is held for the modules that have not asked yet. No copy takes it along: graphs cannot be copied."""
+
+    def __init__(self) -> None:
+        self.held: _Held | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        # What is kept between two calls belongs to no copy, and graphs cannot be copied.
-        return {**self.__dict__, "_held": None}
+        return {"held": None}
+
+    def keep(self, answer: Tensor, asked: tuple[Any, ...], state: tuple[Any, ...], left: int) -> None:
+        here = weakref.ref(self)
+
+        def forget(_: object) -> None:
+            # This answer alone, and not what came after it. A strong reference to it would never be freed.
+            kept = here()
+            if kept is not None and kept.held is mine():
+                kept.held = None
+
+        if answer.requires_grad:
+            # A backward pass frees the graph that the answer came from.
+            answer.register_hook(forget)
+        refs = (weakref.ref(asked[0], forget), *map(weakref.ref, asked[1:]))
+        self.held = _Held(refs, state, answer, left)
+        mine = weakref.ref(self.held)
+
+
+def _saving_hooks() -> tuple[Any, ...]:
+    """Hooks for tensors that are saved for the backward pass; torch tells of them in private only."""
+    autograd = getattr(torch._C, "_autograd", None)
+    told = getattr(autograd, "_top_saved_tensors_default_hooks", None)
+    return () if told is None else told(True) or ()
+
+
+def _mode(x: Tensor) -> tuple[Any, ...]:
+    kind = x.device.type
+    cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if cast else None
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), dtype
 
 
 def _version(tensor: Tensor) -> int:

@@ -383,6 +383,7 @@ class LearnedRanks:
         counted = {name: value for name, value in self.trajectory.dense_costs.items() if name != "latency"}
         return {
             "sites": list(self.trajectory.sites),
+            "groups": {name: list(members) for name, members in self.sites.groups.items()} or None,
             "dense_costs": counted,
             "budget": None if self.budget is None else dataclasses.asdict(self.budget),
             "multiplier": self._c_step.multiplier,
@@ -439,7 +440,11 @@ class LearnedRanks:
                     multipliers[part.name] = after
                     target = low + after / following
                 targets[part.name] = _laid_out(target, part.spec)
-        self._targets, self._multipliers, self.plan = targets, multipliers, plan
+        # In the order of the sites, groups or not: the penalty adds up in that order, and rounds accordingly.
+        names = [site.name for site in self.sites]
+        self._targets = {name: targets[name] for name in names if name in targets}
+        self._multipliers = {name: multipliers[name] for name in names if name in multipliers}
+        self.plan = plan
         self.step += 1
         seconds = time.perf_counter() - begin
         chosen = {name: entry.choice for entry in plan for name in entry.sites}

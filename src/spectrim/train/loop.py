@@ -82,7 +82,7 @@ class Loop:
         self._wrapped = self.devices.wrap(model)
         self._objective = Objective(loss, teacher, recipe.distillation, recipe.precision)
         self._pairs = factored_pairs(model) if recipe.decay_product and recipe.weight_decay else ()
-        apart = [p for pair in self._pairs for p in (pair.first, pair.second)]
+        apart = [p for pair in self._pairs for p in pair.parameters]
         self._optimizer = recipe.make_optimizer(parameter_groups(model, recipe.weight_decay, apart))
         if recipe.lr is not None:
             for group in self._optimizer.param_groups:

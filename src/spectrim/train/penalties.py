@@ -10,15 +10,21 @@ weight they stand for is ``W[o, i, k, l] = sum_r V[o, l, r] U[r, i, k]`` and ::
     ||W||_F^2 = tr((U U^T) (V^T V)),     dU = decay * (V^T V) U,     dV = decay * V (U U^T)
 
 with two r x r Gram matrices, at a cost of ``O(r^2 (i k + o l))``.
+
+A factor may lie in parts side by side along the rank, of which other layers share some. The gradient of the whole is
+cut into those of the parts, and a shared part gets the sum over its layers: each decays as the dense layer would.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from spectrim.nn.shared import Once, Wide
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -31,24 +37,42 @@ class FactoredPair:
     ----------
     name
         Name of the pair in its model.
-    first
-        Weight of the first layer, ``[g r, i, *k]`` with ``i`` inputs a group.
-    second
-        Weight of the second, ``[g o, r, *l]`` with ``o`` outputs a group.
+    firsts
+        Weight of the first layer, ``[g r, i, *k]`` with ``i`` inputs a group: one tensor, or its parts along ``r``.
+    seconds
+        Weight of the second, ``[g o, r, *l]`` with ``o`` outputs a group, in the same way.
     groups
         ``g``.
     """
 
     name: str
-    first: Tensor
-    second: Tensor
+    firsts: tuple[Tensor, ...]
+    seconds: tuple[Tensor, ...]
     groups: int = 1
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """All that the two weights are made of."""
+        return (*self.firsts, *self.seconds)
+
+    @property
+    def first(self) -> Tensor:
+        """Weight of the first layer as a whole."""
+        if len(self.firsts) == 1:
+            return self.firsts[0]
+        return torch.cat([part.unflatten(0, (self.groups, -1)) for part in self.firsts], dim=1).flatten(0, 1)
+
+    @property
+    def second(self) -> Tensor:
+        """Weight of the second layer as a whole."""
+        return self.seconds[0] if len(self.seconds) == 1 else torch.cat(self.seconds, dim=1)
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Both factors with one row for each of the ``r`` directions: ``[g, r, i k]`` and ``[g, r, o l]``."""
-        g, rank = self.groups, self.second.shape[1]
-        second = self.second.reshape(g, -1, rank, self.second[0, 0].numel())
-        return self.first.reshape(g, rank, -1), second.transpose(1, 2).reshape(g, rank, -1)
+        g, first, second = self.groups, self.first, self.second
+        rank = second.shape[1]
+        moved = second.reshape(g, -1, rank, second[0, 0].numel()).transpose(1, 2)
+        return first.reshape(g, rank, -1), moved.reshape(g, rank, -1)
 
     def square(self) -> Tensor:
         """``||V U||_F^2`` as a scalar that can be differentiated."""
@@ -56,22 +80,25 @@ class FactoredPair:
         return ((first @ first.mT) * (second @ second.mT)).sum()
 
     @torch.no_grad()
-    def half_gradients(self) -> tuple[Tensor, Tensor]:
-        """Gradients of ``||V U||_F^2 / 2`` in the shapes of the two weights."""
+    def half_gradients(self) -> tuple[Tensor, ...]:
+        """Gradients of ``||V U||_F^2 / 2`` in the shapes of :attr:`parameters`."""
         first, second = self.rows()
-        to_first = (second @ second.mT) @ first
-        to_second = (first @ first.mT) @ second
         g, rank, _ = second.shape
-        to_second = to_second.reshape(g, rank, -1, self.second[0, 0].numel()).transpose(1, 2)
-        return to_first.reshape(self.first.shape), to_second.reshape(self.second.shape)
+        to_first = ((second @ second.mT) @ first).split([part.shape[0] // g for part in self.firsts], dim=1)
+        to_second = ((first @ first.mT) @ second).reshape(g, rank, -1, self.seconds[0][0, 0].numel()).transpose(1, 2)
+        cut = to_second.split([part.shape[1] for part in self.seconds], dim=2)
+        return tuple(
+            gradient.reshape(part.shape) for gradient, part in zip((*to_first, *cut), self.parameters, strict=True)
+        )
 
 
 def factored_pairs(model: nn.Module) -> tuple[FactoredPair, ...]:
     """The pairs of a model whose product is the weight of one layer.
 
     A pair is an ``nn.Sequential`` marked with ``is_factored = True`` that holds two linear layers, or two convolutions
-    with equal groups whose kernels are wide on different axes. Marked modules of another form are not pairs: no product
-    of two matrices describes them, and :func:`spectrim.train.fine_tune` decays their weights one by one.
+    with equal groups whose kernels are wide on different axes. Either may share its weight, or a part of it, with other
+    pairs. Marked modules of another form are not pairs: no product of two matrices describes them, and
+    :func:`spectrim.train.fine_tune` decays their weights one by one.
     """
     found = ((name, module, _pair(name, module)) for name, module in model.named_modules())
     return tuple(pair for _, _, pair in found if pair is not None)
@@ -97,7 +124,7 @@ def add_product_decay(pairs: Iterable[FactoredPair], decay: float, *, shrink: bo
         False adds to ``.grad``, as in SGD with L2 decay. True subtracts from the weights themselves, as in decoupled
         decay (AdamW); ``decay`` is then the product of decay and learning rate.
     """
-    steps = [(p, g) for pair in pairs for p, g in zip((pair.first, pair.second), pair.half_gradients(), strict=True)]
+    steps = [(p, g) for pair in pairs for p, g in zip(pair.parameters, pair.half_gradients(), strict=True)]
     for parameter, gradient in steps:
         if not parameter.requires_grad:
             continue
@@ -112,11 +139,23 @@ def add_product_decay(pairs: Iterable[FactoredPair], decay: float, *, shrink: bo
 def _pair(name: str, module: nn.Module) -> FactoredPair | None:
     if not (isinstance(module, nn.Sequential) and getattr(module, "is_factored", False) and len(module) == 2):
         return None
-    first, second = module[0], module[1]
-    if isinstance(first, nn.Linear) and isinstance(second, nn.Linear):
-        return FactoredPair(name, first.weight, second.weight)
-    if not (isinstance(first, _CONVOLUTIONS) and isinstance(second, _CONVOLUTIONS) and first.groups == second.groups):
+    firsts, seconds = _parts(module[0]), _parts(module[1])
+    layers = [*firsts, *seconds]
+    first, second = firsts[0], seconds[0]
+    groups = 1
+    if all(isinstance(layer, _CONVOLUTIONS) for layer in layers):
+        if first.groups != second.groups or any(
+            min(k) > 1 for k in zip(first.kernel_size, second.kernel_size, strict=True)
+        ):
+            return None
+        groups = first.groups
+    elif not all(isinstance(layer, nn.Linear) for layer in layers):
         return None
-    if any(min(k) > 1 for k in zip(first.kernel_size, second.kernel_size, strict=True)):
-        return None
-    return FactoredPair(name, first.weight, second.weight, first.groups)
+    return FactoredPair(name, tuple(layer.weight for layer in firsts), tuple(layer.weight for layer in seconds), groups)
+
+
+def _parts(layer: nn.Module) -> list[Any]:
+    """The layers whose weights make up a layer's."""
+    if isinstance(layer, Once):
+        return _parts(layer.layer)
+    return list(layer.parts) if isinstance(layer, Wide) else [layer]
