@@ -1,7 +1,7 @@
 """Run the experiments that have no result yet.
 
-    python -m benchmarks.run [NAME ...] [--cifar10 DIR] [--fashion-mnist DIR] [--weights FILE ...] [--work DIR]
-                             [--force]
+    python -m benchmarks.run [NAME ...] [--cifar10 DIR] [--fashion-mnist DIR] [--weights FILE ...] [--minilm DIR]
+                             [--text FILE] [--work DIR] [--force]
 
 An experiment file names its task, a module of this package, and the task's options. What a task needs from outside is
 given by path; experiments whose paths are not given are named and passed over.
@@ -32,6 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--weights", type=Path, action="append", default=[], metavar="FILE", help="resnet20.safetensors, ..."
     )
+    parser.add_argument("--minilm", type=Path, metavar="DIR", help="folder with the encoder's weights and tokenizer")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="a long English text")
     parser.add_argument("--work", type=Path, metavar="DIR", help="where runs keep checkpoints and caches")
     parser.add_argument("--force", action="store_true", help="run again what has a result")
     options = parser.parse_args(arguments)
@@ -42,6 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
     paths: dict[str, Any] = {
         "cifar10": options.cifar10,
         "fashion-mnist": options.fashion_mnist,
+        "minilm": options.minilm,
+        "text": options.text,
         "weights": {path.stem: path for path in options.weights},
         "work": options.work or Path(tempfile.gettempdir()) / "spectrim-benchmarks",
     }

@@ -298,6 +298,7 @@ def test_reconstruction_lowers_the_output_error(method: str) -> None:
 
 def test_reconstruction_fits_the_second_factor_where_patches_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("spectrim.nn.calibrate.FULL_PATCH", 4)
+    monkeypatch.setattr("spectrim.nn.calibrate.FULL_LINEAR", 4)
     model, sites, batches = prepared("residual")
     assert not any("input" in site.moments for site in sites)
     plan = every_site(tabulate(sites), "WeightSVD", 3)

@@ -164,6 +164,7 @@ def test_missing_statistics_are_named_with_the_site() -> None:
 def test_long_patches_use_slices_and_outputs(kind: str, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     full, _, _ = small_site(kind, dtype=torch.float64, weighted=weighted)
     monkeypatch.setattr(calibration, "FULL_PATCH", 4)
+    monkeypatch.setattr(calibration, "FULL_LINEAR", 4)
     site, layer, inputs = small_site(kind, dtype=torch.float64, weighted=weighted)
     hows = unfoldings(site.spec.kernel)
     assert set(site.moments) - {"gradient"} == {"output", *(f"input:{u.name}" for u in hows[1:])}
@@ -214,7 +215,7 @@ def test_the_shift_of_a_site_that_is_known_by_its_outputs_counts_the_old_bias_on
     model = nn.Sequential(layer, nn.ReLU())
     inputs = torch.randn(200, 12).double() + 3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration, "FULL_PATCH", 4)
+        patch.setattr(calibration, "FULL_LINEAR", 4)
         site = calibrate(model, find(model), [inputs], rows=None)["0"]
     choice = Choice("low_rank", "ActivationSVD", {"unfolding": "channel", "rank": 3, "bias": True})
     wanted, found = answers(site, layer, inputs, ActivationSVD(), choice)

@@ -117,7 +117,7 @@ def test_long_patches_keep_slices_of_each_unfolding_and_outputs(monkeypatch):
 
 
 def test_a_wide_linear_layer_keeps_its_outputs_only(monkeypatch):
-    monkeypatch.setattr(module_under_test, "FULL_PATCH", 6)
+    monkeypatch.setattr(module_under_test, "FULL_LINEAR", 6)
     model, x = Wrapped(nn.Linear(7, 3)), torch.randn(9, 7)
     site = calibrate(model, find(model), [x])["layer"]
     assert set(site.moments) == {"output"}

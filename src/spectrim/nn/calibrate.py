@@ -23,6 +23,8 @@ from spectrim.unfold import Unfolding, unfoldings
 
 # Patches up to this length get a full second moment (at most 11 MB); longer ones one for each unfolding's slices.
 FULL_PATCH = 1152
+# Linear layers up to this many inputs do too (at most 34 MB): they have no slices to keep in its place.
+FULL_LINEAR = 2048
 # Share of a layer's own MACs that its statistics may cost.
 EFFORT = 0.08
 
@@ -43,8 +45,9 @@ def calibrate(
     """Run a model on calibration batches once and keep what the methods need to know of each site.
 
     For every site the centred second moment and mean of its input patches are streamed in float64 (``input``), so
-    that memory does not depend on the number of samples. Layers whose patches are longer than 1,152 numbers keep one
-    such moment for the slices of each unfolding (``input:height-first``, ...) and one of the outputs (``output``).
+    that memory does not depend on the number of samples. Convolutions whose patches are longer than 1,152 numbers keep
+    one such moment for the slices of each unfolding (``input:height-first``, ...) and one of the outputs (``output``),
+    linear layers with more than 2,048 inputs that of the outputs.
 
     Parameters
     ----------
@@ -249,7 +252,7 @@ class _Watcher(_Shapes):
         self.own_flops = 0
         spec = site.spec
         self._slices: dict[str, Unfolding] = {}
-        if statistics and spec.features > FULL_PATCH:
+        if statistics and not _in_full(spec):
             self._slices = {f"input:{u.name}": u for u in unfoldings(spec.kernel) if u.name != "channel"}
 
     def see(self, inputs: Tensor, outputs: Tensor) -> None:
@@ -267,7 +270,7 @@ class _Watcher(_Shapes):
         spec = self.spec
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.index)
         patches = sample_patches(spec, inputs, self._count(inputs), generator)
-        if spec.features <= FULL_PATCH:
+        if _in_full(spec):
             self._add("input", patches.flatten(2))
         else:
             for name, how in self._slices.items():
@@ -287,7 +290,7 @@ class _Watcher(_Shapes):
             for size in shape:
                 positions *= size
         # A patch of d numbers costs d^2 operations; a position of the layer costs d x out.
-        work = spec.features**2 * spec.groups if spec.features <= FULL_PATCH else spec.features * spec.in_channels * 6
+        work = spec.features**2 * spec.groups if _in_full(spec) else spec.features * spec.in_channels * 6
         allowed = EFFORT * positions * spec.features * spec.out_channels / work
         return max(256, int(allowed))
 
@@ -310,6 +313,11 @@ class _Watcher(_Shapes):
         return dataclasses.replace(
             self._site, layers=(self.spec.at(self.inputs),), moments=MappingProxyType(self._moments)
         )
+
+
+def _in_full(spec: LayerSpec) -> bool:
+    """Whether a second moment of whole patches is kept."""
+    return spec.features <= (FULL_LINEAR if spec.is_linear else FULL_PATCH)
 
 
 def _slice_rows(patches: Tensor, how: Unfolding) -> Tensor:

@@ -14,6 +14,7 @@ from spectrim.methods.base import Method
 from spectrim.methods.joint_svd import JointSVD
 from spectrim.nn.build import build, skeleton
 from spectrim.nn.modules import Factored, whole
+from spectrim.nn.shared import Once
 from spectrim.plan import Choice
 from spectrim.sites import Site
 from spectrim.testing.contract import check_curve, check_factors, check_numel, check_record, expect, some
@@ -113,8 +114,10 @@ def check_joint_method(
 def _check_pairs(method: Method, site: Site, choice: Choice, factors: Factors, where: str) -> None:
     specs = method.layers(site, choice)
     pairs = build(factors, site.layers, site.biases)
-    parts = {id(part): part for pair in pairs for part in (pair if isinstance(pair, Factored) else (pair,))}
-    found = [_shape(part) for part in parts.values()]
+    parts = [part for pair in pairs for part in (pair if isinstance(pair, Factored) else (pair,))]
+    # What is computed once has one spec, and a module in every pair.
+    once = [part for part in parts if isinstance(part, Once)]
+    found = [_shape(part) for part in parts if part not in once[1:]]
     announced = [(spec.shape, spec.bias) for spec in specs]
     expect(found == announced, f"{where}: {choice} announces {announced} and builds {found}")
     stored = sum(p.numel() for p in nn.ModuleList(pairs).parameters())

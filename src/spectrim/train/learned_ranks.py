@@ -448,12 +448,13 @@ class LearnedRanks:
         self.step += 1
         seconds = time.perf_counter() - begin
         chosen = {name: entry.choice for entry in plan for name in entry.sites}
+        where = {name: f" in {entry.site}" if entry.members else "" for entry in plan for name in entry.sites}
         each = zip([chosen[name] for name in self.trajectory.sites], self.trajectory.full, strict=True)
         record = Record(
             mu=mu,
             multipliers=dict(plan.multipliers),
             ranks=tuple(rank_tables.rank(choice, full) for choice, full in each),
-            choices=tuple(rank_tables.word(chosen[name]) for name in self.trajectory.sites),
+            choices=tuple(rank_tables.word(chosen[name]) + where[name] for name in self.trajectory.sites),
             costs=dict(plan.costs),
             distance=(missed / total) ** 0.5 if total else 0.0,
             metric=self._measured(),

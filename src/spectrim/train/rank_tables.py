@@ -92,4 +92,6 @@ def word(choice: Choice) -> str:
     """What a choice is, without the method: the first C step may have had another one."""
     if choice.is_dense or choice == ZERO:
         return choice.kind
+    if "left_rank" in choice.settings:
+        return f"{choice['rank']} ({choice['left_rank']} left-shared) {choice['unfolding']}"
     return " ".join(str(value) for key, value in sorted(choice.settings.items()) if key != "bias")
