@@ -43,10 +43,15 @@ class Wide(nn.Module):
         self.axis = axis
 
     def forward(self, x: Tensor) -> Tensor:
-        host: Any = self.parts[0]
         spec = self.original
-        weight, bias = self._weight(), self._bias()
-        if spec.is_linear:
+        # Plain look-ups: those of modules take as long as laying small weights side by side.
+        one, two = self._modules["parts"]._modules.values()  # type: ignore[union-attr]
+        host: Any = one
+        weight = self._weight(one._parameters["weight"], two._parameters["weight"])  # type: ignore[union-attr]
+        bias = one._parameters["bias"]  # type: ignore[union-attr]
+        if bias is None:
+            bias = two._parameters["bias"]  # type: ignore[union-attr]
+        if not spec.kernel:
             return F.linear(x, weight, bias)
         if spec.transposed:
             run = _TRANSPOSED[len(spec.kernel)]
@@ -54,23 +59,19 @@ class Wide(nn.Module):
         # torch's own way to run a convolution with another weight: it knows every padding.
         return host._conv_forward(x, weight, bias)
 
-    def _weight(self) -> Tensor:
-        """In the layout of torch's layer."""
-        weights: list[Any] = [part.weight for part in self.parts]
+    def _weight(self, one: Any, two: Any) -> Tensor:
+        """Both weights side by side, in the layout of torch's layer."""
         # Transposed convolutions have the inputs first.
         axis = 1 - self.axis if self.original.transposed else self.axis
         groups = self.original.groups
         if axis or groups == 1:
-            return torch.cat(weights, dim=axis)
-        opened = torch.cat([w.unflatten(0, (groups, -1)) for w in weights], dim=1)
+            return torch.cat((one, two), dim=axis)
+        opened = torch.cat([w.unflatten(0, (groups, -1)) for w in (one, two)], dim=1)
         return opened.flatten(0, 1)
-
-    def _bias(self) -> Any:
-        return next((part.bias for part in self.parts if part.bias is not None), None)
 
     def whole(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias."""
-        bias = self._bias()
+        bias: Any = next((part.bias for part in self.parts if part.bias is not None), None)
         weights = [canonical(part)[0] for part in self.parts]
         return torch.cat(weights, dim=1 + self.axis), None if bias is None else bias.detach()
 
