@@ -32,3 +32,29 @@ def table(names: Sequence[str]) -> Candidates:
 
 def plan(candidates: Candidates, macs: float = 0.5) -> Plan:
     return lagrangian(candidates, Budget(macs=macs))
+
+
+def shared(names: Sequence[str], members: int = 2) -> Candidates:
+    """The table of :func:`table` with a group of its first rows, which loses half of what they lose apart."""
+    alone = table(names)
+    parts = alone.rows[:members]
+    options = [Option(DENSE, 0.0, _sum(parts, 0))]
+    for number, first in enumerate(parts[0].options[1:], 1):
+        rank = first.choice["rank"]
+        settings = {**first.choice.settings, "left_rank": rank if rank % 2 else 0}
+        choice = Choice("shared_basis", "JointSVD-left" if rank % 2 else "JointSVD-right", settings)
+        options.append(Option(choice, first.error / 2, _sum(parts, number)))
+    spectra = {f"JointSVD-{part}/height-first": tuple(0.4**k for k in range(12)) for part in ("left", "right")}
+    group = Row(
+        "group of " + names[0],
+        f"{members} x Conv2d 3x3",
+        tuple(options),
+        scale=float(members),
+        spectra=spectra,
+        members=tuple(row.site for row in parts),
+    )
+    return Candidates((*alone.rows, group), alone.fixed, alone.unit)
+
+
+def _sum(rows: Sequence[Row], number: int) -> dict[str, float]:
+    return {cost: sum(row.options[number].costs[cost] for row in rows) for cost in ("macs", "parameters")}

@@ -8,7 +8,7 @@ import pytest
 from spectrim.plan import Candidates, Row
 from spectrim.report import figures
 from spectrim.report.figures import Measured
-from tests.report.cases import plan, table
+from tests.report.cases import plan, shared, table
 
 HOSTILE = ["<script>alert(1)</script>", "a $\\frac{x$ & 'b' \"c\"", "layer.{{ 7 * 7 }}.$_^"]
 
@@ -44,6 +44,33 @@ def test_sites_without_spectra_are_left_out():
     figure = figures.spectra(Candidates((row, bare), {"macs": 0.0, "parameters": 0.0}, ""))
     assert len(figure.axes) == 1
     assert figures.spectra(Candidates((bare,), {"macs": 0.0, "parameters": 0.0}, "")).texts
+
+
+def test_layers_that_share_have_one_panel_and_one_bar():
+    candidates = shared(["a", "b", "c"])
+    chosen = plan(candidates)
+    assert chosen["a"].members == ("a", "b")
+    figure = figures.spectra(candidates, chosen)
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["group of a", "c"]
+    first = figure.axes[0]
+    assert [text.get_text() for text in first.texts] == [f"rank {chosen['a'].choice['rank']}"]
+    # Separate plans have a panel for each layer, and none for the group that they do not use.
+    separate = plan(table(["a", "b", "c"]))
+    assert [axes.get_title(loc="left") for axes in figures.spectra(candidates, separate).axes] == ["a", "b", "c"]
+    assert len(figures.spectra(candidates).axes) == 4
+
+    (axes,) = figures.costs(chosen, "parameters").axes
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["group of a", "c", "(not touched)"]
+    dense, _ = axes.containers
+    assert sum(bar.get_width() for bar in dense) == candidates.dense["parameters"]
+
+
+def test_the_predicted_curve_reaches_the_lowest_cost_with_groups_too():
+    candidates = shared(["a", "b", "c"])
+    points = figures.predicted(candidates)
+    lowest = 500.0 + sum(min(o.costs["macs"] for o in row.options) for row in candidates.singles)
+    assert points[0][0] == pytest.approx(lowest)
+    assert points[-1][0] == candidates.dense["macs"]
 
 
 def test_cost_bars_show_each_site_and_the_rest():

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from spectrim.pipeline import Report, Result
-from spectrim.plan import Candidates, Plan
+from spectrim.plan import DENSE, Candidates, Choice, Plan
 from spectrim.report import Comparison, Measure, Measured, Page, write_report
+from spectrim.report.page import choice_text
 from spectrim.sites import Sites, Skipped
-from tests.report.cases import plan, table
+from tests.report.cases import plan, shared, table
 from tests.report.test_figures import HOSTILE
 from tests.report.test_ranks import run
 
@@ -75,6 +76,39 @@ def test_the_page_tells_what_there_is():
     found = re.search(r"<pre>(.*)</pre>", page.html(), re.S)
     assert found is not None
     assert Plan.from_json(_Reader(found[1]).text) == chosen
+
+
+def test_a_group_is_shown_with_its_layers_and_what_they_share():
+    candidates = shared(["first", "second", "third"])
+    chosen = plan(candidates)
+    entry = chosen["first"]
+    reader = _Reader(Page("Net", chosen, candidates).html())
+    factor = "first" if entry.choice["left_rank"] else "second"
+    for words in (entry.site, *entry.members, "2 x Conv2d 3x3", f"rank {entry.choice['rank']}, {factor} factor shared"):
+        assert words in reader.text
+    assert "whose layers are listed below its name" in reader.text
+    assert "listed below" not in _Reader(Page("Net", plan(table(["first"]))).html()).text
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"left_rank": 8, "once": True}, "channel, rank 8, first factor shared, computed once"),
+        ({"left_rank": 8}, "channel, rank 8, first factor shared"),
+        ({"left_rank": 0}, "channel, rank 8, second factor shared"),
+        ({"left_rank": 3}, "channel, rank 8, both factors shared (3 + 5)"),
+    ],
+)
+def test_what_is_shared_in_words(settings: dict[str, int], words: str):
+    choice = Choice("shared_basis", "JointSVD", {"unfolding": "channel", "rank": 8, "bias": True, **settings})
+    assert choice_text(choice) == words
+
+
+def test_other_choices_in_words():
+    assert choice_text(DENSE) == "dense"
+    pair = Choice("low_rank", "WeightSVD", {"unfolding": "input", "rank": 2, "bias": False, "extra": 1})
+    assert choice_text(pair) == "input, rank 2, extra 1"
+    assert choice_text(Choice("sparse", "Mine", {})) == "sparse"
 
 
 def test_a_page_needs_a_plan_only():

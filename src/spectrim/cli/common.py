@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -156,24 +157,44 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     ]
 
     def run(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
-        out = Output(as_json, quiet)
-        try:
-            # What a model's or the data's own code prints must not get into the document.
-            with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        with _kept_apart() if as_json else contextlib.nullcontext(sys.stdout) as stdout:
+            out = Output(as_json, quiet, stdout)
+            try:
                 function(out, **options)
-        except (SpectrimError, OSError, FloatingPointError) as error:
-            if debug:
-                raise
-            code = exit_code(error)
-            print(f"spectrim: error: {error}", file=sys.stderr)
-            out.document({"error": {"type": type(error).__name__, "message": str(error), "exit_code": code}})
-            raise typer.Exit(code) from None
+            except (SpectrimError, OSError, FloatingPointError) as error:
+                if debug:
+                    raise
+                code = exit_code(error)
+                print(f"spectrim: error: {error}", file=sys.stderr)
+                out.document({"error": {"type": type(error).__name__, "message": str(error), "exit_code": code}})
+                raise typer.Exit(code) from None
 
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     run.__annotations__ = {}
     given = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in list(signature.parameters.values())[1:]]
     run.__signature__ = inspect.Signature([*given, *more])  # type: ignore[attr-defined]
     return run
+
+
+@contextlib.contextmanager
+def _kept_apart() -> Iterator[TextIO]:
+    """Standard output for the document alone: what a model, data or a C library prints goes to standard error."""
+    document = sys.stdout
+    try:
+        number, other = document.fileno(), sys.stderr.fileno()
+    except (OSError, ValueError):  # no files but buffers, as tests have
+        with contextlib.redirect_stdout(sys.stderr):
+            yield document
+        return
+    document.flush()
+    kept = os.dup(number)
+    os.dup2(other, number)
+    try:
+        with open(kept, "w", encoding="utf-8", closefd=False) as file, contextlib.redirect_stdout(sys.stderr):
+            yield file
+    finally:
+        os.dup2(kept, number)
+        os.close(kept)
 
 
 def exit_code(error: BaseException) -> int:

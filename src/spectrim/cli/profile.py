@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -117,8 +118,9 @@ def _layer(row: Row, table: Candidates) -> dict[str, Any]:
 
 
 def _group(row: Row, table: Candidates) -> dict[str, Any]:
-    """A group: its layers, and the share of energy they lose at given sizes, each for itself and with a shared factor."""
-    alone = dataclasses.replace(table, rows=tuple(table[member] for member in row.members), fixed=dict.fromkeys(table.fixed, 0.0))
+    """A group: its layers, and what they lose at given sizes, each for itself and with a shared factor."""
+    parts = tuple(table[member] for member in row.members)
+    alone = dataclasses.replace(table, rows=parts, fixed=dict.fromkeys(table.fixed, 0.0))
     dense = alone.dense["parameters"]
     most = sum(part.scale for part in alone)
     lost: dict[str, dict[str, Any]] = {}
@@ -128,7 +130,7 @@ def _group(row: Row, table: Candidates) -> dict[str, Any]:
         lost[f"{size:.0%}"] = {
             "apart": _apart(alone, size, most),
             "shared": None if best is None else row.loss(best) / max(most, 1e-300),
-            "choice": None if best is None else str(best.choice),
+            "choice": None if best is None else {"method": best.choice.method, **best.choice.settings},
         }
     return {
         "name": row.site,
@@ -199,12 +201,12 @@ def _print_groups(out: Output, groups: Sequence[dict[str, Any]]) -> None:
     from spectrim.budget import UNITS
     from spectrim.report.comparison import show
 
-    columns = ["group", "kind", ">parameters"]
+    columns = ["group", ">layers", ">parameters"]
     for size in groups[0]["lost"]:
-        columns += [f">lost at {size}, apart", ">shared", "best shared choice"]
+        columns += [f">lost at {size}, apart", ">shared", "shared factor"]
     rows = []
     for group in groups:
-        cells = [group["name"], group["kind"], show(group["costs"]["parameters"], UNITS["parameters"])]
+        cells = [group["name"], str(len(group["members"])), show(group["costs"]["parameters"], UNITS["parameters"])]
         for found in group["lost"].values():
             cells += ["" if found[how] is None else f"{found[how]:.2%}" for how in ("apart", "shared")]
             cells.append(_words(found["choice"]))
@@ -216,6 +218,13 @@ def _print_groups(out: Output, groups: Sequence[dict[str, Any]]) -> None:
         "Lost is a share of the group's energy, at a share of its parameters: each layer factorised for itself, and "
         "all with a shared factor."
     )
+
+
+def _words(choice: dict[str, Any] | None) -> str:
+    if choice is None:
+        return ""
+    part = {0: "second", choice["rank"]: "first"}.get(choice["left_rank"], "both")
+    return f"{part}, {choice['unfolding']} {choice['rank']}"
 
 
 _HEADS = {"parameters": "parameters", "macs": "MACs", "latency": "latency"}

@@ -51,10 +51,10 @@ def read_groups(file: Path) -> dict[str, tuple[str, ...]]:
     UsageError
         If the file is missing or holds something else; the message quotes it.
     """
-    if not file.is_file():
-        raise UsageError(f"--groups {str(file)!r} is not a file")
     try:
         found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
+    except OSError as error:
+        raise UsageError(f"--groups {str(file)!r} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"--groups {str(file)!r} cannot be read as JSON: {error}") from error
     if not isinstance(found, dict):

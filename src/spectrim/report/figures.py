@@ -18,6 +18,7 @@ import numpy as np
 
 from spectrim.budget import UNITS, Budget
 from spectrim.errors import InfeasibleBudgetError
+from spectrim.forest import flattened
 from spectrim.plan import Candidates, Entry, Plan, Row
 from spectrim.selectors import lagrangian
 
@@ -66,10 +67,11 @@ class Measured:
 def spectra(candidates: Candidates, plan: Plan | None = None) -> Figure:
     """One small panel a site: the share of energy of each component, and where the plan cuts.
 
-    Every method and unfolding is a pale line; the one the plan uses is coloured by its unfolding, its kept part filled
-    and its rank marked. A panel of a site left dense says so.
+    Layers that share a factor in the plan have one panel, of their weights or responses together; groups that the plan
+    does not use have none. Every method and unfolding is a pale line; the one the plan uses is coloured by its
+    unfolding, its kept part filled and its rank marked. A panel of a site left dense says so.
     """
-    rows = [row for row in candidates if row.spectra]
+    rows = [row for row in _shown(candidates, plan) if row.spectra]
     columns = min(4, max(1, len(rows)))
     lines = max(1, math.ceil(len(rows) / columns))
     with _figure(7.2, 1.28 * lines + 0.55) as figure:
@@ -129,7 +131,8 @@ def _spectrum_legend(figure: Figure, rows: Sequence[Row], plan: Plan | None) -> 
     if used:
         handles.append(Line2D([], [], color=CHOSEN, lw=1.1, label="chosen rank"))
     handles.append(Line2D([], [], color=PALE, lw=1.4, label="other candidates" if used else "candidates"))
-    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles))
+    # Six names are wider than the figure.
+    figure.legend(handles=handles, loc="outside upper left", ncols=len(handles) if len(handles) < 6 else 3)
 
 
 def costs(plan: Plan, cost: str = "macs") -> Figure:
@@ -217,7 +220,8 @@ def _scores(axes: Axes, measured: Sequence[Measured], dense: float) -> None:
 def predicted(candidates: Candidates, cost: str = "macs", points: int = 24) -> list[tuple[float, float]]:
     """``(cost, loss)`` of the best selection at budgets from the lowest reachable one to dense, in rising cost."""
     dense = candidates.dense[cost]
-    lowest = sum(min(o.costs[cost] for o in row.options) for row in candidates) + candidates.fixed[cost]
+    rows = flattened(candidates, (cost,)).candidates
+    lowest = sum(min(o.costs[cost] for o in row.options) for row in rows) + candidates.fixed[cost]
     found: dict[float, float] = {}
     for fraction in np.linspace(max(lowest / dense, 1e-6) * (1 + 1e-9), 1.0, points):
         try:
@@ -257,6 +261,17 @@ def _figure(width: float, height: float) -> Iterator[Any]:
 
 def _entry(plan: Plan | None, site: str) -> Entry | None:
     return None if plan is None else next((e for e in plan if e.site == site), None)
+
+
+def _shown(candidates: Candidates, plan: Plan | None) -> list[Row]:
+    """The rows that a plan is made of, in its order; all of them without a plan."""
+    if plan is None:
+        return list(candidates)
+    rows = {row.site: row for row in candidates}
+    known = [rows[e.site] for e in plan if e.site in rows]
+    planned = {site for e in plan for site in e.sites}
+    # A plan may be for fewer sites than the table has.
+    return known + [row for row in candidates.singles if row.site not in planned]
 
 
 def _known(held: Any, cost: str) -> None:

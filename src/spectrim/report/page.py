@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectrim.budget import UNITS
-from spectrim.plan import Candidates, Entry, Plan
+from spectrim.factors import SharedBasis
+from spectrim.plan import Candidates, Choice, Entry, Plan
 from spectrim.report import figures
 from spectrim.report.comparison import Comparison, Measure, show
 from spectrim.report.figures import Measured
@@ -77,6 +78,7 @@ class Page:
             layers=[_layer(entry, shown) for entry in plan],
             cost_names=[_COST_NAMES[c] for c in shown],
             unit=plan.unit,
+            shared=any(entry.members for entry in plan),
             skipped=list(self.skipped),
             facts={**facts, **{f"costs: {k}": v for k, v in plan.facts.items()}},
             budget=[f"{_COST_NAMES[c]} \u2264 {_show(c, limit)}" for c, limit in plan.budget.items()],
@@ -219,18 +221,32 @@ def _holds(row: Measure) -> bool:
     return row.compressed >= row.dense - 0.5 if row.better == "higher" else row.compressed <= row.dense
 
 
+def choice_text(choice: Choice) -> str:
+    """A choice in a few words: the unfolding, the rank, and what layers share."""
+    if choice.is_dense:
+        return "dense"
+    settings = dict(choice.settings)
+    parts = [str(settings.pop("unfolding"))] if "unfolding" in settings else []
+    parts += [f"rank {settings.pop('rank')}"] if "rank" in settings else []
+    if choice.kind == SharedBasis.kind and {"rank", "left_rank"} <= choice.settings.keys():
+        first = settings.pop("left_rank")
+        second = choice["rank"] - first
+        parts.append(
+            f"both factors shared ({first} + {second})"
+            if first and second
+            else f"{'first' if first else 'second'} factor shared"
+        )
+        parts += ["computed once"] if settings.pop("once", False) else []
+    settings.pop("bias", None)
+    return ", ".join([*parts, *(f"{key} {value}" for key, value in settings.items())]) or choice.kind
+
+
 def _layer(entry: Entry, shown: Sequence[str]) -> dict[str, Any]:
-    settings = entry.choice.settings
-    choice = "dense"
-    if not entry.choice.is_dense:
-        parts = [str(settings["unfolding"])] if "unfolding" in settings else []
-        parts += [f"rank {settings['rank']}"] if "rank" in settings else []
-        rest = {k: v for k, v in settings.items() if k not in {"unfolding", "rank", "bias"}}
-        choice = ", ".join([*parts, *(f"{k} {v}" for k, v in rest.items())]) or entry.choice.kind
     return {
         "name": entry.site,
+        "members": list(entry.members),
         "kind": entry.kind,
-        "choice": choice,
+        "choice": choice_text(entry.choice),
         "method": entry.choice.method or "",
         "dense": entry.choice.is_dense,
         "error": f"{entry.error:.2%}" if not entry.choice.is_dense else "",
