@@ -359,3 +359,24 @@ def test_a_stopped_run_of_learned_ranks_ends_equal(accelerate: bool, tmp_path: P
     assert same_weights(ranks.model, expected.model)
     assert same_weights(small, whole)
     assert ties(small) == ties(whole) != []
+
+
+def test_one_call_learns_with_groups() -> None:
+    model = copy.deepcopy(case("convolutions").model)
+    alike(model)
+    recipe = Recipe(epochs=1, lr=1e-3)
+    result = st.learn_ranks(
+        model,
+        labelled("convolutions"),
+        st.Budget(parameters=0.2),
+        groups=True,
+        methods=MIXED,
+        start=MIXED,
+        learning=recipe,
+        tuning=recipe,
+        schedule=Schedule(1, 2, 3),
+    )
+    assert any(entry.members for entry in result.plan)
+    assert parameter_count(result.model) == result.plan.costs["parameters"]
+    assert result.sites.groups
+    assert len(result.trajectory.records) == 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import nn
 
 from spectrim.budget import Budget
 from spectrim.errors import CheckpointError
+from spectrim.groups import group
 from spectrim.latency import Latency
 from spectrim.nn.batches import batch_size
 from spectrim.nn.calibrate import calibrate
@@ -70,6 +71,7 @@ def learn_ranks(
     weigh: bool = True,
     skip: Selector | Iterable[Selector] = (),
     only: Selector | Iterable[Selector] = (),
+    groups: bool | Mapping[str, Sequence[str]] = False,
     teacher: nn.Module | None = None,
     loss: Loss | None = None,
     evaluate: Evaluate | None = None,
@@ -103,6 +105,8 @@ def learn_ranks(
         Weigh errors in output energy by the gradients that reach each layer.
     skip, only
         Layers to leave alone or keep to; see :func:`spectrim.find`.
+    groups
+        Layers that may share factors: True finds them (:func:`spectrim.group`), a mapping names them.
     teacher, loss, evaluate, progress, accelerate
         As for :func:`spectrim.fine_tune`; ``evaluate`` is used in tuning.
     checkpoint
@@ -123,8 +127,9 @@ def learn_ranks(
         If the budget cannot be met.
     """
     prepared = _Run(
-        model, batches, calibration=calibration, weigh=weigh, skip=skip, only=only, teacher=teacher, loss=loss,
-        evaluate=evaluate, latency=latency, progress=progress, accelerate=accelerate, seed=(learning or Recipe()).seed,
+        model, batches, calibration=calibration, weigh=weigh, skip=skip, only=only, groups=groups, teacher=teacher,
+        loss=loss, evaluate=evaluate, latency=latency, progress=progress, accelerate=accelerate,
+        seed=(learning or Recipe()).seed,
     )  # fmt: skip
     folder = None if checkpoint is None else Path(checkpoint)
     net = copy.deepcopy(model)
@@ -143,6 +148,7 @@ def budget_path(
     weigh: bool = True,
     skip: Selector | Iterable[Selector] = (),
     only: Selector | Iterable[Selector] = (),
+    groups: bool | Mapping[str, Sequence[str]] = False,
     teacher: nn.Module | None = None,
     loss: Loss | None = None,
     evaluate: Evaluate | None = None,
@@ -172,8 +178,9 @@ def budget_path(
     if not budgets:
         raise ValueError("give at least one budget")
     prepared = _Run(
-        model, batches, calibration=calibration, weigh=weigh, skip=skip, only=only, teacher=teacher, loss=loss,
-        evaluate=evaluate, latency=latency, progress=progress, accelerate=accelerate, seed=(learning or Recipe()).seed,
+        model, batches, calibration=calibration, weigh=weigh, skip=skip, only=only, groups=groups, teacher=teacher,
+        loss=loss, evaluate=evaluate, latency=latency, progress=progress, accelerate=accelerate,
+        seed=(learning or Recipe()).seed,
     )  # fmt: skip
     net = copy.deepcopy(model)
     results = []
@@ -198,6 +205,7 @@ class _Run:
         weigh: bool,
         skip: Selector | Iterable[Selector],
         only: Selector | Iterable[Selector],
+        groups: bool | Mapping[str, Sequence[str]],
         teacher: nn.Module | None,
         loss: Loss | None,
         evaluate: Evaluate | None,
@@ -212,7 +220,7 @@ class _Run:
         if hasattr(self.calibration, "__next__"):
             with randomness.seeded(seed):
                 self.calibration = list(self.calibration)
-        self.weigh, self.skip, self.only, self.latency = weigh, skip, only, latency
+        self.weigh, self.skip, self.only, self.groups, self.latency = weigh, skip, only, groups, latency
         teacher = model if teacher is None and loss is None else teacher
         self.shared: dict[str, Any] = {
             "teacher": teacher, "loss": loss, "progress": progress, "accelerate": accelerate,
@@ -287,6 +295,8 @@ class _Run:
         sites = calibrate(net, find_some(net, self.skip, self.only), self.calibration)
         if self.weigh:
             sites = sensitivity(net, sites, self.calibration)
+        if self.groups is not False:
+            sites = group(sites, None if self.groups is True else self.groups)
         schedule = options.get("schedule") or Schedule()
         total = learning.epochs * (length(self.batches, needed=True) or 0)
         # The last C step is due after the last batch.
