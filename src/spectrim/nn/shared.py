@@ -41,6 +41,9 @@ class Wide(nn.Module):
         self.parts = nn.ModuleList(parts)
         self.original = original
         self.axis = axis
+        # Of the weight in torch's layout, which has no axis of groups: transposed convolutions have the inputs first.
+        self._dim = 1 - axis if original.transposed else axis
+        self._grouped = not self._dim and original.groups > 1
 
     def forward(self, x: Tensor) -> Tensor:
         spec = self.original
@@ -61,11 +64,9 @@ class Wide(nn.Module):
 
     def _weight(self, one: Any, two: Any) -> Tensor:
         """Both weights side by side, in the layout of torch's layer."""
-        # Transposed convolutions have the inputs first.
-        axis = 1 - self.axis if self.original.transposed else self.axis
+        if not self._grouped:
+            return torch.cat((one, two), dim=self._dim)
         groups = self.original.groups
-        if axis or groups == 1:
-            return torch.cat((one, two), dim=axis)
         opened = torch.cat([w.unflatten(0, (groups, -1)) for w in (one, two)], dim=1)
         return opened.flatten(0, 1)
 
