@@ -1,0 +1,140 @@
+"""A table under a budget, as selectors solve it: trees of rows, binding limits, bounds, and the way back to a plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from spectrim import knapsack
+from spectrim.budget import Budget
+from spectrim.errors import InfeasibleBudgetError
+from spectrim.forest import Flat, Forest, flattened
+from spectrim.knapsack import ROUNDING, Indices, Table
+from spectrim.plan import Candidates, Plan, make_plan
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A table under a budget. ``table`` is that of the trees, or None if the dense network meets all limits."""
+
+    candidates: Candidates
+    budget: Budget
+    flat: Flat
+    table: Table | None
+
+    @property
+    def grouped(self) -> bool:
+        return self.flat.candidates is not self.candidates
+
+    def relax(self, table: Table) -> tuple[Indices, float, np.ndarray]:
+        """Picks, lower bound and multipliers of the Lagrangian relaxation."""
+        picks, bound, multipliers = knapsack.relax(table)
+        if self.grouped:
+            # With several limits the sums of parts that the trees offer need not hold the best one at these prices.
+            real, forest = self._real(table), Forest(self.candidates)
+            zero = np.zeros_like(multipliers)
+            bound = max(_bound(real, forest, multipliers)[0], _bound(real, forest, zero)[0], 0.0)
+        return picks, bound, multipliers
+
+    def promising(self, table: Table, picks: Indices, best: float, multipliers: np.ndarray) -> Table:
+        """The options that may be in a better plan than ``picks``, whose loss is ``best``."""
+        if not self.grouped:
+            score = table.loss + table.cost @ multipliers
+            reduced = score - np.minimum.reduceat(score, table.starts)[table.site]
+            possible = reduced <= (best - table.lower_bound(multipliers)) * (1 + knapsack.GAP)
+            possible[picks] = True
+            return table.keep(possible)
+        real = self._real(table)
+        bound, reduced = _bound(real, Forest(self.candidates), multipliers)
+        possible = reduced <= (best - bound) * (1 + knapsack.GAP)
+        held = self.flat.expand(table.index[picks].tolist())
+        possible |= np.array([held.get(int(r)) == k for r, k in zip(real.site, real.index, strict=True)])
+        return real.keep(possible)
+
+    def _real(self, table: Table) -> Table:
+        """The options of all rows, groups among them, each with the sites it covers."""
+        forest, names = Forest(self.candidates), tuple(self.budget.limits(self.candidates.dense))
+        at = [names.index(c) for c in table.names]
+        parts = []
+        for number, row in enumerate(self.candidates.rows):
+            loss, error, cost = knapsack.columns(row, names)
+            kept = knapsack.cheaper(cost)
+            kept = kept[knapsack.undominated(np.column_stack([loss[kept], cost[kept][:, at]]))]
+            # That nothing is done in a group is said by its sites.
+            kept = kept[kept > 0] if row.members else kept
+            parts.append((np.full(len(kept), number), kept, loss[kept], error[kept], cost[kept][:, at]))
+        site, index, loss, error, cost = (np.concatenate(column) for column in zip(*parts, strict=True))
+        dense = np.array([[row.dense.costs[c] for c in table.names] for row in self.candidates.singles], dtype=float)
+        cover = tuple(forest.leaves[n] for n in site)
+        return dataclasses.replace(
+            table, site=site, index=index, loss=loss, error=error, cost=cost, dense=dense, cover=cover
+        )
+
+    def plan(self, table: Table | None, picks: Indices | None, selector: str, bound: float | None = None) -> Plan:
+        """The plan of the picked positions; without a table, all dense."""
+        limits = self.budget.limits(self.candidates.dense)
+        if table is None or picks is None:
+            chosen = self.flat.expand([0] * len(self.flat.candidates))
+        elif table.cover is not None:
+            chosen = dict(zip(table.site[picks].tolist(), table.index[picks].tolist(), strict=True))
+        else:
+            chosen = self.flat.expand(table.index[picks].tolist())
+        plan = make_plan(self.candidates, chosen, budget=limits, selector=selector)
+        return plan if bound is None else dataclasses.replace(plan, bound=min(bound, plan.loss))
+
+
+def _bound(real: Table, forest: Forest, multipliers: np.ndarray) -> tuple[float, np.ndarray]:
+    """The Lagrangian dual, and by how much every option raises it."""
+    score = real.loss + real.cost @ multipliers
+    scores = [np.concatenate([score[real.site == n], [np.inf]]) for n in range(len(forest.rows))]
+    total, rest = 0.0, np.zeros(len(forest.rows))
+    values = [forest.best(n, scores)[0] for n in range(len(forest.rows))]
+    above = list(forest.roots)
+    for root in forest.roots:
+        total += values[root]
+        rest[root] = -values[root]
+    while above:
+        number = above.pop()
+        apart = sum(values[child] for child in forest.children[number])
+        for child in forest.children[number]:
+            rest[child] = rest[number] + apart - values[child]
+            above.append(child)
+    return float(total - multipliers @ real.room), score + rest[real.site]
+
+
+def read(candidates: Candidates, budget: Budget) -> Problem:
+    """The table under the budget's limits."""
+    dense = candidates.dense
+    limits = budget.limits(dense)
+    names = tuple(limits)
+    flat = flattened(candidates, names)
+    # Every option allowed is cheaper in all limited costs, so that a limit met by the dense network always holds.
+    binding = [c for c in names if dense[c] > limits[c] * (1 + ROUNDING)]
+    at = [names.index(c) for c in binding]
+    parts = []
+    for row in flat.candidates.rows:
+        loss, error, cost = knapsack.columns(row, names)
+        kept = knapsack.cheaper(cost)
+        kept = kept[knapsack.undominated(np.column_stack([loss[kept], error[kept], cost[kept][:, at]]))]
+        parts.append((kept, loss[kept], error[kept], cost[kept][:, at], cost[0, at]))
+    if not binding:
+        return Problem(candidates, budget, flat, None)
+    fixed = np.array([candidates.fixed[c] for c in binding], dtype=float)
+    lowest = fixed + sum((part[3].min(0) for part in parts), np.zeros(len(binding)))
+    for c, low in zip(binding, lowest, strict=True):
+        if low > limits[c] * (1 + ROUNDING):
+            raise InfeasibleBudgetError(c, limits[c], float(low), dense[c])
+    table = Table(
+        names=tuple(binding),
+        site=np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts]),
+        index=np.concatenate([part[0] for part in parts]),
+        loss=np.concatenate([part[1] for part in parts]),
+        error=np.concatenate([part[2] for part in parts]),
+        cost=np.concatenate([part[3] for part in parts]),
+        dense=np.stack([part[4] for part in parts]),
+        fixed=fixed,
+        limit=np.array([limits[c] for c in binding]),
+    )
+    return Problem(candidates, budget, flat, table)
