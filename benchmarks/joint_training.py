@@ -185,7 +185,9 @@ def _never_worse(asked: dict[str, Any], rows: list[dict[str, Any]], dense: float
             + ", ".join(f"{arm} {means[arm]:.2f} (sd {spread[arm]:.2f}, {len(found[arm])} seeds)" for arm in found)
         )
     value = round(min(leads), 3)
-    return claim(value, "points, mixed less the better of joint and separate", ">= 0", value >= 0, "; ".join(said))
+    said[0] = f"{rows[0]['network']}, epochs: {rows[0]['epochs']}; {said[0]}"
+    unit, target = "points above target", "mixed >= the better of joint and separate"
+    return claim(value, unit, target, value >= 0, "; ".join(said))
 
 
 def _lost(asked: dict[str, Any], rows: list[dict[str, Any]], dense: float) -> dict[str, Any]:
