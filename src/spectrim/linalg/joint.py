@@ -16,6 +16,8 @@ conjugate gradients. Nothing is inverted but Gram matrices of the size of the ra
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -323,10 +325,7 @@ def alternate_right(
     def fitted(lefts: Sequence[Tensor]) -> Tensor:
         pairs = zip(layers, lefts, strict=True)
         equations = [response.normal(m, a, left, o, energy=False) for (m, a, o), left in pairs]
-        total = equations[0]
-        for more in equations[1:]:
-            total = total + more
-        return total.solve()
+        return functools.reduce(operator.add, equations).solve()
 
     right = fitted(lefts)
     for _ in range(sweeps):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -188,10 +190,7 @@ class JointSVD(Method):
             layers = zip(problem.mixed, full, lefts, problem.outputs, strict=True)
             equations = [response.normal(m, a, left, o) for m, a, left, o in layers]
             if self.share == "right":
-                total = equations[0]
-                for more in equations[1:]:
-                    total = total + more
-                lost = total.errors()
+                lost = functools.reduce(operator.add, equations).errors()
             else:
                 lost = torch.stack([e.errors() for e in equations]).sum(0)
         return ranks, lost[ranks].tolist(), energies
@@ -216,10 +215,8 @@ class JointSVD(Method):
             return joint.objective(problem.mixed, state.products(), problem.slices)
         if not state.shared_left.shape[-1]:
             layers = zip(problem.mixed, problem.full, state.own_lefts, problem.outputs, strict=True)
-            total, *others = [response.normal(m, a, left, o) for m, a, left, o in layers]
-            for more in others:
-                total = total + more
-            return float(total.errors()[-1])
+            equations = [response.normal(m, a, left, o) for m, a, left, o in layers]
+            return float(functools.reduce(operator.add, equations).errors()[-1])
         lost = 0.0
         parts = zip(problem.mixed, problem.full, state.own_lefts, problem.outputs, strict=True)
         for matrix, metric, left, outputs in parts:
