@@ -117,11 +117,7 @@ def tabulate(
         for (site, options), (_, curves) in zip(plain, found, strict=True)
     ]
 
-    fixed = {name: sum(cost((spec,)) for spec in sites.untouched) for name, cost in functions.items()}
-    fixed["parameters"] += sites.other_parameters
-    fixed["bytes"] += sites.other_bytes
-    if "macs" in fixed:
-        fixed["macs"] += sites.other_macs
+    fixed = counted.fixed(sites, functions)
     if latency is not None and dense_latency is not None:
         alone = sum(row.dense.costs["latency"] for row in rows if not row.members)
         fixed["latency"] = max(0.0, dense_latency - alone)
@@ -257,10 +253,10 @@ def apply(
         raise PlanError("batches are read several times; pass a list or a DataLoader, not an iterator")
     makers = _makers(plan, methods)
     known = {site.name for site in sites}
-    unknown = [name for entry in plan for name in entry.sites if name not in known]
+    names = [name for entry in plan for name in entry.sites]
+    unknown = [name for name in names if name not in known]
     if unknown:
         raise PlanError(f"the plan names sites that the model does not have: {', '.join(map(repr, unknown))}")
-    names = [name for entry in plan for name in entry.sites]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise PlanError(f"the plan names sites more than once: {', '.join(map(repr, twice))}")

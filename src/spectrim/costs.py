@@ -8,11 +8,11 @@ pair), so every cost is a function of the specs that are executed one after the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from spectrim.sites import LayerSpec
+from spectrim.sites import LayerSpec, Sites
 
 Cost = Callable[[Sequence[LayerSpec]], float]
 
@@ -51,6 +51,13 @@ def macs(specs: Sequence[LayerSpec]) -> float:
             shapes = tuple(spec.output_shape(shape) for shape in shapes)
         total += _weights(spec) * spec.density * sum(math.prod(shape) for shape in shapes)
     return total
+
+
+def fixed(sites: Sites, functions: Mapping[str, Cost]) -> dict[str, float]:
+    """What no choice touches costs: layers left alone, and all that is no layer, by the name of the cost."""
+    found = {name: sum(cost((spec,)) for spec in sites.untouched) for name, cost in functions.items()}
+    others = {"parameters": sites.other_parameters, "bytes": sites.other_bytes, "macs": sites.other_macs}
+    return {name: value + others.get(name, 0.0) for name, value in found.items()}
 
 
 def require_inputs(spec: LayerSpec) -> tuple[tuple[int, ...], ...]:

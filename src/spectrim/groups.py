@@ -174,7 +174,7 @@ def _patterns(name: str) -> list[tuple[str, int]]:
 def _kin(spec: LayerSpec, *, flat: bool) -> tuple[object, ...]:
     """What layers that share a second factor have in common, with the stage of a flat sequence by its output shape."""
     seen = tuple(spec.output_shape(shape) for shape in spec.inputs) if flat else ()
-    return (spec.kernel, spec.groups, spec.transposed, spec.dtype, spec.device, spec.out_channels, seen)
+    return (*spec.family, spec.out_channels, seen)
 
 
 def _alike(members: Sequence[tuple[int, Site]], *, flat: bool) -> list[list[tuple[int, Site]]]:

@@ -97,6 +97,11 @@ class Row:
     def dense(self) -> Option:
         return self.options[0]
 
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that its options are for."""
+        return self.members or (self.site,)
+
     def loss(self, option: Option) -> float:
         return self.scale * max(option.error, 0.0) ** self.exponent if option.error > 0 else 0.0
 
@@ -302,8 +307,8 @@ def make_plan(
     numbers = picks if isinstance(picks, Mapping) else dict(enumerate(picks))
     order = {row.site: number for number, row in enumerate(candidates.rows)}
     rows = [(candidates.rows[number], pick) for number, pick in numbers.items()]
-    rows.sort(key=lambda pair: min(order[site] for site in pair[0].members or (pair[0].site,)))
-    covered = [site for row, _ in rows for site in row.members or (row.site,)]
+    rows.sort(key=lambda pair: min(order[site] for site in pair[0].sites))
+    covered = [site for row, _ in rows for site in row.sites]
     if sorted(covered) != sorted(row.site for row in candidates.singles):
         raise ValueError("a plan covers every site once; the picked rows do not")
     chosen = [(row, row.options[pick]) for row, pick in rows]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -11,8 +13,8 @@ from spectrim import knapsack
 from spectrim.budget import Budget
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.forest import Flat, Forest, flattened
-from spectrim.knapsack import ROUNDING, Indices, Table
-from spectrim.plan import Candidates, Plan, make_plan
+from spectrim.knapsack import ROUNDING, Floats, Indices, Table
+from spectrim.plan import Candidates, Plan, Row, make_plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +35,8 @@ class Problem:
         picks, bound, multipliers = knapsack.relax(table)
         if self.grouped:
             # With several limits the sums of parts that the trees offer need not hold the best one at these prices.
-            real, forest = self._real(table), Forest(self.candidates)
             zero = np.zeros_like(multipliers)
-            bound = max(_bound(real, forest, multipliers)[0], _bound(real, forest, zero)[0], 0.0)
+            bound = max(_bound(self._real, self._forest, m)[0] for m in (multipliers, zero))
         return picks, bound, multipliers
 
     def promising(self, table: Table, picks: Indices, best: float, multipliers: np.ndarray) -> Table:
@@ -46,28 +47,32 @@ class Problem:
             possible = reduced <= (best - table.lower_bound(multipliers)) * (1 + knapsack.GAP)
             possible[picks] = True
             return table.keep(possible)
-        real = self._real(table)
-        bound, reduced = _bound(real, Forest(self.candidates), multipliers)
+        real = self._real
+        bound, reduced = _bound(real, self._forest, multipliers)
         possible = reduced <= (best - bound) * (1 + knapsack.GAP)
         held = self.flat.expand(table.index[picks].tolist())
         possible |= np.array([held.get(int(r)) == k for r, k in zip(real.site, real.index, strict=True)])
         return real.keep(possible)
 
-    def _real(self, table: Table) -> Table:
+    @cached_property
+    def _forest(self) -> Forest:
+        return Forest(self.candidates)
+
+    @cached_property
+    def _real(self) -> Table:
         """The options of all rows, groups among them, each with the sites it covers."""
-        forest, names = Forest(self.candidates), tuple(self.budget.limits(self.candidates.dense))
-        at = [names.index(c) for c in table.names]
+        table = self.table
+        assert table is not None
+        names = tuple(self.budget.limits(self.candidates.dense))
         parts = []
         for number, row in enumerate(self.candidates.rows):
-            loss, error, cost = knapsack.columns(row, names)
-            kept = knapsack.cheaper(cost)
-            kept = kept[knapsack.undominated(np.column_stack([loss[kept], cost[kept][:, at]]))]
+            kept, loss, error, cost = _worth_choosing(row, names, table.names, by_error=False)
             # That nothing is done in a group is said by its sites.
-            kept = kept[kept > 0] if row.members else kept
-            parts.append((np.full(len(kept), number), kept, loss[kept], error[kept], cost[kept][:, at]))
+            some = slice(1, None) if row.members and len(kept) and kept[0] == 0 else slice(None)
+            parts.append((np.full(len(kept[some]), number), kept[some], loss[some], error[some], cost[some]))
         site, index, loss, error, cost = (np.concatenate(column) for column in zip(*parts, strict=True))
         dense = np.array([[row.dense.costs[c] for c in table.names] for row in self.candidates.singles], dtype=float)
-        cover = tuple(forest.leaves[n] for n in site)
+        cover = tuple(self._forest.leaves[n] for n in site)
         return dataclasses.replace(
             table, site=site, index=index, loss=loss, error=error, cost=cost, dense=dense, cover=cover
         )
@@ -83,6 +88,21 @@ class Problem:
             chosen = self.flat.expand(table.index[picks].tolist())
         plan = make_plan(self.candidates, chosen, budget=limits, selector=selector)
         return plan if bound is None else dataclasses.replace(plan, bound=min(bound, plan.loss))
+
+
+def _worth_choosing(
+    row: Row, names: Sequence[str], binding: Sequence[str], *, by_error: bool
+) -> tuple[Indices, Floats, Floats, Floats]:
+    """Indices of the options that are cheaper than dense and not dominated, with losses, errors and binding costs.
+
+    ``by_error`` keeps those too that only another error distinguishes, for selectors that go by it.
+    """
+    loss, error, cost = knapsack.columns(row, names)
+    kept = knapsack.cheaper(cost)
+    cost = cost[:, [names.index(c) for c in binding]]
+    values = [loss[kept], error[kept], cost[kept]] if by_error else [loss[kept], cost[kept]]
+    kept = kept[knapsack.undominated(np.column_stack(values))]
+    return kept, loss[kept], error[kept], cost[kept]
 
 
 def _bound(real: Table, forest: Forest, multipliers: np.ndarray) -> tuple[float, np.ndarray]:
@@ -112,13 +132,7 @@ def read(candidates: Candidates, budget: Budget) -> Problem:
     flat = flattened(candidates, names)
     # Every option allowed is cheaper in all limited costs, so that a limit met by the dense network always holds.
     binding = [c for c in names if dense[c] > limits[c] * (1 + ROUNDING)]
-    at = [names.index(c) for c in binding]
-    parts = []
-    for row in flat.candidates.rows:
-        loss, error, cost = knapsack.columns(row, names)
-        kept = knapsack.cheaper(cost)
-        kept = kept[knapsack.undominated(np.column_stack([loss[kept], error[kept], cost[kept][:, at]]))]
-        parts.append((kept, loss[kept], error[kept], cost[kept][:, at], cost[0, at]))
+    parts = [_worth_choosing(row, names, binding, by_error=True) for row in flat.candidates.rows]
     if not binding:
         return Problem(candidates, budget, flat, None)
     fixed = np.array([candidates.fixed[c] for c in binding], dtype=float)
@@ -133,7 +147,7 @@ def read(candidates: Candidates, budget: Budget) -> Problem:
         loss=np.concatenate([part[1] for part in parts]),
         error=np.concatenate([part[2] for part in parts]),
         cost=np.concatenate([part[3] for part in parts]),
-        dense=np.stack([part[4] for part in parts]),
+        dense=np.array([[row.dense.costs[c] for c in binding] for row in flat.candidates.rows], dtype=float),
         fixed=fixed,
         limit=np.array([limits[c] for c in binding]),
     )

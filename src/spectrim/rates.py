@@ -114,18 +114,12 @@ def at_rate(
         options = (Option(DENSE, 0.0, costs(layers)), _option(a, costs))
         members = tuple(spec.name for spec in layers)
         rows.append(Row(a.site.name, f"{len(layers)} x {layers[0].kind}", options, members=members))
-    fixed = costs(sites.untouched)
-    for name, other in (
-        ("parameters", sites.other_parameters), ("bytes", sites.other_bytes), ("macs", sites.other_macs)
-    ):  # fmt: skip
-        if name in fixed:
-            fixed[name] += other
     units = {metrics.unit(site) if site.moments else WEIGHT_ENERGY for site in sites}
     if len(units) > 1:
         raise ValueError("some of the sites are calibrated and some are not, so that their errors have different units")
     table = Candidates(
         tuple(rows),
-        fixed,
+        counted.fixed(sites, functions),
         units.pop() if units else WEIGHT_ENERGY,
         methods={a.method.name: a.method.record() for a in assigned},
     )

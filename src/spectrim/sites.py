@@ -77,6 +77,11 @@ class LayerSpec:
         return (g, self.out_channels // g, self.in_channels // g, *self.kernel)
 
     @property
+    def family(self) -> tuple[object, ...]:
+        """What layers agree in whose unfolded weights may share a factor, besides the shared side's channels."""
+        return (self.kernel, self.groups, self.transposed, self.dtype, self.device)
+
+    @property
     def features(self) -> int:
         """Length of one group's input patch, ``i * prod(k)``."""
         return math.prod(self.shape[2:])

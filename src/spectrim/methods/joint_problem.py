@@ -148,7 +148,7 @@ def compatible(layers: Sequence[LayerSpec], side: str) -> bool:
     Strides, padding and dilations may differ; a factor is a weight.
     """
     first = layers[0]
-    alike = {(s.kernel, s.groups, s.transposed, s.dtype, s.device) for s in layers}
+    alike = {spec.family for spec in layers}
     inputs = {s.in_channels for s in layers} == {first.in_channels}
     outputs = {s.out_channels for s in layers} == {first.out_channels}
     return len(layers) > 1 and len(alike) == 1 and (inputs or side == "right") and (outputs or side == "left")

@@ -51,7 +51,7 @@ def _(factors: LowRank, layers: Sequence[LayerSpec], biases: Sequence[Tensor | N
 @build.register
 def _(factors: SharedBasis, layers: Sequence[LayerSpec], biases: Sequence[Tensor | None]) -> tuple[nn.Module, ...]:
     left_rank, right_rank = factors.ranks
-    if len({(spec.kernel, spec.groups, spec.transposed, spec.dtype, spec.device) for spec in layers}) > 1:
+    if len({spec.family for spec in layers}) > 1:
         found = ", ".join(f"{spec.name!r} ({spec.kind}, {spec.dtype}, {spec.device})" for spec in layers)
         raise ValueError(f"layers that share a factor agree in kernel, groups, dtype and device; these are {found}")
     rows = zip(factors.own_lefts, factors.own_rights, factors.shifts, layers, biases, factors.shapes, strict=True)

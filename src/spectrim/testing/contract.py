@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 import torch
@@ -70,23 +70,45 @@ def check_method(
     for kind in layers if layers is not None else LAYERS:
         for calibrated, weighted in ((False, False), (True, False), (True, True)):
             site, layer, inputs = small_site(kind, calibrated=calibrated, weighted=weighted, dtype=dtype)
-            try:
-                curve = method.curve(site)
-            except MissingMomentsError:
-                if calibrated:
-                    raise
-                continue  # it needs data and says so
+            curve = offered(method, site, calibrated=calibrated)
+            if curve is None:
+                continue
             where = f"{method.name} on {kind} ({curve.unit})"
-            check_curve(method, site, curve, where)
-            for choice, error in some(curve):
-                factors = check_factors(method, site, choice, error, curve.unit, tolerance, slack, where)
-                _check_modules(method, site, choice, factors, where)
-                check_numel(method, site, choice, factors, where)
-                checked += 1
+            checked += check_offered(method, site, curve, _check_modules, tolerance, slack, where)
             if isinstance(method, LowRankMethod):
                 checked += _check_full_rank(method, site, layer, inputs, where)
     expect(checked > 0, f"{method.name} offers nothing for any of the layers")
     return checked
+
+
+def offered(method: Method, site: Site, *, calibrated: bool) -> Curve | None:
+    """The curve of a site, or None if the method needs data and says so."""
+    try:
+        return method.curve(site)
+    except MissingMomentsError:
+        if calibrated:
+            raise
+        return None
+
+
+def check_offered(
+    method: Method,
+    site: Site,
+    curve: Curve,
+    check_built: Callable[[Method, Site, Choice, Factors, str], None],
+    tolerance: float,
+    slack: float,
+    where: str,
+) -> int:
+    """Check a curve, and carry some of its choices out; how many."""
+    check_curve(method, site, curve, where)
+    carried_out = 0
+    for choice, error in some(curve):
+        factors = check_factors(method, site, choice, error, curve.unit, tolerance, slack, where)
+        check_built(method, site, choice, factors, where)
+        check_numel(method, site, choice, factors, where)
+        carried_out += 1
+    return carried_out
 
 
 def some(curve: Curve) -> Iterator[tuple[Choice, float]]:

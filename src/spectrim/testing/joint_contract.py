@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from spectrim.costs import parameters
-from spectrim.errors import MissingMomentsError
 from spectrim.factors import Factors
 from spectrim.methods.base import Method
 from spectrim.methods.joint_svd import JointSVD
@@ -17,7 +17,7 @@ from spectrim.nn.modules import Factored, whole
 from spectrim.nn.shared import Once
 from spectrim.plan import Choice
 from spectrim.sites import Site
-from spectrim.testing.contract import check_curve, check_factors, check_numel, check_record, expect, some
+from spectrim.testing.contract import check_offered, check_record, expect, offered
 from spectrim.testing.layers import LAYERS, small_group
 from spectrim.testing.measures import measured_error
 from spectrim.unfold import unfoldings
@@ -90,25 +90,25 @@ def check_joint_method(
                     weighted=held == "gradients",
                     dtype=dtype,
                 )
-                try:
-                    curve = method.curve(site)
-                except MissingMomentsError:
-                    if calibrated:
-                        raise
-                    continue  # it needs data and says so
+                curve = offered(method, site, calibrated=calibrated)
+                if curve is None:
+                    continue
                 where = f"{method.name} on {name} {kind} ({curve.unit})"
-                check_curve(method, site, curve, where)
-                for choice, error in some(curve):
-                    factors = check_factors(method, site, choice, error, curve.unit, tolerance, slack, where)
-                    _check_pairs(method, site, choice, factors, where)
-                    check_numel(method, site, choice, factors, where)
-                    if calibrated:
-                        _check_refit(method, site, choice, factors, curve.unit, tolerance, where)
-                    checked += 1
+                check_built = functools.partial(_check_built, unit=curve.unit, tolerance=tolerance)
+                checked += check_offered(method, site, curve, check_built, tolerance, slack, where)
                 if isinstance(method, JointSVD) and method.share != "both" and curve.choices:
                     checked += _check_full_rank(method, site, modules, inputs, where)
     expect(checked > 0, f"{method.name} offers nothing for any of the groups")
     return checked
+
+
+def _check_built(
+    method: Method, site: Site, choice: Choice, factors: Factors, where: str, *, unit: str, tolerance: float
+) -> None:
+    """The pairs, and, of a calibrated group, what fitting the layers anew makes of them."""
+    _check_pairs(method, site, choice, factors, where)
+    if site.moments:
+        _check_refit(method, site, choice, factors, unit, tolerance, where)
 
 
 def _check_pairs(method: Method, site: Site, choice: Choice, factors: Factors, where: str) -> None:

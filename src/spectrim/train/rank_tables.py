@@ -54,7 +54,7 @@ def weighed(table: Candidates, sites: Sites, mu: float, *, normalize: bool) -> C
     """
     rows = []
     for row in table.rows:
-        names = row.members or (row.site,)
+        names = row.sites
         energy = sum(float(weight.double().square().sum()) for name in names for weight in sites[name].weights)
         half = row.scale if row.scale != len(names) else 0.5 * len(names)
         options = row.options
