@@ -25,12 +25,12 @@ def parameters(specs: Sequence[LayerSpec]) -> float:
 
     What a spec shares with another one, which counts it, is left out (``LayerSpec.shared``); its bias is its own.
     """
-    return sum((_weights(spec) - spec.shared) * spec.density + spec.out_channels * spec.bias for spec in specs)
+    return sum(spec.stored - spec.shared + spec.out_channels * spec.bias for spec in specs)
 
 
 def size_bytes(specs: Sequence[LayerSpec]) -> float:
-    """Bytes of the stored numbers in each spec's dtype. Of sparse weights the values only, without indices."""
-    return sum(parameters([spec]) * spec.dtype.itemsize for spec in specs)
+    """Bytes of the stored numbers in each spec's dtype, and of what says where the entries of sparse weights are."""
+    return sum(parameters([spec]) * spec.dtype.itemsize + spec.index_bytes for spec in specs)
 
 
 def macs(specs: Sequence[LayerSpec]) -> float:
@@ -49,7 +49,7 @@ def macs(specs: Sequence[LayerSpec]) -> float:
         shapes = require_inputs(spec)
         if not (spec.is_linear or spec.transposed):
             shapes = tuple(spec.output_shape(shape) for shape in shapes)
-        total += _weights(spec) * spec.density * sum(math.prod(shape) for shape in shapes)
+        total += spec.stored * sum(math.prod(shape) for shape in shapes)
     return total
 
 
@@ -100,7 +100,3 @@ def rank_multiple(device: str, dtype: torch.dtype, full_rank: int) -> int:
             wide //= 2
     most = max(1, full_rank // _CHOICES)
     return min(wide, 1 << (most.bit_length() - 1))
-
-
-def _weights(spec: LayerSpec) -> int:
-    return math.prod(spec.shape)

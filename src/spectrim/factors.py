@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from spectrim.linalg.patterns import Pattern, pattern
 from spectrim.unfold import Unfolding, fold, unfolding
 
 _KINDS: dict[str, type[Factors]] = {}
@@ -196,3 +197,69 @@ class SharedBasis(Factors, kind="shared_basis"):
             tuple(tuple(shape[1:]) for shape in shapes),
             once,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankPlusSparse(Factors, kind="low_rank_plus_sparse"):
+    """A matrix product and a sparse weight, added, in place of one layer's weight.
+
+    Attributes
+    ----------
+    left, right
+        The product, as in :class:`LowRank`; with a rank of 0 there is none.
+    sparse
+        ``[g, o, i, *k]``, zero outside ``mask``.
+    mask
+        What is stored of ``sparse``; nothing at a density of 0.
+    pattern
+        That the mask has.
+    shift
+        ``[o_total]``, added to the layer's bias, or None.
+    how
+        The unfolding of the product.
+    """
+
+    left: Float[Tensor, "g rows r"]
+    right: Float[Tensor, "g r columns"]
+    sparse: Float[Tensor, "g o i *k"]
+    mask: Bool[Tensor, "g o i *k"]
+    pattern: Pattern
+    shift: Float[Tensor, " o_total"] | None
+    how: Unfolding
+
+    @property
+    def rank(self) -> int:
+        return self.left.shape[-1]
+
+    @property
+    def density(self) -> float:
+        """Share of the sparse weight that is stored."""
+        return int(self.mask.sum()) / self.mask.numel()
+
+    def dense(self) -> tuple[Tensor, ...]:
+        return (fold(self.left @ self.right, self.how, tuple(self.sparse.shape[1:])) + self.sparse,)
+
+    def numel(self) -> int:
+        return self.left.numel() + self.right.numel() + int(self.mask.sum())
+
+    @classmethod
+    def empty(cls, shapes: Sequence[Sequence[int]], settings: Mapping[str, object]) -> LowRankPlusSparse:
+        ((g, o, i, *kernel),) = shapes
+        shape = (g, o, i, *kernel)
+        how = unfolding(kernel, str(settings["unfolding"]))
+        rank, density, name = settings["rank"], settings["density"], settings["pattern"]
+        rows, columns = how.sizes(kernel)
+        full = min(i * rows, o * columns)
+        # A plan may come from anyone: nothing is allocated for a rank that no decomposition has.
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= full:
+            raise ValueError(f"rank {rank!r}; expected a whole number from 0 to the full rank {full}")
+        if not isinstance(density, (int, float)) or isinstance(density, bool) or not 0 <= density <= 1:
+            raise ValueError(f"density {density!r}; expected a number from 0 to 1")
+        kind = pattern(str(name))
+        if not kind.fits(shape):
+            raise ValueError(f"pattern {name!r} does not fit a weight of shape {shape}")
+        if not rank and not kind.kept(shape, density):
+            raise ValueError(f"rank 0 and a density of {density!r} leave nothing of the layer")
+        weight = torch.zeros(shape)
+        mask = kind.keep(weight, density)
+        return cls(torch.empty(g, i * rows, rank), torch.empty(g, rank, o * columns), weight, mask, kind, None, how)

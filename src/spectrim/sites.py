@@ -19,6 +19,8 @@ from torch import Tensor
 
 from spectrim.errors import MissingMomentsError
 from spectrim.linalg.moments import Moments
+from spectrim.linalg.packing import packed_bytes
+from spectrim.linalg.patterns import Channels, Pattern, Taps
 from spectrim.unfold import Unfolding
 
 
@@ -42,6 +44,8 @@ class LayerSpec:
         Numbers of the weight that belong to another spec too, which counts them (shared factors).
     density
         Fraction of the weight that is stored and multiplied (sparse factors).
+    index_bytes
+        Bytes that say which entries those are.
     """
 
     names: tuple[str, ...]
@@ -61,6 +65,7 @@ class LayerSpec:
     inputs: tuple[tuple[int, ...], ...] = ()
     shared: int = 0
     density: float = 1.0
+    index_bytes: int = 0
 
     @property
     def name(self) -> str:
@@ -80,6 +85,11 @@ class LayerSpec:
     def family(self) -> tuple[object, ...]:
         """What layers agree in whose unfolded weights may share a factor, besides the shared side's channels."""
         return (self.kernel, self.groups, self.transposed, self.dtype, self.device)
+
+    @property
+    def stored(self) -> int:
+        """Numbers of the weight that are stored, those included that another spec counts."""
+        return round(math.prod(self.shape) * self.density)
 
     @property
     def features(self) -> int:
@@ -112,6 +122,58 @@ class LayerSpec:
     def at(self, inputs: tuple[tuple[int, ...], ...]) -> LayerSpec:
         """The same layer with the input shapes it was seen with."""
         return dataclasses.replace(self, inputs=inputs)
+
+    def sparse(self, pattern: Pattern, density: float, *, bias: bool | None = None) -> LayerSpec:
+        """The layer of a sparse weight in place of this one.
+
+        Patterns whose entries form a smaller layer give that layer's spec.
+
+        Parameters
+        ----------
+        bias
+            Whether the layer has a bias; by default as this layer.
+
+        Raises
+        ------
+        ValueError
+            If this layer cannot have the pattern.
+        """
+        if not self.allows(pattern):
+            raise ValueError(f"layer {self.name!r} ({self.kind}) cannot have the pattern {pattern.name!r}")
+        spec = dataclasses.replace(self, bias=self.bias if bias is None else bias)
+        if isinstance(pattern, Taps):
+            return _cropped(spec, pattern)
+        pools, units, _ = pattern.size(self.shape)
+        kept = pattern.kept(self.shape, density)
+        if isinstance(pattern, Channels):
+            return dataclasses.replace(spec, in_channels=pools * kept, index_bytes=4 * pools * kept)
+        return dataclasses.replace(
+            spec,
+            density=pattern.stored(self.shape, density) / math.prod(self.shape),
+            index_bytes=packed_bytes(pools * units, pools * kept),
+        )
+
+    def allows(self, pattern: Pattern) -> bool:
+        """Whether a weight of this layer can have the pattern."""
+        if isinstance(pattern, Taps) and (self.transposed or self.padding_mode != "zeros"):
+            return False
+        return pattern.fits(self.shape)
+
+    def margins(self, pattern: Taps) -> tuple[tuple[int, int], ...]:
+        """Padding before and after each axis of the input with which the smaller kernel sees what it saw in this one.
+
+        Negative numbers crop.
+        """
+        found = []
+        for a, (k, d) in enumerate(zip(self.kernel, self.dilation, strict=True)):
+            if isinstance(self.padding, str):
+                both = d * (k - 1)
+                before, after = both // 2, both - both // 2
+            else:
+                before = after = self.padding[a]
+            first, count = pattern.corner[a], pattern.extent[a]
+            found.append((before - first * d, after - (k - first - count) * d))
+        return tuple(found)
 
     def factor(self, how: Unfolding, rank: int, *, bias: bool | None = None) -> tuple[LayerSpec, LayerSpec]:
         """The two layers of a rank-``rank`` pair in place of this one.
@@ -156,6 +218,14 @@ class LayerSpec:
             **part(kernels[1], [not h for h in has]),
         )
         return first, second
+
+
+def _cropped(spec: LayerSpec, pattern: Taps) -> LayerSpec:
+    """A convolution with a part of the kernel, whose inputs are padded or cropped beforehand."""
+    margins = spec.margins(pattern)
+    inputs = tuple(tuple(n + a + b for n, (a, b) in zip(shape, margins, strict=True)) for shape in spec.inputs)
+    none = (0,) * len(spec.kernel)
+    return dataclasses.replace(spec, kernel=pattern.extent, padding=none, inputs=inputs)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from functools import singledispatch
 from torch import Tensor, nn
 
 from spectrim.errors import PlanError
-from spectrim.factors import Factors, LowRank, SharedBasis, kinds
+from spectrim.factors import Factors, LowRank, LowRankPlusSparse, SharedBasis, kinds
 from spectrim.nn.find import describe
 from spectrim.nn.modules import Factored, make_layer
 from spectrim.nn.shared import Once, Wide
+from spectrim.nn.sparse import Sum, sparse_layer
 from spectrim.plan import Choice
 from spectrim.sites import LayerSpec
 from spectrim.unfold import first_weight, second_weight
@@ -35,16 +36,40 @@ def build(factors: Factors, layers: Sequence[LayerSpec], biases: Sequence[Tensor
 @build.register
 def _(factors: LowRank, layers: Sequence[LayerSpec], biases: Sequence[Tensor | None]) -> tuple[nn.Module, ...]:
     (spec,), (bias,) = layers, biases
-    if factors.shift is not None:
-        bias = factors.shift if bias is None else bias + factors.shift
+    return (_pair(factors, spec, _shifted(bias, factors.shift)),)
+
+
+@build.register
+def _(
+    factors: LowRankPlusSparse, layers: Sequence[LayerSpec], biases: Sequence[Tensor | None]
+) -> tuple[nn.Module, ...]:
+    (spec,), (bias,) = layers, biases
+    bias = _shifted(bias, factors.shift)
+    pair = None
+    if factors.rank:
+        shape = tuple(factors.sparse.shape[1:])
+        pair = _pair(LowRank(factors.left, factors.right, None, factors.how, shape), spec, bias)
+        if not bool(factors.mask.any()):
+            return (pair,)
+        bias = None
+    alone = dataclasses.replace(spec, bias=bias is not None)
+    sparse = sparse_layer(alone, factors.sparse, factors.mask, factors.pattern, bias)
+    return (sparse if pair is None else Sum(pair, sparse, spec),)
+
+
+def _shifted(bias: Tensor | None, shift: Tensor | None) -> Tensor | None:
+    if shift is None:
+        return bias
+    return shift if bias is None else bias + shift
+
+
+def _pair(factors: LowRank, spec: LayerSpec, bias: Tensor | None) -> Factored:
     first, second = spec.factor(factors.how, factors.rank, bias=bias is not None)
-    return (
-        Factored(
-            make_layer(first, first_weight(factors.left, factors.how, factors.shape)),
-            make_layer(second, second_weight(factors.right, factors.how, factors.shape), bias),
-            unfolding=factors.how.name,
-            original=spec,
-        ),
+    return Factored(
+        make_layer(first, first_weight(factors.left, factors.how, factors.shape)),
+        make_layer(second, second_weight(factors.right, factors.how, factors.shape), bias),
+        unfolding=factors.how.name,
+        original=spec,
     )
 
 
@@ -57,8 +82,7 @@ def _(factors: SharedBasis, layers: Sequence[LayerSpec], biases: Sequence[Tensor
     rows = zip(factors.own_lefts, factors.own_rights, factors.shifts, layers, biases, factors.shapes, strict=True)
     built: list[Factored] = []
     for own_left, own_right, shift, spec, bias, shape in rows:
-        if shift is not None:
-            bias = shift if bias is None else bias + shift
+        bias = _shifted(bias, shift)
         first, second = spec.factor(factors.how, left_rank + right_rank, bias=bias is not None)
         lefts = [first_weight(part, factors.how, shape) for part in (factors.shared_left, own_left)]
         rights = [second_weight(part, factors.how, shape) for part in (own_right, factors.shared_right)]
@@ -122,7 +146,7 @@ def skeleton(choice: Choice, layers: Sequence[LayerSpec]) -> tuple[nn.Module, ..
     if choice.kind not in known:
         raise PlanError(f"layer {layers[0].name!r}: unknown kind {choice.kind!r}; known are {', '.join(known)}")
     biased = choice.settings.get("bias", layers[0].bias)
-    if len(layers) != 1 and choice.kind == LowRank.kind:
+    if len(layers) != 1 and choice.kind in (LowRank.kind, LowRankPlusSparse.kind):
         raise PlanError(f"layer {layers[0].name!r}: a {choice.kind!r} choice is for one layer, not for {len(layers)}")
     if not isinstance(biased, bool):
         raise PlanError(f"layer {layers[0].name!r}: setting 'bias' is {biased!r}; expected true or false")

@@ -119,6 +119,5 @@ def whole(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Canonical weight and bias of a layer of a pair, put together or multiplied out where it is not a plain one."""
     if isinstance(layer, Factored):
         layer = layer.merged()
-    if isinstance(layer, (Wide, Once)):
-        return layer.whole()
-    return canonical(layer)
+    parts = getattr(layer, "whole", None)
+    return canonical(layer) if parts is None else parts()

@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectrim.nn.find import canonical
+from spectrim.nn.functional import run
 from spectrim.sites import LayerSpec
-
-_TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
 class Wide(nn.Module):
@@ -54,13 +52,7 @@ class Wide(nn.Module):
         bias = one._parameters["bias"]  # type: ignore[union-attr]
         if bias is None:
             bias = two._parameters["bias"]  # type: ignore[union-attr]
-        if not spec.kernel:
-            return F.linear(x, weight, bias)
-        if spec.transposed:
-            run = _TRANSPOSED[len(spec.kernel)]
-            return run(x, weight, bias, host.stride, host.padding, host.output_padding, host.groups, host.dilation)
-        # torch's own way to run a convolution with another weight: it knows every padding.
-        return host._conv_forward(x, weight, bias)
+        return run(host, spec, x, weight, bias)
 
     def _weight(self, one: Any, two: Any) -> Tensor:
         """Both weights side by side, in the layout of torch's layer."""

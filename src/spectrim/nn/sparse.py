@@ -1,0 +1,214 @@
+"""Layers with a sparse weight, and the sum of such a layer and a low-rank pair."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from spectrim.linalg.patterns import Channels, Pattern, Taps
+from spectrim.nn.find import canonical
+from spectrim.nn.functional import run
+from spectrim.nn.modules import Factored, make_layer, whole
+from spectrim.sites import LayerSpec
+
+
+class Masked(nn.Module):
+    """A layer whose weight is zero outside a mask. Files hold what is inside (:mod:`spectrim.nn.checkpoint`).
+
+    Only entries inside the mask get gradients, so that any optimizer leaves the others at zero.
+
+    Attributes
+    ----------
+    layer
+        The plain layer, its weight zero outside the mask.
+    mask
+        Buffer in the layout of the layer's weight.
+    pattern
+        That the mask has.
+    original
+        Spec of the layer it stands for.
+    """
+
+    # The layer is not called, so that no other one can take its place.
+    reads_weights = True
+    mask: Tensor
+
+    def __init__(self, layer: nn.Module, mask: Tensor, pattern: Pattern, original: LayerSpec) -> None:
+        super().__init__()
+        self.layer = layer
+        self.pattern = pattern
+        self.original = original
+        self.register_buffer("mask", mask)
+        self.settle()
+        self.register_load_state_dict_post_hook(_settle)
+
+    def forward(self, x: Tensor) -> Tensor:
+        host: Any = self.layer
+        weight = host.weight
+        if torch.is_grad_enabled() and weight.requires_grad:
+            weight = weight * self.mask
+        return run(host, self.original, x, weight, host.bias)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Put the weight to zero outside the mask."""
+        weight: Any = self.layer.weight
+        weight.masked_fill_(~self.mask, 0)
+
+    @property
+    def support(self) -> Tensor:
+        """The mask as canonical ``[g, o, i, *k]``."""
+        return laid_open(self.mask, self.original)
+
+    def whole(self) -> tuple[Tensor, Tensor | None]:
+        """Canonical weight and bias."""
+        return canonical(self.layer)
+
+    def extra_repr(self) -> str:
+        return f"{self.original.kind}, {self.pattern.name}, density {float(self.mask.double().mean()):.3g}"
+
+
+def _settle(module: Masked, incompatible: object) -> None:
+    module.settle()
+
+
+class Slim(nn.Module):
+    """A layer that sees some of its input channels: the others are multiplied by zero in the weight it stands for.
+
+    Attributes
+    ----------
+    layer
+        The thinner plain layer.
+    channels
+        Buffer of the channels it sees, ascending.
+    original
+        Spec of the layer it stands for.
+    """
+
+    channels: Tensor
+
+    def __init__(self, layer: nn.Module, channels: Tensor, original: LayerSpec) -> None:
+        super().__init__()
+        self.layer = layer
+        self.original = original
+        self.register_buffer("channels", channels.to(torch.int32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x.index_select(-1 - len(self.original.kernel), self.channels))
+
+    def whole(self) -> tuple[Tensor, Tensor | None]:
+        """Canonical weight and bias."""
+        g, o, i, *kernel = self.original.shape
+        part, bias = whole(self.layer)
+        weight = part.new_zeros(g, i, o, *kernel)
+        kept = self.channels.reshape(g, -1).long() - i * torch.arange(g, device=self.channels.device).unsqueeze(1)
+        for group in range(g):
+            weight[group, kept[group]] = part[group].transpose(0, 1)
+        return weight.transpose(1, 2), bias
+
+    def extra_repr(self) -> str:
+        return f"{self.original.kind}, {self.channels.numel()} of {self.original.in_channels} channels"
+
+
+class Cropped(nn.Module):
+    """A convolution with a box of the kernel positions of the one it stands for.
+
+    Attributes
+    ----------
+    layer
+        The plain layer, without padding.
+    pattern
+        Size and corner of the box.
+    original
+        Spec of the layer it stands for.
+    """
+
+    def __init__(self, layer: nn.Module, pattern: Taps, original: LayerSpec) -> None:
+        super().__init__()
+        self.layer = layer
+        self.pattern = pattern
+        self.original = original
+        self._margins = [n for pair in reversed(original.margins(pattern)) for n in pair]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(F.pad(x, self._margins) if any(self._margins) else x)
+
+    def whole(self) -> tuple[Tensor, Tensor | None]:
+        """Canonical weight and bias."""
+        part, bias = whole(self.layer)
+        weight = part.new_zeros(self.original.shape)
+        weight[(..., *self.pattern.box)] = part
+        return weight, bias
+
+    def extra_repr(self) -> str:
+        return f"{self.original.kind}, {self.pattern.name}"
+
+
+class Sum(nn.Module):
+    """A low-rank pair and a sparse layer that see the same input, their outputs added.
+
+    Attributes
+    ----------
+    pair
+        Has the bias.
+    sparse
+        :class:`Masked`, :class:`Slim` or :class:`Cropped`.
+    original
+        Spec of the layer it stands for.
+    """
+
+    def __init__(self, pair: Factored, sparse: nn.Module, original: LayerSpec) -> None:
+        super().__init__()
+        self.pair = pair
+        self.sparse = sparse
+        self.original = original
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pair(x) + self.sparse(x)
+
+    def whole(self) -> tuple[Tensor, Tensor | None]:
+        """Canonical weight and bias."""
+        (left, bias), (right, _) = whole(self.pair), whole(self.sparse)
+        return (left.double() + right.double()).to(left.dtype), bias
+
+
+def sparse_layer(
+    spec: LayerSpec, weight: Tensor, mask: Tensor, pattern: Pattern, bias: Tensor | None
+) -> Masked | Slim | Cropped:
+    """The module of a sparse weight.
+
+    Parameters
+    ----------
+    spec
+        Of the layer it stands for, with a bias or without.
+    weight, mask
+        Canonical ``[g, o, i, *k]``; the mask has the pattern.
+    """
+    if isinstance(pattern, Taps):
+        small = spec.sparse(pattern, 1.0)
+        return Cropped(make_layer(small, weight[(..., *pattern.box)], bias), pattern, spec)
+    if isinstance(pattern, Channels):
+        g, o, i, *kernel = spec.shape
+        kept = mask.transpose(1, 2).reshape(g, i, -1).any(-1)
+        numbers = kept.reshape(-1).nonzero().squeeze(1)
+        part = weight.transpose(1, 2)[kept].reshape(g, -1, o, *kernel).transpose(1, 2)
+        small = dataclasses.replace(spec, in_channels=numbers.numel())
+        return Slim(make_layer(small, part, bias), numbers.to(spec.device), spec)
+    layer = make_layer(spec, weight, bias)
+    return Masked(layer, laid_out(mask, spec).to(spec.device), pattern, spec)
+
+
+def laid_out(weight: Tensor, spec: LayerSpec) -> Tensor:
+    """A canonical ``[g, o, i, *k]`` in the layout of torch's layer."""
+    moved = weight.transpose(1, 2) if spec.transposed else weight
+    return moved.flatten(0, 1).contiguous() if spec.kernel else moved[0].contiguous()
+
+
+def laid_open(weight: Tensor, spec: LayerSpec) -> Tensor:
+    """Inverse of :func:`laid_out`."""
+    opened = weight.reshape(spec.groups, weight.shape[0] // spec.groups, *weight.shape[1:])
+    return opened.transpose(1, 2) if spec.transposed else opened
