@@ -15,6 +15,7 @@ _HOMES = {
     "Latency": "latency",
     "LearnedRanks": "train",
     "LowRank": "factors",
+    "LowRankPlusSparse": "methods",
     "Method": "methods",
     "Plan": "plan",
     "Result": "pipeline",
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from spectrim.factors import LowRank, SharedBasis
     from spectrim.groups import group
     from spectrim.latency import Latency
-    from spectrim.methods import ActivationSVD, JointSVD, Method, WeightSVD
+    from spectrim.methods import ActivationSVD, JointSVD, LowRankPlusSparse, Method, WeightSVD
     from spectrim.nn.calibrate import calibrate
     from spectrim.nn.checkpoint import load, save
     from spectrim.nn.export import export_onnx, export_program

@@ -3,6 +3,16 @@
 from spectrim.methods.activation_svd import ActivationSVD
 from spectrim.methods.base import Curve, LowRankMethod, Method, from_record
 from spectrim.methods.joint_svd import JointSVD
+from spectrim.methods.low_rank_plus_sparse import LowRankPlusSparse
 from spectrim.methods.weight_svd import WeightSVD
 
-__all__ = ["ActivationSVD", "Curve", "JointSVD", "LowRankMethod", "Method", "WeightSVD", "from_record"]
+__all__ = [
+    "ActivationSVD",
+    "Curve",
+    "JointSVD",
+    "LowRankMethod",
+    "LowRankPlusSparse",
+    "Method",
+    "WeightSVD",
+    "from_record",
+]

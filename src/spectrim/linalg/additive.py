@@ -1,0 +1,325 @@
+"""Low rank plus sparse, fitted together to a layer's responses (Yu et al., CVPR 2017, formulated as in METHODS B.2).
+
+    min over L, S of  tr[G (T - L - S) C (T - L - S)^T],    rank(L) <= r,  S with a pattern
+
+is solved by turns: the best low-rank part for ``T - S``, the best sparse part for ``T - L``. The rank grows over the
+first turns, so that large single entries go to the sparse part and not into directions of their own. Between turns the
+low-rank step may be over-relaxed (it sees a little more than what the sparse part leaves, as in GreBsmo); what does not
+lower the error is taken back. Then the mask is frozen and the values of both parts settle.
+
+How the low-rank part is found is an object (:class:`LowRankStep`), since a kernel can be split in several ways:
+:class:`Greedy` (without decompositions) and :class:`Exact` for the split after the whole kernel, :class:`Split` for
+the others.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spectrim.linalg import bilateral, lowrank, response, sparse
+from spectrim.linalg.metric import Metric
+from spectrim.linalg.patterns import Pattern
+from spectrim.linalg.sparse import Quadratic, Sparse
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A low-rank weight.
+
+    Attributes
+    ----------
+    weight
+        ``[g, o, n]``, multiplied out.
+    factors
+        The two factors in the coordinates of the step that made them.
+    """
+
+    weight: Float[Tensor, "g o n"]
+    factors: tuple[Tensor, Tensor]
+
+
+class LowRankStep(ABC):
+    """Finds the low-rank part for a target."""
+
+    grows: bool = False
+    """Whether a smaller rank is a start for a larger one."""
+
+    @abstractmethod
+    def __call__(self, target: Float[Tensor, "g o n"], rank: int, start: Product | None) -> Product:
+        """The low-rank weight for a target, going on from ``start`` if that helps."""
+
+    @abstractmethod
+    def refit(self, target: Float[Tensor, "g o n"], product: Product) -> Product:
+        """The best second factor for a target and the first factor of a product."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Outer(ABC):
+    """A step that sees the outputs weighted by ``root``, a square root of ``G``, or as they are if None."""
+
+    metric: Metric
+    root: Float[Tensor, "g o o"] | None = None
+
+    def _mixed(self, target: Tensor) -> Tensor:
+        return target if self.root is None else self.root @ target
+
+    def _product(self, left: Tensor, right: Tensor) -> Product:
+        if self.root is not None:
+            left = torch.linalg.solve(self.root, left)
+        return Product(left @ right, (left, right))
+
+
+@dataclass(frozen=True, eq=False)
+class Greedy(_Outer, LowRankStep):
+    """Greedy bilateral factors, without decompositions: a turn costs two products and a thin QR."""
+
+    turns: int = 1
+    grows = True
+
+    def __call__(self, target: Float[Tensor, "g o n"], rank: int, start: Product | None) -> Product:
+        mixed = self._mixed(target)
+        held = None if start is None else start.factors[1]
+        # A first factor out of nothing takes a few turns more than one to go on from.
+        turns = self.turns if held is not None and held.shape[1] == rank else self.turns + 1
+        left, right = bilateral.greedy(mixed, self.metric, rank, start=held, rounds=1, turns=turns)
+        return self._product(left, right)
+
+    def refit(self, target: Float[Tensor, "g o n"], product: Product) -> Product:
+        left = torch.linalg.qr(self._mixed(product.factors[0])).Q
+        return self._product(left, left.mT @ self._mixed(target))
+
+
+@dataclass(frozen=True, eq=False)
+class Exact(_Outer, LowRankStep):
+    """The best factors, by one eigendecomposition a turn."""
+
+    grows = True
+
+    def __call__(self, target: Float[Tensor, "g o n"], rank: int, start: Product | None) -> Product:
+        return self._product(*bilateral.exact(self._mixed(target), self.metric, rank))
+
+    def refit(self, target: Float[Tensor, "g o n"], product: Product) -> Product:
+        left = torch.linalg.qr(self._mixed(product.factors[0])).Q
+        return self._product(left, left.mT @ self._mixed(target))
+
+
+@dataclass(frozen=True, eq=False)
+class Split(LowRankStep):
+    """Factors that share the kernel out between them, by alternation (:mod:`spectrim.linalg.response`).
+
+    Attributes
+    ----------
+    moment
+        In the coordinates of the split, ``[g, p, q, p, q]`` or ``[g, p, p]``.
+    root
+        Square root of ``G``, or None.
+    order
+        Axes of ``[g, o, i, *k]`` as ``[g, (i, k_S), (o, k_rest)]``.
+    kernel
+        ``(i, *k)``.
+    rows
+        Length of the first axis of that matrix.
+    """
+
+    moment: Tensor
+    root: Float[Tensor, "g o o"] | None
+    order: tuple[int, ...]
+    kernel: tuple[int, ...]
+    rows: int
+    steps: int = 4
+
+    def __call__(self, target: Float[Tensor, "g o n"], rank: int, start: Product | None) -> Product:
+        outputs = target.shape[1]
+        matrix = self._unfolded(target)
+        mixed = matrix if self.root is None else self._unfolded(self.root @ target)
+        if start is None:
+            basis = lowrank.spectrum(mixed, response.slice_metric(self.moment), rank).basis
+            left, _ = lowrank.factors(mixed, basis, rank)
+        else:
+            left = start.factors[0]
+        if self.moment.dim() == 5:
+            left, _ = response.alternate(mixed, self.moment, left, outputs, sweeps=1, steps=self.steps)
+        elif start is not None:
+            # In the slice metric the projection is exact.
+            basis = lowrank.spectrum(mixed, self.moment, rank).basis
+            left, _ = lowrank.factors(mixed, basis, rank)
+        return self._product(left, response.refit(matrix, self.moment, left, outputs), outputs)
+
+    def refit(self, target: Float[Tensor, "g o n"], product: Product) -> Product:
+        left = product.factors[0]
+        outputs = target.shape[1]
+        return self._product(left, response.refit(self._unfolded(target), self.moment, left, outputs), outputs)
+
+    def _unfolded(self, weight: Tensor) -> Tensor:
+        g, o, _ = weight.shape
+        return weight.reshape(g, o, *self.kernel).permute(self.order).reshape(g, self.rows, -1)
+
+    def _product(self, left: Tensor, right: Tensor, outputs: int) -> Product:
+        g = left.shape[0]
+        sizes = (g, outputs, *self.kernel)
+        opened = (left @ right).reshape([sizes[d] for d in self.order])
+        back = [self.order.index(d) for d in range(len(self.order))]
+        return Product(opened.permute(back).reshape(g, outputs, -1), (left, right))
+
+
+@dataclass(frozen=True, eq=False)
+class Additive:
+    """A low-rank and a sparse weight.
+
+    Attributes
+    ----------
+    product
+        None at rank 0.
+    sparse
+        With an empty mask at density 0.
+    errors
+        ``tr(G R C R^T)`` of what is left after every turn; the last is that of the result.
+    converged
+        Whether the turns ended because the error no longer fell.
+    """
+
+    product: Product | None
+    sparse: Sparse
+    errors: tuple[float, ...]
+    converged: bool
+
+    @property
+    def error(self) -> float:
+        return self.errors[-1]
+
+
+def decompose(
+    target: Float[Tensor, "g o n"],
+    error: Quadratic,
+    step: LowRankStep,
+    rank: int,
+    pattern: Pattern,
+    density: float,
+    kernel: tuple[int, ...],
+    *,
+    start: Additive | None = None,
+    turns: int = 60,
+    tolerance: float = 1e-4,
+    growth: int = 4,
+    relax: bool = True,
+    polish: int = 3,
+) -> Additive:
+    """Fit a low-rank plus a sparse weight.
+
+    Parameters
+    ----------
+    target
+        ``T``, float64.
+    error
+        What is minimised.
+    step
+        How the low-rank part is found, in the same metric.
+    rank, pattern, density
+        Of the two parts; with a rank of 0 it is pruning with reconstruction, with a density of 0 low rank in the
+        layer's responses.
+    kernel
+        ``(i, *k)``.
+    start
+        To go on from, of the same rank or, if the step grows, of a lower one.
+    turns, tolerance
+        At most so many turns; fewer once a turn lowers the error by less than this share of it.
+    growth
+        Turns over which the rank grows from nothing.
+    relax
+        Over-relax the low-rank step.
+    polish
+        Turns with a frozen mask at the end.
+
+    Returns
+    -------
+    Additive
+        The errors never rise from turn to turn once the rank is reached.
+    """
+    shape = (target.shape[0], target.shape[1], *kernel)
+    if not rank:
+        found = sparse.fit(
+            target, error, pattern, density, kernel, start=None if start is None else start.sparse, rounds=turns
+        )
+        found = sparse.solve(target, error, found.mask, start=found.weight, steps=10 * polish)
+        return Additive(None, found, (found.error,), True)
+    none = Sparse(torch.zeros_like(target), torch.zeros_like(target, dtype=torch.bool), 0.0)
+    state = none if start is None else start.sparse
+    product = None if start is None else start.product
+    dense = not pattern.kept(shape, density)
+    if dense:
+        state = none
+    grown = rank if not step.grows or product is not None else 0
+    extra = 0.0
+    errors: list[float] = []
+    best: tuple[Product, Sparse] | None = None
+    converged = False
+    for turn in range(turns):
+        growing = step.grows and grown < rank
+        if growing:
+            grown = max(grown + 1, rank * (turn + 1) // max(1, min(growth, turns)))
+        asked = target - state.weight
+        if extra and best is not None:
+            rest = target - best[0].weight - best[1].weight
+            product = step(asked + extra * rest, grown, best[0])
+            product = step.refit(asked, product)
+        else:
+            product = step(asked, grown, product)
+        if dense:
+            value = error.value(target - product.weight)
+        else:
+            # A mask from before the rank was there is a start like any other.
+            held = state if bool(state.mask.any()) else None
+            state = sparse.fit(
+                target - product.weight, error, pattern, density, kernel, start=held, rounds=2, steps=4, halvings=2
+            )
+            value = state.error
+        if grown < rank:
+            continue
+        if best is not None and value > errors[-1]:
+            if not extra:
+                converged = True
+                break
+            # Relaxed too far: go on from before.
+            extra = 0.0
+            product, state = best
+            errors.append(errors[-1])
+            continue
+        fell = 1 - value / errors[-1] if errors and errors[-1] > 0 else 1.0
+        best = product, state
+        errors.append(value)
+        if value <= 1e-24 * max(error.value(target), 1e-300) or fell < tolerance:
+            converged = True
+            break
+        extra = min(extra + 0.25, 2.0) if relax and fell < 0.3 else extra
+    if best is None:
+        assert isinstance(product, Product)
+        best = product, state
+        errors.append(error.value(target - product.weight - state.weight))
+    return _polished(target, error, step, rank, best, errors, converged, 0 if dense else polish)
+
+
+def _polished(
+    target: Tensor,
+    error: Quadratic,
+    step: LowRankStep,
+    rank: int,
+    best: tuple[Product, Sparse],
+    errors: list[float],
+    converged: bool,
+    turns: int,
+) -> Additive:
+    """The values of both parts with the mask as it is."""
+    product, state = best
+    for _ in range(turns):
+        fresh = step(target - state.weight, rank, product)
+        settled = sparse.solve(target - fresh.weight, error, state.mask, start=state.weight, steps=12)
+        if settled.error >= errors[-1]:
+            break
+        product, state = fresh, settled
+        errors.append(settled.error)
+    return Additive(product, state, tuple(errors), converged)

@@ -1,0 +1,186 @@
+"""The best sparse weight for a layer's responses: hard thresholding in the metric of the inputs.
+
+The problem, with a target ``T``, the second moment ``C`` of the inputs and a weight ``G`` of the outputs:
+
+    min over S with a pattern of  tr[G (T - S) C (T - S)^T]
+
+It is that of pruning connections with reconstruction. Keeping the largest entries of ``T`` once is not its solution
+where inputs correlate. Normalised iterative hard thresholding (Blumensath and Davies 2010) takes gradient steps of a
+length that the curvature gives, keeps the best entries of the result, and here then solves for the values of what was
+kept (Foucart 2011, hard thresholding pursuit) by a few conjugate-gradient steps. Entries are measured in the units of
+``sqrt(diag(G) diag(C))``, so that inputs of unequal strength do not slow it down. The objective never rises: what does
+not lower it is taken back with half the step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from spectrim.linalg.metric import Metric
+from spectrim.linalg.patterns import Pattern
+
+
+@dataclass(frozen=True, eq=False)
+class Quadratic:
+    """The error of a weight difference: ``tr(G R C R^T)``.
+
+    Attributes
+    ----------
+    metric
+        ``C``.
+    outer
+        ``G [g, o, o]``, or None for the identity.
+    """
+
+    metric: Metric
+    outer: Float[Tensor, "g o o"] | None = None
+
+    def apply(self, rows: Float[Tensor, "g o n"]) -> Float[Tensor, "g o n"]:
+        """``G R C``, half the gradient."""
+        seen = self.metric.times(rows)
+        return seen if self.outer is None else self.outer @ seen
+
+    def value(self, rows: Float[Tensor, "g o n"]) -> float:
+        return float((rows * self.apply(rows)).sum())
+
+    def scale(self, outputs: int) -> Float[Tensor, "g o n"]:
+        """Square root of the curvature along each entry, at least a little."""
+        inputs = self.metric.diagonal().clamp_min(0).sqrt().unsqueeze(1)
+        if self.outer is None:
+            scale = inputs.expand(inputs.shape[0], outputs, inputs.shape[2])
+        else:
+            scale = self.outer.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt().unsqueeze(2) * inputs
+        return scale.clamp_min(max(1e-12 * float(scale.max()), 1e-300))
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse:
+    """A sparse weight ``[g, o, n]``, its mask, and the error of what it leaves of its target."""
+
+    weight: Float[Tensor, "g o n"]
+    mask: Bool[Tensor, "g o n"]
+    error: float
+
+
+def threshold(scores: Float[Tensor, "g o n"], pattern: Pattern, density: float, kernel: tuple[int, ...]) -> Tensor:
+    """Mask ``[g, o, n]`` of a pattern's entries with the largest scores; ``kernel`` is ``(i, *k)``."""
+    g, o, n = scores.shape
+    return pattern.keep(scores.reshape(g, o, *kernel), density).reshape(g, o, n)
+
+
+def one_shot(
+    target: Float[Tensor, "g o n"], error: Quadratic, pattern: Pattern, density: float, kernel: tuple[int, ...]
+) -> Sparse:
+    """Entries of the target that matter most on their own, unchanged: magnitude times strength of the input."""
+    scores = (target * error.scale(target.shape[1])).square()
+    mask = threshold(scores, pattern, density, kernel)
+    kept = target * mask
+    return Sparse(kept, mask, error.value(target - kept))
+
+
+def solve(
+    target: Float[Tensor, "g o n"],
+    error: Quadratic,
+    mask: Bool[Tensor, "g o n"],
+    *,
+    start: Float[Tensor, "g o n"] | None = None,
+    steps: int,
+    tolerance: float = 1e-10,
+) -> Sparse:
+    """The best values inside a mask, by conjugate gradients from ``start`` (zero if None)."""
+    inside = mask.to(target.dtype)
+    weight = torch.zeros_like(target) if start is None else start * inside
+    curvature = error.scale(target.shape[1]).square()
+    rest = error.apply(target - weight)
+    value = float(((target - weight) * rest).sum())
+    residual = rest * inside
+    scaled = residual / curvature
+    direction = scaled
+    energy = (residual * scaled).sum()
+    limit = tolerance * max(value, 1e-300)
+    for _ in range(steps):
+        if float(energy) <= limit:
+            break
+        image = error.apply(direction)
+        along = (direction * image).sum()
+        if float(along) <= 0:
+            break
+        step = energy / along
+        weight = weight + step * direction
+        residual = residual - step * image * inside
+        scaled = residual / curvature
+        fresh = (residual * scaled).sum()
+        value -= float(step * energy)
+        direction = scaled + (fresh / energy) * direction
+        energy = fresh
+    return Sparse(weight, mask, max(value, 0.0))
+
+
+def fit(
+    target: Float[Tensor, "g o n"],
+    error: Quadratic,
+    pattern: Pattern,
+    density: float,
+    kernel: tuple[int, ...],
+    *,
+    start: Sparse | None = None,
+    rounds: int = 8,
+    steps: int = 6,
+    halvings: int = 3,
+) -> Sparse:
+    """Fit a sparse weight of a pattern to the responses of a target.
+
+    Parameters
+    ----------
+    target
+        ``T``, float64.
+    kernel
+        ``(i, *k)`` with product ``n``.
+    start
+        Weight and mask to go on from; :func:`one_shot` if None.
+    rounds
+        Changes of the mask that are tried; 0 fits the values alone.
+    steps
+        Conjugate-gradient steps on the values after each.
+    halvings
+        Shorter steps tried where a new mask does not lower the error.
+
+    Returns
+    -------
+    Sparse
+        With an error of at most that of the start.
+    """
+    if pattern.kept((target.shape[0], target.shape[1], *kernel), density) == 0:
+        return Sparse(torch.zeros_like(target), torch.zeros_like(target, dtype=torch.bool), error.value(target))
+    if start is None:
+        start = one_shot(target, error, pattern, density, kernel)
+    best = solve(target, error, start.mask, start=start.weight, steps=steps)
+    scale = error.scale(target.shape[1])
+    for _ in range(rounds):
+        gradient = error.apply(target - best.weight) / scale
+        if not bool(gradient.any()):
+            break
+        # The curvature along what the step would change gives its length.
+        moving = best.mask | threshold(gradient.square(), pattern, density, kernel)
+        part = gradient * moving
+        along = error.value(part / scale)
+        length = float(part.square().sum()) / max(along, 1e-300)
+        found = None
+        for _ in range(halvings + 1):
+            moved = best.weight * scale + length * gradient
+            mask = threshold(moved.square(), pattern, density, kernel)
+            if torch.equal(mask, best.mask):
+                break
+            tried = solve(target, error, mask, start=moved / scale, steps=steps)
+            if tried.error < best.error:
+                found = tried
+                break
+            length /= 2
+        if found is None:
+            break
+        best = found
+    return best

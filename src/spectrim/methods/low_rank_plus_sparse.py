@@ -1,0 +1,235 @@
+"""Low rank plus sparse in the layer's responses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from spectrim.costs import macs, parameters, rank_multiple
+from spectrim.factors import LowRankPlusSparse as Factors
+from spectrim.linalg import additive, lowrank, patterns
+from spectrim.linalg.patterns import Pattern
+from spectrim.methods import metrics
+from spectrim.methods.additive_problem import Problem
+from spectrim.methods.base import OUTPUT_ENERGY, WEIGHT_ENERGY, Curve, Method, check_unfoldings, full_rank
+from spectrim.plan import Choice
+from spectrim.sites import LayerSpec, Site
+from spectrim.unfold import Unfolding, unfolding, unfoldings
+
+# Turns of the decomposition that the curve is made of; a choice that is carried out goes on from there.
+_CURVE_TURNS = 3
+_GROWTH = 2
+# A layer with more weights than this is offered every other rank and density only.
+_LARGE = 400_000
+
+
+@dataclass(frozen=True)
+class LowRankPlusSparse(Method):
+    """Solve ``min E ||(W - L - S) (x - m)||^2``, ``L`` of rank ``r`` and ``S`` sparse (Yu et al., CVPR 2017).
+
+    The two parts take what the other cannot: directions that all outputs share, and single strong connections. A rank
+    of 0 is pruning connections with reconstruction, a density of 0 is low rank in the layer's responses. Without
+    calibration the inputs ``x`` count as uncorrelated and equally strong (GoDec).
+
+    Attributes
+    ----------
+    patterns
+        Of the sparse part, each on offer: ``"unstructured"``, ``"rows"``, ``"2:4"`` and the like, ``"4x4"`` and the
+        like (blocks), ``"channels"`` and ``"taps"``. See :mod:`spectrim.linalg.patterns`.
+    densities
+        Shares of the layer's weights that the sparse part may store. Patterns with densities of their own have those.
+    ranks
+        How many ranks are on offer, beside 0, equally spaced on a logarithmic scale.
+    share
+        Part of the numbers stored that the low-rank part gets, such as 0.3 (OATS; Zhang and Papyan 2025). The
+        densities are then those of both parts together, and one rank belongs to each. None lets the selector choose.
+    unfoldings
+        Names of the unfoldings of the low-rank part on offer. None is the one that loses least on its own.
+    multiple_of
+        Offer ranks that are multiples of this; what suits the device and the layer's width if None.
+    turns, tolerance
+        When a choice is carried out: turns between both parts, and the relative gain of one that ends them.
+    exact
+        Find the low-rank part by eigendecompositions, the reference. The default does without.
+
+    Notes
+    -----
+    The curve comes from a few turns of the decomposition at every point of a grid of ranks and densities; what is
+    carried out goes on from there and loses no more. The error is the share of the layer's centred output energy lost.
+    Layers whose patches are too long for their second moment are fitted in that of their slices.
+    """
+
+    patterns: tuple[str, ...] = ("unstructured",)
+    densities: tuple[float, ...] = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
+    ranks: int = 6
+    share: float | None = None
+    unfoldings: tuple[str, ...] | None = None
+    multiple_of: int | None = None
+    turns: int = 60
+    tolerance: float = 1e-3
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        check_unfoldings(self.unfoldings)
+        if isinstance(self.patterns, str) or not self.patterns:
+            raise ValueError(f"patterns is {self.patterns!r}; expected a tuple of names such as ('unstructured',)")
+        for name in self.patterns:
+            if name != "taps":
+                patterns.pattern(name)
+        if not self.densities or not all(0 <= density <= 1 for density in self.densities):
+            raise ValueError(f"densities is {self.densities!r}; expected shares from 0 to 1")
+        if self.share is not None and not 0 <= self.share <= 1:
+            raise ValueError(f"share is {self.share!r}; expected a number from 0 (sparse) to 1 (low rank), or None")
+        if self.ranks < 0:
+            raise ValueError(f"ranks is {self.ranks!r}; expected 0 or more")
+        if self.multiple_of is not None and self.multiple_of < 1:
+            raise ValueError(f"multiple_of must be at least 1, got {self.multiple_of}")
+        if self.turns < _CURVE_TURNS:
+            raise ValueError(f"turns is {self.turns!r}; expected at least {_CURVE_TURNS}")
+
+    def fits(self, site: Site) -> bool:
+        """One layer, whose inputs' moments are there if it has been calibrated at all."""
+        return len(site.layers) == 1 and (not site.moments or bool(self._offered(site)))
+
+    def curve(self, site: Site) -> Curve:
+        unit = metrics.unit(site) if site.moments else WEIGHT_ENERGY
+        if not self.fits(site):
+            return Curve((), (), unit if site.moments else OUTPUT_ENERGY)
+        choices: list[Choice] = []
+        errors: list[float] = []
+        spectra: dict[str, tuple[float, ...]] = {}
+        scale = 1.0
+        for number, how in enumerate(self._chosen(site)):
+            problem = Problem.of(site, how, exact=self.exact)
+            total = problem.total
+            scale = metrics.scale(site, total) if site.moments else 1.0
+            for pattern in self._patterns(site, problem):
+                for rank, density in self._grid(site.spec, how, pattern, first=not number):
+                    found = self._decompose(problem, rank, pattern, density, turns=_CURVE_TURNS)
+                    choices.append(self.choice(site, how, rank, pattern, density))
+                    errors.append(min(1.0, found.error / total) if total > 0 else 0.0)
+            spectra[how.name] = lowrank.profile(lowrank.energies(*problem.matrix_and_slices()))
+        return Curve(tuple(choices), tuple(errors), unit, scale, spectra)
+
+    def factorize(self, site: Site, choice: Choice) -> Factors:
+        spec = site.spec
+        how = unfolding(spec.kernel, choice["unfolding"])
+        if site.moments and how.name not in {u.name for u in self._offered(site)}:
+            site.require("input", f"LowRankPlusSparse ({how.name})")
+        problem = Problem.of(site, how, exact=self.exact)
+        pattern = patterns.pattern(choice["pattern"])
+        found = self._decompose(problem, choice["rank"], pattern, choice["density"], turns=self.turns)
+        left, right = problem.factors(found.product)
+        left, right = lowrank.balance(left, right)
+        shift = None
+        if choice["bias"] and (site.moments or not spec.bias):
+            shift = problem.shift(found).to(spec.dtype)
+        dtype = spec.dtype
+        shape = spec.shape
+        sparse, mask = found.sparse.weight.reshape(shape), found.sparse.mask.reshape(shape)
+        return Factors(left.to(dtype), right.to(dtype), sparse.to(dtype), mask, pattern, shift, how)
+
+    def layers(self, site: Site, choice: Choice) -> tuple[LayerSpec, ...]:
+        spec = site.spec
+        pattern, rank = patterns.pattern(choice["pattern"]), choice["rank"]
+        pair: tuple[LayerSpec, ...] = ()
+        if rank:
+            pair = spec.factor(unfolding(spec.kernel, choice["unfolding"]), rank, bias=choice["bias"])
+        if not pattern.kept(spec.shape, choice["density"]):
+            return pair
+        return (*pair, spec.sparse(pattern, choice["density"], bias=choice["bias"] and not rank))
+
+    def choice(self, site: Site, how: Unfolding, rank: int, pattern: Pattern, density: float) -> Choice:
+        """The choice of a rank and a density."""
+        settings = {"unfolding": how.name, "rank": rank, "density": density, "pattern": pattern.name}
+        biased = site.spec.bias or bool(site.moments)
+        return Choice("low_rank_plus_sparse", self.name, {**settings, "bias": biased})
+
+    def _decompose(
+        self, problem: Problem, rank: int, pattern: Pattern, density: float, *, turns: int
+    ) -> additive.Additive:
+        return additive.decompose(
+            problem.target,
+            problem.error,
+            problem.step,
+            rank,
+            pattern,
+            density,
+            problem.kernel,
+            turns=turns,
+            tolerance=self.tolerance,
+            growth=_GROWTH,
+            polish=0 if turns == _CURVE_TURNS else 3,
+        )
+
+    def _offered(self, site: Site) -> list[Unfolding]:
+        """Unfoldings that the site's statistics have a metric for."""
+        return [
+            how
+            for how in unfoldings(site.spec.kernel)
+            if (self.unfoldings is None or how.name in self.unfoldings)
+            and (not site.moments or Problem.known(site, how))
+        ]
+
+    def _chosen(self, site: Site) -> list[Unfolding]:
+        """Those asked for, or the one in which half of the numbers as low rank alone lose least."""
+        offered = self._offered(site)
+        if self.unfoldings is not None or len(offered) < 2:
+            return offered
+
+        def lost(how: Unfolding) -> float:
+            matrix, metric = Problem.of(site, how).matrix_and_slices()
+            energies = lowrank.energies(matrix, metric)
+            g, rows, columns = matrix.shape
+            rank = math.prod(site.spec.shape) // (2 * g * (rows + columns))
+            return float(lowrank.tail_errors(energies)[min(rank, energies.shape[-1])])
+
+        return [min(offered, key=lost)]
+
+    def _patterns(self, site: Site, problem: Problem) -> Iterator[Pattern]:
+        """The patterns on offer that the layer can have."""
+        for name in self.patterns:
+            if name == "taps":
+                if len(site.spec.kernel):
+                    found = patterns.taps(problem.scores().reshape(site.spec.shape))
+                    yield from (pattern for pattern in found if site.spec.allows(pattern))
+            elif site.spec.allows(pattern := patterns.pattern(name)):
+                yield pattern
+
+    def _grid(self, spec: LayerSpec, how: Unfolding, pattern: Pattern, *, first: bool) -> Iterator[tuple[int, float]]:
+        """Ranks and densities on offer: those that store or multiply fewer numbers than the layer."""
+        shape = spec.shape
+        numbers = math.prod(shape)
+        each = sum(math.prod(part.shape) for part in spec.factor(how, 1))
+        full = full_rank(spec, how)
+        step = self.multiple_of or rank_multiple(spec.device, spec.dtype, full)
+        thin = 2 if numbers > _LARGE else 1
+        densities = pattern.densities(self.densities, shape)
+        if len(densities) > 4 * thin:
+            # The smallest stay: 0 is low rank alone.
+            densities = (*densities[:1], *densities[thin::thin])
+        if self.share is not None:
+            # Both parts of a share of the numbers; the sparse one may have any density.
+            pairs = [(int(self.share * d * numbers / each), (1 - self.share) * d) for d in densities]
+        else:
+            most = min(full, numbers // each) // step
+            count = -(-self.ranks // thin)
+            spread = {round(most ** ((n + 1) / count)) for n in range(count)} if most and count else set()
+            pairs = [(rank, d) for rank in (0, *sorted(step * r for r in spread)) for d in densities]
+        seen: set[tuple[int, int]] = set()
+        for rank, density in pairs:
+            kept = pattern.kept(shape, density)
+            # Without a low-rank part all unfoldings are the same.
+            wanted = (rank or kept) and (rank or first) and rank <= full and (rank, kept) not in seen
+            if wanted and self._pays(spec, how, rank, pattern, density):
+                seen.add((rank, kept))
+                yield rank, density
+
+    def _pays(self, spec: LayerSpec, how: Unfolding, rank: int, pattern: Pattern, density: float) -> bool:
+        pair = spec.factor(how, rank) if rank else ()
+        kept = pattern.kept(spec.shape, density)
+        made = (*pair, *((spec.sparse(pattern, density, bias=spec.bias and not rank),) if kept else ()))
+        if parameters(made) < parameters((spec,)):
+            return True
+        return bool(spec.inputs) and macs(made) < macs((spec,))
