@@ -8,6 +8,11 @@ What makes the sum over layers agree with the time of the network, on a CPU:
 - Load changes. All chains take turns, so that a busy moment hits them alike, and medians are taken over the rounds.
 - A thread that loses its core stops the others at the next barrier, and 1 ms becomes 20 ms. Rounds in which the system
   took a core away are set aside while enough others are left.
+
+A sparse weight is timed with random positions, multiplied as a dense one and, where that is possible, in CSR. The less
+of the two counts, which is what :func:`spectrim.nn.kernels.choose_kernels` makes the network run. The sparse layer
+beside a low-rank pair is timed with the addition to the pair's output. What a thinner layer takes to gather its
+channels, and one with a smaller kernel to pad or crop its input, is not timed.
 """
 
 from __future__ import annotations
@@ -22,31 +27,34 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from spectrim.costs import require_inputs
+from spectrim.running import Added, Chain, Run, number_pool, rounded_density, ways
 from spectrim.sites import LayerSpec
 
-Chain = tuple[LayerSpec, ...]
-"""Layers run one after the other, each spec with exactly one input shape."""
 Progress = Callable[[int, int], None]
 """Called with the timings taken so far and how many there are to take."""
 
-_POOL_BYTES = 64 * 2**20  # more than the last-level cache that one process usually gets
-_COPIES = 8  # of a weight; a layer so small that eight copies stay in the cache stays there in its network too
 _BLOCK_MS = 2.0
 _BLOCK_CALLS = 50
 _FEWEST_ROUNDS = 3
+_CHILLED_S = 0.05  # a block's time with weights made cold in between, once it has three calls
 
 
 def split(specs: Sequence[LayerSpec]) -> list[Chain]:
-    """The specs as low-rank pairs and single layers, once for each call in a forward pass."""
+    """The specs as low-rank pairs and single layers, once for each call in a forward pass.
+
+    What follows a pair under the pair's names is :class:`Added`.
+    """
     found: list[Chain] = []
     rest = tuple(specs)
+    names: tuple[str, ...] = ()  # of the pair that has just been passed
     while rest:
         chain = rest[:2] if is_pair(rest[:2]) else rest[:1]
         rest = rest[len(chain) :]
+        if len(chain) == 1 and chain[0].names == names:
+            chain = (Added.of(chain[0]),)
+        names = chain[0].names if len(chain) == 2 else ()
         calls = zip(*(require_inputs(spec) for spec in chain), strict=True)
         found += [tuple(s.at((shape,)) for s, shape in zip(chain, shapes, strict=True)) for shapes in calls]
     return found
@@ -96,6 +104,10 @@ def describe(chain: Chain) -> str:
     def one(spec: LayerSpec) -> str:
         (shape,) = spec.inputs
         text = f"{spec.in_channels}>{spec.out_channels}{'+bias' if spec.bias else ''} @{numbers(shape)}"
+        if spec.density < 1:
+            text += f" density {rounded_density(spec):g}"
+        if isinstance(spec, Added):
+            text += " added"
         if spec.is_linear:
             return f"linear {text}"
         parts = f"k{numbers(spec.kernel)} s{numbers(spec.stride)} p{numbers(spec.padding)} d{numbers(spec.dilation)}"
@@ -153,7 +165,8 @@ def measure(
     One timing is a block of calls of about 2 ms together. Further rounds are taken, up to three times ``rounds``, while
     a chain has fewer than three undisturbed ones.
 
-    Memory: 64 MiB, or the largest input or twice the largest weight if larger, and the activations of one chain.
+    Memory: 64 MiB, or the largest input or twice the largest weight if larger, the activations of one chain, and the
+    sparse weights in CSR.
 
     Parameters
     ----------
@@ -164,8 +177,9 @@ def measure(
     """
     block = _cuda_block if torch.device(device).type == "cuda" else _block
     with torch_threads(threads), torch.inference_mode():
-        pool = _pool(chains, dtype, device, batch)
-        runs = [_runner(chain, pool, batch, memory_format == "channels_last") for chain in chains]
+        pool = number_pool(chains, dtype, device, batch)
+        found = [ways(chain, pool, batch, memory_format == "channels_last") for chain in chains]
+        runs = [run for several in found for run in several]
         counts = []
         for run in runs:
             run()
@@ -184,20 +198,26 @@ def measure(
                     disturbances[index].append(preemptions() - before)
                 if progress is not None and turn < rounds:
                     progress(turn * len(runs) + index + 1, rounds * len(runs))
-    return [statistics.median(undisturbed(s, d)) for s, d in zip(samples, disturbances, strict=True)]
+    times = iter([statistics.median(undisturbed(s, d)) for s, d in zip(samples, disturbances, strict=True)])
+    return [min(itertools.islice(times, len(several))) for several in found]
 
 
-def _block(run: Callable[[], Tensor], count: int) -> float:
-    """Median milliseconds of ``count`` calls."""
+def _block(run: Run, count: int) -> float:
+    """Median milliseconds of ``count`` calls, or of fewer where making each one's weights cold takes long."""
     taken = []
+    begun = time.perf_counter()
     for _ in range(count):
+        if run.chill is not None:
+            run.chill()
         start = time.perf_counter()
         run()
         taken.append(time.perf_counter() - start)
+        if run.chill is not None and time.perf_counter() - begun > _CHILLED_S and len(taken) >= _FEWEST_ROUNDS:
+            break
     return max(statistics.median(taken), 1e-9) * 1e3
 
 
-def _cuda_block(run: Callable[[], Tensor], count: int) -> float:
+def _cuda_block(run: Run, count: int) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(count):
@@ -205,86 +225,3 @@ def _cuda_block(run: Callable[[], Tensor], count: int) -> float:
     end.record()
     end.synchronize()
     return max(start.elapsed_time(end) / count, 1e-6)
-
-
-def _weight_shape(spec: LayerSpec) -> tuple[int, ...]:
-    if spec.transposed:
-        return (spec.in_channels, spec.out_channels // spec.groups, *spec.kernel)
-    return (spec.out_channels, spec.in_channels // spec.groups, *spec.kernel)
-
-
-def _input_shape(spec: LayerSpec, batch: int) -> tuple[int, ...]:
-    (shape,) = spec.inputs
-    return (batch * shape[0], spec.in_channels) if spec.is_linear else (batch, spec.in_channels, *shape)
-
-
-def _aligned(numel: int) -> int:
-    return -(-numel // 64) * 64
-
-
-def _numel(chain: Chain) -> int:
-    return sum(_aligned(math.prod(_weight_shape(spec))) + _aligned(spec.out_channels) for spec in chain)
-
-
-def _pool(chains: Sequence[Chain], dtype: torch.dtype, device: str, batch: int) -> Tensor:
-    """Random numbers that all weights and inputs are views of, so that memory does not grow with the chains."""
-    sizes = [2 * _numel(chain) for chain in chains]
-    sizes += [math.prod(_input_shape(chain[0], batch)) for chain in chains]
-    numel = max([_POOL_BYTES // dtype.itemsize, *sizes])
-    # A block of numbers repeated: drawing all of them would take longer than some measurements.
-    drawn = (0.02 * torch.randn(2**20, generator=torch.Generator().manual_seed(0))).to(dtype)
-    return drawn.repeat(-(-numel // drawn.numel())).to(device)
-
-
-def _runner(chain: Chain, pool: Tensor, batch: int, channels_last: bool) -> Callable[[], Tensor]:
-    """A function that runs the chain, with other weights than the last time."""
-
-    def view(offset: int, shape: tuple[int, ...]) -> Tensor:
-        flat = pool[offset : offset + math.prod(shape)]
-        if channels_last and len(shape) in (4, 5):
-            return flat.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-        return flat.view(shape)
-
-    copies: list[list[tuple[Tensor, Tensor | None]]] = []
-    offset = 0
-    for _ in range(min(_COPIES, pool.numel() // _numel(chain))):
-        copies.append([])
-        for spec in chain:
-            weight = view(offset, _weight_shape(spec))
-            offset += _aligned(weight.numel())
-            copies[-1].append((weight, view(offset, (spec.out_channels,)) if spec.bias else None))
-            offset += _aligned(spec.out_channels)
-    operators = [_operator(spec) for spec in chain]
-    turns = itertools.cycle(copies)
-    x = view(0, _input_shape(chain[0], batch))
-
-    def run() -> Tensor:
-        y = x
-        for operator, (weight, bias) in zip(operators, next(turns), strict=True):
-            y = operator(y, weight, bias)
-        return y
-
-    return run
-
-
-def _operator(spec: LayerSpec) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """What the module of this layer calls."""
-    if spec.is_linear:
-        return F.linear
-    axes = len(spec.kernel) - 1
-    if spec.transposed:
-        up = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[axes]
-        padding = spec.padding
-        assert not isinstance(padding, str)  # torch has no "same" here
-        return lambda x, w, b: up(x, w, b, spec.stride, padding, spec.output_padding, spec.groups, spec.dilation)
-    conv = (F.conv1d, F.conv2d, F.conv3d)[axes]
-    if spec.padding_mode == "zeros":
-        return lambda x, w, b: conv(x, w, b, spec.stride, spec.padding, spec.dilation, spec.groups)
-    sides: list[int] = []  # last axis first, as F.pad takes them
-    for axis in reversed(range(len(spec.kernel))):
-        if isinstance(spec.padding, str):
-            both = spec.dilation[axis] * (spec.kernel[axis] - 1)
-            sides += [both // 2, both - both // 2]
-        else:
-            sides += [spec.padding[axis]] * 2
-    return lambda x, w, b: conv(F.pad(x, sides, spec.padding_mode), w, b, spec.stride, 0, spec.dilation, spec.groups)

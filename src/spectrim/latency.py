@@ -46,7 +46,10 @@ class Latency:
     as the dense layer up to that rank, and interpolated piecewise linearly (:func:`interpolate`). A rank in between two
     multiples counts as the next one, since the kernels pad it (:func:`spectrim.costs.rank_multiple`).
 
-    Sparse weights are timed as the dense ones they are multiplied as.
+    Sparse weights are timed as :func:`spectrim.nn.kernels.choose_kernels` makes a network run them: as the dense ones
+    they are stored in or, where that is faster, in CSR. The positions are random, and densities that agree to two
+    digits count as one. The sum of a low-rank pair and a sparse layer is the pair, interpolated over its ranks, and the
+    sparse layer with the addition to the pair's output.
 
     Parameters
     ----------

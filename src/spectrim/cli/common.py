@@ -39,7 +39,25 @@ Skip = Annotated[
     list[str] | None, typer.Option("--skip", help="Leave layers alone whose name matches, as 'layer1.*'. Repeatable.")
 ]
 Only = Annotated[list[str] | None, typer.Option("--only", help="Keep to layers whose name matches. Repeatable.")]
-MethodName = Annotated[str, typer.Option("--method", help="auto, weight-svd, activation-svd or joint.")]
+MethodName = Annotated[
+    str, typer.Option("--method", help="auto, weight-svd, activation-svd, joint or low-rank-plus-sparse.")
+]
+Patterns = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pattern",
+        help="Low rank plus sparse: unstructured, rows, 2:4, 4x4 (blocks), channels or taps. Repeatable; the budget "
+        "chooses among them.",
+    ),
+]
+LowRankShare = Annotated[
+    float | None,
+    typer.Option(
+        "--low-rank-share",
+        help="Low rank plus sparse: part of the stored numbers that low rank gets, as 0.3. By default the budget "
+        "decides for each layer.",
+    ),
+]
 Groups = Annotated[
     Path | None,
     typer.Option("--groups", help='Layers that may share factors, by hand: a JSON file as {"name": ["a", "b"]}.'),
@@ -228,4 +246,5 @@ def refuse(context: typer.Context, parameters: Collection[str], why: str) -> Non
         if parameter.name in parameters and source is not None and source.name == "COMMANDLINE":
             value = context.params[parameter.name]
             given = (parameter.secondary_opts if value is False else parameter.opts)[0]
-            raise UsageError(f"{given}{'' if isinstance(value, bool) else f' {value}'} {why}")
+            shown = " ".join(value) if isinstance(value, list) else value
+            raise UsageError(f"{given}{'' if isinstance(value, bool) else f' {shown}'} {why}")

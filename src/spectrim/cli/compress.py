@@ -35,7 +35,8 @@ def compress(
     method: Annotated[
         str,
         typer.Option(
-            "--method", help="auto, weight-svd, activation-svd, joint, or learned-ranks, which needs --train."
+            "--method",
+            help="auto, weight-svd, activation-svd, joint, low-rank-plus-sparse, or learned-ranks (needs --train).",
         ),
     ] = "auto",
     share: Annotated[
@@ -47,6 +48,8 @@ def compress(
         ),
     ] = None,
     groups: common.Groups = None,
+    pattern: common.Patterns = None,
+    low_rank_share: common.LowRankShare = None,
     rank_epochs: common.RankEpochs = 10,
     rank_lr: common.RankLr = None,
     c_steps: common.CSteps = 64,
@@ -93,6 +96,7 @@ def compress(
     from spectrim.cli.references import UsageError
     from spectrim.cli.results import Outcome
     from spectrim.cli.sharing import NONE_ALIKE, offer, planned_groups, wanted_groups
+    from spectrim.cli.sparsity import Sparsity, fastest, kernel_notes, kernel_values
     from spectrim.cli.steps import (
         METHODS,
         carry_out,
@@ -113,7 +117,9 @@ def compress(
 
     if method == learning.METHOD:
         common.refuse(
-            context, {"plan_file", "selector", "guard", "share", "groups"}, f"does not combine with --method {method}"
+            context,
+            {"plan_file", "selector", "guard", "share", "groups", "pattern", "low_rank_share"},
+            f"does not combine with --method {method}",
         )
         if multiplier is None:
             common.refuse(context, {"cost"}, "is the cost that --multiplier is for, and there is no --multiplier")
@@ -129,6 +135,7 @@ def compress(
     if method not in METHODS:
         raise UsageError(f"--method {method!r} is not known; choose from {', '.join((*METHODS, learning.METHOD))}")
     common.refuse(context, learning.PARAMETERS, f"is for --method {learning.METHOD}, not for --method {method}")
+    sparsity = Sparsity.of(context, method, pattern, low_rank_share)
     selectors = dict(zip(SELECTORS, (exact, lagrangian, greedy, energy, uniform), strict=True))
     if selector not in selectors:
         raise UsageError(f"--selector {selector!r} is not known; choose from {', '.join(SELECTORS)}")
@@ -160,7 +167,7 @@ def compress(
     clock = Latency(device=device, batch=batch) if clocked else None
     look = functools.partial(
         survey, out, dense, batches=batches, example=example, skip=skip, only=only, method=method,
-        multiple_of=multiple_of, latency=clock, guard=guard,
+        sparsity=sparsity, multiple_of=multiple_of, latency=clock, guard=guard,
     )  # fmt: skip
     if plan_file is not None:
         plan = Plan.read(plan_file)
@@ -172,8 +179,10 @@ def compress(
         result = carry_out(found, dense, select(found.table, wanted, selectors[selector]), None)
     else:
         assert wanted is not None
-        offer(locate(dense, skip, only), sharing)
-        methods = chosen_methods(method, True, multiple_of, share=sharing is not False)
+        located = locate(dense, skip, only)
+        sparsity.check(located)
+        offer(located, sharing)
+        methods = chosen_methods(method, True, multiple_of, share=sharing is not False, sparsity=sparsity)
         with out.progress() as show:
             result = shrink(
                 dense, batches, wanted, methods=methods, skip=list(skip or ()), only=list(only or ()), groups=sharing,
@@ -198,7 +207,9 @@ def compress(
         outcome = outcome.tuned(done)
         if testing is not None:
             outcome = outcome.scored("fine-tuned", evaluate(small))
+    kernels = fastest(small, example, threads)
+    outcome = outcome.noted(*kernel_notes(kernels))
     comparison = compare(
         dense, small, example, evaluate=outcome.known_score if testing is not None else None, threads=threads
     )
-    outcome.finish(out, comparison, report=report)
+    outcome.finish(out, comparison, report=report, kernels=kernel_values(kernels))

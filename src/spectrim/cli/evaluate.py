@@ -30,6 +30,7 @@ def evaluate(
     from spectrim.cli.data import load_data
     from spectrim.cli.models import load_compressed, load_model
     from spectrim.cli.references import UsageError
+    from spectrim.cli.sparsity import fastest, kernel_notes, kernel_values
     from spectrim.cli.steps import first_batch, prepare, random_input
     from spectrim.report import accuracy, compare, measure
 
@@ -53,12 +54,17 @@ def evaluate(
     name = str(checkpoint) if checkpoint is not None else model
     network = load_compressed(model, checkpoint) if checkpoint is not None else load_model(model, weights)
     network = network.to(device)
+    kernels = fastest(network, example, threads) if repeats else ()
     if compare_dense:
         dense = load_model(model, weights).to(device)
         comparison = compare(dense, network, example, evaluate=scoring, repeats=repeats, threads=threads)
-        out.document({"model": name, **comparison.to_dict()})
+        out.document({"model": name, **comparison.to_dict(), "kernels": kernel_values(kernels)})
         out.table(["", ">dense", ">compressed", ">change"], comparison.to_rows())
+        for note in kernel_notes(kernels):
+            out.print(note)
         return
     measured = measure(network, example, evaluate=scoring, repeats=repeats, threads=threads)
-    out.document({"model": name, **measured.to_dict()})
+    out.document({"model": name, **measured.to_dict(), "kernels": kernel_values(kernels)})
     out.table(["", f">{name}"], [(line.metric, line.text) for line in measured.lines])
+    for note in kernel_notes(kernels):
+        out.print(note)

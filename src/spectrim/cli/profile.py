@@ -23,6 +23,7 @@ _SIZES = (0.5, 0.25)
 @command
 def profile(
     out: Output,
+    context: typer.Context,
     model: common.Model,
     weights: common.Weights = None,
     data: Annotated[
@@ -36,6 +37,8 @@ def profile(
         bool, typer.Option("--share", help="List groups of layers that may share factors, and what it saves.")
     ] = False,
     groups: common.Groups = None,
+    pattern: common.Patterns = None,
+    low_rank_share: common.LowRankShare = None,
     latency: Annotated[bool, typer.Option("--latency", help="Measure the milliseconds of every layer too.")] = False,
     batch: common.Batch = 1,
     threads: common.Threads = None,
@@ -49,8 +52,10 @@ def profile(
     from spectrim.cli.models import load_model
     from spectrim.cli.references import UsageError
     from spectrim.cli.sharing import NONE_ALIKE, wanted_groups
+    from spectrim.cli.sparsity import METHOD, Sparsity
     from spectrim.cli.steps import first_batch, prepare, random_input, survey
 
+    sparsity = Sparsity.of(context, method, pattern, low_rank_share)
     sharing = wanted_groups(share or None, groups, method)
     device = prepare(threads, device)
     if latency and data is None and input_shape is None:
@@ -67,10 +72,12 @@ def profile(
         clock = Latency(device=device, batch=batch)
     found = survey(
         out, network, batches=batches, example=example, skip=skip, only=only, method=method, groups=sharing,
-        latency=clock,
+        sparsity=sparsity, latency=clock,
     )  # fmt: skip
     table = found.table
     layers = [_layer(row, table) for row in table.singles]
+    if method == METHOD:
+        layers = [{**layer, "smallest": _smallest(row)} for layer, row in zip(layers, table.singles, strict=True)]
     shared = [_group(row, table) for row in table if row.members]
     if out.as_json:
         out.document(
@@ -88,6 +95,8 @@ def profile(
         )
         return
     _print(out, table, layers)
+    if method == METHOD:
+        _print_smallest(out, layers)
     if shared:
         _print_groups(out, shared)
     elif sharing is not False:
@@ -115,6 +124,20 @@ def _layer(row: Row, table: Candidates) -> dict[str, Any]:
             for loss in _LOSSES
         },
     }
+
+
+def _smallest(row: Row) -> dict[str, Any]:
+    """Of one layer, the choice that stores the fewest bytes at a given loss: bytes, and rank, density and pattern."""
+    found = {}
+    for loss in _LOSSES:
+        best = min((o for o in row.options if o.error <= loss), key=lambda o: (o.costs["bytes"], o.error))
+        found[f"{loss:.0%}"] = {
+            "bytes": best.costs["bytes"],
+            "left": best.costs["bytes"] / max(row.dense.costs["bytes"], 1e-300),
+            "error": best.error,
+            "choice": None if best.choice.is_dense else {"method": best.choice.method, **best.choice.settings},
+        }
+    return found
 
 
 def _group(row: Row, table: Candidates) -> dict[str, Any]:
@@ -195,6 +218,25 @@ def _print(out: Output, table: Candidates, layers: Sequence[dict[str, Any]]) -> 
     out.print(
         f"Lost is {table.unit or 'nothing, since nothing can be factorised'}; ranks are of the channel unfolding."
     )
+
+
+def _print_smallest(out: Output, layers: Sequence[dict[str, Any]]) -> None:
+    from spectrim.plan import Choice
+    from spectrim.report.page import choice_text
+
+    columns = ["layer"]
+    for loss in _LOSSES:
+        columns += [f">bytes at {loss:.0%} lost", "as"]
+    rows = []
+    for layer in layers:
+        cells = [layer["name"]]
+        for found in layer["smallest"].values():
+            held = found["choice"]
+            settings = {key: value for key, value in (held or {}).items() if key != "method"}
+            words = "dense" if held is None else choice_text(Choice("low_rank", held["method"], settings))
+            cells += [f"{found['left']:.0%}", words]
+        rows.append(cells)
+    out.table(columns, rows, title="Fewest stored bytes, positions counted")
 
 
 def _print_groups(out: Output, groups: Sequence[dict[str, Any]]) -> None:

@@ -59,9 +59,12 @@ class Outcome:
     def scored(self, stage: str, percent: float) -> Outcome:
         return dataclasses.replace(self, scores=(*self.scores, (stage, percent)))
 
+    def noted(self, *notes: str) -> Outcome:
+        return dataclasses.replace(self, notes=(*self.notes, *notes))
+
     def tuned(self, training: TrainingResult) -> Outcome:
         note = f"Fine-tuned for {training.epochs} epochs in {training.seconds:.0f} s, with the dense model as teacher."
-        return dataclasses.replace(self, notes=(*self.notes, note))
+        return self.noted(note)
 
     def known_score(self, model: nn.Module) -> float:
         """The score already measured of one of the two models."""
@@ -76,7 +79,7 @@ class Outcome:
         trajectory = self.result.trajectory if isinstance(self.result, LearnedResult) else None
         if animate and trajectory is not None:
             files["animation"] = animate_ranks(trajectory, self.folder / "ranks.gif")
-        notes = (*self.notes, *_sharing(plan), *_warnings(comparison, plan))
+        notes = (*_sums(plan), *self.notes, *_sharing(plan), *_warnings(comparison, plan))
         if report:
             files["report"] = self.folder / "report.html"
             write_report(
@@ -129,6 +132,15 @@ def _sharing(plan: Plan) -> list[str]:
     groups = [entry for entry in plan if entry.members]
     layers = sum(len(entry.members) for entry in groups)
     return [f"{layers} layers share factors, in {len(groups)} group{'s'[: len(groups) > 1]}."] if groups else []
+
+
+def _sums(plan: Plan) -> list[str]:
+    """How many layers have a sparse part."""
+    parts = [entry.choice for entry in plan if entry.choice.settings.get("density")]
+    both = sum(1 for choice in parts if choice["rank"])
+    if not parts:
+        return []
+    return [f"{len(parts)} layer{'s'[: len(parts) > 1]} with a sparse weight, {both} of them beside a low-rank pair."]
 
 
 def _warnings(comparison: Comparison, plan: Plan) -> list[str]:

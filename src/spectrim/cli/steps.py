@@ -14,6 +14,7 @@ from spectrim.cli.common import Output, usage
 from spectrim.cli.data import load_data
 from spectrim.cli.references import UsageError
 from spectrim.cli.sharing import Wanted, offer
+from spectrim.cli.sparsity import METHOD, Sparsity
 from spectrim.latency import Latency
 from spectrim.methods import ActivationSVD, JointSVD, Method, WeightSVD
 from spectrim.nn.batches import arguments, resized
@@ -31,6 +32,7 @@ METHODS: Mapping[str, tuple[type[Method], ...]] = {
     "weight-svd": (WeightSVD,),
     "activation-svd": (ActivationSVD,),
     "joint": (ActivationSVD, WeightSVD),
+    METHOD: (ActivationSVD, WeightSVD),
 }
 
 
@@ -115,13 +117,22 @@ def as_arguments(model: nn.Module, example: Any) -> Any:
     return kwargs or args
 
 
-def chosen_methods(name: str, calibrated: bool, multiple_of: int | None = None, *, share: bool = False) -> list[Method]:
+def chosen_methods(
+    name: str,
+    calibrated: bool,
+    multiple_of: int | None = None,
+    *,
+    share: bool = False,
+    sparsity: Sparsity = Sparsity(),  # noqa: B008 (frozen)
+) -> list[Method]:
     """The methods that ``--method`` names.
 
     Parameters
     ----------
     share
         With those for layers that share a factor: the first or the second, and for ``joint`` both at once too.
+    sparsity
+        Of low rank plus sparse. A share that is given leaves out low rank alone.
 
     Raises
     ------
@@ -136,6 +147,8 @@ def chosen_methods(name: str, calibrated: bool, multiple_of: int | None = None, 
     shares = () if not share else ("left", "right", "both") if name == "joint" else ("left", "right")
     with usage():
         alone: list[Method] = [kind(multiple_of=multiple_of) for kind in kinds]  # type: ignore[call-arg]
+        if name == METHOD:
+            alone = [*(alone if sparsity.share is None else []), sparsity.method(multiple_of)]
         return alone + [JointSVD(part, multiple_of=multiple_of) for part in shares]
 
 
@@ -165,6 +178,7 @@ def survey(
     only: Sequence[str] | None,
     method: str,
     groups: Wanted = False,
+    sparsity: Sparsity = Sparsity(),  # noqa: B008 (frozen)
     multiple_of: int | None = None,
     latency: Latency | None = None,
     guard: bool = False,
@@ -182,7 +196,8 @@ def survey(
         Collect what an error at each layer does to the outputs, as :func:`spectrim.compress` does.
     """
     sites = locate(model, skip, only)
-    methods = chosen_methods(method, batches is not None, multiple_of, share=groups is not False)
+    methods = chosen_methods(method, batches is not None, multiple_of, share=groups is not False, sparsity=sparsity)
+    sparsity.check(sites)
     offer(sites, groups)  # what cannot be carried out is refused before the batches are read
     with out.progress() as report:
         if batches is not None:

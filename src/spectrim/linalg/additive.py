@@ -14,16 +14,19 @@ the others.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from spectrim.linalg import bilateral, lowrank, response, sparse
-from spectrim.linalg.metric import Metric
+from spectrim.linalg.metric import Full, Metric, Slices
 from spectrim.linalg.patterns import Pattern
+from spectrim.linalg.response import cholesky
 from spectrim.linalg.sparse import Quadratic, Sparse
 
 
@@ -57,13 +60,40 @@ class LowRankStep(ABC):
     def refit(self, target: Float[Tensor, "g o n"], product: Product) -> Product:
         """The best second factor for a target and the first factor of a product."""
 
+    @abstractmethod
+    def eliminated(self, product: Product) -> Quadratic:
+        """What a weight difference costs if the second factor of a product makes up for it as well as it can."""
+
 
 @dataclass(frozen=True, eq=False)
-class _Outer(ABC):
-    """A step that sees the outputs weighted by ``root``, a square root of ``G``, or as they are if None."""
+class _Projecting(LowRankStep):
+    """Projects the outputs, weighted by ``root`` (a square root of ``G``) or as they are, onto orthonormal columns.
+
+    Attributes
+    ----------
+    metric
+        ``C``.
+    root
+        ``[g, o, o]``, or None.
+    """
 
     metric: Metric
     root: Float[Tensor, "g o o"] | None = None
+    grows = True
+
+    def refit(self, target: Float[Tensor, "g o n"], product: Product) -> Product:
+        left = self._basis(product)
+        return self._product(left, left.mT @ self._mixed(target))
+
+    def eliminated(self, product: Product) -> Quadratic:
+        left = self._basis(product)
+        eye = torch.eye(left.shape[1], dtype=left.dtype, device=left.device)
+        beside = eye - left @ left.mT
+        return Quadratic(self.metric, beside if self.root is None else self.root @ beside @ self.root)
+
+    def _basis(self, product: Product) -> Float[Tensor, "g o r"]:
+        left = product.factors[0]
+        return left if self.root is None else self.root @ left
 
     def _mixed(self, target: Tensor) -> Tensor:
         return target if self.root is None else self.root @ target
@@ -75,37 +105,26 @@ class _Outer(ABC):
 
 
 @dataclass(frozen=True, eq=False)
-class Greedy(_Outer, LowRankStep):
+class Greedy(_Projecting):
     """Greedy bilateral factors, without decompositions: a turn costs two products and a thin QR."""
 
     turns: int = 1
-    grows = True
 
     def __call__(self, target: Float[Tensor, "g o n"], rank: int, start: Product | None) -> Product:
         mixed = self._mixed(target)
         held = None if start is None else start.factors[1]
-        # A first factor out of nothing takes a few turns more than one to go on from.
+        # A first factor out of nothing takes a turn more than one to go on from.
         turns = self.turns if held is not None and held.shape[1] == rank else self.turns + 1
         left, right = bilateral.greedy(mixed, self.metric, rank, start=held, rounds=1, turns=turns)
         return self._product(left, right)
 
-    def refit(self, target: Float[Tensor, "g o n"], product: Product) -> Product:
-        left = torch.linalg.qr(self._mixed(product.factors[0])).Q
-        return self._product(left, left.mT @ self._mixed(target))
-
 
 @dataclass(frozen=True, eq=False)
-class Exact(_Outer, LowRankStep):
+class Exact(_Projecting):
     """The best factors, by one eigendecomposition a turn."""
-
-    grows = True
 
     def __call__(self, target: Float[Tensor, "g o n"], rank: int, start: Product | None) -> Product:
         return self._product(*bilateral.exact(self._mixed(target), self.metric, rank))
-
-    def refit(self, target: Float[Tensor, "g o n"], product: Product) -> Product:
-        left = torch.linalg.qr(self._mixed(product.factors[0])).Q
-        return self._product(left, left.mT @ self._mixed(target))
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,40 +133,46 @@ class Split(LowRankStep):
 
     Attributes
     ----------
-    moment
-        In the coordinates of the split, ``[g, p, q, p, q]`` or ``[g, p, p]``.
+    metric
+        ``C``; slices must be those of the split.
     root
         Square root of ``G``, or None.
-    order
-        Axes of ``[g, o, i, *k]`` as ``[g, (i, k_S), (o, k_rest)]``.
-    kernel
+    patch
         ``(i, *k)``.
-    rows
-        Length of the first axis of that matrix.
+    axes
+        Kernel axes of the first factor.
+    steps
+        Conjugate-gradient steps on the first factor a turn.
     """
 
-    moment: Tensor
+    metric: Metric
     root: Float[Tensor, "g o o"] | None
-    order: tuple[int, ...]
-    kernel: tuple[int, ...]
-    rows: int
+    patch: tuple[int, ...]
+    axes: tuple[int, ...]
     steps: int = 4
+
+    @cached_property
+    def moment(self) -> Tensor:
+        """The metric in the coordinates of the split, ``[g, p, q, p, q]`` or ``[g, p, p]``."""
+        if isinstance(self.metric, Full):
+            return response.arrange(self.metric.moment, self.axes, self.patch)
+        if isinstance(self.metric, Slices):
+            return self.metric.moment
+        diagonal = self.metric.diagonal()
+        return torch.eye(self._rows, dtype=diagonal.dtype, device=diagonal.device).expand(len(diagonal), -1, -1)
 
     def __call__(self, target: Float[Tensor, "g o n"], rank: int, start: Product | None) -> Product:
         outputs = target.shape[1]
         matrix = self._unfolded(target)
         mixed = matrix if self.root is None else self._unfolded(self.root @ target)
-        if start is None:
+        if start is None or self.moment.dim() == 3:
+            # In a metric of slices this is the solution, otherwise a good start.
             basis = lowrank.spectrum(mixed, response.slice_metric(self.moment), rank).basis
             left, _ = lowrank.factors(mixed, basis, rank)
         else:
             left = start.factors[0]
         if self.moment.dim() == 5:
             left, _ = response.alternate(mixed, self.moment, left, outputs, sweeps=1, steps=self.steps)
-        elif start is not None:
-            # In the slice metric the projection is exact.
-            basis = lowrank.spectrum(mixed, self.moment, rank).basis
-            left, _ = lowrank.factors(mixed, basis, rank)
         return self._product(left, response.refit(matrix, self.moment, left, outputs), outputs)
 
     def refit(self, target: Float[Tensor, "g o n"], product: Product) -> Product:
@@ -155,16 +180,49 @@ class Split(LowRankStep):
         outputs = target.shape[1]
         return self._product(left, response.refit(self._unfolded(target), self.moment, left, outputs), outputs)
 
+    def eliminated(self, product: Product) -> Quadratic:
+        left = product.factors[0]
+        if isinstance(self.metric, Full):
+            g, _, rank = left.shape
+            q = self.moment.shape[2]
+            eye = torch.eye(q, dtype=left.dtype, device=left.device)
+            # All that the second factor can see, as a map from patches.
+            opened = torch.einsum("gpa,qs->gpqas", left, eye).reshape(g, *(self.patch[d] for d in self._order), -1)
+            back = [1 + self._order.index(d) for d in range(len(self.patch))]
+            views = opened.permute(0, *back, -1).reshape(g, -1, rank * q)
+            metric: Metric = Full(_beside(self.metric.moment, views))
+        else:
+            metric = Slices(_beside(self.moment, left), self.patch, self.axes)
+        return Quadratic(metric, None if self.root is None else self.root @ self.root)
+
+    @property
+    def _order(self) -> list[int]:
+        """Axes of the patch, those that the first factor sees together first."""
+        kernel = range(len(self.patch) - 1)
+        return [0, *(1 + a for a in self.axes), *(1 + a for a in kernel if a not in self.axes)]
+
+    @property
+    def _rows(self) -> int:
+        return math.prod((self.patch[0], *(self.patch[1 + a] for a in self.axes)))
+
     def _unfolded(self, weight: Tensor) -> Tensor:
         g, o, _ = weight.shape
-        return weight.reshape(g, o, *self.kernel).permute(self.order).reshape(g, self.rows, -1)
+        opened = weight.reshape(g, o, *self.patch).permute(0, *(2 + d for d in self._order), 1)
+        return opened.reshape(g, self._rows, -1, o).transpose(2, 3).reshape(g, self._rows, -1)
 
     def _product(self, left: Tensor, right: Tensor, outputs: int) -> Product:
         g = left.shape[0]
-        sizes = (g, outputs, *self.kernel)
-        opened = (left @ right).reshape([sizes[d] for d in self.order])
-        back = [self.order.index(d) for d in range(len(self.order))]
-        return Product(opened.permute(back).reshape(g, outputs, -1), (left, right))
+        opened = (left @ right).reshape(g, self._rows, outputs, -1).transpose(1, 2)
+        opened = opened.reshape(g, outputs, *(self.patch[d] for d in self._order))
+        back = [2 + self._order.index(d) for d in range(len(self.patch))]
+        return Product(opened.permute(0, 1, *back).reshape(g, outputs, -1), (left, right))
+
+
+def _beside(moment: Float[Tensor, "g n n"], views: Float[Tensor, "g n m"]) -> Float[Tensor, "g n n"]:
+    """The moment of what cannot be predicted from ``views^T x``."""
+    seen = moment @ views
+    half = torch.linalg.solve_triangular(cholesky(views.mT @ seen), seen.mT, upper=False)
+    return moment - half.mT @ half
 
 
 @dataclass(frozen=True, eq=False)
@@ -247,60 +305,60 @@ def decompose(
         )
         found = sparse.solve(target, error, found.mask, start=found.weight, steps=10 * polish)
         return Additive(None, found, (found.error,), True)
-    none = Sparse(torch.zeros_like(target), torch.zeros_like(target, dtype=torch.bool), 0.0)
-    state = none if start is None else start.sparse
-    product = None if start is None else start.product
-    dense = not pattern.kept(shape, density)
-    if dense:
-        state = none
+    state = Sparse(torch.zeros_like(target), torch.zeros_like(target, dtype=torch.bool), 0.0)
+    product = None
+    if start is not None:
+        state, product = start.sparse, start.product
+    alone = not pattern.kept(shape, density)
     grown = rank if not step.grows or product is not None else 0
     extra = 0.0
     errors: list[float] = []
     best: tuple[Product, Sparse] | None = None
     converged = False
+    total = error.value(target)
     for turn in range(turns):
-        growing = step.grows and grown < rank
-        if growing:
+        if grown < rank:
             grown = max(grown + 1, rank * (turn + 1) // max(1, min(growth, turns)))
         asked = target - state.weight
         if extra and best is not None:
-            rest = target - best[0].weight - best[1].weight
-            product = step(asked + extra * rest, grown, best[0])
-            product = step.refit(asked, product)
-        else:
-            product = step(asked, grown, product)
-        if dense:
-            value = error.value(target - product.weight)
-        else:
-            # A mask from before the rank was there is a start like any other.
+            asked = asked + extra * (asked - best[0].weight)
+        product = step(asked, grown, product)
+        value = error.value(target - product.weight) if alone or grown >= target.shape[1] else math.inf
+        if not alone and value <= 1e-12 * total:
+            # Nothing is left for the sparse part.
+            mask = sparse.one_shot(target, error, pattern, density, kernel).mask
+            product = step.refit(target, product)
+            state = Sparse(torch.zeros_like(target), mask, value)
+        elif not alone:
             held = state if bool(state.mask.any()) else None
             state = sparse.fit(
-                target - product.weight, error, pattern, density, kernel, start=held, rounds=2, steps=4, halvings=2
+                target, step.eliminated(product), pattern, density, kernel, start=held, rounds=2, steps=4, halvings=2
             )
+            product = step.refit(target - state.weight, product)
             value = state.error
         if grown < rank:
             continue
         if best is not None and value > errors[-1]:
+            product, state = best
             if not extra:
                 converged = True
                 break
             # Relaxed too far: go on from before.
             extra = 0.0
-            product, state = best
-            errors.append(errors[-1])
             continue
         fell = 1 - value / errors[-1] if errors and errors[-1] > 0 else 1.0
         best = product, state
         errors.append(value)
-        if value <= 1e-24 * max(error.value(target), 1e-300) or fell < tolerance:
+        if value <= 1e-12 * total or fell < tolerance:
             converged = True
             break
-        extra = min(extra + 0.25, 2.0) if relax and fell < 0.3 else extra
+        if relax and fell < 0.3:
+            extra = min(extra + 0.25, 2.0)
     if best is None:
         assert isinstance(product, Product)
         best = product, state
         errors.append(error.value(target - product.weight - state.weight))
-    return _polished(target, error, step, rank, best, errors, converged, 0 if dense else polish)
+    return _polished(target, error, step, rank, best, errors, converged, 0 if alone else polish)
 
 
 def _polished(
@@ -317,9 +375,12 @@ def _polished(
     product, state = best
     for _ in range(turns):
         fresh = step(target - state.weight, rank, product)
-        settled = sparse.solve(target - fresh.weight, error, state.mask, start=state.weight, steps=12)
+        settled = sparse.solve(target, step.eliminated(fresh), state.mask, start=state.weight, steps=12)
+        fresh = step.refit(target - settled.weight, fresh)
         if settled.error >= errors[-1]:
             break
         product, state = fresh, settled
         errors.append(settled.error)
+    # The error as it is, without the rounding of all the steps.
+    errors[-1] = error.value(target - product.weight - state.weight)
     return Additive(product, state, tuple(errors), converged)

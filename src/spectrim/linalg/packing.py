@@ -86,10 +86,14 @@ def unpack(packed: Tensor, units: int, kept: int) -> Tensor:
 def _to_bytes(flags: Tensor) -> Tensor:
     """Eight flags a byte, the first in the lowest bit; the last byte is filled up with zeros."""
     room = -flags.numel() % 8
-    padded = torch.cat([flags, flags.new_zeros(room)]).reshape(-1, 8)
-    weights = 1 << torch.arange(8, device=flags.device)
-    return (padded * weights).sum(1).to(torch.uint8)
+    padded = torch.cat([flags, flags.new_zeros(room)]).to(torch.uint8).reshape(-1, 8)
+    return (padded << _places(flags)).sum(1, dtype=torch.uint8)
 
 
 def _to_bits(packed: Tensor) -> Tensor:
-    return ((packed.unsqueeze(1).int() >> torch.arange(8, device=packed.device)) & 1).bool().reshape(-1)
+    return ((packed.unsqueeze(1) >> _places(packed)) & 1).bool().reshape(-1)
+
+
+def _places(like: Tensor) -> Tensor:
+    # Bytes all along: eight-byte numbers would take as much memory as a large layer eight times over.
+    return torch.arange(8, dtype=torch.uint8, device=like.device)

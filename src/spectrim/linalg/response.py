@@ -68,7 +68,7 @@ def _open(matrix: Tensor, outputs: int) -> Float[Tensor, "g p o q"]:
     return matrix.double().reshape(g, p, outputs, columns // outputs)
 
 
-def _cholesky(matrix: Tensor) -> Tensor:
+def cholesky(matrix: Tensor) -> Tensor:
     """Cholesky factor of a positive semidefinite matrix, with the smallest jitter that succeeds."""
     scale = matrix.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-300)
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
@@ -111,7 +111,7 @@ class Normal:
         One Cholesky factorisation serves all ranks: the leading blocks of the Gram matrix are those of the smaller
         ranks.
         """
-        solved = torch.linalg.solve_triangular(_cholesky(self.gram), self.cross, upper=False)
+        solved = torch.linalg.solve_triangular(cholesky(self.gram), self.cross, upper=False)
         g, n, _ = self.cross.shape
         gained = solved.square().sum(-1).reshape(g, n // self.slices, self.slices).sum(-1).sum(0).cumsum(0)
         # Rounding aside the exact error does not rise with the rank.
@@ -119,7 +119,7 @@ class Normal:
 
     def solve(self) -> Float[Tensor, "g r c"]:
         """The second factor, ``[g, r, (o, q)]``."""
-        solved = torch.cholesky_solve(self.cross, _cholesky(self.gram))
+        solved = torch.cholesky_solve(self.cross, cholesky(self.gram))
         g, n, outputs = self.cross.shape
         rank = n // self.slices
         return solved.reshape(g, rank, self.slices, outputs).transpose(2, 3).reshape(g, rank, outputs * self.slices)

@@ -48,13 +48,14 @@ class Quadratic:
         return float((rows * self.apply(rows)).sum())
 
     def scale(self, outputs: int) -> Float[Tensor, "g o n"]:
-        """Square root of the curvature along each entry, at least a little."""
+        """Square root of the curvature along each entry, at least 1e-4 of the largest."""
         inputs = self.metric.diagonal().clamp_min(0).sqrt().unsqueeze(1)
         if self.outer is None:
             scale = inputs.expand(inputs.shape[0], outputs, inputs.shape[2])
         else:
             scale = self.outer.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt().unsqueeze(2) * inputs
-        return scale.clamp_min(max(1e-12 * float(scale.max()), 1e-300))
+        # What hardly changes the error gets no long steps.
+        return scale.clamp_min(max(1e-4 * float(scale.max()), 1e-300))
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,16 +171,16 @@ def fit(
         along = error.value(part / scale)
         length = float(part.square().sum()) / max(along, 1e-300)
         found = None
-        for _ in range(halvings + 1):
-            moved = best.weight * scale + length * gradient
+        # The step that is right for every entry on its own comes last: it exchanges few of them, those that must be.
+        for reach in (*(length / 2**k for k in range(halvings + 1)), 1.0):
+            moved = best.weight * scale + reach * gradient
             mask = threshold(moved.square(), pattern, density, kernel)
             if torch.equal(mask, best.mask):
-                break
+                continue
             tried = solve(target, error, mask, start=moved / scale, steps=steps)
             if tried.error < best.error:
                 found = tried
                 break
-            length /= 2
         if found is None:
             break
         best = found

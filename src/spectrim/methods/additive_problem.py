@@ -57,10 +57,7 @@ class Problem:
         if how.name == "channel":
             step: LowRankStep = (Exact if exact else Greedy)(metric, weight)
         else:
-            rest = [a for a in range(len(spec.kernel)) if a not in how.axes]
-            order = (0, 2, *(3 + a for a in how.axes), 1, *(3 + a for a in rest))
-            rows = patch[0] * how.sizes(spec.kernel)[0]
-            step = Split(_split_moment(metric, how, patch, rows), weight, order, tuple(patch), rows)
+            step = Split(metric, weight, tuple(patch), how.axes)
         return cls(site, how, target, Quadratic(metric, outer), step, mean)
 
     @property
@@ -135,14 +132,3 @@ def _metric(site: Site, how: Unfolding) -> tuple[Metric, Tensor | None]:
     inside = [patch[0], *(k if a in axes else 1 for a, k in enumerate(patch[1:]))]
     mean = held.mean.reshape(g, *inside).expand(g, *patch).reshape(g, math.prod(patch))
     return metric, mean
-
-
-def _split_moment(metric: Metric, how: Unfolding, patch: list[int], rows: int) -> Tensor:
-    """The metric in the coordinates of a split."""
-    if isinstance(metric, Full):
-        return response.arrange(metric.moment, how.axes, tuple(patch))
-    if isinstance(metric, Slices):
-        return metric.moment
-    diagonal = metric.diagonal()
-    eye = torch.eye(rows, dtype=diagonal.dtype, device=diagonal.device)
-    return eye.expand(diagonal.shape[0], rows, rows)

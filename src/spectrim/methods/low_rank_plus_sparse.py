@@ -20,7 +20,9 @@ from spectrim.unfold import Unfolding, unfolding, unfoldings
 # Turns of the decomposition that the curve is made of; a choice that is carried out goes on from there.
 _CURVE_TURNS = 3
 _GROWTH = 2
-# A layer with more weights than this is offered every other rank and density only.
+_DENSITIES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.13, 0.17, 0.22, 0.28, 0.35, 0.45, 0.6)
+# Beside a low-rank part at most so many densities are on offer, and half of them and of the ranks in large layers.
+_FEW = 8
 _LARGE = 400_000
 
 
@@ -39,6 +41,7 @@ class LowRankPlusSparse(Method):
         like (blocks), ``"channels"`` and ``"taps"``. See :mod:`spectrim.linalg.patterns`.
     densities
         Shares of the layer's weights that the sparse part may store. Patterns with densities of their own have those.
+        Where they are many, each second one is on offer beside a low-rank part.
     ranks
         How many ranks are on offer, beside 0, equally spaced on a logarithmic scale.
     share
@@ -61,8 +64,8 @@ class LowRankPlusSparse(Method):
     """
 
     patterns: tuple[str, ...] = ("unstructured",)
-    densities: tuple[float, ...] = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6)
-    ranks: int = 6
+    densities: tuple[float, ...] = _DENSITIES
+    ranks: int = 4
     share: float | None = None
     unfoldings: tuple[str, ...] | None = None
     multiple_of: int | None = None
@@ -203,20 +206,17 @@ class LowRankPlusSparse(Method):
         numbers = math.prod(shape)
         each = sum(math.prod(part.shape) for part in spec.factor(how, 1))
         full = full_rank(spec, how)
-        step = self.multiple_of or rank_multiple(spec.device, spec.dtype, full)
-        thin = 2 if numbers > _LARGE else 1
+        few = _FEW // 2 if numbers > _LARGE else _FEW
         densities = pattern.densities(self.densities, shape)
-        if len(densities) > 4 * thin:
-            # The smallest stay: 0 is low rank alone.
-            densities = (*densities[:1], *densities[thin::thin])
         if self.share is not None:
             # Both parts of a share of the numbers; the sparse one may have any density.
             pairs = [(int(self.share * d * numbers / each), (1 - self.share) * d) for d in densities]
         else:
-            most = min(full, numbers // each) // step
-            count = -(-self.ranks // thin)
-            spread = {round(most ** ((n + 1) / count)) for n in range(count)} if most and count else set()
-            pairs = [(rank, d) for rank in (0, *sorted(step * r for r in spread)) for d in densities]
+            pairs = [(0, d) for d in densities]
+            while len(densities) > few:
+                # The smallest stays: 0 is low rank alone.
+                densities = (*densities[:1], *densities[1::2])
+            pairs += [(rank, d) for rank in self._ranks(spec, full, min(full, numbers // each)) for d in densities]
         seen: set[tuple[int, int]] = set()
         for rank, density in pairs:
             kept = pattern.kept(shape, density)
@@ -225,6 +225,17 @@ class LowRankPlusSparse(Method):
             if wanted and self._pays(spec, how, rank, pattern, density):
                 seen.add((rank, kept))
                 yield rank, density
+
+    def _ranks(self, spec: LayerSpec, full: int, most: int) -> list[int]:
+        """Ranks on offer up to ``most``: any below the multiple that suits the device, multiples above."""
+        step = self.multiple_of or rank_multiple(spec.device, spec.dtype, full)
+        count = -(-self.ranks // 2) if math.prod(spec.shape) > _LARGE else self.ranks
+        found = set()
+        for n in range(count if most else 0):
+            rank = most ** ((n + 1) / count)
+            small = self.multiple_of is None and rank < step
+            found.add(max(1, round(rank)) if small else step * max(1, round(rank / step)))
+        return sorted(rank for rank in found if rank <= full)
 
     def _pays(self, spec: LayerSpec, how: Unfolding, rank: int, pattern: Pattern, density: float) -> bool:
         pair = spec.factor(how, rank) if rank else ()

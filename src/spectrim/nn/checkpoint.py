@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,23 @@ from torch import Tensor, nn
 from spectrim.errors import CheckpointError, PlanError
 from spectrim.nn.build import skeleton
 from spectrim.nn.find import find
+from spectrim.nn.packed import masked_layers, packed_mask, read_mask, read_weight, values_inside
+from spectrim.nn.sparse import Slim
 from spectrim.nn.surgery import replace_module
 from spectrim.plan import Plan
 
 FORMAT = "spectrim"
 FORMAT_VERSION = "1"
+PACKED_VERSION = "2"
+"""Of files that hold sparse weights packed; all others are of version 1."""
 
 
 def save(model: nn.Module, plan: Plan, path: str | Path) -> None:
     """Write a compressed model's weights and its plan to one safetensors file.
 
-    Tensors that share memory are stored once. The file is written beside its final place and moved there, so that a
+    Tensors that share memory are stored once. Of a sparse weight (:class:`~spectrim.nn.sparse.Masked`) the file holds
+    the values inside the mask, in one row under the name of the weight, and the packed positions under the name of the
+    mask, so that it is as large as its plan says. The file is written beside its final place and moved there, so that a
     crash leaves no half-written checkpoint.
 
     Parameters
@@ -35,14 +41,23 @@ def save(model: nn.Module, plan: Plan, path: str | Path) -> None:
         What :func:`spectrim.apply` returned, fine-tuned or not.
     plan
         The plan it was made by.
+
+    Raises
+    ------
+    CheckpointError
+        If the state of the model holds anything but tensors, or a mask does not have the pattern and the density of the
+        plan.
     """
-    tensors, shared = _stored(model.state_dict())
+    owners, shared = _owners(model.state_dict())
+    tensors, packed = _stored(model, plan, owners)
     metadata = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": PACKED_VERSION if packed else FORMAT_VERSION,
         "plan": plan.to_json(),
         "shared": json.dumps(shared, sort_keys=True),
     }
+    if packed:
+        metadata["packed"] = json.dumps(packed)
     target = Path(path)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
@@ -75,8 +90,9 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         If the file is missing, damaged or not a Spectrim checkpoint, or belongs to another architecture; the message
         names the first layer or tensor that does not fit.
     """
-    tensors, plan, shared = _read(Path(path))
+    tensors, plan, shared, packed = _read(Path(path))
     _rebuild(model, plan, path)
+    _unpack(model, tensors, packed, path)
     state = model.state_dict()
     for name, source in shared.items():
         if source not in tensors:
@@ -84,6 +100,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         tensors[name] = tensors[source]
     _check(state, tensors, path)
     _check_shared(state, tensors, path)
+    _check_channels(model, tensors, path)
     model.load_state_dict(tensors)
     return model
 
@@ -93,25 +110,41 @@ def read_plan(path: str | Path) -> Plan:
     return _read(Path(path), weights=False)[1]
 
 
-def _stored(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _owners(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors to write, and names of those that are the same memory as another."""
-    owners: dict[tuple[Any, ...], str] = {}
-    tensors: dict[str, Tensor] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    owners: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise CheckpointError(f"state {name!r} is a {type(tensor).__name__}; only tensors can be saved")
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and key in owners:
-            shared[name] = owners[key]
+        if tensor.numel() and key in seen:
+            shared[name] = seen[key]
         else:
-            owners[key] = name
-            # Channels-last weights are stored in plain order; clones keep slices from dragging their base along.
-            tensors[name] = tensor.detach().cpu().contiguous().clone()
-    return tensors, shared
+            seen[key] = name
+            owners[name] = tensor
+    return owners, shared
 
 
-def _read(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], Plan, dict[str, str]]:
+def _stored(model: nn.Module, plan: Plan, owners: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[list[str]]]:
+    """Tensors as the file holds them, and the names ``[weight, mask]`` of those that are packed."""
+    planned = {site: entry.choice.settings.get("density") for entry in plan for site in entry.sites}
+    held = dict(owners)
+    packed: list[list[str]] = []
+    for weight, mask, layer in masked_layers(model):
+        # What another layer owns is stored as it is there.
+        if weight in held and mask in held:
+            try:
+                held[weight], held[mask] = values_inside(layer), packed_mask(layer, planned.get(layer.original.name))
+            except ValueError as error:
+                raise CheckpointError(f"tensor {mask!r} cannot be packed: {error}") from error
+            packed.append([weight, mask])
+    # Channels-last weights are stored in plain order; clones keep slices from dragging their base along.
+    return {name: t.detach().cpu().contiguous().clone() for name, t in held.items()}, packed
+
+
+def _read(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], Plan, dict[str, str], list[tuple[str, str]]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -122,21 +155,35 @@ def _read(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], Plan,
         raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
     if metadata.get("format") != FORMAT or "plan" not in metadata:
         raise CheckpointError(f"{path}: a safetensors file, but not a Spectrim checkpoint (it holds no plan)")
-    if metadata.get("format_version") != FORMAT_VERSION:
+    version = metadata.get("format_version")
+    if version not in (FORMAT_VERSION, PACKED_VERSION):
         raise CheckpointError(
-            f"{path}: format version {metadata.get('format_version')!r}; this library reads {FORMAT_VERSION!r}"
+            f"{path}: format version {version!r}; this library reads {FORMAT_VERSION!r} and {PACKED_VERSION!r}"
         )
     try:
         plan = Plan.from_json(metadata["plan"])
     except PlanError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    try:
-        shared = json.loads(metadata.get("shared", "{}"))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the table of shared tensors cannot be read: {error}") from error
+    shared = _table(metadata, "shared", path) if "shared" in metadata else {}
     if not isinstance(shared, dict) or not all(isinstance(v, str) for v in shared.values()):
         raise CheckpointError(f"{path}: the table of shared tensors is not a table of names")
-    return tensors, plan, shared
+    packed = _table(metadata, "packed", path) if version == PACKED_VERSION else []
+    if not isinstance(packed, list) or not all(_is_pair(pair) for pair in packed):
+        raise CheckpointError(f"{path}: the table of packed tensors is not a table of pairs of names")
+    return tensors, plan, shared, [(weight, mask) for weight, mask in packed]
+
+
+def _table(metadata: Mapping[str, str], name: str, path: Path) -> Any:
+    try:
+        return json.loads(metadata[name])
+    except KeyError:
+        raise CheckpointError(f"{path}: the table of {name} tensors is missing") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the table of {name} tensors cannot be read: {error}") from error
+
+
+def _is_pair(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(name, str) for name in value)
 
 
 def _rebuild(model: nn.Module, plan: Plan, path: str | Path) -> None:
@@ -156,6 +203,27 @@ def _rebuild(model: nn.Module, plan: Plan, path: str | Path) -> None:
             raise CheckpointError(f"{path}: {error}") from error
         for spec, module in zip(layers, modules, strict=True):
             replace_module(model, spec.names, module)
+
+
+def _unpack(model: nn.Module, tensors: dict[str, Tensor], packed: Sequence[tuple[str, str]], path: str | Path) -> None:
+    """Put whole weights and masks in place of packed ones."""
+    layers = {(weight, mask): layer for weight, mask, layer in masked_layers(model)}
+    for weight, mask in packed:
+        # A pair that comes twice has left the table.
+        layer = layers.pop((weight, mask), None)
+        if layer is None:
+            raise CheckpointError(
+                f"{path}: packs {weight!r} and {mask!r}, which are not weight and mask of a sparse layer of the plan"
+            )
+        name = mask
+        try:
+            tensors[mask] = read_mask(layer, tensors[mask])
+            name = weight
+            tensors[weight] = read_weight(layer, tensors[mask], tensors[weight])
+        except KeyError:
+            raise CheckpointError(f"{path}: the packed tensor {name!r} is missing") from None
+        except (ValueError, RuntimeError) as error:
+            raise CheckpointError(f"{path}: the packed tensor {name!r} cannot be read: {error}") from error
 
 
 def _check(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: str | Path) -> None:
@@ -188,6 +256,22 @@ def _check_shared(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], pa
             raise CheckpointError(
                 f"{path}: tensors {owner!r} and {name!r} are one in this model and differ in the file"
             )
+
+
+def _check_channels(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """The channels that thinner layers see must be there: they are read by number."""
+    for name, module in model.named_modules():
+        if isinstance(module, Slim):
+            g, _, i, *_ = module.original.shape
+            key = f"{name}.channels"
+            numbers = tensors[key].reshape(g, -1).long()
+            first = i * torch.arange(g).unsqueeze(1)
+            inside = (numbers >= first) & (numbers < first + i)
+            if not bool(inside.all()) or not bool((numbers.diff(dim=1) > 0).all()):
+                raise CheckpointError(
+                    f"{path}: tensor {key!r} does not name different input channels of {module.original.kind}, "
+                    f"ascending from 0 to {module.original.in_channels - 1}, the same number in each group"
+                )
 
 
 def same_weights(first: nn.Module, second: nn.Module) -> bool:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from spectrim.errors import UnsupportedLayerError
+from spectrim.linalg.packing import packed_bytes
+from spectrim.linalg.patterns import Pattern
 from spectrim.sites import LayerSpec, Site, Sites, Skipped
 
 Selector = str | type | Callable[[str, nn.Module], bool]
@@ -63,9 +65,13 @@ def find(
     untouched: list[LayerSpec] = []
     covered: set[int] = set()
     tied = _tied_weights(model)
+    masks = _masks(model)
     for module, paths in layers.items():
-        reason = _obstacle(model, module, paths, tied)
+        sparse = "sparse: its weight is zero outside a mask" if module in masks else None
+        reason = sparse or _obstacle(model, module, paths, tied)
         spec = describe(module, paths) if _is_plain(module) else None
+        if spec is not None and module in masks:
+            spec = _masked(spec, *masks[module])
         if reason is None and spec is not None:
             reason = _pointless(spec)
         if reason is None and any(_matches(s, paths, module) for s in skips):
@@ -86,12 +92,15 @@ def find(
         if spec is not None:
             covered.update(id(module._parameters.get(name)) for name in ("weight", "bias"))
     others = [p for p in model.parameters() if id(p) not in covered]
+    # Masks are counted with their layers, as the bytes that files take for them.
+    counted_masks = {id(mask) for mask, _ in masks.values()}
+    buffers = [b for b in model.buffers() if id(b) not in counted_masks]
     return Sites(
         tuple(sites),
         tuple(skipped),
         tuple(untouched),
         other_parameters=sum(p.numel() for p in others if not _is_lazy(p)),
-        other_bytes=sum(t.numel() * t.element_size() for t in [*others, *model.buffers()] if not _is_lazy(t)),
+        other_bytes=sum(t.numel() * t.element_size() for t in [*others, *buffers] if not _is_lazy(t)),
     )
 
 
@@ -174,6 +183,24 @@ def _is_quantised(module: nn.Module) -> bool:
 
 def _is_lazy(tensor: object) -> bool:
     return isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer))
+
+
+def _masks(model: nn.Module) -> dict[nn.Module, tuple[Tensor, Pattern]]:
+    """Mask and pattern of the layers whose weight is sparse (:class:`spectrim.nn.sparse.Masked`)."""
+    found: dict[nn.Module, tuple[Tensor, Pattern]] = {}
+    for module in model.modules():
+        mask, kind, layer = (getattr(module, name, None) for name in ("mask", "pattern", "layer"))
+        if isinstance(mask, Tensor) and isinstance(kind, Pattern) and isinstance(layer, nn.Module):
+            found[layer] = mask, kind
+    return found
+
+
+def _masked(spec: LayerSpec, mask: Tensor, kind: Pattern) -> LayerSpec:
+    pools, units, entries = kind.size(spec.shape)
+    stored = int(mask.sum())
+    return dataclasses.replace(
+        spec, density=stored / mask.numel(), index_bytes=packed_bytes(pools * units, stored // entries)
+    )
 
 
 def _tied_weights(model: nn.Module) -> dict[int, list[str]]:

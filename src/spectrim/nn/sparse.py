@@ -13,6 +13,7 @@ from spectrim.linalg.patterns import Channels, Pattern, Taps
 from spectrim.nn.find import canonical
 from spectrim.nn.functional import run
 from spectrim.nn.modules import Factored, make_layer, whole
+from spectrim.nn.products import Kernel, Packed, is_plain_call, products, takes
 from spectrim.sites import LayerSpec
 
 
@@ -20,6 +21,11 @@ class Masked(nn.Module):
     """A layer whose weight is zero outside a mask. Files hold what is inside (:mod:`spectrim.nn.checkpoint`).
 
     Only entries inside the mask get gradients, so that any optimizer leaves the others at zero.
+
+    In evaluation without gradients it may run through a kernel that skips the zeros (:class:`Kernel`), which
+    :func:`spectrim.nn.kernels.choose_kernels` chooses by measuring. What such a kernel needs is packed at the first
+    call and again when weight or mask have changed, in memory besides the weight's, and is in no file and no copy.
+    Changes through ``weight.data`` go unseen until :meth:`settle`, :meth:`train` or :meth:`eval` is called.
 
     Attributes
     ----------
@@ -31,11 +37,15 @@ class Masked(nn.Module):
         That the mask has.
     original
         Spec of the layer it stands for.
+    kernel
+        How it is multiplied: ``Kernel.DENSE``, or one of :attr:`kernels`.
     """
 
     # The layer is not called, so that no other one can take its place.
     reads_weights = True
     mask: Tensor
+    _kernel = Kernel.DENSE
+    _packed: Packed | None = None
 
     def __init__(self, layer: nn.Module, mask: Tensor, pattern: Pattern, original: LayerSpec) -> None:
         super().__init__()
@@ -46,18 +56,62 @@ class Masked(nn.Module):
         self.settle()
         self.register_load_state_dict_post_hook(_settle)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        """The layer's response, added to ``onto`` if that is given, which kernels besides ``DENSE`` do in place."""
         host: Any = self.layer
         weight = host.weight
+        if self._kernel is not Kernel.DENSE and not self.training:
+            taken = takes(self._kernel, weight, self.mask)
+            if taken and is_plain_call(x, self.original, weight, host.bias, onto):
+                return self._pack(weight)(x, host.bias, onto)
         if torch.is_grad_enabled() and weight.requires_grad:
             weight = weight * self.mask
-        return run(host, self.original, x, weight, host.bias)
+        y = run(host, self.original, x, weight, host.bias)
+        return y if onto is None else onto + y
+
+    @property
+    def kernel(self) -> Kernel:
+        return self._kernel
+
+    @kernel.setter
+    def kernel(self, kernel: Kernel) -> None:
+        if kernel not in self.kernels:
+            raise ValueError(
+                f"a {self.original.kind} with the pattern {self.pattern.name!r} cannot run with {kernel}; it can with "
+                f"{', '.join(map(str, self.kernels))}"
+            )
+        self._kernel, self._packed = kernel, None
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """The kernels it may be run with, by its shape and pattern."""
+        return (Kernel.DENSE, *products(self.original, self.pattern))
+
+    def _pack(self, weight: Tensor) -> Packed:
+        packed = self._packed
+        if packed is None or not packed.is_of(self._kernel, weight, self.mask):
+            product = products(self.original, self.pattern)[self._kernel]
+            packed = self._packed = Packed.of(self._kernel, weight, self.mask, product)
+        return packed
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and files are without what is packed."""
+        return {**self.__dict__, "_packed": None}
+
+    def _apply(self, *arguments: Any, **options: Any) -> Masked:
+        self._packed = None
+        return super()._apply(*arguments, **options)
+
+    def train(self, mode: bool = True) -> Masked:
+        self._packed = None
+        return super().train(mode)
 
     @torch.no_grad()
     def settle(self) -> None:
         """Put the weight to zero outside the mask."""
         weight: Any = self.layer.weight
         weight.masked_fill_(~self.mask, 0)
+        self._packed = None
 
     @property
     def support(self) -> Tensor:
@@ -69,7 +123,9 @@ class Masked(nn.Module):
         return canonical(self.layer)
 
     def extra_repr(self) -> str:
-        return f"{self.original.kind}, {self.pattern.name}, density {float(self.mask.double().mean()):.3g}"
+        density = float(self.mask.double().mean())
+        skips = "" if self._kernel is Kernel.DENSE else f", {self._kernel.value}"
+        return f"{self.original.kind}, {self.pattern.name}, density {density:.3g}{skips}"
 
 
 def _settle(module: Masked, incompatible: object) -> None:
@@ -168,7 +224,9 @@ class Sum(nn.Module):
         self.original = original
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.pair(x) + self.sparse(x)
+        y = self.pair(x)
+        # A masked layer adds by itself, which some kernels do at no cost.
+        return self.sparse(x, y) if isinstance(self.sparse, Masked) else y + self.sparse(x)
 
     def whole(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias."""

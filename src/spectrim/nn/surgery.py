@@ -1,8 +1,9 @@
-"""Changing a model: replace modules, merge factored ones back, estimate BatchNorm statistics anew."""
+"""Changing a model: replace modules, merge compressed ones back, estimate BatchNorm statistics anew."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -12,7 +13,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from spectrim.errors import PlanError
 from spectrim.nn.batches import call, evaluating
-from spectrim.nn.modules import Factored
+from spectrim.nn.modules import Factored, make_layer, whole
+from spectrim.nn.packed import masked_layers, stored_bytes
+from spectrim.nn.sparse import Cropped, Masked, Slim, Sum
+
+# What stands for one layer and can be put together as one.
+_COMPRESSED = (Factored, Sum, Masked, Slim, Cropped)
 
 
 def replace_module(model: nn.Module, names: Iterable[str], module: nn.Module) -> None:
@@ -48,22 +54,32 @@ def _leave_fused_kernels(model: nn.Module, layer: nn.TransformerEncoderLayer) ->
 
 
 def merge(model: nn.Module) -> nn.Module:
-    """A copy of a compressed model with every low-rank pair multiplied out into one dense layer.
+    """A copy of a compressed model with one dense layer in place of every compressed one.
 
-    Useful to compress again with another plan, or to hand the weights to code that expects the original layout. The
-    result has the original's layers and computes what the compressed model computes, to float tolerance.
+    Low-rank pairs are multiplied out, what is added is added up, and what was left out is filled with zeros. Useful to
+    compress again with another plan, or to hand the weights to code that expects the original layout. The result has
+    the original's layers and computes what the compressed model computes, to float tolerance.
     """
-    if isinstance(model, Factored):
-        return model.merged().train(model.training)
+    if isinstance(model, _COMPRESSED):
+        return _dense(model).train(model.training)
     merged = copy.deepcopy(model)
-    pairs: dict[Factored, list[str]] = {}
+    found: dict[nn.Module, list[str]] = {}
     for name, module in merged.named_modules(remove_duplicate=False):
-        if isinstance(module, Factored):
-            pairs.setdefault(module, []).append(name)
-    # Pairs inside pairs come after them, and are merged before them.
-    for pair, names in reversed(pairs.items()):
-        replace_module(merged, names, pair.merged())
+        if isinstance(module, _COMPRESSED):
+            found.setdefault(module, []).append(name)
+    # Layers inside of others come after them, and are merged before them.
+    for layer, names in reversed(found.items()):
+        replace_module(merged, names, _dense(layer))
     return merged
+
+
+@torch.no_grad()
+def _dense(layer: Any) -> nn.Module:
+    weight, bias = whole(layer)
+    spec = dataclasses.replace(
+        layer.original, bias=bias is not None, dtype=weight.dtype, device=str(weight.device), density=1.0, index_bytes=0
+    )
+    return make_layer(spec, weight, bias)
 
 
 def batch_norms(model: nn.Module) -> Iterator[_BatchNorm]:
@@ -112,11 +128,19 @@ def reestimate_batchnorm(
 
 
 def parameter_count(model: nn.Module) -> int:
-    """Parameters, shared ones once."""
-    return sum(p.numel() for p in model.parameters())
+    """Parameters, shared ones once; of sparse weights those inside the mask."""
+    counts = {id(p): p.numel() for p in model.parameters()}
+    for _, _, layer in masked_layers(model):
+        counts[id(layer.layer.weight)] = int(layer.mask.sum())
+    return sum(counts.values())
 
 
 def size_in_bytes(model: nn.Module) -> int:
-    """Bytes of parameters and buffers, shared ones once."""
-    held: dict[int, torch.Tensor] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-    return sum(t.numel() * t.element_size() for t in held.values())
+    """Bytes that a file takes for parameters and buffers, shared ones once; masks as packed positions.
+
+    The header of the file, with names, shapes and the plan, comes on top.
+    """
+    sizes = {id(t): t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]}
+    for _, _, layer in masked_layers(model):
+        sizes[id(layer.layer.weight)], sizes[id(layer.mask)] = stored_bytes(layer)
+    return sum(sizes.values())

@@ -183,7 +183,9 @@ def compare(
     -------
     Comparison
         Rows ``accuracy`` (or ``score``), ``parameters``, ``MACs``, ``file size``, ``peak memory``, ``latency p50`` and
-        ``latency p90``.
+        ``latency p90``. Of sparse weights the entries that are stored count as parameters and MACs, and the file holds
+        them packed. Memory and latency are those of the model as it is run: see
+        :func:`spectrim.nn.kernels.choose_kernels`.
     """
     found = _measure({"dense": dense, "compressed": compressed}, example, evaluate, score, repeats, threads, progress)
     rows = tuple(

@@ -19,7 +19,7 @@ import numpy as np
 from spectrim.budget import UNITS, Budget
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.forest import flattened
-from spectrim.plan import Candidates, Entry, Plan, Row
+from spectrim.plan import Candidates, Choice, Entry, Plan, Row
 from spectrim.selectors import lagrangian
 
 if TYPE_CHECKING:
@@ -69,7 +69,8 @@ def spectra(candidates: Candidates, plan: Plan | None = None) -> Figure:
 
     Layers that share a factor in the plan have one panel, of their weights or responses together; groups that the plan
     does not use have none. Every method and unfolding is a pale line; the one the plan uses is coloured by its
-    unfolding, its kept part filled and its rank marked. A panel of a site left dense says so.
+    unfolding, its kept part filled and its rank marked. A sparse part is written below the rank: its density and
+    pattern. A panel of a site left dense says so.
     """
     rows = [row for row in _shown(candidates, plan) if row.spectra]
     columns = min(4, max(1, len(rows)))
@@ -93,10 +94,12 @@ def spectra(candidates: Candidates, plan: Plan | None = None) -> Figure:
 
 
 def _spectrum(axes: Axes, row: Row, entry: Entry | None) -> None:
-    rank, how = None, ""
+    rank, how, words = None, "", "dense"
     if entry is not None and "rank" in entry.choice.settings:
         rank, how = int(entry.choice["rank"]), str(entry.choice.settings.get("unfolding", ""))
-    chosen = f"{entry.choice.method}/{how}" if entry is not None and rank is not None else ""
+        words = "\n".join([f"rank {rank}", *([part] if (part := _sparse_part(entry.choice)) else [])])
+    # Rank 0 is no cut through a spectrum.
+    chosen = f"{entry.choice.method}/{how}" if entry is not None and rank else ""
     axes.set_yscale("log")
     longest = 1
     for key, values in sorted(row.spectra.items(), key=lambda item: item[0] == chosen):
@@ -113,11 +116,11 @@ def _spectrum(axes: Axes, row: Row, entry: Entry | None) -> None:
     axes.set_ylim(1e-6, 2.0)
     axes.set_yticks([1e-6, 1e-3, 1.0], ["1e-6", "1e-3", "1"])
     axes.minorticks_off()
-    if rank is not None:
+    if rank:
         axes.axvline(rank, color=CHOSEN, lw=1.1, zorder=4)
-        axes.text(0.97, 0.93, f"rank {rank}", color=CHOSEN, ha="right", va="top", fontsize=7, transform=axes.transAxes)
-    elif entry is not None:
-        axes.text(0.97, 0.93, "dense", color=_OTHER, ha="right", va="top", fontsize=7, transform=axes.transAxes)
+    if entry is not None:
+        colour = _OTHER if rank is None else CHOSEN
+        axes.text(0.97, 0.93, words, color=colour, ha="right", va="top", fontsize=7, transform=axes.transAxes)
     axes.set_xlim(0, max(longest, rank or 0) * 1.03)
     axes.set_title(_short(row.site, 26), loc="left", pad=3)
 
@@ -126,13 +129,25 @@ def _spectrum_legend(figure: Figure, rows: Sequence[Row], plan: Plan | None) -> 
     from matplotlib.lines import Line2D
 
     entries = [e for e in (_entry(plan, row.site) for row in rows) if e is not None]
-    used = sorted({str(e.choice["unfolding"]) for e in entries if "unfolding" in e.choice.settings})
+    used = sorted({str(e.choice["unfolding"]) for e in entries if e.choice.settings.get("rank")})
     handles = [Line2D([], [], color=UNFOLDINGS.get(how, _OTHER), lw=1.6, label=f"{how} (chosen)") for how in used]
     if used:
         handles.append(Line2D([], [], color=CHOSEN, lw=1.1, label="chosen rank"))
     handles.append(Line2D([], [], color=PALE, lw=1.4, label="other candidates" if used else "candidates"))
     # Six names are wider than the figure.
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles) if len(handles) < 6 else 3)
+
+
+def sum_text(choice: Choice) -> str:
+    """The choice of a low-rank and a sparse part in a few words: ``channel, rank 8 + 5 % unstructured``."""
+    parts = [f"{choice['unfolding']}, rank {choice['rank']}"] if choice["rank"] else []
+    return " + ".join([*parts, *([part] if (part := _sparse_part(choice)) else [])])
+
+
+def _sparse_part(choice: Choice) -> str:
+    """Density and pattern; empty where there is no sparse part."""
+    density = choice.settings.get("density", 0)
+    return f"{100 * density:.3g} % {choice['pattern']}" if density else ""
 
 
 def costs(plan: Plan, cost: str = "macs") -> Figure:

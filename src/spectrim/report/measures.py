@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,21 +50,63 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
 
 
 def macs(model: nn.Module, example: Any) -> float:
-    """Multiply-accumulates for one sample: half of what the counter of :mod:`spectrim.nn.flops` reports."""
+    """Multiply-accumulates for one sample: half of what the counter of :mod:`spectrim.nn.flops` reports.
+
+    The zeros of sparse weights are left out, as they are in :func:`spectrim.macs`, whether or not the layer is run with
+    a kernel that skips them: that is what measured time is for.
+    """
     from spectrim.nn.flops import flop_counter
 
-    with evaluating(model), flop_counter() as counter:
+    with evaluating(model), _zeros(model) as zeros, flop_counter() as counter:
         call(model, example)
-    return counter.get_total_flops() / 2 / batch_size(held(example))
+    return (counter.get_total_flops() / 2 - sum(zeros)) / batch_size(held(example))
+
+
+@contextmanager
+def _zeros(model: nn.Module) -> Iterator[list[int]]:
+    """How often layers with a sparse weight multiply by one of its zeros, call by call; they run dense meanwhile."""
+    from spectrim.nn.packed import masked_layers
+    from spectrim.nn.products import Kernel
+
+    found: list[int] = []
+
+    def count(layer: Any, given: Any, response: Tensor) -> None:
+        spec = layer.original
+        seen = given[0] if spec.transposed else response
+        positions = seen.numel() // (spec.in_channels if spec.transposed else spec.out_channels)
+        found.append(positions * int((~layer.mask).sum()))
+
+    layers = [layer for _, _, layer in masked_layers(model)]
+    kernels = [layer.kernel for layer in layers]
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        for layer in layers:
+            layer.kernel = Kernel.DENSE
+        yield found
+    finally:
+        for layer, kernel, handle in zip(layers, kernels, handles, strict=True):
+            layer.kernel = kernel
+            handle.remove()
 
 
 def file_size(model: nn.Module) -> int:
-    """Bytes of the weights as a safetensors file, shared tensors stored once."""
-    from safetensors.torch import save_model
+    """Bytes of the weights as a safetensors file: shared tensors stored once, sparse weights packed."""
+    from safetensors.torch import save_file
 
+    from spectrim.nn.packed import masked_layers, packed_mask, values_inside
+
+    owners: dict[tuple[Any, ...], str] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+        if owners.setdefault(place, name) == name:
+            tensors[name] = tensor
+    for weight, mask, layer in masked_layers(model):
+        if weight in tensors:
+            tensors[weight], tensors[mask] = values_inside(layer), packed_mask(layer)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.safetensors"
-        save_model(model, str(path))
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
         return path.stat().st_size
 
 

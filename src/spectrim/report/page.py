@@ -67,7 +67,9 @@ class Page:
     def html(self) -> str:
         """The page as text."""
         plan = self.plan
-        shown = [c for c in ("macs", "parameters", "latency") if c in plan.dense_costs]
+        shown = [c for c in ("macs", "parameters", "bytes", "latency") if c in plan.dense_costs]
+        if "bytes" in shown and not _counts_bytes(plan):
+            shown.remove("bytes")  # in step with parameters
         facts = dict(self.facts) or dict(self.comparison.facts if self.comparison else {}) or machine_facts()
         return _template().render(
             title=self.title,
@@ -177,6 +179,11 @@ def _template() -> Template:
     return environment.from_string(files("spectrim.report").joinpath("page.html.jinja").read_text(encoding="utf-8"))
 
 
+def _counts_bytes(plan: Plan) -> bool:
+    """Whether bytes are a limit, or positions of sparse weights are among them."""
+    return "bytes" in plan.budget or any("density" in entry.choice.settings for entry in plan)
+
+
 def _tiles(plan: Plan, comparison: Comparison | None) -> list[dict[str, str]]:
     """The numbers at the top: measured where there is a measurement, planned otherwise."""
     if comparison is None:
@@ -190,7 +197,8 @@ def _tiles(plan: Plan, comparison: Comparison | None) -> list[dict[str, str]]:
             for c in plan.dense_costs
             if c in _COST_NAMES
         ]
-    wanted = [r for r in comparison.rows if r.better == "higher" or r.metric in {"MACs", "parameters", "latency p50"}]
+    metrics = {"MACs", "parameters", "latency p50", *(("file size",) if _counts_bytes(plan) else ())}
+    wanted = [r for r in comparison.rows if r.better == "higher" or r.metric in metrics]
     return [
         {
             "name": r.metric,
@@ -222,10 +230,12 @@ def _holds(row: Measure) -> bool:
 
 
 def choice_text(choice: Choice) -> str:
-    """A choice in a few words: the unfolding, the rank, and what layers share."""
+    """A choice in a few words: the unfolding, the rank, the sparse part, and what layers share."""
     if choice.is_dense:
         return "dense"
     settings = dict(choice.settings)
+    if "density" in settings:
+        return figures.sum_text(choice)
     parts = [str(settings.pop("unfolding"))] if "unfolding" in settings else []
     parts += [f"rank {settings.pop('rank')}"] if "rank" in settings else []
     if choice.kind == SharedBasis.kind and {"rank", "left_rank"} <= choice.settings.keys():

@@ -1,4 +1,4 @@
-"""Training: one short loop with exact resume, distillation, decay of the product of factors, learned ranks."""
+"""Training: a loop with exact resume, distillation, decay of products of factors, learned ranks, moving supports."""
 
 from spectrim.train.distillation import Distillation
 from spectrim.train.learn import LearnedResult, budget_path, learn_ranks
@@ -6,6 +6,7 @@ from spectrim.train.learned_ranks import LearnedRanks
 from spectrim.train.loop import Loop
 from spectrim.train.penalties import FactoredPair, add_product_decay, factored_pairs, product_penalty
 from spectrim.train.recipe import Recipe
+from spectrim.train.regrow import Regrow
 from spectrim.train.result import EpochRecord, TrainingResult
 from spectrim.train.schedule import PAPER_SCHEDULES, Schedule
 from spectrim.train.tune import fine_tune
@@ -19,6 +20,7 @@ __all__ = [
     "LearnedResult",
     "Loop",
     "Recipe",
+    "Regrow",
     "Schedule",
     "TrainingResult",
     "add_product_decay",

@@ -51,9 +51,10 @@ class CStep:
         **options: Any,
     ) -> None:
         self.methods, self.budget, self.multiplier, self.cost = list(methods), budget, multiplier, cost
-        self.normalize, self.dense = normalize, dense
+        self.normalize, self.dense, self._options = normalize, dense, options
         _check_finite(sites)
         self.table = with_zero(tabulate(sites, self.methods, dear=not dense, **options), sites)
+        self._steady = True
         self._seen: dict[str, tuple[Tensor, ...]] = {s.name: tuple(w.clone() for w in s.weights) for s in sites}
 
     def renew(self, sites: Sites) -> None:
@@ -73,7 +74,7 @@ class CStep:
         for members in sites.groups.values():
             moved |= set(members) if moved & set(members) else set()
         some = tuple(site for site in sites if site.name in moved)
-        self.table = retabulate(self.table, dataclasses.replace(sites, sites=some), self.methods)
+        self.table = self._again(dataclasses.replace(sites, sites=some))
 
     def choose(self, sites: Sites, mu: float, table: Candidates | None = None) -> Plan:
         """The plan of least ``mu/2 ||A - Delta||^2`` within the budget, or with the cost added at the multiplier."""
@@ -92,7 +93,7 @@ class CStep:
     def last(self, sites: Sites, mu: float, plan: Plan) -> tuple[Candidates, Plan]:
         """Table and plan to build a network from: chosen exactly within a budget, else the ranks of ``plan``."""
         _check_finite(sites)
-        fresh = retabulate(self.table, sites, self.methods)
+        fresh = self._again(sites)
         offered = (any(entry.choice == option.choice for option in fresh[entry.site].options) for entry in plan)
         if self.budget is None and not all(offered):
             # The first C step may have had methods of its own; these are the ones to build with.
@@ -104,6 +105,22 @@ class CStep:
         picks = {numbers[entry.site]: buildable(table[entry.site], entry.choice) for entry in plan}
         built = make_plan(table, picks, budget={}, selector=plan.selector)
         return table, dataclasses.replace(built, multipliers=plan.multipliers)
+
+    def _again(self, sites: Sites) -> Candidates:
+        """The table with the errors of these sites.
+
+        What a method offers may follow the weights, as the unfolding that suits a layer best. Then rows are made anew,
+        with their costs; the network's fixed part stays.
+        """
+        if self._steady:
+            try:
+                return retabulate(self.table, sites, self.methods)
+            except ValueError:
+                # Another error comes again below.
+                self._steady = False
+        fresh = with_zero(tabulate(sites, self.methods, dear=not self.dense, **self._options), sites)
+        rows = {row.site: row for row in fresh.rows}
+        return dataclasses.replace(self.table, rows=tuple(rows.get(row.site, row) for row in self.table.rows))
 
 
 def _check_finite(sites: Sites) -> None:

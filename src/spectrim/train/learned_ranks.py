@@ -71,7 +71,9 @@ class LearnedRanks:
     schedule
         ``mu`` at every C step.
     methods
-        What may be chosen at each site. By default truncated SVDs of the weight in all its unfoldings.
+        What may be chosen at each site. By default truncated SVDs of the weight in all its unfoldings. With
+        :class:`~spectrim.methods.LowRankPlusSparse` among them copies may be sums of a low-rank and a sparse weight;
+        a C step then takes as long as a table of that method does.
     start
         Methods of the first C step alone. By default those of :func:`spectrim.compress` if the sites are calibrated and
         a budget is given, so that the first low-rank copy is a good network; else ``methods``.
@@ -288,8 +290,8 @@ class LearnedRanks:
         """The factored network that the present weights lead to, and its plan.
 
         Under a budget, the choice is made once more, exactly, on the present weights. With a multiplier, the ranks are
-        those of the last C step; a layer at rank 0 gets the lowest rank on offer and one whose rank does not pay stays
-        dense.
+        those of the last C step; a layer of which nothing is left gets the least on offer, and one whose choice does
+        not pay stays dense.
 
         Parameters
         ----------

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from spectrim.errors import CheckpointError
+from spectrim.nn.sparse import Masked
 from spectrim.train import batches as batching
 from spectrim.train import randomness, resume
 from spectrim.train.devices import assign
@@ -88,6 +89,9 @@ class Loop:
             for group in self._optimizer.param_groups:
                 group["lr"] = recipe.lr
         self._base_lr = [float(group["lr"]) for group in self._optimizer.param_groups]
+        # Steps of these two leave a weight of zero without a gradient at zero; others may mix the entries of a weight.
+        mixing = not isinstance(recipe.optimizer, str)
+        self._masked = [m for m in model.modules() if isinstance(m, Masked)] if mixing else []
         self._decoupled = bool(self._optimizer.defaults.get("decoupled_weight_decay", False))
 
         self.epoch = self.step = 0
@@ -176,6 +180,8 @@ class Loop:
         add_product_decay(self._pairs, recipe.weight_decay * rate, shrink=self._decoupled)
         self._optimizer.step()
         self._optimizer.zero_grad()
+        for layer in self._masked:
+            layer.settle()
         if self.after_step is not None:
             self.after_step(self.model)
         self.step += 1
@@ -234,11 +240,16 @@ class Loop:
         self.model.train()
         self._optimizer.zero_grad()
         randomness.restore(self._random, None if self._batch else self.batches)
+        attached: Any = self.after_step if hasattr(self.after_step, "attach") else None
         try:
+            if attached is not None:
+                attached.attach(self._optimizer)
             with self._objective.ready(self.devices.device):
                 yield
             self.devices.share_buffers(self.model)
         finally:
+            if attached is not None:
+                attached.detach()
             self._seconds = time.perf_counter() - self._started
             self._random = randomness.capture(self.batches)
             set_flags(modes)
@@ -246,6 +257,10 @@ class Loop:
 
     def _shown(self) -> bool | None:
         return self.progress if self.devices.main else False
+
+    def _hooks(self) -> tuple[tuple[str, Any], ...]:
+        """Those that may have a state, by their names in checkpoints."""
+        return ("penalty", self.penalty), ("after_step", self.after_step)
 
     def _record(self) -> dict[str, Any]:
         teacher = self._objective.teacher is not None
@@ -263,8 +278,9 @@ class Loop:
             "epoch_random": self._epoch_random,
             "loss": {"sum": self._loss_sum},
         }
-        if hasattr(self.penalty, "state_dict"):
-            parts["penalty"] = cast(Any, self.penalty).state_dict()
+        for name, hook in self._hooks():
+            if hasattr(hook, "state_dict"):
+                parts[name] = hook.state_dict()
         record = {
             "run": self._record(),
             "epoch": self.epoch,
@@ -289,8 +305,9 @@ class Loop:
                 "or delete the file to start again"
             )
         resume.load_optimizer(self._optimizer, resume.section(tensors, "optimizer"), record["optimizer"])
-        if hasattr(self.penalty, "load_state_dict"):
-            cast(Any, self.penalty).load_state_dict(resume.section(tensors, "penalty"))
+        for name, hook in self._hooks():
+            if hasattr(hook, "load_state_dict"):
+                hook.load_state_dict(resume.section(tensors, name))
         self.epoch, self._batch, self.step = record["epoch"], record["batch"], record["step"]
         self._history = [EpochRecord(**r) for r in record["history"]]
         self._best_metric, self._best_epoch = record["best"]

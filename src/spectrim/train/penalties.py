@@ -11,6 +11,10 @@ weight they stand for is ``W[o, i, k, l] = sum_r V[o, l, r] U[r, i, k]`` and ::
 
 with two r x r Gram matrices, at a cost of ``O(r^2 (i k + o l))``.
 
+In the sum of a pair and a sparse weight ``S`` both are decayed for themselves, ``||V U||_F^2 + ||S||_F^2``, the sparse
+one by the optimizer as any weight. The decay of the dense layer, ``||V U + S||_F^2``, has ``2 <V U, S>`` besides: three
+products of the size of the weight at every step, and no hold on entries of the two parts that grow against each other.
+
 A factor may lie in parts side by side along the rank, of which other layers share some. The gradient of the whole is
 cut into those of the parts, and a shared part gets the sum over its layers: each decays as the dense layer would.
 """

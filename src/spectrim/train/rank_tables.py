@@ -12,7 +12,7 @@ from spectrim.sites import Site, Sites
 from spectrim.unfold import unfoldings
 
 ZERO = Choice("zero", "", {"rank": 0})
-"""Rank 0: the weight is dropped and the bias stays. An option within a run only, no network is built with it."""
+"""Nothing at all, no sparse weight either: the weight is dropped and the bias stays. An option within a run only."""
 
 
 def rank_methods(*, paper: bool, groups: bool = False) -> list[Method]:
@@ -67,18 +67,18 @@ def weighed(table: Candidates, sites: Sites, mu: float, *, normalize: bool) -> C
 
 
 def buildable(row: Row, choice: Choice) -> int:
-    """Index of the option to build for a choice: dense where its rank does not pay, the lowest that does for rank 0."""
+    """Index of the option to build for a choice: dense where it does not pay, the least that does for :data:`ZERO`."""
     options = row.options
     pays = [n for n, o in enumerate(options) if any(o.costs[name] < cost for name, cost in row.dense.costs.items())]
     if choice == ZERO:
-        ranked = [n for n in pays if options[n].choice.settings.get("rank")]
+        ranked = [n for n in pays if "rank" in options[n].choice.settings and options[n].choice != ZERO]
         return min(ranked, key=lambda n: (options[n].choice["rank"], sum(options[n].costs.values())), default=0)
     index = next(n for n, option in enumerate(options) if option.choice == choice)
     return index if index in pays else 0
 
 
 def rank(choice: Choice, otherwise: int) -> int:
-    """Rank of a choice; ``otherwise`` for a layer left dense."""
+    """Rank of a choice, 0 for a sparse weight alone; ``otherwise`` for a layer left dense."""
     return int(choice["rank"]) if "rank" in choice.settings else otherwise
 
 
@@ -94,4 +94,8 @@ def word(choice: Choice) -> str:
         return choice.kind
     if "left_rank" in choice.settings:
         return f"{choice['rank']} ({choice['left_rank']} left-shared) {choice['unfolding']}"
+    if "density" in choice.settings:
+        parts = [f"{choice['rank']} {choice['unfolding']}"] if choice["rank"] else []
+        parts += [f"{choice['density']:g} {choice['pattern']}"] if choice["density"] else []
+        return " + ".join(parts)
     return " ".join(str(value) for key, value in sorted(choice.settings.items()) if key != "bias")

@@ -55,7 +55,10 @@ def fine_tune(
         Function of the model to a scalar added to the loss of each step. If it has ``state_dict`` and
         ``load_state_dict`` (of tensors), its state goes into checkpoints.
     after_step
-        Called with the model after each optimizer step, for example to project weights.
+        Called with the model after each optimizer step, for example to project weights or to move the support of
+        sparse ones (:class:`~spectrim.train.Regrow`), which else stays as it is. Its state goes into checkpoints as
+        that of ``penalty`` does. If it has ``attach`` and ``detach``, they are called with the optimizer before the
+        training and without anything after it.
     progress
         Show a progress bar; None shows it if standard error is a terminal.
     accelerate

@@ -1,0 +1,186 @@
+"""Low rank + sparse against its parts, at equal stored bytes, before and after fine-tuning (S4).
+
+Every arm is a way to choose and fit the weights: the full method, its two parts alone, a fixed split between them, a
+fit without data (GoDec), and a fit to the dense network's own inputs (a symmetric target) in place of those that
+compressed layers deliver.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import spectrim as st
+from benchmarks import cifar
+from benchmarks.run import claim
+from spectrim.nn.checkpoint import read_plan
+from spectrim.train import Distillation, Recipe
+
+# Training alone moves there; accuracies are those of the CPU.
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
+    """Make and train every arm; look at the test set once before and once after training.
+
+    Rows that an interrupted run has finished are taken from its folder.
+    """
+    if "threads" in config:
+        torch.set_num_threads(config["threads"])
+    train, held, test = cifar.load(paths["cifar10"])
+    name = config["network"]
+    dense = cifar.network(name, paths["weights"][name])
+    whole = cifar.accuracy(dense, test)
+    cache = cifar.TeacherCache(dense, paths["shared"] / f"teacher-{name}")
+    rows: list[dict[str, Any]] = []
+    for point in config["points"]:
+        for arm in point["arms"]:
+            for seed in point["seeds"]:
+                label = f"{arm.replace(' ', '-')}-{point['bytes']:g}-{seed}-{point['epochs']}"
+                kept = paths["work"] / f"{label}.json"
+                if not kept.exists():
+                    row = _row(config, arm, point, seed, dense, (train, held, test), cache, paths["work"])
+                    kept.write_text(json.dumps(row))
+                    print(row, flush=True)
+                rows.append(json.loads(kept.read_text()))
+    claims = {key: _claim(rows, whole) for key in config["claims"]}
+    notes = [f"Dense {name}: {whole:.2f} % on the test images.", *config.get("notes", [])]
+    seeds = sorted({seed for point in config["points"] for seed in point["seeds"]})
+    return {"claims": claims, "rows": rows, "seeds": seeds, "notes": notes}
+
+
+def made(model: nn.Module, arm: str, batches: Sequence[Tensor], share: float) -> tuple[nn.Module, st.Plan]:
+    """The compressed network of an arm, without training, and its plan.
+
+    Parameters
+    ----------
+    arm
+        ``low rank + sparse``, ``fixed split``, ``low rank``, ``sparse``, ``symmetric target``, ``GoDec`` or
+        ``GoDec sparse`` (sparse alone, without data: magnitude pruning).
+    share
+        Stored bytes, as a fraction of dense.
+    """
+    both: list[st.Method] = [st.LowRankPlusSparse()]
+    methods: list[st.Method] = {
+        "fixed split": [st.LowRankPlusSparse(share=0.3)],
+        "low rank": [st.ActivationSVD(multiple_of=1), st.WeightSVD(multiple_of=1)],
+        "sparse": [st.LowRankPlusSparse(ranks=0)],
+        "GoDec sparse": [st.LowRankPlusSparse(ranks=0)],
+    }.get(arm, both)
+    sites = st.find(model)
+    if arm.startswith("GoDec"):
+        sites = st.calibrate(model, sites, batches, statistics=False)
+    else:
+        sites = st.sensitivity(model, st.calibrate(model, sites, batches), batches)
+    plan = st.select(st.tabulate(sites, methods), st.Budget(bytes=share))
+    # Without reconstruction BatchNorm is estimated anew.
+    reconstruct = not arm.startswith("GoDec") and arm != "symmetric target"
+    return st.apply(model, sites, plan, batches, reconstruct=reconstruct), plan
+
+
+def _row(
+    config: dict[str, Any],
+    arm: str,
+    point: dict[str, Any],
+    seed: int,
+    dense: nn.Module,
+    data: tuple[cifar.Images, cifar.Images, cifar.Images],
+    cache: cifar.TeacherCache,
+    work: Path,
+) -> dict[str, Any]:
+    train, held, test = data
+    start = time.perf_counter()
+    path = work / f"{arm.replace(' ', '-')}-{point['bytes']:g}-{seed}.safetensors"
+    if not path.exists():
+        # Every seed has images of its own.
+        images = train.images[seed * config["images"] : (seed + 1) * config["images"]]
+        model, plan = made(dense, arm, [cifar.normalise(part) for part in images.split(250)], point["bytes"])
+        st.save(model, plan, path)
+    model, plan = st.load(copy.deepcopy(dense), path), read_plan(path)
+    choices = [entry.choice.settings for entry in plan if not entry.choice.is_dense]
+    row = {
+        "network": config["network"],
+        "arm": arm,
+        "seed": seed,
+        "bytes": plan.costs["bytes"],
+        "ratio": round(plan.ratio("bytes"), 3),
+        "file_over_counted": round(_payload(path) / plan.costs["bytes"], 4),
+        "parameters": plan.costs["parameters"],
+        "macs": plan.costs["macs"],
+        "layers_both": sum(bool(c["rank"] and c.get("density")) for c in choices),
+        "layers_low_rank": sum(bool(c["rank"] and not c.get("density")) for c in choices),
+        "layers_sparse": sum(not c["rank"] for c in choices),
+        "held_out_before": cifar.accuracy(model, held),
+        "accuracy_before": cifar.accuracy(model, test),
+        "seconds_compress": round(time.perf_counter() - start, 1),
+        "epochs": point["epochs"],
+    }
+    if point["epochs"]:
+        recipe = config["recipe"]
+        batches = cifar.Batches(
+            train, batch_size=recipe["batch_size"], seed=seed, teacher=cache, views=config.get("views")
+        )
+        tuned = st.fine_tune(
+            model.to(_DEVICE),
+            batches,
+            recipe=Recipe(
+                epochs=point["epochs"],
+                lr=recipe["lr"],
+                weight_decay=recipe["weight_decay"],
+                schedule=recipe["schedule"],
+                precision=recipe["precision"],
+                memory_format="channels_last",
+                distillation=None,
+                seed=seed,
+            ),
+            loss=Distillation(recipe["temperature"], recipe["teacher_weight"]).loss_on_pairs,
+            checkpoint=work / f"{path.stem}-trained.safetensors",
+            accelerate=False,
+        )
+        model.cpu()
+        row |= {
+            "held_out": cifar.accuracy(model, held),
+            "accuracy": cifar.accuracy(model, test),
+            "seconds_train": round(tuned.seconds, 1),
+        }
+    return row
+
+
+def _payload(path: Path) -> int:
+    """Bytes of a checkpoint without its header."""
+    with path.open("rb") as file:
+        return path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+
+
+def _claim(rows: list[dict[str, Any]], dense: float) -> dict[str, Any]:
+    """Low rank + sparse less the best of the other arms, at the worst of the points; means over the seeds."""
+    leads, said = [], []
+    points = sorted({(round(1 / row["ratio"], 2), row["epochs"]) for row in rows}, reverse=True)
+    for share, epochs in points:
+        for when in ("accuracy_before", "accuracy"):
+            found: dict[str, list[float]] = {}
+            for row in rows:
+                if (round(1 / row["ratio"], 2), row["epochs"]) == (share, epochs) and when in row:
+                    found.setdefault(row["arm"], []).append(row[when])
+            means = {arm: statistics.mean(values) for arm, values in found.items()}
+            if "low rank + sparse" not in means or len(means) < 2:
+                continue
+            leads.append(means["low rank + sparse"] - max(v for arm, v in means.items() if arm != "low rank + sparse"))
+            after = f"after {epochs} epochs" if when == "accuracy" else "before training"
+            seeds = len(found["low rank + sparse"])
+            said.append(
+                f"{share:.0%} of the bytes, {after} ({seeds} seed{'s' if seeds > 1 else ''}): "
+                + ", ".join(f"{arm} {value:.2f}" for arm, value in means.items())
+            )
+    said.insert(0, f"{rows[0]['network']} (dense {dense:.2f} %)")
+    value = round(min(leads), 2) if leads else None
+    unit = "points of low rank + sparse ahead of the best other arm, at the worst of the points"
+    return claim(value, unit, "a table; >= 0", value is not None and value >= 0, "; ".join(said))
