@@ -209,18 +209,18 @@ def _child(what: str, config: dict[str, Any]) -> None:
         with evaluating(model):
             for batch in batches():
                 model(batch)
-        found = {"peak": _peak()}
+        found = {"peak": peak()}
     else:
         sites = st.calibrate(model, st.find(model), batches())
-        found = {"calibrated": _peak()}
+        found = {"calibrated": peak()}
         st.tabulate(sites)
         found["moments"] = sum(held.nbytes for site in sites for held in site.moments.values())
         found["largest"] = max(w.numel() * w.element_size() for site in sites for w in site.weights)
-        found["peak"] = _peak()
+        found["peak"] = peak()
     print(json.dumps(found))
 
 
-def _peak() -> int:
+def peak() -> int:
     """Most bytes this process ever held in memory."""
     status = Path("/proc/self/status")
     if status.exists():

@@ -1,4 +1,4 @@
-"""VGG-16, ResNet-18 and ResNet-50 with random weights, for what depends on shapes and not on training.
+"""AlexNet, VGG-16, GoogLeNet, ResNet-18 and ResNet-50 with random weights, for what depends on shapes and not on training.
 
 The CPU runs what it would run in use: BatchNorm is folded into the convolutions of every network, before anything is
 measured or compressed.
@@ -61,7 +61,8 @@ def network(name: str, size: int, *, seed: int = 0, width: int = 64) -> nn.Modul
     Parameters
     ----------
     name
-        ``vgg16`` (as published, without BatchNorm), ``resnet18`` or ``resnet50``.
+        ``alexnet`` (in one column), ``vgg16`` (as published, without BatchNorm), ``googlenet`` (version 1, without the
+        auxiliary classifiers), ``resnet18`` or ``resnet50``.
     size
         Side of the images. Up to 64 the networks are those used on CIFAR: the ResNets begin with a 3 x 3 convolution of
         stride 1 and VGG-16 ends in one linear layer, with 10 classes; above, they are those for ImageNet.
@@ -73,11 +74,15 @@ def network(name: str, size: int, *, seed: int = 0, width: int = 64) -> nn.Modul
         classes = 10 if size <= 64 else 1000
         if name == "vgg16":
             model: nn.Module = _vgg16(size, classes)
+        elif name == "alexnet":
+            model = _alexnet(classes)
+        elif name == "googlenet":
+            model = _googlenet(classes)
         elif name in ("resnet18", "resnet50"):
             blocks = (2, 2, 2, 2) if name == "resnet18" else (3, 4, 6, 3)
             model = _ResNet(blocks, bottleneck=name == "resnet50", size=size, classes=classes, width=width)
         else:
-            raise ValueError(f"no network {name!r}; there are vgg16, resnet18, resnet50")
+            raise ValueError(f"no network {name!r}; there are alexnet, vgg16, googlenet, resnet18, resnet50")
     return model.eval().requires_grad_(False)
 
 
@@ -111,6 +116,52 @@ def _vgg16(size: int, classes: int) -> nn.Module:
         head = [_initialised(nn.Linear(features, 4096)), nn.ReLU(inplace=True)]
         head += [_initialised(nn.Linear(4096, 4096)), nn.ReLU(inplace=True), _initialised(nn.Linear(4096, classes))]
     return nn.Sequential(nn.Sequential(*layers), nn.Flatten(), nn.Sequential(*head))
+
+
+def _alexnet(classes: int) -> nn.Module:
+    def conv(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 1) -> list[nn.Module]:
+        return [_initialised(nn.Conv2d(inputs, outputs, kernel, stride, padding)), nn.ReLU(inplace=True)]
+
+    pool = nn.MaxPool2d(3, 2)
+    layers = [*conv(3, 64, 11, 4, 2), pool, *conv(64, 192, 5, 1, 2), pool, *conv(192, 384, 3), *conv(384, 256, 3)]
+    layers += [*conv(256, 256, 3), pool, nn.AdaptiveAvgPool2d(6), nn.Flatten()]
+    head = [_initialised(nn.Linear(9216, 4096)), nn.ReLU(inplace=True)]
+    head += [_initialised(nn.Linear(4096, 4096)), nn.ReLU(inplace=True), _initialised(nn.Linear(4096, classes))]
+    return nn.Sequential(*layers, *head)
+
+
+class _Inception(nn.Module):
+    """Four branches side by side."""
+
+    def __init__(self, inputs: int, one: int, three: tuple[int, int], five: tuple[int, int], pooled: int) -> None:
+        super().__init__()
+        relu = nn.ReLU(inplace=True)
+        self.branches = nn.ModuleList(
+            [
+                nn.Sequential(_conv(inputs, one, 1), relu),
+                nn.Sequential(_conv(inputs, three[0], 1), relu, _conv(three[0], three[1], 3), relu),
+                nn.Sequential(_conv(inputs, five[0], 1), relu, _conv(five[0], five[1], 5), relu),
+                nn.Sequential(nn.MaxPool2d(3, 1, 1), _conv(inputs, pooled, 1), relu),
+            ]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([branch(x) for branch in self.branches], dim=1)
+
+
+def _googlenet(classes: int) -> nn.Module:
+    relu = nn.ReLU(inplace=True)
+    blocks = [
+        (192, 64, (96, 128), (16, 32), 32), (256, 128, (128, 192), (32, 96), 64), None,
+        (480, 192, (96, 208), (16, 48), 64), (512, 160, (112, 224), (24, 64), 64),
+        (512, 128, (128, 256), (24, 64), 64), (512, 112, (144, 288), (32, 64), 64),
+        (528, 256, (160, 320), (32, 128), 128), None,
+        (832, 256, (160, 320), (32, 128), 128), (832, 384, (192, 384), (48, 128), 128),
+    ]  # fmt: skip
+    pool = nn.MaxPool2d(3, 2, 1)
+    layers: list[nn.Module] = [_conv(3, 64, 7, 2), relu, pool, _conv(64, 64, 1), relu, _conv(64, 192, 3), relu, pool]
+    layers += [pool if block is None else _Inception(*block) for block in blocks]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), _initialised(nn.Linear(1024, classes)))
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:

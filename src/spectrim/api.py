@@ -275,8 +275,9 @@ def apply(
         if entry.members and not choice.is_dense and entry.site not in shared:
             group = sites.together(entry.site, entry.members)
             shared[entry.site] = _Shared.made(group, makers[choice.method].factorize(group, choice))
-        if batches is not None and follow and whole:
-            site = asymmetric_site(model, small, site, batches, forward=forward)
+        sketched = not whole and not choice.is_dense and not entry.members and makers[choice.method].reads_sketches
+        if batches is not None and follow and (whole or sketched):
+            site = asymmetric_site(model, small, site, batches, sketch=sketched, forward=forward)
             group = site if entry.site not in shared else shared[entry.site].site
             if not choice.is_dense and not any(spec.bias for spec in makers[choice.method].layers(group, choice)):
                 # A choice that was counted without a bias gets none, or the model would cost more than its plan.
@@ -293,7 +294,7 @@ def apply(
             factors = makers[choice.method].factorize(site, choice)
             (module,) = build(factors, site.layers, site.biases)
         replace_module(small, site.spec.names, module)
-        if batches is not None and follow and not whole and _owns_second(factors):
+        if batches is not None and follow and not (whole or sketched) and _owns_second(factors):
             assert isinstance(module, Factored)
             refit_second(model, small, site, module, batches, forward=forward)
         if progress is not None:

@@ -116,12 +116,13 @@ def test_long_patches_keep_slices_of_each_unfolding_and_outputs(monkeypatch):
     assert close(site.moments["output"].covariance, covariance)
 
 
-def test_a_wide_linear_layer_keeps_its_outputs_only(monkeypatch):
+def test_a_wide_linear_layer_keeps_its_outputs_and_a_sketch_of_its_inputs(monkeypatch):
     monkeypatch.setattr(module_under_test, "FULL_LINEAR", 6)
     model, x = Wrapped(nn.Linear(7, 3)), torch.randn(9, 7)
     site = calibrate(model, find(model), [x])["layer"]
-    assert set(site.moments) == {"output"}
+    assert set(site.moments) == {"output", "sketch"}
     assert close(site.moments["output"].covariance, direct(model(x).detach().double()[None])[1])
+    assert close(site.moments["sketch"].covariance, direct(x.double()[None])[1], 1e-5)
 
 
 @dataclass

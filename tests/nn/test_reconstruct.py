@@ -138,3 +138,35 @@ def test_broken_inputs_and_no_batches_are_errors(bad):
     batches[1][:] = bad
     with pytest.raises(CalibrationError, match="'target'"):
         asymmetric_site(dense, changed, site, batches)
+
+
+@pytest.mark.parametrize("name", ["conv", "no bias", "grouped"])
+def test_a_sketch_with_room_gives_the_same_site(name):
+    dense, changed, batches = pair(name)
+    sites = calibrate(dense, find(dense), batches)
+    few = [batch[:2] for batch in batches]
+    full = asymmetric_site(dense, changed, sites["target"], few, rows=100)
+    sketched = asymmetric_site(dense, changed, sites["target"], few, rows=100, sketch=True)
+    assert "sketch" in sketched.moments
+    torch.testing.assert_close(sketched.weight.double(), full.weight.double(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(sketched.biases[0].double(), full.biases[0].double(), rtol=1e-3, atol=1e-4)
+    held, wanted = sketched.moments["sketch"], full.moments["input"]
+    torch.testing.assert_close(held.covariance, wanted.covariance, rtol=1e-3, atol=1e-4)
+
+
+def test_a_sketch_that_has_overflown_still_lowers_the_error(monkeypatch):
+    monkeypatch.setattr("spectrim.nn.reconstruct.SKETCH", 24)
+    dense, changed, batches = pair("conv")
+    sites = calibrate(dense, find(dense), batches)
+    site = asymmetric_site(dense, changed, sites["target"], batches, rows=None, sketch=True)
+    held = site.moments["sketch"]
+    assert held.count == 90 * 64
+    assert held.rows.shape[1] <= 48
+    fitted = copy.deepcopy(changed)
+    with torch.no_grad():
+        wanted = dense.target(torch.tanh(dense.first(batches[0])))
+        before = (changed.target(torch.tanh(changed.first(batches[0]))) - wanted).square().sum()
+        fitted.target.weight.copy_(site.weight.reshape(fitted.target.weight.shape))
+        fitted.target.bias.copy_(site.biases[0])
+        after = (fitted.target(torch.tanh(fitted.first(batches[0]))) - wanted).square().sum()
+    assert after < before

@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from spectrim.costs import parameters
+from spectrim.costs import parameters, size_bytes
 from spectrim.errors import PlanError
+from spectrim.linalg.packing import packed_bytes
 from spectrim.nn.build import skeleton
 from spectrim.nn.find import describe, find
 from spectrim.nn.modules import Factored
+from spectrim.nn.sparse import Masked
 from spectrim.nn.surgery import merge, parameter_count, reestimate_batchnorm, replace_module, size_in_bytes
 from spectrim.plan import Choice
 from tests.nn.layers import ConvNet, Wrapped, close
@@ -260,3 +262,106 @@ def test_statistics_are_estimated_through_shared_factors():
         for name in "ab":
             responses = torch.stack([model[name][0](x) for x in batches])
             assert close(model[name][1].running_mean, responses.mean((0, 1)))
+
+
+def sparse(rank: int, density: float, pattern: str, unfolding: str = "channel", **more: object) -> Choice:
+    settings = {"rank": rank, "density": density, "pattern": pattern, "unfolding": unfolding, **more}
+    return Choice("low_rank_plus_sparse", "some-method", settings)  # type: ignore[arg-type]
+
+
+SPARSE = {
+    "stem": sparse(0, 0.3, "unstructured"),
+    "grouped": sparse(2, 0.3, "rows", "height-first"),
+    "up": sparse(3, 0.25, "2x2", "input"),
+    "head": sparse(1, 0.5, "channels"),
+}
+PHYSICAL = {
+    "stem": sparse(2, 0.1, "taps-1x2@1x0"),
+    "grouped": sparse(0, 0.5, "channels"),
+    "up": sparse(2, 0.5, "channels", "width-first"),
+    "head": sparse(0, 0.5, "2:4"),
+}
+
+
+def kinds(model):
+    return [type(m).__name__ for m in model.modules() if type(m).__name__ in ("Sum", "Masked", "Slim", "Cropped")]
+
+
+@pytest.mark.parametrize("choices", [SPARSE, PHYSICAL], ids=["masked", "physical"])
+def test_merge_adds_up_sparse_layers(choices):
+    dense = ConvNet().eval()
+    dense.head = nn.Linear(6, 8 if choices is SPARSE else 5)
+    if choices is PHYSICAL:
+        choices = {**choices, "head": sparse(0, 0.5, "rows")}
+    small = compressed(copy.deepcopy(dense), choices).eval()
+    assert len(kinds(small)) >= 5
+    settle(small)
+    merged = merge(small)
+    assert not kinds(merged)
+    assert {k: v.shape for k, v in merged.state_dict().items()} == {k: v.shape for k, v in dense.state_dict().items()}
+    x = torch.randn(2, 3, 6, 6)
+    assert close(merged(x), small(x), 1e-4)
+
+
+def settle(model):
+    for module in model.modules():
+        if isinstance(module, Masked):
+            module.settle()
+
+
+@pytest.mark.parametrize("kind", [sparse(2, 0.3, "unstructured"), sparse(0, 0.5, "channels"), sparse(2, 0.1, "rows")])
+def test_merge_of_a_sparse_layer_alone(kind):
+    layer = compressed(Wrapped(nn.Linear(6, 8)), {"layer": kind}).layer.eval()
+    settle(layer)
+    merged = merge(layer)
+    assert type(merged) is nn.Linear
+    assert not merged.training
+    x = torch.randn(3, 6)
+    assert close(merged(x), layer(x))
+
+
+def test_layers_inside_sparse_ones_are_sites_and_can_be_compressed_again():
+    model = compressed(ConvNet(), {**SPARSE, "stem": sparse(2, 0.1, "taps-1x2@1x0")})
+    settle(model)
+    sites = find(model)
+    assert {s.name for s in sites} == {
+        "stem.pair.0", "stem.pair.1", "stem.sparse.layer", "grouped.pair.0", "grouped.pair.1",
+        "up.pair.0", "up.pair.1", "head.pair.0", "head.pair.1", "head.sparse.layer",
+    }  # fmt: skip
+    assert {s.name: s.reason for s in sites.skipped} == {
+        "grouped.sparse.layer": "sparse: its weight is zero outside a mask",
+        "up.sparse.layer": "sparse: its weight is zero outside a mask",
+    }
+    again = compressed(
+        model,
+        {
+            "stem.pair.0": low_rank(1), "stem.sparse.layer": sparse(1, 0.2, "rows"),
+            "up.pair.1": sparse(1, 0.2, "unstructured"), "head.sparse.layer": low_rank(2),
+            "head.pair.1": sparse(0, 0.5, "unstructured"),
+        },
+    ).eval()  # fmt: skip
+    settle(again)
+    merged = merge(again)
+    assert not kinds(merged)
+    assert not pairs(merged)
+    x = torch.randn(2, 3, 6, 6)
+    assert close(merged(x), again(x), 1e-4)
+
+
+def test_a_compressed_network_costs_what_is_stored():
+    model = compressed(ConvNet(), SPARSE)
+    sites = find(model)
+    counted = sum(parameters([spec]) for spec in [*(site.spec for site in sites), *sites.untouched])
+    assert counted + sites.other_parameters == parameter_count(model)
+    size = sum(size_bytes([spec]) for spec in [*(site.spec for site in sites), *sites.untouched])
+    assert size + sites.other_bytes == size_in_bytes(model)
+    # Fewer than all, and values and positions: 65 of 216 numbers of the stem.
+    assert parameter_count(nn.ModuleList([model.stem])) == 65
+    assert size_in_bytes(nn.ModuleList([model.stem])) == 65 * 4 + packed_bytes(216, 65)
+
+
+def test_layers_with_a_mask_under_two_names_count_once():
+    inner = nn.Linear(6, 6, bias=False)
+    model = compressed(nn.ModuleDict({"a": nn.Sequential(inner), "b": inner}), {"a.0": sparse(0, 0.25, "rows")})
+    assert parameter_count(model) == 6 * 2
+    assert size_in_bytes(model) == 12 * 4 + packed_bytes(36, 12)

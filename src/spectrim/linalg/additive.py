@@ -108,7 +108,7 @@ class _Projecting(LowRankStep):
 class Greedy(_Projecting):
     """Greedy bilateral factors, without decompositions: a turn costs two products and a thin QR."""
 
-    turns: int = 1
+    turns: int = 2
 
     def __call__(self, target: Float[Tensor, "g o n"], rank: int, start: Product | None) -> Product:
         mixed = self._mixed(target)

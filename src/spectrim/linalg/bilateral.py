@@ -70,8 +70,9 @@ def greedy(
     missing = rank - right.shape[1]
     if missing < 0:
         raise ValueError(f"the start has rank {right.shape[1]}, more than the {rank} asked for")
-    growth = [missing * (k + 1) // max(rounds, 1) - missing * k // max(rounds, 1) for k in range(max(rounds, 1))]
-    for grow in growth if missing else [0]:
+    rounds = max(1, min(rounds, missing))
+    growth = [missing * (k + 1) // rounds - missing * k // rounds for k in range(rounds)]
+    for grow in growth:
         if grow:
             rest = target - left @ (left.mT @ target) if left.shape[-1] else target
             sketch = torch.randn(g, grow, o, generator=draw, dtype=target.dtype).to(target.device)

@@ -80,6 +80,28 @@ class Slices(Metric):
 
 
 @dataclass(frozen=True, eq=False)
+class Rows(Metric):
+    """A moment given by rows: ``B^T B`` and the same ``level`` in every direction.
+
+    Attributes
+    ----------
+    rows
+        ``B [g, m, n]``.
+    level
+        ``[g]``.
+    """
+
+    rows: Float[Tensor, "g m n"]
+    level: Float[Tensor, " g"]
+
+    def times(self, rows: Float[Tensor, "g m n"]) -> Float[Tensor, "g m n"]:
+        return (rows @ self.rows.mT) @ self.rows + rows * self.level.reshape(-1, 1, 1)
+
+    def diagonal(self) -> Float[Tensor, "g n"]:
+        return self.rows.square().sum(1) + self.level.unsqueeze(1)
+
+
+@dataclass(frozen=True, eq=False)
 class Plain(Metric):
     """The identity: errors of weights."""
 

@@ -91,7 +91,9 @@ class Moments:
         return (self.mean.numel() + self.scatter.numel()) * 8
 
     def is_finite(self) -> bool:
-        return bool(torch.isfinite(self.mean).all() and torch.isfinite(self.scatter).all())
+        """Whether nothing was NaN, Inf or too large; the diagonal tells, which bounds the other entries."""
+        diagonal = self.scatter.diagonal(dim1=-2, dim2=-1)
+        return bool(torch.isfinite(self.mean).all() and torch.isfinite(diagonal).all())
 
 
 def shrunk(covariance: Tensor, count: int) -> Tensor:

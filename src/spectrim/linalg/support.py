@@ -20,7 +20,7 @@ from spectrim.linalg.patterns import Pattern
 from spectrim.linalg.sparse import Quadratic
 
 # A gap below this is what noise alone leaves between neighbours in rank; see benchmarks/planted.py.
-GAP = 1.5
+GAP = 2.0
 # Squared: this share of a combination of kept entries may be of low rank.
 OVERLAP = 0.97
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectrim.linalg import response
+from spectrim.linalg import lowrank, response
 from spectrim.linalg.additive import Additive, Exact, Greedy, LowRankStep, Product, Split
-from spectrim.linalg.metric import Full, Metric, Plain, Slices
+from spectrim.linalg.metric import Full, Metric, Plain, Rows, Slices
 from spectrim.linalg.moments import shrunk
+from spectrim.linalg.sketch import Sketch
 from spectrim.linalg.sparse import Quadratic
 from spectrim.methods import metrics
 from spectrim.sites import Site
@@ -44,16 +45,21 @@ class Problem:
     @classmethod
     def known(cls, site: Site, how: Unfolding) -> bool:
         """Whether a calibrated site has a metric for an unfolding."""
-        return "input" in site.moments or _window(site, how) is not None
+        if "input" in site.moments or _window(site, how) is not None:
+            return True
+        return how.name == "channel" and isinstance(site.moments.get("sketch"), Sketch)
 
     @classmethod
     def of(cls, site: Site, how: Unfolding, *, exact: bool = False) -> Problem:
         spec = site.spec
         g, o, *patch = spec.shape
-        target = site.weight.double().reshape(g, o, -1)
         weight = metrics.output_weight(site)
-        outer = None if weight is None else weight @ weight
         metric, mean = _metric(site, how)
+        # Layers of millions of weights are fitted in float32: half the memory and time, and accuracy to spare.
+        dtype = torch.float32 if isinstance(metric, Rows) else torch.float64
+        target = site.weight.to(dtype).reshape(g, o, -1)
+        weight = None if weight is None else weight.to(dtype)
+        outer = None if weight is None else weight @ weight
         if how.name == "channel":
             step: LowRankStep = (Exact if exact else Greedy)(metric, weight)
         else:
@@ -74,18 +80,15 @@ class Problem:
         """What each entry ``[g, o, n]`` contributes on its own."""
         return (self.target * self.error.scale(self.target.shape[1])).square()
 
-    def matrix_and_slices(self) -> tuple[Tensor, Tensor | None]:
-        """The unfolded weight with the outputs weighted, and the average slice metric: a spectrum to look at."""
-        matrix = metrics.mix(unfold(self.site.weight, self.how), metrics.output_weight(self.site))
+    def energies(self) -> Tensor:
+        """Spectrum ``[g, R]`` of the low-rank problem alone, descending; for splits that of the average slice."""
         if isinstance(self.step, Split):
-            return matrix, response.slice_metric(self.step.moment)
-        metric = self.error.metric
-        if isinstance(metric, Plain):
-            return matrix, None
-        if isinstance(metric, Full):
-            return matrix, metric.moment
-        eye = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
-        return matrix, metric.times(eye.expand(matrix.shape[0], -1, -1))
+            matrix = metrics.mix(unfold(self.site.weight, self.how), self.step.root)
+            return lowrank.energies(matrix, response.slice_metric(self.step.moment))
+        root = metrics.output_weight(self.site)
+        mixed = self.target if root is None else root.to(self.target.dtype) @ self.target
+        gram = (self.error.metric.times(mixed) @ mixed.mT).double()
+        return torch.linalg.eigvalsh((gram + gram.mT) / 2).flip(-1).clamp_min(0)
 
     def factors(self, product: Product | None) -> tuple[Tensor, Tensor]:
         """Left ``[g, (i, k_S), r]`` and right ``[g, r, (o, k_rest)]`` of a product; of rank 0 without one."""
@@ -104,7 +107,7 @@ class Problem:
         rest = self.target - found.sparse.weight
         if found.product is not None:
             rest = rest - found.product.weight
-        return torch.einsum("gon,gn->go", rest, self.mean).reshape(-1)
+        return torch.einsum("gon,gn->go", rest, self.mean.to(rest.dtype)).reshape(-1)
 
 
 def _window(site: Site, how: Unfolding) -> str | None:
@@ -123,6 +126,10 @@ def _metric(site: Site, how: Unfolding) -> tuple[Metric, Tensor | None]:
     if "input" in site.moments:
         held = site.moments["input"]
         return Full(shrunk(held.covariance, held.count)), held.mean
+    sketch = site.moments.get("sketch")
+    if isinstance(sketch, Sketch) and how.name == "channel":
+        rows = sketch.rows / max(sketch.count, 1) ** 0.5
+        return Rows(rows, sketch.level().to(rows.dtype)), sketch.mean
     name = _window(site, how)
     assert name is not None
     held = site.moments[name]

@@ -7,7 +7,7 @@ import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from spectrim.costs import macs, parameters, rank_multiple
 from spectrim.errors import PlanError
@@ -53,7 +53,14 @@ class Method(ABC):
     """A way to compress a site. Subclasses are frozen dataclasses whose fields are their options.
 
     A method sees sites, never modules: it can be written and tested without a network.
+
+    Attributes
+    ----------
+    reads_sketches
+        Whether it takes a sketch of the inputs where their second moment is too large to hold.
     """
+
+    reads_sketches: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from spectrim.costs import macs, parameters, rank_multiple
 from spectrim.factors import LowRankPlusSparse as Factors
@@ -21,9 +22,13 @@ from spectrim.unfold import Unfolding, unfolding, unfoldings
 _CURVE_TURNS = 3
 _GROWTH = 2
 _DENSITIES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.13, 0.17, 0.22, 0.28, 0.35, 0.45, 0.6)
-# Beside a low-rank part at most so many densities are on offer, and half of them and of the ranks in large layers.
+# Beside a low-rank part at most so many densities are on offer, half of them and of the ranks in large layers, a
+# quarter in huge ones, which also take fewer turns when they are carried out.
 _FEW = 8
 _LARGE = 400_000
+_HUGE = 8_000_000
+# With more outputs than this the spectrum, which is to look at, would take longer than the fit.
+_WIDE = 2048
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,8 @@ class LowRankPlusSparse(Method):
     carried out goes on from there and loses no more. The error is the share of the layer's centred output energy lost.
     Layers whose patches are too long for their second moment are fitted in that of their slices.
     """
+
+    reads_sketches: ClassVar[bool] = True
 
     patterns: tuple[str, ...] = ("unstructured",)
     densities: tuple[float, ...] = _DENSITIES
@@ -112,7 +119,8 @@ class LowRankPlusSparse(Method):
                     found = self._decompose(problem, rank, pattern, density, turns=_CURVE_TURNS)
                     choices.append(self.choice(site, how, rank, pattern, density))
                     errors.append(min(1.0, found.error / total) if total > 0 else 0.0)
-            spectra[how.name] = lowrank.profile(lowrank.energies(*problem.matrix_and_slices()))
+            if site.spec.shape[1] <= _WIDE:
+                spectra[how.name] = lowrank.profile(problem.energies())
         return Curve(tuple(choices), tuple(errors), unit, scale, spectra)
 
     def factorize(self, site: Site, choice: Choice) -> Factors:
@@ -122,7 +130,8 @@ class LowRankPlusSparse(Method):
             site.require("input", f"LowRankPlusSparse ({how.name})")
         problem = Problem.of(site, how, exact=self.exact)
         pattern = patterns.pattern(choice["pattern"])
-        found = self._decompose(problem, choice["rank"], pattern, choice["density"], turns=self.turns)
+        turns = max(_CURVE_TURNS + 1, self.turns // _thin(spec) ** 2)
+        found = self._decompose(problem, choice["rank"], pattern, choice["density"], turns=turns)
         left, right = problem.factors(found.product)
         left, right = lowrank.balance(left, right)
         shift = None
@@ -178,14 +187,13 @@ class LowRankPlusSparse(Method):
     def _chosen(self, site: Site) -> list[Unfolding]:
         """Those asked for, or the one in which half of the numbers as low rank alone lose least."""
         offered = self._offered(site)
-        if self.unfoldings is not None or len(offered) < 2:
-            return offered
+        if self.unfoldings is not None or len(offered) < 2 or not self.ranks:
+            return offered if self.ranks else offered[:1]
 
         def lost(how: Unfolding) -> float:
-            matrix, metric = Problem.of(site, how).matrix_and_slices()
-            energies = lowrank.energies(matrix, metric)
-            g, rows, columns = matrix.shape
-            rank = math.prod(site.spec.shape) // (2 * g * (rows + columns))
+            energies = Problem.of(site, how).energies()
+            each = sum(math.prod(part.shape) for part in site.spec.factor(how, 1))
+            rank = math.prod(site.spec.shape) // (2 * each)
             return float(lowrank.tail_errors(energies)[min(rank, energies.shape[-1])])
 
         return [min(offered, key=lost)]
@@ -206,16 +214,15 @@ class LowRankPlusSparse(Method):
         numbers = math.prod(shape)
         each = sum(math.prod(part.shape) for part in spec.factor(how, 1))
         full = full_rank(spec, how)
-        few = _FEW // 2 if numbers > _LARGE else _FEW
+        few = _FEW // _thin(spec)
         densities = pattern.densities(self.densities, shape)
         if self.share is not None:
             # Both parts of a share of the numbers; the sparse one may have any density.
             pairs = [(int(self.share * d * numbers / each), (1 - self.share) * d) for d in densities]
         else:
-            pairs = [(0, d) for d in densities]
-            while len(densities) > few:
-                # The smallest stays: 0 is low rank alone.
-                densities = (*densities[:1], *densities[1::2])
+            alone = _thinned(densities, 2 * few)
+            pairs = [(0, d) for d in alone]
+            densities = _thinned(alone, few)
             pairs += [(rank, d) for rank in self._ranks(spec, full, min(full, numbers // each)) for d in densities]
         seen: set[tuple[int, int]] = set()
         for rank, density in pairs:
@@ -229,7 +236,7 @@ class LowRankPlusSparse(Method):
     def _ranks(self, spec: LayerSpec, full: int, most: int) -> list[int]:
         """Ranks on offer up to ``most``: any below the multiple that suits the device, multiples above."""
         step = self.multiple_of or rank_multiple(spec.device, spec.dtype, full)
-        count = -(-self.ranks // 2) if math.prod(spec.shape) > _LARGE else self.ranks
+        count = -(-self.ranks // _thin(spec))
         found = set()
         for n in range(count if most else 0):
             rank = most ** ((n + 1) / count)
@@ -244,3 +251,16 @@ class LowRankPlusSparse(Method):
         if parameters(made) < parameters((spec,)):
             return True
         return bool(spec.inputs) and macs(made) < macs((spec,))
+
+
+def _thin(spec: LayerSpec) -> int:
+    """By how much the grid of a layer is coarser for its size."""
+    numbers = math.prod(spec.shape)
+    return 4 if numbers > _HUGE else 2 if numbers > _LARGE else 1
+
+
+def _thinned(densities: tuple[float, ...], most: int) -> tuple[float, ...]:
+    """Every second density until there are at most so many; the smallest stays, since 0 is low rank alone."""
+    while len(densities) > most:
+        densities = (*densities[:1], *densities[1::2])
+    return densities

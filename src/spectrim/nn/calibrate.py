@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from spectrim.costs import macs, parameters, size_bytes
 from spectrim.errors import CalibrationError
 from spectrim.linalg.moments import Moments
+from spectrim.linalg.sketch import Sketch
 from spectrim.nn.batches import batch_size, call, evaluating
 from spectrim.nn.flops import flop_counter
 from spectrim.nn.patches import sample_outputs, sample_patches
@@ -47,7 +48,7 @@ def calibrate(
     For every site the centred second moment and mean of its input patches are streamed in float64 (``input``), so
     that memory does not depend on the number of samples. Convolutions whose patches are longer than 1,152 numbers keep
     one such moment for the slices of each unfolding (``input:height-first``, ...) and one of the outputs (``output``),
-    linear layers with more than 2,048 inputs that of the outputs.
+    linear layers with more than 2,048 inputs that of the outputs and a sketch of that of the inputs (``sketch``).
 
     Parameters
     ----------
@@ -277,6 +278,8 @@ class _Watcher(_Shapes):
                 self._add(name, _slice_rows(patches, how))
             generator.manual_seed(self._seed * 1_000_003 + self.index)
             self._add("output", sample_outputs(spec, outputs, self._count(inputs), generator))
+            if spec.is_linear:
+                self._add("sketch", patches.flatten(2))
 
     def _count(self, inputs: Tensor) -> int | None:
         if self._rows is None or isinstance(self._rows, int):
@@ -297,10 +300,10 @@ class _Watcher(_Shapes):
     def _add(self, name: str, rows: Tensor) -> None:
         held = self._moments.get(name)
         if held is None:
-            held = self._moments[name] = Moments(rows.shape[0], rows.shape[2], rows.device)
+            kind = Sketch if name == "sketch" else Moments
+            held = self._moments[name] = kind(rows.shape[0], rows.shape[2], device=rows.device)
         held.update(rows)
-        fits = torch.isfinite(held.mean).all() and torch.isfinite(held.scatter.diagonal(dim1=-2, dim2=-1)).all()
-        self._refuse_unless(bool(fits), "sees or gives numbers that are NaN, Inf or too large to be squared")
+        self._refuse_unless(held.is_finite(), "sees or gives numbers that are NaN, Inf or too large to be squared")
 
     def _refuse_unless(self, fine: bool, what: str) -> None:
         if not fine:

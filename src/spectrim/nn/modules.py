@@ -103,16 +103,40 @@ class Factored(nn.Sequential):
         """One dense layer that computes the same, with the weight multiplied out in float64.
 
         A layer of the pair that is a pair itself is merged first.
+
+        Raises
+        ------
+        ValueError
+            If no dense layer computes the same: the first layer has a bias, which the second pads with zeros.
         """
         how = unfolding(self.original.kernel, self.unfolding)
-        first, _ = whole(self.first)
+        first, middle = whole(self.first)
         second, bias = whole(self.second)
         g, rank = first.shape[:2]
         left = first.double().reshape(g, rank, -1).transpose(1, 2)
         right = second.double().transpose(1, 2).reshape(g, rank, -1)
         (weight,) = LowRank(left, right, None, how, self.original.shape[1:]).dense()
+        if middle is not None:
+            bias = self._moved(second, middle, bias)
         spec = dataclasses.replace(self.original, bias=bias is not None, dtype=second.dtype, device=str(second.device))
         return make_layer(spec, weight, bias)
+
+    def _moved(self, second: Tensor, middle: Tensor, bias: Tensor | None) -> Tensor:
+        """The bias of the pair whose first layer, compressed again, has one as well."""
+        spec = self.original
+        inside = [a for a in range(len(spec.kernel)) if a not in unfolding(spec.kernel, self.unfolding).axes]
+        padded = isinstance(spec.padding, str) or any(spec.padding[a] for a in inside)
+        wide = any(spec.kernel[a] > 1 for a in inside)
+        if wide and (spec.transposed or (padded and spec.padding_mode == "zeros")):
+            raise ValueError(
+                f"layer {spec.name!r} ({spec.kind}): the first layer of its pair has a bias, which the second pads with "
+                "zeros; no dense layer computes the same, so it cannot be merged"
+            )
+        g = spec.groups
+        moved = torch.einsum(
+            "gor,gr->go", second.double().reshape(*second.shape[:3], -1).sum(-1), middle.double().reshape(g, -1)
+        )
+        return (moved.reshape(-1) if bias is None else bias.double() + moved.reshape(-1)).to(second.dtype)
 
 
 def whole(layer: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import CalibrationError
 from spectrim.linalg.moments import Moments, shrunk
+from spectrim.linalg.sketch import Sketch
 from spectrim.nn.batches import batch_size, call, evaluating
 from spectrim.nn.find import canonical, describe
 from spectrim.nn.modules import Factored, make_layer
@@ -20,6 +21,8 @@ from spectrim.sites import Site
 
 # Positions sampled in every image: neighbouring patches overlap and tell little new.
 POSITIONS = 64
+# Directions of a sketch.
+SKETCH = 1024
 
 
 class _Reached(Exception):
@@ -34,6 +37,7 @@ def asymmetric_site(
     *,
     target: str | None = None,
     rows: int | str | None = "auto",
+    sketch: bool = False,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     seed: int = 0,
 ) -> Site:
@@ -54,16 +58,19 @@ def asymmetric_site(
         Layer of the dense model whose responses are wanted; the site's own by default.
     rows
         Positions sampled in each batch, all if None; ``"auto"`` takes 64 a sample.
+    sketch
+        Keep a sketch of the joint moments, for patches whose second moment is too large to hold.
 
     Returns
     -------
     Site
-        With weight ``W*``, its bias, and the moments of ``x`` as ``input``; a sensitivity is kept.
+        With weight ``W*``, its bias, and the moments of ``x`` as ``input`` (or ``sketch``); a sensitivity is kept.
     """
     spec = site.spec
     g, o, *_ = spec.shape
     run = forward or call
-    held = Moments(g, spec.features + o, site.weight.device)
+    kind = _Joint if sketch else Moments
+    held = kind(g, spec.features + o, device=site.weight.device)
     caught: list[Tensor] = []
 
     def catch_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -94,23 +101,58 @@ def asymmetric_site(
         raise CalibrationError(
             f"layer {spec.name!r} was not reached, or sees NaN or Inf, in the reconstruction batches"
         )
+    if isinstance(held, Sketch):
+        weight, seen, name = *_from_sketch(site, held), "sketch"
+    else:
+        weight, seen, name = *_from_moments(site, held), "input"
     d = spec.features
-    inputs_moments = Moments(g, d, held.mean.device)
-    inputs_moments.count = held.count
-    inputs_moments.mean, inputs_moments.scatter = held.mean[:, :d].clone(), held.scatter[:, :d, :d].clone()
+    bias = (held.mean[:, d:] - torch.einsum("god,gd->go", weight.double(), held.mean[:, :d])).reshape(-1)
+    return dataclasses.replace(
+        site,
+        weights=(weight.reshape(site.weight.shape),),
+        biases=(bias,),
+        moments=MappingProxyType({**site.moments, name: seen}),
+    )
+
+
+class _Joint(Sketch):
+    """Room for as many directions as joint moments of inputs and targets need."""
+
+    __slots__ = ()
+
+    def __init__(self, groups: int, features: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(groups, features, size=SKETCH, device=device)
+
+
+def _from_moments(site: Site, held: Moments) -> tuple[Tensor, Moments]:
+    """Least-squares weight ``[g, o, d]`` and the moments of the inputs."""
+    g, o, *_ = site.spec.shape
+    d = site.spec.features
+    inputs = Moments(g, d, held.mean.device)
+    inputs.count = held.count
+    inputs.mean, inputs.scatter = held.mean[:, :d].clone(), held.scatter[:, :d, :d].clone()
     covariance, cross = held.covariance[:, :d, :d], held.covariance[:, d:, :d]
     weight = site.weight.double().reshape(g, o, d)
     damped = shrunk(covariance, held.count)
     # A layer that sees nothing but constants has no variance to divide by and keeps its weight.
     damped.diagonal(dim1=-2, dim2=-1).clamp_min_(1e-300)
-    best = weight + torch.linalg.solve(damped, (cross - weight @ covariance).mT).mT
-    bias = (held.mean[:, d:] - torch.einsum("god,gd->go", best, held.mean[:, :d])).reshape(-1)
-    return dataclasses.replace(
-        site,
-        weights=(best.reshape(site.weight.shape),),
-        biases=(bias,),
-        moments=MappingProxyType({**site.moments, "input": inputs_moments}),
-    )
+    return weight + torch.linalg.solve(damped, (cross - weight @ covariance).mT).mT, inputs
+
+
+def _from_sketch(site: Site, held: Sketch) -> tuple[Tensor, Sketch]:
+    """The same from a sketch, by the equations of its rows, which are fewer than the inputs."""
+    g, o, *_ = site.spec.shape
+    d = site.spec.features
+    inputs = Sketch(g, d, held.size, held.mean.device)
+    inputs.count, inputs.mean = held.count, held.mean[:, :d].clone()
+    inputs.rows = held.rows[..., :d].contiguous()
+    inputs.lost = held.lost * (d / held.mean.shape[1])
+    weight = site.weight.float().reshape(g, o, d)
+    missing = held.rows[..., d:] - inputs.rows @ weight.mT
+    gram = (inputs.rows @ inputs.rows.mT).double()
+    gram.diagonal(dim1=-2, dim2=-1).add_((inputs.level() * held.count).clamp_min(1e-300).unsqueeze(-1))
+    solved = torch.linalg.solve(gram, missing.double()).float()
+    return weight + solved.mT @ inputs.rows, inputs
 
 
 def refit_second(

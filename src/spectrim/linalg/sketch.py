@@ -1,0 +1,117 @@
+"""Second moments of long vectors in bounded memory: a few rows ``B`` with ``B^T B`` close to the centred scatter."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spectrim.linalg.moments import Moments
+
+
+class Sketch(Moments):
+    """Count, mean and a sketch of the centred second moment of a stream of vectors (frequent directions).
+
+    As long as there are no more than ``size`` observations the sketch is exact. Then, whenever twice as many rows have
+    gathered, the strongest directions are kept and all weakened by the strength of the first that is not, which bounds
+    the error by the energy beyond ``size`` directions (Liberty 2013; Ghashami et al. 2016). What was taken away is
+    given back evenly over all directions.
+
+    Parameters
+    ----------
+    groups, features
+        Shape of one observation, ``[groups, features]``.
+    size
+        Directions kept. Memory is ``2 * size * features`` numbers a group, in float32.
+    device
+        Where the rows live.
+
+    Attributes
+    ----------
+    rows
+        ``[groups, m, features]``, float32.
+    lost
+        Energy of the scatter that the rows do not hold, for each group.
+    """
+
+    __slots__ = ("lost", "rows", "size")
+
+    def __init__(self, groups: int, features: int, size: int = 512, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self.size = size
+        self.mean = torch.zeros(groups, features, dtype=torch.float64, device=device)
+        self.rows = torch.zeros(groups, 0, features, device=device)
+        self.lost = torch.zeros(groups, dtype=torch.float64, device=device)
+
+    def __repr__(self) -> str:
+        groups, features = self.mean.shape
+        return f"Sketch(count={self.count}, groups={groups}, features={features}, size={self.size})"
+
+    @torch.no_grad()
+    def update(self, rows: Float[Tensor, "g n d"]) -> None:
+        """Add ``n`` observations a group. Cost ``O((n + size)^2 d)`` where the rows are shrunk, else ``O(n d)``."""
+        for part in rows.to(self.mean.device).split(self.size, dim=1):
+            n = part.shape[1]
+            if not n:
+                continue
+            mean = part.mean(dim=1, keepdim=True, dtype=torch.float64)
+            self._add(n, mean.squeeze(1), part.float() - mean.float())
+
+    @torch.no_grad()
+    def merge(self, other: Moments) -> None:
+        """Add the observations of another sketch of the same shape."""
+        if not isinstance(other, Sketch) or other.mean.shape != self.mean.shape:
+            raise ValueError(f"cannot merge {other!r} into {self!r}")
+        if other.count:
+            self.lost += other.lost.to(self.lost.device)
+            self._add(other.count, other.mean.to(self.mean.device), other.rows.to(self.rows.device))
+
+    def _add(self, n: int, mean: Tensor, scatter: Tensor) -> None:
+        """Rows of a scatter around a mean: with them comes that of the means around each other."""
+        total = self.count + n
+        delta = (mean - self.mean) * math.sqrt(self.count * n / total)
+        parts = [self.rows, scatter, delta.float().unsqueeze(1)] if self.count else [scatter]
+        self.rows = torch.cat(parts, dim=1)
+        self.mean = self.mean + (mean - self.mean) * (n / total)
+        self.count = total
+        if self.rows.shape[1] > 2 * self.size:
+            self._shrink()
+
+    def _shrink(self) -> None:
+        gram = (self.rows @ self.rows.mT).double()
+        energies, vectors = torch.linalg.eigh(gram)
+        energies, vectors = energies.flip(-1).clamp_min(0), vectors.flip(-1)
+        kept, first = energies[:, : self.size], energies[:, self.size : self.size + 1]
+        weaker = (kept - first).clamp_min(0)
+        scale = torch.where(kept > 0, (weaker / kept.clamp_min(1e-300)).sqrt(), torch.zeros_like(kept))
+        before = energies.sum(-1)
+        self.rows = (vectors[..., : self.size] * scale.unsqueeze(1)).mT.float() @ self.rows
+        self.lost += before - weaker.sum(-1)
+
+    @property
+    def scatter(self) -> Float[Tensor, "g d d"]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The sum of centred outer products that the sketch stands for, ``[groups, features, features]``."""
+        rows = self.rows.double()
+        result = rows.mT @ rows
+        result.diagonal(dim1=-2, dim2=-1).add_((self.lost / self.mean.shape[1]).unsqueeze(-1))
+        return result
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.mean.numel() * 8 + self.rows.numel() * 4
+
+    def is_finite(self) -> bool:
+        return bool(torch.isfinite(self.mean).all() and torch.isfinite(self.rows).all())
+
+    def level(self) -> Float[Tensor, " g"]:
+        """What every direction has beside the rows, of the covariance: the lost energy, and a little for all.
+
+        The little is the share of :func:`spectrim.linalg.moments.shrunk`.
+        """
+        features = self.mean.shape[1]
+        energy = self.rows.double().square().sum(dim=(1, 2)) + self.lost
+        share = 1e-6 + 1e-2 * min(1.0, features / max(self.count, 1))
+        return (self.lost + share * energy) / (features * max(self.count, 1))
