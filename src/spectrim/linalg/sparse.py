@@ -5,11 +5,11 @@ The problem, with a target ``T``, the second moment ``C`` of the inputs and a we
     min over S with a pattern of  tr[G (T - S) C (T - S)^T]
 
 It is that of pruning connections with reconstruction. Keeping the largest entries of ``T`` once is not its solution
-where inputs correlate. Normalised iterative hard thresholding (Blumensath and Davies 2010) takes gradient steps of a
-length that the curvature gives, keeps the best entries of the result, and here then solves for the values of what was
-kept (Foucart 2011, hard thresholding pursuit) by a few conjugate-gradient steps. Entries are measured in the units of
-``sqrt(diag(G) diag(C))``, so that inputs of unequal strength do not slow it down. The objective never rises: what does
-not lower it is taken back with half the step.
+where inputs correlate. Hard thresholding pursuit (Foucart 2011) takes a gradient step, keeps the best entries of the
+result, and solves for the values of what was kept, here by a few conjugate-gradient steps. Entries are measured in
+units of ``sqrt(diag(G) diag(C))``, in which a step of length one is right for every entry on its own. Where inputs
+correlate it exchanges too many entries at once; the step is halved until the error falls, so that the objective never
+rises (iterative hard thresholding with a step for each problem: Blumensath and Davies 2010).
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def fit(
     steps
         Conjugate-gradient steps on the values after each.
     halvings
-        Shorter steps tried where a new mask does not lower the error.
+        Shorter steps tried where a new mask does not lower the error; a shorter step exchanges fewer entries.
 
     Returns
     -------
@@ -165,15 +165,9 @@ def fit(
         gradient = error.apply(target - best.weight) / scale
         if not bool(gradient.any()):
             break
-        # The curvature along what the step would change gives its length.
-        moving = best.mask | threshold(gradient.square(), pattern, density, kernel)
-        part = gradient * moving
-        along = error.value(part / scale)
-        length = float(part.square().sum()) / max(along, 1e-300)
         found = None
-        # The step that is right for every entry on its own comes last: it exchanges few of them, those that must be.
-        for reach in (*(length / 2**k for k in range(halvings + 1)), 1.0):
-            moved = best.weight * scale + reach * gradient
+        for halving in range(halvings + 1):
+            moved = best.weight * scale + gradient / 2**halving
             mask = threshold(moved.square(), pattern, density, kernel)
             if torch.equal(mask, best.mask):
                 continue
