@@ -47,6 +47,7 @@ TITLES = {
     "J4": "ResNet-34 with shared factors on CIFAR-10",
     "J5": "latency of Bi-JSVD against LJSVD",
     "J6": "MiniLM: output error of shared against separate factors",
+    "S6": "linear layer as low rank + sparse: time, and choice of the kernel",
 }
 
 # Idelbayev and Carreira-Perpinan, CVPR 2020: (MMAC, test accuracy) after some 950 epochs of learning the ranks.

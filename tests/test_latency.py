@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from spectrim import chains as chains_module
+from spectrim import running
 from spectrim.chains import describe, is_pair, measure, split, undisturbed, undivided
 from spectrim.costs import macs, rank_multiple
 from spectrim.latency import Latency, default_cache, interpolate
@@ -63,7 +63,7 @@ def test_calls_add_up_and_equal_shapes_are_measured_once(clock):
 def test_names_owners_and_types_do_not_matter_but_shapes_do(clock):
     cost = latency(clock)
     cost([CONV])
-    cost([dataclasses.replace(CONV, names=("other",), shared=1, density=0.5, dtype=torch.float64)])
+    cost([dataclasses.replace(CONV, names=("other",), shared=1, index_bytes=8, dtype=torch.float64)])
     assert len(clock.asked) == 1
     changes = {
         "in_channels": 64,
@@ -349,26 +349,26 @@ def described(module, shape):
 def test_what_is_timed_is_what_the_module_computes(name, channels_last):
     module, shape = modules()[name]
     spec = described(module, shape)
-    pool = chains_module._pool([(spec,)], torch.float32, "cpu", 2)
-    run = chains_module._runner((spec,), pool, 2, channels_last)
+    pool = running.number_pool([(spec,)], torch.float32, "cpu", 2)
+    run = running.dense_run((spec,), pool, 2, channels_last)
     seen = []
     for _ in range(2):
         seen.append(run())
     # Find the weights the runner used: the first copy starts at the pool's first number.
-    weight = chains_module._weight_shape(spec)
+    weight = running._weight_shape(spec)
     numel = math.prod(weight)
     if channels_last and len(weight) > 3:
         values = pool[:numel].view(weight[0], *weight[2:], weight[1]).movedim(-1, 1)
     else:
         values = pool[:numel].view(weight)
-    shape = chains_module._input_shape(spec, 2)
+    shape = running._input_shape(spec, 2)
     x = pool[: math.prod(shape)]
     last = channels_last and len(shape) > 3
     x = x.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if last else x.view(shape)
     with torch.no_grad():
         module.weight.copy_(values)
         if module.bias is not None:
-            start = chains_module._aligned(numel)
+            start = running._aligned(numel)
             module.bias.copy_(pool[start : start + spec.out_channels])
         expected = module(x)
     torch.testing.assert_close(seen[0], expected)

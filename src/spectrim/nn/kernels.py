@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -61,9 +60,10 @@ def choose_kernels(
     """Time the possible kernels of each layer with a sparse weight, and let each layer run with the fastest.
 
     The whole model runs on the example, with each kernel in turn in all layers that may run with it, and every layer is
-    timed where it stands: with the inputs it gets and in the cache it finds. Medians are taken over the rounds in which
-    the system took a core away least often. A layer stays dense unless another kernel is faster by more than
-    ``margin``; one that is not called is dense.
+    timed where it stands: with the inputs it gets and in the cache it finds. Of the rounds in which the system took a
+    core away least often the lower quartile counts, since load only adds to a time and must not decide. Up to three
+    times ``rounds`` are taken while a layer has fewer than three rounds without a disturbance. A layer stays dense
+    unless another kernel is faster by more than ``margin``; one that is not called is dense.
 
     Nothing is chosen without this call, since kernels differ in rounding and results should not depend on the noise of
     a timing unasked. A choice holds for this machine, this number of threads and this batch size. It stays when the
@@ -111,8 +111,10 @@ def choose_kernels(
             for name, layer in layers.items():
                 stack.enter_context(_watched(layer, watches[name]))
             start = time.perf_counter()
-            for number in range(-_WARM_UP, rounds if len(turns) > 1 else 0):
+            for number in range(-_WARM_UP, 3 * rounds if len(turns) > 1 else 0):
                 if number >= _FEWEST_ROUNDS and time.perf_counter() - start > budget:
+                    break
+                if number >= rounds and all(watch.is_settled for watch in watches.values()):
                     break
                 # Forwards and backwards, so that none always runs after the same one.
                 for kernel in turns if number % 2 else reversed(turns):
@@ -123,7 +125,7 @@ def choose_kernels(
                         watch.end(kernel if kernel in offered[name] and number >= 0 else None)
         chosen = []
         for name, layer in layers.items():
-            times = watches[name].medians()
+            times = watches[name].times()
             layer.kernel = _fastest(times, margin)
             if len(times) > 1:
                 chosen.append(ChosenKernel(name, layer.kernel, MappingProxyType(times)))
@@ -172,10 +174,15 @@ class _Watch:
             self.disturbances.setdefault(kernel, []).append(self.preempted)
         self.calls, self.passed, self.preempted = 0, 0.0, 0
 
-    def medians(self) -> dict[Kernel, float]:
+    @property
+    def is_settled(self) -> bool:
+        """Whether every kernel has some samples without a disturbance."""
+        return all(found.count(0) >= _FEWEST_ROUNDS for found in self.disturbances.values())
+
+    def times(self) -> dict[Kernel, float]:
         """Milliseconds by kernel."""
-        measured = [(k, self.samples[k], self.disturbances[k]) for k in Kernel if k in self.samples]
-        return {kernel: statistics.median(undisturbed(*found)) for kernel, *found in measured}
+        found = {k: undisturbed(self.samples[k], self.disturbances[k]) for k in Kernel if k in self.samples}
+        return {kernel: sorted(samples)[len(samples) // 4] for kernel, samples in found.items()}
 
 
 @contextlib.contextmanager

@@ -230,7 +230,10 @@ class Sum(nn.Module):
 
     def whole(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias."""
-        (left, bias), (right, _) = whole(self.pair), whole(self.sparse)
+        (left, bias), (right, shift) = whole(self.pair), whole(self.sparse)
+        if shift is not None:
+            # A part that was compressed again has a bias of its own.
+            bias = shift if bias is None else bias + shift
         return (left.double() + right.double()).to(left.dtype), bias
 
 
