@@ -13,7 +13,7 @@ from torch import Tensor
 from spectrim.errors import MissingMomentsError, PlanError
 from spectrim.factors import LowRank
 from spectrim.linalg.moments import shrunk
-from spectrim.methods import ActivationSVD, Curve, Method, WeightSVD, from_record
+from spectrim.methods import ActivationSVD, Curve, LowRankPlusSparse, Method, WeightSVD, from_record
 from spectrim.methods.base import break_even, full_rank
 from spectrim.plan import Choice
 from spectrim.sites import LayerSpec, Site
@@ -34,6 +34,15 @@ def test_methods_keep_the_contract_on_every_layer_kind(kind: str) -> None:
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d", "transposed2d-grouped-no-bias"])
 def test_alternation_keeps_the_contract_too(kind: str) -> None:
     assert check_method(ActivationSVD(sweeps=2), layers=[kind], slack=0.9) > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "pattern"), [("linear", "2:4"), ("conv1d", "unstructured"), ("conv2d-grouped", "channels")]
+)
+def test_low_rank_plus_sparse_keeps_the_contract(kind: str, pattern: str) -> None:
+    method = LowRankPlusSparse(patterns=(pattern,), densities=(0.0, 0.3), ranks=1, turns=4)
+    # What is carried out goes on from the curve's few turns: it may lose much less.
+    assert check_method(method, layers=[kind], slack=1.0) >= 3
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv2d-grouped", "transposed1d"])

@@ -58,3 +58,22 @@ def shared(names: Sequence[str], members: int = 2) -> Candidates:
 
 def _sum(rows: Sequence[Row], number: int) -> dict[str, float]:
     return {cost: sum(row.options[number].costs[cost] for row in rows) for cost in ("macs", "parameters")}
+
+
+def sums(parts: Sequence[tuple[int, float, str]]) -> tuple[Candidates, Plan]:
+    """A table and plan of layers with ``(rank, density, pattern)``; the position of each entry takes a byte."""
+    rows = []
+    for number, (rank, density, pattern) in enumerate(parts):
+        settings = {"unfolding": "channel", "rank": rank, "density": density, "pattern": pattern, "bias": True}
+        numbers = 10.0 * rank + 1000 * density
+        made = Option(
+            Choice("low_rank_plus_sparse", "LowRankPlusSparse", settings),
+            0.1,
+            {"macs": 10 * numbers, "parameters": numbers, "bytes": 4 * numbers + 1000 * density},
+        )
+        dense = Option(DENSE, 0.0, {"macs": 10_000.0, "parameters": 1000.0, "bytes": 4000.0})
+        spectra = {"LowRankPlusSparse/channel": tuple(0.5**k for k in range(12))}
+        rows.append(Row(f"layer{number}", "Conv2d 3x3", (dense, made), spectra=spectra))
+    fixed = {"macs": 0.0, "parameters": 0.0, "bytes": 0.0}
+    candidates = Candidates(tuple(rows), fixed, "output energy")
+    return candidates, lagrangian(candidates, Budget(bytes=0.5))

@@ -6,7 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from spectrim.nn.surgery import parameter_count
+from spectrim.linalg.patterns import pattern
+from spectrim.nn.find import canonical, describe
+from spectrim.nn.products import Kernel
+from spectrim.nn.sparse import Masked, sparse_layer
+from spectrim.nn.surgery import merge, parameter_count, size_in_bytes
 from spectrim.report import Comparison, Measure, accuracy, compare, measure, show
 from spectrim.report.measures import file_size, macs
 
@@ -136,3 +140,35 @@ def test_attention_counts_as_it_does_in_plans() -> None:
 
     heads, length, size = 2, 4, 8
     assert macs(Attention(), torch.randn(3, heads, length, size)) == heads * length * length * 2 * size
+
+
+def _sparse(kernel: Kernel = Kernel.DENSE) -> nn.Module:
+    """A convolution, a transposed one and a linear layer with three of four entries zero."""
+    torch.manual_seed(0)
+    layers = []
+    for module in (nn.Conv2d(1, 8, 3, padding=1), nn.ConvTranspose2d(8, 4, 3, 2), nn.Linear(9, 12)):
+        weight, bias = canonical(module)
+        mask = pattern("unstructured").keep(weight.square(), 0.25)
+        made = sparse_layer(describe(module, ("layer",)), weight * mask, mask, pattern("unstructured"), bias)
+        assert isinstance(made, Masked)
+        if kernel in made.kernels:
+            made.kernel = kernel
+        layers.append(made)
+    return nn.Sequential(*layers).eval()
+
+
+@pytest.mark.parametrize("kernel", [Kernel.DENSE, Kernel.CSR])
+def test_zeros_are_neither_counted_nor_stored(kernel: Kernel):
+    model = _sparse(kernel)
+    example = torch.randn(2, 1, 4, 4)
+    before = [layer.kernel for layer in model]  # type: ignore[union-attr]
+    kept = [round(0.25 * numbers) for numbers in (8 * 9, 8 * 4 * 9, 9 * 12)]
+    # Output positions of the convolution, input positions of the transposed one, rows of the linear layer.
+    assert macs(model, example) == kept[0] * 16 + kept[1] * 16 + kept[2] * 4 * 9
+    assert [layer.kernel for layer in model] == before  # type: ignore[union-attr]
+    assert not any(layer._forward_hooks for layer in model)
+    assert parameter_count(model) == sum(kept) + 8 + 4 + 12
+    rows = {row.metric: row.value for row in measure(model, example, repeats=0).lines}
+    assert rows["parameters"] == parameter_count(model)
+    assert size_in_bytes(model) < rows["file size"] < size_in_bytes(model) + 1200
+    assert rows["file size"] < file_size(merge(model))

@@ -8,7 +8,7 @@ import pytest
 from spectrim.plan import Candidates, Row
 from spectrim.report import figures
 from spectrim.report.figures import Measured
-from tests.report.cases import plan, shared, table
+from tests.report.cases import plan, shared, sums, table
 
 HOSTILE = ["<script>alert(1)</script>", "a $\\frac{x$ & 'b' \"c\"", "layer.{{ 7 * 7 }}.$_^"]
 
@@ -71,6 +71,20 @@ def test_the_predicted_curve_reaches_the_lowest_cost_with_groups_too():
     lowest = 500.0 + sum(min(o.costs["macs"] for o in row.options) for row in candidates.singles)
     assert points[0][0] == pytest.approx(lowest)
     assert points[-1][0] == candidates.dense["macs"]
+
+
+def test_spectra_say_what_is_sparse_and_cut_nothing_at_rank_0():
+    candidates, chosen = sums([(4, 0.05, "unstructured"), (0, 0.5, "2:4"), (3, 0.0, "rows")])
+    figure = figures.spectra(candidates, chosen)
+    words = [[text.get_text() for text in axes.texts] for axes in figure.axes]
+    assert words == [["rank 4\n5 % unstructured"], ["rank 0\n50 % 2:4"], ["rank 3"]]
+    marks = [[line for line in axes.lines if line.get_color() == figures.CHOSEN] for axes in figure.axes]
+    assert [len(found) for found in marks] == [1, 0, 1]
+    # A spectrum that nothing is taken of is pale.
+    colours = [axes.lines[0].get_color() for axes in figure.axes]
+    assert colours == [figures.PLANNED, figures.PALE, figures.PLANNED]
+    alone = figures.spectra(*sums([(0, 0.2, "unstructured")]))
+    assert [text.get_text() for text in alone.legends[0].get_texts()] == ["candidates"]
 
 
 def test_cost_bars_show_each_site_and_the_rest():

@@ -10,9 +10,9 @@ import pytest
 from spectrim.pipeline import Report, Result
 from spectrim.plan import DENSE, Candidates, Choice, Plan
 from spectrim.report import Comparison, Measure, Measured, Page, write_report
-from spectrim.report.page import choice_text
+from spectrim.report.page import _tiles, choice_text
 from spectrim.sites import Sites, Skipped
-from tests.report.cases import plan, shared, table
+from tests.report.cases import plan, shared, sums, table
 from tests.report.test_figures import HOSTILE
 from tests.report.test_ranks import run
 
@@ -162,3 +162,15 @@ def test_the_sentence_about_learning_fits_short_and_moving_runs(tmp_path: Path, 
 def test_a_page_about_no_c_step_is_refused(tmp_path: Path):
     with pytest.raises(ValueError, match="no C step to draw"):
         _written(tmp_path, trajectory=replace(run(1), records=()))
+
+
+def test_sparse_parts_are_named_and_bytes_have_a_column():
+    candidates, chosen = sums([(4, 0.05, "unstructured"), (0, 0.5, "2:4"), (3, 0.0, "rows")])
+    rows = (Measure("file size", "B", 12000.0, 5000.0), Measure("latency p50", "ms", 1.0, 2.0))
+    reader = _Reader(Page("Net", chosen, candidates, Comparison(rows)).html())
+    for words in ("channel, rank 4 + 5 % unstructured", "50 % 2:4", "channel, rank 3", "Weights", "file size"):
+        assert words in reader.text
+    assert [choice_text(entry.choice) for entry in chosen][1:] == ["50 % 2:4", "channel, rank 3"]
+    # In step with parameters elsewhere, bytes have none.
+    other = table(["a", "b"])
+    assert "file size" not in [tile["name"] for tile in _tiles(plan(other), Comparison(rows))]
