@@ -1,4 +1,4 @@
-"""AlexNet, VGG-16, GoogLeNet, ResNet-18 and ResNet-50 with random weights, for what depends on shapes and not on training.
+"""AlexNet, VGG-16, GoogLeNet and ResNets with random weights, for what depends on shapes and not on training.
 
 The CPU runs what it would run in use: BatchNorm is folded into the convolutions of every network, before anything is
 measured or compressed.

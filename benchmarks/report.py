@@ -47,6 +47,8 @@ TITLES = {
     "J4": "ResNet-34 with shared factors on CIFAR-10",
     "J5": "latency of Bi-JSVD against LJSVD",
     "J6": "MiniLM: output error of shared against separate factors",
+    "S1": "low-rank step without decompositions against the SVD",
+    "S2": "planted low rank + sparse: support found again, failures told",
     "S6": "linear layer as low rank + sparse: time, and choice of the kernel",
 }
 

@@ -27,6 +27,7 @@ _HOMES = {
     "apply": "api",
     "budget_path": "train",
     "calibrate": "nn.calibrate",
+    "choose_kernels": "nn.kernels",
     "compare": "report",
     "compress": "pipeline",
     "export_onnx": "nn.export",
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
     from spectrim.nn.checkpoint import load, save
     from spectrim.nn.export import export_onnx, export_program
     from spectrim.nn.find import find
+    from spectrim.nn.kernels import choose_kernels
     from spectrim.nn.sensitivity import sensitivity
     from spectrim.nn.surgery import merge
     from spectrim.pipeline import Result, compress

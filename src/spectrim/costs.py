@@ -25,12 +25,12 @@ def parameters(specs: Sequence[LayerSpec]) -> float:
 
     What a spec shares with another one, which counts it, is left out (``LayerSpec.shared``); its bias is its own.
     """
-    return sum(spec.stored - spec.shared + spec.out_channels * spec.bias for spec in specs)
+    return float(sum(spec.stored - spec.shared + spec.out_channels * spec.bias for spec in specs))
 
 
 def size_bytes(specs: Sequence[LayerSpec]) -> float:
     """Bytes of the stored numbers in each spec's dtype, and of what says where the entries of sparse weights are."""
-    return sum(parameters([spec]) * spec.dtype.itemsize + spec.index_bytes for spec in specs)
+    return float(sum(parameters([spec]) * spec.dtype.itemsize + spec.index_bytes for spec in specs))
 
 
 def macs(specs: Sequence[LayerSpec]) -> float:

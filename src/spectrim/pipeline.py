@@ -21,6 +21,7 @@ from spectrim.methods import Method
 from spectrim.nn.batches import arguments, resized
 from spectrim.nn.calibrate import calibrate
 from spectrim.nn.find import Selector, find
+from spectrim.nn.kernels import choose_kernels
 from spectrim.nn.sensitivity import sensitivity as weigh
 from spectrim.nn.timing import Timing, measure_latency
 from spectrim.plan import Candidates, Choice, Plan
@@ -140,6 +141,7 @@ def compress(
         Fit each layer to the dense responses for the inputs that its compressed predecessors deliver.
     latency
         How time is measured. Made for the model's device and dtype if the budget limits latency or ``guard`` is set.
+        Where it is given or made, the kernels of sparse layers are chosen for it (:func:`spectrim.choose_kernels`).
         If its memory format is ``channels_last``, both models are measured in it and the result is returned in it.
     guard
         Choose no option that is measured slower than dense, and measure the finished model.
@@ -205,7 +207,7 @@ def compress(
         model, sites, plan, batches, methods=methods, reconstruct=reconstruct, forward=forward, progress=progress
     )
     if latency is not None:
-        small = laid_out(small, latency)
+        small = _as_run(small, example, latency)
     report = Report(
         plan, tuple((s.name, s.kind, s.reason) for s in sites.skipped), sites.samples, measured, tuple(notes)
     )
@@ -242,6 +244,13 @@ def laid_out(model: nn.Module, latency: Latency) -> nn.Module:
     if latency.memory_format == "contiguous":
         return model
     return copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def _as_run(small: nn.Module, example: Any, latency: Latency) -> nn.Module:
+    """A compressed model in the memory format that is measured, its sparse layers run by their fastest kernels."""
+    small = laid_out(small, latency)
+    choose_kernels(small, example, threads=latency.threads)
+    return small
 
 
 def meet_latency(
@@ -285,7 +294,7 @@ def meet_latency(
     for _ in range(_ROUNDS):
         key = tuple(entry.choice for entry in plan)
         if key not in known:
-            trial = laid_out(apply(model, sites, plan, methods=methods), latency)
+            trial = _as_run(apply(model, sites, plan, methods=methods), example, latency)
             known[key] = measure_latency({"dense": dense, "compressed": trial}, example, threads=latency.threads)
         measured = known[key]
         if limit is None or asked is None:

@@ -76,4 +76,4 @@ def sums(parts: Sequence[tuple[int, float, str]]) -> tuple[Candidates, Plan]:
         rows.append(Row(f"layer{number}", "Conv2d 3x3", (dense, made), spectra=spectra))
     fixed = {"macs": 0.0, "parameters": 0.0, "bytes": 0.0}
     candidates = Candidates(tuple(rows), fixed, "output energy")
-    return candidates, lagrangian(candidates, Budget(bytes=0.5))
+    return candidates, lagrangian(candidates, Budget(bytes=0.3))

@@ -266,6 +266,7 @@ def decompose(
     growth: int = 4,
     relax: bool = True,
     polish: int = 3,
+    paths: int = 1,
 ) -> Additive:
     """Fit a low-rank plus a sparse weight.
 
@@ -285,23 +286,54 @@ def decompose(
     start
         To go on from, of the same rank or, if the step grows, of a lower one.
     turns, tolerance
-        At most so many turns; fewer once a turn lowers the error by less than this share of it.
+        At most so many turns; fewer once two in a row lower the error by less than this share of it.
     growth
         Turns over which the rank grows from nothing.
     relax
         Over-relax the low-rank step.
     polish
         Turns with a frozen mask at the end.
+    paths
+        1, or 2 to fit a second time with cautious sparse steps and to return the better fit: there are many minima.
 
     Returns
     -------
     Additive
         The errors never rise from turn to turn once the rank is reached.
     """
+    given = (target, error, step, rank, pattern, density, kernel, start, turns, tolerance, growth, relax, polish)
+    fits = [_path(*given, cautious=cautious) for cautious in (False, True)[:paths]]
+    return min(fits, key=lambda fit: fit.error)
+
+
+def _path(
+    target: Tensor,
+    error: Quadratic,
+    step: LowRankStep,
+    rank: int,
+    pattern: Pattern,
+    density: float,
+    kernel: tuple[int, ...],
+    start: Additive | None,
+    turns: int,
+    tolerance: float,
+    growth: int,
+    relax: bool,
+    polish: int,
+    *,
+    cautious: bool,
+) -> Additive:
     shape = (target.shape[0], target.shape[1], *kernel)
     if not rank:
         found = sparse.fit(
-            target, error, pattern, density, kernel, start=None if start is None else start.sparse, rounds=turns
+            target,
+            error,
+            pattern,
+            density,
+            kernel,
+            start=None if start is None else start.sparse,
+            rounds=turns,
+            cautious=cautious,
         )
         found = sparse.solve(target, error, found.mask, start=found.weight, steps=10 * polish)
         return Additive(None, found, (found.error,), True)
@@ -311,7 +343,7 @@ def decompose(
         state, product = start.sparse, start.product
     alone = not pattern.kept(shape, density)
     grown = rank if not step.grows or product is not None else 0
-    extra = 0.0
+    extra, calm = 0.0, 0
     errors: list[float] = []
     best: tuple[Product, Sparse] | None = None
     converged = False
@@ -332,7 +364,16 @@ def decompose(
         elif not alone:
             held = state if bool(state.mask.any()) else None
             state = sparse.fit(
-                target, step.eliminated(product), pattern, density, kernel, start=held, rounds=2, steps=4, halvings=2
+                target,
+                step.eliminated(product),
+                pattern,
+                density,
+                kernel,
+                start=held,
+                rounds=2,
+                steps=4,
+                halvings=2,
+                cautious=cautious,
             )
             product = step.refit(target - state.weight, product)
             value = state.error
@@ -347,9 +388,11 @@ def decompose(
             extra = 0.0
             continue
         fell = 1 - value / errors[-1] if errors and errors[-1] > 0 else 1.0
+        calm = calm + 1 if fell < tolerance else 0
         best = product, state
         errors.append(value)
-        if value <= 1e-12 * total or fell < tolerance:
+        # A turn may gain little just before a change of the mask gains much.
+        if value <= 1e-12 * total or calm == 2:
             converged = True
             break
         if relax and fell < 0.3:

@@ -8,8 +8,8 @@ It is that of pruning connections with reconstruction. Keeping the largest entri
 where inputs correlate. Hard thresholding pursuit (Foucart 2011) takes a gradient step, keeps the best entries of the
 result, and solves for the values of what was kept, here by a few conjugate-gradient steps. Entries are measured in
 units of ``sqrt(diag(G) diag(C))``, in which a step of length one is right for every entry on its own. Where inputs
-correlate it exchanges too many entries at once; the step is halved until the error falls, so that the objective never
-rises (iterative hard thresholding with a step for each problem: Blumensath and Davies 2010).
+correlate it exchanges too many entries at once; the curvature along the step gives another length (normalised iterative
+hard thresholding, Blumensath and Davies 2010). Both are tried, and halved until the error falls: it never rises.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Quadratic:
         return seen if self.outer is None else self.outer @ seen
 
     def value(self, rows: Float[Tensor, "g o n"]) -> float:
-        return float((rows * self.apply(rows)).sum())
+        return _dot(rows, self.apply(rows))
 
     def scale(self, outputs: int) -> Float[Tensor, "g o n"]:
         """Square root of the curvature along each entry, at least 1e-4 of the largest."""
@@ -93,32 +93,36 @@ def solve(
     tolerance: float = 1e-10,
 ) -> Sparse:
     """The best values inside a mask, by conjugate gradients from ``start`` (zero if None)."""
-    inside = mask.to(target.dtype)
-    weight = torch.zeros_like(target) if start is None else start * inside
-    curvature = error.scale(target.shape[1]).square()
-    rest = error.apply(target - weight)
-    value = float(((target - weight) * rest).sum())
-    residual = rest * inside
-    scaled = residual / curvature
-    direction = scaled
-    energy = (residual * scaled).sum()
+    scale = error.scale(target.shape[1])
+    # In place, and by one vector of inverse curvatures that is zero outside the mask: the arrays may be large.
+    inverse = mask / scale.square()
+    weight = torch.zeros_like(target) if start is None else start * mask
+    residual = error.apply(target - weight)
+    value = _dot(target - weight, residual)
+    scaled = residual * inverse
+    direction = scaled.clone()
+    energy = _dot(residual, scaled)
     limit = tolerance * max(value, 1e-300)
     for _ in range(steps):
-        if float(energy) <= limit:
+        if energy <= limit:
             break
         image = error.apply(direction)
-        along = (direction * image).sum()
-        if float(along) <= 0:
+        along = _dot(direction, image)
+        if along <= 0:
             break
         step = energy / along
-        weight = weight + step * direction
-        residual = residual - step * image * inside
-        scaled = residual / curvature
-        fresh = (residual * scaled).sum()
-        value -= float(step * energy)
-        direction = scaled + (fresh / energy) * direction
+        weight.add_(direction, alpha=step)
+        residual.add_(image, alpha=-step)
+        value -= step * energy
+        torch.mul(residual, inverse, out=scaled)
+        fresh = _dot(residual, scaled)
+        direction.mul_(fresh / energy).add_(scaled)
         energy = fresh
     return Sparse(weight, mask, max(value, 0.0))
+
+
+def _dot(one: Tensor, two: Tensor) -> float:
+    return float(torch.dot(one.reshape(-1), two.reshape(-1)))
 
 
 def fit(
@@ -132,6 +136,7 @@ def fit(
     rounds: int = 8,
     steps: int = 6,
     halvings: int = 3,
+    cautious: bool = False,
 ) -> Sparse:
     """Fit a sparse weight of a pattern to the responses of a target.
 
@@ -149,6 +154,9 @@ def fit(
         Conjugate-gradient steps on the values after each.
     halvings
         Shorter steps tried where a new mask does not lower the error; a shorter step exchanges fewer entries.
+    cautious
+        Try the shorter of two step lengths first in every round, not in every second one. It ends in another minimum,
+        more often in the best one where inputs are nearly dependent, and in a worse one for most trained layers.
 
     Returns
     -------
@@ -161,13 +169,18 @@ def fit(
         start = one_shot(target, error, pattern, density, kernel)
     best = solve(target, error, start.mask, start=start.weight, steps=steps)
     scale = error.scale(target.shape[1])
-    for _ in range(rounds):
+    for turn in range(rounds):
         gradient = error.apply(target - best.weight) / scale
         if not bool(gradient.any()):
             break
+        # One is right for every entry on its own; along what would change, the curvature asks for less.
+        moving = best.mask | threshold(gradient.square(), pattern, density, kernel)
+        part = gradient * moving
+        length = float(part.square().sum()) / max(error.value(part / scale), 1e-300)
+        long, short = ([whole / 2**k for k in range(halvings + 1)] for whole in (1.0, length))
         found = None
-        for halving in range(halvings + 1):
-            moved = best.weight * scale + gradient / 2**halving
+        for reach in [*short, *long[:1]] if cautious else [*short, *long] if turn % 2 else [*long, *short]:
+            moved = best.weight * scale + reach * gradient
             mask = threshold(moved.square(), pattern, density, kernel)
             if torch.equal(mask, best.mask):
                 continue

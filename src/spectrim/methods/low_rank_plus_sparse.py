@@ -22,8 +22,10 @@ from spectrim.unfold import Unfolding, unfolding, unfoldings
 _CURVE_TURNS = 3
 _GROWTH = 2
 _DENSITIES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.13, 0.17, 0.22, 0.28, 0.35, 0.45, 0.6)
-# Beside a low-rank part at most so many densities are on offer, half of them and of the ranks in large layers, a
-# quarter in huge ones, which also take fewer turns when they are carried out.
+# What the low-rank part gets of the numbers stored.
+_SHARES = (0.0, 0.15, 0.3, 0.5)
+# For each of these shares, and twice as often for the sparse part alone, so many densities are on offer; half of them
+# and of the ranks in large layers, a quarter in huge ones, which also take fewer turns when they are carried out.
 _FEW = 8
 _LARGE = 400_000
 _HUGE = 8_000_000
@@ -45,13 +47,15 @@ class LowRankPlusSparse(Method):
         Of the sparse part, each on offer: ``"unstructured"``, ``"rows"``, ``"2:4"`` and the like, ``"4x4"`` and the
         like (blocks), ``"channels"`` and ``"taps"``. See :mod:`spectrim.linalg.patterns`.
     densities
-        Shares of the layer's weights that the sparse part may store. Patterns with densities of their own have those.
-        Where they are many, each second one is on offer beside a low-rank part.
+        Numbers that both parts together may store, as shares of the layer's weights. Where they are many, each second
+        one is on offer for a sparse part beside a low-rank one. 0 stands for low rank alone. Patterns with a density of
+        their own have that.
     ranks
-        How many ranks are on offer, beside 0, equally spaced on a logarithmic scale.
+        How many ranks are on offer for low rank alone, equally spaced on a logarithmic scale. With 0 there is no
+        low-rank part at all.
     share
-        Part of the numbers stored that the low-rank part gets, such as 0.3 (OATS; Zhang and Papyan 2025). The
-        densities are then those of both parts together, and one rank belongs to each. None lets the selector choose.
+        Part of the numbers stored that the low-rank part gets, such as 0.3 (OATS; Zhang and Papyan 2025): a fixed
+        split. None has several on offer, nothing and everything among them, and lets the selector choose.
     unfoldings
         Names of the unfoldings of the low-rank part on offer. None is the one that loses least on its own.
     multiple_of
@@ -173,6 +177,7 @@ class LowRankPlusSparse(Method):
             tolerance=self.tolerance,
             growth=_GROWTH,
             polish=0 if turns == _CURVE_TURNS else 3,
+            paths=2 if turns > _CURVE_TURNS and _thin(problem.site.spec) == 1 else 1,
         )
 
     def _offered(self, site: Site) -> list[Unfolding]:
@@ -216,14 +221,17 @@ class LowRankPlusSparse(Method):
         full = full_rank(spec, how)
         few = _FEW // _thin(spec)
         densities = pattern.densities(self.densities, shape)
+        shares, alone = _SHARES, self._ranks(spec, full, min(full, numbers // each))
         if self.share is not None:
-            # Both parts of a share of the numbers; the sparse one may have any density.
-            pairs = [(int(self.share * d * numbers / each), (1 - self.share) * d) for d in densities]
-        else:
-            alone = _thinned(densities, 2 * few)
-            pairs = [(0, d) for d in alone]
-            densities = _thinned(alone, few)
-            pairs += [(rank, d) for rank in self._ranks(spec, full, min(full, numbers // each)) for d in densities]
+            shares, alone = (self.share,), []
+        elif not self.ranks:
+            shares, alone = (0.0,), []
+        pairs = [(rank, 0.0) for rank in alone if 0 in self.densities]
+        for share in shares:
+            for total in _thinned(densities, few if share and self.share is None else 2 * few):
+                # Patterns with a density of their own keep it; the low-rank part is then beside it.
+                own = total if len(densities) == 1 else round((1 - share) * total, 6)
+                pairs.append((int(share * total * numbers / each), own))
         seen: set[tuple[int, int]] = set()
         for rank, density in pairs:
             kept = pattern.kept(shape, density)

@@ -129,8 +129,8 @@ class Factored(nn.Sequential):
         wide = any(spec.kernel[a] > 1 for a in inside)
         if wide and (spec.transposed or (padded and spec.padding_mode == "zeros")):
             raise ValueError(
-                f"layer {spec.name!r} ({spec.kind}): the first layer of its pair has a bias, which the second pads with "
-                "zeros; no dense layer computes the same, so it cannot be merged"
+                f"layer {spec.name!r} ({spec.kind}): the first layer of its pair has a bias, which the second pads "
+                "with zeros; no dense layer computes the same, so it cannot be merged"
             )
         g = spec.groups
         moved = torch.einsum(

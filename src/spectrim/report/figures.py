@@ -120,7 +120,11 @@ def _spectrum(axes: Axes, row: Row, entry: Entry | None) -> None:
         axes.axvline(rank, color=CHOSEN, lw=1.1, zorder=4)
     if entry is not None:
         colour = _OTHER if rank is None else CHOSEN
-        axes.text(0.97, 0.93, words, color=colour, ha="right", va="top", fontsize=7, transform=axes.transAxes)
+        clear = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.8}
+        axes.text(
+            0.97, 0.93, words, color=colour, ha="right", va="top", fontsize=7, transform=axes.transAxes, bbox=clear,
+            zorder=5,
+        )  # fmt: skip
     axes.set_xlim(0, max(longest, rank or 0) * 1.03)
     axes.set_title(_short(row.site, 26), loc="left", pad=3)
 

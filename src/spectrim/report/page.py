@@ -95,7 +95,8 @@ class Page:
         return path
 
     def _figures(self, shown: Sequence[str]) -> list[dict[str, str]]:
-        first = next(iter(self.plan.budget), "") or (shown[0] if shown else "")
+        plan = self.plan
+        first = next(iter(plan.budget), "") or (shown[0] if shown else "")
         found = []
 
         def add(name: str, figure: Any, caption: str) -> None:
@@ -121,7 +122,8 @@ class Page:
             add(
                 "Spectra and chosen ranks",
                 figures.spectra(self.candidates, self.plan),
-                "Share of energy in each component, logarithmic. What lies right of the orange line is cut off.",
+                "Share of energy in each component, logarithmic. What lies right of the orange line is cut off"
+                + (", and in part made up for by single weights: density and pattern." if _has_sparse(plan) else "."),
             )
         return found
 
@@ -181,7 +183,11 @@ def _template() -> Template:
 
 def _counts_bytes(plan: Plan) -> bool:
     """Whether bytes are a limit, or positions of sparse weights are among them."""
-    return "bytes" in plan.budget or any("density" in entry.choice.settings for entry in plan)
+    return "bytes" in plan.budget or _has_sparse(plan)
+
+
+def _has_sparse(plan: Plan) -> bool:
+    return any(entry.choice.settings.get("density") for entry in plan)
 
 
 def _tiles(plan: Plan, comparison: Comparison | None) -> list[dict[str, str]]:

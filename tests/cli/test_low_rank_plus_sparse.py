@@ -1,0 +1,166 @@
+"""Low rank plus sparse on the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from spectrim.cli.models import load_compressed
+from spectrim.cli.sparsity import METHOD, Sparsity, kernel_notes, kernel_values
+from spectrim.cli.steps import chosen_methods
+from spectrim.methods import LowRankPlusSparse
+from spectrim.nn.kernels import ChosenKernel, Kernel
+from spectrim.nn.packed import masked_layers
+from spectrim.plan import Plan
+
+DATA = ("--data", "nets:batches")
+SPARSE = ("--method", METHOD)
+BYTES = ("--budget", "bytes=45%")
+# One layer, and one rank for each density: a table that is made in no time.
+QUICK = (*DATA, *SPARSE, "--low-rank-share", "0.3", "--only", "wide", "--quiet")
+
+
+def test_compress_counts_the_positions_and_measures_what_it_counted(run):
+    found = run.json("compress", "nets:tiny", *QUICK, *BYTES, "--out", "small")
+    plan = Plan.read("small/plan.json")
+    assert found["costs"]["bytes"] <= 0.45 * found["dense_costs"]["bytes"]
+    sparse = [entry for entry in plan if entry.choice.settings.get("density")]
+    assert sparse
+    # Positions come on top of four bytes a number.
+    assert plan.costs["bytes"] > 4 * plan.costs["parameters"]
+    rows = {row["metric"]: row for row in found["comparison"]["rows"]}
+    assert rows["parameters"]["compressed"] == plan.costs["parameters"]
+    assert rows["MACs"]["compressed"] == plan.costs["macs"]
+    assert {"file size", "latency p50"} <= rows.keys()
+    # The tensors of the file are as large as the plan says.
+    stored = load_file("small/model.safetensors")
+    assert sum(t.numel() * t.element_size() for t in stored.values()) == plan.costs["bytes"]
+    assert any(f"{len(sparse)} layer" in note and "sparse weight" in note for note in found["notes"])
+    assert {each["layer"].removesuffix(".sparse") for each in found["kernels"]} == {entry.site for entry in sparse}
+    page = Path("small/report.html").read_text(encoding="utf-8")
+    assert "% unstructured" in page
+
+
+def test_what_was_compressed_can_be_evaluated_exported_and_carried_out_again(run):
+    run("compress", "nets:tiny", *QUICK, *BYTES, "--out", "small", "--no-report")
+    costs = Plan.read("small/plan.json").costs
+    checkpoint = ("--checkpoint", "small/model.safetensors")
+    measured = run.json("evaluate", "nets:tiny", *checkpoint, *DATA, "--repeats", "1")
+    values = {row["metric"]: row["value"] for row in measured["rows"]}
+    assert (values["parameters"], values["MACs"]) == (costs["parameters"], costs["macs"])
+    assert measured["kernels"]
+    assert all(set(each["milliseconds"]) >= {"dense"} for each in measured["kernels"])
+    # Nothing is timed, and nothing chosen, without repeats.
+    assert run.json("evaluate", "nets:tiny", *checkpoint, *DATA, "--repeats", "0")["kernels"] == []
+    exported = run.json("export", "nets:tiny", *checkpoint, "--input", "1x8x8", "--out", "small.pt2")
+    assert exported["difference"] < 1e-5
+
+    run("compress", "nets:tiny", *QUICK, "--plan", "small/plan.json", "--out", "again", "--no-report")
+    stored, again = (load_file(f"{folder}/model.safetensors") for folder in ("small", "again"))
+    assert stored.keys() == again.keys()
+    assert all(stored[key].shape == again[key].shape for key in stored)
+
+
+def test_training_keeps_the_support(run):
+    call = ("compress", "nets:tiny", *QUICK, *BYTES, "--no-report")
+    run(*call, "--out", "at-once")
+    run(*call, "--train", "nets:batches", "--epochs", "1", "--out", "tuned")
+    before, after = (load_compressed("nets:tiny", f"{folder}/model.safetensors") for folder in ("at-once", "tuned"))
+    layers = list(zip(masked_layers(before), masked_layers(after), strict=True))
+    assert layers
+    for (name, _, old), (_, _, new) in layers:
+        assert torch.equal(old.mask, new.mask)
+        assert not torch.equal(before.get_parameter(name), after.get_parameter(name))
+
+
+def test_a_fixed_share_is_that_of_the_numbers_stored(run):
+    bare = ("--input", "1x8x8", "--only", "wide", "--no-report", "--quiet")
+    run("compress", "nets:tiny", *SPARSE, *bare, "-b", "bytes=60%", "--low-rank-share", "0.3")
+    plan = Plan.read("compressed/plan.json")
+    assert plan.unit == "weight energy"
+    choice, costs = plan["wide"].choice, plan["wide"].costs
+    assert choice.method == "LowRankPlusSparse"
+    sparse = round(choice["density"] * 12 * 12 * 9)
+    pair = costs["parameters"] - 12 - sparse
+    # The rank is rounded down, to a whole number.
+    assert 0 < pair <= 0.3 / 0.7 * sparse + 1
+    assert pair / choice["rank"] > 0.3 / 0.7 * sparse - pair
+
+
+def test_patterns_that_make_a_layer_smaller(run):
+    bare = ("--input", "1x8x8", "--only", "wide", "--no-report", "--quiet", "--low-rank-share", "0")
+    run("compress", "nets:tiny", *SPARSE, *bare, "-b", "macs=70%", "--pattern", "channels", "--pattern", "taps")
+    choice = Plan.read("compressed/plan.json")["wide"].choice
+    assert choice["rank"] == 0
+    assert choice["pattern"].startswith(("channels", "taps"))
+    assert not list(masked_layers(load_compressed("nets:tiny", "compressed/model.safetensors")))
+
+
+def test_profile_says_what_stores_the_fewest_bytes(run):
+    wide = ("profile", "nets:tiny", *DATA, "--only", "wide")
+    found = run.json(*wide, *SPARSE, "--pattern", "rows", "--pattern", "2:4", "--low-rank-share", "0.2")
+    for layer in found["layers"]:
+        one, five = layer["smallest"]["1%"], layer["smallest"]["5%"]
+        assert one["error"] <= 0.01
+        assert five["error"] <= 0.05
+        assert five["bytes"] <= one["bytes"] <= layer["costs"]["bytes"]
+        assert five["left"] == five["bytes"] / layer["costs"]["bytes"]
+    (layer,) = found["layers"]
+    assert layer["smallest"]["5%"]["choice"]["pattern"] in {"rows", "2:4"}
+    text = run(*wide, *SPARSE, "--low-rank-share", "0.3").stdout
+    assert "Fewest stored bytes" in text
+    assert "% unstructured" in text
+    assert "smallest" not in run.json(*wide)["layers"][0]
+
+
+def test_the_method_stands_beside_low_rank_alone_unless_the_split_is_fixed():
+    def names(calibrated: bool, **settings) -> list[str]:
+        return [m.name for m in chosen_methods(METHOD, calibrated, 4, sparsity=Sparsity(**settings))]
+
+    assert names(True) == ["ActivationSVD", "WeightSVD", "LowRankPlusSparse"]
+    assert names(False) == ["WeightSVD", "LowRankPlusSparse"]
+    assert names(True, share=0.25) == ["LowRankPlusSparse"]
+    only = chosen_methods(METHOD, True, 4, sparsity=Sparsity(("2:4", "taps"), 0.25))[-1]
+    assert isinstance(only, LowRankPlusSparse)
+    assert (only.patterns, only.share, only.multiple_of) == (("2:4", "taps"), 0.25, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((*SPARSE, "--pattern", "2:x"), "unknown pattern '2:x'"),
+        ((*SPARSE, "--pattern", "tap"), "or 'taps'"),
+        ((*SPARSE, "--pattern", "5:4"), "'5:4'"),
+        ((*SPARSE, "--pattern", "2:7"), "--pattern '2:7' fits no layer of the model (Conv2d 3x3, 1 -> 12;"),
+        ((*SPARSE, "--pattern", "taps", "--only", "head"), "--pattern 'taps' fits no layer"),
+        ((*SPARSE, "--low-rank-share", "1.5"), "--low-rank-share 1.5: expected a number from 0"),
+        (("--pattern", "rows"), f"--pattern rows is for --method {METHOD}, not for --method auto"),
+        (("--low-rank-share", "0.3"), f"--low-rank-share 0.3 is for --method {METHOD}"),
+    ],
+)
+@pytest.mark.parametrize("command", [("profile",), ("compress", *BYTES)], ids=["profile", "compress"])
+def test_what_cannot_be_carried_out_is_quoted(run, command: tuple[str, ...], arguments: tuple[str, ...], message: str):
+    name, *options = command
+    result = run(name, "nets:tiny", *options, *DATA, *arguments, code=2)
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+def test_learned_ranks_have_no_patterns(run):
+    result = run(
+        "compress", "nets:tiny", *BYTES, "--train", "nets:batches", "--method", "learned-ranks", "--pattern", "rows",
+        code=2,
+    )  # fmt: skip
+    assert "--pattern rows does not combine with --method learned-ranks" in result.stderr
+
+
+def test_what_is_said_of_kernels():
+    slow = ChosenKernel("a", Kernel.DENSE, {Kernel.DENSE: 1.0, Kernel.CSR: 2.0})
+    fast = ChosenKernel("b", Kernel.CSR, {Kernel.DENSE: 1.0, Kernel.CSR: 0.5})
+    assert kernel_notes([]) == []
+    assert "none is faster" in kernel_notes([slow])[0]
+    assert "Of 2 layers with a sparse weight 1 skip" in kernel_notes([slow, fast])[0]
+    assert kernel_values([fast]) == [{"layer": "b", "kernel": "csr", "milliseconds": {"dense": 1.0, "csr": 0.5}}]
