@@ -169,3 +169,18 @@ def test_dead_inputs_and_weights_stay_finite(dead: str) -> None:
     for found in (bilateral.exact(target, Full(moment), 3), bilateral.greedy(target, Full(moment), 3)):
         assert torch.isfinite(found[0] @ found[1]).all()
         assert lost(target, Full(moment), found) == pytest.approx(0, abs=1e-12)
+
+
+def test_large_targets_start_in_single_precision_and_end_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = torch.Generator().manual_seed(0)
+    target = torch.randn(2, 40, 60, generator=draw, dtype=torch.float64) * torch.linspace(2, 0.01, 60).double()
+    metric = Plain(2, 60, torch.device("cpu"))
+    before = bilateral.greedy(target, metric, 12)
+    monkeypatch.setattr("spectrim.linalg.bilateral._SINGLE", 1)
+    after = bilateral.greedy(target, metric, 12)
+    assert after[0].dtype == torch.float64
+    eye = torch.eye(12, dtype=torch.float64).expand(2, 12, 12)
+    torch.testing.assert_close(after[0].mT @ after[0], eye)
+    least = metric.energy(target - torch.matmul(*bilateral.exact(target, metric, 12)))
+    lost = [float(metric.energy(target - left @ right) / least) for left, right in (before, after)]
+    assert max(lost) < 1.05

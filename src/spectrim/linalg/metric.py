@@ -6,6 +6,7 @@ the patches are too long for ``C``, the average moment of their slices stands fo
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -25,6 +26,11 @@ class Metric(ABC):
     @abstractmethod
     def diagonal(self) -> Float[Tensor, "g n"]:
         """Mean square of every input of the patch."""
+
+    def single(self) -> Metric:
+        """The same in float32, where it holds numbers."""
+        held = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+        return type(self)(**{name: v.float() if isinstance(v, Tensor) else v for name, v in held.items()})
 
     def energy(self, rows: Float[Tensor, "g m n"]) -> Tensor:
         """``tr(rows C rows^T)``, summed over the groups."""
