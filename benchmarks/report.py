@@ -8,7 +8,6 @@ The same results give the same bytes. Only what stands between the two marks of 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import re
 import sys
@@ -16,13 +15,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.curves import LEARNED, PUBLISHED, Result, averaged, curves, networks
 from benchmarks.environment import ROOT
+from benchmarks.figures import figures
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NONE = "No results have been recorded yet."
-
-Result = Mapping[str, Any]
-Point = tuple[float, float]
 
 TITLES = {
     "F1": "demo on digits, trained, compressed and fine-tuned",
@@ -49,15 +47,12 @@ TITLES = {
     "J6": "MiniLM: output error of shared against separate factors",
     "S1": "low-rank step without decompositions against the SVD",
     "S2": "planted low rank + sparse: support found again, failures told",
+    "S3": "error on held-out images against calibration samples",
+    "S4": "low rank + sparse against its parts, equal stored bytes",
+    "S5": "VGG-16 on CIFAR-10, 15x fewer stored bytes",
+    "S5 (pass)": "whole pass over networks of ImageNet's shapes, two threads",
     "S6": "linear layer as low rank + sparse: time, and choice of the kernel",
 }
-
-# Idelbayev and Carreira-Perpinan, CVPR 2020: (MMAC, test accuracy) after some 950 epochs of learning the ranks.
-PUBLISHED: dict[str, tuple[Point, ...]] = {
-    "resnet20": ((26.4, 91.24), (22.6, 90.78), (17.4, 90.51), (13.5, 90.13), (10.6, 89.02), (9.0, 87.11)),
-    "resnet56": ((62.0, 92.83), (57.4, 92.66), (43.3, 92.48), (30.4, 91.67)),
-}
-LEARNED = "learned ranks (published)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -220,56 +215,13 @@ def show(value: Any, key: str = "") -> str:
 # Accuracy against MACs.
 
 
-def curves(results: Sequence[Result], network: str) -> dict[str, list[Point]]:
-    """``(MMAC, accuracy)`` by label, seeds averaged, from the rows of a network that hold both."""
-    found: dict[str, list[Point]] = {}
-    for result in results:
-        for row in result.get("rows", []):
-            if row.get("network") != network or "accuracy" not in row or "macs" not in row:
-                continue
-            label = _label(row)
-            if label:
-                found.setdefault(label, []).append((row["macs"] / 1e6, row["accuracy"]))
-    return {label: _averaged(points) for label, points in sorted(found.items())}
-
-
-def _label(row: Mapping[str, Any]) -> str:
-    if "arm" in row:
-        # One-shot plans among such rows are those of other results, which are in the table already.
-        return "Spectrim, learned ranks" if row["arm"].startswith("learned ranks") else ""
-    variant, epochs = row.get("variant", "all"), row.get("epochs", 0)
-    if variant == "dense":
-        return "dense"
-    if variant != "all":
-        return ""
-    name = {"spectrim": "Spectrim", "torch-pruning": "Torch-Pruning"}.get(
-        row.get("method", "spectrim"), row.get("method")
-    )
-    return f"{name}, {epochs} epochs" if epochs else f"{name}, no fine-tuning"
-
-
-def _averaged(points: list[Point]) -> list[Point]:
-    """Means of the points whose MACs are within 3 % of each other."""
-    groups: list[list[Point]] = []
-    for point in sorted(points, reverse=True):
-        if groups and point[0] > 0.97 * groups[-1][0][0]:
-            groups[-1].append(point)
-        else:
-            groups.append([point])
-    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
-
-
-def networks(results: Sequence[Result]) -> list[str]:
-    return [name for name in PUBLISHED if curves(results, name)]
-
-
 def accuracies(results: Sequence[Result]) -> str:
     """Test accuracy in percent by network and MACs, one column a way of getting there; empty without results."""
     blocks = []
     for network in networks(results):
         found = curves(results, network)
         # Everything at a budget stands in one line, although a method may stay a little below it.
-        budgets = [x for x, _ in _averaged([p for points in found.values() for p in points])]
+        budgets = [x for x, _ in averaged([p for points in found.values() for p in points])]
         found[LEARNED] = [p for p in PUBLISHED[network] if any(abs(p[0] - b) < 0.03 * p[0] for b in budgets)]
         columns = [label for label in found if label != "dense"]
         rows = []
@@ -284,93 +236,6 @@ def accuracies(results: Sequence[Result]) -> str:
                 rows.append((f"{budget:.2f}", *cells))
         blocks.append(table((f"{network.replace('resnet', 'ResNet-')}, MMAC", *columns), rows))
     return "\n\n".join(blocks)
-
-
-# Figures.
-
-
-def figures(results: Sequence[Result]) -> dict[str, bytes]:
-    """SVG files by name."""
-    found = {f"accuracy-{name}.svg": _accuracy(results, name) for name in networks(results)}
-    timed = [row for result in results for row in result.get("rows", []) if "saved_ratio" in row]
-    if timed:
-        found["time-against-macs.svg"] = _times(timed)
-    for result in results:
-        if "trajectory" in result:
-            found[f"{result['experiment'].replace('_', '-')}.svg"] = _rank_paths(result["trajectory"])
-    return found
-
-
-def _accuracy(results: Sequence[Result], network: str) -> bytes:
-    def draw(axes: Any) -> None:
-        styles = iter((("#2563c9", "o"), ("#0f8a6d", "s"), ("#8a3ffc", "^"), ("#b5127d", "v")))
-        for label, points in curves(results, network).items():
-            xs, ys = zip(*points, strict=True)
-            if label == "dense":
-                axes.axhline(ys[0], color="#a3adb8", linewidth=1, label=f"dense ({xs[0]:.1f} MMAC)")
-            else:
-                colour, marker = next(styles, ("#1d2733", "D"))
-                axes.plot(xs, ys, marker=marker, color=colour, linewidth=1.2, markersize=4, label=label)
-        xs, ys = zip(*PUBLISHED[network], strict=True)
-        axes.plot(xs, ys, marker="x", color="#d9480f", linewidth=1, linestyle="--", markersize=5, label=LEARNED)
-        axes.set_xlabel("MACs, million")
-        axes.set_ylabel("test accuracy, %")
-        axes.set_title(f"{network.replace('resnet', 'ResNet-')}, CIFAR-10", fontsize=9)
-        axes.legend(fontsize=7, frameon=False)
-
-    return _svg(draw)
-
-
-def _times(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    def draw(axes: Any) -> None:
-        groups: dict[str, list[Point]] = {}
-        for row in rows:
-            name = f"{row['network']}, {row['size']} x {row['size']}, batch {row['batch']}"
-            groups.setdefault(name, []).append((1 - 1 / row["macs_ratio"], 1 - 1 / row["time_ratio"]))
-        for index, (name, points) in enumerate(sorted(groups.items())):
-            xs, ys = zip(*sorted(points), strict=True)
-            axes.plot(xs, ys, marker="osv^D<>p"[index % 8], linewidth=0.8, markersize=4, label=name)
-        axes.plot((0, 1), (0, 1), color="#a3adb8", linewidth=0.8)
-        axes.plot((0, 1), (0, 0.8), color="#a3adb8", linewidth=0.8, linestyle="--", label="0.8 of the MACs saved")
-        axes.set_xlim(0.3, 0.9)
-        axes.set_ylim(0.1, 1.0)
-        axes.set_xlabel("share of the MACs saved")
-        axes.set_ylabel("share of the time saved")
-        axes.legend(fontsize=6, frameon=False, loc="lower right")
-
-    return _svg(draw)
-
-
-def _rank_paths(trajectory: Mapping[str, Any]) -> bytes:
-    from spectrim.report.ranks import rank_paths
-    from spectrim.trajectory import Trajectory
-
-    return _saved(rank_paths(Trajectory.from_json(json.dumps(trajectory))))
-
-
-def _svg(draw: Any) -> bytes:
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"font.size": 8}):
-        figure = Figure(figsize=(5.4, 3.4), layout="constrained", facecolor="white")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        axes.grid(color="#d5dae0", linewidth=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
-        draw(axes)
-        return _saved(figure)
-
-
-def _saved(figure: Any) -> bytes:
-    """A figure as SVG; the same figure gives the same bytes."""
-    import matplotlib
-
-    out = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "spectrim", "svg.fonttype": "path"}):
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    return out.getvalue()
 
 
 if __name__ == "__main__":
