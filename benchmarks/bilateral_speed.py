@@ -12,7 +12,8 @@ from torch import Tensor
 
 from benchmarks.run import claim
 from spectrim.linalg import bilateral
-from spectrim.linalg.additive import Exact, Greedy, decompose
+from spectrim.linalg.additive import decompose
+from spectrim.linalg.low_rank_steps import Exact, Greedy
 from spectrim.linalg.metric import Full
 from spectrim.linalg.patterns import pattern
 from spectrim.linalg.sparse import Quadratic

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.run import claim
-from spectrim.linalg.additive import Greedy, decompose
+from spectrim.linalg.additive import decompose
+from spectrim.linalg.low_rank_steps import Greedy
 from spectrim.linalg.metric import Full
 from spectrim.linalg.moments import shrunk
 from spectrim.linalg.patterns import pattern

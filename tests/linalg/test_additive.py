@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spectrim.linalg import bilateral, lowrank, response, sparse
-from spectrim.linalg.additive import Additive, Exact, Greedy, LowRankStep, Split, decompose
+from spectrim.linalg.additive import Additive, decompose
+from spectrim.linalg.low_rank_steps import Exact, Greedy, LowRankStep, Split
 from spectrim.linalg.metric import Full, Metric, Plain, Slices
 from spectrim.linalg.patterns import pattern
 from spectrim.linalg.sparse import Quadratic

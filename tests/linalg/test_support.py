@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectrim.linalg.additive import Additive, Exact, Greedy, Product, Split, decompose
+from spectrim.linalg.additive import Additive, decompose
+from spectrim.linalg.low_rank_steps import Exact, Greedy, Product, Split
 from spectrim.linalg.metric import Full, Plain
 from spectrim.linalg.patterns import pattern
 from spectrim.linalg.sparse import Quadratic, Sparse

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg import lowrank, response
-from spectrim.linalg.additive import Additive, Exact, Greedy, LowRankStep, Product, Split
+from spectrim.linalg.additive import Additive
+from spectrim.linalg.low_rank_steps import Exact, Greedy, LowRankStep, Product, Split
 from spectrim.linalg.metric import Full, Metric, Plain, Rows, Slices
 from spectrim.linalg.moments import shrunk
 from spectrim.linalg.sketch import Sketch

@@ -221,7 +221,8 @@ class LowRankPlusSparse(Method):
         full = full_rank(spec, how)
         few = _FEW // _thin(spec)
         densities = pattern.densities(self.densities, shape)
-        shares, alone = _SHARES, self._ranks(spec, full, min(full, numbers // each))
+        shares = _SHARES if numbers <= _HUGE else (0.0, 0.3)
+        alone = self._ranks(spec, full, min(full, numbers // each))
         if self.share is not None:
             shares, alone = (self.share,), []
         elif not self.ranks:
