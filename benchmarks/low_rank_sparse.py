@@ -157,6 +157,7 @@ def _row(
                 lr=recipe["lr"],
                 weight_decay=recipe["weight_decay"],
                 schedule=recipe["schedule"],
+                clip=recipe.get("clip"),
                 precision=recipe["precision"],
                 memory_format="channels_last",
                 distillation=None,

@@ -16,6 +16,7 @@ from spectrim.factors import Factors, LowRank, SharedBasis
 from spectrim.latency import Latency
 from spectrim.methods import ActivationSVD, Curve, JointSVD, Method, WeightSVD, from_record
 from spectrim.nn.build import build, skeleton
+from spectrim.nn.calibrate import in_full
 from spectrim.nn.modules import Factored, make_layer
 from spectrim.nn.reconstruct import asymmetric_site, refit_second
 from spectrim.nn.surgery import reestimate_batchnorm, replace_module
@@ -275,9 +276,10 @@ def apply(
         if entry.members and not choice.is_dense and entry.site not in shared:
             group = sites.together(entry.site, entry.members)
             shared[entry.site] = _Shared.made(group, makers[choice.method].factorize(group, choice))
-        sketched = not whole and not choice.is_dense and not entry.members and makers[choice.method].reads_sketches
-        if batches is not None and follow and (whole or sketched):
-            site = asymmetric_site(model, small, site, batches, sketch=sketched, forward=forward)
+        unheld = not whole and not choice.is_dense and not entry.members and makers[choice.method].reads_sketches
+        if batches is not None and follow and (whole or unheld):
+            sketch = unheld and not in_full(site.spec)
+            site = asymmetric_site(model, small, site, batches, sketch=sketch, forward=forward)
             group = site if entry.site not in shared else shared[entry.site].site
             if not choice.is_dense and not any(spec.bias for spec in makers[choice.method].layers(group, choice)):
                 # A choice that was counted without a bias gets none, or the model would cost more than its plan.
@@ -294,7 +296,7 @@ def apply(
             factors = makers[choice.method].factorize(site, choice)
             (module,) = build(factors, site.layers, site.biases)
         replace_module(small, site.spec.names, module)
-        if batches is not None and follow and not (whole or sketched) and _owns_second(factors):
+        if batches is not None and follow and not (whole or unheld) and _owns_second(factors):
             assert isinstance(module, Factored)
             refit_second(model, small, site, module, batches, forward=forward)
         if progress is not None:

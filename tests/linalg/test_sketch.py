@@ -34,7 +34,8 @@ def test_it_is_exact_while_there_is_room(n, d, cut, seed):
     assert sketch.count == held.count == n
     torch.testing.assert_close(sketch.mean, held.mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(sketch.scatter, held.scatter, rtol=1e-4, atol=1e-4)
-    assert float(sketch.lost.sum()) == 0
+    # Beyond as many rows as features they are turned, and nothing but rounding is lost.
+    assert float(sketch.lost.sum()) <= 1e-5 * float(held.scatter.diagonal(dim1=1, dim2=2).sum()) + 1e-9
 
 
 @pytest.mark.parametrize("size", [4, 10, 20])
@@ -87,3 +88,10 @@ def test_what_is_not_finite_shows():
     assert not sketch.is_finite()
     assert "count=1" in repr(sketch)
     assert sketch.nbytes == 3 * 8 + 3 * 4
+
+
+def test_there_are_no_more_directions_than_features():
+    held, sketch = both(rows(1, 500, 6), 64, list(range(20, 500, 20)))
+    assert sketch.rows.shape[1] <= 2 * 6 + 20
+    assert float(sketch.lost) < 1e-4 * float(held.scatter.diagonal(dim1=1, dim2=2).sum())
+    torch.testing.assert_close(sketch.scatter, held.scatter, rtol=1e-3, atol=1e-2)

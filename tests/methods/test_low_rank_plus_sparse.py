@@ -133,6 +133,14 @@ def test_a_share_splits_the_numbers(share: float) -> None:
         assert total * numbers - (64 + 48) <= stored <= total * numbers + 1
 
 
+def test_a_share_splits_a_single_density_too() -> None:
+    model = nn.Sequential(nn.Linear(64, 48))
+    site = find(model)["0"]
+    (held,) = LowRankPlusSparse(share=0.25, densities=(0.3,), turns=4).curve(site).choices
+    assert held["density"] == pytest.approx(0.225)
+    assert held["rank"] == int(0.075 * 64 * 48 / (64 + 48))
+
+
 def test_channels_and_taps_make_the_layers_smaller() -> None:
     site, _, inputs = wide_site()
     method = LowRankPlusSparse(patterns=("channels", "taps"), densities=(0.5,), ranks=1, turns=6)
@@ -149,8 +157,9 @@ def test_channels_and_taps_make_the_layers_smaller() -> None:
         assert spec.density == 1
         if held["pattern"] == "channels":
             assert isinstance(sparse, Slim)
-            assert (spec.in_channels, spec.kernel) == (3, (3, 3))
-            assert sparse.layer.weight.shape == (8, 3, 3, 3)
+            kept = round(held["density"] * 6)
+            assert (spec.in_channels, spec.kernel) == (kept, (3, 3))
+            assert sparse.layer.weight.shape == (8, kept, 3, 3)
         else:
             assert isinstance(sparse, Cropped)
             extent = tuple(map(int, held["pattern"].removeprefix("taps-").partition("@")[0].split("x")))
@@ -328,3 +337,88 @@ def test_the_layer_kinds_have_a_curve() -> None:
         curve = method.curve(site)
         assert curve.choices, kind
         assert all(0 <= e <= 1 for e in curve.errors)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_wide_linear_layers_are_fitted_to_a_sketch_of_their_inputs(
+    weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, _, _ = small_site("linear", weighted=weighted)
+    wanted = FEW.curve(full)
+    monkeypatch.setattr(calibration, "FULL_LINEAR", 4)
+    site, _, _ = small_site("linear", weighted=weighted)
+    assert "input" not in site.moments
+    curve = FEW.curve(site)
+    assert curve.choices == wanted.choices
+    assert curve.unit == wanted.unit
+    # With room for all samples the sketch is the moment, but in single precision.
+    assert curve.errors == pytest.approx(wanted.errors, rel=0.05, abs=1e-4)
+    for held, error in zip(curve.choices, curve.errors, strict=True):
+        factors = FEW.factorize(site, held)
+        assert factors.left.dtype == torch.float32
+        assert measured_error(full, factors.dense(), curve.unit) <= error * 1.01 + 1e-3
+
+
+def test_what_has_long_patches_is_fitted_to_what_compressed_layers_deliver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "FULL_PATCH", 20)
+    monkeypatch.setattr(calibration, "FULL_LINEAR", 10)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 16, 24),
+        nn.Tanh(), nn.Linear(24, 5),
+    ).eval()  # fmt: skip
+    batches = [sample_inputs((3, 8, 8), 64, seed=seed) for seed in range(30)]
+    sites = st.calibrate(model, st.find(model), batches)
+    assert all("input" not in site.moments for site in sites)
+    plan = st.select(st.tabulate(sites, [FEW]), st.Budget(bytes=0.35))
+    assert sum(not entry.choice.is_dense for entry in plan) >= 2
+    fresh = sample_inputs((3, 8, 8), 200, seed=9)
+    apart = {}
+    with torch.no_grad():
+        for reconstruct in (False, True):
+            small = st.apply(model, sites, plan, batches, reconstruct=reconstruct, batchnorm=False)
+            apart[reconstruct] = float((small(fresh) - model(fresh)).square().mean())
+    assert apart[True] < apart[False]
+
+
+@pytest.mark.parametrize("how", ["channel", "height-first"])
+@pytest.mark.parametrize("known", ["nothing", "slices"])
+def test_layers_without_a_moment_keep_their_mean_response(
+    monkeypatch: pytest.MonkeyPatch, how: str, known: str
+) -> None:
+    if known == "slices":
+        monkeypatch.setattr(calibration, "FULL_PATCH", 20)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 8, 3)).eval()
+    batches = [sample_inputs((3, 8, 8), 32, seed=seed) for seed in range(2)]
+    sites = find(model) if known == "nothing" else calibrate(model, find(model), batches)
+    method = dataclasses.replace(FEW, unfoldings=(how,), share=0.6, densities=(0.4,))
+    plan = st.select(st.tabulate(sites, [method]), st.Budget(parameters=0.4))
+    assert [entry.choice["unfolding"] for entry in plan if entry.choice["rank"]] == [how, how]
+    small = st.apply(model, sites, plan, batches)
+    with torch.no_grad():
+        wanted, found = (torch.cat([m(batch) for batch in batches]) for m in (model, small))
+    torch.testing.assert_close(found.mean((0, 2, 3)), wanted.mean((0, 2, 3)), rtol=1e-3, atol=1e-4)
+
+
+def test_a_layer_behind_dead_units_gives_finite_weights() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 12)).eval()
+    with torch.no_grad():
+        model[0].bias.fill_(-1e3)
+    sites = calibrate(model, find(model), [torch.randn(64, 6)])
+    method = LowRankPlusSparse(densities=(0.0, 0.2, 0.5), ranks=2)
+    curve = method.curve(sites["2"])
+    assert curve.choices
+    for held in curve.choices:
+        assert all(bool(weight.isfinite().all()) for weight in method.factorize(sites["2"], held).dense())
+
+
+def test_a_layer_that_cannot_have_the_pattern_keeps_low_rank() -> None:
+    site, _, _ = small_site("conv2d-1x1")
+    curve = LowRankPlusSparse(patterns=("taps",), ranks=2).curve(site)
+    assert curve.choices
+    assert all(held["rank"] and held["density"] == 0 for held in curve.choices)
+    both = LowRankPlusSparse(patterns=("unstructured", "rows"), ranks=2).curve(site)
+    alone = [held for held in both.choices if not held["density"]]
+    assert len(alone) == len({held["rank"] for held in alone})

@@ -12,7 +12,7 @@ from torch import nn
 from torch.func import functional_call, vmap
 
 from spectrim.linalg import csr
-from spectrim.linalg.patterns import Channels, NofM, Unstructured, taps
+from spectrim.linalg.patterns import Channels, NofM, Taps, Unstructured, taps
 from spectrim.nn.export import export_onnx, export_program
 from spectrim.nn.find import canonical, describe
 from spectrim.nn.flops import flop_counter
@@ -452,3 +452,15 @@ def test_frozen_weights_need_no_context(name, counted):
     module.sparse.kernel = Kernel.CSR
     assert close(module(x), wanted, 1e-5)
     assert len(counted) == 1
+
+
+@pytest.mark.parametrize("corner", [0, 2])
+def test_a_position_may_lie_further_out_than_the_input_is_wide(corner):
+    plain = nn.Conv2d(2, 3, 3, padding=6, dilation=6)
+    x = torch.randn(2, 2, 4, 5)
+    layer = masked(plain, pattern=Taps((1, 2), (corner, 0)))
+    assert isinstance(layer, Cropped)
+    weight = torch.zeros_like(plain.weight)
+    weight[:, :, corner, :2] = plain.weight.detach()[:, :, corner, :2]
+    wanted = functional_call(plain, {"weight": weight, "bias": plain.bias}, (x,))
+    torch.testing.assert_close(layer(x), wanted)

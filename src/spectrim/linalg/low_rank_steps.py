@@ -42,6 +42,8 @@ class LowRankStep(ABC):
 
     grows: bool = False
     """Whether a smaller rank is a start for a larger one."""
+    root: Float[Tensor, "g o o"] | None
+    """Square root of ``G``, or None."""
 
     @abstractmethod
     def __call__(self, target: Float[Tensor, "g o n"], rank: int, start: Product | None) -> Product:

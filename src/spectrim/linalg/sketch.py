@@ -40,7 +40,8 @@ class Sketch(Moments):
 
     def __init__(self, groups: int, features: int, size: int = 512, device: torch.device | str = "cpu") -> None:
         self.count = 0
-        self.size = size
+        # More directions than features there are not.
+        self.size = min(size, features)
         self.mean = torch.zeros(groups, features, dtype=torch.float64, device=device)
         self.rows = torch.zeros(groups, 0, features, device=device)
         self.lost = torch.zeros(groups, dtype=torch.float64, device=device)

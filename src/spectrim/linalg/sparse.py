@@ -54,8 +54,9 @@ class Quadratic:
             scale = inputs.expand(inputs.shape[0], outputs, inputs.shape[2])
         else:
             scale = self.outer.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt().unsqueeze(2) * inputs
-        # What hardly changes the error gets no long steps.
-        return scale.clamp_min(max(1e-4 * float(scale.max()), 1e-300))
+        # What hardly changes the error gets no long steps; where nothing does, any length will do.
+        largest = float(scale.max())
+        return scale.clamp_min(1e-4 * largest if largest > 0 else 1.0)
 
 
 @dataclass(frozen=True, eq=False)

@@ -48,7 +48,7 @@ class Problem:
         """Whether a calibrated site has a metric for an unfolding."""
         if "input" in site.moments or _window(site, how) is not None:
             return True
-        return how.name == "channel" and isinstance(site.moments.get("sketch"), Sketch)
+        return isinstance(site.moments.get("sketch"), Sketch)
 
     @classmethod
     def of(cls, site: Site, how: Unfolding, *, exact: bool = False) -> Problem:
@@ -86,8 +86,7 @@ class Problem:
         if isinstance(self.step, Split):
             matrix = metrics.mix(unfold(self.site.weight, self.how), self.step.root)
             return lowrank.energies(matrix, response.slice_metric(self.step.moment))
-        root = metrics.output_weight(self.site)
-        mixed = self.target if root is None else root.to(self.target.dtype) @ self.target
+        mixed = self.target if self.step.root is None else self.step.root @ self.target
         gram = (self.error.metric.times(mixed) @ mixed.mT).double()
         return torch.linalg.eigvalsh((gram + gram.mT) / 2).flip(-1).clamp_min(0)
 
@@ -128,15 +127,27 @@ def _metric(site: Site, how: Unfolding) -> tuple[Metric, Tensor | None]:
         held = site.moments["input"]
         return Full(shrunk(held.covariance, held.count)), held.mean
     sketch = site.moments.get("sketch")
-    if isinstance(sketch, Sketch) and how.name == "channel":
+    if isinstance(sketch, Sketch):
         rows = sketch.rows / max(sketch.count, 1) ** 0.5
-        return Rows(rows, sketch.level().to(rows.dtype)), sketch.mean
+        metric = Rows(rows, sketch.level().to(rows.dtype))
+        return (metric if how.name == "channel" else _sliced(metric, tuple(patch), how)), sketch.mean
     name = _window(site, how)
     assert name is not None
     held = site.moments[name]
     axes = unfolding(spec.kernel, name.removeprefix("input:")).axes
     moment = shrunk(held.covariance, held.count)
-    metric = Slices(moment, tuple(patch), axes)
     inside = [patch[0], *(k if a in axes else 1 for a, k in enumerate(patch[1:]))]
     mean = held.mean.reshape(g, *inside).expand(g, *patch).reshape(g, math.prod(patch))
-    return metric, mean
+    return Slices(moment, tuple(patch), axes), mean
+
+
+def _sliced(metric: Rows, patch: tuple[int, ...], how: Unfolding) -> Slices:
+    """The average moment of the slices of an unfolding, from that of whole patches ``(i, *k)``."""
+    g, m, _ = metric.rows.shape
+    rest = [a for a in range(len(patch) - 1) if a not in how.axes]
+    opened = metric.rows.reshape(g, m, *patch).permute(0, 1, *(3 + a for a in rest), 2, *(3 + a for a in how.axes))
+    slices = math.prod(patch[1 + a] for a in rest)
+    rows = opened.reshape(g, m * slices, math.prod(patch) // slices).double()
+    moment = rows.mT @ rows / slices
+    moment.diagonal(dim1=-2, dim2=-1).add_(metric.level.double().unsqueeze(-1))
+    return Slices(moment, patch, how.axes)

@@ -21,6 +21,8 @@ from spectrim.unfold import Unfolding, unfolding, unfoldings
 # Turns of the decomposition that the curve is made of; a choice that is carried out goes on from there.
 _CURVE_TURNS = 3
 _GROWTH = 2
+# Of the sparse part where there is none.
+_ANY = patterns.Unstructured()
 _DENSITIES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.13, 0.17, 0.22, 0.28, 0.35, 0.45, 0.6)
 # What the low-rank part gets of the numbers stored.
 _SHARES = (0.0, 0.15, 0.3, 0.5)
@@ -52,7 +54,7 @@ class LowRankPlusSparse(Method):
         their own have that.
     ranks
         How many ranks are on offer for low rank alone, equally spaced on a logarithmic scale. With 0 there is no
-        low-rank part at all.
+        low-rank part at all. A ``share`` takes their place.
     share
         Part of the numbers stored that the low-rank part gets, such as 0.3 (OATS; Zhang and Papyan 2025): a fixed
         split. None has several on offer, nothing and everything among them, and lets the selector choose.
@@ -118,11 +120,13 @@ class LowRankPlusSparse(Method):
             problem = Problem.of(site, how, exact=self.exact)
             total = problem.total
             scale = metrics.scale(site, total) if site.moments else 1.0
+            offered = [(rank, _ANY, 0.0) for rank in self._alone(site.spec, how)]
             for pattern in self._patterns(site, problem):
-                for rank, density in self._grid(site.spec, how, pattern, first=not number):
-                    found = self._decompose(problem, rank, pattern, density, turns=_CURVE_TURNS)
-                    choices.append(self.choice(site, how, rank, pattern, density))
-                    errors.append(min(1.0, found.error / total) if total > 0 else 0.0)
+                offered += [(r, pattern, d) for r, d in self._grid(site.spec, how, pattern, first=not number)]
+            for rank, pattern, density in offered:
+                found = self._decompose(problem, rank, pattern, density, turns=_CURVE_TURNS)
+                choices.append(self.choice(site, how, rank, pattern, density))
+                errors.append(min(1.0, found.error / total) if total > 0 else 0.0)
             if site.spec.shape[1] <= _WIDE:
                 spectra[how.name] = lowrank.profile(problem.energies())
         return Curve(tuple(choices), tuple(errors), unit, scale, spectra)
@@ -221,37 +225,43 @@ class LowRankPlusSparse(Method):
         full = full_rank(spec, how)
         few = _FEW // _thin(spec)
         densities = pattern.densities(self.densities, shape)
+        fixed = bool(pattern.densities((), shape))
         shares = _SHARES if numbers <= _HUGE else (0.0, 0.3)
-        alone = self._ranks(spec, full, min(full, numbers // each))
         if self.share is not None:
-            shares, alone = (self.share,), []
+            shares = (self.share,)
         elif not self.ranks:
-            shares, alone = (0.0,), []
-        pairs = [(rank, 0.0) for rank in alone if 0 in self.densities]
+            shares = (0.0,)
+        pairs: list[tuple[int, float]] = []
         for share in shares:
             for total in _thinned(densities, few if share and self.share is None else 2 * few):
                 # Patterns with a density of their own keep it; the low-rank part is then beside it.
-                own = total if len(densities) == 1 else round((1 - share) * total, 6)
+                own = total if fixed else round((1 - share) * total, 6)
                 pairs.append((int(share * total * numbers / each), own))
         seen: set[tuple[int, int]] = set()
         for rank, density in pairs:
             kept = pattern.kept(shape, density)
             # Without a low-rank part all unfoldings are the same.
-            wanted = (rank or kept) and (rank or first) and rank <= full and (rank, kept) not in seen
+            some = kept or (rank and self.share is not None)
+            wanted = some and (rank or first) and rank <= full and (rank, kept) not in seen
             if wanted and self._pays(spec, how, rank, pattern, density):
                 seen.add((rank, kept))
                 yield rank, density
 
-    def _ranks(self, spec: LayerSpec, full: int, most: int) -> list[int]:
-        """Ranks on offer up to ``most``: any below the multiple that suits the device, multiples above."""
+    def _alone(self, spec: LayerSpec, how: Unfolding) -> list[int]:
+        """Ranks on offer for low rank alone: any below the multiple that suits the device, multiples above."""
+        each = sum(math.prod(part.shape) for part in spec.factor(how, 1))
+        full = full_rank(spec, how)
+        most = min(full, math.prod(spec.shape) // each)
+        if self.share is not None or 0 not in self.densities or not most:
+            return []
         step = self.multiple_of or rank_multiple(spec.device, spec.dtype, full)
         count = -(-self.ranks // _thin(spec))
         found = set()
-        for n in range(count if most else 0):
+        for n in range(count):
             rank = most ** ((n + 1) / count)
             small = self.multiple_of is None and rank < step
             found.add(max(1, round(rank)) if small else step * max(1, round(rank / step)))
-        return sorted(rank for rank in found if rank <= full)
+        return sorted(rank for rank in found if rank <= full and self._pays(spec, how, rank, _ANY, 0.0))
 
     def _pays(self, spec: LayerSpec, how: Unfolding, rank: int, pattern: Pattern, density: float) -> bool:
         pair = spec.factor(how, rank) if rank else ()

@@ -253,7 +253,7 @@ class _Watcher(_Shapes):
         self.own_flops = 0
         spec = site.spec
         self._slices: dict[str, Unfolding] = {}
-        if statistics and not _in_full(spec):
+        if statistics and not in_full(spec):
             self._slices = {f"input:{u.name}": u for u in unfoldings(spec.kernel) if u.name != "channel"}
 
     def see(self, inputs: Tensor, outputs: Tensor) -> None:
@@ -271,7 +271,7 @@ class _Watcher(_Shapes):
         spec = self.spec
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.index)
         patches = sample_patches(spec, inputs, self._count(inputs), generator)
-        if _in_full(spec):
+        if in_full(spec):
             self._add("input", patches.flatten(2))
         else:
             for name, how in self._slices.items():
@@ -293,7 +293,7 @@ class _Watcher(_Shapes):
             for size in shape:
                 positions *= size
         # A patch of d numbers costs d^2 operations; a position of the layer costs d x out.
-        work = spec.features**2 * spec.groups if _in_full(spec) else spec.features * spec.in_channels * 6
+        work = spec.features**2 * spec.groups if in_full(spec) else spec.features * spec.in_channels * 6
         allowed = EFFORT * positions * spec.features * spec.out_channels / work
         return max(256, int(allowed))
 
@@ -318,7 +318,7 @@ class _Watcher(_Shapes):
         )
 
 
-def _in_full(spec: LayerSpec) -> bool:
+def in_full(spec: LayerSpec) -> bool:
     """Whether a second moment of whole patches is kept."""
     return spec.features <= (FULL_LINEAR if spec.is_linear else FULL_PATCH)
 

@@ -146,7 +146,11 @@ def is_plain_call(x: Tensor, spec: LayerSpec, weight: Tensor, bias: Tensor | Non
 def _is_recorded() -> bool:
     """Whether ``torch.jit``, ``torch.func``, forward derivatives or a mode, such as a counter, look at the call."""
     api: Any = torch
-    dual = api.autograd.forward_ad._current_level >= 0
-    internals = api._C
-    transformed = internals._are_functorch_transforms_active() or internals._len_torch_dispatch_stack() > 0
+    try:
+        dual = api.autograd.forward_ad._current_level >= 0
+        internals = api._C
+        transformed = internals._are_functorch_transforms_active() or internals._len_torch_dispatch_stack() > 0
+    except AttributeError:
+        # torch tells of these in private only; where it no longer does, the dense weight is always right.
+        return True
     return dual or transformed or api.jit.is_tracing()

@@ -150,7 +150,7 @@ def _from_sketch(site: Site, held: Sketch) -> tuple[Tensor, Sketch]:
     weight = site.weight.float().reshape(g, o, d)
     missing = held.rows[..., d:] - inputs.rows @ weight.mT
     gram = (inputs.rows @ inputs.rows.mT).double()
-    gram.diagonal(dim1=-2, dim2=-1).add_((inputs.level() * held.count).clamp_min(1e-300).unsqueeze(-1))
+    gram.diagonal(dim1=-2, dim2=-1).add_((inputs.level() * held.count).clamp_min(1e-20).unsqueeze(-1))
     solved = torch.linalg.solve(gram, missing.double()).float()
     return weight + solved.mT @ inputs.rows, inputs
 

@@ -188,10 +188,15 @@ class Cropped(nn.Module):
         self.layer = layer
         self.pattern = pattern
         self.original = original
-        self._margins = [n for pair in reversed(original.margins(pattern)) for n in pair]
+        margins = [n for pair in reversed(original.margins(pattern)) for n in pair]
+        self._wider, self._narrower = [max(n, 0) for n in margins], [min(n, 0) for n in margins]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(F.pad(x, self._margins) if any(self._margins) else x)
+        # One after the other, since more may be cut off than the input alone has.
+        for margins in (self._wider, self._narrower):
+            if any(margins):
+                x = F.pad(x, margins)
+        return self.layer(x)
 
     def whole(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias."""
