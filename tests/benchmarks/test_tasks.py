@@ -59,8 +59,8 @@ def test_responses_of_random_networks_neither_vanish_nor_explode():
 
 
 def test_an_unknown_network_is_named():
-    with pytest.raises(ValueError, match="alexnet"):
-        nets.network("alexnet", 32)
+    with pytest.raises(ValueError, match="lenet"):
+        nets.network("lenet", 32)
 
 
 def work_table() -> Candidates:
