@@ -50,7 +50,7 @@ TITLES = {
     "S3": "error on held-out images against calibration samples",
     "S4": "low rank + sparse against its parts, equal stored bytes",
     "S5": "VGG-16 on CIFAR-10, 15x fewer stored bytes",
-    "S5 (pass)": "whole pass over networks of ImageNet's shapes, two threads",
+    "S5 (pass)": "whole pass over networks of ImageNet's shapes",
     "S6": "linear layer as low rank + sparse: time, and choice of the kernel",
 }
 

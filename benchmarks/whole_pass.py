@@ -1,4 +1,4 @@
-"""Time and memory of low rank + sparse on networks of ImageNet's shapes (S5): random weights, all steps, two threads.
+"""Time and memory of low rank + sparse on networks of ImageNet's shapes (S5): random weights, all steps.
 
 Each network is compressed in a process of its own, whose peak resident memory is told beside that of one that only runs
 the network.
