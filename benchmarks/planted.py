@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.run import claim
-from spectrim.linalg.additive import decompose
+from spectrim.linalg.additive import better
 from spectrim.linalg.low_rank_steps import Greedy
 from spectrim.linalg.metric import Full
 from spectrim.linalg.moments import shrunk
@@ -99,17 +99,8 @@ def attempt(case: dict[str, Any], seed: int) -> dict[str, Any]:
     kind, metric = pattern("unstructured"), Full(moment)
     density = case.get("given", float(mask.double().mean()))
     error = Quadratic(metric)
-    found = decompose(
-        target.unsqueeze(0),
-        error,
-        Greedy(metric),
-        rank,
-        kind,
-        density,
-        (n,),
-        turns=case["turns"],
-        tolerance=1e-5,
-        paths=2,
+    found = better(
+        target.unsqueeze(0), error, Greedy(metric), rank, kind, density, (n,), turns=case["turns"], tolerance=1e-5
     )
     told = examine(target.unsqueeze(0), error, found, kind, (n,))
     assert found.product is not None

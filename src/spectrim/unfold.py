@@ -124,3 +124,12 @@ def second_weight(
     g, rank, _ = right.shape
     o, _, *kernel = shape
     return right.reshape(g, rank, o, *how.kernels(kernel)[1]).transpose(1, 2).contiguous()
+
+
+def slice_rows(patches: Float[Tensor, "g n i *k"], how: Unfolding) -> Float[Tensor, "g rows p"]:
+    """Input patches as rows of the first factor's view, ``[g, (n, k_rest), (i, k_S)]``."""
+    g, n, i, *kernel = patches.shape
+    rest = [a for a in range(len(kernel)) if a not in how.axes]
+    moved = patches.permute(0, 1, *(3 + a for a in rest), 2, *(3 + a for a in how.axes))
+    first, second = how.sizes(kernel)
+    return moved.reshape(g, n * second, i * first)

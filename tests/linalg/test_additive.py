@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spectrim.linalg import bilateral, lowrank, response, sparse
-from spectrim.linalg.additive import Additive, decompose
+from spectrim.linalg.additive import Additive, better, decompose
 from spectrim.linalg.low_rank_steps import Exact, Greedy, LowRankStep, Split
 from spectrim.linalg.metric import Full, Metric, Plain, Slices
 from spectrim.linalg.patterns import pattern
@@ -347,7 +347,7 @@ def test_the_targets_and_parts_rank_as_in_the_formulation() -> None:
     asymmetric = torch.linalg.solve(moment, cross.mT).mT
 
     def feature_error(target: Tensor, using: Metric, rank: int, density: float, exact: bool = False) -> float:
-        found = decompose(
+        found = better(
             target,
             Quadratic(using),
             (Exact if exact else Greedy)(using),
@@ -356,7 +356,6 @@ def test_the_targets_and_parts_rank_as_in_the_formulation() -> None:
             density,
             (n,),
             turns=20,
-            paths=2,
         )
         made = found.sparse.weight[0] + (0 if found.product is None else found.product.weight[0])
         return float((inputs @ weight.T - seen @ made.T).norm() / (inputs @ weight.T).norm())

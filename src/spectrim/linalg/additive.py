@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -67,7 +68,7 @@ def decompose(
     growth: int = 4,
     relax: bool = True,
     polish: int = 3,
-    paths: int = 1,
+    cautious: bool = False,
 ) -> Additive:
     """Fit a low-rank plus a sparse weight.
 
@@ -94,36 +95,14 @@ def decompose(
         Over-relax the low-rank step.
     polish
         Turns with a frozen mask at the end.
-    paths
-        1, or 2 to fit a second time with cautious sparse steps and to return the better fit: there are many minima.
+    cautious
+        Take cautious sparse steps (:func:`spectrim.linalg.sparse.fit`), which end in another minimum.
 
     Returns
     -------
     Additive
         The errors never rise from turn to turn once the rank is reached.
     """
-    given = (target, error, step, rank, pattern, density, kernel, start, turns, tolerance, growth, relax, polish)
-    fits = [_path(*given, cautious=cautious) for cautious in (False, True)[:paths]]
-    return min(fits, key=lambda fit: fit.error)
-
-
-def _path(
-    target: Tensor,
-    error: Quadratic,
-    step: LowRankStep,
-    rank: int,
-    pattern: Pattern,
-    density: float,
-    kernel: tuple[int, ...],
-    start: Additive | None,
-    turns: int,
-    tolerance: float,
-    growth: int,
-    relax: bool,
-    polish: int,
-    *,
-    cautious: bool,
-) -> Additive:
     shape = (target.shape[0], target.shape[1], *kernel)
     if not rank:
         found = sparse.fit(
@@ -203,6 +182,11 @@ def _path(
         best = product, state
         errors.append(error.value(target - product.weight - state.weight))
     return _polished(target, error, step, rank, best, errors, converged, 0 if alone else polish)
+
+
+def better(*given: Any, **options: Any) -> Additive:
+    """The better of two fits by :func:`decompose`, one of them cautious: there are many minima."""
+    return min((decompose(*given, **options, cautious=c) for c in (False, True)), key=lambda fit: fit.error)
 
 
 def _polished(

@@ -49,13 +49,13 @@ class Pattern(ABC):
     def size(self, shape: Sequence[int]) -> tuple[int, int, int]:
         """``(pools, units a pool, entries a unit)``; the product is the number of entries."""
 
-    @abstractmethod
     def open(self, weight: Tensor) -> Tensor:
-        """The entries of a weight as ``[pools, units, entries]``."""
+        """The entries of a weight as ``[pools, units, entries]``, in their own order if a pattern says nothing else."""
+        return weight.reshape(self.size(weight.shape))
 
-    @abstractmethod
     def close(self, opened: Tensor, shape: Sequence[int]) -> Tensor:
         """Inverse of :meth:`open`."""
+        return opened.reshape(tuple(shape))
 
     def kept(self, shape: Sequence[int], density: float) -> int:
         """Units that stay in each pool at a density."""
@@ -102,12 +102,6 @@ class Unstructured(Pattern):
     def size(self, shape: Sequence[int]) -> tuple[int, int, int]:
         return 1, math.prod(shape), 1
 
-    def open(self, weight: Tensor) -> Tensor:
-        return weight.reshape(1, -1, 1)
-
-    def close(self, opened: Tensor, shape: Sequence[int]) -> Tensor:
-        return opened.reshape(tuple(shape))
-
 
 @dataclass(frozen=True)
 class Rows(Pattern):
@@ -119,12 +113,6 @@ class Rows(Pattern):
 
     def size(self, shape: Sequence[int]) -> tuple[int, int, int]:
         return shape[0] * shape[1], math.prod(shape[2:]), 1
-
-    def open(self, weight: Tensor) -> Tensor:
-        return weight.reshape(weight.shape[0] * weight.shape[1], -1, 1)
-
-    def close(self, opened: Tensor, shape: Sequence[int]) -> Tensor:
-        return opened.reshape(tuple(shape))
 
 
 @dataclass(frozen=True)
@@ -147,12 +135,6 @@ class NofM(Pattern):
 
     def size(self, shape: Sequence[int]) -> tuple[int, int, int]:
         return math.prod(shape) // self.m, self.m, 1
-
-    def open(self, weight: Tensor) -> Tensor:
-        return weight.reshape(-1, self.m, 1)
-
-    def close(self, opened: Tensor, shape: Sequence[int]) -> Tensor:
-        return opened.reshape(tuple(shape))
 
     def kept(self, shape: Sequence[int], density: float) -> int:
         return self.n if density > 0 else 0

@@ -17,7 +17,7 @@ from spectrim.linalg.sketch import Sketch
 from spectrim.linalg.sparse import Quadratic
 from spectrim.methods import metrics
 from spectrim.sites import Site
-from spectrim.unfold import Unfolding, unfold, unfolding
+from spectrim.unfold import Unfolding, slice_rows, unfold, unfolding
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,10 +144,8 @@ def _metric(site: Site, how: Unfolding) -> tuple[Metric, Tensor | None]:
 def _sliced(metric: Rows, patch: tuple[int, ...], how: Unfolding) -> Slices:
     """The average moment of the slices of an unfolding, from that of whole patches ``(i, *k)``."""
     g, m, _ = metric.rows.shape
-    rest = [a for a in range(len(patch) - 1) if a not in how.axes]
-    opened = metric.rows.reshape(g, m, *patch).permute(0, 1, *(3 + a for a in rest), 2, *(3 + a for a in how.axes))
-    slices = math.prod(patch[1 + a] for a in rest)
-    rows = opened.reshape(g, m * slices, math.prod(patch) // slices).double()
+    rows = slice_rows(metric.rows.reshape(g, m, *patch), how).double()
+    slices = rows.shape[1] // m
     moment = rows.mT @ rows / slices
     moment.diagonal(dim1=-2, dim2=-1).add_(metric.level.double().unsqueeze(-1))
     return Slices(moment, patch, how.axes)

@@ -169,7 +169,9 @@ class LowRankPlusSparse(Method):
     def _decompose(
         self, problem: Problem, rank: int, pattern: Pattern, density: float, *, turns: int
     ) -> additive.Additive:
-        return additive.decompose(
+        carried_out = turns > _CURVE_TURNS
+        fit = additive.better if carried_out and _thin(problem.site.spec) == 1 else additive.decompose
+        return fit(
             problem.target,
             problem.error,
             problem.step,
@@ -180,8 +182,7 @@ class LowRankPlusSparse(Method):
             turns=turns,
             tolerance=self.tolerance,
             growth=_GROWTH,
-            polish=0 if turns == _CURVE_TURNS else 3,
-            paths=2 if turns > _CURVE_TURNS and _thin(problem.site.spec) == 1 else 1,
+            polish=3 if carried_out else 0,
         )
 
     def _offered(self, site: Site) -> list[Unfolding]:

@@ -20,7 +20,7 @@ from spectrim.nn.batches import batch_size, call, evaluating
 from spectrim.nn.flops import flop_counter
 from spectrim.nn.patches import sample_outputs, sample_patches
 from spectrim.sites import LayerSpec, Site, Sites, Skipped
-from spectrim.unfold import Unfolding, unfoldings
+from spectrim.unfold import Unfolding, slice_rows, unfoldings
 
 # Patches up to this length get a full second moment (at most 11 MB); longer ones one for each unfolding's slices.
 FULL_PATCH = 1152
@@ -275,7 +275,7 @@ class _Watcher(_Shapes):
             self._add("input", patches.flatten(2))
         else:
             for name, how in self._slices.items():
-                self._add(name, _slice_rows(patches, how))
+                self._add(name, slice_rows(patches, how))
             generator.manual_seed(self._seed * 1_000_003 + self.index)
             self._add("output", sample_outputs(spec, outputs, self._count(inputs), generator))
             if spec.is_linear:
@@ -321,15 +321,3 @@ class _Watcher(_Shapes):
 def in_full(spec: LayerSpec) -> bool:
     """Whether a second moment of whole patches is kept."""
     return spec.features <= (FULL_LINEAR if spec.is_linear else FULL_PATCH)
-
-
-def _slice_rows(patches: Tensor, how: Unfolding) -> Tensor:
-    """Patches ``[g, n, i, *k]`` as rows of the first factor's view, ``[g, n q, p]``."""
-    axes = patches.dim() - 3
-    rest = [a for a in range(axes) if a not in how.axes]
-    moved = patches.permute(0, 1, *(3 + a for a in rest), 2, *(3 + a for a in how.axes))
-    g, n = patches.shape[:2]
-    q = 1
-    for a in rest:
-        q *= patches.shape[3 + a]
-    return moved.reshape(g, n * q, -1)

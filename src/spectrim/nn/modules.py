@@ -98,11 +98,15 @@ class Factored(nn.Sequential):
     def extra_repr(self) -> str:
         return f"{self.original.kind}, {self.unfolding}, rank {self.rank}"
 
-    @torch.no_grad()
     def merged(self) -> nn.Module:
-        """One dense layer that computes the same, with the weight multiplied out in float64.
+        """One dense layer that computes the same; errors as for :meth:`whole`."""
+        return dense_layer(self)
 
-        A layer of the pair that is a pair itself is merged first.
+    @torch.no_grad()
+    def whole(self) -> tuple[Tensor, Tensor | None]:
+        """Canonical weight, multiplied out in float64, and bias.
+
+        A layer of the pair that is a pair itself is put together first.
 
         Raises
         ------
@@ -118,8 +122,7 @@ class Factored(nn.Sequential):
         (weight,) = LowRank(left, right, None, how, self.original.shape[1:]).dense()
         if middle is not None:
             bias = self._moved(second, middle, bias)
-        spec = dataclasses.replace(self.original, bias=bias is not None, dtype=second.dtype, device=str(second.device))
-        return make_layer(spec, weight, bias)
+        return weight.to(second.dtype), bias
 
     def _moved(self, second: Tensor, middle: Tensor, bias: Tensor | None) -> Tensor:
         """The bias of the pair whose first layer, compressed again, has one as well."""
@@ -141,7 +144,15 @@ class Factored(nn.Sequential):
 
 def whole(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Canonical weight and bias of a layer of a pair, put together or multiplied out where it is not a plain one."""
-    if isinstance(layer, Factored):
-        layer = layer.merged()
     parts = getattr(layer, "whole", None)
     return canonical(layer) if parts is None else parts()
+
+
+@torch.no_grad()
+def dense_layer(layer: Any) -> nn.Module:
+    """One plain layer that computes what a compressed one does, which has an ``original`` and is :func:`whole`."""
+    weight, bias = whole(layer)
+    spec = dataclasses.replace(
+        layer.original, bias=bias is not None, dtype=weight.dtype, device=str(weight.device), density=1.0, index_bytes=0
+    )
+    return make_layer(spec, weight, bias)

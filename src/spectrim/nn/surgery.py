@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from spectrim.errors import PlanError
 from spectrim.nn.batches import call, evaluating
-from spectrim.nn.modules import Factored, make_layer, whole
+from spectrim.nn.modules import Factored, dense_layer
 from spectrim.nn.packed import masked_layers, stored_bytes
 from spectrim.nn.sparse import Cropped, Masked, Slim, Sum
 
@@ -61,7 +59,7 @@ def merge(model: nn.Module) -> nn.Module:
     the original's layers and computes what the compressed model computes, to float tolerance.
     """
     if isinstance(model, _COMPRESSED):
-        return _dense(model).train(model.training)
+        return dense_layer(model).train(model.training)
     merged = copy.deepcopy(model)
     found: dict[nn.Module, list[str]] = {}
     for name, module in merged.named_modules(remove_duplicate=False):
@@ -69,17 +67,8 @@ def merge(model: nn.Module) -> nn.Module:
             found.setdefault(module, []).append(name)
     # Layers inside of others come after them, and are merged before them.
     for layer, names in reversed(found.items()):
-        replace_module(merged, names, _dense(layer))
+        replace_module(merged, names, dense_layer(layer))
     return merged
-
-
-@torch.no_grad()
-def _dense(layer: Any) -> nn.Module:
-    weight, bias = whole(layer)
-    spec = dataclasses.replace(
-        layer.original, bias=bias is not None, dtype=weight.dtype, device=str(weight.device), density=1.0, index_bytes=0
-    )
-    return make_layer(spec, weight, bias)
 
 
 def batch_norms(model: nn.Module) -> Iterator[_BatchNorm]:
