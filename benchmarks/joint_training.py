@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
+import functools
 import statistics
 import time
 from pathlib import Path
@@ -19,13 +19,10 @@ from torch import nn
 
 import spectrim as st
 from benchmarks import cifar
+from benchmarks.distilled import kept, network_name, trained, tuned
 from benchmarks.paper_resnets import PaperResNet
 from benchmarks.run import claim
 from spectrim.nn.checkpoint import read_plan
-from spectrim.train import Distillation, Recipe
-
-# Training alone moves there; accuracies are those of the CPU.
-_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
@@ -38,24 +35,17 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
     train, held, test = cifar.load(paths["cifar10"])
     dense = _dense(config, paths, train)
     before = cifar.accuracy(dense, test)
-    cache = cifar.TeacherCache(dense, paths["shared"] / f"teacher-{_name(config)}")
+    cache = cifar.TeacherCache(dense, paths["shared"] / f"teacher-{network_name(config)}")
     rows: list[dict[str, Any]] = []
     for arm in config["arms"]:
         for share in arm["parameters"]:
             for seed in config["seeds"]:
-                kept = paths["work"] / f"{arm['name']}-{share:.4f}-{seed}.json"
-                if not kept.exists():
-                    row = _trained(config, arm["name"], share, seed, dense, (train, held, test), cache, paths["work"])
-                    kept.write_text(json.dumps(row))
-                    print(row, flush=True)
-                rows.append(json.loads(kept.read_text()))
+                path = paths["work"] / f"{arm['name']}-{share:.4f}-{seed}.json"
+                given = (config, arm["name"], share, seed, dense, (train, held, test), cache, paths["work"])
+                rows.append(kept(path, functools.partial(_trained, *given)))
     claims = {key: _CLAIMS[asked["kind"]](asked, rows, before) for key, asked in config["claims"].items()}
     notes = [f"Dense: {before:.2f} % on the test images, {_count(dense):,} parameters.", *config.get("notes", [])]
     return {"claims": claims, "rows": rows, "seeds": config["seeds"], "notes": notes}
-
-
-def _name(config: dict[str, Any]) -> str:
-    return f"{config['network']}-{config['width']}" if "width" in config else config["network"]
 
 
 def _count(model: nn.Module) -> int:
@@ -71,20 +61,7 @@ def _dense(config: dict[str, Any], paths: dict[str, Any], train: cifar.Images) -
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-    recipe = config["dense"]
-    st.fine_tune(
-        model.to(_DEVICE),
-        cifar.Batches(train, batch_size=recipe["batch_size"], seed=0),
-        epochs=recipe["epochs"],
-        lr=recipe["lr"],
-        weight_decay=recipe["weight_decay"],
-        precision=recipe["precision"],
-        memory_format="channels_last",
-        checkpoint=paths["work"] / "dense.safetensors",
-        seed=0,
-        accelerate=False,
-    )
-    return model.cpu().eval()
+    return trained(model, config["dense"], train, paths["work"] / "dense.safetensors")
 
 
 def planned(model: nn.Module, arm: str, calibration: list[torch.Tensor], share: float) -> tuple[st.Sites, st.Plan]:
@@ -128,28 +105,11 @@ def _trained(
     start = time.perf_counter()
     model, plan = _compressed(dense, arm, share, train[: config["images"]], work / f"{arm}-{share:.4f}.safetensors")
     before, made = cifar.accuracy(model, held), time.perf_counter() - start
-    recipe = config["recipe"]
-    batches = cifar.Batches(train, batch_size=recipe["batch_size"], seed=seed, teacher=cache, views=config.get("views"))
-    tuned = st.fine_tune(
-        model.to(_DEVICE),
-        batches,
-        recipe=Recipe(
-            epochs=recipe["epochs"],
-            lr=recipe["lr"],
-            weight_decay=recipe["weight_decay"],
-            schedule=recipe["schedule"],
-            precision=recipe["precision"],
-            memory_format="channels_last",
-            distillation=None,
-            seed=seed,
-        ),
-        loss=Distillation(recipe["temperature"], recipe["teacher_weight"]).loss_on_pairs,
-        checkpoint=work / f"{arm}-{share:.4f}-{seed}.safetensors",
-        accelerate=False,
-    )
-    model.cpu()
+    epochs = config["recipe"]["epochs"]
+    checkpoint = work / f"{arm}-{share:.4f}-{seed}.safetensors"
+    seconds = tuned(model, config, train, cache, checkpoint, epochs=epochs, seed=seed)
     return {
-        "network": _name(config),
+        "network": network_name(config),
         "arm": arm,
         "seed": seed,
         "parameters": _count(model),
@@ -158,12 +118,12 @@ def _trained(
         "layers_sharing": sum(len(entry.members) for entry in plan),
         "groups": sum(bool(entry.members) for entry in plan),
         "loss_planned": plan.loss,
-        "epochs": recipe["epochs"],
+        "epochs": epochs,
         "held_out_before": before,
         "held_out": cifar.accuracy(model, held),
         "accuracy": cifar.accuracy(model, test),
         "seconds_compress": round(made, 1),
-        "seconds_train": round(tuned.seconds, 1),
+        "seconds_train": seconds,
     }
 
 

@@ -8,7 +8,7 @@ compressed layers deliver.
 from __future__ import annotations
 
 import copy
-import json
+import functools
 import statistics
 import time
 from collections.abc import Sequence
@@ -20,13 +20,10 @@ from torch import Tensor, nn
 
 import spectrim as st
 from benchmarks import cifar
+from benchmarks.distilled import kept, network_name, trained, tuned
 from benchmarks.run import claim
 from benchmarks.vgg import VGG16
 from spectrim.nn.checkpoint import read_plan
-from spectrim.train import Distillation, Recipe
-
-# Training alone moves there; accuracies are those of the CPU.
-_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
@@ -39,19 +36,15 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
     train, held, test = cifar.load(paths["cifar10"])
     dense = _dense(config, paths, train)
     whole = cifar.accuracy(dense, test)
-    name = config["network"] + (f"-{config['width']}" if "width" in config else "")
+    name = network_name(config)
     cache = cifar.TeacherCache(dense, paths["shared"] / f"teacher-{name}")
     rows: list[dict[str, Any]] = []
     for point in config["points"]:
         for arm in point["arms"]:
             for seed in point["seeds"]:
                 label = f"{arm.replace(' ', '-')}-{point['bytes']:g}-{seed}-{point['epochs']}"
-                kept = paths["work"] / f"{label}.json"
-                if not kept.exists():
-                    row = _row(config, arm, point, seed, dense, (train, held, test), cache, paths["work"])
-                    kept.write_text(json.dumps(row))
-                    print(row, flush=True)
-                rows.append(json.loads(kept.read_text()))
+                given = (config, arm, point, seed, dense, (train, held, test), cache, paths["work"])
+                rows.append(kept(paths["work"] / f"{label}.json", functools.partial(_row, *given)))
     claims = {key: _CLAIMS[asked["kind"]](rows, whole, asked) for key, asked in config["claims"].items()}
     notes = [f"Dense {name}: {whole:.2f} % on the test images.", *config.get("notes", [])]
     seeds = sorted({seed for point in config["points"] for seed in point["seeds"]})
@@ -63,19 +56,8 @@ def _dense(config: dict[str, Any], paths: dict[str, Any], train: cifar.Images) -
     if "dense" not in config:
         return cifar.network(config["network"], paths["weights"][config["network"]])
     torch.manual_seed(0)
-    model = VGG16(config["width"])
-    st.fine_tune(
-        model.to(_DEVICE),
-        cifar.Batches(train, batch_size=config["recipe"]["batch_size"], seed=0),
-        **config["dense"],
-        precision=config["recipe"]["precision"],
-        memory_format="channels_last",
-        distillation=None,
-        checkpoint=paths["work"] / "dense.safetensors",
-        seed=0,
-        accelerate=False,
-    )
-    return model.cpu().eval()
+    recipe = {**config["recipe"], **config["dense"]}
+    return trained(VGG16(config["width"]), recipe, train, paths["work"] / "dense.safetensors")
 
 
 def made(model: nn.Module, arm: str, batches: Sequence[Tensor], share: float) -> tuple[nn.Module, st.Plan]:
@@ -145,33 +127,12 @@ def _row(
         "epochs": point["epochs"],
     }
     if point["epochs"]:
-        recipe = config["recipe"]
-        batches = cifar.Batches(
-            train, batch_size=recipe["batch_size"], seed=seed, teacher=cache, views=config.get("views")
-        )
-        tuned = st.fine_tune(
-            model.to(_DEVICE),
-            batches,
-            recipe=Recipe(
-                epochs=point["epochs"],
-                lr=recipe["lr"],
-                weight_decay=recipe["weight_decay"],
-                schedule=recipe["schedule"],
-                clip=recipe.get("clip"),
-                precision=recipe["precision"],
-                memory_format="channels_last",
-                distillation=None,
-                seed=seed,
-            ),
-            loss=Distillation(recipe["temperature"], recipe["teacher_weight"]).loss_on_pairs,
-            checkpoint=work / f"{path.stem}-trained.safetensors",
-            accelerate=False,
-        )
-        model.cpu()
+        checkpoint = work / f"{path.stem}-trained.safetensors"
+        seconds = tuned(model, config, train, cache, checkpoint, epochs=point["epochs"], seed=seed)
         row |= {
             "held_out": cifar.accuracy(model, held),
             "accuracy": cifar.accuracy(model, test),
-            "seconds_train": round(tuned.seconds, 1),
+            "seconds_train": seconds,
         }
     return row
 
