@@ -11,13 +11,16 @@ _HOMES = {
     "Budget": "budget",
     "Candidates": "plan",
     "Choice": "plan",
+    "Energy": "widths",
     "JointSVD": "methods",
+    "KL": "widths",
     "Latency": "latency",
     "LearnedRanks": "train",
     "LowRank": "factors",
     "LowRankPlusSparse": "methods",
     "Method": "methods",
     "Plan": "plan",
+    "PrincipalFilters": "methods",
     "Result": "pipeline",
     "SharedBasis": "factors",
     "Site": "sites",
@@ -30,6 +33,7 @@ _HOMES = {
     "choose_kernels": "nn.kernels",
     "compare": "report",
     "compress": "pipeline",
+    "couple": "nn.filters",
     "export_onnx": "nn.export",
     "export_program": "nn.export",
     "find": "nn.find",
@@ -40,6 +44,7 @@ _HOMES = {
     "macs": "costs",
     "merge": "nn.surgery",
     "parameters": "costs",
+    "recommend": "widths",
     "save": "nn.checkpoint",
     "select": "selectors",
     "sensitivity": "nn.sensitivity",
@@ -57,10 +62,11 @@ if TYPE_CHECKING:
     from spectrim.factors import LowRank, SharedBasis
     from spectrim.groups import group
     from spectrim.latency import Latency
-    from spectrim.methods import ActivationSVD, JointSVD, LowRankPlusSparse, Method, WeightSVD
+    from spectrim.methods import ActivationSVD, JointSVD, LowRankPlusSparse, Method, PrincipalFilters, WeightSVD
     from spectrim.nn.calibrate import calibrate
     from spectrim.nn.checkpoint import load, save
     from spectrim.nn.export import export_onnx, export_program
+    from spectrim.nn.filters import couple
     from spectrim.nn.find import find
     from spectrim.nn.kernels import choose_kernels
     from spectrim.nn.sensitivity import sensitivity
@@ -72,6 +78,7 @@ if TYPE_CHECKING:
     from spectrim.sites import Site, Sites
     from spectrim.train import LearnedRanks, budget_path, fine_tune, learn_ranks
     from spectrim.trajectory import Trajectory
+    from spectrim.widths import KL, Energy, recommend
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,16 +10,18 @@ from typing import Any
 from torch import nn
 
 from spectrim import costs as counted
+from spectrim.coupling import IN
 from spectrim.errors import PlanError
-from spectrim.factors import Factors, LowRank, SharedBasis
+from spectrim.factors import Factors, KeptChannels, LowRank, SharedBasis
 from spectrim.latency import Latency
 from spectrim.methods import ActivationSVD, Curve, JointSVD, Method, WeightSVD, from_record
 from spectrim.nn.build import build, skeleton
 from spectrim.nn.calibrate import in_full
-from spectrim.nn.modules import Factored, make_layer
+from spectrim.nn.modules import Factored
 from spectrim.nn.reconstruct import asymmetric_site, refit_second
+from spectrim.nn.removal import Removal
 from spectrim.nn.surgery import reestimate_batchnorm, replace_module
-from spectrim.plan import DENSE, Candidates, Option, Plan, Row
+from spectrim.plan import DENSE, Candidates, Choice, Option, Plan, Row
 from spectrim.sites import LayerSpec, Site, Sites
 
 Progress = Callable[[str, int, int | None], None]
@@ -89,13 +90,15 @@ def tabulate(
 
     found: list[tuple[Site, list[tuple[Method, Curve]]]] = []
     groups = sites.joint()
-    for done, site in enumerate([*sites, *groups]):
-        curves = [(method, method.curve(site)) for method in chosen]
+    coupled = sites.coupled() if any(method.removes_channels for method in chosen) else ()
+    for done, site in enumerate([*sites, *groups, *coupled]):
+        fitting = [method for method in chosen if method.removes_channels == (site.coupling is not None)]
+        curves = [(method, method.curve(site)) for method in fitting]
         # A group that no method can join is nothing to choose.
         if done < len(sites) or any(curve.choices for _, curve in curves):
             found.append((site, curves))
         if progress is not None:
-            progress("tabulate", done + 1, len(sites) + len(groups))
+            progress("tabulate", done + 1, len(sites) + len(groups) + len(coupled))
     units = {curve.unit for _, curves in found for _, curve in curves if curve.choices}
     if len(units) > 1:
         raise ValueError(
@@ -108,7 +111,12 @@ def tabulate(
     ]
     if latency is not None:
         chains: list[Sequence[LayerSpec]] = [(site.spec,) for site in sites]
-        chains += [specs for _, options in plain for _, specs in options]
+        chains += [
+            chain
+            for (site, options) in plain
+            for _, specs in options
+            for chain in ([specs] if site.coupling is None else [(spec,) for spec in specs])
+        ]
         chains += [(spec,) for spec in sites.untouched]
         report = (lambda done, total: progress("measure", done, total)) if progress is not None else None
         latency.prepare(chains, report)
@@ -120,8 +128,12 @@ def tabulate(
 
     fixed = counted.fixed(sites, functions)
     if latency is not None and dense_latency is not None:
-        alone = sum(row.dense.costs["latency"] for row in rows if not row.members)
+        alone = sum(row.dense.costs["latency"] for row in rows[: len(sites)])
         fixed["latency"] = max(0.0, dense_latency - alone)
+    # The layers of coupled channels have rows of their own too, and are not counted twice.
+    for (site, _), row in zip(found, rows, strict=True):
+        if site.coupling is not None:
+            fixed = {name: value - row.dense.costs[name] for name, value in fixed.items()}
     return Candidates(
         tuple(rows),
         fixed,
@@ -175,12 +187,23 @@ def retabulate(candidates: Candidates, sites: Sites, methods: Sequence[Method]) 
 def _options(
     method: Method, curve: Curve, site: Site, functions: Mapping[str, counted.Cost], dear: bool
 ) -> Iterator[tuple[Option, Sequence[LayerSpec]]]:
-    dense = {name: cost(site.layers) for name, cost in functions.items()}
+    dense = _cost(site, site.layers, functions)
     for choice, error in zip(curve.choices, curve.errors, strict=True):
         specs = method.layers(site, choice)
-        values = {name: cost(specs) for name, cost in functions.items()}
+        values = _cost(site, specs, functions, choice)
         if dear or any(values[name] < dense[name] for name in values):
             yield Option(choice, error, values), specs
+
+
+def _cost(
+    site: Site, specs: Sequence[LayerSpec], functions: Mapping[str, counted.Cost], choice: Choice = DENSE
+) -> dict[str, float]:
+    """What the layers of a choice cost; coupled channels also in what is no layer."""
+    if site.coupling is None:
+        return {name: cost(specs) for name, cost in functions.items()}
+    channels = site.coupling.channels if choice.is_dense else len(choice["kept"])
+    extra = {"parameters": site.coupling.parameters * channels, "bytes": site.coupling.bytes * channels}
+    return {name: sum(cost((s,)) for s in specs) + extra.get(name, 0.0) for name, cost in functions.items()}
 
 
 def _row(
@@ -191,16 +214,20 @@ def _row(
     latency: Latency | None,
     guard: bool,
 ) -> Row:
-    dense = Option(DENSE, 0.0, {name: sum(cost((spec,)) for spec in site.layers) for name, cost in functions.items()})
+    alone = {name: sum(cost((spec,)) for spec in site.layers) for name, cost in functions.items()}
+    dense = Option(DENSE, 0.0, alone if site.coupling is None else _cost(site, site.layers, functions))
     kept = [option for option, _ in options]
     if latency is not None:
-        kept = [Option(o.choice, o.error, {**o.costs, "latency": latency(specs)}) for o, specs in options]
+        timed = {"latency": latency}
+        kept = [Option(o.choice, o.error, {**o.costs, **_cost(site, specs, timed, o.choice)}) for o, specs in options]
     if guard:
         kept = [option for option in kept if option.costs["latency"] < dense.costs["latency"]]
     spectra = {f"{method.name}/{name}": s for method, curve in curves for name, s in curve.spectra.items()}
     kind = site.layers[0].kind if len(site.layers) == 1 else f"{len(site.layers)} x {site.layers[0].kind}"
-    scale = next((curve.scale for _, curve in curves if curve.choices), 1.0)
     members = tuple(spec.name for spec in site.layers) if len(site.layers) > 1 else ()
+    if site.coupling is not None:
+        kind, members = f"{site.coupling.channels} channels", ()
+    scale = next((curve.scale for _, curve in curves if curve.choices), 1.0)
     return Row(site.name, kind, (dense, *kept), scale=scale, spectra=spectra, members=members)
 
 
@@ -253,22 +280,18 @@ def apply(
     if batches is not None and iter(batches) is batches:
         raise PlanError("batches are read several times; pass a list or a DataLoader, not an iterator")
     makers = _makers(plan, methods)
-    known = {site.name for site in sites}
-    names = [name for entry in plan for name in entry.sites]
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise PlanError(f"the plan names sites that the model does not have: {', '.join(map(repr, unknown))}")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise PlanError(f"the plan names sites more than once: {', '.join(map(repr, twice))}")
-    for entry in plan:
+    _check(plan, sites)
+    removed = {e.site: e.choice["kept"] for e in plan if e.choice.kind == KeptChannels.kind}
+    removal = Removal.of(model, sites, removed)
+    small, sites = removal.model, removal.sites
+    layers = [entry for entry in plan if entry.site not in _channels(sites)]
+    for entry in layers:
         if not entry.choice.is_dense:
             skeleton(entry.choice, [sites[name].spec for name in entry.sites])
-    small = copy.deepcopy(model)
     follow = batches is not None and reconstruct
-    wanted = {name: entry for entry in plan for name in entry.sites}
+    wanted = {name: entry for entry in layers for name in entry.sites}
     shared: dict[str, _Shared] = {}
-    todo = _steps(sites, {name: entry.choice.is_dense for name, entry in wanted.items()}, refit=follow)
+    todo = _steps(sites, {name: entry.choice.is_dense for name, entry in wanted.items()}, removal, refit=follow)
     for done, site in enumerate(todo):
         entry = wanted[site.name]
         choice = entry.choice
@@ -277,9 +300,17 @@ def apply(
             group = sites.together(entry.site, entry.members)
             shared[entry.site] = _Shared.made(group, makers[choice.method].factorize(group, choice))
         unheld = not whole and not choice.is_dense and not entry.members and makers[choice.method].reads_sketches
-        if batches is not None and follow and (whole or unheld):
-            sketch = unheld and not in_full(site.spec)
-            site = asymmetric_site(model, small, site, batches, sketch=sketch, forward=forward)
+        narrowed = site.name in removal.changed and not entry.members
+        if batches is not None and follow and (whole or unheld or narrowed):
+            site = asymmetric_site(
+                model,
+                small,
+                site,
+                batches,
+                outputs=removal.outputs(site.name),
+                sketch=(unheld or narrowed) and not in_full(site.spec),
+                forward=forward,
+            )
             group = site if entry.site not in shared else shared[entry.site].site
             if not choice.is_dense and not any(spec.bias for spec in makers[choice.method].layers(group, choice)):
                 # A choice that was counted without a bias gets none, or the model would cost more than its plan.
@@ -287,18 +318,18 @@ def apply(
             if entry.site in shared:
                 shared[entry.site].refit(makers[choice.method], site, entry.members.index(site.name))
         if choice.is_dense:
-            replace_module(small, site.spec.names, make_layer(site.spec, site.weight, site.biases[0]))
-            continue
-        if entry.site in shared:
-            factors = shared[entry.site].factors
-            module = shared[entry.site].modules[entry.members.index(site.name)]
+            removal.write(site)
         else:
-            factors = makers[choice.method].factorize(site, choice)
-            (module,) = build(factors, site.layers, site.biases)
-        replace_module(small, site.spec.names, module)
-        if batches is not None and follow and not (whole or unheld) and _owns_second(factors):
-            assert isinstance(module, Factored)
-            refit_second(model, small, site, module, batches, forward=forward)
+            if entry.site in shared:
+                factors = shared[entry.site].factors
+                module = shared[entry.site].modules[entry.members.index(site.name)]
+            else:
+                factors = makers[choice.method].factorize(site, choice)
+                (module,) = build(factors, site.layers, site.biases)
+            replace_module(small, site.spec.names, module)
+            if batches is not None and follow and not (whole or unheld or narrowed) and _owns_second(factors):
+                assert isinstance(module, Factored)
+                refit_second(model, small, site, module, batches, forward=forward)
         if progress is not None:
             progress("apply", done + 1, len(todo))
     if batches is not None and (batchnorm if batchnorm is not None else not follow):
@@ -332,19 +363,45 @@ def _owns_second(factors: Factors) -> bool:
     return isinstance(factors, LowRank) or (isinstance(factors, SharedBasis) and not factors.ranks[1])
 
 
-def _steps(sites: Sites, dense: Mapping[str, bool], *, refit: bool) -> list[Site]:
+def _steps(sites: Sites, dense: Mapping[str, bool], removal: Removal, *, refit: bool) -> list[Site]:
     """Sites to change, in order. With reconstruction also dense layers that have a bias to correct the mean with.
 
     Only those after the first changed layer: before it, nothing has moved.
     """
     steps: list[Site] = []
+    moved = False
     for site in sites:
         if site.name not in dense:
             continue
-        correctable = refit and len(site.layers) == 1 and site.spec.bias and "input" in site.moments
-        if not dense[site.name] or (steps and correctable):
+        biased = site.spec.bias or (removal.changed and removal.corrects(site.name))
+        correctable = refit and biased and "input" in site.moments
+        reads = (site.name, IN) in removal.axes
+        if not dense[site.name] or (refit and reads) or (moved and correctable):
             steps.append(site)
+        moved |= not dense[site.name] or reads
     return steps
+
+
+def _channels(sites: Sites) -> set[str]:
+    return {coupling.name for coupling in sites.couplings}
+
+
+def _check(plan: Plan, sites: Sites) -> None:
+    """Raise PlanError unless the plan is for these sites."""
+    names = [name for entry in plan for name in entry.sites]
+    missing = [e.site for e in plan if e.choice.kind == KeptChannels.kind and e.site not in _channels(sites)]
+    if missing:
+        raise PlanError(
+            f"the plan removes channels {missing[0]!r}, which the sites do not have"
+            + ("" if sites.couplings else "; find them with couple(model, sites, example) first")
+        )
+    known = {site.name for site in sites} | _channels(sites)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise PlanError(f"the plan names sites that the model does not have: {', '.join(map(repr, unknown))}")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise PlanError(f"the plan names sites more than once: {', '.join(map(repr, twice))}")
 
 
 def _makers(plan: Plan, methods: Sequence[Method] | None) -> dict[str, Method]:

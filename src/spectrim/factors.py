@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from spectrim.coupling import IN, OUT, THROUGH, Coupling
 from spectrim.linalg.patterns import Pattern, pattern
 from spectrim.unfold import Unfolding, fold, unfolding
 
@@ -263,3 +264,55 @@ class LowRankPlusSparse(Factors, kind="low_rank_plus_sparse"):
         weight = torch.zeros(shape)
         mask = kind.keep(weight, density)
         return cls(torch.empty(g, i * rows, rank), torch.empty(g, rank, o * columns), weight, mask, kind, None, how)
+
+
+@dataclass(frozen=True, eq=False)
+class KeptChannels(Factors, kind="kept_channels"):
+    """Layers without some of their coupled channels.
+
+    Attributes
+    ----------
+    kept
+        Channels that stay, ascending.
+    weights
+        ``[g, o, i, *k]`` a layer, of the channels that stay; those of layers that read them make up for the others.
+    coupling
+        Where the channels lie.
+    layers
+        Names of the layers, in the order of the weights.
+    """
+
+    kept: tuple[int, ...]
+    weights: tuple[Tensor, ...]
+    coupling: Coupling
+    layers: tuple[str, ...]
+
+    def dense(self) -> tuple[Tensor, ...]:
+        """The weights in the dense layers' shapes, with zeros where channels are gone."""
+        return tuple(self._spread(weight, name) for weight, name in zip(self.weights, self.layers, strict=True))
+
+    def _spread(self, weight: Tensor, name: str) -> Tensor:
+        gone = torch.ones(self.coupling.channels, dtype=torch.bool)
+        gone[list(self.kept)] = False
+        for side in self.coupling.sides:
+            if side.name != name:
+                continue
+            left = torch.ones(side.size, dtype=torch.bool)
+            left[side.positions[gone].flatten()] = False
+            # A depthwise layer's groups are its channels.
+            dim = {IN: 2, OUT: 1, THROUGH: 0}[side.axis]
+            groups = weight.shape[0] if dim else 1
+            size = side.size // groups
+            rows = left.nonzero().reshape(groups, -1) % size
+            view = [1] * weight.dim()
+            view[0], view[dim] = groups, rows.shape[1]
+            shape = [*weight.shape[:dim], size, *weight.shape[dim + 1 :]]
+            weight = weight.new_zeros(shape).scatter(dim, rows.reshape(view).expand(weight.shape), weight)
+        return weight
+
+    def numel(self) -> int:
+        return sum(weight.numel() for weight in self.weights)
+
+    @classmethod
+    def empty(cls, shapes: Sequence[Sequence[int]], settings: Mapping[str, object]) -> KeptChannels:
+        raise ValueError("channels are removed from the modules that a plan gives widths for, not from single layers")

@@ -20,6 +20,7 @@ from spectrim.latency import Latency
 from spectrim.methods import Method
 from spectrim.nn.batches import arguments, resized
 from spectrim.nn.calibrate import calibrate
+from spectrim.nn.filters import couple
 from spectrim.nn.find import Selector, find
 from spectrim.nn.kernels import choose_kernels
 from spectrim.nn.sensitivity import sensitivity as weigh
@@ -27,6 +28,7 @@ from spectrim.nn.timing import Timing, measure_latency
 from spectrim.plan import Candidates, Choice, Plan
 from spectrim.selectors import exact, select
 from spectrim.sites import Sites
+from spectrim.stepwise import select_in_steps
 
 # A latency plan is selected, built, measured and corrected at most so often.
 _ROUNDS = 8
@@ -165,6 +167,9 @@ def compress(
     batches = list(calibration) if iter(calibration) is calibration else calibration
     sites = find_some(model, skip, only)
     told = progress or _silent
+    channels = any(method.removes_channels for method in methods or ())
+    if channels:
+        sites = couple(model, sites, next(iter(batches)), forward=forward)
     sites = calibrate(model, sites, batches, forward=forward, progress=lambda d, t: told("calibrate", d, t))
     if sensitivity:
         sites = weigh(model, sites, batches, forward=forward)
@@ -179,19 +184,31 @@ def compress(
         latency = latency or Latency(device=spec.device, dtype=spec.dtype)
         example = one_batch(model, batches, latency.batch)
         measured = measure_latency({"dense": laid_out(model, latency)}, example, threads=latency.threads)
-    table = tabulate(
-        sites,
-        methods,
-        latency=latency,
-        dense_latency=measured["dense"].quiet if measured else None,
-        guard=guard,
-        progress=progress,
-    )
-    plan = select(table, budget, selector)
+    dense_latency = measured["dense"].quiet if measured else None
+
+    def planned(limits: Budget) -> tuple[Plan, Candidates]:
+        if channels:
+            return select_in_steps(
+                sites,
+                methods or (),
+                limits,
+                selector=selector,
+                latency=latency,
+                dense_latency=dense_latency,
+                guard=guard,
+                progress=progress,
+            )
+        return select(table, limits, selector), table
+
+    if channels:
+        plan, table = planned(budget)
+    else:
+        table = tabulate(sites, methods, latency=latency, dense_latency=dense_latency, guard=guard, progress=progress)
+        plan = select(table, budget, selector)
     notes: list[str] = []
     if latency is not None:
         plan, measured = meet_latency(
-            model, sites, table, plan, budget, example, latency, selector=selector, methods=methods
+            model, sites, table, plan, budget, example, latency, selector=lambda _, b: planned(b)[0], methods=methods
         )
         dense_ms, small_ms = measured["dense"].p50, measured["compressed"].p50
         if small_ms > dense_ms:

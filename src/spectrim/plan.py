@@ -51,7 +51,15 @@ class Choice:
     def __str__(self) -> str:
         if self.is_dense:
             return "dense"
-        return " ".join([self.method, *(f"{key}={value}" for key, value in sorted(self.settings.items()))])
+        return " ".join([self.method, *(f"{key}={_brief(value)}" for key, value in sorted(self.settings.items()))])
+
+
+def _brief(value: Setting) -> str:
+    """A setting for people to read; long lists by their length."""
+    if isinstance(value, (tuple, list)) and len(value) > 8:
+        return f"<{len(value)} numbers>"
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 DENSE = Choice()

@@ -17,6 +17,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from spectrim.coupling import Coupling
 from spectrim.errors import MissingMomentsError
 from spectrim.linalg.moments import Moments
 from spectrim.linalg.packing import packed_bytes
@@ -175,6 +176,21 @@ class LayerSpec:
             found.append((before - first * d, after - (k - first - count) * d))
         return tuple(found)
 
+    def narrowed(self, left: Mapping[str, int]) -> LayerSpec:
+        """The layer with fewer channels.
+
+        Parameters
+        ----------
+        left
+            Channels that are left of ``"out"``, of ``"in"``, or of both at once in a depthwise layer (``"through"``).
+        """
+        if "through" in left:
+            n = left["through"]
+            return dataclasses.replace(self, in_channels=n, out_channels=n, groups=n)
+        return dataclasses.replace(
+            self, in_channels=left.get("in", self.in_channels), out_channels=left.get("out", self.out_channels)
+        )
+
     def factor(self, how: Unfolding, rank: int, *, bias: bool | None = None) -> tuple[LayerSpec, LayerSpec]:
         """The two layers of a rank-``rank`` pair in place of this one.
 
@@ -248,6 +264,9 @@ class Site:
     same_input
         Whether all of several layers are called with one and the same tensor, as the queries, keys and values of
         attention are.
+    coupling
+        For a site of coupled channels: where they lie in its layers. Its own moments, beside those of the layers, are
+        ``pooled:max``, ``pooled:mean`` and ``unpooled``: the channels as their readers see them.
     """
 
     name: str
@@ -256,6 +275,7 @@ class Site:
     biases: tuple[Tensor | None, ...]
     moments: Mapping[str, Moments] = field(default_factory=lambda: MappingProxyType({}))
     same_input: bool = False
+    coupling: Coupling | None = None
 
     @classmethod
     def join(cls, name: str, parts: Sequence[Site], *, same_input: bool = False) -> Site:
@@ -275,7 +295,8 @@ class Site:
         held: list[dict[str, Moments]] = [{} for _ in self.layers]
         for key, moments in self.moments.items():
             number, _, statistic = key.partition("/")
-            held[int(number)][statistic] = moments
+            if statistic:
+                held[int(number)][statistic] = moments
         rows = zip(self.layers, self.weights, self.biases, held, strict=True)
         return tuple(Site(spec.name, (spec,), (w,), (b,), MappingProxyType(own)) for spec, w, b, own in rows)
 
@@ -330,6 +351,14 @@ class Sites:
         common, or one contains the other. A group is on offer beside its sites, in place of them.
     same_inputs
         Names of sites that are called with one and the same tensor, known after a run.
+    couplings
+        Channels that can be removed, with all places they lie in (:func:`spectrim.couple`).
+    pooled
+        Statistics of coupled channels by the name of the coupling, known after calibration.
+    followers
+        Layers no choice is made at which lose channels with their neighbours, such as depthwise convolutions.
+    norms
+        The normalisation that alone reads a layer's output, by the layer.
     skipped
         Layers left alone, with the reason.
     untouched
@@ -351,6 +380,10 @@ class Sites:
     samples: int = 0
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     same_inputs: tuple[tuple[str, ...], ...] = ()
+    couplings: tuple[Coupling, ...] = ()
+    pooled: Mapping[str, Mapping[str, Moments]] = field(default_factory=lambda: MappingProxyType({}))
+    followers: tuple[Site, ...] = ()
+    norms: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
@@ -378,6 +411,24 @@ class Sites:
     def joint(self) -> tuple[Site, ...]:
         """The sites of the groups, those whose layers are all there."""
         return tuple(self[name] for name, members in self.groups.items() if all(m in self._by_name for m in members))
+
+    def coupled(self) -> tuple[Site, ...]:
+        """The sites of coupled channels: all layers that hold them, with their moments."""
+        return tuple(self._coupled(coupling) for coupling in self.couplings)
+
+    def _coupled(self, coupling: Coupling) -> Site:
+        specs = {spec.name: spec for spec in self.untouched}
+        beside = {site.name: site for site in self.followers}
+        parts = []
+        for name in dict.fromkeys(side.name for side in coupling.sides):
+            if name in self._by_name:
+                parts.append(self._by_name[name])
+            elif name in beside:
+                # What calibration learned of its inputs is in its spec among the untouched.
+                parts.append(dataclasses.replace(beside[name], layers=(specs.get(name, beside[name].spec),)))
+        joined = Site.join(coupling.name, parts)
+        moments = {**joined.moments, **self.pooled.get(coupling.name, {})}
+        return dataclasses.replace(joined, moments=MappingProxyType(moments), coupling=coupling)
 
     @cached_property
     def _by_name(self) -> dict[str, Site]:

@@ -4,6 +4,7 @@ from spectrim.methods.activation_svd import ActivationSVD
 from spectrim.methods.base import Curve, LowRankMethod, Method, from_record
 from spectrim.methods.joint_svd import JointSVD
 from spectrim.methods.low_rank_plus_sparse import LowRankPlusSparse
+from spectrim.methods.principal_filters import PrincipalFilters
 from spectrim.methods.weight_svd import WeightSVD
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "LowRankMethod",
     "LowRankPlusSparse",
     "Method",
+    "PrincipalFilters",
     "WeightSVD",
     "from_record",
 ]

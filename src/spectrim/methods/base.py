@@ -58,9 +58,12 @@ class Method(ABC):
     ----------
     reads_sketches
         Whether it takes a sketch of the inputs where their second moment is too large to hold.
+    removes_channels
+        Whether it is for sites of coupled channels, in place of layers.
     """
 
     reads_sketches: ClassVar[bool] = False
+    removes_channels: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

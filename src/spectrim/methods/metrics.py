@@ -96,6 +96,14 @@ def mix(matrix: Float[Tensor, "g p c"], weight: Float[Tensor, "g o o"] | None) -
     return torch.einsum("gpoq,got->gptq", opened, weight).reshape(g, p, columns)
 
 
+def mixed_weight(site: Site) -> Float[Tensor, "g o d"]:
+    """The layer's weight over whole patches, its outputs weighed where the site holds a sensitivity."""
+    g, o, *_ = site.spec.shape
+    matrix = site.weight.double().reshape(g, o, -1)
+    weight = output_weight(site)
+    return matrix if weight is None else weight @ matrix
+
+
 def outside(site: Site, mean: Float[Tensor, "g o"], inwards: Tensor, outwards: Tensor) -> Float[Tensor, " o_total"]:
     """Mean response, without the bias, that a projection of the outputs loses.
 

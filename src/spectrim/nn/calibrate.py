@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from spectrim.costs import macs, parameters, size_bytes
+from spectrim.coupling import IN
 from spectrim.errors import CalibrationError
 from spectrim.linalg.moments import Moments
 from spectrim.linalg.sketch import Sketch
 from spectrim.nn.batches import batch_size, call, evaluating
 from spectrim.nn.flops import flop_counter
 from spectrim.nn.patches import sample_outputs, sample_patches
+from spectrim.nn.responses import Responses
 from spectrim.sites import LayerSpec, Site, Sites, Skipped
 from spectrim.unfold import Unfolding, slice_rows, unfoldings
 
@@ -49,6 +51,8 @@ def calibrate(
     that memory does not depend on the number of samples. Convolutions whose patches are longer than 1,152 numbers keep
     one such moment for the slices of each unfolding (``input:height-first``, ...) and one of the outputs (``output``),
     linear layers with more than 2,048 inputs that of the outputs and a sketch of that of the inputs (``sketch``).
+    Coupled channels (:func:`spectrim.couple`) get moments of their pooled responses, and convolutions that read them
+    but keep no moment of whole patches one of the channels at single positions (``channels``).
 
     Parameters
     ----------
@@ -85,7 +89,13 @@ def calibrate(
     """
     if not (rows is None or rows == "auto" or (isinstance(rows, int) and rows > 0)):
         raise ValueError(f"rows={rows!r}: expected a positive number, None for all positions, or 'auto'")
-    watchers = {site.name: _Watcher(site, rows, statistics, seed + i) for i, site in enumerate(sites)}
+    readers = {side.name for coupling in sites.couplings for side in coupling.on(IN)}
+    watchers = {
+        site.name: _Watcher(site, rows, statistics, seed + i, reads_channels=site.name in readers)
+        for i, site in enumerate(sites)
+    }
+    specs = {site.name: site.spec for site in sites}
+    responses = {c.name: Responses(c, specs, seed + i) for i, c in enumerate(sites.couplings)} if statistics else {}
     bystanders = {spec.name: _Shapes(spec) for spec in sites.untouched}
     run = forward or call
     handles = []
@@ -103,10 +113,16 @@ def calibrate(
             for watcher in [*watchers.values(), *bystanders.values()]:
                 module = _layer(model, watcher.spec)
                 handles.append(module.register_forward_hook(watcher.hook(order), with_kwargs=True))
+            for response in responses.values():
+                for number, side in enumerate(response.sides):
+                    layer = _layer(model, specs[side.name])
+                    handles.append(layer.register_forward_pre_hook(response.hook(number), with_kwargs=True))
             for index, batch in enumerate(batches):
                 size = batch_size(batch)
                 for watcher in [*watchers.values(), *bystanders.values()]:
                     watcher.start(index, size)
+                for response in responses.values():
+                    response.start(index)
                 if index == 0:
                     with flop_counter() as counter:
                         for watcher in watchers.values():
@@ -137,21 +153,29 @@ def calibrate(
         )
     found = tuple(watchers[name].site() for name in reached if not watchers[name].irregular)
     left = [site.spec for site in sites if site.name not in reached or watchers[site.name].irregular]
-    specs = [spec.at(bystanders[spec.name].inputs) for spec in sites.untouched]
-    specs += [spec.at(watchers[spec.name].inputs) for spec in left]
+    others = [spec.at(bystanders[spec.name].inputs) for spec in sites.untouched]
+    others += [spec.at(watchers[spec.name].inputs) for spec in left]
     # Without an input shape a layer has no MACs and cannot be timed; what it stores counts all the same.
-    untouched = tuple(spec for spec in specs if spec.inputs)
-    idle = [spec for spec in specs if not spec.inputs]
+    untouched = tuple(spec for spec in others if spec.inputs)
+    idle = [spec for spec in others if not spec.inputs]
+    lost = {spec.name for spec in [*left, *idle]}
+    cut_off = [c for c in sites.couplings if any(side.name in lost for side in c.sides)]
     return dataclasses.replace(
         sites,
         sites=found,
-        skipped=(*sites.skipped, *(Skipped(s.name, s.kind, watchers[s.name].obstacle()) for s in left)),
+        skipped=(
+            *sites.skipped,
+            *(Skipped(s.name, s.kind, watchers[s.name].obstacle()) for s in left),
+            *(Skipped(c.name, f"{c.channels} channels", "a layer of theirs was not calibrated") for c in cut_off),
+        ),
         untouched=untouched,
         other_parameters=sites.other_parameters + int(parameters(idle)),
         other_bytes=sites.other_bytes + int(size_bytes(idle)),
         other_macs=max(0.0, other_macs - macs([*(site.spec for site in found), *untouched])),
         samples=samples,
         same_inputs=seen.together([site.name for site in found]),
+        couplings=tuple(c for c in sites.couplings if c not in cut_off),
+        pooled=MappingProxyType({c.name: responses[c.name].moments for c in sites.couplings if c.name in responses}),
     )
 
 
@@ -241,8 +265,11 @@ class _Shapes:
 class _Watcher(_Shapes):
     """Streams the moments of one site."""
 
-    def __init__(self, site: Site, rows: int | str | None, statistics: bool, seed: int) -> None:
+    def __init__(
+        self, site: Site, rows: int | str | None, statistics: bool, seed: int, *, reads_channels: bool = False
+    ) -> None:
         super().__init__(site.spec)
+        self._reads_channels = reads_channels
         self._site = site
         self._rows = rows
         self._statistics = statistics
@@ -280,6 +307,8 @@ class _Watcher(_Shapes):
             self._add("output", sample_outputs(spec, outputs, self._count(inputs), generator))
             if spec.is_linear:
                 self._add("sketch", patches.flatten(2))
+            elif self._reads_channels:
+                self._add("channels", sample_outputs(spec, inputs, self._count(inputs), generator))
 
     def _count(self, inputs: Tensor) -> int | None:
         if self._rows is None or isinstance(self._rows, int):

@@ -13,9 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from spectrim.coupling import IN, fewer
 from spectrim.errors import CheckpointError, PlanError
+from spectrim.factors import KeptChannels
 from spectrim.nn.build import skeleton
 from spectrim.nn.find import find
+from spectrim.nn.narrow import add_bias, reshape
 from spectrim.nn.packed import masked_layers, packed_mask, read_mask, read_weight, values_inside
 from spectrim.nn.sparse import Slim
 from spectrim.nn.surgery import replace_module
@@ -91,6 +94,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         names the first layer or tensor that does not fit.
     """
     tensors, plan, shared, packed = _read(Path(path))
+    _narrow(model, plan, tensors, path)
     _rebuild(model, plan, path)
     _unpack(model, tensors, packed, path)
     state = model.state_dict()
@@ -186,10 +190,31 @@ def _is_pair(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(name, str) for name in value)
 
 
+def _narrow(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+    """Give modules the shapes that a removal of channels left."""
+    lost: dict[tuple[str, str], int] = {}
+    try:
+        for entry in plan:
+            if entry.choice.kind == KeptChannels.kind:
+                settings = entry.choice.settings
+                for name, axis, count in fewer(settings["kept"], settings["of"], settings["sides"]):  # type: ignore[arg-type]
+                    lost[name, axis] = lost.get((name, axis), 0) + count
+        for (name, axis), count in lost.items():
+            if count:
+                reshape(model, name, axis, count)
+        for name, axis in lost:
+            if axis == IN and f"{name}.bias" in tensors:
+                add_bias(model.get_submodule(name), name)
+    except KeyError as error:
+        raise CheckpointError(f"{path}: a choice of channels lacks the setting {error}") from error
+    except (PlanError, ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
 def _rebuild(model: nn.Module, plan: Plan, path: str | Path) -> None:
     sites = find(model)
     for entry in plan:
-        if entry.choice.is_dense:
+        if entry.choice.is_dense or entry.choice.kind == KeptChannels.kind:
             continue
         for name in entry.sites:
             if name not in sites:

@@ -53,7 +53,7 @@ def sample_patches(
 def sample_outputs(
     spec: LayerSpec, outputs: Tensor, rows: int | None, generator: torch.Generator
 ) -> Float[Tensor, "g n o"]:
-    """Outputs of a layer at ``rows`` random positions or at all."""
+    """Outputs of a layer, or its inputs, at ``rows`` random positions or at all."""
     if spec.is_linear:
         flat = outputs.reshape(-1, outputs.shape[-1])
     else:

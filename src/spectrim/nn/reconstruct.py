@@ -36,6 +36,7 @@ def asymmetric_site(
     batches: Iterable[Any],
     *,
     target: str | None = None,
+    outputs: Tensor | None = None,
     rows: int | str | None = "auto",
     sketch: bool = False,
     forward: Callable[[nn.Module, Any], Any] | None = None,
@@ -56,6 +57,8 @@ def asymmetric_site(
         Of one layer, by its name in the compressed model.
     target
         Layer of the dense model whose responses are wanted; the site's own by default.
+    outputs
+        Output channels of that layer which the site still has, ascending; all by default.
     rows
         Positions sampled in each batch, all if None; ``"auto"`` takes 64 a sample.
     sketch
@@ -96,6 +99,9 @@ def asymmetric_site(
                 # The same seed draws the same positions from both.
                 patches = sample_patches(spec, x, count, torch.Generator().manual_seed(seed + index)).flatten(2)
                 wanted = sample_outputs(spec, y, count, torch.Generator().manual_seed(seed + index))
+                if outputs is not None:
+                    left = (outputs.to(wanted.device) % wanted.shape[2]).reshape(g, 1, -1)
+                    wanted = torch.take_along_dim(wanted, left, 2)
                 held.update(torch.cat([patches, wanted.to(patches.dtype)], dim=2))
     if not held.count or not held.is_finite():
         raise CalibrationError(

@@ -1,0 +1,170 @@
+"""Coupled channels: which entries of which modules belong to one channel, and what is left after a removal.
+
+A channel cannot be removed from one layer alone. Whatever writes it and whatever reads it has to lose it too: the
+normalisation behind a convolution, all layers whose outputs are added up, the columns of the next layers' weights. A
+:class:`Coupling` lists these places once; everything else (costs, moments, modules) is cut along the same lists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from spectrim.errors import PlanError
+
+OUT, IN, THROUGH = "out", "in", "through"
+
+Axis = tuple[str, str]
+"""Path of a module and the name of one of its axes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """Where the channels of a group lie in one module.
+
+    Attributes
+    ----------
+    name
+        Path of the module, or of a parameter that belongs to no layer.
+    axis
+        ``out``: what a layer writes. ``in``: what it reads. ``through``: both at once, as in a depthwise convolution or
+        a normalisation. Of a parameter the number of its axis.
+    positions
+        ``[channels, k]``: entries of the axis that belong to each channel. A linear layer behind a flattened image has
+        one for every pixel.
+    size
+        Length of the axis.
+    """
+
+    name: str
+    axis: str
+    positions: Int64[Tensor, "n k"]
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """Channels of several modules that can only be removed together.
+
+    Attributes
+    ----------
+    name
+        The first layer that writes them, and ``:out``.
+    sides
+        Where they lie; those of the first layer first.
+    pools
+        Equal runs of channels that all have to lose the same number: the groups of a grouped convolution.
+    parameters, bytes
+        What a channel has in modules that are no layers: normalisation, embeddings.
+    """
+
+    name: str
+    sides: tuple[Side, ...]
+    pools: int = 1
+    parameters: float = 0.0
+    bytes: float = 0.0
+
+    @property
+    def channels(self) -> int:
+        return self.sides[0].positions.shape[0]
+
+    def on(self, axis: str) -> tuple[Side, ...]:
+        """The sides of one kind."""
+        return tuple(side for side in self.sides if side.axis == axis)
+
+    def written(self) -> str:
+        """The sides as text, ``module:axis:entries of a channel``: with it a plan needs no graph to be loaded."""
+        return " ".join(f"{side.name}:{side.axis}:{side.positions.shape[1]}" for side in self.sides)
+
+    def check(self, kept: Sequence[int]) -> None:
+        """Raise PlanError unless these channels can be what is kept."""
+        n, pool = self.channels, self.channels // self.pools
+        whole = all(isinstance(c, int) and not isinstance(c, bool) for c in kept)
+        if not whole or list(kept) != sorted(set(kept)) or not kept or kept[0] < 0 or kept[-1] >= n:
+            raise PlanError(
+                f"channels {self.name!r}: cannot keep {_shortened(kept)}; expected different channels, ascending, from "
+                f"0 to {n - 1}, at least one"
+            )
+        counts = torch.bincount(torch.tensor(list(kept)) // pool, minlength=self.pools)
+        if bool((counts != counts[0]).any()):
+            raise PlanError(
+                f"channels {self.name!r}: of each {pool} channels the same number has to be kept, in all {self.pools} "
+                f"groups; {_shortened(kept)} leaves {counts.tolist()}"
+            )
+
+    def after(self, kept: Sequence[int], axes: Mapping[Axis, Tensor]) -> Coupling:
+        """The same channels once a removal has renumbered the axes they lie on."""
+        rows = torch.tensor(list(kept), dtype=torch.int64)
+        sides = []
+        for side in self.sides:
+            left = axes.get((side.name, side.axis))
+            positions = side.positions[rows]
+            if left is None:
+                sides.append(dataclasses.replace(side, positions=positions))
+                continue
+            number = torch.full((side.size,), -1, dtype=torch.int64)
+            number[left] = torch.arange(len(left))
+            sides.append(Side(side.name, side.axis, number[positions], len(left)))
+        return dataclasses.replace(self, sides=tuple(sides))
+
+
+def fewer(kept: Sequence[int], of: int, sides: str) -> list[tuple[str, str, int]]:
+    """``(module, axis, entries it loses)``, from the settings of a choice.
+
+    Raises
+    ------
+    ValueError
+        If they do not say what a removal is.
+    """
+    if not isinstance(of, int) or not isinstance(sides, str) or not 1 <= len(set(kept)) <= of:
+        raise ValueError(f"{len(kept)} channels of {of!r} are no part of them")
+    found = []
+    for text in sides.split():
+        name, _, rest = text.rpartition(":")[0].rpartition(":")
+        per = text.rpartition(":")[2]
+        if not name or not per.isdecimal():
+            raise ValueError(f"{text!r} is not written as module:axis:entries of a channel")
+        found.append((name, rest, (of - len(set(kept))) * int(per)))
+    return found
+
+
+def axes_left(couplings: Iterable[Coupling], kept: Mapping[str, Sequence[int]]) -> dict[Axis, Tensor]:
+    """What is left of every axis that loses something, ascending positions.
+
+    Parameters
+    ----------
+    kept
+        Channels kept by the name of the coupling; a coupling that is not named keeps all.
+
+    Raises
+    ------
+    PlanError
+        If channels are named that do not exist, or a coupling that does not.
+    """
+    known = {coupling.name: coupling for coupling in couplings}
+    unknown = [name for name in kept if name not in known]
+    if unknown:
+        raise PlanError(
+            f"there are no coupled channels {unknown[0]!r}; there are {', '.join(map(repr, known)) or 'none'}"
+        )
+    masks: dict[Axis, Tensor] = {}
+    for name, channels in kept.items():
+        coupling = known[name]
+        coupling.check(channels)
+        gone = torch.ones(coupling.channels, dtype=torch.bool)
+        gone[list(channels)] = False
+        if not bool(gone.any()):
+            continue
+        for side in coupling.sides:
+            mask = masks.setdefault((side.name, side.axis), torch.ones(side.size, dtype=torch.bool))
+            mask[side.positions[gone].flatten()] = False
+    return {axis: mask.nonzero().flatten() for axis, mask in masks.items()}
+
+
+def _shortened(kept: Sequence[int]) -> str:
+    return str(list(kept)) if len(kept) <= 12 else f"{list(kept[:10])} and {len(kept) - 10} more"

@@ -1,0 +1,189 @@
+"""Principal filter analysis: how many channels a group needs, and which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from spectrim import narrowing
+from spectrim.costs import rank_multiple
+from spectrim.coupling import IN
+from spectrim.errors import MissingMomentsError
+from spectrim.factors import KeptChannels
+from spectrim.linalg import principal, subset
+from spectrim.linalg.lowrank import profile
+from spectrim.methods import metrics
+from spectrim.methods.base import OUTPUT_ENERGY, Curve, Method
+from spectrim.plan import Choice
+from spectrim.sites import LayerSpec, Site
+
+RECONSTRUCTION = "reconstruction"
+RULES = (RECONSTRUCTION, *principal.RULES)
+POOLINGS = ("max", "mean", "none")
+
+# Wide groups lose several channels at a time, so that no group takes more steps than this.
+_STEPS = 64
+
+
+@dataclass(frozen=True)
+class PrincipalFilters(Method):
+    """Remove filters whose responses the remaining ones make up for.
+
+    For a group of coupled channels, solve ``min E ||W x - W' x_S||^2`` over subsets ``S`` of given size and the weights
+    ``W'`` of the layers that read them: greedily in ``S``, in closed form in ``W'``. The rules of the published method
+    choose by correlations of pooled responses instead; what they lose is measured in the same way.
+
+    Attributes
+    ----------
+    rule
+        ``reconstruction``, or ``l1-max``, ``abs-max`` and their controls ``l1-min``, ``abs-min``.
+    pooling
+        Over the positions of a sample, for correlations and spectra: ``max``, ``mean`` or ``none``.
+    multiple_of
+        Offer widths that are multiples of this; what suits the device and the group's width if None.
+    least
+        The smallest width on offer.
+
+    Notes
+    -----
+    The error is the share of the readers' centred output energy lost on the calibration samples; with a sensitivity,
+    weighed by the gradients that reach them. Only sites of coupled channels are offered anything
+    (:func:`spectrim.couple`).
+
+    References
+    ----------
+    Suau, Zappella, Apostoloff: Filter distillation for network compression, WACV 2020.
+    """
+
+    removes_channels: ClassVar[bool] = True
+
+    rule: str = RECONSTRUCTION
+    pooling: str = "max"
+    multiple_of: int | None = None
+    least: int = 1
+
+    def __post_init__(self) -> None:
+        if self.rule not in RULES:
+            raise ValueError(f"rule is {self.rule!r}; expected one of {', '.join(RULES)}")
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling is {self.pooling!r}; expected one of {', '.join(POOLINGS)}")
+        for name in ("multiple_of", "least"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def curve(self, site: Site) -> Curve:
+        if site.coupling is None:
+            return Curve((), (), OUTPUT_ENERGY)
+        order, errors, scale = self.elimination(site)
+        n = site.coupling.channels
+        energies = self.energies(site)
+        return Curve(
+            tuple(self.choice(site, order[: n - width]) for width in self.widths(site)),
+            tuple(float(errors[n - width]) for width in self.widths(site)),
+            _unit(site),
+            scale,
+            {"responses": profile(energies.unsqueeze(0))} if float(energies.sum()) > 0 else {},
+        )
+
+    def widths(self, site: Site) -> tuple[int, ...]:
+        """Numbers of channels on offer, descending, all below the present one."""
+        assert site.coupling is not None
+        n, pools = site.coupling.channels, site.coupling.pools
+        step = self.step(site)
+        found = [w for w in range(step, n, step) if w >= self.least and w % pools == 0]
+        return tuple(reversed(found)) or tuple(w for w in (n - pools,) if w >= max(self.least, pools))
+
+    def step(self, site: Site) -> int:
+        """The multiple that widths are rounded to."""
+        assert site.coupling is not None
+        spec = site.layers[0]
+        return self.multiple_of or rank_multiple(spec.device, spec.dtype, site.coupling.channels)
+
+    def choice(self, site: Site, removed: list[int]) -> Choice:
+        """Do without these channels."""
+        assert site.coupling is not None
+        gone = set(removed)
+        kept = tuple(c for c in range(site.coupling.channels) if c not in gone)
+        settings = {"kept": kept, "of": site.coupling.channels, "sides": site.coupling.written()}
+        return Choice(KeptChannels.kind, self.name, settings)
+
+    def layers(self, site: Site, choice: Choice) -> tuple[LayerSpec, ...]:
+        return narrowing.specs(site, len(choice["kept"]))
+
+    def factorize(self, site: Site, choice: Choice) -> KeptChannels:
+        """The weights of the layers of a site with fewer channels, those of the readers corrected."""
+        assert site.coupling is not None
+        kept = tuple(choice["kept"])
+        parts = narrowing.cut_layers(site, kept)
+        weights, names = zip(*((part.weight, part.name) for part in parts), strict=True)
+        return KeptChannels(kept, weights, site.coupling, names)
+
+    def energies(self, site: Site) -> Tensor:
+        """The spectrum of the responses, ``[n]``, descending."""
+        held = site.require(_STATISTIC[self.pooling], type(self).__name__)
+        return principal.spectrum(held.covariance[0])
+
+    def elimination(self, site: Site) -> tuple[list[int], Tensor, float]:
+        """The order in which channels go, the error once so many are gone ``[n]``, and the site's scale.
+
+        Raises
+        ------
+        MissingMomentsError
+            If no layer that reads the channels was calibrated.
+        """
+        assert site.coupling is not None
+        n = site.coupling.channels
+        reading = {side.name for side in site.coupling.on(IN)}
+        found: list[subset.Reader] = []
+        scale = 0.0
+        for part in site.parts:
+            if part.name not in reading or not (part.moments or "unpooled" in site.moments):
+                continue
+            mixed = metrics.mixed_weight(part)
+            of_layer = narrowing.readers(site, part, mixed.mT @ mixed)
+            # Sums over layers need losses in one unit.
+            total = sum(reader.energy for reader in of_layer)
+            own = metrics.scale(part, total)
+            for reader in of_layer:
+                reader.gram *= own / total if total > 0 else 0.0
+            found += of_layer
+            scale += own
+        if not found:
+            raise MissingMomentsError(
+                f"PrincipalFilters needs calibration statistics, and channels {site.name!r} hold none. "
+                "Run calibrate(model, couple(model, find(model), example), batches) first."
+            )
+        step = max(self.step(site), -(-n // _STEPS))
+        order, lost = subset.elimination(
+            found, n, pools=site.coupling.pools, order=self._given(site), at_a_time=step if n > _STEPS else 1
+        )
+        return order, lost / scale if scale > 0 else lost, scale
+
+    def _given(self, site: Site) -> list[int] | None:
+        if self.rule == RECONSTRUCTION:
+            return None
+        assert site.coupling is not None
+        covariance = site.require(_STATISTIC[self.pooling], type(self).__name__).covariance[0]
+        order = principal.removal_order(
+            principal.correlations(covariance), 1, self.rule, principal.inactive(covariance)
+        )
+        return _in_turn(order, site.coupling.channels, site.coupling.pools)
+
+
+_STATISTIC = {"max": "pooled:max", "mean": "pooled:mean", "none": "unpooled"}
+
+
+def _in_turn(order: list[int], channels: int, pools: int) -> list[int]:
+    """The same order within each pool, one of each pool in turn."""
+    order = [*order, *(c for c in range(channels) if c not in set(order))]
+    size = channels // pools
+    runs = [[c for c in order if c // size == pool] for pool in range(pools)]
+    return [c for together in zip(*runs, strict=True) for c in together]
+
+
+def _unit(site: Site) -> str:
+    reading = {side.name for side in site.coupling.on(IN)} if site.coupling else set()
+    return next((metrics.unit(part) for part in site.parts if part.name in reading), OUTPUT_ENERGY)
