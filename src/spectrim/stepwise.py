@@ -1,37 +1,41 @@
-"""Plans that remove channels: costs do not add up there, so they are made in a few steps toward the budget.
+"""Plans that remove channels: costs do not add up there, so the table is made anew in a few steps toward the budget.
 
-A layer costs what its inputs times its outputs cost, and a removal may cut both. A table can only say what each removal
-saves by itself. Every step therefore goes a part of the way under such a table, in which the other methods are on offer
-too, carries out the removals it chose on the sites (in closed form, :mod:`spectrim.narrowing`), and makes the next table of
-what is left. What the network really costs is counted from the layers as they would be, and the last step meets the
-budget in that count. The other methods' choices are made last, for the layers that remain.
+A layer costs what its inputs times its outputs cost, and removals cut both; what a low-rank pair costs depends on the
+channels beside it. A table holds what each option costs *while all others stay as they are*. So a plan is made by
+successive linear programs: each step goes a part of the way under a table of the costs around the last plan. What the
+network really costs is counted from the layers as they would be, and the last step meets the budget in that count.
+Errors are those of the dense network throughout, and nothing that a step removed is lost to the next one.
+
+The other methods' choices are made once more at the end, for the layers that remain.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from spectrim import costs as counted
 from spectrim.api import Progress, tabulate
-from spectrim.budget import UNITS, Budget
+from spectrim.budget import Budget
 from spectrim.coupling import Coupling
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.factors import KeptChannels
 from spectrim.latency import Latency
 from spectrim.methods import Method
-from spectrim.narrowing import costs, narrowed, specs
-from spectrim.plan import DENSE, Candidates, Choice, Entry, Plan, Row
+from spectrim.narrowing import narrowed, specs
+from spectrim.plan import DENSE, Candidates, Choice, Entry, Option, Plan, Row
 from spectrim.selectors import exact, select
-from spectrim.sites import Sites
+from spectrim.sites import LayerSpec, Site, Sites
 
 Costs = dict[str, float]
+Picks = dict[str, Choice]
 Selector = Callable[[Candidates, Budget], Plan]
 
-# Halvings of the interval in which the limit of a step's table lies.
-_HALVINGS = 7
+# Halvings of the interval in which the limit for the last table lies.
+_HALVINGS = 12
+# Further tables around the plan that should meet the budget.
+_MORE = 6
 _SLACK = 1e-9
 
 
@@ -58,7 +62,8 @@ def select_in_steps(
     budget
         For the whole network.
     steps
-        Tables on the way. One is enough, and taken, where no layer loses channels on both sides.
+        Tables on the way to the budget; a few more follow until the plan stays. One is enough, and taken, where no
+        layer loses channels on both sides.
     latency, dense_latency, guard
         As for :func:`spectrim.tabulate`.
 
@@ -70,55 +75,53 @@ def select_in_steps(
     Raises
     ------
     InfeasibleBudgetError
-        If the budget cannot be met; carries the lowest cost that the last table reaches.
+        If the budget cannot be met; carries the lowest cost reached.
     """
-    removers = [method for method in methods if method.removes_channels]
     others = [method for method in methods if not method.removes_channels]
-    count = _Count(sites, methods, latency, dense_latency)
-    dense = count.of(sites)
+    table = tabulate(sites, methods, latency=latency, dense_latency=dense_latency, guard=guard, progress=progress)
+    network = _Network(sites, methods, latency, dense_latency)
+    dense = network.cost({})
     limits = budget.limits(dense)
     steps = steps if others or _shares_layers(sites.couplings) else 1
-    state = _State.start(sites)
-    first: Candidates | None = None
-    for step in range(steps):
-        table = tabulate(
-            state.sites, methods, latency=latency, dense_latency=dense_latency, guard=guard, progress=progress
-        )
-        first = first or table
-        now = count.of(state.sites)
-        # Equal ratios from what it costs now to what it may cost.
-        share = 1 / (steps - step)
-        goals = {c: min(now[c], now[c] * (limits[c] / now[c]) ** share) for c in limits}
-        picks = _within(table, goals, selector, lambda plan: count.planned(state.sites, plan))
-        if step == steps - 1 and not others:
-            picks = _spent(table, picks, goals, state.sites, count)
-        state = state.after(picks, table)
-    assert first is not None
-    plan = _finished(state, others, budget, limits, dense, count, selector, latency, dense_latency, guard)
-    records = {method.name: method.record() for method in removers}
+    _check_reachable(table, network, limits)
+    picks: Picks = {}
+    taken = 0
+    for step in range(1, steps + _MORE + 1):
+        # Equal ratios from the dense network to the budget, then around the plan until it stays.
+        share = min(step / steps, 1.0)
+        goals = {c: min(dense[c], dense[c] * (limits[c] / dense[c]) ** share) for c in limits}
+        before, picks = picks, _chosen(_around(table, network, picks), goals, selector)
+        taken = step
+        if step >= steps and (picks == before or (steps == 1 and _fits(network.cost(picks), limits))):
+            break
+    if not _fits(network.cost(picks), limits):
+        picks = _within(_around(table, network, picks), limits, selector, network)
+    steps = taken
+    if not others:
+        picks = _spent(table, picks, limits, network)
+    plan = _finished(sites, picks, table, others, network, limits, selector, latency, guard)
     name = getattr(selector, "__name__", str(selector))
-    return (
-        dataclasses.replace(
-            plan,
-            selector=f"{name}, {steps} step{'s' if steps > 1 else ''}",
-            methods={**plan.methods, **{key: records[key] for key in state.used(records)}},
-            facts={**plan.facts, "steps": steps},
-            unit=first.unit,
-        ),
-        first,
+    plan = dataclasses.replace(
+        plan,
+        selector=f"{name}, {steps} step{'s' if steps > 1 else ''}",
+        facts={**plan.facts, "steps": steps},
+        dense_costs=dense,
+        budget=limits,
+        bound=None,
     )
+    return plan, table
 
 
 @dataclass(eq=False)
-class _Count:
-    """What the network really costs, with channels removed and layers replaced."""
+class _Network:
+    """What the network really costs with some of its channels removed and some of its layers replaced."""
 
     sites: Sites
     methods: Sequence[Method]
     latency: Latency | None
     dense_latency: float | None
     functions: dict[str, counted.Cost] = field(init=False)
-    beyond: float = field(init=False, default=0.0)
+    beyond: Costs = field(init=False)
 
     def __post_init__(self) -> None:
         self.functions = {"parameters": counted.parameters, "bytes": counted.size_bytes}
@@ -126,205 +129,196 @@ class _Count:
             self.functions["macs"] = counted.macs
         if self.latency is not None:
             self.functions["latency"] = self.latency
-            if self.dense_latency is not None:
-                # What the layers do not explain stays.
-                self.beyond = max(0.0, self.dense_latency - costs(self.sites, {}, self.functions)["latency"])
+        self._makers = {method.name: method for method in self.methods}
+        self._specs = {spec.name: spec for spec in self.sites.untouched}
+        self._specs |= {site.name: site.spec for site in self.sites}
+        self._couplings = {coupling.name: coupling for coupling in self.sites.couplings}
+        self._touching: dict[str, list[tuple[str, str, int, int]]] = {}
+        for c in self.sites.couplings:
+            for side in c.sides:
+                if side.name in self._specs:
+                    held = self._touching.setdefault(side.name, [])
+                    held.append((c.name, side.axis, side.positions.shape[1], side.size))
+        self._known: dict[tuple[object, ...], Costs] = {}
+        layers = self._sum(self._specs, {})
+        self.beyond = {"parameters": float(self.sites.other_parameters), "bytes": float(self.sites.other_bytes)}
+        self.beyond |= {"macs": self.sites.other_macs}
+        if self.latency is not None:
+            # What the layers do not explain stays.
+            self.beyond["latency"] = max(0.0, (self.dense_latency or 0.0) - layers["latency"])
 
-    def of(self, sites: Sites, numbers: Mapping[str, int] | None = None) -> Costs:
-        found = costs(sites, numbers or {}, self.functions)
-        if "latency" in found:
-            found["latency"] += self.beyond
+    def width(self, name: str, picks: Picks) -> int:
+        """Channels that picks leave of a coupling."""
+        choice = picks.get(name, DENSE)
+        return self._couplings[name].channels if choice.is_dense else len(choice["kept"])
+
+    def spec(self, name: str, picks: Picks) -> LayerSpec:
+        """A layer with the channels that picks leave."""
+        left: dict[str, int] = {}
+        for coupling, axis, entries, size in self._touching.get(name, ()):
+            gone = self._couplings[coupling].channels - self.width(coupling, picks)
+            left[axis] = left.get(axis, size) - gone * entries
+        spec = self._specs[name]
+        return spec.narrowed(left) if left else spec
+
+    def layer(self, name: str, picks: Picks) -> Costs:
+        """What one layer costs."""
+        choice = picks.get(name, DENSE)
+        key = (name, choice, *(self.width(coupling, picks) for coupling, *_ in self._touching.get(name, ())))
+        if key not in self._known:
+            spec = self.spec(name, picks)
+            chain: tuple[LayerSpec, ...] = (spec,)
+            if not choice.is_dense:
+                site = dataclasses.replace(self.sites[name], layers=chain)
+                chain = self._makers[choice.method].layers(site, choice)
+            self._known[key] = {cost: function(chain) for cost, function in self.functions.items()}
+        return self._known[key]
+
+    def of(self, row: str, picks: Picks) -> Costs:
+        """What the layers of a row cost: one layer, or all that hold the channels of a coupling."""
+        if row not in self._couplings:
+            return self.layer(row, picks)
+        coupling = self._couplings[row]
+        found = self._sum({side.name: None for side in coupling.sides if side.name in self._specs}, picks)
+        width = self.width(row, picks)
+        found["parameters"] += coupling.parameters * width
+        found["bytes"] += coupling.bytes * width
         return found
 
-    def planned(self, sites: Sites, plan: Plan) -> Costs:
-        """Of a plan made from a table of these sites."""
-        numbers = {e.site: len(e.choice["kept"]) for e in plan if e.choice.kind == KeptChannels.kind}
-        found = self.of(sites, numbers)
-        makers = {method.name: method for method in self.methods}
-        left: dict[str, dict[str, int]] = {}
-        for coupling in sites.couplings:
-            gone = coupling.channels - numbers.get(coupling.name, coupling.channels)
-            for side in coupling.sides:
-                axes = left.setdefault(side.name, {})
-                axes[side.axis] = axes.get(side.axis, side.size) - gone * side.positions.shape[1]
-        for entry in plan:
-            if entry.choice.is_dense or entry.choice.kind == KeptChannels.kind:
-                continue
-            site = sites[entry.site]
-            layers = tuple(s.narrowed(left[s.name]) if s.name in left else s for s in site.layers)
-            after = makers[entry.choice.method].layers(dataclasses.replace(site, layers=layers), entry.choice)
-            for name, cost in self.functions.items():
-                found[name] += cost(after) - sum(cost((layer,)) for layer in layers)
+    def cost(self, picks: Picks) -> Costs:
+        """What the whole network costs."""
+        found = self._sum(self._specs, picks)
+        for name, value in self.beyond.items():
+            if name in found:
+                found[name] += value
+        for coupling in self.sites.couplings:
+            gone = coupling.channels - self.width(coupling.name, picks)
+            found["parameters"] -= gone * coupling.parameters
+            found["bytes"] -= gone * coupling.bytes
         return found
 
-
-@dataclass(frozen=True, eq=False)
-class _State:
-    """The network on the way: its sites, and which of the dense network's channels they still have."""
-
-    dense: Sites
-    sites: Sites
-    kept: Mapping[str, tuple[int, ...]]
-    choices: Mapping[str, Choice]
-    losses: Mapping[str, float]
-    scales: Mapping[str, float]
-
-    @classmethod
-    def start(cls, sites: Sites) -> _State:
-        everything = {c.name: tuple(range(c.channels)) for c in sites.couplings}
-        return cls(sites, sites, everything, {}, {}, {})
-
-    def after(self, plan: Plan, table: Candidates) -> _State:
-        rows = {row.site: row for row in table.rows}
-        taken = {e.site: e for e in plan if e.choice.kind == KeptChannels.kind}
-        kept, losses = dict(self.kept), dict(self.losses)
-        for name, entry in taken.items():
-            kept[name] = tuple(self.kept[name][c] for c in entry.choice["kept"])
-            losses[name] = losses.get(name, 0.0) + rows[name].scale * max(entry.error, 0.0)
-        scales = self.scales or {row.site: row.scale for row in table.rows}
-        choices = {**self.choices, **{name: entry.choice for name, entry in taken.items()}}
-        here = {name: entry.choice["kept"] for name, entry in taken.items()}
-        return _State(self.dense, narrowed(self.sites, here), kept, choices, losses, scales)
-
-    def used(self, names: Mapping[str, Any]) -> list[str]:
-        return [name for name in names if any(choice.method == name for choice in self.choices.values())]
-
-    def entries(self, count: _Count) -> list[Entry]:
-        """What was done to the coupled channels, in the dense network's numbers."""
-        found = []
-        for site in self.dense.coupled():
-            assert site.coupling is not None
-            coupling = site.coupling
-            kept = self.kept[coupling.name]
-            choice = DENSE
-            if coupling.name in self.choices:
-                settings = {"kept": kept, "of": coupling.channels, "sides": coupling.written()}
-                choice = Choice(KeptChannels.kind, self.choices[coupling.name].method, settings)
-            scale = self.scales.get(coupling.name, 0.0)
-            error = self.losses.get(coupling.name, 0.0) / scale if scale > 0 else 0.0
-            before, after = (
-                {name: float(sum(cost((s,)) for s in specs(site, n))) for name, cost in count.functions.items()}
-                for n in (coupling.channels, len(kept))
-            )
-            found.append(Entry(coupling.name, f"{coupling.channels} channels", choice, error, after, before))
+    def _sum(self, names: Mapping[str, object], picks: Picks) -> Costs:
+        found = dict.fromkeys(self.functions, 0.0)
+        for name in names:
+            for cost, value in self.layer(name, picks).items():
+                found[cost] += value
         return found
 
 
-def _within(table: Candidates, goals: Costs, selector: Selector, real: Callable[[Plan], Costs]) -> Plan:
-    """The plan that uses most of the goals, counted as the network really is."""
+def _around(table: Candidates, network: _Network, picks: Picks) -> Candidates:
+    """The table with the costs of every option while all others stay as they were picked."""
+    rows: list[Row] = []
+    fixed = network.cost(picks)
+    for row in table.rows:
+        options = [Option(o.choice, o.error, network.of(row.site, {**picks, row.site: o.choice})) for o in row.options]
+        now = network.of(row.site, picks)
+        fixed = {name: value - now[name] for name, value in fixed.items()}
+        rows.append(dataclasses.replace(row, options=tuple(options)))
+    return dataclasses.replace(table, rows=tuple(rows), fixed=fixed)
 
-    def at(scale: float) -> Plan | None:
-        try:
-            return select(table, _absolute({c: goals[c] * scale for c in goals}), selector)
-        except InfeasibleBudgetError:
-            return None
 
-    plan = at(1.0)
-    if plan is not None and _fits(real(plan), goals):
-        return plan
-    # A table counts what two removals save in one layer twice, so that its plans cost more than it says.
-    low, high, best = 0.0, 1.0, None
-    for halving in range(_HALVINGS):
-        middle = 0.6 if not halving else (low + high) / 2
-        plan = at(middle)
-        if plan is not None and not _fits(real(plan), goals):
-            high = middle
+def _chosen(table: Candidates, goals: Costs, selector: Selector) -> Picks:
+    """The choices of a plan under the table; the cheapest if none meets the goals."""
+    try:
+        return _picks(select(table, _absolute(goals), selector))
+    except InfeasibleBudgetError:
+        # Around a plan the table knows of smaller steps only.
+        return _cheapest(table)
+
+
+def _picks(plan: Plan) -> Picks:
+    return {entry.site: entry.choice for entry in plan if not entry.choice.is_dense}
+
+
+def _within(table: Candidates, goals: Costs, selector: Selector, network: _Network) -> Picks:
+    """The choices that use most of the goals, counted as the network really is."""
+    low, high, best = 0.0, 1.0, _cheapest(table)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        picks = _chosen(table, {c: goals[c] * middle for c in goals}, selector)
+        if _fits(network.cost(picks), goals):
+            low, best = middle, picks
         else:
-            low = middle
-            best = plan or best
-            if plan is None:
-                # Not even the table goes so low.
-                low = middle
-    if best is None:
-        return _cheapest(table, goals, real)
+            high = middle
     return best
 
 
-def _cheapest(table: Candidates, goals: Costs, real: Callable[[Plan], Costs]) -> Plan:
-    """The plan that costs least in the table; an error if that is not within the goals."""
-    from spectrim.plan import make_plan
+def _cheapest(table: Candidates) -> Picks:
+    """The option of every row that costs least."""
+    first = next(iter(table.fixed))
+    least = (min(row.options, key=lambda option: option.costs[first]) for row in table.rows)
+    return {row.site: o.choice for row, o in zip(table.rows, least, strict=True) if not o.choice.is_dense}
 
-    first = next(iter(goals))
-    picks = [min(range(len(row.options)), key=lambda k: row.options[k].costs[first]) for row in table.rows]
-    plan = make_plan(table, picks, budget=goals, selector="cheapest")
-    found = real(plan)
-    for cost, limit in goals.items():
+
+def _check_reachable(table: Candidates, network: _Network, limits: Costs) -> None:
+    """Raise InfeasibleBudgetError if not even the smallest network meets the budget."""
+    found, dense = network.cost(_cheapest(table)), network.cost({})
+    for cost, limit in limits.items():
         if found[cost] > limit * (1 + _SLACK):
-            raise InfeasibleBudgetError(cost, limit, found[cost], table.dense[cost])
-    return plan
+            raise InfeasibleBudgetError(cost, limit, found[cost], dense[cost])
 
 
-def _spent(table: Candidates, plan: Plan, goals: Costs, sites: Sites, count: _Count) -> Plan:
+def _spent(table: Candidates, picks: Picks, limits: Costs, network: _Network) -> Picks:
     """Give channels back as long as the budget allows, those first that gain most for what they cost."""
-    rows = {row.site: row for row in table.rows if row.kind.endswith("channels")}
-    picks = {e.site: next(o for o in rows[e.site].options if o.choice == e.choice) for e in plan if e.site in rows}
-    numbers = {name: _width(rows[name], option.choice) for name, option in picks.items()}
+    rows = [row for row in table.rows if row.site in picks]
+
+    def better(row: Row, total: Costs) -> Iterator[tuple[float, str, Choice]]:
+        option = next(o for o in row.options if o.choice == picks[row.site])
+        now = network.of(row.site, picks)
+        for other in row.options:
+            gain = row.loss(option) - row.loss(other)
+            then = network.of(row.site, {**picks, row.site: other.choice})
+            change = {c: then[c] - now[c] for c in limits}
+            if gain > 0 and all(total[c] + change[c] <= limits[c] * (1 + _SLACK) for c in limits):
+                price = sum(change[c] / limits[c] for c in limits)
+                yield gain / max(price, 1e-12), row.site, other.choice
+
     while True:
-        now = count.of(sites, numbers)
-        best: tuple[float, str, Any] | None = None
-        for name, option in picks.items():
-            for other in rows[name].options:
-                width = _width(rows[name], other.choice)
-                gain = rows[name].loss(option) - rows[name].loss(other)
-                if width <= numbers[name] or gain <= 0:
-                    continue
-                then = count.of(sites, {**numbers, name: width})
-                if not _fits(then, goals):
-                    continue
-                price = max(sum((then[c] - now[c]) / goals[c] for c in goals), 1e-12)
-                if best is None or gain / price > best[0]:
-                    best = gain / price, name, other
-        if best is None:
-            break
-        picks[best[1]] = best[2]
-        numbers[best[1]] = _width(rows[best[1]], best[2].choice)
-    entries = tuple(
-        dataclasses.replace(e, choice=picks[e.site].choice, error=float(picks[e.site].error), costs=picks[e.site].costs)
-        if e.site in picks
-        else e
-        for e in plan
-    )
-    return dataclasses.replace(plan, entries=entries)
-
-
-def _width(row: Row, choice: Choice) -> int:
-    return int(row.kind.split()[0]) if choice.is_dense else len(choice["kept"])
+        total = network.cost(picks)
+        found = max((pair for row in rows for pair in better(row, total)), key=lambda pair: pair[0], default=None)
+        if found is None:
+            return picks
+        picks = {**picks, found[1]: found[2]}
 
 
 def _finished(
-    state: _State,
+    sites: Sites,
+    picks: Picks,
+    table: Candidates,
     others: Sequence[Method],
-    budget: Budget,
+    network: _Network,
     limits: Costs,
-    dense: Costs,
-    count: _Count,
     selector: Selector,
     latency: Latency | None,
-    dense_latency: float | None,
     guard: bool,
 ) -> Plan:
-    """The plan of the layers that remain, with the removals before it."""
-    table = tabulate(state.sites, others, latency=latency, guard=guard)
-    fixed = dict(table.fixed)
+    """The plan of the layers that remain, and of the removals."""
+    removals = {name: choice for name, choice in picks.items() if choice.kind == KeptChannels.kind}
+    left = narrowed(sites, {name: choice["kept"] for name, choice in removals.items()})
+    remaining = tabulate(left, others, latency=latency, guard=guard)
+    fixed = dict(remaining.fixed)
     if "latency" in fixed:
-        fixed["latency"] += count.beyond
-    table = dataclasses.replace(table, fixed=fixed)
-    plan = select(table, _absolute(limits), selector)
-    removals = state.entries(count)
-    shown = [dataclasses.replace(e, dense_costs=_dense_of(e, state.dense, count)) for e in plan]
+        fixed["latency"] += network.beyond["latency"]
+    plan = select(dataclasses.replace(remaining, fixed=fixed), _absolute(limits), selector)
+    entries = [dataclasses.replace(e, dense_costs=network.of(e.site, {})) for e in plan]
+    loss = plan.loss
+    for site in sites.coupled():
+        row = table[site.name]
+        option = next(o for o in row.options if o.choice == removals.get(site.name, DENSE))
+        after, before = (_layers_cost(site, network, n) for n in (network.width(site.name, removals), None))
+        entries.append(Entry(site.name, row.kind, option.choice, float(option.error), after, before))
+        loss += row.loss(option)
+    used = {choice.method for choice in removals.values()}
+    methods = {name: record for name, record in table.methods.items() if name in used}
     return dataclasses.replace(
-        plan,
-        entries=(*shown, *removals),
-        dense_costs=dense,
-        budget=limits,
-        loss=plan.loss + sum(state.losses.values()),
-        bound=None,
+        plan, entries=tuple(entries), unit=table.unit, loss=loss, methods={**plan.methods, **methods}
     )
 
 
-def _dense_of(entry: Entry, sites: Sites, count: _Count) -> Costs:
-    layers = [spec for name in entry.sites for spec in sites[name].layers]
-    return {name: float(sum(cost((spec,)) for spec in layers)) for name, cost in count.functions.items()}
+def _layers_cost(site: Site, network: _Network, width: int | None) -> Costs:
+    assert site.coupling is not None
+    layers = specs(site, site.coupling.channels if width is None else width)
+    return {name: float(sum(cost((spec,)) for spec in layers)) for name, cost in network.functions.items()}
 
 
 def _fits(found: Mapping[str, float], goals: Mapping[str, float]) -> bool:
@@ -333,13 +327,12 @@ def _fits(found: Mapping[str, float], goals: Mapping[str, float]) -> bool:
 
 def _absolute(limits: Mapping[str, float]) -> Budget:
     """Limits in their units, whatever their size."""
-    text = {"parameters": "{:.17g}k", "macs": "{:.17g}k", "bytes": "{:.17g}kb", "latency": "{:.17g}ms"}
-    scaled = {c: v if UNITS[c] == "ms" else v / 1e3 for c, v in limits.items()}
-    return Budget(**{c: text[c].format(v) for c, v in scaled.items()})
+    units = {"parameters": "k", "macs": "k", "bytes": "kb", "latency": "ms"}
+    scales = {"latency": 1.0}
+    return Budget(**{c: f"{v / scales.get(c, 1e3):.17g}{units[c]}" for c, v in limits.items()})
 
 
 def _shares_layers(couplings: Sequence[Coupling]) -> bool:
-    """Whether a layer loses channels of two kinds."""
-    touched = [name for c in couplings for name in {side.name for side in c.sides}]
-    both = any(len({s.axis for s in c.sides if s.name == side.name}) > 1 for c in couplings for side in c.sides)
-    return both or len(touched) != len(set(touched))
+    """Whether a layer loses channels of two kinds, or on both sides."""
+    touched = [axis for c in couplings for axis in {(side.name, side.axis) for side in c.sides}]
+    return len(touched) != len({name for name, _ in touched})
