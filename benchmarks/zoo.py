@@ -108,7 +108,7 @@ def enliven(model: nn.Module) -> None:
     weights = {
         id(m.weight)
         for m in model.modules()
-        if isinstance(getattr(m, "weight", None), Tensor) and not isinstance(m, nn.PReLU) and m.weight.dim() > 1
+        if isinstance(getattr(m, "weight", None), nn.Parameter) and not isinstance(m, nn.PReLU) and m.weight.dim() > 1
     }
     for parameter in model.parameters():
         if id(parameter) in weights:

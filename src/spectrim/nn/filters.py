@@ -22,23 +22,17 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from spectrim.coupling import IN, OUT, THROUGH, Axis, Coupling, Side, axes_left
+from spectrim.coupling import IN, OUT, THROUGH, Axis, Coupling, Side
 from spectrim.nn.batches import call, output_tensors, resized
 from spectrim.nn.find import canonical, describe
-from spectrim.nn.narrow import NORMS, narrow
+from spectrim.nn.narrow import NORMS
+from spectrim.nn.trial import Trial, enlivened, first_line
 from spectrim.sites import Site, Sites, Skipped
 
-# Share of the outputs' magnitude by which a narrowed model may differ from one with zeroed weights.
-_TOLERANCE = 1e-4
 # Channels of a group that are tied to each other are looked for one by one up to this many.
 _LOOKED_AT = 4096
-# Operations that keep channels apart; others are named when a group cannot be pruned.
-_HARMLESS = re.compile(
-    r"(add|sub|mul|div|relu|silu|gelu|sigmoid|tanh|hardswish|hardsigmoid|hardtanh|clamp|elu|leaky|mish|pow|sqrt|mean|"
-    r"sum|pool|dropout|identity|unsafeview|clone|contiguous|tobackward|tocopy|alias|upsample|interpolate|neg|exp|"
-    r"abs|convolution|norm|addmm|view|reshape|permute|transpose|squeeze|^t$|concat|cat)",
-    re.IGNORECASE,
-)
+# Ways by which the channels of one layer may reach one operation.
+_VISITS = 16
 
 
 def couple(
@@ -88,7 +82,8 @@ def couple(
     if isinstance(graph, str):
         return dataclasses.replace(sites, skipped=(*sites.skipped, Skipped("", type(model).__name__, graph)))
     found, obstacles = graph.couplings()
-    good, failed = _Trial(graph.model, small, run).sort_out(found, graph)
+    # Not the traced copy: it may keep tensors of autograd, which cannot be copied.
+    good, failed = Trial(enlivened(model), small, run).sort_out(found, graph.operations)
     order = {site.name: number for number, site in enumerate(sites)}
     good.sort(key=lambda c: order.get(c.sides[0].name, len(order)))
     touched = {side.name for coupling in good for side in coupling.sides}
@@ -127,7 +122,7 @@ class _Graph:
             parameter.requires_grad_(parameter.is_floating_point())
         graph = torch_pruning.DependencyGraph()
         try:
-            with warnings.catch_warnings(), torch.enable_grad():
+            with warnings.catch_warnings(), torch.enable_grad(), _careful():
                 warnings.simplefilter("ignore")
                 graph.build_dependency(
                     copied,
@@ -136,7 +131,7 @@ class _Graph:
                     verbose=False,
                 )
         except Exception as error:  # tracing runs foreign code, which may raise anything
-            return f"channels are left alone: tracing failed with {type(error).__name__}: {_first_line(error)}"
+            return f"channels are left alone: tracing failed with {type(error).__name__}: {first_line(error)}"
         names: dict[Any, tuple[str, ...]] = {}
         for name, module in copied.named_modules(remove_duplicate=False):
             names[module] = (*names.get(module, ()), name)
@@ -174,7 +169,7 @@ class _Graph:
             except _Blocked as error:
                 reason = str(error)
             except Exception as error:
-                reason = f"the dependency graph fails with {type(error).__name__}: {_first_line(error)}"
+                reason = f"the dependency graph fails with {type(error).__name__}: {first_line(error)}"
             if reason is not None:
                 obstacles.append((name, count, reason))
         return found, obstacles
@@ -195,7 +190,8 @@ class _Graph:
 
     def _group(self, module: nn.Module, channels: Any) -> Any:
         pruner = self.graph.get_pruner_of_module(module)
-        return self.graph.get_pruning_group(module, pruner.prune_out_channels, list(channels))
+        with _careful():
+            return self.graph.get_pruning_group(module, pruner.prune_out_channels, list(channels))
 
     def _obstacle(self, group: Any, count: int) -> str | None:
         """Why the channels of a group have to stay, as far as the modules tell."""
@@ -265,6 +261,8 @@ class _Graph:
             positions = torch.tensor([sorted(place[number]) for number in range(len(atoms))])
             owner = _get(self.model, path)
             length = _length(owner, axis)
+            if int(positions.max()) >= length or positions.unique().numel() != positions.numel():
+                raise _Blocked(f"{path}: the dependency graph takes its axis of {length} channels for a longer one")
             found.append(Side(path, axis, positions, length))
             if not isinstance(owner, (_ConvNd, nn.Linear)):
                 held = [owner] if isinstance(owner, Tensor) else [*owner.parameters(), *owner.buffers()]
@@ -329,6 +327,50 @@ class _Blocked(Exception):
     """A group of channels that cannot be removed, and why."""
 
 
+@contextlib.contextmanager
+def _careful() -> Iterator[None]:
+    """Keep torch-pruning from failing altogether where it cannot follow one operation.
+
+    It would go round in circles where parts of a split meet again, as in rotary embeddings: each time round moves the
+    indices on, so that it does not notice having been there. And a reshape or concatenation whose sizes it takes for
+    others would end the whole search; left as it is, what passes it fails the trial.
+    """
+    from torch_pruning.dependency import graph, index_mapping
+
+    before = graph.Group
+    names = [name for name in vars(index_mapping) if re.fullmatch(r"update_\w+_index_mapping", name)]
+    mappings = {name: getattr(index_mapping, name) for name in names}
+
+    def guarded(update: Callable[..., None]) -> Callable[..., None]:
+        def run(*arguments: Any) -> None:
+            with contextlib.suppress(IndexError, ZeroDivisionError):
+                update(*arguments)
+
+        return run
+
+    class Bounded(before):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            super().__init__()
+            self.visits: dict[tuple[int, Any], int] = {}
+
+        def add_dep(self, dep: Any, idxs: Any) -> None:
+            place = (id(dep.target), dep.handler)
+            self.visits[place] = self.visits.get(place, 0) + 1
+            if self.visits[place] > _VISITS:
+                raise _Blocked(f"{dep.target.name}: parts of a split meet again")
+            super().add_dep(dep, idxs)
+
+    graph.Group = Bounded
+    for name, update in mappings.items():
+        setattr(index_mapping, name, guarded(update))
+    try:
+        yield
+    finally:
+        graph.Group = before
+        for name, update in mappings.items():
+            setattr(index_mapping, name, update)
+
+
 def _get(model: nn.Module, path: str) -> Any:
     parent, _, leaf = path.rpartition(".")
     return getattr(model.get_submodule(parent), leaf) if leaf else model
@@ -358,135 +400,3 @@ def _operations(group: Any) -> list[str]:
             inner = getattr(dep.target.module, "_grad_fn", None) or type(dep.target.grad_fn).__name__
             found.append(re.sub(r"Backward\d*$", "", str(inner)))
     return list(dict.fromkeys(found))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]
-
-
-@dataclass(eq=False)
-class _Trial:
-    """Removes channels from copies and compares."""
-
-    model: nn.Module
-    example: Any
-    run: Callable[..., Any]
-
-    def sort_out(
-        self, couplings: Sequence[Coupling], graph: _Graph
-    ) -> tuple[list[Coupling], list[tuple[str, int, str]]]:
-        """The couplings whose removal does what it says, and the others with the reason."""
-        if not couplings or self.fault(couplings) is None:
-            return list(couplings), []
-        good: list[Coupling] = []
-        failed = []
-        for coupling in couplings:
-            fault = self.fault([coupling])
-            if fault is None:
-                good.append(coupling)
-            else:
-                failed.append((coupling.name, coupling.channels, self._named(fault, graph.operations[coupling.name])))
-        # What works alone may not work together, such as two groups that one module keeps equal.
-        if good and self.fault(good) is not None:
-            together: list[Coupling] = []
-            for coupling in good:
-                fault = self.fault([*together, coupling])
-                if fault is None:
-                    together.append(coupling)
-                else:
-                    failed.append((coupling.name, coupling.channels, f"together with the others: {fault}"))
-            good = together
-        return good, failed
-
-    def fault(self, couplings: Sequence[Coupling]) -> str | None:
-        """What goes wrong when half of the channels are removed, or None."""
-        kept = {c.name: _half(c) for c in couplings}
-        axes = axes_left(couplings, kept)
-        reference, small = copy.deepcopy(self.model), copy.deepcopy(self.model)
-        with torch.no_grad():
-            for (name, axis), left in axes.items():
-                if axis == IN:
-                    _silence(reference.get_submodule(name), left)
-        try:
-            narrow(small, axes)
-            with torch.no_grad(), _without_statistics() as steps:
-                wanted = output_tensors(self.run(reference, self.example))
-                steps.again()
-                given = output_tensors(self.run(small, self.example))
-        except Exception as error:
-            return f"the narrowed model fails with {type(error).__name__}: {_first_line(error)}"
-        for a, b in zip(wanted, given, strict=True):
-            if a.shape != b.shape:
-                return f"the output would have the shape {tuple(b.shape)} in place of {tuple(a.shape)}"
-            if a.is_floating_point() and not _close(a, b):
-                return "the narrowed model computes something else"
-        return None
-
-    @staticmethod
-    def _named(fault: str, operations: Sequence[str]) -> str:
-        unusual = [name for name in operations if not _HARMLESS.search(name)]
-        return f"{', '.join(unusual[:3])}: {fault}" if unusual else fault
-
-
-def _half(coupling: Coupling) -> list[int]:
-    pool = coupling.channels // coupling.pools
-    chosen = torch.randperm(pool, generator=torch.Generator().manual_seed(0))[: max(1, pool // 2)].sort().values
-    return [p * pool + c for p in range(coupling.pools) for c in chosen.tolist()]
-
-
-def _silence(module: nn.Module, left: Tensor) -> None:
-    """Zero the weights that read what is not left."""
-    weight, _ = canonical(module)
-    g, _, i, *_ = weight.shape
-    gone = torch.ones(g * i, dtype=torch.bool)
-    gone[left] = False
-    gone = gone.to(weight.device).reshape(g, i)
-    weight.mul_((~gone).reshape(g, 1, i, *(1,) * (weight.dim() - 3)).to(weight.dtype))
-
-
-def _close(a: Tensor, b: Tensor) -> bool:
-    a, b = a.double(), b.double()
-    scale = a.abs().max().clamp_min(1e-30) if a.numel() else a.new_ones(())
-    return bool(torch.isfinite(a).all()) and bool(((a - b).abs() <= _TOLERANCE * scale).all())
-
-
-class _Scales:
-    """Scales by which normalisations divide in the first run, for the second."""
-
-    def __init__(self) -> None:
-        self.held: list[Tensor] = []
-        self.next: Iterator[Tensor] | None = None
-
-    def again(self) -> None:
-        self.next = iter(self.held)
-
-    def scaled(self, x: Tensor) -> Tensor:
-        if self.next is None:
-            self.held.append(x.square().mean().sqrt().clamp_min(1e-12))
-            return x / self.held[-1]
-        return x / next(self.next)
-
-
-@contextlib.contextmanager
-def _without_statistics() -> Iterator[_Scales]:
-    """Layer and group normalisation divide by one number a call: their own statistics mix the channels."""
-    scales = _Scales()
-    functional = torch.nn.functional
-    before = functional.layer_norm, functional.group_norm
-
-    def layer_norm(x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
-        x = scales.scaled(x)
-        x = x if weight is None else x * weight
-        return x if bias is None else x + bias
-
-    def group_norm(x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
-        x = scales.scaled(x)
-        shape = (1, -1, *(1,) * (x.dim() - 2))
-        x = x if weight is None else x * weight.reshape(shape)
-        return x if bias is None else x + bias.reshape(shape)
-
-    functional.layer_norm, functional.group_norm = layer_norm, group_norm  # type: ignore[assignment]
-    try:
-        yield scales
-    finally:
-        functional.layer_norm, functional.group_norm = before
