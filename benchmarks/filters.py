@@ -229,7 +229,10 @@ def _headline(rows: list[dict[str, Any]], dense: float, asked: dict[str, Any]) -
     ratios = {row["arm"]: row["parameters_dense"] / row["parameters"] for row in rows}
     epochs = max(row["epochs"] for row in rows)
     said = ", ".join(
-        f"{arm} {ratios[arm]:.2f}x {value:.2f} (before training {before[arm]:.2f})" for arm, value in after.items()
+        f"{arm} {ratios[arm]:.2f}x {after[arm]:.2f} (before training {value:.2f})"
+        if arm in after
+        else f"{arm} {ratios[arm]:.2f}x, before training {value:.2f}"
+        for arm, value in before.items()
     )
     note = f"{rows[0]['network']} (dense {dense:.2f} %), {epochs} epochs: {said}"
     met = gained >= asked["at_least"] and ratios[OURS] >= asked["ratio"]

@@ -7,14 +7,14 @@ The layers that read the channels are corrected in closed form from the moments 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from spectrim import costs as counted
-from spectrim.coupling import IN, OUT, THROUGH, Axis, axes_left
+from spectrim.coupling import IN, OUT, THROUGH, Axis, Coupling, axes_left
 from spectrim.linalg import subset
 from spectrim.linalg.moments import Moments, shrunk
 from spectrim.linalg.sketch import Sketch
@@ -80,15 +80,12 @@ def costs(sites: Sites, numbers: Mapping[str, int], functions: Mapping[str, coun
     functions
         Costs by name.
     """
-    counts: dict[str, dict[str, int]] = {}
+    counts = layers_left(sites.couplings, numbers)
     less = {"parameters": 0.0, "bytes": 0.0}
     for coupling in sites.couplings:
         gone = coupling.channels - numbers.get(coupling.name, coupling.channels)
-        less["parameters"] += gone * coupling.parameters
-        less["bytes"] += gone * coupling.bytes
-        for side in coupling.sides:
-            held = counts.setdefault(side.name, {})
-            held[side.axis] = held.get(side.axis, side.size) - gone * side.positions.shape[1]
+        for name, value in beside_layers(coupling, gone, less).items():
+            less[name] += value
     smaller = dataclasses.replace(
         sites, untouched=tuple(_spec(spec, counts.get(spec.name, {})) for spec in sites.untouched)
     )
@@ -99,14 +96,28 @@ def costs(sites: Sites, numbers: Mapping[str, int], functions: Mapping[str, coun
     return found
 
 
+def layers_left(couplings: Iterable[Coupling], numbers: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """Lengths of the axes that hold coupled channels, by module and axis, with so many channels of each coupling."""
+    found: dict[str, dict[str, int]] = {}
+    for coupling in couplings:
+        gone = coupling.channels - numbers.get(coupling.name, coupling.channels)
+        for side in coupling.sides:
+            held = found.setdefault(side.name, {})
+            held[side.axis] = held.get(side.axis, side.size) - gone * side.positions.shape[1]
+    return found
+
+
 def specs(site: Site, number: int) -> tuple[LayerSpec, ...]:
     """The layers of a site of coupled channels with so many of them."""
     assert site.coupling is not None
-    counts: dict[str, dict[str, int]] = {}
-    gone = site.coupling.channels - number
-    for side in site.coupling.sides:
-        counts.setdefault(side.name, {})[side.axis] = side.size - gone * side.positions.shape[1]
+    counts = layers_left([site.coupling], {site.name: number})
     return tuple(_spec(spec, counts.get(spec.name, {})) for spec in site.layers)
+
+
+def beside_layers(coupling: Coupling, number: int, names: Iterable[str]) -> dict[str, float]:
+    """What so many channels cost in modules that are no layers, by the names of the costs."""
+    held = {"parameters": coupling.parameters * number, "bytes": coupling.bytes * number}
+    return {name: held.get(name, 0.0) for name in names}
 
 
 def cut_layers(site: Site, kept: Sequence[int]) -> tuple[Site, ...]:
@@ -212,8 +223,8 @@ def _cut(site: Site, axes: Mapping[str, Tensor]) -> Site:
         return dataclasses.replace(
             site,
             layers=(spec.narrowed(_counts(axes)),),
-            weights=(site.weight[left],),
-            biases=(None if bias is None else bias[left],),
+            weights=(site.weight[left.to(site.weight.device)],),
+            biases=(None if bias is None else bias[left.to(bias.device)],),
             moments=MappingProxyType({}),
         )
     if IN in axes:
@@ -226,7 +237,7 @@ def _cut(site: Site, axes: Mapping[str, Tensor]) -> Site:
 def _cut_outputs(site: Site, left: Tensor) -> Site:
     spec = site.spec
     g, o, *_ = spec.shape
-    rows = (left % o).reshape(g, -1)
+    rows = (left % o).reshape(g, -1).to(site.weight.device)
     weight = torch.take_along_dim(site.weight, rows.reshape(g, -1, *(1,) * (site.weight.dim() - 2)), 1)
     (bias,) = site.biases
     moments = dict(site.moments)
@@ -237,7 +248,7 @@ def _cut_outputs(site: Site, left: Tensor) -> Site:
         site,
         layers=(spec.narrowed({OUT: len(left)}),),
         weights=(weight,),
-        biases=(None if bias is None else bias[left],),
+        biases=(None if bias is None else bias[left.to(bias.device)],),
         moments=MappingProxyType(moments),
     )
 
@@ -246,9 +257,9 @@ def _cut_inputs(site: Site, left: Tensor) -> Site:
     spec = site.spec
     g, o, i, *kernel = spec.shape
     taps = spec.features // i
-    channels = (left % i).reshape(g, -1)
+    channels = (left % i).reshape(g, -1).to(site.weight.device)
     weight = site.weight.double().reshape(g, o, i, taps)
-    entries = (channels.unsqueeze(2) * taps + torch.arange(taps)).flatten(1)
+    entries = (channels.unsqueeze(2) * taps + torch.arange(taps, device=channels.device)).flatten(1)
     moments = dict(site.moments)
     (bias,) = site.biases
     shift = None
@@ -275,7 +286,7 @@ def _cut_inputs(site: Site, left: Tensor) -> Site:
     for name in list(moments):
         if name.startswith("input:"):
             per = moments[name].mean.shape[1] // i
-            rows = (channels.unsqueeze(2) * per + torch.arange(per)).flatten(1)
+            rows = (channels.unsqueeze(2) * per + torch.arange(per, device=channels.device)).flatten(1)
             moments[name] = sliced(moments[name], rows)
     if "sketch" in moments:
         moments["sketch"] = sliced(moments["sketch"], entries)

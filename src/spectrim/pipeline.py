@@ -15,6 +15,7 @@ from torch import nn
 from spectrim.api import Progress, apply, tabulate
 from spectrim.budget import Budget
 from spectrim.errors import InfeasibleBudgetError, PlanError
+from spectrim.factors import KeptChannels
 from spectrim.groups import group
 from spectrim.latency import Latency
 from spectrim.methods import Method
@@ -67,9 +68,14 @@ class Report:
         if self.measured:
             dense_ms, small_ms = self.measured["dense"].p50, self.measured["compressed"].p50
             lines.append(f"{'measured ms':<12}{dense_ms:>16.3f}{small_ms:>16.3f}{dense_ms / small_ms:>8.2f}x")
-        changed = sum(len(entry.sites) for entry in self.plan if not entry.choice.is_dense)
-        layers = sum(len(entry.sites) for entry in self.plan)
-        lines.append(f"{changed} of {layers} layers changed, {self.samples:,} calibration samples")
+        removals = [entry for entry in self.plan if entry.choice.kind == KeptChannels.kind]
+        layers = [e for e in self.plan if e not in removals and not e.kind.endswith("channels")]
+        changed = sum(len(entry.sites) for entry in layers if not entry.choice.is_dense)
+        total = sum(len(entry.sites) for entry in layers)
+        lines.append(f"{changed} of {total} layers changed, {self.samples:,} calibration samples")
+        if removals:
+            gone = sum(entry.choice["of"] - len(entry.choice["kept"]) for entry in removals)
+            lines.append(f"{gone:,} channels removed from {len(removals)} groups")
         shared = [entry for entry in self.plan if entry.members]
         if shared:
             many = sum(len(entry.members) for entry in shared)
@@ -196,10 +202,13 @@ def compress(
                 latency=latency,
                 dense_latency=dense_latency,
                 guard=guard,
+                table=table,
                 progress=progress,
             )
+        assert table is not None
         return select(table, limits, selector), table
 
+    table = None
     if channels:
         plan, table = planned(budget)
     else:

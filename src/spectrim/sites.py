@@ -392,7 +392,10 @@ class Sites:
         return len(self.sites)
 
     def __getitem__(self, name: str) -> Site:
-        """A site by its name, or the site of all layers of a group."""
+        """A site by its name, or the site of all layers of a group or of coupled channels."""
+        coupling = next((c for c in self.couplings if c.name == name), None)
+        if coupling is not None:
+            return self._coupled(coupling)
         if name in self.groups and name not in self._by_name:
             return self.together(name, self.groups[name])
         try:

@@ -23,10 +23,10 @@ from spectrim.errors import InfeasibleBudgetError
 from spectrim.factors import KeptChannels
 from spectrim.latency import Latency
 from spectrim.methods import Method
-from spectrim.narrowing import narrowed, specs
+from spectrim.narrowing import beside_layers, narrowed
 from spectrim.plan import DENSE, Candidates, Choice, Entry, Option, Plan, Row
 from spectrim.selectors import exact, select
-from spectrim.sites import LayerSpec, Site, Sites
+from spectrim.sites import LayerSpec, Sites
 
 Costs = dict[str, float]
 Picks = dict[str, Choice]
@@ -49,6 +49,7 @@ def select_in_steps(
     latency: Latency | None = None,
     dense_latency: float | None = None,
     guard: bool = False,
+    table: Candidates | None = None,
     progress: Progress | None = None,
 ) -> tuple[Plan, Candidates]:
     """Choose channels to remove, and what to do with the layers that remain.
@@ -66,11 +67,14 @@ def select_in_steps(
         layer loses channels on both sides.
     latency, dense_latency, guard
         As for :func:`spectrim.tabulate`.
+    table
+        What an earlier call returned for the same sites and methods, to choose under another budget.
 
     Returns
     -------
     plan, table
-        A plan for the dense network, and the first table. The plan's ``facts`` hold the number of steps.
+        A plan for the dense network, and the table around the dense network. The plan's ``facts`` hold the number of
+        steps.
 
     Raises
     ------
@@ -78,7 +82,8 @@ def select_in_steps(
         If the budget cannot be met; carries the lowest cost reached.
     """
     others = [method for method in methods if not method.removes_channels]
-    table = tabulate(sites, methods, latency=latency, dense_latency=dense_latency, guard=guard, progress=progress)
+    if table is None:
+        table = tabulate(sites, methods, latency=latency, dense_latency=dense_latency, guard=guard, progress=progress)
     network = _Network(sites, methods, latency, dense_latency)
     dense = network.cost({})
     limits = budget.limits(dense)
@@ -127,8 +132,6 @@ class _Network:
         self.functions = {"parameters": counted.parameters, "bytes": counted.size_bytes}
         if self.sites.seen:
             self.functions["macs"] = counted.macs
-        if self.latency is not None:
-            self.functions["latency"] = self.latency
         self._makers = {method.name: method for method in self.methods}
         self._specs = {spec.name: spec for spec in self.sites.untouched}
         self._specs |= {site.name: site.spec for site in self.sites}
@@ -140,7 +143,7 @@ class _Network:
                     held = self._touching.setdefault(side.name, [])
                     held.append((c.name, side.axis, side.positions.shape[1], side.size))
         self._known: dict[tuple[object, ...], Costs] = {}
-        layers = self._sum(self._specs, {})
+        layers = self._sum(self._specs, {}, measured=True)
         self.beyond = {"parameters": float(self.sites.other_parameters), "bytes": float(self.sites.other_bytes)}
         self.beyond |= {"macs": self.sites.other_macs}
         if self.latency is not None:
@@ -161,16 +164,41 @@ class _Network:
         spec = self._specs[name]
         return spec.narrowed(left) if left else spec
 
-    def layer(self, name: str, picks: Picks) -> Costs:
-        """What one layer costs."""
+    def layer(self, name: str, picks: Picks, *, measured: bool = False) -> Costs:
+        """What one layer costs.
+
+        Of its time, ``measured`` says whether it is taken by the clock. Otherwise the effects of the channels of each
+        kind are measured apart and multiplied, which needs far fewer measurements.
+        """
+        found = self._counted(name, picks)
+        if self.latency is None:
+            return found
+        if measured:
+            return {**found, "latency": self._time(name, picks)}
+        own = {name: picks[name]} if name in picks else {}
+        whole = time = self._time(name, own)
+        for coupling, *_ in self._touching.get(name, ()):
+            if coupling in picks:
+                time *= self._time(name, {coupling: picks[coupling]}) / max(self._time(name, {}), 1e-9)
+        return {**found, "latency": min(time, whole)}
+
+    def _time(self, name: str, picks: Picks) -> float:
+        assert self.latency is not None
+        return self.latency(self._chain(name, picks))
+
+    def _chain(self, name: str, picks: Picks) -> tuple[LayerSpec, ...]:
+        """The layers in place of one."""
+        spec, choice = self.spec(name, picks), picks.get(name, DENSE)
+        if choice.is_dense:
+            return (spec,)
+        site = dataclasses.replace(self.sites[name], layers=(spec,))
+        return self._makers[choice.method].layers(site, choice)
+
+    def _counted(self, name: str, picks: Picks) -> Costs:
         choice = picks.get(name, DENSE)
         key = (name, choice, *(self.width(coupling, picks) for coupling, *_ in self._touching.get(name, ())))
         if key not in self._known:
-            spec = self.spec(name, picks)
-            chain: tuple[LayerSpec, ...] = (spec,)
-            if not choice.is_dense:
-                site = dataclasses.replace(self.sites[name], layers=chain)
-                chain = self._makers[choice.method].layers(site, choice)
+            chain = self._chain(name, picks)
             self._known[key] = {cost: function(chain) for cost, function in self.functions.items()}
         return self._known[key]
 
@@ -186,8 +214,8 @@ class _Network:
         return found
 
     def cost(self, picks: Picks) -> Costs:
-        """What the whole network costs."""
-        found = self._sum(self._specs, picks)
+        """What the whole network costs, its time measured layer by layer."""
+        found = self._sum(self._specs, picks, measured=True)
         for name, value in self.beyond.items():
             if name in found:
                 found[name] += value
@@ -197,11 +225,11 @@ class _Network:
             found["bytes"] -= gone * coupling.bytes
         return found
 
-    def _sum(self, names: Mapping[str, object], picks: Picks) -> Costs:
-        found = dict.fromkeys(self.functions, 0.0)
+    def _sum(self, names: Mapping[str, object], picks: Picks, *, measured: bool = False) -> Costs:
+        found: Costs = {}
         for name in names:
-            for cost, value in self.layer(name, picks).items():
-                found[cost] += value
+            for cost, value in self.layer(name, picks, measured=measured).items():
+                found[cost] = found.get(cost, 0.0) + value
         return found
 
 
@@ -302,23 +330,18 @@ def _finished(
     plan = select(dataclasses.replace(remaining, fixed=fixed), _absolute(limits), selector)
     entries = [dataclasses.replace(e, dense_costs=network.of(e.site, {})) for e in plan]
     loss = plan.loss
-    for site in sites.coupled():
-        row = table[site.name]
-        option = next(o for o in row.options if o.choice == removals.get(site.name, DENSE))
-        after, before = (_layers_cost(site, network, n) for n in (network.width(site.name, removals), None))
-        entries.append(Entry(site.name, row.kind, option.choice, float(option.error), after, before))
+    for coupling in sites.couplings:
+        row = table[coupling.name]
+        option = next(o for o in row.options if o.choice == removals.get(coupling.name, DENSE))
+        numbers = network.width(coupling.name, removals), coupling.channels
+        after, before = (beside_layers(coupling, n, remaining.costs) for n in numbers)
+        entries.append(Entry(coupling.name, row.kind, option.choice, float(option.error), after, before))
         loss += row.loss(option)
     used = {choice.method for choice in removals.values()}
     methods = {name: record for name, record in table.methods.items() if name in used}
     return dataclasses.replace(
         plan, entries=tuple(entries), unit=table.unit, loss=loss, methods={**plan.methods, **methods}
     )
-
-
-def _layers_cost(site: Site, network: _Network, width: int | None) -> Costs:
-    assert site.coupling is not None
-    layers = specs(site, site.coupling.channels if width is None else width)
-    return {name: float(sum(cost((spec,)) for spec in layers)) for name, cost in network.functions.items()}
 
 
 def _fits(found: Mapping[str, float], goals: Mapping[str, float]) -> bool:

@@ -19,7 +19,7 @@ from spectrim.factors import KeptChannels
 from spectrim.latency import Latency
 from spectrim.linalg import principal
 from spectrim.methods import PrincipalFilters, metrics
-from spectrim.narrowing import costs, specs
+from spectrim.narrowing import beside_layers, costs, layers_left
 from spectrim.plan import DENSE, Choice, Entry, Plan
 from spectrim.sites import Site, Sites
 
@@ -123,7 +123,8 @@ def recommend(
     else:
         numbers = widths(sites, recipe, method=analysis)
         name = f"PFA {recipe}"
-    entries = [_left_alone(site, functions) for site in sites]
+    left = layers_left(sites.couplings, numbers)
+    entries = [_layer(site, left.get(site.name, {}), functions) for site in sites]
     loss = 0.0
     for site in sites.coupled():
         entry, lost = _entry(site, numbers[site.name], analysis, functions)
@@ -207,9 +208,7 @@ def _entry(
 ) -> tuple[Entry, float]:
     assert site.coupling is not None
     n = site.coupling.channels
-    before, after = (
-        {name: float(sum(cost((s,)) for s in specs(site, k))) for name, cost in functions.items()} for k in (n, number)
-    )
+    before, after = (beside_layers(site.coupling, k, functions) for k in (n, number))
     kind = f"{n} channels"
     if number >= n:
         return Entry(site.name, kind, DENSE, 0.0, before, before), 0.0
@@ -220,6 +219,10 @@ def _entry(
     return Entry(site.name, kind, choice, error, after, before), scale * max(error, 0.0)
 
 
-def _left_alone(site: Site, functions: Mapping[str, counted.Cost]) -> Entry:
-    own = {name: float(sum(cost((s,)) for s in site.layers)) for name, cost in functions.items()}
-    return Entry(site.name, site.spec.kind, DENSE, 0.0, own, own)
+def _layer(site: Site, left: Mapping[str, int], functions: Mapping[str, counted.Cost]) -> Entry:
+    """A layer that is left as it is but for the channels it has."""
+    before, after = (
+        {name: float(cost((spec,))) for name, cost in functions.items()}
+        for spec in (site.spec, site.spec.narrowed(left))
+    )
+    return Entry(site.name, site.spec.kind, DENSE, 0.0, after, before)

@@ -18,6 +18,7 @@ import numpy as np
 
 from spectrim.budget import UNITS, Budget
 from spectrim.errors import InfeasibleBudgetError
+from spectrim.factors import KeptChannels
 from spectrim.forest import flattened
 from spectrim.plan import Candidates, Choice, Entry, Plan, Row
 from spectrim.selectors import lagrangian
@@ -98,6 +99,9 @@ def _spectrum(axes: Axes, row: Row, entry: Entry | None) -> None:
     if entry is not None and "rank" in entry.choice.settings:
         rank, how = int(entry.choice["rank"]), str(entry.choice.settings.get("unfolding", ""))
         words = "\n".join([f"rank {rank}", *([part] if (part := _sparse_part(entry.choice)) else [])])
+    elif entry is not None and entry.choice.kind == KeptChannels.kind:
+        rank, how = len(entry.choice["kept"]), "responses"
+        words = f"{rank} of {entry.choice['of']}"
     # Rank 0 is no cut through a spectrum.
     chosen = f"{entry.choice.method}/{how}" if entry is not None and rank else ""
     axes.set_yscale("log")
@@ -134,9 +138,12 @@ def _spectrum_legend(figure: Figure, rows: Sequence[Row], plan: Plan | None) -> 
 
     entries = [e for e in (_entry(plan, row.site) for row in rows) if e is not None]
     used = sorted({str(e.choice["unfolding"]) for e in entries if e.choice.settings.get("rank")})
+    used += ["responses"] if any(e.choice.kind == KeptChannels.kind for e in entries) else []
     handles = [Line2D([], [], color=UNFOLDINGS.get(how, _OTHER), lw=1.6, label=f"{how} (chosen)") for how in used]
     if used:
-        handles.append(Line2D([], [], color=CHOSEN, lw=1.1, label="chosen rank"))
+        handles.append(
+            Line2D([], [], color=CHOSEN, lw=1.1, label="chosen rank" if used != ["responses"] else "chosen width")
+        )
     handles.append(Line2D([], [], color=PALE, lw=1.4, label="other candidates" if used else "candidates"))
     # Six names are wider than the figure.
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles) if len(handles) < 6 else 3)
@@ -157,9 +164,11 @@ def _sparse_part(choice: Choice) -> str:
 def costs(plan: Plan, cost: str = "macs") -> Figure:
     """A pair of bars a site: its cost dense and as planned, with the rest of the network last."""
     _known(plan.dense_costs, cost)
-    names = [e.site for e in plan]
-    dense = [e.dense_costs[cost] for e in plan]
-    now = [e.costs[cost] for e in plan]
+    # Coupled channels cost something in their layers, which have entries of their own.
+    entries = [e for e in plan if e.dense_costs[cost] > 0 or not e.kind.endswith("channels")]
+    names = [e.site for e in entries]
+    dense = [e.dense_costs[cost] for e in entries]
+    now = [e.costs[cost] for e in entries]
     fixed = plan.dense_costs[cost] - sum(dense)
     if fixed > 1e-9 * plan.dense_costs[cost]:
         names, dense, now = [*names, "(not touched)"], [*dense, fixed], [*now, fixed]

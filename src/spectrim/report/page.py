@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectrim.budget import UNITS
-from spectrim.factors import SharedBasis
+from spectrim.factors import KeptChannels, SharedBasis
 from spectrim.plan import Candidates, Choice, Entry, Plan
 from spectrim.report import figures
 from spectrim.report.comparison import Comparison, Measure, show
@@ -240,6 +240,8 @@ def choice_text(choice: Choice) -> str:
     if choice.is_dense:
         return "dense"
     settings = dict(choice.settings)
+    if choice.kind == KeptChannels.kind:
+        return f"{len(choice['kept'])} of {choice['of']} channels"
     if "density" in settings:
         return figures.sum_text(choice)
     parts = [str(settings.pop("unfolding"))] if "unfolding" in settings else []
