@@ -7,6 +7,7 @@ the widths it leads to.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -75,7 +76,8 @@ def widths(
         Up to the multiple that suits the device; else as recommended.
     """
     analysis = method or PrincipalFilters()
-    return {site.name: _width(site, recipe(analysis.energies(site)), analysis, rounded) for site in sites.coupled()}
+    energies = _energies(sites, analysis)
+    return {site.name: _width(site, recipe(energies[site.name]), analysis, rounded) for site in sites.coupled()}
 
 
 def recommend(
@@ -119,7 +121,7 @@ def recommend(
         limits = recipe.limits(costs(sites, {}, functions))
         share, numbers = _for_budget(sites, analysis, limits, functions)
         facts["energy share"] = share
-        name = f"PFA-En for a budget ({share:.4g})"
+        name = f"PFA-En for a budget ({share:.8g})"
     else:
         numbers = widths(sites, recipe, method=analysis)
         name = f"PFA {recipe}"
@@ -141,6 +143,20 @@ def recommend(
         methods={analysis.name: analysis.record()},
         facts={**facts, **(latency.facts() if latency is not None else {})},
     )
+
+
+def _energies(sites: Sites, method: PrincipalFilters) -> dict[str, Tensor]:
+    """The spectrum of every group; a warning for those that the samples cannot fill."""
+    few = [c for c in sites.couplings if 0 < sites.pooled[c.name][method.statistic].count <= c.channels]
+    if few:
+        count = sites.pooled[few[0].name][method.statistic].count
+        warnings.warn(
+            f"{len(few)} of {len(sites.couplings)} groups have more channels than there are responses to them, the first "
+            f"{few[0].name!r} with {few[0].channels} channels and {count} responses: their spectra cannot have that many "
+            "components, and too few channels will be recommended. Calibrate on more samples.",
+            stacklevel=4,
+        )
+    return {site.name: method.energies(site) for site in sites.coupled()}
 
 
 def _functions(sites: Sites, latency: Latency | None) -> dict[str, counted.Cost]:
@@ -165,7 +181,7 @@ def _for_budget(
     sites: Sites, method: PrincipalFilters, limits: Mapping[str, float], functions: Mapping[str, counted.Cost]
 ) -> tuple[float, dict[str, int]]:
     coupled = {site.name: site for site in sites.coupled()}
-    energies = {name: method.energies(site) for name, site in coupled.items()}
+    energies = _energies(sites, method)
 
     def at(share: float) -> dict[str, int]:
         return {
@@ -193,13 +209,15 @@ def _for_budget(
             high = middle
     numbers = at(low)
     # The next widths in the order in which a growing share would take them, as long as they fit.
-    shares = {name: (e.cumsum(0) / e.sum().clamp_min(1e-300)) for name, e in energies.items()}
-    waiting = sorted(coupled, key=lambda name: float(shares[name][min(numbers[name], len(shares[name])) - 1]))
-    for name in waiting:
+    held = {name: (e.cumsum(0) / e.sum().clamp_min(1e-300)).tolist() for name, e in energies.items()}
+    growing = set(coupled)
+    while growing:
+        name = min(growing, key=lambda name: held[name][numbers[name] - 1])
         wider = _width(coupled[name], numbers[name] + 1, method, True)
-        while wider > numbers[name] and over({**numbers, name: wider}) is None:
+        if wider > numbers[name] and over({**numbers, name: wider}) is None:
             numbers[name] = wider
-            wider = _width(coupled[name], numbers[name] + 1, method, True)
+        else:
+            growing.remove(name)
     return low, numbers
 
 

@@ -36,7 +36,8 @@ def compress(
         str,
         typer.Option(
             "--method",
-            help="auto, weight-svd, activation-svd, joint, low-rank-plus-sparse, or learned-ranks (needs --train).",
+            help="auto, weight-svd, activation-svd, joint, low-rank-plus-sparse, principal-filters, or learned-ranks "
+            "(needs --train).",
         ),
     ] = "auto",
     share: Annotated[
@@ -50,6 +51,32 @@ def compress(
     groups: common.Groups = None,
     pattern: common.Patterns = None,
     low_rank_share: common.LowRankShare = None,
+    with_low_rank: Annotated[
+        bool,
+        typer.Option("--with-low-rank", help="Principal filters: offer low rank too; the budget chooses between them."),
+    ] = False,
+    width_recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            help="Principal filters: how many stay, in place of --budget: kl, or energy=0.95 for a share of the "
+            "responses' energy.",
+        ),
+    ] = None,
+    rule: Annotated[
+        str,
+        typer.Option(
+            "--rule",
+            help="Principal filters: which stay, by reconstruction of what reads them or by correlation: l1-max, "
+            "abs-max; l1-min, abs-min as controls.",
+        ),
+    ] = "reconstruction",
+    pooling: Annotated[
+        str,
+        typer.Option(
+            "--pooling", help="Principal filters: max, mean or none; of responses over the positions of a sample."
+        ),
+    ] = "max",
     rank_epochs: common.RankEpochs = 10,
     rank_lr: common.RankLr = None,
     c_steps: common.CSteps = 64,
@@ -92,6 +119,9 @@ def compress(
     from spectrim.budget import Budget
     from spectrim.cli import learning
     from spectrim.cli.data import load_data
+    from spectrim.cli.filters import METHOD as FILTERS
+    from spectrim.cli.filters import PARAMETERS as FILTER_PARAMETERS
+    from spectrim.cli.filters import Filters, filter_notes, filter_values, planned_filters, with_channels
     from spectrim.cli.models import load_model
     from spectrim.cli.references import UsageError
     from spectrim.cli.results import Outcome
@@ -114,11 +144,12 @@ def compress(
     from spectrim.report import accuracy, compare
     from spectrim.selectors import energy, exact, greedy, lagrangian, select, uniform
     from spectrim.train import Recipe, fine_tune
+    from spectrim.widths import recommend
 
     if method == learning.METHOD:
         common.refuse(
             context,
-            {"plan_file", "selector", "guard", "share", "groups", "pattern", "low_rank_share"},
+            {"plan_file", "selector", "guard", "share", "groups", "pattern", "low_rank_share", *FILTER_PARAMETERS},
             f"does not combine with --method {method}",
         )
         if multiplier is None:
@@ -136,11 +167,14 @@ def compress(
         raise UsageError(f"--method {method!r} is not known; choose from {', '.join((*METHODS, learning.METHOD))}")
     common.refuse(context, learning.PARAMETERS, f"is for --method {learning.METHOD}, not for --method {method}")
     sparsity = Sparsity.of(context, method, pattern, low_rank_share)
+    filters = Filters.of(context, method, recipe=width_recipe, rule=rule, pooling=pooling, with_low_rank=with_low_rank)
     selectors = dict(zip(SELECTORS, (exact, lagrangian, greedy, energy, uniform), strict=True))
     if selector not in selectors:
         raise UsageError(f"--selector {selector!r} is not known; choose from {', '.join(SELECTORS)}")
-    if bool(budget) == (plan_file is not None):
-        raise UsageError("give either --budget (as macs=50%) or --plan FILE")
+    if filters.recipe is None and bool(budget) == (plan_file is not None):
+        either = "either --budget (as macs=50%)"
+        either = either if method != FILTERS else "one of --budget (as macs=50%), --recipe (as kl)"
+        raise UsageError(f"give {either} or --plan FILE")
     with common.usage():
         wanted = Budget.parse(*budget) if budget else None
         recipe = Recipe(epochs=epochs, lr=lr)
@@ -148,6 +182,9 @@ def compress(
         if not plan_file.is_file():
             raise UsageError(f"--plan {str(plan_file)!r} is not a file")
         common.refuse(context, {"share", "groups"}, "does not combine with --plan, which says what is shared")
+        common.refuse(context, FILTER_PARAMETERS, "does not combine with --plan, which says what is removed")
+    elif data is None:
+        chosen_methods(method, False, filters=filters)  # some need data
     if data is None and input_shape is None:
         raise UsageError("give --data for calibration, or --input for a data-free compression, as --input 3x224x224")
 
@@ -167,22 +204,34 @@ def compress(
     clock = Latency(device=device, batch=batch) if clocked else None
     look = functools.partial(
         survey, out, dense, batches=batches, example=example, skip=skip, only=only, method=method,
-        sparsity=sparsity, multiple_of=multiple_of, latency=clock, guard=guard,
+        sparsity=sparsity, filters=filters, multiple_of=multiple_of, latency=clock, guard=guard,
     )  # fmt: skip
     if plan_file is not None:
         plan = Plan.read(plan_file)
-        found = look(weigh=batches is not None, groups=planned_groups(plan, locate(dense, skip, only)))
+        removed = planned_filters(plan)
+        if removed is not None and batches is not None:
+            look = functools.partial(look, method=FILTERS, filters=removed)
+        shared = planned_groups(plan, locate(dense, skip, only))
+        found = look(weigh=batches is not None, groups=shared, channels=removed is not None)
         result = carry_out(found, dense, plan, batches)
     elif batches is None:
         assert wanted is not None
         found = look(groups=sharing)
         result = carry_out(found, dense, select(found.table, wanted, selectors[selector]), None)
+    elif filters.recipe is not None:
+        found = look(weigh=True)
+        plan = recommend(found.sites, filters.recipe, method=filters.method(multiple_of))
+        result = carry_out(found, dense, plan, batches)
     else:
         assert wanted is not None
         located = locate(dense, skip, only)
         sparsity.check(located)
         offer(located, sharing)
-        methods = chosen_methods(method, True, multiple_of, share=sharing is not False, sparsity=sparsity)
+        if method == FILTERS:
+            with_channels(dense, located, example)  # what cannot be done is said before the batches are read
+        methods = chosen_methods(
+            method, True, multiple_of, share=sharing is not False, sparsity=sparsity, filters=filters
+        )
         with out.progress() as show:
             result = shrink(
                 dense, batches, wanted, methods=methods, skip=list(skip or ()), only=list(only or ()), groups=sharing,
@@ -208,8 +257,9 @@ def compress(
         if testing is not None:
             outcome = outcome.scored("fine-tuned", evaluate(small))
     kernels = fastest(small, example, threads)
+    outcome = outcome.noted(*filter_notes(result.plan, result.sites))
     outcome = outcome.noted(*kernel_notes(kernels))
     comparison = compare(
         dense, small, example, evaluate=outcome.known_score if testing is not None else None, threads=threads
     )
-    outcome.finish(out, comparison, report=report, kernels=kernel_values(kernels))
+    outcome.finish(out, comparison, report=report, kernels=kernel_values(kernels), filters=filter_values(result.plan))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -30,7 +31,14 @@ def profile(
         str | None, typer.Option("--data", "-d", help="Calibration batches: spectra of the responses, MACs.")
     ] = None,
     input_shape: common.Input = None,
-    method: common.MethodName = "auto",
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            help="auto, weight-svd, activation-svd, joint, low-rank-plus-sparse, or principal-filters, which lists how "
+            "many filters each group of channels needs.",
+        ),
+    ] = "auto",
     skip: common.Skip = None,
     only: common.Only = None,
     share: Annotated[
@@ -39,6 +47,16 @@ def profile(
     groups: common.Groups = None,
     pattern: common.Patterns = None,
     low_rank_share: common.LowRankShare = None,
+    pooling: Annotated[
+        str,
+        typer.Option(
+            "--pooling", help="Principal filters: max, mean or none; of responses over the positions of a sample."
+        ),
+    ] = "max",
+    figure: Annotated[
+        Path | None,
+        typer.Option("--figure", help="Principal filters: draw the recommended widths, as widths.svg, .png or .pdf."),
+    ] = None,
     latency: Annotated[bool, typer.Option("--latency", help="Measure the milliseconds of every layer too.")] = False,
     batch: common.Batch = 1,
     threads: common.Threads = None,
@@ -49,13 +67,30 @@ def profile(
     Without data or an input shape only parameters are counted.
     """
     from spectrim.cli.data import load_data
+    from spectrim.cli.filter_widths import Widths, check_figure
+    from spectrim.cli.filters import METHOD as FILTERS
+    from spectrim.cli.filters import Filters
     from spectrim.cli.models import load_model
     from spectrim.cli.references import UsageError
     from spectrim.cli.sharing import NONE_ALIKE, wanted_groups
     from spectrim.cli.sparsity import METHOD, Sparsity
-    from spectrim.cli.steps import first_batch, prepare, random_input, survey
+    from spectrim.cli.steps import (
+        chosen_methods,
+        collect,
+        first_batch,
+        prepare,
+        print_skipped,
+        random_input,
+        skipped_values,
+        survey,
+    )
 
     sparsity = Sparsity.of(context, method, pattern, low_rank_share)
+    filters = Filters.of(context, method, pooling=pooling)
+    check_figure(figure)
+    methods = chosen_methods(method, data is not None, filters=filters)
+    if method == FILTERS:
+        common.refuse(context, {"latency"}, f"does not combine with --method {method}, which times no layers")
     sharing = wanted_groups(share or None, groups, method)
     device = prepare(threads, device)
     if latency and data is None and input_shape is None:
@@ -70,6 +105,10 @@ def profile(
         from spectrim.latency import Latency
 
         clock = Latency(device=device, batch=batch)
+    if method == FILTERS:
+        sites = collect(out, network, methods, batches=batches, example=example, skip=skip, only=only)
+        Widths.of(sites, filters.method(None)).finish(out, model, sites, figure)
+        return
     found = survey(
         out, network, batches=batches, example=example, skip=skip, only=only, method=method, groups=sharing,
         sparsity=sparsity, latency=clock,
@@ -89,7 +128,7 @@ def profile(
                 "samples": found.sites.samples,
                 "layers": layers,
                 **({"groups": shared} if sharing is not False else {}),
-                "skipped": [{"name": s.name, "kind": s.kind, "reason": s.reason} for s in found.sites.skipped],
+                "skipped": skipped_values(found.sites),
                 "facts": dict(table.facts),
             }
         )
@@ -101,10 +140,7 @@ def profile(
         _print_groups(out, shared)
     elif sharing is not False:
         out.print(NONE_ALIKE)
-    if found.sites.skipped:
-        out.table(
-            ["layer", "kind", "reason"], [(s.name, s.kind, s.reason) for s in found.sites.skipped], title="Skipped"
-        )
+    print_skipped(out, found.sites)
 
 
 def _layer(row: Row, table: Candidates) -> dict[str, Any]:

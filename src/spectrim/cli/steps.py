@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from spectrim.api import apply, tabulate
 from spectrim.cli.common import Output, usage
 from spectrim.cli.data import load_data
+from spectrim.cli.filters import METHOD as FILTERS
+from spectrim.cli.filters import Filters, with_channels
 from spectrim.cli.references import UsageError
 from spectrim.cli.sharing import Wanted, offer
 from spectrim.cli.sparsity import METHOD, Sparsity
@@ -33,6 +35,7 @@ METHODS: Mapping[str, tuple[type[Method], ...]] = {
     "activation-svd": (ActivationSVD,),
     "joint": (ActivationSVD, WeightSVD),
     METHOD: (ActivationSVD, WeightSVD),
+    FILTERS: (ActivationSVD, WeightSVD),
 }
 
 
@@ -124,6 +127,7 @@ def chosen_methods(
     *,
     share: bool = False,
     sparsity: Sparsity = Sparsity(),  # noqa: B008 (frozen)
+    filters: Filters = Filters(),  # noqa: B008 (frozen)
 ) -> list[Method]:
     """The methods that ``--method`` names.
 
@@ -133,6 +137,8 @@ def chosen_methods(
         With those for layers that share a factor: the first or the second, and for ``joint`` both at once too.
     sparsity
         Of low rank plus sparse. A share that is given leaves out low rank alone.
+    filters
+        Of principal filters, which leave out low rank unless it is asked for.
 
     Raises
     ------
@@ -141,14 +147,16 @@ def chosen_methods(
     """
     if name not in METHODS:
         raise UsageError(f"--method {name!r} is not known; choose from {', '.join(METHODS)}")
-    if name == "activation-svd" and not calibrated:
-        raise UsageError("--method activation-svd needs calibration batches: give --data")
+    if name in {"activation-svd", FILTERS} and not calibrated:
+        raise UsageError(f"--method {name} needs calibration batches: give --data")
     kinds = METHODS[name] if calibrated else (WeightSVD,)
     shares = () if not share else ("left", "right", "both") if name == "joint" else ("left", "right")
     with usage():
         alone: list[Method] = [kind(multiple_of=multiple_of) for kind in kinds]  # type: ignore[call-arg]
         if name == METHOD:
             alone = [*(alone if sparsity.share is None else []), sparsity.method(multiple_of)]
+        elif name == FILTERS:
+            alone = [filters.method(multiple_of), *(alone if filters.with_low_rank else [])]
         return alone + [JointSVD(part, multiple_of=multiple_of) for part in shares]
 
 
@@ -168,6 +176,48 @@ def locate(model: nn.Module, skip: Sequence[str] | None, only: Sequence[str] | N
     return sites
 
 
+def collect(
+    out: Output,
+    model: nn.Module,
+    methods: Sequence[Method],
+    *,
+    batches: Iterable[Any] | None,
+    example: Any,
+    skip: Sequence[str] | None,
+    only: Sequence[str] | None,
+    groups: Wanted = False,
+    sparsity: Sparsity = Sparsity(),  # noqa: B008 (frozen)
+    channels: bool = False,
+    weigh: bool = False,
+) -> Sites:
+    """Find and calibrate what methods need.
+
+    Parameters
+    ----------
+    batches
+        For calibration; without them the example teaches the input shapes, and without that there are no MACs.
+    groups
+        Layers that may share factors.
+    channels
+        Find those that can be removed, also where no method does so.
+    weigh
+        Collect what an error at each layer does to the outputs, as :func:`spectrim.compress` does.
+    """
+    sites = locate(model, skip, only)
+    sparsity.check(sites)
+    if channels or any(method.removes_channels for method in methods):
+        sites = with_channels(model, sites, example)
+    offer(sites, groups)  # what cannot be carried out is refused before the batches are read
+    with out.progress() as report:
+        if batches is not None:
+            sites = calibrate(model, sites, batches, progress=_named("calibrate", report))
+            if weigh:
+                sites = sensitivity(model, sites, batches)
+        elif example is not None:
+            sites = calibrate(model, sites, [example], statistics=False)
+    return offer(sites, groups)
+
+
 def survey(
     out: Output,
     model: nn.Module,
@@ -179,34 +229,21 @@ def survey(
     method: str,
     groups: Wanted = False,
     sparsity: Sparsity = Sparsity(),  # noqa: B008 (frozen)
+    filters: Filters = Filters(),  # noqa: B008 (frozen)
+    channels: bool = False,
     multiple_of: int | None = None,
     latency: Latency | None = None,
     guard: bool = False,
     weigh: bool = False,
 ) -> Survey:
-    """Find, calibrate and tabulate.
-
-    Parameters
-    ----------
-    batches
-        For calibration; without them the example teaches the input shapes, and without that there are no MACs.
-    groups
-        Layers that may share factors.
-    weigh
-        Collect what an error at each layer does to the outputs, as :func:`spectrim.compress` does.
-    """
-    sites = locate(model, skip, only)
-    methods = chosen_methods(method, batches is not None, multiple_of, share=groups is not False, sparsity=sparsity)
-    sparsity.check(sites)
-    offer(sites, groups)  # what cannot be carried out is refused before the batches are read
+    """Find, calibrate and tabulate; parameters as of :func:`collect` and :func:`chosen_methods`."""
+    share = groups is not False
+    methods = chosen_methods(method, batches is not None, multiple_of, share=share, sparsity=sparsity, filters=filters)
+    sites = collect(
+        out, model, methods, batches=batches, example=example, skip=skip, only=only, groups=groups, sparsity=sparsity,
+        channels=channels, weigh=weigh,
+    )  # fmt: skip
     with out.progress() as report:
-        if batches is not None:
-            sites = calibrate(model, sites, batches, progress=_named("calibrate", report))
-            if weigh:
-                sites = sensitivity(model, sites, batches)
-        elif example is not None:
-            sites = calibrate(model, sites, [example], statistics=False)
-        sites = offer(sites, groups)
         dense = None
         if latency is not None:
             timing = measure_latency({"dense": model}, as_arguments(model, example), threads=latency.threads)
@@ -220,6 +257,18 @@ def carry_out(found: Survey, model: nn.Module, plan: Plan, batches: Iterable[Any
     small = apply(model, found.sites, plan, batches)
     skipped = tuple((s.name, s.kind, s.reason) for s in found.sites.skipped)
     return Result(small, plan, Report(plan, skipped, found.sites.samples), found.table, found.sites)
+
+
+def skipped_values(sites: Sites) -> list[dict[str, str]]:
+    """What is left alone, as JSON values."""
+    return [{"name": each.name, "kind": each.kind, "reason": each.reason} for each in sites.skipped]
+
+
+def print_skipped(out: Output, sites: Sites) -> None:
+    """A table of what is left alone, for people."""
+    if sites.skipped:
+        rows = [tuple(each.values()) for each in skipped_values(sites)]
+        out.table(["layer", "kind", "reason"], rows, title="Skipped")
 
 
 def _named(what: str, report: Callable[[str, int, int | None], None]) -> Callable[[int, int | None], None]:

@@ -121,9 +121,14 @@ class PrincipalFilters(Method):
         weights, names = zip(*((part.weight, part.name) for part in parts), strict=True)
         return KeptChannels(kept, weights, site.coupling, names)
 
+    @property
+    def statistic(self) -> str:
+        """Name of the moments whose spectrum and correlations are used."""
+        return _STATISTIC[self.pooling]
+
     def energies(self, site: Site) -> Tensor:
         """The spectrum of the responses, ``[n]``, descending."""
-        held = site.require(_STATISTIC[self.pooling], type(self).__name__)
+        held = site.require(self.statistic, type(self).__name__)
         return principal.spectrum(held.covariance[0])
 
     def elimination(self, site: Site) -> tuple[list[int], Tensor, float]:
@@ -166,7 +171,7 @@ class PrincipalFilters(Method):
         if self.rule == RECONSTRUCTION:
             return None
         assert site.coupling is not None
-        covariance = site.require(_STATISTIC[self.pooling], type(self).__name__).covariance[0]
+        covariance = site.require(self.statistic, type(self).__name__).covariance[0]
         order = principal.removal_order(
             principal.correlations(covariance), 1, self.rule, principal.inactive(covariance)
         )

@@ -1,0 +1,188 @@
+"""How many filters each group of channels needs, by the recipes of principal filter analysis: a table and a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spectrim import costs as counted
+from spectrim.cli.common import Output
+from spectrim.cli.filters import sample_notes
+from spectrim.cli.references import UsageError
+from spectrim.cli.steps import print_skipped, skipped_values
+from spectrim.coupling import IN, OUT, THROUGH
+from spectrim.linalg import principal
+from spectrim.methods import PrincipalFilters
+from spectrim.narrowing import costs
+from spectrim.sites import Site, Sites
+from spectrim.widths import KL, Energy, Recipe, widths
+
+SHARES = (0.8, 0.9, 0.95, 0.98, 0.99)
+"""Of energy, as in the published figure."""
+FORMATS = (".svg", ".png", ".pdf")
+_COSTS: Mapping[str, counted.Cost] = {"parameters": counted.parameters, "macs": counted.macs}
+_SHOWN = 3  # names of layers in a cell of the table
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Recommended widths of all groups.
+
+    Attributes
+    ----------
+    groups
+        One a group of channels: ``name``, ``channels``, ``dead`` filters, layers that it is ``written_by``,
+        ``passed_by`` (depthwise ones) and ``read_by``, ``widths`` as recommended and ``rounded`` ones, by the recipe
+        as ``--recipe`` takes it.
+    networks
+        ``parameters`` and ``macs`` of the whole network with the rounded widths, by the recipe.
+    dense
+        The same of the network as it is.
+    notes
+        What a reader should know.
+    """
+
+    groups: tuple[Mapping[str, Any], ...]
+    networks: Mapping[str, Mapping[str, float]]
+    dense: Mapping[str, float]
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(cls, sites: Sites, method: PrincipalFilters) -> Widths:
+        """Read the widths off the spectra of coupled and calibrated sites."""
+        recipes: dict[str, Recipe] = {"kl": KL(), **{f"energy={share}": Energy(share) for share in SHARES}}
+        asked = {key: widths(sites, recipe, method=method, rounded=False) for key, recipe in recipes.items()}
+        rounded = {key: widths(sites, recipe, method=method) for key, recipe in recipes.items()}
+        order = {site.name: number for number, site in enumerate(sites)}
+        groups = tuple(_group(site, method, asked, rounded, order) for site in sites.coupled())
+        notes = sample_notes(sites) if method.pooling != "none" else []
+        return cls(
+            groups,
+            {key: costs(sites, numbers, _COSTS) for key, numbers in rounded.items()},
+            costs(sites, {}, _COSTS),
+            tuple(notes),
+        )
+
+    def finish(self, out: Output, model: str, sites: Sites, figure: Path | None = None) -> None:
+        """Draw the figure if it has a name, print the tables or the document."""
+        files = {} if figure is None else {"figure": str(figure)}
+        if figure is not None:
+            self.draw(figure)
+        out.document(
+            {
+                "model": model,
+                "samples": sites.samples,
+                "costs": dict(self.dense),
+                "groups": [dict(group) for group in self.groups],
+                "networks": {key: dict(found) for key, found in self.networks.items()},
+                "notes": list(self.notes),
+                "skipped": skipped_values(sites),
+                "files": files,
+            }
+        )
+        self.print(out)
+        print_skipped(out, sites)
+        for name, file in files.items():
+            out.print(f"{name} {file}")
+
+    def print(self, out: Output) -> None:
+        """Two tables: the widths with what they lead to, and the layers of every group."""
+        recipes = list(self.networks)
+        rows = [
+            (
+                _name(group),
+                *(str(group[key]) for key in ("channels", "dead")),
+                *(str(group["widths"][recipe]) for recipe in recipes),
+            )
+            for group in self.groups
+        ]
+        totals = [sum(group[key] for group in self.groups) for key in ("channels", "dead")]
+        sums = [sum(group["widths"][recipe] for group in self.groups) for recipe in recipes]
+        rows.append(("all groups", *map(str, [*totals, *sums])))
+        for cost, title in (("parameters", "parameters"), ("macs", "MACs")):
+            cells = [_count(found[cost], self.dense[cost]) for found in self.networks.values()]
+            rows.append((title, _count(self.dense[cost]), "", *cells))
+        columns = ["group", ">now", ">dead", *(f">{_head(recipe)}" for recipe in recipes)]
+        out.table(columns, rows, title="Recommended numbers of filters: PFA-KL, and PFA-En at shares of the energy")
+        out.print(
+            "Numbers of filters are as recommended; parameters and MACs are the network's with these rounded up to\n"
+            "multiples that suit the device, as compress --recipe makes them. A group is called by its first layer."
+        )
+        for note in self.notes:
+            out.print(note)
+        places = {"written_by": "written by", "passed_by": "passed by", "read_by": "read by"}
+        used = [key for key in places if any(group[key] for group in self.groups)]
+        lists = [(_name(group), *(_names(group[key]) for key in used)) for group in self.groups]
+        out.table(["group", *(places[key] for key in used)], lists, title="Layers of each group")
+
+    def draw(self, file: Path) -> None:
+        """Write the figure."""
+        from spectrim.report.width_figure import recommended_widths, write
+
+        channels = {_name(group): group["channels"] for group in self.groups}
+        found = {
+            f"PFA-{_head(key)}": {_name(group): group["widths"][key] for group in self.groups} for key in self.networks
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write(recommended_widths(channels, found), file)
+
+
+def check_figure(file: Path | None) -> None:
+    """Refuse names of figures that cannot be written.
+
+    Raises
+    ------
+    UsageError
+        Quotes the name.
+    """
+    if file is not None and file.suffix not in FORMATS:
+        raise UsageError(f"--figure {str(file)!r}: expected a name ending in {', '.join(FORMATS)}")
+
+
+def _group(
+    site: Site,
+    method: PrincipalFilters,
+    asked: Mapping[str, Mapping[str, int]],
+    rounded: Mapping[str, Mapping[str, int]],
+    order: Mapping[str, int],
+) -> dict[str, Any]:
+    assert site.coupling is not None
+    coupling, layers = site.coupling, {spec.name for spec in site.layers}
+    held = site.require("unpooled" if method.pooling == "none" else f"pooled:{method.pooling}", "their number")
+
+    def places(axis: str) -> list[str]:
+        # Normalisation is no layer.
+        found = {side.name for side in coupling.on(axis)} & layers
+        return sorted(found, key=lambda name: (order.get(name, len(order)), name))
+
+    return {
+        "name": site.name,
+        "channels": coupling.channels,
+        "dead": len(principal.inactive(held.covariance[0])),
+        "written_by": places(OUT),
+        "passed_by": places(THROUGH),
+        "read_by": places(IN),
+        "widths": {key: numbers[site.name] for key, numbers in asked.items()},
+        "rounded": {key: numbers[site.name] for key, numbers in rounded.items()},
+    }
+
+
+def _name(group: Mapping[str, Any]) -> str:
+    return group["name"].removesuffix(":out")
+
+
+def _names(layers: Sequence[str]) -> str:
+    more = len(layers) - _SHOWN
+    return ", ".join(layers) if more <= 0 else f"{', '.join(layers[:_SHOWN])} and {more} more"
+
+
+def _head(recipe: str) -> str:
+    return "KL" if recipe == "kl" else recipe.replace("energy=", "En ")
+
+
+def _count(value: float, dense: float | None = None) -> str:
+    from spectrim.report.comparison import show
+
+    return show(value, "") if dense is None else f"{show(value, '')}\n{value / max(dense, 1.0):.0%}"
