@@ -52,6 +52,14 @@ TITLES = {
     "S5": "VGG-16 on CIFAR-10, 15x fewer stored bytes",
     "S5 (pass)": "whole pass over networks of ImageNet's shapes",
     "S6": "linear layer as low rank + sparse: time, and choice of the kernel",
+    "P1": "principal filter analysis against the published numbers",
+    "P2": "ResNet-20, 30 % fewer MACs by removing filters, not trained",
+    "P2 (ResNet-56)": "ResNet-56, 30 % fewer MACs by removing filters, not trained",
+    "P3": "ResNet-56, 2.13x fewer MACs by removing filters, with the teacher",
+    "P4": "VGG-16 on CIFAR-10, 8x fewer parameters by removing filters",
+    "P5": "filters kept for animals and for vehicles of CIFAR-10",
+    "P6": "filters removed from many architectures",
+    "P7": "time of principal filter analysis",
 }
 
 

@@ -151,9 +151,9 @@ def _energies(sites: Sites, method: PrincipalFilters) -> dict[str, Tensor]:
     if few:
         count = sites.pooled[few[0].name][method.statistic].count
         warnings.warn(
-            f"{len(few)} of {len(sites.couplings)} groups have more channels than there are responses to them, the first "
-            f"{few[0].name!r} with {few[0].channels} channels and {count} responses: their spectra cannot have that many "
-            "components, and too few channels will be recommended. Calibrate on more samples.",
+            f"{len(few)} of {len(sites.couplings)} groups have more channels than responses were seen, first "
+            f"{few[0].name!r} with {few[0].channels} channels and {count} responses: their spectra cannot have that "
+            "many components, and too few channels will be recommended. Calibrate on more samples.",
             stacklevel=4,
         )
     return {site.name: method.energies(site) for site in sites.coupled()}
