@@ -311,12 +311,16 @@ def apply(
                 sketch=(unheld or narrowed) and not in_full(site.spec),
                 forward=forward,
             )
-            group = site if entry.site not in shared else shared[entry.site].site
-            if not choice.is_dense and not any(spec.bias for spec in makers[choice.method].layers(group, choice)):
-                # A choice that was counted without a bias gets none, or the model would cost more than its plan.
-                site = dataclasses.replace(site, biases=(None,))
-            if entry.site in shared:
-                shared[entry.site].refit(makers[choice.method], site, entry.members.index(site.name))
+        # A choice that was counted without a bias gets none, or the model would cost more than its plan.
+        spare = None
+        group = site if entry.site not in shared else shared[entry.site].site
+        fitted = follow and (whole or unheld or narrowed)
+        unbiased = not choice.is_dense and not any(s.bias for s in makers[choice.method].layers(group, choice))
+        if unbiased and (fitted or narrowed):
+            (spare,) = site.biases
+            site = dataclasses.replace(site, biases=(None,))
+        if fitted and entry.site in shared:
+            shared[entry.site].refit(makers[choice.method], site, entry.members.index(site.name))
         if choice.is_dense:
             removal.write(site)
         else:
@@ -327,6 +331,8 @@ def apply(
                 factors = makers[choice.method].factorize(site, choice)
                 (module,) = build(factors, site.layers, site.biases)
             replace_module(small, site.spec.names, module)
+            if narrowed:
+                removal.settle(site.name, spare)
             if batches is not None and follow and not (whole or unheld or narrowed) and _owns_second(factors):
                 assert isinstance(module, Factored)
                 refit_second(model, small, site, module, batches, forward=forward)

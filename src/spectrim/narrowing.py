@@ -46,6 +46,8 @@ def narrowed(sites: Sites, kept: Kept) -> Sites:
         If ``kept`` names channels that there are not.
     """
     axes = axes_left(sites.couplings, kept)
+    if not axes:
+        return sites
     by_layer = _by_layer(axes)
 
     def cut(site: Site) -> Site:

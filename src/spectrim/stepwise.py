@@ -6,7 +6,8 @@ successive linear programs: each step goes a part of the way under a table of th
 network really costs is counted from the layers as they would be, and the last step meets the budget in that count.
 Errors are those of the dense network throughout, and nothing that a step removed is lost to the next one.
 
-The other methods' choices are made once more at the end, for the layers that remain.
+The other methods' choices are made once more at the end, for the layers that remain after the removals of each step;
+the plan that loses least is taken.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ def select_in_steps(
     steps = steps if others or _shares_layers(sites.couplings) else 1
     _check_reachable(table, network, limits)
     picks: Picks = {}
+    trail: list[Picks] = [picks]
     taken = 0
     for step in range(1, steps + _MORE + 1):
         # Equal ratios from the dense network to the budget, then around the plan until it stays.
@@ -97,6 +99,7 @@ def select_in_steps(
         goals = {c: min(dense[c], dense[c] * (limits[c] / dense[c]) ** share) for c in limits}
         before, picks = picks, _chosen(_around(table, network, picks), goals, selector)
         taken = step
+        trail.append(picks)
         if step >= steps and (picks == before or (steps == 1 and _fits(network.cost(picks), limits))):
             break
     if not _fits(network.cost(picks), limits):
@@ -104,7 +107,8 @@ def select_in_steps(
     steps = taken
     if not others:
         picks = _spent(table, picks, limits, network)
-    plan = _finished(sites, picks, table, others, network, limits, selector, latency, guard)
+    trail = [picks] if not others else [*trail, picks]
+    plan = _best(trail, sites, table, others, network, limits, selector, latency, guard)
     name = getattr(selector, "__name__", str(selector))
     plan = dataclasses.replace(
         plan,
@@ -309,6 +313,39 @@ def _spent(table: Candidates, picks: Picks, limits: Costs, network: _Network) ->
         picks = {**picks, found[1]: found[2]}
 
 
+def _best(
+    trail: Sequence[Picks],
+    sites: Sites,
+    table: Candidates,
+    others: Sequence[Method],
+    network: _Network,
+    limits: Costs,
+    selector: Selector,
+    latency: Latency | None,
+    guard: bool,
+) -> Plan:
+    """The plan that loses least among those that remove what a step on the way removed, from nothing on.
+
+    Losses of a removal and of what is done to the layers it leaves do not quite add up; what remains is tabulated anew.
+    """
+    removals = {frozenset(_removals(picks).items()): picks for picks in trail}
+    plans: list[Plan] = []
+    fault: InfeasibleBudgetError | None = None
+    for picks in removals.values():
+        try:
+            plans.append(_finished(sites, picks, table, others, network, limits, selector, latency, guard))
+        except InfeasibleBudgetError as error:
+            fault = error
+    if not plans:
+        assert fault is not None
+        raise fault
+    return min(plans, key=lambda plan: plan.loss)
+
+
+def _removals(picks: Picks) -> Picks:
+    return {name: choice for name, choice in picks.items() if choice.kind == KeptChannels.kind}
+
+
 def _finished(
     sites: Sites,
     picks: Picks,
@@ -321,7 +358,7 @@ def _finished(
     guard: bool,
 ) -> Plan:
     """The plan of the layers that remain, and of the removals."""
-    removals = {name: choice for name, choice in picks.items() if choice.kind == KeptChannels.kind}
+    removals = _removals(picks)
     left = narrowed(sites, {name: choice["kept"] for name, choice in removals.items()})
     remaining = tabulate(left, others, latency=latency, guard=guard)
     fixed = dict(remaining.fixed)

@@ -121,7 +121,15 @@ def compress(
     from spectrim.cli.data import load_data
     from spectrim.cli.filters import METHOD as FILTERS
     from spectrim.cli.filters import PARAMETERS as FILTER_PARAMETERS
-    from spectrim.cli.filters import Filters, filter_notes, filter_values, planned_filters, with_channels
+    from spectrim.cli.filters import (
+        Filters,
+        filter_notes,
+        filter_values,
+        planned_filters,
+        recommended,
+        sample_notes,
+        with_channels,
+    )
     from spectrim.cli.models import load_model
     from spectrim.cli.references import UsageError
     from spectrim.cli.results import Outcome
@@ -144,7 +152,6 @@ def compress(
     from spectrim.report import accuracy, compare
     from spectrim.selectors import energy, exact, greedy, lagrangian, select, uniform
     from spectrim.train import Recipe, fine_tune
-    from spectrim.widths import recommend
 
     if method == learning.METHOD:
         common.refuse(
@@ -220,8 +227,7 @@ def compress(
         result = carry_out(found, dense, select(found.table, wanted, selectors[selector]), None)
     elif filters.recipe is not None:
         found = look(weigh=True)
-        plan = recommend(found.sites, filters.recipe, method=filters.method(multiple_of))
-        result = carry_out(found, dense, plan, batches)
+        result = carry_out(found, dense, recommended(found.sites, filters, multiple_of), batches)
     else:
         assert wanted is not None
         located = locate(dense, skip, only)
@@ -258,6 +264,8 @@ def compress(
             outcome = outcome.scored("fine-tuned", evaluate(small))
     kernels = fastest(small, example, threads)
     outcome = outcome.noted(*filter_notes(result.plan, result.sites))
+    if filters.recipe is not None:
+        outcome = outcome.noted(*sample_notes(result.sites, filters.method(multiple_of)))
     outcome = outcome.noted(*kernel_notes(kernels))
     comparison = compare(
         dense, small, example, evaluate=outcome.known_score if testing is not None else None, threads=threads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,16 +54,17 @@ class Widths:
     def of(cls, sites: Sites, method: PrincipalFilters) -> Widths:
         """Read the widths off the spectra of coupled and calibrated sites."""
         recipes: dict[str, Recipe] = {"kl": KL(), **{f"energy={share}": Energy(share) for share in SHARES}}
-        asked = {key: widths(sites, recipe, method=method, rounded=False) for key, recipe in recipes.items()}
-        rounded = {key: widths(sites, recipe, method=method) for key, recipe in recipes.items()}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of few samples; it is among the notes
+            asked = {key: widths(sites, recipe, method=method, rounded=False) for key, recipe in recipes.items()}
+            rounded = {key: widths(sites, recipe, method=method) for key, recipe in recipes.items()}
         order = {site.name: number for number, site in enumerate(sites)}
         groups = tuple(_group(site, method, asked, rounded, order) for site in sites.coupled())
-        notes = sample_notes(sites) if method.pooling != "none" else []
         return cls(
             groups,
             {key: costs(sites, numbers, _COSTS) for key, numbers in rounded.items()},
             costs(sites, {}, _COSTS),
-            tuple(notes),
+            tuple(sample_notes(sites, method)),
         )
 
     def finish(self, out: Output, model: str, sites: Sites, figure: Path | None = None) -> None:
@@ -107,8 +109,8 @@ class Widths:
         columns = ["group", ">now", ">dead", *(f">{_head(recipe)}" for recipe in recipes)]
         out.table(columns, rows, title="Recommended numbers of filters: PFA-KL, and PFA-En at shares of the energy")
         out.print(
-            "Numbers of filters are as recommended; parameters and MACs are the network's with these rounded up to\n"
-            "multiples that suit the device, as compress --recipe makes them. A group is called by its first layer."
+            "Filters as recommended; parameters and MACs of the network with these rounded up to multiples that\n"
+            "suit the device, as compress --recipe makes it. A group has the name of its first layer."
         )
         for note in self.notes:
             out.print(note)
@@ -150,7 +152,7 @@ def _group(
 ) -> dict[str, Any]:
     assert site.coupling is not None
     coupling, layers = site.coupling, {spec.name for spec in site.layers}
-    held = site.require("unpooled" if method.pooling == "none" else f"pooled:{method.pooling}", "their number")
+    held = site.require(method.statistic, "the number of dead filters")
 
     def places(axis: str) -> list[str]:
         # Normalisation is no layer.

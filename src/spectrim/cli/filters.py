@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from spectrim.methods import PrincipalFilters
 from spectrim.nn.filters import couple
 from spectrim.plan import Choice, Entry, Plan
 from spectrim.sites import Sites
-from spectrim.widths import KL, Energy
+from spectrim.widths import KL, Energy, recommend
 
 METHOD = "principal-filters"
 # Parameters of commands that no other method has.
@@ -150,18 +151,28 @@ def filter_notes(plan: Plan, sites: Sites) -> list[str]:
     steps = plan.facts.get("steps")
     if steps is not None:
         notes.append(f"The plan was made in {steps} step{'s'[: steps > 1]} toward the budget.")
-    return [*notes, *sample_notes(sites)]
+    return notes
 
 
-def sample_notes(sites: Sites) -> list[str]:
-    """A warning where calibration has too few samples for the spectra of pooled responses."""
-    wide = [c.channels for c in sites.couplings if c.channels > sites.samples > 0]
+def recommended(sites: Sites, filters: Filters, multiple_of: int | None) -> Plan:
+    """The plan of a recipe. What it warns of is in :func:`sample_notes`."""
+    assert filters.recipe is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return recommend(sites, filters.recipe, method=filters.method(multiple_of))
+
+
+def sample_notes(sites: Sites, method: PrincipalFilters) -> list[str]:
+    """A warning where recipes have too few samples for the spectra they read."""
+    counts = {c.name: sites.pooled[c.name][method.statistic].count for c in sites.couplings}
+    wide = {c.channels: counts[c.name] for c in sites.couplings if counts[c.name] <= c.channels}
+    groups = sum(counts[c.name] <= c.channels for c in sites.couplings)
     if not wide:
         return []
-    groups = f"{len(wide)} groups have" if len(wide) > 1 else "1 group has"
     return [
-        f"{groups} more channels (up to {max(wide)}) than there are calibration samples ({sites.samples}), whose "
-        f"pooled responses show too few components: give at least {max(wide)} samples, better many more."
+        f"{groups} of {len(counts)} groups have as many channels as there are responses to them, or more (up to "
+        f"{max(wide)} channels with {wide[max(wide)]} responses): too few filters are recommended. Calibrate on more "
+        "samples."
     ]
 
 

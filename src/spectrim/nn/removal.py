@@ -77,9 +77,16 @@ class Removal:
         if biased or bias is None:
             return
         if name in self._means:
-            norm: Any = self.model.get_submodule(self.sites.norms[name])
-            norm.running_mean.copy_(self._means[name] - bias.to(self._means[name]))
+            self.settle(name, bias)
         elif bool((bias != 0).any()):
             layer: Any = self.model.get_submodule(name)
             add_bias(layer, name)
             layer.bias.copy_(bias)
+
+    @torch.no_grad()
+    def settle(self, name: str, bias: Tensor | None) -> None:
+        """Have the normalisation behind a layer take over this bias, or none, if there is one."""
+        if name in self._means:
+            norm: Any = self.model.get_submodule(self.sites.norms[name])
+            mean = self._means[name]
+            norm.running_mean.copy_(mean if bias is None else mean - bias.to(mean))
