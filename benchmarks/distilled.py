@@ -42,6 +42,7 @@ def trained(model: nn.Module, recipe: dict[str, Any], train: cifar.Images, check
         weight_decay=recipe["weight_decay"],
         precision=recipe["precision"],
         memory_format="channels_last",
+        distillation=None,
         checkpoint=checkpoint,
         seed=0,
         accelerate=False,
