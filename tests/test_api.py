@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.api import apply, default_methods, retabulate, tabulate
+from spectrim.application import apply
 from spectrim.budget import Budget
 from spectrim.costs import macs, parameters, size_bytes
 from spectrim.errors import PlanError
@@ -24,6 +24,7 @@ from spectrim.nn.modules import Factored
 from spectrim.nn.surgery import parameter_count
 from spectrim.plan import Candidates, Choice, Option, Plan, make_plan
 from spectrim.sites import LayerSpec, Site, Sites
+from spectrim.tables import default_methods, retabulate, tabulate
 from spectrim.testing import check_method
 from spectrim.unfold import unfold, unfolding
 from tests.cases import MODELS, batches_for, one_thread, settled

@@ -42,6 +42,6 @@ def test_every_public_name_exists_and_is_listed() -> None:
 
 
 def test_functions_are_not_hidden_by_modules_of_the_same_name() -> None:
-    code = "import spectrim.selectors, spectrim.pipeline, spectrim.api, spectrim as st\n"
+    code = "import spectrim.selectors, spectrim.pipeline, spectrim.application, spectrim as st\n"
     code += "assert all(callable(f) for f in (st.select, st.compress, st.apply, st.find, st.calibrate, st.sensitivity))"
     assert "spectrim" in loaded_after(code)

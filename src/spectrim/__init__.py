@@ -27,7 +27,7 @@ _HOMES = {
     "Sites": "sites",
     "Trajectory": "trajectory",
     "WeightSVD": "methods",
-    "apply": "api",
+    "apply": "application",
     "budget_path": "train",
     "calibrate": "nn.calibrate",
     "choose_kernels": "nn.kernels",
@@ -49,14 +49,14 @@ _HOMES = {
     "select": "selectors",
     "sensitivity": "nn.sensitivity",
     "size_bytes": "costs",
-    "tabulate": "api",
+    "tabulate": "tables",
     "write_report": "report",
 }
 
 __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]  (made from the table above)
 
 if TYPE_CHECKING:
-    from spectrim.api import apply, tabulate
+    from spectrim.application import apply
     from spectrim.budget import Budget
     from spectrim.costs import macs, parameters, size_bytes
     from spectrim.factors import LowRank, SharedBasis
@@ -76,6 +76,7 @@ if TYPE_CHECKING:
     from spectrim.report import compare, write_report
     from spectrim.selectors import select
     from spectrim.sites import Site, Sites
+    from spectrim.tables import tabulate
     from spectrim.train import LearnedRanks, budget_path, fine_tune, learn_ranks
     from spectrim.trajectory import Trajectory
     from spectrim.widths import KL, Energy, recommend

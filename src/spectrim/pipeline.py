@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from spectrim.api import Progress, apply, tabulate
+from spectrim.application import apply
 from spectrim.budget import Budget
 from spectrim.errors import InfeasibleBudgetError, PlanError
 from spectrim.factors import KeptChannels
 from spectrim.groups import group
 from spectrim.latency import Latency
 from spectrim.methods import Method
-from spectrim.nn.batches import arguments, resized
+from spectrim.nn.batches import arguments, batch_size, call, evaluating, output_tensors, resized
 from spectrim.nn.calibrate import calibrate
 from spectrim.nn.filters import couple
 from spectrim.nn.find import Selector, find
@@ -30,6 +30,7 @@ from spectrim.plan import Candidates, Choice, Plan
 from spectrim.selectors import exact, select
 from spectrim.sites import Sites
 from spectrim.stepwise import select_in_steps
+from spectrim.tables import Progress, tabulate
 
 # A latency plan is selected, built, measured and corrected at most so often.
 _ROUNDS = 8
@@ -203,10 +204,15 @@ def compress(
                 dense_latency=dense_latency,
                 guard=guard,
                 table=table,
+                judge=judged,
                 progress=progress,
             )
         assert table is not None
         return select(table, limits, selector), table
+
+    def judged(plan: Plan) -> float:
+        trial = apply(model, sites, plan, methods=methods)
+        return output_error(model, trial, batches, forward=forward)
 
     table = None
     if channels:
@@ -253,6 +259,31 @@ def find_some(model: nn.Module, skip: Selector | Iterable[Selector], only: Selec
         reasons = "; ".join(f"{s.name}: {s.reason}" for s in sites.skipped[:5]) or "it has no linear or conv layers"
         raise PlanError(f"{type(model).__name__} has no layer to compress ({reasons})")
     return sites
+
+
+@torch.no_grad()
+def output_error(
+    dense: nn.Module,
+    compressed: nn.Module,
+    batches: Iterable[Any],
+    *,
+    samples: int = 512,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> float:
+    """Share of the energy of a network's outputs that a compressed copy misses, on some samples."""
+    run = forward or call
+    missed = energy = 0.0
+    seen = 0
+    with evaluating(dense, compressed):
+        for batch in batches:
+            wanted, given = (output_tensors(run(model, batch)) for model in (dense, compressed))
+            for a, b in zip(wanted, given, strict=True):
+                missed += float((a.double() - b.double()).square().sum())
+                energy += float((a.double() - a.double().mean(0)).square().sum())
+            seen += batch_size(batch)
+            if seen >= samples:
+                break
+    return missed / max(energy, 1e-300)
 
 
 def _silent(what: str, done: int, total: int | None) -> None:

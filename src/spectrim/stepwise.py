@@ -7,7 +7,8 @@ network really costs is counted from the layers as they would be, and the last s
 Errors are those of the dense network throughout, and nothing that a step removed is lost to the next one.
 
 The other methods' choices are made once more at the end, for the layers that remain after the removals of each step;
-the plan that loses least is taken.
+the plan that loses least is taken. What the removals lose and what is lost in the layers they leave do not quite add
+up, so a ``judge`` may measure it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from spectrim import costs as counted
-from spectrim.api import Progress, tabulate
 from spectrim.budget import Budget
 from spectrim.coupling import Coupling
 from spectrim.errors import InfeasibleBudgetError
@@ -28,6 +28,7 @@ from spectrim.narrowing import beside_layers, narrowed
 from spectrim.plan import DENSE, Candidates, Choice, Entry, Option, Plan, Row
 from spectrim.selectors import exact, select
 from spectrim.sites import LayerSpec, Sites
+from spectrim.tables import Progress, tabulate
 
 Costs = dict[str, float]
 Picks = dict[str, Choice]
@@ -51,6 +52,7 @@ def select_in_steps(
     dense_latency: float | None = None,
     guard: bool = False,
     table: Candidates | None = None,
+    judge: Callable[[Plan], float] | None = None,
     progress: Progress | None = None,
 ) -> tuple[Plan, Candidates]:
     """Choose channels to remove, and what to do with the layers that remain.
@@ -70,6 +72,8 @@ def select_in_steps(
         As for :func:`spectrim.tabulate`.
     table
         What an earlier call returned for the same sites and methods, to choose under another budget.
+    judge
+        Says how bad a plan is where several methods are mixed; by default what the plan predicts that it loses.
 
     Returns
     -------
@@ -108,7 +112,8 @@ def select_in_steps(
     if not others:
         picks = _spent(table, picks, limits, network)
     trail = [picks] if not others else [*trail, picks]
-    plan = _best(trail, sites, table, others, network, limits, selector, latency, guard)
+    plans = _plans(trail, sites, table, others, network, limits, selector, latency, guard)
+    plan = plans[0] if len(plans) == 1 else min(plans, key=judge or (lambda plan: plan.loss))
     name = getattr(selector, "__name__", str(selector))
     plan = dataclasses.replace(
         plan,
@@ -313,7 +318,7 @@ def _spent(table: Candidates, picks: Picks, limits: Costs, network: _Network) ->
         picks = {**picks, found[1]: found[2]}
 
 
-def _best(
+def _plans(
     trail: Sequence[Picks],
     sites: Sites,
     table: Candidates,
@@ -323,11 +328,8 @@ def _best(
     selector: Selector,
     latency: Latency | None,
     guard: bool,
-) -> Plan:
-    """The plan that loses least among those that remove what a step on the way removed, from nothing on.
-
-    Losses of a removal and of what is done to the layers it leaves do not quite add up; what remains is tabulated anew.
-    """
+) -> list[Plan]:
+    """Plans that remove what a step on the way removed, from nothing on, and meet the budget by the other methods."""
     removals = {frozenset(_removals(picks).items()): picks for picks in trail}
     plans: list[Plan] = []
     fault: InfeasibleBudgetError | None = None
@@ -339,7 +341,7 @@ def _best(
     if not plans:
         assert fault is not None
         raise fault
-    return min(plans, key=lambda plan: plan.loss)
+    return plans
 
 
 def _removals(picks: Picks) -> Picks:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.api import tabulate
 from spectrim.methods import LowRankPlusSparse, Method, WeightSVD
 from spectrim.nn.sparse import Masked, Sum
 from spectrim.nn.surgery import parameter_count
 from spectrim.plan import DENSE, Choice, Option, Row
+from spectrim.tables import tabulate
 from spectrim.train import LearnedRanks, Loop, Recipe, Schedule, learn_ranks
 from spectrim.train.c_step import CStep
 from spectrim.train.rank_tables import ZERO, buildable, rank, weighed, with_zero, without_zero, word

@@ -9,10 +9,10 @@ import pytest
 from torch import nn
 
 import spectrim as st
-from spectrim.api import tabulate
 from spectrim.methods import WeightSVD
 from spectrim.plan import DENSE, Candidates, Choice, Option, Row
 from spectrim.sites import LayerSpec, Sites
+from spectrim.tables import tabulate
 from spectrim.testing import LAYERS, sample_inputs
 from spectrim.train.rank_tables import ZERO, buildable, rank, rank_methods, weighed, with_zero, without_zero
 from tests.cases import batches_for, settled

@@ -39,9 +39,6 @@ Skip = Annotated[
     list[str] | None, typer.Option("--skip", help="Leave layers alone whose name matches, as 'layer1.*'. Repeatable.")
 ]
 Only = Annotated[list[str] | None, typer.Option("--only", help="Keep to layers whose name matches. Repeatable.")]
-MethodName = Annotated[
-    str, typer.Option("--method", help="auto, weight-svd, activation-svd, joint or low-rank-plus-sparse.")
-]
 Patterns = Annotated[
     list[str] | None,
     typer.Option(
@@ -64,7 +61,9 @@ Groups = Annotated[
 ]
 Test = Annotated[str | None, typer.Option("--test", help="Labelled batches to measure accuracy on.")]
 Lr = Annotated[float | None, typer.Option("--lr", help="Highest learning rate of the fine-tuning.")]
-MultipleOf = Annotated[int | None, typer.Option("--multiple-of", min=1, help="Ranks are multiples of this.")]
+MultipleOf = Annotated[
+    int | None, typer.Option("--multiple-of", min=1, help="Ranks, and numbers of filters, are multiples of this.")
+]
 RankEpochs = Annotated[
     int, typer.Option("--rank-epochs", min=0, help="Learned ranks: epochs of learning weights and ranks together.")
 ]

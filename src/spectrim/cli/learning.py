@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import nn
 
-from spectrim.api import tabulate
 from spectrim.budget import COSTS, Budget
 from spectrim.cli.common import Output, usage
 from spectrim.cli.data import load_data
@@ -26,6 +25,7 @@ from spectrim.nn.calibrate import calibrate
 from spectrim.report import accuracy, compare
 from spectrim.selectors import lagrangian
 from spectrim.sites import Sites
+from spectrim.tables import tabulate
 from spectrim.train import LearnedResult, Recipe, Schedule, learn_ranks
 
 METHOD = "learned-ranks"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.api import apply, tabulate
+from spectrim.application import apply
 from spectrim.cli.common import Output, usage
 from spectrim.cli.data import load_data
 from spectrim.cli.filters import METHOD as FILTERS
@@ -27,6 +27,7 @@ from spectrim.nn.timing import measure_latency
 from spectrim.pipeline import Report, Result
 from spectrim.plan import Candidates, Plan
 from spectrim.sites import Sites
+from spectrim.tables import tabulate
 from spectrim.train.batches import length, split
 
 METHODS: Mapping[str, tuple[type[Method], ...]] = {

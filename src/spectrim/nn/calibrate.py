@@ -124,14 +124,15 @@ def calibrate(
                 for response in responses.values():
                     response.start(index)
                 if index == 0:
+                    counted = [*watchers.values(), *responses.values()]
                     with flop_counter() as counter:
-                        for watcher in watchers.values():
-                            watcher.counter = counter
+                        for each in counted:
+                            each.counter = counter
                         run(model, batch)
-                    own = sum(watcher.own_flops for watcher in watchers.values())
+                    own = sum(each.own_flops for each in counted)
                     other_macs = (counter.get_total_flops() - own) / 2 / size
-                    for watcher in watchers.values():
-                        watcher.counter = None
+                    for each in counted:
+                        each.counter = None
                 else:
                     run(model, batch)
                 samples += size

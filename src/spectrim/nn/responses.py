@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from spectrim.coupling import IN, Coupling
 from spectrim.linalg.moments import Moments
@@ -30,6 +31,9 @@ class Responses:
         self._seed = seed
         self._index = 0
         self._seen: list[weakref.ref[Tensor]] = []
+        # The counter of the first pass would count the statistics' own products too.
+        self.counter: FlopCounterMode | None = None
+        self.own_flops = 0
         n = coupling.channels
         self.moments = {name: Moments(1, n) for name in ("pooled:max", "pooled:mean", "unpooled")}
 
@@ -48,7 +52,9 @@ class Responses:
             if not x.numel() or any(held() is x for held in self._seen):
                 return
             self._seen.append(weakref.ref(x))
+            before = self.counter.get_total_flops() if self.counter else 0
             self._update(_channels(x.detach(), spec, side.positions))
+            self.own_flops += self.counter.get_total_flops() - before if self.counter else 0
 
         return watch
 

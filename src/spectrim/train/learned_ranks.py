@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.api import apply, default_methods, tabulate
+from spectrim.application import apply
 from spectrim.budget import Budget
 from spectrim.costs import Cost
 from spectrim.errors import CheckpointError, MissingMomentsError, PlanError
@@ -37,6 +37,7 @@ from spectrim.nn.sensitivity import sensitivity
 from spectrim.pipeline import meet_latency, one_batch
 from spectrim.plan import Candidates, Choice, Plan
 from spectrim.sites import LayerSpec, Site, Sites
+from spectrim.tables import default_methods, tabulate
 from spectrim.train import randomness, rank_tables
 from spectrim.train.c_step import CStep
 from spectrim.train.rank_tables import ZERO
