@@ -205,20 +205,23 @@ def tradeoff(
     """
     _known(candidates.dense, cost)
     # Losses span several powers of ten; the dense network, which loses nothing, has no place on such a scale.
-    points = [(c, loss) for c, loss in predicted(candidates, cost) if loss > 0]
+    # Where channels are removed costs do not add up, and no selection from one table is a prediction.
+    adds_up = not any(row.kind.endswith("channels") for row in candidates)
+    points = [(c, loss) for c, loss in predicted(candidates, cost) if loss > 0] if adds_up else []
     dense = candidates.dense[cost]
     with _figure(7.2, 4.6 if measured else 2.7) as figure:
         panels = figure.subplots(2 if measured else 1, 1, sharex=True, squeeze=False).ravel()
         if measured:
             _scores(panels[0], measured, dense)
         axes = panels[-1]
-        axes.plot([100 * c / dense for c, _ in points], [loss for _, loss in points], color=PLANNED, lw=1.5,
-                  marker=".", ms=4, label="best selection at each budget")  # fmt: skip
+        if points:
+            axes.plot([100 * c / dense for c, _ in points], [loss for _, loss in points], color=PLANNED, lw=1.5,
+                      marker=".", ms=4, label="best selection at each budget")  # fmt: skip
         if plan is not None and cost in plan.costs and plan.loss > 0:
             axes.plot(100 * plan.costs[cost] / dense, plan.loss, "o", color=CHOSEN, ms=7, label="this plan", zorder=3)
         axes.set_xlabel(f"{_label(cost)}, % of dense")
         axes.set_ylabel(f"predicted loss\n({candidates.unit})" if candidates.unit else "predicted loss")
-        if points:
+        if points or plan is not None:
             axes.set_yscale("log")
             # The default formatters write formulas, which are switched off here.
             axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
