@@ -14,6 +14,7 @@ channels of every group are removed, chosen at random. Then
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import math
 import time
@@ -204,6 +205,8 @@ def _expected(dense: nn.Module, sites: Sites, kept: Mapping[str, Sequence[int]],
     for (path, axis), positions in axes.items():
         left.setdefault(path, {})[axis] = len(positions)
     specs = [spec for site in sites for spec in site.layers] + list(sites.untouched)
+    # Channels are only cut here; what a correction would add is left out.
+    specs = [dataclasses.replace(spec, needs_bias=False) for spec in specs]
     lost = sum(st.parameters([spec]) - st.parameters([spec.narrowed(left.get(spec.name, {}))]) for spec in specs)
     lost += sum((c.channels - len(kept[c.name])) * c.parameters for c in sites.couplings)
     return round(_count(dense) - lost)

@@ -47,6 +47,9 @@ class LayerSpec:
         Fraction of the weight that is stored and multiplied (sparse factors).
     index_bytes
         Bytes that say which entries those are.
+    needs_bias
+        Whether the layer gets a bias when it loses inputs: it has none, and no normalisation takes the mean of what
+        they delivered.
     """
 
     names: tuple[str, ...]
@@ -67,6 +70,7 @@ class LayerSpec:
     shared: int = 0
     density: float = 1.0
     index_bytes: int = 0
+    needs_bias: bool = False
 
     @property
     def name(self) -> str:
@@ -187,9 +191,9 @@ class LayerSpec:
         if "through" in left:
             n = left["through"]
             return dataclasses.replace(self, in_channels=n, out_channels=n, groups=n)
-        return dataclasses.replace(
-            self, in_channels=left.get("in", self.in_channels), out_channels=left.get("out", self.out_channels)
-        )
+        inputs, outputs = left.get("in", self.in_channels), left.get("out", self.out_channels)
+        bias = self.bias or (self.needs_bias and inputs < self.in_channels)
+        return dataclasses.replace(self, in_channels=inputs, out_channels=outputs, bias=bias)
 
     def factor(self, how: Unfolding, rank: int, *, bias: bool | None = None) -> tuple[LayerSpec, LayerSpec]:
         """The two layers of a rank-``rank`` pair in place of this one.

@@ -92,13 +92,23 @@ def couple(
         if spec.name in touched:
             weight, bias = canonical(model.get_submodule(spec.name))
             followers.append(Site(spec.name, (spec,), (weight,), (bias,)))
+    norms = graph.norms()
+    reading = {side.name for coupling in good for side in coupling.on(IN)}
     skipped = [Skipped(name, f"{count} channels", reason) for name, count, reason in [*obstacles, *failed]]
     return dataclasses.replace(
         sites,
+        sites=tuple(_needing(site) if site.name in reading - norms.keys() else site for site in sites),
         couplings=tuple(good),
         followers=tuple(followers),
-        norms=graph.norms(),
+        norms=norms,
         skipped=(*sites.skipped, *skipped),
+    )
+
+
+def _needing(site: Site) -> Site:
+    """A layer that no normalisation follows: without a bias it gets one when it loses inputs."""
+    return (
+        site if site.spec.bias else dataclasses.replace(site, layers=(dataclasses.replace(site.spec, needs_bias=True),))
     )
 
 
