@@ -19,7 +19,7 @@ from spectrim.nn.modules import Factored
 from spectrim.nn.reconstruct import asymmetric_site, refit_second
 from spectrim.nn.removal import Removal
 from spectrim.nn.surgery import reestimate_batchnorm, replace_module
-from spectrim.plan import Plan
+from spectrim.plan import DENSE, Entry, Plan
 from spectrim.sites import Site, Sites
 from spectrim.tables import Progress
 
@@ -74,7 +74,7 @@ def apply(
         raise PlanError("batches are read several times; pass a list or a DataLoader, not an iterator")
     makers = _makers(plan, methods)
     _check(plan, sites)
-    removed = {e.site: e.choice["kept"] for e in plan if e.choice.kind == KeptChannels.kind}
+    removed = {e.site: _kept(e) for e in plan if e.choice.kind == KeptChannels.kind}
     removal = Removal.of(model, sites, removed)
     small, sites = removal.model, removal.sites
     layers = [entry for entry in plan if entry.site not in _channels(sites)]
@@ -83,6 +83,12 @@ def apply(
             skeleton(entry.choice, [sites[name].spec for name in entry.sites])
     follow = batches is not None and reconstruct
     wanted = {name: entry for entry in layers for name in entry.sites}
+    # A plan may name the channels alone; the layers that lose some are left dense then.
+    wanted |= {
+        site.name: Entry(site.name, site.spec.kind, DENSE, 0.0, {}, {})
+        for site in sites
+        if site.name in removal.changed and site.name not in wanted
+    }
     shared: dict[str, _Shared] = {}
     todo = _steps(sites, {name: entry.choice.is_dense for name, entry in wanted.items()}, removal, refit=follow)
     for done, site in enumerate(todo):
@@ -179,6 +185,13 @@ def _steps(sites: Sites, dense: Mapping[str, bool], removal: Removal, *, refit: 
             steps.append(site)
         moved |= not dense[site.name] or reads
     return steps
+
+
+def _kept(entry: Entry) -> tuple[int, ...]:
+    channels = entry.choice.settings.get("kept")
+    if not isinstance(channels, tuple):
+        raise PlanError(f"channels {entry.site!r}: setting 'kept' is {channels!r}; expected the channels that stay")
+    return channels
 
 
 def _channels(sites: Sites) -> set[str]:

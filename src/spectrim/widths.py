@@ -200,8 +200,9 @@ def _for_budget(
         lowest = costs(sites, numbers, functions)[worst]
         raise InfeasibleBudgetError(worst, limits[worst], lowest, costs(sites, {}, functions)[worst])
     if over(at(high)) is None:
-        return high, at(high)
-    for _ in range(_HALVINGS):
+        # All energy may lie in a few components, such as those that few samples span.
+        low = high
+    for _ in range(_HALVINGS if low < high else 0):
         middle = (low + high) / 2
         if over(at(middle)) is None:
             low = middle

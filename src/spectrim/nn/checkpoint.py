@@ -17,12 +17,13 @@ from spectrim.coupling import IN, fewer
 from spectrim.errors import CheckpointError, PlanError
 from spectrim.factors import KeptChannels
 from spectrim.nn.build import skeleton
-from spectrim.nn.find import find
+from spectrim.nn.find import describe, find
 from spectrim.nn.narrow import add_bias, reshape
 from spectrim.nn.packed import masked_layers, packed_mask, read_mask, read_weight, values_inside
 from spectrim.nn.sparse import Slim
 from spectrim.nn.surgery import replace_module
 from spectrim.plan import Plan
+from spectrim.sites import Sites
 
 FORMAT = "spectrim"
 FORMAT_VERSION = "1"
@@ -94,8 +95,9 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         names the first layer or tensor that does not fit.
     """
     tensors, plan, shared, packed = _read(Path(path))
+    sites = find(model)
     _narrow(model, plan, tensors, path)
-    _rebuild(model, plan, path)
+    _rebuild(model, sites, plan, path)
     _unpack(model, tensors, packed, path)
     state = model.state_dict()
     for name, source in shared.items():
@@ -211,8 +213,7 @@ def _narrow(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], path: s
         raise CheckpointError(f"{path}: {error}") from error
 
 
-def _rebuild(model: nn.Module, plan: Plan, path: str | Path) -> None:
-    sites = find(model)
+def _rebuild(model: nn.Module, sites: Sites, plan: Plan, path: str | Path) -> None:
     for entry in plan:
         if entry.choice.is_dense or entry.choice.kind == KeptChannels.kind:
             continue
@@ -221,7 +222,8 @@ def _rebuild(model: nn.Module, plan: Plan, path: str | Path) -> None:
                 reasons = {skipped.name: skipped.reason for skipped in sites.skipped}
                 why = reasons.get(name, "this model does not have it")
                 raise CheckpointError(f"{path}: the plan changes layer {name!r}, but {why}")
-        layers = [sites[name].spec for name in entry.sites]
+        # As narrow as they are now: a grouped layer that is left one channel a group is a site no longer.
+        layers = [describe(model.get_submodule(name), sites[name].spec.names) for name in entry.sites]
         try:
             modules = skeleton(entry.choice, layers)
         except PlanError as error:

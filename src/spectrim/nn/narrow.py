@@ -90,7 +90,7 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def _size(module: Any, axis: str, name: str) -> tuple[int, int]:
     """Length of an axis, and the number of equal runs that all have to lose the same."""
-    if isinstance(module, nn.Parameter) and axis.isdigit() and int(axis) < module.dim():
+    if isinstance(module, nn.Parameter) and axis.isdecimal() and int(axis) < module.dim():
         return module.shape[int(axis)], 1
     if isinstance(module, _ConvNd) and axis in (IN, OUT, THROUGH):
         size = module.out_channels if axis == OUT else module.in_channels
@@ -175,6 +175,8 @@ def _cut_norm(module: Any, kept: Tensor) -> None:
 def _runs(kept: Tensor, groups: int, pool: int) -> Tensor:
     """Positions within each of ``groups`` runs of ``pool``, ``[groups, n]``."""
     counts = torch.bincount((kept // pool).cpu(), minlength=groups)
+    if len(counts) > groups:
+        raise ValueError(f"entry {int(kept.max())} lies beyond the end, at {groups * pool}")
     if bool((counts != counts[0]).any()):
         raise ValueError(f"its {groups} groups would keep different numbers of channels, {counts.tolist()}")
     return (kept % pool).reshape(groups, -1)
