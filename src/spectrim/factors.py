@@ -307,7 +307,9 @@ class KeptChannels(Factors, kind="kept_channels"):
             view = [1] * weight.dim()
             view[0], view[dim] = groups, rows.shape[1]
             shape = [*weight.shape[:dim], size, *weight.shape[dim + 1 :]]
-            weight = weight.new_zeros(shape).scatter(dim, rows.reshape(view).expand(weight.shape), weight)
+            weight = weight.new_zeros(shape).scatter(
+                dim, rows.reshape(view).to(weight.device).expand(weight.shape), weight
+            )
         return weight
 
     def numel(self) -> int:

@@ -283,6 +283,12 @@ def _cut_inputs(site: Site, left: Tensor) -> Site:
         shift = torch.einsum("goit,gi->go", weight, held.mean) - torch.einsum("goti,gi->go", fitted, kept_mean)
         moments["channels"] = sliced(held, channels)
         weight = fitted.movedim(2, 3)
+    elif isinstance(held := moments.get("sketch"), Sketch):
+        fitted = _from_sketch(held, weight.flatten(2), entries)
+        kept_mean = torch.take_along_dim(held.mean, entries, 1)
+        shift = torch.einsum("god,gd->go", weight.flatten(2), held.mean)
+        shift = shift - torch.einsum("god,gd->go", fitted, kept_mean)
+        weight = fitted.reshape(g, o, -1, taps)
     else:
         weight = torch.take_along_dim(weight, channels.reshape(g, 1, -1, 1), 2)
     for name in list(moments):
@@ -302,3 +308,14 @@ def _cut_inputs(site: Site, left: Tensor) -> Site:
         biases=(bias,),
         moments=MappingProxyType(moments),
     )
+
+
+def _from_sketch(held: Sketch, weight: Tensor, entries: Tensor) -> Tensor:
+    """What :func:`subset.restored` gives, by the equations of a sketch's rows, fewer than its entries."""
+    rows = held.rows.double()
+    left = torch.take_along_dim(rows, entries.unsqueeze(1), 2)
+    kept = torch.take_along_dim(weight, entries.unsqueeze(1), 2)
+    gram = left @ left.mT
+    gram.diagonal(dim1=-2, dim2=-1).add_((held.level() * held.count).clamp_min(1e-20).unsqueeze(-1))
+    missing = rows @ weight.mT - left @ kept.mT
+    return kept + torch.linalg.solve(gram, missing).mT @ left

@@ -14,7 +14,7 @@ from torch import nn
 
 from spectrim.application import apply
 from spectrim.budget import Budget
-from spectrim.errors import InfeasibleBudgetError, PlanError
+from spectrim.errors import CalibrationError, InfeasibleBudgetError, PlanError
 from spectrim.factors import KeptChannels
 from spectrim.groups import group
 from spectrim.latency import Latency
@@ -175,8 +175,16 @@ def compress(
     sites = find_some(model, skip, only)
     told = progress or _silent
     channels = any(method.removes_channels for method in methods or ())
+    if channels and groups:
+        raise ValueError(
+            "layers that share factors would lose different channels: remove channels without groups, or share factors "
+            "in the network that is left"
+        )
     if channels:
-        sites = couple(model, sites, next(iter(batches)), forward=forward)
+        example = next(iter(batches), None)
+        if example is None:
+            raise CalibrationError("no calibration batches: the iterable was empty")
+        sites = couple(model, sites, example, forward=forward)
     sites = calibrate(model, sites, batches, forward=forward, progress=lambda d, t: told("calibrate", d, t))
     if sensitivity:
         sites = weigh(model, sites, batches, forward=forward)

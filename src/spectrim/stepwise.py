@@ -14,6 +14,7 @@ up, so a ``judge`` may measure it.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -87,6 +88,11 @@ def select_in_steps(
         If the budget cannot be met; carries the lowest cost reached.
     """
     others = [method for method in methods if not method.removes_channels]
+    if sites.groups:
+        raise ValueError(
+            f"layers that share factors ({next(iter(sites.groups))!r}) would lose different channels: remove channels "
+            "without groups, or share factors in the network that is left"
+        )
     if table is None:
         table = tabulate(sites, methods, latency=latency, dense_latency=dense_latency, guard=guard, progress=progress)
     network = _Network(sites, methods, latency, dense_latency)
@@ -201,7 +207,11 @@ class _Network:
         if choice.is_dense:
             return (spec,)
         site = dataclasses.replace(self.sites[name], layers=(spec,))
-        return self._makers[choice.method].layers(site, choice)
+        try:
+            return self._makers[choice.method].layers(site, choice) or (spec,)
+        except ValueError:
+            # With the channels that are left a sparse weight may not have the pattern: the layer would stay dense.
+            return (spec,)
 
     def _counted(self, name: str, picks: Picks) -> Costs:
         choice = picks.get(name, DENSE)
@@ -260,7 +270,7 @@ def _chosen(table: Candidates, goals: Costs, selector: Selector) -> Picks:
         return _picks(select(table, _absolute(goals), selector))
     except InfeasibleBudgetError:
         # Around a plan the table knows of smaller steps only.
-        return _cheapest(table)
+        return _cheapest(table, *goals)
 
 
 def _picks(plan: Plan) -> Picks:
@@ -269,7 +279,7 @@ def _picks(plan: Plan) -> Picks:
 
 def _within(table: Candidates, goals: Costs, selector: Selector, network: _Network) -> Picks:
     """The choices that use most of the goals, counted as the network really is."""
-    low, high, best = 0.0, 1.0, _cheapest(table)
+    low, high, best = 0.0, 1.0, _cheapest(table, *goals)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         picks = _chosen(table, {c: goals[c] * middle for c in goals}, selector)
@@ -280,19 +290,32 @@ def _within(table: Candidates, goals: Costs, selector: Selector, network: _Netwo
     return best
 
 
-def _cheapest(table: Candidates) -> Picks:
-    """The option of every row that costs least."""
-    first = next(iter(table.fixed))
-    least = (min(row.options, key=lambda option: option.costs[first]) for row in table.rows)
+def _cheapest(table: Candidates, *names: str) -> Picks:
+    """The option of every row that costs least, of several costs in the geometric mean."""
+
+    def price(option: Option) -> float:
+        return sum(math.log(max(option.costs[name], 1e-9)) for name in names)
+
+    least = (min(row.options, key=price) for row in table.rows)
     return {row.site: o.choice for row, o in zip(table.rows, least, strict=True) if not o.choice.is_dense}
 
 
 def _check_reachable(table: Candidates, network: _Network, limits: Costs) -> None:
     """Raise InfeasibleBudgetError if not even the smallest network meets the budget."""
-    found, dense = network.cost(_cheapest(table)), network.cost({})
+    dense = network.cost({})
     for cost, limit in limits.items():
-        if found[cost] > limit * (1 + _SLACK):
-            raise InfeasibleBudgetError(cost, limit, found[cost], dense[cost])
+        picks, lowest = _cheapest(table, cost), dense[cost]
+        for _ in range(_MORE):
+            # What is cheapest at a layer depends on the channels that it is left with.
+            found = network.cost(picks)[cost]
+            if found <= limit * (1 + _SLACK):
+                break
+            lowest = min(lowest, found)
+            before, picks = picks, _cheapest(_around(table, network, picks), cost)
+            if picks == before:
+                raise InfeasibleBudgetError(cost, limit, lowest, dense[cost])
+        else:
+            raise InfeasibleBudgetError(cost, limit, lowest, dense[cost])
 
 
 def _spent(table: Candidates, picks: Picks, limits: Costs, network: _Network) -> Picks:

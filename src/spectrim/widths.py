@@ -7,6 +7,7 @@ the widths it leads to.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -147,6 +148,7 @@ def recommend(
 
 def _energies(sites: Sites, method: PrincipalFilters) -> dict[str, Tensor]:
     """The spectrum of every group; a warning for those that the samples cannot fill."""
+    energies = {site.name: method.energies(site) for site in sites.coupled()}  # refuses what was not calibrated
     few = [c for c in sites.couplings if 0 < sites.pooled[c.name][method.statistic].count <= c.channels]
     if few:
         count = sites.pooled[few[0].name][method.statistic].count
@@ -156,7 +158,7 @@ def _energies(sites: Sites, method: PrincipalFilters) -> dict[str, Tensor]:
             "many components, and too few channels will be recommended. Calibrate on more samples.",
             stacklevel=4,
         )
-    return {site.name: method.energies(site) for site in sites.coupled()}
+    return energies
 
 
 def _functions(sites: Sites, latency: Latency | None) -> dict[str, counted.Cost]:
@@ -172,9 +174,9 @@ def _width(site: Site, number: int, method: PrincipalFilters, rounded: bool) -> 
     assert site.coupling is not None
     n, pools = site.coupling.channels, site.coupling.pools
     step = method.step(site) if rounded else 1
-    # Up to the next multiple, and to the same number in every pool.
-    number = -(-max(number, method.least) // step) * step
-    return min(n, -(-number // pools) * pools)
+    # Up to the next multiple that every pool has the same part of.
+    step = math.lcm(step, pools)
+    return min(n, -(-max(number, method.least) // step) * step)
 
 
 def _for_budget(

@@ -96,7 +96,7 @@ class PrincipalFilters(Method):
         n, pools = site.coupling.channels, site.coupling.pools
         step = self.step(site)
         found = [w for w in range(step, n, step) if w >= self.least and w % pools == 0]
-        return tuple(reversed(found)) or tuple(w for w in (n - pools,) if w >= max(self.least, pools))
+        return tuple(reversed(found))
 
     def step(self, site: Site) -> int:
         """The multiple that widths are rounded to."""

@@ -176,7 +176,9 @@ def calibrate(
         samples=samples,
         same_inputs=seen.together([site.name for site in found]),
         couplings=tuple(c for c in sites.couplings if c not in cut_off),
-        pooled=MappingProxyType({c.name: responses[c.name].moments for c in sites.couplings if c.name in responses}),
+        pooled=MappingProxyType(
+            {c.name: responses[c.name].moments for c in sites.couplings if c.name in responses and c not in cut_off}
+        ),
     )
 
 

@@ -209,7 +209,7 @@ def _narrow(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], path: s
                 add_bias(model.get_submodule(name), name)
     except KeyError as error:
         raise CheckpointError(f"{path}: a choice of channels lacks the setting {error}") from error
-    except (PlanError, ValueError, TypeError) as error:
+    except (PlanError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 

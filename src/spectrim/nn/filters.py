@@ -194,6 +194,8 @@ class _Graph:
                     isinstance(after.module, _BatchNorm)
                     and len(after.inputs) == 1
                     and after.module.running_mean is not None
+                    # Not the positions of a sequence that a linear layer answers.
+                    and after.module.num_features == self.graph.get_out_channels(module)
                 ):
                     found[self.names[module][0]] = self.names[after.module][0]
         return found

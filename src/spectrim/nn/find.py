@@ -72,10 +72,11 @@ def find(
         spec = describe(module, paths) if _is_plain(module) else None
         if spec is not None and module in masks:
             spec = _masked(spec, *masks[module])
-        if reason is None and spec is not None:
-            reason = _pointless(spec)
+        # First: a depthwise layer is left out in any case, but only on request does it keep its channels.
         if reason is None and any(_matches(s, paths, module) for s in skips):
             reason = "skipped on request"
+        if reason is None and spec is not None:
+            reason = _pointless(spec)
         if reason is None and onlys and not any(_matches(s, paths, module) for s in onlys):
             reason = "not among the layers asked for"
         if reason is None and spec is not None:
