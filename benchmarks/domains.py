@@ -58,6 +58,7 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
     return {
         "claims": {"P5": claim(worst, "points ahead on its own domain, at the worse", "> 0, plans differ", met, note)},
         "rows": rows,
+        "seeds": [config["seed"]],
         "notes": config.get("notes", []),
     }
 

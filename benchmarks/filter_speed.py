@@ -36,6 +36,7 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
             "P7": claim(round(whole, 2), "s for the plan", "layer <= 50 ms, ResNet-50 <= 20 s", met, note),
         },
         "rows": [*rows, plan],
+        "seeds": [config["seed"]],
         "notes": config.get("notes", []),
     }
 

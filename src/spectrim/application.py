@@ -43,7 +43,8 @@ def apply(
     model
         The dense model that the sites were found in; it is left untouched.
     sites
-        From :func:`spectrim.calibrate` for methods that use activations.
+        From :func:`spectrim.calibrate` for methods that use activations; with couplings (:func:`spectrim.couple`) for
+        plans that remove channels.
     plan
         From :func:`spectrim.select`, or read from a file.
     batches

@@ -138,7 +138,10 @@ def compress(
     budget
         For the whole network.
     methods
-        What may be chosen at each site; as for :func:`spectrim.tabulate` by default.
+        What may be chosen at each site; as for :func:`spectrim.tabulate` by default. With one that removes channels,
+        these are found first (:func:`spectrim.couple`), the plan is made in steps
+        (:func:`spectrim.stepwise.select_in_steps`), and of plans that mix methods the one is taken whose outputs are
+        closest to the dense network's.
     skip, only
         Layers to leave alone or keep to; see :func:`spectrim.find`.
     groups
@@ -165,6 +168,8 @@ def compress(
     ------
     InfeasibleBudgetError
         If the budget cannot be met; carries the lowest reachable cost.
+    ValueError
+        For groups beside a method that removes channels.
 
     Notes
     -----
