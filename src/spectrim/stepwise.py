@@ -16,10 +16,9 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
-from spectrim import costs as counted
 from spectrim.budget import Budget
+from spectrim.counting import Costs, Network, Picks
 from spectrim.coupling import Coupling
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.factors import KeptChannels
@@ -28,11 +27,9 @@ from spectrim.methods import Method
 from spectrim.narrowing import beside_layers, narrowed
 from spectrim.plan import DENSE, Candidates, Choice, Entry, Option, Plan, Row
 from spectrim.selectors import exact, select
-from spectrim.sites import LayerSpec, Sites
+from spectrim.sites import Sites
 from spectrim.tables import Progress, tabulate
 
-Costs = dict[str, float]
-Picks = dict[str, Choice]
 Selector = Callable[[Candidates, Budget], Plan]
 
 # Halvings of the interval in which the limit for the last table lies.
@@ -95,7 +92,7 @@ def select_in_steps(
         )
     if table is None:
         table = tabulate(sites, methods, latency=latency, dense_latency=dense_latency, guard=guard, progress=progress)
-    network = _Network(sites, methods, latency, dense_latency)
+    network = Network(sites, methods, latency, dense_latency)
     dense = network.cost({})
     limits = budget.limits(dense)
     steps = steps if others or _shares_layers(sites.couplings) else 1
@@ -132,127 +129,7 @@ def select_in_steps(
     return plan, table
 
 
-@dataclass(eq=False)
-class _Network:
-    """What the network really costs with some of its channels removed and some of its layers replaced."""
-
-    sites: Sites
-    methods: Sequence[Method]
-    latency: Latency | None
-    dense_latency: float | None
-    functions: dict[str, counted.Cost] = field(init=False)
-    beyond: Costs = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.functions = {"parameters": counted.parameters, "bytes": counted.size_bytes}
-        if self.sites.seen:
-            self.functions["macs"] = counted.macs
-        self._makers = {method.name: method for method in self.methods}
-        self._specs = {spec.name: spec for spec in self.sites.untouched}
-        self._specs |= {site.name: site.spec for site in self.sites}
-        self._couplings = {coupling.name: coupling for coupling in self.sites.couplings}
-        self._touching: dict[str, list[tuple[str, str, int, int]]] = {}
-        for c in self.sites.couplings:
-            for side in c.sides:
-                if side.name in self._specs:
-                    held = self._touching.setdefault(side.name, [])
-                    held.append((c.name, side.axis, side.positions.shape[1], side.size))
-        self._known: dict[tuple[object, ...], Costs] = {}
-        layers = self._sum(self._specs, {}, measured=True)
-        self.beyond = {"parameters": float(self.sites.other_parameters), "bytes": float(self.sites.other_bytes)}
-        self.beyond |= {"macs": self.sites.other_macs}
-        if self.latency is not None:
-            # What the layers do not explain stays.
-            self.beyond["latency"] = max(0.0, (self.dense_latency or 0.0) - layers["latency"])
-
-    def width(self, name: str, picks: Picks) -> int:
-        """Channels that picks leave of a coupling."""
-        choice = picks.get(name, DENSE)
-        return self._couplings[name].channels if choice.is_dense else len(choice["kept"])
-
-    def spec(self, name: str, picks: Picks) -> LayerSpec:
-        """A layer with the channels that picks leave."""
-        left: dict[str, int] = {}
-        for coupling, axis, entries, size in self._touching.get(name, ()):
-            gone = self._couplings[coupling].channels - self.width(coupling, picks)
-            left[axis] = left.get(axis, size) - gone * entries
-        spec = self._specs[name]
-        return spec.narrowed(left) if left else spec
-
-    def layer(self, name: str, picks: Picks, *, measured: bool = False) -> Costs:
-        """What one layer costs.
-
-        Of its time, ``measured`` says whether it is taken by the clock. Otherwise the effects of the channels of each
-        kind are measured apart and multiplied, which needs far fewer measurements.
-        """
-        found = self._counted(name, picks)
-        if self.latency is None:
-            return found
-        if measured:
-            return {**found, "latency": self._time(name, picks)}
-        own = {name: picks[name]} if name in picks else {}
-        whole = time = self._time(name, own)
-        for coupling, *_ in self._touching.get(name, ()):
-            if coupling in picks:
-                time *= self._time(name, {coupling: picks[coupling]}) / max(self._time(name, {}), 1e-9)
-        return {**found, "latency": min(time, whole)}
-
-    def _time(self, name: str, picks: Picks) -> float:
-        assert self.latency is not None
-        return self.latency(self._chain(name, picks))
-
-    def _chain(self, name: str, picks: Picks) -> tuple[LayerSpec, ...]:
-        """The layers in place of one."""
-        spec, choice = self.spec(name, picks), picks.get(name, DENSE)
-        if choice.is_dense:
-            return (spec,)
-        site = dataclasses.replace(self.sites[name], layers=(spec,))
-        try:
-            return self._makers[choice.method].layers(site, choice) or (spec,)
-        except ValueError:
-            # With the channels that are left a sparse weight may not have the pattern: the layer would stay dense.
-            return (spec,)
-
-    def _counted(self, name: str, picks: Picks) -> Costs:
-        choice = picks.get(name, DENSE)
-        key = (name, choice, *(self.width(coupling, picks) for coupling, *_ in self._touching.get(name, ())))
-        if key not in self._known:
-            chain = self._chain(name, picks)
-            self._known[key] = {cost: function(chain) for cost, function in self.functions.items()}
-        return self._known[key]
-
-    def of(self, row: str, picks: Picks) -> Costs:
-        """What the layers of a row cost: one layer, or all that hold the channels of a coupling."""
-        if row not in self._couplings:
-            return self.layer(row, picks)
-        coupling = self._couplings[row]
-        found = self._sum({side.name: None for side in coupling.sides if side.name in self._specs}, picks)
-        width = self.width(row, picks)
-        found["parameters"] += coupling.parameters * width
-        found["bytes"] += coupling.bytes * width
-        return found
-
-    def cost(self, picks: Picks) -> Costs:
-        """What the whole network costs, its time measured layer by layer."""
-        found = self._sum(self._specs, picks, measured=True)
-        for name, value in self.beyond.items():
-            if name in found:
-                found[name] += value
-        for coupling in self.sites.couplings:
-            gone = coupling.channels - self.width(coupling.name, picks)
-            found["parameters"] -= gone * coupling.parameters
-            found["bytes"] -= gone * coupling.bytes
-        return found
-
-    def _sum(self, names: Mapping[str, object], picks: Picks, *, measured: bool = False) -> Costs:
-        found: Costs = {}
-        for name in names:
-            for cost, value in self.layer(name, picks, measured=measured).items():
-                found[cost] = found.get(cost, 0.0) + value
-        return found
-
-
-def _around(table: Candidates, network: _Network, picks: Picks) -> Candidates:
+def _around(table: Candidates, network: Network, picks: Picks) -> Candidates:
     """The table with the costs of every option while all others stay as they were picked."""
     rows: list[Row] = []
     fixed = network.cost(picks)
@@ -277,7 +154,7 @@ def _picks(plan: Plan) -> Picks:
     return {entry.site: entry.choice for entry in plan if not entry.choice.is_dense}
 
 
-def _within(table: Candidates, goals: Costs, selector: Selector, network: _Network) -> Picks:
+def _within(table: Candidates, goals: Costs, selector: Selector, network: Network) -> Picks:
     """The choices that use most of the goals, counted as the network really is."""
     low, high, best = 0.0, 1.0, _cheapest(table, *goals)
     for _ in range(_HALVINGS):
@@ -300,7 +177,7 @@ def _cheapest(table: Candidates, *names: str) -> Picks:
     return {row.site: o.choice for row, o in zip(table.rows, least, strict=True) if not o.choice.is_dense}
 
 
-def _check_reachable(table: Candidates, network: _Network, limits: Costs) -> None:
+def _check_reachable(table: Candidates, network: Network, limits: Costs) -> None:
     """Raise InfeasibleBudgetError if not even the smallest network meets the budget."""
     dense = network.cost({})
     for cost, limit in limits.items():
@@ -318,7 +195,7 @@ def _check_reachable(table: Candidates, network: _Network, limits: Costs) -> Non
             raise InfeasibleBudgetError(cost, limit, lowest, dense[cost])
 
 
-def _spent(table: Candidates, picks: Picks, limits: Costs, network: _Network) -> Picks:
+def _spent(table: Candidates, picks: Picks, limits: Costs, network: Network) -> Picks:
     """Give channels back as long as the budget allows, those first that gain most for what they cost."""
     rows = [row for row in table.rows if row.site in picks]
 
@@ -346,7 +223,7 @@ def _plans(
     sites: Sites,
     table: Candidates,
     others: Sequence[Method],
-    network: _Network,
+    network: Network,
     limits: Costs,
     selector: Selector,
     latency: Latency | None,
@@ -376,7 +253,7 @@ def _finished(
     picks: Picks,
     table: Candidates,
     others: Sequence[Method],
-    network: _Network,
+    network: Network,
     limits: Costs,
     selector: Selector,
     latency: Latency | None,
