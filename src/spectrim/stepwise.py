@@ -25,7 +25,7 @@ from spectrim.factors import KeptChannels
 from spectrim.latency import Latency
 from spectrim.methods import Method
 from spectrim.narrowing import beside_layers, narrowed
-from spectrim.plan import DENSE, Candidates, Choice, Entry, Option, Plan, Row
+from spectrim.plan import DENSE, Candidates, Choice, Entry, Option, Plan, Row, make_plan
 from spectrim.selectors import exact, select
 from spectrim.sites import Sites
 from spectrim.tables import Progress, tabulate
@@ -198,6 +198,7 @@ def _check_reachable(table: Candidates, network: Network, limits: Costs) -> None
 def _spent(table: Candidates, picks: Picks, limits: Costs, network: Network) -> Picks:
     """Give channels back as long as the budget allows, those first that gain most for what they cost."""
     rows = [row for row in table.rows if row.site in picks]
+    over: set[tuple[str, Choice]] = set()
 
     def better(row: Row, total: Costs) -> Iterator[tuple[float, str, Choice]]:
         option = next(o for o in row.options if o.choice == picks[row.site])
@@ -206,7 +207,8 @@ def _spent(table: Candidates, picks: Picks, limits: Costs, network: Network) -> 
             gain = row.loss(option) - row.loss(other)
             then = network.of(row.site, {**picks, row.site: other.choice})
             change = {c: then[c] - now[c] for c in limits}
-            if gain > 0 and all(total[c] + change[c] <= limits[c] * (1 + _SLACK) for c in limits):
+            refused = (row.site, other.choice) in over
+            if gain > 0 and not refused and all(total[c] + change[c] <= limits[c] * (1 + _SLACK) for c in limits):
                 price = sum(change[c] / limits[c] for c in limits)
                 yield gain / max(price, 1e-12), row.site, other.choice
 
@@ -215,7 +217,12 @@ def _spent(table: Candidates, picks: Picks, limits: Costs, network: Network) -> 
         found = max((pair for row in rows for pair in better(row, total)), key=lambda pair: pair[0], default=None)
         if found is None:
             return picks
-        picks = {**picks, found[1]: found[2]}
+        wider = {**picks, found[1]: found[2]}
+        # Changes of times are estimates.
+        if _fits(network.cost(wider), limits):
+            picks = wider
+        else:
+            over.add((found[1], found[2]))
 
 
 def _plans(
@@ -266,7 +273,11 @@ def _finished(
     fixed = dict(remaining.fixed)
     if "latency" in fixed:
         fixed["latency"] += network.beyond["latency"]
-    plan = select(dataclasses.replace(remaining, fixed=fixed), _absolute(limits), selector)
+    remaining = dataclasses.replace(remaining, fixed=fixed)
+    if others:
+        plan = select(remaining, _absolute(limits), selector)
+    else:
+        plan = make_plan(remaining, [0] * len(remaining), budget=limits, selector="")
     entries = [dataclasses.replace(e, dense_costs=network.of(e.site, {})) for e in plan]
     loss = plan.loss
     for coupling in sites.couplings:
