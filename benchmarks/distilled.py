@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 import spectrim as st
 from benchmarks import cifar
+from benchmarks.vgg import VGG16
 from spectrim.train import Distillation, Recipe
 
 # Training alone moves there; accuracies are those of the CPU.
@@ -82,3 +84,52 @@ def tuned(
     )
     model.cpu()
     return round(found.seconds, 1)
+
+
+def every_row(
+    config: dict[str, Any],
+    paths: dict[str, Any],
+    *,
+    label: Callable[[dict[str, Any], str, int], str],
+    row: Callable[..., dict[str, Any]],
+    claims: Mapping[str, Callable[..., dict[str, Any]]],
+) -> dict[str, Any]:
+    """Make and train every arm; look at the test set once before and once after training.
+
+    Rows that an interrupted run has finished are taken from its folder.
+
+    Parameters
+    ----------
+    label
+        Names a row, from the point, the arm and the seed.
+    row
+        Makes one: ``(config, arm, point, seed, dense, (train, held, test), cache, work)``.
+    claims
+        By their kind: ``(rows, accuracy of the dense network, what is asked)``.
+    """
+    if "threads" in config:
+        torch.set_num_threads(config["threads"])
+    data = cifar.load(paths["cifar10"])
+    dense = dense_network(config, paths, data[0])
+    whole = cifar.accuracy(dense, data[2])
+    name = network_name(config)
+    cache = cifar.TeacherCache(dense, paths["shared"] / f"teacher-{name}")
+    rows: list[dict[str, Any]] = []
+    for point in config["points"]:
+        for arm in point["arms"]:
+            for seed in point["seeds"]:
+                given = (config, arm, point, seed, dense, data, cache, paths["work"])
+                rows.append(kept(paths["work"] / f"{label(point, arm, seed)}.json", functools.partial(row, *given)))
+    found = {key: claims[asked["kind"]](rows, whole, asked) for key, asked in config["claims"].items()}
+    notes = [f"Dense {name}: {whole:.2f} % on the test images.", *config.get("notes", [])]
+    seeds = sorted({seed for point in config["points"] for seed in point["seeds"]})
+    return {"claims": found, "rows": rows, "seeds": seeds, "notes": notes}
+
+
+def dense_network(config: dict[str, Any], paths: dict[str, Any], train: cifar.Images) -> nn.Module:
+    """The given network, or VGG-16 trained here; continued if that was interrupted."""
+    if "dense" not in config:
+        return cifar.network(config["network"], paths["weights"][config["network"]])
+    torch.manual_seed(0)
+    recipe = {**config["recipe"], **config["dense"]}
+    return trained(VGG16(config["width"]), recipe, train, paths["work"] / "dense.safetensors")

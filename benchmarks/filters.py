@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,9 +14,8 @@ from torch import Tensor, nn
 
 import spectrim as st
 from benchmarks import cifar, torch_pruning_baseline
-from benchmarks.distilled import kept, network_name, trained, tuned
+from benchmarks.distilled import every_row, tuned
 from benchmarks.run import claim
-from benchmarks.vgg import VGG16
 from spectrim import costs, narrowing
 from spectrim.coupling import axes_left
 from spectrim.nn.checkpoint import read_plan
@@ -29,38 +27,18 @@ _RE_ESTIMATED = " + BatchNorm"
 
 
 def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
-    """Make and train every arm; look at the test set once before and once after training.
-
-    Rows that an interrupted run has finished are taken from its folder.
-    """
-    if "threads" in config:
-        torch.set_num_threads(config["threads"])
-    data = cifar.load(paths["cifar10"])
-    dense = _dense(config, paths, data[0])
-    whole = cifar.accuracy(dense, data[2])
-    name = network_name(config)
-    cache = cifar.TeacherCache(dense, paths["shared"] / f"teacher-{name}")
-    rows: list[dict[str, Any]] = []
-    for point in config["points"]:
-        for arm in point["arms"]:
-            for seed in point["seeds"]:
-                size = "-".join(f"{cost}-{share:g}" for cost, share in point["budget"].items())
-                label = f"{arm.replace(' ', '-')}-{size}-{seed}-{point['epochs']}"
-                given = (config, arm, point, seed, dense, data, cache, paths["work"], label)
-                rows.append(kept(paths["work"] / f"{label}.json", functools.partial(_row, *given)))
-    claims = {key: _CLAIMS[asked["kind"]](rows, whole, asked) for key, asked in config["claims"].items()}
-    notes = [f"Dense {name}: {whole:.2f} % on the test images.", *config.get("notes", [])]
-    seeds = sorted({seed for point in config["points"] for seed in point["seeds"]})
-    return {"claims": claims, "rows": rows, "seeds": seeds, "notes": notes}
+    """Every arm at every point of the experiment."""
+    return every_row(config, paths, label=_label, row=_row, claims=_CLAIMS)
 
 
-def _dense(config: dict[str, Any], paths: dict[str, Any], train: cifar.Images) -> nn.Module:
-    """The given network, or VGG-16 trained here; continued if that was interrupted."""
-    if "dense" not in config:
-        return cifar.network(config["network"], paths["weights"][config["network"]])
-    torch.manual_seed(0)
-    recipe = {**config["recipe"], **config["dense"]}
-    return trained(VGG16(config["width"]), recipe, train, paths["work"] / "dense.safetensors")
+def _label(point: dict[str, Any], arm: str, seed: int) -> str:
+    return f"{_stem(point, arm, seed)}-{point['epochs']}"
+
+
+def _stem(point: dict[str, Any], arm: str, seed: int) -> str:
+    """Without the epochs: the narrowed network is the same for all."""
+    size = "-".join(f"{cost}-{share:g}" for cost, share in point["budget"].items())
+    return f"{arm.replace(' ', '-')}-{size}-{seed}"
 
 
 def ours(model: nn.Module, arm: str, batches: Sequence[Tensor], budget: dict[str, float]) -> tuple[nn.Module, st.Plan]:
@@ -135,7 +113,6 @@ def _row(
     data: tuple[cifar.Images, cifar.Images, cifar.Images],
     cache: cifar.TeacherCache,
     work: Path,
-    label: str,
 ) -> dict[str, Any]:
     train, held, test = data
     start = time.perf_counter()
@@ -146,7 +123,7 @@ def _row(
     if arm == "dense":
         model = copy.deepcopy(dense)
     elif arm in (OURS, "L1Max", "AbsMax", "PFA-KL"):
-        path = work / f"{label.rpartition('-')[0]}.safetensors"
+        path = work / f"{_stem(point, arm, seed)}.safetensors"
         if not path.exists():
             model, plan = ours(dense, arm, batches, point["budget"])
             st.save(model, plan, path)
@@ -172,7 +149,7 @@ def _row(
         "epochs": point["epochs"],
     }
     if point["epochs"]:
-        checkpoint = work / f"{label}-trained.safetensors"
+        checkpoint = work / f"{_label(point, arm, seed)}-trained.safetensors"
         seconds = tuned(model, config, train, cache, checkpoint, epochs=point["epochs"], seed=seed)
         row |= {
             "held_out": cifar.accuracy(model, held),

@@ -8,56 +8,28 @@ compressed layers deliver.
 from __future__ import annotations
 
 import copy
-import functools
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import spectrim as st
 from benchmarks import cifar
-from benchmarks.distilled import kept, network_name, trained, tuned
+from benchmarks.distilled import every_row, tuned
 from benchmarks.run import claim
-from benchmarks.vgg import VGG16
 from spectrim.nn.checkpoint import read_plan
 
 
 def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
-    """Make and train every arm; look at the test set once before and once after training.
-
-    Rows that an interrupted run has finished are taken from its folder.
-    """
-    if "threads" in config:
-        torch.set_num_threads(config["threads"])
-    train, held, test = cifar.load(paths["cifar10"])
-    dense = _dense(config, paths, train)
-    whole = cifar.accuracy(dense, test)
-    name = network_name(config)
-    cache = cifar.TeacherCache(dense, paths["shared"] / f"teacher-{name}")
-    rows: list[dict[str, Any]] = []
-    for point in config["points"]:
-        for arm in point["arms"]:
-            for seed in point["seeds"]:
-                label = f"{arm.replace(' ', '-')}-{point['bytes']:g}-{seed}-{point['epochs']}"
-                given = (config, arm, point, seed, dense, (train, held, test), cache, paths["work"])
-                rows.append(kept(paths["work"] / f"{label}.json", functools.partial(_row, *given)))
-    claims = {key: _CLAIMS[asked["kind"]](rows, whole, asked) for key, asked in config["claims"].items()}
-    notes = [f"Dense {name}: {whole:.2f} % on the test images.", *config.get("notes", [])]
-    seeds = sorted({seed for point in config["points"] for seed in point["seeds"]})
-    return {"claims": claims, "rows": rows, "seeds": seeds, "notes": notes}
+    """Every arm at every point of the experiment."""
+    return every_row(config, paths, label=_label, row=_row, claims=_CLAIMS)
 
 
-def _dense(config: dict[str, Any], paths: dict[str, Any], train: cifar.Images) -> nn.Module:
-    """The given network, or VGG-16 trained here; continued if that was interrupted."""
-    if "dense" not in config:
-        return cifar.network(config["network"], paths["weights"][config["network"]])
-    torch.manual_seed(0)
-    recipe = {**config["recipe"], **config["dense"]}
-    return trained(VGG16(config["width"]), recipe, train, paths["work"] / "dense.safetensors")
+def _label(point: dict[str, Any], arm: str, seed: int) -> str:
+    return f"{arm.replace(' ', '-')}-{point['bytes']:g}-{seed}-{point['epochs']}"
 
 
 def made(model: nn.Module, arm: str, batches: Sequence[Tensor], share: float) -> tuple[nn.Module, st.Plan]:

@@ -53,6 +53,12 @@ def macs(specs: Sequence[LayerSpec]) -> float:
     return total
 
 
+def known(sites: Sites) -> dict[str, Cost]:
+    """The costs that can be counted, by name: MACs once the network has been run."""
+    found: dict[str, Cost] = {"parameters": parameters, "bytes": size_bytes}
+    return {**found, "macs": macs} if sites.seen else found
+
+
 def fixed(sites: Sites, functions: Mapping[str, Cost]) -> dict[str, float]:
     """What no choice touches costs: layers left alone, and all that is no layer, by the name of the cost."""
     found = {name: sum(cost((spec,)) for spec in sites.untouched) for name, cost in functions.items()}

@@ -28,9 +28,7 @@ class Network:
     beyond: Costs = field(init=False)
 
     def __post_init__(self) -> None:
-        self.functions = {"parameters": counted.parameters, "bytes": counted.size_bytes}
-        if self.sites.seen:
-            self.functions["macs"] = counted.macs
+        self.functions = counted.known(self.sites)
         self._makers = {method.name: method for method in self.methods}
         self._specs = {spec.name: spec for spec in self.sites.untouched}
         self._specs |= {site.name: site.spec for site in self.sites}

@@ -70,7 +70,7 @@ class Report:
             dense_ms, small_ms = self.measured["dense"].p50, self.measured["compressed"].p50
             lines.append(f"{'measured ms':<12}{dense_ms:>16.3f}{small_ms:>16.3f}{dense_ms / small_ms:>8.2f}x")
         removals = [entry for entry in self.plan if entry.choice.kind == KeptChannels.kind]
-        layers = [e for e in self.plan if e not in removals and not e.kind.endswith("channels")]
+        layers = [e for e in self.plan if e not in removals and not e.of_channels]
         changed = sum(len(entry.sites) for entry in layers if not entry.choice.is_dense)
         total = sum(len(entry.sites) for entry in layers)
         lines.append(f"{changed} of {total} layers changed, {self.samples:,} calibration samples")

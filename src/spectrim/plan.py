@@ -106,6 +106,11 @@ class Row:
         return self.options[0]
 
     @property
+    def of_channels(self) -> bool:
+        """Whether it is about coupled channels, in place of layers."""
+        return self.kind.endswith(" channels")
+
+    @property
     def sites(self) -> tuple[str, ...]:
         """The sites that its options are for."""
         return self.members or (self.site,)
@@ -193,6 +198,11 @@ class Entry:
     costs: Mapping[str, float]
     dense_costs: Mapping[str, float]
     members: tuple[str, ...] = ()
+
+    @property
+    def of_channels(self) -> bool:
+        """Whether it is about coupled channels, in place of layers."""
+        return self.kind.endswith(" channels")
 
     @property
     def sites(self) -> tuple[str, ...]:

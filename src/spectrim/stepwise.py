@@ -111,17 +111,16 @@ def select_in_steps(
             break
     if not _fits(network.cost(picks), limits):
         picks = _within(_around(table, network, picks), limits, selector, network)
-    steps = taken
     if not others:
         picks = _spent(table, picks, limits, network)
     trail = [picks] if not others else [*trail, picks]
-    plans = _plans(trail, sites, table, others, network, limits, selector, latency, guard)
+    plans = _plans(trail, lambda picks: _finished(sites, picks, table, others, network, limits, selector, guard))
     plan = plans[0] if len(plans) == 1 else min(plans, key=judge or (lambda plan: plan.loss))
     name = getattr(selector, "__name__", str(selector))
     plan = dataclasses.replace(
         plan,
-        selector=f"{name}, {steps} step{'s' if steps > 1 else ''}",
-        facts={**plan.facts, "steps": steps},
+        selector=f"{name}, {taken} step{'s' if taken > 1 else ''}",
+        facts={**plan.facts, "steps": taken},
         dense_costs=dense,
         budget=limits,
         bound=None,
@@ -225,24 +224,14 @@ def _spent(table: Candidates, picks: Picks, limits: Costs, network: Network) -> 
             over.add((found[1], found[2]))
 
 
-def _plans(
-    trail: Sequence[Picks],
-    sites: Sites,
-    table: Candidates,
-    others: Sequence[Method],
-    network: Network,
-    limits: Costs,
-    selector: Selector,
-    latency: Latency | None,
-    guard: bool,
-) -> list[Plan]:
+def _plans(trail: Sequence[Picks], finished: Callable[[Picks], Plan]) -> list[Plan]:
     """Plans that remove what a step on the way removed, from nothing on, and meet the budget by the other methods."""
     removals = {frozenset(_removals(picks).items()): picks for picks in trail}
     plans: list[Plan] = []
     fault: InfeasibleBudgetError | None = None
     for picks in removals.values():
         try:
-            plans.append(_finished(sites, picks, table, others, network, limits, selector, latency, guard))
+            plans.append(finished(picks))
         except InfeasibleBudgetError as error:
             fault = error
     if not plans:
@@ -263,13 +252,12 @@ def _finished(
     network: Network,
     limits: Costs,
     selector: Selector,
-    latency: Latency | None,
     guard: bool,
 ) -> Plan:
     """The plan of the layers that remain, and of the removals."""
     removals = _removals(picks)
     left = narrowed(sites, {name: choice["kept"] for name, choice in removals.items()})
-    remaining = tabulate(left, others, latency=latency, guard=guard)
+    remaining = tabulate(left, others, latency=network.latency, guard=guard)
     fixed = dict(remaining.fixed)
     if "latency" in fixed:
         fixed["latency"] += network.beyond["latency"]

@@ -71,10 +71,7 @@ def tabulate(
                 f"two methods are called {method.name!r} ({method} and {named[method.name]}), and a plan tells methods "
                 "apart by their names; give one a subclass of its own"
             )
-    functions: dict[str, counted.Cost] = {"parameters": counted.parameters, "bytes": counted.size_bytes}
-    if sites.seen:
-        functions["macs"] = counted.macs
-    functions.update(costs or {})
+    functions = {**counted.known(sites), **(costs or {})}
 
     found: list[tuple[Site, list[tuple[Method, Curve]]]] = []
     groups = sites.joint()

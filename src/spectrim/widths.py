@@ -162,9 +162,7 @@ def _energies(sites: Sites, method: PrincipalFilters) -> dict[str, Tensor]:
 
 
 def _functions(sites: Sites, latency: Latency | None) -> dict[str, counted.Cost]:
-    found: dict[str, counted.Cost] = {"parameters": counted.parameters, "bytes": counted.size_bytes}
-    if sites.seen:
-        found["macs"] = counted.macs
+    found = counted.known(sites)
     if latency is not None:
         found["latency"] = latency
     return found

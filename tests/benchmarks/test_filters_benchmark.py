@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
 
 from benchmarks import filter_oracles, filters, low_rank_sparse
 
@@ -26,24 +23,7 @@ NETWORK: dict[str, Any] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Random images in the layout of CIFAR-10, few of them held out."""
-    monkeypatch.setattr("benchmarks.cifar.HELD_OUT", 50)
-    draw = np.random.default_rng(0)
-    for name, count in (*((f"data_batch_{i}", 50) for i in range(1, 6)), ("test_batch", 60)):
-        records = draw.integers(0, 256, (count, 3073), dtype=np.uint8)
-        records[:, 0] %= 10
-        records.tofile(tmp_path / f"{name}.bin")
-    return {"cifar10": tmp_path, "weights": {}, "work": tmp_path, "shared": tmp_path}
+pytestmark = pytest.mark.usefixtures("single_thread")
 
 
 def test_filters_of_every_arm_meet_the_budget(paths: dict[str, Any]) -> None:

@@ -165,7 +165,7 @@ def costs(plan: Plan, cost: str = "macs") -> Figure:
     """A pair of bars a site: its cost dense and as planned, with the rest of the network last."""
     _known(plan.dense_costs, cost)
     # Coupled channels cost something in their layers, which have entries of their own.
-    entries = [e for e in plan if e.dense_costs[cost] > 0 or not e.kind.endswith("channels")]
+    entries = [e for e in plan if e.dense_costs[cost] > 0 or not e.of_channels]
     names = [e.site for e in entries]
     dense = [e.dense_costs[cost] for e in entries]
     now = [e.costs[cost] for e in entries]
@@ -206,7 +206,7 @@ def tradeoff(
     _known(candidates.dense, cost)
     # Losses span several powers of ten; the dense network, which loses nothing, has no place on such a scale.
     # Where channels are removed costs do not add up, and no selection from one table is a prediction.
-    adds_up = not any(row.kind.endswith("channels") for row in candidates)
+    adds_up = not any(row.of_channels for row in candidates)
     points = [(c, loss) for c, loss in predicted(candidates, cost) if loss > 0] if adds_up else []
     dense = candidates.dense[cost]
     with _figure(7.2, 4.6 if measured else 2.7) as figure:
