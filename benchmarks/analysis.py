@@ -23,9 +23,10 @@ import spectrim as st
 from benchmarks import nets
 from benchmarks.environment import ROOT
 from benchmarks.run import claim
-from spectrim.nn.batches import evaluating
-from spectrim.plan import Candidates, Plan
-from spectrim.sites import Sites
+from spectrim.network.sites import Sites
+from spectrim.nn.watch.batches import evaluating
+from spectrim.selection.candidates import Candidates
+from spectrim.selection.plan import Plan
 
 MIB = 2**20
 

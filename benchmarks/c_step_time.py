@@ -11,7 +11,7 @@ import torch
 import spectrim as st
 from benchmarks import cifar
 from benchmarks.run import claim
-from spectrim.chains import preemptions
+from spectrim.cost.chains import preemptions
 from spectrim.nn.timing import Timing
 from spectrim.train import Schedule
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import spectrim
-from spectrim.latency import device_name
+from spectrim.cost.latency import device_name
 
 ROOT = Path(__file__).parent.parent
 

@@ -111,7 +111,7 @@ def _speed(rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 def _rank_paths(trajectory: Mapping[str, Any]) -> bytes:
     from spectrim.report.ranks import rank_paths
-    from spectrim.trajectory import Trajectory
+    from spectrim.selection.trajectory import Trajectory
 
     return _saved(rank_paths(Trajectory.from_json(json.dumps(trajectory))))
 

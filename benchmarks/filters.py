@@ -16,10 +16,11 @@ import spectrim as st
 from benchmarks import cifar, torch_pruning_baseline
 from benchmarks.distilled import every_row, tuned
 from benchmarks.run import claim
-from spectrim import costs, narrowing
-from spectrim.coupling import axes_left
+from spectrim.cost import counted as costs
+from spectrim.network import narrowing
+from spectrim.network.coupling import axes_left
+from spectrim.nn.channels.narrow import narrow
 from spectrim.nn.checkpoint import read_plan
-from spectrim.nn.narrow import narrow
 from spectrim.nn.surgery import parameter_count, reestimate_batchnorm
 
 OURS = "reconstruction"

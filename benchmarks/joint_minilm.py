@@ -19,10 +19,10 @@ from torch import Tensor, nn
 import spectrim as st
 from benchmarks.run import claim
 from spectrim.linalg.moments import Moments
+from spectrim.linalg.unfold import unfolding
 from spectrim.methods import Method
-from spectrim.plan import Choice
-from spectrim.sites import Site, Sites
-from spectrim.unfold import unfolding
+from spectrim.network.choices import Choice
+from spectrim.network.sites import Site, Sites
 
 # What layers of one block see together, and what stands at one place of every block.
 _LEAVES = {

@@ -24,8 +24,8 @@ from benchmarks import cifar
 from benchmarks.run import claim
 from spectrim.cli.data import load_data
 from spectrim.report import measures
+from spectrim.selection.trajectory import Trajectory
 from spectrim.train import PAPER_SCHEDULES, Recipe, Schedule
-from spectrim.trajectory import Trajectory
 
 
 @dataclass

@@ -20,8 +20,8 @@ from benchmarks import cifar
 from benchmarks.run import claim
 from spectrim.linalg.moments import Moments
 from spectrim.methods import Method
-from spectrim.nn.patches import sample_patches
-from spectrim.sites import Site
+from spectrim.network.sites import Site
+from spectrim.nn.watch.patches import sample_patches
 
 
 def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.run import claim
-from spectrim.chains import preemptions, torch_threads
-from spectrim.costs import macs
-from spectrim.factors import LowRankPlusSparse
+from spectrim.cost.chains import preemptions, torch_threads
+from spectrim.cost.counted import macs
 from spectrim.linalg.patterns import Unstructured
+from spectrim.linalg.unfold import unfolding
+from spectrim.network.factors import LowRankPlusSparse
+from spectrim.network.layer import LayerSpec
 from spectrim.nn.build import build
-from spectrim.nn.kernels import choose_kernels
-from spectrim.nn.sparse import Sum
+from spectrim.nn.sparse.kernels import choose_kernels
+from spectrim.nn.sparse.layers import Sum
 from spectrim.nn.timing import Timing
-from spectrim.sites import LayerSpec
-from spectrim.unfold import unfolding
 
 _REST = 64 * 2**20  # bytes read between two calls
 

@@ -19,12 +19,15 @@ import spectrim as st
 from benchmarks import nets
 from benchmarks.run import claim
 from spectrim.errors import InfeasibleBudgetError
-from spectrim.factors import LowRank
+from spectrim.linalg.unfold import Unfolding, unfolding
 from spectrim.methods.base import Curve, LowRankMethod, full_rank
+from spectrim.network.choices import Choice
+from spectrim.network.factors import LowRank
+from spectrim.network.layer import LayerSpec
+from spectrim.network.sites import Site
 from spectrim.nn.timing import Timing, measure_latency
-from spectrim.plan import Candidates, Choice, Plan
-from spectrim.sites import LayerSpec, Site
-from spectrim.unfold import Unfolding, unfolding
+from spectrim.selection.candidates import Candidates
+from spectrim.selection.plan import Plan
 
 _BISECTIONS = 10
 _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -21,7 +21,7 @@ import spectrim as st
 from benchmarks import cifar
 from benchmarks.run import claim
 from spectrim.nn.timing import measure_latency
-from spectrim.plan import Plan, make_plan
+from spectrim.selection.plan import Plan, make_plan
 from spectrim.train import Recipe, Schedule
 from spectrim.train.rank_tables import buildable, rank_methods
 

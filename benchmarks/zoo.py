@@ -29,12 +29,12 @@ import spectrim as st
 from benchmarks import cifar, nets, vgg, zoo_nets, zoo_others
 from benchmarks.run import claim
 from benchmarks.zoo_transformers import TRANSFORMERS
-from spectrim.coupling import IN, THROUGH, Axis, Coupling, axes_left
-from spectrim.nn.batches import call, output_tensors
-from spectrim.nn.filters import couple
+from spectrim.network.coupling import IN, THROUGH, Axis, Coupling, axes_left
+from spectrim.network.sites import Sites
+from spectrim.nn.channels.graph import couple
+from spectrim.nn.channels.narrow import narrow
 from spectrim.nn.find import canonical
-from spectrim.nn.narrow import narrow
-from spectrim.sites import Sites
+from spectrim.nn.watch.batches import call, output_tensors
 
 Made = tuple[nn.Module, Any]
 

@@ -16,7 +16,7 @@ import torch
 if os.environ.get("SPECTRIM_SHAPE_CHECKS", "1") != "0" and importlib.util.find_spec("beartype"):
     from jaxtyping import install_import_hook
 
-    install_import_hook(["spectrim.linalg", "spectrim.unfold", "spectrim.factors"], "beartype.beartype")
+    install_import_hook(["spectrim.linalg", "spectrim.network.factors"], "beartype.beartype")
 
 import hypothesis
 

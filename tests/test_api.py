@@ -13,20 +13,23 @@ from torch import Tensor, nn
 
 import spectrim as st
 from spectrim.application import apply
-from spectrim.budget import Budget
-from spectrim.costs import macs, parameters, size_bytes
+from spectrim.cost.counted import macs, parameters, size_bytes
 from spectrim.errors import PlanError
-from spectrim.factors import LowRank
+from spectrim.linalg.unfold import unfold, unfolding
 from spectrim.methods import Curve, LowRankMethod
-from spectrim.nn.calibrate import calibrate
+from spectrim.network.choices import Choice
+from spectrim.network.factors import LowRank
+from spectrim.network.layer import LayerSpec
+from spectrim.network.sites import Site, Sites
 from spectrim.nn.find import find
 from spectrim.nn.modules import Factored
 from spectrim.nn.surgery import parameter_count
-from spectrim.plan import Candidates, Choice, Option, Plan, make_plan
-from spectrim.sites import LayerSpec, Site, Sites
+from spectrim.nn.watch.calibrate import calibrate
+from spectrim.selection.budget import Budget
+from spectrim.selection.candidates import Candidates, Option
+from spectrim.selection.plan import Plan, make_plan
 from spectrim.tables import default_methods, retabulate, tabulate
 from spectrim.testing import check_method
-from spectrim.unfold import unfold, unfolding
 from tests.cases import MODELS, batches_for, one_thread, settled
 
 
@@ -298,8 +301,8 @@ def test_reconstruction_lowers_the_output_error(method: str) -> None:
 
 
 def test_reconstruction_fits_the_second_factor_where_patches_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spectrim.nn.calibrate.FULL_PATCH", 4)
-    monkeypatch.setattr("spectrim.nn.calibrate.FULL_LINEAR", 4)
+    monkeypatch.setattr("spectrim.nn.watch.calibrate.FULL_PATCH", 4)
+    monkeypatch.setattr("spectrim.nn.watch.calibrate.FULL_LINEAR", 4)
     model, sites, batches = prepared("residual")
     assert not any("input" in site.moments for site in sites)
     plan = every_site(tabulate(sites), "WeightSVD", 3)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
+
+import pytest
 
 import spectrim
+from spectrim._moved import HOMES
 
 HEAVY = ("scipy", "typer", "rich", "matplotlib", "torch_pruning", "transformers", "accelerate", "sklearn", "onnx")
 
@@ -42,6 +46,24 @@ def test_every_public_name_exists_and_is_listed() -> None:
 
 
 def test_functions_are_not_hidden_by_modules_of_the_same_name() -> None:
-    code = "import spectrim.selectors, spectrim.pipeline, spectrim.application, spectrim as st\n"
+    code = "import spectrim.selection.selectors, spectrim.pipeline, spectrim.application, spectrim as st\n"
     code += "assert all(callable(f) for f in (st.select, st.compress, st.apply, st.find, st.calibrate, st.sensitivity))"
     assert "spectrim" in loaded_after(code)
+
+
+def test_former_module_paths_lead_to_the_same_objects_with_a_warning() -> None:
+    for former, homes in HOMES.items():
+        sys.modules.pop(former, None)
+        with pytest.warns(DeprecationWarning, match=f"{former} has moved"):
+            alias = import_module(former)
+        names = {name: home for home in reversed(homes) for name in vars(import_module(home)) if name[0] != "_"}
+        assert names
+        for name, home in names.items():
+            assert getattr(alias, name) is getattr(import_module(home), name)
+        with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+            alias.nothing_of_the_kind  # noqa: B018
+
+
+def test_a_path_that_never_was_is_not_found() -> None:
+    with pytest.raises(ModuleNotFoundError, match=r"spectrim\.nonsense"):
+        import_module("spectrim.nonsense")

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 import spectrim as st
 from spectrim.errors import CheckpointError, PlanError
+from spectrim.network.choices import Choice
+from spectrim.network.sites import Sites
 from spectrim.nn.checkpoint import same_weights
 from spectrim.nn.shared import Once
 from spectrim.nn.surgery import merge, parameter_count, size_in_bytes
-from spectrim.plan import Choice, Entry, Plan
-from spectrim.sites import Sites
+from spectrim.selection.plan import Entry, Plan
 from tests.cases import one_thread
 
 

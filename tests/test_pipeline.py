@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 import spectrim as st
 from spectrim import pipeline
-from spectrim.budget import Budget
-from spectrim.costs import macs
+from spectrim.cost.counted import macs
 from spectrim.errors import InfeasibleBudgetError, PlanError
 from spectrim.nn.modules import Factored
 from spectrim.nn.surgery import parameter_count, size_in_bytes
 from spectrim.nn.timing import Timing
-from spectrim.plan import Plan
+from spectrim.selection.budget import Budget
+from spectrim.selection.plan import Plan
 from tests.cases import MODELS, batches_for, one_thread, sample_inputs, settled
 
 

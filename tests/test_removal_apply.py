@@ -13,17 +13,18 @@ from safetensors.torch import safe_open, save_file
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.coupling import axes_left
+from spectrim.channel_plans.widths import widths
 from spectrim.errors import CheckpointError, InfeasibleBudgetError, PlanError
 from spectrim.linalg.principal import energy_width, kl_width
-from spectrim.narrowing import narrowed
-from spectrim.nn.batches import evaluating
+from spectrim.network.choices import DENSE, Choice
+from spectrim.network.coupling import axes_left
+from spectrim.network.narrowing import narrowed
+from spectrim.nn.channels.narrow import narrow
 from spectrim.nn.checkpoint import same_weights
 from spectrim.nn.flops import flop_counter
-from spectrim.nn.narrow import narrow
 from spectrim.nn.surgery import parameter_count, size_in_bytes
-from spectrim.plan import DENSE, Choice, Entry, Plan
-from spectrim.widths import widths
+from spectrim.nn.watch.batches import evaluating
+from spectrim.selection.plan import Entry, Plan
 from tests.cases import one_thread
 from tests.nn.coupled_nets import made
 

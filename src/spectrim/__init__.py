@@ -1,54 +1,59 @@
 """Spectrim makes a trained PyTorch network smaller and measurably faster by trimming spectra."""
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from spectrim._moved import Finder
+
 __version__ = "0.1.0"
+
+sys.meta_path.append(Finder())
 
 # Public names and where they live. They are loaded on first use, so that the command line starts without torch.
 _HOMES = {
     "ActivationSVD": "methods",
-    "Budget": "budget",
-    "Candidates": "plan",
-    "Choice": "plan",
-    "Energy": "widths",
+    "Budget": "selection.budget",
+    "Candidates": "selection.candidates",
+    "Choice": "network.choices",
+    "Energy": "channel_plans.widths",
     "JointSVD": "methods",
-    "KL": "widths",
-    "Latency": "latency",
+    "KL": "channel_plans.widths",
+    "Latency": "cost.latency",
     "LearnedRanks": "train",
-    "LowRank": "factors",
+    "LowRank": "network.factors",
     "LowRankPlusSparse": "methods",
     "Method": "methods",
-    "Plan": "plan",
+    "Plan": "selection.plan",
     "PrincipalFilters": "methods",
     "Result": "pipeline",
-    "SharedBasis": "factors",
-    "Site": "sites",
-    "Sites": "sites",
-    "Trajectory": "trajectory",
+    "SharedBasis": "network.factors",
+    "Site": "network.sites",
+    "Sites": "network.sites",
+    "Trajectory": "selection.trajectory",
     "WeightSVD": "methods",
     "apply": "application",
     "budget_path": "train",
-    "calibrate": "nn.calibrate",
-    "choose_kernels": "nn.kernels",
+    "calibrate": "nn.watch.calibrate",
+    "choose_kernels": "nn.sparse.kernels",
     "compare": "report",
     "compress": "pipeline",
-    "couple": "nn.filters",
+    "couple": "nn.channels.graph",
     "export_onnx": "nn.export",
     "export_program": "nn.export",
     "find": "nn.find",
     "fine_tune": "train",
-    "group": "groups",
+    "group": "network.groups",
     "learn_ranks": "train",
     "load": "nn.checkpoint",
-    "macs": "costs",
+    "macs": "cost.counted",
     "merge": "nn.surgery",
-    "parameters": "costs",
-    "recommend": "widths",
+    "parameters": "cost.counted",
+    "recommend": "channel_plans.widths",
     "save": "nn.checkpoint",
-    "select": "selectors",
-    "sensitivity": "nn.sensitivity",
-    "size_bytes": "costs",
+    "select": "selection.selectors",
+    "sensitivity": "nn.watch.sensitivity",
+    "size_bytes": "cost.counted",
     "tabulate": "tables",
     "write_report": "report",
 }
@@ -57,29 +62,31 @@ __all__ = sorted(_HOMES)  # pyright: ignore[reportUnsupportedDunderAll]  (made f
 
 if TYPE_CHECKING:
     from spectrim.application import apply
-    from spectrim.budget import Budget
-    from spectrim.costs import macs, parameters, size_bytes
-    from spectrim.factors import LowRank, SharedBasis
-    from spectrim.groups import group
-    from spectrim.latency import Latency
+    from spectrim.channel_plans.widths import KL, Energy, recommend
+    from spectrim.cost.counted import macs, parameters, size_bytes
+    from spectrim.cost.latency import Latency
     from spectrim.methods import ActivationSVD, JointSVD, LowRankPlusSparse, Method, PrincipalFilters, WeightSVD
-    from spectrim.nn.calibrate import calibrate
+    from spectrim.network.choices import Choice
+    from spectrim.network.factors import LowRank, SharedBasis
+    from spectrim.network.groups import group
+    from spectrim.network.sites import Site, Sites
+    from spectrim.nn.channels.graph import couple
     from spectrim.nn.checkpoint import load, save
     from spectrim.nn.export import export_onnx, export_program
-    from spectrim.nn.filters import couple
     from spectrim.nn.find import find
-    from spectrim.nn.kernels import choose_kernels
-    from spectrim.nn.sensitivity import sensitivity
+    from spectrim.nn.sparse.kernels import choose_kernels
     from spectrim.nn.surgery import merge
+    from spectrim.nn.watch.calibrate import calibrate
+    from spectrim.nn.watch.sensitivity import sensitivity
     from spectrim.pipeline import Result, compress
-    from spectrim.plan import Candidates, Choice, Plan
     from spectrim.report import compare, write_report
-    from spectrim.selectors import select
-    from spectrim.sites import Site, Sites
+    from spectrim.selection.budget import Budget
+    from spectrim.selection.candidates import Candidates
+    from spectrim.selection.plan import Plan
+    from spectrim.selection.selectors import select
+    from spectrim.selection.trajectory import Trajectory
     from spectrim.tables import tabulate
     from spectrim.train import LearnedRanks, budget_path, fine_tune, learn_ranks
-    from spectrim.trajectory import Trajectory
-    from spectrim.widths import KL, Energy, recommend
 
 
 def __getattr__(name: str) -> Any:

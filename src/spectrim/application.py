@@ -9,18 +9,19 @@ from typing import Any
 
 from torch import nn
 
-from spectrim.coupling import IN
 from spectrim.errors import PlanError
-from spectrim.factors import Factors, KeptChannels, LowRank, SharedBasis
 from spectrim.methods import Method, from_record
+from spectrim.network.choices import DENSE
+from spectrim.network.coupling import IN
+from spectrim.network.factors import Factors, KeptChannels, LowRank, SharedBasis
+from spectrim.network.sites import Site, Sites
 from spectrim.nn.build import build, skeleton
-from spectrim.nn.calibrate import in_full
+from spectrim.nn.channels.removal import Removal
 from spectrim.nn.modules import Factored
-from spectrim.nn.reconstruct import asymmetric_site, refit_second
-from spectrim.nn.removal import Removal
 from spectrim.nn.surgery import reestimate_batchnorm, replace_module
-from spectrim.plan import DENSE, Entry, Plan
-from spectrim.sites import Site, Sites
+from spectrim.nn.watch.calibrate import in_full
+from spectrim.nn.watch.reconstruct import asymmetric_site, refit_second
+from spectrim.selection.plan import Entry, Plan
 from spectrim.tables import Progress
 
 

@@ -13,23 +13,25 @@ import torch
 from torch import nn
 
 from spectrim.application import apply
-from spectrim.budget import Budget
+from spectrim.channel_plans.stepwise import select_in_steps
+from spectrim.cost.latency import Latency
 from spectrim.errors import CalibrationError, InfeasibleBudgetError, PlanError
-from spectrim.factors import KeptChannels
-from spectrim.groups import group
-from spectrim.latency import Latency
 from spectrim.methods import Method
-from spectrim.nn.batches import arguments, batch_size, call, evaluating, output_tensors, resized
-from spectrim.nn.calibrate import calibrate
-from spectrim.nn.filters import couple
+from spectrim.network.choices import Choice
+from spectrim.network.factors import KeptChannels
+from spectrim.network.groups import group
+from spectrim.network.sites import Sites
+from spectrim.nn.channels.graph import couple
 from spectrim.nn.find import Selector, find
-from spectrim.nn.kernels import choose_kernels
-from spectrim.nn.sensitivity import sensitivity as weigh
+from spectrim.nn.sparse.kernels import choose_kernels
 from spectrim.nn.timing import Timing, measure_latency
-from spectrim.plan import Candidates, Choice, Plan
-from spectrim.selectors import exact, select
-from spectrim.sites import Sites
-from spectrim.stepwise import select_in_steps
+from spectrim.nn.watch.batches import arguments, batch_size, call, evaluating, output_tensors, resized
+from spectrim.nn.watch.calibrate import calibrate
+from spectrim.nn.watch.sensitivity import sensitivity as weigh
+from spectrim.selection.budget import Budget
+from spectrim.selection.candidates import Candidates
+from spectrim.selection.plan import Plan
+from spectrim.selection.selectors import exact, select
 from spectrim.tables import Progress, tabulate
 
 # A latency plan is selected, built, measured and corrected at most so often.
@@ -140,8 +142,8 @@ def compress(
     methods
         What may be chosen at each site; as for :func:`spectrim.tabulate` by default. With one that removes channels,
         these are found first (:func:`spectrim.couple`), the plan is made in steps
-        (:func:`spectrim.stepwise.select_in_steps`), and of plans that mix methods the one is taken whose outputs are
-        closest to the dense network's.
+        (:func:`spectrim.channel_plans.stepwise.select_in_steps`), and of plans that mix methods the one is taken whose
+        outputs are closest to the dense network's.
     skip, only
         Layers to leave alone or keep to; see :func:`spectrim.find`.
     groups

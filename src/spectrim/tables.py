@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from spectrim import costs as counted
-from spectrim.latency import Latency
+from spectrim.cost import counted
+from spectrim.cost.latency import Latency
 from spectrim.methods import ActivationSVD, Curve, JointSVD, Method, WeightSVD
-from spectrim.plan import DENSE, Candidates, Choice, Option, Row
-from spectrim.sites import LayerSpec, Site, Sites
+from spectrim.network.choices import DENSE, Choice
+from spectrim.network.layer import LayerSpec
+from spectrim.network.sites import Site, Sites
+from spectrim.selection.candidates import Candidates, Option, Row
 
 Progress = Callable[[str, int, int | None], None]
 

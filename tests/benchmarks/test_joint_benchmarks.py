@@ -13,8 +13,8 @@ import torch
 import spectrim as st
 from benchmarks import joint_counts, joint_latency, joint_minilm, run
 from benchmarks.paper_resnets import PaperResNet
-from spectrim.groups import residual
 from spectrim.linalg.moments import Moments
+from spectrim.network.groups import residual
 
 EXPERIMENTS = Path(run.__file__).parent / "experiments"
 

@@ -17,7 +17,7 @@ from torch import nn
 
 import spectrim as st
 from benchmarks import c_step, cifar, rank_paths, report, run, vgg
-from spectrim.trajectory import Record, Trajectory
+from spectrim.selection.trajectory import Record, Trajectory
 
 EXPERIMENTS = Path(run.__file__).parent / "experiments"
 CLAIMS = {

@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import run, sparse_kernels
 from spectrim.linalg import csr
-from spectrim.nn.kernels import Kernel
+from spectrim.nn.sparse.kernels import Kernel
 
 pytestmark = pytest.mark.skipif(not csr.is_available(), reason="this torch has no fast CSR products")
 EXPERIMENT = Path(run.__file__).parent / "experiments" / "sparse_kernels.json"

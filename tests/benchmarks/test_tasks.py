@@ -10,7 +10,8 @@ import torch
 
 import spectrim as st
 from benchmarks import nets, run, speed
-from spectrim.plan import DENSE, Candidates, Option, Row
+from spectrim.network.choices import DENSE
+from spectrim.selection.candidates import Candidates, Option, Row
 
 EXPERIMENTS = Path(run.__file__).parent / "experiments"
 CLAIMS = {"demo": "F1", "speed_32": "F6", "speed_224": "F6", "latency_budget": "F7", "analysis": "F8", "memory": "F9"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spectrim.plan import Plan
+from spectrim.selection.plan import Plan
 
 DATA = ("--data", "nets:batches")
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from spectrim.cli.sharing import read_groups
-from spectrim.plan import Plan
+from spectrim.selection.plan import Plan
 
 SOURCE = '''
 import torch

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spectrim.budget import Budget
 from spectrim.cli.learning import PARAMETERS, spread
 from spectrim.methods import WeightSVD
-from spectrim.plan import Plan
+from spectrim.selection.budget import Budget
+from spectrim.selection.plan import Plan
+from spectrim.selection.trajectory import Trajectory
 from spectrim.train import LearnedRanks, Recipe, Schedule, learn_ranks
-from spectrim.trajectory import Trajectory
 
 BATCHES = ("--train", "nets:batches", "--test", "nets:batches")
 SHORT = ("--rank-epochs", "2", "--epochs", "1", "--c-steps", "4")

@@ -12,9 +12,9 @@ from spectrim.cli.models import load_compressed
 from spectrim.cli.sparsity import METHOD, Sparsity, kernel_notes, kernel_values
 from spectrim.cli.steps import chosen_methods
 from spectrim.methods import LowRankPlusSparse
-from spectrim.nn.kernels import ChosenKernel, Kernel
-from spectrim.nn.packed import masked_layers
-from spectrim.plan import Plan
+from spectrim.nn.sparse.kernels import ChosenKernel, Kernel
+from spectrim.nn.sparse.packed import masked_layers
+from spectrim.selection.plan import Plan
 
 DATA = ("--data", "nets:batches")
 SPARSE = ("--method", METHOD)

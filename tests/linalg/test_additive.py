@@ -18,7 +18,7 @@ from spectrim.linalg.low_rank_steps import Exact, Greedy, LowRankStep, Split
 from spectrim.linalg.metric import Full, Metric, Plain, Slices
 from spectrim.linalg.patterns import pattern
 from spectrim.linalg.sparse import Quadratic
-from spectrim.unfold import fold, unfold, unfoldings
+from spectrim.linalg.unfold import fold, unfold, unfoldings
 
 UNSTRUCTURED = pattern("unstructured")
 CPU = torch.device("cpu")

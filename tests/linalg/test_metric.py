@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spectrim.linalg.metric import Full, Metric, Plain, Rows, Slices
-from spectrim.unfold import unfold, unfoldings
+from spectrim.linalg.unfold import unfold, unfoldings
 
 KERNELS = [(), (3,), (2, 3), (2, 1, 2)]
 SLICED = [(kernel, how) for kernel in KERNELS for how in unfoldings(kernel)]

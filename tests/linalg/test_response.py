@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spectrim.linalg import lowrank, response
-from spectrim.unfold import Unfolding, fold, unfold, unfoldings
+from spectrim.linalg.unfold import Unfolding, fold, unfold, unfoldings
 
 KERNELS = [(), (3,), (2, 3), (3, 1), (2, 1, 2)]
 ALL = [(kernel, how) for kernel in KERNELS for how in unfoldings(kernel)]

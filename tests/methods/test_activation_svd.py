@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectrim.costs import parameters
+from spectrim.cost.counted import parameters
 from spectrim.errors import MissingMomentsError
+from spectrim.linalg.unfold import unfold, unfolding, unfoldings
 from spectrim.methods import ActivationSVD, WeightSVD, metrics
 from spectrim.methods.base import full_rank
-from spectrim.nn import calibrate as calibration
+from spectrim.network.choices import Choice
+from spectrim.network.sites import Site
 from spectrim.nn.build import build
-from spectrim.nn.calibrate import calibrate
 from spectrim.nn.find import find
-from spectrim.nn.sensitivity import sensitivity
-from spectrim.plan import Choice
-from spectrim.sites import Site
+from spectrim.nn.watch import calibrate as calibration
+from spectrim.nn.watch.calibrate import calibrate
+from spectrim.nn.watch.sensitivity import sensitivity
 from spectrim.testing import measured_error
-from spectrim.unfold import unfold, unfolding, unfoldings
 from tests.cases import LAYERS, small_site
 
 

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from spectrim.errors import MissingMomentsError, PlanError
-from spectrim.factors import LowRank
 from spectrim.linalg.moments import shrunk
+from spectrim.linalg.unfold import unfoldings
 from spectrim.methods import ActivationSVD, Curve, LowRankPlusSparse, Method, WeightSVD, from_record
 from spectrim.methods.base import break_even, full_rank
-from spectrim.plan import Choice
-from spectrim.sites import LayerSpec, Site
+from spectrim.network.choices import Choice
+from spectrim.network.factors import LowRank
+from spectrim.network.layer import LayerSpec
+from spectrim.network.sites import Site
 from spectrim.testing import check_method, measured_error
-from spectrim.unfold import unfoldings
 from tests.cases import LAYERS, small_site
 
 
@@ -148,7 +149,7 @@ def specs() -> Iterator[LayerSpec]:
 
 
 def test_break_even_is_the_largest_rank_that_saves_anything() -> None:
-    from spectrim.costs import macs, parameters
+    from spectrim.cost.counted import macs, parameters
 
     for spec in specs():
         for how in unfoldings(spec.kernel):

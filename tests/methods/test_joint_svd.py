@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from spectrim import costs
+from spectrim.cost import counted as costs
 from spectrim.errors import MissingMomentsError
-from spectrim.factors import SharedBasis
+from spectrim.linalg.unfold import unfold, unfolding, unfoldings
 from spectrim.methods import ActivationSVD, JointSVD, WeightSVD, from_record, metrics
-from spectrim.methods.joint_problem import compatible, pose
+from spectrim.methods.joint_layers import compatible, pose
+from spectrim.network.factors import SharedBasis
+from spectrim.network.sites import Site
 from spectrim.nn.build import build, skeleton
-from spectrim.sites import Site
 from spectrim.testing import check_joint_method, measured_error, small_group
-from spectrim.unfold import unfold, unfolding, unfoldings
 
 SHARES = (JointSVD("right"), JointSVD("left"), JointSVD("both", sweeps=4))
 BARE = JointSVD("both", proportion=0.3)

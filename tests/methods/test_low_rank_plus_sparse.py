@@ -11,20 +11,20 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.costs import parameters
+from spectrim.cost.counted import parameters
 from spectrim.errors import MissingMomentsError
 from spectrim.linalg import patterns
+from spectrim.linalg.unfold import unfolding, unfoldings
 from spectrim.methods import ActivationSVD, LowRankPlusSparse, WeightSVD, from_record
-from spectrim.nn import calibrate as calibration
+from spectrim.network.choices import Choice
+from spectrim.network.sites import Site
 from spectrim.nn.build import build
-from spectrim.nn.calibrate import calibrate
 from spectrim.nn.find import find
 from spectrim.nn.modules import whole
-from spectrim.nn.sparse import Cropped, Masked, Slim, Sum
-from spectrim.plan import Choice
-from spectrim.sites import Site
+from spectrim.nn.sparse.layers import Cropped, Masked, Slim, Sum
+from spectrim.nn.watch import calibrate as calibration
+from spectrim.nn.watch.calibrate import calibrate
 from spectrim.testing import measured_error, sample_inputs
-from spectrim.unfold import unfolding, unfoldings
 from tests.cases import LAYERS, batches_for, settled, small_site
 
 FEW = LowRankPlusSparse(densities=(0.0, 0.1, 0.3), ranks=2, turns=8)

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 import spectrim as st
 from spectrim.errors import CalibrationError, MissingMomentsError
-from spectrim.factors import KeptChannels
 from spectrim.linalg import principal
 from spectrim.linalg.moments import Moments
 from spectrim.methods import from_record
+from spectrim.network.factors import KeptChannels
 from tests.cases import one_thread
 from tests.nn.coupled_nets import Net, conv, made, mean, relu
 

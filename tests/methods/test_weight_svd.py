@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from spectrim.linalg.unfold import unfold, unfolding, unfoldings
 from spectrim.methods import ActivationSVD, WeightSVD, from_record, metrics
 from spectrim.methods.base import LowRankMethod, break_even, full_rank
 from spectrim.testing import measured_error
-from spectrim.unfold import unfold, unfolding, unfoldings
 from tests.cases import LAYERS, small_site
 
 

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from spectrim.network.choices import Choice
 from spectrim.nn.build import skeleton
 from spectrim.nn.find import find
 from spectrim.nn.surgery import replace_module
-from spectrim.plan import Choice, Entry, Plan
+from spectrim.selection.plan import Entry, Plan
 
 
 def low_rank(rank: int, unfolding: str = "channel", **more: object) -> Choice:

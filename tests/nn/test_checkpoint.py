@@ -13,12 +13,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from spectrim.errors import CheckpointError
+from spectrim.network.choices import Choice
 from spectrim.nn.build import skeleton
 from spectrim.nn.checkpoint import load, read_plan, same_weights, save
 from spectrim.nn.find import find
 from spectrim.nn.modules import Factored
 from spectrim.nn.surgery import parameter_count, replace_module, size_in_bytes
-from spectrim.plan import Choice, Entry, Plan
+from spectrim.selection.plan import Entry, Plan
 from tests.nn.layers import ConvNet
 from tests.nn.nets import CHOICES, compressed, low_rank, plan_of
 

@@ -14,19 +14,19 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import spectrim as st
-from spectrim.costs import size_bytes
+from spectrim.cost.counted import size_bytes
 from spectrim.errors import CheckpointError
 from spectrim.linalg.packing import packed_bytes
 from spectrim.linalg.patterns import pattern
+from spectrim.linalg.unfold import unfolding
 from spectrim.methods import LowRankPlusSparse
+from spectrim.network.choices import Choice
+from spectrim.network.layer import LayerSpec
 from spectrim.nn.build import skeleton
 from spectrim.nn.checkpoint import load, read_plan, same_weights, save
 from spectrim.nn.find import find
-from spectrim.nn.sparse import Masked, Slim, Sum, laid_out
+from spectrim.nn.sparse.layers import Masked, Slim, Sum, laid_out
 from spectrim.nn.surgery import merge, replace_module, size_in_bytes
-from spectrim.plan import Choice
-from spectrim.sites import LayerSpec
-from spectrim.unfold import unfolding
 from tests.cases import batches_for, one_thread, settled
 from tests.nn.layers import LAYERS, Wrapped, close
 from tests.nn.nets import low_rank, plan_of

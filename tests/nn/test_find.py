@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
-from spectrim.costs import parameters, size_bytes
+from spectrim.cost.counted import parameters, size_bytes
 from spectrim.errors import UnsupportedLayerError
 from spectrim.nn.find import canonical, describe, find
 from spectrim.nn.surgery import parameter_count, size_in_bytes

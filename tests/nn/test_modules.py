@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from spectrim.errors import PlanError
-from spectrim.factors import Factors, LowRank
+from spectrim.linalg.unfold import unfold, unfolding, unfoldings
+from spectrim.network.choices import Choice
+from spectrim.network.factors import Factors, LowRank
 from spectrim.nn.build import build, skeleton
 from spectrim.nn.find import canonical, describe
 from spectrim.nn.modules import Factored, make_layer
-from spectrim.plan import Choice
-from spectrim.unfold import unfold, unfolding, unfoldings
 from tests.nn.layers import LAYERS, close
 
 CASES = [

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from spectrim.factors import SharedBasis
+from spectrim.linalg.unfold import unfolding, unfoldings
+from spectrim.network.choices import Choice
+from spectrim.network.factors import SharedBasis
 from spectrim.nn.build import build, skeleton
 from spectrim.nn.export import export_onnx, export_program
 from spectrim.nn.find import canonical, describe
 from spectrim.nn.modules import Factored, make_layer
 from spectrim.nn.shared import Once, Wide
 from spectrim.nn.surgery import merge, parameter_count, size_in_bytes
-from spectrim.plan import Choice
-from spectrim.unfold import unfolding, unfoldings
 from tests.cases import one_thread
 from tests.nn.layers import close
 

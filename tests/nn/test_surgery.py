@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from spectrim.costs import parameters, size_bytes
+from spectrim.cost.counted import parameters, size_bytes
 from spectrim.errors import PlanError
 from spectrim.linalg.packing import packed_bytes
+from spectrim.network.choices import Choice
 from spectrim.nn.build import skeleton
 from spectrim.nn.find import describe, find
 from spectrim.nn.modules import Factored
-from spectrim.nn.sparse import Masked
+from spectrim.nn.sparse.layers import Masked
 from spectrim.nn.surgery import merge, parameter_count, reestimate_batchnorm, replace_module, size_in_bytes
-from spectrim.plan import Choice
 from tests.nn.layers import ConvNet, Wrapped, close
 from tests.nn.nets import CHOICES, compressed, low_rank
 

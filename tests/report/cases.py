@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spectrim.budget import Budget
-from spectrim.plan import DENSE, Candidates, Choice, Option, Plan, Row
-from spectrim.selectors import lagrangian
+from spectrim.network.choices import DENSE, Choice
+from spectrim.selection.budget import Budget
+from spectrim.selection.candidates import Candidates, Option, Row
+from spectrim.selection.plan import Plan
+from spectrim.selection.selectors import lagrangian
 
 
 def table(names: Sequence[str]) -> Candidates:

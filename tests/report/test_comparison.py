@@ -8,8 +8,8 @@ from torch import nn
 
 from spectrim.linalg.patterns import pattern
 from spectrim.nn.find import canonical, describe
-from spectrim.nn.products import Kernel
-from spectrim.nn.sparse import Masked, sparse_layer
+from spectrim.nn.sparse.layers import Masked, sparse_layer
+from spectrim.nn.sparse.products import Kernel
 from spectrim.nn.surgery import merge, parameter_count, size_in_bytes
 from spectrim.report import Comparison, Measure, accuracy, compare, measure, show
 from spectrim.report.measures import file_size, macs

@@ -5,9 +5,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from spectrim.plan import Candidates, Row
 from spectrim.report import figures
 from spectrim.report.figures import Measured
+from spectrim.selection.candidates import Candidates, Row
 from tests.report.cases import plan, shared, sums, table
 
 HOSTILE = ["<script>alert(1)</script>", "a $\\frac{x$ & 'b' \"c\"", "layer.{{ 7 * 7 }}.$_^"]

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from spectrim.network.choices import DENSE, Choice
+from spectrim.network.sites import Sites, Skipped
 from spectrim.pipeline import Report, Result
-from spectrim.plan import DENSE, Candidates, Choice, Plan
 from spectrim.report import Comparison, Measure, Measured, Page, write_report
 from spectrim.report.page import _tiles, choice_text
-from spectrim.sites import Sites, Skipped
+from spectrim.selection.candidates import Candidates
+from spectrim.selection.plan import Plan
 from tests.report.cases import plan, shared, sums, table
 from tests.report.test_figures import HOSTILE
 from tests.report.test_ranks import run

@@ -9,7 +9,7 @@ from matplotlib.colors import to_hex, to_rgb
 from PIL import Image, ImageSequence
 
 from spectrim.report import Measured, animate_ranks, cost_curve, figures, rank_paths
-from spectrim.trajectory import Record, Trajectory
+from spectrim.selection.trajectory import Record, Trajectory
 from tests.report.test_figures import HOSTILE
 
 FULL = (16, 48, 96)

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.plan import Entry
-from spectrim.sites import LayerSpec
+from spectrim.linalg.unfold import fold, unfold, unfolding
+from spectrim.network.layer import LayerSpec
+from spectrim.selection.plan import Entry
+from spectrim.selection.trajectory import Record
 from spectrim.train.rank_tables import ZERO
-from spectrim.trajectory import Record
-from spectrim.unfold import fold, unfold, unfolding
 
 
 def perturb(model: nn.Module, amount: float = 0.2) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from spectrim.network.choices import Choice
 from spectrim.nn.build import skeleton
 from spectrim.nn.find import find
-from spectrim.nn.sparse import Masked, laid_out
+from spectrim.nn.sparse.layers import Masked, laid_out
 from spectrim.nn.surgery import replace_module
-from spectrim.plan import Choice
 
 
 def choice(rank: int, density: float, pattern: str = "unstructured", unfolding: str = "channel") -> Choice:

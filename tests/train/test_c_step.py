@@ -14,7 +14,7 @@ from torch import nn
 
 import spectrim
 from spectrim.methods import WeightSVD
-from spectrim.sites import Sites
+from spectrim.network.sites import Sites
 from spectrim.train import LearnedRanks, Schedule
 from spectrim.train.rank_tables import ZERO
 

@@ -20,9 +20,9 @@ from spectrim.errors import CheckpointError, InfeasibleBudgetError, PlanError
 from spectrim.methods import WeightSVD
 from spectrim.nn.modules import Factored
 from spectrim.nn.surgery import parameter_count
+from spectrim.selection.trajectory import Trajectory
 from spectrim.train import LearnedResult, Recipe, Schedule, budget_path, learn_ranks
 from spectrim.train import resume as resuming
-from spectrim.trajectory import Trajectory
 from tests.train import learning_script
 from tests.train.learned import timeless
 from tests.train.learning_script import SCHEDULE, Residual, Stop, Stopping, learn, options, path, shuffled

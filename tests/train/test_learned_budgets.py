@@ -16,8 +16,9 @@ from spectrim.methods import WeightSVD, metrics
 from spectrim.nn.modules import Factored
 from spectrim.nn.surgery import parameter_count
 from spectrim.nn.timing import Timing
-from spectrim.plan import Candidates, Plan
-from spectrim.selectors import at_multiplier
+from spectrim.selection.candidates import Candidates
+from spectrim.selection.plan import Plan
+from spectrim.selection.selectors import at_multiplier
 from spectrim.testing import measured_error
 from spectrim.train import LearnedRanks, Schedule
 from spectrim.train.rank_tables import weighed, without_zero

@@ -13,11 +13,13 @@ from torch import nn
 import spectrim as st
 from spectrim.errors import CheckpointError, InfeasibleBudgetError
 from spectrim.methods import ActivationSVD, WeightSVD
+from spectrim.network.choices import DENSE, Choice
 from spectrim.nn.timing import Timing
-from spectrim.plan import DENSE, Choice, Option, Plan, Row
+from spectrim.selection.candidates import Option, Row
+from spectrim.selection.plan import Plan
+from spectrim.selection.trajectory import Trajectory
 from spectrim.train import LearnedRanks, Recipe, Schedule, budget_path, learn_ranks
 from spectrim.train.rank_tables import ZERO, buildable
-from spectrim.trajectory import Trajectory
 from tests.cases import batches_for, settled
 from tests.train.learned import perturb
 from tests.train.learning_script import Residual, Stop, Stopping, learn, options

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import spectrim as st
 from spectrim.methods import Curve, WeightSVD
+from spectrim.network.sites import Site
 from spectrim.nn.surgery import parameter_count
-from spectrim.sites import Site
 from spectrim.testing import LAYERS
 from spectrim.train import LearnedRanks, Schedule
 from tests.cases import settled

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 import spectrim as st
 from spectrim.methods import LowRankPlusSparse, Method, WeightSVD
-from spectrim.nn.sparse import Masked, Sum
+from spectrim.network.choices import DENSE, Choice
+from spectrim.nn.sparse.layers import Masked, Sum
 from spectrim.nn.surgery import parameter_count
-from spectrim.plan import DENSE, Choice, Option, Row
+from spectrim.selection.candidates import Option, Row
+from spectrim.selection.trajectory import Trajectory
 from spectrim.tables import tabulate
 from spectrim.train import LearnedRanks, Loop, Recipe, Schedule, learn_ranks
 from spectrim.train.c_step import CStep
 from spectrim.train.rank_tables import ZERO, buildable, rank, weighed, with_zero, without_zero, word
-from spectrim.trajectory import Trajectory
 from tests.cases import batches_for, settled
 from tests.train.learned import perturb, timeless
 from tests.train.small import equal, weights

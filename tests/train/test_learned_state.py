@@ -12,7 +12,7 @@ from torch import nn
 import spectrim as st
 from spectrim.errors import CheckpointError, InfeasibleBudgetError, PlanError
 from spectrim.nn.surgery import parameter_count
-from spectrim.plan import Plan
+from spectrim.selection.plan import Plan
 from spectrim.testing import sample_inputs
 from spectrim.train import LearnedRanks, Schedule
 from tests.cases import batches_for, settled

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from spectrim.network.choices import Choice
 from spectrim.nn.build import skeleton
 from spectrim.nn.find import describe
 from spectrim.nn.surgery import merge
-from spectrim.plan import Choice
 from spectrim.train import add_product_decay, factored_pairs, fine_tune, product_penalty
 from tests.train.small import Pair
 

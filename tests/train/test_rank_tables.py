@@ -10,8 +10,10 @@ from torch import nn
 
 import spectrim as st
 from spectrim.methods import WeightSVD
-from spectrim.plan import DENSE, Candidates, Choice, Option, Row
-from spectrim.sites import LayerSpec, Sites
+from spectrim.network.choices import DENSE, Choice
+from spectrim.network.layer import LayerSpec
+from spectrim.network.sites import Sites
+from spectrim.selection.candidates import Candidates, Option, Row
 from spectrim.tables import tabulate
 from spectrim.testing import LAYERS, sample_inputs
 from spectrim.train.rank_tables import ZERO, buildable, rank, rank_methods, weighed, with_zero, without_zero

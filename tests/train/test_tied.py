@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import spectrim as st
 from spectrim.errors import CheckpointError
+from spectrim.linalg.unfold import unfold, unfolding
 from spectrim.methods import Method
 from spectrim.nn.checkpoint import same_weights
 from spectrim.nn.surgery import merge, parameter_count
 from spectrim.train import LearnedRanks, Loop, Recipe, Schedule, fine_tune
-from spectrim.unfold import unfold, unfolding
 from tests.test_joint_apply import Convolutions, applied, case, planned, ties
 from tests.train.learned import perturb
 from tests.train.small import equal, weights

@@ -116,7 +116,6 @@ def compress(
     Writes model.safetensors (weights and plan), plan.json and report.html, and for learned ranks ranks.json, the course
     they took. Exit code 3 if the budget cannot be met.
     """
-    from spectrim.budget import Budget
     from spectrim.cli import learning
     from spectrim.cli.data import load_data
     from spectrim.cli.filters import METHOD as FILTERS
@@ -146,11 +145,12 @@ def compress(
         survey,
         training_batches,
     )
-    from spectrim.latency import Latency
+    from spectrim.cost.latency import Latency
     from spectrim.pipeline import compress as shrink
-    from spectrim.plan import Plan
     from spectrim.report import accuracy, compare
-    from spectrim.selectors import energy, exact, greedy, lagrangian, select, uniform
+    from spectrim.selection.budget import Budget
+    from spectrim.selection.plan import Plan
+    from spectrim.selection.selectors import energy, exact, greedy, lagrangian, select, uniform
     from spectrim.train import Recipe, fine_tune
 
     if method == learning.METHOD:

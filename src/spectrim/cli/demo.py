@@ -32,7 +32,6 @@ def demo(
     """
     import torch
 
-    from spectrim.budget import Budget
     from spectrim.cli.batches import Batches
     from spectrim.cli.data import load_data
     from spectrim.cli.digits_net import DigitsNet
@@ -40,6 +39,7 @@ def demo(
     from spectrim.cli.steps import first_batch, prepare
     from spectrim.pipeline import compress
     from spectrim.report import accuracy, compare
+    from spectrim.selection.budget import Budget
     from spectrim.train import fine_tune
 
     started = time.perf_counter()

@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spectrim import costs as counted
+from spectrim.channel_plans.widths import KL, Energy, Recipe, widths
 from spectrim.cli.common import Output
 from spectrim.cli.filters import sample_notes
 from spectrim.cli.references import UsageError
 from spectrim.cli.steps import print_skipped, skipped_values
-from spectrim.coupling import IN, OUT, THROUGH
+from spectrim.cost import counted
+from spectrim.cost.whole import costs
 from spectrim.linalg import principal
 from spectrim.methods import PrincipalFilters
-from spectrim.narrowing import costs
-from spectrim.sites import Site, Sites
-from spectrim.widths import KL, Energy, Recipe, widths
+from spectrim.network.coupling import IN, OUT, THROUGH
+from spectrim.network.sites import Site, Sites
 
 SHARES = (0.8, 0.9, 0.95, 0.98, 0.99)
 """Of energy, as in the published figure."""

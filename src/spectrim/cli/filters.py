@@ -9,15 +9,16 @@ from typing import Any
 import typer
 from torch import nn
 
+from spectrim.channel_plans.widths import KL, Energy, recommend
 from spectrim.cli.common import refuse
 from spectrim.cli.references import UsageError
-from spectrim.coupling import fewer
-from spectrim.factors import KeptChannels
 from spectrim.methods import PrincipalFilters
-from spectrim.nn.filters import couple
-from spectrim.plan import Choice, Entry, Plan
-from spectrim.sites import Sites
-from spectrim.widths import KL, Energy, recommend
+from spectrim.network.choices import Choice
+from spectrim.network.coupling import fewer
+from spectrim.network.factors import KeptChannels
+from spectrim.network.sites import Sites
+from spectrim.nn.channels.graph import couple
+from spectrim.selection.plan import Entry, Plan
 
 METHOD = "principal-filters"
 # Parameters of commands that no other method has.

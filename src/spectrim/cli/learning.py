@@ -12,19 +12,19 @@ from typing import Any
 
 from torch import nn
 
-from spectrim.budget import COSTS, Budget
 from spectrim.cli.common import Output, usage
 from spectrim.cli.data import load_data
 from spectrim.cli.models import load_model
 from spectrim.cli.references import UsageError
 from spectrim.cli.results import Outcome
 from spectrim.cli.steps import first_batch, locate, prepare, training_batches
-from spectrim.latency import Latency
+from spectrim.cost.latency import Latency
 from spectrim.methods import WeightSVD
-from spectrim.nn.calibrate import calibrate
+from spectrim.network.sites import Sites
+from spectrim.nn.watch.calibrate import calibrate
 from spectrim.report import accuracy, compare
-from spectrim.selectors import lagrangian
-from spectrim.sites import Sites
+from spectrim.selection.budget import COSTS, Budget
+from spectrim.selection.selectors import lagrangian
 from spectrim.tables import tabulate
 from spectrim.train import LearnedResult, Recipe, Schedule, learn_ranks
 

@@ -125,8 +125,8 @@ def _draw(found: Mapping[str, Any], cost: str, file: Path) -> None:
 
 
 def _print(out: Output, found: Mapping[str, Any]) -> None:
-    from spectrim.budget import UNITS
     from spectrim.report import show
+    from spectrim.selection.budget import UNITS
 
     dense, points = found["dense"], found["points"]
     limited = {cost for point in points for cost in point["budget"]}

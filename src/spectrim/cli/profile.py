@@ -14,7 +14,7 @@ from spectrim.cli.common import Output, command
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from spectrim.plan import Candidates, Row
+    from spectrim.selection.candidates import Candidates, Row
 
 _SHARES = (0.9, 0.99)
 _LOSSES = (0.01, 0.05)
@@ -102,7 +102,7 @@ def profile(
         example = random_input(input_shape, batch, device)
     clock = None
     if latency:
-        from spectrim.latency import Latency
+        from spectrim.cost.latency import Latency
 
         clock = Latency(device=device, batch=batch)
     if method == FILTERS:
@@ -202,9 +202,9 @@ def _group(row: Row, table: Candidates) -> dict[str, Any]:
 
 def _apart(alone: Candidates, size: float, most: float) -> float | None:
     """What layers lose if each is factorised for itself, within a share of their parameters; None if they cannot."""
-    from spectrim.budget import Budget
     from spectrim.errors import InfeasibleBudgetError
-    from spectrim.selectors import exact
+    from spectrim.selection.budget import Budget
+    from spectrim.selection.selectors import exact
 
     try:
         return exact(alone, Budget(parameters=size)).loss / max(most, 1e-300)
@@ -223,8 +223,8 @@ def _rank(values: Sequence[float], share: float) -> int | None:
 
 
 def _print(out: Output, table: Candidates, layers: Sequence[dict[str, Any]]) -> None:
-    from spectrim.budget import UNITS
     from spectrim.report.comparison import show
+    from spectrim.selection.budget import UNITS
 
     main = "macs" if "macs" in table.costs else "parameters"
     title = {"macs": "MACs", "parameters": "parameters"}[main]
@@ -257,7 +257,7 @@ def _print(out: Output, table: Candidates, layers: Sequence[dict[str, Any]]) -> 
 
 
 def _print_smallest(out: Output, layers: Sequence[dict[str, Any]]) -> None:
-    from spectrim.plan import Choice
+    from spectrim.network.choices import Choice
     from spectrim.report.page import choice_text
 
     columns = ["layer"]
@@ -276,8 +276,8 @@ def _print_smallest(out: Output, layers: Sequence[dict[str, Any]]) -> None:
 
 
 def _print_groups(out: Output, groups: Sequence[dict[str, Any]]) -> None:
-    from spectrim.budget import UNITS
     from spectrim.report.comparison import show
+    from spectrim.selection.budget import UNITS
 
     columns = ["group", ">layers", ">parameters"]
     for size in groups[0]["lost"]:

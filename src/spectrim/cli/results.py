@@ -12,8 +12,8 @@ from torch import nn
 from spectrim.cli.common import Output
 from spectrim.nn.checkpoint import save
 from spectrim.pipeline import Result
-from spectrim.plan import Plan
 from spectrim.report import Comparison, Measured, animate_ranks, write_report
+from spectrim.selection.plan import Plan
 from spectrim.train import LearnedResult, TrainingResult
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from spectrim.cli.common import usage
 from spectrim.cli.references import UsageError
-from spectrim.groups import group
-from spectrim.methods.joint_problem import compatible
-from spectrim.plan import Plan
-from spectrim.sites import Sites
+from spectrim.methods.joint_layers import compatible
+from spectrim.network.groups import group
+from spectrim.network.sites import Sites
+from spectrim.selection.plan import Plan
 
 NONE_ALIKE = "no layers are alike enough to share factors, as far as their names, shapes and inputs tell"
 Wanted = bool | Mapping[str, Sequence[str]]

@@ -13,9 +13,9 @@ from spectrim.cli.common import refuse
 from spectrim.cli.references import UsageError
 from spectrim.linalg import patterns
 from spectrim.methods import LowRankPlusSparse
-from spectrim.nn.kernels import ChosenKernel, Kernel, choose_kernels
-from spectrim.nn.packed import masked_layers
-from spectrim.sites import Sites
+from spectrim.network.sites import Sites
+from spectrim.nn.sparse.kernels import ChosenKernel, Kernel, choose_kernels
+from spectrim.nn.sparse.packed import masked_layers
 
 METHOD = "low-rank-plus-sparse"
 # Parameters of commands that no other method has.
@@ -82,7 +82,8 @@ class Sparsity:
 
 
 def fastest(model: nn.Module, example: Any, threads: int | None) -> tuple[ChosenKernel, ...]:
-    """Let every layer with a sparse weight run as is fastest here (:func:`spectrim.nn.kernels.choose_kernels`)."""
+    """Let every layer with a sparse weight run as is fastest here
+    (:func:`spectrim.nn.sparse.kernels.choose_kernels`)."""
     return choose_kernels(model, example, threads=threads) if any(masked_layers(model)) else ()
 
 

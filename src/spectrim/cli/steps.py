@@ -17,16 +17,17 @@ from spectrim.cli.filters import Filters, with_channels
 from spectrim.cli.references import UsageError
 from spectrim.cli.sharing import Wanted, offer
 from spectrim.cli.sparsity import METHOD, Sparsity
-from spectrim.latency import Latency
+from spectrim.cost.latency import Latency
 from spectrim.methods import ActivationSVD, JointSVD, Method, WeightSVD
-from spectrim.nn.batches import arguments, resized
-from spectrim.nn.calibrate import calibrate
+from spectrim.network.sites import Sites
 from spectrim.nn.find import find
-from spectrim.nn.sensitivity import sensitivity
 from spectrim.nn.timing import measure_latency
+from spectrim.nn.watch.batches import arguments, resized
+from spectrim.nn.watch.calibrate import calibrate
+from spectrim.nn.watch.sensitivity import sensitivity
 from spectrim.pipeline import Report, Result
-from spectrim.plan import Candidates, Plan
-from spectrim.sites import Sites
+from spectrim.selection.candidates import Candidates
+from spectrim.selection.plan import Plan
 from spectrim.tables import tabulate
 from spectrim.train.batches import length, split
 

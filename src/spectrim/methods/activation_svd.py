@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from spectrim.errors import MissingMomentsError
-from spectrim.factors import LowRank
 from spectrim.linalg import lowrank, response
 from spectrim.linalg.moments import shrunk
+from spectrim.linalg.unfold import Unfolding, unfold, unfolding
 from spectrim.methods import metrics
 from spectrim.methods.base import OUTPUT_ENERGY, Curve, LowRankMethod
-from spectrim.plan import Choice
-from spectrim.sites import Site
-from spectrim.unfold import Unfolding, unfold, unfolding
+from spectrim.network.choices import Choice
+from spectrim.network.factors import LowRank
+from spectrim.network.sites import Site
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from spectrim.costs import macs, parameters, rank_multiple
+from spectrim.cost.counted import macs, parameters, rank_multiple
 from spectrim.errors import PlanError
-from spectrim.factors import Factors
-from spectrim.plan import Choice
-from spectrim.sites import LayerSpec, Site
-from spectrim.unfold import Unfolding, unfolding, unfoldings
+from spectrim.linalg.unfold import Unfolding, unfolding, unfoldings
+from spectrim.network.choices import Choice
+from spectrim.network.factors import Factors
+from spectrim.network.layer import LayerSpec
+from spectrim.network.sites import Site
 
 OUTPUT_ENERGY = "output energy"
 WEIGHTED_ENERGY = "weighted output energy"

@@ -13,17 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectrim.costs import macs, parameters, rank_multiple
+from spectrim.cost.counted import macs, parameters, rank_multiple
 from spectrim.errors import MissingMomentsError
-from spectrim.factors import SharedBasis
 from spectrim.linalg import joint, lowrank, response
 from spectrim.linalg.joint import Bilateral
+from spectrim.linalg.unfold import Unfolding, unfold, unfolding, unfoldings
 from spectrim.methods import metrics
 from spectrim.methods.base import WEIGHT_ENERGY, Curve, Method, check_unfoldings, full_rank
-from spectrim.methods.joint_problem import Problem, compatible, pose
-from spectrim.plan import Choice
-from spectrim.sites import LayerSpec, Site
-from spectrim.unfold import Unfolding, unfold, unfolding, unfoldings
+from spectrim.methods.joint_layers import Problem, compatible, pose
+from spectrim.network.choices import Choice
+from spectrim.network.factors import SharedBasis
+from spectrim.network.layer import LayerSpec
+from spectrim.network.sites import Site
 
 _SHARES = ("left", "right", "both")
 # Ranks of a curve that no single decomposition gives.

@@ -7,16 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from spectrim.costs import macs, parameters, rank_multiple
-from spectrim.factors import LowRankPlusSparse as Factors
+from spectrim.cost.counted import macs, parameters, rank_multiple
 from spectrim.linalg import additive, lowrank, patterns
 from spectrim.linalg.patterns import Pattern
+from spectrim.linalg.unfold import Unfolding, unfolding, unfoldings
 from spectrim.methods import metrics
-from spectrim.methods.additive_problem import Problem
+from spectrim.methods.additive_layer import Problem
 from spectrim.methods.base import OUTPUT_ENERGY, WEIGHT_ENERGY, Curve, Method, check_unfoldings, full_rank
-from spectrim.plan import Choice
-from spectrim.sites import LayerSpec, Site
-from spectrim.unfold import Unfolding, unfolding, unfoldings
+from spectrim.network.choices import Choice
+from spectrim.network.factors import LowRankPlusSparse as Factors
+from spectrim.network.layer import LayerSpec
+from spectrim.network.sites import Site
 
 # Turns of the decomposition that the curve is made of; a choice that is carried out goes on from there.
 _CURVE_TURNS = 3

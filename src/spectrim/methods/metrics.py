@@ -11,9 +11,10 @@ from torch import Tensor
 
 from spectrim.linalg import lowrank, response
 from spectrim.linalg.moments import shrunk
+from spectrim.linalg.unfold import Unfolding
 from spectrim.methods.base import OUTPUT_ENERGY, WEIGHTED_ENERGY
-from spectrim.sites import LayerSpec, Site
-from spectrim.unfold import Unfolding
+from spectrim.network.layer import LayerSpec
+from spectrim.network.sites import Site
 
 
 @dataclass(frozen=True, eq=False)

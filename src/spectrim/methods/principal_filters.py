@@ -7,17 +7,18 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from spectrim import narrowing
-from spectrim.costs import rank_multiple
-from spectrim.coupling import IN
+from spectrim.cost.counted import rank_multiple
 from spectrim.errors import MissingMomentsError
-from spectrim.factors import KeptChannels
 from spectrim.linalg import principal, subset
 from spectrim.linalg.lowrank import profile
 from spectrim.methods import metrics
 from spectrim.methods.base import OUTPUT_ENERGY, Curve, Method
-from spectrim.plan import Choice
-from spectrim.sites import LayerSpec, Site
+from spectrim.network import narrowing
+from spectrim.network.choices import Choice
+from spectrim.network.coupling import IN
+from spectrim.network.factors import KeptChannels
+from spectrim.network.layer import LayerSpec
+from spectrim.network.sites import Site
 
 RECONSTRUCTION = "reconstruction"
 RULES = (RECONSTRUCTION, *principal.RULES)

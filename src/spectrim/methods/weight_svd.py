@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from spectrim.factors import LowRank
 from spectrim.linalg import lowrank, response
 from spectrim.linalg.moments import shrunk
+from spectrim.linalg.unfold import Unfolding, unfold, unfolding
 from spectrim.methods import metrics
 from spectrim.methods.base import WEIGHT_ENERGY, Curve, LowRankMethod
-from spectrim.plan import Choice
-from spectrim.sites import Site
-from spectrim.unfold import Unfolding, unfold, unfolding
+from spectrim.network.choices import Choice
+from spectrim.network.factors import LowRank
+from spectrim.network.sites import Site
 
 
 @dataclass(frozen=True)

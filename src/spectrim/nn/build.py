@@ -9,14 +9,14 @@ from functools import singledispatch
 from torch import Tensor, nn
 
 from spectrim.errors import PlanError
-from spectrim.factors import Factors, LowRank, LowRankPlusSparse, SharedBasis, kinds
+from spectrim.linalg.unfold import first_weight, second_weight
+from spectrim.network.choices import Choice
+from spectrim.network.factors import Factors, LowRank, LowRankPlusSparse, SharedBasis, kinds
+from spectrim.network.layer import LayerSpec
 from spectrim.nn.find import describe
 from spectrim.nn.modules import Factored, make_layer
 from spectrim.nn.shared import Once, Wide
-from spectrim.nn.sparse import Sum, sparse_layer
-from spectrim.plan import Choice
-from spectrim.sites import LayerSpec
-from spectrim.unfold import first_weight, second_weight
+from spectrim.nn.sparse.layers import Sum, sparse_layer
 
 
 @singledispatch

@@ -13,17 +13,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from spectrim.coupling import IN, fewer
 from spectrim.errors import CheckpointError, PlanError
-from spectrim.factors import KeptChannels
+from spectrim.network.coupling import IN, fewer
+from spectrim.network.factors import KeptChannels
+from spectrim.network.sites import Sites
 from spectrim.nn.build import skeleton
+from spectrim.nn.channels.narrow import add_bias, reshape
 from spectrim.nn.find import describe, find
-from spectrim.nn.narrow import add_bias, reshape
-from spectrim.nn.packed import masked_layers, packed_mask, read_mask, read_weight, values_inside
-from spectrim.nn.sparse import Slim
+from spectrim.nn.sparse.layers import Slim
+from spectrim.nn.sparse.packed import masked_layers, packed_mask, read_mask, read_weight, values_inside
 from spectrim.nn.surgery import replace_module
-from spectrim.plan import Plan
-from spectrim.sites import Sites
+from spectrim.selection.plan import Plan
 
 FORMAT = "spectrim"
 FORMAT_VERSION = "1"
@@ -34,10 +34,10 @@ PACKED_VERSION = "2"
 def save(model: nn.Module, plan: Plan, path: str | Path) -> None:
     """Write a compressed model's weights and its plan to one safetensors file.
 
-    Tensors that share memory are stored once. Of a sparse weight (:class:`~spectrim.nn.sparse.Masked`) the file holds
-    the values inside the mask, in one row under the name of the weight, and the packed positions under the name of the
-    mask, so that it is as large as its plan says. The file is written beside its final place and moved there, so that a
-    crash leaves no half-written checkpoint.
+    Tensors that share memory are stored once. Of a sparse weight (:class:`~spectrim.nn.sparse.layers.Masked`) the file
+    holds the values inside the mask, in one row under the name of the weight, and the packed positions under the name
+    of the mask, so that it is as large as its plan says. The file is written beside its final place and moved there, so
+    that a crash leaves no half-written checkpoint.
 
     Parameters
     ----------

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import ExportError
-from spectrim.nn.batches import arguments, evaluating, rebuilt, resized, tensors
+from spectrim.nn.watch.batches import arguments, evaluating, rebuilt, resized, tensors
 
 TOLERANCE = 1e-3
 

@@ -15,7 +15,8 @@ from torch.nn.utils import parametrize
 from spectrim.errors import UnsupportedLayerError
 from spectrim.linalg.packing import packed_bytes
 from spectrim.linalg.patterns import Pattern
-from spectrim.sites import LayerSpec, Site, Sites, Skipped
+from spectrim.network.layer import LayerSpec
+from spectrim.network.sites import Site, Sites, Skipped
 
 Selector = str | type | Callable[[str, nn.Module], bool]
 
@@ -187,7 +188,7 @@ def _is_lazy(tensor: object) -> bool:
 
 
 def _masks(model: nn.Module) -> dict[nn.Module, tuple[Tensor, Pattern]]:
-    """Mask and pattern of the layers whose weight is sparse (:class:`spectrim.nn.sparse.Masked`)."""
+    """Mask and pattern of the layers whose weight is sparse (:class:`spectrim.nn.sparse.layers.Masked`)."""
     found: dict[nn.Module, tuple[Tensor, Pattern]] = {}
     for module in model.modules():
         mask, kind, layer = (getattr(module, name, None) for name in ("mask", "pattern", "layer"))

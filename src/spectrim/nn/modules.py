@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.factors import LowRank
+from spectrim.linalg.unfold import unfolding
+from spectrim.network.factors import LowRank
+from spectrim.network.layer import LayerSpec
 from spectrim.nn.find import canonical, describe
 from spectrim.nn.shared import Once, Wide
-from spectrim.sites import LayerSpec
-from spectrim.unfold import unfolding
 
 _TYPES: dict[tuple[int, bool], type[nn.Module]] = {
     (1, False): nn.Conv1d,

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.network.layer import LayerSpec
 from spectrim.nn.find import canonical
 from spectrim.nn.functional import run
-from spectrim.sites import LayerSpec
 
 
 class Wide(nn.Module):

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from spectrim.errors import PlanError
-from spectrim.nn.batches import call, evaluating
 from spectrim.nn.modules import Factored, dense_layer
-from spectrim.nn.packed import masked_layers, stored_bytes
-from spectrim.nn.sparse import Cropped, Masked, Slim, Sum
+from spectrim.nn.sparse.layers import Cropped, Masked, Slim, Sum
+from spectrim.nn.sparse.packed import masked_layers, stored_bytes
+from spectrim.nn.watch.batches import call, evaluating
 
 # What stands for one layer and can be put together as one.
 _COMPRESSED = (Factored, Sum, Masked, Slim, Cropped)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.chains import preemptions, torch_threads, undisturbed
+from spectrim.cost.chains import preemptions, torch_threads, undisturbed
 
 
 @dataclass(frozen=True)

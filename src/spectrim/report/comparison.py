@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from torch import nn
 
-from spectrim.nn.batches import batch_size
 from spectrim.nn.surgery import parameter_count
 from spectrim.nn.timing import measure_latency, peak_memory
+from spectrim.nn.watch.batches import batch_size
 from spectrim.report.machine import machine_facts
 from spectrim.report.measures import Evaluate, file_size, held, inputs, macs
 
@@ -185,7 +185,7 @@ def compare(
         Rows ``accuracy`` (or ``score``), ``parameters``, ``MACs``, ``file size``, ``peak memory``, ``latency p50`` and
         ``latency p90``. Of sparse weights the entries that are stored count as parameters and MACs, and the file holds
         them packed. Memory and latency are those of the model as it is run: see
-        :func:`spectrim.nn.kernels.choose_kernels`.
+        :func:`spectrim.nn.sparse.kernels.choose_kernels`.
     """
     found = _measure({"dense": dense, "compressed": compressed}, example, evaluate, score, repeats, threads, progress)
     rows = tuple(

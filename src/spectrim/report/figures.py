@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spectrim.budget import UNITS, Budget
 from spectrim.errors import InfeasibleBudgetError
-from spectrim.factors import KeptChannels
-from spectrim.forest import flattened
-from spectrim.plan import Candidates, Choice, Entry, Plan, Row
-from spectrim.selectors import lagrangian
+from spectrim.network.choices import Choice
+from spectrim.network.factors import KeptChannels
+from spectrim.selection.budget import UNITS, Budget
+from spectrim.selection.candidates import Candidates, Row
+from spectrim.selection.forest import flattened
+from spectrim.selection.plan import Entry, Plan
+from spectrim.selection.selectors import lagrangian
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.nn.batches import arguments, batch_size, call, evaluating, logits
+from spectrim.nn.watch.batches import arguments, batch_size, call, evaluating, logits
 
 Evaluate = Callable[[nn.Module], float]
 
@@ -65,8 +65,8 @@ def macs(model: nn.Module, example: Any) -> float:
 @contextmanager
 def _zeros(model: nn.Module) -> Iterator[list[int]]:
     """How often layers with a sparse weight multiply by one of its zeros, call by call; they run dense meanwhile."""
-    from spectrim.nn.packed import masked_layers
-    from spectrim.nn.products import Kernel
+    from spectrim.nn.sparse.packed import masked_layers
+    from spectrim.nn.sparse.products import Kernel
 
     found: list[int] = []
 
@@ -93,7 +93,7 @@ def file_size(model: nn.Module) -> int:
     """Bytes of the weights as a safetensors file: shared tensors stored once, sparse weights packed."""
     from safetensors.torch import save_file
 
-    from spectrim.nn.packed import masked_layers, packed_mask, values_inside
+    from spectrim.nn.sparse.packed import masked_layers, packed_mask, values_inside
 
     owners: dict[tuple[Any, ...], str] = {}
     tensors: dict[str, Tensor] = {}

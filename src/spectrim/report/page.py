@@ -9,16 +9,18 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectrim.budget import UNITS
-from spectrim.factors import KeptChannels, SharedBasis
-from spectrim.plan import Candidates, Choice, Entry, Plan
+from spectrim.network.choices import Choice
+from spectrim.network.factors import KeptChannels, SharedBasis
+from spectrim.network.sites import Skipped
 from spectrim.report import figures
 from spectrim.report.comparison import Comparison, Measure, show
 from spectrim.report.figures import Measured
 from spectrim.report.machine import machine_facts
 from spectrim.report.ranks import rank_paths
-from spectrim.sites import Skipped
-from spectrim.trajectory import Trajectory
+from spectrim.selection.budget import UNITS
+from spectrim.selection.candidates import Candidates
+from spectrim.selection.plan import Entry, Plan
+from spectrim.selection.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from jinja2 import Template

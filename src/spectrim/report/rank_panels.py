@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spectrim.report.figures import _OTHER, CHOSEN, DENSE, INK, PLANNED, _label, _short
-from spectrim.trajectory import Record, Trajectory
+from spectrim.selection.trajectory import Record, Trajectory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -25,7 +25,7 @@ from spectrim.report.rank_panels import (
     shown_costs,
     step_ticks,
 )
-from spectrim.trajectory import Record, Trajectory
+from spectrim.selection.trajectory import Record, Trajectory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

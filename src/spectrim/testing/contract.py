@@ -10,17 +10,17 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from spectrim.costs import parameters
+from spectrim.cost.counted import parameters
 from spectrim.errors import MissingMomentsError
-from spectrim.factors import Factors
+from spectrim.linalg.unfold import unfoldings
 from spectrim.methods.base import Curve, LowRankMethod, Method, from_record, full_rank
+from spectrim.network.choices import Choice
+from spectrim.network.factors import Factors
+from spectrim.network.sites import Site
 from spectrim.nn.build import build
 from spectrim.nn.find import canonical
-from spectrim.plan import Choice
-from spectrim.sites import Site
 from spectrim.testing.layers import LAYERS, small_site
 from spectrim.testing.measures import measured_error
-from spectrim.unfold import unfoldings
 
 
 def check_method(

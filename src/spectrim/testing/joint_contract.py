@@ -8,19 +8,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from spectrim.costs import parameters
-from spectrim.factors import Factors
+from spectrim.cost.counted import parameters
+from spectrim.linalg.unfold import unfoldings
 from spectrim.methods.base import Method
 from spectrim.methods.joint_svd import JointSVD
+from spectrim.network.choices import Choice
+from spectrim.network.factors import Factors
+from spectrim.network.sites import Site
 from spectrim.nn.build import build, skeleton
 from spectrim.nn.modules import Factored, whole
 from spectrim.nn.shared import Once
-from spectrim.plan import Choice
-from spectrim.sites import Site
 from spectrim.testing.contract import check_offered, check_record, expect, offered
 from spectrim.testing.layers import LAYERS, small_group
 from spectrim.testing.measures import measured_error
-from spectrim.unfold import unfoldings
 
 # What groups are like: which channels the last layer has half of, whether all see one input, and the data given.
 _GROUPS = (

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from spectrim.nn.calibrate import calibrate
+from spectrim.network.sites import Site, Sites
 from spectrim.nn.find import canonical, describe, find
 from spectrim.nn.modules import make_layer
-from spectrim.nn.sensitivity import sensitivity
-from spectrim.sites import Site, Sites
+from spectrim.nn.watch.calibrate import calibrate
+from spectrim.nn.watch.sensitivity import sensitivity
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spectrim.methods import metrics
 from spectrim.methods.base import OUTPUT_ENERGY, WEIGHT_ENERGY, WEIGHTED_ENERGY
-from spectrim.sites import Site
+from spectrim.network.sites import Site
 
 
 def measured_error(site: Site, weights: Sequence[Tensor], unit: str) -> float:

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectrim.budget import Budget
 from spectrim.methods import Method
-from spectrim.plan import Candidates, Plan, make_plan
-from spectrim.selectors import at_multiplier, exact, lagrangian
-from spectrim.sites import Sites
+from spectrim.network.sites import Sites
+from spectrim.selection.budget import Budget
+from spectrim.selection.candidates import Candidates
+from spectrim.selection.plan import Plan, make_plan
+from spectrim.selection.selectors import at_multiplier, exact, lagrangian
 from spectrim.tables import retabulate, tabulate
 from spectrim.train.rank_tables import buildable, weighed, with_zero, without_zero
 

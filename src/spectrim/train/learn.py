@@ -12,17 +12,18 @@ from typing import Any
 
 from torch import nn
 
-from spectrim.budget import Budget
+from spectrim.cost.latency import Latency
 from spectrim.errors import CheckpointError
-from spectrim.groups import group
-from spectrim.latency import Latency
-from spectrim.nn.batches import batch_size
-from spectrim.nn.calibrate import calibrate
+from spectrim.network.groups import group
 from spectrim.nn.find import Selector
-from spectrim.nn.sensitivity import sensitivity
 from spectrim.nn.timing import measure_latency
+from spectrim.nn.watch.batches import batch_size
+from spectrim.nn.watch.calibrate import calibrate
+from spectrim.nn.watch.sensitivity import sensitivity
 from spectrim.pipeline import Report, Result, find_some, laid_out, one_batch
-from spectrim.plan import Plan
+from spectrim.selection.budget import Budget
+from spectrim.selection.plan import Plan
+from spectrim.selection.trajectory import Trajectory
 from spectrim.train import randomness
 from spectrim.train.batches import length
 from spectrim.train.devices import assign
@@ -32,7 +33,6 @@ from spectrim.train.objective import Loss
 from spectrim.train.recipe import Recipe
 from spectrim.train.result import TrainingResult
 from spectrim.train.schedule import Schedule
-from spectrim.trajectory import Trajectory
 
 # Samples taken from the training batches where no calibration batches are given.
 _SAMPLES = 2048

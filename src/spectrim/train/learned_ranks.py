@@ -26,23 +26,26 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.application import apply
-from spectrim.budget import Budget
-from spectrim.costs import Cost
+from spectrim.cost.counted import Cost
+from spectrim.cost.latency import Latency
 from spectrim.errors import CheckpointError, MissingMomentsError, PlanError
-from spectrim.latency import Latency
 from spectrim.methods import Method
-from spectrim.nn.calibrate import calibrate
+from spectrim.network.choices import Choice
+from spectrim.network.layer import LayerSpec
+from spectrim.network.sites import Site, Sites
 from spectrim.nn.find import canonical
-from spectrim.nn.sensitivity import sensitivity
+from spectrim.nn.watch.calibrate import calibrate
+from spectrim.nn.watch.sensitivity import sensitivity
 from spectrim.pipeline import meet_latency, one_batch
-from spectrim.plan import Candidates, Choice, Plan
-from spectrim.sites import LayerSpec, Site, Sites
+from spectrim.selection.budget import Budget
+from spectrim.selection.candidates import Candidates
+from spectrim.selection.plan import Plan
+from spectrim.selection.trajectory import Record, Trajectory
 from spectrim.tables import default_methods, tabulate
 from spectrim.train import randomness, rank_tables
 from spectrim.train.c_step import CStep
 from spectrim.train.rank_tables import ZERO
 from spectrim.train.schedule import Schedule
-from spectrim.trajectory import Record, Trajectory
 
 # How much of a latency budget may stay unused.
 _CLOSE = 0.01

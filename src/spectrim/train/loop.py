@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from spectrim.errors import CheckpointError
-from spectrim.nn.sparse import Masked
+from spectrim.nn.sparse.layers import Masked
 from spectrim.train import batches as batching
 from spectrim.train import randomness, resume
 from spectrim.train.devices import assign

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-from spectrim.costs import Cost, macs, parameters, size_bytes
+from spectrim.cost.counted import Cost, macs, parameters, size_bytes
+from spectrim.linalg.unfold import unfoldings
 from spectrim.methods import JointSVD, Method, WeightSVD
 from spectrim.methods.base import full_rank
-from spectrim.plan import Candidates, Choice, Option, Row
-from spectrim.sites import Site, Sites
-from spectrim.unfold import unfoldings
+from spectrim.network.choices import Choice
+from spectrim.network.sites import Site, Sites
+from spectrim.selection.candidates import Candidates, Option, Row
 
 ZERO = Choice("zero", "", {"rank": 0})
 """Nothing at all, no sparse weight either: the weight is dropped and the bias stays. An option within a run only."""

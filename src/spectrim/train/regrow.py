@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from spectrim.errors import CheckpointError
-from spectrim.nn.sparse import Masked, laid_open, laid_out
+from spectrim.nn.sparse.layers import Masked, laid_open, laid_out
 
 # Values looked at to guess how large the largest are.
 _SAMPLE = 100_000
@@ -35,7 +35,7 @@ class Regrow:
     Parameters
     ----------
     model
-        With layers of a sparse weight, :class:`~spectrim.nn.sparse.Masked`.
+        With layers of a sparse weight, :class:`~spectrim.nn.sparse.layers.Masked`.
     every
         Steps between two moves.
     until

@@ -1,0 +1,68 @@
+"""Module paths of version 0.1, which lead to where their names live now for one release.
+
+``import spectrim`` puts :class:`Finder` at the end of the import system's list, so that it is asked only for what does
+not exist. To go with version 0.3.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+# Where a former module's names live; of several modules the first that has a name.
+HOMES: dict[str, tuple[str, ...]] = {
+    "spectrim.budget": ("spectrim.selection.budget",),
+    "spectrim.chains": ("spectrim.cost.chains",),
+    "spectrim.costs": ("spectrim.cost.counted",),
+    "spectrim.coupling": ("spectrim.network.coupling",),
+    "spectrim.factors": ("spectrim.network.factors",),
+    "spectrim.groups": ("spectrim.network.groups",),
+    "spectrim.latency": ("spectrim.cost.latency",),
+    "spectrim.narrowing": ("spectrim.network.narrowing", "spectrim.cost.whole"),
+    "spectrim.plan": ("spectrim.selection.plan", "spectrim.selection.candidates", "spectrim.network.choices"),
+    "spectrim.rates": ("spectrim.methods.published_ranks",),
+    "spectrim.selectors": ("spectrim.selection.selectors",),
+    "spectrim.sites": ("spectrim.network.sites", "spectrim.network.layer"),
+    "spectrim.stepwise": ("spectrim.channel_plans.stepwise",),
+    "spectrim.trajectory": ("spectrim.selection.trajectory",),
+    "spectrim.unfold": ("spectrim.linalg.unfold",),
+    "spectrim.widths": ("spectrim.channel_plans.widths",),
+    "spectrim.nn.batches": ("spectrim.nn.watch.batches",),
+    "spectrim.nn.calibrate": ("spectrim.nn.watch.calibrate",),
+    "spectrim.nn.filters": ("spectrim.nn.channels.graph",),
+    "spectrim.nn.kernels": ("spectrim.nn.sparse.kernels",),
+    "spectrim.nn.products": ("spectrim.nn.sparse.products",),
+    "spectrim.nn.sensitivity": ("spectrim.nn.watch.sensitivity",),
+}
+
+
+class Finder(MetaPathFinder, Loader):
+    """Answers for the former paths with a module that looks its names up where they live now."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname in HOMES else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        homes = HOMES[module.__name__]
+        warnings.warn(
+            f"{module.__name__} has moved to {' and '.join(homes)}, and the former path goes with version 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        modules = [importlib.import_module(home) for home in homes]
+
+        def look_up(name: str) -> Any:
+            for home in modules:
+                if hasattr(home, name):
+                    return getattr(home, name)
+            raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+
+        module.__doc__ = modules[0].__doc__
+        module.__dict__["__getattr__"] = look_up

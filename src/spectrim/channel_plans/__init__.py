@@ -1,0 +1,1 @@
+"""How many channels go: under a budget, and by the spectrum alone."""

@@ -1,0 +1,301 @@
+"""Plans that remove channels: costs do not add up there, so the table is made anew in a few steps toward the budget.
+
+A layer costs what its inputs times its outputs cost, and removals cut both; what a low-rank pair costs depends on the
+channels beside it. A table holds what each option costs *while all others stay as they are*. So a plan is made by
+successive linear programs: each step goes a part of the way under a table of the costs around the last plan. What the
+network really costs is counted from the layers as they would be, and the last step meets the budget in that count.
+Errors are those of the dense network throughout, and nothing that a step removed is lost to the next one.
+
+The other methods' choices are made once more at the end, for the layers that remain after the removals of each step;
+the plan that loses least is taken. What the removals lose and what is lost in the layers they leave do not quite add
+up, so a ``judge`` may measure it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from spectrim.cost.latency import Latency
+from spectrim.cost.whole import Costs, Network, Picks
+from spectrim.errors import InfeasibleBudgetError
+from spectrim.methods import Method
+from spectrim.network.choices import DENSE, Choice
+from spectrim.network.coupling import Coupling
+from spectrim.network.factors import KeptChannels
+from spectrim.network.narrowing import beside_layers, narrowed
+from spectrim.network.sites import Sites
+from spectrim.selection.budget import Budget
+from spectrim.selection.candidates import Candidates, Option, Row
+from spectrim.selection.plan import Entry, Plan, make_plan
+from spectrim.selection.selectors import exact, select
+from spectrim.tables import Progress, tabulate
+
+Selector = Callable[[Candidates, Budget], Plan]
+
+# Halvings of the interval in which the limit for the last table lies.
+_HALVINGS = 12
+# Further tables around the plan that should meet the budget.
+_MORE = 6
+_SLACK = 1e-9
+
+
+def select_in_steps(
+    sites: Sites,
+    methods: Sequence[Method],
+    budget: Budget,
+    *,
+    steps: int = 4,
+    selector: Selector = exact,
+    latency: Latency | None = None,
+    dense_latency: float | None = None,
+    guard: bool = False,
+    table: Candidates | None = None,
+    judge: Callable[[Plan], float] | None = None,
+    progress: Progress | None = None,
+) -> tuple[Plan, Candidates]:
+    """Choose channels to remove, and what to do with the layers that remain.
+
+    Parameters
+    ----------
+    sites
+        Coupled (:func:`spectrim.couple`) and calibrated.
+    methods
+        At least one that removes channels; others compete with it in every step.
+    budget
+        For the whole network.
+    steps
+        Tables on the way to the budget; a few more follow until the plan stays. One is enough, and taken, where no
+        layer loses channels on both sides.
+    latency, dense_latency, guard
+        As for :func:`spectrim.tabulate`.
+    table
+        What an earlier call returned for the same sites and methods, to choose under another budget.
+    judge
+        Says how bad a plan is where several methods are mixed; by default what the plan predicts that it loses.
+
+    Returns
+    -------
+    plan, table
+        A plan for the dense network, and the table around the dense network. The plan's ``facts`` hold the number of
+        steps.
+
+    Raises
+    ------
+    InfeasibleBudgetError
+        If the budget cannot be met; carries the lowest cost reached.
+    """
+    others = [method for method in methods if not method.removes_channels]
+    if sites.groups:
+        raise ValueError(
+            f"layers that share factors ({next(iter(sites.groups))!r}) would lose different channels: remove channels "
+            "without groups, or share factors in the network that is left"
+        )
+    if table is None:
+        table = tabulate(sites, methods, latency=latency, dense_latency=dense_latency, guard=guard, progress=progress)
+    network = Network(sites, methods, latency, dense_latency)
+    dense = network.cost({})
+    limits = budget.limits(dense)
+    steps = steps if others or _shares_layers(sites.couplings) else 1
+    _check_reachable(table, network, limits)
+    picks: Picks = {}
+    trail: list[Picks] = [picks]
+    taken = 0
+    for step in range(1, steps + _MORE + 1):
+        # Equal ratios from the dense network to the budget, then around the plan until it stays.
+        share = min(step / steps, 1.0)
+        goals = {c: min(dense[c], dense[c] * (limits[c] / dense[c]) ** share) for c in limits}
+        before, picks = picks, _chosen(_around(table, network, picks), goals, selector)
+        taken = step
+        trail.append(picks)
+        if step >= steps and (picks == before or (steps == 1 and _fits(network.cost(picks), limits))):
+            break
+    if not _fits(network.cost(picks), limits):
+        picks = _within(_around(table, network, picks), limits, selector, network)
+    if not others:
+        picks = _spent(table, picks, limits, network)
+    trail = [picks] if not others else [*trail, picks]
+    plans = _plans(trail, lambda picks: _finished(sites, picks, table, others, network, limits, selector, guard))
+    plan = plans[0] if len(plans) == 1 else min(plans, key=judge or (lambda plan: plan.loss))
+    name = getattr(selector, "__name__", str(selector))
+    plan = dataclasses.replace(
+        plan,
+        selector=f"{name}, {taken} step{'s' if taken > 1 else ''}",
+        facts={**plan.facts, "steps": taken},
+        dense_costs=dense,
+        budget=limits,
+        bound=None,
+    )
+    return plan, table
+
+
+def _around(table: Candidates, network: Network, picks: Picks) -> Candidates:
+    """The table with the costs of every option while all others stay as they were picked."""
+    rows: list[Row] = []
+    fixed = network.cost(picks)
+    for row in table.rows:
+        options = [Option(o.choice, o.error, network.of(row.site, {**picks, row.site: o.choice})) for o in row.options]
+        now = network.of(row.site, picks)
+        fixed = {name: value - now[name] for name, value in fixed.items()}
+        rows.append(dataclasses.replace(row, options=tuple(options)))
+    return dataclasses.replace(table, rows=tuple(rows), fixed=fixed)
+
+
+def _chosen(table: Candidates, goals: Costs, selector: Selector) -> Picks:
+    """The choices of a plan under the table; the cheapest if none meets the goals."""
+    try:
+        return _picks(select(table, _absolute(goals), selector))
+    except InfeasibleBudgetError:
+        # Around a plan the table knows of smaller steps only.
+        return _cheapest(table, *goals)
+
+
+def _picks(plan: Plan) -> Picks:
+    return {entry.site: entry.choice for entry in plan if not entry.choice.is_dense}
+
+
+def _within(table: Candidates, goals: Costs, selector: Selector, network: Network) -> Picks:
+    """The choices that use most of the goals, counted as the network really is."""
+    low, high, best = 0.0, 1.0, _cheapest(table, *goals)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        picks = _chosen(table, {c: goals[c] * middle for c in goals}, selector)
+        if _fits(network.cost(picks), goals):
+            low, best = middle, picks
+        else:
+            high = middle
+    return best
+
+
+def _cheapest(table: Candidates, *names: str) -> Picks:
+    """The option of every row that costs least, of several costs in the geometric mean."""
+
+    def price(option: Option) -> float:
+        return sum(math.log(max(option.costs[name], 1e-9)) for name in names)
+
+    least = (min(row.options, key=price) for row in table.rows)
+    return {row.site: o.choice for row, o in zip(table.rows, least, strict=True) if not o.choice.is_dense}
+
+
+def _check_reachable(table: Candidates, network: Network, limits: Costs) -> None:
+    """Raise InfeasibleBudgetError if not even the smallest network meets the budget."""
+    dense = network.cost({})
+    for cost, limit in limits.items():
+        picks, lowest = _cheapest(table, cost), dense[cost]
+        for _ in range(_MORE):
+            # What is cheapest at a layer depends on the channels that it is left with.
+            found = network.cost(picks)[cost]
+            if found <= limit * (1 + _SLACK):
+                break
+            lowest = min(lowest, found)
+            before, picks = picks, _cheapest(_around(table, network, picks), cost)
+            if picks == before:
+                raise InfeasibleBudgetError(cost, limit, lowest, dense[cost])
+        else:
+            raise InfeasibleBudgetError(cost, limit, lowest, dense[cost])
+
+
+def _spent(table: Candidates, picks: Picks, limits: Costs, network: Network) -> Picks:
+    """Give channels back as long as the budget allows, those first that gain most for what they cost."""
+    rows = [row for row in table.rows if row.site in picks]
+    over: set[tuple[str, Choice]] = set()
+
+    def better(row: Row, total: Costs) -> Iterator[tuple[float, str, Choice]]:
+        option = next(o for o in row.options if o.choice == picks[row.site])
+        now = network.of(row.site, picks)
+        for other in row.options:
+            gain = row.loss(option) - row.loss(other)
+            then = network.of(row.site, {**picks, row.site: other.choice})
+            change = {c: then[c] - now[c] for c in limits}
+            refused = (row.site, other.choice) in over
+            if gain > 0 and not refused and all(total[c] + change[c] <= limits[c] * (1 + _SLACK) for c in limits):
+                price = sum(change[c] / limits[c] for c in limits)
+                yield gain / max(price, 1e-12), row.site, other.choice
+
+    while True:
+        total = network.cost(picks)
+        found = max((pair for row in rows for pair in better(row, total)), key=lambda pair: pair[0], default=None)
+        if found is None:
+            return picks
+        wider = {**picks, found[1]: found[2]}
+        # Changes of times are estimates.
+        if _fits(network.cost(wider), limits):
+            picks = wider
+        else:
+            over.add((found[1], found[2]))
+
+
+def _plans(trail: Sequence[Picks], finished: Callable[[Picks], Plan]) -> list[Plan]:
+    """Plans that remove what a step on the way removed, from nothing on, and meet the budget by the other methods."""
+    removals = {frozenset(_removals(picks).items()): picks for picks in trail}
+    plans: list[Plan] = []
+    fault: InfeasibleBudgetError | None = None
+    for picks in removals.values():
+        try:
+            plans.append(finished(picks))
+        except InfeasibleBudgetError as error:
+            fault = error
+    if not plans:
+        assert fault is not None
+        raise fault
+    return plans
+
+
+def _removals(picks: Picks) -> Picks:
+    return {name: choice for name, choice in picks.items() if choice.kind == KeptChannels.kind}
+
+
+def _finished(
+    sites: Sites,
+    picks: Picks,
+    table: Candidates,
+    others: Sequence[Method],
+    network: Network,
+    limits: Costs,
+    selector: Selector,
+    guard: bool,
+) -> Plan:
+    """The plan of the layers that remain, and of the removals."""
+    removals = _removals(picks)
+    left = narrowed(sites, {name: choice["kept"] for name, choice in removals.items()})
+    remaining = tabulate(left, others, latency=network.latency, guard=guard)
+    fixed = dict(remaining.fixed)
+    if "latency" in fixed:
+        fixed["latency"] += network.beyond["latency"]
+    remaining = dataclasses.replace(remaining, fixed=fixed)
+    if others:
+        plan = select(remaining, _absolute(limits), selector)
+    else:
+        plan = make_plan(remaining, [0] * len(remaining), budget=limits, selector="")
+    entries = [dataclasses.replace(e, dense_costs=network.of(e.site, {})) for e in plan]
+    loss = plan.loss
+    for coupling in sites.couplings:
+        row = table[coupling.name]
+        option = next(o for o in row.options if o.choice == removals.get(coupling.name, DENSE))
+        numbers = network.width(coupling.name, removals), coupling.channels
+        after, before = (beside_layers(coupling, n, remaining.costs) for n in numbers)
+        entries.append(Entry(coupling.name, row.kind, option.choice, float(option.error), after, before))
+        loss += row.loss(option)
+    used = {choice.method for choice in removals.values()}
+    methods = {name: record for name, record in table.methods.items() if name in used}
+    return dataclasses.replace(
+        plan, entries=tuple(entries), unit=table.unit, loss=loss, methods={**plan.methods, **methods}
+    )
+
+
+def _fits(found: Mapping[str, float], goals: Mapping[str, float]) -> bool:
+    return all(found[c] <= goals[c] * (1 + _SLACK) for c in goals)
+
+
+def _absolute(limits: Mapping[str, float]) -> Budget:
+    """Limits in their units, whatever their size."""
+    units = {"parameters": "k", "macs": "k", "bytes": "kb", "latency": "ms"}
+    scales = {"latency": 1.0}
+    return Budget(**{c: f"{v / scales.get(c, 1e3):.17g}{units[c]}" for c, v in limits.items()})
+
+
+def _shares_layers(couplings: Sequence[Coupling]) -> bool:
+    """Whether a layer loses channels of two kinds, or on both sides."""
+    touched = [axis for c in couplings for axis in {(side.name, side.axis) for side in c.sides}]
+    return len(touched) != len({name for name, _ in touched})

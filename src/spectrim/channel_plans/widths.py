@@ -1,0 +1,249 @@
+"""How many channels each group needs, read off the spectrum of its responses (PFA).
+
+The published method has two recipes: :class:`Energy`, the fewest components that hold a share of the energy, and
+:class:`KL`, which has no parameter. A share may also be found for a budget, by search over what the network costs with
+the widths it leads to.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from spectrim.cost import counted
+from spectrim.cost.latency import Latency
+from spectrim.cost.whole import costs
+from spectrim.errors import InfeasibleBudgetError
+from spectrim.linalg import principal
+from spectrim.methods import PrincipalFilters, metrics
+from spectrim.network.choices import DENSE, Choice
+from spectrim.network.factors import KeptChannels
+from spectrim.network.narrowing import beside_layers, layers_left
+from spectrim.network.sites import Site, Sites
+from spectrim.selection.budget import Budget
+from spectrim.selection.plan import Entry, Plan
+
+# Halvings of the interval in which the share of energy lies that meets a budget.
+_HALVINGS = 40
+
+
+@dataclass(frozen=True)
+class Energy:
+    """PFA-En: as many channels as there are principal components that hold a share of the energy.
+
+    Attributes
+    ----------
+    share
+        Above 0, up to 1.
+    """
+
+    share: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"the share of energy is {self.share!r}; expected a number above 0, up to 1")
+
+    def __call__(self, energies: Tensor) -> int:
+        return principal.energy_width(energies, self.share)
+
+
+@dataclass(frozen=True)
+class KL:
+    """PFA-KL: the closer the spectrum is to a flat one, the more channels stay; no parameter."""
+
+    def __call__(self, energies: Tensor) -> int:
+        return principal.kl_width(energies)
+
+
+Recipe = Callable[[Tensor], int]
+
+
+def widths(
+    sites: Sites, recipe: Recipe, *, method: PrincipalFilters | None = None, rounded: bool = True
+) -> dict[str, int]:
+    """The number of channels that a recipe recommends for every group.
+
+    Parameters
+    ----------
+    sites
+        Coupled and calibrated.
+    recipe
+        :class:`Energy`, :class:`KL`, or a function from a spectrum to a width.
+    method
+        Whose pooling and multiples are used.
+    rounded
+        Up to the multiple that suits the device; else as recommended.
+    """
+    analysis = method or PrincipalFilters()
+    energies = _energies(sites, analysis)
+    return {site.name: _width(site, recipe(energies[site.name]), analysis, rounded) for site in sites.coupled()}
+
+
+def recommend(
+    sites: Sites,
+    recipe: Recipe | Budget,
+    *,
+    method: PrincipalFilters | None = None,
+    latency: Latency | None = None,
+) -> Plan:
+    """A plan by principal filter analysis alone: the recipe says how many channels stay, the method's rule which.
+
+    Parameters
+    ----------
+    sites
+        Coupled (:func:`spectrim.couple`) and calibrated.
+    recipe
+        :class:`Energy`, :class:`KL`, or a budget: then the largest share of energy is taken that meets it, counted on
+        the layers as they would be, and what is left of the budget is spent on the groups closest to their next width.
+    latency
+        Measures the layers for a budget in milliseconds.
+
+    Returns
+    -------
+    Plan
+        For :func:`spectrim.apply`. Layers without coupled channels stay as they are.
+
+    Raises
+    ------
+    InfeasibleBudgetError
+        If the least widths cost more than the budget.
+
+    References
+    ----------
+    Suau, Zappella, Apostoloff: Filter distillation for network compression, WACV 2020.
+    """
+    analysis = method or PrincipalFilters()
+    functions = _functions(sites, latency)
+    facts = {}
+    limits: Mapping[str, float] = {}
+    if isinstance(recipe, Budget):
+        limits = recipe.limits(costs(sites, {}, functions))
+        share, numbers = _for_budget(sites, analysis, limits, functions)
+        facts["energy share"] = share
+        name = f"PFA-En for a budget ({share:.8g})"
+    else:
+        numbers = widths(sites, recipe, method=analysis)
+        name = f"PFA {recipe}"
+    left = layers_left(sites.couplings, numbers)
+    entries = [_layer(site, left.get(site.name, {}), functions) for site in sites]
+    loss = 0.0
+    for site in sites.coupled():
+        entry, lost = _entry(site, numbers[site.name], analysis, functions)
+        entries.append(entry)
+        loss += lost
+    return Plan(
+        entries=tuple(entries),
+        costs=costs(sites, numbers, functions),
+        dense_costs=costs(sites, {}, functions),
+        budget=dict(limits),
+        unit=next((metrics.unit(site) for site in sites if site.moments), ""),
+        selector=name,
+        loss=loss,
+        methods={analysis.name: analysis.record()},
+        facts={**facts, **(latency.facts() if latency is not None else {})},
+    )
+
+
+def _energies(sites: Sites, method: PrincipalFilters) -> dict[str, Tensor]:
+    """The spectrum of every group; a warning for those that the samples cannot fill."""
+    energies = {site.name: method.energies(site) for site in sites.coupled()}  # refuses what was not calibrated
+    few = [c for c in sites.couplings if 0 < sites.pooled[c.name][method.statistic].count <= c.channels]
+    if few:
+        count = sites.pooled[few[0].name][method.statistic].count
+        warnings.warn(
+            f"{len(few)} of {len(sites.couplings)} groups have more channels than responses were seen, first "
+            f"{few[0].name!r} with {few[0].channels} channels and {count} responses: their spectra cannot have that "
+            "many components, and too few channels will be recommended. Calibrate on more samples.",
+            stacklevel=4,
+        )
+    return energies
+
+
+def _functions(sites: Sites, latency: Latency | None) -> dict[str, counted.Cost]:
+    found = counted.known(sites)
+    if latency is not None:
+        found["latency"] = latency
+    return found
+
+
+def _width(site: Site, number: int, method: PrincipalFilters, rounded: bool) -> int:
+    assert site.coupling is not None
+    n, pools = site.coupling.channels, site.coupling.pools
+    step = method.step(site) if rounded else 1
+    # Up to the next multiple that every pool has the same part of.
+    step = math.lcm(step, pools)
+    return min(n, -(-max(number, method.least) // step) * step)
+
+
+def _for_budget(
+    sites: Sites, method: PrincipalFilters, limits: Mapping[str, float], functions: Mapping[str, counted.Cost]
+) -> tuple[float, dict[str, int]]:
+    coupled = {site.name: site for site in sites.coupled()}
+    energies = _energies(sites, method)
+
+    def at(share: float) -> dict[str, int]:
+        return {
+            name: _width(site, principal.energy_width(energies[name], share), method, True)
+            for name, site in coupled.items()
+        }
+
+    def over(numbers: Mapping[str, int]) -> str | None:
+        found = costs(sites, numbers, functions)
+        return next((c for c in limits if found[c] > limits[c] * (1 + 1e-9)), None)
+
+    low, high = 1e-9, 1.0
+    numbers = at(low)
+    worst = over(numbers)
+    if worst is not None:
+        lowest = costs(sites, numbers, functions)[worst]
+        raise InfeasibleBudgetError(worst, limits[worst], lowest, costs(sites, {}, functions)[worst])
+    if over(at(high)) is None:
+        # All energy may lie in a few components, such as those that few samples span.
+        low = high
+    for _ in range(_HALVINGS if low < high else 0):
+        middle = (low + high) / 2
+        if over(at(middle)) is None:
+            low = middle
+        else:
+            high = middle
+    numbers = at(low)
+    # The next widths in the order in which a growing share would take them, as long as they fit.
+    held = {name: (e.cumsum(0) / e.sum().clamp_min(1e-300)).tolist() for name, e in energies.items()}
+    growing = set(coupled)
+    while growing:
+        name = min(growing, key=lambda name: held[name][numbers[name] - 1])
+        wider = _width(coupled[name], numbers[name] + 1, method, True)
+        if wider > numbers[name] and over({**numbers, name: wider}) is None:
+            numbers[name] = wider
+        else:
+            growing.remove(name)
+    return low, numbers
+
+
+def _entry(
+    site: Site, number: int, method: PrincipalFilters, functions: Mapping[str, counted.Cost]
+) -> tuple[Entry, float]:
+    assert site.coupling is not None
+    n = site.coupling.channels
+    before, after = (beside_layers(site.coupling, k, functions) for k in (n, number))
+    kind = f"{n} channels"
+    if number >= n:
+        return Entry(site.name, kind, DENSE, 0.0, before, before), 0.0
+    order, errors, scale = method.elimination(site)
+    choice: Choice = method.choice(site, order[: n - number])
+    assert choice.kind == KeptChannels.kind
+    error = float(errors[n - number])
+    return Entry(site.name, kind, choice, error, after, before), scale * max(error, 0.0)
+
+
+def _layer(site: Site, left: Mapping[str, int], functions: Mapping[str, counted.Cost]) -> Entry:
+    """A layer that is left as it is but for the channels it has."""
+    before, after = (
+        {name: float(cost((spec,))) for name, cost in functions.items()}
+        for spec in (site.spec, site.spec.narrowed(left))
+    )
+    return Entry(site.name, site.spec.kind, DENSE, 0.0, after, before)

@@ -1,0 +1,1 @@
+"""What layers and networks cost: counted, and measured by the clock."""

@@ -1,0 +1,109 @@
+"""What layers cost, counted: parameters, multiply-accumulates and bytes.
+
+A choice turns the layer specs of a site into other specs (``LayerSpec.factor`` gives the two layers of a low-rank
+pair), so every cost is a function of the specs that are executed one after the other. Measured time is in
+:mod:`spectrim.cost.latency`; another cost is another function.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from spectrim.network.layer import LayerSpec
+from spectrim.network.sites import Sites
+
+Cost = Callable[[Sequence[LayerSpec]], float]
+
+# A multiple may not be coarser than 1/16 of the full rank, or a narrow layer has too few ranks to choose from.
+_CHOICES = 16
+
+
+def parameters(specs: Sequence[LayerSpec]) -> float:
+    """Numbers stored: weights times their density, and biases.
+
+    What a spec shares with another one, which counts it, is left out (``LayerSpec.shared``); its bias is its own.
+    """
+    return float(sum(spec.stored - spec.shared + spec.out_channels * spec.bias for spec in specs))
+
+
+def size_bytes(specs: Sequence[LayerSpec]) -> float:
+    """Bytes of the stored numbers in each spec's dtype, and of what says where the entries of sparse weights are."""
+    return float(sum(parameters([spec]) * spec.dtype.itemsize + spec.index_bytes for spec in specs))
+
+
+def macs(specs: Sequence[LayerSpec]) -> float:
+    """Multiply-accumulates for one sample, over all calls in one forward pass, biases not counted.
+
+    Every weight is used once for each output position of a convolution, input position of a transposed convolution, or
+    row of a linear layer; positions in the padding count. Half of what ``torch.utils.flop_counter`` reports.
+
+    Raises
+    ------
+    ValueError
+        If the input shapes of a layer are not known.
+    """
+    total = 0.0
+    for spec in specs:
+        shapes = require_inputs(spec)
+        if not (spec.is_linear or spec.transposed):
+            shapes = tuple(spec.output_shape(shape) for shape in shapes)
+        total += spec.stored * sum(math.prod(shape) for shape in shapes)
+    return total
+
+
+def known(sites: Sites) -> dict[str, Cost]:
+    """The costs that can be counted, by name: MACs once the network has been run."""
+    found: dict[str, Cost] = {"parameters": parameters, "bytes": size_bytes}
+    return {**found, "macs": macs} if sites.seen else found
+
+
+def fixed(sites: Sites, functions: Mapping[str, Cost]) -> dict[str, float]:
+    """What no choice touches costs: layers left alone, and all that is no layer, by the name of the cost."""
+    found = {name: sum(cost((spec,)) for spec in sites.untouched) for name, cost in functions.items()}
+    others = {"parameters": sites.other_parameters, "bytes": sites.other_bytes, "macs": sites.other_macs}
+    return {name: value + others.get(name, 0.0) for name, value in found.items()}
+
+
+def require_inputs(spec: LayerSpec) -> tuple[tuple[int, ...], ...]:
+    """The input shapes of a layer.
+
+    Raises
+    ------
+    ValueError
+        If there are none; the message names the layer.
+    """
+    if not spec.inputs:
+        raise ValueError(
+            f"layer {spec.name!r} ({spec.kind}) has no input shapes, so what it computes cannot be counted or timed. "
+            "Run calibrate(model, sites, batches), or find() with an example input, first."
+        )
+    return spec.inputs
+
+
+def rank_multiple(device: str, dtype: torch.dtype, full_rank: int) -> int:
+    """The multiple that ranks are rounded to by default.
+
+    Channel counts that do not fill the vector registers (or, in half precision on a GPU, the tensor cores) are padded
+    by the kernels, so ranks in between cost the time of the next multiple or more. Wide layers get that multiple: one
+    register of float32 on a CPU, which is 16 numbers with AVX-512 and 8 otherwise, and 8 on a GPU. Narrow layers get
+    the largest power of two that still leaves 16 ranks.
+
+    Parameters
+    ----------
+    device
+        ``cpu``, ``cuda:0``, ...
+    dtype
+        Of the weights. Half precision keeps float32's multiple on a CPU: its kernels use the same blocks of channels.
+    full_rank
+        The largest rank of the layer, for each group.
+    """
+    wide = 8
+    if torch.device(device).type == "cpu":
+        wide = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+        if dtype == torch.float64:
+            wide //= 2
+    most = max(1, full_rank // _CHOICES)
+    return min(wide, 1 << (most.bit_length() - 1))

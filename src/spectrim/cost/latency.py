@@ -1,0 +1,267 @@
+"""Measured latency of layers, as a cost: a table on disk, few measurements a layer, interpolation between ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spectrim.cost.chains import Chain, Progress, at_rank, describe, is_pair, measure, split, undivided
+from spectrim.cost.counted import macs, rank_multiple
+from spectrim.linalg.unfold import Unfolding
+from spectrim.network.layer import LayerSpec
+
+VERSION = 1
+_FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)  # of the rank at which a pair costs the MACs of its layer
+
+
+def default_cache() -> Path:
+    """``$SPECTRIM_CACHE``, or ``spectrim`` in the user's cache directory."""
+    if chosen := os.environ.get("SPECTRIM_CACHE"):
+        return Path(chosen)
+    base = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "spectrim"
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of the whole batch through layers run one after the other: a ``Cost`` that measures.
+
+    Call :meth:`prepare` with all chains first: what is measured together is comparable. A call on a chain that has not
+    been prepared measures it at once. How it is measured is told in :mod:`spectrim.cost.chains`.
+
+    A low-rank pair is measured at up to five ranks of its family, from 1/8 of the rank at which it costs as many MACs
+    as the dense layer up to that rank, and interpolated piecewise linearly (:func:`interpolate`). A rank in between two
+    multiples counts as the next one, since the kernels pad it (:func:`spectrim.cost.counted.rank_multiple`).
+
+    Sparse weights are timed as :func:`spectrim.nn.sparse.kernels.choose_kernels` makes a network run them: as the dense
+    ones they are stored in or, where that is faster, in CSR. The positions are random, and densities that agree to two
+    digits count as one. The sum of a low-rank pair and a sparse layer is the pair, interpolated over its ranks, and the
+    sparse layer with the addition to the pair's output.
+
+    Parameters
+    ----------
+    device, dtype, threads, batch, memory_format
+        How the network will be run. ``memory_format`` is ``contiguous`` or ``channels_last``; the latter applies to
+        convolutions over two and three axes. ``threads`` matters on the CPU only.
+    cache
+        Directory of the table; None keeps it in memory.
+    rounds
+        Timings of each measurement, of which the median counts.
+    budget
+        Seconds after which one ``prepare`` stops taking further rounds; at least three are taken.
+    timer
+        Takes chains and the options above, gives milliseconds; :func:`spectrim.cost.chains.measure`.
+
+    Raises
+    ------
+    ValueError
+        For an unknown memory format, or counts below one.
+    """
+
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    threads: int = field(default_factory=torch.get_num_threads)
+    batch: int = 1
+    memory_format: str = "contiguous"
+    cache: Path | None = field(default_factory=default_cache)
+    rounds: int = 9
+    budget: float = 120.0
+    timer: Callable[..., Sequence[float]] = field(default=measure, repr=False, compare=False)
+    _table: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.memory_format not in ("contiguous", "channels_last"):
+            raise ValueError(f"memory_format {self.memory_format!r} is neither 'contiguous' nor 'channels_last'")
+        for name in ("threads", "batch", "rounds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 1")
+        if self.cache is not None:
+            object.__setattr__(self, "cache", Path(self.cache))
+            self._table.update(self._read())
+
+    def __call__(self, specs: Sequence[LayerSpec]) -> float:
+        """Milliseconds of one forward pass of the batch; several calls of a layer in one pass add up.
+
+        Raises
+        ------
+        ValueError
+            If the input shapes of a layer are not known.
+        """
+        self.prepare([specs])
+        return sum(self._time(chain, self._table) for chain in split(specs))
+
+    def prepare(self, chains: Iterable[Sequence[LayerSpec]], progress: Progress | None = None) -> int:
+        """Measure all that these chains need and the table lacks, taking turns, and store it once.
+
+        Returns
+        -------
+        int
+            How many shapes were measured.
+        """
+        needed = {describe(c): c for specs in chains for chain in split(specs) for c in self._measured(chain)}
+        pending = {key: chain for key, chain in needed.items() if key not in self._table}
+        if pending:
+            fresh = self._take(pending, progress)
+            self._table.update(fresh)
+            self._write(fresh)
+        return len(pending)
+
+    def facts(self) -> dict[str, Any]:
+        """What the numbers hold for; tables with different facts are kept apart."""
+        return {
+            "device": self.device,
+            "device_name": device_name(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "threads": self.threads,
+            "batch": self.batch,
+            "memory_format": self.memory_format,
+            "torch": str(torch.__version__),
+        }
+
+    def interpolation_error(self, spec: LayerSpec, how: Unfolding, ranks: Sequence[int]) -> dict[int, float]:
+        """``interpolated / measured - 1`` at ranks of the caller's choice.
+
+        The knots and the given ranks are measured anew and side by side; the table is neither used nor changed.
+        """
+        held = {rank: split(spec.factor(how, rank)) for rank in ranks}
+        chains = [chain for found in held.values() for chain in found]
+        wanted = {describe(c): c for chain in chains for c in (chain, *self._measured(chain))}
+        fresh = self._take(wanted, None)
+        return {
+            rank: sum(self._time(c, fresh) for c in found) / sum(fresh[describe(c)] for c in found) - 1
+            for rank, found in held.items()
+        }
+
+    def _take(self, chains: Mapping[str, Chain], progress: Progress | None) -> dict[str, float]:
+        taken = self.timer(
+            list(chains.values()),
+            device=self.device,
+            dtype=self.dtype,
+            threads=self.threads,
+            batch=self.batch,
+            memory_format=self.memory_format,
+            rounds=self.rounds,
+            budget=self.budget,
+            progress=progress,
+        )
+        return dict(zip(chains, map(float, taken), strict=True))
+
+    def _measured(self, chain: Chain) -> tuple[Chain, ...]:
+        """The chains whose timings this one's is made of."""
+        return tuple(at_rank(chain, rank) for rank in self._knots(chain)[0]) if is_pair(chain) else (chain,)
+
+    def _time(self, chain: Chain, table: Mapping[str, float]) -> float:
+        if not is_pair(chain):
+            return table[describe(chain)]
+        ranks, multiple = self._knots(chain)
+        rank = chain[0].out_channels // chain[0].groups
+        points = [(r, table[describe(at_rank(chain, r))]) for r in ranks]
+        return interpolate(points, -(-rank // multiple) * multiple)
+
+    def _knots(self, pair: Chain) -> tuple[list[int], int]:
+        """The ranks at which the family of a pair is measured, ascending, and the multiple they are rounded to."""
+        first, second = pair
+        full = min(first.features, math.prod(second.kernel) * second.out_channels // second.groups)
+        even = min(full, macs([undivided(pair)]) / macs(at_rank(pair, 1)))
+        multiple = rank_multiple(self.device, self.dtype, full)
+        return sorted({max(1, round(even * f / multiple)) * multiple for f in _FRACTIONS}), multiple
+
+    # The table on disk.
+
+    @property
+    def path(self) -> Path | None:
+        """File of the table: one for each set of facts."""
+        if self.cache is None:
+            return None
+        text = json.dumps(self.facts(), sort_keys=True)
+        return self.cache / f"latency-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+
+    def _read(self) -> dict[str, float]:
+        path = self.path
+        if path is None or not path.exists():
+            return {}
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["version"] != VERSION or content["facts"] != self.facts():
+                raise ValueError("it was written for another version or other facts")
+            timings = {str(key): float(value) for key, value in content["timings"].items()}
+            if not all(0 < value < math.inf for value in timings.values()):
+                raise ValueError("it holds timings that are not positive and finite")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            warnings.warn(f"the latency table {str(path)!r} cannot be used and is measured anew: {error}", stacklevel=4)
+            return {}
+        return timings
+
+    def _write(self, fresh: Mapping[str, float]) -> None:
+        """Add to the file what other processes have not added. Readers see the old file or the new one, never a part.
+
+        Two writers at the same instant may lose one's timings, which are then measured again.
+        """
+        path = self.path
+        if path is None:
+            return
+        content = {"version": VERSION, "facts": self.facts(), "timings": {**self._read(), **fresh}}
+        scratch = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(
+                "w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8"
+            ) as file:
+                scratch = Path(file.name)
+                json.dump(content, file, indent=0, sort_keys=True)
+            os.replace(scratch, path)
+        except OSError as error:
+            if scratch is not None:
+                scratch.unlink(missing_ok=True)
+            warnings.warn(f"latencies cannot be stored in {str(path)!r} and stay in memory: {error}", stacklevel=3)
+
+
+def interpolate(points: Sequence[tuple[float, float]], at: float) -> float:
+    """Value at ``at`` of a non-decreasing piecewise linear curve through ``points`` (ascending, positive).
+
+    Values that fall are pooled first (the nearest non-decreasing values by least squares), so that less work never
+    takes longer. Below the first point the first piece goes on, but not under the line to the origin; above the last
+    one the last piece goes on.
+    """
+    pools: list[tuple[float, int]] = []  # mean, how many
+    for _, value in points:
+        pools.append((value, 1))
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            (a, m), (b, n) = pools[-2:]
+            pools[-2:] = [((a * m + b * n) / (m + n), m + n)]
+    xs = [x for x, _ in points]
+    ys = [mean for mean, count in pools for _ in range(count)]
+    if len(xs) == 1:
+        return ys[0] * max(1.0, at / xs[0])
+    piece = max((i for i in range(len(xs) - 1) if xs[i] <= at), default=0)
+    slope = (ys[piece + 1] - ys[piece]) / (xs[piece + 1] - xs[piece])
+    line = ys[piece] + slope * (at - xs[piece])
+    return max(line, ys[0] * at / xs[0]) if at < xs[0] else line
+
+
+@functools.cache
+def device_name(device: str) -> str:
+    """Model of the processor or of the GPU, for people and for keeping tables apart."""
+    kind = torch.device(device)
+    if kind.type == "cuda":
+        return torch.cuda.get_device_name(kind)
+    if kind.type != "cpu":
+        return kind.type
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

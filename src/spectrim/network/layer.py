@@ -1,0 +1,237 @@
+"""One layer as numbers: what a choice turns into other layers, and what every cost is a function of."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from spectrim.linalg.packing import packed_bytes
+from spectrim.linalg.patterns import Channels, Pattern, Taps
+from spectrim.linalg.unfold import Unfolding
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A linear layer or convolution as numbers.
+
+    A choice turns the specs of its site into other specs; every cost is a function of specs. Channel counts are totals
+    over the groups, as in torch.
+
+    Attributes
+    ----------
+    names
+        Module paths of the layer, more than one for a module that is registered in several places.
+    kernel, stride, padding, dilation, output_padding
+        One number an axis; all empty for a linear layer. ``padding`` may be ``"same"``.
+    inputs
+        Spatial shape of the input for every call in one forward pass, for one sample. A linear layer has the number of
+        rows a sample. Empty until the network has been run.
+    shared
+        Numbers of the weight that belong to another spec too, which counts them (shared factors).
+    density
+        Fraction of the weight that is stored and multiplied (sparse factors).
+    index_bytes
+        Bytes that say which entries those are.
+    needs_bias
+        Whether the layer gets a bias when it loses inputs: it has none, and no normalisation takes the mean of what
+        they delivered.
+    """
+
+    names: tuple[str, ...]
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[int, ...] | str = ()
+    dilation: tuple[int, ...] = ()
+    output_padding: tuple[int, ...] = ()
+    groups: int = 1
+    transposed: bool = False
+    padding_mode: str = "zeros"
+    bias: bool = True
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    inputs: tuple[tuple[int, ...], ...] = ()
+    shared: int = 0
+    density: float = 1.0
+    index_bytes: int = 0
+    needs_bias: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
+
+    @property
+    def is_linear(self) -> bool:
+        return not self.kernel
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """``(g, o, i, *k)``: the canonical shape of the weight."""
+        g = self.groups
+        return (g, self.out_channels // g, self.in_channels // g, *self.kernel)
+
+    @property
+    def family(self) -> tuple[object, ...]:
+        """What layers agree in whose unfolded weights may share a factor, besides the shared side's channels."""
+        return (self.kernel, self.groups, self.transposed, self.dtype, self.device)
+
+    @property
+    def stored(self) -> int:
+        """Numbers of the weight that are stored, those included that another spec counts."""
+        return round(math.prod(self.shape) * self.density)
+
+    @property
+    def features(self) -> int:
+        """Length of one group's input patch, ``i * prod(k)``."""
+        return math.prod(self.shape[2:])
+
+    @property
+    def kind(self) -> str:
+        """A short word for people: ``Linear``, ``Conv2d 3x3/2``, ..."""
+        if self.is_linear:
+            return "Linear"
+        strided = "" if set(self.stride) == {1} else "/" + "x".join(map(str, dict.fromkeys(self.stride)))
+        grouped = "" if self.groups == 1 else f" g{self.groups}"
+        transposed = "Transpose" if self.transposed else ""
+        return f"Conv{transposed}{len(self.kernel)}d {'x'.join(map(str, self.kernel))}{strided}{grouped}"
+
+    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Spatial shape of the output for a spatial shape of the input."""
+        if self.is_linear or self.padding == "same":
+            return shape
+        assert not isinstance(self.padding, str)
+        parts = zip(shape, self.kernel, self.stride, self.padding, self.dilation, strict=True)
+        if self.transposed:
+            return tuple(
+                (n - 1) * s - 2 * p + d * (k - 1) + extra + 1
+                for (n, k, s, p, d), extra in zip(parts, self.output_padding, strict=True)
+            )
+        return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in parts)
+
+    def at(self, inputs: tuple[tuple[int, ...], ...]) -> LayerSpec:
+        """The same layer with the input shapes it was seen with."""
+        return dataclasses.replace(self, inputs=inputs)
+
+    def sparse(self, pattern: Pattern, density: float, *, bias: bool | None = None) -> LayerSpec:
+        """The layer of a sparse weight in place of this one.
+
+        Patterns whose entries form a smaller layer give that layer's spec.
+
+        Parameters
+        ----------
+        bias
+            Whether the layer has a bias; by default as this layer.
+
+        Raises
+        ------
+        ValueError
+            If this layer cannot have the pattern.
+        """
+        if not self.allows(pattern):
+            raise ValueError(f"layer {self.name!r} ({self.kind}) cannot have the pattern {pattern.name!r}")
+        spec = dataclasses.replace(self, bias=self.bias if bias is None else bias)
+        if isinstance(pattern, Taps):
+            return _cropped(spec, pattern)
+        pools, units, _ = pattern.size(self.shape)
+        kept = pattern.kept(self.shape, density)
+        if isinstance(pattern, Channels):
+            return dataclasses.replace(spec, in_channels=pools * kept, index_bytes=4 * pools * kept)
+        return dataclasses.replace(
+            spec,
+            density=pattern.stored(self.shape, density) / math.prod(self.shape),
+            index_bytes=packed_bytes(pools * units, pools * kept),
+        )
+
+    def allows(self, pattern: Pattern) -> bool:
+        """Whether a weight of this layer can have the pattern."""
+        if isinstance(pattern, Taps) and (self.transposed or self.padding_mode != "zeros"):
+            return False
+        return pattern.fits(self.shape)
+
+    def margins(self, pattern: Taps) -> tuple[tuple[int, int], ...]:
+        """Padding before and after each axis of the input with which the smaller kernel sees what it saw in this one.
+
+        Negative numbers crop.
+        """
+        found = []
+        for a, (k, d) in enumerate(zip(self.kernel, self.dilation, strict=True)):
+            if isinstance(self.padding, str):
+                both = d * (k - 1)
+                before, after = both // 2, both - both // 2
+            else:
+                before = after = self.padding[a]
+            first, count = pattern.corner[a], pattern.extent[a]
+            found.append((before - first * d, after - (k - first - count) * d))
+        return tuple(found)
+
+    def narrowed(self, left: Mapping[str, int]) -> LayerSpec:
+        """The layer with fewer channels.
+
+        Parameters
+        ----------
+        left
+            Channels that are left of ``"out"``, of ``"in"``, or of both at once in a depthwise layer (``"through"``).
+        """
+        if "through" in left:
+            n = left["through"]
+            return dataclasses.replace(self, in_channels=n, out_channels=n, groups=n)
+        inputs, outputs = left.get("in", self.in_channels), left.get("out", self.out_channels)
+        bias = self.bias or (self.needs_bias and inputs < self.in_channels)
+        return dataclasses.replace(self, in_channels=inputs, out_channels=outputs, bias=bias)
+
+    def factor(self, how: Unfolding, rank: int, *, bias: bool | None = None) -> tuple[LayerSpec, LayerSpec]:
+        """The two layers of a rank-``rank`` pair in place of this one.
+
+        Stride, padding and dilation of an axis go to the factor that has the axis, so that the pair equals the layer
+        exactly at full rank, also for reflecting and circular padding and for transposed convolutions.
+
+        Parameters
+        ----------
+        rank
+            For each group.
+        bias
+            Whether the second layer has a bias; by default as this layer.
+        """
+        middle = rank * self.groups
+        wanted = self.bias if bias is None else bias
+        if self.is_linear:
+            first = dataclasses.replace(self, out_channels=middle, bias=False)
+            return first, dataclasses.replace(self, in_channels=middle, bias=wanted)
+        kernels = how.kernels(self.kernel)
+
+        def part(kernel: tuple[int, ...], mine: list[bool]) -> dict[str, object]:
+            def pick(values: tuple[int, ...], other: int) -> tuple[int, ...]:
+                return tuple(v if m else other for v, m in zip(values, mine, strict=True))
+
+            padding = self.padding if isinstance(self.padding, str) else pick(self.padding, 0)
+            return {
+                "kernel": kernel,
+                "stride": pick(self.stride, 1),
+                "padding": padding,
+                "dilation": pick(self.dilation, 1),
+                "output_padding": pick(self.output_padding, 0) if self.transposed else self.output_padding,
+            }
+
+        has = [a in how.axes for a in range(len(self.kernel))]
+        first = dataclasses.replace(self, out_channels=middle, bias=False, **part(kernels[0], has))  # type: ignore[arg-type]
+        second = dataclasses.replace(  # type: ignore[arg-type]
+            self,
+            in_channels=middle,
+            bias=wanted,
+            inputs=tuple(first.output_shape(s) for s in self.inputs),
+            **part(kernels[1], [not h for h in has]),
+        )
+        return first, second
+
+
+def _cropped(spec: LayerSpec, pattern: Taps) -> LayerSpec:
+    """A convolution with a part of the kernel, whose inputs are padded or cropped beforehand."""
+    margins = spec.margins(pattern)
+    inputs = tuple(tuple(n + a + b for n, (a, b) in zip(shape, margins, strict=True)) for shape in spec.inputs)
+    none = (0,) * len(spec.kernel)
+    return dataclasses.replace(spec, kernel=pattern.extent, padding=none, inputs=inputs)

@@ -1,0 +1,1 @@
+"""Channels that are removed together: the graph, its trial, and cutting modules."""

@@ -1,0 +1,414 @@
+"""Find the channels that can be removed, through torch-pruning's dependency graph.
+
+The graph says which entries of which modules belong to one channel. It is traced with one example and takes operations
+it does not know for elementwise ones, so nothing is believed that has not been tried: with the weights zeroed that read
+some of the channels, the model and its narrowed copy have to agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Coupling, Side
+from spectrim.network.sites import Site, Sites, Skipped
+from spectrim.nn.channels.narrow import NORMS
+from spectrim.nn.channels.trial import Trial, enlivened, first_line
+from spectrim.nn.find import canonical, describe
+from spectrim.nn.watch.batches import call, output_tensors, resized
+
+# Channels of a group that are tied to each other are looked for one by one up to this many.
+_LOOKED_AT = 4096
+# Ways by which the channels of one layer may reach one operation.
+_VISITS = 16
+
+
+def couple(
+    model: nn.Module,
+    sites: Sites,
+    example: Any,
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> Sites:
+    """Find which channels can be removed, and where each of them lies.
+
+    Parameters
+    ----------
+    model
+        Left untouched; a copy is traced.
+    sites
+        From :func:`spectrim.find` for the same model. Layers that were skipped on request keep their channels.
+    example
+        A batch; two samples of it are used.
+    forward
+        Runs a model on a batch in another way.
+
+    Returns
+    -------
+    Sites
+        With ``couplings`` and what belongs to them. Channels that cannot be removed are in ``skipped``, with the
+        operation or module that stands in the way.
+
+    Raises
+    ------
+    ImportError
+        Without torch-pruning, which is in the extra ``filters``.
+
+    Notes
+    -----
+    Layers whose outputs are added up lose the same channels. Grouped convolutions lose as many in every group. The
+    heads of attention are left alone. LayerNorm and GroupNorm are narrowed with their channels, which changes their
+    statistics; fine-tuning makes up for that.
+    """
+    try:
+        import torch_pruning  # noqa: F401
+    except ImportError as error:
+        raise ImportError("removing filters needs torch-pruning: pip install 'spectrim[filters]'") from error
+    run = forward or call
+    small = resized(example, 2) if isinstance(example, (Tensor, Mapping, list, tuple)) else example
+    graph = _Graph.traced(model, sites, small, run)
+    if isinstance(graph, str):
+        return dataclasses.replace(sites, skipped=(*sites.skipped, Skipped("", type(model).__name__, graph)))
+    found, obstacles = graph.couplings()
+    # Not the traced copy: it may keep tensors of autograd, which cannot be copied.
+    good, failed = Trial(enlivened(model), small, run).sort_out(found, graph.operations)
+    order = {site.name: number for number, site in enumerate(sites)}
+    good.sort(key=lambda c: order.get(c.sides[0].name, len(order)))
+    touched = {side.name for coupling in good for side in coupling.sides}
+    followers = []
+    for spec in sites.untouched:
+        if spec.name in touched:
+            weight, bias = canonical(model.get_submodule(spec.name))
+            followers.append(Site(spec.name, (spec,), (weight,), (bias,)))
+    norms = graph.norms()
+    reading = {side.name for coupling in good for side in coupling.on(IN)}
+    skipped = [Skipped(name, f"{count} channels", reason) for name, count, reason in [*obstacles, *failed]]
+    return dataclasses.replace(
+        sites,
+        sites=tuple(_needing(site) if site.name in reading - norms.keys() else site for site in sites),
+        couplings=tuple(good),
+        followers=tuple(followers),
+        norms=norms,
+        skipped=(*sites.skipped, *skipped),
+    )
+
+
+def _needing(site: Site) -> Site:
+    """A layer that no normalisation follows: without a bias it gets one when it loses inputs."""
+    return (
+        site if site.spec.bias else dataclasses.replace(site, layers=(dataclasses.replace(site.spec, needs_bias=True),))
+    )
+
+
+@dataclass(eq=False)
+class _Graph:
+    """torch-pruning's graph of a copy of the model, read."""
+
+    model: nn.Module
+    sites: Sites
+    graph: Any
+    names: dict[Any, tuple[str, ...]]
+    operations: dict[str, list[str]] = field(default_factory=dict)
+
+    @classmethod
+    def traced(cls, model: nn.Module, sites: Sites, example: Any, run: Callable[..., Any]) -> _Graph | str:
+        import torch_pruning
+
+        copied = copy.deepcopy(model).eval()
+        for parameter in copied.parameters():
+            # The graph is read off autograd.
+            parameter.requires_grad_(parameter.is_floating_point())
+        graph = torch_pruning.DependencyGraph()
+        try:
+            with warnings.catch_warnings(), torch.enable_grad(), _careful():
+                warnings.simplefilter("ignore")
+                graph.build_dependency(
+                    copied,
+                    example,
+                    forward_fn=lambda m, x: _traceable(run(m, x)),
+                    verbose=False,
+                )
+        except Exception as error:  # tracing runs foreign code, which may raise anything
+            return f"channels are left alone: tracing failed with {type(error).__name__}: {first_line(error)}"
+        names: dict[Any, tuple[str, ...]] = {}
+        for name, module in copied.named_modules(remove_duplicate=False):
+            names[module] = (*names.get(module, ()), name)
+        for name, parameter in copied.named_parameters():
+            names[parameter] = (name,)
+        return cls(copied, sites, graph, names)
+
+    def couplings(self) -> tuple[list[Coupling], list[tuple[str, int, str]]]:
+        """All groups of channels, and those that stand no chance, as ``(name, channels, reason)``."""
+        found: list[Coupling] = []
+        obstacles: list[tuple[str, int, str]] = []
+        visited: set[nn.Module] = set()
+        first = [self.model.get_submodule(site.name) for site in self.sites]
+        for module in [*first, *self.graph.module2node]:
+            if (
+                not isinstance(module, (_ConvNd, nn.Linear))
+                or module in visited
+                or module not in self.graph.module2node
+            ):
+                continue
+            if isinstance(module, _ConvNd) and 1 < module.groups == module.out_channels:
+                # A depthwise convolution writes the channels of the layer before it.
+                continue
+            name, count = f"{self.names[module][0]}:out", self.graph.get_out_channels(module)
+            visited.add(module)
+            try:
+                group = self._group(module, range(count))
+                for dep, _ in group:
+                    if self.graph.is_out_channel_pruning_fn(dep.handler) and isinstance(dep.target.module, nn.Module):
+                        visited.add(dep.target.module)
+                self.operations[name] = _operations(group)
+                reason = self._obstacle(group, count)
+                if reason is None:
+                    found.append(self._read(name, module, group, count))
+            except _Blocked as error:
+                reason = str(error)
+            except Exception as error:
+                reason = f"the dependency graph fails with {type(error).__name__}: {first_line(error)}"
+            if reason is not None:
+                obstacles.append((name, count, reason))
+        return found, obstacles
+
+    def norms(self) -> dict[str, str]:
+        """BatchNorm that alone reads a layer, which can take over the mean of what the layer no longer delivers."""
+        found = {}
+        for module, node in self.graph.module2node.items():
+            if isinstance(module, (_ConvNd, nn.Linear)) and len(node.outputs) == 1:
+                after = node.outputs[0]
+                if (
+                    isinstance(after.module, _BatchNorm)
+                    and len(after.inputs) == 1
+                    and after.module.running_mean is not None
+                    # Not the positions of a sequence that a linear layer answers.
+                    and after.module.num_features == self.graph.get_out_channels(module)
+                ):
+                    found[self.names[module][0]] = self.names[after.module][0]
+        return found
+
+    def _group(self, module: nn.Module, channels: Any) -> Any:
+        pruner = self.graph.get_pruner_of_module(module)
+        with _careful():
+            return self.graph.get_pruning_group(module, pruner.prune_out_channels, list(channels))
+
+    def _obstacle(self, group: Any, count: int) -> str | None:
+        """Why the channels of a group have to stay, as far as the modules tell."""
+        if count < 2:
+            return "there is one channel only"
+        known = {site.name for site in self.sites}
+        reasons = {s.name: s.reason for s in self.sites.skipped}
+        followers = {spec.name for spec in self.sites.untouched if reasons.get(spec.name, "").startswith("depthwise")}
+        for dep, _ in group:
+            module = dep.target.module
+            name = self.names.get(module, ("",))[0]
+            kind = type(module).__name__
+            if kind == "_OutputOp":
+                return "its channels are an output of the network"
+            if isinstance(module, (_ConvNd, nn.Linear)) and name not in known | followers:
+                return f"{name}: {reasons.get(name, 'no plain layer')}"
+            if isinstance(module, nn.MultiheadAttention):
+                return f"{name}: the heads of attention are left alone"
+            if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
+                return f"{name}: LayerNorm over {len(module.normalized_shape)} axes"
+            holds = isinstance(module, nn.Module) and next(module.parameters(recurse=False), None) is not None
+            if name and holds and not isinstance(module, (_ConvNd, nn.Linear, nn.Embedding, nn.PReLU, *NORMS)):
+                return f"{name}: a {kind} holds parameters of its own"
+        if not any(self._axis(dep) == IN for dep, _ in group):
+            return "no layer reads its channels: they are an output of the network"
+        return None
+
+    def _axis(self, dep: Any) -> str | None:
+        """Which axis of its module a dependency is about; None for operations without parameters."""
+        module = dep.target.module
+        if isinstance(module, nn.Parameter):
+            dim = dep.target.pruning_dim
+            return str(dim % module.dim())
+        if module not in self.names:
+            return None
+        if isinstance(module, _ConvNd) and 1 < module.groups == module.out_channels:
+            if module.in_channels != module.groups:
+                raise _Blocked(f"{self.names[module][0]}: a depthwise convolution that joins channels")
+            return THROUGH
+        if isinstance(module, (_ConvNd, nn.Linear)):
+            return OUT if self.graph.is_out_channel_pruning_fn(dep.handler) else IN
+        if isinstance(module, nn.Embedding):
+            return OUT
+        if isinstance(module, NORMS) or (isinstance(module, nn.PReLU) and module.num_parameters > 1):
+            return THROUGH
+        return None
+
+    def _read(self, name: str, root: nn.Module, group: Any, count: int) -> Coupling:
+        atoms = self._atoms(root, group, count)
+        belongs = {channel: number for number, atom in enumerate(atoms) for channel in atom}
+        sides: dict[Axis, dict[int, list[int]]] = {}
+        for item in group:
+            axis = self._axis(item.dep)
+            if axis is None:
+                continue
+            place = sides.setdefault((self.names[item.dep.target.module][0], axis), {})
+            for position, channel in zip(item.idxs, item.root_idxs, strict=True):
+                if channel is None:
+                    raise _Blocked(f"{item.dep.target.name}: repeated heads of attention are left alone")
+                place.setdefault(belongs[channel], []).append(position)
+        found = []
+        numbers = size = 0.0
+        for (path, axis), place in sides.items():
+            counts = {len(held) for held in place.values()}
+            if len(place) != len(atoms) or len(counts) != 1:
+                raise _Blocked(f"{path}: holds some of its channels only")
+            positions = torch.tensor([sorted(place[number]) for number in range(len(atoms))])
+            owner = _get(self.model, path)
+            length = _length(owner, axis)
+            if int(positions.max()) >= length or positions.unique().numel() != positions.numel():
+                raise _Blocked(f"{path}: the dependency graph takes its axis of {length} channels for a longer one")
+            found.append(Side(path, axis, positions, length))
+            if not isinstance(owner, (_ConvNd, nn.Linear)):
+                held = [owner] if isinstance(owner, Tensor) else [*owner.parameters(), *owner.buffers()]
+                per = [t for t in held if t.numel() >= length]
+                share = positions.shape[1] / length
+                numbers += sum(t.numel() * share for t in per if isinstance(t, nn.Parameter))
+                size += sum(t.numel() * t.element_size() * share for t in per)
+        found.sort(key=lambda side: side.name != self.names[root][0] or side.axis != OUT)
+        return Coupling(name, tuple(found), self._pools(found, len(atoms)), numbers, size)
+
+    def _atoms(self, root: nn.Module, group: Any, count: int) -> list[list[int]]:
+        """Channels of the first layer that can only be removed together, such as the two halves of a gate."""
+
+        def tied(channel: int) -> list[int]:
+            for item in self._group(root, [channel]):
+                if item.dep.target.module is root and self._axis(item.dep) == OUT:
+                    return sorted(set(item.idxs))
+            return [channel]
+
+        if all(tied(channel) == [channel] for channel in {0, count // 2, count - 1}):
+            return [[channel] for channel in range(count)]
+        if count > _LOOKED_AT:
+            raise _Blocked("its channels are tied to each other")
+        atoms: list[list[int]] = []
+        seen: set[int] = set()
+        for channel in range(count):
+            if channel not in seen:
+                atoms.append(tied(channel))
+                seen.update(atoms[-1])
+        if sorted(c for atom in atoms for c in atom) != list(range(count)) or len(atoms) < 2:
+            raise _Blocked("its channels are all tied to each other")
+        return atoms
+
+    def _pools(self, sides: Sequence[Side], channels: int) -> int:
+        """Into how many equal runs the channels fall that all lose the same number."""
+        pools = 1
+        for side in sides:
+            module = _get(self.model, side.name)
+            groups = 1
+            if isinstance(module, nn.GroupNorm):
+                groups = module.num_groups
+            elif isinstance(module, _ConvNd) and side.axis != THROUGH:
+                groups = module.groups
+            if groups == 1:
+                continue
+            run = side.size // groups
+            expected = torch.arange(side.size).reshape(channels, -1) if side.size % channels == 0 else None
+            if expected is None or not torch.equal(side.positions, expected) or run < expected.shape[1]:
+                raise _Blocked(f"{side.name}: its groups cut across the channels")
+            pools = math.lcm(pools, groups)
+        if channels % pools or (pools > 1 and channels // pools < 2):
+            raise _Blocked(f"each of {pools} groups has one channel only")
+        return pools
+
+
+def _traceable(output: Any) -> Any:
+    """The outputs that autograd knows."""
+    return [tensor for tensor in output_tensors(output) if tensor.requires_grad]
+
+
+class _Blocked(Exception):
+    """A group of channels that cannot be removed, and why."""
+
+
+@contextlib.contextmanager
+def _careful() -> Iterator[None]:
+    """Keep torch-pruning from failing altogether where it cannot follow one operation.
+
+    It would go round in circles where parts of a split meet again, as in rotary embeddings: each time round moves the
+    indices on, so that it does not notice having been there. And a reshape or concatenation whose sizes it takes for
+    others would end the whole search; left as it is, what passes it fails the trial.
+    """
+    from torch_pruning.dependency import graph, index_mapping
+
+    before = graph.Group
+    names = [name for name in vars(index_mapping) if re.fullmatch(r"update_\w+_index_mapping", name)]
+    mappings = {name: getattr(index_mapping, name) for name in names}
+
+    def guarded(update: Callable[..., None]) -> Callable[..., None]:
+        def run(*arguments: Any) -> None:
+            with contextlib.suppress(IndexError, ZeroDivisionError):
+                update(*arguments)
+
+        return run
+
+    class Bounded(before):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            super().__init__()
+            self.visits: dict[tuple[int, Any], int] = {}
+
+        def add_dep(self, dep: Any, idxs: Any) -> None:
+            place = (id(dep.target), dep.handler)
+            self.visits[place] = self.visits.get(place, 0) + 1
+            if self.visits[place] > _VISITS:
+                raise _Blocked(f"{dep.target.name}: parts of a split meet again")
+            super().add_dep(dep, idxs)
+
+    graph.Group = Bounded
+    for name, update in mappings.items():
+        setattr(index_mapping, name, guarded(update))
+    try:
+        yield
+    finally:
+        graph.Group = before
+        for name, update in mappings.items():
+            setattr(index_mapping, name, update)
+
+
+def _get(model: nn.Module, path: str) -> Any:
+    parent, _, leaf = path.rpartition(".")
+    return getattr(model.get_submodule(parent), leaf) if leaf else model
+
+
+def _length(module: Any, axis: str) -> int:
+    if isinstance(module, nn.Parameter):
+        return module.shape[int(axis)]
+    if isinstance(module, (_ConvNd, nn.Linear)):
+        spec = describe(module, ("",))
+        return spec.in_channels if axis == IN else spec.out_channels
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim
+    if isinstance(module, nn.LayerNorm):
+        return module.normalized_shape[-1]
+    if isinstance(module, nn.PReLU):
+        return module.num_parameters
+    return module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features
+
+
+def _operations(group: Any) -> list[str]:
+    """Names of the operations without parameters that the channels pass."""
+    found = []
+    for dep, _ in group:
+        kind = type(dep.target.module).__name__
+        if kind.startswith("_"):
+            inner = getattr(dep.target.module, "_grad_fn", None) or type(dep.target.grad_fn).__name__
+            found.append(re.sub(r"Backward\d*$", "", str(inner)))
+    return list(dict.fromkeys(found))

@@ -1,0 +1,92 @@
+"""Remove channels from a copy of a model, and keep what its layers deliver right in the mean."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.network.coupling import OUT, Axis, axes_left
+from spectrim.network.narrowing import narrowed
+from spectrim.network.sites import Site, Sites
+from spectrim.nn.channels.narrow import add_bias, narrow
+from spectrim.nn.modules import make_layer
+from spectrim.nn.surgery import replace_module
+
+
+@dataclass(eq=False)
+class Removal:
+    """A model without some of its channels.
+
+    Attributes
+    ----------
+    model
+        A narrowed copy, its layers corrected in closed form.
+    sites
+        Of the narrowed model (:func:`spectrim.network.narrowing.narrowed`).
+    axes
+        What is left of the dense model's axes.
+    changed
+        Layers that have lost something.
+    """
+
+    model: nn.Module
+    sites: Sites
+    axes: Mapping[Axis, Tensor]
+    changed: frozenset[str]
+    _means: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, sites: Sites, kept: Mapping[str, Sequence[int]]) -> Removal:
+        """Carry out a removal; the model itself is left untouched."""
+        axes = axes_left(sites.couplings, kept)
+        small = copy.deepcopy(model)
+        narrow(small, axes)
+        removal = cls(small, narrowed(sites, kept), axes, frozenset(name for name, _ in axes))
+        for layer, norm in sites.norms.items():
+            if layer in {site.name for site in sites}:
+                mean = small.get_submodule(norm).running_mean
+                assert isinstance(mean, Tensor)
+                removal._means[layer] = mean.detach().clone()
+        for site in removal.sites:
+            if site.name in removal.changed:
+                removal.write(site)
+        return removal
+
+    def outputs(self, name: str) -> Tensor | None:
+        """Output channels of the dense layer that are left, or None for all."""
+        return self.axes.get((name, OUT))
+
+    def corrects(self, name: str) -> bool:
+        """Whether a layer that has no bias is read by a normalisation that can take one over."""
+        return name in self._means
+
+    def write(self, site: Site) -> None:
+        """Give a layer other weights. What it has no bias for goes to the normalisation behind it, if there is one."""
+        spec, (bias,) = site.spec, site.biases
+        replace_module(self.model, spec.names, make_layer(spec, site.weight, bias if spec.bias else None))
+        self.shift(site.name, bias, biased=spec.bias)
+
+    @torch.no_grad()
+    def shift(self, name: str, bias: Tensor | None, *, biased: bool) -> None:
+        """See that the mean of a layer's responses is what it was, by ``bias``, whether the layer has one or not."""
+        if biased or bias is None:
+            return
+        if name in self._means:
+            self.settle(name, bias)
+        elif bool((bias != 0).any()):
+            layer: Any = self.model.get_submodule(name)
+            add_bias(layer, name)
+            layer.bias.copy_(bias)
+
+    @torch.no_grad()
+    def settle(self, name: str, bias: Tensor | None) -> None:
+        """Have the normalisation behind a layer take over this bias, or none, if there is one."""
+        if name in self._means:
+            norm: Any = self.model.get_submodule(self.sites.norms[name])
+            mean = self._means[name]
+            norm.running_mean.copy_(mean if bias is None else mean - bias.to(mean))

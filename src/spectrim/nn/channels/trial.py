@@ -1,0 +1,229 @@
+"""Try a removal of channels: zeroing the weights that read them has to give what removing them gives.
+
+A graph of dependencies takes operations that it does not know for elementwise ones. So no group of channels is believed
+in before half of it has been removed from a copy, and all layers of the copy deliver what those of a model do whose
+weights were zeroed instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from spectrim.network.coupling import IN, OUT, THROUGH, Coupling, axes_left
+from spectrim.nn.channels.narrow import narrow
+from spectrim.nn.find import canonical
+from spectrim.nn.watch.batches import output_tensors
+
+# Share of the outputs' magnitude by which a narrowed model may differ from one with zeroed weights.
+_TOLERANCE = 1e-4
+# Operations that keep channels apart; others are named when a group cannot be pruned.
+_HARMLESS = re.compile(
+    r"(add|sub|mul|div|relu|silu|gelu|sigmoid|tanh|hardswish|hardsigmoid|hardtanh|clamp|elu|leaky|mish|pow|sqrt|mean|"
+    r"sum|pool|dropout|identity|unsafeview|clone|contiguous|tobackward|tocopy|alias|upsample|interpolate|neg|exp|"
+    r"abs|convolution|norm|addmm|view|reshape|permute|transpose|squeeze|^t$|concat|cat)",
+    re.IGNORECASE,
+)
+_MOVING = re.compile(r"view|reshape|permute|transpose|cat", re.IGNORECASE)
+
+
+@dataclass(eq=False)
+class Trial:
+    """Removes channels from copies and compares."""
+
+    model: nn.Module
+    example: Any
+    run: Callable[..., Any]
+
+    def sort_out(
+        self, couplings: Sequence[Coupling], operations: Mapping[str, Sequence[str]]
+    ) -> tuple[list[Coupling], list[tuple[str, int, str]]]:
+        """The couplings whose removal does what it says, and the others with the reason."""
+        if not couplings or self.fault(couplings) is None:
+            return list(couplings), []
+        good: list[Coupling] = []
+        failed = []
+        for coupling in couplings:
+            fault = self.fault([coupling])
+            if fault is None:
+                good.append(coupling)
+            else:
+                failed.append((coupling.name, coupling.channels, self._named(fault, operations[coupling.name])))
+        # What works alone may not work together, such as two groups that one module keeps equal.
+        if good and self.fault(good) is not None:
+            together: list[Coupling] = []
+            for coupling in good:
+                fault = self.fault([*together, coupling])
+                if fault is None:
+                    together.append(coupling)
+                else:
+                    failed.append((coupling.name, coupling.channels, f"together with the others: {fault}"))
+            good = together
+        return good, failed
+
+    def fault(self, couplings: Sequence[Coupling]) -> str | None:
+        """What goes wrong when half of the channels are removed, or None."""
+        # Neighbouring groups keep different shares: two that have to be equally wide must not be equal by chance.
+        kept = {c.name: half(c, 2 + 2 * (number % 2)) for number, c in enumerate(couplings)}
+        axes = axes_left(couplings, kept)
+        reference, small = copy.deepcopy(self.model), copy.deepcopy(self.model)
+        with torch.no_grad():
+            for (name, axis), left in axes.items():
+                if axis == IN:
+                    _silence(reference.get_submodule(name), left)
+        try:
+            narrow(small, axes)
+            with torch.no_grad(), _without_statistics() as steps:
+                with _recorded(reference) as inside:
+                    wanted = output_tensors(self.run(reference, self.example))
+                steps.again()
+                with _recorded(small) as inside_small:
+                    given = output_tensors(self.run(small, self.example))
+        except Exception as error:
+            return f"the narrowed model fails with {type(error).__name__}: {first_line(error)}"
+        for a, b in zip(wanted, given, strict=True):
+            if a.shape != b.shape:
+                return f"the output would have the shape {tuple(b.shape)} in place of {tuple(a.shape)}"
+            if a.is_floating_point() and not _close(a, b):
+                return "the narrowed model computes something else"
+        for name, held in inside.items():
+            owner = reference.get_submodule(name)
+            left = axes.get((name, OUT), axes.get((name, THROUGH)))
+            dim = -1 if isinstance(owner, nn.Linear) else -1 - len(owner.kernel_size)  # type: ignore[arg-type]
+            given = inside_small.get(name, [])
+            if len(held) != len(given):
+                return f"the narrowed model calls {name} {len(given)} times in place of {len(held)}"
+            for a, b in zip(held, given, strict=True):
+                a = a if left is None else a.index_select(dim, left.to(a.device))
+                if a.shape != b.shape or not _close(a, b):
+                    return f"the narrowed model computes something else at {name}"
+        return None
+
+    @staticmethod
+    def _named(fault: str, operations: Sequence[str]) -> str:
+        unusual = [name for name in operations if not _HARMLESS.search(name)]
+        # Harmless by themselves, but the only ones left that can move channels about.
+        unusual = unusual or [name for name in operations if _MOVING.search(name)]
+        return f"{', '.join(unusual[:3])}: {fault}" if unusual else fault
+
+
+@contextlib.contextmanager
+def _recorded(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
+    """Outputs of every layer: those of the network may hide a fault, behind a last ReLU or a layer scale of 1e-6."""
+    held: dict[str, list[Tensor]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            held.setdefault(name, []).append(output.clone())
+
+        return hook
+
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))]
+    handles = [module.register_forward_hook(keep(name)) for name, module in layers]
+    try:
+        yield held
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def enlivened(model: nn.Module) -> nn.Module:
+    """A copy with random weights, as large as keeps the size of what passes.
+
+    Whether channels can go depends on the structure. Weights as they come may hide that they cannot: attention that is
+    still uniform, a normalisation over channels that is still off, a layer scale of 1e-6.
+    """
+    copied = copy.deepcopy(model).eval()
+    kinds = (_ConvNd, nn.Linear, nn.Embedding)
+    layers = {id(p) for m in copied.modules() if isinstance(m, kinds) and isinstance(p := m.weight, nn.Parameter)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for parameter in copied.parameters():
+            if parameter.is_floating_point():
+                noise = torch.randn(parameter.shape).to(parameter)
+                if id(parameter) in layers:
+                    parameter.copy_(noise * math.sqrt(parameter.shape[0] / parameter.numel()))
+                else:
+                    parameter.add_(noise, alpha=0.2)
+    return copied
+
+
+def half(coupling: Coupling, share: int = 2) -> list[int]:
+    pool = coupling.channels // coupling.pools
+    # An odd number, so that no reshape into heads of attention finds whole heads by chance.
+    chosen = torch.randperm(pool, generator=torch.Generator().manual_seed(0))[: pool // share | 1].sort().values
+    return [p * pool + c for p in range(coupling.pools) for c in chosen.tolist()]
+
+
+def _silence(module: nn.Module, left: Tensor) -> None:
+    """Zero the weights that read what is not left."""
+    weight, _ = canonical(module)
+    g, _, i, *_ = weight.shape
+    gone = torch.ones(g * i, dtype=torch.bool)
+    gone[left] = False
+    gone = gone.to(weight.device).reshape(g, i)
+    weight.mul_((~gone).reshape(g, 1, i, *(1,) * (weight.dim() - 3)).to(weight.dtype))
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    # Half precision rounds at every layer, and differently with fewer channels.
+    tolerance = max(_TOLERANCE, 16 * torch.finfo(a.dtype).eps)
+    a, b = a.double(), b.double()
+    scale = a.abs().max().clamp_min(1e-30) if a.numel() else a.new_ones(())
+    return bool(torch.isfinite(a).all()) and bool(((a - b).abs() <= tolerance * scale).all())
+
+
+class _Scales:
+    """Scales by which normalisations divide in the first run, for the second."""
+
+    def __init__(self) -> None:
+        self.held: list[Tensor] = []
+        self.next: Iterator[Tensor] | None = None
+
+    def again(self) -> None:
+        self.next = iter(self.held)
+
+    def scaled(self, x: Tensor) -> Tensor:
+        if self.next is None:
+            self.held.append(x.square().mean().sqrt().clamp_min(1e-12))
+            return x / self.held[-1]
+        return x / next(self.next)
+
+
+@contextlib.contextmanager
+def _without_statistics() -> Iterator[_Scales]:
+    """Layer and group normalisation divide by one number a call: their own statistics mix the channels."""
+    scales = _Scales()
+    functional = torch.nn.functional
+    before = functional.layer_norm, functional.group_norm
+
+    def layer_norm(x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+        x = scales.scaled(x)
+        x = x if weight is None else x * weight
+        return x if bias is None else x + bias
+
+    def group_norm(x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+        x = scales.scaled(x)
+        shape = (1, -1, *(1,) * (x.dim() - 2))
+        x = x if weight is None else x * weight.reshape(shape)
+        return x if bias is None else x + bias.reshape(shape)
+
+    functional.layer_norm, functional.group_norm = layer_norm, group_norm  # type: ignore[assignment]
+    try:
+        yield scales
+    finally:
+        functional.layer_norm, functional.group_norm = before
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[0][:200]

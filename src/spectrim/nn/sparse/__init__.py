@@ -1,0 +1,1 @@
+"""Layers with sparse weights, and the kernels that multiply them."""

@@ -1,0 +1,209 @@
+"""Choose by measuring how the layers with sparse weights of a network are multiplied."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import nn
+
+from spectrim.cost.chains import preemptions, torch_threads, undisturbed
+from spectrim.nn.sparse.layers import Masked
+from spectrim.nn.sparse.products import Kernel, products, takes, works
+from spectrim.nn.watch.batches import arguments, evaluating
+
+__all__ = ["ChosenKernel", "Kernel", "choose_kernels"]
+
+_WARM_UP = 2
+_FEWEST_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class ChosenKernel:
+    """The kernel of one layer.
+
+    Attributes
+    ----------
+    name
+        Module path of the :class:`spectrim.nn.sparse.layers.Masked`.
+    kernel
+        Chosen.
+    milliseconds
+        Of all the layer's calls in one forward pass, for each kernel that was measured; the addition to a pair's output
+        included.
+    """
+
+    name: str
+    kernel: Kernel
+    milliseconds: Mapping[Kernel, float]
+
+    @property
+    def ratio(self) -> float:
+        """Time of the kernel / time of the dense layer."""
+        return self.milliseconds[self.kernel] / self.milliseconds[Kernel.DENSE]
+
+
+def choose_kernels(
+    model: nn.Module,
+    example: Any,
+    *,
+    threads: int | None = None,
+    rounds: int = 15,
+    margin: float = 0.03,
+    budget: float = 60.0,
+) -> tuple[ChosenKernel, ...]:
+    """Time the possible kernels of each layer with a sparse weight, and let each layer run with the fastest.
+
+    The whole model runs on the example, with each kernel in turn in all layers that may run with it, and every layer is
+    timed where it stands: with the inputs it gets and in the cache it finds. Of the rounds in which the system took a
+    core away least often the lower quartile counts, since load only adds to a time and must not decide. Up to three
+    times ``rounds`` are taken while a layer has fewer than three rounds without a disturbance. A layer stays dense
+    unless another kernel is faster by more than ``margin``; one that is not called is dense.
+
+    Nothing is chosen without this call, since kernels differ in rounding and results should not depend on the noise of
+    a timing unasked. A choice holds for this machine, this number of threads and this batch size. It stays when the
+    model is copied or pickled and is not in its state; choose again after loading.
+
+    Parameters
+    ----------
+    model
+        In the dtype, memory format and place it will be run in. It runs in evaluation mode, which is restored.
+    example
+        A batch: a tensor, a tuple ``(inputs, targets)`` or a mapping, as in calibration.
+    threads
+        Of the CPU's operators while measuring; None leaves the number as it is.
+    rounds
+        Timed runs of the model with each kernel.
+    margin
+        Of the dense time.
+    budget
+        Seconds after which no further round is begun; three are taken in any case.
+
+    Returns
+    -------
+    tuple of ChosenKernel
+        One for each layer that was called and has a choice, in the order of the model's modules.
+
+    Raises
+    ------
+    ValueError
+        For fewer than one round or a negative margin.
+    """
+    if rounds < 1 or not 0 <= margin < 1:
+        raise ValueError(f"expected at least one round and a margin from 0 to 1; got rounds={rounds}, margin={margin}")
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Masked)}
+    args, kwargs = arguments(model, example)
+    former = {name: layer.kernel for name, layer in layers.items()}
+    offered = {name: _offered(layer) for name, layer in layers.items()}
+    turns = [kernel for kernel in Kernel if any(kernel in found for found in offered.values())]
+    watches = {name: _Watch() for name in layers}
+    done = False
+    try:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch_threads(threads))
+            stack.enter_context(torch.inference_mode())
+            stack.enter_context(evaluating(model))
+            for name, layer in layers.items():
+                stack.enter_context(_watched(layer, watches[name]))
+            start = time.perf_counter()
+            for number in range(-_WARM_UP, 3 * rounds if len(turns) > 1 else 0):
+                if number >= _FEWEST_ROUNDS and time.perf_counter() - start > budget:
+                    break
+                if number >= rounds and all(watch.is_settled for watch in watches.values()):
+                    break
+                # Forwards and backwards, so that none always runs after the same one.
+                for kernel in turns if number % 2 else reversed(turns):
+                    for name, layer in layers.items():
+                        layer._kernel = kernel if kernel in offered[name] else Kernel.DENSE
+                    model(*args, **kwargs)
+                    for name, watch in watches.items():
+                        watch.end(kernel if kernel in offered[name] and number >= 0 else None)
+        chosen = []
+        for name, layer in layers.items():
+            times = watches[name].times()
+            layer.kernel = _fastest(times, margin)
+            if len(times) > 1:
+                chosen.append(ChosenKernel(name, layer.kernel, MappingProxyType(times)))
+        done = True
+        return tuple(chosen)
+    finally:
+        if not done:
+            for name, layer in layers.items():
+                layer.kernel = former[name]
+
+
+def _offered(layer: Masked) -> tuple[Kernel, ...]:
+    weight: Any = layer.layer.weight
+    found = products(layer.original, layer.pattern)
+    able = [k for k, product in found.items() if takes(k, weight, layer.mask) and works(k, product, weight, layer.mask)]
+    return (Kernel.DENSE, *able)
+
+
+def _fastest(times: Mapping[Kernel, float], margin: float) -> Kernel:
+    if not times:
+        return Kernel.DENSE
+    best = min(times, key=times.__getitem__)
+    return best if times[best] < (1 - margin) * times[Kernel.DENSE] else Kernel.DENSE
+
+
+class _Watch:
+    """Adds up the time of one layer's calls in a forward pass, and keeps the sums by kernel."""
+
+    def __init__(self) -> None:
+        self.samples: dict[Kernel, list[float]] = {}
+        self.disturbances: dict[Kernel, list[int]] = {}
+        self.calls, self.passed, self.preempted = 0, 0.0, 0
+
+    def begin(self) -> None:
+        self.before, self.start = preemptions(), time.perf_counter()
+
+    def stop(self) -> None:
+        self.passed += time.perf_counter() - self.start
+        self.preempted += preemptions() - self.before
+        self.calls += 1
+
+    def end(self, kernel: Kernel | None) -> None:
+        """The forward pass is over, and its sum is kept under a kernel or forgotten."""
+        if self.calls and kernel is not None:
+            self.samples.setdefault(kernel, []).append(self.passed * 1e3)
+            self.disturbances.setdefault(kernel, []).append(self.preempted)
+        self.calls, self.passed, self.preempted = 0, 0.0, 0
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether every kernel has some samples without a disturbance."""
+        return all(found.count(0) >= _FEWEST_ROUNDS for found in self.disturbances.values())
+
+    def times(self) -> dict[Kernel, float]:
+        """Milliseconds by kernel."""
+        found = {k: undisturbed(self.samples[k], self.disturbances[k]) for k in Kernel if k in self.samples}
+        return {kernel: sorted(samples)[len(samples) // 4] for kernel, samples in found.items()}
+
+
+@contextlib.contextmanager
+def _watched(layer: Masked, watch: _Watch) -> Iterator[None]:
+    wait = _waiter(layer.mask.device)
+
+    def before(*_: object) -> None:
+        wait()
+        watch.begin()
+
+    def after(*_: object) -> None:
+        wait()
+        watch.stop()
+
+    handles = layer.register_forward_pre_hook(before), layer.register_forward_hook(after, prepend=True)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _waiter(device: torch.device) -> Callable[[], None]:
+    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)

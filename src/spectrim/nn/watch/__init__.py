@@ -1,0 +1,1 @@
+"""Running a network and looking at what passes: statistics, gradients, responses."""

@@ -1,0 +1,356 @@
+"""Watch a model on calibration batches: input shapes, and streamed moments of what every site sees."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterable
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from spectrim.cost.counted import macs, parameters, size_bytes
+from spectrim.errors import CalibrationError
+from spectrim.linalg.moments import Moments
+from spectrim.linalg.sketch import Sketch
+from spectrim.linalg.unfold import Unfolding, slice_rows, unfoldings
+from spectrim.network.coupling import IN
+from spectrim.network.layer import LayerSpec
+from spectrim.network.sites import Site, Sites, Skipped
+from spectrim.nn.flops import flop_counter
+from spectrim.nn.watch.batches import batch_size, call, evaluating
+from spectrim.nn.watch.patches import sample_outputs, sample_patches
+from spectrim.nn.watch.responses import Responses
+
+# Patches up to this length get a full second moment (at most 11 MB); longer ones one for each unfolding's slices.
+FULL_PATCH = 1152
+# Linear layers up to this many inputs do too (at most 34 MB): they have no slices to keep in its place.
+FULL_LINEAR = 2048
+# Share of a layer's own MACs that its statistics may cost.
+EFFORT = 0.08
+
+Progress = Callable[[int, int | None], None]
+
+
+def calibrate(
+    model: nn.Module,
+    sites: Sites,
+    batches: Iterable[Any],
+    *,
+    rows: int | str | None = "auto",
+    statistics: bool = True,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> Sites:
+    """Run a model on calibration batches once and keep what the methods need to know of each site.
+
+    For every site the centred second moment and mean of its input patches are streamed in float64 (``input``), so
+    that memory does not depend on the number of samples. Convolutions whose patches are longer than 1,152 numbers keep
+    one such moment for the slices of each unfolding (``input:height-first``, ...) and one of the outputs (``output``),
+    linear layers with more than 2,048 inputs that of the outputs and a sketch of that of the inputs (``sketch``).
+    Coupled channels (:func:`spectrim.couple`) get moments of their pooled responses, and convolutions that read them
+    but keep no moment of whole patches one of the channels at single positions (``channels``).
+
+    Parameters
+    ----------
+    model
+        Run in evaluation mode without gradients; its mode and hooks are left as found.
+    sites
+        From :func:`spectrim.find`.
+    batches
+        Tensors, mappings of keyword arguments, or tuples ``(inputs, targets, ...)``; see
+        :func:`spectrim.nn.watch.batches.arguments`. Read once.
+    rows
+        Patches a batch sampled at each site: a number, None for all positions, or ``"auto"`` for as many as keep the
+        statistics cheap beside the forward pass, but at least 256.
+    statistics
+        False to learn input shapes only, from the first batch.
+    forward
+        Runs the model on a batch in another way.
+    progress
+        Called with the number of batches done and their total, if known.
+
+    Returns
+    -------
+    Sites
+        In order of execution, with the layers that see one and the same tensor. Sites that no batch reached, or that
+        are called with more than their input, are moved to ``skipped`` with that reason.
+
+    Raises
+    ------
+    CalibrationError
+        No batches, no site reached, NaN or Inf in what a layer sees (the message names the layer and the batch), or
+        batches that cannot be fed to the model.
+    ValueError
+        For ``rows`` of another kind.
+    """
+    if not (rows is None or rows == "auto" or (isinstance(rows, int) and rows > 0)):
+        raise ValueError(f"rows={rows!r}: expected a positive number, None for all positions, or 'auto'")
+    readers = {side.name for coupling in sites.couplings for side in coupling.on(IN)}
+    watchers = {
+        site.name: _Watcher(site, rows, statistics, seed + i, reads_channels=site.name in readers)
+        for i, site in enumerate(sites)
+    }
+    specs = {site.name: site.spec for site in sites}
+    responses = {c.name: Responses(c, specs, seed + i) for i, c in enumerate(sites.couplings)} if statistics else {}
+    bystanders = {spec.name: _Shapes(spec) for spec in sites.untouched}
+    run = forward or call
+    handles = []
+    samples = other_macs = done = 0
+    try:
+        length = len(batches)  # type: ignore[arg-type]
+    except TypeError:
+        length = None
+    order: list[str] = []
+    seen = _Inputs()
+    for watcher in watchers.values():
+        watcher.seen = seen
+    with evaluating(model):
+        try:
+            for watcher in [*watchers.values(), *bystanders.values()]:
+                module = _layer(model, watcher.spec)
+                handles.append(module.register_forward_hook(watcher.hook(order), with_kwargs=True))
+            for response in responses.values():
+                for number, side in enumerate(response.sides):
+                    layer = _layer(model, specs[side.name])
+                    handles.append(layer.register_forward_pre_hook(response.hook(number), with_kwargs=True))
+            for index, batch in enumerate(batches):
+                size = batch_size(batch)
+                for watcher in [*watchers.values(), *bystanders.values()]:
+                    watcher.start(index, size)
+                for response in responses.values():
+                    response.start(index)
+                if index == 0:
+                    counted = [*watchers.values(), *responses.values()]
+                    with flop_counter() as counter:
+                        for each in counted:
+                            each.counter = counter
+                        run(model, batch)
+                    own = sum(each.own_flops for each in counted)
+                    other_macs = (counter.get_total_flops() - own) / 2 / size
+                    for each in counted:
+                        each.counter = None
+                else:
+                    run(model, batch)
+                samples += size
+                done += 1
+                if progress is not None:
+                    progress(done, length)
+                if not statistics:
+                    break
+        finally:
+            for handle in handles:
+                handle.remove()
+    if not done:
+        raise CalibrationError("no calibration batches: the iterable was empty")
+    reached = [name for name in dict.fromkeys(order) if name in watchers]
+    if not reached and watchers:
+        raise CalibrationError(
+            f"none of the {len(watchers)} sites was reached by the calibration batches; "
+            f"the first is {next(iter(watchers))!r}. Is this the model that the sites were found in?"
+        )
+    found = tuple(watchers[name].site() for name in reached if not watchers[name].irregular)
+    left = [site.spec for site in sites if site.name not in reached or watchers[site.name].irregular]
+    others = [spec.at(bystanders[spec.name].inputs) for spec in sites.untouched]
+    others += [spec.at(watchers[spec.name].inputs) for spec in left]
+    # Without an input shape a layer has no MACs and cannot be timed; what it stores counts all the same.
+    untouched = tuple(spec for spec in others if spec.inputs)
+    idle = [spec for spec in others if not spec.inputs]
+    lost = {spec.name for spec in [*left, *idle]}
+    cut_off = [c for c in sites.couplings if any(side.name in lost for side in c.sides)]
+    return dataclasses.replace(
+        sites,
+        sites=found,
+        skipped=(
+            *sites.skipped,
+            *(Skipped(s.name, s.kind, watchers[s.name].obstacle()) for s in left),
+            *(Skipped(c.name, f"{c.channels} channels", "a layer of theirs was not calibrated") for c in cut_off),
+        ),
+        untouched=untouched,
+        other_parameters=sites.other_parameters + int(parameters(idle)),
+        other_bytes=sites.other_bytes + int(size_bytes(idle)),
+        other_macs=max(0.0, other_macs - macs([*(site.spec for site in found), *untouched])),
+        samples=samples,
+        same_inputs=seen.together([site.name for site in found]),
+        couplings=tuple(c for c in sites.couplings if c not in cut_off),
+        pooled=MappingProxyType(
+            {c.name: responses[c.name].moments for c in sites.couplings if c.name in responses and c not in cut_off}
+        ),
+    )
+
+
+def _layer(model: nn.Module, spec: LayerSpec) -> nn.Module:
+    try:
+        return model.get_submodule(spec.name)
+    except AttributeError:
+        raise CalibrationError(
+            f"the model has no layer {spec.name!r}. Is this the model that the sites were found in?"
+        ) from None
+
+
+class _Inputs:
+    """Which layers are called with one and the same tensor in the first forward pass."""
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[weakref.ref[Tensor], int, list[str]]] = []
+
+    def note(self, inputs: Tensor, name: str) -> None:
+        # A tensor that is gone may have given its place to another one; one that was written to is another one.
+        version = -1 if inputs.is_inference() else inputs._version
+        for held, then, names in self._calls:
+            if held() is inputs and then == version:
+                names.append(name)
+                return
+        self._calls.append((weakref.ref(inputs), version, [name]))
+
+    def together(self, known: list[str]) -> tuple[tuple[str, ...], ...]:
+        """Names of layers that see the same, of those that are called once a pass."""
+        calls = [name for _, _, names in self._calls for name in names]
+        once = {name for name in known if calls.count(name) == 1}
+        sets = [tuple(name for name in names if name in once) for _, _, names in self._calls]
+        return tuple(names for names in sets if len(names) > 1)
+
+
+class _Shapes:
+    """Remembers the input shapes of every call of a layer in the first forward pass, for one sample."""
+
+    def __init__(self, spec: LayerSpec) -> None:
+        self.spec = spec
+        self.inputs: tuple[tuple[int, ...], ...] = ()
+        self.frozen = False
+        self.irregular = False
+        self.seen: _Inputs | None = None
+        self.index = 0
+        self.size = 1
+
+    def start(self, index: int, size: int) -> None:
+        self.index, self.size = index, size
+        self.frozen = index > 0
+
+    def hook(self, order: list[str]) -> Callable[..., None]:
+        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            inputs = args[0] if args else kwargs["input"]
+            self.irregular |= len(args) + len(kwargs) > 1
+            if not inputs.numel():
+                return
+            # A layer that the first batch does not reach is described by the first call it gets.
+            if not self.frozen or not self.inputs:
+                order.append(self.spec.name)
+                if self.seen is not None and not self.frozen:
+                    self.seen.note(inputs, self.spec.name)
+                self.inputs += self._shape(inputs)
+            self.see(inputs, output)
+
+        return watch
+
+    def see(self, inputs: Tensor, outputs: Tensor) -> None:
+        """What else to do with a call; nothing for a bystander."""
+
+    def obstacle(self) -> str:
+        if self.irregular:
+            return "called with more than its input (output_size), which a pair of layers cannot take"
+        return "never reached by the calibration batches"
+
+    def _shape(self, inputs: Tensor) -> tuple[tuple[int, ...], ...]:
+        if self.spec.is_linear:
+            rows = inputs.numel() // max(inputs.shape[-1], 1)
+            return ((max(1, round(rows / self.size)),),)
+        axes = len(self.spec.kernel)
+        spatial = tuple(inputs.shape[-axes:])
+        # Models that fold frames or crops into the batch axis call the layer several times a sample.
+        batch = inputs.shape[0] if inputs.dim() > axes + 1 else 1
+        return (spatial,) * max(1, round(batch / self.size))
+
+
+class _Watcher(_Shapes):
+    """Streams the moments of one site."""
+
+    def __init__(
+        self, site: Site, rows: int | str | None, statistics: bool, seed: int, *, reads_channels: bool = False
+    ) -> None:
+        super().__init__(site.spec)
+        self._reads_channels = reads_channels
+        self._site = site
+        self._rows = rows
+        self._statistics = statistics
+        self._seed = seed
+        self._moments: dict[str, Moments] = {}
+        # The counter of the first pass would count the statistics' own products too.
+        self.counter: FlopCounterMode | None = None
+        self.own_flops = 0
+        spec = site.spec
+        self._slices: dict[str, Unfolding] = {}
+        if statistics and not in_full(spec):
+            self._slices = {f"input:{u.name}": u for u in unfoldings(spec.kernel) if u.name != "channel"}
+
+    def see(self, inputs: Tensor, outputs: Tensor) -> None:
+        if not self._statistics or self.irregular:
+            return
+        # Sampled rows alone would miss most of a few broken positions. One NaN or Inf spoils a sum, which costs less
+        # than looking at every number.
+        whole = inputs.sum(dtype=torch.promote_types(inputs.dtype, torch.float32))
+        self._refuse_unless(bool(torch.isfinite(whole)), "sees NaN or Inf")
+        before = self.counter.get_total_flops() if self.counter else 0
+        self._update(inputs, outputs)
+        self.own_flops += self.counter.get_total_flops() - before if self.counter else 0
+
+    def _update(self, inputs: Tensor, outputs: Tensor) -> None:
+        spec = self.spec
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.index)
+        patches = sample_patches(spec, inputs, self._count(inputs), generator)
+        if in_full(spec):
+            self._add("input", patches.flatten(2))
+        else:
+            for name, how in self._slices.items():
+                self._add(name, slice_rows(patches, how))
+            generator.manual_seed(self._seed * 1_000_003 + self.index)
+            self._add("output", sample_outputs(spec, outputs, self._count(inputs), generator))
+            if spec.is_linear:
+                self._add("sketch", patches.flatten(2))
+            elif self._reads_channels:
+                self._add("channels", sample_outputs(spec, inputs, self._count(inputs), generator))
+
+    def _count(self, inputs: Tensor) -> int | None:
+        if self._rows is None or isinstance(self._rows, int):
+            return self._rows
+        spec = self.spec
+        if spec.is_linear:
+            positions = inputs.numel() // inputs.shape[-1]
+        else:
+            shape = spec.output_shape(tuple(inputs.shape[-len(spec.kernel) :]))
+            positions = inputs.shape[0]
+            for size in shape:
+                positions *= size
+        # A patch of d numbers costs d^2 operations; a position of the layer costs d x out.
+        work = spec.features**2 * spec.groups if in_full(spec) else spec.features * spec.in_channels * 6
+        allowed = EFFORT * positions * spec.features * spec.out_channels / work
+        return max(256, int(allowed))
+
+    def _add(self, name: str, rows: Tensor) -> None:
+        held = self._moments.get(name)
+        if held is None:
+            kind = Sketch if name == "sketch" else Moments
+            held = self._moments[name] = kind(rows.shape[0], rows.shape[2], device=rows.device)
+        held.update(rows)
+        self._refuse_unless(held.is_finite(), "sees or gives numbers that are NaN, Inf or too large to be squared")
+
+    def _refuse_unless(self, fine: bool, what: str) -> None:
+        if not fine:
+            raise CalibrationError(
+                f"layer {self.spec.name!r} ({self.spec.kind}) {what} in calibration batch {self.index}. "
+                "Check the batch and the model's dtype."
+            )
+
+    def site(self) -> Site:
+        return dataclasses.replace(
+            self._site, layers=(self.spec.at(self.inputs),), moments=MappingProxyType(self._moments)
+        )
+
+
+def in_full(spec: LayerSpec) -> bool:
+    """Whether a second moment of whole patches is kept."""
+    return spec.features <= (FULL_LINEAR if spec.is_linear else FULL_PATCH)

@@ -1,0 +1,82 @@
+"""Stream the responses of coupled channels, as the layers that read them see them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from spectrim.linalg.moments import Moments
+from spectrim.network.coupling import IN, Coupling
+from spectrim.network.layer import LayerSpec
+
+# Positions sampled from a batch where responses are not pooled.
+ROWS = 1024
+
+
+class Responses:
+    """Moments of the channels of a group: their maximum and mean over the positions of a sample, and single positions.
+
+    A channel that several layers read is seen after what happens to it in between: normalisation, activation, pooling,
+    addition. Different tensors are taken for further samples, so that a tied set of channels has one spectrum.
+    """
+
+    def __init__(self, coupling: Coupling, readers: Mapping[str, LayerSpec], seed: int) -> None:
+        self.sides = [side for side in coupling.on(IN) if side.name in readers]
+        self._specs = readers
+        self._seed = seed
+        self._index = 0
+        self._seen: list[weakref.ref[Tensor]] = []
+        # The counter of the first pass would count the statistics' own products too.
+        self.counter: FlopCounterMode | None = None
+        self.own_flops = 0
+        n = coupling.channels
+        self.moments = {name: Moments(1, n) for name in ("pooled:max", "pooled:mean", "unpooled")}
+
+    def start(self, index: int) -> None:
+        """Begin with another batch."""
+        self._index = index
+        self._seen = []
+
+    def hook(self, number: int) -> Callable[..., None]:
+        """For the ``number``-th side, before its module is run."""
+        side = self.sides[number]
+        spec = self._specs[side.name]
+
+        def watch(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs["input"]
+            if not x.numel() or any(held() is x for held in self._seen):
+                return
+            self._seen.append(weakref.ref(x))
+            before = self.counter.get_total_flops() if self.counter else 0
+            self._update(_channels(x.detach(), spec, side.positions))
+            self.own_flops += self.counter.get_total_flops() - before if self.counter else 0
+
+        return watch
+
+    def _update(self, rows: Tensor) -> None:
+        """Add responses ``[samples, channels, positions]``."""
+        self.moments["pooled:max"].update(rows.amax(2).unsqueeze(0))
+        self.moments["pooled:mean"].update(rows.float().mean(2).unsqueeze(0))
+        single = rows.transpose(1, 2).flatten(0, 1)
+        if len(single) > ROWS:
+            draw = torch.Generator().manual_seed(self._seed * 1_000_003 + self._index)
+            single = single[torch.randint(len(single), (ROWS,), generator=draw).to(single.device)]
+        self.moments["unpooled"].update(single.unsqueeze(0))
+
+
+def _channels(x: Tensor, spec: LayerSpec, positions: Tensor) -> Tensor:
+    """``[samples, channels, positions]`` of an input."""
+    if spec.is_linear:
+        rows = x.reshape(x.shape[0], -1, x.shape[-1]).transpose(1, 2)
+    else:
+        axes = len(spec.kernel)
+        rows = x.reshape(-1, x.shape[-axes - 1], *x.shape[-axes:]).flatten(2)
+    index = positions.to(x.device)
+    whole = index.shape[1] == 1 and index.shape[0] == rows.shape[1] and bool((index[:, 0].diff() == 1).all())
+    # A plain run of channels needs no copy.
+    return rows if whole else rows[:, index].flatten(2)

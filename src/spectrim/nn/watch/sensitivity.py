@@ -1,0 +1,123 @@
+"""How much a layer's errors matter: gradients that reach its outputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.errors import CalibrationError
+from spectrim.linalg.moments import Moments
+from spectrim.network.layer import LayerSpec
+from spectrim.network.sites import Sites
+from spectrim.nn.watch.batches import batch_size, call, evaluating, output_tensors
+from spectrim.nn.watch.patches import sample_outputs
+
+
+def sensitivity(
+    model: nn.Module,
+    sites: Sites,
+    batches: Iterable[Any],
+    *,
+    samples: int = 1024,
+    rows: int = 4096,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    seed: int = 0,
+) -> Sites:
+    """Weigh every site's output channels by what an error there does to the network's output.
+
+    An error ``e`` in a layer's response moves the network's output ``z`` by ``J e``. Drawing ``v`` from a standard
+    normal, the gradient of ``v . z`` at the response is ``J^T v``, and its second moment ``G`` gives the expected
+    squared movement ``e^T G e``: the Gauss-Newton approximation of a squared error on the outputs. Summed over sites
+    and positions, such errors share one unit, so that a table may trade one site against another. No labels are used.
+
+    Parameters
+    ----------
+    sites
+        Calibrated with the same model.
+    batches
+        Read until ``samples`` samples have been seen.
+    rows
+        Output positions sampled in each batch.
+
+    Returns
+    -------
+    Sites
+        Every single-layer site with ``gradient`` moments added. The model, its gradients and its mode are as before.
+
+    Raises
+    ------
+    CalibrationError
+        If no gradient reaches a site, or gradients are NaN or Inf; the message names the layer.
+    """
+    run = forward or call
+    specs = [site.spec for site in sites if len(site.layers) == 1]
+    held = {s.name: Moments(s.groups, s.out_channels // s.groups, s.device) for s in specs}
+    state = {"index": 0}
+    layers = {s.name: model.get_submodule(s.name) for s in specs}
+    handles = [layers[s.name].register_forward_hook(_hook(s, held[s.name], rows, seed, state)) for s in specs]
+    parameters = list(model.parameters())
+    before = [(p, p.requires_grad, p.grad) for p in parameters]
+    weights = {id(layer.weight) for layer in layers.values()}
+    seen = 0
+    generator = torch.Generator().manual_seed(seed)
+    try:
+        with evaluating(model), torch.enable_grad():
+            for parameter in parameters:
+                parameter.requires_grad_(id(parameter) in weights)
+                parameter.grad = None
+            for index, batch in enumerate(batches):
+                state["index"] = index
+                outputs = [z for z in output_tensors(run(model, batch)) if z.requires_grad]
+                if not outputs:
+                    raise CalibrationError(
+                        "no gradient reaches the sites: the model's output does not depend on them, or is computed "
+                        "without gradients"
+                    )
+                directions = [torch.randn(z.shape, generator=generator).to(z) for z in outputs]
+                torch.autograd.backward(outputs, directions)
+                for parameter in parameters:
+                    parameter.grad = None
+                seen += batch_size(batch)
+                if seen >= samples:
+                    break
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, wanted, gradient in before:
+            parameter.requires_grad_(wanted)
+            parameter.grad = gradient
+    for name, moments in held.items():
+        if not moments.count:
+            raise CalibrationError(
+                f"no gradient reached layer {name!r} in {seen} samples: the model's output does not depend on it. "
+                "Skip it, or do without sensitivity."
+            )
+        if not moments.is_finite():
+            raise CalibrationError(f"the gradients that reach layer {name!r} hold NaN or Inf")
+    return dataclasses.replace(
+        sites,
+        sites=tuple(
+            dataclasses.replace(site, moments=MappingProxyType({**site.moments, "gradient": held[site.name]}))
+            if site.name in held
+            else site
+            for site in sites
+        ),
+    )
+
+
+def _hook(spec: LayerSpec, held: Moments, rows: int, seed: int, state: dict[str, int]) -> Callable[..., None]:
+    def watch(module: nn.Module, args: Any, output: Tensor) -> None:
+        def receive(gradient: Tensor) -> None:
+            generator = torch.Generator().manual_seed(seed + 7919 * state["index"])
+            held.update(sample_outputs(spec, gradient.detach(), rows, generator))
+
+        # A tensor hook sees the gradient of the value as it is now, even if it is overwritten in place later.
+        if output.requires_grad:
+            output.register_hook(receive)
+
+    return watch

@@ -1,0 +1,1 @@
+"""From a table of candidates and a budget to a plan."""

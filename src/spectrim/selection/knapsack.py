@@ -1,0 +1,300 @@
+"""The multiple-choice knapsack behind the selectors, on flat arrays: fronts, walks, relaxation, integer program.
+
+:mod:`spectrim.selection.selectors` has the selectors and says what each promises.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from spectrim.errors import InfeasibleBudgetError
+from spectrim.selection.candidates import Row
+
+Floats = NDArray[np.float64]
+Indices = NDArray[np.intp]
+
+ROUNDING = 1e-12
+GAP = 1e-6
+SECONDS = 30.0
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """The options worth choosing, flat, those of a site next to each other.
+
+    ``site``, ``index`` (in the row's options), ``loss`` and ``error`` are ``[n]``, ``cost`` is ``[n, c]`` over the
+    limits that the dense network exceeds, called ``names``. ``dense`` is ``[sites, c]``; ``fixed``, ``limit`` and
+    ``room`` (what the sites may cost) are ``[c]``. With ``cover`` an option stands for the sites it names, not for
+    ``site``, which is then its row.
+    """
+
+    names: tuple[str, ...]
+    site: Indices
+    index: Indices
+    loss: Floats
+    error: Floats
+    cost: Floats
+    dense: Floats
+    fixed: Floats
+    limit: Floats
+    cover: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def room(self) -> Floats:
+        return self.limit * (1 + ROUNDING) - self.fixed
+
+    @property
+    def starts(self) -> Indices:
+        return np.flatnonzero(np.diff(self.site, prepend=-1))
+
+    @property
+    def groups(self) -> list[Indices]:
+        """The positions of each site's options."""
+        return np.split(np.arange(len(self.site)), self.starts[1:])
+
+    @property
+    def need(self) -> Floats:
+        """A weight a cost: one over what must be saved, so that urgent costs count more."""
+        return 1 / (self.fixed + self.dense.sum(0) - self.limit)
+
+    def fits(self, picks: Indices) -> bool:
+        return bool((self.cost[picks].sum(0) <= self.room).all())
+
+    def lower_bound(self, multipliers: Floats) -> float:
+        """The Lagrangian dual, a lower bound of the loss within the budget for any multipliers >= 0."""
+        scores = np.minimum.reduceat(self.loss + self.cost @ multipliers, self.starts)
+        return float(scores.sum() - multipliers @ self.room)
+
+    def keep(self, mask: NDArray[np.bool_]) -> Table:
+        columns = ("site", "index", "loss", "error", "cost")
+        kept = {name: getattr(self, name)[mask] for name in columns}
+        if self.cover is not None:
+            kept["cover"] = tuple(self.cover[n] for n in np.flatnonzero(mask))
+        return dataclasses.replace(self, **kept)
+
+
+def columns(row: Row, costs: Sequence[str]) -> tuple[Floats, Floats, Floats]:
+    """Loss ``[m]``, error ``[m]`` and costs ``[m, c]`` of a row's options, checked."""
+    if not row.options or not row.dense.choice.is_dense or row.dense.error > 0:
+        raise ValueError(f"site {row.site!r}: the first option must be the dense one, with error 0")
+    error = np.array([option.error for option in row.options], dtype=float)
+    if not np.isfinite(error).all():
+        bad = row.options[int(np.argmin(np.isfinite(error)))]
+        raise ValueError(f"site {row.site!r}: option {str(bad.choice)!r} has error {bad.error}; errors must be finite")
+    try:
+        loss = np.array([row.loss(option) for option in row.options], dtype=float)
+    except OverflowError:
+        loss = np.array([np.inf])
+    if not (np.isfinite(loss) & (loss >= 0)).all():
+        raise ValueError(
+            f"site {row.site!r}: sensitivity {row.scale} * error ** {row.exponent} gives losses that are negative or "
+            "not finite; scale and exponent must be finite and not negative"
+        )
+    try:
+        cost = np.array([[option.costs[c] for c in costs] for option in row.options], dtype=float)
+    except KeyError as missing:
+        raise ValueError(f"site {row.site!r}: an option has no cost {missing}") from None
+    if not (np.isfinite(cost) & (cost >= 0)).all():
+        raise ValueError(f"site {row.site!r}: an option has a cost that is negative or not finite")
+    return loss, np.maximum(error, 0.0), cost
+
+
+def cheaper(costs: Floats) -> Indices:
+    """The dense option and those that cost strictly less in every column."""
+    allowed = (costs < costs[0]).all(1)
+    allowed[0] = True
+    return np.flatnonzero(allowed)
+
+
+def undominated(values: Floats) -> Indices:
+    """Rows of ``values [m, d]`` that no other row equals or undercuts in every column; of equal rows the first."""
+    order = np.lexsort(values.T[::-1])
+    ranked = values[order]
+    # Only an earlier row in lexicographic order can dominate.
+    dominates = np.logical_and.reduce([column[:, None] <= column[None, :] for column in ranked.T])
+    return np.sort(order[~np.triu(dominates, 1).any(0)])
+
+
+def front(group: Indices, value: Floats, cost: Floats) -> Indices:
+    """The positions of ``group`` from least value to least cost, without those that another undercuts in both."""
+    order = group[np.lexsort((value[group], cost[group]))]
+    least = np.minimum.accumulate(np.concatenate([[np.inf], value[order]]))[:-1]
+    return order[value[order] < least][::-1]
+
+
+def hull(path: Indices, value: Floats, cost: Floats) -> tuple[Indices, Floats]:
+    """The corners of a front's lower convex hull, and the value added per cost saved from each to the next."""
+    corners: list[tuple[int, float, float]] = []
+    slopes: list[float] = []
+    for point in zip(path.tolist(), value[path].tolist(), cost[path].tolist(), strict=True):
+        while corners:
+            slope = (point[1] - corners[-1][1]) / (corners[-1][2] - point[2])
+            if not slopes or slope > slopes[-1]:
+                slopes.append(slope)
+                break
+            corners.pop()
+            slopes.pop()
+        corners.append(point)
+    return np.array([corner[0] for corner in corners], dtype=np.intp), np.array(slopes, dtype=float)
+
+
+def walk(table: Table, paths: list[Indices], keys: list[Floats], *, together: bool) -> tuple[Indices | None, float]:
+    """Take the steps along all paths in ascending order of their keys until every limit is met.
+
+    ``keys[i][k]`` is that of the step from ``paths[i][k]`` to the next, ascending along a path. With ``together``,
+    steps of equal keys are taken all or none. Returns the picks, None if the end is above a limit, and the last key.
+    """
+    site = np.repeat(np.arange(len(paths)), [len(k) for k in keys])
+    key = np.concatenate(keys)
+    order = np.argsort(key, kind="stable")
+    site, key = site[order], key[order]
+    change = np.concatenate([np.diff(table.cost[path], axis=0) for path in paths])[order]
+    start = table.cost[[path[0] for path in paths]].sum(0)
+    met = (start + np.concatenate([np.zeros((1, change.shape[1])), np.cumsum(change, axis=0)]) <= table.room).all(1)
+    if together:
+        met[1:-1] &= key[1:] != key[:-1]
+    if not met.any():
+        return None, 0.0
+    steps = int(np.argmax(met))
+    taken = np.bincount(site[:steps], minlength=len(paths))
+    return np.array([path[n] for path, n in zip(paths, taken, strict=True)]), float(key[steps - 1]) if steps else 0.0
+
+
+def descend(table: Table, weights: Floats) -> tuple[Indices | None, float]:
+    """Walk down the convex hulls of loss over weighted cost; the picks, and the multiplier of the last step."""
+    price = table.cost @ weights
+    hulls = [hull(front(group, table.loss, price), table.loss, price) for group in table.groups]
+    return walk(table, [corners for corners, _ in hulls], [slopes for _, slopes in hulls], together=False)
+
+
+def _spend(table: Table, picks: Indices, weights: Floats) -> Indices:
+    """Use what is left of the budget: the change of one site that fits and gains most for its cost, until none does."""
+    price = table.cost @ weights
+    least = float((table.dense @ weights).max()) * ROUNDING
+    while True:
+        gain = table.loss[picks][table.site] - table.loss
+        fits = (table.cost - table.cost[picks][table.site] <= table.room - table.cost[picks].sum(0)).all(1)
+        worth = gain / np.maximum(price - price[picks][table.site], least)
+        best = int(np.argmax(np.where(fits & (gain > 0), worth, -1.0)))
+        changed = picks.copy()
+        changed[table.site[best]] = best
+        if not (fits[best] and gain[best] > 0 and table.fits(changed)):
+            return picks
+        picks = changed
+
+
+def relax(table: Table) -> tuple[Indices, float, Floats]:
+    """Picks, lower bound and multipliers of the Lagrangian relaxation."""
+    if len(table.limit) == 1:
+        picks, slope = descend(table, np.ones(1))
+        best = _spend(table, closest(table) if picks is None else picks, np.ones(1))
+        multipliers = np.array([slope])
+    else:
+        multipliers = _relaxed_multipliers(table)
+        mixed = multipliers + 0.1 * table.need * (multipliers / table.need).max()
+        tried = [multipliers, mixed, table.need] if multipliers.any() else [table.need]
+        ends = [(picks, weights) for weights in tried if (picks := descend(table, weights)[0]) is not None]
+        plans = [_spend(table, picks, weights) for picks, weights in ends or [(closest(table), table.need)]]
+        best = min(plans, key=lambda picks: float(table.loss[picks].sum()))
+    bound = max(table.lower_bound(multipliers), table.lower_bound(0 * multipliers))
+    return best, bound, multipliers
+
+
+def _one_each(table: Table) -> Any:
+    """The sparse matrix ``[sites, n]`` of which options belong to which site."""
+    from scipy.sparse import csr_array
+
+    n = len(table.site)
+    site, option = table.site, np.arange(n)
+    if table.cover is not None:
+        site = np.concatenate([np.array(sites, dtype=np.intp) for sites in table.cover])
+        option = np.repeat(option, [len(sites) for sites in table.cover])
+    return csr_array((np.ones(len(site)), (site, option)), shape=(len(table.dense), n))
+
+
+def _chosen(table: Table, x: Floats) -> Indices:
+    """The option of each site with the largest share of a solver's solution."""
+    if table.cover is not None:
+        return np.flatnonzero(x > 0.5)
+    return np.array([group[np.argmax(x[group])] for group in table.groups])
+
+
+def _relaxed_multipliers(table: Table) -> Floats:
+    """The multipliers of the linear relaxation, zero if that has no solution."""
+    from scipy.optimize import linprog
+
+    unit, scale = table.dense.sum(0), float(table.loss.max()) or 1.0
+    result = linprog(
+        table.loss / scale,
+        A_ub=(table.cost / unit).T,
+        b_ub=table.room / unit,
+        A_eq=_one_each(table),
+        b_eq=np.ones(len(table.dense)),
+    )
+    if result.status != 0:
+        return np.zeros(len(unit))
+    return np.maximum(-result.ineqlin.marginals, 0.0) * scale / unit
+
+
+def solve(table: Table, scale: float) -> tuple[Indices, float] | str:
+    """Picks of least loss and a proven lower bound, or what went wrong. ``scale`` is a loss of the right magnitude."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
+    # The solver's tolerances are absolute, 1e-6: sums near 1000 make them 1e-9 of the loss and of the costs.
+    unit = 1000 / table.dense.sum(0)
+    room, proven = table.room * unit, None
+    for _ in range(5):
+        result = milp(
+            table.loss * (1000 / scale),
+            integrality=np.ones(len(table.site)),
+            bounds=Bounds(0, 1),
+            constraints=[
+                LinearConstraint(_one_each(table), 1, 1),
+                LinearConstraint((table.cost * unit).T, -np.inf, room),
+            ],
+            options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+        )
+        if result.status != 0:
+            return str(result.message)
+        if proven is None:
+            proven = float(result.fun if result.mip_dual_bound is None else result.mip_dual_bound) * scale / 1000
+        picks = _chosen(table, result.x)
+        if table.fits(picks):
+            return picks, proven
+        room = room - 2 * np.maximum((table.cost[picks] * unit).sum(0) - room, 0.0)
+    return "its plans exceed the budget by rounding"
+
+
+def closest(table: Table) -> Indices:
+    """The picks whose largest ratio of cost to limit is smallest; raises if that is above one."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array, hstack
+
+    n, sites = len(table.site), len(table.dense)
+    share = np.column_stack([1000 * (table.cost / table.limit).T, -np.ones(len(table.limit))])
+    result = milp(
+        np.append(np.zeros(n), 1.0),
+        integrality=np.append(np.ones(n), 0),
+        bounds=Bounds(np.zeros(n + 1), np.append(np.ones(n), np.inf)),  # type: ignore[arg-type]
+        constraints=[
+            LinearConstraint(hstack([_one_each(table), csr_array((sites, 1))]), 1, 1),
+            LinearConstraint(share, -np.inf, -1000 * table.fixed / table.limit),  # type: ignore[arg-type]
+        ],
+        options={"mip_rel_gap": 0, "time_limit": SECONDS},
+    )
+    if result.x is None:
+        raise RuntimeError(f"the search for a plan within {', '.join(table.names)} failed: {result.message}")
+    picks = _chosen(table, result.x[:n])
+    if table.fits(picks):
+        return picks
+    totals = table.fixed + table.cost[picks].sum(0)
+    worst = int(np.argmax(totals / table.limit))
+    dense = float(table.fixed[worst] + table.dense[:, worst].sum())
+    limit, lowest = float(table.limit[worst]), float(totals[worst])
+    raise InfeasibleBudgetError(table.names[worst], limit, lowest, dense, together=tuple(table.names))

@@ -1,0 +1,194 @@
+"""Plans: one choice a site, as plain values.
+
+``select`` turns a table of candidates and a budget into a :class:`Plan`, and ``apply`` carries the plan out. A plan is
+a small JSON document that can be read, edited, compared and replayed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from spectrim.errors import PlanError
+from spectrim.network.choices import Choice
+from spectrim.selection.candidates import Candidates
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One site of a plan, or one group of sites: what was chosen, what it loses and what it costs.
+
+    ``members`` are the sites of a group, in the order of its factors.
+    """
+
+    site: str
+    kind: str
+    choice: Choice
+    error: float
+    costs: Mapping[str, float]
+    dense_costs: Mapping[str, float]
+    members: tuple[str, ...] = ()
+
+    @property
+    def of_channels(self) -> bool:
+        """Whether it is about coupled channels, in place of layers."""
+        return self.kind.endswith(" channels")
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """The sites that the choice is for."""
+        return self.members or (self.site,)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One choice a site or group of sites.
+
+    Attributes
+    ----------
+    entries
+        In the network's order; a group stands where its first site does.
+    costs, dense_costs
+        Of the whole network as planned, and dense.
+    budget
+        Absolute limits that were asked for.
+    unit
+        Unit of the errors.
+    selector
+        Name of the selector.
+    loss
+        What the selector minimised.
+    bound
+        A proven lower bound of that loss under the same budget, where the selector has one.
+    multipliers
+        Loss that one unit of each limited cost is worth, where the selector knows it.
+    methods
+        How to make the methods again.
+    facts
+        Device, dtype, threads and batch of measured costs, and library versions.
+    """
+
+    entries: tuple[Entry, ...]
+    costs: Mapping[str, float]
+    dense_costs: Mapping[str, float]
+    budget: Mapping[str, float] = field(default_factory=dict)
+    unit: str = ""
+    selector: str = ""
+    loss: float = 0.0
+    bound: float | None = None
+    multipliers: Mapping[str, float] = field(default_factory=dict)
+    methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    version: int = VERSION
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def __getitem__(self, site: str) -> Entry:
+        for entry in self.entries:
+            if entry.site == site or site in entry.members:
+                return entry
+        raise KeyError(f"no site {site!r} in the plan; there are {', '.join(repr(e.site) for e in self.entries)}")
+
+    def ratio(self, cost: str) -> float:
+        """Dense over planned."""
+        return self.dense_costs[cost] / self.costs[cost]
+
+    def diff(self, other: Plan) -> tuple[tuple[str, Choice | None, Choice | None], ...]:
+        """Sites where two plans differ: ``(site, mine, theirs)``, None where a plan does not have the site."""
+        mine = {site: e.choice for e in self.entries for site in e.sites}
+        theirs = {site: e.choice for e in other.entries for site in e.sites}
+        names = list(dict.fromkeys([*mine, *theirs]))
+        return tuple((n, mine.get(n), theirs.get(n)) for n in names if mine.get(n) != theirs.get(n))
+
+    def to_json(self) -> str:
+        """The plan as JSON text; equal plans give equal text."""
+        return msgspec.json.format(msgspec.json.encode(self, order="sorted"), indent=1).decode()
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Plan:
+        """Read a plan.
+
+        Raises
+        ------
+        PlanError
+            If the text is not a plan of a version this library reads; the message says where.
+        """
+        try:
+            plan = msgspec.json.decode(text, type=cls)
+            raw = msgspec.json.decode(text)
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+            raise PlanError(f"not a plan: {error}") from error
+        if plan.version != VERSION:
+            raise PlanError(f"plan has version {plan.version}; this library reads version {VERSION}")
+        records = [(raw, cls), *((e, Entry) for e in raw["entries"]), *((e["choice"], Choice) for e in raw["entries"])]
+        for record, known in records:
+            unknown = sorted(set(record) - {f.name for f in dataclasses.fields(known)})
+            if unknown:
+                raise PlanError(f"a plan's {known.__name__.lower()} has no field {unknown[0]!r}")
+        for names in ([e.site for e in plan.entries], [site for e in plan.entries for site in e.sites]):
+            if len(set(names)) != len(names):
+                raise PlanError("a plan names each site once; this one repeats some")
+        return plan
+
+    def write(self, path: str | Path) -> None:
+        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, path: str | Path) -> Plan:
+        return cls.from_json(Path(path).read_bytes())
+
+
+def make_plan(
+    candidates: Candidates,
+    picks: Sequence[int] | Mapping[int, int],
+    *,
+    budget: Mapping[str, float],
+    selector: str,
+    bound: float | None = None,
+) -> Plan:
+    """A plan from the index of the option picked in each row.
+
+    With groups in the table, ``picks`` maps the numbers of the rows that are chosen, which cover every site once, to
+    the indices of their options.
+    """
+    numbers = picks if isinstance(picks, Mapping) else dict(enumerate(picks))
+    order = {row.site: number for number, row in enumerate(candidates.rows)}
+    rows = [(candidates.rows[number], pick) for number, pick in numbers.items()]
+    rows.sort(key=lambda pair: min(order[site] for site in pair[0].sites))
+    covered = [site for row, _ in rows for site in row.sites]
+    if sorted(covered) != sorted(row.site for row in candidates.singles):
+        raise ValueError("a plan covers every site once; the picked rows do not")
+    chosen = [(row, row.options[pick]) for row, pick in rows]
+    entries = tuple(
+        Entry(
+            row.site, row.kind, option.choice, float(option.error), _plain(option.costs), _plain(row.dense.costs),
+            row.members,
+        )
+        for row, option in chosen
+    )  # fmt: skip
+    used = {e.choice.method for e in entries}
+    return Plan(
+        entries=entries,
+        costs=_plain({c: candidates.fixed[c] + sum(o.costs[c] for _, o in chosen) for c in candidates.costs}),
+        dense_costs=_plain(candidates.dense),
+        budget=_plain(budget),
+        unit=candidates.unit,
+        selector=selector,
+        loss=float(sum(row.loss(option) for row, option in chosen)),
+        bound=None if bound is None else float(bound),
+        methods={name: dict(record) for name, record in candidates.methods.items() if name in used},
+        facts=dict(candidates.facts),
+    )
+
+
+def _plain(costs: Mapping[str, float]) -> dict[str, float]:
+    """Python floats, which is what plans are written with; a cost may have come as a numpy number."""
+    return {name: float(value) for name, value in costs.items()}

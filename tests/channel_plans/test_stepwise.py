@@ -1,0 +1,163 @@
+"""Plans that remove channels under a budget: what is counted is what the network costs."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spectrim as st
+from spectrim.channel_plans.stepwise import select_in_steps
+from spectrim.cost.counted import macs as counted_macs
+from spectrim.cost.counted import parameters
+from spectrim.cost.latency import Latency
+from spectrim.cost.whole import costs
+from spectrim.errors import InfeasibleBudgetError
+from spectrim.network.sites import Sites
+from spectrim.nn.flops import flop_counter
+from spectrim.nn.surgery import parameter_count, size_in_bytes
+from spectrim.nn.watch.batches import evaluating
+from spectrim.pipeline import output_error
+from spectrim.selection.plan import Plan
+from tests.cases import one_thread
+from tests.nn.coupled_nets import made
+
+pytest.importorskip("torch_pruning")
+
+FILTERS = st.PrincipalFilters(multiple_of=1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with one_thread():
+        yield
+
+
+def calibrated(name: str) -> tuple[nn.Module, list[Tensor], Sites]:
+    model, x = made(name, samples=48, dtype=torch.float32)
+    batches = list(x.split(24))
+    return model, batches, st.calibrate(model, st.couple(model, st.find(model), x), batches)
+
+
+def macs(model: nn.Module, x: Tensor) -> float:
+    with evaluating(model), flop_counter() as counter:
+        model(x[:1])
+    return counter.get_total_flops() / 2
+
+
+NETWORKS = ["chain", "residual", "projection", "concat", "depthwise", "grouped", "transposed", "flatten", "squeeze"]
+
+
+@pytest.mark.parametrize("cost", ["parameters", "macs", "bytes"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_plan_costs_what_the_network_costs_and_no_more_than_allowed(name: str, cost: str) -> None:
+    model, batches, sites = calibrated(name)
+    plan, table = select_in_steps(sites, [FILTERS], st.Budget(**{cost: 0.7}))
+    small = st.apply(model, sites, plan, batches)
+    assert plan.costs["parameters"] == parameter_count(small)
+    assert plan.costs["bytes"] == size_in_bytes(small)
+    assert plan.costs["macs"] == pytest.approx(macs(small, batches[0]))
+    assert plan.costs[cost] <= plan.budget[cost] * (1 + 1e-9) < plan.dense_costs[cost]
+    assert plan.dense_costs[cost] == pytest.approx(table.dense[cost])
+    assert plan.facts["steps"] >= 1
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_left_of_a_budget_is_spent(name: str) -> None:
+    # No group can have its next width.
+    _, _, sites = calibrated(name)
+    plan, _ = select_in_steps(sites, [FILTERS], st.Budget(parameters=0.7))
+    removed = {e.site: e.choice for e in plan if "kept" in e.choice.settings}
+    assert removed
+
+    numbers = {name: len(choice["kept"]) for name, choice in removed.items()}
+    assert costs(sites, numbers, {"parameters": parameters})["parameters"] == plan.costs["parameters"]
+    for coupling in sites.couplings:
+        if coupling.name in numbers:
+            wider = {**numbers, coupling.name: numbers[coupling.name] + coupling.pools}
+            assert costs(sites, wider, {"parameters": parameters})["parameters"] > plan.budget["parameters"]
+
+
+def test_entries_add_up_to_the_network() -> None:
+    _, _, sites = calibrated("residual")
+    plan, _ = select_in_steps(sites, [FILTERS], st.Budget(macs=0.6))
+    for cost, total in plan.costs.items():
+        fixed = plan.dense_costs[cost] - sum(entry.dense_costs[cost] for entry in plan)
+        assert fixed + sum(entry.costs[cost] for entry in plan) == pytest.approx(total)
+
+
+def test_one_table_is_enough_where_no_layer_loses_channels_on_both_sides() -> None:
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4)).eval()
+    x = torch.randn(32, 6)
+    sites = st.calibrate(model, st.couple(model, st.find(model), x), [x])
+    plan, table = select_in_steps(sites, [FILTERS], st.Budget(parameters=0.6))
+    assert plan.facts["steps"] == 1
+    assert "1 step" in plan.selector
+    # Of such a table every selection is exact.
+    assert plan.loss == pytest.approx(st.select(table, st.Budget(parameters=0.6)).loss)
+
+
+def test_it_is_the_best_plan_of_a_small_network() -> None:
+    _, _, sites = calibrated("chain")
+    plan, table = select_in_steps(sites, [FILTERS], st.Budget(macs=0.6))
+
+    rows = [row for row in table if row.kind.endswith("channels")]
+    losses = []
+    for options in itertools.product(*(row.options for row in rows)):
+        pairs = list(zip(rows, options, strict=True))
+        numbers = {row.site: len(o.choice["kept"]) for row, o in pairs if not o.choice.is_dense}
+        if costs(sites, numbers, {"macs": counted_macs})["macs"] <= plan.budget["macs"]:
+            losses.append(sum(row.loss(o) for row, o in pairs))
+    assert plan.loss <= min(losses) * 1.05
+
+
+def test_an_infeasible_budget_says_how_low_it_gets() -> None:
+    _, _, sites = calibrated("residual")
+    with pytest.raises(InfeasibleBudgetError, match="lowest reachable") as caught:
+        select_in_steps(sites, [FILTERS], st.Budget(parameters=0.01))
+    assert 0 < caught.value.lowest < caught.value.dense
+
+
+def test_other_methods_compete_and_a_judge_decides() -> None:
+    model, batches, sites = calibrated("flatten")
+    methods = [FILTERS, st.ActivationSVD(multiple_of=1)]
+    seen: list[Plan] = []
+
+    def judge(plan: Plan) -> float:
+        seen.append(plan)
+        return output_error(model, st.apply(model, sites, plan), batches)
+
+    plan, _ = select_in_steps(sites, methods, st.Budget(parameters=0.5), judge=judge)
+    tried = list(seen)
+    assert len(tried) > 1
+    assert judge(plan) == min(judge(other) for other in tried)
+    assert all(other.costs["parameters"] <= other.budget["parameters"] * (1 + 1e-9) for other in tried)
+    small = st.apply(model, sites, plan, batches)
+    assert parameter_count(small) == plan.costs["parameters"]
+
+
+@pytest.mark.parametrize("overhead", [0.0, 2.0])
+def test_milliseconds_are_those_of_the_layers_as_they_would_be(overhead: float) -> None:
+    # With a constant for each call the times of two removals in one layer do not multiply, as the estimate has it.
+    _, _, sites = calibrated("projection")
+
+    def clock(chains, **options):
+        return [1e-3 * counted_macs(chain) + overhead * len(chain) for chain in chains]
+
+    latency = Latency(cache=None, threads=1, timer=clock)
+    plan, _ = select_in_steps(sites, [FILTERS], st.Budget(latency=0.8), latency=latency)
+    layers = sum(len(site.layers) for site in sites) + len(sites.untouched)
+    assert plan.costs["latency"] <= plan.budget["latency"] * (1 + 1e-9) < plan.dense_costs["latency"]
+    assert plan.costs["latency"] == pytest.approx(1e-3 * plan.costs["macs"] + overhead * layers, rel=1e-6)
+
+
+def test_compress_meets_a_budget_in_one_call() -> None:
+    model, batches, _ = calibrated("projection")
+    result = st.compress(model, batches, st.Budget(macs=0.6), methods=[st.PrincipalFilters()])
+    assert macs(result.model, batches[0]) == pytest.approx(result.plan.costs["macs"])
+    assert result.plan.costs["macs"] <= 0.6 * macs(model, batches[0]) * (1 + 1e-9)
+    assert "channels removed" in str(result.report)
+    closed = st.apply(model, result.sites, result.plan)
+    assert output_error(model, result.model, batches) <= output_error(model, closed, batches) * 1.01

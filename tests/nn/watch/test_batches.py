@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from collections import OrderedDict, UserDict, namedtuple
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from spectrim.errors import CalibrationError
+from spectrim.nn.watch.batches import arguments, batch_size, call, evaluating, logits, resized
+
+X, Y = torch.randn(4, 3), torch.randn(4, 2)
+LABELS = torch.arange(4)
+Pair = namedtuple("Pair", "image label")
+
+
+class One(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x, scale=None):
+        return self.fc(x)
+
+
+class Two(One):
+    def forward(self, x, y):
+        return self.fc(x) + y
+
+
+class Whole(One):
+    """Takes a pair as one argument."""
+
+    def forward(self, pair):
+        return self.fc(pair[0]) + pair[1]
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [X, (X, LABELS), [X, LABELS], (X,), Pair(X, LABELS), {"x": X}, UserDict(x=X), ({"x": X}, LABELS), ([X], LABELS)],
+    ids=["tensor", "tuple", "list", "single", "named", "dict", "UserDict", "(dict, y)", "([x], y)"],
+)
+def test_structures_of_one_input(batch):
+    model = One()
+    assert torch.equal(call(model, batch), model(X))
+    assert batch_size(batch) == 4
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [(X, Y), ((X, Y), LABELS), ([X, Y], LABELS), (X, Y, LABELS), {"y": Y, "x": X}, ({"x": X, "y": Y}, LABELS)],
+    ids=["(x, y)", "((x1, x2), y)", "([x1, x2], y)", "(x1, x2, y)", "dict", "(dict, y)"],
+)
+def test_structures_of_two_inputs(batch):
+    model = Two()
+    assert torch.equal(call(model, batch), model(X, Y))
+
+
+def test_a_pair_that_the_model_takes_as_one_argument():
+    model = Whole()
+    assert torch.equal(call(model, ((X, Y), LABELS)), model((X, Y)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_floating_inputs_get_the_dtype_of_the_model_and_others_stay(dtype):
+    (x, pair), _ = arguments(Two().to(dtype), (X, Pair(X, LABELS)))
+    assert x.dtype == pair.image.dtype == dtype
+    assert pair.label.dtype == LABELS.dtype
+    assert isinstance(pair, Pair)
+
+
+def test_inputs_of_a_model_of_mixed_dtypes_stay():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2).half())
+    assert arguments(model, X)[0][0].dtype == torch.float32
+    assert arguments(nn.ReLU(), X.double())[0][0].dtype == torch.float64
+
+
+@pytest.mark.parametrize("batch", ["text", 3, None, (), []])
+def test_what_cannot_be_fed_is_named(batch):
+    with pytest.raises(CalibrationError, match=type(batch).__name__):
+        arguments(One(), batch)
+
+
+@pytest.mark.parametrize("batch", [{}, [], ("a", "b"), torch.tensor(1.0)])
+def test_a_batch_without_a_batch_axis_is_refused(batch):
+    with pytest.raises(CalibrationError, match="batch axis"):
+        batch_size(batch)
+
+
+@dataclass
+class Output:
+    logits: torch.Tensor
+
+
+def test_the_tensor_that_an_output_stands_for():
+    assert logits(X) is X
+    assert logits(Output(Y)) is Y
+    assert logits((X, Y)) is X
+    assert logits(OrderedDict(hidden=[X], other=Y)) is X
+    with pytest.raises(CalibrationError, match="holds no tensor"):
+        logits(("a",))
+
+
+def test_every_mode_and_the_fused_kernels_are_restored_after_an_error():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(), nn.BatchNorm1d(2))).train()
+    model[1][1].eval()
+    modes = [m.training for m in model.modules()]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    seen = []
+
+    def fail():
+        with evaluating(model):
+            seen.append(any(m.training for m in model.modules()))
+            seen.append(torch.is_grad_enabled())
+            seen.append(torch.backends.mha.get_fastpath_enabled())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert seen == [False] * 3
+    assert [m.training for m in model.modules()] == modes
+    assert torch.is_grad_enabled()
+    assert torch.backends.mha.get_fastpath_enabled() == fused
+
+
+@pytest.mark.parametrize("size", [1, 4, 9])
+def test_resized_repeats_or_cuts_the_first_axis_everywhere(size):
+    other = resized({"a": X, "b": [Pair(LABELS, "text")], "c": torch.tensor(2.0), "d": 5}, size)
+    assert other["a"].shape == (size, 3)
+    assert other["b"][0].image.tolist() == [i % 4 for i in range(size)]
+    assert other["b"][0].label == "text"
+    assert other["c"] == 2.0
+    assert other["d"] == 5

@@ -1,0 +1,373 @@
+"""Plans as JSON, differences between plans, and budgets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spectrim.errors import PlanError, SpectrimError
+from spectrim.network.choices import DENSE, Choice
+from spectrim.selection.budget import Budget
+from spectrim.selection.candidates import Candidates, Option, Row
+from spectrim.selection.plan import VERSION, Entry, Plan, make_plan
+
+names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
+numbers = st.floats(0, allow_nan=False, allow_infinity=False)
+costs = st.dictionaries(st.sampled_from(["parameters", "macs", "bytes", "latency"]), numbers)
+values = st.one_of(
+    names,
+    st.integers(-(2**60), 2**60),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.booleans(),
+    st.lists(st.integers(0, 4096), max_size=5).map(tuple),
+)
+choices = st.just(DENSE) | st.builds(Choice, names, names, st.dictionaries(names, values, max_size=3))
+entries = st.builds(Entry, names, names, choices, numbers, costs, costs)
+facts = st.dictionaries(names, st.one_of(names, st.integers(0, 64), st.booleans(), st.none()), max_size=3)
+plans = st.builds(
+    Plan,
+    entries=st.lists(entries, max_size=4, unique_by=lambda e: e.site).map(tuple),
+    costs=costs,
+    dense_costs=costs,
+    budget=costs,
+    unit=names,
+    selector=names,
+    loss=numbers,
+    bound=st.none() | numbers,
+    multipliers=costs,
+    methods=st.dictionaries(names, facts, max_size=2),
+    facts=facts,
+)
+
+
+def example() -> Plan:
+    return Plan(
+        entries=(
+            Entry("conv1", "Conv2d 3x3", DENSE, 0.0, {"macs": 100.0}, {"macs": 100.0}),
+            Entry(
+                "layer1.0",
+                "Conv2d 3x3/2",
+                Choice("low_rank", "svd", {"rank": 8, "unfolding": "height-first", "kept": (1, 2), "scaled": True}),
+                0.125,
+                {"macs": 40.0},
+                {"macs": 90.0},
+            ),
+        ),
+        costs={"macs": 150.0},
+        dense_costs={"macs": 200.0},
+        budget={"macs": 160.0},
+        unit="output energy",
+        selector="exact",
+        loss=0.125,
+        bound=0.12,
+        multipliers={"macs": 2.5e-9},
+        methods={"svd": {"type": "WeightSVD", "multiple_of": 8}},
+        facts={"device": "cpu"},
+    )
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(plans)
+def test_a_plan_survives_json(plan: Plan) -> None:
+    text = plan.to_json()
+    again = Plan.from_json(text)
+    assert again == plan
+    assert again.to_json() == text
+    for mine, theirs in zip(plan, again, strict=True):
+        assert {k: type(v) for k, v in mine.choice.settings.items()} == {
+            k: type(v) for k, v in theirs.choice.settings.items()
+        }
+    assert {e.choice for e in again} == {e.choice for e in plan}
+
+
+def test_equal_plans_give_equal_text() -> None:
+    plan = example()
+    entry = plan.entries[1]
+    turned = dataclasses.replace(entry.choice, settings=dict(list(entry.choice.settings.items())[::-1]))
+    other = dataclasses.replace(plan, entries=(plan.entries[0], dataclasses.replace(entry, choice=turned)))
+    assert other == plan
+    assert other.to_json() == plan.to_json()
+    assert hash(turned) == hash(entry.choice)
+
+
+def test_a_plan_survives_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    example().write(path)
+    assert Plan.read(path) == example()
+    assert json.loads(path.read_text())["version"] == VERSION
+
+
+def test_plans_written_before_there_were_multipliers_are_read() -> None:
+    text = json.dumps({key: value for key, value in document().items() if key != "multipliers"})
+    assert Plan.from_json(text) == dataclasses.replace(example(), multipliers={})
+    assert example().multipliers == {"macs": 2.5e-9}
+    assert make_plan(table(), [0, 1], budget={}, selector="mine").multipliers == {}
+
+
+def test_mutated_json_is_read_or_refused() -> None:
+    text = example().to_json().encode()
+    source = random.Random(0)
+    refused = 0
+    for _ in range(2000):
+        mutated = bytearray(text)
+        for _ in range(source.randint(1, 3)):
+            at = source.randrange(len(mutated))
+            match source.randrange(4):
+                case 0:
+                    mutated[at] = source.randrange(256)
+                case 1:
+                    del mutated[at : at + source.randint(1, 20)]
+                case 2:
+                    mutated[at:at] = bytes(source.choices(b'{}[]",:0129eE.-nulltrue\\\xff\x00', k=source.randint(1, 4)))
+                case 3:
+                    del mutated[at:]
+            if not mutated:
+                break
+        try:
+            plan = Plan.from_json(bytes(mutated))
+        except PlanError:
+            refused += 1
+        else:
+            assert Plan.from_json(plan.to_json()) == plan
+    assert refused > 1000
+
+
+def document(**changes: object) -> dict:
+    return {**json.loads(example().to_json()), **changes}
+
+
+ENTRY = json.loads(example().to_json())["entries"][1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not a plan"),
+        ("{", "not a plan"),
+        ("null", "not a plan"),
+        ("[]", "not a plan"),
+        ("{}", "entries"),
+        ("\ud800", "not a plan"),
+        (b"\xff\xfe", "not a plan"),
+        ("[" * 100_000, "not a plan"),
+        (json.dumps(document(facts="x")), r"\$.facts"),
+        (json.dumps(document(loss=None)), r"\$.loss"),
+        (json.dumps(document(multipliers={"macs": "1"})), r"\$.multipliers"),
+        (json.dumps(document(version=VERSION + 1)), f"version {VERSION + 1}"),
+        (json.dumps(document(version="1")), r"\$.version"),
+        (json.dumps(document(color="red")), "no field 'color'"),
+        (json.dumps(document(entries=[{**ENTRY, "rank": 3}])), "entry has no field 'rank'"),
+        (json.dumps(document(entries=[{**ENTRY, "choice": {"knd": "low_rank"}}])), "choice has no field 'knd'"),
+        (json.dumps(document(entries=[{**ENTRY, "error": "0.1"}])), r"\$.entries\[0\].error"),
+        (json.dumps(document(entries=[{k: v for k, v in ENTRY.items() if k != "site"}])), "site"),
+        (
+            json.dumps(document(entries=[{**ENTRY, "choice": {**ENTRY["choice"], "settings": {"a": [0.5]}}}])),
+            "settings",
+        ),
+        (json.dumps(document(entries=[{**ENTRY, "choice": {**ENTRY["choice"], "settings": {"a": None}}}])), "settings"),
+        (json.dumps(document(entries=[ENTRY, ENTRY])), "once"),
+        (example().to_json().replace("0.125", "NaN"), "not a plan"),
+        (example().to_json().replace("0.125", "1e999"), "not a plan"),
+    ],
+)
+def test_malformed_plans_are_refused(text: str | bytes, message: str) -> None:
+    with pytest.raises(PlanError, match=message) as caught:
+        Plan.from_json(text)
+    assert isinstance(caught.value, SpectrimError)
+
+
+def test_diff_names_the_sites_that_differ() -> None:
+    plan = example()
+    first, second = plan.entries
+    assert plan.diff(plan) == ()
+    other = Choice("low_rank", "svd", {"rank": 4})
+    extra = dataclasses.replace(first, site="head")
+    changed = dataclasses.replace(plan, entries=(dataclasses.replace(second, choice=other), extra))
+    assert plan.diff(changed) == (("conv1", DENSE, None), ("layer1.0", second.choice, other), ("head", None, DENSE))
+    assert changed.diff(plan) == (("layer1.0", other, second.choice), ("head", DENSE, None), ("conv1", None, DENSE))
+
+
+def test_a_plan_by_site() -> None:
+    plan = example()
+    assert plan["layer1.0"] is plan.entries[1]
+    assert list(plan) == list(plan.entries)
+    assert plan.ratio("macs") == pytest.approx(4 / 3)
+    with pytest.raises(KeyError, match="no site 'layer2'.*'conv1', 'layer1.0'"):
+        plan["layer2"]
+
+
+def test_choices_read_like_what_they_are() -> None:
+    assert str(DENSE) == "dense"
+    choice = Choice("low_rank", "svd", {"unfolding": "channel", "rank": 8})
+    assert str(choice) == "svd rank=8 unfolding=channel"
+    assert choice["rank"] == 8
+    assert not choice.is_dense
+    assert DENSE.is_dense
+
+
+def table() -> Candidates:
+    dense = Option(DENSE, 0.0, {"macs": 10.0, "bytes": 40.0})
+    half = Option(Choice("low_rank", "svd", {"rank": 2}), 0.25, {"macs": 5.0, "bytes": 20.0})
+    rows = (Row("a", "Linear", (dense, half)), Row("b", "Linear", (dense, half), scale=2.0, exponent=0.5))
+    methods = {"svd": {"type": "WeightSVD"}, "pca": {"type": "ActivationSVD"}}
+    return Candidates(rows, {"macs": 3.0, "bytes": 8.0}, "weight energy", methods, {"device": "cpu"})
+
+
+def test_make_plan_adds_up_the_whole_network() -> None:
+    plan = make_plan(table(), [0, 1], budget={"macs": 20.0}, selector="mine", bound=0.5)
+    assert plan.costs == {"macs": 18.0, "bytes": 68.0}
+    assert plan.dense_costs == table().dense == {"macs": 23.0, "bytes": 88.0}
+    assert plan.loss == 2.0 * 0.25**0.5
+    assert (plan.selector, plan.unit, plan.bound) == ("mine", "weight energy", 0.5)
+    assert plan.methods == {"svd": {"type": "WeightSVD"}}
+    assert plan.facts == {"device": "cpu"}
+    with pytest.raises(ValueError, match="covers every site"):
+        make_plan(table(), [0], budget={}, selector="mine")
+
+
+def test_the_table_by_site_and_its_weights() -> None:
+    candidates = table()
+    assert len(candidates) == 2
+    assert candidates["b"].loss(candidates["b"].options[1]) == 1.0
+    assert candidates.costs == ("macs", "bytes")
+    weighted = candidates.weighted({"a": (4.0, 2.0)})
+    assert weighted["a"].loss(weighted["a"].options[1]) == 0.25
+    assert weighted["b"] == candidates["b"]
+    assert candidates["a"].scale == 1.0
+    with pytest.raises(KeyError, match="'c'"):
+        candidates.weighted({"c": (1.0, 1.0)})
+    with pytest.raises(KeyError, match="no site 'c'"):
+        candidates["c"]
+
+
+@pytest.mark.parametrize(
+    ("cost", "value", "dense", "limit"),
+    [
+        ("macs", 0.5, 1e9, 5e8),
+        ("macs", 1, 1e9, 1e9),
+        ("macs", 1.0, 1e9, 1e9),
+        ("macs", 2, 1e9, 2.0),
+        ("macs", "0.5", 1e9, 5e8),
+        ("macs", "50%", 1e9, 5e8),
+        ("macs", " 12.5 % ", 1e9, 1.25e8),
+        ("macs", "120%", 1e9, 1.2e9),
+        ("macs", "2.5M", 1e9, 2.5e6),
+        ("macs", "2.5 GMAC", 1e12, 2.5e9),
+        ("macs", "1e6", 1e9, 1e6),
+        ("macs", ".25", 1e9, 2.5e8),
+        ("parameters", "1.5k", 1e6, 1500.0),
+        ("parameters", "7B", 1e12, 7e9),
+        ("bytes", "10MiB", 1e9, 10 * 2**20),
+        ("bytes", "10mb", 1e9, 1e7),
+        ("bytes", "100B", 1e9, 100.0),
+        ("bytes", "0.5B", 1e9, 0.5),
+        ("latency", "3ms", 10.0, 3.0),
+        ("latency", "500us", 10.0, 0.5),
+        ("latency", "2s", 1e4, 2000.0),
+        ("latency", 0.4, 10.0, 4.0),
+        ("latency", 4.0, 10.0, 4.0),
+    ],
+)
+def test_budgets(cost: str, value: float | str, dense: float, limit: float) -> None:
+    budget = Budget(**{cost: value})  # type: ignore[arg-type]
+    assert budget.costs == (cost,)
+    assert budget.limits({cost: dense, "other": 1.0}) == {cost: pytest.approx(limit)}
+    assert Budget.parse(f"{cost}={value}").limits({cost: dense}) == budget.limits({cost: dense})
+
+
+@pytest.mark.parametrize(
+    "value", [0, 0.0, -1, -0.5, float("nan"), float("inf"), "0", "0%", "-1", "-5%", "half", "", "%"]
+)
+@pytest.mark.parametrize("cost", ["parameters", "macs", "bytes", "latency"])
+def test_budgets_that_make_no_sense(cost: str, value: float | str) -> None:
+    with pytest.raises(ValueError, match=cost):
+        Budget(**{cost: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("cost", "value"),
+    [
+        ("macs", "3ms"),
+        ("latency", "3M"),
+        ("bytes", "3k"),
+        ("macs", "1,5M"),
+        ("macs", "1e999"),
+        ("macs", "٣M"),
+        ("macs", "1 2"),
+    ],
+)
+def test_budgets_in_the_wrong_unit(cost: str, value: str) -> None:
+    with pytest.raises(ValueError, match=f"{cost} budget"):
+        Budget(**{cost: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("text", ["macs", "macs=", "=3", "flops=50%", "MACS=50%", "macs:50%", "macs==50%", ""])
+def test_budget_texts_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(ValueError, match="cannot read"):
+        Budget.parse(text)
+
+
+def test_several_limits_and_none() -> None:
+    budget = Budget.parse("latency=3ms", "macs=50%")
+    assert budget == Budget(macs="50%", latency="3ms")
+    assert budget.limits({"macs": 100.0, "latency": 9.0}) == {"macs": 50.0, "latency": 3.0}
+    with pytest.raises(ValueError, match="at least one"):
+        Budget()
+    with pytest.raises(ValueError, match="at least one"):
+        Budget.parse()
+    with pytest.raises(ValueError, match="macs twice"):
+        Budget.parse("macs=50%", "macs=60%")
+    with pytest.raises(ValueError, match="latency, which the table does not hold"):
+        budget.limits({"macs": 100.0})
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.text(max_size=12) | st.from_regex(r"[0-9.eE+-]{0,8} ?[a-zA-Z%]{0,4}", fullmatch=True))
+def test_any_text_is_a_budget_or_a_value_error(text: str) -> None:
+    try:
+        limit = Budget(macs=text).limits({"macs": 1e9})["macs"]
+    except ValueError:
+        return
+    assert 0 < limit < float("inf")
+
+
+def grouped() -> Candidates:
+    joined = Option(Choice("shared_basis", "joint", {"rank": 4, "left_rank": 4}), 0.1, {"macs": 6.0, "bytes": 24.0})
+    dense = Option(DENSE, 0.0, {"macs": 20.0, "bytes": 80.0})
+    rows = (*table().rows, Row("a+b", "2 x Linear", (dense, joined), scale=3.0, members=("a", "b")))
+    return dataclasses.replace(table(), rows=rows)
+
+
+def test_a_plan_of_a_group_names_its_sites() -> None:
+    candidates = grouped()
+    assert candidates.dense == table().dense
+    assert [row.site for row in candidates.singles] == ["a", "b"]
+    plan = make_plan(candidates, {2: 1}, budget={}, selector="mine")
+    [entry] = plan
+    assert (entry.site, entry.members, entry.sites) == ("a+b", ("a", "b"), ("a", "b"))
+    assert plan["b"] is plan["a+b"] is entry
+    assert plan.costs == {"macs": 9.0, "bytes": 32.0}
+    assert plan.dense_costs == table().dense
+    assert plan.loss == pytest.approx(0.3)
+    assert Plan.from_json(plan.to_json()) == plan
+    apart = make_plan(candidates, {1: 1, 0: 0}, budget={}, selector="mine")
+    assert [e.site for e in apart] == ["a", "b"]
+    joined, half = entry.choice, table().rows[0].options[1].choice
+    assert apart.diff(plan) == (("a", DENSE, joined), ("b", half, joined))
+    for picks in ({0: 0, 2: 1}, {0: 0}, {}):
+        with pytest.raises(ValueError, match="covers every site once"):
+            make_plan(candidates, picks, budget={}, selector="mine")
+
+
+def test_plans_written_before_there_were_groups_are_read() -> None:
+    entries = [{key: value for key, value in entry.items() if key != "members"} for entry in document()["entries"]]
+    assert Plan.from_json(json.dumps(document(entries=entries))) == example()
+    twice = [{**ENTRY, "site": "g", "members": ["x", "y"]}, {**ENTRY, "site": "y"}]
+    with pytest.raises(PlanError, match="names each site once"):
+        Plan.from_json(json.dumps(document(entries=twice)))
