@@ -8,7 +8,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format test docs bench bench-report
+.PHONY: help install demo check format test docs bench bench-check bench-report
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,7 +34,7 @@ format: $(INSTALLED)  ## reformat the code and apply the safe fixes
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-test: $(INSTALLED)  ## run the tests; PYTEST_ARGS adds arguments
+test: $(INSTALLED)  ## run the tests of the library; PYTEST_ARGS adds arguments
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
 
 docs: $(INSTALLED)  ## build the documentation into site/, warnings are errors
@@ -42,6 +42,9 @@ docs: $(INSTALLED)  ## build the documentation into site/, warnings are errors
 
 bench: $(INSTALLED)  ## run the benchmarks that have no result yet; BENCH_ARGS="--cifar10 DIR --weights FILE"
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)
+
+bench-check: $(INSTALLED)  ## run the tests of the benchmarks, which train small networks; PYTEST_ARGS adds arguments
+	$(BIN)/python -m pytest -q tests/benchmarks $(PYTEST_ARGS)
 
 bench-report: $(INSTALLED)  ## write tables and figures from benchmarks/results into README.md and docs/
 	$(BIN)/python -m benchmarks.report

@@ -20,7 +20,7 @@ if os.environ.get("SPECTRIM_SHAPE_CHECKS", "1") != "0" and importlib.util.find_s
 
 import hypothesis
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("SPECTRIM_TEST_THREADS", "2")))
 
 # A first call may compile or import something slow: time limits a case would make tests flaky.
 hypothesis.settings.register_profile(
