@@ -12,7 +12,7 @@ from spectrim.nn.sparse import kernels
 from spectrim.nn.sparse.kernels import ChosenKernel, Kernel, choose_kernels
 from spectrim.nn.sparse.products import semi_structured
 from tests.nn.layers import close
-from tests.nn.test_sparse import masked, summed
+from tests.nn.sparse.test_layers import masked, summed
 
 pytestmark = pytest.mark.skipif(not csr.is_available(), reason="this torch has no fast CSR products")
 
