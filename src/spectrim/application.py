@@ -21,10 +21,11 @@ from spectrim.nn.modules import Factored
 from spectrim.nn.surgery import reestimate_batchnorm, replace_module
 from spectrim.nn.watch.calibrate import in_full
 from spectrim.nn.watch.reconstruct import asymmetric_site, refit_second
+from spectrim.progress import Progress, reports
 from spectrim.selection.plan import Entry, Plan
-from spectrim.tables import Progress
 
 
+@reports
 def apply(
     model: nn.Module,
     sites: Sites,
@@ -35,7 +36,7 @@ def apply(
     reconstruct: bool = True,
     batchnorm: bool | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> nn.Module:
     """Carry out a plan on a copy of the model.
 
@@ -137,8 +138,7 @@ def apply(
             if batches is not None and follow and not (whole or unheld or narrowed) and _owns_second(factors):
                 assert isinstance(module, Factored)
                 refit_second(model, small, site, module, batches, forward=forward)
-        if progress is not None:
-            progress("apply", done + 1, len(todo))
+        progress("apply", done + 1, len(todo))
     if batches is not None and (batchnorm if batchnorm is not None else not follow):
         reestimate_batchnorm(small, batches, forward=forward)
     return small

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,11 +29,12 @@ from spectrim.nn.timing import Timing, measure_latency
 from spectrim.nn.watch.batches import arguments, batch_size, call, evaluating, output_tensors, resized
 from spectrim.nn.watch.calibrate import calibrate
 from spectrim.nn.watch.sensitivity import sensitivity as weigh
+from spectrim.progress import Progress, reports
 from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
 from spectrim.selection.selectors import exact, select
-from spectrim.tables import Progress, tabulate
+from spectrim.tables import tabulate
 
 # A latency plan is selected, built, measured and corrected at most so often.
 _ROUNDS = 8
@@ -112,6 +114,7 @@ class Result:
     sites: Sites
 
 
+@reports
 def compress(
     model: nn.Module,
     calibration: Iterable[Any],
@@ -127,7 +130,7 @@ def compress(
     guard: bool = False,
     selector: Callable[[Candidates, Budget], Plan] = exact,
     forward: Callable[[nn.Module, Any], Any] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Result:
     """Compress a trained model to a budget: find, calibrate, tabulate, select, apply.
 
@@ -180,7 +183,6 @@ def compress(
     """
     batches = list(calibration) if iter(calibration) is calibration else calibration
     sites = find_some(model, skip, only)
-    told = progress or _silent
     channels = any(method.removes_channels for method in methods or ())
     if channels and groups:
         raise ValueError(
@@ -192,7 +194,7 @@ def compress(
         if example is None:
             raise CalibrationError("no calibration batches: the iterable was empty")
         sites = couple(model, sites, example, forward=forward)
-    sites = calibrate(model, sites, batches, forward=forward, progress=lambda d, t: told("calibrate", d, t))
+    sites = calibrate(model, sites, batches, forward=forward, progress=functools.partial(progress, "calibrate"))
     if sensitivity:
         sites = weigh(model, sites, batches, forward=forward)
     if groups is None:
@@ -299,10 +301,6 @@ def output_error(
             if seen >= samples:
                 break
     return missed / max(energy, 1e-300)
-
-
-def _silent(what: str, done: int, total: int | None) -> None:
-    """Progress that nobody watches."""
 
 
 def one_batch(model: nn.Module, batches: Iterable[Any], size: int) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
@@ -11,11 +12,11 @@ from spectrim.methods import ActivationSVD, Curve, JointSVD, Method, WeightSVD
 from spectrim.network.choices import DENSE, Choice
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Site, Sites
+from spectrim.progress import Progress, reports
 from spectrim.selection.candidates import Candidates, Option, Row
 
-Progress = Callable[[str, int, int | None], None]
 
-
+@reports
 def tabulate(
     sites: Sites,
     methods: Sequence[Method] | None = None,
@@ -25,7 +26,7 @@ def tabulate(
     costs: Mapping[str, counted.Cost] | None = None,
     guard: bool = False,
     dear: bool = False,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> Candidates:
     """What every method would lose and cost at every site, as one table.
 
@@ -48,7 +49,7 @@ def tabulate(
     dear
         Keep options that save nothing in any cost.
     progress
-        Called with what is being done, how much of it is done, and how much there is.
+        True for a bar, or a function called with what is being done, how much of it is done, and how much there is.
 
     Returns
     -------
@@ -84,8 +85,7 @@ def tabulate(
         # A group that no method can join is nothing to choose.
         if done < len(sites) or any(curve.choices for _, curve in curves):
             found.append((site, curves))
-        if progress is not None:
-            progress("tabulate", done + 1, len(sites) + len(groups) + len(coupled))
+        progress("tabulate", done + 1, len(sites) + len(groups) + len(coupled))
     units = {curve.unit for _, curves in found for _, curve in curves if curve.choices}
     if len(units) > 1:
         raise ValueError(
@@ -105,8 +105,7 @@ def tabulate(
             for chain in ([specs] if site.coupling is None else [(spec,) for spec in specs])
         ]
         chains += [(spec,) for spec in sites.untouched]
-        report = (lambda done, total: progress("measure", done, total)) if progress is not None else None
-        latency.prepare(chains, report)
+        latency.prepare(chains, functools.partial(progress, "measure"))
         functions["latency"] = latency
     rows = [
         _row(site, options, curves, functions, latency, guard)

@@ -26,11 +26,12 @@ from spectrim.network.coupling import Coupling
 from spectrim.network.factors import KeptChannels
 from spectrim.network.narrowing import beside_layers, narrowed
 from spectrim.network.sites import Sites
+from spectrim.progress import Progress, reports
 from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates, Option, Row
 from spectrim.selection.plan import Entry, Plan, make_plan
 from spectrim.selection.selectors import exact, select
-from spectrim.tables import Progress, tabulate
+from spectrim.tables import tabulate
 
 Selector = Callable[[Candidates, Budget], Plan]
 
@@ -41,6 +42,7 @@ _MORE = 6
 _SLACK = 1e-9
 
 
+@reports
 def select_in_steps(
     sites: Sites,
     methods: Sequence[Method],
@@ -53,7 +55,7 @@ def select_in_steps(
     guard: bool = False,
     table: Candidates | None = None,
     judge: Callable[[Plan], float] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
 ) -> tuple[Plan, Candidates]:
     """Choose channels to remove, and what to do with the layers that remain.
 

@@ -20,6 +20,7 @@ import typer
 
 from spectrim.cli.references import UsageError
 from spectrim.errors import InfeasibleBudgetError, SpectrimError
+from spectrim.progress import bars
 
 FAILED, USAGE, INFEASIBLE = 1, 2, 3
 
@@ -147,18 +148,7 @@ class Output:
         if self.quiet or not sys.stderr.isatty():
             yield lambda what, done, total: None
             return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
-            tasks: dict[str, Any] = {}
-
-            def report(what: str, done: int, total: int | None) -> None:
-                if what not in tasks:
-                    tasks[what] = bars.add_task(what, total=total)
-                bars.update(tasks[what], completed=done, total=total)
-
+        with bars() as report:
             yield report
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.cost.chains import preemptions, torch_threads, undisturbed
+from spectrim.progress import Steps, reports_steps
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Timing:
         return statistics.median(undisturbed(self.samples, self.preempted or (0,) * len(self.samples), 5))
 
 
+@reports_steps
 def measure_latency(
     models: Mapping[str, nn.Module],
     example: Any,
@@ -58,7 +60,7 @@ def measure_latency(
     repeats: int = 30,
     warmup: int = 3,
     threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Steps | bool | None = None,
 ) -> dict[str, Timing]:
     """Time models side by side: in each repeat every model runs once, so that a busy moment hits all of them.
 
@@ -75,7 +77,7 @@ def measure_latency(
     threads
         Of the CPU's operators; None leaves the number as it is.
     progress
-        Called with the repeats done and their number.
+        True for a bar, or a function called with the repeats done and their number.
 
     Raises
     ------
@@ -105,7 +107,7 @@ def measure_latency(
                 if turn >= warmup:
                     samples[name].append((time.perf_counter() - start) * 1e3)
                     preempted[name].append(preemptions() - before)
-            if progress is not None and turn >= warmup:
+            if turn >= warmup:
                 progress(turn - warmup + 1, repeats)
     return {name: Timing(tuple(samples[name]), tuple(preempted[name])) for name in models}
 

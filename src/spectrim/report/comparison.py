@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,6 +11,7 @@ from torch import nn
 from spectrim.nn.surgery import parameter_count
 from spectrim.nn.timing import measure_latency, peak_memory
 from spectrim.nn.watch.batches import batch_size
+from spectrim.progress import Steps
 from spectrim.report.machine import machine_facts
 from spectrim.report.measures import Evaluate, file_size, held, inputs, macs
 
@@ -157,7 +158,7 @@ def compare(
     score: str = "accuracy",
     repeats: int = 30,
     threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Steps | bool | None = None,
 ) -> Comparison:
     """Measure two models side by side.
 
@@ -177,7 +178,7 @@ def compare(
     threads
         Of the CPU while latency is measured; None leaves the number as it is.
     progress
-        Called with the timed repeats done and their number.
+        True for a bar, or a function called with the timed repeats done and their number.
 
     Returns
     -------
@@ -203,7 +204,7 @@ def measure(
     score: str = "accuracy",
     repeats: int = 30,
     threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Steps | bool | None = None,
 ) -> Measurements:
     """Measure one model; see :func:`compare` for parameters and rows."""
     found = _measure({"model": model}, example, evaluate, score, repeats, threads, progress)
@@ -217,7 +218,7 @@ def _measure(
     score: str,
     repeats: int,
     threads: int | None,
-    progress: Callable[[int, int], None] | None,
+    progress: Steps | bool | None,
 ) -> dict[str, tuple[Line, ...]]:
     lines: dict[str, list[Line]] = {}
     for name, model in models.items():

@@ -24,6 +24,7 @@ from spectrim.nn.flops import flop_counter
 from spectrim.nn.watch.batches import batch_size, call, evaluating
 from spectrim.nn.watch.patches import sample_outputs, sample_patches
 from spectrim.nn.watch.responses import Responses
+from spectrim.progress import Steps, reports_steps
 
 # Patches up to this length get a full second moment (at most 11 MB); longer ones one for each unfolding's slices.
 FULL_PATCH = 1152
@@ -32,9 +33,8 @@ FULL_LINEAR = 2048
 # Share of a layer's own MACs that its statistics may cost.
 EFFORT = 0.08
 
-Progress = Callable[[int, int | None], None]
 
-
+@reports_steps
 def calibrate(
     model: nn.Module,
     sites: Sites,
@@ -43,7 +43,7 @@ def calibrate(
     rows: int | str | None = "auto",
     statistics: bool = True,
     forward: Callable[[nn.Module, Any], Any] | None = None,
-    progress: Progress | None = None,
+    progress: Steps | bool | None = None,
     seed: int = 0,
 ) -> Sites:
     """Run a model on calibration batches once and keep what the methods need to know of each site.
@@ -72,7 +72,7 @@ def calibrate(
     forward
         Runs the model on a batch in another way.
     progress
-        Called with the number of batches done and their total, if known.
+        True for a bar, or a function called with the number of batches done and their total, if known.
 
     Returns
     -------
@@ -138,8 +138,7 @@ def calibrate(
                     run(model, batch)
                 samples += size
                 done += 1
-                if progress is not None:
-                    progress(done, length)
+                progress(done, length)
                 if not statistics:
                     break
         finally:

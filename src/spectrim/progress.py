@@ -1,0 +1,94 @@
+"""Telling how far a long call has come: to a function of the caller's, as bars, or to nobody."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Progress = Callable[[str, int, int | None], None]
+"""Called with what is being done, how much of it is done, and how much there is (None if unknown)."""
+
+Steps = Callable[[int, int | None], None]
+"""The same of a call that does one thing."""
+
+
+def silent(what: str, done: int, total: int | None) -> None:
+    """Progress that nobody watches."""
+
+
+@contextmanager
+def bars() -> Iterator[Progress]:
+    """Bars on standard error, one for everything that is done; without rich or a terminal a line when it is done."""
+    if find_spec("rich") is None or not sys.stderr.isatty():
+        yield lambda what, done, total: print(f"{what}: {done} of {total}", file=sys.stderr) if done == total else None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bars(*columns, console=Console(stderr=True), transient=True) as drawn:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int | None) -> None:
+            if what not in tasks:
+                tasks[what] = drawn.add_task(what, total=total)
+            drawn.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+@contextmanager
+def reporting(progress: Progress | bool | None) -> Iterator[Progress]:
+    """What a verb tells its progress to: bars for True, nobody for False and None, or the caller's function.
+
+    Raises
+    ------
+    TypeError
+        For anything else.
+    """
+    if progress is True:
+        with bars() as report:
+            yield report
+    elif progress is None or progress is False:
+        yield silent
+    elif callable(progress):
+        yield progress
+    else:
+        raise TypeError(
+            f"progress is {progress!r}: expected True for a bar, False or None for none, or a function "
+            "(what, done, total)"
+        )
+
+
+def reports(verb: Callable[P, R]) -> Callable[P, R]:
+    """Let a verb's ``progress`` be True, False or None too: it always gets a function."""
+
+    @functools.wraps(verb)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        with reporting(kwargs.get("progress")) as report:  # type: ignore[arg-type]
+            return verb(*args, **kwargs | {"progress": report})  # type: ignore[arg-type]
+
+    return call
+
+
+def reports_steps(verb: Callable[P, R]) -> Callable[P, R]:
+    """The same for a verb that does one thing, whose function takes ``(done, total)``."""
+
+    @functools.wraps(verb)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        asked: Any = kwargs.get("progress")
+        if callable(asked):
+            return verb(*args, **kwargs)
+        with reporting(asked) as report:
+            told = functools.partial(report, verb.__name__)
+            return verb(*args, **kwargs | {"progress": told})  # type: ignore[arg-type]
+
+    return call
