@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import json
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
 import spectrim
+from spectrim import errors
 from spectrim._moved import HOMES
 
 HEAVY = ("scipy", "typer", "rich", "matplotlib", "torch_pruning", "transformers", "accelerate", "sklearn", "onnx")
@@ -67,3 +71,63 @@ def test_former_module_paths_lead_to_the_same_objects_with_a_warning() -> None:
 def test_a_path_that_never_was_is_not_found() -> None:
     with pytest.raises(ModuleNotFoundError, match=r"spectrim\.nonsense"):
         import_module("spectrim.nonsense")
+
+
+def test_completion_shows_public_names_alone() -> None:
+    assert dir(spectrim) == sorted(["__version__", *spectrim.__all__])
+    assert not [name for name in vars(spectrim) if name not in spectrim.__all__ and name[0] != "_" and name in HEAVY]
+
+
+def test_the_errors_are_at_the_top() -> None:
+    raised = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+    assert raised <= set(spectrim.__all__)
+    assert all(getattr(spectrim, name) is getattr(errors, name) for name in raised)
+
+
+def test_type_checkers_see_what_is_loaded_at_run_time() -> None:
+    stub = ast.parse((Path(spectrim.__file__).parent / "__init__.pyi").read_text(encoding="utf-8"))
+    typed = {a.name: node.module for node in stub.body if isinstance(node, ast.ImportFrom) for a in node.names}
+    assert set(typed) == set(spectrim.__all__)
+    for name, home in typed.items():
+        assert getattr(import_module(home), name) is getattr(spectrim, name)
+
+
+SCRIPT = """
+import torch
+from torch import nn
+import spectrim as st
+
+model = nn.Sequential(nn.Linear(8, 8))
+batches = [torch.randn(4, 8)]
+try:
+    result = st.compress(model, batches, st.Budget(macs=0.5), methods=[st.WeightSVD()], progress=False)
+except st.InfeasibleBudgetError as error:
+    print(error.lowest + 1.0)
+else:
+    reveal_type(result.plan)
+    ratio: float = result.plan.ratio("macs")
+    st.save(result.model, result.plan, "small.safetensors")
+plan: st.Plan = st.select(st.tabulate(st.find(model)), st.Budget(parameters=0.5))
+small: nn.Module = st.apply(model, st.find(model), plan)
+wrong: int = st.apply(model, st.find(model), plan)
+st.compres
+"""
+
+
+def test_a_users_script_is_type_checked(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(SCRIPT, encoding="utf-8")
+    (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}', encoding="utf-8")
+    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--outputjson", "user.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    found = json.loads(done.stdout)["generalDiagnostics"]
+    assert [d["message"] for d in found if d["severity"] == "information"] == ['Type of "result.plan" is "Plan"']
+    errors_found = [(d["rule"], d["range"]["start"]["line"]) for d in found if d["severity"] == "error"]
+    lines = SCRIPT.splitlines()
+    wrong, unknown = lines.index("wrong: int = st.apply(model, st.find(model), plan)"), lines.index("st.compres")
+    assert ("reportAssignmentType", wrong) in errors_found
+    assert ("reportAttributeAccessIssue", unknown) in errors_found
+    assert {line for _, line in errors_found} == {wrong, unknown}
+
+
+def test_the_package_says_that_it_is_typed() -> None:
+    assert (Path(spectrim.__file__).parent / "py.typed").exists()

@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spectrim.linalg.unfold import Unfolding, first_weight, fold, second_weight, unfold, unfolding, unfoldings
+from spectrim.linalg.unfold import (
+    Unfolding,
+    first_weight,
+    fold,
+    second_weight,
+    unfold,
+    unfolding,
+    unfoldings,
+    unfoldings_named,
+)
 from spectrim.network.factors import LowRank
 from spectrim.network.layer import LayerSpec
 
@@ -79,10 +88,33 @@ def test_the_unfoldings_of_a_kernel(kernel: tuple[int, ...], names: list[str]) -
 
 
 def test_an_unfolding_that_a_kernel_does_not_have() -> None:
-    with pytest.raises(
-        ValueError, match=r"kernel of shape \(1, 3\) has no unfolding 'width-first'.*'channel', 'input'"
-    ):
-        unfolding((1, 3), "width-first")
+    with pytest.raises(ValueError, match=r"kernel of shape \(3,\) has no unfolding 'width-first'.*'channel', 'input'"):
+        unfolding((3,), "width-first")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "names"),
+    [
+        ((1, 3), {"width-first": "channel", "height-first": "input", "channel": "channel", "input": "input"}),
+        ((3, 1), {"width-first": "input", "height-first": "channel"}),
+        ((1, 1), {"width-first": "channel", "height-first": "channel", "input": "channel"}),
+        (
+            (3, 1, 3),
+            {"depth+height-first": "depth-first", "height+width-first": "width-first", "height-first": "input"},
+        ),
+    ],
+)
+def test_names_that_differ_in_axes_of_size_one_are_of_one_unfolding(
+    kernel: tuple[int, ...], names: dict[str, str]
+) -> None:
+    weight = torch.randn(1, 2, 3, *kernel)
+    for name, same in names.items():
+        how = unfolding(kernel, name)
+        assert how == next(candidate for candidate in unfoldings(kernel) if candidate.name == same)
+        assert how in unfoldings_named(kernel, [name])
+        # The named split itself, axis by axis, is the same matrix.
+        asked = next(candidate for candidate in unfoldings((2,) * len(kernel)) if candidate.name == name)
+        assert torch.equal(unfold(weight, asked), unfold(weight, how))
 
 
 def run(spec: LayerSpec, weight: Tensor, x: Tensor) -> Tensor:

@@ -301,3 +301,19 @@ def test_methods_that_need_calibration_are_refused_under_weight_energy() -> None
     sites = st.calibrate(model, st.find(model), batches_for("mlp"))
     with pytest.raises(ValueError, match="one of ActivationSVD needs it: give energy='output'"):
         LearnedRanks(model, sites, BUDGET, methods=[ActivationSVD()])
+
+
+def test_a_layer_that_could_only_be_dropped_is_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, (1, 3)), nn.Flatten(), nn.Linear(8, 4))
+    methods = [st.WeightSVD(unfoldings=("depth-first",), to_full_rank=True)]
+    with pytest.raises(st.PlanError, match=r"site '0' \(Conv2d 1x3\): WeightSVD offer no rank for it.*dropped whole"):
+        st.LearnedRanks(model, st.find(model), multiplier=1e-9, cost="parameters", methods=methods, dense=False)
+
+
+def test_a_kernel_of_one_row_has_the_split_that_is_asked_for() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, (1, 3)))
+    methods = [st.WeightSVD(unfoldings=("width-first",), to_full_rank=True, multiple_of=1)]
+    ranks = st.LearnedRanks(model, st.find(model), multiplier=0.0, cost="parameters", methods=methods, dense=False)
+    (entry,) = ranks.plan
+    assert entry.choice.settings["unfolding"] == "channel"
+    assert entry.choice.settings["rank"] == 8

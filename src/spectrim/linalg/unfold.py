@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Float
@@ -76,18 +76,32 @@ def unfoldings(kernel: Sequence[int]) -> tuple[Unfolding, ...]:
 def unfolding(kernel: Sequence[int], name: str) -> Unfolding:
     """The unfolding called ``name``.
 
+    Names that differ only in axes of size one are names of one unfolding: ``width-first`` of a 1 x 3 kernel is its
+    ``channel``, ``height-first`` its ``input``.
+
     Raises
     ------
     ValueError
         If the kernel has no unfolding of that name.
     """
+    wide = {a for a, size in enumerate(kernel) if size > 1}
+    asked = next((how for how in unfoldings((2,) * len(kernel)) if how.name == name), None)
     for candidate in unfoldings(kernel):
-        if candidate.name == name:
+        if candidate.name == name or (asked is not None and wide & {*candidate.axes} == wide & {*asked.axes}):
             return candidate
     raise ValueError(
         f"a kernel of shape {tuple(kernel)} has no unfolding {name!r}; "
         f"it has {', '.join(repr(u.name) for u in unfoldings(kernel))}"
     )
+
+
+def unfoldings_named(kernel: Sequence[int], names: Collection[str] | None) -> tuple[Unfolding, ...]:
+    """The different unfoldings of a kernel that have one of the names; all of them for None."""
+    if names is None:
+        return unfoldings(kernel)
+    known = {how.name for how in unfoldings((2,) * len(kernel))}
+    asked = {unfolding(kernel, name) for name in names if name in known}
+    return tuple(how for how in unfoldings(kernel) if how in asked)
 
 
 def unfold(weight: Float[Tensor, "g o i *k"], how: Unfolding) -> Float[Tensor, "g rows columns"]:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from spectrim.cost.counted import macs, parameters, rank_multiple
 from spectrim.errors import PlanError
-from spectrim.linalg.unfold import Unfolding, unfolding, unfoldings
+from spectrim.linalg.unfold import Unfolding, unfolding, unfoldings, unfoldings_named
 from spectrim.network.choices import Choice
 from spectrim.network.factors import Factors
 from spectrim.network.layer import LayerSpec
@@ -159,7 +159,7 @@ class LowRankMethod(Method):
         return len(site.layers) == 1
 
     def offered(self, spec: LayerSpec) -> tuple[Unfolding, ...]:
-        return tuple(u for u in unfoldings(spec.kernel) if self.unfoldings is None or u.name in self.unfoldings)
+        return unfoldings_named(spec.kernel, self.unfoldings)
 
     def ranks(self, spec: LayerSpec, how: Unfolding) -> range:
         """Ranks on offer: multiples, as long as the pair has fewer parameters or fewer MACs than the layer."""

@@ -17,7 +17,7 @@ from spectrim.cost.counted import macs, parameters, rank_multiple
 from spectrim.errors import MissingMomentsError
 from spectrim.linalg import joint, lowrank, response
 from spectrim.linalg.joint import Bilateral
-from spectrim.linalg.unfold import Unfolding, unfold, unfolding, unfoldings
+from spectrim.linalg.unfold import Unfolding, unfold, unfolding, unfoldings_named
 from spectrim.methods import metrics
 from spectrim.methods.base import WEIGHT_ENERGY, Curve, Method, check_unfoldings, full_rank
 from spectrim.methods.joint_layers import Problem, compatible, pose
@@ -151,9 +151,9 @@ class JointSVD(Method):
         spectra: dict[str, tuple[float, ...]] = {}
         scale = 1.0
         biased = bool(site.moments) or any(spec.bias for spec in site.layers)
-        for how in unfoldings(site.layers[0].kernel):
+        for how in unfoldings_named(site.layers[0].kernel, self.unfoldings):
             ranks = self.ranks(site, how)
-            if not ranks or (self.unfoldings is not None and how.name not in self.unfoldings):
+            if not ranks:
                 continue
             problem = pose(site, how, common=self.share != "left")
             if problem is None:

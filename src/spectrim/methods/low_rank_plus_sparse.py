@@ -10,7 +10,7 @@ from typing import ClassVar
 from spectrim.cost.counted import macs, parameters, rank_multiple
 from spectrim.linalg import additive, lowrank, patterns
 from spectrim.linalg.patterns import Pattern
-from spectrim.linalg.unfold import Unfolding, unfolding, unfoldings
+from spectrim.linalg.unfold import Unfolding, unfolding, unfoldings_named
 from spectrim.methods import metrics
 from spectrim.methods.additive_layer import Problem
 from spectrim.methods.base import OUTPUT_ENERGY, WEIGHT_ENERGY, Curve, Method, check_unfoldings, full_rank
@@ -190,9 +190,8 @@ class LowRankPlusSparse(Method):
         """Unfoldings that the site's statistics have a metric for."""
         return [
             how
-            for how in unfoldings(site.spec.kernel)
-            if (self.unfoldings is None or how.name in self.unfoldings)
-            and (not site.moments or Problem.known(site, how))
+            for how in unfoldings_named(site.spec.kernel, self.unfoldings)
+            if not site.moments or Problem.known(site, how)
         ]
 
     def _chosen(self, site: Site) -> list[Unfolding]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectrim.errors import PlanError
 from spectrim.methods import Method
 from spectrim.network.sites import Sites
 from spectrim.selection.budget import Budget
@@ -54,7 +55,10 @@ class CStep:
         self.methods, self.budget, self.multiplier, self.cost = list(methods), budget, multiplier, cost
         self.normalize, self.dense, self._options = normalize, dense, options
         _check_finite(sites)
-        self.table = with_zero(tabulate(sites, self.methods, dear=not dense, **options), sites)
+        table = tabulate(sites, self.methods, dear=not dense, **options)
+        if not dense:
+            _check_offers(table, self.methods)
+        self.table = with_zero(table, sites)
         self._steady = True
         self._seen: dict[str, tuple[Tensor, ...]] = {s.name: tuple(w.clone() for w in s.weights) for s in sites}
 
@@ -122,6 +126,16 @@ class CStep:
         fresh = with_zero(tabulate(sites, self.methods, dear=not self.dense, **self._options), sites)
         rows = {row.site: row for row in fresh.rows}
         return dataclasses.replace(self.table, rows=tuple(rows.get(row.site, row) for row in self.table.rows))
+
+
+def _check_offers(table: Candidates, methods: Sequence[Method]) -> None:
+    """Raise PlanError for a layer that may not stay dense and that no method has a rank for: it would be dropped."""
+    for row in table.rows:
+        if len(row.options) == 1 and not row.members:
+            raise PlanError(
+                f"site {row.site!r} ({row.kind}): {', '.join(method.name for method in methods)} offer no rank for it, "
+                "and with dense=False it would be dropped whole; allow an unfolding that fits it, or skip the layer"
+            )
 
 
 def _check_finite(sites: Sites) -> None:

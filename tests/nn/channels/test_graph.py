@@ -474,3 +474,17 @@ def test_groups_whose_widths_have_to_be_equal_are_not_removed_apart():
     sites = coupled(model, torch.randn(3, 6))
     assert sites.couplings == ()
     assert "no such shapes" in reasons(sites)["a:out"]
+
+
+@pytest.mark.parametrize("missing", ["Group", "update_concat_index_mapping"])
+def test_a_torch_pruning_without_what_is_patched_is_refused(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch_pruning.dependency import graph, index_mapping
+
+    if missing == "Group":
+        monkeypatch.delattr(graph, "Group")
+    else:
+        for name in [name for name in vars(index_mapping) if name.startswith("update_")]:
+            monkeypatch.delattr(index_mapping, name)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    with pytest.raises(ImportError, match=r"torch-pruning 1\.\d+.*<1\.7"):
+        st.couple(model, st.find(model), torch.zeros(2, 3, 8, 8))

@@ -15,6 +15,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ def couple(
         import torch_pruning  # noqa: F401
     except ImportError as error:
         raise ImportError("removing filters needs torch-pruning: pip install 'spectrim[filters]'") from error
+    _check_graph_library()
     run = forward or call
     small = resized(example, 2) if isinstance(example, (Tensor, Mapping, list, tuple)) else example
     graph = _Graph.traced(model, sites, small, run)
@@ -339,6 +341,22 @@ class _Blocked(Exception):
     """A group of channels that cannot be removed, and why."""
 
 
+def _mapping_names(index_mapping: Any) -> list[str]:
+    return [name for name in vars(index_mapping) if re.fullmatch(r"update_\w+_index_mapping", name)]
+
+
+def _check_graph_library() -> None:
+    """Raise ImportError unless torch-pruning has what :func:`_careful` puts something else in place of."""
+    from torch_pruning.dependency import graph, index_mapping
+
+    if not hasattr(getattr(graph, "Group", None), "add_dep") or not _mapping_names(index_mapping):
+        raise ImportError(
+            f"torch-pruning {version('torch-pruning')} has no dependency.graph.Group.add_dep or no "
+            "dependency.index_mapping.update_*_index_mapping, which reading its graph rests on: "
+            "pip install 'torch-pruning>=1.6,<1.7'"
+        )
+
+
 @contextlib.contextmanager
 def _careful() -> Iterator[None]:
     """Keep torch-pruning from failing altogether where it cannot follow one operation.
@@ -349,8 +367,7 @@ def _careful() -> Iterator[None]:
     """
     from torch_pruning.dependency import graph, index_mapping
 
-    before = graph.Group
-    names = [name for name in vars(index_mapping) if re.fullmatch(r"update_\w+_index_mapping", name)]
+    before, names = graph.Group, _mapping_names(index_mapping)
     mappings = {name: getattr(index_mapping, name) for name in names}
 
     def guarded(update: Callable[..., None]) -> Callable[..., None]:
