@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from spectrim.errors import PlanError
-from spectrim.methods import Method, from_record
+from spectrim.methods import Method, as_methods, from_record
 from spectrim.network.choices import DENSE
 from spectrim.network.coupling import IN
 from spectrim.network.factors import Factors, KeptChannels, LowRank, SharedBasis
@@ -19,6 +19,7 @@ from spectrim.nn.build import build, skeleton
 from spectrim.nn.channels.removal import Removal
 from spectrim.nn.modules import Factored
 from spectrim.nn.surgery import reestimate_batchnorm, replace_module
+from spectrim.nn.watch.batches import checked_batches
 from spectrim.nn.watch.calibrate import in_full
 from spectrim.nn.watch.reconstruct import asymmetric_site, refit_second
 from spectrim.progress import Progress, reports
@@ -32,7 +33,7 @@ def apply(
     plan: Plan,
     batches: Iterable[Any] | None = None,
     *,
-    methods: Sequence[Method] | None = None,
+    methods: Method | Sequence[Method] | None = None,
     reconstruct: bool = True,
     batchnorm: bool | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
@@ -73,7 +74,7 @@ def apply(
     PlanError
         If the plan names a site the model does not have, or batches that can be read once only are given.
     """
-    if batches is not None and iter(batches) is batches:
+    if batches is not None and iter(checked_batches(batches)) is batches:
         raise PlanError("batches are read several times; pass a list or a DataLoader, not an iterator")
     makers = _makers(plan, methods)
     _check(plan, sites)
@@ -218,8 +219,8 @@ def _check(plan: Plan, sites: Sites) -> None:
         raise PlanError(f"the plan names sites more than once: {', '.join(map(repr, twice))}")
 
 
-def _makers(plan: Plan, methods: Sequence[Method] | None) -> dict[str, Method]:
-    makers = {method.name: method for method in methods or ()}
+def _makers(plan: Plan, methods: Method | Sequence[Method] | None) -> dict[str, Method]:
+    makers = {method.name: method for method in as_methods(methods or ())}
     for entry in plan:
         name = entry.choice.method
         if entry.choice.is_dense or name in makers:

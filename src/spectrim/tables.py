@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
-from spectrim.methods import ActivationSVD, Curve, JointSVD, Method, WeightSVD
+from spectrim.methods import ActivationSVD, Curve, JointSVD, Method, WeightSVD, as_methods
 from spectrim.network.choices import DENSE, Choice
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Site, Sites
@@ -19,7 +19,7 @@ from spectrim.selection.candidates import Candidates, Option, Row
 @reports
 def tabulate(
     sites: Sites,
-    methods: Sequence[Method] | None = None,
+    methods: Method | Sequence[Method] | None = None,
     *,
     latency: Latency | None = None,
     dense_latency: float | None = None,
@@ -66,14 +66,7 @@ def tabulate(
     """
     if guard and latency is None:
         raise ValueError("guard=True needs latency=Latency(...): it drops options that are measured slower than dense")
-    chosen = list(methods) if methods is not None else default_methods(sites)
-    named = {method.name: method for method in chosen}
-    for method in chosen:
-        if named[method.name] != method:
-            raise ValueError(
-                f"two methods are called {method.name!r} ({method} and {named[method.name]}), and a plan tells methods "
-                "apart by their names; give one a subclass of its own"
-            )
+    chosen = default_methods(sites) if methods is None else as_methods(methods)
     functions = {**counted.known(sites), **(costs or {})}
 
     found: list[tuple[Site, list[tuple[Method, Curve]]]] = []

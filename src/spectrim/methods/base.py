@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -94,6 +94,30 @@ class Method(ABC):
         """Type and options as JSON values, as kept in a plan."""
         options = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
         return {"type": type(self).__name__, "options": options}
+
+
+def as_methods(methods: Method | Iterable[Method]) -> list[Method]:
+    """One method or several as a list.
+
+    Raises
+    ------
+    TypeError
+        For what is no method, such as its name or its class.
+    ValueError
+        For two different methods of one name, by which a plan tells methods apart.
+    """
+    several = [methods] if isinstance(methods, (Method, type, str)) or not isinstance(methods, Iterable) else [*methods]
+    named: dict[str, Method] = {}
+    for method in several:
+        if not isinstance(method, Method):
+            name = method.__name__ if isinstance(method, type) else repr(method)
+            raise TypeError(f"methods has {name}: expected objects of method classes, such as WeightSVD()")
+        if named.setdefault(method.name, method) != method:
+            raise ValueError(
+                f"two methods are called {method.name!r} ({named[method.name]} and {method}), and a plan tells methods "
+                "apart by their names; give one a subclass of its own"
+            )
+    return several
 
 
 def from_record(record: Mapping[str, Any]) -> Method:

@@ -47,9 +47,13 @@ def find(
 
     Raises
     ------
+    TypeError
+        If the model is no module, or layers are chosen by anything else.
     ValueError
         If a name pattern matches no layer; the message lists the layers.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model is a {type(model).__name__}: expected a torch.nn.Module")
     skips, onlys = _selectors(skip), _selectors(only)
     names = _names(model)
     layers = {m: n for m, n in names.items() if _is_layer(m)}
@@ -259,13 +263,14 @@ def _pointless(spec: LayerSpec) -> str | None:
 
 
 def _selectors(given: Selector | Iterable[Selector]) -> list[Selector]:
-    if isinstance(given, (str, type)) or callable(given):
-        return [given]
-    selectors = list(given)
-    for selector in selectors:
-        if not (isinstance(selector, (str, type)) or callable(selector)):
-            raise TypeError(f"cannot choose layers by {selector!r}: expected a name pattern, a type or a predicate")
-    return selectors
+    several = [given] if isinstance(given, (str, type, nn.Module)) or not isinstance(given, Iterable) else list(given)
+    for selector in several:
+        if isinstance(selector, nn.Module) or not (isinstance(selector, (str, type)) or callable(selector)):
+            raise TypeError(
+                f"cannot choose layers by {' '.join(repr(selector).split())[:80]}: expected a name pattern such as "
+                "'layer1.*', a module type, or a function (name, module) -> bool"
+            )
+    return several
 
 
 def _matches(selector: Selector, paths: tuple[str, ...], module: nn.Module) -> bool:

@@ -29,7 +29,7 @@ from spectrim.application import apply
 from spectrim.cost.counted import Cost
 from spectrim.cost.latency import Latency
 from spectrim.errors import CheckpointError, MissingMomentsError, PlanError
-from spectrim.methods import Method
+from spectrim.methods import Method, as_methods
 from spectrim.network.choices import Choice
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Site, Sites
@@ -144,7 +144,7 @@ class LearnedRanks:
         multiplier: float | None = None,
         cost: str = "macs",
         schedule: Schedule | None = None,
-        methods: Sequence[Method] | None = None,
+        methods: Method | Sequence[Method] | None = None,
         start: Sequence[Method] | None = None,
         energy: str = "weight",
         normalize: bool = True,
@@ -175,7 +175,7 @@ class LearnedRanks:
         self.augmented = budget is None if augmented is None else augmented
         self.every, self.evaluate = every, evaluate
         self.methods = (
-            list(methods)
+            as_methods(methods)
             if methods is not None
             else rank_tables.rank_methods(paper=not dense, groups=bool(sites.groups))
         )

@@ -9,8 +9,34 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
 
 from spectrim.errors import CalibrationError
+
+
+def checked_batches(batches: Any) -> Any:
+    """What is passed for batches, if one can go through it batch by batch.
+
+    Raises
+    ------
+    CalibrationError
+        For a single tensor or mapping, a dataset that gives samples, or what is no iterable.
+    """
+    if isinstance(batches, Tensor):
+        raise CalibrationError(
+            f"the batches are one tensor of shape {tuple(batches.shape)}: pass a list of batches, such as x.split(64), "
+            "or a DataLoader"
+        )
+    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+        raise CalibrationError(
+            f"the batches are a {type(batches).__name__}, which gives single samples: pass "
+            "DataLoader(dataset, batch_size=64)"
+        )
+    if isinstance(batches, (str, bytes, Mapping)) or not hasattr(type(batches), "__iter__"):
+        raise CalibrationError(
+            f"the batches are a {type(batches).__name__}: expected a list of batches or a DataLoader"
+        )
+    return batches
 
 
 def tensors(batch: Any) -> Iterator[Tensor]:

@@ -21,7 +21,7 @@ from spectrim.network.coupling import IN
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Site, Sites, Skipped
 from spectrim.nn.flops import flop_counter
-from spectrim.nn.watch.batches import batch_size, call, evaluating
+from spectrim.nn.watch.batches import batch_size, call, checked_batches, evaluating
 from spectrim.nn.watch.patches import sample_outputs, sample_patches
 from spectrim.nn.watch.responses import Responses
 from spectrim.progress import Steps, reports_steps
@@ -90,6 +90,7 @@ def calibrate(
     """
     if not (rows is None or rows == "auto" or (isinstance(rows, int) and rows > 0)):
         raise ValueError(f"rows={rows!r}: expected a positive number, None for all positions, or 'auto'")
+    checked_batches(batches)
     readers = {side.name for coupling in sites.couplings for side in coupling.on(IN)}
     watchers = {
         site.name: _Watcher(site, rows, statistics, seed + i, reads_channels=site.name in readers)

@@ -14,7 +14,7 @@ from spectrim.errors import CalibrationError
 from spectrim.linalg.moments import Moments
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Sites
-from spectrim.nn.watch.batches import batch_size, call, evaluating, output_tensors
+from spectrim.nn.watch.batches import batch_size, call, checked_batches, evaluating, output_tensors
 from spectrim.nn.watch.patches import sample_outputs
 
 
@@ -54,6 +54,7 @@ def sensitivity(
     CalibrationError
         If no gradient reaches a site, or gradients are NaN or Inf; the message names the layer.
     """
+    checked_batches(batches)
     run = forward or call
     specs = [site.spec for site in sites if len(site.layers) == 1]
     held = {s.name: Moments(s.groups, s.out_channels // s.groups, s.device) for s in specs}
