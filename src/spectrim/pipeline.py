@@ -30,7 +30,7 @@ from spectrim.nn.watch.batches import arguments, batch_size, call, evaluating, o
 from spectrim.nn.watch.calibrate import calibrate
 from spectrim.nn.watch.sensitivity import sensitivity as weigh
 from spectrim.progress import Progress, reports
-from spectrim.selection.budget import Budget
+from spectrim.selection.budget import Budget, Limit
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
 from spectrim.selection.selectors import exact, select
@@ -386,9 +386,8 @@ def meet_latency(
         asked = asked / ratio * (0.99 if ratio > 1 else 1.0)
         if not too_fast < asked < too_slow:
             asked = (too_fast + too_slow) / 2 if too_slow < math.inf else too_fast * 1.2
-        again = Budget(**{**{c: getattr(budget, c) for c in budget.costs}, "latency": f"{asked}ms"})
         try:
-            plan = select(table, again, selector)
+            plan = select(table, budget.replace(latency=Limit(asked)), selector)
         except InfeasibleBudgetError:
             break
     assert best is not None

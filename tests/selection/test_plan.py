@@ -1,4 +1,4 @@
-"""Plans as JSON, differences between plans, and budgets."""
+"""Plans as JSON, and differences between plans."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from spectrim.errors import PlanError, SpectrimError
 from spectrim.network.choices import DENSE, Choice
-from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates, Option, Row
 from spectrim.selection.plan import VERSION, Entry, Plan, make_plan
 
@@ -244,97 +243,6 @@ def test_the_table_by_site_and_its_weights() -> None:
         candidates.weighted({"c": (1.0, 1.0)})
     with pytest.raises(KeyError, match="no site 'c'"):
         candidates["c"]
-
-
-@pytest.mark.parametrize(
-    ("cost", "value", "dense", "limit"),
-    [
-        ("macs", 0.5, 1e9, 5e8),
-        ("macs", 1, 1e9, 1e9),
-        ("macs", 1.0, 1e9, 1e9),
-        ("macs", 2, 1e9, 2.0),
-        ("macs", "0.5", 1e9, 5e8),
-        ("macs", "50%", 1e9, 5e8),
-        ("macs", " 12.5 % ", 1e9, 1.25e8),
-        ("macs", "120%", 1e9, 1.2e9),
-        ("macs", "2.5M", 1e9, 2.5e6),
-        ("macs", "2.5 GMAC", 1e12, 2.5e9),
-        ("macs", "1e6", 1e9, 1e6),
-        ("macs", ".25", 1e9, 2.5e8),
-        ("parameters", "1.5k", 1e6, 1500.0),
-        ("parameters", "7B", 1e12, 7e9),
-        ("bytes", "10MiB", 1e9, 10 * 2**20),
-        ("bytes", "10mb", 1e9, 1e7),
-        ("bytes", "100B", 1e9, 100.0),
-        ("bytes", "0.5B", 1e9, 0.5),
-        ("latency", "3ms", 10.0, 3.0),
-        ("latency", "500us", 10.0, 0.5),
-        ("latency", "2s", 1e4, 2000.0),
-        ("latency", 0.4, 10.0, 4.0),
-        ("latency", 4.0, 10.0, 4.0),
-    ],
-)
-def test_budgets(cost: str, value: float | str, dense: float, limit: float) -> None:
-    budget = Budget(**{cost: value})  # type: ignore[arg-type]
-    assert budget.costs == (cost,)
-    assert budget.limits({cost: dense, "other": 1.0}) == {cost: pytest.approx(limit)}
-    assert Budget.parse(f"{cost}={value}").limits({cost: dense}) == budget.limits({cost: dense})
-
-
-@pytest.mark.parametrize(
-    "value", [0, 0.0, -1, -0.5, float("nan"), float("inf"), "0", "0%", "-1", "-5%", "half", "", "%"]
-)
-@pytest.mark.parametrize("cost", ["parameters", "macs", "bytes", "latency"])
-def test_budgets_that_make_no_sense(cost: str, value: float | str) -> None:
-    with pytest.raises(ValueError, match=cost):
-        Budget(**{cost: value})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("cost", "value"),
-    [
-        ("macs", "3ms"),
-        ("latency", "3M"),
-        ("bytes", "3k"),
-        ("macs", "1,5M"),
-        ("macs", "1e999"),
-        ("macs", "٣M"),
-        ("macs", "1 2"),
-    ],
-)
-def test_budgets_in_the_wrong_unit(cost: str, value: str) -> None:
-    with pytest.raises(ValueError, match=f"{cost} budget"):
-        Budget(**{cost: value})  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("text", ["macs", "macs=", "=3", "flops=50%", "MACS=50%", "macs:50%", "macs==50%", ""])
-def test_budget_texts_that_cannot_be_read(text: str) -> None:
-    with pytest.raises(ValueError, match="cannot read"):
-        Budget.parse(text)
-
-
-def test_several_limits_and_none() -> None:
-    budget = Budget.parse("latency=3ms", "macs=50%")
-    assert budget == Budget(macs="50%", latency="3ms")
-    assert budget.limits({"macs": 100.0, "latency": 9.0}) == {"macs": 50.0, "latency": 3.0}
-    with pytest.raises(ValueError, match="at least one"):
-        Budget()
-    with pytest.raises(ValueError, match="at least one"):
-        Budget.parse()
-    with pytest.raises(ValueError, match="macs twice"):
-        Budget.parse("macs=50%", "macs=60%")
-    with pytest.raises(ValueError, match="latency, which the table does not hold"):
-        budget.limits({"macs": 100.0})
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.text(max_size=12) | st.from_regex(r"[0-9.eE+-]{0,8} ?[a-zA-Z%]{0,4}", fullmatch=True))
-def test_any_text_is_a_budget_or_a_value_error(text: str) -> None:
-    try:
-        limit = Budget(macs=text).limits({"macs": 1e9})["macs"]
-    except ValueError:
-        return
-    assert 0 < limit < float("inf")
 
 
 def grouped() -> Candidates:

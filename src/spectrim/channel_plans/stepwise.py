@@ -147,7 +147,7 @@ def _around(table: Candidates, network: Network, picks: Picks) -> Candidates:
 def _chosen(table: Candidates, goals: Costs, selector: Selector) -> Picks:
     """The choices of a plan under the table; the cheapest if none meets the goals."""
     try:
-        return _picks(select(table, _absolute(goals), selector))
+        return _picks(select(table, Budget.absolute(goals), selector))
     except InfeasibleBudgetError:
         # Around a plan the table knows of smaller steps only.
         return _cheapest(table, *goals)
@@ -267,7 +267,7 @@ def _finished(
         fixed["latency"] += network.beyond["latency"]
     remaining = dataclasses.replace(remaining, fixed=fixed)
     if others:
-        plan = select(remaining, _absolute(limits), selector)
+        plan = select(remaining, Budget.absolute(limits), selector)
     else:
         plan = make_plan(remaining, [0] * len(remaining), budget=limits, selector="")
     entries = [dataclasses.replace(e, dense_costs=network.of(e.site, {})) for e in plan]
@@ -288,13 +288,6 @@ def _finished(
 
 def _fits(found: Mapping[str, float], goals: Mapping[str, float]) -> bool:
     return all(found[c] <= goals[c] * (1 + _SLACK) for c in goals)
-
-
-def _absolute(limits: Mapping[str, float]) -> Budget:
-    """Limits in their units, whatever their size."""
-    units = {"parameters": "k", "macs": "k", "bytes": "kb", "latency": "ms"}
-    scales = {"latency": 1.0}
-    return Budget(**{c: f"{v / scales.get(c, 1e3):.17g}{units[c]}" for c, v in limits.items()})
 
 
 def _shares_layers(couplings: Sequence[Coupling]) -> bool:

@@ -258,7 +258,7 @@ def predicted(candidates: Candidates, cost: str = "macs", points: int = 24) -> l
     found: dict[float, float] = {}
     for fraction in np.linspace(max(lowest / dense, 1e-6) * (1 + 1e-9), 1.0, points):
         try:
-            plan = lagrangian(candidates, Budget(**{cost: float(min(fraction, 1.0))}))
+            plan = lagrangian(candidates, Budget.of({cost: min(fraction, 1.0)}))
         except InfeasibleBudgetError:  # the cheapest option need not be one that selectors allow
             continue
         found[plan.costs[cost]] = plan.loss

@@ -1,10 +1,11 @@
-"""What a network may cost: limits on parameters, MACs, bytes and milliseconds, absolute or relative to dense."""
+"""What a network may cost: limits on any cost of its table, absolute or relative to dense."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Real
 
 COSTS = ("parameters", "macs", "bytes", "latency")
 UNITS = {"parameters": "", "macs": "MAC", "bytes": "B", "latency": "ms"}
@@ -16,79 +17,198 @@ _SUFFIXES: dict[str, dict[str, float]] = {
     "bytes": {"b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "kib": 2**10, "mib": 2**20, "gib": 2**30},
     "latency": {"us": 1e-3, "ms": 1.0, "s": 1e3},
 }
+# Of a cost of the user's own, in whatever unit it is counted.
+_ANY_SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+# Between limits in one text: a comma or space that another COST= follows.
+_BETWEEN = re.compile(r"[,\s]+(?=[^\s,=]+\s*=)")
 
 
 @dataclass(frozen=True)
+class Limit:
+    """A limit as a number, which is absolute or a share of the dense network's cost, whatever its size.
+
+    Raises
+    ------
+    ValueError
+        For a number that is not positive and finite.
+    """
+
+    number: float
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.number < float("inf"):
+            raise ValueError(f"a limit of {self.number!r} must be positive and finite")
+
+    @classmethod
+    def read(cls, cost: str, amount: Amount) -> Limit:
+        """The limit that a budget states for a cost."""
+        if isinstance(amount, Limit):
+            return amount
+        if isinstance(amount, str):
+            number, relative = _read(cost, amount)
+        elif isinstance(amount, bool) or not isinstance(amount, Real):
+            raise TypeError(f"{cost} budget is {amount!r}: expected a number, or text such as '50%'")
+        else:
+            number, relative = float(amount), float(amount) <= 1
+        if not 0 < number < float("inf"):
+            raise ValueError(f"{cost} budget {amount!r} must be positive and finite")
+        return cls(number, relative)
+
+    def of(self, dense: float) -> float:
+        """The absolute limit, given what the dense network costs."""
+        return self.number * dense if self.relative else self.number
+
+
+Amount = float | str | Limit
+
+
+@dataclass(frozen=True, init=False, eq=False, repr=False)
 class Budget:
     """What the whole network may cost, untouched layers included.
 
     Each limit is a fraction of dense if it is a number up to 1 or a string such as ``"50%"``, and absolute if it is a
-    larger number or a string with a unit: ``"2.5M"``, ``"10MiB"``, ``"3ms"``. Latency is in milliseconds. Several
-    limits hold together.
+    larger number, a string with a unit or suffix (``"2.5M"``, ``"10MiB"``, ``"3ms"``) or a :class:`Limit`. Latency is
+    in milliseconds. Several limits hold together. Two budgets are equal if their limits are, however written.
+
+    Parameters
+    ----------
+    parameters, macs, bytes, latency
+        Limits on the costs that the library counts and measures; None for no limit.
+    **others
+        Limits on costs of your own, by the names given to ``tabulate(..., costs=)`` or ``compress(..., costs=)``. They
+        have no unit; text takes ``%``, ``k``, ``M``, ``G`` and ``T``. ``others={"my cost": "50%"}`` names costs that
+        are no Python names.
 
     Raises
     ------
     ValueError
         For no limit at all, a limit that is not positive, or text that cannot be read.
+    TypeError
+        For a limit that is neither a number nor text.
     """
 
-    parameters: float | str | None = None
-    macs: float | str | None = None
-    bytes: float | str | None = None
-    latency: float | str | None = None
+    parameters: Amount | None = None
+    macs: Amount | None = None
+    bytes: Amount | None = None
+    latency: Amount | None = None
+    others: tuple[tuple[str, Amount], ...] = ()
 
-    def __post_init__(self) -> None:
-        if all(getattr(self, c) is None for c in COSTS):
-            raise ValueError("a budget needs at least one of parameters=, macs=, bytes=, latency=")
+    def __init__(
+        self,
+        parameters: Amount | None = None,
+        macs: Amount | None = None,
+        bytes: Amount | None = None,  # noqa: A002
+        latency: Amount | None = None,
+        *,
+        others: Mapping[str, Amount | None] | Iterable[tuple[str, Amount | None]] = (),
+        **more: Amount | None,
+    ) -> None:
+        known = {"parameters": parameters, "macs": macs, "bytes": bytes, "latency": latency}
+        named = {**dict(others), **more}
+        stated = known | {name: named[name] for name in sorted(named)}
         for cost in COSTS:
-            self._read(cost, 1.0)
+            object.__setattr__(self, cost, stated.pop(cost))
+        object.__setattr__(self, "others", tuple((c, v) for c, v in stated.items() if v is not None))
+        if not self._stated:
+            raise ValueError("a budget needs at least one of parameters=, macs=, bytes=, latency=, or a cost of yours")
+        _ = self._limits
+
+    @classmethod
+    def of(cls, value: Budget | str | Mapping[str, Amount]) -> Budget:
+        """A budget from what a user may give for one: itself, ``"macs=50%, latency=3ms"``, or limits by cost.
+
+        Raises
+        ------
+        TypeError
+            For anything else.
+        ValueError
+            As for the budget itself.
+        """
+        if isinstance(value, Budget):
+            return value
+        if isinstance(value, str):
+            return cls.parse(value)
+        if isinstance(value, Mapping):
+            return cls(others=value)
+        raise TypeError(f"the budget is {value!r}: expected Budget(macs=0.5), text such as 'macs=50%' or a mapping")
+
+    @classmethod
+    def absolute(cls, limits: Mapping[str, float]) -> Budget:
+        """Limits by cost in the costs' own units, also where they are numbers up to 1."""
+        return cls(others={cost: Limit(limit) for cost, limit in limits.items()})
 
     @classmethod
     def parse(cls, *texts: str) -> Budget:
-        """Read ``"macs=50%"``, ``"latency=3ms"``, ... as given on a command line."""
+        """Read ``"macs=50%"``, ``"latency=3ms"``, ... as given on a command line, one or several a text."""
         limits: dict[str, str] = {}
-        for text in texts:
+        for text in (part for whole in texts for part in _BETWEEN.split(whole.strip(", \t\n"))):
             cost, equals, value = text.partition("=")
-            if not equals or cost not in COSTS:
-                raise ValueError(f"cannot read budget {text!r}: write COST=VALUE with COST one of {', '.join(COSTS)}")
+            cost = cost.strip()
+            if not equals or not cost:
+                raise ValueError(
+                    f"cannot read budget {text!r}: write COST=VALUE with COST one of {', '.join(COSTS)} or one of yours"
+                )
             if cost in limits:
                 raise ValueError(f"the budget limits {cost} twice: {limits[cost]!r} and {value!r}")
             limits[cost] = value
-        return cls(**limits)
+        return cls(others=limits)
 
     @property
     def costs(self) -> tuple[str, ...]:
-        return tuple(c for c in COSTS if getattr(self, c) is not None)
+        """Names of the costs that are limited."""
+        return tuple(self._stated)
+
+    def check(self, costs: Iterable[str]) -> None:
+        """Raise ValueError if another cost is limited than these, which a table will hold."""
+        known = tuple(costs)
+        missing = [c for c in self.costs if c not in known]
+        if missing:
+            raise ValueError(
+                f"the budget limits {', '.join(missing)}, which the table does not hold (it has {', '.join(known)}). "
+                "MACs need calibrate() or an example input; latency needs tabulate(..., latency=...); a cost of your "
+                "own needs costs={name: function}."
+            )
 
     def limits(self, dense: Mapping[str, float]) -> dict[str, float]:
         """Absolute limits, given the dense network's costs."""
-        missing = [c for c in self.costs if c not in dense]
-        if missing:
-            raise ValueError(
-                f"the budget limits {', '.join(missing)}, which the table does not hold (it has {', '.join(dense)}). "
-                "MACs need calibrate() or an example input; latency needs tabulate(..., latency=...)."
-            )
-        return {c: self._read(c, dense[c]) for c in self.costs}
+        self.check(dense)
+        return {cost: limit.of(dense[cost]) for cost, limit in self._limits.items()}
 
-    def _read(self, cost: str, dense: float) -> float:
-        value = getattr(self, cost)
-        if value is None:
-            return float("inf")
-        if isinstance(value, str):
-            match = _NUMBER.match(value)
-            suffixes = _SUFFIXES[cost]
-            if match and match[2] == "%":
-                number, relative = float(match[1]) / 100, True
-            elif match and match[2].lower() in suffixes:
-                number, relative = float(match[1]) * suffixes[match[2].lower()], False
-            elif match and not match[2]:
-                number, relative = float(match[1]), float(match[1]) <= 1
-            else:
-                raise ValueError(
-                    f"cannot read {cost} budget {value!r}: write 0.5, 50% or a number with one of {suffixes}"
-                )
-        else:
-            number, relative = float(value), value <= 1
-        if not number > 0 or number == float("inf"):
-            raise ValueError(f"{cost} budget {value!r} must be positive and finite")
-        return number * dense if relative else number
+    def replace(self, **limits: Amount | None) -> Budget:
+        """The same budget with other limits on some costs; None takes a limit away."""
+        return Budget(others={**self._stated, **limits})
+
+    @property
+    def _stated(self) -> dict[str, Amount]:
+        """The limits as they were given, by cost."""
+        known = {cost: getattr(self, cost) for cost in COSTS}
+        return {cost: amount for cost, amount in {**known, **dict(self.others)}.items() if amount is not None}
+
+    @property
+    def _limits(self) -> dict[str, Limit]:
+        return {cost: Limit.read(cost, amount) for cost, amount in self._stated.items()}
+
+    def __eq__(self, other: object) -> bool:
+        return self._limits == other._limits if isinstance(other, Budget) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._limits.items()))
+
+    def __repr__(self) -> str:
+        keywords = {cost: amount for cost, amount in self._stated.items() if cost.isidentifier()}
+        rest = {cost: amount for cost, amount in self._stated.items() if cost not in keywords}
+        return f"Budget({', '.join(f'{k}={v!r}' for k, v in (keywords | ({'others': rest} if rest else {})).items())})"
+
+
+def _read(cost: str, text: str) -> tuple[float, bool]:
+    """The number that text stands for, and whether it is a share of dense."""
+    match = _NUMBER.match(text)
+    suffixes = _SUFFIXES.get(cost, _ANY_SUFFIXES)
+    if match and match[2] == "%":
+        return float(match[1]) / 100, True
+    if match and match[2].lower() in suffixes:
+        return float(match[1]) * suffixes[match[2].lower()], False
+    if match and not match[2]:
+        return float(match[1]), float(match[1]) <= 1
+    raise ValueError(f"cannot read {cost} budget {text!r}: write 0.5, 50% or a number with one of {suffixes}")

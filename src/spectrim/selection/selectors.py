@@ -21,13 +21,13 @@ selectors but :func:`exact` then see groups and good choices for the sites apart
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 from spectrim.selection import budgeted as problems
 from spectrim.selection import knapsack
-from spectrim.selection.budget import Budget
+from spectrim.selection.budget import Amount, Budget
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.forest import Forest
 from spectrim.selection.knapsack import ROUNDING, Indices, Table
@@ -147,7 +147,7 @@ def exact(candidates: Candidates, budget: Budget) -> Plan:
     return problem.plan(table, picks, "exact", max(bound, min(proven, best)))
 
 
-def select(candidates: Candidates, budget: Budget, selector: Selector = exact) -> Plan:
+def select(candidates: Candidates, budget: Budget | str | Mapping[str, Amount], selector: Selector = exact) -> Plan:
     """Choose one option a site so that the network meets the budget and loses little.
 
     Parameters
@@ -155,7 +155,8 @@ def select(candidates: Candidates, budget: Budget, selector: Selector = exact) -
     candidates
         What ``tabulate`` returned.
     budget
-        Limits on the whole network, untouched layers included.
+        Limits on the whole network, untouched layers included: a :class:`~spectrim.Budget`, text such as
+        ``"macs=50%"``, or a mapping.
     selector
         :func:`exact`, :func:`lagrangian`, :func:`greedy`, :func:`uniform`, :func:`energy`, or a function of yours.
 
@@ -166,7 +167,7 @@ def select(candidates: Candidates, budget: Budget, selector: Selector = exact) -
     ValueError
         If the table lacks a cost that the budget limits, or holds errors or costs that are NaN or infinite.
     """
-    return selector(candidates, budget)
+    return selector(candidates, Budget.of(budget))
 
 
 def at_multiplier(candidates: Candidates, cost: str, multiplier: float, *, dense: bool = True) -> Plan:
