@@ -6,14 +6,26 @@ Models are made from torch's global generator, which every test starts at seed 0
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+import spectrim
 from spectrim.testing import LAYERS, SmallLayer, sample_inputs, small_site
 
-__all__ = ["LAYERS", "MODELS", "SmallLayer", "batches_for", "one_thread", "sample_inputs", "settled", "small_site"]
+__all__ = [
+    "ENVIRONMENT", "LAYERS", "MODELS", "SmallLayer", "batches_for", "one_thread", "sample_inputs", "settled",
+    "small_site",
+]  # fmt: skip
+
+# Of programs that tests start: they find the package and the tests, and use one thread.
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join(map(str, (Path(spectrim.__path__[0]).parent, Path(__file__).parents[1]))),
+    "OMP_NUM_THREADS": "1",
+}
 
 
 class Residual(nn.Module):

@@ -23,11 +23,11 @@ from spectrim.nn.surgery import parameter_count
 from spectrim.selection.trajectory import Trajectory
 from spectrim.train import LearnedResult, Recipe, Schedule, budget_path, learn_ranks
 from spectrim.train import resume as resuming
+from tests.cases import ENVIRONMENT
 from tests.train import learning_script
 from tests.train.learned import timeless
 from tests.train.learning_script import SCHEDULE, Residual, Stop, Stopping, learn, options, path, shuffled
 from tests.train.small import accuracy, equal, fixed_batches, loader, weights
-from tests.train.test_resume import ENVIRONMENT
 
 BUDGET = st.Budget(parameters=0.5)
 

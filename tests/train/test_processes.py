@@ -14,9 +14,9 @@ from torch import nn
 from spectrim.train import batches as batching
 from spectrim.train import fine_tune
 from spectrim.train.devices import assign
+from tests.cases import ENVIRONMENT
 from tests.train import training_script
 from tests.train.small import equal, fixed_batches, weights
-from tests.train.test_resume import ENVIRONMENT
 
 pytest.importorskip("accelerate")
 

@@ -17,18 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import spectrim
 from spectrim.errors import CheckpointError
 from spectrim.train import Loop, Recipe, fine_tune
 from spectrim.train import resume as resuming
+from tests.cases import ENVIRONMENT
 from tests.train import small, training_script
 from tests.train.small import Net, accuracy, equal, loader, weights
-
-ROOT = Path(__file__).parents[2]
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": os.pathsep.join([str(Path(next(iter(spectrim.__path__))).parent), str(ROOT)]),
-    "OMP_NUM_THREADS": "1",
-}
 
 
 class Stop(Exception):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from spectrim.errors import CheckpointError
+from spectrim.nn.contiguity import contiguous_where_needed
 from spectrim.nn.sparse.layers import Masked
 from spectrim.train import batches as batching
 from spectrim.train import randomness, resume
@@ -80,7 +81,9 @@ class Loop:
         model.to(self.devices.device)
         if self._channels_last:
             cast(Any, model).to(memory_format=torch.channels_last)
-        self._wrapped = self.devices.wrap(model)
+        # Gradients of several processes are averaged in the strides that the weights have now.
+        with contiguous_where_needed(model):
+            self._wrapped = self.devices.wrap(model)
         self._objective = Objective(loss, teacher, recipe.distillation, recipe.precision)
         self._pairs = factored_pairs(model) if recipe.decay_product and recipe.weight_decay else ()
         apart = [p for pair in self._pairs for p in pair.parameters]
@@ -244,7 +247,7 @@ class Loop:
         try:
             if attached is not None:
                 attached.attach(self._optimizer)
-            with self._objective.ready(self.devices.device):
+            with self._objective.ready(self.devices.device), contiguous_where_needed(self.model):
                 yield
             self.devices.share_buffers(self.model)
         finally:

@@ -55,7 +55,8 @@ class Recipe:
     clip
         Largest norm of all gradients together, None for no limit.
     memory_format
-        ``"channels_last"`` converts the model and 4-axis inputs, which is faster for most convolutions.
+        ``"channels_last"`` converts the model and 4-axis inputs, which is faster for most convolutions. Those whose
+        gradients torch fails at stay contiguous, see :func:`~spectrim.nn.contiguity.contiguous_where_needed`.
     evaluate_every
         Epochs between two evaluations; the last epoch is always evaluated.
     keep

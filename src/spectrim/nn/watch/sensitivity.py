@@ -14,6 +14,7 @@ from spectrim.errors import CalibrationError
 from spectrim.linalg.moments import Moments
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Sites
+from spectrim.nn.contiguity import contiguous_where_needed
 from spectrim.nn.watch.batches import batch_size, call, checked_batches, evaluating, output_tensors
 from spectrim.nn.watch.patches import sample_outputs
 
@@ -67,7 +68,7 @@ def sensitivity(
     seen = 0
     generator = torch.Generator().manual_seed(seed)
     try:
-        with evaluating(model), torch.enable_grad():
+        with evaluating(model), torch.enable_grad(), contiguous_where_needed(model):
             for parameter in parameters:
                 parameter.requires_grad_(id(parameter) in weights)
                 parameter.grad = None
