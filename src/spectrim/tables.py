@@ -91,12 +91,7 @@ def tabulate(
     ]
     if latency is not None:
         chains: list[Sequence[LayerSpec]] = [(site.spec,) for site in sites]
-        chains += [
-            chain
-            for (site, options) in plain
-            for _, specs in options
-            for chain in ([specs] if site.coupling is None else [(spec,) for spec in specs])
-        ]
+        chains += [specs for _, options in plain for _, specs in options]
         chains += [(spec,) for spec in sites.untouched]
         latency.prepare(chains, functools.partial(progress, "measure"))
         functions["latency"] = latency

@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from spectrim.cost import chains, running
-from spectrim.cost.chains import describe, measure, split
+from spectrim.cost.chains import calls, describe, measure
 from spectrim.cost.latency import Latency
-from spectrim.cost.running import Added, Run, csr_product, ways
+from spectrim.cost.running import Run, csr_product, ways
 from spectrim.linalg import csr
 from spectrim.linalg.patterns import Channels, NofM, Taps, Unstructured
 from spectrim.linalg.unfold import unfolding
 from spectrim.network.layer import LayerSpec
+from spectrim.network.structure import Addend, Apart, Chain, Pair, Sum
 
 CONV = LayerSpec(("conv",), 24, 16, (3, 3), (2, 1), (1, 1), (1, 1), (0, 0), inputs=((8, 8),))
 LINEAR = LayerSpec(("head",), 32, 16, inputs=((3,),))
@@ -25,12 +26,12 @@ needs_csr = pytest.mark.skipif(not csr.is_available(), reason="this torch has no
 
 def with_sum(spec, how, rank, density, pattern=None):
     """The layers of a low-rank pair plus a sparse weight."""
-    return [*spec.factor(how, rank), spec.sparse(pattern or Unstructured(), density, bias=False)]
+    return Sum((spec.factor(how, rank), Chain((spec.sparse(pattern or Unstructured(), density, bias=False),))))
 
 
 def test_keys_of_dense_layers_are_those_of_tables_on_disk():
     assert describe((CONV,)) == "conv 24>16+bias @8x8 k3x3 s2x1 p1x1 d1x1 g1 zeros"
-    (pair,) = split(LINEAR.factor(CHANNEL, 4))
+    (pair,) = calls(LINEAR.factor(CHANNEL, 4))
     assert describe(pair) == "linear 32>4 @3; linear 4>16+bias @3"
     transposed = dataclasses.replace(CONV, transposed=True, bias=False)
     assert describe((transposed,)) == "transposed 24>16 @8x8 k3x3 s2x1 p1x1 d1x1 o0x0 g1 zeros"
@@ -46,29 +47,26 @@ def test_keys_tell_densities_apart_to_two_digits():
 
 @pytest.mark.parametrize("pattern", [Unstructured(), Channels(), Taps((1, 3), (1, 0))])
 def test_a_sum_is_the_pair_and_the_added_sparse_layer(pattern):
-    found = split(with_sum(CONV, SPATIAL, 4, 0.25, pattern))
-    assert [len(chain) for chain in found] == [2, 1]
-    pair, (sparse,) = found
-    assert [describe(pair)] == [describe(c) for c in split(CONV.factor(SPATIAL, 4))]
-    assert isinstance(sparse, Added)
+    pair, added = calls(with_sum(CONV, SPATIAL, 4, 0.25, pattern))
+    assert isinstance(pair, Pair)
+    assert [describe(pair)] == [describe(c) for c in calls(CONV.factor(SPATIAL, 4))]
     alone = CONV.sparse(pattern, 0.25, bias=False)
-    assert describe((sparse,)).replace(" added", "") == describe((alone,)) != describe((sparse,))
+    assert added == Addend((alone,))
+    assert describe(added).replace(" added", "") == describe((alone,)) != describe(added)
 
 
-def test_a_sparse_layer_alone_and_the_next_layer_are_not_added():
-    other = dataclasses.replace(LINEAR, names=("other",), in_channels=16)
-    sparse = LINEAR.sparse(Unstructured(), 0.1)
-    specs = [sparse, *LINEAR.factor(CHANNEL, 4), other, *with_sum(CONV, SPATIAL, 2, 0.1), *CONV.factor(SPATIAL, 3)]
-    kinds = [[type(spec) for spec in chain] for chain in split(specs)]
-    pair = [LayerSpec, LayerSpec]
-    assert kinds == [[LayerSpec], pair, [LayerSpec], pair, [Added], pair]
+def test_keys_of_added_layers_are_those_of_tables_on_disk():
+    _, added = calls(with_sum(CONV, SPATIAL, 4, 0.25))
+    assert describe(added) == "conv 24>16 @8x8 density 0.25 added k3x3 s2x1 p1x1 d1x1 g1 zeros"
+    _, added = calls(with_sum(LINEAR, CHANNEL, 4, 0.25))
+    assert describe(added) == "linear 32>16 @3 density 0.25 added"
 
 
-def test_every_call_of_a_sum_is_there():
+def test_every_call_of_what_stands_apart_is_there():
     twice = CONV.at(((8, 8), (6, 6)))
-    found = split(with_sum(twice, SPATIAL, 4, 0.25))
-    assert [chain[0].inputs for chain in found] == [((8, 8),), ((6, 6),), ((8, 8),), ((6, 6),)]
-    assert [type(chain[0]) for chain in found] == [LayerSpec, LayerSpec, Added, Added]
+    called = calls(Apart((with_sum(twice, SPATIAL, 4, 0.25), Chain((LINEAR,)))))
+    assert [chain[0].inputs for chain in called] == [((8, 8),), ((6, 6),), ((8, 8),), ((6, 6),), ((3,),)]
+    assert [type(chain) for chain in called] == [Pair, Pair, Addend, Addend, Chain]
 
 
 def test_a_sum_costs_its_pair_at_any_rank_and_its_sparse_layer():
@@ -122,7 +120,7 @@ def test_csr_is_timed_where_it_is_possible(spec, several):
 
 
 @needs_csr
-@pytest.mark.parametrize("kind", [LayerSpec, Added])
+@pytest.mark.parametrize("kind", [Chain, Addend])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_what_is_timed_in_csr_is_a_sparse_layer(kind, channels_last, monkeypatch):
     packs = []
@@ -131,10 +129,9 @@ def test_what_is_timed_in_csr_is_a_sparse_layer(kind, channels_last, monkeypatch
     same = dataclasses.replace(CONV, stride=(1, 1), padding="same")
     for spec in (LINEAR, CONV, same, dataclasses.replace(CONV, bias=False)):
         sparse = spec.sparse(Unstructured(), 0.2)
-        sparse = Added.of(sparse) if kind is Added else sparse
         with torch.inference_mode():
             pool = pool_for([sparse])
-            _, run = ways((sparse,), pool, 2, channels_last)
+            _, run = ways(kind((sparse,)), pool, 2, channels_last)
             weight = packs[-1]
             x = running._view(pool, 0, running._input_shape(sparse, 2), channels_last)
             bias = pool[: spec.out_channels] if spec.bias else None
@@ -145,7 +142,7 @@ def test_what_is_timed_in_csr_is_a_sparse_layer(kind, channels_last, monkeypatch
                 wanted = F.conv2d(x, whole, bias, spec.stride, spec.padding)
             for turn in (1, 2):
                 run.chill()
-                torch.testing.assert_close(run(), wanted * (turn if kind is Added else 1))
+                torch.testing.assert_close(run(), wanted * (turn if kind is Addend else 1))
         share = float((weight != 0).double().mean())
         assert abs(share - 0.2) < 4 * math.sqrt(0.16 / weight.numel())
 
@@ -153,7 +150,7 @@ def test_what_is_timed_in_csr_is_a_sparse_layer(kind, channels_last, monkeypatch
 def test_an_addition_is_timed_with_the_dense_layer_too():
     pool = pool_for([LINEAR])
     plain = running.dense_run((LINEAR,), pool, 2, False)
-    added = running.dense_run((Added.of(LINEAR),), pool, 2, False)
+    added = running.dense_run(Addend((LINEAR,)), pool, 2, False)
     assert torch.equal(plain(), running.dense_run((LINEAR,), pool, 2, False)())
     plain()
     first = plain()  # the third copy; the first one was run to learn the shape of the output

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from spectrim.cost import running
-from spectrim.cost.chains import describe, is_pair, measure, split, undisturbed, undivided
+from spectrim.cost.chains import calls, describe, measure, undisturbed
 from spectrim.cost.counted import macs, rank_multiple
 from spectrim.cost.latency import Latency, default_cache, interpolate
 from spectrim.linalg.unfold import unfolding, unfoldings
 from spectrim.network.layer import LayerSpec
+from spectrim.network.structure import Apart, Chain
 
 CONV = LayerSpec(("conv",), 128, 96, (3, 3), (2, 1), (1, 1), (1, 1), (0, 0), padding_mode="zeros", inputs=((16, 16),))
 LINEAR = LayerSpec(("head",), 256, 192, inputs=((3,),))
@@ -49,7 +50,7 @@ def latency(clock, **options):
 def test_a_layer_costs_its_time(clock):
     cost = latency(clock)
     assert cost([CONV]) == clock.time((CONV,))
-    assert cost([CONV, LINEAR]) == clock.time((CONV,)) + clock.time((LINEAR,))
+    assert cost(Apart((Chain((CONV,)), Chain((LINEAR,))))) == clock.time((CONV,)) + clock.time((LINEAR,))
     assert len(clock.asked) == 2
 
 
@@ -101,7 +102,7 @@ def test_a_family_is_measured_at_few_ranks_up_to_break_even(clock, how):
     largest = macs(CONV.factor(how, widths[-1]))
     assert 0.9 * dense < largest < 1.1 * dense
     for rank in widths:  # exact at the knots
-        assert cost(CONV.factor(how, rank)) == pytest.approx(clock.time(split(CONV.factor(how, rank))[0]), rel=1e-12)
+        assert cost(CONV.factor(how, rank)) == pytest.approx(clock.time(calls(CONV.factor(how, rank))[0]), rel=1e-12)
 
 
 def test_a_time_linear_in_the_rank_is_interpolated_exactly(clock):
@@ -137,16 +138,46 @@ def test_groups_and_narrow_layers_have_families_too(clock):
     for spec in (grouped, narrow):
         for how in unfoldings((3, 3)):
             assert latency(clock)(spec.factor(how, 1)) > 0
-    for how in unfoldings((3, 3)):
-        assert macs([undivided(grouped.factor(how, 2))]) == macs([grouped])
-        assert undivided(grouped.factor(how, 2)) == grouped
 
 
-def test_only_the_factors_of_one_layer_are_a_pair():
-    other = dataclasses.replace(CONV, names=("next",), in_channels=96, out_channels=128)
-    assert is_pair(CONV.factor(SPATIAL, 8))
-    assert not is_pair((CONV, other))
-    assert [len(chain) for chain in split([CONV, *CONV.factor(SPATIAL, 8), other])] == [1, 2, 1]
+# Tucker-2 of CONV: 1 x 1, the kernel between fewer channels, 1 x 1.
+TUCKER = (
+    dataclasses.replace(CONV, out_channels=32, kernel=(1, 1), stride=(1, 1), padding=(0, 0), bias=False),
+    dataclasses.replace(CONV, in_channels=32, out_channels=24, bias=False),
+    dataclasses.replace(CONV, in_channels=24, kernel=(1, 1), stride=(1, 1), padding=(0, 0), inputs=((8, 16),)),
+)
+
+
+@pytest.mark.parametrize("layers", [TUCKER, list(TUCKER), Chain(TUCKER)], ids=["tuple", "list", "chain"])
+def test_three_layers_in_a_row_are_timed_as_the_chain_they_are(clock, layers):
+    cost = latency(clock)
+    assert cost(layers) == clock.time(TUCKER)
+    assert clock.asked == [describe(TUCKER)]
+    twice = [spec.at((*spec.inputs, *spec.inputs)) for spec in TUCKER]
+    assert cost(twice) == 2 * clock.time(TUCKER)
+    assert len(clock.asked) == 1
+
+
+def test_only_what_factor_makes_is_a_family_of_ranks(clock):
+    pair = CONV.factor(SPATIAL, 20)
+    assert latency(clock)(tuple(pair)) == clock.time(tuple(pair))
+    assert clock.asked == [describe(pair)]
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        LINEAR,
+        dataclasses.replace(TUCKER[2], in_channels=12),
+        dataclasses.replace(LINEAR, in_channels=96),
+        dataclasses.replace(TUCKER[2], in_channels=96, inputs=((8, 16), (8, 16))),
+    ],
+    ids=["another layer", "channels", "linear", "calls"],
+)
+def test_layers_that_cannot_follow_each_other_are_no_chain(clock, after):
+    with pytest.raises(ValueError, match=r"cannot take what 'conv' gives .*Apart"):
+        latency(clock)([CONV, after])
+    assert clock.asked == []
 
 
 def test_prepare_measures_all_at_once_and_nothing_twice(clock):
@@ -377,10 +408,30 @@ def test_what_is_timed_is_what_the_module_computes(name, channels_last):
         assert seen[0].is_contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
 
 
+def test_a_chain_of_three_is_run_as_the_modules_would_be():
+    chain = Chain(TUCKER)
+    pool = running.number_pool([chain], torch.float32, "cpu", 2)
+    net = nn.Sequential(
+        nn.Conv2d(128, 32, 1, bias=False),
+        nn.Conv2d(32, 24, 3, stride=(2, 1), padding=1, bias=False),
+        nn.Conv2d(24, 96, 1),
+    )
+    start = 0
+    for layer, spec in zip(net, chain, strict=True):
+        layer.weight.data = pool[start : start + layer.weight.numel()].view(layer.weight.shape)
+        start += running._aligned(layer.weight.numel())
+        if spec.bias:
+            layer.bias.data = pool[start : start + spec.out_channels]
+        start += running._aligned(spec.out_channels)
+    x = pool[: 2 * 128 * 16 * 16].view(2, 128, 16, 16)
+    with torch.inference_mode():
+        torch.testing.assert_close(running.dense_run(chain, pool, 2, False)(), net(x))
+
+
 def test_measure_takes_turns_and_restores_the_threads():
     before = torch.get_num_threads()
     done = []
-    pair = tuple(s.at((i,)) for s, i in zip(LINEAR.factor(unfolding((), "channel"), 8), ((3,), (3,)), strict=True))
+    (pair,) = calls(LINEAR.factor(unfolding((), "channel"), 8))
     times = measure([(LINEAR,), pair], threads=1, rounds=3, progress=lambda n, total: done.append((n, total)))
     assert len(times) == 2
     assert all(0 < time < math.inf for time in times)

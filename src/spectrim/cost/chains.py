@@ -18,7 +18,6 @@ channels, and one with a smaller kernel to pad or crop its input, is not timed.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import math
 import statistics
@@ -29,8 +28,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from spectrim.cost.counted import require_inputs
-from spectrim.cost.running import Added, Chain, Run, number_pool, rounded_density, ways
+from spectrim.cost.running import Run, number_pool, rounded_density, ways
 from spectrim.network.layer import LayerSpec
+from spectrim.network.structure import Addend, Chain, structure_of
 
 Progress = Callable[[int, int], None]
 """Called with the timings taken so far and how many there are to take."""
@@ -41,58 +41,27 @@ _FEWEST_ROUNDS = 3
 _CHILLED_S = 0.05  # a block's time with weights made cold in between, once it has three calls
 
 
-def split(specs: Sequence[LayerSpec]) -> list[Chain]:
-    """The specs as low-rank pairs and single layers, once for each call in a forward pass.
+def calls(layers: Sequence[LayerSpec]) -> list[Chain]:
+    """The chains that layers are made of, once for each call in a forward pass; a plain sequence is one chain.
 
-    What follows a pair under the pair's names is :class:`Added`.
+    Raises
+    ------
+    ValueError
+        If the input shapes of a layer are not known, or a chain's layers cannot be run one after the other.
     """
     found: list[Chain] = []
-    rest = tuple(specs)
-    names: tuple[str, ...] = ()  # of the pair that has just been passed
-    while rest:
-        chain = rest[:2] if is_pair(rest[:2]) else rest[:1]
-        rest = rest[len(chain) :]
-        if len(chain) == 1 and chain[0].names == names:
-            chain = (Added.of(chain[0]),)
-        names = chain[0].names if len(chain) == 2 else ()
-        calls = zip(*(require_inputs(spec) for spec in chain), strict=True)
-        found += [tuple(s.at((shape,)) for s, shape in zip(chain, shapes, strict=True)) for shapes in calls]
+    for chain in structure_of(layers).chains():
+        shapes = [require_inputs(spec) for spec in chain]
+        for first, second in itertools.pairwise(chain):
+            gives = (first.out_channels, len(first.kernel), len(first.inputs))
+            if gives != (second.in_channels, len(second.kernel), len(second.inputs)):
+                raise ValueError(
+                    f"layer {second.name!r} ({second.kind}, {second.in_channels} inputs, calls: {len(second.inputs)}) "
+                    f"cannot take what {first.name!r} gives ({first.kind}, {first.out_channels} outputs, calls: "
+                    f"{len(first.inputs)}), so the two are no chain; expected spectrim.network.structure.Apart"
+                )
+        found += [chain.at(inputs) for inputs in zip(*shapes, strict=True)]
     return found
-
-
-def is_pair(chain: Chain) -> bool:
-    """Whether these are the two layers that ``LayerSpec.factor`` makes of one layer."""
-    if len(chain) != 2:
-        return False
-    first, second = chain
-    return first.names == second.names and first.out_channels == second.in_channels and first.groups == second.groups
-
-
-def at_rank(pair: Chain, rank: int) -> Chain:
-    """The pair of the same family with another rank (for each group)."""
-    first, second = pair
-    middle = rank * first.groups
-    return dataclasses.replace(first, out_channels=middle), dataclasses.replace(second, in_channels=middle)
-
-
-def undivided(pair: Chain) -> LayerSpec:
-    """The layer that a pair stands for. On each axis one of the two has its numbers and the other the smallest."""
-
-    def join(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[int, ...]:
-        return tuple(map(max, a, b))
-
-    first, second = pair
-    a, b = first.padding, second.padding
-    return dataclasses.replace(
-        first,
-        out_channels=second.out_channels,
-        kernel=join(first.kernel, second.kernel),
-        stride=join(first.stride, second.stride),
-        padding="same" if isinstance(a, str) or isinstance(b, str) else join(a, b),
-        dilation=join(first.dilation, second.dilation),
-        output_padding=join(first.output_padding, second.output_padding),
-        bias=second.bias,
-    )
 
 
 def describe(chain: Chain) -> str:
@@ -106,7 +75,7 @@ def describe(chain: Chain) -> str:
         text = f"{spec.in_channels}>{spec.out_channels}{'+bias' if spec.bias else ''} @{numbers(shape)}"
         if spec.density < 1:
             text += f" density {rounded_density(spec):g}"
-        if isinstance(spec, Added):
+        if isinstance(chain, Addend) and spec is chain[-1]:
             text += " added"
         if spec.is_linear:
             return f"linear {text}"

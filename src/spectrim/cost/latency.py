@@ -18,10 +18,11 @@ from typing import Any
 
 import torch
 
-from spectrim.cost.chains import Chain, Progress, at_rank, describe, is_pair, measure, split, undivided
+from spectrim.cost.chains import Progress, calls, describe, measure
 from spectrim.cost.counted import macs, rank_multiple
 from spectrim.linalg.unfold import Unfolding
 from spectrim.network.layer import LayerSpec
+from spectrim.network.structure import Chain, Pair
 
 VERSION = 1
 _FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)  # of the rank at which a pair costs the MACs of its layer
@@ -37,10 +38,11 @@ def default_cache() -> Path:
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of the whole batch through layers run one after the other: a ``Cost`` that measures.
+    """Milliseconds of the whole batch through layers: a ``Cost`` that measures.
 
-    Call :meth:`prepare` with all chains first: what is measured together is comparable. A call on a chain that has not
-    been prepared measures it at once. How it is measured is told in :mod:`spectrim.cost.chains`.
+    Layers are a structure (:mod:`spectrim.network.structure`), of which each chain is run; a plain sequence is one
+    chain. Call :meth:`prepare` with all first: what is measured together is comparable. What has not been prepared is
+    measured at once. How it is measured is told in :mod:`spectrim.cost.chains`.
 
     A low-rank pair is measured at up to five ranks of its family, from 1/8 of the rank at which it costs as many MACs
     as the dense layer up to that rank, and interpolated piecewise linearly (:func:`interpolate`). A rank in between two
@@ -98,20 +100,21 @@ class Latency:
         Raises
         ------
         ValueError
-            If the input shapes of a layer are not known.
+            If the input shapes of a layer are not known, or layers of a chain do not follow each other.
         """
         self.prepare([specs])
-        return sum(self._time(chain, self._table) for chain in split(specs))
+        return sum(self._time(chain, self._table) for chain in calls(specs))
 
-    def prepare(self, chains: Iterable[Sequence[LayerSpec]], progress: Progress | None = None) -> int:
-        """Measure all that these chains need and the table lacks, taking turns, and store it once.
+    def prepare(self, structures: Iterable[Sequence[LayerSpec]], progress: Progress | None = None) -> int:
+        """Measure all that these layers need and the table lacks, taking turns, and store it once.
 
         Returns
         -------
         int
             How many shapes were measured.
         """
-        needed = {describe(c): c for specs in chains for chain in split(specs) for c in self._measured(chain)}
+        timed = (c for specs in structures for chain in calls(specs) for c in self._timed(chain)[0].values())
+        needed = {describe(chain): chain for chain in timed}
         pending = {key: chain for key, chain in needed.items() if key not in self._table}
         if pending:
             fresh = self._take(pending, progress)
@@ -136,13 +139,12 @@ class Latency:
 
         The knots and the given ranks are measured anew and side by side; the table is neither used nor changed.
         """
-        held = {rank: split(spec.factor(how, rank)) for rank in ranks}
-        chains = [chain for found in held.values() for chain in found]
-        wanted = {describe(c): c for chain in chains for c in (chain, *self._measured(chain))}
-        fresh = self._take(wanted, None)
+        pairs = {rank: calls(spec.factor(how, rank)) for rank in ranks}
+        timed = (c for called in pairs.values() for pair in called for c in (pair, *self._timed(pair)[0].values()))
+        fresh = self._take({describe(chain): chain for chain in timed}, None)
         return {
-            rank: sum(self._time(c, fresh) for c in found) / sum(fresh[describe(c)] for c in found) - 1
-            for rank, found in held.items()
+            rank: sum(self._time(pair, fresh) for pair in called) / sum(fresh[describe(pair)] for pair in called) - 1
+            for rank, called in pairs.items()
         }
 
     def _take(self, chains: Mapping[str, Chain], progress: Progress | None) -> dict[str, float]:
@@ -159,25 +161,23 @@ class Latency:
         )
         return dict(zip(chains, map(float, taken), strict=True))
 
-    def _measured(self, chain: Chain) -> tuple[Chain, ...]:
-        """The chains whose timings this one's is made of."""
-        return tuple(at_rank(chain, rank) for rank in self._knots(chain)[0]) if is_pair(chain) else (chain,)
-
     def _time(self, chain: Chain, table: Mapping[str, float]) -> float:
-        if not is_pair(chain):
-            return table[describe(chain)]
-        ranks, multiple = self._knots(chain)
-        rank = chain[0].out_channels // chain[0].groups
-        points = [(r, table[describe(at_rank(chain, r))]) for r in ranks]
-        return interpolate(points, -(-rank // multiple) * multiple)
+        timed, rank = self._timed(chain)
+        return interpolate([(r, table[describe(c)]) for r, c in timed.items()], rank)
 
-    def _knots(self, pair: Chain) -> tuple[list[int], int]:
-        """The ranks at which the family of a pair is measured, ascending, and the multiple they are rounded to."""
-        first, second = pair
+    def _timed(self, chain: Chain) -> tuple[dict[int, Chain], int]:
+        """The chains that are timed in place of one, by ascending rank, and the rank at which it lies among them.
+
+        A pair is one of a family; any other chain is timed itself.
+        """
+        if not isinstance(chain, Pair):
+            return {1: chain}, 1
+        first, second = chain
         full = min(first.features, math.prod(second.kernel) * second.out_channels // second.groups)
-        even = min(full, macs([undivided(pair)]) / macs(at_rank(pair, 1)))
+        even = min(full, macs([chain.whole]) / macs(chain.at_rank(1)))
         multiple = rank_multiple(self.device, self.dtype, full)
-        return sorted({max(1, round(even * f / multiple)) * multiple for f in _FRACTIONS}), multiple
+        knots = sorted({max(1, round(even * f / multiple)) * multiple for f in _FRACTIONS})
+        return {rank: chain.at_rank(rank) for rank in knots}, -(-chain.rank // multiple) * multiple
 
     # The table on disk.
 

@@ -13,20 +13,10 @@ from torch import Tensor
 
 from spectrim.linalg import csr
 from spectrim.network.layer import LayerSpec
-
-Chain = tuple[LayerSpec, ...]
-"""Layers run one after the other, each spec with exactly one input shape."""
+from spectrim.network.structure import Addend, Chain
 
 _POOL_BYTES = 64 * 2**20  # more than the last-level cache that one process usually gets
 _COPIES = 8  # of a weight; a layer so small that eight copies stay in the cache stays there in its network too
-
-
-class Added(LayerSpec):
-    """A layer whose output is added to another one's: the sparse part beside a low-rank pair."""
-
-    @classmethod
-    def of(cls, spec: LayerSpec) -> Added:
-        return cls(**{field.name: getattr(spec, field.name) for field in dataclasses.fields(spec)})
 
 
 def rounded_density(spec: LayerSpec) -> float:
@@ -109,7 +99,7 @@ def ways(chain: Chain, pool: Tensor, batch: int, channels_last: bool) -> list[Ru
     if len(chain) == 1 and chain[0].density < 1 and pool.device.type == "cpu" and pool.dtype in csr.DTYPES:
         product = csr_product(chain[0]) if csr.is_available() else None
         if product is not None:
-            found.append(_csr_run(chain[0], product, pool, batch, channels_last))
+            found.append(_csr_run(chain, product, pool, batch, channels_last))
     return found
 
 
@@ -120,15 +110,16 @@ def _view(pool: Tensor, offset: int, shape: tuple[int, ...], channels_last: bool
     return flat.view(shape)
 
 
-def _csr_run(spec: LayerSpec, product: Callable[..., Tensor], pool: Tensor, batch: int, channels_last: bool) -> Run:
+def _csr_run(chain: Chain, product: Callable[..., Tensor], pool: Tensor, batch: int, channels_last: bool) -> Run:
     """Runs a sparse layer in CSR. Before each call as much is read as the copies of :func:`dense_run` would be."""
+    (spec,) = chain
     rows, columns = spec.out_channels, spec.features
     weight = _view(pool, 0, (rows, columns), False)
     kept = torch.rand(rows, columns, generator=torch.Generator().manual_seed(0)) < rounded_density(spec)
     packed = csr.pack(weight * kept)
     bias = pool[: spec.out_channels] if spec.bias else None
     x = _view(pool, 0, _input_shape(spec, batch), channels_last)
-    onto = torch.zeros_like(product(packed, x, bias)) if isinstance(spec, Added) else None
+    onto = torch.zeros_like(product(packed, x, bias)) if isinstance(chain, Addend) else None
     entry = pool.itemsize + packed.col_indices().itemsize
     between = (_COPIES - 1) * packed.values().numel() * entry // pool.itemsize
     return Run(lambda: product(packed, x, bias, onto), lambda: pool[:between].sum())
@@ -160,7 +151,7 @@ def dense_run(chain: Chain, pool: Tensor, batch: int, channels_last: bool) -> Ru
         return y if onto is None else onto + y
 
     onto = None
-    if isinstance(chain[-1], Added):
+    if isinstance(chain, Addend):
         onto = torch.zeros_like(run())
     return Run(run)
 

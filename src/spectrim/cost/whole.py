@@ -24,7 +24,7 @@ class Layered(Protocol):
     @property
     def name(self) -> str: ...
 
-    def layers(self, site: Site, choice: Choice) -> tuple[LayerSpec, ...]: ...
+    def layers(self, site: Site, choice: Choice) -> Sequence[LayerSpec]: ...
 
 
 @dataclass(eq=False)
@@ -94,7 +94,7 @@ class Network:
         assert self.latency is not None
         return self.latency(self._chain(name, picks))
 
-    def _chain(self, name: str, picks: Picks) -> tuple[LayerSpec, ...]:
+    def _chain(self, name: str, picks: Picks) -> Sequence[LayerSpec]:
         """The layers in place of one."""
         spec, choice = self.spec(name, picks), picks.get(name, DENSE)
         if choice.is_dense:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -80,8 +80,12 @@ class Method(ABC):
         """Carry out one choice."""
 
     @abstractmethod
-    def layers(self, site: Site, choice: Choice) -> tuple[LayerSpec, ...]:
-        """The layers a choice leads to: what every cost is computed from."""
+    def layers(self, site: Site, choice: Choice) -> Sequence[LayerSpec]:
+        """The layers a choice leads to, what every cost is computed from.
+
+        A :class:`spectrim.network.structure.Chain` or plain tuple of layers that run one after the other, a ``Sum`` of
+        chains, or what stands ``Apart``, such as the layers of a group.
+        """
 
     def refit(self, site: Site, factors: Any, number: int) -> Any:
         """Fit what the ``number``-th layer of a group has of its own to the layer's new inputs and targets.
@@ -191,7 +195,7 @@ class LowRankMethod(Method):
         step = self.multiple_of or rank_multiple(spec.device, spec.dtype, full)
         return range(step, (full if self.to_full_rank else break_even(spec, how)) + 1, step)
 
-    def layers(self, site: Site, choice: Choice) -> tuple[LayerSpec, ...]:
+    def layers(self, site: Site, choice: Choice) -> Sequence[LayerSpec]:
         how = unfolding(site.spec.kernel, choice["unfolding"])
         return site.spec.factor(how, choice["rank"], bias=choice["bias"])
 

@@ -25,6 +25,7 @@ from spectrim.network.choices import Choice
 from spectrim.network.factors import SharedBasis
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Site
+from spectrim.network.structure import Apart, Chain
 
 _SHARES = ("left", "right", "both")
 # Ranks of a curve that no single decomposition gives.
@@ -127,19 +128,21 @@ class JointSVD(Method):
             settings["once"] = True
         return Choice("shared_basis", self.name, settings)
 
-    def layers(self, site: Site, choice: Choice) -> tuple[LayerSpec, ...]:
+    def layers(self, site: Site, choice: Choice) -> Apart:
         rank, left_rank = choice["rank"], choice["left_rank"]
         once = choice.settings.get("once", False)
-        found: list[LayerSpec] = []
+        chains: list[Chain] = []
         for number, spec in enumerate(site.layers):
             how = unfolding(spec.kernel, choice["unfolding"])
-            first, second = spec.factor(how, rank, bias=choice["bias"])
+            pair = spec.factor(how, rank, bias=choice["bias"])
             if number:
                 # Every direction of the rank has equally many numbers; the first layer has counted the shared ones.
+                first, second = pair
                 first = dataclasses.replace(first, shared=math.prod(first.shape) // rank * left_rank)
                 second = dataclasses.replace(second, shared=math.prod(second.shape) // rank * (rank - left_rank))
-            found += [second] if once and number else [first, second]
-        return tuple(found)
+                pair = Chain((second,)) if once else dataclasses.replace(pair, specs=(first, second))
+            chains.append(pair)
+        return Apart(tuple(chains))
 
     def curve(self, site: Site) -> Curve:
         if not self.fits(site):

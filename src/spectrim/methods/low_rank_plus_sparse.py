@@ -18,6 +18,7 @@ from spectrim.network.choices import Choice
 from spectrim.network.factors import LowRankPlusSparse as Factors
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Site
+from spectrim.network.structure import Chain, Sum
 
 # Turns of the decomposition that the curve is made of; a choice that is carried out goes on from there.
 _CURVE_TURNS = 3
@@ -151,15 +152,10 @@ class LowRankPlusSparse(Method):
         sparse, mask = found.sparse.weight.reshape(shape), found.sparse.mask.reshape(shape)
         return Factors(left.to(dtype), right.to(dtype), sparse.to(dtype), mask, pattern, shift, how)
 
-    def layers(self, site: Site, choice: Choice) -> tuple[LayerSpec, ...]:
-        spec = site.spec
-        pattern, rank = patterns.pattern(choice["pattern"]), choice["rank"]
-        pair: tuple[LayerSpec, ...] = ()
-        if rank:
-            pair = spec.factor(unfolding(spec.kernel, choice["unfolding"]), rank, bias=choice["bias"])
-        if not pattern.kept(spec.shape, choice["density"]):
-            return pair
-        return (*pair, spec.sparse(pattern, choice["density"], bias=choice["bias"] and not rank))
+    def layers(self, site: Site, choice: Choice) -> Chain | Sum:
+        spec, rank, density = site.spec, choice["rank"], choice["density"]
+        how, pattern = unfolding(spec.kernel, choice["unfolding"]), patterns.pattern(choice["pattern"])
+        return _structure(spec, how, rank, pattern, density, bias=choice["bias"])
 
     def choice(self, site: Site, how: Unfolding, rank: int, pattern: Pattern, density: float) -> Choice:
         """The choice of a rank and a density."""
@@ -265,12 +261,21 @@ class LowRankPlusSparse(Method):
         return sorted(rank for rank in found if rank <= full and self._pays(spec, how, rank, _ANY, 0.0))
 
     def _pays(self, spec: LayerSpec, how: Unfolding, rank: int, pattern: Pattern, density: float) -> bool:
-        pair = spec.factor(how, rank) if rank else ()
-        kept = pattern.kept(spec.shape, density)
-        made = (*pair, *((spec.sparse(pattern, density, bias=spec.bias and not rank),) if kept else ()))
+        made = _structure(spec, how, rank, pattern, density, bias=spec.bias)
         if parameters(made) < parameters((spec,)):
             return True
         return bool(spec.inputs) and macs(made) < macs((spec,))
+
+
+def _structure(
+    spec: LayerSpec, how: Unfolding, rank: int, pattern: Pattern, density: float, *, bias: bool
+) -> Chain | Sum:
+    """A pair, a sparse layer, or both added; the pair has the bias if there is one."""
+    pair = spec.factor(how, rank, bias=bias) if rank else Chain(())
+    if not pattern.kept(spec.shape, density):
+        return pair
+    sparse = Chain((spec.sparse(pattern, density, bias=bias and not rank),))
+    return Sum((pair, sparse)) if rank else sparse
 
 
 def _thin(spec: LayerSpec) -> int:

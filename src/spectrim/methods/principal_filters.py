@@ -17,8 +17,8 @@ from spectrim.network import narrowing
 from spectrim.network.choices import Choice
 from spectrim.network.coupling import IN
 from spectrim.network.factors import KeptChannels
-from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Site
+from spectrim.network.structure import Apart
 
 RECONSTRUCTION = "reconstruction"
 RULES = (RECONSTRUCTION, *principal.RULES)
@@ -113,7 +113,7 @@ class PrincipalFilters(Method):
         settings = {"kept": kept, "of": site.coupling.channels, "sides": site.coupling.written()}
         return Choice(KeptChannels.kind, self.name, settings)
 
-    def layers(self, site: Site, choice: Choice) -> tuple[LayerSpec, ...]:
+    def layers(self, site: Site, choice: Choice) -> Apart:
         return narrowing.specs(site, len(choice["kept"]))
 
     def factorize(self, site: Site, choice: Choice) -> KeptChannels:

@@ -53,7 +53,7 @@ class Assignment:
     choice: Choice
 
     @property
-    def layers(self) -> tuple[LayerSpec, ...]:
+    def layers(self) -> Sequence[LayerSpec]:
         return self.method.layers(self.site, self.choice)
 
 

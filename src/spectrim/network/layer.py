@@ -12,6 +12,7 @@ import torch
 from spectrim.linalg.packing import packed_bytes
 from spectrim.linalg.patterns import Channels, Pattern, Taps
 from spectrim.linalg.unfold import Unfolding
+from spectrim.network.structure import Pair
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,7 @@ class LayerSpec:
         bias = self.bias or (self.needs_bias and inputs < self.in_channels)
         return dataclasses.replace(self, in_channels=inputs, out_channels=outputs, bias=bias)
 
-    def factor(self, how: Unfolding, rank: int, *, bias: bool | None = None) -> tuple[LayerSpec, LayerSpec]:
+    def factor(self, how: Unfolding, rank: int, *, bias: bool | None = None) -> Pair:
         """The two layers of a rank-``rank`` pair in place of this one.
 
         Stride, padding and dilation of an axis go to the factor that has the axis, so that the pair equals the layer
@@ -201,7 +202,7 @@ class LayerSpec:
         wanted = self.bias if bias is None else bias
         if self.is_linear:
             first = dataclasses.replace(self, out_channels=middle, bias=False)
-            return first, dataclasses.replace(self, in_channels=middle, bias=wanted)
+            return Pair((first, dataclasses.replace(self, in_channels=middle, bias=wanted)), self)
         kernels = how.kernels(self.kernel)
 
         def part(kernel: tuple[int, ...], mine: list[bool]) -> dict[str, object]:
@@ -226,7 +227,7 @@ class LayerSpec:
             inputs=tuple(first.output_shape(s) for s in self.inputs),
             **part(kernels[1], [not h for h in has]),
         )
-        return first, second
+        return Pair((first, second), self)
 
 
 def _cropped(spec: LayerSpec, pattern: Taps) -> LayerSpec:

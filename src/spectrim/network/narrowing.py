@@ -17,8 +17,8 @@ from spectrim.linalg import subset
 from spectrim.linalg.moments import Moments, shrunk
 from spectrim.linalg.sketch import Sketch
 from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Coupling, axes_left
-from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Site, Sites
+from spectrim.network.structure import Apart, Chain
 
 Kept = Mapping[str, Sequence[int]]
 
@@ -83,11 +83,11 @@ def layers_left(couplings: Iterable[Coupling], numbers: Mapping[str, int]) -> di
     return found
 
 
-def specs(site: Site, number: int) -> tuple[LayerSpec, ...]:
+def specs(site: Site, number: int) -> Apart:
     """The layers of a site of coupled channels with so many of them."""
     assert site.coupling is not None
     counts = layers_left([site.coupling], {site.name: number})
-    return tuple(spec.narrowed(counts.get(spec.name, {})) for spec in site.layers)
+    return Apart(tuple(Chain((spec.narrowed(counts.get(spec.name, {})),)) for spec in site.layers))
 
 
 def beside_layers(coupling: Coupling, number: int, names: Iterable[str]) -> dict[str, float]:
