@@ -8,7 +8,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format test docs bench bench-check bench-report
+.PHONY: help install demo check format test docs bench bench-check bench-house bench-report
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ bench: $(INSTALLED)  ## run the benchmarks that have no result yet; BENCH_ARGS="
 
 bench-check: $(INSTALLED)  ## run the tests of the benchmarks, which train small networks; PYTEST_ARGS adds arguments
 	$(BIN)/python -m pytest -q tests/benchmarks $(PYTEST_ARGS)
+
+bench-house: $(INSTALLED)  ## measure the structure, the suite and the golden set against an earlier commit: results/house.json
+	$(BIN)/python -m benchmarks.run house --force
 
 bench-report: $(INSTALLED)  ## write tables and figures from benchmarks/results into README.md and docs/
 	$(BIN)/python -m benchmarks.report
