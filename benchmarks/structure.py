@@ -23,8 +23,8 @@ class Function:
     lines
         Of the body, without the docstring.
     branches
-        McCabe's number: one, and one for each condition, loop, handler, clause of a comprehension and further operand of
-        ``and`` and ``or``, nested functions included.
+        McCabe's number: one, and one for each condition, loop, handler, clause of a comprehension and further operand
+        of ``and`` and ``or``, nested functions included.
     parameters
         All but ``self`` and ``cls``.
     """

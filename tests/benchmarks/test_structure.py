@@ -10,7 +10,7 @@ from benchmarks import structure
 
 SOURCES = {
     "__init__.py": "",
-    "verbs.py": "from made.low import base\nimport made.low.other\n\n\ndef verb():\n    from made.high.top import Top\n",
+    "verbs.py": ("from made.low import base\nimport made.low.other\ndef verb():\n    from made.high.top import Top\n"),
     "low/__init__.py": "",
     "low/base.py": "import os\n",
     "low/other.py": "from made.low.base import os\n",
