@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -54,16 +54,10 @@ def find(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model is a {type(model).__name__}: expected a torch.nn.Module")
-    skips, onlys = _selectors(skip), _selectors(only)
     names = _names(model)
     layers = {m: n for m, n in names.items() if _is_layer(m)}
-    everything = [n for group in layers.values() for n in group]
-    for pattern in [*skips, *onlys]:
-        if isinstance(pattern, str) and not any(fnmatch.fnmatchcase(n, pattern) for n in everything):
-            raise ValueError(
-                f"the name pattern {pattern!r} matches no layer; layers are: {', '.join(everything) or 'none'}. "
-                "For all layers of a part write 'part.*'."
-            )
+    wanted = _Wanted(_selectors(skip), _selectors(only))
+    wanted.check([n for group in layers.values() for n in group])
 
     sites: list[Site] = []
     skipped: list[Skipped] = []
@@ -73,17 +67,10 @@ def find(
     masks = _masks(model)
     for module, paths in layers.items():
         sparse = "sparse: its weight is zero outside a mask" if module in masks else None
-        reason = sparse or _obstacle(model, module, paths, tied)
         spec = describe(module, paths) if _is_plain(module) else None
         if spec is not None and module in masks:
             spec = _masked(spec, *masks[module])
-        # First: a depthwise layer is left out in any case, but only on request does it keep its channels.
-        if reason is None and any(_matches(s, paths, module) for s in skips):
-            reason = "skipped on request"
-        if reason is None and spec is not None:
-            reason = _pointless(spec)
-        if reason is None and onlys and not any(_matches(s, paths, module) for s in onlys):
-            reason = "not among the layers asked for"
+        reason = sparse or _obstacle(model, module, paths, tied) or wanted.reason(module, paths, spec)
         if reason is None and spec is not None:
             weight, bias = canonical(module)
             sites.append(Site(spec.name, (spec,), (weight,), (bias,)))
@@ -97,17 +84,47 @@ def find(
                 untouched.append(dataclasses.replace(spec, shared=0 if counted else math.prod(spec.shape)))
         if spec is not None:
             covered.update(id(module._parameters.get(name)) for name in ("weight", "bias"))
-    others = [p for p in model.parameters() if id(p) not in covered]
+    numbers, size = _elsewhere(model, covered, masks)
+    return Sites(tuple(sites), tuple(skipped), tuple(untouched), other_parameters=numbers, other_bytes=size)
+
+
+def _elsewhere(
+    model: nn.Module, covered: set[int], masks: Mapping[nn.Module, tuple[Tensor, Pattern]]
+) -> tuple[int, int]:
+    """Parameters outside the layers, and their bytes with those of the buffers."""
+    others = [p for p in model.parameters() if id(p) not in covered and not _is_lazy(p)]
     # Masks are counted with their layers, as the bytes that files take for them.
     counted_masks = {id(mask) for mask, _ in masks.values()}
-    buffers = [b for b in model.buffers() if id(b) not in counted_masks]
-    return Sites(
-        tuple(sites),
-        tuple(skipped),
-        tuple(untouched),
-        other_parameters=sum(p.numel() for p in others if not _is_lazy(p)),
-        other_bytes=sum(t.numel() * t.element_size() for t in [*others, *buffers] if not _is_lazy(t)),
-    )
+    buffers = [b for b in model.buffers() if id(b) not in counted_masks and not _is_lazy(b)]
+    return sum(p.numel() for p in others), sum(t.numel() * t.element_size() for t in [*others, *buffers])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """Which layers a user leaves alone, and which ones the user keeps to."""
+
+    skips: list[Selector]
+    onlys: list[Selector]
+
+    def check(self, paths: list[str]) -> None:
+        """Raise ValueError for a name pattern that matches no layer."""
+        for pattern in [*self.skips, *self.onlys]:
+            if isinstance(pattern, str) and not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
+                raise ValueError(
+                    f"the name pattern {pattern!r} matches no layer; layers are: {', '.join(paths) or 'none'}. "
+                    "For all layers of a part write 'part.*'."
+                )
+
+    def reason(self, module: nn.Module, paths: tuple[str, ...], spec: LayerSpec | None) -> str | None:
+        """Why a layer that could be factorised is left alone, or None."""
+        # First: a depthwise layer is left out in any case, but only on request does it keep its channels.
+        if any(_matches(selector, paths, module) for selector in self.skips):
+            return "skipped on request"
+        if spec is not None and (pointless := _pointless(spec)):
+            return pointless
+        if self.onlys and not any(_matches(selector, paths, module) for selector in self.onlys):
+            return "not among the layers asked for"
+        return None
 
 
 def describe(module: nn.Module, names: Iterable[str]) -> LayerSpec:
