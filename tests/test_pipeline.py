@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import spectrim as st
-from spectrim import pipeline
+from spectrim import pipeline, preparation
 from spectrim.cost.counted import macs
 from spectrim.errors import InfeasibleBudgetError, PlanError
 from spectrim.nn.modules import Factored
@@ -161,6 +161,7 @@ class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, name: str, overhead: float, factor: float) -> None:
         self.name, self.overhead, self.factor = name, overhead, factor
         self.seen: list[float] = []
+        monkeypatch.setattr(preparation, "measure_latency", self.models)
         monkeypatch.setattr(pipeline, "measure_latency", self.models)
 
     def latency(self) -> st.Latency:
@@ -222,16 +223,3 @@ def test_guard_measures_and_offers_nothing_slower(monkeypatch: pytest.MonkeyPatc
     for entry in result.plan:
         assert entry.choice.is_dense or entry.costs["latency"] < entry.dense_costs["latency"]
     assert set(result.report.measured) == {"dense", "compressed"}
-
-
-def test_the_example_has_the_batch_that_latency_is_measured_at() -> None:
-    model = settled("mlp")
-    (inputs,) = pipeline.one_batch(model, [(torch.ones(3, 12), torch.zeros(3))], 5)
-    assert inputs.shape == (5, 12)
-
-    class Named(nn.Module):
-        def forward(self, tokens: Tensor) -> Tensor:
-            return tokens
-
-    held = pipeline.one_batch(Named(), [{"tokens": torch.ones(3, 12)}], 2)
-    assert held["tokens"].shape == (2, 12)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,21 +14,18 @@ from torch import nn
 from spectrim.application import apply
 from spectrim.channel_plans.stepwise import select_in_steps
 from spectrim.cost.latency import Latency
-from spectrim.errors import CalibrationError, InfeasibleBudgetError, PlanError
-from spectrim.methods import Method
+from spectrim.errors import InfeasibleBudgetError
+from spectrim.methods import Method, as_methods
 from spectrim.network.choices import Choice
 from spectrim.network.factors import KeptChannels
-from spectrim.network.groups import group
 from spectrim.network.sites import Sites
-from spectrim.nn.channels.graph import couple
-from spectrim.nn.find import Selector, find
+from spectrim.nn.find import Selector
 from spectrim.nn.sparse.kernels import choose_kernels
 from spectrim.nn.timing import Timing, measure_latency
-from spectrim.nn.watch.batches import arguments, batch_size, call, evaluating, output_tensors, resized
-from spectrim.nn.watch.calibrate import calibrate
-from spectrim.nn.watch.sensitivity import sensitivity as weigh
-from spectrim.progress import Progress, reports
-from spectrim.selection.budget import Budget, Limit
+from spectrim.nn.watch.batches import batch_size, call, evaluating, output_tensors
+from spectrim.preparation import Prepared, laid_out, locate, prepare
+from spectrim.progress import Progress, reports, silent
+from spectrim.selection.budget import COSTS, Budget, Limit
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
 from spectrim.selection.selectors import exact, select
@@ -181,101 +176,86 @@ def compress(
     With a latency budget the plan is made from measured layer times, built, measured end to end beside the dense
     network and corrected, up to eight times, until it is within 3 % of the budget.
     """
+    budget = Budget.of(budget)
+    budget.check(COSTS)
     batches = list(calibration) if iter(calibration) is calibration else calibration
-    sites = find_some(model, skip, only)
+    methods = None if methods is None else as_methods(methods)
     channels = any(method.removes_channels for method in methods or ())
     if channels and groups:
         raise ValueError(
             "layers that share factors would lose different channels: remove channels without groups, or share factors "
             "in the network that is left"
         )
-    if channels:
-        example = next(iter(batches), None)
-        if example is None:
-            raise CalibrationError("no calibration batches: the iterable was empty")
-        sites = couple(model, sites, example, forward=forward)
-    sites = calibrate(model, sites, batches, forward=forward, progress=functools.partial(progress, "calibrate"))
-    if sensitivity:
-        sites = weigh(model, sites, batches, forward=forward)
     if groups is None:
         groups = methods is None and not {"parameters", "bytes"}.isdisjoint(budget.costs)
-    if groups is not False:
-        sites = group(sites, None if groups is True else groups)
-    timed = guard or budget.latency is not None or latency is not None
-    example, measured = None, {}
-    if timed:
-        spec = sites.sites[0].spec
-        latency = latency or Latency(device=spec.device, dtype=spec.dtype)
-        example = one_batch(model, batches, latency.batch)
-        measured = measure_latency({"dense": laid_out(model, latency)}, example, threads=latency.threads)
-    dense_latency = measured["dense"].quiet if measured else None
+    sites = locate(model, batches, skip=skip, only=only, channels=channels, forward=forward)
+    prepared = prepare(
+        model, sites, batches, sensitivity=sensitivity, groups=groups, forward=forward, progress=progress,
+        latency=latency or guard or budget.latency is not None,
+    )  # fmt: skip
+    return shrink(
+        model, prepared, budget, methods=methods, reconstruct=reconstruct, guard=guard, selector=selector,
+        forward=forward, progress=progress,
+    )  # fmt: skip
 
-    def planned(limits: Budget) -> tuple[Plan, Candidates]:
-        if channels:
-            return select_in_steps(
-                sites,
-                methods or (),
-                limits,
-                selector=selector,
-                latency=latency,
-                dense_latency=dense_latency,
-                guard=guard,
-                table=table,
-                judge=judged,
-                progress=progress,
-            )
-        assert table is not None
-        return select(table, limits, selector), table
+
+def shrink(
+    model: nn.Module,
+    prepared: Prepared,
+    budget: Budget,
+    *,
+    methods: Sequence[Method] | None = None,
+    reconstruct: bool = True,
+    guard: bool = False,
+    selector: Callable[[Candidates, Budget], Plan] = exact,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    progress: Progress = silent,
+) -> Result:
+    """Compress a network that is prepared: tabulate, select, measure and correct, apply. As for :func:`compress`."""
+    sites, batches, latency = prepared.sites, prepared.batches, prepared.latency
+    assert batches is not None
+    making: dict[str, Any] = {
+        "latency": latency, "dense_latency": prepared.dense_latency, "guard": guard, "progress": progress,
+    }  # fmt: skip
 
     def judged(plan: Plan) -> float:
         trial = apply(model, sites, plan, methods=methods)
         return output_error(model, trial, batches, forward=forward)
 
-    table = None
-    if channels:
-        plan, table = planned(budget)
-    else:
-        table = tabulate(sites, methods, latency=latency, dense_latency=dense_latency, guard=guard, progress=progress)
-        plan = select(table, budget, selector)
-    notes: list[str] = []
+    def planned(table: Candidates | None, limits: Budget) -> tuple[Plan, Candidates]:
+        if any(method.removes_channels for method in methods or ()):
+            return select_in_steps(sites, methods or (), limits, selector=selector, table=table, judge=judged, **making)
+        table = tabulate(sites, methods, **making) if table is None else table
+        return select(table, limits, selector), table
+
+    plan, table = planned(None, budget)
+    measured: Mapping[str, Timing] = {}
     if latency is not None:
         plan, measured = meet_latency(
-            model, sites, table, plan, budget, example, latency, selector=lambda _, b: planned(b)[0], methods=methods
-        )
-        dense_ms, small_ms = measured["dense"].p50, measured["compressed"].p50
-        if small_ms > dense_ms:
-            notes.append(f"the compressed model is SLOWER than dense: {small_ms:.3f} ms against {dense_ms:.3f} ms")
-        limit = budget.limits(table.dense).get("latency")
-        if limit is not None:
-            # The budget was read against the dense time of the table; this run's dense time rescales it.
-            wanted = limit * measured["dense"].quiet / table.dense["latency"]
-            found = measured["compressed"].quiet
-            if found > wanted * (1 + _CLOSE):
-                notes.append(f"the latency budget is NOT met: {found:.3f} ms measured, {wanted:.3f} ms asked for")
+            model, sites, table, plan, budget, prepared.example, latency,
+            selector=lambda table, limits: planned(table, limits)[0], methods=methods,
+        )  # fmt: skip
     small = apply(
         model, sites, plan, batches, methods=methods, reconstruct=reconstruct, forward=forward, progress=progress
     )
     if latency is not None:
-        small = _as_run(small, example, latency)
-    report = Report(
-        plan, tuple((s.name, s.kind, s.reason) for s in sites.skipped), sites.samples, measured, tuple(notes)
-    )
-    return Result(small, plan, report, table, sites)
+        small = _as_run(small, prepared.example, latency)
+    notes = tuple(_said_of_time(measured, budget, table)) if measured else ()
+    skipped = tuple((s.name, s.kind, s.reason) for s in sites.skipped)
+    return Result(small, plan, Report(plan, skipped, sites.samples, measured, notes), table, sites)
 
 
-def find_some(model: nn.Module, skip: Selector | Iterable[Selector], only: Selector | Iterable[Selector]) -> Sites:
-    """The sites of a model, at least one.
-
-    Raises
-    ------
-    PlanError
-        If there is nothing to compress; the message says why layers were skipped.
-    """
-    sites = find(model, skip=skip, only=only)
-    if not len(sites):
-        reasons = "; ".join(f"{s.name}: {s.reason}" for s in sites.skipped[:5]) or "it has no linear or conv layers"
-        raise PlanError(f"{type(model).__name__} has no layer to compress ({reasons})")
-    return sites
+def _said_of_time(measured: Mapping[str, Timing], budget: Budget, table: Candidates) -> Iterator[str]:
+    """What a user should know of measured times."""
+    dense, small = measured["dense"], measured["compressed"]
+    if small.p50 > dense.p50:
+        yield f"the compressed model is SLOWER than dense: {small.p50:.3f} ms against {dense.p50:.3f} ms"
+    limit = budget.limits(table.dense).get("latency")
+    if limit is not None:
+        # The budget was read against the dense time of the table; this run's dense time rescales it.
+        wanted = limit * dense.quiet / table.dense["latency"]
+        if small.quiet > wanted * (1 + _CLOSE):
+            yield f"the latency budget is NOT met: {small.quiet:.3f} ms measured, {wanted:.3f} ms asked for"
 
 
 @torch.no_grad()
@@ -301,19 +281,6 @@ def output_error(
             if seen >= samples:
                 break
     return missed / max(energy, 1e-300)
-
-
-def one_batch(model: nn.Module, batches: Iterable[Any], size: int) -> Any:
-    """One batch of the size that latency is measured at."""
-    args, kwargs = arguments(model, next(iter(batches)))
-    return resized(kwargs, size) if kwargs else resized(args, size)
-
-
-def laid_out(model: nn.Module, latency: Latency) -> nn.Module:
-    """The model in the memory format that is measured; a copy if that is not the plain one."""
-    if latency.memory_format == "contiguous":
-        return model
-    return copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def _as_run(small: nn.Module, example: Any, latency: Latency) -> nn.Module:
@@ -346,7 +313,7 @@ def meet_latency(
     plan
         The first to try, selected from ``table`` under ``budget``.
     example
-        A batch as the network is timed with, from :func:`one_batch`.
+        A batch as the network is timed with, from :func:`spectrim.preparation.one_batch`.
     close
         Share of the budget that may stay unused.
 

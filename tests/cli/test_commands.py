@@ -132,7 +132,7 @@ def test_export_is_checked(run, suffix: str):
         (("compress", "nets:tiny", *DATA), 2, "either --budget"),
         (("compress", "nets:tiny", *DATA, "-b", "macs=50%", "--plan", "p"), 2, "either --budget"),
         (("compress", "nets:tiny", "-b", "macs=50%"), 2, "give --data"),
-        (("compress", "nets:tiny", *DATA, "-b", "speed=2"), 2, "'speed=2'"),
+        (("compress", "nets:tiny", *DATA, "-b", "speed=2"), 2, "--budget limits 'speed'"),
         (("compress", "nets:tiny", *DATA, "-b", "macs=many"), 2, "'many'"),
         (("compress", "nets:tiny", *DATA, "-b", "macs=50%", "--selector", "lucky"), 2, "'lucky'"),
         (("compress", "nets:tiny", *DATA, "--plan", "gone.json"), 2, "'gone.json'"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -117,6 +116,7 @@ def compress(
     they took. Exit code 3 if the budget cannot be met.
     """
     from spectrim.cli import learning
+    from spectrim.cli.costs import read_budget
     from spectrim.cli.data import load_data
     from spectrim.cli.filters import METHOD as FILTERS
     from spectrim.cli.filters import PARAMETERS as FILTER_PARAMETERS
@@ -132,23 +132,23 @@ def compress(
     from spectrim.cli.models import load_model
     from spectrim.cli.references import UsageError
     from spectrim.cli.results import Outcome
-    from spectrim.cli.sharing import NONE_ALIKE, offer, planned_groups, wanted_groups
+    from spectrim.cli.sharing import NONE_ALIKE, planned_groups, wanted_groups
     from spectrim.cli.sparsity import Sparsity, fastest, kernel_notes, kernel_values
     from spectrim.cli.steps import (
         METHODS,
         carry_out,
         chosen_methods,
+        device_named,
         first_batch,
         locate,
-        prepare,
+        prepared,
         random_input,
-        survey,
+        table_of,
         training_batches,
     )
     from spectrim.cost.latency import Latency
-    from spectrim.pipeline import compress as shrink
+    from spectrim.pipeline import shrink
     from spectrim.report import accuracy, compare
-    from spectrim.selection.budget import Budget
     from spectrim.selection.plan import Plan
     from spectrim.selection.selectors import energy, exact, greedy, lagrangian, select, uniform
     from spectrim.train import Recipe, fine_tune
@@ -182,8 +182,8 @@ def compress(
         either = "either --budget (as macs=50%)"
         either = either if method != FILTERS else "one of --budget (as macs=50%), --recipe (as kl)"
         raise UsageError(f"give {either} or --plan FILE")
+    wanted = read_budget(budget) if budget else None
     with common.usage():
-        wanted = Budget.parse(*budget) if budget else None
         recipe = Recipe(epochs=epochs, lr=lr)
     if plan_file is not None:
         if not plan_file.is_file():
@@ -198,7 +198,7 @@ def compress(
     # What sharing saves is parameters and bytes: under other budgets it is hardly ever chosen, and takes time to offer.
     usual = wanted is not None and method == "auto" and not {"parameters", "bytes"}.isdisjoint(wanted.costs)
     sharing = wanted_groups(share, groups, method, default=usual)
-    device = prepare(threads, device)
+    device = device_named(device, threads)
     dense = load_model(model, weights).to(device)
     batches = load_data(data, purpose="calibration", device=device) if data is not None else None
     training = training_batches(train, device) if train is not None else None
@@ -209,40 +209,38 @@ def compress(
         example = random_input(str(input_shape), batch, device)
     clocked = guard or (wanted is not None and "latency" in wanted.costs)
     clock = Latency(device=device, batch=batch) if clocked else None
-    look = functools.partial(
-        survey, out, dense, batches=batches, example=example, skip=skip, only=only, method=method,
-        sparsity=sparsity, filters=filters, multiple_of=multiple_of, latency=clock, guard=guard,
-    )  # fmt: skip
-    if plan_file is not None:
-        plan = Plan.read(plan_file)
+    plan = Plan.read(plan_file) if plan_file is not None else None
+    sites = locate(dense, skip, only)
+    sparsity.check(sites)
+    if plan is not None:
+        sharing = planned_groups(plan, sites)
         removed = planned_filters(plan)
         if removed is not None and batches is not None:
-            look = functools.partial(look, method=FILTERS, filters=removed)
-        shared = planned_groups(plan, locate(dense, skip, only))
-        found = look(weigh=batches is not None, groups=shared, channels=removed is not None)
-        result = carry_out(found, dense, plan, batches)
-    elif batches is None:
+            method, filters = FILTERS, removed
+        if removed is not None or method == FILTERS:
+            sites = with_channels(dense, sites, example)
+    elif method == FILTERS:
+        sites = with_channels(dense, sites, example)
+    methods = chosen_methods(
+        method, batches is not None, multiple_of, share=sharing is not False, sparsity=sparsity, filters=filters
+    )
+    known = prepared(
+        out, dense, sites, batches=batches, example=example, groups=sharing, weigh=batches is not None, latency=clock
+    )
+    if plan is None and batches is not None and filters.recipe is None:
         assert wanted is not None
-        found = look(groups=sharing)
-        result = carry_out(found, dense, select(found.table, wanted, selectors[selector]), None)
-    elif filters.recipe is not None:
-        found = look(weigh=True)
-        result = carry_out(found, dense, recommended(found.sites, filters, multiple_of), batches)
-    else:
-        assert wanted is not None
-        located = locate(dense, skip, only)
-        sparsity.check(located)
-        offer(located, sharing)
-        if method == FILTERS:
-            with_channels(dense, located, example)  # what cannot be done is said before the batches are read
-        methods = chosen_methods(
-            method, True, multiple_of, share=sharing is not False, sparsity=sparsity, filters=filters
-        )
         with out.progress() as show:
             result = shrink(
-                dense, batches, wanted, methods=methods, skip=list(skip or ()), only=list(only or ()), groups=sharing,
-                latency=clock, guard=guard, selector=selectors[selector], progress=show,
-            )  # fmt: skip
+                dense, known, wanted, methods=methods, guard=guard, selector=selectors[selector], progress=show
+            )
+    else:
+        table = table_of(out, known, methods, guard=guard)
+        if filters.recipe is not None:
+            plan = recommended(known.sites, filters, multiple_of)
+        elif plan is None:
+            assert wanted is not None
+            plan = select(table, wanted, selectors[selector])
+        result = carry_out(dense, known, table, plan)
     small = result.model
     if sharing is True and (share or method == "joint") and not result.sites.groups:
         out.say(NONE_ALIKE)

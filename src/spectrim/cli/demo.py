@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from spectrim.cli import common
 from spectrim.cli.common import Output, command
 
 
@@ -33,19 +32,18 @@ def demo(
     import torch
 
     from spectrim.cli.batches import Batches
+    from spectrim.cli.costs import read_budget
     from spectrim.cli.data import load_data
     from spectrim.cli.digits_net import DigitsNet
     from spectrim.cli.results import Outcome
-    from spectrim.cli.steps import first_batch, prepare
+    from spectrim.cli.steps import device_named, first_batch
     from spectrim.pipeline import compress
     from spectrim.report import accuracy, compare
-    from spectrim.selection.budget import Budget
     from spectrim.train import fine_tune
 
     started = time.perf_counter()
-    with common.usage():
-        wanted = Budget.parse(budget)
-    prepare(threads, "cpu")
+    wanted = read_budget([budget])
+    device_named("cpu", threads)
     train = load_data(f"digits?batch=64&seed={seed}", purpose="training")
     test = load_data("digits", purpose="test")
     assert isinstance(train, Batches)

@@ -31,14 +31,14 @@ def evaluate(
     from spectrim.cli.models import load_compressed, load_model
     from spectrim.cli.references import UsageError
     from spectrim.cli.sparsity import fastest, kernel_notes, kernel_values
-    from spectrim.cli.steps import first_batch, prepare, random_input
+    from spectrim.cli.steps import device_named, first_batch, random_input
     from spectrim.report import accuracy, compare, measure
 
     if data is None and input_shape is None:
         raise UsageError("give --data (labelled batches), or --input to measure costs alone, as --input 3x224x224")
     if compare_dense and checkpoint is None:
         raise UsageError("--compare needs --checkpoint: the compressed model to put beside the dense one")
-    device = prepare(threads, device)
+    device = device_named(device, threads)
     batches = load_data(data, purpose="test", device=device) if data is not None else None
     if batches is not None:
         example = first_batch(batches, batch, str(data))

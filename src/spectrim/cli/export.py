@@ -31,14 +31,14 @@ def export(
     from spectrim.cli.data import load_data
     from spectrim.cli.models import load_compressed, load_model
     from spectrim.cli.references import UsageError
-    from spectrim.cli.steps import first_batch, prepare, random_input
+    from spectrim.cli.steps import device_named, first_batch, random_input
     from spectrim.nn.export import export_onnx, export_program
 
     if file.suffix not in FORMATS:
         raise UsageError(f"--out {str(file)!r}: expected a name ending in {' or '.join(FORMATS)}")
     if data is None and input_shape is None:
         raise UsageError("an example input is needed: give --input, as --input 3x224x224, or --data")
-    prepare(threads, "cpu")
+    device_named("cpu", threads)
     network = load_compressed(model, checkpoint) if checkpoint is not None else load_model(model, weights)
     if data is not None:
         example = first_batch(load_data(data, purpose="test"), batch, data)

@@ -13,15 +13,16 @@ from typing import Any
 from torch import nn
 
 from spectrim.cli.common import Output, usage
+from spectrim.cli.costs import read_budget
 from spectrim.cli.data import load_data
 from spectrim.cli.models import load_model
 from spectrim.cli.references import UsageError
 from spectrim.cli.results import Outcome
-from spectrim.cli.steps import first_batch, locate, prepare, training_batches
+from spectrim.cli.steps import device_named, first_batch, locate, training_batches
 from spectrim.cost.latency import Latency
 from spectrim.methods import WeightSVD
 from spectrim.network.sites import Sites
-from spectrim.nn.watch.calibrate import calibrate
+from spectrim.preparation import prepare
 from spectrim.report import accuracy, compare
 from spectrim.selection.budget import COSTS, Budget
 from spectrim.selection.selectors import lagrangian
@@ -96,12 +97,11 @@ class RankRun:
         for option, lr in (("--rank-lr", self.rank_lr), ("--lr", self.lr)):
             with usage(option):
                 Recipe(lr=lr)
-        with usage("--budget"):
-            _ = self.budgets
+        _ = self.budgets
 
     @property
     def budgets(self) -> tuple[Budget, ...]:
-        return tuple(Budget.parse(*(limit.strip() for limit in point.split(","))) for point in self.points)
+        return tuple(read_budget([point]) for point in self.points)
 
     @property
     def timed(self) -> bool:
@@ -217,7 +217,7 @@ class Work:
         UsageError
             If something cannot be used; the message quotes it.
         """
-        device = prepare(threads, device)
+        device = device_named(device, threads)
         dense = load_model(run.model, run.weights).to(device)
         sites = locate(dense, run.skip, run.only)
         training = training_batches(str(run.train), device)
@@ -247,11 +247,10 @@ class Work:
         InfeasibleBudgetError
             For the first that cannot.
         """
-        limits = [{cost: getattr(b, cost) for cost in b.costs if cost != "latency"} for b in run.budgets]
-        counted = [Budget(**limit) for limit in limits if limit]
+        counted = [b.replace(latency=None) for b in run.budgets if set(b.costs) != {"latency"}]
         if counted:
-            sites = calibrate(self.dense, self.sites, [self.example], statistics=False)
-            table = tabulate(sites, [WeightSVD(multiple_of=run.multiple_of)])
+            known = prepare(self.dense, self.sites, [self.example], statistics=False, sensitivity=False)
+            table = tabulate(known.sites, [WeightSVD(multiple_of=run.multiple_of)])
             for budget in counted:
                 lagrangian(table, budget)
 

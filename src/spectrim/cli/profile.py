@@ -69,30 +69,31 @@ def profile(
     from spectrim.cli.data import load_data
     from spectrim.cli.filter_widths import Widths, check_figure
     from spectrim.cli.filters import METHOD as FILTERS
-    from spectrim.cli.filters import Filters
+    from spectrim.cli.filters import Filters, with_channels
     from spectrim.cli.models import load_model
     from spectrim.cli.references import UsageError
     from spectrim.cli.sharing import NONE_ALIKE, wanted_groups
     from spectrim.cli.sparsity import METHOD, Sparsity
     from spectrim.cli.steps import (
         chosen_methods,
-        collect,
+        device_named,
         first_batch,
-        prepare,
+        locate,
+        prepared,
         print_skipped,
         random_input,
         skipped_values,
-        survey,
+        table_of,
     )
 
     sparsity = Sparsity.of(context, method, pattern, low_rank_share)
     filters = Filters.of(context, method, pooling=pooling)
     check_figure(figure)
-    methods = chosen_methods(method, data is not None, filters=filters)
+    chosen_methods(method, data is not None, filters=filters)
     if method == FILTERS:
         common.refuse(context, {"latency"}, f"does not combine with --method {method}, which times no layers")
     sharing = wanted_groups(share or None, groups, method)
-    device = prepare(threads, device)
+    device = device_named(device, threads)
     if latency and data is None and input_shape is None:
         raise UsageError("--latency needs --data or --input, to know what the layers see")
     network = load_model(model, weights).to(device)
@@ -105,15 +106,16 @@ def profile(
         from spectrim.cost.latency import Latency
 
         clock = Latency(device=device, batch=batch)
+    sites = locate(network, skip, only)
+    sparsity.check(sites)
     if method == FILTERS:
-        sites = collect(out, network, methods, batches=batches, example=example, skip=skip, only=only)
-        Widths.of(sites, filters.method(None)).finish(out, model, sites, figure)
+        sites = with_channels(network, sites, example)
+    known = prepared(out, network, sites, batches=batches, example=example, groups=sharing, latency=clock)
+    if method == FILTERS:
+        Widths.of(known.sites, filters.method(None)).finish(out, model, known.sites, figure)
         return
-    found = survey(
-        out, network, batches=batches, example=example, skip=skip, only=only, method=method, groups=sharing,
-        sparsity=sparsity, latency=clock,
-    )  # fmt: skip
-    table = found.table
+    methods = chosen_methods(method, data is not None, share=sharing is not False, sparsity=sparsity)
+    table = table_of(out, known, methods)
     layers = [_layer(row, table) for row in table.singles]
     if method == METHOD:
         layers = [{**layer, "smallest": _smallest(row)} for layer, row in zip(layers, table.singles, strict=True)]
@@ -125,10 +127,10 @@ def profile(
                 "costs": table.dense,
                 "fixed": dict(table.fixed),
                 "unit": table.unit,
-                "samples": found.sites.samples,
+                "samples": known.sites.samples,
                 "layers": layers,
                 **({"groups": shared} if sharing is not False else {}),
-                "skipped": skipped_values(found.sites),
+                "skipped": skipped_values(known.sites),
                 "facts": dict(table.facts),
             }
         )
@@ -140,7 +142,7 @@ def profile(
         _print_groups(out, shared)
     elif sharing is not False:
         out.print(NONE_ALIKE)
-    print_skipped(out, found.sites)
+    print_skipped(out, known.sites)
 
 
 def _layer(row: Row, table: Candidates) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from spectrim.application import apply
 from spectrim.cli.common import Output, usage
 from spectrim.cli.data import load_data
 from spectrim.cli.filters import METHOD as FILTERS
-from spectrim.cli.filters import Filters, with_channels
+from spectrim.cli.filters import Filters
 from spectrim.cli.references import UsageError
 from spectrim.cli.sharing import Wanted, offer
 from spectrim.cli.sparsity import METHOD, Sparsity
@@ -21,11 +21,9 @@ from spectrim.cost.latency import Latency
 from spectrim.methods import ActivationSVD, JointSVD, Method, WeightSVD
 from spectrim.network.sites import Sites
 from spectrim.nn.find import find
-from spectrim.nn.timing import measure_latency
-from spectrim.nn.watch.batches import arguments, resized
-from spectrim.nn.watch.calibrate import calibrate
-from spectrim.nn.watch.sensitivity import sensitivity
+from spectrim.nn.watch.batches import resized
 from spectrim.pipeline import Report, Result
+from spectrim.preparation import Prepared, prepare
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
 from spectrim.tables import tabulate
@@ -41,16 +39,8 @@ METHODS: Mapping[str, tuple[type[Method], ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class Survey:
-    """What is known of a network before anything is chosen."""
-
-    sites: Sites
-    table: Candidates
-
-
-def prepare(threads: int | None, device: str) -> str:
-    """Set the number of threads and resolve the device's name.
+def device_named(device: str, threads: int | None) -> str:
+    """The device that a name stands for; sets the number of threads, too.
 
     Raises
     ------
@@ -116,12 +106,6 @@ def training_batches(text: str, device: str) -> Iterable[Any]:
     return batches
 
 
-def as_arguments(model: nn.Module, example: Any) -> Any:
-    """An example as measuring and exporting take it: a tuple of arguments or a dict."""
-    args, kwargs = arguments(model, example)
-    return kwargs or args
-
-
 def chosen_methods(
     name: str,
     calibrated: bool,
@@ -178,21 +162,18 @@ def locate(model: nn.Module, skip: Sequence[str] | None, only: Sequence[str] | N
     return sites
 
 
-def collect(
+def prepared(
     out: Output,
     model: nn.Module,
-    methods: Sequence[Method],
+    sites: Sites,
     *,
     batches: Iterable[Any] | None,
     example: Any,
-    skip: Sequence[str] | None,
-    only: Sequence[str] | None,
     groups: Wanted = False,
-    sparsity: Sparsity = Sparsity(),  # noqa: B008 (frozen)
-    channels: bool = False,
     weigh: bool = False,
-) -> Sites:
-    """Find and calibrate what methods need.
+    latency: Latency | None = None,
+) -> Prepared:
+    """Calibrate sites, time the network, and say which layers may share factors.
 
     Parameters
     ----------
@@ -200,65 +181,33 @@ def collect(
         For calibration; without them the example teaches the input shapes, and without that there are no MACs.
     groups
         Layers that may share factors.
-    channels
-        Find those that can be removed, also where no method does so.
     weigh
         Collect what an error at each layer does to the outputs, as :func:`spectrim.compress` does.
     """
-    sites = locate(model, skip, only)
-    sparsity.check(sites)
-    if channels or any(method.removes_channels for method in methods):
-        sites = with_channels(model, sites, example)
     offer(sites, groups)  # what cannot be carried out is refused before the batches are read
+    found = Prepared(sites)
     with out.progress() as report:
-        if batches is not None:
-            sites = calibrate(model, sites, batches, progress=_named("calibrate", report))
-            if weigh:
-                sites = sensitivity(model, sites, batches)
-        elif example is not None:
-            sites = calibrate(model, sites, [example], statistics=False)
-    return offer(sites, groups)
+        if batches is not None or example is not None:
+            found = prepare(
+                model, sites, [example] if batches is None else batches, statistics=batches is not None,
+                sensitivity=weigh, latency=latency or False, progress=report,
+            )  # fmt: skip
+    return dataclasses.replace(found, sites=offer(found.sites, groups))
 
 
-def survey(
-    out: Output,
-    model: nn.Module,
-    *,
-    batches: Iterable[Any] | None,
-    example: Any,
-    skip: Sequence[str] | None,
-    only: Sequence[str] | None,
-    method: str,
-    groups: Wanted = False,
-    sparsity: Sparsity = Sparsity(),  # noqa: B008 (frozen)
-    filters: Filters = Filters(),  # noqa: B008 (frozen)
-    channels: bool = False,
-    multiple_of: int | None = None,
-    latency: Latency | None = None,
-    guard: bool = False,
-    weigh: bool = False,
-) -> Survey:
-    """Find, calibrate and tabulate; parameters as of :func:`collect` and :func:`chosen_methods`."""
-    share = groups is not False
-    methods = chosen_methods(method, batches is not None, multiple_of, share=share, sparsity=sparsity, filters=filters)
-    sites = collect(
-        out, model, methods, batches=batches, example=example, skip=skip, only=only, groups=groups, sparsity=sparsity,
-        channels=channels, weigh=weigh,
-    )  # fmt: skip
+def table_of(out: Output, known: Prepared, methods: Sequence[Method], *, guard: bool = False) -> Candidates:
+    """What methods offer for a network that is prepared."""
     with out.progress() as report:
-        dense = None
-        if latency is not None:
-            timing = measure_latency({"dense": model}, as_arguments(model, example), threads=latency.threads)
-            dense = timing["dense"].p50
-        table = tabulate(sites, methods, latency=latency, dense_latency=dense, guard=guard, progress=report)
-    return Survey(sites, table)
+        return tabulate(
+            known.sites, methods, latency=known.latency, dense_latency=known.dense_latency, guard=guard, progress=report
+        )
 
 
-def carry_out(found: Survey, model: nn.Module, plan: Plan, batches: Iterable[Any] | None) -> Result:
-    """Apply a plan to a model that has been surveyed."""
-    small = apply(model, found.sites, plan, batches)
-    skipped = tuple((s.name, s.kind, s.reason) for s in found.sites.skipped)
-    return Result(small, plan, Report(plan, skipped, found.sites.samples), found.table, found.sites)
+def carry_out(model: nn.Module, known: Prepared, table: Candidates, plan: Plan) -> Result:
+    """Apply a plan to a model that has been prepared."""
+    small = apply(model, known.sites, plan, known.batches)
+    skipped = tuple((s.name, s.kind, s.reason) for s in known.sites.skipped)
+    return Result(small, plan, Report(plan, skipped, known.sites.samples), table, known.sites)
 
 
 def skipped_values(sites: Sites) -> list[dict[str, str]]:
@@ -271,7 +220,3 @@ def print_skipped(out: Output, sites: Sites) -> None:
     if sites.skipped:
         rows = [tuple(each.values()) for each in skipped_values(sites)]
         out.table(["layer", "kind", "reason"], rows, title="Skipped")
-
-
-def _named(what: str, report: Callable[[str, int, int | None], None]) -> Callable[[int, int | None], None]:
-    return lambda done, total: report(what, done, total)

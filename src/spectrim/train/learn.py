@@ -14,13 +14,10 @@ from torch import nn
 
 from spectrim.cost.latency import Latency
 from spectrim.errors import CheckpointError
-from spectrim.network.groups import group
 from spectrim.nn.find import Selector
-from spectrim.nn.timing import measure_latency
 from spectrim.nn.watch.batches import batch_size
-from spectrim.nn.watch.calibrate import calibrate
-from spectrim.nn.watch.sensitivity import sensitivity
-from spectrim.pipeline import Report, Result, find_some, laid_out, one_batch
+from spectrim.pipeline import Report, Result
+from spectrim.preparation import locate, prepare
 from spectrim.selection.budget import Budget
 from spectrim.selection.plan import Plan
 from spectrim.selection.trajectory import Trajectory
@@ -292,24 +289,18 @@ class _Run:
         return Loop(model, self.batches, recipe, checkpoint=path, first_epoch=epoch, **hooks, **self.shared)
 
     def _ranks(self, net: nn.Module, budget: Budget | None, learning: Recipe, options: dict[str, Any]) -> LearnedRanks:
-        sites = calibrate(net, find_some(net, self.skip, self.only), self.calibration)
-        if self.weigh:
-            sites = sensitivity(net, sites, self.calibration)
-        if self.groups is not False:
-            sites = group(sites, None if self.groups is True else self.groups)
+        sites = locate(net, self.calibration, skip=self.skip, only=self.only)
+        prepared = prepare(
+            net, sites, self.calibration, sensitivity=self.weigh, groups=self.groups,
+            latency=self.latency or (budget is not None and budget.latency is not None),
+            dense_latency=options.get("dense_latency"),
+        )  # fmt: skip
         schedule = options.get("schedule") or Schedule()
         total = learning.epochs * (length(self.batches, needed=True) or 0)
         # The last C step is due after the last batch.
         every = max(1.0, total / max(1, schedule.steps - 1))
-        spec = sites.sites[0].spec
-        clock = self.latency
-        if clock is None and budget is not None and budget.latency is not None:
-            clock = Latency(device=spec.device, dtype=spec.dtype)
-        if clock is not None and options.get("dense_latency") is None:
-            example = one_batch(net, self.calibration, clock.batch)
-            dense = measure_latency({"dense": laid_out(net, clock)}, example, threads=clock.threads)["dense"].quiet
-            options = {**options, "dense_latency": dense}
-        return LearnedRanks(net, sites, budget, every=every, latency=clock, **options)
+        timing = {"latency": prepared.latency, "dense_latency": prepared.dense_latency}
+        return LearnedRanks(net, prepared.sites, budget, every=every, **{**options, **timing})
 
 
 def _settled(trajectory: Trajectory, patience: int | None) -> bool:

@@ -34,9 +34,8 @@ from spectrim.network.choices import Choice
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Site, Sites
 from spectrim.nn.find import canonical
-from spectrim.nn.watch.calibrate import calibrate
-from spectrim.nn.watch.sensitivity import sensitivity
-from spectrim.pipeline import meet_latency, one_batch
+from spectrim.pipeline import meet_latency
+from spectrim.preparation import one_batch, prepare
 from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
@@ -314,9 +313,8 @@ class LearnedRanks:
         """
         sites = self._present(lambda name, weight: weight.clone())
         if batches is not None:
-            fitted = calibrate(self.model, sites, batches, forward=forward)
-            if any("gradient" in site.moments for site in self.sites):
-                fitted = sensitivity(self.model, fitted, batches, forward=forward)
+            weighed = any("gradient" in site.moments for site in self.sites)
+            fitted = prepare(self.model, sites, batches, sensitivity=weighed, forward=forward).sites
             sites = fitted if self.energy == "output" else sites
         else:
             fitted = sites

@@ -1,0 +1,145 @@
+"""What every plan starts from: a network found, coupled, calibrated, weighed, grouped and timed, once."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from spectrim.cost.latency import Latency
+from spectrim.errors import CalibrationError, PlanError
+from spectrim.network.groups import group
+from spectrim.network.sites import Sites
+from spectrim.nn.channels.graph import couple
+from spectrim.nn.find import Selector, find
+from spectrim.nn.timing import measure_latency
+from spectrim.nn.watch.batches import arguments, resized
+from spectrim.nn.watch.calibrate import calibrate
+from spectrim.nn.watch.sensitivity import sensitivity as weigh
+from spectrim.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A dense network as plans are made for it.
+
+    Attributes
+    ----------
+    sites
+        Calibrated, and weighed, coupled and grouped as asked for.
+    batches
+        That the sites were calibrated on, to be read as often as needed; None where no statistics were taken.
+    latency
+        How time is measured; None if it is not.
+    example
+        A batch as the network is timed with: positional arguments or a dict of keyword arguments.
+    dense_latency
+        Milliseconds of the dense network that tables are made and budgets are read with: those that an idle machine
+        would show, as for the layers.
+    """
+
+    sites: Sites
+    batches: Iterable[Any] | None = None
+    latency: Latency | None = None
+    example: Any = None
+    dense_latency: float | None = None
+
+
+def locate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    skip: Selector | Iterable[Selector] = (),
+    only: Selector | Iterable[Selector] = (),
+    channels: bool = False,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> Sites:
+    """The sites of a model, at least one; with ``channels`` those that can be removed, traced with the first batch.
+
+    Raises
+    ------
+    PlanError
+        If there is nothing to compress; the message says why layers were skipped.
+    CalibrationError
+        If channels are asked for and there is no batch.
+    """
+    sites = find(model, skip=skip, only=only)
+    if not len(sites):
+        reasons = "; ".join(f"{s.name}: {s.reason}" for s in sites.skipped[:5]) or "it has no linear or conv layers"
+        raise PlanError(f"{type(model).__name__} has no layer to compress ({reasons})")
+    if not channels:
+        return sites
+    example = next(iter(batches), None)
+    if example is None:
+        raise CalibrationError("no calibration batches: the iterable was empty")
+    return couple(model, sites, example, forward=forward)
+
+
+def prepare(
+    model: nn.Module,
+    sites: Sites,
+    batches: Iterable[Any],
+    *,
+    statistics: bool = True,
+    sensitivity: bool = True,
+    groups: bool | Mapping[str, Sequence[str]] = False,
+    latency: Latency | bool = False,
+    dense_latency: float | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    progress: Progress = silent,
+) -> Prepared:
+    """Calibrate, weigh and group the sites of a dense network, and time the network.
+
+    Parameters
+    ----------
+    sites
+        From :func:`locate`.
+    batches
+        Read several times.
+    statistics
+        False to learn input shapes only, from the first batch.
+    sensitivity
+        Weigh errors by the gradients that reach each layer.
+    groups
+        Layers that may share factors: True finds them, a mapping names them.
+    latency
+        How time is measured; True measures on the model's device in its dtype, False measures no time.
+    dense_latency
+        Of the whole dense network, if it is known; else it is measured.
+    """
+    sites = calibrate(
+        model, sites, batches, statistics=statistics, forward=forward, progress=functools.partial(progress, "calibrate")
+    )
+    if sensitivity:
+        sites = weigh(model, sites, batches, forward=forward)
+    if groups is not False:
+        sites = group(sites, None if groups is True else groups)
+    kept = batches if statistics else None
+    if latency is False:
+        return Prepared(sites, kept)
+    if latency is True:
+        spec = sites.sites[0].spec
+        latency = Latency(device=spec.device, dtype=spec.dtype)
+    example = one_batch(model, batches, latency.batch)
+    if dense_latency is None:
+        timings = measure_latency({"dense": laid_out(model, latency)}, example, threads=latency.threads)
+        dense_latency = timings["dense"].quiet
+    return Prepared(sites, kept, latency, example, dense_latency)
+
+
+def one_batch(model: nn.Module, batches: Iterable[Any], size: int) -> Any:
+    """One batch of the size that latency is measured at."""
+    args, kwargs = arguments(model, next(iter(batches)))
+    return resized(kwargs, size) if kwargs else resized(args, size)
+
+
+def laid_out(model: nn.Module, latency: Latency) -> nn.Module:
+    """The model in the memory format that is measured; a copy if that is not the plain one."""
+    if latency.memory_format == "contiguous":
+        return model
+    return copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,0 +1,120 @@
+"""Preparation: one network found, coupled, calibrated, weighed, grouped and timed for every caller."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import spectrim as st
+from spectrim.cli.app import app
+from spectrim.errors import CalibrationError
+from spectrim.nn.timing import Timing
+from spectrim.preparation import Prepared, locate, one_batch, prepare
+from spectrim.train import Recipe
+from tests.cases import batches_for, settled
+from tests.train.learned import fake_latency
+
+# Most of the samples were disturbed: their median is far from what an idle machine shows.
+BUSY = Timing((500.0,) * 5 + (9000.0,) * 10, (0,) * 5 + (3,) * 10)
+
+
+@pytest.fixture
+def busy(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, nn.Module]]:
+    """A machine that is busy whenever whole networks are timed, and what was timed."""
+    timed: list[Mapping[str, nn.Module]] = []
+
+    def measure(models: Mapping[str, nn.Module], example: Any, **_: object) -> dict[str, Timing]:
+        timed.append(models)
+        return dict.fromkeys(models, BUSY)
+
+    for caller in ("preparation", "pipeline"):
+        monkeypatch.setattr(f"spectrim.{caller}.measure_latency", measure)
+    return timed
+
+
+def by_compress(folder: Path) -> float:
+    model, batches = settled("residual"), batches_for("residual")
+    return st.compress(model, batches, st.Budget(macs=0.6), latency=fake_latency()).candidates.dense["latency"]
+
+
+def by_learn_ranks(folder: Path) -> float:
+    model, batches = settled("residual"), batches_for("residual")
+    still = Recipe(epochs=0)
+    result = st.learn_ranks(model, batches, st.Budget(macs=0.6), latency=fake_latency(), learning=still, tuning=still)
+    return result.candidates.dense["latency"]
+
+
+def by_the_command_line(folder: Path) -> float:
+    command = ["profile", "tests.cli.nets:tiny", "--data", "tests.cli.nets:batches", "--latency", "--only", "head"]
+    return json.loads(CliRunner().invoke(app, [*command, "--json"]).stdout)["costs"]["latency"]
+
+
+@pytest.mark.parametrize("caller", [by_compress, by_learn_ranks, by_the_command_line])
+def test_every_caller_reads_the_dense_network_s_time_on_an_idle_machine(
+    caller: Any, busy: list[Mapping[str, nn.Module]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SPECTRIM_CACHE", str(tmp_path))
+    assert BUSY.quiet != BUSY.p50
+    assert caller(tmp_path) == pytest.approx(BUSY.quiet)
+    assert list(busy[0]) == ["dense"]
+
+
+def test_a_time_that_is_known_is_not_measured_again(busy: list[Mapping[str, nn.Module]]) -> None:
+    model, batches = settled("residual"), batches_for("residual")
+    sites = locate(model, batches)
+    known = prepare(model, sites, batches, sensitivity=False, latency=fake_latency(), dense_latency=7.0)
+    assert (known.dense_latency, busy) == (7.0, [])
+    assert prepare(model, sites, batches, sensitivity=False).dense_latency is None
+    assert prepare(model, sites, batches, sensitivity=False, latency=True).dense_latency == BUSY.quiet
+
+
+def test_the_network_is_timed_in_the_memory_format_of_its_layers(busy: list[Mapping[str, nn.Module]]) -> None:
+    model, batches = settled("residual"), batches_for("residual")
+    clock = st.Latency(cache=None, memory_format="channels_last", timer=fake_latency().timer)
+    prepare(model, locate(model, batches), batches, sensitivity=False, latency=clock)
+    (timed,) = busy
+    weights = [p for p in timed["dense"].parameters() if p.dim() == 4 and p.shape[1] > 1]
+    assert weights
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+    assert all(p.is_contiguous() for p in model.parameters())
+
+
+def test_without_statistics_one_batch_teaches_the_shapes_and_no_batches_are_kept() -> None:
+    model, batches = settled("residual"), batches_for("residual")
+    sites = locate(model, batches)
+    shapes = prepare(model, sites, batches, statistics=False, sensitivity=False)
+    assert shapes.batches is None
+    assert all(site.spec.inputs and not site.moments for site in shapes.sites)
+    full = prepare(model, sites, batches)
+    assert full.batches is batches
+    assert all("gradient" in site.moments for site in full.sites)
+    assert Prepared(sites).example is None
+
+
+def test_channels_are_found_with_the_first_batch() -> None:
+    pytest.importorskip("torch_pruning")
+    model, batches = settled("residual"), batches_for("residual")
+    assert not locate(model, batches).couplings
+    assert locate(model, batches, channels=True).couplings
+    with pytest.raises(CalibrationError, match="no calibration batches"):
+        locate(model, [], channels=True)
+
+
+def test_the_example_has_the_batch_that_latency_is_measured_at() -> None:
+    model = settled("mlp")
+    (inputs,) = one_batch(model, [(torch.ones(3, 12), torch.zeros(3))], 5)
+    assert inputs.shape == (5, 12)
+
+    class Named(nn.Module):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return tokens
+
+    held = one_batch(Named(), [{"tokens": torch.ones(3, 12)}], 2)
+    assert held["tokens"].shape == (2, 12)
