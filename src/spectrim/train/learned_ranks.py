@@ -155,20 +155,7 @@ class LearnedRanks:
         dense_latency: float | None = None,
         costs: Mapping[str, Cost] | None = None,
     ) -> None:
-        if (budget is None) == (multiplier is None):
-            raise ValueError("give either a budget or multiplier=, the loss that one unit of the cost is worth")
-        if energy not in ("weight", "output"):
-            raise ValueError(f"energy={energy!r} must be 'weight' or 'output'")
-        if energy == "output" and not normalize:
-            raise ValueError("normalize=False is for weight energy; output energy is a share of the layer's always")
-        if energy == "output" and not all(site.moments for site in sites):
-            raise ValueError("energy='output' needs sites from calibrate(model, sites, batches), with statistics")
-        if budget is not None and not dense:
-            raise ValueError("dense=False is for a multiplier given by hand; under a budget a layer may stay dense")
-        if every is not None and every < 1:
-            raise ValueError(f"every={every!r} must be at least 1")
-        if not len(sites):
-            raise PlanError(f"{type(model).__name__} has no layer to compress")
+        _check(model, sites, budget, multiplier, energy=energy, normalize=normalize, dense=dense, every=every)
         self.model, self.budget, self.schedule = model, budget, schedule or Schedule()
         self.energy, self.normalize, self.dense = energy, normalize, dense
         self.augmented = budget is None if augmented is None else augmented
@@ -466,6 +453,34 @@ class LearnedRanks:
         )
         self.trajectory = dataclasses.replace(self.trajectory, records=(*self.trajectory.records, record))
         return plan
+
+
+def _check(
+    model: nn.Module,
+    sites: Sites,
+    budget: Budget | None,
+    multiplier: float | None,
+    *,
+    energy: str,
+    normalize: bool,
+    dense: bool,
+    every: float | None,
+) -> None:
+    """Raise ValueError for options that do not fit together, PlanError where there is nothing to learn."""
+    if (budget is None) == (multiplier is None):
+        raise ValueError("give either a budget or multiplier=, the loss that one unit of the cost is worth")
+    if energy not in ("weight", "output"):
+        raise ValueError(f"energy={energy!r} must be 'weight' or 'output'")
+    if energy == "output" and not normalize:
+        raise ValueError("normalize=False is for weight energy; output energy is a share of the layer's always")
+    if energy == "output" and not all(site.moments for site in sites):
+        raise ValueError("energy='output' needs sites from calibrate(model, sites, batches), with statistics")
+    if budget is not None and not dense:
+        raise ValueError("dense=False is for a multiplier given by hand; under a budget a layer may stay dense")
+    if every is not None and every < 1:
+        raise ValueError(f"every={every!r} must be at least 1")
+    if not len(sites):
+        raise PlanError(f"{type(model).__name__} has no layer to compress")
 
 
 def _copies(site: Site, choice: Choice, makers: Mapping[str, Method]) -> tuple[Tensor, ...]:
