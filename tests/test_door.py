@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 import spectrim as st
 
@@ -29,10 +29,40 @@ def untouched() -> Untouchable:
     return Untouchable(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
 
 
+def compress(**changed: Any) -> Any:
+    return st.compress(**{"model": untouched(), "calibration": BATCHES, "budget": HALF} | changed)
+
+
 MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "a number as budget": (lambda: compress(budget=0.5), TypeError, r"budget is 0\.5.*macs=0\.5"),
+    "a list of budgets": (lambda: compress(budget=[HALF]), TypeError, r"budget is \[.*macs"),
+    "an unreadable budget": (lambda: compress(budget="half"), ValueError, r"'half'.*COST=VALUE"),
+    "a method's name": (lambda: compress(methods=["svd"]), TypeError, r"methods has 'svd': expected objects"),
+    "a method's class": (lambda: compress(methods=[st.WeightSVD]), TypeError, r"methods has WeightSVD:.*WeightSVD\(\)"),
+    "a bare class": (lambda: compress(methods=st.WeightSVD), TypeError, r"methods has WeightSVD: expected objects"),
+    "two of one name": (
+        lambda: compress(methods=[st.WeightSVD(), st.WeightSVD(multiple_of=2)]),
+        ValueError,
+        "two methods are called 'WeightSVD'",
+    ),
+    "a module to skip": (lambda: compress(skip=[MODEL[0]]), TypeError, r"choose layers by Linear\(in.*a name pattern"),
+    "a number to keep to": (lambda: compress(only=3), TypeError, r"choose layers by 3: expected a name pattern"),
+    "a word as progress": (lambda: compress(progress="yes"), TypeError, r"progress is 'yes': expected True"),
+    "a bare tensor": (lambda: compress(calibration=BATCHES[0]), st.CalibrationError, r"one tensor of shape \(32, 32\)"),
+    "a dataset": (
+        lambda: compress(calibration=TensorDataset(BATCHES[0])),
+        st.CalibrationError,
+        r"TensorDataset, which gives single samples: pass DataLoader\(dataset",
+    ),
+    "a single batch as a dict": (lambda: compress(calibration={"x": BATCHES[0]}), st.CalibrationError, "are a dict"),
+    "a path": (lambda: compress(calibration="images/"), st.CalibrationError, "are a str: expected a list of batches"),
+    "nothing": (lambda: compress(calibration=None), st.CalibrationError, "are a NoneType: expected a list of batches"),
+    "a name as model": (lambda: compress(model="resnet18"), TypeError, r"model is a str: expected a torch.nn.Module"),
+    "a selector's name": (lambda: compress(selector="exact"), TypeError, r"selector is 'exact'.*spectrim.selection"),
     "find: a name": (lambda: st.find("resnet18"), TypeError, "model is a str"),
     "calibrate: a tensor": (lambda: st.calibrate(untouched(), SITES, BATCHES[0]), st.CalibrationError, "one tensor"),
     "tabulate: a class": (lambda: st.tabulate(SITES, st.WeightSVD), TypeError, "methods has WeightSVD"),
+    "select: a number": (lambda: st.select(st.tabulate(SITES), 0.5), TypeError, r"budget is 0\.5"),
     "apply: a dataset": (
         lambda: st.apply(
             untouched(), SITES, st.select(st.tabulate(SITES), st.Budget(parameters=0.5)), TensorDataset(BATCHES[0])
@@ -55,3 +85,26 @@ def test_a_mistake_is_one_sentence_before_any_work(mistake: str) -> None:
         call()
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"budget": "macs=50%"},
+        {"budget": "macs=0.5, parameters=90%"},
+        {"budget": {"macs": 0.5}},
+        {"methods": st.WeightSVD()},
+        {"methods": (st.WeightSVD(),)},
+        {"skip": "0", "budget": "macs=90%"},
+        {"skip": ["0"], "budget": "macs=90%"},
+        {"only": nn.Linear},
+        {"calibration": DataLoader(TensorDataset(torch.cat(BATCHES)), batch_size=32)},
+        {"calibration": iter(BATCHES)},
+        {"progress": False},
+    ],
+    ids=lambda changed: " ".join(changed),
+)
+def test_what_can_be_meant_is_taken(changed: dict[str, Any]) -> None:
+    arguments: dict[str, Any] = {"model": MODEL, "calibration": BATCHES, "budget": HALF} | changed
+    result = st.compress(**arguments, sensitivity=False)
+    assert result.plan.costs["macs"] <= result.plan.budget["macs"] < result.plan.dense_costs["macs"]

@@ -19,13 +19,13 @@ from spectrim.methods import Method, as_methods
 from spectrim.network.choices import Choice
 from spectrim.network.factors import KeptChannels
 from spectrim.network.sites import Sites
-from spectrim.nn.find import Selector
+from spectrim.nn.find import Selector, check_model
 from spectrim.nn.sparse.kernels import choose_kernels
 from spectrim.nn.timing import Timing, measure_latency
-from spectrim.nn.watch.batches import batch_size, call, evaluating, output_tensors
+from spectrim.nn.watch.batches import batch_size, call, checked_batches, evaluating, output_tensors
 from spectrim.preparation import Prepared, laid_out, locate, prepare
 from spectrim.progress import Progress, reports, silent
-from spectrim.selection.budget import COSTS, Budget, Limit
+from spectrim.selection.budget import COSTS, Amount, Budget, Limit
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
 from spectrim.selection.selectors import exact, select
@@ -113,9 +113,9 @@ class Result:
 def compress(
     model: nn.Module,
     calibration: Iterable[Any],
-    budget: Budget,
+    budget: Budget | str | Mapping[str, Amount],
     *,
-    methods: Sequence[Method] | None = None,
+    methods: Method | Sequence[Method] | None = None,
     skip: Selector | Iterable[Selector] = (),
     only: Selector | Iterable[Selector] = (),
     groups: bool | Mapping[str, Sequence[str]] | None = None,
@@ -136,7 +136,7 @@ def compress(
     calibration
         Batches of training inputs, a thousand samples or more; labels are not used. An iterator is read into a list.
     budget
-        For the whole network.
+        For the whole network; also as text, ``"macs=50%"``.
     methods
         What may be chosen at each site; as for :func:`spectrim.tabulate` by default. With one that removes channels,
         these are found first (:func:`spectrim.couple`), the plan is made in steps
@@ -168,17 +168,23 @@ def compress(
     ------
     InfeasibleBudgetError
         If the budget cannot be met; carries the lowest reachable cost.
-    ValueError
-        For groups beside a method that removes channels.
+    TypeError, ValueError
+        For arguments that cannot be meant, and groups beside a method that removes channels; before any work.
 
     Notes
     -----
     With a latency budget the plan is made from measured layer times, built, measured end to end beside the dense
     network and corrected, up to eight times, until it is within 3 % of the budget.
     """
+    check_model(model)
     budget = Budget.of(budget)
     budget.check(COSTS)
-    batches = list(calibration) if iter(calibration) is calibration else calibration
+    if not callable(selector):
+        raise TypeError(
+            f"selector is {selector!r}: expected a function of a table and a budget, such as those of "
+            "spectrim.selection.selectors"
+        )
+    batches = list(calibration) if iter(checked_batches(calibration)) is calibration else calibration
     methods = None if methods is None else as_methods(methods)
     channels = any(method.removes_channels for method in methods or ())
     if channels and groups:

@@ -52,8 +52,7 @@ def find(
     ValueError
         If a name pattern matches no layer; the message lists the layers.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"the model is a {type(model).__name__}: expected a torch.nn.Module")
+    check_model(model)
     names = _names(model)
     layers = {m: n for m, n in names.items() if _is_layer(m)}
     wanted = _Wanted(_selectors(skip), _selectors(only))
@@ -125,6 +124,12 @@ class _Wanted:
         if self.onlys and not any(_matches(selector, paths, module) for selector in self.onlys):
             return "not among the layers asked for"
         return None
+
+
+def check_model(model: object) -> None:
+    """Raise TypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model is a {type(model).__name__}: expected a torch.nn.Module")
 
 
 def describe(module: nn.Module, names: Iterable[str]) -> LayerSpec:
