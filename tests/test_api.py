@@ -17,7 +17,7 @@ from spectrim.cost.counted import macs, parameters, size_bytes
 from spectrim.errors import PlanError
 from spectrim.linalg.unfold import unfold, unfolding
 from spectrim.methods import Curve, LowRankMethod
-from spectrim.network.choices import Choice
+from spectrim.network.choices import Choice, ZeroChoice
 from spectrim.network.factors import LowRank
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Site, Sites
@@ -220,12 +220,12 @@ def test_a_table_made_again_takes_costs_over_and_leaves_other_rows() -> None:
 def test_options_of_no_method_keep_their_errors_and_unknown_ones_are_refused() -> None:
     _, sites, _ = prepared("mlp")
     table = tabulate(sites, [st.WeightSVD()])
-    own = Option(Choice("zero"), 0.75, dict.fromkeys(table.costs, 0.0))
+    own = Option(ZeroChoice(0), 0.75, dict.fromkeys(table.costs, 0.0))
     rows = tuple(dataclasses.replace(row, options=(*row.options, own)) for row in table)
     for row in retabulate(dataclasses.replace(table, rows=rows), moved(sites), [st.WeightSVD()]):
         assert row.options[-1] is own
     with pytest.raises(
-        ValueError, match="site '0': the methods do not offer WeightSVD bias=True rank=1 .*the table has"
+        ValueError, match="site '0': the methods do not offer WeightSVD's 'channel, rank 1', which the table has"
     ):
         retabulate(table, sites, [st.WeightSVD(multiple_of=3)])
     with pytest.raises(ValueError, match="site '0': the methods do not offer WeightSVD"):

@@ -11,9 +11,9 @@ from torch import nn
 
 from spectrim.errors import PlanError
 from spectrim.methods import Method, as_methods, from_record
-from spectrim.network.choices import DENSE
+from spectrim.network.choices import DENSE, ChannelsChoice
 from spectrim.network.coupling import IN
-from spectrim.network.factors import Factors, KeptChannels, LowRank, SharedBasis
+from spectrim.network.factors import Factors, LowRank, SharedBasis
 from spectrim.network.sites import Site, Sites
 from spectrim.nn.build import build, skeleton
 from spectrim.nn.channels.removal import Removal
@@ -78,7 +78,7 @@ def apply(
         raise PlanError("batches are read several times; pass a list or a DataLoader, not an iterator")
     makers = _makers(plan, methods)
     _check(plan, sites)
-    removed = {e.site: _kept(e) for e in plan if e.choice.kind == KeptChannels.kind}
+    removed = {e.site: e.choice.kept for e in plan if isinstance(e.choice, ChannelsChoice)}
     removal = Removal.of(model, sites, removed)
     small, sites = removal.model, removal.sites
     layers = [entry for entry in plan if entry.site not in _channels(sites)]
@@ -190,13 +190,6 @@ def _steps(sites: Sites, dense: Mapping[str, bool], removal: Removal, *, refit: 
     return steps
 
 
-def _kept(entry: Entry) -> tuple[int, ...]:
-    channels = entry.choice.settings.get("kept")
-    if not isinstance(channels, tuple):
-        raise PlanError(f"channels {entry.site!r}: setting 'kept' is {channels!r}; expected the channels that stay")
-    return channels
-
-
 def _channels(sites: Sites) -> set[str]:
     return {coupling.name for coupling in sites.couplings}
 
@@ -204,7 +197,7 @@ def _channels(sites: Sites) -> set[str]:
 def _check(plan: Plan, sites: Sites) -> None:
     """Raise PlanError unless the plan is for these sites."""
     names = [name for entry in plan for name in entry.sites]
-    missing = [e.site for e in plan if e.choice.kind == KeptChannels.kind and e.site not in _channels(sites)]
+    missing = [e.site for e in plan if isinstance(e.choice, ChannelsChoice) and e.site not in _channels(sites)]
     if missing:
         raise PlanError(
             f"the plan removes channels {missing[0]!r}, which the sites do not have"

@@ -16,8 +16,7 @@ from spectrim.channel_plans.stepwise import select_in_steps
 from spectrim.cost.latency import Latency
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.methods import Method, as_methods
-from spectrim.network.choices import Choice
-from spectrim.network.factors import KeptChannels
+from spectrim.network.choices import ChannelsChoice, Choice
 from spectrim.network.sites import Sites
 from spectrim.nn.find import Selector, check_model
 from spectrim.nn.sparse.kernels import choose_kernels
@@ -68,13 +67,13 @@ class Report:
         if self.measured:
             dense_ms, small_ms = self.measured["dense"].p50, self.measured["compressed"].p50
             lines.append(f"{'measured ms':<12}{dense_ms:>16.3f}{small_ms:>16.3f}{dense_ms / small_ms:>8.2f}x")
-        removals = [entry for entry in self.plan if entry.choice.kind == KeptChannels.kind]
-        layers = [e for e in self.plan if e not in removals and not e.of_channels]
+        removals = [entry.choice for entry in self.plan if isinstance(entry.choice, ChannelsChoice)]
+        layers = [e for e in self.plan if not e.of_channels]
         changed = sum(len(entry.sites) for entry in layers if not entry.choice.is_dense)
         total = sum(len(entry.sites) for entry in layers)
         lines.append(f"{changed} of {total} layers changed, {self.samples:,} calibration samples")
         if removals:
-            gone = sum(entry.choice["of"] - len(entry.choice["kept"]) for entry in removals)
+            gone = sum(choice.gone for choice in removals)
             lines.append(f"{gone:,} channels removed from {len(removals)} groups")
         shared = [entry for entry in self.plan if entry.members]
         if shared:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
 from spectrim.methods import ActivationSVD, Curve, JointSVD, Method, WeightSVD, as_methods
-from spectrim.network.choices import DENSE, Choice
+from spectrim.network.choices import DENSE, ChannelsChoice, Choice
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Site, Sites
 from spectrim.progress import Progress, reports
@@ -147,9 +147,8 @@ def retabulate(candidates: Candidates, sites: Sites, methods: Sequence[Method]) 
                 # The table holds a part of what the curves offer, in the same order.
                 error = next((error for choice, error in errors if choice == option.choice), None)
                 if error is None:
-                    raise ValueError(
-                        f"site {site.name!r}: the methods do not offer {option.choice}, which the table has"
-                    )
+                    words = f"{option.choice.method}'s {str(option.choice)!r}"
+                    raise ValueError(f"site {site.name!r}: the methods do not offer {words}, which the table has")
                 option = Option(option.choice, error, option.costs)
             options.append(option)
         spectra = {f"{method.name}/{name}": s for method, curve in curves for name, s in curve.spectra.items()}
@@ -175,7 +174,7 @@ def _cost(
     """What the layers of a choice cost; coupled channels also in what is no layer."""
     if site.coupling is None:
         return {name: cost(specs) for name, cost in functions.items()}
-    channels = site.coupling.channels if choice.is_dense else len(choice["kept"])
+    channels = len(choice.kept) if isinstance(choice, ChannelsChoice) else site.coupling.channels
     extra = {"parameters": site.coupling.parameters * channels, "bytes": site.coupling.bytes * channels}
     return {name: sum(cost((s,)) for s in specs) + extra.get(name, 0.0) for name, cost in functions.items()}
 
@@ -202,4 +201,7 @@ def _row(
     if site.coupling is not None:
         kind, members = f"{site.coupling.channels} channels", ()
     scale = next((curve.scale for _, curve in curves if curve.choices), 1.0)
-    return Row(site.name, kind, (dense, *kept), scale=scale, spectra=spectra, members=members)
+    return Row(
+        site.name, kind, (dense, *kept), scale=scale, spectra=spectra, members=members,
+        of_channels=site.coupling is not None,
+    )  # fmt: skip

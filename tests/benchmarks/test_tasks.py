@@ -70,7 +70,7 @@ def work_table() -> Candidates:
     def row(site: str, milliseconds: float) -> Row:
         options = [Option(DENSE, 0.0, {"macs": 100.0, "latency": 10.0})]
         for share in range(90, 0, -10):
-            choice = st.Choice("low_rank", "WorkKept", {"rank": share})
+            choice = st.Choice("low_rank", "WorkKept", {"unfolding": "channel", "rank": share})
             time = 10 - milliseconds * (100 - share) / 100
             options.append(Option(choice, 1 - share / 100, {"macs": float(share), "latency": time}))
         return Row(site, "conv", tuple(options), scale=100.0)

@@ -85,7 +85,7 @@ def test_compress_shares_under_a_parameter_budget_and_says_so(run):
     found = run.json("compress", "repeated:net", *DATA, "--budget", "parameters=25%", "--out", "small")
     assert found["costs"]["parameters"] <= found["budget"]["parameters"]
     (group,) = [group for group in found["groups"] if set(group["members"]) <= set(ALL)]
-    assert group["choice"].startswith("JointSVD-")
+    assert group["method"].startswith("JointSVD-")
     assert any(f"{len(group['members'])} layers share factors, in 1 group." in note for note in found["notes"])
     plan = Plan.read("small/plan.json")
     assert plan[group["name"]].members == tuple(group["members"])

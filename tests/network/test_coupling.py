@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from spectrim.errors import PlanError
-from spectrim.network.coupling import Coupling, Side, axes_left, fewer
+from spectrim.network.choices import ChannelsChoice, Place
+from spectrim.network.coupling import Coupling, Side, axes_left
 
 
 def side(name: str, axis: str, first: int, channels: int, size: int, per: int = 1) -> Side:
@@ -115,35 +114,21 @@ def test_a_name_that_there_is_not() -> None:
         axes_left([], {"x:out": [0]})
 
 
-def test_sides_as_text() -> None:
+def test_a_choice_says_what_is_lost_where() -> None:
     coupling = concatenation()[1]
-    assert coupling.written() == "b:out:1 norm:through:1 c:in:2"
+    assert [str(place) for place in coupling.places] == ["b:out:1", "norm:through:1", "c:in:2"]
     assert coupling.on("in") == (coupling.sides[2],)
-    assert fewer([1, 3], 4, coupling.written()) == [("b", "out", 2), ("norm", "through", 2), ("c", "in", 4)]
-    nested = dataclasses.replace(coupling, sides=(side("block.0.conv", "out", 0, 4, 4), side("pos", "2", 0, 4, 4)))
-    assert fewer([0], 4, nested.written()) == [("block.0.conv", "out", 3), ("pos", "2", 3)]
-    assert fewer(range(4), 4, coupling.written())[0] == ("b", "out", 0)
-    assert fewer([0], 4, "") == []
+    choice = ChannelsChoice((1, 3), 4, coupling.places)
+    assert choice.lost == (Place("b", "out", 2), Place("norm", "through", 2), Place("c", "in", 4))
+    assert ChannelsChoice((0, 1, 2, 3), 4, coupling.places).lost[0] == Place("b", "out", 0)
 
 
 @given(st.integers(1, 6), st.data())
-def test_text_says_what_is_lost(n: int, data) -> None:
+def test_what_is_lost_is_what_the_axes_lose(n: int, data) -> None:
     couplings = concatenation(n, 3)
-    kept = sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1)))
+    kept = tuple(sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1))))
     axes = axes_left(couplings, {"a:out": kept})
     sizes = {(s.name, s.axis): s.size for c in couplings for s in c.sides}
-    for name, axis, count in fewer(kept, n, couplings[0].written()):
-        assert count == sizes[name, axis] - len(axes.get((name, axis), range(sizes[name, axis])))
-
-
-@pytest.mark.parametrize(
-    ("kept", "of", "sides"),
-    [
-        ([0], 4, "a"), ([0], 4, "a:out"), ([0], 4, "a:out:"), ([0], 4, "a:out:x"), ([0], 4, "a:out:-1"),
-        ([0], 4, ":out:1"), ([0], 4, "a:out:1.5"), ([0], 4, "a:out:²"), ([], 4, "a:out:1"), ([0, 1, 2], 2, "a:out:1"),
-        ([0], "4", "a:out:1"), ([0], 4.0, "a:out:1"), ([0], 4, None), ([0], 4, 7), ([0], 0, "a:out:1"),
-    ],
-)  # fmt: skip
-def test_text_that_says_nothing(kept, of, sides) -> None:
-    with pytest.raises(ValueError, match=r"no part of them|not written as module:axis:entries"):
-        fewer(kept, of, sides)
+    for place in ChannelsChoice(kept, n, couplings[0].places).lost:
+        axis = place.module, place.axis
+        assert place.entries == sizes[axis] - len(axes.get(axis, range(sizes[axis])))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor
 from spectrim.cost.counted import parameters
 from spectrim.errors import PlanError
 from spectrim.linalg.unfold import fold, unfoldings
-from spectrim.network.choices import Choice
+from spectrim.network.choices import Choice, LowRankChoice, SharedChoice
 from spectrim.network.factors import Factors, LowRank, SharedBasis, kinds
 from spectrim.nn.build import build, skeleton
 from tests.cases import LAYERS, small_site
@@ -50,16 +50,16 @@ def test_numel_counts_both_factors(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_empty_factors_have_the_shapes_of_full_ones(shape: tuple[int, ...]) -> None:
     for factors in drawn(shape, 2):
-        empty = LowRank.empty([shape], {"rank": 2, "unfolding": factors.how.name, "bias": True})
+        empty = LowRank.empty([shape], LowRankChoice(factors.how.name, 2, True))
         assert empty.left.shape == factors.left.shape
         assert empty.right.shape == factors.right.shape
         assert (empty.how, empty.shape, empty.shift) == (factors.how, factors.shape, None)
 
 
-@pytest.mark.parametrize("rank", [0, -1, 10**12, 2.5, True, "3", None])
-def test_a_rank_that_no_decomposition_has_allocates_nothing(rank: object) -> None:
+@pytest.mark.parametrize("rank", [0, -1, 5, 10**12])
+def test_a_rank_that_no_decomposition_has_allocates_nothing(rank: int) -> None:
     with pytest.raises(ValueError, match="expected a whole number from 1 to the full rank 4"):
-        LowRank.empty([(1, 5, 4)], {"rank": rank, "unfolding": "channel"})
+        LowRank.empty([(1, 5, 4)], LowRankChoice("channel", rank))
 
 
 def test_the_kind_is_registered() -> None:
@@ -74,7 +74,7 @@ def test_a_skeleton_has_the_shapes_of_the_choice(kind: str) -> None:
     site, _, _ = small_site(kind, calibrated=False)
     for how in unfoldings(site.spec.kernel):
         for bias in (True, False):
-            (pair,) = skeleton(Choice("low_rank", "any", {"unfolding": how.name, "rank": 2, "bias": bias}), site.layers)
+            (pair,) = skeleton(LowRankChoice(how.name, 2, bias), site.layers)
             specs = site.spec.factor(how, 2, bias=bias)
             assert sum(p.numel() for p in pair.parameters()) == parameters(specs)
             assert (pair.second.bias is not None) is bias
@@ -83,13 +83,11 @@ def test_a_skeleton_has_the_shapes_of_the_choice(kind: str) -> None:
 @pytest.mark.parametrize(
     ("choice", "complaint"),
     [
-        (Choice("magic", "any", {}), "unknown kind 'magic'; known are low_rank"),
-        (Choice("low_rank", "any", {"rank": 2}), "lacks the setting 'unfolding'"),
-        (Choice("low_rank", "any", {"rank": 2, "unfolding": "height-first"}), "has no unfolding 'height-first'"),
-        (Choice("low_rank", "any", {"rank": 10**9, "unfolding": "channel"}), "rank 1000000000"),
+        (LowRankChoice("height-first", 2), "has no unfolding 'height-first'"),
+        (LowRankChoice("channel", 10**9), "rank 1000000000"),
     ],
 )
-def test_a_choice_that_does_not_fit_is_refused(choice: Choice, complaint: str) -> None:
+def test_a_choice_that_does_not_fit_is_refused(choice: LowRankChoice, complaint: str) -> None:
     site, _, _ = small_site("linear", calibrated=False)
     with pytest.raises(PlanError, match=complaint):
         skeleton(choice, site.layers)
@@ -105,7 +103,7 @@ def test_factors_without_a_builder_are_named() -> None:
             return 0
 
         @classmethod
-        def empty(cls, shapes: Sequence[Sequence[int]], settings: Mapping[str, object]) -> Strange:
+        def empty(cls, shapes: Sequence[Sequence[int]], choice: object) -> Strange:
             return cls()
 
     site, _, _ = small_site("linear", calibrated=False)
@@ -126,8 +124,7 @@ def test_the_shift_is_added_to_the_bias() -> None:
 
 
 def shared(shapes: Sequence[Sequence[int]], rank: int, left_rank: int, name: str = "channel") -> SharedBasis:
-    settings = {"unfolding": name, "rank": rank, "left_rank": left_rank, "bias": True}
-    empty = SharedBasis.empty(shapes, settings)
+    empty = SharedBasis.empty(shapes, SharedChoice(name, rank, left_rank, True))
     filled = {
         field: tuple(torch.randn_like(t) for t in held) if isinstance(held, tuple) else torch.randn_like(held)
         for field in ("own_lefts", "shared_right", "shared_left", "own_rights")
@@ -186,13 +183,13 @@ HUGE = 10**12
         (PAIR, {"rank": -2, "left_rank": -3}, "rank"),
         (PAIR, {"rank": 2, "left_rank": -1}, "rank"),
         (PAIR, {"rank": 2, "left_rank": 3}, "rank"),
-        (PAIR, {"rank": 2.0}, "rank 2.0; expected a whole number"),
-        (PAIR, {"rank": True}, "rank True; expected a whole number"),
-        (PAIR, {"left_rank": "1"}, "rank '1'; expected a whole number"),
-        (PAIR, {"left_rank": None}, "rank None; expected a whole number"),
-        (PAIR, {"rank": (1, 2)}, r"rank \(1, 2\); expected a whole number"),
+        (PAIR, {"rank": 2.0}, "rank .* is 2.0"),
+        (PAIR, {"rank": True}, "rank .* is True"),
+        (PAIR, {"left_rank": "1"}, "left_rank .* is '1'"),
+        (PAIR, {"left_rank": None}, "left_rank .* is None"),
+        (PAIR, {"rank": (1, 2)}, r"rank .* is \(1, 2\)"),
         (PAIR, {"unfolding": "diagonal"}, "has no unfolding 'diagonal'"),
-        (PAIR, {"once": 1, "left_rank": 2}, "once is 1; expected true or false"),
+        (PAIR, {"once": 1, "left_rank": 2}, "once .* is 1"),
         (PAIR, {"once": True, "left_rank": 1}, "a first factor that is shared whole"),
         (PAIR[:1], {}, "layers that share a factor"),
         ([], {}, "layers that share a factor"),
@@ -206,12 +203,12 @@ def test_shared_settings_that_make_no_sense_allocate_nothing(
     shapes: list[tuple[int, ...]], changes: dict[str, object], complaint: str
 ) -> None:
     settings = {"unfolding": "channel", "rank": 2, "left_rank": 0} | changes
-    with pytest.raises(ValueError, match=complaint):
-        SharedBasis.empty(shapes, settings)
+    with pytest.raises((PlanError, ValueError), match=complaint):
+        SharedBasis.empty(shapes, Choice("shared_basis", "m", settings))
 
 
 def test_shared_settings_must_be_there() -> None:
     for name in ("unfolding", "rank", "left_rank"):
         settings = {k: v for k, v in {"unfolding": "channel", "rank": 2, "left_rank": 0}.items() if k != name}
-        with pytest.raises(KeyError, match=name):
-            SharedBasis.empty(PAIR, settings)
+        with pytest.raises(PlanError, match=f"lacks the field '{name}'"):
+            Choice("shared_basis", "m", settings)

@@ -160,7 +160,7 @@ def test_narrowing_twice_is_narrowing_once(name: str) -> None:
         # The shrinkage of two smaller covariances is not that of one.
         assert torch.allclose(a.weight, b.weight, rtol=0.05, atol=0.05 * float(b.weight.abs().max()))
     for a, b in zip(twice.couplings, once.couplings, strict=True):
-        assert (a.name, a.channels, a.written(), a.pools) == (b.name, b.channels, b.written(), b.pools)
+        assert (a.name, a.channels, a.places, a.pools) == (b.name, b.channels, b.places, b.pools)
         for mine, other in zip(a.sides, b.sides, strict=True):
             assert torch.equal(mine.positions, other.positions)
             assert mine.size == other.size

@@ -101,7 +101,7 @@ def group(kind: str, share: str, dtype: torch.dtype = torch.float32, *, how: str
     make, shape = KINDS[kind]
     layers = [make(n, i, o).to(dtype) for n, (i, o) in enumerate(WIDTHS[share])]
     specs = [describe(layer, [f"layer{n}"]) for n, layer in enumerate(layers)]
-    empty = SharedBasis.empty([spec.shape for spec in specs], settings(share, how))
+    empty = SharedBasis.empty([spec.shape for spec in specs], Choice("shared_basis", "m", settings(share, how)))
 
     def drawn(shaped: Tensor) -> Tensor:
         return (torch.randn(shaped.shape, dtype=torch.float64) / 2).to(dtype)

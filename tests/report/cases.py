@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spectrim.network.choices import DENSE, Choice
+from spectrim.network.choices import DENSE, LowRankChoice, SharedChoice, SumChoice
 from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates, Option, Row
 from spectrim.selection.plan import Plan
@@ -19,7 +19,7 @@ def table(names: Sequence[str]) -> Candidates:
         options = [Option(DENSE, 0.0, {"macs": 10 * size, "parameters": size})]
         options += [
             Option(
-                Choice("low_rank", "WeightSVD", {"unfolding": how, "rank": rank, "bias": True}),
+                LowRankChoice(how, rank, True, method="WeightSVD"),
                 slope**rank,
                 {"macs": rank * size, "parameters": rank * size / 10},
             )
@@ -42,9 +42,9 @@ def shared(names: Sequence[str], members: int = 2) -> Candidates:
     parts = alone.rows[:members]
     options = [Option(DENSE, 0.0, _sum(parts, 0))]
     for number, first in enumerate(parts[0].options[1:], 1):
-        rank = first.choice["rank"]
-        settings = {**first.choice.settings, "left_rank": rank if rank % 2 else 0}
-        choice = Choice("shared_basis", "JointSVD-left" if rank % 2 else "JointSVD-right", settings)
+        how, rank = first.choice["unfolding"], first.choice["rank"]
+        left_rank, method = (rank, "JointSVD-left") if rank % 2 else (0, "JointSVD-right")
+        choice = SharedChoice(how, rank, left_rank, True, method=method)
         options.append(Option(choice, first.error / 2, _sum(parts, number)))
     spectra = {f"JointSVD-{part}/height-first": tuple(0.4**k for k in range(12)) for part in ("left", "right")}
     group = Row(
@@ -66,10 +66,9 @@ def sums(parts: Sequence[tuple[int, float, str]]) -> tuple[Candidates, Plan]:
     """A table and plan of layers with ``(rank, density, pattern)``; the position of each entry takes a byte."""
     rows = []
     for number, (rank, density, pattern) in enumerate(parts):
-        settings = {"unfolding": "channel", "rank": rank, "density": density, "pattern": pattern, "bias": True}
         numbers = 10.0 * rank + 1000 * density
         made = Option(
-            Choice("low_rank_plus_sparse", "LowRankPlusSparse", settings),
+            SumChoice("channel", rank, density, pattern, True, method="LowRankPlusSparse"),
             0.1,
             {"macs": 10 * numbers, "parameters": numbers, "bytes": 4 * numbers + 1000 * density},
         )

@@ -33,7 +33,7 @@ def test_spectra_mark_the_rank_the_plan_chose():
             assert words == ["dense"]
         else:
             assert marks == [entry.choice["rank"]]
-            assert words == [f"rank {entry.choice['rank']}"]
+            assert words == [str(entry.choice).replace(", ", "\n")]
     without = figures.spectra(candidates)
     assert not any(axes.texts for axes in without.axes)
 
@@ -53,7 +53,7 @@ def test_layers_that_share_have_one_panel_and_one_bar():
     figure = figures.spectra(candidates, chosen)
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["group of a", "c"]
     first = figure.axes[0]
-    assert [text.get_text() for text in first.texts] == [f"rank {chosen['a'].choice['rank']}"]
+    assert [text.get_text() for text in first.texts] == [str(chosen["a"].choice).replace(", ", "\n")]
     # Separate plans have a panel for each layer, and none for the group that they do not use.
     separate = plan(table(["a", "b", "c"]))
     assert [axes.get_title(loc="left") for axes in figures.spectra(candidates, separate).axes] == ["a", "b", "c"]
@@ -77,7 +77,7 @@ def test_spectra_say_what_is_sparse_and_cut_nothing_at_rank_0():
     candidates, chosen = sums([(4, 0.05, "unstructured"), (0, 0.5, "2:4"), (3, 0.0, "rows")])
     figure = figures.spectra(candidates, chosen)
     words = [[text.get_text() for text in axes.texts] for axes in figure.axes]
-    assert words == [["rank 4\n5 % unstructured"], ["rank 0\n50 % 2:4"], ["rank 3"]]
+    assert words == [["channel\nrank 4\n+ 5 % unstructured"], ["50 % 2:4"], ["channel\nrank 3"]]
     marks = [[line for line in axes.lines if line.get_color() == figures.CHOSEN] for axes in figure.axes]
     assert [len(found) for found in marks] == [1, 0, 1]
     # A spectrum that nothing is taken of is pale.

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectrim.errors import InfeasibleBudgetError
-from spectrim.network.choices import DENSE, Choice
+from spectrim.network.choices import DENSE, LowRankChoice
 from spectrim.selection.budget import Budget, Limit
 from spectrim.selection.candidates import Candidates, Option, Row
 from spectrim.selection.selectors import select
@@ -204,7 +204,7 @@ def in_joules() -> Candidates:
     """Two sites; what saves MACs at one of them costs energy."""
 
     def row(name: str, *options: tuple[float, float, float]) -> Row:
-        choices = [DENSE, *(Choice("low_rank", "svd", {"rank": n}) for n in range(1, len(options)))]
+        choices = [DENSE, *(LowRankChoice("channel", n, method="svd") for n in range(1, len(options)))]
         costs = [{"macs": macs, "joules": joules} for _, macs, joules in options]
         return Row(name, "linear", tuple(map(Option, choices, [error for error, _, _ in options], costs)))
 

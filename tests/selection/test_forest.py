@@ -9,7 +9,7 @@ import random
 import pytest
 
 from spectrim.errors import InfeasibleBudgetError
-from spectrim.network.choices import DENSE, Choice
+from spectrim.network.choices import DENSE, LowRankChoice, SharedChoice
 from spectrim.selection import selectors
 from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates, Option, Row
@@ -31,7 +31,7 @@ def options(rng: random.Random, name: str, dense: float, lowest: float, number: 
     for rank in range(number):
         share = rng.uniform(lowest, 0.95)
         costs = {"parameters": dense * share, "macs": 2 * dense * rng.uniform(0.2, 1.1)}
-        choice = Choice("low_rank", "m", {"rank": rank + 1, "of": name})
+        choice = LowRankChoice("channel", rank + 1, method=name)
         found.append(Option(choice, rng.random() * (1 - share) + 0.001, costs))
     return tuple(found)
 
@@ -139,11 +139,9 @@ def test_without_a_need_nothing_is_shared() -> None:
     assert [entry.site for entry in plan] == ["s0", "s1", "s2", "s3", "s4"]
     assert all(entry.choice.is_dense for entry in plan)
     # A group that loses and costs as much as its sites apart is left too.
-    halves = tuple(
-        Row(name, "x", (Option(DENSE, 0.0, {"macs": 10.0}), Option(Choice("low_rank", "m"), 0.5, {"macs": 4.0})))
-        for name in "ab"
-    )
-    joined = Option(Choice("shared_basis", "m"), 0.5, {"macs": 8.0})
+    half = Option(LowRankChoice("channel", 1, method="m"), 0.5, {"macs": 4.0})
+    halves = tuple(Row(name, "x", (Option(DENSE, 0.0, {"macs": 10.0}), half)) for name in "ab")
+    joined = Option(SharedChoice("channel", 1, 0, method="m"), 0.5, {"macs": 8.0})
     both = Row("ab", "x", (Option(DENSE, 0.0, {"macs": 20.0}), joined), scale=2.0, members=("a", "b"))
     tie = Candidates((*halves, both), {"macs": 0.0}, "weight energy")
     assert [entry.site for entry in selectors.at_multiplier(tie, "macs", 1.0)] == ["a", "b"]

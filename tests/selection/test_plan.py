@@ -12,21 +12,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectrim.errors import PlanError, SpectrimError
-from spectrim.network.choices import DENSE, Choice
+from spectrim.network.choices import DENSE, ChannelsChoice, Choice, LowRankChoice, Place, SharedChoice, SumChoice
 from spectrim.selection.candidates import Candidates, Option, Row
 from spectrim.selection.plan import VERSION, Entry, Plan, make_plan
 
 names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
 numbers = st.floats(0, allow_nan=False, allow_infinity=False)
 costs = st.dictionaries(st.sampled_from(["parameters", "macs", "bytes", "latency"]), numbers)
-values = st.one_of(
-    names,
-    st.integers(-(2**60), 2**60),
-    st.floats(allow_nan=False, allow_infinity=False),
-    st.booleans(),
-    st.lists(st.integers(0, 4096), max_size=5).map(tuple),
+ranks = st.integers(1, 2**60)
+kept = st.lists(st.integers(0, 4096), min_size=1, max_size=5, unique=True).map(sorted).map(tuple)
+places = st.builds(Place, st.just("a.b"), st.sampled_from(["in", "out"]), st.integers(1, 9))
+choices = st.one_of(
+    st.just(DENSE),
+    st.builds(LowRankChoice, names, ranks, st.none() | st.booleans(), method=names),
+    st.builds(SharedChoice, names, st.integers(5, 9), st.integers(0, 5), st.booleans(), method=names),
+    st.builds(lambda how, rank: SharedChoice(how, rank, rank, True, once=True), names, ranks),
+    st.builds(SumChoice, names, st.integers(0, 9), st.floats(0, 1), names, st.booleans(), method=names),
+    st.builds(ChannelsChoice, kept, st.just(5000), st.lists(places, max_size=3).map(tuple), method=names),
 )
-choices = st.just(DENSE) | st.builds(Choice, names, names, st.dictionaries(names, values, max_size=3))
 entries = st.builds(Entry, names, names, choices, numbers, costs, costs)
 facts = st.dictionaries(names, st.one_of(names, st.integers(0, 64), st.booleans(), st.none()), max_size=3)
 plans = st.builds(
@@ -52,7 +55,7 @@ def example() -> Plan:
             Entry(
                 "layer1.0",
                 "Conv2d 3x3/2",
-                Choice("low_rank", "svd", {"rank": 8, "unfolding": "height-first", "kept": (1, 2), "scaled": True}),
+                LowRankChoice("height-first", 8, True, method="svd"),
                 0.125,
                 {"macs": 40.0},
                 {"macs": 90.0},
@@ -88,7 +91,7 @@ def test_a_plan_survives_json(plan: Plan) -> None:
 def test_equal_plans_give_equal_text() -> None:
     plan = example()
     entry = plan.entries[1]
-    turned = dataclasses.replace(entry.choice, settings=dict(list(entry.choice.settings.items())[::-1]))
+    turned = Choice(entry.choice.kind, "svd", dict(list(entry.choice.settings.items())[::-1]))
     other = dataclasses.replace(plan, entries=(plan.entries[0], dataclasses.replace(entry, choice=turned)))
     assert other == plan
     assert other.to_json() == plan.to_json()
@@ -144,6 +147,11 @@ def document(**changes: object) -> dict:
 ENTRY = json.loads(example().to_json())["entries"][1]
 
 
+def of_choice(**changes: object) -> str:
+    """A plan whose choice has been edited."""
+    return json.dumps(document(entries=[{**ENTRY, "choice": {**ENTRY["choice"], **changes}}]))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -162,14 +170,23 @@ ENTRY = json.loads(example().to_json())["entries"][1]
         (json.dumps(document(version="1")), r"\$.version"),
         (json.dumps(document(color="red")), "no field 'color'"),
         (json.dumps(document(entries=[{**ENTRY, "rank": 3}])), "entry has no field 'rank'"),
-        (json.dumps(document(entries=[{**ENTRY, "choice": {"knd": "low_rank"}}])), "choice has no field 'knd'"),
+        (
+            json.dumps(document(entries=[{**ENTRY, "choice": {"knd": "low_rank"}}])),
+            "'layer1.0'.*unknown field `knd`",
+        ),
         (json.dumps(document(entries=[{**ENTRY, "error": "0.1"}])), r"\$.entries\[0\].error"),
         (json.dumps(document(entries=[{k: v for k, v in ENTRY.items() if k != "site"}])), "site"),
+        (of_choice(settings={"a": 1}), "site 'layer1.0': a 'low_rank' choice has no field 'a'"),
+        (of_choice(settings={"rank": 8}), "site 'layer1.0': a 'low_rank' choice lacks the field 'unfolding'"),
         (
-            json.dumps(document(entries=[{**ENTRY, "choice": {**ENTRY["choice"], "settings": {"a": [0.5]}}}])),
-            "settings",
+            of_choice(settings={"rank": "8", "unfolding": "channel"}),
+            "'layer1.0': rank of .* is '8': Expected `int`",
         ),
-        (json.dumps(document(entries=[{**ENTRY, "choice": {**ENTRY["choice"], "settings": {"a": None}}}])), "settings"),
+        (of_choice(settings=[]), "site 'layer1.0'.*settings"),
+        (of_choice(kind="magic"), "site 'layer1.0': unknown kind of choice 'magic'; known are .*low_rank.*Import"),
+        (of_choice(kind=3), "site 'layer1.0'.*kind"),
+        (of_choice(method=None), "method"),
+        (example().to_json().replace('"bias"', '"bia5"'), "site 'layer1.0': .* has no field 'bia5'; it has .*bias"),
         (json.dumps(document(entries=[ENTRY, ENTRY])), "once"),
         (example().to_json().replace("0.125", "NaN"), "not a plan"),
         (example().to_json().replace("0.125", "1e999"), "not a plan"),
@@ -185,7 +202,7 @@ def test_diff_names_the_sites_that_differ() -> None:
     plan = example()
     first, second = plan.entries
     assert plan.diff(plan) == ()
-    other = Choice("low_rank", "svd", {"rank": 4})
+    other = LowRankChoice("channel", 4, method="svd")
     extra = dataclasses.replace(first, site="head")
     changed = dataclasses.replace(plan, entries=(dataclasses.replace(second, choice=other), extra))
     assert plan.diff(changed) == (("conv1", DENSE, None), ("layer1.0", second.choice, other), ("head", None, DENSE))
@@ -203,16 +220,16 @@ def test_a_plan_by_site() -> None:
 
 def test_choices_read_like_what_they_are() -> None:
     assert str(DENSE) == "dense"
-    choice = Choice("low_rank", "svd", {"unfolding": "channel", "rank": 8})
-    assert str(choice) == "svd rank=8 unfolding=channel"
-    assert choice["rank"] == 8
+    choice = LowRankChoice("channel", 8, method="svd")
+    assert str(choice) == "channel, rank 8"
+    assert choice["rank"] == choice.rank == 8
     assert not choice.is_dense
     assert DENSE.is_dense
 
 
 def table() -> Candidates:
     dense = Option(DENSE, 0.0, {"macs": 10.0, "bytes": 40.0})
-    half = Option(Choice("low_rank", "svd", {"rank": 2}), 0.25, {"macs": 5.0, "bytes": 20.0})
+    half = Option(LowRankChoice("channel", 2, method="svd"), 0.25, {"macs": 5.0, "bytes": 20.0})
     rows = (Row("a", "Linear", (dense, half)), Row("b", "Linear", (dense, half), scale=2.0, exponent=0.5))
     methods = {"svd": {"type": "WeightSVD"}, "pca": {"type": "ActivationSVD"}}
     return Candidates(rows, {"macs": 3.0, "bytes": 8.0}, "weight energy", methods, {"device": "cpu"})
@@ -246,7 +263,7 @@ def test_the_table_by_site_and_its_weights() -> None:
 
 
 def grouped() -> Candidates:
-    joined = Option(Choice("shared_basis", "joint", {"rank": 4, "left_rank": 4}), 0.1, {"macs": 6.0, "bytes": 24.0})
+    joined = Option(SharedChoice("channel", 4, 4, method="joint"), 0.1, {"macs": 6.0, "bytes": 24.0})
     dense = Option(DENSE, 0.0, {"macs": 20.0, "bytes": 80.0})
     rows = (*table().rows, Row("a+b", "2 x Linear", (dense, joined), scale=3.0, members=("a", "b")))
     return dataclasses.replace(table(), rows=rows)

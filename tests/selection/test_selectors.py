@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectrim.errors import InfeasibleBudgetError
-from spectrim.network.choices import DENSE, Choice
+from spectrim.network.choices import DENSE, LowRankChoice
 from spectrim.selection import knapsack
 from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates, Option, Row
@@ -24,7 +24,8 @@ FEW = settings(max_examples=80, deadline=None, derandomize=True)
 
 
 def make_row(name: str, dense: dict[str, float], options: list[tuple[float, dict[str, float]]], **kwargs: Any) -> Row:
-    rest = (Option(Choice("low_rank", "svd", {"rank": i}), error, costs) for i, (error, costs) in enumerate(options))
+    made = (LowRankChoice("channel", rank, method="svd") for rank in range(1, len(options) + 1))
+    rest = (Option(choice, error, costs) for choice, (error, costs) in zip(made, options, strict=True))
     return Row(name, "Linear", (Option(DENSE, 0.0, dense), *rest), **kwargs)
 
 

@@ -230,7 +230,7 @@ def test_the_best_shape_or_dense_is_chosen_at_every_site(seed, groups, stride, b
             pair = groups * rank * price[macs] + paid
             if pair < whole:
                 loss = mu / 2 * energies[rank:].sum() / energies.sum()
-                options.append((alpha * pair + loss, f"{rank} {name}"))
+                options.append((alpha * pair + loss, f"{name}, rank {rank}"))
     best, word = min(options)
     model = nn.Sequential(layer)
     methods = [WeightSVD(multiple_of=1)]
@@ -249,7 +249,7 @@ def test_sites_are_chosen_each_on_its_own() -> None:
     model[2].weight.data = drawn[4] @ drawn[5]
     model[3].weight.data = torch.eye(2, dtype=torch.float64)
     together = direct(model, 1e-4, 1.0, dense=True).trajectory
-    assert together.records[0].choices == ("1 channel", "1 input", "2 channel", "dense")
+    assert together.records[0].choices == ("channel, rank 1", "input, rank 1", "channel, rank 2", "dense")
     assert together.records[0].ranks == (1, 1, 2, 2)
     assert together.full == (12, 6, 7, 2)
     alone = [direct(nn.Sequential(layer), 1e-4, 1.0, dense=True).trajectory.records[0].choices for layer in model]

@@ -13,7 +13,7 @@ from torch import nn
 import spectrim as st
 from spectrim.errors import CheckpointError, InfeasibleBudgetError
 from spectrim.methods import ActivationSVD, WeightSVD
-from spectrim.network.choices import DENSE, Choice
+from spectrim.network.choices import DENSE, LowRankChoice
 from spectrim.nn.timing import Timing
 from spectrim.selection.candidates import Option, Row
 from spectrim.selection.plan import Plan
@@ -239,7 +239,7 @@ def test_rank_zero_of_a_layer_that_no_rank_pays_for_stays_dense() -> None:
     ranks = LearnedRanks(model, st.find(model), multiplier=1e3, cost="parameters", dense=False)
     _, plan = ranks.finish()
     assert plan["0"].choice == DENSE
-    options = [Option(Choice("low_rank", "svd", {"rank": k}), 0.1, {"macs": 8.0 * k}) for k in (1, 2)]
+    options = [Option(LowRankChoice("channel", k, method="svd"), 0.1, {"macs": 8.0 * k}) for k in (1, 2)]
     row = Row("a", "Linear", (Option(DENSE, 0.0, {"macs": 8.0}), *options, Option(ZERO, 1.0, {"macs": 0.0})))
     assert buildable(row, ZERO) == 0
 

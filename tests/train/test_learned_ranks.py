@@ -83,7 +83,7 @@ def test_layers_left_dense_are_not_pulled_and_forget_their_multipliers() -> None
         methods=[WeightSVD(multiple_of=1)],
     )  # fmt: skip
     assert ranks.augmented
-    assert ranks.trajectory.records[-1].choices == ("1 channel", "1 channel")
+    assert ranks.trajectory.records[-1].choices == ("channel, rank 1", "channel, rank 1")
     perturb(model)
     model[1].weight.data = flat.double()
     ranks.c_step()
@@ -96,7 +96,7 @@ def test_layers_left_dense_are_not_pulled_and_forget_their_multipliers() -> None
     model[1].weight.data = low.double() + 0.01 * flat.double()
     weight, mu = model[1].weight.detach().clone(), ranks.mu
     ranks.c_step()
-    assert ranks.trajectory.records[-1].choices[1] == "1 channel"
+    assert ranks.trajectory.records[-1].choices[1] == "channel, rank 1"
     expected = -mu * (weight - truncated(weight[None], ranks.plan["1"])[0])
     torch.testing.assert_close(ranks.state_dict()["multiplier:1"][0], expected)
 
@@ -221,7 +221,7 @@ def test_every_step_is_recorded() -> None:
             record.ranks, ranks.trajectory.full, ranks.plan, record.choices, strict=True
         ):
             assert rank == (full if entry.choice.is_dense else entry.choice["rank"])
-            assert word == ("dense" if entry.choice.is_dense else f"{rank} {entry.choice['unfolding']}")
+            assert word == str(entry.choice)
         if step < 2:
             perturb(model)
             ranks.c_step()

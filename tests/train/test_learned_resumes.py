@@ -41,7 +41,7 @@ def test_finish_after_a_start_with_the_same_method_and_other_options() -> None:
         start=[WeightSVD()],
         methods=[WeightSVD(("channel",))],
     )
-    assert ranks.trajectory.records[0].choices == ("1 height-first",)
+    assert ranks.trajectory.records[0].choices == ("height-first, rank 1",)
     _, plan = ranks.finish()
     assert plan["0"].choice.is_dense or plan["0"].choice["unfolding"] == "channel"
 

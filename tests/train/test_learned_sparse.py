@@ -19,7 +19,7 @@ from spectrim.selection.trajectory import Trajectory
 from spectrim.tables import tabulate
 from spectrim.train import LearnedRanks, Loop, Recipe, Schedule, learn_ranks
 from spectrim.train.c_step import CStep
-from spectrim.train.rank_tables import ZERO, buildable, rank, weighed, with_zero, without_zero, word
+from spectrim.train.rank_tables import ZERO, buildable, rank, weighed, with_zero, without_zero
 from tests.cases import batches_for, settled
 from tests.train.learned import perturb, timeless
 from tests.train.small import equal, weights
@@ -85,7 +85,7 @@ def test_low_rank_plus_sparse_is_chosen_where_it_is_the_truth() -> None:
             assert choice["density"] > 0
             assert isinstance(result.model[0], Sum)
             assert parameter_count(result.model) == result.plan.costs["parameters"]
-            assert result.trajectory.records[-1].choices == (word(choice),)
+            assert result.trajectory.records[-1].choices == (str(choice),)
             assert Trajectory.from_json(result.trajectory.to_json()) == result.trajectory
     assert errors["both"] < 1e-3
     assert errors["both"] < 0.01 * min(errors["low rank"], errors["sparse"])
@@ -227,12 +227,13 @@ def test_a_sparse_weight_alone_is_a_choice_and_not_nothing() -> None:
 
 def test_words_tell_choices_apart() -> None:
     made = [sparse(0, 0.05), sparse(2, 0.05), sparse(2, 0.1), sparse(2, 0.1, "rows"), ZERO, DENSE]
-    words = [word(choice) for choice in made]
+    words = [str(choice) for choice in made]
     assert words[:4] == [
-        "0.05 unstructured", "2 channel + 0.05 unstructured", "2 channel + 0.1 unstructured", "2 channel + 0.1 rows",
+        "5 % unstructured", "channel, rank 2 + 5 % unstructured", "channel, rank 2 + 10 % unstructured",
+        "channel, rank 2 + 10 % rows",
     ]  # fmt: skip
     assert len(set(words)) == len(words)
-    assert word(sparse(3, 0.0)) == "3 channel"
+    assert str(sparse(3, 0.0)) == "channel, rank 3"
 
 
 def test_a_dropped_layer_of_zeros_loses_nothing() -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 import spectrim as st
 from spectrim.methods import WeightSVD
-from spectrim.network.choices import DENSE, Choice
+from spectrim.network.choices import DENSE, LowRankChoice
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Sites
 from spectrim.selection.candidates import Candidates, Option, Row
@@ -85,7 +85,7 @@ def test_sensitivity_of_the_sites_is_kept() -> None:
 
 
 def ranked(rank: int, **costs: float) -> Option:
-    return Option(Choice("low_rank", "svd", {"rank": rank, "unfolding": "channel"}), 1 / (1 + rank), costs)
+    return Option(LowRankChoice("channel", rank, method="svd"), 1 / (1 + rank), costs)
 
 
 def row(*options: Option, **dense: float) -> Row:
@@ -105,9 +105,7 @@ def test_what_is_built_for_a_choice() -> None:
 
 
 def test_rank_zero_becomes_the_cheapest_of_the_lowest_ranks() -> None:
-    other = dataclasses.replace(
-        ranked(1, macs=3.0), choice=Choice("low_rank", "svd", {"rank": 1, "unfolding": "input"})
-    )
+    other = dataclasses.replace(ranked(1, macs=3.0), choice=LowRankChoice("input", 1, method="svd"))
     held = row(ranked(2, macs=2.0), ranked(1, macs=4.0), other, macs=8.0)
     assert held.options[buildable(held, ZERO)] == other
     assert buildable(row(macs=8.0), ZERO) == 0
@@ -116,7 +114,7 @@ def test_rank_zero_becomes_the_cheapest_of_the_lowest_ranks() -> None:
 def test_ranks_of_choices() -> None:
     assert rank(DENSE, 7) == 7
     assert rank(ZERO, 7) == 0
-    assert rank(Choice("low_rank", "svd", {"rank": 3}), 7) == 3
+    assert rank(LowRankChoice("channel", 3), 7) == 3
 
 
 def test_a_table_without_rank_zero_stays_as_it_is() -> None:

@@ -21,9 +21,8 @@ from spectrim.cost.latency import Latency
 from spectrim.cost.whole import Costs, Network, Picks
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.methods import Method
-from spectrim.network.choices import DENSE, Choice
+from spectrim.network.choices import DENSE, ChannelsChoice, Choice
 from spectrim.network.coupling import Coupling
-from spectrim.network.factors import KeptChannels
 from spectrim.network.narrowing import beside_layers, narrowed
 from spectrim.network.sites import Sites
 from spectrim.progress import Progress, reports
@@ -244,8 +243,8 @@ def _plans(trail: Sequence[Picks], finished: Callable[[Picks], Plan]) -> list[Pl
     return plans
 
 
-def _removals(picks: Picks) -> Picks:
-    return {name: choice for name, choice in picks.items() if choice.kind == KeptChannels.kind}
+def _removals(picks: Picks) -> dict[str, ChannelsChoice]:
+    return {name: choice for name, choice in picks.items() if isinstance(choice, ChannelsChoice)}
 
 
 def _finished(
@@ -260,7 +259,7 @@ def _finished(
 ) -> Plan:
     """The plan of the layers that remain, and of the removals."""
     removals = _removals(picks)
-    left = narrowed(sites, {name: choice["kept"] for name, choice in removals.items()})
+    left = narrowed(sites, {name: choice.kept for name, choice in removals.items()})
     remaining = tabulate(left, others, latency=network.latency, guard=guard)
     fixed = dict(remaining.fixed)
     if "latency" in fixed:
@@ -275,9 +274,11 @@ def _finished(
     for coupling in sites.couplings:
         row = table[coupling.name]
         option = next(o for o in row.options if o.choice == removals.get(coupling.name, DENSE))
-        numbers = network.width(coupling.name, removals), coupling.channels
+        numbers = network.width(coupling.name, picks), coupling.channels
         after, before = (beside_layers(coupling, n, remaining.costs) for n in numbers)
-        entries.append(Entry(coupling.name, row.kind, option.choice, float(option.error), after, before))
+        entries.append(
+            Entry(coupling.name, row.kind, option.choice, float(option.error), after, before, of_channels=True)
+        )
         loss += row.loss(option)
     used = {choice.method for choice in removals.values()}
     methods = {name: record for name, record in table.methods.items() if name in used}

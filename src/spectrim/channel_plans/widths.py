@@ -20,8 +20,7 @@ from spectrim.cost.whole import costs
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.linalg import principal
 from spectrim.methods import PrincipalFilters, metrics
-from spectrim.network.choices import DENSE, Choice
-from spectrim.network.factors import KeptChannels
+from spectrim.network.choices import DENSE
 from spectrim.network.narrowing import beside_layers, layers_left
 from spectrim.network.sites import Site, Sites
 from spectrim.selection.budget import Budget
@@ -232,12 +231,11 @@ def _entry(
     before, after = (beside_layers(site.coupling, k, functions) for k in (n, number))
     kind = f"{n} channels"
     if number >= n:
-        return Entry(site.name, kind, DENSE, 0.0, before, before), 0.0
+        return Entry(site.name, kind, DENSE, 0.0, before, before, of_channels=True), 0.0
     order, errors, scale = method.elimination(site)
-    choice: Choice = method.choice(site, order[: n - number])
-    assert choice.kind == KeptChannels.kind
+    choice = method.choice(site, order[: n - number])
     error = float(errors[n - number])
-    return Entry(site.name, kind, choice, error, after, before), scale * max(error, 0.0)
+    return Entry(site.name, kind, choice, error, after, before, of_channels=True), scale * max(error, 0.0)
 
 
 def _layer(site: Site, left: Mapping[str, int], functions: Mapping[str, counted.Cost]) -> Entry:

@@ -13,12 +13,10 @@ from spectrim.channel_plans.widths import KL, Energy, recommend
 from spectrim.cli.common import refuse
 from spectrim.cli.references import UsageError
 from spectrim.methods import PrincipalFilters
-from spectrim.network.choices import Choice
-from spectrim.network.coupling import fewer
-from spectrim.network.factors import KeptChannels
+from spectrim.network.choices import ChannelsChoice
 from spectrim.network.sites import Sites
 from spectrim.nn.channels.graph import couple
-from spectrim.selection.plan import Entry, Plan
+from spectrim.selection.plan import Plan
 
 METHOD = "principal-filters"
 # Parameters of commands that no other method has.
@@ -110,32 +108,32 @@ def with_channels(model: nn.Module, sites: Sites, example: Any) -> Sites:
 
 def planned_filters(plan: Plan) -> Filters | None:
     """What a plan that removes filters was made with, so that the table is like its own; None for other plans."""
-    entries = removals(plan)
-    if not entries:
+    removed = removals(plan)
+    if not removed:
         return None
-    options = plan.methods.get(entries[0].choice.method, {}).get("options", {})
+    options = plan.methods.get(next(iter(removed.values())).method, {}).get("options", {})
     given = {key: options[key] for key in ("rule", "pooling") if key in options}
-    others = any(not entry.choice.is_dense for entry in plan if entry not in entries)
+    others = any(not entry.choice.is_dense for entry in plan if entry.site not in removed)
     return Filters(**given, with_low_rank=others)
 
 
-def removals(plan: Plan) -> list[Entry]:
-    """The entries of a plan that remove channels."""
-    return [entry for entry in plan if entry.choice.kind == KeptChannels.kind]
+def removals(plan: Plan) -> dict[str, ChannelsChoice]:
+    """What a plan removes, by the name of the channels."""
+    return {entry.site: entry.choice for entry in plan if isinstance(entry.choice, ChannelsChoice)}
 
 
 def filter_values(plan: Plan) -> list[dict[str, Any]]:
     """The groups of channels that a plan removes filters of, as JSON values."""
     return [
         {
-            "name": entry.site,
-            "channels": entry.choice["of"],
-            "kept": len(entry.choice["kept"]),
-            "places": _places(entry.choice),
-            "rule": plan.methods.get(entry.choice.method, {}).get("options", {}).get("rule"),
-            "error": entry.error,
+            "name": name,
+            "channels": choice.of,
+            "kept": len(choice.kept),
+            "places": list(dict.fromkeys(place.module for place in choice.sides)),
+            "rule": plan.methods.get(choice.method, {}).get("options", {}).get("rule"),
+            "error": plan[name].error,
         }
-        for entry in removals(plan)
+        for name, choice in removals(plan).items()
     ]
 
 
@@ -144,7 +142,7 @@ def filter_notes(plan: Plan, sites: Sites) -> list[str]:
     known = {coupling.name: coupling.channels for coupling in sites.couplings}
     if not known:
         return []
-    gone = {entry.site: entry.choice["of"] - len(entry.choice["kept"]) for entry in removals(plan)}
+    gone = {name: choice.gone for name, choice in removals(plan).items()}
     notes = [
         f"{sum(gone.values())} of {sum(known.values())} filters removed, in {len(gone)} of {len(known)} groups of "
         "channels."
@@ -188,8 +186,3 @@ def _recipe(text: str) -> Energy | KL:
             reason = str(error) if "share" in str(error) else f"{value!r} is not a number"
             raise UsageError(f"--recipe {text}: {reason}") from error
     raise UsageError(f"--recipe {text!r} is not known; choose kl, or energy=SHARE, as energy=0.95")
-
-
-def _places(choice: Choice) -> list[str]:
-    """Modules that lose channels."""
-    return list(dict.fromkeys(name for name, _, _ in fewer(choice["kept"], choice["of"], choice["sides"])))

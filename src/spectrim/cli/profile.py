@@ -174,6 +174,7 @@ def _smallest(row: Row) -> dict[str, Any]:
             "left": best.costs["bytes"] / max(row.dense.costs["bytes"], 1e-300),
             "error": best.error,
             "choice": None if best.choice.is_dense else {"method": best.choice.method, **best.choice.settings},
+            "words": str(best.choice),
         }
     return found
 
@@ -192,6 +193,7 @@ def _group(row: Row, table: Candidates) -> dict[str, Any]:
             "apart": _apart(alone, size, most),
             "shared": None if best is None else row.loss(best) / max(most, 1e-300),
             "choice": None if best is None else {"method": best.choice.method, **best.choice.settings},
+            "words": "" if best is None else str(best.choice),
         }
     return {
         "name": row.site,
@@ -259,9 +261,6 @@ def _print(out: Output, table: Candidates, layers: Sequence[dict[str, Any]]) -> 
 
 
 def _print_smallest(out: Output, layers: Sequence[dict[str, Any]]) -> None:
-    from spectrim.network.choices import Choice
-    from spectrim.report.page import choice_text
-
     columns = ["layer"]
     for loss in _LOSSES:
         columns += [f">bytes at {loss:.0%} lost", "as"]
@@ -269,10 +268,7 @@ def _print_smallest(out: Output, layers: Sequence[dict[str, Any]]) -> None:
     for layer in layers:
         cells = [layer["name"]]
         for found in layer["smallest"].values():
-            held = found["choice"]
-            settings = {key: value for key, value in (held or {}).items() if key != "method"}
-            words = "dense" if held is None else choice_text(Choice("low_rank", held["method"], settings))
-            cells += [f"{found['left']:.0%}", words]
+            cells += [f"{found['left']:.0%}", found["words"]]
         rows.append(cells)
     out.table(columns, rows, title="Fewest stored bytes, positions counted")
 
@@ -289,7 +285,7 @@ def _print_groups(out: Output, groups: Sequence[dict[str, Any]]) -> None:
         cells = [group["name"], str(len(group["members"])), show(group["costs"]["parameters"], UNITS["parameters"])]
         for found in group["lost"].values():
             cells += ["" if found[how] is None else f"{found[how]:.2%}" for how in ("apart", "shared")]
-            cells.append(_words(found["choice"]))
+            cells.append(found["words"])
         rows.append(cells)
     out.table(columns, rows, title="Groups that may share factors")
     for group in groups:
@@ -298,13 +294,6 @@ def _print_groups(out: Output, groups: Sequence[dict[str, Any]]) -> None:
         "Lost is a share of the group's energy, at a share of its parameters: each layer factorised for itself, and "
         "all with a shared factor."
     )
-
-
-def _words(choice: dict[str, Any] | None) -> str:
-    if choice is None:
-        return ""
-    part = {0: "second", choice["rank"]: "first"}.get(choice["left_rank"], "both")
-    return f"{part}, {choice['unfolding']} {choice['rank']}"
 
 
 _HEADS = {"parameters": "parameters", "macs": "MACs", "latency": "latency"}

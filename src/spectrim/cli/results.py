@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from spectrim.cli.common import Output
+from spectrim.network.choices import SumChoice
 from spectrim.nn.checkpoint import save
 from spectrim.pipeline import Result
 from spectrim.report import Comparison, Measured, animate_ranks, write_report
@@ -100,9 +101,9 @@ class Outcome:
                 "budget": dict(plan.budget),
                 "selector": plan.selector,
                 "groups": [
-                    {"name": entry.site, "members": list(entry.members), "choice": str(entry.choice)}
-                    for entry in plan
-                    if entry.members
+                    {"name": e.site, "members": list(e.members), "method": e.choice.method, "choice": str(e.choice)}
+                    for e in plan
+                    if e.members
                 ],
                 "scores": dict(self.scores),
                 "comparison": comparison.to_dict(),
@@ -136,8 +137,8 @@ def _sharing(plan: Plan) -> list[str]:
 
 def _sums(plan: Plan) -> list[str]:
     """How many layers have a sparse part."""
-    parts = [entry.choice for entry in plan if entry.choice.settings.get("density")]
-    both = sum(1 for choice in parts if choice["rank"])
+    parts = [e.choice for e in plan if isinstance(e.choice, SumChoice) and e.choice.density]
+    both = sum(1 for choice in parts if choice.rank)
     if not parts:
         return []
     return [f"{len(parts)} layer{'s'[: len(parts) > 1]} with a sparse weight, {both} of them beside a low-rank pair."]

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
-from spectrim.network.choices import DENSE, Choice
+from spectrim.network.choices import DENSE, ChannelsChoice, Choice
 from spectrim.network.layer import LayerSpec
 from spectrim.network.narrowing import beside_layers, layers_left
 from spectrim.network.sites import Site, Sites
@@ -61,7 +61,7 @@ class Network:
     def width(self, name: str, picks: Picks) -> int:
         """Channels that picks leave of a coupling."""
         choice = picks.get(name, DENSE)
-        return self._couplings[name].channels if choice.is_dense else len(choice["kept"])
+        return len(choice.kept) if isinstance(choice, ChannelsChoice) else self._couplings[name].channels
 
     def spec(self, name: str, picks: Picks) -> LayerSpec:
         """A layer with the channels that picks leave."""

@@ -13,7 +13,7 @@ from spectrim.linalg.moments import shrunk
 from spectrim.linalg.unfold import Unfolding, unfold, unfolding
 from spectrim.methods import metrics
 from spectrim.methods.base import OUTPUT_ENERGY, Curve, LowRankMethod
-from spectrim.network.choices import Choice
+from spectrim.network.choices import LowRankChoice
 from spectrim.network.factors import LowRank
 from spectrim.network.sites import Site
 
@@ -48,7 +48,7 @@ class ActivationSVD(LowRankMethod):
                 f"ActivationSVD needs calibration statistics, and site {site.name!r} ({site.spec.kind}) holds none. "
                 "Run calibrate(model, sites, batches) first, or use WeightSVD."
             )
-        choices: list[Choice] = []
+        choices: list[LowRankChoice] = []
         errors: list[float] = []
         spectra: dict[str, tuple[float, ...]] = {}
         scale, whole = 1.0, 0.0
@@ -83,8 +83,8 @@ class ActivationSVD(LowRankMethod):
             spectra[how.name] = lowrank.profile(energies)
         return Curve(tuple(choices), tuple(errors), metrics.unit(site), scale, spectra)
 
-    def factorize(self, site: Site, choice: Choice) -> LowRank:
-        how = unfolding(site.spec.kernel, choice["unfolding"])
+    def factorize(self, site: Site, choice: LowRankChoice) -> LowRank:
+        how = unfolding(site.spec.kernel, choice.unfolding)
         metric = metrics.response_metric(site, how)
         if metric is None and not _has_outputs(site, how):
             site.require("input" if how.name != "channel" else "output", f"ActivationSVD ({how.name})")
@@ -92,13 +92,13 @@ class ActivationSVD(LowRankMethod):
         weight = metrics.output_weight(site)
         found = _start(site, how, metric, weight)
         if metric is None:
-            left, right, shift = _projected(site, matrix, found.basis[..., : choice["rank"]], weight)
+            left, right, shift = _projected(site, matrix, found.basis[..., : choice.rank], weight)
         else:
-            left, right = self._fitted(matrix, metric, found, weight, choice["rank"], site.spec.shape[1])
+            left, right = self._fitted(matrix, metric, found, weight, choice.rank, site.spec.shape[1])
             shift = metric.shift(matrix - left @ right, site.spec.shape[1])
         left, right = lowrank.balance(left, right)
         dtype = site.spec.dtype
-        moved = shift.to(dtype) if choice["bias"] else None
+        moved = shift.to(dtype) if choice.bias else None
         return LowRank(left.to(dtype), right.to(dtype), moved, how, site.spec.shape[1:])
 
     def _fitted(

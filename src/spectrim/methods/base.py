@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from spectrim.cost.counted import macs, parameters, rank_multiple
 from spectrim.errors import PlanError
 from spectrim.linalg.unfold import Unfolding, unfolding, unfoldings, unfoldings_named
-from spectrim.network.choices import Choice
+from spectrim.network.choices import Choice, LowRankChoice
 from spectrim.network.factors import Factors
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Site
@@ -195,12 +195,12 @@ class LowRankMethod(Method):
         step = self.multiple_of or rank_multiple(spec.device, spec.dtype, full)
         return range(step, (full if self.to_full_rank else break_even(spec, how)) + 1, step)
 
-    def layers(self, site: Site, choice: Choice) -> Sequence[LayerSpec]:
-        how = unfolding(site.spec.kernel, choice["unfolding"])
-        return site.spec.factor(how, choice["rank"], bias=choice["bias"])
+    def layers(self, site: Site, choice: LowRankChoice) -> Sequence[LayerSpec]:
+        how = unfolding(site.spec.kernel, choice.unfolding)
+        return site.spec.factor(how, choice.rank, bias=choice.bias)
 
-    def choice(self, site: Site, how: Unfolding, rank: int, *, bias: bool) -> Choice:
-        return Choice("low_rank", self.name, {"unfolding": how.name, "rank": rank, "bias": bias})
+    def choice(self, site: Site, how: Unfolding, rank: int, *, bias: bool) -> LowRankChoice:
+        return LowRankChoice(how.name, rank, bias, method=self.name)
 
 
 def check_unfoldings(names: tuple[str, ...] | None) -> None:

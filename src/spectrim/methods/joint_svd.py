@@ -21,7 +21,7 @@ from spectrim.linalg.unfold import Unfolding, unfold, unfolding, unfoldings_name
 from spectrim.methods import metrics
 from spectrim.methods.base import WEIGHT_ENERGY, Curve, Method, check_unfoldings, full_rank
 from spectrim.methods.joint_layers import Problem, compatible, pose
-from spectrim.network.choices import Choice
+from spectrim.network.choices import SharedChoice
 from spectrim.network.factors import SharedBasis
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Site
@@ -119,28 +119,28 @@ class JointSVD(Method):
             return min(rows[0], sum(columns))
         return min(rows[0], columns[0])
 
-    def choice(self, site: Site, how: Unfolding, rank: int, *, left_rank: int | None = None, bias: bool) -> Choice:
+    def choice(
+        self, site: Site, how: Unfolding, rank: int, *, left_rank: int | None = None, bias: bool
+    ) -> SharedChoice:
         """The choice of a rank; for ``"both"`` it is split by the proportion unless ``left_rank`` is given."""
         if left_rank is None:
             left_rank = {"left": rank, "right": 0}.get(self.share, round(self.proportion * rank))
-        settings = {"unfolding": how.name, "rank": rank, "left_rank": left_rank, "bias": bias}
-        if site.same_input and left_rank == rank and len({_first_of(spec, how) for spec in site.layers}) == 1:
-            settings["once"] = True
-        return Choice("shared_basis", self.name, settings)
+        alike = len({_first_of(spec, how) for spec in site.layers}) == 1
+        once = site.same_input and left_rank == rank and alike
+        return SharedChoice(how.name, rank, left_rank, bias, once, method=self.name)
 
-    def layers(self, site: Site, choice: Choice) -> Apart:
-        rank, left_rank = choice["rank"], choice["left_rank"]
-        once = choice.settings.get("once", False)
+    def layers(self, site: Site, choice: SharedChoice) -> Apart:
+        rank, left_rank = choice.rank, choice.left_rank
         chains: list[Chain] = []
         for number, spec in enumerate(site.layers):
-            how = unfolding(spec.kernel, choice["unfolding"])
-            pair = spec.factor(how, rank, bias=choice["bias"])
+            how = unfolding(spec.kernel, choice.unfolding)
+            pair = spec.factor(how, rank, bias=choice.bias)
             if number:
                 # Every direction of the rank has equally many numbers; the first layer has counted the shared ones.
                 first, second = pair
                 first = dataclasses.replace(first, shared=math.prod(first.shape) // rank * left_rank)
                 second = dataclasses.replace(second, shared=math.prod(second.shape) // rank * (rank - left_rank))
-                pair = Chain((second,)) if once else dataclasses.replace(pair, specs=(first, second))
+                pair = Chain((second,)) if choice.once else dataclasses.replace(pair, specs=(first, second))
             chains.append(pair)
         return Apart(tuple(chains))
 
@@ -149,7 +149,7 @@ class JointSVD(Method):
             return Curve((), (), WEIGHT_ENERGY)
         if len(set(map(bool, (part.moments for part in site.parts)))) > 1:
             raise MissingMomentsError(f"group {site.name!r}: some of its layers are calibrated and some are not")
-        choices: list[Choice] = []
+        choices: list[SharedChoice] = []
         errors: list[float] = []
         spectra: dict[str, tuple[float, ...]] = {}
         scale = 1.0
@@ -228,9 +228,9 @@ class JointSVD(Method):
             lost += float(response.normal(rest, metric, state.shared_left, outputs).errors()[-1])
         return lost
 
-    def factorize(self, site: Site, choice: Choice) -> SharedBasis:
-        how = unfolding(site.layers[0].kernel, choice["unfolding"])
-        rank, left_rank = choice["rank"], choice["left_rank"]
+    def factorize(self, site: Site, choice: SharedChoice) -> SharedBasis:
+        how = unfolding(site.layers[0].kernel, choice.unfolding)
+        rank, left_rank = choice.rank, choice.left_rank
         problem = pose(site, how, common=left_rank < rank)
         if problem is None:
             site.parts[0].require("input", f"{self.name} ({how.name})")
@@ -251,10 +251,10 @@ class JointSVD(Method):
         shared_left, own_rights = turned.mT, [v.mT for v in mirrored]
         shifts: list[Tensor | None] = [None for _ in numbers]
         dtype = site.layers[0].dtype
-        if choice["bias"] and problem.metrics is None:
+        if choice.bias and problem.metrics is None:
             # What was announced and counted: every layer of the group has a bias.
             shifts = [torch.zeros(s.out_channels, dtype=dtype, device=s.device) for s in site.layers]
-        elif choice["bias"] and problem.metrics is not None:
+        elif choice.bias and problem.metrics is not None:
             for n in numbers:
                 made = Bilateral((own_lefts[n],), shared_right, shared_left, (own_rights[n],))
                 missing = problem.matrices[n] - made.products()[0]
@@ -267,7 +267,7 @@ class JointSVD(Method):
             tuple(shifts),
             how,
             tuple(spec.shape[1:] for spec in site.layers),
-            bool(choice.settings.get("once", False)),
+            choice.once,
         )
 
     def _fitted(self, problem: Problem, left_rank: int, right_rank: int, start: Bilateral | None) -> Bilateral:

@@ -14,7 +14,7 @@ from spectrim.linalg.unfold import Unfolding, unfolding, unfoldings_named
 from spectrim.methods import metrics
 from spectrim.methods.additive_layer import Problem
 from spectrim.methods.base import OUTPUT_ENERGY, WEIGHT_ENERGY, Curve, Method, check_unfoldings, full_rank
-from spectrim.network.choices import Choice
+from spectrim.network.choices import SumChoice
 from spectrim.network.factors import LowRankPlusSparse as Factors
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Site
@@ -114,7 +114,7 @@ class LowRankPlusSparse(Method):
         unit = metrics.unit(site) if site.moments else WEIGHT_ENERGY
         if not self.fits(site):
             return Curve((), (), unit if site.moments else OUTPUT_ENERGY)
-        choices: list[Choice] = []
+        choices: list[SumChoice] = []
         errors: list[float] = []
         spectra: dict[str, tuple[float, ...]] = {}
         scale = 1.0
@@ -133,35 +133,34 @@ class LowRankPlusSparse(Method):
                 spectra[how.name] = lowrank.profile(problem.energies())
         return Curve(tuple(choices), tuple(errors), unit, scale, spectra)
 
-    def factorize(self, site: Site, choice: Choice) -> Factors:
+    def factorize(self, site: Site, choice: SumChoice) -> Factors:
         spec = site.spec
-        how = unfolding(spec.kernel, choice["unfolding"])
+        how = unfolding(spec.kernel, choice.unfolding)
         if site.moments and how.name not in {u.name for u in self._offered(site)}:
             site.require("input", f"LowRankPlusSparse ({how.name})")
         problem = Problem.of(site, how, exact=self.exact)
-        pattern = patterns.pattern(choice["pattern"])
+        pattern = patterns.pattern(choice.pattern)
         turns = max(_CURVE_TURNS + 1, self.turns // _thin(spec) ** 2)
-        found = self._decompose(problem, choice["rank"], pattern, choice["density"], turns=turns)
+        found = self._decompose(problem, choice.rank, pattern, choice.density, turns=turns)
         left, right = problem.factors(found.product)
         left, right = lowrank.balance(left, right)
         shift = None
-        if choice["bias"] and (site.moments or not spec.bias):
+        if choice.bias and (site.moments or not spec.bias):
             shift = problem.shift(found).to(spec.dtype)
         dtype = spec.dtype
         shape = spec.shape
         sparse, mask = found.sparse.weight.reshape(shape), found.sparse.mask.reshape(shape)
         return Factors(left.to(dtype), right.to(dtype), sparse.to(dtype), mask, pattern, shift, how)
 
-    def layers(self, site: Site, choice: Choice) -> Chain | Sum:
-        spec, rank, density = site.spec, choice["rank"], choice["density"]
-        how, pattern = unfolding(spec.kernel, choice["unfolding"]), patterns.pattern(choice["pattern"])
-        return _structure(spec, how, rank, pattern, density, bias=choice["bias"])
+    def layers(self, site: Site, choice: SumChoice) -> Chain | Sum:
+        spec, rank, density = site.spec, choice.rank, choice.density
+        how, pattern = unfolding(spec.kernel, choice.unfolding), patterns.pattern(choice.pattern)
+        return _structure(spec, how, rank, pattern, density, bias=choice.biased(spec.bias))
 
-    def choice(self, site: Site, how: Unfolding, rank: int, pattern: Pattern, density: float) -> Choice:
+    def choice(self, site: Site, how: Unfolding, rank: int, pattern: Pattern, density: float) -> SumChoice:
         """The choice of a rank and a density."""
-        settings = {"unfolding": how.name, "rank": rank, "density": density, "pattern": pattern.name}
         biased = site.spec.bias or bool(site.moments)
-        return Choice("low_rank_plus_sparse", self.name, {**settings, "bias": biased})
+        return SumChoice(how.name, rank, density, pattern.name, biased, method=self.name)
 
     def _decompose(
         self, problem: Problem, rank: int, pattern: Pattern, density: float, *, turns: int

@@ -14,7 +14,7 @@ from spectrim.linalg.lowrank import profile
 from spectrim.methods import metrics
 from spectrim.methods.base import OUTPUT_ENERGY, Curve, Method
 from spectrim.network import narrowing
-from spectrim.network.choices import Choice
+from spectrim.network.choices import ChannelsChoice
 from spectrim.network.coupling import IN
 from spectrim.network.factors import KeptChannels
 from spectrim.network.sites import Site
@@ -105,24 +105,22 @@ class PrincipalFilters(Method):
         spec = site.layers[0]
         return self.multiple_of or rank_multiple(spec.device, spec.dtype, site.coupling.channels)
 
-    def choice(self, site: Site, removed: list[int]) -> Choice:
+    def choice(self, site: Site, removed: list[int]) -> ChannelsChoice:
         """Do without these channels."""
         assert site.coupling is not None
         gone = set(removed)
         kept = tuple(c for c in range(site.coupling.channels) if c not in gone)
-        settings = {"kept": kept, "of": site.coupling.channels, "sides": site.coupling.written()}
-        return Choice(KeptChannels.kind, self.name, settings)
+        return ChannelsChoice(kept, site.coupling.channels, site.coupling.places, method=self.name)
 
-    def layers(self, site: Site, choice: Choice) -> Apart:
-        return narrowing.specs(site, len(choice["kept"]))
+    def layers(self, site: Site, choice: ChannelsChoice) -> Apart:
+        return narrowing.specs(site, len(choice.kept))
 
-    def factorize(self, site: Site, choice: Choice) -> KeptChannels:
+    def factorize(self, site: Site, choice: ChannelsChoice) -> KeptChannels:
         """The weights of the layers of a site with fewer channels, those of the readers corrected."""
         assert site.coupling is not None
-        kept = tuple(choice["kept"])
-        parts = narrowing.cut_layers(site, kept)
+        parts = narrowing.cut_layers(site, choice.kept)
         weights, names = zip(*((part.weight, part.name) for part in parts), strict=True)
-        return KeptChannels(kept, weights, site.coupling, names)
+        return KeptChannels(choice.kept, weights, site.coupling, names)
 
     @property
     def statistic(self) -> str:

@@ -19,7 +19,7 @@ from spectrim.linalg.unfold import Unfolding, unfold, unfolding
 from spectrim.methods import JointSVD, Method, WeightSVD, metrics
 from spectrim.methods.base import WEIGHT_ENERGY, full_rank
 from spectrim.methods.joint_layers import compatible
-from spectrim.network.choices import DENSE, Choice
+from spectrim.network.choices import DENSE, LowRankChoice, SharedChoice
 from spectrim.network.groups import group
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Site, Sites
@@ -50,7 +50,7 @@ class Assignment:
 
     site: Site
     method: Method
-    choice: Choice
+    choice: LowRankChoice | SharedChoice
 
     @property
     def layers(self) -> Sequence[LayerSpec]:
@@ -186,7 +186,7 @@ def _groups(sites: Sites, agree: str) -> Iterator[Site]:
             yield site
 
 
-def _joint_choice(joint: JointSVD, site: Site, rate: float, name: str) -> Choice:
+def _joint_choice(joint: JointSVD, site: Site, rate: float, name: str) -> SharedChoice:
     """The ranks at which shared factors have the parameters of separate ones."""
     how = _split(site.layers[0], name)
     biased = bool(site.moments) or any(spec.bias for spec in site.layers)
@@ -234,16 +234,16 @@ def _error(assigned: Assignment) -> float:
     """Share of the energy that the choice loses, layers counting as in the table."""
     site, method, choice = assigned.site, assigned.method, assigned.choice
     if len(site.layers) == 1:
-        every = dataclasses.replace(method, multiple_of=choice["rank"], to_full_rank=True)
+        every = dataclasses.replace(method, multiple_of=choice.rank, to_full_rank=True)
         curve = every.curve(site)
         for offered, error in zip(curve.choices, curve.errors, strict=True):
-            if (offered["rank"], offered["unfolding"]) == (choice["rank"], choice["unfolding"]):
+            if offered.cut == choice.cut:
                 return error
-        raise MissingMomentsError(f"site {site.name!r}: calibration kept nothing to measure {choice} by")
+        raise MissingMomentsError(f"site {site.name!r}: calibration kept nothing to measure {str(choice)!r} by")
     lost = whole = 0.0
     few = dataclasses.replace(method, sweeps=_SWEEPS)
     for part, made in zip(site.parts, few.factorize(site, choice).dense(), strict=True):
-        how, outputs = unfolding(part.spec.kernel, choice["unfolding"]), part.spec.shape[1]
+        how, outputs = unfolding(part.spec.kernel, choice.unfolding), part.spec.shape[1]
         weight = metrics.output_weight(part)
         before = metrics.mix(unfold(part.weight, how), weight)
         missing = before - metrics.mix(unfold(made, how), weight)

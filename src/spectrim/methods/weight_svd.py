@@ -11,7 +11,7 @@ from spectrim.linalg.moments import shrunk
 from spectrim.linalg.unfold import Unfolding, unfold, unfolding
 from spectrim.methods import metrics
 from spectrim.methods.base import WEIGHT_ENERGY, Curve, LowRankMethod
-from spectrim.network.choices import Choice
+from spectrim.network.choices import LowRankChoice
 from spectrim.network.factors import LowRank
 from spectrim.network.sites import Site
 
@@ -33,7 +33,7 @@ class WeightSVD(LowRankMethod):
     def curve(self, site: Site) -> Curve:
         if not self.fits(site):
             return Curve((), (), WEIGHT_ENERGY)
-        choices: list[Choice] = []
+        choices: list[LowRankChoice] = []
         errors: list[float] = []
         spectra: dict[str, tuple[float, ...]] = {}
         scale = 1.0
@@ -84,14 +84,14 @@ class WeightSVD(LowRankMethod):
             return response.trailing(pairs) / max(total, 1e-300), total
         return None
 
-    def factorize(self, site: Site, choice: Choice) -> LowRank:
-        how = unfolding(site.spec.kernel, choice["unfolding"])
+    def factorize(self, site: Site, choice: LowRankChoice) -> LowRank:
+        how = unfolding(site.spec.kernel, choice.unfolding)
         matrix = unfold(site.weight, how)
-        basis = lowrank.spectrum(matrix).basis[..., : choice["rank"]]
-        left, right = lowrank.factors(matrix, basis, choice["rank"])
+        basis = lowrank.spectrum(matrix).basis[..., : choice.rank]
+        left, right = lowrank.factors(matrix, basis, choice.rank)
         dtype = site.spec.dtype
         shift = None
-        if choice["bias"] and (site.moments or not site.spec.bias):
+        if choice.bias and (site.moments or not site.spec.bias):
             # The choice was offered for a calibrated site: its bias carries the mean of what is left out.
             shift = self._shift(site, how, matrix - left @ right, basis).to(dtype)
         left, right = lowrank.balance(left, right)

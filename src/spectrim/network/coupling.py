@@ -16,6 +16,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from spectrim.errors import PlanError
+from spectrim.network.choices import Place, check_kept, shortened
 
 OUT, IN, THROUGH = "out", "in", "through"
 
@@ -77,24 +78,23 @@ class Coupling:
         """The sides of one kind."""
         return tuple(side for side in self.sides if side.axis == axis)
 
-    def written(self) -> str:
-        """The sides as text, ``module:axis:entries of a channel``: with it a plan needs no graph to be loaded."""
-        return " ".join(f"{side.name}:{side.axis}:{side.positions.shape[1]}" for side in self.sides)
+    @property
+    def places(self) -> tuple[Place, ...]:
+        """The sides as a choice holds them."""
+        return tuple(Place(side.name, side.axis, side.positions.shape[1]) for side in self.sides)
 
     def check(self, kept: Sequence[int]) -> None:
         """Raise PlanError unless these channels can be what is kept."""
-        n, pool = self.channels, self.channels // self.pools
-        whole = all(isinstance(c, int) and not isinstance(c, bool) for c in kept)
-        if not whole or list(kept) != sorted(set(kept)) or not kept or kept[0] < 0 or kept[-1] >= n:
-            raise PlanError(
-                f"channels {self.name!r}: cannot keep {_shortened(kept)}; expected different channels, ascending, from "
-                f"0 to {n - 1}, at least one"
-            )
+        pool = self.channels // self.pools
+        try:
+            check_kept(kept, self.channels)
+        except ValueError as error:
+            raise PlanError(f"channels {self.name!r}: {error}") from error
         counts = torch.bincount(torch.tensor(list(kept)) // pool, minlength=self.pools)
         if bool((counts != counts[0]).any()):
             raise PlanError(
                 f"channels {self.name!r}: of each {pool} channels the same number has to be kept, in all {self.pools} "
-                f"groups; {_shortened(kept)} leaves {counts.tolist()}"
+                f"groups; {shortened(kept)} leaves {counts.tolist()}"
             )
 
     def after(self, kept: Sequence[int], axes: Mapping[Axis, Tensor]) -> Coupling:
@@ -111,26 +111,6 @@ class Coupling:
             number[left] = torch.arange(len(left))
             sides.append(Side(side.name, side.axis, number[positions], len(left)))
         return dataclasses.replace(self, sides=tuple(sides))
-
-
-def fewer(kept: Sequence[int], of: int, sides: str) -> list[tuple[str, str, int]]:
-    """``(module, axis, entries it loses)``, from the settings of a choice.
-
-    Raises
-    ------
-    ValueError
-        If they do not say what a removal is.
-    """
-    if not isinstance(of, int) or not isinstance(sides, str) or not 1 <= len(set(kept)) <= of:
-        raise ValueError(f"{len(kept)} channels of {of!r} are no part of them")
-    found = []
-    for text in sides.split():
-        name, _, rest = text.rpartition(":")[0].rpartition(":")
-        per = text.rpartition(":")[2]
-        if not name or not per.isdecimal():
-            raise ValueError(f"{text!r} is not written as module:axis:entries of a channel")
-        found.append((name, rest, (of - len(set(kept))) * int(per)))
-    return found
 
 
 def axes_left(couplings: Iterable[Coupling], kept: Mapping[str, Sequence[int]]) -> dict[Axis, Tensor]:
@@ -164,7 +144,3 @@ def axes_left(couplings: Iterable[Coupling], kept: Mapping[str, Sequence[int]]) 
             mask = masks.setdefault((side.name, side.axis), torch.ones(side.size, dtype=torch.bool))
             mask[side.positions[gone].flatten()] = False
     return {axis: mask.nonzero().flatten() for axis, mask in masks.items()}
-
-
-def _shortened(kept: Sequence[int]) -> str:
-    return str(list(kept)) if len(kept) <= 12 else f"{list(kept[:10])} and {len(kept) - 10} more"

@@ -1,7 +1,7 @@
 """What a decomposition returns: small frozen values that can be multiplied out and counted.
 
-A factor type registers itself under a *kind*, the word that a plan uses for it, so that a checkpoint can be rebuilt
-from its plan alone. :mod:`spectrim.nn.build` turns each type into plain modules.
+A factor type registers itself under the *kind* of the choices that lead to it (:mod:`spectrim.network.choices`), so
+that a checkpoint can be rebuilt from its plan alone. :mod:`spectrim.nn.build` turns each type into plain modules.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -17,20 +17,21 @@ from torch import Tensor
 
 from spectrim.linalg.patterns import Pattern, pattern
 from spectrim.linalg.unfold import Unfolding, fold, unfolding
+from spectrim.network.choices import ChannelsChoice, LowRankChoice, SharedChoice, SumChoice, declare
 from spectrim.network.coupling import IN, OUT, THROUGH, Coupling
 
 _KINDS: dict[str, type[Factors]] = {}
 
 
 class Factors(ABC):
-    """Base of the factor types. Subclasses are frozen dataclasses declared with ``kind="..."``."""
+    """Base of the factor types. Subclasses are frozen dataclasses declared with the ``kind="..."`` of their choices."""
 
     kind: ClassVar[str]
 
     def __init_subclass__(cls, *, kind: str, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
         cls.kind = kind
-        _KINDS[kind] = cls
+        declare(_KINDS, kind, cls)
 
     @abstractmethod
     def dense(self) -> tuple[Tensor, ...]:
@@ -42,21 +43,33 @@ class Factors(ABC):
 
     @classmethod
     @abstractmethod
-    def empty(cls, shapes: Sequence[Sequence[int]], settings: Mapping[str, object]) -> Factors:
+    def empty(cls, shapes: Sequence[Sequence[int]], choice: Any) -> Factors:
         """Factors of the right shapes and unspecified values.
 
         Parameters
         ----------
         shapes
             ``(g, o, i, *k)`` of each layer of the site.
-        settings
-            The settings of the choice.
+        choice
+            Of the same kind.
+
+        Raises
+        ------
+        ValueError
+            If the layers cannot have them. A plan may come from anyone: nothing is allocated before that is known.
         """
 
 
 def kinds() -> Mapping[str, type[Factors]]:
-    """The factor types known so far, by the word that plans use."""
+    """The factor types known so far, by the kind of choice that leads to them."""
     return dict(_KINDS)
+
+
+def _alone(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """The shape of the one layer that a choice for one layer is for."""
+    if len(shapes) != 1:
+        raise ValueError(f"it is for one layer, not for {len(shapes)}")
+    return tuple(shapes[0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,15 +107,13 @@ class LowRank(Factors, kind="low_rank"):
         return self.left.numel() + self.right.numel()
 
     @classmethod
-    def empty(cls, shapes: Sequence[Sequence[int]], settings: Mapping[str, object]) -> LowRank:
-        ((g, o, i, *kernel),) = shapes
-        how = unfolding(kernel, str(settings["unfolding"]))
-        rank = settings["rank"]
+    def empty(cls, shapes: Sequence[Sequence[int]], choice: LowRankChoice) -> LowRank:
+        g, o, i, *kernel = _alone(shapes)
+        how, rank = unfolding(kernel, choice.unfolding), choice.rank
         rows, columns = how.sizes(kernel)
         full = min(i * rows, o * columns)
-        # A plan may come from anyone: nothing is allocated for a rank that no decomposition has.
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= full:
-            raise ValueError(f"rank {rank!r}; expected a whole number from 1 to the full rank {full}")
+        if not 1 <= rank <= full:
+            raise ValueError(f"rank {rank}; expected a whole number from 1 to the full rank {full}")
         return cls(torch.empty(g, i * rows, rank), torch.empty(g, rank, o * columns), None, how, (o, i, *kernel))
 
 
@@ -161,31 +172,19 @@ class SharedBasis(Factors, kind="shared_basis"):
         return sum(tensor.numel() for tensor in held if tensor.shape[-1] and tensor.shape[-2])
 
     @classmethod
-    def empty(cls, shapes: Sequence[Sequence[int]], settings: Mapping[str, object]) -> SharedBasis:
-        name = str(settings["unfolding"])
-        ranks = settings["rank"], settings["left_rank"]
-        once = settings.get("once", False)
-        for rank in ranks:
-            if not isinstance(rank, int) or isinstance(rank, bool):
-                raise ValueError(f"rank {rank!r}; expected a whole number")
-        rank, left_rank = ranks
-        assert isinstance(rank, int)
-        assert isinstance(left_rank, int)
+    def empty(cls, shapes: Sequence[Sequence[int]], choice: SharedChoice) -> SharedBasis:
+        left_rank, right_rank = choice.left_rank, choice.right_rank
         if len({(g, *kernel) for g, _, _, *kernel in shapes}) > 1 or len(shapes) < 2:
             raise ValueError("layers that share a factor have equal groups and kernels")
-        if not isinstance(once, bool) or (once and left_rank != rank):
-            raise ValueError(f"once is {once!r}; expected true or false, and a first factor that is shared whole")
-        how = unfolding(tuple(shapes[0][3:]), name)
+        how = unfolding(tuple(shapes[0][3:]), choice.unfolding)
         first, second = how.sizes(tuple(shapes[0][3:]))
         g, rows, columns = shapes[0][0], [i * first for _, _, i, *_ in shapes], [o * second for _, o, *_ in shapes]
-        if (left_rank and len(set(rows)) > 1) or (left_rank < rank and len(set(columns)) > 1):
+        if (left_rank and len(set(rows)) > 1) or (right_rank and len(set(columns)) > 1):
             raise ValueError(f"unfolded weights of {rows} rows and {columns} columns cannot share these factors")
-        right_rank = rank - left_rank
         most = min(rows[0], sum(columns)), min(sum(rows), columns[0])
-        # A plan may come from anyone: nothing is allocated for ranks that no decomposition has.
-        if rank < 1 or not (0 <= left_rank <= most[0] and 0 <= right_rank <= most[1]):
+        if left_rank > most[0] or right_rank > most[1]:
             raise ValueError(
-                f"rank {rank}, of which {left_rank} left-shared; expected 1 or more, at most {most[0]} left-shared and "
+                f"rank {choice.rank}, of which {left_rank} left-shared; expected at most {most[0]} left-shared and "
                 f"{most[1]} right-shared"
             )
         return cls(
@@ -196,7 +195,7 @@ class SharedBasis(Factors, kind="shared_basis"):
             tuple(None for _ in shapes),
             how,
             tuple(tuple(shape[1:]) for shape in shapes),
-            once,
+            choice.once,
         )
 
 
@@ -244,21 +243,16 @@ class LowRankPlusSparse(Factors, kind="low_rank_plus_sparse"):
         return self.left.numel() + self.right.numel() + int(self.mask.sum())
 
     @classmethod
-    def empty(cls, shapes: Sequence[Sequence[int]], settings: Mapping[str, object]) -> LowRankPlusSparse:
-        ((g, o, i, *kernel),) = shapes
-        shape = (g, o, i, *kernel)
-        how = unfolding(kernel, str(settings["unfolding"]))
-        rank, density, name = settings["rank"], settings["density"], settings["pattern"]
+    def empty(cls, shapes: Sequence[Sequence[int]], choice: SumChoice) -> LowRankPlusSparse:
+        g, o, i, *kernel = shape = _alone(shapes)
+        how, rank, density = unfolding(kernel, choice.unfolding), choice.rank, choice.density
         rows, columns = how.sizes(kernel)
         full = min(i * rows, o * columns)
-        # A plan may come from anyone: nothing is allocated for a rank that no decomposition has.
-        if not isinstance(rank, int) or isinstance(rank, bool) or not 0 <= rank <= full:
-            raise ValueError(f"rank {rank!r}; expected a whole number from 0 to the full rank {full}")
-        if not isinstance(density, (int, float)) or isinstance(density, bool) or not 0 <= density <= 1:
-            raise ValueError(f"density {density!r}; expected a number from 0 to 1")
-        kind = pattern(str(name))
+        if not 0 <= rank <= full:
+            raise ValueError(f"rank {rank}; expected a whole number from 0 to the full rank {full}")
+        kind = pattern(choice.pattern)
         if not kind.fits(shape):
-            raise ValueError(f"pattern {name!r} does not fit a weight of shape {shape}")
+            raise ValueError(f"pattern {choice.pattern!r} does not fit a weight of shape {shape}")
         if not rank and not kind.kept(shape, density):
             raise ValueError(f"rank 0 and a density of {density!r} leave nothing of the layer")
         weight = torch.zeros(shape)
@@ -316,5 +310,5 @@ class KeptChannels(Factors, kind="kept_channels"):
         return sum(weight.numel() for weight in self.weights)
 
     @classmethod
-    def empty(cls, shapes: Sequence[Sequence[int]], settings: Mapping[str, object]) -> KeptChannels:
+    def empty(cls, shapes: Sequence[Sequence[int]], choice: ChannelsChoice) -> KeptChannels:
         raise ValueError("channels are removed from the modules that a plan gives widths for, not from single layers")

@@ -143,21 +143,14 @@ def skeleton(choice: Choice, layers: Sequence[LayerSpec]) -> tuple[nn.Module, ..
         If the choice's kind is unknown or its settings do not fit the layers.
     """
     known = kinds()
+    name, kind = layers[0].name, layers[0].kind
     if choice.kind not in known:
-        raise PlanError(f"layer {layers[0].name!r}: unknown kind {choice.kind!r}; known are {', '.join(known)}")
-    biased = choice.settings.get("bias", layers[0].bias)
-    if len(layers) != 1 and choice.kind in (LowRank.kind, LowRankPlusSparse.kind):
-        raise PlanError(f"layer {layers[0].name!r}: a {choice.kind!r} choice is for one layer, not for {len(layers)}")
-    if not isinstance(biased, bool):
-        raise PlanError(f"layer {layers[0].name!r}: setting 'bias' is {biased!r}; expected true or false")
+        raise PlanError(f"layer {name!r}: a {choice.kind!r} choice has no factors; those of {', '.join(known)} have")
     try:
-        empty = known[choice.kind].empty([spec.shape for spec in layers], choice.settings)
-        return build(empty, layers, [_zeros(spec) if biased else None for spec in layers])
-    except KeyError as error:
-        raise PlanError(f"layer {layers[0].name!r}: the choice {choice} lacks the setting {error}") from error
+        empty = known[choice.kind].empty([spec.shape for spec in layers], choice)
+        return build(empty, layers, [_zeros(spec) if choice.biased(spec.bias) else None for spec in layers])
     except (ValueError, TypeError, RuntimeError) as error:
-        name, kind = layers[0].name, layers[0].kind
-        raise PlanError(f"layer {name!r}: the choice {choice} does not fit {kind}: {error}") from error
+        raise PlanError(f"layer {name!r}: the choice {str(choice)!r} does not fit {kind}: {error}") from error
 
 
 def _zeros(spec: LayerSpec) -> Tensor:

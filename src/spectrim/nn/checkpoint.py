@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spectrim.errors import CheckpointError, PlanError
-from spectrim.network.coupling import IN, fewer
-from spectrim.network.factors import KeptChannels
+from spectrim.network.choices import ChannelsChoice, SumChoice
+from spectrim.network.coupling import IN
 from spectrim.network.sites import Sites
 from spectrim.nn.build import skeleton
 from spectrim.nn.channels.narrow import add_bias, reshape
@@ -135,14 +135,14 @@ def _owners(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
 
 def _stored(model: nn.Module, plan: Plan, owners: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[list[str]]]:
     """Tensors as the file holds them, and the names ``[weight, mask]`` of those that are packed."""
-    planned = {site: entry.choice.settings.get("density") for entry in plan for site in entry.sites}
+    densities = {e.site: e.choice.density for e in plan if isinstance(e.choice, SumChoice)}
     held = dict(owners)
     packed: list[list[str]] = []
     for weight, mask, layer in masked_layers(model):
         # What another layer owns is stored as it is there.
         if weight in held and mask in held:
             try:
-                held[weight], held[mask] = values_inside(layer), packed_mask(layer, planned.get(layer.original.name))
+                held[weight], held[mask] = values_inside(layer), packed_mask(layer, densities.get(layer.original.name))
             except ValueError as error:
                 raise CheckpointError(f"tensor {mask!r} cannot be packed: {error}") from error
             packed.append([weight, mask])
@@ -197,25 +197,22 @@ def _narrow(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], path: s
     lost: dict[tuple[str, str], int] = {}
     try:
         for entry in plan:
-            if entry.choice.kind == KeptChannels.kind:
-                settings = entry.choice.settings
-                for name, axis, count in fewer(settings["kept"], settings["of"], settings["sides"]):  # type: ignore[arg-type]
-                    lost[name, axis] = lost.get((name, axis), 0) + count
+            if isinstance(entry.choice, ChannelsChoice):
+                for place in entry.choice.lost:
+                    lost[place.module, place.axis] = lost.get((place.module, place.axis), 0) + place.entries
         for (name, axis), count in lost.items():
             if count:
                 reshape(model, name, axis, count)
         for name, axis in lost:
             if axis == IN and f"{name}.bias" in tensors:
                 add_bias(model.get_submodule(name), name)
-    except KeyError as error:
-        raise CheckpointError(f"{path}: a choice of channels lacks the setting {error}") from error
     except (PlanError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 
 def _rebuild(model: nn.Module, sites: Sites, plan: Plan, path: str | Path) -> None:
     for entry in plan:
-        if entry.choice.is_dense or entry.choice.kind == KeptChannels.kind:
+        if entry.choice.is_dense or isinstance(entry.choice, ChannelsChoice):
             continue
         for name in entry.sites:
             if name not in sites:

@@ -18,7 +18,6 @@ import numpy as np
 
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.network.choices import Choice
-from spectrim.network.factors import KeptChannels
 from spectrim.selection.budget import UNITS, Budget
 from spectrim.selection.candidates import Candidates, Row
 from spectrim.selection.forest import flattened
@@ -97,13 +96,7 @@ def spectra(candidates: Candidates, plan: Plan | None = None) -> Figure:
 
 
 def _spectrum(axes: Axes, row: Row, entry: Entry | None) -> None:
-    rank, how, words = None, "", "dense"
-    if entry is not None and "rank" in entry.choice.settings:
-        rank, how = int(entry.choice["rank"]), str(entry.choice.settings.get("unfolding", ""))
-        words = "\n".join([f"rank {rank}", *([part] if (part := _sparse_part(entry.choice)) else [])])
-    elif entry is not None and entry.choice.kind == KeptChannels.kind:
-        rank, how = len(entry.choice["kept"]), "responses"
-        words = f"{rank} of {entry.choice['of']}"
+    how, rank = (None if entry is None else entry.choice.cut) or ("", None)
     # Rank 0 is no cut through a spectrum.
     chosen = f"{entry.choice.method}/{how}" if entry is not None and rank else ""
     axes.set_yscale("log")
@@ -128,8 +121,8 @@ def _spectrum(axes: Axes, row: Row, entry: Entry | None) -> None:
         colour = _OTHER if rank is None else CHOSEN
         clear = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 0.8}
         axes.text(
-            0.97, 0.93, words, color=colour, ha="right", va="top", fontsize=7, transform=axes.transAxes, bbox=clear,
-            zorder=5,
+            0.97, 0.93, _lines(entry.choice), color=colour, ha="right", va="top", fontsize=7, transform=axes.transAxes,
+            bbox=clear, zorder=5,
         )  # fmt: skip
     axes.set_xlim(0, max(longest, rank or 0) * 1.03)
     axes.set_title(_short(row.site, 26), loc="left", pad=3)
@@ -139,8 +132,8 @@ def _spectrum_legend(figure: Figure, rows: Sequence[Row], plan: Plan | None) -> 
     from matplotlib.lines import Line2D
 
     entries = [e for e in (_entry(plan, row.site) for row in rows) if e is not None]
-    used = sorted({str(e.choice["unfolding"]) for e in entries if e.choice.settings.get("rank")})
-    used += ["responses"] if any(e.choice.kind == KeptChannels.kind for e in entries) else []
+    names = {cut[0] for e in entries if (cut := e.choice.cut) and cut[1]}
+    used = sorted(names, key=lambda how: (how not in UNFOLDINGS, how))
     handles = [Line2D([], [], color=UNFOLDINGS.get(how, _OTHER), lw=1.6, label=f"{how} (chosen)") for how in used]
     if used:
         handles.append(
@@ -151,16 +144,9 @@ def _spectrum_legend(figure: Figure, rows: Sequence[Row], plan: Plan | None) -> 
     figure.legend(handles=handles, loc="outside upper left", ncols=len(handles) if len(handles) < 6 else 3)
 
 
-def sum_text(choice: Choice) -> str:
-    """The choice of a low-rank and a sparse part in a few words: ``channel, rank 8 + 5 % unstructured``."""
-    parts = [f"{choice['unfolding']}, rank {choice['rank']}"] if choice["rank"] else []
-    return " + ".join([*parts, *([part] if (part := _sparse_part(choice)) else [])])
-
-
-def _sparse_part(choice: Choice) -> str:
-    """Density and pattern; empty where there is no sparse part."""
-    density = choice.settings.get("density", 0)
-    return f"{100 * density:.3g} % {choice['pattern']}" if density else ""
+def _lines(choice: Choice) -> str:
+    """A choice in short lines."""
+    return str(choice).replace(", ", "\n").replace(" + ", "\n+ ")
 
 
 def costs(plan: Plan, cost: str = "macs") -> Figure:

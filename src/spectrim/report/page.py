@@ -9,8 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectrim.network.choices import Choice
-from spectrim.network.factors import KeptChannels, SharedBasis
+from spectrim.network.choices import SumChoice
 from spectrim.network.sites import Skipped
 from spectrim.report import figures
 from spectrim.report.comparison import Comparison, Measure, show
@@ -189,7 +188,7 @@ def _counts_bytes(plan: Plan) -> bool:
 
 
 def _has_sparse(plan: Plan) -> bool:
-    return any(entry.choice.settings.get("density") for entry in plan)
+    return any(isinstance(entry.choice, SumChoice) and entry.choice.density for entry in plan)
 
 
 def _tiles(plan: Plan, comparison: Comparison | None) -> list[dict[str, str]]:
@@ -237,36 +236,12 @@ def _holds(row: Measure) -> bool:
     return row.compressed >= row.dense - 0.5 if row.better == "higher" else row.compressed <= row.dense
 
 
-def choice_text(choice: Choice) -> str:
-    """A choice in a few words: the unfolding, the rank, the sparse part, and what layers share."""
-    if choice.is_dense:
-        return "dense"
-    settings = dict(choice.settings)
-    if choice.kind == KeptChannels.kind:
-        return f"{len(choice['kept'])} of {choice['of']} channels"
-    if "density" in settings:
-        return figures.sum_text(choice)
-    parts = [str(settings.pop("unfolding"))] if "unfolding" in settings else []
-    parts += [f"rank {settings.pop('rank')}"] if "rank" in settings else []
-    if choice.kind == SharedBasis.kind and {"rank", "left_rank"} <= choice.settings.keys():
-        first = settings.pop("left_rank")
-        second = choice["rank"] - first
-        parts.append(
-            f"both factors shared ({first} + {second})"
-            if first and second
-            else f"{'first' if first else 'second'} factor shared"
-        )
-        parts += ["computed once"] if settings.pop("once", False) else []
-    settings.pop("bias", None)
-    return ", ".join([*parts, *(f"{key} {value}" for key, value in settings.items())]) or choice.kind
-
-
 def _layer(entry: Entry, shown: Sequence[str]) -> dict[str, Any]:
     return {
         "name": entry.site,
         "members": list(entry.members),
         "kind": entry.kind,
-        "choice": choice_text(entry.choice),
+        "choice": str(entry.choice),
         "method": entry.choice.method or "",
         "dense": entry.choice.is_dense,
         "error": f"{entry.error:.2%}" if not entry.choice.is_dense else "",

@@ -36,6 +36,8 @@ class Row:
         For figures: singular values or eigenvalue energies by ``method/unfolding``, normalised, at most 256 of each.
     members
         For a group of sites that may share factors: the sites, whose own rows it is on offer in place of.
+    of_channels
+        Whether it is about coupled channels, in place of layers.
     """
 
     site: str
@@ -45,15 +47,11 @@ class Row:
     exponent: float = 1.0
     spectra: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     members: tuple[str, ...] = ()
+    of_channels: bool = False
 
     @property
     def dense(self) -> Option:
         return self.options[0]
-
-    @property
-    def of_channels(self) -> bool:
-        """Whether it is about coupled channels, in place of layers."""
-        return self.kind.endswith(" channels")
 
     @property
     def sites(self) -> tuple[str, ...]:

@@ -24,6 +24,13 @@ Picks = tuple[tuple[int, int], ...]
 """Numbers of rows and of their options, covering every site of a tree once."""
 
 
+@dataclass(frozen=True)
+class ApartChoice(Choice, kind="apart"):
+    """The sites of a tree are chosen for each on its own. Only within a selector's call."""
+
+    picks: Picks
+
+
 @dataclass(frozen=True, eq=False)
 class Flat:
     """A table without groups that stands for one with groups.
@@ -205,4 +212,4 @@ def _choice(forest: Forest, picks: Picks) -> Choice:
         return forest.rows[number].options[pick].choice
     if all(forest.rows[number].options[pick].choice.is_dense for number, pick in picks):
         return DENSE
-    return Choice("apart", "", {"rows": tuple(n for n, _ in picks), "options": tuple(k for _, k in picks)})
+    return ApartChoice(picks)

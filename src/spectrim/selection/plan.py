@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from spectrim.errors import PlanError
-from spectrim.network.choices import Choice
+from spectrim.network.choices import Choice, read_choice
 from spectrim.selection.candidates import Candidates
 
 VERSION = 1
@@ -25,7 +25,14 @@ VERSION = 1
 class Entry:
     """One site of a plan, or one group of sites: what was chosen, what it loses and what it costs.
 
-    ``members`` are the sites of a group, in the order of its factors.
+    Attributes
+    ----------
+    kind
+        What the site is, for people to read.
+    members
+        The sites of a group, in the order of its factors.
+    of_channels
+        Whether it is about coupled channels, in place of layers. A plan's file says so by the kind alone.
     """
 
     site: str
@@ -35,11 +42,7 @@ class Entry:
     costs: Mapping[str, float]
     dense_costs: Mapping[str, float]
     members: tuple[str, ...] = ()
-
-    @property
-    def of_channels(self) -> bool:
-        """Whether it is about coupled channels, in place of layers."""
-        return self.kind.endswith(" channels")
+    of_channels: bool = field(default=False, compare=False)
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -110,7 +113,9 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text; equal plans give equal text."""
-        return msgspec.json.format(msgspec.json.encode(self, order="sorted"), indent=1).decode()
+        entries = [{**_written(entry), "choice": entry.choice.record()} for entry in self]
+        document = {**_written(self), "entries": entries}
+        return msgspec.json.format(msgspec.json.encode(document, order="sorted"), indent=1).decode()
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Plan:
@@ -122,21 +127,22 @@ class Plan:
             If the text is not a plan of a version this library reads; the message says where.
         """
         try:
-            plan = msgspec.json.decode(text, type=cls)
             raw = msgspec.json.decode(text)
+            # Of a choice this is what all choices have; its kind says the type of the rest.
+            plan = msgspec.convert(raw, cls)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise PlanError(f"not a plan: {error}") from error
         if plan.version != VERSION:
             raise PlanError(f"plan has version {plan.version}; this library reads version {VERSION}")
-        records = [(raw, cls), *((e, Entry) for e in raw["entries"]), *((e["choice"], Choice) for e in raw["entries"])]
-        for record, known in records:
-            unknown = sorted(set(record) - {f.name for f in dataclasses.fields(known)})
+        for record, known in [(raw, cls), *((entry, Entry) for entry in raw["entries"])]:
+            unknown = sorted(set(record) - set(_fields(known)))
             if unknown:
                 raise PlanError(f"a plan's {known.__name__.lower()} has no field {unknown[0]!r}")
         for names in ([e.site for e in plan.entries], [site for e in plan.entries for site in e.sites]):
             if len(set(names)) != len(names):
                 raise PlanError("a plan names each site once; this one repeats some")
-        return plan
+        entries = zip(plan.entries, raw["entries"], strict=True)
+        return dataclasses.replace(plan, entries=tuple(_entry(entry, record["choice"]) for entry, record in entries))
 
     def write(self, path: str | Path) -> None:
         Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
@@ -170,7 +176,7 @@ def make_plan(
     entries = tuple(
         Entry(
             row.site, row.kind, option.choice, float(option.error), _plain(option.costs), _plain(row.dense.costs),
-            row.members,
+            row.members, row.of_channels,
         )
         for row, option in chosen
     )  # fmt: skip
@@ -187,6 +193,23 @@ def make_plan(
         methods={name: dict(record) for name, record in candidates.methods.items() if name in used},
         facts=dict(candidates.facts),
     )
+
+
+def _fields(known: type[Plan] | type[Entry]) -> tuple[str, ...]:
+    """The fields that a file has."""
+    return tuple(f.name for f in dataclasses.fields(known) if f.name != "of_channels")
+
+
+def _written(record: Plan | Entry) -> dict[str, Any]:
+    return {name: getattr(record, name) for name in _fields(type(record))}
+
+
+def _entry(entry: Entry, choice: object) -> Entry:
+    """An entry from a file, with its choice."""
+    try:
+        return dataclasses.replace(entry, choice=read_choice(choice), of_channels=entry.kind.endswith(" channels"))
+    except PlanError as error:
+        raise PlanError(f"site {entry.site!r}: {error}") from error
 
 
 def _plain(costs: Mapping[str, float]) -> dict[str, float]:

@@ -445,7 +445,7 @@ class LearnedRanks:
             mu=mu,
             multipliers=dict(plan.multipliers),
             ranks=tuple(rank_tables.rank(choice, full) for choice, full in each),
-            choices=tuple(rank_tables.word(chosen[name]) + where[name] for name in self.trajectory.sites),
+            choices=tuple(f"{chosen[name]}{where[name]}" for name in self.trajectory.sites),
             costs=dict(plan.costs),
             distance=(missed / total) ** 0.5 if total else 0.0,
             metric=self._measured(),

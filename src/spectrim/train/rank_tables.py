@@ -8,12 +8,11 @@ from spectrim.cost.counted import Cost, macs, parameters, size_bytes
 from spectrim.linalg.unfold import unfoldings
 from spectrim.methods import JointSVD, Method, WeightSVD
 from spectrim.methods.base import full_rank
-from spectrim.network.choices import Choice
+from spectrim.network.choices import Choice, ZeroChoice
 from spectrim.network.sites import Site, Sites
 from spectrim.selection.candidates import Candidates, Option, Row
 
-ZERO = Choice("zero", "", {"rank": 0})
-"""Nothing at all, no sparse weight either: the weight is dropped and the bias stays. An option within a run only."""
+ZERO = ZeroChoice(0)
 
 
 def rank_methods(*, paper: bool, groups: bool = False) -> list[Method]:
@@ -72,31 +71,18 @@ def buildable(row: Row, choice: Choice) -> int:
     options = row.options
     pays = [n for n, o in enumerate(options) if any(o.costs[name] < cost for name, cost in row.dense.costs.items())]
     if choice == ZERO:
-        ranked = [n for n in pays if "rank" in options[n].choice.settings and options[n].choice != ZERO]
-        return min(ranked, key=lambda n: (options[n].choice["rank"], sum(options[n].costs.values())), default=0)
+        ranked = {n: cut[1] for n in pays if (cut := options[n].choice.cut) and options[n].choice != ZERO}
+        return min(ranked, key=lambda n: (ranked[n], sum(options[n].costs.values())), default=0)
     index = next(n for n, option in enumerate(options) if option.choice == choice)
     return index if index in pays else 0
 
 
 def rank(choice: Choice, otherwise: int) -> int:
     """Rank of a choice, 0 for a sparse weight alone; ``otherwise`` for a layer left dense."""
-    return int(choice["rank"]) if "rank" in choice.settings else otherwise
+    return choice.cut[1] if choice.cut else otherwise
 
 
 def full(site: Site) -> int:
     """Full rank of a site's first layer, the largest over its unfoldings."""
     spec = site.layers[0]
     return max(full_rank(spec, how) for how in unfoldings(spec.kernel))
-
-
-def word(choice: Choice) -> str:
-    """What a choice is, without the method: the first C step may have had another one."""
-    if choice.is_dense or choice == ZERO:
-        return choice.kind
-    if "left_rank" in choice.settings:
-        return f"{choice['rank']} ({choice['left_rank']} left-shared) {choice['unfolding']}"
-    if "density" in choice.settings:
-        parts = [f"{choice['rank']} {choice['unfolding']}"] if choice["rank"] else []
-        parts += [f"{choice['density']:g} {choice['pattern']}"] if choice["density"] else []
-        return " + ".join(parts)
-    return " ".join(str(value) for key, value in sorted(choice.settings.items()) if key != "bias")
