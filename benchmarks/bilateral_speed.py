@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.run import claim
+from spectrim.cost.rounds import Rounds
 from spectrim.linalg import bilateral
 from spectrim.linalg.additive import decompose
 from spectrim.linalg.low_rank_steps import Exact, Greedy
@@ -187,11 +187,10 @@ def _seconds(work: Callable[[], None], repeats: int) -> float:
 
 def _interleaved(works: list[Callable[[], None]], repeats: int, *, warmup: bool = True) -> list[float]:
     """Median seconds of each, taken by turns."""
-    samples: list[list[float]] = [[] for _ in works]
-    for number in range(repeats + warmup):
-        for work, held in zip(works, samples, strict=True):
-            start = time.perf_counter()
+    turns = Rounds(repeats, warmup=int(warmup))
+    for _ in turns:
+        for number, work in enumerate(works):
+            turns.begin(number)
             work()
-            if number >= warmup:
-                held.append(time.perf_counter() - start)
-    return [statistics.median(held) for held in samples]
+            turns.end(number)
+    return [turns[number].p50 / 1e3 for number in range(len(works))]

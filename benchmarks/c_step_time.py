@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from typing import Any
 
 import torch
@@ -11,8 +9,7 @@ import torch
 import spectrim as st
 from benchmarks import cifar
 from benchmarks.run import claim
-from spectrim.cost.chains import preemptions
-from spectrim.nn.timing import Timing
+from spectrim.cost.rounds import Rounds
 from spectrim.train import Schedule
 
 
@@ -54,23 +51,22 @@ def _times(name: str, how: str, config: dict[str, Any]) -> dict[str, Any]:
         ranks = st.LearnedRanks(model, sites, st.Budget(macs=0.4), schedule=schedule)
     else:
         ranks = st.LearnedRanks(model, sites, multiplier=4e-9, schedule=schedule, dense=how != "paper")
-    samples, taken = [], []
-    for _ in range(repeats + warmup):
+    turns = Rounds(repeats, warmup=warmup)
+    for _ in turns:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(1e-4 * torch.randn_like(parameter))
-        before, start = preemptions(), time.perf_counter()
+        turns.begin(name)
         ranks.c_step()
-        samples.append(time.perf_counter() - start)
-        taken.append(preemptions() - before)
-    samples, taken = samples[warmup:], taken[warmup:]
+        turns.end(name)
+    timing = turns[name]
     return {
         "network": name,
         "layers": len(sites),
         "ranks_by": "budget" if how == "budget" else "multiplier",
         "unfoldings": "the paper's, every rank" if how == "paper" else "all",
-        "median_seconds": round(statistics.median(samples), 4),
-        "quiet_seconds": round(Timing(tuple(samples), tuple(taken)).quiet, 4),
-        "least_seconds": round(min(samples), 4),
-        "most_seconds": round(max(samples), 4),
+        "median_seconds": round(timing.p50 / 1e3, 4),
+        "quiet_seconds": round(timing.quiet / 1e3, 4),
+        "least_seconds": round(min(timing.samples) / 1e3, 4),
+        "most_seconds": round(max(timing.samples) / 1e3, 4),
     }

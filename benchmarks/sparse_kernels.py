@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.run import claim
-from spectrim.cost.chains import preemptions, torch_threads
 from spectrim.cost.counted import macs
+from spectrim.cost.rounds import Rounds, Timing, torch_threads
 from spectrim.linalg.patterns import Unstructured
 from spectrim.linalg.unfold import unfolding
 from spectrim.network.factors import LowRankPlusSparse
@@ -20,7 +19,6 @@ from spectrim.network.layer import LayerSpec
 from spectrim.nn.build import build
 from spectrim.nn.sparse.kernels import choose_kernels
 from spectrim.nn.sparse.layers import Sum
-from spectrim.nn.timing import Timing
 
 _REST = 64 * 2**20  # bytes read between two calls
 
@@ -128,16 +126,12 @@ def _case(dense: nn.Linear, total: Sum, batch: int, threads: int, repeats: int) 
 
 def _measured(models: Mapping[str, nn.Module], rest: Rest, x: Tensor, threads: int, repeats: int) -> dict[str, Timing]:
     """Each model once in each repeat, with cold weights, forwards and backwards in turn."""
-    samples: dict[str, list[float]] = {name: [] for name in models}
-    preempted: dict[str, list[int]] = {name: [] for name in models}
+    turns = Rounds(repeats, warmup=2)
     with torch_threads(threads), torch.inference_mode():
-        for turn in range(-2, repeats):
+        for turn in turns:
             for name in models if turn % 2 else reversed(models):
                 rest(x)
-                before, start = preemptions(), time.perf_counter()
+                turns.begin(name)
                 models[name](x)
-                passed = time.perf_counter() - start
-                if turn >= 0:
-                    samples[name].append(passed * 1e3)
-                    preempted[name].append(preemptions() - before)
-    return {name: Timing(tuple(samples[name]), tuple(preempted[name])) for name in models}
+                turns.end(name)
+    return {name: turns[name] for name in models}

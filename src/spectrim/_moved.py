@@ -17,7 +17,7 @@ from typing import Any
 # Where a former module's names live; of several modules the first that has a name.
 HOMES: dict[str, tuple[str, ...]] = {
     "spectrim.budget": ("spectrim.selection.budget",),
-    "spectrim.chains": ("spectrim.cost.chains",),
+    "spectrim.chains": ("spectrim.cost.chains", "spectrim.cost.rounds"),
     "spectrim.costs": ("spectrim.cost.counted",),
     "spectrim.coupling": ("spectrim.network.coupling",),
     "spectrim.factors": ("spectrim.network.factors",),

@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from spectrim.cost import chains, running
-from spectrim.cost.chains import calls, describe, measure
+from spectrim.cost import chains, rounds
+from spectrim.cost.chains import Run, calls, csr_product, describe, measure, ways
 from spectrim.cost.latency import Latency
-from spectrim.cost.running import Run, csr_product, ways
 from spectrim.linalg import csr
 from spectrim.linalg.patterns import Channels, NofM, Taps, Unstructured
 from spectrim.linalg.unfold import unfolding
@@ -92,7 +91,7 @@ def test_a_sum_costs_its_pair_at_any_rank_and_its_sparse_layer():
 
 
 def pool_for(*found, dtype=torch.float32):
-    return running.number_pool([tuple(c) for c in found], dtype, "cpu", 2)
+    return chains.number_pool([tuple(c) for c in found], dtype, "cpu", 2)
 
 
 @needs_csr
@@ -133,7 +132,7 @@ def test_what_is_timed_in_csr_is_a_sparse_layer(kind, channels_last, monkeypatch
             pool = pool_for([sparse])
             _, run = ways(kind((sparse,)), pool, 2, channels_last)
             weight = packs[-1]
-            x = running._view(pool, 0, running._input_shape(sparse, 2), channels_last)
+            x = chains._view(pool, 0, chains._input_shape(sparse, 2), channels_last)
             bias = pool[: spec.out_channels] if spec.bias else None
             if spec.is_linear:
                 wanted = F.linear(x, weight, bias)
@@ -149,9 +148,9 @@ def test_what_is_timed_in_csr_is_a_sparse_layer(kind, channels_last, monkeypatch
 
 def test_an_addition_is_timed_with_the_dense_layer_too():
     pool = pool_for([LINEAR])
-    plain = running.dense_run((LINEAR,), pool, 2, False)
-    added = running.dense_run(Addend((LINEAR,)), pool, 2, False)
-    assert torch.equal(plain(), running.dense_run((LINEAR,), pool, 2, False)())
+    plain = chains.dense_run((LINEAR,), pool, 2, False)
+    added = chains.dense_run(Addend((LINEAR,)), pool, 2, False)
+    assert torch.equal(plain(), chains.dense_run((LINEAR,), pool, 2, False)())
     plain()
     first = plain()  # the third copy; the first one was run to learn the shape of the output
     added()
@@ -176,6 +175,7 @@ def test_the_fastest_way_counts_and_weights_are_cold(monkeypatch):
 
     found = {16: [run("slow", 0.004, False), run("fast", 0.001, True)], 8: [run("other", 0.003, False)]}
     monkeypatch.setattr(chains, "time", Time)
+    monkeypatch.setattr(rounds, "time", Time)
     monkeypatch.setattr(chains, "ways", lambda chain, *_: found[chain[0].out_channels])
     times = measure([(LINEAR,), (dataclasses.replace(LINEAR, out_channels=8),)], rounds=3)
     assert times == pytest.approx([1.0, 3.0])

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from spectrim.cost import running
-from spectrim.cost.chains import calls, describe, measure, undisturbed
+from spectrim.cost import chains
+from spectrim.cost.chains import calls, describe, measure
 from spectrim.cost.counted import macs, rank_multiple
 from spectrim.cost.latency import Latency, default_cache, interpolate
 from spectrim.linalg.unfold import unfolding, unfoldings
@@ -380,26 +380,26 @@ def described(module, shape):
 def test_what_is_timed_is_what_the_module_computes(name, channels_last):
     module, shape = modules()[name]
     spec = described(module, shape)
-    pool = running.number_pool([(spec,)], torch.float32, "cpu", 2)
-    run = running.dense_run((spec,), pool, 2, channels_last)
+    pool = chains.number_pool([(spec,)], torch.float32, "cpu", 2)
+    run = chains.dense_run((spec,), pool, 2, channels_last)
     seen = []
     for _ in range(2):
         seen.append(run())
     # Find the weights the runner used: the first copy starts at the pool's first number.
-    weight = running._weight_shape(spec)
+    weight = chains._weight_shape(spec)
     numel = math.prod(weight)
     if channels_last and len(weight) > 3:
         values = pool[:numel].view(weight[0], *weight[2:], weight[1]).movedim(-1, 1)
     else:
         values = pool[:numel].view(weight)
-    shape = running._input_shape(spec, 2)
+    shape = chains._input_shape(spec, 2)
     x = pool[: math.prod(shape)]
     last = channels_last and len(shape) > 3
     x = x.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1) if last else x.view(shape)
     with torch.no_grad():
         module.weight.copy_(values)
         if module.bias is not None:
-            start = running._aligned(numel)
+            start = chains._aligned(numel)
             module.bias.copy_(pool[start : start + spec.out_channels])
         expected = module(x)
     torch.testing.assert_close(seen[0], expected)
@@ -410,7 +410,7 @@ def test_what_is_timed_is_what_the_module_computes(name, channels_last):
 
 def test_a_chain_of_three_is_run_as_the_modules_would_be():
     chain = Chain(TUCKER)
-    pool = running.number_pool([chain], torch.float32, "cpu", 2)
+    pool = chains.number_pool([chain], torch.float32, "cpu", 2)
     net = nn.Sequential(
         nn.Conv2d(128, 32, 1, bias=False),
         nn.Conv2d(32, 24, 3, stride=(2, 1), padding=1, bias=False),
@@ -419,13 +419,13 @@ def test_a_chain_of_three_is_run_as_the_modules_would_be():
     start = 0
     for layer, spec in zip(net, chain, strict=True):
         layer.weight.data = pool[start : start + layer.weight.numel()].view(layer.weight.shape)
-        start += running._aligned(layer.weight.numel())
+        start += chains._aligned(layer.weight.numel())
         if spec.bias:
             layer.bias.data = pool[start : start + spec.out_channels]
-        start += running._aligned(spec.out_channels)
+        start += chains._aligned(spec.out_channels)
     x = pool[: 2 * 128 * 16 * 16].view(2, 128, 16, 16)
     with torch.inference_mode():
-        torch.testing.assert_close(running.dense_run(chain, pool, 2, False)(), net(x))
+        torch.testing.assert_close(chains.dense_run(chain, pool, 2, False)(), net(x))
 
 
 def test_measure_takes_turns_and_restores_the_threads():
@@ -443,13 +443,6 @@ def test_at_least_three_rounds_are_taken_within_any_budget():
     done = []
     measure([(LINEAR,)], rounds=5, budget=0.0, progress=lambda n, total: done.append(n))
     assert done == [1, 2, 3]
-
-
-def test_undisturbed_samples_are_preferred():
-    assert undisturbed([1, 2, 9, 3], [0, 0, 5, 0]) == [1, 2, 3]
-    assert undisturbed([1, 2, 9, 8], [0, 0, 5, 6]) == [1, 2, 9]
-    assert undisturbed([1, 2, 3, 4], [1, 1, 1, 1]) == [1, 2, 3, 4]
-    assert undisturbed([4, 5], [3, 0]) == [4, 5]
 
 
 def test_the_real_thing(tmp_path):

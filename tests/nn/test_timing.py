@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from spectrim.nn.timing import Timing, measure_latency, peak_memory
+from spectrim.nn.timing import measure_latency, peak_memory
 
 
 class Recorder(nn.Module):
@@ -65,15 +65,6 @@ def test_what_cannot_be_measured_is_refused():
         measure_latency({}, torch.ones(1))
     with pytest.raises(ValueError, match="repeats=0"):
         measure_latency({"model": nn.Identity()}, torch.ones(1), repeats=0)
-
-
-def test_quantiles():
-    timing = Timing(tuple(float(n) for n in range(10, 0, -1)))
-    assert timing.p50 == 5.5
-    assert timing.p90 == 9.0
-    assert timing.quiet == 5.5
-    assert Timing((2.0,)).p90 == Timing((2.0,)).p50 == 2.0
-    assert Timing((1.0,) * 5 + (9.0,) * 6, (0,) * 5 + (3,) * 6).quiet == 1.0
 
 
 MEGABYTE = 2**20

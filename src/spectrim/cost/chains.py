@@ -5,9 +5,7 @@ What makes the sum over layers agree with the time of the network, on a CPU:
 - Weights are cold. Inside a network of some size each weight comes from memory and is brought into the kernels' own
   order on each call; timing one weight again and again finds it in the cache and can report half of the real time. So
   the calls rotate through copies. Inputs are warm, since the layer before has just written them.
-- Load changes. All chains take turns, so that a busy moment hits them alike, and medians are taken over the rounds.
-- A thread that loses its core stops the others at the next barrier, and 1 ms becomes 20 ms. Rounds in which the system
-  took a core away are set aside while enough others are left.
+- Load changes. All chains take turns, and of undisturbed rounds (:mod:`spectrim.cost.rounds`) the median counts.
 
 A sparse weight is timed with random positions, multiplied as a dense one and, where that is possible, in CSR. The less
 of the two counts, which is what :func:`spectrim.nn.sparse.kernels.choose_kernels` makes the network run. The sparse
@@ -17,28 +15,30 @@ channels, and one with a smaller kernel to pad or crop its input, is not timed.
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import itertools
 import math
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from spectrim.cost.counted import require_inputs
-from spectrim.cost.running import Run, number_pool, rounded_density, ways
+from spectrim.cost.rounds import FEWEST, Rounds, torch_threads
+from spectrim.linalg import csr
 from spectrim.network.layer import LayerSpec
 from spectrim.network.structure import Addend, Chain, structure_of
-
-Progress = Callable[[int, int], None]
-"""Called with the timings taken so far and how many there are to take."""
+from spectrim.progress import Steps
 
 _BLOCK_MS = 2.0
 _BLOCK_CALLS = 50
-_FEWEST_ROUNDS = 3
 _CHILLED_S = 0.05  # a block's time with weights made cold in between, once it has three calls
+_POOL_BYTES = 64 * 2**20  # more than the last-level cache that one process usually gets
+_COPIES = 8  # of a weight; a layer so small that eight copies stay in the cache stays there in its network too
 
 
 def calls(layers: Sequence[LayerSpec]) -> list[Chain]:
@@ -87,36 +87,6 @@ def describe(chain: Chain) -> str:
     return "; ".join(map(one, chain))
 
 
-@contextlib.contextmanager
-def torch_threads(count: int | None) -> Iterator[None]:
-    """Run with this many threads within operators, and set the former number again; None changes nothing."""
-    before = torch.get_num_threads()
-    try:
-        if count is not None and count != before:
-            torch.set_num_threads(count)
-        yield
-    finally:
-        if torch.get_num_threads() != before:
-            torch.set_num_threads(before)
-
-
-def preemptions() -> int:
-    """How often the system took a core away from a thread of this process so far; 0 where it does not say."""
-    if sys.platform == "win32":
-        return 0
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-
-
-def undisturbed(samples: Sequence[float], disturbances: Sequence[int], fewest: int = _FEWEST_ROUNDS) -> list[float]:
-    """The samples with the fewest disturbances, at least ``fewest`` of them, all that are equally good included."""
-    if len(samples) <= fewest:
-        return list(samples)
-    bar = sorted(disturbances)[fewest - 1]
-    return [sample for sample, count in zip(samples, disturbances, strict=True) if count <= bar]
-
-
 def measure(
     chains: Sequence[Chain],
     *,
@@ -127,7 +97,7 @@ def measure(
     memory_format: str = "contiguous",
     rounds: int = 9,
     budget: float = 120.0,
-    progress: Progress | None = None,
+    progress: Steps | None = None,
 ) -> list[float]:
     """Milliseconds of each chain: warm-up, then rounds over all chains, and the median of the undisturbed rounds.
 
@@ -153,35 +123,28 @@ def measure(
         for run in runs:
             run()
             counts.append(max(1, min(_BLOCK_CALLS, math.ceil(_BLOCK_MS / block(run, 1)))))
-        samples: list[list[float]] = [[] for _ in runs]
-        disturbances: list[list[int]] = [[] for _ in runs]
-        start = time.perf_counter()
-        for turn in range(3 * rounds):
-            late = time.perf_counter() - start > budget
-            if turn >= _FEWEST_ROUNDS and late:
-                break
+        turns = Rounds(rounds, most=3 * rounds, budget=budget)
+        for turn in turns:
             for index, (run, count) in enumerate(zip(runs, counts, strict=True)):
-                if turn < rounds or disturbances[index].count(0) < _FEWEST_ROUNDS:
-                    before = preemptions()
-                    samples[index].append(block(run, count))
-                    disturbances[index].append(preemptions() - before)
+                if turn < rounds or not turns.is_settled(index):
+                    turns.begin(index)
+                    turns.end(index, block(run, count))
                 if progress is not None and turn < rounds:
                     progress(turn * len(runs) + index + 1, rounds * len(runs))
-    times = iter([statistics.median(undisturbed(s, d)) for s, d in zip(samples, disturbances, strict=True)])
+    times = iter([statistics.median(turns[index].undisturbed()) for index in range(len(runs))])
     return [min(itertools.islice(times, len(several))) for several in found]
 
 
 def _block(run: Run, count: int) -> float:
     """Median milliseconds of ``count`` calls, or of fewer where making each one's weights cold takes long."""
-    taken = []
-    begun = time.perf_counter()
+    taken, begun = [], time.perf_counter()
     for _ in range(count):
         if run.chill is not None:
             run.chill()
         start = time.perf_counter()
         run()
         taken.append(time.perf_counter() - start)
-        if run.chill is not None and time.perf_counter() - begun > _CHILLED_S and len(taken) >= _FEWEST_ROUNDS:
+        if run.chill is not None and time.perf_counter() - begun > _CHILLED_S and len(taken) >= FEWEST:
             break
     return max(statistics.median(taken), 1e-9) * 1e3
 
@@ -194,3 +157,144 @@ def _cuda_block(run: Run, count: int) -> float:
     end.record()
     end.synchronize()
     return max(start.elapsed_time(end) / count, 1e-6)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One way to run a chain; ``chill`` makes its weights cold where it does not take turns with copies of them."""
+
+    call: Callable[[], Tensor]
+    chill: Callable[[], object] | None = None
+
+    def __call__(self) -> Tensor:
+        return self.call()
+
+
+def _weight_shape(spec: LayerSpec) -> tuple[int, ...]:
+    if spec.transposed:
+        return (spec.in_channels, spec.out_channels // spec.groups, *spec.kernel)
+    return (spec.out_channels, spec.in_channels // spec.groups, *spec.kernel)
+
+
+def _input_shape(spec: LayerSpec, batch: int) -> tuple[int, ...]:
+    (shape,) = spec.inputs
+    return (batch * shape[0], spec.in_channels) if spec.is_linear else (batch, spec.in_channels, *shape)
+
+
+def _aligned(numel: int) -> int:
+    return -(-numel // 64) * 64
+
+
+def _numel(chain: Chain) -> int:
+    return sum(_aligned(math.prod(_weight_shape(spec))) + _aligned(spec.out_channels) for spec in chain)
+
+
+def number_pool(chains: Sequence[Chain], dtype: torch.dtype, device: str, batch: int) -> Tensor:
+    """Random numbers that all weights and inputs are views of, so that memory does not grow with the chains."""
+    sizes = [2 * _numel(chain) for chain in chains]
+    sizes += [math.prod(_input_shape(chain[0], batch)) for chain in chains]
+    numel = max([_POOL_BYTES // dtype.itemsize, *sizes])
+    # A block of numbers repeated: drawing all of them would take longer than some measurements.
+    drawn = (0.02 * torch.randn(2**20, generator=torch.Generator().manual_seed(0))).to(dtype)
+    return drawn.repeat(-(-numel // drawn.numel())).to(device)
+
+
+def ways(chain: Chain, pool: Tensor, batch: int, channels_last: bool) -> list[Run]:
+    """The ways to run a chain: as dense layers, and in CSR where it is one sparse layer that can be."""
+    found = [dense_run(chain, pool, batch, channels_last)]
+    if len(chain) == 1 and chain[0].density < 1 and pool.device.type == "cpu" and pool.dtype in csr.DTYPES:
+        product = csr_product(chain[0]) if csr.is_available() else None
+        if product is not None:
+            found.append(_csr_run(chain, product, pool, batch, channels_last))
+    return found
+
+
+def _view(pool: Tensor, offset: int, shape: tuple[int, ...], channels_last: bool) -> Tensor:
+    flat = pool[offset : offset + math.prod(shape)]
+    if channels_last and len(shape) in (4, 5):
+        return flat.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+    return flat.view(shape)
+
+
+def _csr_run(chain: Chain, product: Callable[..., Tensor], pool: Tensor, batch: int, channels_last: bool) -> Run:
+    """Runs a sparse layer in CSR. Before each call as much is read as the copies of :func:`dense_run` would be."""
+    (spec,) = chain
+    rows, columns = spec.out_channels, spec.features
+    weight = _view(pool, 0, (rows, columns), False)
+    kept = torch.rand(rows, columns, generator=torch.Generator().manual_seed(0)) < rounded_density(spec)
+    packed = csr.pack(weight * kept)
+    bias = pool[: spec.out_channels] if spec.bias else None
+    x = _view(pool, 0, _input_shape(spec, batch), channels_last)
+    onto = torch.zeros_like(product(packed, x, bias)) if isinstance(chain, Addend) else None
+    entry = pool.itemsize + packed.col_indices().itemsize
+    between = (_COPIES - 1) * packed.values().numel() * entry // pool.itemsize
+    return Run(lambda: product(packed, x, bias, onto), lambda: pool[:between].sum())
+
+
+def dense_run(chain: Chain, pool: Tensor, batch: int, channels_last: bool) -> Run:
+    """Runs the chain with dense weights, others than the last time."""
+    view = functools.partial(_view, pool, channels_last=channels_last)
+    copies: list[list[tuple[Tensor, Tensor | None]]] = []
+    offset = 0
+    for _ in range(min(_COPIES, pool.numel() // _numel(chain))):
+        copies.append([])
+        for spec in chain:
+            weight = view(offset, _weight_shape(spec))
+            offset += _aligned(weight.numel())
+            copies[-1].append((weight, view(offset, (spec.out_channels,)) if spec.bias else None))
+            offset += _aligned(spec.out_channels)
+    operators = [_operator(spec) for spec in chain]
+    turns = itertools.cycle(copies)
+    x = view(0, _input_shape(chain[0], batch))
+
+    def run() -> Tensor:
+        y = x
+        for operator, (weight, bias) in zip(operators, next(turns), strict=True):
+            y = operator(y, weight, bias)
+        return y
+
+    if not isinstance(chain, Addend):
+        return Run(run)
+    onto = torch.zeros_like(run())
+    return Run(lambda: onto + run())
+
+
+def _operator(spec: LayerSpec) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
+    """What the module of this layer calls."""
+    if spec.is_linear:
+        return F.linear
+    axes = len(spec.kernel) - 1
+    if spec.transposed:
+        up = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[axes]
+        padding = spec.padding
+        assert not isinstance(padding, str)  # torch has no "same" here
+        return lambda x, w, b: up(x, w, b, spec.stride, padding, spec.output_padding, spec.groups, spec.dilation)
+    conv = (F.conv1d, F.conv2d, F.conv3d)[axes]
+    if spec.padding_mode == "zeros":
+        return lambda x, w, b: conv(x, w, b, spec.stride, spec.padding, spec.dilation, spec.groups)
+    sides = list(itertools.chain(*reversed(spec.sides)))  # last axis first, as F.pad takes them
+    return lambda x, w, b: conv(F.pad(x, sides, spec.padding_mode), w, b, spec.stride, 0, spec.dilation, spec.groups)
+
+
+def rounded_density(spec: LayerSpec) -> float:
+    """To two digits: a table need not tell apart what takes the same time."""
+    return float(f"{spec.density:.2g}")
+
+
+def csr_product(spec: LayerSpec) -> Callable[..., Tensor] | None:
+    """How this layer is multiplied in CSR: a function ``(packed, x, bias, onto=None)``; None where it is not.
+
+    Linear layers are, and convolutions over two axes without groups whose padding is zeros, as many on either side.
+    """
+    if spec.is_linear:
+        return csr.linear
+    if len(spec.kernel) != 2 or spec.transposed or spec.groups > 1 or spec.padding_mode != "zeros":
+        return None
+    if any(before != after for before, after in spec.sides):
+        return None
+    padding = tuple(before for before, _ in spec.sides)
+
+    def product(packed: Tensor, x: Tensor, bias: Tensor | None, onto: Tensor | None = None) -> Tensor:
+        return csr.conv2d(packed, x, bias, spec.kernel, spec.stride, padding, spec.dilation, onto)  # type: ignore[arg-type]
+
+    return product

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from spectrim.cost.chains import Progress, calls, describe, measure
+from spectrim.cost.chains import calls, describe, measure
 from spectrim.cost.counted import macs, rank_multiple
 from spectrim.linalg.unfold import Unfolding
 from spectrim.network.layer import LayerSpec
 from spectrim.network.structure import Chain, Pair
+from spectrim.progress import Steps
 
 VERSION = 1
 _FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)  # of the rank at which a pair costs the MACs of its layer
@@ -105,7 +106,7 @@ class Latency:
         self.prepare([specs])
         return sum(self._time(chain, self._table) for chain in calls(specs))
 
-    def prepare(self, structures: Iterable[Sequence[LayerSpec]], progress: Progress | None = None) -> int:
+    def prepare(self, structures: Iterable[Sequence[LayerSpec]], progress: Steps | None = None) -> int:
         """Measure all that these layers need and the table lacks, taking turns, and store it once.
 
         Returns
@@ -147,7 +148,7 @@ class Latency:
             for rank, called in pairs.items()
         }
 
-    def _take(self, chains: Mapping[str, Chain], progress: Progress | None) -> dict[str, float]:
+    def _take(self, chains: Mapping[str, Chain], progress: Steps | None) -> dict[str, float]:
         taken = self.timer(
             list(chains.values()),
             device=self.device,

@@ -92,6 +92,14 @@ class LayerSpec:
         return math.prod(self.shape[2:])
 
     @property
+    def sides(self) -> tuple[tuple[int, int], ...]:
+        """Padding before and after each axis."""
+        if not isinstance(self.padding, str):
+            return tuple((n, n) for n in self.padding)
+        both = [d * (k - 1) for k, d in zip(self.kernel, self.dilation, strict=True)]
+        return tuple((n // 2, n - n // 2) for n in both)
+
+    @property
     def kind(self) -> str:
         """A short word for people: ``Linear``, ``Conv2d 3x3/2``, ..."""
         if self.is_linear:
@@ -159,16 +167,10 @@ class LayerSpec:
 
         Negative numbers crop.
         """
-        found = []
-        for a, (k, d) in enumerate(zip(self.kernel, self.dilation, strict=True)):
-            if isinstance(self.padding, str):
-                both = d * (k - 1)
-                before, after = both // 2, both - both // 2
-            else:
-                before = after = self.padding[a]
-            first, count = pattern.corner[a], pattern.extent[a]
-            found.append((before - first * d, after - (k - first - count) * d))
-        return tuple(found)
+        axes = zip(self.kernel, self.dilation, self.sides, pattern.corner, pattern.extent, strict=True)
+        return tuple(
+            (before - first * d, after - (k - first - count) * d) for k, d, (before, after), first, count in axes
+        )
 
     def narrowed(self, left: Mapping[str, int]) -> LayerSpec:
         """The layer with fewer channels.

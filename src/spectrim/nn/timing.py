@@ -5,51 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spectrim.cost.chains import preemptions, torch_threads, undisturbed
+from spectrim.cost.rounds import Rounds, Timing, torch_threads
 from spectrim.progress import Steps, reports_steps
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Latency of one model, in milliseconds.
-
-    Attributes
-    ----------
-    samples
-        One a repeat, in the order taken. Samples at the same index of two models were taken next to each other.
-    preempted
-        How often the system took a core away during each sample; zeros where it does not say.
-    """
-
-    samples: tuple[float, ...]
-    preempted: tuple[int, ...] = ()
-
-    @property
-    def p50(self) -> float:
-        """Median."""
-        return statistics.median(self.samples)
-
-    @property
-    def p90(self) -> float:
-        """The smallest sample that nine in ten do not exceed."""
-        return sorted(self.samples)[-(-9 * len(self.samples) // 10) - 1]
-
-    @property
-    def quiet(self) -> float:
-        """Median of the samples that were preempted least (at least five): what an idle machine would show."""
-        return statistics.median(undisturbed(self.samples, self.preempted or (0,) * len(self.samples), 5))
 
 
 @reports_steps
@@ -89,27 +55,23 @@ def measure_latency(
             f"measuring needs a model and at least one repeat; got {len(models)} models, repeats={repeats}"
         )
     call = _caller(example)
-    samples: dict[str, list[float]] = {name: [] for name in models}
-    preempted: dict[str, list[int]] = {name: [] for name in models}
+    rounds = Rounds(repeats, warmup=warmup)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch_threads(threads))
         stack.enter_context(torch.inference_mode())
         for model in models.values():
             stack.enter_context(_evaluating(model))
         wait = {name: _waiter(model) for name, model in models.items()}
-        for turn in range(warmup + repeats):
+        for turn in rounds:
             for name, model in models.items():
                 wait[name]()
-                before = preemptions()
-                start = time.perf_counter()
+                rounds.begin(name)
                 call(model)
                 wait[name]()
-                if turn >= warmup:
-                    samples[name].append((time.perf_counter() - start) * 1e3)
-                    preempted[name].append(preemptions() - before)
-            if turn >= warmup:
-                progress(turn - warmup + 1, repeats)
-    return {name: Timing(tuple(samples[name]), tuple(preempted[name])) for name in models}
+                rounds.end(name)
+            if turn >= 0:
+                progress(turn + 1, repeats)
+    return {name: rounds[name] for name in models}
 
 
 def peak_memory(model: nn.Module, example: Any) -> int:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from spectrim.cost import rounds
 from spectrim.linalg import csr
 from spectrim.linalg.patterns import Channels, NofM
 from spectrim.nn.sparse import kernels
@@ -45,8 +46,8 @@ def clock(monkeypatch):
         def perf_counter():
             return now[0]
 
-    monkeypatch.setattr(kernels, "time", Time)
-    monkeypatch.setattr(kernels, "preemptions", lambda: 0)
+    monkeypatch.setattr(rounds, "time", Time)
+    monkeypatch.setattr(rounds, "preemptions", lambda: 0)
 
     def attach(model):
         for module in model.modules():
@@ -175,7 +176,7 @@ def test_load_does_not_decide(clock, monkeypatch):
         return forward(*args)
 
     layer.forward = loaded
-    monkeypatch.setattr(kernels, "preemptions", lambda: disturbed[0])
+    monkeypatch.setattr(rounds, "preemptions", lambda: disturbed[0])
     (chosen,) = choose_kernels(nn.Sequential(layer), torch.randn(2, 8))
     assert chosen.kernel is Kernel.CSR
     assert dict(chosen.milliseconds) == pytest.approx({Kernel.DENSE: 10.0, Kernel.CSR: 4.0})
@@ -183,6 +184,6 @@ def test_load_does_not_decide(clock, monkeypatch):
 
 def test_more_rounds_are_taken_while_all_are_disturbed(monkeypatch):
     net, count = Net(), iter(range(10**6))
-    monkeypatch.setattr(kernels, "preemptions", lambda: next(count))
+    monkeypatch.setattr(rounds, "preemptions", lambda: next(count))
     choose_kernels(net, torch.randn(2, 3, 6, 6), rounds=4)
     assert len(net.modes) == 2 * (kernels._WARM_UP + 12)

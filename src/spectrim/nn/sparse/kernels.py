@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spectrim.cost.chains import preemptions, torch_threads, undisturbed
+from spectrim.cost.rounds import Rounds, Timing, torch_threads
 from spectrim.nn.sparse.layers import Masked
 from spectrim.nn.sparse.products import Kernel, products, takes, works
 from spectrim.nn.watch.batches import arguments, evaluating
@@ -20,7 +19,6 @@ from spectrim.nn.watch.batches import arguments, evaluating
 __all__ = ["ChosenKernel", "Kernel", "choose_kernels"]
 
 _WARM_UP = 2
-_FEWEST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -100,32 +98,26 @@ def choose_kernels(
     args, kwargs = arguments(model, example)
     former = {name: layer.kernel for name, layer in layers.items()}
     offered = {name: _offered(layer) for name, layer in layers.items()}
-    turns = [kernel for kernel in Kernel if any(kernel in found for found in offered.values())]
-    watches = {name: _Watch() for name in layers}
+    kernels = [kernel for kernel in Kernel if any(kernel in found for found in offered.values())]
+    turns = Rounds(rounds, most=3 * rounds if len(kernels) > 1 else 0, warmup=_WARM_UP, budget=budget)
     done = False
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch_threads(threads))
             stack.enter_context(torch.inference_mode())
             stack.enter_context(evaluating(model))
-            for name, layer in layers.items():
-                stack.enter_context(_watched(layer, watches[name]))
-            start = time.perf_counter()
-            for number in range(-_WARM_UP, 3 * rounds if len(turns) > 1 else 0):
-                if number >= _FEWEST_ROUNDS and time.perf_counter() - start > budget:
-                    break
-                if number >= rounds and all(watch.is_settled for watch in watches.values()):
-                    break
+            for turn in turns:
                 # Forwards and backwards, so that none always runs after the same one.
-                for kernel in turns if number % 2 else reversed(turns):
-                    for name, layer in layers.items():
-                        layer._kernel = kernel if kernel in offered[name] else Kernel.DENSE
-                    model(*args, **kwargs)
-                    for name, watch in watches.items():
-                        watch.end(kernel if kernel in offered[name] and number >= 0 else None)
+                for kernel in kernels if turn % 2 else reversed(kernels):
+                    with contextlib.ExitStack() as timed:
+                        for name, layer in layers.items():
+                            layer._kernel = kernel if kernel in offered[name] else Kernel.DENSE
+                            if kernel in offered[name]:
+                                timed.enter_context(_timed(layer, (name, kernel), turns))
+                        model(*args, **kwargs)
         chosen = []
         for name, layer in layers.items():
-            times = watches[name].times()
+            times = {k: _lower_quartile(turns[name, k]) for k in offered[name] if (name, k) in turns}
             layer.kernel = _fastest(times, margin)
             if len(times) > 1:
                 chosen.append(ChosenKernel(name, layer.kernel, MappingProxyType(times)))
@@ -151,51 +143,23 @@ def _fastest(times: Mapping[Kernel, float], margin: float) -> Kernel:
     return best if times[best] < (1 - margin) * times[Kernel.DENSE] else Kernel.DENSE
 
 
-class _Watch:
-    """Adds up the time of one layer's calls in a forward pass, and keeps the sums by kernel."""
-
-    def __init__(self) -> None:
-        self.samples: dict[Kernel, list[float]] = {}
-        self.disturbances: dict[Kernel, list[int]] = {}
-        self.calls, self.passed, self.preempted = 0, 0.0, 0
-
-    def begin(self) -> None:
-        self.before, self.start = preemptions(), time.perf_counter()
-
-    def stop(self) -> None:
-        self.passed += time.perf_counter() - self.start
-        self.preempted += preemptions() - self.before
-        self.calls += 1
-
-    def end(self, kernel: Kernel | None) -> None:
-        """The forward pass is over, and its sum is kept under a kernel or forgotten."""
-        if self.calls and kernel is not None:
-            self.samples.setdefault(kernel, []).append(self.passed * 1e3)
-            self.disturbances.setdefault(kernel, []).append(self.preempted)
-        self.calls, self.passed, self.preempted = 0, 0.0, 0
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether every kernel has some samples without a disturbance."""
-        return all(found.count(0) >= _FEWEST_ROUNDS for found in self.disturbances.values())
-
-    def times(self) -> dict[Kernel, float]:
-        """Milliseconds by kernel."""
-        found = {k: undisturbed(self.samples[k], self.disturbances[k]) for k in Kernel if k in self.samples}
-        return {kernel: sorted(samples)[len(samples) // 4] for kernel, samples in found.items()}
+def _lower_quartile(timing: Timing) -> float:
+    samples = sorted(timing.undisturbed())
+    return samples[len(samples) // 4]
 
 
 @contextlib.contextmanager
-def _watched(layer: Masked, watch: _Watch) -> Iterator[None]:
+def _timed(layer: Masked, key: tuple[str, Kernel], turns: Rounds) -> Iterator[None]:
+    """Time all calls of a layer."""
     wait = _waiter(layer.mask.device)
 
     def before(*_: object) -> None:
         wait()
-        watch.begin()
+        turns.begin(key)
 
     def after(*_: object) -> None:
         wait()
-        watch.stop()
+        turns.end(key)
 
     handles = layer.register_forward_pre_hook(before), layer.register_forward_hook(after, prepend=True)
     try:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from spectrim.cost.running import csr_product
+from spectrim.cost.chains import csr_product
 from spectrim.linalg import csr
 from spectrim.linalg.patterns import NofM, Pattern
 from spectrim.network.layer import LayerSpec

@@ -1,0 +1,138 @@
+"""Rounds in which several things take turns at being timed, and which of the times count.
+
+Load changes: taking turns, a busy moment hits all alike. A thread that loses its core stops the others at the next
+barrier, and 1 ms becomes 20 ms: times during which the system took a core away are set aside while enough others are
+left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import statistics
+import sys
+import time
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+FEWEST = 3
+"""Rounds that are taken in any case, and undisturbed times that are enough."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of one thing, in milliseconds.
+
+    Attributes
+    ----------
+    samples
+        One a round, in the order taken. Those at the same index of two things were taken next to each other.
+    preempted
+        How often the system took a core away during each sample; zeros where it does not say.
+    """
+
+    samples: tuple[float, ...]
+    preempted: tuple[int, ...] = ()
+
+    @property
+    def p50(self) -> float:
+        """Median."""
+        return statistics.median(self.samples)
+
+    @property
+    def p90(self) -> float:
+        """The smallest sample that nine in ten do not exceed."""
+        return sorted(self.samples)[-(-9 * len(self.samples) // 10) - 1]
+
+    @property
+    def quiet(self) -> float:
+        """Median of the samples that were preempted least (at least five): what an idle machine would show."""
+        return statistics.median(self.undisturbed(5))
+
+    def undisturbed(self, fewest: int = FEWEST) -> list[float]:
+        """The samples that were preempted least, at least ``fewest`` of them, all that are equally good included."""
+        if len(self.samples) <= fewest or not self.preempted:
+            return list(self.samples)
+        bar = sorted(self.preempted)[fewest - 1]
+        return [sample for sample, count in zip(self.samples, self.preempted, strict=True) if count <= bar]
+
+
+class Rounds:
+    """An iterator of rounds, in each of which everything is to be timed once, and the times taken.
+
+    Rounds are numbered from 0, those that warm up before that. What is timed several times in one round adds up.
+
+    Parameters
+    ----------
+    count
+        Rounds after which it is enough if everything has :data:`FEWEST` undisturbed times.
+    most
+        Rounds after which it is enough; ``count`` if None.
+    warmup
+        Rounds before the first, whose times are forgotten.
+    budget
+        Seconds after which no further round is begun, except for the first :data:`FEWEST`.
+    """
+
+    def __init__(self, count: int, *, most: int | None = None, warmup: int = 0, budget: float = math.inf) -> None:
+        self.count, self.most, self.warmup, self.budget = count, count if most is None else most, warmup, budget
+        self._turn = 0
+        self._begun: dict[Hashable, tuple[int, float]] = {}
+        self._times: dict[Hashable, dict[int, tuple[float, int]]] = {}
+
+    def __iter__(self) -> Iterator[int]:
+        start = time.perf_counter()
+        for turn in range(-self.warmup, self.most):
+            late = turn >= FEWEST and time.perf_counter() - start > self.budget
+            if late or (turn >= self.count and all(map(self.is_settled, self._times))):
+                return
+            self._turn = turn
+            yield turn
+
+    def begin(self, key: Hashable) -> None:
+        """Start the clock of one thing."""
+        self._begun[key] = preemptions(), time.perf_counter()
+
+    def end(self, key: Hashable, milliseconds: float | None = None) -> None:
+        """Stop the clock, and take its time, or one that was measured in between."""
+        passed = (time.perf_counter() - self._begun[key][1]) * 1e3
+        preempted = preemptions() - self._begun[key][0]
+        if self._turn >= 0:
+            times = self._times.setdefault(key, {})
+            before = times.get(self._turn, (0.0, 0))
+            times[self._turn] = before[0] + (passed if milliseconds is None else milliseconds), before[1] + preempted
+
+    def is_settled(self, key: Hashable) -> bool:
+        """Whether enough times were taken without a disturbance."""
+        return sum(not preempted for _, preempted in self._times.get(key, {}).values()) >= FEWEST
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._times
+
+    def __getitem__(self, key: Hashable) -> Timing:
+        samples, preempted = zip(*self._times[key].values(), strict=True)
+        return Timing(samples, preempted)
+
+
+@contextlib.contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Run with this many threads within operators, and set the former number again; None changes nothing."""
+    before = torch.get_num_threads()
+    try:
+        if count is not None and count != before:
+            torch.set_num_threads(count)
+        yield
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)
+
+
+def preemptions() -> int:
+    """How often the system took a core away from a thread of this process so far; 0 where it does not say."""
+    if sys.platform == "win32":
+        return 0
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
