@@ -17,7 +17,7 @@ from benchmarks import cifar, torch_pruning_baseline
 from benchmarks.distilled import every_row, tuned
 from benchmarks.run import claim
 from spectrim.cost import counted as costs
-from spectrim.network import narrowing
+from spectrim.cost.whole import Network
 from spectrim.network.coupling import axes_left
 from spectrim.nn.channels.narrow import narrow
 from spectrim.nn.checkpoint import read_plan
@@ -65,9 +65,9 @@ def by_rule(
     """
     sites = st.couple(model, st.find(model), batches[0])
     sites = st.calibrate(model, sites, batches[:1], statistics=False)
-    functions = {"macs": costs.macs, "parameters": costs.parameters}
+    network = Network(sites, {"macs": costs.macs, "parameters": costs.parameters})
     (cost, share), *_ = budget.items()
-    limit = share * narrowing.costs(sites, {}, functions)[cost]
+    limit = share * network.cost()[cost]
     order = {}
     for coupling in sites.couplings:
         total = torch.zeros(coupling.channels)
@@ -79,7 +79,7 @@ def by_rule(
         order[coupling.name] = total.argsort(descending=True).tolist()
     for gone in range(1, 1000):
         numbers = {c.name: max(1, round(c.channels * (1 - gone / 1000))) for c in sites.couplings}
-        if narrowing.costs(sites, numbers, functions)[cost] <= limit:
+        if network.cost(widths=numbers)[cost] <= limit:
             break
     small = copy.deepcopy(model)
     narrow(small, axes_left(sites.couplings, {name: sorted(order[name][:n]) for name, n in numbers.items()}))
@@ -91,7 +91,7 @@ def made(model: nn.Module, arm: str, batches: Sequence[Tensor], budget: dict[str
     name = arm.removesuffix(_RE_ESTIMATED)
     if name == "Torch-Pruning":
         sites = st.calibrate(model, st.find(model), batches[:1], statistics=False)
-        dense = narrowing.costs(sites, {}, {"macs": costs.macs})["macs"]
+        dense = Network(sites, {"macs": costs.macs}).cost()["macs"]
         small, _ = torch_pruning_baseline.pruned(model, budget["macs"] * dense)
     else:
         draw = torch.Generator().manual_seed(seed)
@@ -139,7 +139,7 @@ def _row(
         "arm": arm,
         "seed": seed,
         "budget": point["budget"],
-        "macs": round(narrowing.costs(counted, {}, {"macs": costs.macs})["macs"]),
+        "macs": round(Network(counted, {"macs": costs.macs}).cost()["macs"]),
         "macs_dense": round(_macs(dense, batches)),
         "parameters": parameter_count(model),
         "parameters_dense": parameter_count(dense),
@@ -162,7 +162,7 @@ def _row(
 
 def _macs(model: nn.Module, batches: Sequence[Tensor]) -> float:
     sites = st.calibrate(model, st.find(model), batches[:1], statistics=False)
-    return narrowing.costs(sites, {}, {"macs": costs.macs})["macs"]
+    return Network(sites, {"macs": costs.macs}).cost()["macs"]
 
 
 def _means(rows: list[dict[str, Any]], key: str) -> dict[str, float]:

@@ -23,7 +23,7 @@ HOMES: dict[str, tuple[str, ...]] = {
     "spectrim.factors": ("spectrim.network.factors",),
     "spectrim.groups": ("spectrim.network.groups",),
     "spectrim.latency": ("spectrim.cost.latency",),
-    "spectrim.narrowing": ("spectrim.network.narrowing", "spectrim.cost.whole"),
+    "spectrim.narrowing": ("spectrim.network.narrowing",),
     "spectrim.plan": ("spectrim.selection.plan", "spectrim.selection.candidates", "spectrim.network.choices"),
     "spectrim.rates": ("spectrim.methods.published_ranks",),
     "spectrim.selectors": ("spectrim.selection.selectors",),

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
+from spectrim.cost.whole import Network
 from spectrim.methods import ActivationSVD, Curve, JointSVD, Method, WeightSVD, as_methods
-from spectrim.network.choices import DENSE, ChannelsChoice, Choice
-from spectrim.network.layer import LayerSpec
+from spectrim.network.choices import DENSE, Choice
 from spectrim.network.sites import Site, Sites
 from spectrim.progress import Progress, reports
 from spectrim.selection.candidates import Candidates, Option, Row
@@ -43,7 +43,7 @@ def tabulate(
         Milliseconds of the whole dense network, measured; what the sites do not explain counts as fixed. Without it
         the fixed part is that of the untouched layers alone.
     costs
-        Further costs of your own by name; the network's fixed part is taken over its untouched layers.
+        Further costs of your own by name: functions of layers that run one after the other.
     guard
         Drop options that are measured no faster than dense. Needs ``latency``.
     dear
@@ -67,8 +67,7 @@ def tabulate(
     if guard and latency is None:
         raise ValueError("guard=True needs latency=Latency(...): it drops options that are measured slower than dense")
     chosen = default_methods(sites) if methods is None else as_methods(methods)
-    functions = {**counted.known(sites), **(costs or {})}
-
+    network = Network(sites, counted.known(sites, costs), chosen, latency, dense_latency)
     found: list[tuple[Site, list[tuple[Method, Curve]]]] = []
     groups = sites.joint()
     coupled = sites.coupled() if any(method.removes_channels for method in chosen) else ()
@@ -85,32 +84,15 @@ def tabulate(
             f"methods report errors in different units ({', '.join(sorted(units))}); calibrate all sites, or use "
             "data-free methods only"
         )
-    plain = [
-        (site, [(o, specs) for m, c in curves for o, specs in _options(m, c, site, functions, dear)])
-        for site, curves in found
-    ]
-    if latency is not None:
-        chains: list[Sequence[LayerSpec]] = [(site.spec,) for site in sites]
-        chains += [specs for _, options in plain for _, specs in options]
-        chains += [(spec,) for spec in sites.untouched]
-        latency.prepare(chains, functools.partial(progress, "measure"))
-        functions["latency"] = latency
-    rows = [
-        _row(site, options, curves, functions, latency, guard)
-        for (site, options), (_, curves) in zip(plain, found, strict=True)
-    ]
-
-    fixed = counted.fixed(sites, functions)
-    if latency is not None and dense_latency is not None:
-        alone = sum(row.dense.costs["latency"] for row in rows[: len(sites)])
-        fixed["latency"] = max(0.0, dense_latency - alone)
-    # The layers of coupled channels have rows of their own too, and are not counted twice.
-    for (site, _), row in zip(found, rows, strict=True):
-        if site.coupling is not None:
-            fixed = {name: value - row.dense.costs[name] for name, value in fixed.items()}
+    offered = [[pair for _, curve in curves for pair in _worth(network, site, curve, dear)] for site, curves in found]
+    network.prepare(
+        ((site.name, choice) for (site, _), pairs in zip(found, offered, strict=True) for choice, _ in pairs),
+        functools.partial(progress, "measure"),
+    )
+    rows = [_row(network, site, pairs, curves, guard) for (site, curves), pairs in zip(found, offered, strict=True)]
     return Candidates(
         tuple(rows),
-        fixed,
+        network.fixed(row.site for row in rows),
         units.pop() if units else "",
         methods={method.name: method.record() for method in chosen},
         facts=latency.facts() if latency is not None else {},
@@ -157,44 +139,26 @@ def retabulate(candidates: Candidates, sites: Sites, methods: Sequence[Method]) 
     return dataclasses.replace(candidates, rows=tuple(rows))
 
 
-def _options(
-    method: Method, curve: Curve, site: Site, functions: Mapping[str, counted.Cost], dear: bool
-) -> Iterator[tuple[Option, Sequence[LayerSpec]]]:
-    dense = _cost(site, site.layers, functions)
+def _worth(network: Network, site: Site, curve: Curve, dear: bool) -> Iterator[tuple[Choice, float]]:
+    """The choices of a curve that save something in a cost that is counted, or all ``dear`` ones, with their errors."""
+    dense = network.counted(site.name)
     for choice, error in zip(curve.choices, curve.errors, strict=True):
-        specs = method.layers(site, choice)
-        values = _cost(site, specs, functions, choice)
+        values = network.counted(site.name, {site.name: choice})
         if dear or any(values[name] < dense[name] for name in values):
-            yield Option(choice, error, values), specs
-
-
-def _cost(
-    site: Site, specs: Sequence[LayerSpec], functions: Mapping[str, counted.Cost], choice: Choice = DENSE
-) -> dict[str, float]:
-    """What the layers of a choice cost; coupled channels also in what is no layer."""
-    if site.coupling is None:
-        return {name: cost(specs) for name, cost in functions.items()}
-    channels = len(choice.kept) if isinstance(choice, ChannelsChoice) else site.coupling.channels
-    extra = {"parameters": site.coupling.parameters * channels, "bytes": site.coupling.bytes * channels}
-    return {name: sum(cost((s,)) for s in specs) + extra.get(name, 0.0) for name, cost in functions.items()}
+            yield choice, error
 
 
 def _row(
+    network: Network,
     site: Site,
-    options: Sequence[tuple[Option, Sequence[LayerSpec]]],
+    offered: Sequence[tuple[Choice, float]],
     curves: list[tuple[Method, Curve]],
-    functions: Mapping[str, counted.Cost],
-    latency: Latency | None,
     guard: bool,
 ) -> Row:
-    alone = {name: sum(cost((spec,)) for spec in site.layers) for name, cost in functions.items()}
-    dense = Option(DENSE, 0.0, alone if site.coupling is None else _cost(site, site.layers, functions))
-    kept = [option for option, _ in options]
-    if latency is not None:
-        timed = {"latency": latency}
-        kept = [Option(o.choice, o.error, {**o.costs, **_cost(site, specs, timed, o.choice)}) for o, specs in options]
+    dense = Option(DENSE, 0.0, network.row(site.name))
+    options = [Option(choice, error, network.row(site.name, {site.name: choice})) for choice, error in offered]
     if guard:
-        kept = [option for option in kept if option.costs["latency"] < dense.costs["latency"]]
+        options = [option for option in options if option.costs["latency"] < dense.costs["latency"]]
     spectra = {f"{method.name}/{name}": s for method, curve in curves for name, s in curve.spectra.items()}
     kind = site.layers[0].kind if len(site.layers) == 1 else f"{len(site.layers)} x {site.layers[0].kind}"
     members = tuple(spec.name for spec in site.layers) if len(site.layers) > 1 else ()
@@ -202,6 +166,6 @@ def _row(
         kind, members = f"{site.coupling.channels} channels", ()
     scale = next((curve.scale for _, curve in curves if curve.choices), 1.0)
     return Row(
-        site.name, kind, (dense, *kept), scale=scale, spectra=spectra, members=members,
+        site.name, kind, (dense, *options), scale=scale, spectra=spectra, members=members,
         of_channels=site.coupling is not None,
     )  # fmt: skip

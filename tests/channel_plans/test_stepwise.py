@@ -13,7 +13,7 @@ from spectrim.channel_plans.stepwise import select_in_steps
 from spectrim.cost.counted import macs as counted_macs
 from spectrim.cost.counted import parameters
 from spectrim.cost.latency import Latency
-from spectrim.cost.whole import costs
+from spectrim.cost.whole import Network
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.network.sites import Sites
 from spectrim.nn.flops import flop_counter
@@ -73,11 +73,12 @@ def test_what_is_left_of_a_budget_is_spent(name: str) -> None:
     assert removed
 
     numbers = {name: len(choice["kept"]) for name, choice in removed.items()}
-    assert costs(sites, numbers, {"parameters": parameters})["parameters"] == plan.costs["parameters"]
+    network = Network(sites, {"parameters": parameters})
+    assert network.cost(widths=numbers)["parameters"] == plan.costs["parameters"]
     for coupling in sites.couplings:
         if coupling.name in numbers:
             wider = {**numbers, coupling.name: numbers[coupling.name] + coupling.pools}
-            assert costs(sites, wider, {"parameters": parameters})["parameters"] > plan.budget["parameters"]
+            assert network.cost(widths=wider)["parameters"] > plan.budget["parameters"]
 
 
 def test_entries_add_up_to_the_network() -> None:
@@ -108,7 +109,7 @@ def test_it_is_the_best_plan_of_a_small_network() -> None:
     for options in itertools.product(*(row.options for row in rows)):
         pairs = list(zip(rows, options, strict=True))
         numbers = {row.site: len(o.choice["kept"]) for row, o in pairs if not o.choice.is_dense}
-        if costs(sites, numbers, {"macs": counted_macs})["macs"] <= plan.budget["macs"]:
+        if Network(sites, {"macs": counted_macs}).cost(widths=numbers)["macs"] <= plan.budget["macs"]:
             losses.append(sum(row.loss(o) for row, o in pairs))
     assert plan.loss <= min(losses) * 1.05
 

@@ -9,7 +9,7 @@ import torch
 
 import spectrim as st
 from spectrim.cost import counted as counted
-from spectrim.cost.whole import costs
+from spectrim.cost.whole import Network
 from spectrim.errors import PlanError
 from spectrim.network.coupling import IN, OUT, axes_left
 from spectrim.network.narrowing import narrowed
@@ -68,12 +68,12 @@ def test_costs_are_those_of_the_narrowed_model(name: str) -> None:
         narrow(small, axes_left(sites.couplings, kept))
         with flop_counter() as counter, evaluating(small):
             small(x)
-        found = costs(sites, {channels: len(left) for channels, left in kept.items()}, FUNCTIONS)
+        found = Network(sites, FUNCTIONS).cost(widths={channels: len(left) for channels, left in kept.items()})
         assert found["parameters"] == parameter_count(small)
         assert found["bytes"] == size_in_bytes(small)
         assert found["macs"] == pytest.approx(counter.get_total_flops() / 2 / len(x), rel=1e-9)
         left = narrowed(sites, kept)
-        assert costs(left, {}, FUNCTIONS) == pytest.approx(found)
+        assert Network(left, FUNCTIONS).cost() == pytest.approx(found)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -144,7 +144,8 @@ def test_budgets_are_equal_if_their_limits_are() -> None:
 
 
 @pytest.mark.parametrize(
-    "budget", [Budget(macs="50%", joules=3), Budget(others={"J per image": 0.5}), Budget.absolute({"latency": 0.1})]
+    "budget",
+    [Budget(macs="50%", joules=3), Budget(**{"J per image": 0.5, "macs": 2}), Budget.absolute({"latency": 0.1})],
 )
 def test_a_budget_reads_as_what_makes_it(budget: Budget) -> None:
     assert eval(repr(budget), {"Budget": Budget, "Limit": Limit}) == budget
@@ -156,7 +157,6 @@ def test_a_budget_does_not_change_and_others_are_made_of_it() -> None:
         budget.macs = 0.4  # type: ignore[misc]
     assert budget.replace(joules=0.4) == Budget(macs=0.5, joules=0.4)
     assert budget.replace(joules=None, latency=2) == Budget(macs=0.5, latency=2)
-    assert dataclasses.replace(budget, macs=0.4) == Budget(macs=0.4, joules=0.5)
     with pytest.raises(ValueError, match="at least one"):
         Budget(macs=0.5).replace(macs=None)
 

@@ -17,13 +17,14 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from spectrim.cost.counted import Cost, known
 from spectrim.cost.latency import Latency
 from spectrim.cost.whole import Costs, Network, Picks
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.methods import Method
 from spectrim.network.choices import DENSE, ChannelsChoice, Choice
 from spectrim.network.coupling import Coupling
-from spectrim.network.narrowing import beside_layers, narrowed
+from spectrim.network.narrowing import narrowed
 from spectrim.network.sites import Sites
 from spectrim.progress import Progress, reports
 from spectrim.selection.budget import Budget
@@ -51,6 +52,7 @@ def select_in_steps(
     selector: Selector = exact,
     latency: Latency | None = None,
     dense_latency: float | None = None,
+    costs: Mapping[str, Cost] | None = None,
     guard: bool = False,
     table: Candidates | None = None,
     judge: Callable[[Plan], float] | None = None,
@@ -69,7 +71,7 @@ def select_in_steps(
     steps
         Tables on the way to the budget; a few more follow until the plan stays. One is enough, and taken, where no
         layer loses channels on both sides.
-    latency, dense_latency, guard
+    latency, dense_latency, costs, guard
         As for :func:`spectrim.tabulate`.
     table
         What an earlier call returned for the same sites and methods, to choose under another budget.
@@ -94,8 +96,16 @@ def select_in_steps(
             "without groups, or share factors in the network that is left"
         )
     if table is None:
-        table = tabulate(sites, methods, latency=latency, dense_latency=dense_latency, guard=guard, progress=progress)
-    network = Network(sites, methods, latency, dense_latency)
+        table = tabulate(
+            sites,
+            methods,
+            latency=latency,
+            dense_latency=dense_latency,
+            costs=costs,
+            guard=guard,
+            progress=progress,
+        )
+    network = Network(sites, known(sites, costs), methods, latency, dense_latency)
     dense = network.cost({})
     limits = budget.limits(dense)
     steps = steps if others or _shares_layers(sites.couplings) else 1
@@ -134,13 +144,11 @@ def select_in_steps(
 def _around(table: Candidates, network: Network, picks: Picks) -> Candidates:
     """The table with the costs of every option while all others stay as they were picked."""
     rows: list[Row] = []
-    fixed = network.cost(picks)
     for row in table.rows:
-        options = [Option(o.choice, o.error, network.of(row.site, {**picks, row.site: o.choice})) for o in row.options]
-        now = network.of(row.site, picks)
-        fixed = {name: value - now[name] for name, value in fixed.items()}
+        choices = [(o.choice, o.error) for o in row.options]
+        options = [Option(c, error, network.estimate(row.site, {**picks, row.site: c})) for c, error in choices]
         rows.append(dataclasses.replace(row, options=tuple(options)))
-    return dataclasses.replace(table, rows=tuple(rows), fixed=fixed)
+    return dataclasses.replace(table, rows=tuple(rows), fixed=network.fixed((row.site for row in rows), picks))
 
 
 def _chosen(table: Candidates, goals: Costs, selector: Selector) -> Picks:
@@ -204,10 +212,10 @@ def _spent(table: Candidates, picks: Picks, limits: Costs, network: Network) -> 
 
     def better(row: Row, total: Costs) -> Iterator[tuple[float, str, Choice]]:
         option = next(o for o in row.options if o.choice == picks[row.site])
-        now = network.of(row.site, picks)
+        now = network.estimate(row.site, picks)
         for other in row.options:
             gain = row.loss(option) - row.loss(other)
-            then = network.of(row.site, {**picks, row.site: other.choice})
+            then = network.estimate(row.site, {**picks, row.site: other.choice})
             change = {c: then[c] - now[c] for c in limits}
             refused = (row.site, other.choice) in over
             if gain > 0 and not refused and all(total[c] + change[c] <= limits[c] * (1 + _SLACK) for c in limits):
@@ -260,22 +268,25 @@ def _finished(
     """The plan of the layers that remain, and of the removals."""
     removals = _removals(picks)
     left = narrowed(sites, {name: choice.kept for name, choice in removals.items()})
-    remaining = tabulate(left, others, latency=network.latency, guard=guard)
-    fixed = dict(remaining.fixed)
-    if "latency" in fixed:
-        fixed["latency"] += network.beyond["latency"]
-    remaining = dataclasses.replace(remaining, fixed=fixed)
+    # What is no layer of its own takes the time that it takes in the whole network.
+    remaining = tabulate(
+        left,
+        others,
+        latency=network.latency,
+        dense_latency=network.cost(removals).get("latency"),
+        costs=network.costs,
+        guard=guard,
+    )
     if others:
         plan = select(remaining, Budget.absolute(limits), selector)
     else:
         plan = make_plan(remaining, [0] * len(remaining), budget=limits, selector="")
-    entries = [dataclasses.replace(e, dense_costs=network.of(e.site, {})) for e in plan]
+    entries = [dataclasses.replace(e, dense_costs=network.row(e.site)) for e in plan]
     loss = plan.loss
     for coupling in sites.couplings:
         row = table[coupling.name]
         option = next(o for o in row.options if o.choice == removals.get(coupling.name, DENSE))
-        numbers = network.width(coupling.name, picks), coupling.channels
-        after, before = (beside_layers(coupling, n, remaining.costs) for n in numbers)
+        after, before = network.beside(coupling.name, picks), network.beside(coupling.name)
         entries.append(
             Entry(coupling.name, row.kind, option.choice, float(option.error), after, before, of_channels=True)
         )

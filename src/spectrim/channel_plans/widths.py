@@ -16,12 +16,11 @@ from torch import Tensor
 
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
-from spectrim.cost.whole import costs
+from spectrim.cost.whole import Network
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.linalg import principal
 from spectrim.methods import PrincipalFilters, metrics
 from spectrim.network.choices import DENSE
-from spectrim.network.narrowing import beside_layers, layers_left
 from spectrim.network.sites import Site, Sites
 from spectrim.selection.budget import Budget
 from spectrim.selection.plan import Entry, Plan
@@ -88,6 +87,7 @@ def recommend(
     *,
     method: PrincipalFilters | None = None,
     latency: Latency | None = None,
+    costs: Mapping[str, counted.Cost] | None = None,
 ) -> Plan:
     """A plan by principal filter analysis alone: the recipe says how many channels stay, the method's rule which.
 
@@ -100,6 +100,8 @@ def recommend(
         the layers as they would be, and what is left of the budget is spent on the groups closest to their next width.
     latency
         Measures the layers for a budget in milliseconds.
+    costs
+        Further costs of your own by name, as for :func:`spectrim.tabulate`.
 
     Returns
     -------
@@ -116,28 +118,32 @@ def recommend(
     Suau, Zappella, Apostoloff: Filter distillation for network compression, WACV 2020.
     """
     analysis = method or PrincipalFilters()
-    functions = _functions(sites, latency)
+    network = Network(sites, counted.known(sites, costs), latency=latency)
+    dense = network.cost()
     facts = {}
     limits: Mapping[str, float] = {}
     if isinstance(recipe, Budget):
-        limits = recipe.limits(costs(sites, {}, functions))
-        share, numbers = _for_budget(sites, analysis, limits, functions)
+        limits = recipe.limits(dense)
+        share, numbers = _for_budget(network, analysis, limits)
         facts["energy share"] = share
         name = f"PFA-En for a budget ({share:.8g})"
     else:
         numbers = widths(sites, recipe, method=analysis)
         name = f"PFA {recipe}"
-    left = layers_left(sites.couplings, numbers)
-    entries = [_layer(site, left.get(site.name, {}), functions) for site in sites]
+    entries = [
+        # A layer is left as it is but for the channels it has.
+        Entry(s.name, s.spec.kind, DENSE, 0.0, network.row(s.name, widths=numbers), network.row(s.name))
+        for s in sites
+    ]
     loss = 0.0
     for site in sites.coupled():
-        entry, lost = _entry(site, numbers[site.name], analysis, functions)
+        entry, lost = _entry(site, numbers[site.name], analysis, network)
         entries.append(entry)
         loss += lost
     return Plan(
         entries=tuple(entries),
-        costs=costs(sites, numbers, functions),
-        dense_costs=costs(sites, {}, functions),
+        costs=network.cost(widths=numbers),
+        dense_costs=dense,
         budget=dict(limits),
         unit=next((metrics.unit(site) for site in sites if site.moments), ""),
         selector=name,
@@ -162,13 +168,6 @@ def _energies(sites: Sites, method: PrincipalFilters) -> dict[str, Tensor]:
     return energies
 
 
-def _functions(sites: Sites, latency: Latency | None) -> dict[str, counted.Cost]:
-    found = counted.known(sites)
-    if latency is not None:
-        found["latency"] = latency
-    return found
-
-
 def _width(site: Site, number: int, method: PrincipalFilters, rounded: bool) -> int:
     assert site.coupling is not None
     n, pools = site.coupling.channels, site.coupling.pools
@@ -179,10 +178,10 @@ def _width(site: Site, number: int, method: PrincipalFilters, rounded: bool) -> 
 
 
 def _for_budget(
-    sites: Sites, method: PrincipalFilters, limits: Mapping[str, float], functions: Mapping[str, counted.Cost]
+    network: Network, method: PrincipalFilters, limits: Mapping[str, float]
 ) -> tuple[float, dict[str, int]]:
-    coupled = {site.name: site for site in sites.coupled()}
-    energies = _energies(sites, method)
+    coupled = {site.name: site for site in network.sites.coupled()}
+    energies = _energies(network.sites, method)
 
     def at(share: float) -> dict[str, int]:
         return {
@@ -191,15 +190,15 @@ def _for_budget(
         }
 
     def over(numbers: Mapping[str, int]) -> str | None:
-        found = costs(sites, numbers, functions)
+        found = network.cost(widths=numbers)
         return next((c for c in limits if found[c] > limits[c] * (1 + 1e-9)), None)
 
     low, high = 1e-9, 1.0
     numbers = at(low)
     worst = over(numbers)
     if worst is not None:
-        lowest = costs(sites, numbers, functions)[worst]
-        raise InfeasibleBudgetError(worst, limits[worst], lowest, costs(sites, {}, functions)[worst])
+        lowest = network.cost(widths=numbers)[worst]
+        raise InfeasibleBudgetError(worst, limits[worst], lowest, network.cost()[worst])
     if over(at(high)) is None:
         # All energy may lie in a few components, such as those that few samples span.
         low = high
@@ -223,12 +222,10 @@ def _for_budget(
     return low, numbers
 
 
-def _entry(
-    site: Site, number: int, method: PrincipalFilters, functions: Mapping[str, counted.Cost]
-) -> tuple[Entry, float]:
+def _entry(site: Site, number: int, method: PrincipalFilters, network: Network) -> tuple[Entry, float]:
     assert site.coupling is not None
     n = site.coupling.channels
-    before, after = (beside_layers(site.coupling, k, functions) for k in (n, number))
+    before, after = network.beside(site.name), network.beside(site.name, widths={site.name: number})
     kind = f"{n} channels"
     if number >= n:
         return Entry(site.name, kind, DENSE, 0.0, before, before, of_channels=True), 0.0
@@ -236,12 +233,3 @@ def _entry(
     choice = method.choice(site, order[: n - number])
     error = float(errors[n - number])
     return Entry(site.name, kind, choice, error, after, before, of_channels=True), scale * max(error, 0.0)
-
-
-def _layer(site: Site, left: Mapping[str, int], functions: Mapping[str, counted.Cost]) -> Entry:
-    """A layer that is left as it is but for the channels it has."""
-    before, after = (
-        {name: float(cost((spec,))) for name, cost in functions.items()}
-        for spec in (site.spec, site.spec.narrowed(left))
-    )
-    return Entry(site.name, site.spec.kind, DENSE, 0.0, after, before)

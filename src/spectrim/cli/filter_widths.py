@@ -14,7 +14,7 @@ from spectrim.cli.filters import sample_notes
 from spectrim.cli.references import UsageError
 from spectrim.cli.steps import print_skipped, skipped_values
 from spectrim.cost import counted
-from spectrim.cost.whole import costs
+from spectrim.cost.whole import Network
 from spectrim.linalg import principal
 from spectrim.methods import PrincipalFilters
 from spectrim.network.coupling import IN, OUT, THROUGH
@@ -60,10 +60,11 @@ class Widths:
             rounded = {key: widths(sites, recipe, method=method) for key, recipe in recipes.items()}
         order = {site.name: number for number, site in enumerate(sites)}
         groups = tuple(_group(site, method, asked, rounded, order) for site in sites.coupled())
+        network = Network(sites, _COSTS)
         return cls(
             groups,
-            {key: costs(sites, numbers, _COSTS) for key, numbers in rounded.items()},
-            costs(sites, {}, _COSTS),
+            {key: network.cost(widths=numbers) for key, numbers in rounded.items()},
+            network.cost(),
             tuple(sample_notes(sites, method)),
         )
 

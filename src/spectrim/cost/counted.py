@@ -54,17 +54,12 @@ def macs(specs: Sequence[LayerSpec]) -> float:
     return total
 
 
-def known(sites: Sites) -> dict[str, Cost]:
-    """The costs that can be counted, by name: MACs once the network has been run."""
+def known(sites: Sites, further: Mapping[str, Cost] | None = None) -> dict[str, Cost]:
+    """The costs that can be counted, by name: MACs once the network has been run, and further ones of the user's."""
     found: dict[str, Cost] = {"parameters": parameters, "bytes": size_bytes}
-    return {**found, "macs": macs} if sites.seen else found
-
-
-def fixed(sites: Sites, functions: Mapping[str, Cost]) -> dict[str, float]:
-    """What no choice touches costs: layers left alone, and all that is no layer, by the name of the cost."""
-    found = {name: sum(cost((spec,)) for spec in sites.untouched) for name, cost in functions.items()}
-    others = {"parameters": sites.other_parameters, "bytes": sites.other_bytes, "macs": sites.other_macs}
-    return {name: value + others.get(name, 0.0) for name, value in found.items()}
+    if sites.seen and all(spec.inputs for spec in sites.untouched):
+        found["macs"] = macs
+    return {**found, **(further or {})}
 
 
 def require_inputs(spec: LayerSpec) -> tuple[tuple[int, ...], ...]:

@@ -1,21 +1,30 @@
-"""What a network costs with some of its channels removed and some of its layers replaced, layer by layer."""
+"""What a network costs, dense or as planned: the layers in place of each site, channels, and what no choice touches."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Protocol
 
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
 from spectrim.network.choices import DENSE, ChannelsChoice, Choice
+from spectrim.network.coupling import Coupling
 from spectrim.network.layer import LayerSpec
-from spectrim.network.narrowing import beside_layers, layers_left
+from spectrim.network.narrowing import layers_left
 from spectrim.network.sites import Site, Sites
 
 Costs = dict[str, float]
-Picks = dict[str, Choice]
+Picks = Mapping[str, Choice]
+"""Choices by the names of sites, of groups in place of their sites, and of coupled channels; dense where not named."""
+Widths = Mapping[str, int]
+"""Channels that are left by the name of the coupling; all where not named."""
+_ALL_DENSE: Picks = MappingProxyType({})
+_ALL_THERE: Widths = MappingProxyType({})
+Chains = tuple[Sequence[LayerSpec], ...]
+"""What runs in place of layers: each chain one after the other, none of them fed by another."""
 
 
 class Layered(Protocol):
@@ -29,143 +38,212 @@ class Layered(Protocol):
 
 @dataclass(eq=False)
 class Network:
-    """What the network really costs with some of its channels removed and some of its layers replaced."""
+    """Counts a network as it would be with some of its layers replaced and some of its channels removed.
+
+    Nothing is counted or measured before it is asked for, and nothing twice.
+
+    Attributes
+    ----------
+    sites
+        Of the dense network, with groups and couplings if there are any.
+    costs
+        What is counted, by name: functions of layers that run one after the other.
+    methods
+        Those that the choices are of.
+    latency
+        Measures milliseconds as a further cost, called ``latency``.
+    dense_latency
+        Milliseconds of the whole dense network. What the sites do not explain of them is there whatever is chosen, but
+        for what layers without a choice save by having fewer channels. Without it only layers take time.
+    """
 
     sites: Sites
-    methods: Sequence[Layered]
-    latency: Latency | None
-    dense_latency: float | None
-    functions: dict[str, counted.Cost] = field(init=False)
-    beyond: Costs = field(init=False)
+    costs: Mapping[str, counted.Cost]
+    methods: Sequence[Layered] = ()
+    latency: Latency | None = None
+    dense_latency: float | None = None
+    _known: dict[tuple[object, ...], Costs] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self.functions = counted.known(self.sites)
+        timed = {} if self.latency is None else {"latency": self.latency}
+        self._functions: dict[str, counted.Cost] = {**self.costs, **timed}
         self._makers = {method.name: method for method in self.methods}
-        self._specs = {spec.name: spec for spec in self.sites.untouched}
-        self._specs |= {site.name: site.spec for site in self.sites}
+        self._untouched = {spec.name: spec for spec in self.sites.untouched}
+        self._specs = self._untouched | {site.name: site.spec for site in self.sites}
         self._couplings = {coupling.name: coupling for coupling in self.sites.couplings}
-        self._touching: dict[str, list[tuple[str, str, int, int]]] = {}
-        for c in self.sites.couplings:
-            for side in c.sides:
-                if side.name in self._specs:
-                    held = self._touching.setdefault(side.name, [])
-                    held.append((c.name, side.axis, side.positions.shape[1], side.size))
-        self._known: dict[tuple[object, ...], Costs] = {}
-        layers = self._sum(self._specs, {}, measured=True)
-        self.beyond = {"parameters": float(self.sites.other_parameters), "bytes": float(self.sites.other_bytes)}
-        self.beyond |= {"macs": self.sites.other_macs}
-        if self.latency is not None:
-            # What the layers do not explain stays.
-            self.beyond["latency"] = max(0.0, (self.dense_latency or 0.0) - layers["latency"])
+        self._touching: dict[str, list[Coupling]] = {}
+        for coupling in self.sites.couplings:
+            for name in dict.fromkeys(side.name for side in coupling.sides):
+                self._touching.setdefault(name, []).append(coupling)
+        self._joined: dict[str, Site] = {}
 
-    def width(self, name: str, picks: Picks) -> int:
-        """Channels that picks leave of a coupling."""
-        choice = picks.get(name, DENSE)
-        return len(choice.kept) if isinstance(choice, ChannelsChoice) else self._couplings[name].channels
+    def cost(self, picks: Picks = _ALL_DENSE, widths: Widths = _ALL_THERE) -> Costs:
+        """What the whole network costs.
 
-    def spec(self, name: str, picks: Picks) -> LayerSpec:
-        """A layer with the channels that picks leave."""
-        left: dict[str, int] = {}
-        for coupling, axis, entries, size in self._touching.get(name, ()):
-            gone = self._couplings[coupling].channels - self.width(coupling, picks)
-            left[axis] = left.get(axis, size) - gone * entries
-        spec = self._specs[name]
-        return spec.narrowed(left) if left else spec
-
-    def layer(self, name: str, picks: Picks, *, measured: bool = False) -> Costs:
-        """What one layer costs.
-
-        Of its time, ``measured`` says whether it is taken by the clock. Otherwise the effects of the channels of each
-        kind are measured apart and multiplied, which needs far fewer measurements.
+        Parameters
+        ----------
+        picks
+            Choices; of coupled channels how many are left counts.
+        widths
+            Channels of couplings that nothing is picked for.
         """
-        found = self._counted(name, picks)
+        left = self._left(picks, widths)
+        replaced = {site for name in picks if name in self.sites.groups for site in self.sites.groups[name]}
+        names = [site.name for site in self.sites if site.name not in replaced]
+        names += [name for name in picks if name in self.sites.groups]
+        layers = [self._place(name, picks, left) for name in names]
+        return {name: value + sum(costs[name] for costs in layers) for name, value in self._rest(left).items()}
+
+    def fixed(self, rows: Iterable[str], picks: Picks = _ALL_DENSE) -> Costs:
+        """What a table with these rows has to add to them, dense or as picked, for the sum to be :meth:`cost`.
+
+        The layers of coupled channels have rows of their own too, and are not counted twice.
+        """
+        left = self._left(picks)
+        found = self._rest(left)
+        for site in self.sites:
+            exact, estimate = self._place(site.name, picks, left), self.estimate(site.name, picks)
+            found = {name: value + (exact[name] - estimate[name]) for name, value in found.items()}
+        for coupling in (row for row in rows if row in self._couplings):
+            estimate = self.estimate(coupling, picks)
+            found = {name: value - estimate[name] for name, value in found.items()}
+        return found
+
+    def row(self, name: str, picks: Picks = _ALL_DENSE, widths: Widths = _ALL_THERE) -> Costs:
+        """What a site costs, a group, or all layers that hold coupled channels together."""
+        left = self._left(picks, widths)
+        return self._row(name, left, lambda part: self._place(part, picks, left))
+
+    def counted(self, name: str, picks: Picks = _ALL_DENSE) -> Costs:
+        """As :meth:`row` without measuring anything."""
+        left = self._left(picks)
+        return self._row(name, left, lambda part: self._place(part, picks, left, self.costs))
+
+    def estimate(self, name: str, picks: Picks) -> Costs:
+        """As :meth:`row`, with times put together from few measurements.
+
+        The effects on a layer's time of its own choice and of the channels of each kind are measured apart and
+        multiplied.
+        """
+        left = self._left(picks)
+        return self._row(name, left, lambda part: self._estimated(part, picks, left))
+
+    def beside(self, coupling: str, picks: Picks = _ALL_DENSE, widths: Widths = _ALL_THERE) -> Costs:
+        """What coupled channels cost in modules that are no layers: normalisation, embeddings."""
+        return self._beside(self._couplings[coupling], self._left(picks, widths))
+
+    def prepare(self, options: Iterable[tuple[str, Choice]], progress: Callable[[int, int], None] | None) -> None:
+        """Measure the layers of the dense network and those of options of rows together, so that they are comparable.
+
+        Parameters
+        ----------
+        options
+            Names of rows and choices of theirs.
+        """
+        if self.latency is None:
+            return
+        chains: list[Sequence[LayerSpec]] = [(site.spec,) for site in self.sites]
+        for row, choice in options:
+            picks = {row: choice}
+            left = self._left(picks)
+            chains += [chain for part in self._parts(row) for chain in self._chains(part, picks, left)]
+        chains += [(spec,) for spec in self.sites.untouched]
+        self.latency.prepare(chains, progress)
+
+    # A row is one place, or all the places that hold coupled channels; a place is a layer or a group.
+
+    def _parts(self, row: str) -> list[str]:
+        if row not in self._couplings:
+            return [row]
+        return [name for name in dict.fromkeys(s.name for s in self._couplings[row].sides) if name in self._specs]
+
+    def _row(self, name: str, left: Widths, costs: Callable[[str], Costs]) -> Costs:
+        parts = [costs(part) for part in self._parts(name)]
+        if name not in self._couplings:
+            return parts[0]
+        beside = self._beside(self._couplings[name], left)
+        return {cost: sum(part[cost] for part in parts) + beside[cost] for cost in parts[0]}
+
+    def _beside(self, coupling: Coupling, left: Widths) -> Costs:
+        number = left.get(coupling.name, coupling.channels)
+        held = {"parameters": coupling.parameters * number, "bytes": coupling.bytes * number}
+        return {name: held.get(name, 0.0) for name in self._functions}
+
+    def _left(self, picks: Picks, widths: Widths = _ALL_THERE) -> dict[str, int]:
+        """Channels left of the couplings that lose some."""
+        kept = {n: choice.kept for n, choice in picks.items() if isinstance(choice, ChannelsChoice)}
+        return {**widths, **{name: len(channels) for name, channels in kept.items()}}
+
+    def _place(
+        self, name: str, picks: Picks, left: Widths, functions: Mapping[str, counted.Cost] | None = None
+    ) -> Costs:
+        """What a layer or group costs with its own choice and the channels that are left."""
+        functions = self._functions if functions is None else functions
+        beside = {c.name: left.get(c.name, c.channels) for layer in self._layers(name) for c in self._near(layer)}
+        known = self._known.setdefault((name, picks.get(name, DENSE), *beside.items()), {})
+        missing = {cost: function for cost, function in functions.items() if cost not in known}
+        if missing:
+            chains = self._chains(name, picks, left)
+            known |= {cost: float(sum(function(chain) for chain in chains)) for cost, function in missing.items()}
+        return {cost: known[cost] for cost in functions}
+
+    def _estimated(self, name: str, picks: Picks, left: Widths) -> Costs:
+        found = self._place(name, picks, left, self.costs)
         if self.latency is None:
             return found
-        if measured:
-            return {**found, "latency": self._time(name, picks)}
-        own = {name: picks[name]} if name in picks else {}
-        whole = time = self._time(name, own)
-        for coupling, *_ in self._touching.get(name, ()):
-            if coupling in picks:
-                time *= self._time(name, {coupling: picks[coupling]}) / max(self._time(name, {}), 1e-9)
-        return {**found, "latency": min(time, whole)}
 
-    def _time(self, name: str, picks: Picks) -> float:
-        assert self.latency is not None
-        return self.latency(self._chain(name, picks))
+        def time(picks: Picks, left: Widths) -> float:
+            return self._place(name, picks, left)["latency"]
 
-    def _chain(self, name: str, picks: Picks) -> Sequence[LayerSpec]:
-        """The layers in place of one."""
-        spec, choice = self.spec(name, picks), picks.get(name, DENSE)
+        whole = estimate = time(picks, {})
+        for layer in self._layers(name):
+            for coupling in self._near(layer):
+                if coupling.name in left:
+                    estimate *= time({}, {coupling.name: left[coupling.name]}) / max(time({}, {}), 1e-9)
+        return {**found, "latency": min(estimate, whole)}
+
+    def _near(self, layer: str) -> list[Coupling]:
+        """The couplings that a layer holds channels of."""
+        return self._touching.get(layer, [])
+
+    def _layers(self, place: str) -> tuple[str, ...]:
+        return (place,) if place in self._specs else tuple(self.sites.groups[place])
+
+    def _chains(self, place: str, picks: Picks, left: Widths) -> Chains:
+        """The layers in place of a layer or group."""
+        specs = tuple(self._spec(name, left) for name in self._layers(place))
+        choice = picks.get(place, DENSE)
         if choice.is_dense:
-            return (spec,)
-        site = dataclasses.replace(self.sites[name], layers=(spec,))
+            return tuple((spec,) for spec in specs)
+        site = self._joined.setdefault(place, self.sites[place])
+        narrower = dataclasses.replace(site, layers=specs)
         try:
-            return self._makers[choice.method].layers(site, choice) or (spec,)
+            return (self._makers[choice.method].layers(narrower, choice),)
         except ValueError:
+            if specs == site.layers:
+                raise
             # With the channels that are left a sparse weight may not have the pattern: the layer would stay dense.
-            return (spec,)
+            return tuple((spec,) for spec in specs)
 
-    def _counted(self, name: str, picks: Picks) -> Costs:
-        choice = picks.get(name, DENSE)
-        key = (name, choice, *(self.width(coupling, picks) for coupling, *_ in self._touching.get(name, ())))
-        if key not in self._known:
-            chain = self._chain(name, picks)
-            self._known[key] = {cost: function(chain) for cost, function in self.functions.items()}
-        return self._known[key]
+    def _spec(self, layer: str, left: Widths) -> LayerSpec:
+        """A layer with the channels that are left."""
+        spec, near = self._specs[layer], [c for c in self._near(layer) if c.name in left]
+        return spec.narrowed(layers_left(near, left)[layer]) if near else spec
 
-    def of(self, row: str, picks: Picks) -> Costs:
-        """What the layers of a row cost: one layer, or all that hold the channels of a coupling."""
-        if row not in self._couplings:
-            return self.layer(row, picks)
-        coupling = self._couplings[row]
-        found = self._sum({side.name: None for side in coupling.sides if side.name in self._specs}, picks)
-        width = self.width(row, picks)
-        found["parameters"] += coupling.parameters * width
-        found["bytes"] += coupling.bytes * width
-        return found
-
-    def cost(self, picks: Picks) -> Costs:
-        """What the whole network costs, its time measured layer by layer."""
-        found = self._sum(self._specs, picks, measured=True)
-        for name, value in self.beyond.items():
-            if name in found:
-                found[name] += value
+    def _rest(self, left: Widths) -> Costs:
+        """What is no layer with a choice, with so many channels left."""
+        others = {
+            "parameters": self.sites.other_parameters,
+            "bytes": self.sites.other_bytes,
+            "macs": self.sites.other_macs,
+        }
+        alone = [self._place(name, {}, left) for name in self._untouched]
+        found = {name: sum(costs[name] for costs in alone) + others.get(name, 0.0) for name in self._functions}
         for coupling in self.sites.couplings:
-            gone = coupling.channels - self.width(coupling.name, picks)
-            found["parameters"] -= gone * coupling.parameters
-            found["bytes"] -= gone * coupling.bytes
+            dense, now = self._beside(coupling, {}), self._beside(coupling, left)
+            found = {name: value - (dense[name] - now[name]) for name, value in found.items()}
+        if self.latency is not None and self.dense_latency is not None:
+            explained = sum(self._place(site.name, {}, {})["latency"] for site in self.sites)
+            saved = sum(self._place(name, {}, {})["latency"] for name in self._untouched) - found["latency"]
+            found["latency"] = max(0.0, max(0.0, self.dense_latency - explained) - saved)
         return found
-
-    def _sum(self, names: Mapping[str, object], picks: Picks, *, measured: bool = False) -> Costs:
-        found: Costs = {}
-        for name in names:
-            for cost, value in self.layer(name, picks, measured=measured).items():
-                found[cost] = found.get(cost, 0.0) + value
-        return found
-
-
-def costs(sites: Sites, numbers: Mapping[str, int], functions: Mapping[str, counted.Cost]) -> dict[str, float]:
-    """What the network costs with so many channels of each coupling, all layers counted as they are then.
-
-    Parameters
-    ----------
-    numbers
-        Channels kept by the name of the coupling; all of those that are not named.
-    functions
-        Costs by name.
-    """
-    counts = layers_left(sites.couplings, numbers)
-    less = {"parameters": 0.0, "bytes": 0.0}
-    for coupling in sites.couplings:
-        gone = coupling.channels - numbers.get(coupling.name, coupling.channels)
-        for name, value in beside_layers(coupling, gone, less).items():
-            less[name] += value
-    smaller = dataclasses.replace(
-        sites, untouched=tuple(spec.narrowed(counts.get(spec.name, {})) for spec in sites.untouched)
-    )
-    found = counted.fixed(smaller, functions)
-    for name, cost in functions.items():
-        found[name] += sum(cost((site.spec.narrowed(counts.get(site.name, {})),)) for site in sites)
-        found[name] -= less.get(name, 0.0)
-    return found

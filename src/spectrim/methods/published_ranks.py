@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from spectrim.cost import counted
+from spectrim.cost.whole import Network
 from spectrim.errors import MissingMomentsError
 from spectrim.linalg import response
 from spectrim.linalg.unfold import Unfolding, unfold, unfolding
@@ -98,35 +99,27 @@ def at_rate(
     MissingMomentsError
         If a group is calibrated, but its layers do not hold what the shared factor is fitted to.
     """
-    functions: dict[str, counted.Cost] = {"parameters": counted.parameters, "bytes": counted.size_bytes}
-    if sites.seen and all(spec.inputs for spec in sites.untouched):
-        functions["macs"] = counted.macs
-
-    def costs(specs: Sequence[LayerSpec]) -> dict[str, float]:
-        return {name: cost(specs) for name, cost in functions.items()}
-
     assigned = choices_at_rate(sites, rate, scheme, proportion=proportion, unfolding=unfolding)
-    alone = {a.site.name: a for a in assigned if len(a.site.layers) == 1}
+    joined = {a.site.name: tuple(spec.name for spec in a.site.layers) for a in assigned if len(a.site.layers) > 1}
+    methods = {a.method.name: a.method for a in assigned}
+    network = Network(dataclasses.replace(sites, groups=joined), counted.known(sites), tuple(methods.values()))
+    options = {a.site.name: _option(a, network) for a in assigned}
     rows = []
-    for site in sites:
-        options = [_option(alone[site.name], costs)] if site.name in alone else []
-        rows.append(Row(site.name, site.spec.kind, (Option(DENSE, 0.0, costs(site.layers)), *options)))
-    joined = [a for a in assigned if len(a.site.layers) > 1]
-    for a in joined:
-        layers = a.site.layers
-        options = (Option(DENSE, 0.0, costs(layers)), _option(a, costs))
-        members = tuple(spec.name for spec in layers)
-        rows.append(Row(a.site.name, f"{len(layers)} x {layers[0].kind}", options, members=members))
+    for name, members in [*((site.name, ()) for site in sites), *joined.items()]:
+        kind = sites[members[0] if members else name].spec.kind
+        dense = Option(DENSE, 0.0, network.row(name))
+        offered = (dense, options[name]) if name in options else (dense,)
+        rows.append(Row(name, f"{len(members)} x {kind}" if members else kind, offered, members=members))
     units = {metrics.unit(site) if site.moments else WEIGHT_ENERGY for site in sites}
     if len(units) > 1:
         raise ValueError("some of the sites are calibrated and some are not, so that their errors have different units")
     table = Candidates(
         tuple(rows),
-        counted.fixed(sites, functions),
+        network.fixed(row.site for row in rows),
         units.pop() if units else WEIGHT_ENERGY,
-        methods={a.method.name: a.method.record() for a in assigned},
+        methods={name: method.record() for name, method in methods.items()},
     )
-    picks = {n: len(row.options) - 1 for n, row in enumerate(rows) if row.members or row.site in alone}
+    picks = {n: 1 for n, row in enumerate(rows) if row.site in options}
     return make_plan(table, picks, budget={}, selector="at_rate")
 
 
@@ -226,8 +219,9 @@ def _whole(value: float) -> int:
     return int(value * (1 + 1e-12))
 
 
-def _option(assigned: Assignment, costs: Callable[[Sequence[LayerSpec]], dict[str, float]]) -> Option:
-    return Option(assigned.choice, _error(assigned), costs(assigned.layers))
+def _option(assigned: Assignment, network: Network) -> Option:
+    site, choice = assigned.site.name, assigned.choice
+    return Option(choice, _error(assigned), network.row(site, {site: choice}))
 
 
 def _error(assigned: Assignment) -> float:

@@ -1,4 +1,4 @@
-"""What a removal of channels leaves of sites: specs, weights, moments and what it costs, without a model.
+"""What a removal of channels leaves of sites: specs, weights and moments, without a model.
 
 The layers that read the channels are corrected in closed form from the moments that calibration kept
 (:mod:`spectrim.linalg.subset`), so that a table can be made of the network as it would be, and of that the next one.
@@ -88,12 +88,6 @@ def specs(site: Site, number: int) -> Apart:
     assert site.coupling is not None
     counts = layers_left([site.coupling], {site.name: number})
     return Apart(tuple(Chain((spec.narrowed(counts.get(spec.name, {})),)) for spec in site.layers))
-
-
-def beside_layers(coupling: Coupling, number: int, names: Iterable[str]) -> dict[str, float]:
-    """What so many channels cost in modules that are no layers, by the names of the costs."""
-    held = {"parameters": coupling.parameters * number, "bytes": coupling.bytes * number}
-    return {name: held.get(name, 0.0) for name in names}
 
 
 def cut_layers(site: Site, kept: Sequence[int]) -> tuple[Site, ...]:

@@ -77,8 +77,7 @@ class Budget:
         Limits on the costs that the library counts and measures; None for no limit.
     **others
         Limits on costs of your own, by the names given to ``tabulate(..., costs=)`` or ``compress(..., costs=)``. They
-        have no unit; text takes ``%``, ``k``, ``M``, ``G`` and ``T``. ``others={"my cost": "50%"}`` names costs that
-        are no Python names.
+        have no unit; text takes ``%``, ``k``, ``M``, ``G`` and ``T``.
 
     Raises
     ------
@@ -88,11 +87,7 @@ class Budget:
         For a limit that is neither a number nor text.
     """
 
-    parameters: Amount | None = None
-    macs: Amount | None = None
-    bytes: Amount | None = None
-    latency: Amount | None = None
-    others: tuple[tuple[str, Amount], ...] = ()
+    _stated: Mapping[str, Amount]
 
     def __init__(
         self,
@@ -100,19 +95,30 @@ class Budget:
         macs: Amount | None = None,
         bytes: Amount | None = None,  # noqa: A002
         latency: Amount | None = None,
-        *,
-        others: Mapping[str, Amount | None] | Iterable[tuple[str, Amount | None]] = (),
-        **more: Amount | None,
+        **others: Amount | None,
     ) -> None:
         known = {"parameters": parameters, "macs": macs, "bytes": bytes, "latency": latency}
-        named = {**dict(others), **more}
-        stated = known | {name: named[name] for name in sorted(named)}
-        for cost in COSTS:
-            object.__setattr__(self, cost, stated.pop(cost))
-        object.__setattr__(self, "others", tuple((c, v) for c, v in stated.items() if v is not None))
+        stated = known | {cost: others[cost] for cost in sorted(others)}
+        object.__setattr__(self, "_stated", {cost: amount for cost, amount in stated.items() if amount is not None})
         if not self._stated:
             raise ValueError("a budget needs at least one of parameters=, macs=, bytes=, latency=, or a cost of yours")
         _ = self._limits
+
+    @property
+    def parameters(self) -> Amount | None:
+        return self._stated.get("parameters")
+
+    @property
+    def macs(self) -> Amount | None:
+        return self._stated.get("macs")
+
+    @property
+    def bytes(self) -> Amount | None:
+        return self._stated.get("bytes")
+
+    @property
+    def latency(self) -> Amount | None:
+        return self._stated.get("latency")
 
     @classmethod
     def of(cls, value: Budget | str | Mapping[str, Amount]) -> Budget:
@@ -130,13 +136,13 @@ class Budget:
         if isinstance(value, str):
             return cls.parse(value)
         if isinstance(value, Mapping):
-            return cls(others=value)
+            return cls(**value)
         raise TypeError(f"the budget is {value!r}: expected Budget(macs=0.5), text such as 'macs=50%' or a mapping")
 
     @classmethod
     def absolute(cls, limits: Mapping[str, float]) -> Budget:
         """Limits by cost in the costs' own units, also where they are numbers up to 1."""
-        return cls(others={cost: Limit(limit) for cost, limit in limits.items()})
+        return cls(**{cost: Limit(limit) for cost, limit in limits.items()})
 
     @classmethod
     def parse(cls, *texts: str) -> Budget:
@@ -152,7 +158,7 @@ class Budget:
             if cost in limits:
                 raise ValueError(f"the budget limits {cost} twice: {limits[cost]!r} and {value!r}")
             limits[cost] = value
-        return cls(others=limits)
+        return cls(**limits)
 
     @property
     def costs(self) -> tuple[str, ...]:
@@ -177,13 +183,7 @@ class Budget:
 
     def replace(self, **limits: Amount | None) -> Budget:
         """The same budget with other limits on some costs; None takes a limit away."""
-        return Budget(others={**self._stated, **limits})
-
-    @property
-    def _stated(self) -> dict[str, Amount]:
-        """The limits as they were given, by cost."""
-        known = {cost: getattr(self, cost) for cost in COSTS}
-        return {cost: amount for cost, amount in {**known, **dict(self.others)}.items() if amount is not None}
+        return Budget(**{**self._stated, **limits})
 
     @property
     def _limits(self) -> dict[str, Limit]:
@@ -196,9 +196,9 @@ class Budget:
         return hash(tuple(self._limits.items()))
 
     def __repr__(self) -> str:
-        keywords = {cost: amount for cost, amount in self._stated.items() if cost.isidentifier()}
-        rest = {cost: amount for cost, amount in self._stated.items() if cost not in keywords}
-        return f"Budget({', '.join(f'{k}={v!r}' for k, v in (keywords | ({'others': rest} if rest else {})).items())})"
+        if all(cost.isidentifier() for cost in self._stated):
+            return f"Budget({', '.join(f'{cost}={amount!r}' for cost, amount in self._stated.items())})"
+        return f"Budget(**{self._stated!r})"
 
 
 def _read(cost: str, text: str) -> tuple[float, bool]:

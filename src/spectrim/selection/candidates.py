@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,7 +106,12 @@ class Candidates:
     @property
     def dense(self) -> dict[str, float]:
         """Cost of the dense network."""
-        return {c: self.fixed[c] + sum(row.dense.costs[c] for row in self.singles) for c in self.costs}
+        return self.total(row.dense for row in self.singles)
+
+    def total(self, options: Iterable[Option]) -> dict[str, float]:
+        """Cost of the network with these options, which are for every site once, and the rest."""
+        chosen = tuple(options)
+        return {c: self.fixed[c] + sum(option.costs[c] for option in chosen) for c in self.costs}
 
     @property
     def singles(self) -> tuple[Row, ...]:

@@ -183,7 +183,7 @@ def make_plan(
     used = {e.choice.method for e in entries}
     return Plan(
         entries=entries,
-        costs=_plain({c: candidates.fixed[c] + sum(o.costs[c] for _, o in chosen) for c in candidates.costs}),
+        costs=_plain(candidates.total(option for _, option in chosen)),
         dense_costs=_plain(candidates.dense),
         budget=_plain(budget),
         unit=candidates.unit,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from spectrim.cost.counted import Cost, macs, parameters, size_bytes
+from spectrim.cost.counted import known
 from spectrim.linalg.unfold import unfoldings
 from spectrim.methods import JointSVD, Method, WeightSVD
 from spectrim.methods.base import full_rank
@@ -27,7 +27,7 @@ def rank_methods(*, paper: bool, groups: bool = False) -> list[Method]:
 
 def with_zero(table: Candidates, sites: Sites) -> Candidates:
     """The table with rank 0 offered at every site."""
-    counted: dict[str, Cost] = {"parameters": parameters, "bytes": size_bytes, "macs": macs}
+    counted = known(sites)
     rows = []
     for row in table.rows:
         if row.members:
