@@ -37,6 +37,17 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a number as budget": (lambda: compress(budget=0.5), TypeError, r"budget is 0\.5.*macs=0\.5"),
     "a list of budgets": (lambda: compress(budget=[HALF]), TypeError, r"budget is \[.*macs"),
     "an unreadable budget": (lambda: compress(budget="half"), ValueError, r"'half'.*COST=VALUE"),
+    "a cost that is not there": (lambda: compress(budget="joules=50%"), ValueError, r"limits joules.*costs=\{name"),
+    "a cost that is no function": (
+        lambda: compress(costs={"joules": 3}),
+        TypeError,
+        r"costs has 'joules': 3; expected",
+    ),
+    "a list of costs": (
+        lambda: compress(costs=[st.macs]),
+        TypeError,
+        r"costs is \[<function macs.*functions of layers by",
+    ),
     "a method's name": (lambda: compress(methods=["svd"]), TypeError, r"methods has 'svd': expected objects"),
     "a method's class": (lambda: compress(methods=[st.WeightSVD]), TypeError, r"methods has WeightSVD:.*WeightSVD\(\)"),
     "a bare class": (lambda: compress(methods=st.WeightSVD), TypeError, r"methods has WeightSVD: expected objects"),

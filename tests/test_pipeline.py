@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ import spectrim as st
 from spectrim import pipeline, preparation
 from spectrim.cost.counted import macs
 from spectrim.errors import InfeasibleBudgetError, PlanError
+from spectrim.network.layer import LayerSpec
 from spectrim.nn.modules import Factored
 from spectrim.nn.surgery import parameter_count, size_in_bytes
 from spectrim.nn.timing import Timing
@@ -62,6 +63,29 @@ def test_the_built_model_meets_the_budget(name: str, budget: Budget) -> None:
         assert result.model(inputs).shape == model(inputs).shape
         assert torch.isfinite(result.model(inputs)).all()
     assert result.plan.unit == result.candidates.unit == "weighted output energy"
+
+
+def watts(specs: Sequence[LayerSpec]) -> float:
+    return sum(2e-3 * spec.stored + 3e-3 * spec.in_channels for spec in specs)
+
+
+@pytest.mark.parametrize("budget", ["watts=70%", {"watts": 0.8, "macs": 0.8}])
+@pytest.mark.parametrize("methods", [None, [st.PrincipalFilters(multiple_of=1), st.WeightSVD(multiple_of=1)]])
+def test_a_cost_of_the_users_own_is_limited_in_one_call(budget: str | dict, methods: list | None) -> None:
+    if methods is not None:
+        pytest.importorskip("torch_pruning")
+    model, batches = settled("cnn"), batches_for("cnn")
+    result = st.compress(model, batches, budget, methods=methods, costs={"watts": watts})
+    spent = {}
+    for name, network in (("dense", model), ("small", result.model)):
+        layers = [module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+        inputs = [layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features for layer in layers]
+        spent[name] = sum(2e-3 * layer.weight.numel() + 3e-3 * n for layer, n in zip(layers, inputs, strict=True))
+    assert result.plan.costs["watts"] == pytest.approx(spent["small"])
+    assert result.plan.dense_costs["watts"] == pytest.approx(spent["dense"])
+    for cost, limit in Budget.of(budget).limits(result.plan.dense_costs).items():
+        assert result.plan.costs[cost] <= limit * (1 + 1e-9)
+    assert "watts" in str(result.report)
 
 
 def test_a_generous_budget_loses_little_and_a_tight_one_more() -> None:

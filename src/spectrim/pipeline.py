@@ -13,6 +13,8 @@ from torch import nn
 
 from spectrim.application import apply
 from spectrim.channel_plans.stepwise import select_in_steps
+from spectrim.cost import counted
+from spectrim.cost.counted import Cost
 from spectrim.cost.latency import Latency
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.methods import Method, as_methods
@@ -122,6 +124,7 @@ def compress(
     reconstruct: bool = True,
     latency: Latency | None = None,
     guard: bool = False,
+    costs: Mapping[str, Cost] | None = None,
     selector: Callable[[Candidates, Budget], Plan] = exact,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     progress: Progress | bool | None = None,
@@ -156,6 +159,8 @@ def compress(
         If its memory format is ``channels_last``, both models are measured in it and the result is returned in it.
     guard
         Choose no option that is measured slower than dense, and measure the finished model.
+    costs
+        Further costs of your own, functions of layers by name, which the budget may limit.
     selector
         How choices are made; exact by default.
 
@@ -177,7 +182,7 @@ def compress(
     """
     check_model(model)
     budget = Budget.of(budget)
-    budget.check(COSTS)
+    budget.check([*COSTS, *counted.further(costs)])
     if not callable(selector):
         raise TypeError(
             f"selector is {selector!r}: expected a function of a table and a budget, such as those of "
@@ -199,8 +204,8 @@ def compress(
         latency=latency or guard or budget.latency is not None,
     )  # fmt: skip
     return shrink(
-        model, prepared, budget, methods=methods, reconstruct=reconstruct, guard=guard, selector=selector,
-        forward=forward, progress=progress,
+        model, prepared, budget, methods=methods, reconstruct=reconstruct, guard=guard, costs=costs,
+        selector=selector, forward=forward, progress=progress,
     )  # fmt: skip
 
 
@@ -212,6 +217,7 @@ def shrink(
     methods: Sequence[Method] | None = None,
     reconstruct: bool = True,
     guard: bool = False,
+    costs: Mapping[str, Cost] | None = None,
     selector: Callable[[Candidates, Budget], Plan] = exact,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     progress: Progress = silent,
@@ -220,7 +226,8 @@ def shrink(
     sites, batches, latency = prepared.sites, prepared.batches, prepared.latency
     assert batches is not None
     making: dict[str, Any] = {
-        "latency": latency, "dense_latency": prepared.dense_latency, "guard": guard, "progress": progress,
+        "latency": latency, "dense_latency": prepared.dense_latency, "costs": costs, "guard": guard,
+        "progress": progress,
     }  # fmt: skip
 
     def judged(plan: Plan) -> float:

@@ -54,12 +54,29 @@ def macs(specs: Sequence[LayerSpec]) -> float:
     return total
 
 
-def known(sites: Sites, further: Mapping[str, Cost] | None = None) -> dict[str, Cost]:
-    """The costs that can be counted, by name: MACs once the network has been run, and further ones of the user's."""
+def further(costs: Mapping[str, Cost] | None) -> Mapping[str, Cost]:
+    """Costs of a user's own by name.
+
+    Raises
+    ------
+    TypeError
+        For what is no mapping of names to functions.
+    """
+    wanted = "functions of layers by name, such as {'joules': joules}"
+    if costs is not None and not isinstance(costs, Mapping):
+        raise TypeError(f"costs is {costs!r}: expected {wanted}")
+    for name, cost in (costs or {}).items():
+        if not isinstance(name, str) or not callable(cost):
+            raise TypeError(f"costs has {name!r}: {cost!r}; expected {wanted}")
+    return costs or {}
+
+
+def known(sites: Sites, more: Mapping[str, Cost] | None = None) -> dict[str, Cost]:
+    """The costs that can be counted, by name: MACs once the network has been run, and more of the user's own."""
     found: dict[str, Cost] = {"parameters": parameters, "bytes": size_bytes}
     if sites.seen and all(spec.inputs for spec in sites.untouched):
         found["macs"] = macs
-    return {**found, **(further or {})}
+    return {**found, **further(more)}
 
 
 def require_inputs(spec: LayerSpec) -> tuple[tuple[int, ...], ...]:
