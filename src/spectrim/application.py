@@ -215,10 +215,14 @@ def _check(plan: Plan, sites: Sites) -> None:
 def _makers(plan: Plan, methods: Method | Sequence[Method] | None) -> dict[str, Method]:
     makers = {method.name: method for method in as_methods(methods or ())}
     for entry in plan:
-        name = entry.choice.method
-        if entry.choice.is_dense or name in makers:
+        choice, name = entry.choice, entry.choice.method
+        if choice.is_dense:
             continue
-        if name not in plan.methods:
+        if name not in makers and name not in plan.methods:
             raise PlanError(f"site {entry.site!r} uses method {name!r}, which the plan does not describe")
-        makers[name] = from_record(plan.methods[name])
+        if name not in makers:
+            makers[name] = from_record(plan.methods[name])
+        if not isinstance(choice, makers[name].offers):
+            kinds = f"{makers[name].offers.kind!r} choices, not {choice.kind!r} ones"
+            raise PlanError(f"site {entry.site!r}: method {name} carries out {kinds}")
     return makers

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectrim.errors import MissingMomentsError, PlanError
+from spectrim.errors import MissingMomentsError
 from spectrim.linalg.moments import shrunk
 from spectrim.linalg.unfold import unfoldings
-from spectrim.methods import ActivationSVD, Curve, LowRankPlusSparse, Method, WeightSVD, from_record
+from spectrim.methods import ActivationSVD, Curve, LowRankPlusSparse, Method, WeightSVD
 from spectrim.methods.base import break_even, full_rank
 from spectrim.network.choices import Choice
 from spectrim.network.factors import LowRank
@@ -199,32 +199,6 @@ def test_methods_leave_sites_of_several_layers_alone() -> None:
     )
     for method in (WeightSVD(), ActivationSVD()):
         assert method.curve(joint).choices == ()
-
-
-def test_a_record_makes_the_method_again() -> None:
-    method = ActivationSVD(unfoldings=("channel", "input"), multiple_of=4, sweeps=7)
-    assert method.record() == {
-        "type": "ActivationSVD",
-        "options": {"unfoldings": ["channel", "input"], "multiple_of": 4, "to_full_rank": False, "sweeps": 7},
-    }
-    assert from_record(method.record()) == method
-    assert from_record({"type": "WeightSVD"}) == WeightSVD()
-
-
-@pytest.mark.parametrize(
-    ("record", "complaint"),
-    [
-        ({"type": "Magic", "options": {}}, "needs method 'Magic'; known are .*ActivationSVD.*WeightSVD"),
-        ({"options": {}}, "needs method None"),
-        ({"type": "WeightSVD", "options": {"sweeps": 1}}, "method WeightSVD has no option 'sweeps'"),
-        ({"type": "WeightSVD", "options": {"multiple_of": "many"}}, "options of method WeightSVD"),
-        ({"type": "WeightSVD", "options": {"multiple_of": 0}}, "multiple_of must be at least 1"),
-        ({"type": "LowRankMethod", "options": {}}, "needs method 'LowRankMethod'"),
-    ],
-)
-def test_a_wrong_record_is_refused(record: dict[str, object], complaint: str) -> None:
-    with pytest.raises(PlanError, match=complaint):
-        from_record(record)
 
 
 def test_shrinkage_grows_as_samples_become_few() -> None:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import msgspec
+
 from spectrim.cost.counted import macs, parameters, rank_multiple
 from spectrim.errors import PlanError
 from spectrim.linalg.unfold import Unfolding, unfolding, unfoldings, unfoldings_named
@@ -57,12 +59,15 @@ class Method(ABC):
 
     Attributes
     ----------
+    offers
+        The type of its choices.
     reads_sketches
         Whether it takes a sketch of the inputs where their second moment is too large to hold.
     removes_channels
         Whether it is for sites of coupled channels, in place of layers.
     """
 
+    offers: ClassVar[type[Choice]] = Choice
     reads_sketches: ClassVar[bool] = False
     removes_channels: ClassVar[bool] = False
 
@@ -95,9 +100,9 @@ class Method(ABC):
         return factors
 
     def record(self) -> dict[str, Any]:
-        """Type and options as JSON values, as kept in a plan."""
+        """Type, its module and options as JSON values, as kept in a plan."""
         options = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
-        return {"type": type(self).__name__, "options": options}
+        return {"type": type(self).__name__, "module": type(self).__module__, "options": options}
 
 
 def as_methods(methods: Method | Iterable[Method]) -> list[Method]:
@@ -124,32 +129,66 @@ def as_methods(methods: Method | Iterable[Method]) -> list[Method]:
     return several
 
 
+class _Record(msgspec.Struct):
+    """What a plan says of a method; without a module in files of version 0.1."""
+
+    type: str
+    module: str | None = None
+    options: dict[str, Any] = {}
+
+
 def from_record(record: Mapping[str, Any]) -> Method:
     """The method that :meth:`Method.record` described.
+
+    Nothing is imported for it: its class is one of those that have been.
 
     Raises
     ------
     PlanError
-        If no method class of that name has been imported, or the options do not fit it.
+        If no method class of that name and module has been imported, several of a record without a module have, or the
+        options do not fit it.
     """
-    import msgspec
-
-    classes = {cls.__name__: cls for cls in _concrete(Method)}
-    kind = record.get("type")
-    if kind not in classes:
-        raise PlanError(
-            f"the plan needs method {kind!r}; known are {', '.join(sorted(classes))}. "
-            "Import its module, or pass methods=."
-        )
-    options = record.get("options", {})
-    known = {f.name for f in dataclasses.fields(classes[kind])}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        raise PlanError(f"method {kind} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")
     try:
-        return msgspec.convert(dict(options), type=classes[kind])
+        written = msgspec.convert(dict(record), _Record)
     except msgspec.ValidationError as error:
-        raise PlanError(f"options of method {kind}: {error}") from error
+        raise PlanError(f"a method is written as type, module and options: {error}") from error
+    cls = _class_of(written)
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(set(written.options) - known)
+    if unknown:
+        raise PlanError(f"method {written.type} has no option {unknown[0]!r}; it has {', '.join(sorted(known))}")
+    try:
+        return msgspec.convert(written.options, type=cls)
+    except msgspec.ValidationError as error:
+        raise PlanError(f"options of method {written.type}: {error}") from error
+
+
+def _class_of(written: _Record) -> type[Method]:
+    """The class that a record means. One that was made again, as by a cell that runs twice, is the last."""
+    known = {(cls.__module__, cls.__name__): cls for cls in _concrete(Method)}
+    fitting = {module: cls for (module, name), cls in known.items() if name == written.type}
+    own = [cls for module, cls in fitting.items() if _is_own(module)]
+    # Modules of Spectrim move from version to version, and a record of version 0.1 has none.
+    if own and (written.module is None or _is_own(written.module)):
+        return own[0]
+    if written.module is None and len(fitting) > 1:
+        raise PlanError(
+            f"the plan needs method {written.type!r} and does not say whose, of modules {', '.join(sorted(fitting))}. "
+            "Pass methods="
+        )
+    module = next(iter(fitting), None) if written.module is None else written.module
+    if module not in fitting:
+        names = sorted(name if _is_own(module) else f"{module}.{name}" for module, name in known)
+        whose = "" if module is None or _is_own(module) else f" of module {module!r}"
+        raise PlanError(
+            f"the plan needs method {written.type!r}{whose}; known are {', '.join(names)}. Import its module, or pass "
+            "methods="
+        )
+    return fitting[module]
+
+
+def _is_own(module: str) -> bool:
+    return module.partition(".")[0] == "spectrim"
 
 
 def _concrete(cls: type[Method]) -> list[type[Method]]:
@@ -172,6 +211,8 @@ class LowRankMethod(Method):
     to_full_rank
         Offer also ranks at which the pair costs more than the layer, up to full rank.
     """
+
+    offers: ClassVar[type[Choice]] = LowRankChoice
 
     unfoldings: tuple[str, ...] | None = None
     multiple_of: int | None = None

@@ -8,7 +8,7 @@ import math
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from spectrim.linalg.unfold import Unfolding, unfold, unfolding, unfoldings_name
 from spectrim.methods import metrics
 from spectrim.methods.base import WEIGHT_ENERGY, Curve, Method, check_unfoldings, full_rank
 from spectrim.methods.joint_layers import Problem, compatible, pose
-from spectrim.network.choices import SharedChoice
+from spectrim.network.choices import Choice, SharedChoice
 from spectrim.network.factors import SharedBasis
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Site
@@ -67,6 +67,8 @@ class JointSVD(Method):
 
     Where all layers see one input and share the first factor whole, it is computed once for all of them.
     """
+
+    offers: ClassVar[type[Choice]] = SharedChoice
 
     share: str = "right"
     proportion: float = 0.5

@@ -14,7 +14,7 @@ from spectrim.linalg.unfold import Unfolding, unfolding, unfoldings_named
 from spectrim.methods import metrics
 from spectrim.methods.additive_layer import Problem
 from spectrim.methods.base import OUTPUT_ENERGY, WEIGHT_ENERGY, Curve, Method, check_unfoldings, full_rank
-from spectrim.network.choices import SumChoice
+from spectrim.network.choices import Choice, SumChoice
 from spectrim.network.factors import LowRankPlusSparse as Factors
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Site
@@ -76,6 +76,7 @@ class LowRankPlusSparse(Method):
     Layers whose patches are too long for their second moment are fitted in that of their slices.
     """
 
+    offers: ClassVar[type[Choice]] = SumChoice
     reads_sketches: ClassVar[bool] = True
 
     patterns: tuple[str, ...] = ("unstructured",)

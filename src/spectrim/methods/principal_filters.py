@@ -14,7 +14,7 @@ from spectrim.linalg.lowrank import profile
 from spectrim.methods import metrics
 from spectrim.methods.base import OUTPUT_ENERGY, Curve, Method
 from spectrim.network import narrowing
-from spectrim.network.choices import ChannelsChoice
+from spectrim.network.choices import ChannelsChoice, Choice
 from spectrim.network.coupling import IN
 from spectrim.network.factors import KeptChannels
 from spectrim.network.sites import Site
@@ -60,6 +60,7 @@ class PrincipalFilters(Method):
     Suau, Zappella, Apostoloff: Filter distillation for network compression, WACV 2020.
     """
 
+    offers: ClassVar[type[Choice]] = ChannelsChoice
     removes_channels: ClassVar[bool] = True
 
     rule: str = RECONSTRUCTION

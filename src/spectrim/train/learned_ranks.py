@@ -29,7 +29,7 @@ from spectrim.application import apply
 from spectrim.cost.counted import Cost
 from spectrim.cost.latency import Latency
 from spectrim.errors import CheckpointError, MissingMomentsError, PlanError
-from spectrim.methods import Method, as_methods
+from spectrim.methods import Method, as_methods, from_record
 from spectrim.network.choices import Choice
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Site, Sites
@@ -340,7 +340,9 @@ class LearnedRanks:
             then, plan = json.loads(_text(state["run"])), Plan.from_json(_text(state["plan"]))
             found = Trajectory.from_json(_text(state["trajectory"]))
             step, batches = (int(number) for number in state["counts"])
-        except (KeyError, ValueError, PlanError) as error:
+            # As they are written now: states of version 0.1 do not say whose the methods are.
+            then["methods"] = [from_record(record).record() for record in then["methods"]]
+        except (KeyError, TypeError, ValueError, PlanError) as error:
             raise CheckpointError(f"this is no state of learned ranks, or a damaged one: {error!r}") from error
         now = json.loads(json.dumps(self._run()))
         changed = [
