@@ -215,8 +215,8 @@ def _child(what: str, config: dict[str, Any]) -> None:
         sites = st.calibrate(model, st.find(model), batches())
         found = {"calibrated": peak()}
         st.tabulate(sites)
-        found["moments"] = sum(held.nbytes for site in sites for held in site.moments.values())
-        found["largest"] = max(w.numel() * w.element_size() for site in sites for w in site.weights)
+        found["moments"] = sum(site.statistics.nbytes for site in sites)
+        found["largest"] = max(w.numel() * w.element_size() for w in (site.weight for site in sites))
         found["peak"] = peak()
     print(json.dumps(found))
 

@@ -10,7 +10,6 @@ import os
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from spectrim.linalg.moments import Moments
 from spectrim.linalg.unfold import unfolding
 from spectrim.methods import Method
 from spectrim.network.choices import Choice
-from spectrim.network.sites import Site, Sites
+from spectrim.network.sites import Site, Sites, Statistics
 
 # What layers of one block see together, and what stands at one place of every block.
 _LEAVES = {
@@ -157,9 +156,7 @@ def _with(sites: Sites, statistic: Mapping[str, Moments] | None) -> Sites:
     if statistic is None:
         return sites
     found = tuple(
-        dataclasses.replace(site, moments=MappingProxyType({"input": statistic[site.name]}))
-        if site.name in statistic
-        else site
+        dataclasses.replace(site, statistics=Statistics(input=statistic[site.name])) if site.name in statistic else site
         for site in sites
     )
     return dataclasses.replace(sites, sites=found)
@@ -272,8 +269,8 @@ def _embeddings(
 ) -> list[dict[str, Any]]:
     """The encoder under budgets, by tables with and without groups."""
     known = _with(sites, statistic)
-    some = tuple(site for site in known if site.moments)
-    left = tuple(site.spec for site in known if not site.moments)
+    some = tuple(site for site in known if site.statistics)
+    left = tuple(site.spec for site in known if not site.statistics)
     known = dataclasses.replace(known, sites=some, untouched=(*known.untouched, *left))
     grouped = st.group(known)
     alone: list[Method] = [st.ActivationSVD(), st.WeightSVD()]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from benchmarks import cifar
 from benchmarks.run import claim
 from spectrim.linalg.moments import Moments
 from spectrim.methods import Method
-from spectrim.network.sites import Site
+from spectrim.network.sites import Site, Statistics
 from spectrim.nn.watch.patches import sample_patches
 
 
@@ -95,7 +94,7 @@ def patches(model: nn.Module, site: Site, images: Tensor, *, seed: int) -> Tenso
 def _with(site: Site, rows: Tensor) -> Site:
     moments = Moments(rows.shape[0], rows.shape[2])
     moments.update(rows)
-    return dataclasses.replace(site, moments=MappingProxyType({"input": moments}))
+    return dataclasses.replace(site, statistics=Statistics(input=moments))
 
 
 def _fitted(site: Site, at: Site, method: Method, share: float, seen: Tensor, unseen: Tensor) -> dict[str, Any]:

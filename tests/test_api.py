@@ -20,7 +20,7 @@ from spectrim.methods import Curve, LowRankMethod
 from spectrim.network.choices import Choice, ZeroChoice
 from spectrim.network.factors import LowRank
 from spectrim.network.layer import LayerSpec
-from spectrim.network.sites import Site, Sites
+from spectrim.network.sites import Site, Sites, Statistics
 from spectrim.nn.find import find
 from spectrim.nn.modules import Factored
 from spectrim.nn.surgery import parameter_count
@@ -94,7 +94,7 @@ def test_dense_costs_are_those_of_the_whole_model(name: str) -> None:
 
 def test_units_never_mix() -> None:
     _, sites, _ = prepared("mlp")
-    bare = dataclasses.replace(sites, sites=tuple(dataclasses.replace(s, moments={}) for s in sites))
+    bare = dataclasses.replace(sites, sites=tuple(dataclasses.replace(s, statistics=Statistics()) for s in sites))
     assert tabulate(bare).unit == "weight energy"
     assert default_methods(bare) == [st.WeightSVD()]
     mixed = dataclasses.replace(sites, sites=(*bare.sites[:1], *sites.sites[1:]))
@@ -172,7 +172,7 @@ def moved(sites: Sites) -> Sites:
     def change(weight: Tensor) -> Tensor:
         return weight + 0.3 * weight.std() * torch.randn(weight.shape, generator=drawn)
 
-    changed = (dataclasses.replace(s, weights=tuple(change(w) for w in s.weights)) for s in sites)
+    changed = (dataclasses.replace(s, weight=change(s.weight)) for s in sites)
     return dataclasses.replace(sites, sites=tuple(changed))
 
 
@@ -304,7 +304,7 @@ def test_reconstruction_fits_the_second_factor_where_patches_are_long(monkeypatc
     monkeypatch.setattr("spectrim.nn.watch.calibrate.FULL_PATCH", 4)
     monkeypatch.setattr("spectrim.nn.watch.calibrate.FULL_LINEAR", 4)
     model, sites, batches = prepared("residual")
-    assert not any("input" in site.moments for site in sites)
+    assert not any(site.statistics.input is not None for site in sites)
     plan = every_site(tabulate(sites), "WeightSVD", 3)
     once, fitted = apply(model, sites, plan), apply(model, sites, plan, batches)
     assert output_error(fitted, model, batches) < output_error(once, model, batches)

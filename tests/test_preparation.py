@@ -91,10 +91,10 @@ def test_without_statistics_one_batch_teaches_the_shapes_and_no_batches_are_kept
     sites = locate(model, batches)
     shapes = prepare(model, sites, batches, statistics=False, sensitivity=False)
     assert shapes.batches is None
-    assert all(site.spec.inputs and not site.moments for site in shapes.sites)
+    assert all(site.spec.inputs and not site.statistics for site in shapes.sites)
     full = prepare(model, sites, batches)
     assert full.batches is batches
-    assert all("gradient" in site.moments for site in full.sites)
+    assert all(site.statistics.gradient is not None for site in full.sites)
     assert Prepared(sites).example is None
 
 

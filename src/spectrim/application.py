@@ -98,7 +98,7 @@ def apply(
     for done, site in enumerate(todo):
         entry = wanted[site.name]
         choice = entry.choice
-        whole = len(site.layers) == 1 and "input" in site.moments
+        whole = site.statistics.input is not None
         if entry.members and not choice.is_dense and entry.site not in shared:
             group = sites.together(entry.site, entry.members)
             shared[entry.site] = _Shared.made(group, makers[choice.method].factorize(group, choice))
@@ -120,8 +120,8 @@ def apply(
         fitted = follow and (whole or unheld or narrowed)
         unbiased = not choice.is_dense and not any(s.bias for s in makers[choice.method].layers(group, choice))
         if unbiased and (fitted or narrowed):
-            (spare,) = site.biases
-            site = dataclasses.replace(site, biases=(None,))
+            spare = site.bias
+            site = dataclasses.replace(site, bias=None)
         if fitted and entry.site in shared:
             shared[entry.site].refit(makers[choice.method], site, entry.members.index(site.name))
         if choice.is_dense:
@@ -161,7 +161,7 @@ class _Shared:
         """Fit what one layer has of its own to its inputs and targets; the shared parameters stay the same objects."""
         self.factors = method.refit(part, self.factors, number)
         biases = list(self.site.biases)
-        biases[number] = part.biases[0]
+        biases[number] = part.bias
         fresh = build(self.factors, self.site.layers, biases)[number]
         self.modules[number].load_state_dict(fresh.state_dict())
 
@@ -182,7 +182,7 @@ def _steps(sites: Sites, dense: Mapping[str, bool], removal: Removal, *, refit: 
         if site.name not in dense:
             continue
         biased = site.spec.bias or (removal.changed and removal.corrects(site.name))
-        correctable = refit and biased and "input" in site.moments
+        correctable = refit and biased and site.statistics.input is not None
         reads = (site.name, IN) in removal.axes
         if not dense[site.name] or (refit and reads) or (moved and correctable):
             steps.append(site)

@@ -11,7 +11,7 @@ from spectrim.cost.latency import Latency
 from spectrim.cost.whole import Network
 from spectrim.methods import ActivationSVD, Curve, JointSVD, Method, WeightSVD, as_methods
 from spectrim.network.choices import DENSE, Choice
-from spectrim.network.sites import Site, Sites
+from spectrim.network.sites import Channels, Site, Sites
 from spectrim.progress import Progress, reports
 from spectrim.selection.candidates import Candidates, Option, Row
 
@@ -72,7 +72,7 @@ def tabulate(
     groups = sites.joint()
     coupled = sites.coupled() if any(method.removes_channels for method in chosen) else ()
     for done, site in enumerate([*sites, *groups, *coupled]):
-        fitting = [method for method in chosen if method.removes_channels == (site.coupling is not None)]
+        fitting = [method for method in chosen if isinstance(site, method.takes)]
         curves = [(method, method.curve(site)) for method in fitting]
         # A group that no method can join is nothing to choose.
         if done < len(sites) or any(curve.choices for _, curve in curves):
@@ -101,7 +101,7 @@ def tabulate(
 
 def default_methods(sites: Sites) -> list[Method]:
     """Low rank: both methods where every site holds moments, else the data-free one; joint ones with groups."""
-    calibrated = all(site.moments for site in sites)
+    calibrated = all(site.statistics for site in sites)
     methods: list[Method] = [ActivationSVD(), WeightSVD()] if calibrated else [WeightSVD()]
     return [*methods, JointSVD("left"), JointSVD("right")] if sites.groups else methods
 
@@ -160,12 +160,8 @@ def _row(
     if guard:
         options = [option for option in options if option.costs["latency"] < dense.costs["latency"]]
     spectra = {f"{method.name}/{name}": s for method, curve in curves for name, s in curve.spectra.items()}
-    kind = site.layers[0].kind if len(site.layers) == 1 else f"{len(site.layers)} x {site.layers[0].kind}"
-    members = tuple(spec.name for spec in site.layers) if len(site.layers) > 1 else ()
-    if site.coupling is not None:
-        kind, members = f"{site.coupling.channels} channels", ()
     scale = next((curve.scale for _, curve in curves if curve.choices), 1.0)
     return Row(
-        site.name, kind, (dense, *options), scale=scale, spectra=spectra, members=members,
-        of_channels=site.coupling is not None,
+        site.name, site.kind, (dense, *options), scale=scale, spectra=spectra, members=site.members,
+        of_channels=isinstance(site, Channels),
     )  # fmt: skip

@@ -72,7 +72,7 @@ def test_the_reported_error_is_what_the_pair_loses_on_the_calibration_data(kind:
 @pytest.mark.usefixtures("unshrunk")
 def test_with_a_sensitivity_the_error_is_weighted_by_the_gradients(kind: str) -> None:
     site, layer, inputs = small_site(kind, dtype=torch.float64, samples=32, weighted=True)
-    outer = site.moments["gradient"].second_moment
+    outer = site.statistics.gradient.second_moment
     method = ActivationSVD(sweeps=0)
     assert method.curve(site).unit == "weighted output energy"
     for choice, error in some(site, method):
@@ -129,7 +129,7 @@ def test_fewer_samples_than_channels_stay_finite_and_keep_the_rest_of_the_weight
     if weighted:
         sites = sensitivity(model, sites, [inputs], rows=3)
     site = sites["0"]
-    assert site.moments["input"].count < site.spec.features
+    assert site.statistics.input.count < site.spec.features
     for method in (ActivationSVD(), WeightSVD()):
         curve = method.curve(site)
         assert curve.choices
@@ -148,7 +148,7 @@ def test_fewer_samples_than_channels_stay_finite_and_keep_the_rest_of_the_weight
 
 def test_missing_statistics_are_named_with_the_site() -> None:
     site, _, _ = small_site("conv2d", calibrated=False)
-    site = dataclasses.replace(site, name="layer1.conv2")
+    site = dataclasses.replace(site, spec=dataclasses.replace(site.spec, names=("layer1.conv2",)))
     with pytest.raises(MissingMomentsError, match="site 'layer1.conv2' .Conv2d 3x3. holds none.*Run calibrate"):
         ActivationSVD().curve(site)
     for name, statistic in (("channel", "output"), ("height-first", "input")):
@@ -168,7 +168,9 @@ def test_long_patches_use_slices_and_outputs(kind: str, weighted: bool, monkeypa
     site, layer, inputs = small_site(kind, dtype=torch.float64, weighted=weighted)
     hows = unfoldings(site.spec.kernel)
     sketch = {"sketch"} if kind == "linear" else set()
-    assert set(site.moments) - {"gradient"} == {"output", *sketch, *(f"input:{u.name}" for u in hows[1:])}
+    slices = {"slices"} if len(hows) > 1 else set()
+    assert set(site.statistics.names) - {"gradient"} == {"output", *sketch, *slices}
+    assert set(site.statistics.slices) == {how.name for how in hows[1:]}
     for method in (ActivationSVD(), WeightSVD()):
         curve = method.curve(site)
         assert {c["unfolding"] for c in curve.choices} == {u.name for u in hows}
@@ -204,10 +206,8 @@ def some_channel(site: Site, method: ActivationSVD) -> list[tuple[Choice, float]
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_site_without_slices_offers_the_channel_unfolding_only(weighted: bool) -> None:
     site, _, _ = small_site("conv2d", weighted=weighted)
-    kept = {k: m for k, m in site.moments.items() if k != "input"}
-    assert (
-        ActivationSVD().curve(dataclasses.replace(site, moments={**kept, "other": site.moments["input"]})).choices == ()
-    )
+    other = dataclasses.replace(site.statistics, input=None, channels=site.statistics.input)
+    assert ActivationSVD().curve(dataclasses.replace(site, statistics=other)).choices == ()
 
 
 def test_the_shift_of_a_site_that_is_known_by_its_outputs_counts_the_old_bias_once() -> None:

@@ -18,8 +18,9 @@ from spectrim.methods.base import break_even, full_rank
 from spectrim.network.choices import Choice
 from spectrim.network.factors import LowRank
 from spectrim.network.layer import LayerSpec
-from spectrim.network.sites import Site
+from spectrim.network.sites import Site, Statistics
 from spectrim.testing import check_method, measured_error
+from spectrim.testing.layers import small_group
 from tests.cases import LAYERS, small_site
 
 
@@ -184,7 +185,7 @@ def test_errors_fall_with_the_rank(cls: type[WeightSVD] | type[ActivationSVD]) -
     for kind in ("linear", "conv1d", "conv2d"):
         site, _, _ = small_site(kind)
         if cls is WeightSVD:
-            site = dataclasses.replace(site, moments={})  # in output energy its error may rise
+            site = dataclasses.replace(site, statistics=Statistics())  # in output energy its error may rise
         curve = cls().curve(site)
         for how in unfoldings(site.spec.kernel):
             run = [e for c, e in zip(curve.choices, curve.errors, strict=True) if c["unfolding"] == how.name]
@@ -192,13 +193,13 @@ def test_errors_fall_with_the_rank(cls: type[WeightSVD] | type[ActivationSVD]) -
             assert sum(curve.spectra[how.name]) == pytest.approx(1)
 
 
-def test_methods_leave_sites_of_several_layers_alone() -> None:
-    site, _, _ = small_site("linear")
-    joint = dataclasses.replace(
-        site, layers=site.layers * 2, weights=site.weights * 2, biases=site.biases * 2, moments={}
-    )
+def test_methods_for_layers_are_not_asked_for_groups() -> None:
+    group, _, _ = small_group("linear")
     for method in (WeightSVD(), ActivationSVD()):
-        assert method.curve(joint).choices == ()
+        assert isinstance(group.parts[0], method.takes)
+        assert not isinstance(group, method.takes)
+        with pytest.raises(AttributeError, match="site 'group' is 3 layers .* ask each of its parts"):
+            method.curve(group)
 
 
 def test_shrinkage_grows_as_samples_become_few() -> None:

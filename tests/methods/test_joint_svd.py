@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from spectrim.cost import counted as costs
 from spectrim.errors import MissingMomentsError
+from spectrim.linalg.moments import Moments
 from spectrim.linalg.unfold import unfold, unfolding, unfoldings
 from spectrim.methods import ActivationSVD, JointSVD, WeightSVD, from_record, metrics
 from spectrim.methods.joint_layers import compatible, pose
 from spectrim.network.factors import SharedBasis
-from spectrim.network.sites import Site
+from spectrim.network.sites import Group, Site, Statistics
 from spectrim.nn.build import build, skeleton
 from spectrim.testing import check_joint_method, measured_error, small_group
 
@@ -116,10 +118,25 @@ def test_a_layer_of_half_the_input_depth_joins_by_the_second_factor() -> None:
             assert pair(x).shape == layer(x).shape
 
 
-def altered(site: Site, number: int, **changes: Any) -> Site:
-    layers = list(site.layers)
-    layers[number] = dataclasses.replace(layers[number], **changes)
-    return dataclasses.replace(site, layers=tuple(layers))
+def altered(group: Group, number: int, **changes: Any) -> Group:
+    """The group with other numbers of one layer's spec."""
+    return with_part(group, number, spec=dataclasses.replace(group.layers[number], **changes))
+
+
+def with_part(group: Group, number: int, **changes: Any) -> Group:
+    parts = list(group.parts)
+    parts[number] = dataclasses.replace(parts[number], **changes)
+    return dataclasses.replace(group, parts=tuple(parts))
+
+
+def with_weights(group: Group, weights: Sequence[Tensor]) -> Group:
+    parts = zip(group.parts, weights, strict=True)
+    return dataclasses.replace(group, parts=tuple(dataclasses.replace(part, weight=weight) for part, weight in parts))
+
+
+def with_gradient(group: Group, number: int, gradient: Moments) -> Group:
+    statistics = dataclasses.replace(group.parts[number].statistics, gradient=gradient)
+    return with_part(group, number, statistics=statistics)
 
 
 def test_what_does_not_fit_is_offered_nothing() -> None:
@@ -129,7 +146,7 @@ def test_what_does_not_fit_is_offered_nothing() -> None:
     for method in (JointSVD("right"), JointSVD("both")):
         assert method.curve(narrow).choices == ()
     for method in SHARES:
-        assert method.curve(site.parts[0]).choices == ()
+        assert not isinstance(site.parts[0], method.takes)
         for changes in ({"kernel": (5, 3)}, {"groups": 2}, {"transposed": True}, {"dtype": torch.float64}):
             assert method.curve(altered(site, 1, **changes)).choices == ()
     # A factor is a weight: how it is laid over the input is each layer's own.
@@ -143,7 +160,7 @@ def test_layers_of_other_strides_share_weights(method: JointSVD) -> None:
     layers = [nn.Conv2d(6, 8, 3, stride=s, padding=1) for s in (1, 2)]
     site, _, inputs = small_group("conv2d", number=2, calibrated=False)
     weights = tuple(layer.weight.detach()[None] for layer in layers)
-    site = dataclasses.replace(altered(site, 1, stride=(2, 2)), weights=weights)
+    site = with_weights(altered(site, 1, stride=(2, 2)), weights)
     choice = method.choice(
         site, unfolding((3, 3), "height-first"), method.full_rank(site, unfoldings((3, 3))[2]), bias=True
     )
@@ -221,7 +238,7 @@ def test_nothing_is_lost_at_full_rank_and_sharing_loses_more_than_rows_apart(sha
 
 def test_with_equal_weights_sharing_is_free() -> None:
     site, _, _ = small_group("linear", calibrated=False, dtype=torch.float64)
-    site = dataclasses.replace(site, weights=(site.weights[0], 2 * site.weights[0], -site.weights[0]))
+    site = with_weights(site, (site.weights[0], 2 * site.weights[0], -site.weights[0]))
     alone = WeightSVD(multiple_of=1).curve(site.parts[0])
     for method in (JointSVD("left", multiple_of=1), JointSVD("right", multiple_of=1)):
         curve = method.curve(site)
@@ -230,14 +247,11 @@ def test_with_equal_weights_sharing_is_free() -> None:
 
 def test_sensitive_layers_are_kept_better() -> None:
     site, _, _ = small_group("linear", weighted=True, dtype=torch.float64)
-    held = dict(site.moments)
-    held["0/gradient"] = moments = type(held["0/gradient"])(1, 8)
-    moments.count = site.moments["0/gradient"].count
-    moments.mean = 10 * site.moments["0/gradient"].mean
-    moments.scatter = 100 * site.moments["0/gradient"].scatter
-    keen = dataclasses.replace(site, moments=held)
+    before, moments = site.parts[0].statistics.gradient, Moments(1, 8)
+    moments.count, moments.mean, moments.scatter = before.count, 10 * before.mean, 100 * before.scatter
+    keen = with_gradient(site, 0, moments)
 
-    def lost(what: Site, method: JointSVD) -> float:
+    def lost(what: Group, method: JointSVD) -> float:
         choice = method.choice(what, unfoldings(())[0], 3, bias=True)
         part = dataclasses.replace(what.parts[0])
         return measured_error(part, method.factorize(what, choice).dense()[:1], "weighted output energy")
@@ -258,8 +272,8 @@ def test_a_refit_keeps_what_is_shared_and_does_not_raise_the_error(method: Joint
         factors = method.factorize(site, choice)
         for number, part in enumerate(site.parts):
             # New inputs and targets, as its compressed predecessors give them.
-            new = dict(part.moments) | {"input": other.parts[number].moments["input"]}
-            part = dataclasses.replace(part, weights=(part.weight + 0.1 * other.weights[number],), moments=new)
+            new = dataclasses.replace(part.statistics, input=other.parts[number].statistics.input)
+            part = dataclasses.replace(part, weight=part.weight + 0.1 * other.weights[number], statistics=new)
             fitted = method.refit(part, factors, number)
             assert torch.equal(fitted.shared_left, factors.shared_left)
             assert torch.equal(fitted.shared_right, factors.shared_right)
@@ -284,7 +298,7 @@ def test_a_refit_on_the_same_data_gains_nothing_where_the_fit_is_exact() -> None
         factors = method.factorize(site, choice)
         fitted = method.refit(site.parts[1], factors, 1)
         torch.testing.assert_close(fitted.dense()[1], factors.dense()[1], atol=1e-6, rtol=1e-6)
-        assert method.refit(dataclasses.replace(site.parts[1], biases=(None,)), factors, 1).shifts[1] is None
+        assert method.refit(dataclasses.replace(site.parts[1], bias=None), factors, 1).shifts[1] is None
 
 
 def test_the_curve_of_both_is_kept_at_every_rank_on_offer() -> None:
@@ -312,7 +326,7 @@ def test_both_with_one_part_is_that_part() -> None:
 
 def test_layers_with_and_without_bias_are_built_as_announced() -> None:
     site, _, _ = small_group("linear", calibrated=False)
-    site = dataclasses.replace(altered(site, 1, bias=False), biases=(site.biases[0], None, site.biases[2]))
+    site = with_part(altered(site, 1, bias=False), 1, bias=None)
     for method in SHARES:
         choice = method.curve(site).choices[-1]
         pairs = nn.ModuleList(build(method.factorize(site, choice), site.layers, site.biases))
@@ -325,7 +339,7 @@ def test_dead_layers_lose_nothing() -> None:
     for calibrated in (False, True):
         site, _, _ = small_group("linear", calibrated=calibrated)
         for weights in ((0 * site.weights[0], *site.weights[1:]), tuple(0 * w for w in site.weights)):
-            dead = dataclasses.replace(site, weights=weights)
+            dead = with_weights(site, weights)
             for method in SHARES:
                 curve = method.curve(dead)
                 assert all(0 <= e <= 1 for e in curve.errors)
@@ -337,10 +351,9 @@ def test_dead_layers_lose_nothing() -> None:
 
 def test_layers_whose_outputs_do_not_matter() -> None:
     site, _, _ = small_group("linear", weighted=True)
-    held = dict(site.moments)
-    held["1/gradient"] = type(held["1/gradient"])(1, 8)
-    held["1/gradient"].count = 96
-    idle = dataclasses.replace(site, moments=held)
+    moments = Moments(1, 8)
+    moments.count = 96
+    idle = with_gradient(site, 1, moments)
     for method in SHARES:
         curve = method.curve(idle)
         assert all(0 <= e <= 1 for e in curve.errors)
@@ -349,7 +362,7 @@ def test_layers_whose_outputs_do_not_matter() -> None:
 
 def test_moments_must_be_there_for_all_or_none() -> None:
     site, _, _ = small_group("linear")
-    some = dataclasses.replace(site, moments={k: v for k, v in site.moments.items() if not k.startswith("1/")})
+    some = with_part(site, 1, statistics=Statistics())
     for method in SHARES:
         with pytest.raises(
             MissingMomentsError, match="group 'group': some of its layers are calibrated and some are not"

@@ -17,7 +17,7 @@ from spectrim.linalg import patterns
 from spectrim.linalg.unfold import unfolding, unfoldings
 from spectrim.methods import ActivationSVD, LowRankPlusSparse, WeightSVD, from_record
 from spectrim.network.choices import Choice
-from spectrim.network.sites import Site
+from spectrim.network.sites import Site, Statistics
 from spectrim.nn.build import build
 from spectrim.nn.find import find
 from spectrim.nn.modules import whole
@@ -102,7 +102,7 @@ def test_both_parts_together_lose_less_than_either_at_equal_numbers() -> None:
     n = site.spec.features
     low = torch.randn(g, o, 1, generator=generator) @ torch.randn(g, 1, n, generator=generator)
     spikes = (torch.rand(g, o, n, generator=generator) < 0.05) * 6 * torch.randn(g, o, n, generator=generator)
-    site = dataclasses.replace(site, weights=((low + spikes).double().reshape(g, o, i, *kernel),))
+    site = dataclasses.replace(site, weight=(low + spikes).double().reshape(g, o, i, *kernel))
     method = LowRankPlusSparse(unfoldings=("channel",), multiple_of=1)
     both = choice(method, site, 1, 0.08, "unstructured")
     numbers = method.factorize(site, both).numel()
@@ -252,7 +252,7 @@ def test_without_calibration_the_weight_counts() -> None:
 
 def test_a_sensitivity_weighs_the_outputs() -> None:
     site, _, _ = small_site("linear", dtype=torch.float64, weighted=True)
-    plain = dataclasses.replace(site, moments={k: v for k, v in site.moments.items() if k != "gradient"})
+    plain = dataclasses.replace(site, statistics=dataclasses.replace(site.statistics, gradient=None))
     held = choice(FEW, site, 1, 0.1, "unstructured")
     weighted, other = (
         measured_error(site, FEW.factorize(s, held).dense(), "weighted output energy") for s in (site, plain)
@@ -270,7 +270,7 @@ def test_long_patches_are_fitted_in_the_moment_of_their_slices(monkeypatch: pyte
     full = calibrate(model, find(model), [inputs], rows=None)["0"]
     monkeypatch.setattr(calibration, "FULL_PATCH", 50)
     site = calibrate(model, find(model), [inputs], rows=None)["0"]
-    assert "input" not in site.moments
+    assert site.statistics.input is None
     method = LowRankPlusSparse(densities=(0.0, 0.1, 0.3), ranks=2, turns=8, unfoldings=None)
     curve = method.curve(site)
     assert {bool(c["rank"]) for c in curve.choices} == {True, False}
@@ -279,7 +279,7 @@ def test_long_patches_are_fitted_in_the_moment_of_their_slices(monkeypatch: pyte
         assert 0 <= error <= 1
         # The slices are an approximation of the patches: what is lost in truth is near.
         assert measured_error(full, factors.dense(), "output energy") < 2 * error + 0.1
-    without = dataclasses.replace(site, moments={k: v for k, v in site.moments.items() if k == "output"})
+    without = dataclasses.replace(site, statistics=Statistics(output=site.statistics.output))
     with pytest.raises(MissingMomentsError, match="LowRankPlusSparse"):
         method.factorize(without, choice(method, site, 1, 0.1, "unstructured"))
 
@@ -347,7 +347,7 @@ def test_wide_linear_layers_are_fitted_to_a_sketch_of_their_inputs(
     wanted = FEW.curve(full)
     monkeypatch.setattr(calibration, "FULL_LINEAR", 4)
     site, _, _ = small_site("linear", weighted=weighted)
-    assert "input" not in site.moments
+    assert site.statistics.input is None
     curve = FEW.curve(site)
     assert curve.choices == wanted.choices
     assert curve.unit == wanted.unit
@@ -369,7 +369,7 @@ def test_what_has_long_patches_is_fitted_to_what_compressed_layers_deliver(monke
     ).eval()  # fmt: skip
     batches = [sample_inputs((3, 8, 8), 64, seed=seed) for seed in range(30)]
     sites = st.calibrate(model, st.find(model), batches)
-    assert all("input" not in site.moments for site in sites)
+    assert all(site.statistics.input is None for site in sites)
     plan = st.select(st.tabulate(sites, [FEW]), st.Budget(bytes=0.35))
     assert sum(not entry.choice.is_dense for entry in plan) >= 2
     fresh = sample_inputs((3, 8, 8), 200, seed=9)

@@ -125,7 +125,7 @@ def test_weights_in_the_dense_shapes_are_zero_where_channels_are_gone(name: str)
 
 
 @pytest.mark.parametrize("rule", principal.RULES)
-@pytest.mark.parametrize(("pooling", "held"), [("max", "pooled:max"), ("mean", "pooled:mean"), ("none", "unpooled")])
+@pytest.mark.parametrize(("pooling", "held"), [("max", "max"), ("mean", "mean"), ("none", "unpooled")])
 def test_published_rules_choose_by_correlations_of_pooled_responses(rule: str, pooling: str, held: str) -> None:
     model, x, _, found = coupled("chain", samples=90)
     site = found["a:out"]
@@ -133,13 +133,13 @@ def test_published_rules_choose_by_correlations_of_pooled_responses(rule: str, p
     rows = {"max": inputs.amax((2, 3)), "mean": inputs.mean((2, 3)), "none": inputs.movedim(1, -1).reshape(-1, 8)}[
         pooling
     ]
-    assert torch.allclose(site.moments["pooled:max"].mean[0], inputs.amax((2, 3)).mean(0), atol=1e-9)
+    assert torch.allclose(site.pooled.max.mean[0], inputs.amax((2, 3)).mean(0), atol=1e-9)
     if pooling == "none":
         # Positions are drawn: take what was drawn.
-        covariance = site.moments[held].covariance[0]
+        covariance = site.require(held, "a test").covariance[0]
     else:
         covariance = torch.cov(rows.T, correction=0)
-        assert torch.allclose(site.moments[held].covariance[0], covariance, atol=1e-6)
+        assert torch.allclose(site.require(held, "a test").covariance[0], covariance, atol=1e-6)
     wanted = principal.removal_order(principal.correlations(covariance), 1, rule, principal.inactive(covariance))
     method = st.PrincipalFilters(rule=rule, pooling=pooling, multiple_of=1)
     for choice in method.curve(site).choices:
@@ -162,12 +162,12 @@ def test_streamed_moments_equal_those_of_one_batch() -> None:
     whole = calibrated(model, [x])
     parts = calibrated(model, [x[:7], x[7:8], x[8:41], x[41:]])
     for name in whole.pooled:
-        for key in ("pooled:max", "pooled:mean"):
-            one, many = whole.pooled[name][key], parts.pooled[name][key]
+        for key in ("max", "mean"):
+            one, many = (getattr(sites.pooled[name], key) for sites in (whole, parts))
             assert one.count == many.count == 60 * (2 if name == "stem:out" else 1)
             scale = float(one.covariance.abs().max())
             # The mean over positions is taken in single precision.
-            assert torch.allclose(one.covariance, many.covariance, atol=(1e-9 if key == "pooled:max" else 1e-6) * scale)
+            assert torch.allclose(one.covariance, many.covariance, atol=(1e-9 if key == "max" else 1e-6) * scale)
     rows = torch.randn(1, 40, 5, dtype=torch.float64)
     one, many = Moments(1, 5), Moments(1, 5)
     one.update(rows)
@@ -284,12 +284,12 @@ def test_wide_groups_lose_several_at_a_time_and_little_by_it() -> None:
 def test_sites_without_channels_or_moments() -> None:
     model, x = made("chain", samples=20)
     sites = calibrated(model, [x])
-    assert FINE.curve(sites["a"]).choices == ()
+    assert not isinstance(sites["a"], FINE.takes)
     bare = st.couple(model, st.find(model), x)
     with pytest.raises(MissingMomentsError, match="a:out"):
         FINE.curve(bare.coupled()[0])
     unpooled = dataclasses.replace(sites, pooled={})
-    with pytest.raises(MissingMomentsError, match="pooled:max"):
+    with pytest.raises(MissingMomentsError, match="no 'max' moments"):
         st.PrincipalFilters(rule="l1-max").curve(unpooled.coupled()[0])
 
 

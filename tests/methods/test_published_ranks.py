@@ -14,7 +14,7 @@ from spectrim.errors import MissingMomentsError
 from spectrim.linalg.unfold import unfold, unfolding
 from spectrim.methods.published_ranks import at_rate, choices_at_rate
 from spectrim.network.groups import residual
-from spectrim.network.sites import Sites
+from spectrim.network.sites import Sites, Statistics
 
 SCHEMES = ["svd", "ljsvd", "rjsvd-1", "rjsvd-2", "bi-jsvd"]
 
@@ -177,10 +177,11 @@ def test_calibrated_sites_lose_no_more_than_the_table_says(narrow: nn.Module):
 def test_some_calibrated_sites_are_refused(narrow: nn.Module):
     batches = [torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))]
     sites = st.calibrate(narrow, st.find(narrow, only=["layer2.0.conv*"]), batches)
-    first = dataclasses.replace(sites.sites[0], moments={})
+    first = dataclasses.replace(sites.sites[0], statistics=Statistics())
     with pytest.raises(ValueError, match="different units"):
         at_rate(dataclasses.replace(sites, sites=(first, *sites.sites[1:])), 0.3, "svd")
-    empty = tuple(dataclasses.replace(site, moments={"output": sites.sites[0].moments["input"]}) for site in sites)
+    outputs = Statistics(output=sites.sites[0].statistics.input)
+    empty = tuple(dataclasses.replace(site, statistics=outputs) for site in sites)
     with pytest.raises(MissingMomentsError, match="layer2.0.conv1"):
         at_rate(dataclasses.replace(sites, sites=empty), 0.3, "svd")
 

@@ -91,19 +91,20 @@ def test_specs_are_those_of_the_narrowed_layers_and_moments_are_slices(name: str
         if (site.name, IN) not in axes:
             # Nothing to make up for: what is left of the dense weight.
             assert torch.equal(site.weight, weight)
-            assert site.moments["input"] is before.moments["input"]
+            assert site.statistics.input is before.statistics.input
             continue
         g, _, i, *_ = before.spec.shape
         taps = before.spec.features // i
         rows = (axes[site.name, IN] % i).reshape(g, -1, 1) * taps + torch.arange(taps)
         for n, index in enumerate(rows.flatten(1)):
-            held, old = site.moments["input"], before.moments["input"]
+            held, old = site.statistics.input, before.statistics.input
             assert torch.equal(held.covariance[n], old.covariance[n][index][:, index])
             assert torch.equal(held.mean[n], old.mean[n][index])
             assert held.count == old.count
     for c in sites.couplings:
-        for key, held in left.pooled[c.name].items():
-            old, index = sites.pooled[c.name][key], torch.tensor(kept[c.name])
+        for key in ("max", "mean", "unpooled"):
+            held, old = (getattr(pooled[c.name], key) for pooled in (left.pooled, sites.pooled))
+            index = torch.tensor(kept[c.name])
             assert torch.equal(held.covariance[0], old.covariance[0][index][:, index])
 
 
@@ -153,10 +154,9 @@ def test_narrowing_twice_is_narrowing_once(name: str) -> None:
     assert twice.untouched == once.untouched
     for a, b in zip(twice, once, strict=True):
         assert a.spec == b.spec
-        assert {key: held.mean.shape for key, held in a.moments.items()} == {
-            k: h.mean.shape for k, h in b.moments.items()
-        }
-        assert torch.equal(a.moments["input"].covariance, b.moments["input"].covariance)
+        assert a.statistics.names == b.statistics.names
+        assert a.statistics.input.mean.shape == b.statistics.input.mean.shape
+        assert torch.equal(a.statistics.input.covariance, b.statistics.input.covariance)
         # The shrinkage of two smaller covariances is not that of one.
         assert torch.allclose(a.weight, b.weight, rtol=0.05, atol=0.05 * float(b.weight.abs().max()))
     for a, b in zip(twice.couplings, once.couplings, strict=True):

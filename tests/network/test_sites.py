@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from spectrim.errors import MissingMomentsError
+from spectrim.linalg.moments import Moments
 from spectrim.linalg.unfold import unfoldings
-from spectrim.network.sites import Site, Sites
+from spectrim.network.sites import Group, Layer, Sites, Statistics
 from spectrim.nn.find import canonical, describe
 from spectrim.nn.modules import make_layer
 from tests.cases import LAYERS, small_site
@@ -71,11 +72,15 @@ def test_kinds_are_words_for_people(module: nn.Module, word: str) -> None:
     assert describe(module, ("x",)).kind == word
 
 
+def named(site: Layer, name: str) -> Layer:
+    return dataclasses.replace(site, spec=dataclasses.replace(site.spec, names=(name,)))
+
+
 def test_moments_are_required_by_name() -> None:
     site, _, _ = small_site("conv1d")
-    assert site.require("input", "a test") is site.moments["input"]
+    assert site.require("input", "a test") is site.statistics.input
     with pytest.raises(MissingMomentsError) as caught:
-        dataclasses.replace(site, name="encoder.0").require("gradient", "a test")
+        named(site, "encoder.0").require("gradient", "a test")
     assert str(caught.value) == (
         "site 'encoder.0' (Conv1d 5/2) holds no 'gradient' moments (held: input), which a test needs. "
         "Run calibrate(model, sites, batches) first."
@@ -85,10 +90,10 @@ def test_moments_are_required_by_name() -> None:
 def test_sites_are_looked_up_by_name() -> None:
     one, _, _ = small_site("linear")
     two, _, _ = small_site("conv1d", calibrated=False)
-    sites = Sites((one, dataclasses.replace(two, name="b")))
+    sites = Sites((one, named(two, "b")))
     assert len(sites) == 2
     assert [site.name for site in sites] == ["0", "b"]
-    assert sites["b"].spec is two.spec
+    assert sites["b"].spec is sites.sites[1].spec
     assert "b" in sites
     assert "c" not in sites
     with pytest.raises(KeyError, match="no site 'c'; there are '0', 'b'"):
@@ -99,37 +104,56 @@ def test_sites_are_looked_up_by_name() -> None:
     assert Sites((one,)).seen
 
 
-def test_a_site_of_several_layers_has_no_single_spec() -> None:
-    one, _, _ = small_site("linear")
-    joint = Site("joint", one.layers * 2, one.weights * 2, one.biases * 2)
-    with pytest.raises(ValueError, match="too many values to unpack"):
-        _ = joint.spec
-    with pytest.raises(ValueError, match="too many values to unpack"):
-        _ = joint.weight
+def test_what_is_several_layers_has_no_single_spec() -> None:
+    sites = Sites(tuple(named(small_site("linear")[0], name) for name in "abc"), groups={"all": ("a", "b", "c")})
+    for what in ("spec", "weight"):
+        with pytest.raises(AttributeError) as caught:
+            getattr(sites["all"], what)
+        assert str(caught.value) == (
+            f"site 'all' is 3 layers (a, b, c) and has no {what} of its own: ask each of its parts"
+        )
+    assert sites["all"].kind == "3 x Linear"
+    assert sites["all"].members == ("a", "b", "c")
+    assert sites["a"].members == ()
 
 
-def test_a_joined_site_is_its_parts_again() -> None:
-    parts = [small_site(kind)[0] for kind in ("linear", "conv1d")]
-    parts = [
-        dataclasses.replace(p, layers=(dataclasses.replace(p.spec, names=(n,)),), name=n)
-        for p, n in zip(parts, "ab", strict=True)
-    ]
-    joint = Site.join("both", parts, same_input=True)
-    assert [spec.name for spec in joint.layers] == ["a", "b"]
-    assert sorted(joint.moments) == ["0/input", "1/input"]
-    assert joint.same_input
-    for part, again in zip(parts, joint.parts, strict=True):
-        assert (again.name, again.layers, dict(again.moments)) == (part.name, part.layers, dict(part.moments))
-        assert again.weight is part.weight
-        assert again.biases[0] is part.biases[0]
+def test_a_group_keeps_its_layers() -> None:
+    parts = tuple(named(small_site(kind)[0], name) for kind, name in (("linear", "a"), ("conv1d", "b")))
+    group = Group("both", parts, same_input=True)
+    assert group.parts is parts
+    assert group.layers == (parts[0].spec, parts[1].spec)
+    assert all(weight is part.weight for weight, part in zip(group.weights, parts, strict=True))
+    assert all(bias is part.bias for bias, part in zip(group.biases, parts, strict=True))
+    assert group.calibrated
+    assert not Group("bare", tuple(dataclasses.replace(part, statistics=Statistics()) for part in parts)).calibrated
     assert parts[0].parts == (parts[0],)
 
 
+def test_statistics_say_what_is_there() -> None:
+    assert not Statistics()
+    assert Statistics().names == ()
+    some = Statistics(output=Moments(1, 2), slices={"input": Moments(1, 3)})
+    assert some
+    assert some.names == ("output", "slices")
+
+
+def test_statistics_of_channels_that_are_left() -> None:
+    rows = torch.randn(1, 50, 6, dtype=torch.float64)
+    whole, single = Moments(1, 6), Moments(1, 3)
+    whole.update(rows)
+    single.update(rows[..., ::2])
+    left = Statistics(input=whole, channels=single).of_inputs(torch.tensor([[0, 2]]), 3)
+    assert torch.equal(left.input.covariance, whole.covariance[:, [0, 1, 4, 5]][:, :, [0, 1, 4, 5]])
+    assert torch.equal(left.channels.mean, single.mean[:, [0, 2]])
+    assert left.input.count == 50
+    outputs = Statistics(output=whole, gradient=whole, channels=single).of_outputs(torch.tensor([[5]]))
+    assert torch.equal(outputs.output.covariance, whole.covariance[:, 5:, 5:])
+    assert outputs.gradient.mean.shape == (1, 1)
+    assert outputs.channels is single
+
+
 def test_groups_are_sites_too() -> None:
-    one, _, _ = small_site("linear")
-    singles = tuple(
-        dataclasses.replace(one, name=n, layers=(dataclasses.replace(one.spec, names=(n,)),)) for n in "abc"
-    )
+    singles = tuple(named(small_site("linear")[0], name) for name in "abc")
     sites = Sites(singles, groups={"g": ("a", "c"), "gone": ("a", "x")}, same_inputs=(("a", "b", "c"),))
     assert [spec.name for spec in sites["g"].layers] == ["a", "c"]
     assert sites["g"].same_input

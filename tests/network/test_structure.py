@@ -14,7 +14,7 @@ from spectrim.methods.low_rank_plus_sparse import LowRankPlusSparse
 from spectrim.methods.weight_svd import WeightSVD
 from spectrim.network.choices import Choice
 from spectrim.network.layer import LayerSpec
-from spectrim.network.sites import Site
+from spectrim.network.sites import Group, Layer, Site, Statistics
 from spectrim.network.structure import Addend, Apart, Chain, Pair, Structure, Sum, structure_of
 
 CONV = LayerSpec(("conv",), 24, 16, (3, 3), (2, 1), (1, 1), (1, 1), (0, 0), inputs=((8, 8),))
@@ -70,7 +70,7 @@ def chosen(method, site: Site, settings: dict[str, object], kind: str) -> Struct
 
 
 def test_methods_keep_the_structure_of_what_they_make() -> None:
-    site = Site("conv", (CONV,), (torch.zeros(CONV.shape),), (None,))
+    site = Layer(CONV, torch.zeros(CONV.shape))
     low_rank = {"unfolding": SPATIAL.name, "rank": 4, "bias": True}
     pair = CONV.factor(SPATIAL, 4)
     assert chosen(WeightSVD(), site, low_rank, "low_rank") == pair
@@ -87,10 +87,10 @@ def test_methods_keep_the_structure_of_what_they_make() -> None:
 @pytest.mark.parametrize("once", [False, True])
 def test_the_layers_of_a_group_stand_apart(once: bool) -> None:
     parts = [
-        Site(name, (LayerSpec((name,), 12, 8, inputs=((1,),)),), (torch.zeros(1, 8, 12),), (None,), {"input": Moments})
+        Layer(LayerSpec((name,), 12, 8, inputs=((1,),)), torch.zeros(1, 8, 12), None, Statistics(input=Moments(1, 12)))
         for name in ("q", "k")
     ]
-    group = Site.join("q+k", parts, same_input=once)
+    group = Group("q+k", tuple(parts), once)
     method = JointSVD("left")
     made = method.layers(group, method.choice(group, unfolding((), "channel"), 2, bias=False))
     assert isinstance(made, Apart)

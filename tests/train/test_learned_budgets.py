@@ -147,7 +147,7 @@ def test_output_energy_measures_the_present_weights_at_calibration(weigh: bool, 
     assert not any(torch.is_tensor(tensor) and tensor.any() for tensor in held.values())
     ranks.c_step()
     for site, row in zip(sites, ranks.table, strict=True):
-        now = dataclasses.replace(site, weights=(model.get_submodule(site.name).weight.detach()[None],))
+        now = dataclasses.replace(site, weight=model.get_submodule(site.name).weight.detach()[None])
         for option in row.options[1:-1:5]:
             lost = measured_error(now, methods[0].factorize(now, option.choice).dense(), ranks.table.unit)
             assert option.error == pytest.approx(lost, abs=1e-9)

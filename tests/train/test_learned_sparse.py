@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import spectrim as st
 from spectrim.methods import LowRankPlusSparse, Method, WeightSVD
 from spectrim.network.choices import DENSE, Choice
+from spectrim.network.sites import Statistics
 from spectrim.nn.sparse.layers import Masked, Sum
 from spectrim.nn.surgery import parameter_count
 from spectrim.selection.candidates import Option, Row
@@ -116,8 +117,8 @@ def test_copies_are_those_of_the_method_and_the_budget_holds(network: str, energ
             layer: Any = nested[entry.site]
             present = dataclasses.replace(
                 sites[entry.site],
-                weights=(_canonical(model.get_submodule(entry.site)),),
-                moments=sites[entry.site].moments if energy == "output" else {},
+                weight=_canonical(model.get_submodule(entry.site)),
+                statistics=sites[entry.site].statistics if energy == "output" else Statistics(),
             )
             (low,) = SMALL.factorize(present, entry.choice).dense()
             torch.testing.assert_close(_canonical(layer), low, rtol=1e-4, atol=1e-5)

@@ -21,7 +21,7 @@ from spectrim.errors import InfeasibleBudgetError
 from spectrim.linalg import principal
 from spectrim.methods import PrincipalFilters, metrics
 from spectrim.network.choices import DENSE
-from spectrim.network.sites import Site, Sites
+from spectrim.network.sites import Channels, Sites
 from spectrim.selection.budget import Budget
 from spectrim.selection.plan import Entry, Plan
 
@@ -145,7 +145,7 @@ def recommend(
         costs=network.cost(widths=numbers),
         dense_costs=dense,
         budget=dict(limits),
-        unit=next((metrics.unit(site) for site in sites if site.moments), ""),
+        unit=next((metrics.unit(site) for site in sites if site.statistics), ""),
         selector=name,
         loss=loss,
         methods={analysis.name: analysis.record()},
@@ -156,9 +156,10 @@ def recommend(
 def _energies(sites: Sites, method: PrincipalFilters) -> dict[str, Tensor]:
     """The spectrum of every group; a warning for those that the samples cannot fill."""
     energies = {site.name: method.energies(site) for site in sites.coupled()}  # refuses what was not calibrated
-    few = [c for c in sites.couplings if 0 < sites.pooled[c.name][method.statistic].count <= c.channels]
+    counts = {site.name: site.require(method.statistic, type(method).__name__).count for site in sites.coupled()}
+    few = [c for c in sites.couplings if 0 < counts[c.name] <= c.channels]
     if few:
-        count = sites.pooled[few[0].name][method.statistic].count
+        count = counts[few[0].name]
         warnings.warn(
             f"{len(few)} of {len(sites.couplings)} groups have more channels than responses were seen, first "
             f"{few[0].name!r} with {few[0].channels} channels and {count} responses: their spectra cannot have that "
@@ -168,8 +169,7 @@ def _energies(sites: Sites, method: PrincipalFilters) -> dict[str, Tensor]:
     return energies
 
 
-def _width(site: Site, number: int, method: PrincipalFilters, rounded: bool) -> int:
-    assert site.coupling is not None
+def _width(site: Channels, number: int, method: PrincipalFilters, rounded: bool) -> int:
     n, pools = site.coupling.channels, site.coupling.pools
     step = method.step(site) if rounded else 1
     # Up to the next multiple that every pool has the same part of.
@@ -222,8 +222,7 @@ def _for_budget(
     return low, numbers
 
 
-def _entry(site: Site, number: int, method: PrincipalFilters, network: Network) -> tuple[Entry, float]:
-    assert site.coupling is not None
+def _entry(site: Channels, number: int, method: PrincipalFilters, network: Network) -> tuple[Entry, float]:
     n = site.coupling.channels
     before, after = network.beside(site.name), network.beside(site.name, widths={site.name: number})
     kind = f"{n} channels"

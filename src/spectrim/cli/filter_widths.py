@@ -18,7 +18,7 @@ from spectrim.cost.whole import Network
 from spectrim.linalg import principal
 from spectrim.methods import PrincipalFilters
 from spectrim.network.coupling import IN, OUT, THROUGH
-from spectrim.network.sites import Site, Sites
+from spectrim.network.sites import Channels, Sites
 
 SHARES = (0.8, 0.9, 0.95, 0.98, 0.99)
 """Of energy, as in the published figure."""
@@ -145,13 +145,12 @@ def check_figure(file: Path | None) -> None:
 
 
 def _group(
-    site: Site,
+    site: Channels,
     method: PrincipalFilters,
     asked: Mapping[str, Mapping[str, int]],
     rounded: Mapping[str, Mapping[str, int]],
     order: Mapping[str, int],
 ) -> dict[str, Any]:
-    assert site.coupling is not None
     coupling, layers = site.coupling, {spec.name for spec in site.layers}
     held = site.require(method.statistic, "the number of dead filters")
 

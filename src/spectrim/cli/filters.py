@@ -163,7 +163,7 @@ def recommended(sites: Sites, filters: Filters, multiple_of: int | None) -> Plan
 
 def sample_notes(sites: Sites, method: PrincipalFilters) -> list[str]:
     """A warning where recipes have too few samples for the spectra they read."""
-    counts = {c.name: sites.pooled[c.name][method.statistic].count for c in sites.couplings}
+    counts = {site.name: site.require(method.statistic, "widths").count for site in sites.coupled()}
     wide = {c.channels: counts[c.name] for c in sites.couplings if counts[c.name] <= c.channels}
     groups = sum(counts[c.name] <= c.channels for c in sites.couplings)
     if not wide:

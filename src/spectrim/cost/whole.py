@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -216,7 +215,7 @@ class Network:
         if choice.is_dense:
             return tuple((spec,) for spec in specs)
         site = self._joined.setdefault(place, self.sites[place])
-        narrower = dataclasses.replace(site, layers=specs)
+        narrower = site.with_layers(specs)
         try:
             return (self._makers[choice.method].layers(narrower, choice),)
         except ValueError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 
@@ -74,6 +74,15 @@ class Moments:
         self.scatter.baddbmm_(delta.unsqueeze(2), delta.unsqueeze(1), alpha=self.count * n / total)
         self.mean += delta * (n / total)
         self.count = total
+
+    def take(self, entries: Int64[Tensor, "g n"]) -> Moments:
+        """The moments of some entries of the vectors."""
+        index = entries.to(self.mean.device)
+        part = Moments(*index.shape, self.mean.device)
+        rows = torch.take_along_dim(self.scatter, index.unsqueeze(2), 1)
+        part.count, part.mean = self.count, torch.take_along_dim(self.mean, index, 1)
+        part.scatter = torch.take_along_dim(rows, index.unsqueeze(1), 2)
+        return part
 
     @property
     def covariance(self) -> Float[Tensor, "g d d"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from spectrim.linalg.moments import Moments
@@ -90,6 +90,15 @@ class Sketch(Moments):
         before = energies.sum(-1)
         self.rows = (vectors[..., : self.size] * scale.unsqueeze(1)).mT.float() @ self.rows
         self.lost += before - weaker.sum(-1)
+
+    def take(self, entries: Int64[Tensor, "g n"]) -> Sketch:
+        """The sketch of some entries of the vectors; of the lost energy they get their share."""
+        index = entries.to(self.mean.device)
+        part = Sketch(*index.shape, self.size, self.mean.device)
+        part.count, part.mean = self.count, torch.take_along_dim(self.mean, index, 1)
+        part.rows = torch.take_along_dim(self.rows, index.unsqueeze(1), 2)
+        part.lost = self.lost * (index.shape[1] / self.mean.shape[1])
+        return part
 
     @property
     def scatter(self) -> Float[Tensor, "g d d"]:  # pyright: ignore[reportIncompatibleVariableOverride]

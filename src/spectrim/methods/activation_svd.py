@@ -12,10 +12,10 @@ from spectrim.linalg import lowrank, response
 from spectrim.linalg.moments import shrunk
 from spectrim.linalg.unfold import Unfolding, unfold, unfolding
 from spectrim.methods import metrics
-from spectrim.methods.base import OUTPUT_ENERGY, Curve, LowRankMethod
+from spectrim.methods.base import Curve, LowRankMethod
 from spectrim.network.choices import LowRankChoice
 from spectrim.network.factors import LowRank
-from spectrim.network.sites import Site
+from spectrim.network.sites import Layer
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,8 @@ class ActivationSVD(LowRankMethod):
 
     sweeps: int = 4
 
-    def curve(self, site: Site) -> Curve:
-        if not self.fits(site):
-            return Curve((), (), OUTPUT_ENERGY)
-        if not site.moments:
+    def curve(self, site: Layer) -> Curve:
+        if not site.statistics:
             raise MissingMomentsError(
                 f"ActivationSVD needs calibration statistics, and site {site.name!r} ({site.spec.kind}) holds none. "
                 "Run calibrate(model, sites, batches) first, or use WeightSVD."
@@ -83,7 +81,7 @@ class ActivationSVD(LowRankMethod):
             spectra[how.name] = lowrank.profile(energies)
         return Curve(tuple(choices), tuple(errors), metrics.unit(site), scale, spectra)
 
-    def factorize(self, site: Site, choice: LowRankChoice) -> LowRank:
+    def factorize(self, site: Layer, choice: LowRankChoice) -> LowRank:
         how = unfolding(site.spec.kernel, choice.unfolding)
         metric = metrics.response_metric(site, how)
         if metric is None and not _has_outputs(site, how):
@@ -121,26 +119,26 @@ class ActivationSVD(LowRankMethod):
         return left, response.refit(matrix, metric.moment, left, outputs)
 
 
-def _has_outputs(site: Site, how: Unfolding) -> bool:
-    return how.name == "channel" and "output" in site.moments
+def _has_outputs(site: Layer, how: Unfolding) -> bool:
+    return how.name == "channel" and site.statistics.output is not None
 
 
 def _start(
-    site: Site, how: Unfolding, metric: metrics.ResponseMetric | None, weight: Tensor | None
+    site: Layer, how: Unfolding, metric: metrics.ResponseMetric | None, weight: Tensor | None
 ) -> lowrank.Spectrum:
     """Leading directions of every rank, by patches, slices or outputs, whichever the site holds."""
     if metric is not None:
         return lowrank.spectrum(metrics.mix(unfold(site.weight, how), weight), response.slice_metric(metric.moment))
-    held = site.moments["output"]
+    held = site.statistics.output
     covariance = shrunk(held.covariance, held.count)
     return lowrank.principal(covariance if weight is None else weight @ covariance @ weight)
 
 
-def _projected(site: Site, matrix: Tensor, basis: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _projected(site: Layer, matrix: Tensor, basis: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Factors and shift that project the (weighted) outputs onto a basis, from output moments alone."""
     if weight is None:
         inwards, outwards = basis, basis.mT
     else:
         inwards, outwards = weight @ basis, torch.linalg.solve(weight, basis).mT
-    shift = metrics.outside(site, site.moments["output"].mean, inwards, outwards)
+    shift = metrics.outside(site, site.statistics.output.mean, inwards, outwards)
     return matrix @ inwards, outwards, shift

@@ -17,7 +17,7 @@ from spectrim.linalg.sketch import Sketch
 from spectrim.linalg.sparse import Quadratic
 from spectrim.linalg.unfold import Unfolding, slice_rows, unfold, unfolding
 from spectrim.methods import metrics
-from spectrim.network.sites import Site
+from spectrim.network.sites import Layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Problem:
         Mean patch ``[g, n]``, or None without calibration.
     """
 
-    site: Site
+    site: Layer
     how: Unfolding
     target: Tensor
     error: Quadratic
@@ -44,14 +44,14 @@ class Problem:
     mean: Tensor | None
 
     @classmethod
-    def known(cls, site: Site, how: Unfolding) -> bool:
+    def known(cls, site: Layer, how: Unfolding) -> bool:
         """Whether a calibrated site has a metric for an unfolding."""
-        if "input" in site.moments or _window(site, how) is not None:
+        if site.statistics.input is not None or _window(site, how) is not None:
             return True
-        return isinstance(site.moments.get("sketch"), Sketch)
+        return isinstance(site.statistics.sketch, Sketch)
 
     @classmethod
-    def of(cls, site: Site, how: Unfolding, *, exact: bool = False) -> Problem:
+    def of(cls, site: Layer, how: Unfolding, *, exact: bool = False) -> Problem:
         spec = site.spec
         g, o, *patch = spec.shape
         weight = metrics.output_weight(site)
@@ -110,31 +110,31 @@ class Problem:
         return torch.einsum("gon,gn->go", rest, self.mean.to(rest.dtype)).reshape(-1)
 
 
-def _window(site: Site, how: Unfolding) -> str | None:
-    """The slice statistic that stands for the metric under an unfolding; the smallest one for the whole kernel."""
+def _window(site: Layer, how: Unfolding) -> str | None:
+    """The unfolding whose slices stand for the metric under another; the smallest one for the whole kernel."""
+    slices = site.statistics.slices
     if how.name != "channel":
-        return metrics.window(how) if metrics.window(how) in site.moments else None
-    held = {name: moments.mean.shape[-1] for name, moments in site.moments.items() if name.startswith("input:")}
-    return min(held, key=lambda name: held[name], default=None)
+        return how.name if how.name in slices else None
+    return min(slices, key=lambda name: slices[name].mean.shape[-1], default=None)
 
 
-def _metric(site: Site, how: Unfolding) -> tuple[Metric, Tensor | None]:
+def _metric(site: Layer, how: Unfolding) -> tuple[Metric, Tensor | None]:
     spec = site.spec
     g, _, *patch = spec.shape
-    if not site.moments:
+    if not site.statistics:
         return Plain(g, spec.features, site.weight.device), None
-    if "input" in site.moments:
-        held = site.moments["input"]
+    if site.statistics.input is not None:
+        held = site.statistics.input
         return Full(shrunk(held.covariance, held.count)), held.mean
-    sketch = site.moments.get("sketch")
+    sketch = site.statistics.sketch
     if isinstance(sketch, Sketch):
         rows = sketch.rows / max(sketch.count, 1) ** 0.5
         metric = Rows(rows, sketch.level().to(rows.dtype))
         return (metric if how.name == "channel" else _sliced(metric, tuple(patch), how)), sketch.mean
     name = _window(site, how)
     assert name is not None
-    held = site.moments[name]
-    axes = unfolding(spec.kernel, name.removeprefix("input:")).axes
+    held = site.statistics.slices[name]
+    axes = unfolding(spec.kernel, name).axes
     moment = shrunk(held.covariance, held.count)
     inside = [patch[0], *(k if a in axes else 1 for a, k in enumerate(patch[1:]))]
     mean = held.mean.reshape(g, *inside).expand(g, *patch).reshape(g, math.prod(patch))

@@ -17,7 +17,7 @@ from spectrim.linalg.unfold import Unfolding, unfolding, unfoldings, unfoldings_
 from spectrim.network.choices import Choice, LowRankChoice
 from spectrim.network.factors import Factors
 from spectrim.network.layer import LayerSpec
-from spectrim.network.sites import Site
+from spectrim.network.sites import Channels, Layer, Site
 
 OUTPUT_ENERGY = "output energy"
 WEIGHTED_ENERGY = "weighted output energy"
@@ -59,22 +59,28 @@ class Method(ABC):
 
     Attributes
     ----------
+    takes
+        The kind of site it is for, and is asked for alone: :class:`~spectrim.network.sites.Layer`, ``Group`` or
+        ``Channels``.
     offers
         The type of its choices.
     reads_sketches
         Whether it takes a sketch of the inputs where their second moment is too large to hold.
-    removes_channels
-        Whether it is for sites of coupled channels, in place of layers.
     """
 
+    takes: ClassVar[type[Site]] = Layer
     offers: ClassVar[type[Choice]] = Choice
     reads_sketches: ClassVar[bool] = False
-    removes_channels: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
         """The word plans use; the class name."""
         return type(self).__name__
+
+    @property
+    def removes_channels(self) -> bool:
+        """Whether it is for coupled channels, in place of layers."""
+        return issubclass(self.takes, Channels)
 
     @abstractmethod
     def curve(self, site: Site) -> Curve:
@@ -92,7 +98,7 @@ class Method(ABC):
         chains, or what stands ``Apart``, such as the layers of a group.
         """
 
-    def refit(self, site: Site, factors: Any, number: int) -> Any:
+    def refit(self, site: Layer, factors: Any, number: int) -> Any:
         """Fit what the ``number``-th layer of a group has of its own to the layer's new inputs and targets.
 
         ``site`` is the layer alone. By default the factors stay as they are.
@@ -222,10 +228,6 @@ class LowRankMethod(Method):
         check_unfoldings(self.unfoldings)
         if self.multiple_of is not None and self.multiple_of < 1:
             raise ValueError(f"multiple_of must be at least 1, got {self.multiple_of}")
-
-    def fits(self, site: Site) -> bool:
-        """Low rank applies to sites of one layer."""
-        return len(site.layers) == 1
 
     def offered(self, spec: LayerSpec) -> tuple[Unfolding, ...]:
         return unfoldings_named(spec.kernel, self.unfoldings)

@@ -14,7 +14,7 @@ from spectrim.linalg.unfold import Unfolding, unfold
 from spectrim.methods import metrics
 from spectrim.methods.metrics import ResponseMetric
 from spectrim.network.layer import LayerSpec
-from spectrim.network.sites import Site
+from spectrim.network.sites import Group, Layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +82,7 @@ class Problem:
         return right if weight is None else metrics.mix(right, torch.linalg.pinv(weight, hermitian=True))
 
 
-def pose(site: Site, how: Unfolding, *, common: bool) -> Problem | None:
+def pose(site: Group, how: Unfolding, *, common: bool) -> Problem | None:
     """The problem of a site, or None if calibration kept too little for this unfolding.
 
     Parameters
@@ -93,7 +93,7 @@ def pose(site: Site, how: Unfolding, *, common: bool) -> Problem | None:
     parts = site.parts
     matrices = tuple(unfold(part.weight, how).double() for part in parts)
     outputs = tuple(part.spec.shape[1] for part in parts)
-    if site.moments:
+    if site.calibrated:
         held = _metrics(site, parts, how)
         if held is None:
             return None
@@ -121,7 +121,7 @@ def _energies(matrices: Sequence[Tensor], held: Sequence[ResponseMetric] | None,
     return [float(response.total_energy(m, metric.moment, o).sum()) for m, metric, o in seen]
 
 
-def _metrics(site: Site, parts: Sequence[Site], how: Unfolding) -> tuple[ResponseMetric, ...] | None:
+def _metrics(site: Group, parts: Sequence[Layer], how: Unfolding) -> tuple[ResponseMetric, ...] | None:
     found = [metrics.response_metric(part, how) for part in parts]
     held = [metric for metric in found if metric is not None]
     if len(held) < len(found):
@@ -134,11 +134,11 @@ def _metrics(site: Site, parts: Sequence[Site], how: Unfolding) -> tuple[Respons
     return tuple(held)
 
 
-def _output_weights(parts: Sequence[Site], *, common: bool) -> tuple[Tensor | None, ...]:
+def _output_weights(parts: Sequence[Layer], *, common: bool) -> tuple[Tensor | None, ...]:
     own = tuple(metrics.output_weight(part) for part in parts)
     if not common or any(weight is None for weight in own):
         return own if all(weight is not None for weight in own) else tuple(None for _ in parts)
-    moments = [part.moments["gradient"] for part in parts]
+    moments = [part.statistics.gradient for part in parts]
     mean = torch.stack([shrunk(m.second_moment, m.count) for m in moments]).mean(0)
     return (lowrank.square_root(mean),) * len(parts)
 

@@ -24,7 +24,7 @@ from spectrim.methods.joint_layers import Problem, compatible, pose
 from spectrim.network.choices import Choice, SharedChoice
 from spectrim.network.factors import SharedBasis
 from spectrim.network.layer import LayerSpec
-from spectrim.network.sites import Site
+from spectrim.network.sites import Group, Layer, Site
 from spectrim.network.structure import Apart, Chain
 
 _SHARES = ("left", "right", "both")
@@ -68,6 +68,7 @@ class JointSVD(Method):
     Where all layers see one input and share the first factor whole, it is computed once for all of them.
     """
 
+    takes: ClassVar[type[Site]] = Group
     offers: ClassVar[type[Choice]] = SharedChoice
 
     share: str = "right"
@@ -96,11 +97,11 @@ class JointSVD(Method):
         """The word plans use: the class and what is shared, so that several may stand in one table."""
         return f"JointSVD-{self.share}" + (f"-{self.proportion:g}" if self.share == "both" else "")
 
-    def fits(self, site: Site) -> bool:
+    def fits(self, site: Group) -> bool:
         """Several layers whose unfolded weights agree on the shared side."""
         return compatible(site.layers, self.share)
 
-    def ranks(self, site: Site, how: Unfolding) -> range:
+    def ranks(self, site: Group, how: Unfolding) -> range:
         """Ranks on offer: multiples, as long as the factors have fewer parameters or fewer MACs than the layers."""
         full = self.full_rank(site, how)
         spec = site.layers[0]
@@ -110,7 +111,7 @@ class JointSVD(Method):
         most = full if self.to_full_rank else self._break_even(site, how, full)
         return range(step, most + 1, step)
 
-    def full_rank(self, site: Site, how: Unfolding) -> int:
+    def full_rank(self, site: Group, how: Unfolding) -> int:
         """Rank of the stack, at which every layer can be met exactly; for ``"both"`` the rank of one layer."""
         first, second = how.sizes(site.layers[0].kernel)
         rows = [spec.shape[2] * first for spec in site.layers]
@@ -122,7 +123,7 @@ class JointSVD(Method):
         return min(rows[0], columns[0])
 
     def choice(
-        self, site: Site, how: Unfolding, rank: int, *, left_rank: int | None = None, bias: bool
+        self, site: Group, how: Unfolding, rank: int, *, left_rank: int | None = None, bias: bool
     ) -> SharedChoice:
         """The choice of a rank; for ``"both"`` it is split by the proportion unless ``left_rank`` is given."""
         if left_rank is None:
@@ -131,7 +132,7 @@ class JointSVD(Method):
         once = site.same_input and left_rank == rank and alike
         return SharedChoice(how.name, rank, left_rank, bias, once, method=self.name)
 
-    def layers(self, site: Site, choice: SharedChoice) -> Apart:
+    def layers(self, site: Group, choice: SharedChoice) -> Apart:
         rank, left_rank = choice.rank, choice.left_rank
         chains: list[Chain] = []
         for number, spec in enumerate(site.layers):
@@ -146,16 +147,16 @@ class JointSVD(Method):
             chains.append(pair)
         return Apart(tuple(chains))
 
-    def curve(self, site: Site) -> Curve:
+    def curve(self, site: Group) -> Curve:
         if not self.fits(site):
             return Curve((), (), WEIGHT_ENERGY)
-        if len(set(map(bool, (part.moments for part in site.parts)))) > 1:
+        if len({part.calibrated for part in site.parts}) > 1:
             raise MissingMomentsError(f"group {site.name!r}: some of its layers are calibrated and some are not")
         choices: list[SharedChoice] = []
         errors: list[float] = []
         spectra: dict[str, tuple[float, ...]] = {}
         scale = 1.0
-        biased = bool(site.moments) or any(spec.bias for spec in site.layers)
+        biased = site.calibrated or any(spec.bias for spec in site.layers)
         for how in unfoldings_named(site.layers[0].kernel, self.unfoldings):
             ranks = self.ranks(site, how)
             if not ranks:
@@ -169,7 +170,7 @@ class JointSVD(Method):
             errors += [value / max(problem.scale, 1e-300) for value in lost]
             if energies is not None:
                 spectra[how.name] = lowrank.profile(energies)
-        unit = metrics.unit(site.parts[0]) if site.moments else WEIGHT_ENERGY
+        unit = metrics.unit(site.parts[0]) if site.calibrated else WEIGHT_ENERGY
         return Curve(tuple(choices), tuple(errors), unit, scale, spectra)
 
     def _lost(self, problem: Problem, ranks: list[int]) -> tuple[list[int], list[float], Tensor | None]:
@@ -230,7 +231,7 @@ class JointSVD(Method):
             lost += float(response.normal(rest, metric, state.shared_left, outputs).errors()[-1])
         return lost
 
-    def factorize(self, site: Site, choice: SharedChoice) -> SharedBasis:
+    def factorize(self, site: Group, choice: SharedChoice) -> SharedBasis:
         how = unfolding(site.layers[0].kernel, choice.unfolding)
         rank, left_rank = choice.rank, choice.left_rank
         problem = pose(site, how, common=left_rank < rank)
@@ -296,7 +297,7 @@ class JointSVD(Method):
         rights = [response.refit(m - u @ state.shared_right, a, state.shared_left, o) for m, a, u, o in parts]
         return dataclasses.replace(state, own_rights=tuple(rights))
 
-    def refit(self, site: Site, factors: SharedBasis, number: int) -> SharedBasis:
+    def refit(self, site: Layer, factors: SharedBasis, number: int) -> SharedBasis:
         """Fit the own factors of one layer anew, to other inputs and targets; the shared ones stay.
 
         Parameters
@@ -340,7 +341,7 @@ class JointSVD(Method):
             shifts=put(factors.shifts, shift),
         )
 
-    def _break_even(self, site: Site, how: Unfolding, full: int) -> int:
+    def _break_even(self, site: Group, how: Unfolding, full: int) -> int:
         """The largest rank at which the factors cost fewer parameters or fewer MACs than the layers."""
 
         def pays(rank: int) -> bool:

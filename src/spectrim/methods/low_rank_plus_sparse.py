@@ -17,7 +17,7 @@ from spectrim.methods.base import OUTPUT_ENERGY, WEIGHT_ENERGY, Curve, Method, c
 from spectrim.network.choices import Choice, SumChoice
 from spectrim.network.factors import LowRankPlusSparse as Factors
 from spectrim.network.layer import LayerSpec
-from spectrim.network.sites import Site
+from spectrim.network.sites import Layer
 from spectrim.network.structure import Chain, Sum
 
 # Turns of the decomposition that the curve is made of; a choice that is carried out goes on from there.
@@ -107,14 +107,14 @@ class LowRankPlusSparse(Method):
         if self.turns < _CURVE_TURNS:
             raise ValueError(f"turns is {self.turns!r}; expected at least {_CURVE_TURNS}")
 
-    def fits(self, site: Site) -> bool:
+    def fits(self, site: Layer) -> bool:
         """One layer, whose inputs' moments are there if it has been calibrated at all."""
-        return len(site.layers) == 1 and (not site.moments or bool(self._offered(site)))
+        return not site.statistics or bool(self._offered(site))
 
-    def curve(self, site: Site) -> Curve:
-        unit = metrics.unit(site) if site.moments else WEIGHT_ENERGY
+    def curve(self, site: Layer) -> Curve:
+        unit = metrics.unit(site) if site.statistics else WEIGHT_ENERGY
         if not self.fits(site):
-            return Curve((), (), unit if site.moments else OUTPUT_ENERGY)
+            return Curve((), (), unit if site.statistics else OUTPUT_ENERGY)
         choices: list[SumChoice] = []
         errors: list[float] = []
         spectra: dict[str, tuple[float, ...]] = {}
@@ -122,7 +122,7 @@ class LowRankPlusSparse(Method):
         for number, how in enumerate(self._chosen(site)):
             problem = Problem.of(site, how, exact=self.exact)
             total = problem.total
-            scale = metrics.scale(site, total) if site.moments else 1.0
+            scale = metrics.scale(site, total) if site.statistics else 1.0
             offered = [(rank, _ANY, 0.0) for rank in self._alone(site.spec, how)]
             for pattern in self._patterns(site, problem):
                 offered += [(r, pattern, d) for r, d in self._grid(site.spec, how, pattern, first=not number)]
@@ -134,10 +134,10 @@ class LowRankPlusSparse(Method):
                 spectra[how.name] = lowrank.profile(problem.energies())
         return Curve(tuple(choices), tuple(errors), unit, scale, spectra)
 
-    def factorize(self, site: Site, choice: SumChoice) -> Factors:
+    def factorize(self, site: Layer, choice: SumChoice) -> Factors:
         spec = site.spec
         how = unfolding(spec.kernel, choice.unfolding)
-        if site.moments and how.name not in {u.name for u in self._offered(site)}:
+        if site.statistics and how.name not in {u.name for u in self._offered(site)}:
             site.require("input", f"LowRankPlusSparse ({how.name})")
         problem = Problem.of(site, how, exact=self.exact)
         pattern = patterns.pattern(choice.pattern)
@@ -146,21 +146,21 @@ class LowRankPlusSparse(Method):
         left, right = problem.factors(found.product)
         left, right = lowrank.balance(left, right)
         shift = None
-        if choice.bias and (site.moments or not spec.bias):
+        if choice.bias and (site.statistics or not spec.bias):
             shift = problem.shift(found).to(spec.dtype)
         dtype = spec.dtype
         shape = spec.shape
         sparse, mask = found.sparse.weight.reshape(shape), found.sparse.mask.reshape(shape)
         return Factors(left.to(dtype), right.to(dtype), sparse.to(dtype), mask, pattern, shift, how)
 
-    def layers(self, site: Site, choice: SumChoice) -> Chain | Sum:
+    def layers(self, site: Layer, choice: SumChoice) -> Chain | Sum:
         spec, rank, density = site.spec, choice.rank, choice.density
         how, pattern = unfolding(spec.kernel, choice.unfolding), patterns.pattern(choice.pattern)
         return _structure(spec, how, rank, pattern, density, bias=choice.biased(spec.bias))
 
-    def choice(self, site: Site, how: Unfolding, rank: int, pattern: Pattern, density: float) -> SumChoice:
+    def choice(self, site: Layer, how: Unfolding, rank: int, pattern: Pattern, density: float) -> SumChoice:
         """The choice of a rank and a density."""
-        biased = site.spec.bias or bool(site.moments)
+        biased = site.spec.bias or bool(site.statistics)
         return SumChoice(how.name, rank, density, pattern.name, biased, method=self.name)
 
     def _decompose(
@@ -182,15 +182,15 @@ class LowRankPlusSparse(Method):
             polish=3 if carried_out else 0,
         )
 
-    def _offered(self, site: Site) -> list[Unfolding]:
+    def _offered(self, site: Layer) -> list[Unfolding]:
         """Unfoldings that the site's statistics have a metric for."""
         return [
             how
             for how in unfoldings_named(site.spec.kernel, self.unfoldings)
-            if not site.moments or Problem.known(site, how)
+            if not site.statistics or Problem.known(site, how)
         ]
 
-    def _chosen(self, site: Site) -> list[Unfolding]:
+    def _chosen(self, site: Layer) -> list[Unfolding]:
         """Those asked for, or the one in which half of the numbers as low rank alone lose least."""
         offered = self._offered(site)
         if self.unfoldings is not None or len(offered) < 2 or not self.ranks:
@@ -204,7 +204,7 @@ class LowRankPlusSparse(Method):
 
         return [min(offered, key=lost)]
 
-    def _patterns(self, site: Site, problem: Problem) -> Iterator[Pattern]:
+    def _patterns(self, site: Layer, problem: Problem) -> Iterator[Pattern]:
         """The patterns on offer that the layer can have."""
         for name in self.patterns:
             if name == "taps":

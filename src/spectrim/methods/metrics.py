@@ -14,7 +14,7 @@ from spectrim.linalg.moments import shrunk
 from spectrim.linalg.unfold import Unfolding
 from spectrim.methods.base import OUTPUT_ENERGY, WEIGHTED_ENERGY
 from spectrim.network.layer import LayerSpec
-from spectrim.network.sites import Site
+from spectrim.network.sites import Layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,43 +47,38 @@ class ResponseMetric:
         return (opened * self.mean.unsqueeze(2)).sum(dim=(1, 3)).reshape(-1)
 
 
-def window(how: Unfolding) -> str:
-    """Name of the statistic that holds the average slice of an unfolding."""
-    return f"input:{how.name}"
-
-
-def response_metric(site: Site, how: Unfolding) -> ResponseMetric | None:
+def response_metric(site: Layer, how: Unfolding) -> ResponseMetric | None:
     """The metric of a site under an unfolding, or None if calibration kept neither patches nor slices."""
     spec: LayerSpec = site.spec
     g, _, *patch = spec.shape
-    if "input" in site.moments:
-        held = site.moments["input"]
+    if site.statistics.input is not None:
+        held = site.statistics.input
         covariance = shrunk(held.covariance, held.count)
         axes = how.axes
         moment = response.arrange(covariance, axes, tuple(patch))
         order = [0, *(1 + a for a in axes), *(a + 1 for a in range(len(patch) - 1) if a not in axes)]
         mean = held.mean.reshape(g, *patch).permute(0, *(1 + d for d in order)).reshape(g, *moment.shape[1:3])
         return ResponseMetric(moment, mean)
-    if window(how) in site.moments:
-        held = site.moments[window(how)]
+    if how.name in site.statistics.slices:
+        held = site.statistics.slices[how.name]
         return ResponseMetric(shrunk(held.covariance, held.count), held.mean.unsqueeze(-1))
     return None
 
 
-def unit(site: Site) -> str:
+def unit(site: Layer) -> str:
     """Unit of the errors that a calibrated site reports."""
-    return WEIGHTED_ENERGY if "gradient" in site.moments else OUTPUT_ENERGY
+    return WEIGHTED_ENERGY if site.statistics.gradient is not None else OUTPUT_ENERGY
 
 
-def output_weight(site: Site) -> Float[Tensor, "g o o"] | None:
+def output_weight(site: Layer) -> Float[Tensor, "g o o"] | None:
     """Square root of the second moment of the gradients that reach the layer's outputs, or None if it is not known.
 
     Multiplying responses by it measures errors by what they do to the network's output, to second order, instead of
     counting every output channel the same.
     """
-    if "gradient" not in site.moments:
+    if site.statistics.gradient is None:
         return None
-    held = site.moments["gradient"]
+    held = site.statistics.gradient
     return lowrank.square_root(shrunk(held.second_moment, held.count))
 
 
@@ -97,7 +92,7 @@ def mix(matrix: Float[Tensor, "g p c"], weight: Float[Tensor, "g o o"] | None) -
     return torch.einsum("gpoq,got->gptq", opened, weight).reshape(g, p, columns)
 
 
-def mixed_weight(site: Site) -> Float[Tensor, "g o d"]:
+def mixed_weight(site: Layer) -> Float[Tensor, "g o d"]:
     """The layer's weight over whole patches, its outputs weighed where the site holds a sensitivity."""
     g, o, *_ = site.spec.shape
     matrix = site.weight.double().reshape(g, o, -1)
@@ -105,19 +100,19 @@ def mixed_weight(site: Site) -> Float[Tensor, "g o d"]:
     return matrix if weight is None else weight @ matrix
 
 
-def outside(site: Site, mean: Float[Tensor, "g o"], inwards: Tensor, outwards: Tensor) -> Float[Tensor, " o_total"]:
+def outside(site: Layer, mean: Float[Tensor, "g o"], inwards: Tensor, outwards: Tensor) -> Float[Tensor, " o_total"]:
     """Mean response, without the bias, that a projection of the outputs loses.
 
     ``inwards`` ``[g, o, r]`` and ``outwards`` ``[g, r, o]`` are the two factors of the projection.
     """
-    (bias,) = site.biases
+    bias = site.bias
     centre = mean if bias is None else mean - bias.double().reshape(mean.shape)
     return (centre - torch.einsum("gor,grp,go->gp", inwards, outwards, centre)).reshape(-1)
 
 
-def scale(site: Site, total: float) -> float:
+def scale(site: Layer, total: float) -> float:
     """Loss of losing all energy: 1 without sensitivity, else half the weighted energy over all output positions."""
-    if "gradient" not in site.moments:
+    if site.statistics.gradient is None:
         return 1.0
     spec = site.spec
     positions = sum(math.prod(spec.output_shape(shape)) for shape in spec.inputs)

@@ -17,7 +17,7 @@ from spectrim.network import narrowing
 from spectrim.network.choices import ChannelsChoice, Choice
 from spectrim.network.coupling import IN
 from spectrim.network.factors import KeptChannels
-from spectrim.network.sites import Site
+from spectrim.network.sites import Channels, Site
 from spectrim.network.structure import Apart
 
 RECONSTRUCTION = "reconstruction"
@@ -60,8 +60,8 @@ class PrincipalFilters(Method):
     Suau, Zappella, Apostoloff: Filter distillation for network compression, WACV 2020.
     """
 
+    takes: ClassVar[type[Site]] = Channels
     offers: ClassVar[type[Choice]] = ChannelsChoice
-    removes_channels: ClassVar[bool] = True
 
     rule: str = RECONSTRUCTION
     pooling: str = "max"
@@ -78,9 +78,7 @@ class PrincipalFilters(Method):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
-    def curve(self, site: Site) -> Curve:
-        if site.coupling is None:
-            return Curve((), (), OUTPUT_ENERGY)
+    def curve(self, site: Channels) -> Curve:
         order, errors, scale = self.elimination(site)
         n = site.coupling.channels
         energies = self.energies(site)
@@ -92,48 +90,44 @@ class PrincipalFilters(Method):
             {"responses": profile(energies.unsqueeze(0))} if float(energies.sum()) > 0 else {},
         )
 
-    def widths(self, site: Site) -> tuple[int, ...]:
+    def widths(self, site: Channels) -> tuple[int, ...]:
         """Numbers of channels on offer, descending, all below the present one."""
-        assert site.coupling is not None
         n, pools = site.coupling.channels, site.coupling.pools
         step = self.step(site)
         found = [w for w in range(step, n, step) if w >= self.least and w % pools == 0]
         return tuple(reversed(found))
 
-    def step(self, site: Site) -> int:
+    def step(self, site: Channels) -> int:
         """The multiple that widths are rounded to."""
-        assert site.coupling is not None
         spec = site.layers[0]
         return self.multiple_of or rank_multiple(spec.device, spec.dtype, site.coupling.channels)
 
-    def choice(self, site: Site, removed: list[int]) -> ChannelsChoice:
+    def choice(self, site: Channels, removed: list[int]) -> ChannelsChoice:
         """Do without these channels."""
-        assert site.coupling is not None
         gone = set(removed)
         kept = tuple(c for c in range(site.coupling.channels) if c not in gone)
         return ChannelsChoice(kept, site.coupling.channels, site.coupling.places, method=self.name)
 
-    def layers(self, site: Site, choice: ChannelsChoice) -> Apart:
+    def layers(self, site: Channels, choice: ChannelsChoice) -> Apart:
         return narrowing.specs(site, len(choice.kept))
 
-    def factorize(self, site: Site, choice: ChannelsChoice) -> KeptChannels:
+    def factorize(self, site: Channels, choice: ChannelsChoice) -> KeptChannels:
         """The weights of the layers of a site with fewer channels, those of the readers corrected."""
-        assert site.coupling is not None
         parts = narrowing.cut_layers(site, choice.kept)
         weights, names = zip(*((part.weight, part.name) for part in parts), strict=True)
         return KeptChannels(choice.kept, weights, site.coupling, names)
 
     @property
     def statistic(self) -> str:
-        """Name of the moments whose spectrum and correlations are used."""
-        return _STATISTIC[self.pooling]
+        """Name of the pooled statistic whose spectrum and correlations are used."""
+        return "unpooled" if self.pooling == "none" else self.pooling
 
-    def energies(self, site: Site) -> Tensor:
+    def energies(self, site: Channels) -> Tensor:
         """The spectrum of the responses, ``[n]``, descending."""
         held = site.require(self.statistic, type(self).__name__)
         return principal.spectrum(held.covariance[0])
 
-    def elimination(self, site: Site) -> tuple[list[int], Tensor, float]:
+    def elimination(self, site: Channels) -> tuple[list[int], Tensor, float]:
         """The order in which channels go, the error once so many are gone ``[n]``, and the site's scale.
 
         Raises
@@ -141,13 +135,12 @@ class PrincipalFilters(Method):
         MissingMomentsError
             If no layer that reads the channels was calibrated.
         """
-        assert site.coupling is not None
         n = site.coupling.channels
         reading = {side.name for side in site.coupling.on(IN)}
         found: list[subset.Reader] = []
         scale = 0.0
         for part in site.parts:
-            if part.name not in reading or not (part.moments or "unpooled" in site.moments):
+            if part.name not in reading or not (part.statistics or site.pooled.unpooled):
                 continue
             mixed = metrics.mixed_weight(part)
             of_layer = narrowing.readers(site, part, mixed.mT @ mixed)
@@ -171,18 +164,14 @@ class PrincipalFilters(Method):
         )
         return order, lost / scale if scale > 0 else lost, scale
 
-    def _given(self, site: Site) -> list[int] | None:
+    def _given(self, site: Channels) -> list[int] | None:
         if self.rule == RECONSTRUCTION:
             return None
-        assert site.coupling is not None
         covariance = site.require(self.statistic, type(self).__name__).covariance[0]
         order = principal.removal_order(
             principal.correlations(covariance), 1, self.rule, principal.inactive(covariance)
         )
         return _in_turn(order, site.coupling.channels, site.coupling.pools)
-
-
-_STATISTIC = {"max": "pooled:max", "mean": "pooled:mean", "none": "unpooled"}
 
 
 def _in_turn(order: list[int], channels: int, pools: int) -> list[int]:
@@ -193,6 +182,6 @@ def _in_turn(order: list[int], channels: int, pools: int) -> list[int]:
     return [c for together in zip(*runs, strict=True) for c in together]
 
 
-def _unit(site: Site) -> str:
-    reading = {side.name for side in site.coupling.on(IN)} if site.coupling else set()
+def _unit(site: Channels) -> str:
+    reading = {side.name for side in site.coupling.on(IN)}
     return next((metrics.unit(part) for part in site.parts if part.name in reading), OUTPUT_ENERGY)

@@ -23,7 +23,7 @@ from spectrim.methods.joint_layers import compatible
 from spectrim.network.choices import DENSE, LowRankChoice, SharedChoice
 from spectrim.network.groups import group
 from spectrim.network.layer import LayerSpec
-from spectrim.network.sites import Site, Sites
+from spectrim.network.sites import Group, Site, Sites
 from spectrim.selection.candidates import Candidates, Option, Row
 from spectrim.selection.plan import Plan, make_plan
 
@@ -100,7 +100,7 @@ def at_rate(
         If a group is calibrated, but its layers do not hold what the shared factor is fitted to.
     """
     assigned = choices_at_rate(sites, rate, scheme, proportion=proportion, unfolding=unfolding)
-    joined = {a.site.name: tuple(spec.name for spec in a.site.layers) for a in assigned if len(a.site.layers) > 1}
+    joined = {a.site.name: a.site.members for a in assigned if a.site.members}
     methods = {a.method.name: a.method for a in assigned}
     network = Network(dataclasses.replace(sites, groups=joined), counted.known(sites), tuple(methods.values()))
     options = {a.site.name: _option(a, network) for a in assigned}
@@ -110,7 +110,7 @@ def at_rate(
         dense = Option(DENSE, 0.0, network.row(name))
         offered = (dense, options[name]) if name in options else (dense,)
         rows.append(Row(name, f"{len(members)} x {kind}" if members else kind, offered, members=members))
-    units = {metrics.unit(site) if site.moments else WEIGHT_ENERGY for site in sites}
+    units = {metrics.unit(site) if site.calibrated else WEIGHT_ENERGY for site in sites}
     if len(units) > 1:
         raise ValueError("some of the sites are calibrated and some are not, so that their errors have different units")
     table = Candidates(
@@ -157,18 +157,18 @@ def choices_at_rate(
         if site.name not in covered:
             how = _split(site.spec, unfolding)
             rank = min(_whole(rate * _width(site.spec)), full_rank(site.spec, how))
-            choice = single.choice(site, how, max(1, rank), bias=site.spec.bias or bool(site.moments))
+            choice = single.choice(site, how, max(1, rank), bias=site.spec.bias or site.calibrated)
             found.append(Assignment(site, single, choice))
     return tuple(found)
 
 
-def _groups(sites: Sites, agree: str) -> Iterator[Site]:
-    """Sites of the groups whose layers agree, the largest first, none in two of them."""
+def _groups(sites: Sites, agree: str) -> Iterator[Group]:
+    """The groups whose layers agree, the largest first, none in two of them."""
     known = sites
     if not sites.groups:
         # By names and channels alone, as the paper does: in some networks the first layer of a stage still sees the
         # resolution of the stage before, and would be left out for it.
-        unseen = tuple(dataclasses.replace(s, layers=tuple(spec.at(()) for spec in s.layers)) for s in sites)
+        unseen = tuple(dataclasses.replace(layer, spec=layer.spec.at(())) for layer in sites)
         found = group(dataclasses.replace(sites, sites=unseen), rules=("repeated",), nested=False)
         known = dataclasses.replace(sites, groups=found.groups)
     taken: set[str] = set()
@@ -179,10 +179,10 @@ def _groups(sites: Sites, agree: str) -> Iterator[Site]:
             yield site
 
 
-def _joint_choice(joint: JointSVD, site: Site, rate: float, name: str) -> SharedChoice:
+def _joint_choice(joint: JointSVD, site: Group, rate: float, name: str) -> SharedChoice:
     """The ranks at which shared factors have the parameters of separate ones."""
     how = _split(site.layers[0], name)
-    biased = bool(site.moments) or any(spec.bias for spec in site.layers)
+    biased = site.calibrated or any(spec.bias for spec in site.layers)
     first, second = how.sizes(site.layers[0].kernel)
     rows = [spec.shape[2] * first for spec in site.layers]
     columns = [spec.shape[1] * second for spec in site.layers]
@@ -227,7 +227,7 @@ def _option(assigned: Assignment, network: Network) -> Option:
 def _error(assigned: Assignment) -> float:
     """Share of the energy that the choice loses, layers counting as in the table."""
     site, method, choice = assigned.site, assigned.method, assigned.choice
-    if len(site.layers) == 1:
+    if not site.members:
         every = dataclasses.replace(method, multiple_of=choice.rank, to_full_rank=True)
         curve = every.curve(site)
         for offered, error in zip(curve.choices, curve.errors, strict=True):

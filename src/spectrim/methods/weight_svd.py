@@ -13,7 +13,7 @@ from spectrim.methods import metrics
 from spectrim.methods.base import WEIGHT_ENERGY, Curve, LowRankMethod
 from spectrim.network.choices import LowRankChoice
 from spectrim.network.factors import LowRank
-from spectrim.network.sites import Site
+from spectrim.network.sites import Layer
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,7 @@ class WeightSVD(LowRankMethod):
     Jaderberg et al. 2014, Tai et al. 2016; channel: Denton et al. 2014.
     """
 
-    def curve(self, site: Site) -> Curve:
-        if not self.fits(site):
-            return Curve((), (), WEIGHT_ENERGY)
+    def curve(self, site: Layer) -> Curve:
         choices: list[LowRankChoice] = []
         errors: list[float] = []
         spectra: dict[str, tuple[float, ...]] = {}
@@ -41,7 +39,7 @@ class WeightSVD(LowRankMethod):
             ranks = self.ranks(site.spec, how)
             if not ranks:
                 continue
-            if site.moments:
+            if site.statistics:
                 most = None if how.name == "channel" else ranks[-1]
                 found = lowrank.spectrum(unfold(site.weight, how), most=most)
                 measured = self._lost(site, how, found)
@@ -54,14 +52,14 @@ class WeightSVD(LowRankMethod):
                 # The error of every rank takes the spectrum alone, without a basis.
                 energies = lowrank.energies(unfold(site.weight, how))
                 lost = lowrank.tail_errors(energies)
-            biased = site.spec.bias or bool(site.moments)
+            biased = site.spec.bias or bool(site.statistics)
             choices += [self.choice(site, how, rank, bias=biased) for rank in ranks]
             errors += lost[list(ranks)].tolist()
             spectra[how.name] = lowrank.profile(energies)
-        unit = metrics.unit(site) if site.moments else WEIGHT_ENERGY
+        unit = metrics.unit(site) if site.statistics else WEIGHT_ENERGY
         return Curve(tuple(choices), tuple(errors), unit, scale, spectra)
 
-    def _lost(self, site: Site, how: Unfolding, found: lowrank.Spectrum) -> tuple[Tensor, float] | None:
+    def _lost(self, site: Layer, how: Unfolding, found: lowrank.Spectrum) -> tuple[Tensor, float] | None:
         """Output energy lost at every rank, and the whole, by whatever statistic the site holds; None without one."""
         matrix = unfold(site.weight, how)
         metric = metrics.response_metric(site, how)
@@ -73,9 +71,9 @@ class WeightSVD(LowRankMethod):
             total = float(response.total_energy(mixed, metric.moment, outputs).sum())
             whole = mixed if left.shape[-1] < found.energies.shape[-1] else None
             return response.product_errors(left, right, metric.moment, outputs, total, whole), total
-        if how.name == "channel" and "output" in site.moments:
+        if how.name == "channel" and site.statistics.output is not None:
             # The pair projects the outputs onto the leading basis vectors; the rest is lost.
-            held = site.moments["output"]
+            held = site.statistics.output
             covariance = shrunk(held.covariance, held.count)
             basis = metrics.mix(found.basis.mT, weight)
             seen = found.basis.mT @ covariance @ found.basis
@@ -84,20 +82,20 @@ class WeightSVD(LowRankMethod):
             return response.trailing(pairs) / max(total, 1e-300), total
         return None
 
-    def factorize(self, site: Site, choice: LowRankChoice) -> LowRank:
+    def factorize(self, site: Layer, choice: LowRankChoice) -> LowRank:
         how = unfolding(site.spec.kernel, choice.unfolding)
         matrix = unfold(site.weight, how)
         basis = lowrank.spectrum(matrix).basis[..., : choice.rank]
         left, right = lowrank.factors(matrix, basis, choice.rank)
         dtype = site.spec.dtype
         shift = None
-        if choice.bias and (site.moments or not site.spec.bias):
+        if choice.bias and (site.statistics or not site.spec.bias):
             # The choice was offered for a calibrated site: its bias carries the mean of what is left out.
             shift = self._shift(site, how, matrix - left @ right, basis).to(dtype)
         left, right = lowrank.balance(left, right)
         return LowRank(left.to(dtype), right.to(dtype), shift, how, site.spec.shape[1:])
 
-    def _shift(self, site: Site, how: Unfolding, missing: Tensor, basis: Tensor) -> Tensor:
+    def _shift(self, site: Layer, how: Unfolding, missing: Tensor, basis: Tensor) -> Tensor:
         metric = metrics.response_metric(site, how)
         if metric is not None:
             return metric.shift(missing, site.spec.shape[1])

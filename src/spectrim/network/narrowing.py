@@ -17,7 +17,7 @@ from spectrim.linalg import subset
 from spectrim.linalg.moments import Moments, shrunk
 from spectrim.linalg.sketch import Sketch
 from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Coupling, axes_left
-from spectrim.network.sites import Site, Sites
+from spectrim.network.sites import Channels, Layer, Sites, entries_of
 from spectrim.network.structure import Apart, Chain
 
 Kept = Mapping[str, Sequence[int]]
@@ -50,15 +50,12 @@ def narrowed(sites: Sites, kept: Kept) -> Sites:
         return sites
     by_layer = _by_layer(axes)
 
-    def cut(site: Site) -> Site:
-        return _cut(site, by_layer[site.name]) if site.name in by_layer else site
+    def cut(layer: Layer) -> Layer:
+        return _cut(layer, by_layer[layer.name]) if layer.name in by_layer else layer
 
     everything = {c.name: range(c.channels) for c in sites.couplings} | dict(kept)
     couplings = tuple(c.after(list(everything[c.name]), axes) for c in sites.couplings)
-    pooled = {
-        name: {key: sliced(held, _rows(everything[name])) for key, held in group.items()}
-        for name, group in sites.pooled.items()
-    }
+    pooled = {name: group.take(_rows(everything[name])) for name, group in sites.pooled.items()}
     gone = {c.name: c.channels - len(everything[c.name]) for c in sites.couplings}
     return dataclasses.replace(
         sites,
@@ -66,7 +63,7 @@ def narrowed(sites: Sites, kept: Kept) -> Sites:
         followers=tuple(cut(site) for site in sites.followers),
         untouched=tuple(spec.narrowed(_counts(by_layer.get(spec.name, {}))) for spec in sites.untouched),
         couplings=couplings,
-        pooled=MappingProxyType({name: MappingProxyType(group) for name, group in pooled.items()}),
+        pooled=MappingProxyType(pooled),
         other_parameters=sites.other_parameters - round(sum(gone[c.name] * c.parameters for c in sites.couplings)),
         other_bytes=sites.other_bytes - round(sum(gone[c.name] * c.bytes for c in sites.couplings)),
     )
@@ -83,21 +80,19 @@ def layers_left(couplings: Iterable[Coupling], numbers: Mapping[str, int]) -> di
     return found
 
 
-def specs(site: Site, number: int) -> Apart:
+def specs(site: Channels, number: int) -> Apart:
     """The layers of a site of coupled channels with so many of them."""
-    assert site.coupling is not None
     counts = layers_left([site.coupling], {site.name: number})
     return Apart(tuple(Chain((spec.narrowed(counts.get(spec.name, {})),)) for spec in site.layers))
 
 
-def cut_layers(site: Site, kept: Sequence[int]) -> tuple[Site, ...]:
+def cut_layers(site: Channels, kept: Sequence[int]) -> tuple[Layer, ...]:
     """The layers of a site of coupled channels as they are with some of the channels, the readers corrected."""
-    assert site.coupling is not None
     axes = _by_layer(axes_left([site.coupling], {site.coupling.name: kept}))
     return tuple(_cut(part, axes.get(part.name, {})) for part in site.parts)
 
 
-def readers(site: Site, part: Site, gram: Tensor) -> list[subset.Reader]:
+def readers(site: Channels, part: Layer, gram: Tensor) -> list[subset.Reader]:
     """What a layer loses without some of the channels that it reads; one reader for each of its groups.
 
     Parameters
@@ -109,17 +104,16 @@ def readers(site: Site, part: Site, gram: Tensor) -> list[subset.Reader]:
     gram
         ``W^T G W`` ``[g, d, d]`` over whole patches.
     """
-    assert site.coupling is not None
     (side,) = (side for side in site.coupling.on(IN) if side.name == part.name)
     spec = part.spec
     g, _, i, *_ = spec.shape
     taps = spec.features // i
     channels = torch.arange(site.coupling.channels)
-    if "input" in part.moments or "channels" in part.moments:
-        whole = "input" in part.moments
-        held = part.moments["input" if whole else "channels"]
+    patches = part.statistics.input
+    held = patches or part.statistics.channels
+    if held is not None:
         covariance = shrunk(held.covariance, held.count)
-        if not whole:
+        if patches is None:
             gram, taps = _over_taps(gram, i), 1
         entries = (side.positions.unsqueeze(2) * taps + torch.arange(taps)).flatten(1)
         group, size = side.positions[:, 0] // i, i * taps
@@ -165,113 +159,88 @@ def _rows(kept: Sequence[int]) -> Tensor:
     return torch.tensor(list(kept), dtype=torch.int64)
 
 
-def sliced(held: Moments, entries: Tensor) -> Moments:
-    """The moments of some entries, ``[n]`` of the only group or ``[g, n]``."""
-    index = entries.expand(held.mean.shape[0], -1).to(held.mean.device)
-    if isinstance(held, Sketch):
-        part: Moments = Sketch(held.mean.shape[0], index.shape[1], held.size, held.mean.device)
-        part.rows = torch.take_along_dim(held.rows, index.unsqueeze(1), 2)
-        part.lost = held.lost * (index.shape[1] / held.mean.shape[1])
-    else:
-        part = Moments(held.mean.shape[0], index.shape[1], held.mean.device)
-        rows = torch.take_along_dim(held.scatter, index.unsqueeze(2), 1)
-        part.scatter = torch.take_along_dim(rows, index.unsqueeze(1), 2)
-    part.count = held.count
-    part.mean = torch.take_along_dim(held.mean, index, 1)
-    return part
-
-
-def _cut(site: Site, axes: Mapping[str, Tensor]) -> Site:
-    spec = site.spec
+def _cut(layer: Layer, axes: Mapping[str, Tensor]) -> Layer:
     if THROUGH in axes:
         left = axes[THROUGH]
-        (bias,) = site.biases
-        return dataclasses.replace(
-            site,
-            layers=(spec.narrowed(_counts(axes)),),
-            weights=(site.weight[left.to(site.weight.device)],),
-            biases=(None if bias is None else bias[left.to(bias.device)],),
-            moments=MappingProxyType({}),
+        return Layer(
+            layer.spec.narrowed(_counts(axes)), layer.weight[left.to(layer.weight.device)], _entries(layer.bias, left)
         )
     if IN in axes:
-        site = _cut_inputs(site, axes[IN])
+        layer = _cut_inputs(layer, axes[IN])
     if OUT in axes:
-        site = _cut_outputs(site, axes[OUT])
-    return site
+        layer = _cut_outputs(layer, axes[OUT])
+    return layer
 
 
-def _cut_outputs(site: Site, left: Tensor) -> Site:
-    spec = site.spec
-    g, o, *_ = spec.shape
-    rows = (left % o).reshape(g, -1).to(site.weight.device)
-    weight = torch.take_along_dim(site.weight, rows.reshape(g, -1, *(1,) * (site.weight.dim() - 2)), 1)
-    (bias,) = site.biases
-    moments = dict(site.moments)
-    for name in ("output", "gradient"):
-        if name in moments:
-            moments[name] = sliced(moments[name], rows)
-    return dataclasses.replace(
-        site,
-        layers=(spec.narrowed({OUT: len(left)}),),
-        weights=(weight,),
-        biases=(None if bias is None else bias[left.to(bias.device)],),
-        moments=MappingProxyType(moments),
-    )
+def _entries(bias: Tensor | None, left: Tensor) -> Tensor | None:
+    return None if bias is None else bias[left.to(bias.device)]
 
 
-def _cut_inputs(site: Site, left: Tensor) -> Site:
-    spec = site.spec
+def _cut_outputs(layer: Layer, left: Tensor) -> Layer:
+    g, o, *_ = layer.spec.shape
+    rows = (left % o).reshape(g, -1).to(layer.weight.device)
+    weight = torch.take_along_dim(layer.weight, rows.reshape(g, -1, *(1,) * (layer.weight.dim() - 2)), 1)
+    statistics = layer.statistics.of_outputs(rows)
+    return Layer(layer.spec.narrowed({OUT: len(left)}), weight, _entries(layer.bias, left), statistics)
+
+
+def _cut_inputs(layer: Layer, left: Tensor) -> Layer:
+    spec, statistics = layer.spec, layer.statistics
     g, o, i, *kernel = spec.shape
-    taps = spec.features // i
-    channels = (left % i).reshape(g, -1).to(site.weight.device)
-    weight = site.weight.double().reshape(g, o, i, taps)
-    entries = (channels.unsqueeze(2) * taps + torch.arange(taps, device=channels.device)).flatten(1)
-    moments = dict(site.moments)
-    (bias,) = site.biases
-    shift = None
-    if "input" in moments:
-        held = moments["input"]
-        covariance = torch.stack([_positive(c) for c in shrunk(held.covariance, held.count)])
-        fitted = subset.restored(covariance, weight.flatten(2), entries)
-        kept_mean = torch.take_along_dim(held.mean, entries, 1)
-        shift = torch.einsum("god,gd->go", weight.flatten(2), held.mean)
-        shift = shift - torch.einsum("god,gd->go", fitted, kept_mean)
-        moments["input"] = sliced(held, entries)
-        weight = fitted.reshape(g, o, -1, taps)
-    elif "channels" in moments:
-        held = moments["channels"]
-        covariance = torch.stack([_positive(c) for c in shrunk(held.covariance, held.count)])
-        by_tap = weight.movedim(3, 2).reshape(g, o * taps, i)
-        fitted = subset.restored(covariance, by_tap, channels).reshape(g, o, taps, -1)
-        kept_mean = torch.take_along_dim(held.mean, channels, 1)
-        shift = torch.einsum("goit,gi->go", weight, held.mean) - torch.einsum("goti,gi->go", fitted, kept_mean)
-        moments["channels"] = sliced(held, channels)
-        weight = fitted.movedim(2, 3)
-    elif isinstance(held := moments.get("sketch"), Sketch):
-        fitted = _from_sketch(held, weight.flatten(2), entries)
-        kept_mean = torch.take_along_dim(held.mean, entries, 1)
-        shift = torch.einsum("god,gd->go", weight.flatten(2), held.mean)
-        shift = shift - torch.einsum("god,gd->go", fitted, kept_mean)
-        weight = fitted.reshape(g, o, -1, taps)
-    else:
-        weight = torch.take_along_dim(weight, channels.reshape(g, 1, -1, 1), 2)
-    for name in list(moments):
-        if name.startswith("input:"):
-            per = moments[name].mean.shape[1] // i
-            rows = (channels.unsqueeze(2) * per + torch.arange(per, device=channels.device)).flatten(1)
-            moments[name] = sliced(moments[name], rows)
-    if "sketch" in moments:
-        moments["sketch"] = sliced(moments["sketch"], entries)
+    channels = (left % i).reshape(g, -1).to(layer.weight.device)
+    weight = layer.weight.double().reshape(g, o, i, -1)
+    ways = ((statistics.input, _by_patches), (statistics.channels, _by_channels), (statistics.sketch, _by_sketch))
+    moments, way = next(((m, way) for m, way in ways if m is not None), (None, _as_they_are))
+    weight, shift = way(moments, weight, channels)
+    bias = layer.bias
     if shift is not None:
         moved = shift.reshape(-1)
         bias = moved if bias is None else bias.double() + moved
-    return dataclasses.replace(
-        site,
-        layers=(spec.narrowed({IN: len(left)}),),
-        weights=(weight.to(site.weight.dtype).reshape(g, o, -1, *kernel),),
-        biases=(bias,),
-        moments=MappingProxyType(moments),
+    return Layer(
+        spec.narrowed({IN: len(left)}),
+        weight.to(layer.weight.dtype).reshape(g, o, -1, *kernel),
+        bias,
+        statistics.of_inputs(channels, i),
     )
+
+
+# How a weight ``[g, o, i, taps]`` makes up for input channels that go, by what is known of the inputs: the weight of
+# the channels that stay, and the mean response that it misses.
+
+
+def _as_they_are(moments: None, weight: Tensor, channels: Tensor) -> tuple[Tensor, None]:
+    return torch.take_along_dim(weight, channels.reshape(len(channels), 1, -1, 1), 2), None
+
+
+def _by_patches(moments: Moments, weight: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
+    entries = entries_of(channels, weight.shape[3])
+    fitted = subset.restored(_covariance(moments), weight.flatten(2), entries)
+    return _with_shift(moments, weight, fitted, entries)
+
+
+def _by_sketch(moments: Sketch, weight: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
+    entries = entries_of(channels, weight.shape[3])
+    return _with_shift(moments, weight, _from_sketch(moments, weight.flatten(2), entries), entries)
+
+
+def _by_channels(moments: Moments, weight: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
+    g, o, i, taps = weight.shape
+    by_tap = weight.movedim(3, 2).reshape(g, o * taps, i)
+    fitted = subset.restored(_covariance(moments), by_tap, channels).reshape(g, o, taps, -1)
+    kept_mean = torch.take_along_dim(moments.mean, channels, 1)
+    shift = torch.einsum("goit,gi->go", weight, moments.mean) - torch.einsum("goti,gi->go", fitted, kept_mean)
+    return fitted.movedim(2, 3), shift
+
+
+def _covariance(moments: Moments) -> Tensor:
+    return torch.stack([_positive(c) for c in shrunk(moments.covariance, moments.count)])
+
+
+def _with_shift(moments: Moments, weight: Tensor, fitted: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
+    kept_mean = torch.take_along_dim(moments.mean, entries, 1)
+    shift = torch.einsum("god,gd->go", weight.flatten(2), moments.mean)
+    shift = shift - torch.einsum("god,gd->go", fitted, kept_mean)
+    return fitted.reshape(*weight.shape[:2], -1, weight.shape[3]), shift
 
 
 def _from_sketch(held: Sketch, weight: Tensor, entries: Tensor) -> Tensor:

@@ -7,102 +7,299 @@ sites, what was skipped and why, and what the rest of the network costs. There i
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from spectrim.errors import MissingMomentsError
 from spectrim.linalg.moments import Moments
+from spectrim.linalg.sketch import Sketch
 from spectrim.network.coupling import Coupling
 from spectrim.network.layer import LayerSpec
 
 
 @dataclass(frozen=True)
-class Site:
-    """A place where one choice is made.
+class Statistics:
+    """What calibration keeps of one layer, as streamed moments ``[g, features]``; all of it may be absent.
+
+    Attributes
+    ----------
+    input
+        Of whole input patches ``(i, *k)``, or of a linear layer's inputs.
+    output
+        Of the outputs, where there is no room for ``input``.
+    slices
+        Of the slices of each unfolding's first factor, by its name (``height-first``), where there is none either.
+    channels
+        Of a convolution's input channels at single positions, where channels may be removed and there is no ``input``.
+    sketch
+        A few rows in place of ``input``, for linear layers with many inputs.
+    gradient
+        Of the gradients that reach the outputs (:func:`spectrim.sensitivity`).
+    """
+
+    input: Moments | None = None
+    output: Moments | None = None
+    slices: Mapping[str, Moments] = field(default_factory=lambda: MappingProxyType({}))
+    channels: Moments | None = None
+    sketch: Sketch | None = None
+    gradient: Moments | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.names)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What there is, for people."""
+        return tuple(f.name for f in dataclasses.fields(self) if getattr(self, f.name))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        whole = (self.input, self.output, self.channels, self.sketch, self.gradient, *self.slices.values())
+        return sum(moments.nbytes for moments in whole if moments is not None)
+
+    def of_inputs(self, channels: Tensor, of: int) -> Statistics:
+        """The statistics once only some input channels ``[g, n]`` are left, of so many a group."""
+
+        def taken(moments: Any) -> Any:
+            return None if moments is None else moments.take(entries_of(channels, moments.mean.shape[1] // of))
+
+        return dataclasses.replace(
+            self,
+            input=taken(self.input),
+            channels=taken(self.channels),
+            sketch=taken(self.sketch),
+            slices=MappingProxyType({name: taken(moments) for name, moments in self.slices.items()}),
+        )
+
+    def of_outputs(self, rows: Tensor) -> Statistics:
+        """The statistics once only some output channels ``[g, n]`` are left."""
+        output, gradient = (moments and moments.take(rows) for moments in (self.output, self.gradient))
+        return dataclasses.replace(self, output=output, gradient=gradient)
+
+
+def entries_of(channels: Tensor, per: int) -> Tensor:
+    """Entries ``[g, n * per]`` of channels ``[g, n]`` that have so many each, one after the other."""
+    return (channels.unsqueeze(2) * per + torch.arange(per, device=channels.device)).flatten(1)
+
+
+class Site(ABC):
+    """A place where one choice is made: a :class:`Layer`, a :class:`Group`, or coupled :class:`Channels`.
 
     Attributes
     ----------
     name
-        Unique; the first layer's module path for a site of one layer.
-    layers
-        The layers concerned: one for low rank, several for joint factors or coupled channels.
-    weights
-        One canonical weight ``[g, o, i, *k]`` a layer, detached, in the model's dtype and on its device.
-    biases
-        One bias ``[o_total]`` or None a layer.
-    moments
-        Calibration statistics by name (see :mod:`spectrim.nn.watch.calibrate`): ``input`` and ``output`` of a single
-        layer. Those of the ``n``-th of several layers have ``"n/"`` before the name.
-    same_input
-        Whether all of several layers are called with one and the same tensor, as the queries, keys and values of
-        attention are.
-    coupling
-        For a site of coupled channels: where they lie in its layers. Its own moments, beside those of the layers, are
-        ``pooled:max``, ``pooled:mean`` and ``unpooled``: the channels as their readers see them.
+        Unique; the module path of a single layer.
+    parts
+        The layers concerned, each with its statistics.
     """
 
-    name: str
-    layers: tuple[LayerSpec, ...]
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor | None, ...]
-    moments: Mapping[str, Moments] = field(default_factory=lambda: MappingProxyType({}))
-    same_input: bool = False
-    coupling: Coupling | None = None
+    if TYPE_CHECKING:
 
-    @classmethod
-    def join(cls, name: str, parts: Sequence[Site], *, same_input: bool = False) -> Site:
-        """One site of the layers of several."""
-        layers = [
-            (spec, w, b) for part in parts for spec, w, b in zip(part.layers, part.weights, part.biases, strict=True)
-        ]
-        specs, weights, biases = zip(*layers, strict=True)
-        moments = {f"{n}/{key}": held for n, part in enumerate(parts) for key, held in part.moments.items()}
-        return cls(name, specs, weights, biases, MappingProxyType(moments), same_input)
+        @property
+        def name(self) -> str: ...
+
+        @property
+        def parts(self) -> tuple[Layer, ...]: ...
 
     @property
-    def parts(self) -> tuple[Site, ...]:
-        """The layers as sites of their own, each with its moments."""
-        if len(self.layers) == 1:
-            return (self,)
-        held: list[dict[str, Moments]] = [{} for _ in self.layers]
-        for key, moments in self.moments.items():
-            number, _, statistic = key.partition("/")
-            if statistic:
-                held[int(number)][statistic] = moments
-        rows = zip(self.layers, self.weights, self.biases, held, strict=True)
-        return tuple(Site(spec.name, (spec,), (w,), (b,), MappingProxyType(own)) for spec, w, b, own in rows)
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """The layers as numbers."""
+        return tuple(part.spec for part in self.parts)
 
     @property
-    def spec(self) -> LayerSpec:
-        """The only layer of a site of one layer."""
-        (spec,) = self.layers
-        return spec
+    def weights(self) -> tuple[Tensor, ...]:
+        """One canonical weight ``[g, o, i, *k]`` a layer."""
+        return tuple(part.weight for part in self.parts)
 
     @property
-    def weight(self) -> Tensor:
-        """The only weight of a site of one layer."""
-        (weight,) = self.weights
-        return weight
+    def biases(self) -> tuple[Tensor | None, ...]:
+        """One bias ``[o_total]`` or None a layer."""
+        return tuple(part.bias for part in self.parts)
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Names of the layers that it is on offer in place of; none for a layer, which is on offer itself."""
+        return ()
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether there are statistics of any of the layers."""
+        return any(part.statistics for part in self.parts)
+
+    @property
+    @abstractmethod
+    def kind(self) -> str:
+        """What it is, for people."""
+
+    def missing(self, statistic: str, why: str, there: Sequence[str]) -> MissingMomentsError:
+        """The error for a statistic that calibration has not collected."""
+        return MissingMomentsError(
+            f"site {self.name!r} ({self.kind}) holds no {statistic!r} moments (held: "
+            f"{', '.join(sorted(there)) or 'none'}), which {why} needs. Run calibrate(model, sites, batches) first."
+        )
+
+
+@dataclass(frozen=True)
+class Layer(Site):
+    """One layer.
+
+    Attributes
+    ----------
+    spec
+        The layer as numbers.
+    weight
+        Canonical, ``[g, o, i, *k]``, detached, in the model's dtype and on its device.
+    bias
+        ``[o_total]`` or None.
+    statistics
+        From :func:`spectrim.calibrate`.
+    """
+
+    spec: LayerSpec
+    weight: Tensor
+    bias: Tensor | None = None
+    statistics: Statistics = Statistics()
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def parts(self) -> tuple[Layer, ...]:
+        return (self,)
+
+    @property
+    def kind(self) -> str:
+        return self.spec.kind
+
+    def with_layers(self, specs: Sequence[LayerSpec]) -> Layer:
+        """The same with other numbers for its layer."""
+        (spec,) = specs
+        return dataclasses.replace(self, spec=spec)
 
     def require(self, statistic: str, why: str) -> Moments:
-        """The moments called ``statistic``.
+        """The statistic of this name.
 
         Raises
         ------
         MissingMomentsError
-            If calibration did not collect them; the message names the site.
+            If calibration did not collect it; the message names the layer.
         """
-        if statistic not in self.moments:
-            held = ", ".join(sorted(self.moments)) or "none"
-            raise MissingMomentsError(
-                f"site {self.name!r} ({self.layers[0].kind}) holds no {statistic!r} moments (held: {held}), which "
-                f"{why} needs. Run calibrate(model, sites, batches) first."
-            )
-        return self.moments[statistic]
+        moments = getattr(self.statistics, statistic)
+        if moments is None:
+            raise self.missing(statistic, why, self.statistics.names)
+        return moments
+
+
+class _Several(Site):
+    """What layers together answer that are asked as one."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("spec", "weight", "bias", "statistics"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        raise AttributeError(
+            f"site {self.name!r} is {len(self.parts)} layers ({', '.join(part.name for part in self.parts)}) and has "
+            f"no {name} of its own: ask each of its parts"
+        )
+
+
+@dataclass(frozen=True)
+class Group(_Several):
+    """Layers that may share factors.
+
+    Attributes
+    ----------
+    same_input
+        Whether all of them are called with one and the same tensor, as the queries, keys and values of attention are.
+    """
+
+    name: str
+    parts: tuple[Layer, ...]
+    same_input: bool = False
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return tuple(part.name for part in self.parts)
+
+    def with_layers(self, specs: Sequence[LayerSpec]) -> Group:
+        """The same with other numbers for its layers."""
+        parts = zip(self.parts, specs, strict=True)
+        return dataclasses.replace(self, parts=tuple(dataclasses.replace(part, spec=spec) for part, spec in parts))
+
+    @property
+    def kind(self) -> str:
+        return f"{len(self.parts)} x {self.parts[0].kind}"
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """Moments of coupled channels as their readers see them, ``[1, channels]``.
+
+    Attributes
+    ----------
+    max, mean
+        Of the largest and of the mean response over the positions of a sample.
+    unpooled
+        Of single positions.
+    """
+
+    max: Moments | None = None
+    mean: Moments | None = None
+    unpooled: Moments | None = None
+
+    def take(self, channels: Tensor) -> Pooled:
+        """Those of some channels ``[n]``."""
+        parts = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
+        return Pooled(**{name: moments and moments.take(channels.unsqueeze(0)) for name, moments in parts})
+
+
+@dataclass(frozen=True)
+class Channels(_Several):
+    """Channels of several layers that can only be removed together.
+
+    Attributes
+    ----------
+    coupling
+        Where they lie.
+    parts
+        All layers that hold them.
+    pooled
+        Their statistics, known after calibration.
+    """
+
+    coupling: Coupling
+    parts: tuple[Layer, ...]
+    pooled: Pooled = Pooled()
+
+    @property
+    def name(self) -> str:
+        return self.coupling.name
+
+    @property
+    def kind(self) -> str:
+        return f"{self.coupling.channels} channels"
+
+    def require(self, statistic: str, why: str) -> Moments:
+        """The pooled statistic of this name.
+
+        Raises
+        ------
+        MissingMomentsError
+            If calibration did not collect it; the message names the channels.
+        """
+        moments = getattr(self.pooled, statistic)
+        if moments is None:
+            names = (f.name for f in dataclasses.fields(self.pooled))
+            raise self.missing(statistic, why, [name for name in names if getattr(self.pooled, name) is not None])
+        return moments
 
 
 @dataclass(frozen=True)
@@ -147,7 +344,7 @@ class Sites:
         Calibration samples seen.
     """
 
-    sites: tuple[Site, ...]
+    sites: tuple[Layer, ...]
     skipped: tuple[Skipped, ...] = ()
     untouched: tuple[LayerSpec, ...] = ()
     other_parameters: int = 0
@@ -157,63 +354,62 @@ class Sites:
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     same_inputs: tuple[tuple[str, ...], ...] = ()
     couplings: tuple[Coupling, ...] = ()
-    pooled: Mapping[str, Mapping[str, Moments]] = field(default_factory=lambda: MappingProxyType({}))
-    followers: tuple[Site, ...] = ()
+    pooled: Mapping[str, Pooled] = field(default_factory=lambda: MappingProxyType({}))
+    followers: tuple[Layer, ...] = ()
     norms: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
-    def __iter__(self) -> Iterator[Site]:
+    def __iter__(self) -> Iterator[Layer]:
         return iter(self.sites)
 
     def __len__(self) -> int:
         return len(self.sites)
 
-    def __getitem__(self, name: str) -> Site:
-        """A site by its name, or the site of all layers of a group or of coupled channels."""
+    def __getitem__(self, name: str) -> Any:
+        """A :class:`Layer` by its name, or a :class:`Group` or :class:`Channels` by theirs."""
         coupling = next((c for c in self.couplings if c.name == name), None)
         if coupling is not None:
             return self._coupled(coupling)
         if name in self.groups and name not in self._by_name:
             return self.together(name, self.groups[name])
+        return self.layer(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name or name in self.groups
+
+    def layer(self, name: str) -> Layer:
+        """A single layer by its name."""
         try:
             return self._by_name[name]
         except KeyError:
             raise KeyError(f"no site {name!r}; there are {', '.join(map(repr, self._by_name)) or 'none'}") from None
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._by_name or name in self.groups
-
-    def together(self, name: str, members: Sequence[str]) -> Site:
-        """One site of the layers of several."""
+    def together(self, name: str, members: Sequence[str]) -> Group:
+        """One site of several layers."""
         same = any(set(members) <= set(names) for names in self.same_inputs)
-        return Site.join(name, [self[member] for member in members], same_input=same)
+        return Group(name, tuple(self.layer(member) for member in members), same)
 
-    def joint(self) -> tuple[Site, ...]:
-        """The sites of the groups, those whose layers are all there."""
-        return tuple(self[name] for name, members in self.groups.items() if all(m in self._by_name for m in members))
+    def joint(self) -> tuple[Group, ...]:
+        """The groups whose layers are all there."""
+        groups = {n: members for n, members in self.groups.items() if all(m in self._by_name for m in members)}
+        return tuple(self.together(name, members) for name, members in groups.items())
 
-    def coupled(self) -> tuple[Site, ...]:
-        """The sites of coupled channels: all layers that hold them, with their moments."""
+    def coupled(self) -> tuple[Channels, ...]:
+        """The coupled channels, with all layers that hold them."""
         return tuple(self._coupled(coupling) for coupling in self.couplings)
 
-    def _coupled(self, coupling: Coupling) -> Site:
+    def _coupled(self, coupling: Coupling) -> Channels:
         specs = {spec.name: spec for spec in self.untouched}
-        beside = {site.name: site for site in self.followers}
-        parts = []
-        for name in dict.fromkeys(side.name for side in coupling.sides):
-            if name in self._by_name:
-                parts.append(self._by_name[name])
-            elif name in beside:
-                # What calibration learned of its inputs is in its spec among the untouched.
-                parts.append(dataclasses.replace(beside[name], layers=(specs.get(name, beside[name].spec),)))
-        joined = Site.join(coupling.name, parts)
-        moments = {**joined.moments, **self.pooled.get(coupling.name, {})}
-        return dataclasses.replace(joined, moments=MappingProxyType(moments), coupling=coupling)
+        # What calibration learned of a follower's inputs is in its spec among the untouched.
+        known = {f.name: dataclasses.replace(f, spec=specs.get(f.name, f.spec)) for f in self.followers} | self._by_name
+        names = dict.fromkeys(side.name for side in coupling.sides)
+        parts = tuple(known[name] for name in names if name in known)
+        return Channels(coupling, parts, self.pooled.get(coupling.name, Pooled()))
 
     @cached_property
-    def _by_name(self) -> dict[str, Site]:
-        return {site.name: site for site in self.sites}
+    def _by_name(self) -> dict[str, Layer]:
+        return {layer.name: layer for layer in self.sites}
 
     @property
     def seen(self) -> bool:
         """Whether the network has been run, so that input shapes and MACs are known."""
-        return all(spec.inputs for site in self.sites for spec in site.layers)
+        return all(layer.spec.inputs for layer in self.sites)

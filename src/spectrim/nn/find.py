@@ -16,7 +16,7 @@ from spectrim.errors import UnsupportedLayerError
 from spectrim.linalg.packing import packed_bytes
 from spectrim.linalg.patterns import Pattern
 from spectrim.network.layer import LayerSpec
-from spectrim.network.sites import Site, Sites, Skipped
+from spectrim.network.sites import Layer, Sites, Skipped
 
 Selector = str | type | Callable[[str, nn.Module], bool]
 
@@ -58,7 +58,7 @@ def find(
     wanted = _Wanted(_selectors(skip), _selectors(only))
     wanted.check([n for group in layers.values() for n in group])
 
-    sites: list[Site] = []
+    sites: list[Layer] = []
     skipped: list[Skipped] = []
     untouched: list[LayerSpec] = []
     covered: set[int] = set()
@@ -72,7 +72,7 @@ def find(
         reason = sparse or _obstacle(model, module, paths, tied) or wanted.reason(module, paths, spec)
         if reason is None and spec is not None:
             weight, bias = canonical(module)
-            sites.append(Site(spec.name, (spec,), (weight,), (bias,)))
+            sites.append(Layer(spec, weight, bias))
         else:
             kind = spec.kind if spec is not None else type(module).__name__
             skipped.append(Skipped(paths[0], kind, reason or "not a plain layer"))

@@ -16,7 +16,7 @@ from spectrim.linalg.unfold import unfoldings
 from spectrim.methods.base import Curve, LowRankMethod, Method, from_record, full_rank
 from spectrim.network.choices import Choice
 from spectrim.network.factors import Factors
-from spectrim.network.sites import Site
+from spectrim.network.sites import Layer, Site
 from spectrim.nn.build import build
 from spectrim.nn.find import canonical
 from spectrim.testing.layers import LAYERS, small_site
@@ -82,7 +82,9 @@ def check_method(
 
 
 def offered(method: Method, site: Site, *, calibrated: bool) -> Curve | None:
-    """The curve of a site, or None if the method needs data and says so."""
+    """The curve of a site, or None if the method is for others, or needs data and says so."""
+    if not isinstance(site, method.takes):
+        return None
     try:
         return method.curve(site)
     except MissingMomentsError:
@@ -181,7 +183,7 @@ def _check_modules(method: Method, site: Site, choice: Choice, factors: Factors,
         expect(stored == counted, f"{where}: {choice} has {stored} parameters, and costs count {counted}")
 
 
-def _check_full_rank(method: LowRankMethod, site: Site, layer: nn.Module, inputs: Tensor, where: str) -> int:
+def _check_full_rank(method: LowRankMethod, site: Layer, layer: nn.Module, inputs: Tensor, where: str) -> int:
     epsilon = torch.finfo(site.weight.dtype).eps
     checked = 0
     with torch.no_grad():

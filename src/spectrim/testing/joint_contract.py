@@ -107,7 +107,7 @@ def _check_built(
 ) -> None:
     """The pairs, and, of a calibrated group, what fitting the layers anew makes of them."""
     _check_pairs(method, site, choice, factors, where)
-    if site.moments:
+    if site.calibrated:
         _check_refit(method, site, choice, factors, unit, tolerance, where)
 
 

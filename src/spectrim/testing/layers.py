@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from spectrim.network.sites import Site, Sites
+from spectrim.network.sites import Group, Layer, Sites
 from spectrim.nn.find import canonical, describe, find
 from spectrim.nn.modules import make_layer
 from spectrim.nn.watch.calibrate import calibrate
@@ -93,7 +93,7 @@ def small_site(
     dtype: torch.dtype = torch.float32,
     samples: int = 96,
     seed: int = 0,
-) -> tuple[Site, nn.Module, Tensor]:
+) -> tuple[Layer, nn.Module, Tensor]:
     """A site of one of :data:`LAYERS`.
 
     Parameters
@@ -105,7 +105,7 @@ def small_site(
 
     Returns
     -------
-    Site, nn.Module, Tensor
+    Layer, nn.Module, Tensor
         The site, its layer and the inputs it was calibrated on.
     """
     layer = _made(kind, dtype, seed)
@@ -124,7 +124,7 @@ def small_group(
     dtype: torch.dtype = torch.float32,
     samples: int = 96,
     seed: int = 0,
-) -> tuple[Site, tuple[nn.Module, ...], tuple[Tensor, ...]]:
+) -> tuple[Group, tuple[nn.Module, ...], tuple[Tensor, ...]]:
     """A site of several layers of one kind, as a group has them.
 
     Parameters
@@ -142,7 +142,7 @@ def small_group(
 
     Returns
     -------
-    Site, layers, inputs
+    Group, layers, inputs
         The site, its layers, called ``"0"``, ``"1"``, ..., and what each was calibrated on.
 
     Raises
@@ -163,15 +163,14 @@ def small_group(
             fewer = list(shapes[-1])
             fewer[axis] = channels
             shapes[-1] = tuple(fewer)
-    parts: list[Site] = []
+    parts: list[Layer] = []
     inputs: list[Tensor] = []
     for n, (layer, shape) in enumerate(zip(layers, shapes, strict=True)):
         drawn = seed if same_input else seed + n
         site, seen = _sited(layer, shape, samples, drawn, calibrated=calibrated, weighted=weighted)
-        spec = dataclasses.replace(site.spec, names=(str(n),))
-        parts.append(dataclasses.replace(site, name=str(n), layers=(spec,)))
+        parts.append(dataclasses.replace(site, spec=dataclasses.replace(site.spec, names=(str(n),))))
         inputs.append(seen)
-    return Site.join("group", parts, same_input=same_input), tuple(layers), tuple(inputs)
+    return Group("group", tuple(parts), same_input), tuple(layers), tuple(inputs)
 
 
 def _made(kind: str, dtype: torch.dtype, seed: int) -> nn.Module:
@@ -196,7 +195,7 @@ def _narrowed(layer: nn.Module, side: str) -> nn.Module:
 
 def _sited(
     layer: nn.Module, shape: Sequence[int], samples: int, seed: int, *, calibrated: bool, weighted: bool
-) -> tuple[Site, Tensor]:
+) -> tuple[Layer, Tensor]:
     """The site of a layer, and the inputs it was calibrated on."""
     dtype = next(layer.parameters()).dtype
     inputs = sample_inputs(shape, samples, channel=-1 if isinstance(layer, nn.Linear) else 0, dtype=dtype, seed=seed)
@@ -206,4 +205,4 @@ def _sited(
         sites = calibrate(model, sites, [inputs], rows=None)
     if weighted:
         sites = sensitivity(model, sites, [inputs])
-    return sites["0"], inputs
+    return sites.layer("0"), inputs

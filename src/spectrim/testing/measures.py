@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spectrim.methods import metrics
 from spectrim.methods.base import OUTPUT_ENERGY, WEIGHT_ENERGY, WEIGHTED_ENERGY
-from spectrim.network.sites import Site
+from spectrim.network.sites import Layer, Site
 
 
 def measured_error(site: Site, weights: Sequence[Tensor], unit: str) -> float:
@@ -41,7 +41,7 @@ def measured_error(site: Site, weights: Sequence[Tensor], unit: str) -> float:
     return sum(scale * share for scale, share in zip(scales, shares, strict=True)) / (sum(scales) or 1.0)
 
 
-def _lost(part: Site, new: Tensor, unit: str) -> tuple[float, float]:
+def _lost(part: Layer, new: Tensor, unit: str) -> tuple[float, float]:
     """Energy of what is missing in one layer, and of all of it."""
     g, o = part.weight.shape[:2]
     weight = part.weight.double().reshape(g, o, -1)

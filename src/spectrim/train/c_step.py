@@ -60,7 +60,7 @@ class CStep:
             _check_offers(table, self.methods)
         self.table = with_zero(table, sites)
         self._steady = True
-        self._seen: dict[str, tuple[Tensor, ...]] = {s.name: tuple(w.clone() for w in s.weights) for s in sites}
+        self._seen: dict[str, Tensor] = {site.name: site.weight.clone() for site in sites}
 
     def renew(self, sites: Sites) -> None:
         """Make the rows of the sites that have moved again.
@@ -73,9 +73,9 @@ class CStep:
         _check_finite(sites)
         moved = set()
         for site in sites:
-            if not all(torch.equal(a, b) for a, b in zip(site.weights, self._seen[site.name], strict=True)):
+            if not torch.equal(site.weight, self._seen[site.name]):
                 moved.add(site.name)
-                self._seen[site.name] = site.weights
+                self._seen[site.name] = site.weight
         for members in sites.groups.values():
             moved |= set(members) if moved & set(members) else set()
         some = tuple(site for site in sites if site.name in moved)
@@ -140,5 +140,5 @@ def _check_offers(table: Candidates, methods: Sequence[Method]) -> None:
 
 def _check_finite(sites: Sites) -> None:
     for site in sites:
-        if not all(bool(weight.isfinite().all()) for weight in site.weights):
+        if not bool(site.weight.isfinite().all()):
             raise FloatingPointError(f"layer {site.name!r} has weights that are not finite. Lower lr, or clip")

@@ -19,7 +19,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ from spectrim.errors import CheckpointError, MissingMomentsError, PlanError
 from spectrim.methods import Method, as_methods, from_record
 from spectrim.network.choices import Choice
 from spectrim.network.layer import LayerSpec
-from spectrim.network.sites import Site, Sites
+from spectrim.network.sites import Layer, Site, Sites, Statistics
 from spectrim.nn.find import canonical
 from spectrim.pipeline import meet_latency
 from spectrim.preparation import one_batch, prepare
@@ -166,7 +165,7 @@ class LearnedRanks:
             else rank_tables.rank_methods(paper=not dense, groups=bool(sites.groups))
         )
         self.sites, self._latency = sites, latency
-        self._layers = {spec.name: model.get_submodule(spec.name) for site in sites for spec in site.layers}
+        self._layers = {spec.name: model.get_submodule(spec.name) for spec in (site.spec for site in sites)}
         self._targets: dict[str, Tensor] = {}
         self._multipliers: dict[str, Tensor] = {}
         self._batches = 0
@@ -186,12 +185,12 @@ class LearnedRanks:
         self.candidates = rank_tables.without_zero(self.table)
         self.trajectory = Trajectory(
             sites=tuple(site.name for site in sites),
-            full=tuple(rank_tables.full(site) for site in sites),
+            full=tuple(rank_tables.full(site.spec) for site in sites),
             dense_costs=dict(self.table.dense),
             budget={} if budget is None else budget.limits(self.table.dense),
         )
         if start is None:
-            warm = budget is not None and all(site.moments for site in sites)
+            warm = budget is not None and all(site.statistics for site in sites)
             start = default_methods(sites) if warm else self.methods
         begin = time.perf_counter()
         # Seen now, and not after an epoch: the methods of all C steps but the first must meet the budget as well.
@@ -300,7 +299,7 @@ class LearnedRanks:
         """
         sites = self._present(lambda name, weight: weight.clone())
         if batches is not None:
-            weighed = any("gradient" in site.moments for site in self.sites)
+            weighed = any(site.statistics.gradient is not None for site in self.sites)
             fitted = prepare(self.model, sites, batches, sensitivity=weighed, forward=forward).sites
             sites = fitted if self.energy == "output" else sites
         else:
@@ -401,9 +400,8 @@ class LearnedRanks:
         found = []
         for site in self.sites:
             weight, bias = canonical(self._layers[site.name])
-            weights, biases = (change(site.name, weight),), (bias,)
-            moments = site.moments if self.energy == "output" else MappingProxyType({})
-            found.append(dataclasses.replace(site, weights=weights, biases=biases, moments=moments))
+            statistics = site.statistics if self.energy == "output" else Statistics()
+            found.append(Layer(site.spec, change(site.name, weight), bias, statistics))
         return dataclasses.replace(self.sites, sites=tuple(found))
 
     @torch.no_grad()
@@ -475,7 +473,7 @@ def _check(
         raise ValueError(f"energy={energy!r} must be 'weight' or 'output'")
     if energy == "output" and not normalize:
         raise ValueError("normalize=False is for weight energy; output energy is a share of the layer's always")
-    if energy == "output" and not all(site.moments for site in sites):
+    if energy == "output" and not all(site.statistics for site in sites):
         raise ValueError("energy='output' needs sites from calibrate(model, sites, batches), with statistics")
     if budget is not None and not dense:
         raise ValueError("dense=False is for a multiplier given by hand; under a budget a layer may stay dense")

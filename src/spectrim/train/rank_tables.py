@@ -9,7 +9,8 @@ from spectrim.linalg.unfold import unfoldings
 from spectrim.methods import JointSVD, Method, WeightSVD
 from spectrim.methods.base import full_rank
 from spectrim.network.choices import Choice, ZeroChoice
-from spectrim.network.sites import Site, Sites
+from spectrim.network.layer import LayerSpec
+from spectrim.network.sites import Sites
 from spectrim.selection.candidates import Candidates, Option, Row
 
 ZERO = ZeroChoice(0)
@@ -33,7 +34,7 @@ def with_zero(table: Candidates, sites: Sites) -> Candidates:
         if row.members:
             rows.append(row)
             continue
-        empty = [dataclasses.replace(spec, in_channels=0) for spec in sites[row.site].layers]
+        empty = [dataclasses.replace(sites.layer(row.site).spec, in_channels=0)]
         # A cost that is measured, or is the user's, takes nothing for a layer that is not there.
         costs = {name: counted[name](empty) if name in counted else 0.0 for name in table.costs}
         rows.append(dataclasses.replace(row, options=(*row.options, Option(ZERO, 1.0, costs))))
@@ -55,7 +56,7 @@ def weighed(table: Candidates, sites: Sites, mu: float, *, normalize: bool) -> C
     rows = []
     for row in table.rows:
         names = row.sites
-        energy = sum(float(weight.double().square().sum()) for name in names for weight in sites[name].weights)
+        energy = sum(float(sites.layer(name).weight.double().square().sum()) for name in names)
         half = row.scale if row.scale != len(names) else 0.5 * len(names)
         options = row.options
         if not energy:
@@ -82,7 +83,6 @@ def rank(choice: Choice, otherwise: int) -> int:
     return choice.cut[1] if choice.cut else otherwise
 
 
-def full(site: Site) -> int:
-    """Full rank of a site's first layer, the largest over its unfoldings."""
-    spec = site.layers[0]
+def full(spec: LayerSpec) -> int:
+    """Full rank of a layer, the largest over its unfoldings."""
     return max(full_rank(spec, how) for how in unfoldings(spec.kernel))

@@ -48,7 +48,7 @@ def test_moments_of_every_layer_kind_equal_a_direct_computation(name):
     batches = [torch.randn(shape) + 3 for _ in range(3)]
     site = calibrate(model, find(model), batches, rows=None)["layer"]
     mean, covariance = direct(torch.cat([every_patch(site, x) for x in batches], 1))
-    moments = site.moments["input"]
+    moments = site.statistics.input
     assert moments.mean.dtype == moments.scatter.dtype == torch.float64
     assert close(moments.mean, mean, 1e-6)
     assert close(moments.covariance, covariance)
@@ -62,7 +62,7 @@ def test_one_batch_or_many_make_no_difference():
     assert whole.samples == parts.samples == 12
     for a, b in zip(whole, parts, strict=True):
         assert a.spec == b.spec
-        assert same(a.moments["input"], b.moments["input"], 1e-5)
+        assert same(a.statistics.input, b.statistics.input, 1e-5)
 
 
 @pytest.mark.parametrize("rows", [40, "auto"])
@@ -70,8 +70,8 @@ def test_sampled_positions_estimate_the_same_moments(rows, monkeypatch):
     monkeypatch.setattr(module_under_test, "EFFORT", 0.0)
     model = Wrapped(nn.Conv2d(2, 4, 3, padding=1))
     batches = [torch.randn(8, 2, 8, 8) for _ in range(12)]
-    moments = calibrate(model, find(model), batches, rows=rows)["layer"].moments["input"]
-    exact = calibrate(model, find(model), batches, rows=None)["layer"].moments["input"]
+    moments = calibrate(model, find(model), batches, rows=rows)["layer"].statistics.input
+    exact = calibrate(model, find(model), batches, rows=None)["layer"].statistics.input
     assert moments.count == 12 * (40 if rows == 40 else 256)
     assert close(moments.covariance, exact.covariance, 0.2)
     assert not torch.equal(moments.covariance, exact.covariance)
@@ -81,12 +81,12 @@ def test_more_effort_samples_more_positions(monkeypatch):
     model, batches = Wrapped(nn.Conv2d(2, 4, 3, padding=1)), [torch.randn(16, 2, 16, 16)]
     monkeypatch.setattr(module_under_test, "EFFORT", 1.0)
     # A position costs 18 x 4 products in the layer and 18 x 18 in the statistics.
-    assert calibrate(model, find(model), batches)["layer"].moments["input"].count == 16**3 * 4 // 18
+    assert calibrate(model, find(model), batches)["layer"].statistics.input.count == 16**3 * 4 // 18
 
 
 def test_the_same_seed_gives_the_same_bits():
     model, batches = Wrapped(nn.Conv2d(2, 4, 3)), [torch.randn(4, 2, 8, 8)]
-    runs = [calibrate(model, find(model), batches, rows=20, seed=s)["layer"].moments["input"] for s in (0, 0, 1)]
+    runs = [calibrate(model, find(model), batches, rows=20, seed=s)["layer"].statistics.input for s in (0, 0, 1)]
     assert torch.equal(runs[0].scatter, runs[1].scatter)
     assert not torch.equal(runs[0].scatter, runs[2].scatter)
 
@@ -97,32 +97,33 @@ def test_long_patches_keep_slices_of_each_unfolding_and_outputs(monkeypatch):
     x = torch.randn(5, 6, 6, 6)
     sites = find(model)
     full = calibrate(Wrapped(nn.Conv2d(6, 4, (3, 2), groups=2)), find(model), [x], rows=None)["layer"]
-    assert set(full.moments) == {"input"}  # 18 numbers
+    assert set(full.statistics.names) == {"input"}  # 18 numbers
     monkeypatch.setattr(module_under_test, "FULL_PATCH", 17)
     site = calibrate(model, sites, [x], rows=None)["layer"]
-    assert set(site.moments) == {"input:input", "input:height-first", "input:width-first", "output"}
+    assert set(site.statistics.names) == {"slices", "output"}
+    assert set(site.statistics.slices) == {"input", "height-first", "width-first"}
     patches = sample_patches(site.spec, x, None, torch.Generator()).double()
     for how in unfoldings((3, 2))[1:]:
         kept = [a for a in range(2) if a in how.axes]
         rest = [a for a in range(2) if a not in how.axes]
         slices = patches.permute(0, 1, *(3 + a for a in rest), 2, *(3 + a for a in kept))
         mean, covariance = direct(slices.reshape(2, -1, 3 * how.sizes((3, 2))[0]))
-        assert close(site.moments[f"input:{how.name}"].mean, mean)
-        assert close(site.moments[f"input:{how.name}"].covariance, covariance)
+        assert close(site.statistics.slices[how.name].mean, mean)
+        assert close(site.statistics.slices[how.name].covariance, covariance)
     weight, bias = canonical(model.layer)
     outputs = torch.einsum("gof,gnf->gno", weight.double().flatten(2), patches.flatten(2))
     mean, covariance = direct(outputs + bias.reshape(2, 1, 2))
-    assert close(site.moments["output"].mean, mean)
-    assert close(site.moments["output"].covariance, covariance)
+    assert close(site.statistics.output.mean, mean)
+    assert close(site.statistics.output.covariance, covariance)
 
 
 def test_a_wide_linear_layer_keeps_its_outputs_and_a_sketch_of_its_inputs(monkeypatch):
     monkeypatch.setattr(module_under_test, "FULL_LINEAR", 6)
     model, x = Wrapped(nn.Linear(7, 3)), torch.randn(9, 7)
     site = calibrate(model, find(model), [x])["layer"]
-    assert set(site.moments) == {"output", "sketch"}
-    assert close(site.moments["output"].covariance, direct(model(x).detach().double()[None])[1])
-    assert close(site.moments["sketch"].covariance, direct(x.double()[None])[1], 1e-5)
+    assert set(site.statistics.names) == {"output", "sketch"}
+    assert close(site.statistics.output.covariance, direct(model(x).detach().double()[None])[1])
+    assert close(site.statistics.sketch.covariance, direct(x.double()[None])[1], 1e-5)
 
 
 @dataclass
@@ -154,8 +155,8 @@ def test_batches_and_outputs_of_any_structure(shape, wrap):
     }[shape]
     model = Branches(wrap)
     sites = calibrate(model, find(model), [batch])
-    assert close(sites["a"].moments["input"].covariance, direct(x.double()[None])[1])
-    assert close(sites["b"].moments["input"].covariance, direct(y.double()[None])[1])
+    assert close(sites["a"].statistics.input.covariance, direct(x.double()[None])[1])
+    assert close(sites["b"].statistics.input.covariance, direct(y.double()[None])[1])
     assert sites.samples == 6
 
 
@@ -172,11 +173,11 @@ def test_any_floating_dtype(dtype):
     model = ConvNet().to(dtype)
     x = torch.randn(4, 3, 6, 6)
     sites = calibrate(model, find(model), [x], rows=None)
-    moments = sites["stem"].moments["input"]
+    moments = sites["stem"].statistics.input
     mean, covariance = direct(every_patch(sites["stem"], x.to(dtype)))
     assert close(moments.mean, mean, 1e-6)
     assert close(moments.covariance, covariance, 1e-12 if dtype == torch.float64 else 1e-5)
-    assert all(s.moments["input"].is_finite() for s in sites)
+    assert all(s.statistics.input.is_finite() for s in sites)
 
 
 def hooks(model):
@@ -281,7 +282,7 @@ def test_sites_come_in_order_of_execution_and_those_not_reached_are_skipped():
     sites = calibrate(model, before, [torch.randn(3, 4)] * 2)
     assert [s.name for s in sites] == ["first", "twice", "last", "late"]
     assert [(s.name, s.reason) for s in sites.skipped] == [("unused", "never reached by the calibration batches")]
-    assert [s.moments["input"].count for s in sites] == [6, 12, 6, 3]
+    assert [s.statistics.input.count for s in sites] == [6, 12, 6, 3]
     assert sites["twice"].spec.inputs == ((1,), (1,))
     assert sites["late"].spec.inputs == ((1,),)
     assert sites.seen
@@ -323,7 +324,7 @@ def test_a_shared_module_is_one_site_that_sees_all_calls():
     (site,) = calibrate(model, find(model), [x])
     assert site.spec.names == ("0", "2")
     rows = torch.cat([x, torch.relu(inner(x))]).detach().double()[None]
-    assert close(site.moments["input"].covariance, direct(rows)[1])
+    assert close(site.statistics.input.covariance, direct(rows)[1])
     assert macs([site.spec]) == 32
 
 
@@ -346,7 +347,7 @@ def test_an_input_given_by_keyword():
             return self.layer(input=x)
 
     model, x = Keyword(nn.Linear(3, 2)), torch.randn(4, 3)
-    assert calibrate(model, find(model), [x])["layer"].moments["input"].count == 4
+    assert calibrate(model, find(model), [x])["layer"].statistics.input.count == 4
 
 
 def test_frames_folded_into_the_batch_axis_count_as_calls_for_a_sample():
@@ -371,19 +372,19 @@ def test_shapes_alone_are_learnt_from_the_first_batch():
     assert seen == [0]
     assert sites.seen
     assert sites.samples == 2
-    assert not any(s.moments for s in sites)
+    assert not any(s.statistics for s in sites)
 
 
 def test_fewer_samples_than_channels_are_taken_as_they_are():
     model, x = Wrapped(nn.Linear(12, 3)), torch.randn(2, 12)
-    moments = calibrate(model, find(model), [x])["layer"].moments["input"]
+    moments = calibrate(model, find(model), [x])["layer"].statistics.input
     assert moments.count == 2
     assert torch.linalg.matrix_rank(moments.covariance[0], rtol=1e-5) == 1
 
 
 def test_memory_does_not_depend_on_the_number_of_samples():
     model = Wrapped(nn.Linear(12, 3))
-    sizes = [calibrate(model, find(model), [torch.randn(50, 12)] * n)["layer"].moments["input"].nbytes for n in (1, 20)]
+    sizes = [calibrate(model, find(model), [torch.randn(50, 12)] * n)["layer"].statistics.input.nbytes for n in (1, 20)]
     assert sizes == [8 * (12 + 12 * 12)] * 2
 
 

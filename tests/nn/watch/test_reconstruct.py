@@ -72,7 +72,7 @@ def test_the_weight_is_that_of_least_squares(name, inplace):
     # A small ridge towards the dense weight keeps it from being the same to the last digit.
     assert close(new.weight.flatten(2) - old, weight - old, 0.02)
     assert close(new.biases[0], bias.reshape(-1), 0.02)
-    assert close(new.moments["input"].covariance, torch.stack([torch.cov(g.t(), correction=0) for g in x]), 1e-8)
+    assert close(new.statistics.input.covariance, torch.stack([torch.cov(g.t(), correction=0) for g in x]), 1e-8)
     assert new.weight.shape == site.weight.shape
     response = torch.einsum("gof,gnf->gno", new.weight.flatten(2), x) + new.biases[0].reshape(x.shape[0], 1, -1)
     best = torch.einsum("gof,gnf->gno", weight, x) + bias.unsqueeze(1)
@@ -90,7 +90,7 @@ def test_without_changes_before_it_a_site_stays_what_it_is(name, rows):
     assert torch.allclose(new.biases[0], wanted, atol=1e-8)
     assert dataclasses.replace(new.spec) == site.spec
     if rows is None:
-        assert close(new.moments["input"].covariance, site.moments["input"].covariance)
+        assert close(new.statistics.input.covariance, site.statistics.input.covariance)
 
 
 def test_a_layer_called_twice_and_overwritten_in_place():
@@ -101,19 +101,19 @@ def test_a_layer_called_twice_and_overwritten_in_place():
         site = calibrate(dense, find(dense), batches)["target"]
         assert len(site.spec.inputs) == 2
         sites.append(asymmetric_site(dense, changed, site, batches, rows=None))
-    assert sites[0].moments["input"].count == 3 * 30 * 64 * 2
+    assert sites[0].statistics.input.count == 3 * 30 * 64 * 2
     assert torch.equal(sites[0].weight, sites[1].weight)
 
 
 def test_other_moments_are_kept_and_models_left_as_found():
     dense, changed, batches = pair("conv")
     site = calibrate(dense, find(dense), batches)["target"]
-    site = dataclasses.replace(site, moments={**site.moments, "gradient": site.moments["input"]})
+    site = dataclasses.replace(site, statistics=dataclasses.replace(site.statistics, gradient=site.statistics.input))
     dense.train()
     changed.eval()
     calls = []
     new = asymmetric_site(dense, changed, site, batches, forward=lambda m, b: calls.append(1) or m(b))
-    assert new.moments["gradient"] is site.moments["gradient"]
+    assert new.statistics.gradient is site.statistics.gradient
     assert len(calls) == 2 * len(batches)
     assert (dense.training, changed.training) == (True, False)
     assert not any(m._forward_hooks or m._forward_pre_hooks for net in (dense, changed) for m in net.modules())
@@ -147,10 +147,10 @@ def test_a_sketch_with_room_gives_the_same_site(name):
     few = [batch[:2] for batch in batches]
     full = asymmetric_site(dense, changed, sites["target"], few, rows=100)
     sketched = asymmetric_site(dense, changed, sites["target"], few, rows=100, sketch=True)
-    assert "sketch" in sketched.moments
+    assert sketched.statistics.sketch is not None
     torch.testing.assert_close(sketched.weight.double(), full.weight.double(), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(sketched.biases[0].double(), full.biases[0].double(), rtol=1e-3, atol=1e-4)
-    held, wanted = sketched.moments["sketch"], full.moments["input"]
+    held, wanted = sketched.statistics.sketch, full.statistics.input
     torch.testing.assert_close(held.covariance, wanted.covariance, rtol=1e-3, atol=1e-4)
 
 
@@ -159,7 +159,7 @@ def test_a_sketch_that_has_overflown_still_lowers_the_error(monkeypatch):
     dense, changed, batches = pair("conv")
     sites = calibrate(dense, find(dense), batches)
     site = asymmetric_site(dense, changed, sites["target"], batches, rows=None, sketch=True)
-    held = site.moments["sketch"]
+    held = site.statistics.sketch
     assert held.count == 90 * 64
     assert held.rows.shape[1] <= 48
     fitted = copy.deepcopy(changed)

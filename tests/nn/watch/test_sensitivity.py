@@ -49,7 +49,7 @@ def test_second_moments_equal_autograd_along_the_same_directions(inplace):
         gradients["out"].append(found[2][None])
     for name, parts in gradients.items():
         rows = torch.cat(parts, 1)
-        moments = sites[name].moments["gradient"]
+        moments = sites[name].statistics.gradient
         assert moments.count == rows.shape[1]
         assert close(moments.second_moment, rows.transpose(1, 2) @ rows / rows.shape[1], 1e-10)
 
@@ -61,9 +61,9 @@ def test_in_expectation_it_is_the_second_moment_of_the_jacobian():
     jacobian = torch.autograd.functional.jacobian(lambda y: model.out(torch.relu(y)), model.mid(rows).detach())
     wanted = torch.einsum("bzci,bzcj->ij", jacobian.squeeze(2).unsqueeze(2), jacobian.squeeze(2).unsqueeze(2))
     sites = probe(model, batches=[x.expand(2000, -1, -1, -1)], samples=2000)
-    assert close(sites["mid"].moments["gradient"].second_moment[0], wanted, 0.15)
+    assert close(sites["mid"].statistics.gradient.second_moment[0], wanted, 0.15)
     # The last layer's Jacobian is the identity.
-    assert close(sites["out"].moments["gradient"].second_moment[0], torch.eye(3).double(), 0.15)
+    assert close(sites["out"].statistics.gradient.second_moment[0], torch.eye(3).double(), 0.15)
 
 
 def test_gradients_modes_and_hooks_are_left_as_found():
@@ -84,7 +84,7 @@ def test_gradients_modes_and_hooks_are_left_as_found():
         assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
     sites = probe(model, batches=[torch.randn(2, 3, 6, 6)])
-    assert all("gradient" in site.moments for site in sites)
+    assert all(site.statistics.gradient is not None for site in sites)
     check()
     with pytest.raises(RuntimeError):
         probe(model, batches=[torch.randn(2, 3, 6, 6), torch.randn(2, 4, 6, 6)])
@@ -98,7 +98,7 @@ def test_moments_of_calibration_are_kept():
     model, x = ConvNet(), torch.randn(2, 3, 6, 6)
     sites = calibrate(model, find(model), [x])
     both = sensitivity(model, sites, [x])
-    assert [set(s.moments) for s in both] == [{"input", "gradient"}] * 4
+    assert [set(s.statistics.names) for s in both] == [{"input", "gradient"}] * 4
     assert [s.spec for s in both] == [s.spec for s in sites]
 
 
@@ -112,7 +112,7 @@ def test_batches_are_read_until_there_are_enough_samples():
 
     sites = probe(model, batches=batches(), samples=10, rows=7)
     assert seen == [0, 1, 2]
-    assert sites["stem"].moments["gradient"].count == 3 * 7
+    assert sites["stem"].statistics.gradient.count == 3 * 7
 
 
 @dataclass
@@ -125,7 +125,7 @@ def test_outputs_of_any_structure(wrap):
     model = Small()
     forward = lambda m, b: wrap(m(b))  # noqa: E731
     sites = probe(model, batches=[torch.randn(2, 4, 4, 4)], forward=forward)
-    assert sites["out"].moments["gradient"].count == 2
+    assert sites["out"].statistics.gradient.count == 2
 
 
 def test_all_outputs_of_a_tuple_count():
@@ -135,7 +135,7 @@ def test_all_outputs_of_a_tuple_count():
             return self.out(hidden.detach()), hidden
 
     sites = probe(TwoHeads(), batches=[torch.randn(2, 4, 4, 4)])
-    assert all(site.moments["gradient"].count for site in sites)
+    assert all(site.statistics.gradient.count for site in sites)
 
 
 def test_a_site_that_no_gradient_reaches_is_named():

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Coupling, Side
-from spectrim.network.sites import Site, Sites, Skipped
+from spectrim.network.sites import Layer, Sites, Skipped
 from spectrim.nn.channels.narrow import NORMS
 from spectrim.nn.channels.trial import Trial, enlivened, first_line
 from spectrim.nn.find import canonical, describe
@@ -93,7 +93,7 @@ def couple(
     for spec in sites.untouched:
         if spec.name in touched:
             weight, bias = canonical(model.get_submodule(spec.name))
-            followers.append(Site(spec.name, (spec,), (weight,), (bias,)))
+            followers.append(Layer(spec, weight, bias))
     norms = graph.norms()
     reading = {side.name for coupling in good for side in coupling.on(IN)}
     skipped = [Skipped(name, f"{count} channels", reason) for name, count, reason in [*obstacles, *failed]]
@@ -107,11 +107,9 @@ def couple(
     )
 
 
-def _needing(site: Site) -> Site:
+def _needing(site: Layer) -> Layer:
     """A layer that no normalisation follows: without a bias it gets one when it loses inputs."""
-    return (
-        site if site.spec.bias else dataclasses.replace(site, layers=(dataclasses.replace(site.spec, needs_bias=True),))
-    )
+    return site if site.spec.bias else dataclasses.replace(site, spec=dataclasses.replace(site.spec, needs_bias=True))
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spectrim.network.coupling import OUT, Axis, axes_left
 from spectrim.network.narrowing import narrowed
-from spectrim.network.sites import Site, Sites
+from spectrim.network.sites import Layer, Sites
 from spectrim.nn.channels.narrow import add_bias, narrow
 from spectrim.nn.modules import make_layer
 from spectrim.nn.surgery import replace_module
@@ -65,9 +65,9 @@ class Removal:
         """Whether a layer that has no bias is read by a normalisation that can take one over."""
         return name in self._means
 
-    def write(self, site: Site) -> None:
+    def write(self, site: Layer) -> None:
         """Give a layer other weights. What it has no bias for goes to the normalisation behind it, if there is one."""
-        spec, (bias,) = site.spec, site.biases
+        spec, bias = site.spec, site.bias
         replace_module(self.model, spec.names, make_layer(spec, site.weight, bias if spec.bias else None))
         self.shift(site.name, bias, biased=spec.bias)
 

@@ -16,10 +16,10 @@ from spectrim.cost.counted import macs, parameters, size_bytes
 from spectrim.errors import CalibrationError
 from spectrim.linalg.moments import Moments
 from spectrim.linalg.sketch import Sketch
-from spectrim.linalg.unfold import Unfolding, slice_rows, unfoldings
+from spectrim.linalg.unfold import slice_rows, unfoldings
 from spectrim.network.coupling import IN
 from spectrim.network.layer import LayerSpec
-from spectrim.network.sites import Site, Sites, Skipped
+from spectrim.network.sites import Layer, Sites, Skipped, Statistics
 from spectrim.nn.flops import flop_counter
 from spectrim.nn.watch.batches import batch_size, call, checked_batches, evaluating
 from spectrim.nn.watch.patches import sample_outputs, sample_patches
@@ -48,9 +48,9 @@ def calibrate(
 ) -> Sites:
     """Run a model on calibration batches once and keep what the methods need to know of each site.
 
-    For every site the centred second moment and mean of its input patches are streamed in float64 (``input``), so
+    For every layer the centred second moment and mean of its input patches are streamed in float64 (``input``), so
     that memory does not depend on the number of samples. Convolutions whose patches are longer than 1,152 numbers keep
-    one such moment for the slices of each unfolding (``input:height-first``, ...) and one of the outputs (``output``),
+    one such moment for the slices of each unfolding (``slices``) and one of the outputs (``output``),
     linear layers with more than 2,048 inputs that of the outputs and a sketch of that of the inputs (``sketch``).
     Coupled channels (:func:`spectrim.couple`) get moments of their pooled responses, and convolutions that read them
     but keep no moment of whole patches one of the channels at single positions (``channels``).
@@ -153,7 +153,7 @@ def calibrate(
             f"none of the {len(watchers)} sites was reached by the calibration batches; "
             f"the first is {next(iter(watchers))!r}. Is this the model that the sites were found in?"
         )
-    found = tuple(watchers[name].site() for name in reached if not watchers[name].irregular)
+    found = tuple(watchers[name].layer() for name in reached if not watchers[name].irregular)
     left = [site.spec for site in sites if site.name not in reached or watchers[site.name].irregular]
     others = [spec.at(bystanders[spec.name].inputs) for spec in sites.untouched]
     others += [spec.at(watchers[spec.name].inputs) for spec in left]
@@ -178,7 +178,7 @@ def calibrate(
         same_inputs=seen.together([site.name for site in found]),
         couplings=tuple(c for c in sites.couplings if c not in cut_off),
         pooled=MappingProxyType(
-            {c.name: responses[c.name].moments for c in sites.couplings if c.name in responses and c not in cut_off}
+            {c.name: responses[c.name].pooled for c in sites.couplings if c.name in responses and c not in cut_off}
         ),
     )
 
@@ -267,25 +267,24 @@ class _Shapes:
 
 
 class _Watcher(_Shapes):
-    """Streams the moments of one site."""
+    """Streams the statistics of one layer."""
 
     def __init__(
-        self, site: Site, rows: int | str | None, statistics: bool, seed: int, *, reads_channels: bool = False
+        self, layer: Layer, rows: int | str | None, statistics: bool, seed: int, *, reads_channels: bool = False
     ) -> None:
-        super().__init__(site.spec)
+        super().__init__(layer.spec)
         self._reads_channels = reads_channels
-        self._site = site
+        self._layer = layer
         self._rows = rows
         self._statistics = statistics
         self._seed = seed
         self._moments: dict[str, Moments] = {}
+        self._slices: dict[str, Moments] = {}
         # The counter of the first pass would count the statistics' own products too.
         self.counter: FlopCounterMode | None = None
         self.own_flops = 0
-        spec = site.spec
-        self._slices: dict[str, Unfolding] = {}
-        if statistics and not in_full(spec):
-            self._slices = {f"input:{u.name}": u for u in unfoldings(spec.kernel) if u.name != "channel"}
+        split = statistics and not in_full(layer.spec)
+        self._splits = [how for how in unfoldings(layer.spec.kernel) if split and how.name != "channel"]
 
     def see(self, inputs: Tensor, outputs: Tensor) -> None:
         if not self._statistics or self.irregular:
@@ -303,16 +302,16 @@ class _Watcher(_Shapes):
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.index)
         patches = sample_patches(spec, inputs, self._count(inputs), generator)
         if in_full(spec):
-            self._add("input", patches.flatten(2))
+            self._add(self._moments, "input", patches.flatten(2))
         else:
-            for name, how in self._slices.items():
-                self._add(name, slice_rows(patches, how))
+            for how in self._splits:
+                self._add(self._slices, how.name, slice_rows(patches, how))
             generator.manual_seed(self._seed * 1_000_003 + self.index)
-            self._add("output", sample_outputs(spec, outputs, self._count(inputs), generator))
+            self._add(self._moments, "output", sample_outputs(spec, outputs, self._count(inputs), generator))
             if spec.is_linear:
-                self._add("sketch", patches.flatten(2))
+                self._add(self._moments, "sketch", patches.flatten(2), Sketch)
             elif self._reads_channels:
-                self._add("channels", sample_outputs(spec, inputs, self._count(inputs), generator))
+                self._add(self._moments, "channels", sample_outputs(spec, inputs, self._count(inputs), generator))
 
     def _count(self, inputs: Tensor) -> int | None:
         if self._rows is None or isinstance(self._rows, int):
@@ -330,13 +329,15 @@ class _Watcher(_Shapes):
         allowed = EFFORT * positions * spec.features * spec.out_channels / work
         return max(256, int(allowed))
 
-    def _add(self, name: str, rows: Tensor) -> None:
-        held = self._moments.get(name)
-        if held is None:
-            kind = Sketch if name == "sketch" else Moments
-            held = self._moments[name] = kind(rows.shape[0], rows.shape[2], device=rows.device)
-        held.update(rows)
-        self._refuse_unless(held.is_finite(), "sees or gives numbers that are NaN, Inf or too large to be squared")
+    def _add(
+        self, streams: dict[str, Moments], name: str, rows: Tensor, stream: Callable[..., Moments] = Moments
+    ) -> None:
+        if name not in streams:
+            streams[name] = stream(rows.shape[0], rows.shape[2], device=rows.device)
+        streams[name].update(rows)
+        self._refuse_unless(
+            streams[name].is_finite(), "sees or gives numbers that are NaN, Inf or too large to be squared"
+        )
 
     def _refuse_unless(self, fine: bool, what: str) -> None:
         if not fine:
@@ -345,10 +346,10 @@ class _Watcher(_Shapes):
                 "Check the batch and the model's dtype."
             )
 
-    def site(self) -> Site:
-        return dataclasses.replace(
-            self._site, layers=(self.spec.at(self.inputs),), moments=MappingProxyType(self._moments)
-        )
+    def layer(self) -> Layer:
+        """The layer with the shapes of its inputs and its statistics."""
+        statistics: Any = {**self._moments, "slices": MappingProxyType(self._slices)}
+        return dataclasses.replace(self._layer, spec=self.spec.at(self.inputs), statistics=Statistics(**statistics))
 
 
 def in_full(spec: LayerSpec) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from spectrim.errors import CalibrationError
 from spectrim.linalg.moments import Moments, shrunk
 from spectrim.linalg.sketch import Sketch
-from spectrim.network.sites import Site
+from spectrim.network.sites import Layer
 from spectrim.nn.find import canonical, describe
 from spectrim.nn.modules import Factored, make_layer
 from spectrim.nn.watch.batches import batch_size, call, evaluating
@@ -32,7 +31,7 @@ class _Reached(Exception):
 def asymmetric_site(
     dense: nn.Module,
     compressed: nn.Module,
-    site: Site,
+    site: Layer,
     batches: Iterable[Any],
     *,
     target: str | None = None,
@@ -41,8 +40,8 @@ def asymmetric_site(
     sketch: bool = False,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     seed: int = 0,
-) -> Site:
-    """A site as it should be factorised once the layers before it have been.
+) -> Layer:
+    """A layer as it should be factorised once the layers before it have been.
 
     The target is the dense layer's response ``y``, the input ``x`` is what the already compressed predecessors
     deliver. With their joint moments streamed from both models, ``min E ||y - W' x - b||^2`` equals a least-squares
@@ -54,7 +53,7 @@ def asymmetric_site(
     dense, compressed
         The original, and a copy in which the layers before the site are compressed and this one is still dense.
     site
-        Of one layer, by its name in the compressed model.
+        By its name in the compressed model.
     target
         Layer of the dense model whose responses are wanted; the site's own by default.
     outputs
@@ -108,17 +107,14 @@ def asymmetric_site(
             f"layer {spec.name!r} was not reached, or sees NaN or Inf, in the reconstruction batches"
         )
     if isinstance(held, Sketch):
-        weight, seen, name = *_from_sketch(site, held), "sketch"
+        weight, seen = _from_sketch(site, held)
+        statistics = dataclasses.replace(site.statistics, sketch=seen)
     else:
-        weight, seen, name = *_from_moments(site, held), "input"
+        weight, seen = _from_moments(site, held)
+        statistics = dataclasses.replace(site.statistics, input=seen)
     d = spec.features
     bias = (held.mean[:, d:] - torch.einsum("god,gd->go", weight.double(), held.mean[:, :d])).reshape(-1)
-    return dataclasses.replace(
-        site,
-        weights=(weight.reshape(site.weight.shape),),
-        biases=(bias,),
-        moments=MappingProxyType({**site.moments, name: seen}),
-    )
+    return dataclasses.replace(site, weight=weight.reshape(site.weight.shape), bias=bias, statistics=statistics)
 
 
 class _Joint(Sketch):
@@ -130,7 +126,7 @@ class _Joint(Sketch):
         super().__init__(groups, features, size=SKETCH, device=device)
 
 
-def _from_moments(site: Site, held: Moments) -> tuple[Tensor, Moments]:
+def _from_moments(site: Layer, held: Moments) -> tuple[Tensor, Moments]:
     """Least-squares weight ``[g, o, d]`` and the moments of the inputs."""
     g, o, *_ = site.spec.shape
     d = site.spec.features
@@ -145,7 +141,7 @@ def _from_moments(site: Site, held: Moments) -> tuple[Tensor, Moments]:
     return weight + torch.linalg.solve(damped, (cross - weight @ covariance).mT).mT, inputs
 
 
-def _from_sketch(site: Site, held: Sketch) -> tuple[Tensor, Sketch]:
+def _from_sketch(site: Layer, held: Sketch) -> tuple[Tensor, Sketch]:
     """The same from a sketch, by the equations of its rows, which are fewer than the inputs."""
     g, o, *_ = site.spec.shape
     d = site.spec.features
@@ -164,7 +160,7 @@ def _from_sketch(site: Site, held: Sketch) -> tuple[Tensor, Sketch]:
 def refit_second(
     dense: nn.Module,
     compressed: nn.Module,
-    site: Site,
+    site: Layer,
     pair: Factored,
     batches: Iterable[Any],
     *,
@@ -180,9 +176,9 @@ def refit_second(
     weight, bias = canonical(pair.second)
     if bias is None:
         return
-    second = Site(names[0], (spec,), (weight,), (bias,))
+    second = Layer(spec, weight, bias)
     fitted = asymmetric_site(dense, compressed, second, batches, target=site.spec.name, forward=forward)
-    pair[1] = make_layer(spec, fitted.weight, fitted.biases[0]).train(pair.second.training)
+    pair[1] = make_layer(spec, fitted.weight, fitted.bias).train(pair.second.training)
 
 
 def _run(model: nn.Module, batch: Any, run: Callable[..., Any], handle: Any, caught: list[Tensor]) -> list[Tensor]:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from spectrim.linalg.moments import Moments
 from spectrim.network.coupling import IN, Coupling
 from spectrim.network.layer import LayerSpec
+from spectrim.network.sites import Pooled
 
 # Positions sampled from a batch where responses are not pooled.
 ROWS = 1024
@@ -35,7 +36,12 @@ class Responses:
         self.counter: FlopCounterMode | None = None
         self.own_flops = 0
         n = coupling.channels
-        self.moments = {name: Moments(1, n) for name in ("pooled:max", "pooled:mean", "unpooled")}
+        self._max, self._mean, self._unpooled = Moments(1, n), Moments(1, n), Moments(1, n)
+
+    @property
+    def pooled(self) -> Pooled:
+        """What has been seen so far."""
+        return Pooled(self._max, self._mean, self._unpooled)
 
     def start(self, index: int) -> None:
         """Begin with another batch."""
@@ -60,13 +66,13 @@ class Responses:
 
     def _update(self, rows: Tensor) -> None:
         """Add responses ``[samples, channels, positions]``."""
-        self.moments["pooled:max"].update(rows.amax(2).unsqueeze(0))
-        self.moments["pooled:mean"].update(rows.float().mean(2).unsqueeze(0))
+        self._max.update(rows.amax(2).unsqueeze(0))
+        self._mean.update(rows.float().mean(2).unsqueeze(0))
         single = rows.transpose(1, 2).flatten(0, 1)
         if len(single) > ROWS:
             draw = torch.Generator().manual_seed(self._seed * 1_000_003 + self._index)
             single = single[torch.randint(len(single), (ROWS,), generator=draw).to(single.device)]
-        self.moments["unpooled"].update(single.unsqueeze(0))
+        self._unpooled.update(single.unsqueeze(0))
 
 
 def _channels(x: Tensor, spec: LayerSpec, positions: Tensor) -> Tensor:

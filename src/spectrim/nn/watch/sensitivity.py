@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ def sensitivity(
     Returns
     -------
     Sites
-        Every single-layer site with ``gradient`` moments added. The model, its gradients and its mode are as before.
+        Every layer with ``gradient`` moments added. The model, its gradients and its mode are as before.
 
     Raises
     ------
@@ -57,7 +56,7 @@ def sensitivity(
     """
     checked_batches(batches)
     run = forward or call
-    specs = [site.spec for site in sites if len(site.layers) == 1]
+    specs = [layer.spec for layer in sites]
     held = {s.name: Moments(s.groups, s.out_channels // s.groups, s.device) for s in specs}
     state = {"index": 0}
     layers = {s.name: model.get_submodule(s.name) for s in specs}
@@ -104,10 +103,8 @@ def sensitivity(
     return dataclasses.replace(
         sites,
         sites=tuple(
-            dataclasses.replace(site, moments=MappingProxyType({**site.moments, "gradient": held[site.name]}))
-            if site.name in held
-            else site
-            for site in sites
+            dataclasses.replace(layer, statistics=dataclasses.replace(layer.statistics, gradient=held[layer.name]))
+            for layer in sites
         ),
     )
 
