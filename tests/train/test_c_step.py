@@ -74,7 +74,7 @@ def seen(model: nn.Module, *shapes: tuple[int, ...]) -> Sites:
     """The sites of a model with the input shapes of their layers, without running it."""
     sites = spectrim.find(model)
     layers = [(site.spec.at((shape,)),) for site, shape in zip(sites, shapes, strict=True)]
-    changed = (dataclasses.replace(site, layers=specs) for site, specs in zip(sites, layers, strict=True))
+    changed = (site.with_layers(specs) for site, specs in zip(sites, layers, strict=True))
     return dataclasses.replace(sites, sites=tuple(changed))
 
 
