@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 
 from spectrim.errors import PlanError
 from spectrim.methods import Method, as_methods, from_record
-from spectrim.network.choices import DENSE, ChannelsChoice
+from spectrim.network.choices import ChannelsChoice, Choice
 from spectrim.network.coupling import IN
 from spectrim.network.factors import Factors, LowRank, SharedBasis
-from spectrim.network.sites import Site, Sites
+from spectrim.network.layer import LayerSpec
+from spectrim.network.sites import Group, Layer, Sites
 from spectrim.nn.build import build, skeleton
 from spectrim.nn.channels.removal import Removal
 from spectrim.nn.modules import Factored
@@ -80,90 +82,169 @@ def apply(
     _check(plan, sites)
     removed = {e.site: e.choice.kept for e in plan if isinstance(e.choice, ChannelsChoice)}
     removal = Removal.of(model, sites, removed)
-    small, sites = removal.model, removal.sites
-    layers = [entry for entry in plan if entry.site not in _channels(sites)]
-    for entry in layers:
+    entries = [entry for entry in plan if entry.site not in _channels(removal.sites)]
+    for entry in entries:
         if not entry.choice.is_dense:
-            skeleton(entry.choice, [sites[name].spec for name in entry.sites])
-    follow = batches is not None and reconstruct
-    wanted = {name: entry for entry in layers for name in entry.sites}
-    # A plan may name the channels alone; the layers that lose some are left dense then.
-    wanted |= {
-        site.name: Entry(site.name, site.spec.kind, DENSE, 0.0, {}, {})
-        for site in sites
-        if site.name in removal.changed and site.name not in wanted
-    }
-    shared: dict[str, _Shared] = {}
-    todo = _steps(sites, {name: entry.choice.is_dense for name, entry in wanted.items()}, removal, refit=follow)
-    for done, site in enumerate(todo):
-        entry = wanted[site.name]
-        choice = entry.choice
-        whole = site.statistics.input is not None
-        if entry.members and not choice.is_dense and entry.site not in shared:
-            group = sites.together(entry.site, entry.members)
-            shared[entry.site] = _Shared.made(group, makers[choice.method].factorize(group, choice))
-        unheld = not whole and not choice.is_dense and not entry.members and makers[choice.method].reads_sketches
-        narrowed = site.name in removal.changed and not entry.members
-        if batches is not None and follow and (whole or unheld or narrowed):
-            site = asymmetric_site(
-                model,
-                small,
-                site,
-                batches,
-                outputs=removal.outputs(site.name),
-                sketch=(unheld or narrowed) and not in_full(site.spec),
-                forward=forward,
-            )
-        # A choice that was counted without a bias gets none, or the model would cost more than its plan.
-        spare = None
-        group = site if entry.site not in shared else shared[entry.site].site
-        fitted = follow and (whole or unheld or narrowed)
-        unbiased = not choice.is_dense and not any(s.bias for s in makers[choice.method].layers(group, choice))
-        if unbiased and (fitted or narrowed):
-            spare = site.bias
-            site = dataclasses.replace(site, bias=None)
-        if fitted and entry.site in shared:
-            shared[entry.site].refit(makers[choice.method], site, entry.members.index(site.name))
-        if choice.is_dense:
-            removal.write(site)
-        else:
-            if entry.site in shared:
-                factors = shared[entry.site].factors
-                module = shared[entry.site].modules[entry.members.index(site.name)]
-            else:
-                factors = makers[choice.method].factorize(site, choice)
-                (module,) = build(factors, site.layers, site.biases)
-            replace_module(small, site.spec.names, module)
-            if narrowed:
-                removal.settle(site.name, spare)
-            if batches is not None and follow and not (whole or unheld or narrowed) and _owns_second(factors):
-                assert isinstance(module, Factored)
-                refit_second(model, small, site, module, batches, forward=forward)
-        progress("apply", done + 1, len(todo))
-    if batches is not None and (batchnorm if batchnorm is not None else not follow):
-        reestimate_batchnorm(small, batches, forward=forward)
-    return small
+            skeleton(entry.choice, [removal.sites.layer(name).spec for name in entry.sites])
+    work = _Work(model, removal, batches if reconstruct else None, forward)
+    steps = _steps(work, entries, makers)
+    for done, step in enumerate(steps):
+        observed = work.follows and step.observable(work)
+        step.put(work, work.observe(step.layer) if observed else step.layer, observed)
+        progress("apply", done + 1, len(steps))
+    if batches is not None and (not work.follows if batchnorm is None else batchnorm):
+        reestimate_batchnorm(removal.model, batches, forward=forward)
+    return removal.model
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A network that is compressed layer by layer, beside the dense one that it is fitted to.
+
+    Attributes
+    ----------
+    batches
+        On which layers are fitted to what the compressed ones before them deliver; None to fit each on its own.
+    """
+
+    dense: nn.Module
+    removal: Removal
+    batches: Iterable[Any] | None
+    forward: Callable[[nn.Module, Any], Any] | None
+
+    @property
+    def follows(self) -> bool:
+        """Whether layers are fitted to what the compressed ones before them deliver."""
+        return self.batches is not None
+
+    def narrows(self, layer: Layer) -> bool:
+        """Whether a layer has lost channels."""
+        return layer.name in self.removal.changed
+
+    def observe(self, layer: Layer) -> Layer:
+        """A layer as it is to be fitted: the inputs it is given now, and what the dense one answers."""
+        assert self.batches is not None
+        return asymmetric_site(
+            self.dense,
+            self.removal.model,
+            layer,
+            self.batches,
+            outputs=self.removal.outputs(layer.name),
+            sketch=layer.statistics.input is None and not in_full(layer.spec),
+            forward=self.forward,
+        )
+
+    def put(self, layer: Layer, module: nn.Module, factors: Factors, *, observed: bool) -> None:
+        """Put a module in place of a layer. One fitted to nothing that was observed has its second factor fitted."""
+        replace_module(self.removal.model, layer.spec.names, module)
+        if self.batches is not None and not observed and _owns_second(factors):
+            assert isinstance(module, Factored)
+            refit_second(self.dense, self.removal.model, layer, module, self.batches, forward=self.forward)
+
+
+class _Step(Protocol):
+    """What is done at one layer when its turn comes."""
+
+    changes: ClassVar[bool]
+
+    @property
+    def layer(self) -> Layer: ...
+
+    def observable(self, work: _Work) -> bool:
+        """Whether the layer can be fitted to its present inputs."""
+        ...
+
+    def put(self, work: _Work, layer: Layer, observed: bool) -> None:
+        """Fit and build what takes the place of the layer, as it was observed or calibrated, and put it there."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """The layer stays; its weight and bias may be fitted anew."""
+
+    changes: ClassVar[bool] = False
+    layer: Layer
+
+    def observable(self, work: _Work) -> bool:
+        return self.layer.statistics.input is not None or work.narrows(self.layer)
+
+    def put(self, work: _Work, layer: Layer, observed: bool) -> None:
+        work.removal.write(layer)
+
+
+@dataclass(frozen=True)
+class _Alone:
+    """A choice for this layer."""
+
+    changes: ClassVar[bool] = True
+    layer: Layer
+    method: Method
+    choice: Choice
+
+    def observable(self, work: _Work) -> bool:
+        return self.layer.statistics.input is not None or self.method.reads_sketches or work.narrows(self.layer)
+
+    def put(self, work: _Work, layer: Layer, observed: bool) -> None:
+        narrowed, spare = work.narrows(layer), None
+        if (observed or narrowed) and not _biased(self.method.layers(layer, self.choice)):
+            spare, layer = layer.bias, dataclasses.replace(layer, bias=None)
+        factors = self.method.factorize(layer, self.choice)
+        (module,) = build(factors, layer.layers, layer.biases)
+        work.put(layer, module, factors, observed=observed or narrowed)
+        if narrowed:
+            work.removal.settle(layer.name, spare)
 
 
 @dataclass
 class _Shared:
-    """A group that is being carried out: its modules are made together, and fitted when the turn of each comes."""
+    """A choice for a group: its modules are made together, and fitted when the turn of each comes."""
 
-    site: Site
-    factors: Factors
-    modules: tuple[nn.Module, ...]
+    group: Group
+    method: Method
+    choice: Choice
 
-    @classmethod
-    def made(cls, site: Site, factors: Factors) -> _Shared:
-        return cls(site, factors, build(factors, site.layers, site.biases))
+    @cached_property
+    def biased(self) -> bool:
+        return _biased(self.method.layers(self.group, self.choice))
 
-    def refit(self, method: Method, part: Site, number: int) -> None:
+    @cached_property
+    def factors(self) -> Factors:
+        return self.method.factorize(self.group, self.choice)
+
+    @cached_property
+    def modules(self) -> tuple[nn.Module, ...]:
+        return build(self.factors, self.group.layers, self.group.biases)
+
+    def refit(self, layer: Layer, number: int) -> None:
         """Fit what one layer has of its own to its inputs and targets; the shared parameters stay the same objects."""
-        self.factors = method.refit(part, self.factors, number)
-        biases = list(self.site.biases)
-        biases[number] = part.bias
-        fresh = build(self.factors, self.site.layers, biases)[number]
-        self.modules[number].load_state_dict(fresh.state_dict())
+        module = self.modules[number]
+        self.factors = self.method.refit(layer, self.factors, number)
+        biases = [layer.bias if n == number else bias for n, bias in enumerate(self.group.biases)]
+        module.load_state_dict(build(self.factors, self.group.layers, biases)[number].state_dict())
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A choice for a group that the layer is the ``number``-th of."""
+
+    changes: ClassVar[bool] = True
+    layer: Layer
+    shared: _Shared
+    number: int
+
+    def observable(self, work: _Work) -> bool:
+        return self.layer.statistics.input is not None
+
+    def put(self, work: _Work, layer: Layer, observed: bool) -> None:
+        if observed:
+            self.shared.refit(layer if self.shared.biased else dataclasses.replace(layer, bias=None), self.number)
+        work.put(layer, self.shared.modules[self.number], self.shared.factors, observed=observed)
+
+
+def _biased(layers: Iterable[LayerSpec]) -> bool:
+    """Whether a choice was counted with a bias; without one it gets none, or it would cost more than its plan."""
+    return any(spec.bias for spec in layers)
 
 
 def _owns_second(factors: Factors) -> bool:
@@ -171,23 +252,41 @@ def _owns_second(factors: Factors) -> bool:
     return isinstance(factors, LowRank) or (isinstance(factors, SharedBasis) and not factors.ranks[1])
 
 
-def _steps(sites: Sites, dense: Mapping[str, bool], removal: Removal, *, refit: bool) -> list[Site]:
-    """Sites to change, in order. With reconstruction also dense layers that have a bias to correct the mean with.
+def _steps(work: _Work, entries: Iterable[Entry], makers: Mapping[str, Method]) -> list[_Step]:
+    """What is done, in order of execution. Where it follows, also at dense layers whose bias can correct the mean.
 
     Only those after the first changed layer: before it, nothing has moved.
     """
-    steps: list[Site] = []
+    sites, removal = work.removal.sites, work.removal
+    planned: dict[str, _Step] = {}
+    for entry in entries:
+        planned |= _planned(sites, entry, makers)
+    steps: list[_Step] = []
     moved = False
-    for site in sites:
-        if site.name not in dense:
+    for layer in sites:
+        # A plan may name the channels alone; the layers that lose some are left dense then.
+        step = planned.get(layer.name, _Dense(layer) if work.narrows(layer) else None)
+        if step is None:
             continue
-        biased = site.spec.bias or (removal.changed and removal.corrects(site.name))
-        correctable = refit and biased and site.statistics.input is not None
-        reads = (site.name, IN) in removal.axes
-        if not dense[site.name] or (refit and reads) or (moved and correctable):
-            steps.append(site)
-        moved |= not dense[site.name] or reads
+        biased = layer.spec.bias or (removal.changed and removal.corrects(layer.name))
+        correctable = work.follows and biased and layer.statistics.input is not None
+        reads = (layer.name, IN) in removal.axes
+        if step.changes or (work.follows and reads) or (moved and correctable):
+            steps.append(step)
+        moved |= step.changes or reads
     return steps
+
+
+def _planned(sites: Sites, entry: Entry, makers: Mapping[str, Method]) -> dict[str, _Step]:
+    """The steps that one entry of a plan asks for, by the name of the layer."""
+    layers = [sites.layer(name) for name in entry.sites]
+    if entry.choice.is_dense:
+        return {layer.name: _Dense(layer) for layer in layers}
+    method = makers[entry.choice.method]
+    if not entry.members:
+        return {layer.name: _Alone(layer, method, entry.choice) for layer in layers}
+    shared = _Shared(sites.together(entry.site, entry.members), method, entry.choice)
+    return {layer.name: _Member(layer, shared, number) for number, layer in enumerate(layers)}
 
 
 def _channels(sites: Sites) -> set[str]:

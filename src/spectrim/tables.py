@@ -121,7 +121,7 @@ def retabulate(candidates: Candidates, sites: Sites, methods: Sequence[Method]) 
     places = {row.site: number for number, row in enumerate(rows)}
     for site in [*sites, *(group for group in sites.joint() if group.name in places)]:
         row = rows[places[site.name]]
-        curves = [(method, method.curve(site)) for method in methods]
+        curves = [(method, method.curve(site)) for method in methods if isinstance(site, method.takes)]
         errors = iter([pair for _, curve in curves for pair in zip(curve.choices, curve.errors, strict=True)])
         options = [row.dense]
         for option in row.options[1:]:
