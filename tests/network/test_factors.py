@@ -212,3 +212,14 @@ def test_shared_settings_must_be_there() -> None:
         settings = {k: v for k, v in {"unfolding": "channel", "rank": 2, "left_rank": 0}.items() if k != name}
         with pytest.raises(PlanError, match=f"lacks the field '{name}'"):
             Choice("shared_basis", "m", settings)
+
+
+def test_a_kind_has_one_type_of_factors() -> None:
+    with pytest.raises(
+        TypeError, match="kind 'low_rank' of .*Mine is that of spectrim.network.factors.LowRank already"
+    ):
+
+        class Mine(LowRank, kind="low_rank"):
+            pass
+
+    assert kinds()["low_rank"] is LowRank

@@ -296,3 +296,17 @@ def test_plans_written_before_there_were_groups_are_read() -> None:
     twice = [{**ENTRY, "site": "g", "members": ["x", "y"]}, {**ENTRY, "site": "y"}]
     with pytest.raises(PlanError, match="names each site once"):
         Plan.from_json(json.dumps(document(entries=twice)))
+
+
+def test_no_label_says_what_is_of_channels() -> None:
+    """A table and a plan have a field for it; a plan's file has the kind alone."""
+    dense = Option(DENSE, 0.0, {"macs": 10.0})
+    fewer = Option(ChannelsChoice((0, 1), 4, (Place("a", "out", 1),), method="filters"), 0.1, {"macs": 5.0})
+    rows = (Row("a", "all 4 channels", (dense,)), Row("a:out", "4 channels", (dense, fewer), of_channels=True))
+    plan = make_plan(Candidates(rows, {"macs": 1.0}, "output energy"), [0, 1], budget={}, selector="mine")
+    assert [entry.of_channels for entry in plan] == [False, True]
+    again = Plan.from_json(plan.to_json())
+    assert again["a:out"].of_channels
+    assert "of_channels" not in plan.to_json()
+    with pytest.raises(PlanError, match="entry has no field 'of_channels'"):
+        Plan.from_json(plan.to_json().replace('"members"', '"of_channels": true, "members"', 1))
