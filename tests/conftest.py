@@ -42,8 +42,16 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _cache_of_this_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Measured latencies stay out of the user's cache directory."""
+def _any_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Measured latencies stay out of the user's cache directory, and ranks on offer do not depend on the CPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SPECTRIM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("SPECTRIM_REGISTER_WIDTH", "16")
         yield
+
+
+@pytest.fixture(params=[8, 16], ids="register-{}".format)
+def register_width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """For what rests on the default multiples of ranks in wide layers: once for each kind of CPU."""
+    monkeypatch.setenv("SPECTRIM_REGISTER_WIDTH", str(request.param))
+    return request.param

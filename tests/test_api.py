@@ -152,6 +152,20 @@ def test_latency_is_a_further_cost_and_guard_drops_what_does_not_pay() -> None:
     assert tabulate(sites, latency=fake_latency()).fixed["latency"] == 0
 
 
+def test_ranks_on_offer_are_those_of_the_machine_that_was_measured(register_width: int) -> None:
+    """Whatever this machine is: the same facts give the same table, also when it is made again."""
+    model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 16))
+    sites = calibrate(model, find(model), [torch.randn(8, 256)])
+    for told in (8, 16):
+        latency = dataclasses.replace(fake_latency(), register_width=told)
+        table = tabulate(sites, [st.WeightSVD()], latency=latency)
+        assert [o.choice.rank for o in table.rows[0].options[1:]] == list(range(told, 128, told))
+        assert st.select(table, st.Budget(latency=0.5)).facts["register_width"] == told
+        assert retabulate(table, sites, [st.WeightSVD()]) == table
+    plain = tabulate(sites, [st.WeightSVD()]).rows[0].options
+    assert plain[1].choice.rank == register_width
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_options_that_save_nothing_are_kept_if_they_are_asked_for(name: str) -> None:
     _, sites, _ = prepared(name)

@@ -406,6 +406,15 @@ class TestRecommendations:
         assert widths(sites, lambda energies: 5, method=four, rounded=False) == {"a:out": 5, "b:out": 5}
         assert widths(sites, lambda energies: 99, method=four) == {"a:out": 8, "b:out": 12}
 
+    def test_widths_are_those_of_the_machine_that_was_measured(self):
+        model, x = nn.Sequential(nn.Linear(4, 256), nn.ReLU(), nn.Linear(256, 3)), torch.randn(300, 4)
+        sites = st.calibrate(model.eval(), st.couple(model, st.find(model), x), [x])
+        for told in (8, 16):
+            clock = st.Latency(cache=None, register_width=told, timer=lambda chains, **_: [1.0] * len(chains))
+            plan = st.recommend(sites, lambda energies: 3, latency=clock)
+            assert [len(channels) for channels in kept(plan).values()] == [told]
+            assert plan.facts["register_width"] == told
+
     def test_groups_of_a_grouped_convolution_keep_the_same_number(self):
         model, x, sites = calibrated("grouped")
         plan = st.recommend(sites, lambda energies: 6, method=FINE)

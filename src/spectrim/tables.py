@@ -71,9 +71,11 @@ def tabulate(
     found: list[tuple[Site, list[tuple[Method, Curve]]]] = []
     groups = sites.joint()
     coupled = sites.coupled() if any(method.removes_channels for method in chosen) else ()
+    facts = latency.facts() if latency is not None else {}
     for done, site in enumerate([*sites, *groups, *coupled]):
         fitting = [method for method in chosen if isinstance(site, method.takes)]
-        curves = [(method, method.curve(site)) for method in fitting]
+        with counted.made_for(facts):
+            curves = [(method, method.curve(site)) for method in fitting]
         # A group that no method can join is nothing to choose.
         if done < len(sites) or any(curve.choices for _, curve in curves):
             found.append((site, curves))
@@ -95,7 +97,7 @@ def tabulate(
         network.fixed(row.site for row in rows),
         units.pop() if units else "",
         methods={method.name: method.record() for method in chosen},
-        facts=latency.facts() if latency is not None else {},
+        facts=facts,
     )
 
 
@@ -121,7 +123,8 @@ def retabulate(candidates: Candidates, sites: Sites, methods: Sequence[Method]) 
     places = {row.site: number for number, row in enumerate(rows)}
     for site in [*sites, *(group for group in sites.joint() if group.name in places)]:
         row = rows[places[site.name]]
-        curves = [(method, method.curve(site)) for method in methods if isinstance(site, method.takes)]
+        with counted.made_for(candidates.facts):
+            curves = [(method, method.curve(site)) for method in methods if isinstance(site, method.takes)]
         errors = iter([pair for _, curve in curves for pair in zip(curve.choices, curve.errors, strict=True)])
         options = [row.dense]
         for option in row.options[1:]:

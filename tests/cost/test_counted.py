@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from spectrim.cost.counted import macs, parameters, rank_multiple, size_bytes
+from spectrim.cost.counted import macs, made_for, parameters, rank_multiple, size_bytes
+from spectrim.cost.counted import register_width as register_width_here
 from spectrim.linalg.unfold import unfoldings
 from spectrim.network.layer import LayerSpec
 
@@ -139,17 +140,29 @@ def test_unknown_inputs_name_the_layer():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_rank_multiple_leaves_enough_ranks(device, dtype):
+def test_rank_multiple_leaves_enough_ranks(device, dtype, register_width):
     multiples = [rank_multiple(device, dtype, full) for full in range(1, 1200)]
     assert multiples == sorted(multiples)
     assert multiples[0] == 1
-    assert multiples[-1] in (4, 8, 16)
+    on_cpu = register_width // 2 if dtype == torch.float64 else register_width
+    assert multiples[-1] == (on_cpu if device == "cpu" else 8)
     assert all(m == 1 or full // m >= 16 for full, m in enumerate(multiples, 1))
+    assert multiples == [rank_multiple(device, dtype, full, width=register_width) for full in range(1, 1200)]
 
 
-def test_rank_multiple_fills_the_registers(monkeypatch):
+def test_the_registers_are_those_of_the_cpu_unless_told_otherwise(monkeypatch):
+    monkeypatch.delenv("SPECTRIM_REGISTER_WIDTH")
     for capability, expected in (("AVX2", 8), ("AVX512", 16)):
         monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert register_width_here() == expected
         assert rank_multiple("cpu", torch.float32, 512) == expected
-        assert rank_multiple("cpu", torch.float64, 512) == expected // 2
-        assert rank_multiple("cuda:0", torch.float32, 512) == 8
+    monkeypatch.setenv("SPECTRIM_REGISTER_WIDTH", "4")
+    assert register_width_here() == 4
+    with made_for({"register_width": 32}):
+        assert register_width_here() == 32
+        assert rank_multiple("cpu", torch.float32, 512) == 32
+    assert register_width_here() == 4
+    for wrong in ("wide", "0", "-8", "8.5"):
+        monkeypatch.setenv("SPECTRIM_REGISTER_WIDTH", wrong)
+        with pytest.raises(ValueError, match=f"SPECTRIM_REGISTER_WIDTH='{wrong}' is no whole number"):
+            register_width_here()

@@ -87,7 +87,7 @@ def test_names_owners_and_types_do_not_matter_but_shapes_do(clock):
 
 
 @pytest.mark.parametrize("how", unfoldings((3, 3)), ids=lambda how: how.name)
-def test_a_family_is_measured_at_few_ranks_up_to_break_even(clock, how):
+def test_a_family_is_measured_at_few_ranks_up_to_break_even(clock, how, register_width):
     cost = latency(clock)
     dense = macs([CONV])
     ranks = range(1, 97)
@@ -105,7 +105,7 @@ def test_a_family_is_measured_at_few_ranks_up_to_break_even(clock, how):
         assert cost(CONV.factor(how, rank)) == pytest.approx(clock.time(calls(CONV.factor(how, rank))[0]), rel=1e-12)
 
 
-def test_a_time_linear_in_the_rank_is_interpolated_exactly(clock):
+def test_a_time_linear_in_the_rank_is_interpolated_exactly(clock, register_width):
     for spec, how, full in ((CONV, SPATIAL, 288), (LINEAR, unfolding((), "channel"), 192)):
         multiple = rank_multiple("cpu", torch.float32, full)
         errors = latency(clock).interpolation_error(spec, how, [multiple * n for n in (1, 3, 7, 15)])
@@ -113,21 +113,22 @@ def test_a_time_linear_in_the_rank_is_interpolated_exactly(clock):
         assert max(map(abs, errors.values())) < 1e-12
 
 
-def test_interpolation_error_is_measured_apart_from_the_table(tmp_path):
-    bumpy = Clock(lambda chain: 1.0 + (5.0 if chain[0].out_channels == 24 and len(chain) == 2 else 0.0))
+def test_interpolation_error_is_measured_apart_from_the_table(tmp_path, register_width):
+    # No multiple of any register, so that it is not measured for the table.
+    bumpy = Clock(lambda chain: 1.0 + (5.0 if chain[0].out_channels == 20 and len(chain) == 2 else 0.0))
     cost = latency(bumpy, cache=tmp_path)
-    assert cost.interpolation_error(CONV, SPATIAL, [24])[24] == pytest.approx(1 / 6 - 1)
+    assert cost.interpolation_error(CONV, SPATIAL, [20])[20] == pytest.approx(1 / 6 - 1)
     assert not list(tmp_path.iterdir())
     asked = len(bumpy.asked)
-    cost(CONV.factor(SPATIAL, 24))
+    cost(CONV.factor(SPATIAL, 20))
     assert len(bumpy.asked) > asked
 
 
-def test_ranks_between_multiples_cost_the_next_multiple(clock):
+def test_ranks_between_multiples_cost_the_next_multiple(clock, register_width):
     cost = latency(clock)
     spec = dataclasses.replace(CONV, in_channels=512, out_channels=512)
-    multiple = rank_multiple("cpu", torch.float32, 1536)
-    assert multiple > 1
+    multiple = cost.register_width
+    assert multiple == register_width
     assert cost(spec.factor(SPATIAL, multiple + 1)) == cost(spec.factor(SPATIAL, 2 * multiple))
     assert cost(spec.factor(SPATIAL, multiple + 1)) > cost(spec.factor(SPATIAL, multiple))
 
@@ -180,7 +181,7 @@ def test_layers_that_cannot_follow_each_other_are_no_chain(clock, after):
     assert clock.asked == []
 
 
-def test_prepare_measures_all_at_once_and_nothing_twice(clock):
+def test_prepare_measures_all_at_once_and_nothing_twice(clock, register_width):
     cost = latency(clock, rounds=4, budget=3.0, batch=2)
     wanted = [[CONV], [CONV], CONV.factor(SPATIAL, 8), CONV.factor(SPATIAL, 9), [LINEAR]]
     count = cost.prepare(iter(wanted))
@@ -199,7 +200,9 @@ def test_unknown_inputs_name_the_layer(clock):
         latency(clock)([CONV.at(())])
 
 
-@pytest.mark.parametrize("wrong", [{"memory_format": "nhwc"}, {"batch": 0}, {"threads": 0}, {"rounds": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"memory_format": "nhwc"}, {"batch": 0}, {"threads": 0}, {"rounds": 0}, {"register_width": 0}]
+)
 def test_wrong_options_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Latency(cache=None, **wrong)
@@ -208,7 +211,7 @@ def test_wrong_options_are_refused(wrong):
 # --- the table on disk
 
 
-def test_the_table_is_read_back(tmp_path, clock):
+def test_the_table_is_read_back(tmp_path, clock, register_width):
     first = latency(clock, cache=tmp_path)
     value = first(CONV.factor(SPATIAL, 10))
     assert [path.suffix for path in tmp_path.iterdir()] == [".json"]
@@ -220,7 +223,8 @@ def test_the_table_is_read_back(tmp_path, clock):
 def test_other_facts_are_other_tables(tmp_path, clock, monkeypatch):
     base = {"cache": tmp_path, "threads": 2}
     paths = {latency(clock, **base).path}
-    for change in ({"dtype": torch.bfloat16}, {"threads": 1}, {"batch": 4}, {"memory_format": "channels_last"}):
+    changes = {"dtype": torch.bfloat16, "threads": 1, "batch": 4, "memory_format": "channels_last", "register_width": 8}
+    for change in ({name: value} for name, value in changes.items()):
         paths.add(latency(clock, **{**base, **change}).path)
     paths.add(latency(clock, **base, device="meta").path)
     monkeypatch.setattr("spectrim.cost.latency.device_name", lambda device: "another")
@@ -228,7 +232,7 @@ def test_other_facts_are_other_tables(tmp_path, clock, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(torch, "__version__", "99.0")
     paths.add(latency(clock, **base).path)
-    assert len(paths) == 8
+    assert len(paths) == 9
     # Effort is no fact.
     assert latency(clock, **base, rounds=3, budget=1.0).path in paths
 

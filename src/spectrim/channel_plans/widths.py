@@ -120,16 +120,17 @@ def recommend(
     analysis = method or PrincipalFilters()
     network = Network(sites, counted.known(sites, costs), latency=latency)
     dense = network.cost()
-    facts = {}
+    facts = latency.facts() if latency is not None else {}
     limits: Mapping[str, float] = {}
-    if isinstance(recipe, Budget):
-        limits = recipe.limits(dense)
-        share, numbers = _for_budget(network, analysis, limits)
-        facts["energy share"] = share
-        name = f"PFA-En for a budget ({share:.8g})"
-    else:
-        numbers = widths(sites, recipe, method=analysis)
-        name = f"PFA {recipe}"
+    with counted.made_for(facts):
+        if isinstance(recipe, Budget):
+            limits = recipe.limits(dense)
+            share, numbers = _for_budget(network, analysis, limits)
+            facts = {"energy share": share, **facts}
+            name = f"PFA-En for a budget ({share:.8g})"
+        else:
+            numbers = widths(sites, recipe, method=analysis)
+            name = f"PFA {recipe}"
     entries = [
         # A layer is left as it is but for the channels it has.
         Entry(s.name, s.spec.kind, DENSE, 0.0, network.row(s.name, widths=numbers), network.row(s.name))
@@ -149,7 +150,7 @@ def recommend(
         selector=name,
         loss=loss,
         methods={analysis.name: analysis.record()},
-        facts={**facts, **(latency.facts() if latency is not None else {})},
+        facts=facts,
     )
 
 

@@ -8,7 +8,11 @@ pair), so every cost is a function of the specs that are executed one after the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 
@@ -19,6 +23,7 @@ Cost = Callable[[Sequence[LayerSpec]], float]
 
 # A multiple may not be coarser than 1/16 of the full rank, or a narrow layer has too few ranks to choose from.
 _CHOICES = 16
+_REGISTER_WIDTH: ContextVar[int | None] = ContextVar("register_width", default=None)
 
 
 def parameters(specs: Sequence[LayerSpec]) -> float:
@@ -95,13 +100,41 @@ def require_inputs(spec: LayerSpec) -> tuple[tuple[int, ...], ...]:
     return spec.inputs
 
 
-def rank_multiple(device: str, dtype: torch.dtype, full_rank: int) -> int:
+def register_width() -> int:
+    """How many float32 numbers one vector register of the CPU holds that networks are made for.
+
+    That of a :class:`~spectrim.cost.latency.Latency` inside :func:`made_for`, else ``$SPECTRIM_REGISTER_WIDTH``, else
+    this machine's: 16 with AVX-512, 8 otherwise.
+
+    Raises
+    ------
+    ValueError
+        If ``$SPECTRIM_REGISTER_WIDTH`` is no number.
+    """
+    if pinned := _REGISTER_WIDTH.get():
+        return pinned
+    told = os.environ.get("SPECTRIM_REGISTER_WIDTH", "")
+    if told and (not told.isdecimal() or int(told) < 1):
+        raise ValueError(f"SPECTRIM_REGISTER_WIDTH={told!r} is no whole number of float32 numbers, such as 8 or 16")
+    return int(told) if told else 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+
+
+@contextmanager
+def made_for(facts: Mapping[str, Any]) -> Iterator[None]:
+    """Let methods choose for the machine that latencies were measured on, by their facts, and not for this one."""
+    token = _REGISTER_WIDTH.set(facts.get("register_width"))
+    try:
+        yield
+    finally:
+        _REGISTER_WIDTH.reset(token)
+
+
+def rank_multiple(device: str, dtype: torch.dtype, full_rank: int, width: int | None = None) -> int:
     """The multiple that ranks are rounded to by default.
 
     Channel counts that do not fill the vector registers (or, in half precision on a GPU, the tensor cores) are padded
     by the kernels, so ranks in between cost the time of the next multiple or more. Wide layers get that multiple: one
-    register of float32 on a CPU, which is 16 numbers with AVX-512 and 8 otherwise, and 8 on a GPU. Narrow layers get
-    the largest power of two that still leaves 16 ranks.
+    register of float32 on a CPU and 8 on a GPU. Narrow layers get the largest power of two that still leaves 16 ranks.
 
     Parameters
     ----------
@@ -111,10 +144,12 @@ def rank_multiple(device: str, dtype: torch.dtype, full_rank: int) -> int:
         Of the weights. Half precision keeps float32's multiple on a CPU: its kernels use the same blocks of channels.
     full_rank
         The largest rank of the layer, for each group.
+    width
+        float32 numbers in a register of the CPU; None is :func:`register_width`.
     """
     wide = 8
     if torch.device(device).type == "cpu":
-        wide = 16 if "AVX512" in torch.backends.cpu.get_cpu_capability() else 8
+        wide = width or register_width()
         if dtype == torch.float64:
             wide //= 2
     most = max(1, full_rank // _CHOICES)

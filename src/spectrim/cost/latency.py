@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from spectrim.cost.chains import calls, describe, measure
-from spectrim.cost.counted import macs, rank_multiple
+from spectrim.cost.counted import macs, rank_multiple, register_width
 from spectrim.linalg.unfold import Unfolding
 from spectrim.network.layer import LayerSpec
 from spectrim.network.structure import Chain, Pair
@@ -61,6 +61,9 @@ class Latency:
         convolutions over two and three axes. ``threads`` matters on the CPU only.
     cache
         Directory of the table; None keeps it in memory.
+    register_width
+        float32 numbers in a vector register of the CPU, this one's if not given
+        (:func:`spectrim.cost.counted.register_width`). Ranks are rounded and offered by it, on any machine.
     rounds
         Timings of each measurement, of which the median counts.
     budget
@@ -80,6 +83,7 @@ class Latency:
     batch: int = 1
     memory_format: str = "contiguous"
     cache: Path | None = field(default_factory=default_cache)
+    register_width: int = field(default_factory=register_width)
     rounds: int = 9
     budget: float = 120.0
     timer: Callable[..., Sequence[float]] = field(default=measure, repr=False, compare=False)
@@ -88,7 +92,7 @@ class Latency:
     def __post_init__(self) -> None:
         if self.memory_format not in ("contiguous", "channels_last"):
             raise ValueError(f"memory_format {self.memory_format!r} is neither 'contiguous' nor 'channels_last'")
-        for name in ("threads", "batch", "rounds"):
+        for name in ("threads", "batch", "register_width", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 1")
         if self.cache is not None:
@@ -132,6 +136,7 @@ class Latency:
             "threads": self.threads,
             "batch": self.batch,
             "memory_format": self.memory_format,
+            "register_width": self.register_width,
             "torch": str(torch.__version__),
         }
 
@@ -176,7 +181,7 @@ class Latency:
         first, second = chain
         full = min(first.features, math.prod(second.kernel) * second.out_channels // second.groups)
         even = min(full, macs([chain.whole]) / macs(chain.at_rank(1)))
-        multiple = rank_multiple(self.device, self.dtype, full)
+        multiple = rank_multiple(self.device, self.dtype, full, self.register_width)
         knots = sorted({max(1, round(even * f / multiple)) * multiple for f in _FRACTIONS})
         return {rank: chain.at_rank(rank) for rank in knots}, -(-chain.rank // multiple) * multiple
 
