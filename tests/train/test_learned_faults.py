@@ -57,8 +57,8 @@ class Clock:
 
     def __init__(self, monkeypatch, overhead: float, drift: float = 0.0) -> None:
         self.overhead, self.drift, self.reading = overhead, drift, 0
-        for where in ("spectrim.pipeline", "spectrim.train.learn"):
-            monkeypatch.setattr(f"{where}.measure_latency", self.models, raising=False)
+        for where in ("spectrim.pipeline", "spectrim.preparation"):
+            monkeypatch.setattr(f"{where}.measure_latency", self.models)
 
     def off(self) -> float:
         self.reading += 1
