@@ -24,7 +24,7 @@ from spectrim.nn.surgery import reestimate_batchnorm, replace_module
 from spectrim.nn.watch.batches import checked_batches
 from spectrim.nn.watch.calibrate import in_full
 from spectrim.nn.watch.reconstruct import asymmetric_site, refit_second
-from spectrim.progress import Progress, reports
+from spectrim.progress import Progress, reports, told
 from spectrim.selection.plan import Entry, Plan
 
 
@@ -91,7 +91,7 @@ def apply(
     for done, step in enumerate(steps):
         observed = work.follows and step.observable(work)
         step.put(work, work.observe(step.layer) if observed else step.layer, observed)
-        progress("apply", done + 1, len(steps))
+        told(progress)("apply", done + 1, len(steps))
     if batches is not None and (not work.follows if batchnorm is None else batchnorm):
         reestimate_batchnorm(removal.model, batches, forward=forward)
     return removal.model

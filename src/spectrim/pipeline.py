@@ -25,7 +25,7 @@ from spectrim.nn.sparse.kernels import choose_kernels
 from spectrim.nn.timing import Timing, measure_latency
 from spectrim.nn.watch.batches import batch_size, call, checked_batches, evaluating, output_tensors
 from spectrim.preparation import Prepared, laid_out, locate, prepare
-from spectrim.progress import Progress, reports, silent
+from spectrim.progress import Progress, reports, silent, told
 from spectrim.selection.budget import COSTS, Amount, Budget, Limit
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
@@ -200,12 +200,12 @@ def compress(
         groups = methods is None and not {"parameters", "bytes"}.isdisjoint(budget.costs)
     sites = locate(model, batches, skip=skip, only=only, channels=channels, forward=forward)
     prepared = prepare(
-        model, sites, batches, sensitivity=sensitivity, groups=groups, forward=forward, progress=progress,
+        model, sites, batches, sensitivity=sensitivity, groups=groups, forward=forward, progress=told(progress),
         latency=latency or guard or budget.latency is not None,
     )  # fmt: skip
     return shrink(
         model, prepared, budget, methods=methods, reconstruct=reconstruct, guard=guard, costs=costs,
-        selector=selector, forward=forward, progress=progress,
+        selector=selector, forward=forward, progress=told(progress),
     )  # fmt: skip
 
 

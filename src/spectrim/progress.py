@@ -79,6 +79,12 @@ def reports(verb: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def told(progress: Callable[P, None] | bool | None) -> Callable[P, None]:
+    """The function that a verb's ``progress`` is once :func:`reports` or :func:`reports_steps` has seen to it."""
+    assert callable(progress)
+    return progress
+
+
 def reports_steps(verb: Callable[P, R]) -> Callable[P, R]:
     """The same for a verb that does one thing, whose function takes ``(done, total)``."""
 

@@ -12,7 +12,7 @@ from spectrim.cost.whole import Network
 from spectrim.methods import ActivationSVD, Curve, JointSVD, Method, WeightSVD, as_methods
 from spectrim.network.choices import DENSE, Choice
 from spectrim.network.sites import Channels, Site, Sites
-from spectrim.progress import Progress, reports
+from spectrim.progress import Progress, reports, told
 from spectrim.selection.candidates import Candidates, Option, Row
 
 
@@ -79,7 +79,7 @@ def tabulate(
         # A group that no method can join is nothing to choose.
         if done < len(sites) or any(curve.choices for _, curve in curves):
             found.append((site, curves))
-        progress("tabulate", done + 1, len(sites) + len(groups) + len(coupled))
+        told(progress)("tabulate", done + 1, len(sites) + len(groups) + len(coupled))
     units = {curve.unit for _, curves in found for _, curve in curves if curve.choices}
     if len(units) > 1:
         raise ValueError(
@@ -89,7 +89,7 @@ def tabulate(
     offered = [[pair for _, curve in curves for pair in _worth(network, site, curve, dear)] for site, curves in found]
     network.prepare(
         ((site.name, choice) for (site, _), pairs in zip(found, offered, strict=True) for choice, _ in pairs),
-        functools.partial(progress, "measure"),
+        functools.partial(told(progress), "measure"),
     )
     rows = [_row(network, site, pairs, curves, guard) for (site, curves), pairs in zip(found, offered, strict=True)]
     return Candidates(

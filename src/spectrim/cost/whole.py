@@ -13,7 +13,8 @@ from spectrim.network.choices import DENSE, ChannelsChoice, Choice
 from spectrim.network.coupling import Coupling
 from spectrim.network.layer import LayerSpec
 from spectrim.network.narrowing import layers_left
-from spectrim.network.sites import Site, Sites
+from spectrim.network.sites import Group, Layer, Site, Sites
+from spectrim.progress import Steps
 
 Costs = dict[str, float]
 Picks = Mapping[str, Choice]
@@ -74,7 +75,7 @@ class Network:
         for coupling in self.sites.couplings:
             for name in dict.fromkeys(side.name for side in coupling.sides):
                 self._touching.setdefault(name, []).append(coupling)
-        self._joined: dict[str, Site] = {}
+        self._joined: dict[str, Layer | Group] = {}
 
     def cost(self, picks: Picks = _ALL_DENSE, widths: Widths = _ALL_THERE) -> Costs:
         """What the whole network costs.
@@ -131,7 +132,7 @@ class Network:
         """What coupled channels cost in modules that are no layers: normalisation, embeddings."""
         return self._beside(self._couplings[coupling], self._left(picks, widths))
 
-    def prepare(self, options: Iterable[tuple[str, Choice]], progress: Callable[[int, int], None] | None) -> None:
+    def prepare(self, options: Iterable[tuple[str, Choice]], progress: Steps | None) -> None:
         """Measure the layers of the dense network and those of options of rows together, so that they are comparable.
 
         Parameters

@@ -78,7 +78,8 @@ class Moments:
     def take(self, entries: Int64[Tensor, "g n"]) -> Moments:
         """The moments of some entries of the vectors."""
         index = entries.to(self.mean.device)
-        part = Moments(*index.shape, self.mean.device)
+        groups, features = index.shape
+        part = Moments(groups, features, self.mean.device)
         rows = torch.take_along_dim(self.scatter, index.unsqueeze(2), 1)
         part.count, part.mean = self.count, torch.take_along_dim(self.mean, index, 1)
         part.scatter = torch.take_along_dim(rows, index.unsqueeze(1), 2)

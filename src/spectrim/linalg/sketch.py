@@ -94,7 +94,8 @@ class Sketch(Moments):
     def take(self, entries: Int64[Tensor, "g n"]) -> Sketch:
         """The sketch of some entries of the vectors; of the lost energy they get their share."""
         index = entries.to(self.mean.device)
-        part = Sketch(*index.shape, self.size, self.mean.device)
+        groups, features = index.shape
+        part = Sketch(groups, features, self.size, self.mean.device)
         part.count, part.mean = self.count, torch.take_along_dim(self.mean, index, 1)
         part.rows = torch.take_along_dim(self.rows, index.unsqueeze(1), 2)
         part.lost = self.lost * (index.shape[1] / self.mean.shape[1])

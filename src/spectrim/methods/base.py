@@ -238,11 +238,11 @@ class LowRankMethod(Method):
         step = self.multiple_of or rank_multiple(spec.device, spec.dtype, full)
         return range(step, (full if self.to_full_rank else break_even(spec, how)) + 1, step)
 
-    def layers(self, site: Site, choice: LowRankChoice) -> Sequence[LayerSpec]:
+    def layers(self, site: Layer, choice: LowRankChoice) -> Sequence[LayerSpec]:
         how = unfolding(site.spec.kernel, choice.unfolding)
         return site.spec.factor(how, choice.rank, bias=choice.bias)
 
-    def choice(self, site: Site, how: Unfolding, rank: int, *, bias: bool) -> LowRankChoice:
+    def choice(self, site: Layer, how: Unfolding, rank: int, *, bias: bool) -> LowRankChoice:
         return LowRankChoice(how.name, rank, bias, method=self.name)
 
 

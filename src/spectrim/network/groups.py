@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 from spectrim.network.layer import LayerSpec
-from spectrim.network.sites import Site, Sites, Skipped
+from spectrim.network.sites import Layer, Sites, Skipped
 
 _RULES = ("inputs", "repeated")
 
@@ -102,7 +102,7 @@ def residual(sites: Sites) -> Sites:
     ValueError
         If the names show fewer than two stages.
     """
-    positions: dict[str, list[Site]] = {}
+    positions: dict[str, list[Layer]] = {}
     for site in sites:
         patterns = [pattern for pattern, _ in _patterns(site.name)]
         if patterns:
@@ -124,7 +124,7 @@ def residual(sites: Sites) -> Sites:
     )
 
 
-def _same_inputs(sites: Sites, free: Iterable[Site]) -> dict[str, tuple[str, ...]]:
+def _same_inputs(sites: Sites, free: Iterable[Layer]) -> dict[str, tuple[str, ...]]:
     """Linear layers of one parent that see one tensor and have the same inputs."""
     known = {site.name: site.spec for site in free}
     found: dict[str, tuple[str, ...]] = {}
@@ -141,13 +141,13 @@ def _same_inputs(sites: Sites, free: Iterable[Site]) -> dict[str, tuple[str, ...
     return found
 
 
-def _repeated(free: Sequence[Site], *, nested: bool) -> dict[str, tuple[str, ...]]:
+def _repeated(free: Sequence[Layer], *, nested: bool) -> dict[str, tuple[str, ...]]:
     """Groups of layers at the same place of repeated modules, with the halves of each."""
     found: dict[str, tuple[str, ...]] = {}
     taken: set[str] = set()
     depth = max((len(_patterns(site.name)) for site in free), default=0)
     for level in range(depth):
-        positions: dict[str, list[tuple[int, Site]]] = {}
+        positions: dict[str, list[tuple[int, Layer]]] = {}
         for site in free:
             patterns = _patterns(site.name)
             if site.name not in taken and level < len(patterns):
@@ -178,9 +178,9 @@ def _kin(spec: LayerSpec, *, flat: bool) -> tuple[object, ...]:
     return (*spec.family, spec.out_channels, seen)
 
 
-def _alike(members: Sequence[tuple[int, Site]], *, flat: bool) -> list[list[tuple[int, Site]]]:
+def _alike(members: Sequence[tuple[int, Layer]], *, flat: bool) -> list[list[tuple[int, Layer]]]:
     """Members that agree in all that matters; a single one only where others join it by the second factor."""
-    classes: dict[tuple[object, ...], list[tuple[int, Site]]] = {}
+    classes: dict[tuple[object, ...], list[tuple[int, Layer]]] = {}
     for number, site in members:
         classes.setdefault((*_kin(site.spec, flat=flat), site.spec.in_channels), []).append((number, site))
     found = [some for some in classes.values() if len(some) > 1]
@@ -194,11 +194,11 @@ def _alike(members: Sequence[tuple[int, Site]], *, flat: bool) -> list[list[tupl
 
 
 def _wider(
-    core: Sequence[tuple[int, Site]], members: Sequence[tuple[int, Site]], *, flat: bool
-) -> list[tuple[int, Site]]:
+    core: Sequence[tuple[int, Layer]], members: Sequence[tuple[int, Layer]], *, flat: bool
+) -> list[tuple[int, Layer]]:
     """The core with layers of another input depth, if there are any; each goes to one core only."""
     kin = _kin(core[0][1].spec, flat=flat)
-    classes: dict[int, list[tuple[int, Site]]] = {}
+    classes: dict[int, list[tuple[int, Layer]]] = {}
     for number, site in members:
         if _kin(site.spec, flat=flat) == kin:
             classes.setdefault(site.spec.in_channels, []).append((number, site))
@@ -211,7 +211,9 @@ def _wider(
     return wide if len(wide) > len(core) else []
 
 
-def _add(found: dict[str, tuple[str, ...]], pattern: str, members: Sequence[tuple[int, Site]], *, nested: bool) -> None:
+def _add(
+    found: dict[str, tuple[str, ...]], pattern: str, members: Sequence[tuple[int, Layer]], *, nested: bool
+) -> None:
     ordered = sorted(members, key=lambda pair: pair[0])
     numbers = [number for number, _ in ordered]
     first, last = numbers[0], numbers[-1]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -189,9 +190,9 @@ def _cut_inputs(layer: Layer, left: Tensor) -> Layer:
     g, o, i, *kernel = spec.shape
     channels = (left % i).reshape(g, -1).to(layer.weight.device)
     weight = layer.weight.double().reshape(g, o, i, -1)
-    ways = ((statistics.input, _by_patches), (statistics.channels, _by_channels), (statistics.sketch, _by_sketch))
-    moments, way = next(((m, way) for m, way in ways if m is not None), (None, _as_they_are))
-    weight, shift = way(moments, weight, channels)
+    known = {_by_patches: statistics.input, _by_channels: statistics.channels, _by_sketch: statistics.sketch}
+    way: Any = next((way for way, moments in known.items() if moments is not None), _as_they_are)
+    weight, shift = way(known.get(way), weight, channels)
     bias = layer.bias
     if shift is not None:
         moved = shift.reshape(-1)

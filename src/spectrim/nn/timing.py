@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.cost.rounds import Rounds, Timing, torch_threads
-from spectrim.progress import Steps, reports_steps
+from spectrim.progress import Steps, reports_steps, told
 
 
 @reports_steps
@@ -70,7 +70,7 @@ def measure_latency(
                 wait[name]()
                 rounds.end(name)
             if turn >= 0:
-                progress(turn + 1, repeats)
+                told(progress)(turn + 1, repeats)
     return {name: rounds[name] for name in models}
 
 

@@ -14,7 +14,7 @@ from spectrim.methods.base import Method
 from spectrim.methods.joint_svd import JointSVD
 from spectrim.network.choices import Choice
 from spectrim.network.factors import Factors
-from spectrim.network.sites import Site
+from spectrim.network.sites import Group, Site
 from spectrim.nn.build import build, skeleton
 from spectrim.nn.modules import Factored, whole
 from spectrim.nn.shared import Once
@@ -147,7 +147,7 @@ def _check_refit(
 
 
 def _check_full_rank(
-    method: JointSVD, site: Site, layers: Sequence[nn.Module], inputs: Sequence[Tensor], where: str
+    method: JointSVD, site: Group, layers: Sequence[nn.Module], inputs: Sequence[Tensor], where: str
 ) -> int:
     # A fit to responses adds a jitter of 1e-12 to their moments.
     close = max(48 * torch.finfo(site.layers[0].dtype).eps, 1e-9)

@@ -24,7 +24,7 @@ from spectrim.nn.flops import flop_counter
 from spectrim.nn.watch.batches import batch_size, call, checked_batches, evaluating
 from spectrim.nn.watch.patches import sample_outputs, sample_patches
 from spectrim.nn.watch.responses import Responses
-from spectrim.progress import Steps, reports_steps
+from spectrim.progress import Steps, reports_steps, told
 
 # Patches up to this length get a full second moment (at most 11 MB); longer ones one for each unfolding's slices.
 FULL_PATCH = 1152
@@ -139,7 +139,7 @@ def calibrate(
                     run(model, batch)
                 samples += size
                 done += 1
-                progress(done, length)
+                told(progress)(done, length)
                 if not statistics:
                     break
         finally:
