@@ -126,18 +126,6 @@ def test_joint_offers_every_way_to_share_within_groups_of_ones_own(run):
     assert Plan.read("compressed/plan.json")["blocks.2"].site == "mine"
 
 
-def test_methods_of_the_command_line(run):
-    from spectrim.cli.steps import chosen_methods
-
-    def names(*arguments, **more):
-        return [method.name for method in chosen_methods(*arguments, **more)]
-
-    assert names("auto", True) == names("joint", True) == ["ActivationSVD", "WeightSVD"]
-    assert names("weight-svd", True, share=True) == ["WeightSVD", "JointSVD-left", "JointSVD-right"]
-    assert names("joint", False, share=True) == ["WeightSVD", "JointSVD-left", "JointSVD-right", "JointSVD-both-0.5"]
-    assert [m.multiple_of for m in chosen_methods("joint", True, 5, share=True)] == [5] * 5  # type: ignore[attr-defined]
-
-
 def test_groups_are_read_in_order(tmp_path: Path):
     file = tmp_path / "groups.json"
     file.write_text('{"b": ["x", "y"], "a": ["z", "w"]}')

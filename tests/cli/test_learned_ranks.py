@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spectrim.cli.learning import PARAMETERS, spread
+from spectrim.cli.learning import spread
+from spectrim.cli.options import LearnedRanksOptions
 from spectrim.methods import WeightSVD
 from spectrim.selection.budget import Budget
 from spectrim.selection.plan import Plan
@@ -19,9 +20,12 @@ from spectrim.selection.trajectory import Trajectory
 from spectrim.train import LearnedRanks, Recipe, Schedule, learn_ranks
 
 BATCHES = ("--train", "nets:batches", "--test", "nets:batches")
-SHORT = ("--rank-epochs", "2", "--epochs", "1", "--c-steps", "4")
-LEARN = ("compress", "nets:tiny", "--method", "learned-ranks", *BATCHES, *SHORT)
-PATH = ("path", "nets:tiny", *BATCHES, *SHORT)
+LEARN = ("compress", "nets:tiny", "--method", "learned-ranks:rank_epochs=2,c_steps=4", *BATCHES, "--epochs", "1")
+PATH = ("path", "nets:tiny", *BATCHES, "--rank-epochs", "2", "--epochs", "1", "--c-steps", "4")
+
+
+def learn(options: str, *arguments: str) -> tuple[str, ...]:
+    return ("compress", "nets:tiny", "--method", f"learned-ranks:{options}", *BATCHES, *arguments)
 
 
 def weights(folder: str) -> dict[str, torch.Tensor]:
@@ -60,8 +64,9 @@ def test_compress_meets_a_budget_and_writes_the_course_of_the_ranks(run):
 def test_options_reach_the_call_and_calibration_is_optional(run):
     import nets
 
-    options = ("--lr", "0.01", "--rank-lr", "0.02", "--energy", "output", "--multiple-of", "3", "--skip", "head")
-    run(*LEARN, "-b", "macs=60%", "--data", "nets:batches?samples=32", *options, "--no-report", "--out", "typed")
+    options = ("--epochs", "1", "--lr", "0.01", "--multiple-of", "3", "--skip", "head")
+    learned = learn("rank_epochs=2,c_steps=4,rank_lr=0.02,energy=output")
+    run(*learned, "-b", "macs=60%", "--data", "nets:batches?samples=32", *options, "--no-report", "--out", "typed")
     called = learn_ranks(
         nets.tiny().eval(), nets.batches(), Budget(macs="60%"), calibration=nets.batches(32), skip=["head"],
         learning=Recipe(epochs=2, lr=0.02), tuning=Recipe(epochs=1, lr=0.01), schedule=spread(4), energy="output",
@@ -82,30 +87,22 @@ def test_c_steps_spread_the_usual_range_of_mu():
     assert spread(1).steps == 1
 
 
-@pytest.mark.parametrize("command", ["compress", "path"])
-def test_defaults_are_those_of_the_library(run, command: str):
-    text = " ".join(run(command, "--help").stdout.split())
+def test_defaults_are_those_of_the_library(run):
+    text = " ".join(run("path", "--help").stdout.split())
     energy = inspect.signature(LearnedRanks).parameters["energy"].default
     for option, default in (("--c-steps", Schedule().steps), ("--rank-epochs", Recipe().epochs), ("--energy", energy)):
         shown = text.split(f" {option} ", 1)[1].split("[default: ", 1)[1]
         assert shown.startswith((f"{default};", f"{default}]"))
+    learned = LearnedRanksOptions()
+    assert (learned.c_steps, learned.rank_epochs) == (Schedule().steps, Recipe().epochs)
+    assert learned.cost == inspect.signature(LearnedRanks).parameters["cost"].default
 
 
 def test_a_multiplier_takes_the_place_of_a_budget(run):
     costs = []
     for multiplier in ("1e-06", "0.01"):
-        options = (
-            "--multiplier",
-            multiplier,
-            "--cost",
-            "parameters",
-            "--epochs",
-            "0",
-            "--no-report",
-            "--out",
-            multiplier,
-        )
-        found = run.json(*LEARN, *options)
+        learned = learn(f"rank_epochs=2,c_steps=4,multiplier={multiplier},cost=parameters")
+        found = run.json(*learned, "--epochs", "0", "--no-report", "--out", multiplier)
         assert found["budget"] == {}
         assert not Trajectory.read(f"{multiplier}/ranks.json").budget
         assert dict(Plan.read(f"{multiplier}/plan.json").multipliers) == {"parameters": float(multiplier)}
@@ -125,7 +122,7 @@ def test_the_report_tells_how_ranks_were_learned(run):
 
 
 def test_without_epochs_ranks_are_chosen_once(run):
-    found = run.json(*LEARN, "-b", "macs=50%", "--rank-epochs", "0", "--epochs", "0", "--no-report")
+    found = run.json(*learn("rank_epochs=0,c_steps=4"), "-b", "macs=50%", "--epochs", "0", "--no-report")
     assert found["notes"][0] == "Ranks chosen once, without learning."
     assert len(Trajectory.read(found["files"]["ranks"])) == 1
 
@@ -139,9 +136,11 @@ def test_compress_continues_from_a_checkpoint_and_from_no_other_run(run):
     assert same(weights("first"), weights("second"))
     assert Path("first/ranks.json").read_text() == Path("second/ranks.json").read_text()
     assert Path("state/learning.safetensors").stat().st_mtime_ns == learned  # not learned again
+    other = learn("rank_epochs=2,c_steps=5,rank_lr=0.5", "--epochs", "1", "-b", "macs=50%", "--checkpoint", "state")
+    error = run(*other, code=2).stderr
+    assert "c_steps was 4 and is 5" in error
+    assert "rank_lr was None and is 0.5" in error
     for changed, message in (
-        (("--c-steps", "5"), "--c-steps was 4 and is 5"),
-        (("--rank-lr", "0.5"), "--rank-lr was None and is 0.5"),
         (("--skip", "conv"), "--skip was None and is ['conv']"),
         (("--train", "nets:batches?samples=32"), "--train was 'nets:batches' and is 'nets:batches?samples=32'"),
     ):
@@ -157,9 +156,9 @@ def test_compress_continues_from_a_checkpoint_and_from_no_other_run(run):
 def test_a_folder_without_checkpoints_is_free_for_any_run(run):
     Path("state").mkdir()
     Path("state/run.json").write_text("of a run that was killed before its first epoch")
-    arguments = ("--rank-epochs", "0", "--epochs", "0", "--no-report", "--checkpoint", "state")
-    run(*LEARN, "-b", "macs=0.1%", *arguments, code=3)
-    run(*LEARN, "-b", "macs=50%", *arguments)
+    arguments = (*learn("rank_epochs=0,c_steps=4"), "--epochs", "0", "--no-report", "--checkpoint", "state")
+    run(*arguments, "-b", "macs=0.1%", code=3)
+    run(*arguments, "-b", "macs=50%")
     assert json.loads(Path("state/run.json").read_text())["points"] == ["macs=50%"]
 
 
@@ -223,21 +222,30 @@ def test_a_path_that_cannot_be_met_is_refused_before_training(run):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ((*LEARN,), 2, "either --budget (as macs=50%) or --multiplier"),
-        ((*LEARN, "-b", "macs=50%", "--multiplier", "1e-6"), 2, "either --budget (as macs=50%) or --multiplier"),
+        ((*LEARN,), 2, "either --budget (as macs=50%), or a multiplier"),
+        (learn("multiplier=1e-6", "-b", "macs=50%"), 2, "either --budget (as macs=50%), or a multiplier"),
+        ((*LEARN, "-b", "macs=50%", "--method", "auto"), 2, "--method learned-ranks does not combine with another"),
+        (
+            learn("steps=3", "-b", "macs=50%"),
+            2,
+            "no option 'steps'; the options of learned-ranks are rank_epochs: int",
+        ),
+        (learn("c_steps=0", "-b", "macs=50%"), 2, "c_steps is 0; expected 1 or more"),
+        (learn("c_steps=few", "-b", "macs=50%"), 2, "c_steps is 'few'; expected int"),
+        (learn("rank_epochs=-1", "-b", "macs=50%"), 2, "rank_epochs is -1; expected 0 or more"),
         (("compress", "nets:tiny", "--method", "learned-ranks", "-b", "macs=50%"), 2, "give --train"),
         ((*LEARN, "-b", "macs=50%", "--plan", "some.json"), 2, "--plan some.json does not combine"),
         ((*LEARN, "-b", "macs=50%", "--selector", "greedy"), 2, "--selector greedy does not combine"),
         ((*LEARN, "-b", "macs=50%", "--guard"), 2, "--guard does not combine with --method learned-ranks"),
-        ((*LEARN, "-b", "macs=50%", "--cost", "bytes"), 2, "--cost bytes is the cost that --multiplier is for"),
-        ((*LEARN, "-b", "macs=50%", "--energy", "dark"), 2, "--energy 'dark'"),
-        ((*LEARN, "-b", "macs=50%", "--rank-lr", "-1"), 2, "--rank-lr: lr=-1.0"),
+        (learn("cost=bytes", "-b", "macs=50%"), 2, "cost is what a multiplier is for"),
+        (learn("energy=dark", "-b", "macs=50%"), 2, "energy is 'dark'; expected weight or output"),
+        (learn("rank_lr=-1", "-b", "macs=50%"), 2, "rank_lr: lr=-1.0"),
         ((*LEARN, "-b", "macs=50%", "--lr", "-2"), 2, "--lr: lr=-2.0"),
         ((*LEARN, "-b", "macs=50%", "--skip", "layer9"), 2, "'layer9'"),
         ((*LEARN, "-b", "speed=2"), 2, "--budget limits 'speed'"),
-        ((*LEARN, "--multiplier", "-1"), 2, "--multiplier -1.0"),
-        ((*LEARN, "--multiplier", "nan"), 2, "--multiplier nan"),
-        ((*LEARN, "--multiplier", "1e-6", "--cost", "joules"), 2, "--cost 'joules'"),
+        (learn("multiplier=-1"), 2, "multiplier is -1.0; expected a finite number above 0"),
+        (learn("multiplier=nan"), 2, "multiplier is nan; expected a finite number"),
+        (learn("multiplier=1e-6,cost=joules"), 2, "cost 'joules' is not known; choose from parameters, macs"),
         ((*LEARN, "-b", "macs=50%", "--train", "nets:unlabelled"), 2, "--train 'nets:unlabelled' cannot be trained on"),
         ((*LEARN, "-b", "macs=50%", "--test", "nets:unlabelled"), 2, "holds no labels"),
         ((*LEARN, "-b", "macs=0.1%"), 3, "the lowest reachable is"),
@@ -247,7 +255,7 @@ def test_a_path_that_cannot_be_met_is_refused_before_training(run):
         (("path", "nets:tiny", "--test", "nets:batches", "-b", "macs=50%"), 2, "give --train"),
         ((*PATH, "-b", "macs=50%,speed=2"), 2, "--budget limits 'speed'"),
         ((*PATH, "-b", "macs=50%,macs=60%"), 2, "limits macs twice"),
-        ((*PATH, "-b", "macs=50%", "--energy", "dark"), 2, "--energy 'dark'"),
+        ((*PATH, "-b", "macs=50%", "--energy", "dark"), 2, "energy is 'dark'; expected weight or output"),
         ((*PATH, "-b", "macs=50%", "--only", "layer9"), 2, "'layer9'"),
     ],
 )
@@ -259,21 +267,8 @@ def test_errors_quote_what_was_typed(run, arguments: tuple[str, ...], code: int,
     assert not Path("compressed").exists()
 
 
-OPTIONS = {
-    "rank_epochs": ("--rank-epochs", "3"),
-    "rank_lr": ("--rank-lr", "0.1"),
-    "c_steps": ("--c-steps", "8"),
-    "rank_energy": ("--energy", "weight"),
-    "multiplier": ("--multiplier", "1e-09"),
-    "cost": ("--cost", "macs"),
-    "checkpoint": ("--checkpoint", "state"),
-    "animate": ("--animate",),
-}
-
-
-@pytest.mark.parametrize("parameter", sorted(PARAMETERS))
-def test_options_of_learned_ranks_are_refused_with_another_method(run, parameter: str):
-    given = OPTIONS[parameter]
+@pytest.mark.parametrize("given", [("--checkpoint", "state"), ("--animate",)])
+def test_options_of_learned_ranks_are_refused_with_another_method(run, given: tuple[str, ...]):
     error = run("compress", "nets:tiny", "--data", "nets:batches", "-b", "macs=50%", *given, code=2).stderr
     assert f"{' '.join(given)} is for --method learned-ranks, not for --method auto" in error
 

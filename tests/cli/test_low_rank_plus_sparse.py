@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from spectrim.cli.methods import SPARSE as METHOD
+from spectrim.cli.methods import Methods
 from spectrim.cli.models import load_compressed
-from spectrim.cli.sparsity import METHOD, Sparsity, kernel_notes, kernel_values
-from spectrim.cli.steps import chosen_methods
+from spectrim.cli.sparsity import kernel_notes, kernel_values
 from spectrim.methods import LowRankPlusSparse
 from spectrim.nn.sparse.kernels import ChosenKernel, Kernel
 from spectrim.nn.sparse.packed import masked_layers
@@ -20,7 +21,7 @@ DATA = ("--data", "nets:batches")
 SPARSE = ("--method", METHOD)
 BYTES = ("--budget", "bytes=45%")
 # One layer, and one rank for each density: a table that is made in no time.
-QUICK = (*DATA, *SPARSE, "--low-rank-share", "0.3", "--only", "wide", "--quiet")
+QUICK = (*DATA, "--method", f"{METHOD}:share=0.3", "--only", "wide", "--quiet")
 
 
 def test_compress_counts_the_positions_and_measures_what_it_counted(run):
@@ -78,7 +79,7 @@ def test_training_keeps_the_support(run):
 
 def test_a_fixed_share_is_that_of_the_numbers_stored(run):
     bare = ("--input", "1x8x8", "--only", "wide", "--no-report", "--quiet")
-    run("compress", "nets:tiny", *SPARSE, *bare, "-b", "bytes=60%", "--low-rank-share", "0.3")
+    run("compress", "nets:tiny", "--method", f"{METHOD}:share=0.3", *bare, "-b", "bytes=60%")
     plan = Plan.read("compressed/plan.json")
     assert plan.unit == "weight energy"
     choice, costs = plan["wide"].choice, plan["wide"].costs
@@ -91,8 +92,8 @@ def test_a_fixed_share_is_that_of_the_numbers_stored(run):
 
 
 def test_patterns_that_make_a_layer_smaller(run):
-    bare = ("--input", "1x8x8", "--only", "wide", "--no-report", "--quiet", "--low-rank-share", "0")
-    run("compress", "nets:tiny", *SPARSE, *bare, "-b", "macs=70%", "--pattern", "channels", "--pattern", "taps")
+    bare = ("--input", "1x8x8", "--only", "wide", "--no-report", "--quiet")
+    run("compress", "nets:tiny", "--method", f"{METHOD}:patterns=channels+taps,share=0", *bare, "-b", "macs=70%")
     choice = Plan.read("compressed/plan.json")["wide"].choice
     assert choice["rank"] == 0
     assert choice["pattern"].startswith(("channels", "taps"))
@@ -101,7 +102,7 @@ def test_patterns_that_make_a_layer_smaller(run):
 
 def test_profile_says_what_stores_the_fewest_bytes(run):
     wide = ("profile", "nets:tiny", *DATA, "--only", "wide")
-    found = run.json(*wide, *SPARSE, "--pattern", "rows", "--pattern", "2:4", "--low-rank-share", "0.2")
+    found = run.json(*wide, "--method", f"{METHOD}:patterns=rows+2:4,share=0.2")
     for layer in found["layers"]:
         one, five = layer["smallest"]["1%"], layer["smallest"]["5%"]
         assert one["error"] <= 0.01
@@ -110,35 +111,36 @@ def test_profile_says_what_stores_the_fewest_bytes(run):
         assert five["left"] == five["bytes"] / layer["costs"]["bytes"]
     (layer,) = found["layers"]
     assert layer["smallest"]["5%"]["choice"]["pattern"] in {"rows", "2:4"}
-    text = run(*wide, *SPARSE, "--low-rank-share", "0.3").stdout
+    text = run(*wide, "--method", f"{METHOD}:share=0.3").stdout
     assert "Fewest stored bytes" in text
     assert "% unstructured" in text
     assert "smallest" not in run.json(*wide)["layers"][0]
 
 
 def test_the_method_stands_beside_low_rank_alone_unless_the_split_is_fixed():
-    def names(calibrated: bool, **settings) -> list[str]:
-        return [m.name for m in chosen_methods(METHOD, calibrated, 4, sparsity=Sparsity(**settings))]
+    def names(calibrated: bool, *texts: str) -> list[str]:
+        return [method.name for method in Methods.read(texts).chosen(calibrated, multiple_of=4)]
 
-    assert names(True) == ["ActivationSVD", "WeightSVD", "LowRankPlusSparse"]
-    assert names(False) == ["WeightSVD", "LowRankPlusSparse"]
-    assert names(True, share=0.25) == ["LowRankPlusSparse"]
-    only = chosen_methods(METHOD, True, 4, sparsity=Sparsity(("2:4", "taps"), 0.25))[-1]
-    assert isinstance(only, LowRankPlusSparse)
-    assert (only.patterns, only.share, only.multiple_of) == (("2:4", "taps"), 0.25, 4)
+    assert names(True, METHOD) == ["ActivationSVD", "WeightSVD", "LowRankPlusSparse"]
+    assert names(False, METHOD) == ["WeightSVD", "LowRankPlusSparse"]
+    assert names(True, f"{METHOD}:share=0.25") == ["LowRankPlusSparse"]
+    assert names(True, METHOD, "weight-svd") == ["LowRankPlusSparse", "WeightSVD"]
+    (only,) = Methods.read([f"{METHOD}:patterns=2:4+taps,share=0.25"]).chosen(True, multiple_of=4)
+    assert only == LowRankPlusSparse(patterns=("2:4", "taps"), share=0.25, multiple_of=4)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((*SPARSE, "--pattern", "2:x"), "unknown pattern '2:x'"),
-        ((*SPARSE, "--pattern", "tap"), "or 'taps'"),
-        ((*SPARSE, "--pattern", "5:4"), "'5:4'"),
-        ((*SPARSE, "--pattern", "2:7"), "--pattern '2:7' fits no layer of the model (Conv2d 3x3, 1 -> 12;"),
-        ((*SPARSE, "--pattern", "taps", "--only", "head"), "--pattern 'taps' fits no layer"),
-        ((*SPARSE, "--low-rank-share", "1.5"), "--low-rank-share 1.5: expected a number from 0"),
-        (("--pattern", "rows"), f"--pattern rows is for --method {METHOD}, not for --method auto"),
-        (("--low-rank-share", "0.3"), f"--low-rank-share 0.3 is for --method {METHOD}"),
+        (("--method", f"{METHOD}:patterns=2:x"), "unknown pattern '2:x'"),
+        (("--method", f"{METHOD}:patterns=tap"), f"--method {METHOD}:patterns=tap: unknown pattern 'tap'"),
+        (("--method", f"{METHOD}:patterns=5:4"), "'5:4'"),
+        (
+            ("--method", f"{METHOD}:patterns=2:7"),
+            "pattern '2:7' fits no layer of the model (Conv2d 3x3, 1 -> 12;",
+        ),
+        (("--method", f"{METHOD}:patterns=taps", "--only", "head"), "pattern 'taps' fits no layer"),
+        (("--method", f"{METHOD}:share=1.5"), f"--method {METHOD}:share=1.5: share is 1.5; expected a number from 0"),
     ],
 )
 @pytest.mark.parametrize("command", [("profile",), ("compress", *BYTES)], ids=["profile", "compress"])
@@ -147,14 +149,6 @@ def test_what_cannot_be_carried_out_is_quoted(run, command: tuple[str, ...], arg
     result = run(name, "nets:tiny", *options, *DATA, *arguments, code=2)
     assert message in result.stderr
     assert result.stdout == ""
-
-
-def test_learned_ranks_have_no_patterns(run):
-    result = run(
-        "compress", "nets:tiny", *BYTES, "--train", "nets:batches", "--method", "learned-ranks", "--pattern", "rows",
-        code=2,
-    )  # fmt: skip
-    assert "--pattern rows does not combine with --method learned-ranks" in result.stderr
 
 
 def test_what_is_said_of_kernels():

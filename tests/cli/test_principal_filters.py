@@ -13,15 +13,16 @@ from spectrim import Plan, calibrate, couple, find
 from spectrim.channel_plans.widths import KL, Energy, recommend, widths
 from spectrim.cli.data import load_data
 from spectrim.cli.filter_widths import SHARES
-from spectrim.cli.filters import METHOD, Filters, filter_notes, filter_values, planned_filters
+from spectrim.cli.filters import filter_notes, filter_values, planned_methods
+from spectrim.cli.methods import FILTERS as METHOD
 from spectrim.cli.models import load_compressed, load_model
-from spectrim.cli.steps import chosen_methods
-from spectrim.methods import PrincipalFilters
+from spectrim.methods import ActivationSVD, PrincipalFilters, WeightSVD
 
 DATA = ("--data", "nets:batches")
 FILTERS = ("--method", METHOD)
 HALF = ("--budget", "macs=50%")
-QUICK = ("nets:tiny", *DATA, *FILTERS, "--no-report", "--quiet")
+BARE = ("nets:tiny", *DATA, "--no-report", "--quiet")
+QUICK = (*BARE, *FILTERS)
 
 
 @pytest.fixture
@@ -81,9 +82,8 @@ def test_what_was_compressed_can_be_evaluated_exported_and_carried_out_again(run
 
 @pytest.mark.parametrize(("text", "recipe"), [("kl", KL()), ("energy=0.8", Energy(0.8))])
 def test_a_recipe_takes_the_place_of_a_budget(run, sites, text: str, recipe: Energy | KL):
-    found = run.json(
-        "compress", *QUICK, "--recipe", text, "--rule", "l1-max", "--pooling", "mean", "--multiple-of", "2"
-    )
+    filters = ("--method", f"{METHOD}:rule=l1-max,pooling=mean")
+    found = run.json("compress", *BARE, *filters, "--recipe", text, "--multiple-of", "2")
     method = PrincipalFilters(rule="l1-max", pooling="mean", multiple_of=2)
     expected = recommend(sites, recipe, method=method)
     plan = Plan.read("compressed/plan.json")
@@ -102,11 +102,7 @@ def test_low_rank_competes_where_it_is_asked_for(run):
         return {entry.choice.kind for entry in Plan.read("compressed/plan.json")} - {"dense"}
 
     assert kinds() == {"kept_channels"}
-    assert "low_rank" in kinds("--with-low-rank")
-    names = [method.name for method in chosen_methods(METHOD, True, 4, filters=Filters(with_low_rank=True))]
-    assert names == ["PrincipalFilters", "ActivationSVD", "WeightSVD"]
-    (only,) = chosen_methods(METHOD, True, 4, filters=Filters("abs-max", "none"))
-    assert only == PrincipalFilters("abs-max", "none", 4)
+    assert "low_rank" in kinds("--method", "auto")
 
 
 def test_fine_tuning_trains_the_narrow_network(run):
@@ -145,7 +141,7 @@ def test_profile_prints_tables_and_draws_the_figure(run, sites):
 
 
 def test_dead_filters_and_depthwise_layers_are_listed(run):
-    found = run.json("profile", "filter_nets:separable", *DATA, *FILTERS, "--pooling", "mean")
+    found = run.json("profile", "filter_nets:separable", *DATA, "--method", f"{METHOD}:pooling=mean")
     (first, *_) = found["groups"]
     assert (first["name"], first["dead"]) == ("0:out", 2)
     assert (first["written_by"], first["passed_by"], first["read_by"]) == (["0"], ["2"], ["4"])
@@ -157,36 +153,41 @@ def test_too_few_samples_are_said(run):
     (note,) = run.json("profile", "nets:tiny", *few, *FILTERS)["notes"]
     assert "2 of 2 groups" in note
     assert "up to 12 channels with 8 responses" in note
-    small = ("compress", "nets:tiny", *few, *FILTERS, "--no-report")
-    assert note in run.json(*small, "--recipe", "kl")["notes"]
+    small = ("compress", "nets:tiny", *few, "--no-report", "--method")
+    assert note in run.json(*small, METHOD, "--recipe", "kl")["notes"]
     # Every position is a response of its own, and without a recipe nobody reads the spectra.
-    assert note not in run.json(*small, "--recipe", "kl", "--pooling", "none")["notes"]
-    assert note not in run.json(*small, *HALF)["notes"]
+    assert note not in run.json(*small, f"{METHOD}:pooling=none", "--recipe", "kl")["notes"]
+    assert note not in run.json(*small, METHOD, *HALF)["notes"]
     assert run.json("profile", "nets:tiny", *DATA, *FILTERS)["notes"] == []
 
 
 def test_plans_without_removals_say_nothing_of_filters(run, dense, sites):
     run("compress", "nets:tiny", *DATA, *HALF, "--no-report", "--quiet")
     plan = Plan.read("compressed/plan.json")
-    assert planned_filters(plan) is None
+    assert planned_methods(plan, True) == []
     assert filter_values(plan) == []
     assert filter_notes(plan, find(dense)) == []
-    removed = recommend(sites, Energy(0.8), method=PrincipalFilters("abs-max", "none"))
-    assert planned_filters(removed) == Filters("abs-max", "none")
+    method = PrincipalFilters("abs-max", "none", 2)
+    assert planned_methods(recommend(sites, Energy(0.8), method=method), True) == [method]
+
+
+def test_the_table_of_a_plan_has_low_rank_if_the_plan_has(run):
+    run("compress", "filter_nets:redundant", *DATA, *FILTERS, *HALF, "--method", "auto", "--no-report", "--quiet")
+    plan = Plan.read("compressed/plan.json")
+    assert planned_methods(plan, True) == [PrincipalFilters(), ActivationSVD(), WeightSVD()]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--pooling", "median"), "--pooling is 'median'; expected one of max, mean, none"),
-        (("--share",), f"--share does not combine with --method {METHOD}"),
-        (("--pattern", "rows"), f"--pattern rows is for --method low-rank-plus-sparse, not for --method {METHOD}"),
+        (("--method", f"{METHOD}:pooling=median"), "pooling is 'median'; expected one of max, mean, none; the options"),
+        (("--method", METHOD, "--share"), f"--share does not combine with --method {METHOD}"),
     ],
 )
 @pytest.mark.parametrize("command", [("profile",), ("compress", *HALF)], ids=["profile", "compress"])
 def test_what_cannot_be_carried_out_is_quoted(run, command: tuple[str, ...], arguments: tuple[str, ...], message: str):
     name, *options = command
-    result = run(name, "nets:tiny", *options, *DATA, *FILTERS, *arguments, code=2)
+    result = run(name, "nets:tiny", *options, *DATA, *arguments, code=2)
     assert message in result.stderr
     assert result.stdout == ""
 
@@ -195,7 +196,7 @@ def test_what_cannot_be_carried_out_is_quoted(run, command: tuple[str, ...], arg
     ("arguments", "message"),
     [
         ((*FILTERS, "--recipe", "kl", *HALF), "--budget macs=50% does not combine with --recipe kl, which says"),
-        ((*FILTERS, "--recipe", "kl", "--with-low-rank"), "--with-low-rank does not combine with --recipe kl"),
+        ((*FILTERS, "--recipe", "kl", "--method", "auto"), f"--method {METHOD} --method auto does not combine with"),
         ((*FILTERS, "--recipe", "kl", "--selector", "greedy"), "--selector greedy does not combine with --recipe kl"),
         ((*FILTERS, "--recipe", "kl", "--plan", "p.json"), "--plan p.json does not combine with --recipe kl"),
         ((*FILTERS, "--recipe", "energy=1.5"), "--recipe energy=1.5: the share of energy is 1.5; expected a"),
@@ -203,12 +204,9 @@ def test_what_cannot_be_carried_out_is_quoted(run, command: tuple[str, ...], arg
         ((*FILTERS, "--recipe", "energy=nan"), "--recipe energy=nan: the share of energy is nan"),
         ((*FILTERS, "--recipe", "energy=most"), "--recipe energy=most: 'most' is not a number"),
         ((*FILTERS, "--recipe", "energy"), "--recipe 'energy' is not known; choose kl, or energy=SHARE"),
-        ((*FILTERS, "--rule", "l2", *HALF), "--rule is 'l2'; expected one of reconstruction, l1-max"),
+        (("--method", f"{METHOD}:rule=l2", *HALF), "rule is 'l2'; expected one of reconstruction, l1-max"),
         (FILTERS, "give one of --budget (as macs=50%), --recipe (as kl) or --plan FILE"),
         (("--recipe", "kl"), f"--recipe kl is for --method {METHOD}, not for --method auto"),
-        (("--rule", "l1-max", *HALF), f"--rule l1-max is for --method {METHOD}"),
-        (("--with-low-rank", *HALF), f"--with-low-rank is for --method {METHOD}"),
-        (("--method", "learned-ranks", "--train", "nets:batches", "--rule", "l1-max"), "--rule l1-max does not"),
     ],
 )  # fmt: skip
 def test_options_of_compress_that_do_not_fit_are_quoted(run, arguments: tuple[str, ...], message: str):
@@ -233,8 +231,9 @@ def test_what_is_missing_is_said(run, arguments: tuple[str, ...], message: str):
 
 def test_a_plan_says_itself_what_is_removed(run, sites):
     recommend(sites, KL()).write("plan.json")
-    result = run("compress", "nets:tiny", *DATA, *FILTERS, "--plan", "plan.json", "--rule", "l1-max", code=2)
-    assert "--rule l1-max does not combine with --plan, which says what is removed" in result.stderr
+    filters = ("--method", f"{METHOD}:rule=l1-max")
+    result = run("compress", "nets:tiny", *DATA, *filters, "--plan", "plan.json", code=2)
+    assert f"--method {METHOD} has options, but --plan says what is removed" in result.stderr
 
 
 def test_the_least_widths_can_cost_too_much(run):

@@ -7,14 +7,14 @@ output gets. Exit codes: 0 done, 1 failed, 2 the command line cannot be carried 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import json
 import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any, TextIO, get_type_hints
 
 import typer
 
@@ -24,66 +24,6 @@ from spectrim.progress import bars
 
 FAILED, USAGE, INFEASIBLE = 1, 2, 3
 
-Model = Annotated[
-    str, typer.Argument(help="package.module:factory, timm:NAME, torchvision:NAME or hf:NAME; options as ?key=value.")
-]
-Weights = Annotated[
-    Path | None, typer.Option("--weights", "-w", help="Weights: .safetensors, or .pt read with weights_only.")
-]
-Checkpoint = Annotated[
-    Path | None, typer.Option("--checkpoint", "-c", help="A compressed model that spectrim compress wrote.")
-]
-Input = Annotated[
-    str | None, typer.Option("--input", help="Shape of one random input where there is no data, as 3x224x224.")
-]
-Skip = Annotated[
-    list[str] | None, typer.Option("--skip", help="Leave layers alone whose name matches, as 'layer1.*'. Repeatable.")
-]
-Only = Annotated[list[str] | None, typer.Option("--only", help="Keep to layers whose name matches. Repeatable.")]
-Patterns = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--pattern",
-        help="Low rank plus sparse: unstructured, rows, 2:4, 4x4 (blocks), channels or taps. Repeatable; the budget "
-        "chooses among them.",
-    ),
-]
-LowRankShare = Annotated[
-    float | None,
-    typer.Option(
-        "--low-rank-share",
-        help="Low rank plus sparse: part of the stored numbers that low rank gets, as 0.3. By default the budget "
-        "decides for each layer.",
-    ),
-]
-Groups = Annotated[
-    Path | None,
-    typer.Option("--groups", help='Layers that may share factors, by hand: a JSON file as {"name": ["a", "b"]}.'),
-]
-Test = Annotated[str | None, typer.Option("--test", help="Labelled batches to measure accuracy on.")]
-Lr = Annotated[float | None, typer.Option("--lr", help="Highest learning rate of the fine-tuning.")]
-MultipleOf = Annotated[
-    int | None, typer.Option("--multiple-of", min=1, help="Ranks, and numbers of filters, are multiples of this.")
-]
-RankEpochs = Annotated[
-    int, typer.Option("--rank-epochs", min=0, help="Learned ranks: epochs of learning weights and ranks together.")
-]
-RankLr = Annotated[
-    float | None, typer.Option("--rank-lr", help="Learned ranks: highest learning rate of these epochs.")
-]
-CSteps = Annotated[
-    int, typer.Option("--c-steps", min=1, help="Learned ranks: how often ranks are chosen in these epochs.")
-]
-RankEnergy = Annotated[
-    str, typer.Option("--energy", help="Learned ranks: weight or output, whose energy errors are shares of.")
-]
-Batch = Annotated[
-    int, typer.Option("--batch", min=1, help="Samples a forward pass where time and memory are measured.")
-]
-Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="CPU threads; all that torch would take by default.")
-]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ..., or auto.")]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else there.")
 ]
@@ -155,18 +95,18 @@ class Output:
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """A command from a function whose first parameter is its :class:`Output`.
 
-    Adds the options ``--json``, ``--quiet`` and ``--debug``, and turns errors into one line and an exit code.
+    A parameter whose type is a dataclass stands for a group of options, one a field. Adds the options ``--json``,
+    ``--quiet`` and ``--debug``, and turns errors into one line and an exit code.
     """
-    signature = inspect.signature(function, eval_str=True)
-    more = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
-        for name, kind in (("as_json", Json), ("quiet", Quiet), ("debug", Debug))
-    ]
+    _, *parameters = inspect.signature(function, eval_str=True).parameters.values()
+    groups: dict[str, Any] = {p.name: p.annotation for p in parameters if dataclasses.is_dataclass(p.annotation)}
 
     def run(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
         with _kept_apart() if as_json else contextlib.nullcontext(sys.stdout) as stdout:
             out = Output(as_json, quiet, stdout)
             try:
+                for name, group in groups.items():
+                    options[name] = group(**{each.name: options.pop(each.name) for each in dataclasses.fields(group)})
                 function(out, **options)
             except (SpectrimError, OSError, FloatingPointError) as error:
                 if debug:
@@ -178,9 +118,22 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
     run.__name__, run.__doc__ = function.__name__, function.__doc__
     run.__annotations__ = {}
-    given = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in list(signature.parameters.values())[1:]]
-    run.__signature__ = inspect.Signature([*given, *more])  # type: ignore[attr-defined]
+    flat = [option for p in parameters for option in (_options(p.annotation) if p.name in groups else [p])]
+    flat += [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
+        for name, kind in (("as_json", Json), ("quiet", Quiet), ("debug", Debug))
+    ]
+    keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in flat]
+    run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
     return run
+
+
+def _options(group: type) -> Iterator[inspect.Parameter]:
+    """The parameters of a command that the fields of a group are."""
+    hints = get_type_hints(group, include_extras=True)
+    for each in dataclasses.fields(group):
+        default = inspect.Parameter.empty if each.default is dataclasses.MISSING else each.default
+        yield inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[each.name])
 
 
 @contextlib.contextmanager

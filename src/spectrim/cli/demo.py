@@ -36,7 +36,7 @@ def demo(
     from spectrim.cli.data import load_data
     from spectrim.cli.digits_net import DigitsNet
     from spectrim.cli.results import Outcome
-    from spectrim.cli.steps import device_named, first_batch
+    from spectrim.cli.work import device_named, first_batch
     from spectrim.pipeline import compress
     from spectrim.report import accuracy, compare
     from spectrim.train import fine_tune

@@ -6,32 +6,32 @@ from typing import Annotated
 
 import typer
 
-from spectrim.cli import common
-from spectrim.cli.common import Output, command
+from spectrim.cli import options
+from spectrim.cli.common import Output, command, usage
 
 
 @command
 def evaluate(
     out: Output,
-    model: common.Model,
-    weights: common.Weights = None,
-    checkpoint: common.Checkpoint = None,
+    model: options.Model,
+    weights: options.Weights = None,
+    checkpoint: options.Checkpoint = None,
     data: Annotated[str | None, typer.Option("--data", "-d", help="Labelled batches.")] = None,
-    input_shape: common.Input = None,
+    input_shape: options.Input = None,
     compare_dense: Annotated[
         bool, typer.Option("--compare", help="With --checkpoint: the dense model (with --weights) beside it.")
     ] = False,
     repeats: Annotated[int, typer.Option("--repeats", min=0, help="Timed runs; 0 leaves latency out.")] = 30,
-    batch: common.Batch = 1,
-    threads: common.Threads = None,
-    device: common.Device = "cpu",
+    batch: options.Batch = 1,
+    threads: options.Threads = None,
+    device: options.Device = "cpu",
 ) -> None:
     """Measure a model: accuracy, parameters, MACs, file size, peak memory, latency."""
     from spectrim.cli.data import load_data
     from spectrim.cli.models import load_compressed, load_model
     from spectrim.cli.references import UsageError
     from spectrim.cli.sparsity import fastest, kernel_notes, kernel_values
-    from spectrim.cli.steps import device_named, first_batch, random_input
+    from spectrim.cli.work import device_named, first_batch, random_input
     from spectrim.report import accuracy, compare, measure
 
     if data is None and input_shape is None:
@@ -47,7 +47,7 @@ def evaluate(
 
     def score(network):
         assert batches is not None
-        with common.usage():  # batches without labels
+        with usage():  # batches without labels
             return accuracy(network, batches)
 
     scoring = score if batches is not None else None

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from spectrim.cli import common
+from spectrim.cli import options
 from spectrim.cli.common import Output, command
 
 FORMATS = (".onnx", ".pt2")
@@ -16,22 +16,22 @@ FORMATS = (".onnx", ".pt2")
 @command
 def export(
     out: Output,
-    model: common.Model,
+    model: options.Model,
     file: Annotated[Path, typer.Option("--out", "-o", help="File to write: .onnx or .pt2 (torch.export).")],
-    weights: common.Weights = None,
-    checkpoint: common.Checkpoint = None,
+    weights: options.Weights = None,
+    checkpoint: options.Checkpoint = None,
     data: Annotated[str | None, typer.Option("--data", "-d", help="Batches to take the example input from.")] = None,
-    input_shape: common.Input = None,
+    input_shape: options.Input = None,
     batch: Annotated[
         int, typer.Option("--batch", min=2, help="Samples of the example; the exported batch is free.")
     ] = 2,
-    threads: common.Threads = None,
+    threads: options.Threads = None,
 ) -> None:
     """Write a model for other runtimes, and check that it computes the same numbers."""
     from spectrim.cli.data import load_data
     from spectrim.cli.models import load_compressed, load_model
     from spectrim.cli.references import UsageError
-    from spectrim.cli.steps import device_named, first_batch, random_input
+    from spectrim.cli.work import device_named, first_batch, random_input
     from spectrim.nn.export import export_onnx, export_program
 
     if file.suffix not in FORMATS:

@@ -11,7 +11,6 @@ from typing import Any
 from spectrim.channel_plans.widths import KL, Energy, Recipe, widths
 from spectrim.cli.common import Output
 from spectrim.cli.filters import sample_notes
-from spectrim.cli.references import UsageError
 from spectrim.cli.steps import print_skipped, skipped_values
 from spectrim.cost import counted
 from spectrim.cost.whole import Network
@@ -22,7 +21,6 @@ from spectrim.network.sites import Channels, Sites
 
 SHARES = (0.8, 0.9, 0.95, 0.98, 0.99)
 """Of energy, as in the published figure."""
-FORMATS = (".svg", ".png", ".pdf")
 _COSTS: Mapping[str, counted.Cost] = {"parameters": counted.parameters, "macs": counted.macs}
 _SHOWN = 3  # names of layers in a cell of the table
 
@@ -130,18 +128,6 @@ class Widths:
         }
         file.parent.mkdir(parents=True, exist_ok=True)
         write(recommended_widths(channels, found), file)
-
-
-def check_figure(file: Path | None) -> None:
-    """Refuse names of figures that cannot be written.
-
-    Raises
-    ------
-    UsageError
-        Quotes the name.
-    """
-    if file is not None and file.suffix not in FORMATS:
-        raise UsageError(f"--figure {str(file)!r}: expected a name ending in {', '.join(FORMATS)}")
 
 
 def _group(

@@ -1,90 +1,20 @@
-"""Principal filter analysis on the command line: its options, and what is said of filters that were removed."""
+"""Principal filter analysis on the command line: recipes, and what is said of filters that were removed."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
-import typer
 from torch import nn
 
 from spectrim.channel_plans.widths import KL, Energy, recommend
-from spectrim.cli.common import refuse
+from spectrim.cli.methods import AUTO, FILTERS, Methods
 from spectrim.cli.references import UsageError
-from spectrim.methods import PrincipalFilters
+from spectrim.methods import Method, PrincipalFilters, from_record
 from spectrim.network.choices import ChannelsChoice
 from spectrim.network.sites import Sites
 from spectrim.nn.channels.graph import couple
 from spectrim.selection.plan import Plan
-
-METHOD = "principal-filters"
-# Parameters of commands that no other method has.
-PARAMETERS = frozenset({"width_recipe", "rule", "pooling", "with_low_rank", "figure"})
-_NEEDS_BUDGET = frozenset({"budget", "plan_file", "selector", "guard", "with_low_rank"})
-_SHARING = frozenset({"share", "groups"})
-
-
-@dataclass(frozen=True)
-class Filters:
-    """What the command line says about removing filters.
-
-    Attributes
-    ----------
-    rule
-        By which filters are chosen.
-    pooling
-        Of responses over the positions of a sample.
-    recipe
-        That says how many filters stay, where there is no budget to say it.
-    with_low_rank
-        Whether low rank is on offer beside it.
-    """
-
-    rule: str = PrincipalFilters.rule
-    pooling: str = PrincipalFilters.pooling
-    recipe: Energy | KL | None = None
-    with_low_rank: bool = False
-
-    @classmethod
-    def of(
-        cls,
-        context: typer.Context,
-        method: str,
-        *,
-        recipe: str | None = None,
-        rule: str = rule,
-        pooling: str = pooling,
-        with_low_rank: bool = False,
-    ) -> Filters:
-        """What ``--recipe``, ``--rule``, ``--pooling`` and ``--with-low-rank`` say.
-
-        Raises
-        ------
-        UsageError
-            If they do not go with the method or with other options, or their values cannot be used.
-        """
-        if method != METHOD:
-            refuse(context, PARAMETERS, f"is for --method {METHOD}, not for --method {method}")
-            return cls()
-        refuse(context, _SHARING, f"does not combine with --method {METHOD}")
-        try:
-            PrincipalFilters(rule=rule)
-            PrincipalFilters(pooling=pooling)
-        except ValueError as error:
-            raise UsageError(f"--{error}") from error
-        if recipe is None:
-            return cls(rule, pooling, None, with_low_rank)
-        found = _recipe(recipe)
-        refuse(
-            context,
-            _NEEDS_BUDGET,
-            f"does not combine with --recipe {recipe}, which says by itself how many filters stay",
-        )
-        return cls(rule, pooling, found)
-
-    def method(self, multiple_of: int | None) -> PrincipalFilters:
-        return PrincipalFilters(rule=self.rule, pooling=self.pooling, multiple_of=multiple_of)
 
 
 def with_channels(model: nn.Module, sites: Sites, example: Any) -> Sites:
@@ -99,22 +29,21 @@ def with_channels(model: nn.Module, sites: Sites, example: Any) -> Sites:
     try:
         found = couple(model, sites, example)
     except ImportError as error:
-        raise UsageError(f"--method {METHOD}: {error}") from error
+        raise UsageError(f"--method {FILTERS}: {error}") from error
     if not found.couplings:
         reasons = "; ".join(f"{s.name or s.kind}: {s.reason}" for s in found.skipped[known:][:3])
-        raise UsageError(f"--method {METHOD}: there are no filters to remove ({reasons or 'no layer reads another'})")
+        raise UsageError(f"--method {FILTERS}: there are no filters to remove ({reasons or 'no layer reads another'})")
     return found
 
 
-def planned_filters(plan: Plan) -> Filters | None:
-    """What a plan that removes filters was made with, so that the table is like its own; None for other plans."""
+def planned_methods(plan: Plan, calibrated: bool) -> list[Method]:
+    """The methods of a plan that removes filters, so that its table is like its own; none for other plans."""
     removed = removals(plan)
     if not removed:
-        return None
-    options = plan.methods.get(next(iter(removed.values())).method, {}).get("options", {})
-    given = {key: options[key] for key in ("rule", "pooling") if key in options}
+        return []
     others = any(not entry.choice.is_dense for entry in plan if entry.site not in removed)
-    return Filters(**given, with_low_rank=others)
+    beside = Methods.read((AUTO,)).chosen(calibrated) if others else []
+    return [from_record(plan.methods[next(iter(removed.values())).method]), *beside]
 
 
 def removals(plan: Plan) -> dict[str, ChannelsChoice]:
@@ -153,12 +82,11 @@ def filter_notes(plan: Plan, sites: Sites) -> list[str]:
     return notes
 
 
-def recommended(sites: Sites, filters: Filters, multiple_of: int | None) -> Plan:
+def recommended(sites: Sites, recipe: Energy | KL, method: PrincipalFilters) -> Plan:
     """The plan of a recipe. What it warns of is in :func:`sample_notes`."""
-    assert filters.recipe is not None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return recommend(sites, filters.recipe, method=filters.method(multiple_of))
+        return recommend(sites, recipe, method=method)
 
 
 def sample_notes(sites: Sites, method: PrincipalFilters) -> list[str]:
@@ -175,7 +103,14 @@ def sample_notes(sites: Sites, method: PrincipalFilters) -> list[str]:
     ]
 
 
-def _recipe(text: str) -> Energy | KL:
+def read_recipe(text: str) -> Energy | KL:
+    """What ``--recipe`` says.
+
+    Raises
+    ------
+    UsageError
+        Quotes it.
+    """
     name, equals, value = text.partition("=")
     if text == "kl":
         return KL()

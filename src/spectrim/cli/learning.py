@@ -5,36 +5,38 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from spectrim.cli.common import Output, usage
-from spectrim.cli.costs import read_budget
-from spectrim.cli.data import load_data
-from spectrim.cli.models import load_model
+from spectrim.cli.costs import read_budget, read_costs
+from spectrim.cli.methods import Asked, filled
+from spectrim.cli.options import (
+    FileOptions,
+    InputOptions,
+    LayerOptions,
+    LearnedRanksOptions,
+    LearningOptions,
+    NetworkOptions,
+    TrainingOptions,
+)
 from spectrim.cli.references import UsageError
 from spectrim.cli.results import Outcome
-from spectrim.cli.steps import device_named, first_batch, locate, training_batches
-from spectrim.cost.latency import Latency
+from spectrim.cli.work import Work
 from spectrim.methods import WeightSVD
-from spectrim.network.sites import Sites
 from spectrim.preparation import prepare
-from spectrim.report import accuracy, compare
+from spectrim.report import compare
 from spectrim.selection.budget import COSTS, Budget
 from spectrim.selection.selectors import lagrangian
 from spectrim.tables import tabulate
 from spectrim.train import LearnedResult, Recipe, Schedule, learn_ranks
 
-METHOD = "learned-ranks"
-# Parameters of ``spectrim compress`` that no other method has.
-PARAMETERS = frozenset(
-    {"rank_epochs", "rank_lr", "c_steps", "rank_energy", "multiplier", "cost", "checkpoint", "animate"}
-)
-_OPTIONS = {"model": "MODEL", "points": "--budget"}
+# Options as they are written, where that is not the name of the field.
+_OPTIONS = {"model": "MODEL", "points": "--budget", "costs": "--cost"} | {
+    name: name for name in ("rank_epochs", "rank_lr", "c_steps", "energy", "multiplier", "cost")
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,8 @@ class RankRun:
         Patterns of layer names.
     multiple_of
         Of ranks.
+    costs
+        Of the user's own, as ``--cost`` takes them.
 
     Raises
     ------
@@ -83,25 +87,46 @@ class RankRun:
     only: Sequence[str] | None
     multiple_of: int | None
 
+    costs: tuple[str, ...] = ()
+
     def __post_init__(self) -> None:
         if self.train is None:
             raise UsageError("ranks are learned in training: give --train, batches with labels")
         if bool(self.points) == (self.multiplier is not None):
-            raise UsageError("give either --budget (as macs=50%) or --multiplier (as 4e-9)")
-        if self.energy not in ("weight", "output"):
-            raise UsageError(f"--energy {self.energy!r} is not known; choose from weight, output")
-        if self.cost not in COSTS:
-            raise UsageError(f"--cost {self.cost!r} is not known; choose from {', '.join(COSTS)}")
-        if self.multiplier is not None and not 0 < self.multiplier < float("inf"):
-            raise UsageError(f"--multiplier {self.multiplier} must be a finite number above 0, as 4e-9")
-        for option, lr in (("--rank-lr", self.rank_lr), ("--lr", self.lr)):
+            raise UsageError("give either --budget (as macs=50%), or a multiplier (as learned-ranks:multiplier=4e-9)")
+        known = (*COSTS, *self.functions)
+        if self.cost not in known:
+            raise UsageError(f"cost {self.cost!r} is not known; choose from {', '.join(known)}")
+        for option, lr in (("rank_lr", self.rank_lr), ("--lr", self.lr)):
             with usage(option):
                 Recipe(lr=lr)
         _ = self.budgets
 
+    @classmethod
+    def of(
+        cls,
+        learned: LearningOptions,
+        points: Sequence[str],
+        network: NetworkOptions,
+        data: str | None,
+        training: TrainingOptions,
+        layers: LayerOptions,
+        costs: Sequence[str] | None = None,
+    ) -> RankRun:
+        """The run of a command's options."""
+        return cls(
+            model=network.model, weights=network.weights, train=training.train, data=data, points=tuple(points),
+            epochs=training.epochs, lr=training.lr, costs=tuple(costs or ()), **asdict(learned), **asdict(layers),
+        )  # fmt: skip
+
+    @property
+    def functions(self) -> dict[str, Callable[[Any], float]]:
+        """The costs of the user's own, by name."""
+        return read_costs(self.costs)
+
     @property
     def budgets(self) -> tuple[Budget, ...]:
-        return tuple(read_budget([point]) for point in self.points)
+        return tuple(read_budget([point], self.functions) for point in self.points)
 
     @property
     def timed(self) -> bool:
@@ -110,7 +135,7 @@ class RankRun:
 
     def options(self) -> dict[str, Any]:
         """Arguments that :func:`spectrim.train.learn_ranks` and :func:`spectrim.train.budget_path` share."""
-        given: dict[str, Any] = {}
+        given: dict[str, Any] = {"costs": self.functions} if self.costs else {}
         if self.multiplier is not None:
             given |= {"multiplier": self.multiplier, "cost": self.cost}
         if self.multiple_of is not None:
@@ -140,7 +165,7 @@ class RankRun:
         file = folder / "run.json"
         now = json.loads(json.dumps(asdict(self), default=str))
         if file.exists() and any(folder.rglob("*.safetensors")):
-            then = _read(file)
+            then = {"costs": [], **_read(file)}
             known, points = then["points"], now["points"]
             shared = min(len(known), len(points))
             then["points"], now["points"] = known[:shared], points[:shared]
@@ -179,108 +204,59 @@ def spread(steps: int) -> Schedule:
     return dataclasses.replace(usual, steps=steps, factor=usual.factor ** ((usual.steps - 1) / (steps - 1)))
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a run works on.
+def read(asked: Asked) -> LearnedRanksOptions:
+    """The options that ``--method learned-ranks`` has.
 
-    Attributes
-    ----------
-    dense
-        The model.
-    sites
-        Where something may be chosen.
-    training, calibration, testing
-        Batches; without calibration some of the training batches are taken.
-    example
-        A batch as latency and memory are measured with.
-    latency
-        How time is measured; None if no budget asks for it.
-    threads
-        As given.
+    Raises
+    ------
+    UsageError
+        For one that cannot be used.
     """
-
-    dense: nn.Module
-    sites: Sites
-    training: Iterable[Any]
-    calibration: Iterable[Any] | None
-    testing: Iterable[Any] | None
-    example: Any
-    latency: Latency | None
-    threads: int | None
-
-    @classmethod
-    def load(cls, run: RankRun, test: str | None, *, batch: int, threads: int | None, device: str) -> Work:
-        """Load what a command line names.
-
-        Raises
-        ------
-        UsageError
-            If something cannot be used; the message quotes it.
-        """
-        device = device_named(device, threads)
-        dense = load_model(run.model, run.weights).to(device)
-        sites = locate(dense, run.skip, run.only)
-        training = training_batches(str(run.train), device)
-        calibration = load_data(run.data, purpose="calibration", device=device) if run.data is not None else None
-        testing = load_data(test, purpose="test", device=device) if test is not None else None
-        example = first_batch(training if calibration is None else calibration, batch, str(run.data or run.train))
-        clock = Latency(device=device, batch=batch) if run.timed else None
-        return cls(dense, sites, training, calibration, testing, example, clock, threads)
-
-    def score(self, model: nn.Module) -> float:
-        """Percent of the test samples.
-
-        Raises
-        ------
-        UsageError
-            For batches without labels.
-        """
-        assert self.testing is not None
-        with usage("--test"):
-            return accuracy(model, self.testing)
-
-    def see_reachable(self, run: RankRun) -> None:
-        """See that every budget can be met, before anything is trained. Milliseconds are not looked at.
-
-        Raises
-        ------
-        InfeasibleBudgetError
-            For the first that cannot.
-        """
-        counted = [b.replace(latency=None) for b in run.budgets if set(b.costs) != {"latency"}]
-        if counted:
-            known = prepare(self.dense, self.sites, [self.example], statistics=False, sensitivity=False)
-            table = tabulate(known.sites, [WeightSVD(multiple_of=run.multiple_of)])
-            for budget in counted:
-                lagrangian(table, budget)
+    if "cost" in asked.options and "multiplier" not in asked.options:
+        raise UsageError(f"--method {asked.text}: cost is what a multiplier is for, and there is no multiplier")
+    return filled(LearnedRanksOptions, asked)
 
 
-def compress(
-    out: Output,
-    run: RankRun,
-    work: Work,
-    folder: Path,
-    *,
-    checkpoint: Path | None,
-    report: bool,
-    animate: bool,
-) -> None:
-    """``spectrim compress --method learned-ranks``, once everything is loaded."""
-    scores = [("dense", work.score(work.dense))] if work.testing is not None else []
-    work.see_reachable(run)
-    if checkpoint is not None:
-        run.claim(checkpoint)
+def work(run: RankRun, network: NetworkOptions, training: TrainingOptions) -> Work:
+    """Load what a run works on, and see that every budget can be met before anything is trained.
+
+    Milliseconds are not looked at.
+
+    Raises
+    ------
+    UsageError
+        If something cannot be used; the message quotes it.
+    InfeasibleBudgetError
+        For the first budget that cannot be met.
+    """
+    layers = LayerOptions(run.skip, run.only, run.multiple_of)  # type: ignore[arg-type]
+    found = Work.load(network, layers, InputOptions(run.data), training, timed=run.timed)
+    counted = [budget.replace(latency=None) for budget in run.budgets if set(budget.costs) != {"latency"}]
+    if counted:
+        known = prepare(found.dense, found.sites, [found.example], statistics=False, sensitivity=False)
+        table = tabulate(known.sites, [WeightSVD(multiple_of=run.multiple_of)], costs=run.functions)
+        for budget in counted:
+            lagrangian(table, budget)
+    return found
+
+
+def compress(out: Output, run: RankRun, network: NetworkOptions, training: TrainingOptions, files: FileOptions) -> None:
+    """``spectrim compress --method learned-ranks``, when the command line has been read."""
+    on = work(run, network, training)
+    assert on.training is not None
+    scores = [("dense", on.score(on.dense))] if on.testing is not None else []
+    if files.checkpoint is not None:
+        run.claim(files.checkpoint)
     result = learn_ranks(
-        work.dense, work.training, run.budgets[0] if run.points else None, calibration=work.calibration,
-        checkpoint=checkpoint, latency=work.latency, progress=False if out.quiet else None, **run.options(),
+        on.dense, on.training, run.budgets[0] if run.points else None, calibration=on.calibration,
+        checkpoint=files.checkpoint, latency=on.latency, progress=False if out.quiet else None, **run.options(),
     )  # fmt: skip
     if scores:
-        scores.append(("learned ranks", work.score(result.model)))
-    outcome = Outcome(run.model, work.dense, result, folder, tuple(scores), (sentence(result, run),))
-    comparison = compare(
-        work.dense, result.model, work.example, evaluate=outcome.known_score if scores else None, threads=work.threads
-    )
-    outcome.finish(out, comparison, report=report, animate=animate)
+        scores.append(("learned ranks", on.score(result.model)))
+    outcome = Outcome(run.model, on.dense, result, files.folder, tuple(scores), (sentence(result, run),))
+    score = outcome.known_score if scores else None
+    comparison = compare(on.dense, result.model, on.example, evaluate=score, threads=on.threads)
+    outcome.finish(out, comparison, report=files.report, animate=files.animate)
 
 
 def sentence(result: LearnedResult, run: RankRun) -> str:

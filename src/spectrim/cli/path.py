@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spectrim.cli import common
+from spectrim.cli import options
 from spectrim.cli.common import Output, command
+from spectrim.cli.references import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -20,34 +21,23 @@ _NAMES = {"macs": "MACs", "parameters": "parameters", "bytes": "weights", "laten
 @command
 def path(
     out: Output,
-    model: common.Model,
+    network: options.NetworkOptions,
+    training: options.TrainingOptions,
+    learned: options.LearningOptions,
+    layers: options.LayerOptions,
     budget: Annotated[
         list[str] | None,
         typer.Option(
             "--budget", "-b", help="One point, as macs=50% or macs=50%,parameters=40%. Repeatable, the loosest first."
         ),
     ] = None,
-    weights: common.Weights = None,
-    train: Annotated[str | None, typer.Option("--train", help="Training batches.")] = None,
-    test: common.Test = None,
+    cost: options.Costs = None,
     data: Annotated[
         str | None, typer.Option("--data", "-d", help="Calibration batches; some of --train if not given.")
     ] = None,
-    rank_epochs: common.RankEpochs = 10,
-    rank_lr: common.RankLr = None,
-    c_steps: common.CSteps = 64,
-    rank_energy: common.RankEnergy = "weight",
-    epochs: Annotated[int, typer.Option("--epochs", min=0, help="Epochs of fine-tuning each network.")] = 10,
-    lr: common.Lr = None,
-    skip: common.Skip = None,
-    only: common.Only = None,
-    multiple_of: common.MultipleOf = None,
     folder: Annotated[
         Path, typer.Option("--out", "-o", help="Folder for path.json, path.svg and a folder for each point.")
     ] = Path("path"),
-    batch: common.Batch = 1,
-    threads: common.Threads = None,
-    device: common.Device = "cpu",
 ) -> None:
     """Learn ranks for several budgets in one run: the curve of accuracy against cost.
 
@@ -55,27 +45,22 @@ def path(
     soon as it is done: model.safetensors, plan.json, ranks.json. The same call again continues a run that was killed,
     or adds the budgets after its last one. Exit code 3 if a budget cannot be met.
     """
-    from spectrim.cli.learning import RankRun, Work
-    from spectrim.cli.references import UsageError
+    if not budget:
+        raise UsageError("give --budget once for each point, as --budget macs=50% --budget macs=30%")
+    if training.test is None:
+        raise UsageError("give --test: labelled batches to measure the accuracy of every point on")
+    from spectrim.cli import learning
     from spectrim.cli.results import write_result
     from spectrim.train import LearnedResult, budget_path
 
-    if not budget:
-        raise UsageError("give --budget once for each point, as --budget macs=50% --budget macs=30%")
-    if test is None:
-        raise UsageError("give --test: labelled batches to measure the accuracy of every point on")
-    run = RankRun(
-        model=model, weights=weights, train=train, data=data, points=tuple(budget), rank_epochs=rank_epochs,
-        rank_lr=rank_lr, c_steps=c_steps, epochs=epochs, lr=lr, energy=rank_energy, skip=skip, only=only,
-        multiple_of=multiple_of,
-    )  # fmt: skip
-    work = Work.load(run, test, batch=batch, threads=threads, device=device)
-    work.see_reachable(run)
+    run = learning.RankRun.of(learned, budget, network, data, training, layers, cost)
+    work = learning.work(run, network, training)
+    assert work.training is not None
     score = work.score(work.dense)
     checkpoint = folder / "checkpoint"
     run.claim(checkpoint)
     points: list[dict[str, Any]] = []
-    found: dict[str, Any] = {"model": model, "dense": {"costs": {}, "accuracy": score}, "points": points}
+    found: dict[str, Any] = {"model": network.model, "dense": {"costs": {}, "accuracy": score}, "points": points}
     files = {"path": folder / "path.json", "figure": folder / "path.svg"}
 
     def done(result: LearnedResult) -> None:
@@ -132,11 +117,15 @@ def _print(out: Output, found: Mapping[str, Any]) -> None:
     limited = {cost for point in points for cost in point["budget"]}
     shown = [cost for cost in dense["costs"] if cost in {"macs", "parameters", *limited}]
 
-    def cells(costs: Mapping[str, float]) -> list[str]:
-        return [f"{show(costs[cost], UNITS[cost])} {costs[cost] / dense['costs'][cost]:>6.1%}" for cost in shown]
+    def numbers(costs: Mapping[str, float]) -> list[str]:
+        return [show(costs[cost], UNITS.get(cost, "")) for cost in shown]
 
-    rows = [("dense", *(show(dense["costs"][cost], UNITS[cost]) for cost in shown), f"{dense['accuracy']:.2f} %", "")]
+    def cells(costs: Mapping[str, float]) -> list[str]:
+        shares = (f"{costs[cost] / dense['costs'][cost]:>6.1%}" for cost in shown)
+        return [f"{number} {share}" for number, share in zip(numbers(costs), shares, strict=True)]
+
+    rows = [("dense", *numbers(dense["costs"]), f"{dense['accuracy']:.2f} %", "")]
     for point in points:
         change = f"{point['accuracy'] - dense['accuracy']:+.2f} points"
         rows.append((point["asked"], *cells(point["costs"]), f"{point['accuracy']:.2f} %", change))
-    out.table(["", *(f">{_NAMES[cost]}" for cost in shown), ">accuracy", ">change"], rows)
+    out.table(["", *(f">{_NAMES.get(cost, cost)}" for cost in shown), ">accuracy", ">change"], rows)

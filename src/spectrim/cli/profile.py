@@ -8,139 +8,106 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spectrim.cli import common
-from spectrim.cli.common import Output, command
+from spectrim.cli import options
+from spectrim.cli.common import Output, command, refuse
+from spectrim.cli.former import formerly
+from spectrim.cli.methods import FILTERS, LEARNED, SPARSE, Methods
+from spectrim.cli.references import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from spectrim.selection.candidates import Candidates, Row
 
+_FORMATS = (".svg", ".png", ".pdf")
 _SHARES = (0.9, 0.99)
 _LOSSES = (0.01, 0.05)
 _SIZES = (0.5, 0.25)
 
 
 @command
+@formerly("pattern", "low_rank_share", "pooling")
 def profile(
     out: Output,
     context: typer.Context,
-    model: common.Model,
-    weights: common.Weights = None,
-    data: Annotated[
-        str | None, typer.Option("--data", "-d", help="Calibration batches: spectra of the responses, MACs.")
-    ] = None,
-    input_shape: common.Input = None,
-    method: Annotated[
-        str,
-        typer.Option(
-            "--method",
-            help="auto, weight-svd, activation-svd, joint, low-rank-plus-sparse, or principal-filters, which lists how "
-            "many filters each group of channels needs.",
-        ),
-    ] = "auto",
-    skip: common.Skip = None,
-    only: common.Only = None,
-    share: Annotated[
-        bool, typer.Option("--share", help="List groups of layers that may share factors, and what it saves.")
-    ] = False,
-    groups: common.Groups = None,
-    pattern: common.Patterns = None,
-    low_rank_share: common.LowRankShare = None,
-    pooling: Annotated[
-        str,
-        typer.Option(
-            "--pooling", help="Principal filters: max, mean or none; of responses over the positions of a sample."
-        ),
-    ] = "max",
+    network: options.NetworkOptions,
+    *,
+    inputs: options.InputOptions,
+    layers: options.LayerOptions,
+    sharing: options.SharingOptions,
+    method: options.Methods = None,
+    cost: options.Costs = None,
     figure: Annotated[
         Path | None,
         typer.Option("--figure", help="Principal filters: draw the recommended widths, as widths.svg, .png or .pdf."),
     ] = None,
     latency: Annotated[bool, typer.Option("--latency", help="Measure the milliseconds of every layer too.")] = False,
-    batch: common.Batch = 1,
-    threads: common.Threads = None,
-    device: common.Device = "cpu",
 ) -> None:
     """List layers, costs and spectra; say what would be skipped and why.
 
     Without data or an input shape only parameters are counted.
     """
-    from spectrim.cli.data import load_data
-    from spectrim.cli.filter_widths import Widths, check_figure
-    from spectrim.cli.filters import METHOD as FILTERS
-    from spectrim.cli.filters import Filters, with_channels
-    from spectrim.cli.models import load_model
-    from spectrim.cli.references import UsageError
-    from spectrim.cli.sharing import NONE_ALIKE, wanted_groups
-    from spectrim.cli.sparsity import METHOD, Sparsity
-    from spectrim.cli.steps import (
-        chosen_methods,
-        device_named,
-        first_batch,
-        locate,
-        prepared,
-        print_skipped,
-        random_input,
-        skipped_values,
-        table_of,
-    )
-
-    sparsity = Sparsity.of(context, method, pattern, low_rank_share)
-    filters = Filters.of(context, method, pooling=pooling)
-    check_figure(figure)
-    chosen_methods(method, data is not None, filters=filters)
-    if method == FILTERS:
-        common.refuse(context, {"latency"}, f"does not combine with --method {method}, which times no layers")
-    sharing = wanted_groups(share or None, groups, method)
-    device = device_named(device, threads)
-    if latency and data is None and input_shape is None:
+    methods = Methods.read(method)
+    if LEARNED in methods:
+        raise UsageError(f"--method {LEARNED} is for compress: it learns ranks in training, and profile only looks")
+    methods.check_data(inputs.data is not None)
+    if FILTERS in methods:
+        why = f"does not combine with --method {FILTERS}"
+        refuse(context, {"share", "groups", "cost"}, why)
+        refuse(context, {"latency"}, f"{why}, which times no layers")
+    else:
+        refuse(context, {"figure"}, f"is for --method {FILTERS}, not for {methods}")
+    if figure is not None and figure.suffix not in _FORMATS:
+        raise UsageError(f"--figure {str(figure)!r}: expected a name ending in {', '.join(_FORMATS)}")
+    if latency and inputs.data is None and inputs.input_shape is None:
         raise UsageError("--latency needs --data or --input, to know what the layers see")
-    network = load_model(model, weights).to(device)
-    batches = load_data(data, purpose="calibration", device=device) if data is not None else None
-    example = first_batch(batches, batch, str(data)) if batches is not None else None
-    if example is None and input_shape is not None:
-        example = random_input(input_shape, batch, device)
-    clock = None
-    if latency:
-        from spectrim.cost.latency import Latency
+    from spectrim.cli.costs import read_costs
+    from spectrim.cli.filter_widths import Widths
+    from spectrim.cli.filters import with_channels
+    from spectrim.cli.sharing import NONE_ALIKE, wanted_groups
+    from spectrim.cli.sparsity import check_patterns
+    from spectrim.cli.steps import prepared, print_skipped, skipped_values, table_of
+    from spectrim.cli.work import Work
+    from spectrim.methods import PrincipalFilters
 
-        clock = Latency(device=device, batch=batch)
-    sites = locate(network, skip, only)
-    sparsity.check(sites)
-    if method == FILTERS:
-        sites = with_channels(network, sites, example)
-    known = prepared(out, network, sites, batches=batches, example=example, groups=sharing, latency=clock)
-    if method == FILTERS:
-        Widths.of(known.sites, filters.method(None)).finish(out, model, known.sites, figure)
-        return
-    methods = chosen_methods(method, data is not None, share=sharing is not False, sparsity=sparsity)
-    table = table_of(out, known, methods)
-    layers = [_layer(row, table) for row in table.singles]
-    if method == METHOD:
-        layers = [{**layer, "smallest": _smallest(row)} for layer, row in zip(layers, table.singles, strict=True)]
+    groups, costs = wanted_groups(sharing, methods), read_costs(cost)
+    chosen = methods.chosen(inputs.data is not None, multiple_of=layers.multiple_of, share=groups is not False)
+    work = Work.load(network, layers, inputs, timed=latency)
+    check_patterns(chosen, work.sites)
+    sites = work.sites
+    if any(method.removes_channels for method in chosen):
+        sites = with_channels(work.dense, sites, work.example)
+    known = prepared(out, work, sites, groups)
+    for filters in chosen:
+        if isinstance(filters, PrincipalFilters):
+            Widths.of(known.sites, filters).finish(out, network.model, known.sites, figure)
+            return
+    table = table_of(out, known, chosen, costs)
+    rows = [_layer(row, table) for row in table.singles]
+    if SPARSE in methods:
+        rows = [{**layer, "smallest": _smallest(row)} for layer, row in zip(rows, table.singles, strict=True)]
     shared = [_group(row, table) for row in table if row.members]
     if out.as_json:
         out.document(
             {
-                "model": model,
+                "model": network.model,
                 "costs": table.dense,
                 "fixed": dict(table.fixed),
                 "unit": table.unit,
                 "samples": known.sites.samples,
-                "layers": layers,
-                **({"groups": shared} if sharing is not False else {}),
+                "layers": rows,
+                **({"groups": shared} if groups is not False else {}),
                 "skipped": skipped_values(known.sites),
                 "facts": dict(table.facts),
             }
         )
         return
-    _print(out, table, layers)
-    if method == METHOD:
-        _print_smallest(out, layers)
+    _print(out, table, rows)
+    if SPARSE in methods:
+        _print_smallest(out, rows)
     if shared:
         _print_groups(out, shared)
-    elif sharing is not False:
+    elif groups is not False:
         out.print(NONE_ALIKE)
     print_skipped(out, known.sites)
 
@@ -232,8 +199,8 @@ def _print(out: Output, table: Candidates, layers: Sequence[dict[str, Any]]) -> 
 
     main = "macs" if "macs" in table.costs else "parameters"
     title = {"macs": "MACs", "parameters": "parameters"}[main]
-    counted = [c for c in ("parameters", "macs", "latency") if c in table.costs]
-    columns = ["layer", "kind", *(f">{_HEADS[c]}" for c in counted), ">rank 90 %", ">rank 99 %", ">of"]
+    counted = [c for c in table.costs if c != "bytes"]
+    columns = ["layer", "kind", *(f">{_HEADS.get(c, c)}" for c in counted), ">rank 90 %", ">rank 99 %", ">of"]
     columns += [f">{title} at {loss:.0%} lost" for loss in _LOSSES]
     rows = []
     for layer in layers:
@@ -245,15 +212,15 @@ def _print(out: Output, table: Candidates, layers: Sequence[dict[str, Any]]) -> 
             (
                 layer["name"],
                 layer["kind"],
-                *(show(layer["costs"][c], UNITS[c]) for c in counted),
+                *(show(layer["costs"][c], UNITS.get(c, "")) for c in counted),
                 *(str(ranks[s] or f">{size}") if ranks else "" for s in ("90%", "99%")),
                 str(size or ""),
                 *(f"{layer[main + '_left'][f'{loss:.0%}']:.0%}" for loss in _LOSSES),
             )
         )
-    fixed = [show(table.fixed[c], UNITS[c]) for c in counted]
+    fixed = [show(table.fixed[c], UNITS.get(c, "")) for c in counted]
     rows.append(("(not touched)", "", *fixed, "", "", "", "", ""))
-    rows.append(("all", "", *(show(table.dense[c], UNITS[c]) for c in counted), "", "", "", "", ""))
+    rows.append(("all", "", *(show(table.dense[c], UNITS.get(c, "")) for c in counted), "", "", "", "", ""))
     out.table(columns, rows)
     out.print(
         f"Lost is {table.unit or 'nothing, since nothing can be factorised'}; ranks are of the channel unfolding."
@@ -296,4 +263,4 @@ def _print_groups(out: Output, groups: Sequence[dict[str, Any]]) -> None:
     )
 
 
-_HEADS = {"parameters": "parameters", "macs": "MACs", "latency": "latency"}
+_HEADS = {"macs": "MACs"}

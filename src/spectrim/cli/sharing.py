@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from spectrim.cli.common import usage
+from spectrim.cli.methods import JOINT, Methods
+from spectrim.cli.options import SharingOptions
 from spectrim.cli.references import UsageError
 from spectrim.methods.joint_layers import compatible
 from spectrim.network.groups import group
@@ -19,7 +21,7 @@ Wanted = bool | Mapping[str, Sequence[str]]
 """True for the groups that the rules find, False for none, or names of layers by the name of the group."""
 
 
-def wanted_groups(share: bool | None, file: Path | None, method: str, *, default: bool = False) -> Wanted:
+def wanted_groups(options: SharingOptions, methods: Methods, *, default: bool = False) -> Wanted:
     """What ``--share``, ``--groups`` and ``--method`` say together.
 
     Parameters
@@ -32,15 +34,16 @@ def wanted_groups(share: bool | None, file: Path | None, method: str, *, default
     UsageError
         If they contradict each other, or the file cannot be used.
     """
-    if share is False and file is not None:
-        raise UsageError(f"--groups {file} does not combine with --no-share")
-    if share is False and method == "joint":
-        raise UsageError("--method joint does not combine with --no-share: it is for layers that share factors")
-    if file is not None:
-        return read_groups(file)
-    if share is None:
-        return default or method == "joint"
-    return share
+    joint = next((name for name in (JOINT, "joint-svd") if name in methods), None)
+    if options.share is False and options.groups is not None:
+        raise UsageError(f"--groups {options.groups} does not combine with --no-share")
+    if options.share is False and joint is not None:
+        raise UsageError(f"--method {joint} does not combine with --no-share: it is for layers that share factors")
+    if options.groups is not None:
+        return read_groups(options.groups)
+    if options.share is None:
+        return default or joint is not None
+    return options.share
 
 
 def read_groups(file: Path) -> dict[str, tuple[str, ...]]:

@@ -1,84 +1,38 @@
-"""Low rank plus sparse on the command line: its options, and how sparse layers are run where time is measured."""
+"""Low rank plus sparse on the command line: which patterns fit, and how sparse layers run where time is measured."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import typer
 from torch import nn
 
-from spectrim.cli.common import refuse
+from spectrim.cli.methods import SPARSE
 from spectrim.cli.references import UsageError
 from spectrim.linalg import patterns
-from spectrim.methods import LowRankPlusSparse
+from spectrim.methods import LowRankPlusSparse, Method
 from spectrim.network.sites import Sites
 from spectrim.nn.sparse.kernels import ChosenKernel, Kernel, choose_kernels
 from spectrim.nn.sparse.packed import masked_layers
 
-METHOD = "low-rank-plus-sparse"
-# Parameters of commands that no other method has.
-PARAMETERS = frozenset({"pattern", "low_rank_share"})
 
+def check_patterns(methods: Iterable[Method], sites: Sites) -> None:
+    """Refuse patterns of sparse weights that no layer can have.
 
-@dataclass(frozen=True)
-class Sparsity:
-    """What the command line says about the two parts.
-
-    Attributes
-    ----------
-    patterns
-        Of the sparse part, each on offer.
-    share
-        Part of the stored numbers that the low-rank part gets, or None where the budget decides.
+    Raises
+    ------
+    UsageError
+        Quotes the first of them.
     """
-
-    patterns: tuple[str, ...] = ("unstructured",)
-    share: float | None = None
-
-    @classmethod
-    def of(cls, context: typer.Context, method: str, pattern: Sequence[str] | None, share: float | None) -> Sparsity:
-        """What ``--pattern`` and ``--low-rank-share`` say.
-
-        Raises
-        ------
-        UsageError
-            If they do not go with the method, or their values cannot be used.
-        """
-        if method != METHOD:
-            refuse(context, PARAMETERS, f"is for --method {METHOD}, not for --method {method}")
-            return cls()
-        found = cls(tuple(dict.fromkeys(pattern or ())) or cls.patterns, share)
-        for name in found.patterns:
-            try:
-                if name != "taps":
-                    patterns.pattern(name)
-            except ValueError as error:
-                raise UsageError(f"--pattern: {error}; or 'taps' for the best box of every size") from error
-        if share is not None and not 0 <= share <= 1:
-            raise UsageError(f"--low-rank-share {share}: expected a number from 0, all sparse, to 1, all low rank")
-        return found
-
-    def method(self, multiple_of: int | None) -> LowRankPlusSparse:
-        return LowRankPlusSparse(patterns=self.patterns, share=self.share, multiple_of=multiple_of)
-
-    def check(self, sites: Sites) -> None:
-        """Refuse patterns that no layer can have.
-
-        Raises
-        ------
-        UsageError
-            Quotes the first of them.
-        """
-        for name in self.patterns:
+    for method in methods:
+        for name in method.patterns if isinstance(method, LowRankPlusSparse) else ():
             if name == "taps":
                 has = any(max(s.spec.kernel, default=1) > 1 and not s.spec.transposed for s in sites)
             else:
                 has = any(s.spec.allows(patterns.pattern(name)) for s in sites)
             if not has:
                 kinds = dict.fromkeys(f"{s.spec.kind}, {s.spec.in_channels} -> {s.spec.out_channels}" for s in sites)
-                raise UsageError(f"--pattern {name!r} fits no layer of the model ({'; '.join(kinds)})")
+                raise UsageError(f"--method {SPARSE}: pattern {name!r} fits no layer of the model ({'; '.join(kinds)})")
 
 
 def fastest(model: nn.Module, example: Any, threads: int | None) -> tuple[ChosenKernel, ...]:

@@ -68,7 +68,7 @@ class Page:
     def html(self) -> str:
         """The page as text."""
         plan = self.plan
-        shown = [c for c in ("macs", "parameters", "bytes", "latency") if c in plan.dense_costs]
+        shown = [c for c in dict.fromkeys([*_COST_NAMES, *plan.dense_costs]) if c in plan.dense_costs]
         if "bytes" in shown and not _counts_bytes(plan):
             shown.remove("bytes")  # in step with parameters
         facts = dict(self.facts) or dict(self.comparison.facts if self.comparison else {}) or machine_facts()
@@ -79,12 +79,12 @@ class Page:
             notes=list(self.notes),
             figures=self._figures(shown),
             layers=[_layer(entry, shown) for entry in plan],
-            cost_names=[_COST_NAMES[c] for c in shown],
+            cost_names=[_COST_NAMES.get(c, c) for c in shown],
             unit=plan.unit,
             shared=any(entry.members for entry in plan),
             skipped=list(self.skipped),
             facts={**facts, **{f"costs: {k}": v for k, v in plan.facts.items()}},
-            budget=[f"{_COST_NAMES[c]} \u2264 {_show(c, limit)}" for c, limit in plan.budget.items()],
+            budget=[f"{_COST_NAMES.get(c, c)} \u2264 {_show(c, limit)}" for c, limit in plan.budget.items()],
             selector=plan.selector,
             plan_json=plan.to_json(),
         )
@@ -196,13 +196,12 @@ def _tiles(plan: Plan, comparison: Comparison | None) -> list[dict[str, str]]:
     if comparison is None:
         return [
             {
-                "name": f"{_COST_NAMES[c]} (planned)",
+                "name": f"{_COST_NAMES.get(c, c)} (planned)",
                 "value": f"{plan.ratio(c):.2f}x",
                 "detail": f"{_show(c, plan.dense_costs[c])} \u2192 {_show(c, plan.costs[c])}",
                 "good": "yes" if plan.ratio(c) >= 1 else "no",
             }
             for c in plan.dense_costs
-            if c in _COST_NAMES
         ]
     metrics = {"MACs", "parameters", "latency p50", *(("file size",) if _counts_bytes(plan) else ())}
     wanted = [r for r in comparison.rows if r.better == "higher" or r.metric in metrics]

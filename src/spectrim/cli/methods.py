@@ -1,0 +1,247 @@
+"""``--method`` on the command line: ``NAME``, or ``NAME:OPTION=VALUE,OPTION=VALUE`` with options of the method.
+
+==========================  ===================================================================================
+name                        methods
+==========================  ===================================================================================
+``auto``                    low rank: of the weights, and with data of the responses
+``joint``                   the same, with every way to share factors
+``weight-svd``, ...         one of this library; see :data:`CLASSES`
+``learned-ranks``           ranks learned in training (``spectrim compress`` alone)
+``package.module:Class``    your own subclass of :class:`spectrim.Method`
+==========================  ===================================================================================
+
+The options are the fields of the method's dataclass and their values are read as its types say: ``share=0.3``,
+``exact=true``, ``share=none``; the values of a tuple are joined by ``+``, as in ``patterns=2:4+rows``. A name ends at
+its colon and an option at its comma, so that values may hold colons. ``low-rank-plus-sparse`` by itself is offered
+beside ``auto`` unless its ``share`` is fixed; several ``--method`` offer what they name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import NoneType
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
+
+from spectrim.cli.common import usage
+from spectrim.cli.references import Reference, UsageError, factory
+
+if TYPE_CHECKING:
+    from spectrim.methods import Method
+
+T = TypeVar("T")
+
+AUTO, JOINT, SPARSE, FILTERS, LEARNED = "auto", "joint", "low-rank-plus-sparse", "principal-filters", "learned-ranks"
+CLASSES: Mapping[str, str] = {
+    "weight-svd": "WeightSVD",
+    "activation-svd": "ActivationSVD",
+    "joint-svd": "JointSVD",
+    SPARSE: "LowRankPlusSparse",
+    FILTERS: "PrincipalFilters",
+}
+"""The classes of :mod:`spectrim.methods` by their names on the command line."""
+_CALIBRATED = ("activation-svd", FILTERS)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One ``--method``.
+
+    Attributes
+    ----------
+    text
+        As given, for messages.
+    name
+        What stands before the options.
+    options
+        Texts of values by the option.
+    """
+
+    text: str
+    name: str
+    options: Mapping[str, str]
+
+    @classmethod
+    def read(cls, text: str) -> Asked:
+        """Take a value apart.
+
+        Raises
+        ------
+        UsageError
+            For an unknown name, or an option that is not ``NAME=VALUE`` or is there twice.
+        """
+        name, colon, rest = text.partition(":")
+        if name not in (AUTO, JOINT, LEARNED, *CLASSES):
+            if not rest:
+                raise UsageError(
+                    f"--method {text!r} is not known; choose from {', '.join((AUTO, JOINT, *CLASSES, LEARNED))}, or "
+                    "write package.module:Class"
+                )
+            place, colon, rest = rest.partition(":")
+            name = f"{name}:{place}"
+        options: dict[str, str] = {}
+        for item in rest.split(",") if colon else ():
+            key, equals, value = (part.strip() for part in item.partition("="))
+            if not equals or not key.isidentifier():
+                raise UsageError(
+                    f"--method {text}: cannot read option {item!r}: write NAME=VALUE, several joined by ','"
+                )
+            if key in options:
+                raise UsageError(f"--method {text}: option {key!r} is there twice; join values by '+'")
+            options[key] = value
+        if options and name in (AUTO, JOINT):
+            raise UsageError(f"--method {text}: {name} has no options; name a method, as weight-svd:{rest}")
+        return cls(text, name, options)
+
+    def build(self, **usual: Any) -> Method:
+        """The method.
+
+        Parameters
+        ----------
+        **usual
+            Values of fields, where the method has these and the options do not say otherwise; None for none.
+
+        Raises
+        ------
+        UsageError
+            If there is no such class, or its options cannot be used.
+        """
+        return filled(self._class(), self, **usual)
+
+    def _class(self) -> type[Method]:
+        from spectrim import methods
+
+        if self.name in CLASSES:
+            return getattr(methods, CLASSES[self.name])
+        module, _, place = self.name.partition(":")
+        found: Any = factory(Reference(self.name, module, place), "method")
+        if not (isinstance(found, type) and issubclass(found, methods.Method)):
+            raise UsageError(f"--method {self.text}: {place} is no subclass of spectrim.Method, which is expected")
+        return found
+
+
+@dataclass(frozen=True)
+class Methods:
+    """All ``--method`` together."""
+
+    asked: tuple[Asked, ...]
+
+    @classmethod
+    def read(cls, texts: Sequence[str] | None) -> Methods:
+        return cls(tuple(Asked.read(text) for text in texts or (AUTO,)))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def __str__(self) -> str:
+        return " ".join(f"--method {each.name}" for each in self.asked)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(each.name for each in self.asked)
+
+    def check_data(self, calibrated: bool) -> None:
+        """Refuse methods that need data where there is none.
+
+        Raises
+        ------
+        UsageError
+            Names the first of them.
+        """
+        for name in self.names:
+            if name in _CALIBRATED and not calibrated:
+                raise UsageError(f"--method {name} needs calibration batches: give --data")
+
+    def chosen(self, calibrated: bool, *, multiple_of: int | None = None, share: bool = False) -> list[Method]:
+        """The methods that are on offer.
+
+        Parameters
+        ----------
+        multiple_of
+            Of ranks and numbers of filters, where a method does not say so itself.
+        share
+            With those for layers that share a factor, unless they are named: the first or the second, and for ``joint``
+            both at once too.
+
+        Raises
+        ------
+        UsageError
+            For methods that cannot be made, or not stand beside each other.
+        """
+        from spectrim.methods import ActivationSVD, JointSVD, LowRankPlusSparse, WeightSVD, as_methods
+
+        self.check_data(calibrated)
+        found: list[Method] = []
+        with usage("--method"):
+            low_rank = [
+                kind(multiple_of=multiple_of) for kind in ([ActivationSVD, WeightSVD] if calibrated else [WeightSVD])
+            ]
+            for each in self.asked:
+                if each.name in (AUTO, JOINT):
+                    found += low_rank
+                    continue
+                method = each.build(multiple_of=multiple_of)
+                if len(self.asked) == 1 and isinstance(method, LowRankPlusSparse) and method.share is None:
+                    found += low_rank
+                found.append(method)
+            if share and not any(isinstance(method, JointSVD) for method in found):
+                parts = ("left", "right", "both") if JOINT in self else ("left", "right")
+                found += [JointSVD(part, multiple_of=multiple_of) for part in parts]
+            return as_methods([method for number, method in enumerate(found) if method not in found[:number]])
+
+
+def filled(kind: type[T], asked: Asked, **usual: Any) -> T:
+    """An object of a dataclass with the options of a ``--method``; see :meth:`Asked.build`.
+
+    Raises
+    ------
+    UsageError
+        For an option that there is not, or a value of another type or that the dataclass refuses. The message says
+        which options there are, of what type and with what default.
+    """
+    try:
+        hints = get_type_hints(kind)
+    except NameError as error:  # imported for type checkers alone
+        raise UsageError(f"--method {asked.text}: the types of its options cannot be read: {error}") from error
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
+    try:
+        values = {key: value for key, value in usual.items() if key in fields and value is not None}
+        for key, text in asked.options.items():
+            if key not in fields:
+                raise ValueError(f"there is no option {key!r}")
+            values[key] = _value(key, text, hints[key])
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        each = "; ".join(f"{key}: {_type(hints[key])}{_default(field)}" for key, field in fields.items())
+        raise UsageError(f"--method {asked.text}: {error}; the options of {asked.name} are {each or 'none'}") from error
+
+
+def _value(key: str, text: str, kind: Any) -> Any:
+    import msgspec
+
+    if text.lower() == "none" and NoneType in get_args(kind):
+        return None
+    for value in (text, text.split("+")):
+        try:
+            return msgspec.convert(value, kind, strict=False)
+        except (msgspec.ValidationError, TypeError):  # of another type, or one that no text stands for
+            continue
+    raise ValueError(f"{key} is {text!r}; expected {_type(kind)}")
+
+
+def _type(kind: Any) -> str:
+    return inspect.formatannotation(kind)
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    """The default of an option, as it would be written."""
+    if field.default_factory is not dataclasses.MISSING:
+        value: Any = field.default_factory()
+    elif field.default is dataclasses.MISSING:
+        return ", which must be given"
+    else:
+        value = field.default
+    shown = "+".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+    return f" = {shown.lower() if value is None or isinstance(value, bool) else shown}"

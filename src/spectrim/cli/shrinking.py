@@ -1,0 +1,166 @@
+"""``spectrim compress`` by methods that are carried out at once, when the command line has been read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from spectrim.channel_plans.widths import KL, Energy
+from spectrim.cli.common import Output
+from spectrim.cli.costs import read_budget, read_costs
+from spectrim.cli.filters import (
+    filter_notes,
+    filter_values,
+    planned_methods,
+    read_recipe,
+    recommended,
+    removals,
+    sample_notes,
+    with_channels,
+)
+from spectrim.cli.methods import AUTO, Methods
+from spectrim.cli.options import SELECTORS, FileOptions, GoalOptions, SharingOptions
+from spectrim.cli.results import Outcome
+from spectrim.cli.sharing import NONE_ALIKE, Wanted, planned_groups, wanted_groups
+from spectrim.cli.sparsity import check_patterns, fastest, kernel_notes, kernel_values
+from spectrim.cli.steps import carry_out, prepared, table_of
+from spectrim.cli.work import Work
+from spectrim.methods import Method, PrincipalFilters
+from spectrim.network.sites import Sites
+from spectrim.pipeline import Result, shrink
+from spectrim.report import compare
+from spectrim.selection.budget import Budget
+from spectrim.selection.candidates import Candidates
+from spectrim.selection.plan import Plan
+from spectrim.selection.selectors import energy, exact, greedy, lagrangian, select, uniform
+from spectrim.train import Recipe, fine_tune
+
+_SELECTORS: dict[str, Callable[[Candidates, Budget], Plan]] = dict(
+    zip(SELECTORS, (exact, lagrangian, greedy, energy, uniform), strict=True)
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for.
+
+    Attributes
+    ----------
+    methods
+        On offer.
+    costs
+        Functions of layers of the user's own, by the cost.
+    budget, recipe, plan
+        One of them says how small the network gets.
+    groups
+        Layers that may share factors.
+    awaited
+        Whether there should be such groups, since they were asked for by name.
+    """
+
+    methods: list[Method]
+    costs: Mapping[str, Callable[[Any], float]]
+    budget: Budget | None
+    recipe: Energy | KL | None
+    plan: Plan | None
+    groups: Wanted
+    awaited: bool
+    selector: Callable[[Candidates, Budget], Plan]
+    guard: bool
+
+    @classmethod
+    def read(
+        cls, methods: Methods, goal: GoalOptions, sharing: SharingOptions, *, calibrated: bool, multiple_of: int | None
+    ) -> Request:
+        """Read the values of options.
+
+        Raises
+        ------
+        UsageError
+            If one cannot be used; the message quotes it.
+        """
+        costs = read_costs(goal.cost)
+        budget = read_budget(goal.budget, costs) if goal.budget else None
+        recipe = read_recipe(goal.recipe) if goal.recipe is not None else None
+        # What sharing saves is parameters and bytes: under other budgets it is hardly ever chosen, and costs time.
+        usual = budget is not None and methods.names == (AUTO,) and not {"parameters", "bytes"}.isdisjoint(budget.costs)
+        groups = wanted_groups(sharing, methods, default=usual)
+        chosen = methods.chosen(calibrated, multiple_of=multiple_of, share=groups is not False)
+        plan = Plan.read(goal.plan) if goal.plan is not None else None
+        awaited = plan is None and wanted_groups(sharing, methods) is True
+        return cls(chosen, costs, budget, recipe, plan, groups, awaited, _SELECTORS[goal.selector], goal.guard)
+
+    @property
+    def timed(self) -> bool:
+        """Whether latency has to be measured."""
+        return self.guard or (self.budget is not None and self.budget.latency is not None)
+
+    def fitted(self, sites: Sites, calibrated: bool) -> Request:
+        """The request with the groups and, where filters were removed, the methods that its plan was made with."""
+        if self.plan is None:
+            return self
+        methods = planned_methods(self.plan, calibrated) if calibrated else []
+        return dataclasses.replace(self, methods=methods or self.methods, groups=planned_groups(self.plan, sites))
+
+
+def compress(out: Output, request: Request, work: Work, tuning: Recipe, files: FileOptions) -> None:
+    """Compress, fine-tune, compare and write."""
+    result = _compressed(out, request, work)
+    if request.awaited and not result.sites.groups:
+        out.say(NONE_ALIKE)
+    outcome = _tuned(out, Outcome(work.model, work.dense, result, files.folder), work, tuning)
+    kernels = fastest(result.model, work.example, work.threads)
+    outcome = outcome.noted(*filter_notes(result.plan, result.sites))
+    if request.recipe is not None:
+        outcome = outcome.noted(*sample_notes(result.sites, _filters(request)))
+    outcome = outcome.noted(*kernel_notes(kernels))
+    score = outcome.known_score if work.testing is not None else None
+    comparison = compare(work.dense, result.model, work.example, evaluate=score, threads=work.threads)
+    outcome.finish(
+        out, comparison, report=files.report, kernels=kernel_values(kernels), filters=filter_values(result.plan)
+    )
+
+
+def _compressed(out: Output, request: Request, work: Work) -> Result:
+    calibrated = work.calibration is not None
+    request = request.fitted(work.sites, calibrated)
+    check_patterns(request.methods, work.sites)
+    removing = any(method.removes_channels for method in request.methods)
+    sites = work.sites
+    if removing or (request.plan is not None and removals(request.plan)):
+        sites = with_channels(work.dense, sites, work.example)
+    known = prepared(out, work, sites, request.groups, weigh=True)
+    if request.budget is not None and calibrated:
+        with out.progress() as show:
+            return shrink(
+                work.dense, known, request.budget, methods=request.methods, guard=request.guard,
+                selector=request.selector, progress=show, costs=request.costs,
+            )  # fmt: skip
+    table = table_of(out, known, request.methods, request.costs, guard=request.guard)
+    if request.recipe is not None:
+        plan = recommended(known.sites, request.recipe, _filters(request))
+    elif request.plan is not None:
+        plan = request.plan
+    else:
+        assert request.budget is not None
+        plan = select(table, request.budget, request.selector)
+    return carry_out(work.dense, known, table, plan)
+
+
+def _filters(request: Request) -> PrincipalFilters:
+    return next(method for method in request.methods if isinstance(method, PrincipalFilters))
+
+
+def _tuned(out: Output, outcome: Outcome, work: Work, tuning: Recipe) -> Outcome:
+    """Fine-tune if there are batches to, and measure before and after if there are batches for it."""
+    dense, small, tested = outcome.dense, outcome.result.model, work.testing is not None
+    if tested:
+        outcome = outcome.scored("dense", work.score(dense)).scored("compressed", work.score(small))
+    if work.training is None or tuning.epochs == 0:
+        return outcome
+    score, bar = work.score if tested else None, False if out.quiet else None
+    done = fine_tune(small, work.training, teacher=dense, recipe=tuning, evaluate=score, progress=bar)
+    outcome = outcome.tuned(done)
+    return outcome.scored("fine-tuned", work.score(small)) if tested else outcome

@@ -1,0 +1,182 @@
+"""What a command works on: a model, its layers and batches, as the command line names them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.cli.common import usage
+from spectrim.cli.data import load_data
+from spectrim.cli.models import load_model
+from spectrim.cli.options import InputOptions, LayerOptions, NetworkOptions, TrainingOptions
+from spectrim.cli.references import UsageError
+from spectrim.cost.latency import Latency
+from spectrim.network.sites import Sites
+from spectrim.nn.find import find
+from spectrim.nn.watch.batches import resized
+from spectrim.report import accuracy
+from spectrim.train.batches import length, split
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a command works on.
+
+    Attributes
+    ----------
+    model
+        The model's reference.
+    dense
+        The model.
+    sites
+        Where something may be chosen.
+    training, calibration, testing
+        Batches, if there are any.
+    example
+        A batch as latency and memory are measured with; None without any batch or shape.
+    latency
+        How time is measured; None if nothing asks for it.
+    threads
+        As given.
+    """
+
+    model: str
+    dense: nn.Module
+    sites: Sites
+    training: Iterable[Any] | None
+    calibration: Iterable[Any] | None
+    testing: Iterable[Any] | None
+    example: Any
+    latency: Latency | None
+    threads: int | None
+
+    @classmethod
+    def load(
+        cls,
+        network: NetworkOptions,
+        layers: LayerOptions,
+        inputs: InputOptions,
+        training: TrainingOptions = TrainingOptions(),  # noqa: B008 (frozen)
+        *,
+        timed: bool = False,
+    ) -> Work:
+        """Load what a command line names.
+
+        Raises
+        ------
+        UsageError
+            If something cannot be used; the message quotes it.
+        """
+        device = device_named(network.device, network.threads)
+        dense = load_model(network.model, network.weights).to(device)
+        sites = locate(dense, layers.skip, layers.only)
+        train = training_batches(training.train, device) if training.train is not None else None
+        data = load_data(inputs.data, purpose="calibration", device=device) if inputs.data is not None else None
+        test = load_data(training.test, purpose="test", device=device) if training.test is not None else None
+        example = None
+        if inputs.data is not None or (inputs.input_shape is None and train is not None):
+            name = training.train if inputs.data is None else inputs.data
+            example = first_batch(data if data is not None else train or (), network.batch, str(name))
+        elif inputs.input_shape is not None:
+            example = random_input(inputs.input_shape, network.batch, device)
+        clock = Latency(device=device, batch=network.batch) if timed else None
+        return cls(network.model, dense, sites, train, data, test, example, clock, network.threads)
+
+    def score(self, model: nn.Module) -> float:
+        """Percent of the test samples.
+
+        Raises
+        ------
+        UsageError
+            For batches without labels.
+        """
+        assert self.testing is not None
+        with usage("--test"):
+            return accuracy(model, self.testing)
+
+
+def device_named(device: str, threads: int | None) -> str:
+    """The device that a name stands for; sets the number of threads, too.
+
+    Raises
+    ------
+    UsageError
+        For a device that torch does not know or cannot reach.
+    """
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def random_input(text: str, samples: int, device: str) -> Tensor:
+    """A batch of normal noise of a shape given as ``3x224x224``.
+
+    Raises
+    ------
+    UsageError
+        If the text is no shape.
+    """
+    try:
+        shape = [int(size) for size in text.lower().split("x")]
+    except ValueError:
+        shape = []
+    if not shape or min(shape) < 1:
+        raise UsageError(f"--input {text!r} is no shape: write the sizes of one sample, as 3x224x224")
+    return torch.randn(samples, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def first_batch(batches: Iterable[Any], samples: int | None, name: str) -> Any:
+    """``samples`` samples from the first batch, repeated if it has fewer; None for the batch as it is.
+
+    Raises
+    ------
+    UsageError
+        If there is no batch.
+    """
+    for batch in batches:
+        return batch if samples is None else resized(batch, samples)
+    raise UsageError(f"data {name!r} is empty")
+
+
+def training_batches(text: str, device: str) -> Iterable[Any]:
+    """The batches that ``--train`` names, fit for training.
+
+    Raises
+    ------
+    UsageError
+        If the reference cannot be used, there is no length or no batch, or batches have another form than training
+        takes.
+    """
+    batches = load_data(text, purpose="training", device=device)
+    try:
+        length(batches, needed=True)
+        split(first_batch(batches, None, text))
+    except TypeError as error:
+        raise UsageError(f"--train {text!r} cannot be trained on: {error}") from error
+    return batches
+
+
+def locate(model: nn.Module, skip: Sequence[str] | None, only: Sequence[str] | None) -> Sites:
+    """The sites of a model.
+
+    Raises
+    ------
+    UsageError
+        If a pattern matches nothing, or nothing is left to compress.
+    """
+    with usage():
+        sites = find(model, skip=list(skip or ()), only=list(only or ()))
+    if not sites.sites:
+        reasons = "; ".join(f"{s.name}: {s.reason}" for s in sites.skipped[:3])
+        raise UsageError(f"there is no layer to compress ({reasons or 'the model has no linear layer or convolution'})")
+    return sites
