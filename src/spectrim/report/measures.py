@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.nn.watch.batches import arguments, batch_size, call, evaluating, logits
+from spectrim.nn.watch.observe import Hook, hooked
 
 Evaluate = Callable[[nn.Module], float]
 
@@ -70,7 +71,7 @@ def _zeros(model: nn.Module) -> Iterator[list[int]]:
 
     found: list[int] = []
 
-    def count(layer: Any, given: Any, response: Tensor) -> None:
+    def count(layer: Any, given: Any, kwargs: Any, response: Tensor) -> None:
         spec = layer.original
         seen = given[0] if spec.transposed else response
         positions = seen.numel() // (spec.in_channels if spec.transposed else spec.out_channels)
@@ -78,15 +79,14 @@ def _zeros(model: nn.Module) -> Iterator[list[int]]:
 
     layers = [layer for _, _, layer in masked_layers(model)]
     kernels = [layer.kernel for layer in layers]
-    handles = [layer.register_forward_hook(count) for layer in layers]
     try:
         for layer in layers:
             layer.kernel = Kernel.DENSE
-        yield found
+        with hooked(Hook(layer, count) for layer in layers):
+            yield found
     finally:
-        for layer, kernel, handle in zip(layers, kernels, handles, strict=True):
+        for layer, kernel in zip(layers, kernels, strict=True):
             layer.kernel = kernel
-            handle.remove()
 
 
 def file_size(model: nn.Module) -> int:

@@ -23,6 +23,7 @@ from spectrim.network.coupling import IN, OUT, THROUGH, Coupling, axes_left
 from spectrim.nn.channels.narrow import narrow
 from spectrim.nn.find import canonical
 from spectrim.nn.watch.batches import output_tensors
+from spectrim.nn.watch.observe import Hook, hooked
 
 # Share of the outputs' magnitude by which a narrowed model may differ from one with zeroed weights.
 _TOLERANCE = 1e-4
@@ -122,18 +123,14 @@ def _recorded(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     held: dict[str, list[Tensor]] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
             held.setdefault(name, []).append(output.clone())
 
         return hook
 
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))]
-    handles = [module.register_forward_hook(keep(name)) for name, module in layers]
-    try:
+    with hooked(Hook(module, keep(name)) for name, module in layers):
         yield held
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import MappingProxyType
 from typing import Any
 
@@ -21,7 +21,8 @@ from spectrim.network.coupling import IN
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Sites, Skipped, Statistics
 from spectrim.nn.flops import flop_counter
-from spectrim.nn.watch.batches import batch_size, call, checked_batches, evaluating
+from spectrim.nn.watch.batches import batch_size, checked_batches
+from spectrim.nn.watch.observe import Hook, observe
 from spectrim.nn.watch.patches import sample_outputs, sample_patches
 from spectrim.nn.watch.responses import Responses
 from spectrim.progress import Steps, reports_steps, told
@@ -91,96 +92,123 @@ def calibrate(
     if not (rows is None or rows == "auto" or (isinstance(rows, int) and rows > 0)):
         raise ValueError(f"rows={rows!r}: expected a positive number, None for all positions, or 'auto'")
     checked_batches(batches)
-    readers = {side.name for coupling in sites.couplings for side in coupling.on(IN)}
-    watchers = {
-        site.name: _Watcher(site, rows, statistics, seed + i, reads_channels=site.name in readers)
-        for i, site in enumerate(sites)
-    }
-    specs = {site.name: site.spec for site in sites}
-    responses = {c.name: Responses(c, specs, seed + i) for i, c in enumerate(sites.couplings)} if statistics else {}
-    bystanders = {spec.name: _Shapes(spec) for spec in sites.untouched}
-    run = forward or call
-    handles = []
-    samples = other_macs = done = 0
+    watch = _Watch.of(sites, rows, seed, statistics=statistics)
     try:
         length = len(batches)  # type: ignore[arg-type]
     except TypeError:
         length = None
-    order: list[str] = []
-    seen = _Inputs()
-    for watcher in watchers.values():
-        watcher.seen = seen
-    with evaluating(model):
-        try:
-            for watcher in [*watchers.values(), *bystanders.values()]:
-                module = _layer(model, watcher.spec)
-                handles.append(module.register_forward_hook(watcher.hook(order), with_kwargs=True))
-            for response in responses.values():
-                for number, side in enumerate(response.sides):
-                    layer = _layer(model, specs[side.name])
-                    handles.append(layer.register_forward_pre_hook(response.hook(number), with_kwargs=True))
-            for index, batch in enumerate(batches):
-                size = batch_size(batch)
-                for watcher in [*watchers.values(), *bystanders.values()]:
-                    watcher.start(index, size)
-                for response in responses.values():
-                    response.start(index)
-                if index == 0:
-                    counted = [*watchers.values(), *responses.values()]
-                    with flop_counter() as counter:
-                        for each in counted:
-                            each.counter = counter
-                        run(model, batch)
-                    own = sum(each.own_flops for each in counted)
-                    other_macs = (counter.get_total_flops() - own) / 2 / size
-                    for each in counted:
-                        each.counter = None
-                else:
-                    run(model, batch)
-                samples += size
-                done += 1
-                told(progress)(done, length)
-                if not statistics:
-                    break
-        finally:
-            for handle in handles:
-                handle.remove()
-    if not done:
-        raise CalibrationError("no calibration batches: the iterable was empty")
-    reached = [name for name in dict.fromkeys(order) if name in watchers]
-    if not reached and watchers:
-        raise CalibrationError(
-            f"none of the {len(watchers)} sites was reached by the calibration batches; "
-            f"the first is {next(iter(watchers))!r}. Is this the model that the sites were found in?"
+    with observe(model, watch.hooks(model), forward=forward) as run:
+        for index, batch in enumerate(batches):
+            watch.see(run, batch, index)
+            told(progress)(index + 1, length)
+            if not statistics:
+                break
+    return watch.calibrated()
+
+
+@dataclasses.dataclass
+class _Watch:
+    """What is kept of a network while batches pass.
+
+    Attributes
+    ----------
+    watchers, responses, bystanders
+        What is kept of the sites, of coupled channels and of layers left alone, by name.
+    order
+        Names of layers in the order in which they are called.
+    samples, other_macs
+        Samples so far, and MACs a sample outside the watched layers, from the first batch.
+    """
+
+    sites: Sites
+    watchers: dict[str, _Watcher]
+    responses: dict[str, Responses]
+    bystanders: dict[str, _Shapes]
+    seen: _Inputs
+    order: list[str] = dataclasses.field(default_factory=list)
+    samples: int = 0
+    other_macs: float = 0.0
+
+    @classmethod
+    def of(cls, sites: Sites, rows: int | str | None, seed: int, *, statistics: bool) -> _Watch:
+        readers = {side.name for coupling in sites.couplings for side in coupling.on(IN)}
+        seen = _Inputs()
+        watchers = {
+            site.name: _Watcher(site, rows, statistics, seed + i, seen, reads_channels=site.name in readers)
+            for i, site in enumerate(sites)
+        }
+        specs = {site.name: site.spec for site in sites}
+        responses = {c.name: Responses(c, specs, seed + i) for i, c in enumerate(sites.couplings) if statistics}
+        return cls(sites, watchers, responses, {spec.name: _Shapes(spec) for spec in sites.untouched}, seen)
+
+    def hooks(self, model: nn.Module) -> Iterator[Hook]:
+        for shapes in [*self.watchers.values(), *self.bystanders.values()]:
+            yield Hook(_layer(model, shapes.spec), shapes.hook(self.order))
+        for response in self.responses.values():
+            for number, side in enumerate(response.sides):
+                layer = _layer(model, self.watchers[side.name].spec)
+                yield Hook(layer, response.hook(number), before=True)
+
+    def see(self, run: Callable[[Any], Any], batch: Any, index: int) -> None:
+        """Run the model on a batch; on the first one count what it computes beside the statistics."""
+        size = batch_size(batch)
+        for shapes in [*self.watchers.values(), *self.bystanders.values()]:
+            shapes.start(index, size)
+        for response in self.responses.values():
+            response.start(index)
+        if index:
+            run(batch)
+        else:
+            counted = [*self.watchers.values(), *self.responses.values()]
+            with flop_counter() as counter:
+                for each in counted:
+                    each.counter = counter
+                run(batch)
+            own = sum(each.own_flops for each in counted)
+            self.other_macs = (counter.get_total_flops() - own) / 2 / size
+            for each in counted:
+                each.counter = None
+        self.samples += size
+
+    def calibrated(self) -> Sites:
+        """The sites with what was seen; those that no batch reached are skipped."""
+        sites, watchers = self.sites, self.watchers
+        if not self.samples:
+            raise CalibrationError("no calibration batches: the iterable was empty")
+        reached = [name for name in dict.fromkeys(self.order) if name in watchers]
+        if not reached and watchers:
+            raise CalibrationError(
+                f"none of the {len(watchers)} sites was reached by the calibration batches; "
+                f"the first is {next(iter(watchers))!r}. Is this the model that the sites were found in?"
+            )
+        layers = tuple(watchers[name].layer() for name in reached if not watchers[name].irregular)
+        left = [site.spec for site in sites if site.name not in reached or watchers[site.name].irregular]
+        others = [spec.at(self.bystanders[spec.name].inputs) for spec in sites.untouched]
+        others += [spec.at(watchers[spec.name].inputs) for spec in left]
+        # Without an input shape a layer has no MACs and cannot be timed; what it stores counts all the same.
+        untouched = tuple(spec for spec in others if spec.inputs)
+        idle = [spec for spec in others if not spec.inputs]
+        lost = {spec.name for spec in [*left, *idle]}
+        cut_off = [c for c in sites.couplings if any(side.name in lost for side in c.sides)]
+        couplings = tuple(c for c in sites.couplings if c not in cut_off)
+        pooled = {c.name: self.responses[c.name].pooled for c in couplings if c.name in self.responses}
+        return dataclasses.replace(
+            sites,
+            sites=layers,
+            skipped=(
+                *sites.skipped,
+                *(Skipped(s.name, s.kind, watchers[s.name].obstacle()) for s in left),
+                *(Skipped(c.name, f"{c.channels} channels", "a layer of theirs was not calibrated") for c in cut_off),
+            ),
+            untouched=untouched,
+            other_parameters=sites.other_parameters + int(parameters(idle)),
+            other_bytes=sites.other_bytes + int(size_bytes(idle)),
+            other_macs=max(0.0, self.other_macs - macs([*(layer.spec for layer in layers), *untouched])),
+            samples=self.samples,
+            same_inputs=self.seen.together([layer.name for layer in layers]),
+            couplings=couplings,
+            pooled=MappingProxyType(pooled),
         )
-    found = tuple(watchers[name].layer() for name in reached if not watchers[name].irregular)
-    left = [site.spec for site in sites if site.name not in reached or watchers[site.name].irregular]
-    others = [spec.at(bystanders[spec.name].inputs) for spec in sites.untouched]
-    others += [spec.at(watchers[spec.name].inputs) for spec in left]
-    # Without an input shape a layer has no MACs and cannot be timed; what it stores counts all the same.
-    untouched = tuple(spec for spec in others if spec.inputs)
-    idle = [spec for spec in others if not spec.inputs]
-    lost = {spec.name for spec in [*left, *idle]}
-    cut_off = [c for c in sites.couplings if any(side.name in lost for side in c.sides)]
-    return dataclasses.replace(
-        sites,
-        sites=found,
-        skipped=(
-            *sites.skipped,
-            *(Skipped(s.name, s.kind, watchers[s.name].obstacle()) for s in left),
-            *(Skipped(c.name, f"{c.channels} channels", "a layer of theirs was not calibrated") for c in cut_off),
-        ),
-        untouched=untouched,
-        other_parameters=sites.other_parameters + int(parameters(idle)),
-        other_bytes=sites.other_bytes + int(size_bytes(idle)),
-        other_macs=max(0.0, other_macs - macs([*(site.spec for site in found), *untouched])),
-        samples=samples,
-        same_inputs=seen.together([site.name for site in found]),
-        couplings=tuple(c for c in sites.couplings if c not in cut_off),
-        pooled=MappingProxyType(
-            {c.name: responses[c.name].pooled for c in sites.couplings if c.name in responses and c not in cut_off}
-        ),
-    )
 
 
 def _layer(model: nn.Module, spec: LayerSpec) -> nn.Module:
@@ -218,12 +246,12 @@ class _Inputs:
 class _Shapes:
     """Remembers the input shapes of every call of a layer in the first forward pass, for one sample."""
 
-    def __init__(self, spec: LayerSpec) -> None:
+    def __init__(self, spec: LayerSpec, seen: _Inputs | None = None) -> None:
         self.spec = spec
         self.inputs: tuple[tuple[int, ...], ...] = ()
         self.frozen = False
         self.irregular = False
-        self.seen: _Inputs | None = None
+        self.seen = seen
         self.index = 0
         self.size = 1
 
@@ -270,9 +298,16 @@ class _Watcher(_Shapes):
     """Streams the statistics of one layer."""
 
     def __init__(
-        self, layer: Layer, rows: int | str | None, statistics: bool, seed: int, *, reads_channels: bool = False
+        self,
+        layer: Layer,
+        rows: int | str | None,
+        statistics: bool,
+        seed: int,
+        seen: _Inputs,
+        *,
+        reads_channels: bool,
     ) -> None:
-        super().__init__(layer.spec)
+        super().__init__(layer.spec, seen)
         self._reads_channels = reads_channels
         self._layer = layer
         self._rows = rows

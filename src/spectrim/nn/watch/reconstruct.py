@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -16,6 +17,7 @@ from spectrim.network.sites import Layer
 from spectrim.nn.find import canonical, describe
 from spectrim.nn.modules import Factored, make_layer
 from spectrim.nn.watch.batches import batch_size, call, evaluating
+from spectrim.nn.watch.observe import Hook, hooked
 from spectrim.nn.watch.patches import sample_outputs, sample_patches
 
 # Positions sampled in every image: neighbouring patches overlap and tell little new.
@@ -87,12 +89,12 @@ def asymmetric_site(
             raise _Reached
 
     calls = max(1, len(spec.inputs))
+    at_input = Hook(compressed.get_submodule(spec.name), catch_input, before=True)
+    at_output = Hook(dense.get_submodule(target or spec.name), catch_output)
     with evaluating(dense, compressed):
         for index, batch in enumerate(batches):
-            before = compressed.get_submodule(spec.name).register_forward_pre_hook(catch_input, with_kwargs=True)
-            inputs = _run(compressed, batch, run, before, caught)
-            after = dense.get_submodule(target or spec.name).register_forward_hook(catch_output, with_kwargs=True)
-            targets = _run(dense, batch, run, after, caught)
+            inputs = _run(compressed, batch, run, at_input, caught)
+            targets = _run(dense, batch, run, at_output, caught)
             count = POSITIONS * batch_size(batch) if isinstance(rows, str) else rows
             for x, y in zip(inputs, targets, strict=True):
                 # The same seed draws the same positions from both.
@@ -181,13 +183,9 @@ def refit_second(
     pair[1] = make_layer(spec, fitted.weight, fitted.bias).train(pair.second.training)
 
 
-def _run(model: nn.Module, batch: Any, run: Callable[..., Any], handle: Any, caught: list[Tensor]) -> list[Tensor]:
-    try:
+def _run(model: nn.Module, batch: Any, run: Callable[..., Any], hook: Hook, caught: list[Tensor]) -> list[Tensor]:
+    with hooked([hook]), contextlib.suppress(_Reached):
         run(model, batch)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
     found = list(caught)
     caught.clear()
     return found

@@ -14,7 +14,8 @@ from spectrim.linalg.moments import Moments
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Sites
 from spectrim.nn.contiguity import contiguous_where_needed
-from spectrim.nn.watch.batches import batch_size, call, checked_batches, evaluating, output_tensors
+from spectrim.nn.watch.batches import batch_size, checked_batches, output_tensors
+from spectrim.nn.watch.observe import Hook, observe
 from spectrim.nn.watch.patches import sample_outputs
 
 
@@ -55,25 +56,24 @@ def sensitivity(
         If no gradient reaches a site, or gradients are NaN or Inf; the message names the layer.
     """
     checked_batches(batches)
-    run = forward or call
     specs = [layer.spec for layer in sites]
     held = {s.name: Moments(s.groups, s.out_channels // s.groups, s.device) for s in specs}
     state = {"index": 0}
     layers = {s.name: model.get_submodule(s.name) for s in specs}
-    handles = [layers[s.name].register_forward_hook(_hook(s, held[s.name], rows, seed, state)) for s in specs]
+    hooks = [Hook(layers[s.name], _hook(s, held[s.name], rows, seed, state)) for s in specs]
     parameters = list(model.parameters())
     before = [(p, p.requires_grad, p.grad) for p in parameters]
     weights = {id(layer.weight) for layer in layers.values()}
     seen = 0
     generator = torch.Generator().manual_seed(seed)
     try:
-        with evaluating(model), torch.enable_grad(), contiguous_where_needed(model):
+        with observe(model, hooks, gradients=True, forward=forward) as run, contiguous_where_needed(model):
             for parameter in parameters:
                 parameter.requires_grad_(id(parameter) in weights)
                 parameter.grad = None
             for index, batch in enumerate(batches):
                 state["index"] = index
-                outputs = [z for z in output_tensors(run(model, batch)) if z.requires_grad]
+                outputs = [z for z in output_tensors(run(batch)) if z.requires_grad]
                 if not outputs:
                     raise CalibrationError(
                         "no gradient reaches the sites: the model's output does not depend on them, or is computed "
@@ -87,8 +87,6 @@ def sensitivity(
                 if seen >= samples:
                     break
     finally:
-        for handle in handles:
-            handle.remove()
         for parameter, wanted, gradient in before:
             parameter.requires_grad_(wanted)
             parameter.grad = gradient
@@ -110,7 +108,7 @@ def sensitivity(
 
 
 def _hook(spec: LayerSpec, held: Moments, rows: int, seed: int, state: dict[str, int]) -> Callable[..., None]:
-    def watch(module: nn.Module, args: Any, output: Tensor) -> None:
+    def watch(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         def receive(gradient: Tensor) -> None:
             generator = torch.Generator().manual_seed(seed + 7919 * state["index"])
             held.update(sample_outputs(spec, gradient.detach(), rows, generator))

@@ -1,0 +1,67 @@
+"""Running a model with hooks on its layers: whatever happens, the hooks are gone and the model is as it was."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from spectrim.nn.watch.batches import call, evaluating
+
+
+@dataclass(frozen=True)
+class Hook:
+    """A function to be called whenever a module is.
+
+    Attributes
+    ----------
+    function
+        ``(module, args, kwargs, output)``; before the module is run ``(module, args, kwargs)``.
+    before
+        Whether it is called before the module is run.
+    """
+
+    module: nn.Module
+    function: Callable[..., Any]
+    before: bool = False
+
+    def register(self) -> Any:
+        """Put it on the module; what is returned takes it away."""
+        if self.before:
+            return self.module.register_forward_pre_hook(self.function, with_kwargs=True)
+        return self.module.register_forward_hook(self.function, with_kwargs=True)
+
+
+@contextlib.contextmanager
+def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
+    """Hooks on modules, taken away on leaving."""
+    with contextlib.ExitStack() as stack:
+        for hook in hooks:
+            stack.callback(hook.register().remove)
+        yield
+
+
+@contextlib.contextmanager
+def observe(
+    model: nn.Module,
+    hooks: Iterable[Hook] = (),
+    *,
+    gradients: bool = False,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> Iterator[Callable[[Any], Any]]:
+    """A function that runs a model on a batch and gives its output, with hooks, in evaluation mode.
+
+    Parameters
+    ----------
+    gradients
+        Record what backward passes need.
+    forward
+        Runs the model on a batch in another way than :func:`spectrim.nn.watch.batches.call`.
+    """
+    run = forward or call
+    with evaluating(model), torch.set_grad_enabled(gradients), hooked(hooks):
+        yield lambda batch: run(model, batch)
