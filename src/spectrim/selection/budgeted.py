@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,44 +14,94 @@ from spectrim.selection import knapsack
 from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates, Row
 from spectrim.selection.forest import Flat, Forest, flattened
-from spectrim.selection.knapsack import ROUNDING, Floats, Indices, Table
+from spectrim.selection.knapsack import ROUNDING, Floats, Indices, Items
 from spectrim.selection.plan import Plan, make_plan
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
-    """A table under a budget. ``table`` is that of the trees, or None if the dense network meets all limits."""
+class Budgeted:
+    """A table within absolute limits.
+
+    Attributes
+    ----------
+    candidates
+        The table.
+    limits
+        By the name of the cost.
+    flat
+        The table of the trees.
+    items
+        Its options as a knapsack; None if the dense network meets all limits.
+    """
 
     candidates: Candidates
-    budget: Budget
+    limits: Mapping[str, float]
     flat: Flat
-    table: Table | None
+    items: Items | None
+
+    @classmethod
+    def of(cls, candidates: Candidates, budget: Budget) -> Budgeted:
+        """The table within the budget.
+
+        Raises
+        ------
+        InfeasibleBudgetError
+            If a limit cannot be met even alone.
+        ValueError
+            If the table lacks a cost that is limited, or holds numbers that cannot be.
+        """
+        dense = candidates.dense
+        limits = budget.limits(dense)
+        names = tuple(limits)
+        flat = flattened(candidates, names)
+        # Every option allowed is cheaper in all limited costs, so that a limit met by the dense network always holds.
+        binding = [c for c in names if dense[c] > limits[c] * (1 + ROUNDING)]
+        parts = [_worth_choosing(row, names, binding, by_error=True) for row in flat.candidates.rows]
+        if not binding:
+            return cls(candidates, limits, flat, None)
+        fixed = np.array([candidates.fixed[c] for c in binding], dtype=float)
+        lowest = fixed + sum((part[3].min(0) for part in parts), np.zeros(len(binding)))
+        for c, low in zip(binding, lowest, strict=True):
+            if low > limits[c] * (1 + ROUNDING):
+                raise InfeasibleBudgetError(c, limits[c], float(low), dense[c])
+        items = Items(
+            names=tuple(binding),
+            site=np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts]),
+            index=np.concatenate([part[0] for part in parts]),
+            loss=np.concatenate([part[1] for part in parts]),
+            error=np.concatenate([part[2] for part in parts]),
+            cost=np.concatenate([part[3] for part in parts]),
+            dense=np.array([[row.dense.costs[c] for c in binding] for row in flat.candidates.rows], dtype=float),
+            fixed=fixed,
+            limit=np.array([limits[c] for c in binding]),
+        )
+        return cls(candidates, limits, flat, items)
 
     @property
     def grouped(self) -> bool:
         return self.flat.candidates is not self.candidates
 
-    def relax(self, table: Table) -> tuple[Indices, float, np.ndarray]:
+    def relax(self, items: Items) -> tuple[Indices, float, np.ndarray]:
         """Picks, lower bound and multipliers of the Lagrangian relaxation."""
-        picks, bound, multipliers = knapsack.relax(table)
+        picks, bound, multipliers = knapsack.relax(items)
         if self.grouped:
             # With several limits the sums of parts that the trees offer need not hold the best one at these prices.
             zero = np.zeros_like(multipliers)
             bound = max(_bound(self._real, self._forest, m)[0] for m in (multipliers, zero))
         return picks, bound, multipliers
 
-    def promising(self, table: Table, picks: Indices, best: float, multipliers: np.ndarray) -> Table:
+    def promising(self, items: Items, picks: Indices, best: float, multipliers: np.ndarray) -> Items:
         """The options that may be in a better plan than ``picks``, whose loss is ``best``."""
         if not self.grouped:
-            score = table.loss + table.cost @ multipliers
-            reduced = score - np.minimum.reduceat(score, table.starts)[table.site]
-            possible = reduced <= (best - table.lower_bound(multipliers)) * (1 + knapsack.GAP)
+            score = items.loss + items.cost @ multipliers
+            reduced = score - np.minimum.reduceat(score, items.starts)[items.site]
+            possible = reduced <= (best - items.lower_bound(multipliers)) * (1 + knapsack.GAP)
             possible[picks] = True
-            return table.keep(possible)
+            return items.keep(possible)
         real = self._real
         bound, reduced = _bound(real, self._forest, multipliers)
         possible = reduced <= (best - bound) * (1 + knapsack.GAP)
-        held = self.flat.expand(table.index[picks].tolist())
+        held = self.flat.expand(items.index[picks].tolist())
         possible |= np.array([held.get(int(r)) == k for r, k in zip(real.site, real.index, strict=True)])
         return real.keep(possible)
 
@@ -60,34 +110,33 @@ class Problem:
         return Forest(self.candidates)
 
     @cached_property
-    def _real(self) -> Table:
+    def _real(self) -> Items:
         """The options of all rows, groups among them, each with the sites it covers."""
-        table = self.table
-        assert table is not None
-        names = tuple(self.budget.limits(self.candidates.dense))
+        items = self.items
+        assert items is not None
+        names = tuple(self.limits)
         parts = []
         for number, row in enumerate(self.candidates.rows):
-            kept, loss, error, cost = _worth_choosing(row, names, table.names, by_error=False)
+            kept, loss, error, cost = _worth_choosing(row, names, items.names, by_error=False)
             # That nothing is done in a group is said by its sites.
             some = slice(1, None) if row.members and len(kept) and kept[0] == 0 else slice(None)
             parts.append((np.full(len(kept[some]), number), kept[some], loss[some], error[some], cost[some]))
         site, index, loss, error, cost = (np.concatenate(column) for column in zip(*parts, strict=True))
-        dense = np.array([[row.dense.costs[c] for c in table.names] for row in self.candidates.singles], dtype=float)
+        dense = np.array([[row.dense.costs[c] for c in items.names] for row in self.candidates.singles], dtype=float)
         cover = tuple(self._forest.leaves[n] for n in site)
         return dataclasses.replace(
-            table, site=site, index=index, loss=loss, error=error, cost=cost, dense=dense, cover=cover
+            items, site=site, index=index, loss=loss, error=error, cost=cost, dense=dense, cover=cover
         )
 
-    def plan(self, table: Table | None, picks: Indices | None, selector: str, bound: float | None = None) -> Plan:
-        """The plan of the picked positions; without a table, all dense."""
-        limits = self.budget.limits(self.candidates.dense)
-        if table is None or picks is None:
+    def plan(self, items: Items | None, picks: Indices | None, selector: str, bound: float | None = None) -> Plan:
+        """The plan of the picked positions; without items, all dense."""
+        if items is None or picks is None:
             chosen = self.flat.expand([0] * len(self.flat.candidates))
-        elif table.cover is not None:
-            chosen = dict(zip(table.site[picks].tolist(), table.index[picks].tolist(), strict=True))
+        elif items.cover is not None:
+            chosen = dict(zip(items.site[picks].tolist(), items.index[picks].tolist(), strict=True))
         else:
-            chosen = self.flat.expand(table.index[picks].tolist())
-        plan = make_plan(self.candidates, chosen, budget=limits, selector=selector)
+            chosen = self.flat.expand(items.index[picks].tolist())
+        plan = make_plan(self.candidates, chosen, budget=self.limits, selector=selector)
         return plan if bound is None else dataclasses.replace(plan, bound=min(bound, plan.loss))
 
 
@@ -106,7 +155,7 @@ def _worth_choosing(
     return kept, loss[kept], error[kept], cost[kept]
 
 
-def _bound(real: Table, forest: Forest, multipliers: np.ndarray) -> tuple[float, np.ndarray]:
+def _bound(real: Items, forest: Forest, multipliers: np.ndarray) -> tuple[float, np.ndarray]:
     """The Lagrangian dual, and by how much every option raises it."""
     score = real.loss + real.cost @ multipliers
     scores = [np.concatenate([score[real.site == n], [np.inf]]) for n in range(len(forest.rows))]
@@ -123,33 +172,3 @@ def _bound(real: Table, forest: Forest, multipliers: np.ndarray) -> tuple[float,
             rest[child] = rest[number] + apart - values[child]
             above.append(child)
     return float(total - multipliers @ real.room), score + rest[real.site]
-
-
-def read(candidates: Candidates, budget: Budget) -> Problem:
-    """The table under the budget's limits."""
-    dense = candidates.dense
-    limits = budget.limits(dense)
-    names = tuple(limits)
-    flat = flattened(candidates, names)
-    # Every option allowed is cheaper in all limited costs, so that a limit met by the dense network always holds.
-    binding = [c for c in names if dense[c] > limits[c] * (1 + ROUNDING)]
-    parts = [_worth_choosing(row, names, binding, by_error=True) for row in flat.candidates.rows]
-    if not binding:
-        return Problem(candidates, budget, flat, None)
-    fixed = np.array([candidates.fixed[c] for c in binding], dtype=float)
-    lowest = fixed + sum((part[3].min(0) for part in parts), np.zeros(len(binding)))
-    for c, low in zip(binding, lowest, strict=True):
-        if low > limits[c] * (1 + ROUNDING):
-            raise InfeasibleBudgetError(c, limits[c], float(low), dense[c])
-    table = Table(
-        names=tuple(binding),
-        site=np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts]),
-        index=np.concatenate([part[0] for part in parts]),
-        loss=np.concatenate([part[1] for part in parts]),
-        error=np.concatenate([part[2] for part in parts]),
-        cost=np.concatenate([part[3] for part in parts]),
-        dense=np.array([[row.dense.costs[c] for c in binding] for row in flat.candidates.rows], dtype=float),
-        fixed=fixed,
-        limit=np.array([limits[c] for c in binding]),
-    )
-    return Problem(candidates, budget, flat, table)

@@ -25,8 +25,8 @@ SECONDS = 30.0
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
-    """The options worth choosing, flat, those of a site next to each other.
+class Items:
+    """The options worth choosing, as flat columns, those of a site next to each other, and what they may cost together.
 
     ``site``, ``index`` (in the row's options), ``loss`` and ``error`` are ``[n]``, ``cost`` is ``[n, c]`` over the
     limits that the dense network exceeds, called ``names``. ``dense`` is ``[sites, c]``; ``fixed``, ``limit`` and
@@ -71,7 +71,7 @@ class Table:
         scores = np.minimum.reduceat(self.loss + self.cost @ multipliers, self.starts)
         return float(scores.sum() - multipliers @ self.room)
 
-    def keep(self, mask: NDArray[np.bool_]) -> Table:
+    def keep(self, mask: NDArray[np.bool_]) -> Items:
         columns = ("site", "index", "loss", "error", "cost")
         kept = {name: getattr(self, name)[mask] for name in columns}
         if self.cover is not None:
@@ -144,7 +144,7 @@ def hull(path: Indices, value: Floats, cost: Floats) -> tuple[Indices, Floats]:
     return np.array([corner[0] for corner in corners], dtype=np.intp), np.array(slopes, dtype=float)
 
 
-def walk(table: Table, paths: list[Indices], keys: list[Floats], *, together: bool) -> tuple[Indices | None, float]:
+def walk(items: Items, paths: list[Indices], keys: list[Floats], *, together: bool) -> tuple[Indices | None, float]:
     """Take the steps along all paths in ascending order of their keys until every limit is met.
 
     ``keys[i][k]`` is that of the step from ``paths[i][k]`` to the next, ascending along a path. With ``together``,
@@ -154,9 +154,9 @@ def walk(table: Table, paths: list[Indices], keys: list[Floats], *, together: bo
     key = np.concatenate(keys)
     order = np.argsort(key, kind="stable")
     site, key = site[order], key[order]
-    change = np.concatenate([np.diff(table.cost[path], axis=0) for path in paths])[order]
-    start = table.cost[[path[0] for path in paths]].sum(0)
-    met = (start + np.concatenate([np.zeros((1, change.shape[1])), np.cumsum(change, axis=0)]) <= table.room).all(1)
+    change = np.concatenate([np.diff(items.cost[path], axis=0) for path in paths])[order]
+    start = items.cost[[path[0] for path in paths]].sum(0)
+    met = (start + np.concatenate([np.zeros((1, change.shape[1])), np.cumsum(change, axis=0)]) <= items.room).all(1)
     if together:
         met[1:-1] &= key[1:] != key[:-1]
     if not met.any():
@@ -166,97 +166,97 @@ def walk(table: Table, paths: list[Indices], keys: list[Floats], *, together: bo
     return np.array([path[n] for path, n in zip(paths, taken, strict=True)]), float(key[steps - 1]) if steps else 0.0
 
 
-def descend(table: Table, weights: Floats) -> tuple[Indices | None, float]:
+def descend(items: Items, weights: Floats) -> tuple[Indices | None, float]:
     """Walk down the convex hulls of loss over weighted cost; the picks, and the multiplier of the last step."""
-    price = table.cost @ weights
-    hulls = [hull(front(group, table.loss, price), table.loss, price) for group in table.groups]
-    return walk(table, [corners for corners, _ in hulls], [slopes for _, slopes in hulls], together=False)
+    price = items.cost @ weights
+    hulls = [hull(front(group, items.loss, price), items.loss, price) for group in items.groups]
+    return walk(items, [corners for corners, _ in hulls], [slopes for _, slopes in hulls], together=False)
 
 
-def _spend(table: Table, picks: Indices, weights: Floats) -> Indices:
+def _spend(items: Items, picks: Indices, weights: Floats) -> Indices:
     """Use what is left of the budget: the change of one site that fits and gains most for its cost, until none does."""
-    price = table.cost @ weights
-    least = float((table.dense @ weights).max()) * ROUNDING
+    price = items.cost @ weights
+    least = float((items.dense @ weights).max()) * ROUNDING
     while True:
-        gain = table.loss[picks][table.site] - table.loss
-        fits = (table.cost - table.cost[picks][table.site] <= table.room - table.cost[picks].sum(0)).all(1)
-        worth = gain / np.maximum(price - price[picks][table.site], least)
+        gain = items.loss[picks][items.site] - items.loss
+        fits = (items.cost - items.cost[picks][items.site] <= items.room - items.cost[picks].sum(0)).all(1)
+        worth = gain / np.maximum(price - price[picks][items.site], least)
         best = int(np.argmax(np.where(fits & (gain > 0), worth, -1.0)))
         changed = picks.copy()
-        changed[table.site[best]] = best
-        if not (fits[best] and gain[best] > 0 and table.fits(changed)):
+        changed[items.site[best]] = best
+        if not (fits[best] and gain[best] > 0 and items.fits(changed)):
             return picks
         picks = changed
 
 
-def relax(table: Table) -> tuple[Indices, float, Floats]:
+def relax(items: Items) -> tuple[Indices, float, Floats]:
     """Picks, lower bound and multipliers of the Lagrangian relaxation."""
-    if len(table.limit) == 1:
-        picks, slope = descend(table, np.ones(1))
-        best = _spend(table, closest(table) if picks is None else picks, np.ones(1))
+    if len(items.limit) == 1:
+        picks, slope = descend(items, np.ones(1))
+        best = _spend(items, closest(items) if picks is None else picks, np.ones(1))
         multipliers = np.array([slope])
     else:
-        multipliers = _relaxed_multipliers(table)
-        mixed = multipliers + 0.1 * table.need * (multipliers / table.need).max()
-        tried = [multipliers, mixed, table.need] if multipliers.any() else [table.need]
-        ends = [(picks, weights) for weights in tried if (picks := descend(table, weights)[0]) is not None]
-        plans = [_spend(table, picks, weights) for picks, weights in ends or [(closest(table), table.need)]]
-        best = min(plans, key=lambda picks: float(table.loss[picks].sum()))
-    bound = max(table.lower_bound(multipliers), table.lower_bound(0 * multipliers))
+        multipliers = _relaxed_multipliers(items)
+        mixed = multipliers + 0.1 * items.need * (multipliers / items.need).max()
+        tried = [multipliers, mixed, items.need] if multipliers.any() else [items.need]
+        ends = [(picks, weights) for weights in tried if (picks := descend(items, weights)[0]) is not None]
+        plans = [_spend(items, picks, weights) for picks, weights in ends or [(closest(items), items.need)]]
+        best = min(plans, key=lambda picks: float(items.loss[picks].sum()))
+    bound = max(items.lower_bound(multipliers), items.lower_bound(0 * multipliers))
     return best, bound, multipliers
 
 
-def _one_each(table: Table) -> Any:
+def _one_each(items: Items) -> Any:
     """The sparse matrix ``[sites, n]`` of which options belong to which site."""
     from scipy.sparse import csr_array
 
-    n = len(table.site)
-    site, option = table.site, np.arange(n)
-    if table.cover is not None:
-        site = np.concatenate([np.array(sites, dtype=np.intp) for sites in table.cover])
-        option = np.repeat(option, [len(sites) for sites in table.cover])
-    return csr_array((np.ones(len(site)), (site, option)), shape=(len(table.dense), n))
+    n = len(items.site)
+    site, option = items.site, np.arange(n)
+    if items.cover is not None:
+        site = np.concatenate([np.array(sites, dtype=np.intp) for sites in items.cover])
+        option = np.repeat(option, [len(sites) for sites in items.cover])
+    return csr_array((np.ones(len(site)), (site, option)), shape=(len(items.dense), n))
 
 
-def _chosen(table: Table, x: Floats) -> Indices:
+def _chosen(items: Items, x: Floats) -> Indices:
     """The option of each site with the largest share of a solver's solution."""
-    if table.cover is not None:
+    if items.cover is not None:
         return np.flatnonzero(x > 0.5)
-    return np.array([group[np.argmax(x[group])] for group in table.groups])
+    return np.array([group[np.argmax(x[group])] for group in items.groups])
 
 
-def _relaxed_multipliers(table: Table) -> Floats:
+def _relaxed_multipliers(items: Items) -> Floats:
     """The multipliers of the linear relaxation, zero if that has no solution."""
     from scipy.optimize import linprog
 
-    unit, scale = table.dense.sum(0), float(table.loss.max()) or 1.0
+    unit, scale = items.dense.sum(0), float(items.loss.max()) or 1.0
     result = linprog(
-        table.loss / scale,
-        A_ub=(table.cost / unit).T,
-        b_ub=table.room / unit,
-        A_eq=_one_each(table),
-        b_eq=np.ones(len(table.dense)),
+        items.loss / scale,
+        A_ub=(items.cost / unit).T,
+        b_ub=items.room / unit,
+        A_eq=_one_each(items),
+        b_eq=np.ones(len(items.dense)),
     )
     if result.status != 0:
         return np.zeros(len(unit))
     return np.maximum(-result.ineqlin.marginals, 0.0) * scale / unit
 
 
-def solve(table: Table, scale: float) -> tuple[Indices, float] | str:
+def solve(items: Items, scale: float) -> tuple[Indices, float] | str:
     """Picks of least loss and a proven lower bound, or what went wrong. ``scale`` is a loss of the right magnitude."""
     from scipy.optimize import Bounds, LinearConstraint, milp
 
     # The solver's tolerances are absolute, 1e-6: sums near 1000 make them 1e-9 of the loss and of the costs.
-    unit = 1000 / table.dense.sum(0)
-    room, proven = table.room * unit, None
+    unit = 1000 / items.dense.sum(0)
+    room, proven = items.room * unit, None
     for _ in range(5):
         result = milp(
-            table.loss * (1000 / scale),
-            integrality=np.ones(len(table.site)),
+            items.loss * (1000 / scale),
+            integrality=np.ones(len(items.site)),
             bounds=Bounds(0, 1),
             constraints=[
-                LinearConstraint(_one_each(table), 1, 1),
-                LinearConstraint((table.cost * unit).T, -np.inf, room),
+                LinearConstraint(_one_each(items), 1, 1),
+                LinearConstraint((items.cost * unit).T, -np.inf, room),
             ],
             options={"mip_rel_gap": GAP, "time_limit": SECONDS},
         )
@@ -264,37 +264,37 @@ def solve(table: Table, scale: float) -> tuple[Indices, float] | str:
             return str(result.message)
         if proven is None:
             proven = float(result.fun if result.mip_dual_bound is None else result.mip_dual_bound) * scale / 1000
-        picks = _chosen(table, result.x)
-        if table.fits(picks):
+        picks = _chosen(items, result.x)
+        if items.fits(picks):
             return picks, proven
-        room = room - 2 * np.maximum((table.cost[picks] * unit).sum(0) - room, 0.0)
+        room = room - 2 * np.maximum((items.cost[picks] * unit).sum(0) - room, 0.0)
     return "its plans exceed the budget by rounding"
 
 
-def closest(table: Table) -> Indices:
+def closest(items: Items) -> Indices:
     """The picks whose largest ratio of cost to limit is smallest; raises if that is above one."""
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array, hstack
 
-    n, sites = len(table.site), len(table.dense)
-    share = np.column_stack([1000 * (table.cost / table.limit).T, -np.ones(len(table.limit))])
+    n, sites = len(items.site), len(items.dense)
+    share = np.column_stack([1000 * (items.cost / items.limit).T, -np.ones(len(items.limit))])
     result = milp(
         np.append(np.zeros(n), 1.0),
         integrality=np.append(np.ones(n), 0),
         bounds=Bounds(np.zeros(n + 1), np.append(np.ones(n), np.inf)),  # type: ignore[arg-type]
         constraints=[
-            LinearConstraint(hstack([_one_each(table), csr_array((sites, 1))]), 1, 1),
-            LinearConstraint(share, -np.inf, -1000 * table.fixed / table.limit),  # type: ignore[arg-type]
+            LinearConstraint(hstack([_one_each(items), csr_array((sites, 1))]), 1, 1),
+            LinearConstraint(share, -np.inf, -1000 * items.fixed / items.limit),  # type: ignore[arg-type]
         ],
         options={"mip_rel_gap": 0, "time_limit": SECONDS},
     )
     if result.x is None:
-        raise RuntimeError(f"the search for a plan within {', '.join(table.names)} failed: {result.message}")
-    picks = _chosen(table, result.x[:n])
-    if table.fits(picks):
+        raise RuntimeError(f"the search for a plan within {', '.join(items.names)} failed: {result.message}")
+    picks = _chosen(items, result.x[:n])
+    if items.fits(picks):
         return picks
-    totals = table.fixed + table.cost[picks].sum(0)
-    worst = int(np.argmax(totals / table.limit))
-    dense = float(table.fixed[worst] + table.dense[:, worst].sum())
-    limit, lowest = float(table.limit[worst]), float(totals[worst])
-    raise InfeasibleBudgetError(table.names[worst], limit, lowest, dense, together=tuple(table.names))
+    totals = items.fixed + items.cost[picks].sum(0)
+    worst = int(np.argmax(totals / items.limit))
+    dense = float(items.fixed[worst] + items.dense[:, worst].sum())
+    limit, lowest = float(items.limit[worst]), float(totals[worst])
+    raise InfeasibleBudgetError(items.names[worst], limit, lowest, dense, together=tuple(items.names))

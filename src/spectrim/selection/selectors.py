@@ -25,12 +25,12 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from spectrim.selection import budgeted as problems
 from spectrim.selection import knapsack
 from spectrim.selection.budget import Amount, Budget
+from spectrim.selection.budgeted import Budgeted
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.forest import Forest
-from spectrim.selection.knapsack import ROUNDING, Indices, Table
+from spectrim.selection.knapsack import ROUNDING, Indices, Items
 from spectrim.selection.plan import Plan, make_plan
 
 Selector = Callable[[Candidates, Budget], Plan]
@@ -51,10 +51,10 @@ def uniform(candidates: Candidates, budget: Budget) -> Plan:
         If the table is not fit for selection; the message names the site.
     """
 
-    def end(table: Table) -> Indices | None:
-        share = (table.cost / np.where(table.dense > 0, table.dense, 1)[table.site]).max(1)
-        paths = [knapsack.front(group, table.loss, share) for group in table.groups]
-        return knapsack.walk(table, paths, [-share[path[:-1]] for path in paths], together=True)[0]
+    def end(items: Items) -> Indices | None:
+        share = (items.cost / np.where(items.dense > 0, items.dense, 1)[items.site]).max(1)
+        paths = [knapsack.front(group, items.loss, share) for group in items.groups]
+        return knapsack.walk(items, paths, [-share[path[:-1]] for path in paths], together=True)[0]
 
     return _by_walk(candidates, budget, "uniform", end)
 
@@ -72,9 +72,9 @@ def energy(candidates: Candidates, budget: Budget) -> Plan:
         As :func:`uniform`.
     """
 
-    def end(table: Table) -> Indices | None:
-        paths = [knapsack.front(group, table.error, table.cost @ table.need) for group in table.groups]
-        return knapsack.walk(table, paths, [table.error[path[1:]] for path in paths], together=True)[0]
+    def end(items: Items) -> Indices | None:
+        paths = [knapsack.front(group, items.error, items.cost @ items.need) for group in items.groups]
+        return knapsack.walk(items, paths, [items.error[path[1:]] for path in paths], together=True)[0]
 
     return _by_walk(candidates, budget, "energy", end)
 
@@ -91,7 +91,7 @@ def greedy(candidates: Candidates, budget: Budget) -> Plan:
     InfeasibleBudgetError, ValueError
         As :func:`uniform`.
     """
-    return _by_walk(candidates, budget, "greedy", lambda table: knapsack.descend(table, table.need)[0])
+    return _by_walk(candidates, budget, "greedy", lambda items: knapsack.descend(items, items.need)[0])
 
 
 def lagrangian(candidates: Candidates, budget: Budget) -> Plan:
@@ -108,13 +108,13 @@ def lagrangian(candidates: Candidates, budget: Budget) -> Plan:
     InfeasibleBudgetError, ValueError
         As :func:`uniform`.
     """
-    problem = problems.read(candidates, budget)
-    table = problem.table
-    if table is None:
-        return problem.plan(None, None, "lagrangian", 0.0)
-    picks, bound, multipliers = problem.relax(table)
-    plan = problem.plan(table, picks, "lagrangian", bound)
-    return dataclasses.replace(plan, multipliers=dict(zip(table.names, multipliers.tolist(), strict=True)))
+    budgeted = Budgeted.of(candidates, budget)
+    items = budgeted.items
+    if items is None:
+        return budgeted.plan(None, None, "lagrangian", 0.0)
+    picks, bound, multipliers = budgeted.relax(items)
+    plan = budgeted.plan(items, picks, "lagrangian", bound)
+    return dataclasses.replace(plan, multipliers=dict(zip(items.names, multipliers.tolist(), strict=True)))
 
 
 def exact(candidates: Candidates, budget: Budget) -> Plan:
@@ -129,22 +129,22 @@ def exact(candidates: Candidates, budget: Budget) -> Plan:
     InfeasibleBudgetError, ValueError
         As :func:`uniform`.
     """
-    problem = problems.read(candidates, budget)
-    table = problem.table
-    if table is None:
-        return problem.plan(None, None, "exact", 0.0)
-    picks, bound, multipliers = problem.relax(table)
-    best = float(table.loss[picks].sum())
+    budgeted = Budgeted.of(candidates, budget)
+    items = budgeted.items
+    if items is None:
+        return budgeted.plan(None, None, "exact", 0.0)
+    picks, bound, multipliers = budgeted.relax(items)
+    best = float(items.loss[picks].sum())
     if best - bound <= ROUNDING * best:
-        return problem.plan(table, picks, "exact", bound)
-    small = problem.promising(table, picks, best, multipliers)
+        return budgeted.plan(items, picks, "exact", bound)
+    small = budgeted.promising(items, picks, best, multipliers)
     solution = knapsack.solve(small, scale=best)
     if isinstance(solution, str):
-        return problem.plan(table, picks, f"lagrangian (exact: {solution})", bound)
+        return budgeted.plan(items, picks, f"lagrangian (exact: {solution})", bound)
     found, proven = solution
     if small.loss[found].sum() < best:
-        table, picks = small, found
-    return problem.plan(table, picks, "exact", max(bound, min(proven, best)))
+        items, picks = small, found
+    return budgeted.plan(items, picks, "exact", max(bound, min(proven, best)))
 
 
 def select(candidates: Candidates, budget: Budget | str | Mapping[str, Amount], selector: Selector = exact) -> Plan:
@@ -214,10 +214,10 @@ def at_multiplier(candidates: Candidates, cost: str, multiplier: float, *, dense
     return dataclasses.replace(plan, multipliers={cost: float(multiplier)})
 
 
-def _by_walk(candidates: Candidates, budget: Budget, selector: str, end: Callable[[Table], Indices | None]) -> Plan:
-    problem = problems.read(candidates, budget)
+def _by_walk(candidates: Candidates, budget: Budget, selector: str, end: Callable[[Items], Indices | None]) -> Plan:
+    budgeted = Budgeted.of(candidates, budget)
     picks = None
-    if problem.table is not None:
-        picks = end(problem.table)
-        picks = knapsack.closest(problem.table) if picks is None else picks
-    return problem.plan(problem.table, picks, selector)
+    if budgeted.items is not None:
+        picks = end(budgeted.items)
+        picks = knapsack.closest(budgeted.items) if picks is None else picks
+    return budgeted.plan(budgeted.items, picks, selector)
