@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -112,7 +113,7 @@ def test_a_group_is_counted_in_place_of_its_sites() -> None:
     plan = st.select(table, st.Budget(joules=0.55))
     network = Network(sites, counted.known(sites, {"joules": joules}), methods)
     assert network.cost(picked(plan)) == pytest.approx(dict(plan.costs))
-    choice = table["pair"].options[3].choice
+    choice: Any = table["pair"].options[3].choice
     parts = {**network.cost(), "joules": joules_of(model)}
     shared = network.cost({"pair": choice})
     assert shared["joules"] - parts["joules"] == pytest.approx(

@@ -17,6 +17,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from spectrim.channel_plans import entries
 from spectrim.cost.counted import Cost, known
 from spectrim.cost.latency import Latency
 from spectrim.cost.whole import Costs, Network, Picks
@@ -29,11 +30,9 @@ from spectrim.network.sites import Sites
 from spectrim.progress import Progress, reports
 from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates, Option, Row
-from spectrim.selection.plan import Entry, Plan, make_plan
-from spectrim.selection.selectors import exact, select
+from spectrim.selection.plan import Plan
+from spectrim.selection.selectors import Selector, exact, select
 from spectrim.tables import tabulate
-
-Selector = Callable[[Candidates, Budget], Plan]
 
 # Halvings of the interval in which the limit for the last table lies.
 _HALVINGS = 12
@@ -97,16 +96,10 @@ def select_in_steps(
         )
     if table is None:
         table = tabulate(
-            sites,
-            methods,
-            latency=latency,
-            dense_latency=dense_latency,
-            costs=costs,
-            guard=guard,
-            progress=progress,
+            sites, methods, latency=latency, dense_latency=dense_latency, costs=costs, guard=guard, progress=progress
         )
     network = Network(sites, known(sites, costs), methods, latency, dense_latency)
-    dense = network.cost({})
+    dense = network.cost()
     limits = budget.limits(dense)
     steps = steps if others or _shares_layers(sites.couplings) else 1
     _check_reachable(table, network, limits)
@@ -127,7 +120,7 @@ def select_in_steps(
     if not others:
         picks = _spent(table, picks, limits, network)
     trail = [picks] if not others else [*trail, picks]
-    plans = _plans(trail, lambda picks: _finished(sites, picks, table, others, network, limits, selector, guard))
+    plans = _plans(trail, lambda picks: _finished(picks, table, others, network, limits, selector, guard))
     plan = plans[0] if len(plans) == 1 else min(plans, key=judge or (lambda plan: plan.loss))
     name = getattr(selector, "__name__", str(selector))
     plan = dataclasses.replace(
@@ -135,7 +128,6 @@ def select_in_steps(
         selector=f"{name}, {taken} step{'s' if taken > 1 else ''}",
         facts={**plan.facts, "steps": taken},
         dense_costs=dense,
-        budget=limits,
         bound=None,
     )
     return plan, table
@@ -143,12 +135,12 @@ def select_in_steps(
 
 def _around(table: Candidates, network: Network, picks: Picks) -> Candidates:
     """The table with the costs of every option while all others stay as they were picked."""
-    rows: list[Row] = []
-    for row in table.rows:
-        choices = [(o.choice, o.error) for o in row.options]
-        options = [Option(c, error, network.estimate(row.site, {**picks, row.site: c})) for c, error in choices]
-        rows.append(dataclasses.replace(row, options=tuple(options)))
-    return dataclasses.replace(table, rows=tuple(rows), fixed=network.fixed((row.site for row in rows), picks))
+
+    def around(row: Row, option: Option) -> Option:
+        return dataclasses.replace(option, costs=network.estimate(row.site, {**picks, row.site: option.choice}))
+
+    rows = tuple(dataclasses.replace(row, options=tuple(around(row, o) for o in row.options)) for row in table.rows)
+    return dataclasses.replace(table, rows=rows, fixed=network.fixed((row.site for row in rows), picks))
 
 
 def _chosen(table: Candidates, goals: Costs, selector: Selector) -> Picks:
@@ -189,7 +181,7 @@ def _cheapest(table: Candidates, *names: str) -> Picks:
 
 def _check_reachable(table: Candidates, network: Network, limits: Costs) -> None:
     """Raise InfeasibleBudgetError if not even the smallest network meets the budget."""
-    dense = network.cost({})
+    dense = network.cost()
     for cost, limit in limits.items():
         picks, lowest = _cheapest(table, cost), dense[cost]
         for _ in range(_MORE):
@@ -256,7 +248,6 @@ def _removals(picks: Picks) -> dict[str, ChannelsChoice]:
 
 
 def _finished(
-    sites: Sites,
     picks: Picks,
     table: Candidates,
     others: Sequence[Method],
@@ -267,34 +258,32 @@ def _finished(
 ) -> Plan:
     """The plan of the layers that remain, and of the removals."""
     removals = _removals(picks)
-    left = narrowed(sites, {name: choice.kept for name, choice in removals.items()})
-    # What is no layer of its own takes the time that it takes in the whole network.
-    remaining = tabulate(
-        left,
-        others,
-        latency=network.latency,
-        dense_latency=network.cost(removals).get("latency"),
-        costs=network.costs,
-        guard=guard,
-    )
     if others:
-        plan = select(remaining, Budget.absolute(limits), selector)
-    else:
-        plan = make_plan(remaining, [0] * len(remaining), budget=limits, selector="")
-    entries = [dataclasses.replace(e, dense_costs=network.row(e.site)) for e in plan]
-    loss = plan.loss
-    for coupling in sites.couplings:
-        row = table[coupling.name]
-        option = next(o for o in row.options if o.choice == removals.get(coupling.name, DENSE))
-        after, before = network.beside(coupling.name, picks), network.beside(coupling.name)
-        entries.append(
-            Entry(coupling.name, row.kind, option.choice, float(option.error), after, before, of_channels=True)
+        left = narrowed(network.sites, {name: choice.kept for name, choice in removals.items()})
+        # What is no layer takes the time that it takes in the whole network.
+        time = network.cost(removals).get("latency")
+        remaining = tabulate(
+            left, others, latency=network.latency, dense_latency=time, costs=network.costs, guard=guard
         )
-        loss += row.loss(option)
+        plan = select(remaining, Budget.absolute(limits), selector)
+        of_layers = [dataclasses.replace(e, dense_costs=network.row(e.site)) for e in plan]
+    else:
+        plan = Plan((), network.cost(picks), {}, limits, facts=table.facts)
+        of_layers = entries.layers(network, {name: len(choice.kept) for name, choice in removals.items()})
+    of_channels, losses = [], [plan.loss]
+    for coupling in network.sites.couplings:
+        row, choice = table[coupling.name], removals.get(coupling.name, DENSE)
+        option = next(option for option in row.options if option.choice == choice)
+        of_channels.append(entries.channels(network, coupling, choice, float(option.error)))
+        losses.append(row.loss(option))
     used = {choice.method for choice in removals.values()}
     methods = {name: record for name, record in table.methods.items() if name in used}
     return dataclasses.replace(
-        plan, entries=tuple(entries), unit=table.unit, loss=loss, methods={**plan.methods, **methods}
+        plan,
+        entries=(*of_layers, *of_channels),
+        unit=table.unit,
+        loss=sum(losses),
+        methods={**plan.methods, **methods},
     )
 
 

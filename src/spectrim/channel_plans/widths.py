@@ -14,16 +14,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from spectrim.channel_plans import entries
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
 from spectrim.cost.whole import Network
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.linalg import principal
 from spectrim.methods import PrincipalFilters, metrics
-from spectrim.network.choices import DENSE
+from spectrim.network.choices import DENSE, Choice
 from spectrim.network.sites import Channels, Sites
 from spectrim.selection.budget import Budget
-from spectrim.selection.plan import Entry, Plan
+from spectrim.selection.plan import Plan
 
 # Halvings of the interval in which the share of energy lies that meets a budget.
 _HALVINGS = 40
@@ -131,24 +132,19 @@ def recommend(
         else:
             numbers = widths(sites, recipe, method=analysis)
             name = f"PFA {recipe}"
-    entries = [
-        # A layer is left as it is but for the channels it has.
-        Entry(s.name, s.spec.kind, DENSE, 0.0, network.row(s.name, widths=numbers), network.row(s.name))
-        for s in sites
-    ]
-    loss = 0.0
+    of_channels, losses = [], []
     for site in sites.coupled():
-        entry, lost = _entry(site, numbers[site.name], analysis, network)
-        entries.append(entry)
-        loss += lost
+        choice, error, scale = _choice(site, numbers[site.name], analysis)
+        of_channels.append(entries.channels(network, site.coupling, choice, error))
+        losses.append(scale * max(error, 0.0))
     return Plan(
-        entries=tuple(entries),
+        entries=(*entries.layers(network, numbers), *of_channels),
         costs=network.cost(widths=numbers),
         dense_costs=dense,
         budget=dict(limits),
         unit=next((metrics.unit(site) for site in sites if site.statistics), ""),
         selector=name,
-        loss=loss,
+        loss=sum(losses, 0.0),
         methods={analysis.name: analysis.record()},
         facts=facts,
     )
@@ -223,13 +219,10 @@ def _for_budget(
     return low, numbers
 
 
-def _entry(site: Channels, number: int, method: PrincipalFilters, network: Network) -> tuple[Entry, float]:
-    n = site.coupling.channels
-    before, after = network.beside(site.name), network.beside(site.name, widths={site.name: number})
-    kind = f"{n} channels"
-    if number >= n:
-        return Entry(site.name, kind, DENSE, 0.0, before, before, of_channels=True), 0.0
+def _choice(site: Channels, number: int, method: PrincipalFilters) -> tuple[Choice, float, float]:
+    """The choice that leaves so many channels, its error, and the loss that an error of one would be."""
+    gone = site.coupling.channels - number
+    if gone <= 0:
+        return DENSE, 0.0, 0.0
     order, errors, scale = method.elimination(site)
-    choice = method.choice(site, order[: n - number])
-    error = float(errors[n - number])
-    return Entry(site.name, kind, choice, error, after, before, of_channels=True), scale * max(error, 0.0)
+    return method.choice(site, order[:gone]), float(errors[gone]), scale

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Protocol
+from typing import Any, Protocol
 
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
@@ -13,7 +13,7 @@ from spectrim.network.choices import DENSE, ChannelsChoice, Choice
 from spectrim.network.coupling import Coupling
 from spectrim.network.layer import LayerSpec
 from spectrim.network.narrowing import layers_left
-from spectrim.network.sites import Group, Layer, Site, Sites
+from spectrim.network.sites import Group, Layer, Sites
 from spectrim.progress import Steps
 
 Costs = dict[str, float]
@@ -33,7 +33,7 @@ class Layered(Protocol):
     @property
     def name(self) -> str: ...
 
-    def layers(self, site: Site, choice: Choice) -> Sequence[LayerSpec]: ...
+    def layers(self, site: Any, choice: Any) -> Sequence[LayerSpec]: ...
 
 
 @dataclass(eq=False)
