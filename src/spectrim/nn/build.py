@@ -140,7 +140,7 @@ def skeleton(choice: Choice, layers: Sequence[LayerSpec]) -> tuple[nn.Module, ..
     Raises
     ------
     PlanError
-        If the choice's kind is unknown or its settings do not fit the layers.
+        If choices of its kind have no factors, or these layers cannot have them.
     """
     known = kinds()
     name, kind = layers[0].name, layers[0].kind
