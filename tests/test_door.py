@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import spectrim as st
+from spectrim.train import budget_path
 
 MODEL = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
 BATCHES = [torch.randn(32, 32, generator=torch.Generator().manual_seed(n)) for n in range(2)]
@@ -73,6 +74,12 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "find: a name": (lambda: st.find("resnet18"), TypeError, "model is a str"),
     "calibrate: a tensor": (lambda: st.calibrate(untouched(), SITES, BATCHES[0]), st.CalibrationError, "one tensor"),
     "tabulate: a class": (lambda: st.tabulate(SITES, st.WeightSVD), TypeError, "methods has WeightSVD"),
+    "learn_ranks: a cost that is not there": (
+        lambda: st.learn_ranks(untouched(), BATCHES, "joules=50%"),
+        ValueError,
+        "limits joules, which the table does",
+    ),
+    "budget_path: a number": (lambda: budget_path(untouched(), BATCHES, [HALF, 0.5]), TypeError, r"budget is 0\.5"),
     "select: a number": (lambda: st.select(st.tabulate(SITES), 0.5), TypeError, r"budget is 0\.5"),
     "apply: a dataset": (
         lambda: st.apply(

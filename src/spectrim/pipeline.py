@@ -26,7 +26,7 @@ from spectrim.nn.timing import Timing, measure_latency
 from spectrim.nn.watch.batches import batch_size, call, checked_batches, evaluating, output_tensors
 from spectrim.preparation import Prepared, laid_out, locate, prepare
 from spectrim.progress import Progress, reports, silent, told
-from spectrim.selection.budget import COSTS, Amount, Budget, Limit
+from spectrim.selection.budget import COSTS, Budget, BudgetLike, Limit
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
 from spectrim.selection.selectors import exact, select
@@ -114,7 +114,7 @@ class Result:
 def compress(
     model: nn.Module,
     calibration: Iterable[Any],
-    budget: Budget | str | Mapping[str, Amount],
+    budget: BudgetLike,
     *,
     methods: Method | Sequence[Method] | None = None,
     skip: Selector | Iterable[Selector] = (),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from torch import nn
 import spectrim as st
 from spectrim.linalg.moments import shrunk
 from spectrim.methods import WeightSVD, metrics
+from spectrim.network.layer import LayerSpec
 from spectrim.nn.modules import Factored
 from spectrim.nn.surgery import parameter_count
 from spectrim.nn.timing import Timing
@@ -37,17 +38,22 @@ def scores(table: Candidates, plan: Plan, cost: str, multiplier: float) -> list[
     return found
 
 
-@pytest.mark.parametrize("cost", ["parameters", "bytes", "macs", "latency"])
+def joules(specs: Sequence[LayerSpec]) -> float:
+    return sum(2e-3 * spec.stored + 3e-3 * spec.in_channels for spec in specs)
+
+
+@pytest.mark.parametrize("cost", ["parameters", "bytes", "macs", "latency", "joules"])
 def test_every_c_step_meets_the_budget_and_knows_its_multiplier(cost: str) -> None:
     model, batches = settled("residual"), batches_for("residual")
     sites = st.calibrate(model, st.find(model), batches)
-    budget, methods = st.Budget(**{cost: 0.6}), [WeightSVD(multiple_of=1)]
+    budget, methods = f"{cost}=60%", [WeightSVD(multiple_of=1)]
     ranks = LearnedRanks(
-        model, sites, budget, methods=methods, start=methods, latency=fake_latency(), schedule=Schedule(0.1, 2.0, 4)
-    )
+        model, sites, budget, methods=methods, start=methods, latency=fake_latency(), schedule=Schedule(0.1, 2.0, 4),
+        costs={"joules": joules},
+    )  # fmt: skip
     limit = 0.6 * ranks.table.dense[cost]
     assert ranks.trajectory.budget == {cost: pytest.approx(limit)}
-    assert set(ranks.trajectory.dense_costs) == {"parameters", "bytes", "macs", "latency"}
+    assert set(ranks.trajectory.dense_costs) == {"parameters", "bytes", "macs", "latency", "joules"}
     for step in range(4):
         if step:
             perturb(model)

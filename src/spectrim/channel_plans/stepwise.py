@@ -28,7 +28,7 @@ from spectrim.network.coupling import Coupling
 from spectrim.network.narrowing import narrowed
 from spectrim.network.sites import Sites
 from spectrim.progress import Progress, reports
-from spectrim.selection.budget import Budget
+from spectrim.selection.budget import Budget, BudgetLike
 from spectrim.selection.candidates import Candidates, Option, Row
 from spectrim.selection.plan import Plan
 from spectrim.selection.selectors import Selector, exact, select
@@ -45,7 +45,7 @@ _SLACK = 1e-9
 def select_in_steps(
     sites: Sites,
     methods: Sequence[Method],
-    budget: Budget,
+    budget: BudgetLike,
     *,
     steps: int = 4,
     selector: Selector = exact,
@@ -100,7 +100,7 @@ def select_in_steps(
         )
     network = Network(sites, known(sites, costs), methods, latency, dense_latency)
     dense = network.cost()
-    limits = budget.limits(dense)
+    limits = Budget.of(budget).limits(dense)
     steps = steps if others or _shares_layers(sites.couplings) else 1
     _check_reachable(table, network, limits)
     picks: Picks = {}

@@ -23,7 +23,7 @@ from spectrim.linalg import principal
 from spectrim.methods import PrincipalFilters, metrics
 from spectrim.network.choices import DENSE, Choice
 from spectrim.network.sites import Channels, Sites
-from spectrim.selection.budget import Budget
+from spectrim.selection.budget import Budget, BudgetLike
 from spectrim.selection.plan import Plan
 
 # Halvings of the interval in which the share of energy lies that meets a budget.
@@ -84,7 +84,7 @@ def widths(
 
 def recommend(
     sites: Sites,
-    recipe: Recipe | Budget,
+    recipe: Recipe | BudgetLike,
     *,
     method: PrincipalFilters | None = None,
     latency: Latency | None = None,
@@ -124,8 +124,8 @@ def recommend(
     facts = latency.facts() if latency is not None else {}
     limits: Mapping[str, float] = {}
     with counted.made_for(facts):
-        if isinstance(recipe, Budget):
-            limits = recipe.limits(dense)
+        if not callable(recipe):
+            limits = Budget.of(recipe).limits(dense)
             share, numbers = _for_budget(network, analysis, limits)
             facts = {"energy share": share, **facts}
             name = f"PFA-En for a budget ({share:.8g})"

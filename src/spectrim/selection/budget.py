@@ -121,7 +121,7 @@ class Budget:
         return self._stated.get("latency")
 
     @classmethod
-    def of(cls, value: Budget | str | Mapping[str, Amount]) -> Budget:
+    def of(cls, value: BudgetLike) -> Budget:
         """A budget from what a user may give for one: itself, ``"macs=50%, latency=3ms"``, or limits by cost.
 
         Raises
@@ -199,6 +199,10 @@ class Budget:
         if all(cost.isidentifier() for cost in self._stated):
             return f"Budget({', '.join(f'{cost}={amount!r}' for cost, amount in self._stated.items())})"
         return f"Budget(**{self._stated!r})"
+
+
+BudgetLike = Budget | str | Mapping[str, Amount]
+"""What :meth:`Budget.of` takes."""
 
 
 def _read(cost: str, text: str) -> tuple[float, bool]:

@@ -21,12 +21,12 @@ selectors but :func:`exact` then see groups and good choices for the sites apart
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 
 from spectrim.selection import knapsack
-from spectrim.selection.budget import Amount, Budget
+from spectrim.selection.budget import Budget, BudgetLike
 from spectrim.selection.budgeted import Budgeted
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.forest import Forest
@@ -147,7 +147,7 @@ def exact(candidates: Candidates, budget: Budget) -> Plan:
     return budgeted.plan(items, picks, "exact", max(bound, min(proven, best)))
 
 
-def select(candidates: Candidates, budget: Budget | str | Mapping[str, Amount], selector: Selector = exact) -> Plan:
+def select(candidates: Candidates, budget: BudgetLike, selector: Selector = exact) -> Plan:
     """Choose one option a site so that the network meets the budget and loses little.
 
     Parameters

@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import nn
 
+from spectrim.cost import counted
 from spectrim.cost.latency import Latency
 from spectrim.errors import CheckpointError
 from spectrim.nn.find import Selector
 from spectrim.nn.watch.batches import batch_size
 from spectrim.pipeline import Report, Result
 from spectrim.preparation import locate, prepare
-from spectrim.selection.budget import Budget
+from spectrim.selection.budget import COSTS, Budget, BudgetLike
 from spectrim.selection.plan import Plan
 from spectrim.selection.trajectory import Trajectory
 from spectrim.train import randomness
@@ -59,7 +60,7 @@ class LearnedResult(Result):
 def learn_ranks(
     model: nn.Module,
     batches: Iterable[Any],
-    budget: Budget | None = None,
+    budget: BudgetLike | None = None,
     *,
     calibration: Iterable[Any] | None = None,
     learning: Recipe | None = None,
@@ -123,6 +124,7 @@ def learn_ranks(
     InfeasibleBudgetError
         If the budget cannot be met.
     """
+    limits = None if budget is None else _limits(budget, options)
     prepared = _Run(
         model, batches, calibration=calibration, weigh=weigh, skip=skip, only=only, groups=groups, teacher=teacher,
         loss=loss, evaluate=evaluate, latency=latency, progress=progress, accelerate=accelerate,
@@ -130,13 +132,13 @@ def learn_ranks(
     )  # fmt: skip
     folder = None if checkpoint is None else Path(checkpoint)
     net = copy.deepcopy(model)
-    return prepared.point(net, budget, learning or Recipe(), tuning or Recipe(), patience, folder, options)
+    return prepared.point(net, limits, learning or Recipe(), tuning or Recipe(), patience, folder, options)
 
 
 def budget_path(
     model: nn.Module,
     batches: Iterable[Any],
-    budgets: Sequence[Budget],
+    budgets: Sequence[BudgetLike],
     *,
     calibration: Iterable[Any] | None = None,
     learning: Recipe | None = None,
@@ -174,6 +176,7 @@ def budget_path(
     """
     if not budgets:
         raise ValueError("give at least one budget")
+    limits = [_limits(budget, options) for budget in budgets]
     prepared = _Run(
         model, batches, calibration=calibration, weigh=weigh, skip=skip, only=only, groups=groups, teacher=teacher,
         loss=loss, evaluate=evaluate, latency=latency, progress=progress, accelerate=accelerate,
@@ -181,13 +184,20 @@ def budget_path(
     )  # fmt: skip
     net = copy.deepcopy(model)
     results = []
-    for number, budget in enumerate(budgets):
+    for number, budget in enumerate(limits):
         folder = None if checkpoint is None else Path(checkpoint) / f"{number:02d}"
         found = prepared.point(net, budget, learning or Recipe(), tuning or Recipe(), patience, folder, options, number)
         results.append(found)
         if done is not None:
             done(found)
     return tuple(results)
+
+
+def _limits(budget: BudgetLike, options: Mapping[str, Any]) -> Budget:
+    """A budget over costs that there will be."""
+    limits = Budget.of(budget)
+    limits.check([*COSTS, *counted.further(options.get("costs"))])
+    return limits
 
 
 class _Run:

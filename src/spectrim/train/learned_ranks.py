@@ -35,7 +35,7 @@ from spectrim.network.sites import Layer, Site, Sites, Statistics
 from spectrim.nn.find import canonical
 from spectrim.pipeline import meet_latency
 from spectrim.preparation import one_batch, prepare
-from spectrim.selection.budget import Budget
+from spectrim.selection.budget import Budget, BudgetLike
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
 from spectrim.selection.trajectory import Record, Trajectory
@@ -137,7 +137,7 @@ class LearnedRanks:
         self,
         model: nn.Module,
         sites: Sites,
-        budget: Budget | None = None,
+        budget: BudgetLike | None = None,
         *,
         multiplier: float | None = None,
         cost: str = "macs",
@@ -154,6 +154,7 @@ class LearnedRanks:
         dense_latency: float | None = None,
         costs: Mapping[str, Cost] | None = None,
     ) -> None:
+        budget = None if budget is None else Budget.of(budget)
         _check(model, sites, budget, multiplier, energy=energy, normalize=normalize, dense=dense, every=every)
         self.model, self.budget, self.schedule = model, budget, schedule or Schedule()
         self.energy, self.normalize, self.dense = energy, normalize, dense
