@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spectrim.linalg.moments import Moments
+from spectrim.linalg.moments import Moments, shrunk
 
 
 def reference(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,3 +137,29 @@ def test_gradients_are_not_kept() -> None:
     held.update(torch.randn(1, 6, 2, requires_grad=True))
     assert not held.scatter.requires_grad
     assert not held.mean.requires_grad
+
+
+@pytest.mark.parametrize(("count", "share"), [(3, 1e-2), (8, 1e-2), (16, 5e-3), (80, 1e-3), (8_000_000, 1e-8)])
+def test_few_samples_are_shrunk_by_how_few_they_are(count: int, share: float) -> None:
+    rows = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    held = Moments(1, 8)
+    held.update(rows)
+    covariance = held.covariance
+    # Four rows leave five directions without any variance; these are what is added, a share of the mean variance.
+    added = torch.linalg.eigvalsh(shrunk(covariance, count))[0, :5]
+    mean = covariance[0].diagonal().mean()
+    torch.testing.assert_close(added, ((share + 1e-6) * mean).expand(5), rtol=1e-6, atol=1e-14)
+    off = ~torch.eye(8, dtype=torch.bool)
+    assert torch.equal(shrunk(covariance, count)[0][off], covariance[0][off])
+
+
+def test_shrinkage_bounds_what_unseen_directions_may_become() -> None:
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(1, 6, 40, generator=generator, dtype=torch.float64)
+    held = Moments(1, 40)
+    held.update(rows)
+    target = torch.randn(1, 3, 40, generator=generator, dtype=torch.float64)
+    cross = target @ held.covariance + 1e-3 * torch.randn(1, 3, 40, generator=generator, dtype=torch.float64)
+    fitted = torch.linalg.solve(shrunk(held.covariance, held.count), cross.mT).mT
+    # A disturbance of the cross moment that no sample explains is multiplied by at most a hundred over the variance.
+    assert float(fitted.norm()) < float(target.norm())
