@@ -20,7 +20,7 @@ from spectrim.errors import InfeasibleBudgetError
 from spectrim.methods import Method, as_methods
 from spectrim.network.choices import ChannelsChoice, Choice
 from spectrim.network.sites import Sites
-from spectrim.nn.find import Selector, check_model
+from spectrim.nn.find import Which, check_model
 from spectrim.nn.sparse.kernels import choose_kernels
 from spectrim.nn.timing import Timing, measure_latency
 from spectrim.nn.watch.batches import batch_size, call, checked_batches, evaluating, output_tensors
@@ -29,7 +29,7 @@ from spectrim.progress import Progress, reports, silent, told
 from spectrim.selection.budget import COSTS, Budget, BudgetLike, Limit
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
-from spectrim.selection.selectors import exact, select
+from spectrim.selection.selectors import Selector, exact, select
 from spectrim.tables import tabulate
 
 # A latency plan is selected, built, measured and corrected at most so often.
@@ -117,15 +117,15 @@ def compress(
     budget: BudgetLike,
     *,
     methods: Method | Sequence[Method] | None = None,
-    skip: Selector | Iterable[Selector] = (),
-    only: Selector | Iterable[Selector] = (),
+    skip: Which | Iterable[Which] = (),
+    only: Which | Iterable[Which] = (),
     groups: bool | Mapping[str, Sequence[str]] | None = None,
     sensitivity: bool = True,
     reconstruct: bool = True,
     latency: Latency | None = None,
     guard: bool = False,
     costs: Mapping[str, Cost] | None = None,
-    selector: Callable[[Candidates, Budget], Plan] = exact,
+    selector: Selector = exact,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     progress: Progress | bool | None = None,
 ) -> Result:
@@ -218,7 +218,7 @@ def shrink(
     reconstruct: bool = True,
     guard: bool = False,
     costs: Mapping[str, Cost] | None = None,
-    selector: Callable[[Candidates, Budget], Plan] = exact,
+    selector: Selector = exact,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     progress: Progress = silent,
 ) -> Result:
@@ -311,7 +311,7 @@ def meet_latency(
     example: Any,
     latency: Latency,
     *,
-    selector: Callable[[Candidates, Budget], Plan] = exact,
+    selector: Selector = exact,
     methods: Sequence[Method] | None = None,
     close: float = _CLOSE,
 ) -> tuple[Plan, Mapping[str, Timing]]:

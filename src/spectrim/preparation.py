@@ -16,7 +16,7 @@ from spectrim.errors import CalibrationError, PlanError
 from spectrim.network.groups import group
 from spectrim.network.sites import Sites
 from spectrim.nn.channels.graph import couple
-from spectrim.nn.find import Selector, find
+from spectrim.nn.find import Which, find
 from spectrim.nn.timing import measure_latency
 from spectrim.nn.watch.batches import arguments, resized
 from spectrim.nn.watch.calibrate import calibrate
@@ -54,8 +54,8 @@ def locate(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    skip: Selector | Iterable[Selector] = (),
-    only: Selector | Iterable[Selector] = (),
+    skip: Which | Iterable[Which] = (),
+    only: Which | Iterable[Which] = (),
     channels: bool = False,
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> Sites:

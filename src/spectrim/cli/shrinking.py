@@ -34,7 +34,7 @@ from spectrim.report import compare
 from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
-from spectrim.selection.selectors import energy, exact, greedy, lagrangian, select, uniform
+from spectrim.selection.selectors import Selector, energy, exact, greedy, lagrangian, select, uniform
 from spectrim.train import Recipe, fine_tune
 
 _SELECTORS: dict[str, Callable[[Candidates, Budget], Plan]] = dict(
@@ -67,7 +67,7 @@ class Request:
     plan: Plan | None
     groups: Wanted
     awaited: bool
-    selector: Callable[[Candidates, Budget], Plan]
+    selector: Selector
     guard: bool
 
     @classmethod

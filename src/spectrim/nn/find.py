@@ -18,7 +18,8 @@ from spectrim.linalg.patterns import Pattern
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Sites, Skipped
 
-Selector = str | type | Callable[[str, nn.Module], bool]
+Which = str | type | Callable[[str, nn.Module], bool]
+"""Layers: a name pattern, a class of modules, or a function of a module's path and the module."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -26,9 +27,7 @@ _LAYERS = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def find(
-    model: nn.Module, *, skip: Selector | Iterable[Selector] = (), only: Selector | Iterable[Selector] = ()
-) -> Sites:
+def find(model: nn.Module, *, skip: Which | Iterable[Which] = (), only: Which | Iterable[Which] = ()) -> Sites:
     """List the linear layers and convolutions of a model as sites.
 
     Parameters
@@ -55,7 +54,7 @@ def find(
     check_model(model)
     names = _names(model)
     layers = {m: n for m, n in names.items() if _is_layer(m)}
-    wanted = _Wanted(_selectors(skip), _selectors(only))
+    wanted = _Wanted(_each(skip), _each(only))
     wanted.check([n for group in layers.values() for n in group])
 
     sites: list[Layer] = []
@@ -102,8 +101,8 @@ def _elsewhere(
 class _Wanted:
     """Which layers a user leaves alone, and which ones the user keeps to."""
 
-    skips: list[Selector]
-    onlys: list[Selector]
+    skips: list[Which]
+    onlys: list[Which]
 
     def check(self, paths: list[str]) -> None:
         """Raise ValueError for a name pattern that matches no layer."""
@@ -117,11 +116,11 @@ class _Wanted:
     def reason(self, module: nn.Module, paths: tuple[str, ...], spec: LayerSpec | None) -> str | None:
         """Why a layer that could be factorised is left alone, or None."""
         # First: a depthwise layer is left out in any case, but only on request does it keep its channels.
-        if any(_matches(selector, paths, module) for selector in self.skips):
+        if any(_matches(which, paths, module) for which in self.skips):
             return "skipped on request"
         if spec is not None and (pointless := _pointless(spec)):
             return pointless
-        if self.onlys and not any(_matches(selector, paths, module) for selector in self.onlys):
+        if self.onlys and not any(_matches(which, paths, module) for which in self.onlys):
             return "not among the layers asked for"
         return None
 
@@ -284,20 +283,20 @@ def _pointless(spec: LayerSpec) -> str | None:
     return None
 
 
-def _selectors(given: Selector | Iterable[Selector]) -> list[Selector]:
+def _each(given: Which | Iterable[Which]) -> list[Which]:
     several = [given] if isinstance(given, (str, type, nn.Module)) or not isinstance(given, Iterable) else list(given)
-    for selector in several:
-        if isinstance(selector, nn.Module) or not (isinstance(selector, (str, type)) or callable(selector)):
+    for which in several:
+        if isinstance(which, nn.Module) or not (isinstance(which, (str, type)) or callable(which)):
             raise TypeError(
-                f"cannot choose layers by {' '.join(repr(selector).split())[:80]}: expected a name pattern such as "
+                f"cannot choose layers by {' '.join(repr(which).split())[:80]}: expected a name pattern such as "
                 "'layer1.*', a module type, or a function (name, module) -> bool"
             )
     return several
 
 
-def _matches(selector: Selector, paths: tuple[str, ...], module: nn.Module) -> bool:
-    if isinstance(selector, str):
-        return any(fnmatch.fnmatchcase(path, selector) for path in paths)
-    if isinstance(selector, type):
-        return isinstance(module, selector)
-    return any(selector(path, module) for path in paths)
+def _matches(which: Which, paths: tuple[str, ...], module: nn.Module) -> bool:
+    if isinstance(which, str):
+        return any(fnmatch.fnmatchcase(path, which) for path in paths)
+    if isinstance(which, type):
+        return isinstance(module, which)
+    return any(which(path, module) for path in paths)

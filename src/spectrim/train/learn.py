@@ -15,7 +15,7 @@ from torch import nn
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
 from spectrim.errors import CheckpointError
-from spectrim.nn.find import Selector
+from spectrim.nn.find import Which
 from spectrim.nn.watch.batches import batch_size
 from spectrim.pipeline import Report, Result
 from spectrim.preparation import locate, prepare
@@ -67,8 +67,8 @@ def learn_ranks(
     tuning: Recipe | None = None,
     patience: int | None = 5,
     weigh: bool = True,
-    skip: Selector | Iterable[Selector] = (),
-    only: Selector | Iterable[Selector] = (),
+    skip: Which | Iterable[Which] = (),
+    only: Which | Iterable[Which] = (),
     groups: bool | Mapping[str, Sequence[str]] = False,
     teacher: nn.Module | None = None,
     loss: Loss | None = None,
@@ -145,8 +145,8 @@ def budget_path(
     tuning: Recipe | None = None,
     patience: int | None = 5,
     weigh: bool = True,
-    skip: Selector | Iterable[Selector] = (),
-    only: Selector | Iterable[Selector] = (),
+    skip: Which | Iterable[Which] = (),
+    only: Which | Iterable[Which] = (),
     groups: bool | Mapping[str, Sequence[str]] = False,
     teacher: nn.Module | None = None,
     loss: Loss | None = None,
@@ -210,8 +210,8 @@ class _Run:
         *,
         calibration: Iterable[Any] | None,
         weigh: bool,
-        skip: Selector | Iterable[Selector],
-        only: Selector | Iterable[Selector],
+        skip: Which | Iterable[Which],
+        only: Which | Iterable[Which],
         groups: bool | Mapping[str, Sequence[str]],
         teacher: nn.Module | None,
         loss: Loss | None,
