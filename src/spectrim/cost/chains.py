@@ -277,7 +277,7 @@ def _operator(spec: LayerSpec) -> Callable[[Tensor, Tensor, Tensor | None], Tens
 
 
 def rounded_density(spec: LayerSpec) -> float:
-    """To two digits: a table need not tell apart what takes the same time."""
+    """To two digits: measuring need not tell apart what takes the same time."""
     return float(f"{spec.density:.2g}")
 
 

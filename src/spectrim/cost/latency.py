@@ -1,4 +1,4 @@
-"""Measured latency of layers, as a cost: a table on disk, few measurements a layer, interpolation between ranks."""
+"""Measured latency of layers, as a cost: times kept on disk, few measurements a layer, interpolation between ranks."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Latency:
         How the network will be run. ``memory_format`` is ``contiguous`` or ``channels_last``; the latter applies to
         convolutions over two and three axes. ``threads`` matters on the CPU only.
     cache
-        Directory of the table; None keeps it in memory.
+        Directory of the measured times; None keeps them in memory.
     register_width
         float32 numbers in a vector register of the CPU, this one's if not given
         (:func:`spectrim.cost.counted.register_width`). Ranks are rounded and offered by it, on any machine.
@@ -87,7 +87,7 @@ class Latency:
     rounds: int = 9
     budget: float = 120.0
     timer: Callable[..., Sequence[float]] = field(default=measure, repr=False, compare=False)
-    _table: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _times: dict[str, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.memory_format not in ("contiguous", "channels_last"):
@@ -97,7 +97,7 @@ class Latency:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 1")
         if self.cache is not None:
             object.__setattr__(self, "cache", Path(self.cache))
-            self._table.update(self._read())
+            self._times.update(self._read())
 
     def __call__(self, specs: Sequence[LayerSpec]) -> float:
         """Milliseconds of one forward pass of the batch; several calls of a layer in one pass add up.
@@ -108,10 +108,10 @@ class Latency:
             If the input shapes of a layer are not known, or layers of a chain do not follow each other.
         """
         self.prepare([specs])
-        return sum(self._time(chain, self._table) for chain in calls(specs))
+        return sum(self._time(chain, self._times) for chain in calls(specs))
 
     def prepare(self, structures: Iterable[Sequence[LayerSpec]], progress: Steps | None = None) -> int:
-        """Measure all that these layers need and the table lacks, taking turns, and store it once.
+        """Measure all that these layers need and that is not known, taking turns, and store it once.
 
         Returns
         -------
@@ -120,15 +120,15 @@ class Latency:
         """
         timed = (c for specs in structures for chain in calls(specs) for c in self._timed(chain)[0].values())
         needed = {describe(chain): chain for chain in timed}
-        pending = {key: chain for key, chain in needed.items() if key not in self._table}
+        pending = {key: chain for key, chain in needed.items() if key not in self._times}
         if pending:
             fresh = self._take(pending, progress)
-            self._table.update(fresh)
+            self._times.update(fresh)
             self._write(fresh)
         return len(pending)
 
     def facts(self) -> dict[str, Any]:
-        """What the numbers hold for; tables with different facts are kept apart."""
+        """What the numbers hold for; times under different facts are kept apart."""
         return {
             "device": self.device,
             "device_name": device_name(self.device),
@@ -143,7 +143,7 @@ class Latency:
     def interpolation_error(self, spec: LayerSpec, how: Unfolding, ranks: Sequence[int]) -> dict[int, float]:
         """``interpolated / measured - 1`` at ranks of the caller's choice.
 
-        The knots and the given ranks are measured anew and side by side; the table is neither used nor changed.
+        The knots and the given ranks are measured anew and side by side; known times are neither used nor changed.
         """
         pairs = {rank: calls(spec.factor(how, rank)) for rank in ranks}
         timed = (c for called in pairs.values() for pair in called for c in (pair, *self._timed(pair)[0].values()))
@@ -167,9 +167,9 @@ class Latency:
         )
         return dict(zip(chains, map(float, taken), strict=True))
 
-    def _time(self, chain: Chain, table: Mapping[str, float]) -> float:
+    def _time(self, chain: Chain, times: Mapping[str, float]) -> float:
         timed, rank = self._timed(chain)
-        return interpolate([(r, table[describe(c)]) for r, c in timed.items()], rank)
+        return interpolate([(r, times[describe(c)]) for r, c in timed.items()], rank)
 
     def _timed(self, chain: Chain) -> tuple[dict[int, Chain], int]:
         """The chains that are timed in place of one, by ascending rank, and the rank at which it lies among them.
@@ -185,11 +185,11 @@ class Latency:
         knots = sorted({max(1, round(even * f / multiple)) * multiple for f in _FRACTIONS})
         return {rank: chain.at_rank(rank) for rank in knots}, -(-chain.rank // multiple) * multiple
 
-    # The table on disk.
+    # Times on disk.
 
     @property
     def path(self) -> Path | None:
-        """File of the table: one for each set of facts."""
+        """File of the times: one for each set of facts."""
         if self.cache is None:
             return None
         text = json.dumps(self.facts(), sort_keys=True)
@@ -207,7 +207,7 @@ class Latency:
             if not all(0 < value < math.inf for value in timings.values()):
                 raise ValueError("it holds timings that are not positive and finite")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            warnings.warn(f"the latency table {str(path)!r} cannot be used and is measured anew: {error}", stacklevel=4)
+            warnings.warn(f"measured times {str(path)!r} cannot be used and are measured anew: {error}", stacklevel=4)
             return {}
         return timings
 
@@ -260,7 +260,7 @@ def interpolate(points: Sequence[tuple[float, float]], at: float) -> float:
 
 @functools.cache
 def device_name(device: str) -> str:
-    """Model of the processor or of the GPU, for people and for keeping tables apart."""
+    """Model of the processor or of the GPU, for people and for keeping times apart."""
     kind = torch.device(device)
     if kind.type == "cuda":
         return torch.cuda.get_device_name(kind)
