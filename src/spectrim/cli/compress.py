@@ -49,8 +49,8 @@ def compress(
         points = [",".join(goal.budget)] if goal.budget else []
         costs = [text for text in goal.cost or () if text not in former]
         learned = learning.read(next(iter(methods.asked)))
-        run = learning.RankRun.of(learned, points, network, inputs.data, training, layers, costs)
-        learning.compress(out, run, network, training, files)
+        run = learning.RankRun(network, inputs.data, training, layers, learned, points, costs)
+        learning.compress(out, run, files)
         return
     _check(context, methods, goal, inputs)
     from spectrim.cli import shrinking

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from spectrim.cli.batches import Batches, ImageFiles, InMemory, Source
-from spectrim.cli.references import Reference, UsageError, call, factory, fill, need, parse
+from spectrim.cli.references import Reference, UsageError, call, factory, filled, need, parse
 
 NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "none": ((0.0,), (1.0,)),
@@ -108,16 +108,12 @@ def load_data(text: str, *, purpose: Purpose = "test", device: str = "cpu") -> I
         if iter(found) is found:
             raise UsageError(f"data {text!r} returned an iterator, which can be read once only; return a list")
         return found
-    options = fill(
-        reference,
-        DataOptions(
-            split="test" if purpose == "test" else "train",
-            limit=CALIBRATION if purpose == "calibration" else 0,
-            shuffle=purpose == "training",
-            augment=_AUGMENT[reference.scheme] if purpose == "training" else "none",
-            normalise=_NORMALISE.get(reference.scheme, "none"),
-        ),
-    )
+    options = filled(
+        DataOptions, reference.texts, repr(text), reference.scheme, split="test" if purpose == "test" else "train",
+        limit=CALIBRATION if purpose == "calibration" else 0, shuffle=purpose == "training",
+        augment=_AUGMENT[reference.scheme] if purpose == "training" else "none",
+        normalise=_NORMALISE.get(reference.scheme, "none"),
+    )  # fmt: skip
     if options.split not in {"train", "test"}:
         raise UsageError(f"{text!r}: split={options.split} must be train or test")
     if options.augment not in {"none", "crop", "crop-flip"}:

@@ -12,13 +12,12 @@ from typing import Any
 
 from spectrim.cli.common import Output, usage
 from spectrim.cli.costs import read_budget, read_costs
-from spectrim.cli.methods import Asked, filled
+from spectrim.cli.methods import Asked
 from spectrim.cli.options import (
     FileOptions,
     InputOptions,
     LayerOptions,
     LearnedRanksOptions,
-    LearningOptions,
     NetworkOptions,
     TrainingOptions,
 )
@@ -33,34 +32,20 @@ from spectrim.selection.selectors import lagrangian
 from spectrim.tables import tabulate
 from spectrim.train import LearnedResult, Recipe, Schedule, learn_ranks
 
-# Options as they are written, where that is not the name of the field.
+# Options as they are written, where that is not ``--`` and the name of the field.
 _OPTIONS = {"model": "MODEL", "points": "--budget", "costs": "--cost"} | {
-    name: name for name in ("rank_epochs", "rank_lr", "c_steps", "energy", "multiplier", "cost")
+    field.name: field.name for field in dataclasses.fields(LearnedRanksOptions)
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class RankRun:
     """What the command line says about learning ranks. Two calls with equal records are one run.
 
     Attributes
     ----------
-    model, weights, train, data
-        References, as given.
     points
-        One budget each, its limits joined by commas; empty if ``multiplier`` takes their place.
-    multiplier, cost
-        Loss that one unit of the cost is worth.
-    rank_epochs, rank_lr, c_steps
-        Of learning weights and ranks together.
-    epochs, lr
-        Of the fine-tuning afterwards.
-    energy
-        ``weight`` or ``output``.
-    skip, only
-        Patterns of layer names.
-    multiple_of
-        Of ranks.
+        One budget each, its limits joined by commas; empty if a multiplier takes their place.
     costs
         Of the user's own, as ``--cost`` takes them.
 
@@ -70,54 +55,32 @@ class RankRun:
         For a value that cannot be used; the message quotes it.
     """
 
-    model: str
-    weights: Path | None
-    train: str | None
+    network: NetworkOptions
     data: str | None
-    points: tuple[str, ...]
-    multiplier: float | None = None
-    cost: str = "macs"
-    rank_epochs: int
-    rank_lr: float | None
-    c_steps: int
-    epochs: int
-    lr: float | None
-    energy: str
-    skip: Sequence[str] | None
-    only: Sequence[str] | None
-    multiple_of: int | None
-
-    costs: tuple[str, ...] = ()
+    training: TrainingOptions
+    layers: LayerOptions
+    learned: LearnedRanksOptions
+    points: Sequence[str]
+    costs: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if self.train is None:
+        if self.training.train is None:
             raise UsageError("ranks are learned in training: give --train, batches with labels")
-        if bool(self.points) == (self.multiplier is not None):
+        if bool(self.points) == (self.learned.multiplier is not None):
             raise UsageError("give either --budget (as macs=50%), or a multiplier (as learned-ranks:multiplier=4e-9)")
         known = (*COSTS, *self.functions)
-        if self.cost not in known:
-            raise UsageError(f"cost {self.cost!r} is not known; choose from {', '.join(known)}")
-        for option, lr in (("rank_lr", self.rank_lr), ("--lr", self.lr)):
-            with usage(option):
-                Recipe(lr=lr)
-        _ = self.budgets
+        if self.learned.cost not in known:
+            raise UsageError(f"cost {self.learned.cost!r} is not known; choose from {', '.join(known)}")
+        _ = self.budgets, self.options()
 
-    @classmethod
-    def of(
-        cls,
-        learned: LearningOptions,
-        points: Sequence[str],
-        network: NetworkOptions,
-        data: str | None,
-        training: TrainingOptions,
-        layers: LayerOptions,
-        costs: Sequence[str] | None = None,
-    ) -> RankRun:
-        """The run of a command's options."""
-        return cls(
-            model=network.model, weights=network.weights, train=training.train, data=data, points=tuple(points),
-            epochs=training.epochs, lr=training.lr, costs=tuple(costs or ()), **asdict(learned), **asdict(layers),
-        )  # fmt: skip
+    @property
+    def record(self) -> dict[str, Any]:
+        """What makes the run, as JSON values."""
+        training = {name: value for name, value in asdict(self.training).items() if name != "test"}
+        files = {"model": self.network.model, "weights": self.network.weights, "data": self.data}
+        asked = {"points": self.points, "costs": self.costs}
+        found = {**files, **training, **asked, **asdict(self.learned), **asdict(self.layers)}
+        return json.loads(json.dumps(found, default=str))
 
     @property
     def functions(self) -> dict[str, Callable[[Any], float]]:
@@ -131,22 +94,25 @@ class RankRun:
     @property
     def timed(self) -> bool:
         """Whether latency has to be measured."""
-        return self.cost == "latency" or any(budget.latency is not None for budget in self.budgets)
+        return self.learned.cost == "latency" or any(budget.latency is not None for budget in self.budgets)
 
     def options(self) -> dict[str, Any]:
         """Arguments that :func:`spectrim.train.learn_ranks` and :func:`spectrim.train.budget_path` share."""
+        learned, layers = self.learned, self.layers
         given: dict[str, Any] = {"costs": self.functions} if self.costs else {}
-        if self.multiplier is not None:
-            given |= {"multiplier": self.multiplier, "cost": self.cost}
-        if self.multiple_of is not None:
-            given["methods"] = [WeightSVD(multiple_of=self.multiple_of)]
+        if learned.multiplier is not None:
+            given |= {"multiplier": learned.multiplier, "cost": learned.cost}
+        if layers.multiple_of is not None:
+            given["methods"] = [WeightSVD(multiple_of=layers.multiple_of)]
+        with usage("rank_lr"):
+            learning = Recipe(epochs=learned.rank_epochs, lr=learned.rank_lr)
         return given | {
-            "learning": Recipe(epochs=self.rank_epochs, lr=self.rank_lr),
-            "tuning": Recipe(epochs=self.epochs, lr=self.lr),
-            "schedule": spread(self.c_steps),
-            "energy": self.energy,
-            "skip": list(self.skip or ()),
-            "only": list(self.only or ()),
+            "learning": learning,
+            "tuning": self.training.recipe(),
+            "schedule": spread(learned.c_steps),
+            "energy": learned.energy,
+            "skip": list(layers.skip or ()),
+            "only": list(layers.only or ()),
         }
 
     def claim(self, folder: Path) -> None:
@@ -163,7 +129,7 @@ class RankRun:
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"{str(folder)!r} is not a folder; checkpoints of learned ranks are several files")
         file = folder / "run.json"
-        now = json.loads(json.dumps(asdict(self), default=str))
+        now = self.record
         if file.exists() and any(folder.rglob("*.safetensors")):
             then = {"costs": [], **_read(file)}
             known, points = then["points"], now["points"]
@@ -214,10 +180,10 @@ def read(asked: Asked) -> LearnedRanksOptions:
     """
     if "cost" in asked.options and "multiplier" not in asked.options:
         raise UsageError(f"--method {asked.text}: cost is what a multiplier is for, and there is no multiplier")
-    return filled(LearnedRanksOptions, asked)
+    return asked.filled(LearnedRanksOptions)
 
 
-def work(run: RankRun, network: NetworkOptions, training: TrainingOptions) -> Work:
+def work(run: RankRun) -> Work:
     """Load what a run works on, and see that every budget can be met before anything is trained.
 
     Milliseconds are not looked at.
@@ -229,20 +195,19 @@ def work(run: RankRun, network: NetworkOptions, training: TrainingOptions) -> Wo
     InfeasibleBudgetError
         For the first budget that cannot be met.
     """
-    layers = LayerOptions(run.skip, run.only, run.multiple_of)  # type: ignore[arg-type]
-    found = Work.load(network, layers, InputOptions(run.data), training, timed=run.timed)
+    found = Work.load(run.network, run.layers, InputOptions(run.data), run.training, timed=run.timed)
     counted = [budget.replace(latency=None) for budget in run.budgets if set(budget.costs) != {"latency"}]
     if counted:
         known = prepare(found.dense, found.sites, [found.example], statistics=False, sensitivity=False)
-        table = tabulate(known.sites, [WeightSVD(multiple_of=run.multiple_of)], costs=run.functions)
+        table = tabulate(known.sites, [WeightSVD(multiple_of=run.layers.multiple_of)], costs=run.functions)
         for budget in counted:
             lagrangian(table, budget)
     return found
 
 
-def compress(out: Output, run: RankRun, network: NetworkOptions, training: TrainingOptions, files: FileOptions) -> None:
+def compress(out: Output, run: RankRun, files: FileOptions) -> None:
     """``spectrim compress --method learned-ranks``, when the command line has been read."""
-    on = work(run, network, training)
+    on = work(run)
     assert on.training is not None
     scores = [("dense", on.score(on.dense))] if on.testing is not None else []
     if files.checkpoint is not None:
@@ -253,7 +218,7 @@ def compress(out: Output, run: RankRun, network: NetworkOptions, training: Train
     )  # fmt: skip
     if scores:
         scores.append(("learned ranks", on.score(result.model)))
-    outcome = Outcome(run.model, on.dense, result, files.folder, tuple(scores), (sentence(result, run),))
+    outcome = Outcome(on.model, on.dense, result, files.folder, tuple(scores), (sentence(result, run),))
     score = outcome.known_score if scores else None
     comparison = compare(on.dense, result.model, on.example, evaluate=score, threads=on.threads)
     outcome.finish(out, comparison, report=files.report, animate=files.animate)
@@ -265,8 +230,8 @@ def sentence(result: LearnedResult, run: RankRun) -> str:
     if learning is None:
         parts = ["Ranks chosen once, without learning"]
     else:
-        early = learning.epochs < run.rank_epochs
-        epochs = f"{learning.epochs} epochs" + (f" of {run.rank_epochs}, until they settled," if early else "")
+        early = learning.epochs < run.learned.rank_epochs
+        epochs = f"{learning.epochs} epochs" + (f" of {run.learned.rank_epochs}, until they settled," if early else "")
         steps = len(result.trajectory)
         parts = [f"Ranks learned for {epochs} with {steps} C steps in {learning.seconds:.0f} s"]
     if tuning is not None:

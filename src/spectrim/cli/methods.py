@@ -18,15 +18,12 @@ beside ``auto`` unless its ``share`` is fixed; several ``--method`` offer what t
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import NoneType
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from spectrim.cli.common import usage
-from spectrim.cli.references import Reference, UsageError, factory
+from spectrim.cli.references import Reference, UsageError, factory, filled
 
 if TYPE_CHECKING:
     from spectrim.methods import Method
@@ -108,7 +105,11 @@ class Asked:
         UsageError
             If there is no such class, or its options cannot be used.
         """
-        return filled(self._class(), self, **usual)
+        return self.filled(self._class(), **usual)
+
+    def filled(self, kind: type[T], **usual: Any) -> T:
+        """An object of a dataclass of options; see :func:`spectrim.cli.references.filled`."""
+        return filled(kind, self.options, f"--method {self.text}", self.name, **usual)
 
     def _class(self) -> type[Method]:
         from spectrim import methods
@@ -190,58 +191,3 @@ class Methods:
                 parts = ("left", "right", "both") if JOINT in self else ("left", "right")
                 found += [JointSVD(part, multiple_of=multiple_of) for part in parts]
             return as_methods([method for number, method in enumerate(found) if method not in found[:number]])
-
-
-def filled(kind: type[T], asked: Asked, **usual: Any) -> T:
-    """An object of a dataclass with the options of a ``--method``; see :meth:`Asked.build`.
-
-    Raises
-    ------
-    UsageError
-        For an option that there is not, or a value of another type or that the dataclass refuses. The message says
-        which options there are, of what type and with what default.
-    """
-    try:
-        hints = get_type_hints(kind)
-    except NameError as error:  # imported for type checkers alone
-        raise UsageError(f"--method {asked.text}: the types of its options cannot be read: {error}") from error
-    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
-    try:
-        values = {key: value for key, value in usual.items() if key in fields and value is not None}
-        for key, text in asked.options.items():
-            if key not in fields:
-                raise ValueError(f"there is no option {key!r}")
-            values[key] = _value(key, text, hints[key])
-        return kind(**values)
-    except (TypeError, ValueError) as error:
-        each = "; ".join(f"{key}: {_type(hints[key])}{_default(field)}" for key, field in fields.items())
-        raise UsageError(f"--method {asked.text}: {error}; the options of {asked.name} are {each or 'none'}") from error
-
-
-def _value(key: str, text: str, kind: Any) -> Any:
-    import msgspec
-
-    if text.lower() == "none" and NoneType in get_args(kind):
-        return None
-    for value in (text, text.split("+")):
-        try:
-            return msgspec.convert(value, kind, strict=False)
-        except (msgspec.ValidationError, TypeError):  # of another type, or one that no text stands for
-            continue
-    raise ValueError(f"{key} is {text!r}; expected {_type(kind)}")
-
-
-def _type(kind: Any) -> str:
-    return inspect.formatannotation(kind)
-
-
-def _default(field: dataclasses.Field[Any]) -> str:
-    """The default of an option, as it would be written."""
-    if field.default_factory is not dataclasses.MISSING:
-        value: Any = field.default_factory()
-    elif field.default is dataclasses.MISSING:
-        return ", which must be given"
-    else:
-        value = field.default
-    shown = "+".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
-    return f" = {shown.lower() if value is None or isinstance(value, bool) else shown}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -53,8 +54,9 @@ def path(
     from spectrim.cli.results import write_result
     from spectrim.train import LearnedResult, budget_path
 
-    run = learning.RankRun.of(learned, budget, network, data, training, layers, cost)
-    work = learning.work(run, network, training)
+    ranks = options.LearnedRanksOptions(**dataclasses.asdict(learned))
+    run = learning.RankRun(network, data, training, layers, ranks, budget, cost or ())
+    work = learning.work(run)
     assert work.training is not None
     score = work.score(work.dense)
     checkpoint = folder / "checkpoint"

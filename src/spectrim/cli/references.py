@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import json
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from spectrim.errors import SpectrimError
 
@@ -35,14 +37,19 @@ class Reference:
         As given, for messages.
     scheme, place
         What stands before and after the first colon; ``place`` is empty without one.
-    options
-        What follows the question mark, numbers and true / false converted.
+    texts
+        What follows the question mark: texts of values by the option.
     """
 
     text: str
     scheme: str
     place: str = ""
-    options: Mapping[str, Value] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def options(self) -> dict[str, Value]:
+        """The values, numbers and true / false converted."""
+        return {key: _convert(value) for key, value in self.texts.items()}
 
     def __str__(self) -> str:
         return self.text
@@ -60,13 +67,13 @@ def parse(text: str) -> Reference:
     scheme, _, place = head.partition(":")
     if not scheme:
         raise UsageError(f"{text!r} is no reference: write NAME:PLACE, optionally followed by ?key=value&key=value")
-    options: dict[str, Value] = {}
+    texts: dict[str, str] = {}
     for item in filter(None, query.split("&")):
         key, equals, value = item.partition("=")
         if not equals or not key.isidentifier():
             raise UsageError(f"cannot read option {item!r} of {text!r}: write key=value, several joined by &")
-        options[key] = _convert(value)
-    return Reference(text, scheme, place, options)
+        texts[key] = value
+    return Reference(text, scheme, place, texts)
 
 
 def _convert(text: str) -> Value:
@@ -78,25 +85,68 @@ def _convert(text: str) -> Value:
     return value if isinstance(value, bool | int | float) else text
 
 
-def fill(reference: Reference, options: T) -> T:
-    """A copy of a dataclass of options with those of the reference filled in.
+def filled(kind: type[T], options: Mapping[str, str], place: str, name: str, **usual: Any) -> T:
+    """An object of a dataclass whose fields are options on the command line, read as their types say.
+
+    Parameters
+    ----------
+    options
+        Texts by the field; those of a tuple's values are joined by ``+``.
+    place, name
+        Where the options stand, and what they are of; for messages.
+    **usual
+        Values where the options say nothing, of fields that there need not be; None for none.
 
     Raises
     ------
     UsageError
-        For an option the dataclass does not have, or a value of another type than its default.
+        For an option that there is not, or a value of another type or that the dataclass refuses. The message says
+        which options there are, of what type and with what default.
     """
-    defaults = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}  # type: ignore[arg-type]
-    for key, value in reference.options.items():
-        if key not in defaults:
-            raise UsageError(f"{reference.text!r} has unknown option {key!r}; known: {', '.join(defaults)}")
-        kind = type(defaults[key])
-        if kind is str:
+    try:
+        hints = get_type_hints(kind)
+    except NameError as error:  # imported for type checkers alone
+        raise UsageError(f"{place}: the types of its options cannot be read: {error}") from error
+    fields = {field.name: field for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
+    try:
+        values = {key: value for key, value in usual.items() if key in fields and value is not None}
+        for key, text in options.items():
+            if key not in fields:
+                raise ValueError(f"there is no option {key!r}")
+            values[key] = _value(key, text, hints[key])
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        each = "; ".join(f"{key}: {_type(hints[key])}{_default(field)}" for key, field in fields.items())
+        raise UsageError(f"{place}: {error}; the options of {name} are {each or 'none'}") from error
+
+
+def _value(key: str, text: str, kind: Any) -> Any:
+    import msgspec
+
+    if text.lower() == "none" and NoneType in get_args(kind):
+        return None
+    for value in (text, text.split("+")):
+        try:
+            return msgspec.convert(value, kind, strict=False)
+        except (msgspec.ValidationError, TypeError):  # of another type, or one that no text stands for
             continue
-        if type(value) is not kind:
-            raise UsageError(f"option {key}={value} of {reference.text!r} must be of type {kind.__name__}")
-    given = {k: str(v) if isinstance(defaults[k], str) else v for k, v in reference.options.items()}
-    return dataclasses.replace(options, **given)  # type: ignore[type-var]
+    raise ValueError(f"{key} is {text!r}; expected {_type(kind)}")
+
+
+def _type(kind: Any) -> str:
+    return inspect.formatannotation(kind)
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    """The default of an option, as it would be written."""
+    if field.default_factory is not dataclasses.MISSING:
+        value: Any = field.default_factory()
+    elif field.default is dataclasses.MISSING:
+        return ", which must be given"
+    else:
+        value = field.default
+    shown = "+".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+    return f" = {shown.lower() if value is None or isinstance(value, bool) else shown}"
 
 
 def factory(reference: Reference, what: str) -> Callable[..., Any]:
@@ -142,8 +192,6 @@ def call(function: Callable[..., Any], reference: Reference, what: str, *args: A
     UsageError
         If the signature does not take them.
     """
-    import inspect
-
     arguments = {**more, **reference.options}
     try:
         inspect.signature(function).bind(*args, **arguments)

@@ -125,14 +125,12 @@ def learn_ranks(
         If the budget cannot be met.
     """
     limits = None if budget is None else _limits(budget, options)
-    prepared = _Run(
-        model, batches, calibration=calibration, weigh=weigh, skip=skip, only=only, groups=groups, teacher=teacher,
-        loss=loss, evaluate=evaluate, latency=latency, progress=progress, accelerate=accelerate,
-        seed=(learning or Recipe()).seed,
+    run = _Run(
+        model, batches, calibration=calibration, learning=learning or Recipe(), tuning=tuning or Recipe(),
+        patience=patience, weigh=weigh, skip=skip, only=only, groups=groups, evaluate=evaluate, latency=latency,
+        training={"teacher": teacher, "loss": loss, "progress": progress, "accelerate": accelerate}, options=options,
     )  # fmt: skip
-    folder = None if checkpoint is None else Path(checkpoint)
-    net = copy.deepcopy(model)
-    return prepared.point(net, limits, learning or Recipe(), tuning or Recipe(), patience, folder, options)
+    return run.point(copy.deepcopy(model), limits, None if checkpoint is None else Path(checkpoint))
 
 
 def budget_path(
@@ -177,19 +175,19 @@ def budget_path(
     if not budgets:
         raise ValueError("give at least one budget")
     limits = [_limits(budget, options) for budget in budgets]
-    prepared = _Run(
-        model, batches, calibration=calibration, weigh=weigh, skip=skip, only=only, groups=groups, teacher=teacher,
-        loss=loss, evaluate=evaluate, latency=latency, progress=progress, accelerate=accelerate,
-        seed=(learning or Recipe()).seed,
+    run = _Run(
+        model, batches, calibration=calibration, learning=learning or Recipe(), tuning=tuning or Recipe(),
+        patience=patience, weigh=weigh, skip=skip, only=only, groups=groups, evaluate=evaluate, latency=latency,
+        training={"teacher": teacher, "loss": loss, "progress": progress, "accelerate": accelerate}, options=options,
     )  # fmt: skip
     net = copy.deepcopy(model)
     results = []
     for number, budget in enumerate(limits):
-        folder = None if checkpoint is None else Path(checkpoint) / f"{number:02d}"
-        found = prepared.point(net, budget, learning or Recipe(), tuning or Recipe(), patience, folder, options, number)
-        results.append(found)
+        results.append(
+            run.point(net, budget, None if checkpoint is None else Path(checkpoint) / f"{number:02d}", number)
+        )
         if done is not None:
-            done(found)
+            done(results[-1])
     return tuple(results)
 
 
@@ -200,67 +198,58 @@ def _limits(budget: BudgetLike, options: Mapping[str, Any]) -> Budget:
     return limits
 
 
+@dataclass(kw_only=True)
 class _Run:
-    """What does not change from one budget to the next."""
+    """What does not change from one budget to the next: parameters of :func:`learn_ranks`, and those of its trainings.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        *,
-        calibration: Iterable[Any] | None,
-        weigh: bool,
-        skip: Which | Iterable[Which],
-        only: Which | Iterable[Which],
-        groups: bool | Mapping[str, Sequence[str]],
-        teacher: nn.Module | None,
-        loss: Loss | None,
-        evaluate: Evaluate | None,
-        latency: Latency | None,
-        progress: bool | None,
-        accelerate: bool | None,
-        seed: int,
-    ) -> None:
-        self.model, self.batches, self.evaluate = model, batches, evaluate
-        self.calibration = _first(batches, seed) if calibration is None else calibration
+    Without a teacher and a loss the model is the teacher; an iterator of calibration batches becomes a list.
+    """
+
+    model: nn.Module = field(kw_only=False)
+    batches: Iterable[Any] = field(kw_only=False)
+    calibration: Iterable[Any] | None
+    learning: Recipe
+    tuning: Recipe
+    patience: int | None
+    weigh: bool
+    skip: Which | Iterable[Which]
+    only: Which | Iterable[Which]
+    groups: bool | Mapping[str, Sequence[str]]
+    evaluate: Evaluate | None
+    latency: Latency | None
+    training: dict[str, Any]
+    options: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.training["teacher"] is None and self.training["loss"] is None:
+            self.training["teacher"] = self.model
+        seed = self.learning.seed
+        if self.calibration is None:
+            self.calibration = _first(self.batches, seed)
         # iter() would do to tell an iterator, but a DataLoader draws a number from the global generator for it.
         if hasattr(self.calibration, "__next__"):
             with randomness.seeded(seed):
                 self.calibration = list(self.calibration)
-        self.weigh, self.skip, self.only, self.groups, self.latency = weigh, skip, only, groups, latency
-        teacher = model if teacher is None and loss is None else teacher
-        self.shared: dict[str, Any] = {
-            "teacher": teacher, "loss": loss, "progress": progress, "accelerate": accelerate,
-        }  # fmt: skip
 
-    def point(
-        self,
-        net: nn.Module,
-        budget: Budget | None,
-        learning: Recipe,
-        tuning: Recipe,
-        patience: int | None,
-        folder: Path | None,
-        options: dict[str, Any],
-        number: int = 0,
-    ) -> LearnedResult:
+    def point(self, net: nn.Module, budget: Budget | None, folder: Path | None, number: int = 0) -> LearnedResult:
         """Learn one budget on ``net``, in place, and fine-tune what comes of it. ``number`` counts the budgets."""
+        learning, tuning = self.learning, self.tuning
         planned = folder is not None and learning.epochs and (folder / "plan.json").exists()
         if folder is not None and planned and not (folder / "learning.safetensors").exists():
             raise CheckpointError(
                 f"{folder}: holds the plan.json of a run without its learning.safetensors. Delete it to start again"
             )
         # What is kept of a C step must be where training will take place.
-        net.to(assign(net, self.shared["accelerate"]).device)
+        net.to(assign(net, self.training["accelerate"]).device)
         # Calibration batches may be drawn from the generators, too.
         with randomness.seeded(learning.seed, self.calibration):
-            ranks = self._ranks(net, budget, learning, options)
+            ranks = self._ranks(net, budget)
         # Every training goes on counting epochs and seeds, so that none repeats the orders of the one before.
         epoch = number * (learning.epochs + tuning.epochs)
         learned = tuned = None
         if learning.epochs:
             loop = self._loop(net, learning, epoch, folder, "learning", penalty=ranks, after_step=ranks.after_step)
-            while loop.epoch < learning.epochs and not _settled(ranks.trajectory, patience):
+            while loop.epoch < learning.epochs and not _settled(ranks.trajectory, self.patience):
                 loop.run(until=loop.epoch + 1)
             learned = loop.result()
         with randomness.seeded(learning.seed, self.calibration):
@@ -296,21 +285,22 @@ class _Run:
     def _loop(self, model: nn.Module, recipe: Recipe, epoch: int, folder: Path | None, name: str, **hooks: Any) -> Loop:
         recipe = replace(recipe, seed=recipe.seed + epoch)
         path = None if folder is None else folder / f"{name}.safetensors"
-        return Loop(model, self.batches, recipe, checkpoint=path, first_epoch=epoch, **hooks, **self.shared)
+        return Loop(model, self.batches, recipe, checkpoint=path, first_epoch=epoch, **hooks, **self.training)
 
-    def _ranks(self, net: nn.Module, budget: Budget | None, learning: Recipe, options: dict[str, Any]) -> LearnedRanks:
+    def _ranks(self, net: nn.Module, budget: Budget | None) -> LearnedRanks:
+        assert self.calibration is not None
         sites = locate(net, self.calibration, skip=self.skip, only=self.only)
         prepared = prepare(
             net, sites, self.calibration, sensitivity=self.weigh, groups=self.groups,
             latency=self.latency or (budget is not None and budget.latency is not None),
-            dense_latency=options.get("dense_latency"),
+            dense_latency=self.options.get("dense_latency"),
         )  # fmt: skip
-        schedule = options.get("schedule") or Schedule()
-        total = learning.epochs * (length(self.batches, needed=True) or 0)
+        schedule = self.options.get("schedule") or Schedule()
+        total = self.learning.epochs * (length(self.batches, needed=True) or 0)
         # The last C step is due after the last batch.
         every = max(1.0, total / max(1, schedule.steps - 1))
         timing = {"latency": prepared.latency, "dense_latency": prepared.dense_latency}
-        return LearnedRanks(net, prepared.sites, budget, every=every, **{**options, **timing})
+        return LearnedRanks(net, prepared.sites, budget, every=every, **{**self.options, **timing})
 
 
 def _settled(trajectory: Trajectory, patience: int | None) -> bool:
