@@ -63,9 +63,9 @@ class Case:
         how = next((u for u in unfoldings((3, 3)) if u.name == step), unfoldings((3, 3))[0])
         self.how = how
         found: dict[str, Metric] = {
-            "full": Full(correlated(g, n)),
-            "slices": Slices(correlated(g, 4 * how.sizes((3, 3))[0]), self.kernel, how.axes),
-            "plain": Plain(g, n, CPU),
+            "full": Full(correlated(g, n), self.kernel, how),
+            "slices": Slices(correlated(g, 4 * how.sizes((3, 3))[0]), self.kernel, how),
+            "plain": Plain(g, self.kernel, CPU, how),
         }
         self.metric = found[metric]
         self.root = root_of(correlated(g, o, seed=3)) if outer else None
@@ -73,7 +73,7 @@ class Case:
         if step in ("greedy", "exact"):
             self.step: LowRankStep = (Greedy if step == "greedy" else Exact)(self.metric, self.root)
         else:
-            self.step = Split(self.metric, self.root, self.kernel, how.axes)
+            self.step = Split(self.metric.sliced(how), self.root)
 
     def solve(self, rank: int, name: str = "unstructured", density: float = 0.1, **options: object) -> Additive:
         return decompose(self.target, self.error, self.step, rank, pattern(name), density, self.kernel, **options)  # type: ignore[arg-type]
@@ -181,7 +181,7 @@ def godec(target: Tensor, rank: int, kept: int, *, turns: int = 100) -> tuple[Te
 def test_without_data_it_is_godec(step: type[Greedy] | type[Exact]) -> None:
     low, spread, mask = mixture(30, 40, 3, 0.05)
     target = low + spread + 0.01 * random(1, 30, 40, seed=9)
-    metric = Plain(1, 40, CPU)
+    metric = Plain(1, (40,), CPU)
     found = decompose(target, Quadratic(metric), step(metric), 3, UNSTRUCTURED, 0.05, (40,), tolerance=1e-9)
     wanted_low, wanted_sparse = godec(target[0], 3, int(mask.sum()))
     assert found.product is not None
@@ -217,9 +217,8 @@ def test_without_a_sparse_part_a_split_alternates(name: str) -> None:
     found = case.solve(3, density=0.0, relax=False, turns=5, tolerance=0.0)
     matrix = unfold(case.target.reshape(1, 8, *case.kernel), case.how)
     assert isinstance(case.metric, Full)
-    moment = response.arrange(case.metric.moment, case.how.axes, case.kernel)
-    start = lowrank.factors(matrix, lowrank.spectrum(matrix, response.slice_metric(moment), 3).basis, 3)[0]
-    left, right = response.alternate(matrix, moment, start, 8, sweeps=5, steps=4)
+    start = lowrank.factors(matrix, lowrank.spectrum(matrix, case.metric.average, 3).basis, 3)[0]
+    left, right = response.alternate(matrix, case.metric, start, sweeps=5, steps=4)
     weight = fold(left @ right, case.how, (8, *case.kernel)).reshape(1, 8, -1)
     assert found.error == pytest.approx(float(case.metric.energy(case.target - weight)), rel=1e-6)
     assert found.product is not None
@@ -343,7 +342,7 @@ def test_the_targets_and_parts_rank_as_in_the_formulation() -> None:
     seen = inputs + 0.05 * inputs.std() * random(6000, n, seed=7)
     moment = (seen.T @ seen / 6000).unsqueeze(0)
     cross = ((inputs @ weight.T).T @ seen / 6000).unsqueeze(0)
-    metric, plain = Full(moment), Plain(1, n, CPU)
+    metric, plain = Full(moment), Plain(1, (n,), CPU)
     asymmetric = torch.linalg.solve(moment, cross.mT).mT
 
     def feature_error(target: Tensor, using: Metric, rank: int, density: float, exact: bool = False) -> float:

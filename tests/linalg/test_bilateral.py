@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spectrim.linalg import bilateral
 from spectrim.linalg.metric import Full, Metric, Plain, Slices
+from spectrim.linalg.unfold import unfolding
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -125,7 +126,7 @@ def test_a_start_of_a_lower_rank_is_kept_and_grown() -> None:
 @pytest.mark.parametrize("rank", [3, 5])
 def test_a_target_of_low_rank_is_found_whole(rank: int) -> None:
     target = random(2, 9, 3) @ random(2, 3, 12, seed=1)
-    for metric in (Full(correlated(2, 12)), Plain(2, 12, torch.device("cpu"))):
+    for metric in (Full(correlated(2, 12)), Plain(2, (12,), torch.device("cpu"))):
         for found in (bilateral.exact(target, metric, rank), bilateral.greedy(target, metric, rank)):
             torch.testing.assert_close(found[0] @ found[1], target, atol=1e-8, rtol=1e-8)
 
@@ -133,13 +134,13 @@ def test_a_target_of_low_rank_is_found_whole(rank: int) -> None:
 def test_without_correlations_it_is_the_singular_value_decomposition() -> None:
     target = random(2, 6, 8)
     left, values, right = torch.linalg.svd(target, full_matrices=False)
-    found = bilateral.exact(target, Plain(2, 8, torch.device("cpu")), 3)
+    found = bilateral.exact(target, Plain(2, (8,), torch.device("cpu")), 3)
     torch.testing.assert_close(found[0] @ found[1], (left[..., :3] * values[:, None, :3]) @ right[:, :3])
 
 
 def test_slices_are_a_metric_like_any_other() -> None:
     block = correlated(1, 6)
-    metric = Slices(block, (2, 3, 4), (0,))
+    metric = Slices(block, (2, 3, 4), unfolding((3, 4), "height-first"))
     dense = metric.times(torch.eye(24, dtype=torch.float64).unsqueeze(0))
     target = random(1, 8, 24)
     here, there = bilateral.exact(target, metric, 3), bilateral.exact(target, Full(dense), 3)
@@ -174,7 +175,7 @@ def test_dead_inputs_and_weights_stay_finite(dead: str) -> None:
 def test_large_targets_start_in_single_precision_and_end_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     draw = torch.Generator().manual_seed(0)
     target = torch.randn(2, 40, 60, generator=draw, dtype=torch.float64) * torch.linspace(2, 0.01, 60).double()
-    metric = Plain(2, 60, torch.device("cpu"))
+    metric = Plain(2, (60,), torch.device("cpu"))
     before = bilateral.greedy(target, metric, 12)
     monkeypatch.setattr("spectrim.linalg.bilateral._SINGLE", 1)
     after = bilateral.greedy(target, metric, 12)

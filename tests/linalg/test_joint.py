@@ -10,10 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spectrim.linalg import joint, lowrank, response
-from spectrim.linalg.joint import Bilateral
+from spectrim.linalg import bi_joint, joint, lowrank, response
+from spectrim.linalg.bi_joint import Bilateral
+from spectrim.linalg.metric import Full
+from spectrim.linalg.unfold import Unfolding
 
 Matrices = list[Tensor]
+Metrics = list[Full]
 
 
 def drawn(*shapes: tuple[int, int], groups: int = 1, seed: int = 0) -> Matrices:
@@ -21,18 +24,18 @@ def drawn(*shapes: tuple[int, int], groups: int = 1, seed: int = 0) -> Matrices:
     return [torch.randn(groups, *shape, generator=generator, dtype=torch.float64) for shape in shapes]
 
 
-def moments(*sizes: int, groups: int = 1, rank: int | None = None, seed: int = 1) -> Matrices:
+def moments(*sizes: int, groups: int = 1, rank: int | None = None, seed: int = 1) -> Metrics:
     """Random second moments; of lower rank if asked."""
-    return [x @ x.mT for x in drawn(*((n, rank or 2 * n) for n in sizes), groups=groups, seed=seed)]
+    return [Full(x @ x.mT) for x in drawn(*((n, rank or 2 * n) for n in sizes), groups=groups, seed=seed)]
 
 
-def lost(matrices: Matrices, products: tuple[Tensor, ...] | Matrices, metrics: Matrices | None = None) -> float:
+def lost(matrices: Matrices, products: tuple[Tensor, ...] | Matrices, metrics: Metrics | None = None) -> float:
     """The objective, written out."""
     total = 0.0
     for n, (matrix, product) in enumerate(zip(matrices, products, strict=True)):
         rest = matrix - product
-        metric = torch.eye(rest.shape[-2]).double().expand(len(rest), -1, -1) if metrics is None else metrics[n]
-        total += float(torch.einsum("gpc,gpt,gtc->", rest, metric, rest))
+        moment = torch.eye(rest.shape[-2]).double().expand(len(rest), -1, -1) if metrics is None else metrics[n].moment
+        total += float(torch.einsum("gpc,gpt,gtc->", rest, moment, rest))
     return total
 
 
@@ -82,7 +85,7 @@ def test_left_shared_is_the_svd_of_the_horizontal_stack(shapes: list[tuple[int, 
 def test_one_matrix_is_the_plain_decomposition(shape: tuple[int, int], weighted: bool) -> None:
     (matrix,) = drawn(shape, groups=2)
     metric = moments(shape[0], groups=2)[0] if weighted else None
-    plain = lowrank.spectrum(matrix, metric)
+    plain = lowrank.spectrum(matrix, None if metric is None else metric.moment)
     shared = joint.right_shared([matrix], None if metric is None else [metric])
     left, (right,), energies = joint.left_shared([matrix], metric)
     full = plain.energies.shape[-1]
@@ -99,7 +102,7 @@ def test_one_matrix_is_the_plain_decomposition(shape: tuple[int, int], weighted:
 def test_the_smaller_gram_side_gives_the_same_in_metrics(shapes: list[tuple[int, int]]) -> None:
     matrices, metrics = drawn(*shapes, groups=2), moments(*(rows for rows, _ in shapes), groups=2)
     found = joint.right_shared(matrices, metrics)
-    whitened = torch.cat([lowrank.square_root(a) @ m for a, m in zip(metrics, matrices, strict=True)], dim=-2)
+    whitened = torch.cat([lowrank.square_root(a.moment) @ m for a, m in zip(metrics, matrices, strict=True)], dim=-2)
     _, s, v = torch.linalg.svd(whitened, full_matrices=False)
     full = s.shape[-1]
     torch.testing.assert_close(found.energies[:, :full], s.square(), atol=1e-8, rtol=1e-8)
@@ -110,12 +113,12 @@ def test_the_smaller_gram_side_gives_the_same_in_metrics(shapes: list[tuple[int,
         assert lost(matrices, products, metrics) == pytest.approx(float(tails(s)[rank]), abs=1e-7)
 
 
-def alternating_least_squares(matrices: Matrices, metrics: Matrices, right: Tensor, rounds: int) -> float:
+def alternating_least_squares(matrices: Matrices, metrics: Metrics, right: Tensor, rounds: int) -> float:
     """``U_n`` and ``V`` by turns, each by its normal equations: the reference for the closed form."""
     for _ in range(rounds):
         lefts = [m @ torch.linalg.pinv(right) for m in matrices]
-        gram = sum(u.mT @ a @ u for u, a in zip(lefts, metrics, strict=True))
-        cross = sum(u.mT @ a @ m for u, a, m in zip(lefts, metrics, matrices, strict=True))
+        gram = sum(u.mT @ a.moment @ u for u, a in zip(lefts, metrics, strict=True))
+        cross = sum(u.mT @ a.moment @ m for u, a, m in zip(lefts, metrics, matrices, strict=True))
         right = torch.linalg.solve(gram, cross)
     return lost(matrices, [u @ right for u in lefts], metrics)
 
@@ -164,7 +167,7 @@ def test_the_papers_averaged_update_stalls_above_the_stacked_svd() -> None:
 CASES = [(None, "left"), (None, "right"), ("one", "left"), ("one", "right"), ("own", "left"), ("own", "right")]
 
 
-def metrics_for(kind: str | None, number: int, rows: int, rank: int | None = None) -> Matrices | None:
+def metrics_for(kind: str | None, number: int, rows: int, rank: int | None = None) -> Metrics | None:
     if kind is None:
         return None
     return moments(rows, rank=rank) * number if kind == "one" else moments(*[rows] * number, rank=rank)
@@ -174,31 +177,33 @@ def metrics_for(kind: str | None, number: int, rows: int, rank: int | None = Non
 def test_the_objective_of_both_never_rises(kind: str | None, first: str) -> None:
     for shape, ranks in (((8, 6), (2, 2)), ((6, 8), (1, 3)), ((7, 7), (3, 1))):
         matrices, metrics = drawn(*[shape] * 3), metrics_for(kind, 3, shape[0])
-        found = joint.bilateral(matrices, *ranks, metrics, sweeps=8, tolerance=0.0, first=first)
+        found = bi_joint.bilateral(matrices, *ranks, metrics, sweeps=8, tolerance=0.0, first=first)
         assert len(found.errors) == 16
         start = lost(matrices, [torch.zeros_like(m) for m in matrices], metrics)
         assert all(after <= before * (1 + 1e-12) for before, after in pairwise([start, *found.errors])), found.errors
         assert found.errors[-1] < found.errors[1]
         assert found.errors[-1] == pytest.approx(lost(matrices, found.products(), metrics))
         # It goes on from where it was.
-        on = joint.bilateral(matrices, *ranks, metrics, sweeps=2, first=first, start=found)
+        on = bi_joint.bilateral(matrices, *ranks, metrics, sweeps=2, first=first, start=found)
         assert on.errors[0] <= found.errors[-1] * (1 + 1e-12)
 
 
 def test_both_parts_beat_either_alone_and_the_orders_differ() -> None:
     matrices = drawn(*[(12, 10)] * 4)
-    both = {first: joint.bilateral(matrices, 3, 3, sweeps=60, tolerance=0.0, first=first) for first in joint._FIRST}
-    part = min(joint.bilateral(matrices, 3, 0).errors[-1], joint.bilateral(matrices, 0, 3).errors[-1])
+    both = {
+        first: bi_joint.bilateral(matrices, 3, 3, sweeps=60, tolerance=0.0, first=first) for first in bi_joint._FIRST
+    }
+    part = min(bi_joint.bilateral(matrices, 3, 0).errors[-1], bi_joint.bilateral(matrices, 0, 3).errors[-1])
     assert max(found.errors[-1] for found in both.values()) < part
     assert both["left"].errors[-1] != both["right"].errors[-1]
     # The first half round is the closed form for one part alone.
-    assert both["left"].errors[0] == pytest.approx(joint.bilateral(matrices, 3, 0).errors[-1])
-    assert both["right"].errors[0] == pytest.approx(joint.bilateral(matrices, 0, 3).errors[-1])
+    assert both["left"].errors[0] == pytest.approx(bi_joint.bilateral(matrices, 3, 0).errors[-1])
+    assert both["right"].errors[0] == pytest.approx(bi_joint.bilateral(matrices, 0, 3).errors[-1])
 
 
 def test_it_stops_by_the_relative_change() -> None:
     matrices = drawn(*[(12, 10)] * 4)
-    rounds = [len(joint.bilateral(matrices, 3, 3, tolerance=t).errors) // 2 for t in (0.5, 1e-2, 2e-3, 0.0)]
+    rounds = [len(bi_joint.bilateral(matrices, 3, 3, tolerance=t).errors) // 2 for t in (0.5, 1e-2, 2e-3, 0.0)]
     assert rounds == sorted(rounds)
     assert rounds[0] == 2
     assert rounds[2] < rounds[3] == 30
@@ -210,12 +215,12 @@ def test_one_part_alone_is_the_closed_form(kind: str | None) -> None:
     matrices, metrics = drawn(*[shape] * 3), metrics_for(kind, 3, shape[0])
     for rank in (1, 3, 6):
         basis = joint.right_shared(matrices, metrics, rank).basis
-        right = joint.bilateral(matrices, 0, rank, metrics)
+        right = bi_joint.bilateral(matrices, 0, rank, metrics)
         assert len(right.errors) == 1
         for product, m in zip(right.products(), matrices, strict=True):
             torch.testing.assert_close(product, m @ basis @ basis.mT, atol=1e-9, rtol=1e-9)
         u, vs, energies = joint.left_shared(matrices, None if metrics is None else metrics[0], rank)
-        left = joint.bilateral(matrices, rank, 0, metrics)
+        left = bi_joint.bilateral(matrices, rank, 0, metrics)
         for product, v in zip(left.products(), vs, strict=True):
             torch.testing.assert_close(product, u @ v, atol=1e-9, rtol=1e-9)
         assert left.errors[-1] == pytest.approx(float(energies[:, rank:].sum()), rel=1e-9, abs=1e-7)
@@ -223,9 +228,9 @@ def test_one_part_alone_is_the_closed_form(kind: str | None) -> None:
 
 def test_one_part_alone_may_have_layers_of_other_sizes() -> None:
     tall = drawn((3, 5), (6, 5))
-    assert [p.shape for p in joint.bilateral(tall, 0, 2).products()] == [m.shape for m in tall]
+    assert [p.shape for p in bi_joint.bilateral(tall, 0, 2).products()] == [m.shape for m in tall]
     wide = drawn((5, 3), (5, 6))
-    assert [p.shape for p in joint.bilateral(wide, 2, 0).products()] == [m.shape for m in wide]
+    assert [p.shape for p in bi_joint.bilateral(wide, 2, 0).products()] == [m.shape for m in wide]
 
 
 DEGENERATE = {
@@ -245,16 +250,16 @@ def test_deficient_matrices_and_metrics_do_not_fail(how: str, kind: str | None, 
         metrics = metrics_for(kind, 3, shape[0], metric_rank)
         energy = lost(matrices, [torch.zeros_like(m) for m in matrices], metrics)
         for ranks in ((2, 2), (3, 0), (0, 3)):
-            found = joint.bilateral(matrices, *ranks, metrics, sweeps=3)
+            found = bi_joint.bilateral(matrices, *ranks, metrics, sweeps=3)
             assert all(torch.isfinite(p).all() for p in found.products())
             assert -1e-9 <= found.errors[-1] <= energy * (1 + 1e-9) + 1e-9
         if kind == "own":
             assert metrics is not None
-            metrics[0] = torch.zeros_like(metrics[0])
-            left, rights = joint.alternate_left(matrices, metrics, matrices[0][..., :2], [shape[1]] * 3, sweeps=2)
+            metrics[0] = Full(torch.zeros_like(metrics[0].moment))
+            left, rights = joint.alternate_left(matrices, metrics, matrices[0][..., :2], sweeps=2)
             assert all(torch.isfinite(left @ v).all() for v in rights)
             start = [m[..., :2] for m in matrices]
-            lefts, right = joint.alternate_right(matrices, metrics, start, [shape[1]] * 3, sweeps=2)
+            lefts, right = joint.alternate_right(matrices, metrics, start, sweeps=2)
             assert all(torch.isfinite(u @ right).all() for u in lefts)
 
 
@@ -282,7 +287,7 @@ def test_any_sizes_keep_the_bounds(sizes: list[int], shared: int, groups: int, s
         shares = lost(tall, [m @ basis @ basis.mT for m in tall], metrics)
         assert shares == pytest.approx(float(found.energies[:, rank:].sum()), abs=1e-8 * (1 + total))
         alone = sum(
-            float(lowrank.energies(m, None if metrics is None else metrics[n])[:, rank:].sum())
+            float(lowrank.energies(m, None if metrics is None else metrics[n].moment)[:, rank:].sum())
             for n, m in enumerate(tall)
         )
         assert alone <= shares + 1e-8 * (1 + total)
@@ -293,32 +298,32 @@ def test_any_sizes_keep_the_bounds(sizes: list[int], shared: int, groups: int, s
         torch.testing.assert_close(left @ v, m, atol=1e-8, rtol=1e-8)
 
 
-def layered(slices: int, *, shared: bool = False) -> tuple[Matrices, Matrices, list[int]]:
-    """Matrices ``[g, p, (o, q)]`` with metrics ``[g, p, q, p, q]`` of their own, and their outputs."""
+def layered(slices: int, *, shared: bool = False) -> tuple[Matrices, Metrics]:
+    """Matrices ``[g, p, (o, q)]`` with metrics of their own."""
     p, outputs = 6, [4, 3, 5] if not shared else [4, 4, 4]
     matrices = drawn(*((p, o * slices) for o in outputs), groups=2)
     flat = moments(*[p * slices] * 3, groups=2)
-    return matrices, [a.reshape(2, p, slices, p, slices) for a in flat], outputs
+    return matrices, [Full(a.moment, (p, slices), Unfolding("input", ())) for a in flat]
 
 
-def seen(matrices: Matrices, products: list[Tensor], metrics: Matrices, outputs: list[int]) -> float:
-    rows = zip(matrices, products, metrics, outputs, strict=True)
-    return sum(float(response.total_energy(m - p, a, o).sum()) for m, p, a, o in rows)
+def seen(matrices: Matrices, products: list[Tensor], metrics: Metrics) -> float:
+    rows = zip(matrices, products, metrics, strict=True)
+    return sum(float(response.total_energy(m - p, a).sum()) for m, p, a in rows)
 
 
 @pytest.mark.parametrize("slices", [1, 3])
 @pytest.mark.parametrize("start", ["good", "random"])
 def test_alternating_left_never_rises(slices: int, start: str) -> None:
-    matrices, metrics, outputs = layered(slices)
+    matrices, metrics = layered(slices)
     if start == "good":
-        left, energies = joint.left_start(matrices, [response.slice_metric(a) for a in metrics], 3)
+        left, energies = joint.left_start(matrices, metrics, 3)
         assert energies.shape[-1] == 6
     else:
         (left,) = drawn((6, 3), groups=2, seed=9)
     errors = []
     for sweeps in (0, 1, 3, 6):
-        made, rights = joint.alternate_left(matrices, metrics, left, outputs, sweeps=sweeps)
-        errors.append(seen(matrices, [made @ v for v in rights], metrics, outputs))
+        made, rights = joint.alternate_left(matrices, metrics, left, sweeps=sweeps)
+        errors.append(seen(matrices, [made @ v for v in rights], metrics))
     assert all(after <= before * (1 + 1e-9) for before, after in pairwise(errors)), errors
     assert errors[-1] < errors[0]
 
@@ -326,13 +331,13 @@ def test_alternating_left_never_rises(slices: int, start: str) -> None:
 @pytest.mark.parametrize("slices", [1, 3])
 @pytest.mark.parametrize("start", ["good", "random"])
 def test_alternating_right_never_rises(slices: int, start: str) -> None:
-    matrices, metrics, outputs = layered(slices, shared=True)
-    basis = joint.right_shared(matrices, [response.slice_metric(a) for a in metrics], 3).basis
+    matrices, metrics = layered(slices, shared=True)
+    basis = joint.right_shared(matrices, metrics, 3).basis
     lefts = [m @ basis for m in matrices] if start == "good" else drawn(*[(6, 3)] * 3, groups=2, seed=9)
     errors = []
     for sweeps in (0, 1, 3, 6):
-        made, right = joint.alternate_right(matrices, metrics, lefts, outputs, sweeps=sweeps)
-        errors.append(seen(matrices, [u @ right for u in made], metrics, outputs))
+        made, right = joint.alternate_right(matrices, metrics, lefts, sweeps=sweeps)
+        errors.append(seen(matrices, [u @ right for u in made], metrics))
     assert all(after <= before * (1 + 1e-9) for before, after in pairwise(errors)), errors
     if slices == 1 and start == "good":
         assert errors[-1] == pytest.approx(errors[0])  # the closed form has nothing left to gain
@@ -345,7 +350,7 @@ def test_the_start_in_different_metrics_is_exact_where_they_are_one() -> None:
     (metric,) = moments(6)
     one, energies = joint.left_start(matrices, [metric, metric])
     # Equal metrics that are two objects go the way of the mean, which is the same up to a factor.
-    two, others = joint.left_start(matrices, [metric, metric.clone()])
+    two, others = joint.left_start(matrices, [metric, Full(metric.moment.clone())])
     torch.testing.assert_close(others, energies)
     for rank in range(1, 6):
         spans = [torch.linalg.qr(left[..., :rank])[0] for left in (one, two)]
@@ -357,7 +362,7 @@ def test_the_size_of_a_metric_goes_over_to_its_matrix() -> None:
     metrics = moments(6, 6)
     left, energies = joint.left_start(matrices, metrics)
     # A layer whose inputs are ten times as large and whose weights are a tenth answers the same.
-    scaled, same = joint.left_start([matrices[0] / 10, matrices[1]], [metrics[0] * 100, metrics[1]])
+    scaled, same = joint.left_start([matrices[0] / 10, matrices[1]], [Full(metrics[0].moment * 100), metrics[1]])
     torch.testing.assert_close(same, energies)
     torch.testing.assert_close(scaled, left)
 
@@ -372,9 +377,9 @@ def test_matrices_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="these are none"):
         joint.right_shared([])
     with pytest.raises(ValueError, match="rows"):
-        joint.bilateral(drawn((4, 5), (3, 5)), 1, 1)
+        bi_joint.bilateral(drawn((4, 5), (3, 5)), 1, 1)
     with pytest.raises(ValueError, match="first is 'both'; expected 'left' or 'right'"):
-        joint.bilateral(drawn((4, 5), (4, 5)), 1, 1, first="both")
+        bi_joint.bilateral(drawn((4, 5), (4, 5)), 1, 1, first="both")
 
 
 def test_products_leave_out_a_part_without_rank() -> None:

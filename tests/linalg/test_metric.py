@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spectrim.linalg.metric import Full, Metric, Plain, Rows, Slices
-from spectrim.linalg.unfold import unfold, unfoldings
+from spectrim.linalg.metric import Full, Metric, Plain, Rows, SlicedMetric, Slices, mean
+from spectrim.linalg.unfold import Unfolding, unfold, unfolding, unfoldings
 
 KERNELS = [(), (3,), (2, 3), (2, 1, 2)]
 SLICED = [(kernel, how) for kernel in KERNELS for how in unfoldings(kernel)]
@@ -42,7 +42,7 @@ def test_a_full_metric_is_its_matrix(g: int, n: int) -> None:
 @settings(max_examples=10)
 @given(st.integers(1, 3), st.integers(1, 7))
 def test_the_plain_metric_is_the_identity(g: int, n: int) -> None:
-    check(Plain(g, n, torch.device("cpu")), torch.eye(n, dtype=torch.float64).expand(g, n, n))
+    check(Plain(g, (n,), torch.device("cpu")), torch.eye(n, dtype=torch.float64).expand(g, n, n))
 
 
 @settings(max_examples=10)
@@ -53,16 +53,107 @@ def test_rows_are_their_moment_and_a_level(g: int, m: int, n: int) -> None:
     check(Rows(rows, level), dense)
 
 
-@pytest.mark.parametrize(("kernel", "how"), SLICED, ids=[f"{k}-{h.name}" for k, h in SLICED])
-@pytest.mark.parametrize("g", [1, 2])
-def test_slices_are_the_block_diagonal_matrix(kernel: tuple[int, ...], how, g: int) -> None:
-    patch = (3, *kernel)
-    n, length = math.prod(patch), 3 * how.sizes(kernel)[0]
-    block = moment(g, length)
+def blocks(kernel: tuple[int, ...], how: Unfolding, block: Tensor) -> Tensor:
+    """``C [g, n, n]`` with the same moment for every slice and nothing between slices."""
+    n = 3 * math.prod(kernel)
     # Unfolding puts the coordinates of a slice in the rows, a column for each slice.
-    numbers = unfold(torch.arange(n, dtype=torch.float64).reshape(1, 1, *patch), how)[0].long()
-    assert numbers.shape == (length, n // length)
-    dense = torch.zeros(g, n, n, dtype=torch.float64)
+    numbers = unfold(torch.arange(n, dtype=torch.float64).reshape(1, 1, 3, *kernel), how)[0].long()
+    assert numbers.shape == (block.shape[1], n // block.shape[1])
+    dense = torch.zeros(len(block), n, n, dtype=torch.float64)
     for slice_ in numbers.T:
         dense[:, slice_.unsqueeze(1), slice_] = block
-    check(Slices(block, patch, how.axes), dense)
+    return dense
+
+
+def cases(g: int, kernel: tuple[int, ...], how: Unfolding) -> dict[str, tuple[SlicedMetric, Tensor]]:
+    """Every metric that knows its slices, and the dense matrix it stands for."""
+    patch = (3, *kernel)
+    n = math.prod(patch)
+    dense, block = moment(g, n), moment(g, 3 * how.sizes(kernel)[0])
+    plain = Plain(g, patch, torch.device("cpu"), how)
+    return {
+        "full": (Full(dense, patch, how), dense),
+        "slices": (Slices(block, patch, how), blocks(kernel, how, block)),
+        "plain": (plain, torch.eye(n, dtype=torch.float64).expand(g, n, n)),
+    }
+
+
+@pytest.mark.parametrize("kind", ["full", "slices", "plain"])
+@pytest.mark.parametrize(("kernel", "how"), SLICED, ids=[f"{k}-{h.name}" for k, h in SLICED])
+@pytest.mark.parametrize("g", [1, 2])
+def test_sliced_metrics_are_their_dense_matrices(kind: str, kernel: tuple[int, ...], how: Unfolding, g: int) -> None:
+    metric, dense = cases(g, kernel, how)[kind]
+    check(metric, dense)
+    assert metric.dtype == torch.float64
+    p, q, outputs, rank = 3 * how.sizes(kernel)[0], metric.slices, 4, 2
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(g, outputs, p * q, generator=generator, dtype=torch.float64)
+    left = torch.randn(g, p, rank, generator=generator, dtype=torch.float64)
+    right = torch.randn(g, rank, outputs * q, generator=generator, dtype=torch.float64)
+    matrix = metric.unfold(weight)
+    torch.testing.assert_close(metric.fold(matrix), weight)
+
+    def product(left: Tensor, right: Tensor) -> Tensor:
+        return metric.fold(left @ right)
+
+    # What a first factor lets through: a map from whole patches, a column for each component and slice.
+    eye = torch.eye(q, dtype=torch.float64)
+    through = torch.stack([product(left[..., [r]], eye[[s]].expand(g, 1, q)) for r in range(rank) for s in range(q)], 3)
+    through = through[:, 0]
+    gram, cross = metric.normal(matrix, left)
+    torch.testing.assert_close(gram.moment, through.mT @ dense @ through)
+    torch.testing.assert_close(cross, through.mT @ dense @ weight.mT)
+    torch.testing.assert_close(gram.moment @ gram.solve(cross), cross, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(metric.fold(metric.seen(matrix).transpose(2, 3).flatten(2)), weight @ dense)
+    parts = [product(left[..., [r]], right[:, [r]]) for r in range(rank)]
+    pairs = torch.stack([torch.stack([(a @ dense * b).sum() for b in parts]) for a in parts])
+    torch.testing.assert_close(metric.pairs(left, right), pairs)
+    # The slope of half the error in the first factor is what the operator gives less what is asked for.
+    moving = left.clone().requires_grad_()
+    rest = weight - product(moving, right)
+    (slope,) = torch.autograd.grad((rest @ dense * rest).sum() / 2, moving)
+    torch.testing.assert_close(metric.first_operator(right)(left) - metric.first_target(matrix)(right), slope)
+    # Nothing of what was let through is left beside it.
+    beside = metric.beside(left)
+    unseen = dense - dense @ through @ torch.linalg.solve(through.mT @ dense @ through, through.mT @ dense)
+    everything = torch.eye(p * q, dtype=torch.float64).expand(g, -1, -1)
+    torch.testing.assert_close(beside.times(everything), unseen, atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["full", "slices", "plain", "rows"])
+@pytest.mark.parametrize(("kernel", "how"), SLICED, ids=[f"{k}-{h.name}" for k, h in SLICED])
+def test_the_average_is_that_of_the_slices(kind: str, kernel: tuple[int, ...], how: Unfolding) -> None:
+    rows, level = torch.randn(2, 5, 3 * math.prod(kernel)).double(), torch.rand(2).double()
+    of_rows = Rows(rows, level, (3, *kernel))
+    metric = of_rows.sliced(how) if kind == "rows" else cases(2, kernel, how)[kind][0]
+    everything = torch.eye(rows.shape[2]).double().expand(2, -1, -1)
+    dense = (of_rows if kind == "rows" else metric).times(everything)
+    numbers = unfold(torch.arange(rows.shape[2]).double().reshape(1, 1, 3, *kernel), how)[0].long()
+    expected = torch.stack([dense[:, s.unsqueeze(1), s] for s in numbers.T]).mean(0)
+    torch.testing.assert_close(metric.average, expected)
+    some = torch.randn(2, expected.shape[1], 3).double()
+    torch.testing.assert_close(metric.weigh(some), expected @ some)
+    assert metric.separates == (kind != "full" or metric.slices == 1)
+    alone = metric.averaged
+    assert (alone.slices, alone.separates) == (1, True)
+    torch.testing.assert_close(alone.moment, expected)
+
+
+def test_a_metric_can_be_sliced_another_way() -> None:
+    one, two = unfoldings((2, 3))[2:]
+    dense = moment(1, 18)
+    assert Full(dense, (3, 2, 3), one).sliced(two).average.shape == (1, 9, 9)
+    assert Plain(1, (3, 2, 3), torch.device("cpu"), one).sliced(two).slices == 2
+    slices = Slices(moment(1, 6), (3, 2, 3), one)
+    assert slices.sliced(one) is slices
+    with pytest.raises(ValueError, match="slices of 'height-first' says nothing of those of 'width-first'"):
+        slices.sliced(two)
+
+
+def test_metrics_of_one_kind_have_a_mean() -> None:
+    one, two = moment(2, 6, seed=1), moment(2, 6, seed=2)
+    how = unfolding((3,), "input")
+    average = mean([Full(one, (2, 3), how), Full(two, (2, 3), how)])
+    torch.testing.assert_close(average.moment, (one + two) / 2)
+    assert (average.patch, average.how) == ((2, 3), how)
+    assert Full(one).single().moment.dtype == torch.float32

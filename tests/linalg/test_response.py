@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from itertools import pairwise, product
+from itertools import pairwise
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spectrim.linalg import lowrank, response
+from spectrim.linalg.metric import Full, Slices
 from spectrim.linalg.unfold import Unfolding, fold, unfold, unfoldings
 
 KERNELS = [(), (3,), (2, 3), (3, 1), (2, 1, 2)]
@@ -46,7 +48,7 @@ class Layer:
             self.patches -= self.patches.mean(1, keepdim=True)
         self.covariance = self.patches.mT @ self.patches / n
         self.matrix = unfold(self.weight, how)
-        self.metric = response.arrange(self.covariance, how.axes, (i, *kernel))
+        self.metric = Full(self.covariance, (i, *kernel), how)
 
     def flat(self, weight: Tensor) -> Tensor:
         return weight.reshape(*weight.shape[:2], -1)
@@ -64,58 +66,27 @@ class Layer:
         return float(lost / (self.patches @ self.flat(self.weight).mT).square().sum())
 
     def start(self) -> Tensor:
-        found = lowrank.spectrum(self.matrix, response.slice_metric(self.metric))
+        found = lowrank.spectrum(self.matrix, self.metric.average)
         return lowrank.factors(self.matrix, found.basis, found.basis.shape[-1])[0]
-
-
-@pytest.mark.parametrize(("kernel", "how"), ALL, ids=names)
-def test_arrange_puts_every_covariance_where_its_coordinates_say(kernel: tuple[int, ...], how: Unfolding) -> None:
-    i, g, n = 2, 2, 30
-    patches = torch.randn(g, n, i, *kernel).double()
-    flat = patches.flatten(2)
-    metric = response.arrange(flat.mT @ flat / n, how.axes, (i, *kernel))
-    first, second = how.sizes(kernel)
-    assert metric.shape == (g, i * first, second, i * first, second)
-    rest = [a for a in range(len(kernel)) if a not in how.axes]
-    ps = list(product(range(i), *(range(kernel[a]) for a in how.axes)))
-    qs = list(product(*(range(kernel[a]) for a in rest)))
-
-    def column(p: tuple[int, ...], q: tuple[int, ...]) -> Tensor:
-        where = dict(zip(how.axes, p[1:], strict=True)) | dict(zip(rest, q, strict=True))
-        return patches[(slice(None), slice(None), p[0], *(where[a] for a in range(len(kernel))))]
-
-    for (a, p), (b, q), (c, r), (d, s) in product(*[list(enumerate(ps)), list(enumerate(qs))] * 2):
-        torch.testing.assert_close(metric[:, a, b, c, d], (column(p, q) * column(r, s)).mean(1))
-
-
-@pytest.mark.parametrize(("kernel", "how"), ALL, ids=names)
-def test_slice_metric_is_the_second_moment_of_the_slices(kernel: tuple[int, ...], how: Unfolding) -> None:
-    layer = Layer(kernel, how)
-    # Unfolding puts (i, k_S) in the rows: a patch unfolded as a weight of one output holds its slices as columns.
-    g, n, _ = layer.patches.shape
-    slices = unfold(layer.patches.reshape(g * n, 1, *layer.shape[1:]), how)
-    expected = (slices @ slices.mT).reshape(g, n, *[slices.shape[1]] * 2).mean(1) / slices.shape[2]
-    torch.testing.assert_close(response.slice_metric(layer.metric), expected)
-    assert response.slice_metric(expected) is expected
 
 
 @pytest.mark.parametrize(("kernel", "how"), ALL, ids=names)
 def test_total_energy_is_that_of_the_outputs(kernel: tuple[int, ...], how: Unfolding) -> None:
     layer = Layer(kernel, how)
     expected = (layer.patches @ layer.flat(layer.weight).mT).square().sum((1, 2)) / layer.patches.shape[1]
-    torch.testing.assert_close(response.total_energy(layer.matrix, layer.metric, layer.o), expected)
+    torch.testing.assert_close(response.total_energy(layer.matrix, layer.metric), expected)
 
 
 @pytest.mark.parametrize(("kernel", "how"), ALL, ids=names)
 def test_refit_errors_are_measured_at_every_rank(kernel: tuple[int, ...], how: Unfolding) -> None:
     layer = Layer(kernel, how)
     left = layer.start()
-    errors = response.refit_errors(layer.matrix, layer.metric, left, layer.o)
+    errors = response.refit_errors(layer.matrix, layer.metric, left)
     assert len(errors) == left.shape[-1] + 1
     assert float(errors[0]) == pytest.approx(1)
     assert float(errors[-1]) == pytest.approx(0, abs=1e-9)
     for rank in range(1, left.shape[-1] + 1):
-        right = response.refit(layer.matrix, layer.metric, left[..., :rank], layer.o)
+        right = response.refit(layer.matrix, layer.metric, left[..., :rank])
         assert float(errors[rank]) == pytest.approx(layer.error(left[..., :rank] @ right), abs=1e-8)
 
 
@@ -124,7 +95,7 @@ def test_refit_is_the_least_squares_solution(kernel: tuple[int, ...], how: Unfol
     layer = Layer(kernel, how)
     rank = max(1, layer.start().shape[-1] // 2)
     left = layer.start()[..., :rank]
-    right = response.refit(layer.matrix, layer.metric, left, layer.o)
+    right = response.refit(layer.matrix, layer.metric, left)
     best = layer.error(left @ right)
     gradient = torch.zeros_like(right).requires_grad_()
     lost = layer.energy(layer.matrix - left @ (right + gradient)).sum()
@@ -138,22 +109,24 @@ def test_refit_is_the_least_squares_solution(kernel: tuple[int, ...], how: Unfol
 @pytest.mark.parametrize(("kernel", "how"), ALL, ids=names)
 def test_a_slice_metric_stands_for_equal_uncorrelated_slices(kernel: tuple[int, ...], how: Unfolding) -> None:
     layer = Layer(kernel, how)
-    small = response.slice_metric(layer.metric)
-    slices = layer.metric.shape[2]
-    full = torch.einsum("gpt,qs->gpqts", small, torch.eye(slices).double())
+    small = Slices(layer.metric.average, layer.metric.patch, how)
+    full = Full(
+        small.times(torch.eye(layer.covariance.shape[1]).double().expand_as(layer.covariance)), small.patch, how
+    )
+    torch.testing.assert_close(full.average, small.moment)
     left = layer.start()
-    total = response.total_energy(layer.matrix, full, layer.o)
-    torch.testing.assert_close(response.total_energy(layer.matrix, small, layer.o), total)
-    errors = response.refit_errors(layer.matrix, small, left, layer.o)
-    torch.testing.assert_close(errors, response.refit_errors(layer.matrix, full, left, layer.o), atol=1e-9, rtol=1e-7)
-    right = response.refit(layer.matrix, small, left[..., :2], layer.o)
-    torch.testing.assert_close(right, response.refit(layer.matrix, full, left[..., :2], layer.o), atol=1e-7, rtol=1e-6)
+    total = response.total_energy(layer.matrix, full)
+    torch.testing.assert_close(response.total_energy(layer.matrix, small), total)
+    errors = response.refit_errors(layer.matrix, small, left)
+    torch.testing.assert_close(errors, response.refit_errors(layer.matrix, full, left), atol=1e-9, rtol=1e-7)
+    right = response.refit(layer.matrix, small, left[..., :2])
+    torch.testing.assert_close(right, response.refit(layer.matrix, full, left[..., :2]), atol=1e-7, rtol=1e-6)
     # In that metric the projection on the leading eigenvectors is optimal: its spectrum has the error already.
-    found = lowrank.spectrum(layer.matrix, small)
+    found = lowrank.spectrum(layer.matrix, small.moment)
     torch.testing.assert_close(errors, lowrank.tail_errors(found.energies), atol=1e-8, rtol=1e-6)
     rights = lowrank.factors(layer.matrix, found.basis, left.shape[-1])[1]
     for metric in (small, full):
-        kept = response.product_errors(left, rights, metric, layer.o, float(total.sum()))
+        kept = response.product_errors(left, rights, metric, float(total.sum()))
         torch.testing.assert_close(kept, errors, atol=1e-8, rtol=1e-6)
 
 
@@ -162,8 +135,8 @@ def test_product_errors_are_measured_at_every_rank(kernel: tuple[int, ...], how:
     layer = Layer(kernel, how)
     found = lowrank.spectrum(layer.matrix)
     left, right = lowrank.factors(layer.matrix, found.basis, found.basis.shape[-1])
-    total = float(response.total_energy(layer.matrix, layer.metric, layer.o).sum())
-    errors = response.product_errors(left, right, layer.metric, layer.o, total)
+    total = float(response.total_energy(layer.matrix, layer.metric).sum())
+    errors = response.product_errors(left, right, layer.metric, total)
     for rank in range(left.shape[-1] + 1):
         kept = left[..., :rank] @ right[:, :rank]
         assert float(errors[rank]) == pytest.approx(layer.error(kept), abs=1e-10)
@@ -177,9 +150,9 @@ def test_the_channel_unfolding_is_principal_component_analysis_of_the_outputs() 
     outputs = (layer.patches @ layer.flat(layer.weight).mT)[0]
     reference = PCA().fit(outputs.numpy())
     lost = 1 - torch.from_numpy(reference.explained_variance_ratio_).double().cumsum(0)
-    found = lowrank.spectrum(layer.matrix, response.slice_metric(layer.metric))
+    found = lowrank.spectrum(layer.matrix, layer.metric.average)
     torch.testing.assert_close(lowrank.tail_errors(found.energies)[1:], lost, atol=1e-9, rtol=0)
-    errors = response.refit_errors(layer.matrix, layer.metric, layer.start(), layer.o)
+    errors = response.refit_errors(layer.matrix, layer.metric, layer.start())
     torch.testing.assert_close(errors[1:], lost, atol=1e-9, rtol=0)
 
 
@@ -192,9 +165,9 @@ def test_alternation_never_raises_the_error(kernel: tuple[int, ...], how: Unfold
     for left in (full[..., :rank], torch.randn_like(full[..., :rank])):
         errors = []
         for sweeps in (0, 1, 3):
-            a, b = response.alternate(layer.matrix, layer.metric, left, layer.o, sweeps=sweeps)
+            a, b = response.alternate(layer.matrix, layer.metric, left, sweeps=sweeps)
             errors.append(layer.error(a @ b))
-        start = response.refit(layer.matrix, layer.metric, left, layer.o)
+        start = response.refit(layer.matrix, layer.metric, left)
         assert errors[0] == pytest.approx(layer.error(left @ start), abs=1e-12)
         assert all(after <= before + 1e-10 for before, after in pairwise(errors)), errors
     assert errors[-1] < errors[0]
@@ -205,9 +178,9 @@ def test_alternation_comes_close_to_the_best_of_several_starts() -> None:
     layer = Layer((3, 3), how, g=1)
     found = []
     for left in [layer.start()[..., :4], *(torch.randn(1, layer.matrix.shape[1], 4).double() for _ in range(2))]:
-        a, b = response.alternate(layer.matrix, layer.metric, left, layer.o, sweeps=20)
+        a, b = response.alternate(layer.matrix, layer.metric, left, sweeps=20)
         found.append(layer.error(a @ b))
-    a, b = response.alternate(layer.matrix, layer.metric, layer.start()[..., :4], layer.o, sweeps=4)
+    a, b = response.alternate(layer.matrix, layer.metric, layer.start()[..., :4], sweeps=4)
     assert layer.error(a @ b) < 1.1 * min(found)
 
 
@@ -224,12 +197,12 @@ def test_few_patches_and_any_shape_stay_finite(
 ) -> None:
     layer = Layer(*case, g=g, o=o, i=i, n=n)
     left = layer.start()
-    errors = response.refit_errors(layer.matrix, layer.metric, left, layer.o)
+    errors = response.refit_errors(layer.matrix, layer.metric, left)
     assert torch.isfinite(errors).all()
     assert (errors >= 0).all()
     assert (errors <= 1 + 1e-9).all()
     assert (errors.diff() <= 0).all()
-    a, b = response.alternate(layer.matrix, layer.metric, left[..., :1], layer.o, sweeps=2)
+    a, b = response.alternate(layer.matrix, layer.metric, left[..., :1], sweeps=2)
     assert layer.error(a @ b) <= float(errors[1]) + 1e-6
 
 
@@ -239,18 +212,18 @@ def test_a_layer_without_weight_or_input_stays_finite() -> None:
     left = layer.start()
     for matrix, metric in (
         (torch.zeros_like(layer.matrix), layer.metric),
-        (layer.matrix, torch.zeros_like(layer.metric)),
+        (layer.matrix, Full(torch.zeros_like(layer.covariance), layer.metric.patch, how)),
     ):
-        errors = response.refit_errors(matrix, metric, left, layer.o)
+        errors = response.refit_errors(matrix, metric, left)
         assert errors.tolist() == [0.0] * len(errors)
-        a, b = response.alternate(matrix, metric, torch.zeros_like(left), layer.o, sweeps=2)
+        a, b = response.alternate(matrix, metric, torch.zeros_like(left), sweeps=2)
         assert torch.isfinite(a @ b).all()
 
 
 def test_not_finite_moments_are_refused() -> None:
     layer = Layer((), unfoldings(())[0])
     with pytest.raises(ValueError, match="holds NaN or Inf"):
-        response.refit(layer.matrix, layer.metric * float("nan"), layer.start(), layer.o)
+        response.refit(layer.matrix, Full(layer.covariance * float("nan")), layer.start())
 
 
 @given(st.integers(0, 6), st.integers(0, 5))
@@ -265,7 +238,7 @@ def test_normal_equations_of_layers_that_share_their_second_factor_add_up() -> N
     one, two = Layer((3, 3), how, i=3), Layer((3, 3), how, i=5)
     lefts = [torch.randn(2, layer.matrix.shape[1], 3).double() for layer in (one, two)]
     pairs = list(zip((one, two), lefts, strict=True))
-    total, other = (response.normal(x.matrix, x.metric, left, x.o) for x, left in pairs)
+    total, other = (response.normal(x.matrix, x.metric, left) for x, left in pairs)
     total = total + other
     right = total.solve()
 
@@ -283,22 +256,20 @@ def test_normal_equations_of_layers_that_share_their_second_factor_add_up() -> N
 def test_the_first_factor_of_several_layers_is_lowered_towards_its_least_squares_solution(sliced: bool) -> None:
     how = unfoldings((3, 3))[2]
     layers = [Layer((3, 3), how, o=4), Layer((3, 3), how, o=6)]
-    layers[1].metric = layers[1].metric.flip(0)
-    held = [response.slice_metric(x.metric) if sliced else x.metric for x in layers]
+    layers[1].metric = dataclasses.replace(layers[1].metric, moment=layers[1].covariance.flip(0))
+    held = [Slices(x.metric.average, x.metric.patch, how) if sliced else x.metric for x in layers]
     rights = [torch.randn(2, 3, x.matrix.shape[2]).double() for x in layers]
 
     def lost(left: Tensor) -> Tensor:
         rows = zip(layers, held, rights, strict=True)
-        return sum(
-            (response.total_energy(x.matrix - left @ v, a, x.o).sum() for x, a, v in rows), torch.zeros(()).double()
-        )
+        return sum((response.total_energy(x.matrix - left @ v, a).sum() for x, a, v in rows), torch.zeros(()).double())
 
     left = torch.randn(2, layers[0].matrix.shape[1], 3).double()
     args = ([x.matrix for x in layers], held)
     values = [float(lost(left))]
     for steps in (1, 3, 9, 400):
-        values.append(float(lost(response.refit_first(*args, left, rights, [4, 6], steps=steps))))
+        values.append(float(lost(response.refit_first(*args, left, rights, steps=steps))))
     assert all(after <= before * (1 + 1e-9) for before, after in pairwise(values))
-    best = response.refit_first(*args, left, rights, [4, 6], steps=400).requires_grad_()
+    best = response.refit_first(*args, left, rights, steps=400).requires_grad_()
     (slope,) = torch.autograd.grad(lost(best), best)
     assert slope.abs().max() < 1e-4 * values[0]

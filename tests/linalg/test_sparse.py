@@ -270,7 +270,7 @@ def test_two_of_every_four_neighbours_stay() -> None:
 
 def test_uncorrelated_inputs_of_equal_strength_keep_the_largest_entries() -> None:
     target = random(2, 4, 6)
-    found = sparse.fit(target, Quadratic(Plain(2, 6, torch.device("cpu"))), UNSTRUCTURED, 0.25, (6,))
+    found = sparse.fit(target, Quadratic(Plain(2, (6,), torch.device("cpu"))), UNSTRUCTURED, 0.25, (6,))
     largest = sparse.threshold(target.square(), UNSTRUCTURED, 0.25, (6,))
     assert torch.equal(found.mask, largest)
     torch.testing.assert_close(found.weight, target * largest)

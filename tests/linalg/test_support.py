@@ -14,6 +14,7 @@ from spectrim.linalg.metric import Full, Plain
 from spectrim.linalg.patterns import pattern
 from spectrim.linalg.sparse import Quadratic, Sparse
 from spectrim.linalg.support import examine
+from spectrim.linalg.unfold import unfolding
 
 UNSTRUCTURED = pattern("unstructured")
 
@@ -74,7 +75,7 @@ def test_a_whole_row_may_belong_to_either_part() -> None:
     state = Sparse(5 * random(1, 32, 48, seed=2) * mask, mask, 0.0)
     left = torch.linalg.qr(low @ random(1, 48, 3, seed=6)).Q
     found = Additive(Product(low, (left, left.mT @ low)), state, (0.0,), True)
-    error = Quadratic(Plain(1, 48, torch.device("cpu")))
+    error = Quadratic(Plain(1, (48,), torch.device("cpu")))
     told = examine(low + state.weight + 0.01 * random(1, 32, 48, seed=3), error, found, UNSTRUCTURED, (48,))
     assert told.overlap == pytest.approx(1, abs=1e-6)
     assert not told.is_determined
@@ -126,8 +127,8 @@ def test_nothing_kept_or_dropped_leaves_no_doubt() -> None:
 
 def test_other_splits_are_refused() -> None:
     target = random(1, 8, 36)
-    metric = Plain(1, 36, torch.device("cpu"))
-    step = Split(metric, None, (4, 3, 3), (0,))
+    metric = Plain(1, (4, 3, 3), torch.device("cpu"), unfolding((3, 3), "height-first"))
+    step = Split(metric)
     found = decompose(target, Quadratic(metric), step, 2, UNSTRUCTURED, 0.1, (4, 3, 3), turns=3)
     with pytest.raises(ValueError, match="expected those of the split after the whole kernel, with 8 outputs and 36"):
         examine(target, Quadratic(metric), found, UNSTRUCTURED, (4, 3, 3))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spectrim.cost.counted import parameters
 from spectrim.errors import MissingMomentsError
 from spectrim.linalg.unfold import unfold, unfolding, unfoldings
-from spectrim.methods import ActivationSVD, WeightSVD, metrics
+from spectrim.methods import ActivationSVD, WeightSVD, statistics
 from spectrim.methods.base import full_rank
 from spectrim.network.choices import Choice
 from spectrim.network.sites import Site
@@ -27,7 +27,7 @@ from tests.cases import LAYERS, small_site
 @pytest.fixture
 def unshrunk(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plain covariance of the samples, so that errors are comparable to many digits."""
-    monkeypatch.setattr(metrics, "shrunk", lambda covariance, count: covariance)
+    monkeypatch.setattr(statistics, "shrunk", lambda covariance, count: covariance)
 
 
 @torch.no_grad()

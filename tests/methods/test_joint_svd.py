@@ -14,7 +14,7 @@ from spectrim.cost import counted as costs
 from spectrim.errors import MissingMomentsError
 from spectrim.linalg.moments import Moments
 from spectrim.linalg.unfold import unfold, unfolding, unfoldings
-from spectrim.methods import ActivationSVD, JointSVD, WeightSVD, from_record, metrics
+from spectrim.methods import ActivationSVD, JointSVD, WeightSVD, from_record, statistics
 from spectrim.methods.joint_layers import compatible, pose
 from spectrim.network.factors import SharedBasis
 from spectrim.network.sites import Group, Site, Statistics
@@ -285,10 +285,10 @@ def test_a_refit_keeps_what_is_shared_and_does_not_raise_the_error(method: Joint
             shift = fitted.shifts[number]
             assert shift is not None
             # The mean response stays: what the factors leave out of it goes to the bias.
-            metric = metrics.response_metric(part, factors.how)
-            assert metric is not None
+            seen = statistics.patches(part, factors.how)
+            assert seen is not None
             missing = unfold(part.weight - fitted.dense()[number], factors.how)
-            torch.testing.assert_close(shift, metric.shift(missing, part.spec.shape[1]))
+            torch.testing.assert_close(shift, seen.shift(missing))
 
 
 def test_a_refit_on_the_same_data_gains_nothing_where_the_fit_is_exact() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spectrim.linalg.unfold import unfold, unfolding, unfoldings
-from spectrim.methods import ActivationSVD, WeightSVD, from_record, metrics
+from spectrim.methods import ActivationSVD, WeightSVD, from_record, statistics
 from spectrim.methods.base import LowRankMethod, break_even, full_rank
 from spectrim.testing import measured_error
 from tests.cases import LAYERS, small_site
@@ -33,7 +33,7 @@ def test_without_data_it_is_the_truncated_svd(kind: str) -> None:
 def test_with_data_its_error_is_measured_in_output_energy(
     kind: str, weighted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics, "shrunk", lambda covariance, count: covariance)
+    monkeypatch.setattr(statistics, "shrunk", lambda covariance, count: covariance)
     site, _, _ = small_site(kind, dtype=torch.float64, samples=32, weighted=weighted)
     curve = WeightSVD().curve(site)
     assert curve.unit == ("weighted output energy" if weighted else "output energy")

@@ -12,7 +12,7 @@ from torch import nn
 
 import spectrim as st
 from spectrim.linalg.moments import shrunk
-from spectrim.methods import WeightSVD, metrics
+from spectrim.methods import WeightSVD, statistics
 from spectrim.network.layer import LayerSpec
 from spectrim.nn.modules import Factored
 from spectrim.nn.surgery import parameter_count
@@ -136,9 +136,8 @@ def test_a_calibrated_run_under_a_budget_starts_from_factors_that_know_the_input
 
 @pytest.mark.parametrize("weigh", [False, True])
 def test_output_energy_measures_the_present_weights_at_calibration(weigh: bool, monkeypatch) -> None:
-    monkeypatch.setattr(metrics, "shrunk", lambda covariance, count: covariance)
-    monkeypatch.setattr("spectrim.methods.weight_svd.shrunk", lambda covariance, count: covariance)
-    assert shrunk is not metrics.shrunk
+    monkeypatch.setattr(statistics, "shrunk", lambda covariance, count: covariance)
+    assert shrunk is not statistics.shrunk
     model, batches = settled("mlp", dtype=torch.float64), batches_for("mlp", dtype=torch.float64)
     sites = st.calibrate(model, st.find(model), batches, rows=None)
     if weigh:

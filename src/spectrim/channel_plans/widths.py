@@ -20,7 +20,7 @@ from spectrim.cost.latency import Latency
 from spectrim.cost.whole import Network
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.linalg import principal
-from spectrim.methods import PrincipalFilters, metrics
+from spectrim.methods import PrincipalFilters, statistics
 from spectrim.network.choices import DENSE, Choice
 from spectrim.network.sites import Channels, Sites
 from spectrim.selection.budget import Budget, BudgetLike
@@ -142,7 +142,7 @@ def recommend(
         costs=network.cost(widths=numbers),
         dense_costs=dense,
         budget=dict(limits),
-        unit=next((metrics.unit(site) for site in sites if site.statistics), ""),
+        unit=next((statistics.unit(site) for site in sites if site.statistics), ""),
         selector=name,
         loss=sum(losses, 0.0),
         methods={analysis.name: analysis.record()},

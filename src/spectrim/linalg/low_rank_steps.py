@@ -6,18 +6,15 @@ sparse weight costs if the second factor makes up for it as well as it can.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from spectrim.linalg import bilateral, lowrank, response
-from spectrim.linalg.metric import Full, Metric, Slices
-from spectrim.linalg.response import cholesky
+from spectrim.linalg.metric import Metric, SlicedMetric
 from spectrim.linalg.sparse import Quadratic
 
 
@@ -57,6 +54,14 @@ class LowRankStep(ABC):
     def eliminated(self, product: Product) -> Quadratic:
         """What a weight difference costs if the second factor of a product makes up for it as well as it can."""
 
+    @abstractmethod
+    def energies(self, target: Float[Tensor, "g o n"]) -> Float[Tensor, "g R"]:
+        """Spectrum of a target alone, descending; of a split that in the average slice."""
+
+    @abstractmethod
+    def unfolded(self, product: Product) -> tuple[Float[Tensor, "g p r"], Float[Tensor, "g r c"]]:
+        """The factors of a product as those of an unfolded weight."""
+
 
 @dataclass(frozen=True, eq=False)
 class _Projecting(LowRankStep):
@@ -83,6 +88,15 @@ class _Projecting(LowRankStep):
         eye = torch.eye(left.shape[1], dtype=left.dtype, device=left.device)
         beside = eye - left @ left.mT
         return Quadratic(self.metric, beside if self.root is None else self.root @ beside @ self.root)
+
+    def energies(self, target: Float[Tensor, "g o n"]) -> Float[Tensor, "g R"]:
+        mixed = self._mixed(target)
+        gram = (self.metric.times(mixed) @ mixed.mT).double()
+        return torch.linalg.eigvalsh((gram + gram.mT) / 2).flip(-1).clamp_min(0)
+
+    def unfolded(self, product: Product) -> tuple[Float[Tensor, "g p r"], Float[Tensor, "g r c"]]:
+        left, right = product.factors
+        return right.mT, left.mT
 
     def _basis(self, product: Product) -> Float[Tensor, "g o r"]:
         left = product.factors[0]
@@ -127,92 +141,42 @@ class Split(LowRankStep):
     Attributes
     ----------
     metric
-        ``C``; slices must be those of the split.
+        ``C``, for the slices of the split.
     root
         Square root of ``G``, or None.
-    patch
-        ``(i, *k)``.
-    axes
-        Kernel axes of the first factor.
     steps
         Conjugate-gradient steps on the first factor a turn.
     """
 
-    metric: Metric
-    root: Float[Tensor, "g o o"] | None
-    patch: tuple[int, ...]
-    axes: tuple[int, ...]
+    metric: SlicedMetric
+    root: Float[Tensor, "g o o"] | None = None
     steps: int = 4
 
-    @cached_property
-    def moment(self) -> Tensor:
-        """The metric in the coordinates of the split, ``[g, p, q, p, q]`` or ``[g, p, p]``."""
-        if isinstance(self.metric, Full):
-            return response.arrange(self.metric.moment, self.axes, self.patch)
-        if isinstance(self.metric, Slices):
-            return self.metric.moment
-        diagonal = self.metric.diagonal()
-        return torch.eye(self._rows, dtype=diagonal.dtype, device=diagonal.device).expand(len(diagonal), -1, -1)
-
     def __call__(self, target: Float[Tensor, "g o n"], rank: int, start: Product | None) -> Product:
-        outputs = target.shape[1]
-        matrix = self._unfolded(target)
-        mixed = matrix if self.root is None else self._unfolded(self.root @ target)
-        if start is None or self.moment.dim() == 3:
+        matrix = self.metric.unfold(target)
+        mixed = matrix if self.root is None else self.metric.unfold(self.root @ target)
+        if start is None or self.metric.separates:
             # In a metric of slices this is the solution, otherwise a good start.
-            basis = lowrank.spectrum(mixed, response.slice_metric(self.moment), rank).basis
+            basis = lowrank.spectrum(mixed, self.metric.average, rank).basis
             left, _ = lowrank.factors(mixed, basis, rank)
         else:
             left = start.factors[0]
-        if self.moment.dim() == 5:
-            left, _ = response.alternate(mixed, self.moment, left, outputs, sweeps=1, steps=self.steps)
-        return self._product(left, response.refit(matrix, self.moment, left, outputs), outputs)
+        if not self.metric.separates:
+            left, _ = response.alternate(mixed, self.metric, left, sweeps=1, steps=self.steps)
+        return self._product(left, response.refit(matrix, self.metric, left))
 
     def refit(self, target: Float[Tensor, "g o n"], product: Product) -> Product:
         left = product.factors[0]
-        outputs = target.shape[1]
-        return self._product(left, response.refit(self._unfolded(target), self.moment, left, outputs), outputs)
+        return self._product(left, response.refit(self.metric.unfold(target), self.metric, left))
 
     def eliminated(self, product: Product) -> Quadratic:
-        left = product.factors[0]
-        if isinstance(self.metric, Full):
-            g, _, rank = left.shape
-            q = self.moment.shape[2]
-            eye = torch.eye(q, dtype=left.dtype, device=left.device)
-            # All that the second factor can see, as a map from patches.
-            opened = torch.einsum("gpa,qs->gpqas", left, eye).reshape(g, *(self.patch[d] for d in self._order), -1)
-            back = [1 + self._order.index(d) for d in range(len(self.patch))]
-            views = opened.permute(0, *back, -1).reshape(g, -1, rank * q)
-            metric: Metric = Full(_beside(self.metric.moment, views))
-        else:
-            metric = Slices(_beside(self.moment, left), self.patch, self.axes)
-        return Quadratic(metric, None if self.root is None else self.root @ self.root)
+        return Quadratic(self.metric.beside(product.factors[0]), None if self.root is None else self.root @ self.root)
 
-    @property
-    def _order(self) -> list[int]:
-        """Axes of the patch, those that the first factor sees together first."""
-        kernel = range(len(self.patch) - 1)
-        return [0, *(1 + a for a in self.axes), *(1 + a for a in kernel if a not in self.axes)]
+    def energies(self, target: Float[Tensor, "g o n"]) -> Float[Tensor, "g R"]:
+        return lowrank.energies(response.mix(self.metric.unfold(target), self.root), self.metric.average)
 
-    @property
-    def _rows(self) -> int:
-        return math.prod((self.patch[0], *(self.patch[1 + a] for a in self.axes)))
+    def unfolded(self, product: Product) -> tuple[Float[Tensor, "g p r"], Float[Tensor, "g r c"]]:
+        return product.factors
 
-    def _unfolded(self, weight: Tensor) -> Tensor:
-        g, o, _ = weight.shape
-        opened = weight.reshape(g, o, *self.patch).permute(0, *(2 + d for d in self._order), 1)
-        return opened.reshape(g, self._rows, -1, o).transpose(2, 3).reshape(g, self._rows, -1)
-
-    def _product(self, left: Tensor, right: Tensor, outputs: int) -> Product:
-        g = left.shape[0]
-        opened = (left @ right).reshape(g, self._rows, outputs, -1).transpose(1, 2)
-        opened = opened.reshape(g, outputs, *(self.patch[d] for d in self._order))
-        back = [2 + self._order.index(d) for d in range(len(self.patch))]
-        return Product(opened.permute(0, 1, *back).reshape(g, outputs, -1), (left, right))
-
-
-def _beside(moment: Float[Tensor, "g n n"], views: Float[Tensor, "g n m"]) -> Float[Tensor, "g n n"]:
-    """The moment of what cannot be predicted from ``views^T x``."""
-    seen = moment @ views
-    half = torch.linalg.solve_triangular(cholesky(views.mT @ seen), seen.mT, upper=False)
-    return moment - half.mT @ half
+    def _product(self, left: Tensor, right: Tensor) -> Product:
+        return Product(self.metric.fold(left @ right), (left, right))

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from spectrim.errors import MissingMomentsError
 from spectrim.linalg import lowrank, response
-from spectrim.linalg.moments import shrunk
+from spectrim.linalg.metric import SlicedMetric
 from spectrim.linalg.unfold import Unfolding, unfold, unfolding
-from spectrim.methods import metrics
+from spectrim.methods import statistics
 from spectrim.methods.base import Curve, LowRankMethod
 from spectrim.network.choices import LowRankChoice
 from spectrim.network.factors import LowRank
@@ -50,87 +50,77 @@ class ActivationSVD(LowRankMethod):
         errors: list[float] = []
         spectra: dict[str, tuple[float, ...]] = {}
         scale, whole = 1.0, 0.0
-        weight = metrics.output_weight(site)
-        outputs = site.spec.shape[1]
+        weight = statistics.output_weight(site)
         for how in self.offered(site.spec):
             ranks = self.ranks(site.spec, how)
             if not ranks:
                 continue
-            metric = metrics.response_metric(site, how)
-            if metric is None and not _has_outputs(site, how):
+            seen = statistics.patches(site, how)
+            if seen is None and not _has_outputs(site, how):
                 continue
-            mixed = metrics.mix(unfold(site.weight, how), weight)
-            if metric is not None and metric.is_full and metric.slices > 1:
-                found = lowrank.spectrum(mixed, response.slice_metric(metric.moment), ranks[-1])
+            mixed = response.mix(unfold(site.weight, how), weight)
+            if seen is not None and not seen.metric.separates:
+                found = lowrank.spectrum(mixed, seen.metric.average, ranks[-1])
                 energies = found.energies
                 left, _ = lowrank.factors(mixed, found.basis, ranks[-1])
-                lost = response.refit_errors(mixed, metric.moment, left, outputs)
+                lost = response.refit_errors(mixed, seen.metric, left)
                 # The energy of the responses is the same in every unfolding.
-                whole = whole or float(response.total_energy(mixed, metric.moment, outputs).sum())
+                whole = whole or float(response.total_energy(mixed, seen.metric).sum())
                 total = whole
             else:
                 # With one slice, or the slice metric alone, the projection is optimal and the spectrum has its error.
-                if metric is None:
-                    energies = _start(site, how, metric, weight).energies
+                if seen is None:
+                    energies = _start(site, how, seen, weight).energies
                 else:
-                    energies = lowrank.energies(mixed, response.slice_metric(metric.moment))
+                    energies = lowrank.energies(mixed, seen.metric.average)
                 lost, total = lowrank.tail_errors(energies), float(energies.sum())
-            scale = metrics.scale(site, total)
+            scale = statistics.scale(site, total)
             choices += [self.choice(site, how, rank, bias=True) for rank in ranks]
             errors += lost[list(ranks)].tolist()
             spectra[how.name] = lowrank.profile(energies)
-        return Curve(tuple(choices), tuple(errors), metrics.unit(site), scale, spectra)
+        return Curve(tuple(choices), tuple(errors), statistics.unit(site), scale, spectra)
 
     def factorize(self, site: Layer, choice: LowRankChoice) -> LowRank:
         how = unfolding(site.spec.kernel, choice.unfolding)
-        metric = metrics.response_metric(site, how)
-        if metric is None and not _has_outputs(site, how):
+        seen = statistics.patches(site, how)
+        if seen is None and not _has_outputs(site, how):
             site.require("input" if how.name != "channel" else "output", f"ActivationSVD ({how.name})")
         matrix = unfold(site.weight, how).double()
-        weight = metrics.output_weight(site)
-        found = _start(site, how, metric, weight)
-        if metric is None:
+        weight = statistics.output_weight(site)
+        found = _start(site, how, seen, weight)
+        if seen is None:
             left, right, shift = _projected(site, matrix, found.basis[..., : choice.rank], weight)
         else:
-            left, right = self._fitted(matrix, metric, found, weight, choice.rank, site.spec.shape[1])
-            shift = metric.shift(matrix - left @ right, site.spec.shape[1])
+            left, right = self._fitted(matrix, seen.metric, found, weight, choice.rank)
+            shift = seen.shift(matrix - left @ right)
         left, right = lowrank.balance(left, right)
         dtype = site.spec.dtype
         moved = shift.to(dtype) if choice.bias else None
         return LowRank(left.to(dtype), right.to(dtype), moved, how, site.spec.shape[1:])
 
     def _fitted(
-        self,
-        matrix: Tensor,
-        metric: metrics.ResponseMetric,
-        found: lowrank.Spectrum,
-        weight: Tensor | None,
-        rank: int,
-        outputs: int,
+        self, matrix: Tensor, metric: SlicedMetric, found: lowrank.Spectrum, weight: Tensor | None, rank: int
     ) -> tuple[Tensor, Tensor]:
         if rank >= found.basis.shape[-1]:
             # Nothing is lost at full rank, so nothing needs fitting and the product is exact.
             return lowrank.factors(matrix, lowrank.spectrum(matrix).basis, rank)
-        mixed = metrics.mix(matrix, weight)
+        mixed = response.mix(matrix, weight)
         left, _ = lowrank.factors(mixed, found.basis, rank)
-        if metric.is_full and metric.slices > 1:
-            left, _ = response.alternate(mixed, metric.moment, left, outputs, sweeps=self.sweeps)
+        if not metric.separates:
+            left, _ = response.alternate(mixed, metric, left, sweeps=self.sweeps)
         # The best second factor for a given first one does not depend on the weight of the outputs.
-        return left, response.refit(matrix, metric.moment, left, outputs)
+        return left, response.refit(matrix, metric, left)
 
 
 def _has_outputs(site: Layer, how: Unfolding) -> bool:
     return how.name == "channel" and site.statistics.output is not None
 
 
-def _start(
-    site: Layer, how: Unfolding, metric: metrics.ResponseMetric | None, weight: Tensor | None
-) -> lowrank.Spectrum:
+def _start(site: Layer, how: Unfolding, seen: statistics.Patches | None, weight: Tensor | None) -> lowrank.Spectrum:
     """Leading directions of every rank, by patches, slices or outputs, whichever the site holds."""
-    if metric is not None:
-        return lowrank.spectrum(metrics.mix(unfold(site.weight, how), weight), response.slice_metric(metric.moment))
-    held = site.statistics.output
-    covariance = shrunk(held.covariance, held.count)
+    if seen is not None:
+        return lowrank.spectrum(response.mix(unfold(site.weight, how), weight), seen.metric.average)
+    covariance = statistics.outputs(site)
     return lowrank.principal(covariance if weight is None else weight @ covariance @ weight)
 
 
@@ -140,5 +130,5 @@ def _projected(site: Layer, matrix: Tensor, basis: Tensor, weight: Tensor | None
         inwards, outwards = basis, basis.mT
     else:
         inwards, outwards = weight @ basis, torch.linalg.solve(weight, basis).mT
-    shift = metrics.outside(site, site.statistics.output.mean, inwards, outwards)
+    shift = statistics.outside(site, site.statistics.output.mean, inwards, outwards)
     return matrix @ inwards, outwards, shift

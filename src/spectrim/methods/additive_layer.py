@@ -1,33 +1,30 @@
-"""The problem of a low-rank and a sparse part at one site: its target, its metric, and how to read its factors."""
+"""A layer that a low-rank and a sparse part shall stand for: target and metric, and what their factors are in it."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from spectrim.linalg import lowrank, response
 from spectrim.linalg.additive import Additive
 from spectrim.linalg.low_rank_steps import Exact, Greedy, LowRankStep, Product, Split
-from spectrim.linalg.metric import Full, Metric, Plain, Rows, Slices
-from spectrim.linalg.moments import shrunk
+from spectrim.linalg.metric import Metric, Plain, Rows
 from spectrim.linalg.sketch import Sketch
 from spectrim.linalg.sparse import Quadratic
-from spectrim.linalg.unfold import Unfolding, slice_rows, unfold, unfolding
-from spectrim.methods import metrics
+from spectrim.linalg.unfold import Unfolding, unfolding
+from spectrim.methods import statistics
 from spectrim.network.sites import Layer
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
+class AdditiveLayer:
     """A layer as target and metric, for one unfolding of the low-rank part.
 
     Attributes
     ----------
     target
-        The weight as ``[g, o, (i, *k)]``, float64.
+        The weight as ``[g, o, (i, *k)]``.
     error
         What is minimised: lost responses, or lost weights without calibration.
     step
@@ -46,25 +43,22 @@ class Problem:
     @classmethod
     def known(cls, site: Layer, how: Unfolding) -> bool:
         """Whether a calibrated site has a metric for an unfolding."""
-        if site.statistics.input is not None or _window(site, how) is not None:
+        if site.statistics.input is not None or _known_slices(site, how) is not None:
             return True
         return isinstance(site.statistics.sketch, Sketch)
 
     @classmethod
-    def of(cls, site: Layer, how: Unfolding, *, exact: bool = False) -> Problem:
-        spec = site.spec
-        g, o, *patch = spec.shape
-        weight = metrics.output_weight(site)
+    def of(cls, site: Layer, how: Unfolding, *, exact: bool = False) -> AdditiveLayer:
+        g, o, *_ = site.spec.shape
         metric, mean = _metric(site, how)
-        # Layers of millions of weights are fitted in float32: half the memory and time, and accuracy to spare.
-        dtype = torch.float32 if isinstance(metric, Rows) else torch.float64
-        target = site.weight.to(dtype).reshape(g, o, -1)
-        weight = None if weight is None else weight.to(dtype)
+        split = None if how.name == "channel" else metric.sliced(how)
+        metric = split or metric
+        # Layers of millions of weights, whose metrics are rows, are fitted in float32: half the memory and time.
+        target = site.weight.to(metric.dtype).reshape(g, o, -1)
+        weight = statistics.output_weight(site)
+        weight = None if weight is None else weight.to(metric.dtype)
         outer = None if weight is None else weight @ weight
-        if how.name == "channel":
-            step: LowRankStep = (Exact if exact else Greedy)(metric, weight)
-        else:
-            step = Split(metric, weight, tuple(patch), how.axes)
+        step: LowRankStep = Split(split, weight) if split else (Exact if exact else Greedy)(metric, weight)
         return cls(site, how, target, Quadratic(metric, outer), step, mean)
 
     @property
@@ -83,22 +77,15 @@ class Problem:
 
     def energies(self) -> Tensor:
         """Spectrum ``[g, R]`` of the low-rank problem alone, descending; for splits that of the average slice."""
-        if isinstance(self.step, Split):
-            matrix = metrics.mix(unfold(self.site.weight, self.how), self.step.root)
-            return lowrank.energies(matrix, response.slice_metric(self.step.moment))
-        mixed = self.target if self.step.root is None else self.step.root @ self.target
-        gram = (self.error.metric.times(mixed) @ mixed.mT).double()
-        return torch.linalg.eigvalsh((gram + gram.mT) / 2).flip(-1).clamp_min(0)
+        return self.step.energies(self.target)
 
     def factors(self, product: Product | None) -> tuple[Tensor, Tensor]:
         """Left ``[g, (i, k_S), r]`` and right ``[g, r, (o, k_rest)]`` of a product; of rank 0 without one."""
-        if product is None:
-            spec = self.site.spec
-            g, o, i, *kernel = spec.shape
-            first, second = self.how.sizes(kernel)
-            return self.target.new_zeros(g, i * first, 0), self.target.new_zeros(g, 0, o * second)
-        left, right = product.factors
-        return (left, right) if isinstance(self.step, Split) else (right.mT, left.mT)
+        if product is not None:
+            return self.step.unfolded(product)
+        g, o, i, *kernel = self.site.spec.shape
+        first, second = self.how.sizes(kernel)
+        return self.target.new_zeros(g, i * first, 0), self.target.new_zeros(g, 0, o * second)
 
     def shift(self, found: Additive) -> Tensor:
         """Mean response ``[o_total]`` of what both parts leave out, for the bias."""
@@ -110,42 +97,24 @@ class Problem:
         return torch.einsum("gon,gn->go", rest, self.mean.to(rest.dtype)).reshape(-1)
 
 
-def _window(site: Layer, how: Unfolding) -> str | None:
-    """The unfolding whose slices stand for the metric under another; the smallest one for the whole kernel."""
+def _known_slices(site: Layer, how: Unfolding) -> Unfolding | None:
+    """The unfolding whose slices stand for the patches under an unfolding; the smallest ones for the whole kernel."""
     slices = site.statistics.slices
     if how.name != "channel":
-        return how.name if how.name in slices else None
-    return min(slices, key=lambda name: slices[name].mean.shape[-1], default=None)
+        return how if how.name in slices else None
+    name = min(slices, key=lambda name: slices[name].mean.shape[-1], default=None)
+    return None if name is None else unfolding(site.spec.kernel, name)
 
 
 def _metric(site: Layer, how: Unfolding) -> tuple[Metric, Tensor | None]:
-    spec = site.spec
-    g, _, *patch = spec.shape
-    if not site.statistics:
-        return Plain(g, spec.features, site.weight.device), None
-    if site.statistics.input is not None:
-        held = site.statistics.input
-        return Full(shrunk(held.covariance, held.count)), held.mean
+    """Metric and mean of the patches, by the best that calibration kept."""
+    g, _, *patch = site.spec.shape
     sketch = site.statistics.sketch
-    if isinstance(sketch, Sketch):
+    if not site.statistics:
+        return Plain(g, tuple(patch), site.weight.device, how), None
+    if site.statistics.input is None and sketch is not None:
         rows = sketch.rows / max(sketch.count, 1) ** 0.5
-        metric = Rows(rows, sketch.level().to(rows.dtype))
-        return (metric if how.name == "channel" else _sliced(metric, tuple(patch), how)), sketch.mean
-    name = _window(site, how)
-    assert name is not None
-    held = site.statistics.slices[name]
-    axes = unfolding(spec.kernel, name).axes
-    moment = shrunk(held.covariance, held.count)
-    inside = [patch[0], *(k if a in axes else 1 for a, k in enumerate(patch[1:]))]
-    mean = held.mean.reshape(g, *inside).expand(g, *patch).reshape(g, math.prod(patch))
-    return Slices(moment, tuple(patch), axes), mean
-
-
-def _sliced(metric: Rows, patch: tuple[int, ...], how: Unfolding) -> Slices:
-    """The average moment of the slices of an unfolding, from that of whole patches ``(i, *k)``."""
-    g, m, _ = metric.rows.shape
-    rows = slice_rows(metric.rows.reshape(g, m, *patch), how).double()
-    slices = rows.shape[1] // m
-    moment = rows.mT @ rows / slices
-    moment.diagonal(dim1=-2, dim2=-1).add_(metric.level.double().unsqueeze(-1))
-    return Slices(moment, patch, how.axes)
+        return Rows(rows, sketch.level().to(rows.dtype), tuple(patch)), sketch.mean
+    seen = statistics.patches(site, _known_slices(site, how) or how)
+    assert seen is not None
+    return seen.metric, seen.mean

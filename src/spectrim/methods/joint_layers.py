@@ -1,4 +1,4 @@
-"""The problem of a joint site under one unfolding: what every layer sees, and how much its errors count."""
+"""Layers that are to share factors, under one unfolding: what each sees, and how much its errors count."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectrim.linalg import lowrank, response
+from spectrim.linalg import lowrank, metric, response
+from spectrim.linalg.metric import SlicedMetric
 from spectrim.linalg.moments import shrunk
 from spectrim.linalg.unfold import Unfolding, unfold
-from spectrim.methods import metrics
-from spectrim.methods.metrics import ResponseMetric
+from spectrim.methods import statistics
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Group, Layer
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
+class JointLayers:
     """Layers that are to share a factor, as matrices and metrics in which all their errors count in one unit.
 
     A layer's matrix is scaled so that all of its energy is what losing the layer adds to the loss: 1 without
@@ -34,10 +34,8 @@ class Problem:
         What ``mixed`` was scaled by.
     weights
         Output weight of every layer, or None: its own for left sharing, that of all together otherwise.
-    metrics
+    seen
         What every layer sees; one object for all that see the same. None without calibration.
-    outputs
-        Output channels a group of every layer.
     scale
         What losing all layers adds to the loss.
     """
@@ -46,27 +44,18 @@ class Problem:
     mixed: tuple[Tensor, ...]
     roots: tuple[float, ...]
     weights: tuple[Tensor | None, ...]
-    metrics: tuple[ResponseMetric, ...] | None
-    outputs: tuple[int, ...]
+    seen: tuple[statistics.Patches, ...] | None
     scale: float
 
     @property
-    def full(self) -> tuple[Tensor, ...] | None:
-        """Second moments ``[g, p, q, p, q]``, or ``[g, p, p]`` where only the average slice is known."""
-        return None if self.metrics is None else tuple(metric.moment for metric in self.metrics)
-
-    @property
-    def slices(self) -> tuple[Tensor, ...] | None:
-        """Average slice metrics; one object for all where all have one metric."""
-        if self.full is None:
-            return None
-        made = {id(moment): response.slice_metric(moment) for moment in self.full}
-        return tuple(made[id(moment)] for moment in self.full)
+    def metrics(self) -> tuple[SlicedMetric, ...] | None:
+        """One object for all layers that see the same."""
+        return None if self.seen is None else tuple(patches.metric for patches in self.seen)
 
     @property
     def separates(self) -> bool:
-        """Whether the error of a product is that in the slice metric, so that projections are optimal."""
-        return self.full is None or all(m.dim() == 3 or m.shape[2] == 1 for m in self.full)
+        """Whether the error of a product is that in the average slice, so that projections are optimal."""
+        return self.metrics is None or all(a.separates for a in self.metrics)
 
     def own_left(self, left: Tensor, number: int) -> Tensor:
         """The first factor of one layer alone, fitted to its mixed matrix, for the matrix as it is."""
@@ -79,11 +68,11 @@ class Problem:
     def shared_right(self, right: Tensor, number: int = 0) -> Tensor:
         """The same of the second factor that all layers share."""
         weight = self.weights[number]
-        return right if weight is None else metrics.mix(right, torch.linalg.pinv(weight, hermitian=True))
+        return right if weight is None else response.mix(right, torch.linalg.pinv(weight, hermitian=True))
 
 
-def pose(site: Group, how: Unfolding, *, common: bool) -> Problem | None:
-    """The problem of a site, or None if calibration kept too little for this unfolding.
+def pose(site: Group, how: Unfolding, *, common: bool) -> JointLayers | None:
+    """The layers of a site, or None if calibration kept too little for this unfolding.
 
     Parameters
     ----------
@@ -92,50 +81,46 @@ def pose(site: Group, how: Unfolding, *, common: bool) -> Problem | None:
     """
     parts = site.parts
     matrices = tuple(unfold(part.weight, how).double() for part in parts)
-    outputs = tuple(part.spec.shape[1] for part in parts)
+    seen, weights = None, tuple(None for _ in parts)
     if site.calibrated:
-        held = _metrics(site, parts, how)
-        if held is None:
+        seen = _patches(site, parts, how)
+        if seen is None:
             return None
         weights = _output_weights(parts, common=common)
-    else:
-        held, weights = None, tuple(None for _ in parts)
-    mixed = tuple(metrics.mix(m, weight) for m, weight in zip(matrices, weights, strict=True))
-    totals = _energies(mixed, held, outputs)
+    mixed = tuple(response.mix(m, weight) for m, weight in zip(matrices, weights, strict=True))
+    totals = _energies(mixed, seen)
     # Losing a layer counts as it does where the layer is chosen alone, by its own weight.
     own = totals
     if common and weights[0] is not None:
-        alone = [metrics.mix(m, metrics.output_weight(part)) for m, part in zip(matrices, parts, strict=True)]
-        own = _energies(alone, held, outputs)
-    scales = [metrics.scale(part, total) for part, total in zip(parts, own, strict=True)]
+        alone = [response.mix(m, statistics.output_weight(part)) for m, part in zip(matrices, parts, strict=True)]
+        own = _energies(alone, seen)
+    scales = [statistics.scale(part, total) for part, total in zip(parts, own, strict=True)]
     # A layer without energy loses nothing, whatever it is scaled by.
     roots = tuple((s / t) ** 0.5 if s > 0 and t > 0 else 1.0 for s, t in zip(scales, totals, strict=True))
     mixed = tuple(root * m for root, m in zip(roots, mixed, strict=True))
-    return Problem(matrices, mixed, roots, weights, held, outputs, sum(scales))
+    return JointLayers(matrices, mixed, roots, weights, seen, sum(scales))
 
 
-def _energies(matrices: Sequence[Tensor], held: Sequence[ResponseMetric] | None, outputs: Sequence[int]) -> list[float]:
-    if held is None:
+def _energies(matrices: Sequence[Tensor], seen: Sequence[statistics.Patches] | None) -> list[float]:
+    if seen is None:
         return [float(m.square().sum()) for m in matrices]
-    seen = zip(matrices, held, outputs, strict=True)
-    return [float(response.total_energy(m, metric.moment, o).sum()) for m, metric, o in seen]
+    layers = zip(matrices, seen, strict=True)
+    return [float(response.total_energy(m, patches.metric).sum()) for m, patches in layers]
 
 
-def _metrics(site: Group, parts: Sequence[Layer], how: Unfolding) -> tuple[ResponseMetric, ...] | None:
-    found = [metrics.response_metric(part, how) for part in parts]
-    held = [metric for metric in found if metric is not None]
-    if len(held) < len(found):
+def _patches(site: Group, parts: Sequence[Layer], how: Unfolding) -> tuple[statistics.Patches, ...] | None:
+    seen = [patches for part in parts if (patches := statistics.patches(part, how))]
+    if len(seen) < len(parts):
         return None
-    if site.same_input and len({metric.moment.shape for metric in held}) == 1:
-        # Samples of one and the same stream: together they are more, and one metric has a closed form.
-        moment = torch.stack([metric.moment for metric in held]).mean(0)
-        mean = torch.stack([metric.mean for metric in held]).mean(0)
-        return (ResponseMetric(moment, mean),) * len(held)
-    return tuple(held)
+    if not site.same_input:
+        return tuple(seen)
+    # Samples of one and the same stream: together they are more, and one metric has a closed form.
+    mean = torch.stack([patches.mean for patches in seen]).mean(0)
+    return (statistics.Patches(metric.mean([patches.metric for patches in seen]), mean),) * len(seen)
 
 
 def _output_weights(parts: Sequence[Layer], *, common: bool) -> tuple[Tensor | None, ...]:
-    own = tuple(metrics.output_weight(part) for part in parts)
+    own = tuple(statistics.output_weight(part) for part in parts)
     if not common or any(weight is None for weight in own):
         return own if all(weight is not None for weight in own) else tuple(None for _ in parts)
     moments = [part.statistics.gradient for part in parts]

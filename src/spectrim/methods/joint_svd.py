@@ -15,12 +15,13 @@ from torch import Tensor
 
 from spectrim.cost.counted import macs, parameters, rank_multiple
 from spectrim.errors import MissingMomentsError
-from spectrim.linalg import joint, lowrank, response
-from spectrim.linalg.joint import Bilateral
+from spectrim.linalg import bi_joint, joint, lowrank, response
+from spectrim.linalg.bi_joint import Bilateral
+from spectrim.linalg.metric import SlicedMetric
 from spectrim.linalg.unfold import Unfolding, unfold, unfolding, unfoldings_named
-from spectrim.methods import metrics
+from spectrim.methods import statistics
 from spectrim.methods.base import WEIGHT_ENERGY, Curve, Method, check_unfoldings, full_rank
-from spectrim.methods.joint_layers import Problem, compatible, pose
+from spectrim.methods.joint_layers import JointLayers, compatible, pose
 from spectrim.network.choices import Choice, SharedChoice
 from spectrim.network.factors import SharedBasis
 from spectrim.network.layer import LayerSpec
@@ -161,107 +162,104 @@ class JointSVD(Method):
             ranks = self.ranks(site, how)
             if not ranks:
                 continue
-            problem = pose(site, how, common=self.share != "left")
-            if problem is None:
+            group = pose(site, how, common=self.share != "left")
+            if group is None:
                 continue
-            offered, lost, energies = self._lost(problem, list(ranks))
-            scale = problem.scale
+            offered, lost, energies = self._lost(group, list(ranks))
+            scale = group.scale
             choices += [self.choice(site, how, rank, bias=biased) for rank in offered]
-            errors += [value / max(problem.scale, 1e-300) for value in lost]
+            errors += [value / max(group.scale, 1e-300) for value in lost]
             if energies is not None:
                 spectra[how.name] = lowrank.profile(energies)
-        unit = metrics.unit(site.parts[0]) if site.calibrated else WEIGHT_ENERGY
+        unit = statistics.unit(site.parts[0]) if site.calibrated else WEIGHT_ENERGY
         return Curve(tuple(choices), tuple(errors), unit, scale, spectra)
 
-    def _lost(self, problem: Problem, ranks: list[int]) -> tuple[list[int], list[float], Tensor | None]:
+    def _lost(self, group: JointLayers, ranks: list[int]) -> tuple[list[int], list[float], Tensor | None]:
         """Ranks, what each loses, and the spectrum of the stack."""
-        slices, full, most = problem.slices, problem.full, ranks[-1]
+        metrics, most = group.metrics, ranks[-1]
         if self.share == "both":
-            return self._lost_by_both(problem, ranks)
-        if full is None:
+            return self._lost_by_both(group, ranks)
+        if metrics is None:
             # Without metrics the error of every rank takes the spectrum alone, without a basis.
-            energies = lowrank.energies(torch.cat(problem.mixed, dim=-2 if self.share == "right" else -1))
+            energies = lowrank.energies(torch.cat(group.mixed, dim=-2 if self.share == "right" else -1))
             return ranks, (lowrank.tail_errors(energies) * float(energies.sum()))[ranks].tolist(), energies
         if self.share == "right":
-            found = joint.right_shared(problem.mixed, slices, most)
+            found = joint.right_shared(group.mixed, metrics, most)
             energies, basis = found.energies, found.basis
-            lefts = [m @ basis for m in problem.mixed]
-            exact = problem.separates
+            lefts = [m @ basis for m in group.mixed]
+            exact = group.separates
         else:
-            left, energies = joint.left_start(problem.mixed, slices, most)
-            lefts = [left] * len(problem.mixed)
-            exact = problem.separates and slices is not None and _alike(slices)
+            left, energies = joint.left_start(group.mixed, metrics, most)
+            lefts = [left] * len(group.mixed)
+            exact = group.separates and _alike(metrics)
         if exact:
             lost = lowrank.tail_errors(energies) * float(energies.sum())
         else:
-            layers = zip(problem.mixed, full, lefts, problem.outputs, strict=True)
-            equations = [response.normal(m, a, left, o) for m, a, left, o in layers]
+            equations = [response.normal(*layer) for layer in zip(group.mixed, metrics, lefts, strict=True)]
             if self.share == "right":
                 lost = functools.reduce(operator.add, equations).errors()
             else:
                 lost = torch.stack([e.errors() for e in equations]).sum(0)
         return ranks, lost[ranks].tolist(), energies
 
-    def _lost_by_both(self, problem: Problem, ranks: list[int]) -> tuple[list[int], list[float], None]:
+    def _lost_by_both(self, group: JointLayers, ranks: list[int]) -> tuple[list[int], list[float], None]:
         """The same for both parts: no decomposition has all ranks, so a few are fitted, each from the one before."""
         knots = _knots(ranks)
-        return knots, [self._rest(problem, state) for state in self._path(problem, knots)], None
+        return knots, [self._rest(group, state) for state in self._path(group, knots)], None
 
-    def _path(self, problem: Problem, knots: Sequence[int]) -> Iterator[Bilateral]:
+    def _path(self, group: JointLayers, knots: Sequence[int]) -> Iterator[Bilateral]:
         """Fits of both parts at ascending ranks, each from the one before."""
         state: Bilateral | None = None
         for rank in knots:
             left_rank = round(self.proportion * rank)
-            state = joint.bilateral(
-                problem.mixed, left_rank, rank - left_rank, problem.slices, sweeps=1, first=self.first, start=state
+            state = bi_joint.bilateral(
+                group.mixed, left_rank, rank - left_rank, group.metrics, sweeps=1, first=self.first, start=state
             )
             yield state
 
-    def _rest(self, problem: Problem, state: Bilateral) -> float:
-        if problem.full is None or problem.separates:
-            return joint.objective(problem.mixed, state.products(), problem.slices)
+    def _rest(self, group: JointLayers, state: Bilateral) -> float:
+        if group.metrics is None or group.separates:
+            return bi_joint.objective(group.mixed, state.products(), group.metrics)
+        layers = list(zip(group.mixed, group.metrics, state.own_lefts, strict=True))
         if not state.shared_left.shape[-1]:
-            layers = zip(problem.mixed, problem.full, state.own_lefts, problem.outputs, strict=True)
-            equations = [response.normal(m, a, left, o) for m, a, left, o in layers]
-            return float(functools.reduce(operator.add, equations).errors()[-1])
+            return float(functools.reduce(operator.add, (response.normal(*layer) for layer in layers)).errors()[-1])
         lost = 0.0
-        parts = zip(problem.mixed, problem.full, state.own_lefts, problem.outputs, strict=True)
-        for matrix, metric, left, outputs in parts:
+        for matrix, metric, left in layers:
             rest = matrix - left @ state.shared_right
-            lost += float(response.normal(rest, metric, state.shared_left, outputs).errors()[-1])
+            lost += float(response.normal(rest, metric, state.shared_left).errors()[-1])
         return lost
 
     def factorize(self, site: Group, choice: SharedChoice) -> SharedBasis:
         how = unfolding(site.layers[0].kernel, choice.unfolding)
         rank, left_rank = choice.rank, choice.left_rank
-        problem = pose(site, how, common=left_rank < rank)
-        if problem is None:
+        group = pose(site, how, common=left_rank < rank)
+        if group is None:
             site.parts[0].require("input", f"{self.name} ({how.name})")
             raise MissingMomentsError(f"group {site.name!r}: not all layers hold 'input' moments")
         start: Bilateral | None = None
         if 0 < left_rank < rank:
             # The way that the curve went, so that what is carried out loses no more than it says.
             below = [knot for knot in _knots(list(self.ranks(site, how))) if knot < rank]
-            for fitted in self._path(problem, below):
+            for fitted in self._path(group, below):
                 start = fitted
-        state = self._fitted(problem, left_rank, rank - left_rank, start)
+        state = self._fitted(group, left_rank, rank - left_rank, start)
         numbers = range(len(site.layers))
-        own_lefts = [problem.own_left(state.own_lefts[n], n) for n in numbers]
-        own_rights = [problem.own_right(state.own_rights[n], n) for n in numbers]
-        shared_right = problem.shared_right(state.shared_right)
+        own_lefts = [group.own_left(state.own_lefts[n], n) for n in numbers]
+        own_rights = [group.own_right(state.own_rights[n], n) for n in numbers]
+        shared_right = group.shared_right(state.shared_right)
         own_lefts, shared_right = _balanced(own_lefts, shared_right)
         mirrored, turned = _balanced([v.mT for v in own_rights], state.shared_left.mT)
         shared_left, own_rights = turned.mT, [v.mT for v in mirrored]
         shifts: list[Tensor | None] = [None for _ in numbers]
         dtype = site.layers[0].dtype
-        if choice.bias and problem.metrics is None:
+        if choice.bias and group.seen is None:
             # What was announced and counted: every layer of the group has a bias.
             shifts = [torch.zeros(s.out_channels, dtype=dtype, device=s.device) for s in site.layers]
-        elif choice.bias and problem.metrics is not None:
+        elif choice.bias and group.seen is not None:
             for n in numbers:
                 made = Bilateral((own_lefts[n],), shared_right, shared_left, (own_rights[n],))
-                missing = problem.matrices[n] - made.products()[0]
-                shifts[n] = problem.metrics[n].shift(missing, problem.outputs[n]).to(dtype)
+                missing = group.matrices[n] - made.products()[0]
+                shifts[n] = group.seen[n].shift(missing).to(dtype)
         return SharedBasis(
             tuple(u.to(dtype) for u in own_lefts),
             shared_right.to(dtype),
@@ -273,28 +271,25 @@ class JointSVD(Method):
             choice.once,
         )
 
-    def _fitted(self, problem: Problem, left_rank: int, right_rank: int, start: Bilateral | None) -> Bilateral:
+    def _fitted(self, group: JointLayers, left_rank: int, right_rank: int, start: Bilateral | None) -> Bilateral:
         """The factors of the mixed matrices."""
-        slices, full = problem.slices, problem.full
-        turns = min(self.sweeps, 4)
-        if full is not None and not right_rank:
+        metrics, turns = group.metrics, min(self.sweeps, 4)
+        if metrics is not None and not right_rank:
             # From where the curve started, so that what is carried out loses no more than it says.
-            left, _ = joint.left_start(problem.mixed, slices, left_rank)
-            exact = problem.separates and _alike(full)
-            left, rights = joint.alternate_left(
-                problem.mixed, full, left, problem.outputs, sweeps=0 if exact else turns
-            )
-            return dataclasses.replace(joint.nothing(problem.mixed), shared_left=left, own_rights=rights)
-        state = joint.bilateral(
-            problem.mixed, left_rank, right_rank, slices, sweeps=self.sweeps, first=self.first, start=start
+            left, _ = joint.left_start(group.mixed, metrics, left_rank)
+            exact = group.separates and _alike(metrics)
+            left, rights = joint.alternate_left(group.mixed, metrics, left, sweeps=0 if exact else turns)
+            return dataclasses.replace(bi_joint.nothing(group.mixed), shared_left=left, own_rights=rights)
+        state = bi_joint.bilateral(
+            group.mixed, left_rank, right_rank, metrics, sweeps=self.sweeps, first=self.first, start=start
         )
-        if full is None or problem.separates:
+        if metrics is None or group.separates:
             return state
         if not left_rank:
-            lefts, right = joint.alternate_right(problem.mixed, full, state.own_lefts, problem.outputs, sweeps=turns)
+            lefts, right = joint.alternate_right(group.mixed, metrics, state.own_lefts, sweeps=turns)
             return dataclasses.replace(state, own_lefts=lefts, shared_right=right)
-        parts = zip(problem.mixed, full, state.own_lefts, problem.outputs, strict=True)
-        rights = [response.refit(m - u @ state.shared_right, a, state.shared_left, o) for m, a, u, o in parts]
+        layers = zip(group.mixed, metrics, state.own_lefts, strict=True)
+        rights = [response.refit(m - u @ state.shared_right, a, state.shared_left) for m, a, u in layers]
         return dataclasses.replace(state, own_rights=tuple(rights))
 
     def refit(self, site: Layer, factors: SharedBasis, number: int) -> SharedBasis:
@@ -307,29 +302,28 @@ class JointSVD(Method):
         number
             Of the layer in the group.
         """
-        metric = metrics.response_metric(site, factors.how)
-        if metric is None:
+        seen = statistics.patches(site, factors.how)
+        if seen is None:
             site.require("input", f"refitting {self.name}")
             return factors
-        outputs = site.spec.shape[1]
         matrix = unfold(site.weight, factors.how).double()
         left_rank, right_rank = factors.ranks
         shared_left, shared_right = factors.shared_left.double(), factors.shared_right.double()
         u, v = factors.own_lefts[number].double(), factors.own_rights[number].double()
         # Only the first factor depends on how the outputs are weighed: the best second one is best for each of them.
-        weight = metrics.output_weight(site)
-        seen_right = metrics.mix(shared_right, weight)
+        weight = statistics.output_weight(site)
+        mixed_right = response.mix(shared_right, weight)
         for _ in range(3 if left_rank and right_rank else 1):
             if right_rank:
                 rest = matrix - shared_left @ v if left_rank else matrix
-                u = _own_left(metrics.mix(rest, weight), metric, u, seen_right, outputs)
+                u = _own_left(response.mix(rest, weight), seen.metric, u, mixed_right)
             if left_rank:
                 rest = matrix - u @ shared_right if right_rank else matrix
-                v = response.refit(rest, metric.moment, shared_left, outputs)
+                v = response.refit(rest, seen.metric, shared_left)
         (made,) = Bilateral((u,), shared_right, shared_left, (v,)).products()
         missing = matrix - made
         dtype = factors.shared_right.dtype
-        shift = None if site.biases[0] is None else metric.shift(missing, outputs).to(dtype)
+        shift = None if site.biases[0] is None else seen.shift(missing).to(dtype)
 
         def put(values: tuple[Any, ...], new: Tensor | None) -> tuple[Any, ...]:
             return (*values[:number], new, *values[number + 1 :])
@@ -357,11 +351,11 @@ class JointSVD(Method):
         return low
 
 
-def _own_left(rest: Tensor, metric: metrics.ResponseMetric, left: Tensor, right: Tensor, outputs: int) -> Tensor:
+def _own_left(rest: Tensor, metric: SlicedMetric, left: Tensor, right: Tensor) -> Tensor:
     """First factor of one layer for a given second one, exactly where the metric separates."""
-    if not metric.is_full or metric.slices == 1:
+    if metric.separates:
         return torch.linalg.lstsq(right.mT, rest.mT).solution.mT
-    return response.refit_first([rest], [metric.moment], left, [right], [outputs], steps=24)
+    return response.refit_first([rest], [metric], left, [right], steps=24)
 
 
 def _knots(ranks: list[int]) -> list[int]:
@@ -375,7 +369,7 @@ def _first_of(spec: LayerSpec, how: Unfolding) -> LayerSpec:
     return dataclasses.replace(first, names=("",), inputs=())
 
 
-def _alike(values: tuple[Tensor, ...]) -> bool:
+def _alike(values: tuple[SlicedMetric, ...]) -> bool:
     return all(value is values[0] for value in values)
 
 

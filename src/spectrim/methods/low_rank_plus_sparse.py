@@ -11,8 +11,8 @@ from spectrim.cost.counted import macs, parameters, rank_multiple
 from spectrim.linalg import additive, lowrank, patterns
 from spectrim.linalg.patterns import Pattern
 from spectrim.linalg.unfold import Unfolding, unfolding, unfoldings_named
-from spectrim.methods import metrics
-from spectrim.methods.additive_layer import Problem
+from spectrim.methods import statistics
+from spectrim.methods.additive_layer import AdditiveLayer
 from spectrim.methods.base import OUTPUT_ENERGY, WEIGHT_ENERGY, Curve, Method, check_unfoldings, full_rank
 from spectrim.network.choices import Choice, SumChoice
 from spectrim.network.factors import LowRankPlusSparse as Factors
@@ -112,7 +112,7 @@ class LowRankPlusSparse(Method):
         return not site.statistics or bool(self._offered(site))
 
     def curve(self, site: Layer) -> Curve:
-        unit = metrics.unit(site) if site.statistics else WEIGHT_ENERGY
+        unit = statistics.unit(site) if site.statistics else WEIGHT_ENERGY
         if not self.fits(site):
             return Curve((), (), unit if site.statistics else OUTPUT_ENERGY)
         choices: list[SumChoice] = []
@@ -120,18 +120,18 @@ class LowRankPlusSparse(Method):
         spectra: dict[str, tuple[float, ...]] = {}
         scale = 1.0
         for number, how in enumerate(self._chosen(site)):
-            problem = Problem.of(site, how, exact=self.exact)
-            total = problem.total
-            scale = metrics.scale(site, total) if site.statistics else 1.0
+            layer = AdditiveLayer.of(site, how, exact=self.exact)
+            total = layer.total
+            scale = statistics.scale(site, total) if site.statistics else 1.0
             offered = [(rank, _ANY, 0.0) for rank in self._alone(site.spec, how)]
-            for pattern in self._patterns(site, problem):
+            for pattern in self._patterns(site, layer):
                 offered += [(r, pattern, d) for r, d in self._grid(site.spec, how, pattern, first=not number)]
             for rank, pattern, density in offered:
-                found = self._decompose(problem, rank, pattern, density, turns=_CURVE_TURNS)
+                found = self._decompose(layer, rank, pattern, density, turns=_CURVE_TURNS)
                 choices.append(self.choice(site, how, rank, pattern, density))
                 errors.append(min(1.0, found.error / total) if total > 0 else 0.0)
             if site.spec.shape[1] <= _WIDE:
-                spectra[how.name] = lowrank.profile(problem.energies())
+                spectra[how.name] = lowrank.profile(layer.energies())
         return Curve(tuple(choices), tuple(errors), unit, scale, spectra)
 
     def factorize(self, site: Layer, choice: SumChoice) -> Factors:
@@ -139,15 +139,15 @@ class LowRankPlusSparse(Method):
         how = unfolding(spec.kernel, choice.unfolding)
         if site.statistics and how.name not in {u.name for u in self._offered(site)}:
             site.require("input", f"LowRankPlusSparse ({how.name})")
-        problem = Problem.of(site, how, exact=self.exact)
+        layer = AdditiveLayer.of(site, how, exact=self.exact)
         pattern = patterns.pattern(choice.pattern)
         turns = max(_CURVE_TURNS + 1, self.turns // _thin(spec) ** 2)
-        found = self._decompose(problem, choice.rank, pattern, choice.density, turns=turns)
-        left, right = problem.factors(found.product)
+        found = self._decompose(layer, choice.rank, pattern, choice.density, turns=turns)
+        left, right = layer.factors(found.product)
         left, right = lowrank.balance(left, right)
         shift = None
         if choice.bias and (site.statistics or not spec.bias):
-            shift = problem.shift(found).to(spec.dtype)
+            shift = layer.shift(found).to(spec.dtype)
         dtype = spec.dtype
         shape = spec.shape
         sparse, mask = found.sparse.weight.reshape(shape), found.sparse.mask.reshape(shape)
@@ -164,18 +164,18 @@ class LowRankPlusSparse(Method):
         return SumChoice(how.name, rank, density, pattern.name, biased, method=self.name)
 
     def _decompose(
-        self, problem: Problem, rank: int, pattern: Pattern, density: float, *, turns: int
+        self, layer: AdditiveLayer, rank: int, pattern: Pattern, density: float, *, turns: int
     ) -> additive.Additive:
         carried_out = turns > _CURVE_TURNS
-        fit = additive.better if carried_out and _thin(problem.site.spec) == 1 else additive.decompose
+        fit = additive.better if carried_out and _thin(layer.site.spec) == 1 else additive.decompose
         return fit(
-            problem.target,
-            problem.error,
-            problem.step,
+            layer.target,
+            layer.error,
+            layer.step,
             rank,
             pattern,
             density,
-            problem.kernel,
+            layer.kernel,
             turns=turns,
             tolerance=self.tolerance,
             growth=_GROWTH,
@@ -187,7 +187,7 @@ class LowRankPlusSparse(Method):
         return [
             how
             for how in unfoldings_named(site.spec.kernel, self.unfoldings)
-            if not site.statistics or Problem.known(site, how)
+            if not site.statistics or AdditiveLayer.known(site, how)
         ]
 
     def _chosen(self, site: Layer) -> list[Unfolding]:
@@ -197,19 +197,19 @@ class LowRankPlusSparse(Method):
             return offered if self.ranks else offered[:1]
 
         def lost(how: Unfolding) -> float:
-            energies = Problem.of(site, how).energies()
+            energies = AdditiveLayer.of(site, how).energies()
             each = sum(math.prod(part.shape) for part in site.spec.factor(how, 1))
             rank = math.prod(site.spec.shape) // (2 * each)
             return float(lowrank.tail_errors(energies)[min(rank, energies.shape[-1])])
 
         return [min(offered, key=lost)]
 
-    def _patterns(self, site: Layer, problem: Problem) -> Iterator[Pattern]:
+    def _patterns(self, site: Layer, layer: AdditiveLayer) -> Iterator[Pattern]:
         """The patterns on offer that the layer can have."""
         for name in self.patterns:
             if name == "taps":
                 if len(site.spec.kernel):
-                    found = patterns.taps(problem.scores().reshape(site.spec.shape))
+                    found = patterns.taps(layer.scores().reshape(site.spec.shape))
                     yield from (pattern for pattern in found if site.spec.allows(pattern))
             elif site.spec.allows(pattern := patterns.pattern(name)):
                 yield pattern

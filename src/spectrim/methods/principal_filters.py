@@ -11,7 +11,7 @@ from spectrim.cost.counted import rank_multiple
 from spectrim.errors import MissingMomentsError
 from spectrim.linalg import principal, subset
 from spectrim.linalg.lowrank import profile
-from spectrim.methods import metrics
+from spectrim.methods import statistics
 from spectrim.methods.base import OUTPUT_ENERGY, Curve, Method
 from spectrim.network import narrowing
 from spectrim.network.choices import ChannelsChoice, Choice
@@ -142,13 +142,13 @@ class PrincipalFilters(Method):
         for part in site.parts:
             if part.name not in reading or not (part.statistics or site.pooled.unpooled):
                 continue
-            mixed = metrics.mixed_weight(part)
+            mixed = statistics.mixed_weight(part)
             of_layer = narrowing.readers(site, part, mixed.mT @ mixed)
             # Sums over layers need losses in one unit.
             total = sum(reader.energy for reader in of_layer)
             if total <= _NOTHING * sum(float(reader.gram.trace()) for reader in of_layer):
                 total = 0.0
-            own = metrics.scale(part, total)
+            own = statistics.scale(part, total)
             for reader in of_layer:
                 reader.gram *= own / total if total > 0 else 0.0
             found += of_layer
@@ -184,4 +184,4 @@ def _in_turn(order: list[int], channels: int, pools: int) -> list[int]:
 
 def _unit(site: Channels) -> str:
     reading = {side.name for side in site.coupling.on(IN)}
-    return next((metrics.unit(part) for part in site.parts if part.name in reading), OUTPUT_ENERGY)
+    return next((statistics.unit(part) for part in site.parts if part.name in reading), OUTPUT_ENERGY)

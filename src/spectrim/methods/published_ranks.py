@@ -17,7 +17,7 @@ from spectrim.cost.whole import Network
 from spectrim.errors import MissingMomentsError
 from spectrim.linalg import response
 from spectrim.linalg.unfold import Unfolding, unfold, unfolding
-from spectrim.methods import JointSVD, Method, WeightSVD, metrics
+from spectrim.methods import JointSVD, Method, WeightSVD, statistics
 from spectrim.methods.base import WEIGHT_ENERGY, full_rank
 from spectrim.methods.joint_layers import compatible
 from spectrim.network.choices import DENSE, LowRankChoice, SharedChoice
@@ -110,7 +110,7 @@ def at_rate(
         dense = Option(DENSE, 0.0, network.row(name))
         offered = (dense, options[name]) if name in options else (dense,)
         rows.append(Row(name, f"{len(members)} x {kind}" if members else kind, offered, members=members))
-    units = {metrics.unit(site) if site.calibrated else WEIGHT_ENERGY for site in sites}
+    units = {statistics.unit(site) if site.calibrated else WEIGHT_ENERGY for site in sites}
     if len(units) > 1:
         raise ValueError("some of the sites are calibrated and some are not, so that their errors have different units")
     table = Candidates(
@@ -237,17 +237,17 @@ def _error(assigned: Assignment) -> float:
     lost = whole = 0.0
     few = dataclasses.replace(method, sweeps=_SWEEPS)
     for part, made in zip(site.parts, few.factorize(site, choice).dense(), strict=True):
-        how, outputs = unfolding(part.spec.kernel, choice.unfolding), part.spec.shape[1]
-        weight = metrics.output_weight(part)
-        before = metrics.mix(unfold(part.weight, how), weight)
-        missing = before - metrics.mix(unfold(made, how), weight)
-        metric = metrics.response_metric(part, how)
-        if metric is None:
+        how = unfolding(part.spec.kernel, choice.unfolding)
+        weight = statistics.output_weight(part)
+        before = response.mix(unfold(part.weight, how), weight)
+        missing = before - response.mix(unfold(made, how), weight)
+        seen = statistics.patches(part, how)
+        if seen is None:
             total, gone = float(before.square().sum()), float(missing.square().sum())
         else:
-            total = float(response.total_energy(before, metric.moment, outputs).sum())
-            gone = float(response.total_energy(missing, metric.moment, outputs).sum())
-        scale = metrics.scale(part, total)
+            total = float(response.total_energy(before, seen.metric).sum())
+            gone = float(response.total_energy(missing, seen.metric).sum())
+        scale = statistics.scale(part, total)
         whole += scale
         lost += scale * gone / max(total, 1e-300)
     return lost / max(whole, 1e-300)

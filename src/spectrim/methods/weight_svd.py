@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from spectrim.linalg import lowrank, response
-from spectrim.linalg.moments import shrunk
 from spectrim.linalg.unfold import Unfolding, unfold, unfolding
-from spectrim.methods import metrics
+from spectrim.methods import statistics
 from spectrim.methods.base import WEIGHT_ENERGY, Curve, LowRankMethod
 from spectrim.network.choices import LowRankChoice
 from spectrim.network.factors import LowRank
@@ -47,7 +46,7 @@ class WeightSVD(LowRankMethod):
                     continue
                 energies = found.energies
                 lost, total = measured
-                scale = metrics.scale(site, total)
+                scale = statistics.scale(site, total)
             else:
                 # The error of every rank takes the spectrum alone, without a basis.
                 energies = lowrank.energies(unfold(site.weight, how))
@@ -56,28 +55,25 @@ class WeightSVD(LowRankMethod):
             choices += [self.choice(site, how, rank, bias=biased) for rank in ranks]
             errors += lost[list(ranks)].tolist()
             spectra[how.name] = lowrank.profile(energies)
-        unit = metrics.unit(site) if site.statistics else WEIGHT_ENERGY
+        unit = statistics.unit(site) if site.statistics else WEIGHT_ENERGY
         return Curve(tuple(choices), tuple(errors), unit, scale, spectra)
 
     def _lost(self, site: Layer, how: Unfolding, found: lowrank.Spectrum) -> tuple[Tensor, float] | None:
         """Output energy lost at every rank, and the whole, by whatever statistic the site holds; None without one."""
         matrix = unfold(site.weight, how)
-        metric = metrics.response_metric(site, how)
-        weight = metrics.output_weight(site)
-        outputs = site.spec.shape[1]
-        if metric is not None:
+        seen = statistics.patches(site, how)
+        weight = statistics.output_weight(site)
+        if seen is not None:
             left, right = lowrank.factors(matrix, found.basis, found.basis.shape[-1])
-            mixed, right = metrics.mix(matrix, weight), metrics.mix(right, weight)
-            total = float(response.total_energy(mixed, metric.moment, outputs).sum())
+            mixed, right = response.mix(matrix, weight), response.mix(right, weight)
+            total = float(response.total_energy(mixed, seen.metric).sum())
             whole = mixed if left.shape[-1] < found.energies.shape[-1] else None
-            return response.product_errors(left, right, metric.moment, outputs, total, whole), total
+            return response.product_errors(left, right, seen.metric, total, whole), total
         if how.name == "channel" and site.statistics.output is not None:
             # The pair projects the outputs onto the leading basis vectors; the rest is lost.
-            held = site.statistics.output
-            covariance = shrunk(held.covariance, held.count)
-            basis = metrics.mix(found.basis.mT, weight)
-            seen = found.basis.mT @ covariance @ found.basis
-            pairs = (seen * (basis @ basis.mT)).sum(0)
+            basis = response.mix(found.basis.mT, weight)
+            projected = found.basis.mT @ statistics.outputs(site) @ found.basis
+            pairs = (projected * (basis @ basis.mT)).sum(0)
             total = float(pairs.sum())
             return response.trailing(pairs) / max(total, 1e-300), total
         return None
@@ -96,8 +92,8 @@ class WeightSVD(LowRankMethod):
         return LowRank(left.to(dtype), right.to(dtype), shift, how, site.spec.shape[1:])
 
     def _shift(self, site: Layer, how: Unfolding, missing: Tensor, basis: Tensor) -> Tensor:
-        metric = metrics.response_metric(site, how)
-        if metric is not None:
-            return metric.shift(missing, site.spec.shape[1])
+        seen = statistics.patches(site, how)
+        if seen is not None:
+            return seen.shift(missing)
         mean = site.require("output" if how.name == "channel" else "input", f"the bias of WeightSVD ({how.name})").mean
-        return metrics.outside(site, mean, basis, basis.mT)
+        return statistics.outside(site, mean, basis, basis.mT)

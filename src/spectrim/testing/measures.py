@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from spectrim.methods import metrics
+from spectrim.methods import statistics
 from spectrim.methods.base import OUTPUT_ENERGY, WEIGHT_ENERGY, WEIGHTED_ENERGY
 from spectrim.network.sites import Layer, Site
 
@@ -36,7 +36,7 @@ def measured_error(site: Site, weights: Sequence[Tensor], unit: str) -> float:
     lost = [_lost(part, new, unit) for part, new in parts]
     scales = [1.0 for _ in parts]
     if unit == WEIGHTED_ENERGY:
-        scales = [metrics.scale(part, whole) for (part, _), (_, whole) in zip(parts, lost, strict=True)]
+        scales = [statistics.scale(part, whole) for (part, _), (_, whole) in zip(parts, lost, strict=True)]
     shares = [gone / whole if whole > 0 else 0.0 for gone, whole in lost]
     return sum(scale * share for scale, share in zip(scales, shares, strict=True)) / (sum(scales) or 1.0)
 

@@ -1,4 +1,4 @@
-"""Which calibration statistics measure what a site loses, and how much that matters to the network."""
+"""What calibration kept of a site, as what solvers take: metrics, weights of outputs, units and scales of errors."""
 
 from __future__ import annotations
 
@@ -9,60 +9,50 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spectrim.linalg import lowrank, response
+from spectrim.linalg import lowrank
+from spectrim.linalg.metric import Full, SlicedMetric, Slices
 from spectrim.linalg.moments import shrunk
 from spectrim.linalg.unfold import Unfolding
 from spectrim.methods.base import OUTPUT_ENERGY, WEIGHTED_ENERGY
-from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer
 
 
 @dataclass(frozen=True, eq=False)
-class ResponseMetric:
-    """Second moment of what a layer sees, in the coordinates of one unfolding.
+class Patches:
+    """What a layer sees, for the slices of an unfolding.
 
     Attributes
     ----------
-    moment
-        ``[g, p, q, p, q]``, or ``[g, p, p]`` where only the average slice is known (:mod:`spectrim.linalg.response`).
+    metric
+        Centred second moment of the patches.
     mean
-        ``[g, p, q]``, or ``[g, p, 1]``.
+        ``[g, n]``.
     """
 
-    moment: Tensor
-    mean: Float[Tensor, "g p q"]
+    metric: SlicedMetric
+    mean: Float[Tensor, "g n"]
 
-    @property
-    def is_full(self) -> bool:
-        return self.moment.dim() == 5
-
-    @property
-    def slices(self) -> int:
-        return self.moment.shape[2] if self.is_full else 1
-
-    def shift(self, missing: Float[Tensor, "g p c"], outputs: int) -> Float[Tensor, " o_total"]:
+    def shift(self, missing: Float[Tensor, "g p c"]) -> Float[Tensor, " o_total"]:
         """Mean response of a weight difference ``[g, p, (o, q)]``: what the bias must make up for."""
-        g, p, columns = missing.shape
-        opened = missing.double().reshape(g, p, outputs, columns // outputs)
-        return (opened * self.mean.unsqueeze(2)).sum(dim=(1, 3)).reshape(-1)
+        mean = self.metric.unfold(self.mean.unsqueeze(1))
+        return (self.metric.open(missing) * mean.unsqueeze(2)).sum(dim=(1, 3)).reshape(-1)
 
 
-def response_metric(site: Layer, how: Unfolding) -> ResponseMetric | None:
-    """The metric of a site under an unfolding, or None if calibration kept neither patches nor slices."""
-    spec: LayerSpec = site.spec
-    g, _, *patch = spec.shape
-    if site.statistics.input is not None:
-        held = site.statistics.input
-        covariance = shrunk(held.covariance, held.count)
-        axes = how.axes
-        moment = response.arrange(covariance, axes, tuple(patch))
-        order = [0, *(1 + a for a in axes), *(a + 1 for a in range(len(patch) - 1) if a not in axes)]
-        mean = held.mean.reshape(g, *patch).permute(0, *(1 + d for d in order)).reshape(g, *moment.shape[1:3])
-        return ResponseMetric(moment, mean)
-    if how.name in site.statistics.slices:
-        held = site.statistics.slices[how.name]
-        return ResponseMetric(shrunk(held.covariance, held.count), held.mean.unsqueeze(-1))
+def patches(site: Layer, how: Unfolding) -> Patches | None:
+    """What a site sees under an unfolding, or None if calibration kept neither patches nor these slices."""
+    patch = site.spec.shape[2:]
+    if (whole := site.statistics.input) is not None:
+        return Patches(Full(shrunk(whole.covariance, whole.count), patch, how), whole.mean)
+    if (slices := site.statistics.slices.get(how.name)) is not None:
+        metric = Slices(shrunk(slices.covariance, slices.count), patch, how)
+        return Patches(metric, metric.spread(slices.mean))
     return None
+
+
+def outputs(site: Layer) -> Float[Tensor, "g o o"]:
+    """Centred second moment of what a site answers."""
+    moments = site.require("output", "the spectrum of a layer's outputs")
+    return shrunk(moments.covariance, moments.count)
 
 
 def unit(site: Layer) -> str:
@@ -80,16 +70,6 @@ def output_weight(site: Layer) -> Float[Tensor, "g o o"] | None:
         return None
     held = site.statistics.gradient
     return lowrank.square_root(shrunk(held.second_moment, held.count))
-
-
-def mix(matrix: Float[Tensor, "g p c"], weight: Float[Tensor, "g o o"] | None) -> Float[Tensor, "g p c"]:
-    """Apply an output weight to the columns ``(o, q)`` of an unfolded matrix (or right factor)."""
-    if weight is None:
-        return matrix.double()
-    g, p, columns = matrix.shape
-    o = weight.shape[-1]
-    opened = matrix.double().reshape(g, p, o, columns // o)
-    return torch.einsum("gpoq,got->gptq", opened, weight).reshape(g, p, columns)
 
 
 def mixed_weight(site: Layer) -> Float[Tensor, "g o d"]:
