@@ -13,7 +13,7 @@ from spectrim.network.choices import DENSE, ChannelsChoice, Choice
 from spectrim.network.coupling import Coupling
 from spectrim.network.layer import LayerSpec
 from spectrim.network.narrowing import layers_left
-from spectrim.network.sites import Group, Layer, Sites
+from spectrim.network.sites import Sites
 from spectrim.progress import Steps
 
 Costs = dict[str, float]
@@ -65,17 +65,22 @@ class Network:
     _known: dict[tuple[object, ...], Costs] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        sites = self.sites
         timed = {} if self.latency is None else {"latency": self.latency}
         self._functions: dict[str, counted.Cost] = {**self.costs, **timed}
         self._makers = {method.name: method for method in self.methods}
-        self._untouched = {spec.name: spec for spec in self.sites.untouched}
-        self._specs = self._untouched | {site.name: site.spec for site in self.sites}
-        self._couplings = {coupling.name: coupling for coupling in self.sites.couplings}
-        self._touching: dict[str, list[Coupling]] = {}
-        for coupling in self.sites.couplings:
-            for name in dict.fromkeys(side.name for side in coupling.sides):
-                self._touching.setdefault(name, []).append(coupling)
-        self._joined: dict[str, Layer | Group] = {}
+        # Places are layers, with a choice or without one, and groups of layers.
+        places = {spec.name: (spec,) for spec in sites.untouched} | {site.name: site.layers for site in sites}
+        self._couplings = {coupling.name: coupling for coupling in sites.couplings}
+        sides = {c.name: list(dict.fromkeys(side.name for side in c.sides)) for c in sites.couplings}
+        # A row of coupled channels is about all places that hold them.
+        self._rows = {name: [side for side in names if side in places] for name, names in sides.items()}
+        self._groups = {site.name: site for site in sites.joint() if site.name not in places}
+        self._specs = places | {name: site.layers for name, site in self._groups.items()}
+        self._near = {
+            place: [c for c in sites.couplings if not {spec.name for spec in specs}.isdisjoint(sides[c.name])]
+            for place, specs in self._specs.items()
+        }
 
     def cost(self, picks: Picks = _ALL_DENSE, widths: Widths = _ALL_THERE) -> Costs:
         """What the whole network costs.
@@ -88,11 +93,11 @@ class Network:
             Channels of couplings that nothing is picked for.
         """
         left = self._left(picks, widths)
-        replaced = {site for name in picks if name in self.sites.groups for site in self.sites.groups[name]}
-        names = [site.name for site in self.sites if site.name not in replaced]
-        names += [name for name in picks if name in self.sites.groups]
-        layers = [self._place(name, picks, left) for name in names]
-        return {name: value + sum(costs[name] for costs in layers) for name, value in self._rest(left).items()}
+        groups = [name for name in picks if name in self._groups]
+        replaced = {member for name in groups for member in self._groups[name].members}
+        names = [*(site.name for site in self.sites if site.name not in replaced), *groups]
+        places = [self._place(name, picks, left) for name in names]
+        return {name: value + sum(costs[name] for costs in places) for name, value in self._rest(left).items()}
 
     def fixed(self, rows: Iterable[str], picks: Picks = _ALL_DENSE) -> Costs:
         """What a table with these rows has to add to them, dense or as picked, for the sum to be :meth:`cost`.
@@ -146,23 +151,15 @@ class Network:
         for row, choice in options:
             picks = {row: choice}
             left = self._left(picks)
-            chains += [chain for part in self._parts(row) for chain in self._chains(part, picks, left)]
+            chains += [chain for place in self._rows.get(row, [row]) for chain in self._chains(place, picks, left)]
         chains += [(spec,) for spec in self.sites.untouched]
         self.latency.prepare(chains, progress)
 
-    # A row is one place, or all the places that hold coupled channels; a place is a layer or a group.
-
-    def _parts(self, row: str) -> list[str]:
-        if row not in self._couplings:
-            return [row]
-        return [name for name in dict.fromkeys(s.name for s in self._couplings[row].sides) if name in self._specs]
-
     def _row(self, name: str, left: Widths, costs: Callable[[str], Costs]) -> Costs:
-        parts = [costs(part) for part in self._parts(name)]
-        if name not in self._couplings:
-            return parts[0]
-        beside = self._beside(self._couplings[name], left)
-        return {cost: sum(part[cost] for part in parts) + beside[cost] for cost in parts[0]}
+        if name not in self._rows:
+            return costs(name)
+        places, beside = [costs(place) for place in self._rows[name]], self._beside(self._couplings[name], left)
+        return {cost: sum(place[cost] for place in places) + beside[cost] for cost in places[0]}
 
     def _beside(self, coupling: Coupling, left: Widths) -> Costs:
         number = left.get(coupling.name, coupling.channels)
@@ -171,16 +168,16 @@ class Network:
 
     def _left(self, picks: Picks, widths: Widths = _ALL_THERE) -> dict[str, int]:
         """Channels left of the couplings that lose some."""
-        kept = {n: choice.kept for n, choice in picks.items() if isinstance(choice, ChannelsChoice)}
-        return {**widths, **{name: len(channels) for name, channels in kept.items()}}
+        picked = {name: len(c.kept) for name, c in picks.items() if isinstance(c, ChannelsChoice)}
+        return {**widths, **picked}
 
     def _place(
         self, name: str, picks: Picks, left: Widths, functions: Mapping[str, counted.Cost] | None = None
     ) -> Costs:
         """What a layer or group costs with its own choice and the channels that are left."""
         functions = self._functions if functions is None else functions
-        beside = {c.name: left.get(c.name, c.channels) for layer in self._layers(name) for c in self._near(layer)}
-        known = self._known.setdefault((name, picks.get(name, DENSE), *beside.items()), {})
+        numbers = (left.get(coupling.name, coupling.channels) for coupling in self._near[name])
+        known = self._known.setdefault((name, picks.get(name, DENSE), *numbers), {})
         missing = {cost: function for cost, function in functions.items() if cost not in known}
         if missing:
             chains = self._chains(name, picks, left)
@@ -196,39 +193,25 @@ class Network:
             return self._place(name, picks, left)["latency"]
 
         whole = estimate = time(picks, {})
-        for layer in self._layers(name):
-            for coupling in self._near(layer):
-                if coupling.name in left:
-                    estimate *= time({}, {coupling.name: left[coupling.name]}) / max(time({}, {}), 1e-9)
+        for coupling in self._near[name]:
+            if coupling.name in left:
+                estimate *= time({}, {coupling.name: left[coupling.name]}) / max(time({}, {}), 1e-9)
         return {**found, "latency": min(estimate, whole)}
-
-    def _near(self, layer: str) -> list[Coupling]:
-        """The couplings that a layer holds channels of."""
-        return self._touching.get(layer, [])
-
-    def _layers(self, place: str) -> tuple[str, ...]:
-        return (place,) if place in self._specs else tuple(self.sites.groups[place])
 
     def _chains(self, place: str, picks: Picks, left: Widths) -> Chains:
         """The layers in place of a layer or group."""
-        specs = tuple(self._spec(name, left) for name in self._layers(place))
-        choice = picks.get(place, DENSE)
-        if choice.is_dense:
-            return tuple((spec,) for spec in specs)
-        site = self._joined.setdefault(place, self.sites[place])
-        narrower = site.with_layers(specs)
-        try:
-            return (self._makers[choice.method].layers(narrower, choice),)
-        except ValueError:
-            if specs == site.layers:
-                raise
-            # With the channels that are left a sparse weight may not have the pattern: the layer would stay dense.
-            return tuple((spec,) for spec in specs)
-
-    def _spec(self, layer: str, left: Widths) -> LayerSpec:
-        """A layer with the channels that are left."""
-        spec, near = self._specs[layer], [c for c in self._near(layer) if c.name in left]
-        return spec.narrowed(layers_left(near, left)[layer]) if near else spec
+        counts = layers_left([c for c in self._near[place] if c.name in left], left)
+        dense, choice = self._specs[place], picks.get(place, DENSE)
+        specs = tuple(spec.narrowed(counts[spec.name]) if spec.name in counts else spec for spec in dense)
+        if not choice.is_dense:
+            site = self._groups.get(place) or self.sites.layer(place)
+            try:
+                return (self._makers[choice.method].layers(site.with_layers(specs), choice),)
+            except ValueError:
+                if specs == dense:
+                    raise
+                # With the channels that are left a sparse weight may not have the pattern: the layer would stay dense.
+        return tuple((spec,) for spec in specs)
 
     def _rest(self, left: Widths) -> Costs:
         """What is no layer with a choice, with so many channels left."""
@@ -237,13 +220,14 @@ class Network:
             "bytes": self.sites.other_bytes,
             "macs": self.sites.other_macs,
         }
-        alone = [self._place(name, {}, left) for name in self._untouched]
+        untouched = [spec.name for spec in self.sites.untouched]
+        alone = [self._place(name, {}, left) for name in untouched]
         found = {name: sum(costs[name] for costs in alone) + others.get(name, 0.0) for name in self._functions}
         for coupling in self.sites.couplings:
             dense, now = self._beside(coupling, {}), self._beside(coupling, left)
             found = {name: value - (dense[name] - now[name]) for name, value in found.items()}
         if self.latency is not None and self.dense_latency is not None:
             explained = sum(self._place(site.name, {}, {})["latency"] for site in self.sites)
-            saved = sum(self._place(name, {}, {})["latency"] for name in self._untouched) - found["latency"]
+            saved = sum(self._place(name, {}, {})["latency"] for name in untouched) - found["latency"]
             found["latency"] = max(0.0, max(0.0, self.dense_latency - explained) - saved)
         return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 
 COSTS = ("parameters", "macs", "bytes", "latency")
@@ -25,35 +25,10 @@ _BETWEEN = re.compile(r"[,\s]+(?=[^\s,=]+\s*=)")
 
 @dataclass(frozen=True)
 class Limit:
-    """A limit as a number, which is absolute or a share of the dense network's cost, whatever its size.
-
-    Raises
-    ------
-    ValueError
-        For a number that is not positive and finite.
-    """
+    """A limit as a number, which is absolute or a share of the dense network's cost, whatever its size."""
 
     number: float
     relative: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 < self.number < float("inf"):
-            raise ValueError(f"a limit of {self.number!r} must be positive and finite")
-
-    @classmethod
-    def read(cls, cost: str, amount: Amount) -> Limit:
-        """The limit that a budget states for a cost."""
-        if isinstance(amount, Limit):
-            return amount
-        if isinstance(amount, str):
-            number, relative = _read(cost, amount)
-        elif isinstance(amount, bool) or not isinstance(amount, Real):
-            raise TypeError(f"{cost} budget is {amount!r}: expected a number, or text such as '50%'")
-        else:
-            number, relative = float(amount), float(amount) <= 1
-        if not 0 < number < float("inf"):
-            raise ValueError(f"{cost} budget {amount!r} must be positive and finite")
-        return cls(number, relative)
 
     def of(self, dense: float) -> float:
         """The absolute limit, given what the dense network costs."""
@@ -87,7 +62,12 @@ class Budget:
         For a limit that is neither a number nor text.
     """
 
-    _stated: Mapping[str, Amount]
+    parameters: Amount | None = field(init=False)
+    macs: Amount | None = field(init=False)
+    bytes: Amount | None = field(init=False)
+    latency: Amount | None = field(init=False)
+    _stated: Mapping[str, Amount] = field(init=False)
+    _limits: Mapping[str, Limit] = field(init=False)
 
     def __init__(
         self,
@@ -98,27 +78,13 @@ class Budget:
         **others: Amount | None,
     ) -> None:
         known = {"parameters": parameters, "macs": macs, "bytes": bytes, "latency": latency}
-        stated = known | {cost: others[cost] for cost in sorted(others)}
-        object.__setattr__(self, "_stated", {cost: amount for cost, amount in stated.items() if amount is not None})
-        if not self._stated:
+        amounts = known | {cost: others[cost] for cost in sorted(others)}
+        stated = {cost: amount for cost, amount in amounts.items() if amount is not None}
+        if not stated:
             raise ValueError("a budget needs at least one of parameters=, macs=, bytes=, latency=, or a cost of yours")
-        _ = self._limits
-
-    @property
-    def parameters(self) -> Amount | None:
-        return self._stated.get("parameters")
-
-    @property
-    def macs(self) -> Amount | None:
-        return self._stated.get("macs")
-
-    @property
-    def bytes(self) -> Amount | None:
-        return self._stated.get("bytes")
-
-    @property
-    def latency(self) -> Amount | None:
-        return self._stated.get("latency")
+        limits = {cost: _read(cost, amount) for cost, amount in stated.items()}
+        for name, value in {**{c: amounts[c] for c in COSTS}, "_stated": stated, "_limits": limits}.items():
+            object.__setattr__(self, name, value)
 
     @classmethod
     def of(cls, value: BudgetLike) -> Budget:
@@ -185,10 +151,6 @@ class Budget:
         """The same budget with other limits on some costs; None takes a limit away."""
         return Budget(**{**self._stated, **limits})
 
-    @property
-    def _limits(self) -> dict[str, Limit]:
-        return {cost: Limit.read(cost, amount) for cost, amount in self._stated.items()}
-
     def __eq__(self, other: object) -> bool:
         return self._limits == other._limits if isinstance(other, Budget) else NotImplemented
 
@@ -205,14 +167,27 @@ BudgetLike = Budget | str | Mapping[str, Amount]
 """What :meth:`Budget.of` takes."""
 
 
-def _read(cost: str, text: str) -> tuple[float, bool]:
-    """The number that text stands for, and whether it is a share of dense."""
-    match = _NUMBER.match(text)
-    suffixes = _SUFFIXES.get(cost, _ANY_SUFFIXES)
+def _read(cost: str, amount: Amount) -> Limit:
+    """The limit that is stated for a cost."""
+    if isinstance(amount, str):
+        limit = _parsed(cost, amount)
+    elif isinstance(amount, Real) and not isinstance(amount, bool):
+        limit = Limit(float(amount), relative=float(amount) <= 1)
+    elif isinstance(amount, Limit):
+        limit = amount
+    else:
+        raise TypeError(f"{cost} budget is {amount!r}: expected a number, or text such as '50%'")
+    if not 0 < limit.number < float("inf"):
+        raise ValueError(f"{cost} budget {amount!r} must be positive and finite")
+    return limit
+
+
+def _parsed(cost: str, text: str) -> Limit:
+    match, suffixes = _NUMBER.match(text), _SUFFIXES.get(cost, _ANY_SUFFIXES)
     if match and match[2] == "%":
-        return float(match[1]) / 100, True
+        return Limit(float(match[1]) / 100, relative=True)
     if match and match[2].lower() in suffixes:
-        return float(match[1]) * suffixes[match[2].lower()], False
+        return Limit(float(match[1]) * suffixes[match[2].lower()])
     if match and not match[2]:
-        return float(match[1]), float(match[1]) <= 1
+        return Limit(float(match[1]), relative=float(match[1]) <= 1)
     raise ValueError(f"cannot read {cost} budget {text!r}: write 0.5, 50% or a number with one of {suffixes}")
