@@ -154,20 +154,3 @@ def test_training_with_a_trick_of_ones_own(dense: nn.Module) -> None:
     st.fine_tune(small, data, epochs=2, penalty=energy_of_cores, after_step=trick, progress=False)
     assert trick.steps == 4
     assert max(float(p.detach().abs().max()) for p in small.parameters()) <= 0.2 * (1 + 1e-6)
-
-
-def test_the_command_line_takes_a_method_and_a_cost_by_their_place(tmp_path: Path) -> None:
-    from typer.main import get_command
-
-    from spectrim.cli.app import app
-
-    place = kit.__name__
-    words = ["compress", f"{place}:network", "--input", "3x12x12", "--method", f"{place}:Tucker2:shares=0.25+0.5"]
-    words += ["--cost", f"joules={place}:joules", "-b", "joules=50%", "--out", str(tmp_path), "--quiet"]
-    get_command(app).main(words, standalone_mode=False)
-    plan = st.Plan.read(tmp_path / "plan.json")
-    assert plan.costs["joules"] <= 0.5 * plan.dense_costs["joules"]
-    assert plan.methods["Tucker2"]["options"]["shares"] == [0.25, 0.5]
-    assert "Tucker-2, ranks" in (tmp_path / "report.html").read_text(encoding="utf-8")
-    loaded = st.load(network().eval(), tmp_path / "model.safetensors")
-    assert sum(p.numel() for p in loaded.parameters()) == plan.costs["parameters"]

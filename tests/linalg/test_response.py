@@ -273,3 +273,13 @@ def test_the_first_factor_of_several_layers_is_lowered_towards_its_least_squares
     best = response.refit_first(*args, left, rights, steps=400).requires_grad_()
     (slope,) = torch.autograd.grad(lost(best), best)
     assert slope.abs().max() < 1e-4 * values[0]
+
+
+def test_nested_errors_never_rise_and_end_at_nothing_lost() -> None:
+    # Nine patches of eighteen numbers: directions of hardly any energy, whose rounding would show.
+    layer = Layer((2, 3), next(how for how in unfoldings((2, 3)) if how.name == "height-first"), n=9)
+    left = torch.linalg.qr(torch.randn(2, layer.matrix.shape[1], layer.matrix.shape[1], dtype=torch.float64))[0]
+    errors = response.refit_errors(layer.matrix, layer.metric, left)
+    assert all(after <= before for before, after in pairwise(errors.tolist()))
+    assert errors[0] == 1
+    assert 0 <= errors[-1] < 1e-9

@@ -77,8 +77,8 @@ class Normal:
         solved = torch.linalg.solve_triangular(cholesky(self.gram.moment), self.cross, upper=False)
         g, n, _ = self.cross.shape
         gained = solved.square().sum(-1).reshape(g, n // self.slices, self.slices).sum(-1).sum(0).cumsum(0)
-        # Rounding aside the exact error does not rise with the rank.
-        return (self.energy - torch.cat([gained.new_zeros(1), gained])).cummin(0).values.clamp_min(0)
+        # What is gained is a running sum of squares, so the error never rises with the rank, rounding included.
+        return (self.energy - torch.cat([gained.new_zeros(1), gained])).clamp_min(0)
 
     def solve(self) -> Float[Tensor, "g r c"]:
         """The second factor, ``[g, r, (o, q)]``."""

@@ -130,5 +130,5 @@ def _projected(site: Layer, matrix: Tensor, basis: Tensor, weight: Tensor | None
         inwards, outwards = basis, basis.mT
     else:
         inwards, outwards = weight @ basis, torch.linalg.solve(weight, basis).mT
-    shift = statistics.outside(site, site.statistics.output.mean, inwards, outwards)
+    shift = statistics.outside(site, site.require("output", "ActivationSVD").mean, inwards, outwards)
     return matrix @ inwards, outwards, shift

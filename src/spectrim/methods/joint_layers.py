@@ -123,7 +123,7 @@ def _output_weights(parts: Sequence[Layer], *, common: bool) -> tuple[Tensor | N
     own = tuple(statistics.output_weight(part) for part in parts)
     if not common or any(weight is None for weight in own):
         return own if all(weight is not None for weight in own) else tuple(None for _ in parts)
-    moments = [part.statistics.gradient for part in parts]
+    moments = [part.require("gradient", "JointSVD") for part in parts]
     mean = torch.stack([shrunk(m.second_moment, m.count) for m in moments]).mean(0)
     return (lowrank.square_root(mean),) * len(parts)
 
