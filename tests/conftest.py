@@ -6,19 +6,22 @@ import importlib.util
 import os
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-# Shapes and dtypes of the mathematics are checked at every call. The hook must stand before the modules are imported;
-# SPECTRIM_SHAPE_CHECKS=0 turns it off, for timing.
-if os.environ.get("SPECTRIM_SHAPE_CHECKS", "1") != "0" and importlib.util.find_spec("beartype"):
+# Shapes and dtypes of the mathematics are checked at calls. The hook must stand before the modules are imported.
+# A check takes as long as a small product, so not all tests have them: SPECTRIM_SHAPE_CHECKS=all does, 0 has none.
+SHAPE_CHECKS = os.environ.get("SPECTRIM_SHAPE_CHECKS", "some")
+if SHAPE_CHECKS != "0" and importlib.util.find_spec("beartype"):
     from jaxtyping import install_import_hook
 
     install_import_hook(["spectrim.linalg", "spectrim.network.factors"], "beartype.beartype")
 
 import hypothesis
+import jaxtyping
 
 torch.set_num_threads(int(os.environ.get("SPECTRIM_TEST_THREADS", "2")))
 
@@ -31,6 +34,18 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("spectrim")
+
+
+@pytest.fixture(autouse=True)
+def _shapes(request: pytest.FixtureRequest) -> None:
+    """Shapes are checked in all tests of the mathematics, and in the first case of each test of a method."""
+    room, case = request.path.parent.name, (request.path, request.node.originalname)
+    checked = room in ("linalg", "network") or (room == "methods" and case not in _CHECKED)
+    _CHECKED.add(case)
+    jaxtyping.config.update("jaxtyping_disable", SHAPE_CHECKS != "all" and not checked)
+
+
+_CHECKED: set[tuple[Path, str]] = set()
 
 
 @pytest.fixture(autouse=True)

@@ -18,6 +18,7 @@ grouped convolution is a batch of matrices.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Collection, Sequence
@@ -61,6 +62,11 @@ def unfoldings(kernel: Sequence[int]) -> tuple[Unfolding, ...]:
 
     Axes of size one belong to no factor in particular; two splits that differ only there are the same.
     """
+    return _unfoldings(tuple(kernel))
+
+
+@functools.cache
+def _unfoldings(kernel: tuple[int, ...]) -> tuple[Unfolding, ...]:
     n = len(kernel)
     wide = [a for a in range(n) if kernel[a] > 1]
     found = [Unfolding("channel", tuple(range(n)))]
