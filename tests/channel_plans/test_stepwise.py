@@ -139,6 +139,20 @@ def test_other_methods_compete_and_a_judge_decides() -> None:
     assert parameter_count(small) == plan.costs["parameters"]
 
 
+@pytest.mark.parametrize("others", [[], [st.ActivationSVD(multiple_of=1)]], ids=["alone", "mixed"])
+def test_channels_that_are_too_few_to_remove_any_stay(others: list[st.Method]) -> None:
+    model, batches, sites = calibrated("flatten")
+    few = min(sites.couplings, key=lambda coupling: coupling.channels)
+    assert any(coupling.channels > few.channels for coupling in sites.couplings)
+    filters = st.PrincipalFilters(multiple_of=few.channels)
+    plan, table = select_in_steps(sites, [filters, *others], st.Budget(parameters=0.7))
+    assert few.name not in {row.site for row in table.rows}
+    assert plan[few.name].choice.is_dense
+    assert plan[few.name].costs == plan[few.name].dense_costs
+    assert any(not entry.choice.is_dense for entry in plan)
+    assert parameter_count(st.apply(model, sites, plan, batches)) == plan.costs["parameters"]
+
+
 @pytest.mark.parametrize("overhead", [0.0, 2.0])
 def test_milliseconds_are_those_of_the_layers_as_they_would_be(overhead: float) -> None:
     # With a constant for each call the times of two removals in one layer do not multiply, as the estimate has it.

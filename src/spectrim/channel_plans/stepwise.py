@@ -14,6 +14,7 @@ up, so a ``judge`` may measure it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -22,6 +23,7 @@ from spectrim.cost.counted import Cost, known
 from spectrim.cost.latency import Latency
 from spectrim.cost.whole import Costs, Network, Picks
 from spectrim.errors import InfeasibleBudgetError
+from spectrim.linalg.bisection import last_number
 from spectrim.methods import Method
 from spectrim.network.choices import DENSE, ChannelsChoice, Choice
 from spectrim.network.coupling import Coupling
@@ -158,15 +160,13 @@ def _picks(plan: Plan) -> Picks:
 
 def _within(table: Candidates, goals: Costs, selector: Selector, network: Network) -> Picks:
     """The choices that use most of the goals, counted as the network really is."""
-    low, high, best = 0.0, 1.0, _cheapest(table, *goals)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        picks = _chosen(table, {c: goals[c] * middle for c in goals}, selector)
-        if _fits(network.cost(picks), goals):
-            low, best = middle, picks
-        else:
-            high = middle
-    return best
+
+    @functools.cache
+    def at(share: float) -> Picks:
+        return _chosen(table, {c: goals[c] * share for c in goals}, selector)
+
+    share = last_number(lambda share: _fits(network.cost(at(share)), goals), 0.0, 1.0, _HALVINGS)
+    return at(share) if share else _cheapest(table, *goals)
 
 
 def _cheapest(table: Candidates, *names: str) -> Picks:
@@ -272,10 +272,14 @@ def _finished(
         of_layers = entries.layers(network, {name: len(choice.kept) for name, choice in removals.items()})
     of_channels, losses = [], [plan.loss]
     for coupling in network.sites.couplings:
-        row, choice = table[coupling.name], removals.get(coupling.name, DENSE)
-        option = next(option for option in row.options if option.choice == choice)
-        of_channels.append(entries.channels(network, coupling, choice, float(option.error)))
-        losses.append(row.loss(option))
+        choice, error = removals.get(coupling.name, DENSE), 0.0
+        # Channels that are too few for any method to remove some are no row of the table.
+        if not choice.is_dense:
+            row = table[coupling.name]
+            option = next(option for option in row.options if option.choice == choice)
+            error = float(option.error)
+            losses.append(row.loss(option))
+        of_channels.append(entries.channels(network, coupling, choice, error))
     used = {choice.method for choice in removals.values()}
     methods = {name: record for name, record in table.methods.items() if name in used}
     return dataclasses.replace(

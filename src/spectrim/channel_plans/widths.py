@@ -20,6 +20,7 @@ from spectrim.cost.latency import Latency
 from spectrim.cost.whole import Network
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.linalg import principal
+from spectrim.linalg.bisection import last_number
 from spectrim.methods import PrincipalFilters, statistics
 from spectrim.network.choices import DENSE, Choice
 from spectrim.network.sites import Channels, Sites
@@ -199,12 +200,7 @@ def _for_budget(
     if over(at(high)) is None:
         # All energy may lie in a few components, such as those that few samples span.
         low = high
-    for _ in range(_HALVINGS if low < high else 0):
-        middle = (low + high) / 2
-        if over(at(middle)) is None:
-            low = middle
-        else:
-            high = middle
+    low = last_number(lambda share: over(at(share)) is None, low, high, _HALVINGS if low < high else 0)
     numbers = at(low)
     # The next widths in the order in which a growing share would take them, as long as they fit.
     held = {name: (e.cumsum(0) / e.sum().clamp_min(1e-300)).tolist() for name, e in energies.items()}

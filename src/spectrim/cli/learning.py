@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from spectrim.cli.references import UsageError
 from spectrim.cli.results import Outcome
 from spectrim.cli.work import Work
 from spectrim.methods import WeightSVD
+from spectrim.network.files import replacing
 from spectrim.preparation import prepare
 from spectrim.report import compare
 from spectrim.selection.budget import COSTS, Budget
@@ -147,9 +147,8 @@ class RankRun:
                 )
             now["points"] = max(known, points, key=len)
         folder.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(file.name + ".part")
-        part.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, file)
+        with replacing(file) as scratch:
+            scratch.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
 
 
 def _read(file: Path) -> dict[str, Any]:

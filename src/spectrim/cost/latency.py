@@ -9,7 +9,6 @@ import json
 import math
 import os
 import platform
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import torch
 from spectrim.cost.chains import calls, describe, measure
 from spectrim.cost.counted import macs, rank_multiple, register_width
 from spectrim.linalg.unfold import Unfolding
+from spectrim.network.files import replacing
 from spectrim.network.layer import LayerSpec
 from spectrim.network.structure import Chain, Pair
 from spectrim.progress import Steps
@@ -220,18 +220,11 @@ class Latency:
         if path is None:
             return
         content = {"version": VERSION, "facts": self.facts(), "timings": {**self._read(), **fresh}}
-        scratch = None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                "w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8"
-            ) as file:
-                scratch = Path(file.name)
-                json.dump(content, file, indent=0, sort_keys=True)
-            os.replace(scratch, path)
+            with replacing(path) as scratch:
+                scratch.write_text(json.dumps(content, indent=0, sort_keys=True), encoding="utf-8")
         except OSError as error:
-            if scratch is not None:
-                scratch.unlink(missing_ok=True)
             warnings.warn(f"latencies cannot be stored in {str(path)!r} and stay in memory: {error}", stacklevel=3)
 
 

@@ -13,6 +13,7 @@ import msgspec
 
 from spectrim.cost.counted import macs, parameters, rank_multiple
 from spectrim.errors import PlanError
+from spectrim.linalg.bisection import last_integer
 from spectrim.linalg.unfold import Unfolding, unfolding, unfoldings, unfoldings_named
 from spectrim.network.choices import Choice, LowRankChoice
 from spectrim.network.factors import Factors
@@ -269,8 +270,4 @@ def break_even(spec: LayerSpec, how: Unfolding) -> int:
             return True
         return bool(spec.inputs) and macs(pair) < macs((spec,))
 
-    low, high = 0, full_rank(spec, how) + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if pays(middle) else (low, middle)
-    return low
+    return last_integer(pays, 0, full_rank(spec, how) + 1)

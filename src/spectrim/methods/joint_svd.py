@@ -17,6 +17,7 @@ from spectrim.cost.counted import macs, parameters, rank_multiple
 from spectrim.errors import MissingMomentsError
 from spectrim.linalg import bi_joint, joint, lowrank, response
 from spectrim.linalg.bi_joint import Bilateral
+from spectrim.linalg.bisection import last_integer
 from spectrim.linalg.metric import SlicedMetric
 from spectrim.linalg.unfold import Unfolding, unfold, unfolding, unfoldings_named
 from spectrim.methods import statistics
@@ -344,11 +345,7 @@ class JointSVD(Method):
                 return True
             return all(spec.inputs for spec in site.layers) and macs(specs) < macs(site.layers)
 
-        low, high = 0, full + 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if pays(middle) else (low, middle)
-        return low
+        return last_integer(pays, 0, full + 1)
 
 
 def _own_left(rest: Tensor, metric: SlicedMetric, left: Tensor, right: Tensor) -> Tensor:

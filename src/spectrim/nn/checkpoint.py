@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from spectrim.errors import CheckpointError, PlanError
 from spectrim.network.choices import ChannelsChoice, SumChoice
 from spectrim.network.coupling import IN
+from spectrim.network.files import replacing
 from spectrim.network.sites import Sites
 from spectrim.nn.build import skeleton
 from spectrim.nn.channels.narrow import add_bias, reshape
@@ -62,13 +62,8 @@ def save(model: nn.Module, plan: Plan, path: str | Path) -> None:
     }
     if packed:
         metadata["packed"] = json.dumps(packed)
-    target = Path(path)
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
+    with replacing(Path(path)) as scratch:
         save_file(tensors, scratch, metadata)
-        os.replace(scratch, target)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def load(model: nn.Module, path: str | Path) -> nn.Module:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
 from spectrim.errors import CheckpointError
+from spectrim.network.files import replacing
 from spectrim.nn.find import Which
 from spectrim.nn.watch.batches import batch_size
 from spectrim.pipeline import Report, Result
@@ -277,9 +277,8 @@ class _Run:
         small, plan = ranks.finish(self.calibration)
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            part = kept.with_name(kept.name + ".part")
-            plan.write(part)
-            os.replace(part, kept)
+            with replacing(kept) as scratch:
+                plan.write(scratch)
         return small, plan
 
     def _loop(self, model: nn.Module, recipe: Recipe, epoch: int, folder: Path | None, name: str, **hooks: Any) -> Loop:

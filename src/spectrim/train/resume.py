@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from spectrim.errors import CheckpointError
+from spectrim.network.files import replacing
 
 FORMAT = 1
 _KEY = "spectrim_training"
@@ -24,16 +25,15 @@ _KEY = "spectrim_training"
 def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
     """Replace the checkpoint at ``path``.
 
-    The file is written beside it under the name ``path + ".part"``, flushed to the disk, and renamed. Whenever the
-    process dies, ``path`` is the old checkpoint or the new one, whole.
+    The file is written beside it, flushed to the disk, and renamed. Whenever the process dies, ``path`` is the old
+    checkpoint or the new one, whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
     flat = {name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    save_file(flat, temporary, {_KEY: json.dumps({"format": FORMAT, **record})})
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with replacing(path) as scratch:
+        save_file(flat, scratch, {_KEY: json.dumps({"format": FORMAT, **record})})
+        with open(scratch, "rb+") as file:
+            os.fsync(file.fileno())
     if os.name == "posix":
         folder = os.open(path.parent, os.O_RDONLY)
         try:
