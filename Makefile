@@ -46,8 +46,8 @@ bench: $(INSTALLED)  ## run the benchmarks that have no result yet; BENCH_ARGS="
 bench-check: $(INSTALLED)  ## run the tests of the benchmarks, which train small networks; PYTEST_ARGS adds arguments
 	$(BIN)/python -m pytest -q tests/benchmarks $(PYTEST_ARGS)
 
-bench-house: $(INSTALLED)  ## measure the structure, the suite and the golden set against an earlier commit: results/house.json
-	$(BIN)/python -m benchmarks.run house --force
+bench-house: $(INSTALLED)  ## measure the structure, the suite and the golden set against an earlier commit
+	$(BIN)/python -m benchmarks.run house house_suite --force
 
 bench-report: $(INSTALLED)  ## write tables and figures from benchmarks/results into README.md and docs/
 	$(BIN)/python -m benchmarks.report

@@ -1,8 +1,7 @@
-"""The house: what the restructuring of version 0.2 had to show (H1 to H6)."""
+"""The house: what its restructuring had to show but for the time of the suite (H1, H3 to H6)."""
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
@@ -15,20 +14,16 @@ from benchmarks.environment import ROOT
 from benchmarks.run import claim
 
 PACKAGE = ROOT / "src" / "spectrim"
-# A CPU with AVX2 and nothing newer, as torch's and oneDNN's kernels see it.
-AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 # The public verbs and commands take what their users may say; they are left out of the count of parameters.
 VERBS = ("compress", "learn_ranks", "budget_path", "fine_tune", "tabulate", "apply")
 
 
 def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
     """Measure all claims."""
-    suite = [_suite(extra, config["suite"]) for extra in ({}, AVX2)]
-    measured = {"golden": golden.compare_with(config["base"]), "suite": suite, "structure": _structure()}
+    measured = {"golden": golden.compare_with(config["base"]), "structure": _structure()}
     measured |= {"extension": _extension(), "start": _start(config["starts"])}
     claims = {
         "H1": _golden(measured["golden"]),
-        "H2": _ends(suite, config["seconds"]),
         "H3": _rooms(measured["structure"], config["structure"]),
         "H4": claim(
             measured["structure"]["lines"],
@@ -42,7 +37,6 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
     notes = [
         "Branches are McCabe's number. Parameters are those of all functions but the public verbs "
         f"({', '.join(VERBS)}), the constructors of public classes and the commands of the command line.",
-        "The second run of the suite has the environment " + " ".join(f"{k}={v}" for k, v in AVX2.items()) + ".",
         "Starts are whole processes; the time that Python alone takes to start is in the row and not taken off.",
     ]
     return {
@@ -57,26 +51,6 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
 def _golden(found: dict[str, Any]) -> dict[str, Any]:
     equal, cases = found["equal"], found["cases"]
     return claim(equal, f"of {cases} plans and models equal", f"{cases} of {cases}", equal == cases, str(found))
-
-
-def _suite(extra: dict[str, str], arguments: list[str]) -> dict[str, Any]:
-    """The library's own tests in one process."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
-    start = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **extra}, capture_output=True, text=True)
-    return {
-        "environment": extra,
-        "seconds": round(time.perf_counter() - start, 1),
-        "exit": done.returncode,
-        "last": done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-200:],
-    }
-
-
-def _ends(suite: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    worst = max(row["seconds"] for row in suite)
-    met = worst <= seconds and all(row["exit"] == 0 for row in suite)
-    told = "; ".join(f"{'AVX2 only' if row['environment'] else 'as it is'}: {row['last']}" for row in suite)
-    return claim(worst, "s, the longer of two runs of the suite", f"<= {seconds:g} s, both green", met, told)
 
 
 def _structure() -> dict[str, Any]:
