@@ -104,18 +104,9 @@ def decompose(
         The errors never rise from turn to turn once the rank is reached.
     """
     shape = (target.shape[0], target.shape[1], *kernel)
+    part = _SparsePart(target, error, pattern, density, kernel, cautious)
     if not rank:
-        found = sparse.fit(
-            target,
-            error,
-            pattern,
-            density,
-            kernel,
-            start=None if start is None else start.sparse,
-            rounds=turns,
-            cautious=cautious,
-        )
-        found = sparse.solve(target, error, found.mask, start=found.weight, steps=10 * polish)
+        found = part.alone(start, turns, polish)
         return Additive(None, found, (found.error,), True)
     state = Sparse(torch.zeros_like(target), torch.zeros_like(target, dtype=torch.bool), 0.0)
     product = None
@@ -136,27 +127,8 @@ def decompose(
             asked = asked + extra * (asked - best[0].weight)
         product = step(asked, grown, product)
         value = error.value(target - product.weight) if alone or grown >= target.shape[1] else math.inf
-        if not alone and value <= 1e-12 * total:
-            # Nothing is left for the sparse part.
-            mask = sparse.one_shot(target, error, pattern, density, kernel).mask
-            product = step.refit(target, product)
-            state = Sparse(torch.zeros_like(target), mask, value)
-        elif not alone:
-            held = state if bool(state.mask.any()) else None
-            state = sparse.fit(
-                target,
-                step.eliminated(product),
-                pattern,
-                density,
-                kernel,
-                start=held,
-                rounds=2,
-                steps=4,
-                halvings=2,
-                cautious=cautious,
-            )
-            product = step.refit(target - state.weight, product)
-            value = state.error
+        if not alone:
+            product, state, value = part.beside(step, product, state, value <= 1e-12 * total)
         if grown < rank:
             continue
         if best is not None and value > errors[-1]:
@@ -182,6 +154,40 @@ def decompose(
         best = product, state
         errors.append(error.value(target - product.weight - state.weight))
     return _polished(target, error, step, rank, best, errors, converged, 0 if alone else polish)
+
+
+@dataclass(frozen=True, eq=False)
+class _SparsePart:
+    """The sparse weight of a fit, which is what :func:`decompose` asks for."""
+
+    target: Tensor
+    error: Quadratic
+    pattern: Pattern
+    density: float
+    kernel: tuple[int, ...]
+    cautious: bool
+
+    def alone(self, start: Additive | None, turns: int, polish: int) -> Sparse:
+        """Without a low-rank part: pruning with reconstruction."""
+        sized = self.pattern, self.density, self.kernel
+        before = None if start is None else start.sparse
+        found = sparse.fit(self.target, self.error, *sized, start=before, rounds=turns, cautious=self.cautious)
+        return sparse.solve(self.target, self.error, found.mask, start=found.weight, steps=10 * polish)
+
+    def beside(
+        self, step: LowRankStep, product: Product, state: Sparse, nothing_left: bool
+    ) -> tuple[Product, Sparse, float]:
+        """Beside a low-rank part, which is fitted again to what is left: both parts and their error."""
+        sized = self.pattern, self.density, self.kernel
+        if nothing_left:
+            value = self.error.value(self.target - product.weight)
+            mask = sparse.one_shot(self.target, self.error, *sized).mask
+            return step.refit(self.target, product), Sparse(torch.zeros_like(self.target), mask, value), value
+        state = sparse.fit(
+            self.target, step.eliminated(product), *sized,
+            start=state if bool(state.mask.any()) else None, rounds=2, steps=4, halvings=2, cautious=self.cautious,
+        )  # fmt: skip
+        return step.refit(self.target - state.weight, product), state, state.error
 
 
 def better(*given: Any, **options: Any) -> Additive:
