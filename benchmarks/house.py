@@ -91,7 +91,7 @@ def _extension() -> dict[str, Any]:
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     named = subprocess.run(
-        ["grep", "-rliE", "tucker|joule", str(PACKAGE)], capture_output=True, text=True
+        ["grep", "-rl", "--include=*.py", "tests.extension", str(PACKAGE)], capture_output=True, text=True
     ).stdout.split()
     return {
         "exit": done.returncode,
