@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -180,3 +181,10 @@ def test_plans_at_a_rate_cost_what_the_network_costs() -> None:
     network = Network(sites, counted.known(sites), methods)
     assert network.cost(picked(plan)) == dict(plan.costs)
     assert network.cost() == dict(plan.dense_costs)
+
+
+@pytest.mark.parametrize("answer", [None, "much", np.ones(2)])
+def test_a_cost_that_gives_no_number_is_named(answer: object) -> None:
+    sites = st.find(nn.Sequential(nn.Linear(8, 8)))
+    with pytest.raises(TypeError, match=r"cost 'joules' gave .*: expected a number"):
+        st.tabulate(sites, costs={"joules": lambda layers: answer})  # type: ignore[arg-type, return-value]

@@ -163,6 +163,17 @@ def test_a_budget_does_not_change_and_others_are_made_of_it() -> None:
         Budget(macs=0.5).replace(macs=None)
 
 
+def test_a_budget_is_kept_as_it_was_stated() -> None:
+    kept = Budget(macs="50%", joules=Limit(0.5)).record()
+    assert kept == {
+        "parameters": None,
+        "macs": "50%",
+        "bytes": None,
+        "latency": None,
+        "joules": {"number": 0.5, "relative": False},
+    }
+
+
 @pytest.mark.parametrize("number", [1e-9, 0.1 + 0.2, 1.0, 123456.789, 1e15 / 3])
 def test_absolute_limits_stay_the_numbers_they_are(number: float) -> None:
     costs = {"parameters": number, "latency": number, "joules": number}

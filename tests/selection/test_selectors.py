@@ -420,3 +420,10 @@ def test_importing_the_selectors_does_not_load_scipy() -> None:
 
     code = "import sys, spectrim.selection.selectors; sys.exit('scipy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_selector_that_gives_no_plan_is_named() -> None:
+    def mine(table: Candidates, budget: Budget) -> None: ...
+
+    with pytest.raises(TypeError, match="selector mine gave None: expected a Plan"):
+        select(make_table(line("a", (5.0, 0.1)), macs=0.0), Budget(macs=0.5), mine)  # type: ignore[arg-type]

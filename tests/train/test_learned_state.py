@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,23 @@ def test_states_of_other_runs_are_refused() -> None:
         assert other.step == 1
     with pytest.raises(CheckpointError, match="belongs to another run: budget was None and is "):
         LearnedRanks(model, sites, budget).load_state_dict(others[1].state_dict())
+
+
+def test_states_of_version_0_1_with_a_budget_are_taken() -> None:
+    model, budget = settled("mlp"), st.Budget(parameters=0.6)
+    sites = st.find(model)
+    state = LearnedRanks(model, sites, budget).state_dict()
+    run = json.loads(bytes(state["run"].tolist()))
+    # As version 0.1 wrote it: the fields of the budget then, and methods without a module.
+    run["budget"] = {"parameters": 0.6, "macs": None, "bytes": None, "latency": None}
+    for record in run["methods"]:
+        del record["module"]
+    state["run"] = torch.tensor(list(json.dumps(run).encode()), dtype=torch.uint8)
+    other = LearnedRanks(model, sites, budget)
+    other.load_state_dict(state)
+    assert other.state_dict().keys() == state.keys()
+    with pytest.raises(CheckpointError, match=r"belongs to another run: budget was \{'parameters': 0.6, "):
+        LearnedRanks(model, sites, st.Budget(parameters=0.6, bytes=0.9)).load_state_dict(state)
 
 
 def test_c_steps_are_spread_over_a_run_whose_batches_they_do_not_divide() -> None:

@@ -181,7 +181,7 @@ class Network:
         missing = {cost: function for cost, function in functions.items() if cost not in known}
         if missing:
             chains = self._chains(name, picks, left)
-            known |= {cost: float(sum(function(chain) for chain in chains)) for cost, function in missing.items()}
+            known |= {cost: _total(cost, function, chains) for cost, function in missing.items()}
         return {cost: known[cost] for cost in functions}
 
     def _estimated(self, name: str, picks: Picks, left: Widths) -> Costs:
@@ -231,3 +231,12 @@ class Network:
             saved = sum(self._place(name, {}, {})["latency"] for name in untouched) - found["latency"]
             found["latency"] = max(0.0, max(0.0, self.dense_latency - explained) - saved)
         return found
+
+
+def _total(name: str, cost: counted.Cost, chains: Chains) -> float:
+    """The sum of a cost over chains."""
+    values = [cost(chain) for chain in chains]
+    try:
+        return float(sum(values))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"cost {name!r} gave {values[0]!r:.60} for layers: expected a number") from error

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from numbers import Real
+from typing import Any
 
 COSTS = ("parameters", "macs", "bytes", "latency")
 UNITS = {"parameters": "", "macs": "MAC", "bytes": "B", "latency": "ms"}
@@ -150,6 +151,11 @@ class Budget:
     def replace(self, **limits: Amount | None) -> Budget:
         """The same budget with other limits on some costs; None takes a limit away."""
         return Budget(**{**self._stated, **limits})
+
+    def record(self) -> dict[str, Any]:
+        """The limits as JSON values as they were stated, by cost; None where a cost of the library has none."""
+        stated = {c: asdict(amount) if isinstance(amount, Limit) else amount for c, amount in self._stated.items()}
+        return {**dict.fromkeys(COSTS), **stated}
 
     def __eq__(self, other: object) -> bool:
         return self._limits == other._limits if isinstance(other, Budget) else NotImplemented

@@ -166,8 +166,16 @@ def select(candidates: Candidates, budget: BudgetLike, selector: Selector = exac
         If no plan meets the budget; it holds the lowest reachable cost.
     ValueError
         If the table lacks a cost that the budget limits, or holds errors or costs that are NaN or infinite.
+    TypeError
+        If a selector of yours gives anything but a plan.
     """
-    return selector(candidates, Budget.of(budget))
+    plan = selector(candidates, Budget.of(budget))
+    if not isinstance(plan, Plan):
+        name = getattr(selector, "__name__", str(selector))
+        raise TypeError(
+            f"selector {name} gave {plan!r:.80}: expected a Plan, as spectrim.selection.plan.make_plan makes it"
+        )
+    return plan
 
 
 def at_multiplier(candidates: Candidates, cost: str, multiplier: float, *, dense: bool = True) -> Plan:

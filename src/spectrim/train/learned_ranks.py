@@ -378,7 +378,7 @@ class LearnedRanks:
             "sites": list(self.trajectory.sites),
             "groups": {name: list(members) for name, members in self.sites.groups.items()} or None,
             "dense_costs": counted,
-            "budget": None if self.budget is None else dataclasses.asdict(self.budget),
+            "budget": None if self.budget is None else self.budget.record(),
             "multiplier": self._c_step.multiplier,
             "cost": self._c_step.cost,
             "schedule": dataclasses.asdict(self.schedule),
