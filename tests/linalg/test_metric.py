@@ -48,8 +48,8 @@ def test_the_plain_metric_is_the_identity(g: int, n: int) -> None:
 @settings(max_examples=10)
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 7))
 def test_rows_are_their_moment_and_a_level(g: int, m: int, n: int) -> None:
-    rows, level = torch.randn(g, m, n, dtype=torch.float64), torch.rand(g, dtype=torch.float64)
-    dense = rows.mT @ rows + level.reshape(g, 1, 1) * torch.eye(n, dtype=torch.float64)
+    rows, level = torch.randn(g, m, n, dtype=torch.float64), torch.rand(g, n, dtype=torch.float64)
+    dense = rows.mT @ rows + torch.diag_embed(level)
     check(Rows(rows, level), dense)
 
 
@@ -123,7 +123,7 @@ def test_sliced_metrics_are_their_dense_matrices(kind: str, kernel: tuple[int, .
 @pytest.mark.parametrize("kind", ["full", "slices", "plain", "rows"])
 @pytest.mark.parametrize(("kernel", "how"), SLICED, ids=[f"{k}-{h.name}" for k, h in SLICED])
 def test_the_average_is_that_of_the_slices(kind: str, kernel: tuple[int, ...], how: Unfolding) -> None:
-    rows, level = torch.randn(2, 5, 3 * math.prod(kernel)).double(), torch.rand(2).double()
+    rows, level = torch.randn(2, 5, 3 * math.prod(kernel)).double(), torch.rand(2, 3 * math.prod(kernel)).double()
     of_rows = Rows(rows, level, (3, *kernel))
     metric = of_rows.sliced(how) if kind == "rows" else cases(2, kernel, how)[kind][0]
     everything = torch.eye(rows.shape[2]).double().expand(2, -1, -1)

@@ -144,13 +144,38 @@ def test_few_samples_are_shrunk_by_how_few_they_are(count: int, share: float) ->
     rows = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     held = Moments(1, 8)
     held.update(rows)
-    covariance = held.covariance
-    # Four rows leave five directions without any variance; these are what is added, a share of the mean variance.
-    added = torch.linalg.eigvalsh(shrunk(covariance, count))[0, :5]
-    mean = covariance[0].diagonal().mean()
-    torch.testing.assert_close(added, ((share + 1e-6) * mean).expand(5), rtol=1e-6, atol=1e-14)
+    covariance, variance = held.covariance, held.variance
+    # Four rows leave five directions without any variance; among correlations these are what is added.
+    standard = (variance.unsqueeze(1) * variance.unsqueeze(2)).sqrt()
+    added = torch.linalg.eigvalsh(shrunk(covariance, count) / standard)[0, :5]
+    torch.testing.assert_close(added, torch.full_like(added, share + 1e-6), rtol=1e-6, atol=1e-14)
     off = ~torch.eye(8, dtype=torch.bool)
     assert torch.equal(shrunk(covariance, count)[0][off], covariance[0][off])
+
+
+@pytest.mark.parametrize("count", [3, 40, 4000])
+def test_shrinkage_knows_no_units(count: int) -> None:
+    rows = torch.randn(2, 40, 8).double() @ torch.randn(8, 8).double()
+    rows[:, :, 3] = 5.0
+    plain, other = streamed(rows, [40]), Moments(2, 8)
+    units = 10 ** torch.linspace(-6, 6, 8).double()
+    other.update(rows * units)
+    outer = units.unsqueeze(0) * units.unsqueeze(1)
+    wanted = shrunk(plain.covariance, count)
+    torch.testing.assert_close(shrunk(other.covariance, count) / outer, wanted, rtol=1e-9, atol=1e-12)
+    assert float(wanted[:, 3].abs().max()) == 0
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-18, 1e18, 1e30])
+def test_products_beyond_the_range_of_float32(scale: float) -> None:
+    rows = torch.randn(2, 50, 6)
+    mixed = rows.clone()
+    mixed[..., :3] *= scale
+    held = streamed(mixed, [20, 30])
+    _, wanted = reference(mixed)
+    size = wanted.diagonal(dim1=1, dim2=2).sqrt()
+    outer = size.unsqueeze(1) * size.unsqueeze(2)
+    torch.testing.assert_close(held.covariance / outer, wanted / outer, rtol=0, atol=1e-5)
 
 
 def test_shrinkage_bounds_what_unseen_directions_may_become() -> None:

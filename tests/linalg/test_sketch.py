@@ -48,9 +48,14 @@ def test_beyond_that_no_direction_is_further_off_than_the_energy_it_has_no_room_
     gap = torch.linalg.eigvalsh(held.scatter[0] - kept)
     energy = float(held.scatter[0].trace())
     assert float(gap.min()) > -1e-4 * energy
-    assert float(gap.max()) <= float(sketch.lost) / size * (1 + 1e-3) + 1e-4 * energy
-    # With it, the whole energy is right.
-    assert math.isclose(float(sketch.scatter[0].trace()), energy, rel_tol=1e-4)
+    # In units of the features' own deviations, as directions are chosen in them.
+    unit = sketch.squares[0].sqrt()
+    standard = torch.linalg.eigvalsh((held.scatter[0] - kept) / unit / unit.unsqueeze(1))
+    assert float(standard.max()) <= float((sketch.lost[0] / sketch.squares[0]).sum()) / size * (1 + 1e-1)
+    assert float(gap.max()) <= float(sketch.lost.sum()) + 1e-4 * energy
+    # With it, the variance of every feature is right.
+    variances = held.scatter.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(sketch.scatter.diagonal(dim1=1, dim2=2), variances, rtol=1e-4, atol=0)
 
 
 def test_more_room_is_closer():
@@ -87,11 +92,31 @@ def test_what_is_not_finite_shows():
     sketch.update(torch.tensor([[[1.0, math.nan, 2.0]]]))
     assert not sketch.is_finite()
     assert "count=1" in repr(sketch)
-    assert sketch.nbytes == 3 * 8 + 3 * 4
+    assert sketch.nbytes == (3 + 3) * 8 + 3 * 4
 
 
 def test_there_are_no_more_directions_than_features():
     held, sketch = both(rows(1, 500, 6), 64, list(range(20, 500, 20)))
     assert sketch.rows.shape[1] <= 2 * 6 + 20
-    assert float(sketch.lost) < 1e-4 * float(held.scatter.diagonal(dim1=1, dim2=2).sum())
+    assert float(sketch.lost.sum()) < 1e-4 * float(held.scatter.diagonal(dim1=1, dim2=2).sum())
     torch.testing.assert_close(sketch.scatter, held.scatter, rtol=1e-3, atol=1e-2)
+
+
+def test_units_of_features_do_not_matter():
+    data, units = rows(1, 700, 30, mean=0.0), 10 ** torch.linspace(-6, 6, 30)
+    _, plain = both(data, 10, list(range(50, 700, 50)))
+    _, other = both(data * units, 10, list(range(50, 700, 50)))
+    outer = (units.unsqueeze(0) * units.unsqueeze(1)).double()
+    size = plain.squares[0].sqrt()
+    apart = (other.scatter[0] / outer - plain.scatter[0]) / size / size.unsqueeze(1)
+    assert float(apart.abs().max()) < 1e-3
+    torch.testing.assert_close(other.level() / units.double().square(), plain.level(), rtol=1e-3, atol=0)
+
+
+def test_its_weight_is_least_squares_in_its_metric():
+    _, sketch = both(rows(1, 20, 9), 64, [])
+    missing = torch.randn(1, sketch.rows.shape[1], 4).double()
+    held = sketch.rows.double()
+    moment = held.mT @ held + torch.diag_embed(sketch.level() * sketch.count)
+    wanted = torch.linalg.solve(moment, held.mT @ missing).mT
+    torch.testing.assert_close(sketch.solve(missing), wanted)

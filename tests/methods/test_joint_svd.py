@@ -285,7 +285,7 @@ def test_a_refit_keeps_what_is_shared_and_does_not_raise_the_error(method: Joint
             shift = fitted.shifts[number]
             assert shift is not None
             # The mean response stays: what the factors leave out of it goes to the bias.
-            seen = statistics.patches(part, factors.how)
+            seen = statistics.Patches.of(part, factors.how)
             assert seen is not None
             missing = unfold(part.weight - fitted.dense()[number], factors.how)
             torch.testing.assert_close(shift, seen.shift(missing))

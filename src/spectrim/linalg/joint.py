@@ -61,7 +61,7 @@ def right_shared(
         gram = sum((m.mT @ a.weigh(m) for m, a in zip(doubles, metrics, strict=True)), doubles[0].new_zeros(()))
         found = lowrank.principal(gram)
         return lowrank.Spectrum(found.energies, found.basis[..., :most])
-    halves = [lowrank.square_root(a.average) @ m for m, a in zip(doubles, metrics, strict=True)]
+    halves = [lowrank.root(a.average) @ m for m, a in zip(doubles, metrics, strict=True)]
     return lowrank.spectrum(torch.cat(halves, dim=-2), most=most)
 
 

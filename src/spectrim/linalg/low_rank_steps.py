@@ -40,7 +40,7 @@ class LowRankStep(ABC):
     grows: bool = False
     """Whether a smaller rank is a start for a larger one."""
     root: Float[Tensor, "g o o"] | None
-    """Square root of ``G``, or None."""
+    """``R`` with ``R^T R = G``, or None."""
 
     @abstractmethod
     def __call__(self, target: Float[Tensor, "g o n"], rank: int, start: Product | None) -> Product:
@@ -65,7 +65,7 @@ class LowRankStep(ABC):
 
 @dataclass(frozen=True, eq=False)
 class _Projecting(LowRankStep):
-    """Projects the outputs, weighted by ``root`` (a square root of ``G``) or as they are, onto orthonormal columns.
+    """Projects the outputs, weighted by ``root`` (``R`` with ``R^T R = G``) or as they are, onto orthonormal columns.
 
     Attributes
     ----------
@@ -87,7 +87,7 @@ class _Projecting(LowRankStep):
         left = self._basis(product)
         eye = torch.eye(left.shape[1], dtype=left.dtype, device=left.device)
         beside = eye - left @ left.mT
-        return Quadratic(self.metric, beside if self.root is None else self.root @ beside @ self.root)
+        return Quadratic(self.metric, beside if self.root is None else self.root.mT @ beside @ self.root)
 
     def energies(self, target: Float[Tensor, "g o n"]) -> Float[Tensor, "g R"]:
         mixed = self._mixed(target)
@@ -143,7 +143,7 @@ class Split(LowRankStep):
     metric
         ``C``, for the slices of the split.
     root
-        Square root of ``G``, or None.
+        ``R`` with ``R^T R = G``, or None.
     steps
         Conjugate-gradient steps on the first factor a turn.
     """
@@ -170,7 +170,9 @@ class Split(LowRankStep):
         return self._product(left, response.refit(self.metric.unfold(target), self.metric, left))
 
     def eliminated(self, product: Product) -> Quadratic:
-        return Quadratic(self.metric.beside(product.factors[0]), None if self.root is None else self.root @ self.root)
+        return Quadratic(
+            self.metric.beside(product.factors[0]), None if self.root is None else self.root.mT @ self.root
+        )
 
     def energies(self, target: Float[Tensor, "g o n"]) -> Float[Tensor, "g R"]:
         return lowrank.energies(response.mix(self.metric.unfold(target), self.root), self.metric.average)

@@ -49,6 +49,29 @@ def square_root(metric: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:
     return (vectors * values.sqrt().unsqueeze(-2)) @ vectors.mT
 
 
+def root(metric: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:
+    """A triangular ``R`` with ``R^T R`` the metric, to rounding; a small part of the time of the symmetric root.
+
+    Any root has the spectrum of any other. Rounding is relative to every entry's own diagonal, whatever their units;
+    entries without any have a column of zeros.
+
+    Raises
+    ------
+    ValueError
+        If the matrix is not positive semidefinite.
+    """
+    m = metric.double()
+    size = m.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    inverse = torch.where(size > 0, 1 / size, torch.zeros_like(size))
+    standard = m * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
+    for jitter in (0.0, 1e-13, 1e-11, 1e-9, 1e-7):
+        standard.diagonal(dim1=-2, dim2=-1).fill_(1 + jitter)
+        factor, failed = torch.linalg.cholesky_ex(standard)
+        if not bool(failed.any()):
+            return factor.mT * size.unsqueeze(-2)
+    raise ValueError("a second moment is not positive semidefinite; it holds NaN or Inf")
+
+
 def energies(
     matrix: Float[Tensor, "g rows columns"], metric: Float[Tensor, "g rows rows"] | None = None
 ) -> Float[Tensor, "g R"]:
@@ -59,9 +82,7 @@ def energies(
     elif metric is None:
         gram = m @ m.mT
     else:
-        # Any square root of the metric has the same spectrum; the triangular one is the cheapest.
-        half, failed = torch.linalg.cholesky_ex(metric.double())
-        whitened = half.mT @ m if not bool(failed.any()) else square_root(metric) @ m
+        whitened = root(metric) @ m
         gram = whitened @ whitened.mT
     return torch.linalg.eigvalsh((gram + gram.mT) / 2).flip(-1).clamp_min(0)
 
@@ -97,7 +118,7 @@ def spectrum(
         weighted = m if metric is None else metric.double() @ m
         values, vectors = _eigh(m.mT @ weighted)
         return Spectrum(values, vectors[..., :most])
-    whitened = m if metric is None else square_root(metric) @ m
+    whitened = m if metric is None else root(metric) @ m
     values, vectors = _eigh(whitened @ whitened.mT)
     # QR keeps the spans of leading columns and completes them where the spectrum has died out.
     basis, triangle = torch.linalg.qr(whitened.mT @ vectors[..., :most])

@@ -302,33 +302,34 @@ class Slices(_Alike):
 
 @dataclass(frozen=True, eq=False)
 class Rows(Metric):
-    """A moment given by rows: ``B^T B`` and the same ``level`` in every direction.
+    """A moment given by rows: ``B^T B`` and a ``level`` of each entry of the patch.
 
     Attributes
     ----------
     rows
         ``B [g, m, n]``.
     level
-        ``[g]``.
+        ``[g, n]``, added to the diagonal.
     patch
         ``(i, *k)``.
     """
 
     rows: Float[Tensor, "g m n"]
-    level: Float[Tensor, " g"]
+    level: Float[Tensor, "g n"]
     patch: tuple[int, ...] = ()
 
     def times(self, rows: Float[Tensor, "g m n"]) -> Float[Tensor, "g m n"]:
-        return (rows @ self.rows.mT) @ self.rows + rows * self.level.reshape(-1, 1, 1)
+        return (rows @ self.rows.mT) @ self.rows + rows * self.level.unsqueeze(1)
 
     def diagonal(self) -> Float[Tensor, "g n"]:
-        return self.rows.square().sum(1) + self.level.unsqueeze(1)
+        return self.rows.square().sum(1) + self.level
 
     def sliced(self, how: Unfolding) -> Slices:
         g, m, _ = self.rows.shape
         rows = slice_rows(self.rows.reshape(g, m, *self.patch), how).double()
         moment = rows.mT @ rows / (rows.shape[1] // m)
-        moment.diagonal(dim1=-2, dim2=-1).add_(self.level.double().unsqueeze(-1))
+        level = slice_rows(self.level.double().reshape(g, 1, *self.patch), how).mean(1)
+        moment.diagonal(dim1=-2, dim2=-1).add_(level)
         return Slices(moment, self.patch, how)
 
 
@@ -375,11 +376,17 @@ def _tensors(metric: Metric) -> dict[str, Tensor]:
 
 
 def cholesky(matrix: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:
-    """Cholesky factor of a positive semidefinite matrix, with the smallest jitter that succeeds."""
-    scale = matrix.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-300)
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    """Cholesky factor of a positive semidefinite matrix, with the smallest jitter that succeeds.
+
+    The jitter is a share of every entry's own diagonal, so that their units do not matter.
+    """
+    scale = matrix.diagonal(dim1=-2, dim2=-1)
+    # Where there is nothing, anything may be divided by.
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     for jitter in (1e-12, 1e-10, 1e-8, 1e-6, 1e-4):
-        factor, info = torch.linalg.cholesky_ex(matrix + (jitter * scale)[:, None, None] * eye)
+        raised = matrix.clone()
+        raised.diagonal(dim1=-2, dim2=-1).add_(scale, alpha=jitter)
+        factor, info = torch.linalg.cholesky_ex(raised)
         if not bool(info.any()):
             return factor
     raise ValueError("the second moment of a layer's responses is not positive semidefinite; it holds NaN or Inf")

@@ -30,7 +30,7 @@ class Moments:
         ``[groups, features, features]``, float64: the sum of centred outer products.
     """
 
-    __slots__ = ("count", "mean", "scatter")
+    __slots__ = ("__weakref__", "count", "mean", "scatter")
 
     def __init__(self, groups: int, features: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
@@ -56,7 +56,7 @@ class Moments:
         centred = rows - mean.to(rows.dtype)
         # The rounding of the mean leaves a remainder; taking it into account keeps the sums exact.
         rest = centred.mean(dim=1, keepdim=True, dtype=torch.float64)
-        self._add(n, mean.squeeze(1), centred.transpose(1, 2) @ centred)
+        self._add(n, mean.squeeze(1), _products(centred))
         self.scatter.baddbmm_(rest.transpose(1, 2), rest, alpha=-n)
 
     @torch.no_grad()
@@ -91,6 +91,11 @@ class Moments:
         return self.scatter / max(self.count, 1)
 
     @property
+    def variance(self) -> Float[Tensor, "g d"]:
+        """Diagonal of :attr:`covariance`."""
+        return self.scatter.diagonal(dim1=-2, dim2=-1) / max(self.count, 1)
+
+    @property
     def second_moment(self) -> Float[Tensor, "g d d"]:
         """Raw second moment ``E[x x^T]``."""
         return self.covariance + self.mean.unsqueeze(2) @ self.mean.unsqueeze(1)
@@ -106,15 +111,43 @@ class Moments:
         return bool(torch.isfinite(self.mean).all() and torch.isfinite(diagonal).all())
 
 
-def shrunk(covariance: Tensor, count: int) -> Tensor:
-    """Covariance with a little of its mean variance added to every direction.
+def shrunk(covariance: Float[Tensor, "*g d d"], count: int) -> Float[Tensor, "*g d d"]:
+    """Covariance with a little of its own variance added to every entry.
 
-    Directions that the samples never reached would otherwise be free to take any value. The share grows as samples
-    become few: 1e-6 with plenty, 1e-2 with fewer samples than features.
+    Directions that the samples never reached would otherwise be free to take any value. The correlations are shrunk
+    towards 0, so that the units of entries do not matter, ``shrunk(D C D) = D shrunk(C) D``; an entry that never
+    changes is left without variance. The share is :func:`ridge`.
     """
-    features = covariance.shape[-1]
-    share = 1e-6 + 1e-2 * min(1.0, features / max(count, 1))
-    level = covariance.diagonal(dim1=-2, dim2=-1).mean(-1) * share
     result = covariance.clone()
-    result.diagonal(dim1=-2, dim2=-1).add_(level.unsqueeze(-1))
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    result.diagonal(dim1=-2, dim2=-1).add_(variance, alpha=ridge(count, covariance.shape[-1]))
     return result
+
+
+def ridge(count: int, features: int) -> float:
+    """Share of its own variance that :func:`shrunk` adds to every entry."""
+    return 1e-6 + 1e-2 * min(1.0, features / max(count, 1))
+
+
+# Sums of products of float32 numbers are exact enough as long as they are within these bounds.
+_SMALL, _LARGE = 1e-24, 1e30
+
+
+def _products(rows: Float[Tensor, "g n d"]) -> Float[Tensor, "g d d"]:
+    """``rows^T rows``; entries whose products leave the range of float32 are multiplied in units of their own."""
+    result = rows.mT @ rows
+    if rows.dtype == torch.float64:
+        return result
+    sums = result.diagonal(dim1=-2, dim2=-1)
+    # NaN and Inf are out of the range too, and stay what they are.
+    odd = ~((sums >= _SMALL) & (sums <= _LARGE))
+    if not bool(odd.any()):
+        return result
+    size = rows.abs().amax(dim=1)
+    # A power of two changes no digit.
+    power = torch.where(odd & (size > 0) & size.isfinite(), size.log2().floor(), torch.zeros_like(size)).double()
+    if not bool(power.any()):
+        return result
+    unit = torch.exp2(power)
+    rows = (rows.double() / unit.unsqueeze(1)).to(rows.dtype)
+    return (rows.mT @ rows).double() * unit.unsqueeze(2) * unit.unsqueeze(1)

@@ -26,14 +26,14 @@ from torch import Tensor
 from spectrim.linalg.metric import Full, SlicedMetric, cholesky
 
 
-def mix(matrix: Float[Tensor, "g p c"], weight: Float[Tensor, "g o o"] | None) -> Float[Tensor, "g p c"]:
-    """Apply an output weight to the columns ``(o, q)`` of an unfolded matrix (or right factor)."""
+def mix(matrix: Float[Tensor, "g p c"], weight: Float[Tensor, "g t o"] | None) -> Float[Tensor, "g p c"]:
+    """Apply an output weight ``[g, t, o]`` to the columns ``(o, q)`` of an unfolded matrix (or right factor)."""
     if weight is None:
         return matrix.double()
     g, p, columns = matrix.shape
     o = weight.shape[-1]
     opened = matrix.double().reshape(g, p, o, columns // o)
-    return torch.einsum("gpoq,got->gptq", opened, weight).reshape(g, p, columns)
+    return torch.einsum("gpoq,gto->gptq", opened, weight).reshape(g, p, columns)
 
 
 def total_energy(matrix: Float[Tensor, "g p c"], metric: SlicedMetric) -> Float[Tensor, " g"]:

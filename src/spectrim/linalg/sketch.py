@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from spectrim.linalg.moments import Moments
+from spectrim.linalg.moments import Moments, ridge
 
 
 class Sketch(Moments):
@@ -16,8 +16,9 @@ class Sketch(Moments):
 
     As long as there are no more than ``size`` observations the sketch is exact. Then, whenever twice as many rows have
     gathered, the strongest directions are kept and all weakened by the strength of the first that is not, which bounds
-    the error by the energy beyond ``size`` directions (Liberty 2013; Ghashami et al. 2016). What was taken away is
-    given back evenly over all directions.
+    the error by the energy beyond ``size`` directions (Liberty 2013; Ghashami et al. 2016). Strength is measured with
+    every feature in units of its own deviation, so that the units of features do not matter. What was taken away from
+    the variance of a feature, which is known exactly, is given back to it.
 
     Parameters
     ----------
@@ -32,11 +33,11 @@ class Sketch(Moments):
     ----------
     rows
         ``[groups, m, features]``, float32.
-    lost
-        Energy of the scatter that the rows do not hold, for each group.
+    squares
+        ``[groups, features]``, float64: the diagonal of the scatter, exact.
     """
 
-    __slots__ = ("lost", "rows", "size")
+    __slots__ = ("rows", "size", "squares")
 
     def __init__(self, groups: int, features: int, size: int = 512, device: torch.device | str = "cpu") -> None:
         self.count = 0
@@ -44,7 +45,7 @@ class Sketch(Moments):
         self.size = min(size, features)
         self.mean = torch.zeros(groups, features, dtype=torch.float64, device=device)
         self.rows = torch.zeros(groups, 0, features, device=device)
-        self.lost = torch.zeros(groups, dtype=torch.float64, device=device)
+        self.squares = torch.zeros(groups, features, dtype=torch.float64, device=device)
 
     def __repr__(self) -> str:
         groups, features = self.mean.shape
@@ -58,7 +59,9 @@ class Sketch(Moments):
             if not n:
                 continue
             mean = part.mean(dim=1, keepdim=True, dtype=torch.float64)
-            self._add(n, mean.squeeze(1), part.float() - mean.float())
+            centred = part.float() - mean.float()
+            self.squares = self.squares + _squares(centred)
+            self._add(n, mean.squeeze(1), centred)
 
     @torch.no_grad()
     def merge(self, other: Moments) -> None:
@@ -66,7 +69,7 @@ class Sketch(Moments):
         if not isinstance(other, Sketch) or other.mean.shape != self.mean.shape:
             raise ValueError(f"cannot merge {other!r} into {self!r}")
         if other.count:
-            self.lost += other.lost.to(self.lost.device)
+            self.squares = self.squares + other.squares.to(self.squares.device)
             self._add(other.count, other.mean.to(self.mean.device), other.rows.to(self.rows.device))
 
     def _add(self, n: int, mean: Tensor, scatter: Tensor) -> None:
@@ -74,6 +77,7 @@ class Sketch(Moments):
         total = self.count + n
         delta = (mean - self.mean) * math.sqrt(self.count * n / total)
         parts = [self.rows, scatter, delta.float().unsqueeze(1)] if self.count else [scatter]
+        self.squares = self.squares + delta.square()
         self.rows = torch.cat(parts, dim=1)
         self.mean = self.mean + (mean - self.mean) * (n / total)
         self.count = total
@@ -81,48 +85,73 @@ class Sketch(Moments):
             self._shrink()
 
     def _shrink(self) -> None:
-        gram = (self.rows @ self.rows.mT).double()
+        unit = self.squares.sqrt()
+        standard = self.rows * torch.where(unit > 0, 1 / unit, torch.zeros_like(unit)).float().unsqueeze(1)
+        gram = (standard @ standard.mT).double()
         energies, vectors = torch.linalg.eigh(gram)
         energies, vectors = energies.flip(-1).clamp_min(0), vectors.flip(-1)
         kept, first = energies[:, : self.size], energies[:, self.size : self.size + 1]
         weaker = (kept - first).clamp_min(0)
         scale = torch.where(kept > 0, (weaker / kept.clamp_min(1e-300)).sqrt(), torch.zeros_like(kept))
-        before = energies.sum(-1)
         self.rows = (vectors[..., : self.size] * scale.unsqueeze(1)).mT.float() @ self.rows
-        self.lost += before - weaker.sum(-1)
 
     def take(self, entries: Int64[Tensor, "g n"]) -> Sketch:
-        """The sketch of some entries of the vectors; of the lost energy they get their share."""
+        """The sketch of some entries of the vectors."""
         index = entries.to(self.mean.device)
         groups, features = index.shape
         part = Sketch(groups, features, self.size, self.mean.device)
         part.count, part.mean = self.count, torch.take_along_dim(self.mean, index, 1)
         part.rows = torch.take_along_dim(self.rows, index.unsqueeze(1), 2)
-        part.lost = self.lost * (index.shape[1] / self.mean.shape[1])
+        part.squares = torch.take_along_dim(self.squares, index, 1)
         return part
+
+    @property
+    def lost(self) -> Float[Tensor, "g d"]:
+        """Energy of every feature that the rows do not hold."""
+        return (self.squares - _squares(self.rows)).clamp_min(0)
+
+    @property
+    def variance(self) -> Float[Tensor, "g d"]:
+        return self.squares / max(self.count, 1)
 
     @property
     def scatter(self) -> Float[Tensor, "g d d"]:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The sum of centred outer products that the sketch stands for, ``[groups, features, features]``."""
         rows = self.rows.double()
         result = rows.mT @ rows
-        result.diagonal(dim1=-2, dim2=-1).add_((self.lost / self.mean.shape[1]).unsqueeze(-1))
+        result.diagonal(dim1=-2, dim2=-1).add_(self.lost)
         return result
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return self.mean.numel() * 8 + self.rows.numel() * 4
+        return (self.mean.numel() + self.squares.numel()) * 8 + self.rows.numel() * 4
 
     def is_finite(self) -> bool:
         return bool(torch.isfinite(self.mean).all() and torch.isfinite(self.rows).all())
 
-    def level(self) -> Float[Tensor, " g"]:
-        """What every direction has beside the rows, of the covariance: the lost energy, and a little for all.
+    def level(self) -> Float[Tensor, "g d"]:
+        """What every feature has beside the rows, of the covariance: what the rows have lost, and a little.
 
-        The little is the share of :func:`spectrim.linalg.moments.shrunk`.
+        The little is what :func:`spectrim.linalg.moments.shrunk` adds.
         """
-        features = self.mean.shape[1]
-        energy = self.rows.double().square().sum(dim=(1, 2)) + self.lost
-        share = 1e-6 + 1e-2 * min(1.0, features / max(self.count, 1))
-        return (self.lost + share * energy) / (features * max(self.count, 1))
+        share = ridge(self.count, self.mean.shape[1])
+        return (self.lost + share * self.squares) / max(self.count, 1)
+
+    def solve(self, missing: Float[Tensor, "g m o"]) -> Float[Tensor, "g o d"]:
+        """The weight that answers its rows with ``missing``, damped by :meth:`level`: least squares of ``m`` equations.
+
+        With ``B`` the rows and ``L`` the level it is ``missing^T (B L^-1 B^T + I)^-1 B L^-1``.
+        """
+        size = (self.level() * max(self.count, 1)).sqrt()
+        rows = self.rows.double()
+        # A feature that never changes gets no weight.
+        damped = rows * torch.where(size > 0, 1 / size, torch.zeros_like(size)).unsqueeze(1)
+        gram = damped @ damped.mT
+        gram.diagonal(dim1=-2, dim2=-1).add_(1)
+        found = torch.linalg.solve(gram, missing).mT @ damped
+        return found * torch.where(size > 0, 1 / size, torch.zeros_like(size)).unsqueeze(1)
+
+
+def _squares(rows: Float[Tensor, "g n d"]) -> Float[Tensor, "g d"]:
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()

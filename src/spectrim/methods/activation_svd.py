@@ -55,7 +55,7 @@ class ActivationSVD(LowRankMethod):
             ranks = self.ranks(site.spec, how)
             if not ranks:
                 continue
-            seen = statistics.patches(site, how)
+            seen = statistics.Patches.of(site, how)
             if seen is None and not _has_outputs(site, how):
                 continue
             mixed = response.mix(unfold(site.weight, how), weight)
@@ -82,7 +82,7 @@ class ActivationSVD(LowRankMethod):
 
     def factorize(self, site: Layer, choice: LowRankChoice) -> LowRank:
         how = unfolding(site.spec.kernel, choice.unfolding)
-        seen = statistics.patches(site, how)
+        seen = statistics.Patches.of(site, how)
         if seen is None and not _has_outputs(site, how):
             site.require("input" if how.name != "channel" else "output", f"ActivationSVD ({how.name})")
         matrix = unfold(site.weight, how).double()
@@ -121,7 +121,7 @@ def _start(site: Layer, how: Unfolding, seen: statistics.Patches | None, weight:
     if seen is not None:
         return lowrank.spectrum(response.mix(unfold(site.weight, how), weight), seen.metric.average)
     covariance = statistics.outputs(site)
-    return lowrank.principal(covariance if weight is None else weight @ covariance @ weight)
+    return lowrank.principal(covariance if weight is None else weight @ covariance @ weight.mT)
 
 
 def _projected(site: Layer, matrix: Tensor, basis: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,6 +129,6 @@ def _projected(site: Layer, matrix: Tensor, basis: Tensor, weight: Tensor | None
     if weight is None:
         inwards, outwards = basis, basis.mT
     else:
-        inwards, outwards = weight @ basis, torch.linalg.solve(weight, basis).mT
+        inwards, outwards = weight.mT @ basis, torch.linalg.solve(weight, basis).mT
     shift = statistics.outside(site, site.require("output", "ActivationSVD").mean, inwards, outwards)
     return matrix @ inwards, outwards, shift

@@ -14,6 +14,7 @@ from spectrim.linalg.sketch import Sketch
 from spectrim.linalg.sparse import Quadratic
 from spectrim.linalg.unfold import Unfolding, unfolding
 from spectrim.methods import statistics
+from spectrim.methods.statistics import Standard
 from spectrim.network.sites import Layer
 
 
@@ -21,8 +22,13 @@ from spectrim.network.sites import Layer
 class AdditiveLayer:
     """A layer as target and metric, for one unfolding of the low-rank part.
 
+    All of it is in the layer's own units (:class:`~spectrim.methods.statistics.Standard`): input channels have unit
+    variance. What is found is turned back by :meth:`factors`, :meth:`sparse` and :meth:`shift`.
+
     Attributes
     ----------
+    units
+        The layer in its own units.
     target
         The weight as ``[g, o, (i, *k)]``.
     error
@@ -33,7 +39,7 @@ class AdditiveLayer:
         Mean patch ``[g, n]``, or None without calibration.
     """
 
-    site: Layer
+    units: Standard
     how: Unfolding
     target: Tensor
     error: Quadratic
@@ -50,16 +56,20 @@ class AdditiveLayer:
     @classmethod
     def of(cls, site: Layer, how: Unfolding, *, exact: bool = False) -> AdditiveLayer:
         g, o, *_ = site.spec.shape
-        metric, mean = _metric(site, how)
+        units = Standard.of(site)
+        metric, mean = _metric(units, how)
         split = None if how.name == "channel" else metric.sliced(how)
         metric = split or metric
         # Layers of millions of weights, whose metrics are rows, are fitted in float32: half the memory and time.
-        target = site.weight.to(metric.dtype).reshape(g, o, -1)
-        weight = statistics.output_weight(site)
-        weight = None if weight is None else weight.to(metric.dtype)
-        outer = None if weight is None else weight @ weight
-        step: LowRankStep = Split(split, weight) if split else (Exact if exact else Greedy)(metric, weight)
-        return cls(site, how, target, Quadratic(metric, outer), step, mean)
+        target = units.own_weight.to(metric.dtype).reshape(g, o, -1)
+        root = None if units.root is None else units.root.to(metric.dtype)
+        outer = None if root is None else root.mT @ root
+        step: LowRankStep = Split(split, root) if split else (Exact if exact else Greedy)(metric, root)
+        return cls(units, how, target, Quadratic(metric, outer), step, mean)
+
+    @property
+    def site(self) -> Layer:
+        return self.units.site
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -82,10 +92,15 @@ class AdditiveLayer:
     def factors(self, product: Product | None) -> tuple[Tensor, Tensor]:
         """Left ``[g, (i, k_S), r]`` and right ``[g, r, (o, k_rest)]`` of a product; of rank 0 without one."""
         if product is not None:
-            return self.step.unfolded(product)
+            left, right = self.step.unfolded(product)
+            return self.units.left(left), self.units.right(right)
         g, o, i, *kernel = self.site.spec.shape
         first, second = self.how.sizes(kernel)
         return self.target.new_zeros(g, i * first, 0), self.target.new_zeros(g, 0, o * second)
+
+    def sparse(self, found: Additive) -> Tensor:
+        """The sparse weight ``[g, o, i, *k]``."""
+        return self.units.weight(found.sparse.weight.reshape(self.site.spec.shape))
 
     def shift(self, found: Additive) -> Tensor:
         """Mean response ``[o_total]`` of what both parts leave out, for the bias."""
@@ -94,7 +109,7 @@ class AdditiveLayer:
         rest = self.target - found.sparse.weight
         if found.product is not None:
             rest = rest - found.product.weight
-        return torch.einsum("gon,gn->go", rest, self.mean.to(rest.dtype)).reshape(-1)
+        return self.units.shift(torch.einsum("gon,gn->go", rest, self.mean.to(rest.dtype)).reshape(-1))
 
 
 def _known_slices(site: Layer, how: Unfolding) -> Unfolding | None:
@@ -106,15 +121,18 @@ def _known_slices(site: Layer, how: Unfolding) -> Unfolding | None:
     return None if name is None else unfolding(site.spec.kernel, name)
 
 
-def _metric(site: Layer, how: Unfolding) -> tuple[Metric, Tensor | None]:
-    """Metric and mean of the patches, by the best that calibration kept."""
+def _metric(units: Standard, how: Unfolding) -> tuple[Metric, Tensor | None]:
+    """Metric and mean of the patches in the layer's units, by the best that calibration kept."""
+    site = units.site
     g, _, *patch = site.spec.shape
     sketch = site.statistics.sketch
     if not site.statistics:
         return Plain(g, tuple(patch), site.weight.device, how), None
     if site.statistics.input is None and sketch is not None:
-        rows = sketch.rows / max(sketch.count, 1) ** 0.5
-        return Rows(rows, sketch.level().to(rows.dtype), tuple(patch)), sketch.mean
-    seen = statistics.patches(site, _known_slices(site, how) or how)
+        each = 1 / statistics.spread(units.inputs, sketch.mean.shape[1])
+        rows = sketch.rows * (each / max(sketch.count, 1) ** 0.5).unsqueeze(1)
+        level = sketch.level() * each.square()
+        return Rows(rows.to(sketch.rows.dtype), level.to(sketch.rows.dtype), tuple(patch)), sketch.mean * each
+    seen = units.patches(_known_slices(site, how) or how)
     assert seen is not None
     return seen.metric, seen.mean

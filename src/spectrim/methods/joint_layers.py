@@ -68,7 +68,7 @@ class JointLayers:
     def shared_right(self, right: Tensor, number: int = 0) -> Tensor:
         """The same of the second factor that all layers share."""
         weight = self.weights[number]
-        return right if weight is None else response.mix(right, torch.linalg.pinv(weight, hermitian=True))
+        return right if weight is None else response.mix(right, torch.linalg.pinv(weight))
 
 
 def pose(site: Group, how: Unfolding, *, common: bool) -> JointLayers | None:
@@ -109,7 +109,7 @@ def _energies(matrices: Sequence[Tensor], seen: Sequence[statistics.Patches] | N
 
 
 def _patches(site: Group, parts: Sequence[Layer], how: Unfolding) -> tuple[statistics.Patches, ...] | None:
-    seen = [patches for part in parts if (patches := statistics.patches(part, how))]
+    seen = [patches for part in parts if (patches := statistics.Patches.of(part, how))]
     if len(seen) < len(parts):
         return None
     if not site.same_input:
@@ -125,7 +125,7 @@ def _output_weights(parts: Sequence[Layer], *, common: bool) -> tuple[Tensor | N
         return own if all(weight is not None for weight in own) else tuple(None for _ in parts)
     moments = [part.require("gradient", "JointSVD") for part in parts]
     mean = torch.stack([shrunk(m.second_moment, m.count) for m in moments]).mean(0)
-    return (lowrank.square_root(mean),) * len(parts)
+    return (lowrank.root(mean),) * len(parts)
 
 
 def compatible(layers: Sequence[LayerSpec], side: str) -> bool:

@@ -303,7 +303,7 @@ class JointSVD(Method):
         number
             Of the layer in the group.
         """
-        seen = statistics.patches(site, factors.how)
+        seen = statistics.Patches.of(site, factors.how)
         if seen is None:
             site.require("input", f"refitting {self.name}")
             return factors

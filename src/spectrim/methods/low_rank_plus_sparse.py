@@ -149,8 +149,7 @@ class LowRankPlusSparse(Method):
         if choice.bias and (site.statistics or not spec.bias):
             shift = layer.shift(found).to(spec.dtype)
         dtype = spec.dtype
-        shape = spec.shape
-        sparse, mask = found.sparse.weight.reshape(shape), found.sparse.mask.reshape(shape)
+        sparse, mask = layer.sparse(found), found.sparse.mask.reshape(spec.shape)
         return Factors(left.to(dtype), right.to(dtype), sparse.to(dtype), mask, pattern, shift, how)
 
     def layers(self, site: Layer, choice: SumChoice) -> Chain | Sum:

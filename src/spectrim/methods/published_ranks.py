@@ -241,7 +241,7 @@ def _error(assigned: Assignment) -> float:
         weight = statistics.output_weight(part)
         before = response.mix(unfold(part.weight, how), weight)
         missing = before - response.mix(unfold(made, how), weight)
-        seen = statistics.patches(part, how)
+        seen = statistics.Patches.of(part, how)
         if seen is None:
             total, gone = float(before.square().sum()), float(missing.square().sum())
         else:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import weakref
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spectrim.linalg import lowrank
+from spectrim.linalg import lowrank, response
 from spectrim.linalg.metric import Full, SlicedMetric, Slices
-from spectrim.linalg.moments import shrunk
-from spectrim.linalg.unfold import Unfolding
+from spectrim.linalg.moments import Moments, shrunk
+from spectrim.linalg.unfold import Unfolding, unfold
 from spectrim.methods.base import OUTPUT_ENERGY, WEIGHTED_ENERGY
 from spectrim.network.sites import Layer
 
@@ -32,21 +35,26 @@ class Patches:
     metric: SlicedMetric
     mean: Float[Tensor, "g n"]
 
+    @classmethod
+    def of(cls, site: Layer, how: Unfolding, units: Float[Tensor, "g i"] | None = None) -> Patches | None:
+        """What a site sees under an unfolding, or None if calibration kept neither patches nor these slices.
+
+        ``units`` are those in which its input channels are measured.
+        """
+        patch = site.spec.shape[2:]
+        if (whole := site.statistics.input) is not None:
+            return cls(
+                Full(_measured(shrunk(whole.covariance, whole.count), units), patch, how), _in(whole.mean, units)
+            )
+        if (slices := site.statistics.slices.get(how.name)) is not None:
+            metric = Slices(_measured(shrunk(slices.covariance, slices.count), units), patch, how)
+            return cls(metric, metric.spread(_in(slices.mean, units)))
+        return None
+
     def shift(self, missing: Float[Tensor, "g p c"]) -> Float[Tensor, " o_total"]:
         """Mean response of a weight difference ``[g, p, (o, q)]``: what the bias must make up for."""
         mean = self.metric.unfold(self.mean.unsqueeze(1))
         return (self.metric.open(missing) * mean.unsqueeze(2)).sum(dim=(1, 3)).reshape(-1)
-
-
-def patches(site: Layer, how: Unfolding) -> Patches | None:
-    """What a site sees under an unfolding, or None if calibration kept neither patches nor these slices."""
-    patch = site.spec.shape[2:]
-    if (whole := site.statistics.input) is not None:
-        return Patches(Full(shrunk(whole.covariance, whole.count), patch, how), whole.mean)
-    if (slices := site.statistics.slices.get(how.name)) is not None:
-        metric = Slices(shrunk(slices.covariance, slices.count), patch, how)
-        return Patches(metric, metric.spread(slices.mean))
-    return None
 
 
 def outputs(site: Layer) -> Float[Tensor, "g o o"]:
@@ -61,15 +69,38 @@ def unit(site: Layer) -> str:
 
 
 def output_weight(site: Layer) -> Float[Tensor, "g o o"] | None:
-    """Square root of the second moment of the gradients that reach the layer's outputs, or None if it is not known.
+    """A root ``R`` of the second moment ``R^T R`` of the gradients that reach the outputs, or None if it is not known.
 
     Multiplying responses by it measures errors by what they do to the network's output, to second order, instead of
     counting every output channel the same.
     """
-    if site.statistics.gradient is None:
+    gradient = site.statistics.gradient
+    if gradient is None:
         return None
-    held = site.statistics.gradient
-    return lowrank.square_root(shrunk(held.second_moment, held.count))
+    size, root = _gradient_root(gradient)
+    return root * size.unsqueeze(1)
+
+
+# Of gradients, as long as they are there: how many they were, the size of every entry, and a root of the correlations.
+_ROOTS: weakref.WeakKeyDictionary[Moments, tuple[int, Tensor, Tensor]] = weakref.WeakKeyDictionary()
+
+
+def _gradient_root(gradient: Moments) -> tuple[Tensor, Tensor]:
+    held = _ROOTS.get(gradient)
+    if held is None or held[0] != gradient.count:
+        moment = gradient.second_moment
+        size = moment.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+        held = _ROOTS[gradient] = gradient.count, size, _standard_root(moment, gradient.count)
+    return held[1:]
+
+
+def _standard_root(moment: Float[Tensor, "g o o"], count: int) -> Float[Tensor, "g o o"]:
+    """A triangular root of a moment, shrunk, with unit diagonal; entries without a moment are on their own."""
+    size = moment.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    inverse = torch.where(size > 0, 1 / size, torch.zeros_like(size))
+    standard = moment * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
+    standard.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    return lowrank.root(shrunk(standard, count))
 
 
 def mixed_weight(site: Layer) -> Float[Tensor, "g o d"]:
@@ -78,6 +109,155 @@ def mixed_weight(site: Layer) -> Float[Tensor, "g o d"]:
     matrix = site.weight.double().reshape(g, o, -1)
     weight = output_weight(site)
     return matrix if weight is None else weight @ matrix
+
+
+# An output that the network seems to ignore counts with this share of the mean energy of an output.
+_IGNORED = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Standard:
+    """A layer in its own units, in which methods fit: no unit of a channel decides, and no number is out of range.
+
+    Every input channel has unit variance; every output channel is measured by the size of the gradients that reach it,
+    where the site holds a sensitivity. Since ``W x = (W D^-1) (D x)``, a weight fitted in these units is one of the
+    layer in others (:meth:`weight`, :meth:`left`, :meth:`right`). A channel has one unit at all kernel positions, so
+    that every unfolding has it, and layers that share a factor have one for all of them.
+
+    Attributes
+    ----------
+    site
+        The layer as it is.
+    inputs
+        ``[g, i]``: its own units of what it sees, 1 without statistics.
+    outputs
+        ``[g, o]``: what its responses are multiplied by.
+    root
+        ``R`` with ``R^T R`` the second moment of the gradients in these units, or None.
+    """
+
+    site: Layer
+    inputs: Float[Tensor, "g i"]
+    outputs: Float[Tensor, "g o"]
+    root: Float[Tensor, "g o o"] | None
+
+    @classmethod
+    def of(cls, site: Layer, inputs: Tensor | None = None, gradient: Tensor | None = None) -> Standard:
+        """The layer in its own units.
+
+        Parameters
+        ----------
+        inputs
+            Units that it shares with others, in place of its own.
+        gradient
+            Second moment of gradients ``[g, o, o]``, shrunk, in place of its own.
+        """
+        inputs = input_units(site) if inputs is None else inputs
+        g, o, *_ = site.spec.shape
+        if gradient is not None:
+            size = gradient.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+            root = lowrank.root(gradient)
+        elif site.statistics.gradient is not None:
+            size, root = _gradient_root(site.statistics.gradient)
+            root = root * size.unsqueeze(1)
+        else:
+            return cls(site, inputs, site.weight.new_ones(g, o, dtype=torch.float64), None)
+        outputs = _floored(size, (site.weight.double() * _per_input(inputs, site)).flatten(2).square().mean(-1))
+        return cls(site, inputs, outputs, root / outputs.unsqueeze(1))
+
+    def matrix(self, how: Unfolding) -> Float[Tensor, "g p c"]:
+        """The unfolded weight."""
+        return unfold(self.own_weight, how)
+
+    def mixed(self, how: Unfolding) -> Float[Tensor, "g p c"]:
+        """The same with the root applied to the outputs."""
+        return response.mix(self.matrix(how), self.root)
+
+    @cached_property
+    def own_weight(self) -> Float[Tensor, "g o i *k"]:
+        """The weight in these units."""
+        return self.site.weight.double() * _per_input(self.inputs, self.site) * _per_output(self.outputs, self.site)
+
+    def patches(self, how: Unfolding) -> Patches | None:
+        """What it sees under an unfolding."""
+        return Patches.of(self.site, how, self.inputs)
+
+    def covariance(self) -> Float[Tensor, "g o o"]:
+        """Centred second moment of what it answers."""
+        return outputs(self.site) * self.outputs.unsqueeze(1) * self.outputs.unsqueeze(2)
+
+    def weight(self, weight: Float[Tensor, "g o i *k"]) -> Float[Tensor, "g o i *k"]:
+        """A weight in these units, in those of the layer."""
+        return weight.double() / _per_input(self.inputs, self.site) / _per_output(self.outputs, self.site)
+
+    def left(self, left: Float[Tensor, "g p r"]) -> Float[Tensor, "g p r"]:
+        """The same of a first factor."""
+        return left / spread(self.inputs, left.shape[1]).unsqueeze(2)
+
+    def right(self, right: Float[Tensor, "g r c"]) -> Float[Tensor, "g r c"]:
+        """The same of a second factor."""
+        return right / spread(self.outputs, right.shape[2]).unsqueeze(1)
+
+    def shift(self, shift: Float[Tensor, " o_total"]) -> Float[Tensor, " o_total"]:
+        """The same of a bias."""
+        return shift / self.outputs.reshape(-1)
+
+
+def input_units(site: Layer) -> Float[Tensor, "g i"]:
+    """Standard deviation of every input channel, over its kernel positions.
+
+    Of a channel that never changes, the units in which its weights have unit size.
+    """
+    g, _, i, *_ = site.spec.shape
+    weight = site.weight.double()
+    if not site.statistics:
+        return weight.new_ones(g, i)
+    held = site.statistics
+    moments = [held.input, held.sketch, *held.slices.values(), held.channels]
+    known = next((m for m in moments if m is not None), None)
+    variance = weight.new_zeros(g, i) if known is None else known.variance.reshape(g, i, -1).mean(2).to(weight.device)
+    own = weight.movedim(2, 1).flatten(2).square().mean(2).sqrt()
+    still = torch.where(own > 0, 1 / own, torch.ones_like(own))
+    return torch.where(variance > 0, variance.sqrt(), still)
+
+
+def common_units(units: Iterable[Float[Tensor, "g i"]]) -> Float[Tensor, "g i"]:
+    """Units of layers that share a first factor."""
+    return torch.stack([each.log() for each in units]).mean(0).exp()
+
+
+def _floored(size: Float[Tensor, "g o"], energy: Float[Tensor, "g o"]) -> Float[Tensor, "g o"]:
+    """Sizes of gradients, of outputs with some energy, none of which is nothing beside the others."""
+    least = _IGNORED * (size.square() * energy).mean(1, keepdim=True) / energy
+    least = torch.where(energy > 0, least, torch.zeros_like(least))
+    floored = torch.maximum(size, least.sqrt())
+    return torch.where(floored > 0, floored, torch.ones_like(floored))
+
+
+def _per_input(units: Tensor, site: Layer) -> Tensor:
+    return units.reshape(*units.shape[:1], 1, -1, *(1 for _ in site.spec.kernel))
+
+
+def _per_output(units: Tensor, site: Layer) -> Tensor:
+    return units.reshape(*units.shape, 1, *(1 for _ in site.spec.kernel))
+
+
+def spread(units: Float[Tensor, "g i"], entries: int) -> Float[Tensor, "g n"]:
+    """Units of channels for all entries of a patch, a slice or a row, channel after channel."""
+    return units.repeat_interleave(entries // units.shape[1], dim=1)
+
+
+def _in(values: Float[Tensor, "g n"], units: Tensor | None) -> Float[Tensor, "g n"]:
+    return values if units is None else values / spread(units, values.shape[1])
+
+
+def _measured(moment: Float[Tensor, "g n n"], units: Tensor | None) -> Float[Tensor, "g n n"]:
+    """A moment in units, in place."""
+    if units is not None:
+        each = 1 / spread(units, moment.shape[1])
+        moment *= each.unsqueeze(2)
+        moment *= each.unsqueeze(1)
+    return moment
 
 
 def outside(site: Layer, mean: Float[Tensor, "g o"], inwards: Tensor, outwards: Tensor) -> Float[Tensor, " o_total"]:

@@ -61,7 +61,7 @@ class WeightSVD(LowRankMethod):
     def _lost(self, site: Layer, how: Unfolding, found: lowrank.Spectrum) -> tuple[Tensor, float] | None:
         """Output energy lost at every rank, and the whole, by whatever statistic the site holds; None without one."""
         matrix = unfold(site.weight, how)
-        seen = statistics.patches(site, how)
+        seen = statistics.Patches.of(site, how)
         weight = statistics.output_weight(site)
         if seen is not None:
             left, right = lowrank.factors(matrix, found.basis, found.basis.shape[-1])
@@ -92,7 +92,7 @@ class WeightSVD(LowRankMethod):
         return LowRank(left.to(dtype), right.to(dtype), shift, how, site.spec.shape[1:])
 
     def _shift(self, site: Layer, how: Unfolding, missing: Tensor, basis: Tensor) -> Tensor:
-        seen = statistics.patches(site, how)
+        seen = statistics.Patches.of(site, how)
         if seen is not None:
             return seen.shift(missing)
         mean = site.require("output" if how.name == "channel" else "input", f"the bias of WeightSVD ({how.name})").mean

@@ -249,7 +249,5 @@ def _from_sketch(held: Sketch, weight: Tensor, entries: Tensor) -> Tensor:
     rows = held.rows.double()
     left = torch.take_along_dim(rows, entries.unsqueeze(1), 2)
     kept = torch.take_along_dim(weight, entries.unsqueeze(1), 2)
-    gram = left @ left.mT
-    gram.diagonal(dim1=-2, dim2=-1).add_((held.level() * held.count).clamp_min(1e-20).unsqueeze(-1))
     missing = rows @ weight.mT - left @ kept.mT
-    return kept + torch.linalg.solve(gram, missing).mT @ left
+    return kept + held.take(entries).solve(missing)

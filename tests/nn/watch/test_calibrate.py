@@ -217,7 +217,7 @@ def test_progress_is_reported_with_the_total_if_known():
     assert seen == [(1, 3), (2, 3), (3, 3), (1, None), (2, None), (3, None)]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_numbers_that_are_not_finite_name_the_layer_and_the_batch(bad):
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 4), nn.Linear(4, 2))
     batches = [torch.randn(3, 12) for _ in range(3)]

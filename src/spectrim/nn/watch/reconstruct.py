@@ -147,16 +147,10 @@ def _from_sketch(site: Layer, held: Sketch) -> tuple[Tensor, Sketch]:
     """The same from a sketch, by the equations of its rows, which are fewer than the inputs."""
     g, o, *_ = site.spec.shape
     d = site.spec.features
-    inputs = Sketch(g, d, held.size, held.mean.device)
-    inputs.count, inputs.mean = held.count, held.mean[:, :d].clone()
-    inputs.rows = held.rows[..., :d].contiguous()
-    inputs.lost = held.lost * (d / held.mean.shape[1])
+    inputs = held.take(torch.arange(d).expand(g, d))
     weight = site.weight.float().reshape(g, o, d)
     missing = held.rows[..., d:] - inputs.rows @ weight.mT
-    gram = (inputs.rows @ inputs.rows.mT).double()
-    gram.diagonal(dim1=-2, dim2=-1).add_((inputs.level() * held.count).clamp_min(1e-20).unsqueeze(-1))
-    solved = torch.linalg.solve(gram, missing.double()).float()
-    return weight + solved.mT @ inputs.rows, inputs
+    return weight + inputs.solve(missing.double()).to(weight.dtype), inputs
 
 
 def refit_second(
