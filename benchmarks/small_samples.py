@@ -20,7 +20,8 @@ from benchmarks.run import claim
 from spectrim.linalg.moments import Moments
 from spectrim.methods import Method
 from spectrim.network.sites import Site, Statistics
-from spectrim.nn.watch.patches import sample_patches
+from spectrim.nn.watch.patches import patches_at
+from spectrim.nn.watch.sampling import Samples, choose
 
 
 def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
@@ -78,9 +79,9 @@ def patches(model: nn.Module, site: Site, images: Tensor, *, seed: int) -> Tenso
     found: list[Tensor] = []
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-        draw = torch.Generator().manual_seed(seed + len(found))
-        # One position from each of as many equal parts of the batch as it has images.
-        found.append(sample_patches(site.spec, args[0].contiguous(), len(args[0]), draw).flatten(2))
+        inputs = args[0].contiguous()
+        index = choose(site.spec, tuple(inputs.shape), 1, Samples.of(inputs), seed).index
+        found.append(patches_at(site.spec, inputs, index).flatten(2))
 
     handle = model.get_submodule(site.name).register_forward_pre_hook(hook)
     try:

@@ -18,12 +18,12 @@ from spectrim.linalg.unfold import unfoldings
 from spectrim.nn.find import canonical, find
 from spectrim.nn.surgery import parameter_count
 from spectrim.nn.watch.calibrate import calibrate
-from spectrim.nn.watch.patches import sample_patches
+from spectrim.nn.watch.patches import patches_at
 from tests.nn.layers import LAYERS, ConvNet, Wrapped, close
 
 
 def every_patch(site, inputs):
-    return sample_patches(site.spec, inputs, None, torch.Generator()).flatten(2).double()
+    return patches_at(site.spec, inputs, None).flatten(2).double()
 
 
 def direct(rows):
@@ -65,23 +65,28 @@ def test_one_batch_or_many_make_no_difference():
         assert same(a.statistics.input, b.statistics.input, 1e-5)
 
 
-@pytest.mark.parametrize("rows", [40, "auto"])
-def test_sampled_positions_estimate_the_same_moments(rows, monkeypatch):
+@pytest.mark.parametrize(
+    ("amount", "count"),
+    [({"rows": 480}, 480), ({"rows": 481}, 96 * 6), ({"positions": 7}, 96 * 7), ({"rows": "auto"}, 96 * 11)],
+    ids=str,
+)
+def test_sampled_positions_estimate_the_same_moments(amount, count, monkeypatch):
     monkeypatch.setattr(module_under_test, "EFFORT", 0.0)
+    monkeypatch.setattr(module_under_test, "FEWEST", 1000)
     model = Wrapped(nn.Conv2d(2, 4, 3, padding=1))
     batches = [torch.randn(8, 2, 8, 8) for _ in range(12)]
-    moments = calibrate(model, find(model), batches, rows=rows)["layer"].statistics.input
+    moments = calibrate(model, find(model), batches, **amount)["layer"].statistics.input
     exact = calibrate(model, find(model), batches, rows=None)["layer"].statistics.input
-    assert moments.count == 12 * (40 if rows == 40 else 256)
+    assert moments.count == count
     assert close(moments.covariance, exact.covariance, 0.2)
     assert not torch.equal(moments.covariance, exact.covariance)
 
 
 def test_more_effort_samples_more_positions(monkeypatch):
     model, batches = Wrapped(nn.Conv2d(2, 4, 3, padding=1)), [torch.randn(16, 2, 16, 16)]
-    monkeypatch.setattr(module_under_test, "EFFORT", 1.0)
-    # A position costs 18 x 4 products in the layer and 18 x 18 in the statistics.
-    assert calibrate(model, find(model), batches)["layer"].statistics.input.count == 16**3 * 4 // 18
+    monkeypatch.setattr(module_under_test, "EFFORT", 1.5)
+    # A position costs 18 x 4 products in the layer and 18 x 18 in the statistics: of 256 a sample, one in three.
+    assert calibrate(model, find(model), batches)["layer"].statistics.input.count == 16 * (256 // 3)
 
 
 def test_the_same_seed_gives_the_same_bits():
@@ -102,7 +107,7 @@ def test_long_patches_keep_slices_of_each_unfolding_and_outputs(monkeypatch):
     site = calibrate(model, sites, [x], rows=None)["layer"]
     assert set(site.statistics.names) == {"slices", "output"}
     assert set(site.statistics.slices) == {"input", "height-first", "width-first"}
-    patches = sample_patches(site.spec, x, None, torch.Generator()).double()
+    patches = patches_at(site.spec, x, None).double()
     for how in unfoldings((3, 2))[1:]:
         kept = [a for a in range(2) if a in how.axes]
         rest = [a for a in range(2) if a not in how.axes]

@@ -10,7 +10,7 @@ from torch import nn
 from spectrim.errors import CalibrationError
 from spectrim.nn.find import canonical, find
 from spectrim.nn.watch.calibrate import calibrate
-from spectrim.nn.watch.patches import sample_patches
+from spectrim.nn.watch.patches import patches_at
 from spectrim.nn.watch.reconstruct import asymmetric_site
 from tests.nn.layers import close
 
@@ -52,7 +52,7 @@ def regression(dense, changed, batches, site):
         weight, bias = canonical(dense.target)
         for model, rows in ((changed, x), (dense, y)):
             inputs = torch.tanh(model.first(batch)).detach()
-            rows.append(sample_patches(site.spec, inputs, None, torch.Generator()).flatten(2))
+            rows.append(patches_at(site.spec, inputs, None).flatten(2))
         shift = 0 if bias is None else bias.reshape(weight.shape[0], 1, -1)
         y[-1] = torch.einsum("gof,gnf->gno", weight.flatten(2), y[-1]) + shift
     x, y = torch.cat(x, 1), torch.cat(y, 1)

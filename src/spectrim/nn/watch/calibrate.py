@@ -21,10 +21,11 @@ from spectrim.network.coupling import IN
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Sites, Skipped, Statistics
 from spectrim.nn.flops import flop_counter
-from spectrim.nn.watch.batches import batch_size, checked_batches
+from spectrim.nn.watch.batches import checked_batches
 from spectrim.nn.watch.observe import Hook, observe
-from spectrim.nn.watch.patches import sample_outputs, sample_patches
+from spectrim.nn.watch.patches import outputs_at, patches_at
 from spectrim.nn.watch.responses import Responses
+from spectrim.nn.watch.sampling import Mask, Run, Samples, choose, mean_rows
 from spectrim.progress import Steps, reports_steps, told
 
 # Patches up to this length get a full second moment (at most 11 MB); longer ones one for each unfolding's slices.
@@ -33,6 +34,9 @@ FULL_PATCH = 1152
 FULL_LINEAR = 2048
 # Share of a layer's own MACs that its statistics may cost.
 EFFORT = 0.08
+# Rows over the whole run that a moment of vectors of d numbers rests on at least, in multiples of d; and rows at least.
+FLOOR = 16
+FEWEST = 1024
 
 
 @reports_steps
@@ -42,6 +46,8 @@ def calibrate(
     batches: Iterable[Any],
     *,
     rows: int | str | None = "auto",
+    positions: int | None = None,
+    mask: Mask = None,
     statistics: bool = True,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     progress: Steps | bool | None = None,
@@ -66,8 +72,16 @@ def calibrate(
         Tensors, mappings of keyword arguments, or tuples ``(inputs, targets, ...)``; see
         :func:`spectrim.nn.watch.batches.arguments`. Read once.
     rows
-        Patches a batch sampled at each site: a number, None for all positions, or ``"auto"`` for as many as keep the
-        statistics cheap beside the forward pass, but at least 256.
+        Input patches that each site's statistics rest on, over the whole run: a number, of which every sample gives an
+        equal part, at least one; None for all; or ``"auto"`` for 16 times the length of a patch, and more where they
+        are cheap beside the forward pass. How samples are cut into batches, and their order, make no difference but
+        that of rounding.
+    positions
+        Patches of each sample, in place of ``rows``.
+    mask
+        Which tokens are data, ``(samples, positions)`` and not zero there: the name of a tensor of the batch or a
+        function of the batch. By default ``attention_mask``, where batches are mappings that hold it. What is padding
+        counts in no statistic.
     statistics
         False to learn input shapes only, from the first batch.
     forward
@@ -87,23 +101,37 @@ def calibrate(
         No batches, no site reached, NaN or Inf in what a layer sees (the message names the layer and the batch), or
         batches that cannot be fed to the model.
     ValueError
-        For ``rows`` of another kind.
+        For ``rows`` or ``positions`` of another kind.
     """
-    if not (rows is None or rows == "auto" or (isinstance(rows, int) and rows > 0)):
-        raise ValueError(f"rows={rows!r}: expected a positive number, None for all positions, or 'auto'")
-    checked_batches(batches)
-    watch = _Watch.of(sites, rows, seed, statistics=statistics)
+    amount = Amount(rows, positions)
+    run = Run(checked_batches(batches), mask)
+    watch = _Watch.of(sites, amount, run, seed, statistics=statistics)
     try:
         length = len(batches)  # type: ignore[arg-type]
     except TypeError:
         length = None
-    with observe(model, watch.hooks(model), forward=forward) as run:
+    with observe(model, watch.hooks(model), forward=forward) as call:
         for index, batch in enumerate(batches):
-            watch.see(run, batch, index)
+            watch.see(call, batch, index)
             told(progress)(index + 1, length)
             if not statistics:
                 break
     return watch.calibrated()
+
+
+@dataclasses.dataclass(frozen=True)
+class Amount:
+    """How many rows are asked for: over the whole run, or of each sample."""
+
+    rows: int | str | None = "auto"
+    positions: int | None = None
+
+    def __post_init__(self) -> None:
+        rows, positions = self.rows, self.positions
+        if not (rows is None or rows == "auto" or (isinstance(rows, int) and rows > 0)):
+            raise ValueError(f"rows={rows!r}: expected a positive number, None for all positions, or 'auto'")
+        if not (positions is None or (isinstance(positions, int) and positions > 0)):
+            raise ValueError(f"positions={positions!r}: expected a positive number of positions a sample, or None")
 
 
 @dataclasses.dataclass
@@ -125,21 +153,22 @@ class _Watch:
     responses: dict[str, Responses]
     bystanders: dict[str, _Shapes]
     seen: _Inputs
+    run: Run
     order: list[str] = dataclasses.field(default_factory=list)
     samples: int = 0
     other_macs: float = 0.0
 
     @classmethod
-    def of(cls, sites: Sites, rows: int | str | None, seed: int, *, statistics: bool) -> _Watch:
+    def of(cls, sites: Sites, amount: Amount, run: Run, seed: int, *, statistics: bool) -> _Watch:
         readers = {side.name for coupling in sites.couplings for side in coupling.on(IN)}
         seen = _Inputs()
         watchers = {
-            site.name: _Watcher(site, rows, statistics, seed + i, seen, reads_channels=site.name in readers)
-            for i, site in enumerate(sites)
+            site.name: _Watcher(site, amount, run, statistics, seed, seen, reads_channels=site.name in readers)
+            for site in sites
         }
         specs = {site.name: site.spec for site in sites}
         responses = {c.name: Responses(c, specs, seed + i) for i, c in enumerate(sites.couplings) if statistics}
-        return cls(sites, watchers, responses, {spec.name: _Shapes(spec) for spec in sites.untouched}, seen)
+        return cls(sites, watchers, responses, {spec.name: _Shapes(spec) for spec in sites.untouched}, seen, run)
 
     def hooks(self, model: nn.Module) -> Iterator[Hook]:
         for shapes in [*self.watchers.values(), *self.bystanders.values()]:
@@ -151,9 +180,10 @@ class _Watch:
 
     def see(self, run: Callable[[Any], Any], batch: Any, index: int) -> None:
         """Run the model on a batch; on the first one count what it computes beside the statistics."""
-        size = batch_size(batch)
+        samples = self.run.see(batch)
+        size = samples.size
         for shapes in [*self.watchers.values(), *self.bystanders.values()]:
-            shapes.start(index, size)
+            shapes.start(index, samples)
         for response in self.responses.values():
             response.start(index)
         if index:
@@ -254,9 +284,10 @@ class _Shapes:
         self.seen = seen
         self.index = 0
         self.size = 1
+        self.samples: Samples
 
-    def start(self, index: int, size: int) -> None:
-        self.index, self.size = index, size
+    def start(self, index: int, samples: Samples) -> None:
+        self.index, self.size, self.samples = index, samples.size, samples
         self.frozen = index > 0
 
     def hook(self, order: list[str]) -> Callable[..., None]:
@@ -300,7 +331,8 @@ class _Watcher(_Shapes):
     def __init__(
         self,
         layer: Layer,
-        rows: int | str | None,
+        amount: Amount,
+        run: Run,
         statistics: bool,
         seed: int,
         seen: _Inputs,
@@ -310,7 +342,8 @@ class _Watcher(_Shapes):
         super().__init__(layer.spec, seen)
         self._reads_channels = reads_channels
         self._layer = layer
-        self._rows = rows
+        self._amount = amount
+        self._run = run
         self._statistics = statistics
         self._seed = seed
         self._moments: dict[str, Moments] = {}
@@ -334,35 +367,33 @@ class _Watcher(_Shapes):
 
     def _update(self, inputs: Tensor, outputs: Tensor) -> None:
         spec = self.spec
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self.index)
-        patches = sample_patches(spec, inputs, self._count(inputs), generator)
+        index = choose(spec, tuple(inputs.shape), self._positions(inputs), self.samples, self._seed).index
+        patches = patches_at(spec, inputs, index)
         if in_full(spec):
             self._add(self._moments, "input", patches.flatten(2))
         else:
             for how in self._splits:
                 self._add(self._slices, how.name, slice_rows(patches, how))
-            generator.manual_seed(self._seed * 1_000_003 + self.index)
-            self._add(self._moments, "output", sample_outputs(spec, outputs, self._count(inputs), generator))
+            self._add(self._moments, "output", outputs_at(spec, outputs, index))
             if spec.is_linear:
                 self._add(self._moments, "sketch", patches.flatten(2), Sketch)
             elif self._reads_channels:
-                self._add(self._moments, "channels", sample_outputs(spec, inputs, self._count(inputs), generator))
+                everywhere = choose(_pointwise(spec), tuple(inputs.shape), len(index), self.samples, self._seed).index
+                self._add(self._moments, "channels", outputs_at(spec, inputs, everywhere))
 
-    def _count(self, inputs: Tensor) -> int | None:
-        if self._rows is None or isinstance(self._rows, int):
-            return self._rows
-        spec = self.spec
-        if spec.is_linear:
-            positions = inputs.numel() // inputs.shape[-1]
-        else:
-            shape = spec.output_shape(tuple(inputs.shape[-len(spec.kernel) :]))
-            positions = inputs.shape[0]
-            for size in shape:
-                positions *= size
+    def _positions(self, inputs: Tensor) -> int | None:
+        """Rows of a sample of mean length."""
+        spec, amount = self.spec, self._amount
+        if amount.rows is None or amount.positions is not None:
+            return amount.positions
+        if isinstance(amount.rows, int):
+            return self._run.positions(amount.rows)
         # A patch of d numbers costs d^2 operations; a position of the layer costs d x out.
         work = spec.features**2 * spec.groups if in_full(spec) else spec.features * spec.in_channels * 6
-        allowed = EFFORT * positions * spec.features * spec.out_channels / work
-        return max(256, int(allowed))
+        share = EFFORT * spec.features * spec.out_channels / work
+        cheap = int(share * mean_rows(spec, tuple(inputs.shape), self.samples) + 1e-6)
+        longest = spec.features if in_full(spec) else max(spec.out_channels, spec.in_channels) // spec.groups
+        return max(self._run.positions(max(FEWEST, FLOOR * longest)), cheap)
 
     def _add(
         self, streams: dict[str, Moments], name: str, rows: Tensor, stream: Callable[..., Moments] = Moments
@@ -385,6 +416,14 @@ class _Watcher(_Shapes):
         """The layer with the shapes of its inputs and its statistics."""
         statistics: Any = {**self._moments, "slices": MappingProxyType(self._slices)}
         return dataclasses.replace(self._layer, spec=self.spec.at(self.inputs), statistics=Statistics(**statistics))
+
+
+def _pointwise(spec: LayerSpec) -> LayerSpec:
+    """A convolution of the same inputs whose patches are single positions."""
+    ones, none = (1,) * len(spec.kernel), (0,) * len(spec.kernel)
+    return dataclasses.replace(
+        spec, kernel=ones, stride=ones, padding=none, dilation=ones, output_padding=none, transposed=False
+    )
 
 
 def in_full(spec: LayerSpec) -> bool:

@@ -1,10 +1,12 @@
-"""Input patches of a layer at sampled output positions: the vectors ``x`` with ``y = W x``."""
+"""Input patches of a layer at some output positions: the vectors ``x`` with ``y = W x``."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from spectrim.network.layer import LayerSpec
@@ -12,35 +14,31 @@ from spectrim.network.layer import LayerSpec
 _MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
 
-def sample_patches(
-    spec: LayerSpec, inputs: Tensor, rows: int | None, generator: torch.Generator
-) -> Float[Tensor, "g n i *k"]:
-    """Input patches in the order of the canonical weight, at ``rows`` random positions or at all.
+def patches_at(spec: LayerSpec, inputs: Tensor, index: Int64[Tensor, " n"] | None) -> Float[Tensor, "g n i *k"]:
+    """Input patches in the order of the canonical weight, at some rows.
 
     Parameters
     ----------
     inputs
         What the layer was called with, with or without a batch axis.
-    rows
-        How many; all positions if None or if there are fewer.
+    index
+        Rows, counted over the batch and then over the output positions, the last axis fastest; of a linear layer
+        over all axes but the last one. All rows if None.
     """
     if spec.is_linear:
-        flat = inputs.reshape(-1, inputs.shape[-1])
-        return _pick(flat, rows, generator)[None]
+        return _taken(inputs.reshape(-1, inputs.shape[-1]), index)[None]
     axes = len(spec.kernel)
     if inputs.dim() == axes + 1:
         inputs = inputs.unsqueeze(0)
     windows = _windows(spec, inputs)
     positions = [windows.shape[0], *windows.shape[2 : 2 + axes]]
-    total = 1
-    for size in positions:
-        total *= size
-    count = total if rows is None else min(rows, total)
-    chosen = _indices(total, count, generator).to(inputs.device)
+    rest = torch.arange(math.prod(positions)) if index is None else index
+    rest = rest.to(inputs.device)
+    count = len(rest)
     where: list[Tensor] = []
     for size in reversed(positions):
-        where.append(chosen % size)
-        chosen = chosen // size
+        where.append(rest % size)
+        rest = rest // size
     batch, *spatial = reversed(where)
     picked = windows.movedim(1, 1 + axes)[(batch, *spatial)]
     if spec.transposed:
@@ -50,33 +48,19 @@ def sample_patches(
     return picked.reshape(count, g, i, *kernel).transpose(0, 1)
 
 
-def sample_outputs(
-    spec: LayerSpec, outputs: Tensor, rows: int | None, generator: torch.Generator
-) -> Float[Tensor, "g n o"]:
-    """Outputs of a layer, or its inputs, at ``rows`` random positions or at all."""
+def outputs_at(spec: LayerSpec, outputs: Tensor, index: Int64[Tensor, " n"] | None) -> Float[Tensor, "g n o"]:
+    """Outputs of a layer at the rows of :func:`patches_at`; all if ``index`` is None."""
     if spec.is_linear:
         flat = outputs.reshape(-1, outputs.shape[-1])
     else:
         batched = outputs.unsqueeze(0) if outputs.dim() == len(spec.kernel) + 1 else outputs
         flat = batched.movedim(1, -1).reshape(-1, batched.shape[1])
-    picked = _pick(flat, rows, generator)
+    picked = _taken(flat, index)
     return picked.reshape(len(picked), spec.groups, -1).transpose(0, 1)
 
 
-def _pick(flat: Tensor, rows: int | None, generator: torch.Generator) -> Tensor:
-    if rows is None or rows >= len(flat):
-        return flat
-    return flat[_indices(len(flat), rows, generator).to(flat.device)]
-
-
-def _indices(total: int, count: int, generator: torch.Generator) -> Tensor:
-    if count >= total:
-        return torch.arange(total)
-    # One draw from each of `count` equal strata: no sorting of all positions, no repeats, even coverage.
-    edges = (torch.arange(count + 1) * total) // count
-    widths = edges[1:] - edges[:-1]
-    drawn = (torch.rand(count, generator=generator) * widths).long()
-    return edges[:-1] + torch.minimum(drawn, widths - 1)
+def _taken(flat: Tensor, index: Tensor | None) -> Tensor:
+    return flat if index is None else flat[index.to(flat.device)]
 
 
 def _windows(spec: LayerSpec, inputs: Tensor) -> Tensor:

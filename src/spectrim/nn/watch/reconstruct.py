@@ -16,9 +16,10 @@ from spectrim.linalg.sketch import Sketch
 from spectrim.network.sites import Layer
 from spectrim.nn.find import canonical, describe
 from spectrim.nn.modules import Factored, make_layer
-from spectrim.nn.watch.batches import batch_size, call, evaluating
+from spectrim.nn.watch.batches import call, evaluating
 from spectrim.nn.watch.observe import Hook, hooked
-from spectrim.nn.watch.patches import sample_outputs, sample_patches
+from spectrim.nn.watch.patches import outputs_at, patches_at
+from spectrim.nn.watch.sampling import Samples, choose
 
 # Positions sampled in every image: neighbouring patches overlap and tell little new.
 POSITIONS = 64
@@ -61,7 +62,7 @@ def asymmetric_site(
     outputs
         Output channels of that layer which the site still has, ascending; all by default.
     rows
-        Positions sampled in each batch, all if None; ``"auto"`` takes 64 a sample.
+        Positions of a sample, all if None; ``"auto"`` takes 64.
     sketch
         Keep a sketch of the joint moments, for patches whose second moment is too large to hold.
 
@@ -92,14 +93,15 @@ def asymmetric_site(
     at_input = Hook(compressed.get_submodule(spec.name), catch_input, before=True)
     at_output = Hook(dense.get_submodule(target or spec.name), catch_output)
     with evaluating(dense, compressed):
-        for index, batch in enumerate(batches):
+        for batch in batches:
             inputs = _run(compressed, batch, run, at_input, caught)
             targets = _run(dense, batch, run, at_output, caught)
-            count = POSITIONS * batch_size(batch) if isinstance(rows, str) else rows
+            samples = Samples.of(batch)
+            count = POSITIONS if isinstance(rows, str) else rows
             for x, y in zip(inputs, targets, strict=True):
-                # The same seed draws the same positions from both.
-                patches = sample_patches(spec, x, count, torch.Generator().manual_seed(seed + index)).flatten(2)
-                wanted = sample_outputs(spec, y, count, torch.Generator().manual_seed(seed + index))
+                index = choose(spec, tuple(x.shape), count, samples, seed).index
+                patches = patches_at(spec, x, index).flatten(2)
+                wanted = outputs_at(spec, y, index)
                 if outputs is not None:
                     left = (outputs.to(wanted.device) % wanted.shape[2]).reshape(g, 1, -1)
                     wanted = torch.take_along_dim(wanted, left, 2)

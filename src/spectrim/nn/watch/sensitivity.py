@@ -16,7 +16,7 @@ from spectrim.network.sites import Sites
 from spectrim.nn.contiguity import contiguous_where_needed
 from spectrim.nn.watch.batches import batch_size, checked_batches, output_tensors
 from spectrim.nn.watch.observe import Hook, observe
-from spectrim.nn.watch.patches import sample_outputs
+from spectrim.nn.watch.patches import outputs_at
 
 
 def sensitivity(
@@ -111,7 +111,11 @@ def _hook(spec: LayerSpec, held: Moments, rows: int, seed: int, state: dict[str,
     def watch(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
         def receive(gradient: Tensor) -> None:
             generator = torch.Generator().manual_seed(seed + 7919 * state["index"])
-            held.update(sample_outputs(spec, gradient.detach(), rows, generator))
+            every = outputs_at(spec, gradient.detach(), None)
+            chosen = (
+                torch.randperm(every.shape[1], generator=generator)[:rows] if rows < every.shape[1] else slice(None)
+            )
+            held.update(every[:, chosen])
 
         # A tensor hook sees the gradient of the value as it is now, even if it is overwritten in place later.
         if output.requires_grad:

@@ -1,0 +1,373 @@
+"""Which rows of what a layer sees are kept: the same ones of a sample in whatever batch and order it comes.
+
+A row is one position of one sample: a token of a linear layer, an output position of a convolution. Of every sample as
+many rows are kept as the run asks for, spread evenly over its positions; where in each part of them is drawn with a
+number made from the *contents* of the sample. So neither the cut into batches nor their order changes what is kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float64, Int64
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from spectrim.errors import CalibrationError
+from spectrim.network.layer import LayerSpec
+from spectrim.nn.watch.batches import batch_size, tensors
+
+Mask = str | Callable[[Any], Tensor | None] | None
+
+# The mask of a batch that is a mapping, where no other is named.
+MASK = "attention_mask"
+# Samples that a run is taken to have where nothing says how many: few, so that rather too many rows are kept.
+FEW = 64
+# Numbers of a long sample that its key is made from. Two samples that agree in them have their rows drawn alike, which
+# does no harm.
+_LOOKED_AT = 4096
+# Numbers that are hashed at a time.
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the samples of one batch are.
+
+    Attributes
+    ----------
+    size
+        How many.
+    keys
+        A number made from the bits of each sample's inputs: the same sample has the same key in any batch, order or
+        cut, and, where there is a mask, with any padding.
+    mask
+        ``[size, positions]``, True where a token is data; None if all are.
+    share
+        The length of each sample in units of the mean length of the run; a sample of twice the length gives twice the
+        rows.
+    lengths
+        Second sizes of the input tensors, by which a layer that is given the positions before the samples is known.
+    """
+
+    size: int
+    keys: Int64[Tensor, " size"]
+    mask: Bool[Tensor, "size positions"] | None
+    share: Float64[Tensor, " size"]
+    lengths: frozenset[int] = frozenset()
+
+    @classmethod
+    def of(cls, batch: Any, mask: Mask = None, *, mean: float | None = None) -> Samples:
+        """The samples of a batch.
+
+        Parameters
+        ----------
+        batch
+            Tensors, mappings or tuples whose first element is the inputs; labels make no difference.
+        mask
+            Name of a tensor of the batch, or a function that gives one for a batch (or None), ``[samples,
+            positions]``, not zero where a token is data. By default ``attention_mask`` of a mapping.
+        mean
+            Mean length of a sample of the run, in tokens that are data, or else in numbers of the inputs.
+
+        Raises
+        ------
+        CalibrationError
+            If the mask is not there, or has another shape.
+        """
+        size = batch_size(batch)
+        found = mask_of(batch, mask, size)
+        inputs = _inputs(batch, size)
+        keys = torch.zeros(size, dtype=torch.int64)
+        for number, tensor in enumerate(inputs):
+            keys = _mixed(keys + _hashed(tensor, found) + _odd(number))
+        return cls(size, keys, found, _lengths(inputs, found, size) / mean if mean else torch.ones(size).double(),
+                   frozenset(t.shape[1] for t in inputs if t.dim() > 1))  # fmt: skip
+
+
+class Run:
+    """What is known of a run before it is made: how many samples there are, and how long they are on average.
+
+    Parameters
+    ----------
+    batches
+        A list or tuple is looked through. A DataLoader says by its sampler how many samples there are, and anything
+        else by an attribute ``samples``; their mean length is that of the first batch. Where nothing tells, the run
+        is taken to have 64 samples: rather too many rows than too few.
+    mask
+        As for :meth:`Samples.of`.
+
+    Attributes
+    ----------
+    samples
+        Of the whole run; None if unknown.
+    """
+
+    def __init__(self, batches: Iterable[Any], mask: Mask = None) -> None:
+        self.mask = mask
+        self.samples = _count(batches)
+        self._mean: float | None = None
+        if isinstance(batches, list | tuple) and batches:
+            total = 0.0
+            for batch in batches:
+                size = batch_size(batch)
+                total += float(_lengths(_inputs(batch, size), mask_of(batch, mask, size), size).sum())
+            self._mean = total / max(self.samples or 0, 1)
+
+    def see(self, batch: Any) -> Samples:
+        """The samples of the next batch."""
+        if self._mean is None:
+            size = batch_size(batch)
+            self._mean = float(_lengths(_inputs(batch, size), mask_of(batch, self.mask, size), size).mean())
+        return Samples.of(batch, self.mask, mean=self._mean)
+
+    def positions(self, rows: int) -> int:
+        """Positions of a sample of mean length that give at least so many rows over the run; one or more."""
+        return max(1, -(-rows // max(self.samples or FEW, 1)))
+
+
+class Chosen(NamedTuple):
+    """Rows of what a layer sees.
+
+    Attributes
+    ----------
+    index
+        ``[n]``, into the rows as :func:`spectrim.nn.watch.patches.patches_at` counts them; no row twice.
+    sample
+        ``[n]``, the sample of the batch that each belongs to.
+    """
+
+    index: Int64[Tensor, " n"]
+    sample: Int64[Tensor, " n"]
+
+
+def choose(spec: LayerSpec, shape: tuple[int, ...], positions: int | None, samples: Samples, seed: int = 0) -> Chosen:
+    """Rows of what a layer sees, as many of every sample as its length asks for.
+
+    A layer may be given its rows in any of these ways. With samples or windows in front, ``(samples * m, ...)``: a
+    sample owns ``m`` of them, one after the other, or its part of flattened rows ``(samples * positions, features)``.
+    Positions in front, ``(positions, samples, features)``: known by the second size, where the first is no multiple of
+    the number of samples or is a length of the batch. Data only, as many rows as the mask has: in the order of the
+    mask. Anything else, such as the tokens that an expert is given, has no samples: the rows are taken as one, and are
+    said to belong to the samples in equal parts.
+
+    A mask applies where there are as many rows as it has entries. Where there are not, as behind a pooling, it says
+    nothing of the rows, and all of them count.
+
+    Parameters
+    ----------
+    shape
+        Of the layer's input.
+    positions
+        Rows of a sample of mean length; None for all.
+    samples
+        Of the batch.
+    """
+    rows = _Rows.of(spec, shape, samples)
+    keys = _mixed(rows.keys + _odd(seed))
+    # A fraction of a row is one with that probability; a sample of one row always gives it.
+    wanted = rows.counts if positions is None else (positions * rows.share + _uniform(keys)).long().minimum(rows.counts)
+    wanted = torch.where(rows.counts == 1, 1, wanted)
+    if torch.equal(wanted, rows.counts):
+        return rows.all()
+    part = torch.arange(len(wanted)).repeat_interleave(wanted)
+    stratum = torch.arange(len(part)) - (wanted.cumsum(0) - wanted)[part]
+    of, strata = rows.counts[part], wanted[part]
+    low, high = stratum * of // strata, (stratum + 1) * of // strata
+    drawn = _mixed(keys[part] + _odd(stratum + 1))
+    # 31 bits of the number, as a share of the width of the stratum.
+    rank = low + (_shifted(drawn, 33) * (high - low) >> 31)
+    return rows.at(part, rank)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows that are data, part by part: as a rule a part is a sample.
+
+    Attributes
+    ----------
+    counts
+        Rows of each part.
+    flat
+        Index of every row, part by part; None where that of row ``r`` of part ``p`` is ``p * steps[0] + r * steps[1]``.
+    owners
+        Samples, where all rows are one part.
+    """
+
+    counts: Tensor
+    keys: Tensor
+    share: Tensor
+    flat: Tensor | None
+    steps: tuple[int, int]
+    owners: int = 0
+
+    @classmethod
+    def of(cls, spec: LayerSpec, shape: tuple[int, ...], samples: Samples) -> _Rows:
+        front, total = _leading(spec, shape)
+        size, mask = samples.size, samples.mask
+        data = None if mask is None else mask.sum(1)
+        if mask is not None and data is not None and total != mask.numel() and total == int(data.sum()):
+            return cls(data, samples.keys, samples.share, torch.arange(total), (0, 1))
+        turned = _turned(spec, shape, samples)
+        if total % size or (front % size and not turned):
+            key, length = samples.keys.sum().reshape(1), torch.tensor([float(size)]).double()
+            return cls(torch.tensor([total]), key, length, None, (0, 1), size)
+        each = total // size
+        steps = (1, size) if turned else (each, 1)
+        if mask is None or each != mask.shape[1]:
+            # What has another number of rows than the mask has positions does not grow with the data in it.
+            share = samples.share if mask is None else torch.ones_like(samples.share)
+            return cls(torch.full((size,), each), samples.keys, share, None, steps)
+        part, position = mask.nonzero(as_tuple=True)
+        return cls(mask.sum(1), samples.keys, samples.share, part * steps[0] + position * steps[1], steps)
+
+    def at(self, part: Tensor, rank: Tensor) -> Chosen:
+        if self.flat is None:
+            index = part * self.steps[0] + rank * self.steps[1]
+        else:
+            index = self.flat[(self.counts.cumsum(0) - self.counts)[part] + rank]
+        return Chosen(index, index * self.owners // int(self.counts[0]) if self.owners else part)
+
+    def all(self) -> Chosen:
+        part = torch.arange(len(self.counts)).repeat_interleave(self.counts)
+        return self.at(part, torch.arange(len(part)) - (self.counts.cumsum(0) - self.counts)[part])
+
+
+def _leading(spec: LayerSpec, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Size of the first axis before a row's own, and rows in all."""
+    axes = len(spec.kernel)
+    leading = shape[:-1] if spec.is_linear else shape[: -axes - 1]
+    positions = () if spec.is_linear else spec.output_shape(tuple(shape[-axes:]))
+    return (leading[0] if leading else 1), math.prod((*leading, *positions))
+
+
+def mean_rows(spec: LayerSpec, shape: tuple[int, ...], samples: Samples) -> float:
+    """Rows that a sample of mean length has, as far as this batch tells."""
+    rows = _Rows.of(spec, shape, samples)
+    return float(rows.counts.sum()) / max(float(rows.share.sum()), 1e-12)
+
+
+def _turned(spec: LayerSpec, shape: tuple[int, ...], samples: Samples) -> bool:
+    """Whether the positions come before the samples."""
+    if not spec.is_linear or len(shape) != 3 or shape[1] != samples.size or shape[0] == samples.size:
+        return False
+    return bool(shape[0] % samples.size) or shape[0] in samples.lengths
+
+
+def mask_of(batch: Any, mask: Mask, size: int) -> Tensor | None:
+    """The mask of a batch, ``[size, positions]`` on the CPU, True where a token is data."""
+    named = mask if isinstance(mask, str) else MASK
+    if callable(mask):
+        found = mask(batch)
+    else:
+        # Data loaders give (inputs, targets).
+        inputs = batch[0] if isinstance(batch, list | tuple) and batch else batch
+        found = inputs.get(named) if isinstance(inputs, Mapping) else None
+        if found is None and isinstance(mask, str):
+            there = ", ".join(map(repr, inputs)) if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
+            raise CalibrationError(
+                f"mask={mask!r}: the batch holds no such tensor, but {there}; name one that it holds, or pass a "
+                "function of the batch"
+            )
+    if found is None:
+        return None
+    if not isinstance(found, Tensor) or found.dim() != 2 or found.shape[0] != size:
+        what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"type {type(found).__name__}"
+        raise CalibrationError(
+            f"the mask {mask if callable(mask) else named!r} has {what}: expected ({size} samples, positions); pass "
+            "mask=, a function of the batch that gives such a tensor, or None where no position is padding"
+        )
+    return (found != 0).cpu()
+
+
+def _inputs(batch: Any, size: int) -> list[Tensor]:
+    """The tensors that tell samples apart: those of the inputs, without targets."""
+    if isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor | Mapping | list | tuple):
+        batch = batch[0]
+    return [tensor.detach() for tensor in tensors(batch) if tensor.dim() and tensor.shape[0] == size]
+
+
+def _lengths(inputs: list[Tensor], mask: Tensor | None, size: int) -> Tensor:
+    """How long each sample is: tokens that are data, or numbers of its inputs."""
+    if mask is not None:
+        return mask.sum(1).double()
+    return torch.full((size,), float(sum(tensor[0].numel() for tensor in inputs)) or 1.0, dtype=torch.float64)
+
+
+def _count(batches: Any) -> int | None:
+    """Samples of the whole run, if anything tells without reading it."""
+    if isinstance(batches, list | tuple):
+        return sum(batch_size(batch) for batch in batches)
+    try:
+        if isinstance(batches, DataLoader) and not isinstance(batches.dataset, IterableDataset):
+            samples = len(batches.sampler) if batches.batch_size is not None else len(batches)  # type: ignore[arg-type]
+            return min(samples, len(batches) * (batches.batch_size or 1)) if batches.drop_last else samples
+    except TypeError:
+        return None
+    told = getattr(batches, "samples", None)
+    return told if isinstance(told, int) and told > 0 else None
+
+
+_GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed number
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """The bits of a number moved down, without its sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """Every bit of the result depends on every bit of the number (the finaliser of splitmix64, Steele et al. 2014)."""
+    x = (x ^ _shifted(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shifted(x, 27)) * -0x6B2FB644ECCEEE15
+    return x ^ _shifted(x, 31)
+
+
+def _odd(number: Any) -> Any:
+    """A multiple of the golden ratio, in which close numbers are far apart; in Python within 64 bits, with sign."""
+    if isinstance(number, Tensor):
+        return number * _GOLDEN
+    return ((number + 1) * _GOLDEN + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
+def _uniform(x: Tensor) -> Tensor:
+    return _shifted(x, 11).double() * 2.0**-53
+
+
+def _words(tensor: Tensor) -> Tensor:
+    """Bits of each row as 64-bit numbers, ``[rows, words]``: all, or those of a few thousand numbers of a long row."""
+    flat = tensor.reshape(len(tensor), -1)
+    flat = flat[:, :: max(1, flat.shape[1] // _LOOKED_AT)]
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).flatten(1)
+    raw = flat.contiguous().view(torch.uint8)
+    short = -raw.shape[1] % 8
+    # A copy starts where a 64-bit number may.
+    return (F.pad(raw, (0, short)) if short else raw.clone()).view(torch.int64)
+
+
+def _hashed(tensor: Tensor, mask: Tensor | None) -> Tensor:
+    """A number for the contents of each sample, on the CPU; what the mask leaves out counts as not there."""
+    if not tensor[0].numel():
+        return torch.zeros(len(tensor), dtype=torch.int64)
+    if mask is None or tensor.dim() < 2 or tensor.shape[1] != mask.shape[1]:
+        return torch.cat([_summed(_words(part)) for part in _parts(tensor)])
+    tokens = torch.cat([_summed(_words(part)) for part in _parts(tensor.flatten(0, 1))]).reshape(mask.shape)
+    # The place among the data, so that padding may stand on either side.
+    placed = _mixed(tokens + _odd(mask.cumsum(1)))
+    return _mixed((placed * mask).sum(1))
+
+
+def _parts(tensor: Tensor) -> Iterator[Tensor]:
+    yield from tensor.split(max(1, _CHUNK // max(tensor[0].numel(), 1)))
+
+
+def _summed(words: Tensor) -> Tensor:
+    places = _mixed(torch.arange(1, words.shape[1] + 1, device=words.device) * _GOLDEN) | 1
+    # Tensor products of whole numbers wrap around.
+    return _mixed((words * places).sum(1)).cpu()
