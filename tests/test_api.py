@@ -364,7 +364,8 @@ def test_reconstruction_refits_dense_layers_after_the_first_changed_one() -> Non
     plan = make_plan(table, [0, pick, 0], budget={}, selector="test")
     small, plain = apply(model, sites, plan, batches), apply(model, sites, plan)
     assert torch.equal(small[0].weight, model[0].weight)
-    assert not torch.equal(small[4].weight, model[4].weight)
+    # How far its weight goes is told by samples held out; its mean is corrected in any case.
+    assert not torch.equal(small[4].bias, model[4].bias)
     assert torch.equal(plain[4].weight, model[4].weight)
     assert output_error(small, model, batches) < output_error(plain, model, batches)
 

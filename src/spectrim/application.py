@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
@@ -23,9 +23,14 @@ from spectrim.nn.modules import Factored
 from spectrim.nn.surgery import reestimate_batchnorm, replace_module
 from spectrim.nn.watch.batches import checked_batches
 from spectrim.nn.watch.calibrate import in_full
-from spectrim.nn.watch.reconstruct import asymmetric_site, refit_second
+from spectrim.nn.watch.lockstep import Probe, Seen, lockstep, probe
+from spectrim.nn.watch.reconstruct import Errors, Joint, Split, refit_second
+from spectrim.nn.watch.sampling import Mask
 from spectrim.progress import Progress, reports, told
 from spectrim.selection.plan import Entry, Plan
+
+# Bytes of activations that wait for a layer to be fitted.
+MEMORY = 4 << 30
 
 
 @reports
@@ -39,6 +44,9 @@ def apply(
     reconstruct: bool = True,
     batchnorm: bool | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    rows: int | str | None = "auto",
+    mask: Mask = None,
+    memory: int = MEMORY,
     progress: Progress | bool | None = None,
 ) -> nn.Module:
     """Carry out a plan on a copy of the model.
@@ -58,13 +66,23 @@ def apply(
         The methods the plan names, for methods of your own that a plan file cannot make again.
     reconstruct
         Factorise the layers in order of execution, each for the inputs that its already compressed predecessors
-        deliver and the responses of the dense model (two partial forward passes over the batches a site). Without it
-        every layer is factorised on its own.
+        deliver and the responses of the dense model; both are run side by side, once. A part of the samples is held
+        out: a layer goes only as far from its dense weight as they agree. Without it every layer is factorised on its
+        own.
     batchnorm
         Re-estimate BatchNorm statistics on the batches. By default where there was no reconstruction: factors fitted
         on their own shift the statistics, reconstructed ones have been fitted to them.
     forward
         Runs a model on a batch in another way.
+    rows
+        Positions that a layer is fitted at, over all batches: a number, None for all, or ``"auto"`` for enough for the
+        length of its patches.
+    mask
+        Tells padding from data: the name of a batch's entry or a function of the batch, which gives ``[batch,
+        positions]``; ``attention_mask`` by default.
+    memory
+        Bytes that activations of both networks may take while they wait for a layer. Batches beyond it go in waves,
+        each beside layers that were fitted to the waves before.
 
     Returns
     -------
@@ -78,6 +96,53 @@ def apply(
     """
     if batches is not None and iter(checked_batches(batches)) is batches:
         raise PlanError("batches are read several times; pass a list or a DataLoader, not an iterator")
+    return carry_out(
+        model, sites, plan, batches, methods=methods, reconstruct=reconstruct, batchnorm=batchnorm, forward=forward,
+        rows=rows, mask=mask, memory=memory, progress=progress,
+    ).model  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A plan carried out.
+
+    Attributes
+    ----------
+    model
+        The new model.
+    errors
+        What layers that were fitted to their present inputs miss of the dense answers, by the layer.
+    held_out
+        Samples that were not fitted, to tell how far layers may go from their dense weights.
+    unseen
+        Layers that no forward pass stopped at in both networks: they were factorised as they were calibrated.
+    """
+
+    model: nn.Module
+    errors: Mapping[str, Errors] = field(default_factory=dict)
+    held_out: int = 0
+    unseen: tuple[str, ...] = ()
+
+
+@reports
+def carry_out(
+    model: nn.Module,
+    sites: Sites,
+    plan: Plan,
+    batches: Iterable[Any] | None = None,
+    *,
+    methods: Method | Sequence[Method] | None = None,
+    reconstruct: bool = True,
+    batchnorm: bool | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    rows: int | str | None = "auto",
+    mask: Mask = None,
+    memory: int = MEMORY,
+    progress: Progress | bool | None = None,
+) -> Applied:
+    """As :func:`apply`, which gives the model alone, with what was learned on the way."""
+    if batches is not None and iter(checked_batches(batches)) is batches:
+        raise PlanError("batches are read several times; pass a list or a DataLoader, not an iterator")
     makers = _makers(plan, methods)
     _check(plan, sites)
     removed = {e.site: e.choice.kept for e in plan if isinstance(e.choice, ChannelsChoice)}
@@ -86,36 +151,116 @@ def apply(
     for entry in entries:
         if not entry.choice.is_dense:
             skeleton(entry.choice, [removal.sites.layer(name).spec for name in entry.sites])
-    work = _Work(model, removal, batches if reconstruct else None, forward)
+    work = _Work(model, removal, batches is not None and reconstruct, forward)
     steps = _steps(work, entries, makers)
-    for done, step in enumerate(steps):
-        observed = work.follows and step.observable(work)
-        step.put(work, work.observe(step.layer) if observed else step.layer, observed)
-        told(progress)("apply", done + 1, len(steps))
+    if batches is not None and work.follows:
+        batches = list(batches)
+        work.split = Split.of(batches, rows=rows, mask=mask)
+        _follow(work, steps, batches, memory, told(progress))
+    else:
+        for done, step in enumerate(steps):
+            step.put(work, step.layer, False)
+            told(progress)("apply", done + 1, len(steps))
     if batches is not None and (not work.follows if batchnorm is None else batchnorm):
         reestimate_batchnorm(removal.model, batches, forward=forward)
-    return removal.model
+    return Applied(removal.model, work.errors, work.split.held_out, tuple(work.unseen))
+
+
+def _follow(
+    work: _Work,
+    steps: Sequence[_Step],
+    batches: Sequence[Any],
+    memory: int,
+    tell: Progress,
+) -> None:
+    """Carry out the steps while both networks run side by side.
+
+    Batches whose activations do not fit in memory at once go one wave after the other: each fits every layer to what
+    has been seen so far, beside layers that were fitted to the waves before.
+    """
+    names = [step.layer.name for step in steps]
+    if not batches or not names:
+        return
+    like = probe(work.dense, names, batches[0], forward=work.forward)
+    calls = {name: like.calls.get(name, 1) for name in names}
+    again = _restarts(names, like)
+    waves = _waves([each.size * like.nbytes * 2 for each in work.split.samples], memory)
+    for number, (first, last) in enumerate(waves):
+        part = work.split.part(first, last)
+        with lockstep(work.dense, work.removal.model, calls, batches[first:last], forward=work.forward) as hub:
+            for done, step in enumerate(steps):
+                work.stop = Stop(hub.reach(step.layer.name), part)
+                observed = bool(work.stop.seen) and step.observable(work)
+                step.put(work, work.observe(step.layer) if observed else step.layer, observed)
+                work.left(step.layer)
+                if step.layer.name in again:
+                    hub.restart()
+                tell("apply", number * len(steps) + done + 1, len(waves) * len(steps))
+        work.stop = None
+    for name in names:
+        # What was put in while both were in evaluation mode.
+        work.removal.model.get_submodule(name).train(work.dense.get_submodule(name).training)
+
+
+def _restarts(names: Sequence[str], like: Probe) -> set[str]:
+    """Layers, in the order they are fitted in, after which passes start again; none where no layer comes after."""
+    place = {name: number for number, name in enumerate(names)}
+    cuts, ends = set(), like.ends()
+    so_far = -1
+    for name in like.order:
+        so_far = max(so_far, place[name])
+        if name in ends and so_far + 1 < len(names):
+            cuts.add(names[so_far])
+    return cuts
+
+
+def _waves(nbytes: Sequence[float], memory: int) -> list[tuple[int, int]]:
+    """Which batches run together: as many as fit, at least one at a time."""
+    waves: list[tuple[int, int]] = []
+    first, held = 0, 0.0
+    for number, size in enumerate(nbytes):
+        if number > first and held + size > memory:
+            waves.append((first, number))
+            first, held = number, 0.0
+        held += size
+    return [*waves, (first, len(nbytes))]
 
 
 @dataclass(frozen=True)
+class Stop:
+    """What all passes show at the layer they stop at, of the samples of these batches."""
+
+    seen: Sequence[Seen]
+    split: Split
+
+
+@dataclass
 class _Work:
     """A network that is compressed layer by layer, beside the dense one that it is fitted to.
 
     Attributes
     ----------
-    batches
-        On which layers are fitted to what the compressed ones before them deliver; None to fit each on its own.
+    follows
+        Whether layers are fitted to what the compressed ones before them deliver.
+    split
+        The samples that they are fitted to.
+    stop
+        Where both networks are, while they run.
+    joints
+        Moments by the layer, as long as more batches come; those of the second layers of pairs by their own names.
+    errors, unseen
+        What was learned on the way: see :class:`Applied`.
     """
 
     dense: nn.Module
     removal: Removal
-    batches: Iterable[Any] | None
+    follows: bool
     forward: Callable[[nn.Module, Any], Any] | None
-
-    @property
-    def follows(self) -> bool:
-        """Whether layers are fitted to what the compressed ones before them deliver."""
-        return self.batches is not None
+    split: Split = field(default_factory=lambda: Split.of(()))
+    stop: Stop | None = None
+    joints: dict[str, Joint] = field(default_factory=dict)
+    errors: dict[str, Errors] = field(default_factory=dict)
+    unseen: list[str] = field(default_factory=list)
 
     def narrows(self, layer: Layer) -> bool:
         """Whether a layer has lost channels."""
@@ -123,23 +268,36 @@ class _Work:
 
     def observe(self, layer: Layer) -> Layer:
         """A layer as it is to be fitted: the inputs it is given now, and what the dense one answers."""
-        assert self.batches is not None
-        return asymmetric_site(
-            self.dense,
-            self.removal.model,
-            layer,
-            self.batches,
-            outputs=self.removal.outputs(layer.name),
-            sketch=layer.statistics.input is None and not in_full(layer.spec),
-            forward=self.forward,
-        )
+        assert self.stop is not None
+        sketch = layer.statistics.input is None and not in_full(layer.spec)
+        joint = self.joints.get(layer.name)
+        if joint is None:
+            outputs = self.removal.outputs(layer.name)
+            joint = self.joints[layer.name] = Joint.of(layer, sketch=sketch, outputs=outputs)
+        joint.add(self.stop.seen, self.stop.split)
+        return joint.layer(layer)
 
     def put(self, layer: Layer, module: nn.Module, factors: Factors, *, observed: bool) -> None:
         """Put a module in place of a layer. One fitted to nothing that was observed has its second factor fitted."""
         replace_module(self.removal.model, layer.spec.names, module)
-        if self.batches is not None and not observed and _owns_second(factors):
+        if self.stop is not None and self.stop.seen and not observed and _owns_second(factors):
             assert isinstance(module, Factored)
-            refit_second(self.dense, self.removal.model, layer, module, self.batches, forward=self.forward)
+            second = f"{layer.name}.1"
+            joint = refit_second(module, layer, self.stop.seen, self.stop.split, self.joints.get(second))
+            if joint is not None:
+                self.joints[second] = joint
+
+    def left(self, layer: Layer) -> None:
+        """Both networks go on from a layer: what it was fitted to is dropped unless more batches come."""
+        assert self.stop is not None
+        if not self.stop.seen:
+            self.unseen.append(layer.name)
+        joint = self.joints.get(layer.name)
+        errors = joint and joint.errors(self.removal.model.get_submodule(layer.name))
+        if errors:
+            self.errors[layer.name] = errors
+        if len(self.stop.split.samples) == len(self.split.samples):
+            self.joints.clear()
 
 
 class _Step(Protocol):

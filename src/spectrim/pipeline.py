@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spectrim.application import apply
+from spectrim.application import Applied, apply, carry_out
 from spectrim.channel_plans.stepwise import select_in_steps
 from spectrim.cost import counted
 from spectrim.cost.counted import Cost
@@ -24,6 +24,7 @@ from spectrim.nn.find import Which, check_model
 from spectrim.nn.sparse.kernels import choose_kernels
 from spectrim.nn.timing import Timing, measure_latency
 from spectrim.nn.watch.batches import batch_size, call, checked_batches, evaluating, output_tensors
+from spectrim.nn.watch.reconstruct import Errors
 from spectrim.preparation import Prepared, laid_out, locate, prepare
 from spectrim.progress import Progress, reports, silent, told
 from spectrim.selection.budget import COSTS, Budget, BudgetLike, Limit
@@ -54,6 +55,10 @@ class Report:
         Milliseconds of the dense and the compressed network, measured side by side, if latency was asked for.
     notes
         What a user should know, such as a model measured slower than dense.
+    fits
+        What layers that were reconstructed miss of the dense network's answers, by the layer.
+    held_out
+        Samples that they were not fitted to.
     """
 
     plan: Plan
@@ -61,6 +66,8 @@ class Report:
     samples: int
     measured: Mapping[str, Timing] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    fits: Mapping[str, Errors] = field(default_factory=dict)
+    held_out: int = 0
 
     def __str__(self) -> str:
         lines = [f"{'cost':<12}{'dense':>16}{'compressed':>16}{'ratio':>9}"]
@@ -81,6 +88,15 @@ class Report:
         if shared:
             many = sum(len(entry.members) for entry in shared)
             lines.append(f"{many} layers share factors in {len(shared)} groups")
+        if self.held_out and self.fits:
+            fitted, unseen = (
+                sum(values) / len(values)
+                for values in ([e.fitted for e in self.fits.values()], [e.held_out or 0.0 for e in self.fits.values()])
+            )
+            lines.append(
+                f"reconstructed layers miss {fitted:.2%} of their dense answers on the samples they were fitted to, "
+                f"{unseen:.2%} on {self.held_out:,} held out"
+            )
         lines += [f"skipped {name} ({kind}): {reason}" for name, kind, reason in self.skipped]
         return "\n".join([*lines, *self.notes])
 
@@ -247,14 +263,27 @@ def shrink(
             model, sites, table, plan, budget, prepared.example, latency,
             selector=lambda table, limits: planned(table, limits)[0], methods=methods,
         )  # fmt: skip
-    small = apply(
-        model, sites, plan, batches, methods=methods, reconstruct=reconstruct, forward=forward, progress=progress
-    )
+    done = carry_out(
+        model, sites, plan, batches, methods=methods, reconstruct=reconstruct, forward=forward,
+        progress=progress,
+    )  # fmt: skip
+    small = done.model
     if latency is not None:
         small = _as_run(small, prepared.example, latency)
-    notes = tuple(_said_of_time(measured, budget, table)) if measured else ()
+    notes = (*(_said_of_time(measured, budget, table) if measured else ()), *_said_of_layers(done))
     skipped = tuple((s.name, s.kind, s.reason) for s in sites.skipped)
-    return Result(small, plan, Report(plan, skipped, sites.samples, measured, notes), table, sites)
+    report = Report(plan, skipped, sites.samples, measured, notes, done.errors, done.held_out)
+    return Result(small, plan, report, table, sites)
+
+
+def _said_of_layers(done: Applied) -> Iterator[str]:
+    """What a user should know of layers that could not be reconstructed."""
+    if done.unseen:
+        names = ", ".join(done.unseen[:5]) + (", ..." if len(done.unseen) > 5 else "")
+        yield (
+            f"{len(done.unseen)} layers were not fitted to what the layers before them deliver, since no forward pass "
+            f"stopped at them in both networks: {names}"
+        )
 
 
 def _said_of_time(measured: Mapping[str, Timing], budget: Budget, table: Candidates) -> Iterator[str]:

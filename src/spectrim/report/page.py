@@ -24,6 +24,7 @@ from spectrim.selection.trajectory import Trajectory
 if TYPE_CHECKING:
     from jinja2 import Template
 
+    from spectrim.nn.watch.reconstruct import Errors
     from spectrim.pipeline import Result
 
 _COST_NAMES = {"macs": "MACs", "parameters": "Parameters", "bytes": "Weights", "latency": "Predicted latency"}
@@ -53,6 +54,8 @@ class Page:
         Machine and versions; taken from the comparison or from this machine if empty.
     trajectory
         Ranks while they were learned.
+    fits
+        What reconstructed layers miss of their dense answers, by the layer.
     """
 
     title: str
@@ -64,6 +67,7 @@ class Page:
     notes: Sequence[str] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     trajectory: Trajectory | None = None
+    fits: Mapping[str, Errors] = field(default_factory=dict)
 
     def html(self) -> str:
         """The page as text."""
@@ -78,7 +82,8 @@ class Page:
             comparison=self.comparison,
             notes=list(self.notes),
             figures=self._figures(shown),
-            layers=[_layer(entry, shown) for entry in plan],
+            layers=[_layer(entry, shown, self.fits) for entry in plan],
+            fitted=any(fit.held_out is not None for fit in self.fits.values()),
             cost_names=[_COST_NAMES.get(c, c) for c in shown],
             unit=plan.unit,
             shared=any(entry.members for entry in plan),
@@ -170,6 +175,7 @@ def write_report(
         notes,
         facts or {},
         trajectory,
+        result.report.fits,
     )
     return page.write(path)
 
@@ -235,8 +241,12 @@ def _holds(row: Measure) -> bool:
     return row.compressed >= row.dense - 0.5 if row.better == "higher" else row.compressed <= row.dense
 
 
-def _layer(entry: Entry, shown: Sequence[str]) -> dict[str, Any]:
+def _layer(entry: Entry, shown: Sequence[str], fits: Mapping[str, Errors]) -> dict[str, Any]:
+    missed = [fits[name] for name in entry.sites if name in fits]
+    unseen = [fit.held_out for fit in missed if fit.held_out is not None]
     return {
+        "fitted": f"{sum(fit.fitted for fit in missed) / len(missed):.2%}" if missed else "",
+        "held_out": f"{sum(unseen) / len(unseen):.2%}" if unseen else "",
         "name": entry.site,
         "members": list(entry.members),
         "kind": entry.kind,

@@ -66,7 +66,7 @@ def regression(dense, changed, batches, site):
 def test_the_weight_is_that_of_least_squares(name, inplace):
     dense, changed, batches = pair(name, inplace=inplace)
     site = calibrate(dense, find(dense), batches)["target"]
-    new = asymmetric_site(dense, changed, site, batches, rows=None)
+    new = asymmetric_site(dense, changed, site, batches, rows=None, held_out=0)
     weight, bias, x = regression(dense, changed, batches, site)
     old = site.weight.flatten(2)
     # A small ridge towards the dense weight keeps it from being the same to the last digit.
@@ -84,7 +84,7 @@ def test_the_weight_is_that_of_least_squares(name, inplace):
 def test_without_changes_before_it_a_site_stays_what_it_is(name, rows):
     dense, _, batches = pair(name)
     site = calibrate(dense, find(dense), batches, rows=None)["target"]
-    new = asymmetric_site(dense, copy.deepcopy(dense), site, batches, rows=rows)
+    new = asymmetric_site(dense, copy.deepcopy(dense), site, batches, rows=rows, held_out=0)
     assert close(new.weight, site.weight, 1e-8)
     wanted = site.biases[0] if site.biases[0] is not None else torch.zeros_like(new.biases[0])
     assert torch.allclose(new.biases[0], wanted, atol=1e-8)
@@ -100,7 +100,7 @@ def test_a_layer_called_twice_and_overwritten_in_place():
         dense, changed, batches = pair("no bias", inplace=inplace, calls=2)
         site = calibrate(dense, find(dense), batches)["target"]
         assert len(site.spec.inputs) == 2
-        sites.append(asymmetric_site(dense, changed, site, batches, rows=None))
+        sites.append(asymmetric_site(dense, changed, site, batches, rows=None, held_out=0))
     assert sites[0].statistics.input.count == 3 * 30 * 64 * 2
     assert torch.equal(sites[0].weight, sites[1].weight)
 
@@ -145,8 +145,8 @@ def test_a_sketch_with_room_gives_the_same_site(name):
     dense, changed, batches = pair(name)
     sites = calibrate(dense, find(dense), batches)
     few = [batch[:2] for batch in batches]
-    full = asymmetric_site(dense, changed, sites["target"], few, rows=100)
-    sketched = asymmetric_site(dense, changed, sites["target"], few, rows=100, sketch=True)
+    full = asymmetric_site(dense, changed, sites["target"], few, rows=300, held_out=0)
+    sketched = asymmetric_site(dense, changed, sites["target"], few, rows=300, held_out=0, sketch=True)
     assert sketched.statistics.sketch is not None
     torch.testing.assert_close(sketched.weight.double(), full.weight.double(), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(sketched.biases[0].double(), full.biases[0].double(), rtol=1e-3, atol=1e-4)
@@ -158,7 +158,7 @@ def test_a_sketch_that_has_overflown_still_lowers_the_error(monkeypatch):
     monkeypatch.setattr("spectrim.nn.watch.reconstruct.SKETCH", 24)
     dense, changed, batches = pair("conv")
     sites = calibrate(dense, find(dense), batches)
-    site = asymmetric_site(dense, changed, sites["target"], batches, rows=None, sketch=True)
+    site = asymmetric_site(dense, changed, sites["target"], batches, rows=None, held_out=0, sketch=True)
     held = site.statistics.sketch
     assert held.count == 90 * 64
     assert held.rows.shape[1] <= 48

@@ -1,34 +1,290 @@
-"""Watch one layer in two models at once: what it should answer, and what it is given once its predecessors changed."""
+"""Fit a layer to what the dense network answers there, for what it is given once its predecessors have changed."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from spectrim.errors import CalibrationError
-from spectrim.linalg.moments import Moments, shrunk
+from spectrim.linalg.moments import Moments
+from spectrim.linalg.regression import Covariances, Equations, Unseen, scarcity, towards
 from spectrim.linalg.sketch import Sketch
+from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer
 from spectrim.nn.find import canonical, describe
-from spectrim.nn.modules import Factored, make_layer
-from spectrim.nn.watch.batches import call, evaluating
-from spectrim.nn.watch.observe import Hook, hooked
+from spectrim.nn.modules import Factored, make_layer, whole
+from spectrim.nn.watch.lockstep import Seen, lockstep
 from spectrim.nn.watch.patches import outputs_at, patches_at
-from spectrim.nn.watch.sampling import Samples, choose
+from spectrim.nn.watch.sampling import Mask, Run, Samples, choose
 
-# Positions sampled in every image: neighbouring patches overlap and tell little new.
-POSITIONS = 64
+# Rows wanted for every number of the patch, over the whole run.
+FLOOR = 32
+# More where they are cheap: share of a layer's own MACs that the moments of rows may cost.
+EFFORT = 0.25
+# Share of the samples that is not fitted, to tell how far to go.
+HELD_OUT = 0.125
+# Samples that tell something, where there are three times as many.
+ENOUGH = 4
 # Directions of a sketch.
 SKETCH = 1024
 
 
-class _Reached(Exception):
-    """Ends a forward pass at the layer of interest; what follows is not needed."""
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The samples of a run, batch by batch, and which of them are not fitted.
+
+    Attributes
+    ----------
+    run
+        What is known of all of them.
+    samples
+        Of every batch.
+    held
+        ``[size]`` of every batch: those that are held out.
+    rows
+        Rows wanted at a layer over the whole run; None for all, ``"auto"`` for enough for its patches.
+    """
+
+    run: Run
+    samples: tuple[Samples, ...]
+    held: tuple[Tensor, ...]
+    rows: int | str | None = "auto"
+
+    @classmethod
+    def of(
+        cls,
+        batches: Sequence[Any],
+        *,
+        rows: int | str | None = "auto",
+        held_out: float = HELD_OUT,
+        mask: Mask = None,
+    ) -> Split:
+        """Hold out a share of the samples, of a few a third; of one or two none.
+
+        Which ones depends on what is in them, not on their order.
+        """
+        run = Run(batches, mask)
+        samples = tuple(run.see(batch) for batch in batches)
+        keys = torch.cat([each.keys for each in samples]) if samples else torch.zeros(0)
+        total = len(keys)
+        count = max(round(held_out * total), min(ENOUGH, total // 3)) if held_out else 0
+        held = torch.zeros(total, dtype=torch.bool)
+        held[keys.argsort(stable=True)[:count]] = True
+        return cls(run, samples, held.split([each.size for each in samples]), rows)
+
+    @property
+    def held_out(self) -> int:
+        """Samples that are not fitted."""
+        return int(sum(int(held.sum()) for held in self.held))
+
+    def part(self, first: int, last: int) -> Split:
+        """Some of the batches, with as many rows of each sample."""
+        return dataclasses.replace(self, samples=self.samples[first:last], held=self.held[first:last])
+
+    def positions(self, spec: LayerSpec, shape: Sequence[int], size: int) -> int | None:
+        """Rows to take of each sample of a batch that a layer sees as this shape."""
+        if self.rows is None:
+            return None
+        if isinstance(self.rows, int):
+            return self.run.positions(self.rows)
+        d, o = spec.features, spec.out_channels // spec.groups
+        there = shape[:-1] if spec.is_linear else (shape[0], *spec.output_shape(tuple(shape[-len(spec.kernel) :])))
+        cheap = EFFORT * (math.prod(there) / size) * d * o / (d + o) ** 2
+        return max(self.run.positions(FLOOR * (d + o)), round(cheap))
+
+
+class Joint:
+    """What a layer is given beside what it is to answer: moments, and as they are the rows of samples held out.
+
+    Attributes
+    ----------
+    spec
+        The layer as it is in the compressed network.
+    centre
+        ``[g, d]``, about the mean of its inputs.
+    outputs
+        Output channels of the dense layer that it still has, ascending; None for all.
+    """
+
+    def __init__(
+        self,
+        spec: LayerSpec,
+        centre: Tensor,
+        *,
+        sketch: bool = False,
+        outputs: Tensor | None = None,
+    ) -> None:
+        g, o, *_ = spec.shape
+        self.spec, self.centre, self.outputs = spec, centre, outputs
+        size = spec.features + o
+        self.fitted = Sketch(g, size, size=SKETCH, device=centre.device) if sketch else Moments(g, size, centre.device)
+        self._squares, self._fourths = torch.zeros_like(centre), torch.zeros_like(centre)
+        self._held: list[tuple[Tensor, Tensor]] = []
+        self._samples = 0
+
+    @classmethod
+    def of(cls, site: Layer, *, sketch: bool = False, outputs: Tensor | None = None) -> Joint:
+        """For a layer as it was calibrated."""
+        spec, known = site.spec, site.statistics.input
+        zeros = torch.zeros(spec.groups, spec.features, dtype=torch.float64, device=site.weight.device)
+        return cls(spec, zeros if known is None else known.mean.to(zeros.device), sketch=sketch, outputs=outputs)
+
+    def add(
+        self, seen: Iterable[Seen], split: Split, seed: int = 0, given: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> None:
+        """Take the rows of what was seen; ``given`` makes the layer's input of what was seen."""
+        for each in seen:
+            samples, held = split.samples[each.batch], split.held[each.batch]
+            for number, (x, y) in enumerate(zip(each.inputs, each.targets, strict=False)):
+                x = given(x)
+                # Where the dense network took another way, no row answers another.
+                if not self._answers(x, y):
+                    continue
+                positions = split.positions(self.spec, x.shape, samples.size)
+                chosen = choose(self.spec, tuple(x.shape), positions, samples, seed + number)
+                rows = self._rows(x, y, chosen.index)
+                self._take(rows, held[chosen.sample].to(rows.device), chosen.sample)
+            self._samples += samples.size
+
+    def _take(self, rows: Tensor, out: Tensor, sample: Tensor) -> None:
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        fitted = rows[:, ~out]
+        self.fitted.update(fitted)
+        squares = (fitted[..., : self.spec.features] - self.centre.to(fitted.dtype).unsqueeze(1)).square()
+        self._squares += squares.sum(1, dtype=torch.float64)
+        self._fourths += squares.double().square().sum(1)
+        self._held.append((rows[:, out], sample.to(out.device)[out] + self._samples))
+
+    def _answers(self, x: Tensor, y: Tensor) -> bool:
+        spec = self.spec
+        if spec.is_linear:
+            return x.shape[:-1] == y.shape[:-1]
+        axes = len(spec.kernel)
+        return x.shape[: -axes - 1] == y.shape[: -axes - 1] and spec.output_shape(tuple(x.shape[-axes:])) == tuple(
+            y.shape[-axes:]
+        )
+
+    def _rows(self, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+        patches = patches_at(self.spec, x, index).flatten(2)
+        wanted = outputs_at(self.spec, y, index)
+        if self.outputs is not None:
+            left = (self.outputs.to(wanted.device) % wanted.shape[2]).reshape(len(wanted), 1, -1)
+            wanted = torch.take_along_dim(wanted, left, 2)
+        return torch.cat([patches, wanted.to(patches.dtype)], dim=2)
+
+    @property
+    def unseen(self) -> Unseen | None:
+        """The rows held out, around the means of the others; None if there are none."""
+        if not self._held or not any(rows.shape[1] for rows, _ in self._held):
+            return None
+        rows = torch.cat([rows for rows, _ in self._held], dim=1)
+        rows = rows - self.fitted.mean.to(rows.dtype).unsqueeze(1)
+        d = self.spec.features
+        return Unseen(rows[..., :d], rows[..., d:], torch.cat([sample for _, sample in self._held]))
+
+    def layer(self, site: Layer) -> Layer:
+        """The layer as it should be factorised: weight ``W*``, its bias, and moments of what it is given."""
+        d, fitted, unseen = self.spec.features, self.fitted, self.unseen
+        if not fitted.count or not (fitted.is_finite() and (unseen is None or _finite(unseen))):
+            raise CalibrationError(
+                f"layer {site.name!r} was not reached, or sees NaN or Inf, in the reconstruction batches"
+            )
+        g, o, *_ = self.spec.shape
+        moments = Equations.of(fitted, d) if isinstance(fitted, Sketch) else Covariances.of(fitted, d)
+        scarce = scarcity(fitted.count, self._squares, self._fourths)
+        weight = towards(site.weight.reshape(g, o, d), moments, scarce, unseen, fitted.count)
+        mean = fitted.mean
+        if unseen is not None:
+            # A mean is not fitted to noise: it is that of all samples.
+            away = torch.cat([unseen.inputs, unseen.answers], dim=2)
+            mean = mean + away.sum(1, dtype=torch.float64) / (fitted.count + away.shape[1])
+        bias = (mean[:, d:] - torch.einsum("god,gd->go", weight, mean[:, :d])).reshape(-1)
+        inputs = fitted.take(torch.arange(d, device=mean.device).expand(g, -1))
+        inputs.mean = mean[:, :d].clone()
+        name = "sketch" if isinstance(fitted, Sketch) else "input"
+        return dataclasses.replace(
+            site,
+            weight=weight.to(site.weight.dtype).reshape(site.weight.shape),
+            bias=bias,
+            statistics=dataclasses.replace(site.statistics, **{name: inputs}),
+        )
+
+    def errors(self, module: nn.Module) -> Errors | None:
+        """What a module in place of the layer misses of the answers; None where it cannot be told."""
+        if isinstance(self.fitted, Sketch) or not self.fitted.count:
+            return None
+        try:
+            weight, bias = whole(module)
+        except (AttributeError, AssertionError, ValueError):
+            return None
+        if weight.shape[:3] != self.spec.shape[:3] or weight.numel() != torch.Size(self.spec.shape).numel():
+            return None
+        d, unseen = self.spec.features, self.unseen
+        w = weight.double().reshape(*weight.shape[:2], d)
+        covariance, mean = self.fitted.covariance, self.fitted.mean
+        away = mean[:, d:] - torch.einsum("god,gd->go", w, mean[:, :d])
+        away = away if bias is None else away - bias.double().reshape(away.shape)
+        c, cross = covariance[:, :d, :d], covariance[:, d:, :d]
+        energy = covariance[:, d:, d:].diagonal(dim1=-2, dim2=-1).sum().clamp_min(1e-300)
+        missed = energy - 2 * (w * cross).sum() + ((w @ c) * w).sum() + away.square().sum()
+        fitted = float(missed.clamp_min(0) / energy)
+        if unseen is None:
+            return Errors(fitted, None)
+        left = unseen.answers - unseen.inputs @ w.to(unseen.inputs.dtype).mT + away.to(unseen.inputs.dtype).unsqueeze(1)
+        lost, whole_of = (float(rows.double().square().sum()) for rows in (left, unseen.answers))
+        return Errors(fitted, lost / max(whole_of, 1e-300))
+
+
+def _finite(unseen: Unseen) -> bool:
+    return bool(torch.isfinite(unseen.inputs).all() and torch.isfinite(unseen.answers).all())
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Share of the energy of a layer's dense answers that is missed.
+
+    Attributes
+    ----------
+    fitted
+        On the samples that the layer was fitted to.
+    held_out
+        On those that were held out; None if there were none.
+    """
+
+    fitted: float
+    held_out: float | None
+
+
+def refit_second(
+    pair: Factored, layer: Layer, seen: Sequence[Seen], split: Split, joint: Joint | None = None
+) -> Joint | None:
+    """Fit the second layer of a pair, and its bias, to the dense layer's answers. The pair is changed in place.
+
+    For layers whose patches are too long to hold their second moment: the first factor's responses are short. Pairs
+    without a bias are left alone, since the mean could not be kept.
+
+    Parameters
+    ----------
+    joint
+        Moments of batches seen before, of the same second layer.
+    """
+    spec = describe(pair.second, tuple(f"{name}.1" for name in layer.spec.names))
+    weight, bias = canonical(pair.second)
+    if bias is None:
+        return None
+    second = Layer(spec, weight, bias)
+    joint = joint or Joint.of(second)
+    with torch.no_grad():
+        joint.add(seen, split, given=pair.first)
+    fitted = joint.layer(second)
+    pair[1] = make_layer(spec, fitted.weight, fitted.bias).train(pair.second.training)
+    return joint
 
 
 def asymmetric_site(
@@ -37,9 +293,9 @@ def asymmetric_site(
     site: Layer,
     batches: Iterable[Any],
     *,
-    target: str | None = None,
     outputs: Tensor | None = None,
     rows: int | str | None = "auto",
+    held_out: float = HELD_OUT,
     sketch: bool = False,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     seed: int = 0,
@@ -47,141 +303,39 @@ def asymmetric_site(
     """A layer as it should be factorised once the layers before it have been.
 
     The target is the dense layer's response ``y``, the input ``x`` is what the already compressed predecessors
-    deliver. With their joint moments streamed from both models, ``min E ||y - W' x - b||^2`` equals a least-squares
-    weight ``W* = D C^{-1}`` to be approximated in the metric ``C`` (Yu et al. 2017 call this asymmetric
-    reconstruction). Directions that ``x`` hardly takes keep the dense weight.
+    deliver. With their joint moments, ``min E ||y - W' x - b||^2`` equals a least-squares weight ``W*`` to be
+    approximated in the metric of ``x`` (Yu et al. 2017 call this asymmetric reconstruction). How far it goes from the
+    dense weight to ``W*`` is told by samples that are held out (:mod:`spectrim.linalg.regression`).
 
     Parameters
     ----------
     dense, compressed
         The original, and a copy in which the layers before the site are compressed and this one is still dense.
     site
-        By its name in the compressed model.
-    target
-        Layer of the dense model whose responses are wanted; the site's own by default.
+        By its name in both.
     outputs
-        Output channels of that layer which the site still has, ascending; all by default.
+        Output channels of the dense layer which the site still has, ascending; all by default.
     rows
-        Positions of a sample, all if None; ``"auto"`` takes 64.
+        Sampled over all batches, all if None; ``"auto"`` takes enough for the length of a patch.
+    held_out
+        Share of the samples that is not fitted.
     sketch
         Keep a sketch of the joint moments, for patches whose second moment is too large to hold.
 
     Returns
     -------
-    Site
+    Layer
         With weight ``W*``, its bias, and the moments of ``x`` as ``input`` (or ``sketch``); a sensitivity is kept.
+
+    Raises
+    ------
+    CalibrationError
+        If the layer is not reached, or sees NaN or Inf.
     """
-    spec = site.spec
-    g, o, *_ = spec.shape
-    run = forward or call
-    kind = _Joint if sketch else Moments
-    held = kind(g, spec.features + o, device=site.weight.device)
-    caught: list[Tensor] = []
-
-    def catch_input(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # A copy: what runs later may overwrite it in place.
-        caught.append((args[0] if args else kwargs["input"]).clone())
-        if len(caught) == calls:
-            raise _Reached
-
-    def catch_output(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-        caught.append(output.clone())
-        if len(caught) == calls:
-            raise _Reached
-
-    calls = max(1, len(spec.inputs))
-    at_input = Hook(compressed.get_submodule(spec.name), catch_input, before=True)
-    at_output = Hook(dense.get_submodule(target or spec.name), catch_output)
-    with evaluating(dense, compressed):
-        for batch in batches:
-            inputs = _run(compressed, batch, run, at_input, caught)
-            targets = _run(dense, batch, run, at_output, caught)
-            samples = Samples.of(batch)
-            count = POSITIONS if isinstance(rows, str) else rows
-            for x, y in zip(inputs, targets, strict=True):
-                index = choose(spec, tuple(x.shape), count, samples, seed).index
-                patches = patches_at(spec, x, index).flatten(2)
-                wanted = outputs_at(spec, y, index)
-                if outputs is not None:
-                    left = (outputs.to(wanted.device) % wanted.shape[2]).reshape(g, 1, -1)
-                    wanted = torch.take_along_dim(wanted, left, 2)
-                held.update(torch.cat([patches, wanted.to(patches.dtype)], dim=2))
-    if not held.count or not held.is_finite():
-        raise CalibrationError(
-            f"layer {spec.name!r} was not reached, or sees NaN or Inf, in the reconstruction batches"
-        )
-    if isinstance(held, Sketch):
-        weight, seen = _from_sketch(site, held)
-        statistics = dataclasses.replace(site.statistics, sketch=seen)
-    else:
-        weight, seen = _from_moments(site, held)
-        statistics = dataclasses.replace(site.statistics, input=seen)
-    d = spec.features
-    bias = (held.mean[:, d:] - torch.einsum("god,gd->go", weight.double(), held.mean[:, :d])).reshape(-1)
-    return dataclasses.replace(site, weight=weight.reshape(site.weight.shape), bias=bias, statistics=statistics)
-
-
-class _Joint(Sketch):
-    """Room for as many directions as joint moments of inputs and targets need."""
-
-    __slots__ = ()
-
-    def __init__(self, groups: int, features: int, device: torch.device | str = "cpu") -> None:
-        super().__init__(groups, features, size=SKETCH, device=device)
-
-
-def _from_moments(site: Layer, held: Moments) -> tuple[Tensor, Moments]:
-    """Least-squares weight ``[g, o, d]`` and the moments of the inputs."""
-    g, o, *_ = site.spec.shape
-    d = site.spec.features
-    inputs = Moments(g, d, held.mean.device)
-    inputs.count = held.count
-    inputs.mean, inputs.scatter = held.mean[:, :d].clone(), held.scatter[:, :d, :d].clone()
-    covariance, cross = held.covariance[:, :d, :d], held.covariance[:, d:, :d]
-    weight = site.weight.double().reshape(g, o, d)
-    damped = shrunk(covariance, held.count)
-    # A layer that sees nothing but constants has no variance to divide by and keeps its weight.
-    damped.diagonal(dim1=-2, dim2=-1).clamp_min_(1e-300)
-    return weight + torch.linalg.solve(damped, (cross - weight @ covariance).mT).mT, inputs
-
-
-def _from_sketch(site: Layer, held: Sketch) -> tuple[Tensor, Sketch]:
-    """The same from a sketch, by the equations of its rows, which are fewer than the inputs."""
-    g, o, *_ = site.spec.shape
-    d = site.spec.features
-    inputs = held.take(torch.arange(d).expand(g, d))
-    weight = site.weight.float().reshape(g, o, d)
-    missing = held.rows[..., d:] - inputs.rows @ weight.mT
-    return weight + inputs.solve(missing.double()).to(weight.dtype), inputs
-
-
-def refit_second(
-    dense: nn.Module,
-    compressed: nn.Module,
-    site: Layer,
-    pair: Factored,
-    batches: Iterable[Any],
-    *,
-    forward: Callable[[nn.Module, Any], Any] | None = None,
-) -> None:
-    """Fit the second layer of a pair, and its bias, to the dense layer's responses. The pair is changed in place.
-
-    For layers whose patches are too long to hold their second moment: the first factor's responses are short. Pairs
-    without a bias are left alone, since the mean could not be kept.
-    """
-    names = tuple(f"{name}.1" for name in site.spec.names)
-    spec = describe(pair.second, names).at(site.spec.inputs or ((),))
-    weight, bias = canonical(pair.second)
-    if bias is None:
-        return
-    second = Layer(spec, weight, bias)
-    fitted = asymmetric_site(dense, compressed, second, batches, target=site.spec.name, forward=forward)
-    pair[1] = make_layer(spec, fitted.weight, fitted.bias).train(pair.second.training)
-
-
-def _run(model: nn.Module, batch: Any, run: Callable[..., Any], hook: Hook, caught: list[Tensor]) -> list[Tensor]:
-    with hooked([hook]), contextlib.suppress(_Reached):
-        run(model, batch)
-    found = list(caught)
-    caught.clear()
-    return found
+    batches = list(batches)
+    split = Split.of(batches, rows=rows, held_out=held_out)
+    joint = Joint.of(site, sketch=sketch, outputs=outputs)
+    calls = {site.name: max(1, len(site.spec.inputs))}
+    with lockstep(dense, compressed, calls, batches, forward=forward) as hub:
+        joint.add(hub.reach(site.name), split, seed)
+    return joint.layer(site)

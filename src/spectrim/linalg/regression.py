@@ -1,0 +1,195 @@
+"""Least squares that start from a known weight and go only as far as samples that were not fitted agree.
+
+A layer with weight ``W`` is to answer ``y`` where it is now given ``x``. Least squares on samples would give
+
+    W* = W + (D - W C) C^{-1},        C = cov(x),  D = cov(y, x)
+
+but what is seen too seldom is fitted to noise. Three things keep it from that:
+
+- Every input is held at its weight by a ridge in units of its own variance, in proportion to ``d / n_j``: inputs to be
+  told apart, over the number of rows that really tell of this one, ``n_j = (sum x^2)^2 / sum x^4``. It is ``n / 3`` for
+  a normal input and 1 for one that is active in a single row. Neither ``n_j`` nor the ridge depends on units.
+- How strong the ridge is, and what share of the step is taken, is decided on samples that are not fitted: the step that
+  gains most by one standard error below the mean over samples (the rule of Breiman et al. 1984), or none.
+- No input's weights change by more than their own size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from spectrim.linalg.moments import Moments, ridge
+from spectrim.linalg.sketch import Sketch
+
+# Strengths of the ridge that are tried, and shares of the step.
+STRENGTHS = (1.0, 10.0)
+SHARES = (1.0, 0.5, 0.25)
+
+
+class Regression(ABC):
+    """Inputs ``x [g, d]`` and wanted answers ``y [g, o]``, around their means."""
+
+    @abstractmethod
+    def missing(self, weight: Float[Tensor, "g o d"]) -> Tensor:
+        """What a weight misses of the answers, as far as it depends on the inputs."""
+
+    @abstractmethod
+    def step(self, missing: Tensor, damping: Float[Tensor, "g d"]) -> Float[Tensor, "g o d"]:
+        """The change of a weight that makes up for it, each input damped by a share of its own variance."""
+
+
+@dataclass(frozen=True, eq=False)
+class Covariances(Regression):
+    """By second moments.
+
+    Attributes
+    ----------
+    inputs
+        ``C [g, d, d]``.
+    cross
+        ``D [g, o, d]``.
+    """
+
+    inputs: Float[Tensor, "g d d"]
+    cross: Float[Tensor, "g o d"]
+
+    @classmethod
+    def of(cls, joint: Moments, features: int) -> Covariances:
+        """From moments of ``[x, y]``."""
+        covariance = joint.covariance
+        return cls(covariance[:, :features, :features], covariance[:, features:, :features])
+
+    def missing(self, weight: Float[Tensor, "g o d"]) -> Float[Tensor, "g o d"]:
+        return self.cross - weight.double() @ self.inputs
+
+    def step(self, missing: Tensor, damping: Float[Tensor, "g d"]) -> Float[Tensor, "g o d"]:
+        # In units of each input's own spread the matrix is a correlation.
+        spread = _positive(self.inputs.diagonal(dim1=-2, dim2=-1).sqrt()).unsqueeze(1)
+        damped = self.inputs / (spread * spread.mT)
+        damped.diagonal(dim1=-2, dim2=-1).add_(damping)
+        return torch.cholesky_solve((missing / spread).mT, torch.linalg.cholesky(damped)).mT / spread
+
+
+@dataclass(frozen=True, eq=False)
+class Equations(Regression):
+    """By a few rows, for inputs too many for their second moment; there are fewer equations than inputs.
+
+    Attributes
+    ----------
+    inputs
+        ``[g, m, d]``, with ``inputs^T inputs`` about the covariance.
+    answers
+        ``[g, m, o]``.
+    level
+        What every input's variance has beside the rows.
+    """
+
+    inputs: Float[Tensor, "g m d"]
+    answers: Float[Tensor, "g m o"]
+    level: Float[Tensor, "g d"]
+
+    @classmethod
+    def of(cls, joint: Sketch, features: int) -> Equations:
+        """From a sketch of ``[x, y]``."""
+        rows = joint.rows / max(joint.count, 1) ** 0.5
+        return cls(rows[..., :features], rows[..., features:], joint.level()[:, :features])
+
+    def missing(self, weight: Float[Tensor, "g o d"]) -> Float[Tensor, "g m o"]:
+        return self.answers - self.inputs.double() @ weight.double().mT
+
+    def step(self, missing: Tensor, damping: Float[Tensor, "g d"]) -> Float[Tensor, "g o d"]:
+        variance = self.inputs.double().square().sum(1) + self.level
+        spread = _positive(variance.mul(damping).sqrt()).unsqueeze(1)
+        scaled = self.inputs / spread
+        gram = scaled @ scaled.mT
+        gram.diagonal(dim1=-2, dim2=-1).add_(1)
+        return (torch.linalg.solve(gram, missing).mT @ scaled) / spread
+
+
+@dataclass(frozen=True, eq=False)
+class Unseen:
+    """Rows of samples that were held out, around the means of the fitted ones.
+
+    Attributes
+    ----------
+    inputs, answers
+        ``[g, n, d]`` and ``[g, n, o]``.
+    sample
+        ``[n]``, the sample that each row belongs to.
+    """
+
+    inputs: Float[Tensor, "g n d"]
+    answers: Float[Tensor, "g n o"]
+    sample: Int64[Tensor, " n"]
+
+    def gained(self, missing: Float[Tensor, "g n o"], step: Float[Tensor, "g o d"], share: float) -> tuple[float, bool]:
+        """What a share of a step gains a sample, one standard error below the mean, and whether that can be told."""
+        moved = self.inputs @ step.mT
+        gains = (2 * share * moved * missing - share**2 * moved.square()).sum(dim=(0, 2))
+        _, place = self.sample.unique(return_inverse=True)
+        samples = int(place.max()) + 1
+        each = gains.new_zeros(samples).index_add(0, place.to(gains.device), gains)
+        if samples < 2:
+            return 0.0, False
+        return float(each.mean() - each.std() / samples**0.5), True
+
+
+def scarcity(count: int, squares: Float[Tensor, "g d"], fourths: Float[Tensor, "g d"]) -> Float[Tensor, "g d"]:
+    """``d / n_j``: how few rows tell of an input, from its sums of squares and fourth powers around the mean."""
+    telling = torch.where(fourths > 0, squares.square() / fourths.clamp_min(1e-300), torch.full_like(squares, count))
+    return squares.shape[1] / telling.clamp_min(1.0)
+
+
+def towards(
+    weight: Float[Tensor, "g o d"], fitted: Regression, scarce: Float[Tensor, "g d"], held: Unseen | None, count: int
+) -> Float[Tensor, "g o d"]:
+    """The weight that answers best for the inputs it is given, as far as samples that were held out agree.
+
+    Parameters
+    ----------
+    weight
+        To start from.
+    fitted
+        What is fitted.
+    scarce
+        From :func:`scarcity`.
+    held
+        Samples that were held out; None if there are none: then the whole step is taken, with a little ridge.
+    count
+        Rows fitted.
+
+    Returns
+    -------
+    Tensor
+        In float64. On the samples that were held out it is never worse than ``weight``.
+    """
+    missing = fitted.missing(weight)
+    if held is None:
+        return weight.double() + fitted.step(missing, torch.full_like(scarce, ridge(count, weight.shape[2])))
+    left = held.answers - held.inputs @ weight.to(held.inputs.dtype).mT
+    best, most = torch.zeros_like(weight, dtype=torch.float64), 0.0
+    for strength in STRENGTHS:
+        step = _bounded(fitted.step(missing, strength * scarce + 1e-6), weight)
+        for share in SHARES:
+            gain, told = held.gained(left, step.to(held.inputs.dtype), share)
+            if told and gain > most:
+                best, most = share * step, gain
+    return weight.double() + best
+
+
+def _bounded(step: Float[Tensor, "g o d"], weight: Float[Tensor, "g o d"]) -> Float[Tensor, "g o d"]:
+    """A step that changes no input's weights by more than their own size.
+
+    What an input does beyond all that was seen of it is then at most twice what it did.
+    """
+    most, size = weight.double().norm(dim=1, keepdim=True), step.norm(dim=1, keepdim=True)
+    return step * (most / size.clamp_min(1e-300)).clamp_max(1.0)
+
+
+def _positive(spread: Tensor) -> Tensor:
+    return torch.where(spread > 0, spread, torch.ones_like(spread))

@@ -1,0 +1,355 @@
+"""Two networks side by side, once: every forward pass stops at each layer of interest until that layer is fitted.
+
+To fit a layer one needs what the dense network answers there and what the compressed network is given, once the layers
+before it are compressed. Every forward pass is a greenlet, every layer of interest a slot in which it waits with its
+tensor in hand. So each network is run once over the batches, whatever its depth; nothing is traced, and any graph of
+modules will do. What it takes in memory is what the waiting passes hold alive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from spectrim.nn.watch.batches import batch_size, call, evaluating, resized
+from spectrim.nn.watch.observe import Hook, hooked
+
+_Forward = Callable[[nn.Module, Any], Any]
+_Run = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one batch shows at a layer: a tensor for each call of it.
+
+    Attributes
+    ----------
+    batch
+        Its number.
+    inputs
+        Of the compressed network's layer.
+    targets
+        Answers of the dense network's.
+    """
+
+    batch: int
+    inputs: Sequence[Tensor]
+    targets: Sequence[Tensor]
+
+
+class _Pass:
+    """One forward pass that waits at layers.
+
+    Attributes
+    ----------
+    at
+        The layer it waits at.
+    seen
+        Tensors by the layer, until they are taken.
+    """
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self.greenlet = greenlet(run)
+        self.at: str | None = None
+        self.seen: dict[str, list[Tensor]] = {}
+
+    @classmethod
+    def of(cls, run: _Run, batch: Any) -> _Pass:
+        """Of one batch."""
+        return cls(lambda: run(batch))
+
+    def advance(self, name: str, left: set[str]) -> None:
+        """Go on to a layer, but past none that is not left yet."""
+        while not self.greenlet.dead and self.at != name and (self.at is None or self.at in left):
+            with _state_kept():
+                self.greenlet.switch()
+
+    def end(self) -> None:
+        """Give up what is not done."""
+        with _state_kept():
+            self.greenlet.throw(GreenletExit)
+
+
+class Hub:
+    """All forward passes of both networks, and how far they have come.
+
+    Parameters
+    ----------
+    dense, compressed
+        Run the network on one batch each.
+    batches
+        Each is run once through each network.
+    calls
+        How often a pass calls each layer of interest: it stops at the last of the calls.
+    """
+
+    def __init__(self, dense: _Run, compressed: _Run, batches: Sequence[Any], calls: Mapping[str, int]) -> None:
+        self._compressed, self._batches, self._calls = compressed, batches, calls
+        self._left: set[str] = set()
+        self._dense = [_Pass.of(dense, batch) for batch in batches]
+        self._small = [_Pass.of(compressed, batch) for batch in batches]
+
+    def reach(self, name: str) -> list[Seen]:
+        """Have all passes go on to a layer, and give what they show there, without those that never get there.
+
+        Whatever has been put in the layer's place by the next call is what the compressed passes go on with. Layers
+        are reached in the order of execution; a pass that waits at a later one goes on waiting.
+        """
+        shown = []
+        for number, (small, dense) in enumerate(zip(self._small, self._dense, strict=True)):
+            small.advance(name, self._left)
+            dense.advance(name, self._left)
+            inputs, targets = small.seen.pop(name, ()), dense.seen.pop(name, ())
+            if inputs and targets:
+                shown.append(Seen(number, inputs, targets))
+        self._left.add(name)
+        return shown
+
+    def restart(self) -> None:
+        """Have the compressed passes start again, with all that has been put in place by now."""
+        for one in self._small:
+            one.end()
+        self._small = [_Pass.of(self._compressed, batch) for batch in self._batches]
+
+    def wait(self, name: str, tensor: Tensor) -> None:
+        """What a pass does at a layer: it waits until all have got there, unless the layer is called again or left."""
+        here = getcurrent()
+        one = next((each for each in (*self._small, *self._dense) if each.greenlet is here), None)
+        if one is None or name in self._left:
+            return
+        calls = one.seen.setdefault(name, [])
+        if len(calls) + 1 < self._calls[name]:
+            # A copy: what runs before the last call may overwrite it in place.
+            calls.append(tensor.clone())
+            return
+        calls.append(tensor)
+        one.at = name
+        with _state_of_pass():
+            here.parent.switch()  # type: ignore[union-attr]
+
+    def end(self) -> None:
+        """Give up all that is not done."""
+        for one in (*self._small, *self._dense):
+            one.end()
+
+
+@contextlib.contextmanager
+def lockstep(
+    dense: nn.Module,
+    compressed: nn.Module,
+    calls: Mapping[str, int],
+    batches: Sequence[Any],
+    *,
+    forward: _Forward | None = None,
+) -> Iterator[Hub]:
+    """Run both networks over the batches as far as asked for (:meth:`Hub.reach`).
+
+    Parameters
+    ----------
+    dense, compressed
+        In evaluation mode and without gradients while this lasts; hooks and slots are gone afterwards, whatever
+        happens.
+    calls
+        Layers that passes stop at, and how often a pass calls each: it stops at the last of the calls.
+    batches
+        All their passes wait at a layer together.
+    forward
+        Runs a model on a batch in another way.
+    """
+    run = forward or call
+    hub = Hub(lambda batch: run(dense, batch), lambda batch: run(compressed, batch), batches, calls)
+    targets = [
+        Hook(dense.get_submodule(name), lambda module, args, kwargs, output, name=name: hub.wait(name, output))
+        for name in calls
+    ]
+    with evaluating(dense, compressed), hooked(targets), _slots(compressed, calls, hub.wait):
+        try:
+            yield hub
+        finally:
+            hub.end()
+
+
+@contextlib.contextmanager
+def _slots(model: nn.Module, names: Iterable[str], wait: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Have layers wait before they answer, and what has taken their place by then answer for them.
+
+    The layer itself stays what its parent calls: its attributes can be read, and whoever holds it in another way than
+    by its name comes to the same slot.
+    """
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            layer = model.get_submodule(name)
+            own = layer.__dict__.get("forward")
+            stack.callback(_give_back, layer, own)
+            layer.forward = _slot(model, name, layer, own or layer.forward, wait)
+        yield
+
+
+def _slot(
+    model: nn.Module,
+    name: str,
+    layer: nn.Module,
+    forward: Callable[..., Any],
+    wait: Callable[[str, Tensor], None],
+) -> Callable[..., Any]:
+    def answer(*args: Any, **kwargs: Any) -> Any:
+        wait(name, args[0] if args else kwargs["input"])
+        now = model.get_submodule(name)
+        return forward(*args, **kwargs) if now is layer else now(*args, **kwargs)
+
+    return answer
+
+
+def _give_back(layer: nn.Module, own: Any) -> None:
+    if own is None:
+        del layer.__dict__["forward"]
+    else:
+        layer.forward = own
+
+
+@dataclass(frozen=True)
+class _Autocast:
+    """Torch's automatic casting on a device, which belongs to the thread and not to a greenlet."""
+
+    device: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def now(cls) -> list[_Autocast]:
+        kinds = [kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)]
+        return [cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+
+    def set(self) -> None:
+        torch.set_autocast_enabled(self.device, self.enabled)
+        torch.set_autocast_dtype(self.device, self.dtype)
+
+
+@contextlib.contextmanager
+def _state_kept() -> Iterator[None]:
+    """Gradients and casting as they were, whatever a pass that goes on meanwhile leaves them as."""
+    gradients, casting = torch.is_grad_enabled(), _Autocast.now()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        for cast in casting:
+            cast.set()
+
+
+@contextlib.contextmanager
+def _state_of_pass() -> Iterator[None]:
+    """The same for a pass while others go on. Inference mode, which cannot be set, is left and entered again."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_state_kept())
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(mode=False))
+        yield
+
+
+@dataclass
+class Probe:
+    """What a forward pass is like.
+
+    Attributes
+    ----------
+    order
+        Layers in the order of their calls.
+    nbytes
+        Most bytes of activations that it holds alive at one of them, a sample.
+    """
+
+    order: list[str] = field(default_factory=list)
+    nbytes: float = 0.0
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """How often it calls each layer."""
+        return dict(Counter(self.order))
+
+    def ends(self) -> set[str]:
+        """Layers after whose last call nothing is called again that was called before, and something was.
+
+        A layer that is called several times is fitted at its last call, and what runs between its calls has seen the
+        dense one. Behind such an end passes have to start again, so that the layers there see what they will be given.
+        """
+        found: set[str] = set()
+        seen: set[str] = set()
+        repeated = False
+        rest = Counter(self.order)
+        for name in self.order:
+            repeated |= name in seen
+            seen.add(name)
+            rest[name] -= 1
+            if repeated and not any(rest[each] for each in seen):
+                found.add(name)
+                repeated = False
+        return found
+
+
+def probe(model: nn.Module, names: Iterable[str], batch: Any, *, forward: _Forward | None = None) -> Probe:
+    """Watch one forward pass, of a single sample where the model takes one."""
+    size = batch_size(batch)
+    for part in dict.fromkeys((1, size)):
+        seen, alive = Probe(), _Alive(model)
+        cut = resized(batch, part) if part < size else batch
+
+        def note(module: nn.Module, args: Any, kwargs: Any, output: Any, *, name: str) -> None:
+            seen.order.append(name)  # noqa: B023
+            seen.nbytes = max(seen.nbytes, alive.nbytes / part)  # noqa: B023
+
+        hooks = [Hook(model.get_submodule(name), _named(note, name)) for name in names]
+        try:
+            with evaluating(model), hooked(hooks), alive:
+                (forward or call)(model, cut)
+        except Exception:
+            # A batch of one may be refused, or cannot be cut; what is wrong with the whole one is told.
+            if part == size:
+                raise
+            continue
+        return seen
+    raise AssertionError
+
+
+def _named(note: Callable[..., None], name: str) -> Callable[..., None]:
+    return lambda module, args, kwargs, output: note(module, args, kwargs, output, name=name)
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of tensors made meanwhile that are still there."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.nbytes = 0
+        # Views of parameters are no activations.
+        weights = [*model.parameters(), *model.buffers()]
+        self._known: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in weights}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in tree_iter(result):
+            if isinstance(value, Tensor):
+                self._note(value.untyped_storage())
+        return result
+
+    def _note(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known:
+            return
+
+        def gone() -> None:
+            self._known.pop(key, None)
+            self.nbytes -= size
+
+        self.nbytes += size
+        self._known[key] = weakref.finalize(storage, gone)

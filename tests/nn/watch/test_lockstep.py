@@ -1,0 +1,269 @@
+"""Both networks run once, side by side; whatever happens, they are left as they were found."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from spectrim.nn.watch.lockstep import Probe, lockstep, probe
+
+
+class Repeated(nn.Module):
+    """A layer that is called several times, its answers overwritten in place."""
+
+    def __init__(self, calls: int = 3) -> None:
+        super().__init__()
+        self.first, self.again, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.calls = calls
+
+    def forward(self, x):
+        x = self.first(x)
+        for _ in range(self.calls):
+            x = torch.relu_(self.again(x))
+        return self.last(x)
+
+
+class Experts(nn.Module):
+    """Every batch takes one of two ways, which meet again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.low(x) if x.mean() < 0 else self.high(x)
+        return self.last(x) if x.shape[0] > 1 else x
+
+
+class Modes(nn.Module):
+    """Enters and leaves modes that belong to the thread, around its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.seen: list[tuple[bool, bool, bool]] = []
+
+    def note(self):
+        self.seen.append((torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+
+    def forward(self, x):
+        with torch.inference_mode():
+            x = self.one(x)
+            self.note()
+        x = x.clone()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            x = self.two(x)
+            self.note()
+        with torch.enable_grad():
+            x = self.three(x.float())
+            self.note()
+        self.note()
+        return x
+
+
+class Counted(nn.Linear):
+    calls = 0
+
+    def forward(self, x):
+        Counted.calls += 1
+        return super().forward(x)
+
+
+def untouched(*models: nn.Module) -> bool:
+    layers = [module for model in models for module in model.modules()]
+    return not any("forward" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in layers)
+
+
+def twins(model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    return model.double(), copy.deepcopy(model)
+
+
+def batches(count: int = 3, size: int = 5) -> list[torch.Tensor]:
+    return [torch.randn(size, 4, dtype=torch.float64) for _ in range(count)]
+
+
+@pytest.mark.parametrize("depth", [2, 12, 40])
+def test_each_network_is_run_once_whatever_its_depth(depth):
+    dense = nn.Sequential(*[Counted(4, 4) for _ in range(depth)])
+    small, data = copy.deepcopy(dense), [torch.randn(5, 4) for _ in range(2)]
+    Counted.calls = 0
+    with lockstep(dense, small, {str(n): 1 for n in range(depth)}, data) as hub:
+        for n in range(depth):
+            assert len(hub.reach(str(n))) == 2
+            small[n] = copy.deepcopy(dense[n])
+    # The last compressed layer is put in place and has not been run by then.
+    assert Counted.calls == 2 * (2 * depth - 1)
+
+
+def test_a_layer_is_given_what_the_layers_before_it_deliver_by_then():
+    dense, small = twins(nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 3), nn.Linear(3, 2)))
+    data = batches()
+    with lockstep(dense, small, {"0": 1, "2": 1, "3": 1}, data) as hub:
+        for name in ("0", "2", "3"):
+            seen = hub.reach(name)
+            for each in seen:
+                before = small[: int(name)](data[each.batch])
+                torch.testing.assert_close(each.inputs[0], before)
+                torch.testing.assert_close(each.targets[0], dense[: int(name) + 1](data[each.batch]))
+            layer = nn.Linear(*reversed(small[int(name)].weight.shape)).double()
+            small[int(name)] = layer
+    assert untouched(dense, small)
+
+
+def test_a_layer_that_is_called_again_is_fitted_at_the_last_call():
+    dense, small = twins(Repeated())
+    data = batches()
+    expected = []
+    with torch.no_grad():
+        for x in data:
+            x = dense.first(x)
+            calls = []
+            for _ in range(3):
+                calls.append(x)
+                x = torch.relu(dense.again(x))
+            expected.append(calls)
+    layers = probe(dense, ["first", "again", "last"], data[0]).calls
+    assert layers == {"first": 1, "again": 3, "last": 1}
+    with lockstep(dense, small, layers, data) as hub:
+        hub.reach("first")
+        for each in hub.reach("again"):
+            assert len(each.inputs) == len(each.targets) == 3
+            for x, wanted in zip(each.inputs, expected[each.batch], strict=True):
+                torch.testing.assert_close(x, wanted)
+        fresh = small.again = nn.Linear(4, 4).double()
+        for each in hub.reach("last"):
+            wanted = torch.relu(fresh(expected[each.batch][2]))
+            torch.testing.assert_close(each.inputs[0], wanted)
+
+
+def test_passes_may_end_early_and_take_different_ways():
+    dense, small = twins(Experts())
+    one = torch.ones(1, 4, dtype=torch.float64)
+    data = [-one.expand(3, 4), one.expand(3, 4), -one, one]
+    with lockstep(dense, small, {"low": 1, "high": 1, "last": 1}, data) as hub:
+        assert [each.batch for each in hub.reach("low")] == [0, 2]
+        assert [each.batch for each in hub.reach("high")] == [1, 3]
+        assert [each.batch for each in hub.reach("last")] == [0, 1]
+
+
+def test_a_layer_that_is_never_called_shows_nothing():
+    dense, small = twins(nn.ModuleDict({"used": nn.Linear(4, 4), "idle": nn.Linear(4, 4)}))
+    with lockstep(
+        dense, small, {"idle": 1, "used": 1}, batches(2), forward=lambda model, batch: model["used"](batch)
+    ) as hub:
+        assert hub.reach("idle") == []
+        assert len(hub.reach("used")) == 2
+
+
+def test_modes_of_the_thread_belong_to_each_pass():
+    dense, small = Modes(), Modes()
+    with torch.autocast("cpu", enabled=False), lockstep(dense, small, {"one": 1, "two": 1, "three": 1}, [
+        torch.randn(2, 4) for _ in range(3)
+    ]) as hub:  # fmt: skip
+        for name in ("one", "two", "three"):
+            assert len(hub.reach(name)) == 3
+            state = torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()
+            assert state == (False, False, False)
+    wanted = [(True, False, False), (False, True, False)]
+    assert [each for each in small.seen if each in wanted] == wanted[:1] * 3 + wanted[1:] * 3
+    assert not torch.is_inference_mode_enabled()
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("where", ["in the middle", "in a pass"])
+def test_whatever_happens_nothing_is_left_hanging(error, where):
+    dense, small = twins(Repeated())
+    small.train()
+    own = small.first.forward = lambda x: nn.Linear.forward(small.first, x)
+
+    def run(model, batch):
+        model(batch)
+        if where == "in a pass":
+            raise error("stop")
+
+    def work():
+        with lockstep(dense, small, {"first": 1, "last": 1}, batches(), forward=run) as hub:
+            hub.reach("first")
+            hub.reach("last")
+            if where == "in the middle":
+                raise error("stop")
+            # The passes go on, to their ends.
+            hub.reach("first")
+
+    with pytest.raises(error):
+        work()
+    assert small.first.__dict__.pop("forward") is own
+    assert untouched(dense, small)
+    assert small.training
+    assert torch.is_grad_enabled()
+
+
+def test_parents_see_the_layer_itself_and_lists_come_to_the_same_slot():
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+            self.__dict__["held"] = [self.layer]
+
+        def forward(self, x):
+            return self.held[0](x.to(self.layer.weight.dtype)) + self.layer.bias
+
+    dense = Parent()
+    small = copy.deepcopy(dense)
+    data = batches(2)
+    with lockstep(dense, small, {"layer": 1}, data) as hub:
+        assert len(hub.reach("layer")) == 2
+    assert untouched(dense, small)
+
+
+def test_what_waits_is_measured_a_sample():
+    model = nn.Sequential(nn.Conv2d(2, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    found = probe(model, ["0", "2"], torch.randn(6, 2, 10, 10))
+    # At the second layer: what goes in and what comes out.
+    assert found.nbytes == pytest.approx((8 + 4) * 100 * 4)
+
+
+def test_a_model_that_refuses_a_single_sample_is_watched_with_the_whole_batch():
+    def picky(model, batch):
+        if batch.shape[0] < 3:
+            raise ValueError("too few")
+        return model(batch)
+
+    model = nn.Sequential(nn.Linear(4, 4))
+    assert probe(model, ["0"], torch.randn(6, 4), forward=picky).calls == {"0": 1}
+    with pytest.raises(ValueError, match="too few"):
+        probe(model, ["0"], torch.randn(2, 4), forward=picky)
+
+
+@pytest.mark.parametrize(
+    ("order", "ends"),
+    [
+        ("abc", ""),
+        ("abbc", "b"),
+        ("abcabc", "c"),
+        ("abacdd", "ad"),
+        ("abcbdbef", "b"),
+    ],
+)
+def test_where_passes_have_to_start_again(order, ends):
+    assert Probe(list(order)).ends() == set(ends)
+
+
+def test_behind_a_layer_that_is_called_again_passes_start_again():
+    """What comes behind sees the fitted layer at all its calls."""
+    dense, small = twins(Repeated())
+    data = batches()
+    with lockstep(dense, small, {"again": 3, "last": 1}, data) as hub:
+        hub.reach("again")
+        fresh = small.again = nn.Linear(4, 4).double()
+        hub.restart()
+        for each in hub.reach("last"):
+            x = small.first(data[each.batch])
+            for _ in range(3):
+                x = torch.relu(fresh(x))
+            torch.testing.assert_close(each.inputs[0], x)
+    assert untouched(dense, small)

@@ -1,0 +1,137 @@
+"""The verb apply runs both networks once, holds samples out, and keeps to its memory."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import spectrim as st
+from spectrim.application import carry_out
+
+
+def network(depth: int = 6, width: int = 12) -> nn.Module:
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        layers += [nn.Linear(width, width), nn.ReLU()]
+    return nn.Sequential(*layers).eval()
+
+
+def data(samples: int = 96, width: int = 12, *, seed: int = 1) -> torch.Tensor:
+    mix = torch.randn(width, width, generator=torch.Generator().manual_seed(0))
+    return torch.randn(samples, width, generator=torch.Generator().manual_seed(seed)) @ mix
+
+
+def planned(model: nn.Module, batches, budget: float = 0.6):
+    sites = st.calibrate(model, st.find(model), batches)
+    return sites, st.select(st.tabulate(sites, st.ActivationSVD(multiple_of=1)), st.Budget(parameters=budget))
+
+
+def missed(model: nn.Module, small: nn.Module, x: torch.Tensor) -> float:
+    with torch.no_grad():
+        wanted = model(x)
+        return float((small(x) - wanted).square().sum() / wanted.square().sum())
+
+
+@pytest.mark.parametrize("depth", [3, 12, 30])
+def test_layers_are_called_twice_a_batch_whatever_the_depth(depth, monkeypatch):
+    model, x = network(depth), data()
+    sites, plan = planned(model, list(x.split(32)))
+    calls, forward = [], nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: calls.append(self) or forward(self, x))
+    st.apply(model, sites, plan, list(x.split(32)))
+    whole = [module for module in calls if module.out_features == 12 and module.in_features == 12]
+    pairs = len(calls) - len(whole)
+    # Of the pass that tells how often layers are called there is one more, with a single sample.
+    assert len(whole) + pairs / 2 <= 2.2 * depth * 3 + depth
+
+
+def test_batches_that_do_not_fit_go_in_waves_and_lose_little_by_it():
+    model, x = network(), data(192)
+    batches = list(x.split(32))
+    sites, plan = planned(model, batches)
+    told: list[tuple[str, int, int]] = []
+    whole = st.apply(model, sites, plan, batches)
+    waves = st.apply(model, sites, plan, batches, memory=1, progress=lambda *a: told.append(a))
+    assert told[-1][1] == told[-1][2] > len(plan.entries)
+    fresh = data(256, seed=2)
+    assert missed(model, waves, fresh) <= 1.2 * missed(model, whole, fresh)
+
+
+def test_order_and_cut_of_the_batches_change_nothing_but_rounding():
+    model, x = network(), data()
+    sites, plan = planned(model, [x])
+    mixed = x[torch.randperm(len(x))]
+    answers = [st.apply(model, sites, plan, cut)(x) for cut in ([x], list(x.split(7)), list(mixed.split(32)))]
+    for answer in answers[1:]:
+        torch.testing.assert_close(answer, answers[0], rtol=1e-3, atol=1e-4)
+
+
+def test_with_too_few_samples_it_is_not_worse_than_without_reconstruction():
+    gains = []
+    for seed in range(6):
+        model, few, fresh = network(), data(24, seed=10 + seed), data(512, seed=100 + seed)
+        sites, plan = planned(model, [few])
+        fitted = st.apply(model, sites, plan, [few])
+        alone = st.apply(model, sites, plan, [few], reconstruct=False)
+        gains.append(missed(model, fitted, fresh) / missed(model, alone, fresh))
+    assert sum(gains) / len(gains) <= 1.02
+
+
+def test_errors_are_told_for_samples_that_were_not_fitted():
+    model, x = network(), data(64)
+    sites, plan = planned(model, [x])
+    done = carry_out(model, sites, plan, [x])
+    assert done.held_out == 8
+    changed = [entry.site for entry in plan if not entry.choice.is_dense]
+    assert set(changed) <= set(done.errors)
+    assert done.unseen == ()
+    # Nothing before the first changed layer has moved: what it misses is what its factors leave out.
+    first = changed[0]
+    layer = done.model.get_submodule(first)
+    with torch.no_grad():
+        given = model[: int(first)](x)
+        wanted, answer = model[int(first)](given), layer(given)
+        true = float((wanted - answer).square().sum() / (wanted - wanted.mean(0)).square().sum())
+    both = done.errors[first]
+    assert both.fitted <= true * 1.1 <= both.held_out * 1.3
+    assert (both.fitted * 56 + both.held_out * 8) / 64 == pytest.approx(true, rel=0.1)
+
+
+def test_a_single_sample_is_fitted_whole():
+    model = network(3)
+    x = data(1)
+    sites, plan = planned(model, [data(64)])
+    done = carry_out(model, sites, plan, [x])
+    assert done.held_out == 0
+    assert torch.isfinite(done.model(x)).all()
+
+
+def test_modes_are_those_of_the_dense_layers():
+    model, x = network(3), data()
+    sites, plan = planned(model, [x])
+    model.train()
+    small = st.apply(model, sites, plan, [x])
+    assert all(module.training for module in small.modules())
+    assert not any("forward" in module.__dict__ for module in small.modules())
+    assert torch.equal(copy.deepcopy(small)(x), small(x))
+
+
+def test_a_layer_in_a_thread_of_its_own_is_fitted_as_it_was_calibrated():
+    from concurrent.futures import ThreadPoolExecutor
+
+    model, x = network(3), data()
+    sites, plan = planned(model, [x])
+
+    def apart(net: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            return net[4:](pool.submit(lambda: torch.no_grad()(net[:4])(batch)).result())
+
+    done = carry_out(model, sites, plan, [x], forward=apart)
+    hidden = [entry.site for entry in plan if not entry.choice.is_dense and int(entry.site) < 4]
+    assert hidden
+    assert done.unseen == tuple(hidden)
+    assert missed(model, done.model, x) < 1.0
