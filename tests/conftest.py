@@ -2,26 +2,68 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import importlib.util
+import inspect
 import os
 import random
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
 
-# Shapes and dtypes of the mathematics are checked at calls. The hook must stand before the modules are imported.
-# A check takes as long as a small product, so not all tests have them: SPECTRIM_SHAPE_CHECKS=all does, 0 has none.
-SHAPE_CHECKS = os.environ.get("SPECTRIM_SHAPE_CHECKS", "some")
-if SHAPE_CHECKS != "0" and importlib.util.find_spec("beartype"):
-    from jaxtyping import install_import_hook
 
-    install_import_hook(["spectrim.linalg", "spectrim.network.factors"], "beartype.beartype")
+class Checks:
+    """Checks of shapes at the first calls of a function in a test. One takes as long as a small product.
+
+    Inner functions have none: they are made anew at every call of the outer one, and compiling checks takes longer
+    than most calls do.
+    """
+
+    def __init__(self, jaxtyped: Callable[..., Any]) -> None:
+        self.jaxtyped, self.limit, self.calls = jaxtyped, 0, collections.Counter[Callable[..., Any]]()
+
+    def start(self, limit: int) -> None:
+        """A test begins: so many calls of each function are checked."""
+        self.limit = limit
+        self.calls.clear()
+
+    def decorator(self, **typechecker: Any) -> Callable[..., Any]:
+        """What stands in for ``jaxtyping.jaxtyped`` in the modules that are checked."""
+        decorate = self.jaxtyped(**typechecker)
+
+        def checked_first(function: Callable[..., Any]) -> Callable[..., Any]:
+            if not inspect.isfunction(function):
+                return decorate(function)
+            if "<locals>" in function.__qualname__:
+                return function
+            checked = decorate(function)
+
+            @functools.wraps(function)
+            def call(*args: Any, **kwargs: Any) -> Any:
+                if self.calls[function] >= self.limit:
+                    return function(*args, **kwargs)
+                self.calls[function] += 1
+                return checked(*args, **kwargs)
+
+            return call
+
+        return checked_first
+
+
+# The hook must stand before the modules are imported. SPECTRIM_SHAPE_CHECKS says how many calls are
+# checked; 0 has no hook at all.
+SHAPE_CHECKS = int(os.environ.get("SPECTRIM_SHAPE_CHECKS", "3"))
+CHECKS = Checks(jaxtyping.jaxtyped)
+if SHAPE_CHECKS and importlib.util.find_spec("beartype"):
+    jaxtyping.install_import_hook(["spectrim.linalg", "spectrim.network.factors"], "beartype.beartype")
+    jaxtyping.jaxtyped = CHECKS.decorator
 
 import hypothesis
-import jaxtyping
 
 torch.set_num_threads(int(os.environ.get("SPECTRIM_TEST_THREADS", "2")))
 
@@ -38,14 +80,8 @@ hypothesis.settings.load_profile("spectrim")
 
 @pytest.fixture(autouse=True)
 def _shapes(request: pytest.FixtureRequest) -> None:
-    """Shapes are checked in all tests of the mathematics, and in the first case of each test of a method."""
-    room, case = request.path.parent.name, (request.path, request.node.originalname)
-    checked = room in ("linalg", "network") or (room == "methods" and case not in _CHECKED)
-    _CHECKED.add(case)
-    jaxtyping.config.update("jaxtyping_disable", SHAPE_CHECKS != "all" and not checked)
-
-
-_CHECKED: set[tuple[Path, str]] = set()
+    """Shapes are checked in the tests of the mathematics and of the methods, which call all of it."""
+    CHECKS.start(SHAPE_CHECKS if request.path.parent.name in ("linalg", "network", "methods") else 0)
 
 
 @pytest.fixture(autouse=True)
