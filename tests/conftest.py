@@ -45,7 +45,7 @@ class Checks:
 
             @functools.wraps(function)
             def call(*args: Any, **kwargs: Any) -> Any:
-                if self.calls[function] >= self.limit:
+                if not self.limit or self.calls[function] >= self.limit:
                     return function(*args, **kwargs)
                 self.calls[function] += 1
                 return checked(*args, **kwargs)
