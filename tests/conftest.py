@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import gc
 import importlib.util
 import inspect
 import os
@@ -72,10 +73,16 @@ hypothesis.settings.register_profile(
     "spectrim",
     deadline=None,
     derandomize=True,
-    max_examples=int(os.environ.get("SPECTRIM_EXAMPLES", "50")),
+    max_examples=int(os.environ.get("SPECTRIM_EXAMPLES", "25")),
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("spectrim")
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays, and need not be looked through whenever garbage is collected."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

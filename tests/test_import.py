@@ -31,28 +31,23 @@ def test_import_is_light() -> None:
     assert not loaded & {*HEAVY, "torch", "numpy"}
 
 
-def test_all_public_names_load_without_the_optional_packages() -> None:
+def test_public_names_load_without_the_optional_packages_touch_no_device_and_are_not_hidden_by_modules() -> None:
     names = [name for name in spectrim.__all__ if name not in ("compare", "write_report")]
-    loaded = loaded_after(f"import spectrim\nfor name in {names!r}: getattr(spectrim, name)")
+    code = f"""
+import spectrim.selection.selectors, spectrim.pipeline, spectrim.application, spectrim as st, torch
+for name in {names!r}: getattr(st, name)
+assert all(callable(f) for f in (st.select, st.compress, st.apply, st.find, st.calibrate, st.sensitivity))
+assert not torch.cuda.is_initialized()
+"""
+    loaded = loaded_after(code)
     assert "torch" in loaded
     assert not loaded & set(HEAVY)
-
-
-def test_no_device_is_touched() -> None:
-    code = "import spectrim, torch\nspectrim.compress, spectrim.fine_tune\nassert not torch.cuda.is_initialized()"
-    assert "torch" in loaded_after(code)
 
 
 def test_every_public_name_exists_and_is_listed() -> None:
     for name in spectrim.__all__:
         assert getattr(spectrim, name) is not None
         assert name in dir(spectrim)
-
-
-def test_functions_are_not_hidden_by_modules_of_the_same_name() -> None:
-    code = "import spectrim.selection.selectors, spectrim.pipeline, spectrim.application, spectrim as st\n"
-    code += "assert all(callable(f) for f in (st.select, st.compress, st.apply, st.find, st.calibrate, st.sensitivity))"
-    assert "spectrim" in loaded_after(code)
 
 
 def test_former_module_paths_lead_to_the_same_objects_with_a_warning() -> None:

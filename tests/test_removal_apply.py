@@ -381,7 +381,7 @@ class TestRecommendations:
         )  # fmt: skip
         x = torch.randn(24, 3, 4, 4)
         sites = st.calibrate(model.eval(), st.couple(model, st.find(model), x), [x])
-        for cost, counted in (("parameters", parameter_count), ("bytes", size_in_bytes), ("macs", None)):
+        for cost, counted in (("parameters", parameter_count), ("macs", None)):
             plan = st.recommend(sites, st.Budget(**{cost: 0.5}), method=FINE)
             small = st.apply(model, sites, plan)
             with flop_counter() as counter, evaluating(small):

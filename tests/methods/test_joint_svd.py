@@ -21,18 +21,16 @@ from spectrim.network.sites import Group, Site, Statistics
 from spectrim.nn.build import build, skeleton
 from spectrim.testing import check_joint_method, measured_error, small_group
 
-SHARES = (JointSVD("right"), JointSVD("left"), JointSVD("both", sweeps=4))
+SHARES = (JointSVD("right", sweeps=2), JointSVD("left", sweeps=2), JointSVD("both", sweeps=2))
 BARE = JointSVD("both", proportion=0.3)
 
 
 CONTRACTS = [
-    (JointSVD("right"), "linear"),
-    (JointSVD("left"), "linear"),
-    (JointSVD("both", sweeps=4), "linear"),
-    (JointSVD("right", unfoldings=("input",)), "conv1d"),
-    (JointSVD("right", unfoldings=("height-first",)), "conv2d"),
-    (JointSVD("left", unfoldings=("input",)), "conv2d-grouped"),
-    (JointSVD("left", unfoldings=("channel",)), "transposed2d-grouped-no-bias"),
+    *((method, "linear") for method in SHARES),
+    (JointSVD("right", sweeps=2, unfoldings=("input",)), "conv1d"),
+    (JointSVD("right", sweeps=1, unfoldings=("height-first",)), "conv2d"),
+    (JointSVD("left", sweeps=1, unfoldings=("input",)), "conv2d-grouped"),
+    (JointSVD("left", sweeps=1, unfoldings=("channel",)), "transposed2d-grouped-no-bias"),
     (JointSVD("both", sweeps=2, unfoldings=("width-first",)), "transposed2d"),
     (JointSVD("both", proportion=1.0, sweeps=2), "linear-tokens-no-bias"),
     (JointSVD("both", proportion=0.0, sweeps=2, unfoldings=("input",)), "conv2d-reflect"),

@@ -389,7 +389,8 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
     return with_header(header, body)
 
 
-def test_ten_thousand_mutations_give_a_clear_error_or_a_sound_model(tmp_path, monkeypatch):
+@pytest.mark.parametrize("count", [500, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_mutations_give_a_clear_error_or_a_sound_model(count, tmp_path, monkeypatch):
     path = tmp_path / "tiny.safetensors"
     choices = {"0": low_rank(2), "1": Choice()}
     save(compressed(tiny(), choices), plan_of(choices), path)
@@ -399,7 +400,7 @@ def test_ten_thousand_mutations_give_a_clear_error_or_a_sound_model(tmp_path, mo
     monkeypatch.setattr(pickle, "loads", lambda *_: pytest.fail("unpickled"))
     sizes = {3 * 3 + 3, 2 * 3 + 2 * 3 + 3, 1 * 3 + 1 * 3 + 3, 3 * 3 + 3 * 3 + 3}
     draw, refused, unnamed, loaded = random.Random(0), 0, 0, 0
-    for _ in range(10_000):
+    for _ in range(count):
         # Truncating a file on opening takes milliseconds on some file systems.
         with path.open("r+b") as file:
             file.write(mutated(data, draw))
@@ -416,8 +417,8 @@ def test_ten_thousand_mutations_give_a_clear_error_or_a_sound_model(tmp_path, mo
         assert all(isinstance(m, (nn.Linear, Factored, nn.Sequential)) for m in model.modules())
         assert all(math.isfinite(s.spec.features) for s in find(model))
     assert not unnamed
-    assert refused > 4_000
-    assert loaded > 100
+    assert refused > 0.4 * count
+    assert loaded > 0.01 * count
 
 
 def test_loading_does_not_import_what_a_file_names(file):

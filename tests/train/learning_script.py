@@ -1,6 +1,8 @@
 """Run by tests as a program: learns the ranks of a small residual network and writes the factored one.
 
 python learning_script.py OUT CHECKPOINT
+
+One run for each line of standard input, as tests.train.mortal says.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch.utils.data import DataLoader
 
 import spectrim as st
 from spectrim.train import LearnedResult, Recipe, Schedule, budget_path, learn_ranks, randomness
+from tests.train import mortal
 from tests.train.small import accuracy, fixed_batches, loader
 
 LEARNING = Recipe(epochs=4, lr=0.02, checkpoint_every=2)
@@ -71,7 +74,7 @@ class Residual(nn.Module):
 def calibration() -> list[tuple[Tensor, Tensor]]:
     """The same batches in every process, with the generators left as they are."""
     state = randomness.capture()
-    batches = fixed_batches()
+    batches = fixed_batches(48, 24)
     randomness.restore(state)
     return batches
 
@@ -108,8 +111,12 @@ def shuffled() -> DataLoader:
     return DataLoader(images, 8, shuffle=True)  # type: ignore[arg-type]
 
 
+def write(out: str, checkpoint: str) -> None:
+    result = learn(shuffled(), checkpoint=checkpoint)
+    st.save(result.model, result.plan, out)
+    result.trajectory.write(out + ".json")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    result = learn(shuffled(), checkpoint=sys.argv[2])
-    st.save(result.model, result.plan, sys.argv[1])
-    result.trajectory.write(sys.argv[1] + ".json")
+    mortal.serve(functools.partial(write, *sys.argv[1:]))

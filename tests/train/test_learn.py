@@ -5,9 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import random
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +20,7 @@ from spectrim.nn.surgery import parameter_count
 from spectrim.selection.trajectory import Trajectory
 from spectrim.train import LearnedResult, Recipe, Schedule, budget_path, learn_ranks
 from spectrim.train import resume as resuming
-from tests.cases import ENVIRONMENT
-from tests.train import learning_script
+from tests.train import learning_script, mortal
 from tests.train.learned import timeless
 from tests.train.learning_script import SCHEDULE, Residual, Stop, Stopping, learn, options, path, shuffled
 from tests.train.small import accuracy, equal, fixed_batches, loader, weights
@@ -227,22 +223,14 @@ def test_a_path_that_was_stopped_ends_equal(tmp_path: Path) -> None:
 
 def test_a_run_killed_at_any_moment_ends_equal(tmp_path: Path) -> None:
     out = tmp_path / "killed.safetensors"
-    command = [sys.executable, learning_script.__file__, str(out), str(tmp_path)]
     steps: dict[str, int] = {}
-    for name in ("learning.safetensors", "tuning.safetensors"):
-        checkpoint = tmp_path / name
-        process = subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 300
-        while not checkpoint.exists():
-            assert process.poll() is None, process.stderr and process.stderr.read().decode()
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        time.sleep(random.SystemRandom().uniform(0, 0.03))
-        process.kill()
-        process.communicate()
-        steps[name] = resuming.read(checkpoint)[1]["step"]
-    assert not out.exists(), f"nothing was killed, checkpoints at {steps}"
-    subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, check=True, timeout=300)
+    with mortal.runs(learning_script.__file__, str(out), str(tmp_path), cwd=tmp_path) as runs:
+        for name in ("learning.safetensors", "tuning.safetensors"):
+            checkpoint = tmp_path / name
+            runs.killed(checkpoint.exists, random.SystemRandom().uniform(0, 0.03))
+            steps[name] = resuming.read(checkpoint)[1]["step"]
+        assert not out.exists(), f"nothing was killed, checkpoints at {steps}"
+        runs.whole()
     expected = learn(shuffled())
     found = st.load(Residual(), out)
     assert equal(weights(found), weights(expected.model)), f"checkpoints at {steps}"

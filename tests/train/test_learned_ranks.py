@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -14,7 +16,7 @@ from spectrim.methods import Curve, WeightSVD
 from spectrim.network.sites import Site
 from spectrim.nn.surgery import parameter_count
 from spectrim.testing import LAYERS
-from spectrim.train import LearnedRanks, Schedule
+from spectrim.train import LearnedRanks, Schedule, learned_ranks
 from tests.cases import settled
 from tests.train.learned import canonical, perturb, truncated
 from tests.train.small import equal, weights
@@ -206,7 +208,9 @@ def test_after_step_takes_a_c_step_every_so_many_batches_until_the_schedule_is_o
     assert torch.equal(ranks(model), ranks.penalty())
 
 
-def test_every_step_is_recorded() -> None:
+def test_every_step_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(10, 4)  # every reading is four seconds after the last
+    monkeypatch.setattr(learned_ranks, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
     model = settled("residual")
     ranks = LearnedRanks(
         model, st.find(model), st.Budget(parameters=0.5), evaluate=lambda net: float(net.conv1.weight.sum()),
@@ -216,7 +220,7 @@ def test_every_step_is_recorded() -> None:
         record = ranks.trajectory.records[-1]
         assert record.mu == 0.5 * 2**step
         assert record.metric == float(ranks.nested().conv1.weight.detach().sum())
-        assert record.seconds > 0
+        assert record.seconds == 4
         for rank, full, entry, word in zip(
             record.ranks, ranks.trajectory.full, ranks.plan, record.choices, strict=True
         ):

@@ -5,10 +5,6 @@ from __future__ import annotations
 import itertools
 import os
 import random
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +16,7 @@ from torch import Tensor, nn
 from spectrim.errors import CheckpointError
 from spectrim.train import Loop, Recipe, fine_tune
 from spectrim.train import resume as resuming
-from tests.cases import ENVIRONMENT
-from tests.train import small, training_script
+from tests.train import mortal, small, training_script
 from tests.train.small import Net, accuracy, equal, loader, weights
 
 
@@ -127,27 +122,25 @@ def test_phases_with_a_changing_penalty_resume(tmp_path: Path) -> None:
     assert equal(weights(whole), weights(model))
 
 
+def written(path: Path) -> int:
+    """When a file was written last, in nanoseconds; 0 if it is not there."""
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 def test_a_run_killed_at_any_moment_ends_equal(tmp_path: Path) -> None:
     checkpoint, out = tmp_path / "run.safetensors", tmp_path / "killed.safetensors"
-    command = [sys.executable, training_script.__file__, str(out), f"checkpoint={checkpoint}"]
+    command = [training_script.__file__, str(out), f"checkpoint={checkpoint}", "mortal=yes"]
     expected = training_script.train()
     steps, draw = [], random.Random()
-    for _ in range(2):
-        seen = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        process = subprocess.Popen(command, env=ENVIRONMENT, cwd=tmp_path, stderr=subprocess.PIPE)
-        deadline = time.monotonic() + 60
-        while not checkpoint.exists() or checkpoint.stat().st_mtime_ns == seen:
-            assert process.poll() is None, process.stderr and process.stderr.read().decode()
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        time.sleep(draw.uniform(0, 0.15))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        steps.append(resuming.read(checkpoint)[1]["step"])
-    assert steps[0] > 0
-    assert steps == sorted(steps)
-    assert not out.exists(), f"nothing was killed, checkpoints at {steps}"
-    subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, check=True, timeout=60)
+    with mortal.runs(*command, cwd=tmp_path) as runs:
+        for _ in range(2):
+            seen = written(checkpoint)
+            runs.killed(lambda seen=seen: written(checkpoint) != seen, draw.uniform(0, 0.15))
+            steps.append(resuming.read(checkpoint)[1]["step"])
+        assert steps[0] > 0
+        assert steps == sorted(steps)
+        assert not out.exists(), f"nothing was killed, checkpoints at {steps}"
+        runs.whole()
     assert equal(load_file(out), weights(expected)), f"checkpoints at {steps}"
 
 

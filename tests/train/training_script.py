@@ -1,10 +1,13 @@
 """Run by tests as a program: trains the small network and writes its weights.
 
-python training_script.py OUT [checkpoint=FILE] [kind=exact|plain] [epochs=N]
+python training_script.py OUT [checkpoint=FILE] [kind=exact|plain] [epochs=N] [mortal=yes]
+
+mortal: one run for each line of standard input, as tests.train.mortal says.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 
@@ -13,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from spectrim.train import fine_tune
+from tests.train import mortal
 from tests.train.small import Net, accuracy, fixed_batches, loader
 
 
@@ -43,8 +47,15 @@ def train(checkpoint: str | None = None, kind: str = "exact", epochs: int = 16) 
     return model
 
 
-if __name__ == "__main__":
-    out, options = sys.argv[1], dict(word.split("=", 1) for word in sys.argv[2:])
+def write(out: str, options: dict[str, str]) -> None:
     trained = train(options.get("checkpoint"), options.get("kind", "exact"), int(options.get("epochs", "16")))
     target = out + os.environ.get("RANK", "")  # one file a process
     save_file({name: t.contiguous() for name, t in trained.state_dict().items()}, target)
+
+
+if __name__ == "__main__":
+    out, options = sys.argv[1], dict(word.split("=", 1) for word in sys.argv[2:])
+    if options.pop("mortal", None):
+        mortal.serve(functools.partial(write, out, options))
+    else:
+        write(out, options)
