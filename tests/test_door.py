@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -11,12 +13,17 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import spectrim as st
+from spectrim.network.choices import Choice, LowRankChoice
 from spectrim.train import budget_path
 
 MODEL = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
 BATCHES = [torch.randn(32, 32, generator=torch.Generator().manual_seed(n)) for n in range(2)]
 SITES = st.find(MODEL)
 HALF = st.Budget(macs=0.5)
+
+
+class NoDataclass(Choice, kind="no-dataclass"):
+    pass
 
 
 class Untouchable(nn.Sequential):
@@ -58,6 +65,22 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "two methods are called 'WeightSVD'",
     ),
     "a module to skip": (lambda: compress(skip=[MODEL[0]]), TypeError, r"choose layers by Linear\(in.*a name pattern"),
+    "no method": (lambda: compress(methods=[]), ValueError, "methods is empty, so nothing is on offer: give a method"),
+    "a method for groups without groups": (
+        lambda: compress(methods=[st.JointSVD()]),
+        ValueError,
+        "JointSVD-right can be chosen for groups of layers only, and there are none: give groups=True",
+    ),
+    "milliseconds as latency": (lambda: compress(latency=3), TypeError, r"latency is 3: expected Latency.*Budget\(lat"),
+    "a name as groups": (lambda: compress(groups="x"), TypeError, "groups is 'x': expected True to find them, False"),
+    "learn_ranks: a number as latency": (
+        lambda: st.learn_ranks(untouched(), BATCHES, HALF, latency=3),
+        TypeError,
+        "latency is 3",
+    ),
+    "tabulate: no method": (lambda: st.tabulate(SITES, []), ValueError, "methods is empty"),
+    "a rank of 0": (lambda: LowRankChoice("channel", 0), st.PlanError, "rank of a 'low_rank' choice is 0: .*>= 1"),
+    "a choice that is no dataclass": (lambda: NoDataclass(), TypeError, "NoDataclass has to be a frozen dataclass"),
     "a number to keep to": (lambda: compress(only=3), TypeError, r"choose layers by 3: expected a name pattern"),
     "a word as progress": (lambda: compress(progress="yes"), TypeError, r"progress is 'yes': expected True"),
     "a bare tensor": (lambda: compress(calibration=BATCHES[0]), st.CalibrationError, r"one tensor of shape \(32, 32\)"),
@@ -126,3 +149,14 @@ def test_what_can_be_meant_is_taken(changed: dict[str, Any]) -> None:
     arguments: dict[str, Any] = {"model": MODEL, "calibration": BATCHES, "budget": HALF} | changed
     result = st.compress(**arguments, sensitivity=False)
     assert result.plan.costs["macs"] <= result.plan.budget["macs"] < result.plan.dense_costs["macs"]
+
+
+def test_results_can_be_pickled_and_copied() -> None:
+    result = st.compress(MODEL, BATCHES, "parameters=60%", groups={"both": ["0", "2"]}, methods=[st.WeightSVD()])
+    for again in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result)):
+        assert again.plan == result.plan
+        assert again.sites.groups == result.sites.groups
+        layer, other = again.sites["0"], result.sites["0"]
+        assert torch.equal(layer.statistics.input.covariance, other.statistics.input.covariance)
+        with pytest.raises(TypeError, match="does not support item assignment"):
+            again.sites.groups["new"] = ("0",)

@@ -8,12 +8,16 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 import spectrim
-from spectrim import errors
+from spectrim import errors, pipeline
 from spectrim._moved import HOMES
+from spectrim.report import page
 
 HEAVY = ("scipy", "typer", "rich", "matplotlib", "torch_pruning", "transformers", "accelerate", "sklearn", "onnx")
 
@@ -61,6 +65,26 @@ def test_former_module_paths_lead_to_the_same_objects_with_a_warning() -> None:
             assert getattr(alias, name) is getattr(import_module(home), name)
         with pytest.raises(AttributeError, match="nothing_of_the_kind"):
             alias.nothing_of_the_kind  # noqa: B018
+
+
+@pytest.mark.filterwarnings("ignore:spectrim:DeprecationWarning")
+def test_a_former_path_gives_its_names_to_a_star() -> None:
+    names: dict[str, Any] = {}
+    exec("from spectrim.sites import *", names)
+    assert names["Sites"] is spectrim.Sites
+    assert names["LayerSpec"] is import_module("spectrim.network.layer").LayerSpec
+
+
+@pytest.mark.filterwarnings("ignore:spectrim:DeprecationWarning")
+def test_names_that_are_gone_answer_for_one_release() -> None:
+    sites = spectrim.find(nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)))
+    kept = spectrim.Choice("kept_channels", "m", {"kept": (0, 2), "of": 3, "sides": "a:out:1 b:in:4"})
+    assert [s.name for s in pipeline.find_some(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), "1", ())] == ["0"]
+    (x,) = pipeline.one_batch(nn.Linear(4, 3), [torch.zeros(5, 4)], 2)
+    assert x.shape == (2, 4)
+    assert page.choice_text(kept) == "2 of 3 channels"
+    assert import_module("spectrim.coupling").fewer((0, 2), 3, "a:out:1 b:in:4") == [("a", "out", 1), ("b", "in", 4)]
+    assert import_module("spectrim.costs").fixed(sites, {"parameters": spectrim.parameters}) == {"parameters": 6}
 
 
 def test_a_path_that_never_was_is_not_found() -> None:

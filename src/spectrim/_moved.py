@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -41,6 +41,26 @@ HOMES: dict[str, tuple[str, ...]] = {
 }
 
 
+def _fewer(kept: Sequence[int], of: int, sides: str) -> list[tuple[str, str, int]]:
+    choices: Any = importlib.import_module("spectrim.network.choices")
+    choice = choices.Choice("kept_channels", settings={"kept": tuple(kept), "of": of, "sides": sides})
+    return [(place.module, place.axis, place.entries) for place in choice.lost]
+
+
+def _fixed(sites: Any, functions: Mapping[str, Callable[..., float]]) -> dict[str, float]:
+    others = {"parameters": sites.other_parameters, "bytes": sites.other_bytes, "macs": sites.other_macs}
+    return {
+        name: sum(cost((spec,)) for spec in sites.untouched) + others.get(name, 0.0) for name, cost in functions.items()
+    }
+
+
+# Functions that have no successor of the same kind, by the former module.
+GONE: dict[str, dict[str, Callable[..., Any]]] = {
+    "spectrim.costs": {"fixed": _fixed},
+    "spectrim.coupling": {"fewer": _fewer},
+}
+
+
 class Finder(MetaPathFinder, Loader):
     """Answers for the former paths with a module that looks its names up where they live now."""
 
@@ -57,6 +77,7 @@ class Finder(MetaPathFinder, Loader):
             stacklevel=2,
         )
         modules = [importlib.import_module(home) for home in homes]
+        module.__dict__.update(GONE.get(module.__name__, {}))
 
         def look_up(name: str) -> Any:
             for home in modules:
@@ -66,3 +87,5 @@ class Finder(MetaPathFinder, Loader):
 
         module.__doc__ = modules[0].__doc__
         module.__dict__["__getattr__"] = look_up
+        names = {name for home in modules for name, value in vars(home).items() if not isinstance(value, ModuleType)}
+        module.__dict__["__all__"] = sorted(name for name in names if name[0] != "_")

@@ -17,7 +17,7 @@ from spectrim.cost import counted
 from spectrim.cost.counted import Cost
 from spectrim.cost.latency import Latency
 from spectrim.errors import InfeasibleBudgetError
-from spectrim.methods import Method, as_methods
+from spectrim.methods import Method, on_offer
 from spectrim.network.choices import ChannelsChoice, Choice
 from spectrim.network.sites import Sites
 from spectrim.nn.find import Which, check_model
@@ -25,7 +25,8 @@ from spectrim.nn.sparse.kernels import choose_kernels
 from spectrim.nn.timing import Timing, measure_latency
 from spectrim.nn.watch.batches import batch_size, call, checked_batches, evaluating, output_tensors
 from spectrim.nn.watch.reconstruct import Errors
-from spectrim.preparation import Prepared, laid_out, locate, prepare
+from spectrim.preparation import Prepared, check_options, laid_out, locate, prepare
+from spectrim.preparation import one_batch as one_batch  # its former place, until version 0.3
 from spectrim.progress import Progress, reports, silent, told
 from spectrim.selection.budget import COSTS, Budget, BudgetLike, Limit
 from spectrim.selection.candidates import Candidates
@@ -205,15 +206,16 @@ def compress(
             "spectrim.selection.selectors"
         )
     batches = list(calibration) if iter(checked_batches(calibration)) is calibration else calibration
-    methods = None if methods is None else as_methods(methods)
+    if groups is None:
+        groups = methods is None and not {"parameters", "bytes"}.isdisjoint(budget.costs)
+    check_options(groups, latency)
+    methods = None if methods is None else on_offer(methods, groups=bool(groups))
     channels = any(method.removes_channels for method in methods or ())
     if channels and groups:
         raise ValueError(
             "layers that share factors would lose different channels: remove channels without groups, or share factors "
             "in the network that is left"
         )
-    if groups is None:
-        groups = methods is None and not {"parameters", "bytes"}.isdisjoint(budget.costs)
     sites = locate(model, batches, skip=skip, only=only, channels=channels, forward=forward)
     prepared = prepare(
         model, sites, batches, sensitivity=sensitivity, groups=groups, forward=forward, progress=told(progress),
@@ -322,6 +324,11 @@ def output_error(
             if seen >= samples:
                 break
     return missed / max(energy, 1e-300)
+
+
+def find_some(model: nn.Module, skip: Which | Iterable[Which], only: Which | Iterable[Which]) -> Sites:
+    """The former name of :func:`spectrim.preparation.locate`, until version 0.3."""
+    return locate(model, (), skip=skip, only=only)
 
 
 def _as_run(small: nn.Module, example: Any, latency: Latency) -> nn.Module:

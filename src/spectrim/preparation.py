@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any
 
 import torch
@@ -22,6 +23,17 @@ from spectrim.nn.watch.batches import arguments, resized
 from spectrim.nn.watch.calibrate import calibrate
 from spectrim.nn.watch.sensitivity import sensitivity as weigh
 from spectrim.progress import Progress, silent
+
+
+def check_options(groups: bool | Mapping[str, Sequence[str]] | None, latency: Latency | bool | None) -> None:
+    """Raise TypeError for options that cannot be meant, before any work."""
+    if not isinstance(groups, (bool, Mapping, NoneType)):
+        raise TypeError(f"groups is {groups!r}: expected True to find them, False, or a mapping of names to layers")
+    if not isinstance(latency, (bool, Latency, NoneType)):
+        raise TypeError(
+            f"latency is {latency!r}: expected Latency(...), which says how time is measured; "
+            "limits are the budget's, as in Budget(latency='3ms')"
+        )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
 from spectrim.cost.whole import Network
-from spectrim.methods import ActivationSVD, Curve, JointSVD, Method, WeightSVD, as_methods
+from spectrim.methods import ActivationSVD, Curve, JointSVD, Method, WeightSVD, on_offer
 from spectrim.network.choices import DENSE, Choice
 from spectrim.network.sites import Channels, Site, Sites
 from spectrim.progress import Progress, reports, told
@@ -66,7 +66,7 @@ def tabulate(
     """
     if guard and latency is None:
         raise ValueError("guard=True needs latency=Latency(...): it drops options that are measured slower than dense")
-    chosen = default_methods(sites) if methods is None else as_methods(methods)
+    chosen = default_methods(sites) if methods is None else on_offer(methods, groups=bool(sites.groups))
     network = Network(sites, counted.known(sites, costs), chosen, latency, dense_latency)
     found: list[tuple[Site, list[tuple[Method, Curve]]]] = []
     groups = sites.joint()

@@ -176,3 +176,13 @@ def test_compress_meets_a_budget_in_one_call() -> None:
     assert "channels removed" in str(result.report)
     closed = st.apply(model, result.sites, result.plan)
     assert output_error(model, result.model, batches) <= output_error(model, closed, batches) * 1.01
+
+
+def test_a_cost_that_the_network_does_not_have_may_be_limited() -> None:
+    _, _, sites = calibrated("chain")
+    plain, _ = select_in_steps(sites, [FILTERS], st.Budget(parameters=0.7))
+    plan, _ = select_in_steps(
+        sites, [FILTERS], st.Budget(parameters=0.7, joules=0.5), costs={"joules": lambda specs: 0.0}
+    )
+    assert plan.costs["joules"] == plan.dense_costs["joules"] == 0
+    assert [entry.choice for entry in plan] == [entry.choice for entry in plain]

@@ -306,7 +306,7 @@ def test_methods_that_need_calibration_are_refused_under_weight_energy() -> None
 def test_a_layer_that_could_only_be_dropped_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, (1, 3)), nn.Flatten(), nn.Linear(8, 4))
     methods = [st.WeightSVD(unfoldings=("depth-first",), to_full_rank=True)]
-    with pytest.raises(st.PlanError, match=r"site '0' \(Conv2d 1x3\): WeightSVD offer no rank for it.*dropped whole"):
+    with pytest.raises(st.PlanError, match=r"site '0' \(Conv2d 1x3\): WeightSVD offers no rank for it.*dropped whole"):
         st.LearnedRanks(model, st.find(model), multiplier=1e-9, cost="parameters", methods=methods, dense=False)
 
 

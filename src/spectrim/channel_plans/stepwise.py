@@ -111,7 +111,7 @@ def select_in_steps(
     for step in range(1, steps + _MORE + 1):
         # Equal ratios from the dense network to the budget, then around the plan until it stays.
         share = min(step / steps, 1.0)
-        goals = {c: min(dense[c], dense[c] * (limits[c] / dense[c]) ** share) for c in limits}
+        goals = {c: min(dense[c], dense[c] * (limits[c] / dense[c]) ** share) if dense[c] else 0.0 for c in limits}
         before, picks = picks, _chosen(_around(table, network, picks), goals, selector)
         taken = step
         trail.append(picks)
@@ -211,7 +211,7 @@ def _spent(table: Candidates, picks: Picks, limits: Costs, network: Network) -> 
             change = {c: then[c] - now[c] for c in limits}
             refused = (row.site, other.choice) in over
             if gain > 0 and not refused and all(total[c] + change[c] <= limits[c] * (1 + _SLACK) for c in limits):
-                price = sum(change[c] / limits[c] for c in limits)
+                price = sum(change[c] / limits[c] for c in limits if limits[c])
                 yield gain / max(price, 1e-12), row.site, other.choice
 
     while True:

@@ -1,7 +1,7 @@
 """Compression methods: each a frozen dataclass that sees sites, linear algebra and factors only."""
 
 from spectrim.methods.activation_svd import ActivationSVD
-from spectrim.methods.base import Curve, LowRankMethod, Method, as_methods, from_record
+from spectrim.methods.base import Curve, LowRankMethod, Method, as_methods, from_record, on_offer
 from spectrim.methods.joint_svd import JointSVD
 from spectrim.methods.low_rank_plus_sparse import LowRankPlusSparse
 from spectrim.methods.principal_filters import PrincipalFilters
@@ -18,4 +18,5 @@ __all__ = [
     "WeightSVD",
     "as_methods",
     "from_record",
+    "on_offer",
 ]

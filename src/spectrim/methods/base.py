@@ -18,7 +18,7 @@ from spectrim.linalg.unfold import Unfolding, unfolding, unfoldings, unfoldings_
 from spectrim.network.choices import Choice, LowRankChoice
 from spectrim.network.factors import Factors
 from spectrim.network.layer import LayerSpec
-from spectrim.network.sites import Channels, Layer, Site
+from spectrim.network.sites import Channels, Group, Layer, Site
 
 OUTPUT_ENERGY = "output energy"
 WEIGHTED_ENERGY = "weighted output energy"
@@ -133,6 +133,25 @@ def as_methods(methods: Method | Iterable[Method]) -> list[Method]:
                 f"two methods are called {method.name!r} ({named[method.name]} and {method}), and a plan tells methods "
                 "apart by their names; give one a subclass of its own"
             )
+    return several
+
+
+def on_offer(methods: Method | Iterable[Method], *, groups: bool) -> list[Method]:
+    """The methods as a list, of which some can be chosen where there are groups of layers or not.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As :func:`as_methods`, and where nothing would be on offer but to leave all layers dense.
+    """
+    several = as_methods(methods)
+    if not several:
+        raise ValueError("methods is empty, so nothing is on offer: give a method such as WeightSVD(), or None")
+    if not groups and all(method.takes is Group for method in several):
+        raise ValueError(
+            f"{' and '.join(method.name for method in several)} can be chosen for groups of layers only, and there are "
+            "none: give groups=True, groups={name: layers}, or a method for single layers too"
+        )
     return several
 
 

@@ -51,7 +51,14 @@ class _ByKind(type):
     """Makes ``Choice(kind, method, settings)`` a choice of the type that the kind has."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        return super().__call__(*args, **kwargs) if cls is not Choice else _of_kind(*args, **kwargs)
+        if cls is Choice:
+            return _of_kind(*args, **kwargs)
+        kind: Any = cls
+        names = [f.name for f in _fields(kind)]
+        choice = super().__call__(*args, **kwargs)
+        for name in names:
+            _checked(kind, name, getattr(choice, name))
+        return choice
 
 
 @dataclass(frozen=True, init=False)
@@ -129,6 +136,14 @@ def _fields(cls: type[Choice]) -> tuple[dataclasses.Field[Any], ...]:
     return tuple(f for f in dataclasses.fields(cls) if f.name != "method")
 
 
+def _checked(cls: type[Choice], name: str, value: Any) -> Any:
+    """A value of the type that a field has, from one that a plan may hold."""
+    try:
+        return msgspec.convert(value, _types(cls)[name])
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise PlanError(f"{name} of a {cls.kind!r} choice is {value!r:.60}: {error}") from error
+
+
 @functools.cache
 def _types(cls: type[Choice]) -> Mapping[str, Any]:
     return get_type_hints(cls, include_extras=True)
@@ -182,11 +197,7 @@ def _of_kind(kind: str = "dense", method: str = "", settings: Mapping[str, Setti
         values = cls.parsed(settings)
     except ValueError as error:
         raise PlanError(f"a {kind!r} choice: {error}") from error
-    for name, value in values.items():
-        try:
-            values = {**values, name: msgspec.convert(value, _types(cls)[name])}
-        except (msgspec.ValidationError, RecursionError) as error:
-            raise PlanError(f"{name} of a {kind!r} choice is {settings[name]!r:.60}: {error}") from error
+    values = {name: _checked(cls, name, value) for name, value in values.items()}
     try:
         return cls(method=method, **values)
     except ValueError as error:

@@ -6,6 +6,7 @@ sites, what was skipped and why, and what the rest of the network costs. There i
 
 from __future__ import annotations
 
+import copyreg
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,14 @@ from spectrim.linalg.moments import Moments
 from spectrim.linalg.sketch import Sketch
 from spectrim.network.coupling import Coupling
 from spectrim.network.layer import LayerSpec
+
+
+def _read_only(values: dict[Any, Any]) -> MappingProxyType[Any, Any]:
+    return MappingProxyType(values)
+
+
+# Read-only views are what pickle and deepcopy know nothing of, and what sites and results hold.
+copyreg.pickle(MappingProxyType, lambda view: (_read_only, (dict(view),)))
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 _COST_NAMES = {"macs": "MACs", "parameters": "Parameters", "bytes": "Weights", "latency": "Predicted latency"}
 
 
+choice_text = str  # its former name, until version 0.3
+
+
 @dataclass(frozen=True)
 class Page:
     """What a page tells. Parts that are None or empty are left out.

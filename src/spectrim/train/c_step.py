@@ -133,7 +133,8 @@ def _check_offers(table: Candidates, methods: Sequence[Method]) -> None:
     for row in table.rows:
         if len(row.options) == 1 and not row.members:
             raise PlanError(
-                f"site {row.site!r} ({row.kind}): {', '.join(method.name for method in methods)} offer no rank for it, "
+                f"site {row.site!r} ({row.kind}): {', '.join(method.name for method in methods)} "
+                f"offer{'s' if len(methods) == 1 else ''} no rank for it, "
                 "and with dense=False it would be dropped whole; allow an unfolding that fits it, or skip the layer"
             )
 

@@ -18,7 +18,7 @@ from spectrim.network.files import replacing
 from spectrim.nn.find import Which
 from spectrim.nn.watch.batches import batch_size
 from spectrim.pipeline import Report, Result
-from spectrim.preparation import locate, prepare
+from spectrim.preparation import check_options, locate, prepare
 from spectrim.selection.budget import COSTS, Budget, BudgetLike
 from spectrim.selection.plan import Plan
 from spectrim.selection.trajectory import Trajectory
@@ -221,6 +221,7 @@ class _Run:
     options: dict[str, Any]
 
     def __post_init__(self) -> None:
+        check_options(self.groups, self.latency)
         if self.training["teacher"] is None and self.training["loss"] is None:
             self.training["teacher"] = self.model
         seed = self.learning.seed
