@@ -185,4 +185,7 @@ def test_a_cost_that_the_network_does_not_have_may_be_limited() -> None:
         sites, [FILTERS], st.Budget(parameters=0.7, joules=0.5), costs={"joules": lambda specs: 0.0}
     )
     assert plan.costs["joules"] == plan.dense_costs["joules"] == 0
+    assert plan.budget == {**plain.budget, "joules": 0}
     assert [entry.choice for entry in plan] == [entry.choice for entry in plain]
+    with pytest.raises(ValueError, match="the dense network has no joules that a budget could limit"):
+        select_in_steps(sites, [FILTERS], st.Budget(joules=0.5), costs={"joules": lambda specs: 0.0})

@@ -102,7 +102,11 @@ def select_in_steps(
         )
     network = Network(sites, known(sites, costs), methods, latency, dense_latency)
     dense = network.cost()
-    limits = Budget.of(budget).limits(dense)
+    stated = Budget.of(budget).limits(dense)
+    # What the dense network costs nothing of is within any limit.
+    limits = {cost: limit for cost, limit in stated.items() if dense[cost]}
+    if not limits:
+        raise ValueError(f"the dense network has no {' and no '.join(stated)} that a budget could limit")
     steps = steps if others or _shares_layers(sites.couplings) else 1
     _check_reachable(table, network, limits)
     picks: Picks = {}
@@ -111,7 +115,7 @@ def select_in_steps(
     for step in range(1, steps + _MORE + 1):
         # Equal ratios from the dense network to the budget, then around the plan until it stays.
         share = min(step / steps, 1.0)
-        goals = {c: min(dense[c], dense[c] * (limits[c] / dense[c]) ** share) if dense[c] else 0.0 for c in limits}
+        goals = {c: min(dense[c], dense[c] * (limits[c] / dense[c]) ** share) for c in limits}
         before, picks = picks, _chosen(_around(table, network, picks), goals, selector)
         taken = step
         trail.append(picks)
@@ -130,6 +134,7 @@ def select_in_steps(
         selector=f"{name}, {taken} step{'s' if taken > 1 else ''}",
         facts={**plan.facts, "steps": taken},
         dense_costs=dense,
+        budget=stated,
         bound=None,
     )
     return plan, table
@@ -211,7 +216,7 @@ def _spent(table: Candidates, picks: Picks, limits: Costs, network: Network) -> 
             change = {c: then[c] - now[c] for c in limits}
             refused = (row.site, other.choice) in over
             if gain > 0 and not refused and all(total[c] + change[c] <= limits[c] * (1 + _SLACK) for c in limits):
-                price = sum(change[c] / limits[c] for c in limits if limits[c])
+                price = sum(change[c] / limits[c] for c in limits)
                 yield gain / max(price, 1e-12), row.site, other.choice
 
     while True:
