@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.run import claim
 from spectrim.cost.rounds import Rounds
 from spectrim.linalg import bilateral
-from spectrim.linalg.additive import decompose
+from spectrim.linalg.additive import Alternation, decompose
 from spectrim.linalg.low_rank_steps import Exact, Greedy
 from spectrim.linalg.metric import Full
 from spectrim.linalg.patterns import pattern
@@ -144,7 +144,7 @@ def _solve(size: list[int], share: float, config: dict[str, Any]) -> dict[str, A
             pattern("unstructured"),
             config["density"],
             (inputs,),
-            turns=config["turns"],
+            alternation=Alternation(turns=config["turns"]),
         )
         found[name] = (time.perf_counter() - start, fit)
     (greedy_seconds, greedy), (exact_seconds, exact) = found["greedy"], found["exact"]

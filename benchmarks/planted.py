@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.run import claim
-from spectrim.linalg.additive import better
+from spectrim.linalg.additive import Alternation, better
 from spectrim.linalg.low_rank_steps import Greedy
 from spectrim.linalg.metric import Full
 from spectrim.linalg.moments import shrunk
@@ -100,8 +100,9 @@ def attempt(case: dict[str, Any], seed: int) -> dict[str, Any]:
     density = case.get("given", float(mask.double().mean()))
     error = Quadratic(metric)
     found = better(
-        target.unsqueeze(0), error, Greedy(metric), rank, kind, density, (n,), turns=case["turns"], tolerance=1e-5
-    )
+        target.unsqueeze(0), error, Greedy(metric), rank, kind, density, (n,),
+        alternation=Alternation(case["turns"], tolerance=1e-5),
+    )  # fmt: skip
     told = examine(target.unsqueeze(0), error, found, kind, (n,))
     assert found.product is not None
     fresh = Full((root.T @ root).unsqueeze(0))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spectrim.linalg import bilateral, lowrank, response, sparse
-from spectrim.linalg.additive import Additive, better, decompose
+from spectrim.linalg.additive import Additive, Alternation, better, decompose
 from spectrim.linalg.low_rank_steps import Exact, Greedy, LowRankStep, Split
 from spectrim.linalg.metric import Full, Metric, Plain, Slices
 from spectrim.linalg.patterns import pattern
@@ -75,8 +75,18 @@ class Case:
         else:
             self.step = Split(self.metric.sliced(how), self.root)
 
-    def solve(self, rank: int, name: str = "unstructured", density: float = 0.1, **options: object) -> Additive:
-        return decompose(self.target, self.error, self.step, rank, pattern(name), density, self.kernel, **options)  # type: ignore[arg-type]
+    def solve(
+        self,
+        rank: int,
+        name: str = "unstructured",
+        density: float = 0.1,
+        start: Additive | None = None,
+        **turns: object,
+    ) -> Additive:
+        return decompose(
+            self.target, self.error, self.step, rank, pattern(name), density, self.kernel, start=start,
+            alternation=Alternation(**turns),  # type: ignore[arg-type]
+        )  # fmt: skip
 
     def left(self, found: Additive) -> float:
         """Error of a result from its weights."""
@@ -131,7 +141,16 @@ def test_any_shape_rank_and_density(g: int, o: int, n: int, seed: int, exact: bo
     density = data.draw(st.floats(0, 1))
     target, metric = random(g, o, n, seed=seed), Full(correlated(g, n, seed=seed))
     error = Quadratic(metric)
-    found = decompose(target, error, (Exact if exact else Greedy)(metric), rank, UNSTRUCTURED, density, (n,), turns=6)
+    found = decompose(
+        target,
+        error,
+        (Exact if exact else Greedy)(metric),
+        rank,
+        UNSTRUCTURED,
+        density,
+        (n,),
+        alternation=Alternation(6),
+    )
     rest = target - found.sparse.weight - (0 if found.product is None else found.product.weight)
     assert found.error == pytest.approx(error.value(rest), rel=1e-6, abs=1e-10 * error.value(target))
     assert found.error <= error.value(target) * (1 + 1e-9)
@@ -182,7 +201,9 @@ def test_without_data_it_is_godec(step: type[Greedy] | type[Exact]) -> None:
     low, spread, mask = mixture(30, 40, 3, 0.05)
     target = low + spread + 0.01 * random(1, 30, 40, seed=9)
     metric = Plain(1, (40,), CPU)
-    found = decompose(target, Quadratic(metric), step(metric), 3, UNSTRUCTURED, 0.05, (40,), tolerance=1e-9)
+    found = decompose(
+        target, Quadratic(metric), step(metric), 3, UNSTRUCTURED, 0.05, (40,), alternation=Alternation(tolerance=1e-9)
+    )
     wanted_low, wanted_sparse = godec(target[0], 3, int(mask.sum()))
     assert found.product is not None
     torch.testing.assert_close(found.product.weight[0], wanted_low, atol=1e-3, rtol=1e-3)
@@ -271,7 +292,14 @@ def test_groups_are_independent_where_the_pattern_is() -> None:
         one = slice(number, number + 1)
         metric = Full(whole.metric.moment[one])
         part = decompose(
-            whole.target[one], Quadratic(metric), Exact(metric), 2, pattern("2:4"), 0.5, whole.kernel, tolerance=1e-7
+            whole.target[one],
+            Quadratic(metric),
+            Exact(metric),
+            2,
+            pattern("2:4"),
+            0.5,
+            whole.kernel,
+            alternation=Alternation(tolerance=1e-7),
         )
         assert found.product is not None
         rest = whole.target[one] - found.sparse.weight[one] - found.product.weight[one]
@@ -309,7 +337,16 @@ def test_over_relaxation_does_no_harm() -> None:
     for seed in range(4):
         target, metric = random(1, 24, 32, seed=seed), Full(correlated(1, 32, seed=seed))
         plain, relaxed = (
-            decompose(target, Quadratic(metric), Greedy(metric), 4, UNSTRUCTURED, 0.1, (32,), relax=relax, turns=15)
+            decompose(
+                target,
+                Quadratic(metric),
+                Greedy(metric),
+                4,
+                UNSTRUCTURED,
+                0.1,
+                (32,),
+                alternation=Alternation(15, relax=relax),
+            )
             for relax in (False, True)
         )
         ratios.append(relaxed.error / plain.error)
@@ -354,7 +391,7 @@ def test_the_targets_and_parts_rank_as_in_the_formulation() -> None:
             UNSTRUCTURED,
             density,
             (n,),
-            turns=20,
+            alternation=Alternation(20),
         )
         made = found.sparse.weight[0] + (0 if found.product is None else found.product.weight[0])
         return float((inputs @ weight.T - seen @ made.T).norm() / (inputs @ weight.T).norm())

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectrim.linalg.additive import Additive, decompose
+from spectrim.linalg.additive import Additive, Alternation, decompose
 from spectrim.linalg.low_rank_steps import Exact, Greedy, Product, Split
 from spectrim.linalg.metric import Full, Plain
 from spectrim.linalg.patterns import pattern
@@ -129,6 +129,6 @@ def test_other_splits_are_refused() -> None:
     target = random(1, 8, 36)
     metric = Plain(1, (4, 3, 3), torch.device("cpu"), unfolding((3, 3), "height-first"))
     step = Split(metric)
-    found = decompose(target, Quadratic(metric), step, 2, UNSTRUCTURED, 0.1, (4, 3, 3), turns=3)
+    found = decompose(target, Quadratic(metric), step, 2, UNSTRUCTURED, 0.1, (4, 3, 3), alternation=Alternation(3))
     with pytest.raises(ValueError, match="expected those of the split after the whole kernel, with 8 outputs and 36"):
         examine(target, Quadratic(metric), found, UNSTRUCTURED, (4, 3, 3))

@@ -53,6 +53,29 @@ class Additive:
         return self.errors[-1]
 
 
+@dataclass(frozen=True)
+class Alternation:
+    """How the two parts take turns.
+
+    Attributes
+    ----------
+    turns, tolerance
+        At most so many turns; fewer once two in a row lower the error by less than this share of it.
+    growth
+        Turns over which the rank grows from nothing.
+    relax
+        Over-relax the low-rank step.
+    polish
+        Turns with a frozen mask at the end.
+    """
+
+    turns: int = 60
+    tolerance: float = 1e-4
+    growth: int = 4
+    relax: bool = True
+    polish: int = 3
+
+
 def decompose(
     target: Float[Tensor, "g o n"],
     error: Quadratic,
@@ -63,11 +86,7 @@ def decompose(
     kernel: tuple[int, ...],
     *,
     start: Additive | None = None,
-    turns: int = 60,
-    tolerance: float = 1e-4,
-    growth: int = 4,
-    relax: bool = True,
-    polish: int = 3,
+    alternation: Alternation = Alternation(),
     cautious: bool = False,
 ) -> Additive:
     """Fit a low-rank plus a sparse weight.
@@ -87,14 +106,8 @@ def decompose(
         ``(i, *k)``.
     start
         To go on from, of the same rank or, if the step grows, of a lower one.
-    turns, tolerance
-        At most so many turns; fewer once two in a row lower the error by less than this share of it.
-    growth
-        Turns over which the rank grows from nothing.
-    relax
-        Over-relax the low-rank step.
-    polish
-        Turns with a frozen mask at the end.
+    alternation
+        How many turns the parts take, and how.
     cautious
         Take cautious sparse steps (:func:`spectrim.linalg.sparse.fit`), which end in another minimum.
 
@@ -106,7 +119,7 @@ def decompose(
     shape = (target.shape[0], target.shape[1], *kernel)
     part = _SparsePart(target, error, pattern, density, kernel, cautious)
     if not rank:
-        found = part.alone(start, turns, polish)
+        found = part.alone(start, alternation)
         return Additive(None, found, (found.error,), True)
     state = Sparse(torch.zeros_like(target), torch.zeros_like(target, dtype=torch.bool), 0.0)
     product = None
@@ -119,9 +132,9 @@ def decompose(
     best: tuple[Product, Sparse] | None = None
     converged = False
     total = error.value(target)
-    for turn in range(turns):
+    for turn in range(alternation.turns):
         if grown < rank:
-            grown = max(grown + 1, rank * (turn + 1) // max(1, min(growth, turns)))
+            grown = max(grown + 1, rank * (turn + 1) // max(1, min(alternation.growth, alternation.turns)))
         asked = target - state.weight
         if extra and best is not None:
             asked = asked + extra * (asked - best[0].weight)
@@ -140,20 +153,20 @@ def decompose(
             extra = 0.0
             continue
         fell = 1 - value / errors[-1] if errors and errors[-1] > 0 else 1.0
-        calm = calm + 1 if fell < tolerance else 0
+        calm = calm + 1 if fell < alternation.tolerance else 0
         best = product, state
         errors.append(value)
         # A turn may gain little just before a change of the mask gains much.
         if value <= 1e-12 * total or calm == 2:
             converged = True
             break
-        if relax and fell < 0.3:
+        if alternation.relax and fell < 0.3:
             extra = min(extra + 0.25, 2.0)
     if best is None:
         assert isinstance(product, Product)
         best = product, state
         errors.append(error.value(target - product.weight - state.weight))
-    return _polished(target, error, step, rank, best, errors, converged, 0 if alone else polish)
+    return _polished(target, error, step, rank, best, errors, converged, 0 if alone else alternation.polish)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,12 +180,14 @@ class _SparsePart:
     kernel: tuple[int, ...]
     cautious: bool
 
-    def alone(self, start: Additive | None, turns: int, polish: int) -> Sparse:
+    def alone(self, start: Additive | None, alternation: Alternation) -> Sparse:
         """Without a low-rank part: pruning with reconstruction."""
         sized = self.pattern, self.density, self.kernel
         before = None if start is None else start.sparse
-        found = sparse.fit(self.target, self.error, *sized, start=before, rounds=turns, cautious=self.cautious)
-        return sparse.solve(self.target, self.error, found.mask, start=found.weight, steps=10 * polish)
+        found = sparse.fit(
+            self.target, self.error, *sized, start=before, rounds=alternation.turns, cautious=self.cautious
+        )
+        return sparse.solve(self.target, self.error, found.mask, start=found.weight, steps=10 * alternation.polish)
 
     def beside(
         self, step: LowRankStep, product: Product, state: Sparse, nothing_left: bool

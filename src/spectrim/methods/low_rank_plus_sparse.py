@@ -175,10 +175,7 @@ class LowRankPlusSparse(Method):
             pattern,
             density,
             layer.kernel,
-            turns=turns,
-            tolerance=self.tolerance,
-            growth=_GROWTH,
-            polish=3 if carried_out else 0,
+            alternation=additive.Alternation(turns, self.tolerance, _GROWTH, polish=3 if carried_out else 0),
         )
 
     def _offered(self, site: Layer) -> list[Unfolding]:
