@@ -365,7 +365,7 @@ def test_moments_must_be_there_for_all_or_none() -> None:
             MissingMomentsError, match="group 'group': some of its layers are calibrated and some are not"
         ):
             method.curve(some)
-    assert pose(some, unfoldings(())[0], common=False) is None
+    assert pose(some, unfoldings(())[0], left=True, right=False) is None
     choice = SHARES[0].curve(site).choices[0]
     with pytest.raises(MissingMomentsError):
         SHARES[0].factorize(some, choice)

@@ -36,6 +36,17 @@ def mix(matrix: Float[Tensor, "g p c"], weight: Float[Tensor, "g t o"] | None) -
     return torch.einsum("gpoq,gto->gptq", opened, weight).reshape(g, p, columns)
 
 
+def unmix(matrix: Float[Tensor, "g p c"], root: Float[Tensor, "g o o"] | None) -> Float[Tensor, "g p c"]:
+    """Inverse of :func:`mix` by an upper triangular root."""
+    if root is None:
+        return matrix.double()
+    g, p, columns = matrix.shape
+    o = root.shape[-1]
+    opened = matrix.double().reshape(g, p, o, columns // o).transpose(1, 2).flatten(2)
+    solved = torch.linalg.solve_triangular(root, opened, upper=True)
+    return solved.reshape(g, o, p, columns // o).transpose(1, 2).reshape(g, p, columns)
+
+
 def total_energy(matrix: Float[Tensor, "g p c"], metric: SlicedMetric) -> Float[Tensor, " g"]:
     """``tr(W C W^T)`` a group, for ``W`` given as the unfolded matrix ``[g, p, (o, q)]``."""
     return torch.einsum("gpoq,gpqo->g", metric.open(matrix), metric.seen(matrix))

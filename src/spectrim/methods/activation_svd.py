@@ -10,9 +10,10 @@ from torch import Tensor
 from spectrim.errors import MissingMomentsError
 from spectrim.linalg import lowrank, response
 from spectrim.linalg.metric import SlicedMetric
-from spectrim.linalg.unfold import Unfolding, unfold, unfolding
+from spectrim.linalg.unfold import Unfolding, unfolding
 from spectrim.methods import statistics
 from spectrim.methods.base import Curve, LowRankMethod
+from spectrim.methods.statistics import Standard
 from spectrim.network.choices import LowRankChoice
 from spectrim.network.factors import LowRank
 from spectrim.network.sites import Layer
@@ -25,7 +26,8 @@ class ActivationSVD(LowRankMethod):
     For the channel unfolding and for linear layers this is principal component analysis of the layer's outputs and
     exact. For the others it starts from the eigenvectors in the average slice metric, takes the exact second factor
     and alternates (:mod:`spectrim.linalg.response`). The mean of what is left out goes into the bias. Where the site
-    holds a sensitivity, the norm weighs the outputs by the gradients that reach them.
+    holds a sensitivity, the norm weighs the outputs by the gradients that reach them. All of it happens in the layer's
+    own units (:class:`~spectrim.methods.statistics.Standard`): rescaling input channels changes nothing.
 
     Attributes
     ----------
@@ -50,15 +52,15 @@ class ActivationSVD(LowRankMethod):
         errors: list[float] = []
         spectra: dict[str, tuple[float, ...]] = {}
         scale, whole = 1.0, 0.0
-        weight = statistics.output_weight(site)
+        own = Standard.of(site)
         for how in self.offered(site.spec):
             ranks = self.ranks(site.spec, how)
             if not ranks:
                 continue
-            seen = statistics.Patches.of(site, how)
+            seen = own.patches(how)
             if seen is None and not _has_outputs(site, how):
                 continue
-            mixed = response.mix(unfold(site.weight, how), weight)
+            mixed = own.mixed(how)
             if seen is not None and not seen.metric.separates:
                 found = lowrank.spectrum(mixed, seen.metric.average, ranks[-1])
                 energies = found.energies
@@ -70,7 +72,7 @@ class ActivationSVD(LowRankMethod):
             else:
                 # With one slice, or the slice metric alone, the projection is optimal and the spectrum has its error.
                 if seen is None:
-                    energies = _start(site, how, seen, weight).energies
+                    energies = _start(own, how, seen).energies
                 else:
                     energies = lowrank.energies(mixed, seen.metric.average)
                 lost, total = lowrank.tail_errors(energies), float(energies.sum())
@@ -82,18 +84,18 @@ class ActivationSVD(LowRankMethod):
 
     def factorize(self, site: Layer, choice: LowRankChoice) -> LowRank:
         how = unfolding(site.spec.kernel, choice.unfolding)
-        seen = statistics.Patches.of(site, how)
+        own = Standard.of(site)
+        seen = own.patches(how)
         if seen is None and not _has_outputs(site, how):
             site.require("input" if how.name != "channel" else "output", f"ActivationSVD ({how.name})")
-        matrix = unfold(site.weight, how).double()
-        weight = statistics.output_weight(site)
-        found = _start(site, how, seen, weight)
+        matrix = own.matrix(how)
+        found = _start(own, how, seen)
         if seen is None:
-            left, right, shift = _projected(site, matrix, found.basis[..., : choice.rank], weight)
+            left, right, shift = _projected(own, matrix, found.basis[..., : choice.rank])
         else:
-            left, right = self._fitted(matrix, seen.metric, found, weight, choice.rank)
-            shift = seen.shift(matrix - left @ right)
-        left, right = lowrank.balance(left, right)
+            left, right = self._fitted(matrix, seen.metric, found, own.root, choice.rank)
+            shift = own.shift(seen.shift(matrix - left @ right))
+        left, right = lowrank.balance(own.left(left), own.right(right))
         dtype = site.spec.dtype
         moved = shift.to(dtype) if choice.bias else None
         return LowRank(left.to(dtype), right.to(dtype), moved, how, site.spec.shape[1:])
@@ -116,19 +118,21 @@ def _has_outputs(site: Layer, how: Unfolding) -> bool:
     return how.name == "channel" and site.statistics.output is not None
 
 
-def _start(site: Layer, how: Unfolding, seen: statistics.Patches | None, weight: Tensor | None) -> lowrank.Spectrum:
+def _start(own: Standard, how: Unfolding, seen: statistics.Patches | None) -> lowrank.Spectrum:
     """Leading directions of every rank, by patches, slices or outputs, whichever the site holds."""
     if seen is not None:
-        return lowrank.spectrum(response.mix(unfold(site.weight, how), weight), seen.metric.average)
-    covariance = statistics.outputs(site)
-    return lowrank.principal(covariance if weight is None else weight @ covariance @ weight.mT)
+        return lowrank.spectrum(own.mixed(how), seen.metric.average)
+    covariance = own.covariance()
+    return lowrank.principal(covariance if own.root is None else own.root @ covariance @ own.root.mT)
 
 
-def _projected(site: Layer, matrix: Tensor, basis: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _projected(own: Standard, matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Factors and shift that project the (weighted) outputs onto a basis, from output moments alone."""
-    if weight is None:
+    if own.root is None:
         inwards, outwards = basis, basis.mT
     else:
-        inwards, outwards = weight.mT @ basis, torch.linalg.solve(weight, basis).mT
-    shift = statistics.outside(site, site.require("output", "ActivationSVD").mean, inwards, outwards)
+        inwards, outwards = own.root.mT @ basis, torch.linalg.solve_triangular(own.root, basis, upper=True).mT
+    mean = own.site.require("output", "ActivationSVD").mean
+    size = own.outputs.unsqueeze(2)
+    shift = statistics.outside(own.site, mean, size * inwards, outwards / size.mT)
     return matrix @ inwards, outwards, shift

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from spectrim.linalg import lowrank, metric, response
+from spectrim.linalg import metric, response
 from spectrim.linalg.metric import SlicedMetric
-from spectrim.linalg.moments import shrunk
-from spectrim.linalg.unfold import Unfolding, unfold
+from spectrim.linalg.unfold import Unfolding
 from spectrim.methods import statistics
+from spectrim.methods.statistics import Standard
 from spectrim.network.layer import LayerSpec
-from spectrim.network.sites import Group, Layer
+from spectrim.network.sites import Group
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,13 +27,13 @@ class JointLayers:
     Attributes
     ----------
     matrices
-        Unfolded weights ``[g, p_n, (o_n, q)]``, float64, as they are.
+        Unfolded weights ``[g, p_n, (o_n, q)]``, float64, in their own units.
     mixed
-        The same, scaled and with the output weight applied to the columns.
+        The same, scaled and with the root of the output weight applied to the columns.
     roots
         What ``mixed`` was scaled by.
-    weights
-        Output weight of every layer, or None: its own for left sharing, that of all together otherwise.
+    own
+        The layers in their own units, common ones on a side that is shared.
     seen
         What every layer sees; one object for all that see the same. None without calibration.
     scale
@@ -43,7 +43,7 @@ class JointLayers:
     matrices: tuple[Tensor, ...]
     mixed: tuple[Tensor, ...]
     roots: tuple[float, ...]
-    weights: tuple[Tensor | None, ...]
+    own: tuple[Standard, ...]
     seen: tuple[statistics.Patches, ...] | None
     scale: float
 
@@ -58,47 +58,59 @@ class JointLayers:
         return self.metrics is None or all(a.separates for a in self.metrics)
 
     def own_left(self, left: Tensor, number: int) -> Tensor:
-        """The first factor of one layer alone, fitted to its mixed matrix, for the matrix as it is."""
-        return left / self.roots[number]
+        """The first factor of one layer alone, fitted to its mixed matrix, for the layer as it is."""
+        return self.own[number].left(left / self.roots[number])
 
     def own_right(self, right: Tensor, number: int) -> Tensor:
         """The same of a second factor."""
         return self.shared_right(right, number) / self.roots[number]
 
+    def shared_left(self, left: Tensor) -> Tensor:
+        """The same of the first factor that all layers share."""
+        return self.own[0].left(left)
+
     def shared_right(self, right: Tensor, number: int = 0) -> Tensor:
         """The same of the second factor that all layers share."""
-        weight = self.weights[number]
-        return right if weight is None else response.mix(right, torch.linalg.pinv(weight))
+        own = self.own[number]
+        return own.right(response.unmix(right, own.root))
+
+    def shift(self, made: Tensor, number: int) -> Tensor:
+        """Mean response of what a product, as it is, leaves out of a layer."""
+        own = self.own[number]
+        assert self.seen is not None
+        missing = self.matrices[number] - own.own_right(own.own_left(made))
+        return own.shift(self.seen[number].shift(missing))
 
 
-def pose(site: Group, how: Unfolding, *, common: bool) -> JointLayers | None:
+def pose(site: Group, how: Unfolding, *, left: bool, right: bool) -> JointLayers | None:
     """The layers of a site, or None if calibration kept too little for this unfolding.
 
     Parameters
     ----------
-    common
-        Weigh the outputs of all layers alike, as a shared second factor needs.
+    left, right
+        Whether the layers share a first or a second factor. A shared first factor needs one unit an input channel, a
+        shared second factor one weight of the outputs.
     """
     parts = site.parts
-    matrices = tuple(unfold(part.weight, how).double() for part in parts)
-    seen, weights = None, tuple(None for _ in parts)
+    own = Standard.together(parts, inputs=left or site.same_input, outputs=right)
+    matrices = tuple(each.matrix(how) for each in own)
+    seen = None
     if site.calibrated:
-        seen = _patches(site, parts, how)
+        seen = _patches(site, own, how)
         if seen is None:
             return None
-        weights = _output_weights(parts, common=common)
-    mixed = tuple(response.mix(m, weight) for m, weight in zip(matrices, weights, strict=True))
+    mixed = tuple(response.mix(m, each.root) for m, each in zip(matrices, own, strict=True))
     totals = _energies(mixed, seen)
     # Losing a layer counts as it does where the layer is chosen alone, by its own weight.
-    own = totals
-    if common and weights[0] is not None:
-        alone = [response.mix(m, statistics.output_weight(part)) for m, part in zip(matrices, parts, strict=True)]
-        own = _energies(alone, seen)
-    scales = [statistics.scale(part, total) for part, total in zip(parts, own, strict=True)]
+    alone = totals
+    if right and own[0].root is not None:
+        each = Standard.together(parts, inputs=left or site.same_input, outputs=False)
+        alone = _energies([one.mixed(how) for one in each], seen)
+    scales = [statistics.scale(part, total) for part, total in zip(parts, alone, strict=True)]
     # A layer without energy loses nothing, whatever it is scaled by.
     roots = tuple((s / t) ** 0.5 if s > 0 and t > 0 else 1.0 for s, t in zip(scales, totals, strict=True))
     mixed = tuple(root * m for root, m in zip(roots, mixed, strict=True))
-    return JointLayers(matrices, mixed, roots, weights, seen, sum(scales))
+    return JointLayers(matrices, mixed, roots, own, seen, sum(scales))
 
 
 def _energies(matrices: Sequence[Tensor], seen: Sequence[statistics.Patches] | None) -> list[float]:
@@ -108,24 +120,15 @@ def _energies(matrices: Sequence[Tensor], seen: Sequence[statistics.Patches] | N
     return [float(response.total_energy(m, patches.metric).sum()) for m, patches in layers]
 
 
-def _patches(site: Group, parts: Sequence[Layer], how: Unfolding) -> tuple[statistics.Patches, ...] | None:
-    seen = [patches for part in parts if (patches := statistics.Patches.of(part, how))]
-    if len(seen) < len(parts):
+def _patches(site: Group, own: Sequence[Standard], how: Unfolding) -> tuple[statistics.Patches, ...] | None:
+    seen = [patches for each in own if (patches := each.patches(how))]
+    if len(seen) < len(own):
         return None
     if not site.same_input:
         return tuple(seen)
     # Samples of one and the same stream: together they are more, and one metric has a closed form.
     mean = torch.stack([patches.mean for patches in seen]).mean(0)
     return (statistics.Patches(metric.mean([patches.metric for patches in seen]), mean),) * len(seen)
-
-
-def _output_weights(parts: Sequence[Layer], *, common: bool) -> tuple[Tensor | None, ...]:
-    own = tuple(statistics.output_weight(part) for part in parts)
-    if not common or any(weight is None for weight in own):
-        return own if all(weight is not None for weight in own) else tuple(None for _ in parts)
-    moments = [part.require("gradient", "JointSVD") for part in parts]
-    mean = torch.stack([shrunk(m.second_moment, m.count) for m in moments]).mean(0)
-    return (lowrank.root(mean),) * len(parts)
 
 
 def compatible(layers: Sequence[LayerSpec], side: str) -> bool:

@@ -19,10 +19,11 @@ from spectrim.linalg import bi_joint, joint, lowrank, response
 from spectrim.linalg.bi_joint import Bilateral
 from spectrim.linalg.bisection import last_integer
 from spectrim.linalg.metric import SlicedMetric
-from spectrim.linalg.unfold import Unfolding, unfold, unfolding, unfoldings_named
+from spectrim.linalg.unfold import Unfolding, unfolding, unfoldings_named
 from spectrim.methods import statistics
 from spectrim.methods.base import WEIGHT_ENERGY, Curve, Method, check_unfoldings, full_rank
 from spectrim.methods.joint_layers import JointLayers, compatible, pose
+from spectrim.methods.statistics import Standard
 from spectrim.network.choices import Choice, SharedChoice
 from spectrim.network.factors import SharedBasis
 from spectrim.network.layer import LayerSpec
@@ -163,7 +164,7 @@ class JointSVD(Method):
             ranks = self.ranks(site, how)
             if not ranks:
                 continue
-            group = pose(site, how, common=self.share != "left")
+            group = pose(site, how, left=self.share != "right", right=self.share != "left")
             if group is None:
                 continue
             offered, lost, energies = self._lost(group, list(ranks))
@@ -233,7 +234,7 @@ class JointSVD(Method):
     def factorize(self, site: Group, choice: SharedChoice) -> SharedBasis:
         how = unfolding(site.layers[0].kernel, choice.unfolding)
         rank, left_rank = choice.rank, choice.left_rank
-        group = pose(site, how, common=left_rank < rank)
+        group = pose(site, how, left=left_rank > 0, right=left_rank < rank)
         if group is None:
             site.parts[0].require("input", f"{self.name} ({how.name})")
             raise MissingMomentsError(f"group {site.name!r}: not all layers hold 'input' moments")
@@ -249,7 +250,7 @@ class JointSVD(Method):
         own_rights = [group.own_right(state.own_rights[n], n) for n in numbers]
         shared_right = group.shared_right(state.shared_right)
         own_lefts, shared_right = _balanced(own_lefts, shared_right)
-        mirrored, turned = _balanced([v.mT for v in own_rights], state.shared_left.mT)
+        mirrored, turned = _balanced([v.mT for v in own_rights], group.shared_left(state.shared_left).mT)
         shared_left, own_rights = turned.mT, [v.mT for v in mirrored]
         shifts: list[Tensor | None] = [None for _ in numbers]
         dtype = site.layers[0].dtype
@@ -259,8 +260,7 @@ class JointSVD(Method):
         elif choice.bias and group.seen is not None:
             for n in numbers:
                 made = Bilateral((own_lefts[n],), shared_right, shared_left, (own_rights[n],))
-                missing = group.matrices[n] - made.products()[0]
-                shifts[n] = group.seen[n].shift(missing).to(dtype)
+                shifts[n] = group.shift(made.products()[0], n).to(dtype)
         return SharedBasis(
             tuple(u.to(dtype) for u in own_lefts),
             shared_right.to(dtype),
@@ -303,28 +303,34 @@ class JointSVD(Method):
         number
             Of the layer in the group.
         """
-        seen = statistics.Patches.of(site, factors.how)
+        own = Standard.of(site)
+        seen = own.patches(factors.how)
         if seen is None:
             site.require("input", f"refitting {self.name}")
             return factors
-        matrix = unfold(site.weight, factors.how).double()
+        matrix = own.matrix(factors.how)
         left_rank, right_rank = factors.ranks
-        shared_left, shared_right = factors.shared_left.double(), factors.shared_right.double()
-        u, v = factors.own_lefts[number].double(), factors.own_rights[number].double()
+        # A part of rank 0 may be as long as another layer.
+        shared_left, v = factors.shared_left.double(), factors.own_rights[number].double()
+        u, shared_right = factors.own_lefts[number].double(), factors.shared_right.double()
+        if left_rank:
+            shared_left, v = own.own_left(shared_left), own.own_right(v)
+        if right_rank:
+            u, shared_right = own.own_left(u), own.own_right(shared_right)
         # Only the first factor depends on how the outputs are weighed: the best second one is best for each of them.
-        weight = statistics.output_weight(site)
-        mixed_right = response.mix(shared_right, weight)
+        mixed_right = response.mix(shared_right, own.root)
         for _ in range(3 if left_rank and right_rank else 1):
             if right_rank:
                 rest = matrix - shared_left @ v if left_rank else matrix
-                u = _own_left(response.mix(rest, weight), seen.metric, u, mixed_right)
+                u = _own_left(response.mix(rest, own.root), seen.metric, u, mixed_right)
             if left_rank:
                 rest = matrix - u @ shared_right if right_rank else matrix
                 v = response.refit(rest, seen.metric, shared_left)
         (made,) = Bilateral((u,), shared_right, shared_left, (v,)).products()
         missing = matrix - made
         dtype = factors.shared_right.dtype
-        shift = None if site.biases[0] is None else seen.shift(missing).to(dtype)
+        shift = None if site.biases[0] is None else own.shift(seen.shift(missing)).to(dtype)
+        u, v = own.left(u) if right_rank else u, own.right(v) if left_rank else v
 
         def put(values: tuple[Any, ...], new: Tensor | None) -> tuple[Any, ...]:
             return (*values[:number], new, *values[number + 1 :])

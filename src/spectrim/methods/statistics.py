@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from spectrim.linalg import lowrank, response
-from spectrim.linalg.metric import Full, SlicedMetric, Slices
+from spectrim.linalg.metric import WHOLE, Full, SlicedMetric, Slices
 from spectrim.linalg.moments import Moments, shrunk
 from spectrim.linalg.unfold import Unfolding, unfold
 from spectrim.methods.base import OUTPUT_ENERGY, WEIGHTED_ENERGY
@@ -88,19 +89,17 @@ _ROOTS: weakref.WeakKeyDictionary[Moments, tuple[int, Tensor, Tensor]] = weakref
 def _gradient_root(gradient: Moments) -> tuple[Tensor, Tensor]:
     held = _ROOTS.get(gradient)
     if held is None or held[0] != gradient.count:
-        moment = gradient.second_moment
-        size = moment.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-        held = _ROOTS[gradient] = gradient.count, size, _standard_root(moment, gradient.count)
+        held = _ROOTS[gradient] = gradient.count, *_sized(shrunk(gradient.second_moment, gradient.count))
     return held[1:]
 
 
-def _standard_root(moment: Float[Tensor, "g o o"], count: int) -> Float[Tensor, "g o o"]:
-    """A triangular root of a moment, shrunk, with unit diagonal; entries without a moment are on their own."""
+def _sized(moment: Float[Tensor, "g o o"]) -> tuple[Float[Tensor, "g o"], Float[Tensor, "g o o"]]:
+    """Root of the diagonal, and a triangular root of what is left with ones there."""
     size = moment.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     inverse = torch.where(size > 0, 1 / size, torch.zeros_like(size))
     standard = moment * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
     standard.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    return lowrank.root(shrunk(standard, count))
+    return size, lowrank.root(standard)
 
 
 def mixed_weight(site: Layer) -> Float[Tensor, "g o d"]:
@@ -133,7 +132,8 @@ class Standard:
     outputs
         ``[g, o]``: what its responses are multiplied by.
     root
-        ``R`` with ``R^T R`` the second moment of the gradients in these units, or None.
+        Triangular ``R`` with ``R^T R`` the second moment of the gradients in these units, which has ones on its
+        diagonal; or None.
     """
 
     site: Layer
@@ -142,28 +142,38 @@ class Standard:
     root: Float[Tensor, "g o o"] | None
 
     @classmethod
-    def of(cls, site: Layer, inputs: Tensor | None = None, gradient: Tensor | None = None) -> Standard:
-        """The layer in its own units.
+    def of(cls, site: Layer) -> Standard:
+        """The layer in its own units."""
+        inputs, gradient = input_units(site), site.statistics.gradient
+        if gradient is None:
+            return cls(site, inputs, *_no_outputs(site))
+        size, root = _gradient_root(gradient)
+        return cls(site, inputs, _output_units([(site, inputs)], size), root)
+
+    @classmethod
+    def together(cls, parts: Sequence[Layer], *, inputs: bool, outputs: bool) -> tuple[Standard, ...]:
+        """Layers in units that serve all of them, where they share a factor.
 
         Parameters
         ----------
         inputs
-            Units that it shares with others, in place of its own.
-        gradient
-            Second moment of gradients ``[g, o, o]``, shrunk, in place of its own.
+            One unit an input channel for all layers, as a shared first factor needs.
+        outputs
+            One weight of the outputs for all layers, as a shared second factor needs: the mean of theirs.
         """
-        inputs = input_units(site) if inputs is None else inputs
-        g, o, *_ = site.spec.shape
-        if gradient is not None:
-            size = gradient.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-            root = lowrank.root(gradient)
-        elif site.statistics.gradient is not None:
-            size, root = _gradient_root(site.statistics.gradient)
-            root = root * size.unsqueeze(1)
-        else:
-            return cls(site, inputs, site.weight.new_ones(g, o, dtype=torch.float64), None)
-        outputs = _floored(size, (site.weight.double() * _per_input(inputs, site)).flatten(2).square().mean(-1))
-        return cls(site, inputs, outputs, root / outputs.unsqueeze(1))
+        units = [input_units(part) for part in parts]
+        if inputs:
+            units = [torch.stack([each.log() for each in units]).mean(0).exp()] * len(parts)
+        pairs = list(zip(parts, units, strict=True))
+        gradients = [g for part in parts if (g := part.statistics.gradient) is not None]
+        if len(gradients) < len(parts):
+            return tuple(cls(part, own, *_no_outputs(part)) for part, own in pairs)
+        if not outputs:
+            return tuple(dataclasses.replace(cls.of(part), inputs=own) for part, own in pairs)
+        mean = torch.stack([shrunk(g.second_moment, g.count) for g in gradients]).mean(0)
+        size, root = _sized(mean)
+        common = _output_units(pairs, size)
+        return tuple(cls(part, own, common, root) for part, own in pairs)
 
     def matrix(self, how: Unfolding) -> Float[Tensor, "g p c"]:
         """The unfolded weight."""
@@ -180,7 +190,14 @@ class Standard:
 
     def patches(self, how: Unfolding) -> Patches | None:
         """What it sees under an unfolding."""
-        return Patches.of(self.site, how, self.inputs)
+        if self._whole is None:
+            return Patches.of(self.site, how, self.inputs)
+        return Patches(self._whole.metric.sliced(how), self._whole.mean)
+
+    @cached_property
+    def _whole(self) -> Patches | None:
+        """The same for whole patches, which every unfolding shares."""
+        return Patches.of(self.site, WHOLE, self.inputs) if self.site.statistics.input is not None else None
 
     def covariance(self) -> Float[Tensor, "g o o"]:
         """Centred second moment of what it answers."""
@@ -197,6 +214,14 @@ class Standard:
     def right(self, right: Float[Tensor, "g r c"]) -> Float[Tensor, "g r c"]:
         """The same of a second factor."""
         return right / spread(self.outputs, right.shape[2]).unsqueeze(1)
+
+    def own_left(self, left: Float[Tensor, "g p r"]) -> Float[Tensor, "g p r"]:
+        """A first factor of the layer, in these units."""
+        return left.double() * spread(self.inputs, left.shape[1]).unsqueeze(2)
+
+    def own_right(self, right: Float[Tensor, "g r c"]) -> Float[Tensor, "g r c"]:
+        """The same of a second factor."""
+        return right.double() * spread(self.outputs, right.shape[2]).unsqueeze(1)
 
     def shift(self, shift: Float[Tensor, " o_total"]) -> Float[Tensor, " o_total"]:
         """The same of a bias."""
@@ -221,16 +246,21 @@ def input_units(site: Layer) -> Float[Tensor, "g i"]:
     return torch.where(variance > 0, variance.sqrt(), still)
 
 
-def common_units(units: Iterable[Float[Tensor, "g i"]]) -> Float[Tensor, "g i"]:
-    """Units of layers that share a first factor."""
-    return torch.stack([each.log() for each in units]).mean(0).exp()
+def _no_outputs(site: Layer) -> tuple[Tensor, None]:
+    g, o, *_ = site.spec.shape
+    return site.weight.new_ones(g, o, dtype=torch.float64), None
 
 
-def _floored(size: Float[Tensor, "g o"], energy: Float[Tensor, "g o"]) -> Float[Tensor, "g o"]:
-    """Sizes of gradients, of outputs with some energy, none of which is nothing beside the others."""
+def _output_units(parts: Sequence[tuple[Layer, Tensor]], size: Float[Tensor, "g o"]) -> Float[Tensor, "g o"]:
+    """Units of the outputs of layers.
+
+    They are the sizes of the gradients; of outputs that no gradient reaches but that hold energy, what makes them count
+    a little beside the others.
+    """
+    weights = [(part.weight.double() * _per_input(units, part)).flatten(2) for part, units in parts]
+    energy = torch.stack([weight.square().mean(-1) for weight in weights]).mean(0)
     least = _IGNORED * (size.square() * energy).mean(1, keepdim=True) / energy
-    least = torch.where(energy > 0, least, torch.zeros_like(least))
-    floored = torch.maximum(size, least.sqrt())
+    floored = torch.maximum(size, torch.where(energy > 0, least, torch.zeros_like(least)).sqrt())
     return torch.where(floored > 0, floored, torch.ones_like(floored))
 
 

@@ -10,6 +10,7 @@ from spectrim.linalg import lowrank, response
 from spectrim.linalg.unfold import Unfolding, unfold, unfolding
 from spectrim.methods import statistics
 from spectrim.methods.base import WEIGHT_ENERGY, Curve, LowRankMethod
+from spectrim.methods.statistics import Standard
 from spectrim.network.choices import LowRankChoice
 from spectrim.network.factors import LowRank
 from spectrim.network.sites import Layer
@@ -19,9 +20,10 @@ from spectrim.network.sites import Layer
 class WeightSVD(LowRankMethod):
     """Solve ``min ||M - L R||_F`` for the unfolded weight by truncated SVD.
 
-    Needs no data. The factors are the same with and without calibration; with it, the error is what they lose of the
-    layer's centred output energy, so that the table may hold other methods beside this one, and the mean of what they
-    leave out goes into the bias. Without it the error is the share of the weight's energy.
+    Needs no data, and knows no units: inputs count alike, whatever they are measured in. The factors are the same with
+    and without calibration; with it, the error is what they lose of the layer's centred output energy, so that the
+    table may hold other methods beside this one, and the mean of what they leave out goes into the bias. Without it the
+    error is the share of the weight's energy.
 
     Notes
     -----
@@ -34,6 +36,7 @@ class WeightSVD(LowRankMethod):
         errors: list[float] = []
         spectra: dict[str, tuple[float, ...]] = {}
         scale = 1.0
+        own = Standard.of(site)
         for how in self.offered(site.spec):
             ranks = self.ranks(site.spec, how)
             if not ranks:
@@ -41,7 +44,7 @@ class WeightSVD(LowRankMethod):
             if site.statistics:
                 most = None if how.name == "channel" else ranks[-1]
                 found = lowrank.spectrum(unfold(site.weight, how), most=most)
-                measured = self._lost(site, how, found)
+                measured = self._lost(own, how, found)
                 if measured is None:
                     continue
                 energies = found.energies
@@ -58,20 +61,19 @@ class WeightSVD(LowRankMethod):
         unit = statistics.unit(site) if site.statistics else WEIGHT_ENERGY
         return Curve(tuple(choices), tuple(errors), unit, scale, spectra)
 
-    def _lost(self, site: Layer, how: Unfolding, found: lowrank.Spectrum) -> tuple[Tensor, float] | None:
+    def _lost(self, own: Standard, how: Unfolding, found: lowrank.Spectrum) -> tuple[Tensor, float] | None:
         """Output energy lost at every rank, and the whole, by whatever statistic the site holds; None without one."""
-        matrix = unfold(site.weight, how)
-        seen = statistics.Patches.of(site, how)
-        weight = statistics.output_weight(site)
+        site, seen = own.site, own.patches(how)
         if seen is not None:
-            left, right = lowrank.factors(matrix, found.basis, found.basis.shape[-1])
-            mixed, right = response.mix(matrix, weight), response.mix(right, weight)
+            left, right = lowrank.factors(unfold(site.weight, how), found.basis, found.basis.shape[-1])
+            left, right = own.own_left(left), response.mix(own.own_right(right), own.root)
+            mixed = own.mixed(how)
             total = float(response.total_energy(mixed, seen.metric).sum())
             whole = mixed if left.shape[-1] < found.energies.shape[-1] else None
             return response.product_errors(left, right, seen.metric, total, whole), total
         if how.name == "channel" and site.statistics.output is not None:
             # The pair projects the outputs onto the leading basis vectors; the rest is lost.
-            basis = response.mix(found.basis.mT, weight)
+            basis = response.mix(own.own_right(found.basis.mT), own.root)
             projected = found.basis.mT @ statistics.outputs(site) @ found.basis
             pairs = (projected * (basis @ basis.mT)).sum(0)
             total = float(pairs.sum())
