@@ -190,12 +190,23 @@ def restored(
     Parameters
     ----------
     covariance
-        Positive definite.
+        Positive semidefinite. An entry that never changes keeps its weight.
     kept
         The entries that are left, as many in every group.
     """
-    c, w = covariance.double(), weight.double()
+    c, size = standard(covariance.double())
+    size = torch.where(size > 0, size, torch.ones_like(size))
+    w = weight.double() * size.unsqueeze(-2)
     rows = kept.unsqueeze(-1).expand(*kept.shape, c.shape[-1])
     seen = torch.take_along_dim(c, rows, dim=-2)
     inner = torch.take_along_dim(seen, kept.unsqueeze(-2).expand(*seen.shape[:-1], kept.shape[-1]), dim=-1)
-    return torch.linalg.solve(inner, seen @ w.mT).mT
+    return torch.linalg.solve(inner, seen @ w.mT).mT / torch.take_along_dim(size, kept, dim=-1).unsqueeze(-2)
+
+
+def standard(covariance: Float[Tensor, "*g d d"]) -> tuple[Float[Tensor, "*g d d"], Float[Tensor, "*g d"]]:
+    """A covariance as correlations and deviations; an entry without variance is on its own, with a deviation of 0."""
+    size = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    inverse = torch.where(size > 0, 1 / size, torch.zeros_like(size))
+    correlation = covariance * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
+    correlation.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    return correlation, size

@@ -26,8 +26,6 @@ POOLINGS = ("max", "mean", "none")
 
 # Wide groups lose several channels at a time, so that no group takes more steps than this.
 _STEPS = 64
-# A mean variance of this much is the floor under channels that never change, of which nothing can be lost.
-_NOTHING = 1e-25
 
 
 @dataclass(frozen=True)
@@ -146,8 +144,6 @@ class PrincipalFilters(Method):
             of_layer = narrowing.readers(site, part, mixed.mT @ mixed)
             # Sums over layers need losses in one unit.
             total = sum(reader.energy for reader in of_layer)
-            if total <= _NOTHING * sum(float(reader.gram.trace()) for reader in of_layer):
-                total = 0.0
             own = statistics.scale(part, total)
             for reader in of_layer:
                 reader.gram *= own / total if total > 0 else 0.0

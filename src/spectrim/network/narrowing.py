@@ -119,7 +119,7 @@ def readers(site: Channels, part: Layer, gram: Tensor) -> list[subset.Reader]:
         entries = (side.positions.unsqueeze(2) * taps + torch.arange(taps)).flatten(1)
         group, size = side.positions[:, 0] // i, i * taps
         return [
-            subset.Reader(_positive(covariance[n]), gram[n], channels[group == n], entries[group == n] - n * size)
+            _reader(covariance[n], gram[n], channels[group == n], entries[group == n] - n * size)
             for n in range(g)
             if bool((group == n).any())
         ]
@@ -130,7 +130,7 @@ def readers(site: Channels, part: Layer, gram: Tensor) -> list[subset.Reader]:
     mixed = torch.zeros_like(covariance)
     for column in side.positions.t():
         mixed += per_position[column][:, column]
-    return [subset.Reader(_positive(covariance), mixed, channels, channels.unsqueeze(1))]
+    return [_reader(covariance, mixed, channels, channels.unsqueeze(1))]
 
 
 def _over_taps(gram: Tensor, i: int) -> Tensor:
@@ -138,11 +138,10 @@ def _over_taps(gram: Tensor, i: int) -> Tensor:
     return gram.reshape(g, i, d // i, i, d // i).diagonal(dim1=2, dim2=4).sum(-1)
 
 
-def _positive(covariance: Tensor) -> Tensor:
-    """A layer that sees nothing but constants has no variance to divide by."""
-    fixed = covariance.clone()
-    fixed.diagonal().clamp_min_(1e-30)
-    return fixed
+def _reader(covariance: Tensor, gram: Tensor, channels: Tensor, entries: Tensor) -> subset.Reader:
+    """A reader in units of its entries' own deviations; what never changes costs nothing to lose."""
+    correlation, size = subset.standard(covariance)
+    return subset.Reader(correlation, gram * size * size.unsqueeze(1), channels, entries)
 
 
 def _by_layer(axes: Mapping[Axis, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -215,7 +214,7 @@ def _as_they_are(moments: None, weight: Tensor, channels: Tensor) -> tuple[Tenso
 
 def _by_patches(moments: Moments, weight: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
     entries = entries_of(channels, weight.shape[3])
-    fitted = subset.restored(_covariance(moments), weight.flatten(2), entries)
+    fitted = subset.restored(shrunk(moments.covariance, moments.count), weight.flatten(2), entries)
     return _with_shift(moments, weight, fitted, entries)
 
 
@@ -227,14 +226,10 @@ def _by_sketch(moments: Sketch, weight: Tensor, channels: Tensor) -> tuple[Tenso
 def _by_channels(moments: Moments, weight: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
     g, o, i, taps = weight.shape
     by_tap = weight.movedim(3, 2).reshape(g, o * taps, i)
-    fitted = subset.restored(_covariance(moments), by_tap, channels).reshape(g, o, taps, -1)
+    fitted = subset.restored(shrunk(moments.covariance, moments.count), by_tap, channels).reshape(g, o, taps, -1)
     kept_mean = torch.take_along_dim(moments.mean, channels, 1)
     shift = torch.einsum("goit,gi->go", weight, moments.mean) - torch.einsum("goti,gi->go", fitted, kept_mean)
     return fitted.movedim(2, 3), shift
-
-
-def _covariance(moments: Moments) -> Tensor:
-    return torch.stack([_positive(c) for c in shrunk(moments.covariance, moments.count)])
 
 
 def _with_shift(moments: Moments, weight: Tensor, fitted: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
