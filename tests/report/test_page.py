@@ -69,13 +69,14 @@ def test_names_are_escaped_everywhere():
 
 def test_the_page_tells_what_there_is():
     page, _, chosen = _page(["conv1", "conv2"])
-    reader = _Reader(page.html())
+    html = page.html()
+    reader = _Reader(html)
     for words in ("Net conv1", "-0.25 points", "0.80x", "2.00 ms", "depthwise conv2", "Budget: MACs", "lagrangian"):
         assert words in reader.text
     assert reader.tags.count("img") == 4
     for entry in chosen:
         assert entry.site in reader.text
-    found = re.search(r"<pre>(.*)</pre>", page.html(), re.S)
+    found = re.search(r"<pre>(.*)</pre>", html, re.S)
     assert found is not None
     assert Plan.from_json(_Reader(found[1]).text) == chosen
 

@@ -139,10 +139,10 @@ def test_a_network_left_dense_throughout_has_no_distance_to_draw():
 
 
 def test_many_sites_make_a_picture_of_moderate_size_without_formulas():
-    figure = rank_paths(run(50, tuple(f"layer{n // 8}.{n}.conv" for n in range(60))))
-    assert len(figures.to_svg(figure)) < 500_000
+    figure = rank_paths(run(20, tuple(f"layer{n // 8}.{n}.conv" for n in range(30))))
+    assert len(figures.to_svg(figure)) < 250_000
     ticks = [label.get_text() for axes in figure.axes for label in axes.get_yticklabels(which="both")]
-    assert "layer7.59.conv" in ticks
+    assert "layer3.29.conv" in ticks
     assert not any("$" in tick for tick in ticks)
 
 
