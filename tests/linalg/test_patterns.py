@@ -119,3 +119,9 @@ def test_taps_finds_the_best_box_of_every_size():
 def test_names_of_no_pattern_are_refused(name):
     with pytest.raises(ValueError, match="pattern"):
         patterns.pattern(name)
+
+
+def test_of_boxes_that_keep_as_much_the_first_is_taken() -> None:
+    found = taps(torch.ones(1, 2, 2, 3, 3))
+    assert {box.corner for box in found} == {(0, 0)}
+    assert len(found) == 8
