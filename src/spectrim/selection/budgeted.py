@@ -17,6 +17,9 @@ from spectrim.selection.forest import Flat, Forest, flattened
 from spectrim.selection.knapsack import ROUNDING, Floats, Indices, Items
 from spectrim.selection.plan import Plan, make_plan
 
+# Of a plan's facts: by which share of its loss a better plan could lose less, at the most.
+PROVEN_GAP = "proven gap"
+
 
 @dataclass(frozen=True, eq=False)
 class Budgeted:
@@ -137,7 +140,11 @@ class Budgeted:
         else:
             chosen = self.flat.expand(items.index[picks].tolist())
         plan = make_plan(self.candidates, chosen, budget=self.limits, selector=selector)
-        return plan if bound is None else dataclasses.replace(plan, bound=min(bound, plan.loss))
+        if bound is None:
+            return plan
+        bound = min(bound, plan.loss)
+        gap = 1 - bound / plan.loss if plan.loss > 0 else 0.0
+        return dataclasses.replace(plan, bound=bound, facts={**plan.facts, PROVEN_GAP: gap})
 
 
 def _worth_choosing(

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from spectrim.errors import InfeasibleBudgetError
+from spectrim.selection import integer
 from spectrim.selection.candidates import Row
 
 Floats = NDArray[np.float64]
@@ -21,6 +22,9 @@ Indices = NDArray[np.intp]
 
 ROUNDING = 1e-12
 GAP = 1e-6
+# With more sites than this the last digits take the solver much longer than the rest, and change nothing in practice.
+FEW_SITES = 100
+WIDE_GAP = 1e-4
 SECONDS = 30.0
 
 
@@ -196,7 +200,7 @@ def relax(items: Items) -> tuple[Indices, float, Floats]:
         best = _spend(items, closest(items) if picks is None else picks, np.ones(1))
         multipliers = np.array([slope])
     else:
-        multipliers = _relaxed_multipliers(items)
+        multipliers = relaxed_multipliers(items)
         mixed = multipliers + 0.1 * items.need * (multipliers / items.need).max()
         tried = [multipliers, mixed, items.need] if multipliers.any() else [items.need]
         ends = [(picks, weights) for weights in tried if (picks := descend(items, weights)[0]) is not None]
@@ -225,32 +229,72 @@ def _chosen(items: Items, x: Floats) -> Indices:
     return np.array([group[np.argmax(x[group])] for group in items.groups])
 
 
-def _relaxed_multipliers(items: Items) -> Floats:
-    """The multipliers of the linear relaxation, zero if that has no solution."""
+def relaxed_multipliers(items: Items) -> Floats:
+    """The multipliers of the linear relaxation, zero if that has no solution.
+
+    They maximise the Lagrangian dual, which is concave in few unknowns. Kelley's cutting planes find them from planes
+    that touch it, each of which costs one pass over the options, far less than a program with a variable an option.
+    """
+    unit, scale = items.dense.sum(0), float(items.loss.max()) or 1.0
+    loss, cost, room = items.loss / scale, items.cost / unit, items.room / unit
+    starts, most = items.starts, 1e4
+    ends = np.append(starts[1:], len(loss))
+    planes: list[Floats] = []
+    at = found = np.zeros(len(unit))
+    best = -np.inf
+    for _ in range(_PLANES):
+        score = loss + cost @ at
+        least = np.minimum.reduceat(score, starts)
+        # The first option of each site that attains its least score.
+        ties = np.flatnonzero(score == np.repeat(least, ends - starts))
+        picks = ties[np.searchsorted(ties, starts)]
+        value, slope = float(least.sum() - at @ room), cost[picks].sum(0) - room
+        if value > best:
+            best, found = value, at
+        planes.append(np.append(slope, value - slope @ at))
+        corner, above = _highest(np.array(planes), most)
+        if above - best <= _NEAR * max(abs(best), _NEAR):
+            break
+        # Between the best point and the top of the planes, which may be far out while there are few.
+        at = 0.5 * (found + corner)
+    return found * scale / unit if (found < 0.4 * most).all() else np.zeros(len(unit))
+
+
+# Planes from which multipliers are found, and how near the top of the dual they have to come.
+_PLANES = 300
+_NEAR = 1e-9
+
+
+def _highest(planes: Floats, most: float) -> tuple[Floats, float]:
+    """The point ``0 <= m <= most`` where the lowest of the planes ``[slope, offset]`` is highest, and how high."""
     from scipy.optimize import linprog
 
-    unit, scale = items.dense.sum(0), float(items.loss.max()) or 1.0
+    count = planes.shape[1] - 1
     result = linprog(
-        items.loss / scale,
-        A_ub=(items.cost / unit).T,
-        b_ub=items.room / unit,
-        A_eq=_one_each(items),
-        b_eq=np.ones(len(items.dense)),
+        np.append(np.zeros(count), -1.0),
+        A_ub=np.column_stack([-planes[:, :-1], np.ones(len(planes))]),
+        b_ub=planes[:, -1],
+        bounds=[(0, most)] * count + [(None, None)],
     )
     if result.status != 0:
-        return np.zeros(len(unit))
-    return np.maximum(-result.ineqlin.marginals, 0.0) * scale / unit
+        return np.zeros(count), -np.inf
+    return result.x[:-1], float(result.x[-1])
+
+
+def wanted_gap(items: Items) -> float:
+    """Share of the loss up to which the least one is looked for."""
+    return GAP if len(items.dense) <= FEW_SITES else WIDE_GAP
 
 
 def solve(items: Items, scale: float) -> tuple[Indices, float] | str:
     """Picks of least loss and a proven lower bound, or what went wrong. ``scale`` is a loss of the right magnitude."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.optimize import Bounds, LinearConstraint
 
     # The solver's tolerances are absolute, 1e-6: sums near 1000 make them 1e-9 of the loss and of the costs.
     unit = 1000 / items.dense.sum(0)
     room, proven = items.room * unit, None
     for _ in range(5):
-        result = milp(
+        result = integer.milp(
             items.loss * (1000 / scale),
             integrality=np.ones(len(items.site)),
             bounds=Bounds(0, 1),
@@ -258,7 +302,7 @@ def solve(items: Items, scale: float) -> tuple[Indices, float] | str:
                 LinearConstraint(_one_each(items), 1, 1),
                 LinearConstraint((items.cost * unit).T, -np.inf, room),
             ],
-            options={"mip_rel_gap": GAP, "time_limit": SECONDS},
+            options={"mip_rel_gap": wanted_gap(items), "time_limit": SECONDS},
         )
         if result.status != 0:
             return str(result.message)
@@ -273,12 +317,12 @@ def solve(items: Items, scale: float) -> tuple[Indices, float] | str:
 
 def closest(items: Items) -> Indices:
     """The picks whose largest ratio of cost to limit is smallest; raises if that is above one."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.optimize import Bounds, LinearConstraint
     from scipy.sparse import csr_array, hstack
 
     n, sites = len(items.site), len(items.dense)
     share = np.column_stack([1000 * (items.cost / items.limit).T, -np.ones(len(items.limit))])
-    result = milp(
+    result = integer.milp(
         np.append(np.zeros(n), 1.0),
         integrality=np.append(np.ones(n), 0),
         bounds=Bounds(np.zeros(n + 1), np.append(np.ones(n), np.inf)),  # type: ignore[arg-type]
