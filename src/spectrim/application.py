@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -181,7 +182,7 @@ def _follow(
     names = [step.layer.name for step in steps]
     if not batches or not names:
         return
-    like = probe(work.dense, names, batches[0], forward=work.forward)
+    like = Probe(names) if _small(work, memory) else probe(work.dense, names, batches[0], forward=work.forward)
     calls = {name: like.calls.get(name, 1) for name in names}
     again = _restarts(names, like)
     waves = _waves([each.size * like.nbytes * 2 for each in work.split.samples], memory)
@@ -200,6 +201,17 @@ def _follow(
     for name in names:
         # What was put in while both were in evaluation mode.
         work.removal.model.get_submodule(name).train(work.dense.get_submodule(name).training)
+
+
+def _small(work: _Work, memory: int) -> bool:
+    """Whether layers are called once and all that could be alive surely fits, so that nothing need be tried."""
+    specs = [layer.spec for layer in work.removal.sites]
+    samples = sum(each.size for each in work.split.samples)
+    if any(len(spec.inputs) != 1 for spec in specs):
+        return False
+    outputs = [spec.out_channels * math.prod(spec.output_shape(spec.inputs[0])) * spec.dtype.itemsize for spec in specs]
+    # Normalisation, activations, attention: what is beside the layers is of their size.
+    return 2 * 8 * samples * sum(outputs) <= memory
 
 
 def _restarts(names: Sequence[str], like: Probe) -> set[str]:

@@ -127,16 +127,20 @@ class Unseen:
     answers: Float[Tensor, "g n o"]
     sample: Int64[Tensor, " n"]
 
-    def gained(self, missing: Float[Tensor, "g n o"], step: Float[Tensor, "g o d"], share: float) -> tuple[float, bool]:
-        """What a share of a step gains a sample, one standard error below the mean, and whether that can be told."""
+    def gains(self, missing: Float[Tensor, "g n o"], step: Float[Tensor, "g o d"]) -> Float[Tensor, " shares"]:
+        """What each of the shares of a step gains a sample, one standard error below the mean; 0 if that is unknown."""
         moved = self.inputs @ step.mT
-        gains = (2 * share * moved * missing - share**2 * moved.square()).sum(dim=(0, 2))
         _, place = self.sample.unique(return_inverse=True)
         samples = int(place.max()) + 1
-        each = gains.new_zeros(samples).index_add(0, place.to(gains.device), gains)
         if samples < 2:
-            return 0.0, False
-        return float(each.mean() - each.std() / samples**0.5), True
+            return torch.zeros(len(SHARES))
+        agreeing, size = (
+            moved.new_zeros(samples).index_add(0, place.to(moved.device), rows.sum(dim=(0, 2)))
+            for rows in (moved * missing, moved.square())
+        )
+        shares = torch.tensor(SHARES, dtype=moved.dtype, device=moved.device).unsqueeze(1)
+        each = 2 * shares * agreeing - shares.square() * size
+        return each.mean(1) - each.std(1) / samples**0.5
 
 
 def scarcity(count: int, squares: Float[Tensor, "g d"], fourths: Float[Tensor, "g d"]) -> Float[Tensor, "g d"]:
@@ -175,10 +179,10 @@ def towards(
     best, most = torch.zeros_like(weight, dtype=torch.float64), 0.0
     for strength in STRENGTHS:
         step = _bounded(fitted.step(missing, strength * scarce + 1e-6), weight)
-        for share in SHARES:
-            gain, told = held.gained(left, step.to(held.inputs.dtype), share)
-            if told and gain > most:
-                best, most = share * step, gain
+        gains = held.gains(left, step.to(held.inputs.dtype))
+        gain, place = (value.item() for value in gains.max(0))
+        if gain > most:
+            best, most = SHARES[int(place)] * step, gain
     return weight.double() + best
 
 

@@ -106,8 +106,8 @@ class Joint:
     ----------
     spec
         The layer as it is in the compressed network.
-    centre
-        ``[g, d]``, about the mean of its inputs.
+    centre, scale
+        ``[g, d]``, about the mean and the spread of its inputs: the units in which they are small numbers.
     outputs
         Output channels of the dense layer that it still has, ascending; None for all.
     """
@@ -116,15 +116,18 @@ class Joint:
         self,
         spec: LayerSpec,
         centre: Tensor,
+        scale: Tensor,
         *,
         sketch: bool = False,
         outputs: Tensor | None = None,
     ) -> None:
         g, o, *_ = spec.shape
-        self.spec, self.centre, self.outputs = spec, centre, outputs
+        self.spec, self.centre, self.scale, self.outputs = spec, centre, scale, outputs
         size = spec.features + o
         self.fitted = Sketch(g, size, size=SKETCH, device=centre.device) if sketch else Moments(g, size, centre.device)
-        self._squares, self._fourths = torch.zeros_like(centre), torch.zeros_like(centre)
+        self._squares, self._fourths = (
+            torch.zeros(centre.shape, dtype=torch.float64, device=centre.device) for _ in "24"
+        )
         self._held: list[tuple[Tensor, Tensor]] = []
         self._samples = 0
 
@@ -132,8 +135,13 @@ class Joint:
     def of(cls, site: Layer, *, sketch: bool = False, outputs: Tensor | None = None) -> Joint:
         """For a layer as it was calibrated."""
         spec, known = site.spec, site.statistics.input
-        zeros = torch.zeros(spec.groups, spec.features, dtype=torch.float64, device=site.weight.device)
-        return cls(spec, zeros if known is None else known.mean.to(zeros.device), sketch=sketch, outputs=outputs)
+        dtype = site.weight.dtype if site.weight.dtype == torch.float64 else torch.float32
+        shape = (spec.groups, spec.features)
+        centre, scale = (make(shape, dtype=dtype, device=site.weight.device) for make in (torch.zeros, torch.ones))
+        if known is not None:
+            spread = known.covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+            centre, scale = known.mean.to(centre), torch.where(spread > 0, spread, 1.0).to(scale)
+        return cls(spec, centre, scale, sketch=sketch, outputs=outputs)
 
     def add(
         self, seen: Iterable[Seen], split: Split, seed: int = 0, given: Callable[[Tensor], Tensor] = lambda x: x
@@ -148,18 +156,18 @@ class Joint:
                     continue
                 positions = split.positions(self.spec, x.shape, samples.size)
                 chosen = choose(self.spec, tuple(x.shape), positions, samples, seed + number)
-                rows = self._rows(x, y, chosen.index)
-                self._take(rows, held[chosen.sample].to(rows.device), chosen.sample)
+                out = held[chosen.sample]
+                if not bool(out.all()):
+                    self._fit(self._rows(x, y, chosen.index[~out]))
+                if bool(out.any()):
+                    self._held.append((self._rows(x, y, chosen.index[out]), chosen.sample[out] + self._samples))
             self._samples += samples.size
 
-    def _take(self, rows: Tensor, out: Tensor, sample: Tensor) -> None:
-        rows = rows if rows.dtype == torch.float64 else rows.float()
-        fitted = rows[:, ~out]
-        self.fitted.update(fitted)
-        squares = (fitted[..., : self.spec.features] - self.centre.to(fitted.dtype).unsqueeze(1)).square()
-        self._squares += squares.sum(1, dtype=torch.float64)
-        self._fourths += squares.double().square().sum(1)
-        self._held.append((rows[:, out], sample.to(out.device)[out] + self._samples))
+    def _fit(self, rows: Tensor) -> None:
+        self.fitted.update(rows)
+        squares = rows[..., : self.spec.features].sub(self.centre.unsqueeze(1)).div_(self.scale.unsqueeze(1)).square_()
+        self._squares += squares.sum(1)
+        self._fourths += squares.square_().sum(1)
 
     def _answers(self, x: Tensor, y: Tensor) -> bool:
         spec = self.spec
@@ -176,12 +184,13 @@ class Joint:
         if self.outputs is not None:
             left = (self.outputs.to(wanted.device) % wanted.shape[2]).reshape(len(wanted), 1, -1)
             wanted = torch.take_along_dim(wanted, left, 2)
-        return torch.cat([patches, wanted.to(patches.dtype)], dim=2)
+        rows = torch.cat([patches, wanted.to(patches.dtype)], dim=2)
+        return rows if rows.dtype == torch.float64 else rows.float()
 
     @property
     def unseen(self) -> Unseen | None:
         """The rows held out, around the means of the others; None if there are none."""
-        if not self._held or not any(rows.shape[1] for rows, _ in self._held):
+        if not self._held:
             return None
         rows = torch.cat([rows for rows, _ in self._held], dim=1)
         rows = rows - self.fitted.mean.to(rows.dtype).unsqueeze(1)
