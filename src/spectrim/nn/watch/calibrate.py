@@ -14,18 +14,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from spectrim.cost.counted import macs, parameters, size_bytes
 from spectrim.errors import CalibrationError
-from spectrim.linalg.moments import Moments
-from spectrim.linalg.sketch import Sketch
-from spectrim.linalg.unfold import slice_rows, unfoldings
+from spectrim.linalg.unfold import unfoldings
 from spectrim.network.coupling import IN
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Sites, Skipped, Statistics
 from spectrim.nn.flops import flop_counter
 from spectrim.nn.watch.batches import checked_batches
 from spectrim.nn.watch.observe import Hook, observe
-from spectrim.nn.watch.patches import outputs_at, patches_at
+from spectrim.nn.watch.patches import outputs_at
 from spectrim.nn.watch.responses import Responses
 from spectrim.nn.watch.sampling import Mask, Run, Samples, choose, mean_rows
+from spectrim.nn.watch.streams import Buffered, Stream, Streams, patches_of
 from spectrim.progress import Steps, reports_steps, told
 
 # Patches up to this length get a full second moment (at most 11 MB); longer ones one for each unfolding's slices.
@@ -154,6 +153,7 @@ class _Watch:
     bystanders: dict[str, _Shapes]
     seen: _Inputs
     run: Run
+    streams: Streams | None
     order: list[str] = dataclasses.field(default_factory=list)
     samples: int = 0
     other_macs: float = 0.0
@@ -162,13 +162,16 @@ class _Watch:
     def of(cls, sites: Sites, amount: Amount, run: Run, seed: int, *, statistics: bool) -> _Watch:
         readers = {side.name for coupling in sites.couplings for side in coupling.on(IN)}
         seen = _Inputs()
+        streams = Streams() if statistics else None
         watchers = {
-            site.name: _Watcher(site, amount, run, statistics, seed, seen, reads_channels=site.name in readers)
+            site.name: _Watcher(site, amount, run, streams, seed, seen, reads_channels=site.name in readers)
             for site in sites
         }
         specs = {site.name: site.spec for site in sites}
         responses = {c.name: Responses(c, specs, seed + i) for i, c in enumerate(sites.couplings) if statistics}
-        return cls(sites, watchers, responses, {spec.name: _Shapes(spec) for spec in sites.untouched}, seen, run)
+        return cls(
+            sites, watchers, responses, {spec.name: _Shapes(spec) for spec in sites.untouched}, seen, run, streams
+        )
 
     def hooks(self, model: nn.Module) -> Iterator[Hook]:
         for shapes in [*self.watchers.values(), *self.bystanders.values()]:
@@ -198,6 +201,8 @@ class _Watch:
             self.other_macs = (counter.get_total_flops() - own) / 2 / size
             for each in counted:
                 each.counter = None
+        if self.streams is not None:
+            self.streams.end_of_pass()
         self.samples += size
 
     def calibrated(self) -> Sites:
@@ -329,59 +334,46 @@ class _Watcher(_Shapes):
     """Streams the statistics of one layer."""
 
     def __init__(
-        self,
-        layer: Layer,
-        amount: Amount,
-        run: Run,
-        statistics: bool,
-        seed: int,
-        seen: _Inputs,
-        *,
-        reads_channels: bool,
-    ) -> None:
+        self, layer: Layer, amount: Amount, run: Run, streams: Streams | None, seed: int, seen: _Inputs,
+        *, reads_channels: bool,
+    ) -> None:  # fmt: skip
         super().__init__(layer.spec, seen)
-        self._reads_channels = reads_channels
         self._layer = layer
-        self._amount = amount
-        self._run = run
-        self._statistics = statistics
-        self._seed = seed
-        self._moments: dict[str, Moments] = {}
-        self._slices: dict[str, Moments] = {}
+        self._amount, self._run, self._seed = amount, run, seed
+        self._streams = streams
+        self._output = Buffered()
+        self._reads_channels = reads_channels
         # The counter of the first pass would count the statistics' own products too.
         self.counter: FlopCounterMode | None = None
         self.own_flops = 0
-        split = statistics and not in_full(layer.spec)
-        self._splits = [how for how in unfoldings(layer.spec.kernel) if split and how.name != "channel"]
 
     def see(self, inputs: Tensor, outputs: Tensor) -> None:
-        if not self._statistics or self.irregular:
+        if self._streams is None or self.irregular:
             return
-        # Sampled rows alone would miss most of a few broken positions. One NaN or Inf spoils a sum, which costs less
-        # than looking at every number.
-        whole = inputs.sum(dtype=torch.promote_types(inputs.dtype, torch.float32))
-        self._refuse_unless(bool(torch.isfinite(whole)), "sees NaN or Inf")
+        # Sampled rows alone would miss most of a few broken positions.
+        self._refuse_unless(_squares(inputs), "sees")
         before = self.counter.get_total_flops() if self.counter else 0
-        self._update(inputs, outputs)
+        self._update(self._streams, inputs, outputs)
         self.own_flops += self.counter.get_total_flops() - before if self.counter else 0
 
-    def _update(self, inputs: Tensor, outputs: Tensor) -> None:
-        spec = self.spec
-        index = choose(spec, tuple(inputs.shape), self._positions(inputs), self.samples, self._seed).index
-        patches = patches_at(spec, inputs, index)
-        if in_full(spec):
-            self._add(self._moments, "input", patches.flatten(2))
-        else:
-            for how in self._splits:
-                self._add(self._slices, how.name, slice_rows(patches, how))
-            self._add(self._moments, "output", outputs_at(spec, outputs, index))
-            if spec.is_linear:
-                self._add(self._moments, "sketch", patches.flatten(2), Sketch)
-            elif self._reads_channels:
-                everywhere = choose(_pointwise(spec), tuple(inputs.shape), len(index), self.samples, self._seed).index
-                self._add(self._moments, "channels", outputs_at(spec, inputs, everywhere))
+    def _update(self, streams: Streams, inputs: Tensor, outputs: Tensor) -> None:
+        spec, shape = self.spec, tuple(inputs.shape)
+        positions = self._positions(shape)
+        streams.see(
+            spec.name, (patches_of(spec), self._reads_channels), inputs, self._stream,
+            lambda stream: stream.rows(inputs, positions, self.samples, self._seed),
+        )  # fmt: skip
+        if not in_full(spec):
+            self._refuse_unless(_squares(outputs), "gives")
+            index = choose(spec, shape, positions, self.samples, self._seed).index
+            self._output.add(outputs_at(spec, outputs, index))
 
-    def _positions(self, inputs: Tensor) -> int | None:
+    def _stream(self) -> Stream:
+        spec, full = self.spec, in_full(self.spec)
+        splits = () if full else tuple(how for how in unfoldings(spec.kernel) if how.name != "channel")
+        return Stream(spec, splits, full=full, channels=self._reads_channels)
+
+    def _positions(self, shape: tuple[int, ...]) -> int | None:
         """Rows of a sample of mean length."""
         spec, amount = self.spec, self._amount
         if amount.rows is None or amount.positions is not None:
@@ -391,39 +383,43 @@ class _Watcher(_Shapes):
         # A patch of d numbers costs d^2 operations; a position of the layer costs d x out.
         work = spec.features**2 * spec.groups if in_full(spec) else spec.features * spec.in_channels * 6
         share = EFFORT * spec.features * spec.out_channels / work
-        cheap = int(share * mean_rows(spec, tuple(inputs.shape), self.samples) + 1e-6)
-        longest = spec.features if in_full(spec) else max(spec.out_channels, spec.in_channels) // spec.groups
-        return max(self._run.positions(max(FEWEST, FLOOR * longest)), cheap)
-
-    def _add(
-        self, streams: dict[str, Moments], name: str, rows: Tensor, stream: Callable[..., Moments] = Moments
-    ) -> None:
-        if name not in streams:
-            streams[name] = stream(rows.shape[0], rows.shape[2], device=rows.device)
-        streams[name].update(rows)
-        self._refuse_unless(
-            streams[name].is_finite(), "sees or gives numbers that are NaN, Inf or too large to be squared"
-        )
+        cheap = int(share * mean_rows(spec, shape, self.samples) + 1e-6)
+        return max(self._run.positions(max(FEWEST, FLOOR * _longest(spec))), cheap)
 
     def _refuse_unless(self, fine: bool, what: str) -> None:
         if not fine:
             raise CalibrationError(
-                f"layer {self.spec.name!r} ({self.spec.kind}) {what} in calibration batch {self.index}. "
-                "Check the batch and the model's dtype."
+                f"layer {self.spec.name!r} ({self.spec.kind}) {what} NaN or Inf, or numbers too large to be squared, "
+                f"in calibration batch {self.index}. Check the batch and the model's dtype."
             )
 
     def layer(self) -> Layer:
         """The layer with the shapes of its inputs and its statistics."""
-        statistics: Any = {**self._moments, "slices": MappingProxyType(self._slices)}
-        return dataclasses.replace(self._layer, spec=self.spec.at(self.inputs), statistics=Statistics(**statistics))
+        spec = self.spec.at(self.inputs)
+        if self._streams is None or self.spec.name not in self._streams:
+            return dataclasses.replace(self._layer, spec=spec)
+        output = self._output.moments
+        stream = self._streams[self.spec.name]
+        statistics = Statistics(**stream.statistics(), output=output)
+        if not all(m.is_finite() for m in (statistics.input, output, *statistics.slices.values()) if m is not None):
+            raise CalibrationError(
+                f"the statistics of layer {self.spec.name!r} ({self.spec.kind}) are too large for their numbers. Check "
+                "the batches and the model's dtype."
+            )
+        return dataclasses.replace(self._layer, spec=spec, statistics=statistics)
 
 
-def _pointwise(spec: LayerSpec) -> LayerSpec:
-    """A convolution of the same inputs whose patches are single positions."""
-    ones, none = (1,) * len(spec.kernel), (0,) * len(spec.kernel)
-    return dataclasses.replace(
-        spec, kernel=ones, stride=ones, padding=none, dilation=ones, output_padding=none, transposed=False
-    )
+def _squares(tensor: Tensor) -> bool:
+    """Whether the sum of all squares is finite: one NaN, Inf or number too large spoils it."""
+    kind = torch.promote_types(tensor.dtype, torch.float32)
+    return bool(torch.isfinite(torch.linalg.vector_norm(tensor, dtype=kind)))
+
+
+def _longest(spec: LayerSpec) -> int:
+    """Length of the vectors whose moment is kept, as a patch gives one of each; slices come several a patch."""
+    if in_full(spec):
+        return spec.features
+    return max(spec.in_channels, spec.out_channels) // spec.groups
 
 
 def in_full(spec: LayerSpec) -> bool:

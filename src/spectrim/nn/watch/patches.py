@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from spectrim.network.layer import LayerSpec
-
-_MODES = {"zeros": "constant", "reflect": "reflect", "replicate": "replicate", "circular": "circular"}
 
 
 def patches_at(spec: LayerSpec, inputs: Tensor, index: Int64[Tensor, " n"] | None) -> Float[Tensor, "g n i *k"]:
@@ -25,80 +22,87 @@ def patches_at(spec: LayerSpec, inputs: Tensor, index: Int64[Tensor, " n"] | Non
         Rows, counted over the batch and then over the output positions, the last axis fastest; of a linear layer
         over all axes but the last one. All rows if None.
     """
+    return taps_at(spec, inputs, index).movedim(-1, 2)
+
+
+def taps_at(spec: LayerSpec, inputs: Tensor, index: Int64[Tensor, " n"] | None) -> Float[Tensor, "g n *k i"]:
+    """The same with the channels last, as they are read."""
     if spec.is_linear:
         return _taken(inputs.reshape(-1, inputs.shape[-1]), index)[None]
     axes = len(spec.kernel)
     if inputs.dim() == axes + 1:
         inputs = inputs.unsqueeze(0)
-    windows = _windows(spec, inputs)
-    positions = [windows.shape[0], *windows.shape[2 : 2 + axes]]
-    rest = torch.arange(math.prod(positions)) if index is None else index
-    rest = rest.to(inputs.device)
-    count = len(rest)
-    where: list[Tensor] = []
-    for size in reversed(positions):
-        where.append(rest % size)
-        rest = rest // size
-    batch, *spatial = reversed(where)
-    picked = windows.movedim(1, 1 + axes)[(batch, *spatial)]
-    if spec.transposed:
-        # The kernel of a transposed convolution runs backwards over the upsampled input.
-        picked = picked.flip(tuple(range(-axes, 0)))
+    shape = tuple(inputs.shape[2:])
+    positions = spec.output_shape(shape)
+    if index is None:
+        index = torch.arange(len(inputs) * math.prod(positions))
+    place, inside = _places(spec, shape, positions, index % math.prod(positions))
+    sample = (index // math.prod(positions)).unsqueeze(1)
+    picked = _gathered(inputs, sample.to(inputs.device), place.to(inputs.device))
+    if not bool(inside.all()):
+        picked = picked.masked_fill(~inside.to(inputs.device).unsqueeze(2), 0)
     g, _, i, *kernel = spec.shape
-    return picked.reshape(count, g, i, *kernel).transpose(0, 1)
+    return picked.reshape(len(index), *kernel, g, i).movedim(-2, 0)
 
 
 def outputs_at(spec: LayerSpec, outputs: Tensor, index: Int64[Tensor, " n"] | None) -> Float[Tensor, "g n o"]:
     """Outputs of a layer at the rows of :func:`patches_at`; all if ``index`` is None."""
     if spec.is_linear:
-        flat = outputs.reshape(-1, outputs.shape[-1])
+        picked = _taken(outputs.reshape(-1, outputs.shape[-1]), index)
     else:
-        batched = outputs.unsqueeze(0) if outputs.dim() == len(spec.kernel) + 1 else outputs
-        flat = batched.movedim(1, -1).reshape(-1, batched.shape[1])
-    picked = _taken(flat, index)
+        axes = len(spec.kernel)
+        batched = outputs.unsqueeze(0) if outputs.dim() == axes + 1 else outputs
+        size = math.prod(batched.shape[2:])
+        if index is None or len(index) == len(batched) * size:
+            picked = _taken(batched.movedim(1, -1).reshape(-1, batched.shape[1]), index)
+        else:
+            rows = index.to(outputs.device).unsqueeze(1)
+            picked = _gathered(batched, rows // size, rows % size).squeeze(1)
     return picked.reshape(len(picked), spec.groups, -1).transpose(0, 1)
 
 
 def _taken(flat: Tensor, index: Tensor | None) -> Tensor:
-    return flat if index is None else flat[index.to(flat.device)]
+    return flat if index is None else flat.index_select(0, index.to(flat.device))
 
 
-def _windows(spec: LayerSpec, inputs: Tensor) -> Tensor:
-    """Strided view ``[batch, channels, *positions, *kernel]`` of all patches. Nothing is copied but the padding."""
-    axes = len(spec.kernel)
-    if spec.transposed:
-        inputs, stride = _upsampled(spec, inputs), (1,) * axes
-    else:
-        inputs, stride = _padded(spec, inputs), spec.stride
-    view = inputs
-    for axis in range(axes):
-        reach = spec.dilation[axis] * (spec.kernel[axis] - 1) + 1
-        view = view.unfold(2 + axis, reach, stride[axis])
-    for axis in range(axes):
-        step = spec.dilation[axis]
-        view = view[(..., slice(None, None, step), *[slice(None)] * (axes - 1 - axis))]
-    return view
+def _gathered(inputs: Tensor, sample: Tensor, place: Tensor) -> Tensor:
+    """Channels ``[n, taps, channels]`` of ``inputs`` at flat places ``[n, taps]`` of samples ``[n, 1]``."""
+    size = math.prod(inputs.shape[2:])
+    last = inputs.movedim(1, -1)
+    # Reading whole runs of channels is worth a copy unless few places are read.
+    if last.is_contiguous() or 2 * place.numel() >= len(inputs) * size:
+        flat = last.reshape(-1, inputs.shape[1])
+        return flat.index_select(0, (sample * size + place).flatten()).reshape(*place.shape, -1)
+    return inputs.flatten(2).transpose(1, 2)[sample, place]
 
 
-def _padded(spec: LayerSpec, inputs: Tensor) -> Tensor:
-    amounts: list[int] = []
-    for axis in reversed(range(len(spec.kernel))):
-        if isinstance(spec.padding, str):
-            whole = spec.dilation[axis] * (spec.kernel[axis] - 1)
-            amounts += [whole // 2, whole - whole // 2]
+def _places(
+    spec: LayerSpec, shape: tuple[int, ...], positions: tuple[int, ...], index: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Where each tap of the kernel reads, as a flat index ``[n, taps]`` into the input, and whether it reads at all."""
+    place, inside = index.new_zeros(len(index), 1), index.new_ones(len(index), 1, dtype=torch.bool)
+    where: list[Tensor] = []
+    for size in reversed(positions):
+        where.append(index % size)
+        index = index // size
+    for axis, at in enumerate(reversed(where)):
+        tap = torch.arange(spec.kernel[axis]) * spec.dilation[axis]
+        before, step, size = spec.sides[axis][0], spec.stride[axis], shape[axis]
+        if spec.transposed:
+            moved = at.unsqueeze(1) + before - tap
+            here, read = moved // step, moved % step == 0
         else:
-            amounts += [spec.padding[axis]] * 2
-    return F.pad(inputs, amounts, mode=_MODES[spec.padding_mode]) if any(amounts) else inputs
-
-
-def _upsampled(spec: LayerSpec, inputs: Tensor) -> Tensor:
-    """Input of the ordinary convolution that a transposed one is: zeros between the entries, then padding."""
-    assert not isinstance(spec.padding, str)
-    shape = [(n - 1) * s + 1 for n, s in zip(inputs.shape[2:], spec.stride, strict=True)]
-    spread = inputs.new_zeros(*inputs.shape[:2], *shape)
-    spread[(..., *(slice(None, None, s) for s in spec.stride))] = inputs
-    amounts: list[int] = []
-    for axis in reversed(range(len(spec.kernel))):
-        edge = spec.dilation[axis] * (spec.kernel[axis] - 1) - spec.padding[axis]
-        amounts += [edge, edge + spec.output_padding[axis]]
-    return F.pad(spread, amounts)
+            here = at.unsqueeze(1) * step - before + tap
+            read = torch.ones_like(here, dtype=torch.bool)
+        if spec.padding_mode == "zeros":
+            read = read & (here >= 0) & (here < size)
+            here = here.clamp(0, size - 1)
+        elif spec.padding_mode == "circular":
+            here = here % size
+        elif spec.padding_mode == "reflect":
+            here = (size - 1) - ((size - 1) - here.abs()).abs()
+        else:
+            here = here.clamp(0, size - 1)
+        place = (place.unsqueeze(2) * size + here.unsqueeze(1)).flatten(1)
+        inside = (inside.unsqueeze(2) & read.unsqueeze(1)).flatten(1)
+    return place, inside

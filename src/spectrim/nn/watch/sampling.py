@@ -7,6 +7,7 @@ number made from the *contents* of the sample. So neither the cut into batches n
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -244,6 +245,14 @@ def _leading(spec: LayerSpec, shape: tuple[int, ...]) -> tuple[int, int]:
     leading = shape[:-1] if spec.is_linear else shape[: -axes - 1]
     positions = () if spec.is_linear else spec.output_shape(tuple(shape[-axes:]))
     return (leading[0] if leading else 1), math.prod((*leading, *positions))
+
+
+def pointwise(spec: LayerSpec) -> LayerSpec:
+    """A convolution of the same inputs whose patches are single positions."""
+    ones, none = (1,) * len(spec.kernel), (0,) * len(spec.kernel)
+    return dataclasses.replace(
+        spec, kernel=ones, stride=ones, padding=none, dilation=ones, output_padding=none, transposed=False
+    )
 
 
 def mean_rows(spec: LayerSpec, shape: tuple[int, ...], samples: Samples) -> float:
