@@ -52,11 +52,11 @@ class Moments:
             return
         rows = rows if rows.dtype == torch.float64 else rows.float()
         rows = rows.to(self.mean.device)
-        mean = rows.mean(dim=1, keepdim=True, dtype=torch.float64)
-        centred = rows - mean.to(rows.dtype)
+        rough = rows.mean(dim=1, keepdim=True)
+        centred = rows - rough
         # The rounding of the mean leaves a remainder; taking it into account keeps the sums exact.
         rest = centred.mean(dim=1, keepdim=True, dtype=torch.float64)
-        self._add(n, mean.squeeze(1), _products(centred))
+        self._add(n, (rough + rest).squeeze(1), _products(centred))
         self.scatter.baddbmm_(rest.transpose(1, 2), rest, alpha=-n)
 
     @torch.no_grad()
@@ -135,7 +135,7 @@ _SMALL, _LARGE = 1e-24, 1e30
 
 def _products(rows: Float[Tensor, "g n d"]) -> Float[Tensor, "g d d"]:
     """``rows^T rows``; entries whose products leave the range of float32 are multiplied in units of their own."""
-    result = rows.mT @ rows
+    result = _symmetric(rows)
     if rows.dtype == torch.float64:
         return result
     sums = result.diagonal(dim1=-2, dim2=-1)
@@ -143,11 +143,31 @@ def _products(rows: Float[Tensor, "g n d"]) -> Float[Tensor, "g d d"]:
     odd = ~((sums >= _SMALL) & (sums <= _LARGE))
     if not bool(odd.any()):
         return result
-    size = rows.abs().amax(dim=1)
+    size = torch.zeros_like(sums)
+    columns = odd.any(dim=0).nonzero().squeeze(1)
+    size[:, columns] = rows[:, :, columns].abs().amax(dim=1)
     # A power of two changes no digit.
     power = torch.where(odd & (size > 0) & size.isfinite(), size.log2().floor(), torch.zeros_like(size)).double()
     if not bool(power.any()):
         return result
     unit = torch.exp2(power)
     rows = (rows.double() / unit.unsqueeze(1)).to(rows.dtype)
-    return (rows.mT @ rows).double() * unit.unsqueeze(2) * unit.unsqueeze(1)
+    return _symmetric(rows).double() * unit.unsqueeze(2) * unit.unsqueeze(1)
+
+
+# Size of the blocks of which only those on and above the diagonal are multiplied.
+_BLOCK = 144
+
+
+def _symmetric(rows: Float[Tensor, "g n d"]) -> Float[Tensor, "g d d"]:
+    """``rows^T rows``; the lower half is not multiplied but copied."""
+    size = rows.shape[2]
+    if size < 2 * _BLOCK:
+        return rows.mT @ rows
+    result = rows.new_empty(len(rows), size, size)
+    for start in range(0, size, _BLOCK):
+        end = min(start + _BLOCK, size)
+        strip = rows[:, :, start:end].mT @ rows[:, :, start:]
+        result[:, start:end, start:] = strip
+        result[:, end:, start:end] = strip[:, :, end - start :].mT
+    return result

@@ -10,6 +10,7 @@ from torch import nn
 from spectrim.errors import CalibrationError
 from spectrim.nn.find import find
 from spectrim.nn.watch.calibrate import calibrate
+from spectrim.nn.watch.sampling import Samples, directions
 from spectrim.nn.watch.sensitivity import sensitivity
 from tests.nn.layers import ConvNet, close
 
@@ -35,14 +36,14 @@ def test_second_moments_equal_autograd_along_the_same_directions(inplace):
     model = Small(inplace).double()
     batches = [torch.randn(n, 4, 4, 4, dtype=torch.float64) for n in (3, 5)]
     sites = probe(model, batches=batches, seed=7)
-    generator, gradients = torch.Generator().manual_seed(7), {"conv": [], "mid": [], "out": []}
+    gradients = {"conv": [], "mid": [], "out": []}
     twin = copy.deepcopy(model)
     twin.act.inplace = False
     for x in batches:
         conv = twin.conv(x)
         mid = twin.mid(torch.relu(conv).flatten(1))
         out = twin.out(torch.relu(mid))
-        direction = torch.randn(out.shape, generator=generator).double()
+        direction = directions(out, Samples.of(x), 7)
         found = torch.autograd.grad((out * direction).sum(), [conv, mid, out])
         gradients["conv"].append(found[0].movedim(1, -1).reshape(-1, 2, 2).transpose(0, 1))
         gradients["mid"].append(found[1][None])
@@ -60,7 +61,8 @@ def test_in_expectation_it_is_the_second_moment_of_the_jacobian():
     rows = torch.relu(model.conv(x)).flatten(1).detach()
     jacobian = torch.autograd.functional.jacobian(lambda y: model.out(torch.relu(y)), model.mid(rows).detach())
     wanted = torch.einsum("bzci,bzcj->ij", jacobian.squeeze(2).unsqueeze(2), jacobian.squeeze(2).unsqueeze(2))
-    sites = probe(model, batches=[x.expand(2000, -1, -1, -1)], samples=2000)
+    # Equal samples would be given equal directions.
+    sites = probe(model, batches=[x + 1e-9 * torch.randn(2000, 4, 4, 4)], samples=2000)
     assert close(sites["mid"].statistics.gradient.second_moment[0], wanted, 0.15)
     # The last layer's Jacobian is the identity.
     assert close(sites["out"].statistics.gradient.second_moment[0], torch.eye(3).double(), 0.15)
@@ -110,9 +112,10 @@ def test_batches_are_read_until_there_are_enough_samples():
             seen.append(i)
             yield torch.randn(4, 3, 6, 6)
 
-    sites = probe(model, batches=batches(), samples=10, rows=7)
+    sites = probe(model, batches=batches(), samples=10, rows=3 * 64)
     assert seen == [0, 1, 2]
-    assert sites["stem"].statistics.gradient.count == 3 * 7
+    # Nothing tells how many samples there are: three rows of each of 12.
+    assert sites["stem"].statistics.gradient.count == 3 * 12
 
 
 @dataclass

@@ -23,7 +23,7 @@ from spectrim.nn.watch.batches import checked_batches
 from spectrim.nn.watch.observe import Hook, observe
 from spectrim.nn.watch.patches import outputs_at
 from spectrim.nn.watch.responses import Responses
-from spectrim.nn.watch.sampling import Mask, Run, Samples, choose, mean_rows
+from spectrim.nn.watch.sampling import Mask, Run, Samples, Sampling, choose, mean_rows
 from spectrim.nn.watch.streams import Buffered, Stream, Streams, patches_of
 from spectrim.progress import Steps, reports_steps, told
 
@@ -34,7 +34,7 @@ FULL_LINEAR = 2048
 # Share of a layer's own MACs that its statistics may cost.
 EFFORT = 0.08
 # Rows over the whole run that a moment of vectors of d numbers rests on at least, in multiples of d; and rows at least.
-FLOOR = 16
+FLOOR = 12
 FEWEST = 1024
 
 
@@ -72,7 +72,7 @@ def calibrate(
         :func:`spectrim.nn.watch.batches.arguments`. Read once.
     rows
         Input patches that each site's statistics rest on, over the whole run: a number, of which every sample gives an
-        equal part, at least one; None for all; or ``"auto"`` for 16 times the length of a patch, and more where they
+        equal part, at least one; None for all; or ``"auto"`` for 12 times the length of a patch, and more where they
         are cheap beside the forward pass. How samples are cut into batches, and their order, make no difference but
         that of rounding.
     positions
@@ -102,7 +102,7 @@ def calibrate(
     ValueError
         For ``rows`` or ``positions`` of another kind.
     """
-    amount = Amount(rows, positions)
+    amount = Sampling(rows, positions, mask)
     run = Run(checked_batches(batches), mask)
     watch = _Watch.of(sites, amount, run, seed, statistics=statistics)
     try:
@@ -116,21 +116,6 @@ def calibrate(
             if not statistics:
                 break
     return watch.calibrated()
-
-
-@dataclasses.dataclass(frozen=True)
-class Amount:
-    """How many rows are asked for: over the whole run, or of each sample."""
-
-    rows: int | str | None = "auto"
-    positions: int | None = None
-
-    def __post_init__(self) -> None:
-        rows, positions = self.rows, self.positions
-        if not (rows is None or rows == "auto" or (isinstance(rows, int) and rows > 0)):
-            raise ValueError(f"rows={rows!r}: expected a positive number, None for all positions, or 'auto'")
-        if not (positions is None or (isinstance(positions, int) and positions > 0)):
-            raise ValueError(f"positions={positions!r}: expected a positive number of positions a sample, or None")
 
 
 @dataclasses.dataclass
@@ -159,7 +144,7 @@ class _Watch:
     other_macs: float = 0.0
 
     @classmethod
-    def of(cls, sites: Sites, amount: Amount, run: Run, seed: int, *, statistics: bool) -> _Watch:
+    def of(cls, sites: Sites, amount: Sampling, run: Run, seed: int, *, statistics: bool) -> _Watch:
         readers = {side.name for coupling in sites.couplings for side in coupling.on(IN)}
         seen = _Inputs()
         streams = Streams() if statistics else None
@@ -168,7 +153,7 @@ class _Watch:
             for site in sites
         }
         specs = {site.name: site.spec for site in sites}
-        responses = {c.name: Responses(c, specs, seed + i) for i, c in enumerate(sites.couplings) if statistics}
+        responses = {c.name: Responses(c, specs, amount, run, seed) for c in sites.couplings if statistics}
         return cls(
             sites, watchers, responses, {spec.name: _Shapes(spec) for spec in sites.untouched}, seen, run, streams
         )
@@ -188,7 +173,7 @@ class _Watch:
         for shapes in [*self.watchers.values(), *self.bystanders.values()]:
             shapes.start(index, samples)
         for response in self.responses.values():
-            response.start(index)
+            response.start(samples)
         if index:
             run(batch)
         else:
@@ -334,7 +319,7 @@ class _Watcher(_Shapes):
     """Streams the statistics of one layer."""
 
     def __init__(
-        self, layer: Layer, amount: Amount, run: Run, streams: Streams | None, seed: int, seen: _Inputs,
+        self, layer: Layer, amount: Sampling, run: Run, streams: Streams | None, seed: int, seen: _Inputs,
         *, reads_channels: bool,
     ) -> None:  # fmt: skip
         super().__init__(layer.spec, seen)

@@ -40,7 +40,7 @@ def taps_at(spec: LayerSpec, inputs: Tensor, index: Int64[Tensor, " n"] | None) 
     sample = (index // math.prod(positions)).unsqueeze(1)
     picked = _gathered(inputs, sample.to(inputs.device), place.to(inputs.device))
     if not bool(inside.all()):
-        picked = picked.masked_fill(~inside.to(inputs.device).unsqueeze(2), 0)
+        picked.masked_fill_(~inside.to(inputs.device).unsqueeze(2), 0)
     g, _, i, *kernel = spec.shape
     return picked.reshape(len(index), *kernel, g, i).movedim(-2, 0)
 

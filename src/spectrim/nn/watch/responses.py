@@ -14,9 +14,10 @@ from spectrim.linalg.moments import Moments
 from spectrim.network.coupling import IN, Coupling
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Pooled
+from spectrim.nn.watch.sampling import Run, Samples, Sampling, choose_places
 
-# Positions sampled from a batch where responses are not pooled.
-ROWS = 1024
+# Single positions over the run at least, and in multiples of the number of channels.
+FEWEST, FLOOR = 1024, 12
 
 
 class Responses:
@@ -26,11 +27,14 @@ class Responses:
     addition. Different tensors are taken for further samples, so that a tied set of channels has one spectrum.
     """
 
-    def __init__(self, coupling: Coupling, readers: Mapping[str, LayerSpec], seed: int) -> None:
+    def __init__(
+        self, coupling: Coupling, readers: Mapping[str, LayerSpec], amount: Sampling, run: Run, seed: int
+    ) -> None:
         self.sides = [side for side in coupling.on(IN) if side.name in readers]
         self._specs = readers
         self._seed = seed
-        self._index = 0
+        self._amount, self._run = amount, run
+        self._samples: Samples
         self._seen: list[weakref.ref[Tensor]] = []
         # The counter of the first pass would count the statistics' own products too.
         self.counter: FlopCounterMode | None = None
@@ -43,9 +47,9 @@ class Responses:
         """What has been seen so far."""
         return Pooled(self._max, self._mean, self._unpooled)
 
-    def start(self, index: int) -> None:
+    def start(self, samples: Samples) -> None:
         """Begin with another batch."""
-        self._index = index
+        self._samples = samples
         self._seen = []
 
     def hook(self, number: int) -> Callable[..., None]:
@@ -66,13 +70,28 @@ class Responses:
 
     def _update(self, rows: Tensor) -> None:
         """Add responses ``[samples, channels, positions]``."""
-        self._max.update(rows.amax(2).unsqueeze(0))
-        self._mean.update(rows.float().mean(2).unsqueeze(0))
         single = rows.transpose(1, 2).flatten(0, 1)
-        if len(single) > ROWS:
-            draw = torch.Generator().manual_seed(self._seed * 1_000_003 + self._index)
-            single = single[torch.randint(len(single), (ROWS,), generator=draw).to(single.device)]
-        self._unpooled.update(single.unsqueeze(0))
+        index = choose_places(len(rows), rows.shape[2], self._positions(), self._samples, self._seed)
+        self._unpooled.update(single[index.to(single.device)].unsqueeze(0))
+        mask = self._samples.mask
+        if mask is None or mask.shape != (len(rows), rows.shape[2]):
+            largest, mean = rows.amax(2), rows.float().mean(2)
+        else:
+            data = mask.to(rows.device).unsqueeze(1)
+            largest = rows.masked_fill(~data, -torch.inf).amax(2)
+            mean = (rows.float() * data).sum(2) / data.sum(2).clamp_min(1)
+            some = mask.any(1).to(rows.device)
+            largest, mean = largest[some], mean[some]
+        self._max.update(largest.unsqueeze(0))
+        self._mean.update(mean.unsqueeze(0))
+
+    def _positions(self) -> int | None:
+        """Single positions of a sample of mean length."""
+        amount = self._amount
+        if amount.rows is None or amount.positions is not None:
+            return amount.positions
+        least = max(FEWEST, FLOOR * self._max.mean.shape[1])
+        return self._run.positions(amount.rows if isinstance(amount.rows, int) else least)
 
 
 def _channels(x: Tensor, spec: LayerSpec, positions: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +61,7 @@ class Samples:
     mask: Bool[Tensor, "size positions"] | None
     share: Float64[Tensor, " size"]
     lengths: frozenset[int] = frozenset()
+    _chosen: dict[Hashable, Chosen] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, batch: Any, mask: Mask = None, *, mean: float | None = None) -> Samples:
@@ -89,6 +90,32 @@ class Samples:
             keys = _mixed(keys + _hashed(tensor, found) + _odd(number))
         return cls(size, keys, found, _lengths(inputs, found, size) / mean if mean else torch.ones(size).double(),
                    frozenset(t.shape[1] for t in inputs if t.dim() > 1))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How many rows are asked for, and which of them are data; see :func:`spectrim.calibrate`.
+
+    Attributes
+    ----------
+    rows
+        Over the whole run: a number, None for all, or ``"auto"``.
+    positions
+        Of each sample, in place of ``rows``.
+    mask
+        As for :meth:`Samples.of`.
+    """
+
+    rows: int | str | None = "auto"
+    positions: int | None = None
+    mask: Mask = None
+
+    def __post_init__(self) -> None:
+        rows, positions = self.rows, self.positions
+        if not (rows is None or rows == "auto" or (isinstance(rows, int) and rows > 0)):
+            raise ValueError(f"rows={rows!r}: expected a positive number, None for all positions, or 'auto'")
+        if not (positions is None or (isinstance(positions, int) and positions > 0)):
+            raise ValueError(f"positions={positions!r}: expected a positive number of positions a sample, or None")
 
 
 class Run:
@@ -169,7 +196,14 @@ def choose(spec: LayerSpec, shape: tuple[int, ...], positions: int | None, sampl
     samples
         Of the batch.
     """
-    rows = _Rows.of(spec, shape, samples)
+    # Layers with as many rows in the same order are given the same ones.
+    alike = (*_leading(spec, shape), _turned(spec, shape, samples), positions, seed)
+    if alike not in samples._chosen:
+        samples._chosen[alike] = _chosen(_Rows.of(spec, shape, samples), positions, seed)
+    return samples._chosen[alike]
+
+
+def _chosen(rows: _Rows, positions: int | None, seed: int) -> Chosen:
     keys = _mixed(rows.keys + _odd(seed))
     # A fraction of a row is one with that probability; a sample of one row always gives it.
     wanted = rows.counts if positions is None else (positions * rows.share + _uniform(keys)).long().minimum(rows.counts)
@@ -247,6 +281,33 @@ def _leading(spec: LayerSpec, shape: tuple[int, ...]) -> tuple[int, int]:
     return (leading[0] if leading else 1), math.prod((*leading, *positions))
 
 
+def choose_places(front: int, each: int, positions: int | None, samples: Samples, seed: int = 0) -> Int64[Tensor, " n"]:
+    """The same for rows that lie sample by sample, ``[front, each]``."""
+    return choose(_ROW, (front, each, 1), positions, samples, seed).index
+
+
+def directions(outputs: Tensor, samples: Samples, seed: int = 0) -> Tensor:
+    """A tensor of standard normal numbers of the shape of a network's outputs, drawn by the contents of the samples.
+
+    The same sample is given the same numbers in any batch and order; where outputs belong to padding there are zeros.
+    The numbers of a sample are a stretch of one table of a million, which starts where its key says.
+    """
+    table = torch.randn(_TABLE, generator=torch.Generator().manual_seed(seed))
+    mask, size = samples.mask, samples.size
+    if not outputs.dim() or outputs.shape[0] != size:
+        start = int(_shifted(_mixed(samples.keys.sum().reshape(1)), 20)) % _TABLE
+        return table[(start + torch.arange(outputs.numel())) % _TABLE].reshape(outputs.shape).to(outputs)
+    start = (_shifted(_mixed(samples.keys + _odd(seed)), 20) % _TABLE).unsqueeze(1)
+    if mask is None or outputs.dim() < 2 or outputs.shape[1] != mask.shape[1]:
+        place = torch.arange(outputs[0].numel()).expand(size, -1)
+        return table[(start + place) % _TABLE].reshape(outputs.shape).to(outputs)
+    # The place among the data, so that padding makes no difference.
+    width = max(1, outputs[0, 0].numel())
+    place = (mask.cumsum(1) - 1).clamp_min(0).unsqueeze(2) * width + torch.arange(width)
+    drawn = table[(start.unsqueeze(2) + place) % _TABLE] * mask.unsqueeze(2)
+    return drawn.reshape(outputs.shape).to(outputs)
+
+
 def pointwise(spec: LayerSpec) -> LayerSpec:
     """A convolution of the same inputs whose patches are single positions."""
     ones, none = (1,) * len(spec.kernel), (0,) * len(spec.kernel)
@@ -322,6 +383,10 @@ def _count(batches: Any) -> int | None:
     return told if isinstance(told, int) and told > 0 else None
 
 
+# A linear layer of one number: its rows are the places of a tensor.
+_ROW = LayerSpec(("",), 1, 1)
+# Numbers of the table that directions are taken from.
+_TABLE = 1 << 20
 _GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed number
 
 

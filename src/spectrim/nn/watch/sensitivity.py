@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,9 +14,13 @@ from spectrim.linalg.moments import Moments
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Sites
 from spectrim.nn.contiguity import contiguous_where_needed
-from spectrim.nn.watch.batches import batch_size, checked_batches, output_tensors
+from spectrim.nn.watch.batches import checked_batches, output_tensors
 from spectrim.nn.watch.observe import Hook, observe
 from spectrim.nn.watch.patches import outputs_at
+from spectrim.nn.watch.sampling import Mask, Run, Samples, choose, directions
+
+# Output positions over the run at least, and in multiples of the number of output channels.
+FEWEST, FLOOR = 4096, 16
 
 
 def sensitivity(
@@ -25,7 +29,8 @@ def sensitivity(
     batches: Iterable[Any],
     *,
     samples: int = 1024,
-    rows: int = 4096,
+    rows: int | None = None,
+    mask: Mask = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     seed: int = 0,
 ) -> Sites:
@@ -43,7 +48,11 @@ def sensitivity(
     batches
         Read until ``samples`` samples have been seen.
     rows
-        Output positions sampled in each batch.
+        Output positions that are taken over the whole run, an equal part of each sample; by default 16 times the
+        number of a layer's output channels, and at least 4,096.
+    mask
+        Which tokens are data, as for :func:`spectrim.calibrate`: directions are zero at outputs of padding, and its
+        gradients count nowhere.
 
     Returns
     -------
@@ -56,34 +65,36 @@ def sensitivity(
         If no gradient reaches a site, or gradients are NaN or Inf; the message names the layer.
     """
     checked_batches(batches)
+    run_of = Run(batches, mask)
+    if run_of.samples is not None:
+        run_of.samples = min(run_of.samples, samples)
     specs = [layer.spec for layer in sites]
     held = {s.name: Moments(s.groups, s.out_channels // s.groups, s.device) for s in specs}
-    state = {"index": 0}
+    state: dict[str, Samples] = {}
     layers = {s.name: model.get_submodule(s.name) for s in specs}
-    hooks = [Hook(layers[s.name], _hook(s, held[s.name], rows, seed, state)) for s in specs]
+    hooks = [Hook(layers[s.name], _hook(s, held[s.name], _positions(s, rows, run_of), seed, state)) for s in specs]
     parameters = list(model.parameters())
     before = [(p, p.requires_grad, p.grad) for p in parameters]
     weights = {id(layer.weight) for layer in layers.values()}
     seen = 0
-    generator = torch.Generator().manual_seed(seed)
     try:
         with observe(model, hooks, gradients=True, forward=forward) as run, contiguous_where_needed(model):
             for parameter in parameters:
                 parameter.requires_grad_(id(parameter) in weights)
                 parameter.grad = None
-            for index, batch in enumerate(batches):
-                state["index"] = index
+            for batch in batches:
+                state["batch"] = run_of.see(batch)
                 outputs = [z for z in output_tensors(run(batch)) if z.requires_grad]
                 if not outputs:
                     raise CalibrationError(
                         "no gradient reaches the sites: the model's output does not depend on them, or is computed "
                         "without gradients"
                     )
-                directions = [torch.randn(z.shape, generator=generator).to(z) for z in outputs]
-                torch.autograd.backward(outputs, directions)
+                drawn = [directions(z, state["batch"], seed + number) for number, z in enumerate(outputs)]
+                torch.autograd.backward(outputs, drawn)
                 for parameter in parameters:
                     parameter.grad = None
-                seen += batch_size(batch)
+                seen += state["batch"].size
                 if seen >= samples:
                     break
     finally:
@@ -107,15 +118,20 @@ def sensitivity(
     )
 
 
-def _hook(spec: LayerSpec, held: Moments, rows: int, seed: int, state: dict[str, int]) -> Callable[..., None]:
+def _positions(spec: LayerSpec, rows: int | None, run: Run) -> int:
+    """Rows of a sample of mean length."""
+    return run.positions(max(FEWEST, FLOOR * spec.out_channels // spec.groups) if rows is None else rows)
+
+
+def _hook(
+    spec: LayerSpec, held: Moments, positions: int, seed: int, state: Mapping[str, Samples]
+) -> Callable[..., None]:
     def watch(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        shape = tuple((args[0] if args else kwargs["input"]).shape)
+
         def receive(gradient: Tensor) -> None:
-            generator = torch.Generator().manual_seed(seed + 7919 * state["index"])
-            every = outputs_at(spec, gradient.detach(), None)
-            chosen = (
-                torch.randperm(every.shape[1], generator=generator)[:rows] if rows < every.shape[1] else slice(None)
-            )
-            held.update(every[:, chosen])
+            index = choose(spec, shape, positions, state["batch"], seed).index
+            held.update(outputs_at(spec, gradient.detach(), index))
 
         # A tensor hook sees the gradient of the value as it is now, even if it is overwritten in place later.
         if output.requires_grad:
