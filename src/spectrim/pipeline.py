@@ -24,7 +24,9 @@ from spectrim.nn.find import Which, check_model
 from spectrim.nn.sparse.kernels import choose_kernels
 from spectrim.nn.timing import Timing, measure_latency
 from spectrim.nn.watch.batches import batch_size, call, checked_batches, evaluating, output_tensors
+from spectrim.nn.watch.calibrate import few_rows
 from spectrim.nn.watch.reconstruct import Errors
+from spectrim.nn.watch.sampling import Mask, Sampling
 from spectrim.preparation import Prepared, check_options, laid_out, locate, prepare
 from spectrim.preparation import one_batch as one_batch  # its former place, until version 0.3
 from spectrim.progress import Progress, reports, silent, told
@@ -143,6 +145,9 @@ def compress(
     guard: bool = False,
     costs: Mapping[str, Cost] | None = None,
     selector: Selector = exact,
+    rows: int | str | None = "auto",
+    positions: int | None = None,
+    mask: Mask = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     progress: Progress | bool | None = None,
 ) -> Result:
@@ -180,6 +185,8 @@ def compress(
         Further costs of your own, functions of layers by name, which the budget may limit.
     selector
         How choices are made; exact by default.
+    rows, positions, mask
+        How many input patches the statistics rest on, and which tokens are data; see :func:`spectrim.calibrate`.
 
     Returns
     -------
@@ -205,6 +212,7 @@ def compress(
             f"selector is {selector!r}: expected a function of a table and a budget, such as those of "
             "spectrim.selection.selectors"
         )
+    sampling = Sampling(rows, positions, mask)
     batches = list(calibration) if iter(checked_batches(calibration)) is calibration else calibration
     if groups is None:
         groups = methods is None and not {"parameters", "bytes"}.isdisjoint(budget.costs)
@@ -219,7 +227,7 @@ def compress(
     sites = locate(model, batches, skip=skip, only=only, channels=channels, forward=forward)
     prepared = prepare(
         model, sites, batches, sensitivity=sensitivity, groups=groups, forward=forward, progress=told(progress),
-        latency=latency or guard or budget.latency is not None,
+        latency=latency or guard or budget.latency is not None, sampling=sampling,
     )  # fmt: skip
     return shrink(
         model, prepared, budget, methods=methods, reconstruct=reconstruct, guard=guard, costs=costs,
@@ -266,13 +274,13 @@ def shrink(
             selector=lambda table, limits: planned(table, limits)[0], methods=methods,
         )  # fmt: skip
     done = carry_out(
-        model, sites, plan, batches, methods=methods, reconstruct=reconstruct, forward=forward,
-        progress=progress,
+        model, sites, plan, batches, methods=methods, reconstruct=reconstruct, rows=prepared.sampling.rows,
+        mask=prepared.sampling.mask, forward=forward, progress=progress,
     )  # fmt: skip
     small = done.model
     if latency is not None:
         small = _as_run(small, prepared.example, latency)
-    notes = (*(_said_of_time(measured, budget, table) if measured else ()), *_said_of_layers(done))
+    notes = (*few_rows(sites), *(_said_of_time(measured, budget, table) if measured else ()), *_said_of_layers(done))
     skipped = tuple((s.name, s.kind, s.reason) for s in sites.skipped)
     report = Report(plan, skipped, sites.samples, measured, notes, done.errors, done.held_out)
     return Result(small, plan, report, table, sites)

@@ -21,6 +21,7 @@ from spectrim.nn.find import Which, find
 from spectrim.nn.timing import measure_latency
 from spectrim.nn.watch.batches import arguments, resized
 from spectrim.nn.watch.calibrate import calibrate
+from spectrim.nn.watch.sampling import Sampling
 from spectrim.nn.watch.sensitivity import sensitivity as weigh
 from spectrim.progress import Progress, silent
 
@@ -46,6 +47,8 @@ class Prepared:
         Calibrated, and weighed, coupled and grouped as asked for.
     batches
         That the sites were calibrated on, to be read as often as needed; None where no statistics were taken.
+    sampling
+        How many rows the statistics rest on, and which are data.
     latency
         How time is measured; None if it is not.
     example
@@ -60,6 +63,7 @@ class Prepared:
     latency: Latency | None = None
     example: Any = None
     dense_latency: float | None = None
+    sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
 
 
 def locate(
@@ -102,6 +106,7 @@ def prepare(
     groups: bool | Mapping[str, Sequence[str]] = False,
     latency: Latency | bool = False,
     dense_latency: float | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     forward: Callable[[nn.Module, Any], Any] | None = None,
     progress: Progress = silent,
 ) -> Prepared:
@@ -123,17 +128,20 @@ def prepare(
         How time is measured; True measures on the model's device in its dtype, False measures no time.
     dense_latency
         Of the whole dense network, if it is known; else it is measured.
+    sampling
+        How many rows the statistics rest on, and which are data.
     """
     sites = calibrate(
-        model, sites, batches, statistics=statistics, forward=forward, progress=functools.partial(progress, "calibrate")
-    )
+        model, sites, batches, rows=sampling.rows, positions=sampling.positions, mask=sampling.mask,
+        statistics=statistics, forward=forward, progress=functools.partial(progress, "calibrate"),
+    )  # fmt: skip
     if sensitivity:
-        sites = weigh(model, sites, batches, forward=forward)
+        sites = weigh(model, sites, batches, mask=sampling.mask, forward=forward)
     if groups is not False:
         sites = group(sites, None if groups is True else groups)
     kept = batches if statistics else None
     if latency is False:
-        return Prepared(sites, kept)
+        return Prepared(sites, kept, sampling=sampling)
     if latency is True:
         spec = sites.sites[0].spec
         latency = Latency(device=spec.device, dtype=spec.dtype)
@@ -141,7 +149,7 @@ def prepare(
     if dense_latency is None:
         timings = measure_latency({"dense": laid_out(model, latency)}, example, threads=latency.threads)
         dense_latency = timings["dense"].quiet
-    return Prepared(sites, kept, latency, example, dense_latency)
+    return Prepared(sites, kept, latency, example, dense_latency, sampling)
 
 
 def one_batch(model: nn.Module, batches: Iterable[Any], size: int) -> Any:

@@ -69,6 +69,19 @@ class InputOptions:
         str | None, typer.Option("--data", "-d", help="Calibration batches; some of --train where ranks are learned.")
     ] = None
     input_shape: Input = None
+    mask: Annotated[
+        str | None,
+        typer.Option(
+            "--mask", help="Tensor of the batches that is not zero where a token is data; attention_mask by default."
+        ),
+    ] = None
+    rows: Annotated[
+        int | None,
+        typer.Option("--rows", min=1, help="Input patches that a layer's statistics rest on, over all samples."),
+    ] = None
+    positions: Annotated[
+        int | None, typer.Option("--positions", min=1, help="Input patches of every sample, in place of --rows.")
+    ] = None
 
 
 @dataclass(frozen=True)

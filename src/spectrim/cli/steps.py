@@ -40,7 +40,7 @@ def prepared(out: Output, work: Work, sites: Sites, groups: Wanted = False, *, w
         if calibrated or work.example is not None:
             known = prepare(
                 work.dense, sites, batches, statistics=calibrated, sensitivity=weigh and calibrated,
-                latency=work.latency or False, progress=report,
+                latency=work.latency or False, sampling=work.sampling, progress=report,
             )  # fmt: skip
     return dataclasses.replace(known, sites=offer(known.sites, groups))
 
@@ -63,7 +63,7 @@ def table_of(
 
 def carry_out(model: nn.Module, known: Prepared, table: Candidates, plan: Plan) -> Result:
     """Apply a plan to a model that has been prepared."""
-    small = apply(model, known.sites, plan, known.batches)
+    small = apply(model, known.sites, plan, known.batches, rows=known.sampling.rows, mask=known.sampling.mask)
     skipped = tuple((s.name, s.kind, s.reason) for s in known.sites.skipped)
     return Result(small, plan, Report(plan, skipped, known.sites.samples), table, known.sites)
 

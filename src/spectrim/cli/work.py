@@ -18,6 +18,7 @@ from spectrim.cost.latency import Latency
 from spectrim.network.sites import Sites
 from spectrim.nn.find import find
 from spectrim.nn.watch.batches import resized
+from spectrim.nn.watch.sampling import Sampling
 from spectrim.report import accuracy
 from spectrim.train.batches import length, split
 
@@ -42,6 +43,8 @@ class Work:
         How time is measured; None if nothing asks for it.
     threads
         As given.
+    sampling
+        How many rows calibration keeps, and which are data.
     """
 
     model: str
@@ -53,6 +56,7 @@ class Work:
     example: Any
     latency: Latency | None
     threads: int | None
+    sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
 
     @classmethod
     def load(
@@ -84,7 +88,18 @@ class Work:
         elif inputs.input_shape is not None:
             example = random_input(inputs.input_shape, network.batch, device)
         clock = Latency(device=device, batch=network.batch) if timed else None
-        return cls(network.model, dense, sites, train, data, test, example, clock, network.threads)
+        return cls(
+            network.model,
+            dense,
+            sites,
+            train,
+            data,
+            test,
+            example,
+            clock,
+            network.threads,
+            Sampling(inputs.rows or "auto", inputs.positions, inputs.mask),
+        )
 
     def score(self, model: nn.Module) -> float:
         """Percent of the test samples.

@@ -351,6 +351,9 @@ class Sites:
         MACs a sample outside all of the above, such as attention products; known after a run.
     samples
         Calibration samples seen.
+    tokens
+        Tokens in them that are data, where batches have a mask; else 0. The rows that the statistics of a layer rest
+        on are the ``count`` of its moments.
     """
 
     sites: tuple[Layer, ...]
@@ -366,6 +369,7 @@ class Sites:
     pooled: Mapping[str, Pooled] = field(default_factory=lambda: MappingProxyType({}))
     followers: tuple[Layer, ...] = ()
     norms: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    tokens: int = 0
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.sites)

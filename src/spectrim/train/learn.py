@@ -17,6 +17,7 @@ from spectrim.errors import CheckpointError
 from spectrim.network.files import replacing
 from spectrim.nn.find import Which
 from spectrim.nn.watch.batches import batch_size
+from spectrim.nn.watch.sampling import Mask, Sampling
 from spectrim.pipeline import Report, Result
 from spectrim.preparation import check_options, locate, prepare
 from spectrim.selection.budget import COSTS, Budget, BudgetLike
@@ -70,6 +71,7 @@ def learn_ranks(
     skip: Which | Iterable[Which] = (),
     only: Which | Iterable[Which] = (),
     groups: bool | Mapping[str, Sequence[str]] = False,
+    mask: Mask = None,
     teacher: nn.Module | None = None,
     loss: Loss | None = None,
     evaluate: Evaluate | None = None,
@@ -105,6 +107,8 @@ def learn_ranks(
         Layers to leave alone or keep to; see :func:`spectrim.find`.
     groups
         Layers that may share factors: True finds them (:func:`spectrim.group`), a mapping names them.
+    mask
+        Which tokens of the calibration batches are data; see :func:`spectrim.calibrate`.
     teacher, loss, evaluate, progress, accelerate
         As for :func:`spectrim.fine_tune`; ``evaluate`` is used in tuning.
     checkpoint
@@ -127,7 +131,8 @@ def learn_ranks(
     limits = None if budget is None else _limits(budget, options)
     run = _Run(
         model, batches, calibration=calibration, learning=learning or Recipe(), tuning=tuning or Recipe(),
-        patience=patience, weigh=weigh, skip=skip, only=only, groups=groups, evaluate=evaluate, latency=latency,
+        patience=patience, weigh=weigh, skip=skip, only=only, groups=groups, mask=mask,
+        evaluate=evaluate, latency=latency,
         training={"teacher": teacher, "loss": loss, "progress": progress, "accelerate": accelerate}, options=options,
     )  # fmt: skip
     return run.point(copy.deepcopy(model), limits, None if checkpoint is None else Path(checkpoint))
@@ -146,6 +151,7 @@ def budget_path(
     skip: Which | Iterable[Which] = (),
     only: Which | Iterable[Which] = (),
     groups: bool | Mapping[str, Sequence[str]] = False,
+    mask: Mask = None,
     teacher: nn.Module | None = None,
     loss: Loss | None = None,
     evaluate: Evaluate | None = None,
@@ -177,7 +183,8 @@ def budget_path(
     limits = [_limits(budget, options) for budget in budgets]
     run = _Run(
         model, batches, calibration=calibration, learning=learning or Recipe(), tuning=tuning or Recipe(),
-        patience=patience, weigh=weigh, skip=skip, only=only, groups=groups, evaluate=evaluate, latency=latency,
+        patience=patience, weigh=weigh, skip=skip, only=only, groups=groups, mask=mask,
+        evaluate=evaluate, latency=latency,
         training={"teacher": teacher, "loss": loss, "progress": progress, "accelerate": accelerate}, options=options,
     )  # fmt: skip
     net = copy.deepcopy(model)
@@ -215,6 +222,7 @@ class _Run:
     skip: Which | Iterable[Which]
     only: Which | Iterable[Which]
     groups: bool | Mapping[str, Sequence[str]]
+    mask: Mask
     evaluate: Evaluate | None
     latency: Latency | None
     training: dict[str, Any]
@@ -291,7 +299,7 @@ class _Run:
         assert self.calibration is not None
         sites = locate(net, self.calibration, skip=self.skip, only=self.only)
         prepared = prepare(
-            net, sites, self.calibration, sensitivity=self.weigh, groups=self.groups,
+            net, sites, self.calibration, sensitivity=self.weigh, groups=self.groups, sampling=Sampling(mask=self.mask),
             latency=self.latency or (budget is not None and budget.latency is not None),
             dense_latency=self.options.get("dense_latency"),
         )  # fmt: skip

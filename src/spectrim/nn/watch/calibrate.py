@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import MappingProxyType
@@ -35,6 +36,8 @@ FULL_LINEAR = 2048
 EFFORT = 0.08
 # Rows over the whole run that a moment of vectors of d numbers rests on at least, in multiples of d; and rows at least.
 FLOOR = 12
+# Rows a number below which errors on other data are much larger than those on the rows.
+ENOUGH = 4
 FEWEST = 1024
 
 
@@ -128,8 +131,8 @@ class _Watch:
         What is kept of the sites, of coupled channels and of layers left alone, by name.
     order
         Names of layers in the order in which they are called.
-    samples, other_macs
-        Samples so far, and MACs a sample outside the watched layers, from the first batch.
+    samples, tokens, other_macs
+        Samples and tokens so far, and MACs a sample outside the watched layers, from the first batch.
     """
 
     sites: Sites
@@ -141,6 +144,7 @@ class _Watch:
     streams: Streams | None
     order: list[str] = dataclasses.field(default_factory=list)
     samples: int = 0
+    tokens: int = 0
     other_macs: float = 0.0
 
     @classmethod
@@ -189,6 +193,7 @@ class _Watch:
         if self.streams is not None:
             self.streams.end_of_pass()
         self.samples += size
+        self.tokens += 0 if samples.mask is None else int(samples.mask.sum())
 
     def calibrated(self) -> Sites:
         """The sites with what was seen; those that no batch reached are skipped."""
@@ -225,6 +230,7 @@ class _Watch:
             other_bytes=sites.other_bytes + int(size_bytes(idle)),
             other_macs=max(0.0, self.other_macs - macs([*(layer.spec for layer in layers), *untouched])),
             samples=self.samples,
+            tokens=self.tokens,
             same_inputs=self.seen.together([layer.name for layer in layers]),
             couplings=couplings,
             pooled=MappingProxyType(pooled),
@@ -405,6 +411,32 @@ def _longest(spec: LayerSpec) -> int:
     if in_full(spec):
         return spec.features
     return max(spec.in_channels, spec.out_channels) // spec.groups
+
+
+def few_rows(sites: Sites) -> Iterator[str]:
+    """What a user should know of layers whose moments rest on too few rows for their length, and what to do."""
+    short = [
+        (layer, moments)
+        for layer in sites
+        if (moments := layer.statistics.input) is not None and moments.count < ENOUGH * moments.mean.shape[1]
+    ]
+    if not short:
+        return
+    layer, moments = min(short, key=lambda pair: pair[1].count / pair[1].mean.shape[1])
+    there = sites.samples * max(1, positions_of(layer.spec))
+    cure = "ask for more with rows= or positions=" if there > 1.5 * moments.count else "calibrate on more samples"
+    yield (
+        f"the statistics of {len(short)} of {len(sites)} layers rest on too few rows, fewest in {layer.name!r}: "
+        f"{moments.count:,} rows for vectors of {moments.mean.shape[1]:,} numbers, where {ENOUGH} rows a number are "
+        f"enough; {cure}"
+    )
+
+
+def positions_of(spec: LayerSpec) -> int:
+    """Rows that a layer is given for one sample."""
+    if spec.is_linear:
+        return sum(shape[0] for shape in spec.inputs)
+    return sum(math.prod(spec.output_shape(shape)) for shape in spec.inputs)
 
 
 def in_full(spec: LayerSpec) -> bool:
