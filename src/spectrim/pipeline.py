@@ -26,7 +26,7 @@ from spectrim.nn.timing import Timing, measure_latency
 from spectrim.nn.watch.batches import batch_size, call, checked_batches, evaluating, output_tensors
 from spectrim.nn.watch.calibrate import few_rows
 from spectrim.nn.watch.reconstruct import Errors
-from spectrim.nn.watch.sampling import Mask, Sampling
+from spectrim.nn.watch.sampling import Mask, Sampling, mask_of
 from spectrim.preparation import Prepared, check_options, laid_out, locate, prepare
 from spectrim.preparation import one_batch as one_batch  # its former place, until version 0.3
 from spectrim.progress import Progress, reports, silent, told
@@ -258,7 +258,7 @@ def shrink(
 
     def judged(plan: Plan) -> float:
         trial = apply(model, sites, plan, methods=methods)
-        return output_error(model, trial, batches, forward=forward)
+        return output_error(model, trial, batches, mask=prepared.sampling.mask, forward=forward)
 
     def planned(table: Candidates | None, limits: Budget) -> tuple[Plan, Candidates]:
         if any(method.removes_channels for method in methods or ()):
@@ -316,16 +316,20 @@ def output_error(
     batches: Iterable[Any],
     *,
     samples: int = 512,
+    mask: Mask = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> float:
-    """Share of the energy of a network's outputs that a compressed copy misses, on some samples."""
+    """Share of the energy of a network's outputs that a compressed copy misses, on some samples; padding left out."""
     run = forward or call
     missed = energy = 0.0
     seen = 0
     with evaluating(dense, compressed):
         for batch in batches:
             wanted, given = (output_tensors(run(model, batch)) for model in (dense, compressed))
+            data = mask_of(batch, mask, batch_size(batch))
             for a, b in zip(wanted, given, strict=True):
+                if data is not None and a.shape[:2] == data.shape:
+                    a, b = a[data.to(a.device)], b[data.to(b.device)]
                 missed += float((a.double() - b.double()).square().sum())
                 energy += float((a.double() - a.double().mean(0)).square().sum())
             seen += batch_size(batch)

@@ -10,6 +10,7 @@ import spectrim as st
 from spectrim.nn.find import find
 from spectrim.nn.watch.calibrate import calibrate, few_rows
 from spectrim.nn.watch.sensitivity import sensitivity
+from spectrim.pipeline import output_error
 from tests.nn.layers import close
 
 
@@ -205,3 +206,14 @@ def test_a_note_says_what_to_do_about_too_few_rows(samples, rows, cure):
     assert not list(few_rows(calibrate(model, find(model), [torch.randn(40, 3, 16)])))
     result = st.compress(model, [x], st.Budget(parameters=0.9), rows=rows)
     assert note in result.report.notes
+
+
+def test_padding_counts_nothing_in_the_error_of_outputs():
+    class Tokens(Texts):
+        def forward(self, input_ids, attention_mask):
+            return self.out(torch.tanh(self.query(self.embed(input_ids))))
+
+    dense, other = Tokens(), Tokens()
+    short = output_error(dense, other, [texts(30)])
+    assert output_error(dense, other, [texts(90, left=True)]) == pytest.approx(short, rel=1e-9)
+    assert output_error(dense, other, [texts(90)], mask=lambda batch: None) != pytest.approx(short, rel=0.1)
