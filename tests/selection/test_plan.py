@@ -310,3 +310,11 @@ def test_no_label_says_what_is_of_channels() -> None:
     assert "of_channels" not in plan.to_json()
     with pytest.raises(PlanError, match="entry has no field 'of_channels'"):
         Plan.from_json(plan.to_json().replace('"members"', '"of_channels": true, "members"', 1))
+
+
+@pytest.mark.parametrize("error", [1e-9, 1e-4, 0.5])
+def test_a_small_error_is_a_small_loss_and_none_is_none(error: float) -> None:
+    options = (Option(DENSE, 0.0, {"macs": 4.0}), Option(LowRankChoice("channel", 1), error, {"macs": 2.0}))
+    row = Row("a", "Linear", options, scale=3.0)
+    assert row.loss(options[1]) == pytest.approx(3 * error**row.exponent, rel=1e-12)
+    assert row.loss(options[0]) == 0

@@ -28,10 +28,16 @@ def launch(out: Path, launcher: list[str], *options: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_one_launched_process_gives_the_same_bits(tmp_path: Path) -> None:
-    launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    launch(tmp_path / "out", launcher, "epochs=3")
+def test_one_launched_process_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``accelerate launch`` does, without a program of its own for it."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    monkeypatch.chdir(tmp_path)
+    for name, value in (ENVIRONMENT | {"ACCELERATE_USE_CPU": "true"}).items():
+        monkeypatch.setenv(name, value)
+    options = ["--cpu", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
+    options += ["--dynamo_backend", "no", training_script.__file__, str(tmp_path / "out"), "epochs=3"]
+    launch_command(launch_command_parser().parse_args(options))
     assert equal(load_file(next(tmp_path.glob("out*"))), weights(training_script.train(epochs=3)))
 
 
