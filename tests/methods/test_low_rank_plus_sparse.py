@@ -423,3 +423,18 @@ def test_a_layer_that_cannot_have_the_pattern_keeps_low_rank() -> None:
     both = LowRankPlusSparse(patterns=("unstructured", "rows"), ranks=2).curve(site)
     alone = [held for held in both.choices if not held["density"]]
     assert len(alone) == len({held["rank"] for held in alone})
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_the_curve_of_a_large_layer_is_the_same_in_single_precision(
+    weighted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, _, _ = small_site("linear", dtype=torch.float64, weighted=weighted)
+    wanted = FEW.curve(site)
+    monkeypatch.setattr("spectrim.methods.low_rank_plus_sparse._SINGLE", 1)
+    found = FEW.curve(site)
+    assert found.choices == wanted.choices
+    assert found.scale == pytest.approx(wanted.scale)
+    # Another order of entries that are nearly equal leads to another minimum, nearly as good.
+    assert found.errors == pytest.approx(wanted.errors, rel=0.02, abs=1e-5)
+    assert found.errors != wanted.errors

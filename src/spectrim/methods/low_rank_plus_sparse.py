@@ -33,6 +33,8 @@ _SHARES = (0.0, 0.15, 0.3, 0.5)
 _FEW = 8
 _LARGE = 400_000
 _HUGE = 8_000_000
+# From this many weights on the curve is found in float32.
+_SINGLE = 2**14
 # With more outputs than this the spectrum, which is to look at, would take longer than the fit.
 _WIDE = 2048
 
@@ -122,12 +124,13 @@ class LowRankPlusSparse(Method):
         for number, how in enumerate(self._chosen(site)):
             layer = AdditiveLayer.of(site, how, exact=self.exact)
             total = layer.total
+            quick = layer.single() if math.prod(site.spec.shape) >= _SINGLE else layer
             scale = statistics.scale(site, total) if site.statistics else 1.0
             offered = [(rank, _ANY, 0.0) for rank in self._alone(site.spec, how)]
             for pattern in self._patterns(site, layer):
                 offered += [(r, pattern, d) for r, d in self._grid(site.spec, how, pattern, first=not number)]
             for rank, pattern, density in offered:
-                found = self._decompose(layer, rank, pattern, density, turns=_CURVE_TURNS)
+                found = self._decompose(quick, rank, pattern, density, turns=_CURVE_TURNS)
                 choices.append(self.choice(site, how, rank, pattern, density))
                 errors.append(min(1.0, found.error / total) if total > 0 else 0.0)
             if site.spec.shape[1] <= _WIDE:
