@@ -117,3 +117,17 @@ def test_any_bytes_of_the_right_length_are_positions_or_refused(units, seed, sha
     except ValueError:
         return
     assert int(flags.sum()) == kept
+
+
+def test_a_code_of_a_unit_just_behind_the_last_is_refused() -> None:
+    units, kept = 101, 5
+    mask = torch.zeros(units, dtype=torch.bool)
+    mask[[3, 20, 41, 66, 100]] = True
+    code = pack(mask)
+    bits = low_bits(units, kept)
+    assert bits
+    # The lowest bit of the last unit: 100 becomes 101.
+    place = (kept - 1) * bits
+    code[place // 8] |= 1 << (place % 8)
+    with pytest.raises(ValueError, match="does not name 5 different units out of 101"):
+        unpack(code, units, kept)

@@ -318,3 +318,11 @@ def test_a_small_error_is_a_small_loss_and_none_is_none(error: float) -> None:
     row = Row("a", "Linear", options, scale=3.0)
     assert row.loss(options[1]) == pytest.approx(3 * error**row.exponent, rel=1e-12)
     assert row.loss(options[0]) == 0
+
+
+def test_a_group_stands_where_its_first_layer_does() -> None:
+    options = (Option(DENSE, 0.0, {"macs": 4.0}), Option(LowRankChoice("channel", 1), 0.1, {"macs": 2.0}))
+    rows = [Row(name, "Linear", options) for name in "abc"]
+    table = Candidates((*rows, Row("both", "2 x Linear", options, members=("a", "c"))), {"macs": 0.0}, "weight energy")
+    plan = make_plan(table, {1: 0, 3: 1}, budget={}, selector="by hand")
+    assert [entry.site for entry in plan] == ["both", "b"]
