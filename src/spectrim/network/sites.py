@@ -6,7 +6,6 @@ sites, what was skipped and why, and what the rest of the network costs. There i
 
 from __future__ import annotations
 
-import copyreg
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,16 +24,18 @@ from spectrim.network.coupling import Coupling
 from spectrim.network.layer import LayerSpec
 
 
-def _read_only(values: dict[Any, Any]) -> MappingProxyType[Any, Any]:
-    return MappingProxyType(values)
+class _Copied:
+    """Pickle and deepcopy know nothing of read-only views: they are stored as what they show."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: dict(v) if isinstance(v, MappingProxyType) else v for k, v in self.__dict__.items()}
 
-# Read-only views are what pickle and deepcopy know nothing of, and what sites and results hold.
-copyreg.pickle(MappingProxyType, lambda view: (_read_only, (dict(view),)))
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update({k: MappingProxyType(v) if isinstance(v, dict) else v for k, v in state.items()})
 
 
 @dataclass(frozen=True)
-class Statistics:
+class Statistics(_Copied):
     """What calibration keeps of one layer, as streamed moments ``[g, features]``; all of it may be absent.
 
     Attributes
@@ -321,7 +322,7 @@ class Skipped:
 
 
 @dataclass(frozen=True)
-class Sites:
+class Sites(_Copied):
     """The sites of a network, in order of execution once it has been run, and what surrounds them.
 
     Attributes
