@@ -75,12 +75,12 @@ def sensitivity(
     hooks = [Hook(layers[s.name], _hook(s, held[s.name], _positions(s, rows, run_of), seed, state)) for s in specs]
     parameters = list(model.parameters())
     before = [(p, p.requires_grad, p.grad) for p in parameters]
-    weights = {id(layer.weight) for layer in layers.values()}
     seen = 0
     try:
         with observe(model, hooks, gradients=True, forward=forward) as run, contiguous_where_needed(model):
+            # Gradients of weights are not asked for, and would take as long as those of what passes.
             for parameter in parameters:
-                parameter.requires_grad_(id(parameter) in weights)
+                parameter.requires_grad_(False)
                 parameter.grad = None
             for batch in batches:
                 state["batch"] = run_of.see(batch)
@@ -92,8 +92,6 @@ def sensitivity(
                     )
                 drawn = [directions(z, state["batch"], seed + number) for number, z in enumerate(outputs)]
                 torch.autograd.backward(outputs, drawn)
-                for parameter in parameters:
-                    parameter.grad = None
                 seen += state["batch"].size
                 if seen >= samples:
                     break
@@ -125,16 +123,20 @@ def _positions(spec: LayerSpec, rows: int | None, run: Run) -> int:
 
 def _hook(
     spec: LayerSpec, held: Moments, positions: int, seed: int, state: Mapping[str, Samples]
-) -> Callable[..., None]:
-    def watch(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+) -> Callable[..., Tensor]:
+    def watch(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
         shape = tuple((args[0] if args else kwargs["input"]).shape)
 
         def receive(gradient: Tensor) -> None:
             index = choose(spec, shape, positions, state["batch"], seed).index
             held.update(outputs_at(spec, gradient.detach(), index))
 
+        if not torch.is_grad_enabled():
+            return output
+        # Where no gradient comes by so far, it begins: with a copy, since what begins may not be overwritten in place.
+        tracked = output if output.requires_grad else output.detach().requires_grad_().clone()
         # A tensor hook sees the gradient of the value as it is now, even if it is overwritten in place later.
-        if output.requires_grad:
-            output.register_hook(receive)
+        tracked.register_hook(receive)
+        return tracked
 
     return watch
