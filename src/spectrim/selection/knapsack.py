@@ -23,7 +23,7 @@ Indices = NDArray[np.intp]
 ROUNDING = 1e-12
 GAP = 1e-6
 # With more sites than this the last digits take the solver much longer than the rest, and change nothing in practice.
-FEW_SITES = 100
+FEW_SITES = 40
 WIDE_GAP = 1e-4
 SECONDS = 30.0
 

@@ -120,7 +120,7 @@ def lagrangian(candidates: Candidates, budget: Budget) -> Plan:
 def exact(candidates: Candidates, budget: Budget) -> Plan:
     """The plan of least loss, by mixed-integer programming (HiGHS), up to a relative gap of ``1e-6``.
 
-    With more than 100 sites the gap is ``1e-4``. Options that :func:`lagrangian`'s plan and bound prove to be in no
+    With more than 40 sites the gap is ``1e-4``. Options that :func:`lagrangian`'s plan and bound prove to be in no
     better plan are left out, which keeps the program small; where they prove that plan good enough there is none.
     ``bound`` of the plan is the proven lower bound, and its share ``1 - bound / loss`` is kept in the plan's ``facts``
     as ``"proven gap"``. If the solver fails or takes longer than 30 s, the plan is that of :func:`lagrangian` and its
