@@ -99,8 +99,8 @@ def cut(config: dict[str, Any], paths: dict[str, Any]) -> tuple[list[dict[str, A
     off = max(max(abs(row["stated_over_true_least"] - 1), abs(row["stated_over_true_most"] - 1)) for row in rows)
     worst = max(row["stated_over_built_most"] for row in rows)
     note = (
-        f"largest difference of stated and true error of a layer {off:.1%}, for the fit that the table states (sweeps=0); "
-        f"layers that are carried out are better: what is stated is up to {worst:.2f} times their true error"
+        f"largest difference of stated and true error of a layer {off:.1%}, for the fit that the table states "
+        f"(sweeps=0); layers that are carried out are better: what is stated is up to {worst:.2f} times their true error"
     )
     met = spread <= 0.5 and off <= 0.1
     target = "<= 0.5; errors of the table within 10 % for every layer"
