@@ -100,7 +100,7 @@ def cut(config: dict[str, Any], paths: dict[str, Any]) -> tuple[list[dict[str, A
     worst = max(row["stated_over_built_most"] for row in rows)
     note = (
         f"largest difference of stated and true error of a layer {off:.1%}, for the fit that the table states "
-        f"(sweeps=0); layers that are carried out are better: what is stated is up to {worst:.2f} times their true error"
+        f"(sweeps=0); layers as built are better: what is stated is up to {worst:.2f} times their true error"
     )
     met = spread <= 0.5 and off <= 0.1
     target = "<= 0.5; errors of the table within 10 % for every layer"
