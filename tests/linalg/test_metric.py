@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spectrim.linalg.metric import Full, Metric, Plain, Rows, SlicedMetric, Slices, mean
+from spectrim.linalg.metric import Full, Metric, Plain, Rows, SlicedMetric, Slices, cholesky, mean
 from spectrim.linalg.unfold import Unfolding, unfold, unfolding, unfoldings
 
 KERNELS = [(), (3,), (2, 3), (2, 1, 2)]
@@ -162,3 +162,19 @@ def test_metrics_of_one_kind_have_a_mean() -> None:
     single = Full(one).single()
     assert isinstance(single, Full)
     torch.testing.assert_close(single.moment, one.float())
+
+
+def test_entries_that_are_rounding_alone_do_not_stop_a_factorisation() -> None:
+    """A direction that is dead has a variance of rounding, 1e-47, and products of rounding with others, 1e-33."""
+    draw = torch.Generator().manual_seed(0)
+    rows = torch.randn(50, 6, generator=draw, dtype=torch.float64)
+    good = rows.mT @ rows
+    matrix = torch.zeros(1, 8, 8, dtype=torch.float64)
+    matrix[0, :6, :6] = good
+    matrix[0, 6:, :] = matrix[0, :, 6:] = 0
+    matrix[0, 6, 7] = matrix[0, 7, 6] = 1e-33
+    matrix[0, 6, 6], matrix[0, 7, 7] = 1e-47, 2e-47
+    factor = cholesky(matrix)
+    torch.testing.assert_close((factor @ factor.mT)[0, :6, :6], good)
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        cholesky(torch.full((1, 3, 3), torch.nan, dtype=torch.float64))

@@ -51,6 +51,9 @@ def write(out: str, options: dict[str, str]) -> None:
     trained = train(options.get("checkpoint"), options.get("kind", "exact"), int(options.get("epochs", "16")))
     target = out + os.environ.get("RANK", "")  # one file a process
     save_file({name: t.contiguous() for name, t in trained.state_dict().items()}, target)
+    if torch.distributed.is_initialized():
+        # Threads of the backend that are left running make the process abort now and then when it ends.
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -378,18 +378,49 @@ def _tensors(metric: Metric) -> dict[str, Tensor]:
 def cholesky(matrix: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:
     """Cholesky factor of a positive semidefinite matrix, with the smallest jitter that succeeds.
 
-    The jitter is a share of every entry's own diagonal, so that their units do not matter.
+    The jitter is a share of every entry's own diagonal, so that their units do not matter. Entries that are nothing but
+    rounding, whose products with others are larger than both allow, count as uncorrelated; where all of it is rounding,
+    the diagonal is raised until it outweighs the rest.
+
+    Raises
+    ------
+    ValueError
+        If the matrix holds NaN or Inf.
     """
-    scale = matrix.diagonal(dim1=-2, dim2=-1)
-    # Where there is nothing, anything may be divided by.
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    for jitter in (1e-12, 1e-10, 1e-8, 1e-6, 1e-4):
-        raised = matrix.clone()
-        raised.diagonal(dim1=-2, dim2=-1).add_(scale, alpha=jitter)
-        factor, info = torch.linalg.cholesky_ex(raised)
-        if not bool(info.any()):
-            return factor
+    for whole in (matrix, _without_rounding(matrix), _dominant(matrix)):
+        scale = whole.diagonal(dim1=-2, dim2=-1)
+        # Where there is nothing, anything may be divided by.
+        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+        for jitter in (1e-12, 1e-10, 1e-8, 1e-6, 1e-4):
+            raised = whole.clone()
+            raised.diagonal(dim1=-2, dim2=-1).add_(scale, alpha=jitter)
+            factor, info = torch.linalg.cholesky_ex(raised)
+            if not bool(info.any()):
+                return factor
     raise ValueError("the second moment of a layer's responses is not positive semidefinite; it holds NaN or Inf")
+
+
+def _without_rounding(matrix: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:
+    """The matrix with zeros for the products of entries that cannot be what they say."""
+    variance = matrix.diagonal(dim1=-2, dim2=-1)
+    most = variance.unsqueeze(-1) * variance.unsqueeze(-2)
+    wrong = matrix.square() > most * (1 + 1e-3)
+    # Of two entries whose product is too large the smaller one is rounding.
+    smaller = (variance.unsqueeze(-1) <= variance.unsqueeze(-2)) & wrong
+    noise = smaller.any(-1)
+    kept = ~(noise.unsqueeze(-1) | noise.unsqueeze(-2))
+    return torch.where(kept, matrix, torch.diag_embed(variance))
+
+
+def _dominant(matrix: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:
+    """The matrix with a diagonal that is at least the sum of what is beside it, in units of the entries."""
+    clean = _without_rounding(matrix)
+    spread = clean.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    spread = torch.where(spread > 0, spread, torch.ones_like(spread))
+    beside = (clean.abs() / (spread.unsqueeze(-1) * spread.unsqueeze(-2))).sum(-1)
+    raised = clean.clone()
+    raised.diagonal(dim1=-2, dim2=-1).add_(beside * spread.square())
+    return raised
 
 
 def _normal(gram: Float[Tensor, "g r q r q"], cross: Float[Tensor, "g r q o"]) -> tuple[Full, Tensor]:

@@ -11,7 +11,7 @@ but what is seen too seldom is fitted to noise. Three things keep it from that:
   a normal input and 1 for one that is active in a single row. Neither ``n_j`` nor the ridge depends on units.
 - How strong the ridge is, and what share of the step is taken, is decided on samples that are not fitted: the step that
   gains most by one standard error below the mean over samples (the rule of Breiman et al. 1984), or none.
-- No input's weights change by more than their own size.
+- No input's weights change by more than a few times their own size.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from spectrim.linalg.sketch import Sketch
 # Strengths of the ridge that are tried, and shares of the step.
 STRENGTHS = (1.0, 10.0)
 SHARES = (1.0, 0.5, 0.25)
+# Size of the step of an input's weights, at most, in sizes of these weights.
+MOST = 4.0
 
 
 class Regression(ABC):
@@ -187,12 +189,12 @@ def towards(
 
 
 def _bounded(step: Float[Tensor, "g o d"], weight: Float[Tensor, "g o d"]) -> Float[Tensor, "g o d"]:
-    """A step that changes no input's weights by more than their own size.
+    """A step that changes no input's weights by more than :data:`MOST` times their own size.
 
-    What an input does beyond all that was seen of it is then at most twice what it did.
+    So what an input does beyond all that was seen of it has a bound.
     """
     most, size = weight.double().norm(dim=1, keepdim=True), step.norm(dim=1, keepdim=True)
-    return step * (most / size.clamp_min(1e-300)).clamp_max(1.0)
+    return step * (MOST * most / size.clamp_min(1e-300)).clamp_max(1.0)
 
 
 def _positive(spread: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def sensitivity(
     sites: Sites,
     batches: Iterable[Any],
     *,
-    samples: int = 1024,
+    samples: int = 512,
     rows: int | None = None,
     mask: Mask = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
