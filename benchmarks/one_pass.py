@@ -27,14 +27,15 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
     """All parts that are asked for, one after the other."""
     before = torch.get_num_threads()
     torch.set_num_threads(config["threads"])
-    rows: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
     claims: dict[str, Any] = {}
     try:
         for part in config["parts"]:
             torch.manual_seed(config["seed"])
-            rows[part], found = PARTS[part](config, paths)
-            claims |= found
-            print(part, rows[part], flush=True)
+            found, met = PARTS[part](config, paths)
+            rows += [{"part": part, **row} for row in found]
+            claims |= met
+            print(part, found, flush=True)
     finally:
         torch.set_num_threads(before)
     return {
@@ -394,20 +395,21 @@ def accuracy(config: dict[str, Any], paths: dict[str, Any]) -> tuple[list[dict[s
         rows.append(
             {
                 "network": item["network"],
-                "macs": result.plan.costs["macs"],
+                "kept_macs": result.plan.costs["macs"],
                 "seconds": round(seconds, 1),
                 "held_out": cifar.accuracy(result.model, held),
-                "accuracy": cifar.accuracy(result.model, test),
+                "test_accuracy": cifar.accuracy(result.model, test),
                 "target": item["accuracy"],
             }
         )
         print(rows[-1], flush=True)
     return rows, {
         "R9": claim(
-            min(row["accuracy"] - row["target"] for row in rows), "points above target, at the worst of the budgets",
-            "; ".join(f"{r['network']} {r['macs'] / 1e6:.1f} MMAC >= {r['target']:g}" for r in rows),
-            all(row["accuracy"] >= row["target"] for row in rows),
-            "; ".join(f"{r['network']} {r['macs'] / 1e6:.1f} MMAC: {r['accuracy']:.2f} %" for r in rows),
+            min(row["test_accuracy"] - row["target"] for row in rows),
+            "points above target, at the worst of the budgets",
+            "; ".join(f"{r['network']} {r['kept_macs'] / 1e6:.1f} MMAC >= {r['target']:g}" for r in rows),
+            all(row["test_accuracy"] >= row["target"] for row in rows),
+            "; ".join(f"{r['network']} {r['kept_macs'] / 1e6:.1f} MMAC: {r['test_accuracy']:.2f} %" for r in rows),
         )
     }  # fmt: skip
 

@@ -60,6 +60,14 @@ TITLES = {
     "P5": "filters kept for animals and for vehicles of CIFAR-10",
     "P6": "filters removed from many architectures",
     "P7": "time of principal filter analysis",
+    "R1": "the same images cut into batches of several sizes",
+    "R2": "hidden channels in other units",
+    "R3": "reconstruction against none, on data that was not fitted",
+    "R4": "compress from end to end",
+    "R5": "layer calls of apply, by depth",
+    "R6": "calibration",
+    "R7": "table with sensitivity",
+    "R9": "CIFAR ResNets without training, default call, 1,024 images",
 }
 
 
