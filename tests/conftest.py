@@ -66,7 +66,8 @@ if SHAPE_CHECKS and importlib.util.find_spec("beartype"):
 
 import hypothesis
 
-torch.set_num_threads(int(os.environ.get("SPECTRIM_TEST_THREADS", "2")))
+# Many small operations: a second thread costs more than it does.
+torch.set_num_threads(int(os.environ.get("SPECTRIM_TEST_THREADS", "1")))
 
 # A first call may compile or import something slow: time limits a case would make tests flaky.
 hypothesis.settings.register_profile(
