@@ -134,3 +134,12 @@ def test_a_layer_in_a_thread_of_its_own_is_fitted_as_it_was_calibrated():
     assert hidden
     assert done.unseen == tuple(hidden)
     assert missed(model, done.model, x) < 1.0
+
+
+def test_a_layer_that_one_wave_passes_by_was_seen_by_another():
+    model, x = network(3), data()
+    sites, plan = planned(model, [x])
+    short = lambda net, batch: net[:2](batch) if len(batch) == 31 else net(batch)  # noqa: E731
+    done = carry_out(model, sites, plan, [x[:31], x[31:]], memory=1, forward=short)
+    assert done.unseen == ()
+    assert carry_out(model, sites, plan, [x[:31]], forward=short).unseen != ()

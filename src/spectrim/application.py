@@ -95,8 +95,6 @@ def apply(
     PlanError
         If the plan names a site the model does not have, or batches that can be read once only are given.
     """
-    if batches is not None and iter(checked_batches(batches)) is batches:
-        raise PlanError("batches are read several times; pass a list or a DataLoader, not an iterator")
     return carry_out(
         model, sites, plan, batches, methods=methods, reconstruct=reconstruct, batchnorm=batchnorm, forward=forward,
         rows=rows, mask=mask, memory=memory, progress=progress,
@@ -164,7 +162,9 @@ def carry_out(
             told(progress)("apply", done + 1, len(steps))
     if batches is not None and (not work.follows if batchnorm is None else batchnorm):
         reestimate_batchnorm(removal.model, batches, forward=forward)
-    return Applied(removal.model, work.errors, work.split.held_out, tuple(work.unseen))
+    names = [step.layer.name for step in steps] if work.split.samples else []
+    unseen = tuple(name for name in names if name not in work.reached)
+    return Applied(removal.model, work.errors, work.split.held_out, unseen)
 
 
 def _follow(
@@ -260,8 +260,10 @@ class _Work:
         Where both networks are, while they run.
     joints
         Moments by the layer, as long as more batches come; those of the second layers of pairs by their own names.
-    errors, unseen
+    errors
         What was learned on the way: see :class:`Applied`.
+    reached
+        Layers that passes of both networks have stopped at.
     """
 
     dense: nn.Module
@@ -272,7 +274,7 @@ class _Work:
     stop: Stop | None = None
     joints: dict[str, Joint] = field(default_factory=dict)
     errors: dict[str, Errors] = field(default_factory=dict)
-    unseen: list[str] = field(default_factory=list)
+    reached: set[str] = field(default_factory=set)
 
     def narrows(self, layer: Layer) -> bool:
         """Whether a layer has lost channels."""
@@ -302,8 +304,8 @@ class _Work:
     def left(self, layer: Layer) -> None:
         """Both networks go on from a layer: what it was fitted to is dropped unless more batches come."""
         assert self.stop is not None
-        if not self.stop.seen:
-            self.unseen.append(layer.name)
+        if self.stop.seen:
+            self.reached.add(layer.name)
         joint = self.joints.get(layer.name)
         errors = joint and joint.errors(self.removal.model.get_submodule(layer.name))
         if errors:

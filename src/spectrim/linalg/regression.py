@@ -24,7 +24,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from spectrim.linalg.moments import Moments, ridge
-from spectrim.linalg.sketch import Sketch
+from spectrim.linalg.sketch import Sketch, damped_solution
 
 # Strengths of the ridge that are tried, and shares of the step.
 STRENGTHS = (1.0, 10.0)
@@ -106,11 +106,7 @@ class Equations(Regression):
 
     def step(self, missing: Tensor, damping: Float[Tensor, "g d"]) -> Float[Tensor, "g o d"]:
         variance = self.inputs.double().square().sum(1) + self.level
-        spread = _positive(variance.mul(damping).sqrt()).unsqueeze(1)
-        scaled = self.inputs / spread
-        gram = scaled @ scaled.mT
-        gram.diagonal(dim1=-2, dim2=-1).add_(1)
-        return (torch.linalg.solve(gram, missing).mT @ scaled) / spread
+        return damped_solution(self.inputs, missing, variance * damping)
 
 
 @dataclass(frozen=True, eq=False)

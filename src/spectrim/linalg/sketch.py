@@ -143,14 +143,20 @@ class Sketch(Moments):
 
         With ``B`` the rows and ``L`` the level it is ``missing^T (B L^-1 B^T + I)^-1 B L^-1``.
         """
-        size = (self.level() * max(self.count, 1)).sqrt()
-        rows = self.rows.double()
-        # A feature that never changes gets no weight.
-        damped = rows * torch.where(size > 0, 1 / size, torch.zeros_like(size)).unsqueeze(1)
-        gram = damped @ damped.mT
-        gram.diagonal(dim1=-2, dim2=-1).add_(1)
-        found = torch.linalg.solve(gram, missing).mT @ damped
-        return found * torch.where(size > 0, 1 / size, torch.zeros_like(size)).unsqueeze(1)
+        return damped_solution(self.rows, missing, self.level() * max(self.count, 1))
+
+
+def damped_solution(
+    rows: Float[Tensor, "g m d"], missing: Float[Tensor, "g m o"], level: Float[Tensor, "g d"]
+) -> Float[Tensor, "g o d"]:
+    """The weight that answers rows with ``missing``, each feature damped by its level; ``m`` equations are solved."""
+    size = level.sqrt()
+    # A feature that never changes gets no weight.
+    inverse = torch.where(size > 0, 1 / size, torch.zeros_like(size)).unsqueeze(1)
+    damped = rows.double() * inverse
+    gram = damped @ damped.mT
+    gram.diagonal(dim1=-2, dim2=-1).add_(1)
+    return (torch.linalg.solve(gram, missing).mT @ damped) * inverse
 
 
 def _squares(rows: Float[Tensor, "g n d"]) -> Float[Tensor, "g d"]:

@@ -47,7 +47,7 @@ class Seen:
     targets: Sequence[Tensor]
 
 
-class _Pass:
+class _Pass(greenlet):
     """One forward pass that waits at layers.
 
     Attributes
@@ -58,26 +58,21 @@ class _Pass:
         Tensors by the layer, until they are taken.
     """
 
-    def __init__(self, run: Callable[[], Any]) -> None:
-        self.greenlet = greenlet(run)
+    def __init__(self, run: _Run, batch: Any) -> None:
+        super().__init__(lambda: run(batch))
         self.at: str | None = None
         self.seen: dict[str, list[Tensor]] = {}
 
-    @classmethod
-    def of(cls, run: _Run, batch: Any) -> _Pass:
-        """Of one batch."""
-        return cls(lambda: run(batch))
-
     def advance(self, name: str, left: set[str]) -> None:
         """Go on to a layer, but past none that is not left yet."""
-        while not self.greenlet.dead and self.at != name and (self.at is None or self.at in left):
+        while not self.dead and self.at != name and (self.at is None or self.at in left):
             with _state_kept():
-                self.greenlet.switch()
+                self.switch()
 
     def end(self) -> None:
         """Give up what is not done."""
         with _state_kept():
-            self.greenlet.throw(GreenletExit)
+            self.throw(GreenletExit)
 
 
 class Hub:
@@ -96,8 +91,8 @@ class Hub:
     def __init__(self, dense: _Run, compressed: _Run, batches: Sequence[Any], calls: Mapping[str, int]) -> None:
         self._compressed, self._batches, self._calls = compressed, batches, calls
         self._left: set[str] = set()
-        self._dense = [_Pass.of(dense, batch) for batch in batches]
-        self._small = [_Pass.of(compressed, batch) for batch in batches]
+        self._dense = [_Pass(dense, batch) for batch in batches]
+        self._small = [_Pass(compressed, batch) for batch in batches]
 
     def reach(self, name: str) -> list[Seen]:
         """Have all passes go on to a layer, and give what they show there, without those that never get there.
@@ -119,21 +114,20 @@ class Hub:
         """Have the compressed passes start again, with all that has been put in place by now."""
         for one in self._small:
             one.end()
-        self._small = [_Pass.of(self._compressed, batch) for batch in self._batches]
+        self._small = [_Pass(self._compressed, batch) for batch in self._batches]
 
     def wait(self, name: str, tensor: Tensor) -> None:
         """What a pass does at a layer: it waits until all have got there, unless the layer is called again or left."""
         here = getcurrent()
-        one = next((each for each in (*self._small, *self._dense) if each.greenlet is here), None)
-        if one is None or name in self._left:
+        if not isinstance(here, _Pass) or name in self._left:
             return
-        calls = one.seen.setdefault(name, [])
+        calls = here.seen.setdefault(name, [])
         if len(calls) + 1 < self._calls[name]:
             # A copy: what runs before the last call may overwrite it in place.
             calls.append(tensor.clone())
             return
         calls.append(tensor)
-        one.at = name
+        here.at = name
         with _state_of_pass():
             here.parent.switch()  # type: ignore[union-attr]
 

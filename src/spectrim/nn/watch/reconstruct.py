@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +20,7 @@ from spectrim.nn.find import canonical, describe
 from spectrim.nn.modules import Factored, make_layer, whole
 from spectrim.nn.watch.lockstep import Seen, lockstep
 from spectrim.nn.watch.patches import outputs_at, patches_at
-from spectrim.nn.watch.sampling import Mask, Run, Samples, choose
+from spectrim.nn.watch.sampling import Mask, Run, Samples, choose, leading
 
 # Rows wanted for every number of the patch, over the whole run.
 FLOOR = 32
@@ -94,8 +93,8 @@ class Split:
         if isinstance(self.rows, int):
             return self.run.positions(self.rows)
         d, o = spec.features, spec.out_channels // spec.groups
-        there = shape[:-1] if spec.is_linear else (shape[0], *spec.output_shape(tuple(shape[-len(spec.kernel) :])))
-        cheap = EFFORT * (math.prod(there) / size) * d * o / (d + o) ** 2
+        _, rows = leading(spec, tuple(shape))
+        cheap = EFFORT * (rows / size) * d * o / (d + o) ** 2
         return max(self.run.positions(FLOOR * (d + o)), round(cheap))
 
 
@@ -125,9 +124,8 @@ class Joint:
         self.spec, self.centre, self.scale, self.outputs = spec, centre, scale, outputs
         size = spec.features + o
         self.fitted = Sketch(g, size, size=SKETCH, device=centre.device) if sketch else Moments(g, size, centre.device)
-        self._squares, self._fourths = (
-            torch.zeros(centre.shape, dtype=torch.float64, device=centre.device) for _ in "24"
-        )
+        self._squares = torch.zeros_like(centre, dtype=torch.float64)
+        self._fourths = torch.zeros_like(self._squares)
         self._held: list[tuple[Tensor, Tensor]] = []
         self._samples = 0
 

@@ -197,7 +197,7 @@ def choose(spec: LayerSpec, shape: tuple[int, ...], positions: int | None, sampl
         Of the batch.
     """
     # Layers with as many rows in the same order are given the same ones.
-    alike = (*_leading(spec, shape), _turned(spec, shape, samples), positions, seed)
+    alike = (*leading(spec, shape), _turned(spec, shape, samples), positions, seed)
     if alike not in samples._chosen:
         samples._chosen[alike] = _chosen(_Rows.of(spec, shape, samples), positions, seed)
     return samples._chosen[alike]
@@ -243,7 +243,7 @@ class _Rows:
 
     @classmethod
     def of(cls, spec: LayerSpec, shape: tuple[int, ...], samples: Samples) -> _Rows:
-        front, total = _leading(spec, shape)
+        front, total = leading(spec, shape)
         size, mask = samples.size, samples.mask
         data = None if mask is None else mask.sum(1)
         if mask is not None and data is not None and total != mask.numel() and total == int(data.sum()):
@@ -273,7 +273,7 @@ class _Rows:
         return self.at(part, torch.arange(len(part)) - (self.counts.cumsum(0) - self.counts)[part])
 
 
-def _leading(spec: LayerSpec, shape: tuple[int, ...]) -> tuple[int, int]:
+def leading(spec: LayerSpec, shape: tuple[int, ...]) -> tuple[int, int]:
     """Size of the first axis before a row's own, and rows in all."""
     axes = len(spec.kernel)
     leading = shape[:-1] if spec.is_linear else shape[: -axes - 1]
