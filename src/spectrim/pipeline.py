@@ -27,6 +27,7 @@ from spectrim.nn.watch.batches import batch_size, call, checked_batches, evaluat
 from spectrim.nn.watch.calibrate import few_rows
 from spectrim.nn.watch.reconstruct import Errors
 from spectrim.nn.watch.sampling import Mask, Sampling, mask_of
+from spectrim.nn.watch.work import uncounted_work
 from spectrim.preparation import Prepared, check_options, laid_out, locate, prepare
 from spectrim.preparation import one_batch as one_batch  # its former place, until version 0.3
 from spectrim.progress import Progress, reports, silent, told
@@ -280,7 +281,12 @@ def shrink(
     small = done.model
     if latency is not None:
         small = _as_run(small, prepared.example, latency)
-    notes = (*few_rows(sites), *(_said_of_time(measured, budget, table) if measured else ()), *_said_of_layers(done))
+    notes = (
+        *few_rows(sites),
+        *uncounted_work(sites),
+        *(_said_of_time(measured, budget, table) if measured else ()),
+        *_said_of_layers(done),
+    )
     skipped = tuple((s.name, s.kind, s.reason) for s in sites.skipped)
     report = Report(plan, skipped, sites.samples, measured, notes, done.errors, done.held_out)
     return Result(small, plan, report, table, sites)

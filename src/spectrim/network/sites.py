@@ -355,6 +355,10 @@ class Sites(_Copied):
     tokens
         Tokens in them that are data, where batches have a mask; else 0. The rows that the statistics of a layer rest
         on are the ``count`` of its moments.
+    work
+        What ``other_macs`` are: MACs a sample by the path of the module that computes them itself.
+    uncounted
+        Operations that may multiply numbers and could not be counted, with the path of a module that calls them.
     """
 
     sites: tuple[Layer, ...]
@@ -371,6 +375,8 @@ class Sites(_Copied):
     followers: tuple[Layer, ...] = ()
     norms: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     tokens: int = 0
+    work: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    uncounted: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.sites)

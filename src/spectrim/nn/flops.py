@@ -1,21 +1,92 @@
-"""Counting what a whole model computes, attention on the CPU included."""
+"""Counting what a whole model computes, and naming what cannot be counted."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
-import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from spectrim.nn.formulas import formula, is_unknown
 
-def flop_counter() -> FlopCounterMode:
-    """torch's counter, silent, with the attention kernel of the CPU, which torch leaves out."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return FlopCounterMode(display=False, custom_mapping={kernel: _attention_flops})
+_EVERYTHING = "Global"
 
 
-def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-    """Operations of attention on shapes ``[batch, heads, length, size]``, which torch counts on GPUs only."""
-    return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+class WorkCounter(FlopCounterMode):
+    """torch's counter, silent, with the formulas of :mod:`spectrim.nn.formulas`.
+
+    Attributes
+    ----------
+    uncounted
+        Operations that may multiply numbers and have no formula, with the modules they were called in, innermost last.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(display=False)
+        self.uncounted: dict[str, str] = {}
+        self._paused = False
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count nothing meanwhile."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
+        if self._paused:
+            return out
+        name = getattr(func_packet, "_qualified_op_name", str(func_packet))
+        count = formula(name)
+        places = set(self.mod_tracker.parents)
+        if count is not None:
+            work = round(2 * count(*args, **kwargs, out=out))
+            for place in places:
+                self.flop_counts[place][func_packet] += work
+            return out
+        if func_packet not in self.flop_registry and is_unknown(name):
+            self.uncounted.setdefault(name, max(places - {_EVERYTHING}, key=len, default=""))
+        return super()._count_flops(func_packet, out, args, kwargs)
+
+    def own_macs(self, model: nn.Module) -> dict[str, float]:
+        """Multiply-accumulates of each module of a model itself, without those of the modules in it, by its path."""
+        totals = {
+            _path(model, place): sum(c.values()) / 2 for place, c in self.flop_counts.items() if place != _EVERYTHING
+        }
+        found = dict(totals)
+        for path in totals:
+            above = _above(path, totals)
+            if above is not None:
+                found[above] -= totals[path]
+        return {path: work for path, work in found.items() if work > 0}
+
+    def uncounted_in(self, model: nn.Module) -> dict[str, str]:
+        """Operations that have no formula, with the path of the module that called them first."""
+        return {name: _path(model, place) for name, place in self.uncounted.items()}
+
+
+def flop_counter() -> WorkCounter:
+    """A counter of operations, to be entered; two operations are one multiply-accumulate."""
+    return WorkCounter()
+
+
+def _above(path: str, known: dict[str, float]) -> str | None:
+    """The innermost module around a path that was called too."""
+    while path:
+        path = path.rpartition(".")[0]
+        if path in known:
+            return path
+    return None
+
+
+def _path(model: nn.Module, place: str) -> str:
+    """The path of a module, which torch names by the class of the module that was called first."""
+    root, _, path = place.partition(".")
+    if root == type(model).__name__:
+        return path
+    prefixes = [name for name, module in model.named_modules() if type(module).__name__ == root]
+    return ".".join(filter(None, (prefixes[0] if len(prefixes) == 1 else root, path)))

@@ -19,6 +19,7 @@ from spectrim.nn.find import canonical, find
 from spectrim.nn.surgery import parameter_count
 from spectrim.nn.watch.calibrate import calibrate
 from spectrim.nn.watch.patches import patches_at
+from spectrim.nn.watch.work import uncounted_work
 from tests.nn.layers import LAYERS, ConvNet, Wrapped, close
 
 
@@ -528,3 +529,39 @@ def test_a_layer_that_is_not_reached_in_a_pass_is_in_no_list():
 
     model = Gated()
     assert calibrate(model, find(model), [torch.randn(2, 6)]).same_inputs == (("q", "k"),)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.l, self.o = nn.Linear(8, 8), nn.LSTM(8, 16, 2, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.o(self.l(F.relu(self.a(x)))[0][:, -1])
+
+
+def test_recurrent_layers_and_bilinear_forms_are_work_beside_the_sites():
+    sites = calibrate(Recurrent().eval(), find(Recurrent()), [torch.randn(4, 5, 8)])
+    recurrent = 5 * 4 * 16 * (8 + 16 + 16 + 16)
+    assert sites.other_macs == recurrent
+    assert dict(sites.work) == {"l": recurrent}
+    assert macs([s.spec for s in sites]) + sites.other_macs == 5 * 8 * 8 + recurrent + 16 * 4
+    assert not sites.uncounted
+
+
+class Spectral(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.values = nn.Linear(8, 8), nn.Identity()
+
+    def forward(self, x):
+        return torch.linalg.svdvals(self.a(x).unsqueeze(1))
+
+
+def test_work_that_cannot_be_counted_is_told():
+    model = nn.Sequential(Spectral())
+    sites = calibrate(model, find(model), [torch.randn(4, 8)])
+    (operation,) = sites.uncounted
+    assert sites.uncounted[operation] == "0"
+    (sentence,) = uncounted_work(sites)
+    assert f"{operation} in 0" in sentence

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from spectrim.cost.counted import macs, parameters, size_bytes
 from spectrim.errors import CalibrationError
@@ -19,13 +19,14 @@ from spectrim.linalg.unfold import unfoldings
 from spectrim.network.coupling import IN
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Sites, Skipped, Statistics
-from spectrim.nn.flops import flop_counter
+from spectrim.nn.flops import WorkCounter, flop_counter
 from spectrim.nn.watch.batches import checked_batches
 from spectrim.nn.watch.observe import Hook, observe
 from spectrim.nn.watch.patches import outputs_at
 from spectrim.nn.watch.responses import Responses
 from spectrim.nn.watch.sampling import Mask, Run, Samples, Sampling, choose, mean_rows
 from spectrim.nn.watch.streams import Buffered, Stream, Streams, patches_of
+from spectrim.nn.watch.work import beside
 from spectrim.progress import Steps, reports_steps, told
 
 # Patches up to this length get a full second moment (at most 11 MB); longer ones one for each unfolding's slices.
@@ -107,7 +108,7 @@ def calibrate(
     """
     amount = Sampling(rows, positions, mask)
     run = Run(checked_batches(batches), mask)
-    watch = _Watch.of(sites, amount, run, seed, statistics=statistics)
+    watch = _Watch.of(model, sites, amount, run, seed, statistics=statistics)
     try:
         length = len(batches)  # type: ignore[arg-type]
     except TypeError:
@@ -133,6 +134,8 @@ class _Watch:
         Names of layers in the order in which they are called.
     samples, tokens, other_macs
         Samples and tokens so far, and MACs a sample outside the watched layers, from the first batch.
+    work, uncounted
+        MACs a sample of every module itself, and operations that could not be counted, by path and by name.
     """
 
     sites: Sites
@@ -142,13 +145,16 @@ class _Watch:
     seen: _Inputs
     run: Run
     streams: Streams | None
+    model: nn.Module
     order: list[str] = dataclasses.field(default_factory=list)
     samples: int = 0
     tokens: int = 0
     other_macs: float = 0.0
+    work: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    uncounted: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, sites: Sites, amount: Sampling, run: Run, seed: int, *, statistics: bool) -> _Watch:
+    def of(cls, model: nn.Module, sites: Sites, amount: Sampling, run: Run, seed: int, *, statistics: bool) -> _Watch:
         readers = {side.name for coupling in sites.couplings for side in coupling.on(IN)}
         seen = _Inputs()
         streams = Streams() if statistics else None
@@ -159,7 +165,14 @@ class _Watch:
         specs = {site.name: site.spec for site in sites}
         responses = {c.name: Responses(c, specs, amount, run, seed) for c in sites.couplings if statistics}
         return cls(
-            sites, watchers, responses, {spec.name: _Shapes(spec) for spec in sites.untouched}, seen, run, streams
+            sites,
+            watchers,
+            responses,
+            {spec.name: _Shapes(spec) for spec in sites.untouched},
+            seen,
+            run,
+            streams,
+            model,
         )
 
     def hooks(self, model: nn.Module) -> Iterator[Hook]:
@@ -183,11 +196,13 @@ class _Watch:
         else:
             counted = [*self.watchers.values(), *self.responses.values()]
             with flop_counter() as counter:
+                # The counter of the first pass would count the statistics' own products too.
                 for each in counted:
                     each.counter = counter
                 run(batch)
-            own = sum(each.own_flops for each in counted)
-            self.other_macs = (counter.get_total_flops() - own) / 2 / size
+            self.other_macs = counter.get_total_flops() / 2 / size
+            self.work = {path: work / size for path, work in counter.own_macs(self.model).items()}
+            self.uncounted = counter.uncounted_in(self.model)
             for each in counted:
                 each.counter = None
         if self.streams is not None:
@@ -229,6 +244,8 @@ class _Watch:
             other_parameters=sites.other_parameters + int(parameters(idle)),
             other_bytes=sites.other_bytes + int(size_bytes(idle)),
             other_macs=max(0.0, self.other_macs - macs([*(layer.spec for layer in layers), *untouched])),
+            work=MappingProxyType(beside(self.work, [*(layer.spec for layer in layers), *untouched])),
+            uncounted=MappingProxyType(dict(self.uncounted)),
             samples=self.samples,
             tokens=self.tokens,
             same_inputs=self.seen.together([layer.name for layer in layers]),
@@ -334,18 +351,15 @@ class _Watcher(_Shapes):
         self._streams = streams
         self._output = Buffered()
         self._reads_channels = reads_channels
-        # The counter of the first pass would count the statistics' own products too.
-        self.counter: FlopCounterMode | None = None
-        self.own_flops = 0
+        self.counter: WorkCounter | None = None
 
     def see(self, inputs: Tensor, outputs: Tensor) -> None:
         if self._streams is None or self.irregular:
             return
         # Sampled rows alone would miss most of a few broken positions.
         self._refuse_unless(_squares(inputs), "sees")
-        before = self.counter.get_total_flops() if self.counter else 0
-        self._update(self._streams, inputs, outputs)
-        self.own_flops += self.counter.get_total_flops() - before if self.counter else 0
+        with self.counter.paused() if self.counter else nullcontext():
+            self._update(self._streams, inputs, outputs)
 
     def _update(self, streams: Streams, inputs: Tensor, outputs: Tensor) -> None:
         spec, shape = self.spec, tuple(inputs.shape)

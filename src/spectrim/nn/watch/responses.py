@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from spectrim.linalg.moments import Moments
 from spectrim.network.coupling import IN, Coupling
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Pooled
+from spectrim.nn.flops import WorkCounter
 from spectrim.nn.watch.sampling import Run, Samples, Sampling, choose_places
 
 # Single positions over the run at least, and in multiples of the number of channels.
@@ -36,9 +37,7 @@ class Responses:
         self._amount, self._run = amount, run
         self._samples: Samples
         self._seen: list[weakref.ref[Tensor]] = []
-        # The counter of the first pass would count the statistics' own products too.
-        self.counter: FlopCounterMode | None = None
-        self.own_flops = 0
+        self.counter: WorkCounter | None = None
         n = coupling.channels
         self._max, self._mean, self._unpooled = Moments(1, n), Moments(1, n), Moments(1, n)
 
@@ -62,9 +61,8 @@ class Responses:
             if not x.numel() or any(held() is x for held in self._seen):
                 return
             self._seen.append(weakref.ref(x))
-            before = self.counter.get_total_flops() if self.counter else 0
-            self._update(_channels(x.detach(), spec, side.positions))
-            self.own_flops += self.counter.get_total_flops() - before if self.counter else 0
+            with self.counter.paused() if self.counter else nullcontext():
+                self._update(_channels(x.detach(), spec, side.positions))
 
         return watch
 
