@@ -21,6 +21,7 @@ from spectrim.network.sites import Group, Layer, Sites
 from spectrim.nn.build import build, skeleton
 from spectrim.nn.channels.removal import Removal
 from spectrim.nn.modules import Factored
+from spectrim.nn.standing import Traits
 from spectrim.nn.surgery import reestimate_batchnorm, replace_module
 from spectrim.nn.watch.batches import checked_batches
 from spectrim.nn.watch.calibrate import in_full
@@ -162,6 +163,7 @@ def carry_out(
             told(progress)("apply", done + 1, len(steps))
     if batches is not None and (not work.follows if batchnorm is None else batchnorm):
         reestimate_batchnorm(removal.model, batches, forward=forward)
+    Traits.of(model).give(removal.model)
     names = [step.layer.name for step in steps] if work.split.samples else []
     unseen = tuple(name for name in names if name not in work.reached)
     return Applied(removal.model, work.errors, work.split.held_out, unseen)
@@ -293,13 +295,13 @@ class _Work:
 
     def put(self, layer: Layer, module: nn.Module, factors: Factors, *, observed: bool) -> None:
         """Put a module in place of a layer. One fitted to nothing that was observed has its second factor fitted."""
-        replace_module(self.removal.model, layer.spec.names, module)
         if self.stop is not None and self.stop.seen and not observed and _owns_second(factors):
             assert isinstance(module, Factored)
             second = f"{layer.name}.1"
             joint = refit_second(module, layer, self.stop.seen, self.stop.split, self.joints.get(second))
             if joint is not None:
                 self.joints[second] = joint
+        replace_module(self.removal.model, layer.spec.names, module)
 
     def left(self, layer: Layer) -> None:
         """Both networks go on from a layer: what it was fitted to is dropped unless more batches come."""

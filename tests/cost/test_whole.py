@@ -20,6 +20,7 @@ from spectrim.errors import InfeasibleBudgetError
 from spectrim.methods.published_ranks import at_rate
 from spectrim.network.choices import Choice
 from spectrim.network.layer import LayerSpec
+from spectrim.nn.standing import StandIn
 from spectrim.selection.budget import Limit
 from tests.cases import MODELS, batches_for, one_thread, settled
 from tests.nn.coupled_nets import made
@@ -40,7 +41,8 @@ def joules(specs: Sequence[LayerSpec]) -> float:
 
 
 def joules_of(model: nn.Module) -> float:
-    layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    plain = (m for m in model.modules() if not isinstance(m, StandIn))
+    layers = [module for module in plain if isinstance(module, (nn.Conv2d, nn.Linear))]
     inputs = [layer.in_channels if isinstance(layer, nn.Conv2d) else layer.in_features for layer in layers]
     return sum(1e-3 * layer.weight.numel() + 2e-3 * n for layer, n in zip(layers, inputs, strict=True))
 

@@ -13,7 +13,7 @@ from spectrim.network.choices import Choice
 from spectrim.nn.build import skeleton
 from spectrim.nn.find import describe, find
 from spectrim.nn.modules import Factored
-from spectrim.nn.sparse.layers import Masked
+from spectrim.nn.sparse.layers import Cropped, Masked, Slim, Sum
 from spectrim.nn.surgery import merge, parameter_count, reestimate_batchnorm, replace_module, size_in_bytes
 from tests.nn.layers import ConvNet, Wrapped, close
 from tests.nn.nets import CHOICES, compressed, low_rank
@@ -284,7 +284,7 @@ PHYSICAL = {
 
 
 def kinds(model):
-    return [type(m).__name__ for m in model.modules() if type(m).__name__ in ("Sum", "Masked", "Slim", "Cropped")]
+    return [m for m in model.modules() if isinstance(m, (Sum, Masked, Slim, Cropped))]
 
 
 @pytest.mark.parametrize("choices", [SPARSE, PHYSICAL], ids=["masked", "physical"])

@@ -22,6 +22,7 @@ from spectrim.nn.channels.narrow import add_bias, reshape
 from spectrim.nn.find import describe, find
 from spectrim.nn.sparse.layers import Slim
 from spectrim.nn.sparse.packed import masked_layers, packed_mask, read_mask, read_weight, values_inside
+from spectrim.nn.standing import Traits
 from spectrim.nn.surgery import replace_module
 from spectrim.selection.plan import Plan
 
@@ -90,7 +91,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         names the first layer or tensor that does not fit.
     """
     tensors, plan, shared, packed = _read(Path(path))
-    sites = find(model)
+    sites, traits = find(model), Traits.of(model)
     _narrow(model, plan, tensors, path)
     _rebuild(model, sites, plan, path)
     _unpack(model, tensors, packed, path)
@@ -103,6 +104,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     _check_shared(state, tensors, path)
     _check_channels(model, tensors, path)
     model.load_state_dict(tensors)
+    traits.give(model)
     return model
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from spectrim.nn.standing import StandIn
+
 # Channels that oneDNN takes at once, with AVX-512; with AVX2 it is half of it.
 _BLOCK = 16
 
@@ -49,7 +51,9 @@ def _hosts(module: nn.Module) -> Iterator[Any]:
 
 
 def _is_at_risk(layer: Any) -> bool:
-    if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d):
+    # What stands for a layer runs its parts, which are asked as well.
+    convolutions = nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.ConvTranspose2d
+    if not isinstance(layer, convolutions) or isinstance(layer, StandIn):
         return False
     narrow = (layer.out_channels if layer.transposed else layer.in_channels) < _BLOCK
     return narrow and set(layer.kernel_size) == {1} != set(layer.stride)

@@ -17,6 +17,7 @@ from spectrim.linalg.packing import packed_bytes
 from spectrim.linalg.patterns import Pattern
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Sites, Skipped
+from spectrim.nn.standing import StandIn
 
 Which = str | type | Callable[[str, nn.Module], bool]
 """Layers: a name pattern, a class of modules, or a function of a module's path and the module."""
@@ -175,15 +176,20 @@ def _padding(module: Any) -> tuple[int, ...] | str:
 
 def canonical(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight as ``[g, o, i, *k]`` and bias, detached. Views where torch's layout allows it."""
+    weight, bias = opened(module)
+    return weight.detach(), None if bias is None else bias.detach()
+
+
+def opened(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """As :func:`canonical`, with gradients."""
     weight = module.weight
     bias = module.bias
     assert isinstance(weight, Tensor)
-    weight = weight.detach()
     groups = getattr(module, "groups", 1)
     grouped = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
     if isinstance(module, _TRANSPOSED):
         grouped = grouped.transpose(1, 2)
-    return grouped, bias.detach() if isinstance(bias, Tensor) else None
+    return grouped, bias if isinstance(bias, Tensor) else None
 
 
 def _names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
@@ -200,7 +206,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 def _is_layer(module: nn.Module) -> bool:
     """Layers, and things that stand for layers and deserve a reason."""
-    return isinstance(module, _LAYERS) or _is_quantised(module)
+    return (isinstance(module, _LAYERS) and not isinstance(module, StandIn)) or _is_quantised(module)
 
 
 def _is_quantised(module: nn.Module) -> bool:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from spectrim.linalg.unfold import unfolding
 from spectrim.network.factors import LowRank
 from spectrim.network.layer import LayerSpec
-from spectrim.nn.find import canonical, describe
-from spectrim.nn.shared import Once, Wide
+from spectrim.nn.find import opened
+from spectrim.nn.standing import StandIn, laid_out
 
 _TYPES: dict[tuple[int, bool], type[nn.Module]] = {
     (1, False): nn.Conv1d,
@@ -55,14 +55,13 @@ def make_layer(spec: LayerSpec, weight: Tensor | None = None, bias: Tensor | Non
         layer = nn.utils.skip_init(kind, spec.in_channels, spec.out_channels, spec.kernel, **options)
     with torch.no_grad():
         if weight is not None:
-            laid = weight.transpose(1, 2) if spec.transposed else weight
-            layer.weight.copy_(laid.reshape(layer.weight.shape))  # type: ignore[operator, arg-type]
+            layer.weight.copy_(laid_out(weight, spec))  # type: ignore[operator, arg-type]
         if isinstance(layer.bias, Tensor):
             layer.bias.zero_() if bias is None else layer.bias.copy_(bias)
     return layer
 
 
-class Factored(nn.Sequential):
+class Factored(StandIn, nn.Sequential):
     """A low-rank pair in place of one layer: two plain layers, one after the other.
 
     Attributes
@@ -91,9 +90,8 @@ class Factored(nn.Sequential):
     @property
     def rank(self) -> int:
         """For each group."""
-        made = (Factored, Wide, Once)
-        first = self.first.original if isinstance(self.first, made) else describe(self.first, ("first",))
-        return first.out_channels // self.original.groups
+        made: Any = getattr(self.first, "original", self.first)
+        return (made.out_channels if hasattr(made, "out_channels") else made.out_features) // self.original.groups
 
     def extra_repr(self) -> str:
         return f"{self.original.kind}, {self.unfolding}, rank {self.rank}"
@@ -102,7 +100,10 @@ class Factored(nn.Sequential):
         """One dense layer that computes the same; errors as for :meth:`whole`."""
         return dense_layer(self)
 
-    @torch.no_grad()
+    @property
+    def bias(self) -> Tensor | None:
+        return self.second.bias if self.first.bias is None else self.whole()[1]  # type: ignore[return-value]
+
     def whole(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight, multiplied out in float64, and bias.
 
@@ -145,7 +146,7 @@ class Factored(nn.Sequential):
 def whole(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Canonical weight and bias of a layer of a pair, put together or multiplied out where it is not a plain one."""
     parts = getattr(layer, "whole", None)
-    return canonical(layer) if parts is None else parts()
+    return opened(layer) if parts is None else parts()
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.network.layer import LayerSpec
-from spectrim.nn.find import canonical
+from spectrim.nn.find import opened
 from spectrim.nn.functional import run
 
 
@@ -64,9 +64,12 @@ class Wide(nn.Module):
 
     def whole(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias."""
-        bias: Any = next((part.bias for part in self.parts if part.bias is not None), None)
-        weights = [canonical(part)[0] for part in self.parts]
-        return torch.cat(weights, dim=1 + self.axis), None if bias is None else bias.detach()
+        return torch.cat([opened(part)[0] for part in self.parts], dim=1 + self.axis), self.bias
+
+    @property
+    def bias(self) -> Any:
+        """That of the part which has it."""
+        return next((part.bias for part in self.parts if part.bias is not None), None)
 
     def extra_repr(self) -> str:
         return f"{self.original.kind}, {self.original.in_channels} -> {self.original.out_channels}"
@@ -128,10 +131,15 @@ class Once(nn.Module):
             self._kept.keep(answer, asked, state, self.calls - 1)
         return answer
 
+    @property
+    def bias(self) -> Any:
+        """The layer's."""
+        return self.layer.bias
+
     def whole(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias."""
-        merged = getattr(self.layer, "merged", None)
-        return canonical(self.layer if merged is None else merged())
+        parts = getattr(self.layer, "whole", None)
+        return opened(self.layer) if parts is None else parts()
 
 
 @dataclass(eq=False)

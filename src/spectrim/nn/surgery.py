@@ -10,17 +10,17 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from spectrim.errors import PlanError
-from spectrim.nn.modules import Factored, dense_layer
-from spectrim.nn.sparse.layers import Cropped, Masked, Slim, Sum
+from spectrim.nn.modules import dense_layer
 from spectrim.nn.sparse.packed import masked_layers, stored_bytes
+from spectrim.nn.standing import StandIn, Traits, fits, take_over
 from spectrim.nn.watch.batches import call, evaluating
-
-# What stands for one layer and can be put together as one.
-_COMPRESSED = (Factored, Sum, Masked, Slim, Cropped)
 
 
 def replace_module(model: nn.Module, names: Iterable[str], module: nn.Module) -> None:
     """Put one module in place of another under all its names, keeping the training mode and device.
+
+    What stands for a layer, or is a plain one, takes over the layer's own object (:mod:`spectrim.nn.standing`), so that
+    all who hold it have it; any other module is put in place of it.
 
     Raises
     ------
@@ -38,7 +38,10 @@ def replace_module(model: nn.Module, names: Iterable[str], module: nn.Module) ->
         for tensor in old.parameters():
             module.to(tensor.device)
             break
-        setattr(owner, leaf, module)
+        if fits(old, module):
+            take_over(old, module)
+        else:
+            setattr(owner, leaf, module)
         if isinstance(owner, nn.TransformerEncoderLayer):
             _leave_fused_kernels(model, owner)
 
@@ -58,16 +61,18 @@ def merge(model: nn.Module) -> nn.Module:
     compress again with another plan, or to hand the weights to code that expects the original layout. The result has
     the original's layers and computes what the compressed model computes, to float tolerance.
     """
-    if isinstance(model, _COMPRESSED):
-        return dense_layer(model).train(model.training)
     merged = copy.deepcopy(model)
+    if isinstance(merged, StandIn):
+        return dense_layer(merged).train(model.training)
     found: dict[nn.Module, list[str]] = {}
     for name, module in merged.named_modules(remove_duplicate=False):
-        if isinstance(module, _COMPRESSED):
+        if isinstance(module, StandIn):
             found.setdefault(module, []).append(name)
+    traits = Traits.of(merged)
     # Layers inside of others come after them, and are merged before them.
     for layer, names in reversed(found.items()):
         replace_module(merged, names, dense_layer(layer))
+    traits.give(merged)
     return merged
 
 

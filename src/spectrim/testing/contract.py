@@ -173,7 +173,7 @@ def _check_modules(method: Method, site: Site, choice: Choice, factors: Factors,
     """What is built is what is announced."""
     specs = method.layers(site, choice)
     modules = {id(m): m for part in build(factors, site.layers, site.biases) for m in part.modules()}
-    leaves = [m for m in modules.values() if isinstance(getattr(m, "weight", None), Tensor)]
+    leaves = [m for m in modules.values() if isinstance(m._parameters.get("weight"), Tensor)]
     found = sorted((tuple(canonical(m)[0].shape), m.bias is not None) for m in leaves)
     announced = sorted((spec.shape, spec.bias) for spec in specs if not spec.shared)
     expect(found == announced, f"{where}: {choice} announces {announced} and builds {found}")

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.nn.shared import Once, Wide
+from spectrim.nn.standing import StandIn
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -147,6 +148,8 @@ def _pair(name: str, module: nn.Module) -> FactoredPair | None:
     layers = [*firsts, *seconds]
     first, second = firsts[0], seconds[0]
     groups = 1
+    if any(isinstance(layer, StandIn) for layer in layers):
+        return None
     if all(isinstance(layer, _CONVOLUTIONS) for layer in layers):
         if first.groups != second.groups or any(
             min(k) > 1 for k in zip(first.kernel_size, second.kernel_size, strict=True)

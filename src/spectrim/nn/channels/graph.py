@@ -28,6 +28,7 @@ from spectrim.network.sites import Layer, Sites, Skipped
 from spectrim.nn.channels.narrow import NORMS
 from spectrim.nn.channels.trial import Trial, enlivened, first_line
 from spectrim.nn.find import canonical, describe
+from spectrim.nn.standing import as_containers
 from spectrim.nn.watch.batches import call, output_tensors, resized
 
 # Channels of a group that are tied to each other are looked for one by one up to this many.
@@ -127,6 +128,7 @@ class _Graph:
         import torch_pruning
 
         copied = copy.deepcopy(model).eval()
+        as_containers(copied)
         for parameter in copied.parameters():
             # The graph is read off autograd.
             parameter.requires_grad_(parameter.is_floating_point())

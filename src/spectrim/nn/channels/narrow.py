@@ -16,6 +16,7 @@ from spectrim.errors import PlanError
 from spectrim.network.coupling import IN, OUT, THROUGH, Axis
 from spectrim.nn.find import describe
 from spectrim.nn.modules import Factored
+from spectrim.nn.standing import StandIn, sized
 
 NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 
@@ -70,7 +71,7 @@ def reshape(model: nn.Module, name: str, axis: str, fewer: int) -> None:
 @torch.no_grad()
 def add_bias(module: Any, name: str) -> None:
     """Give a layer without a bias one of zeros."""
-    if not isinstance(module, (_ConvNd, nn.Linear)):
+    if not isinstance(module, (_ConvNd, nn.Linear)) or isinstance(module, StandIn):
         raise PlanError(f"{name!r} is a {type(module).__name__} and cannot be given a bias")
     if module.bias is None:
         outputs = module.out_channels if isinstance(module, _ConvNd) else module.out_features
@@ -90,6 +91,8 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 def _size(module: Any, axis: str, name: str) -> tuple[int, int]:
     """Length of an axis, and the number of equal runs that all have to lose the same."""
+    if isinstance(module, StandIn):
+        raise PlanError(f"{name!r} is a {type(module).__name__}, which has no axis {axis!r} that can be cut")
     if isinstance(module, nn.Parameter) and axis.isdecimal() and int(axis) < module.dim():
         return module.shape[int(axis)], 1
     if isinstance(module, _ConvNd) and axis in (IN, OUT, THROUGH):
@@ -109,6 +112,8 @@ def _size(module: Any, axis: str, name: str) -> tuple[int, int]:
 
 
 def _cut(module: nn.Module, axis: str, kept: Tensor) -> None:
+    if isinstance(module, StandIn):
+        raise ValueError(f"a {type(module).__name__} is cut by its parts")
     if isinstance(module, _ConvNd):
         _cut_conv(module, axis, kept)
     elif isinstance(module, nn.Linear):
@@ -197,3 +202,4 @@ def _follow(model: nn.Module) -> None:
                 module.original = dataclasses.replace(
                     module.original, in_channels=inputs.in_channels, out_channels=outputs.out_channels
                 )
+                sized(module)

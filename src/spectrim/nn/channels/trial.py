@@ -22,6 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 from spectrim.network.coupling import IN, OUT, THROUGH, Coupling, axes_left
 from spectrim.nn.channels.narrow import narrow
 from spectrim.nn.find import canonical
+from spectrim.nn.standing import as_containers
 from spectrim.nn.watch.batches import output_tensors
 from spectrim.nn.watch.observe import Hook, hooked
 
@@ -141,6 +142,7 @@ def enlivened(model: nn.Module) -> nn.Module:
     still uniform, a normalisation over channels that is still off, a layer scale of 1e-6.
     """
     copied = copy.deepcopy(model).eval()
+    as_containers(copied)
     kinds = (_ConvNd, nn.Linear, nn.Embedding)
     layers = {id(p) for m in copied.modules() if isinstance(m, kinds) and isinstance(p := m.weight, nn.Parameter)}
     with torch.random.fork_rng(devices=[]):

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from spectrim.linalg.patterns import Channels, Pattern, Taps
 from spectrim.network.layer import LayerSpec
-from spectrim.nn.find import canonical
+from spectrim.nn.find import opened
 from spectrim.nn.functional import run
 from spectrim.nn.modules import Factored, make_layer, whole
 from spectrim.nn.sparse.products import Kernel, Packed, is_plain_call, products, takes
+from spectrim.nn.standing import StandIn, laid_open, laid_out
 
 
-class Masked(nn.Module):
+class Masked(StandIn):
     """A layer whose weight is zero outside a mask. Files hold what is inside (:mod:`spectrim.nn.checkpoint`).
 
     Only entries inside the mask get gradients, so that any optimizer leaves the others at zero.
@@ -118,9 +119,13 @@ class Masked(nn.Module):
         """The mask as canonical ``[g, o, i, *k]``."""
         return laid_open(self.mask, self.original)
 
+    @property
+    def bias(self) -> Tensor | None:
+        return self.layer.bias  # type: ignore[return-value]
+
     def whole(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias."""
-        return canonical(self.layer)
+        return opened(self.layer)
 
     def extra_repr(self) -> str:
         density = float(self.mask.double().mean())
@@ -132,7 +137,7 @@ def _settle(module: Masked, incompatible: object) -> None:
     module.settle()
 
 
-class Slim(nn.Module):
+class Slim(StandIn):
     """A layer that sees some of its input channels: the others are multiplied by zero in the weight it stands for.
 
     Attributes
@@ -156,6 +161,10 @@ class Slim(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x.index_select(-1 - len(self.original.kernel), self.channels))
 
+    @property
+    def bias(self) -> Tensor | None:
+        return self.layer.bias  # type: ignore[return-value]
+
     def whole(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias."""
         g, o, i, *kernel = self.original.shape
@@ -170,7 +179,7 @@ class Slim(nn.Module):
         return f"{self.original.kind}, {self.channels.numel()} of {self.original.in_channels} channels"
 
 
-class Cropped(nn.Module):
+class Cropped(StandIn):
     """A convolution with a box of the kernel positions of the one it stands for.
 
     Attributes
@@ -198,6 +207,10 @@ class Cropped(nn.Module):
                 x = F.pad(x, margins)
         return self.layer(x)
 
+    @property
+    def bias(self) -> Tensor | None:
+        return self.layer.bias  # type: ignore[return-value]
+
     def whole(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias."""
         part, bias = whole(self.layer)
@@ -209,7 +222,7 @@ class Cropped(nn.Module):
         return f"{self.original.kind}, {self.pattern.name}"
 
 
-class Sum(nn.Module):
+class Sum(StandIn):
     """A low-rank pair and a sparse layer that see the same input, their outputs added.
 
     Attributes
@@ -232,6 +245,10 @@ class Sum(nn.Module):
         y = self.pair(x)
         # A masked layer adds by itself, which some kernels do at no cost.
         return self.sparse(x, y) if isinstance(self.sparse, Masked) else y + self.sparse(x)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.pair.bias if self.sparse.bias is None else self.whole()[1]  # type: ignore[return-value]
 
     def whole(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias."""
@@ -266,15 +283,3 @@ def sparse_layer(
         return Slim(make_layer(small, part, bias), numbers.to(spec.device), spec)
     layer = make_layer(spec, weight, bias)
     return Masked(layer, laid_out(mask, spec).to(spec.device), pattern, spec)
-
-
-def laid_out(weight: Tensor, spec: LayerSpec) -> Tensor:
-    """A canonical ``[g, o, i, *k]`` in the layout of torch's layer."""
-    moved = weight.transpose(1, 2) if spec.transposed else weight
-    return moved.flatten(0, 1).contiguous() if spec.kernel else moved[0].contiguous()
-
-
-def laid_open(weight: Tensor, spec: LayerSpec) -> Tensor:
-    """Inverse of :func:`laid_out`."""
-    opened = weight.reshape(spec.groups, weight.shape[0] // spec.groups, *weight.shape[1:])
-    return opened.transpose(1, 2) if spec.transposed else opened

@@ -185,7 +185,7 @@ def _slots(model: nn.Module, names: Iterable[str], wait: Callable[[str, Tensor],
             layer = model.get_submodule(name)
             own = layer.__dict__.get("forward")
             stack.callback(_give_back, layer, own)
-            layer.forward = _slot(model, name, layer, own or layer.forward, wait)
+            layer.forward = _slot(model, name, layer, own, wait)
         yield
 
 
@@ -193,13 +193,16 @@ def _slot(
     model: nn.Module,
     name: str,
     layer: nn.Module,
-    forward: Callable[..., Any],
+    own: Callable[..., Any] | None,
     wait: Callable[[str, Tensor], None],
 ) -> Callable[..., Any]:
     def answer(*args: Any, **kwargs: Any) -> Any:
         wait(name, args[0] if args else kwargs["input"])
         now = model.get_submodule(name)
-        return forward(*args, **kwargs) if now is layer else now(*args, **kwargs)
+        if now is not layer:
+            return now(*args, **kwargs)
+        # Its class may have changed meanwhile.
+        return own(*args, **kwargs) if own else type(layer).forward(layer, *args, **kwargs)
 
     return answer
 

@@ -1,0 +1,330 @@
+"""What stands in place of a layer: the layer's own object, still of its own type, that computes in another way.
+
+Whoever holds a layer (its parent, a list, a closure's cell, a hook) goes on holding it, and whoever reads it is
+answered: sizes, attributes and hooks stay, ``isinstance`` holds, and the weight is multiplied out where its numbers are
+asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from spectrim.errors import PlanError
+from spectrim.network.layer import LayerSpec
+
+LAYERS = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
+_EVERY_MODULE = frozenset(vars(nn.Module()))
+_PARTS = ("_parameters", "_buffers", "_modules")
+_SIZES = ("in_features", "out_features", "in_channels", "out_channels")
+# Names of what a stand-in has brought to the layer, among the attributes of that layer.
+_BROUGHT = "_brought"
+
+
+class StandIn(nn.Module):
+    """Computes what a layer does, or nearly, from other numbers.
+
+    Attributes
+    ----------
+    original
+        Spec of the layer it stands for.
+    """
+
+    # TorchScript would compile properties and annotations.
+    __jit_unused_properties__ = ("weight", "bias", "first", "second", "rank", "support", "kernel", "kernels")
+    if TYPE_CHECKING:
+        original: LayerSpec
+    # The layer's own type, of what has taken a layer's place.
+    _stands_for = None
+
+    def whole(self) -> tuple[Tensor, Tensor | None]:
+        """Canonical weight ``[g, o, i, *k]``, multiplied out, and bias."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> Tensor:
+        """The layer's weight in torch's layout: read-only, and multiplied out only where its numbers are asked for."""
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state():
+            return laid_out(self.whole()[0], self.original)
+        return WholeWeight(self)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's bias: the parameter itself where one part has it."""
+        return self.whole()[1]
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name in ("weight", "bias"):
+            raise _written(self, name)
+        super().register_parameter(name, param)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced = super().__reduce_ex__(protocol)
+        if self._stands_for is None:
+            return reduced
+        # Types made while running cannot be found by their names.
+        kind = next(k for k in type(self).__mro__[1:] if issubclass(k, StandIn))
+        return (_made_again, (kind, self._stands_for), *reduced[2:])
+
+
+class WholeWeight(Tensor):
+    """The weight of a layer that is stored as other numbers.
+
+    Shape, dtype and device are known, values are multiplied out when an operation reads them. It gives gradients to
+    what it is made of, and cannot be written to.
+    """
+
+    layer: StandIn
+    differentiable: bool
+
+    @staticmethod
+    def __new__(cls, layer: StandIn, *, differentiable: bool = True) -> WholeWeight:
+        spec = layer.original
+        held = next(layer.parameters(), spec)
+        g, o, i, *kernel = spec.shape
+        shape = (g * o, i, *kernel) if not spec.transposed else (g * i, o, *kernel)
+        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=held.dtype, device=held.device)  # type: ignore[attr-defined]
+
+    def __init__(self, layer: StandIn, *, differentiable: bool = True) -> None:
+        self.layer = layer
+        self.differentiable = differentiable
+
+    def multiplied_out(self) -> Tensor:
+        """An ordinary tensor of the values."""
+        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
+            return laid_out(self.layer.whole()[0], self.layer.original)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.__name__
+        if name in ("__get__", "__set__"):
+            name = func.__self__.__name__ + ("" if name == "__get__" else "_")
+        me = args[0] if args else next(iter(kwargs.values()), None)
+        if isinstance(me, WholeWeight):
+            if name in ("data", "detach"):
+                return WholeWeight(me.layer, differentiable=False)
+            if name == "requires_grad":
+                return me.differentiable and any(p.requires_grad for p in me.layer.parameters())
+            if name in _TOLD:
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args, **kwargs)
+            if _writes(name):
+                raise _written(me.layer, "weight")
+        if isinstance(kwargs.get("out"), WholeWeight):
+            raise _written(kwargs["out"].layer, "weight")
+        args, kwargs = tree_map_only(WholeWeight, WholeWeight.multiplied_out, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(WholeWeight, WholeWeight.multiplied_out, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+# What is told of a weight without its numbers.
+_TOLD = frozenset(
+    {
+        *("shape", "dtype", "device", "layout", "ndim", "itemsize", "nbytes", "names", "grad", "grad_fn", "is_leaf"),
+        *("is_cuda", "is_cpu", "is_mps", "is_xpu", "is_meta", "is_sparse", "is_sparse_csr", "is_quantized"),
+        *("is_nested", "is_mkldnn", "retains_grad", "_backward_hooks", "_post_accumulate_grad_hooks"),
+        *("size", "dim", "ndimension", "numel", "nelement", "element_size", "__len__", "stride", "storage_offset"),
+        *("is_floating_point", "is_complex", "is_conj", "is_neg", "is_inference", "is_contiguous", "get_device"),
+    }
+)
+_IN_PLACE = frozenset(
+    f"__i{name}__"
+    for name in (
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "div",
+        "floordiv",
+        "mod",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+    )
+)
+
+
+def _writes(name: str) -> bool:
+    """Whether a function of this name changes its first argument."""
+    return name == "__setitem__" or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+def _written(layer: StandIn, name: str) -> RuntimeError:
+    return RuntimeError(
+        f"the {name} of layer {layer.original.name!r} ({layer.original.kind}) cannot be written: it is multiplied out "
+        f"of {', '.join(n for n, _ in layer.named_parameters())}. Write to these, pass the layer by, or give the layer "
+        "one weight again with spectrim.merge(model)"
+    )
+
+
+@functools.cache
+def _standing(kind: type[StandIn], layer: type[nn.Module]) -> type[StandIn]:
+    names = {"__module__": kind.__module__, "__doc__": kind.__doc__, "_stands_for": layer}
+    return type(f"{kind.__name__}{layer.__name__}", (kind, layer), names)
+
+
+def _made_again(kind: type[StandIn], layer: type[nn.Module]) -> StandIn:
+    made = _standing(kind, layer)
+    return made.__new__(made)
+
+
+def fits(layer: nn.Module, module: nn.Module) -> bool:
+    """Whether a module can take over a layer: as what stands for one, or as a plain layer of its kind."""
+    own = getattr(layer, "_stands_for", None) or type(layer)
+    kind = next((k for k in LAYERS if issubclass(own, k)), None)
+    return kind is not None and (isinstance(module, StandIn) or type(module) is kind)
+
+
+def take_over(layer: nn.Module, module: nn.Module) -> None:
+    """Have a layer compute as a module does, in place; or, for a plain layer of its kind, have it be that layer again.
+
+    Parameters
+    ----------
+    layer
+        A linear layer or convolution, or one that a stand-in has taken over before.
+    module
+        Gives its parts, and is not to be used any more.
+
+    Raises
+    ------
+    PlanError
+        If the layer has parts of its own under names that the module needs.
+    """
+    own = getattr(layer, "_stands_for", None) or type(layer)
+    state, brought = vars(layer), vars(layer).get(_BROUGHT, frozenset({"weight", "bias"}))
+    for part in _PARTS:
+        state[part] = {name: value for name, value in state[part].items() if name not in brought}
+    for name in brought:
+        state.pop(name, None)
+    new = {name: value for name, value in vars(module).items() if name not in _EVERY_MODULE}
+    standing = isinstance(module, StandIn)
+    if not standing:
+        new = {name: value for name, value in new.items() if name in _SIZES}
+    parts = [name for part in _PARTS for name in vars(module)[part]]
+    taken = {name for part in _PARTS for name in state[part]} | (state.keys() - set(_SIZES))
+    clash = [name for name in [*parts, *new] if name in taken]
+    if clash:
+        raise PlanError(
+            f"a {own.__name__} has a part {clash[0]!r} of its own, which a {type(module).__name__} in its place needs: "
+            "rename it, or skip the layer"
+        )
+    for part in _PARTS:
+        state[part].update(vars(module)[part])
+    state.update(new)
+    state["_load_state_dict_post_hooks"].update(vars(module)["_load_state_dict_post_hooks"])
+    # Not by the layer's own way to set attributes, which may be anything.
+    object.__setattr__(layer, "__class__", _standing(type(module), own) if standing else own)
+    state.pop(_BROUGHT, None)
+    if standing:
+        state[_BROUGHT] = frozenset([*new, *parts])
+    layer.train(layer.training)
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What layers are besides their numbers: whether they are trained, and their order in memory.
+
+    Attributes
+    ----------
+    trained
+        Whether weight and bias get gradients, by the names of layers.
+    channels_last
+        Layers whose weight lies channels last.
+    """
+
+    trained: Mapping[str, tuple[bool, bool]]
+    channels_last: frozenset[str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Traits:
+        """Of all layers of a model, and of what stands for layers."""
+        trained, last = {}, set()
+        for name, layer in _layers(model):
+            weights, bias = _parameters(layer)
+            own = any(p.requires_grad for p in weights)
+            trained[name] = own, own if bias is None else bias.requires_grad
+            if any(_is_channels_last(p) for p in weights):
+                last.add(name)
+        return cls(trained, frozenset(last))
+
+    def give(self, model: nn.Module) -> None:
+        """Have the layers of those names in another model be the same. Shared parts are trained if one layer is."""
+        wanted: dict[nn.Parameter, bool] = {}
+        for name, layer in _layers(model):
+            if name not in self.trained:
+                continue
+            weights, bias = _parameters(layer)
+            for p in weights:
+                wanted[p] = wanted.get(p, False) or self.trained[name][0]
+                if name in self.channels_last and p.dim() in (4, 5):
+                    order = torch.channels_last if p.dim() == 4 else torch.channels_last_3d
+                    p.data = p.data.contiguous(memory_format=order)
+            if bias is not None:
+                wanted[bias] = self.trained[name][1]
+        for p, trained in wanted.items():
+            p.requires_grad_(trained)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Layers, without the parts of those that are made of several."""
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, (*LAYERS, StandIn)) and module not in inside:
+            inside.update(module.modules())
+            yield name, module
+
+
+def _parameters(layer: nn.Module) -> tuple[list[nn.Parameter], nn.Parameter | None]:
+    """Those of a layer's weight, and its bias."""
+    bias = layer.bias if isinstance(layer.bias, nn.Parameter) else None
+    parts = layer.parameters() if isinstance(layer, StandIn) else [layer.weight]
+    return [p for p in parts if isinstance(p, nn.Parameter) and p is not bias], bias
+
+
+def _is_channels_last(weight: Tensor) -> bool:
+    order = {4: torch.channels_last, 5: torch.channels_last_3d}.get(weight.dim())
+    return order is not None and weight.is_contiguous(memory_format=order) and not weight.is_contiguous()
+
+
+def sized(layer: StandIn) -> None:
+    """Have the sizes among a layer's attributes be those of what it stands for."""
+    spec = layer.original
+    for name, size in zip(_SIZES, (spec.in_channels, spec.out_channels) * 2, strict=True):
+        if name in vars(layer):
+            setattr(layer, name, size)
+
+
+def as_containers(model: nn.Module) -> None:
+    """Have what stands for layers be containers of their parts, in place, for tools that ask for types."""
+    for module in model.modules():
+        if getattr(module, "_stands_for", None):
+            object.__setattr__(module, "__class__", type(module).__mro__[1])
+
+
+def laid_out(weight: Tensor, spec: LayerSpec) -> Tensor:
+    """A canonical ``[g, o, i, *k]`` in the layout of torch's layer."""
+    moved = weight.transpose(1, 2) if spec.transposed else weight
+    return moved.flatten(0, 1).contiguous() if spec.kernel else moved[0].contiguous()
+
+
+def laid_open(weight: Tensor, spec: LayerSpec) -> Tensor:
+    """Inverse of :func:`laid_out`."""
+    opened = weight.reshape(spec.groups, weight.shape[0] // spec.groups, *weight.shape[1:])
+    return opened.transpose(1, 2) if spec.transposed else opened
