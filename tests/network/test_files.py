@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import stat
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
 
 import pytest
 
-from spectrim.network.files import replacing
+from spectrim.network.files import replacing, write_text
 
 
 def fail_after_writing(scratch: Path) -> None:
@@ -22,7 +27,8 @@ def test_the_old_file_stands_until_the_new_one_is_whole(tmp_path: Path) -> None:
     with replacing(path) as scratch:
         scratch.write_text("new")
         assert path.read_text() == "old"
-        assert scratch.parent == tmp_path
+        assert scratch.name == path.name
+        assert scratch.parent.parent == tmp_path
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -32,7 +38,7 @@ def test_an_error_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> N
     path.write_text("old")
     with pytest.raises(RuntimeError, match="on the way"), replacing(path) as scratch:
         fail_after_writing(scratch)
-    with pytest.raises(FileNotFoundError), replacing(path):
+    with pytest.raises(FileNotFoundError, match=r"plan\.json"), replacing(path):
         pass  # nothing was written
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
@@ -51,3 +57,69 @@ def test_writers_at_the_same_time_do_not_meet(tmp_path: Path) -> None:
         list(pool.map(write, ["one", "other"]))
     assert path.read_text() in ("one", "other")
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_errors_name_the_file_and_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no folder '.*none'.*: '.*plan\.json'"):
+        write_text(tmp_path / "none" / "plan.json", "text")
+    with pytest.raises(IsADirectoryError, match=tmp_path.name):
+        write_text(tmp_path, "text")
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError, match=r"file/plan\.json"):
+        write_text(tmp_path / "file" / "plan.json", "text")
+
+
+def test_a_full_disk_is_an_error_of_the_file_and_the_old_one_stands(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text("old")
+
+    def full(scratch: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*plan\.json'") as caught, replacing(path) as scratch:
+        full(scratch)
+    assert caught.value.errno == 28
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_names_modes_and_links_are_kept(tmp_path: Path) -> None:
+    path, link = tmp_path / ("x" * 251 + ".txt"), tmp_path / "link"
+    path.write_text("old")
+    path.chmod(0o640)
+    link.symlink_to(path)
+    write_text(link, "new")
+    assert link.is_symlink()
+    assert path.read_text() == "new"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    write_text(os.devnull, "text")  # no file that another one could replace
+    assert not Path(os.devnull).is_file()
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from spectrim.network.files import replacing
+with replacing(Path(sys.argv[1])) as scratch:
+    scratch.write_text("half")
+    print("here", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="kills")
+def test_what_a_killed_writer_leaves_goes_with_the_next_write_and_a_living_one_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text("old")
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "here\n"
+        write_text(tmp_path / "other.json", "text")
+        assert len(list(tmp_path.iterdir())) == 3  # what it writes is there still
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert len(list(tmp_path.iterdir())) == 3
+        write_text(tmp_path / "other.json", "text")
+    assert path.read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["other.json", "plan.json"]

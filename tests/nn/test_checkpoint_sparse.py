@@ -229,6 +229,8 @@ def damaged(case: str, change: Any, path: Any) -> Any:
     choices, layer = PLANS[case]
     save(compressed(Wrapped(layer()), choices), plan_of(choices), path)
     tensors, metadata = load_file(path), header_of(path)[0]["__metadata__"]
+    # As of a file that was written before there were digests, which must be seen to by itself.
+    metadata = {key: text for key, text in metadata.items() if not key.endswith("sha256")}
     change(tensors, metadata)
     save_file({name: t.contiguous() for name, t in tensors.items()}, path, metadata)
     return lambda: Wrapped(layer())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from spectrim.errors import CheckpointError
+from spectrim.network import tensor_files
 from spectrim.train import Loop, Recipe, fine_tune
 from spectrim.train import resume as resuming
 from tests.train import mortal, small, training_script
@@ -188,7 +190,7 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(
 ) -> None:
     path = tmp_path / "run"
     resuming.write(path, {"a": torch.ones(3)}, {"step": 1})
-    owner = resuming if call == "save_file" else os
+    owner = tensor_files if call == "save_file" else os
 
     def fail(*arguments: Any) -> None:
         if call == "save_file":
@@ -205,6 +207,105 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(
     resuming.write(path, {"a": torch.zeros(3)}, {"step": 3})
     assert resuming.read(path)[1]["step"] == 3
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+def rewritten(path: Path, change: Any, out: Path) -> None:
+    """A checkpoint with its tensors or its record changed, as one without digests."""
+    tensors, record = resuming.read(path)
+    change(tensors, record)
+    save_file(
+        {n: t.contiguous() for n, t in tensors.items()}, out, {resuming._KEY: json.dumps({"format": 1, **record})}
+    )
+
+
+def put(part: str, *keys: Any, to: Any) -> Any:
+    """Change of one value, given or as a function of what it was; ``None`` removes it."""
+
+    def change(tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+        held: Any = tensors if part == "tensors" else record
+        for key in keys[:-1]:
+            held = held[key]
+        if to is None:
+            del held[keys[-1]]
+        else:
+            held[keys[-1]] = (
+                to(held.get(keys[-1]) if isinstance(held, dict) else held[keys[-1]]) if callable(to) else to
+            )
+
+    return change
+
+
+def nan(tensor: Tensor) -> Tensor:
+    return torch.full_like(tensor, float("nan"))
+
+
+WEIGHT, MOMENTUM = "model/stem.weight", "optimizer/0/momentum_buffer"
+DAMAGE: dict[str, tuple[Any, str]] = {
+    "epochs beyond the recipe": (put("record", "epoch", to=10**6), "1000000 epochs are done of 2"),
+    "an epoch less": (put("record", "epoch", to=1), "history"),
+    "a negative batch": (put("record", "batch", to=-1), "batch"),
+    "batches beyond the epoch": (put("record", "batch", to=9), "9 more"),
+    "another step": (put("record", "step", to=3), "3 steps are not 2 epochs"),
+    "a step as text": (put("record", "step", to="4"), "step"),
+    "no step": (put("record", "step", to=None), "step"),
+    "a number too long": (put("record", "step", to=10**400), "step"),
+    "a loss that is not finite": (put("record", "history", 0, "loss", to=float("nan")), "not finite"),
+    "a best that never was": (put("record", "best", to=[99.0, 1]), "99.0"),
+    "an unknown field": (put("record", "step_", to=lambda _: 1), "step_"),
+    "no run": (put("record", "run", to=[]), "run"),
+    "weights that are not finite": (put("tensors", WEIGHT, to=nan), "stem.weight holds numbers that are not finite"),
+    "weights of another dtype": (put("tensors", WEIGHT, to=Tensor.half), "stem.weight is torch.float16"),
+    "weights missing": (put("tensors", WEIGHT, to=None), "stem.weight is missing"),
+    "momentum of another dtype": (put("tensors", MOMENTUM, to=Tensor.half), "momentum_buffer"),
+    "momentum of another shape": (put("tensors", MOMENTUM, to=lambda t: t[:1]), "momentum_buffer"),
+    "momentum that is not finite": (put("tensors", MOMENTUM, to=nan), "momentum_buffer"),
+    "momentum of no weight": (put("tensors", "optimizer/99/momentum_buffer", to=lambda _: torch.ones(1)), "none of"),
+    "no groups": (put("record", "optimizer", "groups", to=[]), "groups"),
+    "another momentum": (put("record", "optimizer", "groups", 0, "momentum", to=0.1), "momentum"),
+    "a rate that is not finite": (put("record", "optimizer", "groups", 0, "lr", to=float("inf")), "lr"),
+    "no sum of losses": (put("tensors", "loss/sum", to=None), "sum of losses"),
+    "a generator missing": (put("tensors", "random/torch", to=None), "'torch' is missing"),
+    "a generator cut": (put("tensors", "random/torch", to=lambda t: t[:9]), "'torch'"),
+    "numpy beyond its words": (put("tensors", "random/numpy", to=lambda t: t + 10**6), "random generators"),
+    "python's of another version": (put("tensors", "random/python", to=lambda t: t + 1), "random generators"),
+    "an unknown part": (put("tensors", "more/a", to=lambda _: torch.ones(1)), "'more'"),
+    "best weights that are not wanted": (put("tensors", "best/stem.weight", to=lambda _: torch.ones(1)), "best"),
+}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("done") / "run"
+    fine_tune(Net(), loader(16), epochs=2, evaluate=accuracy, checkpoint=path)
+    return path
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_what_cannot_be_is_refused_and_the_model_left_alone(what: str, done: Path, tmp_path: Path) -> None:
+    change, message = DAMAGE[what]
+    rewritten(done, change, tmp_path / "run")
+    model = Net(seed=3)
+    before = {name: tensor.clone() for name, tensor in weights(model).items()}
+    with pytest.raises(CheckpointError, match=rf"run: .*{message}"):
+        fine_tune(model, loader(16), epochs=2, evaluate=accuracy, checkpoint=tmp_path / "run")
+    assert equal(weights(model), before)
+
+
+def test_a_checkpoint_without_digests_continues(done: Path, tmp_path: Path) -> None:
+    rewritten(done, lambda tensors, record: None, tmp_path / "run")
+    models = Net(seed=1), Net(seed=2)
+    for model, path in zip(models, (done, tmp_path / "run"), strict=True):
+        fine_tune(model, loader(16), epochs=2, evaluate=accuracy, checkpoint=path)
+    assert equal(weights(models[0]), weights(models[1]))
+
+
+def test_every_bit_of_a_checkpoint_counts(done: Path, tmp_path: Path) -> None:
+    data, path = done.read_bytes(), tmp_path / "run"
+    length = int.from_bytes(data[:8], "little")
+    for at in (*range(8 + length, len(data), 4001), data.index(b'"lr') + 8, data.index(b"seconds") + 12):
+        path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(CheckpointError, match="run: "):
+            fine_tune(Net(), loader(16), epochs=2, evaluate=accuracy, checkpoint=path)
 
 
 def test_checkpoints_hold_no_pickle(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import torch
 from spectrim.cost.chains import calls, describe, measure
 from spectrim.cost.counted import macs, rank_multiple, register_width
 from spectrim.linalg.unfold import Unfolding
-from spectrim.network.files import replacing
+from spectrim.network.files import write_text
 from spectrim.network.layer import LayerSpec
 from spectrim.network.structure import Chain, Pair
 from spectrim.progress import Steps
@@ -203,10 +203,12 @@ class Latency:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["version"] != VERSION or content["facts"] != self.facts():
                 raise ValueError("it was written for another version or other facts")
+            if content.get("sha256", "") not in ("", _digest(content["timings"])):
+                raise ValueError("its timings are not those that were written")
             timings = {str(key): float(value) for key, value in content["timings"].items()}
             if not all(0 < value < math.inf for value in timings.values()):
                 raise ValueError("it holds timings that are not positive and finite")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
             warnings.warn(f"measured times {str(path)!r} cannot be used and are measured anew: {error}", stacklevel=4)
             return {}
         return timings
@@ -219,13 +221,17 @@ class Latency:
         path = self.path
         if path is None:
             return
-        content = {"version": VERSION, "facts": self.facts(), "timings": {**self._read(), **fresh}}
+        timings = {**self._read(), **fresh}
+        content = {"version": VERSION, "facts": self.facts(), "timings": timings, "sha256": _digest(timings)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as scratch:
-                scratch.write_text(json.dumps(content, indent=0, sort_keys=True), encoding="utf-8")
+            write_text(path, json.dumps(content, indent=0, sort_keys=True))
         except OSError as error:
             warnings.warn(f"latencies cannot be stored in {str(path)!r} and stay in memory: {error}", stacklevel=3)
+
+
+def _digest(timings: object) -> str:
+    return hashlib.sha256(json.dumps(timings, sort_keys=True).encode()).hexdigest()
 
 
 def interpolate(points: Sequence[tuple[float, float]], at: float) -> float:

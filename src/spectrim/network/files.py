@@ -1,23 +1,143 @@
-"""Files that are there whole or not at all, whenever a process dies."""
+"""Files that are there whole or not at all, whenever a process dies and whatever the disk says."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
-import threading
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
+
+_END = ".spectrim"
+_LOCK = ".writing"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside another one, to be written in its place: it takes it at the end, and is removed after an error.
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A file of the same name to be written in place of another one, which takes its place at the end.
 
-    Readers see the old file or the new one, never a part. Each thread of each process has a file of its own.
+    It lies in a folder of its own beside ``path``, so that readers see the old file or the new one, never a part, and a
+    writer may leave further files there, which go along before it. The folder is locked while it is in use and removed
+    after an error; what writers that were killed have left beside ``path`` is removed as well. Links are followed, and
+    what is no file (``/dev/stdout``) is written as it is.
+
+    Raises
+    ------
+    OSError
+        Names ``path``: there is no such folder, or it is full or read-only, or the file is protected.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+    target = Path(os.path.realpath(path))
     try:
-        yield scratch
-        os.replace(scratch, path)
+        if target.exists() and not target.is_file():
+            if target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
+            yield target
+            return
+        if target.exists() and not os.access(target, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
+        remove_abandoned(target.parent)
+        with _scratch(target) as folder:
+            written = folder / target.name
+            yield written
+            _flush(written)
+            if target.exists():
+                os.chmod(written, stat.S_IMODE(target.stat().st_mode))
+            for beside in folder.iterdir():
+                if beside.name not in (_LOCK, target.name):
+                    os.replace(beside, target.parent / beside.name)
+            os.replace(written, target)
+            _flush(target.parent)
+    except OSError as error:
+        why = error.strerror or str(error)
+        if isinstance(error, FileNotFoundError) and not target.parent.is_dir():
+            why = f"there is no folder {str(target.parent)!r}"
+        raise OSError(error.errno or errno.EIO, f"cannot be written: {why}", str(path)) from error
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file, whole or not at all.
+
+    Raises
+    ------
+    OSError
+        Names the file, as that of :func:`replacing`.
+    """
+    with replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove what writers that were killed have left in a folder; those that are at work are left alone."""
+    for found in folder.iterdir():
+        if found.name.startswith(".") and found.name.endswith(_END):
+            # One that is on its way to being locked is empty: its writer sees that it is gone, and makes another.
+            with contextlib.suppress(OSError):
+                found.rmdir()
+            with contextlib.suppress(OSError), open(found / _LOCK, "rb+") as lock:
+                if _locked(lock):
+                    _remove(found)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a scratch folder, its lock last: what is left of it if the process dies is found again."""
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == _LOCK):
+        file.unlink()
+    folder.rmdir()
+
+
+@contextmanager
+def _scratch(target: Path) -> Iterator[Path]:
+    """A folder beside a file that is locked, and removed on leaving."""
+    lock, folder = _locked_folder(target)
+    try:
+        yield folder
     finally:
-        scratch.unlink(missing_ok=True)
+        if os.name != "posix":
+            lock.close()  # what is open cannot be removed there
+        with contextlib.suppress(OSError):
+            _remove(folder)
+        lock.close()
+
+
+def _locked_folder(target: Path) -> tuple[IO[bytes], Path]:
+    while True:
+        # Names may be as long as the file system takes them: only their beginning is told.
+        folder = Path(tempfile.mkdtemp(_END, f".{target.name[:40]}.", target.parent))
+        try:
+            lock = open(folder / _LOCK, "wb+")  # noqa: SIM115 (closed by who asked)
+        except FileNotFoundError:
+            continue  # taken for abandoned before it was locked, and removed
+        # The folder is there still when it is locked: from now on nobody removes it.
+        if _locked(lock) and (folder / _LOCK).exists():
+            return lock, folder
+        lock.close()
+
+
+def _locked(file: IO[Any]) -> bool:
+    """Lock a file until it is closed or the process dies, unless another one holds the lock."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system without locks
+    return True
+
+
+def _flush(path: Path) -> None:
+    """See that a file or a folder is on the disk."""
+    if path.is_dir() and os.name != "posix":
+        return
+    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from spectrim.errors import CheckpointError, PlanError
+from spectrim.network import tensor_files
 from spectrim.network.choices import ChannelsChoice, SumChoice
 from spectrim.network.coupling import IN
-from spectrim.network.files import replacing
 from spectrim.network.sites import Sites
 from spectrim.nn.build import skeleton
 from spectrim.nn.channels.narrow import add_bias, reshape
@@ -38,7 +36,7 @@ def save(model: nn.Module, plan: Plan, path: str | Path) -> None:
     Tensors that share memory are stored once. Of a sparse weight (:class:`~spectrim.nn.sparse.layers.Masked`) the file
     holds the values inside the mask, in one row under the name of the weight, and the packed positions under the name
     of the mask, so that it is as large as its plan says. The file is written beside its final place and moved there, so
-    that a crash leaves no half-written checkpoint.
+    that a crash leaves no half-written checkpoint. Digests of tensors and texts lie among its texts.
 
     Parameters
     ----------
@@ -52,6 +50,8 @@ def save(model: nn.Module, plan: Plan, path: str | Path) -> None:
     CheckpointError
         If the state of the model holds anything but tensors, or a mask does not have the pattern and the density of the
         plan.
+    OSError
+        If the file cannot be written: there is no such folder, or it is full or read-only.
     """
     owners, shared = _owners(model.state_dict())
     tensors, packed = _stored(model, plan, owners)
@@ -63,8 +63,7 @@ def save(model: nn.Module, plan: Plan, path: str | Path) -> None:
     }
     if packed:
         metadata["packed"] = json.dumps(packed)
-    with replacing(Path(path)) as scratch:
-        save_file(tensors, scratch, metadata)
+    tensor_files.write(Path(path), tensors, metadata)
 
 
 def load(model: nn.Module, path: str | Path) -> nn.Module:
@@ -87,8 +86,8 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     Raises
     ------
     CheckpointError
-        If the file is missing, damaged or not a Spectrim checkpoint, or belongs to another architecture; the message
-        names the first layer or tensor that does not fit.
+        If the file is missing, damaged (a bit is not what was written) or not a Spectrim checkpoint, or belongs to
+        another architecture; the message names the first layer or tensor that does not fit.
     """
     tensors, plan, shared, packed = _read(Path(path))
     sites, traits = find(model), Traits.of(model)
@@ -149,13 +148,11 @@ def _stored(model: nn.Module, plan: Plan, owners: Mapping[str, Tensor]) -> tuple
 
 def _read(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], Plan, dict[str, str], list[tuple[str, str]]]:
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()} if weights else {}  # noqa: SIM118
+        tensors, metadata = tensor_files.read(path, weights=weights)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: not a readable safetensors file: {error}") from error
+    except tensor_files.DamagedFileError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     if metadata.get("format") != FORMAT or "plan" not in metadata:
         raise CheckpointError(f"{path}: a safetensors file, but not a Spectrim checkpoint (it holds no plan)")
     version = metadata.get("format_version")

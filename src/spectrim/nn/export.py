@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import ExportError
+from spectrim.network.files import replacing
 from spectrim.nn.watch.batches import arguments, evaluating, rebuilt, resized, tensors
 
 TOLERANCE = 1e-3
@@ -44,6 +45,8 @@ def export_program(
     ------
     ExportError
         If the model cannot be exported, or the program computes something else.
+    OSError
+        If the file cannot be written: there is no such folder, or it is full or read-only.
     """
     with evaluating(model):
         args, kwargs = _inputs(model, example, dynamic_batch)
@@ -51,7 +54,11 @@ def export_program(
         run = program.module()
         worst = _difference(model, args, kwargs, lambda a, k: run(*a, **k), dynamic_batch)
         _accept(worst, tolerance, "the exported program")
-        torch.export.save(program, path)
+        # torch's own writer ends the process on a full disk.
+        held = io.BytesIO()
+        torch.export.save(program, held)
+        with replacing(path) as scratch, open(scratch, "wb") as file:
+            file.write(held.getbuffer())
     return worst
 
 
@@ -76,8 +83,7 @@ def export_onnx(
             raise ExportError(f"{type(model).__name__} cannot be converted to ONNX: {error}") from error
         assert onnx_program is not None
         # What fails the check must not lie under the final name, nor replace a good file there.
-        with tempfile.TemporaryDirectory() as folder:
-            trial = Path(folder) / "model.onnx"
+        with replacing(path) as trial:
             onnx_program.save(trial)
             try:
                 session = onnxruntime.InferenceSession(str(trial), providers=["CPUExecutionProvider"])
@@ -87,7 +93,6 @@ def export_onnx(
             except Exception as error:
                 raise ExportError(f"onnxruntime cannot run the ONNX file of {type(model).__name__}: {error}") from error
             _accept(worst, tolerance, "the ONNX file")
-        onnx_program.save(path)
     return worst
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectrim.network.choices import SumChoice
+from spectrim.network.files import write_text
 from spectrim.network.sites import Skipped
 from spectrim.report import figures
 from spectrim.report.comparison import Comparison, Measure, show
@@ -98,10 +99,9 @@ class Page:
         )
 
     def write(self, path: str | Path) -> Path:
-        """Write the page and return where it is."""
-        path = Path(path)
-        path.write_text(self.html(), encoding="utf-8")
-        return path
+        """Write the page, whole or not at all, and return where it is."""
+        write_text(path, self.html())
+        return Path(path)
 
     def _figures(self, shown: Sequence[str]) -> list[dict[str, str]]:
         plan = self.plan
@@ -166,6 +166,8 @@ def write_report(
     ------
     ValueError
         If there is a trajectory without a C step.
+    OSError
+        If the file cannot be written.
     """
     notes = tuple(dict.fromkeys([*result.report.notes, *notes]))
     page = Page(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spectrim.network.files import replacing
 from spectrim.report.figures import _OTHER, DENSE, INK, PALE, PLANNED, Measured, _figure, _label, _scale, _short
 from spectrim.report.rank_panels import (
     MU,
@@ -122,7 +123,8 @@ def animate_ranks(trajectory: Trajectory, path: str | Path, *, seconds: float = 
     )
     durations = [800 * seconds / len(steps)] * len(steps)
     durations[-1] += 200 * seconds
-    first.save(path, save_all=True, append_images=rest, duration=[round(each) for each in durations], loop=0)
+    with replacing(path) as scratch:
+        first.save(scratch, save_all=True, append_images=rest, duration=[round(each) for each in durations], loop=0)
     return path
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from spectrim.network.files import replacing
 from spectrim.report.figures import _STYLE, DENSE, PLANNED, _figure, _short, to_svg
 
 if TYPE_CHECKING:
@@ -64,11 +65,12 @@ def recommended_widths(channels: Mapping[str, int], widths: Mapping[str, Mapping
 
 
 def write(figure: Figure, file: Path) -> None:
-    """Write a figure in the format that the file's name ends in: .svg, .png or .pdf."""
-    if file.suffix == ".svg":
-        file.write_bytes(to_svg(figure))
-        return
+    """Write a figure in the format that the file's name ends in: .svg, .png or .pdf; whole or not at all."""
     import matplotlib
 
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(file, dpi=200, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
+    with replacing(file) as scratch:
+        if file.suffix == ".svg":
+            scratch.write_bytes(to_svg(figure))
+            return
+        with matplotlib.rc_context(_STYLE):
+            figure.savefig(scratch, dpi=200, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)

@@ -16,9 +16,12 @@ import msgspec
 
 from spectrim.errors import PlanError
 from spectrim.network.choices import Choice, read_choice
+from spectrim.network.files import write_text
 from spectrim.selection.candidates import Candidates
 
 VERSION = 1
+LARGEST = 16 * 2**20
+"""Bytes of a plan's text. A plan of a thousand layers has one of them; what is larger is no plan."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,8 @@ class Plan:
         PlanError
             If the text is not a plan of a version this library reads; the message says where.
         """
+        if len(text) > LARGEST:
+            raise PlanError(f"not a plan: {len(text):,} characters or more, and a plan has at most {LARGEST:,}")
         try:
             raw = msgspec.json.decode(text)
             # Of a choice this is what all choices have; its kind says the type of the rest.
@@ -145,11 +150,32 @@ class Plan:
         return dataclasses.replace(plan, entries=tuple(_entry(entry, record["choice"]) for entry, record in entries))
 
     def write(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+        """Write the plan's text, whole or not at all.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written: there is no such folder, or it is full or read-only.
+        """
+        write_text(path, self.to_json() + "\n")
 
     @classmethod
     def read(cls, path: str | Path) -> Plan:
-        return cls.from_json(Path(path).read_bytes())
+        """Read a file that :meth:`write` wrote, or that was written by hand.
+
+        Raises
+        ------
+        OSError
+            If there is no such file.
+        PlanError
+            As :meth:`from_json`; the message names the file.
+        """
+        with open(path, "rb") as file:
+            text = file.read(LARGEST + 1)
+        try:
+            return cls.from_json(text)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
 
 
 def make_plan(

@@ -7,6 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from spectrim.errors import PlanError
+from spectrim.network.files import write_text
+
+LARGEST = 32 * 2**20
+"""Bytes of the text of a trajectory."""
+
 
 @dataclass(frozen=True)
 class Record:
@@ -88,19 +94,42 @@ class Trajectory:
 
         Raises
         ------
-        ValueError
+        PlanError
             If the text is something else; the message says where.
         """
         import msgspec
 
+        if len(text) > LARGEST:
+            raise PlanError(f"not a trajectory of ranks: more than {LARGEST:,} characters")
         try:
             return msgspec.json.decode(text, type=cls)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-            raise ValueError(f"not a trajectory of ranks: {error}") from error
+            raise PlanError(f"not a trajectory of ranks: {error}") from error
 
     def write(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+        """Write the text, whole or not at all.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written: there is no such folder, or it is full or read-only.
+        """
+        write_text(path, self.to_json() + "\n")
 
     @classmethod
     def read(cls, path: str | Path) -> Trajectory:
-        return cls.from_json(Path(path).read_bytes())
+        """Read a file that :meth:`write` wrote.
+
+        Raises
+        ------
+        OSError
+            If there is no such file.
+        PlanError
+            As :meth:`from_json`; the message names the file.
+        """
+        with open(path, "rb") as file:
+            text = file.read(LARGEST + 1)
+        try:
+            return cls.from_json(text)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error

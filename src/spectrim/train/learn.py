@@ -14,7 +14,6 @@ from torch import nn
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
 from spectrim.errors import CheckpointError
-from spectrim.network.files import replacing
 from spectrim.nn.find import Which
 from spectrim.nn.watch.batches import batch_size
 from spectrim.nn.watch.sampling import Mask, Sampling
@@ -286,8 +285,7 @@ class _Run:
         small, plan = ranks.finish(self.calibration)
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(kept) as scratch:
-                plan.write(scratch)
+            plan.write(kept)
         return small, plan
 
     def _loop(self, model: nn.Module, recipe: Recipe, epoch: int, folder: Path | None, name: str, **hooks: Any) -> Loop:

@@ -19,7 +19,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -350,17 +350,34 @@ class LearnedRanks:
         ]
         if changed:
             raise CheckpointError(f"the checkpoint belongs to another run: {'; '.join(changed)}")
+        held = self._held(state, plan, found, step)
         # What was measured once holds for the whole run, or the same budget would mean another number of milliseconds.
         self._c_step.take_over(found.dense_costs)
         self.step, self._batches, self.plan, self.trajectory = step, batches, plan, found
-        self._targets, self._multipliers = {}, {}
-        for kind, held in (("target", self._targets), ("multiplier", self._multipliers)):
-            # In the order of the sites: the penalty adds up in that order, and rounds accordingly.
-            for site in self.sites:
-                key = f"{kind}:{site.name}"
-                if key in state:
-                    weight: Any = self._layers[site.name].weight
-                    held[site.name] = state[key].to(weight.device, copy=True)
+        self._targets, self._multipliers = held["target"], held["multiplier"]
+
+    def _held(
+        self, state: Mapping[str, Tensor], plan: Plan, found: Trajectory, step: int
+    ) -> dict[str, dict[str, Tensor]]:
+        """The low-rank copies and multipliers of a state, if they are those of its plan."""
+        # In the order of the sites: the penalty adds up in that order, and rounds accordingly.
+        names = [site.name for site in self.sites]
+        low = {name for entry in plan for name in entry.sites if not entry.choice.is_dense}
+        kinds = ("target", "multiplier") if self.augmented else ("target",)
+        known = [(kind, name) for kind in kinds for name in names if name in low]
+        wanted = {f"{kind}:{name}" for kind, name in known} | {"counts", "plan", "trajectory", "run"}
+        if wanted != set(state) or not low <= set(names) or found.sites != self.trajectory.sites:
+            raise CheckpointError(f"the state of learned ranks has other tensors than {', '.join(sorted(wanted))}")
+        if not 0 < step <= self.schedule.steps or step != len(found):
+            raise CheckpointError(f"{step} C steps are done of {self.schedule.steps}, and {len(found)} are recorded")
+        held: dict[str, dict[str, Tensor]] = {"target": {}, "multiplier": {}}
+        for kind, name in known:
+            stored, weight = state[f"{kind}:{name}"], cast(Tensor, self._layers[name].weight)
+            like = stored.numel() == weight.numel() if kind == "multiplier" else stored.shape == weight.shape
+            if not like or stored.dtype != weight.dtype or not bool(torch.isfinite(stored).all()):
+                raise CheckpointError(f"{kind}:{name} of the state is no finite tensor like the layer's weight")
+            held[kind][name] = stored.to(weight.device, copy=True)
+        return held
 
     def _measured(self) -> float | None:
         """What ``evaluate`` says of the nested network, if that is a number. The generators are left as they are."""

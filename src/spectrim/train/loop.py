@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -27,6 +27,8 @@ from spectrim.train.recipe import Recipe, parameter_groups
 from spectrim.train.result import EpochRecord, TrainingResult
 
 Evaluate = Callable[[nn.Module], float]
+
+_PARTS = {"model", "optimizer", "best", "random", "epoch_random", "loss", "penalty", "after_step"}  # of checkpoints
 
 
 class Loop:
@@ -289,32 +291,68 @@ class Loop:
             "epoch": self.epoch,
             "batch": self._batch,
             "step": self.step,
-            "seconds": time.perf_counter() - self._started,
+            "seconds": max(0.0, time.perf_counter() - self._started),
             "history": [asdict(r) for r in self._history],
             "best": [self._best_metric, self._best_epoch],
             "optimizer": values,
         }
+        if self.steps_per_epoch is not None and self.step != self.epoch * self.steps_per_epoch + self._batch:
+            record["uneven"] = True
         flat = {f"{part}/{name}": t for part, held in parts.items() for name, t in held.items()}
         resume.write(self.checkpoint, flat, record)
 
     def _resume(self, path: Path) -> None:
-        tensors, record = resume.read(path)
-        resume.load_model(self.model, resume.section(tensors, "model"), str(path))
-        now, then = self._record(), record["run"]
+        """Put back what a checkpoint holds, when all of it has been looked at: an error leaves everything as it was."""
+        tensors, found = resume.read(path)
+        parts = {name: resume.section(tensors, name) for name in {key.partition("/")[0] for key in tensors}}
+        resume.check_model(self.model, parts.get("model", {}), str(path))
+        record = resume.read_record(found, str(path))
+        now, then = self._record(), record.run
         changed = [f"{k} was {then.get(k)!r} and is {v!r}" for k, v in now.items() if then.get(k) != v]
         if changed:
             raise CheckpointError(
                 f"{path}: belongs to another run: {'; '.join(changed)}. Use the same recipe and data to continue, "
                 "or delete the file to start again"
             )
-        resume.load_optimizer(self._optimizer, resume.section(tensors, "optimizer"), record["optimizer"])
+        problem = record.problem(self.recipe.epochs, self.steps_per_epoch)
+        unknown = parts.keys() - {
+            "model",
+            "optimizer",
+            "best",
+            "random",
+            "epoch_random",
+            "loss",
+            "penalty",
+            "after_step",
+        }
+        total, best = tensors.get("loss/sum"), parts.get("best", {})
+        if unknown:
+            problem = f"it holds {min(unknown)!r}, which is no part of a checkpoint"
+        elif total is None or total.shape != () or total.dtype != torch.float64 or not math.isfinite(float(total)):
+            problem = problem or "the sum of losses is no finite number"
+        elif bool(best) != (self.recipe.keep == "best" and record.best[0] is not None):
+            problem = problem or "the best weights are missing, or should not be there"
+        if problem or total is None:
+            raise CheckpointError(f"{path}: the training checkpoint is damaged: {problem}; delete it to start again")
+        if best:
+            resume.check_model(self.model, best, str(path))
+        state = resume.optimizer_state(self._optimizer, parts.get("optimizer", {}), record.optimizer, str(path))
+        for name in ("random", "epoch_random"):
+            randomness.check(parts.get(name, {}), self.batches, f"{path}: {name}")
+        self._resume_hooks(parts, path)
+        resume.load_model(self.model, parts["model"], str(path))
+        self._optimizer.load_state_dict(state)
+        self.epoch, self._batch, self.step = record.epoch, record.batch, record.step
+        self._history, (self._best_metric, self._best_epoch) = list(record.history), record.best
+        self._best, self._seconds = best, record.seconds
+        self._random, self._epoch_random = parts["random"], parts["epoch_random"]
+        self._loss_sum.copy_(total)
+
+    def _resume_hooks(self, parts: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
         for name, hook in self._hooks():
             if hasattr(hook, "load_state_dict"):
-                hook.load_state_dict(resume.section(tensors, name))
-        self.epoch, self._batch, self.step = record["epoch"], record["batch"], record["step"]
-        self._history = [EpochRecord(**r) for r in record["history"]]
-        self._best_metric, self._best_epoch = record["best"]
-        self._best = resume.section(tensors, "best")
-        self._seconds = record["seconds"]
-        self._random, self._epoch_random = (resume.section(tensors, p) for p in ("random", "epoch_random"))
-        self._loss_sum.copy_(tensors["loss/sum"])
+                try:
+                    hook.load_state_dict(dict(parts.get(name, {})))
+                except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError) as error:
+                    what = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+                    raise CheckpointError(f"{path}: the state of {name} cannot be put back: {what}") from error

@@ -11,7 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spectrim.errors import CheckpointError
+
 State = dict[str, Tensor]
+
+_NUMPY_WORDS = 624  # of which its position points at one
 
 
 def seed(value: int) -> None:
@@ -53,6 +57,35 @@ def restore(state: State, loader: Any = None) -> None:
     for i, generator in enumerate(_generators(loader)):
         if f"loader{i}" in state:
             generator.set_state(state[f"loader{i}"])
+
+
+def check(state: State, loader: Any, source: str) -> None:
+    """See that :func:`restore` can put back a state. The generators are left as they are.
+
+    Raises
+    ------
+    CheckpointError
+        If it is not a state of the generators that there are.
+    """
+    before = capture(loader)
+    missing = [name for name in before if name not in state and not name.startswith("cuda")]
+    if missing:
+        raise CheckpointError(f"{source}: the state of the generator {missing[0]!r} is missing")
+    for name, own in before.items():
+        stored = state.get(name, own)
+        # Python keeps a spare number, or none.
+        if stored.dtype != own.dtype or (
+            stored.shape != own.shape and not (name == "python_gauss" and len(stored) < 2)
+        ):
+            raise CheckpointError(f"{source}: the state of the generator {name!r} is another one's")
+    try:
+        if not 0 <= int(state["numpy"][-2]) <= _NUMPY_WORDS:
+            raise ValueError(f"position {int(state['numpy'][-2])} of numpy's generator")
+        restore(state, loader)
+    except (RuntimeError, TypeError, ValueError, OverflowError, IndexError) as error:
+        raise CheckpointError(f"{source}: the states of the random generators are damaged: {error}") from error
+    finally:
+        restore(before, loader)
 
 
 def _generators(loader: Any) -> list[torch.Generator]:

@@ -4,22 +4,83 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from spectrim.errors import CheckpointError
-from spectrim.network.files import replacing
+from spectrim.network import tensor_files
+from spectrim.train.result import EpochRecord
 
 FORMAT = 1
 _KEY = "spectrim_training"
+Count = Annotated[int, msgspec.Meta(ge=0)]
+# State of each weight in the optimizers that recipes name, all but the number of steps of the weight's shape.
+_STATE: Mapping[type[Optimizer], frozenset[str]] = {
+    SGD: frozenset({"momentum_buffer"}),
+    AdamW: frozenset({"step", "exp_avg", "exp_avg_sq"}),
+}
+
+
+class OptimizerRecord(msgspec.Struct, forbid_unknown_fields=True):
+    """What an optimizer keeps beside tensors."""
+
+    values: dict[str, bool | int | float | str | None]
+    groups: list[dict[str, bool | int | float]]
+
+
+class Record(msgspec.Struct, forbid_unknown_fields=True):
+    """What a training checkpoint says beside its tensors.
+
+    Attributes
+    ----------
+    run
+        What makes it this run.
+    epoch, batch, step
+        What is done: epochs, batches of the one after them, and steps in all.
+    uneven
+        Whether epochs have had more or fewer batches than the data said.
+    best
+        The highest metric and its epoch.
+    """
+
+    run: dict[str, Any]
+    epoch: Count
+    batch: Count
+    step: Count
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
+    history: tuple[EpochRecord, ...]
+    best: tuple[float | None, int | None]
+    optimizer: OptimizerRecord
+    uneven: bool = False
+
+    def problem(self, epochs: int, per_epoch: int | None) -> str:
+        """What cannot be so in a run of so many epochs of so many batches; empty if there is nothing."""
+        if self.epoch > epochs:
+            return f"{self.epoch} epochs are done of {epochs}"
+        if [each.epoch for each in self.history] != list(range(1, self.epoch + 1)):
+            return f"{self.epoch} epochs are done, and the history is of {len(self.history)} others"
+        if not all(math.isfinite(each.loss) and math.isfinite(each.lr) for each in self.history):
+            return "the history has a loss or a learning rate that is not finite"
+        metrics = {each.epoch: each.metric for each in self.history}
+        metric, epoch = self.best
+        if (metric is None) != (epoch is None) or not _same(metric, metrics.get(epoch or 0)):
+            return f"the best metric is {metric} of epoch {epoch}, which the history does not say"
+        if per_epoch is not None and not self.uneven and self.step != self.epoch * per_epoch + self.batch:
+            return f"{self.step} steps are not {self.epoch} epochs of {per_epoch} batches and {self.batch} more"
+        if per_epoch is not None and not self.uneven and self.batch >= max(per_epoch, 1):
+            return f"{self.batch} batches are done of an epoch that has {per_epoch}"
+        return ""
+
+
+def _same(first: float | None, second: float | None) -> bool:
+    return first == second or (first is not None and second is not None and math.isnan(first) and math.isnan(second))
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
@@ -27,19 +88,15 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) 
 
     The file is written beside it, flushed to the disk, and renamed. Whenever the process dies, ``path`` is the old
     checkpoint or the new one, whole.
+
+    Raises
+    ------
+    OSError
+        Names the file: it cannot be written, and the old one stands.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     flat = {name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, t in tensors.items()}
-    with replacing(path) as scratch:
-        save_file(flat, scratch, {_KEY: json.dumps({"format": FORMAT, **record})})
-        with open(scratch, "rb+") as file:
-            os.fsync(file.fileno())
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    tensor_files.write(path, flat, {_KEY: json.dumps({"format": FORMAT, **record})})
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -51,12 +108,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         If the file is damaged or is not a training checkpoint of this format.
     """
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, ValueError) as error:
+        tensors, metadata = tensor_files.read(path)
+    except (tensor_files.DamagedFileError, FileNotFoundError) as error:
         raise CheckpointError(
-            f"{path}: the training checkpoint cannot be read ({error}). It is truncated or no safetensors file; "
+            f"{path}: the training checkpoint cannot be read ({error}). It is truncated or damaged; "
             "delete it to start from the beginning"
         ) from error
     if _KEY not in metadata:
@@ -64,10 +119,28 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path}: a safetensors file, but not a training checkpoint (no {_KEY!r} in its metadata). "
             "Give fine_tune another path for checkpoint"
         )
-    record = json.loads(metadata[_KEY])
-    if record.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: training checkpoint of format {record.get('format')!r}, expected {FORMAT}")
+    try:
+        record = json.loads(metadata[_KEY])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: the record of the training cannot be read: {error}") from error
+    found = record.pop("format", None) if isinstance(record, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{path}: training checkpoint of format {found!r:.60}, expected {FORMAT}")
     return tensors, record
+
+
+def read_record(record: Mapping[str, Any], source: str) -> Record:
+    """The record of a checkpoint as values of their types.
+
+    Raises
+    ------
+    CheckpointError
+        Says which value is missing, unknown or of another type.
+    """
+    try:
+        return msgspec.convert(record, Record)
+    except (msgspec.ValidationError, RecursionError, OverflowError) as error:
+        raise CheckpointError(f"{source}: the record of the training is damaged: {error}") from error
 
 
 def section(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -80,30 +153,55 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(itertools.chain(model.named_parameters(), model.named_buffers()))
 
 
-def load_model(model: nn.Module, stored: Mapping[str, Tensor], source: str) -> None:
-    """Copy stored tensors into a model.
+def check_model(model: nn.Module, stored: Mapping[str, Tensor], source: str) -> None:
+    """See that stored tensors are those of a model.
 
     Raises
     ------
     CheckpointError
-        If names or shapes differ; says which.
+        If names, shapes or dtypes differ, or numbers are not finite that are so in the model; says which.
     """
     own = model_tensors(model)
     wrong = [f"{n} is missing in it" for n in own if n not in stored]
     wrong += [f"{n} is not in the model" for n in stored if n not in own]
+    both = [n for n in own if n in stored]
     wrong += [
         f"{n} is {tuple(stored[n].shape)} in it and {tuple(own[n].shape)} in the model"
-        for n in own
-        if n in stored and own[n].shape != stored[n].shape
+        for n in both
+        if own[n].shape != stored[n].shape
+    ]
+    wrong += [
+        f"{n} is {stored[n].dtype} in it and {own[n].dtype} in the model"
+        for n in both
+        if own[n].dtype != stored[n].dtype
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(
             f"{source}: belongs to another model than this {type(model).__name__}: {'; '.join(wrong[:3])}{more}"
         )
+    for name, tensor in own.items():
+        # Masks of minus infinity are buffers of many models.
+        if not _finite(stored[name]) and _finite(tensor):
+            raise CheckpointError(f"{source}: {name} holds numbers that are not finite")
+
+
+def load_model(model: nn.Module, stored: Mapping[str, Tensor], source: str) -> None:
+    """Copy stored tensors into a model.
+
+    Raises
+    ------
+    CheckpointError
+        If they are not those of the model, as :func:`check_model` says; the model is as it was then.
+    """
+    check_model(model, stored, source)
     with torch.no_grad():
-        for name, tensor in own.items():
+        for name, tensor in model_tensors(model).items():
             tensor.copy_(stored[name])
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex()) or bool(torch.isfinite(tensor).all())
 
 
 def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -132,16 +230,51 @@ def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str
     return tensors, {"values": values, "groups": groups}
 
 
-def load_optimizer(optimizer: Optimizer, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
-    """Put back what :func:`optimizer_tensors` returned, in the memory format of the parameters."""
+def optimizer_state(
+    optimizer: Optimizer, tensors: Mapping[str, Tensor], record: OptimizerRecord, source: str
+) -> dict[str, Any]:
+    """What ``load_state_dict`` of an optimizer takes, from what :func:`optimizer_tensors` returned.
+
+    In the memory format of the parameters; the optimizer is left as it is.
+
+    Raises
+    ------
+    CheckpointError
+        If it is not the state of this optimizer; says what differs.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names = _STATE.get(type(optimizer))
     state: dict[int, dict[str, Any]] = {}
-    for key, value in itertools.chain(tensors.items(), record["values"].items()):
-        index, name = key.split("/", 1)
+    for key, value in itertools.chain(tensors.items(), record.values.items()):
+        index, _, name = key.partition("/")
+        if not (index.isascii() and index.isdigit() and len(index) < 10 and int(index) < len(parameters)):
+            raise CheckpointError(f"{source}: the optimizer's {key!r} is of none of its {len(parameters)} weights")
         parameter = parameters[int(index)]
+        if names is not None and not _fits(name, value, parameter, names):
+            raise CheckpointError(f"{source}: the optimizer's {key!r} is not what {type(optimizer).__name__} keeps")
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim:
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(int(index), {})[name] = value
+    if names is not None and any(held.keys() != names for held in state.values()):
+        raise CheckpointError(f"{source}: the state of the optimizer is not whole: it keeps {', '.join(sorted(names))}")
     current = optimizer.state_dict()
-    groups = [own | stored for own, stored in zip(current["param_groups"], record["groups"], strict=True)]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    if len(current["param_groups"]) != len(record.groups):
+        raise CheckpointError(f"{source}: the optimizer has {len(record.groups)} groups of weights in it")
+    groups = []
+    for own, stored in zip(current["param_groups"], record.groups, strict=True):
+        # The learning rate is set at every step.
+        changed = [k for k, v in stored.items() if names is not None and k != "lr" and own.get(k, own) != v]
+        if changed or "params" in stored or not 0 <= stored.get("lr", 0.0) < math.inf:
+            what = (changed or ["lr"])[0]
+            raise CheckpointError(f"{source}: {what} of the optimizer is {stored[what]!r:.60} in it")
+        groups.append(own | stored)
+    return {"state": state, "param_groups": groups}
+
+
+def _fits(name: str, value: object, parameter: Tensor, names: frozenset[str]) -> bool:
+    """Whether an optimizer that is known may keep this of a weight."""
+    if name not in names or not isinstance(value, Tensor):
+        return name in names and value is None
+    if name == "step":
+        return value.dtype == torch.float32 and value.ndim == 0 and _finite(value) and float(value) >= 0
+    return value.shape == parameter.shape and value.dtype == parameter.dtype and _finite(value)

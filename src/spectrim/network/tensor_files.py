@@ -1,0 +1,85 @@
+"""Tensors and texts in one safetensors file: written whole, and read only if not a bit has changed."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from spectrim.network.files import replacing
+
+TENSORS, TEXTS = "tensors_sha256", "metadata_sha256"
+"""Keys of the digests among the texts. Files written before version 0.2 have neither."""
+
+
+class DamagedFileError(ValueError):
+    """A file that cannot be read, or is not what was written."""
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
+    """Write tensors on the CPU and texts with their digests.
+
+    Raises
+    ------
+    OSError
+        Names the file, as that of :func:`spectrim.network.files.replacing`.
+    """
+    marked = {**texts, TENSORS: _digest_of_tensors(tensors)}
+    with replacing(path) as scratch:
+        try:
+            save_file(dict(tensors), scratch, {**marked, TEXTS: _digest_of_texts(marked)})
+        except SafetensorError as error:
+            number = re.search(r"os error (\d+)", str(error))
+            raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
+
+
+def read(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and texts; without ``weights`` the texts alone.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    DamagedFileError
+        If it is no safetensors file, or tensors or texts are not those of its digests.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            texts = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if weights else {}  # noqa: SIM118
+    except FileNotFoundError:
+        raise
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
+        raise DamagedFileError(f"not a readable safetensors file: {error}") from error
+    if TENSORS in texts or TEXTS in texts:
+        if texts.get(TEXTS) != _digest_of_texts(texts):
+            raise DamagedFileError("damaged: the texts beside its tensors are not those that were written")
+        if weights and texts.get(TENSORS) != _digest_of_tensors(tensors):
+            raise DamagedFileError("damaged: its tensors are not those that were written")
+    return tensors, texts
+
+
+def _digest_of_texts(texts: Mapping[str, str]) -> str:
+    digest = hashlib.sha256()
+    for name, text in sorted(texts.items()):
+        if name != TEXTS:
+            for part in (name, text):
+                encoded = part.encode()
+                digest.update(len(encoded).to_bytes(8, "big") + encoded)
+    return digest.hexdigest()
+
+
+def _digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        head = f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
+        digest.update(len(head).to_bytes(8, "big") + head)
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
