@@ -34,11 +34,18 @@ class InfeasibleBudgetError(SpectrimError, ValueError):
         Cost of the dense network.
     together
         Costs that can each be met alone but not all at once; empty if ``cost`` cannot even be met alone.
+    skipped
+        What was left alone, most of the cost first: ``(name, kind, reason, share of the dense cost)``.
     """
 
-    def __init__(self, cost: str, budget: float, lowest: float, dense: float, together: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, cost: str, budget: float, lowest: float, dense: float, together: tuple[str, ...] = (),
+        skipped: tuple[tuple[str, str, str, float], ...] = (),
+    ) -> None:  # fmt: skip
         self.cost, self.budget, self.lowest, self.dense, self.together = cost, budget, lowest, dense, together
+        self.skipped = skipped
         also = f" Each limit can be met alone, but not {' and '.join(together)} together." if together else ""
+        also += _left_alone(cost, skipped)
         super().__init__(
             f"budget {cost} <= {budget:,.6g} cannot be met: the lowest reachable is {lowest:,.6g} "
             f"({lowest / dense:.1%} of dense {dense:,.6g}). Raise the budget, skip fewer layers or allow smaller ranks."
@@ -46,7 +53,24 @@ class InfeasibleBudgetError(SpectrimError, ValueError):
         )
 
     def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.cost, self.budget, self.lowest, self.dense, self.together)
+        return type(self), (self.cost, self.budget, self.lowest, self.dense, self.together, self.skipped)
+
+
+def _left_alone(cost: str, skipped: tuple[tuple[str, str, str, float], ...], most: int = 5) -> str:
+    """Sentences on what was left alone, those of one reason together."""
+    alike: dict[tuple[str, str], list[tuple[str, float]]] = {}
+    for name, kind, reason, share in skipped:
+        alike.setdefault((kind, reason), []).append((name or "the model", share))
+    order = sorted(alike.items(), key=lambda item: -sum(share for _, share in item[1]))
+    said = []
+    for (kind, reason), held in order[:most]:
+        names = held[0][0] if len(held) == 1 else f"{held[0][0]} and {len(held) - 1} more"
+        share = sum(share for _, share in held)
+        said.append(f"{names} ({kind}{f', {share:.1%} of {cost}' if share else ''}): {reason.rstrip('.')}.")
+    if not said:
+        return ""
+    more = f" And {len(order) - most} more reasons." if len(order) > most else ""
+    return f" Left alone: {' '.join(said)}{more}"
 
 
 class PlanError(SpectrimError, ValueError):

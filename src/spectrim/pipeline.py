@@ -41,6 +41,8 @@ from spectrim.tables import tabulate
 _ROUNDS = 8
 # ... until the measured time is within this share of the budget.
 _CLOSE = 0.03
+# A share of a cost in what was left alone above which a user is told.
+_MUCH = 0.1
 
 
 @dataclass(frozen=True)
@@ -300,6 +302,16 @@ def _said_of_layers(done: Applied) -> Iterator[str]:
             f"{len(done.unseen)} layers were not fitted to what the layers before them deliver, since no forward pass "
             f"stopped at them in both networks: {names}"
         )
+
+
+def _said_of_rest(table: Candidates, budget: Budget) -> Iterator[str]:
+    """How much of the limited costs lies where nothing is chosen, if that is much."""
+    for cost in budget.costs:
+        alone = table.left_alone(cost)
+        share = sum(each[3] for each in alone)
+        if share > _MUCH:
+            name, kind, _, most = alone[0]
+            yield f"{share:.1%} of {cost} is in what was left alone, most in {name or 'the model'} ({kind}, {most:.1%})"
 
 
 def _said_of_time(measured: Mapping[str, Timing], budget: Budget, table: Candidates) -> Iterator[str]:

@@ -86,7 +86,9 @@ def locate(
     """
     sites = find(model, skip=skip, only=only)
     if not len(sites):
-        reasons = "; ".join(f"{s.name}: {s.reason}" for s in sites.skipped[:5]) or "it has no linear or conv layers"
+        reasons = (
+            "; ".join(f"{s.name or s.kind}: {s.reason}" for s in sites.skipped[:5]) or "it has no linear or conv layers"
+        )
         raise PlanError(f"{type(model).__name__} has no layer to compress ({reasons})")
     if not channels:
         return sites

@@ -98,6 +98,7 @@ def tabulate(
         units.pop() if units else "",
         methods={method.name: method.record() for method in chosen},
         facts=facts,
+        skipped=network.left_alone(),
     )
 
 

@@ -197,9 +197,9 @@ def _check_reachable(table: Candidates, network: Network, limits: Costs) -> None
             lowest = min(lowest, found)
             before, picks = picks, _cheapest(_around(table, network, picks), cost)
             if picks == before:
-                raise InfeasibleBudgetError(cost, limit, lowest, dense[cost])
+                raise InfeasibleBudgetError(cost, limit, lowest, dense[cost], skipped=table.left_alone(cost))
         else:
-            raise InfeasibleBudgetError(cost, limit, lowest, dense[cost])
+            raise InfeasibleBudgetError(cost, limit, lowest, dense[cost], skipped=table.left_alone(cost))
 
 
 def _spent(table: Candidates, picks: Picks, limits: Costs, network: Network) -> Picks:

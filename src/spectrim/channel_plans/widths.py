@@ -25,6 +25,7 @@ from spectrim.methods import PrincipalFilters, statistics
 from spectrim.network.choices import DENSE, Choice
 from spectrim.network.sites import Channels, Sites
 from spectrim.selection.budget import Budget, BudgetLike
+from spectrim.selection.candidates import shares
 from spectrim.selection.plan import Plan
 
 # Halvings of the interval in which the share of energy lies that meets a budget.
@@ -196,7 +197,9 @@ def _for_budget(
     worst = over(numbers)
     if worst is not None:
         lowest = network.cost(widths=numbers)[worst]
-        raise InfeasibleBudgetError(worst, limits[worst], lowest, network.cost()[worst])
+        dense = network.cost()[worst]
+        skipped = shares(network.left_alone(), worst, dense)
+        raise InfeasibleBudgetError(worst, limits[worst], lowest, dense, skipped=skipped)
     if over(at(high)) is None:
         # All energy may lie in a few components, such as those that few samples span.
         low = high

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -13,7 +14,7 @@ from spectrim.network.choices import DENSE, ChannelsChoice, Choice
 from spectrim.network.coupling import Coupling
 from spectrim.network.layer import LayerSpec
 from spectrim.network.narrowing import layers_left
-from spectrim.network.sites import Sites
+from spectrim.network.sites import Sites, Skipped
 from spectrim.progress import Steps
 
 Costs = dict[str, float]
@@ -25,6 +26,7 @@ _ALL_DENSE: Picks = MappingProxyType({})
 _ALL_THERE: Widths = MappingProxyType({})
 Chains = tuple[Sequence[LayerSpec], ...]
 """What runs in place of layers: each chain one after the other, none of them fed by another."""
+_PRODUCTS = "it multiplies tensors that are no layer's weight, as attention does. Smaller inputs cost less there"
 
 
 class Layered(Protocol):
@@ -132,6 +134,22 @@ class Network:
         """
         left = self._left(picks)
         return self._row(name, left, lambda part: self._estimated(part, picks, left))
+
+    def left_alone(self) -> tuple[Skipped, ...]:
+        """What was skipped, and what else computes, each with what it costs."""
+        sites, alone = self.sites, {spec.name for spec in self.sites.untouched}
+        found: list[Skipped] = []
+        told = {each.name for each in sites.skipped}
+        for each in sites.skipped:
+            costs = dict(each.costs)
+            if each.name in alone:
+                of_spec = self._place(each.name, {}, {})
+                costs = {cost: value + costs.get(cost, 0.0) for cost, value in of_spec.items()}
+            elif each.name in sites.work:
+                costs["macs"] = sites.work[each.name]
+            found.append(dataclasses.replace(each, costs=costs))
+        others = (Skipped(path, "products", _PRODUCTS, {"macs": macs}) for path, macs in sites.work.items())
+        return (*found, *(each for each in others if each.name not in told))
 
     def beside(self, coupling: str, picks: Picks = _ALL_DENSE, widths: Widths = _ALL_THERE) -> Costs:
         """What coupled channels cost in modules that are no layers: normalisation, embeddings."""

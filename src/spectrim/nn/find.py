@@ -18,6 +18,7 @@ from spectrim.linalg.patterns import Pattern
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Sites, Skipped
 from spectrim.nn.standing import StandIn
+from spectrim.nn.unheld import stored, unheld
 
 Which = str | type | Callable[[str, nn.Module], bool]
 """Layers: a name pattern, a class of modules, or a function of a module's path and the module."""
@@ -42,8 +43,9 @@ def find(model: nn.Module, *, skip: Which | Iterable[Which] = (), only: Which | 
     Returns
     -------
     Sites
-        One site a layer, in order of registration, and every layer left out with the reason. A module that is
-        registered under several names is one site.
+        One site a layer, in order of registration, and every layer left out with the reason; so is every other module
+        that holds matrices (embeddings, recurrent layers, parameters that ``forward`` multiplies itself). A module
+        that is registered under several names is one site.
 
     Raises
     ------
@@ -84,6 +86,13 @@ def find(model: nn.Module, *, skip: Which | Iterable[Which] = (), only: Which | 
         if spec is not None:
             covered.update(id(module._parameters.get(name)) for name in ("weight", "bias"))
     numbers, size = _elsewhere(model, covered, masks)
+    told = {left.name: left for left in skipped}
+    for module, paths in layers.items():
+        if paths[0] in told and module not in masks:
+            # What the weight is computed from is counted among the other parameters.
+            beside = stored(module.parameters(), covered)
+            told[paths[0]] = dataclasses.replace(told[paths[0]], costs=beside)
+    skipped = [*told.values(), *unheld(model, layers, covered)]
     return Sites(tuple(sites), tuple(skipped), tuple(untouched), other_parameters=numbers, other_bytes=size)
 
 
@@ -253,7 +262,7 @@ def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied:
         return "lazy: run the model once so that its weight has a shape"
     # Weight and spectral normalisation of the older kind, and pruning masks, set the weight before every call.
     if parametrize.is_parametrized(module) or not {"weight", "bias"} <= module._parameters.keys():
-        return "parametrised: remove the parametrisation first (torch.nn.utils.parametrize.remove_parametrizations)"
+        return f"parametrised: remove the parametrisation first ({_removes(module)})"
     weight = module.weight
     if not isinstance(weight, Tensor) or weight.dtype not in _DTYPES:
         return f"its weight is not a floating-point tensor ({getattr(weight, 'dtype', type(weight).__name__)})"
@@ -266,20 +275,32 @@ def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied:
     if "forward" in vars(module) or any(
         getattr(type(module), name, None) is not getattr(base, name, None) for name in ("forward", "_conv_forward")
     ):
-        return f"{type(module).__name__} overrides forward"
+        return f"{type(module).__name__} overrides forward: put a plain nn.{base.__name__} in its place"
     if id(weight) in tied:
         others = [n or "the model itself" for n in tied[id(weight)] if n not in paths]
-        return f"its weight is tied to {', '.join(others)}"
+        return f"its weight is tied to {', '.join(others)}: give one of them a copy of its own to compress it"
     for path in paths:
         parent = model.get_submodule(path.rpartition(".")[0]) if path else model
         if isinstance(parent, nn.MultiheadAttention):
-            return "nn.MultiheadAttention reads its weight directly"
+            return "nn.MultiheadAttention reads its weight directly: use nn.Linear layers of your own"
         above = path.split(".")
         if any(getattr(model.get_submodule(".".join(above[:n])), "reads_weights", False) for n in range(len(above))):
             return "its weight is one part of a layer's"
     if "" in paths:
         return "the model itself is this layer: wrap it in nn.Sequential"
     return None
+
+
+def _removes(module: nn.Module) -> str:
+    """The function of torch that takes a parametrisation away."""
+    if parametrize.is_parametrized(module):
+        return "torch.nn.utils.parametrize.remove_parametrizations"
+    held = {*module._parameters, *module._buffers}
+    if "weight_g" in held:
+        return "torch.nn.utils.remove_weight_norm"
+    if "weight_mask" in held:
+        return "torch.nn.utils.prune.remove"
+    return "torch.nn.utils.remove_spectral_norm" if "weight_u" in held else "make its weight a parameter"
 
 
 def _pointless(spec: LayerSpec) -> str | None:

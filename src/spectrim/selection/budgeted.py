@@ -66,7 +66,7 @@ class Budgeted:
         lowest = fixed + sum((part[3].min(0) for part in parts), np.zeros(len(binding)))
         for c, low in zip(binding, lowest, strict=True):
             if low > limits[c] * (1 + ROUNDING):
-                raise InfeasibleBudgetError(c, limits[c], float(low), dense[c])
+                raise InfeasibleBudgetError(c, limits[c], float(low), dense[c], skipped=candidates.left_alone(c))
         items = Items(
             names=tuple(binding),
             site=np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts]),

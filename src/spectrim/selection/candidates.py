@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spectrim.network.choices import Choice
+from spectrim.network.sites import Skipped
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,8 @@ class Candidates:
         How to make each method that offered something again: name to its recorded type and options.
     facts
         Where measured costs come from: device, dtype, threads, batch.
+    skipped
+        What was left alone, with what it costs.
     """
 
     rows: tuple[Row, ...]
@@ -85,6 +88,7 @@ class Candidates:
     unit: str
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
+    skipped: tuple[Skipped, ...] = ()
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -113,6 +117,16 @@ class Candidates:
         chosen = tuple(options)
         return {c: self.fixed[c] + sum(option.costs[c] for option in chosen) for c in self.costs}
 
+    def left_alone(self, cost: str) -> tuple[tuple[str, str, str, float], ...]:
+        """What was left alone, with its share of the dense network's cost: ``(name, kind, reason, share)``."""
+        idle = [
+            Skipped(row.site, row.kind, "no method offers anything cheaper for it", row.dense.costs)
+            for row in self.singles
+            if len(row.options) == 1 and not row.of_channels
+        ]
+        dense = self.dense[cost]
+        return shares([*self.skipped, *idle], cost, dense)
+
     @property
     def singles(self) -> tuple[Row, ...]:
         """The rows of single sites, without the groups."""
@@ -130,3 +144,9 @@ class Candidates:
             for row in self.rows
         )
         return dataclasses.replace(self, rows=rows)
+
+
+def shares(skipped: Iterable[Skipped], cost: str, dense: float) -> tuple[tuple[str, str, str, float], ...]:
+    """What was left alone as :class:`spectrim.InfeasibleBudgetError` tells it, most of a cost first."""
+    found = [(s.name, s.kind, s.reason, s.costs.get(cost, 0.0) / dense if dense else 0.0) for s in skipped]
+    return tuple(sorted(found, key=lambda each: -each[3]))

@@ -1,0 +1,124 @@
+"""Weights that no layer of :func:`spectrim.find` holds: whose they are, why they are left alone, what frees them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.network.sites import Skipped
+
+_LOOKED_UP = "a table that is looked up and not multiplied: no method fits it"
+_RECURRENT = (
+    "recurrent: one kernel multiplies its matrices step after step, where no pair of layers can stand. Train it with a "
+    "smaller hidden_size or a proj_size, or write its cell with nn.Linear layers"
+)
+_REASONS: dict[type[nn.Module], str] = {
+    nn.RNNBase: _RECURRENT,
+    nn.RNNCellBase: "a recurrent cell: it multiplies its matrices itself. Write it with nn.Linear layers",
+    nn.Embedding: _LOOKED_UP,
+    nn.EmbeddingBag: _LOOKED_UP,
+    nn.Bilinear: "bilinear: its weight has three axes and takes two inputs, which no pair of layers does",
+    nn.MultiheadAttention: (
+        "it multiplies its weights itself. Use nn.Linear layers for queries, keys, values and outputs, and "
+        "torch.nn.functional.scaled_dot_product_attention"
+    ),
+}
+# By the name of the class, so that the library need not be there.
+_BY_NAME = {
+    "Conv1D": (
+        "a linear layer that holds its weight transposed (Conv1D of transformers). Put an nn.Linear in its place whose "
+        "weight is conv.weight.T"
+    )
+}
+_SCRIPTED = (
+    "compiled by TorchScript, whose layers cannot be replaced. Compress the Python model that it was made from, and "
+    "script or trace the result"
+)
+
+
+def unheld(
+    model: nn.Module, layers: Mapping[nn.Module, tuple[str, ...]], covered: Collection[int]
+) -> Iterator[Skipped]:
+    """The modules that hold matrices of their own, with the reason and what they store.
+
+    Parameters
+    ----------
+    layers
+        Modules that are told of elsewhere, with what is in them.
+    covered
+        Identities of the parameters that are counted with layers.
+    """
+    told = [path for paths in layers.values() for path in paths]
+    counted = set(covered)
+    for name, module in model.named_modules():
+        if any(name == path or name.startswith(f"{path}.") for path in told):
+            continue
+        if isinstance(module, torch.jit.ScriptModule):
+            told.append(name)
+            if any(p.dim() > 1 for p in module.parameters()) or not name:
+                yield Skipped(name, type(module).__name__, _SCRIPTED, stored(module.parameters(), counted))
+            if not name:
+                return
+            continue
+        own = {key: p for key, p in module._parameters.items() if p is not None and id(p) not in counted}
+        matrices = [
+            key for key, p in own.items() if not isinstance(p, nn.parameter.UninitializedParameter) and p.dim() > 1
+        ]
+        if matrices:
+            yield Skipped(name, type(module).__name__, _reason(module, matrices), stored(own.values(), counted))
+        elif packed := [key for key, b in module._buffers.items() if b is not None and "weight" in key and b.dim() > 1]:
+            yield Skipped(name, type(module).__name__, _of_buffer(packed[0], module._buffers[packed[0]]))
+        yield from _unregistered(name, module, counted)
+
+
+def stored(parameters: Iterable[nn.Parameter], counted: set[int]) -> dict[str, float]:
+    """Numbers and bytes of parameters that were not counted before, which they are now."""
+    new = {
+        id(p): p for p in parameters if id(p) not in counted and not isinstance(p, nn.parameter.UninitializedParameter)
+    }
+    counted.update(new)
+    return {
+        "parameters": float(sum(p.numel() for p in new.values())),
+        "bytes": float(sum(p.numel() * p.element_size() for p in new.values())),
+    }
+
+
+def _is_lazy(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, nn.parameter.UninitializedParameter)
+
+
+def _reason(module: nn.Module, names: list[str]) -> str:
+    for kind, reason in _REASONS.items():
+        if isinstance(module, kind):
+            return reason
+    if type(module).__name__ in _BY_NAME:
+        return _BY_NAME[type(module).__name__]
+    shapes = ", ".join(f"{name} {tuple(module._parameters[name].shape)}" for name in names[:3])  # type: ignore[union-attr]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return (
+        f"it holds {shapes}{more} itself and is no layer. If these are multiplied (functional convolution or linear, "
+        "einsum, matmul), put them into nn.Linear or nn.Conv modules"
+    )
+
+
+def _of_buffer(name: str, weight: Tensor | None) -> str:
+    kind = getattr(weight, "dtype", None)
+    return f"its {name} is a buffer ({kind}) and no parameter of a layer: such a weight is frozen, packed or quantised"
+
+
+def _unregistered(name: str, module: nn.Module, counted: set[int]) -> Iterator[Skipped]:
+    """Parameters in plain lists and dictionaries, which torch does not know of."""
+    for key, value in vars(module).items():
+        if key.startswith("_"):
+            continue
+        several = value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else ()
+        hidden = [p for p in several if isinstance(p, nn.Parameter) and p.dim() > 1 and id(p) not in counted]
+        if hidden:
+            where = f"{name}.{key}" if name else key
+            yield Skipped(
+                where, type(value).__name__,
+                "parameters in a plain container, which torch neither moves nor saves and no cost counts. Use "
+                "nn.ParameterList or nn.ParameterDict",
+            )  # fmt: skip
