@@ -286,6 +286,7 @@ def shrink(
     notes = (
         *few_rows(sites),
         *uncounted_work(sites),
+        *_said_of_rest(table, budget),
         *(_said_of_time(measured, budget, table) if measured else ()),
         *_said_of_layers(done),
     )
