@@ -22,6 +22,7 @@ from spectrim.linalg.moments import Moments
 from spectrim.linalg.sketch import Sketch
 from spectrim.network.coupling import Coupling
 from spectrim.network.layer import LayerSpec
+from spectrim.network.skipped import Skipped as Skipped
 
 
 class _Copied:
@@ -310,25 +311,6 @@ class Channels(_Several):
             names = (f.name for f in dataclasses.fields(self.pooled))
             raise self.missing(statistic, why, [name for name in names if getattr(self.pooled, name) is not None])
         return moments
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A layer, weight or work that is left alone, and why.
-
-    Attributes
-    ----------
-    name, kind, reason
-        The path, what it is, and why it is left alone with what can be done about it, for people.
-    costs
-        What it costs, as far as that is known, by the name of the cost: after :func:`spectrim.find` what it stores
-        beside its spec among the untouched ones, in a table everything.
-    """
-
-    name: str
-    kind: str
-    reason: str
-    costs: Mapping[str, float] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spectrim.network.choices import Choice
-from spectrim.network.sites import Skipped
+from spectrim.network.skipped import Skipped
 
 
 @dataclass(frozen=True)
