@@ -31,6 +31,7 @@ _HOMES = {
     "MissingMomentsError": "errors",
     "Plan": "selection.plan",
     "PlanError": "errors",
+    "ProofError": "errors",
     "PrincipalFilters": "methods",
     "Result": "pipeline",
     "SharedBasis": "network.factors",

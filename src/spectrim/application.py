@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from spectrim.errors import PlanError
 from spectrim.methods import Method, as_methods, from_record
@@ -21,6 +21,7 @@ from spectrim.network.sites import Group, Layer, Sites
 from spectrim.nn.build import build, skeleton
 from spectrim.nn.channels.removal import Removal
 from spectrim.nn.modules import Factored
+from spectrim.nn.proof import Expected, check_copy, prove
 from spectrim.nn.standing import Traits
 from spectrim.nn.surgery import reestimate_batchnorm, replace_module
 from spectrim.nn.watch.batches import checked_batches
@@ -112,16 +113,24 @@ class Applied:
         The new model.
     errors
         What layers that were fitted to their present inputs miss of the dense answers, by the layer.
-    held_out
-        Samples that were not fitted, to tell how far layers may go from their dense weights.
     unseen
         Layers that no forward pass stopped at in both networks: they were factorised as they were calibrated.
+    held
+        Which samples of every batch were held out.
+    notes
+        What could not be proved of the new model (:mod:`spectrim.nn.proof`), and why.
     """
 
     model: nn.Module
     errors: Mapping[str, Errors] = field(default_factory=dict)
-    held_out: int = 0
     unseen: tuple[str, ...] = ()
+    held: tuple[Tensor, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def held_out(self) -> int:
+        """Samples that were not fitted, to tell how far layers may go from their dense weights."""
+        return sum(int(each.sum()) for each in self.held)
 
 
 @reports
@@ -151,6 +160,11 @@ def carry_out(
     for entry in entries:
         if not entry.choice.is_dense:
             skeleton(entry.choice, [removal.sites.layer(name).spec for name in entry.sites])
+    groups = {entry.site: entry.members for entry in plan if entry.members}
+    expected = Expected.of(sites, {entry.site: entry.choice for entry in plan}, groups, tuple(makers.values()))
+    first = None if batches is None else next(iter(batches), None)
+    if first is not None:
+        check_copy(model, removal.model, expected.changed, first, forward)
     work = _Work(model, removal, batches is not None and reconstruct, forward)
     steps = _steps(work, entries, makers)
     if batches is not None and work.follows:
@@ -166,7 +180,19 @@ def carry_out(
     Traits.of(model).give(removal.model)
     names = [step.layer.name for step in steps] if work.split.samples else []
     unseen = tuple(name for name in names if name not in work.reached)
-    return Applied(removal.model, work.errors, work.split.held_out, unseen)
+    notes = () if first is None else tuple(prove(model, removal.model, expected, first, forward=forward))
+    return Applied(removal.model, work.errors, unseen, work.split.held, (*_edited(plan, expected), *notes))
+
+
+def _edited(plan: Plan, expected: Expected) -> Iterator[str]:
+    """What a plan says it costs, where its choices cost something else."""
+    for cost, value in expected.planned.items():
+        told = plan.costs.get(cost, value)
+        if not math.isclose(told, value, rel_tol=1e-6, abs_tol=0.5):
+            yield (
+                f"the plan says {told:,.0f} {cost}, its choices come to {value:,.0f}: was it edited, or made for other "
+                "inputs?"
+            )
 
 
 def _follow(

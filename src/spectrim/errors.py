@@ -77,6 +77,10 @@ class PlanError(SpectrimError, ValueError):
     """A plan cannot be read, or does not fit the model it is applied to."""
 
 
+class ProofError(SpectrimError, RuntimeError):
+    """A compressed network does not do what its plan says, such as call the layers that were replaced."""
+
+
 class CheckpointError(SpectrimError, ValueError):
     """A file is not a Spectrim checkpoint, is damaged, or belongs to another architecture."""
 

@@ -21,6 +21,7 @@ from spectrim.methods import Method, on_offer
 from spectrim.network.choices import ChannelsChoice, Choice
 from spectrim.network.sites import Sites
 from spectrim.nn.find import Which, check_model
+from spectrim.nn.proof import Agreement, agreement
 from spectrim.nn.sparse.kernels import choose_kernels
 from spectrim.nn.timing import Timing, measure_latency
 from spectrim.nn.watch.batches import batch_size, call, checked_batches, evaluating, output_tensors
@@ -65,6 +66,8 @@ class Report:
         What layers that were reconstructed miss of the dense network's answers, by the layer.
     held_out
         Samples that they were not fitted to.
+    agreement
+        How far the outputs are from the dense network's on these samples; None where they cannot be compared.
     """
 
     plan: Plan
@@ -74,6 +77,7 @@ class Report:
     notes: tuple[str, ...] = ()
     fits: Mapping[str, Errors] = field(default_factory=dict)
     held_out: int = 0
+    agreement: Agreement | None = None
 
     def __str__(self) -> str:
         lines = [f"{'cost':<12}{'dense':>16}{'compressed':>16}{'ratio':>9}"]
@@ -103,6 +107,8 @@ class Report:
                 f"reconstructed layers miss {fitted:.2%} of their dense answers on the samples they were fitted to, "
                 f"{unseen:.2%} on {self.held_out:,} held out"
             )
+        if self.agreement is not None:
+            lines.append(str(self.agreement))
         lines += [f"skipped {name} ({kind}): {reason}" for name, kind, reason in self.skipped]
         return "\n".join([*lines, *self.notes])
 
@@ -289,9 +295,11 @@ def shrink(
         *_said_of_rest(table, budget),
         *(_said_of_time(measured, budget, table) if measured else ()),
         *_said_of_layers(done),
+        *done.notes,
     )
     skipped = tuple((s.name, s.kind, s.reason) for s in sites.skipped)
-    report = Report(plan, skipped, sites.samples, measured, notes, done.errors, done.held_out)
+    agreed = agreement(model, small, batches, done.held, mask=prepared.sampling.mask, forward=forward)
+    report = Report(plan, skipped, sites.samples, measured, notes, done.errors, done.held_out, agreed)
     return Result(small, plan, report, table, sites)
 
 

@@ -188,3 +188,16 @@ def test_shrinkage_bounds_what_unseen_directions_may_become() -> None:
     fitted = torch.linalg.solve(shrunk(held.covariance, held.count), cross.mT).mT
     # A disturbance of the cross moment that no sample explains is multiplied by at most a hundred over the variance.
     assert float(fitted.norm()) < float(target.norm())
+
+
+def test_what_changes_by_rounding_alone_has_no_variance() -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(1, 300, 4)
+    rows[..., 1] = 0.3 + 1e-8 * torch.randn(300)
+    rows[..., 2] = 0.7
+    held = streamed(rows, [100, 200])
+    assert torch.equal(held.variance == 0, torch.tensor([[False, True, True, False]]))
+    kept = held.covariance[0][[0, 3]][:, [0, 3]]
+    torch.testing.assert_close(kept, reference(rows)[1][0][[0, 3]][:, [0, 3]])
+    assert not held.covariance[0, [1, 2]].any()
+    assert not held.take(torch.tensor([[1, 2]])).covariance.any()

@@ -30,10 +30,12 @@ class Moments:
         ``[groups, features, features]``, float64: the sum of centred outer products.
     """
 
-    __slots__ = ("__weakref__", "count", "mean", "scatter")
+    __slots__ = ("__weakref__", "_rounding", "count", "mean", "scatter")
 
     def __init__(self, groups: int, features: int, device: torch.device | str = "cpu") -> None:
         self.count = 0
+        # Of the observations, as a share of their size.
+        self._rounding = 0.0
         self.mean = torch.zeros(groups, features, dtype=torch.float64, device=device)
         self.scatter = torch.zeros(groups, features, features, dtype=torch.float64, device=device)
 
@@ -52,6 +54,7 @@ class Moments:
             return
         rows = rows if rows.dtype == torch.float64 else rows.float()
         rows = rows.to(self.mean.device)
+        self._rounding = max(self._rounding, torch.finfo(rows.dtype).eps)
         rough = rows.mean(dim=1, keepdim=True)
         centred = rows - rough
         # The rounding of the mean leaves a remainder; taking it into account keeps the sums exact.
@@ -65,6 +68,7 @@ class Moments:
         if other.mean.shape != self.mean.shape:
             raise ValueError(f"cannot merge moments of shape {tuple(other.mean.shape)} into {tuple(self.mean.shape)}")
         if other.count:
+            self._rounding = max(self._rounding, other._rounding)
             self._add(other.count, other.mean.to(self.mean.device), other.scatter.to(self.mean.device))
 
     def _add(self, n: int, mean: Tensor, scatter: Tensor) -> None:
@@ -81,19 +85,29 @@ class Moments:
         groups, features = index.shape
         part = Moments(groups, features, self.mean.device)
         rows = torch.take_along_dim(self.scatter, index.unsqueeze(2), 1)
+        part._rounding = self._rounding
         part.count, part.mean = self.count, torch.take_along_dim(self.mean, index, 1)
         part.scatter = torch.take_along_dim(rows, index.unsqueeze(1), 2)
         return part
 
     @property
     def covariance(self) -> Float[Tensor, "g d d"]:
-        """Centred second moment ``E[(x - m)(x - m)^T]``, divided by the count."""
-        return self.scatter / max(self.count, 1)
+        """Centred second moment ``E[(x - m)(x - m)^T]``, divided by the count; of entries that never change zero."""
+        result, still = self.scatter / max(self.count, 1), self._still
+        if bool(still.any()):
+            result.masked_fill_(still.unsqueeze(1) | still.unsqueeze(2), 0.0)
+        return result
+
+    @property
+    def _still(self) -> Tensor:
+        """Entries whose spread is no more than the rounding of their mean."""
+        spread = (self.scatter.diagonal(dim1=-2, dim2=-1) / max(self.count, 1)).clamp_min(0).sqrt()
+        return spread <= self._rounding * self.mean.abs()
 
     @property
     def variance(self) -> Float[Tensor, "g d"]:
         """Diagonal of :attr:`covariance`."""
-        return self.scatter.diagonal(dim1=-2, dim2=-1) / max(self.count, 1)
+        return (self.scatter.diagonal(dim1=-2, dim2=-1) / max(self.count, 1)).masked_fill(self._still, 0.0)
 
     @property
     def second_moment(self) -> Float[Tensor, "g d d"]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.nn.watch.batches import arguments, batch_size, call, evaluating, logits
-from spectrim.nn.watch.observe import Hook, hooked
 
 Evaluate = Callable[[nn.Module], float]
 
@@ -51,42 +49,12 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
 
 
 def macs(model: nn.Module, example: Any) -> float:
-    """Multiply-accumulates for one sample: half of what the counter of :mod:`spectrim.nn.flops` reports.
+    """Multiply-accumulates for one sample, as :func:`spectrim.nn.counting.counting` counts them."""
+    from spectrim.nn.counting import counting
 
-    The zeros of sparse weights are left out, as they are in :func:`spectrim.macs`, whether or not the layer is run with
-    a kernel that skips them: that is what measured time is for.
-    """
-    from spectrim.nn.flops import flop_counter
-
-    with evaluating(model), _zeros(model) as zeros, flop_counter() as counter:
+    with evaluating(model), counting(model) as work:
         call(model, example)
-    return (counter.get_total_flops() / 2 - sum(zeros)) / batch_size(held(example))
-
-
-@contextmanager
-def _zeros(model: nn.Module) -> Iterator[list[int]]:
-    """How often layers with a sparse weight multiply by one of its zeros, call by call; they run dense meanwhile."""
-    from spectrim.nn.sparse.packed import masked_layers
-    from spectrim.nn.sparse.products import Kernel
-
-    found: list[int] = []
-
-    def count(layer: Any, given: Any, kwargs: Any, response: Tensor) -> None:
-        spec = layer.original
-        seen = given[0] if spec.transposed else response
-        positions = seen.numel() // (spec.in_channels if spec.transposed else spec.out_channels)
-        found.append(positions * int((~layer.mask).sum()))
-
-    layers = [layer for _, _, layer in masked_layers(model)]
-    kernels = [layer.kernel for layer in layers]
-    try:
-        for layer in layers:
-            layer.kernel = Kernel.DENSE
-        with hooked(Hook(layer, count) for layer in layers):
-            yield found
-    finally:
-        for layer, kernel in zip(layers, kernels, strict=True):
-            layer.kernel = kernel
+    return work.macs / batch_size(held(example))
 
 
 def file_size(model: nn.Module) -> int:

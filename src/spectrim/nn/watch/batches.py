@@ -176,6 +176,17 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def picked(value: Any, index: Tensor, size: int) -> Any:
+    """The same structure with some of the ``size`` samples, by their numbers."""
+    if isinstance(value, Tensor):
+        return value[index.to(value.device)] if value.dim() and value.shape[0] == size else value
+    if isinstance(value, Mapping):
+        return {k: picked(v, index, size) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return rebuilt(value, [picked(v, index, size) for v in value])
+    return value
+
+
 def resized(value: Any, size: int) -> Any:
     """The same structure with every tensor's first axis repeated or cut to ``size``."""
     if isinstance(value, Tensor):

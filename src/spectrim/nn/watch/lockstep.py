@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from spectrim.nn.watch.batches import batch_size, call, evaluating, resized
-from spectrim.nn.watch.observe import Hook, hooked
+from spectrim.nn.watch.batches import batch_size, call, evaluating
+from spectrim.nn.watch.observe import Hook, hooked, on_few
 
 _Forward = Callable[[nn.Module, Any], Any]
 _Run = Callable[[Any], Any]
@@ -296,26 +296,22 @@ class Probe:
 
 def probe(model: nn.Module, names: Iterable[str], batch: Any, *, forward: _Forward | None = None) -> Probe:
     """Watch one forward pass, of a single sample where the model takes one."""
-    size = batch_size(batch)
-    for part in dict.fromkeys((1, size)):
-        seen, alive = Probe(), _Alive(model)
-        cut = resized(batch, part) if part < size else batch
+    seen = Probe()
+
+    def run(part: Any) -> None:
+        nonlocal seen
+        seen, alive, size = Probe(), _Alive(model), batch_size(part)
 
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any, *, name: str) -> None:
-            seen.order.append(name)  # noqa: B023
-            seen.nbytes = max(seen.nbytes, alive.nbytes / part)  # noqa: B023
+            seen.order.append(name)
+            seen.nbytes = max(seen.nbytes, alive.nbytes / size)
 
         hooks = [Hook(model.get_submodule(name), _named(note, name)) for name in names]
-        try:
-            with evaluating(model), hooked(hooks), alive:
-                (forward or call)(model, cut)
-        except Exception:
-            # A batch of one may be refused, or cannot be cut; what is wrong with the whole one is told.
-            if part == size:
-                raise
-            continue
-        return seen
-    raise AssertionError
+        with evaluating(model), hooked(hooks), alive:
+            (forward or call)(model, part)
+
+    on_few(run, batch)
+    return seen
 
 
 def _named(note: Callable[..., None], name: str) -> Callable[..., None]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spectrim.nn.watch.batches import call, evaluating
+from spectrim.nn.watch.batches import batch_size, call, evaluating, resized
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,20 @@ def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
         for hook in hooks:
             stack.callback(hook.register().remove)
         yield
+
+
+def on_few(run: Callable[[Any], None], batch: Any) -> None:
+    """Run something on one sample of a batch; on the whole one where a model refuses that, or it cannot be cut."""
+    size = batch_size(batch)
+    for part in dict.fromkeys((1, size)):
+        try:
+            run(resized(batch, part) if part < size else batch)
+        except Exception:
+            # What is wrong with the whole one is told.
+            if part == size:
+                raise
+        else:
+            return
 
 
 @contextlib.contextmanager

@@ -1,0 +1,364 @@
+"""Proof of what is delivered: the finished network is run, and what it does is held against what was planned."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.cost.counted import macs, parameters
+from spectrim.cost.whole import Layered, Network, Picks
+from spectrim.errors import ProofError
+from spectrim.network.sites import Sites
+from spectrim.nn.counting import counting
+from spectrim.nn.flops import WorkCounter
+from spectrim.nn.functional import run as run_layer
+from spectrim.nn.standing import LAYERS, StandIn
+from spectrim.nn.surgery import parameter_count
+from spectrim.nn.watch.batches import batch_size, output_tensors, picked
+from spectrim.nn.watch.observe import Hook, observe, on_few
+from spectrim.nn.watch.sampling import Mask, mask_of
+
+_Forward = Callable[[nn.Module, Any], Any]
+
+# Samples that outputs are compared on.
+_SAMPLES = 512
+# Difference of a layer's answers that rounding explains, as a share of the largest.
+_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
+_ROUNDING_OF_FEW_BITS = 0.05
+_COPIES = (
+    "a function or closure that was made with the original's layers goes on calling them in every copy. Call the "
+    "layers by attributes of the module that holds them"
+)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a network should be once a plan is carried out, counted from its layers.
+
+    Attributes
+    ----------
+    changed
+        Names of the layers that are replaced.
+    dense, planned
+        Costs of the dense network and of the planned one: parameters, and MACs of one sample if sites have been run.
+    removes
+        Whether channels are gone.
+    """
+
+    changed: tuple[str, ...]
+    dense: Mapping[str, float]
+    planned: Mapping[str, float]
+    removes: bool
+
+    @classmethod
+    def of(
+        cls, sites: Sites, picks: Picks, groups: Mapping[str, Sequence[str]], methods: Sequence[Layered]
+    ) -> Expected:
+        """Of a plan's choices, by the names of sites, of groups with their members, and of coupled channels."""
+        run = all(site.spec.inputs for site in sites)
+        costs = {"parameters": parameters, **({"macs": macs} if run else {})}
+        network = Network(dataclasses.replace(sites, groups=MappingProxyType(dict(groups))), costs, methods)
+        couplings = {coupling.name for coupling in sites.couplings}
+        changed = [
+            layer
+            for name, choice in picks.items()
+            if name not in couplings and not choice.is_dense
+            for layer in groups.get(name, (name,))
+        ]
+        return cls(tuple(changed), network.cost(), network.cost(picks), bool(couplings & picks.keys()))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one forward pass of a network did: calls by the layer, MACs of a sample, and the tensors it gave."""
+
+    calls: Counter[str]
+    macs: float
+    outputs: Sequence[Tensor]
+
+
+def check_copy(model: nn.Module, copied: nn.Module, names: Sequence[str], batch: Any, forward: _Forward | None) -> None:
+    """Raise ProofError if a copy of a model calls layers of the model itself: nothing done to the copy would matter."""
+    shared = [name for name in names if copied.get_submodule(name) is model.get_submodule(name)]
+    if shared:
+        raise ProofError(
+            f"copy.deepcopy of the {type(model).__name__} gives layer {shared[0]!r} itself and no copy of it, so that "
+            "compressing it would change the original: see its __deepcopy__"
+        )
+    strays: list[str] = []
+    originals = [(name, module) for name, module in model.named_modules() if isinstance(module, LAYERS)]
+    hooks = [Hook(module, lambda *_, name=name: strays.append(name), before=True) for name, module in originals]
+
+    def run(part: Any) -> None:
+        strays.clear()
+        with observe(copied, hooks, forward=forward) as running:
+            running(part)
+
+    on_few(run, batch)
+    if strays:
+        raise ProofError(
+            f"a copy of the {type(model).__name__} calls layer {strays[0]!r} of the original, so that it cannot be "
+            f"replaced: {_COPIES}, or skip={strays[0]!r}"
+        )
+
+
+def prove(
+    dense: nn.Module, small: nn.Module, expected: Expected, batch: Any, *, forward: _Forward | None = None
+) -> Iterator[str]:
+    """Run both networks on one batch, and compare what the small one does with what was planned.
+
+    Every replaced layer is called, as often as the dense one; parameters and MACs are as counted; each layer that
+    stands for another answers as its weight multiplied out does; the outputs have the shapes of the dense ones and are
+    numbers. The cost is one forward pass of each network.
+
+    Yields
+    ------
+    str
+        What a user should know: what could not be checked, and why.
+
+    Raises
+    ------
+    ProofError
+        For what does not hold. The message names the layer, the reason and what to do.
+    """
+    stored = parameter_count(small)
+    if stored != round(expected.planned["parameters"]):
+        raise ProofError(
+            f"the compressed network holds {stored:,} parameters where its plan counts "
+            f"{round(expected.planned['parameters']):,}"
+        )
+    before = _run(dense, batch, expected.changed, forward)
+    try:
+        now = _run(small, batch, expected.changed, forward, _Agreeing(before.macs * batch_size(batch)))
+    except ProofError:
+        raise
+    except Exception as error:
+        raise ProofError(
+            f"the compressed {type(dense).__name__} cannot be run: {type(error).__name__}: {error}. What reads or "
+            f"calls the replaced layers ({_some(expected.changed)}) does not find what it needs; skip those with skip="
+        ) from error
+    yield from _calls(dense, before, now, batch, forward)
+    yield from _work(expected, before, now)
+    yield from _outputs(expected, before, now)
+
+
+def _run(
+    model: nn.Module, batch: Any, names: Sequence[str], forward: _Forward | None, checks: _Agreeing | None = None
+) -> Seen:
+    calls: Counter[str] = Counter()
+    layers = [(name, model.get_submodule(name)) for name in names]
+    hooks = [Hook(layer, lambda *_, name=name: calls.update((name,)), before=True) for name, layer in layers]
+    with counting(model) as work:
+        if checks is not None:
+            hooks += [Hook(each, checks.hook(work.counter)) for _, each in layers if isinstance(each, StandIn)]
+        with observe(model, hooks, forward=forward) as running:
+            outputs = output_tensors(running(batch))
+    return Seen(calls, work.macs / batch_size(batch), outputs)
+
+
+def _calls(dense: nn.Module, before: Seen, now: Seen, batch: Any, forward: _Forward | None) -> Iterator[str]:
+    """Whether every replaced layer was called as often as the dense one."""
+    lost = [name for name in before.calls if not now.calls[name]]
+    if lost and not _goes_other_ways(dense, lost, batch, forward):
+        raise ProofError(
+            f"layer {lost[0]!r} was replaced, and is not called any more ({len(lost)} such layers): the network "
+            f"reaches it in another way than by its name; {_COPIES}, or skip={lost[0]!r}"
+        )
+    others = [name for name in before.calls if now.calls[name] != before.calls[name]]
+    if others:
+        yield (
+            f"{len(others)} layers are called another number of times than in the dense network, which goes other ways "
+            f"for other inputs: {_some(others)}"
+        )
+
+
+def _goes_other_ways(dense: nn.Module, names: Sequence[str], batch: Any, forward: _Forward | None) -> bool:
+    """Whether some layers are called for some samples and not for others, as those of a mixture of experts."""
+    seen: set[tuple[int, ...]] = set()
+    size = batch_size(batch)
+    for number in range(min(8, size)):
+        try:
+            calls = _run(dense, picked(batch, torch.tensor([number]), size), names, forward).calls
+        except Exception:
+            return False
+        seen.add(tuple(calls[name] for name in names))
+    return len(seen) > 1 or any(0 in each for each in seen)
+
+
+def _work(expected: Expected, before: Seen, now: Seen) -> Iterator[str]:
+    """Whether the MACs of the finished network are those that were planned."""
+    told = expected.dense.get("macs")
+    if told is None or now.calls != before.calls:
+        return
+    if not math.isclose(before.macs, told, rel_tol=1e-6, abs_tol=0.5):
+        yield (
+            f"the MACs of the finished network were not checked: a sample of this batch takes {before.macs:,.0f} in "
+            f"the dense network, one of the calibration's first batch {told:,.0f}"
+        )
+    elif not math.isclose(now.macs, expected.planned["macs"], rel_tol=1e-6, abs_tol=0.5):
+        raise ProofError(
+            f"the compressed network takes {now.macs:,.0f} MACs a sample where its plan counts "
+            f"{expected.planned['macs']:,.0f}: is the weight of a replaced layer ({_some(tuple(now.calls))}) read "
+            "by its parent, and so multiplied out in every pass? skip= that layer"
+        )
+
+
+def _outputs(expected: Expected, before: Seen, now: Seen) -> Iterator[str]:
+    """Whether the outputs are numbers, of the shapes of the dense ones."""
+    wanted, given = ([tuple(t.shape) for t in seen.outputs] for seen in (before, now))
+    if wanted != given:
+        if expected.removes and [shape[1:] for shape in wanted] != [shape[1:] for shape in given]:
+            raise ProofError(f"without some channels the network gives outputs of shapes {given}, where {wanted} came")
+        yield f"outputs have other shapes than the dense network's, {given} for {wanted}, and were not compared"
+    for a, b in zip(before.outputs, now.outputs, strict=False):
+        if b.is_floating_point() and bool(a.isfinite().all()) and bool(b.isnan().any()):
+            raise ProofError("the compressed network gives NaN where the dense one gives numbers")
+
+
+class _Agreeing:
+    """Compares layers with their weights multiplied out, while that takes less work than the pass itself.
+
+    Parameters
+    ----------
+    effort
+        MACs that may be spent.
+    """
+
+    def __init__(self, effort: float) -> None:
+        self.effort = effort
+        self._seen: set[nn.Module] = set()
+
+    def hook(self, counter: WorkCounter) -> Callable[..., None]:
+        """What compares a layer when it is called; its own work is not counted."""
+
+        def see(layer: StandIn, args: Any, kwargs: Any, answer: Tensor) -> None:
+            with counter.paused():
+                self._compare(layer, args[0] if args else kwargs["input"], answer)
+
+        return see
+
+    def _compare(self, layer: StandIn, inputs: Tensor, answer: Tensor) -> None:
+        spec = layer.original
+        work = sum(p.numel() for p in layer.parameters()) * min(spec.in_channels, spec.out_channels)
+        if layer in self._seen or work > self.effort or not inputs.numel():
+            return
+        self._seen.add(layer)
+        self.effort -= work
+        if inputs.dim() > 1 + len(spec.kernel):
+            inputs, answer = inputs[:1], answer[:1]
+        try:
+            wanted = run_layer(layer, spec, inputs, layer.weight, layer.bias)
+        except ValueError:
+            return  # no dense layer computes the same, which merge says
+        gap = (wanted.double() - answer.double()).abs().max()
+        allowed = _ROUNDING.get(answer.dtype, _ROUNDING_OF_FEW_BITS)
+        if bool(gap > allowed * wanted.double().abs().max().clamp_min(1e-30)):
+            raise ProofError(
+                f"layer {spec.name!r} ({spec.kind}) answers otherwise than its weight multiplied out, by {gap:.3g}"
+            )
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a compressed network's outputs are from the dense network's, without labels.
+
+    Attributes
+    ----------
+    samples
+        That both were run on.
+    error
+        Norm of the difference over the norm of the dense outputs.
+    top1
+        Share of rows whose largest output is at the same place; None for outputs that are no scores of classes.
+    held_out
+        Whether the layers were not fitted to these samples.
+    """
+
+    samples: int
+    error: float
+    top1: float | None = None
+    held_out: bool = True
+
+    def __str__(self) -> str:
+        which = "held-out calibration samples" if self.held_out else "calibration samples"
+        same = "" if self.top1 is None else f"the same class comes first in {self.top1:.2%}, and "
+        return f"on {self.samples:,} {which} {same}outputs differ from the dense network's by {self.error:.2%}"
+
+
+def agreement(
+    dense: nn.Module,
+    small: nn.Module,
+    batches: Iterable[Any],
+    held: Sequence[Tensor] = (),
+    *,
+    mask: Mask = None,
+    forward: _Forward | None = None,
+) -> Agreement | None:
+    """Compare two networks' outputs on samples that no layer was fitted to, or on some if none are held out.
+
+    Parameters
+    ----------
+    held
+        Which samples of every batch are held out.
+    mask
+        Tells padding from data; see :func:`spectrim.calibrate`.
+    """
+    parts = zip(batches, held, strict=False) if any(bool(each.any()) for each in held) else ((b, None) for b in batches)
+    tally = _Tally()
+    with observe(dense, forward=forward) as wanted, observe(small, forward=forward) as given:
+        for batch, kept in parts:
+            size = batch_size(batch)
+            index = torch.arange(size) if kept is None else kept.nonzero().flatten()
+            index = index[: _SAMPLES - tally.samples]
+            if len(index):
+                part = batch if len(index) == size else picked(batch, index, size)
+                tally.add(wanted(part), given(part), mask_of(part, mask, len(index)), len(index))
+            if tally.samples >= _SAMPLES:
+                break
+    return tally.agreement(held_out=any(bool(each.any()) for each in held))
+
+
+@dataclass
+class _Tally:
+    """Adds up over batches what two networks' outputs have in common."""
+
+    samples: int = 0
+    missed: float = 0.0
+    energy: float = 0.0
+    same: int = 0
+    rows: int = 0
+    comparable: bool = True
+
+    def add(self, wanted: Any, given: Any, data: Tensor | None, samples: int) -> None:
+        scores = hasattr(wanted, "logits") or (isinstance(wanted, Tensor) and wanted.dim() == 2)
+        pairs = list(zip(output_tensors(wanted), output_tensors(given), strict=False))
+        self.samples += samples
+        for a, b in pairs:
+            if a.shape != b.shape or not a.is_floating_point():
+                self.comparable &= a.shape == b.shape
+                continue
+            if data is not None and a.shape[:2] == data.shape:
+                a, b = a[data.to(a.device)], b[data.to(b.device)]
+            self.missed += float((a.double() - b.double()).square().sum())
+            self.energy += float(a.double().square().sum())
+            if scores and a.dim() > 1 and a.shape[-1] > 1:
+                self.same += int((a.argmax(-1) == b.argmax(-1)).sum())
+                self.rows += a[..., 0].numel()
+
+    def agreement(self, *, held_out: bool) -> Agreement | None:
+        if not self.comparable or not self.energy:
+            return None
+        top1 = self.same / self.rows if self.rows else None
+        return Agreement(self.samples, math.sqrt(self.missed / self.energy), top1, held_out)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
