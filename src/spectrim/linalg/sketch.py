@@ -40,7 +40,7 @@ class Sketch(Moments):
     __slots__ = ("rows", "size", "squares")
 
     def __init__(self, groups: int, features: int, size: int = 512, device: torch.device | str = "cpu") -> None:
-        self.count = 0
+        self.count, self._rounding = 0, 0.0
         # More directions than features there are not.
         self.size = min(size, features)
         self.mean = torch.zeros(groups, features, dtype=torch.float64, device=device)

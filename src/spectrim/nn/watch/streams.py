@@ -157,12 +157,8 @@ class Stream:
         taps = features // self.spec.shape[2]
         if taps == 1 or name == "channels":
             return moments
-        size = (groups, taps, features // taps)
-        done = type(moments)(groups, 0, device=moments.mean.device)
-        done.count, done.mean = moments.count, moments.mean.reshape(size).mT.reshape(groups, features)
-        both = moments.scatter.reshape(groups, *size[1:], *size[1:]).permute(0, 2, 1, 4, 3)
-        done.scatter = both.reshape(groups, features, features)
-        return done
+        order = torch.arange(features, device=moments.mean.device).reshape(taps, -1).T.reshape(-1)
+        return moments.take(order.expand(groups, -1))
 
     def is_finite(self) -> bool:
         """Whether the sums so far are."""
