@@ -30,6 +30,8 @@ from spectrim.network.groups import group as group
 from spectrim.network.sites import Site as Site
 from spectrim.network.sites import Sites as Sites
 from spectrim.nn.channels.graph import couple as couple
+from spectrim.nn.channels.rules import ChannelRule as ChannelRule
+from spectrim.nn.channels.rules import register_channels as register_channels
 from spectrim.nn.checkpoint import load as load
 from spectrim.nn.checkpoint import save as save
 from spectrim.nn.export import export_onnx as export_onnx

@@ -119,6 +119,27 @@ def _multihead(m: Any, x: Tensor) -> Tensor:
     return m.c(relu(m.b(x + m.att(x, x, x, need_weights=False)[0])))
 
 
+class FrozenNorm(nn.Module):
+    """As detectors have it: all of it are buffers."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.rand(channels) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight * (self.running_var + 1e-5).rsqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale[:, None, None] + shift[:, None, None]
+
+
+def _split(m: Any, x: Tensor, add: bool = True) -> Tensor:
+    parts = list(relu(m.stem(x)).chunk(2, 1))
+    inner = m.c2(relu(m.c1(parts[-1])))
+    parts.append(parts[-1] + inner if add else inner)
+    return m.head(mean(relu(m.c(torch.cat(parts, 1)))))
+
+
 def _recurrent(m: Any, x: Tensor) -> Tensor:
     return m.c(relu(m.b(m.r(m.a(x))[0])))
 
@@ -290,6 +311,36 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         lambda: Net(
             _recurrent, a=Linear(6, 8), r=nn.LSTM(8, 8, batch_first=True), b=Linear(8, 12), c=Linear(12, 3)
         ), ROWS,
+    ),
+    "c2f": (
+        lambda: Net(_split, stem=conv(3, 12), c1=conv(6, 6), c2=conv(6, 6), c=conv(18, 8), head=Linear(8, 4)), IMAGE,
+    ),
+    "c2f without a sum": (
+        lambda: Net(
+            lambda m, x: _split(m, x, add=False),
+            stem=conv(3, 12), c1=conv(6, 6), c2=conv(6, 6), c=conv(18, 8), head=Linear(8, 4),
+        ), IMAGE,
+    ),
+    "pixel unshuffle": (
+        lambda: Net(lambda m, x: m.b(F.pixel_unshuffle(relu(m.a(x)), 2)), a=conv(3, 4), b=conv(16, 2)), IMAGE,
+    ),
+    "generator": (
+        lambda: Net(
+            lambda m, x: m.t(relu(m.n(m.a(x).view(len(x), -1, 3, 3)))),
+            a=Linear(6, 45), n=BatchNorm2d(5), t=nn.ConvTranspose2d(5, 2, 3),
+        ), ROW,
+    ),
+    "unflatten": (
+        lambda: Net(
+            lambda m, x: m.t(relu(m.u(m.a(x)))),
+            a=Linear(6, 45), u=nn.Unflatten(1, (5, 3, 3)), t=nn.ConvTranspose2d(5, 2, 3),
+        ), ROW,
+    ),
+    "frozen norm": (
+        lambda: Net(lambda m, x: m.b(relu(m.n(m.a(x)))), a=conv(3, 8), n=FrozenNorm(8), b=conv(8, 2)), IMAGE,
+    ),
+    "literal": (
+        lambda: Net(lambda m, x: m.t(relu(m.a(x).view(-1, 5, 3, 3))), a=Linear(6, 45), t=conv(5, 2)), ROW,
     ),
     "width": (Width, (4,)),
     "tied": (_tied, ROW),

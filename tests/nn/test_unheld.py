@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import spectrim as st
 from spectrim.nn.surgery import parameter_count
@@ -80,7 +80,7 @@ LEFT = {
     "old weight norm": (old_weight_norm, "Linear", "remove_weight_norm"),
     "old spectral norm": (lambda: nn.utils.spectral_norm(nn.Linear(16, 16)), "Linear", "remove_spectral_norm"),
     "pruned": (
-        lambda: nn.utils.prune.random_unstructured(nn.Linear(16, 16), "weight", 0.5), "Linear", "prune.remove"
+        lambda: prune.random_unstructured(nn.Linear(16, 16), "weight", 0.5), "Linear", "prune.remove"
     ),
     "scripted": (lambda: torch.jit.script(nn.Sequential(nn.Linear(16, 16))), "RecursiveScriptModule", "TorchScript"),
 }  # fmt: skip

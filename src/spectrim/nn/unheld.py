@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
@@ -63,13 +64,13 @@ def unheld(
                 return
             continue
         own = {key: p for key, p in module._parameters.items() if p is not None and id(p) not in counted}
-        matrices = [
-            key for key, p in own.items() if not isinstance(p, nn.parameter.UninitializedParameter) and p.dim() > 1
-        ]
+        matrices = [key for key, p in own.items() if not _is_lazy(p) and _is_matrix(p)]
         if matrices:
             yield Skipped(name, type(module).__name__, _reason(module, matrices), stored(own.values(), counted))
-        elif packed := [key for key, b in module._buffers.items() if b is not None and "weight" in key and b.dim() > 1]:
-            yield Skipped(name, type(module).__name__, _of_buffer(packed[0], module._buffers[packed[0]]))
+        else:
+            buffers = ((key, b) for key, b in module._buffers.items() if "weight" in key and b is not None)
+            for key, buffer in itertools.islice(((k, b) for k, b in buffers if _is_matrix(b)), 1):
+                yield Skipped(name, type(module).__name__, _of_buffer(key, buffer))
         yield from _unregistered(name, module, counted)
 
 
@@ -89,6 +90,10 @@ def _is_lazy(parameter: nn.Parameter) -> bool:
     return isinstance(parameter, nn.parameter.UninitializedParameter)
 
 
+def _is_matrix(tensor: Tensor) -> bool:
+    return sum(size > 1 for size in tensor.shape) > 1
+
+
 def _reason(module: nn.Module, names: list[str]) -> str:
     for kind, reason in _REASONS.items():
         if isinstance(module, kind):
@@ -103,9 +108,8 @@ def _reason(module: nn.Module, names: list[str]) -> str:
     )
 
 
-def _of_buffer(name: str, weight: Tensor | None) -> str:
-    kind = getattr(weight, "dtype", None)
-    return f"its {name} is a buffer ({kind}) and no parameter of a layer: such a weight is frozen, packed or quantised"
+def _of_buffer(name: str, weight: Tensor) -> str:
+    return f"its {name} is a buffer ({weight.dtype}) and no layer's parameter: a frozen, packed or quantised weight"
 
 
 def _unregistered(name: str, module: nn.Module, counted: set[int]) -> Iterator[Skipped]:
@@ -114,7 +118,7 @@ def _unregistered(name: str, module: nn.Module, counted: set[int]) -> Iterator[S
         if key.startswith("_"):
             continue
         several = value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else ()
-        hidden = [p for p in several if isinstance(p, nn.Parameter) and p.dim() > 1 and id(p) not in counted]
+        hidden = [p for p in several if isinstance(p, nn.Parameter) and _is_matrix(p) and id(p) not in counted]
         if hidden:
             where = f"{name}.{key}" if name else key
             yield Skipped(

@@ -25,8 +25,9 @@ from torch.nn.modules.conv import _ConvNd
 
 from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Coupling, Side
 from spectrim.network.sites import Layer, Sites, Skipped
+from spectrim.nn.channels.experiments import Experiments
 from spectrim.nn.channels.narrow import NORMS
-from spectrim.nn.channels.trial import Trial, enlivened, first_line
+from spectrim.nn.channels.trial import DRAWS, Trial, enlivened, first_line
 from spectrim.nn.find import canonical, describe
 from spectrim.nn.standing import as_containers
 from spectrim.nn.watch.batches import call, output_tensors, resized
@@ -86,7 +87,9 @@ def couple(
         return dataclasses.replace(sites, skipped=(*sites.skipped, Skipped("", type(model).__name__, graph)))
     found, obstacles = graph.couplings()
     # Not the traced copy: it may keep tensors of autograd, which cannot be copied.
-    good, failed = Trial(enlivened(model), small, run).sort_out(found, graph.operations)
+    trial = Trial(enlivened(model), small, run)
+    good, failed = trial.sort_out(found, graph.operations)
+    good, left = graph.by_experiment(trial, good, [*obstacles, *failed])
     order = {site.name: number for number, site in enumerate(sites)}
     good.sort(key=lambda c: order.get(c.sides[0].name, len(order)))
     touched = {side.name for coupling in good for side in coupling.sides}
@@ -97,7 +100,7 @@ def couple(
             followers.append(Layer(spec, weight, bias))
     norms = graph.norms()
     reading = {side.name for coupling in good for side in coupling.on(IN)}
-    skipped = [Skipped(name, f"{count} channels", reason) for name, count, reason in [*obstacles, *failed]]
+    skipped = [Skipped(name, f"{count} channels", reason) for name, count, reason in left]
     return dataclasses.replace(
         sites,
         sites=tuple(_needing(site) if site.name in reading - norms.keys() else site for site in sites),
@@ -122,6 +125,8 @@ class _Graph:
     graph: Any
     names: dict[Any, tuple[str, ...]]
     operations: dict[str, list[str]] = field(default_factory=dict)
+    settled: set[str] = field(default_factory=set)
+    writers: dict[str, list[nn.Module]] = field(default_factory=dict)
 
     @classmethod
     def traced(cls, model: nn.Module, sites: Sites, example: Any, run: Callable[..., Any]) -> _Graph | str:
@@ -174,9 +179,12 @@ class _Graph:
                 for dep, _ in group:
                     if self.graph.is_out_channel_pruning_fn(dep.handler) and isinstance(dep.target.module, nn.Module):
                         visited.add(dep.target.module)
+                        self.writers.setdefault(name, []).append(dep.target.module)
                 self.operations[name] = _operations(group)
                 reason = self._obstacle(group, count)
-                if reason is None:
+                if reason is not None:
+                    self.settled.add(name)
+                else:
                     found.append(self._read(name, module, group, count))
             except _Blocked as error:
                 reason = str(error)
@@ -185,6 +193,45 @@ class _Graph:
             if reason is not None:
                 obstacles.append((name, count, reason))
         return found, obstacles
+
+    def by_experiment(
+        self, trial: Trial, good: list[Coupling], obstacles: Sequence[tuple[str, int, str]]
+    ) -> tuple[list[Coupling], list[tuple[str, int, str]]]:
+        """Look in another way for channels that the graph cannot follow: all couplings that work, and what is left."""
+        experiments = Experiments(trial.model, trial.example, trial.run)
+        taken = {side.name for coupling in good for side in coupling.on(OUT)}
+        left = []
+        for name, count, reason in obstacles:
+            root = name.removesuffix(":out")
+            # A group that was read wrong may hold layers that are of other groups.
+            others = [self.names[m][0] for m in self.writers.get(name, []) if isinstance(m, (_ConvNd, nn.Linear))]
+            for writer in dict.fromkeys([root, *others]) if name not in self.settled else ():
+                coupling = None if writer in taken else self._tried(experiments, writer, trial, good)
+                if coupling is not None:
+                    good = [*good, coupling]
+                    taken |= {side.name for side in coupling.on(OUT)}
+            if root not in taken:
+                left.append((name, count, reason))
+        return good, left
+
+    def _tried(self, experiments: Experiments, root: str, trial: Trial, good: Sequence[Coupling]) -> Coupling | None:
+        """The channels of a layer as experiments find them, if their removal does what it says."""
+        known = {site.name for site in self.sites}
+        if root not in known:
+            return None
+        try:
+            sides, channels = experiments.sides(root)
+            read = any(side.axis == IN for side in sides)
+            plain = all(side.name in known for side in sides if side.axis in (IN, OUT))
+            if channels < 2 or not read or not plain:
+                return None
+            numbers, size = _beside_layers(self.model, sides)
+            coupling = Coupling(f"{root}:out", tuple(sides), self._pools(sides, channels), numbers, size)
+        except Exception:  # a pass with random numbers runs foreign code, which may raise anything
+            return None
+        if any(trial.fault([coupling], draw) is not None for draw in DRAWS):
+            return None
+        return coupling if not good or trial.fault([*good, coupling]) is None else None
 
     def norms(self) -> dict[str, str]:
         """BatchNorm that alone reads a layer, which can take over the mean of what the layer no longer delivers."""
@@ -267,23 +314,16 @@ class _Graph:
                     raise _Blocked(f"{item.dep.target.name}: repeated heads of attention are left alone")
                 place.setdefault(belongs[channel], []).append(position)
         found = []
-        numbers = size = 0.0
         for (path, axis), place in sides.items():
             counts = {len(held) for held in place.values()}
             if len(place) != len(atoms) or len(counts) != 1:
                 raise _Blocked(f"{path}: holds some of its channels only")
             positions = torch.tensor([sorted(place[number]) for number in range(len(atoms))])
-            owner = _get(self.model, path)
-            length = _length(owner, axis)
+            length = _length(_get(self.model, path), axis)
             if int(positions.max()) >= length or positions.unique().numel() != positions.numel():
                 raise _Blocked(f"{path}: the dependency graph takes its axis of {length} channels for a longer one")
             found.append(Side(path, axis, positions, length))
-            if not isinstance(owner, (_ConvNd, nn.Linear)):
-                held = [owner] if isinstance(owner, Tensor) else [*owner.parameters(), *owner.buffers()]
-                per = [t for t in held if t.numel() >= length]
-                share = positions.shape[1] / length
-                numbers += sum(t.numel() * share for t in per if isinstance(t, nn.Parameter))
-                size += sum(t.numel() * t.element_size() * share for t in per)
+        numbers, size = _beside_layers(self.model, found)
         found.sort(key=lambda side: side.name != self.names[root][0] or side.axis != OUT)
         return Coupling(name, tuple(found), self._pools(found, len(atoms)), numbers, size)
 
@@ -418,6 +458,21 @@ def _length(module: Any, axis: str) -> int:
     if isinstance(module, nn.PReLU):
         return module.num_parameters
     return module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features
+
+
+def _beside_layers(model: nn.Module, sides: Sequence[Side]) -> tuple[float, float]:
+    """Numbers that a channel has in modules that are no layers, and their bytes."""
+    numbers = size = 0.0
+    for side in sides:
+        owner = _get(model, side.name)
+        if isinstance(owner, (_ConvNd, nn.Linear)):
+            continue
+        held = [owner] if isinstance(owner, Tensor) else [*owner.parameters(), *owner.buffers()]
+        per = [t for t in held if t.numel() >= side.size]
+        share = side.positions.shape[1] / side.size
+        numbers += sum(t.numel() * share for t in per if isinstance(t, nn.Parameter))
+        size += sum(t.numel() * t.element_size() * share for t in per)
+    return numbers, size
 
 
 def _operations(group: Any) -> list[str]:

@@ -14,6 +14,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from spectrim.errors import PlanError
 from spectrim.network.coupling import IN, OUT, THROUGH, Axis
+from spectrim.nn.channels.rules import is_registered, rule_of
 from spectrim.nn.find import describe
 from spectrim.nn.modules import Factored
 from spectrim.nn.standing import StandIn, sized
@@ -102,12 +103,14 @@ def _size(module: Any, axis: str, name: str) -> tuple[int, int]:
         return (module.in_features if axis == IN else module.out_features), 1
     if isinstance(module, nn.Embedding) and axis == OUT:
         return module.embedding_dim, 1
-    if axis == THROUGH and isinstance(module, (*NORMS, nn.PReLU)):
+    if axis == THROUGH and isinstance(module, (*NORMS, nn.PReLU)) and not is_registered(module):
         if isinstance(module, nn.LayerNorm):
             return module.normalized_shape[-1], 1
         if isinstance(module, nn.GroupNorm):
             return module.num_channels, module.num_groups
         return (module.num_parameters if isinstance(module, nn.PReLU) else module.num_features), 1
+    if axis == THROUGH and isinstance(module, nn.Module) and (known := rule_of(module)) is not None:
+        return known[0].size(module), 1
     raise PlanError(f"{name!r} is a {type(module).__name__}, which has no axis {axis!r} that can be cut")
 
 
@@ -124,8 +127,10 @@ def _cut(module: nn.Module, axis: str, kept: Tensor) -> None:
     elif isinstance(module, nn.Embedding):
         module.weight = _parameter(module.weight, 1, kept)
         module.embedding_dim = len(kept)
-    elif isinstance(module, (*NORMS, nn.PReLU)):
+    elif isinstance(module, (*NORMS, nn.PReLU)) and not is_registered(module):
         _cut_norm(module, kept)
+    elif axis == THROUGH and (known := rule_of(module)) is not None:
+        known[0].cut(module, kept)
     else:
         raise ValueError(f"a {type(module).__name__} has no channels that can be cut")
 

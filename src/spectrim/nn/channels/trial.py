@@ -35,7 +35,33 @@ _HARMLESS = re.compile(
     r"abs|convolution|norm|addmm|view|reshape|permute|transpose|squeeze|^t$|concat|cat)",
     re.IGNORECASE,
 )
+# What torch says where a number of channels is written down.
+_FIXED = re.compile(r"invalid for input|don't multiply up|must match the size|split_with_sizes")
+_CURE = (
+    "Where code or a module holds a number of channels, write -1, read it off a layer, or register how the module "
+    "loses channels (spectrim.register_channels)"
+)
 _MOVING = re.compile(r"view|reshape|permute|transpose|cat", re.IGNORECASE)
+
+
+Draw = Callable[[int, int], Tensor]
+"""Which of so many channels are kept, ascending: one of so many."""
+
+
+def _at_random(channels: int, share: int) -> Tensor:
+    # An odd number, so that no reshape into heads of attention finds whole heads by chance.
+    drawn = torch.randperm(channels, generator=torch.Generator().manual_seed(0))
+    return drawn[: channels // share | 1].sort().values
+
+
+# A removal may be right for some channels by chance, where the others are moved along.
+DRAWS: tuple[Draw, ...] = (
+    _at_random,
+    lambda channels, share: torch.arange(channels // share | 1),
+    lambda channels, share: torch.arange(channels)[-(channels // share | 1) :],
+    lambda channels, share: torch.arange(channels - 1),
+    lambda channels, share: torch.arange(1, channels),
+)
 
 
 @dataclass(eq=False)
@@ -72,10 +98,16 @@ class Trial:
             good = together
         return good, failed
 
-    def fault(self, couplings: Sequence[Coupling]) -> str | None:
-        """What goes wrong when half of the channels are removed, or None."""
+    def fault(self, couplings: Sequence[Coupling], draw: Draw = _at_random) -> str | None:
+        """What goes wrong when half of the channels are removed, or None.
+
+        Parameters
+        ----------
+        draw
+            Chooses the channels that are kept.
+        """
         # Neighbouring groups keep different shares: two that have to be equally wide must not be equal by chance.
-        kept = {c.name: half(c, 2 + 2 * (number % 2)) for number, c in enumerate(couplings)}
+        kept = {c.name: half(c, 2 + 2 * (number % 2), draw) for number, c in enumerate(couplings)}
         axes = axes_left(couplings, kept)
         reference, small = copy.deepcopy(self.model), copy.deepcopy(self.model)
         with torch.no_grad():
@@ -84,7 +116,7 @@ class Trial:
                     _silence(reference.get_submodule(name), left)
         try:
             narrow(small, axes)
-            with torch.no_grad(), _without_statistics() as steps:
+            with torch.no_grad(), without_statistics() as steps:
                 with _recorded(reference) as inside:
                     wanted = output_tensors(self.run(reference, self.example))
                 steps.again()
@@ -115,7 +147,8 @@ class Trial:
         unusual = [name for name in operations if not _HARMLESS.search(name)]
         # Harmless by themselves, but the only ones left that can move channels about.
         unusual = unusual or [name for name in operations if _MOVING.search(name)]
-        return f"{', '.join(unusual[:3])}: {fault}" if unusual else fault
+        named = f"{', '.join(unusual[:3])}: {fault}" if unusual else fault
+        return f"{named}. {_CURE}" if _FIXED.search(fault) else named
 
 
 @contextlib.contextmanager
@@ -157,10 +190,9 @@ def enlivened(model: nn.Module) -> nn.Module:
     return copied
 
 
-def half(coupling: Coupling, share: int = 2) -> list[int]:
+def half(coupling: Coupling, share: int = 2, draw: Draw = _at_random) -> list[int]:
     pool = coupling.channels // coupling.pools
-    # An odd number, so that no reshape into heads of attention finds whole heads by chance.
-    chosen = torch.randperm(pool, generator=torch.Generator().manual_seed(0))[: pool // share | 1].sort().values
+    chosen = draw(pool, share)
     return [p * pool + c for p in range(coupling.pools) for c in chosen.tolist()]
 
 
@@ -200,7 +232,7 @@ class _Scales:
 
 
 @contextlib.contextmanager
-def _without_statistics() -> Iterator[_Scales]:
+def without_statistics() -> Iterator[_Scales]:
     """Layer and group normalisation divide by one number a call: their own statistics mix the channels."""
     scales = _Scales()
     functional = torch.nn.functional

@@ -1,0 +1,288 @@
+"""Find the places of channels by experiment: change some of what a layer delivers, and see which inputs change.
+
+A graph of operations has to know what each of them does to the order of channels. Here nothing is known of operations:
+all layers deliver random numbers, those of one layer are changed for the channels whose number has a certain binary
+digit, and what changes in the inputs of the other layers tells channel by channel where they go. Two passes a digit
+tell all channels of a layer, and an entry that changes in both is mixed of several and cannot be cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Side
+from spectrim.nn.channels.narrow import NORMS
+from spectrim.nn.channels.rules import rule_of
+from spectrim.nn.channels.trial import without_statistics
+from spectrim.nn.watch.batches import evaluating, output_tensors
+
+# By what the numbers of a channel are multiplied, and the relative change that is one.
+_FACTOR, _LEAST = 1.7, 1e-5
+
+Node = tuple[str, str, int]
+"""Path of a module, name of one of its axes, and an entry of it."""
+
+
+class Mixed(Exception):
+    """Channels that cannot be told apart where they are read, and where that is."""
+
+
+@dataclass(eq=False)
+class Experiments:
+    """Experiments on one model.
+
+    Attributes
+    ----------
+    model
+        Whose weights do not matter; see :func:`spectrim.nn.channels.trial.enlivened`.
+    """
+
+    model: nn.Module
+    example: Any
+    run: Callable[..., Any]
+    _decoded: dict[str, dict[Axis, list[tuple[int, int]]]] = field(default_factory=dict)
+
+    def sides(self, root: str) -> tuple[list[Side], int]:
+        """Where the channels of a layer lie, those that can only go together as one, and how many there are.
+
+        Raises
+        ------
+        Mixed
+            If channels are mixed before they are read, are an output, or go different ways in different numbers.
+        """
+        atoms = self._atoms(root)
+        places: dict[Axis, list[list[int]]] = {}
+        for atom in atoms:
+            held: dict[Axis, list[int]] = {}
+            for name, axis, entry in atom:
+                held.setdefault((name, axis), []).append(entry)
+            for place, entries in held.items():
+                places.setdefault(place, []).append(sorted(entries))
+        if any(len(entries) != len(atoms) for entries in places.values()):
+            raise Mixed("its channels go different ways, in different numbers")
+        found = [
+            Side(name, axis, torch.tensor(entries), self._length(name, axis))
+            for (name, axis), entries in places.items()
+        ]
+        found.sort(key=lambda side: (side.name, side.axis) != (root, OUT))
+        return found, len(atoms)
+
+    def _atoms(self, root: str) -> list[list[Node]]:
+        sets = _Sets()
+        done: set[str] = set()
+        sources = {root}
+        while sources - done:
+            for source in sources - done:
+                done.add(source)
+                for (name, axis), pairs in self._entries(source).items():
+                    for channel, entry in pairs:
+                        sets.join((source, OUT, channel), (name, axis, entry))
+            reached = {name for name, axis, _ in sets.of(root) if axis != OUT}
+            sources |= {source for source, touched in self._touched.items() if not touched.isdisjoint(reached)}
+        # Sources that only share a module with the channels, and no entry of it, are of other channels.
+        return _alike(sets.containing(root))
+
+    def _length(self, name: str, axis: str) -> int:
+        module: Any = self.model.get_submodule(name)
+        if axis == THROUGH:
+            return self._base.inputs[name][0].shape[self._dim(name)]
+        names = ("in_features", "in_channels") if axis == IN else ("out_features", "out_channels")
+        return next(getattr(module, each) for each in names if hasattr(module, each))
+
+    @cached_property
+    def _layers(self) -> dict[str, nn.Module]:
+        return {
+            n: m for n, m in self.model.named_modules() if isinstance(m, (_ConvNd, nn.Linear)) and not _is_depthwise(m)
+        }
+
+    @cached_property
+    def _passed(self) -> dict[str, nn.Module]:
+        """Modules that hand channels on."""
+        kinds = (*NORMS, nn.PReLU)
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if name not in self._layers and (_is_depthwise(module) or isinstance(module, kinds) or rule_of(module))
+        }
+
+    def _dim(self, name: str) -> int:
+        """The axis of a module's input that holds its channels."""
+        module = self.model.get_submodule(name)
+        if isinstance(module, _ConvNd):
+            return -1 - len(module.kernel_size)
+        if (rule := rule_of(module)) is not None:
+            return rule[1]
+        return -1 if isinstance(module, (nn.Linear, nn.LayerNorm)) else 1
+
+    @cached_property
+    def _touched(self) -> dict[str, set[str]]:
+        """Modules whose inputs change with what a layer delivers."""
+        found = {}
+        for name in self._layers:
+            inputs, _ = self._changed(name, lambda channels: torch.ones_like(channels, dtype=torch.bool))
+            found[name] = {sink for sink, changed in inputs.items() if any(bool(c.any()) for c in changed)}
+        return found
+
+    def _entries(self, source: str) -> dict[Axis, list[tuple[int, int]]]:
+        """Pairs of a channel of a layer and an entry that it reaches, by the module and its axis."""
+        if source in self._decoded:
+            return self._decoded[source]
+        digits = max(1, (self._length(source, OUT) - 1).bit_length())
+        sure: dict[str, list[Tensor]] = {}
+        number: dict[str, list[Tensor]] = {}
+        for digit in range(digits):
+            one, out = self._changed(source, lambda c, d=digit: (c >> d) % 2 == 1)
+            zero, also_out = self._changed(source, lambda c, d=digit: (c >> d) % 2 == 0)
+            if out or also_out:
+                raise Mixed("its channels are an output of the network")
+            for name in one:
+                for call, (a, b) in enumerate(zip(one[name], zero[name], strict=True)):
+                    if bool((a & b).any()):
+                        raise Mixed(f"{name}: its channels are mixed before they are read there")
+                    if digit == 0:
+                        sure.setdefault(name, []).append(a | b)
+                        number.setdefault(name, []).append(a.long())
+                    elif not torch.equal(sure[name][call], a | b):
+                        raise Mixed(f"{name}: what reaches it depends on other channels")
+                    else:
+                        number[name][call] += a.long() << digit
+        found: dict[Axis, list[tuple[int, int]]] = {}
+        for name, calls in sure.items():
+            axis = IN if name in self._layers else THROUGH
+            pairs: set[tuple[int, int]] = set()
+            for seen, channels in zip(calls, number[name], strict=True):
+                dim = self._dim(name)
+                entry = torch.arange(seen.shape[dim]).reshape(-1, *[1] * (seen.dim() - 1 - dim % seen.dim()))
+                both = torch.stack([channels[seen], entry.expand_as(seen)[seen]], 1).unique(dim=0)
+                pairs |= {(int(a), int(b)) for a, b in both.tolist()}
+            if pairs:
+                found[name, axis] = sorted(pairs)
+        self._decoded[source] = found
+        return found
+
+    def _changed(self, source: str, which: Callable[[Tensor], Tensor]) -> tuple[dict[str, list[Tensor]], bool]:
+        """Which entries of all inputs change with some channels of a layer, and whether outputs do."""
+        before = self._base
+        after = self._pass(source, which(torch.arange(self._length(source, OUT))), before.scales)
+        changed = {
+            name: [_differ(a, b) for a, b in zip(calls, after.inputs[name], strict=True)]
+            for name, calls in before.inputs.items()
+        }
+        return changed, any(bool(_differ(a, b).any()) for a, b in zip(before.outputs, after.outputs, strict=True))
+
+    @cached_property
+    def _base(self) -> _Pass:
+        return self._pass(None, None, [])
+
+    def _pass(self, source: str | None, chosen: Tensor | None, scales: list[Tensor]) -> _Pass:
+        """A pass with random numbers in place of what layers deliver, changed for some channels of one of them."""
+        inputs: dict[str, list[Tensor]] = {}
+        generator = torch.Generator().manual_seed(0)
+
+        def read(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+                x = args[0] if args else next(iter(kwargs.values()))
+                inputs.setdefault(name, []).append(x.detach().clone())
+
+            return hook
+
+        def write(name: str) -> Callable[..., Tensor]:
+            def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+                # Of one sign a sample: an activation lets pass what is positive, also where a normalisation turns it.
+                drawn = 2 + 4 * torch.rand(output.shape, generator=generator)
+                drawn[1::2] *= -1
+                if name == source and chosen is not None:
+                    shape = [1] * drawn.dim()
+                    shape[self._dim(name)] = -1
+                    drawn = drawn * torch.where(chosen, _FACTOR, 1.0).reshape(shape)
+                return drawn.to(output)
+
+            return hook
+
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(evaluating(self.model))
+            steps = stack.enter_context(without_statistics())
+            if source is not None:
+                steps.next = iter(scales)
+            for name, module in itertools.chain(self._layers.items(), self._passed.items()):
+                stack.callback(module.register_forward_pre_hook(read(name), with_kwargs=True).remove)
+            for name, module in self._layers.items():
+                stack.callback(module.register_forward_hook(write(name)).remove)
+            outputs = output_tensors(self.run(self.model, self.example))
+        return _Pass(inputs, [t.detach().clone() for t in outputs if t.is_floating_point()], list(steps.held))
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Inputs of the modules of interest call by call, outputs, and by what normalisations divided."""
+
+    inputs: Mapping[str, list[Tensor]]
+    outputs: list[Tensor]
+    scales: list[Tensor]
+
+
+class _Sets:
+    """Disjoint sets of nodes."""
+
+    def __init__(self) -> None:
+        self._parent: dict[Node, Node] = {}
+
+    def join(self, a: Node, b: Node) -> None:
+        self._parent[self._top(a)] = self._top(b)
+
+    def _top(self, node: Node) -> Node:
+        parent = self._parent.setdefault(node, node)
+        while parent != node:
+            self._parent[node] = parent = self._parent[parent]
+            node, parent = parent, self._parent[parent]
+        return node
+
+    def containing(self, root: str) -> list[list[Node]]:
+        """The sets with channels of a layer, in the order of its channels."""
+        groups: dict[Node, list[Node]] = {}
+        for node in list(self._parent):
+            groups.setdefault(self._top(node), []).append(node)
+        ours = {min(channels): nodes for nodes in groups.values() if (channels := _channels(nodes, root))}
+        return [ours[first] for first in sorted(ours)]
+
+    def of(self, root: str) -> list[Node]:
+        return [node for nodes in self.containing(root) for node in nodes]
+
+
+def _channels(nodes: list[Node], root: str) -> list[int]:
+    return [entry for name, axis, entry in nodes if (name, axis) == (root, OUT)]
+
+
+def _alike(sets: list[list[Node]]) -> list[list[Node]]:
+    """Sets that lie on the same axes; of several kinds, as of halves, the first of each together, and so on.
+
+    Halves of a split have to stay equally long.
+    """
+    kinds: dict[tuple[tuple[str, str], ...], list[list[Node]]] = {}
+    for nodes in sets:
+        kinds.setdefault(tuple(sorted((name, axis) for name, axis, _ in nodes)), []).append(nodes)
+    if len({len(held) for held in kinds.values()}) > 1:
+        numbers = ", ".join(str(len(held)) for held in kinds.values())
+        raise Mixed(f"its channels go different ways, in different numbers ({numbers})")
+    return [[node for nodes in several for node in nodes] for several in zip(*kinds.values(), strict=True)]
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd) and 1 < module.groups == module.in_channels == module.out_channels
+
+
+def _differ(a: Tensor, b: Tensor) -> Tensor:
+    if a.shape != b.shape:
+        raise Mixed("the shapes inside the network depend on its numbers")
+    if not a.is_floating_point():
+        return (a != b).cpu()
+    return ((a - b).abs() > _LEAST * a.abs().clamp_min(1e-6)).cpu()
