@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -23,11 +24,25 @@ def silent(what: str, done: int, total: int | None) -> None:
     """Progress that nobody watches."""
 
 
+def lines(seconds: float = 10.0) -> Progress:
+    """Lines on standard error: at most one in so many seconds, and one when something is done."""
+    last = time.monotonic()
+
+    def report(what: str, done: int, total: int | None) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done == total or now - last >= seconds:
+            last = now
+            print(f"{what}: {done}" if total is None else f"{what}: {done} of {total}", file=sys.stderr, flush=True)
+
+    return report
+
+
 @contextmanager
 def bars() -> Iterator[Progress]:
-    """Bars on standard error, one for everything that is done; without rich or a terminal a line when it is done."""
+    """Bars on standard error, one for everything that is done; without rich or a terminal lines (:func:`lines`)."""
     if find_spec("rich") is None or not sys.stderr.isatty():
-        yield lambda what, done, total: print(f"{what}: {done} of {total}", file=sys.stderr) if done == total else None
+        yield lines()
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn

@@ -45,6 +45,10 @@ def unlabelled() -> list[Tensor]:
     return [images for images, _ in batches()]
 
 
+def triples() -> list[tuple[Tensor, Tensor, Tensor]]:
+    return [(images, labels, labels) for images, labels in batches()]
+
+
 def stream():
     yield from batches()
 

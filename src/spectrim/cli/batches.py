@@ -23,8 +23,13 @@ class Source(ABC):
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images ``[n, c, h, w]``, float32 in 0..1 before normalisation, and labels ``[n]``."""
+    def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Images ``[n, c, h, w]``, float32 in 0..1 before normalisation, and labels ``[n]`` if there are any."""
+
+    @property
+    def preparation(self) -> str:
+        """What is done to the images before they are numbers, in words."""
+        return ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,10 +61,13 @@ class InMemory(Source):
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles(Source):
-    """Image files, opened when they are asked for: shorter side to ``resize``, then the middle ``crop`` square."""
+    """Image files, opened when they are asked for: shorter side to ``resize``, then the middle ``crop`` square.
+
+    Without labels for loose files, which have no classes.
+    """
 
     paths: Sequence[Path]
-    labels: Tensor
+    labels: Tensor | None
     classes: int
     resize: int
     crop: int
@@ -67,10 +75,14 @@ class ImageFiles(Source):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def preparation(self) -> str:
+        return f"shorter side {self.resize}, middle {self.crop}"
+
+    def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         with ThreadPoolExecutor(4) as pool:  # Pillow decodes outside the interpreter lock
             images = list(pool.map(self._open, (self.paths[i] for i in indices.tolist())))
-        return torch.stack(images).float() / 255, self.labels[indices]
+        return torch.stack(images).float() / 255, None if self.labels is None else self.labels[indices]
 
     def _open(self, path: Path) -> Tensor:
         from PIL import Image
@@ -87,7 +99,7 @@ class ImageFiles(Source):
 
 @dataclass(eq=False)
 class Batches:
-    """Batches ``(images, labels)`` of a source; may be iterated any number of times.
+    """Batches ``(images, labels)`` of a source, or images alone; may be iterated any number of times.
 
     The order and the augmentation of an epoch depend on ``seed`` and the epoch alone, so that a run that is killed
     and resumed sees the same batches.
@@ -132,10 +144,18 @@ class Batches:
     def classes(self) -> int:
         return self.source.classes
 
+    @property
+    def preparation(self) -> str:
+        """What is done to the images, in words; augmentation is not told."""
+        numbers = "/".join(",".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        plain = not any(self.mean) and all(value == 1 for value in self.std)
+        normalised = "not normalised" if plain else f"normalised by {numbers}"
+        return ", ".join(filter(None, (self.source.preparation, normalised)))
+
     def __len__(self) -> int:
         return -(-len(self.source) // self.batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor] | Tensor]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         n = len(self.source)
         order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
@@ -145,7 +165,7 @@ class Batches:
             images = (images - mean) / std
             if self.augment != "none":
                 images = _crop(images, generator, flip=self.augment == "crop-flip")
-            yield images.to(self.device), labels.to(self.device)
+            yield images.to(self.device) if labels is None else (images.to(self.device), labels.to(self.device))
 
     def take(self, samples: int, seed: int | None = None) -> Batches:
         """The first ``samples`` in an order drawn from the seed: a fair, repeatable part of the whole."""
@@ -163,13 +183,17 @@ class _Part(Source):
     chosen: Tensor
 
     @property
+    def preparation(self) -> str:
+        return self.whole.preparation
+
+    @property
     def classes(self) -> int:  # type: ignore[override]
         return self.whole.classes
 
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.whole.fetch(self.chosen[indices])
 
 

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, TextIO, get_type_hints
 
 import typer
@@ -22,7 +23,7 @@ from spectrim.cli.references import UsageError
 from spectrim.errors import InfeasibleBudgetError, SpectrimError
 from spectrim.progress import bars
 
-FAILED, USAGE, INFEASIBLE = 1, 2, 3
+FAILED, USAGE, INFEASIBLE, STOPPED = 1, 2, 3, 130
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else there.")
@@ -43,11 +44,14 @@ class Output:
         Nothing on standard error but errors.
     stdout
         The real standard output, which a command's own code cannot reach in JSON mode.
+    made
+        Folders that a command has made, the innermost first.
     """
 
     as_json: bool = False
     quiet: bool = False
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
+    made: list[Path] = field(default_factory=list)
 
     def say(self, text: str) -> None:
         """A remark for people."""
@@ -84,8 +88,8 @@ class Output:
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Callable[[str, int, int | None], None]]:
-        """A function ``(what, done, total)`` that draws bars on a terminal."""
-        if self.quiet or not sys.stderr.isatty():
+        """A function ``(what, done, total)`` that draws bars on a terminal, and writes lines elsewhere."""
+        if self.quiet:
             yield lambda what, done, total: None
             return
         with bars() as report:
@@ -108,7 +112,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 for name, group in groups.items():
                     options[name] = group(**{each.name: options.pop(each.name) for each in dataclasses.fields(group)})
                 function(out, **options)
+            except KeyboardInterrupt:
+                print("spectrim: stopped; the same call goes on with a training that has begun", file=sys.stderr)
+                raise typer.Exit(STOPPED) from None
             except (SpectrimError, OSError, FloatingPointError) as error:
+                for folder in out.made:
+                    with contextlib.suppress(OSError):  # one that holds something stays
+                        folder.rmdir()
                 if debug:
                     raise
                 code = exit_code(error)

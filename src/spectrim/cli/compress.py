@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import typer
 
 from spectrim.cli import options
@@ -54,14 +56,21 @@ def compress(
         return
     _check(context, methods, goal, inputs)
     from spectrim.cli import shrinking
+    from spectrim.cli.unfinished import make_folder
     from spectrim.cli.work import Work
 
     request = shrinking.Request.read(
         methods, goal, sharing, calibrated=inputs.data is not None, multiple_of=layers.multiple_of
     )
     tuning = training.recipe()
+    make_folder(out, files.folder)
     work = Work.load(network, layers, inputs, training, timed=request.timed)
-    shrinking.compress(out, request, work, tuning, files)
+    # What the fine-tuned weights follow from; what is only measured with is left out.
+    asked = {"method": [each.text for each in methods.asked]}
+    for options_ in (network, inputs, layers, sharing, goal, training):
+        asked |= dataclasses.asdict(options_)
+    held = shrinking.run_folder(files.folder, asked, work, tuning)
+    shrinking.compress(out, request, work, tuning, files, held)
 
 
 def _check(context: typer.Context, methods: Methods, goal: options.GoalOptions, inputs: options.InputOptions) -> None:

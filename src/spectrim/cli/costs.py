@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from spectrim.cli.common import usage
-from spectrim.cli.references import Reference, UsageError, factory
+from spectrim.cli.references import Reference, UsageError, factory, halves
 from spectrim.selection.budget import COSTS, Budget
 
 
@@ -21,7 +21,7 @@ def read_costs(texts: Sequence[str] | None) -> dict[str, Callable[[Any], float]]
     found: dict[str, Callable[[Any], float]] = {}
     for text in texts or ():
         name, equals, place = text.partition("=")
-        module, _, function = place.partition(":")
+        module, function = halves(place)
         if not equals or not name.strip() or not function:
             raise UsageError(f"--cost {text!r}: write NAME=package.module:function, as joules=energy:joules")
         if name in COSTS or name in found:

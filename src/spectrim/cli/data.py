@@ -6,8 +6,10 @@ reference                   data
 ``digits``                  scikit-learn's 8 x 8 digits: 1,797 images, every fourth one for testing
 ``cifar10:DIR``             the binary layout: ``data_batch_1.bin`` to ``5``, ``test_batch.bin``
 ``fashion-mnist:DIR``       IDX files ``train-images-idx3-ubyte`` and so on, plain or ``.gz``; MNIST too
-``imagefolder:DIR``         one folder a class, or ``DIR/train`` and ``DIR/test`` (or ``val``) with such folders
+``imagefolder:DIR``         one folder a class, or ``DIR/train`` and ``DIR/test`` (or ``val``) with such folders; images
+                            that lie in no folder of a class are without labels, for calibration and distillation
 ``package.module:factory``  whatever iterable of batches the callable returns; options become its arguments
+``./file.py:factory``       the same, of a Python file
 ==========================  ===============================================================================
 
 The built-in ones take options after a question mark, as in ``cifar10:DIR?split=train&limit=2048``; see
@@ -101,7 +103,9 @@ def load_data(text: str, *, purpose: Purpose = "test", device: str = "cpu") -> I
     reference = parse(text)
     if reference.scheme not in _BUILT_IN:
         if not reference.place:
-            raise UsageError(f"data {text!r} is not known: write {', '.join(_BUILT_IN)} or package.module:factory")
+            raise UsageError(
+                f"data {text!r} is not known: write {', '.join(_BUILT_IN)}, package.module:factory or file.py:factory"
+            )
         found = call(factory(reference, "data"), reference, "data")
         if not isinstance(found, Iterable):
             raise UsageError(f"data {text!r} returned a {type(found).__name__}, not an iterable of batches")
@@ -231,6 +235,9 @@ def _folder(reference: Reference, train: bool, options: DataOptions) -> Source:
         if path.suffix.lower() in _SUFFIXES
     ]
     if not found:
-        raise UsageError(f"data {reference.text!r}: no images in the folders of {str(root)!r} (one folder a class)")
+        loose = sorted(path for path in root.iterdir() if path.suffix.lower() in _SUFFIXES)
+        if not loose:
+            raise UsageError(f"data {reference.text!r}: no images in {str(root)!r} (loose, or one folder a class)")
+        return ImageFiles(loose, None, 0, options.resize, options.crop)
     paths, labels = zip(*found, strict=True)
     return ImageFiles(paths, torch.tensor(labels), len(classes), options.resize, options.crop)

@@ -36,6 +36,7 @@ def demo(
     from spectrim.cli.data import load_data
     from spectrim.cli.digits_net import DigitsNet
     from spectrim.cli.results import Outcome
+    from spectrim.cli.unfinished import make_folder
     from spectrim.cli.work import device_named, first_batch
     from spectrim.pipeline import compress
     from spectrim.report import accuracy, compare
@@ -43,6 +44,7 @@ def demo(
 
     started = time.perf_counter()
     wanted = read_budget([budget])
+    make_folder(out, folder)
     device_named("cpu", threads)
     train = load_data(f"digits?batch=64&seed={seed}", purpose="training")
     test = load_data("digits", purpose="test")
@@ -52,7 +54,7 @@ def demo(
     def evaluate(model):
         return accuracy(model, test)
 
-    progress = False if out.quiet else None
+    progress = not out.quiet
     out.say(f"training a small network on {train.samples} digits, testing on {test.samples}")
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -29,6 +29,7 @@ def evaluate(
     """Measure a model: accuracy, parameters, MACs, file size, peak memory, latency."""
     from spectrim.cli.data import load_data
     from spectrim.cli.models import load_compressed, load_model
+    from spectrim.cli.preprocessing import tell
     from spectrim.cli.references import UsageError
     from spectrim.cli.sparsity import fastest, kernel_notes, kernel_values
     from spectrim.cli.work import device_named, first_batch, random_input
@@ -41,6 +42,7 @@ def evaluate(
     device = device_named(device, threads)
     batches = load_data(data, purpose="test", device=device) if data is not None else None
     if batches is not None:
+        tell(out, {"--data": batches})
         example = first_batch(batches, batch, str(data))
     else:
         example = random_input(str(input_shape), batch, device)

@@ -31,6 +31,7 @@ def export(
     from spectrim.cli.data import load_data
     from spectrim.cli.models import load_compressed, load_model
     from spectrim.cli.references import UsageError
+    from spectrim.cli.unfinished import make_folder
     from spectrim.cli.work import device_named, first_batch, random_input
     from spectrim.nn.export import export_onnx, export_program
 
@@ -38,6 +39,7 @@ def export(
         raise UsageError(f"--out {str(file)!r}: expected a name ending in {' or '.join(FORMATS)}")
     if data is None and input_shape is None:
         raise UsageError("an example input is needed: give --input, as --input 3x224x224, or --data")
+    make_folder(out, file.parent)
     device_named("cpu", threads)
     network = load_compressed(model, checkpoint) if checkpoint is not None else load_model(model, weights)
     if data is not None:
@@ -45,7 +47,6 @@ def export(
     else:
         example = random_input(str(input_shape), batch, "cpu")
     write = export_onnx if file.suffix == ".onnx" else export_program
-    file.parent.mkdir(parents=True, exist_ok=True)
     difference = write(network, example, file)
     size = file.stat().st_size
     out.document(

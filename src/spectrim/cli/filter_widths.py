@@ -126,7 +126,6 @@ class Widths:
         found = {
             f"PFA-{_head(key)}": {_name(group): group["widths"][key] for group in self.groups} for key in self.networks
         }
-        file.parent.mkdir(parents=True, exist_ok=True)
         write(recommended_widths(channels, found), file)
 
 

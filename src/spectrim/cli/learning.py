@@ -20,11 +20,12 @@ from spectrim.cli.options import (
     NetworkOptions,
     TrainingOptions,
 )
+from spectrim.cli.preprocessing import tell
 from spectrim.cli.references import UsageError
 from spectrim.cli.results import Outcome
+from spectrim.cli.unfinished import UNFINISHED, RunFolder, make_folder
 from spectrim.cli.work import Work
 from spectrim.methods import WeightSVD
-from spectrim.network.files import replacing
 from spectrim.preparation import prepare
 from spectrim.report import compare
 from spectrim.selection.budget import COSTS, Budget
@@ -115,50 +116,9 @@ class RankRun:
             "only": list(layers.only or ()),
         }
 
-    def claim(self, folder: Path) -> None:
-        """Make a folder of checkpoints this run's, or see that it is so already.
-
-        Points may be added after those that are known, or left away at their end. A folder without a checkpoint is
-        free for any run.
-
-        Raises
-        ------
-        UsageError
-            If the folder holds another run; the message names what differs.
-        """
-        if folder.exists() and not folder.is_dir():
-            raise UsageError(f"{str(folder)!r} is not a folder; checkpoints of learned ranks are several files")
-        file = folder / "run.json"
-        now = self.record
-        if file.exists() and any(folder.rglob("*.safetensors")):
-            then = {"costs": [], **_read(file)}
-            known, points = then["points"], now["points"]
-            shared = min(len(known), len(points))
-            then["points"], now["points"] = known[:shared], points[:shared]
-            changed = [
-                f"{_OPTIONS.get(name, '--' + name.replace('_', '-'))} was {then.get(name)!r} and is {value!r}"
-                for name, value in now.items()
-                if then.get(name) != value
-            ]
-            if changed:
-                raise UsageError(
-                    f"{str(folder)!r} holds another run: {'; '.join(changed)}. Give the same options to continue it, "
-                    "or another folder"
-                )
-            now["points"] = max(known, points, key=len)
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as scratch:
-            scratch.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UsageError(f"{str(file)!r} is no JSON ({error}); give another folder") from error
-    if not isinstance(found, dict) or not isinstance(found.get("points"), list):
-        raise UsageError(f"{str(file)!r} is no record of a run; give another folder")
-    return found
+    def folder(self, folder: Path) -> RunFolder:
+        """A folder of checkpoints of this run. Points may be added after those that are known, or left away there."""
+        return RunFolder(folder, self.record, _OPTIONS, {"costs": []}, ("points",))
 
 
 def spread(steps: int) -> Schedule:
@@ -206,21 +166,26 @@ def work(run: RankRun) -> Work:
 
 def compress(out: Output, run: RankRun, files: FileOptions) -> None:
     """``spectrim compress --method learned-ranks``, when the command line has been read."""
+    folder = make_folder(out, files.folder)
     on = work(run)
     assert on.training is not None
+    out.say(f"compressing {on.whose}")
+    different = tell(out, on.references)
     scores = [("dense", on.score(on.dense))] if on.testing is not None else []
-    if files.checkpoint is not None:
-        run.claim(files.checkpoint)
+    held = run.folder(files.checkpoint or folder / UNFINISHED)
+    held.claim()
     result = learn_ranks(
         on.dense, on.training, run.budgets[0] if run.points else None, calibration=on.calibration,
-        checkpoint=files.checkpoint, latency=on.latency, progress=False if out.quiet else None, **run.options(),
+        checkpoint=held.folder, latency=on.latency, progress=not out.quiet, **run.options(),
     )  # fmt: skip
     if scores:
         scores.append(("learned ranks", on.score(result.model)))
-    outcome = Outcome(on.model, on.dense, result, files.folder, tuple(scores), (sentence(result, run),))
+    outcome = Outcome(on.model, on.dense, result, folder, tuple(scores), (sentence(result, run), *different))
     score = outcome.known_score if scores else None
     comparison = compare(on.dense, result.model, on.example, evaluate=score, threads=on.threads)
-    outcome.finish(out, comparison, report=files.report, animate=files.animate)
+    outcome.finish(out, comparison, report=files.report, animate=files.animate, weights=on.whose)
+    if files.checkpoint is None:
+        held.remove()
 
 
 def sentence(result: LearnedResult, run: RankRun) -> str:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from spectrim.cli.common import usage
-from spectrim.cli.references import Reference, UsageError, factory, filled
+from spectrim.cli.references import Reference, UsageError, factory, filled, halves
 
 if TYPE_CHECKING:
     from spectrim.methods import Method
@@ -116,7 +116,7 @@ class Asked:
 
         if self.name in CLASSES:
             return getattr(methods, CLASSES[self.name])
-        module, _, place = self.name.partition(":")
+        module, place = halves(self.name)
         found: Any = factory(Reference(self.name, module, place), "method")
         if not (isinstance(found, type) and issubclass(found, methods.Method)):
             raise UsageError(f"--method {self.text}: {place} is no subclass of spectrim.Method, which is expected")

@@ -4,6 +4,7 @@
 reference                   model
 ==========================  =============================================================================
 ``package.module:factory``  whatever the callable returns; options become its keyword arguments
+``./file.py:factory``       the same, of a Python file
 ``timm:NAME``               ``timm.create_model(NAME, **options)``; pretrained unless ``?pretrained=false``
 ``torchvision:NAME``        ``torchvision.models.get_model(NAME, **options)``; ``weights=DEFAULT`` by default
 ``hf:NAME``                 the architecture named in the hub model's (or local folder's) configuration
@@ -123,6 +124,7 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], text: str, weights: str
     missing = [k for k in mine if k not in state and not k.endswith("num_batches_tracked")]
     unexpected = [k for k in state if k not in mine]
     shapes = [k for k in mine if k in state and mine[k].shape != state[k].shape]
+    kinds = [k for k in mine if k in state and not _same_kind(state[k].dtype, mine[k].dtype)]
     problems = []
     if missing:
         problems.append(f"{len(missing)} missing ({', '.join(map(repr, missing[:3]))})")
@@ -133,9 +135,34 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], text: str, weights: str
         problems.append(
             f"{len(shapes)} of another shape ({k!r} is {tuple(state[k].shape)}, the model has {tuple(mine[k].shape)})"
         )
+    if kinds:
+        k = kinds[0]
+        problems.append(f"{len(kinds)} of another type ({k!r} is {state[k].dtype}, the model has {mine[k].dtype})")
     if problems:
         raise UsageError(f"weights {str(weights)!r} do not fit model {text!r}: {'; '.join(problems)}")
-    model.load_state_dict(dict(state), strict=False)
+    try:
+        model.load_state_dict(dict(state), strict=False)
+    except (RuntimeError, NotImplementedError) as error:  # sparse, quantised or without memory
+        reason = str(error).splitlines()[-1].strip()
+        raise UsageError(f"weights {str(weights)!r} cannot be put into model {text!r}: {reason}") from error
+
+
+def _same_kind(given: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether numbers are cast without losing what they are: floating-point ones among each other, as ``load`` does."""
+    return given == wanted or (given.is_floating_point and wanted.is_floating_point)
+
+
+def whose_weights(text: str, weights: str | Path | None = None) -> str:
+    """Whose weights a model has, in words."""
+    if weights is not None:
+        return f"the weights of {weights}"
+    reference = parse(text)
+    options = reference.options
+    fetched = {"timm": options.get("pretrained", True), "torchvision": options.get("weights", True), "hf": True}
+    if reference.scheme not in fetched:
+        return f"the weights that {text} returns"
+    kind = "pretrained" if fetched[reference.scheme] else "random"
+    return f"the {kind} weights of {reference.scheme}:{reference.place}"
 
 
 def _place(reference: Reference) -> str:

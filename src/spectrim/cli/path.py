@@ -51,16 +51,22 @@ def path(
     if training.test is None:
         raise UsageError("give --test: labelled batches to measure the accuracy of every point on")
     from spectrim.cli import learning
+    from spectrim.cli.preprocessing import tell
     from spectrim.cli.results import write_result
+    from spectrim.cli.unfinished import make_folder
+    from spectrim.network.files import write_text
     from spectrim.train import LearnedResult, budget_path
 
     ranks = options.LearnedRanksOptions(**dataclasses.asdict(learned))
     run = learning.RankRun(network, data, training, layers, ranks, budget, cost or ())
+    make_folder(out, folder)
     work = learning.work(run)
+    tell(out, work.references)
+    out.say(f"compressing {work.whose}")
     assert work.training is not None
     score = work.score(work.dense)
     checkpoint = folder / "checkpoint"
-    run.claim(checkpoint)
+    run.folder(checkpoint).claim()
     points: list[dict[str, Any]] = []
     found: dict[str, Any] = {"model": network.model, "dense": {"costs": {}, "accuracy": score}, "points": points}
     files = {"path": folder / "path.json", "figure": folder / "path.svg"}
@@ -82,13 +88,13 @@ def path(
             }
         )
         found["dense"]["costs"] = dict(plan.dense_costs)
-        files["path"].write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        write_text(files["path"], json.dumps(found, indent=1) + "\n")
         _draw(found, run.budgets[0].costs[0], files["figure"])
         out.say(f"{asked}: {points[-1]['accuracy']:.2f} %, dense {score:.2f} %; {seconds:.0f} s of training")
 
     budget_path(
         work.dense, work.training, run.budgets, calibration=work.calibration, checkpoint=checkpoint,
-        latency=work.latency, progress=False if out.quiet else None, done=done, **run.options(),
+        latency=work.latency, progress=not out.quiet, done=done, **run.options(),
     )  # fmt: skip
     out.document({**found, "folder": str(folder), "files": {name: str(file) for name, file in files.items()}})
     _print(out, found)
@@ -103,12 +109,14 @@ def _folder(number: int, asked: str) -> str:
 
 
 def _draw(found: Mapping[str, Any], cost: str, file: Path) -> None:
+    from spectrim.network.files import replacing
     from spectrim.report import Measured, cost_curve
     from spectrim.report.figures import to_svg
 
     networks = [Measured(p["asked"], p["costs"][cost], p["accuracy"]) for p in found["points"]]
     dense = Measured("dense", found["dense"]["costs"][cost], found["dense"]["accuracy"])
-    file.write_bytes(to_svg(cost_curve(networks, dense, cost=cost)))
+    with replacing(file) as scratch:
+        scratch.write_bytes(to_svg(cost_curve(networks, dense, cost=cost)))
 
 
 def _print(out: Output, found: Mapping[str, Any]) -> None:

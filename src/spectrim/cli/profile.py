@@ -67,10 +67,13 @@ def profile(
     from spectrim.cli.sharing import NONE_ALIKE, wanted_groups
     from spectrim.cli.sparsity import check_patterns
     from spectrim.cli.steps import prepared, print_skipped, skipped_values, table_of
+    from spectrim.cli.unfinished import make_folder
     from spectrim.cli.work import Work
     from spectrim.methods import PrincipalFilters
 
     groups, costs = wanted_groups(sharing, methods), read_costs(cost)
+    if figure is not None:
+        make_folder(out, figure.parent)
     chosen = methods.chosen(inputs.data is not None, multiple_of=layers.multiple_of, share=groups is not False)
     work = Work.load(network, layers, inputs, timed=latency)
     check_patterns(chosen, work.sites)

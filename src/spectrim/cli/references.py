@@ -1,13 +1,16 @@
 """References on the command line: ``scheme:place?key=value&key=value``.
 
-Models and data are named the same way. A scheme is a built-in name (``timm``, ``cifar10``) or an importable module, the
-place is what follows the first colon, and the options are passed to whatever the reference names.
+Models and data are named the same way. A scheme is a built-in name (``timm``, ``cifar10``), an importable module or a
+Python file (``./nets.py``), the place is what follows the colon, and the options are passed to whatever the reference
+names.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib
+import importlib.util
 import inspect
 import json
 import sys
@@ -19,7 +22,7 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from spectrim.errors import SpectrimError
 
-Value = str | int | float | bool
+Value = str | int | float | bool | None
 T = TypeVar("T")
 
 
@@ -36,7 +39,7 @@ class Reference:
     text
         As given, for messages.
     scheme, place
-        What stands before and after the first colon; ``place`` is empty without one.
+        What stands before and after the first colon, or the one after the name of a file; ``place`` is empty without.
     texts
         What follows the question mark: texts of values by the option.
     """
@@ -64,7 +67,7 @@ def parse(text: str) -> Reference:
         If it is empty or an option is not ``key=value``.
     """
     head, _, query = text.strip().partition("?")
-    scheme, _, place = head.partition(":")
+    scheme, place = halves(head)
     if not scheme:
         raise UsageError(f"{text!r} is no reference: write NAME:PLACE, optionally followed by ?key=value&key=value")
     texts: dict[str, str] = {}
@@ -76,8 +79,21 @@ def parse(text: str) -> Reference:
     return Reference(text, scheme, place, texts)
 
 
+def halves(text: str) -> tuple[str, str]:
+    """What stands before and after the first colon; a file's name ends with its suffix, and may hold colons."""
+    file, end, place = text.rpartition(".py:")
+    if end:
+        return f"{file}.py", place
+    scheme, _, place = text.partition(":")
+    return scheme, place
+
+
 def _convert(text: str) -> Value:
-    """Numbers, true and false as JSON has them; everything else stays text."""
+    """Numbers as JSON has them, true, false and none as JSON or Python has them; everything else stays text."""
+    if text == "None":
+        return None
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
     try:
         value = json.loads(text)
     except ValueError:
@@ -164,23 +180,55 @@ def factory(reference: Reference, what: str) -> Callable[..., Any]:
     UsageError
         If the module cannot be imported, has no such attribute, or the attribute cannot be called.
     """
-    if not reference.place or not all(part.isidentifier() for part in reference.scheme.split(".")):
+    file = reference.scheme.endswith(".py")
+    if not reference.place or not (file or all(part.isidentifier() for part in reference.scheme.split("."))):
         raise UsageError(
-            f"{what} {reference.text!r} is not known: write package.module:factory or one of the built-in names"
+            f"{what} {reference.text!r} is not known: write package.module:factory, file.py:factory or one of the "
+            "built-in names"
         )
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
     try:
-        found: Any = importlib.import_module(reference.scheme)
-    except ImportError as error:
-        raise UsageError(f"{what} {reference.text!r}: cannot import {reference.scheme!r}: {error}") from error
+        found: Any = (_load if file else importlib.import_module)(reference.scheme)
+    except Exception as error:  # the module is somebody else's and may raise anything
+        reason = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise UsageError(f"{what} {reference.text!r}: cannot import {reference.scheme!r}: {reason}") from error
     for part in reference.place.split("."):
         if not hasattr(found, part):
             raise UsageError(f"{what} {reference.text!r}: {reference.scheme!r} has no attribute {reference.place!r}")
         found = getattr(found, part)
     if not callable(found):
         raise UsageError(f"{what} {reference.text!r}: {reference.place!r} is a {type(found).__name__}, not callable")
+    return found
+
+
+def _load(name: str) -> Any:
+    """The module that a Python file is; the same one when it is asked for again.
+
+    Modules in the file's folder can be imported by it, and it by its name, unless another one has that.
+    """
+    path = Path(name).expanduser().resolve()
+    if not path.is_file():
+        raise ImportError("there is no such file")
+    module, other = path.stem, f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    for known in (module, other):
+        if getattr(sys.modules.get(known), "__file__", None) == str(path):
+            return sys.modules[known]
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is not None and spec.origin == str(path):
+        return importlib.import_module(module)
+    spec = importlib.util.spec_from_file_location(other, path)
+    if spec is None or spec.loader is None:
+        raise ImportError("it is no Python file")
+    found = sys.modules[other] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(found)
+    except BaseException:
+        del sys.modules[other]
+        raise
     return found
 
 

@@ -19,7 +19,13 @@ from spectrim.train import LearnedResult, TrainingResult
 
 
 def write_result(result: Result, folder: Path) -> dict[str, Path]:
-    """Write the network, its plan, and the ranks it went through if they were learned; files by what they hold."""
+    """Write the network, its plan, and the ranks it went through if they were learned; files by what they hold.
+
+    Raises
+    ------
+    OSError
+        Names the file that cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     files = {"model": folder / "model.safetensors", "plan": folder / "plan.json"}
     save(result.model, result.plan, files["model"])

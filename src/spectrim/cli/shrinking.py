@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from spectrim.channel_plans.widths import KL, Energy
@@ -22,13 +24,17 @@ from spectrim.cli.filters import (
 )
 from spectrim.cli.methods import AUTO, Methods
 from spectrim.cli.options import SELECTORS, FileOptions, GoalOptions, SharingOptions
-from spectrim.cli.results import Outcome
+from spectrim.cli.preprocessing import tell
+from spectrim.cli.results import Outcome, write_result
 from spectrim.cli.sharing import NONE_ALIKE, Wanted, planned_groups, wanted_groups
 from spectrim.cli.sparsity import check_patterns, fastest, kernel_notes, kernel_values
 from spectrim.cli.steps import carry_out, prepared, table_of
+from spectrim.cli.unfinished import ONE_SHOT, TUNING, UNFINISHED, RunFolder
 from spectrim.cli.work import Work
 from spectrim.methods import Method, PrincipalFilters
 from spectrim.network.sites import Sites
+from spectrim.network.tensor_files import digest_of_tensors
+from spectrim.nn.checkpoint import load, read_plan, save
 from spectrim.pipeline import Result, shrink
 from spectrim.report import compare
 from spectrim.selection.budget import Budget
@@ -40,6 +46,7 @@ from spectrim.train import Recipe, fine_tune
 _SELECTORS: dict[str, Callable[[Candidates, Budget], Plan]] = dict(
     zip(SELECTORS, (exact, lagrangian, greedy, energy, uniform), strict=True)
 )
+_STEPS = 200  # between two checkpoints of a fine-tuning
 
 
 @dataclass(frozen=True)
@@ -105,12 +112,47 @@ class Request:
         return dataclasses.replace(self, methods=methods or self.methods, groups=planned_groups(self.plan, sites))
 
 
-def compress(out: Output, request: Request, work: Work, tuning: Recipe, files: FileOptions) -> None:
-    """Compress, fine-tune, compare and write."""
+def run_folder(folder: Path, asked: Mapping[str, Any], work: Work, tuning: Recipe) -> RunFolder | None:
+    """Where the fine-tuning that is asked for can go on after it was stopped; None if there is none.
+
+    Raises
+    ------
+    UsageError
+        If another run was stopped there; the message says what differs.
+    """
+    if work.training is None or tuning.epochs == 0:
+        return None
+    weights = {name: tensor.cpu() for name, tensor in work.dense.state_dict().items()}
+    left = {name: value for name, value in asked.items() if name not in ("test", "batch", "threads")}
+    record = {**left, "weights_sha256": digest_of_tensors(weights)}
+    if asked["plan"] is not None:
+        record["plan"] = Path(asked["plan"]).read_text(encoding="utf-8")
+    written = {"model": "MODEL", "weights_sha256": "the digest of the dense weights", "input_shape": "--input"}
+    held = RunFolder(folder / UNFINISHED, record, written)
+    held.claim()
+    return held
+
+
+def compress(
+    out: Output, request: Request, work: Work, tuning: Recipe, files: FileOptions, held: RunFolder | None = None
+) -> None:
+    """Compress, write, fine-tune, compare and write again.
+
+    Parameters
+    ----------
+    held
+        Where a fine-tuning goes on if it is stopped; removed when all is done.
+    """
+    out.say(f"compressing {work.whose}")
+    different = tell(out, work.references)
     result = _compressed(out, request, work)
     if request.awaited and not result.sites.groups:
         out.say(NONE_ALIKE)
-    outcome = _tuned(out, Outcome(work.model, work.dense, result, files.folder), work, tuning)
+    if held is not None:
+        result = _kept(out, result, work, held)
+        write_result(result, files.folder)
+    outcome = _tuned(out, Outcome(work.model, work.dense, result, files.folder), work, tuning, held)
+    outcome = outcome.noted(*different)
     kernels = fastest(result.model, work.example, work.threads)
     outcome = outcome.noted(*filter_notes(result.plan, result.sites))
     if request.recipe is not None:
@@ -119,8 +161,24 @@ def compress(out: Output, request: Request, work: Work, tuning: Recipe, files: F
     score = outcome.known_score if work.testing is not None else None
     comparison = compare(work.dense, result.model, work.example, evaluate=score, threads=work.threads)
     outcome.finish(
-        out, comparison, report=files.report, kernels=kernel_values(kernels), filters=filter_values(result.plan)
-    )
+        out, comparison, report=files.report, kernels=kernel_values(kernels), filters=filter_values(result.plan),
+        weights=work.whose,
+    )  # fmt: skip
+    if held is not None:
+        held.remove()
+
+
+def _kept(out: Output, result: Result, work: Work, held: RunFolder) -> Result:
+    """The network that training starts from: of the run that was stopped if there was one, else this one, kept."""
+    file = held.folder / ONE_SHOT
+    if not file.exists():
+        save(result.model, result.plan, file)
+        return result
+    out.say(f"going on with the run in {held.folder}")
+    # What was chosen by measured time comes out differently another time.
+    plan = read_plan(file)
+    model = load(copy.deepcopy(work.dense), file).eval()
+    return dataclasses.replace(result, model=model, plan=plan, report=dataclasses.replace(result.report, plan=plan))
 
 
 def _compressed(out: Output, request: Request, work: Work) -> Result:
@@ -153,14 +211,18 @@ def _filters(request: Request) -> PrincipalFilters:
     return next(method for method in request.methods if isinstance(method, PrincipalFilters))
 
 
-def _tuned(out: Output, outcome: Outcome, work: Work, tuning: Recipe) -> Outcome:
+def _tuned(out: Output, outcome: Outcome, work: Work, tuning: Recipe, held: RunFolder | None) -> Outcome:
     """Fine-tune if there are batches to, and measure before and after if there are batches for it."""
     dense, small, tested = outcome.dense, outcome.result.model, work.testing is not None
     if tested:
         outcome = outcome.scored("dense", work.score(dense)).scored("compressed", work.score(small))
-    if work.training is None or tuning.epochs == 0:
+    if held is None:
         return outcome
-    score, bar = work.score if tested else None, False if out.quiet else None
-    done = fine_tune(small, work.training, teacher=dense, recipe=tuning, evaluate=score, progress=bar)
+    assert work.training is not None
+    recipe = dataclasses.replace(tuning, checkpoint_every=_STEPS)
+    done = fine_tune(
+        small, work.training, teacher=dense, recipe=recipe, evaluate=work.score if tested else None,
+        progress=not out.quiet, checkpoint=held.folder / TUNING,
+    )  # fmt: skip
     outcome = outcome.tuned(done)
     return outcome.scored("fine-tuned", work.score(small)) if tested else outcome

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spectrim.cli.common import usage
 from spectrim.cli.data import load_data
-from spectrim.cli.models import load_model
+from spectrim.cli.models import load_model, whose_weights
 from spectrim.cli.options import InputOptions, LayerOptions, NetworkOptions, TrainingOptions
 from spectrim.cli.references import UsageError
 from spectrim.cost.latency import Latency
@@ -43,6 +43,8 @@ class Work:
         How time is measured; None if nothing asks for it.
     threads
         As given.
+    whose
+        Whose weights the model has, in words.
     sampling
         How many rows calibration keeps, and which are data.
     """
@@ -56,6 +58,7 @@ class Work:
     example: Any
     latency: Latency | None
     threads: int | None
+    whose: str = ""
     sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
 
     @classmethod
@@ -98,8 +101,14 @@ class Work:
             example,
             clock,
             network.threads,
+            whose_weights(network.model, network.weights),
             Sampling(inputs.rows or "auto", inputs.positions, inputs.mask),
         )
+
+    @property
+    def references(self) -> dict[str, Iterable[Any] | None]:
+        """Batches by the option that names them."""
+        return {"--data": self.calibration, "--train": self.training, "--test": self.testing}
 
     def score(self, model: nn.Module) -> float:
         """Percent of the test samples.

@@ -31,7 +31,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -
     OSError
         Names the file, as that of :func:`spectrim.network.files.replacing`.
     """
-    marked = {**texts, TENSORS: _digest_of_tensors(tensors)}
+    marked = {**texts, TENSORS: digest_of_tensors(tensors)}
     with replacing(path) as scratch:
         try:
             save_file(dict(tensors), scratch, {**marked, TEXTS: _digest_of_texts(marked)})
@@ -61,7 +61,7 @@ def read(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], dict[s
     if TENSORS in texts or TEXTS in texts:
         if texts.get(TEXTS) != _digest_of_texts(texts):
             raise DamagedFileError("damaged: the texts beside its tensors are not those that were written")
-        if weights and texts.get(TENSORS) != _digest_of_tensors(tensors):
+        if weights and texts.get(TENSORS) != digest_of_tensors(tensors):
             raise DamagedFileError("damaged: its tensors are not those that were written")
     return tensors, texts
 
@@ -76,10 +76,11 @@ def _digest_of_texts(texts: Mapping[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+def digest_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes of tensors on the CPU, whatever their order."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         head = f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
         digest.update(len(head).to_bytes(8, "big") + head)
-        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

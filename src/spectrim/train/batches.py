@@ -53,6 +53,8 @@ def length(batches: Any, *, needed: bool) -> int | None:
 def split(batch: Any) -> tuple[Any, Any]:
     """A batch as ``(inputs, targets)``; a dict is its own inputs and has its targets under ``labels``.
 
+    A tensor, alone or alone in a list, is inputs without targets, to be learned from a teacher.
+
     Raises
     ------
     TypeError
@@ -62,8 +64,12 @@ def split(batch: Any) -> tuple[Any, Any]:
         return batch, batch.get("labels")
     if isinstance(batch, list | tuple) and len(batch) == 2:
         return batch[0], batch[1]
+    if isinstance(batch, list | tuple) and len(batch) == 1:
+        return batch[0], None
+    if isinstance(batch, Tensor):
+        return batch, None
     form = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, list | tuple) else type(batch).__name__
-    raise TypeError(f"a batch must be a pair (inputs, targets) or a dict with 'labels', not a {form}")
+    raise TypeError(f"a batch must be a pair (inputs, targets), inputs alone or a dict with 'labels', not a {form}")
 
 
 def part(batch: Any, index: int, count: int) -> tuple[Any, float]:

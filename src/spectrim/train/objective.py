@@ -49,6 +49,9 @@ class Objective:
         student = batching.logits(output)
         if isinstance(student, Tensor) and student.is_floating_point():
             student = student.float()
+        if targets is None and self.loss is None and goal is not None and _loss(output) is None:
+            assert self.distillation is not None
+            return self.distillation.divergence(student, goal)
         task = self._task(output, student, targets)
         if self.distillation is None or goal is None:
             return task
@@ -57,11 +60,13 @@ class Objective:
     def _task(self, output: Any, student: Any, targets: Any) -> Tensor:
         if self.loss is not None:
             return self.loss(student, targets)
-        own = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
+        own = _loss(output)
         if own is not None:
             return own.float()
         if targets is None:
-            raise ValueError("the batch has no 'labels' and the model returned no loss: pass loss= to fine_tune")
+            raise ValueError(
+                "the batch has no 'labels' and the model returned no loss: pass teacher= or loss= to fine_tune"
+            )
         return F.cross_entropy(student, targets)
 
     @contextmanager
@@ -78,6 +83,11 @@ class Objective:
         finally:
             set_flags(before)
             self.teacher.to(home)
+
+
+def _loss(output: Any) -> Any:
+    """The loss that a model has computed itself."""
+    return output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
 
 
 def flags(model: nn.Module) -> Flags:

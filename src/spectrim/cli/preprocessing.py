@@ -1,0 +1,89 @@
+"""What batches look like when a model gets them: told to people, and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from spectrim.cli.batches import Batches
+from spectrim.cli.common import Output
+from spectrim.train.batches import tensors
+from spectrim.train.randomness import kept
+
+# Inputs of one kind of data differ less than this from batch to batch; a normalisation more or less, by more.
+_SPREAD, _SHIFT = 1.7, 1.0
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The inputs of a reference, as their first batch shows them.
+
+    Attributes
+    ----------
+    settings
+        How built-in data are prepared; empty for others.
+    shape
+        Of one sample.
+    mean, spread
+        Of all numbers, of floating-point inputs.
+    """
+
+    settings: str
+    dtype: str
+    shape: tuple[int, ...]
+    mean: float = 0.0
+    spread: float = 0.0
+
+    @classmethod
+    def of(cls, batches: Iterable[Any]) -> Inputs | None:
+        """Of a reference's batches; None if they hold no tensor."""
+        with kept():
+            found = tensors(next(iter(batches), None))
+        if not found:
+            return None
+        first = found[0]
+        settings = batches.preparation if isinstance(batches, Batches) else ""
+        inputs = cls(settings, str(first.dtype).removeprefix("torch."), tuple(first.shape[1:]))
+        if not first.is_floating_point() or not first.numel():
+            return inputs
+        spread, mean = torch.std_mean(first.double(), correction=0)
+        return cls(settings, inputs.dtype, inputs.shape, float(mean), float(spread))
+
+    def __str__(self) -> str:
+        size = "x".join(map(str, self.shape)) or "numbers"
+        seen = f", mean {self.mean:.3g} and spread {self.spread:.3g}" if self.spread else ""
+        return f"{size} {self.dtype}{seen}{f' ({self.settings})' if self.settings else ''}"
+
+    def differs(self, other: Inputs) -> bool:
+        """Whether the two are prepared differently, as far as can be seen."""
+        if (self.dtype, len(self.shape)) != (other.dtype, len(other.shape)):
+            return True
+        if self.settings and other.settings:
+            return self.settings != other.settings
+        if not self.spread or not other.spread:
+            return False
+        small, large = sorted((self.spread, other.spread))
+        return self.shape != other.shape or large > _SPREAD * small or abs(self.mean - other.mean) > _SHIFT * large
+
+
+def tell(out: Output, references: Mapping[str, Iterable[Any] | None]) -> tuple[str, ...]:
+    """Say how the inputs of every option are prepared, and return notes on those that differ from the first."""
+    known: dict[str, Inputs] = {}
+    for option, batches in references.items():
+        found = None if batches is None else Inputs.of(batches)
+        if found is not None:
+            known[option] = found
+            out.say(f"{option}: inputs are {found}")
+    options = list(known)
+    notes = tuple(
+        f"{options[0]} and {option} are prepared differently: {known[options[0]]} against {known[option]}. A network "
+        "takes data prepared in one way."
+        for option in options[1:]
+        if known[options[0]].differs(known[option])
+    )
+    for note in notes:
+        out.say(f"note: {note}")
+    return notes

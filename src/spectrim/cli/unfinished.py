@@ -1,0 +1,123 @@
+"""Runs that go on after they were stopped: the folder of a run, and what makes it this run."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spectrim.cli.common import Output
+from spectrim.cli.references import UsageError
+from spectrim.network.files import remove_abandoned, write_text
+
+_RECORD = "run.json"
+UNFINISHED = "unfinished"
+"""The folder of a run among its results, which goes when it is done."""
+
+
+def make_folder(out: Output, folder: Path) -> Path:
+    """Make a folder for results, and see that it takes a file, before there is anything that could be lost.
+
+    It is removed again if the command fails before it has written anything.
+
+    Raises
+    ------
+    OSError
+        Names the folder.
+    """
+    try:
+        out.made += [each for each in (folder, *folder.parents) if not each.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            file.write(bytes(4096))
+            os.fsync(file.fileno())
+        remove_abandoned(folder)
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise OSError(error.errno or errno.EIO, f"nothing can be written there: {why}", str(folder)) from error
+    return folder
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder with the checkpoints of one run and a record of what makes it.
+
+    Attributes
+    ----------
+    record
+        JSON values. Two calls with equal records are one run.
+    spelled
+        How a value of the record is written on the command line, where that is not ``--`` and its name.
+    usual
+        Values that records of earlier versions lack.
+    growing
+        Names of lists to which a later call may add at the end, or of which it may leave some away there.
+    """
+
+    folder: Path
+    record: Mapping[str, Any]
+    spelled: Mapping[str, str] = field(default_factory=dict)
+    usual: Mapping[str, Any] = field(default_factory=dict)
+    growing: tuple[str, ...] = ()
+
+    def claim(self) -> None:
+        """Make the folder this run's, or see that it is so already. Without a checkpoint it is free for any run.
+
+        Raises
+        ------
+        UsageError
+            If the folder holds another run; the message names what differs.
+        """
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"{str(self.folder)!r} is not a folder; checkpoints of a run are several files")
+        file, now = self.folder / _RECORD, json.loads(json.dumps(dict(self.record), default=str))
+        if self.folder.exists():
+            for each in (self.folder, *(part for part in self.folder.iterdir() if part.is_dir())):
+                remove_abandoned(each)
+        if file.exists() and any(self.folder.rglob("*.safetensors")):
+            then = {**self.usual, **self._read(file)}
+            longest = {name: max(then[name], now[name], key=len) for name in self.growing}
+            for name in self.growing:
+                shared = min(len(then[name]), len(now[name]))
+                then[name], now[name] = then[name][:shared], now[name][:shared]
+            changed = [
+                f"{self.spelled.get(name, '--' + name.replace('_', '-'))} was {then.get(name)!r} and is {value!r}"
+                for name, value in now.items()
+                if then.get(name) != value
+            ]
+            if changed:
+                raise UsageError(
+                    f"{str(self.folder)!r} holds another run: {'; '.join(changed)}. Give the same options to continue "
+                    "it, another folder, or delete this one"
+                )
+            now |= longest
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(now, indent=1) + "\n")
+
+    def remove(self) -> None:
+        """Remove the folder of a run that is done; a file that is not the run's stays."""
+        with contextlib.suppress(OSError):
+            remove_abandoned(self.folder)
+        for name in (*_FILES, _RECORD):
+            (self.folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def _read(self, file: Path) -> dict[str, Any]:
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{str(file)!r} is no JSON ({error}); give another folder") from error
+        if not isinstance(found, dict) or not all(isinstance(found.get(name), list) for name in self.growing):
+            raise UsageError(f"{str(file)!r} is no record of a run; give another folder")
+        return found
+
+
+ONE_SHOT, TUNING = "one-shot.safetensors", "tuning.safetensors"
+_FILES = (ONE_SHOT, TUNING, "learning.safetensors", "plan.json")
