@@ -24,9 +24,11 @@ from spectrim.nn.modules import Factored
 from spectrim.nn.proof import Expected, check_copy, prove
 from spectrim.nn.standing import Traits
 from spectrim.nn.surgery import reestimate_batchnorm, replace_module
-from spectrim.nn.watch.batches import checked_batches
+from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.calibrate import in_full
+from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.lockstep import Probe, Seen, lockstep, probe
+from spectrim.nn.watch.nesting import begun, checked_batches, listed, reads_once
 from spectrim.nn.watch.reconstruct import Errors, Joint, Split, refit_second
 from spectrim.nn.watch.sampling import Mask
 from spectrim.progress import Progress, reports, told
@@ -47,6 +49,7 @@ def apply(
     reconstruct: bool = True,
     batchnorm: bool | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    samples: Where = None,
     rows: int | str | None = "auto",
     mask: Mask = None,
     memory: int = MEMORY,
@@ -77,6 +80,8 @@ def apply(
         on their own shift the statistics, reconstructed ones have been fitted to them.
     forward
         Runs a model on a batch in another way.
+    samples
+        Where a batch's samples are; see :func:`spectrim.calibrate`.
     rows
         Positions that a layer is fitted at, over all batches: a number, None for all, or ``"auto"`` for enough for the
         length of its patches.
@@ -99,7 +104,7 @@ def apply(
     """
     return carry_out(
         model, sites, plan, batches, methods=methods, reconstruct=reconstruct, batchnorm=batchnorm, forward=forward,
-        rows=rows, mask=mask, memory=memory, progress=progress,
+        samples=samples, rows=rows, mask=mask, memory=memory, progress=progress,
     ).model  # fmt: skip
 
 
@@ -144,13 +149,15 @@ def carry_out(
     reconstruct: bool = True,
     batchnorm: bool | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    samples: Where = None,
     rows: int | str | None = "auto",
     mask: Mask = None,
     memory: int = MEMORY,
     progress: Progress | bool | None = None,
 ) -> Applied:
     """As :func:`apply`, which gives the model alone, with what was learned on the way."""
-    if batches is not None and iter(checked_batches(batches)) is batches:
+    feed = Feed.of(forward, samples)
+    if batches is not None and reads_once(checked_batches(batches)):
         raise PlanError("batches are read several times; pass a list or a DataLoader, not an iterator")
     makers = _makers(plan, methods)
     _check(plan, sites)
@@ -162,25 +169,26 @@ def carry_out(
             skeleton(entry.choice, [removal.sites.layer(name).spec for name in entry.sites])
     groups = {entry.site: entry.members for entry in plan if entry.members}
     expected = Expected.of(sites, {entry.site: entry.choice for entry in plan}, groups, tuple(makers.values()))
-    first = None if batches is None else next(iter(batches), None)
+    first = None if batches is None else begun(batches)[0]
     if first is not None:
-        check_copy(model, removal.model, expected.changed, first, forward)
-    work = _Work(model, removal, batches is not None and reconstruct, forward)
+        feed.decide(model, first)
+        check_copy(model, removal.model, expected.changed, first, feed)
+    work = _Work(model, removal, batches is not None and reconstruct, feed)
     steps = _steps(work, entries, makers)
     if batches is not None and work.follows:
-        batches = list(batches)
-        work.split = Split.of(batches, rows=rows, mask=mask)
+        batches = listed(batches)
+        work.split = Split.of(batches, rows=rows, mask=mask, layout=feed.layout)
         _follow(work, steps, batches, memory, told(progress))
     else:
         for done, step in enumerate(steps):
             step.put(work, step.layer, False)
             told(progress)("apply", done + 1, len(steps))
     if batches is not None and (not work.follows if batchnorm is None else batchnorm):
-        reestimate_batchnorm(removal.model, batches, forward=forward)
+        reestimate_batchnorm(removal.model, batches, forward=feed)
     Traits.of(model).give(removal.model)
     names = [step.layer.name for step in steps] if work.split.samples else []
     unseen = tuple(name for name in names if name not in work.reached)
-    notes = () if first is None else tuple(prove(model, removal.model, expected, first, forward=forward))
+    notes = () if first is None else tuple(prove(model, removal.model, expected, first, forward=feed))
     return Applied(removal.model, work.errors, unseen, work.split.held, (*_edited(plan, expected), *notes))
 
 
@@ -210,13 +218,15 @@ def _follow(
     names = [step.layer.name for step in steps]
     if not batches or not names:
         return
-    like = Probe(names) if _small(work, memory) else probe(work.dense, names, batches[0], forward=work.forward)
+    like = Probe(names) if _small(work, memory) else probe(work.dense, names, batches[0], forward=work.feed)
     calls = {name: like.calls.get(name, 1) for name in names}
     again = _restarts(names, like)
     waves = _waves([each.size * like.nbytes * 2 for each in work.split.samples], memory)
     for number, (first, last) in enumerate(waves):
         part = work.split.part(first, last)
-        with lockstep(work.dense, work.removal.model, calls, batches[first:last], forward=work.forward) as hub:
+        with lockstep(
+            work.dense, work.removal.model, calls, batches[first:last], forward=work.feed, places=like.places
+        ) as hub:
             for done, step in enumerate(steps):
                 work.stop = Stop(hub.reach(step.layer.name), part)
                 observed = bool(work.stop.seen) and step.observable(work)
@@ -235,7 +245,7 @@ def _small(work: _Work, memory: int) -> bool:
     """Whether layers are called once and all that could be alive surely fits, so that nothing need be tried."""
     specs = [layer.spec for layer in work.removal.sites]
     samples = sum(each.size for each in work.split.samples)
-    if any(len(spec.inputs) != 1 for spec in specs):
+    if work.removal.sites.keeps_state or any(len(spec.inputs) != 1 for spec in specs):
         return False
     outputs = [spec.out_channels * math.prod(spec.output_shape(spec.inputs[0])) * spec.dtype.itemsize for spec in specs]
     # Normalisation, activations, attention: what is beside the layers is of their size.
@@ -297,7 +307,7 @@ class _Work:
     dense: nn.Module
     removal: Removal
     follows: bool
-    forward: Callable[[nn.Module, Any], Any] | None
+    feed: Feed
     split: Split = field(default_factory=lambda: Split.of(()))
     stop: Stop | None = None
     joints: dict[str, Joint] = field(default_factory=dict)

@@ -24,10 +24,13 @@ from spectrim.nn.find import Which, check_model
 from spectrim.nn.proof import Agreement, agreement
 from spectrim.nn.sparse.kernels import choose_kernels
 from spectrim.nn.timing import Timing, measure_latency
-from spectrim.nn.watch.batches import batch_size, call, checked_batches, evaluating, output_tensors
+from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.calibrate import few_rows
+from spectrim.nn.watch.layout import Where
+from spectrim.nn.watch.nesting import begun, checked_batches, listed, output_tensors, reads_once
 from spectrim.nn.watch.reconstruct import Errors
 from spectrim.nn.watch.sampling import Mask, Sampling, mask_of
+from spectrim.nn.watch.state import evaluating, kept
 from spectrim.nn.watch.work import uncounted_work
 from spectrim.preparation import Prepared, check_options, laid_out, locate, prepare
 from spectrim.preparation import one_batch as one_batch  # its former place, until version 0.3
@@ -158,6 +161,7 @@ def compress(
     positions: int | None = None,
     mask: Mask = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    samples: Where = None,
     progress: Progress | bool | None = None,
 ) -> Result:
     """Compress a trained model to a budget: find, calibrate, tabulate, select, apply.
@@ -196,6 +200,9 @@ def compress(
         How choices are made; exact by default.
     rows, positions, mask
         How many input patches the statistics rest on, and which tokens are data; see :func:`spectrim.calibrate`.
+    forward, samples
+        How the model is run on a batch, and where a batch's samples are; see :func:`spectrim.calibrate`. By default
+        both are seen from the first batch and the model's ``forward``, and the report tells what is not plain.
 
     Returns
     -------
@@ -222,7 +229,8 @@ def compress(
             "spectrim.selection.selectors"
         )
     sampling = Sampling(rows, positions, mask)
-    batches = list(calibration) if iter(checked_batches(calibration)) is calibration else calibration
+    feed = Feed.of(forward, samples)
+    batches = listed(calibration) if reads_once(checked_batches(calibration)) else calibration
     if groups is None:
         groups = methods is None and not {"parameters", "bytes"}.isdisjoint(budget.costs)
     check_options(groups, latency)
@@ -233,14 +241,14 @@ def compress(
             "layers that share factors would lose different channels: remove channels without groups, or share factors "
             "in the network that is left"
         )
-    sites = locate(model, batches, skip=skip, only=only, channels=channels, forward=forward)
+    sites = locate(model, batches, skip=skip, only=only, channels=channels, forward=feed)
     prepared = prepare(
-        model, sites, batches, sensitivity=sensitivity, groups=groups, forward=forward, progress=told(progress),
+        model, sites, batches, sensitivity=sensitivity, groups=groups, forward=feed, progress=told(progress),
         latency=latency or guard or budget.latency is not None, sampling=sampling,
     )  # fmt: skip
     return shrink(
         model, prepared, budget, methods=methods, reconstruct=reconstruct, guard=guard, costs=costs,
-        selector=selector, forward=forward, progress=told(progress),
+        selector=selector, forward=feed, progress=told(progress),
     )  # fmt: skip
 
 
@@ -290,6 +298,7 @@ def shrink(
     if latency is not None:
         small = _as_run(small, prepared.example, latency)
     notes = (
+        *sites.notes,
         *few_rows(sites),
         *uncounted_work(sites),
         *_said_of_rest(table, budget),
@@ -347,19 +356,22 @@ def output_error(
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> float:
     """Share of the energy of a network's outputs that a compressed copy misses, on some samples; padding left out."""
-    run = forward or call
+    feed = Feed.of(forward)
+    first, stream = begun(batches)
+    feed.decide(dense, first)
     missed = energy = 0.0
     seen = 0
-    with evaluating(dense, compressed):
-        for batch in batches:
-            wanted, given = (output_tensors(run(model, batch)) for model in (dense, compressed))
-            data = mask_of(batch, mask, batch_size(batch))
+    with evaluating(dense, compressed), kept(dense, compressed):
+        for batch in stream:
+            size = feed.layout.size(batch)
+            wanted, given = (output_tensors(feed(model, batch)) for model in (dense, compressed))
+            data = mask_of(batch, mask, size)
             for a, b in zip(wanted, given, strict=True):
                 if data is not None and a.shape[:2] == data.shape:
                     a, b = a[data.to(a.device)], b[data.to(b.device)]
                 missed += float((a.double() - b.double()).square().sum())
                 energy += float((a.double() - a.double().mean(0)).square().sum())
-            seen += batch_size(batch)
+            seen += size
             if seen >= samples:
                 break
     return missed / max(energy, 1e-300)

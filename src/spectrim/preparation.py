@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,16 +12,18 @@ import torch
 from torch import nn
 
 from spectrim.cost.latency import Latency
-from spectrim.errors import CalibrationError, PlanError
+from spectrim.errors import PlanError
 from spectrim.network.groups import group
 from spectrim.network.sites import Sites
 from spectrim.nn.channels.graph import couple
+from spectrim.nn.copying import check_copyable, copy_model
 from spectrim.nn.find import Which, find
 from spectrim.nn.timing import measure_latency
-from spectrim.nn.watch.batches import arguments, resized
-from spectrim.nn.watch.calibrate import calibrate
+from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.calibrate import calibrate, check_weights
+from spectrim.nn.watch.nesting import begun
 from spectrim.nn.watch.sampling import Sampling
-from spectrim.nn.watch.sensitivity import sensitivity as weigh
+from spectrim.nn.watch.sensitivity import weighed
 from spectrim.progress import Progress, silent
 
 
@@ -81,8 +82,10 @@ def locate(
     ------
     PlanError
         If there is nothing to compress; the message says why layers were skipped.
+    UnsupportedLayerError
+        If the model cannot be copied.
     CalibrationError
-        If channels are asked for and there is no batch.
+        If weights are missing, NaN or Inf, or channels are asked for and there is no batch.
     """
     sites = find(model, skip=skip, only=only)
     if not len(sites):
@@ -90,12 +93,9 @@ def locate(
             "; ".join(f"{s.name or s.kind}: {s.reason}" for s in sites.skipped[:5]) or "it has no linear or conv layers"
         )
         raise PlanError(f"{type(model).__name__} has no layer to compress ({reasons})")
-    if not channels:
-        return sites
-    example = next(iter(batches), None)
-    if example is None:
-        raise CalibrationError("no calibration batches: the iterable was empty")
-    return couple(model, sites, example, forward=forward)
+    check_copyable(model)
+    check_weights(model, sites)
+    return couple(model, sites, begun(batches)[0], forward=forward) if channels else sites
 
 
 def prepare(
@@ -133,12 +133,13 @@ def prepare(
     sampling
         How many rows the statistics rest on, and which are data.
     """
+    feed = Feed.of(forward)
     sites = calibrate(
         model, sites, batches, rows=sampling.rows, positions=sampling.positions, mask=sampling.mask,
-        statistics=statistics, forward=forward, progress=functools.partial(progress, "calibrate"),
+        statistics=statistics, forward=feed, progress=functools.partial(progress, "calibrate"),
     )  # fmt: skip
     if sensitivity:
-        sites = weigh(model, sites, batches, mask=sampling.mask, forward=forward)
+        sites = weighed(model, sites, batches, mask=sampling.mask, forward=feed)
     if groups is not False:
         sites = group(sites, None if groups is True else groups)
     kept = batches if statistics else None
@@ -147,21 +148,23 @@ def prepare(
     if latency is True:
         spec = sites.sites[0].spec
         latency = Latency(device=spec.device, dtype=spec.dtype)
-    example = one_batch(model, batches, latency.batch)
+    example = one_batch(model, batches, latency.batch, feed)
     if dense_latency is None:
         timings = measure_latency({"dense": laid_out(model, latency)}, example, threads=latency.threads)
         dense_latency = timings["dense"].quiet
     return Prepared(sites, kept, latency, example, dense_latency, sampling)
 
 
-def one_batch(model: nn.Module, batches: Iterable[Any], size: int) -> Any:
+def one_batch(model: nn.Module, batches: Iterable[Any], size: int, feed: Feed | None = None) -> Any:
     """One batch of the size that latency is measured at."""
-    args, kwargs = arguments(model, next(iter(batches)))
-    return resized(kwargs, size) if kwargs else resized(args, size)
+    first, _ = begun(batches)
+    feed = (feed or Feed()).decide(model, first)
+    args, kwargs = feed.arguments(model, feed.resized(first, size))
+    return kwargs or args
 
 
 def laid_out(model: nn.Module, latency: Latency) -> nn.Module:
     """The model in the memory format that is measured; a copy if that is not the plain one."""
     if latency.memory_format == "contiguous":
         return model
-    return copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return copy_model(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -60,12 +60,15 @@ def tabulate(
 
     Raises
     ------
+    CalibrationError
+        If a layer's weight or bias holds NaN or Inf.
     ValueError
         If methods report errors in different units, two different ones have the same name, or ``guard`` is asked for
         without ``latency``.
     """
     if guard and latency is None:
         raise ValueError("guard=True needs latency=Latency(...): it drops options that are measured slower than dense")
+    sites.check_finite()
     chosen = default_methods(sites) if methods is None else on_offer(methods, groups=bool(sites.groups))
     network = Network(sites, counted.known(sites, costs), chosen, latency, dense_latency)
     found: list[tuple[Site, list[tuple[Method, Curve]]]] = []

@@ -17,7 +17,7 @@ from spectrim.cli.references import UsageError
 from spectrim.cost.latency import Latency
 from spectrim.network.sites import Sites
 from spectrim.nn.find import find
-from spectrim.nn.watch.batches import resized
+from spectrim.nn.watch.nesting import resized
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.report import accuracy
 from spectrim.train.batches import length, split

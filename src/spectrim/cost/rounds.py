@@ -11,11 +11,16 @@ import contextlib
 import math
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
+
+ALONE = threading.RLock()
+"""Held while switches of the process, or modes and hooks of a model, are other than a user left them. What runs in
+another thread waits meanwhile, so that each finds them as they were and puts them back."""
 
 FEWEST = 3
 """Rounds that are taken in any case, and undisturbed times that are enough."""
@@ -118,15 +123,19 @@ class Rounds:
 
 @contextlib.contextmanager
 def torch_threads(count: int | None) -> Iterator[None]:
-    """Run with this many threads within operators, and set the former number again; None changes nothing."""
-    before = torch.get_num_threads()
-    try:
-        if count is not None and count != before:
-            torch.set_num_threads(count)
-        yield
-    finally:
-        if torch.get_num_threads() != before:
-            torch.set_num_threads(before)
+    """Run with this many threads within operators, and set the former number again; None changes nothing.
+
+    Two threads of the process do so one after the other.
+    """
+    with ALONE:
+        before = torch.get_num_threads()
+        try:
+            if count is not None and count != before:
+                torch.set_num_threads(count)
+            yield
+        finally:
+            if torch.get_num_threads() != before:
+                torch.set_num_threads(before)
 
 
 def preemptions() -> int:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from spectrim.errors import MissingMomentsError
+from spectrim.errors import CalibrationError, MissingMomentsError
 from spectrim.linalg.moments import Moments
 from spectrim.linalg.sketch import Sketch
 from spectrim.network.coupling import Coupling
@@ -351,6 +351,10 @@ class Sites(_Copied):
         What ``other_macs`` are: MACs a sample by the path of the module that computes them itself.
     uncounted
         Operations that may multiply numbers and could not be counted, with the path of a module that calls them.
+    notes
+        What a user should know of the data and how they were taken.
+    keeps_state
+        Whether a forward pass of the network leaves something on its modules: activations, caches, counters.
     """
 
     sites: tuple[Layer, ...]
@@ -369,6 +373,8 @@ class Sites(_Copied):
     tokens: int = 0
     work: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     uncounted: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    notes: tuple[str, ...] = ()
+    keeps_state: bool = False
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.sites)
@@ -420,6 +426,16 @@ class Sites(_Copied):
     @cached_property
     def _by_name(self) -> dict[str, Layer]:
         return {layer.name: layer for layer in self.sites}
+
+    def check_finite(self) -> None:
+        """Raise CalibrationError if a weight or bias of a layer holds NaN or Inf; the message names the layer."""
+        for layer in self.sites:
+            for what, values in (("weight", layer.weight), ("bias", layer.bias)):
+                if values is not None and not bool(torch.isfinite(values).all()):
+                    raise CalibrationError(
+                        f"layer {layer.name!r} ({layer.kind}) holds NaN or Inf in its {what}: mend the model's "
+                        "weights, or skip the layer"
+                    )
 
     @property
     def seen(self) -> bool:

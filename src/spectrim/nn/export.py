@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from spectrim.errors import ExportError
 from spectrim.network.files import replacing
-from spectrim.nn.watch.batches import arguments, evaluating, rebuilt, resized, tensors
+from spectrim.nn.watch.batches import arguments
+from spectrim.nn.watch.nesting import rebuilt, resized, tensors
+from spectrim.nn.watch.state import evaluating
 
 TOLERANCE = 1e-3
 

@@ -210,7 +210,9 @@ def _names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module is a layer whose weight can be read as an ordinary tensor of numbers."""
-    return isinstance(module, _LAYERS) and not _is_lazy(module.weight) and isinstance(module.weight, Tensor)
+    if not isinstance(module, _LAYERS) or _is_lazy(module.weight):
+        return False
+    return isinstance(module.weight, Tensor) and module.weight.numel() > 0
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -269,6 +271,8 @@ def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied:
     # Quantised and distributed weights pass for floating-point ones by a tensor type of their own.
     if type(weight) not in (Tensor, nn.Parameter) or weight.layout != torch.strided:
         return f"its weight is a {type(weight).__name__} of layout {weight.layout}, not a plain dense tensor"
+    if not weight.numel():
+        return "empty: it has no inputs or no outputs"
     if weight.is_meta:
         return "its weight is on the meta device and has no values"
     base = next(b for b in _LAYERS if isinstance(module, b))

@@ -22,11 +22,10 @@ from spectrim.nn.flops import WorkCounter
 from spectrim.nn.functional import run as run_layer
 from spectrim.nn.standing import LAYERS, StandIn
 from spectrim.nn.surgery import parameter_count
-from spectrim.nn.watch.batches import batch_size, output_tensors, picked
+from spectrim.nn.watch.batches import Feed, Forward
+from spectrim.nn.watch.nesting import output_tensors
 from spectrim.nn.watch.observe import Hook, observe, on_few
 from spectrim.nn.watch.sampling import Mask, mask_of
-
-_Forward = Callable[[nn.Module, Any], Any]
 
 # Samples that outputs are compared on.
 _SAMPLES = 512
@@ -85,7 +84,7 @@ class Seen:
     outputs: Sequence[Tensor]
 
 
-def check_copy(model: nn.Module, copied: nn.Module, names: Sequence[str], batch: Any, forward: _Forward | None) -> None:
+def check_copy(model: nn.Module, copied: nn.Module, names: Sequence[str], batch: Any, feed: Feed) -> None:
     """Raise ProofError if a copy of a model calls layers of the model itself: nothing done to the copy would matter."""
     shared = [name for name in names if copied.get_submodule(name) is model.get_submodule(name)]
     if shared:
@@ -99,10 +98,10 @@ def check_copy(model: nn.Module, copied: nn.Module, names: Sequence[str], batch:
 
     def run(part: Any) -> None:
         strays.clear()
-        with observe(copied, hooks, forward=forward) as running:
+        with observe(copied, hooks, forward=feed) as running:
             running(part)
 
-    on_few(run, batch)
+    on_few(run, batch, feed)
     if strays:
         raise ProofError(
             f"a copy of the {type(model).__name__} calls layer {strays[0]!r} of the original, so that it cannot be "
@@ -111,7 +110,7 @@ def check_copy(model: nn.Module, copied: nn.Module, names: Sequence[str], batch:
 
 
 def prove(
-    dense: nn.Module, small: nn.Module, expected: Expected, batch: Any, *, forward: _Forward | None = None
+    dense: nn.Module, small: nn.Module, expected: Expected, batch: Any, *, forward: Forward | None = None
 ) -> Iterator[str]:
     """Run both networks on one batch, and compare what the small one does with what was planned.
 
@@ -129,15 +128,16 @@ def prove(
     ProofError
         For what does not hold. The message names the layer, the reason and what to do.
     """
+    feed = Feed.of(forward).decide(dense, batch)
     stored = parameter_count(small)
     if stored != round(expected.planned["parameters"]):
         raise ProofError(
             f"the compressed network holds {stored:,} parameters where its plan counts "
             f"{round(expected.planned['parameters']):,}"
         )
-    before = _run(dense, batch, expected.changed, forward)
+    before = _run(dense, batch, expected.changed, feed)
     try:
-        now = _run(small, batch, expected.changed, forward, _Agreeing(before.macs * batch_size(batch)))
+        now = _run(small, batch, expected.changed, feed, _Agreeing(before.macs * feed.layout.size(batch)))
     except ProofError:
         raise
     except Exception as error:
@@ -145,29 +145,27 @@ def prove(
             f"the compressed {type(dense).__name__} cannot be run: {type(error).__name__}: {error}. What reads or "
             f"calls the replaced layers ({_some(expected.changed)}) does not find what it needs; skip those with skip="
         ) from error
-    yield from _calls(dense, before, now, batch, forward)
+    yield from _calls(dense, before, now, batch, feed)
     yield from _work(expected, before, now)
     yield from _outputs(expected, before, now)
 
 
-def _run(
-    model: nn.Module, batch: Any, names: Sequence[str], forward: _Forward | None, checks: _Agreeing | None = None
-) -> Seen:
+def _run(model: nn.Module, batch: Any, names: Sequence[str], feed: Feed, checks: _Agreeing | None = None) -> Seen:
     calls: Counter[str] = Counter()
     layers = [(name, model.get_submodule(name)) for name in names]
     hooks = [Hook(layer, lambda *_, name=name: calls.update((name,)), before=True) for name, layer in layers]
     with counting(model) as work:
         if checks is not None:
             hooks += [Hook(each, checks.hook(work.counter)) for _, each in layers if isinstance(each, StandIn)]
-        with observe(model, hooks, forward=forward) as running:
+        with observe(model, hooks, forward=feed) as running:
             outputs = output_tensors(running(batch))
-    return Seen(calls, work.macs / batch_size(batch), outputs)
+    return Seen(calls, work.macs / feed.layout.size(batch), outputs)
 
 
-def _calls(dense: nn.Module, before: Seen, now: Seen, batch: Any, forward: _Forward | None) -> Iterator[str]:
+def _calls(dense: nn.Module, before: Seen, now: Seen, batch: Any, feed: Feed) -> Iterator[str]:
     """Whether every replaced layer was called as often as the dense one."""
     lost = [name for name in before.calls if not now.calls[name]]
-    if lost and not _goes_other_ways(dense, lost, batch, forward):
+    if lost and not _goes_other_ways(dense, lost, batch, feed):
         raise ProofError(
             f"layer {lost[0]!r} was replaced, and is not called any more ({len(lost)} such layers): the network "
             f"reaches it in another way than by its name; {_COPIES}, or skip={lost[0]!r}"
@@ -180,13 +178,13 @@ def _calls(dense: nn.Module, before: Seen, now: Seen, batch: Any, forward: _Forw
         )
 
 
-def _goes_other_ways(dense: nn.Module, names: Sequence[str], batch: Any, forward: _Forward | None) -> bool:
+def _goes_other_ways(dense: nn.Module, names: Sequence[str], batch: Any, feed: Feed) -> bool:
     """Whether some layers are called for some samples and not for others, as those of a mixture of experts."""
     seen: set[tuple[int, ...]] = set()
-    size = batch_size(batch)
+    size = feed.layout.size(batch)
     for number in range(min(8, size)):
         try:
-            calls = _run(dense, picked(batch, torch.tensor([number]), size), names, forward).calls
+            calls = _run(dense, feed.layout.picked(batch, torch.tensor([number])), names, feed).calls
         except Exception:
             return False
         seen.add(tuple(calls[name] for name in names))
@@ -300,7 +298,7 @@ def agreement(
     held: Sequence[Tensor] = (),
     *,
     mask: Mask = None,
-    forward: _Forward | None = None,
+    forward: Forward | None = None,
 ) -> Agreement | None:
     """Compare two networks' outputs on samples that no layer was fitted to, or on some if none are held out.
 
@@ -312,14 +310,14 @@ def agreement(
         Tells padding from data; see :func:`spectrim.calibrate`.
     """
     parts = zip(batches, held, strict=False) if any(bool(each.any()) for each in held) else ((b, None) for b in batches)
-    tally = _Tally()
-    with observe(dense, forward=forward) as wanted, observe(small, forward=forward) as given:
+    tally, feed = _Tally(), Feed.of(forward)
+    with observe(dense, forward=feed) as wanted, observe(small, forward=feed) as given:
         for batch, kept in parts:
-            size = batch_size(batch)
+            size = feed.decide(dense, batch).layout.size(batch)
             index = torch.arange(size) if kept is None else kept.nonzero().flatten()
             index = index[: _SAMPLES - tally.samples]
             if len(index):
-                part = batch if len(index) == size else picked(batch, index, size)
+                part = batch if len(index) == size else feed.layout.picked(batch, index)
                 tally.add(wanted(part), given(part), mask_of(part, mask, len(index)), len(index))
             if tally.samples >= _SAMPLES:
                 break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,10 +11,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from spectrim.errors import PlanError
+from spectrim.nn.copying import copy_model
 from spectrim.nn.modules import dense_layer
 from spectrim.nn.sparse.packed import masked_layers, stored_bytes
 from spectrim.nn.standing import StandIn, Traits, fits, take_over
-from spectrim.nn.watch.batches import call, evaluating
+from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.state import evaluating
 
 
 def replace_module(model: nn.Module, names: Iterable[str], module: nn.Module) -> None:
@@ -61,7 +64,7 @@ def merge(model: nn.Module) -> nn.Module:
     compress again with another plan, or to hand the weights to code that expects the original layout. The result has
     the original's layers and computes what the compressed model computes, to float tolerance.
     """
-    merged = copy.deepcopy(model)
+    merged = copy_model(model)
     if isinstance(merged, StandIn):
         return dense_layer(merged).train(model.training)
     found: dict[nn.Module, list[str]] = {}
@@ -100,15 +103,20 @@ def reestimate_batchnorm(
     if not norms:
         return 0
     before = [(norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
-    run = forward or call
+    feed = Feed.of(forward)
+    stream = iter(batches)
+    for first in stream:
+        feed.decide(model, first)
+        stream = itertools.chain((first,), stream)
+        break
     with evaluating(model):
         try:
             for norm in norms:
                 norm.reset_running_stats()
                 norm.momentum = None
                 norm.training = True
-            for batch in batches:
-                run(model, batch)
+            for batch in stream:
+                feed(model, batch)
             updated = [norm for norm in norms if int(norm.num_batches_tracked or 0)]
         except BaseException:
             updated = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -15,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.cost.rounds import Rounds, Timing, torch_threads
+from spectrim.nn.watch.nesting import copied
+from spectrim.nn.watch.state import ALONE
 from spectrim.progress import Steps, reports_steps, told
 
 
@@ -54,7 +57,7 @@ def measure_latency(
         raise ValueError(
             f"measuring needs a model and at least one repeat; got {len(models)} models, repeats={repeats}"
         )
-    call = _caller(example)
+    prepared = _caller(example)
     rounds = Rounds(repeats, warmup=warmup)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch_threads(threads))
@@ -64,9 +67,10 @@ def measure_latency(
         wait = {name: _waiter(model) for name, model in models.items()}
         for turn in rounds:
             for name, model in models.items():
+                call = prepared(model)
                 wait[name]()
                 rounds.begin(name)
-                call(model)
+                call()
                 wait[name]()
                 rounds.end(name)
             if turn >= 0:
@@ -80,24 +84,26 @@ def peak_memory(model: nn.Module, example: Any) -> int:
     On the CPU the allocations that ``torch.profiler`` records are added up, which covers what torch's allocator hands
     out, also inside operators. On a GPU it is what the caching allocator reports.
     """
-    call = _caller(example)
+    prepared = _caller(example)
     device = _device(model)
     with _evaluating(model), torch.inference_mode():
-        call(model)  # what is made once and kept does not count
+        prepared(model)()  # what is made once and kept does not count
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
+            call = prepared(model)
             before = torch.cuda.memory_allocated(device)
-            call(model)
+            call()
             torch.cuda.synchronize(device)
             return torch.cuda.max_memory_allocated(device) - before
+        call = prepared(model)
         profile = torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
         )
         with _muted():
             profile.start()
         try:
-            output = call(model)
+            output = call()
         finally:
             with _muted():
                 profile.stop()
@@ -118,13 +124,14 @@ def peak_memory(model: nn.Module, example: Any) -> int:
     return peak
 
 
-def _caller(example: Any) -> Callable[[nn.Module], Any]:
+def _caller(example: Any) -> Callable[[nn.Module], Callable[[], Any]]:
+    """What prepares a call of a model: each has its own inputs, which the model may write into."""
     if isinstance(example, Tensor):
-        return lambda model: model(example)
+        return lambda model: functools.partial(model, copied(example))
     if isinstance(example, Mapping):
-        return lambda model: model(**example)
+        return lambda model: functools.partial(model, **copied(example))
     if isinstance(example, (tuple, list)):
-        return lambda model: model(*example)
+        return lambda model: functools.partial(model, *copied(example))
     raise TypeError(
         f"example is a {type(example).__name__}; expected one batch as a tensor, a tuple of positional arguments or a "
         "dict of keyword arguments"
@@ -158,10 +165,11 @@ def _muted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+    with ALONE:
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training

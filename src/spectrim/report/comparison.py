@@ -10,7 +10,7 @@ from torch import nn
 
 from spectrim.nn.surgery import parameter_count
 from spectrim.nn.timing import measure_latency, peak_memory
-from spectrim.nn.watch.batches import batch_size
+from spectrim.nn.watch.batches import Feed
 from spectrim.progress import Steps
 from spectrim.report.machine import machine_facts
 from spectrim.report.measures import Evaluate, file_size, held, inputs, macs
@@ -193,7 +193,7 @@ def compare(
         Measure(before.metric, before.unit, before.value, after.value, before.better)
         for before, after in zip(found["dense"], found["compressed"], strict=True)
     )
-    return Comparison(rows, batch_size(held(example)), _facts(threads))
+    return Comparison(rows, _samples(dense, example), _facts(threads))
 
 
 def measure(
@@ -208,7 +208,11 @@ def measure(
 ) -> Measurements:
     """Measure one model; see :func:`compare` for parameters and rows."""
     found = _measure({"model": model}, example, evaluate, score, repeats, threads, progress)
-    return Measurements(found["model"], batch_size(held(example)), _facts(threads))
+    return Measurements(found["model"], _samples(model, example), _facts(threads))
+
+
+def _samples(model: nn.Module, example: Any) -> int:
+    return Feed().decide(model, held(example)).layout.size(held(example))
 
 
 def _measure(

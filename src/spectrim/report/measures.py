@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.nn.watch.batches import arguments, batch_size, call, evaluating, logits
+from spectrim.nn.watch.batches import Feed, arguments
+from spectrim.nn.watch.nesting import logits
+from spectrim.nn.watch.state import evaluating
 
 Evaluate = Callable[[nn.Module], float]
 
@@ -28,6 +30,7 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
     ValueError
         If a batch holds no labels, or there is none at all.
     """
+    feed = Feed()
     right = seen = 0
     with evaluating(model):
         for batch in batches:
@@ -40,7 +43,7 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
                     f"a batch of type {type(batch).__name__} holds no labels: expected (inputs, labels) or a mapping "
                     "with 'labels'"
                 )
-            guess = logits(call(model, batch)).argmax(-1)
+            guess = logits(feed(model, batch)).argmax(-1)
             right += int((guess == labels.to(guess.device)).sum())
             seen += labels.numel()
     if not seen:
@@ -52,9 +55,10 @@ def macs(model: nn.Module, example: Any) -> float:
     """Multiply-accumulates for one sample, as :func:`spectrim.nn.counting.counting` counts them."""
     from spectrim.nn.counting import counting
 
+    feed = Feed().decide(model, held(example))
     with evaluating(model), counting(model) as work:
-        call(model, example)
-    return work.macs / batch_size(held(example))
+        feed(model, held(example))
+    return work.macs / feed.layout.size(held(example))
 
 
 def file_size(model: nn.Module) -> int:
@@ -86,4 +90,4 @@ def inputs(model: nn.Module, example: Any) -> Any:
 
 def held(example: Any) -> Any:
     """Token batches behave as mappings without being one."""
-    return list(example.values()) if hasattr(example, "values") and not isinstance(example, torch.Tensor) else example
+    return dict(example) if hasattr(example, "values") and not isinstance(example, torch.Tensor) else example

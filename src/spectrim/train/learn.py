@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from torch import nn
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
 from spectrim.errors import CheckpointError
+from spectrim.nn.copying import copy_model
 from spectrim.nn.find import Which
 from spectrim.nn.watch.batches import batch_size
 from spectrim.nn.watch.sampling import Mask, Sampling
@@ -134,7 +134,7 @@ def learn_ranks(
         evaluate=evaluate, latency=latency,
         training={"teacher": teacher, "loss": loss, "progress": progress, "accelerate": accelerate}, options=options,
     )  # fmt: skip
-    return run.point(copy.deepcopy(model), limits, None if checkpoint is None else Path(checkpoint))
+    return run.point(copy_model(model), limits, None if checkpoint is None else Path(checkpoint))
 
 
 def budget_path(
@@ -186,7 +186,7 @@ def budget_path(
         evaluate=evaluate, latency=latency,
         training={"teacher": teacher, "loss": loss, "progress": progress, "accelerate": accelerate}, options=options,
     )  # fmt: skip
-    net = copy.deepcopy(model)
+    net = copy_model(model)
     results = []
     for number, budget in enumerate(limits):
         results.append(

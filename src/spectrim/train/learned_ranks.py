@@ -13,7 +13,6 @@ weights. With a budget in place of ``lambda``, the multiplier is the dual of the
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
@@ -32,6 +31,7 @@ from spectrim.methods import Method, as_methods, from_record
 from spectrim.network.choices import Choice
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Site, Sites, Statistics
+from spectrim.nn.copying import copy_model
 from spectrim.nn.find import canonical
 from spectrim.pipeline import meet_latency
 from spectrim.preparation import one_batch, prepare
@@ -260,7 +260,7 @@ class LearnedRanks:
 
     def nested(self) -> nn.Module:
         """A copy of the model with its weights replaced by their low-rank copies, still in dense layers."""
-        copied = copy.deepcopy(self.model)
+        copied = copy_model(self.model)
         with torch.no_grad():
             for name, target in self._targets.items():
                 held = self._multipliers.get(name)

@@ -8,12 +8,11 @@ some of the channels, the model and its narrowed copy have to agree.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -28,9 +27,13 @@ from spectrim.network.sites import Layer, Sites, Skipped
 from spectrim.nn.channels.experiments import Experiments
 from spectrim.nn.channels.narrow import NORMS
 from spectrim.nn.channels.trial import DRAWS, Trial, enlivened, first_line
+from spectrim.nn.copying import copy_model
 from spectrim.nn.find import canonical, describe
 from spectrim.nn.standing import as_containers
-from spectrim.nn.watch.batches import call, output_tensors, resized
+from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.layout import Where
+from spectrim.nn.watch.nesting import output_tensors
+from spectrim.nn.watch.state import ALONE
 
 # Channels of a group that are tied to each other are looked for one by one up to this many.
 _LOOKED_AT = 4096
@@ -44,6 +47,7 @@ def couple(
     example: Any,
     *,
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    samples: Where = None,
 ) -> Sites:
     """Find which channels can be removed, and where each of them lies.
 
@@ -57,6 +61,8 @@ def couple(
         A batch; two samples of it are used.
     forward
         Runs a model on a batch in another way.
+    samples
+        Where a batch's samples are; see :func:`spectrim.calibrate`.
 
     Returns
     -------
@@ -80,8 +86,14 @@ def couple(
     except ImportError as error:
         raise ImportError("removing filters needs torch-pruning: pip install 'spectrim[filters]'") from error
     _check_graph_library()
-    run = forward or call
-    small = resized(example, 2) if isinstance(example, (Tensor, Mapping, list, tuple)) else example
+    feed = Feed.of(forward, samples)
+    with ALONE:
+        return _coupled(model, sites, example, feed)
+
+
+def _coupled(model: nn.Module, sites: Sites, example: Any, run: Feed) -> Sites:
+    run.decide(model, example)
+    small = run.resized(example, 2)
     graph = _Graph.traced(model, sites, small, run)
     if isinstance(graph, str):
         return dataclasses.replace(sites, skipped=(*sites.skipped, Skipped("", type(model).__name__, graph)))
@@ -132,7 +144,7 @@ class _Graph:
     def traced(cls, model: nn.Module, sites: Sites, example: Any, run: Callable[..., Any]) -> _Graph | str:
         import torch_pruning
 
-        copied = copy.deepcopy(model).eval()
+        copied = copy_model(model).eval()
         as_containers(copied)
         for parameter in copied.parameters():
             # The graph is read off autograd.

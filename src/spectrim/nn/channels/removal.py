@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from spectrim.network.coupling import OUT, Axis, axes_left
 from spectrim.network.narrowing import narrowed
 from spectrim.network.sites import Layer, Sites
 from spectrim.nn.channels.narrow import add_bias, narrow
+from spectrim.nn.copying import copy_model
 from spectrim.nn.modules import make_layer
 from spectrim.nn.surgery import replace_module
 
@@ -44,7 +44,7 @@ class Removal:
     def of(cls, model: nn.Module, sites: Sites, kept: Mapping[str, Sequence[int]]) -> Removal:
         """Carry out a removal; the model itself is left untouched."""
         axes = axes_left(sites.couplings, kept)
-        small = copy.deepcopy(model)
+        small = copy_model(model)
         narrow(small, axes)
         removal = cls(small, narrowed(sites, kept), axes, frozenset(name for name, _ in axes))
         for layer, norm in sites.norms.items():

@@ -8,7 +8,6 @@ weights were zeroed instead.
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,9 +20,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from spectrim.network.coupling import IN, OUT, THROUGH, Coupling, axes_left
 from spectrim.nn.channels.narrow import narrow
+from spectrim.nn.copying import copy_model
 from spectrim.nn.find import canonical
 from spectrim.nn.standing import as_containers
-from spectrim.nn.watch.batches import output_tensors
+from spectrim.nn.watch.nesting import output_tensors
 from spectrim.nn.watch.observe import Hook, hooked
 
 # Share of the outputs' magnitude by which a narrowed model may differ from one with zeroed weights.
@@ -109,7 +109,7 @@ class Trial:
         # Neighbouring groups keep different shares: two that have to be equally wide must not be equal by chance.
         kept = {c.name: half(c, 2 + 2 * (number % 2), draw) for number, c in enumerate(couplings)}
         axes = axes_left(couplings, kept)
-        reference, small = copy.deepcopy(self.model), copy.deepcopy(self.model)
+        reference, small = copy_model(self.model), copy_model(self.model)
         with torch.no_grad():
             for (name, axis), left in axes.items():
                 if axis == IN:
@@ -174,7 +174,7 @@ def enlivened(model: nn.Module) -> nn.Module:
     Whether channels can go depends on the structure. Weights as they come may hide that they cannot: attention that is
     still uniform, a normalisation over channels that is still off, a layer scale of 1e-6.
     """
-    copied = copy.deepcopy(model).eval()
+    copied = copy_model(model).eval()
     as_containers(copied)
     kinds = (_ConvNd, nn.Linear, nn.Embedding)
     layers = {id(p) for m in copied.modules() if isinstance(m, kinds) and isinstance(p := m.weight, nn.Parameter)}

@@ -14,7 +14,9 @@ from torch import nn
 from spectrim.cost.rounds import Rounds, Timing, torch_threads
 from spectrim.nn.sparse.layers import Masked
 from spectrim.nn.sparse.products import Kernel, products, takes, works
-from spectrim.nn.watch.batches import arguments, evaluating
+from spectrim.nn.watch.batches import arguments
+from spectrim.nn.watch.nesting import copied
+from spectrim.nn.watch.state import evaluating
 
 __all__ = ["ChosenKernel", "Kernel", "choose_kernels"]
 
@@ -114,7 +116,7 @@ def choose_kernels(
                             layer._kernel = kernel if kernel in offered[name] else Kernel.DENSE
                             if kernel in offered[name]:
                                 timed.enter_context(_timed(layer, (name, kernel), turns))
-                        model(*args, **kwargs)
+                        model(*copied(args), **copied(kwargs))
         chosen = []
         for name, layer in layers.items():
             times = {k: _lower_quartile(turns[name, k]) for k in offered[name] if (name, k) in turns}

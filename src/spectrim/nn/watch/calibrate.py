@@ -20,11 +20,14 @@ from spectrim.network.coupling import IN
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Sites, Skipped, Statistics
 from spectrim.nn.flops import WorkCounter, flop_counter
-from spectrim.nn.watch.batches import checked_batches
+from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.layout import Where
+from spectrim.nn.watch.nesting import begun, checked_batches, tensors
 from spectrim.nn.watch.observe import Hook, observe
 from spectrim.nn.watch.patches import outputs_at
 from spectrim.nn.watch.responses import Responses
 from spectrim.nn.watch.sampling import Mask, Run, Samples, Sampling, choose, mean_rows
+from spectrim.nn.watch.state import State
 from spectrim.nn.watch.streams import Buffered, Stream, Streams, patches_of
 from spectrim.nn.watch.work import beside
 from spectrim.progress import Steps, reports_steps, told
@@ -53,6 +56,7 @@ def calibrate(
     mask: Mask = None,
     statistics: bool = True,
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    samples: Where = None,
     progress: Steps | bool | None = None,
     seed: int = 0,
 ) -> Sites:
@@ -89,6 +93,9 @@ def calibrate(
         False to learn input shapes only, from the first batch.
     forward
         Runs the model on a batch in another way.
+    samples
+        Where a batch's samples are: the axis of the inputs that they lie on, such as 1 where time comes first, or a
+        function that counts those of a batch. By default the first axis, or the entries of a list of images.
     progress
         True for a bar, or a function called with the number of batches done and their total, if known.
 
@@ -96,30 +103,38 @@ def calibrate(
     -------
     Sites
         In order of execution, with the layers that see one and the same tensor. Sites that no batch reached, or that
-        are called with more than their input, are moved to ``skipped`` with that reason.
+        are called with more than their input, are moved to ``skipped`` with that reason. ``notes`` say what
+        batches were taken for where that is not plain.
 
     Raises
     ------
     CalibrationError
-        No batches, no site reached, NaN or Inf in what a layer sees (the message names the layer and the batch), or
-        batches that cannot be fed to the model.
+        No batches or an empty one, no site reached, NaN or Inf in a layer's weights or in what it sees (the message
+        names the layer and the batch), layers that have no weights yet, or batches that cannot be fed to the model.
     ValueError
         For ``rows`` or ``positions`` of another kind.
     """
     amount = Sampling(rows, positions, mask)
-    run = Run(checked_batches(batches), mask)
-    watch = _Watch.of(model, sites, amount, run, seed, statistics=statistics)
+    feed = Feed.of(forward, samples)
+    check_weights(model, sites)
     try:
-        length = len(batches)  # type: ignore[arg-type]
+        length = len(checked_batches(batches))
     except TypeError:
         length = None
-    with observe(model, watch.hooks(model), forward=forward) as call:
-        for index, batch in enumerate(batches):
+    first, stream = begun(batches)
+    keeps = False
+    feed.decide(model, first)
+    watch = _Watch.of(model, sites, amount, Run(batches, mask, feed.layout), seed, statistics=statistics)
+    with observe(model, watch.hooks(model), forward=feed) as call:
+        state = State(model)
+        for index, batch in enumerate(stream):
             watch.see(call, batch, index)
+            keeps = bool(state.changed()) if not index else keeps
             told(progress)(index + 1, length)
             if not statistics:
                 break
-    return watch.calibrated()
+    found = watch.calibrated()
+    return dataclasses.replace(found, keeps_state=keeps, notes=(*found.notes, *feed.notes))
 
 
 @dataclasses.dataclass
@@ -192,19 +207,24 @@ class _Watch:
         for response in self.responses.values():
             response.start(samples)
         if index:
-            run(batch)
+            output = run(batch)
         else:
             counted = [*self.watchers.values(), *self.responses.values()]
             with flop_counter() as counter:
                 # The counter of the first pass would count the statistics' own products too.
                 for each in counted:
                     each.counter = counter
-                run(batch)
+                output = run(batch)
             self.other_macs = counter.get_total_flops() / 2 / size
             self.work = {path: work / size for path, work in counter.own_macs(self.model).items()}
             self.uncounted = counter.uncounted_in(self.model)
             for each in counted:
                 each.counter = None
+        if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors(output)):
+            raise CalibrationError(
+                f"the model's output holds NaN in calibration batch {index}, behind the last layer that was watched. "
+                "Check the weights there, the batch and the dtype."
+            )
         if self.streams is not None:
             self.streams.end_of_pass()
         self.samples += size
@@ -213,8 +233,6 @@ class _Watch:
     def calibrated(self) -> Sites:
         """The sites with what was seen; those that no batch reached are skipped."""
         sites, watchers = self.sites, self.watchers
-        if not self.samples:
-            raise CalibrationError("no calibration batches: the iterable was empty")
         reached = [name for name in dict.fromkeys(self.order) if name in watchers]
         if not reached and watchers:
             raise CalibrationError(
@@ -252,6 +270,17 @@ class _Watch:
             couplings=couplings,
             pooled=MappingProxyType(pooled),
         )
+
+
+def check_weights(model: nn.Module, sites: Sites) -> None:
+    """Raise CalibrationError for what no data mends: layers without weights yet, NaN or Inf in those of sites."""
+    lazy = next((name for name, m in model.named_modules() if getattr(m, "has_uninitialized_params", bool)()), None)
+    if lazy is not None:
+        raise CalibrationError(
+            f"layer {lazy!r} ({type(model.get_submodule(lazy)).__name__}) has no weights yet: run the model once on a "
+            "batch, which gives lazy layers their shapes"
+        )
+    sites.check_finite()
 
 
 def _layer(model: nn.Module, spec: LayerSpec) -> nn.Module:

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from spectrim.nn.watch.batches import batch_size, call, evaluating
+from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.observe import Hook, hooked, on_few
+from spectrim.nn.watch.state import Place, State, evaluating, install, kept, taken
 
 _Forward = Callable[[nn.Module, Any], Any]
 _Run = Callable[[Any], Any]
@@ -47,6 +48,26 @@ class Seen:
     targets: Sequence[Tensor]
 
 
+@dataclass(frozen=True)
+class _Network:
+    """One of the two networks.
+
+    Attributes
+    ----------
+    state, places
+        What it kept on itself when the passes began, and where a pass changes that.
+    """
+
+    model: nn.Module
+    run: _Run
+    state: State
+    places: Sequence[Place] = ()
+
+    def put_back(self) -> None:
+        """Have the model keep what it did at first."""
+        install(self.model, self.state.fresh(self.places))
+
+
 class _Pass(greenlet):
     """One forward pass that waits at layers.
 
@@ -56,22 +77,28 @@ class _Pass(greenlet):
         The layer it waits at.
     seen
         Tensors by the layer, until they are taken.
+    own
+        What the model keeps on itself in this pass: others that run in between keep something else there.
     """
 
-    def __init__(self, run: _Run, batch: Any) -> None:
-        super().__init__(lambda: run(batch))
+    def __init__(self, network: _Network, batch: Any) -> None:
+        super().__init__(lambda: network.run(batch))
         self.at: str | None = None
         self.seen: dict[str, list[Tensor]] = {}
+        self._network, self.own = network, network.state.fresh(network.places)
 
     def advance(self, name: str, left: set[str]) -> None:
         """Go on to a layer, but past none that is not left yet."""
         while not self.dead and self.at != name and (self.at is None or self.at in left):
             with _state_kept():
+                install(self._network.model, self.own)
                 self.switch()
+                self.own = taken(self._network.model, self._network.places)
 
     def end(self) -> None:
         """Give up what is not done."""
         with _state_kept():
+            install(self._network.model, self.own)
             self.throw(GreenletExit)
 
 
@@ -81,14 +108,15 @@ class Hub:
     Parameters
     ----------
     dense, compressed
-        Run the network on one batch each.
+        The networks, and how each is run on one batch.
     batches
         Each is run once through each network.
     calls
         How often a pass calls each layer of interest: it stops at the last of the calls.
     """
 
-    def __init__(self, dense: _Run, compressed: _Run, batches: Sequence[Any], calls: Mapping[str, int]) -> None:
+    def __init__(self, dense: _Network, compressed: _Network, batches: Sequence[Any], calls: Mapping[str, int]) -> None:
+        self._networks = dense, compressed
         self._compressed, self._batches, self._calls = compressed, batches, calls
         self._left: set[str] = set()
         self._dense = [_Pass(dense, batch) for batch in batches]
@@ -132,9 +160,11 @@ class Hub:
             here.parent.switch()  # type: ignore[union-attr]
 
     def end(self) -> None:
-        """Give up all that is not done."""
+        """Give up all that is not done, and leave the networks as they were."""
         for one in (*self._small, *self._dense):
             one.end()
+        for network in self._networks:
+            network.put_back()
 
 
 @contextlib.contextmanager
@@ -145,6 +175,7 @@ def lockstep(
     batches: Sequence[Any],
     *,
     forward: _Forward | None = None,
+    places: Sequence[Place] = (),
 ) -> Iterator[Hub]:
     """Run both networks over the batches as far as asked for (:meth:`Hub.reach`).
 
@@ -159,9 +190,15 @@ def lockstep(
         All their passes wait at a layer together.
     forward
         Runs a model on a batch in another way.
+    places
+        Where a forward pass keeps something on the model (:func:`probe`): each pass has its own there.
     """
-    run = forward or call
-    hub = Hub(lambda batch: run(dense, batch), lambda batch: run(compressed, batch), batches, calls)
+    run = Feed.of(forward)
+    first, second = (
+        _Network(model, lambda batch, model=model: run(model, batch), State(model), places)
+        for model in (dense, compressed)
+    )
+    hub = Hub(first, second, batches, calls)
     targets = [
         Hook(dense.get_submodule(name), lambda module, args, kwargs, output, name=name: hub.wait(name, output))
         for name in calls
@@ -264,10 +301,13 @@ class Probe:
         Layers in the order of their calls.
     nbytes
         Most bytes of activations that it holds alive at one of them, a sample.
+    places
+        Where it keeps something on the model: activations, caches, counters.
     """
 
     order: list[str] = field(default_factory=list)
     nbytes: float = 0.0
+    places: Sequence[Place] = ()
 
     @property
     def calls(self) -> dict[str, int]:
@@ -297,20 +337,24 @@ class Probe:
 def probe(model: nn.Module, names: Iterable[str], batch: Any, *, forward: _Forward | None = None) -> Probe:
     """Watch one forward pass, of a single sample where the model takes one."""
     seen = Probe()
+    feed = Feed.of(forward).decide(model, batch)
 
     def run(part: Any) -> None:
         nonlocal seen
-        seen, alive, size = Probe(), _Alive(model), batch_size(part)
+        seen, alive, size = Probe(), _Alive(model), feed.layout.size(part)
 
         def note(module: nn.Module, args: Any, kwargs: Any, output: Any, *, name: str) -> None:
             seen.order.append(name)
             seen.nbytes = max(seen.nbytes, alive.nbytes / size)
 
         hooks = [Hook(model.get_submodule(name), _named(note, name)) for name in names]
-        with evaluating(model), hooked(hooks), alive:
-            (forward or call)(model, part)
+        with evaluating(model), kept(model):
+            state, forward_pass = State(model), feed.ready(model, part)
+            with hooked(hooks), alive:
+                forward_pass()
+            seen.places = state.changed()
 
-    on_few(run, batch)
+    on_few(run, batch, feed)
     return seen
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from spectrim.nn.watch.batches import batch_size, call, evaluating, resized
+from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.state import evaluating, kept
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,12 @@ def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
         yield
 
 
-def on_few(run: Callable[[Any], None], batch: Any) -> None:
+def on_few(run: Callable[[Any], None], batch: Any, feed: Feed) -> None:
     """Run something on one sample of a batch; on the whole one where a model refuses that, or it cannot be cut."""
-    size = batch_size(batch)
+    size = feed.layout.size(batch)
     for part in dict.fromkeys((1, size)):
         try:
-            run(resized(batch, part) if part < size else batch)
+            run(feed.resized(batch, part) if part < size else batch)
         except Exception:
             # What is wrong with the whole one is told.
             if part == size:
@@ -69,13 +70,15 @@ def observe(
 ) -> Iterator[Callable[[Any], Any]]:
     """A function that runs a model on a batch and gives its output, with hooks, in evaluation mode.
 
+    What the model puts on itself meanwhile, such as an activation with its graph, is gone afterwards.
+
     Parameters
     ----------
     gradients
         Record what backward passes need.
     forward
-        Runs the model on a batch in another way than :func:`spectrim.nn.watch.batches.call`.
+        Runs the model on a batch in another way than :func:`spectrim.nn.watch.batches.Feed`.
     """
-    run = forward or call
-    with evaluating(model), torch.set_grad_enabled(gradients), hooked(hooks):
+    run = forward or Feed()
+    with evaluating(model), kept(model), torch.set_grad_enabled(gradients), hooked(hooks):
         yield lambda batch: run(model, batch)

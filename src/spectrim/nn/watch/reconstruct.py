@@ -18,7 +18,10 @@ from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer
 from spectrim.nn.find import canonical, describe
 from spectrim.nn.modules import Factored, make_layer, whole
+from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.layout import Layout
 from spectrim.nn.watch.lockstep import Seen, lockstep
+from spectrim.nn.watch.nesting import listed
 from spectrim.nn.watch.patches import outputs_at, patches_at
 from spectrim.nn.watch.sampling import Mask, Run, Samples, choose, leading
 
@@ -63,12 +66,13 @@ class Split:
         rows: int | str | None = "auto",
         held_out: float = HELD_OUT,
         mask: Mask = None,
+        layout: Layout = Layout(),  # noqa: B008 (frozen)
     ) -> Split:
         """Hold out a share of the samples, of a few a third; of one or two none.
 
         Which ones depends on what is in them, not on their order.
         """
-        run = Run(batches, mask)
+        run = Run(batches, mask, layout)
         samples = tuple(run.see(batch) for batch in batches)
         keys = torch.cat([each.keys for each in samples]) if samples else torch.zeros(0)
         total = len(keys)
@@ -339,10 +343,13 @@ def asymmetric_site(
     CalibrationError
         If the layer is not reached, or sees NaN or Inf.
     """
-    batches = list(batches)
-    split = Split.of(batches, rows=rows, held_out=held_out)
+    batches = listed(batches)
+    feed = Feed.of(forward)
+    for batch in batches[:1]:
+        feed.decide(dense, batch)
+    split = Split.of(batches, rows=rows, held_out=held_out, layout=feed.layout)
     joint = Joint.of(site, sketch=sketch, outputs=outputs)
     calls = {site.name: max(1, len(site.spec.inputs))}
-    with lockstep(dense, compressed, calls, batches, forward=forward) as hub:
+    with lockstep(dense, compressed, calls, batches, forward=feed) as hub:
         joint.add(hub.reach(site.name), split, seed)
     return joint.layer(site)

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from spectrim.errors import CalibrationError
 from spectrim.network.layer import LayerSpec
-from spectrim.nn.watch.batches import batch_size, tensors
+from spectrim.nn.watch.layout import Layout
 
 Mask = str | Callable[[Any], Tensor | None] | None
 
@@ -53,7 +53,10 @@ class Samples:
         The length of each sample in units of the mean length of the run; a sample of twice the length gives twice the
         rows.
     lengths
-        Second sizes of the input tensors, by which a layer that is given the positions before the samples is known.
+        Sizes of the input tensors beside that of the samples, by which a layer that is given the positions before the
+        samples is known.
+    turned
+        Whether the inputs have their positions before the samples.
     """
 
     size: int
@@ -61,10 +64,18 @@ class Samples:
     mask: Bool[Tensor, "size positions"] | None
     share: Float64[Tensor, " size"]
     lengths: frozenset[int] = frozenset()
+    turned: bool = False
     _chosen: dict[Hashable, Chosen] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, batch: Any, mask: Mask = None, *, mean: float | None = None) -> Samples:
+    def of(
+        cls,
+        batch: Any,
+        mask: Mask = None,
+        *,
+        mean: float | None = None,
+        layout: Layout = Layout(),  # noqa: B008 (frozen)
+    ) -> Samples:
         """The samples of a batch.
 
         Parameters
@@ -76,20 +87,22 @@ class Samples:
             positions]``, not zero where a token is data. By default ``attention_mask`` of a mapping.
         mean
             Mean length of a sample of the run, in tokens that are data, or else in numbers of the inputs.
+        layout
+            Where samples are in the batch.
 
         Raises
         ------
         CalibrationError
             If the mask is not there, or has another shape.
         """
-        size = batch_size(batch)
+        size = layout.size(batch)
         found = mask_of(batch, mask, size)
-        inputs = _inputs(batch, size)
+        columns = layout.columns(batch, size)
         keys = torch.zeros(size, dtype=torch.int64)
-        for number, tensor in enumerate(inputs):
-            keys = _mixed(keys + _hashed(tensor, found) + _odd(number))
-        return cls(size, keys, found, _lengths(inputs, found, size) / mean if mean else torch.ones(size).double(),
-                   frozenset(t.shape[1] for t in inputs if t.dim() > 1))  # fmt: skip
+        for number, column in enumerate(columns):
+            keys = _mixed(keys + torch.cat([_hashed(part, found) for part in column]) + _odd(number))
+        share = _lengths(columns, found, size) / mean if mean else torch.ones(size).double()
+        return cls(size, keys, found, share, layout.lengths(batch, size), layout.is_turned(batch, size))
 
 
 @dataclass(frozen=True)
@@ -129,30 +142,45 @@ class Run:
         is taken to have 64 samples: rather too many rows than too few.
     mask
         As for :meth:`Samples.of`.
+    layout
+        Where samples are in a batch.
 
     Attributes
     ----------
     samples
         Of the whole run; None if unknown.
+
+    Raises
+    ------
+    CalibrationError
+        For a batch without samples; the message has its number.
     """
 
-    def __init__(self, batches: Iterable[Any], mask: Mask = None) -> None:
-        self.mask = mask
-        self.samples = _count(batches)
+    def __init__(self, batches: Iterable[Any], mask: Mask = None, layout: Layout = Layout()) -> None:  # noqa: B008
+        self.mask, self.layout = mask, layout
+        self._seen = 0
         self._mean: float | None = None
         if isinstance(batches, list | tuple) and batches:
-            total = 0.0
-            for batch in batches:
-                size = batch_size(batch)
-                total += float(_lengths(_inputs(batch, size), mask_of(batch, mask, size), size).sum())
-            self._mean = total / max(self.samples or 0, 1)
+            lengths = [self._lengths(batch, number) for number, batch in enumerate(batches)]
+            self.samples: int | None = sum(map(len, lengths))
+            self._mean = float(torch.cat(lengths).sum()) / self.samples
+        else:
+            self.samples = _count(batches)
 
     def see(self, batch: Any) -> Samples:
         """The samples of the next batch."""
-        if self._mean is None:
-            size = batch_size(batch)
-            self._mean = float(_lengths(_inputs(batch, size), mask_of(batch, self.mask, size), size).mean())
-        return Samples.of(batch, self.mask, mean=self._mean)
+        lengths = self._lengths(batch, self._seen) if self._mean is None else None
+        if lengths is not None:
+            self._mean = float(lengths.mean())
+        found = Samples.of(batch, self.mask, mean=self._mean, layout=self.layout)
+        _refuse_empty(found.size, self._seen)
+        self._seen += 1
+        return found
+
+    def _lengths(self, batch: Any, number: int) -> Tensor:
+        size = self.layout.size(batch)
+        _refuse_empty(size, number)
+        return _lengths(self.layout.columns(batch, size), mask_of(batch, self.mask, size), size)
 
     def positions(self, rows: int) -> int:
         """Positions of a sample of mean length that give at least so many rows over the run; one or more."""
@@ -324,8 +352,10 @@ def mean_rows(spec: LayerSpec, shape: tuple[int, ...], samples: Samples) -> floa
 
 def _turned(spec: LayerSpec, shape: tuple[int, ...], samples: Samples) -> bool:
     """Whether the positions come before the samples."""
-    if not spec.is_linear or len(shape) != 3 or shape[1] != samples.size or shape[0] == samples.size:
+    if not spec.is_linear or len(shape) != 3 or shape[1] != samples.size:
         return False
+    if shape[0] == samples.size:
+        return samples.turned
     return bool(shape[0] % samples.size) or shape[0] in samples.lengths
 
 
@@ -355,24 +385,23 @@ def mask_of(batch: Any, mask: Mask, size: int) -> Tensor | None:
     return (found != 0).cpu()
 
 
-def _inputs(batch: Any, size: int) -> list[Tensor]:
-    """The tensors that tell samples apart: those of the inputs, without targets."""
-    if isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor | Mapping | list | tuple):
-        batch = batch[0]
-    return [tensor.detach() for tensor in tensors(batch) if tensor.dim() and tensor.shape[0] == size]
-
-
-def _lengths(inputs: list[Tensor], mask: Tensor | None, size: int) -> Tensor:
+def _lengths(columns: list[list[Tensor]], mask: Tensor | None, size: int) -> Tensor:
     """How long each sample is: tokens that are data, or numbers of its inputs."""
     if mask is not None:
         return mask.sum(1).double()
-    return torch.full((size,), float(sum(tensor[0].numel() for tensor in inputs)) or 1.0, dtype=torch.float64)
+    lengths = torch.zeros(size, dtype=torch.float64)
+    for column in columns:
+        lengths += torch.cat([torch.full((len(part),), float(part[0].numel())) for part in column])
+    return torch.where(lengths > 0, lengths, 1.0)
+
+
+def _refuse_empty(size: int, number: int) -> None:
+    if not size:
+        raise CalibrationError(f"calibration batch {number} is empty: it holds no sample; leave it out")
 
 
 def _count(batches: Any) -> int | None:
     """Samples of the whole run, if anything tells without reading it."""
-    if isinstance(batches, list | tuple):
-        return sum(batch_size(batch) for batch in batches)
     try:
         if isinstance(batches, DataLoader) and not isinstance(batches.dataset, IterableDataset):
             samples = len(batches.sampler) if batches.batch_size is not None else len(batches)  # type: ignore[arg-type]

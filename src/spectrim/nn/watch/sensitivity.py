@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import statistics
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import CalibrationError
+from spectrim.errors import CalibrationError, SpectrimError
 from spectrim.linalg.moments import Moments
 from spectrim.network.layer import LayerSpec
-from spectrim.network.sites import Sites
+from spectrim.network.sites import Layer, Sites
 from spectrim.nn.contiguity import contiguous_where_needed
-from spectrim.nn.watch.batches import checked_batches, output_tensors
+from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.layout import Where
+from spectrim.nn.watch.nesting import begun, checked_batches, output_tensors
 from spectrim.nn.watch.observe import Hook, observe
 from spectrim.nn.watch.patches import outputs_at
 from spectrim.nn.watch.sampling import Mask, Run, Samples, choose, directions
@@ -32,6 +37,7 @@ def sensitivity(
     rows: int | None = None,
     mask: Mask = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    axis: Where = None,
     seed: int = 0,
 ) -> Sites:
     """Weigh every site's output channels by what an error there does to the network's output.
@@ -53,6 +59,8 @@ def sensitivity(
     mask
         Which tokens are data, as for :func:`spectrim.calibrate`: directions are zero at outputs of padding, and its
         gradients count nowhere.
+    axis
+        Where a batch's samples are: what other verbs call ``samples``, which is a number of them here.
 
     Returns
     -------
@@ -64,79 +72,231 @@ def sensitivity(
     CalibrationError
         If no gradient reaches a site, or gradients are NaN or Inf; the message names the layer.
     """
-    checked_batches(batches)
-    run_of = Run(batches, mask)
+    found = _gradients(model, sites, batches, samples, rows, mask, Feed.of(forward, axis), seed)
+    if found.error is not None:
+        raise found.error
+    if found.reason:
+        raise CalibrationError(found.reason)
+    for name, moments in found.moments.items():
+        if not moments.count:
+            raise CalibrationError(
+                f"no gradient reached layer {name!r} in {found.samples} samples: the model's output does not depend on "
+                "it. Skip it, or do without sensitivity."
+            )
+        if not moments.is_finite():
+            raise CalibrationError(f"the gradients that reach layer {name!r} hold NaN or Inf")
+    return _with_gradients(sites, found.moments)
+
+
+def weighed(
+    model: nn.Module,
+    sites: Sites,
+    batches: Iterable[Any],
+    *,
+    samples: int = 512,
+    mask: Mask = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> Sites:
+    """The same as far as gradients can be had; ``notes`` of the sites say where they cannot, and why.
+
+    Errors of layers that none reaches count as if losing a layer's whole response mattered as much as it does, in the
+    median, at the others. Where none reaches any, errors are not weighed at all.
+    """
+    found = _gradients(model, sites, batches, samples, None, mask, Feed.of(forward), 0)
+    usable = {name: m for name, m in found.moments.items() if m.count and m.is_finite() and _total(m) > 0}
+    without = [layer.name for layer in sites if layer.name not in usable]
+    if not without:
+        return _with_gradients(sites, usable)
+    names = ", ".join(map(repr, without[:5])) + (", ..." if len(without) > 5 else "")
+    reason = found.reason or (
+        "no gradient reaches them, or one that is zero or not finite: the way to the output is cut by a layer without "
+        "gradients, no_grad, detach, or a selection"
+    )
+    if not usable:
+        note = f"errors are not weighed by what they do to the model's output: {reason}"
+        return dataclasses.replace(sites, notes=(*sites.notes, note))
+    note = (
+        f"errors of {len(without)} of {len(sites)} layers ({names}) are not weighed by gradients, but as in the "
+        f"median of the others: {reason}"
+    )
+    weights = [_total_weight(layer, usable[layer.name]) for layer in sites if layer.name in usable]
+    typical = statistics.median(weight for weight in weights)
+    assumed = {layer.name: _even(layer, typical) for layer in sites if layer.name in without}
+    return dataclasses.replace(_with_gradients(sites, usable | assumed), notes=(*sites.notes, note))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Moments of gradients by the layer, over so many samples, and why there are none.
+
+    Attributes
+    ----------
+    error
+        What the model raised in its forward pass, which is no fault of gradients if it does so without them too.
+    """
+
+    moments: Mapping[str, Moments] = field(default_factory=dict)
+    samples: int = 0
+    reason: str = ""
+    error: Exception | None = None
+
+
+def _gradients(
+    model: nn.Module, sites: Sites, batches: Iterable[Any], samples: int, rows: int | None, mask: Mask, feed: Feed,
+    seed: int,
+) -> _Found:  # fmt: skip
+    """Run batches forwards and backwards. The model, its gradients and its mode are as before."""
+    layers = [model.get_submodule(layer.name) for layer in sites]
+    first, stream = begun(checked_batches(batches))
+    feed.decide(model, first)
+    run_of = Run(batches, mask, feed.layout)
     if run_of.samples is not None:
         run_of.samples = min(run_of.samples, samples)
-    specs = [layer.spec for layer in sites]
-    held = {s.name: Moments(s.groups, s.out_channels // s.groups, s.device) for s in specs}
-    state: dict[str, Samples] = {}
-    layers = {s.name: model.get_submodule(s.name) for s in specs}
-    hooks = [Hook(layers[s.name], _hook(s, held[s.name], _positions(s, rows, run_of), seed, state)) for s in specs]
+    watch = _Gradients(sites, rows, run_of, seed)
+    hooks = [Hook(layer, watch.hook(spec)) for layer, spec in zip(layers, watch.specs, strict=True)]
     parameters = list(model.parameters())
     before = [(p, p.requires_grad, p.grad) for p in parameters]
     seen = 0
     try:
-        with observe(model, hooks, gradients=True, forward=forward) as run, contiguous_where_needed(model):
+        with observe(model, hooks, gradients=True, forward=feed) as run, contiguous_where_needed(model):
             # Gradients of weights are not asked for, and would take as long as those of what passes.
             for parameter in parameters:
                 parameter.requires_grad_(False)
                 parameter.grad = None
-            for batch in batches:
-                state["batch"] = run_of.see(batch)
-                outputs = [z for z in output_tensors(run(batch)) if z.requires_grad]
-                if not outputs:
-                    raise CalibrationError(
-                        "no gradient reaches the sites: the model's output does not depend on them, or is computed "
-                        "without gradients"
-                    )
-                drawn = [directions(z, state["batch"], seed + number) for number, z in enumerate(outputs)]
-                torch.autograd.backward(outputs, drawn)
-                seen += state["batch"].size
+            for batch in stream:
+                reason, error = watch.see(run, batch)
+                if reason:
+                    return _Found({}, seen, reason, error)
+                seen += watch.samples.size
                 if seen >= samples:
                     break
     finally:
         for parameter, wanted, gradient in before:
             parameter.requires_grad_(wanted)
             parameter.grad = gradient
-    for name, moments in held.items():
-        if not moments.count:
-            raise CalibrationError(
-                f"no gradient reached layer {name!r} in {seen} samples: the model's output does not depend on it. "
-                "Skip it, or do without sensitivity."
-            )
-        if not moments.is_finite():
-            raise CalibrationError(f"the gradients that reach layer {name!r} hold NaN or Inf")
+    return _Found(watch.moments, seen)
+
+
+class _Gradients:
+    """Takes the gradients that reach layers, batch by batch: a batch that fails leaves nothing."""
+
+    def __init__(self, sites: Sites, rows: int | None, run: Run, seed: int) -> None:
+        self.specs = [layer.spec for layer in sites]
+        self.moments = {s.name: Moments(s.groups, s.out_channels // s.groups, s.device) for s in self.specs}
+        self.samples: Samples
+        self._run, self._rows, self._seed = run, rows, seed
+        self._now: dict[str, list[Tensor]] = {}
+        # Writing in place into what backward passes read is rare, and what allows for it is slow.
+        self._mutable = False
+
+    def see(self, run: Callable[[Any], Any], batch: Any) -> tuple[str, Exception | None]:
+        """Add the gradients of a batch, or say why there are none."""
+        self.samples = self._run.see(batch)
+        reason, error = self._tried(run, batch)
+        if not self._mutable and "modified by an inplace operation" in reason:
+            self._mutable = True
+            reason, error = self._tried(run, batch)
+        for name, parts in self._now.items():
+            for part in parts:
+                self.moments[name].update(part)
+        self._now = {}
+        return reason, error
+
+    def _tried(self, run: Callable[[Any], Any], batch: Any) -> tuple[str, Exception | None]:
+        self._now = {}
+        backward = False
+        try:
+            with torch.autograd.graph.allow_mutation_on_saved_tensors() if self._mutable else contextlib.nullcontext():
+                outputs = [z for z in output_tensors(run(batch)) if z.requires_grad]
+                if not outputs:
+                    return (
+                        "no gradient reaches the sites: the model's output does not depend on them, or is computed "
+                        "without gradients"
+                    ), None
+                drawn = [directions(z, self.samples, self._seed + number) for number, z in enumerate(outputs)]
+                backward = True
+                torch.autograd.backward(outputs, drawn)
+        except SpectrimError:
+            raise
+        except Exception as error:  # backward passes run foreign code, which may raise anything
+            self._now = {}
+            told = (str(error).strip().splitlines() or ["without a word"])[0][:200]
+            which = "backward" if backward else "forward"
+            reason = f"with gradients the {which} pass fails with {type(error).__name__}: {told}"
+            return reason, None if backward else error
+        return "", None
+
+    def hook(self, spec: LayerSpec) -> Callable[..., Tensor]:
+        """For a layer, after it has run."""
+
+        def watch(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            shape = tuple((args[0] if args else kwargs["input"]).shape)
+
+            def receive(gradient: Tensor | None) -> None:
+                # A function may give none, which is zero.
+                if gradient is not None:
+                    positions = _positions(spec, self._rows, self._run)
+                    index = choose(spec, shape, positions, self.samples, self._seed).index
+                    self._now.setdefault(spec.name, []).append(outputs_at(spec, gradient.detach(), index).clone())
+
+            if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+                return output
+            # Where no gradient comes by so far, it begins: with a copy, since what begins may not be overwritten.
+            tracked = output
+            if not output.requires_grad:
+                tracked = (output.clone() if output.is_inference() else output.detach()).requires_grad_().clone()
+            # A tensor hook sees the gradient of the value as it is now, even if it is overwritten in place later.
+            tracked.register_hook(receive)
+            return tracked
+
+        return watch
+
+
+def _with_gradients(sites: Sites, moments: Mapping[str, Moments]) -> Sites:
     return dataclasses.replace(
         sites,
         sites=tuple(
-            dataclasses.replace(layer, statistics=dataclasses.replace(layer.statistics, gradient=held[layer.name]))
+            dataclasses.replace(layer, statistics=dataclasses.replace(layer.statistics, gradient=moments[layer.name]))
             for layer in sites
         ),
     )
 
 
+def _total(moments: Moments) -> float:
+    """Mean square of a row."""
+    return float(moments.second_moment.diagonal(dim1=-2, dim2=-1).sum())
+
+
+def _energy(layer: Layer, gradient: Tensor | None = None) -> float:
+    """Energy of a layer's responses about their mean, weighed by a moment ``[g, o, o]`` if there is one."""
+    inputs, outputs = layer.statistics.input, layer.statistics.output
+    g, o, *_ = layer.spec.shape
+    if outputs is not None:
+        covariance = outputs.covariance
+    elif inputs is not None:
+        weight = layer.weight.double().reshape(g, o, -1)
+        covariance = weight @ inputs.covariance.double() @ weight.mT
+    else:
+        return 1.0
+    return float((covariance * (torch.eye(o).to(covariance) if gradient is None else gradient)).sum())
+
+
+def _total_weight(layer: Layer, gradient: Moments) -> float:
+    """How much losing all of a layer's response matters."""
+    return _energy(layer, gradient.second_moment)
+
+
+def _even(layer: Layer, total: float) -> Moments:
+    """Moments of gradients that are alike at all outputs, by which losing the whole response matters so much."""
+    g, o, *_ = layer.spec.shape
+    even = Moments(g, o, layer.weight.device)
+    energy = _energy(layer)
+    size = total / energy if energy > 0 and total > 0 else 1.0
+    even.count = FEWEST
+    even.scatter += torch.eye(o).to(even.scatter) * size * even.count
+    return even
+
+
 def _positions(spec: LayerSpec, rows: int | None, run: Run) -> int:
     """Rows of a sample of mean length."""
     return run.positions(max(FEWEST, FLOOR * spec.out_channels // spec.groups) if rows is None else rows)
-
-
-def _hook(
-    spec: LayerSpec, held: Moments, positions: int, seed: int, state: Mapping[str, Samples]
-) -> Callable[..., Tensor]:
-    def watch(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-        shape = tuple((args[0] if args else kwargs["input"]).shape)
-
-        def receive(gradient: Tensor) -> None:
-            index = choose(spec, shape, positions, state["batch"], seed).index
-            held.update(outputs_at(spec, gradient.detach(), index))
-
-        if not torch.is_grad_enabled():
-            return output
-        # Where no gradient comes by so far, it begins: with a copy, since what begins may not be overwritten in place.
-        tracked = output if output.requires_grad else output.detach().requires_grad_().clone()
-        # A tensor hook sees the gradient of the value as it is now, even if it is overwritten in place later.
-        tracked.register_hook(receive)
-        return tracked
-
-    return watch

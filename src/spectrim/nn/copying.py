@@ -1,0 +1,98 @@
+"""Copies of models, and what stands in their way."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from spectrim.errors import UnsupportedLayerError
+from spectrim.nn.watch.state import ALONE
+
+# How deep attributes of modules are looked into for tensors.
+_DEPTH = 5
+
+
+def copy_model(model: nn.Module) -> nn.Module:
+    """A deep copy. Activations that a model keeps are copied without their graphs, which belong to what was computed.
+
+    Raises
+    ------
+    UnsupportedLayerError
+        If something on the model cannot be copied, such as a lock; the message names the module and the attribute.
+    """
+    with ALONE:
+        return _copied(model, {})
+
+
+def check_copyable(model: nn.Module) -> None:
+    """Raise UnsupportedLayerError if a model cannot be copied, without a copy of its weights."""
+    with ALONE:
+        _copied(model, _shared(model))
+
+
+def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    memo |= {id(tensor): tensor.detach().clone() for tensor in _inside_graphs(model)}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # what copies itself may raise anything
+        where = _culprit(model) or "something on it"
+        told = (str(error).strip().splitlines() or [""])[0][:120]
+        raise UnsupportedLayerError(
+            f"the model cannot be copied: {where} cannot ({type(error).__name__}: {told}). Take it off the model "
+            "meanwhile, make it where it is used, or give its class a __deepcopy__"
+        ) from error
+
+
+def _shared(model: nn.Module) -> dict[int, Any]:
+    return {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+
+
+def _culprit(model: nn.Module) -> str | None:
+    """The first attribute that cannot be copied by itself."""
+    modules = {id(module): module for module in model.modules()}
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key in ("_parameters", "_buffers", "_modules"):
+                continue
+            memo = _shared(model) | modules | {id(t): t for t in _tensors(value, _DEPTH, set())}
+            try:
+                copy.deepcopy(value, memo)
+            except Exception:
+                what = f"hook ({key})" if "hooks" in key else f"attribute {key!r} ({type(value).__name__})"
+                return f"{what} of {f'module {name!r}' if name else 'the model itself'}"
+    return None
+
+
+def _inside_graphs(model: nn.Module) -> Iterator[Tensor]:
+    """Tensors on a model that were computed from others, which torch does not copy."""
+    seen: set[int] = set()
+    for module in model.modules():
+        for value in vars(module).values():
+            for tensor in _tensors(value, _DEPTH, seen):
+                if not tensor.is_leaf:
+                    yield tensor
+
+
+def _tensors(value: Any, depth: int, seen: set[int]) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if not depth or id(value) in seen or isinstance(value, nn.Module | type | str | bytes | int | float):
+        return
+    seen.add(id(value))
+    if isinstance(value, Mapping):
+        inside = list(value.values())
+    elif isinstance(value, list | tuple | set | frozenset):
+        inside = list(value)
+    elif isinstance(value, functools.partial):
+        inside = [*value.args, *value.keywords.values(), value.func]
+    elif hasattr(value, "__self__"):
+        inside = [value.__self__]
+    else:
+        inside = list(vars(value).values()) if hasattr(value, "__dict__") and not callable(value) else []
+    for part in inside:
+        yield from _tensors(part, depth - 1, seen)

@@ -1,0 +1,133 @@
+"""Where the samples of a batch are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from spectrim.errors import CalibrationError
+from spectrim.nn.watch.nesting import is_record, rebuilt, tensors, transformed
+
+Where = int | Callable[[Any], int] | None
+"""Where a batch's samples are: the axis of the inputs that they lie on, or a function that counts those of a batch."""
+
+
+def check_where(samples: Where) -> None:
+    """Raise TypeError or ValueError for what says nothing of samples."""
+    if samples is None or (callable(samples) and not isinstance(samples, type)):
+        return
+    if isinstance(samples, bool) or not isinstance(samples, int):
+        raise TypeError(
+            f"samples is {samples!r}: expected the axis of the inputs that samples lie on, such as 1 for (time, "
+            "samples, features), or a function that counts the samples of a batch"
+        )
+    if samples < 0:
+        raise ValueError(f"samples is {samples}: axes are counted from the front, from 0")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which part of a batch is inputs, and what of them is a sample.
+
+    Attributes
+    ----------
+    axis
+        Of the input tensors, that samples lie on.
+    listed
+        The inputs are a list with an entry for each sample, which may differ in size.
+    whole
+        The batch as it comes is the inputs; else, of a list or tuple, its first element.
+    count
+        Counts the samples of a batch, where a user says how.
+    """
+
+    axis: int = 0
+    listed: bool = False
+    whole: bool = False
+    count: Callable[[Any], int] | None = None
+
+    def inputs(self, batch: Any) -> Any:
+        """The part of a batch that tells samples apart, without targets."""
+        first = batch[0] if isinstance(batch, list | tuple) and batch and not self.whole else None
+        return first if isinstance(first, Tensor | Mapping | list | tuple) or is_record(first) else batch
+
+    def size(self, batch: Any) -> int:
+        """How many samples a batch has.
+
+        Raises
+        ------
+        CalibrationError
+            If nothing in it has the axis that samples lie on.
+        """
+        if self.count is not None:
+            counted = self.count(batch)
+            if isinstance(counted, bool) or not isinstance(counted, int) or counted < 0:
+                raise CalibrationError(f"samples= counted {counted!r} samples of a batch: expected a whole number")
+            return counted
+        if self.listed:
+            return len(self.inputs(batch))
+        for part in (self.inputs(batch), batch):
+            for tensor in tensors(part):
+                if tensor.dim() > self.axis:
+                    return tensor.shape[self.axis]
+        axis = "a batch axis" if not self.axis else f"an axis {self.axis} for its samples (samples={self.axis})"
+        raise CalibrationError(
+            f"a batch of type {type(batch).__name__} holds no tensor with {axis}: pass tensors, or samples=, a "
+            "function that counts the samples of a batch"
+        )
+
+    def axis_of(self, tensor: Tensor, size: int) -> int | None:
+        """The axis of a tensor that so many samples lie on, if there is one."""
+        # Where a user counts, the numbers tell; labels and lengths have their samples in front.
+        axes = (self.axis, 0) if self.count is None else (0, 1)
+        return next((axis for axis in axes if tensor.dim() > axis and tensor.shape[axis] == size), None)
+
+    def columns(self, batch: Any, size: int) -> list[list[Tensor]]:
+        """What tells samples apart: tensors with samples in front, in one piece or one a sample."""
+        inputs = self.inputs(batch)
+        if self.listed and self.count is None:
+            rows = [list(tensors(sample)) for sample in inputs]
+            return [[t.detach().unsqueeze(0) for t in column] for column in zip(*rows, strict=False)]
+        found = [(tensor.detach(), self.axis_of(tensor, size)) for tensor in tensors(inputs)]
+        return [[tensor.movedim(axis, 0)] for tensor, axis in found if axis is not None]
+
+    def lengths(self, batch: Any, size: int) -> frozenset[int]:
+        """Sizes of the axis beside that of the samples."""
+        found = ((tensor, self.axis_of(tensor, size)) for tensor in tensors(self.inputs(batch)))
+        return frozenset(t.shape[1 - axis] for t, axis in found if axis in (0, 1) and t.dim() > 1)
+
+    def is_turned(self, batch: Any, size: int) -> bool:
+        """Whether positions come before samples."""
+        first = next((tensor for tensor in tensors(self.inputs(batch)) if tensor.dim() > 1), None)
+        return first is not None and not self.listed and self.axis_of(first, size) == 1
+
+    def resized(self, batch: Any, size: int) -> Any:
+        """The same batch with its samples repeated or cut to ``size``."""
+        return self.picked(batch, torch.arange(size) % max(self.size(batch), 1))
+
+    def picked(self, batch: Any, index: Int64[Tensor, " n"]) -> Any:
+        """The same batch with some of its samples, by their numbers. What has no sample for each stays whole."""
+        size = self.size(batch)
+        if self.listed:
+            inputs = self.inputs(batch) is batch
+            return _chosen(batch, index, size) if inputs else rebuilt(batch, [_chosen(v, index, size) for v in batch])
+
+        def change(tensor: Tensor) -> Tensor:
+            axis = self.axis_of(tensor, size)
+            return tensor if axis is None else tensor.index_select(axis, index.to(tensor.device))
+
+        return transformed(batch, change)
+
+
+def _chosen(value: Any, index: Tensor, size: int) -> Any:
+    """Some entries of a list with one for each of ``size`` samples, or of a tensor of targets with a row for each."""
+    if isinstance(value, Tensor):
+        return value[index.to(value.device)] if value.dim() and len(value) == size else value
+    if isinstance(value, list | tuple) and len(value) == size and not hasattr(value, "_fields"):
+        return type(value)(value[n] for n in index.tolist())
+    return value

@@ -1,0 +1,161 @@
+"""Batches as nested structures of tensors: gone through, copied, moved, resized."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from spectrim.errors import CalibrationError
+
+
+def checked_batches(batches: Any) -> Any:
+    """What is passed for batches, if one can go through it batch by batch.
+
+    Raises
+    ------
+    CalibrationError
+        For a single tensor or mapping, a dataset that gives samples, or what is no iterable.
+    """
+    if isinstance(batches, Tensor):
+        raise CalibrationError(
+            f"the batches are one tensor of shape {tuple(batches.shape)}: pass a list of batches, such as x.split(64), "
+            "or a DataLoader"
+        )
+    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+        raise CalibrationError(
+            f"the batches are a {type(batches).__name__}, which gives single samples: pass "
+            "DataLoader(dataset, batch_size=64)"
+        )
+    if isinstance(batches, (str, bytes, Mapping)) or not hasattr(type(batches), "__iter__"):
+        raise CalibrationError(
+            f"the batches are a {type(batches).__name__}: expected a list of batches or a DataLoader"
+        )
+    return batches
+
+
+def reads_once(batches: Any) -> bool:
+    """Whether batches can be gone through once only: an iterator, or what gives the same iterator again."""
+    if isinstance(batches, (list, tuple, DataLoader)):
+        return False
+    first = iter(batches)
+    return first is batches or first is iter(batches)
+
+
+def listed(batches: Iterable[Any]) -> list[Any]:
+    """All batches at once; copies, since a loader may fill one and the same tensor again and again."""
+    if isinstance(batches, (list, tuple, DataLoader)):
+        return list(batches)
+    return [copied(batch) for batch in batches]
+
+
+def begun(batches: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
+    """The first batch, before anything is done with it, and all batches.
+
+    Raises
+    ------
+    CalibrationError
+        If there is none.
+    """
+    rest = iter(batches)
+    for first in rest:
+        return first, itertools.chain((first,), rest)
+    raise CalibrationError(
+        "no calibration batches, so no gradient or statistic: the iterable was empty, or was read before and does not "
+        "start over; pass a list"
+    )
+
+
+def is_record(value: Any) -> bool:
+    """Whether a value is a dataclass object, whose fields are parts of a batch."""
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def tensors(batch: Any) -> Iterator[Tensor]:
+    """All tensors in a nested batch, in order."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from tensors(value)
+    elif isinstance(batch, (list, tuple)):
+        for value in batch:
+            yield from tensors(value)
+    elif is_record(batch):
+        for part in dataclasses.fields(batch):
+            yield from tensors(getattr(batch, part.name, None))
+
+
+def transformed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """The same structure with every tensor changed."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {k: transformed(v, change) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return rebuilt(value, [transformed(v, change) for v in value])
+    if is_record(value):
+        other = copy.copy(value)
+        for part in dataclasses.fields(value):
+            # Frozen ones too; what their constructors would do has been done.
+            object.__setattr__(other, part.name, transformed(getattr(value, part.name, None), change))
+        return other
+    return value
+
+
+def copied(batch: Any) -> Any:
+    """A batch whose tensors may be written to."""
+    return transformed(batch, torch.clone)
+
+
+def moved(batch: Any, model: nn.Module) -> Any:
+    """A copy of a batch on a model's device, its floating tensors in the model's dtype if all its parameters have one.
+
+    Always a copy: a model may write into what it is given, and others read the batch after it.
+    """
+    floating = [p for p in model.parameters() if p.is_floating_point()]
+    device = floating[0].device if floating else None
+    kinds = {p.dtype for p in floating}
+    dtype = kinds.pop() if len(kinds) == 1 else None
+
+    def put(tensor: Tensor) -> Tensor:
+        return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None, copy=True)
+
+    return transformed(batch, put)
+
+
+def rebuilt(like: list[Any] | tuple[Any, ...], values: list[Any]) -> Any:
+    """A list, tuple or named tuple of the same type with other values."""
+    return type(like)(*values) if hasattr(like, "_fields") else type(like)(values)
+
+
+def output_tensors(output: Any) -> list[Tensor]:
+    """The tensors a model's output stands for: itself, its ``logits`` if it has any, or all tensors in it."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return [output.logits]
+    found = list(tensors(output))
+    if not found:
+        raise CalibrationError(f"the model's output of type {type(output).__name__} holds no tensor")
+    return found
+
+
+def logits(output: Any) -> Tensor:
+    """The first tensor that a model's output stands for; see :func:`output_tensors`."""
+    return output_tensors(output)[0]
+
+
+def resized(value: Any, size: int) -> Any:
+    """The same structure with every tensor's first axis repeated or cut to ``size``."""
+
+    def change(tensor: Tensor) -> Tensor:
+        return tensor[torch.arange(size) % len(tensor)] if tensor.dim() and len(tensor) else tensor
+
+    return transformed(value, change)

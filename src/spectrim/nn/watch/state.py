@@ -1,0 +1,192 @@
+"""Models left as they were found: their modes, and what they keep on themselves beside their weights.
+
+That is activations, caches, lists of features, counters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.cost.rounds import ALONE as ALONE
+
+# What every module has; slots of passes come and go by themselves.
+_COMMON = frozenset((*vars(nn.Module()), "forward"))
+_GONE = object()
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's mode is restored, one by one.
+
+    Torch's fused transformer kernels are off meanwhile: they pass the layers by, so that hooks would not see them. So
+    are compiled programs, in which hooks have no place. Other threads that want to watch a model wait.
+    """
+    with ALONE:
+        fused = torch.backends.mha.get_fastpath_enabled()
+        modes = [(module, module.training) for model in models for module in model.modules()]
+        try:
+            for model in models:
+                model.eval()
+            torch.backends.mha.set_fastpath_enabled(False)
+            with torch.no_grad(), _eager():
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
+            for module, mode in modes:
+                module.training = mode
+
+
+def _eager() -> contextlib.AbstractContextManager[Any]:
+    """What is compiled runs as it is written. Where nothing is, torch's compiler need not be loaded."""
+    if "torch._dynamo" in sys.modules:
+        return torch.compiler.set_stance("force_eager")
+    return contextlib.nullcontext()
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where something is kept.
+
+    Attributes
+    ----------
+    module
+        Name of the module.
+    buffer
+        Whether it is a buffer, and not another attribute.
+    """
+
+    module: str
+    key: str
+    buffer: bool
+
+    def get(self, model: nn.Module) -> Any:
+        """What is there, if there is anything."""
+        return self._holder(model).get(self.key, _GONE)
+
+    def put(self, model: nn.Module, value: Any) -> None:
+        """Put something there, or take away what is."""
+        holder = self._holder(model)
+        if value is _GONE:
+            holder.pop(self.key, None)
+        else:
+            holder[self.key] = value
+
+    def _holder(self, model: nn.Module) -> dict[str, Any]:
+        owner = model.get_submodule(self.module)
+        return owner._buffers if self.buffer else vars(owner)
+
+
+class State:
+    """What a model keeps, as it is now.
+
+    Parameters
+    ----------
+    model
+        Its attributes and buffers are looked at, and lists, mappings and sets among them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._held = {place: (value, _copy(value), _version(value)) for place, value in _places(model)}
+
+    def changed(self) -> list[Place]:
+        """Where something else is kept by now."""
+        now = dict(_places(self._model))
+        found = [place for place in now if place not in self._held]
+        for place, (value, copy, version) in self._held.items():
+            if now.get(place, _GONE) is not value or not _same(value, copy, version):
+                found.append(place)
+        return found
+
+    def fresh(self, places: Iterable[Place]) -> dict[Place, Any]:
+        """Copies of what was kept at some places."""
+        return {place: _copy(self._held[place][1]) if place in self._held else _GONE for place in places}
+
+    def put_back(self) -> None:
+        """Have the model keep what it did, each object with what was in it; logs, which hold no tensors, go on."""
+        for place in self.changed():
+            value, copy, version = self._held.get(place, (_GONE, None, 0))
+            if _is_log(place.get(self._model)) and (value is _GONE or _is_log(copy)):
+                continue
+            if not _same(value, copy, version):
+                _refill(value, copy)
+            place.put(self._model, value)
+
+
+@contextlib.contextmanager
+def kept(*models: nn.Module) -> Iterator[None]:
+    """Whatever models put on themselves meanwhile is gone afterwards, and what it took the place of is back."""
+    states = [State(model) for model in models]
+    try:
+        yield
+    finally:
+        for state in states:
+            state.put_back()
+
+
+def install(model: nn.Module, values: Mapping[Place, Any]) -> None:
+    """Have a model keep these values."""
+    for place, value in values.items():
+        place.put(model, value)
+
+
+def taken(model: nn.Module, places: Iterable[Place]) -> dict[Place, Any]:
+    """What a model keeps at some places."""
+    return {place: place.get(model) for place in places}
+
+
+def _places(model: nn.Module) -> Iterator[tuple[Place, Any]]:
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if key not in _COMMON:
+                yield Place(name, key, buffer=False), value
+        for key, value in module._buffers.items():
+            yield Place(name, key, buffer=True), value
+
+
+def _is_log(value: Any) -> bool:
+    """Whether something is a list or mapping without tensors, as a user's own records are."""
+    if not isinstance(value, list | dict | set | deque):
+        return False
+    return not any(isinstance(part, Tensor) for part in (value.values() if isinstance(value, dict) else value))
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return value.copy() if isinstance(value, list | dict | set | deque) else value
+
+
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+
+
+def _same(value: Any, copy: Any, version: int) -> bool:
+    """Whether an object still has in it what it had."""
+    if isinstance(value, Tensor):
+        return _version(value) == version
+    if isinstance(value, list | deque):
+        return len(value) == len(copy) and all(a is b for a, b in zip(value, copy, strict=True))
+    if isinstance(value, dict):
+        return len(value) == len(copy) and all(k in copy and copy[k] is v for k, v in value.items())
+    return not isinstance(value, set) or value == copy
+
+
+def _refill(value: Any, copy: Any) -> None:
+    if isinstance(value, Tensor):
+        with torch.no_grad():
+            value.detach().copy_(copy)
+    elif isinstance(value, list | deque):
+        value.clear()
+        value.extend(copy)
+    elif isinstance(value, dict | set):
+        value.clear()
+        value.update(copy)
