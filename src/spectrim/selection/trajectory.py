@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from spectrim.errors import PlanError
@@ -102,9 +102,15 @@ class Trajectory:
         if len(text) > LARGEST:
             raise PlanError(f"not a trajectory of ranks: more than {LARGEST:,} characters")
         try:
-            return msgspec.json.decode(text, type=cls)
+            raw = msgspec.json.decode(text)
+            found = msgspec.convert(raw, cls)
         except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
             raise PlanError(f"not a trajectory of ranks: {error}") from error
+        for record, known in [(raw, cls), *((each, Record) for each in raw.get("records", ()))]:
+            unknown = sorted(set(record) - {each.name for each in fields(known)})
+            if unknown:
+                raise PlanError(f"not a trajectory of ranks: it has no field {unknown[0]!r}")
+        return found
 
     def write(self, path: str | Path) -> None:
         """Write the text, whole or not at all.
