@@ -22,6 +22,7 @@ from spectrim.nn.build import build, skeleton
 from spectrim.nn.channels.removal import Removal
 from spectrim.nn.modules import Factored
 from spectrim.nn.proof import Expected, check_copy, prove
+from spectrim.nn.shipping import carry
 from spectrim.nn.standing import Traits
 from spectrim.nn.surgery import reestimate_batchnorm, replace_module
 from spectrim.nn.watch.batches import Feed
@@ -186,6 +187,7 @@ def carry_out(
     if batches is not None and (not work.follows if batchnorm is None else batchnorm):
         reestimate_batchnorm(removal.model, batches, forward=feed)
     Traits.of(model).give(removal.model)
+    carry(removal.model, plan)
     names = [step.layer.name for step in steps] if work.split.samples else []
     unseen = tuple(name for name in names if name not in work.reached)
     notes = () if first is None else tuple(prove(model, removal.model, expected, first, forward=feed))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from spectrim.network.sites import Sites
 from spectrim.nn.build import skeleton
 from spectrim.nn.channels.narrow import add_bias, reshape
 from spectrim.nn.find import describe, find
+from spectrim.nn.shipping import carry
 from spectrim.nn.sparse.layers import Slim
 from spectrim.nn.sparse.packed import masked_layers, packed_mask, read_mask, read_weight, values_inside
 from spectrim.nn.standing import Traits
@@ -90,9 +91,8 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         another architecture; the message names the first layer or tensor that does not fit.
     """
     tensors, plan, shared, packed = _read(Path(path))
-    sites, traits = find(model), Traits.of(model)
-    _narrow(model, plan, tensors, path)
-    _rebuild(model, sites, plan, path)
+    traits = Traits.of(model)
+    rebuild(model, plan, tensors, path)
     _unpack(model, tensors, packed, path)
     state = model.state_dict()
     for name, source in shared.items():
@@ -104,7 +104,28 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     _check_channels(model, tensors, path)
     model.load_state_dict(tensors)
     traits.give(model)
+    carry(model, plan)
     return model
+
+
+def rebuild(model: nn.Module, plan: Plan, names: Container[str], path: str | Path) -> None:
+    """Give a dense model the layers and shapes of a plan, in place; their values are to be loaded.
+
+    Parameters
+    ----------
+    names
+        Of the tensors that will be loaded.
+    path
+        Where the plan stands, for messages.
+
+    Raises
+    ------
+    CheckpointError
+        If the plan does not fit the model; the message names the first layer that does not.
+    """
+    sites = find(model)
+    _narrow(model, plan, names, path)
+    _rebuild(model, sites, plan, path)
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -186,7 +207,7 @@ def _is_pair(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and all(isinstance(name, str) for name in value)
 
 
-def _narrow(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], path: str | Path) -> None:
+def _narrow(model: nn.Module, plan: Plan, names: Container[str], path: str | Path) -> None:
     """Give modules the shapes that a removal of channels left."""
     lost: dict[tuple[str, str], int] = {}
     try:
@@ -198,7 +219,7 @@ def _narrow(model: nn.Module, plan: Plan, tensors: Mapping[str, Tensor], path: s
             if count:
                 reshape(model, name, axis, count)
         for name, axis in lost:
-            if axis == IN and f"{name}.bias" in tensors:
+            if axis == IN and f"{name}.bias" in names:
                 add_bias(model.get_submodule(name), name)
     except (PlanError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: {error}") from error

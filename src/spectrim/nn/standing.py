@@ -85,6 +85,8 @@ class WholeWeight(Tensor):
 
     layer: StandIn
     differentiable: bool
+    # transformers leaves alone what says so when it fills the weights that a file did not have.
+    _is_hf_initialized = True
 
     @staticmethod
     def __new__(cls, layer: StandIn, *, differentiable: bool = True) -> WholeWeight:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from spectrim.errors import PlanError
 from spectrim.nn.copying import copy_model
 from spectrim.nn.modules import dense_layer
+from spectrim.nn.shipping import declare_ties
 from spectrim.nn.sparse.packed import masked_layers, stored_bytes
 from spectrim.nn.standing import StandIn, Traits, fits, take_over
 from spectrim.nn.watch.batches import Feed
@@ -76,6 +77,7 @@ def merge(model: nn.Module) -> nn.Module:
     for layer, names in reversed(found.items()):
         replace_module(merged, names, dense_layer(layer))
     traits.give(merged)
+    declare_ties(merged)
     return merged
 
 

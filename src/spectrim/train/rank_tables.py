@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 from spectrim.cost.counted import known
-from spectrim.linalg.unfold import unfoldings
 from spectrim.methods import JointSVD, Method, WeightSVD
 from spectrim.methods.base import full_rank
 from spectrim.network.choices import Choice, ZeroChoice
@@ -85,4 +84,4 @@ def rank(choice: Choice, otherwise: int) -> int:
 
 def full(spec: LayerSpec) -> int:
     """Full rank of a layer, the largest over its unfoldings."""
-    return max(full_rank(spec, how) for how in unfoldings(spec.kernel))
+    return max(full_rank(spec, how) for how in WeightSVD().offered(spec))

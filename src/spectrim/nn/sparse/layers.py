@@ -95,6 +95,18 @@ class Masked(StandIn):
             packed = self._packed = Packed.of(self._kernel, weight, self.mask, product)
         return packed
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Read weight and mask also as files hold them."""
+        from spectrim.nn.sparse.packed import opened_state
+
+        *_, errors = others
+        try:
+            opened_state(self, state_dict, f"{prefix}layer.weight", f"{prefix}mask")
+        except (ValueError, RuntimeError) as error:
+            errors.append(f"{prefix}mask: {error}")
+            return
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and files are without what is packed."""
         return {**self.__dict__, "_packed": None}

@@ -20,9 +20,12 @@ def masked_layers(model: nn.Module) -> Iterator[tuple[str, str, Masked]]:
             yield f"{prefix}layer.weight", f"{prefix}mask", module
 
 
-def values_inside(layer: Masked) -> Tensor:
-    """The weight's entries inside the mask, ``[kept * entries]``: unit after unit in the order of the pattern."""
-    weight, _ = canonical(layer.layer)
+def values_inside(layer: Masked, weight: Tensor | None = None) -> Tensor:
+    """The weight's entries inside the mask, ``[kept * entries]``: unit after unit in the order of the pattern.
+
+    Another ``weight`` in the layout of the layer's can take the place of the layer's own.
+    """
+    weight = canonical(layer.layer)[0] if weight is None else laid_open(weight, layer.original)
     return _rows(layer, weight)[_units(layer)].reshape(-1)
 
 
@@ -102,6 +105,19 @@ def read_weight(layer: Masked, mask: Tensor, values: Tensor) -> Tensor:
     rows = torch.zeros(pools * count, entries, dtype=weight.dtype)
     rows[units] = values.to(weight.dtype).reshape(-1, entries)
     return laid_out(layer.pattern.close(rows.reshape(pools, count, entries), shape), layer.original)
+
+
+def opened_state(layer: Masked, state: dict[str, Tensor], weight: str, mask: str) -> None:
+    """Put a whole weight and mask in place of packed ones in a state, if it has such.
+
+    Raises
+    ------
+    ValueError
+        As :func:`read_mask` and :func:`read_weight`.
+    """
+    if weight in state and mask in state and state[mask].dtype == torch.uint8:
+        state[mask] = read_mask(layer, state[mask])
+        state[weight] = read_weight(layer, state[mask], state[weight])
 
 
 def _units(layer: Masked) -> Tensor:

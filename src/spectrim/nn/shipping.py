@@ -1,0 +1,243 @@
+"""What a compressed model of transformers takes along, so that its own ``save_pretrained`` writes all of it.
+
+transformers saves a model as its configuration and its tensors, and builds it again from the configuration alone. So
+the plan goes into the configuration, tensors that layers share are declared, and sparse weights are packed, as in the
+files of :mod:`spectrim.nn.checkpoint`. What reads it again is :mod:`spectrim.hf`. Nothing here imports transformers.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from spectrim.errors import CheckpointError
+from spectrim.network.choices import ChannelsChoice, SumChoice
+from spectrim.network.coupling import IN
+from spectrim.nn.sparse.layers import Masked
+from spectrim.nn.sparse.packed import masked_layers, packed_mask, values_inside
+from spectrim.nn.standing import LAYERS, StandIn
+from spectrim.selection.plan import Entry, Plan
+
+METHOD = "spectrim"
+FORMAT_VERSION = "1"
+_TIED = "_tied_weights_keys"
+NEEDS = (
+    "this model was compressed by Spectrim, which builds its layers: pip install spectrim, and write "
+    "`import spectrim.hf` before from_pretrained"
+)
+"""Stands in the configuration where the name of the weights may, which transformers quotes when it cannot use it."""
+
+
+def carry(model: nn.Module, plan: Plan) -> None:
+    """Have a model of transformers, and those inside of a model, save the plan that was carried out on it, in place.
+
+    Other modules stay as they are, and what an earlier plan left is saved as well.
+    """
+    kind = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    for name, module in model.named_modules():
+        if kind is not None and isinstance(module, kind):
+            before = vars(module).get("save_pretrained")
+            plans = before.plans if isinstance(before, Saver) else ()
+            bare = before.bare if isinstance(before, Saver) else frozenset()
+            own = moved(plan, _inside(f"{name}.") if name else str)
+            vars(module)["save_pretrained"] = Saver(module, (*plans, own), bare | _without_bias(module))
+    declare_ties(model)
+
+
+@dataclass(frozen=True, eq=False)
+class Saver:
+    """Stands as ``save_pretrained`` of a compressed model, and takes what that does.
+
+    Attributes
+    ----------
+    model
+        Of transformers.
+    plans
+        Carried out on it, in order.
+    bare
+        Layers that had no bias when they were replaced.
+    """
+
+    model: Any
+    plans: tuple[Plan, ...]
+    bare: frozenset[str]
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Save the model with its plans.
+
+        Raises
+        ------
+        CheckpointError
+            If a compressed layer is in no plan, or a mask does not have the density of its plan; nothing is written.
+        """
+        model, kind = self.model, type(self.model)
+        record = self.record()
+        # With adapters of its own loaded, a model saves those alone.
+        if record is None or getattr(model, "_hf_peft_config_loaded", False):
+            return kind.save_pretrained(model, *args, **options)
+        call = inspect.signature(kind.save_pretrained).bind(model, *args, **options)
+        state = call.arguments.get("state_dict")
+        call.arguments["state_dict"] = self._packed(dict(model.state_dict() if state is None else state))
+        config, model.config = model.config, _shipped(model.config, record)
+        try:
+            return kind.save_pretrained(*call.args, **call.kwargs)
+        finally:
+            model.config = config
+
+    def record(self) -> dict[str, Any] | None:
+        """What the configuration says of the compression; None where nothing is left of it, as after merging."""
+        plans = [replace(plan, entries=tuple(filter(self._stands, plan))) for plan in self.plans]
+        plans = [plan for plan in plans if plan.entries]
+        biases = sorted({*self._spare_biases(), *self._biases_of_channels(plans)})
+        self._check_planned(plans)
+        if not plans and not biases:
+            return None
+        return {
+            "quant_method": METHOD,
+            "format_version": FORMAT_VERSION,
+            "plans": [json.loads(plan.to_json()) for plan in plans],
+            "biases": biases,
+        }
+
+    def _stands(self, entry: Entry) -> bool:
+        """Whether the model is as an entry made it: channels stay away, and layers may have been merged."""
+        if isinstance(entry.choice, ChannelsChoice):
+            return True
+        return not entry.choice.is_dense and any(isinstance(module_of(self.model, s), StandIn) for s in entry.sites)
+
+    def _spare_biases(self) -> Iterator[str]:
+        """Plain layers that got a bias and stand for themselves again."""
+        for name in self.bare:
+            module = module_of(self.model, name)
+            if isinstance(module, LAYERS) and not isinstance(module, StandIn) and module.bias is not None:
+                yield name
+
+    def _biases_of_channels(self, plans: Sequence[Plan]) -> Iterator[str]:
+        """Layers that may have got one with the mean of channels that went."""
+        choices = [entry.choice for plan in plans for entry in plan]
+        for choice in (choice for choice in choices if isinstance(choice, ChannelsChoice)):
+            for place in choice.sides:
+                if place.axis == IN and getattr(module_of(self.model, place.module), "bias", None) is not None:
+                    yield place.module
+
+    def _check_planned(self, plans: Sequence[Plan]) -> None:
+        planned = {site for plan in plans for entry in plan for site in entry.sites}
+        inside: set[nn.Module] = set()
+        for name, module in self.model.named_modules():
+            if name in planned:
+                inside.update(module.modules())
+            if isinstance(module, StandIn) and module not in inside:
+                raise CheckpointError(
+                    f"layer {name!r} of the {type(self.model).__name__} was compressed together with layers outside of "
+                    "it, or by other means than a plan, so it cannot be saved alone: save the whole model, or save "
+                    "spectrim.merge(model)"
+                )
+
+    def _packed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The state with sparse weights as files hold them."""
+        densities = {layer: density for plan in self.plans for layer, density in _sparse_parts(self.model, plan)}
+        for weight, mask, layer in masked_layers(self.model):
+            if weight in state and mask in state:
+                try:
+                    state[mask] = packed_mask(layer, densities.get(layer))
+                except ValueError as error:
+                    raise CheckpointError(f"tensor {mask!r} cannot be packed: {error}") from error
+                state[weight] = values_inside(layer, state[weight])
+        return state
+
+
+def _shipped(config: Any, record: Mapping[str, Any]) -> Any:
+    """A configuration that is written with what the model's layers need."""
+    shipped = copy.copy(config)
+    shipped.__class__ = type(type(config).__name__, (_Shipped, type(config)), {"record": record})
+    return shipped
+
+
+class _Shipped:
+    """Of a configuration, while it is written. The weights' name is taken away again by what reads the record."""
+
+    record: Mapping[str, Any]
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        written = super().to_diff_dict()  # type: ignore[misc]
+        return {**written, "quantization_config": dict(self.record), "transformers_weights": NEEDS}
+
+
+def declare_ties(model: nn.Module) -> None:
+    """Tell transformers which tensors compressed layers share, of which a file holds one; and no longer, once merged.
+
+    What loads reads it of the model, which is told in full, and what saves of the layers, all but the first.
+    """
+    ties: dict[str, str] = {}
+    first: dict[Tensor, str] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LAYERS):
+            vars(module).pop(_TIED, None)
+        if isinstance(module, StandIn):
+            for local, tensor in module.named_parameters(remove_duplicate=False):
+                source = first.setdefault(tensor, f"{name}.{local}")
+                if source != f"{name}.{local}":
+                    ties[f"{name}.{local}"] = source
+                    vars(module).setdefault(_TIED, {})[local] = source
+    for name, module in model.named_modules():
+        told = vars(module).get("all_tied_weights_keys")
+        if told is not None:
+            names = {n for n, _ in module.named_parameters(remove_duplicate=False)}
+            prefix = f"{name}." if name else ""
+            pairs = [(target.removeprefix(prefix), source.removeprefix(prefix)) for target, source in ties.items()]
+            known = {target: source for target, source in told.items() if target in names}
+            vars(module)["all_tied_weights_keys"] = {**dict(p for p in pairs if names.issuperset(p)), **known}
+
+
+def _sparse_parts(model: nn.Module, plan: Plan) -> Iterator[tuple[Masked, float]]:
+    """Layers with a mask that a plan led to, and the density of each."""
+    for entry in plan:
+        if isinstance(entry.choice, SumChoice):
+            site = module_of(model, entry.site)
+            for module in () if site is None else site.modules():
+                if isinstance(module, Masked):
+                    yield module, entry.choice.density
+
+
+def moved(plan: Plan, rename: Callable[[str], str | None]) -> Plan:
+    """The entries of a plan whose modules all have a new name, with these."""
+    return replace(plan, entries=tuple(e for e in (_moved(entry, rename) for entry in plan) if e is not None))
+
+
+def _moved(entry: Entry, rename: Callable[[str], str | None]) -> Entry | None:
+    names = {name: rename(name) for name in changed(entry)}
+    if None in names.values():
+        return None
+    new = {name: str(renamed) for name, renamed in names.items()}
+    if isinstance(entry.choice, ChannelsChoice):
+        sides = tuple(replace(place, module=new[place.module]) for place in entry.choice.sides)
+        return replace(entry, choice=replace(entry.choice, sides=sides))
+    members = tuple(new[site] for site in entry.members)
+    return replace(entry, members=members, site=entry.site if members else new[entry.site])
+
+
+def changed(entry: Entry) -> tuple[str, ...]:
+    """Names of what an entry changes."""
+    return tuple(p.module for p in entry.choice.sides) if isinstance(entry.choice, ChannelsChoice) else entry.sites
+
+
+def _inside(prefix: str) -> Callable[[str], str | None]:
+    return lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None
+
+
+def _without_bias(model: nn.Module) -> frozenset[str]:
+    return frozenset(name for name, m in model.named_modules() if isinstance(m, StandIn) and not m.original.bias)
+
+
+def module_of(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None

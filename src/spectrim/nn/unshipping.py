@@ -1,0 +1,163 @@
+"""A compressed model of transformers from its configuration: layers before the weights are loaded, and after."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectrim.errors import CheckpointError, PlanError
+from spectrim.nn.channels.narrow import add_bias
+from spectrim.nn.checkpoint import rebuild
+from spectrim.nn.shipping import FORMAT_VERSION, carry, changed, declare_ties, module_of, moved
+from spectrim.nn.sparse.layers import Masked
+from spectrim.nn.sparse.packed import masked_layers, read_mask, read_weight, stored_bytes
+from spectrim.nn.standing import StandIn
+from spectrim.selection.plan import Plan
+
+PLACE = "quantization_config of config.json"
+
+
+@dataclass(frozen=True)
+class Unshipping:
+    """What a configuration says of the compression of its model (:meth:`spectrim.nn.shipping.Saver.record`).
+
+    Attributes
+    ----------
+    plans
+        To be carried out, in order.
+    biases
+        Layers with a bias that the architecture has none for.
+    """
+
+    plans: tuple[Plan, ...]
+    biases: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> Unshipping:
+        """Read a record.
+
+        Raises
+        ------
+        CheckpointError
+            If it is none of a version that this library reads, or its plans are none.
+        """
+        version, plans, biases = (record.get(name) for name in ("format_version", "plans", "biases"))
+        if version != FORMAT_VERSION:
+            raise CheckpointError(f"{PLACE}: format version {version!r}; this library reads {FORMAT_VERSION!r}")
+        if not isinstance(plans, list) or not isinstance(biases, list) or not all(isinstance(b, str) for b in biases):
+            raise CheckpointError(f"{PLACE}: plans and biases are not a list of plans and a list of names")
+        try:
+            return cls(tuple(Plan.from_json(json.dumps(plan)) for plan in plans), tuple(biases))
+        except PlanError as error:
+            raise CheckpointError(f"{PLACE}: {error}") from error
+
+    def fitting(self, model: Any) -> Unshipping:
+        """The same with the names that a model has for its layers.
+
+        A model with a head holds the one without under a name of its own, and transformers loads either from the other.
+        """
+        names = [name for plan in self.plans for entry in plan for name in changed(entry)]
+        rename = _renaming(model, [*names, *self.biases])
+        biases = filter(None, map(rename, self.biases))
+        return Unshipping(tuple(moved(plan, rename) for plan in self.plans), tuple(biases))
+
+    def build(self, model: nn.Module) -> list[tuple[Masked, Tensor]]:
+        """Give a dense model on the meta device the layers of the plans, in place, sparse weights as files hold them.
+
+        Returns
+        -------
+        list of tuple
+            Layers with a mask, and a mask for each that keeps as many entries as it will.
+
+        Raises
+        ------
+        CheckpointError
+            If a plan does not fit the model; the message names the first layer that does not.
+        """
+        biased = {f"{name}.bias" for name in self.biases}
+        modules = []
+        with torch.device("cpu"):
+            for plan in self.plans:
+                modules += [_on_cpu(module_of(model, name)) for entry in plan for name in changed(entry)]
+                rebuild(model, plan, biased, PLACE)
+            for name in self.biases:
+                module = module_of(model, name)
+                if not isinstance(module, StandIn):
+                    _add_bias(module, name)
+        masks = [(layer, layer.mask) for _, _, layer in masked_layers(model)]
+        sizes = [stored_bytes(layer) for layer, _ in masks]
+        declare_ties(model)
+        for module in filter(None, modules):
+            module.to("meta")
+        for (layer, _), (values, positions) in zip(masks, sizes, strict=True):
+            weight: Any = layer.layer.weight
+            layer.layer.weight = nn.Parameter(weight.new_empty(values // weight.element_size()))
+            layer.mask = layer.mask.new_empty(positions, dtype=torch.uint8)
+        return masks
+
+    def fill(self, model: nn.Module, masks: Sequence[tuple[Masked, Tensor]]) -> None:
+        """Open sparse weights after loading.
+
+        Parameters
+        ----------
+        masks
+            From :meth:`build`.
+
+        Raises
+        ------
+        CheckpointError
+            If files lacked tensors of compressed layers, or what is packed cannot be opened.
+        """
+        missing = [
+            f"{name}.{local}"
+            for name, module in model.named_modules()
+            if isinstance(module, StandIn)
+            for local, tensor in [*module.named_parameters(), *module.named_buffers()]
+            if not getattr(tensor, "_is_hf_initialized", False)
+        ]
+        if missing:
+            raise CheckpointError(
+                f"the files of the weights lack {len(missing)} tensors of compressed layers, first {missing[0]!r}: "
+                "they are not those that were saved with this config.json"
+            )
+        for layer, kept in masks:
+            values: Any = layer.layer.weight
+            positions, layer.mask = layer.mask, kept
+            try:
+                mask = read_mask(layer, positions.cpu())
+                weight = read_weight(layer, mask, values.detach().cpu())
+            except (ValueError, RuntimeError) as error:
+                raise CheckpointError(
+                    f"the sparse weight of {layer.original.name!r} cannot be read: {error}"
+                ) from error
+            layer.layer.weight = nn.Parameter(weight.to(values.device))
+            layer.mask = mask.to(values.device)
+        for plan in self.plans:
+            carry(model, plan)
+
+
+def _on_cpu(module: nn.Module | None) -> nn.Module | None:
+    """Of a module on the meta device: what has no values is no site."""
+    return module if module is None else module.to_empty(device="cpu")
+
+
+def _add_bias(module: nn.Module | None, name: str) -> None:
+    try:
+        add_bias(module, name)
+    except PlanError as error:
+        raise CheckpointError(f"{PLACE}: {error}") from error
+
+
+def _renaming(model: Any, names: Sequence[str]) -> Callable[[str], str | None]:
+    prefix = f"{model.base_model_prefix}."
+    if any(module_of(model, name) is not None for name in names):
+        return str
+    if hasattr(model, model.base_model_prefix):
+        return prefix.__add__
+    # Layers of the head stay behind.
+    return lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None

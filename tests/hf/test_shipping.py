@@ -1,0 +1,241 @@
+"""Compressed models of transformers are saved and loaded by transformers."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import spectrim as st
+from spectrim.nn.checkpoint import same_weights
+
+pytest.importorskip("transformers")
+
+import spectrim.hf  # noqa: I001
+from tests.hf.nets import BUDGETS, METHODS, NAMES, compressed, inputs, logits, make
+from transformers import AutoConfig, AutoModel, BertForSequenceClassification, BertModel
+
+
+def again(model: Any, folder: Path, **options: Any) -> Any:
+    """Saved and loaded."""
+    model.save_pretrained(folder, **options)
+    return type(model).from_pretrained(folder)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_and_loaded_it_is_the_same_bit_for_bit(name: str, budget: str, tmp_path: Path) -> None:
+    small, plan = compressed(name, budget)
+    assert any(not entry.choice.is_dense for entry in plan)
+    back = again(small, tmp_path / "one", max_shard_size="20KB")
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) > 1
+    assert same_weights(back, small)
+    # Shared tensors are one again, so that they are counted and trained once.
+    assert sum(p.numel() for p in back.parameters()) == sum(p.numel() for p in small.parameters())
+    assert torch.equal(logits(back, name), logits(small, name))
+    assert torch.equal(logits(again(back, tmp_path / "two"), name), logits(small, name))
+    # It is an ordinary model: not quantised, cast as any other.
+    assert not hasattr(back.config, "quantization_config")
+    assert back.half().dtype == torch.float16
+
+
+def test_files_hold_the_bytes_of_the_plan(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    for budget in BUDGETS:
+        small, plan = compressed("llama", budget)
+        small.save_pretrained(tmp_path / budget)
+        stored = load_file(tmp_path / budget / "model.safetensors").values()
+        # Buffers of positions are in no file.
+        others = small.model.rotary_emb.buffers()
+        assert sum(t.numel() * t.element_size() for t in [*stored, *others]) == plan.costs["bytes"]
+
+
+def test_the_plan_lies_in_the_configuration(tmp_path: Path) -> None:
+    small, plan = compressed("bert", "macs")
+    small.save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert record["quant_method"] == "spectrim"
+    (read,) = [st.Plan.from_json(json.dumps(text)) for text in record["plans"]]
+    kept = [entry for entry in plan if not entry.choice.is_dense]
+    assert list(read.entries) == kept
+    # The model's own configuration stays that of its architecture.
+    assert not hasattr(small.config, "quantization_config")
+    assert logits(type(small)(small.config).eval(), "bert").shape == logits(small, "bert").shape
+
+
+def test_without_spectrim_loading_fails_with_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.quantizers import auto
+
+    small, _ = compressed("llama", "macs")
+    small.save_pretrained(tmp_path)
+    # As if spectrim.hf had not been imported.
+    monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "spectrim")
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "spectrim")
+    with pytest.raises(ValueError, match=r"compressed by Spectrim.*import spectrim\.hf"):
+        type(small).from_pretrained(tmp_path)
+
+
+def test_a_dense_model_is_saved_as_ever(tmp_path: Path) -> None:
+    model = make("llama")
+    model.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_automatic_classes_find_it(tmp_path: Path) -> None:
+    small, _ = compressed("llama", "parameters")
+    small.save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).model_type == "llama"
+    back = AutoModel.from_pretrained(tmp_path)
+    with torch.no_grad():
+        want, got = (m(**inputs("llama")).last_hidden_state for m in (small.model, back))
+    assert torch.equal(got, want)
+
+
+def test_without_its_head_and_with_a_new_one(tmp_path: Path) -> None:
+    small, _ = compressed("bert", "bytes")
+    small.save_pretrained(tmp_path / "whole")
+    small.bert.save_pretrained(tmp_path / "part")
+    with torch.no_grad():
+        want = small.bert(**inputs("bert")).last_hidden_state
+        for folder in ("whole", "part"):
+            assert torch.equal(BertModel.from_pretrained(tmp_path / folder)(**inputs("bert")).last_hidden_state, want)
+    head = BertForSequenceClassification.from_pretrained(tmp_path / "part", num_labels=3)
+    with torch.no_grad():
+        assert torch.equal(head.bert(**inputs("bert")).last_hidden_state, want)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner, self.last = inner, nn.Linear(64, 16)
+
+    def forward(self, **given: Any) -> Any:
+        return self.last(self.inner(**given).logits)
+
+
+def test_a_model_inside_of_another_module(tmp_path: Path) -> None:
+    net = Wrapped(make("llama"))
+    sites = st.find(net)
+    plan = st.select(st.tabulate(sites, [st.WeightSVD()]), st.Budget(parameters=0.8))
+    small: Any = st.apply(net, sites, plan)
+    assert torch.equal(logits(again(small.inner, tmp_path), "llama"), logits(small.inner, "llama"))
+
+
+def test_a_part_whose_factors_lie_outside_is_refused(tmp_path: Path) -> None:
+    model = make("t5")
+    sites = st.group(
+        st.find(model), {"both": ["encoder.block.0.layer.0.SelfAttention.q", "decoder.block.0.layer.0.SelfAttention.q"]}
+    )
+    plan = st.select(st.tabulate(sites, [st.JointSVD("left")]), st.Budget(parameters=0.97))
+    small: Any = st.apply(model, sites, plan)
+    assert torch.equal(logits(again(small, tmp_path / "whole"), "t5"), logits(small, "t5"))
+    with pytest.raises(st.CheckpointError, match=r"layer 'block.0.layer.0.SelfAttention.q'.*save the whole model"):
+        small.encoder.save_pretrained(tmp_path / "part")
+    assert not (tmp_path / "part").exists()
+
+
+def test_compressed_twice(tmp_path: Path) -> None:
+    small, _ = compressed("llama", "macs")
+    sites = st.find(small, only="*.0.*proj.*")
+    plan = st.select(st.tabulate(sites, METHODS["bytes"]), st.Budget(bytes=0.93))
+    twice: Any = st.apply(small, sites, plan)
+    assert any(entry.site.endswith(("proj.0", "proj.1")) for entry in plan if not entry.choice.is_dense)
+    assert torch.equal(logits(again(twice, tmp_path), "llama"), logits(twice, "llama"))
+    assert torch.equal(logits(again(small, tmp_path), "llama"), logits(small, "llama"))
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_copies_and_pickles_save_themselves(budget: str, tmp_path: Path) -> None:
+    small, _ = compressed("llama", budget)
+    buffer = io.BytesIO()
+    torch.save(small, buffer)
+    buffer.seek(0)
+    for number, other in enumerate((copy.deepcopy(small), torch.load(buffer, weights_only=False))):
+        with torch.no_grad():
+            other.model.norm.weight.mul_(2)
+        assert torch.equal(logits(again(other, tmp_path / str(number)), "llama"), logits(other, "llama"))
+        assert not torch.equal(logits(other, "llama"), logits(small, "llama"))
+
+
+def test_a_state_that_is_given_is_what_is_saved(tmp_path: Path) -> None:
+    small, _ = compressed("llama", "bytes")
+    state = {name: t * 2 if t.is_floating_point() else t for name, t in small.state_dict().items()}
+    small.save_pretrained(tmp_path, state_dict=state)
+    back = type(small).from_pretrained(tmp_path)
+    assert all(torch.equal(t, state[name]) for name, t in back.state_dict().items())
+
+
+def test_from_spectrims_own_file(tmp_path: Path) -> None:
+    small, plan = compressed("llama", "bytes")
+    st.save(small, plan, tmp_path / "small.safetensors")
+    loaded: Any = st.load(make("llama"), tmp_path / "small.safetensors")
+    assert torch.equal(logits(again(loaded, tmp_path / "folder"), "llama"), logits(small, "llama"))
+
+
+def test_other_dtypes(tmp_path: Path) -> None:
+    small, _ = compressed("llama", "bytes")
+    small = small.to(torch.bfloat16)
+    small.save_pretrained(tmp_path)
+    back = type(small).from_pretrained(tmp_path, dtype="auto")
+    assert back.dtype == torch.bfloat16
+    assert same_weights(back, small)
+
+
+def merged(name: str) -> tuple[Any, Any]:
+    """A merged model whose layers have got biases, and what it came from."""
+    model = make(name)
+    sites = st.calibrate(model, st.find(model), [inputs(name, seed) for seed in range(4)])
+    plan = st.select(st.tabulate(sites, [st.ActivationSVD()]), st.Budget(macs=0.75))
+    return st.merge(st.apply(model, sites, plan)), model
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_merging_loses_no_bias_on_the_way(name: str, tmp_path: Path) -> None:
+    dense, model = merged(name)
+    spare = dense.state_dict().keys() - model.state_dict().keys()
+    assert bool(spare) == (name in ("llama", "t5"))
+    assert torch.equal(logits(again(dense, tmp_path), name), logits(dense, name))
+    record = json.loads((tmp_path / "config.json").read_text()).get("quantization_config")
+    # Where the architecture has a place for all of them, the folder is that of an ordinary model.
+    assert (record is not None) == bool(spare)
+
+
+def test_channels_that_went(tmp_path: Path) -> None:
+    pytest.importorskip("torch_pruning")
+    model = make("vit")
+    sites = st.couple(model, st.find(model), inputs("vit"))
+    sites = st.calibrate(model, sites, [inputs("vit", seed) for seed in range(4)])
+    plan = st.select(st.tabulate(sites, [st.PrincipalFilters()]), st.Budget(macs=0.9))
+    small: Any = st.apply(model, sites, plan)
+    assert any(entry.choice.kind == "kept_channels" and entry.choice.gone for entry in plan)
+    assert torch.equal(logits(again(small, tmp_path), "vit"), logits(small, "vit"))
+
+
+@pytest.mark.parametrize("change", ["version", "site", "lost"])
+def test_what_does_not_fit_is_named(change: str, tmp_path: Path) -> None:
+    small, plan = compressed("llama", "macs")
+    small.save_pretrained(tmp_path)
+    site = next(entry.site for entry in plan if not entry.choice.is_dense)
+    path = tmp_path / "config.json"
+    if change == "version":
+        path.write_text(path.read_text().replace('"format_version": "1"', '"format_version": "7"'))
+        match = "format version '7'"
+    elif change == "site":
+        path.write_text(path.read_text().replace(site, f"{site}x"))
+        match = f"{site}x"
+    else:
+        from safetensors.torch import load_file, save_file
+
+        state = load_file(tmp_path / "model.safetensors")
+        state.pop(f"{site}.0.weight")
+        save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+        match = f"lack 1 tensors of compressed layers, first '{site}.0.weight'"
+    with pytest.raises(st.CheckpointError, match=match):
+        type(small).from_pretrained(tmp_path)
