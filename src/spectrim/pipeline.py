@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -110,10 +111,13 @@ class Report:
                 f"reconstructed layers miss {fitted:.2%} of their dense answers on the samples they were fitted to, "
                 f"{unseen:.2%} on {self.held_out:,} held out"
             )
-        if self.agreement is not None:
-            lines.append(str(self.agreement))
         lines += [f"skipped {name} ({kind}): {reason}" for name, kind, reason in self.skipped]
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, *self.sentences])
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """How far outputs agree with the dense network's, and the notes."""
+        return self.notes if self.agreement is None else (str(self.agreement), *self.notes)
 
 
 @dataclass(frozen=True)
@@ -297,19 +301,32 @@ def shrink(
     small = done.model
     if latency is not None:
         small = _as_run(small, prepared.example, latency)
-    notes = (
-        *sites.notes,
-        *few_rows(sites),
-        *uncounted_work(sites),
-        *_said_of_rest(table, budget),
-        *(_said_of_time(measured, budget, table) if measured else ()),
-        *_said_of_layers(done),
-        *done.notes,
-    )
-    skipped = tuple((s.name, s.kind, s.reason) for s in sites.skipped)
-    agreed = agreement(model, small, batches, done.held, mask=prepared.sampling.mask, forward=forward)
-    report = Report(plan, skipped, sites.samples, measured, notes, done.errors, done.held_out, agreed)
+    notes = (*_said_of_rest(table, budget), *(_said_of_time(measured, budget, table) if measured else ()))
+    report = reported(
+        model, small, sites, plan, done, batches, mask=prepared.sampling.mask, forward=forward, measured=measured,
+        notes=notes,
+    )  # fmt: skip
     return Result(small, plan, report, table, sites)
+
+
+def reported(
+    model: nn.Module,
+    small: nn.Module,
+    sites: Sites,
+    plan: Plan,
+    done: Applied,
+    batches: Iterable[Any] | None,
+    *,
+    mask: Mask = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    measured: Mapping[str, Timing] = MappingProxyType({}),
+    notes: Sequence[str] = (),
+) -> Report:
+    """What a plan that was carried out did; where there are batches, how far the outputs agree."""
+    agreed = None if batches is None else agreement(model, small, batches, done.held, mask=mask, forward=forward)
+    notes = (*sites.notes, *few_rows(sites), *uncounted_work(sites), *notes, *_said_of_layers(done), *done.notes)
+    skipped = tuple((s.name, s.kind, s.reason) for s in sites.skipped)
+    return Report(plan, skipped, sites.samples, measured, notes, done.errors, done.held_out, agreed)
 
 
 def _said_of_layers(done: Applied) -> Iterator[str]:

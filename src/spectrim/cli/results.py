@@ -86,7 +86,13 @@ class Outcome:
         trajectory = self.result.trajectory if isinstance(self.result, LearnedResult) else None
         if animate and trajectory is not None:
             files["animation"] = animate_ranks(trajectory, self.folder / "ranks.gif")
-        notes = (*_sums(plan), *self.notes, *_sharing(plan), *_warnings(comparison, plan))
+        notes = (
+            *self.result.report.sentences,
+            *_sums(plan),
+            *self.notes,
+            *_sharing(plan),
+            *_warnings(comparison, plan),
+        )
         if report:
             files["report"] = self.folder / "report.html"
             write_report(
@@ -98,6 +104,7 @@ class Outcome:
                 notes=notes,
                 trajectory=trajectory,
             )
+        agreed = self.result.report.agreement
         out.document(
             {
                 "model": self.title,
@@ -113,6 +120,7 @@ class Outcome:
                 ],
                 "scores": dict(self.scores),
                 "comparison": comparison.to_dict(),
+                "agreement": None if agreed is None else dataclasses.asdict(agreed),
                 "skipped": [{"name": s.name, "kind": s.kind, "reason": s.reason} for s in self.result.sites.skipped],
                 "notes": list(notes),
                 **more,

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from spectrim.application import apply
+from spectrim import application
 from spectrim.cli.common import Output
 from spectrim.cli.sharing import Wanted, offer
 from spectrim.cli.work import Work
 from spectrim.methods import Method
 from spectrim.network.sites import Sites
-from spectrim.pipeline import Report, Result
+from spectrim.pipeline import Result, reported
 from spectrim.preparation import Prepared, prepare
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
@@ -63,9 +63,10 @@ def table_of(
 
 def carry_out(model: nn.Module, known: Prepared, table: Candidates, plan: Plan) -> Result:
     """Apply a plan to a model that has been prepared."""
-    small = apply(model, known.sites, plan, known.batches, rows=known.sampling.rows, mask=known.sampling.mask)
-    skipped = tuple((s.name, s.kind, s.reason) for s in known.sites.skipped)
-    return Result(small, plan, Report(plan, skipped, known.sites.samples), table, known.sites)
+    mask, sites = known.sampling.mask, known.sites
+    done = application.carry_out(model, sites, plan, known.batches, rows=known.sampling.rows, mask=mask)
+    report = reported(model, done.model, sites, plan, done, known.batches, mask=mask)
+    return Result(done.model, plan, report, table, sites)
 
 
 def skipped_values(sites: Sites) -> list[dict[str, str]]:

@@ -169,7 +169,7 @@ def write_report(
     OSError
         If the file cannot be written.
     """
-    notes = tuple(dict.fromkeys([*result.report.notes, *notes]))
+    notes = tuple(dict.fromkeys([*result.report.sentences, *notes]))
     page = Page(
         title,
         result.plan,
