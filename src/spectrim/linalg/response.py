@@ -52,6 +52,10 @@ def total_energy(matrix: Float[Tensor, "g p c"], metric: SlicedMetric) -> Float[
     return torch.einsum("gpoq,gpqo->g", metric.open(matrix), metric.seen(matrix))
 
 
+# Energy, beside the largest, of responses too small to be told from the rounding of what they are computed from.
+_NOTHING = 1e-20
+
+
 @dataclass(frozen=True, eq=False)
 class Normal:
     """Normal equations of the second factor for a given first one.
@@ -92,9 +96,16 @@ class Normal:
         return (self.energy - torch.cat([gained.new_zeros(1), gained])).clamp_min(0)
 
     def solve(self) -> Float[Tensor, "g r c"]:
-        """The second factor, ``[g, r, (o, q)]``."""
+        """The second factor, ``[g, r, (o, q)]``; zero for what never responds."""
         g, n, outputs = self.cross.shape
-        solved = self.gram.solve(self.cross).reshape(g, n // self.slices, self.slices, outputs)
+        moment = self.gram.moment
+        size = moment.diagonal(dim1=-2, dim2=-1)
+        # What responds by rounding alone would be divided by it.
+        still = size <= _NOTHING * size.amax(-1, keepdim=True)
+        if bool(still.any()):
+            moment = moment.masked_fill(still.unsqueeze(-1) | still.unsqueeze(-2), 0.0)
+        cross = self.cross.masked_fill(still.unsqueeze(-1), 0.0)
+        solved = Full(moment).solve(cross).reshape(g, n // self.slices, self.slices, outputs)
         return solved.transpose(2, 3).flatten(2)
 
 
