@@ -299,6 +299,20 @@ def test_a_checkpoint_without_digests_continues(done: Path, tmp_path: Path) -> N
     assert equal(weights(models[0]), weights(models[1]))
 
 
+def test_a_run_that_died_between_the_last_batch_and_the_end_of_its_epoch_continues(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, model = Net(), Net(seed=5)
+    fine_tune(whole, loader(16), epochs=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_finish_epoch", lambda loop: stop_at(1)(loop.model))
+        with pytest.raises(Stop):
+            fine_tune(Net(), loader(16), epochs=2, checkpoint=tmp_path / "run", checkpoint_every=1)
+    assert resuming.read(tmp_path / "run")[1]["batch"] == 2
+    fine_tune(model, loader(16), epochs=2, checkpoint=tmp_path / "run", checkpoint_every=1)
+    assert equal(weights(model), weights(whole))
+
+
 def test_every_bit_of_a_checkpoint_counts(done: Path, tmp_path: Path) -> None:
     data, path = done.read_bytes(), tmp_path / "run"
     length = int.from_bytes(data[:8], "little")

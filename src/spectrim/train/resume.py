@@ -74,7 +74,8 @@ class Record(msgspec.Struct, forbid_unknown_fields=True):
             return f"the best metric is {metric} of epoch {epoch}, which the history does not say"
         if per_epoch is not None and not self.uneven and self.step != self.epoch * per_epoch + self.batch:
             return f"{self.step} steps are not {self.epoch} epochs of {per_epoch} batches and {self.batch} more"
-        if per_epoch is not None and not self.uneven and self.batch >= max(per_epoch, 1):
+        # All of them, if the process died between the last batch and the end of the epoch.
+        if per_epoch is not None and not self.uneven and self.batch > per_epoch:
             return f"{self.batch} batches are done of an epoch that has {per_epoch}"
         return ""
 
