@@ -231,8 +231,9 @@ def damaged(folder: Path) -> list[str]:
 
 
 def state(folder: Path) -> dict[str, Any]:
-    """What a folder holds, by the name; what is left of writing is there under its name."""
-    return {path.relative_to(folder).as_posix(): content(path) for path in folder.rglob("*") if path.is_file()}
+    """What a folder holds, by the name; None for what is left of writing."""
+    whole = {path.relative_to(folder).as_posix(): content(path) for path in files(folder)}
+    return whole | {path.relative_to(folder).as_posix(): None for path in folder.rglob("*.spectrim")}
 
 
 def content(path: Path) -> Any:

@@ -20,7 +20,7 @@ import torch
 from spectrim.cost.chains import calls, describe, measure
 from spectrim.cost.counted import macs, rank_multiple, register_width
 from spectrim.linalg.unfold import Unfolding
-from spectrim.network.files import write_text
+from spectrim.network.files import remove_abandoned, write_text
 from spectrim.network.layer import LayerSpec
 from spectrim.network.structure import Chain, Pair
 from spectrim.progress import Steps
@@ -199,6 +199,7 @@ class Latency:
         path = self.path
         if path is None or not path.exists():
             return {}
+        remove_abandoned(path.parent)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if content["version"] != VERSION or content["facts"] != self.facts():

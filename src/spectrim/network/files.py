@@ -71,8 +71,15 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Remove what writers that were killed have left in a folder; those that are at work are left alone."""
-    for found in folder.iterdir():
+    """Remove what writers that were killed have left in a folder; those that are at work are left alone.
+
+    Every write does so beside its file. Who finds a file finished and writes nothing calls it: the writer may have been
+    killed when the file was in its place already.
+    """
+    entries: list[Path] = []
+    with contextlib.suppress(OSError):
+        entries += folder.iterdir()
+    for found in entries:
         if found.name.startswith(".") and found.name.endswith(_END):
             # One that is on its way to being locked is empty: its writer sees that it is gone, and makes another.
             with contextlib.suppress(OSError):

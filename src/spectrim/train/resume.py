@@ -16,6 +16,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from spectrim.errors import CheckpointError
 from spectrim.network import tensor_files
+from spectrim.network.files import remove_abandoned
 from spectrim.train.result import EpochRecord
 
 FORMAT = 1
@@ -108,6 +109,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     CheckpointError
         If the file is damaged or is not a training checkpoint of this format.
     """
+    remove_abandoned(path.parent)
     try:
         tensors, metadata = tensor_files.read(path)
     except (tensor_files.DamagedFileError, FileNotFoundError) as error:
