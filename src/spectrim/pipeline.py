@@ -21,10 +21,12 @@ from spectrim.errors import InfeasibleBudgetError
 from spectrim.methods import Method, on_offer
 from spectrim.network.choices import ChannelsChoice, Choice
 from spectrim.network.sites import Sites
+from spectrim.network.skipped import Skipped
+from spectrim.nn.checkpoint import header_bytes
 from spectrim.nn.find import Which, check_model
 from spectrim.nn.proof import Agreement, agreement
 from spectrim.nn.sparse.kernels import choose_kernels
-from spectrim.nn.timing import Timing, measure_latency
+from spectrim.nn.timing import Speed, Timing, measure_latency
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.calibrate import few_rows
 from spectrim.nn.watch.layout import Where
@@ -46,6 +48,9 @@ from spectrim.tables import tabulate
 _ROUNDS = 8
 # ... until the measured time is within this share of the budget.
 _CLOSE = 0.03
+_HEADER = "names, shapes, digests and the plan, which the file holds beside numbers: fewer layers take fewer"
+# Bytes that a header may grow by from one plan to the next.
+_SLACK = 64
 # A share of a cost in what was left alone above which a user is told.
 _MUCH = 0.1
 
@@ -83,13 +88,22 @@ class Report:
     held_out: int = 0
     agreement: Agreement | None = None
 
+    @property
+    def speed(self) -> Speed | None:
+        """How the measured times compare, round by round; None if there are none."""
+        if not self.measured:
+            return None
+        unchanged = all(entry.choice.is_dense for entry in self.plan)
+        how = Speed.of_equals if unchanged else Speed.of
+        return how(self.measured["dense"], self.measured["compressed"])
+
     def __str__(self) -> str:
         lines = [f"{'cost':<12}{'dense':>16}{'compressed':>16}{'ratio':>9}"]
         for cost, dense in self.plan.dense_costs.items():
             lines.append(f"{cost:<12}{dense:>16,.6g}{self.plan.costs[cost]:>16,.6g}{self.plan.ratio(cost):>8.2f}x")
         if self.measured:
             dense_ms, small_ms = self.measured["dense"].p50, self.measured["compressed"].p50
-            lines.append(f"{'measured ms':<12}{dense_ms:>16.3f}{small_ms:>16.3f}{dense_ms / small_ms:>8.2f}x")
+            lines.append(f"{'measured ms':<12}{dense_ms:>16.3f}{small_ms:>16.3f} {self.speed!s:>8}")
         removals = [entry.choice for entry in self.plan if isinstance(entry.choice, ChannelsChoice)]
         layers = [e for e in self.plan if not e.of_channels]
         changed = sum(len(entry.sites) for entry in layers if not entry.choice.is_dense)
@@ -281,18 +295,20 @@ def shrink(
         trial = apply(model, sites, plan, methods=methods)
         return output_error(model, trial, batches, mask=prepared.sampling.mask, forward=forward)
 
-    def planned(table: Candidates | None, limits: Budget) -> tuple[Plan, Candidates]:
+    def planned(sites: Sites, table: Candidates | None, limits: Budget) -> tuple[Plan, Candidates]:
         if any(method.removes_channels for method in methods or ()):
             return select_in_steps(sites, methods or (), limits, selector=selector, table=table, judge=judged, **making)
         table = tabulate(sites, methods, **making) if table is None else table
         return select(table, limits, selector), table
 
-    plan, table = planned(None, budget)
+    plan, table = planned(sites, None, budget)
+    if budget.bytes is not None:
+        sites, plan, table, budget = _within_file(model, sites, plan, table, budget, planned)
     measured: Mapping[str, Timing] = {}
     if latency is not None:
         plan, measured = meet_latency(
             model, sites, table, plan, budget, prepared.example, latency,
-            selector=lambda table, limits: planned(table, limits)[0], methods=methods,
+            selector=lambda table, limits: planned(sites, table, limits)[0], methods=methods,
         )  # fmt: skip
     done = carry_out(
         model, sites, plan, batches, methods=methods, reconstruct=reconstruct, rows=prepared.sampling.rows,
@@ -329,6 +345,32 @@ def reported(
     return Report(plan, skipped, sites.samples, measured, notes, done.errors, done.held_out, agreed)
 
 
+def _within_file(
+    model: nn.Module,
+    sites: Sites,
+    plan: Plan,
+    table: Candidates,
+    budget: Budget,
+    planned: Callable[[Sites, Candidates, Budget], tuple[Plan, Candidates]],
+) -> tuple[Sites, Plan, Candidates, Budget]:
+    """A plan whose file is within a limit on bytes, a share being one of the dense network's file.
+
+    The file holds the plan, and the plan the layers: the header is counted as what nothing is chosen for, and the plan
+    made again.
+    """
+    limit = budget.limits({**table.dense, "bytes": table.dense["bytes"] + header_bytes(model)})["bytes"]
+    budget, room = budget.replace(bytes=Limit(limit)), 0
+    while (header := header_bytes(model, plan)) > room:
+        room, more = header + _SLACK, header + _SLACK - room
+        sites = dataclasses.replace(sites, other_bytes=sites.other_bytes + more)
+        fixed = {**table.fixed, "bytes": table.fixed["bytes"] + more}
+        others = tuple(each for each in table.skipped if each.reason != _HEADER)
+        told = Skipped("header", "text", _HEADER, {"bytes": float(room)})
+        table = dataclasses.replace(table, fixed=fixed, skipped=(*others, told))
+        plan, table = planned(sites, table, budget)
+    return sites, plan, table, budget
+
+
 def _said_of_layers(done: Applied) -> Iterator[str]:
     """What a user should know of layers that could not be reconstructed."""
     if done.unseen:
@@ -352,7 +394,7 @@ def _said_of_rest(table: Candidates, budget: Budget) -> Iterator[str]:
 def _said_of_time(measured: Mapping[str, Timing], budget: Budget, table: Candidates) -> Iterator[str]:
     """What a user should know of measured times."""
     dense, small = measured["dense"], measured["compressed"]
-    if small.p50 > dense.p50:
+    if (speed := Speed.of(dense, small)).differs and speed.ratio < 1:
         yield f"the compressed model is SLOWER than dense: {small.p50:.3f} ms against {dense.p50:.3f} ms"
     limit = budget.limits(table.dense).get("latency")
     if limit is not None:

@@ -19,7 +19,7 @@ from spectrim.selection.plan import Plan
 
 DATA = ("--data", "nets:batches")
 SPARSE = ("--method", METHOD)
-BYTES = ("--budget", "bytes=45%")
+BYTES = ("--budget", "bytes=65%")
 # One layer, and one rank for each density: a table that is made in no time.
 QUICK = (*DATA, "--method", f"{METHOD}:share=0.3", "--only", "wide", "--quiet")
 
@@ -27,7 +27,7 @@ QUICK = (*DATA, "--method", f"{METHOD}:share=0.3", "--only", "wide", "--quiet")
 def test_compress_counts_the_positions_and_measures_what_it_counted(run):
     found = run.json("compress", "nets:tiny", *QUICK, *BYTES, "--out", "small")
     plan = Plan.read("small/plan.json")
-    assert found["costs"]["bytes"] <= 0.45 * found["dense_costs"]["bytes"]
+    assert found["costs"]["bytes"] <= 0.65 * found["dense_costs"]["bytes"]
     sparse = [entry for entry in plan if entry.choice.settings.get("density")]
     assert sparse
     # Positions come on top of four bytes a number.
@@ -36,9 +36,9 @@ def test_compress_counts_the_positions_and_measures_what_it_counted(run):
     assert rows["parameters"]["compressed"] == plan.costs["parameters"]
     assert rows["MACs"]["compressed"] == plan.costs["macs"]
     assert {"file size", "latency p50"} <= rows.keys()
-    # The tensors of the file are as large as the plan says.
-    stored = load_file("small/model.safetensors")
-    assert sum(t.numel() * t.element_size() for t in stored.values()) == plan.costs["bytes"]
+    # The file is not larger than the plan says, its header included, and its tensors are smaller by that.
+    stored, file = load_file("small/model.safetensors"), Path("small/model.safetensors").stat().st_size
+    assert sum(t.numel() * t.element_size() for t in stored.values()) < file <= plan.costs["bytes"] < file + 2048
     assert any(f"{len(sparse)} layer" in note and "sparse weight" in note for note in found["notes"])
     assert {each["layer"].removesuffix(".sparse") for each in found["kernels"]} == {entry.site for entry in sparse}
     page = Path("small/report.html").read_text(encoding="utf-8")

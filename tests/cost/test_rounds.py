@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from spectrim.cost import rounds
-from spectrim.cost.rounds import Rounds, Timing, torch_threads
+from spectrim.cost.rounds import Rounds, Speed, Timing, torch_threads
 
 
 class Machine:
@@ -107,3 +107,39 @@ def test_the_number_of_threads_is_set_and_restored() -> None:
         with torch_threads(None):
             assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
+
+
+def drawn(generator: torch.Generator, factor: float, noise: float, count: int = 30) -> tuple[Timing, Timing]:
+    """Times of two things of which the first takes so many times as long, under load that both see and their own."""
+    load = torch.randn(count, generator=generator).mul(noise).exp()
+    own = torch.randn(2, count, generator=generator).mul(noise / 3).exp() * load
+    return Timing(tuple((factor * own[0]).tolist())), Timing(tuple(own[1].tolist()))
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.1, 0.5])
+def test_things_that_take_the_same_time_do_not_differ(noise: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    found = [Speed.of(*drawn(generator, 1.0, noise)) for _ in range(400)]
+    # One in a hundred may, by the interval alone.
+    assert sum(speed.differs for speed in found) <= 10
+    assert all(speed.low <= speed.ratio <= speed.high for speed in found)
+    assert str(next(speed for speed in found if not speed.differs)).startswith("no difference (")
+
+
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_what_takes_twice_as_long_differs(factor: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    found = [Speed.of(*drawn(generator, factor, 0.1)) for _ in range(50)]
+    assert all(speed.differs and speed.low <= factor <= speed.high for speed in found[:20])
+    assert str(found[0]).startswith(f"{found[0].ratio:.2f}x (")
+    assert not Speed.of_equals(*drawn(generator, factor, 0.1)).differs
+
+
+def test_rounds_in_which_either_was_disturbed_are_left_out_while_there_are_enough() -> None:
+    first = Timing((2.0,) * 20 + (90.0,) * 5, (0,) * 20 + (4,) * 5)
+    second = Timing((1.0,) * 18 + (70.0,) * 7, (0,) * 18 + (9,) * 7)
+    assert Speed.of(first, second) == Speed(2.0, 2.0, 2.0)
+
+
+def test_one_round_is_its_own_spread() -> None:
+    assert Speed.of(Timing((3.0,)), Timing((2.0,))) == Speed(1.5, 1.5, 1.5)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from spectrim.cost.rounds import Timing
 from spectrim.linalg.patterns import pattern
 from spectrim.nn.find import canonical, describe
 from spectrim.nn.sparse.layers import Masked, sparse_layer
@@ -172,3 +173,19 @@ def test_zeros_are_neither_counted_nor_stored(kernel: Kernel):
     assert rows["parameters"] == parameter_count(model)
     assert size_in_bytes(model) < rows["file size"] < size_in_bytes(model) + 1200
     assert rows["file size"] < file_size(merge(model))
+
+
+def test_an_unchanged_network_reads_no_difference(monkeypatch: pytest.MonkeyPatch):
+    """Whatever the machine was busy with: here the second of the two is said to take 2.5 times as long."""
+    slow = lambda models, *_, **__: {  # noqa: E731
+        name: Timing((2.5,) * 30 if name == "compressed" else (1.0,) * 30) for name in models
+    }
+    monkeypatch.setattr("spectrim.report.comparison.measure_latency", slow)
+    batch = torch.randn(2, 1, 4, 4)
+    same = compare(_net(8), _net(8), batch)
+    assert same["latency p50"].change == same["latency p90"].change == "no difference"
+    assert "no difference (0.40-1.00x)" in same.to_text()
+    other = compare(_net(8), _net(2), batch)
+    assert other["latency p50"].change == "0.40x"
+    row = json.loads(json.dumps(other.to_dict()))["rows"][-1]
+    assert (row["spread"], row["differs"]) == ([0.4, 0.4], True)

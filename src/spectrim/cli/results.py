@@ -163,7 +163,7 @@ def _warnings(comparison: Comparison, plan: Plan) -> list[str]:
     found = []
     if "latency p50" in comparison:
         row = comparison["latency p50"]
-        if row.compressed > row.dense:
+        if row.compressed > row.dense and (row.speed is None or row.speed.differs):
             found.append(
                 f"The compressed model is not faster here: {row.show(row.compressed)} against {row.show(row.dense)} "
                 "dense. Use --budget latency=... or --guard to choose by measured time."

@@ -30,6 +30,10 @@ FORMAT_VERSION = "1"
 PACKED_VERSION = "2"
 """Of files that hold sparse weights packed; all others are of version 1."""
 
+# Of a header: what is written of a tensor beside its name and numbers, and of texts beside the plan and tables.
+_TENSOR = ':{"dtype":"F8_E4M3","shape":[],"data_offsets":[,]},'
+_TEXTS = 640
+
 
 def save(model: nn.Module, plan: Plan, path: str | Path) -> None:
     """Write a compressed model's weights and its plan to one safetensors file.
@@ -59,12 +63,45 @@ def save(model: nn.Module, plan: Plan, path: str | Path) -> None:
     metadata = {
         "format": FORMAT,
         "format_version": PACKED_VERSION if packed else FORMAT_VERSION,
-        "plan": plan.to_json(),
+        "plan": plan.to_json(lines=False),
         "shared": json.dumps(shared, sort_keys=True),
     }
     if packed:
         metadata["packed"] = json.dumps(packed)
     tensor_files.write(Path(path), tensors, metadata)
+
+
+def header_bytes(model: nn.Module, plan: Plan | None = None) -> int:
+    """Bytes of a file besides numbers, at most: names, shapes and, of one that :func:`save` writes, digests and plan.
+
+    Parameters
+    ----------
+    model
+        The dense model.
+    plan
+        What it will be compressed by; None for a file of its tensors alone.
+    """
+    state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    named = 0
+    for entry in plan or ():
+        choice = entry.choice
+        if isinstance(choice, ChannelsChoice):
+            # A layer that loses inputs may be given a bias.
+            state |= {f"{place.module}.bias": (1,) for place in choice.lost if place.axis == IN}
+        elif not choice.is_dense:
+            layers = [describe(model.get_submodule(name), (name,)) for name in entry.sites]
+            for spec, module in zip(layers, skeleton(choice, layers), strict=True):
+                new = {f"{spec.name}.{key}": tuple(t.shape) for key, t in module.state_dict().items()}
+                state |= new
+                if entry.members or isinstance(choice, SumChoice):
+                    # Shared and packed tensors are named in tables, too.
+                    named += sum(2 * len(json.dumps(json.dumps(name))) + 4 for name in new)
+    digits = len(str(sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())))
+    tensors = sum(
+        len(json.dumps(name)) + len(_TENSOR) + 2 * digits + sum(len(str(size)) + 1 for size in shape)
+        for name, shape in state.items()
+    )
+    return tensors + (16 if plan is None else named + len(json.dumps(plan.to_json(lines=False))) + _TEXTS)
 
 
 def load(model: nn.Module, path: str | Path) -> nn.Module:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.cost.rounds import Rounds, Timing, torch_threads
+from spectrim.cost.rounds import Speed as Speed
 from spectrim.nn.watch.nesting import copied
 from spectrim.nn.watch.state import ALONE
 from spectrim.progress import Steps, reports_steps, told
@@ -32,6 +33,8 @@ def measure_latency(
     progress: Steps | bool | None = None,
 ) -> dict[str, Timing]:
     """Time models side by side: in each repeat every model runs once, so that a busy moment hits all of them.
+
+    How two of them compare is :meth:`spectrim.cost.rounds.Speed.of` of their timings.
 
     The models run in evaluation and inference mode; the mode of each of their modules is restored.
 
@@ -66,7 +69,8 @@ def measure_latency(
             stack.enter_context(_evaluating(model))
         wait = {name: _waiter(model) for name, model in models.items()}
         for turn in rounds:
-            for name, model in models.items():
+            # In another order each time: the first to run finds the caches as the last has left them.
+            for name, model in list(models.items())[:: -1 if turn % 2 else 1]:
                 call = prepared(model)
                 wait[name]()
                 rounds.begin(name)
@@ -122,6 +126,16 @@ def peak_memory(model: nn.Module, example: Any) -> int:
         held += change
         peak = max(peak, held)
     return peak
+
+
+def same_layers(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two models are made of the same modules with tensors of the same shapes, so that they take as long."""
+
+    def made_of(model: nn.Module) -> list[Any]:
+        modules = [(name, type(module), module.extra_repr()) for name, module in model.named_modules()]
+        return [*modules, *((name, t.shape, t.dtype, t.stride()) for name, t in model.state_dict().items())]
+
+    return made_of(first) == made_of(second)
 
 
 def _caller(example: Any) -> Callable[[nn.Module], Callable[[], Any]]:

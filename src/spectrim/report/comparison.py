@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from spectrim.nn.surgery import parameter_count
-from spectrim.nn.timing import measure_latency, peak_memory
+from spectrim.nn.timing import Speed, Timing, measure_latency, peak_memory, same_layers
 from spectrim.nn.watch.batches import Feed
 from spectrim.progress import Steps
 from spectrim.report.machine import machine_facts
@@ -70,6 +70,8 @@ class Measure:
         The values.
     better
         Which way is good.
+    speed
+        Of a time, how the two compare round by round.
     """
 
     metric: str
@@ -77,6 +79,7 @@ class Measure:
     dense: float
     compressed: float
     better: Better = "lower"
+    speed: Speed | None = None
 
     @property
     def ratio(self) -> float:
@@ -85,11 +88,18 @@ class Measure:
 
     @property
     def change(self) -> str:
-        """The difference of a score in points, the ratio of a cost."""
+        """The difference of a score in points, the ratio of a cost, ``no difference`` of times that do not differ."""
+        if self.speed is not None and not self.speed.differs:
+            return "no difference"
         if self.better == "higher":
             points = " points" if self.unit == "%" else ""
             return f"{self.compressed - self.dense:+.2f}{points}"
         return f"{self.ratio:.2f}x" if self.compressed else "-"
+
+    @property
+    def spread(self) -> str:
+        """Of a time, between which ratios it lies, run beside run."""
+        return "" if self.speed is None else f" ({self.speed.low:.2f}-{self.speed.high:.2f}x)"
 
     def show(self, value: float) -> str:
         """A value in this line's unit, for people."""
@@ -127,6 +137,7 @@ class Comparison:
                     "dense": r.dense,
                     "compressed": r.compressed,
                     "ratio": r.ratio if r.compressed else None,
+                    **({} if r.speed is None else {"spread": [r.speed.low, r.speed.high], "differs": r.speed.differs}),
                 }
                 for r in self.rows
             ],
@@ -135,7 +146,7 @@ class Comparison:
 
     def to_rows(self) -> list[tuple[str, str, str, str]]:
         """``(metric, dense, compressed, change)`` as text."""
-        return [(r.metric, r.show(r.dense), r.show(r.compressed), r.change) for r in self.rows]
+        return [(r.metric, r.show(r.dense), r.show(r.compressed), r.change + r.spread) for r in self.rows]
 
     def to_text(self) -> str:
         """A plain aligned table."""
@@ -188,11 +199,17 @@ def compare(
         them packed. Memory and latency are those of the model as it is run: see
         :func:`spectrim.nn.sparse.kernels.choose_kernels`.
     """
-    found = _measure({"dense": dense, "compressed": compressed}, example, evaluate, score, repeats, threads, progress)
+    models = {"dense": dense, "compressed": compressed}
+    found, timings = _measure(models, example, evaluate, score, repeats, threads, progress)
+    how = Speed.of_equals if same_layers(dense, compressed) else Speed.of
+    speed = how(timings["dense"], timings["compressed"]) if timings else None
     rows = tuple(
-        Measure(before.metric, before.unit, before.value, after.value, before.better)
+        Measure(
+            before.metric, before.unit, before.value, after.value, before.better,
+            speed if before.unit == "ms" else None,
+        )
         for before, after in zip(found["dense"], found["compressed"], strict=True)
-    )
+    )  # fmt: skip
     return Comparison(rows, _samples(dense, example), _facts(threads))
 
 
@@ -207,7 +224,7 @@ def measure(
     progress: Steps | bool | None = None,
 ) -> Measurements:
     """Measure one model; see :func:`compare` for parameters and rows."""
-    found = _measure({"model": model}, example, evaluate, score, repeats, threads, progress)
+    found, _ = _measure({"model": model}, example, evaluate, score, repeats, threads, progress)
     return Measurements(found["model"], _samples(model, example), _facts(threads))
 
 
@@ -223,7 +240,7 @@ def _measure(
     repeats: int,
     threads: int | None,
     progress: Steps | bool | None,
-) -> dict[str, tuple[Line, ...]]:
+) -> tuple[dict[str, tuple[Line, ...]], Mapping[str, Timing]]:
     lines: dict[str, list[Line]] = {}
     for name, model in models.items():
         scores = [Line(score, "%", float(evaluate(model)), "higher")] if evaluate is not None else []
@@ -234,13 +251,14 @@ def _measure(
             Line("file size", "B", float(file_size(model))),
             Line("peak memory", "B", float(peak_memory(model, inputs(model, example)))),
         ]
+    timings: Mapping[str, Timing] = {}
     if repeats > 0:
         # One call for all models: they take turns, so that a busy moment hits each of them.
         first = next(iter(models.values()))
         timings = measure_latency(models, inputs(first, example), repeats=repeats, threads=threads, progress=progress)
         for name, timing in timings.items():
             lines[name] += [Line("latency p50", "ms", timing.p50), Line("latency p90", "ms", timing.p90)]
-    return {name: tuple(found) for name, found in lines.items()}
+    return {name: tuple(found) for name, found in lines.items()}, timings
 
 
 def show(value: float, unit: str) -> str:

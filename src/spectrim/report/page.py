@@ -243,6 +243,8 @@ def _learning(trajectory: Trajectory) -> str:
 
 def _holds(row: Measure) -> bool:
     """Whether a line is no loss: half a point of a score is within what people accept."""
+    if row.speed is not None and not row.speed.differs:
+        return True
     return row.compressed >= row.dense - 0.5 if row.better == "higher" else row.compressed <= row.dense
 
 

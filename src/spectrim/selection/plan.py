@@ -114,11 +114,12 @@ class Plan:
         names = list(dict.fromkeys([*mine, *theirs]))
         return tuple((n, mine.get(n), theirs.get(n)) for n in names if mine.get(n) != theirs.get(n))
 
-    def to_json(self) -> str:
-        """The plan as JSON text; equal plans give equal text."""
+    def to_json(self, *, lines: bool = True) -> str:
+        """The plan as JSON text, in lines or as short as can be; equal plans give equal text."""
         entries = [{**_written(entry), "choice": entry.choice.record()} for entry in self]
         document = {**_written(self), "entries": entries}
-        return msgspec.json.format(msgspec.json.encode(document, order="sorted"), indent=1).decode()
+        text = msgspec.json.encode(document, order="sorted")
+        return (msgspec.json.format(text, indent=1) if lines else text).decode()
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Plan:
