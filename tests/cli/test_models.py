@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from spectrim.cli.models import load_model, read_weights
+from spectrim.cli.models import load_compressed, load_model, read_weights
 from spectrim.cli.references import UsageError
+from spectrim.cli.results import write_result
 
 
 def test_factory_with_options_in_evaluation_mode():
@@ -154,3 +155,15 @@ def test_hf_builds_the_architecture_of_the_configuration(tmp_path: Path):
     assert type(model).__name__ == "BertForSequenceClassification"
     with pytest.raises(UsageError, match="transformers cannot load it"):
         load_model(f"hf:{tmp_path / 'missing'}")
+
+
+def test_hf_folders_of_compressed_models_are_written_and_read(tmp_path: Path):
+    pytest.importorskip("transformers")
+    from tests.hf.nets import compressed, logits
+
+    small, plan = compressed("llama", "bytes")
+    files = write_result(SimpleNamespace(model=small, plan=plan), tmp_path / "out")  # type: ignore[arg-type]
+    model = load_model(f"hf:{files['transformers']}")
+    assert torch.equal(logits(model, "llama"), logits(small, "llama"))
+    again = load_compressed(f"hf:{files['transformers']}", files["model"])
+    assert torch.equal(logits(again, "llama"), logits(small, "llama"))

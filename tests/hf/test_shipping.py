@@ -207,6 +207,29 @@ def test_merging_loses_no_bias_on_the_way(name: str, tmp_path: Path) -> None:
     assert (record is not None) == bool(spare)
 
 
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_biases_without_a_place_are_folded_into_the_weights(name: str, tmp_path: Path) -> None:
+    model = make(name)
+    batches = [inputs(name, seed, 16) for seed in range(4)]
+    sites = st.calibrate(model, st.find(model), batches)
+    plan = st.select(st.tabulate(sites, [st.ActivationSVD()]), st.Budget(macs=0.75))
+    small = st.apply(model, sites, plan)
+    folded: Any = st.merge(small, batches)
+    want = logits(model, name, seed=9)
+
+    def error(other: Any) -> float:
+        return float((logits(other, name, seed=9) - want).norm() / want.norm())
+
+    dropped = make(name)
+    dropped.load_state_dict(st.merge(small).state_dict(), strict=False)
+    assert error(folded) < min(1.05 * error(small), error(dropped))
+    # An ordinary folder, which needs no Spectrim.
+    folded.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    assert folded.state_dict().keys() == model.state_dict().keys()
+    assert torch.equal(logits(type(model).from_pretrained(tmp_path), name), logits(folded, name))
+
+
 def test_channels_that_went(tmp_path: Path) -> None:
     pytest.importorskip("torch_pruning")
     model = make("vit")

@@ -194,6 +194,8 @@ def _torchvision(reference: Reference, pretrained: bool) -> nn.Module:
 def _transformers(reference: Reference, pretrained: bool) -> nn.Module:
     name = _place(reference)
     transformers = need("transformers", reference, "transformers")
+    # Folders of models that were compressed before.
+    need("spectrim.hf", reference, "transformers")
     try:
         config = transformers.AutoConfig.from_pretrained(name, **reference.options)
         architectures = config.architectures or []

@@ -12,6 +12,7 @@ from torch import nn
 from spectrim.cli.common import Output
 from spectrim.network.choices import SumChoice
 from spectrim.nn.checkpoint import save
+from spectrim.nn.shipping import is_shipped
 from spectrim.pipeline import Result
 from spectrim.report import Comparison, Measured, animate_ranks, write_report
 from spectrim.selection.plan import Plan
@@ -20,6 +21,8 @@ from spectrim.train import LearnedResult, TrainingResult
 
 def write_result(result: Result, folder: Path) -> dict[str, Path]:
     """Write the network, its plan, and the ranks it went through if they were learned; files by what they hold.
+
+    A model of transformers is written as a folder of its own kind as well.
 
     Raises
     ------
@@ -30,6 +33,9 @@ def write_result(result: Result, folder: Path) -> dict[str, Path]:
     files = {"model": folder / "model.safetensors", "plan": folder / "plan.json"}
     save(result.model, result.plan, files["model"])
     result.plan.write(files["plan"])
+    if is_shipped(result.model):
+        files["transformers"] = folder / "transformers"
+        result.model.save_pretrained(files["transformers"])  # type: ignore[operator]
     if isinstance(result, LearnedResult):
         files["ranks"] = folder / "ranks.json"
         result.trajectory.write(files["ranks"])

@@ -51,6 +51,11 @@ def carry(model: nn.Module, plan: Plan) -> None:
     declare_ties(model)
 
 
+def is_shipped(model: nn.Module) -> bool:
+    """Whether a model saves by itself what was done to it."""
+    return isinstance(vars(model).get("save_pretrained"), Saver)
+
+
 @dataclass(frozen=True, eq=False)
 class Saver:
     """Stands as ``save_pretrained`` of a compressed model, and takes what that does.
@@ -85,6 +90,8 @@ class Saver:
         call = inspect.signature(kind.save_pretrained).bind(model, *args, **options)
         state = call.arguments.get("state_dict")
         call.arguments["state_dict"] = self._packed(dict(model.state_dict() if state is None else state))
+        # Names of former versions are for who reads those, and Trainer does not: resumed, it would pass them by.
+        call.arguments.setdefault("save_original_format", False)
         config, model.config = model.config, _shipped(model.config, record)
         try:
             return kind.save_pretrained(*call.args, **call.kwargs)

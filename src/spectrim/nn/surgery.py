@@ -58,13 +58,39 @@ def _leave_fused_kernels(model: nn.Module, layer: nn.TransformerEncoderLayer) ->
             encoder.use_nested_tensor = False
 
 
-def merge(model: nn.Module) -> nn.Module:
+def merge(
+    model: nn.Module,
+    calibration: Iterable[Any] | None = None,
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> nn.Module:
     """A copy of a compressed model with one dense layer in place of every compressed one.
 
     Low-rank pairs are multiplied out, what is added is added up, and what was left out is filled with zeros. Useful to
     compress again with another plan, or to hand the weights to code that expects the original layout. The result has
-    the original's layers and computes what the compressed model computes, to float tolerance.
+    the original's layers and computes what the compressed model computes, to float tolerance; layers that had no bias
+    may have one, with the mean of what was left out.
+
+    Parameters
+    ----------
+    calibration
+        Batches. With them such biases are folded into the weights, so that the state fits the original architecture;
+        the outputs are then as near to those of the dense model as before, and not the same
+        (:mod:`spectrim.nn.folding`).
+    forward
+        Runs a model on a batch in another way.
     """
+    merged = _merged(model)
+    bare = {n for n, m in model.named_modules() if isinstance(m, StandIn) and not m.original.bias}
+    spare = [name for name, m in merged.named_modules() if name in bare and getattr(m, "bias", None) is not None]
+    if calibration is not None and spare:
+        from spectrim.nn.folding import fold_biases
+
+        fold_biases(merged, spare, calibration, forward=forward)
+    return merged
+
+
+def _merged(model: nn.Module) -> nn.Module:
     merged = copy_model(model)
     if isinstance(merged, StandIn):
         return dense_layer(merged).train(model.training)
