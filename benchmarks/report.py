@@ -60,6 +60,8 @@ TITLES = {
     "P5": "filters kept for animals and for vehicles of CIFAR-10",
     "P6": "filters removed from many architectures",
     "P7": "time of principal filter analysis",
+    "N3": "files with something changed in them",
+    "N4": "commands and calls that write, killed",
     "R1": "the same images cut into batches of several sizes",
     "R2": "hidden channels in other units",
     "R3": "reconstruction against none, on data that was not fitted",

@@ -285,3 +285,22 @@ def test_help_of_path_loads_no_torch():
     assert done.returncode == 0, done.stderr
     assert "--c-steps" in done.stdout
     assert "--json" in done.stdout
+
+
+def test_without_a_folder_for_checkpoints_a_stopped_run_goes_on_from_its_results(run, monkeypatch: pytest.MonkeyPatch):
+    arguments = (*LEARN, "-b", "macs=50%", "--no-report")
+    run(*arguments, "--out", "whole")
+    assert not Path("whole/unfinished").exists()
+
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("spectrim.cli.learning.compare", stop)  # trained, and nothing written
+        assert "the same call goes on" in run(*arguments, "--out", "cut", code=130).stderr
+    learned = Path("cut/unfinished/learning.safetensors").read_bytes()
+    assert "was 4 and is 5" in run(*learn("rank_epochs=2,c_steps=5"), "-b", "macs=50%", "--out", "cut", code=2).stderr
+    assert Path("cut/unfinished/learning.safetensors").read_bytes() == learned
+    run(*arguments, "--out", "cut")
+    assert same(weights("whole"), weights("cut"))
+    assert not Path("cut/unfinished").exists()

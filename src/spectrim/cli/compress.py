@@ -36,7 +36,7 @@ def compress(
     """Make a model smaller, fit a budget, and say what it cost.
 
     Writes model.safetensors (weights and plan), plan.json and report.html, and for learned ranks ranks.json, the course
-    they took. Exit code 3 if the budget cannot be met.
+    they took. A training that is stopped goes on with the same call. Exit code 3 if the budget cannot be met.
     """
     # Without a function it is what a multiplier is for, as it was written formerly.
     former = [text for text in goal.cost or () if "=" not in text]

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 SELECTORS = ("exact", "lagrangian", "greedy", "energy", "uniform")
 
 Model = Annotated[
-    str, typer.Argument(help="package.module:factory, timm:NAME, torchvision:NAME or hf:NAME; options as ?key=value.")
+    str,
+    typer.Argument(
+        help="package.module:factory, file.py:factory, timm:NAME, torchvision:NAME or hf:NAME; options as ?key=value."
+    ),
 ]
 Weights = Annotated[
     Path | None, typer.Option("--weights", "-w", help="Weights: .safetensors, or .pt read with weights_only.")
@@ -218,6 +221,10 @@ class FileOptions:
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html.")] = True
     checkpoint: Annotated[
         Path | None,
-        typer.Option("--checkpoint", help="Learned ranks: folder from which the same call continues after a kill."),
+        typer.Option(
+            "--checkpoint",
+            help="Learned ranks: folder from which the same call continues after a kill; OUT/unfinished by default, "
+            "which goes when all is done.",
+        ),
     ] = None
     animate: Annotated[bool, typer.Option("--animate", help="Learned ranks: write ranks.gif too.")] = False
