@@ -1,14 +1,21 @@
 from __future__ import annotations
 
+import os
+import signal
 from collections import OrderedDict, namedtuple
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks.mutated_files import in_child
 from spectrim.errors import ExportError
 from spectrim.nn import export
+from spectrim.nn.checkpoint import save
 from spectrim.nn.export import export_onnx, export_program
+from spectrim.selection.plan import Plan
+from spectrim.train import resume
 from tests.nn.layers import ConvNet, Wrapped, close
 from tests.nn.nets import CHOICES, compressed
 
@@ -192,3 +199,29 @@ def test_a_model_that_cannot_be_exported_says_so(exporter):
     with pytest.raises(ExportError, match="Branching cannot be exported with a dynamic batch"):
         write(Branching(), torch.randn(2, 3), path)
     assert not path.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits a child's files")
+def test_a_full_disk_is_an_error_of_the_file_and_ends_no_process(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource")
+
+    def work() -> dict[str, str]:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        plan = Plan((), {}, {})
+        found = {}
+        for name, write in {
+            "model.pt2": lambda path: export_program(nn.Linear(4, 3).eval(), torch.zeros(2, 4), path),
+            "model.safetensors": lambda path: save(nn.Linear(40, 30), plan, path),
+            "run": lambda path: resume.write(path, {"a": torch.zeros(100)}, {}),
+        }.items():
+            try:
+                write(tmp_path / name)
+            except OSError as error:
+                found[name] = str(error)
+        return found
+
+    found = in_child(work)
+    assert set(found) == {"model.pt2", "model.safetensors", "run"}
+    assert all(name in text and "cannot be written" in text for name, text in found.items())
+    assert not list(tmp_path.iterdir())

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from spectrim.channel_plans.widths import KL, Energy
 from spectrim.cli.common import Output
 from spectrim.cli.costs import read_budget, read_costs
@@ -122,7 +124,8 @@ def run_folder(folder: Path, asked: Mapping[str, Any], work: Work, tuning: Recip
     """
     if work.training is None or tuning.epochs == 0:
         return None
-    weights = {name: tensor.cpu() for name, tensor in work.dense.state_dict().items()}
+    state = work.dense.state_dict().items()
+    weights = {name: each.cpu() for name, each in state if isinstance(each, Tensor) and not each.is_quantized}
     left = {name: value for name, value in asked.items() if name not in ("test", "batch", "threads")}
     record = {**left, "weights_sha256": digest_of_tensors(weights)}
     if asked["plan"] is not None:
