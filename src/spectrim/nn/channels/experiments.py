@@ -50,6 +50,8 @@ class Experiments:
     example: Any
     run: Callable[..., Any]
     _decoded: dict[str, dict[Axis, list[tuple[int, int]]]] = field(default_factory=dict)
+    _drawn: list[Tensor] = field(default_factory=list)
+    _scales: list[Tensor] = field(default_factory=list)
 
     def sides(self, root: str) -> tuple[list[Side], int]:
         """Where the channels of a layer lie, those that can only go together as one, and how many there are.
@@ -171,40 +173,59 @@ class Experiments:
 
     def _changed(self, source: str, which: Callable[[Tensor], Tensor]) -> tuple[dict[str, list[Tensor]], bool]:
         """Which entries of all inputs change with some channels of a layer, and whether outputs do."""
-        before = self._base
-        after = self._pass(source, which(torch.arange(self._length(source, OUT))), before.scales)
-        changed = {
-            name: [_differ(a, b) for a, b in zip(calls, after.inputs[name], strict=True)]
-            for name, calls in before.inputs.items()
-        }
-        return changed, any(bool(_differ(a, b).any()) for a, b in zip(before.outputs, after.outputs, strict=True))
+        base, chosen = self._base, which(torch.arange(self._length(source, OUT)))
+        found: dict[str, list[Tensor]] = {}
+
+        def compare(name: str, x: Tensor) -> None:
+            calls = found.setdefault(name, [])
+            calls.append(_differ(base.inputs[name][len(calls)], x))
+
+        outputs = self._pass(compare, source, chosen)
+        if {name: len(calls) for name, calls in found.items()} != base.calls:
+            raise Mixed("which layers are called depends on the numbers inside the network")
+        return found, any(bool(_differ(a, b).any()) for a, b in zip(base.outputs, outputs, strict=True))
 
     @cached_property
     def _base(self) -> _Pass:
-        return self._pass(None, None, [])
-
-    def _pass(self, source: str | None, chosen: Tensor | None, scales: list[Tensor]) -> _Pass:
-        """A pass with random numbers in place of what layers deliver, changed for some channels of one of them."""
         inputs: dict[str, list[Tensor]] = {}
-        generator = torch.Generator().manual_seed(0)
+        outputs = self._pass(lambda name, x: inputs.setdefault(name, []).append(x.clone()))
+        return _Pass(inputs, [t.clone() for t in outputs])
+
+    def _pass(
+        self, see: Callable[[str, Tensor], None], source: str | None = None, chosen: Tensor | None = None
+    ) -> list[Tensor]:
+        """A pass with random numbers in place of what layers deliver, changed for some channels of one of them.
+
+        Parameters
+        ----------
+        see
+            Called with the name and the input of every module of interest.
+
+        Returns
+        -------
+        list of Tensor
+            Outputs of the network.
+        """
+        numbers = iter(self._drawn)
 
         def read(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-                x = args[0] if args else next(iter(kwargs.values()))
-                inputs.setdefault(name, []).append(x.detach().clone())
+                see(name, (args[0] if args else next(iter(kwargs.values()))).detach())
 
             return hook
 
         def write(name: str) -> Callable[..., Tensor]:
             def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-                # Of one sign a sample: an activation lets pass what is positive, also where a normalisation turns it.
-                drawn = 2 + 4 * torch.rand(output.shape, generator=generator)
-                drawn[1::2] *= -1
+                drawn = next(numbers, None)
+                if drawn is None:
+                    drawn = _noise(output, len(self._drawn))
+                    self._drawn.append(drawn)
                 if name == source and chosen is not None:
                     shape = [1] * drawn.dim()
                     shape[self._dim(name)] = -1
-                    drawn = drawn * torch.where(chosen, _FACTOR, 1.0).reshape(shape)
-                return drawn.to(output)
+                    return drawn * torch.where(chosen, _FACTOR, 1.0).to(drawn).reshape(shape)
+                # A network may write into what it gets.
+                return drawn.clone()
 
             return hook
 
@@ -212,22 +233,35 @@ class Experiments:
             stack.enter_context(evaluating(self.model))
             steps = stack.enter_context(without_statistics())
             if source is not None:
-                steps.next = iter(scales)
+                steps.next = iter(self._scales)
             for name, module in itertools.chain(self._layers.items(), self._passed.items()):
                 stack.callback(module.register_forward_pre_hook(read(name), with_kwargs=True).remove)
             for name, module in self._layers.items():
                 stack.callback(module.register_forward_hook(write(name)).remove)
             outputs = output_tensors(self.run(self.model, self.example))
-        return _Pass(inputs, [t.detach().clone() for t in outputs if t.is_floating_point()], list(steps.held))
+        if source is None:
+            self._scales += steps.held
+        return [t.detach() for t in outputs if t.is_floating_point()]
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """Inputs of the modules of interest call by call, outputs, and by what normalisations divided."""
+    """Inputs of the modules of interest call by call, and outputs."""
 
     inputs: Mapping[str, list[Tensor]]
     outputs: list[Tensor]
-    scales: list[Tensor]
+
+    @cached_property
+    def calls(self) -> dict[str, int]:
+        return {name: len(calls) for name, calls in self.inputs.items()}
+
+
+def _noise(like: Tensor, number: int) -> Tensor:
+    """Numbers of one sign a sample: an activation lets pass what is positive, also where a normalisation turns it."""
+    generator = torch.Generator().manual_seed(number)
+    drawn = 2 + 4 * torch.rand(like.shape, generator=generator)
+    drawn[1::2] *= -1
+    return drawn.to(like)
 
 
 class _Sets:

@@ -26,6 +26,7 @@ from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Coupling, Side
 from spectrim.network.sites import Layer, Sites, Skipped
 from spectrim.nn.channels.experiments import Experiments
 from spectrim.nn.channels.narrow import NORMS
+from spectrim.nn.channels.rules import rule_of
 from spectrim.nn.channels.trial import DRAWS, Trial, enlivened, first_line
 from spectrim.nn.copying import copy_model
 from spectrim.nn.find import canonical, describe
@@ -39,6 +40,8 @@ from spectrim.nn.watch.state import ALONE
 _LOOKED_AT = 4096
 # Ways by which the channels of one layer may reach one operation.
 _VISITS = 16
+# Operations that mix channels or positions by what is in them.
+_ATTENTION = re.compile(r"ScaledDot|Softmax|Bmm|Attention", re.IGNORECASE)
 
 
 def couple(
@@ -193,6 +196,8 @@ class _Graph:
                         visited.add(dep.target.module)
                         self.writers.setdefault(name, []).append(dep.target.module)
                 self.operations[name] = _operations(group)
+                if self._is_beyond_experiments(group, name):
+                    self.settled.add(name)
                 reason = self._obstacle(group, count)
                 if reason is not None:
                     self.settled.add(name)
@@ -225,6 +230,16 @@ class _Graph:
             if root not in taken:
                 left.append((name, count, reason))
         return good, left
+
+    def _is_beyond_experiments(self, group: Any, name: str) -> bool:
+        """Whether channels pass attention, or are also those of tables and parameters that are added to them."""
+        if any(_ATTENTION.search(operation) for operation in self.operations[name]):
+            return True
+        others = [dep.target.module for dep, _ in group if isinstance(dep.target.module, (nn.Parameter, nn.Embedding))]
+        owners = (self.model.get_submodule(self.names[m][0].rpartition(".")[0]) for m in others)
+        return any(
+            isinstance(m, nn.Embedding) or rule_of(owner) is None for m, owner in zip(others, owners, strict=True)
+        )
 
     def _tried(self, experiments: Experiments, root: str, trial: Trial, good: Sequence[Coupling]) -> Coupling | None:
         """The channels of a layer as experiments find them, if their removal does what it says."""
