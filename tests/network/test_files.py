@@ -12,7 +12,9 @@ from pathlib import Path
 from threading import Barrier
 
 import pytest
+import torch
 
+from spectrim.network import tensor_files
 from spectrim.network.files import replacing, write_text
 
 
@@ -92,6 +94,9 @@ def test_names_modes_and_links_are_kept(tmp_path: Path) -> None:
     assert link.is_symlink()
     assert path.read_text() == "new"
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    (tmp_path / "usual").touch()
+    tensor_files.write(tmp_path / "new", {"a": torch.zeros(2)}, {})
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "usual").stat().st_mode
     write_text(os.devnull, "text")  # no file that another one could replace
     assert not Path(os.devnull).is_file()
 

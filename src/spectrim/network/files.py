@@ -44,8 +44,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
             written = folder / target.name
             yield written
             _flush(written)
-            if target.exists():
-                os.chmod(written, stat.S_IMODE(target.stat().st_mode))
+            # As of the file it replaces, or of any new one: safetensors would leave it to its owner alone.
+            like = target if target.exists() else folder / _LOCK
+            os.chmod(written, stat.S_IMODE(like.stat().st_mode))
             for beside in folder.iterdir():
                 if beside.name not in (_LOCK, target.name):
                     os.replace(beside, target.parent / beside.name)
