@@ -111,6 +111,15 @@ def test_without_its_head_and_with_a_new_one(tmp_path: Path) -> None:
         assert torch.equal(head.bert(**inputs("bert")).last_hidden_state, want)
 
 
+def test_a_model_that_ties_nothing_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small, _ = compressed("llama", "parameters")
+    # As Wav2Vec2ForCTC does.
+    monkeypatch.setattr(type(small), "tie_weights", lambda self, **_: None)
+    back = again(small, tmp_path)
+    assert same_weights(back, small)
+    assert len(list(back.parameters())) == len(list(small.parameters()))
+
+
 class Wrapped(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

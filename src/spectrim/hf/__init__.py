@@ -60,10 +60,10 @@ class SpectrimQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self._unshipping = self.quantization_config.unshipping.fitting(model)
-        self._masks = self._unshipping.build(model)
+        self._built = self._unshipping.build(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        self._unshipping.fill(model, self._masks)
+        self._unshipping.fill(model, self._built)
         self.remove_quantization_config(model)
         for module in model.modules():
             for name in ("_is_quantized", "transformers_weights"):

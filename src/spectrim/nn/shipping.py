@@ -177,10 +177,15 @@ class _Shipped:
         return {**written, "quantization_config": dict(self.record), "transformers_weights": NEEDS}
 
 
-def declare_ties(model: nn.Module) -> None:
+def declare_ties(model: nn.Module) -> dict[str, str]:
     """Tell transformers which tensors compressed layers share, of which a file holds one; and no longer, once merged.
 
     What loads reads it of the model, which is told in full, and what saves of the layers, all but the first.
+
+    Returns
+    -------
+    dict of str to str
+        The first name of each tensor by the others.
     """
     ties: dict[str, str] = {}
     first: dict[Tensor, str] = {}
@@ -201,6 +206,7 @@ def declare_ties(model: nn.Module) -> None:
             pairs = [(target.removeprefix(prefix), source.removeprefix(prefix)) for target, source in ties.items()]
             known = {target: source for target, source in told.items() if target in names}
             vars(module)["all_tied_weights_keys"] = {**dict(p for p in pairs if names.issuperset(p)), **known}
+    return ties
 
 
 def _sparse_parts(model: nn.Module, plan: Plan) -> Iterator[tuple[Masked, float]]:

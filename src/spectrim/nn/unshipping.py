@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,22 @@ from spectrim.nn.standing import StandIn
 from spectrim.selection.plan import Plan
 
 PLACE = "quantization_config of config.json"
+
+
+@dataclass(frozen=True)
+class Built:
+    """What was built for weights to be loaded into.
+
+    Attributes
+    ----------
+    masks
+        Layers with a mask, and one for each that keeps as many entries as the layer's will.
+    ties
+        The first name of each shared tensor by the others.
+    """
+
+    masks: Sequence[tuple[Masked, Tensor]]
+    ties: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -66,13 +83,8 @@ class Unshipping:
         biases = filter(None, map(rename, self.biases))
         return Unshipping(tuple(moved(plan, rename) for plan in self.plans), tuple(biases))
 
-    def build(self, model: nn.Module) -> list[tuple[Masked, Tensor]]:
+    def build(self, model: Any) -> Built:
         """Give a dense model on the meta device the layers of the plans, in place, sparse weights as files hold them.
-
-        Returns
-        -------
-        list of tuple
-            Layers with a mask, and a mask for each that keeps as many entries as it will.
 
         Raises
         ------
@@ -91,41 +103,44 @@ class Unshipping:
                     _add_bias(module, name)
         masks = [(layer, layer.mask) for _, _, layer in masked_layers(model)]
         sizes = [stored_bytes(layer) for layer, _ in masks]
-        declare_ties(model)
+        ties = declare_ties(model)
+        # Of the class, and of this model while it is loaded: what is tied is missing in no file.
+        ignored = model._keys_to_ignore_on_load_missing
+        model._keys_to_ignore_on_load_missing = {*(ignored or ()), *(f"^{re.escape(name)}$" for name in ties)}
         for module in filter(None, modules):
             module.to("meta")
         for (layer, _), (values, positions) in zip(masks, sizes, strict=True):
             weight: Any = layer.layer.weight
             layer.layer.weight = nn.Parameter(weight.new_empty(values // weight.element_size()))
             layer.mask = layer.mask.new_empty(positions, dtype=torch.uint8)
-        return masks
+        return Built(masks, ties)
 
-    def fill(self, model: nn.Module, masks: Sequence[tuple[Masked, Tensor]]) -> None:
-        """Open sparse weights after loading.
-
-        Parameters
-        ----------
-        masks
-            From :meth:`build`.
+    def fill(self, model: Any, built: Built) -> None:
+        """Tie shared tensors and open sparse weights after loading.
 
         Raises
         ------
         CheckpointError
             If files lacked tensors of compressed layers, or what is packed cannot be opened.
         """
+        vars(model).pop("_keys_to_ignore_on_load_missing", None)
+        # Some models of transformers tie in a way of their own, and nothing else.
+        for name, source in built.ties.items():
+            layer, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(layer), leaf, model.get_parameter(source))
         missing = [
             f"{name}.{local}"
             for name, module in model.named_modules()
             if isinstance(module, StandIn)
             for local, tensor in [*module.named_parameters(), *module.named_buffers()]
-            if not getattr(tensor, "_is_hf_initialized", False)
+            if tensor.is_meta or not getattr(tensor, "_is_hf_initialized", False)
         ]
         if missing:
             raise CheckpointError(
                 f"the files of the weights lack {len(missing)} tensors of compressed layers, first {missing[0]!r}: "
                 "they are not those that were saved with this config.json"
             )
-        for layer, kept in masks:
+        for layer, kept in built.masks:
             values: Any = layer.layer.weight
             positions, layer.mask = layer.mask, kept
             try:
