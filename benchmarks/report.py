@@ -57,6 +57,7 @@ TITLES = {
     "P2 (ResNet-56)": "ResNet-56, 30 % fewer MACs by removing filters, not trained",
     "P3": "ResNet-56, 2.13x fewer MACs by removing filters, with the teacher",
     "P4": "VGG-16 on CIFAR-10, 8x fewer parameters by removing filters",
+    "N6": "models of transformers ship",
     "P5": "filters kept for animals and for vehicles of CIFAR-10",
     "P6": "filters removed from many architectures",
     "P7": "time of principal filter analysis",
