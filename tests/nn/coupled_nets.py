@@ -133,6 +133,19 @@ class FrozenNorm(nn.Module):
         return x * scale[:, None, None] + shift[:, None, None]
 
 
+class Sized(nn.Module):
+    """Holds its number of channels: to reshape what a linear layer gives, and to split it."""
+
+    def __init__(self, split: bool = False) -> None:
+        super().__init__()
+        self.channels, self.split = 5, split
+        self.a, self.b = Linear(6, 90 if split else 45), conv(10 if split else 5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = relu(self.a(x)).view(len(x), -1, 3, 3) if self.split else relu(self.a(x)).view(-1, self.channels, 3, 3)
+        return self.b(torch.cat(x.split((self.channels, self.channels), 1)[::-1], 1) if self.split else x)
+
+
 def _split(m: Any, x: Tensor, add: bool = True) -> Tensor:
     parts = list(relu(m.stem(x)).chunk(2, 1))
     inner = m.c2(relu(m.c1(parts[-1])))
@@ -339,6 +352,8 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "frozen norm": (
         lambda: Net(lambda m, x: m.b(relu(m.n(m.a(x)))), a=conv(3, 8), n=FrozenNorm(8), b=conv(8, 2)), IMAGE,
     ),
+    "own number": (Sized, ROW),
+    "split by a number": (lambda: Sized(split=True), ROW),
     "literal": (
         lambda: Net(lambda m, x: m.t(relu(m.a(x).view(-1, 5, 3, 3))), a=Linear(6, 45), t=conv(5, 2)), ROW,
     ),

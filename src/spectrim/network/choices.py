@@ -313,7 +313,8 @@ class Place:
         """Read what ``str`` gives, ``module:axis:entries``."""
         module, _, axis = text.rpartition(":")[0].rpartition(":")
         entries = text.rpartition(":")[2]
-        if not module or not entries.isdecimal():
+        # Numbers of channels may be attributes of the model itself.
+        if not (module or axis.startswith(".")) or not entries.isdecimal():
             raise ValueError(f"side {text!r:.60} is not written as module:axis:entries of a channel")
         return cls(module, axis, int(entries))
 

@@ -34,7 +34,7 @@ class Side:
         Path of the module, or of a parameter that belongs to no layer.
     axis
         ``out``: what a layer writes. ``in``: what it reads. ``through``: both at once, as in a depthwise convolution or
-        a normalisation. Of a parameter the number of its axis.
+        a normalisation. Of a parameter the number of its axis. ``.name``: an attribute of a module that is the number.
     positions
         ``[channels, k]``: entries of the axis that belong to each channel. A linear layer behind a flattened image has
         one for every pixel.

@@ -29,18 +29,18 @@ class Mixture(nn.Module):
 class Reshape(nn.Module):
     def __init__(self, channels):
         super().__init__()
-        self.channels = channels
+        self.shape = channels, 3, 3
 
     def forward(self, x):
-        return x.view(-1, self.channels, 3, 3)
+        return x.view(-1, *self.shape)
 
 
 class Reshapes:
     def size(self, module):
-        return module.channels * 9
+        return module.shape[0] * 9
 
     def cut(self, module, kept):
-        module.channels = len(kept) // 9
+        module.shape = len(kept) // 9, 3, 3
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +144,9 @@ def test_what_is_narrowed_keeps_its_type_its_attributes_and_its_hooks():
 
 
 # Removal through a split, a shuffle of pixels, a reshape.
-@pytest.mark.parametrize("name", ["c2f", "c2f without a sum", "pixel shuffle", "unflatten", "frozen norm", "option a"])
+@pytest.mark.parametrize(
+    "name", ["c2f", "c2f without a sum", "pixel shuffle", "unflatten", "frozen norm", "option a", "own number"]
+)
 def test_a_network_loses_half_of_its_multiplications(name, tmp_path):
     model, _ = made(name, dtype=torch.float32)
     x = torch.randn(128, *NETS[name][1])

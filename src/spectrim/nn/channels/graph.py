@@ -256,9 +256,11 @@ class _Graph:
             coupling = Coupling(f"{root}:out", tuple(sides), self._pools(sides, channels), numbers, size)
         except Exception:  # a pass with random numbers runs foreign code, which may raise anything
             return None
-        if any(trial.fault([coupling], draw) is not None for draw in DRAWS):
-            return None
-        return coupling if not good or trial.fault([*good, coupling]) is None else None
+        ways = [coupling, *_halved(coupling)]
+        for each in (*ways, *(other for way in ways for other in _with_attributes(self.model, way))):
+            if all(trial.fault([each], draw) is None for draw in DRAWS):
+                return each if not good or trial.fault([*good, each]) is None else None
+        return None
 
     def norms(self) -> dict[str, str]:
         """BatchNorm that alone reads a layer, which can take over the mean of what the layer no longer delivers."""
@@ -487,12 +489,37 @@ def _length(module: Any, axis: str) -> int:
     return module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features
 
 
+def _halved(coupling: Coupling) -> Iterator[Coupling]:
+    """The coupling with channels of both halves tied: a split or a shuffle wants as many of each."""
+    half = coupling.channels // 2
+    if coupling.pools == 1 and half > 1 and coupling.channels % 2 == 0:
+        sides = (
+            dataclasses.replace(side, positions=torch.cat([side.positions[:half], side.positions[half:]], 1))
+            for side in coupling.sides
+        )
+        numbers, size = 2 * coupling.parameters, 2 * coupling.bytes
+        yield dataclasses.replace(coupling, sides=tuple(sides), parameters=numbers, bytes=size)
+
+
+def _with_attributes(model: nn.Module, coupling: Coupling) -> Iterator[Coupling]:
+    """The coupling with an attribute that may be its number of channels, as in ``x.view(-1, self.channels, h, w)``."""
+    sizes = {coupling.channels * entries for entries in (1, *(side.positions.shape[1] for side in coupling.sides))}
+    for path, module in model.named_modules():
+        if type(module).__module__.startswith("torch."):
+            continue
+        for name, number in vars(module).items():
+            if type(number) is int and number in sizes and not name.startswith("_"):
+                positions = torch.arange(number).reshape(coupling.channels, -1)
+                side = Side(path, f".{name}", positions, number)
+                yield dataclasses.replace(coupling, sides=(*coupling.sides, side))
+
+
 def _beside_layers(model: nn.Module, sides: Sequence[Side]) -> tuple[float, float]:
     """Numbers that a channel has in modules that are no layers, and their bytes."""
     numbers = size = 0.0
     for side in sides:
         owner = _get(model, side.name)
-        if isinstance(owner, (_ConvNd, nn.Linear)):
+        if isinstance(owner, (_ConvNd, nn.Linear)) or side.axis.startswith("."):
             continue
         held = [owner] if isinstance(owner, Tensor) else [*owner.parameters(), *owner.buffers()]
         per = [t for t in held if t.numel() >= side.size]

@@ -44,6 +44,8 @@ def narrow(model: nn.Module, axes: Mapping[Axis, Tensor]) -> None:
                 setattr(owner, leaf, _parameter(module, int(axis), kept))
             elif not isinstance(module, nn.Module):
                 raise ValueError(f"is a {type(module).__name__}")
+            elif axis.startswith("."):
+                setattr(module, axis[1:], len(kept))
             else:
                 _cut(module, axis, kept)
         except (ValueError, IndexError, RuntimeError) as error:
@@ -94,6 +96,8 @@ def _size(module: Any, axis: str, name: str) -> tuple[int, int]:
     """Length of an axis, and the number of equal runs that all have to lose the same."""
     if isinstance(module, StandIn):
         raise PlanError(f"{name!r} is a {type(module).__name__}, which has no axis {axis!r} that can be cut")
+    if axis.startswith(".") and type(number := vars(module).get(axis[1:])) is int:
+        return number, 1
     if isinstance(module, nn.Parameter) and axis.isdecimal() and int(axis) < module.dim():
         return module.shape[int(axis)], 1
     if isinstance(module, _ConvNd) and axis in (IN, OUT, THROUGH):
