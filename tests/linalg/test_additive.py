@@ -176,8 +176,8 @@ def test_without_a_low_rank_part_it_is_pruning_with_reconstruction() -> None:
     found = case.solve(0)
     assert found.product is None
     alone = sparse.fit(case.target, case.error, UNSTRUCTURED, 0.1, case.kernel, rounds=60)
-    assert torch.equal(found.sparse.mask, alone.mask)
-    assert found.error <= alone.error * (1 + 1e-9)
+    # Another search for the entries ends in another minimum, no worse on the whole.
+    assert found.error <= 1.02 * alone.error
     best = sparse.solve(case.target, case.error, found.sparse.mask, steps=300)
     assert found.error == pytest.approx(best.error, rel=1e-5)
 
@@ -287,7 +287,7 @@ def test_an_output_weight_is_the_same_as_weighting_the_outputs_by_its_root(step:
 def test_groups_are_independent_where_the_pattern_is() -> None:
     whole = Case("exact", g=3)
     assert isinstance(whole.metric, Full)
-    found = whole.solve(2, "2:4", 0.5, turns=30, tolerance=1e-7)
+    found = whole.solve(2, "2:4", 0.5, tolerance=1e-7)
     for number in range(3):
         one = slice(number, number + 1)
         metric = Full(whole.metric.moment[one])
@@ -303,8 +303,9 @@ def test_groups_are_independent_where_the_pattern_is() -> None:
         )
         assert found.product is not None
         rest = whole.target[one] - found.sparse.weight[one] - found.product.weight[one]
-        # Steps are as long as all groups together ask for: the same problem, another path.
-        assert Quadratic(metric).value(rest) == pytest.approx(part.error, rel=0.35)
+        # The entries are searched for in each group alone; conjugate-gradient steps on the values are common ones.
+        assert torch.equal(part.sparse.mask[0], found.sparse.mask[number])
+        assert Quadratic(metric).value(rest) == pytest.approx(part.error, rel=0.01)
 
 
 @pytest.mark.parametrize("step", ["greedy", "exact", "height-first"])

@@ -2,10 +2,12 @@
 
     min over L, S of  tr[G (T - L - S) C (T - L - S)^T],    rank(L) <= r,  S with a pattern
 
-is solved by turns: the best low-rank part for ``T - S``, the best sparse part for ``T - L``. The rank grows over the
-first turns, so that large single entries go to the sparse part and not into directions of their own. Between turns the
-low-rank step may be over-relaxed (it sees a little more than what the sparse part leaves, as in GreBsmo); what does not
-lower the error is taken back. Then the mask is frozen and the values of both parts settle.
+is solved from nothing by the alternating direction method of multipliers (:mod:`spectrim.linalg.admm`), which finds the
+entries that stay; then the mask is frozen and the values of both parts settle, by turns that lower the error.
+
+From a start, or for a low-rank part alone, the parts take turns from the first one on: the best low-rank part for
+``T - S``, the best sparse part for ``T - L``. Between turns the low-rank step may be over-relaxed (it sees a little
+more than what the sparse part leaves, as in GreBsmo); what does not lower the error is taken back.
 
 How the low-rank part is found is an object, since a kernel can be split in several ways:
 :mod:`spectrim.linalg.low_rank_steps`.
@@ -13,6 +15,7 @@ How the low-rank part is found is an object, since a kernel can be split in seve
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spectrim.linalg import sparse
+from spectrim.linalg import admm, sparse
 from spectrim.linalg.low_rank_steps import LowRankStep, Product
 from spectrim.linalg.patterns import Pattern
 from spectrim.linalg.sparse import Quadratic, Sparse
@@ -52,6 +55,14 @@ class Additive:
     def error(self) -> float:
         return self.errors[-1]
 
+    def double(self) -> Additive:
+        """The same in float64."""
+        product, state = self.product, dataclasses.replace(self.sparse, weight=self.sparse.weight.double())
+        if product is not None:
+            left, right = product.factors
+            product = Product(product.weight.double(), (left.double(), right.double()))
+        return dataclasses.replace(self, product=product, sparse=state)
+
 
 @dataclass(frozen=True)
 class Alternation:
@@ -60,20 +71,22 @@ class Alternation:
     Attributes
     ----------
     turns, tolerance
-        At most so many turns; fewer once two in a row lower the error by less than this share of it.
+        Of both parts from nothing exactly so many turns, over which the penalty grows (:mod:`spectrim.linalg.admm`).
+        From a start, or of one part alone, at most so many; fewer once two in a row lower the error by less than this
+        share of it.
     growth
         Turns over which the rank grows from nothing.
     relax
         Over-relax the low-rank step.
     polish
-        Turns with a frozen mask at the end.
+        At most so many turns with a frozen mask at the end, until one lowers the error by less than ``tolerance``.
     """
 
     turns: int = 60
     tolerance: float = 1e-4
     growth: int = 4
     relax: bool = True
-    polish: int = 3
+    polish: int = 12
 
 
 def decompose(
@@ -109,13 +122,17 @@ def decompose(
     alternation
         How many turns the parts take, and how.
     cautious
-        Take cautious sparse steps (:func:`spectrim.linalg.sparse.fit`), which end in another minimum.
+        Begin with a smaller penalty, and from a start take cautious sparse steps (:func:`spectrim.linalg.sparse.fit`):
+        it ends in another minimum.
 
     Returns
     -------
     Additive
         The errors never rise from turn to turn once the rank is reached.
     """
+    if start is None and pattern.kept((target.shape[0], target.shape[1], *kernel), density):
+        first = admm.FIRST / 10 if cautious else admm.FIRST
+        return _searched(target, error, step, rank, (pattern, density, kernel), alternation, first)
     shape = (target.shape[0], target.shape[1], *kernel)
     part = _SparsePart(target, error, pattern, density, kernel, cautious)
     if not rank:
@@ -166,7 +183,34 @@ def decompose(
         assert isinstance(product, Product)
         best = product, state
         errors.append(error.value(target - product.weight - state.weight))
-    return _polished(target, error, step, rank, best, errors, converged, 0 if alone else alternation.polish)
+    polish = 0 if alone else alternation.polish
+    return _polished(target, error, step, best, errors, polish, alternation.tolerance, converged=converged)
+
+
+def _searched(
+    target: Tensor,
+    error: Quadratic,
+    step: LowRankStep,
+    rank: int,
+    sized: tuple[Pattern, float, tuple[int, ...]],
+    alternation: Alternation,
+    first: float,
+) -> Additive:
+    """Both parts from nothing: which entries stay, a last exchange of single ones, and the values."""
+    product, weight, mask = admm.search(
+        target, error, step if rank else None, rank, *sized, turns=alternation.turns, first=first
+    )
+    seen = error if product is None else step.eliminated(product)
+    if alternation.polish:
+        start = Sparse(weight, mask, math.inf)
+        state = sparse.fit(target, seen, *sized, start=start, rounds=1, steps=6, halvings=0)
+    else:
+        state = sparse.solve(target, seen, mask, start=weight, steps=6)
+    if product is None:
+        state = sparse.solve(target, error, state.mask, start=state.weight, steps=10 * alternation.polish)
+        return Additive(None, state, (state.error,), True)
+    product = step.refit(target - state.weight, product)
+    return _polished(target, error, step, (product, state), [state.error], alternation.polish, alternation.tolerance)
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,26 +254,48 @@ def better(*given: Any, **options: Any) -> Additive:
     return min((decompose(*given, **options, cautious=c) for c in (False, True)), key=lambda fit: fit.error)
 
 
+def settled(
+    target: Float[Tensor, "g o n"],
+    error: Quadratic,
+    step: LowRankStep,
+    start: Additive,
+    *,
+    turns: int = 1,
+    tolerance: float = 0.0,
+) -> Additive:
+    """The same support and rank with better values, such as of a fit in lower precision."""
+    if start.product is None:
+        state = sparse.solve(target, error, start.sparse.mask, start=start.sparse.weight, steps=12 * turns)
+        return Additive(None, state, (state.error,), start.converged)
+    rest = error.value(target - start.product.weight - start.sparse.weight)
+    return _polished(target, error, step, (start.product, start.sparse), [rest], turns, tolerance)
+
+
 def _polished(
     target: Tensor,
     error: Quadratic,
     step: LowRankStep,
-    rank: int,
     best: tuple[Product, Sparse],
     errors: list[float],
-    converged: bool,
     turns: int,
+    tolerance: float,
+    *,
+    converged: bool = False,
 ) -> Additive:
-    """The values of both parts with the mask as it is."""
+    """The values of both parts with the mask as it is, until a turn gains less than the tolerance."""
     product, state = best
+    rank = product.factors[0].shape[2]
     for _ in range(turns):
         fresh = step(target - state.weight, rank, product)
-        settled = sparse.solve(target, step.eliminated(fresh), state.mask, start=state.weight, steps=12)
-        fresh = step.refit(target - settled.weight, fresh)
-        if settled.error >= errors[-1]:
+        found = sparse.solve(target, step.eliminated(fresh), state.mask, start=state.weight, steps=12)
+        fresh = step.refit(target - found.weight, fresh)
+        fell = 1 - found.error / errors[-1] if errors[-1] > 0 else 0.0
+        if fell > 0:
+            product, state = fresh, found
+            errors.append(found.error)
+        if fell <= tolerance:
+            converged = True
             break
-        product, state = fresh, settled
-        errors.append(settled.error)
     # The error as it is, without the rounding of all the steps.
     errors[-1] = error.value(target - product.weight - state.weight)
     return Additive(product, state, tuple(errors), converged)

@@ -7,6 +7,7 @@ sparse weight costs if the second factor makes up for it as well as it can.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,13 @@ class LowRankStep(ABC):
     def eliminated(self, product: Product) -> Quadratic:
         """What a weight difference costs if the second factor of a product makes up for it as well as it can."""
 
+    def projection(self, product: Product) -> Callable[[Tensor], Tensor] | None:
+        """Takes from rows ``[g, o, n]`` what the second factor of a product makes up for, whatever the inputs.
+
+        None where that depends on the inputs.
+        """
+        return None
+
     @abstractmethod
     def energies(self, target: Float[Tensor, "g o n"]) -> Float[Tensor, "g R"]:
         """Spectrum of a target alone, descending; of a split that in the average slice."""
@@ -88,6 +96,10 @@ class _Projecting(LowRankStep):
         eye = torch.eye(left.shape[1], dtype=left.dtype, device=left.device)
         beside = eye - left @ left.mT
         return Quadratic(self.metric, beside if self.root is None else self.root.mT @ beside @ self.root)
+
+    def projection(self, product: Product) -> Callable[[Tensor], Tensor] | None:
+        left = product.factors[0]
+        return (lambda rows: rows - left @ (left.mT @ rows)) if self.root is None else None
 
     def energies(self, target: Float[Tensor, "g o n"]) -> Float[Tensor, "g R"]:
         mixed = self._mixed(target)
@@ -154,15 +166,17 @@ class Split(LowRankStep):
 
     def __call__(self, target: Float[Tensor, "g o n"], rank: int, start: Product | None) -> Product:
         matrix = self.metric.unfold(target)
-        mixed = matrix if self.root is None else self.metric.unfold(self.root @ target)
+        mixed = response.mix(matrix, self.root)
         if start is None or self.metric.separates:
             # In a metric of slices this is the solution, otherwise a good start.
             basis = lowrank.spectrum(mixed, self.metric.average, rank).basis
             left, _ = lowrank.factors(mixed, basis, rank)
+            right = None if self.metric.separates else response.refit(mixed, self.metric, left)
         else:
-            left = start.factors[0]
-        if not self.metric.separates:
-            left, _ = response.alternate(mixed, self.metric, left, sweeps=1, steps=self.steps)
+            left, right = start.factors[0], response.mix(start.factors[1], self.root)
+        if right is not None:
+            left = response.refit_first([mixed], [self.metric], left, [right], steps=self.steps)
+            left = left / left.norm(dim=1, keepdim=True).clamp_min(1e-300)
         return self._product(left, response.refit(matrix, self.metric, left))
 
     def refit(self, target: Float[Tensor, "g o n"], product: Product) -> Product:

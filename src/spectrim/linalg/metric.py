@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spectrim.linalg import eigen
+from spectrim.linalg.eigen import Eigen
 from spectrim.linalg.unfold import Unfolding, fold, slice_rows, unfold
 
 _M = TypeVar("_M", bound="Metric")
@@ -41,6 +43,10 @@ class Metric(ABC):
     @abstractmethod
     def diagonal(self) -> Float[Tensor, "g n"]:
         """Mean square of every input of the patch."""
+
+    @abstractmethod
+    def eigen(self, units: Float[Tensor, "g n"]) -> Eigen:
+        """The metric, or what comes closest to it, by its eigenvectors, with inputs measured in these units."""
 
     @abstractmethod
     def sliced(self, how: Unfolding) -> SlicedMetric:
@@ -156,6 +162,9 @@ class Full(SlicedMetric):
 
     def diagonal(self) -> Float[Tensor, "g n"]:
         return self.moment.diagonal(dim1=-2, dim2=-1)
+
+    def eigen(self, units: Float[Tensor, "g n"]) -> Eigen:
+        return Eigen(*eigen.of_moment(self.moment / units.unsqueeze(1) / units.unsqueeze(2)))
 
     def sliced(self, how: Unfolding) -> Full:
         return dataclasses.replace(self, how=how)
@@ -273,13 +282,29 @@ class Slices(_Alike):
     how: Unfolding = WHOLE
 
     def times(self, rows: Float[Tensor, "g m n"]) -> Float[Tensor, "g m n"]:
-        g, m, n = rows.shape
+        opened = self._cut(rows)
+        return self._joined((opened.flatten(1, 2) @ self.moment).reshape(opened.shape))
+
+    def _order(self) -> list[int]:
+        """Axes ``(g, m, *rest, i, *seen)`` of rows ``(g, m, i, *k)``."""
         rest = [a for a in range(len(self.patch) - 1) if a not in self.how.axes]
-        order = [0, 1, *(3 + a for a in rest), 2, *(3 + a for a in self.how.axes)]
-        opened = rows.reshape(g, m, *self.patch).permute(order)
-        seen = opened.reshape(g, -1, self.moment.shape[-1]) @ self.moment
+        return [0, 1, *(3 + a for a in rest), 2, *(3 + a for a in self.how.axes)]
+
+    def _cut(self, rows: Float[Tensor, "g m n"]) -> Float[Tensor, "g m q p"]:
+        g, m, _ = rows.shape
+        return rows.reshape(g, m, *self.patch).permute(self._order()).reshape(g, m, -1, self.moment.shape[-1])
+
+    def _joined(self, opened: Float[Tensor, "g m q p"]) -> Float[Tensor, "g m n"]:
+        g, m, _, _ = opened.shape
+        order = self._order()
         back = [order.index(d) for d in range(len(order))]
-        return seen.reshape(opened.shape).permute(back).reshape(g, m, n)
+        sizes = (g, m, *self.patch)
+        return opened.reshape([sizes[d] for d in order]).permute(back).reshape(g, m, -1)
+
+    def eigen(self, units: Float[Tensor, "g n"]) -> Eigen:
+        # One unit for all slices, which the mean of theirs is.
+        each = self._cut(units.unsqueeze(1)).mean((1, 2))
+        return Eigen(*eigen.of_moment(self.moment / each.unsqueeze(1) / each.unsqueeze(2)), self._cut, self._joined)
 
     def diagonal(self) -> Float[Tensor, "g n"]:
         return self.spread(self.moment.diagonal(dim1=-2, dim2=-1))
@@ -324,6 +349,9 @@ class Rows(Metric):
     def diagonal(self) -> Float[Tensor, "g n"]:
         return self.rows.square().sum(1) + self.level
 
+    def eigen(self, units: Float[Tensor, "g n"]) -> Eigen:
+        return Eigen(*eigen.of_rows(self.rows / units.unsqueeze(1), self.level / units.square()))
+
     def sliced(self, how: Unfolding) -> Slices:
         g, m, _ = self.rows.shape
         rows = slice_rows(self.rows.reshape(g, m, *self.patch), how).double()
@@ -347,6 +375,10 @@ class Plain(_Alike):
 
     def diagonal(self) -> Float[Tensor, "g n"]:
         return torch.ones(self.groups, math.prod(self.patch), dtype=torch.float64, device=self.device)
+
+    def eigen(self, units: Float[Tensor, "g n"]) -> Eigen:
+        none = units.new_zeros(self.groups, 0)
+        return Eigen(none, units.unsqueeze(2)[:, :, :0], units.square().mean(1).reciprocal())
 
     def sliced(self, how: Unfolding) -> Plain:
         return dataclasses.replace(self, how=how)

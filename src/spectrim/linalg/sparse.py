@@ -15,11 +15,13 @@ hard thresholding, Blumensath and Davies 2010). Both are tried, and halved until
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from spectrim.linalg.eigen import Eigen
 from spectrim.linalg.metric import Metric
 from spectrim.linalg.patterns import Pattern
 
@@ -47,6 +49,11 @@ class Quadratic:
     def value(self, rows: Float[Tensor, "g o n"]) -> float:
         return _dot(rows, self.apply(rows))
 
+    @cached_property
+    def ridge(self) -> Ridge:
+        """The error by its eigenvectors."""
+        return Ridge.of(self)
+
     def scale(self, outputs: int) -> Float[Tensor, "g o n"]:
         """Square root of the curvature along each entry, at least 1e-4 of the largest."""
         inputs = self.metric.diagonal().clamp_min(0).sqrt().unsqueeze(1)
@@ -57,6 +64,49 @@ class Quadratic:
         # What hardly changes the error gets no long steps; where nothing does, any length will do.
         largest = float(scale.max())
         return scale.clamp_min(1e-4 * largest if largest > 0 else 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Ridge:
+    """An error in units in which entries have curvature one, by its eigenvectors; made once for many fits.
+
+    Attributes
+    ----------
+    outputs, inputs
+        The units, ``[g, o, 1]`` (``[g, 1, 1]`` where outputs count as they are) and ``[g, 1, n]``.
+    metric
+        Of the inputs.
+    values, vectors
+        Of the outputs, ``[g, o]`` and ``[g, o, o]``; ones ``[g, 1]`` and no vectors where they count as they are.
+    """
+
+    outputs: Float[Tensor, "g o 1"]
+    inputs: Float[Tensor, "g 1 n"]
+    metric: Eigen
+    values: Float[Tensor, "g o"]
+    vectors: Float[Tensor, "g o o"] | None
+
+    @classmethod
+    def of(cls, error: Quadratic) -> Ridge:
+        inputs = _units(error.metric.diagonal())
+        metric = error.metric.eigen(inputs)
+        if error.outer is None:
+            alike = inputs.new_ones(inputs.shape[0], 1)
+            return cls(alike.unsqueeze(2), inputs.unsqueeze(1), metric, alike, None)
+        each = _units(error.outer.diagonal(dim1=-2, dim2=-1))
+        values, vectors = torch.linalg.eigh(error.outer / each.unsqueeze(1) / each.unsqueeze(2))
+        return cls(each.unsqueeze(2), inputs.unsqueeze(1), metric, values.clamp_min(0), vectors)
+
+    @property
+    def units(self) -> Float[Tensor, "g o n"]:
+        """What a weight is multiplied by."""
+        return self.outputs * self.inputs
+
+    def solve(self, rows: Float[Tensor, "g o n"], penalty: float) -> Float[Tensor, "g o n"]:
+        """``argmin over Y of error(rows - Y) + penalty ||Y||^2``."""
+        if self.vectors is None:
+            return self.metric.ridge(rows, penalty, self.values)
+        return self.vectors @ self.metric.ridge(self.vectors.mT @ rows, penalty, self.values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,3 +243,10 @@ def fit(
             break
         best = found
     return best
+
+
+def _units(strength: Tensor) -> Tensor:
+    """Roots, at least 1e-4 of the largest; ones where there is nothing."""
+    roots = strength.clamp_min(0).sqrt()
+    largest = roots.amax(-1, keepdim=True)
+    return torch.where(largest > 0, torch.maximum(roots, 1e-4 * largest), torch.ones_like(roots))

@@ -20,9 +20,11 @@ from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer
 from spectrim.network.structure import Chain, Sum
 
-# Turns of the decomposition that the curve is made of; a choice that is carried out goes on from there.
-_CURVE_TURNS = 3
-_GROWTH = 2
+# Turns of the decompositions that the curve is made of; a choice that is carried out takes more and loses less.
+_CURVE_TURNS = 16
+_FEWEST = 3
+# Turns of the values alone, at most, after the decomposition that is carried out.
+_POLISH = 6
 # Of the sparse part where there is none.
 _ANY = patterns.Unstructured()
 _DENSITIES = (0.0, 0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.13, 0.17, 0.22, 0.28, 0.35, 0.45, 0.6)
@@ -106,8 +108,8 @@ class LowRankPlusSparse(Method):
             raise ValueError(f"ranks is {self.ranks!r}; expected 0 or more")
         if self.multiple_of is not None and self.multiple_of < 1:
             raise ValueError(f"multiple_of must be at least 1, got {self.multiple_of}")
-        if self.turns < _CURVE_TURNS:
-            raise ValueError(f"turns is {self.turns!r}; expected at least {_CURVE_TURNS}")
+        if self.turns < _FEWEST:
+            raise ValueError(f"turns is {self.turns!r}; expected at least {_FEWEST}")
 
     def fits(self, site: Layer) -> bool:
         """One layer, whose inputs' moments are there if it has been calibrated at all."""
@@ -124,13 +126,13 @@ class LowRankPlusSparse(Method):
         for number, how in enumerate(self._chosen(site)):
             layer = AdditiveLayer.of(site, how, exact=self.exact)
             total = layer.total
-            quick = layer.single() if math.prod(site.spec.shape) >= _SINGLE else layer
+            quick = _quick(layer)
             scale = statistics.scale(site, total) if site.statistics else 1.0
             offered = [(rank, _ANY, 0.0) for rank in self._alone(site.spec, how)]
             for pattern in self._patterns(site, layer):
                 offered += [(r, pattern, d) for r, d in self._grid(site.spec, how, pattern, first=not number)]
             for rank, pattern, density in offered:
-                found = self._decompose(quick, rank, pattern, density, turns=_CURVE_TURNS)
+                found = self._decompose(quick, rank, pattern, density, turns=min(_CURVE_TURNS, self.turns))
                 choices.append(self.choice(site, how, rank, pattern, density))
                 errors.append(min(1.0, found.error / total) if total > 0 else 0.0)
             if site.spec.shape[1] <= _WIDE:
@@ -144,8 +146,11 @@ class LowRankPlusSparse(Method):
             site.require("input", f"LowRankPlusSparse ({how.name})")
         layer = AdditiveLayer.of(site, how, exact=self.exact)
         pattern = patterns.pattern(choice.pattern)
-        turns = max(_CURVE_TURNS + 1, self.turns // _thin(spec) ** 2)
-        found = self._decompose(layer, choice.rank, pattern, choice.density, turns=turns)
+        turns = max(self.turns // _thin(spec), min(_CURVE_TURNS, self.turns))
+        quick = _quick(layer)
+        found = self._decompose(quick, choice.rank, pattern, choice.density, turns=turns, polish=_POLISH)
+        if quick is not layer:
+            found = additive.settled(layer.target, layer.error, layer.step, found.double())
         left, right = layer.factors(found.product)
         left, right = lowrank.balance(left, right)
         shift = None
@@ -166,11 +171,9 @@ class LowRankPlusSparse(Method):
         return SumChoice(how.name, rank, density, pattern.name, biased, method=self.name)
 
     def _decompose(
-        self, layer: AdditiveLayer, rank: int, pattern: Pattern, density: float, *, turns: int
+        self, layer: AdditiveLayer, rank: int, pattern: Pattern, density: float, *, turns: int, polish: int = 0
     ) -> additive.Additive:
-        carried_out = turns > _CURVE_TURNS
-        fit = additive.better if carried_out and _thin(layer.site.spec) == 1 else additive.decompose
-        return fit(
+        return additive.decompose(
             layer.target,
             layer.error,
             layer.step,
@@ -178,7 +181,7 @@ class LowRankPlusSparse(Method):
             pattern,
             density,
             layer.kernel,
-            alternation=additive.Alternation(turns, self.tolerance, _GROWTH, polish=3 if carried_out else 0),
+            alternation=additive.Alternation(turns, self.tolerance, polish=polish),
         )
 
     def _offered(self, site: Layer) -> list[Unfolding]:
@@ -275,6 +278,11 @@ def _structure(
         return pair
     sparse = Chain((spec.sparse(pattern, density, bias=bias and not rank),))
     return Sum((pair, sparse)) if rank else sparse
+
+
+def _quick(layer: AdditiveLayer) -> AdditiveLayer:
+    """What a layer is searched in: of a large one, float32."""
+    return layer.single() if layer.target.numel() >= _SINGLE else layer
 
 
 def _thin(spec: LayerSpec) -> int:
