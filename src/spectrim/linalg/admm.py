@@ -70,15 +70,14 @@ def search(
     penalty, growth = first, (LAST / first) ** (1 / max(1, turns - 1))
     calm = 0
     for _ in range(turns):
-        rest = wanted - sparse + multiplier
+        rest, solve = wanted - sparse + multiplier, ridge.solve
         if step is not None and product is not None:
-            beside = step.projection(product)
-            if beside is None:
-                free = ridge.solve(rest - product.weight * units, penalty)
+            following = step.following(ridge, product)
+            if following is None:
+                rest = rest - product.weight * units
             else:
-                free = beside(ridge.solve(beside(rest), penalty))
-        else:
-            free = ridge.solve(rest, penalty)
+                solve = following
+        free = solve(rest, penalty)
         free += sparse
         before, mask = mask, threshold(free.square(), pattern, density, kernel)
         sparse = free * mask

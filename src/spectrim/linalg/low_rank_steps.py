@@ -16,7 +16,10 @@ from torch import Tensor
 
 from spectrim.linalg import bilateral, lowrank, response
 from spectrim.linalg.metric import Metric, SlicedMetric
-from spectrim.linalg.sparse import Quadratic
+from spectrim.linalg.sparse import Quadratic, Ridge
+
+# Weighted outputs up to this many are decomposed anew in every turn of a search.
+_FEW = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +58,8 @@ class LowRankStep(ABC):
     def eliminated(self, product: Product) -> Quadratic:
         """What a weight difference costs if the second factor of a product makes up for it as well as it can."""
 
-    def projection(self, product: Product) -> Callable[[Tensor], Tensor] | None:
-        """Takes from rows ``[g, o, n]`` what the second factor of a product makes up for, whatever the inputs.
-
-        None where that depends on the inputs.
-        """
+    def following(self, ridge: Ridge, product: Product) -> Callable[[Tensor, float], Tensor] | None:
+        """:meth:`Ridge.solve` where the second factor of a product makes up for what it can, or None: too dear."""
         return None
 
     @abstractmethod
@@ -97,9 +97,12 @@ class _Projecting(LowRankStep):
         beside = eye - left @ left.mT
         return Quadratic(self.metric, beside if self.root is None else self.root.mT @ beside @ self.root)
 
-    def projection(self, product: Product) -> Callable[[Tensor], Tensor] | None:
+    def following(self, ridge: Ridge, product: Product) -> Callable[[Tensor, float], Tensor] | None:
         left = product.factors[0]
-        return (lambda rows: rows - left @ (left.mT @ rows)) if self.root is None else None
+        if self.root is None:
+            return lambda rows, penalty: _without(left, ridge.solve(_without(left, rows), penalty))
+        outer = self.eliminated(product).outer
+        return ridge.weighted(outer).solve if outer is not None and left.shape[1] <= _FEW else None
 
     def energies(self, target: Float[Tensor, "g o n"]) -> Float[Tensor, "g R"]:
         mixed = self._mixed(target)
@@ -121,6 +124,10 @@ class _Projecting(LowRankStep):
         if self.root is not None:
             left = torch.linalg.solve(self.root, left)
         return Product(left @ right, (left, right))
+
+
+def _without(left: Float[Tensor, "g o r"], rows: Float[Tensor, "g o n"]) -> Float[Tensor, "g o n"]:
+    return rows - left @ (left.mT @ rows)
 
 
 @dataclass(frozen=True, eq=False)

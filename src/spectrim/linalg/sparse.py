@@ -14,6 +14,7 @@ hard thresholding, Blumensath and Davies 2010). Both are tried, and halved until
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -90,12 +91,16 @@ class Ridge:
     def of(cls, error: Quadratic) -> Ridge:
         inputs = _units(error.metric.diagonal())
         metric = error.metric.eigen(inputs)
+        alike = inputs.new_ones(inputs.shape[0], 1)
         if error.outer is None:
-            alike = inputs.new_ones(inputs.shape[0], 1)
             return cls(alike.unsqueeze(2), inputs.unsqueeze(1), metric, alike, None)
         each = _units(error.outer.diagonal(dim1=-2, dim2=-1))
-        values, vectors = torch.linalg.eigh(error.outer / each.unsqueeze(1) / each.unsqueeze(2))
-        return cls(each.unsqueeze(2), inputs.unsqueeze(1), metric, values.clamp_min(0), vectors)
+        return cls(each.unsqueeze(2), inputs.unsqueeze(1), metric, torch.ones_like(each), None).weighted(error.outer)
+
+    def weighted(self, outer: Float[Tensor, "g o o"]) -> Ridge:
+        """The same with another weight of the outputs, in the units of this one."""
+        values, vectors = torch.linalg.eigh(outer / self.outputs / self.outputs.mT)
+        return dataclasses.replace(self, values=values.clamp_min(0), vectors=vectors)
 
     @property
     def units(self) -> Float[Tensor, "g o n"]:

@@ -69,14 +69,15 @@ class LowRankPlusSparse(Method):
     multiple_of
         Offer ranks that are multiples of this; what suits the device and the layer's width if None.
     turns, tolerance
-        When a choice is carried out: turns between both parts, and the relative gain of one that ends them.
+        When a choice is carried out: turns of the search for entries, at least 16, and the relative gain of a turn of
+        the values that ends them.
     exact
         Find the low-rank part by eigendecompositions, the reference. The default does without.
 
     Notes
     -----
-    The curve comes from a few turns of the decomposition at every point of a grid of ranks and densities; what is
-    carried out goes on from there and loses no more. The error is the share of the layer's centred output energy lost.
+    The curve comes from few turns of the search at every point of a grid of ranks and densities; what is carried out
+    takes more and loses less. The error is the share of the layer's centred output energy lost.
     Layers whose patches are too long for their second moment are fitted in that of their slices.
     """
 
@@ -146,9 +147,16 @@ class LowRankPlusSparse(Method):
             site.require("input", f"LowRankPlusSparse ({how.name})")
         layer = AdditiveLayer.of(site, how, exact=self.exact)
         pattern = patterns.pattern(choice.pattern)
-        turns = max(self.turns // _thin(spec), min(_CURVE_TURNS, self.turns))
+        longest, stated = max(_CURVE_TURNS, self.turns // _thin(spec)), min(_CURVE_TURNS, self.turns)
         quick = _quick(layer)
-        found = self._decompose(quick, choice.rank, pattern, choice.density, turns=turns, polish=_POLISH)
+        # Of few entries more turns may find worse ones; the search that the curve tells of is then there as well.
+        found = min(
+            (
+                self._decompose(quick, choice.rank, pattern, choice.density, turns=turns, polish=_POLISH)
+                for turns in ((longest, stated) if layer.target.numel() < _SINGLE else (longest,))
+            ),
+            key=lambda fit: fit.error,
+        )
         if quick is not layer:
             found = additive.settled(layer.target, layer.error, layer.step, found.double())
         left, right = layer.factors(found.product)
