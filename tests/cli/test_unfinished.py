@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 
 from spectrim.cli import shrinking
 from spectrim.cli.batches import Batches
+from spectrim.cli.common import Output
 from spectrim.cli.data import load_data
 from spectrim.cli.models import load_model, whose_weights
 from spectrim.cli.preprocessing import Inputs
 from spectrim.cli.references import UsageError, parse
+from spectrim.cli.unfinished import RunFolder, make_folder
 from spectrim.train import fine_tune
 from tests.cli.nets import Tiny
 
@@ -243,3 +246,28 @@ def test_the_record_of_a_run_is_json(run, monkeypatch: pytest.MonkeyPatch):
     assert record["model"] == "nets:tiny"
     assert record["train"] == "nets:batches"
     assert "test" not in record
+
+
+def test_a_removal_that_is_killed_leaves_no_half_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    out, folder = Output(), tmp_path / "unfinished"
+    held = RunFolder(folder, {"model": "nets:tiny"})
+
+    def kill(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("replace", "unlink"):
+        held.claim()
+        (folder / "plan.json").touch()
+        with monkeypatch.context() as patch:
+            patch.setattr(*((os, "replace", lambda *a: kill(folder)) if name == "replace" else (Path, "unlink", kill)))
+            with pytest.raises(KeyboardInterrupt):
+                held.remove()
+        assert folder.exists() == (name == "replace")  # whole, or gone
+        if folder.exists():
+            assert {"plan.json", "run.json"} < {file.name for file in folder.iterdir()}
+    make_folder(out, tmp_path)
+    assert not list(tmp_path.iterdir())
+    held.claim()
+    (folder / "mine.txt").touch()
+    held.remove()
+    assert (folder / "mine.txt").exists()

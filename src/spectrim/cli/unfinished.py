@@ -14,7 +14,7 @@ from typing import Any
 
 from spectrim.cli.common import Output
 from spectrim.cli.references import UsageError
-from spectrim.network.files import remove_abandoned, write_text
+from spectrim.network.files import discard, remove_abandoned, write_text
 
 _RECORD = "run.json"
 UNFINISHED = "unfinished"
@@ -101,13 +101,11 @@ class RunFolder:
         write_text(file, json.dumps(now, indent=1) + "\n")
 
     def remove(self) -> None:
-        """Remove the folder of a run that is done; a file that is not the run's stays."""
+        """Remove the folder of a run that is done, unless there is something in it that is not the run's."""
+        remove_abandoned(self.folder)
         with contextlib.suppress(OSError):
-            remove_abandoned(self.folder)
-        for name in (*_FILES, _RECORD):
-            (self.folder / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
+            if {file.name for file in self.folder.iterdir()} <= _FILES:
+                discard(self.folder)
 
     def _read(self, file: Path) -> dict[str, Any]:
         try:
@@ -120,4 +118,5 @@ class RunFolder:
 
 
 ONE_SHOT, TUNING = "one-shot.safetensors", "tuning.safetensors"
-_FILES = (ONE_SHOT, TUNING, "learning.safetensors", "plan.json")
+# The last is there if a removal was stopped.
+_FILES = {_RECORD, ONE_SHOT, TUNING, "learning.safetensors", "plan.json", ".writing"}

@@ -90,6 +90,20 @@ def remove_abandoned(folder: Path) -> None:
                     _remove(found)
 
 
+def discard(folder: Path) -> None:
+    """Remove a folder of files in one step for all who look: if the process dies in it, the rest counts as abandoned.
+
+    Raises
+    ------
+    OSError
+        If it cannot be removed.
+    """
+    (folder / _LOCK).touch()
+    gone = folder.with_name(f".{folder.name}.{os.getpid()}{_END}")
+    os.replace(folder, gone)
+    _remove(gone)
+
+
 def _remove(folder: Path) -> None:
     """Remove a scratch folder, its lock last: what is left of it if the process dies is found again."""
     for file in sorted(folder.iterdir(), key=lambda file: file.name == _LOCK):
