@@ -79,9 +79,14 @@ def labels(name: str, count: int = 4) -> Tensor:
 METHODS = {
     "macs": [st.WeightSVD()],
     "parameters": [st.JointSVD("left"), st.JointSVD("right")],
-    "bytes": [st.LowRankPlusSparse(share=0.4, densities=(0.5,), turns=20)],
+    "bytes": [st.LowRankPlusSparse(share=0.4, densities=(0.5,), turns=10)],
 }
-PARTS = {"bert": "*.0.*", "vit": "*.0.*", "llama": "*.0.*", "t5": "encoder.block.0.*"}
+PARTS = {
+    "bert": "*.0.attention.self.*",
+    "vit": "*.0.attention.*",
+    "llama": "*.0.self_attn.*",
+    "t5": "encoder.block.0.layer.0.*",
+}
 """Layers that get low rank plus sparse weights: not all, for speed."""
 
 
