@@ -24,7 +24,7 @@ from spectrim.network.sites import Sites
 from spectrim.network.skipped import Skipped
 from spectrim.nn.checkpoint import header_bytes
 from spectrim.nn.find import Which, check_model
-from spectrim.nn.proof import Agreement, agreement
+from spectrim.nn.proof import Agreement, agreement, check_comparable
 from spectrim.nn.sparse.kernels import choose_kernels
 from spectrim.nn.timing import Speed, Timing, measure_latency
 from spectrim.nn.watch.batches import Feed
@@ -259,6 +259,8 @@ def compress(
             "layers that share factors would lose different channels: remove channels without groups, or share factors "
             "in the network that is left"
         )
+    if channels and len(methods or ()) > 1:
+        check_comparable(model, begun(batches)[0], feed)
     sites = locate(model, batches, skip=skip, only=only, channels=channels, forward=feed)
     prepared = prepare(
         model, sites, batches, sensitivity=sensitivity, groups=groups, forward=feed, progress=told(progress),
@@ -420,7 +422,7 @@ def output_error(
     feed.decide(dense, first)
     missed = energy = 0.0
     seen = 0
-    with evaluating(dense, compressed), kept(dense, compressed):
+    with evaluating(dense, compressed), kept(dense), kept(compressed):
         for batch in stream:
             size = feed.layout.size(batch)
             wanted, given = (output_tensors(feed(model, batch)) for model in (dense, compressed))

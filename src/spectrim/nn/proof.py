@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spectrim.cost.counted import macs, parameters
 from spectrim.cost.whole import Layered, Network, Picks
-from spectrim.errors import ProofError
+from spectrim.errors import CalibrationError, ProofError
 from spectrim.network.sites import Sites
 from spectrim.nn.counting import counting
 from spectrim.nn.flops import WorkCounter
@@ -23,7 +23,7 @@ from spectrim.nn.functional import run as run_layer
 from spectrim.nn.standing import LAYERS, StandIn
 from spectrim.nn.surgery import parameter_count
 from spectrim.nn.watch.batches import Feed, Forward
-from spectrim.nn.watch.nesting import output_tensors
+from spectrim.nn.watch.nesting import output_tensors, transformed
 from spectrim.nn.watch.observe import Hook, observe, on_few
 from spectrim.nn.watch.sampling import Mask, mask_of
 
@@ -291,6 +291,28 @@ class Agreement:
         which = "held-out calibration samples" if self.held_out else "calibration samples"
         same = "" if self.top1 is None else f"the same class comes first in {self.top1:.2%}, and "
         return f"on {self.samples:,} {which} {same}outputs differ from the dense network's by {self.error:.2%}"
+
+
+def check_comparable(model: nn.Module, batch: Any, feed: Feed) -> None:
+    """Raise CalibrationError if the shapes of a model's outputs depend on values: networks cannot be compared by them.
+
+    So do those of non-maximum suppression. A batch of the same shape is tried: upside down, or backwards.
+    """
+    feed.decide(model, batch)
+    other = transformed(batch, lambda x: -x if x.is_floating_point() else x.flip(-1) if x.dim() > 1 else x)
+    shapes = []
+    with observe(model, forward=feed) as running:
+        for part in (batch, other):
+            try:
+                shapes.append([tuple(t.shape) for t in output_tensors(running(part))])
+            except Exception:  # not every model takes any numbers; the batch itself is tried by calibration
+                return
+    if shapes[0] != shapes[1]:
+        raise CalibrationError(
+            f"the shapes of the outputs depend on values, as behind non-maximum suppression: {shapes[0][:3]} and "
+            f"{shapes[1][:3]} for batches of one shape, so that plans cannot be compared by them. Give one method, or "
+            "pass forward=, a function (model, batch) that returns what comes before the selection"
+        )
 
 
 def agreement(

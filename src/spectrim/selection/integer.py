@@ -7,18 +7,21 @@ import ctypes
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from typing import Any
 
 # HiGHS has lines in it that no option turns off; each begins with the name of the class it is in.
 _OWN = b"Highs"
+# Standard output belongs to the process: two threads that hold it back would put each other's in its place.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def milp(*arguments: Any, **options: Any) -> Any:
     """As :func:`scipy.optimize.milp`, with standard output free of the solver's own lines."""
     from scipy import optimize
 
-    with _quiet():
+    with _ONE_AT_A_TIME, _quiet():
         return optimize.milp(*arguments, **options)
 
 

@@ -181,7 +181,7 @@ def enlivened(model: nn.Module) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for parameter in copied.parameters():
-            if parameter.is_floating_point():
+            if parameter.is_floating_point() and parameter.numel():
                 noise = torch.randn(parameter.shape).to(parameter)
                 if id(parameter) in layers:
                     parameter.copy_(noise * math.sqrt(parameter.shape[0] / parameter.numel()))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.cost.counted import macs, parameters, size_bytes
-from spectrim.errors import CalibrationError
+from spectrim.errors import CalibrationError, SpectrimError
 from spectrim.linalg.unfold import unfoldings
 from spectrim.network.coupling import IN
 from spectrim.network.layer import LayerSpec
@@ -29,6 +29,7 @@ from spectrim.nn.watch.responses import Responses
 from spectrim.nn.watch.sampling import Mask, Run, Samples, Sampling, choose, mean_rows
 from spectrim.nn.watch.state import State
 from spectrim.nn.watch.streams import Buffered, Stream, Streams, patches_of
+from spectrim.nn.watch.ways import first_line
 from spectrim.nn.watch.work import beside
 from spectrim.progress import Steps, reports_steps, told
 
@@ -124,7 +125,7 @@ def calibrate(
     first, stream = begun(batches)
     keeps = False
     feed.decide(model, first)
-    watch = _Watch.of(model, sites, amount, Run(batches, mask, feed.layout), seed, statistics=statistics)
+    watch = _Watch.of(model, sites, amount, Run(batches, mask, feed.layout), seed, feed.words, statistics=statistics)
     with observe(model, watch.hooks(model), forward=feed) as call:
         state = State(model)
         for index, batch in enumerate(stream):
@@ -149,6 +150,8 @@ class _Watch:
         Names of layers in the order in which they are called.
     samples, tokens, other_macs
         Samples and tokens so far, and MACs a sample outside the watched layers, from the first batch.
+    given
+        What of a batch the model is given, in words.
     work, uncounted
         MACs a sample of every module itself, and operations that could not be counted, by path and by name.
     """
@@ -161,6 +164,7 @@ class _Watch:
     run: Run
     streams: Streams | None
     model: nn.Module
+    given: str
     order: list[str] = dataclasses.field(default_factory=list)
     samples: int = 0
     tokens: int = 0
@@ -169,7 +173,9 @@ class _Watch:
     uncounted: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module, sites: Sites, amount: Sampling, run: Run, seed: int, *, statistics: bool) -> _Watch:
+    def of(
+        cls, model: nn.Module, sites: Sites, amount: Sampling, run: Run, seed: int, given: str, *, statistics: bool
+    ) -> _Watch:
         readers = {side.name for coupling in sites.couplings for side in coupling.on(IN)}
         seen = _Inputs()
         streams = Streams() if statistics else None
@@ -188,6 +194,7 @@ class _Watch:
             run,
             streams,
             model,
+            given,
         )
 
     def hooks(self, model: nn.Module) -> Iterator[Hook]:
@@ -207,14 +214,14 @@ class _Watch:
         for response in self.responses.values():
             response.start(samples)
         if index:
-            output = run(batch)
+            output = self._run(run, batch, index)
         else:
             counted = [*self.watchers.values(), *self.responses.values()]
             with flop_counter() as counter:
                 # The counter of the first pass would count the statistics' own products too.
                 for each in counted:
                     each.counter = counter
-                output = run(batch)
+                output = self._run(run, batch, index)
             self.other_macs = counter.get_total_flops() / 2 / size
             self.work = {path: work / size for path, work in counter.own_macs(self.model).items()}
             self.uncounted = counter.uncounted_in(self.model)
@@ -229,6 +236,18 @@ class _Watch:
             self.streams.end_of_pass()
         self.samples += size
         self.tokens += 0 if samples.mask is None else int(samples.mask.sum())
+
+    def _run(self, run: Callable[[Any], Any], batch: Any, index: int) -> Any:
+        try:
+            return run(batch)
+        except (SpectrimError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a model may raise anything where it is given what it does not take
+            raise CalibrationError(
+                f"{type(self.model).__name__} raises {type(error).__name__} on calibration batch {index}, of which it "
+                f"was given {self.given}: {first_line(error)}. If it takes batches in another way, pass forward=, a "
+                "function (model, batch) that runs it"
+            ) from error
 
     def calibrated(self) -> Sites:
         """The sites with what was seen; those that no batch reached are skipped."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Int64
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from spectrim.errors import CalibrationError
 from spectrim.nn.watch.nesting import is_record, rebuilt, tensors, transformed
@@ -71,6 +72,8 @@ class Layout:
             return counted
         if self.listed:
             return len(self.inputs(batch))
+        if isinstance(self.inputs(batch), PackedSequence):
+            return int(self.inputs(batch).batch_sizes[0])
         for part in (self.inputs(batch), batch):
             for tensor in tensors(part):
                 if tensor.dim() > self.axis:

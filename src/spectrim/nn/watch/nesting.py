@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from spectrim.errors import CalibrationError
@@ -96,8 +97,10 @@ def transformed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """The same structure with every tensor changed."""
     if isinstance(value, Tensor):
         return change(value)
+    if isinstance(value, PackedSequence):
+        return PackedSequence(change(value.data), *value[1:])
     if isinstance(value, Mapping):
-        return {k: transformed(v, change) for k, v in value.items()}
+        return _mapping(value, {k: transformed(v, change) for k, v in value.items()})
     if isinstance(value, (list, tuple)):
         return rebuilt(value, [transformed(v, change) for v in value])
     if is_record(value):
@@ -109,9 +112,25 @@ def transformed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def _mapping(like: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
+    """A mapping of the same type, such as a tokeniser's, with other values; a dict where that cannot be made."""
+    if type(like) is dict:
+        return values
+    try:
+        other: Any = copy.copy(like)
+        for key, value in values.items():
+            other[key] = value
+    except Exception:
+        return values
+    # A copy may share what it holds with the mapping itself.
+    return other if other is not like and all(other[key] is value for key, value in values.items()) else values
+
+
 def copied(batch: Any) -> Any:
-    """A batch whose tensors may be written to."""
-    return transformed(batch, torch.clone)
+    """A batch whose tensors may be written to. Objects of other types copy themselves."""
+    if isinstance(batch, Tensor | Mapping | list | tuple) or is_record(batch):
+        return transformed(batch, torch.clone)
+    return copy.deepcopy(batch)
 
 
 def moved(batch: Any, model: nn.Module) -> Any:

@@ -80,5 +80,11 @@ def observe(
         Runs the model on a batch in another way than :func:`spectrim.nn.watch.batches.Feed`.
     """
     run = forward or Feed()
-    with evaluating(model), kept(model), torch.set_grad_enabled(gradients), hooked(hooks):
-        yield lambda batch: run(model, batch)
+    with evaluating(model), kept(model) as state, torch.set_grad_enabled(gradients), hooked(hooks):
+
+        def once(batch: Any) -> Any:
+            # Each pass finds what the first one found, whatever is before it in the run.
+            state.put_back()
+            return run(model, batch)
+
+        yield once

@@ -172,10 +172,9 @@ class Run:
         lengths = self._lengths(batch, self._seen) if self._mean is None else None
         if lengths is not None:
             self._mean = float(lengths.mean())
-        found = Samples.of(batch, self.mask, mean=self._mean, layout=self.layout)
-        _refuse_empty(found.size, self._seen)
+        _refuse_empty(self.layout.size(batch), self._seen)
         self._seen += 1
-        return found
+        return Samples.of(batch, self.mask, mean=self._mean, layout=self.layout)
 
     def _lengths(self, batch: Any, number: int) -> Tensor:
         size = self.layout.size(batch)

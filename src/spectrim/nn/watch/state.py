@@ -122,14 +122,13 @@ class State:
 
 
 @contextlib.contextmanager
-def kept(*models: nn.Module) -> Iterator[None]:
-    """Whatever models put on themselves meanwhile is gone afterwards, and what it took the place of is back."""
-    states = [State(model) for model in models]
+def kept(model: nn.Module) -> Iterator[State]:
+    """Whatever a model puts on itself meanwhile is gone afterwards, and what it took the place of is back."""
+    state = State(model)
     try:
-        yield
+        yield state
     finally:
-        for state in states:
-            state.put_back()
+        state.put_back()
 
 
 def install(model: nn.Module, values: Mapping[Place, Any]) -> None:
@@ -183,7 +182,9 @@ def _same(value: Any, copy: Any, version: int) -> bool:
 def _refill(value: Any, copy: Any) -> None:
     if isinstance(value, Tensor):
         with torch.no_grad():
-            value.detach().copy_(copy)
+            if not value.is_leaf:
+                value.detach_()
+            value.copy_(copy)
     elif isinstance(value, list | deque):
         value.clear()
         value.extend(copy)

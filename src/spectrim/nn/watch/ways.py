@@ -1,0 +1,283 @@
+"""Ways to call a model with a batch, as the parameters of its ``forward`` and the parts of the batch allow."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from spectrim.errors import CalibrationError
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+_LISTED = "a batch was taken for a list with one entry a sample, {} in the first one"
+# Entries of a mapping that are no inputs, in the spelling of loaders.
+_TARGETS = frozenset(
+    ["label", "labels", "target", "targets", "y", "class", "classes", "label_ids", "idx", "index", "id", "ids"]
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model is called with a batch.
+
+    Attributes
+    ----------
+    words
+        What is passed, for people.
+    take
+        Arguments of a batch.
+    listed, whole
+        As of :class:`spectrim.nn.watch.layout.Layout`.
+    note
+        What a user should know who did not ask for it; empty where there is nothing to know.
+    """
+
+    words: str
+    take: Callable[[Any], Arguments]
+    listed: bool = False
+    whole: bool = False
+    note: str = ""
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """A model without what distributes or compiles it, which has no part in watching it."""
+    kinds = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+    while isinstance(model, kinds) or type(model).__name__ == "OptimizedModule":
+        model = cast(nn.Module, model.module if isinstance(model, kinds) else model._orig_mod)
+    return model
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    """What a model's ``forward`` takes.
+
+    Attributes
+    ----------
+    required
+        Names that have no default, of those that can be given by position.
+    names
+        All that can be given by name.
+    places
+        All that can be given by position.
+    any_number, any_names
+        Whether it takes ``*args`` and ``**kwargs``.
+    """
+
+    required: tuple[str, ...] = ("input",)
+    names: tuple[str, ...] = ("input",)
+    places: tuple[str, ...] = ("input",)
+    any_number: bool = False
+    any_names: bool = False
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Parameters:
+        """Of the model, or of what it hands everything on to."""
+        model = bare(model)
+        try:
+            parameters = list(inspect.signature(model.forward).parameters.values())
+        except (TypeError, ValueError):
+            return cls(any_number=True, any_names=True)
+        passed_on = {p.kind for p in parameters} == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+        children = list(model.children())
+        if passed_on and len(children) == 1:
+            return cls.of(children[0])
+        by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        by_name = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return cls(
+            tuple(p.name for p in parameters if p.kind in by_place and p.default is p.empty),
+            tuple(p.name for p in parameters if p.kind in by_name),
+            tuple(p.name for p in parameters if p.kind in by_place),
+            any(p.kind is p.VAR_POSITIONAL for p in parameters),
+            any(p.kind is p.VAR_KEYWORD for p in parameters),
+        )
+
+
+def _takes(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a model's forward has parameters for these arguments."""
+    try:
+        inspect.signature(bare(model).forward).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
+
+
+def ways(model: nn.Module, batch: Any) -> Iterator[Way]:
+    """Ways to call a model with a batch, the likeliest first."""
+    wanted = _Parameters.of(model)
+    if isinstance(batch, PackedSequence):
+        yield Way("the packed sequence", alone, whole=True)
+    elif isinstance(batch, Mapping):
+        yield from _named(wanted, batch, lambda batch: batch)
+    elif isinstance(batch, list | tuple) and batch:
+        yield from _placed(model, wanted, batch)
+    elif isinstance(batch, Tensor):
+        yield from (dataclasses.replace(way, words="the tensor", take=alone) for way in _counted(wanted, (batch,)))
+
+
+def alone(batch: Any) -> Arguments:
+    return (batch,), {}
+
+
+def _placed(model: nn.Module, wanted: _Parameters, batch: list[Any] | tuple[Any, ...]) -> Iterator[Way]:
+    """For ``(inputs, targets, ...)``, or a list of samples."""
+    inputs = batch[0]
+    as_list = Way(
+        f"the whole list of {len(batch)}", alone, listed=True, whole=True,
+        note=_LISTED.format(len(batch)),
+    )  # fmt: skip
+    alike = isinstance(batch, list) and len(batch) > 1 and is_per_sample((batch,))
+    if alike and isinstance(inputs, Mapping):
+        # Pairs of mappings, inputs and targets, have other names in each.
+        yield as_list
+    if isinstance(inputs, Mapping):
+        yield from _named(wanted, inputs, lambda batch: batch[0])
+    elif isinstance(inputs, list | tuple) and inputs and not isinstance(inputs, PackedSequence):
+        yield from _nested(model, wanted, batch)
+    else:
+        yield from _counted(wanted, batch)
+        if alike:
+            yield as_list
+
+
+def _nested(model: nn.Module, wanted: _Parameters, batch: Any) -> Iterator[Way]:
+    """For ``((x1, x2), targets)`` and ``([image, image], [target, target])``."""
+    inputs, needed = batch[0], max(1, len(wanted.required))
+    listed = is_per_sample(batch)
+    ways = [Way(f"{len(inputs)} inputs as arguments", lambda batch: (tuple(batch[0]), {}))]
+    if not _takes(model, inputs, {}):
+        ways = []
+    if needed <= len(batch):
+        as_it_is = Way(
+            f"a {type(inputs).__name__} of {len(inputs)} as one argument", lambda batch: (tuple(batch[:needed]), {}),
+            listed=listed, note=_LISTED.format(len(inputs)) if listed else "",
+        )  # fmt: skip
+        ways.insert(0 if listed else len(ways), as_it_is)
+    yield from ways or _counted(wanted, batch)
+
+
+def _counted(wanted: _Parameters, batch: Any) -> Iterator[Way]:
+    """For tensors one after the other, of which the first ones are inputs."""
+    needed = max(1, len(wanted.required))
+    if needed > len(batch):
+        raise CalibrationError(
+            f"forward needs {needed} inputs ({', '.join(wanted.required)}), and the batch has {len(batch)}: give "
+            "batches that hold them, or pass forward=, a function (model, batch) that runs the model"
+        )
+    most = len(batch) if wanted.any_number else needed
+    spare = wanted.places[needed : len(batch)]
+    masked = [place for place, name in enumerate(spare, needed) if _is_mask(name) and _hides(batch[place], batch[0])]
+    if masked:
+        number = masked[-1] + 1
+        yield Way(
+            f"the first {number} elements", lambda batch: (tuple(batch[:number]), {}),
+            note=f"the first {number} elements of a batch were taken for {names_of(wanted.places[:number])}; pass "
+            "mask=, a function of the batch, so that padding counts in no statistic",
+        )  # fmt: skip
+    for number in range(needed, most + 1):
+        yield Way(
+            "the first element" if number == 1 else f"the first {number} elements",
+            lambda batch, number=number: (tuple(batch[:number]), {}),
+            note=_left_over(number, needed, spare, len(batch)),
+        )
+
+
+def _left_over(number: int, needed: int, spare: Sequence[str], size: int) -> str:
+    """What a user should know of elements that may be inputs too."""
+    if number > needed:
+        return f"the first {number} elements of a batch were taken for inputs"
+    if needed == 1 and size > 2 and spare:
+        return (
+            f"of {size} elements of a batch the first was taken for inputs, though forward takes {names_of(spare)} "
+            "too; to pass more, pass forward=, a function (model, batch) that runs the model"
+        )
+    return ""
+
+
+def _hides(entry: Any, inputs: Any) -> bool:
+    """Whether an element of a batch can be the mask of its inputs: zeros and ones (or truths) in the same place."""
+    if not (isinstance(entry, Tensor) and isinstance(inputs, Tensor) and entry.dim() > 1):
+        return False
+    return entry.shape[:2] == inputs.shape[:2] and bool(((entry == 0) | (entry == 1)).all())
+
+
+def _named(wanted: _Parameters, inputs: Mapping[str, Any], of: Callable[[Any], Any]) -> Iterator[Way]:
+    """For a mapping: by name what ``forward`` takes, else the mapping itself, else its only input."""
+    if wanted.any_names:
+        yield Way("all entries by name", lambda batch: ((), dict(of(batch))))
+    taken = [name for name in inputs if name in wanted.names]
+    if taken and set(wanted.required) <= set(taken):
+        if len(taken) < len(inputs) or not wanted.any_names:
+            yield Way(
+                f"{names_of(taken)} by name", lambda batch: ((), {k: v for k, v in of(batch).items() if k in taken}),
+                note=_dropped(inputs, taken),
+            )  # fmt: skip
+        return
+    if len(wanted.required) > 1:
+        if not wanted.any_names:
+            raise CalibrationError(
+                f"forward needs {names_of(wanted.required)}, and the batch holds {names_of(inputs)}: rename its "
+                "entries, or pass forward=, a function (model, batch) that runs the model"
+            )
+        return
+    yield Way("the mapping itself", lambda batch: ((of(batch),), {}))
+    held = [k for k, v in inputs.items() if isinstance(v, Tensor) and k.lower() not in _TARGETS]
+    for name in sorted(held, key=lambda name: (_is_mask(name), not inputs[name].is_floating_point())):
+        yield Way(
+            f"{name!r}", lambda batch, name=name: ((of(batch)[name],), {}), note=_dropped(inputs, [name])
+        )  # fmt: skip
+
+
+def _dropped(inputs: Mapping[str, Any], taken: list[str]) -> str:
+    left = [name for name in inputs if name not in taken]
+    if not left:
+        return ""
+    note = (
+        f"of each batch {names_of(taken)} was passed to the model and not {names_of(left)}, which forward does not take"
+    )
+    masks = [name for name in left if _is_mask(name)]
+    return f"{note}; so the model does not know the mask {names_of(masks)}" if masks else note
+
+
+def _is_mask(name: str) -> bool:
+    return "mask" in name.lower()
+
+
+def names_of(names: Any) -> str:
+    return ", ".join(map(repr, names))
+
+
+def is_per_sample(parts: Any) -> bool:
+    """Whether the first of some parts is a list with one entry a sample: all of a kind, and so are the others.
+
+    Tensors with their samples in front, as collated inputs are, agree in their first axis with the targets.
+    """
+    inputs, *targets = parts
+    if not isinstance(inputs, list | tuple) or not inputs or hasattr(inputs, "_fields"):
+        return False
+    if all(isinstance(entry, Tensor) for entry in inputs):
+        if len({entry.dim() for entry in inputs}) != 1 or len({entry.dtype for entry in inputs}) != 1:
+            return False
+    elif not all(isinstance(entry, Mapping) and set(entry) == set(inputs[0]) for entry in inputs):
+        return False
+    if not targets:
+        return True
+    size = len(inputs)
+    lists = [t for t in targets if isinstance(t, list | tuple)]
+    if lists:
+        return all(len(t) == size for t in lists)
+    columns = [t for t in targets if isinstance(t, Tensor) and t.dim()]
+    collated = isinstance(inputs[0], Tensor) and inputs[0].dim() and any(len(t) == len(inputs[0]) for t in columns)
+    return bool(columns) and all(len(t) == size for t in columns) and not collated
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in short."""
+    return (str(error).strip().splitlines() or ["without a word"])[0][:160]
