@@ -99,7 +99,8 @@ def place(batch: Any, device: torch.device, channels_last: bool) -> Any:
 
 
 def forward(model: nn.Module, inputs: Any) -> Any:
-    """``model(**inputs)`` for a dict, ``model(inputs)`` otherwise."""
+    """``model(**inputs)`` for a dict, ``model(inputs)`` otherwise, with copies: a model may write into its inputs."""
+    inputs = transform(inputs, torch.clone)
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 

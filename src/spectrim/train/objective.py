@@ -42,9 +42,7 @@ class Objective:
         device = next((t.device.type for t in batching.tensors(inputs)), "cpu")
         goal = None
         with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            # A model may write into its inputs, which the teacher reads too.
-            own = inputs if self.teacher is None else batching.transform(inputs, torch.clone)
-            output = batching.forward(model, own)
+            output = batching.forward(model, inputs)
             if self.teacher is not None:
                 with torch.no_grad():
                     goal = batching.logits(batching.forward(self.teacher, inputs))

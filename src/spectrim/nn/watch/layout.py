@@ -111,7 +111,10 @@ class Layout:
 
     def resized(self, batch: Any, size: int) -> Any:
         """The same batch with its samples repeated or cut to ``size``."""
-        return self.picked(batch, torch.arange(size) % max(self.size(batch), 1))
+        now = self.size(batch)
+        if not now:
+            raise CalibrationError("the first batch is empty: it holds no sample; leave it out")
+        return self.picked(batch, torch.arange(size) % now)
 
     def picked(self, batch: Any, index: Int64[Tensor, " n"]) -> Any:
         """The same batch with some of its samples, by their numbers. What has no sample for each stays whole."""

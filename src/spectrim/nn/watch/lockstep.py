@@ -65,7 +65,7 @@ class _Network:
 
     def put_back(self) -> None:
         """Have the model keep what it did at first."""
-        install(self.model, self.state.fresh(self.places))
+        self.state.put_back(self.places)
 
 
 class _Pass(greenlet):

@@ -110,9 +110,12 @@ class State:
         """Copies of what was kept at some places."""
         return {place: _copy(self._held[place][1]) if place in self._held else _GONE for place in places}
 
-    def put_back(self) -> None:
-        """Have the model keep what it did, each object with what was in it; logs, which hold no tensors, go on."""
-        for place in self.changed():
+    def put_back(self, places: Iterable[Place] | None = None) -> None:
+        """Have the model keep what it did, each object with what was in it; logs, which hold no tensors, go on.
+
+        At some places only, where the rest is meant to be another by now.
+        """
+        for place in self.changed() if places is None else places:
             value, copy, version = self._held.get(place, (_GONE, None, 0))
             if _is_log(place.get(self._model)) and (value is _GONE or _is_log(copy)):
                 continue

@@ -175,10 +175,10 @@ def _counted(wanted: _Parameters, batch: Any) -> Iterator[Way]:
     spare = wanted.places[needed : len(batch)]
     masked = [place for place, name in enumerate(spare, needed) if _is_mask(name) and _hides(batch[place], batch[0])]
     if masked:
-        number = masked[-1] + 1
+        last = masked[-1] + 1
         yield Way(
-            f"the first {number} elements", lambda batch: (tuple(batch[:number]), {}),
-            note=f"the first {number} elements of a batch were taken for {names_of(wanted.places[:number])}; pass "
+            f"the first {last} elements", lambda batch: (tuple(batch[:last]), {}),
+            note=f"the first {last} elements of a batch were taken for {names_of(wanted.places[:last])}; pass "
             "mask=, a function of the batch, so that padding counts in no statistic",
         )  # fmt: skip
     for number in range(needed, most + 1):
@@ -239,9 +239,7 @@ def _dropped(inputs: Mapping[str, Any], taken: list[str]) -> str:
     left = [name for name in inputs if name not in taken]
     if not left:
         return ""
-    note = (
-        f"of each batch {names_of(taken)} was passed to the model and not {names_of(left)}, which forward does not take"
-    )
+    note = f"of each batch {names_of(taken)} was passed to the model, but not {names_of(left)}, which it does not take"
     masks = [name for name in left if _is_mask(name)]
     return f"{note}; so the model does not know the mask {names_of(masks)}" if masks else note
 
