@@ -21,6 +21,7 @@ _HOMES = {
     "Choice": "network.choices",
     "Energy": "channel_plans.widths",
     "ExportError": "errors",
+    "ForwardError": "errors",
     "InfeasibleBudgetError": "errors",
     "JointSVD": "methods",
     "KL": "channel_plans.widths",

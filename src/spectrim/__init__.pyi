@@ -11,6 +11,7 @@ from spectrim.cost.latency import Latency as Latency
 from spectrim.errors import CalibrationError as CalibrationError
 from spectrim.errors import CheckpointError as CheckpointError
 from spectrim.errors import ExportError as ExportError
+from spectrim.errors import ForwardError as ForwardError
 from spectrim.errors import InfeasibleBudgetError as InfeasibleBudgetError
 from spectrim.errors import MissingMomentsError as MissingMomentsError
 from spectrim.errors import PlanError as PlanError

@@ -19,6 +19,10 @@ class CalibrationError(SpectrimError, ValueError):
     """The calibration data cannot be used: NaN, Inf, no samples, or a batch of unknown structure."""
 
 
+class ForwardError(CalibrationError, RuntimeError):
+    """A model cannot be run on a calibration batch; what it raised is the cause."""
+
+
 class InfeasibleBudgetError(SpectrimError, ValueError):
     """A budget lies below what the candidates can reach.
 

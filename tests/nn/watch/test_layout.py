@@ -183,7 +183,7 @@ def test_what_fails_is_told_with_all_that_was_tried() -> None:
 
 def test_a_model_s_own_error_names_the_batch() -> None:
     model = One()
-    with pytest.raises(st.CalibrationError, match=r"RuntimeError on calibration batch 1.*the first element") as caught:
+    with pytest.raises(st.ForwardError, match=r"RuntimeError on calibration batch 1.*the first element") as caught:
         st.calibrate(model, st.find(model), [(X, LABELS), (torch.randn(4, 5), LABELS)])
     assert isinstance(caught.value.__cause__, RuntimeError)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.cost.counted import macs, parameters, size_bytes
-from spectrim.errors import CalibrationError, SpectrimError
+from spectrim.errors import CalibrationError, ForwardError, SpectrimError
 from spectrim.linalg.unfold import unfoldings
 from spectrim.network.coupling import IN
 from spectrim.network.layer import LayerSpec
@@ -243,7 +243,7 @@ class _Watch:
         except (SpectrimError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a model may raise anything where it is given what it does not take
-            raise CalibrationError(
+            raise ForwardError(
                 f"{type(self.model).__name__} raises {type(error).__name__} on calibration batch {index}, of which it "
                 f"was given {self.given}: {first_line(error)}. If it takes batches in another way, pass forward=, a "
                 "function (model, batch) that runs it"

@@ -83,8 +83,8 @@ def observe(
     with evaluating(model), kept(model) as state, torch.set_grad_enabled(gradients), hooked(hooks):
 
         def once(batch: Any) -> Any:
-            # Each pass finds what the first one found, whatever is before it in the run.
-            state.put_back()
+            # Each pass finds the activations and caches that the first one found, whatever is before it in the run.
+            state.put_back(state.changed_tensors())
             return run(model, batch)
 
         yield once

@@ -106,6 +106,14 @@ class State:
                 found.append(place)
         return found
 
+    def changed_tensors(self) -> list[Place]:
+        """The same where a tensor is or was, by itself or in a list or mapping."""
+        return [
+            place
+            for place in self.changed()
+            if _has_tensor(place.get(self._model)) or (place in self._held and _has_tensor(self._held[place][1]))
+        ]
+
     def fresh(self, places: Iterable[Place]) -> dict[Place, Any]:
         """Copies of what was kept at some places."""
         return {place: _copy(self._held[place][1]) if place in self._held else _GONE for place in places}
@@ -156,9 +164,13 @@ def _places(model: nn.Module) -> Iterator[tuple[Place, Any]]:
 
 def _is_log(value: Any) -> bool:
     """Whether something is a list or mapping without tensors, as a user's own records are."""
-    if not isinstance(value, list | dict | set | deque):
-        return False
-    return not any(isinstance(part, Tensor) for part in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, list | dict | set | deque) and not _has_tensor(value)
+
+
+def _has_tensor(value: Any) -> bool:
+    if isinstance(value, list | dict | set | deque | tuple):
+        return any(isinstance(part, Tensor) for part in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, Tensor)
 
 
 def _copy(value: Any) -> Any:
