@@ -108,9 +108,7 @@ class WholeWeight(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = func.__name__
-        if name in ("__get__", "__set__"):
-            name = func.__self__.__name__ + ("" if name == "__get__" else "_")
+        name = _name(func)
         me = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(me, WholeWeight):
             if name in ("data", "detach"):
@@ -161,6 +159,19 @@ _IN_PLACE = frozenset(
         "rshift",
     )
 )
+
+
+def tells(function: Any) -> bool:
+    """Whether a function of a tensor tells of shape, dtype, device and the like, and reads no number."""
+    return _name(function) in _TOLD
+
+
+def _name(function: Any) -> str:
+    """Name of a function; of the getter of an attribute that of the attribute, of a setter with ``_``."""
+    name = getattr(function, "__name__", "")
+    if name in ("__get__", "__set__"):
+        return function.__self__.__name__ + ("" if name == "__get__" else "_")
+    return name
 
 
 def _writes(name: str) -> bool:

@@ -25,6 +25,7 @@ from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.nesting import begun, checked_batches, tensors
 from spectrim.nn.watch.observe import Hook, observe
 from spectrim.nn.watch.patches import outputs_at
+from spectrim.nn.watch.readers import reading
 from spectrim.nn.watch.responses import Responses
 from spectrim.nn.watch.sampling import Mask, Run, Samples, Sampling, choose, mean_rows
 from spectrim.nn.watch.state import State
@@ -43,6 +44,10 @@ EFFORT = 0.08
 FLOOR = 12
 # Rows a number below which errors on other data are much larger than those on the rows.
 ENOUGH = 4
+_READ = (
+    "another module computes with its weight, which a pair of layers in its place would multiply out in every pass: "
+    "call the layer instead"
+)
 FEWEST = 1024
 
 
@@ -217,7 +222,7 @@ class _Watch:
             output = self._run(run, batch, index)
         else:
             counted = [*self.watchers.values(), *self.responses.values()]
-            with flop_counter() as counter:
+            with flop_counter() as counter, reading(self.model, [site.spec for site in self.sites]) as read:
                 # The counter of the first pass would count the statistics' own products too.
                 for each in counted:
                     each.counter = counter
@@ -227,6 +232,8 @@ class _Watch:
             self.uncounted = counter.uncounted_in(self.model)
             for each in counted:
                 each.counter = None
+            for name in read:
+                self.watchers[name].refused = _READ
         if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors(output)):
             raise CalibrationError(
                 f"the model's output holds NaN in calibration batch {index}, behind the last layer that was watched. "
@@ -258,8 +265,8 @@ class _Watch:
                 f"none of the {len(watchers)} sites was reached by the calibration batches; "
                 f"the first is {next(iter(watchers))!r}. Is this the model that the sites were found in?"
             )
-        layers = tuple(watchers[name].layer() for name in reached if not watchers[name].irregular)
-        left = [site.spec for site in sites if site.name not in reached or watchers[site.name].irregular]
+        layers = tuple(watchers[name].layer() for name in reached if not watchers[name].refused)
+        left = [site.spec for site in sites if site.name not in reached or watchers[site.name].refused]
         others = [spec.at(self.bystanders[spec.name].inputs) for spec in sites.untouched]
         others += [spec.at(watchers[spec.name].inputs) for spec in left]
         # Without an input shape a layer has no MACs and cannot be timed; what it stores counts all the same.
@@ -341,7 +348,7 @@ class _Shapes:
         self.spec = spec
         self.inputs: tuple[tuple[int, ...], ...] = ()
         self.frozen = False
-        self.irregular = False
+        self.refused = ""
         self.seen = seen
         self.index = 0
         self.size = 1
@@ -354,7 +361,8 @@ class _Shapes:
     def hook(self, order: list[str]) -> Callable[..., None]:
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             inputs = args[0] if args else kwargs["input"]
-            self.irregular |= len(args) + len(kwargs) > 1
+            if len(args) + len(kwargs) > 1:
+                self.refused = "called with more than its input (output_size), which a pair of layers cannot take"
             if not inputs.numel():
                 return
             # A layer that the first batch does not reach is described by the first call it gets.
@@ -371,9 +379,7 @@ class _Shapes:
         """What else to do with a call; nothing for a bystander."""
 
     def obstacle(self) -> str:
-        if self.irregular:
-            return "called with more than its input (output_size), which a pair of layers cannot take"
-        return "never reached by the calibration batches"
+        return self.refused or "never reached by the calibration batches"
 
     def _shape(self, inputs: Tensor) -> tuple[tuple[int, ...], ...]:
         if self.spec.is_linear:
@@ -402,7 +408,7 @@ class _Watcher(_Shapes):
         self.counter: WorkCounter | None = None
 
     def see(self, inputs: Tensor, outputs: Tensor) -> None:
-        if self._streams is None or self.irregular:
+        if self._streams is None or self.refused:
             return
         # Sampled rows alone would miss most of a few broken positions.
         self._refuse_unless(_squares(inputs), "sees")
