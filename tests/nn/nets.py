@@ -18,6 +18,11 @@ def low_rank(rank: int, unfolding: str = "channel", **more: object) -> Choice:
     return Choice("low_rank", "some-method", {"rank": rank, "unfolding": unfolding, **more})  # type: ignore[dict-item]
 
 
+def sparse(rank: int, density: float, pattern: str, unfolding: str = "channel", **more: object) -> Choice:
+    settings = {"rank": rank, "density": density, "pattern": pattern, "unfolding": unfolding, **more}
+    return Choice("low_rank_plus_sparse", "some-method", settings)  # type: ignore[arg-type]
+
+
 def plan_of(choices: Mapping[str, Choice]) -> Plan:
     entries = tuple(Entry(site, "layer", choice, 0.1, {"parameters": 1.0}, {"parameters": 2.0})
                     for site, choice in choices.items())  # fmt: skip

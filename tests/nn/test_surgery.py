@@ -16,7 +16,7 @@ from spectrim.nn.modules import Factored
 from spectrim.nn.sparse.layers import Cropped, Masked, Slim, Sum
 from spectrim.nn.surgery import merge, parameter_count, reestimate_batchnorm, replace_module, size_in_bytes
 from tests.nn.layers import ConvNet, Wrapped, close
-from tests.nn.nets import CHOICES, compressed, low_rank
+from tests.nn.nets import CHOICES, compressed, low_rank, sparse
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -262,11 +262,6 @@ def test_statistics_are_estimated_through_shared_factors():
         for name in "ab":
             responses = torch.stack([model[name][0](x) for x in batches])
             assert close(model[name][1].running_mean, responses.mean((0, 1)))
-
-
-def sparse(rank: int, density: float, pattern: str, unfolding: str = "channel", **more: object) -> Choice:
-    settings = {"rank": rank, "density": density, "pattern": pattern, "unfolding": unfolding, **more}
-    return Choice("low_rank_plus_sparse", "some-method", settings)  # type: ignore[arg-type]
 
 
 SPARSE = {

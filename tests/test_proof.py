@@ -1,0 +1,222 @@
+"""What is delivered has been run: replaced layers are called, costs are those planned, outputs are compared."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import spectrim as st
+from spectrim.application import carry_out
+from spectrim.nn.proof import agreement
+from spectrim.nn.standing import StandIn
+
+BATCHES = [torch.randn(64, 32, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+
+
+class Two(nn.Module):
+    """Two layers, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 64), nn.Linear(64, 32)
+        self.begin()
+
+    def begin(self) -> None:
+        """Hold the layers in another way."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x)))
+
+
+class Listed(Two):
+    def begin(self) -> None:
+        self.steps = [self.a, nn.ReLU(), self.b]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+class Hidden(Two):
+    def begin(self) -> None:
+        self.__dict__["first"] = self.a
+        self.table = {"second": (self.b,)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.table["second"][0](F.relu(self.first(x)))
+
+
+class Bound(Two):
+    def begin(self) -> None:
+        self.run = self.a.__call__
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.run(x)))
+
+
+class Reads(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        assert (self.a.in_features, self.b.out_features, len(self.b.weight), self.b.bias.numel()) == (32, 32, 32, 32)
+        return self.b(F.relu(self.a(x.to(self.a.weight.dtype))).to(self.b.weight.device))
+
+
+class AsksType(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.a, self.b):
+            x = F.relu(layer(x)) if isinstance(layer, nn.Linear) else layer(x)
+        return x
+
+
+@pytest.mark.parametrize("kind", [Two, Listed, Hidden, Bound, Reads, AsksType])
+def test_layers_are_reached_however_they_are_held_and_read(kind: type[Two]) -> None:
+    torch.manual_seed(0)
+    model = kind().eval()
+    result = st.compress(model, BATCHES, st.Budget(macs=0.5))
+    assert [name for name, m in result.model.named_modules() if isinstance(m, StandIn)] == ["a", "b"]
+    with torch.no_grad():
+        wanted, given = model(BATCHES[0]), result.model(BATCHES[0])
+    assert 0 < float((wanted - given).norm() / wanted.norm()) < 1
+    assert kind is not AsksType or bool((given >= 0).all())
+
+
+class Captured(Two):
+    def begin(self) -> None:
+        self.run = lambda x: self.a(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.run(x)))
+
+
+class Itself(Two):
+    def __deepcopy__(self, memo: Any) -> Itself:
+        return self
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Captured, r"a copy of the Captured calls layer 'a' of the original.*function or closure.*skip='a'"),
+        (Itself, r"copy.deepcopy of the Itself gives layer 'a' itself"),
+    ],
+)
+def test_a_copy_that_is_none_is_refused_before_the_work(kind: type[Two], message: str) -> None:
+    model = kind().eval()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(st.SpectrimError, match=message):
+        st.compress(model, BATCHES, st.Budget(macs=0.5))
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+class Experts(nn.Module):
+    """Each sample goes to one of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(32, 32) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, first = torch.zeros_like(x), x[:, 0] > 2.5
+        for expert, mine in zip(self.experts, (first, ~first), strict=True):
+            if bool(mine.any()):
+                y[mine] = expert(x[mine])
+        return y
+
+
+def test_layers_that_are_called_for_some_samples_only_are_no_fault() -> None:
+    torch.manual_seed(0)
+    result = st.compress(Experts().eval(), BATCHES, st.Budget(parameters=0.6))
+    assert result.plan.ratio("parameters") > 1.6
+
+
+class Functional(Two):
+    """Computes with the weight of a layer that it also calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.relu(self.a(x)), self.a.weight.t()) + self.b(F.relu(self.a(x)))
+
+
+def test_a_layer_whose_weight_others_compute_with_is_left_alone() -> None:
+    result = st.compress(Functional().eval(), BATCHES, st.Budget(macs=0.9))
+    assert isinstance(result.model.b, StandIn)
+    assert type(result.model.a) is nn.Linear
+    assert result.report.skipped[0][:2] == ("a", "Linear")
+    assert "another module computes with its weight" in result.report.skipped[0][2]
+
+
+def planned(model: nn.Module) -> tuple[st.Sites, st.Plan]:
+    sites = st.calibrate(model, st.find(model), BATCHES)
+    return sites, st.select(st.tabulate(sites, [st.ActivationSVD()]), st.Budget(macs=0.5))
+
+
+def test_a_plan_that_was_edited_is_carried_out_and_its_costs_are_told() -> None:
+    model = Two().eval()
+    sites, plan = planned(model)
+    other = dataclasses.replace(plan, costs={**plan.costs, "macs": 17.0})
+    notes = carry_out(model, sites, other, BATCHES).notes
+    assert len(notes) == 1
+    assert f"the plan says 17 macs, its choices come to {plan.costs['macs']:,.0f}" in notes[0]
+    assert carry_out(model, sites, plan, BATCHES).notes == ()
+
+
+def test_what_cannot_be_run_and_what_counts_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Two().eval()
+    sites, plan = planned(model)
+
+    def broken(change: Callable[[nn.Module], None]) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("spectrim.application.Traits.give", lambda traits, small: change(small))
+            st.apply(model, sites, plan, BATCHES)
+
+    with pytest.raises(st.ProofError, match=r"the compressed network holds 1[\d,]+ parameters where its plan counts"):
+        broken(lambda small: small.register_parameter("more", nn.Parameter(torch.zeros(10000))))
+    with pytest.raises(st.ProofError, match=r"the compressed Two cannot be run: TypeError.*'a', 'b'.*skip="):
+        broken(lambda small: setattr(small.b, "forward", lambda: None))
+    with pytest.raises(st.ProofError, match="the compressed network gives NaN"):
+        broken(lambda small: small.b[1].weight.data.fill_(float("nan")))
+    with pytest.raises(st.ProofError, match=r"layer 'b' was replaced, and is not called any more"):
+        broken(lambda small: setattr(small, "forward", lambda x: small.a(x)[:, :32]))
+    with pytest.raises(st.ProofError, match=r"takes [\d,]+ MACs a sample where its plan counts"):
+        broken(lambda small: small.a.register_forward_hook(lambda m, args, y: y + m.weight.sum() * 0))
+
+
+def test_the_proof_costs_two_passes_of_one_batch() -> None:
+    model = Two().eval()
+    sites, plan = planned(model)
+    calls: list[int] = []
+    model.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    st.apply(model, sites, plan, BATCHES, reconstruct=False, batchnorm=False)
+    # The copy carries the hook along: it is tried on one sample, then both networks on the batch.
+    assert calls == [1, 64, 64]
+
+
+def test_agreement_is_of_samples_held_out_and_counts_first_classes() -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(32, 10)).eval()
+    same = agreement(dense, dense, BATCHES)
+    assert same is not None
+    assert (same.error, same.top1, same.samples, same.held_out) == (0.0, 1.0, 192, False)
+    other = nn.Sequential(nn.Linear(32, 10)).eval()
+    held = [torch.arange(64) % 8 == 0] * 3
+    found = agreement(dense, other, BATCHES, held)
+    part = torch.cat([batch[::8] for batch in BATCHES])
+    wanted, given = dense(part), other(part)
+    assert found is not None
+    assert (found.samples, found.held_out) == (24, True)
+    assert found.error == pytest.approx(float((wanted - given).norm() / wanted.norm()), rel=1e-5)
+    assert found.top1 == float((wanted.argmax(1) == given.argmax(1)).float().mean())
+    images = nn.Sequential(nn.Linear(32, 12), nn.Unflatten(1, (3, 2, 2))).eval()
+    assert agreement(images, images, BATCHES).top1 is None  # type: ignore[union-attr]
+
+
+def test_the_report_tells_how_far_outputs_agree() -> None:
+    result = st.compress(Two().eval(), BATCHES, st.Budget(macs=0.5))
+    assert result.report.agreement is not None
+    assert result.report.agreement.samples == result.report.held_out == 24
+    assert "on 24 held-out calibration samples" in str(result.report)
