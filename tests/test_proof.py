@@ -206,7 +206,7 @@ def test_agreement_is_of_samples_held_out_and_counts_first_classes() -> None:
     held = [torch.arange(64) % 8 == 0] * 3
     found = agreement(dense, other, BATCHES, held)
     part = torch.cat([batch[::8] for batch in BATCHES])
-    wanted, given = dense(part), other(part)
+    wanted, given = dense(part).detach(), other(part).detach()
     assert found is not None
     assert (found.samples, found.held_out) == (24, True)
     assert found.error == pytest.approx(float((wanted - given).norm() / wanted.norm()), rel=1e-5)
