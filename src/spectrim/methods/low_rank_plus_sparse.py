@@ -37,6 +37,8 @@ _LARGE = 400_000
 _HUGE = 8_000_000
 # From this many weights on the curve is found in float32.
 _SINGLE = 2**14
+# Up to so many weights, what is built is the better of two searches.
+_TINY = 2**11
 # With more outputs than this the spectrum, which is to look at, would take longer than the fit.
 _WIDE = 2048
 
@@ -153,7 +155,7 @@ class LowRankPlusSparse(Method):
         found = min(
             (
                 self._decompose(quick, choice.rank, pattern, choice.density, turns=turns, polish=_POLISH)
-                for turns in ((longest, stated) if layer.target.numel() < _SINGLE else (longest,))
+                for turns in ((longest, stated) if layer.target.numel() < _TINY else (longest,))
             ),
             key=lambda fit: fit.error,
         )
