@@ -388,3 +388,30 @@ def test_standard_output_is_what_it_was_whatever_order_solvers_end_in() -> None:
         thread.join(0.05)
     thread.join()
     assert (os.fstat(1).st_dev, os.fstat(1).st_ino) == (before.st_dev, before.st_ino)
+
+
+class Collects(nn.Module):
+    """Sets up hooks of its own at its first pass, as models of transformers do to collect hidden states."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.found: list[torch.Tensor] = []
+        if not getattr(self, "ready", False):
+            self.a.register_forward_hook(lambda module, args, output: self.found.append(output))
+            self.ready = True
+        y = self.b(self.a(x))
+        (only,) = self.found
+        return y + only
+
+
+def test_a_model_that_sets_up_hooks_of_its_own_does_so_once() -> None:
+    torch.manual_seed(0)
+    model, batches = Collects().eval(), [torch.randn(16, 8) for _ in range(3)]
+    result = st.compress(model, batches, st.Budget(macs=0.8))
+    assert result.report.agreement is not None
+    assert len(model.a._forward_hooks) <= 1
+    with torch.no_grad():
+        assert float((model(batches[0]) - result.model(batches[0])).norm()) < float(model(batches[0]).norm())

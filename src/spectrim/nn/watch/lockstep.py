@@ -352,7 +352,7 @@ def probe(model: nn.Module, names: Iterable[str], batch: Any, *, forward: _Forwa
             state, forward_pass = State(model), feed.ready(model, part)
             with hooked(hooks), alive:
                 forward_pass()
-            seen.places = state.changed()
+            seen.places = state.of_pass()
 
     on_few(run, batch, feed)
     return seen

@@ -20,6 +20,7 @@ from spectrim.cost.rounds import ALONE as ALONE
 # What every module has; slots of passes come and go by themselves.
 _COMMON = frozenset((*vars(nn.Module()), "forward"))
 _GONE = object()
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 @contextlib.contextmanager
@@ -96,6 +97,7 @@ class State:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._held = {place: (value, _copy(value), _version(value)) for place, value in _places(model)}
+        self._hooks = {module: [set(vars(module)[kind]) for kind in _HOOKS] for module in model.modules()}
 
     def changed(self) -> list[Place]:
         """Where something else is kept by now."""
@@ -105,6 +107,19 @@ class State:
             if now.get(place, _GONE) is not value or not _same(value, copy, version):
                 found.append(place)
         return found
+
+    def of_pass(self) -> list[Place]:
+        """Where a forward pass keeps what is its own, and not a mark that hooks of the model's own have been set up."""
+        places = self.changed()
+        if not any(self._new_hooks()):
+            return places
+        return [p for p in places if p in self._held or not isinstance(p.get(self._model), bool)]
+
+    def _new_hooks(self) -> Iterator[tuple[dict[int, Any], int]]:
+        """Hooks that came meanwhile: where, and by which number."""
+        for module, known in self._hooks.items():
+            for kind, there in zip(_HOOKS, known, strict=True):
+                yield from ((vars(module)[kind], key) for key in vars(module)[kind].keys() - there)
 
     def changed_tensors(self) -> list[Place]:
         """The same where a tensor is or was, by itself or in a list or mapping."""
@@ -121,8 +136,12 @@ class State:
     def put_back(self, places: Iterable[Place] | None = None) -> None:
         """Have the model keep what it did, each object with what was in it; logs, which hold no tensors, go on.
 
-        At some places only, where the rest is meant to be another by now.
+        At some places only, where the rest is meant to be another by now; else hooks that came meanwhile go too, since
+        what marks them as there does.
         """
+        if places is None:
+            for hooks, key in list(self._new_hooks()):
+                del hooks[key]
         for place in self.changed() if places is None else places:
             value, copy, version = self._held.get(place, (_GONE, None, 0))
             if _is_log(place.get(self._model)) and (value is _GONE or _is_log(copy)):
