@@ -3,6 +3,8 @@ PYTHON ?= python3
 DEMO_OUT ?= demo-out
 BENCH_ARGS ?=
 PYTEST_ARGS ?=
+# Processes of the test suite; 1 runs it in one.
+TEST_WORKERS ?= 2
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -34,8 +36,8 @@ format: $(INSTALLED)  ## reformat the code and apply the safe fixes
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-test: $(INSTALLED)  ## run the tests of the library; PYTEST_ARGS adds arguments
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+test: $(INSTALLED)  ## run the tests of the library, in TEST_WORKERS processes; PYTEST_ARGS adds arguments
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) $(PYTEST_ARGS)
 
 docs: $(INSTALLED)  ## build the documentation into site/, warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

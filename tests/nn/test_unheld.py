@@ -181,3 +181,12 @@ def test_a_report_tells_how_much_was_left_alone():
     (note,) = (note for note in result.report.notes if "left alone" in note)
     share = result.sites.other_macs / result.plan.dense_costs["macs"]
     assert note.startswith(f"{share:.1%} of macs is in what was left alone, most in l (LSTM")
+
+
+def test_layers_that_lose_channels_are_not_told_as_left_alone():
+    pytest.importorskip("torch_pruning")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3)).eval()
+    batches = [torch.randn(8, 3, 8, 8)] * 2
+    result = st.compress(model, batches, "macs=70%", methods=[st.PrincipalFilters(multiple_of=1)])
+    assert not [note for note in result.report.notes if "left alone" in note]

@@ -119,10 +119,12 @@ class Candidates:
 
     def left_alone(self, cost: str) -> tuple[tuple[str, str, str, float], ...]:
         """What was left alone, with its share of the dense network's cost: ``(name, kind, reason, share)``."""
+        # Where channels can go, layers without a choice of their own get cheaper too.
+        narrows = any(row.of_channels and len(row.options) > 1 for row in self.rows)
         idle = [
             Skipped(row.site, row.kind, "no method offers anything cheaper for it", row.dense.costs)
             for row in self.singles
-            if len(row.options) == 1 and not row.of_channels
+            if len(row.options) == 1 and not row.of_channels and not narrows
         ]
         dense = self.dense[cost]
         return shares([*self.skipped, *idle], cost, dense)
