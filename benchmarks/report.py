@@ -61,6 +61,7 @@ TITLES = {
     "P5": "filters kept for animals and for vehicles of CIFAR-10",
     "P6": "filters removed from many architectures",
     "P7": "time of principal filter analysis",
+    "N2": "networks that strangers bring",
     "N3": "files with something changed in them",
     "N4": "commands and calls that write, killed",
     "R1": "the same images cut into batches of several sizes",
