@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import spectrim as st
 from spectrim.application import carry_out
-from spectrim.nn.proof import agreement
+from spectrim.nn.agreement import agreement
 from spectrim.nn.standing import StandIn
 
 BATCHES = [torch.randn(64, 32, generator=torch.Generator().manual_seed(n)) for n in range(3)]

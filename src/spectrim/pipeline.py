@@ -22,9 +22,9 @@ from spectrim.methods import Method, on_offer
 from spectrim.network.choices import ChannelsChoice, Choice
 from spectrim.network.sites import Sites
 from spectrim.network.skipped import Skipped
+from spectrim.nn.agreement import Agreement, agreement, check_comparable
 from spectrim.nn.checkpoint import header_bytes
 from spectrim.nn.find import Which, check_model
-from spectrim.nn.proof import Agreement, agreement, check_comparable
 from spectrim.nn.sparse.kernels import choose_kernels
 from spectrim.nn.timing import Speed, Timing, measure_latency
 from spectrim.nn.watch.batches import Feed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spectrim.cost.counted import macs, parameters
 from spectrim.cost.whole import Layered, Network, Picks
-from spectrim.errors import CalibrationError, ProofError
+from spectrim.errors import ProofError
 from spectrim.network.sites import Sites
 from spectrim.nn.counting import counting
 from spectrim.nn.flops import WorkCounter
@@ -23,14 +23,11 @@ from spectrim.nn.functional import run as run_layer
 from spectrim.nn.standing import LAYERS, StandIn
 from spectrim.nn.surgery import parameter_count
 from spectrim.nn.watch.batches import Feed, Forward
-from spectrim.nn.watch.nesting import output_tensors, transformed
+from spectrim.nn.watch.nesting import output_tensors
 from spectrim.nn.watch.observe import Hook, observe, on_few
-from spectrim.nn.watch.sampling import Mask, mask_of
 
 # Layers that run once a batch, whatever the samples, have rows that are no whole number a sample, and are counted so.
 _ROWS = 0.01
-# Samples that outputs are compared on.
-_SAMPLES = 512
 # Difference of a layer's answers that rounding explains, as a share of the largest.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3}
 _ROUNDING_OF_FEW_BITS = 0.05
@@ -264,122 +261,6 @@ class _Agreeing:
             raise ProofError(
                 f"layer {spec.name!r} ({spec.kind}) answers otherwise than its weight multiplied out, by {gap:.3g}"
             )
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How far a compressed network's outputs are from the dense network's, without labels.
-
-    Attributes
-    ----------
-    samples
-        That both were run on.
-    error
-        Norm of the difference over the norm of the dense outputs.
-    top1
-        Share of rows whose largest output is at the same place; None for outputs that are no scores of classes.
-    held_out
-        Whether the layers were not fitted to these samples.
-    """
-
-    samples: int
-    error: float
-    top1: float | None = None
-    held_out: bool = True
-
-    def __str__(self) -> str:
-        which = "held-out calibration samples" if self.held_out else "calibration samples"
-        same = "" if self.top1 is None else f"the same class comes first in {self.top1:.2%}, and "
-        return f"on {self.samples:,} {which} {same}outputs differ from the dense network's by {self.error:.2%}"
-
-
-def check_comparable(model: nn.Module, batch: Any, feed: Feed) -> None:
-    """Raise CalibrationError if the shapes of a model's outputs depend on values: networks cannot be compared by them.
-
-    So do those of non-maximum suppression. A batch of the same shape is tried: upside down, or backwards.
-    """
-    feed.decide(model, batch)
-    other = transformed(batch, lambda x: -x if x.is_floating_point() else x.flip(-1) if x.dim() > 1 else x)
-    shapes = []
-    with observe(model, forward=feed) as running:
-        for part in (batch, other):
-            try:
-                shapes.append([tuple(t.shape) for t in output_tensors(running(part))])
-            except Exception:  # not every model takes any numbers; the batch itself is tried by calibration
-                return
-    if shapes[0] != shapes[1]:
-        raise CalibrationError(
-            f"the shapes of the outputs depend on values, as behind non-maximum suppression: {shapes[0][:3]} and "
-            f"{shapes[1][:3]} for batches of one shape, so that plans cannot be compared by them. Give one method, or "
-            "pass forward=, a function (model, batch) that returns what comes before the selection"
-        )
-
-
-def agreement(
-    dense: nn.Module,
-    small: nn.Module,
-    batches: Iterable[Any],
-    held: Sequence[Tensor] = (),
-    *,
-    mask: Mask = None,
-    forward: Forward | None = None,
-) -> Agreement | None:
-    """Compare two networks' outputs on samples that no layer was fitted to, or on some if none are held out.
-
-    Parameters
-    ----------
-    held
-        Which samples of every batch are held out.
-    mask
-        Tells padding from data; see :func:`spectrim.calibrate`.
-    """
-    parts = zip(batches, held, strict=False) if any(bool(each.any()) for each in held) else ((b, None) for b in batches)
-    tally, feed = _Tally(), Feed.of(forward)
-    with observe(dense, forward=feed) as wanted, observe(small, forward=feed) as given:
-        for batch, kept in parts:
-            size = feed.decide(dense, batch).layout.size(batch)
-            index = torch.arange(size) if kept is None else kept.nonzero().flatten()
-            index = index[: _SAMPLES - tally.samples]
-            if len(index):
-                part = batch if len(index) == size else feed.layout.picked(batch, index)
-                tally.add(wanted(part), given(part), mask_of(part, mask, len(index)), len(index))
-            if tally.samples >= _SAMPLES:
-                break
-    return tally.agreement(held_out=any(bool(each.any()) for each in held))
-
-
-@dataclass
-class _Tally:
-    """Adds up over batches what two networks' outputs have in common."""
-
-    samples: int = 0
-    missed: float = 0.0
-    energy: float = 0.0
-    same: int = 0
-    rows: int = 0
-    comparable: bool = True
-
-    def add(self, wanted: Any, given: Any, data: Tensor | None, samples: int) -> None:
-        scores = hasattr(wanted, "logits") or (isinstance(wanted, Tensor) and wanted.dim() == 2)
-        pairs = list(zip(output_tensors(wanted), output_tensors(given), strict=False))
-        self.samples += samples
-        for a, b in pairs:
-            if a.shape != b.shape or not a.is_floating_point():
-                self.comparable &= a.shape == b.shape
-                continue
-            if data is not None and a.shape[:2] == data.shape:
-                a, b = a[data.to(a.device)], b[data.to(b.device)]
-            self.missed += float((a.double() - b.double()).square().sum())
-            self.energy += float(a.double().square().sum())
-            if scores and a.dim() > 1 and a.shape[-1] > 1:
-                self.same += int((a.argmax(-1) == b.argmax(-1)).sum())
-                self.rows += a[..., 0].numel()
-
-    def agreement(self, *, held_out: bool) -> Agreement | None:
-        if not self.comparable or not self.energy:
-            return None
-        top1 = self.same / self.rows if self.rows else None
-        return Agreement(self.samples, math.sqrt(self.missed / self.energy), top1, held_out)
 
 
 def _some(names: Sequence[str]) -> str:
