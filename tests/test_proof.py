@@ -186,14 +186,57 @@ def test_what_cannot_be_run_and_what_counts_otherwise_is_refused(monkeypatch: py
         broken(lambda small: small.a.register_forward_hook(lambda m, args, y: y + m.weight.sum() * 0))
 
 
+class AsksWhatItIs(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x))) * (2 if type(self.a) is nn.Linear else 1)
+
+
+class CountsParts(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x))) * len(list(self.modules()))
+
+
+@pytest.mark.parametrize("kind", [AsksWhatItIs, CountsParts])
+def test_a_network_that_asks_what_its_layers_are_is_refused(kind: type[Two]) -> None:
+    with pytest.raises(st.ProofError, match=r"merged, the compressed \w+ computes something else .*skip="):
+        st.compress(kind().eval(), BATCHES, st.Budget(macs=0.5))
+
+
+def test_hooks_that_change_answers_stay_and_are_no_fault() -> None:
+    model = Two().eval()
+    model.b.register_forward_hook(lambda module, args, output: F.relu(output))
+    small = st.compress(model, BATCHES, st.Budget(macs=0.5)).model
+    assert bool((small(BATCHES[0]) >= 0).all())
+
+
+class Cast(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+def test_statistics_are_exact_where_the_network_casts() -> None:
+    torch.manual_seed(0)
+    model, plain = Cast().eval(), Two().eval()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        model.a.bias[0] = plain.a.bias[0] = -100.0
+    found, wanted = (st.calibrate(m, st.find(m), BATCHES)["a"].statistics.input for m in (model, plain))
+    assert found is not None
+    assert wanted is not None
+    torch.testing.assert_close(found.covariance, wanted.covariance)
+    assert st.compress(model, BATCHES, st.Budget(macs=0.5)).report.agreement is not None
+
+
 def test_the_proof_costs_two_passes_of_one_batch() -> None:
     model = Two().eval()
     sites, plan = planned(model)
     calls: list[int] = []
     model.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
     st.apply(model, sites, plan, BATCHES, reconstruct=False, batchnorm=False)
-    # The copy carries the hook along: it is tried on one sample, then both networks on the batch.
-    assert calls == [1, 64, 64]
+    # The copy carries the hook along: it is tried on one sample, then both networks on the batch; in the end the
+    # compressed one, merged and as it is, on one sample again.
+    assert calls == [1, 64, 64, 1, 1, 1]
 
 
 def test_agreement_is_of_samples_held_out_and_counts_first_classes() -> None:

@@ -34,6 +34,7 @@ _HOMES = {
     "Plan": "selection.plan",
     "PlanError": "errors",
     "ProofError": "errors",
+    "ReadOnlyWeightError": "errors",
     "PrincipalFilters": "methods",
     "Result": "pipeline",
     "SharedBasis": "network.factors",

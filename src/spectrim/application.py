@@ -173,7 +173,7 @@ def carry_out(
     first = None if batches is None else begun(batches)[0]
     if first is not None:
         feed.decide(model, first)
-        check_copy(model, removal.model, expected.changed, first, feed)
+        check_copy(model, removal.model, expected, first, feed)
     work = _Work(model, removal, batches is not None and reconstruct, feed)
     steps = _steps(work, entries, makers)
     if batches is not None and work.follows:

@@ -85,6 +85,10 @@ class ProofError(SpectrimError, RuntimeError):
     """A compressed network does not do what its plan says, such as call the layers that were replaced."""
 
 
+class ReadOnlyWeightError(SpectrimError, RuntimeError):
+    """The weight of a compressed layer was written to, which is multiplied out of others."""
+
+
 class CheckpointError(SpectrimError, ValueError):
     """A file is not a Spectrim checkpoint, is damaged, or belongs to another architecture."""
 

@@ -265,3 +265,16 @@ def test_find_leaves_the_model_alone():
 
 def test_canonical_has_no_bias_where_the_layer_has_none():
     assert canonical(nn.Linear(3, 2, bias=False))[1] is None
+
+
+def test_a_layer_that_holds_modules_or_a_bias_that_is_computed_is_left_alone() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(6, 5), "b": nn.Linear(6, 5), "c": nn.Linear(6, 5)})
+    model["a"].act = nn.ReLU()
+    prune.random_unstructured(model["b"], "bias", 0.3)
+    sites = find(model)
+    reasons = {each.name: each.reason for each in sites.skipped}
+    assert [site.name for site in sites] == ["c"]
+    assert reasons["a"].startswith("it holds modules of its own (act)")
+    assert reasons["b"].startswith("parametrised")
+    specs = [site.spec for site in sites] + list(sites.untouched)
+    assert sites.other_parameters + parameters(specs) == parameter_count(model)

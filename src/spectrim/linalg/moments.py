@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
+
+
+def without_casting(function: Callable[..., None]) -> Callable[..., None]:
+    """Have a method run in the precision of its numbers where the network casts them by itself (``torch.autocast``)."""
+
+    @functools.wraps(function)
+    def exact(self: Any, rows: Tensor) -> None:
+        kind = rows.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return function(self, rows)
+        return function(self, rows)
+
+    return exact
 
 
 class Moments:
@@ -44,6 +62,7 @@ class Moments:
         return f"Moments(count={self.count}, groups={groups}, features={features})"
 
     @torch.no_grad()
+    @without_casting
     def update(self, rows: Float[Tensor, "g n d"]) -> None:
         """Add ``n`` observations a group. Cost ``O(n d^2)``.
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from spectrim.linalg.moments import Moments, ridge
+from spectrim.linalg.moments import Moments, ridge, without_casting
 
 
 class Sketch(Moments):
@@ -52,6 +52,7 @@ class Sketch(Moments):
         return f"Sketch(count={self.count}, groups={groups}, features={features}, size={self.size})"
 
     @torch.no_grad()
+    @without_casting
     def update(self, rows: Float[Tensor, "g n d"]) -> None:
         """Add ``n`` observations a group. Cost ``O((n + size)^2 d)`` where the rows are shrunk, else ``O(n d)``."""
         for part in rows.to(self.mean.device).split(self.size, dim=1):

@@ -82,7 +82,9 @@ def find(model: nn.Module, *, skip: Which | Iterable[Which] = (), only: Which | 
                 # What a weight is computed from, and a weight shared with another layer, is counted elsewhere.
                 weight = module._parameters.get("weight")
                 counted = weight is not None and id(weight) not in covered
-                untouched.append(dataclasses.replace(spec, shared=0 if counted else math.prod(spec.shape)))
+                # So is a bias that is computed from something, or kept as a buffer.
+                biased = module._parameters.get("bias") is not None
+                untouched.append(dataclasses.replace(spec, bias=biased, shared=0 if counted else math.prod(spec.shape)))
         if spec is not None:
             covered.update(id(module._parameters.get(name)) for name in ("weight", "bias"))
     numbers, size = _elsewhere(model, covered, masks)
@@ -290,6 +292,8 @@ def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied:
         above = path.split(".")
         if any(getattr(model.get_submodule(".".join(above[:n])), "reads_weights", False) for n in range(len(above))):
             return "its weight is one part of a layer's"
+    if module._modules:
+        return f"it holds modules of its own ({', '.join(module._modules)}): move them to the module that holds it"
     if "" in paths:
         return "the model itself is this layer: wrap it in nn.Sequential"
     return None

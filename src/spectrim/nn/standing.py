@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from spectrim.errors import PlanError
+from spectrim.errors import PlanError, ReadOnlyWeightError
 from spectrim.network.layer import LayerSpec
 
 LAYERS = (
@@ -179,11 +179,12 @@ def _writes(name: str) -> bool:
     return name == "__setitem__" or name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
 
 
-def _written(layer: StandIn, name: str) -> RuntimeError:
-    return RuntimeError(
+def _written(layer: StandIn, name: str) -> ReadOnlyWeightError:
+    return ReadOnlyWeightError(
         f"the {name} of layer {layer.original.name!r} ({layer.original.kind}) cannot be written: it is multiplied out "
-        f"of {', '.join(n for n, _ in layer.named_parameters())}. Write to these, pass the layer by, or give the layer "
-        "one weight again with spectrim.merge(model)"
+        f"of {', '.join(n for n, _ in layer.named_parameters())}. Write to these, pass the layer by "
+        "(tools that change layers by type: type(m) is nn.Linear; compression: skip=), or give the layer one weight "
+        "again with spectrim.merge(model)"
     )
 
 

@@ -390,6 +390,9 @@ def test_standard_output_is_what_it_was_whatever_order_solvers_end_in() -> None:
     assert (os.fstat(1).st_dev, os.fstat(1).st_ino) == (before.st_dev, before.st_ino)
 
 
+COLLECTED: list[list[torch.Tensor]] = []
+
+
 class Collects(nn.Module):
     """Sets up hooks of its own at its first pass, as models of transformers do to collect hidden states."""
 
@@ -398,13 +401,13 @@ class Collects(nn.Module):
         self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.found: list[torch.Tensor] = []
+        COLLECTED.append([])
         if not getattr(self, "ready", False):
-            self.a.register_forward_hook(lambda module, args, output: self.found.append(output))
+            self.a.register_forward_hook(lambda module, args, output: COLLECTED[-1].append(output))
             self.ready = True
-        y = self.b(self.a(x))
-        (only,) = self.found
-        return y + only
+        h = self.a(x)
+        (only,) = COLLECTED.pop()
+        return self.b(h) + only
 
 
 def test_a_model_that_sets_up_hooks_of_its_own_does_so_once() -> None:

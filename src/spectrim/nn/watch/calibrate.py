@@ -260,6 +260,8 @@ class _Watch:
         """The sites with what was seen; those that no batch reached are skipped."""
         sites, watchers = self.sites, self.watchers
         reached = [name for name in dict.fromkeys(self.order) if name in watchers]
+        if watchers and not reached and any(each.refused for each in watchers.values()):
+            raise CalibrationError(f"none of the {len(watchers)} sites was called: {_READ}")
         if not reached and watchers:
             raise CalibrationError(
                 f"none of the {len(watchers)} sites was reached by the calibration batches; "
