@@ -37,7 +37,7 @@ format: $(INSTALLED)  ## reformat the code and apply the safe fixes
 	$(BIN)/ruff format
 
 test: $(INSTALLED)  ## run the tests of the library, in TEST_WORKERS processes; PYTEST_ARGS adds arguments
-	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 docs: $(INSTALLED)  ## build the documentation into site/, warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
