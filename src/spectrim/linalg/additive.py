@@ -138,11 +138,25 @@ def decompose(
     if not rank:
         found = part.alone(start, alternation)
         return Additive(None, found, (found.error,), True)
+    return _by_turns(target, error, step, rank, part, start, alternation, alone=not pattern.kept(shape, density))
+
+
+def _by_turns(
+    target: Tensor,
+    error: Quadratic,
+    step: LowRankStep,
+    rank: int,
+    part: _SparsePart,
+    start: Additive | None,
+    alternation: Alternation,
+    *,
+    alone: bool,
+) -> Additive:
+    """Both parts by turns, each fitted to what the other leaves; the low-rank part alone if asked for."""
     state = Sparse(torch.zeros_like(target), torch.zeros_like(target, dtype=torch.bool), 0.0)
     product = None
     if start is not None:
         state, product = start.sparse, start.product
-    alone = not pattern.kept(shape, density)
     grown = rank if not step.grows or product is not None else 0
     extra, calm = 0.0, 0
     errors: list[float] = []
