@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import CalibrationError
+from spectrim.errors import CalibrationError, SpectrimError
 from spectrim.nn.watch.batches import Feed, Forward
 from spectrim.nn.watch.nesting import output_tensors, transformed
 from spectrim.nn.watch.observe import observe
@@ -87,6 +87,22 @@ def agreement(
     mask
         Tells padding from data; see :func:`spectrim.calibrate`.
     """
+    try:
+        return _agreement(dense, small, batches, held, mask, forward)
+    except SpectrimError:
+        raise
+    except Exception:  # a model may refuse other numbers of samples than its batches have
+        return _agreement(dense, small, batches, (), mask, forward)
+
+
+def _agreement(
+    dense: nn.Module,
+    small: nn.Module,
+    batches: Iterable[Any],
+    held: Sequence[Tensor],
+    mask: Mask,
+    forward: Forward | None,
+) -> Agreement | None:
     parts = zip(batches, held, strict=False) if any(bool(each.any()) for each in held) else ((b, None) for b in batches)
     tally, feed = _Tally(), Feed.of(forward)
     with observe(dense, forward=feed) as wanted, observe(small, forward=feed) as given:

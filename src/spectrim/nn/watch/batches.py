@@ -22,7 +22,7 @@ from spectrim.nn.watch.nesting import output_tensors as output_tensors
 from spectrim.nn.watch.nesting import resized as resized
 from spectrim.nn.watch.state import evaluating as evaluating
 from spectrim.nn.watch.state import kept
-from spectrim.nn.watch.ways import Arguments, Way, alone, bare, first_line, is_per_sample, names_of, ways
+from spectrim.nn.watch.ways import Arguments, Way, alone, bare, first_line, is_per_sample, is_sample, names_of, ways
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -66,7 +66,10 @@ class Feed:
             If the model cannot be called with it; the message says what was tried.
         """
         if self._way is None:
-            self._way = _own(batch) if self._forward is not None else _working(model, batch)
+            way = _own(batch) if self._forward is not None else _working(model, batch)
+            if self._forward is None and self._samples is None and not way.listed:
+                _check_batched(model, batch, way)
+            self._way = way
             self._settle(model, batch)
         return self
 
@@ -152,20 +155,43 @@ def _working(model: nn.Module, batch: Any) -> Way:
         return found[0]
     failures = []
     for way in found:
-        try:
-            with evaluating(model), kept(model):
-                args, kwargs = moved(way.take(batch), model)
-                bare(model)(*args, **kwargs)
-        except SpectrimError:
-            raise
-        except Exception as error:  # a model may raise anything where it is given what it does not take
-            failures.append(f"with {way.words} it raises {type(error).__name__}: {first_line(error)}")
-        else:
+        error = _runs(model, way, batch)
+        if error is None:
             return way
+        failures.append(f"with {way.words} it raises {type(error).__name__}: {first_line(error)}")
     raise CalibrationError(
         f"{type(model).__name__} cannot be run with a batch that is {_shape(batch)}: {'; '.join(failures)}. Pass "
         "forward=, a function (model, batch) that runs the model"
     )
+
+
+def _check_batched(model: nn.Module, batch: Any, way: Way) -> None:
+    """Raise CalibrationError for a single sample without an axis for samples: it cannot be cut into any.
+
+    Convolutions take such images, and a model with one in front may take them or batches.
+    """
+    layout = Layout(whole=way.whole)
+    inputs = layout.inputs(batch)
+    if not is_sample(model, inputs) or layout.size(batch) < 2 or _runs(model, way, layout.resized(batch, 1)) is None:
+        return
+    shape = tuple(inputs.shape)
+    raise CalibrationError(
+        f"the inputs are one sample of shape {shape} without an axis for samples: give batches, such as "
+        f"{(1, *shape)} by x.unsqueeze(0), or a DataLoader"
+    )
+
+
+def _runs(model: nn.Module, way: Way, batch: Any) -> Exception | None:
+    """What a model raises on a batch; None where it runs."""
+    try:
+        with evaluating(model), kept(model):
+            args, kwargs = moved(way.take(batch), model)
+            bare(model)(*args, **kwargs)
+    except SpectrimError:
+        raise
+    except Exception as error:  # a model may raise anything where it is given what it does not take
+        return error
+    return None
 
 
 def _own(batch: Any) -> Way:

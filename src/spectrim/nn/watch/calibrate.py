@@ -28,6 +28,7 @@ from spectrim.nn.watch.patches import outputs_at
 from spectrim.nn.watch.readers import reading
 from spectrim.nn.watch.responses import Responses
 from spectrim.nn.watch.sampling import Mask, Run, Samples, Sampling, choose, mean_rows
+from spectrim.nn.watch.shapes import Call, Shape, of_one_sample
 from spectrim.nn.watch.state import State
 from spectrim.nn.watch.streams import Buffered, Stream, Streams, patches_of
 from spectrim.nn.watch.ways import first_line
@@ -348,8 +349,9 @@ class _Shapes:
 
     def __init__(self, spec: LayerSpec, seen: _Inputs | None = None) -> None:
         self.spec = spec
-        self.inputs: tuple[tuple[int, ...], ...] = ()
         self.frozen = False
+        self._calls: list[Call] = []
+        self._of = 1
         self.refused = ""
         self.seen = seen
         self.index = 0
@@ -368,30 +370,26 @@ class _Shapes:
             if not inputs.numel():
                 return
             # A layer that the first batch does not reach is described by the first call it gets.
-            if not self.frozen or not self.inputs:
+            if not self.frozen or not self._calls:
                 order.append(self.spec.name)
                 if self.seen is not None and not self.frozen:
                     self.seen.note(inputs, self.spec.name)
-                self.inputs += self._shape(inputs)
+                self._of = self.size
+                self._calls.append(Call.of(self.spec, tuple(inputs.shape), self.size))
             self.see(inputs, output)
 
         return watch
+
+    @property
+    def inputs(self) -> tuple[Shape, ...]:
+        """Of one sample."""
+        return of_one_sample(self._calls, self._of)
 
     def see(self, inputs: Tensor, outputs: Tensor) -> None:
         """What else to do with a call; nothing for a bystander."""
 
     def obstacle(self) -> str:
         return self.refused or "never reached by the calibration batches"
-
-    def _shape(self, inputs: Tensor) -> tuple[tuple[int, ...], ...]:
-        if self.spec.is_linear:
-            rows = inputs.numel() // max(inputs.shape[-1], 1)
-            return ((max(1, round(rows / self.size)),),)
-        axes = len(self.spec.kernel)
-        spatial = tuple(inputs.shape[-axes:])
-        # Models that fold frames or crops into the batch axis call the layer several times a sample.
-        batch = inputs.shape[0] if inputs.dim() > axes + 1 else 1
-        return (spatial,) * max(1, round(batch / self.size))
 
 
 class _Watcher(_Shapes):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -349,7 +350,7 @@ def asymmetric_site(
         feed.decide(dense, batch)
     split = Split.of(batches, rows=rows, held_out=held_out, layout=feed.layout)
     joint = Joint.of(site, sketch=sketch, outputs=outputs)
-    calls = {site.name: max(1, len(site.spec.inputs))}
-    with lockstep(dense, compressed, calls, batches, forward=feed) as hub:
+    # All of its calls: a model that loops over its images calls it once an image.
+    with lockstep(dense, compressed, {site.name: sys.maxsize}, batches, forward=feed) as hub:
         joint.add(hub.reach(site.name), split, seed)
     return joint.layer(site)

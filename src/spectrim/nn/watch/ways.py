@@ -142,8 +142,13 @@ def _placed(model: nn.Module, wanted: _Parameters, batch: list[Any] | tuple[Any,
     elif isinstance(inputs, list | tuple) and inputs and not isinstance(inputs, PackedSequence):
         yield from _nested(model, wanted, batch)
     else:
+        # A model that stacks its images would take the first of them for a batch.
+        images = isinstance(batch, list) and all(is_sample(model, entry) for entry in batch)
+        single = images and is_per_sample((batch,))
+        if single:
+            yield as_list
         yield from _counted(wanted, batch)
-        if alike:
+        if alike and not single:
             yield as_list
 
 
@@ -274,6 +279,14 @@ def is_per_sample(parts: Any) -> bool:
     columns = [t for t in targets if isinstance(t, Tensor) and t.dim()]
     collated = isinstance(inputs[0], Tensor) and inputs[0].dim() and any(len(t) == len(inputs[0]) for t in columns)
     return bool(columns) and all(len(t) == size for t in columns) and not collated
+
+
+def is_sample(model: nn.Module, entry: Any) -> bool:
+    """Whether a tensor looks like a single sample of a model: channels and sides, as its first convolution has them."""
+    first = next((m for m in bare(model).modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)), None)
+    if first is None or not isinstance(entry, Tensor):
+        return False
+    return entry.dim() == len(first.kernel_size) + 1 and entry.shape[0] == first.in_channels
 
 
 def first_line(error: BaseException) -> str:
