@@ -69,9 +69,9 @@ def test_a_folder_that_takes_no_file_is_told_before_any_work(run, monkeypatch: p
         ("demo", "--out", "file/here"),
     ):
         monkeypatch.setattr("spectrim.cli.models.load_model", lambda *a, **k: pytest.fail("the model was made"))
-        error = run(*command, code=1).stderr
+        error = run(*command, code=2).stderr
         assert error.startswith("spectrim: error: ")
-        assert "file/here" in error
+        assert "'file/here': 'file' is a file, not a folder" in error
 
 
 def test_whose_weights_are_compressed_is_told(run, tmp_path: Path):

@@ -187,5 +187,29 @@ def test_an_unchanged_network_reads_no_difference(monkeypatch: pytest.MonkeyPatc
     assert "no difference (0.40-1.00x)" in same.to_text()
     other = compare(_net(8), _net(2), batch)
     assert other["latency p50"].change == "0.40x"
-    row = json.loads(json.dumps(other.to_dict()))["rows"][-1]
-    assert (row["spread"], row["differs"]) == ([0.4, 0.4], True)
+    median, slowest = json.loads(json.dumps(other.to_dict()))["rows"][-2:]
+    assert (median["spread"], median["differs"]) == ([0.4, 0.4], True)
+    # The interval is the median's: a ratio of slow runs may lie outside it.
+    assert "spread" not in slowest
+    assert slowest["differs"]
+    assert [row[3] for row in other.to_rows()[-2:]] == ["0.40x (0.40-0.40x)", "0.40x"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "why"),
+    [
+        (torch.full((3,), 0.5), "float32 such as 0.5, not classes 0 to 3"),
+        (torch.tensor([0, 4, 1]), "int64 such as 4,"),
+        (torch.tensor([0, -1, 1]), "int64 such as -1,"),
+        (torch.zeros(3, 4), "of shape"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(labels: torch.Tensor, why: str):
+    with pytest.raises(ValueError, match=why):
+        accuracy(nn.Identity(), [(torch.eye(4)[:3], labels)])
+
+
+def test_labels_may_be_whole_numbers_in_a_column_and_ignored_ones():
+    outputs = torch.eye(4)[:3]
+    assert accuracy(nn.Identity(), [(outputs, torch.tensor([[0.0], [1.0], [3.0]]))]) == pytest.approx(200 / 3)
+    assert accuracy(nn.Identity(), [(outputs, torch.tensor([0, 1, -100]))]) == pytest.approx(200 / 3)

@@ -46,12 +46,15 @@ class Output:
         The real standard output, which a command's own code cannot reach in JSON mode.
     made
         Folders that a command has made, the innermost first.
+    left
+        What is there if the command is stopped now, in words.
     """
 
     as_json: bool = False
     quiet: bool = False
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
     made: list[Path] = field(default_factory=list)
+    left: str = ""
 
     def say(self, text: str) -> None:
         """A remark for people."""
@@ -113,7 +116,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                     options[name] = group(**{each.name: options.pop(each.name) for each in dataclasses.fields(group)})
                 function(out, **options)
             except KeyboardInterrupt:
-                print("spectrim: stopped; the same call goes on with a training that has begun", file=sys.stderr)
+                goes_on = "the same call goes on with a training that has begun"
+                print(f"spectrim: stopped; {out.left}{goes_on}", file=sys.stderr)
                 raise typer.Exit(STOPPED) from None
             except (SpectrimError, OSError, FloatingPointError) as error:
                 for folder in out.made:

@@ -103,6 +103,13 @@ def load_data(text: str, *, purpose: Purpose = "test", device: str = "cpu") -> I
     reference = parse(text)
     if reference.scheme not in _BUILT_IN:
         if not reference.place:
+            if Path(text).is_dir():
+                raise UsageError(f"data {text!r} is a folder: for a folder of images write imagefolder:{text}")
+            if Path(text).is_file():
+                raise UsageError(
+                    f"data {text!r} is a file: write a function that returns a list of batches from it, and give that "
+                    "as file.py:function"
+                )
             raise UsageError(
                 f"data {text!r} is not known: write {', '.join(_BUILT_IN)}, package.module:factory or file.py:factory"
             )

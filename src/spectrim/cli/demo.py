@@ -38,6 +38,7 @@ def demo(
     from spectrim.cli.results import Outcome
     from spectrim.cli.unfinished import make_folder
     from spectrim.cli.work import device_named, first_batch
+    from spectrim.nn.agreement import agreement
     from spectrim.pipeline import compress
     from spectrim.report import accuracy, compare
     from spectrim.train import fine_tune
@@ -74,7 +75,7 @@ def demo(
     if epochs:
         out.say(f"fine-tuning for {epochs} epochs with the dense network as teacher")
         done = fine_tune(small, train, teacher=dense, epochs=epochs, seed=seed, progress=progress)
-        outcome = outcome.tuned(done).scored("fine-tuned", evaluate(small))
+        outcome = outcome.tuned(done, agreement(dense, small, calibration)).scored("fine-tuned", evaluate(small))
     comparison = compare(dense, small, example, evaluate=outcome.known_score, threads=threads)
     seconds = time.perf_counter() - started
     outcome.finish(out, comparison, seconds=seconds)

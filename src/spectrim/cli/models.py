@@ -15,6 +15,8 @@ With a weight file the built-in schemes do not fetch pretrained weights.
 
 from __future__ import annotations
 
+import pickle
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.cli.references import Reference, UsageError, call, factory, need, parse
-from spectrim.nn.checkpoint import load
+from spectrim.nn.checkpoint import FORMAT, load
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
 
@@ -94,8 +96,15 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         raise UsageError(f"weights {str(path)!r} is not a file")
     try:
         if path.suffix == ".safetensors":
+            from safetensors import safe_open
             from safetensors.torch import load_file
 
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("format") == FORMAT:
+                    raise UsageError(
+                        f"weights {str(path)!r} is a Spectrim checkpoint, of a compressed model: use it with "
+                        "--checkpoint (-c) in evaluate and export"
+                    )
             state: Any = load_file(path)
         elif path.suffix in {".pt", ".pth", ".bin"}:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -105,7 +114,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     except UsageError:
         raise
     except Exception as error:  # each reader has its own errors for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = _unread(error)
         raise UsageError(f"weights {str(path)!r} cannot be read: {reason}") from error
     for key in _WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
@@ -116,6 +125,17 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if state and all(str(k).startswith("module.") for k in state):
         state = {str(k).removeprefix("module."): v for k, v in state.items()}
     return dict(state)
+
+
+def _unread(error: Exception) -> str:
+    """Why a file of weights cannot be read. What torch advises, to run what the file says, is left out."""
+    text = str(error)
+    named = re.search(r"GLOBAL ([\w.]+)", text)
+    if named:
+        return f"it holds a whole model or other objects ({named[1]}), not its weights: save model.state_dict() instead"
+    if isinstance(error, pickle.UnpicklingError | EOFError) or "weights_only" in text:
+        return "it is not a checkpoint that torch.save wrote, or it is damaged"
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], text: str, weights: str | Path) -> None:
@@ -194,6 +214,8 @@ def _torchvision(reference: Reference, pretrained: bool) -> nn.Module:
 def _transformers(reference: Reference, pretrained: bool) -> nn.Module:
     name = _place(reference)
     transformers = need("transformers", reference, "transformers")
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise UsageError(f"model {reference.text!r}: there is no such folder")
     # Folders of models that were compressed before.
     need("spectrim.hf", reference, "transformers")
     try:

@@ -69,7 +69,13 @@ class InputOptions:
     """What the model is fed with before it is compressed."""
 
     data: Annotated[
-        str | None, typer.Option("--data", "-d", help="Calibration batches; some of --train where ranks are learned.")
+        str | None,
+        typer.Option(
+            "--data",
+            "-d",
+            help="Calibration batches; some of --train where ranks are learned: digits, cifar10:DIR, "
+            "fashion-mnist:DIR, imagefolder:DIR, package.module:factory or file.py:factory; options as ?key=value.",
+        ),
     ] = None
     input_shape: Input = None
     mask: Annotated[

@@ -238,7 +238,7 @@ def call(function: Callable[..., Any], reference: Reference, what: str, *args: A
     Raises
     ------
     UsageError
-        If the signature does not take them.
+        If the signature does not take them, or the function raises.
     """
     arguments = {**more, **reference.options}
     try:
@@ -247,7 +247,14 @@ def call(function: Callable[..., Any], reference: Reference, what: str, *args: A
         raise UsageError(f"{what} {reference.text!r} cannot be called with {arguments}: {error}") from error
     except ValueError:  # some builtins have no signature
         pass
-    return function(*args, **arguments)
+    try:
+        return function(*args, **arguments)
+    except SpectrimError:
+        raise
+    except Exception as error:  # the function is somebody else's and may raise anything
+        why = " ".join(str(error).split())
+        given = f" for {arguments}" if arguments else ""
+        raise UsageError(f"{what} {reference.text!r} raised {type(error).__name__}{given}: {why}") from error
 
 
 def need(module: str, reference: Reference, install: str) -> Any:

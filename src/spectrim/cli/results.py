@@ -11,6 +11,7 @@ from torch import nn
 
 from spectrim.cli.common import Output
 from spectrim.network.choices import SumChoice
+from spectrim.nn.agreement import Agreement
 from spectrim.nn.checkpoint import save
 from spectrim.nn.shipping import is_shipped
 from spectrim.pipeline import Result
@@ -75,9 +76,11 @@ class Outcome:
     def noted(self, *notes: str) -> Outcome:
         return dataclasses.replace(self, notes=(*self.notes, *notes))
 
-    def tuned(self, training: TrainingResult) -> Outcome:
+    def tuned(self, training: TrainingResult, agreed: Agreement | None) -> Outcome:
+        """After fine-tuning, with the finished model's agreement in place of the one measured before."""
         note = f"Fine-tuned for {training.epochs} epochs in {training.seconds:.0f} s, with the dense model as teacher."
-        return self.noted(note)
+        report = dataclasses.replace(self.result.report, agreement=agreed)
+        return dataclasses.replace(self, result=dataclasses.replace(self.result, report=report)).noted(note)
 
     def known_score(self, model: nn.Module) -> float:
         """The score already measured of one of the two models."""
@@ -165,8 +168,12 @@ def _sums(plan: Plan) -> list[str]:
 
 
 def _warnings(comparison: Comparison, plan: Plan) -> list[str]:
-    """What the measurement says against the plan."""
-    found = []
+    """What the measurement says against the plan, and which limits are none."""
+    found = [
+        f"The budget of {limit:,.6g} for {cost} limits nothing: the dense network takes {plan.dense_costs[cost]:,.6g}."
+        for cost, limit in plan.budget.items()
+        if cost in plan.dense_costs and limit >= plan.dense_costs[cost]
+    ]
     if "latency p50" in comparison:
         row = comparison["latency p50"]
         if row.compressed > row.dense and (row.speed is None or row.speed.differs):

@@ -36,6 +36,7 @@ from spectrim.cli.work import Work
 from spectrim.methods import Method, PrincipalFilters
 from spectrim.network.sites import Sites
 from spectrim.network.tensor_files import digest_of_tensors
+from spectrim.nn.agreement import agreement
 from spectrim.nn.checkpoint import load, read_plan, save
 from spectrim.pipeline import Result, shrink
 from spectrim.report import compare
@@ -153,7 +154,7 @@ def compress(
         out.say(NONE_ALIKE)
     if held is not None:
         result = _kept(out, result, work, held)
-        write_result(result, files.folder)
+        out.left = f"{write_result(result, files.folder)['model']} is the network before fine-tuning; "
     outcome = _tuned(out, Outcome(work.model, work.dense, result, files.folder), work, tuning, held)
     outcome = outcome.noted(*different)
     kernels = fastest(result.model, work.example, work.threads)
@@ -227,5 +228,8 @@ def _tuned(out: Output, outcome: Outcome, work: Work, tuning: Recipe, held: RunF
         small, work.training, teacher=dense, recipe=recipe, evaluate=work.score if tested else None,
         progress=not out.quiet, checkpoint=held.folder / TUNING,
     )  # fmt: skip
-    outcome = outcome.tuned(done)
+    # None of the samples counts as held out any more: training may have seen them all.
+    seen = work.calibration
+    agreed = None if seen is None else agreement(dense, small, seen, mask=work.sampling.mask)
+    outcome = outcome.tuned(done, agreed)
     return outcome.scored("fine-tuned", work.score(small)) if tested else outcome

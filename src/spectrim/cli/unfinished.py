@@ -28,9 +28,14 @@ def make_folder(out: Output, folder: Path) -> Path:
 
     Raises
     ------
+    UsageError
+        If it, or what it would lie in, is a file.
     OSError
         Names the folder.
     """
+    for each in (folder, *folder.parents):
+        if each.is_file():
+            raise UsageError(f"results cannot go to {str(folder)!r}: {str(each)!r} is a file, not a folder")
     try:
         out.made += [each for each in (folder, *folder.parents) if not each.exists()]
         folder.mkdir(parents=True, exist_ok=True)

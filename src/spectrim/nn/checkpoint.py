@@ -315,7 +315,8 @@ def _check(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: str
         given = tensors[name]
         if given.shape != tensor.shape:
             raise CheckpointError(
-                f"{path}: tensor {name!r} has shape {tuple(given.shape)}, the model's has {tuple(tensor.shape)}"
+                f"{path}: was made for another architecture, or is damaged: tensor {name!r} has shape "
+                f"{tuple(given.shape)}, the model's has {tuple(tensor.shape)}"
             )
         if given.dtype != tensor.dtype and not (given.is_floating_point() and tensor.is_floating_point()):
             raise CheckpointError(f"{path}: tensor {name!r} is {given.dtype}, the model's is {tensor.dtype}")

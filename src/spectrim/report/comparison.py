@@ -16,6 +16,7 @@ from spectrim.report.machine import machine_facts
 from spectrim.report.measures import Evaluate, file_size, held, inputs, macs
 
 Better = Literal["higher", "lower"]
+_MEDIAN = "latency p50"
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Measure:
     better
         Which way is good.
     speed
-        Of a time, how the two compare round by round.
+        Of a time, how the two compare round by round; the interval is that of the median.
     """
 
     metric: str
@@ -98,8 +99,8 @@ class Measure:
 
     @property
     def spread(self) -> str:
-        """Of a time, between which ratios it lies, run beside run."""
-        return "" if self.speed is None else f" ({self.speed.low:.2f}-{self.speed.high:.2f}x)"
+        """Of the median time, between which ratios it lies, run beside run."""
+        return f" ({self.speed.low:.2f}-{self.speed.high:.2f}x)" if self.speed and self.metric == _MEDIAN else ""
 
     def show(self, value: float) -> str:
         """A value in this line's unit, for people."""
@@ -137,7 +138,8 @@ class Comparison:
                     "dense": r.dense,
                     "compressed": r.compressed,
                     "ratio": r.ratio if r.compressed else None,
-                    **({} if r.speed is None else {"spread": [r.speed.low, r.speed.high], "differs": r.speed.differs}),
+                    **({"spread": [r.speed.low, r.speed.high]} if r.speed and r.metric == _MEDIAN else {}),
+                    **({"differs": r.speed.differs} if r.speed else {}),
                 }
                 for r in self.rows
             ],
@@ -257,7 +259,7 @@ def _measure(
         first = next(iter(models.values()))
         timings = measure_latency(models, inputs(first, example), repeats=repeats, threads=threads, progress=progress)
         for name, timing in timings.items():
-            lines[name] += [Line("latency p50", "ms", timing.p50), Line("latency p90", "ms", timing.p90)]
+            lines[name] += [Line(_MEDIAN, "ms", timing.p50), Line("latency p90", "ms", timing.p90)]
     return {name: tuple(found) for name, found in lines.items()}, timings
 
 

@@ -28,7 +28,7 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
     Raises
     ------
     ValueError
-        If a batch holds no labels, or there is none at all.
+        If a batch holds no labels, others than a class for each answer, or there is no batch.
     """
     feed = Feed()
     right = seen = 0
@@ -43,12 +43,29 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
                     f"a batch of type {type(batch).__name__} holds no labels: expected (inputs, labels) or a mapping "
                     "with 'labels'"
                 )
-            guess = logits(feed(model, batch)).argmax(-1)
-            right += int((guess == labels.to(guess.device)).sum())
+            scores = logits(feed(model, batch))
+            guess = scores.argmax(-1)
+            right += int((guess == _classes(labels, guess, scores.shape[-1])).sum())
             seen += labels.numel()
     if not seen:
         raise ValueError("no batches to evaluate on: the iterable was empty")
     return 100.0 * right / seen
+
+
+def _classes(labels: Tensor, guess: Tensor, count: int) -> Tensor:
+    """Labels as answers are. ValueError for such as are no classes: every answer to them would count as wrong."""
+    if labels.squeeze().shape != guess.squeeze().shape:
+        what = f"of shape {tuple(labels.shape)}, the model's answers of shape {tuple(guess.shape)}"
+    else:
+        # torch's losses ignore -100.
+        wrong = ((labels < 0) & (labels != -100)) | (labels >= count)
+        if labels.is_floating_point():
+            wrong |= labels != labels.floor()
+        if not wrong.any():
+            return labels.reshape(guess.shape).to(guess.device)
+        kind = str(labels.dtype).removeprefix("torch.")
+        what = f"{kind} such as {labels[wrong][0].item():.6g}, not classes 0 to {count - 1}"
+    raise ValueError(f"labels are {what}: accuracy is not measured. Give a class for each answer, or no test batches")
 
 
 def macs(model: nn.Module, example: Any) -> float:

@@ -20,6 +20,7 @@ _SUFFIXES: dict[str, dict[str, float]] = {
 }
 # Of a cost of the user's own, in whatever unit it is counted.
 _ANY_SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_SHOWN = {"parameters": "k, M, G, B", "bytes": "B, KB, MB, GB, KiB, MiB, GiB", "latency": "us, ms, s"}
 # Between limits in one text: a comma or space that another COST= follows.
 _BETWEEN = re.compile(r"[,\s]+(?=[^\s,=]+\s*=)")
 
@@ -196,4 +197,8 @@ def _parsed(cost: str, text: str) -> Limit:
         return Limit(float(match[1]) * suffixes[match[2].lower()])
     if match and not match[2]:
         return Limit(float(match[1]), relative=float(match[1]) <= 1)
-    raise ValueError(f"cannot read {cost} budget {text!r}: write 0.5, 50% or a number with one of {suffixes}")
+    units = _SHOWN.get(cost, "k, M, G, T")
+    raise ValueError(
+        f"cannot read {cost} budget {text!r}: write 0.5, 50% or a number with one of the units {units}; it "
+        "must be positive"
+    )

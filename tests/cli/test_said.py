@@ -1,0 +1,132 @@
+"""What the command line says of input that cannot be used, and of what it measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from spectrim.cli.models import read_weights
+from spectrim.cli.references import UsageError, call, parse
+from spectrim.cli.results import write_result
+from spectrim.cli.unfinished import make_folder
+from spectrim.nn.agreement import agreement
+from spectrim.pipeline import Result, compress
+
+TUNED = ("compress", "nets:tiny", "--data", "nets:batches", "--train", "nets:batches", "--epochs", "1", "-o", "small")
+
+
+def compressed() -> Result:
+    import nets
+
+    return compress(nets.tiny(), calibration=nets.batches(), budget="macs=50%")
+
+
+def test_agreement_is_that_of_the_fine_tuned_model(run):
+    import nets
+
+    from spectrim.cli.models import load_compressed
+
+    found = run.json(*TUNED, "--budget", "macs=50%")
+    wanted = agreement(nets.tiny(), load_compressed("nets:tiny", "small/model.safetensors"), nets.batches())
+    assert wanted is not None
+    assert found["agreement"]["error"] == pytest.approx(wanted.error)
+    assert not found["agreement"]["held_out"]
+    before = compressed().report.agreement
+    assert before is not None
+    assert before.error != pytest.approx(wanted.error)
+    page = Path("small/report.html").read_text(encoding="utf-8")
+    assert f"{wanted.error:.2%}" in page
+    assert "held-out calibration samples" not in page
+
+
+def test_a_stopped_fine_tuning_says_what_the_file_is(run, monkeypatch: pytest.MonkeyPatch):
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spectrim.cli.shrinking.fine_tune", stopped)
+    said = run(*TUNED, "--budget", "macs=50%", code=130).stderr
+    assert "small/model.safetensors is the network before fine-tuning; the same call goes on" in said
+
+
+def test_a_budget_that_limits_nothing_is_told(run):
+    arguments = ("compress", "nets:tiny", "--input", "1x8x8", "--no-report", "--budget")
+    assert "limits nothing" in " ".join(run.json(*arguments, "macs=150%")["notes"])
+    assert "limits nothing" not in " ".join(run.json(*arguments, "macs=90%")["notes"])
+
+
+def junk(path: Path) -> None:
+    path.write_bytes(bytes(range(7, 256)))
+
+
+def whole_model(path: Path) -> None:
+    torch.save(nn.Linear(2, 2), path)
+
+
+def checkpoint(path: Path) -> None:
+    write_result(compressed(), path.parent)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "why"),
+    [
+        ("junk.pt", junk, "not a checkpoint that torch.save wrote"),
+        (
+            "model.pt",
+            whole_model,
+            r"whole model .*\(torch.nn.modules.linear.Linear\).*save model.state_dict\(\) instead",
+        ),
+        ("model.safetensors", checkpoint, r"a Spectrim checkpoint.* --checkpoint \(-c\)"),
+    ],
+)
+def test_weights_that_are_none(tmp_path: Path, name: str, write: Callable[[Path], None], why: str):
+    write(tmp_path / name)
+    with pytest.raises(UsageError, match=why) as caught:
+        read_weights(tmp_path / name)
+    assert "weights_only" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("evaluate", "hf:./missing", "--input", "3"), "'hf:./missing': there is no such folder"),
+        (("evaluate", "nets:tiny?width=x", "--input", "1x8x8"), "'nets:tiny?width=x' raised TypeError"),
+        (("evaluate", "nets:tiny", "--data", "folder"), "write imagefolder:folder"),
+        (("evaluate", "nets:tiny", "--data", "file"), "'file' is a file: write a function"),
+        (("compress", "nets:tiny", "--input", "1x8x8", "-b", "macs=1", "-o", "file"), "'file' is a file, not a folder"),
+        (("compress", "nets:tiny", "--input", "1x8x8", "-b", "macs=-5%"), "units k, M, G, T; it must be positive"),
+    ],
+)
+def test_what_cannot_be_used_is_named_with_the_cure(run, arguments: tuple[str, ...], why: str):
+    Path("folder").mkdir()
+    Path("file").touch()
+    assert why in run(*arguments, code=2).stderr
+
+
+def test_labels_that_are_no_classes_are_refused_before_anything_is_written(run, monkeypatch: pytest.MonkeyPatch):
+    import nets
+
+    monkeypatch.setattr(nets, "far", lambda: [(x, y + 100) for x, y in nets.batches()], raising=False)
+    said = run("compress", "nets:tiny", "--data", "nets:batches", "-b", "macs=50%", "--test", "nets:far", code=2).stderr
+    assert "labels are int64 such as" in said
+    assert not Path("compressed").exists()
+
+
+def test_a_factory_that_raises_is_told_in_one_sentence():
+    def fails() -> None:
+        raise RuntimeError("no\nweights")
+
+    with pytest.raises(UsageError, match="'a:b' raised RuntimeError: no weights"):
+        call(fails, parse("a:b"), "model")
+
+
+def test_results_cannot_lie_in_a_file(tmp_path: Path):
+    from spectrim.cli.common import Output
+
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="file' is a file, not a folder"):
+        make_folder(Output(), tmp_path / "file" / "inner")
