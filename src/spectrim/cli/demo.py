@@ -65,7 +65,7 @@ def demo(
 
     out.say(f"compressing to {budget}")
     calibration = load_data("digits", purpose="calibration")
-    example = first_batch(test, 1, "digits")
+    example = first_batch(test, 1, "digits", dense)
     with out.progress() as show:
         result = compress(dense, calibration, wanted, progress=show)
     small = result.model

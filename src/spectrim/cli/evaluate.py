@@ -41,11 +41,6 @@ def evaluate(
         raise UsageError("--compare needs --checkpoint: the compressed model to put beside the dense one")
     device = device_named(device, threads)
     batches = load_data(data, purpose="test", device=device) if data is not None else None
-    if batches is not None:
-        tell(out, {"--data": batches})
-        example = first_batch(batches, batch, str(data))
-    else:
-        example = random_input(str(input_shape), batch, device)
 
     def score(network):
         assert batches is not None
@@ -56,6 +51,11 @@ def evaluate(
     name = str(checkpoint) if checkpoint is not None else model
     network = load_compressed(model, checkpoint) if checkpoint is not None else load_model(model, weights)
     network = network.to(device)
+    if batches is not None:
+        tell(out, {"--data": batches}, network)
+        example = first_batch(batches, batch, str(data), network)
+    else:
+        example = random_input(str(input_shape), batch, device)
     kernels = fastest(network, example, threads) if repeats else ()
     if compare_dense:
         dense = load_model(model, weights).to(device)

@@ -43,7 +43,7 @@ def export(
     device_named("cpu", threads)
     network = load_compressed(model, checkpoint) if checkpoint is not None else load_model(model, weights)
     if data is not None:
-        example = first_batch(load_data(data, purpose="test"), batch, data)
+        example = first_batch(load_data(data, purpose="test"), batch, data, network)
     else:
         example = random_input(str(input_shape), batch, "cpu")
     write = export_onnx if file.suffix == ".onnx" else export_program

@@ -170,7 +170,7 @@ def compress(out: Output, run: RankRun, files: FileOptions) -> None:
     on = work(run)
     assert on.training is not None
     out.say(f"compressing {on.whose}")
-    different = tell(out, on.references)
+    different = tell(out, on.references, on.dense)
     scores = [("dense", on.score(on.dense))] if on.testing is not None else []
     held = run.folder(files.checkpoint or folder / UNFINISHED)
     held.claim()

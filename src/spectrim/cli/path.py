@@ -61,7 +61,7 @@ def path(
     run = learning.RankRun(network, data, training, layers, ranks, budget, cost or ())
     make_folder(out, folder)
     work = learning.work(run)
-    tell(out, work.references)
+    tell(out, work.references, work.dense)
     out.say(f"compressing {work.whose}")
     assert work.training is not None
     score = work.score(work.dense)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from spectrim.cli.batches import Batches
 from spectrim.cli.common import Output
+from spectrim.nn.watch.batches import Feed
 from spectrim.train.batches import tensors
 from spectrim.train.randomness import kept
 
@@ -38,15 +40,18 @@ class Inputs:
     spread: float = 0.0
 
     @classmethod
-    def of(cls, batches: Iterable[Any]) -> Inputs | None:
-        """Of a reference's batches; None if they hold no tensor."""
+    def of(cls, batches: Iterable[Any], model: nn.Module | None = None) -> Inputs | None:
+        """Of a reference's batches, as a model takes them; None if they hold no tensor."""
         with kept():
-            found = tensors(next(iter(batches), None))
+            batch = next(iter(batches), None)
+        found = tensors(batch)
         if not found:
             return None
         first = found[0]
+        # Of a list of images the first tensor is a sample itself.
+        of_one = first.shape if model is not None and Feed().decide(model, batch).layout.listed else first.shape[1:]
         settings = batches.preparation if isinstance(batches, Batches) else ""
-        inputs = cls(settings, str(first.dtype).removeprefix("torch."), tuple(first.shape[1:]))
+        inputs = cls(settings, str(first.dtype).removeprefix("torch."), tuple(of_one))
         if not first.is_floating_point() or not first.numel():
             return inputs
         spread, mean = torch.std_mean(first.double(), correction=0)
@@ -69,11 +74,11 @@ class Inputs:
         return self.shape != other.shape or large > _SPREAD * small or abs(self.mean - other.mean) > _SHIFT * large
 
 
-def tell(out: Output, references: Mapping[str, Iterable[Any] | None]) -> tuple[str, ...]:
+def tell(out: Output, references: Mapping[str, Iterable[Any] | None], model: nn.Module) -> tuple[str, ...]:
     """Say how the inputs of every option are prepared, and return notes on those that differ from the first."""
     known: dict[str, Inputs] = {}
     for option, batches in references.items():
-        found = None if batches is None else Inputs.of(batches)
+        found = None if batches is None else Inputs.of(batches, model)
         if found is not None:
             known[option] = found
             out.say(f"{option}: inputs are {found}")

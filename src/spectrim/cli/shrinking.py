@@ -148,7 +148,7 @@ def compress(
         Where a fine-tuning goes on if it is stopped; removed when all is done.
     """
     out.say(f"compressing {work.whose}")
-    different = tell(out, work.references)
+    different = tell(out, work.references, work.dense)
     result = _compressed(out, request, work)
     if request.awaited and not result.sites.groups:
         out.say(NONE_ALIKE)

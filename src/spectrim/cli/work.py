@@ -17,7 +17,7 @@ from spectrim.cli.references import UsageError
 from spectrim.cost.latency import Latency
 from spectrim.network.sites import Sites
 from spectrim.nn.find import find
-from spectrim.nn.watch.nesting import resized
+from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.report import accuracy
 from spectrim.train.batches import length, split
@@ -90,7 +90,7 @@ class Work:
         example = None
         if inputs.data is not None or (inputs.input_shape is None and train is not None):
             name = training.train if inputs.data is None else inputs.data
-            example = first_batch(data if data is not None else train or (), network.batch, str(name))
+            example = first_batch(data if data is not None else train or (), network.batch, str(name), dense)
         elif inputs.input_shape is not None:
             example = random_input(inputs.input_shape, network.batch, device)
         clock = Latency(device=device, batch=network.batch) if timed else None
@@ -162,16 +162,21 @@ def random_input(text: str, samples: int, device: str) -> Tensor:
     return torch.randn(samples, *shape, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def first_batch(batches: Iterable[Any], samples: int | None, name: str) -> Any:
-    """``samples`` samples from the first batch, repeated if it has fewer; None for the batch as it is.
+def first_batch(batches: Iterable[Any], samples: int, name: str, model: nn.Module) -> Any:
+    """``samples`` samples from the first batch, as a model takes it, repeated if it has fewer.
 
     Raises
     ------
     UsageError
         If there is no batch.
     """
+    batch = _first(batches, name)
+    return Feed().decide(model, batch).resized(batch, samples)
+
+
+def _first(batches: Iterable[Any], name: str) -> Any:
     for batch in batches:
-        return batch if samples is None else resized(batch, samples)
+        return batch
     raise UsageError(f"data {name!r} is empty")
 
 
@@ -187,7 +192,7 @@ def training_batches(text: str, device: str) -> Iterable[Any]:
     batches = load_data(text, purpose="training", device=device)
     try:
         length(batches, needed=True)
-        split(first_batch(batches, None, text))
+        split(_first(batches, text))
     except TypeError as error:
         raise UsageError(f"--train {text!r} cannot be trained on: {error}") from error
     return batches
