@@ -86,7 +86,7 @@ class Work:
         test = load_data(training.test, purpose="test", device=device) if training.test is not None else None
         if test is not None:
             with usage("--test"):  # labels, before there is anything that could be lost
-                accuracy(dense, [first_batch(test, None, str(training.test))])
+                accuracy(dense, [_first(test, str(training.test))])
         example = None
         if inputs.data is not None or (inputs.input_shape is None and train is not None):
             name = training.train if inputs.data is None else inputs.data
