@@ -45,8 +45,8 @@ def test_layers_are_called_twice_a_batch_whatever_the_depth(depth, monkeypatch):
     st.apply(model, sites, plan, list(x.split(32)))
     whole = [module for module in calls if module.out_features == 12 and module.in_features == 12]
     pairs = len(calls) - len(whole)
-    # Three batches in both networks; the proof runs a copy, the merged network and twice the small one on one sample, and
-    # both networks on one batch.
+    # Three batches in both networks; the proof runs both on one batch, and on one sample a copy, the merged network and
+    # twice the small one.
     assert depth * 3 <= len(whole) + pairs / 2 - 6 * depth <= 2.2 * depth * 3
 
 
