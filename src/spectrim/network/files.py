@@ -7,10 +7,14 @@ import errno
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
+
+from spectrim.errors import PlanError
+
+Document = TypeVar("Document")
 
 _END = ".spectrim"
 _LOCK = ".writing"
@@ -57,6 +61,22 @@ def replacing(path: str | Path) -> Iterator[Path]:
         if isinstance(error, FileNotFoundError) and not target.parent.is_dir():
             why = f"there is no folder {str(target.parent)!r}"
         raise OSError(error.errno or errno.EIO, f"cannot be written: {why}", str(path)) from error
+
+
+def read_document(path: str | Path, parse: Callable[[bytes], Document], largest: int) -> Document:
+    """What a file says, by a function that refuses more than ``largest`` bytes; no more than one above them are read.
+
+    Raises
+    ------
+    PlanError
+        As ``parse``; the message names the file.
+    """
+    with open(path, "rb") as file:
+        text = file.read(largest + 1)
+    try:
+        return parse(text)
+    except PlanError as error:
+        raise PlanError(f"{path}: {error}") from error
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -103,7 +103,8 @@ def _agreement(
     mask: Mask,
     forward: Forward | None,
 ) -> Agreement | None:
-    parts = zip(batches, held, strict=False) if any(bool(each.any()) for each in held) else ((b, None) for b in batches)
+    held_out = any(bool(each.any()) for each in held)
+    parts = zip(batches, held, strict=False) if held_out else ((b, None) for b in batches)
     tally, feed = _Tally(), Feed.of(forward)
     with observe(dense, forward=feed) as wanted, observe(small, forward=feed) as given:
         for batch, kept in parts:
@@ -115,7 +116,7 @@ def _agreement(
                 tally.add(wanted(part), given(part), mask_of(part, mask, len(index)), len(index))
             if tally.samples >= _SAMPLES:
                 break
-    return tally.agreement(held_out=any(bool(each.any()) for each in held))
+    return tally.agreement(held_out=held_out)
 
 
 @dataclass

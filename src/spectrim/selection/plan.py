@@ -16,7 +16,7 @@ import msgspec
 
 from spectrim.errors import PlanError
 from spectrim.network.choices import Choice, read_choice
-from spectrim.network.files import write_text
+from spectrim.network.files import read_document, write_text
 from spectrim.selection.candidates import Candidates
 
 VERSION = 1
@@ -171,12 +171,7 @@ class Plan:
         PlanError
             As :meth:`from_json`; the message names the file.
         """
-        with open(path, "rb") as file:
-            text = file.read(LARGEST + 1)
-        try:
-            return cls.from_json(text)
-        except PlanError as error:
-            raise PlanError(f"{path}: {error}") from error
+        return read_document(path, cls.from_json, LARGEST)
 
 
 def make_plan(

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from spectrim.errors import PlanError
-from spectrim.network.files import write_text
+from spectrim.network.files import read_document, write_text
 
 LARGEST = 32 * 2**20
 """Bytes of the text of a trajectory."""
@@ -133,9 +133,4 @@ class Trajectory:
         PlanError
             As :meth:`from_json`; the message names the file.
         """
-        with open(path, "rb") as file:
-            text = file.read(LARGEST + 1)
-        try:
-            return cls.from_json(text)
-        except PlanError as error:
-            raise PlanError(f"{path}: {error}") from error
+        return read_document(path, cls.from_json, LARGEST)
