@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format test docs bench bench-check bench-house bench-report
+.PHONY: help install demo check format test docs bench bench-check bench-house bench-door bench-report
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ bench-check: $(INSTALLED)  ## run the tests of the benchmarks, which train small
 
 bench-house: $(INSTALLED)  ## measure the structure, the suite and the golden set against an earlier commit
 	$(BIN)/python -m benchmarks.run house house_suite --force
+
+bench-door: $(INSTALLED)  ## measure what a stranger sees first: claims D1 to D6 without a result; BENCH_ARGS="D3 --force"
+	$(BIN)/python -m benchmarks.door $(BENCH_ARGS)
 
 bench-report: $(INSTALLED)  ## write tables and figures from benchmarks/results into README.md and docs/
 	$(BIN)/python -m benchmarks.report
