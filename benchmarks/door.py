@@ -77,13 +77,13 @@ def keep(name: str, found: Mapping[str, Any], target: Path) -> None:
     on = found["measured"][name]
     text = json.dumps(
         {
+            **whole,
             "experiment": "door",
             "config": {"task": "door"},
             "date": on["date"],
             "wall_seconds": round(sum(each["wall_seconds"] for each in ours["measured"].values()), 1),
             "environment": on["environment"],
             "code": on["code"],
-            **{key: value for key, value in whole.items() if key not in lists},
             **lists,
             **{key: dict(sorted(value.items())) for key, value in ours.items()},
             "seeds": sorted({*whole.get("seeds", ()), *found.get("seeds", ())}),
