@@ -21,7 +21,8 @@ from spectrim.cost.whole import Network
 from spectrim.network.coupling import axes_left
 from spectrim.nn.channels.narrow import narrow
 from spectrim.nn.checkpoint import read_plan
-from spectrim.nn.surgery import parameter_count, reestimate_batchnorm
+from spectrim.nn.surgery import parameter_count
+from spectrim.nn.watch.norms import reestimate_batchnorm
 
 OURS = "reconstruction"
 _RE_ESTIMATED = " + BatchNorm"

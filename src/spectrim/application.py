@@ -24,12 +24,13 @@ from spectrim.nn.modules import Factored
 from spectrim.nn.proof import Expected, check_copy, prove
 from spectrim.nn.shipping import carry
 from spectrim.nn.standing import Traits
-from spectrim.nn.surgery import reestimate_batchnorm, replace_module
+from spectrim.nn.surgery import replace_module
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.calibrate import in_full
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.lockstep import Probe, Seen, lockstep, probe
 from spectrim.nn.watch.nesting import begun, checked_batches, listed, reads_once
+from spectrim.nn.watch.norms import reestimate_batchnorm
 from spectrim.nn.watch.reconstruct import Errors, Joint, Split, refit_second
 from spectrim.nn.watch.sampling import Mask
 from spectrim.progress import Progress, reports, told
@@ -185,7 +186,7 @@ def carry_out(
             step.put(work, step.layer, False)
             told(progress)("apply", done + 1, len(steps))
     if batches is not None and (not work.follows if batchnorm is None else batchnorm):
-        reestimate_batchnorm(removal.model, batches, forward=feed)
+        reestimate_batchnorm(removal.model, batches, forward=feed, memory=memory)
     Traits.of(model).give(removal.model)
     carry(removal.model, plan)
     names = [step.layer.name for step in steps] if work.split.samples else []

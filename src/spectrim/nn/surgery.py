@@ -1,14 +1,11 @@
-"""Changing a model: replace modules, merge compressed ones back, estimate BatchNorm statistics anew."""
+"""Changing a model: replace modules, merge compressed ones back, count what it holds."""
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from spectrim.errors import PlanError
 from spectrim.nn.copying import copy_model
@@ -16,8 +13,9 @@ from spectrim.nn.modules import dense_layer
 from spectrim.nn.shipping import declare_ties
 from spectrim.nn.sparse.packed import masked_layers, stored_bytes
 from spectrim.nn.standing import StandIn, Traits, fits, take_over
-from spectrim.nn.watch.batches import Feed
-from spectrim.nn.watch.state import evaluating
+
+# Its place in 0.1, until 0.3.
+from spectrim.nn.watch.norms import reestimate_batchnorm as reestimate_batchnorm
 
 
 def replace_module(model: nn.Module, names: Iterable[str], module: nn.Module) -> None:
@@ -105,56 +103,6 @@ def _merged(model: nn.Module) -> nn.Module:
     traits.give(merged)
     declare_ties(merged)
     return merged
-
-
-def batch_norms(model: nn.Module) -> Iterator[_BatchNorm]:
-    """BatchNorm layers that keep running statistics."""
-    for module in model.modules():
-        if isinstance(module, _BatchNorm) and module.track_running_stats and module.running_mean is not None:
-            yield module
-
-
-def reestimate_batchnorm(
-    model: nn.Module, batches: Iterable[Any], *, forward: Callable[[nn.Module, Any], Any] | None = None
-) -> int:
-    """Replace BatchNorm running statistics by averages over batches; weights and modes are left as found.
-
-    Factors change the scale of what a BatchNorm sees, which costs far more accuracy than the approximation itself.
-
-    Returns
-    -------
-    int
-        BatchNorm layers updated. Layers that no batch reached keep their statistics; without BatchNorm layers the
-        batches are not read.
-    """
-    norms = list(batch_norms(model))
-    if not norms:
-        return 0
-    before = [(norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
-    feed = Feed.of(forward)
-    stream = iter(batches)
-    for first in stream:
-        feed.decide(model, first)
-        stream = itertools.chain((first,), stream)
-        break
-    with evaluating(model):
-        try:
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None
-                norm.training = True
-            for batch in stream:
-                feed(model, batch)
-            updated = [norm for norm in norms if int(norm.num_batches_tracked or 0)]
-        except BaseException:
-            updated = []
-            raise
-        finally:
-            for norm, (momentum, state) in zip(norms, before, strict=True):
-                norm.momentum = momentum
-                if norm not in updated:
-                    norm.load_state_dict(state)
-    return len(updated)
 
 
 def parameter_count(model: nn.Module) -> int:

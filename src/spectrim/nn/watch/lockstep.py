@@ -102,47 +102,39 @@ class _Pass(greenlet):
             self.throw(GreenletExit)
 
 
-class Hub:
-    """All forward passes of both networks, and how far they have come.
+class Passes:
+    """All forward passes of one network, and how far they have come.
 
     Parameters
     ----------
-    dense, compressed
-        The networks, and how each is run on one batch.
+    network
+        How it is run on one batch.
     batches
-        Each is run once through each network.
+        Each is run once.
     calls
         How often a pass calls each layer of interest: it stops at the last of the calls.
     """
 
-    def __init__(self, dense: _Network, compressed: _Network, batches: Sequence[Any], calls: Mapping[str, int]) -> None:
-        self._networks = dense, compressed
-        self._compressed, self._batches, self._calls = compressed, batches, calls
+    def __init__(self, network: _Network, batches: Sequence[Any], calls: Mapping[str, int]) -> None:
+        self._network, self._batches, self._calls = network, batches, calls
         self._left: set[str] = set()
-        self._dense = [_Pass(dense, batch) for batch in batches]
-        self._small = [_Pass(compressed, batch) for batch in batches]
+        self._passes = [_Pass(network, batch) for batch in batches]
 
-    def reach(self, name: str) -> list[Seen]:
-        """Have all passes go on to a layer, and give what they show there, without those that never get there.
+    def reach(self, name: str) -> list[Sequence[Tensor]]:
+        """Have all passes go on to a layer, and give what each shows there: nothing where it never gets there.
 
-        Whatever has been put in the layer's place by the next call is what the compressed passes go on with. Layers
-        are reached in the order of execution; a pass that waits at a later one goes on waiting.
+        Layers are reached in the order of execution; a pass that waits at a later one goes on waiting.
         """
-        shown = []
-        for number, (small, dense) in enumerate(zip(self._small, self._dense, strict=True)):
-            small.advance(name, self._left)
-            dense.advance(name, self._left)
-            inputs, targets = small.seen.pop(name, ()), dense.seen.pop(name, ())
-            if inputs and targets:
-                shown.append(Seen(number, inputs, targets))
+        for one in self._passes:
+            one.advance(name, self._left)
         self._left.add(name)
-        return shown
+        return [one.seen.pop(name, ()) for one in self._passes]
 
     def restart(self) -> None:
-        """Have the compressed passes start again, with all that has been put in place by now."""
-        for one in self._small:
+        """Have the passes start again, past what is left."""
+        for one in self._passes:
             one.end()
-        self._small = [_Pass(self._compressed, batch) for batch in self._batches]
+        self._passes = [_Pass(self._network, batch) for batch in self._batches]
 
     def wait(self, name: str, tensor: Tensor) -> None:
         """What a pass does at a layer: it waits until all have got there, unless the layer is called again or left."""
@@ -160,11 +152,59 @@ class Hub:
             here.parent.switch()  # type: ignore[union-attr]
 
     def end(self) -> None:
-        """Give up all that is not done, and leave the networks as they were."""
-        for one in (*self._small, *self._dense):
+        """Give up all that is not done, and leave the network as it was."""
+        for one in self._passes:
             one.end()
-        for network in self._networks:
-            network.put_back()
+        self._network.put_back()
+
+
+@dataclass(frozen=True)
+class Hub:
+    """The passes of both networks over the same batches."""
+
+    dense: Passes
+    compressed: Passes
+
+    def reach(self, name: str) -> list[Seen]:
+        """Have all passes go on to a layer, and give what they show there, without those that never get there.
+
+        Whatever has been put in the layer's place by the next call is what the compressed passes go on with.
+        """
+        both = zip(self.compressed.reach(name), self.dense.reach(name), strict=True)
+        return [Seen(number, inputs, targets) for number, (inputs, targets) in enumerate(both) if inputs and targets]
+
+    def restart(self) -> None:
+        """Have the compressed passes start again, with all that has been put in place by now."""
+        self.compressed.restart()
+
+
+@contextlib.contextmanager
+def passes(
+    model: nn.Module,
+    calls: Mapping[str, int],
+    batches: Sequence[Any],
+    *,
+    forward: _Forward | None = None,
+    places: Sequence[Place] = (),
+) -> Iterator[Passes]:
+    """Run one network over the batches as far as asked for; passes stop before a layer answers (:func:`lockstep`)."""
+    run = Feed.of(forward)
+    every = Passes(_Network(model, lambda batch: run(model, batch), State(model), places), batches, calls)
+
+    def stop(name: str) -> Hook:
+        return Hook(
+            model.get_submodule(name), lambda module, args, kwargs: every.wait(name, _input(args, kwargs)), before=True
+        )
+
+    with evaluating(model), hooked([stop(name) for name in calls]):
+        try:
+            yield every
+        finally:
+            every.end()
+
+
+def _input(args: Any, kwargs: Any) -> Tensor:
+    return args[0] if args else kwargs["input"]
 
 
 @contextlib.contextmanager
@@ -198,16 +238,17 @@ def lockstep(
         _Network(model, lambda batch, model=model: run(model, batch), State(model), places)
         for model in (dense, compressed)
     )
-    hub = Hub(first, second, batches, calls)
+    hub = Hub(Passes(first, batches, calls), Passes(second, batches, calls))
     targets = [
-        Hook(dense.get_submodule(name), lambda module, args, kwargs, output, name=name: hub.wait(name, output))
+        Hook(dense.get_submodule(name), lambda module, args, kwargs, output, name=name: hub.dense.wait(name, output))
         for name in calls
     ]
-    with evaluating(dense, compressed), hooked(targets), _slots(compressed, calls, hub.wait):
+    with evaluating(dense, compressed), hooked(targets), _slots(compressed, calls, hub.compressed.wait):
         try:
             yield hub
         finally:
-            hub.end()
+            hub.compressed.end()
+            hub.dense.end()
 
 
 @contextlib.contextmanager
@@ -234,7 +275,7 @@ def _slot(
     wait: Callable[[str, Tensor], None],
 ) -> Callable[..., Any]:
     def answer(*args: Any, **kwargs: Any) -> Any:
-        wait(name, args[0] if args else kwargs["input"])
+        wait(name, _input(args, kwargs))
         now = model.get_submodule(name)
         if now is not layer:
             return now(*args, **kwargs)

@@ -1,0 +1,133 @@
+"""Statistics of BatchNorm layers, estimated anew on the data as a whole, however it is cut into batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.lockstep import Probe, passes, probe
+
+
+@dataclass
+class _Pooled:
+    """Mean and variance of a layer's inputs over all batches, by the channel, in double precision."""
+
+    count: int = 0
+    mean: Tensor | float = 0.0
+    squares: Tensor | float = 0.0
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in one batch, ``(n, channels, ...)``."""
+        rows = inputs.detach().double().transpose(0, 1).flatten(1)
+        count, mean = rows.shape[1], rows.mean(1)
+        if not count:
+            return
+        total = self.count + count
+        gap = mean - self.mean
+        self.squares = (
+            self.squares + (rows - mean[:, None]).square().sum(1) + gap.square() * (self.count * count / total)
+        )
+        self.mean, self.count = self.mean + gap * (count / total), total
+
+    def give(self, norm: _BatchNorm, batches: int) -> None:
+        """Have a layer normalise by these."""
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        norm.running_mean.copy_(torch.as_tensor(self.mean))
+        norm.running_var.copy_(torch.as_tensor(self.squares) / max(self.count - 1, 1))
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.fill_(batches)
+
+
+def batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    """BatchNorm layers that keep running statistics, by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.track_running_stats and module.running_mean is not None:
+            yield name, module
+
+
+def reestimate_batchnorm(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    memory: int = 4 << 30,
+) -> int:
+    """Replace BatchNorm running statistics by those of the data; weights and modes are left as found.
+
+    Factors change the scale of what a BatchNorm sees, which costs far more accuracy than the approximation itself. All
+    forward passes stop at each such layer, so that its mean and (unbiased) variance are those of all samples, and the
+    layers after it see what it will give: how the samples are cut into batches changes nothing but rounding. Statistics
+    that are averaged over batches, as in training, miss what differs between small ones.
+
+    Parameters
+    ----------
+    batches
+        Read once.
+    forward
+        Runs the model on a batch in another way.
+    memory
+        Bytes of activations that may wait at a layer at once. What does not fit goes in waves: layers then see what
+        those before them give by the statistics of the waves so far.
+
+    Returns
+    -------
+    int
+        BatchNorm layers updated. Layers that no batch reached keep their statistics; without BatchNorm layers the
+        batches are not read.
+    """
+    norms = dict(batch_norms(model))
+    if not norms:
+        return 0
+    before = {buffer: buffer.clone() for norm in norms.values() for buffer in norm.buffers()}
+    pooled = {name: _Pooled() for name in norms}
+    feed, seen = Feed.of(forward), 0
+    try:
+        for wave, first in _waves(model, norms, batches, feed, memory):
+            seen += len(wave)
+            calls = {name: first.calls.get(name, 1) for name in norms}
+            with torch.no_grad(), passes(model, calls, wave, forward=feed, places=first.places) as every:
+                order = _by_last_call(first.order, norms)
+                for name in order:
+                    for shown in every.reach(name):
+                        for inputs in shown:
+                            pooled[name].add(inputs)
+                    if pooled[name].count:
+                        pooled[name].give(norms[name], seen)
+                    if name in first.ends() and name != order[-1]:
+                        every.restart()
+    except BaseException:
+        for buffer, value in before.items():
+            buffer.copy_(value)
+        raise
+    return sum(bool(each.count) for each in pooled.values())
+
+
+def _waves(
+    model: nn.Module, names: Iterable[str], batches: Iterable[Any], feed: Feed, memory: int
+) -> Iterator[tuple[list[Any], Probe]]:
+    """Batches that wait together, at least one at a time, and what a pass is like."""
+    first: Probe | None = None
+    wave: list[Any] = []
+    size = 0.0
+    for batch in batches:
+        first = first or probe(model, names, batch, forward=feed)
+        more = feed.layout.size(batch) * first.nbytes
+        if wave and size + more > memory:
+            yield wave, first
+            wave, size = [], 0.0
+        wave.append(batch)
+        size += more
+    if first and wave:
+        yield wave, first
+
+
+def _by_last_call(order: Sequence[str], names: Iterable[str]) -> list[str]:
+    """The order in which passes stop; layers that the pass looked at did not call come last."""
+    return [*dict.fromkeys(reversed(order))][::-1] + [name for name in names if name not in order]
