@@ -3,7 +3,8 @@
 from spectrim.report.comparison import Comparison, Line, Measure, Measurements, compare, measure, show
 from spectrim.report.figures import Measured
 from spectrim.report.machine import machine_facts
-from spectrim.report.measures import accuracy
+from spectrim.report.measures import Score, accuracy
+from spectrim.report.origin import Origin, Part, not_measured
 from spectrim.report.page import Page, write_report
 from spectrim.report.ranks import animate_ranks, cost_curve, rank_paths
 
@@ -13,13 +14,17 @@ __all__ = [
     "Measure",
     "Measured",
     "Measurements",
+    "Origin",
     "Page",
+    "Part",
+    "Score",
     "accuracy",
     "animate_ranks",
     "compare",
     "cost_curve",
     "machine_facts",
     "measure",
+    "not_measured",
     "rank_paths",
     "show",
     "write_report",

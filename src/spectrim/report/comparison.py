@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -13,7 +14,7 @@ from spectrim.nn.timing import Speed, Timing, measure_latency, peak_memory, same
 from spectrim.nn.watch.batches import Feed
 from spectrim.progress import Steps
 from spectrim.report.machine import machine_facts
-from spectrim.report.measures import Evaluate, file_size, held, inputs, macs
+from spectrim.report.measures import Evaluate, Score, file_size, held, inputs, macs
 
 Better = Literal["higher", "lower"]
 _MEDIAN = "latency p50"
@@ -98,9 +99,26 @@ class Measure:
         return f"{self.ratio:.2f}x" if self.compressed else "-"
 
     @property
+    def standard_error(self) -> float:
+        """Of the difference of two scores, in points, as of separate samples; NaN where their number is not known.
+
+        Both networks answer for the same samples, so that this is an upper bound.
+        """
+        return math.hypot(Score(self.dense).standard_error, Score(self.compressed).standard_error)
+
+    @property
+    def is_noise(self) -> bool:
+        """Whether two scores differ by no more than the standard error of their difference; not if it is not known."""
+        return self.better == "higher" and abs(self.compressed - self.dense) <= self.standard_error
+
+    @property
     def spread(self) -> str:
-        """Of the median time, between which ratios it lies, run beside run."""
-        return f" ({self.speed.low:.2f}-{self.speed.high:.2f}x)" if self.speed and self.metric == _MEDIAN else ""
+        """Of the median time, between which ratios it lies, run beside run; of a score, its standard error."""
+        if self.speed and self.metric == _MEDIAN:
+            return f" ({self.speed.low:.2f}-{self.speed.high:.2f}x)"
+        if self.better == "lower" or math.isnan(self.standard_error):
+            return ""
+        return f" ({'within noise, ' * self.is_noise}standard error {self.standard_error:.2f})"
 
     def show(self, value: float) -> str:
         """A value in this line's unit, for people."""
@@ -140,6 +158,7 @@ class Comparison:
                     "ratio": r.ratio if r.compressed else None,
                     **({"spread": [r.speed.low, r.speed.high]} if r.speed and r.metric == _MEDIAN else {}),
                     **({"differs": r.speed.differs} if r.speed else {}),
+                    **({} if math.isnan(r.standard_error) else {"standard_error": r.standard_error}),
                 }
                 for r in self.rows
             ],
@@ -245,7 +264,7 @@ def _measure(
 ) -> tuple[dict[str, tuple[Line, ...]], Mapping[str, Timing]]:
     lines: dict[str, list[Line]] = {}
     for name, model in models.items():
-        scores = [Line(score, "%", float(evaluate(model)), "higher")] if evaluate is not None else []
+        scores = [Line(score, "%", Score(evaluate(model)), "higher")] if evaluate is not None else []
         lines[name] = [
             *scores,
             Line("parameters", "", float(parameter_count(model))),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,38 @@ from spectrim.nn.watch.state import evaluating
 Evaluate = Callable[[nn.Module], float]
 
 
-def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
+class Score(float):
+    """A percentage of samples that knows how many there were.
+
+    Parameters
+    ----------
+    value
+        In percent.
+    samples
+        It was measured on; by default those of ``value`` if it is a score, else 0, which stands for an unknown number.
+    """
+
+    samples: int
+
+    def __new__(cls, value: float, samples: int | None = None) -> Self:
+        score = super().__new__(cls, value)
+        score.samples = getattr(value, "samples", 0) if samples is None else samples
+        return score
+
+    @property
+    def standard_error(self) -> float:
+        """``sqrt(p (1 - p) / n)`` in points; NaN for an unknown number of samples.
+
+        Where none or all are right, as if half a sample were not: such a test does not show that there is no error.
+        """
+        if not self.samples:
+            return math.nan
+        edge = 0.5 / self.samples
+        share = min(max(self / 100, edge), 1 - edge)
+        return 100 * math.sqrt(share * (1 - share) / self.samples)
+
+
+def accuracy(model: nn.Module, batches: Iterable[Any]) -> Score:
     """Share of samples, in percent, whose largest output is at the label.
 
     Parameters
@@ -49,7 +81,7 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> float:
             seen += labels.numel()
     if not seen:
         raise ValueError("no batches to evaluate on: the iterable was empty")
-    return 100.0 * right / seen
+    return Score(100.0 * right / seen, seen)
 
 
 def _classes(labels: Tensor, guess: Tensor, count: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a compression: it loads nothing from anywhere, and prints well."""
+"""One self-contained HTML page about a compression: it loads nothing from anywhere, runs no script, and prints well."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 from spectrim.network.choices import SumChoice
 from spectrim.network.files import write_text
 from spectrim.network.sites import Skipped
-from spectrim.report import figures
-from spectrim.report.comparison import Comparison, Measure, show
-from spectrim.report.figures import Measured
+from spectrim.report import charts, summary
+from spectrim.report.charts import COST_NAMES, Chart, cost_name, cost_text
+from spectrim.report.comparison import Comparison
+from spectrim.report.figures import Measured, predicted
 from spectrim.report.machine import machine_facts
-from spectrim.report.ranks import rank_paths
-from spectrim.selection.budget import UNITS
+from spectrim.report.measures import Score
+from spectrim.report.origin import Origin, Part, not_measured
+from spectrim.report.rank_charts import rank_charts, rank_rows
+from spectrim.report.words import glossary
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Entry, Plan
 from spectrim.selection.trajectory import Trajectory
@@ -25,11 +28,9 @@ from spectrim.selection.trajectory import Trajectory
 if TYPE_CHECKING:
     from jinja2 import Template
 
+    from spectrim.nn.agreement import Agreement
     from spectrim.nn.watch.reconstruct import Errors
     from spectrim.pipeline import Result
-
-_COST_NAMES = {"macs": "MACs", "parameters": "Parameters", "bytes": "Weights", "latency": "Predicted latency"}
-
 
 choice_text = str  # its former name, until version 0.3
 
@@ -60,6 +61,10 @@ class Page:
         Ranks while they were learned.
     fits
         What reconstructed layers miss of their dense answers, by the layer.
+    agreement
+        How far the outputs are from the dense network's.
+    origin
+        When, by which command, from what it was made, and how it is loaded.
     """
 
     title: str
@@ -72,69 +77,94 @@ class Page:
     facts: Mapping[str, Any] = field(default_factory=dict)
     trajectory: Trajectory | None = None
     fits: Mapping[str, Errors] = field(default_factory=dict)
+    agreement: Agreement | None = None
+    origin: Origin = field(default_factory=Origin)
 
     def html(self) -> str:
-        """The page as text."""
-        plan = self.plan
-        shown = [c for c in dict.fromkeys([*_COST_NAMES, *plan.dense_costs]) if c in plan.dense_costs]
-        if "bytes" in shown and not _counts_bytes(plan):
-            shown.remove("bytes")  # in step with parameters
-        facts = dict(self.facts) or dict(self.comparison.facts if self.comparison else {}) or machine_facts()
+        """The page as text.
+
+        Raises
+        ------
+        ValueError
+            If there is a trajectory without a C step.
+        """
+        parts = {**self._numbers(), **self._pictures(), **self._learned()}
+        parts["words"] = list(glossary(_text(parts), self.plan.selector))
         return _template().render(
-            title=self.title,
-            tiles=_tiles(plan, self.comparison),
-            comparison=self.comparison,
-            notes=list(self.notes),
-            figures=self._figures(shown),
-            layers=[_layer(entry, shown, self.fits) for entry in plan],
-            fitted=any(fit.held_out is not None for fit in self.fits.values()),
-            cost_names=[_COST_NAMES.get(c, c) for c in shown],
-            unit=plan.unit,
-            shared=any(entry.members for entry in plan),
-            skipped=list(self.skipped),
-            facts={**facts, **{f"costs: {k}": v for k, v in plan.facts.items()}},
-            budget=[f"{_COST_NAMES.get(c, c)} \u2264 {_show(c, limit)}" for c, limit in plan.budget.items()],
-            selector=plan.selector,
-            plan_json=plan.to_json(),
-        )
+            title=self.title, origin=self.origin, notes=list(self.notes), skipped=list(self.skipped),
+            css=_style(), plan_json=self.plan.to_json(), **parts,
+        )  # fmt: skip
 
     def write(self, path: str | Path) -> Path:
         """Write the page, whole or not at all, and return where it is."""
         write_text(path, self.html())
         return Path(path)
 
-    def _figures(self, shown: Sequence[str]) -> list[dict[str, str]]:
-        plan = self.plan
-        first = next(iter(plan.budget), "") or (shown[0] if shown else "")
-        found = []
+    @property
+    def _costs(self) -> list[str]:
+        """The costs that have a column."""
+        shown = [c for c in dict.fromkeys([*COST_NAMES, *self.plan.dense_costs]) if c in self.plan.dense_costs]
+        # Elsewhere bytes are in step with parameters.
+        return [c for c in shown if c != "bytes" or _counts_bytes(self.plan)]
 
-        def add(name: str, figure: Any, caption: str) -> None:
-            found.append({"name": name, "uri": figures.to_data_uri(figure), "caption": caption})
+    def _numbers(self) -> dict[str, Any]:
+        """What the tables tell."""
+        plan, comparison = self.plan, self.comparison
+        facts = dict(self.facts) or dict(comparison.facts if comparison else {}) or machine_facts()
+        return {
+            "comparison": comparison,
+            "tiles": summary.tiles(plan, comparison, self.agreement, stored=_counts_bytes(plan)),
+            "rows": list(summary.rows(plan, comparison, self.agreement)),
+            "layers": [_layer(entry, self._costs, self.fits) for entry in plan],
+            "fitted": any(fit.held_out is not None for fit in self.fits.values()),
+            "cost_names": [cost_name(c) for c in self._costs],
+            "unit": plan.unit,
+            "shared": any(entry.members for entry in plan),
+            "facts": {**facts, **{f"costs: {k}": v for k, v in plan.facts.items()}},
+            "budget": [f"{cost_name(c)} \u2264 {cost_text(c, limit)}" for c, limit in plan.budget.items()],
+            "selector": plan.selector,
+            "unmeasured": list(not_measured(comparison, self.agreement)),
+        }
 
-        if self.candidates is not None and first:
-            add(
-                "Accuracy and cost" if self.measured else "Loss and cost",
-                figures.tradeoff(self.candidates, self.plan, cost=first, measured=self.measured),
-                "What the table predicts to lose at every budget"
-                + (", and what was measured above it." if self.measured else "."),
+    def _pictures(self) -> dict[str, Any]:
+        """What the charts show."""
+        plan, table = self.plan, self.candidates
+        first = next(iter(plan.budget), "") or next(iter(self._costs), "")
+        costs = list(dict.fromkeys(c for c in (first, "macs") if c in plan.dense_costs))
+        # Where channels are removed costs do not add up, and no selection from one table is a prediction.
+        adds_up = table is not None and first in table.dense and not any(row.of_channels for row in table)
+        points = predicted(table, first) if table is not None and adds_up else []
+        curves: list[Chart | None] = []
+        if self.measured and first:
+            measured = [(each.label, each.cost, each.score) for each in self.measured]
+            score = next(
+                (r.metric for r in (self.comparison.rows if self.comparison else ()) if r.better == "higher"), "score"
             )
-        for cost in [*([first] if first else []), *(c for c in shown if c != first)]:
-            if len(found) < 3:
-                add(
-                    f"{_COST_NAMES.get(cost, cost)} by layer",
-                    figures.costs(self.plan, cost),
-                    "Wide grey bars are dense, narrow blue ones the plan; the share that remains is beside them.",
-                )
-        if self.trajectory is not None:
-            add("Ranks while learning", rank_paths(self.trajectory), _learning(self.trajectory))
-        if self.candidates is not None and any(row.spectra for row in self.candidates):
-            add(
-                "Spectra and chosen ranks",
-                figures.spectra(self.candidates, self.plan),
-                "Share of energy in each component, logarithmic. What lies right of the orange line is cut off"
-                + (", and in part made up for by single weights: density and pattern." if _has_sparse(plan) else "."),
-            )
-        return found
+            curves.append(charts.score_chart(measured, plan.dense_costs[first], first, score))
+        if table is not None and first in table.dense:
+            curves.append(charts.loss_chart(points, table, plan, first))
+        return {
+            "networks": [(cost_name(cost), charts.network(plan, cost)) for cost in costs],
+            "curves": [chart for chart in curves if chart is not None],
+            "predicted": bool(points),
+            "measured": bool(self.measured),
+            "noise": any(Score(each.score).samples for each in self.measured),
+            "spectra": charts.spectra(table, plan) if table is not None else [],
+            "unfoldings": sorted({cut[0] for e in plan if (cut := e.choice.cut) and cut[1]}),
+            "sparse": _has_sparse(plan),
+        }
+
+    def _learned(self) -> dict[str, Any]:
+        if self.trajectory is None:
+            return {"ranks": []}
+        if not self.trajectory.records:
+            raise ValueError("the trajectory has no C step to draw: pass that of a run that has taken one")
+        return {
+            "ranks": rank_rows(self.trajectory),
+            "steps": len(self.trajectory),
+            "learning": rank_charts(self.trajectory),
+            "learned": _learning(self.trajectory),
+        }
 
 
 def write_report(
@@ -147,6 +177,7 @@ def write_report(
     notes: Sequence[str] = (),
     facts: Mapping[str, Any] | None = None,
     trajectory: Trajectory | None = None,
+    origin: Origin | None = None,
 ) -> Path:
     """Write the page about what :func:`spectrim.compress` returned.
 
@@ -156,6 +187,9 @@ def write_report(
         The HTML file.
     title, comparison, measured, notes, facts, trajectory
         As in :class:`Page`; by default the notes of the result's own report.
+    origin
+        Where the network comes from and how it is loaded; by default now, from the running program, with the digest of
+        the tensors of the result.
 
     Returns
     -------
@@ -181,16 +215,38 @@ def write_report(
         facts or {},
         trajectory,
         result.report.fits,
+        result.report.agreement,
+        origin or Origin(parts=(Part.of_model("compressed weights", title, result.model),)),
     )
     return page.write(path)
 
 
 @cache
 def _template() -> Template:
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(files("spectrim.report").joinpath("page.html.jinja").read_text(encoding="utf-8"))
+    environment = Environment(
+        loader=PackageLoader("spectrim", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return environment.get_template("page.html.jinja")
+
+
+@cache
+def _style() -> Any:
+    from markupsafe import Markup
+
+    return Markup(files("spectrim.report").joinpath("page.css").read_text(encoding="utf-8"))
+
+
+def _text(parts: Mapping[str, Any]) -> str:
+    """What the page says in our own words: names of layers may be any words."""
+    cells = [text for row in parts["rows"] for text in row] + [tile.name for tile in parts["tiles"]]
+    choices = [f"{layer['choice']} {layer['kind'] if 'channels' in layer['kind'] else ''}" for layer in parts["layers"]]
+    costs = [text for layer in parts["layers"] for pair in layer["costs"] for text in pair]
+    said = [parts["unit"], *parts["unmeasured"], *parts["cost_names"]]
+    said += [*("held out" for _ in range(parts["fitted"])), *("C step" for _ in parts["ranks"]), "dense"]
+    return "; ".join([*cells, *choices, *costs, *said])
 
 
 def _counts_bytes(plan: Plan) -> bool:
@@ -200,31 +256,6 @@ def _counts_bytes(plan: Plan) -> bool:
 
 def _has_sparse(plan: Plan) -> bool:
     return any(isinstance(entry.choice, SumChoice) and entry.choice.density for entry in plan)
-
-
-def _tiles(plan: Plan, comparison: Comparison | None) -> list[dict[str, str]]:
-    """The numbers at the top: measured where there is a measurement, planned otherwise."""
-    if comparison is None:
-        return [
-            {
-                "name": f"{_COST_NAMES.get(c, c)} (planned)",
-                "value": f"{plan.ratio(c):.2f}x",
-                "detail": f"{_show(c, plan.dense_costs[c])} \u2192 {_show(c, plan.costs[c])}",
-                "good": "yes" if plan.ratio(c) >= 1 else "no",
-            }
-            for c in plan.dense_costs
-        ]
-    metrics = {"MACs", "parameters", "latency p50", *(("file size",) if _counts_bytes(plan) else ())}
-    wanted = [r for r in comparison.rows if r.better == "higher" or r.metric in metrics]
-    return [
-        {
-            "name": r.metric,
-            "value": r.change,
-            "detail": f"{r.show(r.dense)} \u2192 {r.show(r.compressed)}",
-            "good": "yes" if _holds(r) else "no",
-        }
-        for r in wanted
-    ]
 
 
 def _learning(trajectory: Trajectory) -> str:
@@ -241,13 +272,6 @@ def _learning(trajectory: Trajectory) -> str:
     )
 
 
-def _holds(row: Measure) -> bool:
-    """Whether a line is no loss: half a point of a score is within what people accept."""
-    if row.speed is not None and not row.speed.differs:
-        return True
-    return row.compressed >= row.dense - 0.5 if row.better == "higher" else row.compressed <= row.dense
-
-
 def _layer(entry: Entry, shown: Sequence[str], fits: Mapping[str, Errors]) -> dict[str, Any]:
     missed = [fits[name] for name in entry.sites if name in fits]
     unseen = [fit.held_out for fit in missed if fit.held_out is not None]
@@ -261,9 +285,5 @@ def _layer(entry: Entry, shown: Sequence[str], fits: Mapping[str, Errors]) -> di
         "method": entry.choice.method or "",
         "dense": entry.choice.is_dense,
         "error": f"{entry.error:.2%}" if not entry.choice.is_dense else "",
-        "costs": [(_show(c, entry.dense_costs[c]), _show(c, entry.costs[c])) for c in shown],
+        "costs": [(cost_text(c, entry.dense_costs[c]), cost_text(c, entry.costs[c])) for c in shown],
     }
-
-
-def _show(cost: str, value: float) -> str:
-    return show(value, UNITS.get(cost, ""))

@@ -1,0 +1,103 @@
+"""Learned ranks over C steps as plain numbers, for the page: a row a site, and below it costs, distance and metric."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from spectrim.report.charts import Axis, Chart, Curve, Dot, cost_name
+from spectrim.report.rank_panels import left_dense, share_of_dense, shown_costs
+from spectrim.selection.trajectory import Trajectory
+
+_TONES = ("plan", "choice", "input", "height-first")
+
+
+@dataclass(frozen=True)
+class Run:
+    """C steps in which a rank stays: ``strength`` is 0 for rank 0 and 1 for the full rank, on a square root scale."""
+
+    start: int
+    steps: int
+    strength: float
+    dense: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class RankRow:
+    """A site: its ranks, and the last of them in words."""
+
+    name: str
+    runs: tuple[Run, ...]
+    last: str
+
+
+def rank_rows(trajectory: Trajectory) -> list[RankRow]:
+    """A row a site, in the network's order."""
+    dense = [left_dense(record) for record in trajectory.records]
+    rows = []
+    for number, (name, full) in enumerate(zip(trajectory.sites, trajectory.full, strict=True)):
+        ranks = [(record.ranks[number], left[number]) for record, left in zip(trajectory.records, dense, strict=True)]
+        rows.append(RankRow(name, tuple(_runs(ranks, full)), _words(*ranks[-1], full)))
+    return rows
+
+
+def _runs(ranks: Sequence[tuple[int, bool]], full: int) -> Iterator[Run]:
+    start = 0
+    for (rank, dense), same in groupby(ranks):
+        steps = len(list(same))
+        which = f"C step {start + 1}" + (f" to {start + steps}" if steps > 1 else "")
+        yield Run(start, steps, round(math.sqrt(rank / full), 2), dense, f"{which}: {_words(rank, dense, full)}")
+        start += steps
+
+
+def _words(rank: int, dense: bool, full: int) -> str:
+    return "dense" if dense else f"{rank} of {full}"
+
+
+def rank_charts(trajectory: Trajectory) -> list[Chart]:
+    """Costs as shares of dense, the distance to low rank, and the metric if it was recorded."""
+    records, steps = trajectory.records, range(1, len(trajectory) + 1)
+    x = Axis(1, max(len(trajectory), 2))
+    found = []
+    if costs := shown_costs(trajectory):
+        lines = [[100 * share_of_dense(trajectory, record, cost) for record in records] for cost in costs]
+        limits = [100 * trajectory.budget[c] / trajectory.dense_costs[c] for c in costs if c in trajectory.budget]
+        y = Axis(0, max(100.0, *limits, *map(max, lines)))
+        curves = [
+            _curve(x, y, line, tone, cost_name(cost)) for cost, line, tone in zip(costs, lines, _TONES, strict=False)
+        ]
+        across = [Curve((((0.0, y.at(limit)), (100.0, y.at(limit))),), "choice", "budget", True) for limit in limits]
+        dots = [
+            Dot(x.at(step), y.at(value), f"C step {step}: {cost_name(cost)} {value:.1f} % of dense", tone)
+            for cost, line, tone in zip(costs, lines, _TONES, strict=False)
+            for step, value in list(zip(steps, line, strict=True))[-1:]
+        ]
+        found.append(Chart("C step", "cost, % of dense", x, y, tuple(dots), (*curves, *across[:1]), 150))
+    # The scale is logarithmic: a network left dense, at distance 0, has no place on it.
+    distances = [record.distance if record.distance > 0 else None for record in records]
+    if positive := [value for value in distances if value]:
+        low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
+        y = Axis(10.0**low, 10.0 ** max(high, low + 1), logarithmic=True)
+        found.append(
+            Chart("C step", "distance of weights to low rank", x, y, (), (_curve(x, y, distances, "plan"),), 130)
+        )
+    metrics = [record.metric for record in records]
+    if known := [value for value in metrics if value is not None]:
+        room = max(0.15 * (max(known) - min(known)), 0.01 * abs(max(known)), 1e-6)
+        y = Axis(min(known) - room, max(known) + room)
+        found.append(Chart("C step", "metric of the low-rank copies", x, y, (), (_curve(x, y, metrics, "plan"),), 130))
+    return found
+
+
+def _curve(x: Axis, y: Axis, values: Sequence[float | None], tone: str, label: str = "") -> Curve:
+    """A line through values at 1, 2, ..., with gaps where there are none."""
+    groups: list[list[tuple[float, float]]] = [[]]
+    for number, value in enumerate(values, 1):
+        if value is None:
+            groups.append([])
+        else:
+            groups[-1].append((x.at(number), y.at(value)))
+    return Curve(tuple(tuple(group) for group in groups if group), tone, label)
