@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format test docs bench bench-check bench-house bench-door bench-report
+.PHONY: help install demo check format test browser-check docs bench bench-check bench-house bench-door bench-report
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,13 @@ format: $(INSTALLED)  ## reformat the code and apply the safe fixes
 
 test: $(INSTALLED)  ## run the tests of the library, in TEST_WORKERS processes; PYTEST_ARGS adds arguments
 	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+browser-check: $(INSTALLED) tests/browser/node_modules  ## open reports and built docs in Chromium (needs chromium and node)
+	$(BIN)/python -m pytest -q tests/browser $(PYTEST_ARGS)
+
+tests/browser/node_modules: tests/browser/package-lock.json
+	npm ci --prefix tests/browser --no-audit --no-fund
+	touch $@
 
 docs: $(INSTALLED)  ## build the documentation into site/, warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

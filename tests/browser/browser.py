@@ -77,7 +77,11 @@ def _chromium() -> str | None:
 
 
 def look(
-    pages: Sequence[Shown], *, widths: Sequence[int] = WIDTHS, schemes: Sequence[str] = SCHEMES, pictures: Path | None = None
+    pages: Sequence[Shown],
+    *,
+    widths: Sequence[int] = WIDTHS,
+    schemes: Sequence[str] = SCHEMES,
+    pictures: Path | None = None,
 ) -> list[Seen]:
     """Open pages at every width in every scheme.
 
@@ -91,7 +95,13 @@ def look(
         "schemes": list(schemes), "pictures": None if pictures is None else str(pictures),
     }  # fmt: skip
     done = subprocess.run(
-        ["node", "look.mjs"], input=json.dumps(asked), cwd=HERE, capture_output=True, text=True, check=False, timeout=900
+        ["node", "look.mjs"],
+        input=json.dumps(asked),
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
     )
     if done.returncode:
         raise RuntimeError(f"the browser failed: {done.stderr[-2000:]}")
@@ -120,4 +130,6 @@ def served(folder: Path) -> Iterator[str]:
 def site(folder: Path, home: str) -> list[Shown]:
     """The pages of a built documentation, served at ``home``."""
     files = sorted(folder.rglob("*.html"))
-    return [Shown("docs/" + f.relative_to(folder).as_posix(), home + f.relative_to(folder).as_posix(), home) for f in files]
+    return [
+        Shown("docs/" + f.relative_to(folder).as_posix(), home + f.relative_to(folder).as_posix(), home) for f in files
+    ]

@@ -1,4 +1,4 @@
-"""Reports of all kinds to open in a browser: a real compression, and hundreds of layers with names that are no names."""
+"""Reports to open in a browser: of a real compression, and of hundreds of layers with names that are no names."""
 
 from __future__ import annotations
 
@@ -29,9 +29,16 @@ def real(folder: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(
-            nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 10),
-        ).eval()  # fmt: skip
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Linear(512, 64),
+            nn.ReLU(),
+            nn.Linear(64, 10),
+        ).eval()
         batches = [torch.randn(64, 1, 8, 8) for _ in range(4)]
         labels = [torch.randint(0, 10, (64,)) for _ in batches]
     result = st.compress(model, batches, st.Budget(macs=0.5))
@@ -39,7 +46,8 @@ def real(folder: Path) -> Path:
     comparison = compare(model, result.model, batches[0][:1], evaluate=lambda net: accuracy(net, tested), repeats=5)
     cost = {"dense": result.plan.dense_costs["macs"], "compressed": result.plan.costs["macs"]}
     measured = [
-        Measured(name, cost[name], accuracy(net, tested)) for name, net in (("dense", model), ("compressed", result.model))
+        Measured(name, cost[name], accuracy(net, tested))
+        for name, net in (("dense", model), ("compressed", result.model))
     ]
     return write_report(folder / "real.html", result, title="A small network", comparison=comparison, measured=measured)
 
@@ -66,8 +74,10 @@ def _table(names: list[str], how: random.Random) -> Candidates:
         spectra = {
             f"{method}/{cut}": tuple(slope**k for k in range(64))
             for method, cut, slope in (
-                ("ActivationSVD", "channel", 0.8), ("ActivationSVD", "width-first", 0.7), ("LowRankPlusSparse", "channel", 0.9),
-            )  # fmt: skip
+                ("ActivationSVD", "channel", 0.8),
+                ("ActivationSVD", "width-first", 0.7),
+                ("LowRankPlusSparse", "channel", 0.9),
+            )
         }
         rows.append(Row(name, "Conv2d 3x3", tuple(options), spectra=spectra))
     return Candidates(tuple(rows), {"macs": 5e6, "parameters": 1e5, "bytes": 4e5}, "weighted output energy")
@@ -97,32 +107,56 @@ def large(folder: Path, layers: int = 300) -> Path:
     table = _table(names, how)
     plan = lagrangian(table, Budget(macs=0.7))
     shared = SharedChoice("channel", 24, 24, True, once=True, method="JointSVD")
-    group, channels = plan.entries[8:10], ChannelsChoice(tuple(range(40)), 64, (Place("stem", "out", 1),), method="PrincipalFilters")
+    group, channels = (
+        plan.entries[8:10],
+        ChannelsChoice(tuple(range(40)), 64, (Place("stem", "out", 1),), method="PrincipalFilters"),
+    )
     joined = Entry(
-        "group of " + group[0].site, "2 x Linear", shared, 0.02,
+        "group of " + group[0].site,
+        "2 x Linear",
+        shared,
+        0.02,
         *({c: sum(getattr(e, field)[c] for e in group) for c in group[0].costs} for field in ("costs", "dense_costs")),
         members=tuple(e.site for e in group),
-    )  # fmt: skip
+    )
     nothing = dict.fromkeys(plan.costs, 0.0)
     removed = Entry("stem.out", "64 channels", channels, 0.01, nothing, nothing, of_channels=True)
     plan = dataclasses.replace(plan, entries=(removed, *plan.entries[:8], joined, *plan.entries[10:]))
     rows = (
         Measure("accuracy", "%", Score(91.0, 2000), Score(90.6, 2000), "higher"),
-        Measure("parameters", "", 3.1e8, 1.4e8), Measure("MACs", "MAC", 2e9, 1.2e9), Measure("file size", "B", 1.2e9, 5e8),
-        Measure("peak memory", "B", 3e7, 3.1e7), Measure("latency p50", "ms", 22.0, 24.5), Measure("latency p90", "ms", 25.0, 30.5),
-    )  # fmt: skip
-    skipped = [Skipped(f"{name}.norm", "GroupedConv2d", f"depthwise, {name} has nothing to factor") for name in names[:40]]
+        Measure("parameters", "", 3.1e8, 1.4e8),
+        Measure("MACs", "MAC", 2e9, 1.2e9),
+        Measure("file size", "B", 1.2e9, 5e8),
+        Measure("peak memory", "B", 3e7, 3.1e7),
+        Measure("latency p50", "ms", 22.0, 24.5),
+        Measure("latency p90", "ms", 25.0, 30.5),
+    )
+    skipped = [
+        Skipped(f"{name}.norm", "GroupedConv2d", f"depthwise, {name} has nothing to factor") for name in names[:40]
+    ]
     page = Page(
-        "Net " + HOSTILE[0], plan, table, Comparison(rows, 1, {"processor": "a processor", "threads": "2"}), skipped,
-        [Measured("dense", table.dense["macs"], Score(91.0, 2000)), Measured("compressed", plan.costs["macs"], Score(90.6, 2000)),
-         Measured("fine-tuned", plan.costs["macs"], Score(90.9, 2000))],
-        ["A note about " + HOSTILE[2]], trajectory=_learned(tuple(names), 60), agreement=Agreement(512, 0.083, 0.9512),
+        "Net " + HOSTILE[0],
+        plan,
+        table,
+        Comparison(rows, 1, {"processor": "a processor", "threads": "2"}),
+        skipped,
+        [
+            Measured("dense", table.dense["macs"], Score(91.0, 2000)),
+            Measured("compressed", plan.costs["macs"], Score(90.6, 2000)),
+            Measured("fine-tuned", plan.costs["macs"], Score(90.9, 2000)),
+        ],
+        ["A note about " + HOSTILE[2]],
+        trajectory=_learned(tuple(names), 60),
+        agreement=Agreement(512, 0.083, 0.9512),
         origin=Origin(
             command="spectrim compress ./net.py:build --data cifar10:DIR --budget macs=70% " + "--skip pattern " * 20,
-            parts=(Part("weights", "weights/" + "x" * 90, "a1" * 32, "the file"), Part("test data", "digits", "", "no file")),
+            parts=(
+                Part("weights", "weights/" + "x" * 90, "a1" * 32, "the file"),
+                Part("test data", "digits", "", "no file"),
+            ),
             seeds={"training": 0},
         ),
-    )  # fmt: skip
+    )
     return page.write(folder / "large.html")
 
 

@@ -69,7 +69,8 @@ def demo(
     with out.progress() as show:
         result = compress(dense, calibration, wanted, progress=show)
     small = result.model
-    outcome = Outcome("Digits demo", dense, result, folder)
+    named = {"model": "spectrim.cli.digits_net:DigitsNet", "data": "digits"}
+    outcome = Outcome("Digits demo", dense, result, folder, named=named, seeds={"weights, order of samples": seed})
     outcome = outcome.scored("dense", evaluate(dense)).scored("compressed", evaluate(small))
 
     if epochs:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from spectrim.cli.common import Output
+from spectrim.cli.origins import origin
 from spectrim.network.choices import SumChoice
 from spectrim.nn.agreement import Agreement
 from spectrim.nn.checkpoint import save
@@ -61,6 +64,10 @@ class Outcome:
         ``(stage, percent)`` in the order they were measured: ``dense`` first, the finished model last.
     notes
         Sentences for the report.
+    named
+        References of model, weights and data, by their role; by default the title is the model's.
+    seeds
+        By what they are for.
     """
 
     title: str
@@ -69,6 +76,8 @@ class Outcome:
     folder: Path
     scores: tuple[tuple[str, float], ...] = ()
     notes: tuple[str, ...] = ()
+    named: Mapping[str, str] = field(default_factory=dict)
+    seeds: Mapping[str, int] = field(default_factory=dict)
 
     def scored(self, stage: str, percent: float) -> Outcome:
         return dataclasses.replace(self, scores=(*self.scores, (stage, percent)))
@@ -112,7 +121,11 @@ class Outcome:
                 measured=self._measured(),
                 notes=notes,
                 trajectory=trajectory,
-            )
+                origin=origin(
+                    {"model": self.title, **self.named}, self.seeds, self.dense, self.result.model,
+                    {name: Path(os.path.relpath(file)) for name, file in files.items()},
+                ),
+            )  # fmt: skip
         agreed = self.result.report.agreement
         out.document(
             {

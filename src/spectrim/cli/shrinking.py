@@ -155,7 +155,8 @@ def compress(
     if held is not None:
         result = _kept(out, result, work, held)
         out.left = f"{write_result(result, files.folder)['model']} is the network before fine-tuning; "
-    outcome = _tuned(out, Outcome(work.model, work.dense, result, files.folder), work, tuning, held)
+    outcome = Outcome(work.model, work.dense, result, files.folder, named=work.named)
+    outcome = _tuned(out, outcome, work, tuning, held)
     outcome = outcome.noted(*different)
     kernels = fastest(result.model, work.example, work.threads)
     outcome = outcome.noted(*filter_notes(result.plan, result.sites))
@@ -231,5 +232,5 @@ def _tuned(out: Output, outcome: Outcome, work: Work, tuning: Recipe, held: RunF
     # None of the samples counts as held out any more: training may have seen them all.
     seen = work.calibration
     agreed = None if seen is None else agreement(dense, small, seen, mask=work.sampling.mask)
-    outcome = outcome.tuned(done, agreed)
+    outcome = dataclasses.replace(outcome.tuned(done, agreed), seeds={"training": tuning.seed})
     return outcome.scored("fine-tuned", work.score(small)) if tested else outcome

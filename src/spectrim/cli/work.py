@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ class Work:
         Whose weights the model has, in words.
     sampling
         How many rows calibration keeps, and which are data.
+    named
+        References of model, weights and data as given, by their role.
     """
 
     model: str
@@ -60,6 +62,7 @@ class Work:
     threads: int | None
     whose: str = ""
     sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
+    named: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(
@@ -94,6 +97,10 @@ class Work:
         elif inputs.input_shape is not None:
             example = random_input(inputs.input_shape, network.batch, device)
         clock = Latency(device=device, batch=network.batch) if timed else None
+        named = {
+            "model": network.model, "weights": network.weights, "calibration data": inputs.data,
+            "training data": training.train, "test data": training.test,
+        }  # fmt: skip
         return cls(
             network.model,
             dense,
@@ -106,6 +113,7 @@ class Work:
             network.threads,
             whose_weights(network.model, network.weights),
             Sampling(inputs.rows or "auto", inputs.positions, inputs.mask),
+            {role: str(text) for role, text in named.items() if text is not None},
         )
 
     @property

@@ -1,0 +1,98 @@
+"""What a finished compression was made from, with digests, and the lines of code that load it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+
+from torch import nn
+
+from spectrim.cli.references import Reference, parse
+from spectrim.report import Origin, Part
+
+_PACKAGED = {"digits": ("sklearn", "datasets/data/digits.csv.gz")}
+"""Data that come with a package, and where."""
+_LARGEST = 8 * 2**30
+"""Bytes of data that are read once more for their digest."""
+
+
+def origin(
+    named: Mapping[str, str], seeds: Mapping[str, int], dense: nn.Module, small: nn.Module, written: Mapping[str, Path]
+) -> Origin:
+    """Where a compression by the command line comes from.
+
+    Parameters
+    ----------
+    named
+        References of model, weights and data, by their role; the model's is the first.
+    seeds
+        By what they are for.
+    dense, small
+        The networks, whose tensors are digested.
+    written
+        Files, by what it holds.
+    """
+    parts = [_part(role, text) for role, text in named.items()]
+    parts += [Part.of_model("dense network", type(dense).__name__, dense)]
+    parts += [Part.of_model("compressed network", type(small).__name__, small)]
+    return Origin(
+        shlex.join(["spectrim", *sys.argv[1:]]), tuple(parts), seeds, load_lines(named["model"], dense, written)
+    )
+
+
+def _part(role: str, text: str) -> Part:
+    """What a reference names, with the digest of the file or the folder that it leads to."""
+    path = _path(parse(text))
+    if path is None:
+        return Part(role, text, of="no file of its own")
+    try:
+        if path.is_dir() and (size := sum(file.stat().st_size for file in path.rglob("*"))) > _LARGEST:
+            return Part(role, text, of=f"not digested: {size / 2**30:.1f} GiB")
+        return Part.of_files(role, text, path)
+    except OSError as error:
+        return Part(role, text, of=f"not digested: {error.strerror or error}")
+
+
+def _path(reference: Reference) -> Path | None:
+    """The file or folder that a reference leads to: its place, itself, or the module that it names."""
+    module = getattr(sys.modules.get(reference.scheme), "__file__", None) if reference.place else None
+    package, inside = _PACKAGED.get(reference.scheme, ("", ""))
+    packaged = str(files(package).joinpath(inside)) if package in sys.modules else None
+    for text in (reference.place, reference.scheme, reference.text, module, packaged):
+        if text and Path(text).expanduser().exists():
+            return Path(text).expanduser()
+    return None
+
+
+def load_lines(model: str, dense: nn.Module, written: Mapping[str, Path]) -> str:
+    """Three lines of code that load what a compression has written.
+
+    Parameters
+    ----------
+    model
+        The reference of the dense model.
+    dense
+        That model.
+    written
+        Files, by what it holds.
+    """
+    if "transformers" in written:
+        name = type(dense).__name__
+        first = f"from transformers import {name}\nimport spectrim.hf  # lets from_pretrained build the layers"
+        return f"{first}\nmodel = {name}.from_pretrained({str(written['transformers'])!r})"
+    reference = parse(model)
+    options = "".join(f", {name}={value!r}" for name, value in reference.options.items())
+    where, made = reference.scheme, f"{reference.place}({options.removeprefix(', ')})"
+    if where == "timm":
+        first, made = "import timm", f"timm.create_model({reference.place!r}, pretrained=False{options})"
+    elif where == "torchvision":
+        first, made = "import torchvision", f"torchvision.models.get_model({reference.place!r}, weights=None{options})"
+    else:
+        file = Path(where)
+        module = file.stem if file.suffix == ".py" else where
+        first = f"from {module} import {reference.place.partition('.')[0]}"
+        first += f"  # {where}" if file.suffix == ".py" else ""
+    return f"import spectrim\n{first}\nmodel = spectrim.load({made}, {str(written['model'])!r}).eval()"
