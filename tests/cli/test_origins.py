@@ -12,7 +12,7 @@ from spectrim.cli.origins import load_lines, origin
 from spectrim.nn.checkpoint import save
 from spectrim.selection.plan import Plan
 
-NET = "from torch import nn\nclass Nets:\n    @staticmethod\n    def build(width=2):\n        return nn.Linear(3, width)\n"
+NET = "from torch import nn\nclass Nets:\n    @staticmethod\n    def build(width=2):\n     return nn.Linear(3, width)\n"
 
 
 def test_the_three_lines_load_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
