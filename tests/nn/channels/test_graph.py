@@ -476,6 +476,25 @@ def test_a_permutation_is_found_out_whatever_the_width():
             assert coupled(net, torch.randn(3, 6)).couplings == (), (width, name)
 
 
+@pytest.mark.parametrize(
+    ("fixed", "says"),
+    [
+        (lambda x: F.group_norm(x, 3), "divisible by num_groups"),
+        (lambda x: F.layer_norm(x.mT, (18,)).mT, "normalized_shape"),
+        (lambda x: F.batch_norm(x, torch.zeros(18), torch.ones(18)), "should contain"),
+        (lambda x: x.view(len(x), 3, -1, 4).flip(2).reshape(x.shape), "invalid"),
+    ],
+    ids=["group_norm", "layer_norm", "batch_norm", "view"],
+)
+def test_numbers_of_channels_written_down_keep_those_channels_alone(fixed, says: str):
+    """Half of 18 channels are three groups too, which is no proof that any number of them can go."""
+    layers = {"a": nn.Conv1d(3, 18, 1), "b": nn.Conv1d(18, 8, 1), "c": nn.Conv1d(8, 2, 1)}
+    sites = coupled(Net(lambda m, x: m.c(relu(m.b(fixed(relu(m.a(x)))))), **layers), torch.randn(2, 3, 4))
+    assert [c.name for c in sites.couplings] == ["b:out"]
+    assert says in reasons(sites)["a:out"]
+    assert "read it off a layer" in reasons(sites)["a:out"]
+
+
 def test_groups_whose_widths_have_to_be_equal_are_not_removed_apart():
     def run(m, x):
         a, b = relu(m.a(x)), relu(m.b(x))

@@ -36,7 +36,9 @@ _HARMLESS = re.compile(
     re.IGNORECASE,
 )
 # What torch says where a number of channels is written down.
-_FIXED = re.compile(r"invalid for input|don't multiply up|must match the size|split_with_sizes")
+_FIXED = re.compile(
+    r"invalid for input|don't multiply up|must match the size|split_with_sizes|divisible|normalized_shape|should contain"
+)
 _CURE = (
     "Where code or a module holds a number of channels, write -1, read it off a layer, or register how the module "
     "loses channels (spectrim.register_channels)"
@@ -48,17 +50,22 @@ Draw = Callable[[int, int], Tensor]
 """Which of so many channels are kept, ascending: one of so many."""
 
 
+def _part(channels: int, share: int) -> int:
+    """About one channel of so many, in a number that no group or head of attention divides by chance."""
+    wanted = range(max(1, channels // share), channels)
+    return next((number for number in wanted if number % 2 and math.gcd(number, channels) == 1), 1)
+
+
 def _at_random(channels: int, share: int) -> Tensor:
-    # An odd number, so that no reshape into heads of attention finds whole heads by chance.
     drawn = torch.randperm(channels, generator=torch.Generator().manual_seed(0))
-    return drawn[: channels // share | 1].sort().values
+    return drawn[: _part(channels, share)].sort().values
 
 
 # A removal may be right for some channels by chance, where the others are moved along.
 DRAWS: tuple[Draw, ...] = (
     _at_random,
-    lambda channels, share: torch.arange(channels // share | 1),
-    lambda channels, share: torch.arange(channels)[-(channels // share | 1) :],
+    lambda channels, share: torch.arange(_part(channels, share)),
+    lambda channels, share: torch.arange(channels)[-_part(channels, share) :],
     lambda channels, share: torch.arange(channels - 1),
     lambda channels, share: torch.arange(1, channels),
 )
@@ -233,17 +240,22 @@ class _Scales:
 
 @contextlib.contextmanager
 def without_statistics() -> Iterator[_Scales]:
-    """Layer and group normalisation divide by one number a call: their own statistics mix the channels."""
+    """Layer and group normalisation divide by one number a call: their own statistics mix the channels.
+
+    They are run all the same, for what they say of the number of channels that they are given.
+    """
     scales = _Scales()
     functional = torch.nn.functional
     before = functional.layer_norm, functional.group_norm
 
     def layer_norm(x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+        before[0](x, shape, weight, bias, eps)
         x = scales.scaled(x)
         x = x if weight is None else x * weight
         return x if bias is None else x + bias
 
     def group_norm(x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+        before[1](x, groups, weight, bias, eps)
         x = scales.scaled(x)
         shape = (1, -1, *(1,) * (x.dim() - 2))
         x = x if weight is None else x * weight.reshape(shape)
