@@ -50,6 +50,30 @@ def test_layers_are_called_twice_a_batch_whatever_the_depth(depth, monkeypatch):
     assert depth * 3 <= len(whole) + pairs / 2 - 6 * depth <= 2.2 * depth * 3
 
 
+class PerImage(nn.Module):
+    """Runs its layers once for each sample, or for some at a time."""
+
+    def __init__(self, inner: nn.Module, at_once: int) -> None:
+        super().__init__()
+        self.inner, self.at_once = inner, at_once
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.inner(part) for part in x.split(self.at_once)])
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_a_model_that_loops_over_its_samples_is_fitted_to_all_of_them(at_once):
+    x = data()
+    made = []
+    for net in (PerImage(network(3), 96), PerImage(network(3), at_once)):
+        sites, plan = planned(net, list(x.split(16)))
+        assert sites.loops is (net.at_once < 16)
+        made.append(carry_out(net, sites, plan, list(x.split(16))))
+    assert [each.shape for each in made[1].held] == [each.shape for each in made[0].held]
+    assert made[1].held_out == made[0].held_out
+    assert missed(made[0].model, made[1].model, x) < 1e-8
+
+
 def test_batches_that_do_not_fit_go_in_waves_and_lose_little_by_it():
     model, x = network(), data(192)
     batches = list(x.split(32))

@@ -25,7 +25,7 @@ from spectrim.nn.proof import Expected, check_copy, prove
 from spectrim.nn.shipping import carry
 from spectrim.nn.standing import Traits
 from spectrim.nn.surgery import replace_module
-from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.batches import Feed, one_by_one
 from spectrim.nn.watch.calibrate import in_full
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.lockstep import Probe, Seen, lockstep, probe
@@ -176,11 +176,15 @@ def carry_out(
         feed.decide(model, first)
         check_copy(model, removal.model, expected, first, feed)
     work = _Work(model, removal, batches is not None and reconstruct, feed)
+    held: tuple[Tensor, ...] = ()
     steps = _steps(work, entries, makers)
     if batches is not None and work.follows:
         batches = listed(batches)
-        work.split = Split.of(batches, rows=rows, mask=mask, layout=feed.layout)
-        _follow(work, steps, batches, memory, told(progress))
+        # A pass that loops over its samples would stop at the first of them, or come to layers with dense ones before.
+        apart = one_by_one(model, batches, feed) if sites.loops else batches
+        work.split = Split.of(apart, rows=rows, mask=mask, layout=feed.layout)
+        _follow(work, steps, apart, memory, told(progress))
+        held = Split.of(batches, mask=mask, layout=feed.layout).held if sites.loops else work.split.held
     else:
         for done, step in enumerate(steps):
             step.put(work, step.layer, False)
@@ -192,7 +196,7 @@ def carry_out(
     names = [step.layer.name for step in steps] if work.split.samples else []
     unseen = tuple(name for name in names if name not in work.reached)
     notes = () if first is None else tuple(prove(model, removal.model, expected, first, forward=feed))
-    return Applied(removal.model, work.errors, unseen, work.split.held, (*_edited(plan, expected), *notes))
+    return Applied(removal.model, work.errors, unseen, held, (*_edited(plan, expected), *notes))
 
 
 def _edited(plan: Plan, expected: Expected) -> Iterator[str]:

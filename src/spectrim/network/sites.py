@@ -355,6 +355,8 @@ class Sites(_Copied):
         What a user should know of the data and how they were taken.
     keeps_state
         Whether a forward pass of the network leaves something on its modules: activations, caches, counters.
+    loops
+        Whether layers are called again and again for some samples of a batch each, as by a loop over its images.
     """
 
     sites: tuple[Layer, ...]
@@ -375,6 +377,7 @@ class Sites(_Copied):
     uncounted: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     notes: tuple[str, ...] = ()
     keeps_state: bool = False
+    loops: bool = False
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.sites)

@@ -64,6 +64,23 @@ def test_the_cut_into_batches_changes_nothing_but_rounding(size, memory):
         assert close(cut[place].running_var, whole[place].running_var, 1e-5)
 
 
+def test_a_model_that_loops_over_its_images_counts_all_of_them():
+    class Each(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = net()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([self.inner(image) for image in x.split(1)])
+
+    x, whole, cut = images(), net(), Each()
+    reestimate_batchnorm(whole, [x])
+    reestimate_batchnorm(cut, x.split(4))
+    for place in (1, 4):
+        assert close(cut.inner[place].running_mean, whole[place].running_mean, 1e-5)
+        assert close(cut.inner[place].running_var, whole[place].running_var, 1e-5)
+
+
 def test_a_sum_of_far_off_values_keeps_its_variance():
     model: Any = nn.Sequential(nn.BatchNorm1d(2)).double()
     x = torch.randn(64, 2, dtype=torch.float64) + 1e7

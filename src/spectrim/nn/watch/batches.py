@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from spectrim.errors import CalibrationError, SpectrimError
@@ -113,6 +114,19 @@ class Feed:
     def resized(self, batch: Any, size: int) -> Any:
         """The same batch with other samples than it has, repeated or cut."""
         return self.layout.resized(batch, size)
+
+
+def one_by_one(model: nn.Module, batches: Sequence[Any], feed: Feed) -> list[Any]:
+    """Batches of one sample each; as they are where that is no batch for the model, or its samples cannot be parted."""
+    alone = [
+        feed.layout.picked(batch, torch.tensor([number])) for batch in batches for number in range(feed.layout.size(batch))
+    ]
+    try:
+        with evaluating(model), kept(model):
+            feed(model, alone[0])
+        return alone if all(feed.layout.size(each) == 1 for each in alone) else list(batches)
+    except Exception:  # a model may raise anything where it is given what it does not take
+        return list(batches)
 
 
 def arguments(model: nn.Module, batch: Any) -> Arguments:

@@ -296,6 +296,7 @@ class _Watch:
             samples=self.samples,
             tokens=self.tokens,
             same_inputs=self.seen.together([layer.name for layer in layers]),
+            loops=any(watchers[layer.name].loops for layer in layers),
             couplings=couplings,
             pooled=MappingProxyType(pooled),
         )
@@ -384,6 +385,11 @@ class _Shapes:
     def inputs(self) -> tuple[Shape, ...]:
         """Of one sample."""
         return of_one_sample(self._calls, self._of)
+
+    @property
+    def loops(self) -> bool:
+        """Whether it is called with some of the samples, more often than for one of them."""
+        return not all(call.whole for call in self._calls) and len(self._calls) > len(self.inputs)
 
     def see(self, inputs: Tensor, outputs: Tensor) -> None:
         """What else to do with a call; nothing for a bystander."""

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.batches import Feed, one_by_one
 from spectrim.nn.watch.lockstep import Probe, passes, probe
+from spectrim.nn.watch.observe import Hook, observe
 
 
 @dataclass
@@ -116,7 +117,7 @@ def _waves(
     first: Probe | None = None
     wave: list[Any] = []
     size = 0.0
-    for batch in batches:
+    for batch in _parted(model, names, batches, feed):
         first = first or probe(model, names, batch, forward=feed)
         more = feed.layout.size(batch) * first.nbytes
         if wave and size + more > memory:
@@ -126,6 +127,33 @@ def _waves(
         size += more
     if first and wave:
         yield wave, first
+
+
+def _parted(model: nn.Module, names: Iterable[str], batches: Iterable[Any], feed: Feed) -> Iterator[Any]:
+    """Batches, of one sample each where a model loops over its samples: passes would stop at the first of them."""
+    loops: bool | None = None
+    for batch in batches:
+        if loops is None:
+            feed.decide(model, batch)
+            few, whole = (_calls(model, names, part, feed) for part in (feed.resized(batch, 1), batch))
+            loops = few is not None and whole is not None and whole > few
+        yield from one_by_one(model, [batch], feed) if loops else (batch,)
+
+
+def _calls(model: nn.Module, names: Iterable[str], batch: Any, feed: Feed) -> int | None:
+    """How often a pass calls some layers in all; None where it cannot be run."""
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    try:
+        with observe(model, [Hook(model.get_submodule(name), count) for name in names], forward=feed) as run:
+            run(batch)
+    except Exception:  # a model may raise anything where it is given what it does not take
+        return None
+    return calls
 
 
 def _by_last_call(order: Sequence[str], names: Iterable[str]) -> list[str]:
