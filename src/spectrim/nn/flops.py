@@ -7,11 +7,21 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 
 from spectrim.nn.formulas import formula, is_unknown
 
 _EVERYTHING = "Global"
+
+
+class _Counting(_FlopCounterMode):
+    """Sees operations; of those that take functions, as fused attention with a score of one's own, what they give."""
+
+    def _handle_higher_order_ops(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        out = super()._handle_higher_order_ops(func, types, args, kwargs)
+        if out is not NotImplemented:
+            return out
+        return self.counter._count_flops(func, func(*args, **kwargs), args, kwargs)
 
 
 class WorkCounter(FlopCounterMode):
@@ -27,6 +37,12 @@ class WorkCounter(FlopCounterMode):
         super().__init__(display=False)
         self.uncounted: dict[str, str] = {}
         self._paused = False
+
+    def __enter__(self) -> WorkCounter:
+        super().__enter__()
+        # One and the same but for the class: torch makes it of its own.
+        self.mode.__class__ = _Counting  # type: ignore[union-attr]
+        return self
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

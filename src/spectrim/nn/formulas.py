@@ -227,6 +227,8 @@ _FORMULAS: dict[str, Formula] = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
     "aten::_scaled_dot_product_fused_attention_overrideable": _attention,
     "aten::_scaled_dot_product_attention_math_for_mps": _attention,
+    # Whatever its mask leaves out, as of the others.
+    "flex_attention": _attention,
     "aten::_native_multi_head_attention": _fused_attention,
     "aten::_transformer_encoder_layer_fwd": _encoder_layer,
     "aten::_fft_c2c": _fourier(2.5),

@@ -119,7 +119,9 @@ class Feed:
 def one_by_one(model: nn.Module, batches: Sequence[Any], feed: Feed) -> list[Any]:
     """Batches of one sample each; as they are where that is no batch for the model, or its samples cannot be parted."""
     alone = [
-        feed.layout.picked(batch, torch.tensor([number])) for batch in batches for number in range(feed.layout.size(batch))
+        feed.layout.picked(batch, torch.tensor([number]))
+        for batch in batches
+        for number in range(feed.layout.size(batch))
     ]
     try:
         with evaluating(model), kept(model):

@@ -45,10 +45,6 @@ EFFORT = 0.08
 FLOOR = 12
 # Rows a number below which errors on other data are much larger than those on the rows.
 ENOUGH = 4
-_READ = (
-    "another module computes with its weight, which a pair of layers in its place would multiply out in every pass: "
-    "call the layer instead"
-)
 FEWEST = 1024
 
 
@@ -233,8 +229,8 @@ class _Watch:
             self.uncounted = counter.uncounted_in(self.model)
             for each in counted:
                 each.counter = None
-            for name in read:
-                self.watchers[name].refused = _READ
+            for name, reason in read.refused.items():
+                self.watchers[name].refused = reason
         if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors(output)):
             raise CalibrationError(
                 f"the model's output holds NaN in calibration batch {index}, behind the last layer that was watched. "
@@ -251,6 +247,11 @@ class _Watch:
         except (SpectrimError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a model may raise anything where it is given what it does not take
+            if "torch.compile with fullgraph" in str(error):
+                raise ForwardError(
+                    f"{type(self.model).__name__} calls something in its forward that torch compiles (torch.cond, "
+                    "while_loop, scan), where layers cannot be watched: write it as plain Python (if, for)"
+                ) from error
             raise ForwardError(
                 f"{type(self.model).__name__} raises {type(error).__name__} on calibration batch {index}, of which it "
                 f"was given {self.given}: {first_line(error)}. If it takes batches in another way, pass forward=, a "
@@ -261,8 +262,9 @@ class _Watch:
         """The sites with what was seen; those that no batch reached are skipped."""
         sites, watchers = self.sites, self.watchers
         reached = [name for name in dict.fromkeys(self.order) if name in watchers]
-        if watchers and not reached and any(each.refused for each in watchers.values()):
-            raise CalibrationError(f"none of the {len(watchers)} sites was called: {_READ}")
+        refused = next((each.refused for each in watchers.values() if each.refused), None)
+        if watchers and not reached and refused:
+            raise CalibrationError(f"none of the {len(watchers)} sites was called: {refused}")
         if not reached and watchers:
             raise CalibrationError(
                 f"none of the {len(watchers)} sites was reached by the calibration batches; "

@@ -406,6 +406,8 @@ def _named(note: Callable[..., None], name: str) -> Callable[..., None]:
 class _Alive(TorchDispatchMode):
     """Counts the bytes of tensors made meanwhile that are still there."""
 
+    supports_higher_order_operators = True
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.nbytes = 0

@@ -1,51 +1,196 @@
-"""Which layers' weights are computed with by others than the layer itself."""
+"""What a forward pass does with layers besides calling them: computing with their weights, putting others in place.
+
+A layer whose weight others compute with is left alone. A module whose layers are not the same from one pass to the next
+is refused: what stands under a name would not be what runs.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_iter
 
+from spectrim.errors import CalibrationError
 from spectrim.network.layer import LayerSpec
 from spectrim.nn.standing import tells
 from spectrim.nn.watch.observe import Hook, hooked
+
+_READ = (
+    "another module computes with its weight, which a pair of layers in its place would multiply out in every pass: "
+    "call the layer instead"
+)
+_BOUND = (
+    "forward puts another weight or bias in place of its own, such as by functional_call, which a pair of layers in "
+    "its place does not have: call the layer instead"
+)
+_DERIVATIVES = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
+
+
+@dataclass
+class Reading:
+    """What was seen of the layers of a model in a pass.
+
+    Attributes
+    ----------
+    refused
+        Why a layer has to be left alone, by its name.
+    """
+
+    refused: dict[str, str] = field(default_factory=dict)
 
 
 class _Readers(TorchFunctionMode):
     """Notes the layers whose weight goes into an operation while the layer itself does not run."""
 
-    def __init__(self, weights: dict[int, str]) -> None:
+    def __init__(self, weights: Mapping[int, str], seen: Reading) -> None:
         super().__init__()
-        self.weights = weights
+        self.weights, self.seen = weights, seen
         self.running: list[str] = []
-        self.read: set[str] = set()
+        self.differentiable: str | None = None
+        self.inside: str | None = None
+
+    def start(self, name: str) -> None:
+        """A layer is called."""
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
+            raise CalibrationError(
+                f"layer {name!r} is called inside a transformation of torch.func (vmap, grad, jvp), where what it sees "
+                "cannot be watched. Compress the module that is transformed by itself, on the batches it is given, or "
+                f"skip={name!r}"
+            )
+        if self.inside is not None:
+            raise CalibrationError(
+                f"layer {name!r} is called inside torch's {self.inside}, where functions are compiled or run for "
+                f"nothing, so that what it sees cannot be watched: write it as plain Python (if, for), or skip={name!r}"
+            )
+        self.running.append(name)
+        if torch.is_grad_enabled():
+            self.differentiable = self.differentiable or name
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _DERIVATIVES:
+            return self._differentiate(func, args, kwargs or {})
         if not tells(func):
             names = {self.weights.get(id(value)) for value in tree_iter((args, kwargs))}
-            self.read.update(name for name in names if name is not None and name not in self.running)
+            self.seen.refused |= {name: _READ for name in names if name is not None and name not in self.running}
+        if isinstance(func, HigherOrderOperator):
+            return self._within(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
+
+    def _within(self, func: HigherOrderOperator, args: Any, kwargs: Any) -> Any:
+        """Run an operation that takes functions."""
+        before, self.inside = self.inside, func.name()
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self.inside = before
+
+    def _differentiate(self, func: Any, args: Any, kwargs: Any) -> Any:
+        what = (
+            "the model differentiates in its forward (torch.autograd), and layers that a gradient goes through work "
+            "there as well, which is neither fitted nor counted"
+        )
+        cure = "Compress the network whose gradient is taken by itself, on the batches it is given"
+        if self.differentiable is not None:
+            raise CalibrationError(f"{what}; the first is {self.differentiable!r}. {cure}")
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError as error:
+            raise CalibrationError(f"{what}; without gradients it fails. {cure}") from error
+
+
+class _Noting(dict[str, Any]):
+    """Parameters or modules of a module, as it holds them, and whoever puts others in their place is noted."""
+
+    def __init__(self, held: Mapping[str, Any], note: Callable[[str], None]) -> None:
+        super().__init__(held)
+        self._note = note
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._note(key)
+        super().__setitem__(key, value)
+
+    def __delitem__(self, key: str) -> None:
+        self._note(key)
+        super().__delitem__(key)
+
+    def pop(self, key: str, *default: Any) -> Any:
+        """As that of a dict."""
+        self._note(key)
+        return super().pop(key, *default)
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
 
 
 @contextlib.contextmanager
-def reading(model: nn.Module, specs: Iterable[LayerSpec]) -> Iterator[set[str]]:
-    """Names of the layers whose weights are read by others inside the context.
+def reading(model: nn.Module, specs: Iterable[LayerSpec]) -> Iterator[Reading]:
+    """What others do with the layers of a model inside the context, besides calling them.
 
     Asking for shape, dtype or device is no reading: what stands for a layer answers that too.
+
+    Raises
+    ------
+    CalibrationError
+        If the model makes modules or moves layers about while it runs, differentiates what they give, or runs them in
+        a transformation; the message says what to do.
     """
     layers = {spec.name: model.get_submodule(spec.name) for spec in specs}
-    readers = _Readers({id(layer.weight): name for name, layer in layers.items()})
+    seen = Reading()
+    readers = _Readers({id(layer.weight): name for name, layer in layers.items()}, seen)
     hooks = [
         hook
         for name, layer in layers.items()
         for hook in (
-            Hook(layer, lambda *_, name=name: readers.running.append(name), before=True),
+            Hook(layer, lambda *_, name=name: readers.start(name), before=True),
             Hook(layer, lambda *_, name=name: readers.running.remove(name)),
         )
     ]
-    with hooked(hooks), readers:
-        yield readers.read
+    with hooked(hooks), _held(model, layers, seen), readers:
+        yield seen
+
+
+@contextlib.contextmanager
+def _held(model: nn.Module, layers: Mapping[str, nn.Module], seen: Reading) -> Iterator[None]:
+    """Note who puts other weights into layers; refuse who puts other modules in the place of any."""
+    moved: dict[str, bool] = {}
+    with contextlib.ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.enter_context(_noted(layer, "_parameters", lambda _, name=name: seen.refused.update({name: _BOUND})))
+        for path, module in model.named_modules():
+            known = frozenset(module._modules)
+
+            def note(key: str, path: str = path, known: frozenset[str] = known) -> None:
+                moved.setdefault(f"{path}.{key}" if path else key, key in known)
+
+            stack.enter_context(_noted(module, "_modules", note))
+        yield
+    if moved:
+        name, known = next(iter(moved.items()))
+        raise CalibrationError(
+            f"forward puts another module in the place of {name!r}, so that what is compressed under that name would "
+            "not be what runs: choose between modules by calling one or the other"
+            if known
+            else f"forward makes the module {name!r} while it runs: make it in __init__, or, if it is made once, run "
+            "the model on a batch first"
+        )
+
+
+@contextlib.contextmanager
+def _noted(module: nn.Module, kind: str, note: Callable[[str], None]) -> Iterator[None]:
+    held = vars(module).get(kind)
+    if type(held) is not dict:
+        # Compiled modules hold theirs in their own way.
+        yield
+        return
+    vars(module)[kind] = _Noting(held, note)
+    try:
+        yield
+    finally:
+        vars(module)[kind] = held

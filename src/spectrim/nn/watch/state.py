@@ -20,6 +20,8 @@ from spectrim.cost.rounds import ALONE as ALONE
 # What every module has; slots of passes come and go by themselves.
 _COMMON = frozenset((*vars(nn.Module()), "forward"))
 _GONE = object()
+# Torch's compiler, and what loads it once it is called.
+_COMPILED = frozenset({"torch._dynamo", "torch.nn.attention.flex_attention"})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -47,7 +49,7 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
 
 def _eager() -> contextlib.AbstractContextManager[Any]:
     """What is compiled runs as it is written. Where nothing is, torch's compiler need not be loaded."""
-    if "torch._dynamo" in sys.modules:
+    if not _COMPILED.isdisjoint(sys.modules):
         return torch.compiler.set_stance("force_eager")
     return contextlib.nullcontext()
 
