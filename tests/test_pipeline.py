@@ -208,11 +208,11 @@ def test_the_report_lists_costs_and_skipped_layers() -> None:
     text = str(result.report)
     assert result.report.samples == 96
     assert "96 calibration samples" in text
-    assert "skipped 2 (Conv2d 3x3 g16): depthwise: each group has one channel" in text
-    assert "skipped 0 (Conv2d 1x1): skipped on request" in text
+    assert "left alone: 2 (Conv2d 3x3 g16): depthwise: each group has one channel" in text
+    assert "left alone: 0 (Conv2d 1x1): skipped on request" in text
     assert f"1 of {len(result.plan.entries)} layers changed" in text
-    for cost in ("parameters", "macs", "bytes"):
-        (line,) = [line for line in text.splitlines() if line.startswith(cost)]
+    for cost, name in {"parameters": "parameters", "macs": "MACs", "bytes": "bytes"}.items():
+        (line,) = [line for line in text.splitlines() if line.startswith(name)]
         assert line.endswith(f"{result.plan.ratio(cost):.2f}x")
     assert "measured" not in text
 

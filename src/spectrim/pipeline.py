@@ -20,6 +20,7 @@ from spectrim.cost.latency import Latency
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.methods import Method, on_offer
 from spectrim.network.choices import ChannelsChoice, Choice
+from spectrim.network.printing import Grid, Printed, amount, cost_name, count, reasons, share, total
 from spectrim.network.sites import Sites
 from spectrim.network.skipped import Skipped
 from spectrim.nn.agreement import Agreement, agreement, check_comparable
@@ -41,6 +42,7 @@ from spectrim.progress import Progress, reports, silent, told
 from spectrim.selection.budget import COSTS, Budget, BudgetLike, Limit
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
+from spectrim.selection.printed import plan_grid
 from spectrim.selection.selectors import Selector, exact, select
 from spectrim.tables import tabulate
 
@@ -51,13 +53,15 @@ _CLOSE = 0.03
 _HEADER = "names, shapes, digests and the plan, which the file holds beside numbers: fewer layers take fewer"
 # Bytes that a header may grow by from one plan to the next.
 _SLACK = 64
+# Layers that a printed result has at most.
+_LAYERS = 16
 # A share of a cost in what was left alone above which a user is told.
 _MUCH = 0.1
 
 
 @dataclass(frozen=True)
-class Report:
-    """What compression did, in numbers and words.
+class Report(Printed):
+    """What compression did, in numbers and words. ``print(report)`` and notebooks show it as a table.
 
     Attributes
     ----------
@@ -97,36 +101,70 @@ class Report:
         how = Speed.of_equals if unchanged else Speed.of
         return how(self.measured["dense"], self.measured["compressed"])
 
-    def __str__(self) -> str:
-        lines = [f"{'cost':<12}{'dense':>16}{'compressed':>16}{'ratio':>9}"]
-        for cost, dense in self.plan.dense_costs.items():
-            lines.append(f"{cost:<12}{dense:>16,.6g}{self.plan.costs[cost]:>16,.6g}{self.plan.ratio(cost):>8.2f}x")
+    def rows(self) -> list[dict[str, Any]]:
+        """Costs of the whole network as plain values, one dict a cost, those that the budget limits first.
+
+        Returns
+        -------
+        list of dict
+            ``cost``; ``dense`` and ``compressed``, in the cost's own unit; ``ratio`` of the two; ``measured``, whether
+            it was measured of the finished networks, and not counted.
+        """
+        plan = self.plan
+        order = [cost for cost in dict.fromkeys([*plan.budget, *plan.dense_costs]) if cost in plan.dense_costs]
+        found = [(cost, plan.dense_costs[cost], plan.costs[cost], False) for cost in order]
         if self.measured:
-            dense_ms, small_ms = self.measured["dense"].p50, self.measured["compressed"].p50
-            lines.append(f"{'measured ms':<12}{dense_ms:>16.3f}{small_ms:>16.3f} {self.speed!s:>8}")
+            found.append(("measured ms", self.measured["dense"].p50, self.measured["compressed"].p50, True))
+        return [
+            {
+                "cost": cost, "dense": dense, "compressed": small, "ratio": dense / small if small else math.nan,
+                "measured": measured,
+            }
+            for cost, dense, small, measured in found
+        ]  # fmt: skip
+
+    _records = rows
+
+    def _grid(self) -> Grid:
+        lines = []
+        for row in self.rows():
+            unit = "latency" if row["measured"] else row["cost"]
+            fewer = str(self.speed) if row["measured"] else f"{row['ratio']:.2f}x"
+            name = cost_name(row["cost"])
+            lines.append(
+                [name, *(amount(unit, row[key]) for key in ("dense", "compressed")),
+                 share(row["compressed"], row["dense"]), fewer]
+            )  # fmt: skip
+        return Grid(["", ">dense", ">compressed", ">of dense", ">ratio"], lines, notes=(*self._done(), *self._left()))
+
+    def _done(self) -> Iterator[str]:
+        """What was done, in sentences."""
         removals = [entry.choice for entry in self.plan if isinstance(entry.choice, ChannelsChoice)]
-        layers = [e for e in self.plan if not e.of_channels]
-        changed = sum(len(entry.sites) for entry in layers if not entry.choice.is_dense)
-        total = sum(len(entry.sites) for entry in layers)
-        lines.append(f"{changed} of {total} layers changed, {self.samples:,} calibration samples")
+        layers = sum(len(entry.sites) for entry in self.plan if not entry.of_channels)
+        yield f"{self.plan.changed:,} of {layers:,} layers changed, {self.samples:,} calibration samples"
         if removals:
             gone = sum(choice.gone for choice in removals)
-            lines.append(f"{gone:,} channels removed from {len(removals)} groups")
-        shared = [entry for entry in self.plan if entry.members]
-        if shared:
+            yield f"{gone:,} channels removed from {count(len(removals), 'group')}"
+        if shared := [entry for entry in self.plan if entry.members]:
             many = sum(len(entry.members) for entry in shared)
-            lines.append(f"{many} layers share factors in {len(shared)} groups")
+            yield f"{many} layers share factors in {count(len(shared), 'group')}"
         if self.held_out and self.fits:
             fitted, unseen = (
                 sum(values) / len(values)
                 for values in ([e.fitted for e in self.fits.values()], [e.held_out or 0.0 for e in self.fits.values()])
             )
-            lines.append(
+            yield (
                 f"reconstructed layers miss {fitted:.2%} of their dense answers on the samples they were fitted to, "
                 f"{unseen:.2%} on {self.held_out:,} held out"
             )
-        lines += [f"skipped {name} ({kind}): {reason}" for name, kind, reason in self.skipped]
-        return "\n".join([*lines, *self.sentences])
+        yield from self.sentences
+
+    def _left(self) -> Iterator[str]:
+        return reasons(self.skipped, "report.skipped")
+
+    def __repr__(self) -> str:
+        costs = [total(cost, dense, self.plan.costs[cost]) for cost, dense in self.plan.dense_costs.items()]
+        return f"Report({'; '.join(costs)})"
 
     @property
     def sentences(self) -> tuple[str, ...]:
@@ -135,8 +173,8 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Result:
-    """What :func:`compress` returns.
+class Result(Printed):
+    """What :func:`compress` returns. ``print(result)`` and notebooks show what was done, to the network and its layers.
 
     Attributes
     ----------
@@ -157,6 +195,29 @@ class Result:
     report: Report
     candidates: Candidates
     sites: Sites
+
+    def rows(self) -> list[dict[str, Any]]:
+        """What happened to every layer, as plain values: :meth:`spectrim.Plan.rows`."""
+        return self.plan.rows()
+
+    _records = rows
+
+    def _grid(self) -> Grid:
+        return self.report._grid()
+
+    def _layers(self) -> Grid:
+        """The layers, the middle of many folded."""
+        grid = plan_grid(self.plan, _LAYERS, "result.rows()")
+        return dataclasses.replace(grid, title="", notes=())
+
+    def __str__(self) -> str:
+        return f"{self._grid().text()}\n\n{self._layers().text()}"
+
+    def _repr_html_(self) -> str:
+        return f"{self._grid().html()}{self._layers().html()}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({type(self.model).__name__}, {self.plan!r})"
 
 
 @reports

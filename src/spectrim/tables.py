@@ -13,7 +13,7 @@ from spectrim.methods import ActivationSVD, Curve, JointSVD, Method, WeightSVD, 
 from spectrim.network.choices import DENSE, Choice
 from spectrim.network.sites import Channels, Site, Sites
 from spectrim.progress import Progress, reports, told
-from spectrim.selection.candidates import Candidates, Option, Row
+from spectrim.selection.candidates import Candidates, Option, Row, Rows
 
 
 @reports
@@ -96,7 +96,7 @@ def tabulate(
     )
     rows = [_row(network, site, pairs, curves, guard) for (site, curves), pairs in zip(found, offered, strict=True)]
     return Candidates(
-        tuple(rows),
+        Rows(rows),
         network.fixed(row.site for row in rows),
         units.pop() if units else "",
         methods={method.name: method.record() for method in chosen},

@@ -48,9 +48,9 @@ def test_counts_are_those_of_the_models(compared: Comparison):
 def test_text_is_aligned_and_json_is_plain(compared: Comparison):
     lines = compared.to_text().splitlines()
     assert len({len(line) for line in lines}) == 1
-    assert len(lines) == 1 + len(compared.rows)
-    assert "-0.50 points" in lines[1]
-    assert "4.00x" in lines[3]
+    assert len(lines) == 2 + len(compared.rows), "a line stands beneath the heads, as in every table"
+    assert "-0.50 points" in lines[2]
+    assert "4.00x" in lines[4]
     document = json.loads(json.dumps(compared.to_dict(), allow_nan=False))
     assert document["rows"][0] == {
         "metric": "accuracy",

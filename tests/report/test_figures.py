@@ -60,7 +60,7 @@ def test_layers_that_share_have_one_panel_and_one_bar():
     assert len(figures.spectra(candidates).axes) == 4
 
     (axes,) = figures.costs(chosen, "parameters").axes
-    assert [label.get_text() for label in axes.get_yticklabels()] == ["group of a", "c", "(not touched)"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["group of a", "c", "(all else)"]
     dense, _ = axes.containers
     assert sum(bar.get_width() for bar in dense) == candidates.dense["parameters"]
 
@@ -92,7 +92,7 @@ def test_cost_bars_show_each_site_and_the_rest():
     chosen = plan(candidates)
     (axes,) = figures.costs(chosen, "parameters").axes
     labels = [label.get_text() for label in axes.get_yticklabels()]
-    assert labels == ["a", "b", "c", "(not touched)"]
+    assert labels == ["a", "b", "c", "(all else)"]
     dense, now = axes.containers
     assert [bar.get_width() for bar in dense] == [*(e.dense_costs["parameters"] for e in chosen), 50.0]
     assert [bar.get_width() for bar in now] == [*(e.costs["parameters"] for e in chosen), 50.0]

@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ import typer
 
 from spectrim.cli.references import UsageError
 from spectrim.errors import InfeasibleBudgetError, SpectrimError
+from spectrim.network.printing import Grid
 from spectrim.progress import bars
 
 FAILED, USAGE, INFEASIBLE, STOPPED = 1, 2, 3, 130
@@ -75,19 +77,9 @@ class Output:
         """A table for people; columns whose header starts with ``>`` are aligned to the right."""
         if self.as_json:
             return
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
-        for column in columns:
-            right = column.startswith(">")
-            table.add_column(Text(column.removeprefix(">")), justify="right" if right else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
         # A pipe has no width; 80 columns would break names that a reader greps for.
-        Console(file=self.stdout, width=None if self.stdout.isatty() else 160).print(table)
+        width = shutil.get_terminal_size().columns if self.stdout.isatty() else 160
+        print(f"{Grid(columns, rows, title=title).text(width)}\n", file=self.stdout, flush=True)
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Callable[[str, int, int | None], None]]:

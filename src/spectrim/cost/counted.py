@@ -7,7 +7,6 @@ pair), so every cost is a function of the specs that are executed one after the 
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -50,13 +49,9 @@ def macs(specs: Sequence[LayerSpec]) -> float:
     ValueError
         If the input shapes of a layer are not known.
     """
-    total = 0.0
     for spec in specs:
-        shapes = require_inputs(spec)
-        if not (spec.is_linear or spec.transposed):
-            shapes = tuple(spec.output_shape(shape) for shape in shapes)
-        total += spec.stored * sum(math.prod(shape) for shape in shapes)
-    return total
+        require_inputs(spec)
+    return float(sum(spec.stored * spec.positions for spec in specs))
 
 
 def further(costs: Mapping[str, Cost] | None) -> Mapping[str, Cost]:

@@ -87,6 +87,12 @@ class LayerSpec:
         return round(math.prod(self.shape) * self.density)
 
     @property
+    def positions(self) -> int:
+        """Positions that each weight is used at, over all calls in one forward pass of a sample; 0 before a run."""
+        whole = self.is_linear or self.transposed
+        return sum(math.prod(shape if whole else self.output_shape(shape)) for shape in self.inputs)
+
+    @property
     def features(self) -> int:
         """Length of one group's input patch, ``i * prod(k)``."""
         return math.prod(self.shape[2:])

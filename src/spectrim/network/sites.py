@@ -22,6 +22,7 @@ from spectrim.linalg.moments import Moments
 from spectrim.linalg.sketch import Sketch
 from spectrim.network.coupling import Coupling
 from spectrim.network.layer import LayerSpec
+from spectrim.network.printing import Grid, Printed, count
 from spectrim.network.skipped import Skipped as Skipped
 
 
@@ -69,6 +70,12 @@ class Statistics(_Copied):
     def names(self) -> tuple[str, ...]:
         """What there is, for people."""
         return tuple(f.name for f in dataclasses.fields(self) if getattr(self, f.name))
+
+    @property
+    def rows(self) -> float:
+        """Rows of inputs or outputs that they rest on."""
+        whole = (self.input, self.output, self.channels, self.sketch, *self.slices.values())
+        return max((float(moments.count) for moments in whole if moments is not None), default=0.0)
 
     @property
     def nbytes(self) -> int:
@@ -150,6 +157,11 @@ class Site(ABC):
     def kind(self) -> str:
         """What it is, for people."""
 
+    def __repr__(self) -> str:
+        statistics = dict.fromkeys(name for part in self.parts for name in part.statistics.names)
+        held = f"statistics of {', '.join(statistics)}" if statistics else "no statistics"
+        return f"{type(self).__name__}({self.name!r}, {self.kind}, {held})"
+
     def missing(self, statistic: str, why: str, there: Sequence[str]) -> MissingMomentsError:
         """The error for a statistic that calibration has not collected."""
         return MissingMomentsError(
@@ -158,7 +170,7 @@ class Site(ABC):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Layer(Site):
     """One layer.
 
@@ -222,7 +234,7 @@ class _Several(Site):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Group(_Several):
     """Layers that may share factors.
 
@@ -272,7 +284,7 @@ class Pooled:
         return Pooled(**{name: moments and moments.take(channels.unsqueeze(0)) for name, moments in parts})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Channels(_Several):
     """Channels of several layers that can only be removed together.
 
@@ -314,8 +326,11 @@ class Channels(_Several):
 
 
 @dataclass(frozen=True)
-class Sites(_Copied):
+class Sites(_Copied, Printed):
     """The sites of a network, in order of execution once it has been run, and what surrounds them.
+
+    ``print(sites)`` and notebooks show them as a table, :meth:`rows` and :meth:`to_pandas` give all of it. They have a
+    length, can be iterated, and are indexed by name.
 
     Attributes
     ----------
@@ -396,6 +411,59 @@ class Sites(_Copied):
 
     def __contains__(self, name: object) -> bool:
         return name in self._by_name or name in self.groups
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The sites as plain values, one dict a layer, and one for each thing that is left alone.
+
+        Returns
+        -------
+        list of dict
+            ``layer`` and ``kind`` in words; ``in_channels``, ``out_channels``; ``parameters`` of the layer, ``macs``
+            for a sample (0 before a run); ``groups``, names of the groups it is in; ``rows`` that its statistics rest
+            on; ``skipped``, why it is left alone, else empty.
+        """
+        rows: list[dict[str, Any]] = []
+        for layer in self.sites:
+            spec = layer.spec
+            rows.append(
+                {
+                    "layer": layer.name, "kind": layer.kind,
+                    "in_channels": spec.in_channels, "out_channels": spec.out_channels,
+                    "parameters": spec.stored + spec.out_channels * spec.bias, "macs": spec.stored * spec.positions,
+                    "groups": [name for name, members in self.groups.items() if layer.name in members],
+                    "rows": layer.statistics.rows, "skipped": "",
+                }
+            )  # fmt: skip
+        known = {spec.name: spec for spec in self.untouched}
+        for each in self.skipped:
+            spec = known.get(each.name)
+            stored = 0 if spec is None else spec.stored + spec.out_channels * spec.bias
+            rows.append(
+                {
+                    "layer": each.name, "kind": each.kind,
+                    "in_channels": 0 if spec is None else spec.in_channels,
+                    "out_channels": 0 if spec is None else spec.out_channels,
+                    "parameters": stored + int(each.costs.get("parameters", 0)),
+                    "macs": 0 if spec is None else spec.stored * spec.positions,
+                    "groups": [], "rows": 0.0, "skipped": each.reason,
+                }
+            )  # fmt: skip
+        return rows
+
+    _records = rows
+
+    def _grid(self) -> Grid:
+        from spectrim.network.printed import sites_grid
+
+        return sites_grid(self)
+
+    def __repr__(self) -> str:
+        parts = [count(len(self.sites), "layer")]
+        parts += [
+            count(len(each), noun) for each, noun in ((self.groups, "group"), (self.couplings, "coupling")) if each
+        ]
+        parts += [f"{count(len(self.skipped), 'layer')} skipped"] if self.skipped else []
+        return f"Sites({', '.join([*parts, count(self.samples, 'sample')])})"
 
     def layer(self, name: str) -> Layer:
         """A single layer by its name."""

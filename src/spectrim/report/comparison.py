@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from torch import nn
 
+from spectrim.network.printing import Grid, Printed
+from spectrim.network.printing import show as show
 from spectrim.nn.surgery import parameter_count
 from spectrim.nn.timing import Speed, Timing, measure_latency, peak_memory, same_layers
 from spectrim.nn.watch.batches import Feed
@@ -18,6 +20,8 @@ from spectrim.report.measures import Evaluate, Score, file_size, held, inputs, m
 
 Better = Literal["higher", "lower"]
 _MEDIAN = "latency p50"
+HEADS = ("", ">dense", ">compressed", ">change")
+"""Of the table of a comparison."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +130,7 @@ class Measure:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Printed):
     """The lines of a comparison, and what they were measured on."""
 
     rows: tuple[Measure, ...]
@@ -141,9 +145,6 @@ class Comparison:
 
     def __contains__(self, metric: object) -> bool:
         return any(row.metric == metric for row in self.rows)
-
-    def __str__(self) -> str:
-        return self.to_text()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values. Numbers are in the unit of each row, not rounded."""
@@ -171,14 +172,16 @@ class Comparison:
 
     def to_text(self) -> str:
         """A plain aligned table."""
-        lines = [("", "dense", "compressed", "change"), *self.to_rows()]
-        widths = [max(len(line[i]) for line in lines) for i in range(4)]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in lines
-        )
+        return str(self)
+
+    def _grid(self) -> Grid:
+        return Grid(HEADS, self.to_rows())
+
+    def _records(self) -> list[dict[str, Any]]:
+        return self.to_dict()["rows"]
+
+    def __repr__(self) -> str:
+        return f"Comparison({', '.join(f'{row.metric}: {row.change}' for row in self.rows)})"
 
 
 def compare(
@@ -280,18 +283,6 @@ def _measure(
         for name, timing in timings.items():
             lines[name] += [Line(_MEDIAN, "ms", timing.p50), Line("latency p90", "ms", timing.p90)]
     return {name: tuple(found) for name, found in lines.items()}, timings
-
-
-def show(value: float, unit: str) -> str:
-    """A value in a size that people read: ``show(2.4e6, "MAC")`` is ``2.40 MMAC``."""
-    if unit in {"%", "ms"}:
-        digits = 2 if unit == "%" or abs(value) >= 1 else 3
-        return f"{value:.{digits}f} {unit}"
-    binary, decimal = ((2**30, "Gi"), (2**20, "Mi"), (2**10, "Ki")), ((1e9, "G"), (1e6, "M"), (1e3, "k"))
-    for size, prefix in binary if unit == "B" else decimal:
-        if abs(value) >= size:
-            return f"{value / size:.2f} {prefix}{unit}"
-    return (f"{value:.0f} {unit}" if float(value).is_integer() else f"{value:.3f} {unit}").strip()
 
 
 def _facts(threads: int | None) -> dict[str, str]:

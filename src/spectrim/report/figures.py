@@ -18,8 +18,9 @@ import numpy as np
 
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.network.choices import Choice
-from spectrim.selection.budget import UNITS, Budget
+from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates, Row
+from spectrim.selection.figures import CHOSEN, PALE, PLANNED, STYLE, bars, check_cost, cost_label
 from spectrim.selection.forest import flattened
 from spectrim.selection.plan import Entry, Plan
 from spectrim.selection.selectors import lagrangian
@@ -28,30 +29,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DENSE, PLANNED, CHOSEN, PALE, INK = "#a3adb8", "#2563c9", "#d9480f", "#d5dae0", "#1d2733"
 UNFOLDINGS = {"channel": PLANNED, "input": "#0f8a6d", "height-first": "#8a3ffc", "width-first": "#b5127d"}
 _OTHER = "#5b6570"
 _POINTS = 48  # a spectrum is drawn with at most this many points
-_STYLE: Any = {
-    "font.size": 8,
-    "axes.titlesize": 7.5,
-    "axes.labelsize": 8,
-    "axes.edgecolor": "#8792a0",
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "xtick.color": "#4a5561",
-    "ytick.color": "#4a5561",
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "text.parse_math": False,  # a layer name is no formula
-    "svg.fonttype": "path",
-    "svg.hashsalt": "spectrim",
-}
 
 
 @dataclass(frozen=True)
@@ -151,35 +131,9 @@ def _lines(choice: Choice) -> str:
 
 def costs(plan: Plan, cost: str = "macs") -> Figure:
     """A pair of bars a site: its cost dense and as planned, with the rest of the network last."""
-    _known(plan.dense_costs, cost)
-    # Coupled channels cost something in their layers, which have entries of their own.
-    entries = [e for e in plan if e.dense_costs[cost] > 0 or not e.of_channels]
-    names = [e.site for e in entries]
-    dense = [e.dense_costs[cost] for e in entries]
-    now = [e.costs[cost] for e in entries]
-    fixed = plan.dense_costs[cost] - sum(dense)
-    if fixed > 1e-9 * plan.dense_costs[cost]:
-        names, dense, now = [*names, "(not touched)"], [*dense, fixed], [*now, fixed]
-    scale, unit = _scale(max(dense, default=1.0), cost)
-    at = np.arange(len(names))
-    with _figure(7.2, max(1.6, 0.19 * len(names) + 0.85)) as figure:
-        axes = figure.subplots()
-        axes.barh(at, np.asarray(dense) / scale, height=0.78, color=DENSE, label="dense")
-        axes.barh(at, np.asarray(now) / scale, height=0.46, color=PLANNED, label="planned")
-        room = max(dense, default=1.0) / scale
-        for y, before, after in zip(at, dense, now, strict=True):
-            if after < before:
-                axes.text(
-                    before / scale + 0.008 * room, y, f"{after / before:.0%}", va="center", fontsize=6.5, color=PLANNED
-                )
-        axes.set_yticks(at, [_short(n, 38) for n in names], fontsize=7 if len(names) <= 40 else 6.2)
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.set_xlim(0, room * 1.07)
-        axes.set_xlabel(f"{_label(cost)} [{unit}]" if unit else _label(cost))
-        axes.xaxis.grid(True, color="#e8ebef", lw=0.6)
-        axes.set_axisbelow(True)
-        axes.tick_params(axis="y", length=0)
-        figure.legend(loc="outside upper left", ncols=2)
+    check_cost(plan.dense_costs, cost)
+    with _figure(7.2, max(1.6, 0.19 * (len(plan) + 1) + 0.85)) as figure:
+        bars(plan, cost, ax=figure.subplots())
     return figure
 
 
@@ -191,7 +145,7 @@ def tradeoff(
     The predicted curve is a selection at many budgets. Measured scores have a panel of their own above it, since
     percent of accuracy and lost energy are different things.
     """
-    _known(candidates.dense, cost)
+    check_cost(candidates.dense, cost)
     # Losses span several powers of ten; the dense network, which loses nothing, has no place on such a scale.
     # Where channels are removed costs do not add up, and no selection from one table is a prediction.
     adds_up = not any(row.of_channels for row in candidates)
@@ -207,7 +161,7 @@ def tradeoff(
                       marker=".", ms=4, label="best selection at each budget")  # fmt: skip
         if plan is not None and cost in plan.costs and plan.loss > 0:
             axes.plot(100 * plan.costs[cost] / dense, plan.loss, "o", color=CHOSEN, ms=7, label="this plan", zorder=3)
-        axes.set_xlabel(f"{_label(cost)}, % of dense")
+        axes.set_xlabel(f"{cost_label(cost)}, % of dense")
         axes.set_ylabel(f"predicted loss\n({candidates.unit})" if candidates.unit else "predicted loss")
         if points or plan is not None:
             axes.set_yscale("log")
@@ -255,7 +209,7 @@ def to_svg(figure: Figure) -> bytes:
     """The figure as SVG with text as outlines: it looks the same everywhere and needs no font."""
     import matplotlib
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
@@ -266,13 +220,18 @@ def to_data_uri(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(to_svg(figure)).decode()
 
 
+def _short(name: str, length: int) -> str:
+    """Module paths differ at their end; keep that."""
+    return name if len(name) <= length else "\u2026" + name[-(length - 1) :]
+
+
 @contextmanager
 def _figure(width: float, height: float) -> Iterator[Any]:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
         yield figure
@@ -291,27 +250,3 @@ def _shown(candidates: Candidates, plan: Plan | None) -> list[Row]:
     planned = {site for e in plan for site in e.sites}
     # A plan may be for fewer sites than the table has.
     return known + [row for row in candidates.singles if row.site not in planned]
-
-
-def _known(held: Any, cost: str) -> None:
-    if cost not in held:
-        raise ValueError(f"no cost {cost!r} here; there are {', '.join(held)}")
-
-
-def _short(name: str, length: int) -> str:
-    """Module paths differ at their end; keep that."""
-    return name if len(name) <= length else "\u2026" + name[-(length - 1) :]
-
-
-def _label(cost: str) -> str:
-    return {"macs": "MACs", "parameters": "parameters", "bytes": "size", "latency": "latency"}.get(cost, cost)
-
-
-def _scale(largest: float, cost: str) -> tuple[float, str]:
-    unit = UNITS.get(cost, "")
-    if cost == "latency":
-        return 1.0, unit
-    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if largest >= factor:
-            return factor, prefix + unit.removeprefix("MAC")
-    return 1.0, unit.removeprefix("MAC")

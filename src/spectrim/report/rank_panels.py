@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spectrim.report.figures import _OTHER, CHOSEN, DENSE, INK, PLANNED, _label, _short
+from spectrim.report.figures import _OTHER, _short
+from spectrim.selection.figures import CHOSEN, DENSE, INK, PLANNED, cost_label
 from spectrim.selection.trajectory import Record, Trajectory
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def cost_lines(axes: Axes, trajectory: Trajectory) -> None:
     axes.axhline(100, color=DENSE, lw=1.0)
     for cost, colour in zip(shown_costs(trajectory), _LINES, strict=False):
         percent = [100 * share_of_dense(trajectory, record, cost) for record in trajectory.records]
-        label = _label(cost)
+        label = cost_label(cost)
         if cost in trajectory.budget:
             limit = 100 * trajectory.budget[cost] / trajectory.dense_costs[cost]
             axes.axhline(limit, color=colour, lw=0.9, ls=(0, (4, 3)))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectrim.network.files import replacing
-from spectrim.report.figures import _OTHER, DENSE, INK, PALE, PLANNED, Measured, _figure, _label, _scale, _short
+from spectrim.report.figures import _OTHER, Measured, _figure, _short
 from spectrim.report.rank_panels import (
     MU,
     cost_lines,
@@ -26,6 +26,7 @@ from spectrim.report.rank_panels import (
     shown_costs,
     step_ticks,
 )
+from spectrim.selection.figures import DENSE, INK, PALE, PLANNED, cost_label, cost_scale
 from spectrim.selection.trajectory import Record, Trajectory
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ def _show_step(bars: Any, titles: tuple[Text, Text], trajectory: Trajectory, ste
     for bar, rank, dense in zip(bars, record.ranks, left_dense(record), strict=True):
         bar.set_height(rank)
         bar.set_facecolor(DENSE if dense else PLANNED)
-    facts = [f"{_label(cost)} {share_of_dense(trajectory, record, cost):.1%}" for cost in shown_costs(trajectory)]
+    facts = [f"{cost_label(cost)} {share_of_dense(trajectory, record, cost):.1%}" for cost in shown_costs(trajectory)]
     facts = [f"{', '.join(facts)} of dense"] if facts else []
     if record.metric is not None:
         facts.append(f"metric {record.metric:.4g}")
@@ -221,7 +222,7 @@ def cost_curve(points: Sequence[Measured], dense: Measured | None = None, *, cos
         raise ValueError("no points: give one Measured a budget")
     if bad := next((point for point in everything if not point.cost > 0), None):
         raise ValueError(f"cost {bad.cost!r} of {bad.label!r} must be positive: costs are on a logarithmic axis")
-    scale, unit = _scale(max(point.cost for point in everything), cost)
+    scale, unit = cost_scale(max(point.cost for point in everything), cost)
     with _figure(7.2, 3.2) as figure:
         axes = figure.subplots()
         axes.set_xscale("log")
@@ -238,7 +239,7 @@ def cost_curve(points: Sequence[Measured], dense: Measured | None = None, *, cos
             _name(axes, dense, scale, colour=_OTHER)
         axes.margins(x=0.12, y=0.3)
         _cost_ticks(axes)
-        axes.set_xlabel(f"{_label(cost)} [{unit}]" if unit else _label(cost))
+        axes.set_xlabel(f"{cost_label(cost)} [{unit}]" if unit else cost_label(cost))
         axes.set_ylabel("measured score [%]")
         axes.grid(True, color=_GRID, lw=0.6)
         axes.set_axisbelow(True)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectrim.network.files import replacing
-from spectrim.report.figures import _STYLE, DENSE, PLANNED, _figure, _short, to_svg
+from spectrim.report.figures import _figure, _short, to_svg
+from spectrim.selection.figures import DENSE, PLANNED, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,5 +73,5 @@ def write(figure: Figure, file: Path) -> None:
         if file.suffix == ".svg":
             scratch.write_bytes(to_svg(figure))
             return
-        with matplotlib.rc_context(_STYLE):
+        with matplotlib.rc_context(STYLE):
             figure.savefig(scratch, dpi=200, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spectrim.network.choices import Choice
+from spectrim.network.printing import Grid, Printed, count, flat
 from spectrim.network.skipped import Skipped
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -22,10 +26,13 @@ class Option:
     error: float
     costs: Mapping[str, float]
 
+    def __repr__(self) -> str:
+        return f"Option({str(self.choice)!r}, error={self.error:.4g})"
+
 
 @dataclass(frozen=True)
-class Row:
-    """One site of the table.
+class Row(Printed):
+    """One site of the table. ``print(row)`` shows the options that are worth choosing.
 
     Attributes
     ----------
@@ -62,15 +69,74 @@ class Row:
     def loss(self, option: Option) -> float:
         return self.scale * max(option.error, 0.0) ** self.exponent if option.error > 0 else 0.0
 
+    def left(self, cost: str, lost: float) -> float:
+        """The share of a cost that remains of the site, at the least, where so much may be lost."""
+        dense = self.dense.costs[cost]
+        within = min(option.costs[cost] for option in self.options if option.error <= lost)
+        return within / dense if dense else 1.0
+
+    def worth(self, cost: str) -> tuple[Option, ...]:
+        """The options that no other one beats in error and in one cost both, the dearest first."""
+        best: list[Option] = []
+        for option in sorted(self.options, key=lambda option: (option.costs[cost], option.error)):
+            if not best or option.error < best[-1].error:
+                best.append(option)
+        return tuple(reversed(best))
+
+    def _grid(self) -> Grid:
+        from spectrim.selection.printed import row_grid
+
+        return row_grid(self)
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "layer": self.site, "kind": self.kind, "choice": str(option.choice), "method": option.choice.method,
+                "lost": option.error, "members": list(self.members), **flat(option.costs, self.dense.costs),
+            }
+            for option in self.options
+        ]  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"Row({self.site!r}, {self.kind}, {count(len(self.options), 'choice')})"
+
+
+class Rows(tuple[Row, ...]):
+    """The rows of a table; called, all their options as plain values."""
+
+    __slots__ = ()
+
+    def __call__(self) -> list[dict[str, Any]]:
+        """Every choice at every site, one dict a choice, the dense one first.
+
+        Returns
+        -------
+        list of dict
+            ``layer``, ``kind`` and ``choice`` in words; ``method`` that offers it; ``lost``, its relative error;
+            ``members``, the layers of a group; each cost of the site by its name and, with ``_dense``, as it is now.
+        """
+        return [record for row in self for record in row._records()]
+
+
+def printed_costs(costs: Iterable[str], limited: Iterable[str] = ()) -> list[str]:
+    """The costs that a table for people has: limited ones, else time, MACs and parameters; two, and all that limit."""
+    there = list(costs)
+    usual = [cost for cost in dict.fromkeys([*limited, "latency", "macs", "parameters"]) if cost in there]
+    return (usual or there)[: max(2, len([*limited]))]
+
 
 @dataclass(frozen=True)
-class Candidates:
+class Candidates(Printed):
     """All sites' options, and the cost of what no choice touches.
+
+    ``print(table)`` and notebooks show it as a table, ``table.rows()`` and :meth:`to_pandas` give every option, and
+    :meth:`plot` draws what is lost at which cost. It has a length, can be iterated, and is indexed by a site's name.
 
     Attributes
     ----------
     rows
-        One a site, and one a group of sites after them. Either the group is chosen or its sites are.
+        One a site, and one a group of sites after them. Either the group is chosen or its sites are. Called,
+        ``table.rows()``, they are plain dicts, one an option: see :meth:`Rows.__call__`.
     fixed
         Cost of the rest of the network.
     unit
@@ -81,17 +147,31 @@ class Candidates:
         Where measured costs come from: device, dtype, threads, batch.
     skipped
         What was left alone, with what it costs.
+
+    Examples
+    --------
+    >>> print(table)  # doctest: +SKIP
+    >>> print(table["layer1.0.conv1"])  # doctest: +SKIP
+    >>> table.plot("macs")  # doctest: +SKIP
     """
 
-    rows: tuple[Row, ...]
+    rows: Rows
     fixed: Mapping[str, float]
     unit: str
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     skipped: tuple[Skipped, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.rows, Rows):  # a plain tuple, which callers may give
+            object.__setattr__(self, "rows", Rows(self.rows))
+
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
+
+    def __contains__(self, site: object) -> bool:
+        """Whether there is a row of this name."""
+        return any(site in (row.site, row) for row in self.rows)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -133,6 +213,47 @@ class Candidates:
     def singles(self) -> tuple[Row, ...]:
         """The rows of single sites, without the groups."""
         return tuple(row for row in self.rows if not row.members)
+
+    def _records(self) -> list[dict[str, Any]]:
+        return self.rows()
+
+    def plot(
+        self, cost: str | None = None, *, layers: str | Sequence[str] | None = None, ax: Axes | None = None
+    ) -> Axes:
+        """Draw what every layer loses at which cost: a line a layer, through the choices that no other one beats.
+
+        Parameters
+        ----------
+        cost
+            By default milliseconds if they were measured, else MACs.
+        layers
+            Names of the rows to draw, all of them if None. Up to ten are told apart by a legend, more by their depth.
+        ax
+            Axes of matplotlib to draw on; new ones of a new figure if None.
+
+        Raises
+        ------
+        KeyError
+            For a layer that has no row.
+        ModuleNotFoundError
+            Without matplotlib.
+        ValueError
+            For a cost that the table does not have.
+        """
+        from spectrim.selection.figures import curves
+
+        names = [layers] if isinstance(layers, str) else layers
+        rows = self.rows if names is None else tuple(self[name] for name in names)
+        return curves(rows, cost or printed_costs(self.costs)[0], self.unit, ax=ax)
+
+    def _grid(self) -> Grid:
+        from spectrim.selection.printed import table_grid
+
+        return table_grid(self)
+
+    def __repr__(self) -> str:
+        options = sum(len(row.options) - 1 for row in self.rows)
+        return f"Candidates({count(len(self.rows), 'row')}, {count(options, 'choice')}, costs {', '.join(self.costs)})"
 
     def weighted(self, sensitivity: Mapping[str, tuple[float, float]]) -> Candidates:
         """The same table with ``(scale, exponent)`` of the named sites replaced."""

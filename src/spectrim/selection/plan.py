@@ -10,14 +10,19 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from spectrim.errors import PlanError
 from spectrim.network.choices import Choice, read_choice
 from spectrim.network.files import read_document, write_text
-from spectrim.selection.candidates import Candidates
+from spectrim.network.printing import Grid, Printed, count, flat, percent, total
+from spectrim.network.skipped import Skipped
+from spectrim.selection.candidates import Candidates, printed_costs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 VERSION = 1
 LARGEST = 16 * 2**20
@@ -52,10 +57,21 @@ class Entry:
         """The sites that the choice is for."""
         return self.members or (self.site,)
 
+    def __str__(self) -> str:
+        lost = "" if self.choice.is_dense else f", {percent(self.error)} lost"
+        costs = "".join(f"; {total(cost, dense, self.costs[cost])}" for cost, dense in self.dense_costs.items())
+        return f"{self.site} ({self.kind}): {self.choice}{lost}{costs}"
+
+    def __repr__(self) -> str:
+        return f"Entry({self.site!r}, {str(self.choice)!r}, error={self.error:.4g})"
+
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Printed):
     """One choice a site or group of sites.
+
+    ``print(plan)`` and notebooks show it as a table, :meth:`rows` and :meth:`to_pandas` give all of it. It has
+    a length, can be iterated, and is indexed by the name of a site.
 
     Attributes
     ----------
@@ -79,6 +95,14 @@ class Plan:
         How to make the methods again.
     facts
         Device, dtype, threads and batch of measured costs, and library versions.
+    skipped
+        What was left alone when the plan was made, and why. A plan's file does not hold it.
+
+    Examples
+    --------
+    >>> print(plan)  # doctest: +SKIP
+    >>> plan["layer1.0.conv1"].choice  # doctest: +SKIP
+    >>> worst = max(plan.rows(), key=lambda row: row["lost"])  # doctest: +SKIP
     """
 
     entries: tuple[Entry, ...]
@@ -93,9 +117,18 @@ class Plan:
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     version: int = VERSION
+    skipped: tuple[Skipped, ...] = field(default=(), compare=False)
 
     def __iter__(self) -> Iterator[Entry]:
         return iter(self.entries)
+
+    def __len__(self) -> int:
+        """How many entries there are."""
+        return len(self.entries)
+
+    def __contains__(self, site: object) -> bool:
+        """Whether there is an entry for a site of this name, for itself or in a group."""
+        return any(site in (entry.site, entry, *entry.members) for entry in self.entries)
 
     def __getitem__(self, site: str) -> Entry:
         for entry in self.entries:
@@ -106,6 +139,76 @@ class Plan:
     def ratio(self, cost: str) -> float:
         """Dense over planned."""
         return self.dense_costs[cost] / self.costs[cost]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The plan as plain values, one dict an entry and one for each thing that was left alone.
+
+        Returns
+        -------
+        list of dict
+            ``layer``, ``kind`` and ``choice`` in words; ``method`` that offered the choice; ``lost``, its relative
+            error; ``members``, the layers of a group; each cost by its name and, with ``_dense``, as it was before;
+            ``skipped``, why a layer was left alone, else empty. A network's costs are in :attr:`costs`.
+        """
+        rows: list[dict[str, Any]] = [
+            {
+                "layer": entry.site, "kind": entry.kind, "choice": str(entry.choice), "method": entry.choice.method,
+                "lost": entry.error, "members": list(entry.members), **flat(entry.costs, entry.dense_costs),
+                "skipped": "",
+            }
+            for entry in self
+        ]  # fmt: skip
+        for each in self.skipped:
+            costs = {cost: each.costs.get(cost, 0.0) for cost in self.dense_costs}
+            rows.append(
+                {
+                    "layer": each.name, "kind": each.kind, "choice": "", "method": "", "lost": 0.0, "members": [],
+                    **flat(costs, costs), "skipped": each.reason,
+                }
+            )  # fmt: skip
+        return rows
+
+    _records = rows
+
+    def plot(self, cost: str | None = None, *, ax: Axes | None = None) -> Axes:
+        """Draw a pair of bars a site: its cost dense and as planned, with the rest of the network last.
+
+        Parameters
+        ----------
+        cost
+            By default the one that the budget limits, or MACs.
+        ax
+            Axes of matplotlib to draw on; new ones of a new figure if None.
+
+        Raises
+        ------
+        ModuleNotFoundError
+            Without matplotlib.
+        ValueError
+            For a cost that the plan does not have.
+        """
+        from spectrim.selection.figures import bars
+
+        return bars(self, cost or self.printed_costs[0], ax=ax)
+
+    @property
+    def printed_costs(self) -> list[str]:
+        """The costs that the printed table has: limited and measured ones first, at most three."""
+        return printed_costs([cost for cost in self.dense_costs if cost in self.costs], self.budget)
+
+    @property
+    def changed(self) -> int:
+        """How many layers have another choice than dense."""
+        return sum(len(e.sites) for e in self if not e.choice.is_dense and not e.of_channels)
+
+    def _grid(self) -> Grid:
+        from spectrim.selection.printed import plan_grid
+
+        return plan_grid(self)
+
+    def __repr__(self) -> str:
+        costs = "".join(f", {total(cost, self.dense_costs[cost], self.costs[cost])}" for cost in self.printed_costs[:1])
+        return f"Plan({count(len(self), 'entry').replace('entrys', 'entries')}, {self.changed:,} layers changed{costs})"
 
     def diff(self, other: Plan) -> tuple[tuple[str, Choice | None, Choice | None], ...]:
         """Sites where two plans differ: ``(site, mine, theirs)``, None where a plan does not have the site."""
@@ -214,12 +317,13 @@ def make_plan(
         bound=None if bound is None else float(bound),
         methods={name: dict(record) for name, record in candidates.methods.items() if name in used},
         facts=dict(candidates.facts),
+        skipped=candidates.skipped,
     )
 
 
 def _fields(known: type[Plan] | type[Entry]) -> tuple[str, ...]:
     """The fields that a file has."""
-    return tuple(f.name for f in dataclasses.fields(known) if f.name != "of_channels")
+    return tuple(f.name for f in dataclasses.fields(known) if f.name not in ("of_channels", "skipped"))
 
 
 def _written(record: Plan | Entry) -> dict[str, Any]:

@@ -6,9 +6,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from spectrim.errors import PlanError
 from spectrim.network.files import read_document, write_text
+from spectrim.network.printing import Grid, Printed, change, cost_name, count, folded
 
 LARGEST = 32 * 2**20
 """Bytes of the text of a trajectory."""
@@ -47,10 +49,13 @@ class Record:
     metric: float | None = None
     seconds: float = 0.0
 
+    def __repr__(self) -> str:
+        return f"Record(mu={self.mu:.3g}, sum of ranks {sum(self.ranks):,}, distance={self.distance:.3g})"
+
 
 @dataclass(frozen=True)
-class Trajectory:
-    """Ranks over C steps.
+class Trajectory(Printed):
+    """Ranks over C steps. ``print(trajectory)`` and notebooks show it as a table, a line a C step.
 
     Attributes
     ----------
@@ -84,6 +89,64 @@ class Trajectory:
                 break
             count += 1
         return count
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The C steps as plain values, one dict a step.
+
+        Returns
+        -------
+        list of dict
+            ``step``, from 1; ``mu``; ``distance`` of the weights to their low-rank copies; ``ranks``, their sum;
+            ``changed``, choices that are not those of the step before; ``metric`` or None; ``seconds``; each cost of
+            the network by its name.
+        """
+        earlier = (None, *self.records)
+        return [
+            {
+                "step": number, "mu": record.mu, "distance": record.distance, "ranks": sum(record.ranks),
+                "changed": 0 if before is None else _differences(before.choices, record.choices),
+                "metric": record.metric, "seconds": record.seconds, **record.costs,
+            }
+            for number, (before, record) in enumerate(zip(earlier, self.records, strict=False), 1)
+        ]  # fmt: skip
+
+    _records = rows
+
+    def _grid(self) -> Grid:
+        shown = [cost for cost in dict.fromkeys([*self.budget, "macs", "parameters"]) if cost in self.dense_costs][:2]
+        metric = any(record.metric is not None for record in self.records)
+        lines = [
+            [
+                str(row["step"]), f"{row['mu']:.3g}", f"{row['distance']:.3g}", f"{row['ranks']:,}",
+                str(row["changed"] or ""), *(change(cost, self.dense_costs[cost], row[cost]) for cost in shown),
+                *(["" if row["metric"] is None else f"{row['metric']:.4g}"] if metric else []),
+            ]
+            for row in self.rows()
+        ]  # fmt: skip
+        columns = [
+            ">C step",
+            ">mu",
+            ">distance",
+            ">ranks",
+            ">changed",
+            *(f">{cost_name(cost)}" for cost in shown),
+        ]
+        return Grid(
+            [*columns, *([">metric"] if metric else [])],
+            folded(lines, lambda rest: ["...", *[""] * (len(rest[0]) - 1)]),
+            title=f"{count(len(self), 'C step')} of {count(len(self.sites), 'layer')}, "
+            f"the last {self.settled:,} without a change",
+            words=[
+                ("C step", "ranks are chosen anew for the weights as they are then"),
+                ("mu", "how strongly training pulls the weights towards low rank"),
+                ("distance", "of the weights to their low-rank copies, relative"),
+                ("ranks", f"their sum over all layers, of {sum(self.full):,} in full"),
+                ("changed", "layers with another choice than at the step before"),
+            ],
+        )  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"Trajectory({count(len(self), 'C step')}, {count(len(self.sites), 'layer')})"
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -134,3 +197,7 @@ class Trajectory:
             As :meth:`from_json`; the message names the file.
         """
         return read_document(path, cls.from_json, LARGEST)
+
+
+def _differences(one: tuple[str, ...], other: tuple[str, ...]) -> int:
+    return sum(a != b for a, b in zip(one, other, strict=True))

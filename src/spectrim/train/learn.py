@@ -13,6 +13,7 @@ from torch import nn
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
 from spectrim.errors import CheckpointError
+from spectrim.network.printing import Grid, count
 from spectrim.nn.copying import copy_model
 from spectrim.nn.find import Which
 from spectrim.nn.watch.batches import batch_size
@@ -55,6 +56,17 @@ class LearnedResult(Result):
     trajectory: Trajectory = field(default_factory=lambda: Trajectory((), (), {}))
     learning: TrainingResult | None = None
     tuning: TrainingResult | None = None
+
+    def _grid(self) -> Grid:
+        grid = super()._grid()
+        steps = [f"ranks learned in {count(len(self.trajectory), 'C step')}, see result.trajectory"]
+        parts = {"trained with the penalty": self.learning, "fine-tuned": self.tuning}
+        steps += [
+            f"{what}: {count(part.epochs, 'epoch')} in {part.seconds:.0f} s"
+            for what, part in parts.items()
+            if part is not None
+        ]
+        return replace(grid, notes=(*steps, *grid.notes))
 
 
 def learn_ranks(

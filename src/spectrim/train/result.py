@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
+
+from spectrim.network.printing import Grid, Printed, count, folded
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,8 @@ class EpochRecord:
 
 
 @dataclass(frozen=True)
-class TrainingResult:
-    """The outcome of a training run. The weights are in the model that was passed.
+class TrainingResult(Printed):
+    """The outcome of a training run. The weights are in the model that was passed. It prints as a table of its epochs.
 
     Attributes
     ----------
@@ -55,3 +59,26 @@ class TrainingResult:
     @property
     def last(self) -> float | None:
         return next((r.metric for r in reversed(self.history) if r.metric is not None), None)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The epochs as plain values, one dict an epoch: ``epoch``, ``loss``, ``lr``, ``metric`` or None."""
+        return [dataclasses.asdict(record) for record in self.history]
+
+    _records = rows
+
+    def _grid(self) -> Grid:
+        metric = self.last is not None
+        lines = [
+            [str(r.epoch), f"{r.loss:.4g}", f"{r.lr:.3g}", *(["" if r.metric is None else f"{r.metric:.2f}"] * metric)]
+            for r in self.history
+        ]
+        best = f"; best metric {self.best:.2f}, after epoch {self.best_epoch}" if self.best is not None else ""
+        return Grid(
+            [">epoch", ">loss", ">learning rate", *([">metric"] * metric)],
+            folded(lines, lambda rest: ["...", *[""] * (len(rest[0]) - 1)]),
+            title=f"{count(self.epochs, 'epoch')}, {count(self.steps, 'step')} in {self.seconds:.1f} s{best}",
+        )
+
+    def __repr__(self) -> str:
+        last = f", last metric {self.last:.4g}" if self.last is not None else ""
+        return f"TrainingResult({count(self.epochs, 'epoch')}, {count(self.steps, 'step')}, {self.seconds:.1f} s{last})"
