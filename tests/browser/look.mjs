@@ -23,6 +23,7 @@ async function look({ name, url, home }, width, scheme) {
     viewport: { width, height: phone ? 844 : 800 }, colorScheme: scheme, isMobile: phone, hasTouch: phone,
     deviceScaleFactor: phone ? 2 : 1, reducedMotion: "reduce",
   });
+  context.setDefaultTimeout(180_000); // machines are busy
   const page = await context.newPage();
   const errors = [], outside = [];
   page.on("console", (message) => message.type() === "error" && errors.push(message.text()));
