@@ -6,6 +6,7 @@ import ast
 import json
 import subprocess
 import sys
+import tomllib
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -150,3 +151,18 @@ def test_a_users_script_is_type_checked(tmp_path: Path) -> None:
 
 def test_the_package_says_that_it_is_typed() -> None:
     assert (Path(spectrim.__file__).parent / "py.typed").exists()
+
+
+def test_former_paths_are_there_until_0_3() -> None:
+    """What 0.1 documented works in 0.2, and goes with the version that was named; this fails when that comes."""
+    assert HOMES
+    assert tuple(map(int, spectrim.__version__.split(".")[:2])) < (0, 3)
+
+
+def test_the_version_has_one_source() -> None:
+    root = Path(__file__).resolve().parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    assert "version" in project["project"]["dynamic"]
+    assert project["tool"]["hatch"]["version"]["path"] == "src/spectrim/__init__.py"
+    assert f"\nversion: {spectrim.__version__}\n" in (root / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\n## {spectrim.__version__}" in (root / "CHANGELOG.md").read_text(encoding="utf-8")

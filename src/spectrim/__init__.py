@@ -5,7 +5,7 @@ import sys as _sys
 
 from spectrim import _moved
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _sys.meta_path.append(_moved.Finder())
 

@@ -1,4 +1,4 @@
-"""Module paths of version 0.1, which lead to where their names live now for one release.
+"""Module paths of version 0.1, which lead to where their names live now until 0.3.
 
 ``import spectrim`` puts :class:`Finder` at the end of the import system's list, so that it is asked only for what does
 not exist. To go with version 0.3.

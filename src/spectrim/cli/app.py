@@ -30,9 +30,9 @@ for _command in (profile, compress, path, evaluate, export, demo):
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from spectrim import __version__
 
-        print(version("spectrim"))
+        print(__version__)
         raise typer.Exit
 
 

@@ -1,4 +1,4 @@
-"""Options of methods that were options of commands: they work for one release, with a note of the new spelling.
+"""Options of methods that were options of commands: they work in 0.2, with a note of the new spelling.
 
 To go with version 0.3.
 """

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+
+from spectrim import __version__
 
 
 def machine_facts() -> dict[str, str]:
@@ -20,15 +21,8 @@ def machine_facts() -> dict[str, str]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "spectrim": _version(),
+        "spectrim": __version__,
     }
     if torch.cuda.is_available():
         facts["accelerator"] = f"{device_name('cuda')}, CUDA {torch.version.cuda}"
     return facts
-
-
-def _version() -> str:
-    try:
-        return version("spectrim")
-    except PackageNotFoundError:  # run from a source tree that is not installed
-        return "not installed"
