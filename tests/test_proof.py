@@ -263,3 +263,44 @@ def test_the_report_tells_how_far_outputs_agree() -> None:
     assert result.report.agreement is not None
     assert result.report.agreement.samples == result.report.held_out == 24
     assert "on 24 held-out calibration samples" in str(result.report)
+
+
+class Clipped(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.a.weight.data.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+class Averaged(Two):
+    """Has its second layer follow the first in training."""
+
+    def begin(self) -> None:
+        self.other = nn.Linear(32, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                for slow, fast in zip(self.other.parameters(), self.a.parameters(), strict=True):
+                    slow.lerp_(fast, 0.1)
+        return self.b(F.relu(self.a(x) + self.other(x)))
+
+
+@pytest.mark.parametrize(("kind", "says"), [(Clipped, "writes into a layer's weight"), (Averaged, "it raises")])
+def test_a_network_that_cannot_be_trained_any_more_says_so(kind: type[Two], says: str):
+    model = kind().eval()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    result = st.compress(model, BATCHES, st.Budget(macs=0.9), only="a")
+    (note,) = (note for note in result.report.notes if "cannot be trained as it is" in note)
+    assert says in note
+    assert "skip=" in note
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not result.model.training
+    with pytest.raises((st.ReadOnlyWeightError, RuntimeError, ValueError)):
+        result.model.train()(BATCHES[0])
+
+
+def test_what_writes_into_weights_in_training_is_refused_before_ranks_are_learned():
+    batches = [(x, torch.zeros(len(x), dtype=torch.long)) for x in BATCHES]
+    with pytest.raises(st.CalibrationError, match=r"in training mode .*the weight of layer 'a'.*skip="):
+        st.learn_ranks(Clipped(), batches, st.Budget(macs=0.6))

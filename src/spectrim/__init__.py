@@ -44,6 +44,7 @@ _HOMES = {
     "Trajectory": "selection.trajectory",
     "UnsupportedLayerError": "errors",
     "WeightSVD": "methods",
+    "agreement": "nn.agreement",
     "apply": "application",
     "budget_path": "train",
     "calibrate": "nn.watch.calibrate",

@@ -31,6 +31,7 @@ from spectrim.network.factors import SharedBasis as SharedBasis
 from spectrim.network.groups import group as group
 from spectrim.network.sites import Site as Site
 from spectrim.network.sites import Sites as Sites
+from spectrim.nn.agreement import agreement as agreement
 from spectrim.nn.channels.graph import couple as couple
 from spectrim.nn.channels.rules import ChannelRule as ChannelRule
 from spectrim.nn.channels.rules import register_channels as register_channels

@@ -80,7 +80,8 @@ class Report(Printed):
     held_out
         Samples that they were not fitted to.
     agreement
-        How far the outputs are from the dense network's on these samples; None where they cannot be compared.
+        How far the outputs are from the dense network's on these samples; None where they cannot be compared. It is
+        that of the model as it was returned: after training call :func:`spectrim.agreement` again.
     """
 
     plan: Plan
@@ -365,6 +366,7 @@ def shrink(
         return select(table, limits, selector), table
 
     plan, table = planned(sites, None, budget)
+    file = table.dense["bytes"] + header_bytes(model)
     if budget.bytes is not None:
         sites, plan, table, budget = _within_file(model, sites, plan, table, budget, planned)
     measured: Mapping[str, Timing] = {}
@@ -373,6 +375,9 @@ def shrink(
             model, sites, table, plan, budget, prepared.example, latency,
             selector=lambda table, limits: planned(sites, table, limits)[0], methods=methods,
         )  # fmt: skip
+    if budget.bytes is not None:
+        # The header that the table counts is that of the compressed network's file.
+        plan = dataclasses.replace(plan, dense_costs={**plan.dense_costs, "bytes": file})
     done = carry_out(
         model, sites, plan, batches, methods=methods, reconstruct=reconstruct, rows=prepared.sampling.rows,
         mask=prepared.sampling.mask, forward=forward, progress=progress,
@@ -400,9 +405,14 @@ def reported(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     measured: Mapping[str, Timing] = MappingProxyType({}),
     notes: Sequence[str] = (),
+    trained: bool = False,
 ) -> Report:
-    """What a plan that was carried out did; where there are batches, how far the outputs agree."""
-    agreed = None if batches is None else agreement(model, small, batches, done.held, mask=mask, forward=forward)
+    """What a plan that was carried out did; where there are batches, how far the outputs agree.
+
+    Of a network that was trained since, no samples are held out.
+    """
+    held = () if trained else done.held
+    agreed = None if batches is None else agreement(model, small, batches, held, mask=mask, forward=forward)
     notes = (*sites.notes, *few_rows(sites), *uncounted_work(sites), *notes, *_said_of_layers(done), *done.notes)
     skipped = tuple((s.name, s.kind, s.reason) for s in sites.skipped)
     return Report(plan, skipped, sites.samples, measured, notes, done.errors, done.held_out, agreed)

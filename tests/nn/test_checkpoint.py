@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import math
 import pickle
@@ -10,8 +11,9 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
+import spectrim as st
 from spectrim.errors import CheckpointError
 from spectrim.network import tensor_files
 from spectrim.network.choices import Choice
@@ -570,3 +572,62 @@ def test_mutated_plans_of_groups_give_a_clear_error_or_a_sound_model(share, tmp_
     assert not unnamed
     assert refused > 100
     assert loaded > 5
+
+
+class Three(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(12, 16), nn.Linear(16, 16), nn.Linear(16, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.relu(self.b(torch.relu(self.a(x)))))
+
+
+BATCHES = [torch.randn(32, 12, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+
+
+def twice(*, merged: bool = False, **options) -> st.Result:
+    once = st.compress(Three().eval(), BATCHES, st.Budget(macs=0.7)).model
+    return st.compress(st.merge(once) if merged else once, BATCHES, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "version"),
+    [
+        ({"budget": st.Budget(macs=0.8)}, "3"),
+        ({"budget": st.Budget(parameters=0.8), "methods": st.LowRankPlusSparse()}, "3"),
+        ({"budget": st.Budget(macs=0.7), "merged": True}, "1"),
+    ],
+    ids=["low rank", "sparse", "merged"],
+)
+def test_what_was_compressed_again_is_rebuilt_from_the_dense_network(options, version, tmp_path):
+    result, path = twice(**options), tmp_path / "small.safetensors"
+    for model in (result.model, copy.deepcopy(result.model)):
+        save(model, result.plan, path)
+        texts = tensor_files.read(path, weights=False)[1]
+        assert texts["format_version"] == version
+        again = load(Three(), path).eval()
+        assert same_weights(again, result.model)
+        assert torch.equal(again(BATCHES[0]), result.model(BATCHES[0]))
+    # What was loaded knows as much.
+    save(again, read_plan(path), path)
+    assert same_weights(load(Three(), path), result.model)
+
+
+def test_parts_that_were_compressed_before_the_whole_come_back(tmp_path):
+    whole = nn.Sequential(st.compress(Three().eval(), BATCHES, st.Budget(macs=0.7)).model, nn.Linear(6, 12)).eval()
+    result = st.compress(whole, BATCHES, st.Budget(macs=0.9))
+    save(result.model, result.plan, tmp_path / "small.safetensors")
+    again = load(nn.Sequential(Three(), nn.Linear(6, 12)), tmp_path / "small.safetensors")
+    assert same_weights(again, result.model)
+
+
+@pytest.mark.parametrize("earlier", ["{", "[1]", '["{}"]', "{}"])
+def test_a_table_of_earlier_plans_that_is_none_is_refused(earlier, tmp_path):
+    result, path = twice(budget=st.Budget(macs=0.8)), tmp_path / "small.safetensors"
+    save(result.model, result.plan, path)
+    header, body = header_of(path.read_bytes())
+    header["__metadata__"]["earlier"] = earlier
+    path.write_bytes(with_header(header, body))
+    with pytest.raises(CheckpointError):
+        load(Three(), path)

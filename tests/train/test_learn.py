@@ -55,6 +55,12 @@ def test_a_run_ends_in_a_factored_network_within_the_budget(tmp_path: Path) -> N
     assert plan.budget == result.trajectory.budget == {"parameters": 0.5 * parameter_count(model)}
     assert result.report.plan is plan
     assert ("stem", "Conv2d 3x3", "skipped on request") in result.report.skipped
+    # Of the trained network; its samples were trained on.
+    agreed = result.report.agreement
+    assert agreed is not None
+    assert not agreed.held_out
+    assert agreed.samples == result.report.samples
+    assert 0 < agreed.error < 1
     assert result.trajectory.sites == tuple(entry.site for entry in plan) == ("conv1", "conv2", "head")
     assert [record.mu for record in result.trajectory.records] == [SCHEDULE.mu(step) for step in range(8)]
     assert all(record.costs["parameters"] <= plan.budget["parameters"] for record in result.trajectory.records)

@@ -78,14 +78,28 @@ def agreement(
     mask: Mask = None,
     forward: Forward | None = None,
 ) -> Agreement | None:
-    """Compare two networks' outputs on samples that no layer was fitted to, or on some if none are held out.
+    """How far a compressed network's outputs are from the dense network's, without labels.
+
+    The report of :func:`spectrim.compress` tells it of the network that it returned; call this after training.
 
     Parameters
     ----------
+    dense, small
+        Run in evaluation mode without gradients, and left as found.
+    batches
+        Of inputs; 512 samples at most are used. Better of samples that nothing was fitted to.
     held
-        Which samples of every batch are held out.
+        Which samples of every batch to take, ``[size]`` for each; all if none are named.
     mask
         Tells padding from data; see :func:`spectrim.calibrate`.
+    forward
+        Runs a model on a batch in another way.
+
+    Returns
+    -------
+    Agreement
+        Relative error of the outputs, and of scores of classes how often the same comes first; None where outputs
+        differ in shape or are zero.
     """
     try:
         return _agreement(dense, small, batches, held, mask, forward)

@@ -18,7 +18,7 @@ from spectrim.network.sites import Sites
 from spectrim.nn.build import skeleton
 from spectrim.nn.channels.narrow import add_bias, reshape
 from spectrim.nn.find import describe, find
-from spectrim.nn.shipping import carry
+from spectrim.nn.shipping import carry, earlier, remembered
 from spectrim.nn.sparse.layers import Slim
 from spectrim.nn.sparse.packed import masked_layers, packed_mask, read_mask, read_weight, values_inside
 from spectrim.nn.standing import Traits
@@ -28,7 +28,9 @@ from spectrim.selection.plan import Plan
 FORMAT = "spectrim"
 FORMAT_VERSION = "1"
 PACKED_VERSION = "2"
-"""Of files that hold sparse weights packed; all others are of version 1."""
+"""Of files that hold sparse weights packed."""
+AGAIN_VERSION = "3"
+"""Of files of networks that were compressed again, with the plans before the last; all others are of version 1."""
 
 # Of a header: what is written of a tensor beside its name and numbers, and of texts beside the plan and tables.
 _TENSOR = ':{"dtype":"F8_E4M3","shape":[],"data_offsets":[,]},'
@@ -48,7 +50,8 @@ def save(model: nn.Module, plan: Plan, path: str | Path) -> None:
     model
         What :func:`spectrim.apply` returned, fine-tuned or not.
     plan
-        The plan it was made by.
+        The plan it was made by. What was compressed before, and has been compressed again, is saved with the plans that
+        were carried out before this one.
 
     Raises
     ------
@@ -59,15 +62,18 @@ def save(model: nn.Module, plan: Plan, path: str | Path) -> None:
         If the file cannot be written: there is no such folder, or it is full or read-only.
     """
     owners, shared = _owners(model.state_dict())
-    tensors, packed = _stored(model, plan, owners)
+    before = earlier(model, plan)
+    tensors, packed = _stored(model, [*before, plan], owners)
     metadata = {
         "format": FORMAT,
-        "format_version": PACKED_VERSION if packed else FORMAT_VERSION,
+        "format_version": AGAIN_VERSION if before else PACKED_VERSION if packed else FORMAT_VERSION,
         "plan": plan.to_json(lines=False),
         "shared": json.dumps(shared, sort_keys=True),
     }
     if packed:
         metadata["packed"] = json.dumps(packed)
+    if before:
+        metadata["earlier"] = _listed(before)
     tensor_files.write(Path(path), tensors, metadata)
 
 
@@ -101,7 +107,15 @@ def header_bytes(model: nn.Module, plan: Plan | None = None) -> int:
         len(json.dumps(name)) + len(_TENSOR) + 2 * digits + sum(len(str(size)) + 1 for size in shape)
         for name, shape in state.items()
     )
-    return tensors + (16 if plan is None else named + len(json.dumps(plan.to_json(lines=False))) + _TEXTS)
+    if plan is None:
+        return tensors + 16
+    before = remembered(model)
+    named += len(json.dumps(_listed(before))) if before else 0
+    return tensors + named + len(json.dumps(plan.to_json(lines=False))) + _TEXTS
+
+
+def _listed(plans: Sequence[Plan]) -> str:
+    return json.dumps([plan.to_json(lines=False) for plan in plans])
 
 
 def load(model: nn.Module, path: str | Path) -> nn.Module:
@@ -127,9 +141,10 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         If the file is missing, damaged (a bit is not what was written) or not a Spectrim checkpoint, or belongs to
         another architecture; the message names the first layer or tensor that does not fit.
     """
-    tensors, plan, shared, packed = _read(Path(path))
+    tensors, plans, shared, packed = _read(Path(path))
     traits = Traits.of(model)
-    rebuild(model, plan, tensors, path)
+    for plan in plans:
+        rebuild(model, plan, tensors, path)
     _unpack(model, tensors, packed, path)
     state = model.state_dict()
     for name, source in shared.items():
@@ -141,7 +156,8 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     _check_channels(model, tensors, path)
     model.load_state_dict(tensors)
     traits.give(model)
-    carry(model, plan)
+    for plan in plans:
+        carry(model, plan)
     return model
 
 
@@ -166,8 +182,8 @@ def rebuild(model: nn.Module, plan: Plan, names: Container[str], path: str | Pat
 
 
 def read_plan(path: str | Path) -> Plan:
-    """The plan kept in a checkpoint, without its weights."""
-    return _read(Path(path), weights=False)[1]
+    """The plan kept in a checkpoint, the last one, without its weights."""
+    return _read(Path(path), weights=False)[1][-1]
 
 
 def _owners(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -187,9 +203,11 @@ def _owners(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
     return owners, shared
 
 
-def _stored(model: nn.Module, plan: Plan, owners: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[list[str]]]:
+def _stored(
+    model: nn.Module, plans: Sequence[Plan], owners: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], list[list[str]]]:
     """Tensors as the file holds them, and the names ``[weight, mask]`` of those that are packed."""
-    densities = {e.site: e.choice.density for e in plan if isinstance(e.choice, SumChoice)}
+    densities = {e.site: e.choice.density for plan in plans for e in plan if isinstance(e.choice, SumChoice)}
     held = dict(owners)
     packed: list[list[str]] = []
     for weight, mask, layer in masked_layers(model):
@@ -204,7 +222,10 @@ def _stored(model: nn.Module, plan: Plan, owners: Mapping[str, Tensor]) -> tuple
     return {name: t.detach().cpu().contiguous().clone() for name, t in held.items()}, packed
 
 
-def _read(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], Plan, dict[str, str], list[tuple[str, str]]]:
+def _read(
+    path: Path, *, weights: bool = True
+) -> tuple[dict[str, Tensor], list[Plan], dict[str, str], list[tuple[str, str]]]:
+    """Tensors, plans in the order they were carried out, names of shared tensors and of packed ones."""
     try:
         tensors, metadata = tensor_files.read(path, weights=weights)
     except FileNotFoundError:
@@ -214,30 +235,35 @@ def _read(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], Plan,
     if metadata.get("format") != FORMAT or "plan" not in metadata:
         raise CheckpointError(f"{path}: a safetensors file, but not a Spectrim checkpoint (it holds no plan)")
     version = metadata.get("format_version")
-    if version not in (FORMAT_VERSION, PACKED_VERSION):
+    if version not in (FORMAT_VERSION, PACKED_VERSION, AGAIN_VERSION):
         raise CheckpointError(
-            f"{path}: format version {version!r}; this library reads {FORMAT_VERSION!r} and {PACKED_VERSION!r}"
+            f"{path}: format version {version!r}; this library reads {FORMAT_VERSION!r}, {PACKED_VERSION!r} and "
+            f"{AGAIN_VERSION!r}"
         )
+    before = _table(metadata, "earlier", path) if version == AGAIN_VERSION else []
+    if not isinstance(before, list) or not all(isinstance(text, str) for text in before):
+        raise CheckpointError(f"{path}: the table of earlier plans is not a list of plans")
     try:
-        plan = Plan.from_json(metadata["plan"])
+        plans = [Plan.from_json(text) for text in (*before, metadata["plan"])]
     except PlanError as error:
         raise CheckpointError(f"{path}: {error}") from error
     shared = _table(metadata, "shared", path) if "shared" in metadata else {}
     if not isinstance(shared, dict) or not all(isinstance(v, str) for v in shared.values()):
         raise CheckpointError(f"{path}: the table of shared tensors is not a table of names")
-    packed = _table(metadata, "packed", path) if version == PACKED_VERSION else []
+    holds = version == PACKED_VERSION or (version == AGAIN_VERSION and "packed" in metadata)
+    packed = _table(metadata, "packed", path) if holds else []
     if not isinstance(packed, list) or not all(_is_pair(pair) for pair in packed):
         raise CheckpointError(f"{path}: the table of packed tensors is not a table of pairs of names")
-    return tensors, plan, shared, [(weight, mask) for weight, mask in packed]
+    return tensors, plans, shared, [(weight, mask) for weight, mask in packed]
 
 
 def _table(metadata: Mapping[str, str], name: str, path: Path) -> Any:
     try:
         return json.loads(metadata[name])
     except KeyError:
-        raise CheckpointError(f"{path}: the table of {name} tensors is missing") from None
+        raise CheckpointError(f"{path}: the table {name!r} is missing") from None
     except (json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the table of {name} tensors cannot be read: {error}") from error
+        raise CheckpointError(f"{path}: the table {name!r} cannot be read: {error}") from error
 
 
 def _is_pair(value: object) -> bool:

@@ -18,6 +18,7 @@ from spectrim.cost.whole import Layered, Network, Picks
 from spectrim.errors import ProofError
 from spectrim.network.sites import Sites
 from spectrim.nn.counting import counting
+from spectrim.nn.modes import said_of_training
 from spectrim.nn.standing import LAYERS, StandIn
 from spectrim.nn.surgery import merge, parameter_count
 from spectrim.nn.watch.batches import Feed, Forward
@@ -120,7 +121,7 @@ def prove(
 
     Every replaced layer is called, as often as the dense one; parameters and MACs are as counted; the outputs have the
     shapes of the dense ones and are numbers; merged, the network computes the same. The cost is one forward pass of
-    each network, and some of single samples.
+    each network, and some of single samples. What asks for its mode is tried in training mode too, for a note.
 
     Yields
     ------
@@ -151,6 +152,7 @@ def prove(
     yield from _work(expected, before, now)
     yield from _outputs(expected, before, now)
     yield from _merged(small, batch, feed)
+    yield from said_of_training(dense, small, batch, feed)
 
 
 def _run(model: nn.Module, batch: Any, names: Sequence[str], feed: Feed) -> Seen:

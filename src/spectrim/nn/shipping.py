@@ -28,6 +28,8 @@ from spectrim.selection.plan import Entry, Plan
 METHOD = "spectrim"
 FORMAT_VERSION = "1"
 _TIED = "_tied_weights_keys"
+# On a module: plans that were carried out on it, in order.
+_PLANS = "_spectrim_plans"
 NEEDS = (
     "this model was compressed by Spectrim, which builds its layers: pip install spectrim, and write "
     "`import spectrim.hf` before from_pretrained"
@@ -38,8 +40,9 @@ NEEDS = (
 def carry(model: nn.Module, plan: Plan) -> None:
     """Have a model of transformers, and those inside of a model, save the plan that was carried out on it, in place.
 
-    Other modules stay as they are, and what an earlier plan left is saved as well.
+    Any other module remembers it alone. What an earlier plan left is saved as well.
     """
+    vars(model)[_PLANS] = (*vars(model).get(_PLANS, ()), plan)
     kind = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     for name, module in model.named_modules():
         if kind is not None and isinstance(module, kind):
@@ -49,6 +52,40 @@ def carry(model: nn.Module, plan: Plan) -> None:
             own = moved(plan, _inside(f"{name}.") if name else str)
             vars(module)["save_pretrained"] = Saver(module, (*plans, own), bare | _without_bias(module))
     declare_ties(model)
+
+
+def remembered(model: nn.Module) -> tuple[Plan, ...]:
+    """Plans that were carried out on parts of a model, and on itself, in order."""
+    inside = [
+        moved(each, lambda name, path=path: f"{path}.{name}")
+        for path, module in model.named_modules()
+        if path
+        for each in vars(module).get(_PLANS, ())
+    ]
+    return (*inside, *vars(model).get(_PLANS, ()))
+
+
+def earlier(model: nn.Module, plan: Plan) -> tuple[Plan, ...]:
+    """Plans that were carried out before this one, in order; none where a model does not know of this one."""
+    plans = remembered(model)
+    return plans[: plans.index(plan)] if plan in plans else ()
+
+
+def forget_layers(model: nn.Module) -> None:
+    """Leave, of the plans that modules remember, the channels that went: their layers have one weight again."""
+    for module in model.modules():
+        saver = vars(module).get("save_pretrained")
+        if isinstance(saver, Saver):
+            vars(module)["save_pretrained"] = replace(saver, plans=tuple(_channels_of(saver.plans)))
+        if _PLANS in vars(module):
+            vars(module)[_PLANS] = tuple(_channels_of(vars(module)[_PLANS]))
+
+
+def _channels_of(plans: Sequence[Plan]) -> Iterator[Plan]:
+    for plan in plans:
+        entries = tuple(entry for entry in plan if isinstance(entry.choice, ChannelsChoice))
+        if entries:
+            yield replace(plan, entries=entries)
 
 
 def is_shipped(model: nn.Module) -> bool:

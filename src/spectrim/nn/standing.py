@@ -63,8 +63,9 @@ class StandIn(nn.Module):
         return self.whole()[1]
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name in ("weight", "bias"):
-            raise _written(self, name)
+        # Pruning of torch would keep the weight under another name.
+        if name in ("weight", "bias", "weight_orig", "bias_orig"):
+            raise _written(self, name.removesuffix("_orig"))
         super().register_parameter(name, param)
 
     def __reduce_ex__(self, protocol: Any) -> Any:

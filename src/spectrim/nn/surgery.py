@@ -10,7 +10,7 @@ from torch import nn
 from spectrim.errors import PlanError
 from spectrim.nn.copying import copy_model
 from spectrim.nn.modules import dense_layer
-from spectrim.nn.shipping import declare_ties
+from spectrim.nn.shipping import declare_ties, forget_layers
 from spectrim.nn.sparse.packed import masked_layers, stored_bytes
 from spectrim.nn.standing import StandIn, Traits, fits, take_over
 
@@ -101,6 +101,7 @@ def _merged(model: nn.Module) -> nn.Module:
     for layer, names in reversed(found.items()):
         replace_module(merged, names, dense_layer(layer))
     traits.give(merged)
+    forget_layers(merged)
     declare_ties(merged)
     return merged
 

@@ -10,15 +10,19 @@ from typing import Any
 
 from torch import nn
 
+from spectrim.application import Applied
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
 from spectrim.errors import CheckpointError
 from spectrim.network.printing import Grid, count
 from spectrim.nn.copying import copy_model
 from spectrim.nn.find import Which
-from spectrim.nn.watch.batches import batch_size
+from spectrim.nn.modes import check_trainable
+from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.layout import Where
+from spectrim.nn.watch.nesting import begun
 from spectrim.nn.watch.sampling import Mask, Sampling
-from spectrim.pipeline import Report, Result
+from spectrim.pipeline import Result, reported
 from spectrim.preparation import check_options, locate, prepare
 from spectrim.selection.budget import COSTS, Budget, BudgetLike
 from spectrim.selection.plan import Plan
@@ -46,7 +50,8 @@ class LearnedResult(Result):
     Attributes
     ----------
     model, plan, report, candidates, sites
-        As of :class:`spectrim.Result`; the model is trained already.
+        As of :class:`spectrim.Result`; the model is trained already, and the report tells how far its outputs agree
+        with those of the model that was given, on calibration samples, which were trained on.
     trajectory
         Ranks after every C step.
     learning, tuning
@@ -83,6 +88,7 @@ def learn_ranks(
     only: Which | Iterable[Which] = (),
     groups: bool | Mapping[str, Sequence[str]] = False,
     mask: Mask = None,
+    samples: Where = None,
     teacher: nn.Module | None = None,
     loss: Loss | None = None,
     evaluate: Evaluate | None = None,
@@ -120,6 +126,8 @@ def learn_ranks(
         Layers that may share factors: True finds them (:func:`spectrim.group`), a mapping names them.
     mask
         Which tokens of the calibration batches are data; see :func:`spectrim.calibrate`.
+    samples
+        Where a batch's samples are; see :func:`spectrim.calibrate`.
     teacher, loss, evaluate, progress, accelerate
         As for :func:`spectrim.fine_tune`; ``evaluate`` is used in tuning.
     checkpoint
@@ -142,7 +150,7 @@ def learn_ranks(
     limits = None if budget is None else _limits(budget, options)
     run = _Run(
         model, batches, calibration=calibration, learning=learning or Recipe(), tuning=tuning or Recipe(),
-        patience=patience, weigh=weigh, skip=skip, only=only, groups=groups, mask=mask,
+        patience=patience, weigh=weigh, skip=skip, only=only, groups=groups, mask=mask, samples=samples,
         evaluate=evaluate, latency=latency,
         training={"teacher": teacher, "loss": loss, "progress": progress, "accelerate": accelerate}, options=options,
     )  # fmt: skip
@@ -163,6 +171,7 @@ def budget_path(
     only: Which | Iterable[Which] = (),
     groups: bool | Mapping[str, Sequence[str]] = False,
     mask: Mask = None,
+    samples: Where = None,
     teacher: nn.Module | None = None,
     loss: Loss | None = None,
     evaluate: Evaluate | None = None,
@@ -194,7 +203,7 @@ def budget_path(
     limits = [_limits(budget, options) for budget in budgets]
     run = _Run(
         model, batches, calibration=calibration, learning=learning or Recipe(), tuning=tuning or Recipe(),
-        patience=patience, weigh=weigh, skip=skip, only=only, groups=groups, mask=mask,
+        patience=patience, weigh=weigh, skip=skip, only=only, groups=groups, mask=mask, samples=samples,
         evaluate=evaluate, latency=latency,
         training={"teacher": teacher, "loss": loss, "progress": progress, "accelerate": accelerate}, options=options,
     )  # fmt: skip
@@ -234,6 +243,7 @@ class _Run:
     only: Which | Iterable[Which]
     groups: bool | Mapping[str, Sequence[str]]
     mask: Mask
+    samples: Where
     evaluate: Evaluate | None
     latency: Latency | None
     training: dict[str, Any]
@@ -241,11 +251,12 @@ class _Run:
 
     def __post_init__(self) -> None:
         check_options(self.groups, self.latency)
+        self.feed = Feed(None, self.samples)
         if self.training["teacher"] is None and self.training["loss"] is None:
             self.training["teacher"] = self.model
         seed = self.learning.seed
         if self.calibration is None:
-            self.calibration = _first(self.batches, seed)
+            self.calibration = self._first(seed)
         # iter() would do to tell an iterator, but a DataLoader draws a number from the global generator for it.
         if hasattr(self.calibration, "__next__"):
             with randomness.seeded(seed):
@@ -277,9 +288,23 @@ class _Run:
         if tuning.epochs:
             epoch += learning.epochs
             tuned = self._loop(small, tuning, epoch, folder, "tuning", evaluate=self.evaluate).run()
-        sites = ranks.fitted
-        report = Report(plan, tuple((s.name, s.kind, s.reason) for s in sites.skipped), sites.samples)
-        return LearnedResult(small, plan, report, ranks.candidates, sites, ranks.trajectory, learned, tuned)
+        with randomness.seeded(learning.seed, self.calibration):
+            report = reported(
+                self.model, small, ranks.fitted, plan, ranks.applied or Applied(small), self.calibration,
+                mask=self.mask, forward=self.feed, trained=True,
+            )  # fmt: skip
+        return LearnedResult(small, plan, report, ranks.candidates, ranks.fitted, ranks.trajectory, learned, tuned)
+
+    def _first(self, seed: int) -> list[Any]:
+        """Training batches up to a number of samples, for calibration: the same ones in every call with one seed."""
+        found, samples = [], 0
+        with randomness.seeded(seed, self.batches):
+            for batch in self.batches:
+                found.append(batch)
+                samples += self.feed.decide(self.model, batch).layout.size(batch)
+                if samples >= _SAMPLES:
+                    break
+        return found
 
     def _finished(self, ranks: LearnedRanks, folder: Path | None) -> tuple[nn.Module, Plan]:
         """The factored network; its plan is kept, since one made by measuring comes out differently another time."""
@@ -293,8 +318,8 @@ class _Run:
                     f"{kept}: a plan within {dict(plan.budget)}, but the budget is {dict(asked)}. Delete the folder "
                     "to start again"
                 )
-            return ranks.finish(self.calibration, plan=plan)
-        small, plan = ranks.finish(self.calibration)
+            return ranks.finish(self.calibration, plan=plan, forward=self.feed, mask=self.mask)
+        small, plan = ranks.finish(self.calibration, forward=self.feed, mask=self.mask)
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             plan.write(kept)
@@ -307,12 +332,13 @@ class _Run:
 
     def _ranks(self, net: nn.Module, budget: Budget | None) -> LearnedRanks:
         assert self.calibration is not None
-        sites = locate(net, self.calibration, skip=self.skip, only=self.only)
+        sites = locate(net, self.calibration, skip=self.skip, only=self.only, forward=self.feed)
         prepared = prepare(
             net, sites, self.calibration, sensitivity=self.weigh, groups=self.groups, sampling=Sampling(mask=self.mask),
             latency=self.latency or (budget is not None and budget.latency is not None),
-            dense_latency=self.options.get("dense_latency"),
+            dense_latency=self.options.get("dense_latency"), forward=self.feed,
         )  # fmt: skip
+        check_trainable(net, prepared.sites, begun(self.calibration)[0], self.feed)
         schedule = self.options.get("schedule") or Schedule()
         total = self.learning.epochs * (length(self.batches, needed=True) or 0)
         # The last C step is due after the last batch.
@@ -325,15 +351,3 @@ def _settled(trajectory: Trajectory, patience: int | None) -> bool:
     if patience is None or not trajectory.records:
         return False
     return trajectory.settled >= patience and trajectory.records[-1].distance <= _CLOSE
-
-
-def _first(batches: Iterable[Any], seed: int) -> list[Any]:
-    """Training batches up to a number of samples, for calibration: the same ones in every call with one seed."""
-    found, samples = [], 0
-    with randomness.seeded(seed, batches):
-        for batch in batches:
-            found.append(batch)
-            samples += batch_size(batch)
-            if samples >= _SAMPLES:
-                break
-    return found

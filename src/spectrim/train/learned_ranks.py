@@ -23,7 +23,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from spectrim.application import apply
+from spectrim.application import Applied, carry_out
 from spectrim.cost.counted import Cost
 from spectrim.cost.latency import Latency
 from spectrim.errors import CheckpointError, MissingMomentsError, PlanError
@@ -33,6 +33,9 @@ from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Site, Sites, Statistics
 from spectrim.nn.copying import copy_model
 from spectrim.nn.find import canonical
+from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.layout import Where
+from spectrim.nn.watch.sampling import Mask, Sampling
 from spectrim.pipeline import meet_latency
 from spectrim.preparation import one_batch, prepare
 from spectrim.selection.budget import Budget, BudgetLike
@@ -174,6 +177,7 @@ class LearnedRanks:
         options: dict[str, Any] = {"latency": latency, "dense_latency": dense_latency, "costs": costs}
         now = self._present(lambda name, weight: weight)
         self.fitted = sites
+        self.applied: Applied | None = None
         try:
             self._c_step = CStep(
                 now, self.methods, budget, multiplier, cost=cost, normalize=normalize, dense=dense, **options
@@ -276,6 +280,8 @@ class LearnedRanks:
         plan: Plan | None = None,
         reconstruct: bool = True,
         forward: Callable[[nn.Module, Any], Any] | None = None,
+        samples: Where = None,
+        mask: Mask = None,
     ) -> tuple[nn.Module, Plan]:
         """The factored network that the present weights lead to, and its plan.
 
@@ -290,18 +296,22 @@ class LearnedRanks:
             latency budget is checked by measuring. Without them every layer is factorised on its own.
         plan
             To be carried out in place of a choice made here, as the one that an earlier call returned.
-        reconstruct, forward
+        reconstruct, forward, samples, mask
             As for :func:`spectrim.apply`.
 
         Returns
         -------
         model, plan
-            A new model of plain layers; the trained one is left as it is.
+            A new model of plain layers; the trained one is left as it is. ``applied`` holds what was learned on the
+            way, such as how far layers miss, and :func:`spectrim.nn.agreement.agreement` how far outputs agree.
         """
+        forward = Feed.of(forward, samples)
         sites = self._present(lambda name, weight: weight.clone())
         if batches is not None:
             weighed = any(site.statistics.gradient is not None for site in self.sites)
-            fitted = prepare(self.model, sites, batches, sensitivity=weighed, forward=forward).sites
+            fitted = prepare(
+                self.model, sites, batches, sensitivity=weighed, sampling=Sampling(mask=mask), forward=forward
+            ).sites
             sites = fitted if self.energy == "output" else sites
         else:
             fitted = sites
@@ -309,14 +319,17 @@ class LearnedRanks:
         if plan is None:
             plan = chosen
             if self._latency is not None and self.budget is not None and batches is not None:
-                example = one_batch(self.model, batches, self._latency.batch)
+                example = one_batch(self.model, batches, self._latency.batch, forward)
                 plan, _ = meet_latency(
                     self.model, sites, self.candidates, plan, self.budget, example, self._latency,
                     methods=self.methods, close=_CLOSE,
                 )  # fmt: skip
         self.fitted = fitted
-        small = apply(self.model, fitted, plan, batches, methods=self.methods, reconstruct=reconstruct, forward=forward)
-        return small, plan
+        self.applied = carry_out(
+            self.model, fitted, plan, batches, methods=self.methods, reconstruct=reconstruct, mask=mask,
+            forward=forward,
+        )  # fmt: skip
+        return self.applied.model, plan
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole state as tensors; with the weights of the model it continues the run bit for bit."""

@@ -1,0 +1,80 @@
+"""Whether a network whose layers are replaced can be trained: some write their layers' weights in training mode."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from spectrim.errors import CalibrationError, ReadOnlyWeightError
+from spectrim.network.choices import LowRankChoice
+from spectrim.network.sites import Sites
+from spectrim.nn.build import skeleton
+from spectrim.nn.copying import copy_model
+from spectrim.nn.surgery import replace_module
+from spectrim.nn.watch.batches import Feed
+
+_CURE = "take that out where the layer is compressed, or skip= the layer"
+
+
+def said_of_training(dense: nn.Module, small: nn.Module, batch: Any, feed: Feed) -> Iterator[str]:
+    """What a user should know who trains a compressed network: that it does not run in training mode, and why.
+
+    Tried on copies, with two samples, where the code of the network's own modules asks for its mode.
+    """
+    if not _asks_for_mode(small):
+        return
+    error = _in_training(small, batch, feed)
+    if isinstance(error, ReadOnlyWeightError):
+        yield f"the model cannot be trained as it is: in training mode it writes into a layer's weight, and {error}"
+    elif error is not None and _in_training(dense, batch, feed) is None:
+        yield (
+            f"the model cannot be trained as it is: in training mode it raises {type(error).__name__}: {error}, which "
+            f"the dense one does not. Something there counts on the layers' own weights: {_CURE}"
+        )
+
+
+def check_trainable(model: nn.Module, sites: Sites, batch: Any, feed: Feed) -> None:
+    """Raise CalibrationError for a model that is to be trained compressed and writes into the weights of its sites."""
+    if not _asks_for_mode(model):
+        return
+    trial = copy_model(model)
+    for layer in sites:
+        spec = layer.spec
+        (module,) = skeleton(LowRankChoice(unfolding="channel", rank=1), [spec])
+        replace_module(trial, spec.names, module)
+    error = _in_training(trial, batch, feed)
+    if isinstance(error, ReadOnlyWeightError):
+        raise CalibrationError(
+            f"in training mode the model writes into a layer's weight, which it will not have once it is compressed: "
+            f"{error}; {_CURE}"
+        ) from error
+
+
+def _in_training(model: nn.Module, batch: Any, feed: Feed) -> Exception | None:
+    """What a copy of a model raises in training mode."""
+    copied = copy_model(model).train()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            feed(copied, feed.resized(batch, 2))
+    except Exception as error:  # a model may raise anything
+        return error
+    return None
+
+
+def _asks_for_mode(model: nn.Module) -> bool:
+    """Whether modules that are not torch's read ``training``."""
+    kinds = {base for module in model.modules() for base in type(module).__mro__}
+    own = (kind for kind in kinds if not kind.__module__.startswith(("torch.", "spectrim.", "builtins")))
+    functions = (value for kind in own for value in vars(kind).values() if isinstance(value, types.FunctionType))
+    return any("training" in names for function in functions for names in _names(function.__code__))
+
+
+def _names(code: types.CodeType) -> Iterator[tuple[str, ...]]:
+    yield code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)
