@@ -62,4 +62,4 @@ bench-door: $(INSTALLED)  ## measure what a stranger sees first: claims D1 to D6
 	$(BIN)/python -m benchmarks.door $(BENCH_ARGS)
 
 bench-report: $(INSTALLED)  ## write tables and figures from benchmarks/results into README.md and docs/
-	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.report $(BENCH_ARGS)

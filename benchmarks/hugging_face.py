@@ -51,7 +51,7 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
             "N6": claim(held, "checks", f"{what}: bit-equal, all run ({len(checks)} checks)", held == len(checks)),
         },
         "rows": rows,
-        "folded_over_compressed": worst,
+        "measured": {"folded over compressed": worst},
         "seeds": [config["seed"]],
         "versions": {"transformers": transformers.__version__, "peft": peft.__version__},
         "notes": [

@@ -2,77 +2,29 @@
 
     python -m benchmarks.report
 
-The same results give the same bytes. Only what stands between the two marks of a page is replaced.
+The same results give the same bytes. Only what stands between the two marks of a page is replaced. Words come from
+:mod:`benchmarks.questions`, and every number from a result.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
+import dataclasses
+import io
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import schema
 from benchmarks.curves import LEARNED, PUBLISHED, Result, averaged, curves, networks
 from benchmarks.environment import ROOT
 from benchmarks.figures import figures
+from benchmarks.questions import CAPTIONS, NARROW, QUESTIONS, WORDS, Question, Words
 
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 NONE = "No results have been recorded yet."
-
-TITLES = {
-    "F1": "demo on digits, trained, compressed and fine-tuned",
-    "F2": "ResNet-20 on CIFAR-10 without fine-tuning",
-    "F3": "ResNet-20 on CIFAR-10, fine-tuned with the dense teacher",
-    "F4": "ResNet-56 on CIFAR-10, fine-tuned with the dense teacher",
-    "F5": "lead over Torch-Pruning 1.6.1, same loop",
-    "F6": "time saved against MACs saved on the CPU",
-    "F7": "latency budget of half the dense time",
-    "F8": "seconds to analyse ResNet-50 at 224 x 224",
-    "F9": "memory to analyse ResNet-50 at 224 x 224",
-    "L1": "C step of learned ranks: its ranks, its time",
-    "L2": "ranks over C steps at a multiplier given by hand",
-    "L3": "ResNet-20 on CIFAR-10, learned ranks",
-    "L4": "ResNet-56 on CIFAR-10, learned ranks",
-    "L5": "VGG-16 on CIFAR-10 with learned ranks against ResNets",
-    "L6": "lead of learned ranks over one-shot plans, same epochs",
-    "L7": "stated budgets against finished networks",
-    "J1": "ranks and compression factors of the joint decompositions",
-    "J2": "FLOPs of the joint decompositions",
-    "J3": "joint, separate and mixed tables at equal parameters",
-    "J4": "ResNet-34 with shared factors on CIFAR-10",
-    "J5": "latency of Bi-JSVD against LJSVD",
-    "J6": "MiniLM: output error of shared against separate factors",
-    "S1": "low-rank step without decompositions against the SVD",
-    "S2": "planted low rank + sparse: support found again, failures told",
-    "S3": "error on held-out images against calibration samples",
-    "S4": "low rank + sparse against its parts, equal stored bytes",
-    "S5": "VGG-16 on CIFAR-10, 15x fewer stored bytes",
-    "S5 (pass)": "whole pass over networks of ImageNet's shapes",
-    "S6": "linear layer as low rank + sparse: time, and choice of the kernel",
-    "P1": "principal filter analysis against the published numbers",
-    "P2": "ResNet-20, 30 % fewer MACs by removing filters, not trained",
-    "P2 (ResNet-56)": "ResNet-56, 30 % fewer MACs by removing filters, not trained",
-    "P3": "ResNet-56, 2.13x fewer MACs by removing filters, with the teacher",
-    "P4": "VGG-16 on CIFAR-10, 8x fewer parameters by removing filters",
-    "N6": "models of transformers ship",
-    "P5": "filters kept for animals and for vehicles of CIFAR-10",
-    "P6": "filters removed from many architectures",
-    "P7": "time of principal filter analysis",
-    "N2": "networks that strangers bring",
-    "N3": "files with something changed in them",
-    "N4": "commands and calls that write, killed",
-    "R1": "the same images cut into batches of several sizes",
-    "R2": "hidden channels in other units",
-    "R3": "reconstruction against none, on data that was not fitted",
-    "R4": "compress from end to end",
-    "R5": "layer calls of apply, by depth",
-    "R6": "calibration",
-    "R7": "table with sensitivity",
-    "R9": "CIFAR ResNets without training, default call, 1,024 images",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,7 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--root", type=Path, default=ROOT, help="folder that holds README.md, docs and benchmarks/results"
     )
-    root = parser.parse_args(arguments).root
+    parser.add_argument("--example", action="store_true", help="run the README's example too and keep what it prints")
+    options = parser.parse_args(arguments)
+    root = options.root
+    if options.example:
+        readme = root / "README.md"
+        readme.write_text(placed(readme.read_text("utf-8"), example_output(readme), "output"), encoding="utf-8")
     for path in write(root):
         print(path.relative_to(root), file=sys.stderr)
     return 0
@@ -88,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def load(folder: Path) -> list[dict[str, Any]]:
     """All results of a folder, by experiment."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))]
+    return [schema.checked(path) for path in sorted(folder.glob("*.json"))]
 
 
 def write(root: Path) -> list[Path]:
@@ -96,24 +53,37 @@ def write(root: Path) -> list[Path]:
     results = load(root / "benchmarks" / "results")
     pictures = figures(results)
     folder = root / "docs" / "figures"
-    written = []
+    folder.mkdir(parents=True, exist_ok=True)
     for path in sorted(folder.glob("*.svg")):
         if path.name not in pictures:
             path.unlink()
+    written = []
     for name, content in pictures.items():
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
         written.append(folder / name)
-    for path, text in (
-        (root / "README.md", readme(results)),
-        (root / "docs" / "benchmarks.md", page(results, pictures)),
+    rows, count = front_rows(results), counted(results)
+    readme, docs = root / "README.md", root / "docs"
+    landing = {"headline": headline(results), "example": example(readme), "rows": rows, "claims": count}
+    for path, texts in (
+        (readme, {"rows": rows, "claims": count}),
+        (docs / "index.md", landing),
+        (docs / "claims.md", {"results": ledger(results)}),
+        (docs / "benchmarks.md", {"results": page(results, pictures)}),
     ):
-        path.write_text(placed(path.read_text(encoding="utf-8"), text), encoding="utf-8")
+        document = path.read_text(encoding="utf-8")
+        for name, text in texts.items():
+            document = placed(document, text, name)
+        path.write_text(document, encoding="utf-8")
         written.append(path)
     return written
 
 
-def placed(document: str, text: str) -> str:
+def marks(name: str = "results") -> tuple[str, str]:
+    """The comments between which a generated part of a page stands."""
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def placed(document: str, text: str, name: str = "results") -> str:
     """A document with ``text`` between its marks.
 
     Raises
@@ -121,83 +91,257 @@ def placed(document: str, text: str) -> str:
     ValueError
         If the document does not hold each mark once, in order.
     """
-    if document.count(BEGIN) != 1 or document.count(END) != 1 or document.index(BEGIN) > document.index(END):
-        raise ValueError(f"expected {BEGIN} and, after it, {END}, each once")
-    head, _, rest = document.partition(BEGIN)
-    return f"{head}{BEGIN}\n{text.strip()}\n{END}{rest.partition(END)[2]}"
+    begin, end = marks(name)
+    if document.count(begin) != 1 or document.count(end) != 1 or document.index(begin) > document.index(end):
+        raise ValueError(f"expected {begin} and, after it, {end}, each once")
+    head, _, rest = document.partition(begin)
+    return f"{head}{begin}\n{text.strip()}\n{end}{rest.partition(end)[2]}"
 
 
-# Pages.
+# The README and the landing page.
+
+_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def readme(results: Sequence[Result]) -> str:
-    """The short form: a row for each claim, and accuracies."""
+def example_output(readme: Path) -> str:
+    """What the first code of the README prints, as a block."""
+    import torch
+
+    code = _BLOCK.search(readme.read_text(encoding="utf-8"))
+    assert code, f"{readme} holds no code"
+    printed = io.StringIO()
+    torch.manual_seed(0)
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code[1], str(readme), "exec"), {})
+    return f"```text\n{printed.getvalue().rstrip()}\n```"
+
+
+def example(readme: Path) -> str:
+    """The first code of the README with what it prints."""
+    text = readme.read_text(encoding="utf-8")
+    code = _BLOCK.search(text)
+    begin, end = marks("output")
+    return f"{code[0] if code else ''}\n\n{text.partition(begin)[2].partition(end)[0].strip()}"
+
+
+def headline(results: Sequence[Result]) -> str:
+    """The picture in one sentence, at the budget where the arms are well apart."""
+    found = next((result for result in results if result["experiment"] == "front_neighbours"), None)
+    if found is None:
+        return NONE
+    dense, *rows = found["rows"]
+    budget = min({row["macs"] for row in rows if row["arm"] == "Spectrim"}, key=lambda macs: abs(macs - 17.4e6))
+    best: dict[str, float] = {}
+    for row in rows:
+        if abs(row["macs"] - budget) < 0.03 * budget:
+            best[row["arm"]] = max(row["test_accuracy"], best.get(row["arm"], 0))
+    others = ", ".join(f"{arm} {value:.1f} %" for arm, value in best.items() if arm != "Spectrim")
+    return (
+        f"**{best['Spectrim']:.1f} %** of the test images right with **{budget / dense['macs']:.0%} of the work** and "
+        f"no training (ResNet-20 on CIFAR-10; dense {dense['test_accuracy']:.1f} %; {others})."
+    )
+
+
+def front_rows(results: Sequence[Result]) -> str:
+    """What one call did to networks that people know: a row each."""
+    found = next((result for result in results if result["experiment"] == "front_rows"), None)
+    if found is None:
+        return NONE
+    head = ("network", "budget", "metric", "file, MB", "milliseconds", "minutes")
+    rows = [
+        (
+            row["network"],
+            _budget(row["budget"]),
+            f"{row['metric']}: {_figure(row['metric_before'])} → {_figure(row['metric_after'])}",
+            f"{row['file_mb_before']:.1f} → {row['file_mb_after']:.1f}",
+            f"{row['ms_before']:.1f} → {row['ms_after']:.1f}",
+            f"{row['minutes']:.1f}",
+        )
+        for row in found["rows"]
+    ]
+    machine = found["environment"]
+    batches = ", ".join(dict.fromkeys(str(row["batch"]) for row in found["rows"]))
+    threads = found["config"]["threads"]
+    said = (
+        f"One call each, at full width and without training. Milliseconds on {machine['cpu']}, "
+        f"{threads} thread{'s' if threads > 1 else ''}, batches of {batches}; "
+        f"minutes are those of the call ({found['date']})."
+    )
+    return f"{table(head, rows)}\n\n{said}"
+
+
+def _budget(text: str) -> str:
+    cost, _, value = text.partition("=")
+    return f"{value} of the {({'macs': 'work', 'latency': 'time'}).get(cost, cost)}"
+
+
+def _figure(value: float) -> str:
+    """Percents to one digit, shares of one to three."""
+    return f"{value:.3f}" if abs(value) <= 1 else f"{value:.1f}"
+
+
+def counted(results: Sequence[Result]) -> str:
+    """The claims in one line."""
+    found = [claim["met"] for _, _, claim in claims(results)]
+    if not found:
+        return NONE
+    missed = len(found) - sum(found)
+    return f"Of {len(found)} claims that were set before measuring, {sum(found)} are met and {missed} are not."
+
+
+# The ledger of claims.
+
+
+def ledger(results: Sequence[Result]) -> str:
+    """Every claim, by question: in plain words, what was asked for, what was measured, and why it was missed."""
     found = claims(results)
     if not found:
         return NONE
-    rows = [(key, TITLES.get(key, name), claim["target"], _measured(claim), _met(claim)) for key, name, claim in found]
-    parts = [table(("", "what", "target", "measured", "met"), rows)]
-    parts += [accuracies(results)] if accuracies(results) else []
-    return "\n\n".join(parts)
+    parts = [counted(results)]
+    for question in [*QUESTIONS, _others(found)]:
+        mine = {key: [(r, c) for k, r, c in found if k == key] for key in question.claims}
+        if any(mine.values()):
+            parts += [f"## {question.title}", question.text]
+        for key, entries in mine.items():
+            parts += _entry(key, entries) if entries else []
+    return "\n\n".join(part for part in parts if part)
 
 
-def _measured(claim: dict[str, Any]) -> str:
-    """The value, or the figures behind it where one number stands for several."""
-    if claim.get("note") and (";" in claim["unit"] or "above target" in claim["unit"]):
-        return claim["note"]
-    return f"{show(claim['value'])} {claim['unit']}"
-
-
-def page(results: Sequence[Result], pictures: Iterable[str] = ()) -> str:
-    """The long form: claims with commands, figures, and every table of every result."""
-    if not results:
-        return NONE
-    rows = [
-        (key, TITLES.get(key, name), claim["target"], show(claim["value"]), claim["unit"], _met(claim),
-         claim.get("note", ""), f"`{claim['command']}`")
-        for key, name, claim in claims(results)
-    ]  # fmt: skip
-    parts = ["## Claims", table(("", "what", "target", "value", "unit", "met", "details", "command"), rows)]
-    if accuracies(results):
-        parts += ["## Accuracy", accuracies(results)]
-    parts += [f"![{name.removesuffix('.svg').replace('-', ' ')}](figures/{name})" for name in pictures]
-    for result in results:
-        parts += _section(result)
-    return "\n\n".join(parts)
-
-
-def _section(result: Result) -> list[str]:
-    machine, code = result["environment"], result["code"]
-    where = machine.get("gpu") or machine.get("cpu")
-    commit = (code.get("commit") or "no commit")[:12] + (" with changes" if code.get("changed") else "")
-    facts = [
-        ("date", result["date"]),
-        ("wall time", f"{show(result['wall_seconds'])} s"),
-        ("seeds", ", ".join(map(str, result.get("seeds", []))) or "none"),
-        ("machine", f"{where}, {machine.get('cores')} cores, load {machine.get('load_average')} at the start"),
-        (
-            "software",
-            f"Python {machine.get('python')}, torch {machine.get('torch')}, spectrim {code.get('spectrim')}, {commit}",
-        ),
-    ]
-    parts = [f"## {result['experiment'].replace('_', ' ')}", table(("", ""), facts)]
-    parts += ["\n".join(f"- {note}" for note in result["notes"])] if result.get("notes") else []
-    for name, rows in result.items():
-        if isinstance(rows, list) and rows and isinstance(rows[0], dict):
-            parts += [] if name == "rows" else [f"### {result['experiment'].replace('_', ' ')}: {name}"]
-            parts.append(records(rows))
+def _entry(key: str, entries: Sequence[tuple[Result, Mapping[str, Any]]]) -> list[str]:
+    words = WORDS.get(key, Words(key, ""))
+    met = [claim["met"] for _, claim in entries]
+    state = "met" if all(met) else "missed" if not any(met) else f"met in {sum(met)} of {len(met)}"
+    parts = [f"### {key}. {words.title}", f"**{state.capitalize()}.** {words.what}"]
+    for result, claim in entries:
+        narrow = NARROW.get(result["experiment"])
+        where = f" ({narrow})" if narrow else ""
+        came = "" if len(entries) == 1 else ("met: " if claim["met"] else "missed: ")
+        parts.append(
+            f"- asked for: {_plain(claim['target'])}\n- {came}measured{where}: {_plain(_measured(claim))}\n"
+            f"- by `{claim['command']}` on {result['environment']['cpu']}, {result['date']}"
+        )
+    if words.missed and not all(met):
+        parts.append(f"Why: {words.missed}")
     return parts
 
 
-def claims(results: Sequence[Result]) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """``(id, experiment, claim)`` of all results, by letter and number of the id."""
+def _measured(claim: Mapping[str, Any]) -> str:
+    """The value, or the figures behind it where one number stands for several."""
+    if claim.get("note") and (";" in claim["unit"] or "above target" in claim["unit"] or "lost above" in claim["unit"]):
+        return claim["note"]
+    value = f"{show(claim['value'])} {claim['unit']}"
+    note = claim.get("note", "")
+    return f"{value} ({note})" if note and not note.startswith("{") else value
 
-    def order(item: tuple[str, str, Any]) -> tuple[Any, ...]:
+
+def _plain(text: str) -> str:
+    """Text in which Markdown sees no markup."""
+    return text.replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_").replace("|", "\\|")
+
+
+def _others(found: Sequence[tuple[str, Result, Any]]) -> Question:
+    known = {key for question in QUESTIONS for key in question.claims}
+    return Question("Other results", "", tuple(dict.fromkeys(key for key, _, _ in found if key not in known)), ())
+
+
+# The page of benchmarks.
+
+
+def page(results: Sequence[Result], pictures: Iterable[str] = ()) -> str:
+    """A section for each question: figures with captions, the figures at a glance, and all tables, folded."""
+    if not results:
+        return NONE
+    pictures, found = set(pictures), claims(results)
+    known = {name for question in QUESTIONS for name in question.results}
+    rest = tuple(result["experiment"] for result in results if result["experiment"] not in known)
+    parts: list[str] = []
+    for question in [*QUESTIONS, dataclasses.replace(_others(found), results=rest)]:
+        tables = [result for name in question.results for result in results if result["experiment"] == name]
+        if not tables and not any(key in question.claims for key, _, _ in found):
+            continue
+        parts += [f"## {question.title}", question.text]
+        parts += [
+            figure(name, schemes=f"{name}-dark.svg" in pictures)
+            for name in question.figures
+            if f"{name}.svg" in pictures
+        ]
+        parts += [glance] if (glance := _glance(question, results)) else []
+        parts += [folded(result) for result in tables]
+    return "\n\n".join(part for part in parts if part)
+
+
+def figure(name: str, *, schemes: bool = True) -> str:
+    """A figure with its caption; of one that has a dark form, the one that goes with the page."""
+    caption = CAPTIONS[name]
+    files = (f"{name}.svg#only-light", f"{name}-dark.svg#only-dark") if schemes else (f"{name}.svg",)
+    shown = "\n".join(f"![{caption.alternative}](figures/{file})" for file in files)
+    return f'<figure markdown="1">\n\n{shown}\n\n<figcaption markdown="1">{caption.text}</figcaption>\n\n</figure>'
+
+
+def _glance(question: Question, results: Sequence[Result]) -> str:
+    """Short tables of a section, before the raw ones."""
+    parts = []
+    if "front_rows" in question.results and (rows := front_rows(results)) != NONE:
+        parts.append(rows)
+    if "resnet20_finetune" in question.results and accuracies(results):
+        parts.append(accuracies(results))
+    rows = [
+        (f"[{key}](claims.md#{_anchor(key)})", WORDS.get(key, Words(key, "")).title,
+         NARROW.get(result["experiment"], ""), _plain(claim["target"]), _met(claim))
+        for key, result, claim in claims(results) if key in question.claims
+    ]  # fmt: skip
+    if rows:
+        parts.append(table(("claim", "what", "on", "asked for", "met"), rows))
+    return "\n\n".join(parts)
+
+
+def _anchor(key: str) -> str:
+    """Where the claim stands on the page of claims: the slug of its heading."""
+    heading = f"{key}. {WORDS.get(key, Words(key, '')).title}"
+    return re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
+
+
+def folded(result: Result) -> str:
+    """Everything of one result under a line to open: how it came about, and its tables."""
+    machine, code, experiment = result["environment"], result["code"], result["experiment"]
+    title = experiment.replace("_", " ")
+    where = machine.get("gpu") or machine.get("cpu")
+    commit = (code.get("commit") or "no commit")[:12] + (" with changes" if code.get("changed") else "")
+    narrow = f", {NARROW[experiment]}" if experiment in NARROW else ""
+    facts = (
+        f"{result['date']}, {show(result['wall_seconds'])} s, seeds {', '.join(map(str, result['seeds'])) or 'none'}; "
+        f"{where}, {machine.get('cores')} cores, load {machine.get('load_average')} at the start; Python "
+        f"{machine.get('python')}, torch {machine.get('torch')}, spectrim {code.get('spectrim')}, {commit}."
+    )
+    parts = [facts]
+    parts += ["\n".join(f"- {_plain(note)}" for note in result["notes"])] if result.get("notes") else []
+    lists = {k: v for k, v in result.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
+    for name, rows in lists.items():
+        parts += [] if name == "rows" else [f"**{name.replace('_', ' ')}**"]
+        parts.append(records([_said(row, experiment) for row in rows]))
+    count = sum(len(rows) for rows in lists.values())
+    inside = "\n\n".join(parts)
+    return (
+        f'<details markdown="1">\n<summary>{title}{narrow}: how, when and {count} row{"s" if count != 1 else ""}'
+        f"</summary>\n\n{inside}\n\n</details>"
+    )
+
+
+def _said(row: Mapping[str, Any], experiment: str) -> dict[str, Any]:
+    """A row whose network says that it is narrower than its name."""
+    if experiment in NARROW and "network" in row and "width" in NARROW[experiment]:
+        return {**row, "network": f"{row['network']} ({NARROW[experiment]})"}
+    return dict(row)
+
+
+def claims(results: Sequence[Result]) -> list[tuple[str, Result, Mapping[str, Any]]]:
+    """``(id, result, claim)`` of all results, by letter and number of the id."""
+
+    def order(item: tuple[str, Result, Any]) -> tuple[Any, ...]:
         letters, digits = re.match(r"(\D*)(\d*)", item[0]).groups()  # type: ignore[union-attr]
-        return letters, int(digits or 0), item[0], item[1]
+        return letters, int(digits or 0), item[0], item[1]["experiment"]
 
-    found = [(key, r["experiment"], claim) for r in results for key, claim in r.get("claims", {}).items()]
-    return sorted(found, key=order)
+    return sorted(((key, r, claim) for r in results for key, claim in r.get("claims", {}).items()), key=order)
 
 
 def _met(claim: Mapping[str, Any]) -> str:
@@ -229,7 +373,7 @@ def show(value: Any, key: str = "") -> str:
         return f"{value / 1e6:.2f} M"
     if isinstance(value, float):
         return f"{value:.2f}" if "accuracy" in key or "held_out" in key else f"{value:.5g}"
-    return str(value)
+    return str(value).replace("<", "&lt;")
 
 
 # Accuracy against MACs.
