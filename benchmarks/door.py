@@ -84,6 +84,7 @@ def keep(name: str, found: Mapping[str, Any], target: Path) -> None:
             "wall_seconds": round(sum(each["wall_seconds"] for each in ours["measured"].values()), 1),
             "environment": on["environment"],
             "code": on["code"],
+            "rows": [],
             **lists,
             **{key: dict(sorted(value.items())) for key, value in ours.items()},
             "seeds": sorted({*whole.get("seeds", ()), *found.get("seeds", ())}),
