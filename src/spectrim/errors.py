@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
 
 class SpectrimError(Exception):
     """Base of all errors that Spectrim raises on purpose."""
@@ -95,3 +99,22 @@ class CheckpointError(SpectrimError, ValueError):
 
 class ExportError(SpectrimError, RuntimeError):
     """An exported program could not be made, or does not compute what the model computes."""
+
+
+def did_you_mean(word: str, known: Iterable[str], other_names: Mapping[str, str] = MappingProxyType({})) -> str:
+    """A question that may follow what is said of an unknown name: `` Did you mean 'macs'?``, or nothing.
+
+    Parameters
+    ----------
+    word
+        As it was written.
+    known
+        Names that there are.
+    other_names
+        Other words for some of them, in small letters.
+    """
+    names = list(known)
+    meant = other_names.get(word.lower())
+    close = difflib.get_close_matches(word.lower(), [name.lower() for name in names], n=1, cutoff=0.6)
+    found = meant or next((name for name in names if close and name.lower() == close[0]), None)
+    return f" Did you mean {found!r}?" if found in names else ""

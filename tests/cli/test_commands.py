@@ -131,7 +131,7 @@ def test_export_is_checked(run, suffix: str):
         (("profile", "nets:tiny", "--input", "1x8xa"), 2, "'1x8xa'"),
         (("profile", "nets:tiny", "--device", "abacus"), 2, "abacus"),
         (("compress", "nets:tiny", *DATA), 2, "either --budget"),
-        (("compress", "nets:tiny", *DATA, "-b", "macs=50%", "--plan", "p"), 2, "either --budget"),
+        (("compress", "nets:tiny", *DATA, "-b", "macs=50%", "--plan", "broken.json"), 2, "either --budget"),
         (("compress", "nets:tiny", "-b", "macs=50%"), 2, "give --data"),
         (("compress", "nets:tiny", *DATA, "-b", "speed=2"), 2, "--budget limits 'speed'"),
         (("compress", "nets:tiny", *DATA, "-b", "macs=many"), 2, "'many'"),

@@ -181,6 +181,7 @@ def test_damaged_files_are_named(tmp_path: Path):
     with pytest.raises(UsageError, match="neither 't10k-images"):
         load_data(f"fashion-mnist:{tmp_path}")
     images = tmp_path / "t10k-images-idx3-ubyte"
+    (tmp_path / "t10k-labels-idx1-ubyte").touch()
     for content, message in [
         (b"\0\0", "no IDX file"),
         (bytes([0, 0, 8, 3]) + struct.pack(">3I", 2, 2, 2) + bytes(7), "promises"),

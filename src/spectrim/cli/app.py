@@ -9,23 +9,26 @@ from typing import Annotated
 
 import typer
 
+from spectrim.cli.common import EXIT_CODES
 from spectrim.cli.compress import compress
 from spectrim.cli.demo import demo
+from spectrim.cli.doctor import doctor
 from spectrim.cli.evaluate import evaluate
 from spectrim.cli.export import export
+from spectrim.cli.help import Command, Program
 from spectrim.cli.path import path
 from spectrim.cli.profile import profile
 
 app = typer.Typer(
     name="spectrim",
+    cls=Program,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (profile, compress, path, evaluate, export, demo):
-    app.command()(_command)
+for _command in (profile, compress, path, evaluate, export, demo, doctor):
+    app.command(cls=Command, epilog=_command.examples)(_command)  # type: ignore[attr-defined]
 
 
 def _version(wanted: bool) -> None:
@@ -36,16 +39,13 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(epilog="\n".join(f"{code} {meaning}" for code, meaning in EXIT_CODES.items()))
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Make trained PyTorch networks smaller and faster by trimming spectra.
-
-    Exit codes: 0 done, 1 failed, 2 the command line cannot be carried out, 3 the budget cannot be met.
-    """
+    """Make trained PyTorch networks smaller and faster by trimming spectra."""
 
 
 def main() -> None:

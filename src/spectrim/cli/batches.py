@@ -8,10 +8,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from spectrim.cli.references import UsageError
 
 
 class Source(ABC):
@@ -34,36 +37,43 @@ class Source(ABC):
 
 @dataclass(frozen=True, eq=False)
 class InMemory(Source):
-    """Images and labels that are held as tensors.
+    """Samples and labels that are held as tensors.
 
     Attributes
     ----------
     images
-        ``[n, c, h, w]``, uint8 (0..255) or float (as it is).
+        ``[n, ...]``: images as uint8 (0..255), other numbers as they are; whole numbers stay so, as tokens.
     labels
-        ``[n]``, int64.
+        ``[n]``, int64; None without.
+    preparation
+        What was done to them, in words.
     """
 
     images: Tensor
-    labels: Tensor
+    labels: Tensor | None
+    preparation: str = ""  # type: ignore[assignment]  (a property of the base)
 
     @property
     def classes(self) -> int:  # type: ignore[override]
-        return int(self.labels.max()) + 1
+        return 0 if self.labels is None else int(self.labels.max()) + 1
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.images)
 
-    def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+    def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         images = self.images[indices]
-        return images.float() / 255 if images.dtype == torch.uint8 else images.float(), self.labels[indices]
+        if images.dtype == torch.uint8:
+            images = images.float() / 255
+        elif images.is_floating_point():
+            images = images.float()
+        return images, None if self.labels is None else self.labels[indices]
 
 
 @dataclass(frozen=True, eq=False)
 class ImageFiles(Source):
     """Image files, opened when they are asked for: shorter side to ``resize``, then the middle ``crop`` square.
 
-    Without labels for loose files, which have no classes.
+    Without labels for loose files, which have no classes. 0 for ``resize`` or ``crop`` leaves that out.
     """
 
     paths: Sequence[Path]
@@ -77,23 +87,54 @@ class ImageFiles(Source):
 
     @property
     def preparation(self) -> str:
-        return f"shorter side {self.resize}, middle {self.crop}"
+        with self._opened(self.paths[0]) as file:
+            width, height = file.size
+        done = f"scaled to a shorter side of {self.resize}" if self.resize else "not scaled"
+        cut = f", middle {self.crop} x {self.crop}" if self.crop else ""
+        enlarged = self.resize > min(width, height)
+        why = f", which enlarges them: ?resize={min(width, height)} leaves them as they are" if enlarged else ""
+        return f"images of {width} x {height} pixels, {done}{cut}{why}"
 
     def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         with ThreadPoolExecutor(4) as pool:  # Pillow decodes outside the interpreter lock
             images = list(pool.map(self._open, (self.paths[i] for i in indices.tolist())))
+        if len({tuple(image.shape) for image in images}) > 1:
+            sizes = sorted({f"{image.shape[2]} x {image.shape[1]}" for image in images})
+            raise UsageError(f"data: images are of several sizes ({', '.join(sizes[:3])}): write ?resize=PIXELS")
         return torch.stack(images).float() / 255, None if self.labels is None else self.labels[indices]
+
+    @staticmethod
+    def _opened(path: Path) -> Any:
+        """An image that is not decoded yet.
+
+        Raises
+        ------
+        UsageError
+            If the file is no image.
+        """
+        from PIL import Image
+
+        try:
+            return Image.open(path)
+        except OSError as error:
+            raise UsageError(f"data: {str(path)!r} cannot be read as an image; remove it or mend it") from error
 
     def _open(self, path: Path) -> Tensor:
         from PIL import Image
 
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-        scale = self.resize / min(image.size)
+        with self._opened(path) as file:
+            try:
+                image = file.convert("RGB")
+            except OSError as error:
+                raise UsageError(f"data: {str(path)!r} is damaged ({error}); remove it or mend it") from error
+        scale = self.resize / min(image.size) if self.resize else 1.0
         width, height = (max(self.crop, round(side * scale)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-        left, top = (width - self.crop) // 2, (height - self.crop) // 2
-        pixels = np.asarray(image.crop((left, top, left + self.crop, top + self.crop)))
+        if self.resize:
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        if self.crop:
+            left, top = (image.width - self.crop) // 2, (image.height - self.crop) // 2
+            image = image.crop((left, top, left + self.crop, top + self.crop))
+        pixels = np.asarray(image)
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 
@@ -159,10 +200,11 @@ class Batches:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         n = len(self.source)
         order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
-        mean, std = torch.tensor(self.mean).view(-1, 1, 1), torch.tensor(self.std).view(-1, 1, 1)
+        plain = not any(self.mean) and all(value == 1 for value in self.std)
         for indices in order.split(self.batch_size):
             images, labels = self.source.fetch(indices)
-            images = (images - mean) / std
+            if not plain:
+                images = (images - _by_channel(self.mean, images)) / _by_channel(self.std, images)
             if self.augment != "none":
                 images = _crop(images, generator, flip=self.augment == "crop-flip")
             yield images.to(self.device) if labels is None else (images.to(self.device), labels.to(self.device))
@@ -195,6 +237,22 @@ class _Part(Source):
 
     def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.whole.fetch(self.chosen[indices])
+
+
+def _by_channel(values: tuple[float, ...], images: Tensor) -> Tensor:
+    """Numbers along the channels of samples.
+
+    Raises
+    ------
+    UsageError
+        If there are not as many as channels, nor one.
+    """
+    if len(values) not in (1, images.shape[1]):
+        raise UsageError(
+            f"data: normalise has {len(values)} means, and samples have {images.shape[1]} channels; give one for each, "
+            "or normalise=none"
+        )
+    return torch.tensor(values).view(-1, *[1] * (images.dim() - 2))
 
 
 def _crop(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:

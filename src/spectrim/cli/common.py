@@ -1,12 +1,13 @@
 """What the commands share: options, where output goes, and exit codes.
 
 Results go to standard output, everything else to standard error. With ``--json`` one document is all that standard
-output gets. Exit codes: 0 done, 1 failed, 2 the command line cannot be carried out, 3 the budget cannot be met.
+output gets. Exit codes are in :data:`EXIT_CODES`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import inspect
 import json
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TextIO, get_type_hints
+from typing import Annotated, Any, TextIO, get_args, get_type_hints
 
 import typer
 
@@ -26,12 +27,24 @@ from spectrim.network.printing import Grid
 from spectrim.progress import bars
 
 FAILED, USAGE, INFEASIBLE, STOPPED = 1, 2, 3, 130
+EXIT_CODES = {
+    0: "Done.",
+    FAILED: "It failed, or was refused while it ran: a file cannot be read or written, a model cannot be run.",
+    USAGE: "The command line cannot be carried out; nothing was begun.",
+    INFEASIBLE: "The budget cannot be met; the message says what can be.",
+    STOPPED: "Stopped by Ctrl-C; a training goes on with the same call.",
+}
 
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else there.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no remarks on standard error.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+@dataclass(frozen=True)
+class PrintOptions:
+    """What is printed."""
+
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else there.")
+    ] = False
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no remarks on standard error.")] = False
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
 
 
 @dataclass
@@ -94,11 +107,13 @@ class Output:
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """A command from a function whose first parameter is its :class:`Output`.
 
-    A parameter whose type is a dataclass stands for a group of options, one a field. Adds the options ``--json``,
-    ``--quiet`` and ``--debug``, and turns errors into one line and an exit code.
+    A parameter whose type is a dataclass stands for a group of options, one a field; its docstring's first line is
+    their heading in the help. Adds :class:`PrintOptions`, turns errors into one line and an exit code, and keeps what
+    the docstring has under ``Examples`` for the end of the help.
     """
     _, *parameters = inspect.signature(function, eval_str=True).parameters.values()
     groups: dict[str, Any] = {p.name: p.annotation for p in parameters if dataclasses.is_dataclass(p.annotation)}
+    text, _, examples = (inspect.getdoc(function) or "").partition("\n\nExamples\n--------\n")
 
     def run(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
         with _kept_apart() if as_json else contextlib.nullcontext(sys.stdout) as stdout:
@@ -122,13 +137,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 out.document({"error": {"type": type(error).__name__, "message": str(error), "exit_code": code}})
                 raise typer.Exit(code) from None
 
-    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    run.__name__, run.__doc__ = function.__name__, text
     run.__annotations__ = {}
+    run.examples = examples  # type: ignore[attr-defined]
     flat = [option for p in parameters for option in (_options(p.annotation) if p.name in groups else [p])]
-    flat += [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)
-        for name, kind in (("as_json", Json), ("quiet", Quiet), ("debug", Debug))
-    ]
+    flat += _options(PrintOptions)
     keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in flat]
     run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
     return run
@@ -137,9 +150,14 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 def _options(group: type) -> Iterator[inspect.Parameter]:
     """The parameters of a command that the fields of a group are."""
     hints = get_type_hints(group, include_extras=True)
+    title = (group.__doc__ or "").splitlines()[0]
     for each in dataclasses.fields(group):
+        kind, option = get_args(hints[each.name])
+        option = copy.copy(option)  # groups may have one in common
+        option.rich_help_panel = option.rich_help_panel or title
         default = inspect.Parameter.empty if each.default is dataclasses.MISSING else each.default
-        yield inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hints[each.name])
+        annotation = Annotated[kind, option]
+        yield inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
 @contextlib.contextmanager

@@ -25,18 +25,23 @@ def compress(
     context: typer.Context,
     network: options.NetworkOptions,
     *,
+    inputs: options.InputOptions,
     goal: options.GoalOptions,
     method: options.Methods = None,
-    inputs: options.InputOptions,
     training: options.TrainingOptions,
-    sharing: options.SharingOptions,
     layers: options.LayerOptions,
+    sharing: options.SharingOptions,
     files: options.FileOptions,
 ) -> None:
     """Make a model smaller, fit a budget, and say what it cost.
 
     Writes model.safetensors (weights and plan), plan.json and report.html, and for learned ranks ranks.json, the course
     they took. A training that is stopped goes on with the same call. Exit code 3 if the budget cannot be met.
+
+    Examples
+    --------
+    $ spectrim compress net.py:build -w net.pt -d imagefolder:photos --test imagefolder:photos -b macs=50%
+    $ spectrim compress torchvision:resnet18 --input 3x224x224 -b parameters=60% -o small
     """
     # Without a function it is what a multiplier is for, as it was written formerly.
     former = [text for text in goal.cost or () if "=" not in text]
@@ -46,11 +51,15 @@ def compress(
             raise UsageError(f"--method {LEARNED} does not combine with another --method: it learns the ranks alone")
         no = {"plan", "selector", "guard", "recipe", *_SHARING}
         refuse(context, no, f"does not combine with --method {LEARNED}")
-        from spectrim.cli import learning
-
         points = [",".join(goal.budget)] if goal.budget else []
         costs = [text for text in goal.cost or () if text not in former]
-        learned = learning.read(next(iter(methods.asked)))
+        asked = next(iter(methods.asked))
+        if "cost" in asked.options and "multiplier" not in asked.options:
+            raise UsageError(f"--method {asked.text}: cost is what a multiplier is for, and there is no multiplier")
+        learned = asked.filled(options.LearnedRanksOptions)
+        learned.check(training, points, costs)
+        from spectrim.cli import learning
+
         run = learning.RankRun(network, inputs.data, training, layers, learned, points, costs)
         learning.compress(out, run, files)
         return
@@ -66,10 +75,10 @@ def compress(
     make_folder(out, files.folder)
     work = Work.load(network, layers, inputs, training, timed=request.timed)
     # What the fine-tuned weights follow from; what is only measured with is left out.
-    asked = {"method": [each.text for each in methods.asked]}
+    record = {"method": [each.text for each in methods.asked]}
     for options_ in (network, inputs, layers, sharing, goal, training):
-        asked |= dataclasses.asdict(options_)
-    held = shrinking.run_folder(files.folder, asked, work, tuning)
+        record |= dataclasses.asdict(options_)
+    held = shrinking.run_folder(files.folder, record, work, tuning)
     shrinking.compress(out, request, work, tuning, files, held)
 
 
@@ -95,11 +104,7 @@ def _check(context: typer.Context, methods: Methods, goal: options.GoalOptions, 
             raise UsageError(f"{methods} {why}")
     elif bool(goal.budget) == (goal.plan is not None):
         raise UsageError(f"give {either} or --plan FILE")
-    if goal.selector not in options.SELECTORS:
-        raise UsageError(f"--selector {goal.selector!r} is not known; choose from {', '.join(options.SELECTORS)}")
     if goal.plan is not None:
-        if not goal.plan.is_file():
-            raise UsageError(f"--plan {str(goal.plan)!r} is not a file")
         refuse(context, _SHARING, "does not combine with --plan, which says what is shared")
         if any(each.options for each in methods.asked if each.name == FILTERS):
             raise UsageError(f"{methods} has options, but --plan says what is removed")

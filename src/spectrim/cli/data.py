@@ -8,28 +8,29 @@ reference                   data
 ``fashion-mnist:DIR``       IDX files ``train-images-idx3-ubyte`` and so on, plain or ``.gz``; MNIST too
 ``imagefolder:DIR``         one folder a class, or ``DIR/train`` and ``DIR/test`` (or ``val``) with such folders; images
                             that lie in no folder of a class are without labels, for calibration and distillation
+``FILE.npz``                arrays of numpy: inputs, and labels if there are any
+``FILE.csv``                a table with a line of names: numbers a column, and a column of labels if there is one
 ``package.module:factory``  whatever iterable of batches the callable returns; options become its arguments
 ``./file.py:factory``       the same, of a Python file
 ==========================  ===============================================================================
 
 The built-in ones take options after a question mark, as in ``cifar10:DIR?split=train&limit=2048``; see
-:class:`DataOptions`.
+:class:`DataOptions` and the classes that derive from it. A reference is read, and its files are looked for, without
+torch; :mod:`spectrim.cli.datasets` reads the files.
 """
 
 from __future__ import annotations
 
-import gzip
-import struct
-from collections.abc import Iterable
+import dataclasses
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
-
-from spectrim.cli.batches import Batches, ImageFiles, InMemory, Source
-from spectrim.cli.references import Reference, UsageError, call, factory, filled, need, parse
+from spectrim.cli.references import Reference, UsageError, call, factory, filled, installed, parse
+from spectrim.cli.sources import check_factory
+from spectrim.errors import did_you_mean
 
 NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "none": ((0.0,), (1.0,)),
@@ -39,47 +40,198 @@ NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "fashion-mnist": ((0.2860,), (0.3530,)),
 }
 CALIBRATION = 2048
-_AUGMENT = {"digits": "crop", "cifar10": "crop-flip", "fashion-mnist": "crop-flip", "imagefolder": "crop-flip"}
-_NORMALISE = {"cifar10": "imagenet", "imagefolder": "imagenet"}
+AUGMENTATIONS = ("none", "crop", "crop-flip")
 Purpose = Literal["test", "calibration", "training"]
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
-_BUILT_IN = ("digits", "cifar10", "fashion-mnist", "imagefolder")
+_INPUTS = ("x", "inputs", "images", "data", "features", "input", "image")
+_LABELS = ("y", "labels", "targets", "classes", "label", "target", "class")
+_EDGE = 224
 
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Options of the built-in data.
+    """Options of all built-in data.
 
     Attributes
     ----------
     split
-        ``train`` or ``test``.
+        ``train`` or ``test``, where the data have both.
     batch
         Samples a batch.
     limit
         Use this many samples, drawn at random with ``seed``; 0 for all.
     shuffle
         Another order each epoch.
-    augment
-        ``none``, ``crop`` or ``crop-flip``; see :class:`spectrim.cli.batches.Batches`.
     seed
         Of the order, the draw and the augmentation.
     normalise
-        ``none`` (pixels 0..1), ``half`` (to -1..1), ``imagenet``, ``cifar10``, ``fashion-mnist``, or numbers as
-        ``mean,mean,mean/std,std,std``.
-    resize, crop
-        For image folders: the shorter side, then the middle square.
+        ``none`` (pixels 0..1, other numbers as they are), ``half`` (to -1..1), ``imagenet``, ``cifar10``,
+        ``fashion-mnist``, or numbers as ``mean,mean,mean/std,std,std``: one a channel of images, one a column of a
+        table.
     """
 
     split: str = "test"
     batch: int = 128
     limit: int = 0
     shuffle: bool = False
-    augment: str = "none"
     seed: int = 0
     normalise: str = "none"
+
+    def __post_init__(self) -> None:
+        _ = self.normalisation
+        if self.split not in ("train", "test"):
+            raise ValueError(f"split={self.split} must be train or test")
+        if self.batch < 1:
+            raise ValueError(f"batch={self.batch} must be at least 1")
+
+    @property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Means and standard deviations, by channel or one for all."""
+        if self.normalise in NORMALISATIONS:
+            return NORMALISATIONS[self.normalise]
+        mean, _, std = self.normalise.partition("/")
+        try:
+            numbers = tuple(float(v) for v in mean.split(",")), tuple(float(v) for v in std.split(","))
+        except ValueError:
+            numbers = (), ()
+        if not numbers[0] or len(numbers[0]) != len(numbers[1]) or min(numbers[1]) <= 0:
+            raise ValueError(
+                f"normalise={self.normalise} must be {', '.join(NORMALISATIONS)} or numbers as 0.5,0.5,0.5/0.2,0.2,0.2"
+            )
+        return numbers
+
+
+@dataclass(frozen=True)
+class ImageOptions(DataOptions):
+    """Options of images.
+
+    Attributes
+    ----------
+    augment
+        ``none``, ``crop`` or ``crop-flip``; see :class:`spectrim.cli.batches.Batches`.
+    """
+
+    augment: str = "none"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.augment not in AUGMENTATIONS:
+            raise ValueError(f"augment={self.augment} must be none, crop or crop-flip")
+
+
+@dataclass(frozen=True)
+class FolderOptions(ImageOptions):
+    """Options of folders of image files.
+
+    Attributes
+    ----------
+    resize
+        Pixels that the shorter side is scaled to; 0 to leave images as large as they are, which all must be then.
+    crop
+        Pixels of the square that is cut out of the middle: 224, or ``resize`` where that is less.
+    """
+
     resize: int = 256
-    crop: int = 224
+    crop: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resize < 0:
+            raise ValueError(f"resize={self.resize} must be 0 or more pixels")
+        if self.crop is not None and not (self.crop > 0 and (self.resize == 0 or self.crop <= self.resize)):
+            raise ValueError(f"crop={self.crop} must lie between 1 and resize={self.resize}")
+
+    @property
+    def square(self) -> int:
+        """Pixels of the square that is cut out; 0 for none."""
+        return self.crop or min(self.resize, _EDGE)
+
+
+@dataclass(frozen=True)
+class ArrayOptions(ImageOptions):
+    """Options of arrays of numpy.
+
+    Attributes
+    ----------
+    inputs, labels
+        Names of the arrays; ``labels=none`` for data without.
+    """
+
+    inputs: str = ""
+    labels: str = ""
+
+
+@dataclass(frozen=True)
+class TableOptions(DataOptions):
+    """Options of tables.
+
+    Attributes
+    ----------
+    labels
+        The column that holds labels, ``none`` for data without.
+    """
+
+    labels: str = ""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """A built-in kind of data.
+
+    Attributes
+    ----------
+    options
+        What may stand after the question mark.
+    locate
+        Finds the files, and refuses what cannot be read before anything is.
+    augment
+        What is done to training images unless the reference says otherwise.
+    normalise
+        The same of all.
+    """
+
+    options: type[DataOptions]
+    locate: Callable[[Reference, Any], tuple[Any, ...]]
+    augment: str = "none"
+    normalise: str = "none"
+
+
+@dataclass(frozen=True)
+class Data:
+    """A reference that was read: what it names is there, as far as can be seen without loading it.
+
+    Attributes
+    ----------
+    scheme
+        Of built-in data; None for a function.
+    files
+        What the scheme has found.
+    """
+
+    reference: Reference
+    scheme: Scheme | None = None
+    options: DataOptions = DataOptions()
+    files: tuple[Any, ...] = ()
+
+    def load(self, device: str = "cpu") -> Iterable[Any]:
+        """The batches.
+
+        Raises
+        ------
+        UsageError
+            If a file cannot be read, or a function does not return batches.
+        """
+        if self.scheme is not None:
+            from spectrim.cli.datasets import batches_of
+
+            return batches_of(self, device)
+        found = call(factory(self.reference, "data"), self.reference, "data")
+        text = self.reference.text
+        if not isinstance(found, Iterable):
+            raise UsageError(f"data {text!r} returned a {type(found).__name__}, not an iterable of batches")
+        if iter(found) is found:
+            raise UsageError(f"data {text!r} returned an iterator, which can be read once only; return a list")
+        return found
 
 
 def load_data(text: str, *, purpose: Purpose = "test", device: str = "cpu") -> Iterable[Any]:
@@ -100,151 +252,232 @@ def load_data(text: str, *, purpose: Purpose = "test", device: str = "cpu") -> I
     UsageError
         If the reference, an option or a file cannot be used.
     """
-    reference = parse(text)
-    if reference.scheme not in _BUILT_IN:
+    return read_data(text, purpose).load(device)
+
+
+def check_data(text: str | None, purpose: Purpose) -> None:
+    """Refuse a reference that :func:`load_data` could not load, as far as that is seen without torch.
+
+    Raises
+    ------
+    UsageError
+        Says what is wrong, and what to write.
+    """
+    if text is not None:
+        found = read_data(text, purpose)
+        if found.scheme is None:
+            check_factory(found.reference, "data")
+
+
+def read_data(text: str, purpose: Purpose = "test") -> Data:
+    """Read a reference and find its files.
+
+    Raises
+    ------
+    UsageError
+        If the reference, an option or a file cannot be used.
+    """
+    reference = _of_file(parse(text))
+    scheme = SCHEMES.get(reference.scheme)
+    if scheme is None:
         if not reference.place:
-            if Path(text).is_dir():
-                raise UsageError(f"data {text!r} is a folder: for a folder of images write imagefolder:{text}")
-            if Path(text).is_file():
-                raise UsageError(
-                    f"data {text!r} is a file: write a function that returns a list of batches from it, and give that "
-                    "as file.py:function"
-                )
-            raise UsageError(
-                f"data {text!r} is not known: write {', '.join(_BUILT_IN)}, package.module:factory or file.py:factory"
-            )
-        found = call(factory(reference, "data"), reference, "data")
-        if not isinstance(found, Iterable):
-            raise UsageError(f"data {text!r} returned a {type(found).__name__}, not an iterable of batches")
-        if iter(found) is found:
-            raise UsageError(f"data {text!r} returned an iterator, which can be read once only; return a list")
-        return found
-    options = filled(
-        DataOptions, reference.texts, repr(text), reference.scheme, split="test" if purpose == "test" else "train",
-        limit=CALIBRATION if purpose == "calibration" else 0, shuffle=purpose == "training",
-        augment=_AUGMENT[reference.scheme] if purpose == "training" else "none",
-        normalise=_NORMALISE.get(reference.scheme, "none"),
-    )  # fmt: skip
-    if options.split not in {"train", "test"}:
-        raise UsageError(f"{text!r}: split={options.split} must be train or test")
-    if options.augment not in {"none", "crop", "crop-flip"}:
-        raise UsageError(f"{text!r}: augment={options.augment} must be none, crop or crop-flip")
-    if options.batch < 1:
-        raise UsageError(f"{text!r}: batch={options.batch} must be at least 1")
-    mean, std = _normalisation(options.normalise, text)
-    train = options.split == "train"
-    readers = {"digits": _digits, "cifar10": _cifar10, "fashion-mnist": _idx}
-    if reference.scheme == "imagefolder":
-        source: Source = _folder(reference, train, options)
-    else:
-        source = readers[reference.scheme](reference, train)
-    batches = Batches(
-        source, options.batch, options.shuffle, options.seed, mean, std, augment=options.augment, device=device
-    )
-    return batches.take(options.limit)
+            raise UsageError(_unknown(reference))
+        close = did_you_mean(reference.scheme, SCHEMES)
+        if close and Path(reference.place).exists():
+            raise UsageError(f"data {text!r} is not known.{close}")
+        return Data(reference)
+    usual = {
+        "split": "test" if purpose == "test" else "train", "limit": CALIBRATION if purpose == "calibration" else 0,
+        "shuffle": purpose == "training", "augment": scheme.augment if purpose == "training" else "none",
+        "normalise": scheme.normalise,
+    }  # fmt: skip
+    options = filled(scheme.options, reference.texts, repr(text), reference.scheme, **usual)
+    return Data(reference, scheme, options, scheme.locate(reference, options))
 
 
-def _normalisation(text: str, reference: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    if text in NORMALISATIONS:
-        return NORMALISATIONS[text]
-    mean, _, std = text.partition("/")
-    try:
-        numbers = tuple(float(v) for v in mean.split(",")), tuple(float(v) for v in std.split(","))
-    except ValueError:
-        numbers = (), ()
-    if not numbers[0] or len(numbers[0]) != len(numbers[1]) or min(numbers[1]) <= 0:
-        raise UsageError(
-            f"{reference!r}: normalise={text} must be {', '.join(NORMALISATIONS)} or numbers as 0.5,0.5,0.5/0.2,0.2,0.2"
+def _of_file(reference: Reference) -> Reference:
+    """``FILE.npz`` is short for ``npz:FILE.npz``."""
+    suffix = Path(reference.scheme).suffix.lower().removeprefix(".")
+    if reference.place or suffix not in _FILES:
+        return reference
+    return dataclasses.replace(reference, scheme=suffix, place=reference.scheme)
+
+
+def _unknown(reference: Reference) -> str:
+    text, path = reference.text, Path(reference.scheme)
+    if path.is_dir():
+        return f"data {text!r} is a folder: for a folder of images write imagefolder:{text}"
+    if path.suffix == ".py" or Path(f"{path}.py").is_file():
+        return f"data {text!r} names no function: write {path.with_suffix('.py')}:FUNCTION"
+    if path.is_file():
+        return (
+            f"data {text!r} is a file: write a function that returns a list of batches from it, and give that "
+            "as file.py:function"
         )
-    return numbers
+    if len(path.parts) > 1:
+        return f"data {text!r}: there is no such file or folder"
+    known = ", ".join(SCHEMES)
+    return (
+        f"data {text!r} is not known: write {known}, package.module:factory or file.py:factory."
+        f"{did_you_mean(reference.scheme, SCHEMES)}"
+    )
 
 
 def _directory(reference: Reference) -> Path:
     if not reference.place:
         raise UsageError(f"data {reference.text!r} names no folder: write {reference.scheme}:DIR")
-    folder = Path(reference.place)
+    folder = Path(reference.place).expanduser()
     if not folder.is_dir():
-        raise UsageError(f"data {reference.text!r}: {reference.place!r} is not a folder")
+        near = [str(each) for each in folder.parent.iterdir() if each.is_dir()] if folder.parent.is_dir() else []
+        close = did_you_mean(str(folder), near)
+        raise UsageError(f"data {reference.text!r}: {reference.place!r} is not a folder.{close}".removesuffix("."))
     return folder
 
 
-def _digits(reference: Reference, train: bool) -> Source:
+def _file(reference: Reference) -> Path:
+    if not reference.place:
+        raise UsageError(f"data {reference.text!r} names no file: write {reference.scheme}:FILE")
+    file = Path(reference.place).expanduser()
+    if not file.is_file():
+        near = [str(each) for each in file.parent.glob("*.*")] if file.parent.is_dir() else []
+        raise UsageError(
+            f"data {reference.text!r}: there is no file {reference.place!r}.{did_you_mean(str(file), near)}"
+        )
+    return file
+
+
+def _digits(reference: Reference, options: DataOptions) -> tuple[()]:
     if reference.place:
         raise UsageError(f"data {reference.text!r}: digits come with scikit-learn and take no folder")
-    bunch = need("sklearn.datasets", reference, "scikit-learn").load_digits()
-    images = torch.from_numpy(bunch.images).float().div(16).unsqueeze(1)
-    labels = torch.from_numpy(bunch.target).long()
-    held_out = torch.arange(len(labels)) % 4 == 1
-    mine = ~held_out if train else held_out
-    return InMemory(images[mine], labels[mine])
+    installed("sklearn", reference, "scikit-learn")
+    return ()
 
 
-def _cifar10(reference: Reference, train: bool) -> Source:
+def _cifar10(reference: Reference, options: DataOptions) -> tuple[Path, ...]:
     folder = _directory(reference)
     if (folder / "cifar-10-batches-bin").is_dir():
         folder = folder / "cifar-10-batches-bin"
-    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if train else ["test_batch.bin"]
-    images, labels = [], []
-    for name in names:
-        path = folder / name
+    names = [f"data_batch_{i}.bin" for i in range(1, 6)] if options.split == "train" else ["test_batch.bin"]
+    files = tuple(folder / name for name in names)
+    for path in files:
         if not path.is_file():
-            raise UsageError(f"data {reference.text!r}: {str(path)!r} is missing (the binary version)")
-        raw = np.fromfile(path, np.uint8)
-        if raw.size == 0 or raw.size % 3073:
-            raise UsageError(f"data {reference.text!r}: {str(path)!r} has {raw.size} bytes, not a multiple of 3073")
-        records = raw.reshape(-1, 3073)
-        if records[:, 0].max() > 9:
-            raise UsageError(f"data {reference.text!r}: {str(path)!r} holds label {records[:, 0].max()}, not 0 to 9")
-        labels.append(records[:, 0].astype(np.int64))
-        images.append(records[:, 1:].reshape(-1, 3, 32, 32))
-    return InMemory(torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels)))
+            pickled = (folder / path.stem).is_file() or (folder / "cifar-10-batches-py").is_dir()
+            python = " of the data set; this is the Python version" if pickled else ""
+            raise UsageError(f"data {reference.text!r}: {str(path)!r} is missing (the binary version{python})")
+        if (size := path.stat().st_size) == 0 or size % 3073:
+            raise UsageError(f"data {reference.text!r}: {str(path)!r} has {size} bytes, not a multiple of 3073")
+    return files
 
 
-def _idx(reference: Reference, train: bool) -> Source:
-    folder, part = _directory(reference), "train" if train else "t10k"
-    images = _read_idx(folder, f"{part}-images-idx3-ubyte", 3, reference)
-    labels = _read_idx(folder, f"{part}-labels-idx1-ubyte", 1, reference)
-    if len(images) != len(labels):
-        raise UsageError(f"data {reference.text!r}: {len(images)} images but {len(labels)} labels")
-    return InMemory(torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels.astype(np.int64)))
+def _idx(reference: Reference, options: DataOptions) -> tuple[Path, ...]:
+    folder, part = _directory(reference), "train" if options.split == "train" else "t10k"
+    found = []
+    for name in (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"):
+        path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
+        if path is None:
+            raise UsageError(f"data {reference.text!r}: neither {name!r} nor {name + '.gz'!r} is in {str(folder)!r}")
+        found.append(path)
+    return tuple(found)
 
 
-def _read_idx(folder: Path, name: str, dimensions: int, reference: Reference) -> np.ndarray:
-    """An IDX file: two zero bytes, the type (8 is uint8), the number of axes, each length big-endian, the data."""
-    path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
-    if path is None:
-        raise UsageError(f"data {reference.text!r}: neither {name!r} nor {name + '.gz'!r} is in {str(folder)!r}")
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
-        raise UsageError(f"data {reference.text!r}: {str(path)!r} cannot be decompressed: {error}") from error
-    start = 4 + 4 * dimensions
-    if len(raw) < start or raw[:4] != bytes([0, 0, 8, dimensions]):
-        raise UsageError(f"data {reference.text!r}: {str(path)!r} is no IDX file of {dimensions} axes of bytes")
-    shape = struct.unpack(f">{dimensions}I", raw[4:start])
-    if len(raw) - start != int(np.prod(shape)):
-        raise UsageError(f"data {reference.text!r}: {str(path)!r} promises {shape} and holds {len(raw) - start} bytes")
-    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape).copy()
-
-
-def _folder(reference: Reference, train: bool, options: DataOptions) -> Source:
-    need("PIL.Image", reference, "pillow")
-    if not 0 < options.crop <= options.resize:
-        raise UsageError(f"{reference.text!r}: crop={options.crop} must lie between 1 and resize={options.resize}")
+def _images(reference: Reference, options: DataOptions) -> tuple[tuple[Path, ...], tuple[int, ...], int]:
+    """Image files, the class of each, and how many classes there are; no classes for loose files."""
+    installed("PIL", reference, "pillow")
     root = _directory(reference)
-    parts = ("train",) if train else ("test", "val")
+    parts = ("train",) if options.split == "train" else ("test", "val")
     root = next((root / part for part in parts if (root / part).is_dir()), root)
     classes = sorted(p for p in root.iterdir() if p.is_dir())
-    found = [
-        (path, label)
-        for label, folder in enumerate(classes)
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in _SUFFIXES
-    ]
-    if not found:
-        loose = sorted(path for path in root.iterdir() if path.suffix.lower() in _SUFFIXES)
-        if not loose:
-            raise UsageError(f"data {reference.text!r}: no images in {str(root)!r} (loose, or one folder a class)")
-        return ImageFiles(loose, None, 0, options.resize, options.crop)
-    paths, labels = zip(*found, strict=True)
-    return ImageFiles(paths, torch.tensor(labels), len(classes), options.resize, options.crop)
+    found = [(path, label) for label, folder in enumerate(classes) for path in _pictures(folder.rglob("*"))]
+    if found:
+        paths, labels = zip(*found, strict=True)
+        return paths, labels, len(classes)
+    loose = tuple(_pictures(root.iterdir()))
+    if not loose:
+        held = sorted({path.suffix.lower() for path in root.rglob("*") if path.is_file() and path.suffix})
+        others = f"; its files are {', '.join(held[:4])}" if held else ""
+        raise UsageError(
+            f"data {reference.text!r}: no images in {str(root)!r} (loose, or one folder a class){others}. Images are "
+            f"{', '.join(sorted(_SUFFIXES))}"
+        )
+    return loose, (), 0
+
+
+def _pictures(paths: Iterable[Path]) -> Iterator[Path]:
+    return (path for path in sorted(paths) if path.suffix.lower() in _SUFFIXES)
+
+
+def _arrays(reference: Reference, options: ArrayOptions) -> tuple[Path, str, str]:
+    """A file, and the names of the arrays that hold inputs and labels; no name for no labels."""
+    file = _file(reference)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            held = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UsageError(f"data {reference.text!r}: {str(file)!r} is no file that numpy.savez wrote") from error
+    known = {name.lower(): name for name in held}
+    parts = (f"{{}}_{options.split}", f"{options.split}_{{}}", "{}")
+
+    def one(option: str, asked: str, usual: tuple[str, ...], needed: bool) -> str:
+        if asked:
+            if asked not in held:
+                close = did_you_mean(asked, held)
+                raise UsageError(
+                    f"data {reference.text!r}: there is no array {asked!r} in it, but {', '.join(held)}.{close}"
+                )
+            return asked
+        names = (part.format(name) for part in parts for name in usual)
+        found = next((known[name] for name in names if name in known), "")
+        if not found and needed:
+            example = held[0] if held else "NAME"
+            raise UsageError(
+                f"data {reference.text!r}: which array holds the inputs? It has {', '.join(held) or 'none'}: write "
+                f"{reference.place}?{option}={example}"
+            )
+        return found
+
+    inputs = one("inputs", options.inputs, _INPUTS, True)
+    return file, inputs, "" if options.labels == "none" else one("labels", options.labels, _LABELS, False)
+
+
+def _table(reference: Reference, options: TableOptions) -> tuple[Path, tuple[str, ...], str]:
+    """A file, the names of its columns, and that of the labels; no name for no labels."""
+    import csv
+
+    file = _file(reference)
+    try:
+        with file.open(newline="", encoding="utf-8-sig") as lines:
+            names = tuple(name.strip() for name in next(csv.reader(lines), ()))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"data {reference.text!r} is no table in UTF-8, separated by commas: {error}") from error
+    if not names:
+        raise UsageError(f"data {reference.text!r}: {str(file)!r} is empty")
+    if all(_is_number(name) for name in names):
+        raise UsageError(f"data {reference.text!r}: its first line must name the columns; it is {','.join(names[:4])}")
+    labels = options.labels or next((name for name in names if name.lower() in _LABELS), "none")
+    if labels == "none":
+        return file, names, ""
+    if labels not in names:
+        shown = ", ".join(names[:12])
+        raise UsageError(
+            f"data {reference.text!r}: there is no column {labels!r}; it has {shown}.{did_you_mean(labels, names)}"
+        )
+    return file, names, labels
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+SCHEMES: dict[str, Scheme] = {
+    "digits": Scheme(ImageOptions, _digits, "crop"),
+    "cifar10": Scheme(ImageOptions, _cifar10, "crop-flip", "imagenet"),
+    "fashion-mnist": Scheme(ImageOptions, _idx, "crop-flip"),
+    "imagefolder": Scheme(FolderOptions, _images, "crop-flip", "imagenet"),
+    "npz": Scheme(ArrayOptions, _arrays),
+    "csv": Scheme(TableOptions, _table),
+}
+_FILES = ("npz", "csv")

@@ -32,11 +32,11 @@ def demo(
     import torch
 
     from spectrim.cli.batches import Batches
-    from spectrim.cli.costs import read_budget
     from spectrim.cli.data import load_data
     from spectrim.cli.digits_net import DigitsNet
     from spectrim.cli.results import Outcome
     from spectrim.cli.unfinished import make_folder
+    from spectrim.cli.values import read_budget
     from spectrim.cli.work import device_named, first_batch
     from spectrim.nn.agreement import agreement
     from spectrim.pipeline import compress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -9,47 +10,62 @@ import typer
 
 from spectrim.cli import options
 from spectrim.cli.common import Output, command
+from spectrim.cli.references import Reference, UsageError, installed
+from spectrim.cli.values import check_folder
 
 FORMATS = (".onnx", ".pt2")
 
 
+@dataclass(frozen=True)
+class ExportOptions:
+    """The file."""
+
+    file: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FILE", help="File to write: .onnx or .pt2 (torch.export).")
+    ]
+    batch: Annotated[
+        int, typer.Option("--batch", metavar="N", min=2, help="Samples of the example; the exported batch is free.")
+    ] = 2
+    threads: options.Threads = None
+
+    def __post_init__(self) -> None:
+        if self.file.suffix not in FORMATS:
+            raise UsageError(f"--out {str(self.file)!r}: expected a name ending in {' or '.join(FORMATS)}")
+        check_folder(self.file.parent)
+
+
 @command
 def export(
-    out: Output,
-    model: options.Model,
-    file: Annotated[Path, typer.Option("--out", "-o", help="File to write: .onnx or .pt2 (torch.export).")],
-    weights: options.Weights = None,
-    checkpoint: options.Checkpoint = None,
-    data: Annotated[str | None, typer.Option("--data", "-d", help="Batches to take the example input from.")] = None,
-    input_shape: options.Input = None,
-    batch: Annotated[
-        int, typer.Option("--batch", min=2, help="Samples of the example; the exported batch is free.")
-    ] = 2,
-    threads: options.Threads = None,
+    out: Output, model: options.FinishedOptions, example: options.ExampleOptions, written: ExportOptions
 ) -> None:
-    """Write a model for other runtimes, and check that it computes the same numbers."""
+    """Write a model for other runtimes, and check that it computes the same numbers.
+
+    Examples
+    --------
+    $ spectrim export net.py:build -c compressed/model.safetensors --input 3x224x224 -o net.onnx
+    """
+    data, input_shape, file = example.data, example.input_shape, written.file
+    if data is None and input_shape is None:
+        raise UsageError("an example input is needed: give --input, as --input 3x224x224, or --data")
+    if file.suffix == ".onnx":
+        for package in ("onnx", "onnxscript"):
+            installed(package, Reference(f"--out {file}", ""), "spectrim[export]")
     from spectrim.cli.data import load_data
-    from spectrim.cli.models import load_compressed, load_model
-    from spectrim.cli.references import UsageError
     from spectrim.cli.unfinished import make_folder
     from spectrim.cli.work import device_named, first_batch, random_input
     from spectrim.nn.export import export_onnx, export_program
 
-    if file.suffix not in FORMATS:
-        raise UsageError(f"--out {str(file)!r}: expected a name ending in {' or '.join(FORMATS)}")
-    if data is None and input_shape is None:
-        raise UsageError("an example input is needed: give --input, as --input 3x224x224, or --data")
     make_folder(out, file.parent)
-    device_named("cpu", threads)
-    network = load_compressed(model, checkpoint) if checkpoint is not None else load_model(model, weights)
+    device_named("cpu", written.threads)
+    network = model.load()
     if data is not None:
-        example = first_batch(load_data(data, purpose="test"), batch, data, network)
+        batch = first_batch(load_data(data, purpose="test"), written.batch, data, network)
     else:
-        example = random_input(str(input_shape), batch, "cpu")
+        batch = random_input(str(input_shape), written.batch, "cpu")
     write = export_onnx if file.suffix == ".onnx" else export_program
-    difference = write(network, example, file)
+    difference = write(network, batch, file)
     size = file.stat().st_size
     out.document(
-        {"model": model, "file": str(file), "format": file.suffix[1:], "bytes": size, "difference": difference}
+        {"model": model.model, "file": str(file), "format": file.suffix[1:], "bytes": size, "difference": difference}
     )
     out.print(f"{file}  {size:,} bytes, largest difference to the model {difference:.1e}")

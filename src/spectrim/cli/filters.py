@@ -10,6 +10,7 @@ from torch import nn
 from spectrim.channel_plans.widths import KL, Energy, recommend
 from spectrim.cli.methods import AUTO, FILTERS, Methods
 from spectrim.cli.references import UsageError
+from spectrim.cli.values import check_recipe
 from spectrim.methods import Method, PrincipalFilters, from_record
 from spectrim.network.choices import ChannelsChoice
 from spectrim.network.sites import Sites
@@ -111,13 +112,5 @@ def read_recipe(text: str) -> Energy | KL:
     UsageError
         Quotes it.
     """
-    name, equals, value = text.partition("=")
-    if text == "kl":
-        return KL()
-    if name == "energy" and equals:
-        try:
-            return Energy(float(value))
-        except ValueError as error:
-            reason = str(error) if "share" in str(error) else f"{value!r} is not a number"
-            raise UsageError(f"--recipe {text}: {reason}") from error
-    raise UsageError(f"--recipe {text!r} is not known; choose kl, or energy=SHARE, as energy=0.95")
+    check_recipe(text)
+    return KL() if text == "kl" else Energy(float(text.partition("=")[2]))

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from spectrim.cli.common import Output, usage
-from spectrim.cli.costs import read_budget, read_costs
-from spectrim.cli.methods import Asked
 from spectrim.cli.options import (
     FileOptions,
     InputOptions,
@@ -21,14 +19,14 @@ from spectrim.cli.options import (
     TrainingOptions,
 )
 from spectrim.cli.preprocessing import tell
-from spectrim.cli.references import UsageError
 from spectrim.cli.results import Outcome
 from spectrim.cli.unfinished import UNFINISHED, RunFolder, make_folder
+from spectrim.cli.values import read_budget, read_costs
 from spectrim.cli.work import Work
 from spectrim.methods import WeightSVD
 from spectrim.preparation import prepare
 from spectrim.report import compare
-from spectrim.selection.budget import COSTS, Budget
+from spectrim.selection.budget import Budget
 from spectrim.selection.selectors import lagrangian
 from spectrim.tables import tabulate
 from spectrim.train import LearnedResult, Recipe, Schedule, learn_ranks
@@ -65,13 +63,7 @@ class RankRun:
     costs: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if self.training.train is None:
-            raise UsageError("ranks are learned in training: give --train, batches with labels")
-        if bool(self.points) == (self.learned.multiplier is not None):
-            raise UsageError("give either --budget (as macs=50%), or a multiplier (as learned-ranks:multiplier=4e-9)")
-        known = (*COSTS, *self.functions)
-        if self.learned.cost not in known:
-            raise UsageError(f"cost {self.learned.cost!r} is not known; choose from {', '.join(known)}")
+        self.learned.check(self.training, list(self.points), list(self.costs))
         _ = self.budgets, self.options()
 
     @property
@@ -127,19 +119,6 @@ def spread(steps: int) -> Schedule:
     if steps == 1:
         return dataclasses.replace(usual, steps=1)
     return dataclasses.replace(usual, steps=steps, factor=usual.factor ** ((usual.steps - 1) / (steps - 1)))
-
-
-def read(asked: Asked) -> LearnedRanksOptions:
-    """The options that ``--method learned-ranks`` has.
-
-    Raises
-    ------
-    UsageError
-        For one that cannot be used.
-    """
-    if "cost" in asked.options and "multiplier" not in asked.options:
-        raise UsageError(f"--method {asked.text}: cost is what a multiplier is for, and there is no multiplier")
-    return asked.filled(LearnedRanksOptions)
 
 
 def work(run: RankRun) -> Work:

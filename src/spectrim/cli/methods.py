@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from spectrim.cli.common import usage
 from spectrim.cli.references import Reference, UsageError, factory, filled, halves
+from spectrim.cli.sources import check_factory, check_options
+from spectrim.errors import did_you_mean
 
 if TYPE_CHECKING:
     from spectrim.methods import Method
@@ -39,6 +41,15 @@ CLASSES: Mapping[str, str] = {
     FILTERS: "PrincipalFilters",
 }
 """The classes of :mod:`spectrim.methods` by their names on the command line."""
+OTHER_NAMES = {
+    "svd": "weight-svd", "low-rank": AUTO, "lowrank": AUTO, "pca": "activation-svd", "sparse": SPARSE,
+    "pruning": FILTERS, "prune": FILTERS, "filters": FILTERS, "channels": FILTERS, "rank": LEARNED, "learned": LEARNED,
+    "weightsvd": "weight-svd", "activationsvd": "activation-svd", "jointsvd": "joint-svd",
+    "lowrankplussparse": SPARSE, "principalfilters": FILTERS, "learnedranks": LEARNED,
+}  # fmt: skip
+"""What people call them elsewhere."""
+NAMES = (AUTO, JOINT, *CLASSES, LEARNED)
+"""What ``--method`` takes, beside classes of the user's own."""
 _CALIBRATED = ("activation-svd", FILTERS)
 
 
@@ -70,11 +81,12 @@ class Asked:
             For an unknown name, or an option that is not ``NAME=VALUE`` or is there twice.
         """
         name, colon, rest = text.partition(":")
-        if name not in (AUTO, JOINT, LEARNED, *CLASSES):
-            if not rest:
+        if name not in NAMES:
+            close = did_you_mean(name, NAMES, OTHER_NAMES)
+            if not rest or "=" in rest.partition(":")[0]:
                 raise UsageError(
-                    f"--method {text!r} is not known; choose from {', '.join((AUTO, JOINT, *CLASSES, LEARNED))}, or "
-                    "write package.module:Class"
+                    f"--method {text!r} is not known; choose from {', '.join(NAMES)}, or write package.module:Class."
+                    f"{close}"
                 )
             place, colon, rest = rest.partition(":")
             name = f"{name}:{place}"
@@ -91,6 +103,19 @@ class Asked:
         if options and name in (AUTO, JOINT):
             raise UsageError(f"--method {text}: {name} has no options; name a method, as weight-svd:{rest}")
         return cls(text, name, options)
+
+    def check(self) -> None:
+        """Refuse a class that there is not, or options that it does not have, as far as sources tell.
+
+        Raises
+        ------
+        UsageError
+            Says what there is instead.
+        """
+        if self.name in CLASSES:
+            check_options("methods", CLASSES[self.name], self.options, f"--method {self.text}", self.name)
+        elif self.name not in NAMES:
+            check_factory(Reference(self.name, *halves(self.name)), "method", arguments=None)
 
     def build(self, **usual: Any) -> Method:
         """The method.
@@ -131,7 +156,10 @@ class Methods:
 
     @classmethod
     def read(cls, texts: Sequence[str] | None) -> Methods:
-        return cls(tuple(Asked.read(text) for text in texts or (AUTO,)))
+        asked = tuple(Asked.read(text) for text in texts or (AUTO,))
+        for each in asked:
+            each.check()
+        return cls(asked)
 
     def __contains__(self, name: str) -> bool:
         return name in self.names

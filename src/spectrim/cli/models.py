@@ -10,24 +10,80 @@ reference                   model
 ``hf:NAME``                 the architecture named in the hub model's (or local folder's) configuration
 ==========================  =============================================================================
 
-With a weight file the built-in schemes do not fetch pretrained weights.
+With a weight file the built-in schemes do not fetch pretrained weights. :func:`check_model` reads a reference, and
+looks for what it names, without torch.
 """
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from spectrim.cli.references import Reference, UsageError, call, factory, installed, need, parse
+from spectrim.cli.sources import check_factory
+from spectrim.errors import did_you_mean
 
-from spectrim.cli.references import Reference, UsageError, call, factory, need, parse
-from spectrim.nn.checkpoint import FORMAT, load
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
+
+def check_model(text: str, weights: str | Path | None = None) -> None:
+    """Refuse a reference or a file of weights that :func:`load_model` could not load, as far as is seen without torch.
+
+    Raises
+    ------
+    UsageError
+        Says what is wrong, and what to write.
+    """
+    reference = parse(text)
+    if reference.scheme in SCHEMES:
+        SCHEMES[reference.scheme][1](reference)
+    else:
+        if close := _close_scheme(reference):
+            raise UsageError(f"model {text!r} is not known.{close}")
+        check_factory(reference, "model")
+    if weights is not None:
+        check_file(weights)
+
+
+def _close_scheme(reference: Reference) -> str:
+    """A question where a built-in name was meant: the reference names no module, but nearly a built-in name."""
+    scheme, path = reference.scheme, Path(reference.text)
+    if not reference.place and path.suffix in _SUFFIXES and path.is_file():
+        return (
+            f" It is a file of weights: write file.py:function, which returns the model, and --weights {reference.text}"
+        )
+    from importlib.util import find_spec
+
+    if scheme.endswith(".py") or "." in scheme or not scheme.isidentifier() or find_spec(scheme) is not None:
+        return ""
+    return "" if Path(f"{scheme}.py").is_file() else did_you_mean(scheme, SCHEMES)
+
+
+def check_file(weights: str | Path) -> Path:
+    """A file of weights that is there and of a kind that can be read.
+
+    Raises
+    ------
+    UsageError
+        If it is not.
+    """
+    path = Path(weights)
+    if not path.is_file():
+        near = [str(each) for each in path.parent.glob("*.*")] if path.parent.is_dir() else []
+        raise UsageError(f"weights {str(path)!r} is not a file.{did_you_mean(str(path), near)}".removesuffix("."))
+    if path.suffix not in _SUFFIXES:
+        got = repr(path.suffix) if path.suffix else "no suffix"
+        raise UsageError(f"weights {str(path)!r}: expected .safetensors, .pt, .pth or .bin, got {got}")
+    return path
 
 
 def load_model(text: str, weights: str | Path | None = None, *, pretrained: bool = True) -> nn.Module:
@@ -47,17 +103,14 @@ def load_model(text: str, weights: str | Path | None = None, *, pretrained: bool
     UsageError
         If the reference or the file cannot be used, or they do not fit each other.
     """
+    from torch import nn
+
     reference = parse(text)
     pretrained = pretrained and weights is None
-    match reference.scheme:
-        case "timm":
-            model = _timm(reference, pretrained)
-        case "torchvision":
-            model = _torchvision(reference, pretrained)
-        case "hf":
-            model = _transformers(reference, pretrained)
-        case _:
-            model = call(factory(reference, "model"), reference, "model")
+    if reference.scheme in SCHEMES:
+        model = SCHEMES[reference.scheme][0](reference, pretrained)
+    else:
+        model = call(factory(reference, "model"), reference, "model")
     if not isinstance(model, nn.Module):
         raise UsageError(f"model {text!r} returned a {type(model).__name__}, not a torch.nn.Module")
     if weights is not None:
@@ -75,6 +128,8 @@ def load_compressed(text: str, checkpoint: str | Path) -> nn.Module:
     CheckpointError
         If the file is damaged or belongs to another architecture.
     """
+    from spectrim.nn.checkpoint import load
+
     if not Path(checkpoint).is_file():
         raise UsageError(f"checkpoint {str(checkpoint)!r} is not a file")
     return load(load_model(text, pretrained=False), checkpoint).eval()
@@ -91,9 +146,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     UsageError
         If the file is missing, of an unknown kind, damaged, or holds something else.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"weights {str(path)!r} is not a file")
+    import torch
+    from torch import Tensor
+
+    from spectrim.nn.checkpoint import FORMAT
+
+    path = check_file(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors import safe_open
@@ -106,11 +164,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
                         "--checkpoint (-c) in evaluate and export"
                     )
             state: Any = load_file(path)
-        elif path.suffix in {".pt", ".pth", ".bin"}:
-            state = torch.load(path, map_location="cpu", weights_only=True)
         else:
-            got = repr(path.suffix) if path.suffix else "no suffix"
-            raise UsageError(f"weights {str(path)!r}: expected .safetensors, .pt, .pth or .bin, got {got}")
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except UsageError:
         raise
     except Exception as error:  # each reader has its own errors for a damaged file
@@ -191,6 +246,62 @@ def _place(reference: Reference) -> str:
     return reference.place
 
 
+def _registered(reference: Reference, package: str, folder: str) -> None:
+    """Refuse a name that no model in an installed package has, by what its files register.
+
+    Raises
+    ------
+    UsageError
+        If there is no such model, or the package is not installed.
+    """
+    name, root = _place(reference), installed(package, reference, package)
+    if root is None or ":" in name or "/" in name:  # of a hub, or a folder
+        return
+    text = "\n".join(file.read_text(encoding="utf-8") for file in sorted(root.joinpath(folder).rglob("*.py")))
+    found = re.findall(r"^@register_model(?:\(\s*(?:name\s*=\s*\"(\w+)\")?\s*\))?.*?^def (\w+)\(", text, re.M | re.S)
+    names = [named or function for named, function in found]
+    base = name.partition(".")[0]
+    if names and base.lower() not in map(str.lower, names) and not re.search(rf"\b{re.escape(base)}\b", text):
+        raise UsageError(
+            f"model {reference.text!r}: {package} has no model {base!r}; it has {len(names)}, listed by "
+            f"{package}.{'models.' if package == 'torchvision' else ''}list_models().{did_you_mean(base, names)}"
+        )
+
+
+def _check_hub(reference: Reference) -> None:
+    """Refuse a folder without a configuration, and what can be no name on a hub.
+
+    Raises
+    ------
+    UsageError
+        Says what is missing.
+    """
+    name = _place(reference)
+    installed("transformers", reference, "transformers")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UsageError(f"model {reference.text!r}: it has no config.json; give what save_pretrained wrote")
+    elif name.startswith((".", "/", "~")):
+        near = [str(each) for each in folder.parent.iterdir() if each.is_dir()] if folder.parent.is_dir() else []
+        close = did_you_mean(str(folder), near)
+        raise UsageError(f"model {reference.text!r}: there is no such folder.{close}".removesuffix("."))
+    elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise UsageError(f"model {reference.text!r}: {name!r} is no name on a hub: write hf:NAME or hf:OWNER/NAME")
+    elif os.environ.get("HF_HUB_OFFLINE") in ("1", "true", "TRUE") and name not in _stored():
+        raise UsageError(
+            f"model {reference.text!r}: HF_HUB_OFFLINE is set, and {name!r} was not fetched before."
+            f"{did_you_mean(name, _stored())}"
+        )
+
+
+def _stored() -> list[str]:
+    """Names of models that were fetched from the hub before."""
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    folders = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).glob("models--*")
+    return [folder.name.removeprefix("models--").replace("--", "/") for folder in folders]
+
+
 def _timm(reference: Reference, pretrained: bool) -> nn.Module:
     name = _place(reference)
     timm = need("timm", reference, "timm")
@@ -214,8 +325,7 @@ def _torchvision(reference: Reference, pretrained: bool) -> nn.Module:
 def _transformers(reference: Reference, pretrained: bool) -> nn.Module:
     name = _place(reference)
     transformers = need("transformers", reference, "transformers")
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise UsageError(f"model {reference.text!r}: there is no such folder")
+    _check_hub(reference)
     # Folders of models that were compressed before.
     need("spectrim.hf", reference, "transformers")
     try:
@@ -231,5 +341,13 @@ def _transformers(reference: Reference, pretrained: bool) -> nn.Module:
     except (OSError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"model {reference.text!r}: transformers cannot load it: {reason}") from error
+        reason, close = str(error).splitlines()[0], did_you_mean(name, _stored())
+        raise UsageError(f"model {reference.text!r}: transformers cannot load it: {reason}{close}") from error
+
+
+SCHEMES: Mapping[str, tuple[Callable[[Reference, bool], Any], Callable[[Reference], None]]] = {
+    "timm": (_timm, lambda reference: _registered(reference, "timm", "models")),
+    "torchvision": (_torchvision, lambda reference: _registered(reference, "torchvision", "models")),
+    "hf": (_transformers, _check_hub),
+}
+"""What makes a model of a built-in name, and what checks the name, by what stands before the colon."""

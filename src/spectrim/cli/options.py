@@ -1,4 +1,7 @@
-"""Options that commands share, in groups that a command takes as one value; see :func:`spectrim.cli.common.command`."""
+"""Options that commands share, in groups that a command takes as one value; see :func:`spectrim.cli.common.command`.
+
+A group's first line is its heading in the help. It refuses values that cannot be used when it is made, without torch.
+"""
 
 from __future__ import annotations
 
@@ -8,110 +11,157 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from spectrim.cli import completion
 from spectrim.cli.common import usage
+from spectrim.cli.data import check_data
+from spectrim.cli.models import check_model, load_compressed, load_model
 from spectrim.cli.references import UsageError
+from spectrim.cli.values import (
+    check_device,
+    check_folder,
+    check_recipe,
+    named_costs,
+    read_budget,
+    read_groups,
+    read_shape,
+)
+from spectrim.errors import did_you_mean
+from spectrim.selection.budget import COSTS
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from spectrim.train import Recipe
 
 SELECTORS = ("exact", "lagrangian", "greedy", "energy", "uniform")
 
-Model = Annotated[
-    str,
-    typer.Argument(
-        help="package.module:factory, file.py:factory, timm:NAME, torchvision:NAME or hf:NAME; options as ?key=value."
-    ),
-]
-Weights = Annotated[
-    Path | None, typer.Option("--weights", "-w", help="Weights: .safetensors, or .pt read with weights_only.")
-]
-Checkpoint = Annotated[
-    Path | None, typer.Option("--checkpoint", "-c", help="A compressed model that spectrim compress wrote.")
-]
 Input = Annotated[
-    str | None, typer.Option("--input", help="Shape of one random input where there is no data, as 3x224x224.")
+    str | None,
+    typer.Option("--input", metavar="SHAPE", help="Shape of one random sample where there are no data, as 3x224x224."),
 ]
 Batch = Annotated[
-    int, typer.Option("--batch", min=1, help="Samples a forward pass where time and memory are measured.")
+    int, typer.Option("--batch", metavar="N", min=1, help="Samples a pass where time and memory are measured.")
 ]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="CPU threads; all that torch would take by default.")
+    int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads; by default all that torch takes.")
 ]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ..., or auto.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ..., or auto.", autocompletion=completion.devices
+    ),
+]
 Methods = Annotated[
     list[str] | None,
     typer.Option(
         "--method",
-        help="auto (the default), weight-svd, activation-svd, joint, joint-svd, low-rank-plus-sparse, "
-        "principal-filters, or package.module:Class; learned-ranks in compress. Options after a colon, as "
-        "low-rank-plus-sparse:patterns=2:4+rows,share=0.3. Repeatable.",
+        metavar="METHOD",
+        rich_help_panel="What layers become",
+        autocompletion=completion.methods,
+        help="auto (the default: low rank), weight-svd, activation-svd, joint, joint-svd, low-rank-plus-sparse, "
+        "principal-filters, learned-ranks (compress alone), or package.module:Class. Its options follow a colon, as "
+        "weight-svd:multiple_of=8. Repeatable.",
     ),
 ]
 Costs = Annotated[
     list[str] | None,
-    typer.Option("--cost", help="A cost of your own, as joules=package.module:function of layers. Repeatable."),
+    typer.Option(
+        "--cost",
+        metavar="NAME=FUNCTION",
+        help="A cost of your own, as joules=energy.py:joules, a function of a layer. Repeatable.",
+    ),
 ]
 
 
 @dataclass(frozen=True)
 class NetworkOptions:
-    """The model, and how it is run."""
+    """The model."""
 
-    model: Model
-    weights: Weights = None
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            autocompletion=completion.models,
+            help="What returns it: file.py:function or package.module:function; or torchvision:NAME, timm:NAME, "
+            "hf:NAME. Options follow as ?key=value&key=value.",
+        ),
+    ]
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--weights", "-w", metavar="FILE", help="Its weights: .safetensors, or .pt that holds a state_dict."
+        ),
+    ] = None
     batch: Batch = 1
     threads: Threads = None
     device: Device = "cpu"
 
+    def __post_init__(self) -> None:
+        check_model(self.model, self.weights)
+        check_device(self.device)
+
 
 @dataclass(frozen=True)
 class InputOptions:
-    """What the model is fed with before it is compressed."""
+    """Data that layers are fitted to."""
 
     data: Annotated[
         str | None,
         typer.Option(
             "--data",
             "-d",
-            help="Calibration batches; some of --train where ranks are learned: digits, cifar10:DIR, "
-            "fashion-mnist:DIR, imagefolder:DIR, package.module:factory or file.py:factory; options as ?key=value.",
+            metavar="DATA",
+            autocompletion=completion.data,
+            help="A few hundred samples like those of training, without labels if need be: imagefolder:DIR, "
+            "FILE.npz, FILE.csv, file.py:function, package.module:function, cifar10:DIR, fashion-mnist:DIR or "
+            "digits. Options follow as ?key=value.",
         ),
     ] = None
     input_shape: Input = None
     mask: Annotated[
         str | None,
         typer.Option(
-            "--mask", help="Tensor of the batches that is not zero where a token is data; attention_mask by default."
+            "--mask",
+            metavar="NAME",
+            help="Tensor of the batches that is not zero where a token is data; attention_mask by default.",
         ),
     ] = None
     rows: Annotated[
         int | None,
-        typer.Option("--rows", min=1, help="Input patches that a layer's statistics rest on, over all samples."),
+        typer.Option("--rows", metavar="N", min=1, help="Input patches that a layer's statistics rest on, in all."),
     ] = None
     positions: Annotated[
-        int | None, typer.Option("--positions", min=1, help="Input patches of every sample, in place of --rows.")
+        int | None,
+        typer.Option("--positions", metavar="N", min=1, help="Input patches of every sample, in place of --rows."),
     ] = None
+
+    def __post_init__(self) -> None:
+        check_data(self.data, "calibration")
+        if self.input_shape is not None:
+            read_shape(self.input_shape)
 
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """Which layers, and in what steps."""
+    """Which layers."""
 
     skip: Annotated[
         list[str] | None,
-        typer.Option("--skip", help="Leave layers alone whose name matches, as 'layer1.*'. Repeatable."),
+        typer.Option("--skip", metavar="NAME", help="Leave these layers alone, as fc or 'layer1.*'. Repeatable."),
     ] = None
-    only: Annotated[list[str] | None, typer.Option("--only", help="Keep to layers whose name matches. Repeatable.")] = (
-        None
-    )
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", metavar="NAME", help="Leave all but these layers alone. Repeatable."),
+    ] = None
     multiple_of: Annotated[
-        int | None, typer.Option("--multiple-of", min=1, help="Ranks, and numbers of filters, are multiples of this.")
+        int | None,
+        typer.Option("--multiple-of", metavar="N", min=1, help="Ranks, and numbers of filters, are multiples of N."),
     ] = None
 
 
 @dataclass(frozen=True)
 class SharingOptions:
-    """Which layers may share factors."""
+    """Layers that share factors."""
 
     share: Annotated[
         bool | None,
@@ -123,20 +173,46 @@ class SharingOptions:
     ] = None
     groups: Annotated[
         Path | None,
-        typer.Option("--groups", help='Layers that may share factors, by hand: a JSON file as {"name": ["a", "b"]}.'),
+        typer.Option("--groups", metavar="FILE", help='Such layers by hand: a JSON file as {"name": ["fc1", "fc2"]}.'),
     ] = None
+
+    def __post_init__(self) -> None:
+        if self.groups is not None:
+            read_groups(self.groups)
 
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Batches to train and to test on."""
+    """Training and testing."""
 
-    train: Annotated[str | None, typer.Option("--train", help="Training batches: to fine-tune, or to learn ranks.")] = (
-        None
-    )
-    test: Annotated[str | None, typer.Option("--test", help="Labelled batches to measure accuracy on.")] = None
-    epochs: Annotated[int, typer.Option("--epochs", min=0, help="Epochs of fine-tuning.")] = 10
-    lr: Annotated[float | None, typer.Option("--lr", help="Highest learning rate of the fine-tuning.")] = None
+    train: Annotated[
+        str | None,
+        typer.Option(
+            "--train",
+            metavar="DATA",
+            autocompletion=completion.data,
+            help="Batches with labels to fine-tune on, or to learn ranks from; named like --data.",
+        ),
+    ] = None
+    test: Annotated[
+        str | None,
+        typer.Option(
+            "--test",
+            metavar="DATA",
+            autocompletion=completion.data,
+            help="Batches with labels to measure accuracy on; named like --data.",
+        ),
+    ] = None
+    epochs: Annotated[int, typer.Option("--epochs", metavar="N", min=0, help="Epochs of fine-tuning.")] = 10
+    lr: Annotated[
+        float | None, typer.Option("--lr", metavar="NUMBER", help="Highest learning rate of the fine-tuning.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        check_data(self.train, "training")
+        check_data(self.test, "test")
+        if self.lr is not None and not 0 <= self.lr < float("inf"):
+            raise UsageError(f"--lr: lr={self.lr} must be a finite number of at least 0")
 
     def recipe(self) -> Recipe:
         """That of the fine-tuning.
@@ -157,13 +233,17 @@ class LearningOptions:
     """How ranks are learned."""
 
     rank_epochs: Annotated[
-        int, typer.Option("--rank-epochs", help="Epochs of learning weights and ranks together.")
+        int, typer.Option("--rank-epochs", metavar="N", help="Epochs of learning weights and ranks together.")
     ] = 10
-    rank_lr: Annotated[float | None, typer.Option("--rank-lr", help="Highest learning rate of these epochs.")] = None
-    c_steps: Annotated[int, typer.Option("--c-steps", help="How often ranks are chosen in these epochs.")] = 64
-    energy: Annotated[str, typer.Option("--energy", help="weight or output, whose energy errors are shares of.")] = (
-        "weight"
-    )
+    rank_lr: Annotated[
+        float | None, typer.Option("--rank-lr", metavar="NUMBER", help="Highest learning rate of these epochs.")
+    ] = None
+    c_steps: Annotated[
+        int, typer.Option("--c-steps", metavar="N", help="How often ranks are chosen in these epochs.")
+    ] = 64
+    energy: Annotated[
+        str, typer.Option("--energy", metavar="WHICH", help="weight or output, whose energy errors are shares of.")
+    ] = "weight"
 
     def __post_init__(self) -> None:
         if self.rank_epochs < 0:
@@ -192,45 +272,163 @@ class LearnedRanksOptions(LearningOptions):
         if self.multiplier is not None and not 0 < self.multiplier < float("inf"):
             raise UsageError(f"multiplier is {self.multiplier}; expected a finite number above 0, as 4e-9")
 
+    def check(self, training: TrainingOptions, points: list[str], costs: list[str]) -> None:
+        """Refuse what ranks cannot be learned from.
+
+        Parameters
+        ----------
+        points
+            Budgets, if there are any.
+        costs
+            Of the user's own, as ``--cost`` takes them.
+
+        Raises
+        ------
+        UsageError
+            Says what to give.
+        """
+        if training.train is None:
+            raise UsageError("ranks are learned in training: give --train, batches with labels")
+        if bool(points) == (self.multiplier is not None):
+            raise UsageError("give either --budget (as macs=50%), or a multiplier (as learned-ranks:multiplier=4e-9)")
+        known = (*COSTS, *named_costs(costs))
+        if self.cost not in known:
+            raise UsageError(f"cost {self.cost!r} is not known; choose from {', '.join(known)}")
+        for point in points:
+            read_budget([point], known)
+
 
 @dataclass(frozen=True)
 class GoalOptions:
-    """What the compressed model may cost, or which one it is to be."""
+    """How small."""
 
     budget: Annotated[
         list[str] | None,
-        typer.Option("--budget", "-b", help="macs=50%, parameters=1.2M, bytes=10MiB, latency=3ms. Repeatable."),
+        typer.Option(
+            "--budget",
+            "-b",
+            metavar="COST=VALUE",
+            autocompletion=completion.budgets,
+            help="What the whole model may cost: macs=50%, parameters=1.2M, bytes=10MiB or latency=3ms. Repeatable; "
+            "all hold together.",
+        ),
     ] = None
     cost: Costs = None
     recipe: Annotated[
         str | None,
         typer.Option(
             "--recipe",
+            metavar="RECIPE",
+            autocompletion=completion.recipes,
             help="Principal filters: how many stay, in place of --budget: kl, or energy=0.95 for a share of the "
             "responses' energy.",
         ),
     ] = None
-    plan: Annotated[Path | None, typer.Option("--plan", help="Carry out this plan in place of a budget.")] = None
-    selector: Annotated[str, typer.Option("--selector", help=", ".join(SELECTORS) + ".")] = "exact"
+    plan: Annotated[
+        Path | None,
+        typer.Option("--plan", metavar="FILE", help="Carry out this plan.json in place of a budget."),
+    ] = None
+    selector: Annotated[
+        str,
+        typer.Option("--selector", metavar="NAME", help=f"How choices are made: {', '.join(SELECTORS)}."),
+    ] = "exact"
     guard: Annotated[
         bool, typer.Option("--guard", help="Leave out choices that are measured no faster than dense.")
     ] = False
 
+    def __post_init__(self) -> None:
+        # Without a function it is what a multiplier is for, as it was written formerly.
+        costs = named_costs([text for text in self.cost or () if "=" in text])
+        if self.budget:
+            read_budget(self.budget, costs)
+        if self.recipe is not None:
+            check_recipe(self.recipe)
+        if self.selector not in SELECTORS:
+            close = did_you_mean(self.selector, SELECTORS)
+            raise UsageError(f"--selector {self.selector!r} is not known; choose from {', '.join(SELECTORS)}.{close}")
+        if self.plan is not None and not self.plan.is_file():
+            raise UsageError(f"--plan {str(self.plan)!r} is not a file; compress writes plan.json beside the model")
+
 
 @dataclass(frozen=True)
 class FileOptions:
-    """What is written where."""
+    """Files."""
 
     folder: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for model.safetensors, plan.json, report.html.")
+        Path,
+        typer.Option("--out", "-o", metavar="DIR", help="Folder for model.safetensors, plan.json and report.html."),
     ] = Path("compressed")
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html.")] = True
     checkpoint: Annotated[
         Path | None,
         typer.Option(
             "--checkpoint",
+            metavar="DIR",
             help="Learned ranks: folder from which the same call continues after a kill; OUT/unfinished by default, "
             "which goes when all is done.",
         ),
     ] = None
     animate: Annotated[bool, typer.Option("--animate", help="Learned ranks: write ranks.gif too.")] = False
+
+    def __post_init__(self) -> None:
+        check_folder(self.folder)
+
+
+@dataclass(frozen=True)
+class FinishedOptions:
+    """The model, dense or compressed."""
+
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            autocompletion=completion.models,
+            help="What returns the dense model, as compress takes it: file.py:function, torchvision:NAME, ...",
+        ),
+    ]
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", "-w", metavar="FILE", help="Weights of the dense model: .safetensors or .pt."),
+    ] = None
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            "--checkpoint", "-c", metavar="FILE", help="model.safetensors that compress wrote, in place of --weights."
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        check_model(self.model, self.weights)
+        if self.checkpoint is not None and not self.checkpoint.is_file():
+            inside = self.checkpoint / "model.safetensors"
+            cure = f": write {inside}" if inside.is_file() else "; compress writes model.safetensors"
+            raise UsageError(f"checkpoint {str(self.checkpoint)!r} is not a file{cure}")
+
+    def load(self) -> nn.Module:
+        """The compressed model if there is a checkpoint, else the dense one."""
+        if self.checkpoint is not None:
+            return load_compressed(self.model, self.checkpoint)
+        return load_model(self.model, self.weights)
+
+
+@dataclass(frozen=True)
+class ExampleOptions:
+    """What it is run on."""
+
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            "-d",
+            metavar="DATA",
+            autocompletion=completion.data,
+            help="Batches, with labels where accuracy is measured: imagefolder:DIR, FILE.npz, FILE.csv, "
+            "file.py:function, ...; options follow as ?key=value.",
+        ),
+    ] = None
+    input_shape: Input = None
+
+    def __post_init__(self) -> None:
+        check_data(self.data, "test")
+        if self.input_shape is not None:
+            read_shape(self.input_shape)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spectrim.cli import options
+from spectrim.cli import completion, options
 from spectrim.cli.common import Output, command
+from spectrim.cli.data import check_data
 from spectrim.cli.references import UsageError
+from spectrim.cli.values import check_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -19,37 +22,67 @@ if TYPE_CHECKING:
 _NAMES = {"macs": "MACs", "parameters": "parameters", "bytes": "weights", "latency": "latency"}
 
 
+@dataclass(frozen=True)
+class PointOptions:
+    """Points of the curve."""
+
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--budget",
+            "-b",
+            metavar="COST=VALUE",
+            autocompletion=completion.budgets,
+            help="One point, as macs=50% or macs=50%,parameters=40%. Repeatable, the loosest first.",
+        ),
+    ] = None
+    cost: options.Costs = None
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            "-d",
+            metavar="DATA",
+            autocompletion=completion.data,
+            help="Samples that layers are fitted to; some of --train by default.",
+        ),
+    ] = None
+    folder: Annotated[
+        Path,
+        typer.Option("--out", "-o", metavar="DIR", help="Folder for path.json, path.svg and a folder for each point."),
+    ] = Path("path")
+
+    def __post_init__(self) -> None:
+        check_data(self.data, "calibration")
+        check_folder(self.folder)
+
+
 @command
 def path(
     out: Output,
     network: options.NetworkOptions,
+    points: PointOptions,
     training: options.TrainingOptions,
     learned: options.LearningOptions,
     layers: options.LayerOptions,
-    budget: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--budget", "-b", help="One point, as macs=50% or macs=50%,parameters=40%. Repeatable, the loosest first."
-        ),
-    ] = None,
-    cost: options.Costs = None,
-    data: Annotated[
-        str | None, typer.Option("--data", "-d", help="Calibration batches; some of --train if not given.")
-    ] = None,
-    folder: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for path.json, path.svg and a folder for each point.")
-    ] = Path("path"),
 ) -> None:
     """Learn ranks for several budgets in one run: the curve of accuracy against cost.
 
     Every budget goes on from the weights that the one before has learned. A point is written to a folder of its own as
     soon as it is done: model.safetensors, plan.json, ranks.json. The same call again continues a run that was killed,
     or adds the budgets after its last one. Exit code 3 if a budget cannot be met.
+
+    Examples
+    --------
+    $ spectrim path net.py:build -w net.pt --train photos.py:train --test photos.py:test -b macs=60% -b macs=40%
     """
+    budget, cost, folder = points.budget, points.cost, points.folder
     if not budget:
         raise UsageError("give --budget once for each point, as --budget macs=50% --budget macs=30%")
     if training.test is None:
         raise UsageError("give --test: labelled batches to measure the accuracy of every point on")
+    ranks = options.LearnedRanksOptions(**dataclasses.asdict(learned))
+    ranks.check(training, budget, cost or [])
     from spectrim.cli import learning
     from spectrim.cli.preprocessing import tell
     from spectrim.cli.results import write_result
@@ -57,8 +90,7 @@ def path(
     from spectrim.network.files import write_text
     from spectrim.train import LearnedResult, budget_path
 
-    ranks = options.LearnedRanksOptions(**dataclasses.asdict(learned))
-    run = learning.RankRun(network, data, training, layers, ranks, budget, cost or ())
+    run = learning.RankRun(network, points.data, training, layers, ranks, budget, cost or ())
     make_folder(out, folder)
     work = learning.work(run)
     tell(out, work.references, work.dense)
@@ -67,15 +99,15 @@ def path(
     score = work.score(work.dense)
     checkpoint = folder / "checkpoint"
     run.folder(checkpoint).claim()
-    points: list[dict[str, Any]] = []
-    found: dict[str, Any] = {"model": network.model, "dense": {"costs": {}, "accuracy": score}, "points": points}
+    done_points: list[dict[str, Any]] = []
+    found: dict[str, Any] = {"model": network.model, "dense": {"costs": {}, "accuracy": score}, "points": done_points}
     files = {"path": folder / "path.json", "figure": folder / "path.svg"}
 
     def done(result: LearnedResult) -> None:
-        asked, plan, parts = budget[len(points)], result.plan, (result.learning, result.tuning)
-        written = write_result(result, folder / _folder(len(points), asked))
+        asked, plan, parts = budget[len(done_points)], result.plan, (result.learning, result.tuning)
+        written = write_result(result, folder / _folder(len(done_points), asked))
         seconds = sum(part.seconds for part in parts if part is not None)
-        points.append(
+        done_points.append(
             {
                 "asked": asked,
                 "budget": dict(plan.budget),
@@ -90,7 +122,7 @@ def path(
         found["dense"]["costs"] = dict(plan.dense_costs)
         write_text(files["path"], json.dumps(found, indent=1) + "\n")
         _draw(found, run.budgets[0].costs[0], files["figure"])
-        out.say(f"{asked}: {points[-1]['accuracy']:.2f} %, dense {score:.2f} %; {seconds:.0f} s of training")
+        out.say(f"{asked}: {done_points[-1]['accuracy']:.2f} %, dense {score:.2f} %; {seconds:.0f} s of training")
 
     budget_path(
         work.dense, work.training, run.budgets, calibration=work.calibration, checkpoint=checkpoint,

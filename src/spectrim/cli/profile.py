@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ from spectrim.cli.common import Output, command, refuse
 from spectrim.cli.former import formerly
 from spectrim.cli.methods import FILTERS, LEARNED, SPARSE, Methods
 from spectrim.cli.references import UsageError
+from spectrim.cli.values import named_costs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,6 +25,27 @@ _FORMATS = (".svg", ".png", ".pdf")
 _SHARES = (0.9, 0.99)
 _LOSSES = (0.01, 0.05)
 _SIZES = (0.5, 0.25)
+
+
+@dataclass(frozen=True)
+class ShownOptions:
+    """What is shown."""
+
+    cost: options.Costs = None
+    figure: Annotated[
+        Path | None,
+        typer.Option(
+            "--figure",
+            metavar="FILE",
+            help="Principal filters: draw the recommended widths, as widths.svg, .png or .pdf.",
+        ),
+    ] = None
+    latency: Annotated[bool, typer.Option("--latency", help="Measure the milliseconds of every layer too.")] = False
+
+    def __post_init__(self) -> None:
+        named_costs(self.cost)
+        if self.figure is not None and self.figure.suffix not in _FORMATS:
+            raise UsageError(f"--figure {str(self.figure)!r}: expected a name ending in {', '.join(_FORMATS)}")
 
 
 @command
@@ -36,17 +59,18 @@ def profile(
     layers: options.LayerOptions,
     sharing: options.SharingOptions,
     method: options.Methods = None,
-    cost: options.Costs = None,
-    figure: Annotated[
-        Path | None,
-        typer.Option("--figure", help="Principal filters: draw the recommended widths, as widths.svg, .png or .pdf."),
-    ] = None,
-    latency: Annotated[bool, typer.Option("--latency", help="Measure the milliseconds of every layer too.")] = False,
+    shown: ShownOptions,
 ) -> None:
     """List layers, costs and spectra; say what would be skipped and why.
 
-    Without data or an input shape only parameters are counted.
+    Nothing is changed. Without data or an input shape only parameters are counted.
+
+    Examples
+    --------
+    $ spectrim profile net.py:build --input 3x224x224
+    $ spectrim profile torchvision:resnet18 -d imagefolder:photos
     """
+    cost, figure, latency = shown.cost, shown.figure, shown.latency
     methods = Methods.read(method)
     if LEARNED in methods:
         raise UsageError(f"--method {LEARNED} is for compress: it learns ranks in training, and profile only looks")
@@ -57,17 +81,15 @@ def profile(
         refuse(context, {"latency"}, f"{why}, which times no layers")
     else:
         refuse(context, {"figure"}, f"is for --method {FILTERS}, not for {methods}")
-    if figure is not None and figure.suffix not in _FORMATS:
-        raise UsageError(f"--figure {str(figure)!r}: expected a name ending in {', '.join(_FORMATS)}")
     if latency and inputs.data is None and inputs.input_shape is None:
         raise UsageError("--latency needs --data or --input, to know what the layers see")
-    from spectrim.cli.costs import read_costs
     from spectrim.cli.filter_widths import Widths
     from spectrim.cli.filters import with_channels
     from spectrim.cli.sharing import NONE_ALIKE, wanted_groups
     from spectrim.cli.sparsity import check_patterns
     from spectrim.cli.steps import prepared, print_skipped, skipped_values, table_of
     from spectrim.cli.unfinished import make_folder
+    from spectrim.cli.values import read_costs
     from spectrim.cli.work import Work
     from spectrim.methods import PrincipalFilters
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_type_hints
 
-from spectrim.errors import SpectrimError
+from spectrim.errors import SpectrimError, did_you_mean
 
 Value = str | int | float | bool | None
 T = TypeVar("T")
@@ -124,16 +124,19 @@ def filled(kind: type[T], options: Mapping[str, str], place: str, name: str, **u
     except NameError as error:  # imported for type checkers alone
         raise UsageError(f"{place}: the types of its options cannot be read: {error}") from error
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}  # type: ignore[arg-type]
+    close = ""
     try:
         values = {key: value for key, value in usual.items() if key in fields and value is not None}
         for key, text in options.items():
             if key not in fields:
+                close = did_you_mean(key, fields)
                 raise ValueError(f"there is no option {key!r}")
             values[key] = _value(key, text, hints[key])
         return kind(**values)
     except (TypeError, ValueError) as error:
         each = "; ".join(f"{key}: {_type(hints[key])}{_default(field)}" for key, field in fields.items())
-        raise UsageError(f"{place}: {error}; the options of {name} are {each or 'none'}") from error
+        close = close and f".{close}"
+        raise UsageError(f"{place}: {error}; the options of {name} are {each or 'none'}{close}") from error
 
 
 def _value(key: str, text: str, kind: Any) -> Any:
@@ -165,6 +168,26 @@ def _default(field: dataclasses.Field[Any]) -> str:
     return f" = {shown.lower() if value is None or isinstance(value, bool) else shown}"
 
 
+def check_form(reference: Reference, what: str) -> bool:
+    """Whether a reference is of a Python file, and not of a module.
+
+    Raises
+    ------
+    UsageError
+        If it is neither.
+    """
+    file = reference.scheme.endswith(".py")
+    if not reference.place and (file or Path(f"{reference.scheme}.py").is_file()):
+        name = reference.scheme if file else f"{reference.scheme}.py"
+        raise UsageError(f"{what} {reference.text!r} names no function: write {name}:FUNCTION")
+    if not reference.place or not (file or all(part.isidentifier() for part in reference.scheme.split("."))):
+        raise UsageError(
+            f"{what} {reference.text!r} is not known: write package.module:factory, file.py:factory or one of the "
+            "built-in names"
+        )
+    return file
+
+
 def factory(reference: Reference, what: str) -> Callable[..., Any]:
     """Import the callable that ``package.module:attribute`` names.
 
@@ -180,12 +203,7 @@ def factory(reference: Reference, what: str) -> Callable[..., Any]:
     UsageError
         If the module cannot be imported, has no such attribute, or the attribute cannot be called.
     """
-    file = reference.scheme.endswith(".py")
-    if not reference.place or not (file or all(part.isidentifier() for part in reference.scheme.split("."))):
-        raise UsageError(
-            f"{what} {reference.text!r} is not known: write package.module:factory, file.py:factory or one of the "
-            "built-in names"
-        )
+    file = check_form(reference, what)
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -196,7 +214,9 @@ def factory(reference: Reference, what: str) -> Callable[..., Any]:
         raise UsageError(f"{what} {reference.text!r}: cannot import {reference.scheme!r}: {reason}") from error
     for part in reference.place.split("."):
         if not hasattr(found, part):
-            raise UsageError(f"{what} {reference.text!r}: {reference.scheme!r} has no attribute {reference.place!r}")
+            close = did_you_mean(part, [name for name in dir(found) if not name.startswith("_")])
+            said = f"{what} {reference.text!r}: {reference.scheme!r} has no attribute {reference.place!r}"
+            raise UsageError(f"{said}.{close}" if close else said)
         found = getattr(found, part)
     if not callable(found):
         raise UsageError(f"{what} {reference.text!r}: {reference.place!r} is a {type(found).__name__}, not callable")
@@ -255,6 +275,20 @@ def call(function: Callable[..., Any], reference: Reference, what: str, *args: A
         why = " ".join(str(error).split())
         given = f" for {arguments}" if arguments else ""
         raise UsageError(f"{what} {reference.text!r} raised {type(error).__name__}{given}: {why}") from error
+
+
+def installed(package: str, reference: Reference, install: str) -> Path | None:
+    """The folder of an optional package that a reference needs; it is not imported.
+
+    Raises
+    ------
+    UsageError
+        If it is not installed; the message says how to install it.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise UsageError(f"{reference.text!r} needs {package}, which is not installed. Run: pip install {install}")
+    return Path(spec.origin).parent if spec.origin else None
 
 
 def need(module: str, reference: Reference, install: str) -> Any:

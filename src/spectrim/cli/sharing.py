@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 from spectrim.cli.common import usage
 from spectrim.cli.methods import JOINT, Methods
 from spectrim.cli.options import SharingOptions
 from spectrim.cli.references import UsageError
+from spectrim.cli.values import read_groups
 from spectrim.methods.joint_layers import compatible
 from spectrim.network.groups import group
 from spectrim.network.sites import Sites
@@ -44,30 +42,6 @@ def wanted_groups(options: SharingOptions, methods: Methods, *, default: bool = 
     if options.share is None:
         return default or joint is not None
     return options.share
-
-
-def read_groups(file: Path) -> dict[str, tuple[str, ...]]:
-    """Names of layers by the name of the group, from a JSON object.
-
-    Raises
-    ------
-    UsageError
-        If the file is missing or holds something else; the message quotes it.
-    """
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
-    except OSError as error:
-        raise UsageError(f"--groups {str(file)!r} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"--groups {str(file)!r} cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise UsageError(f'--groups {str(file)!r} holds {_short(found)}; expected an object, as {{"name": ["a", "b"]}}')
-    for name, members in found.items():
-        if not isinstance(members, list) or not all(isinstance(member, str) for member in members):
-            raise UsageError(
-                f"--groups {str(file)!r}: group {name!r} is {_short(members)}; expected a list of names of layers"
-            )
-    return {name: tuple(members) for name, members in found.items()}
 
 
 def offer(sites: Sites, wanted: Wanted) -> Sites:
@@ -111,16 +85,3 @@ def planned_groups(plan: Plan, sites: Sites) -> Wanted:
 def _alike(sites: Sites, members: Sequence[str]) -> bool:
     specs = [sites[member].spec for member in members]
     return compatible(specs, "left") or compatible(specs, "right")
-
-
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
-        raise ValueError(f"it has {twice!r} twice")
-    return found
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."

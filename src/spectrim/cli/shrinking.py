@@ -13,7 +13,6 @@ from torch import Tensor
 
 from spectrim.channel_plans.widths import KL, Energy
 from spectrim.cli.common import Output
-from spectrim.cli.costs import read_budget, read_costs
 from spectrim.cli.filters import (
     filter_notes,
     filter_values,
@@ -32,6 +31,7 @@ from spectrim.cli.sharing import NONE_ALIKE, Wanted, planned_groups, wanted_grou
 from spectrim.cli.sparsity import check_patterns, fastest, kernel_notes, kernel_values
 from spectrim.cli.steps import carry_out, prepared, table_of
 from spectrim.cli.unfinished import ONE_SHOT, TUNING, UNFINISHED, RunFolder
+from spectrim.cli.values import read_budget, read_costs
 from spectrim.cli.work import Work
 from spectrim.methods import Method, PrincipalFilters
 from spectrim.network.sites import Sites

@@ -14,6 +14,7 @@ from typing import Any
 
 from spectrim.cli.common import Output
 from spectrim.cli.references import UsageError
+from spectrim.cli.values import check_folder
 from spectrim.network.files import discard, remove_abandoned, write_text
 
 _RECORD = "run.json"
@@ -33,9 +34,7 @@ def make_folder(out: Output, folder: Path) -> Path:
     OSError
         Names the folder.
     """
-    for each in (folder, *folder.parents):
-        if each.is_file():
-            raise UsageError(f"results cannot go to {str(folder)!r}: {str(each)!r} is a file, not a folder")
+    check_folder(folder)
     try:
         out.made += [each for each in (folder, *folder.parents) if not each.exists()]
         folder.mkdir(parents=True, exist_ok=True)

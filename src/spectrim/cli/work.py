@@ -14,6 +14,7 @@ from spectrim.cli.data import load_data
 from spectrim.cli.models import load_model, whose_weights
 from spectrim.cli.options import InputOptions, LayerOptions, NetworkOptions, TrainingOptions
 from spectrim.cli.references import UsageError
+from spectrim.cli.values import read_shape
 from spectrim.cost.latency import Latency
 from spectrim.network.sites import Sites
 from spectrim.nn.find import find
@@ -161,13 +162,7 @@ def random_input(text: str, samples: int, device: str) -> Tensor:
     UsageError
         If the text is no shape.
     """
-    try:
-        shape = [int(size) for size in text.lower().split("x")]
-    except ValueError:
-        shape = []
-    if not shape or min(shape) < 1:
-        raise UsageError(f"--input {text!r} is no shape: write the sizes of one sample, as 3x224x224")
-    return torch.randn(samples, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+    return torch.randn(samples, *read_shape(text), generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def first_batch(batches: Iterable[Any], samples: int, name: str, model: nn.Module) -> Any:

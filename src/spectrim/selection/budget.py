@@ -8,8 +8,17 @@ from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any
 
+from spectrim.errors import did_you_mean
+
 COSTS = ("parameters", "macs", "bytes", "latency")
 UNITS = {"parameters": "", "macs": "MAC", "bytes": "B", "latency": "ms"}
+OTHER_NAMES = {
+    "flops": "macs", "flop": "macs", "mac": "macs", "gmacs": "macs", "mult-adds": "macs", "compute": "macs",
+    "params": "parameters", "param": "parameters", "weights": "parameters", "size": "bytes", "memory": "bytes",
+    "mb": "bytes", "mib": "bytes", "file": "bytes", "time": "latency", "ms": "latency", "speed": "latency",
+    "milliseconds": "latency", "runtime": "latency",
+}  # fmt: skip
+"""What people call the costs of the library elsewhere. A MAC is one multiplication with its addition: two FLOPs."""
 
 _NUMBER = re.compile(r"^\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*([a-zA-Z%]*)\s*$")
 _SUFFIXES: dict[str, dict[str, float]] = {
@@ -21,6 +30,8 @@ _SUFFIXES: dict[str, dict[str, float]] = {
 # Of a cost of the user's own, in whatever unit it is counted.
 _ANY_SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _SHOWN = {"parameters": "k, M, G, B", "bytes": "B, KB, MB, GB, KiB, MiB, GiB", "latency": "us, ms, s"}
+# Costs of which no network has so few as a percentage has.
+_WHOLE = {"parameters": "parameters", "macs": "multiply-accumulates"}
 # Between limits in one text: a comma or space that another COST= follows.
 _BETWEEN = re.compile(r"[,\s]+(?=[^\s,=]+\s*=)")
 
@@ -120,8 +131,10 @@ class Budget:
             cost, equals, value = text.partition("=")
             cost = cost.strip()
             if not equals or not cost:
+                named = f" Did you mean {example}?" if (example := _example(text)) else ""
                 raise ValueError(
-                    f"cannot read budget {text!r}: write COST=VALUE with COST one of {', '.join(COSTS)} or one of yours"
+                    f"cannot read budget {text!r}: write COST=VALUE with COST one of {', '.join(COSTS)} or one of "
+                    f"yours.{named}"
                 )
             if cost in limits:
                 raise ValueError(f"the budget limits {cost} twice: {limits[cost]!r} and {value!r}")
@@ -141,7 +154,7 @@ class Budget:
             raise ValueError(
                 f"the budget limits {', '.join(missing)}, which the table does not hold (it has {', '.join(known)}). "
                 "MACs need calibrate() or an example input; latency needs tabulate(..., latency=...); a cost of your "
-                "own needs costs={name: function}."
+                f"own needs costs={{name: function}}.{did_you_mean(missing[0], COSTS, OTHER_NAMES)}"
             )
 
     def limits(self, dense: Mapping[str, float]) -> dict[str, float]:
@@ -170,6 +183,17 @@ class Budget:
         return f"Budget(**{self._stated!r})"
 
 
+def _example(text: str) -> str:
+    """What a text that limits no cost may have meant: a share or a number with a unit alone, or ``macs:50%``."""
+    if match := re.fullmatch(r"(\w+)\s*(?::|<=|<|==)\s*(\S+)", text):
+        cost = OTHER_NAMES.get(match[1].lower(), match[1])
+        return f"{cost}={match[2]}"
+    if _NUMBER.match(text):
+        units = {unit: cost for cost in ("latency", "bytes") for unit in _SUFFIXES[cost]}
+        return f"{units.get(text.strip(' 0123456789.').lower(), 'macs')}={text}"
+    return ""
+
+
 BudgetLike = Budget | str | Mapping[str, Amount]
 """What :meth:`Budget.of` takes."""
 
@@ -196,7 +220,13 @@ def _parsed(cost: str, text: str) -> Limit:
     if match and match[2].lower() in suffixes:
         return Limit(float(match[1]) * suffixes[match[2].lower()])
     if match and not match[2]:
-        return Limit(float(match[1]), relative=float(match[1]) <= 1)
+        number = float(match[1])
+        if cost in _WHOLE and 1 < number <= 100:
+            raise ValueError(
+                f"the {cost} budget {text!r} is {match[1]} {_WHOLE[cost]}, of a whole network: for a share write "
+                f"{cost}={match[1]}%, and for so few Limit({match[1]})"
+            )
+        return Limit(number, relative=number <= 1)
     units = _SHOWN.get(cost, "k, M, G, T")
     raise ValueError(
         f"cannot read {cost} budget {text!r}: write 0.5, 50% or a number with one of the units {units}; it "

@@ -1,0 +1,219 @@
+"""``spectrim doctor``: what there is to work with, and what is missing and what that costs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+from spectrim.cli.common import Output, command
+
+_FOR = {
+    "train": "fine-tuning and learned ranks: compress --train, path",
+    "filters": "removing filters: --method principal-filters",
+    "export": "export to .onnx",
+    "hf": "models of Hugging Face: hf:NAME",
+    "report": "report.html, figures, and folders of images",
+}
+"""What needs an extra of this package, by its name; extras for developers are left out."""
+_BESIDE = {
+    "scikit-learn": "the data digits, and demo",
+    "torchvision": "models torchvision:NAME",
+    "timm": "models timm:NAME",
+}
+"""What needs a package that is no extra."""
+_CPU = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "AVX-512 VNNI", "amx_tile": "AMX", "asimd": "NEON",
+        "sve": "SVE"}  # fmt: skip
+_IMPORTED = {"scikit-learn": "sklearn", "pillow": "PIL", "torch-pruning": "torch_pruning"}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A package or an extra that something needs.
+
+    Attributes
+    ----------
+    packages
+        Versions by the package; None for one that is missing.
+    needed_for
+        In words.
+    install
+        The line that installs it.
+    """
+
+    packages: Mapping[str, str | None]
+    needed_for: str
+    install: str
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        return tuple(name for name, found in self.packages.items() if found is None)
+
+
+@command
+def doctor(out: Output) -> None:
+    """Say what is installed, what is not and what that costs; processor, threads, memory, caches.
+
+    Examples
+    --------
+    $ spectrim doctor
+    """
+    parts = [*_extras(), *(Part({name: _version(name)}, what, f"pip install {name}") for name, what in _BESIDE.items())]
+    caches = {what: (folder, *_size(folder)) for what, folder in _caches().items()}
+    found: dict[str, Any] = {
+        "versions": {"spectrim": _version("spectrim"), "python": platform.python_version(), **_torch_version()},
+        "machine": {"system": f"{platform.system()} {platform.release()} {platform.machine()}", **_processor()},
+        "torch": _torch(),
+        "memory": _memory(),
+        "caches": {what: {"folder": str(at), "files": n, "bytes": size} for what, (at, n, size) in caches.items()},
+        "parts": [
+            {"packages": dict(each.packages), "needed_for": each.needed_for, "missing": list(each.missing),
+             "install": each.install}
+            for each in parts
+        ],
+    }  # fmt: skip
+    out.document(found)
+    for line in _lines(found, parts):
+        out.print(line)
+
+
+def _lines(found: Mapping[str, Any], parts: Sequence[Part]) -> Iterator[str]:
+    """The report for people, as wide as the terminal and at most 80 columns."""
+    width = min(shutil.get_terminal_size().columns, 80) if sys.stdout.isatty() else 80
+    versions = ", ".join(f"{name} {number or 'not installed'}" for name, number in found["versions"].items())
+    machine, torch, memory = found["machine"], found["torch"], found["memory"]
+    rows = [
+        ("versions", versions),
+        ("Python", sys.executable),
+        ("system", machine["system"]),
+        ("processor", f"{machine['processor']}, {machine['cores']} cores"),
+        ("features", ", ".join(machine["features"]) or "not told by the system"),
+        ("torch", _words(torch)),
+        ("memory", ", ".join(f"{size / 2**30:.1f} GiB {what}" for what, size in memory.items()) or "not known"),
+    ]
+    for what, cache in found["caches"].items():
+        size = f"{cache['files']} files, {cache['bytes'] / 1e6:,.1f} MB" if cache["files"] else "empty"
+        rows.append((what, f"{cache['folder']} ({size})"))
+    for name, text in rows:
+        yield from _wrapped(f"{name:<15}", text, width)
+    yield ""
+    there = [f"{name} {number}" for each in parts for name, number in each.packages.items() if number is not None]
+    yield from _wrapped(f"{'installed':<15}", ", ".join(dict.fromkeys(there)) or "none of the optional packages", width)
+    for each in parts:
+        if each.missing:
+            yield from _wrapped(f"{'not installed':<15}", f"{', '.join(each.missing)}. Without: no {each.needed_for}. "
+                                f"{each.install}", width)  # fmt: skip
+    if not any(each.missing for each in parts):
+        yield "Nothing is missing."
+
+
+def _wrapped(head: str, text: str, width: int) -> list[str]:
+    narrow = width < 60
+    indent = " " * (2 if narrow else len(head))
+    return textwrap.wrap(
+        f"{head}{text}", width, subsequent_indent=indent, break_long_words=narrow, break_on_hyphens=False
+    )
+
+
+def _words(torch: Mapping[str, Any]) -> str:
+    if "error" in torch:
+        return f"cannot be imported: {torch['error']}"
+    devices = ", ".join(torch["accelerators"]) or "no accelerator"
+    return f"computes with {torch['capability']} in {torch['threads']} threads; {devices}"
+
+
+def _version(package: str) -> str | None:
+    """The version of a package, None if it is not installed; also of one that a source tree holds."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "?" if importlib.util.find_spec(_IMPORTED.get(package, package.replace("-", "_"))) else None
+
+
+def _torch_version() -> dict[str, str | None]:
+    return {"torch": _version("torch")}
+
+
+def _extras() -> Iterator[Part]:
+    """The extras of this package, as its metadata list them."""
+    try:
+        lines = requires("spectrim") or []
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        lines = []
+    for extra, what in _FOR.items():
+        names = [line for line in lines if re.search(rf"extra == ['\"]{extra}['\"]", line)]
+        packages = dict.fromkeys(re.split(r"[^\w.-]", name, maxsplit=1)[0] for name in names)
+        yield Part({name: _version(name) for name in packages}, what, f'pip install "spectrim[{extra}]"')
+
+
+def _processor() -> dict[str, Any]:
+    """The processor's name, and what it can compute with as the system tells."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
+    flags = set(" ".join(re.findall(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.M)[:1]).split())
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "processor": name[1] if name else platform.processor() or platform.machine(),
+        "cores": usable,
+        "features": [words for flag, words in _CPU.items() if flag in flags],
+    }
+
+
+def _torch() -> dict[str, Any]:
+    """What torch computes with, or why it cannot be imported."""
+    try:
+        import torch
+    except Exception as error:  # a broken installation may raise anything
+        return {"error": str(error).splitlines()[0] if str(error) else type(error).__name__}
+    cuda = torch.cuda.is_available()
+    accelerators = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if cuda else []
+    if torch.backends.mps.is_available():
+        accelerators.append("mps")
+    return {
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "accelerators": accelerators,
+    }
+
+
+def _memory() -> dict[str, int]:
+    """Bytes of memory, and how many are free, as the system tells; what a container may take, where that is less."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+        found = {what: 1024 * int(re.findall(rf"^{key}:\s*(\d+)", text, re.M)[0])
+                 for what, key in (("in all", "MemTotal"), ("free", "MemAvailable"))}  # fmt: skip
+    except (OSError, IndexError):
+        return {}
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8").strip()
+    except OSError:
+        limit = "max"
+    return found | ({"allowed here": int(limit)} if limit.isdigit() and int(limit) < found["in all"] else {})
+
+
+def _caches() -> dict[str, Path]:
+    """Folders that fill up: what this library measures, and what the libraries around it fetch."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    # As :func:`spectrim.cost.latency.default_cache`, which is not to be had without torch.
+    windows = os.environ.get("LOCALAPPDATA") if os.name == "nt" else None
+    ours = os.environ.get("SPECTRIM_CACHE") or Path(windows or base) / "spectrim"
+    hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", base / "huggingface")) / "hub"
+    return {"measured times": Path(ours), "Hugging Face": Path(hub)}
+
+
+def _size(folder: Path) -> tuple[int, int]:
+    """How many files a folder holds, and their bytes; links count once, where they lie."""
+    files = [Path(at) / name for at, _, names in os.walk(folder) for name in names]
+    return len(files), sum(file.lstat().st_size for file in files)

@@ -1,0 +1,114 @@
+"""How the program shows its help, and how it says that a command line cannot be read."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+_STACKED = 60
+"""Columns of a terminal below which what an option means stands under it and not beside it: a phone's."""
+_WIDEST = 80
+# What click raises for command lines that it cannot read; its module differs between versions of typer.
+_Unread: Any = typer.BadParameter.__base__
+
+
+class Command(TyperCommand):
+    """A command whose help is in sections, one for each group of options, and ends with examples."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        formatter.width = _width()
+        super().format_help(ctx, formatter)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                title = getattr(parameter, "rich_help_panel", None) or "Options"
+                sections.setdefault(title, []).append(record)
+        # The rest, with --help, which is in no group.
+        for title in sorted(sections, key=lambda title: title == "Options"):
+            _section(formatter, title, sections[title])
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        if self.epilog:
+            with formatter.section("Examples"):
+                formatter.write("\n".join(f"  {line}" for line in _examples(self.epilog, formatter.width - 2)) + "\n")
+
+
+class Program(TyperGroup):
+    """The program: lists its commands in whole sentences, and refuses a command line in one."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        formatter.width = _width()
+        super().format_help(ctx, formatter)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        commands = [(name, self.commands[name]) for name in self.list_commands(ctx)]
+        _section(formatter, "Commands", [(name, (each.help or "").split("\n\n")[0]) for name, each in commands])
+        records = [parameter.get_help_record(ctx) for parameter in self.get_params(ctx)]
+        _section(formatter, "Options", [record for record in records if record is not None])
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        if self.epilog:
+            pairs = [tuple(line.split(maxsplit=1)) for line in self.epilog.splitlines()]
+            _section(formatter, "Exit codes", pairs)  # type: ignore[arg-type]
+
+    def main(self, args: Sequence[str] | None = None, *more: Any, standalone_mode: bool = True, **named: Any) -> Any:
+        if not standalone_mode:
+            return super().main(args, *more, standalone_mode=False, **named)
+        try:
+            code = super().main(args, *more, standalone_mode=False, **named)
+        except _Unread as error:
+            path = error.ctx.command_path if error.ctx is not None else "spectrim"
+            said = _sentence(error.format_message())
+            print(f"spectrim: error: {said}; see {path} --help", file=sys.stderr)
+            if "--json" in (sys.argv[1:] if args is None else args):
+                document = {"type": "UsageError", "message": said, "exit_code": error.exit_code}
+                print(json.dumps({"error": document}, indent=1))
+            sys.exit(error.exit_code)
+        except typer.Abort:
+            sys.exit(130)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _sentence(message: str) -> str:
+    """What click says, on one line and without a full stop."""
+    return " ".join(message.split()).rstrip(".")
+
+
+def _width() -> int:
+    return min(shutil.get_terminal_size().columns, _WIDEST) - 2
+
+
+def _section(formatter: Any, title: str, records: Sequence[tuple[str, str]]) -> None:
+    with formatter.section(title.rstrip(".")):
+        if formatter.width >= _STACKED:
+            formatter.write_dl(records)
+            return
+        for name, text in records:
+            wrapped = textwrap.wrap(text, formatter.width - 6, break_long_words=False, break_on_hyphens=False)
+            formatter.write("\n".join([f"  {name}", *(f"      {line}" for line in wrapped)]) + "\n")
+
+
+def _examples(text: str, width: int) -> list[str]:
+    """Lines as they are; commands, which begin with ``$``, go on as a shell takes them, an option beside its value."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        first, *parts = re.split(r" (?=-)", line)
+        lines.append(first)
+        for part in parts:
+            if len(lines[-1]) + len(part) + 3 <= width:
+                lines[-1] += f" {part}"
+            else:
+                lines[-1] += " \\"
+                lines.append(f"    {part}")
+    return lines

@@ -1,0 +1,201 @@
+"""What Python files and modules hold, read from their text: nothing is imported, so that a typo is told at once."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib.util
+import sys
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spectrim.cli.references import Reference, UsageError, check_form, filled
+from spectrim.errors import did_you_mean
+
+_SHOWN = 6
+
+
+def check_factory(reference: Reference, what: str, arguments: int | None = 0) -> None:
+    """Refuse ``module:function`` if its source shows that it is not there, or cannot be called as it is written.
+
+    What no source shows (extension modules, names that come by ``import *``) is left to the import.
+
+    Parameters
+    ----------
+    what
+        ``model`` or ``data``, for messages.
+    arguments
+        How many arguments the function will get beside the options of the reference; None if it is not called so.
+
+    Raises
+    ------
+    UsageError
+        Quotes the reference and says what there is instead.
+    """
+    check_form(reference, what)
+    source = _source(reference, what)
+    if source is None:
+        return
+    try:
+        tree = ast.parse(source.read_text(encoding="utf-8"), str(source))
+    except (SyntaxError, UnicodeDecodeError, OSError, ValueError) as error:
+        line = f", line {error.lineno}" if isinstance(error, SyntaxError) else ""
+        raise UsageError(f"{what} {reference.text!r}: {reference.scheme} is no valid Python{line}: {error}") from error
+    held = dict(_definitions(tree.body))
+    name = reference.place.partition(".")[0]
+    if "*" in held or "__getattr__" in held:
+        return
+    if name not in held:
+        functions = [each for each, node in held.items() if isinstance(node, _CALLED) and not each.startswith("_")]
+        there = f"; it has {', '.join(functions[:_SHOWN])}" if functions else "; it defines no function or class"
+        close = did_you_mean(name, functions)
+        raise UsageError(f"{what} {reference.text!r}: {reference.scheme} has no {name!r}{there}.{close}")
+    if name == reference.place and arguments is not None:
+        _check_call(held[name], reference, what, arguments)
+
+
+def _source(reference: Reference, what: str) -> Path | None:
+    """The file of a module; None if it is not known without importing something.
+
+    Raises
+    ------
+    UsageError
+        If there is no such file or module.
+    """
+    if reference.scheme.endswith(".py"):
+        file = Path(reference.scheme).expanduser()
+        if not file.is_file():
+            near = [each.name for each in file.parent.glob("*.py")] if file.parent.is_dir() else []
+            close = did_you_mean(file.name, near)
+            raise UsageError(f"{what} {reference.text!r}: there is no file {reference.scheme!r}.{close}")
+        return file
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    first, *rest = reference.scheme.split(".")
+    if reference.scheme in sys.modules:
+        return None  # what it holds now is what counts
+    spec = importlib.util.find_spec(first)
+    if spec is None:
+        file = Path(f"{first}.py")
+        cure = f" Did you mean {file}:{reference.place}?" if file.is_file() else did_you_mean(first, _modules())
+        raise UsageError(
+            f"{what} {reference.text!r}: cannot import {first!r}: there is no such module, and no built-in name; a "
+            f"function in a file is written ./file.py:{reference.place}.{cure}"
+        )
+    file = Path(spec.origin) if spec.origin else None
+    for part in rest:
+        folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if file is not None else []
+        folders = folders if file is None or file.name != "__init__.py" else [file.parent]
+        found = [f for folder in folders for f in (folder / f"{part}.py", folder / part / "__init__.py") if f.is_file()]
+        if not found:
+            return None  # an extension, a namespace or something that the package makes
+        file = found[0]
+    return file if file is not None and file.suffix == ".py" else None
+
+
+def _modules() -> list[str]:
+    return [file.stem for file in Path.cwd().glob("*.py")]
+
+
+_CALLED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+
+
+def _definitions(body: Sequence[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
+    """Names that a module's text gives to something, and where; ``*`` for all of another module."""
+    for node in body:
+        if isinstance(node, _CALLED):
+            yield node.name, node
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                yield (alias.asname or alias.name).partition(".")[0], node
+        else:
+            for each in ast.walk(node):
+                if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store):
+                    yield each.id, node
+            for part in ("body", "orelse", "handlers", "finalbody"):
+                for inner in getattr(node, part, ()):
+                    yield from _definitions(inner.body if isinstance(inner, ast.ExceptHandler) else [inner])
+
+
+def _check_call(node: ast.stmt, reference: Reference, what: str, arguments: int) -> None:
+    """Refuse a call that a function's parameters do not allow; what is decorated may take anything."""
+    given = reference.options
+    if isinstance(node, ast.ClassDef) and not node.decorator_list:
+        inits = [each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"]
+        node, arguments = (inits[0] if inits else node), arguments + 1
+    if not isinstance(node, ast.FunctionDef) or node.decorator_list:
+        return
+    takes = node.args
+    places = [each.arg for each in [*takes.posonlyargs, *takes.args]]
+    named = [*places, *(each.arg for each in takes.kwonlyargs)]
+    needed = [name for name in places[arguments : len(places) - len(takes.defaults)] if name not in given]
+    needed += [
+        each.arg
+        for each, default in zip(takes.kwonlyargs, takes.kw_defaults, strict=True)
+        if default is None and each.arg not in given
+    ]
+    unknown = [name for name in given if name not in named] if takes.kwarg is None else []
+    allowed = [name for name in named if name not in places[:arguments]]
+    if unknown:
+        options = f"its parameters are {', '.join(allowed)}" if allowed else "it has no parameters"
+        raise UsageError(
+            f"{what} {reference.text!r}: {reference.place} takes no {unknown[0]!r}; {options}."
+            f"{did_you_mean(unknown[0], allowed)}"
+        )
+    if needed:
+        joint = "&" if given else "?"
+        raise UsageError(
+            f"{what} {reference.text!r}: {reference.place} needs {', '.join(map(repr, needed))}: write "
+            f"{reference.text}{joint}{'&'.join(f'{name}=VALUE' for name in needed)}"
+        )
+
+
+def check_options(module: str, kind: str, options: Mapping[str, str], place: str, name: str) -> None:
+    """Refuse options of a class of this package that its source does not have, or whose values it does not take.
+
+    Parameters
+    ----------
+    module
+        Of this package, with the class and those of the package that it derives from.
+    kind
+        The class.
+    options, place, name
+        As :func:`spectrim.cli.references.filled` takes them.
+
+    Raises
+    ------
+    UsageError
+        As :func:`spectrim.cli.references.filled` does.
+    """
+    folder = Path(__file__).parents[1].joinpath(*module.split("."))
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.py"))]
+    classes = {each.name: each for tree in trees for each in tree.body if isinstance(each, ast.ClassDef)}
+    fields = [field for each in _lineage(kind, classes) for field in _fields(each)]
+    filled(dataclasses.make_dataclass(kind, fields), options, place, name)
+
+
+def _lineage(kind: str, classes: dict[str, ast.ClassDef]) -> Iterator[ast.ClassDef]:
+    """A class after those that it derives from, as far as they are known."""
+    for base in classes[kind].bases:
+        if isinstance(base, ast.Name) and base.id in classes:
+            yield from _lineage(base.id, classes)
+    yield classes[kind]
+
+
+def _fields(kind: ast.ClassDef) -> Iterator[tuple[str, Any, Any]]:
+    for node in kind.body:
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        written = ast.unparse(node.annotation)
+        if written.startswith("ClassVar"):
+            continue
+        try:
+            default = ast.literal_eval(node.value) if node.value is not None else dataclasses.MISSING
+        except ValueError:  # a constant of the module
+            default = f"<{ast.unparse(node.value)}>" if node.value is not None else dataclasses.MISSING
+        # Annotations are those of our own methods: builtins and what typing has.
+        annotation = eval(written, {**vars(typing)})
+        yield node.target.id, annotation, dataclasses.field(default=default)

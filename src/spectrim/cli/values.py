@@ -1,0 +1,179 @@
+"""Values of options that are more than a word: costs, budgets, shapes, groups, recipes, folders.
+
+They are read without torch, so that what cannot be used is told at once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from spectrim.cli.common import usage
+from spectrim.cli.references import Reference, UsageError, factory, halves
+from spectrim.cli.sources import check_factory
+from spectrim.errors import did_you_mean
+from spectrim.selection.budget import COSTS, OTHER_NAMES, Budget
+
+# Device types of torch that people have.
+_DEVICES = ("cpu", "cuda", "mps", "xpu", "auto")
+
+
+def read_costs(texts: Sequence[str] | None) -> dict[str, Callable[[Any], float]]:
+    """The functions of layers that ``--cost NAME=package.module:function`` names, by the cost.
+
+    Raises
+    ------
+    UsageError
+        For text of another form, a name that is taken, or what cannot be imported or called.
+    """
+    return {name: factory(reference, "cost") for name, reference in named_costs(texts).items()}
+
+
+def named_costs(texts: Sequence[str] | None) -> dict[str, Reference]:
+    """Where the functions are that ``--cost`` names, by the cost; nothing is imported.
+
+    Raises
+    ------
+    UsageError
+        For text of another form, a name that is taken, or a function that there is not.
+    """
+    found: dict[str, Reference] = {}
+    for text in texts or ():
+        name, equals, place = text.partition("=")
+        module, function = halves(place)
+        if not equals or not name.strip() or not function:
+            raise UsageError(f"--cost {text!r}: write NAME=package.module:function, as joules=energy:joules")
+        if name in COSTS or name in found:
+            raise UsageError(f"--cost {text!r}: there is a cost {name!r} already; choose another name")
+        found[name] = Reference(place, module, function)
+        check_factory(found[name], "cost", arguments=1)
+    return found
+
+
+def read_budget(limits: Sequence[str], costs: Collection[str] = ()) -> Budget:
+    """The budget that ``--budget`` states, over the library's costs and those of ``--cost``.
+
+    Raises
+    ------
+    UsageError
+        For text that cannot be read, or a cost that is not counted.
+    """
+    with usage("--budget"):
+        budget = Budget.parse(*limits)
+    known = (*COSTS, *costs)
+    for cost in budget.costs:
+        if cost not in known:
+            own = f", or give --cost {cost}=package.module:function" if cost.isidentifier() else ""
+            raise UsageError(
+                f"--budget limits {cost!r}, which is not counted; choose from {', '.join(known)}{own}."
+                f"{did_you_mean(cost, known, OTHER_NAMES)}"
+            )
+    return budget
+
+
+def read_shape(text: str) -> tuple[int, ...]:
+    """The shape of one sample, as ``3x224x224``.
+
+    Raises
+    ------
+    UsageError
+        If the text is no shape.
+    """
+    try:
+        shape = [int(size) for size in text.lower().split("x")]
+    except ValueError:
+        shape = []
+    if not shape or min(shape) < 1:
+        numbers = [part for part in text.replace(",", " ").replace("x", " ").strip("()[] ").split() if part.isdigit()]
+        close = f" Did you mean {'x'.join(numbers)}?" if len(numbers) > 1 else ""
+        raise UsageError(f"--input {text!r} is no shape: write the sizes of one sample, as 3x224x224.{close}")
+    return tuple(shape)
+
+
+def check_device(text: str) -> None:
+    """Refuse a device whose name is misspelt; whether it can be reached is torch's to say.
+
+    Raises
+    ------
+    UsageError
+        Says which devices there are.
+    """
+    name, colon, number = text.partition(":")
+    if name not in _DEVICES and (close := did_you_mean(name, _DEVICES)):
+        raise UsageError(f"--device {text!r} is not known: write cpu, cuda, cuda:1, mps or auto.{close}")
+    if colon and not number.isdigit():
+        raise UsageError(f"--device {text!r}: the number of a device follows the colon, as cuda:0")
+
+
+def check_recipe(text: str) -> None:
+    """Refuse what ``--recipe`` cannot say.
+
+    Raises
+    ------
+    UsageError
+        Quotes it.
+    """
+    name, equals, value = text.partition("=")
+    if text == "kl":
+        return
+    if name != "energy" or not equals:
+        close = did_you_mean(name, ("kl", "energy"))
+        raise UsageError(f"--recipe {text!r} is not known; choose kl, or energy=SHARE, as energy=0.95.{close}")
+    try:
+        share = float(value)
+    except ValueError as error:
+        raise UsageError(f"--recipe {text}: {value!r} is not a number") from error
+    if not 0 < share <= 1:
+        raise UsageError(f"--recipe {text}: a share of energy lies above 0 and is at most 1, as energy=0.95")
+
+
+def check_folder(folder: Path) -> None:
+    """Refuse a folder for results that is a file, or would lie in one.
+
+    Raises
+    ------
+    UsageError
+        Names the file.
+    """
+    for each in (folder, *folder.parents):
+        if each.is_file():
+            raise UsageError(f"results cannot go to {str(folder)!r}: {str(each)!r} is a file, not a folder")
+
+
+def read_groups(file: Path) -> dict[str, tuple[str, ...]]:
+    """Names of layers by the name of the group, from a JSON object.
+
+    Raises
+    ------
+    UsageError
+        If the file is missing or holds something else; the message quotes it.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
+    except OSError as error:
+        raise UsageError(f"--groups {str(file)!r} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--groups {str(file)!r} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise UsageError(f'--groups {str(file)!r} holds {_short(found)}; expected an object, as {{"name": ["a", "b"]}}')
+    for name, members in found.items():
+        if not isinstance(members, list) or not all(isinstance(member, str) for member in members):
+            raise UsageError(
+                f"--groups {str(file)!r}: group {name!r} is {_short(members)}; expected a list of names of layers"
+            )
+    return {name: tuple(members) for name, members in found.items()}
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
+        raise ValueError(f"it has {twice!r} twice")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
