@@ -174,7 +174,7 @@ def test_loose_images_calibrate_and_distil(run, tmp_path: Path):
     batches = load_data(reference)
     assert isinstance(batches, Batches)
     assert [batch.shape for batch in batches] == [(4, 3, 8, 8), (2, 3, 8, 8)]  # type: ignore[union-attr]
-    assert "shorter side 8, middle 8" in batches.preparation
+    assert "shorter side of 8, middle 8 x 8" in batches.preparation
     (tmp_path / "three.py").write_text(THREE)
     found = run.json(
         "compress", "three.py:net", "--data", reference, "-b", "macs=60%", "--train", reference, "--epochs", "1",

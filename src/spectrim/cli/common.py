@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,8 @@ from spectrim.errors import InfeasibleBudgetError, SpectrimError
 from spectrim.network.printing import Grid
 from spectrim.progress import bars
 
+_PIPE = 160
+"""Columns where nobody looks: a pipe has no width, and folded names are not what a reader greps for."""
 FAILED, USAGE, INFEASIBLE, STOPPED = 1, 2, 3, 130
 EXIT_CODES = {
     0: "Done.",
@@ -45,6 +48,14 @@ class PrintOptions:
     ] = False
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no remarks on standard error.")] = False
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
+
+
+def columns_of(stream: TextIO) -> int:
+    """How many columns there are: of the terminal, of ``COLUMNS`` elsewhere if it is set, or as many as one likes."""
+    if stream.isatty():
+        return shutil.get_terminal_size().columns
+    stated = os.environ.get("COLUMNS", "")
+    return int(stated) if stated.isdigit() and int(stated) > 0 else _PIPE
 
 
 @dataclass
@@ -90,9 +101,17 @@ class Output:
         """A table for people; columns whose header starts with ``>`` are aligned to the right."""
         if self.as_json:
             return
-        # A pipe has no width; 80 columns would break names that a reader greps for.
-        width = shutil.get_terminal_size().columns if self.stdout.isatty() else 160
-        print(f"{Grid(columns, rows, title=title).text(width)}\n", file=self.stdout, flush=True)
+        text = Grid(columns, rows, title=title).text(columns_of(self.stdout))
+        print(f"{text}\n", file=self.stdout, flush=True)
+
+    def prose(self, text: str, indent: str = "") -> None:
+        """A sentence of the result, for people: in lines on a terminal."""
+        self.print(
+            textwrap.fill(
+                text, columns_of(self.stdout), initial_indent=indent, subsequent_indent=indent and f"{indent}  ",
+                break_long_words=False, break_on_hyphens=False,
+            )
+        )  # fmt: skip
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Callable[[str, int, int | None], None]]:

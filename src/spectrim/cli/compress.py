@@ -105,6 +105,8 @@ def _check(context: typer.Context, methods: Methods, goal: options.GoalOptions, 
     elif bool(goal.budget) == (goal.plan is not None):
         raise UsageError(f"give {either} or --plan FILE")
     if goal.plan is not None:
+        if not goal.plan.is_file():
+            raise UsageError(f"--plan {str(goal.plan)!r} is not a file; compress writes plan.json beside the model")
         refuse(context, _SHARING, "does not combine with --plan, which says what is shared")
         if any(each.options for each in methods.asked if each.name == FILTERS):
             raise UsageError(f"{methods} has options, but --plan says what is removed")

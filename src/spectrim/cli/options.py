@@ -178,6 +178,8 @@ class SharingOptions:
 
     def __post_init__(self) -> None:
         if self.groups is not None:
+            if self.share is False:
+                raise UsageError(f"--groups {self.groups} does not combine with --no-share")
             read_groups(self.groups)
 
 
@@ -346,8 +348,6 @@ class GoalOptions:
         if self.selector not in SELECTORS:
             close = did_you_mean(self.selector, SELECTORS)
             raise UsageError(f"--selector {self.selector!r} is not known; choose from {', '.join(SELECTORS)}.{close}")
-        if self.plan is not None and not self.plan.is_file():
-            raise UsageError(f"--plan {str(self.plan)!r} is not a file; compress writes plan.json beside the model")
 
 
 @dataclass(frozen=True)

@@ -220,13 +220,12 @@ def _rank(values: Sequence[float], share: float) -> int | None:
 
 def _print(out: Output, table: Candidates, layers: Sequence[dict[str, Any]]) -> None:
     from spectrim.report.comparison import show
-    from spectrim.selection.budget import UNITS
 
     main = "macs" if "macs" in table.costs else "parameters"
-    title = {"macs": "MACs", "parameters": "parameters"}[main]
+    title = _HEADS[main]
     counted = [c for c in table.costs if c != "bytes"]
-    columns = ["layer", "kind", *(f">{_HEADS.get(c, c)}" for c in counted), ">rank 90 %", ">rank 99 %", ">of"]
-    columns += [f">{title} at {loss:.0%} lost" for loss in _LOSSES]
+    columns = ["layer", "kind", *(f">{_HEADS.get(c, c)}" for c in counted), ">rank for\n90 %", ">rank for\n99 %", ">of"]
+    columns += [f">{title} at\n{loss:.0%} lost" for loss in _LOSSES]
     rows = []
     for layer in layers:
         # The channel unfolding is the one that every layer has; the others are in the JSON document.
@@ -237,19 +236,24 @@ def _print(out: Output, table: Candidates, layers: Sequence[dict[str, Any]]) -> 
             (
                 layer["name"],
                 layer["kind"],
-                *(show(layer["costs"][c], UNITS.get(c, "")) for c in counted),
+                *(show(layer["costs"][c], _UNITS.get(c, "")) for c in counted),
                 *(str(ranks[s] or f">{size}") if ranks else "" for s in ("90%", "99%")),
                 str(size or ""),
                 *(f"{layer[main + '_left'][f'{loss:.0%}']:.0%}" for loss in _LOSSES),
             )
         )
-    fixed = [show(table.fixed[c], UNITS.get(c, "")) for c in counted]
+    fixed = [show(table.fixed[c], _UNITS.get(c, "")) for c in counted]
     rows.append(("(not touched)", "", *fixed, "", "", "", "", ""))
-    rows.append(("all", "", *(show(table.dense[c], UNITS.get(c, "")) for c in counted), "", "", "", "", ""))
+    rows.append(("all", "", *(show(table.dense[c], _UNITS.get(c, "")) for c in counted), "", "", "", "", ""))
     out.table(columns, rows)
-    out.print(
-        f"Lost is {table.unit or 'nothing, since nothing can be factorised'}; ranks are of the channel unfolding."
-    )
+    if table.unit:
+        out.prose(
+            f"Lost is a share of {table.unit}. Rank for 90 %: components that hold that much of it, of so many, when "
+            f"the weight is a matrix of output by input channels. {title} at 1% lost: what is left of the layer at "
+            "the best choice that loses no more."
+        )
+    else:
+        out.prose("Nothing can be factorised.")
 
 
 def _print_smallest(out: Output, layers: Sequence[dict[str, Any]]) -> None:
@@ -281,11 +285,12 @@ def _print_groups(out: Output, groups: Sequence[dict[str, Any]]) -> None:
         rows.append(cells)
     out.table(columns, rows, title="Groups that may share factors")
     for group in groups:
-        out.print(f"{group['name']}: {', '.join(group['members'])}")
-    out.print(
+        out.prose(f"{group['name']}: {', '.join(group['members'])}")
+    out.prose(
         "Lost is a share of the group's energy, at a share of its parameters: each layer factorised for itself, and "
         "all with a shared factor."
     )
 
 
-_HEADS = {"macs": "MACs"}
+_HEADS = {"macs": "MACs", "parameters": "params"}
+_UNITS = {"latency": "ms"}  # the others are in the heads

@@ -179,7 +179,7 @@ def check_form(reference: Reference, what: str) -> bool:
     file = reference.scheme.endswith(".py")
     if not reference.place and (file or Path(f"{reference.scheme}.py").is_file()):
         name = reference.scheme if file else f"{reference.scheme}.py"
-        raise UsageError(f"{what} {reference.text!r} names no function: write {name}:FUNCTION")
+        raise UsageError(f"{what} {reference.text!r} names no function: write file.py:factory, as {name}:build")
     if not reference.place or not (file or all(part.isidentifier() for part in reference.scheme.split("."))):
         raise UsageError(
             f"{what} {reference.text!r} is not known: write package.module:factory, file.py:factory or one of the "

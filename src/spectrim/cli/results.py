@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from spectrim.cli.common import Output
-from spectrim.cli.origins import origin
+from spectrim.cli.origins import load_lines, origin
 from spectrim.network.choices import SumChoice
 from spectrim.nn.agreement import Agreement
 from spectrim.nn.checkpoint import save
@@ -21,6 +22,16 @@ from spectrim.pipeline import Result
 from spectrim.report import Comparison, Measured, animate_ranks, write_report
 from spectrim.selection.plan import Plan
 from spectrim.train import LearnedResult, TrainingResult
+
+_HOLDS = {
+    "model": "the compressed network: weights and plan",
+    "plan": "what was chosen for every layer; --plan carries it out again",
+    "report": "the same for people: open it in a browser",
+    "transformers": "the network as a folder of transformers, for from_pretrained",
+    "ranks": "the ranks that layers had while they were learned",
+    "animation": "the same as a film",
+}
+"""What files are for, by what they hold."""
 
 
 def write_result(result: Result, folder: Path) -> dict[str, Path]:
@@ -91,6 +102,16 @@ class Outcome:
         report = dataclasses.replace(self.result.report, agreement=agreed)
         return dataclasses.replace(self, result=dataclasses.replace(self.result, report=report)).noted(note)
 
+    @property
+    def model(self) -> str:
+        """The reference of the dense model."""
+        return self.named.get("model", self.title)
+
+    @property
+    def trained(self) -> bool:
+        """Whether the compressed network was trained."""
+        return isinstance(self.result, LearnedResult) or "training data" in self.named
+
     def known_score(self, model: nn.Module) -> float:
         """The score already measured of one of the two models."""
         return self.scores[0][1] if model is self.dense else self.scores[-1][1]
@@ -113,6 +134,8 @@ class Outcome:
         )
         if report:
             files["report"] = self.folder / "report.html"
+        load = load_lines(self.model, self.dense, files)
+        if report:
             write_report(
                 files["report"],
                 self.result,
@@ -145,14 +168,36 @@ class Outcome:
                 "agreement": None if agreed is None else dataclasses.asdict(agreed),
                 "skipped": [{"name": s.name, "kind": s.kind, "reason": s.reason} for s in self.result.sites.skipped],
                 "notes": list(notes),
+                "load": load,
                 **more,
             }
         )
         out.table(["", ">dense", ">compressed", ">change"], comparison.to_rows())
         for note in notes:
-            out.print(note)
+            out.prose(note)
+        out.print(f"\nWritten to {self.folder}:")
         for name, path in files.items():
-            out.print(f"{name:{max(map(len, files))}} {path}")
+            out.prose(f"{path.name:{max(len(each.name) for each in files.values())}}  {_HOLDS[name]}", "  ")
+        out.print("\nTo load it in Python:")
+        for line in load.splitlines():
+            out.print(f"  {line}")
+        missing = self._unmeasured()
+        if missing:
+            out.print("\nNot measured:")
+            for line in missing:
+                out.prose(line, "  ")
+
+    def _unmeasured(self) -> list[str]:
+        """What the numbers do not say, each with the option or the command that would."""
+        found = []
+        model = shlex.join(["spectrim", "evaluate", self.model, "-c", str(self.folder / "model.safetensors")])
+        if not self.scores:
+            found.append(f"accuracy, without --test: {model} -d DATA")
+        if not self.result.sites.samples:
+            found.append("what layers lose on data: without --data they were fitted to their weights alone")
+        elif not self.trained:
+            found.append("what training would win back: --train DATA fine-tunes")
+        return found
 
     def _measured(self) -> tuple[Measured, ...]:
         plan = self.result.plan

@@ -33,8 +33,6 @@ def wanted_groups(options: SharingOptions, methods: Methods, *, default: bool = 
         If they contradict each other, or the file cannot be used.
     """
     joint = next((name for name in (JOINT, "joint-svd") if name in methods), None)
-    if options.share is False and options.groups is not None:
-        raise UsageError(f"--groups {options.groups} does not combine with --no-share")
     if options.share is False and joint is not None:
         raise UsageError(f"--method {joint} does not combine with --no-share: it is for layers that share factors")
     if options.groups is not None:

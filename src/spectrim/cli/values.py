@@ -61,7 +61,7 @@ def read_budget(limits: Sequence[str], costs: Collection[str] = ()) -> Budget:
         For text that cannot be read, or a cost that is not counted.
     """
     with usage("--budget"):
-        budget = Budget.parse(*limits)
+        budget = Budget.parse(*limits).meant()
     known = (*COSTS, *costs)
     for cost in budget.costs:
         if cost not in known:
@@ -126,7 +126,7 @@ def check_recipe(text: str) -> None:
     except ValueError as error:
         raise UsageError(f"--recipe {text}: {value!r} is not a number") from error
     if not 0 < share <= 1:
-        raise UsageError(f"--recipe {text}: a share of energy lies above 0 and is at most 1, as energy=0.95")
+        raise UsageError(f"--recipe {text}: the share of energy is {share}; expected above 0 and at most 1, as 0.95")
 
 
 def check_folder(folder: Path) -> None:

@@ -175,7 +175,7 @@ class Grid:
     words: Sequence[tuple[str, str]] = ()
 
     def text(self, width: int = WIDTH) -> str:
-        """The table in lines of at most ``width`` characters, as far as columns of numbers leave room."""
+        """The table in lines of at most ``width`` characters, stacked where columns of numbers leave no room."""
         room = max((len(word) for word, _ in self.words), default=0) + 2
         parts = [
             textwrap.wrap(self.title, width),
@@ -191,20 +191,25 @@ class Grid:
 
     def _lines(self, width: int) -> Iterator[str]:
         heads = [column.removeprefix(">") for column in self.columns]
-        widths = self._widths(heads, width)
+        gap, widths = self._widths(heads, width)
+        if sum(widths) + gap * (len(widths) - 1) > width:
+            yield from self._stacked(heads, width)
+            return
 
         def line(cells: Sequence[str]) -> Iterator[str]:
-            folds = [
-                [cell] if len(cell) <= w else textwrap.wrap(cell, w) for cell, w in zip(cells, widths, strict=True)
-            ]
+            folds = [_folded(cell, w) for cell, w in zip(cells, widths, strict=True)]
             for number in range(max(map(len, folds), default=0)):
                 texts = [fold[number] if number < len(fold) else "" for fold in folds]
-                yield "  ".join(
-                    text.rjust(w) if column.startswith(">") else text.ljust(w)
-                    for text, w, column in zip(texts, widths, self.columns, strict=True)
-                ).rstrip()
+                yield (
+                    (" " * gap)
+                    .join(
+                        text.rjust(w) if column.startswith(">") else text.ljust(w)
+                        for text, w, column in zip(texts, widths, self.columns, strict=True)
+                    )
+                    .rstrip()
+                )
 
-        rule = "  ".join("-" * w for w in widths)
+        rule = (" " * gap).join("-" * w for w in widths)
         if any(heads):
             yield from line(heads)
             yield rule
@@ -215,17 +220,29 @@ class Grid:
         for row in self.totals:
             yield from line(row)
 
-    def _widths(self, heads: Sequence[str], width: int) -> list[int]:
-        """Those of the columns: as the cells need them, columns of words narrower where there is no room."""
+    def _widths(self, heads: Sequence[str], width: int) -> tuple[int, list[int]]:
+        """Spaces between columns, and the columns: as the cells need them, those of words narrower without room."""
         cells = [heads, *self.rows, *self.totals]
-        widths = [max(len(row[number]) for row in cells) for number in range(len(heads))]
+        widths = [max(len(line) for row in cells for line in row[place].split("\n")) for place in range(len(heads))]
         words = [number for number, column in enumerate(self.columns) if not column.startswith(">")]
-        while sum(widths) + 2 * (len(widths) - 1) > width:
+        gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= width else 1
+        while sum(widths) + gap * (len(widths) - 1) > width:
             widest = max(words, key=lambda number: widths[number], default=None)
             if widest is None or widths[widest] <= ROOM:
                 break
             widths[widest] -= 1
-        return widths
+        return gap, widths
+
+    def _stacked(self, heads: Sequence[str], width: int) -> Iterator[str]:
+        """Rows where there is no room for columns, as on a phone: the first cell, and under it the others by name."""
+        for first, *rest in [*self.rows, *self.totals]:
+            yield from textwrap.wrap(first, width)
+            held = [(" ".join(h.split()), " ".join(c.split())) for h, c in zip(heads[1:], rest, strict=True) if c]
+            pairs = [f"{head} {cell}".strip() for head, cell in held]
+            # A number stays beside its unit and its name.
+            text = "; ".join(p.replace(" ", "\N{NO-BREAK SPACE}") if len(p) < width - 2 else p for p in pairs)
+            indented = textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+            yield from (line.replace("\N{NO-BREAK SPACE}", " ") for line in indented)
 
     def html(self) -> str:
         """The table as HTML that takes fonts and colours from where it stands, and gives none to anything else."""
@@ -248,6 +265,12 @@ class Grid:
         words = "".join(f"<dt>{_marked(word)}</dt><dd>{_marked(meaning)}</dd>" for word, meaning in self.words)
         folded = f"<details><summary>what the words mean</summary><dl>{words}</dl></details>" if words else ""
         return f"<div>{title}{table}{notes}{folded}</div>"
+
+
+def _folded(cell: str, width: int) -> list[str]:
+    """A cell in lines of at most so many characters."""
+    parts = (([line] if len(line) <= width else textwrap.wrap(line, width)) for line in cell.split("\n"))
+    return [line for part in parts for line in part]
 
 
 def _marked(text: str) -> str:

@@ -113,7 +113,7 @@ class Budget:
         if isinstance(value, Budget):
             return value
         if isinstance(value, str):
-            return cls.parse(value)
+            return cls.parse(value).meant()
         if isinstance(value, Mapping):
             return cls(**value)
         raise TypeError(f"the budget is {value!r}: expected Budget(macs=0.5), text such as 'macs=50%' or a mapping")
@@ -140,6 +140,23 @@ class Budget:
                 raise ValueError(f"the budget limits {cost} twice: {limits[cost]!r} and {value!r}")
             limits[cost] = value
         return cls(**limits)
+
+    def meant(self) -> Budget:
+        """The budget, unless it was a percentage that lacks its sign: no network has so few parameters or MACs.
+
+        Raises
+        ------
+        ValueError
+            Says how a share is written.
+        """
+        for cost, stated in self._stated.items():
+            limit = self._limits[cost]
+            if cost in _WHOLE and isinstance(stated, str) and not limit.relative and limit.number <= 100:
+                raise ValueError(
+                    f"the {cost} budget {stated!r} is {stated} {_WHOLE[cost]} for a whole network: for a share write "
+                    f"{cost}={stated}%, and for so few indeed Budget({cost}={stated})"
+                )
+        return self
 
     @property
     def costs(self) -> tuple[str, ...]:
@@ -220,13 +237,7 @@ def _parsed(cost: str, text: str) -> Limit:
     if match and match[2].lower() in suffixes:
         return Limit(float(match[1]) * suffixes[match[2].lower()])
     if match and not match[2]:
-        number = float(match[1])
-        if cost in _WHOLE and 1 < number <= 100:
-            raise ValueError(
-                f"the {cost} budget {text!r} is {match[1]} {_WHOLE[cost]}, of a whole network: for a share write "
-                f"{cost}={match[1]}%, and for so few Limit({match[1]})"
-            )
-        return Limit(number, relative=number <= 1)
+        return Limit(float(match[1]), relative=float(match[1]) <= 1)
     units = _SHOWN.get(cost, "k, M, G, T")
     raise ValueError(
         f"cannot read {cost} budget {text!r}: write 0.5, 50% or a number with one of the units {units}; it "
