@@ -76,6 +76,11 @@ def _chromium() -> str | None:
     return os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 
 
+def environment() -> dict[str, str]:
+    """Of processes that build pages: mkdocs says nothing of its next version."""
+    return {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+
+
 def look(
     pages: Sequence[Shown],
     *,
