@@ -21,21 +21,44 @@ WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
 
 @dataclass(frozen=True)
 class Shown:
-    """A page to open, and what the address of every request that it makes has to begin with."""
+    """A page to open.
+
+    Attributes
+    ----------
+    home
+        What the address of every request that it makes has to begin with.
+    paper
+        Whether it is made to be printed.
+    """
 
     name: str
     url: str
     home: str
+    paper: bool = False
 
     @classmethod
     def of_file(cls, name: str, path: Path) -> Shown:
-        """A file that may ask for nothing but itself."""
-        return cls(name, path.resolve().as_uri(), path.resolve().as_uri())
+        """A report: a file that may ask for nothing but itself."""
+        return cls(name, path.resolve().as_uri(), path.resolve().as_uri(), paper=True)
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What is wrong with a page at one width in one colour scheme; pixels that it scrolls sideways."""
+    """What is wrong with a page at one width in one colour scheme.
+
+    Attributes
+    ----------
+    sideways
+        Pixels that it scrolls.
+    errors, outside
+        Errors on the console, and requests that leave the page.
+    axe
+        Rules of axe-core that are broken.
+    mute
+        Dots of charts that do not show their values when the keyboard reaches them.
+    paper
+        What is folded, cut or dark in print.
+    """
 
     page: str
     width: int
@@ -44,6 +67,8 @@ class Seen:
     errors: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
     axe: list[dict[str, Any]] = field(default_factory=list)
+    mute: list[str] = field(default_factory=list)
+    paper: list[str] = field(default_factory=list)
 
     @property
     def serious(self) -> list[dict[str, Any]]:
@@ -56,6 +81,7 @@ class Seen:
         where = f"{self.page} at {self.width} px, {self.scheme}"
         found = [f"scrolls sideways by {self.sideways} px"] if self.sideways > 0 else []
         found += [f"console: {each}" for each in self.errors] + [f"asks for {each}" for each in self.outside]
+        found += [f"says no values: {each}" for each in self.mute] + [f"on paper: {each}" for each in self.paper]
         found += [f"{each['rule']} ({each['impact']}), {each['count']} times, first {each['first']}: {each['why']}"
                   for each in self.axe]  # fmt: skip
         return [f"{where}: {each}" for each in found]

@@ -2,9 +2,9 @@
 //
 //   node look.mjs < REQUEST > FOUND
 //
-// REQUEST: {"chromium": PATH, "pages": [{"name", "url", "home"}], "widths": [1280, 390], "schemes": ["light", "dark"],
+// REQUEST: {"chromium": PATH, "pages": [{"name", "url", "home", "paper"}], "widths": [1280, 390], "schemes": ["light", "dark"],
 //           "pictures": FOLDER or null}
-// `home` is what the address of every request has to begin with. FOUND: one record a page, width and scheme.
+// `home` is what the address of every request has to begin with; with `paper` the page is looked at as it prints. FOUND: one record a page, width and scheme.
 import { readFileSync } from "node:fs";
 import { createRequire } from "node:module";
 import { chromium } from "playwright-core";
@@ -17,7 +17,7 @@ const browser = await chromium.launch({
     "--disable-component-update", "--disable-sync"],
 });
 
-async function look({ name, url, home }, width, scheme) {
+async function look({ name, url, home, paper }, width, scheme) {
   const phone = width < 600;
   const context = await browser.newContext({
     viewport: { width, height: phone ? 844 : 800 }, colorScheme: scheme, isMobile: phone, hasTouch: phone,
@@ -42,16 +42,41 @@ async function look({ name, url, home }, width, scheme) {
     const root = document.documentElement;
     return root.scrollWidth - root.clientWidth;
   });
+  // A dot of a chart says its values when the keyboard reaches it, within the page.
+  const mute = await page.evaluate(() => [...document.querySelectorAll(".dot")].filter((dot) => {
+    dot.focus();
+    const { left, right, width } = dot.querySelector(".tip").getBoundingClientRect();
+    return document.activeElement !== dot || !width || left < 0 || right > document.documentElement.clientWidth;
+  }).map((dot) => dot.getAttribute("aria-label")));
+  const onPaper = paper ? await printed(page) : [];
   await page.evaluate(axe);
   const { violations } = await page.evaluate(() => window.axe.run(document, { resultTypes: ["violations"] }));
   await context.close();
   return {
-    page: name, width, scheme, sideways, errors, outside,
+    page: name, width, scheme, sideways, errors, outside, mute, paper: onPaper,
     axe: violations.map((each) => ({
       rule: each.id, impact: each.impact, help: each.help, count: each.nodes.length,
       first: each.nodes[0].target.join(" "), why: each.nodes[0].failureSummary,
     })),
   };
+}
+
+// What is folded or dark on paper.
+async function printed(page) {
+  await page.evaluate(() => document.querySelectorAll("details").forEach((each) => (each.open = false)));
+  await page.emulateMedia({ media: "print" });
+  const found = await page.evaluate(() => {
+    const folded = [...document.querySelectorAll("details")].filter((each) => !each.lastElementChild.checkVisibility(
+      { contentVisibilityAuto: true, visibilityProperty: true }) || each.lastElementChild.offsetHeight === 0);
+    const cut = [...document.querySelectorAll(".tall, .scroll")].filter((each) => each.scrollHeight > each.clientHeight + 2
+      && getComputedStyle(each).overflowY !== "visible");
+    const light = getComputedStyle(document.body).backgroundColor === "rgb(255, 255, 255)";
+    return [...folded.map((each) => `folded: ${each.textContent.slice(0, 60)}`),
+      ...cut.map((each) => `cut: ${each.getAttribute("aria-label")}`), ...(light ? [] : ["the ground is not white"])];
+  });
+  await page.emulateMedia({ media: "screen" });
+  await page.evaluate(() => document.querySelectorAll("details").forEach((each) => (each.open = true)));
+  return found;
 }
 
 const found = [];
