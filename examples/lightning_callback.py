@@ -1,7 +1,7 @@
 """Lightning: ranks learned with the weights, in a LightningModule and a callback of a few lines.
 
-    pip install spectrim lightning
-    python examples/lightning_callback.py
+pip install spectrim lightning
+python examples/lightning_callback.py
 """
 
 import lightning as L
@@ -21,8 +21,7 @@ class Classifier(L.LightningModule):
         self.network, self.ranks = network, ranks
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        images, labels = batch
-        loss = F.cross_entropy(self.network(images), labels)
+        loss = F.cross_entropy(self.network(batch[0]), batch[1])
         return loss if self.ranks is None else loss + self.ranks.penalty()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -30,14 +29,17 @@ class Classifier(L.LightningModule):
 
 
 class ChooseRanks(L.Callback):
-    """Choose the ranks anew after each epoch."""
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:  # the ranks anew
         pl_module.ranks.c_step()
 
 
 def fit(module: L.LightningModule, epochs: int, *callbacks: L.Callback) -> None:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     L.Trainer(accelerator="cpu", max_epochs=epochs, callbacks=list(callbacks), **quiet).fit(module, batches)
 
 

@@ -2,7 +2,7 @@
 
     python examples/own_model.py [FOLDER]
 
-FOLDER has one folder of images a class. Without it the digits of scikit-learn are written as one, so that this runs.
+FOLDER has one folder of images a class. Without it the digits of scikit-learn are written as such.
 """
 
 import sys
@@ -40,7 +40,7 @@ def digits(folder: Path) -> Path:
     return folder
 
 
-def make_model() -> nn.Module:  # yours, with its trained weights
+def make_model() -> nn.Module:  # yours, with its weights
     first = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU())
     second = nn.Sequential(nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2))
     return nn.Sequential(first, second, nn.Flatten(), nn.Linear(64 * 16, 10))
@@ -55,7 +55,6 @@ model = make_model()
 st.fine_tune(model, train, epochs=3, lr=0.05)  # stands for the training that yours has behind it
 result = st.compress(model, calibration=train, budget="macs=50%")
 st.fine_tune(result.model, train, teacher=model, epochs=1, lr=0.02)
-
 print(st.compare(model, result.model, test[0], evaluate=lambda network: accuracy(network, test), repeats=5))
 st.save(result.model, result.plan, "small.safetensors")
 again = st.load(make_model(), "small.safetensors")

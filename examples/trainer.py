@@ -1,14 +1,14 @@
 """A model of transformers: compressed, trained on by its Trainer, saved and loaded by its own functions.
 
-    pip install 'spectrim[hf]'
-    python examples/trainer.py
+pip install 'spectrim[hf]'
+python examples/trainer.py
 """
 
 import torch
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import spectrim as st
-import spectrim.hf  # noqa: F401  (lets from_pretrained build the layers)
+import spectrim.hf  # lets from_pretrained build the layers
 
 torch.manual_seed(0)
 config = BertConfig(

@@ -180,11 +180,14 @@ def test_json_stays_alone_when_a_model_prints(run):
 
 def test_demo_runs_end_to_end(run):
     before = torch.random.get_rng_state()
-    found = run.json("demo", "--dense-epochs", "1", "--epochs", "1", "--quiet")
+    found = run.json("demo", "--width", "16", "--dense-epochs", "1", "--epochs", "1", "--batch", "4", "--quiet")
     assert set(found["files"]) == {"model", "plan", "report"}
     assert found["dense_costs"]["macs"] >= 4 * found["costs"]["macs"]
     assert list(found["scores"]) == ["dense", "compressed", "fine-tuned"]
     assert torch.equal(torch.random.get_rng_state(), before)
-    model = "spectrim.cli.digits_net:DigitsNet"
+    said = [line.partition(":")[0].split()[0] for line in found["notes"][-4:]]
+    assert said[:3] == ["Done", "Smaller", "Accuracy"]
+    assert said[3] in {"Time", "Faster", "Slower"}
+    model = "spectrim.cli.digits_net:DigitsNet?width=16"
     again = run.json("evaluate", model, "-c", found["files"]["model"], "--data", "digits", "--repeats", "0")
     assert again["rows"][0]["value"] == pytest.approx(found["scores"]["fine-tuned"], abs=0.5)

@@ -1,4 +1,4 @@
-"""The small network of the demo."""
+"""The network of the demo."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class DigitsNet(nn.Module):
         Channels of the first two convolutions; the later ones have twice as many.
     """
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self, width: int = 64) -> None:
         super().__init__()
 
         def block(inputs: int, outputs: int) -> nn.Sequential:
