@@ -73,6 +73,11 @@ def test_scores_have_error_bars_within_the_axis():
         assert dot.barred
         assert 0 < dot.low < dot.y < dot.high < 100
         assert "on 400 samples" in dot.text
+    assert [dot.aside for dot in charts.score_chart([*points, ("tuned", 40.0, 91.0)], 100.0, "macs", "").dots] == [
+        0,
+        0,
+        9,
+    ]
     bare = charts.score_chart([("dense", 100.0, 91.0)], 100.0, "macs", "accuracy")
     assert not bare.dots[0].barred
 

@@ -20,6 +20,7 @@ from spectrim.selection.plan import Entry, Plan
 
 _POINTS = 32  # of a spectrum, at most
 _FLOOR = 1e-6  # of a spectrum
+_ASIDE = 9  # pixels between dots of one cost
 COST_NAMES = {"macs": "MACs", "parameters": "Parameters", "bytes": "Weights", "latency": "Predicted latency"}
 
 
@@ -92,6 +93,8 @@ class Dot:
         Beside it, always seen.
     low, high
         Ends of its error bar; NaN without one.
+    aside
+        Pixels that it stands to the right of its place, where another one is.
     """
 
     x: float
@@ -101,6 +104,7 @@ class Dot:
     label: str = ""
     low: float = math.nan
     high: float = math.nan
+    aside: int = 0
 
     @property
     def barred(self) -> bool:
@@ -179,7 +183,8 @@ def score_chart(measured: Sequence[tuple[str, float, float]], dense: float, cost
             text += f", standard error {error:.2f} points on {Score(value).samples:,} samples"
             bar = {"low": y.at(value - error), "high": y.at(value + error)}
         tone = "dense" if share > 99.99 else "choice"
-        dots.append(Dot(x.at(share), y.at(value), text, tone, f"{label} {value:.2f} %", **bar))
+        aside = _ASIDE * sum(dot.x == x.at(share) for dot in dots)
+        dots.append(Dot(x.at(share), y.at(value), text, tone, f"{label} {value:.2f} %", aside=aside, **bar))
     return Chart(f"{cost_name(cost)}, % of dense", f"{score}, %", x, y, tuple(dots), height=190)
 
 
