@@ -27,6 +27,7 @@ from spectrim.nn.standing import Traits
 from spectrim.nn.surgery import replace_module
 from spectrim.nn.watch.batches import Feed, one_by_one
 from spectrim.nn.watch.calibrate import in_full
+from spectrim.nn.watch.junctions import junctions
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.lockstep import Probe, Seen, lockstep, probe
 from spectrim.nn.watch.nesting import begun, checked_batches, listed, reads_once
@@ -228,11 +229,12 @@ def _follow(
     like = Probe(names) if _small(work, memory) else probe(work.dense, names, batches[0], forward=work.feed)
     calls = {name: like.calls.get(name, 1) for name in names}
     again = _restarts(names, like)
+    sums = junctions(work.dense, names, batches[0], forward=work.feed)
     waves = _waves([each.size * like.nbytes * 2 for each in work.split.samples], memory)
     for number, (first, last) in enumerate(waves):
         part = work.split.part(first, last)
         with lockstep(
-            work.dense, work.removal.model, calls, batches[first:last], forward=work.feed, places=like.places
+            work.dense, work.removal.model, calls, batches[first:last], forward=work.feed, places=like.places, sums=sums
         ) as hub:
             for done, step in enumerate(steps):
                 work.stop = Stop(hub.reach(step.layer.name), part)

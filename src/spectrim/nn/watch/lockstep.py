@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.junctions import Junction
 from spectrim.nn.watch.observe import Hook, hooked, on_few
 from spectrim.nn.watch.state import Place, State, evaluating, install, kept, taken
 
@@ -77,6 +78,8 @@ class _Pass(greenlet):
         The layer it waits at.
     seen
         Tensors by the layer, until they are taken.
+    beside
+        The other side of the sum behind a layer, by the layer, until it is taken.
     own
         What the model keeps on itself in this pass: others that run in between keep something else there.
     """
@@ -85,6 +88,7 @@ class _Pass(greenlet):
         super().__init__(lambda: network.run(batch))
         self.at: str | None = None
         self.seen: dict[str, list[Tensor]] = {}
+        self.beside: dict[str, Tensor] = {}
         self._network, self.own = network, network.state.fresh(network.places)
 
     def advance(self, name: str, left: set[str]) -> None:
@@ -130,6 +134,16 @@ class Passes:
         self._left.add(name)
         return [one.seen.pop(name, ()) for one in self._passes]
 
+    def beside(self, name: str) -> list[Tensor | None]:
+        """What each pass showed beside a layer (:meth:`note`)."""
+        return [one.beside.pop(name, None) for one in self._passes]
+
+    def note(self, name: str, tensor: Tensor) -> None:
+        """What a pass comes by that a layer's answer will be added to, unless that layer is left."""
+        here = getcurrent()
+        if isinstance(here, _Pass) and name not in self._left:
+            here.beside[name] = tensor
+
     def restart(self) -> None:
         """Have the passes start again, past what is left."""
         for one in self._passes:
@@ -160,18 +174,43 @@ class Passes:
 
 @dataclass(frozen=True)
 class Hub:
-    """The passes of both networks over the same batches."""
+    """The passes of both networks over the same batches.
 
+    Attributes
+    ----------
+    model
+        The dense network.
+    sums
+        What layers' answers are added to, by the layer: they are to make up for what is missing there.
+    """
+
+    model: nn.Module
     dense: Passes
     compressed: Passes
+    sums: Mapping[str, Junction]
 
     def reach(self, name: str) -> list[Seen]:
         """Have all passes go on to a layer, and give what they show there, without those that never get there.
 
         Whatever has been put in the layer's place by the next call is what the compressed passes go on with.
         """
-        both = zip(self.compressed.reach(name), self.dense.reach(name), strict=True)
-        return [Seen(number, inputs, targets) for number, (inputs, targets) in enumerate(both) if inputs and targets]
+        inputs, targets = self.compressed.reach(name), self.dense.reach(name)
+        if name in self.sums:
+            targets = self._made_up(name, targets)
+        both = enumerate(zip(inputs, targets, strict=True))
+        return [Seen(number, given, answers) for number, (given, answers) in both if given and answers]
+
+    def _made_up(self, name: str, targets: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
+        """Targets of a layer that also make up for what the other side of its sum misses."""
+        there, here = self.dense.beside(name), self.compressed.beside(name)
+        once = [number for number, answers in enumerate(targets) if len(answers) == 1]
+        made = self.sums[name].targets(
+            self.model, [targets[n][0] for n in once], [there[n] for n in once], [here[n] for n in once]
+        )
+        fresh: list[Sequence[Tensor]] = list(targets)
+        for number, target in zip(once, made, strict=True):
+            fresh[number] = [target]
+        return fresh
 
     def restart(self) -> None:
         """Have the compressed passes start again, with all that has been put in place by now."""
@@ -216,6 +255,7 @@ def lockstep(
     *,
     forward: _Forward | None = None,
     places: Sequence[Place] = (),
+    sums: Mapping[str, Junction] | None = None,
 ) -> Iterator[Hub]:
     """Run both networks over the batches as far as asked for (:meth:`Hub.reach`).
 
@@ -232,17 +272,25 @@ def lockstep(
         Runs a model on a batch in another way.
     places
         Where a forward pass keeps something on the model (:func:`probe`): each pass has its own there.
+    sums
+        What layers' answers are added to (:func:`spectrim.nn.watch.junctions.junctions`): a layer's target is then what
+        brings the sum to that of the dense network.
     """
     run = Feed.of(forward)
     first, second = (
         _Network(model, lambda batch, model=model: run(model, batch), State(model), places)
         for model in (dense, compressed)
     )
-    hub = Hub(Passes(first, batches, calls), Passes(second, batches, calls))
+    hub = Hub(dense, Passes(first, batches, calls), Passes(second, batches, calls), sums or {})
     targets = [
         Hook(dense.get_submodule(name), lambda module, args, kwargs, output, name=name: hub.dense.wait(name, output))
         for name in calls
     ]
+    for model, side in ((dense, hub.dense), (compressed, hub.compressed)):
+        targets += [
+            one.other.hook(model, lambda tensor, side=side, name=name: side.note(name, tensor))
+            for name, one in hub.sums.items()
+        ]
     with evaluating(dense, compressed), hooked(targets), _slots(compressed, calls, hub.compressed.wait):
         try:
             yield hub
