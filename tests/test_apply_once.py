@@ -46,8 +46,8 @@ def test_layers_are_called_twice_a_batch_whatever_the_depth(depth, monkeypatch):
     whole = [module for module in calls if module.out_features == 12 and module.in_features == 12]
     pairs = len(calls) - len(whole)
     # Three batches in both networks; the proof runs both on one batch, and on one sample a copy, the merged network and
-    # twice the small one.
-    assert depth * 3 <= len(whole) + pairs / 2 - 6 * depth <= 2.2 * depth * 3
+    # twice the small one. Sums behind layers are looked for with one sample.
+    assert depth * 3 <= len(whole) + pairs / 2 - 7 * depth <= 2.2 * depth * 3
 
 
 class PerImage(nn.Module):
