@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format test browser-check docs bench bench-check bench-house bench-door bench-report
+.PHONY: help install demo check format test test-slow browser-check docs bench bench-check bench-house bench-door bench-report
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ browser-check: $(INSTALLED) tests/browser/node_modules  ## open reports and buil
 tests/browser/node_modules: tests/browser/package-lock.json
 	npm ci --prefix tests/browser --no-audit --no-fund
 	touch $@
+
+test-slow: $(INSTALLED)  ## run what takes long: all mutated files, kills and stops of learned runs, further instruction sets
+	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
 
 docs: $(INSTALLED)  ## build the documentation into site/, warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -99,7 +99,7 @@ def test_sensitivity_keeps_them_contiguous() -> None:
     assert seen.contiguous == [True, True]
 
 
-@pytest.mark.parametrize("widest", ["AVX2", "ALL"])
+@pytest.mark.parametrize("widest", ["AVX2", pytest.param("ALL", marks=pytest.mark.slow)])
 def test_training_is_sound_where_plain_backward_passes_are_not(widest: str) -> None:
     """In a process of its own, since plain passes end it: on CPUs with AVX2, and with AVX-512 from 64 x 64 on."""
     environment = ENVIRONMENT | {"ONEDNN_MAX_CPU_ISA": widest}

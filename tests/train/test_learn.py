@@ -196,7 +196,9 @@ def test_weights_that_explode_name_their_layer() -> None:
 # Stopped runs.
 
 
-@pytest.mark.parametrize("start", [{}, {"multiplier": 2e-4, "cost": "parameters", "dense": False}])
+@pytest.mark.parametrize(
+    "start", [{}, pytest.param({"multiplier": 2e-4, "cost": "parameters", "dense": False}, marks=pytest.mark.slow)]
+)
 def test_a_run_that_was_stopped_anywhere_ends_equal(start: dict[str, Any], tmp_path: Path) -> None:
     def run(batches: Any, **changes: Any) -> LearnedResult:
         return learn_ranks(Residual(), batches, None if start else BUDGET, **options(**start, **changes))
@@ -227,6 +229,7 @@ def test_a_path_that_was_stopped_ends_equal(tmp_path: Path) -> None:
         same(one, other)
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_equal(tmp_path: Path) -> None:
     out = tmp_path / "killed.safetensors"
     steps: dict[str, int] = {}

@@ -35,7 +35,7 @@ def reseed(value: int) -> None:
     np.random.seed(value)  # noqa: NPY002 - the global one
 
 
-@pytest.mark.parametrize("data", [None, loader])
+@pytest.mark.parametrize("data", [pytest.param(None, marks=pytest.mark.slow), loader])
 def test_a_run_does_not_depend_on_what_ran_before_and_leaves_the_generators(data) -> None:
     found, left = [], []
     for seed in (0, 1):
@@ -98,7 +98,7 @@ def test_milliseconds_are_of_the_whole_network(monkeypatch) -> None:
     assert 0.9 * asked < found <= asked
 
 
-@pytest.mark.parametrize("stop", [5, 15])
+@pytest.mark.parametrize("stop", [5, pytest.param(15, marks=pytest.mark.slow)])
 def test_a_run_under_a_latency_budget_continues_though_times_are_measured_anew(
     monkeypatch, tmp_path: Path, stop
 ) -> None:
@@ -170,7 +170,10 @@ def test_results_of_a_path_do_not_change_afterwards() -> None:
     assert all(torch.equal(a, b) for a, b in zip(kept[0], now, strict=True))
 
 
-@pytest.mark.parametrize(("epochs", "steps"), [(3, 16), (5, 16), (4, 13), (2, 11), (7, 40)])
+@pytest.mark.parametrize(
+    ("epochs", "steps"),
+    [(3, 16), (2, 11), *(pytest.param(*more, marks=pytest.mark.slow) for more in ((5, 16), (4, 13), (7, 40)))],
+)
 def test_the_schedule_is_gone_through_to_its_end(epochs: int, steps: int) -> None:
     result = learn(
         learning=Recipe(epochs=epochs),

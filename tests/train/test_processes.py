@@ -28,6 +28,7 @@ def launch(out: Path, launcher: list[str], *options: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_one_launched_process_gives_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What ``accelerate launch`` does, without a program of its own for it."""
     from accelerate.commands.launch import launch_command, launch_command_parser
