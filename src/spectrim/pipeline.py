@@ -366,8 +366,9 @@ def shrink(
         return select(table, limits, selector), table
 
     plan, table = planned(sites, None, budget)
-    file = table.dense["bytes"] + header_bytes(model)
+    file = 0.0
     if budget.bytes is not None:
+        file = table.dense["bytes"] + header_bytes(model)
         sites, plan, table, budget = _within_file(model, sites, plan, table, budget, planned)
     measured: Mapping[str, Timing] = {}
     if latency is not None:

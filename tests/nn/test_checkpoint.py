@@ -17,6 +17,7 @@ import spectrim as st
 from spectrim.errors import CheckpointError
 from spectrim.network import tensor_files
 from spectrim.network.choices import Choice
+from spectrim.network.state_values import equal, put_together, taken_apart
 from spectrim.nn.build import skeleton
 from spectrim.nn.checkpoint import load, read_plan, same_weights, save
 from spectrim.nn.find import find
@@ -631,3 +632,54 @@ def test_a_table_of_earlier_plans_that_is_none_is_refused(earlier, tmp_path):
     path.write_bytes(with_header(header, body))
     with pytest.raises(CheckpointError):
         load(Three(), path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", [torch.qint8, torch.float16])
+def test_layers_that_were_quantised_before_are_saved_too(kind, tmp_path):
+    def made() -> nn.Module:
+        model = Three()
+        model.b = torch.ao.quantization.quantize_dynamic(nn.Sequential(model.b), {nn.Linear}, dtype=kind)[0]
+        return model.eval()
+
+    result, path = st.compress(made(), BATCHES, st.Budget(macs=0.85)), tmp_path / "small.safetensors"
+    save(result.model, result.plan, path)
+    again = load(made(), path)
+    assert same_weights(again, result.model)
+    assert torch.equal(again(BATCHES[0]), result.model(BATCHES[0]))
+    with pytest.raises(CheckpointError, match="another architecture"):
+        load(Three(), path)
+    header, body = header_of(path.read_bytes())
+    for record in (
+        '{"dtype": "load"}',
+        '{"tuple": [{"tensor": "nowhere"}]}',
+        "3",
+        '{"dtype": "qint8", "quantised": 1}',
+    ):
+        values = json.loads(header["__metadata__"]["values"])
+        values["b._packed_params._packed_params"] = json.loads(record)
+        path.write_bytes(
+            with_header({**header, "__metadata__": {**header["__metadata__"], "values": json.dumps(values)}}, body)
+        )
+        with pytest.raises(CheckpointError, match="_packed_params"):
+            load(made(), path)
+
+
+def test_values_of_a_state_are_taken_apart_and_put_together():
+    weight = torch.randn(3, 4)
+    channels = torch.quantize_per_channel(weight, torch.rand(3) + 0.1, torch.zeros(3, dtype=torch.long), 0, torch.qint8)
+    value = (torch.quantize_per_tensor(weight, 0.1, 3, torch.quint8), [channels, None, 2.5], torch.qint8, "text")
+    record, tensors = taken_apart("w", value)
+    again, used = put_together(json.loads(json.dumps(record)), tensors)
+    assert used == set(tensors)
+    assert equal(again, value)
+    assert not equal((*again[:-1], "other"), value)
+    with pytest.raises(TypeError, match="object"):
+        taken_apart("w", [object()])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_cannot_be_stored_is_named(tmp_path):
+    model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.LSTM(3, 3)), {nn.LSTM}, dtype=torch.qint8)
+    with pytest.raises(CheckpointError, match="_all_weight_values.*ScriptObject"):
+        save(model, Plan((), {}, {}), tmp_path / "small.safetensors")

@@ -303,7 +303,7 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
     "table of others": ("masked", meta("packed", '[["layer.layer.bias", "layer.mask"]]'), "not weight and mask"),
     "table twice": ("masked", meta("packed", json.dumps([[V, M], [V, M]])), "not weight and mask"),
     "called version 1": ("masked", meta("format_version", "1"), f"'{M}' has shape"),
-    "version 3": ("masked", meta("format_version", "3"), "'3'"),
+    "version 4": ("masked", meta("format_version", "4"), "'4'"),
     "part of a sum": ("sum", put("layer.sparse.mask", lambda t: t[:-1]), "'layer.sparse.mask'"),
     "pattern that does not fit": (
         "masked", lambda t, m: m.update(plan=m["plan"].replace('"unstructured"', '"5x5"')), "'5x5' does not fit",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from spectrim.network import tensor_files
 from spectrim.network.choices import ChannelsChoice, SumChoice
 from spectrim.network.coupling import IN
 from spectrim.network.sites import Sites
+from spectrim.network.state_values import alike, equal, is_plain, put_together, taken_apart
 from spectrim.nn.build import skeleton
 from spectrim.nn.channels.narrow import add_bias, reshape
 from spectrim.nn.find import describe, find
@@ -30,7 +32,7 @@ FORMAT_VERSION = "1"
 PACKED_VERSION = "2"
 """Of files that hold sparse weights packed."""
 AGAIN_VERSION = "3"
-"""Of files of networks that were compressed again, with the plans before the last; all others are of version 1."""
+"""Of files with plans before the last, or quantised weights; all others are of version 1."""
 
 # Of a header: what is written of a tensor beside its name and numbers, and of texts beside the plan and tables.
 _TENSOR = ':{"dtype":"F8_E4M3","shape":[],"data_offsets":[,]},'
@@ -56,17 +58,18 @@ def save(model: nn.Module, plan: Plan, path: str | Path) -> None:
     Raises
     ------
     CheckpointError
-        If the state of the model holds anything but tensors, or a mask does not have the pattern and the density of the
-        plan.
+        If the state of the model holds what is made of neither tensors nor numbers, or a mask does not have the pattern
+        and the density of the plan.
     OSError
         If the file cannot be written: there is no such folder, or it is full or read-only.
     """
-    owners, shared = _owners(model.state_dict())
+    state, values = _apart(model.state_dict())
+    owners, shared = _owners(state)
     before = earlier(model, plan)
     tensors, packed = _stored(model, [*before, plan], owners)
     metadata = {
         "format": FORMAT,
-        "format_version": AGAIN_VERSION if before else PACKED_VERSION if packed else FORMAT_VERSION,
+        "format_version": AGAIN_VERSION if before or values else PACKED_VERSION if packed else FORMAT_VERSION,
         "plan": plan.to_json(lines=False),
         "shared": json.dumps(shared, sort_keys=True),
     }
@@ -74,6 +77,8 @@ def save(model: nn.Module, plan: Plan, path: str | Path) -> None:
         metadata["packed"] = json.dumps(packed)
     if before:
         metadata["earlier"] = _listed(before)
+    if values:
+        metadata["values"] = json.dumps(values)
     tensor_files.write(Path(path), tensors, metadata)
 
 
@@ -87,7 +92,8 @@ def header_bytes(model: nn.Module, plan: Plan | None = None) -> int:
     plan
         What it will be compressed by; None for a file of its tensors alone.
     """
-    state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    held, records = _apart(model.state_dict())
+    state = {name: tuple(tensor.shape) for name, tensor in held.items()}
     named = 0
     for entry in plan or ():
         choice = entry.choice
@@ -102,7 +108,7 @@ def header_bytes(model: nn.Module, plan: Plan | None = None) -> int:
                 if entry.members or isinstance(choice, SumChoice):
                     # Shared and packed tensors are named in tables, too.
                     named += sum(2 * len(json.dumps(json.dumps(name))) + 4 for name in new)
-    digits = len(str(sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())))
+    digits = len(str(sum(tensor.numel() * tensor.element_size() for tensor in held.values())))
     tensors = sum(
         len(json.dumps(name)) + len(_TENSOR) + 2 * digits + sum(len(str(size)) + 1 for size in shape)
         for name, shape in state.items()
@@ -110,7 +116,7 @@ def header_bytes(model: nn.Module, plan: Plan | None = None) -> int:
     if plan is None:
         return tensors + 16
     before = remembered(model)
-    named += len(json.dumps(_listed(before))) if before else 0
+    named += sum(len(json.dumps(text)) for text in (_listed(before), json.dumps(records)) if len(text) > 2)
     return tensors + named + len(json.dumps(plan.to_json(lines=False))) + _TEXTS
 
 
@@ -141,20 +147,24 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         If the file is missing, damaged (a bit is not what was written) or not a Spectrim checkpoint, or belongs to
         another architecture; the message names the first layer or tensor that does not fit.
     """
-    tensors, plans, shared, packed = _read(Path(path))
+    tensors, plans, tables = _read(Path(path))
     traits = Traits.of(model)
     for plan in plans:
         rebuild(model, plan, tensors, path)
-    _unpack(model, tensors, packed, path)
-    state = model.state_dict()
-    for name, source in shared.items():
+    _unpack(model, tensors, tables.packed, path)
+    for name, source in tables.shared.items():
         if source not in tensors:
             raise CheckpointError(f"{path}: tensor {name!r} shares {source!r}, which the file does not hold")
         tensors[name] = tensors[source]
+    present = model.state_dict()
+    values = _values(present, tensors, tables.values, path)
+    state = {name: value for name, value in present.items() if is_plain(value)}
     _check(state, tensors, path)
     _check_shared(state, tensors, path)
     _check_channels(model, tensors, path)
-    model.load_state_dict(tensors)
+    # A copy, which says of which version of its modules it is.
+    present.update(tensors | values)
+    model.load_state_dict(present)
     traits.give(model)
     for plan in plans:
         carry(model, plan)
@@ -186,14 +196,26 @@ def read_plan(path: str | Path) -> Plan:
     return _read(Path(path), weights=False)[1][-1]
 
 
+def _apart(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Plain tensors, and records of all other values, which are made of some of them."""
+    tensors = {name: value for name, value in state.items() if is_plain(value)}
+    records: dict[str, Any] = {}
+    for name, value in state.items():
+        if name not in tensors:
+            try:
+                records[name], parts = taken_apart(name, value)
+            except TypeError as error:
+                raise CheckpointError(f"state {name!r} holds a {error}; only tensors can be saved") from error
+            tensors |= parts
+    return tensors, records
+
+
 def _owners(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors to write, and names of those that are the same memory as another."""
     seen: dict[tuple[Any, ...], str] = {}
     owners: dict[str, Tensor] = {}
     shared: dict[str, str] = {}
     for name, tensor in state.items():
-        if not isinstance(tensor, Tensor):
-            raise CheckpointError(f"state {name!r} is a {type(tensor).__name__}; only tensors can be saved")
         key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
         if tensor.numel() and key in seen:
             shared[name] = seen[key]
@@ -222,10 +244,27 @@ def _stored(
     return {name: t.detach().cpu().contiguous().clone() for name, t in held.items()}, packed
 
 
-def _read(
-    path: Path, *, weights: bool = True
-) -> tuple[dict[str, Tensor], list[Plan], dict[str, str], list[tuple[str, str]]]:
-    """Tensors, plans in the order they were carried out, names of shared tensors and of packed ones."""
+@dataclass(frozen=True)
+class _Tables:
+    """What a file says of its tensors.
+
+    Attributes
+    ----------
+    shared
+        Owners of tensors that are the same memory, by their names.
+    packed
+        Names ``[weight, mask]`` of what is packed.
+    values
+        Records of what is no plain tensor.
+    """
+
+    shared: dict[str, str]
+    packed: list[tuple[str, str]]
+    values: dict[str, Any]
+
+
+def _read(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], list[Plan], _Tables]:
+    """Tensors, plans in the order they were carried out, and tables."""
     try:
         tensors, metadata = tensor_files.read(path, weights=weights)
     except FileNotFoundError:
@@ -240,7 +279,8 @@ def _read(
             f"{path}: format version {version!r}; this library reads {FORMAT_VERSION!r}, {PACKED_VERSION!r} and "
             f"{AGAIN_VERSION!r}"
         )
-    before = _table(metadata, "earlier", path) if version == AGAIN_VERSION else []
+    again = version == AGAIN_VERSION
+    before = _table(metadata, "earlier", path) if again and "earlier" in metadata else []
     if not isinstance(before, list) or not all(isinstance(text, str) for text in before):
         raise CheckpointError(f"{path}: the table of earlier plans is not a list of plans")
     try:
@@ -250,20 +290,23 @@ def _read(
     shared = _table(metadata, "shared", path) if "shared" in metadata else {}
     if not isinstance(shared, dict) or not all(isinstance(v, str) for v in shared.values()):
         raise CheckpointError(f"{path}: the table of shared tensors is not a table of names")
-    holds = version == PACKED_VERSION or (version == AGAIN_VERSION and "packed" in metadata)
+    values = _table(metadata, "values", path) if again and "values" in metadata else {}
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path}: the table of values is not a table of records")
+    holds = version == PACKED_VERSION or (again and "packed" in metadata)
     packed = _table(metadata, "packed", path) if holds else []
     if not isinstance(packed, list) or not all(_is_pair(pair) for pair in packed):
         raise CheckpointError(f"{path}: the table of packed tensors is not a table of pairs of names")
-    return tensors, plans, shared, [(weight, mask) for weight, mask in packed]
+    return tensors, plans, _Tables(shared, [(weight, mask) for weight, mask in packed], values)
 
 
 def _table(metadata: Mapping[str, str], name: str, path: Path) -> Any:
     try:
         return json.loads(metadata[name])
     except KeyError:
-        raise CheckpointError(f"{path}: the table {name!r} is missing") from None
+        raise CheckpointError(f"{path}: the table of {name} tensors is missing") from None
     except (json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the table {name!r} cannot be read: {error}") from error
+        raise CheckpointError(f"{path}: the table of {name} tensors cannot be read: {error}") from error
 
 
 def _is_pair(value: object) -> bool:
@@ -328,6 +371,31 @@ def _unpack(model: nn.Module, tensors: dict[str, Tensor], packed: Sequence[tuple
             raise CheckpointError(f"{path}: the packed tensor {name!r} cannot be read: {error}") from error
 
 
+def _values(
+    state: Mapping[str, Any], tensors: dict[str, Tensor], records: Mapping[str, Any], path: str | Path
+) -> dict[str, Any]:
+    """What is no plain tensor; those that it is made of are taken out."""
+    missing = [name for name, value in state.items() if not is_plain(value) and name not in records]
+    if missing:
+        raise CheckpointError(
+            f"{path}: belongs to another architecture: its {missing[0]!r} is not the "
+            f"{type(state[missing[0]]).__name__} that the model holds"
+        )
+    found: dict[str, Any] = {}
+    parts: set[str] = set()
+    for name, record in records.items():
+        try:
+            found[name], used = put_together(record, tensors)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {name!r}: {error}") from error
+        if name not in state or not alike(found[name], state[name]):
+            raise CheckpointError(f"{path}: belongs to another architecture: {name!r} is another value in the model")
+        parts |= used
+    for name in parts:
+        del tensors[name]
+    return found
+
+
 def _check(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: str | Path) -> None:
     missing = [name for name in state if name not in tensors]
     surplus = [name for name in tensors if name not in state]
@@ -380,4 +448,4 @@ def _check_channels(model: nn.Module, tensors: Mapping[str, Tensor], path: str |
 def same_weights(first: nn.Module, second: nn.Module) -> bool:
     """Whether two models hold the same tensors, bit for bit."""
     a, b = first.state_dict(), second.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    return a.keys() == b.keys() and all(equal(a[name], b[name]) for name in a)

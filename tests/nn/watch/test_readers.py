@@ -80,7 +80,7 @@ class Lent(Net):
     """Puts a layer away for a moment."""
 
     def forward(self, x: Tensor) -> Tensor:
-        layer = self._modules.pop("b")
+        layer: Any = self._modules.pop("b")
         x = layer(self.a(x))
         self.b = layer
         return self.c(x)
