@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format test test-slow browser-check docs bench bench-check bench-house bench-door bench-report
+.PHONY: help install demo check format test test-slow browser-check docs bench bench-check bench-house bench-door bench-report package-check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,7 +23,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(INSTALLED)  ## train, compress and fine-tune a small network on digits; files go to DEMO_OUT
+demo: $(INSTALLED)  ## train, compress and fine-tune a network on digits, in about a minute; files go to DEMO_OUT
 	$(BIN)/spectrim demo --out $(DEMO_OUT)
 
 check: $(INSTALLED)  ## lint, formatting, types and the layering rule
@@ -48,6 +48,9 @@ tests/browser/node_modules: tests/browser/package-lock.json
 
 test-slow: $(INSTALLED)  ## run what takes long: all mutated files, kills and stops of learned runs, further instruction sets
 	$(BIN)/python -m pytest -q -m slow $(PYTEST_ARGS)
+
+package-check: $(INSTALLED)  ## build the wheel and the source archive, look into them, install both in an empty environment
+	$(BIN)/python -m benchmarks.package_check
 
 docs: $(INSTALLED)  ## build the documentation into site/, warnings are errors
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

@@ -54,7 +54,8 @@ def demo(
     wanted = read_budget([budget])
     make_folder(out, folder)
     device_named("cpu", threads)
-    train = load_data(f"digits?batch=64&seed={seed}", purpose="training")
+    of_model, of_data = f"spectrim.cli.digits_net:DigitsNet?width={width}", f"digits?batch=64&seed={seed}"
+    train = load_data(of_data, purpose="training")
     test = load_data("digits", purpose="test")
     assert isinstance(train, Batches)
     assert isinstance(test, Batches)
@@ -72,7 +73,9 @@ def demo(
     with out.progress() as show:
         result = compress(dense, calibration, wanted, progress=show)
     small = result.model
-    outcome = Outcome("Digits demo", dense, result, folder)
+    outcome = Outcome(
+        "Digits demo", dense, result, folder, named={"model": of_model, "training data": of_data}, seeds={"demo": seed}
+    )
     outcome = outcome.scored("dense", accuracy(dense, test)).scored("compressed", accuracy(small, test))
 
     if epochs:
