@@ -29,9 +29,10 @@ from spectrim.nn.watch.batches import Feed, one_by_one
 from spectrim.nn.watch.calibrate import in_full
 from spectrim.nn.watch.junctions import junctions
 from spectrim.nn.watch.layout import Where
-from spectrim.nn.watch.lockstep import Probe, Seen, lockstep, probe
+from spectrim.nn.watch.lockstep import Seen, lockstep
 from spectrim.nn.watch.nesting import begun, checked_batches, listed, reads_once
 from spectrim.nn.watch.norms import reestimate_batchnorm
+from spectrim.nn.watch.probe import Probe, probe
 from spectrim.nn.watch.reconstruct import Errors, Joint, Split, refit_second
 from spectrim.nn.watch.sampling import Mask
 from spectrim.progress import Progress, reports, told

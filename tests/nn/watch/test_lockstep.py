@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from spectrim.nn.watch.lockstep import Probe, lockstep, probe
+from spectrim.nn.watch.lockstep import lockstep
+from spectrim.nn.watch.probe import Probe, probe
 
 
 class Repeated(nn.Module):

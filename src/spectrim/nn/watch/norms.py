@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from spectrim.nn.watch.batches import Feed, one_by_one
-from spectrim.nn.watch.lockstep import Probe, passes, probe
 from spectrim.nn.watch.observe import Hook, observe
+from spectrim.nn.watch.passes import passes
+from spectrim.nn.watch.probe import Probe, probe
 
 
 @dataclass

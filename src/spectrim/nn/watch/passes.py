@@ -1,0 +1,213 @@
+"""Forward passes that stop at each layer of interest until they are told to go on, all of a network's together.
+
+Every forward pass is a greenlet that waits with its tensor in hand. Nothing is traced; any graph of modules will do.
+What it takes in memory is what the waiting passes hold alive.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor, nn
+
+from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.observe import Hook, hooked
+from spectrim.nn.watch.state import Place, State, evaluating, install, taken
+
+
+@dataclass(frozen=True)
+class Network:
+    """One of the two networks.
+
+    Attributes
+    ----------
+    state, places
+        What it kept on itself when the passes began, and where a pass changes that.
+    """
+
+    model: nn.Module
+    run: Callable[[Any], Any]
+    state: State
+    places: Sequence[Place] = ()
+
+    def put_back(self) -> None:
+        """Have the model keep what it did at first."""
+        self.state.put_back(self.places)
+
+
+class _Pass(greenlet):
+    """One forward pass that waits at layers.
+
+    Attributes
+    ----------
+    at
+        The layer it waits at.
+    seen
+        Tensors by the layer, until they are taken.
+    beside
+        The other side of the sum behind a layer, by the layer, until it is taken.
+    own
+        What the model keeps on itself in this pass: others that run in between keep something else there.
+    """
+
+    def __init__(self, network: Network, batch: Any) -> None:
+        super().__init__(lambda: network.run(batch))
+        self.at: str | None = None
+        self.seen: dict[str, list[Tensor]] = {}
+        self.beside: dict[str, Tensor] = {}
+        self._network, self.own = network, network.state.fresh(network.places)
+
+    def advance(self, name: str, left: set[str]) -> None:
+        """Go on to a layer, but past none that is not left yet."""
+        while not self.dead and self.at != name and (self.at is None or self.at in left):
+            with _state_kept():
+                install(self._network.model, self.own)
+                self.switch()
+                self.own = taken(self._network.model, self._network.places)
+
+    def end(self) -> None:
+        """Give up what is not done."""
+        with _state_kept():
+            install(self._network.model, self.own)
+            self.throw(GreenletExit)
+
+
+class Passes:
+    """All forward passes of one network, and how far they have come.
+
+    Parameters
+    ----------
+    network
+        How it is run on one batch.
+    batches
+        Each is run once.
+    calls
+        How often a pass calls each layer of interest: it stops at the last of the calls.
+    """
+
+    def __init__(self, network: Network, batches: Sequence[Any], calls: Mapping[str, int]) -> None:
+        self._network, self._batches, self._calls = network, batches, calls
+        self._left: set[str] = set()
+        self._passes = [_Pass(network, batch) for batch in batches]
+
+    def reach(self, name: str) -> list[Sequence[Tensor]]:
+        """Have all passes go on to a layer, and give what each shows there: nothing where it never gets there.
+
+        Layers are reached in the order of execution; a pass that waits at a later one goes on waiting.
+        """
+        for one in self._passes:
+            one.advance(name, self._left)
+        self._left.add(name)
+        return [one.seen.pop(name, ()) for one in self._passes]
+
+    def beside(self, name: str) -> list[Tensor | None]:
+        """What each pass showed beside a layer (:meth:`note`)."""
+        return [one.beside.pop(name, None) for one in self._passes]
+
+    def note(self, name: str, tensor: Tensor) -> None:
+        """What a pass comes by that a layer's answer will be added to, unless that layer is left."""
+        here = getcurrent()
+        if isinstance(here, _Pass) and name not in self._left:
+            here.beside[name] = tensor
+
+    def restart(self) -> None:
+        """Have the passes start again, past what is left."""
+        for one in self._passes:
+            one.end()
+        self._passes = [_Pass(self._network, batch) for batch in self._batches]
+
+    def wait(self, name: str, tensor: Tensor) -> None:
+        """What a pass does at a layer: it waits until all have got there, unless the layer is called again or left."""
+        here = getcurrent()
+        if not isinstance(here, _Pass) or name in self._left:
+            return
+        calls = here.seen.setdefault(name, [])
+        if len(calls) + 1 < self._calls[name]:
+            # A copy: what runs before the last call may overwrite it in place.
+            calls.append(tensor.clone())
+            return
+        calls.append(tensor)
+        here.at = name
+        with _state_of_pass():
+            here.parent.switch()  # type: ignore[union-attr]
+
+    def end(self) -> None:
+        """Give up all that is not done, and leave the network as it was."""
+        for one in self._passes:
+            one.end()
+        self._network.put_back()
+
+
+@contextlib.contextmanager
+def passes(
+    model: nn.Module,
+    calls: Mapping[str, int],
+    batches: Sequence[Any],
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    places: Sequence[Place] = (),
+) -> Iterator[Passes]:
+    """Run one network over the batches as far as asked for; passes stop before a layer answers (:func:`lockstep`)."""
+    run = Feed.of(forward)
+    every = Passes(Network(model, lambda batch: run(model, batch), State(model), places), batches, calls)
+
+    def stop(name: str) -> Hook:
+        return Hook(
+            model.get_submodule(name), lambda module, args, kwargs: every.wait(name, given(args, kwargs)), before=True
+        )
+
+    with evaluating(model), hooked([stop(name) for name in calls]):
+        try:
+            yield every
+        finally:
+            every.end()
+
+
+def given(args: Any, kwargs: Any) -> Tensor:
+    """What a layer is called with."""
+    return args[0] if args else kwargs["input"]
+
+
+@dataclass(frozen=True)
+class _Autocast:
+    """Torch's automatic casting on a device, which belongs to the thread and not to a greenlet."""
+
+    device: str
+    enabled: bool
+    dtype: torch.dtype
+
+    @classmethod
+    def now(cls) -> list[_Autocast]:
+        kinds = [kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)]
+        return [cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+
+    def set(self) -> None:
+        torch.set_autocast_enabled(self.device, self.enabled)
+        torch.set_autocast_dtype(self.device, self.dtype)
+
+
+@contextlib.contextmanager
+def _state_kept() -> Iterator[None]:
+    """Gradients and casting as they were, whatever a pass that goes on meanwhile leaves them as."""
+    gradients, casting = torch.is_grad_enabled(), _Autocast.now()
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(gradients)
+        for cast in casting:
+            cast.set()
+
+
+@contextlib.contextmanager
+def _state_of_pass() -> Iterator[None]:
+    """The same for a pass while others go on. Inference mode, which cannot be set, is left and entered again."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_state_kept())
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(mode=False))
+        yield
