@@ -3,12 +3,13 @@ from __future__ import annotations
 from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from spectrim.errors import CalibrationError
-from spectrim.nn.watch.batches import arguments, batch_size, call, evaluating, logits, resized
+from spectrim.nn.watch.batches import arguments, batch_size, call, checked_batches, evaluating, logits, resized
 
 X, Y = torch.randn(4, 3), torch.randn(4, 2)
 LABELS = torch.arange(4)
@@ -132,3 +133,23 @@ def test_resized_repeats_or_cuts_the_first_axis_everywhere(size):
     assert other["b"][0].label == "text"
     assert other["c"] == 2.0
     assert other["d"] == 5
+
+
+@pytest.mark.parametrize(
+    ("batch", "says"),
+    [
+        (np.zeros((4, 3), np.float32), r"numpy array of shape \(4, 3\) and float32.*torch.from_numpy"),
+        ((np.zeros((4, 3)), np.zeros(4)), r"numpy array of shape \(4, 3\) and float64"),
+        ({"x": np.zeros((4, 3))}, r"numpy array of shape \(4, 3\)"),
+        ([[0.0, 1.0, 2.0]] * 4, r"list of 3 numbers.*torch.tensor"),
+        ({"x": [0.0, 1.0]}, r"list of 2 numbers"),
+    ],
+)
+def test_arrays_and_lists_of_numbers_are_refused_with_the_cure(batch, says):
+    model = nn.Linear(3, 2)
+    with pytest.raises(CalibrationError, match=says):
+        call(model, batch)
+    with pytest.raises(CalibrationError, match=r"one numpy array of shape \(8, 3\): pass a list of batches"):
+        checked_batches(np.zeros((8, 3)))
+    # What stands beside tensors is somebody's own, as are labels.
+    assert call(model, (torch.zeros(4, 3), np.zeros(4))).shape == (4, 2)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from spectrim.errors import CalibrationError, SpectrimError
 from spectrim.nn.watch.layout import Layout, Where, check_where
+from spectrim.nn.watch.nesting import check_numbers, copied, moved, tensors
 from spectrim.nn.watch.nesting import checked_batches as checked_batches
-from spectrim.nn.watch.nesting import copied, moved, tensors
 from spectrim.nn.watch.nesting import logits as logits
 from spectrim.nn.watch.nesting import output_tensors as output_tensors
 from spectrim.nn.watch.nesting import resized as resized
@@ -67,6 +67,8 @@ class Feed:
             If the model cannot be called with it; the message says what was tried.
         """
         if self._way is None:
+            if self._forward is None:
+                check_numbers(Layout().inputs(batch))
             way = _own(batch) if self._forward is not None else _working(model, batch)
             if self._forward is None and self._samples is None and not way.listed:
                 _check_batched(model, batch, way)

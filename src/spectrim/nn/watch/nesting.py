@@ -22,12 +22,17 @@ def checked_batches(batches: Any) -> Any:
     Raises
     ------
     CalibrationError
-        For a single tensor or mapping, a dataset that gives samples, or what is no iterable.
+        For a single tensor, array or mapping, a dataset that gives samples, or what is no iterable.
     """
     if isinstance(batches, Tensor):
         raise CalibrationError(
             f"the batches are one tensor of shape {tuple(batches.shape)}: pass a list of batches, such as x.split(64), "
             "or a DataLoader"
+        )
+    if is_array(batches):
+        raise CalibrationError(
+            f"the batches are one numpy array of shape {tuple(batches.shape)}: pass a list of batches, such as "
+            "torch.from_numpy(x).split(64), or a DataLoader"
         )
     if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
         raise CalibrationError(
@@ -71,6 +76,31 @@ def begun(batches: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
         "no calibration batches, so no gradient or statistic: the iterable was empty, or was read before and does not "
         "start over; pass a list"
     )
+
+
+def is_array(value: object) -> bool:
+    """Whether a value is an array of numpy, without loading numpy."""
+    return type(value).__module__ == "numpy" and hasattr(value, "shape") and hasattr(value, "dtype")
+
+
+def check_numbers(inputs: Any) -> None:
+    """Raise CalibrationError for inputs of arrays or lists of numbers alone, in place of tensors."""
+    if next(tensors(inputs), None) is not None:
+        return
+    if is_array(inputs):
+        raise CalibrationError(
+            f"a batch holds a numpy array of shape {tuple(inputs.shape)} and {inputs.dtype} where models take tensors: "
+            "pass torch.from_numpy(x), or a DataLoader, which makes tensors of arrays"
+        )
+    parts = list(inputs.values()) if isinstance(inputs, Mapping) else inputs
+    if not isinstance(parts, list | tuple):
+        return
+    if parts and isinstance(parts, list) and all(isinstance(part, int | float) for part in parts):
+        raise CalibrationError(
+            f"a batch holds a list of {len(parts)} numbers where models take tensors: pass torch.tensor(x)"
+        )
+    for part in parts:
+        check_numbers(part)
 
 
 def is_record(value: Any) -> bool:
