@@ -130,3 +130,15 @@ def test_results_cannot_lie_in_a_file(tmp_path: Path):
     (tmp_path / "file").touch()
     with pytest.raises(UsageError, match="file' is a file, not a folder"):
         make_folder(Output(), tmp_path / "file" / "inner")
+
+
+def test_what_python_would_be_given_is_said_in_terms_of_options(run):
+    Path("two.py").write_text(
+        "import torch\nfrom torch import nn\n\n\nclass Two(nn.Module):\n    def __init__(self):\n"
+        "        super().__init__()\n        self.a = nn.Linear(4, 4)\n\n    def forward(self, x, y):\n"
+        "        return self.a(x) + y\n\n\ndef batches():\n    return [(torch.randn(8, 4),)]\n",
+        encoding="utf-8",
+    )
+    said = run("compress", "./two.py:Two", "--data", "./two.py:batches", "-o", "small", "--budget", "macs=50%", code=1)
+    assert "forward needs 2 inputs" in said.stderr
+    assert "let --model name a factory of a module that takes batches as they are and runs the network" in said.stderr

@@ -12,6 +12,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -123,6 +124,9 @@ class Output:
             yield report
 
 
+_FORWARD = re.compile(r"([Pp])ass forward=, a function \(model, batch\) that ((runs|returns)( \w+)+)")
+
+
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """A command from a function whose first parameter is its :class:`Output`.
 
@@ -151,9 +155,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                         folder.rmdir()
                 if debug:
                     raise
-                code = exit_code(error)
-                print(f"spectrim: error: {error}", file=sys.stderr)
-                out.document({"error": {"type": type(error).__name__, "message": str(error), "exit_code": code}})
+                code, told = exit_code(error), for_command_line(str(error))
+                print(f"spectrim: error: {told}", file=sys.stderr)
+                out.document({"error": {"type": type(error).__name__, "message": told, "exit_code": code}})
                 raise typer.Exit(code) from None
 
     run.__name__, run.__doc__ = function.__name__, text
@@ -198,6 +202,17 @@ def _kept_apart() -> Iterator[TextIO]:
     finally:
         os.dup2(kept, number)
         os.close(kept)
+
+
+def for_command_line(text: str) -> str:
+    """What the library says, where the cure that it names is no option: a function that runs the model."""
+    return _FORWARD.sub(
+        lambda found: (
+            f"{'L' if found[1] == 'P' else 'l'}et --model name a factory of a module that takes batches as they are "
+            f"and {found[2].replace('the model', 'the network')}, or pass forward= in Python"
+        ),
+        text,
+    )
 
 
 def exit_code(error: BaseException) -> int:
