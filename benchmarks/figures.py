@@ -40,7 +40,7 @@ def figures(results: Sequence[Result]) -> dict[str, bytes]:
     for result in results:
         rows = result.get("rows", [])
         if rows and {"arm", "batch_norm"} <= rows[0].keys():
-            drawn["front-resnet20"] = (_neighbours(rows), (6.4, 3.5))
+            drawn["front-resnet20"] = (_neighbours(rows), _ONE)
         if rows and {"samples", "seen"} <= rows[0].keys():
             drawn["error-against-samples"] = (_samples(rows), (8.4, 3.2))
         if rows and "svd_over_greedy" in rows[0] and result["config"]["claimed"]:
@@ -90,7 +90,8 @@ def _accuracy(results: Sequence[Result], network: str) -> Draw:
                 axes.axhline(ys[0], color=scheme.faint, linewidth=1, label=f"dense ({xs[0]:.1f} MMAC)")
             else:
                 colour, marker = next(styles, (scheme.ink, "D"))
-                axes.plot(xs, ys, marker=marker, color=colour, linewidth=1.2, markersize=4, label=label)
+                axes.errorbar(xs, ys, yerr=[_standard_error(y) for y in ys], marker=marker, color=colour,
+                              linewidth=1.2, elinewidth=0.8, markersize=4, label=label)  # fmt: skip
         xs, ys = zip(*PUBLISHED[network], strict=True)
         axes.plot(xs, ys, marker="x", color=scheme.series[4], linewidth=1, linestyle="--", markersize=5, label=LEARNED)
         axes.set_xlabel("MACs, million")
@@ -99,6 +100,11 @@ def _accuracy(results: Sequence[Result], network: str) -> Draw:
         axes.legend(fontsize=7, frameon=False)
 
     return draw
+
+
+def _standard_error(accuracy: float, images: int = 10_000) -> float:
+    """Of an accuracy in percent on so many test images, in points."""
+    return (accuracy * (100 - accuracy) / images) ** 0.5
 
 
 def _times(rows: Sequence[Mapping[str, Any]]) -> Draw:
@@ -118,7 +124,7 @@ def _times(rows: Sequence[Mapping[str, Any]]) -> Draw:
         axes.set_ylim(0.1, 1.0)
         axes.set_xlabel("share of the MACs saved")
         axes.set_ylabel("share of the time saved")
-        axes.legend(fontsize=6, frameon=False, loc="lower right")
+        axes.legend(fontsize=6.5, frameon=False, loc="lower right")
 
     return draw
 
@@ -175,7 +181,7 @@ def _rank_paths(trajectory: Mapping[str, Any]) -> bytes:
     return _saved(rank_paths(Trajectory.from_json(json.dumps(trajectory))))
 
 
-_ONE = (5.4, 3.4)
+_ONE = (4.8, 3.3)  # inches: as wide as a phone, where one point is a pixel
 
 
 def _drawn(draw: Draw, size: tuple[float, float], scheme: Scheme) -> bytes:
@@ -186,7 +192,7 @@ def _drawn(draw: Draw, size: tuple[float, float], scheme: Scheme) -> bytes:
     colours = dict.fromkeys(
         ("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor"), scheme.ink
     )
-    with matplotlib.rc_context({"font.size": 8, "axes.edgecolor": scheme.faint, **colours}):
+    with matplotlib.rc_context({"font.size": 8.5, "axes.edgecolor": scheme.faint, **colours}):
         figure = Figure(figsize=size, layout="constrained", facecolor="none")
         FigureCanvasAgg(figure)
         draw(figure, scheme)

@@ -380,8 +380,8 @@ CAPTIONS = {
         "Torch-Pruning",
     ),
     "accuracy-resnet20": Caption(
-        "ResNet-20 on CIFAR-10, test accuracy against multiply-accumulates, without and with training. The crosses are the "
-        "published figures of learned ranks, after some 950 epochs.",
+        "ResNet-20 on CIFAR-10, test accuracy against multiply-accumulates (MACs), without and with training. Bars are one "
+        "standard error of a test of 10,000 images; crosses are the published figures of learned ranks, after some 950 epochs.",
         "Line chart of test accuracy of ResNet-20 against million multiply-accumulates for five ways of compressing",
     ),
     "accuracy-resnet56": Caption(

@@ -25,6 +25,7 @@ from benchmarks.figures import figures
 from benchmarks.questions import CAPTIONS, NARROW, QUESTIONS, WORDS, Question, Words
 
 NONE = "No results have been recorded yet."
+_CELL = 140  # characters of a cell that is still read
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -234,6 +235,13 @@ def _measured(claim: Mapping[str, Any]) -> str:
     return f"{value} ({note})" if note and not note.startswith("{") else value
 
 
+def _short(claim: Mapping[str, Any]) -> str:
+    """The same in a cell: a note of some length is left to the page of claims."""
+    measured = _measured(claim)
+    value = f"{show(claim['value'])} {claim['unit']}"
+    return measured if len(measured) <= _CELL else value
+
+
 def _plain(text: str) -> str:
     """Text in which Markdown sees no markup."""
     return text.replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_").replace("|", "\\|")
@@ -286,12 +294,19 @@ def _glance(question: Question, results: Sequence[Result]) -> str:
     if "resnet20_finetune" in question.results and accuracies(results):
         parts.append(accuracies(results))
     rows = [
-        (f"[{key}](claims.md#{_anchor(key)})", WORDS.get(key, Words(key, "")).title,
-         NARROW.get(result["experiment"], ""), _plain(claim["target"]), _met(claim))
-        for key, result, claim in claims(results) if key in question.claims
-    ]  # fmt: skip
+        (
+            f"[{key}](claims.md#{_anchor(key)})",
+            WORDS.get(key, Words(key, "")).title
+            + (f" ({narrow})" if (narrow := NARROW.get(result["experiment"])) else ""),
+            _plain(claim["target"]),
+            _plain(_short(claim)),
+            _met(claim),
+        )
+        for key, result, claim in claims(results)
+        if key in question.claims
+    ]
     if rows:
-        parts.append(table(("claim", "what", "on", "asked for", "met"), rows))
+        parts.append(table(("claim", "what", "asked for", "measured", "met"), rows))
     return "\n\n".join(parts)
 
 
@@ -322,8 +337,8 @@ def folded(result: Result) -> str:
     count = sum(len(rows) for rows in lists.values())
     inside = "\n\n".join(parts)
     return (
-        f'<details markdown="1">\n<summary>{title}{narrow}: how, when and {count} row{"s" if count != 1 else ""}'
-        f"</summary>\n\n{inside}\n\n</details>"
+        f'<details markdown="1">\n<summary>{title}{narrow}: {count} row{"s" if count != 1 else ""}'
+        f", how and when they were measured</summary>\n\n{inside}\n\n</details>"
     )
 
 
