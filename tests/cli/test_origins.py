@@ -53,11 +53,12 @@ def test_an_origin_has_a_digest_of_all_that_has_a_file(tmp_path: Path):
     weights.write_bytes(b"numbers")
     named = {"model": "no.such:net", "weights": str(weights), "test data": f"cifar10:{data}?limit=3"}
     model = nn.Linear(2, 2)
-    made = origin(named, {"training": 3}, model, model, {"model": Path("m.safetensors")})
+    made = origin(named, {"training": 3}, model, model, "load it")
     parts = {part.role: part for part in made.parts}
     assert parts["weights"].digest == hashlib.sha256(b"numbers").hexdigest()
     assert parts["test data"].digest == hashlib.sha256(b"inner/a.bin\0" + b"1").hexdigest()
     assert (parts["model"].digest, parts["model"].of) == ("", "no file of its own")
     assert parts["dense network"].digest == parts["compressed network"].digest != ""
     assert made.command.startswith("spectrim ")
+    assert made.load == "load it"
     assert dict(made.seeds) == {"training": 3}

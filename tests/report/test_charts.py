@@ -117,10 +117,13 @@ def test_ranks_that_stay_are_one_run():
 
 
 def test_words_are_those_that_occur():
-    found = dict(glossary("width-first, rank 3; weighted output energy; 5 % unstructured", "exact"))
-    assert set(found) == {"width-first", "rank", "weighted output energy", "unstructured", "exact"}
-    assert "input" in dict(glossary("input, rank 3"))
-    assert "exact" not in dict(glossary("exact", "greedy"))
+    choices = ["width-first, rank 3", "channel, rank 4 + 5 % unstructured"]
+    found = [word for word, _ in glossary("weighted output energy; 3 MMAC", choices, "exact")]
+    assert found[:2] == ["MMAC", "weighted output energy"]
+    assert found[-1] == "exact"
+    assert {"width-first", "rank r", "channel", "unstructured"} < set(found)
+    assert not {"input", "output energy", "height-first", "greedy"} & set(found)
+    assert [word for word, _ in glossary("output energy")] == ["output energy"]
 
 
 def test_a_page_says_where_it_comes_from_and_escapes_it():

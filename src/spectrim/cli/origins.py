@@ -15,13 +15,11 @@ from spectrim.report import Origin, Part
 
 _PACKAGED = {"digits": ("sklearn", "datasets/data/digits.csv.gz")}
 """Data that come with a package, and where."""
-_LARGEST = 8 * 2**30
+_LARGEST = 2 * 2**30
 """Bytes of data that are read once more for their digest."""
 
 
-def origin(
-    named: Mapping[str, str], seeds: Mapping[str, int], dense: nn.Module, small: nn.Module, written: Mapping[str, Path]
-) -> Origin:
+def origin(named: Mapping[str, str], seeds: Mapping[str, int], dense: nn.Module, small: nn.Module, load: str) -> Origin:
     """Where a compression by the command line comes from.
 
     Parameters
@@ -32,15 +30,13 @@ def origin(
         By what they are for.
     dense, small
         The networks, whose tensors are digested.
-    written
-        Files, by what it holds.
+    load
+        Lines of code that load the small one.
     """
     parts = [_part(role, text) for role, text in named.items()]
     parts += [Part.of_model("dense network", type(dense).__name__, dense)]
     parts += [Part.of_model("compressed network", type(small).__name__, small)]
-    return Origin(
-        shlex.join(["spectrim", *sys.argv[1:]]), tuple(parts), seeds, load_lines(named["model"], dense, written)
-    )
+    return Origin(shlex.join(["spectrim", *sys.argv[1:]]), tuple(parts), seeds, load)
 
 
 def _part(role: str, text: str) -> Part:
@@ -49,7 +45,8 @@ def _part(role: str, text: str) -> Part:
     if path is None:
         return Part(role, text, of="no file of its own")
     try:
-        if path.is_dir() and (size := sum(file.stat().st_size for file in path.rglob("*"))) > _LARGEST:
+        parts = [path] if path.is_file() else path.rglob("*")
+        if (size := sum(part.stat().st_size for part in parts)) > _LARGEST:
             return Part(role, text, of=f"not digested: {size / 2**30:.1f} GiB")
         return Part.of_files(role, text, path)
     except OSError as error:
@@ -57,14 +54,17 @@ def _part(role: str, text: str) -> Part:
 
 
 def _path(reference: Reference) -> Path | None:
-    """The file or folder that a reference leads to: its place, itself, or the module that it names."""
-    module = getattr(sys.modules.get(reference.scheme), "__file__", None) if reference.place else None
+    """The file or folder that a reference leads to: itself, its Python file or module, or its place."""
     package, inside = _PACKAGED.get(reference.scheme, ("", ""))
-    packaged = str(files(package).joinpath(inside)) if package in sys.modules else None
-    for text in (reference.place, reference.scheme, reference.text, module, packaged):
-        if text and Path(text).expanduser().exists():
-            return Path(text).expanduser()
-    return None
+    found = [
+        reference.text,
+        reference.scheme if reference.scheme.endswith(".py") else None,
+        getattr(sys.modules.get(reference.scheme), "__file__", None) if reference.place else None,
+        str(files(package).joinpath(inside)) if package in sys.modules else None,
+        reference.place,
+    ]
+    paths = [Path(text).expanduser() for text in found if text]
+    return next((path for path in paths if path.is_file() or path.is_dir()), None)
 
 
 def load_lines(model: str, dense: nn.Module, written: Mapping[str, Path]) -> str:

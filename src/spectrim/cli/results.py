@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -144,11 +143,8 @@ class Outcome:
                 measured=self._measured(),
                 notes=notes,
                 trajectory=trajectory,
-                origin=origin(
-                    {"model": self.title, **self.named}, self.seeds, self.dense, self.result.model,
-                    {name: Path(os.path.relpath(file)) for name, file in files.items()},
-                ),
-            )  # fmt: skip
+                origin=origin({"model": self.model, **self.named}, self.seeds, self.dense, self.result.model, load),
+            )
         agreed = self.result.report.agreement
         out.document(
             {

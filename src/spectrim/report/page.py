@@ -89,7 +89,7 @@ class Page:
             If there is a trajectory without a C step.
         """
         parts = {**self._numbers(), **self._pictures(), **self._learned()}
-        parts["words"] = list(glossary(_text(parts), self.plan.selector))
+        parts["words"] = list(glossary(_text(parts), (str(entry.choice) for entry in self.plan), self.plan.selector))
         return _template().render(
             title=self.title, origin=self.origin, notes=list(self.notes), skipped=list(self.skipped),
             css=_style(), plan_json=self.plan.to_json(), **parts,
@@ -242,11 +242,10 @@ def _style() -> Any:
 def _text(parts: Mapping[str, Any]) -> str:
     """What the page says in our own words: names of layers may be any words."""
     cells = [text for row in parts["rows"] for text in row] + [tile.name for tile in parts["tiles"]]
-    choices = [f"{layer['choice']} {layer['kind'] if 'channels' in layer['kind'] else ''}" for layer in parts["layers"]]
     costs = [text for layer in parts["layers"] for pair in layer["costs"] for text in pair]
     said = [parts["unit"], *parts["unmeasured"], *parts["cost_names"]]
     said += [*("held out" for _ in range(parts["fitted"])), *("C step" for _ in parts["ranks"]), "dense"]
-    return "; ".join([*cells, *choices, *costs, *said])
+    return "; ".join([*cells, *costs, *said])
 
 
 def _counts_bytes(plan: Plan) -> bool:
