@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -69,7 +70,7 @@ class Program(TyperGroup):
             code = super().main(args, *more, standalone_mode=False, **named)
         except _Unread as error:
             path = error.ctx.command_path if error.ctx is not None else "spectrim"
-            said = _sentence(error.format_message())
+            said = _sentence(_quoted(error, sys.argv[1:] if args is None else args))
             print(f"spectrim: error: {said}; see {path} --help", file=sys.stderr)
             if "--json" in (sys.argv[1:] if args is None else args):
                 document = {"type": "UsageError", "message": said, "exit_code": error.exit_code}
@@ -78,6 +79,19 @@ class Program(TyperGroup):
         except typer.Abort:
             sys.exit(130)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _quoted(error: Any, args: Sequence[str]) -> str:
+    """What click says, with the value that cannot be read beside the option that it stands behind."""
+    message, parameter = error.format_message(), getattr(error, "param", None)
+    _, colon, reason = message.partition(": ")
+    for option in getattr(parameter, "opts", ()) if colon else ():
+        values = [after for before, after in itertools.pairwise(args) if before == option]
+        values += [each.partition("=")[2] for each in args if each.startswith(f"{option}=")]
+        if values:
+            # Of several the last one counts, and is what was read.
+            return f"{option} {values[-1]!r}: {reason.partition(', unable')[0]}"
+    return message
 
 
 def _sentence(message: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from spectrim.errors import UnsupportedLayerError
+from spectrim.errors import UnsupportedLayerError, did_you_mean
 from spectrim.linalg.packing import packed_bytes
 from spectrim.linalg.patterns import Pattern
 from spectrim.network.layer import LayerSpec
@@ -122,7 +122,7 @@ class _Wanted:
             if isinstance(pattern, str) and not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
                 raise ValueError(
                     f"the name pattern {pattern!r} matches no layer; layers are: {', '.join(paths) or 'none'}. "
-                    "For all layers of a part write 'part.*'."
+                    f"For all layers of a part write 'part.*'.{_close(pattern, paths)}"
                 )
 
     def reason(self, module: nn.Module, paths: tuple[str, ...], spec: LayerSpec | None) -> str | None:
@@ -135,6 +135,13 @@ class _Wanted:
         if self.onlys and not any(_matches(which, paths, module) for which in self.onlys):
             return "not among the layers asked for"
         return None
+
+
+def _close(pattern: str, paths: list[str]) -> str:
+    """A question where a part of the model was meant, or a layer was misspelt."""
+    if any(path.startswith(f"{pattern}.") for path in paths):
+        return f" Did you mean '{pattern}.*'?"
+    return did_you_mean(pattern, paths)
 
 
 def check_model(model: object) -> None:
