@@ -248,7 +248,10 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
     """Make all mistakes."""
     folder = Path(paths["work"])
     make_folder(folder)
-    rows = [on_the_command_line(mistake, folder) for mistake in COMMAND_LINE] + [in_python(each) for each in python()]
+    rows = [on_the_command_line(mistake, folder) for mistake in COMMAND_LINE]
+    for mistake in python():
+        in_python(mistake)  # what torch imports when it is needed first is no part of an answer
+        rows.append(in_python(mistake))
     missed = [f"{row['kind']}: {row['mistake']}" for row in rows if not row["met"]]
     slowest = max(row["seconds"] for row in rows)
     note = f"{len(rows)} mistakes, slowest {slowest:.2f} s" + (f"; not so: {', '.join(missed)}" if missed else "")
@@ -261,6 +264,6 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
         "notes": [
             "D4: times are those of the processor, since other programs ran beside it. On the command line they are of "
             "the whole program, from starting Python to its end; where the model is needed to see the mistake, without "
-            "the import of torch and the library. In Python they are of the call."
+            "the import of torch and the library. In Python they are of the call, made a second time: the first one imports."
         ],
     }  # fmt: skip

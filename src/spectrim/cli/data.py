@@ -446,14 +446,18 @@ def _table(reference: Reference, options: TableOptions) -> tuple[Path, tuple[str
     file = _file(reference)
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
-            names = tuple(name.strip() for name in next(csv.reader(lines), ()))
+            reader = csv.reader(lines)
+            names, first = tuple(name.strip() for name in next(reader, ())), next(reader, [])
     except (UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"data {reference.text!r} is no table in UTF-8, separated by commas: {error}") from error
     if not names:
         raise UsageError(f"data {reference.text!r}: {str(file)!r} is empty")
     if all(_is_number(name) for name in names):
         raise UsageError(f"data {reference.text!r}: its first line must name the columns; it is {','.join(names[:4])}")
-    labels = options.labels or next((name for name in names if name.lower() in _LABELS), "none")
+    # Without a name that says so they are the one column that holds words.
+    words = [name for name, value in zip(names, first, strict=False) if not _is_number(value)]
+    usual = [name for name in names if name.lower() in _LABELS] + words * (len(words) == 1)
+    labels = options.labels or (usual[0] if usual else "none")
     if labels == "none":
         return file, names, ""
     if labels not in names:

@@ -119,9 +119,7 @@ def _lines(found: Mapping[str, Any], parts: Sequence[Part]) -> Iterator[str]:
 def _wrapped(head: str, text: str, width: int) -> list[str]:
     narrow = width < 60
     indent = " " * (2 if narrow else len(head))
-    return textwrap.wrap(
-        f"{head}{text}", width, subsequent_indent=indent, break_long_words=narrow, break_on_hyphens=False
-    )
+    return textwrap.wrap(f"{head}{text}", width, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _words(torch: Mapping[str, Any]) -> str:
