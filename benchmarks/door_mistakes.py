@@ -264,6 +264,6 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
         "notes": [
             "D4: times are those of the processor, since other programs ran beside it. On the command line they are of "
             "the whole program, from starting Python to its end; where the model is needed to see the mistake, without "
-            "the import of torch and the library. In Python they are of the call, made a second time: the first one imports."
+            "the import of torch and the library. In Python they are of the call made a second time: the first imports."
         ],
     }  # fmt: skip
