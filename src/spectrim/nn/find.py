@@ -159,7 +159,7 @@ def describe(module: nn.Module, names: Iterable[str]) -> LayerSpec:
         For any other module.
     """
     names = tuple(names)
-    weight = module.weight
+    weight = _weight(module)
     assert isinstance(weight, Tensor)
     common: dict[str, Any] = {
         "names": names,
@@ -219,9 +219,23 @@ def _names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module is a layer whose weight can be read as an ordinary tensor of numbers."""
-    if not isinstance(module, _LAYERS) or _is_lazy(module.weight):
-        return False
-    return isinstance(module.weight, Tensor) and module.weight.numel() > 0
+    weight = _weight(module) if isinstance(module, _LAYERS) else None
+    return isinstance(weight, Tensor) and not _is_lazy(weight) and weight.numel() > 0
+
+
+def _weight(module: nn.Module) -> Any:
+    """A layer's weight as evaluation reads it: in training, reading a spectral norm moves what it is computed from."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return module.weight
+    parts = module.get_submodule("parametrizations")
+    modes = [(part, part.training) for part in parts.modules()]
+    try:
+        parts.eval()
+        with torch.no_grad():
+            return module.weight
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -269,7 +283,7 @@ def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied:
     """Why a layer cannot be factorised, or None."""
     if _is_quantised(module):
         return "quantised: the weight is not a floating-point matrix"
-    if _is_lazy(module.weight):
+    if _is_lazy(_weight(module)):
         return "lazy: run the model once so that its weight has a shape"
     # Weight and spectral normalisation of the older kind, and pruning masks, set the weight before every call.
     if parametrize.is_parametrized(module) or not {"weight", "bias"} <= module._parameters.keys():

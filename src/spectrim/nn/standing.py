@@ -308,9 +308,11 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _parameters(layer: nn.Module) -> tuple[list[nn.Parameter], nn.Parameter | None]:
     """Those of a layer's weight, and its bias."""
-    bias = layer.bias if isinstance(layer.bias, nn.Parameter) else None
-    parts = layer.parameters() if isinstance(layer, StandIn) else [layer.weight]
-    return [p for p in parts if isinstance(p, nn.Parameter) and p is not bias], bias
+    # What a parametrised layer has is computed when it is read, which may change what it is computed from.
+    own = layer._parameters
+    bias = layer.bias if isinstance(layer, StandIn) else own.get("bias")
+    parts = layer.parameters() if isinstance(layer, StandIn) else [own.get("weight")]
+    return [p for p in parts if p is not None and p is not bias], bias if isinstance(bias, nn.Parameter) else None
 
 
 def _is_channels_last(weight: Tensor) -> bool:

@@ -164,7 +164,7 @@ def _held(model: nn.Module, layers: Mapping[str, nn.Module], seen: Reading) -> I
         for name, layer in layers.items():
             stack.enter_context(_noted(layer, "_parameters", lambda _, name=name: seen.refused.update({name: _BOUND})))
         for path, module in model.named_modules():
-            known = frozenset(module._modules)
+            known = frozenset(name for name, _ in module._modules.items())
 
             def note(key: str, path: str = path, known: frozenset[str] = known) -> None:
                 moved.setdefault(f"{path}.{key}" if path else key, key in known)

@@ -37,6 +37,9 @@ class Buffered:
         self._moments: Moments | None = None
         self._held: list[Tensor] = []
 
+    # What a model's own inference mode makes could not be added to outside of it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def add(self, rows: Tensor) -> None:
         """Add rows ``[g, n, d]``."""
         if self._moments is None:
