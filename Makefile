@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format test test-slow browser-check docs bench bench-check bench-house bench-door bench-report package-check
+.PHONY: help install demo check format test test-slow browser-check docs bench bench-check bench-house bench-door bench-strangers bench-report package-check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ bench-house: $(INSTALLED)  ## measure the structure, the suite and the golden se
 
 bench-door: $(INSTALLED)  ## measure what a stranger sees first: claims D1 to D6 without a result; BENCH_ARGS="D3 --force"
 	$(BIN)/python -m benchmarks.door $(BENCH_ARGS)
+
+bench-strangers: $(INSTALLED)  ## measure what strangers' networks come to: claims N1 to N6 without a result; BENCH_ARGS="N4 --force"
+	$(BIN)/python -m benchmarks.strangers $(BENCH_ARGS)
 
 bench-report: $(INSTALLED)  ## write tables and figures from benchmarks/results into README.md and docs/
 	$(BIN)/python -m benchmarks.report $(BENCH_ARGS)

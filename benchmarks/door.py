@@ -33,15 +33,21 @@ CLAIMS = {
 TARGET = Path(__file__).parent / "results" / "door.json"
 
 
-def main(arguments: list[str] | None = None, target: Path = TARGET, claims: Mapping[str, str] = CLAIMS) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.door", description=__doc__)
+def main(
+    arguments: list[str] | None = None,
+    target: Path = TARGET,
+    claims: Mapping[str, str] = CLAIMS,
+    description: str | None = __doc__,
+) -> int:
+    """Measure claims, each by its module, into one file; its name is that of the module that is called."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{target.stem}", description=description)
     parser.add_argument("claims", nargs="*", help="D1, ...; all if none")
     parser.add_argument("--work", type=Path, metavar="DIR", help="where runs keep files")
     parser.add_argument("--force", action="store_true", help="measure again what has a result")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.claims if name not in claims]:
         parser.error(f"no claim {unknown[0]!r}; there are {', '.join(claims)}")
-    work = options.work or Path(tempfile.gettempdir()) / "spectrim-benchmarks" / "door"
+    work = options.work or Path(tempfile.gettempdir()) / "spectrim-benchmarks" / target.stem
     for name in options.claims or claims:
         stands = json.loads(target.read_text())["measured"] if target.exists() else {}
         if name in stands and not options.force:
@@ -49,20 +55,25 @@ def main(arguments: list[str] | None = None, target: Path = TARGET, claims: Mapp
         elif not (Path(__file__).parent / f"{claims[name]}.py").exists():
             print(f"{name}: not run, there is no benchmarks/{claims[name]}.py", file=sys.stderr)
         else:
-            keep(name, measured(name, claims[name], work), target)
+            keep(name, measured(name, claims[name], work, target.stem), target)
     return 0
 
 
-def measured(name: str, module: str, work: Path) -> dict[str, Any]:
-    """What one claim's module finds, with what it was measured on."""
+def measured(name: str, module: str, work: Path, program: str = "door") -> dict[str, Any]:
+    """What one claim's module finds by its experiment's options, with what it was measured on."""
     print(f"{name}: running", file=sys.stderr)
     (work / name).mkdir(parents=True, exist_ok=True)
     on, start = {"environment": environment(), "code": code_version()}, time.perf_counter()
-    found = importlib.import_module(f"benchmarks.{module}").run({}, {"work": work / name})
+    experiment = Path(__file__).parent / "experiments" / f"{module}.json"
+    config = json.loads(experiment.read_text()) if experiment.exists() else {}
+    found = importlib.import_module(f"benchmarks.{module}").run(config, {"work": work / name})
+    if rows := found.pop("rows", None):
+        found[module] = rows
     for claim in found["claims"].values():
-        claim.setdefault("command", f"python -m benchmarks.door {name}")
+        claim.setdefault("command", f"python -m benchmarks.{program} {name}")
     seconds = round(time.perf_counter() - start, 1)
-    return {**found, "measured": {name: {"date": today(), "wall_seconds": seconds, **on}}}
+    figures = found.get("measured", {})
+    return {**found, "measured": {name: {"date": today(), "wall_seconds": seconds, **on, **figures}}}
 
 
 def keep(name: str, found: Mapping[str, Any], target: Path) -> None:
@@ -78,10 +89,10 @@ def keep(name: str, found: Mapping[str, Any], target: Path) -> None:
     text = json.dumps(
         {
             **whole,
-            "experiment": "door",
-            "config": {"task": "door"},
+            "experiment": target.stem,
+            "config": {"task": target.stem},
             "date": on["date"],
-            "wall_seconds": round(sum(each["wall_seconds"] for each in ours["measured"].values()), 1),
+            "wall_seconds": round(sum(each["wall_seconds"] or 0 for each in ours["measured"].values()), 1),
             "environment": on["environment"],
             "code": on["code"],
             "rows": [],

@@ -30,6 +30,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import spectrim as st
+from benchmarks import resumed
 from benchmarks.run import claim
 from spectrim.cost.latency import Latency
 from spectrim.nn.checkpoint import read_plan
@@ -43,12 +44,13 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
     """All actions of the experiment, one after the other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    rows = []
     try:
         known = actions()
-        for name, kills in config["kills"].items():
-            rows.append({"action": name, **kill(known[name], kills, config["whole_every"], config["seed"])})
-            print(rows[-1], flush=True)
+        rows, mixed = resumed.rows(
+            paths["work"] / "killed_writes.jsonl",
+            [{"action": name} for name in config["kills"]],
+            lambda action: kill(known[action], config["kills"][action], config["whole_every"], config["seed"]),
+        )
     finally:
         torch.set_num_threads(threads)
     wrong = sum(len(row["wrong"]) for row in rows)
@@ -65,6 +67,7 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
         "notes": [
             "A run that is left to end starts in a folder that killed runs have left. Files are compared by what they "
             "hold: tensors bit for bit, plans and ranks but for measured seconds; pages and figures must be whole.",
+            *mixed,
         ],
     }  # fmt: skip
 

@@ -56,7 +56,6 @@ NARROW = {
     "sparse_vgg16": "a quarter of VGG-16's width",
     "strangers": "small networks, random weights",
     "zoo": "small networks, random weights",
-    "hugging_face": "small networks, random weights",
 }
 
 QUESTIONS = (
@@ -143,7 +142,7 @@ QUESTIONS = (
         "Networks of many kinds are compressed by every method and then run, saved, loaded, merged and exported; files are "
         "changed at random; processes are killed while they write.",
         ("N1", "N2", "N3", "N4", "N6"),
-        ("situations", "strangers", "mutated_files", "killed_writes", "hugging_face"),
+        ("strangers",),
     ),
     Question(
         "What does a stranger see first?",

@@ -13,14 +13,15 @@ from benchmarks.environment import code_version
 def rows(
     path: Path, keys: Iterable[Mapping[str, Any]], row: Callable[..., dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """``row(**key)`` of every key, in order, and the commits they were measured at.
+    """``row(**key)`` of every key, in order, and a note on the commits they were measured at if these are several.
 
     Rows that the file holds are not measured again, those of changed code neither: who wants all of them of one commit
     removes the file, as a run to its end does.
     """
     stands = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     commit = code_version()["commit"]
-    found, commits = [], set()
+    found: list[dict[str, Any]] = []
+    commits: dict[str, int] = {}
     path.parent.mkdir(parents=True, exist_ok=True)
     for key in keys:
         line = next((each for each in stands if each["key"] == dict(key)), None)
@@ -30,6 +31,7 @@ def rows(
             with path.open("a") as file:
                 file.write(json.dumps(line) + "\n")
         found.append(line["row"])
-        commits.add(line["commit"])
+        commits[line["commit"]] = commits.get(line["commit"], 0) + 1
     path.unlink(missing_ok=True)
-    return found, sorted(commits)
+    parts = ", ".join(f"{count} at {commit[:12]}" for commit, count in commits.items())
+    return found, [f"Rows of several commits: {parts}."] if len(commits) > 1 else []

@@ -59,7 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
         target = HERE / "results" / f"{name}.json"
         config = json.loads(known[name].read_text())
         missing = _missing(config, paths)
-        if target.exists() and not options.force:
+        if whole := config.get("part_of"):
+            print(f"{name}: measured by python -m benchmarks.{whole}", file=sys.stderr)
+        elif target.exists() and not options.force:
             print(f"{name}: has a result", file=sys.stderr)
         elif missing:
             print(f"{name}: not run, needs {missing}", file=sys.stderr)

@@ -61,7 +61,7 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
     threads = torch.get_num_threads()
     torch.set_num_threads(config["threads"])
     try:
-        rows, commits = resumed.rows(
+        rows, mixed = resumed.rows(
             paths["work"] / "situations.jsonl",
             keys,
             lambda situation, arm: row(SITUATIONS[situation], arm, paths["work"]),
@@ -82,12 +82,12 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
             for each in map(SITUATIONS.__getitem__, names)
         ],
         "seeds": [config["seed"]],
-        "commits": commits,
         "notes": [
             "checks: how many of the independent checks were made and held. Those that are not asked (no export of the "
             "dense network, operations that torch's counter does not know, random outputs) are left out of the count.",
             f"{sum('InfeasibleBudgetError' in row.get('reason', '') for row in rows)} refusals are budgets that the "
             "method cannot meet.",
+            *mixed,
         ],
     }
 

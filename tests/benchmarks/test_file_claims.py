@@ -52,8 +52,8 @@ def test_every_kind_of_change_is_made():
 
 
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="kills children")
-def test_killed_writes_leave_whole_files():
-    found = killed_writes.run(smoke("killed_writes"), {})
+def test_killed_writes_leave_whole_files(tmp_path: Path):
+    found = killed_writes.run(smoke("killed_writes"), {"work": tmp_path})
     assert found["claims"]["N4"]["value"] == 0, found["rows"]
     assert all(row["killed"] >= 6 for row in found["rows"])
     assert {row["action"] for row in found["rows"]} == set(smoke("killed_writes")["kills"])
