@@ -33,9 +33,9 @@ for _command in (profile, compress, path, evaluate, export, demo, doctor):
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from spectrim import __version__
+        from importlib.metadata import version
 
-        print(__version__)
+        print(version("spectrim"))
         raise typer.Exit
 
 

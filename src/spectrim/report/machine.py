@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-
-from spectrim import __version__
+from importlib.metadata import version
 
 
 def machine_facts() -> dict[str, str]:
@@ -21,7 +20,7 @@ def machine_facts() -> dict[str, str]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "spectrim": __version__,
+        "spectrim": version("spectrim"),
     }
     if torch.cuda.is_available():
         facts["accelerator"] = f"{device_name('cuda')}, CUDA {torch.version.cuda}"
