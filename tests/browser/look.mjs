@@ -37,7 +37,8 @@ async function look({ name, url, home, paper }, width, scheme) {
     await page.screenshot({ path: `${file}.png`, fullPage: true });
     if (scheme === "light" && !phone) await page.pdf({ path: `${file}.pdf`, format: "A4" });
   }
-  await page.evaluate(() => document.querySelectorAll("details").forEach((each) => (each.open = true)));
+  // Folded parts are looked at, too; but listings of source code, which are all alike, take minutes.
+  await page.evaluate(() => document.querySelectorAll("details:not(.mkdocstrings-source)").forEach((e) => (e.open = true)));
   const sideways = await page.evaluate(() => {
     const root = document.documentElement;
     return root.scrollWidth - root.clientWidth;
@@ -50,7 +51,7 @@ async function look({ name, url, home, paper }, width, scheme) {
   }).map((dot) => dot.getAttribute("aria-label")));
   const onPaper = paper ? await printed(page) : [];
   await page.evaluate(axe);
-  const { violations } = await page.evaluate(() => window.axe.run(document, { resultTypes: ["violations"] }));
+  const { violations } = await page.evaluate(() => window.axe.run(document, { resultTypes: ["violations"], preload: false }));
   await context.close();
   return {
     page: name, width, scheme, sideways, errors, outside, mute, paper: onPaper,

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from spectrim.report import figures
+from spectrim.report import Score, figures
 from spectrim.report.figures import Measured
 from spectrim.selection.candidates import Candidates, Row
 from tests.report.cases import plan, shared, sums, table
@@ -119,6 +119,12 @@ def test_tradeoff_has_a_panel_more_for_measured_scores():
     above, _ = figures.tradeoff(candidates, chosen, measured=points).axes
     assert [text.get_text() for text in above.texts] == ["dense: 90.00 %", "tuned: 89.50 %"]
     assert above.lines[0].get_xdata()[0] == 100
+    assert not above.collections
+    # Scores that know their samples have error bars.
+    points = [Measured("dense", candidates.dense["macs"], Score(90.0, 100))]
+    (bar,) = figures.tradeoff(candidates, chosen, measured=points).axes[0].collections
+    (ends,) = bar.get_segments()
+    assert ends[:, 1].tolist() == [90.0 - 3.0, 90.0 + 3.0]
 
 
 def test_no_tick_is_a_formula():

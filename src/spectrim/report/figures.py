@@ -18,6 +18,7 @@ import numpy as np
 
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.network.choices import Choice
+from spectrim.report.measures import Score
 from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates, Row
 from spectrim.selection.figures import CHOSEN, PALE, PLANNED, STYLE, bars, check_cost, cost_label
@@ -180,6 +181,7 @@ def _scores(axes: Axes, measured: Sequence[Measured], dense: float) -> None:
     x = [100 * m.cost / dense for m in measured]
     y = [m.score for m in measured]
     axes.plot(x, y, "o", color=CHOSEN, ms=6)
+    error_bars(axes, x, y, CHOSEN)
     # Labels alternate above and below, so that two points of nearly equal cost stay readable.
     for number, (left, up, m) in enumerate(zip(x, y, measured, strict=True)):
         axes.annotate(
@@ -188,6 +190,16 @@ def _scores(axes: Axes, measured: Sequence[Measured], dense: float) -> None:
         )  # fmt: skip
     axes.margins(y=0.25)
     axes.set_ylabel("measured score [%]")
+
+
+def error_bars(axes: Axes, x: Sequence[float], y: Sequence[float], colour: str) -> None:
+    """A bar of one standard error up and down, where the number of test samples is known."""
+    known = [
+        (at, score, error) for at, score in zip(x, y, strict=True) if (error := Score(score).standard_error) == error
+    ]
+    if known:
+        at, score, error = zip(*known, strict=True)
+        axes.errorbar(at, score, yerr=error, fmt="none", ecolor=colour, elinewidth=1.2, capsize=2, zorder=3)
 
 
 def predicted(candidates: Candidates, cost: str = "macs", points: int = 24) -> list[tuple[float, float]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectrim.network.files import replacing
-from spectrim.report.figures import _OTHER, Measured, _figure, _short
+from spectrim.report.figures import _OTHER, Measured, _figure, _short, error_bars
 from spectrim.report.rank_panels import (
     MU,
     cost_lines,
@@ -209,7 +209,8 @@ def cost_curve(points: Sequence[Measured], dense: Measured | None = None, *, cos
     Returns
     -------
     Figure
-        Costs are on a logarithmic axis, as budgets of a path differ by factors.
+        Costs are on a logarithmic axis, as budgets of a path differ by factors. A score that knows how many samples it
+        rests on (:class:`~spectrim.report.measures.Score`) has a bar of one standard error.
 
     Raises
     ------
@@ -228,6 +229,7 @@ def cost_curve(points: Sequence[Measured], dense: Measured | None = None, *, cos
         axes.set_xscale("log")
         x, y = [point.cost / scale for point in points], [point.score for point in points]
         axes.plot(x, y, color=PLANNED, lw=1.3, marker="o", ms=5, zorder=4)
+        error_bars(axes, x, y, PLANNED)
         for number, point in enumerate(points):
             # Below and above in turn, so that neighbours do not meet. The curve rises, mostly: there is room below it
             # at the right, and above it at the left.
@@ -236,6 +238,7 @@ def cost_curve(points: Sequence[Measured], dense: Measured | None = None, *, cos
         if dense is not None:
             axes.axhline(dense.score, color=DENSE, lw=0.9, ls=(0, (4, 3)), zorder=1)
             axes.plot(dense.cost / scale, dense.score, "o", color=DENSE, ms=6, zorder=4)
+            error_bars(axes, [dense.cost / scale], [dense.score], DENSE)
             _name(axes, dense, scale, colour=_OTHER)
         axes.margins(x=0.12, y=0.3)
         _cost_ticks(axes)
