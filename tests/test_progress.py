@@ -60,3 +60,42 @@ def test_signatures_stay_readable() -> None:
 def test_an_error_inside_leaves_the_bar() -> None:
     with pytest.raises(ZeroDivisionError), reporting(True):
         raise ZeroDivisionError
+
+
+# The switch for all verbs.
+
+
+def test_the_environment_shows_bars_everywhere_or_nowhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = [(batch, torch.zeros(32, dtype=torch.long)) for batch in BATCHES]
+    model = nn.Sequential(nn.Linear(32, 4))
+    monkeypatch.setenv("SPECTRIM_PROGRESS", "1")
+    st.calibrate(MODEL, st.find(MODEL), BATCHES)
+    st.fine_tune(model, pairs, epochs=1)
+    shown = capsys.readouterr().err
+    assert "calibrate: 2 of 2" in shown
+    assert "fine-tune: 2 of 2" in shown
+    st.calibrate(MODEL, st.find(MODEL), BATCHES, progress=False)
+    assert capsys.readouterr().err == "", "what the call says goes before the environment"
+    monkeypatch.setenv("SPECTRIM_PROGRESS", "0")
+    st.fine_tune(model, pairs, epochs=1)
+    assert capsys.readouterr().err == ""
+
+
+def test_one_verb_shows_bars_and_not_those_that_it_calls(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SPECTRIM_PROGRESS", "1")
+    with reporting(True), reporting(None) as inner:
+        inner("inside", 1, 1)
+    assert capsys.readouterr().err == ""
+    with reporting(None) as outer:
+        outer("outside", 1, 1)
+    assert capsys.readouterr().err == "outside: 1 of 1\n"
+
+
+def test_a_switch_that_is_neither_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECTRIM_PROGRESS", "yes")
+    with pytest.raises(ValueError, match="SPECTRIM_PROGRESS is 'yes': expected 1 to show bars, 0 to show none"):
+        st.compress(MODEL, BATCHES, st.Budget(macs=0.5))

@@ -1,6 +1,7 @@
 """Spectrim makes a trained PyTorch network smaller and measurably faster by trimming spectra."""
 
 import importlib as _importlib
+import logging as _logging
 import sys as _sys
 
 from spectrim import _moved
@@ -8,6 +9,8 @@ from spectrim import _moved
 __version__ = "0.2.0"
 
 _sys.meta_path.append(_moved.Finder())
+# What the library decides on its way goes to loggers "spectrim.*", and nowhere until somebody listens.
+_logging.getLogger("spectrim").addHandler(_logging.NullHandler())
 
 # Public names and where they live; ``__init__.pyi`` says the same to type checkers. They are loaded on first use, so
 # that the command line starts without torch.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -61,13 +60,19 @@ GONE: dict[str, dict[str, Callable[..., Any]]] = {
 }
 
 
-class Finder(MetaPathFinder, Loader):
-    """Answers for the former paths with a module that looks its names up where they live now."""
+class Finder:
+    """Answers for the former paths with a module that looks its names up where they live now.
+
+    It has what is asked of a finder and of a loader; their base classes would load ``importlib.resources``.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self) if fullname in HOMES else None
+        return ModuleSpec(fullname, self) if fullname in HOMES else None  # pyright: ignore[reportArgumentType]
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        """Any module will do."""
 
     def exec_module(self, module: ModuleType) -> None:
         homes = HOMES[module.__name__]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ from spectrim.nn.watch.reconstruct import Errors, Joint, Split, refit_second
 from spectrim.nn.watch.sampling import Mask
 from spectrim.progress import Progress, reports, told
 from spectrim.selection.plan import Entry, Plan
+
+log = logging.getLogger(__name__)
 
 # Bytes of activations that wait for a layer to be fitted.
 MEMORY = 4 << 30
@@ -232,7 +235,14 @@ def _follow(
     again = _restarts(names, like)
     sums = junctions(work.dense, names, batches[0], forward=work.feed)
     waves = _waves([each.size * like.nbytes * 2 for each in work.split.samples], memory)
+    if len(waves) > 1:
+        log.info(
+            "activations would take more than %d bytes: %d batches go in %d waves", memory, len(batches), len(waves)
+        )
+    if again:
+        log.debug("forward passes start again behind %s", ", ".join(sorted(again)))
     for number, (first, last) in enumerate(waves):
+        log.debug("batches %d to %d", first + 1, last)
         part = work.split.part(first, last)
         with lockstep(
             work.dense, work.removal.model, calls, batches[first:last], forward=work.feed, places=like.places, sums=sums

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,6 +46,8 @@ from spectrim.selection.plan import Plan
 from spectrim.selection.printed import plan_grid
 from spectrim.selection.selectors import Selector, exact, select
 from spectrim.tables import tabulate
+
+log = logging.getLogger(__name__)
 
 # A latency plan is selected, built, measured and corrected at most so often.
 _ROUNDS = 8
@@ -415,6 +418,8 @@ def reported(
     held = () if trained else done.held
     agreed = None if batches is None else agreement(model, small, batches, held, mask=mask, forward=forward)
     notes = (*sites.notes, *few_rows(sites), *uncounted_work(sites), *notes, *_said_of_layers(done), *done.notes)
+    for note in notes:
+        log.warning("%s", note)
     skipped = tuple((s.name, s.kind, s.reason) for s in sites.skipped)
     return Report(plan, skipped, sites.samples, measured, notes, done.errors, done.held_out, agreed)
 
@@ -560,7 +565,7 @@ def meet_latency(
     best: tuple[tuple[bool, float], Plan, Mapping[str, Timing]] | None = None
     known: dict[tuple[Choice, ...], Mapping[str, Timing]] = {}
     asked, too_fast, too_slow = limit, 0.0, math.inf
-    for _ in range(_ROUNDS):
+    for number in range(_ROUNDS):
         key = tuple(entry.choice for entry in plan)
         if key not in known:
             trial = _as_run(apply(model, sites, plan, methods=methods), example, latency)
@@ -571,6 +576,7 @@ def meet_latency(
         # The budget was read against the dense time of the table; this run's dense time rescales it.
         wanted = limit * measured["dense"].quiet / table.dense["latency"]
         ratio = measured["compressed"].quiet / wanted
+        log.info("round %d: %.3f of %.3f ms", number + 1, measured["compressed"].quiet, wanted)
         # Meeting the budget comes first; among plans that do, the one that uses most of it.
         score = (ratio > 1, abs(ratio - 1))
         if best is None or score < best[0]:

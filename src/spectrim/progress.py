@@ -1,12 +1,19 @@
-"""Telling how far a long call has come: to a function of the caller's, as bars, or to nobody."""
+"""Telling how far a long call has come: to a function of the caller's, as bars, or to nobody.
+
+Every verb takes ``progress=``. Where it is None the environment variable ``SPECTRIM_PROGRESS`` decides, whenever a verb
+is called: 1 shows bars everywhere, 0 nowhere. If that is not set either, training shows a bar where somebody watches,
+and the other verbs show none.
+"""
 
 from __future__ import annotations
 
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib.util import find_spec
 from typing import Any, ParamSpec, TypeVar
 
@@ -20,11 +27,34 @@ Steps = Callable[[int, int | None], None]
 """The same of a call that does one thing."""
 
 
+Update = Callable[[int, str], None]
+"""Called by training with the steps done and what is known of them."""
+
+SWITCH = "SPECTRIM_PROGRESS"
+_SECONDS = 10.0  # between two lines, where there are no bars
+# Whether a verb that shows its progress is at work: those that it calls show none of their own.
+_TELLING: ContextVar[bool] = ContextVar("telling", default=False)
+
+
+def switched() -> bool | None:
+    """What the environment says of bars; None if nothing.
+
+    Raises
+    ------
+    ValueError
+        If the variable is neither 1 nor 0.
+    """
+    said = os.environ.get(SWITCH, "").strip()
+    if said not in ("", "0", "1"):
+        raise ValueError(f"{SWITCH} is {said!r}: expected 1 to show bars, 0 to show none, or no such variable")
+    return bool(int(said)) if said else None
+
+
 def silent(what: str, done: int, total: int | None) -> None:
     """Progress that nobody watches."""
 
 
-def lines(seconds: float = 10.0) -> Progress:
+def lines(seconds: float = _SECONDS) -> Progress:
     """Lines on standard error: at most one in so many seconds, and one when something is done."""
     last = time.monotonic()
 
@@ -62,25 +92,37 @@ def bars() -> Iterator[Progress]:
 
 @contextmanager
 def reporting(progress: Progress | bool | None) -> Iterator[Progress]:
-    """What a verb tells its progress to: bars for True, nobody for False and None, or the caller's function.
+    """What a verb tells its progress to: bars for True, nobody for False, or the caller's function; see above for None.
 
     Raises
     ------
     TypeError
         For anything else.
     """
+    if progress is None:
+        progress = not _TELLING.get() and switched() is True
     if progress is True:
-        with bars() as report:
+        with bars() as report, _telling():
             yield report
-    elif progress is None or progress is False:
+    elif progress is False:
         yield silent
     elif callable(progress):
-        yield progress
+        with _telling():
+            yield progress
     else:
         raise TypeError(
             f"progress is {progress!r}: expected True for a bar, False or None for none, or a function "
             "(what, done, total)"
         )
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    before = _TELLING.set(True)
+    try:
+        yield
+    finally:
+        _TELLING.reset(before)
 
 
 def reports(verb: Callable[P, R]) -> Callable[P, R]:
@@ -113,3 +155,46 @@ def reports_steps(verb: Callable[P, R]) -> Callable[P, R]:
             return verb(*args, **kwargs | {"progress": told})  # type: ignore[arg-type]
 
     return call
+
+
+@contextmanager
+def training_bar(total: int | None, *, done: int = 0, shown: bool | None = None) -> Iterator[Update]:
+    """A function ``update(done, text)`` that moves a bar of ``total`` steps on standard error.
+
+    Parameters
+    ----------
+    total
+        Steps in all, None if unknown.
+    done
+        Steps done before.
+    shown
+        None shows the bar as the environment says, else if standard error is a terminal. Without rich or a terminal
+        there are lines in place of it.
+    """
+    watched = sys.stderr.isatty() and find_spec("rich") is not None
+    if shown is None:
+        shown = switched()
+    if not (watched if shown is None else shown):
+        yield lambda done, text: None
+        return
+    if not watched:
+        last = time.monotonic()
+
+        def update(done: int, text: str) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if done == total or now - last >= _SECONDS:
+                last = now
+                of = "" if total is None else f" of {total}"
+                print(f"fine-tune: {done}{of}, {text}", file=sys.stderr, flush=True)
+
+        yield update
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (TextColumn("fine-tune"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Bars(*columns, TextColumn("{task.description}"), console=Console(stderr=True)) as drawn:
+        task = drawn.add_task("", total=total, completed=done)
+        yield lambda done, text: drawn.update(task, completed=done, description=text)

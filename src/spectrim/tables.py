@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 
 from spectrim.cost import counted
@@ -14,6 +15,8 @@ from spectrim.network.choices import DENSE, Choice
 from spectrim.network.sites import Channels, Site, Sites
 from spectrim.progress import Progress, reports, told
 from spectrim.selection.candidates import Candidates, Option, Row, Rows
+
+log = logging.getLogger(__name__)
 
 
 @reports
@@ -94,6 +97,7 @@ def tabulate(
         ((site.name, choice) for (site, _), pairs in zip(found, offered, strict=True) for choice, _ in pairs),
         functools.partial(told(progress), "measure"),
     )
+    log.info("%d choices at %d sites", sum(map(len, offered)), len(found))
     rows = [_row(network, site, pairs, curves, guard) for (site, curves), pairs in zip(found, offered, strict=True)]
     return Candidates(
         Rows(rows),

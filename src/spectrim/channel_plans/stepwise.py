@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
@@ -35,6 +36,8 @@ from spectrim.selection.candidates import Candidates, Option, Row
 from spectrim.selection.plan import Plan
 from spectrim.selection.selectors import Selector, exact, select
 from spectrim.tables import tabulate
+
+log = logging.getLogger(__name__)
 
 # Halvings of the interval in which the limit for the last table lies.
 _HALVINGS = 12
@@ -155,6 +158,7 @@ def _chosen(table: Candidates, goals: Costs, selector: Selector) -> Picks:
     try:
         return _picks(select(table, Budget.absolute(goals), selector))
     except InfeasibleBudgetError:
+        log.debug("no selection within the goals of this step: the cheapest choices are taken")
         # Around a plan the table knows of smaller steps only.
         return _cheapest(table, *goals)
 

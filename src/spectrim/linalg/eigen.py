@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +56,8 @@ def _eigh(matrix: Float[Tensor, "g p p"]) -> tuple[Tensor, Tensor]:
     """Eigenvalues and vectors, also where the solver of this precision does not converge."""
     try:
         return torch.linalg.eigh(matrix)
-    except RuntimeError:  # what does not converge
+    except RuntimeError as error:  # what does not converge
+        log.info("eigenvalues of %s are sought again in double precision: %s", tuple(matrix.shape), error)
         exact = matrix.double()
         # A little on the diagonal keeps equal eigenvalues apart from what is rounding.
         size = exact.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)

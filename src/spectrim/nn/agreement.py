@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from spectrim.nn.watch.batches import Feed, Forward
 from spectrim.nn.watch.nesting import output_tensors, transformed
 from spectrim.nn.watch.observe import observe
 from spectrim.nn.watch.sampling import Mask, mask_of
+
+log = logging.getLogger(__name__)
 
 # Samples that outputs are compared on.
 _SAMPLES = 512
@@ -105,7 +108,8 @@ def agreement(
         return _agreement(dense, small, batches, held, mask, forward)
     except SpectrimError:
         raise
-    except Exception:  # a model may refuse other numbers of samples than its batches have
+    except Exception as error:  # a model may refuse other numbers of samples than its batches have
+        log.info("outputs are compared on whole batches, since the model refuses a part of one: %s", error)
         return _agreement(dense, small, batches, (), mask, forward)
 
 

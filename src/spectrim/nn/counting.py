@@ -1,16 +1,18 @@
-"""Count the multiply-accumulates of a model that is run."""
+"""Count the multiply-accumulates of a model that is run, and the bytes of its file."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from spectrim.nn.flops import WorkCounter
-from spectrim.nn.sparse.packed import masked_layers
+from spectrim.nn.sparse.packed import masked_layers, packed_mask, values_inside
 from spectrim.nn.sparse.products import Kernel
 from spectrim.nn.watch.observe import Hook, hooked
 
@@ -61,3 +63,22 @@ def counting(model: nn.Module) -> Iterator[Work]:
     finally:
         for layer, kernel in zip(layers, kernels, strict=True):
             layer.kernel = kernel
+
+
+def file_size(model: nn.Module) -> int:
+    """Bytes of the weights as a safetensors file: shared tensors stored once, sparse weights packed."""
+    from safetensors.torch import save_file
+
+    owners: dict[tuple[Any, ...], str] = {}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
+        if owners.setdefault(place, name) == name:
+            tensors[name] = tensor
+    for weight, mask, layer in masked_layers(model):
+        if weight in tensors:
+            tensors[weight], tensors[mask] = values_inside(layer), packed_mask(layer)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.safetensors"
+        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+        return path.stat().st_size

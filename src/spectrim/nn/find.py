@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -19,6 +20,8 @@ from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Sites, Skipped
 from spectrim.nn.standing import StandIn
 from spectrim.nn.unheld import stored, unheld
+
+log = logging.getLogger(__name__)
 
 Which = str | type | Callable[[str, nn.Module], bool]
 """Layers: a name pattern, a class of modules, or a function of a module's path and the module."""
@@ -95,6 +98,9 @@ def find(model: nn.Module, *, skip: Which | Iterable[Which] = (), only: Which | 
             beside = stored(module.parameters(), covered)
             told[paths[0]] = dataclasses.replace(told[paths[0]], costs=beside)
     skipped = [*told.values(), *unheld(model, layers, covered)]
+    log.info("%s: %d layers to choose at, %d left alone", type(model).__name__, len(sites), len(skipped))
+    for left in skipped:
+        log.debug("left alone: %s (%s): %s", left.name, left.kind, left.reason)
     return Sites(tuple(sites), tuple(skipped), tuple(untouched), other_parameters=numbers, other_bytes=size)
 
 

@@ -22,6 +22,7 @@ from spectrim.report.measures import Score
 from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates, Row
 from spectrim.selection.figures import CHOSEN, PALE, PLANNED, STYLE, bars, check_cost, cost_label
+from spectrim.selection.figures import DENSE as DENSE
 from spectrim.selection.forest import flattened
 from spectrim.selection.plan import Entry, Plan
 from spectrim.selection.selectors import lagrangian

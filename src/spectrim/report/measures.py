@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from spectrim.nn.counting import file_size as file_size
 from spectrim.nn.watch.batches import Feed, arguments
 from spectrim.nn.watch.nesting import logits
 from spectrim.nn.watch.state import evaluating
@@ -108,27 +107,6 @@ def macs(model: nn.Module, example: Any) -> float:
     with evaluating(model), counting(model) as work:
         feed(model, held(example))
     return work.macs / feed.layout.size(held(example))
-
-
-def file_size(model: nn.Module) -> int:
-    """Bytes of the weights as a safetensors file: shared tensors stored once, sparse weights packed."""
-    from safetensors.torch import save_file
-
-    from spectrim.nn.sparse.packed import masked_layers, packed_mask, values_inside
-
-    owners: dict[tuple[Any, ...], str] = {}
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
-        if owners.setdefault(place, name) == name:
-            tensors[name] = tensor
-    for weight, mask, layer in masked_layers(model):
-        if weight in tensors:
-            tensors[weight], tensors[mask] = values_inside(layer), packed_mask(layer)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "weights.safetensors"
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
-        return path.stat().st_size
 
 
 def inputs(model: nn.Module, example: Any) -> Any:

@@ -21,6 +21,7 @@ selectors but :func:`exact` then see groups and good choices for the sites apart
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 
 import numpy as np
@@ -32,6 +33,8 @@ from spectrim.selection.candidates import Candidates
 from spectrim.selection.forest import Forest
 from spectrim.selection.knapsack import ROUNDING, Indices, Items
 from spectrim.selection.plan import Plan, make_plan
+
+log = logging.getLogger(__name__)
 
 Selector = Callable[[Candidates, Budget], Plan]
 
@@ -179,6 +182,7 @@ def select(candidates: Candidates, budget: BudgetLike, selector: Selector = exac
         raise TypeError(
             f"selector {name} gave {plan!r:.80}: expected a Plan, as spectrim.selection.plan.make_plan makes it"
         )
+    log.info("%s: %r, loss %.4g, proven bound %s", plan.selector, plan, plan.loss, plan.bound)
     return plan
 
 

@@ -24,6 +24,7 @@ from spectrim.nn.watch.nesting import begun
 from spectrim.nn.watch.sampling import Mask, Sampling
 from spectrim.pipeline import Result, reported
 from spectrim.preparation import check_options, locate, prepare
+from spectrim.progress import reporting
 from spectrim.selection.budget import COSTS, Budget, BudgetLike
 from spectrim.selection.plan import Plan
 from spectrim.selection.trajectory import Trajectory
@@ -333,11 +334,13 @@ class _Run:
     def _ranks(self, net: nn.Module, budget: Budget | None) -> LearnedRanks:
         assert self.calibration is not None
         sites = locate(net, self.calibration, skip=self.skip, only=self.only, forward=self.feed)
-        prepared = prepare(
-            net, sites, self.calibration, sensitivity=self.weigh, groups=self.groups, sampling=Sampling(mask=self.mask),
-            latency=self.latency or (budget is not None and budget.latency is not None),
-            dense_latency=self.options.get("dense_latency"), forward=self.feed,
-        )  # fmt: skip
+        with reporting(self.training["progress"]) as report:
+            prepared = prepare(
+                net, sites, self.calibration, sensitivity=self.weigh, groups=self.groups,
+                sampling=Sampling(mask=self.mask), progress=report, forward=self.feed,
+                latency=self.latency or (budget is not None and budget.latency is not None),
+                dense_latency=self.options.get("dense_latency"),
+            )  # fmt: skip
         check_trainable(net, prepared.sites, begun(self.calibration)[0], self.feed)
         schedule = self.options.get("schedule") or Schedule()
         total = self.learning.epochs * (length(self.batches, needed=True) or 0)

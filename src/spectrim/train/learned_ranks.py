@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -47,6 +48,8 @@ from spectrim.train import randomness, rank_tables
 from spectrim.train.c_step import CStep
 from spectrim.train.rank_tables import ZERO
 from spectrim.train.schedule import Schedule
+
+log = logging.getLogger(__name__)
 
 # How much of a latency budget may stay unused.
 _CLOSE = 0.01
@@ -233,7 +236,10 @@ class LearnedRanks:
         held = self._multipliers
         sites = self._present(lambda name, w: w - held[name] / mu if name in held else w.clone())
         self._c_step.renew(sites)
-        return self._take(self._c_step.choose(sites, mu), sites, self.methods, begin)
+        plan = self._take(self._c_step.choose(sites, mu), sites, self.methods, begin)
+        record = self.trajectory.records[-1]
+        log.info("C step %d: %r, distance %.3g", self.step, plan, record.distance)
+        return plan
 
     # For the loop of this library.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,14 +18,16 @@ from torch.utils.data import DistributedSampler
 from spectrim.errors import CheckpointError
 from spectrim.nn.contiguity import contiguous_where_needed
 from spectrim.nn.sparse.layers import Masked
+from spectrim.progress import Update, training_bar
 from spectrim.train import batches as batching
 from spectrim.train import randomness, resume
 from spectrim.train.devices import assign
 from spectrim.train.objective import Loss, Objective, flags, set_flags
 from spectrim.train.penalties import add_product_decay, factored_pairs
-from spectrim.train.progress import Update, bar
 from spectrim.train.recipe import Recipe, parameter_groups
 from spectrim.train.result import EpochRecord, TrainingResult
+
+log = logging.getLogger(__name__)
 
 Evaluate = Callable[[nn.Module], float]
 
@@ -126,7 +129,7 @@ class Loop:
         if until > self.recipe.epochs:
             raise ValueError(f"until={until} exceeds the {self.recipe.epochs} epochs of the recipe")
         total = None if self.steps_per_epoch is None else until * self.steps_per_epoch
-        with self._ready(), bar(total, done=self.step, shown=self._shown()) as update:
+        with self._ready(), training_bar(total, done=self.step, shown=self._shown()) as update:
             while self.epoch < until:
                 self._run_epoch(update)
         if self.epoch == self.recipe.epochs and self.recipe.keep == "best" and self._best:
@@ -207,6 +210,7 @@ class Loop:
                     self._best = {name: t.detach().cpu().clone() for name, t in own.items()}
         rate = float(self._optimizer.param_groups[0]["lr"])
         self._history.append(EpochRecord(self.epoch, loss, rate, metric))
+        log.info("epoch %d of %d: loss %.4g, metric %s", self.epoch, self.recipe.epochs, loss, metric)
         self._batch = 0
         self._loss_sum.zero_()
         self._save()
@@ -347,6 +351,7 @@ class Loop:
         self._best, self._seconds = best, record.seconds
         self._random, self._epoch_random = parts["random"], parts["epoch_random"]
         self._loss_sum.copy_(total)
+        log.info("%s: goes on from epoch %d, step %d", path, self.epoch, self.step)
 
     def _resume_hooks(self, parts: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
         for name, hook in self._hooks():

@@ -60,7 +60,7 @@ def fine_tune(
         that of ``penalty`` does. If it has ``attach`` and ``detach``, they are called with the optimizer before the
         training and without anything after it.
     progress
-        Show a progress bar; None shows it if standard error is a terminal.
+        Show a progress bar; None shows it as ``SPECTRIM_PROGRESS`` says (1 or 0), else if standard error is a terminal.
     accelerate
         Use accelerate for devices and processes; None decides, see :func:`spectrim.train.devices.assign`.
     **overrides

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -24,6 +25,8 @@ from spectrim.nn.watch.nesting import resized as resized
 from spectrim.nn.watch.state import evaluating as evaluating
 from spectrim.nn.watch.state import kept
 from spectrim.nn.watch.ways import Arguments, Way, alone, bare, first_line, is_per_sample, is_sample, names_of, ways
+
+log = logging.getLogger(__name__)
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -176,6 +179,7 @@ def _working(model: nn.Module, batch: Any) -> Way:
         error = _runs(model, way, batch)
         if error is None:
             return way
+        log.info("%s cannot be run with %s: %s", type(model).__name__, way.words, first_line(error))
         failures.append(f"with {way.words} it raises {type(error).__name__}: {first_line(error)}")
     raise CalibrationError(
         f"{type(model).__name__} cannot be run with a batch that is {_shape(batch)}: {'; '.join(failures)}. Pass "

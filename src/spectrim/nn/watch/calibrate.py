@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -34,6 +35,8 @@ from spectrim.nn.watch.streams import Buffered, Stream, Streams, patches_of
 from spectrim.nn.watch.ways import first_line
 from spectrim.nn.watch.work import beside
 from spectrim.progress import Steps, reports_steps, told
+
+log = logging.getLogger(__name__)
 
 # Patches up to this length get a full second moment (at most 11 MB); longer ones one for each unfolding's slices.
 FULL_PATCH = 1152
@@ -137,7 +140,11 @@ def calibrate(
             if not statistics:
                 break
     found = watch.calibrated()
-    return dataclasses.replace(found, keeps_state=keeps, notes=(*found.notes, *feed.notes))
+    found = dataclasses.replace(found, keeps_state=keeps, notes=(*found.notes, *feed.notes))
+    log.info("calibrated %d layers on %d samples", len(found), found.samples)
+    for note in found.notes:
+        log.info("%s", note)
+    return found
 
 
 @dataclasses.dataclass
