@@ -214,13 +214,16 @@ def _entry(key: str, entries: Sequence[tuple[Result, Mapping[str, Any]]]) -> lis
     state = "met" if all(met) else "missed" if not any(met) else f"met in {sum(met)} of {len(met)}"
     parts = [f"### {key}. {words.title}", f"**{state.capitalize()}.** {words.what}"]
     for result, claim in entries:
-        narrow = NARROW.get(result["experiment"])
-        where = f" ({narrow})" if narrow else ""
-        came = "" if len(entries) == 1 else ("met: " if claim["met"] else "missed: ")
-        parts.append(
-            f"- asked for: {_plain(claim['target'])}\n- {came}measured{where}: {_plain(_measured(claim))}\n"
-            f"- by `{claim['command']}` on {result['environment']['cpu']}, {result['date']}"
-        )
+        where = f" ({narrow})" if (narrow := NARROW.get(result["experiment"])) else ""
+        lines = [
+            f"- asked for: {_plain(claim['target'])}",
+            f"- measured{where}: {_plain(_measured(claim))}",
+            f"- by `{claim['command']}` on {result['environment']['cpu']}, {result['date']}",
+        ]
+        if len(entries) > 1:
+            named = result["experiment"].replace("_", " ")
+            lines = [f"- {named}: {'met' if claim['met'] else 'missed'}", *(f"    {line}" for line in lines)]
+        parts.append("\n".join(lines))
     if words.missed and not all(met):
         parts.append(f"Why: {words.missed}")
     return parts

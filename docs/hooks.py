@@ -5,10 +5,14 @@ import re
 _ROLE = re.compile(r":(?:py:)?(?:func|class|meth|mod|attr|data|exc):(<code>)~?(?:[\w.]+\.)?([\w]+)(</code>)")
 _TITLED = re.compile(r":(?:py:)?(?:func|class|meth|mod|attr|data|exc):<code>([^<]*?)\s*&lt;[\w.]+&gt;</code>")
 
+# Blocks without a colour are those of no language.
+_PRINTED = re.compile(r'<div class="highlight">(<pre><span></span><code)(?=>[^<]*</code>)')
+
 
 def on_page_content(html: str, **_: object) -> str:
-    """Show ``:func:`unfold``` as code."""
-    return _ROLE.sub(r"\1\2\3", _TITLED.sub(r"<code>\1</code>", html))
+    """Show ``:func:`unfold``` as code; let printed tables, which scroll sideways, be reached by keyboard."""
+    html = _ROLE.sub(r"\1\2\3", _TITLED.sub(r"<code>\1</code>", html))
+    return _PRINTED.sub(r'<div class="highlight printed">\1 tabindex="0"', html)
 
 
 def on_post_page(output: str, **_: object) -> str:
