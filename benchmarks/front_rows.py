@@ -61,7 +61,7 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
         "Times of whole networks at the batch of the row, dense and compressed in turns; medians, and the interval of "
         "their ratio. BatchNorm is not folded in either.",
         "Agreement is the share of held-out crops for which both networks name the same class: ten photographs were "
-        "calibrated on, and ten others are judged. The network's convolutions, which pad by themselves, are put as plain "
+        "calibrated on, and ten others are judged. Its convolutions, which pad by themselves, are put as plain "
         "ones first; its outputs stay equal to the bit.",
     ]
     return {"claims": {}, "rows": rows, "seeds": [config["seed"]], "notes": notes}
