@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import spectrim as st
 
@@ -61,6 +62,12 @@ class Derived(Net):
         return torch.func.jvp(self.plain, (x,), (x,))[1]
 
 
+class Dual(Net):
+    def forward(self, x: Tensor) -> Any:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(self.plain(forward_ad.make_dual(x, x))).tangent
+
+
 class Branching(Net):
     def forward(self, x: Tensor) -> Any:
         return torch.cond(x.sum() > 0, self.plain, lambda x: self.c(self.a(x)), (x,))
@@ -99,6 +106,7 @@ class Making(Net):
         (Backward, "differentiates in its forward .*the first is 'a'"),
         (Trusting, "differentiates in its forward .*without gradients it fails"),
         (Transformed, "layer 'a' is called inside a transformation of torch.func.*by itself"),
+        (Dual, "layer 'a' is called inside a transformation"),
         (Derived, "layer 'a' is called inside a transformation of torch.func"),
         (Swapping, "forward puts another module in the place of 'b'.*calling one or the other"),
         (Lent, "forward puts another module in the place of 'b'"),
@@ -143,6 +151,28 @@ def test_a_layer_whose_weights_are_put_in_while_running_is_left_alone(kind: type
     assert name == "c"
     assert "puts another weight or bias in place of its own" in reason
     assert result.model(BATCHES[0]).shape == BATCHES[0].shape
+
+
+class Amid(Net):
+    """Calls its last layer while the one before has other weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        weight = self.b._parameters.pop("weight")
+        assert weight is not None
+        self.b.weight = weight * 2
+        x = self.c(torch.relu(self.b(x)))
+        del self.b.weight
+        self.b.weight = weight
+        return x
+
+
+def test_a_layer_that_is_called_while_another_has_other_weights_is_left_alone():
+    model = Amid().eval()
+    want = model(BATCHES[0])
+    result = st.compress(model, BATCHES, st.Budget(macs=0.9))
+    assert {name: reason.split()[0] for name, _, reason in result.report.skipped} == {"b": "forward", "c": "it"}
+    assert torch.equal(model(BATCHES[0]), want)
 
 
 class Flexible(nn.Module):

@@ -30,6 +30,10 @@ _BOUND = (
     "forward puts another weight or bias in place of its own, such as by functional_call, which a pair of layers in "
     "its place does not have: call the layer instead"
 )
+_AMID = (
+    "it is called while forward has put other weights in place of some layer's own, which passes that wait at it side "
+    "by side would mix up: call it before or after"
+)
 _DERIVATIVES = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 
 
@@ -49,16 +53,20 @@ class Reading:
 class _Readers(TorchFunctionMode):
     """Notes the layers whose weight goes into an operation while the layer itself does not run."""
 
-    def __init__(self, weights: Mapping[int, str], seen: Reading) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], seen: Reading) -> None:
         super().__init__()
-        self.weights, self.seen = weights, seen
+        self.layers, self.seen = layers, seen
+        self.weights = {id(layer.weight): name for name, layer in layers.items()}
+        self.own = {name: dict(layer._parameters) for name, layer in layers.items()}
         self.running: list[str] = []
+        self.amid: dict[str, set[str]] = {}
         self.differentiable: str | None = None
         self.inside: str | None = None
 
     def start(self, name: str) -> None:
         """A layer is called."""
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
+        levels = torch.autograd.forward_ad._current_level
+        if levels >= 0 or torch._C._functorch.peek_interpreter_stack() is not None:  # type: ignore[attr-defined]
             raise CalibrationError(
                 f"layer {name!r} is called inside a transformation of torch.func (vmap, grad, jvp), where what it sees "
                 "cannot be watched. Compress the module that is transformed by itself, on the batches it is given, or "
@@ -69,9 +77,21 @@ class _Readers(TorchFunctionMode):
                 f"layer {name!r} is called inside torch's {self.inside}, where functions are compiled or run for "
                 f"nothing, so that what it sees cannot be watched: write it as plain Python (if, for), or skip={name!r}"
             )
+        self.amid.setdefault(name, set()).update(filter(self._is_altered, self.seen.refused))
         self.running.append(name)
         if torch.is_grad_enabled():
             self.differentiable = self.differentiable or name
+
+    def end(self) -> None:
+        """The pass is over: what was put in place for good does not come in between."""
+        for name, bound in self.amid.items():
+            if not all(map(self._is_altered, bound)):
+                self.seen.refused.setdefault(name, _AMID)
+
+    def _is_altered(self, name: str) -> bool:
+        """Whether a layer has other parameters at the moment than its own."""
+        now, own = self.layers[name]._parameters, self.own[name]
+        return now.keys() != own.keys() or any(now[key] is not own[key] for key in own)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _DERIVATIVES:
@@ -143,7 +163,7 @@ def reading(model: nn.Module, specs: Iterable[LayerSpec]) -> Iterator[Reading]:
     """
     layers = {spec.name: model.get_submodule(spec.name) for spec in specs}
     seen = Reading()
-    readers = _Readers({id(layer.weight): name for name, layer in layers.items()}, seen)
+    readers = _Readers(layers, seen)
     hooks = [
         hook
         for name, layer in layers.items()
@@ -154,6 +174,7 @@ def reading(model: nn.Module, specs: Iterable[LayerSpec]) -> Iterator[Reading]:
     ]
     with hooked(hooks), _held(model, layers, seen), readers:
         yield seen
+        readers.end()
 
 
 @contextlib.contextmanager
