@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as st
-from benchmarks import resumed, zoo
+from benchmarks import resumed, zoo, zoo_reduced
 from benchmarks.run import claim
 from spectrim.nn.checkpoint import same_weights
 from spectrim.nn.watch.batches import call
 from spectrim.nn.watch.nesting import output_tensors
 
+NETWORKS = {**zoo.NETWORKS, **zoo_reduced.NETWORKS}
 ARMS: dict[str, tuple[str, list[st.Method] | None]] = {
     "default": ("macs", None),
     "filters": ("macs", [st.PrincipalFilters()]),
@@ -31,7 +32,7 @@ ARMS: dict[str, tuple[str, list[st.Method] | None]] = {
 
 def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
     """Every network by every arm."""
-    names = config.get("networks") or list(zoo.NETWORKS)
+    names = config.get("networks") or list(NETWORKS)
     keys = [{"network": name, "arm": arm} for name in names for arm in config["arms"]]
     threads = torch.get_num_threads()
     torch.set_num_threads(config["threads"])
@@ -65,7 +66,7 @@ def _row(name: str, arm: str, config: dict[str, Any], work: Path) -> dict[str, A
     start = time.perf_counter()
     row: dict[str, Any] = {}
     try:
-        model, example = zoo.build(name, seed=config["seed"])
+        model, example = zoo.build(name, seed=config["seed"], networks=NETWORKS)
         result = st.compress(model, [example, example], st.Budget(**{cost: config["share"]}), methods=methods)
         agreed = result.report.agreement
         row |= {
@@ -73,7 +74,10 @@ def _row(name: str, arm: str, config: dict[str, Any], work: Path) -> dict[str, A
             "ratio": result.plan.ratio(cost),
             "differs": None if agreed is None else agreed.error,
             **_checked(
-                result, example, zoo.build(name, seed=config["seed"] + 1)[0], work / f"{name}-{arm}.safetensors"
+                result,
+                example,
+                zoo.build(name, seed=config["seed"] + 1, networks=NETWORKS)[0],
+                work / f"{name}-{arm}.safetensors",
             ),
         }
         if not row["loaded"] or not row["merged"]:

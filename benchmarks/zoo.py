@@ -94,11 +94,11 @@ OWN: dict[str, Callable[[], Made]] = {
 NETWORKS: dict[str, Callable[[], Made]] = {**OWN, **TRANSFORMERS}
 
 
-def build(name: str, *, seed: int = 0) -> Made:
+def build(name: str, *, seed: int = 0, networks: Mapping[str, Callable[[], Made]] = NETWORKS) -> Made:
     """A network in evaluation mode and a batch for it: a tensor, or keyword arguments."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model, example = (NETWORKS if name in NETWORKS else _torchvision())[name]()
+        model, example = (networks if name in networks else _torchvision())[name]()
         enliven(model)
     return model.eval(), example
 
