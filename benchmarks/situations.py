@@ -117,7 +117,7 @@ def _row(case: Situation, arm: str, work: Path) -> dict[str, Any]:
         reason = f"{type(error).__name__}: {error}"
         return {"outcome": outcome, "reason": reason[:600], "missing": ", ".join(missing), "faults": "; ".join(faults)}
     faults = _changed(before, switches, dense)
-    faults += ["compressed, and cannot be"] if case.outcome == REFUSED else []
+    faults += ["compressed, and cannot be"] if case.outcome == REFUSED and arm == "default" else []
     held = []
     for name, check in checks(case, arm, work / "situations").items():
         try:
