@@ -6,6 +6,8 @@ are broken seriously or critically; rules broken less than that stand in the row
 
 from __future__ import annotations
 
+import hashlib
+import json
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,12 +31,22 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
     site = work / "site"
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
     subprocess.run(build, cwd=ROOT, check=True, env=browser.environment())
+    style = b"".join(file.read_bytes() for file in sorted(site.rglob("*.css")))
     with browser.served(site) as home:
-        # One browser a page: one for all of them grows and gets slow.
         for page in browser.site(site, home):
-            print(page.name, file=sys.stderr, flush=True)
-            seen += browser.look([page])
+            content = (site / page.url.removeprefix(home)).read_bytes()
+            kept = work / f"{hashlib.sha256(content + style).hexdigest()}.json"
+            seen += _looked_at(page, kept)
     return found(seen)
+
+
+def _looked_at(page: browser.Shown, kept: Path) -> list[browser.Seen]:
+    """What is seen of a page; as it was kept where the same page was looked at before, since a browser takes its time."""
+    if not kept.exists():
+        seen = browser.look([page])
+        print("\n".join([page.name, *(fault for each in seen for fault in each.faults)]), file=sys.stderr, flush=True)
+        kept.write_text(json.dumps([vars(each) for each in seen]))
+    return [browser.Seen(**{**record, "page": page.name}) for record in json.loads(kept.read_text())]
 
 
 def found(seen: Sequence[browser.Seen]) -> dict[str, Any]:
