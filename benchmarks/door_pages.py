@@ -41,7 +41,7 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
 
 
 def _looked_at(page: browser.Shown, kept: Path) -> list[browser.Seen]:
-    """What is seen of a page; as it was kept where the same page was looked at before, since a browser takes its time."""
+    """What is seen of a page; where the same page was looked at before, what was kept of that."""
     if not kept.exists():
         seen = browser.look([page])
         print("\n".join([page.name, *(fault for each in seen for fault in each.faults)]), file=sys.stderr, flush=True)
