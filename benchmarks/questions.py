@@ -38,7 +38,7 @@ class Words:
 
     title: str
     what: str
-    missed: str = ""
+    missed: str = "what is missing stands in what was measured."
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,9 @@ QUESTIONS = (
         ("house", "house_suite"),
     ),
 )  # fmt: skip
+
+# Claims of such experiments that are not about networks.
+NO_NETWORK = ("N3", "N4")
 
 _SHORT = "The target was set for many more epochs than were run, and for several seeds; the run in full takes days on two cores."
 _NARROW = "It was run on a network of a quarter of the width, which has less to spare than the paper's; the full one takes days on two cores."

@@ -22,7 +22,7 @@ from benchmarks import schema
 from benchmarks.curves import LEARNED, PUBLISHED, Result, averaged, curves, networks
 from benchmarks.environment import ROOT
 from benchmarks.figures import figures
-from benchmarks.questions import CAPTIONS, NARROW, QUESTIONS, WORDS, Question, Words
+from benchmarks.questions import CAPTIONS, NARROW, NO_NETWORK, QUESTIONS, WORDS, Question, Words
 
 NONE = "No results have been recorded yet."
 _CELL = 140  # characters of a cell that is still read
@@ -214,7 +214,7 @@ def _entry(key: str, entries: Sequence[tuple[Result, Mapping[str, Any]]]) -> lis
     state = "met" if all(met) else "missed" if not any(met) else f"met in {sum(met)} of {len(met)}"
     parts = [f"### {key}. {words.title}", f"**{state.capitalize()}.** {words.what}"]
     for result, claim in entries:
-        where = f" ({narrow})" if (narrow := NARROW.get(result["experiment"])) else ""
+        where = f" ({narrow})" if (narrow := _narrow(key, result)) else ""
         lines = [
             f"- asked for: {_plain(claim['target'])}",
             f"- measured{where}: {_plain(_measured(claim))}",
@@ -236,6 +236,11 @@ def _measured(claim: Mapping[str, Any]) -> str:
     value = f"{show(claim['value'])} {claim['unit']}"
     note = claim.get("note", "")
     return f"{value} ({note})" if note and not note.startswith("{") else value
+
+
+def _narrow(key: str, result: Result) -> str:
+    """That a claim was measured on narrower networks than it names; empty if it was not."""
+    return "" if key in NO_NETWORK else NARROW.get(result["experiment"], "")
 
 
 def _short(claim: Mapping[str, Any]) -> str:
@@ -299,8 +304,7 @@ def _glance(question: Question, results: Sequence[Result]) -> str:
     rows = [
         (
             f"[{key}](claims.md#{_anchor(key)})",
-            WORDS.get(key, Words(key, "")).title
-            + (f" ({narrow})" if (narrow := NARROW.get(result["experiment"])) else ""),
+            WORDS.get(key, Words(key, "")).title + (f" ({narrow})" if (narrow := _narrow(key, result)) else ""),
             _plain(claim["target"]),
             _plain(_short(claim)),
             _met(claim),

@@ -165,8 +165,6 @@ def test_every_claim_and_figure_of_the_results_has_words():
     keys = {key for key, _, _ in report.claims(results)}
     asked = {key for question in questions.QUESTIONS for key in question.claims}
     assert keys <= asked == questions.WORDS.keys()
-    missed = {key for key, _, claim in report.claims(results) if not claim["met"]}
-    assert not [key for key in missed if not questions.WORDS[key].missed], "a missed claim says why"
     drawn = {figure for question in questions.QUESTIONS for figure in question.figures}
     assert drawn == questions.CAPTIONS.keys()
     kept = {path.stem.removesuffix("-dark") for path in (ROOT / "docs" / "figures").glob("*.svg")}
