@@ -89,17 +89,30 @@ class Step:
 def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
     work = Path(paths["work"])
     cloned = fresh_clone(work)
-    steps, size = own_model(work)
+    return found(cloned, *own_model(work))
+
+
+def found(cloned: dict[str, Any], steps: list[Step], size: int) -> dict[str, Any]:
+    """The claim and its rows; the page is written on the way."""
     PAGE.write_text(page(steps), encoding="utf-8")
     seconds = sum(step.seconds for step in steps)
-    rows = [cloned, {"way": "wheel", "seconds": round(seconds, 1), "steps": len(steps), "onnx_bytes": size}]
+    minutes = cloned["seconds"] / 60
+    rows = [
+        cloned,
+        {
+            "way": "wheel",
+            "seconds": round(seconds, 1),
+            "install_seconds": round(steps[0].seconds, 1),
+            "onnx_bytes": size,
+        },
+    ]
     claims = {
         "D2": claim(
             round(seconds / 60, 2),
             "minutes from an empty environment to an exported model",
             f"clone, install and demo end; with the wheel <= {MINUTES} minutes",
-            cloned["faster_or_said"] and size > 0 and seconds <= 60 * MINUTES,
-            f"clone, install and demo took {cloned['seconds'] / 60:.1f} minutes",
+            cloned["ended"] and size > 0 and seconds <= 60 * MINUTES,
+            f"clone, install and demo took {minutes:.1f} minutes, the demo {cloned['demo_seconds']} s of it",
         )
     }
     notes = ["Packages came from a mirror near the machine; elsewhere the download of torch takes what it takes."]
@@ -119,7 +132,7 @@ def fresh_clone(work: Path) -> dict[str, Any]:
     verdict = re.findall(r"^(?:Faster|Slower on this machine|Time): .*", said, re.MULTILINE)
     return {
         "way": "clone", "seconds": round(seconds, 1), "demo_seconds": int(own), "said": verdict,
-        "faster_or_said": bool(verdict) and (clone / "demo-out" / "model.safetensors").exists(),
+        "ended": bool(verdict) and (clone / "demo-out" / "model.safetensors").exists(),
     }  # fmt: skip
 
 
@@ -132,7 +145,12 @@ def own_model(work: Path) -> tuple[list[Step], int]:
     start = time.perf_counter()
     environment = Environment.empty(work / "environment")
     environment.pip(f"{wheel}[cli,report,export]", "scikit-learn")
-    steps = [Step("", f"pip install '{wheel.name}[cli,report,export]' scikit-learn", "", time.perf_counter() - start)]
+    return transcript(environment, wheel.name, time.perf_counter() - start, folder)
+
+
+def transcript(environment: Environment, wheel: str, seconds: float, folder: Path) -> tuple[list[Step], int]:
+    """What is typed once the wheel is installed, which took so many seconds."""
+    steps = [Step("", f"pip install '{wheel}[cli,report,export]' scikit-learn", "", seconds)]
     (folder / "net.py").write_text(NET, encoding="utf-8")
     for text, command in (("", "python net.py"), *STEPS):
         start = time.perf_counter()
@@ -151,7 +169,7 @@ def typed(environment: Environment, command: str, folder: Path) -> str:
     """
     ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     search = os.pathsep.join([str(environment.bin), ours.get("PATH", "")])
-    more = {"PATH": search, "COLUMNS": "80", "SPECTRIM_CACHE": str(folder / "cache")}
+    more = {"PATH": search, "COLUMNS": "96", "SPECTRIM_CACHE": str(folder / "cache")}
     done = subprocess.run(
         command, shell=True, cwd=folder, env={**ours, **more}, capture_output=True, text=True, check=False
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import door
+from benchmarks import door, door_fresh
 
 
 def _found(name: str, value: int, **lists: list) -> dict:
@@ -34,3 +34,19 @@ def test_what_has_a_result_is_passed_over(tmp_path: Path, capsys: pytest.Capture
     said = capsys.readouterr().err
     assert "D3: has a result" in said
     assert "D9: not run, there is no benchmarks/no_such_module.py" in said
+
+
+def test_the_page_of_a_transcript_holds_what_was_typed_and_said():
+    steps = [
+        door_fresh.Step("", "pip install x", "", 60.0),
+        door_fresh.Step("", "python net.py", "", 30.0),
+        door_fresh.Step(
+            "Why:", "spectrim compress net.py:build " + "--option value " * 6 + "--last", "It said so.", 30.0
+        ),
+    ]
+    page = door_fresh.page(steps)
+    assert "they took 2.0 minutes" in page
+    assert "```text\nIt said so.\n```" in page
+    typed = page[page.index("spectrim compress") : page.index("--last") + 6]
+    assert all(len(line) <= 80 for line in typed.splitlines())
+    assert typed.replace(" \\\n   ", "") == steps[2].command
