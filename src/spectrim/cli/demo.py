@@ -20,21 +20,36 @@ if TYPE_CHECKING:
 def demo(
     out: Output,
     folder: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for the report, the checkpoint and the plan.")
+        Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the report, the checkpoint and the plan.")
     ] = Path("demo-out"),
-    budget: Annotated[str, typer.Option("--budget", "-b", help="What the compressed model may cost.")] = "macs=16%",
-    width: Annotated[int, typer.Option("--width", min=4, help="Channels of the network's first layers.")] = 64,
+    budget: Annotated[
+        str, typer.Option("--budget", "-b", metavar="COST=VALUE", help="What the compressed model may cost.")
+    ] = "macs=16%",
+    width: Annotated[
+        int, typer.Option("--width", min=4, metavar="N", help="Channels of the network's first layers.")
+    ] = 64,
     dense_epochs: Annotated[
-        int, typer.Option("--dense-epochs", min=1, help="Epochs of training the dense model.")
+        int, typer.Option("--dense-epochs", min=1, metavar="N", help="Epochs of training the dense model.")
     ] = 12,
-    epochs: Annotated[int, typer.Option("--epochs", min=0, help="Epochs of fine-tuning.")] = 16,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Images a call when time is measured.")] = 64,
-    seed: Annotated[int, typer.Option("--seed", help="Of the first weights and the order of the samples.")] = 0,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads; the network is small.")] = 1,
+    epochs: Annotated[int, typer.Option("--epochs", min=0, metavar="N", help="Epochs of fine-tuning.")] = 16,
+    batch: Annotated[
+        int, typer.Option("--batch", min=1, metavar="N", help="Images a call when time is measured.")
+    ] = 64,
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", help="Of the first weights and the order of the samples.")
+    ] = 0,
+    threads: Annotated[
+        int, typer.Option("--threads", min=1, metavar="N", help="CPU threads; the network is small.")
+    ] = 1,
 ) -> None:
     """Train a network on digits, compress it, fine-tune it, and say how much smaller and faster it is.
 
-    Needs no download. Writes report.html, model.safetensors and plan.json.
+    Needs no download; takes about a minute. Writes report.html, model.safetensors and plan.json.
+
+    Examples
+    --------
+    $ spectrim demo
+    $ spectrim demo --budget macs=12% --batch 1 --out smaller
     """
     import torch
 
