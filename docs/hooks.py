@@ -6,13 +6,13 @@ _ROLE = re.compile(r":(?:py:)?(?:func|class|meth|mod|attr|data|exc):(<code>)~?(?
 _TITLED = re.compile(r":(?:py:)?(?:func|class|meth|mod|attr|data|exc):<code>([^<]*?)\s*&lt;[\w.]+&gt;</code>")
 
 # Blocks without a colour are those of no language.
-_PRINTED = re.compile(r'<div class="highlight">(<pre><span></span><code)(?=>[^<]*</code>)')
+_PRINTED = re.compile(r'<div class="highlight"><pre>(<span></span><code>[^<]*</code>)')
 
 
 def on_page_content(html: str, **_: object) -> str:
     """Show ``:func:`unfold``` as code; let printed tables, which scroll sideways, be reached by keyboard."""
     html = _ROLE.sub(r"\1\2\3", _TITLED.sub(r"<code>\1</code>", html))
-    return _PRINTED.sub(r'<div class="highlight printed">\1 tabindex="0"', html)
+    return _PRINTED.sub(r'<div class="highlight printed"><pre tabindex="0">\1', html)
 
 
 def on_post_page(output: str, **_: object) -> str:
@@ -20,3 +20,8 @@ def on_post_page(output: str, **_: object) -> str:
     return output.replace(
         'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
     )
+
+
+def on_post_template(output_content: str, **_: object) -> str:
+    """The same for the page of what is not found."""
+    return on_post_page(output_content)

@@ -23,3 +23,6 @@ def test_faults_are_counted_by_page():
         ("a", 0, "landmark-unique"), ("b", 4, "landmark-unique"),
     ]  # fmt: skip
     assert found(_seen("a"))["claims"]["D3"]["met"]
+    stopped = found(_seen("a"), left=3)["claims"]["D3"]
+    assert not stopped["met"]
+    assert stopped["note"].endswith("3 not looked at")
