@@ -91,6 +91,22 @@ def test_the_readme_shows_what_its_six_lines_print(capsys: pytest.CaptureFixture
     assert printed == pytest.approx(numbers, rel=0.1)
 
 
+def test_the_page_of_values_shows_what_its_lines_print(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "api" / "values.md"
+    parts = re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    assert len(parts) == 2
+    namespace: dict[str, object] = {}
+    for source, shown in parts:
+        exec(compile(source, str(page), "exec"), namespace)
+        numbers, words = numbers_and_words(shown)
+        printed, said = numbers_and_words(capsys.readouterr().out)
+        assert words == said
+        assert printed == pytest.approx(numbers, rel=0.1)
+
+
 def test_the_readme_is_short_and_explains_its_terms():
     found = door_readme.measured(README.read_text(encoding="utf-8"))
     assert found.pop("unexplained") == []

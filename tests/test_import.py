@@ -125,6 +125,14 @@ except st.InfeasibleBudgetError as error:
     print(error.lowest + 1.0)
 else:
     reveal_type(result.plan)
+    print(result, result.report, result.candidates, result.sites, result.report.agreement, len(result.plan))
+    names: list[str] = [row["layer"] for row in [*result.rows(), *result.plan.rows(), *result.sites.rows()]]
+    lost: list[float] = [row["lost"] for row in result.candidates.rows() if row["layer"] in result.plan]
+    frame = result.candidates.to_pandas()
+    for entry in result.plan:
+        print(entry.site, entry.choice, result.plan["0"].error, result.candidates["0"].worth("macs"))
+    axes = result.plan.plot("macs")
+    result.candidates.plot(layers=["0"], ax=axes)
     ratio: float = result.plan.ratio("macs")
     st.save(result.model, result.plan, "small.safetensors")
 plan: st.Plan = st.select(st.tabulate(st.find(model)), st.Budget(parameters=0.5))

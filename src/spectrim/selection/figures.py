@@ -40,6 +40,7 @@ STYLE: Any = {
     "svg.fonttype": "path",
     "svg.hashsalt": "spectrim",
 }
+_LEAST = 0.01  # percent lost below which nobody looks
 _NAMED = 10  # lines that a legend can tell apart
 
 
@@ -89,14 +90,15 @@ def curves(rows: Sequence[Row], cost: str, unit: str, *, ax: Axes | None = None)
             x = [100 * option.costs[cost] / row.dense.costs[cost] for option in worth]
             y = [100 * option.error for option in worth]
             axes.plot(x, y, color=colours(number), lw=1, marker=".", ms=3, label=tail(row.site, 38))
-        axes.set_xlabel(f"{cost_label(cost)} left of the layer's, %")
-        axes.set_ylabel(f"lost of the layer's {unit}, %" if unit else "lost, %")
+        axes.set_xlabel(f"{cost_label(cost)} left, % of the layer's")
+        axes.set_ylabel(f"lost, % of the layer's {unit}" if unit else "lost, %")
         axes.grid(True, color=GRID, lw=0.6)
         axes.set_axisbelow(True)
         if not drawn:
             axes.text(0.5, 0.5, "no choices in the table", ha="center", transform=axes.transAxes)
             return axes
         axes.set_yscale("log")
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], _LEAST))
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         if len(drawn) <= _NAMED:
             axes.legend(loc="best")

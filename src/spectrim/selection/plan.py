@@ -208,7 +208,7 @@ class Plan(Printed):
 
     def __repr__(self) -> str:
         costs = "".join(f", {total(cost, self.dense_costs[cost], self.costs[cost])}" for cost in self.printed_costs[:1])
-        return f"Plan({count(len(self), 'entry').replace('entrys', 'entries')}, {self.changed:,} layers changed{costs})"
+        return f"Plan({count(len(self), 'site')}, {self.changed:,} changed{costs})"
 
     def diff(self, other: Plan) -> tuple[tuple[str, Choice | None, Choice | None], ...]:
         """Sites where two plans differ: ``(site, mine, theirs)``, None where a plan does not have the site."""

@@ -30,7 +30,7 @@ _LOSSES = (0.01, 0.05)
 _LOST = {
     "output energy": "share of the energy of a layer's outputs, around their mean, on the calibration samples",
     "weighted output energy": "share of the energy of a layer's outputs, weighed by what they do to the network's",
-    "weight energy": "share of a layer's squared weights; no data were used",
+    "weight energy": "share of a layer's squared weights",
 }
 
 

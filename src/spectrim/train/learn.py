@@ -44,7 +44,7 @@ _SAMPLES = 2048
 _CLOSE = 0.05
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LearnedResult(Result):
     """What :func:`learn_ranks` returns.
 
