@@ -10,6 +10,7 @@ from torch import nn
 
 import spectrim as st
 from spectrim.application import carry_out
+from spectrim.nn.watch.batches import Feed, one_by_one
 
 
 def network(depth: int = 6, width: int = 12) -> nn.Module:
@@ -72,6 +73,21 @@ def test_a_model_that_loops_over_its_samples_is_fitted_to_all_of_them(at_once):
     assert [each.shape for each in made[1].held] == [each.shape for each in made[0].held]
     assert made[1].held_out == made[0].held_out
     assert missed(made[0].model, made[1].model, x) < 1e-8
+
+
+class Centred(PerImage):
+    """What it gives for a sample depends on the others."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = super().forward(x)
+        return x - x.mean(0)
+
+
+def test_samples_that_depend_on_each_other_are_not_parted():
+    net, batches = Centred(network(3), 1), list(data().split(16))
+    alone = one_by_one(PerImage(network(3), 1), batches, Feed().decide(net, batches[0]))
+    assert [len(each) for each in alone] == [1] * 96
+    assert all(a is b for a, b in zip(one_by_one(net, batches, Feed().decide(net, batches[0])), batches, strict=True))
 
 
 def test_batches_that_do_not_fit_go_in_waves_and_lose_little_by_it():

@@ -29,6 +29,8 @@ from spectrim.nn.watch.ways import Arguments, Way, alone, bare, first_line, is_p
 log = logging.getLogger(__name__)
 
 Forward = Callable[[nn.Module, Any], Any]
+# Outputs that differ by no more of their size are those of the same sample.
+_ALIKE = 1e-2
 
 
 class Feed:
@@ -122,7 +124,7 @@ class Feed:
 
 
 def one_by_one(model: nn.Module, batches: Sequence[Any], feed: Feed) -> list[Any]:
-    """Batches of one sample each; as they are where that is no batch for the model, or its samples cannot be parted."""
+    """Batches of one sample each; as they are where these are no batches for the model, or give other outputs."""
     alone = [
         feed.layout.picked(batch, torch.tensor([number]))
         for batch in batches
@@ -130,10 +132,21 @@ def one_by_one(model: nn.Module, batches: Sequence[Any], feed: Feed) -> list[Any
     ]
     try:
         with evaluating(model), kept(model):
-            feed(model, alone[0])
-        return alone if all(feed.layout.size(each) == 1 for each in alone) else list(batches)
+            whole, first = (output_tensors(feed(model, part)) for part in (batches[0], alone[0]))
+        parted = all(feed.layout.size(each) == 1 for each in alone) and _of_first(whole, first)
     except Exception:  # a model may raise anything where it is given what it does not take
-        return list(batches)
+        parted = False
+    return alone if parted else list(batches)
+
+
+def _of_first(whole: Sequence[Tensor], first: Sequence[Tensor]) -> bool:
+    """Whether outputs of a batch begin as those of its first sample, as far as they can be compared."""
+    for a, b in zip(whole, first, strict=False):
+        of_one = a[:1] if a.dim() and a.shape[1:] == b.shape[1:] else a
+        comparable = of_one.shape == b.shape and of_one.is_floating_point() and b.numel()
+        if comparable and bool((of_one - b).abs().max() > _ALIKE * torch.maximum(of_one.abs().max(), b.abs().max())):
+            return False
+    return True
 
 
 def arguments(model: nn.Module, batch: Any) -> Arguments:
