@@ -28,6 +28,9 @@ from spectrim.errors import InfeasibleBudgetError, SpectrimError
 from spectrim.network.printing import Grid
 from spectrim.progress import bars
 
+# What errors of the library say of an argument that the command line has not, and what to do here.
+_FORWARD = re.compile(r"pass forward=, a function \(model, batch\) that (runs it|runs the model|returns [^.;]*)", re.I)
+_WRAPPED = "name as MODEL a module of your own whose forward takes a batch and calls the model as it wants"
 _PIPE = 160
 """Columns where nobody looks: a pipe has no width, and folded names are not what a reader greps for."""
 FAILED, USAGE, INFEASIBLE, STOPPED = 1, 2, 3, 130

@@ -76,7 +76,7 @@ def evaluate(
         dense = load_model(model.model, model.weights).to(device)
         comparison = compare(dense, network, batch, evaluate=scoring, repeats=measuring.repeats, threads=threads)
         out.document({"model": name, **comparison.to_dict(), "kernels": kernel_values(kernels)})
-        out.table(["", ">dense", ">compressed", ">change"], comparison.to_rows())
+        out.table(["", ">dense", ">compressed", "change"], comparison.to_rows())
         for note in kernel_notes(kernels):
             out.print(note)
         return

@@ -14,6 +14,15 @@ from spectrim.cli.references import Reference, UsageError, installed
 from spectrim.cli.values import check_folder
 
 FORMATS = (".onnx", ".pt2")
+_RUNS = {
+    ".onnx": (
+        "import onnxruntime",
+        "session = onnxruntime.InferenceSession({file!r})",
+        "outputs = session.run(None, dict(zip([each.name for each in session.get_inputs()], arrays)))",
+    ),
+    ".pt2": ("import torch", "model = torch.export.load({file!r}).module()"),
+}
+"""Lines that run what was written, by the suffix."""
 
 
 @dataclass(frozen=True)
@@ -68,4 +77,8 @@ def export(
     out.document(
         {"model": model.model, "file": str(file), "format": file.suffix[1:], "bytes": size, "difference": difference}
     )
+    run = _RUNS[file.suffix]
     out.print(f"{file}  {size:,} bytes, largest difference to the model {difference:.1e}")
+    out.print("\nTo run it in Python:")
+    for line in run:
+        out.print(f"  {line.format(file=str(file))}")

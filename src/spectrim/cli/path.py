@@ -84,6 +84,7 @@ def path(
     ranks = options.LearnedRanksOptions(**dataclasses.asdict(learned))
     ranks.check(training, budget, cost or [])
     from spectrim.cli import learning
+    from spectrim.cli.origins import load_lines
     from spectrim.cli.preprocessing import tell
     from spectrim.cli.results import write_result
     from spectrim.cli.unfinished import make_folder
@@ -132,6 +133,10 @@ def path(
     _print(out, found)
     for name, file in files.items():
         out.print(f"{name:6} {file}")
+    last = done_points[-1]["files"]["model"]
+    out.print(f"\nEach point has a folder in {folder}. To load the last one in Python:")
+    for line in load_lines(network.model, work.dense, {"model": folder / last}).splitlines():
+        out.print(f"  {line}")
 
 
 def _folder(number: int, asked: str) -> str:

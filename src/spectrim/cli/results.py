@@ -168,7 +168,7 @@ class Outcome:
                 **more,
             }
         )
-        out.table(["", ">dense", ">compressed", ">change"], comparison.to_rows())
+        out.table(["", ">dense", ">compressed", "change"], comparison.to_rows())
         for note in notes:
             out.prose(note)
         out.print(f"\nWritten to {self.folder}:")

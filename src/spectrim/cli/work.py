@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.cli.batches import Batches
 from spectrim.cli.common import usage
 from spectrim.cli.data import load_data
 from spectrim.cli.models import load_model, whose_weights
@@ -86,6 +87,8 @@ class Work:
         dense = load_model(network.model, network.weights).to(device)
         sites = locate(dense, layers.skip, layers.only)
         train = training_batches(training.train, device) if training.train is not None else None
+        if train is not None:
+            check_classes(dense, train, str(training.train))
         data = load_data(inputs.data, purpose="calibration", device=device) if inputs.data is not None else None
         test = load_data(training.test, purpose="test", device=device) if training.test is not None else None
         if test is not None:
@@ -199,6 +202,25 @@ def training_batches(text: str, device: str) -> Iterable[Any]:
     except TypeError as error:
         raise UsageError(f"--train {text!r} cannot be trained on: {error}") from error
     return batches
+
+
+def check_classes(model: nn.Module, batches: Iterable[Any], text: str) -> None:
+    """Refuse labels that a classifier has no output for, before anything is fitted to batches.
+
+    Raises
+    ------
+    UsageError
+        Says how many outputs there are.
+    """
+    if not isinstance(batches, Batches) or batches.classes == 0:
+        return  # what a function returns may be trained on in another way
+    with torch.no_grad():
+        outputs = Feed().decide(model, batch := _first(batches, text))(model.eval(), batch)
+    if isinstance(outputs, Tensor) and outputs.dim() == 2 and batches.classes > outputs.shape[1]:
+        raise UsageError(
+            f"--train {text!r} has labels up to {batches.classes - 1}, and the model answers with {outputs.shape[1]} "
+            "numbers, for classes 0 and up: give a model with as many outputs as classes, or other labels"
+        )
 
 
 def locate(model: nn.Module, skip: Sequence[str] | None, only: Sequence[str] | None) -> Sites:
