@@ -28,9 +28,6 @@ from spectrim.errors import InfeasibleBudgetError, SpectrimError
 from spectrim.network.printing import Grid
 from spectrim.progress import bars
 
-# What errors of the library say of an argument that the command line has not, and what to do here.
-_FORWARD = re.compile(r"pass forward=, a function \(model, batch\) that (runs it|runs the model|returns [^.;]*)", re.I)
-_WRAPPED = "name as MODEL a module of your own whose forward takes a batch and calls the model as it wants"
 _PIPE = 160
 """Columns where nobody looks: a pipe has no width, and folded names are not what a reader greps for."""
 FAILED, USAGE, INFEASIBLE, STOPPED = 1, 2, 3, 130
@@ -211,7 +208,7 @@ def for_command_line(text: str) -> str:
     """What the library says, where the cure that it names is no option: a function that runs the model."""
     return _FORWARD.sub(
         lambda found: (
-            f"{'L' if found[1] == 'P' else 'l'}et --model name a factory of a module that takes batches as they are "
+            f"{'L' if found[1] == 'P' else 'l'}et MODEL name a factory of a module that takes batches as they are "
             f"and {found[2].replace('the model', 'the network')}, or pass forward= in Python"
         ),
         text,
