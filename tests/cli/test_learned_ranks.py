@@ -51,7 +51,7 @@ def test_compress_meets_a_budget_and_writes_the_course_of_the_ranks(run):
     assert all(record.costs["macs"] <= found["budget"]["macs"] for record in trajectory.records)
     assert list(found["scores"]) == ["dense", "learned ranks"]
     assert "Ranks learned for 2 epochs with 4 C steps in" in found["notes"][0]
-    assert "then fine-tuned for 1 epochs" in found["notes"][0]
+    assert any("then fine-tuned for 1 epochs" in note for note in found["notes"])
     # The file holds the network that was measured.
     again = run.json(
         "evaluate", "nets:tiny", "-c", "small/model.safetensors", "--data", "nets:batches", "--repeats", "0"
@@ -123,7 +123,7 @@ def test_the_report_tells_how_ranks_were_learned(run):
 
 def test_without_epochs_ranks_are_chosen_once(run):
     found = run.json(*learn("rank_epochs=0,c_steps=4"), "-b", "macs=50%", "--epochs", "0", "--no-report")
-    assert found["notes"][0] == "Ranks chosen once, without learning."
+    assert "Ranks chosen once, without learning." in found["notes"]
     assert len(Trajectory.read(found["files"]["ranks"])) == 1
 
 

@@ -14,9 +14,13 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from spectrim.cli.common import PrintOptions
+
 _STACKED = 60
 """Columns of a terminal below which what an option means stands under it and not beside it: a phone's."""
 _WIDEST = 80
+# What stands for the value of an option that does not say so itself, by its type.
+_KINDS = {"int": " N", "float": " NUMBER", "path": " PATH", "list": " TEXT", "str": " TEXT"}
 # What click raises for command lines that it cannot read; its module differs between versions of typer.
 _Unread: Any = typer.BadParameter.__base__
 
@@ -33,11 +37,13 @@ class Command(TyperCommand):
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None:
-                title = getattr(parameter, "rich_help_panel", None) or "Options"
-                sections.setdefault(title, []).append(record)
-        # The rest, with --help, which is in no group.
-        for title in sorted(sections, key=lambda title: title == "Options"):
-            _section(formatter, title, sections[title])
+                title = getattr(parameter, "rich_help_panel", None)
+                title = title or ((PrintOptions.__doc__ or "") if parameter.name == "help" else "Options")
+                kinds = _KINDS if parameter.param_type_name == "option" else {}
+                name = re.sub(r" ?<(\w+)[^>]*>", lambda found, kinds=kinds: kinds.get(found[1], ""), record[0])
+                sections.setdefault(title, []).append((name, record[1]))
+        for title, records in sections.items():
+            _section(formatter, title, records)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         if self.epilog:
