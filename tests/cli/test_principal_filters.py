@@ -130,7 +130,7 @@ def test_profile_lists_the_recommended_widths(run, dense, sites):
 
 def test_profile_prints_tables_and_draws_the_figure(run, sites):
     text = run("profile", "nets:tiny", *DATA, *FILTERS, "--figure", "figures/widths.svg").stdout
-    row = next(line for line in text.splitlines() if line.startswith(" wide "))
+    row = next(line for line in text.splitlines() if line.startswith("wide "))
     asked = [widths(sites, recipe, rounded=False)["wide:out"] for recipe in (KL(), *map(Energy, SHARES))]
     assert row.split() == ["wide", "12", "0", *map(str, asked)]
     assert all(len(line) <= 100 for line in text.splitlines())
