@@ -273,14 +273,16 @@ class Records(Two):
         return super().forward(x) * weights
 
 
-def nested() -> list[tuple[tuple[Tensor, Tensor], Tensor]]:
-    return [((drawn(32, 32, seed=n), drawn(32, 32, seed=9 + n)), torch.ones(32, 1)) for n in range(3)]
+def nested() -> list[tuple[tuple[Tensor, Tensor], Tensor, Tensor]]:
+    return [
+        ((drawn(32, 32, seed=n), drawn(32, 32, seed=9 + n)), torch.ones(32, 1), torch.zeros(32, 1)) for n in range(3)
+    ]
 
 
 @situation(4, SAMPLES, nested)
 class NestedInputs(Two):
-    def forward(self, two: tuple[Tensor, Tensor], scale: Tensor) -> Tensor:
-        return super().forward(two[0] - two[1]) * scale
+    def forward(self, two: tuple[Tensor, Tensor], scale: Tensor, shift: Tensor) -> Tensor:
+        return super().forward(two[0] - two[1]) * scale + shift
 
 
 @situation(6, "compressed: calibration does not see what a pass has written")
