@@ -31,9 +31,9 @@ class C2f(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, blocks: int = 1) -> None:
         super().__init__()
-        self.half = outputs // 2
-        self.cv1, self.cv2 = unit(inputs, outputs, 1), unit((2 + blocks) * self.half, outputs, 1)
-        self.m = nn.ModuleList(Bottleneck(self.half) for _ in range(blocks))
+        self.inner = outputs // 2
+        self.cv1, self.cv2 = unit(inputs, outputs, 1), unit((2 + blocks) * self.inner, outputs, 1)
+        self.m = nn.ModuleList(Bottleneck(self.inner) for _ in range(blocks))
 
     def forward(self, x: Tensor) -> Tensor:
         parts = list(self.cv1(x).chunk(2, 1))
@@ -344,15 +344,17 @@ def _whisper() -> Made:
 def _detr() -> Made:
     import transformers
 
-    backbone = transformers.ResNetConfig(
-        embedding_size=16, hidden_sizes=[16, 16, 24, 32], depths=[1, 1, 1, 1], layer_type="basic",
-        out_features=["stage4"],
-    )  # fmt: skip
-    config = transformers.DetrConfig(
-        use_timm_backbone=False, backbone=None, backbone_config=backbone, use_pretrained_backbone=False, num_queries=6,
-        encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=48,
-        decoder_ffn_dim=48, d_model=32, num_labels=4,
-    )  # fmt: skip
+    inner: dict[str, Any] = {
+        "embedding_size": 16, "hidden_sizes": [16, 16, 24, 32], "depths": [1, 1, 1, 1], "layer_type": "basic",
+        "out_features": ["stage4"],
+    }  # fmt: skip
+    options: dict[str, Any] = {
+        "use_timm_backbone": False, "backbone": None, "backbone_config": transformers.ResNetConfig(**inner),
+        "use_pretrained_backbone": False, "num_queries": 6, "encoder_layers": 1, "decoder_layers": 1,
+        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+        "d_model": 32, "num_labels": 4,
+    }  # fmt: skip
+    config = transformers.DetrConfig(**options)
     return transformers.DetrForObjectDetection(config), {"pixel_values": torch.randn(2, 3, 64, 64)}
 
 

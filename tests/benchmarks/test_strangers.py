@@ -46,3 +46,10 @@ def test_a_file_of_claims_names_its_program(tmp_path: Path, monkeypatch: pytest.
     found = door.measured("N5", "proof_cost", tmp_path, "strangers")
     assert found["claims"]["N5"]["command"] == "python -m benchmarks.strangers N5"
     assert found["proof_cost"] == [{"a": smoke("proof_cost")["share"]}]
+
+
+def test_rows_that_are_right_need_not_be_measured_again() -> None:
+    rows = [{"action": "a", "wrong": [], "commit": "c1"}, {"action": "b", "wrong": ["x"]}, {"action": "d", "wrong": []}]
+    whole = {"measured": {"N4": {"code": {"commit": "c2"}}}, "killed_writes": rows}
+    kept = list(strangers.standing("N4", whole))
+    assert [(line["key"], line["commit"]) for line in kept] == [({"action": "a"}, "c1"), ({"action": "d"}, "c2")]
