@@ -114,7 +114,8 @@ def test_a_multiplier_takes_the_place_of_a_budget(run):
 def test_the_report_tells_how_ranks_were_learned(run):
     text = run(*LEARN, "-b", "macs=50%", "--quiet").stdout
     assert "Ranks learned for 2 epochs" in text
-    assert "compressed/ranks.json" in text
+    assert "Written to compressed:" in text  # files stand below by their names
+    assert "  ranks.json " in text
     page = Path("compressed/report.html").read_text()
     assert "Ranks learned for 2 epochs" in page
     assert "C step" in page
