@@ -185,7 +185,7 @@ def page(steps: list[Step]) -> str:
     parts = [
         "# The first ten minutes",
         "From an empty environment to a model of your own that is smaller, compared and exported, by the command line "
-        "alone. `python -m benchmarks.door D2 --force` typed these commands and wrote this page; "
+        "alone. `benchmarks/door_fresh.py` (`make bench-door`, D2) types these commands and writes this page; "
         f"with the installation they took {whole / 60:.1f} minutes, on {os.cpu_count()} cores with "
         f"{os.getloadavg()[0]:.0f} processes at work.",
         f"```sh\n{first.command}\n```",
