@@ -8,10 +8,18 @@ _TITLED = re.compile(r":(?:py:)?(?:func|class|meth|mod|attr|data|exc):<code>([^<
 # Blocks without a colour are those of no language.
 _PRINTED = re.compile(r'<div class="highlight"><pre>(<span></span><code>[^<]*</code>)')
 
+_TABLE = re.compile(r"<table>(.*?)</table>", re.DOTALL)
+
+
+def _reached(table: re.Match[str]) -> str:
+    """A table that the keyboard reaches: by its links, or else itself, since a wide one scrolls."""
+    return table[0] if "<a " in table[0] else f'<table tabindex="0">{table[1]}</table>'
+
 
 def on_page_content(html: str, **_: object) -> str:
     """Show ``:func:`unfold``` as code; let printed tables, which scroll sideways, be reached by keyboard."""
     html = _ROLE.sub(r"\1\2\3", _TITLED.sub(r"<code>\1</code>", html))
+    html = _TABLE.sub(_reached, html)
     return _PRINTED.sub(r'<div class="highlight printed"><pre tabindex="0">\1', html)
 
 
