@@ -29,7 +29,7 @@ def test_the_documentation_is_as_it_should_be():
     if not (SITE / "index.html").exists():
         pytest.skip("the documentation is not built: `make docs` does it")
     with browser.served(SITE) as home:
-        seen = browser.look(browser.site(SITE, home))
+        seen = [each for page in browser.site(SITE, home) for each in browser.look([page])]
     assert len(seen) >= 4 * 10
     wrong = [f"{each.page} {each.width} {each.scheme}: sideways {each.sideways}" for each in seen if each.sideways > 0]
     wrong += [f"{each.page}: {error}" for each in seen for error in [*each.errors, *each.outside]]
