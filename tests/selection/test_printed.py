@@ -61,7 +61,7 @@ def test_a_plan_prints_layers_choices_losses_costs_totals_and_what_is_left_alone
 def test_a_long_plan_is_folded_in_the_middle_and_adds_up() -> None:
     text = lines(plan(200))
     assert len(text) < 50
-    assert "... (173 more, see plan.rows()) <= 1.00 % 346 k -> 173 k 173 k -> 86.5 k" in words(plan(200))
+    assert "... 173 more see plan.rows() 346 k -> 173 k 173 k -> 86.5 k" in words(plan(200))
     assert any(line.startswith("block.199.conv") for line in text)
 
 

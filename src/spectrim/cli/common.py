@@ -26,7 +26,7 @@ import typer
 from spectrim.cli.references import UsageError
 from spectrim.errors import InfeasibleBudgetError, SpectrimError
 from spectrim.network.printing import Grid
-from spectrim.progress import bars
+from spectrim.progress import bars, switched
 
 _PIPE = 160
 """Columns where nobody looks: a pipe has no width, and folded names are not what a reader greps for."""
@@ -83,6 +83,12 @@ class Output:
     made: list[Path] = field(default_factory=list)
     left: str = ""
 
+    @property
+    def shows(self) -> bool:
+        """Whether bars are shown: not in quiet, nor where the environment says so (``SPECTRIM_PROGRESS=0``)."""
+        with usage():
+            return not self.quiet and switched() is not False
+
     def say(self, text: str) -> None:
         """A remark for people."""
         if not self.quiet:
@@ -117,7 +123,7 @@ class Output:
     @contextlib.contextmanager
     def progress(self) -> Iterator[Callable[[str, int, int | None], None]]:
         """A function ``(what, done, total)`` that draws bars on a terminal, and writes lines elsewhere."""
-        if self.quiet:
+        if not self.shows:
             yield lambda what, done, total: None
             return
         with bars() as report:

@@ -74,7 +74,7 @@ def demo(
     test = load_data("digits", purpose="test")
     assert isinstance(train, Batches)
     assert isinstance(test, Batches)
-    progress = not out.quiet
+    progress = out.shows
 
     out.say(f"training a network of five convolutions on {train.samples} digits, testing on {test.samples}")
     with torch.random.fork_rng():

@@ -155,7 +155,7 @@ def compress(out: Output, run: RankRun, files: FileOptions) -> None:
     held.claim()
     result = learn_ranks(
         on.dense, on.training, run.budgets[0] if run.points else None, calibration=on.calibration,
-        checkpoint=held.folder, latency=on.latency, progress=not out.quiet, **run.options(),
+        checkpoint=held.folder, latency=on.latency, progress=out.shows, **run.options(),
     )  # fmt: skip
     if scores:
         scores.append(("learned ranks", on.score(result.model)))

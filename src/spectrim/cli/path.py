@@ -127,7 +127,7 @@ def path(
 
     budget_path(
         work.dense, work.training, run.budgets, calibration=work.calibration, checkpoint=checkpoint,
-        latency=work.latency, progress=not out.quiet, done=done, **run.options(),
+        latency=work.latency, progress=out.shows, done=done, **run.options(),
     )  # fmt: skip
     out.document({**found, "folder": str(folder), "files": {name: str(file) for name, file in files.items()}})
     _print(out, found)

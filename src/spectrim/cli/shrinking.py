@@ -227,7 +227,7 @@ def _tuned(out: Output, outcome: Outcome, work: Work, tuning: Recipe, held: RunF
     recipe = dataclasses.replace(tuning, checkpoint_every=_STEPS)
     done = fine_tune(
         small, work.training, teacher=dense, recipe=recipe, evaluate=work.score if tested else None,
-        progress=not out.quiet, checkpoint=held.folder / TUNING,
+        progress=out.shows, checkpoint=held.folder / TUNING,
     )  # fmt: skip
     # None of the samples counts as held out any more: training may have seen them all.
     seen = work.calibration

@@ -104,8 +104,12 @@ def percent(lost: float) -> str:
 
 
 def tail(name: str, length: int = 36) -> str:
-    """A module path in so many columns; paths differ at their end, which is kept."""
-    return name if len(name) <= length else "..." + name[3 - length :]
+    """A module path in so many columns; paths differ at their end, which is kept, from a dot on if there is one."""
+    if len(name) <= length:
+        return name
+    kept = name[3 - length :]
+    whole = kept.partition(".")[2]
+    return "..." + (whole if 2 * len(whole) >= length else kept)
 
 
 def count(number: int, noun: str) -> str:

@@ -27,6 +27,7 @@ from spectrim.selection.plan import Entry, Plan
 
 # Losses that a printed table tells what remains at.
 _LOSSES = (0.01, 0.05)
+_NAME = 32  # columns of a layer's name beside its choice
 _LOST = {
     "output energy": "share of the energy of a layer's outputs, around their mean, on the calibration samples",
     "weighted output energy": "share of the energy of a layer's outputs, weighed by what they do to the network's",
@@ -51,26 +52,22 @@ class _Line:
     choice: str
     costs: Mapping[str, float]
     dense_costs: Mapping[str, float]
-    error: float | None = None
     lost: str = ""
 
     @classmethod
     def of(cls, entry: Entry) -> _Line:
         dense = entry.choice.is_dense
         lost = "" if dense else percent(entry.error)
-        name, error = tail(entry.site), None if dense else entry.error
-        return cls(name, str(entry.choice), entry.costs, entry.dense_costs, error, lost)
+        return cls(tail(entry.site, _NAME), str(entry.choice), entry.costs, entry.dense_costs, lost)
 
     @classmethod
     def together(cls, where: str, lines: Sequence[_Line]) -> _Line:
         """The lines that a long plan leaves out, as one."""
-        errors = [line.error for line in lines if line.error is not None]
         costs, dense = (
             {cost: sum(each.get(cost, 0.0) for each in of) for cost in of[0]}
             for of in ([line.costs for line in lines], [line.dense_costs for line in lines])
         )
-        lost = f"<= {percent(max(errors))}" if errors else ""
-        return cls("...", f"({len(lines):,} more, see {where})", costs, dense, lost=lost)
+        return cls(f"... {len(lines):,} more", f"see {where}", costs, dense)
 
     def cells(self, shown: Sequence[str]) -> list[str]:
         costs = [change(cost, self.dense_costs.get(cost, 0.0), self.costs.get(cost, 0.0)) for cost in shown]
