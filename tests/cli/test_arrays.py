@@ -103,7 +103,14 @@ def test_images_are_left_as_large_as_they_are_where_asked(tmp_path: Path):
     torch.testing.assert_close(batch, torch.full_like(batch, 0.2))
     usual = load_data(f"imagefolder:{tmp_path}")
     assert isinstance(usual, Batches)
-    assert "which enlarges them: ?resize=10 leaves them as they are" in usual.preparation
+    assert (batches := list(usual))
+    assert torch.is_tensor(batches[0])
+    assert batches[0].shape == (2, 3, 12, 10)
+    assert "left as they are (?resize=256 enlarges them), normalised by imagenet" in usual.preparation
+    assert "?normalise=none" in usual.preparation
+    asked = load_data(f"imagefolder:{tmp_path}?resize=256")
+    assert isinstance(asked, Batches)
+    assert "which enlarges them: ?resize=10 leaves them as they are" in asked.preparation
     assert read_data(f"imagefolder:{tmp_path}?resize=8").options.square == 8  # type: ignore[attr-defined]
     image.new("RGB", (4, 4)).save("c.png")
     with pytest.raises(UsageError, match=r"several sizes \(10 x 12, 4 x 4\): write \?resize=PIXELS"):

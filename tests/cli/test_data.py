@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from spectrim.cli.batches import Batches, InMemory
-from spectrim.cli.data import CALIBRATION, load_data
+from spectrim.cli.data import CALIBRATION, load_data, read_data
 from spectrim.cli.references import UsageError
 
 
@@ -146,11 +146,11 @@ def test_factories_get_their_options():
         ("digits?split=dev", "split=dev must be train or test"),
         (
             "digits?batch=big",
-            "batch is 'big'; expected int; the options of digits are split: str = ",
+            "batch is 'big'; expected a whole number; the options of digits are split: text = ",
         ),
         ("digits?batch=0", "must be at least 1"),
         ("digits?augment=mixup", "must be none, crop or crop-flip"),
-        ("digits?speed=3", "there is no option 'speed'; the options of digits are split: str"),
+        ("digits?speed=3", "there is no option 'speed'; the options of digits are split: text"),
         ("digits?batch", "write key=value"),
         ("digits?normalise=1/2/3", "normalise=1/2/3 must be none"),
         ("digits?normalise=0.5/0", "normalise=0.5/0 must be none"),
@@ -195,3 +195,10 @@ def test_damaged_files_are_named(tmp_path: Path):
         load_data(f"fashion-mnist:{tmp_path}")
     with pytest.raises(UsageError, match="no images"):
         load_data(f"imagefolder:{tmp_path}")
+
+
+def test_options_are_listed_with_the_defaults_that_hold():
+    with pytest.raises(UsageError) as caught:
+        read_data("digits?sise=3", "calibration")
+    assert "split: text = train" in str(caught.value)
+    assert "limit: a whole number = 2048" in str(caught.value)

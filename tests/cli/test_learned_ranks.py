@@ -229,10 +229,10 @@ def test_a_path_that_cannot_be_met_is_refused_before_training(run):
         (
             learn("steps=3", "-b", "macs=50%"),
             2,
-            "no option 'steps'; the options of learned-ranks are rank_epochs: int",
+            "no option 'steps'; the options of learned-ranks are rank_epochs: a whole number",
         ),
         (learn("c_steps=0", "-b", "macs=50%"), 2, "c_steps is 0; expected 1 or more"),
-        (learn("c_steps=few", "-b", "macs=50%"), 2, "c_steps is 'few'; expected int"),
+        (learn("c_steps=few", "-b", "macs=50%"), 2, "c_steps is 'few'; expected a whole number"),
         (learn("rank_epochs=-1", "-b", "macs=50%"), 2, "rank_epochs is -1; expected 0 or more"),
         (("compress", "nets:tiny", "--method", "learned-ranks", "-b", "macs=50%"), 2, "give --train"),
         ((*LEARN, "-b", "macs=50%", "--plan", "some.json"), 2, "--plan some.json does not combine"),

@@ -75,14 +75,14 @@ def test_multiples_are_for_all_methods_that_do_not_say_their_own(near):
         ("auto:multiple_of=2", "auto has no options; name a method, as weight-svd:multiple_of=2"),
         (
             "weight-svd:rank=3",
-            "there is no option 'rank'; the options of weight-svd are unfoldings: tuple",
+            "there is no option 'rank'; the options of weight-svd are unfoldings: ",
         ),
         (
             "low-rank-plus-sparse:share=most",
-            "share is 'most'; expected float | None; the options of",
+            "share is 'most'; expected a number or none; the options of",
         ),
-        ("low-rank-plus-sparse:exact=maybe", "exact is 'maybe'; expected bool"),
-        ("low-rank-plus-sparse:ranks=2.5", "ranks is '2.5'; expected int"),
+        ("low-rank-plus-sparse:exact=maybe", "exact is 'maybe'; expected true or false"),
+        ("low-rank-plus-sparse:ranks=2.5", "ranks is '2.5'; expected a whole number"),
         (
             "low-rank-plus-sparse:share=2",
             "share is 2.0; expected a number from 0 (sparse)",
@@ -90,7 +90,7 @@ def test_multiples_are_for_all_methods_that_do_not_say_their_own(near):
         ("own:Mine:turns=12", "turns is 12; expected at most 9; the options of own:Mine are"),
         (
             "own:Mine:colour=red",
-            "= plain; strength: float | None = none; careful: bool = false; turns: int = 3",
+            "= plain; strength: a number or none = none; careful: true or false = false; turns: a whole number = 3",
         ),
         ("own:joules", "--method own:joules: joules is no subclass of spectrim.Method"),
         ("own:NUMBER", "'NUMBER' is a int"),

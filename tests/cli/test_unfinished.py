@@ -146,7 +146,7 @@ def test_built_in_data_are_compared_by_their_settings():
     assert second
     assert third
     assert "not normalised" in str(first)
-    assert "normalised by 0.5/0.5" in str(third)
+    assert "normalised by half" in str(third)
     assert not first.differs(second)
     assert first.differs(third)
     assert Inputs.of([]) is None

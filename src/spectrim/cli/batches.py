@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spectrim.cli.data import EDGE, NORMALISATIONS, SCALED
 from spectrim.cli.references import UsageError
 
 
@@ -87,13 +88,21 @@ class ImageFiles(Source):
 
     @property
     def preparation(self) -> str:
-        with self._opened(self.paths[0]) as file:
-            width, height = file.size
-        done = f"scaled to a shorter side of {self.resize}" if self.resize else "not scaled"
+        width, height = self.size_of(self.paths[0])
+        done = f"scaled to a shorter side of {self.resize}" if self.resize else "left as they are"
         cut = f", middle {self.crop} x {self.crop}" if self.crop else ""
-        enlarged = self.resize > min(width, height)
-        why = f", which enlarges them: ?resize={min(width, height)} leaves them as they are" if enlarged else ""
+        why = ""
+        if self.resize > min(width, height):
+            why = f", which enlarges them: ?resize={min(width, height)} leaves them as they are"
+        elif not self.resize and max(width, height) < EDGE:
+            why = f" (?resize={SCALED} enlarges them)"
         return f"images of {width} x {height} pixels, {done}{cut}{why}"
+
+    @classmethod
+    def size_of(cls, path: Path) -> tuple[int, int]:
+        """Width and height of an image, which is not decoded."""
+        with cls._opened(path) as file:
+            return file.size
 
     def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         with ThreadPoolExecutor(4) as pool:  # Pillow decodes outside the interpreter lock
@@ -190,7 +199,8 @@ class Batches:
         """What is done to the images, in words; augmentation is not told."""
         numbers = "/".join(",".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
         plain = not any(self.mean) and all(value == 1 for value in self.std)
-        normalised = "not normalised" if plain else f"normalised by {numbers}"
+        known = next((name for name, pair in NORMALISATIONS.items() if pair == (self.mean, self.std)), numbers)
+        normalised = "not normalised" if plain else f"normalised by {known} (?normalise=none leaves that out)"
         return ", ".join(filter(None, (self.source.preparation, normalised)))
 
     def __len__(self) -> int:

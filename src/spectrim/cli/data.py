@@ -45,7 +45,7 @@ Purpose = Literal["test", "calibration", "training"]
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
 _INPUTS = ("x", "inputs", "images", "data", "features", "input", "image")
 _LABELS = ("y", "labels", "targets", "classes", "label", "target", "class")
-_EDGE = 224
+SCALED, EDGE = 256, 224
 
 
 @dataclass(frozen=True)
@@ -126,25 +126,43 @@ class FolderOptions(ImageOptions):
     Attributes
     ----------
     resize
-        Pixels that the shorter side is scaled to; 0 to leave images as large as they are, which all must be then.
+        Pixels that the shorter side is scaled to; 0 to leave images as large as they are, which all must be then. None
+        for 256, and for 0 where all images are of one size below 224.
     crop
         Pixels of the square that is cut out of the middle: 224, or ``resize`` where that is less.
     """
 
-    resize: int = 256
+    resize: int | None = None
     crop: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.resize < 0:
-            raise ValueError(f"resize={self.resize} must be 0 or more pixels")
-        if self.crop is not None and not (self.crop > 0 and (self.resize == 0 or self.crop <= self.resize)):
-            raise ValueError(f"crop={self.crop} must lie between 1 and resize={self.resize}")
+        resize = self.scaled
+        if resize < 0:
+            raise ValueError(f"resize={resize} must be 0 or more pixels")
+        if self.crop is not None and not (self.crop > 0 and (resize == 0 or self.crop <= resize)):
+            raise ValueError(f"crop={self.crop} must lie between 1 and resize={resize}")
+
+    @property
+    def scaled(self) -> int:
+        """Pixels of the shorter side of images that are not left as they are; 0 if all are."""
+        return SCALED if self.resize is None else self.resize
 
     @property
     def square(self) -> int:
         """Pixels of the square that is cut out; 0 for none."""
-        return self.crop or min(self.resize, _EDGE)
+        return self.crop or min(self.scaled, EDGE)
+
+    def leaves(self, sizes: Iterable[tuple[int, int]]) -> bool:
+        """Whether images of these widths and heights stay as they are by default: one size, below the usual square."""
+        if self.resize is not None:
+            return self.resize == 0
+        first = None
+        for size in sizes:
+            first = first or size
+            if size != first or max(size) >= EDGE or min(size) < (self.crop or 0):
+                return False
+        return first is not None
 
 
 @dataclass(frozen=True)

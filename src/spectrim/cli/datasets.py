@@ -80,7 +80,10 @@ def _images(data: Data) -> Source:
     options = data.options
     assert isinstance(options, FolderOptions)
     paths, labels, classes = data.files
-    return ImageFiles(paths, torch.tensor(labels) if labels else None, classes, options.resize, options.square)
+    scaled, square = options.scaled, options.square
+    if options.leaves(map(ImageFiles.size_of, paths)):
+        scaled, square = 0, options.crop or 0
+    return ImageFiles(paths, torch.tensor(labels) if labels else None, classes, scaled, square)
 
 
 def _arrays(data: Data) -> Source:

@@ -17,8 +17,8 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import Any, TypeVar, get_args, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from spectrim.errors import SpectrimError, did_you_mean
 
@@ -134,7 +134,7 @@ def filled(kind: type[T], options: Mapping[str, str], place: str, name: str, **u
             values[key] = _value(key, text, hints[key])
         return kind(**values)
     except (TypeError, ValueError) as error:
-        each = "; ".join(f"{key}: {_type(hints[key])}{_default(field)}" for key, field in fields.items())
+        each = "; ".join(f"{key}: {_type(hints[key])}{_default(field, usual)}" for key, field in fields.items())
         close = close and f".{close}"
         raise UsageError(f"{place}: {error}; the options of {name} are {each or 'none'}{close}") from error
 
@@ -152,14 +152,29 @@ def _value(key: str, text: str, kind: Any) -> Any:
     raise ValueError(f"{key} is {text!r}; expected {_type(kind)}")
 
 
+_TYPES: Mapping[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "none"}
+
+
 def _type(kind: Any) -> str:
+    """What an option takes, in words."""
+    if kind in _TYPES:
+        return _TYPES[kind]
+    origin, parts = get_origin(kind), [part for part in get_args(kind) if part is not ...]
+    if origin is Literal:
+        return " or ".join(map(str, parts))
+    if origin in (Union, UnionType):
+        return " or ".join(map(_type, parts))
+    if origin is not None and parts:  # a sequence
+        return f"{' or '.join(dict.fromkeys(map(_type, parts)))}, several joined by +"
     return inspect.formatannotation(kind)
 
 
-def _default(field: dataclasses.Field[Any]) -> str:
+def _default(field: dataclasses.Field[Any], usual: Mapping[str, Any]) -> str:
     """The default of an option, as it would be written."""
-    if field.default_factory is not dataclasses.MISSING:
-        value: Any = field.default_factory()
+    if usual.get(field.name) is not None:
+        value: Any = usual[field.name]
+    elif field.default_factory is not dataclasses.MISSING:
+        value = field.default_factory()
     elif field.default is dataclasses.MISSING:
         return ", which must be given"
     else:

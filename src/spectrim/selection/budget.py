@@ -227,6 +227,13 @@ def _read(cost: str, amount: Amount) -> Limit:
         raise TypeError(f"{cost} budget is {amount!r}: expected a number, or text such as '50%'")
     if not 0 < limit.number < float("inf"):
         raise ValueError(f"{cost} budget {amount!r} must be positive and finite")
+    if limit.relative and limit.number > 1:
+        raise ValueError(f"the {cost} budget {amount!r} is more than the dense network has: write at most 100%")
+    if cost in _WHOLE and isinstance(amount, float) and amount < 100 and not amount.is_integer() and amount > 1:
+        raise ValueError(
+            f"the {cost} budget {amount!r} is {amount} {_WHOLE[cost]} for a whole network, as only numbers up to 1 are "
+            "shares of dense: write at most 1, or '50%'"
+        )
     return limit
 
 
