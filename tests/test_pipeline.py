@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,7 @@ def test_a_latency_budget_is_met_as_measured(monkeypatch: pytest.MonkeyPatch, ov
         assert clock.seen[0] > 0.6, "the first plan must miss for the correction to be tested"
     assert not result.report.notes
     assert "measured ms" in str(result.report)
+    assert "the latency budget is met" in " ".join(result.report.sentences)
     assert result.plan.facts["batch"] == 1
 
 
@@ -276,6 +278,12 @@ def test_a_latency_budget_that_is_not_met_is_said(monkeypatch: pytest.MonkeyPatc
     text = str(result.report)
     assert "the compressed model is SLOWER than dense" in text
     assert "the latency budget is NOT met" in text
+    assert "the machine was busy" not in text
+    times = [measured["compressed"].p50] * 5 + [measured["compressed"].p50 * 3] * 5
+    busy = dataclasses.replace(
+        result.report, measured={**measured, "compressed": Timing(tuple(times), (0,) * 5 + (1,) * 5)}
+    )
+    assert "the machine was busy" in " ".join(busy.sentences)
 
 
 def test_guard_measures_and_offers_nothing_slower(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,8 +54,9 @@ def test_a_stopped_fine_tuning_says_what_the_file_is(run, monkeypatch: pytest.Mo
 
 def test_a_budget_that_limits_nothing_is_told(run):
     arguments = ("compress", "nets:tiny", "--input", "1x8x8", "--no-report", "--budget")
-    assert "limits nothing" in " ".join(run.json(*arguments, "macs=150%")["notes"])
+    assert "limits nothing" in " ".join(run.json(*arguments, "macs=100%")["notes"])
     assert "limits nothing" not in " ".join(run.json(*arguments, "macs=90%")["notes"])
+    assert "'150%' is more than the dense network" in run(*arguments, "macs=150%", code=2).stderr
 
 
 def junk(path: Path) -> None:

@@ -28,7 +28,7 @@ from spectrim.selection.selectors import select
         ("macs", "0.5", 1e9, 5e8),
         ("macs", "50%", 1e9, 5e8),
         ("macs", " 12.5 % ", 1e9, 1.25e8),
-        ("macs", "120%", 1e9, 1.2e9),
+        ("macs", "100%", 1e9, 1e9),
         ("macs", "2.5M", 1e9, 2.5e6),
         ("macs", "2.5 GMAC", 1e12, 2.5e9),
         ("macs", "1e6", 1e9, 1e6),
@@ -54,7 +54,7 @@ def test_budgets(cost: str, value: float | str, dense: float, limit: float) -> N
 
 
 @pytest.mark.parametrize(
-    "value", [0, 0.0, -1, -0.5, float("nan"), float("inf"), "0", "0%", "-1", "-5%", "half", "", "%"]
+    "value", [0, 0.0, -1, -0.5, float("nan"), float("inf"), "0", "0%", "-1", "-5%", "half", "", "%", "150%"]
 )
 @pytest.mark.parametrize("cost", ["parameters", "macs", "bytes", "latency"])
 def test_budgets_that_make_no_sense(cost: str, value: float | str) -> None:
@@ -77,6 +77,13 @@ def test_budgets_that_make_no_sense(cost: str, value: float | str) -> None:
 def test_budgets_in_the_wrong_unit(cost: str, value: str) -> None:
     with pytest.raises(ValueError, match=f"{cost} budget"):
         Budget(**{cost: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("cost", ["parameters", "macs"])
+def test_a_share_above_one_is_no_count(cost: str) -> None:
+    with pytest.raises(ValueError, match="only numbers up to 1 are shares"):
+        Budget(**{cost: 1.5})  # type: ignore[arg-type]
+    assert Budget(latency=1.5).limits({"latency": 3.0}) == {"latency": 1.5}
 
 
 @pytest.mark.parametrize("text", ["macs", "macs=", "=3", "macs:50%", "macs==50%", ""])

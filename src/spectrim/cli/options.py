@@ -311,8 +311,8 @@ class GoalOptions:
             "-b",
             metavar="COST=VALUE",
             autocompletion=completion.budgets,
-            help="What the whole model may cost: macs=50%, parameters=1.2M, bytes=10MiB or latency=3ms. Repeatable; "
-            "all hold together.",
+            help="What the whole model may cost: macs=50% (or 0.5) of dense, parameters=1.2M, bytes=10MiB or "
+            "latency=3ms. Repeatable; all hold together.",
         ),
     ] = None
     cost: Costs = None

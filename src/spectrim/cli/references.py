@@ -152,7 +152,13 @@ def _value(key: str, text: str, kind: Any) -> Any:
     raise ValueError(f"{key} is {text!r}; expected {_type(kind)}")
 
 
-_TYPES: Mapping[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "none"}
+_TYPES: Mapping[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    NoneType: "none",
+}
 
 
 def _type(kind: Any) -> str:
