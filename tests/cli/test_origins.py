@@ -59,6 +59,7 @@ def test_an_origin_has_a_digest_of_all_that_has_a_file(tmp_path: Path):
     assert parts["test data"].digest == hashlib.sha256(b"inner/a.bin\0" + b"1").hexdigest()
     assert (parts["model"].digest, parts["model"].of) == ("", "no file of its own")
     assert parts["dense network"].digest == parts["compressed network"].digest != ""
-    assert made.command.startswith("spectrim ")
+    # What the tests were called with follows, if anything.
+    assert made.command.split()[0] == "spectrim"
     assert made.load == "load it"
     assert dict(made.seeds) == {"training": 3}

@@ -24,7 +24,7 @@ def demo(
     ] = Path("demo-out"),
     budget: Annotated[
         str, typer.Option("--budget", "-b", metavar="COST=VALUE", help="What the compressed model may cost.")
-    ] = "macs=16%",
+    ] = "macs=22%",
     width: Annotated[
         int, typer.Option("--width", min=4, metavar="N", help="Channels of the network's first layers.")
     ] = 64,
