@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class SpectrimError(Exception):
@@ -118,3 +123,27 @@ def did_you_mean(word: str, known: Iterable[str], other_names: Mapping[str, str]
     close = difflib.get_close_matches(word.lower(), [name.lower() for name in names], n=1, cutoff=0.6)
     found = meant or next((name for name in names if close and name.lower() == close[0]), None)
     return f" Did you mean {found!r}?" if found in names else ""
+
+
+def called_as(cure: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a verb that is called with other arguments than it has say what was meant: a name of its own, or ``cure``."""
+
+    def explained(verb: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(verb)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            try:
+                return verb(*args, **kwargs)
+            except TypeError as error:
+                began = error.__traceback__ is not None and error.__traceback__.tb_next is not None
+                said = str(error)
+                if began or "Did you mean" in said:  # which later versions of Python ask themselves
+                    raise
+                import inspect
+
+                names = inspect.signature(verb).parameters
+                close = "".join(did_you_mean(name, names) for name in kwargs if name not in names)
+                raise TypeError(f"{said}.{close or f' {cure}'}") from None
+
+        return call
+
+    return explained

@@ -18,7 +18,7 @@ from spectrim.channel_plans.stepwise import select_in_steps
 from spectrim.cost import counted
 from spectrim.cost.counted import Cost
 from spectrim.cost.latency import Latency
-from spectrim.errors import InfeasibleBudgetError
+from spectrim.errors import InfeasibleBudgetError, called_as
 from spectrim.methods import Method, on_offer
 from spectrim.network.choices import ChannelsChoice, Choice
 from spectrim.network.printing import Grid, Printed, amount, cost_name, count, reasons, share, total
@@ -247,6 +247,11 @@ class Result(Printed):
 
 
 @reports
+@called_as(
+    "Write compress(model, batches, 'macs=50%') with batches of inputs like those of training; without any, "
+    "find(model), tabulate(sites, WeightSVD()), select(table, 'parameters=50%') and apply(model, sites, plan) do with "
+    "the weights alone"
+)
 def compress(
     model: nn.Module,
     calibration: Iterable[Any],

@@ -142,4 +142,7 @@ def test_what_python_would_be_given_is_said_in_terms_of_options(run):
     )
     said = run("compress", "./two.py:Two", "--data", "./two.py:batches", "-o", "small", "--budget", "macs=50%", code=1)
     assert "forward needs 2 inputs" in said.stderr
-    assert "let MODEL name a factory of a module that takes batches as they are and runs the network" in said.stderr
+    assert (
+        "let MODEL name a module of yours whose forward(batch) runs the network, as docs/model-references.md"
+        in said.stderr
+    )

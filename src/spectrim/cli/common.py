@@ -214,8 +214,8 @@ def for_command_line(text: str) -> str:
     """What the library says, where the cure that it names is no option: a function that runs the model."""
     return _FORWARD.sub(
         lambda found: (
-            f"{'L' if found[1] == 'P' else 'l'}et MODEL name a factory of a module that takes batches as they are "
-            f"and {found[2].replace('the model', 'the network')}, or pass forward= in Python"
+            f"{'L' if found[1] == 'P' else 'l'}et MODEL name a module of yours whose forward(batch) "
+            f"{found[2].replace('the model', 'the network')}, as docs/model-references.md shows"
         ),
         text,
     )

@@ -148,7 +148,7 @@ def _check_call(node: ast.stmt, reference: Reference, what: str, arguments: int)
     if needed:
         joint = "&" if given else "?"
         raise UsageError(
-            f"{what} {reference.text!r}: {reference.place} needs {', '.join(map(repr, needed))}: write "
+            f"{what} {reference.text!r}: {reference.place}() must be given {', '.join(map(repr, needed))}: write "
             f"{reference.text}{joint}{'&'.join(f'{name}=VALUE' for name in needed)}"
         )
 

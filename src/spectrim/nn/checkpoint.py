@@ -6,7 +6,7 @@ import json
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast, overload, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,22 @@ _TENSOR = ':{"dtype":"F8_E4M3","shape":[],"data_offsets":[,]},'
 _TEXTS = 640
 
 
-def save(model: nn.Module, plan: Plan, path: str | Path) -> None:
+@runtime_checkable
+class Compressed(Protocol):
+    """What a compression returns: a model and the plan that made it."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def plan(self) -> Plan: ...
+
+
+@overload
+def save(model: nn.Module, plan: Plan, path: str | Path) -> None: ...
+@overload
+def save(result: Compressed, path: str | Path, /) -> None: ...
+def save(model: nn.Module | Compressed, plan: Plan | str | Path, path: str | Path | None = None) -> None:
     """Write a compressed model's weights and its plan to one safetensors file.
 
     Tensors that share memory are stored once. Of a sparse weight (:class:`~spectrim.nn.sparse.layers.Masked`) the file
@@ -50,7 +65,8 @@ def save(model: nn.Module, plan: Plan, path: str | Path) -> None:
     Parameters
     ----------
     model
-        What :func:`spectrim.apply` returned, fine-tuned or not.
+        What :func:`spectrim.apply` returned, fine-tuned or not; or a result, which has model and plan, and the path
+        after it: ``save(result, path)``.
     plan
         The plan it was made by. What was compressed before, and has been compressed again, is saved with the plans that
         were carried out before this one.
@@ -62,7 +78,16 @@ def save(model: nn.Module, plan: Plan, path: str | Path) -> None:
         and the density of the plan.
     OSError
         If the file cannot be written: there is no such folder, or it is full or read-only.
+    TypeError
+        For arguments of other types or in another order.
     """
+    if path is None and isinstance(model, Compressed):
+        model, plan, path = model.model, model.plan, cast(Path, plan)
+    if not (isinstance(model, nn.Module) and isinstance(plan, Plan) and isinstance(path, str | Path)):
+        raise TypeError(
+            f"save got {', '.join(type(each).__name__ for each in (model, plan, path) if each is not None)}: write "
+            "save(result, 'small.safetensors'), or save(model, plan, 'small.safetensors')"
+        )
     state, values = _apart(model.state_dict())
     owners, shared = _owners(state)
     before = earlier(model, plan)
@@ -270,7 +295,9 @@ def _read(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], list[
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except tensor_files.DamagedFileError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        torch_made = path.suffix in (".pt", ".pth", ".bin")
+        cure = f"; load takes what save wrote, and a {path.suffix} file is mostly torch.save's" if torch_made else ""
+        raise CheckpointError(f"{path}: {error}{cure}") from error
     if metadata.get("format") != FORMAT or "plan" not in metadata:
         raise CheckpointError(f"{path}: a safetensors file, but not a Spectrim checkpoint (it holds no plan)")
     version = metadata.get("format_version")

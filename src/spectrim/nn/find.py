@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from spectrim.errors import UnsupportedLayerError, did_you_mean
+from spectrim.errors import UnsupportedLayerError, called_as, did_you_mean
 from spectrim.linalg.packing import packed_bytes
 from spectrim.linalg.patterns import Pattern
 from spectrim.network.layer import LayerSpec
@@ -32,6 +32,7 @@ _LAYERS = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+@called_as("find takes the model, and skip= and only= by name; batches go to calibrate(model, sites, batches)")
 def find(model: nn.Module, *, skip: Which | Iterable[Which] = (), only: Which | Iterable[Which] = ()) -> Sites:
     """List the linear layers and convolutions of a model as sites.
 

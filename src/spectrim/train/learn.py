@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from torch import nn
 from spectrim.application import Applied
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
-from spectrim.errors import CheckpointError
+from spectrim.errors import CheckpointError, did_you_mean
 from spectrim.network.printing import Grid, count
 from spectrim.nn.copying import copy_model
 from spectrim.nn.find import Which
@@ -252,6 +253,12 @@ class _Run:
 
     def __post_init__(self) -> None:
         check_options(self.groups, self.latency)
+        known = [
+            name for name in inspect.signature(LearnedRanks).parameters if name not in ("model", "sites", "budget")
+        ]
+        if unknown := [name for name in self.options if name not in known]:
+            close = did_you_mean(unknown[0], known) or f" Options beside its own are {', '.join(known)}"
+            raise TypeError(f"learning ranks has no option {unknown[0]!r}.{close}")
         self.feed = Feed(None, self.samples)
         if self.training["teacher"] is None and self.training["loss"] is None:
             self.training["teacher"] = self.model

@@ -67,7 +67,14 @@ class Objective:
             raise ValueError(
                 "the batch has no 'labels' and the model returned no loss: pass teacher= or loss= to fine_tune"
             )
-        return F.cross_entropy(student, targets)
+        try:
+            return F.cross_entropy(student, targets)
+        except IndexError as error:
+            low, high, classes = int(targets.min()), int(targets.max()), student.shape[1]
+            raise ValueError(
+                f"a batch of {len(targets)} has labels from {low} to {high}, and the model answers with {classes} "
+                f"numbers, for classes 0 to {classes - 1}: give it an output for each class, or other labels"
+            ) from error
 
     @contextmanager
     def ready(self, device: torch.device) -> Iterator[None]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from spectrim.errors import did_you_mean
 from spectrim.train.loop import Evaluate, Loop
 from spectrim.train.objective import Loss
 from spectrim.train.recipe import Recipe
@@ -99,7 +100,11 @@ def fine_tune(
     known = {f.name for f in fields(Recipe)}
     unknown = sorted(set(overrides) - known)
     if unknown:
-        raise TypeError(f"fine_tune has no option {', '.join(unknown)}; the recipe has {', '.join(sorted(known))}")
+        close = did_you_mean(unknown[0], known)
+        raise TypeError(
+            f"fine_tune has no option {', '.join(unknown)}; the recipe has {', '.join(sorted(known))}"
+            f"{'.' if close else ''}{close}"
+        )
     loop = Loop(
         model,
         batches,

@@ -32,7 +32,7 @@ from spectrim.nn.watch.sampling import Mask, Run, Samples, Sampling, choose, mea
 from spectrim.nn.watch.shapes import Call, Shape, of_one_sample
 from spectrim.nn.watch.state import State
 from spectrim.nn.watch.streams import Buffered, Stream, Streams, patches_of
-from spectrim.nn.watch.ways import first_line
+from spectrim.nn.watch.ways import cure, first_line
 from spectrim.nn.watch.work import beside
 from spectrim.progress import Steps, reports_steps, told
 
@@ -261,8 +261,7 @@ class _Watch:
                 ) from error
             raise ForwardError(
                 f"{type(self.model).__name__} raises {type(error).__name__} on calibration batch {index}, of which it "
-                f"was given {self.given}: {first_line(error)}. If it takes batches in another way, pass forward=, a "
-                "function (model, batch) that runs it"
+                f"was given {self.given}: {first_line(error)}. {cure(error)}"
             ) from error
 
     def calibrated(self) -> Sites:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -287,6 +288,26 @@ def is_sample(model: nn.Module, entry: Any) -> bool:
     if first is None or not isinstance(entry, Tensor):
         return False
     return entry.dim() == len(first.kernel_size) + 1 and entry.shape[0] == first.in_channels
+
+
+# What torch says of whole numbers where it wants others, bytes first, and of inputs of another size than a layer has.
+_BYTES = re.compile(r"unsigned char|\bByte\b")
+_WHOLE = re.compile(r"\b(long int|int|Long|Int)\b.*\b(float|Float|Half|BFloat16|c10::\w+)\b")
+_SIZES = re.compile(
+    r"to have \d+ channels, but got \d+|mat1 and mat2 shapes cannot be multiplied|Given normalized_shape="
+)
+
+
+def cure(error: BaseException) -> str:
+    """What may help against what a model raises on a batch, in a sentence without a full stop."""
+    said = first_line(error)
+    if _BYTES.search(said):
+        return "Give numbers prepared as in training: images of bytes become such by batch.float() / 255"
+    if _WHOLE.search(said):
+        return "Give numbers prepared as in training: whole numbers become such by batch.float()"
+    if _SIZES.search(said):
+        return "Give batches of the shape that the model was trained on: samples first, then its channels or features"
+    return "If it takes batches in another way, pass forward=, a function (model, batch) that runs it"
 
 
 def first_line(error: BaseException) -> str:

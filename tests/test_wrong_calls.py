@@ -1,0 +1,82 @@
+"""Public verbs that are called with what was not meant: the sentence says what was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import spectrim as st
+
+ANY: Any = st
+
+
+def net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+
+
+BATCH = torch.randn(8, 3, 5, 5, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda m: ANY.compress(m, [BATCH], "macs=50%", method=st.WeightSVD()), "Did you mean 'methods'?"),
+        (lambda m: ANY.compress(m, [BATCH], buget="macs=50%"), "Did you mean 'budget'?"),
+        (lambda m: ANY.compress(m, budget="macs=50%"), "Write compress(model, batches, 'macs=50%')"),
+        (lambda m: ANY.find(m, BATCH), "batches go to calibrate(model, sites, batches)"),
+        (
+            lambda m: ANY.save(st.Plan((), {}, {}), m, "x.safetensors"),
+            "save got Plan, Sequential, str: write save(result",
+        ),
+        (lambda m: st.fine_tune(m, [BATCH], epoch=1), "Did you mean 'epochs'?"),
+        (
+            lambda m: st.learn_ranks(m, [BATCH], "macs=50%", energi="output"),
+            "no option 'energi'. Did you mean 'energy'?",
+        ),
+    ],
+)
+def test_other_arguments_than_a_verb_has(call: Callable[[nn.Module], object], said: str) -> None:
+    with pytest.raises(TypeError) as caught:
+        call(net())
+    assert said in str(caught.value)
+
+
+def test_errors_of_a_verb_itself_stay_as_they_are() -> None:
+    with pytest.raises(TypeError, match="^the model is a str: expected a torch.nn.Module$"):
+        ANY.compress("resnet18", [BATCH], "macs=50%")
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        (BATCH.to(torch.uint8), "by batch.float() / 255"),
+        (BATCH.long(), "by batch.float()"),
+        (BATCH[:, :1], "Give batches of the shape that the model was trained on"),
+    ],
+)
+def test_batches_that_the_model_was_not_trained_on(batch: torch.Tensor, said: str) -> None:
+    with pytest.raises(st.ForwardError) as caught:
+        st.compress(net(), [batch], "macs=50%")
+    assert said in str(caught.value)
+    assert "forward=" not in str(caught.value)
+
+
+def test_labels_without_an_output() -> None:
+    with pytest.raises(ValueError, match=r"a batch of 8 has labels from 12 to 12, .* for classes 0 to 9"):
+        st.fine_tune(net(), [(BATCH, torch.full((8,), 12))], epochs=1, progress=False)
+
+
+def test_a_result_is_saved_as_a_whole(tmp_path: Path) -> None:
+    model = net()
+    result = st.compress(model, [BATCH], "macs=90%")
+    st.save(result, tmp_path / "small.safetensors")
+    loaded = st.load(net(), tmp_path / "small.safetensors")
+    torch.testing.assert_close(loaded.eval()(BATCH), result.model.eval()(BATCH))
+    torch.save(model.state_dict(), tmp_path / "x.pt")
+    with pytest.raises(st.CheckpointError, match=r"load takes what save wrote, and a .pt file"):
+        st.load(net(), tmp_path / "x.pt")
