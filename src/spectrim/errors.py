@@ -60,13 +60,21 @@ class InfeasibleBudgetError(SpectrimError, ValueError):
         also = f" Each limit can be met alone, but not {' and '.join(together)} together." if together else ""
         also += _left_alone(cost, skipped)
         super().__init__(
-            f"budget {cost} <= {budget:,.6g} cannot be met: the lowest reachable is {lowest:,.6g} "
-            f"({lowest / dense:.1%} of dense {dense:,.6g}). Raise the budget, skip fewer layers or allow smaller ranks."
-            + also
+            f"budget {cost} <= {_short(budget)} cannot be met: the lowest reachable is {_short(lowest)} "
+            f"({lowest / dense:.1%} of dense {_short(dense)}). Raise the budget, skip fewer layers or allow smaller "
+            "ranks." + also
         )
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.cost, self.budget, self.lowest, self.dense, self.together, self.skipped)
+
+
+def _short(value: float) -> str:
+    """A cost in its own unit, in four digits where it has more than six: ``2.043 M``."""
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= size:
+            return f"{value / size:.4g} {prefix}"
+    return f"{value:,.6g}"
 
 
 def _left_alone(cost: str, skipped: tuple[tuple[str, str, str, float], ...], most: int = 5) -> str:

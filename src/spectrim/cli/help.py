@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from spectrim.cli.common import PrintOptions
+from spectrim.errors import did_you_mean
 
 _STACKED = 60
 """Columns of a terminal below which what an option means stands under it and not beside it: a phone's."""
@@ -77,7 +78,8 @@ class Program(TyperGroup):
         except _Unread as error:
             path = error.ctx.command_path if error.ctx is not None else "spectrim"
             said = _sentence(_quoted(error, sys.argv[1:] if args is None else args))
-            print(f"spectrim: error: {said}; see {path} --help", file=sys.stderr)
+            see = " See" if said.endswith("?") else "; see"
+            print(f"spectrim: error: {said}{see} {path} --help", file=sys.stderr)
             if "--json" in (sys.argv[1:] if args is None else args):
                 document = {"type": "UsageError", "message": said, "exit_code": error.exit_code}
                 print(json.dumps({"error": document}, indent=1))
@@ -89,6 +91,8 @@ class Program(TyperGroup):
 
 def _quoted(error: Any, args: Sequence[str]) -> str:
     """What click says, with the value that cannot be read beside the option that it stands behind."""
+    if near := getattr(error, "possibilities", None):  # any that share a few letters: the nearest is meant
+        return f"{error.message.rstrip('.')}.{did_you_mean(str(getattr(error, 'option_name', '')), near)}"
     message, parameter = error.format_message(), getattr(error, "param", None)
     _, colon, reason = message.partition(": ")
     for option in getattr(parameter, "opts", ()) if colon else ():

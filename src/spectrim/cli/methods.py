@@ -44,6 +44,7 @@ CLASSES: Mapping[str, str] = {
 OTHER_NAMES = {
     "svd": "weight-svd", "low-rank": AUTO, "lowrank": AUTO, "pca": "activation-svd", "sparse": SPARSE,
     "pruning": FILTERS, "prune": FILTERS, "filters": FILTERS, "channels": FILTERS, "rank": LEARNED, "learned": LEARNED,
+    "wsvd": "weight-svd", "asvd": "activation-svd",
     "weightsvd": "weight-svd", "activationsvd": "activation-svd", "jointsvd": "joint-svd",
     "lowrankplussparse": SPARSE, "principalfilters": FILTERS, "learnedranks": LEARNED,
 }  # fmt: skip

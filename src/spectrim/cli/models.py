@@ -49,9 +49,29 @@ def check_model(text: str, weights: str | Path | None = None) -> None:
     else:
         if close := _close_scheme(reference):
             raise UsageError(f"model {text!r} is not known.{close}")
+        _check_named(reference)
         check_factory(reference, "model")
     if weights is not None:
         check_file(weights)
+
+
+def _check_named(reference: Reference) -> None:
+    """Refuse the bare name of a model, which does not say whose it is.
+
+    Raises
+    ------
+    UsageError
+        Says how models of libraries are written.
+    """
+    name = reference.scheme
+    there = Path(name).exists() or Path(f"{name}.py").is_file()
+    if reference.place or there or name.endswith(".py") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        return
+    libraries = ("hf",) if "/" in name else tuple(SCHEMES)
+    raise UsageError(
+        f"model {reference.text!r} is not known: for a model of a library write "
+        f"{' or '.join(f'{library}:{name}' for library in libraries)}, for your own file.py:function"
+    )
 
 
 def _close_scheme(reference: Reference) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib.util
+import shlex
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -147,9 +148,10 @@ def _check_call(node: ast.stmt, reference: Reference, what: str, arguments: int)
         )
     if needed:
         joint = "&" if given else "?"
+        whole = shlex.quote(f"{reference.text}{joint}{'&'.join(f'{name}=VALUE' for name in needed)}")
         raise UsageError(
             f"{what} {reference.text!r}: {reference.place}() must be given {', '.join(map(repr, needed))}: write "
-            f"{reference.text}{joint}{'&'.join(f'{name}=VALUE' for name in needed)}"
+            f"{whole}"
         )
 
 

@@ -153,7 +153,10 @@ def device_named(device: str, threads: int | None) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {device}: {str(error).splitlines()[0]}") from error
+        said = str(error).splitlines()[0].rstrip(".")
+        raise UsageError(
+            f"--device {device}: {said}; write cpu, or auto, which takes a GPU where there is one"
+        ) from error
     return device
 
 
