@@ -306,14 +306,21 @@ def _read(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], list[
             f"{path}: format version {version!r}; this library reads {FORMAT_VERSION!r}, {PACKED_VERSION!r} and "
             f"{AGAIN_VERSION!r}"
         )
-    again = version == AGAIN_VERSION
+    return tensors, _plans(metadata, path, again=version == AGAIN_VERSION), _tables(metadata, path, version)
+
+
+def _plans(metadata: Mapping[str, str], path: Path, *, again: bool) -> list[Plan]:
     before = _table(metadata, "earlier", path) if again and "earlier" in metadata else []
     if not isinstance(before, list) or not all(isinstance(text, str) for text in before):
         raise CheckpointError(f"{path}: the table of earlier plans is not a list of plans")
     try:
-        plans = [Plan.from_json(text) for text in (*before, metadata["plan"])]
+        return [Plan.from_json(text) for text in (*before, metadata["plan"])]
     except PlanError as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _tables(metadata: Mapping[str, str], path: Path, version: str) -> _Tables:
+    again = version == AGAIN_VERSION
     shared = _table(metadata, "shared", path) if "shared" in metadata else {}
     if not isinstance(shared, dict) or not all(isinstance(v, str) for v in shared.values()):
         raise CheckpointError(f"{path}: the table of shared tensors is not a table of names")
@@ -324,7 +331,7 @@ def _read(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], list[
     packed = _table(metadata, "packed", path) if holds else []
     if not isinstance(packed, list) or not all(_is_pair(pair) for pair in packed):
         raise CheckpointError(f"{path}: the table of packed tensors is not a table of pairs of names")
-    return tensors, plans, _Tables(shared, [(weight, mask) for weight, mask in packed], values)
+    return _Tables(shared, [(weight, mask) for weight, mask in packed], values)
 
 
 def _table(metadata: Mapping[str, str], name: str, path: Path) -> Any:

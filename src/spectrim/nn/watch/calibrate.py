@@ -264,18 +264,23 @@ class _Watch:
                 f"was given {self.given}: {first_line(error)}. {cure(error)}"
             ) from error
 
+    def _reached(self) -> list[str]:
+        """Sites that were called, in the order of execution; there must be some."""
+        watchers = self.watchers
+        reached = [name for name in dict.fromkeys(self.order) if name in watchers]
+        if reached or not watchers:
+            return reached
+        refused = next((each.refused for each in watchers.values() if each.refused), None)
+        if refused:
+            raise CalibrationError(f"none of the {len(watchers)} sites was called: {refused}")
+        raise CalibrationError(
+            f"none of the {len(watchers)} sites was reached by the calibration batches; "
+            f"the first is {next(iter(watchers))!r}. Is this the model that the sites were found in?"
+        )
+
     def calibrated(self) -> Sites:
         """The sites with what was seen; those that no batch reached are skipped."""
-        sites, watchers = self.sites, self.watchers
-        reached = [name for name in dict.fromkeys(self.order) if name in watchers]
-        refused = next((each.refused for each in watchers.values() if each.refused), None)
-        if watchers and not reached and refused:
-            raise CalibrationError(f"none of the {len(watchers)} sites was called: {refused}")
-        if not reached and watchers:
-            raise CalibrationError(
-                f"none of the {len(watchers)} sites was reached by the calibration batches; "
-                f"the first is {next(iter(watchers))!r}. Is this the model that the sites were found in?"
-            )
+        sites, watchers, reached = self.sites, self.watchers, self._reached()
         layers = tuple(watchers[name].layer() for name in reached if not watchers[name].refused)
         left = [site.spec for site in sites if site.name not in reached or watchers[site.name].refused]
         others = [spec.at(self.bystanders[spec.name].inputs) for spec in sites.untouched]
