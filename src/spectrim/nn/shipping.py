@@ -31,8 +31,8 @@ _TIED = "_tied_weights_keys"
 # On a module: plans that were carried out on it, in order.
 _PLANS = "_spectrim_plans"
 NEEDS = (
-    "this model was compressed by Spectrim, which builds its layers: pip install spectrim, and write "
-    "`import spectrim.hf` before from_pretrained"
+    "write `import spectrim.hf` before from_pretrained (pip install spectrim): this model was compressed by Spectrim, "
+    "which builds its layers"
 )
 """Stands in the configuration where the name of the weights may, which transformers quotes when it cannot use it."""
 

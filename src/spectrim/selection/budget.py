@@ -70,7 +70,8 @@ class Budget:
     Raises
     ------
     ValueError
-        For no limit at all, a limit that is not positive, or text that cannot be read.
+        For no limit at all, a limit that is not positive, a share above 100 %, text that cannot be read, or a number
+        such as 1.5 for parameters or MACs, which is neither a share nor a count.
     TypeError
         For a limit that is neither a number nor text.
     """
