@@ -46,6 +46,8 @@ class Situation:
         Share of the cost that is left.
     fault
         Says of a dense network and a result what is wrong, if anything; for what the common checks cannot know.
+    architecture
+        Makes the network that files are loaded into, where that is not what ``build`` makes.
     around
         What has to be there while the situation lasts.
     """
@@ -63,6 +65,7 @@ class Situation:
     rounding: float = 1e-3
     budget: float = 0.8
     fault: Callable[[nn.Module, Any], str | None] | None = None
+    architecture: Callable[[], nn.Module] | None = None
     around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 

@@ -284,7 +284,7 @@ def checks(case: Situation, arm: str, work: Path) -> dict[str, Check]:
         path = work / f"{case.name}-{arm}.safetensors"
         st.save(result.model, result.plan, path)
         size = path.stat().st_size
-        fresh = case.build()
+        fresh = (case.architecture or case.build)()
         loaded = st.load(fresh, path)
         path.unlink()
         if cost == "bytes" and size > result.plan.costs["bytes"]:

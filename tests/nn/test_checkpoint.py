@@ -683,3 +683,10 @@ def test_what_cannot_be_stored_is_named(tmp_path):
     model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.LSTM(3, 3)), {nn.LSTM}, dtype=torch.qint8)
     with pytest.raises(CheckpointError, match="_all_weight_values.*ScriptObject"):
         save(model, Plan((), {}, {}), tmp_path / "small.safetensors")
+
+
+def test_a_network_that_is_compressed_already_is_told_where_to_begin(tmp_path):
+    made = [compressed(ConvNet(), {"stem": low_rank(2)}) for _ in range(2)]
+    save(made[0], plan_of({"stem": low_rank(2)}), tmp_path / "small.safetensors")
+    with pytest.raises(CheckpointError, match=r"layer 'stem', but it is compressed already .*before any compression"):
+        load(made[1], tmp_path / "small.safetensors")

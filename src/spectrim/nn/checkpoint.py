@@ -23,7 +23,7 @@ from spectrim.nn.find import describe, find
 from spectrim.nn.shipping import carry, earlier, remembered
 from spectrim.nn.sparse.layers import Slim
 from spectrim.nn.sparse.packed import masked_layers, packed_mask, read_mask, read_weight, values_inside
-from spectrim.nn.standing import Traits
+from spectrim.nn.standing import StandIn, Traits
 from spectrim.nn.surgery import replace_module
 from spectrim.selection.plan import Plan
 
@@ -365,6 +365,13 @@ def _narrow(model: nn.Module, plan: Plan, names: Container[str], path: str | Pat
         raise CheckpointError(f"{path}: {error}") from error
 
 
+def _absent(model: nn.Module, name: str) -> str:
+    """Why there is no such layer to change."""
+    if isinstance(dict(model.named_modules()).get(name), StandIn):
+        return "it is compressed already in this model: load into the network as it was before any compression"
+    return "this model does not have it"
+
+
 def _rebuild(model: nn.Module, sites: Sites, plan: Plan, path: str | Path) -> None:
     for entry in plan:
         if entry.choice.is_dense or isinstance(entry.choice, ChannelsChoice):
@@ -372,7 +379,7 @@ def _rebuild(model: nn.Module, sites: Sites, plan: Plan, path: str | Path) -> No
         for name in entry.sites:
             if name not in sites:
                 reasons = {skipped.name: skipped.reason for skipped in sites.skipped}
-                why = reasons.get(name, "this model does not have it")
+                why = reasons.get(name, _absent(model, name))
                 raise CheckpointError(f"{path}: the plan changes layer {name!r}, but {why}")
         # As narrow as they are now: a grouped layer that is left one channel a group is a site no longer.
         layers = [describe(model.get_submodule(name), sites[name].spec.names) for name in entry.sites]
