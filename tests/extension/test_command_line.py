@@ -55,7 +55,5 @@ def test_methods_stand_beside_each_other_and_profile_lists_the_cost() -> None:
 
 def test_what_does_not_fit_is_said_with_the_options_there_are() -> None:
     error = run("compress", *CALL, "--method", f"{KIT}:Tucker2:ranks=3", "--budget", "joules=50%", code=2)
-    assert (
-        "there is no option 'ranks'; the options of tests.extension.kit:Tucker2 are shares: tuple[float, ...]" in error
-    )
+    assert "there is no option 'ranks'; the options of tests.extension.kit:Tucker2 are shares: a number," in error
     assert "= 0.25+0.5+0.75" in error
