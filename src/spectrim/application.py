@@ -33,6 +33,7 @@ from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.lockstep import Seen, lockstep
 from spectrim.nn.watch.nesting import begun, checked_batches, listed, reads_once
 from spectrim.nn.watch.norms import reestimate_batchnorm
+from spectrim.nn.watch.passes import waves
 from spectrim.nn.watch.probe import Probe, probe
 from spectrim.nn.watch.reconstruct import Errors, Joint, Split, refit_second
 from spectrim.nn.watch.sampling import Mask
@@ -234,14 +235,16 @@ def _follow(
     calls = {name: like.calls.get(name, 1) for name in names}
     again = _restarts(names, like)
     sums = junctions(work.dense, names, batches[0], forward=work.feed)
-    waves = _waves([each.size * like.nbytes * 2 for each in work.split.samples], memory)
-    if len(waves) > 1:
+    nbytes = [each.size * like.nbytes * 2 for each in work.split.samples]
+    together = list(waves(enumerate(nbytes), memory))
+    if len(together) > 1:
         log.info(
-            "activations would take more than %d bytes: %d batches go in %d waves", memory, len(batches), len(waves)
+            "activations would take more than %d bytes: %d batches go in %d waves", memory, len(batches), len(together)
         )
     if again:
         log.debug("forward passes start again behind %s", ", ".join(sorted(again)))
-    for number, (first, last) in enumerate(waves):
+    for number, wave in enumerate(together):
+        first, last = wave[0], wave[-1] + 1
         log.debug("batches %d to %d", first + 1, last)
         part = work.split.part(first, last)
         with lockstep(
@@ -254,7 +257,7 @@ def _follow(
                 work.left(step.layer)
                 if step.layer.name in again:
                     hub.restart()
-                tell("apply", number * len(steps) + done + 1, len(waves) * len(steps))
+                tell("apply", number * len(steps) + done + 1, len(together) * len(steps))
         work.stop = None
     for name in names:
         # What was put in while both were in evaluation mode.
@@ -282,18 +285,6 @@ def _restarts(names: Sequence[str], like: Probe) -> set[str]:
         if name in ends and so_far + 1 < len(names):
             cuts.add(names[so_far])
     return cuts
-
-
-def _waves(nbytes: Sequence[float], memory: int) -> list[tuple[int, int]]:
-    """Which batches run together: as many as fit, at least one at a time."""
-    waves: list[tuple[int, int]] = []
-    first, held = 0, 0.0
-    for number, size in enumerate(nbytes):
-        if number > first and held + size > memory:
-            waves.append((first, number))
-            first, held = number, 0.0
-        held += size
-    return [*waves, (first, len(nbytes))]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.observe import Hook, hooked, on_few
 from spectrim.nn.watch.state import evaluating, kept
 
-_LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 _SUMS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
 # What shortcuts without parameters do: nothing that depends on the number of samples, nothing in place.
 _CUTS: frozenset[Any] = frozenset({Tensor.__getitem__, nn.functional.pad, nn.functional.avg_pool2d})
@@ -159,7 +159,7 @@ def junctions(
         on_few(run, batch, feed)
     except Exception as error:
         # Layers are then fitted to the dense answers alone, as where there are no sums.
-        _LOG.info("sums behind layers were not looked for: %s", error)
+        log.info("sums behind layers were not looked for: %s", error)
         return {}
     return found
 
@@ -186,9 +186,7 @@ class _Call:
 
     def again(self, given: Tensor) -> Tensor:
         """The same on another tensor."""
-        (first, *rest) = self.args
-        del first
-        return self.function(given, *rest, **self.kwargs)
+        return self.function(given, *self.args[1:], **self.kwargs)
 
 
 def _is_same(result: Any, given: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from spectrim.nn.watch.batches import Feed, one_by_one
 from spectrim.nn.watch.observe import Hook, observe
-from spectrim.nn.watch.passes import passes
-from spectrim.nn.watch.probe import Probe, probe
+from spectrim.nn.watch.passes import passes, waves
+from spectrim.nn.watch.probe import probe
 
 
 @dataclass
@@ -87,22 +88,35 @@ def reestimate_batchnorm(
     norms = dict(batch_norms(model))
     if not norms:
         return 0
+    rest = iter(batches)
+    begin = list(itertools.islice(rest, 1))
+    if not begin:
+        return 0
+    (first,) = begin
     before = {buffer: buffer.clone() for norm in norms.values() for buffer in norm.buffers()}
     pooled = {name: _Pooled() for name in norms}
-    feed, seen = Feed.of(forward), 0
+    feed, seen = Feed.of(forward).decide(model, first), 0
+    like = probe(model, norms, first, forward=feed)
+    # Where a model loops over its samples, passes would stop at the first of them.
+    loops = _calls(model, norms, first, feed) > len(like.order)
+    calls = {name: like.calls.get(name, 1) for name in norms}
+    order = _by_last_call(like.order, norms)
+    parts = (
+        part
+        for batch in itertools.chain(begin, rest)
+        for part in (one_by_one(model, [batch], feed) if loops else [batch])
+    )
     try:
-        for wave, first in _waves(model, norms, batches, feed, memory):
+        for wave in waves(((part, feed.layout.size(part) * like.nbytes) for part in parts), memory):
             seen += len(wave)
-            calls = {name: first.calls.get(name, 1) for name in norms}
-            with torch.no_grad(), passes(model, calls, wave, forward=feed, places=first.places) as every:
-                order = _by_last_call(first.order, norms)
+            with torch.no_grad(), passes(model, calls, wave, forward=feed, places=like.places) as every:
                 for name in order:
                     for shown in every.reach(name):
                         for inputs in shown:
                             pooled[name].add(inputs)
                     if pooled[name].count:
                         pooled[name].give(norms[name], seen)
-                    if name in first.ends() and name != order[-1]:
+                    if name in like.ends() and name != order[-1]:
                         every.restart()
     except BaseException:
         for buffer, value in before.items():
@@ -111,49 +125,16 @@ def reestimate_batchnorm(
     return sum(bool(each.count) for each in pooled.values())
 
 
-def _waves(
-    model: nn.Module, names: Iterable[str], batches: Iterable[Any], feed: Feed, memory: int
-) -> Iterator[tuple[list[Any], Probe]]:
-    """Batches that wait together, at least one at a time, and what a pass is like."""
-    first: Probe | None = None
-    wave: list[Any] = []
-    size = 0.0
-    for batch in _parted(model, names, batches, feed):
-        first = first or probe(model, names, batch, forward=feed)
-        more = feed.layout.size(batch) * first.nbytes
-        if wave and size + more > memory:
-            yield wave, first
-            wave, size = [], 0.0
-        wave.append(batch)
-        size += more
-    if first and wave:
-        yield wave, first
-
-
-def _parted(model: nn.Module, names: Iterable[str], batches: Iterable[Any], feed: Feed) -> Iterator[Any]:
-    """Batches, of one sample each where a model loops over its samples: passes would stop at the first of them."""
-    loops: bool | None = None
-    for batch in batches:
-        if loops is None:
-            feed.decide(model, batch)
-            few, whole = (_calls(model, names, part, feed) for part in (feed.resized(batch, 1), batch))
-            loops = few is not None and whole is not None and whole > few
-        yield from one_by_one(model, [batch], feed) if loops else (batch,)
-
-
-def _calls(model: nn.Module, names: Iterable[str], batch: Any, feed: Feed) -> int | None:
-    """How often a pass calls some layers in all; None where it cannot be run."""
+def _calls(model: nn.Module, names: Iterable[str], batch: Any, feed: Feed) -> int:
+    """How often a pass of a whole batch calls some layers in all."""
     calls = 0
 
     def count(*_: Any) -> None:
         nonlocal calls
         calls += 1
 
-    try:
-        with observe(model, [Hook(model.get_submodule(name), count) for name in names], forward=feed) as run:
-            run(batch)
-    except Exception:  # a model may raise anything where it is given what it does not take
-        return None
+    with observe(model, [Hook(model.get_submodule(name), count) for name in names], forward=feed) as run:
+        run(batch)
     return calls
 
 

@@ -7,9 +7,9 @@ What it takes in memory is what the waiting passes hold alive.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.observe import Hook, hooked
 from spectrim.nn.watch.state import Place, State, evaluating, install, taken
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,20 @@ class Passes:
         for one in self._passes:
             one.end()
         self._network.put_back()
+
+
+def waves(sized: Iterable[tuple[T, float]], memory: float) -> Iterator[list[T]]:
+    """What goes together, by its bytes: as many as fit, at least one at a time."""
+    wave: list[T] = []
+    taken_up = 0.0
+    for each, nbytes in sized:
+        if wave and taken_up + nbytes > memory:
+            yield wave
+            wave, taken_up = [], 0.0
+        wave.append(each)
+        taken_up += nbytes
+    if wave:
+        yield wave
 
 
 @contextlib.contextmanager
