@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,6 +34,27 @@ if TYPE_CHECKING:
     from spectrim.train import Recipe
 
 SELECTORS = ("exact", "lagrangian", "greedy", "energy", "uniform")
+
+
+def model_argument(meaning: str) -> Any:
+    """MODEL, with what it means to a command."""
+    return typer.Argument(metavar="MODEL", autocompletion=completion.models, help=meaning)
+
+
+def weights_option(meaning: str) -> Any:
+    """``--weights``."""
+    return typer.Option("--weights", "-w", metavar="FILE", help=meaning)
+
+
+def data_option(meaning: str) -> Any:
+    """``--data``."""
+    return typer.Option("--data", "-d", metavar="DATA", autocompletion=completion.data, help=meaning)
+
+
+def budget_option(meaning: str) -> Any:
+    """``--budget``."""
+    return typer.Option("--budget", "-b", metavar="COST=VALUE", autocompletion=completion.budgets, help=meaning)
+
 
 Input = Annotated[
     str | None,
@@ -79,18 +100,14 @@ class NetworkOptions:
 
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL",
-            autocompletion=completion.models,
-            help="What returns it: file.py:function or package.module:function; or torchvision:NAME, timm:NAME, "
-            "hf:NAME. Options follow as ?key=value&key=value.",
+        model_argument(
+            "What returns it: file.py:function or package.module:function; or torchvision:NAME, timm:NAME, "
+            "hf:NAME. Options follow as ?key=value&key=value."
         ),
     ]
     weights: Annotated[
         Path | None,
-        typer.Option(
-            "--weights", "-w", metavar="FILE", help="Its weights: .safetensors, or .pt that holds a state_dict."
-        ),
+        weights_option("Its weights: .safetensors, or .pt that holds a state_dict."),
     ] = None
     batch: Batch = 1
     threads: Threads = None
@@ -107,14 +124,10 @@ class InputOptions:
 
     data: Annotated[
         str | None,
-        typer.Option(
-            "--data",
-            "-d",
-            metavar="DATA",
-            autocompletion=completion.data,
-            help="A few hundred samples like those of training, without labels if need be: imagefolder:DIR, "
+        data_option(
+            "A few hundred samples like those of training, without labels if need be: imagefolder:DIR, "
             "FILE.npz, FILE.csv, file.py:function, package.module:function, cifar10:DIR, fashion-mnist:DIR or "
-            "digits. Options follow as ?key=value.",
+            "digits. Options follow as ?key=value."
         ),
     ] = None
     input_shape: Input = None
@@ -306,13 +319,9 @@ class GoalOptions:
 
     budget: Annotated[
         list[str] | None,
-        typer.Option(
-            "--budget",
-            "-b",
-            metavar="COST=VALUE",
-            autocompletion=completion.budgets,
-            help="What the whole model may cost: macs=50% (or 0.5) of dense, parameters=1.2M, bytes=10MiB or "
-            "latency=3ms. Repeatable; all hold together.",
+        budget_option(
+            "What the whole model may cost: macs=50% (or 0.5) of dense, parameters=1.2M, bytes=10MiB or "
+            "latency=3ms. Repeatable; all hold together."
         ),
     ] = None
     cost: Costs = None
@@ -380,15 +389,11 @@ class FinishedOptions:
 
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL",
-            autocompletion=completion.models,
-            help="What returns the dense model, as compress takes it: file.py:function, torchvision:NAME, ...",
-        ),
+        model_argument("What returns the dense model, as compress takes it: file.py:function, torchvision:NAME, ..."),
     ]
     weights: Annotated[
         Path | None,
-        typer.Option("--weights", "-w", metavar="FILE", help="Weights of the dense model: .safetensors or .pt."),
+        weights_option("Weights of the dense model: .safetensors or .pt."),
     ] = None
     checkpoint: Annotated[
         Path | None,
@@ -417,13 +422,9 @@ class ExampleOptions:
 
     data: Annotated[
         str | None,
-        typer.Option(
-            "--data",
-            "-d",
-            metavar="DATA",
-            autocompletion=completion.data,
-            help="Batches, with labels where accuracy is measured: imagefolder:DIR, FILE.npz, FILE.csv, "
-            "file.py:function, ...; options follow as ?key=value.",
+        data_option(
+            "Batches, with labels where accuracy is measured: imagefolder:DIR, FILE.npz, FILE.csv, "
+            "file.py:function, ...; options follow as ?key=value."
         ),
     ] = None
     input_shape: Input = None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from spectrim.cli import completion, options
+from spectrim.cli import options
 from spectrim.cli.common import Output, command
 from spectrim.cli.data import check_data
 from spectrim.cli.references import UsageError
@@ -28,24 +28,12 @@ class PointOptions:
 
     budget: Annotated[
         list[str] | None,
-        typer.Option(
-            "--budget",
-            "-b",
-            metavar="COST=VALUE",
-            autocompletion=completion.budgets,
-            help="One point, as macs=50% or macs=50%,parameters=40%. Repeatable, the loosest first.",
-        ),
+        options.budget_option("One point, as macs=50% or macs=50%,parameters=40%. Repeatable, the loosest first."),
     ] = None
     cost: options.Costs = None
     data: Annotated[
         str | None,
-        typer.Option(
-            "--data",
-            "-d",
-            metavar="DATA",
-            autocompletion=completion.data,
-            help="Samples that layers are fitted to; some of --train by default.",
-        ),
+        options.data_option("Samples that layers are fitted to; some of --train by default."),
     ] = None
     folder: Annotated[
         Path,
