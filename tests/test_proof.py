@@ -12,26 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import spectrim as st
+from benchmarks.situation_table import Two
 from spectrim.application import carry_out
 from spectrim.nn.agreement import agreement
 from spectrim.nn.standing import StandIn
 
 BATCHES = [torch.randn(64, 32, generator=torch.Generator().manual_seed(n)) for n in range(3)]
-
-
-class Two(nn.Module):
-    """Two layers, one after the other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(32, 64), nn.Linear(64, 32)
-        self.begin()
-
-    def begin(self) -> None:
-        """Hold the layers in another way."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(F.relu(self.a(x)))
 
 
 class Listed(Two):
