@@ -12,8 +12,8 @@ import torch
 import spectrim as st
 from benchmarks import nets
 from benchmarks.run import claim
-from spectrim.channel_plans.stepwise import select_in_steps
 from spectrim.linalg import principal, subset
+from spectrim.search.stepwise import select_in_steps
 
 
 def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,9 @@ import torch
 import spectrim as st
 from benchmarks.paper_resnets import PaperResNet
 from benchmarks.run import claim
-from spectrim.methods.published_ranks import Assignment, choices_at_rate
 from spectrim.network.groups import residual
 from spectrim.network.sites import Sites
+from spectrim.search.published_ranks import Assignment, choices_at_rate
 
 # Label, scheme and proportion of what the paper compares.
 _SCHEMES = [

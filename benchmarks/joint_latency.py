@@ -12,12 +12,12 @@ from torch import nn
 import spectrim as st
 from benchmarks.paper_resnets import PaperResNet
 from benchmarks.run import claim
-from spectrim.methods.published_ranks import choices_at_rate
 from spectrim.network.groups import residual
 from spectrim.network.sites import Sites
 from spectrim.nn.build import skeleton
 from spectrim.nn.surgery import replace_module
 from spectrim.nn.timing import Timing, measure_latency
+from spectrim.search.published_ranks import choices_at_rate
 
 _SCHEMES = [("SVD", "svd"), ("LJSVD", "ljsvd"), ("RJSVD-1", "rjsvd-1"), ("Bi-JSVD 0.5", "bi-jsvd")]
 _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import spectrim as st
-from spectrim import pipeline, preparation
+from spectrim import preparation
 from spectrim.cost.counted import macs
 from spectrim.errors import InfeasibleBudgetError, PlanError
 from spectrim.network.layer import LayerSpec
@@ -23,6 +23,7 @@ from spectrim.nn.modules import Factored
 from spectrim.nn.standing import StandIn
 from spectrim.nn.surgery import parameter_count, size_in_bytes
 from spectrim.nn.timing import Timing
+from spectrim.search import measured
 from spectrim.selection.budget import Budget
 from spectrim.selection.plan import Plan
 from tests.cases import MODELS, batches_for, one_thread, sample_inputs, settled
@@ -228,7 +229,7 @@ class Clock:
         self.name, self.overhead, self.factor = name, overhead, factor
         self.seen: list[float] = []
         monkeypatch.setattr(preparation, "measure_latency", self.models)
-        monkeypatch.setattr(pipeline, "measure_latency", self.models)
+        monkeypatch.setattr(measured, "measure_latency", self.models)
 
     def latency(self) -> st.Latency:
         def timer(chains, **_: object) -> list[float]:

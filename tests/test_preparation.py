@@ -34,7 +34,7 @@ def busy(monkeypatch: pytest.MonkeyPatch) -> list[Mapping[str, nn.Module]]:
         timed.append(models)
         return dict.fromkeys(models, BUSY)
 
-    for caller in ("preparation", "pipeline"):
+    for caller in ("preparation", "search.measured"):
         monkeypatch.setattr(f"spectrim.{caller}.measure_latency", measure)
     return timed
 

@@ -13,7 +13,6 @@ from safetensors.torch import safe_open, save_file
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.channel_plans.widths import widths
 from spectrim.errors import CheckpointError, InfeasibleBudgetError, PlanError
 from spectrim.linalg.principal import energy_width, kl_width
 from spectrim.network.choices import DENSE, Choice
@@ -24,6 +23,7 @@ from spectrim.nn.checkpoint import same_weights
 from spectrim.nn.flops import flop_counter
 from spectrim.nn.surgery import parameter_count, size_in_bytes
 from spectrim.nn.watch.batches import evaluating
+from spectrim.search.widths import widths
 from spectrim.selection.plan import Entry, Plan
 from tests.cases import one_thread
 from tests.nn.coupled_nets import made

@@ -1,9 +1,6 @@
 """What type checkers and editors see of the package; ``__init__.py`` loads the same names on first use."""
 
 from spectrim.application import apply as apply
-from spectrim.channel_plans.widths import KL as KL
-from spectrim.channel_plans.widths import Energy as Energy
-from spectrim.channel_plans.widths import recommend as recommend
 from spectrim.cost.counted import macs as macs
 from spectrim.cost.counted import parameters as parameters
 from spectrim.cost.counted import size_bytes as size_bytes
@@ -48,6 +45,9 @@ from spectrim.pipeline import Result as Result
 from spectrim.pipeline import compress as compress
 from spectrim.report import compare as compare
 from spectrim.report import write_report as write_report
+from spectrim.search.widths import KL as KL
+from spectrim.search.widths import Energy as Energy
+from spectrim.search.widths import recommend as recommend
 from spectrim.selection.budget import Budget as Budget
 from spectrim.selection.candidates import Candidates as Candidates
 from spectrim.selection.plan import Plan as Plan

@@ -1,4 +1,4 @@
-"""Module paths of version 0.1, which lead to where their names live now until 0.3.
+"""Module paths of versions 0.1 and 0.2, which lead to where their names live now until 0.3.
 
 ``import spectrim`` puts :class:`Finder` at the end of the import system's list, so that it is asked only for what does
 not exist. To go with version 0.3.
@@ -16,6 +16,9 @@ from typing import Any
 # Where a former module's names live; of several modules the first that has a name.
 HOMES: dict[str, tuple[str, ...]] = {
     "spectrim.budget": ("spectrim.selection.budget",),
+    "spectrim.channel_plans": ("spectrim.search",),
+    "spectrim.channel_plans.stepwise": ("spectrim.search.stepwise",),
+    "spectrim.channel_plans.widths": ("spectrim.search.widths",),
     "spectrim.chains": ("spectrim.cost.chains", "spectrim.cost.rounds"),
     "spectrim.costs": ("spectrim.cost.counted",),
     "spectrim.coupling": ("spectrim.network.coupling",),
@@ -24,13 +27,14 @@ HOMES: dict[str, tuple[str, ...]] = {
     "spectrim.latency": ("spectrim.cost.latency",),
     "spectrim.narrowing": ("spectrim.network.narrowing",),
     "spectrim.plan": ("spectrim.selection.plan", "spectrim.selection.candidates", "spectrim.network.choices"),
-    "spectrim.rates": ("spectrim.methods.published_ranks",),
+    "spectrim.rates": ("spectrim.search.published_ranks",),
     "spectrim.selectors": ("spectrim.selection.selectors",),
     "spectrim.sites": ("spectrim.network.sites", "spectrim.network.layer"),
-    "spectrim.stepwise": ("spectrim.channel_plans.stepwise",),
+    "spectrim.stepwise": ("spectrim.search.stepwise",),
     "spectrim.trajectory": ("spectrim.selection.trajectory",),
     "spectrim.unfold": ("spectrim.linalg.unfold",),
-    "spectrim.widths": ("spectrim.channel_plans.widths",),
+    "spectrim.widths": ("spectrim.search.widths",),
+    "spectrim.methods.published_ranks": ("spectrim.search.published_ranks",),
     "spectrim.nn.batches": ("spectrim.nn.watch.batches",),
     "spectrim.nn.calibrate": ("spectrim.nn.watch.calibrate",),
     "spectrim.nn.filters": ("spectrim.nn.channels.graph",),
@@ -69,7 +73,10 @@ class Finder:
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(fullname, self) if fullname in HOMES else None  # pyright: ignore[reportArgumentType]
+        if fullname not in HOMES:
+            return None
+        package = any(name.startswith(f"{fullname}.") for name in HOMES)
+        return ModuleSpec(fullname, self, is_package=package)  # pyright: ignore[reportArgumentType]
 
     def create_module(self, spec: ModuleSpec) -> None:
         """Any module will do."""

@@ -10,37 +10,35 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import nn
 
 from spectrim.application import Applied, apply, carry_out
-from spectrim.channel_plans.stepwise import select_in_steps
 from spectrim.cost import counted
 from spectrim.cost.counted import Cost
 from spectrim.cost.latency import Latency
-from spectrim.errors import InfeasibleBudgetError, called_as
+from spectrim.errors import called_as
 from spectrim.methods import Method, on_offer
-from spectrim.network.choices import ChannelsChoice, Choice
+from spectrim.network.choices import ChannelsChoice
 from spectrim.network.printing import Grid, Printed, amount, cost_name, count, reasons, share, total
 from spectrim.network.sites import Sites
-from spectrim.network.skipped import Skipped
-from spectrim.nn.agreement import Agreement, agreement, check_comparable
+from spectrim.nn.agreement import Agreement, agreement, check_comparable, output_error
 from spectrim.nn.checkpoint import header_bytes
 from spectrim.nn.find import Which, check_model
-from spectrim.nn.sparse.kernels import choose_kernels
-from spectrim.nn.timing import Speed, Timing, measure_latency
+from spectrim.nn.timing import Speed, Timing, as_run
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.calibrate import few_rows
 from spectrim.nn.watch.layout import Where
-from spectrim.nn.watch.nesting import begun, checked_batches, listed, output_tensors, reads_once
+from spectrim.nn.watch.nesting import begun, checked_batches, listed, reads_once
 from spectrim.nn.watch.reconstruct import Errors
-from spectrim.nn.watch.sampling import Mask, Sampling, mask_of
-from spectrim.nn.watch.state import evaluating, kept
+from spectrim.nn.watch.sampling import Mask, Sampling
 from spectrim.nn.watch.work import uncounted_work
-from spectrim.preparation import Prepared, check_options, laid_out, locate, prepare
+from spectrim.preparation import Prepared, check_options, locate, prepare
 from spectrim.preparation import one_batch as one_batch  # its former place, until version 0.3
 from spectrim.progress import Progress, reports, silent, told
-from spectrim.selection.budget import COSTS, Budget, BudgetLike, Limit
+from spectrim.search.file_size import within_file
+from spectrim.search.measured import CLOSE, meet_latency, wanted_time
+from spectrim.search.stepwise import select_in_steps
+from spectrim.selection.budget import COSTS, Budget, BudgetLike
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
 from spectrim.selection.printed import plan_grid
@@ -49,15 +47,8 @@ from spectrim.tables import tabulate
 
 log = logging.getLogger(__name__)
 
-# A latency plan is selected, built, measured and corrected at most so often.
-_ROUNDS = 8
-# ... until the measured time is within this share of the budget.
-_CLOSE = 0.03
 # Nine in ten runs that take more than others by this share are told to be disturbed.
 _SPREAD = 0.25
-_HEADER = "names, shapes, digests and the plan, which the file holds beside numbers: fewer layers take fewer"
-# Bytes that a header may grow by from one plan to the next.
-_SLACK = 64
 # Layers that a printed result has at most.
 _LAYERS = 16
 # A share of a cost in what was left alone above which a user is told.
@@ -184,9 +175,9 @@ class Report(Printed):
         if limit is None or not self.measured:
             return
         small = self.measured["compressed"]
-        wanted = _wanted(limit, self.measured, self.plan.dense_costs["latency"])
+        wanted = wanted_time(limit, self.measured, self.plan.dense_costs["latency"])
         share = wanted / self.measured["dense"].quiet
-        met = "is met" if small.quiet <= wanted * (1 + _CLOSE) else "is NOT met"
+        met = "is met" if small.quiet <= wanted * (1 + CLOSE) else "is NOT met"
         said = (
             f"the latency budget {met}: {small.quiet:.3f} ms measured, {wanted:.3f} ms ({share:.0%} of dense) asked for"
         )
@@ -287,7 +278,7 @@ def compress(
     methods
         What may be chosen at each site; as for :func:`spectrim.tabulate` by default. With one that removes channels,
         these are found first (:func:`spectrim.couple`), the plan is made in steps
-        (:func:`spectrim.channel_plans.stepwise.select_in_steps`), and of plans that mix methods the one is taken whose
+        (:func:`spectrim.search.stepwise.select_in_steps`), and of plans that mix methods the one is taken whose
         outputs are closest to the dense network's.
     skip, only
         Layers to leave alone or keep to; see :func:`spectrim.find`.
@@ -399,7 +390,7 @@ def shrink(
     file = 0.0
     if budget.bytes is not None:
         file = table.dense["bytes"] + header_bytes(model)
-        sites, plan, table, budget = _within_file(model, sites, plan, table, budget, planned)
+        sites, plan, table, budget = within_file(model, sites, plan, table, budget, planned)
     measured: Mapping[str, Timing] = {}
     if latency is not None:
         plan, measured = meet_latency(
@@ -415,7 +406,7 @@ def shrink(
     )  # fmt: skip
     small = done.model
     if latency is not None:
-        small = _as_run(small, prepared.example, latency)
+        small = as_run(small, prepared.example, latency)
     notes = (*_said_of_rest(table, budget), *(_said_of_time(measured) if measured else ()))
     report = reported(
         model, small, sites, plan, done, batches, mask=prepared.sampling.mask, forward=forward, measured=measured,
@@ -454,32 +445,6 @@ def reported(
     return report
 
 
-def _within_file(
-    model: nn.Module,
-    sites: Sites,
-    plan: Plan,
-    table: Candidates,
-    budget: Budget,
-    planned: Callable[[Sites, Candidates, Budget], tuple[Plan, Candidates]],
-) -> tuple[Sites, Plan, Candidates, Budget]:
-    """A plan whose file is within a limit on bytes, a share being one of the dense network's file.
-
-    The file holds the plan, and the plan the layers: the header is counted as what nothing is chosen for, and the plan
-    made again.
-    """
-    limit = budget.limits({**table.dense, "bytes": table.dense["bytes"] + header_bytes(model)})["bytes"]
-    budget, room = budget.replace(bytes=Limit(limit)), 0
-    while (header := header_bytes(model, plan)) > room:
-        room, more = header + _SLACK, header + _SLACK - room
-        sites = dataclasses.replace(sites, other_bytes=sites.other_bytes + more)
-        fixed = {**table.fixed, "bytes": table.fixed["bytes"] + more}
-        others = tuple(each for each in table.skipped if each.reason != _HEADER)
-        told = Skipped("header", "text", _HEADER, {"bytes": float(room)})
-        table = dataclasses.replace(table, fixed=fixed, skipped=(*others, told))
-        plan, table = planned(sites, table, budget)
-    return sites, plan, table, budget
-
-
 def _said_of_layers(done: Applied) -> Iterator[str]:
     """What a user should know of layers that could not be reconstructed."""
     if done.unseen:
@@ -507,122 +472,6 @@ def _said_of_time(measured: Mapping[str, Timing]) -> Iterator[str]:
         yield f"the compressed model is SLOWER than dense: {small.p50:.3f} ms against {dense.p50:.3f} ms"
 
 
-def _wanted(limit: float, measured: Mapping[str, Timing], dense: float) -> float:
-    """A limit on latency, which was read against the dense time of a table, rescaled to the dense time of a run."""
-    return limit * measured["dense"].quiet / dense
-
-
-@torch.no_grad()
-def output_error(
-    dense: nn.Module,
-    compressed: nn.Module,
-    batches: Iterable[Any],
-    *,
-    samples: int = 512,
-    mask: Mask = None,
-    forward: Callable[[nn.Module, Any], Any] | None = None,
-) -> float:
-    """Share of the energy of a network's outputs that a compressed copy misses, on some samples; padding left out."""
-    feed = Feed.of(forward)
-    first, stream = begun(batches)
-    feed.decide(dense, first)
-    missed = energy = 0.0
-    seen = 0
-    with evaluating(dense, compressed), kept(dense), kept(compressed):
-        for batch in stream:
-            size = feed.layout.size(batch)
-            wanted, given = (output_tensors(feed(model, batch)) for model in (dense, compressed))
-            data = mask_of(batch, mask, size)
-            for a, b in zip(wanted, given, strict=True):
-                if data is not None and a.shape[:2] == data.shape:
-                    a, b = a[data.to(a.device)], b[data.to(b.device)]
-                missed += float((a.double() - b.double()).square().sum())
-                energy += float((a.double() - a.double().mean(0)).square().sum())
-            seen += size
-            if seen >= samples:
-                break
-    return missed / max(energy, 1e-300)
-
-
 def find_some(model: nn.Module, skip: Which | Iterable[Which], only: Which | Iterable[Which]) -> Sites:
     """The former name of :func:`spectrim.preparation.locate`, until version 0.3."""
     return locate(model, (), skip=skip, only=only)
-
-
-def _as_run(small: nn.Module, example: Any, latency: Latency) -> nn.Module:
-    """A compressed model in the memory format that is measured, its sparse layers run by their fastest kernels."""
-    small = laid_out(small, latency)
-    choose_kernels(small, example, threads=latency.threads)
-    return small
-
-
-def meet_latency(
-    model: nn.Module,
-    sites: Sites,
-    table: Candidates,
-    plan: Plan,
-    budget: Budget,
-    example: Any,
-    latency: Latency,
-    *,
-    selector: Selector = exact,
-    methods: Sequence[Method] | None = None,
-    close: float = _CLOSE,
-) -> tuple[Plan, Mapping[str, Timing]]:
-    """Build, measure and select again until the measured latency meets the budget.
-
-    Layer times do not add up exactly: caches, threads and the layers in between differ. The ratio of measured to
-    planned time of one round corrects the limit of the next.
-
-    Parameters
-    ----------
-    plan
-        The first to try, selected from ``table`` under ``budget``.
-    example
-        A batch as the network is timed with, from :func:`spectrim.preparation.one_batch`.
-    close
-        Share of the budget that may stay unused.
-
-    Returns
-    -------
-    plan, timings
-        The plan that came closest from below, and its times beside the dense network's. A budget without latency
-        leaves the plan as it is.
-    """
-    limit = budget.limits(table.dense).get("latency")
-    dense = laid_out(model, latency)
-    best: tuple[tuple[bool, float], Plan, Mapping[str, Timing]] | None = None
-    known: dict[tuple[Choice, ...], Mapping[str, Timing]] = {}
-    asked, too_fast, too_slow = limit, 0.0, math.inf
-    for number in range(_ROUNDS):
-        key = tuple(entry.choice for entry in plan)
-        if key not in known:
-            trial = _as_run(apply(model, sites, plan, methods=methods), example, latency)
-            known[key] = measure_latency({"dense": dense, "compressed": trial}, example, threads=latency.threads)
-        measured = known[key]
-        if limit is None or asked is None:
-            return plan, measured
-        wanted = _wanted(limit, measured, table.dense["latency"])
-        ratio = measured["compressed"].quiet / wanted
-        log.info("round %d: %.3f of %.3f ms", number + 1, measured["compressed"].quiet, wanted)
-        # Meeting the budget comes first; among plans that do, the one that uses most of it.
-        score = (ratio > 1, abs(ratio - 1))
-        if best is None or score < best[0]:
-            best = (score, plan, measured)
-        if 1 - close <= ratio <= 1:
-            break
-        if ratio > 1:
-            too_slow = min(too_slow, asked)
-        else:
-            too_fast = max(too_fast, asked)
-        # Follow the ratio, but never out of the interval that earlier rounds leave.
-        asked = asked / ratio * (0.99 if ratio > 1 else 1.0)
-        if not too_fast < asked < too_slow:
-            asked = (too_fast + too_slow) / 2 if too_slow < math.inf else too_fast * 1.2
-        try:
-            plan = select(table, budget.replace(latency=Limit(asked)), selector)
-        except InfeasibleBudgetError:
-            break
-    assert best is not None
-    # The plan says what was asked for, not the corrected limit that led there.
-    return dataclasses.replace(best[1], budget=budget.limits(table.dense)), best[2]

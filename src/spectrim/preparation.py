@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from types import NoneType
 from typing import Any
 
-import torch
 from torch import nn
 
 from spectrim.cost.latency import Latency
@@ -16,9 +15,9 @@ from spectrim.errors import PlanError
 from spectrim.network.groups import group
 from spectrim.network.sites import Sites
 from spectrim.nn.channels.graph import couple
-from spectrim.nn.copying import check_copyable, copy_model
+from spectrim.nn.copying import check_copyable
 from spectrim.nn.find import Which, find
-from spectrim.nn.timing import measure_latency
+from spectrim.nn.timing import as_timed, measure_latency
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.calibrate import calibrate, check_weights
 from spectrim.nn.watch.nesting import begun
@@ -150,7 +149,7 @@ def prepare(
         latency = Latency(device=spec.device, dtype=spec.dtype)
     example = one_batch(model, batches, latency.batch, feed)
     if dense_latency is None:
-        timings = measure_latency({"dense": laid_out(model, latency)}, example, threads=latency.threads)
+        timings = measure_latency({"dense": as_timed(model, latency)}, example, threads=latency.threads)
         dense_latency = timings["dense"].quiet
     return Prepared(sites, kept, latency, example, dense_latency, sampling)
 
@@ -161,10 +160,3 @@ def one_batch(model: nn.Module, batches: Iterable[Any], size: int, feed: Feed | 
     feed = (feed or Feed()).decide(model, first)
     args, kwargs = feed.arguments(model, feed.resized(first, size))
     return kwargs or args
-
-
-def laid_out(model: nn.Module, latency: Latency) -> nn.Module:
-    """The model in the memory format that is measured; a copy if that is not the plain one."""
-    if latency.memory_format == "contiguous":
-        return model
-    return copy_model(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 from spectrim import Plan, calibrate, couple, find
-from spectrim.channel_plans.widths import KL, Energy, recommend, widths
 from spectrim.cli.data import load_data
 from spectrim.cli.filter_widths import SHARES
 from spectrim.cli.filters import filter_notes, filter_values, planned_methods
 from spectrim.cli.methods import FILTERS as METHOD
 from spectrim.cli.models import load_compressed, load_model
 from spectrim.methods import ActivationSVD, PrincipalFilters, WeightSVD
+from spectrim.search.widths import KL, Energy, recommend, widths
 
 DATA = ("--data", "nets:batches")
 FILTERS = ("--method", METHOD)

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.channel_plans.stepwise import select_in_steps
-from spectrim.channel_plans.widths import recommend
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
 from spectrim.cost.whole import Network
 from spectrim.errors import InfeasibleBudgetError
-from spectrim.methods.published_ranks import at_rate
 from spectrim.network.choices import Choice
 from spectrim.network.layer import LayerSpec
 from spectrim.nn.standing import StandIn
+from spectrim.search.published_ranks import at_rate
+from spectrim.search.stepwise import select_in_steps
+from spectrim.search.widths import recommend
 from spectrim.selection.budget import Limit
 from tests.cases import MODELS, batches_for, one_thread, settled
 from tests.nn.coupled_nets import made

@@ -96,7 +96,7 @@ def test_the_final_network_meets_a_latency_budget_as_measured(monkeypatch, overh
         return {key: Timing((time,) * 3) for key, time in times.items()}
 
     measured: list[dict[str, float]] = []
-    monkeypatch.setattr("spectrim.pipeline.measure_latency", measure)
+    monkeypatch.setattr("spectrim.search.measured.measure_latency", measure)
     model, batches = settled("residual"), batches_for("residual")
     sites = st.calibrate(model, st.find(model), batches)
     methods = [WeightSVD(multiple_of=1)]

@@ -58,7 +58,7 @@ class Clock:
 
     def __init__(self, monkeypatch, overhead: float, drift: float = 0.0) -> None:
         self.overhead, self.drift, self.reading = overhead, drift, 0
-        for where in ("spectrim.pipeline", "spectrim.preparation"):
+        for where in ("spectrim.search.measured", "spectrim.preparation"):
             monkeypatch.setattr(f"{where}.measure_latency", self.models)
 
     def off(self) -> float:

@@ -74,7 +74,7 @@ def test_dense_latency_is_measured_in_the_layout_of_the_others(monkeypatch) -> N
         )
         return {k: Timing((1.0,) * 3) for k in models}
 
-    monkeypatch.setattr("spectrim.pipeline.measure_latency", measure)
+    monkeypatch.setattr("spectrim.search.measured.measure_latency", measure)
     monkeypatch.setattr("spectrim.preparation.measure_latency", measure)
     clock = st.Latency(cache=None, memory_format="channels_last", timer=fake_latency().timer)
     learn_ranks(

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spectrim.channel_plans.widths import KL, Energy, Recipe, widths
 from spectrim.cli.common import Output
 from spectrim.cli.filters import sample_notes
 from spectrim.cli.steps import print_skipped, skipped_values
 from spectrim.cost import counted
 from spectrim.cost.whole import Network
-from spectrim.linalg import principal
 from spectrim.methods import PrincipalFilters
 from spectrim.network.coupling import IN, OUT, THROUGH
 from spectrim.network.sites import Channels, Sites
+from spectrim.search.widths import KL, Energy, Recipe, widths
 
 SHARES = (0.8, 0.9, 0.95, 0.98, 0.99)
 """Of energy, as in the published figure."""
@@ -137,7 +136,6 @@ def _group(
     order: Mapping[str, int],
 ) -> dict[str, Any]:
     coupling, layers = site.coupling, {spec.name for spec in site.layers}
-    held = site.require(method.statistic, "the number of dead filters")
 
     def places(axis: str) -> list[str]:
         # Normalisation is no layer.
@@ -147,7 +145,7 @@ def _group(
     return {
         "name": site.name,
         "channels": coupling.channels,
-        "dead": len(principal.inactive(held.covariance[0])),
+        "dead": method.dead(site),
         "written_by": places(OUT),
         "passed_by": places(THROUGH),
         "read_by": places(IN),

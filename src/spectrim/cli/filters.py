@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from spectrim.channel_plans.widths import KL, Energy, recommend
 from spectrim.cli.methods import AUTO, FILTERS, Methods
 from spectrim.cli.references import UsageError
 from spectrim.cli.values import check_recipe
@@ -15,6 +14,7 @@ from spectrim.methods import Method, PrincipalFilters, from_record
 from spectrim.network.choices import ChannelsChoice
 from spectrim.network.sites import Sites
 from spectrim.nn.channels.graph import couple
+from spectrim.search.widths import KL, Energy, recommend
 from spectrim.selection.plan import Plan
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import Tensor
 
-from spectrim.channel_plans.widths import KL, Energy
 from spectrim.cli.common import Output
 from spectrim.cli.filters import (
     filter_notes,
@@ -40,6 +39,7 @@ from spectrim.nn.agreement import agreement
 from spectrim.nn.checkpoint import load, read_plan, save
 from spectrim.pipeline import Result, shrink
 from spectrim.report import compare
+from spectrim.search.widths import KL, Energy
 from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan

@@ -9,7 +9,6 @@ from torch import nn
 
 from spectrim.cli.methods import SPARSE
 from spectrim.cli.references import UsageError
-from spectrim.linalg import patterns
 from spectrim.methods import LowRankPlusSparse, Method
 from spectrim.network.sites import Sites
 from spectrim.nn.sparse.kernels import ChosenKernel, Kernel, choose_kernels
@@ -26,11 +25,7 @@ def check_patterns(methods: Iterable[Method], sites: Sites) -> None:
     """
     for method in methods:
         for name in method.patterns if isinstance(method, LowRankPlusSparse) else ():
-            if name == "taps":
-                has = any(max(s.spec.kernel, default=1) > 1 and not s.spec.transposed for s in sites)
-            else:
-                has = any(s.spec.allows(patterns.pattern(name)) for s in sites)
-            if not has:
+            if not any(method.takes_pattern(name, layer.spec) for layer in sites):
                 kinds = dict.fromkeys(f"{s.spec.kind}, {s.spec.in_channels} -> {s.spec.out_channels}" for s in sites)
                 raise UsageError(f"--method {SPARSE}: pattern {name!r} fits no layer of the model ({'; '.join(kinds)})")
 

@@ -216,6 +216,13 @@ class LowRankPlusSparse(Method):
 
         return [min(offered, key=lost)]
 
+    @staticmethod
+    def takes_pattern(name: str, spec: LayerSpec) -> bool:
+        """Whether the weight of such a layer can have a pattern, given by its name."""
+        if name == "taps":
+            return max(spec.kernel, default=1) > 1 and not spec.transposed
+        return spec.allows(patterns.pattern(name))
+
     def _patterns(self, site: Layer, layer: AdditiveLayer) -> Iterator[Pattern]:
         """The patterns on offer that the layer can have."""
         for name in self.patterns:

@@ -125,6 +125,11 @@ class PrincipalFilters(Method):
         held = site.require(self.statistic, type(self).__name__)
         return principal.spectrum(held.covariance[0])
 
+    def dead(self, site: Channels) -> int:
+        """Channels whose responses never vary."""
+        held = site.require(self.statistic, "the number of dead filters")
+        return len(principal.inactive(held.covariance[0]))
+
     def elimination(self, site: Channels) -> tuple[list[int], Tensor, float]:
         """The order in which channels go, the error once so many are gone ``[n]``, and the site's scale.
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from spectrim.errors import CalibrationError, SpectrimError
 from spectrim.nn.watch.batches import Feed, Forward
-from spectrim.nn.watch.nesting import output_tensors, transformed
+from spectrim.nn.watch.nesting import begun, output_tensors, transformed
 from spectrim.nn.watch.observe import observe
 from spectrim.nn.watch.sampling import Mask, mask_of
+from spectrim.nn.watch.state import evaluating, kept
 
 log = logging.getLogger(__name__)
 
@@ -169,3 +170,35 @@ class _Tally:
             return None
         top1 = self.same / self.rows if self.rows else None
         return Agreement(self.samples, math.sqrt(self.missed / self.energy), top1, held_out)
+
+
+@torch.no_grad()
+def output_error(
+    dense: nn.Module,
+    compressed: nn.Module,
+    batches: Iterable[Any],
+    *,
+    samples: int = 512,
+    mask: Mask = None,
+    forward: Forward | None = None,
+) -> float:
+    """Share of the energy of a network's outputs that a compressed copy misses, on some samples; padding left out."""
+    feed = Feed.of(forward)
+    first, stream = begun(batches)
+    feed.decide(dense, first)
+    missed = energy = 0.0
+    seen = 0
+    with evaluating(dense, compressed), kept(dense), kept(compressed):
+        for batch in stream:
+            size = feed.layout.size(batch)
+            wanted, given = (output_tensors(feed(model, batch)) for model in (dense, compressed))
+            data = mask_of(batch, mask, size)
+            for a, b in zip(wanted, given, strict=True):
+                if data is not None and a.shape[:2] == data.shape:
+                    a, b = a[data.to(a.device)], b[data.to(b.device)]
+                missed += float((a.double() - b.double()).square().sum())
+                energy += float((a.double() - a.double().mean(0)).square().sum())
+            seen += size
+            if seen >= samples:
+                break
+    return missed / max(energy, 1e-300)

@@ -15,8 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.cost.latency import Latency
 from spectrim.cost.rounds import Rounds, Timing, torch_threads
 from spectrim.cost.rounds import Speed as Speed
+from spectrim.nn.copying import copy_model
+from spectrim.nn.sparse.kernels import choose_kernels
 from spectrim.nn.watch.nesting import copied
 from spectrim.nn.watch.state import ALONE
 from spectrim.progress import Steps, reports_steps, told
@@ -187,3 +190,17 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes.items():
                 module.training = training
+
+
+def as_timed(model: nn.Module, latency: Latency) -> nn.Module:
+    """The model in the memory format that is measured; a copy if that is not the plain one."""
+    if latency.memory_format == "contiguous":
+        return model
+    return copy_model(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def as_run(small: nn.Module, example: Any, latency: Latency) -> nn.Module:
+    """A compressed model in the memory format that is measured, its sparse layers run by their fastest kernels."""
+    small = as_timed(small, latency)
+    choose_kernels(small, example, threads=latency.threads)
+    return small

@@ -37,8 +37,8 @@ from spectrim.nn.find import canonical
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.sampling import Mask, Sampling
-from spectrim.pipeline import meet_latency
 from spectrim.preparation import one_batch, prepare
+from spectrim.search.measured import meet_latency
 from spectrim.selection.budget import Budget, BudgetLike
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan

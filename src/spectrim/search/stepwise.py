@@ -19,7 +19,6 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from spectrim.channel_plans import entries
 from spectrim.cost.counted import Cost, known
 from spectrim.cost.latency import Latency
 from spectrim.cost.whole import Costs, Network, Picks
@@ -31,6 +30,7 @@ from spectrim.network.coupling import Coupling
 from spectrim.network.narrowing import narrowed
 from spectrim.network.sites import Sites
 from spectrim.progress import Progress, reports
+from spectrim.search import entries
 from spectrim.selection.budget import Budget, BudgetLike
 from spectrim.selection.candidates import Candidates, Option, Row
 from spectrim.selection.plan import Plan

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.channel_plans.stepwise import select_in_steps
 from spectrim.cost.counted import macs as counted_macs
 from spectrim.cost.counted import parameters
 from spectrim.cost.latency import Latency
@@ -20,6 +19,7 @@ from spectrim.nn.flops import flop_counter
 from spectrim.nn.surgery import parameter_count, size_in_bytes
 from spectrim.nn.watch.batches import evaluating
 from spectrim.pipeline import output_error
+from spectrim.search.stepwise import select_in_steps
 from spectrim.selection.plan import Plan
 from tests.cases import one_thread
 from tests.nn.coupled_nets import made

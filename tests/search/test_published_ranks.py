@@ -12,9 +12,9 @@ import spectrim as st
 from benchmarks.paper_resnets import PaperResNet
 from spectrim.errors import MissingMomentsError
 from spectrim.linalg.unfold import unfold, unfolding
-from spectrim.methods.published_ranks import at_rate, choices_at_rate
 from spectrim.network.groups import residual
 from spectrim.network.sites import Sites, Statistics
+from spectrim.search.published_ranks import at_rate, choices_at_rate
 
 SCHEMES = ["svd", "ljsvd", "rjsvd-1", "rjsvd-2", "bi-jsvd"]
 

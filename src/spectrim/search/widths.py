@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from spectrim.channel_plans import entries
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
 from spectrim.cost.whole import Network
@@ -24,6 +23,7 @@ from spectrim.linalg.bisection import last_number
 from spectrim.methods import PrincipalFilters, statistics
 from spectrim.network.choices import DENSE, Choice
 from spectrim.network.sites import Channels, Sites
+from spectrim.search import entries
 from spectrim.selection.budget import Budget, BudgetLike
 from spectrim.selection.candidates import shares
 from spectrim.selection.plan import Plan

@@ -1,1 +1,0 @@
-"""How many channels go: under a budget, and by the spectrum alone."""
