@@ -23,8 +23,8 @@ def check_patterns(methods: Iterable[Method], sites: Sites) -> None:
     UsageError
         Quotes the first of them.
     """
-    for method in methods:
-        for name in method.patterns if isinstance(method, LowRankPlusSparse) else ():
+    for method in (each for each in methods if isinstance(each, LowRankPlusSparse)):
+        for name in method.patterns:
             if not any(method.takes_pattern(name, layer.spec) for layer in sites):
                 kinds = dict.fromkeys(f"{s.spec.kind}, {s.spec.in_channels} -> {s.spec.out_channels}" for s in sites)
                 raise UsageError(f"--method {SPARSE}: pattern {name!r} fits no layer of the model ({'; '.join(kinds)})")
