@@ -157,7 +157,7 @@ def test_what_cannot_be_run_and_what_counts_otherwise_is_refused(monkeypatch: py
 
     def broken(change: Callable[[nn.Module], None]) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr("spectrim.application.Traits.give", lambda traits, small: change(small))
+            patch.setattr("spectrim.application.carried.Traits.give", lambda traits, small: change(small))
             st.apply(model, sites, plan, BATCHES)
 
     with pytest.raises(st.ProofError, match=r"the compressed network holds 1[\d,]+ parameters where its plan counts"):

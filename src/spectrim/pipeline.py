@@ -401,8 +401,8 @@ def shrink(
         # The header that the table counts is that of the compressed network's file.
         plan = dataclasses.replace(plan, dense_costs={**plan.dense_costs, "bytes": file})
     done = carry_out(
-        model, sites, plan, batches, methods=methods, reconstruct=reconstruct, rows=prepared.sampling.rows,
-        mask=prepared.sampling.mask, forward=forward, progress=progress,
+        model, sites, plan, batches, methods=methods, reconstruct=reconstruct, forward=forward,
+        sampling=prepared.sampling, progress=progress,
     )  # fmt: skip
     small = done.model
     if latency is not None:

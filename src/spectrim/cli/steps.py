@@ -63,9 +63,9 @@ def table_of(
 
 def carry_out(model: nn.Module, known: Prepared, table: Candidates, plan: Plan) -> Result:
     """Apply a plan to a model that has been prepared."""
-    mask, sites = known.sampling.mask, known.sites
-    done = application.carry_out(model, sites, plan, known.batches, rows=known.sampling.rows, mask=mask)
-    report = reported(model, done.model, sites, plan, done, known.batches, mask=mask)
+    sites = known.sites
+    done = application.carry_out(model, sites, plan, known.batches, sampling=known.sampling)
+    report = reported(model, done.model, sites, plan, done, known.batches, mask=known.sampling.mask)
     return Result(done.model, plan, report, table, sites)
 
 

@@ -332,8 +332,8 @@ class LearnedRanks:
                 )  # fmt: skip
         self.fitted = fitted
         self.applied = carry_out(
-            self.model, fitted, plan, batches, methods=self.methods, reconstruct=reconstruct, mask=mask,
-            forward=forward,
+            self.model, fitted, plan, batches, methods=self.methods, reconstruct=reconstruct, forward=forward,
+            sampling=Sampling(mask=mask),
         )  # fmt: skip
         return self.applied.model, plan
 

@@ -1,0 +1,169 @@
+"""A plan carried out: checked, step by step, proved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from spectrim.application.following import follow
+from spectrim.application.steps import ordered
+from spectrim.application.work import Work
+from spectrim.errors import PlanError
+from spectrim.methods import Method, as_methods, from_record
+from spectrim.network.choices import ChannelsChoice
+from spectrim.network.sites import Sites
+from spectrim.nn.build import skeleton
+from spectrim.nn.channels.removal import Removal
+from spectrim.nn.proof import Expected, check_copy, prove
+from spectrim.nn.shipping import carry
+from spectrim.nn.standing import Traits
+from spectrim.nn.watch.batches import Feed, one_by_one
+from spectrim.nn.watch.nesting import begun, checked_batches, listed, reads_once
+from spectrim.nn.watch.norms import reestimate_batchnorm
+from spectrim.nn.watch.reconstruct import Errors, Split
+from spectrim.nn.watch.sampling import Sampling
+from spectrim.progress import Progress, reports, told
+from spectrim.selection.plan import Plan
+
+# Bytes of activations that wait for a layer to be fitted.
+MEMORY = 4 << 30
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A plan carried out.
+
+    Attributes
+    ----------
+    model
+        The new model.
+    errors
+        What layers that were fitted to their present inputs miss of the dense answers, by the layer.
+    unseen
+        Layers that no forward pass stopped at in both networks: they were factorised as they were calibrated.
+    held
+        Which samples of every batch were held out.
+    notes
+        What could not be proved of the new model (:mod:`spectrim.nn.proof`), and why.
+    """
+
+    model: nn.Module
+    errors: Mapping[str, Errors] = field(default_factory=dict)
+    unseen: tuple[str, ...] = ()
+    held: tuple[Tensor, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def held_out(self) -> int:
+        """Samples that were not fitted, to tell how far layers may go from their dense weights."""
+        return sum(int(each.sum()) for each in self.held)
+
+
+@reports
+def carry_out(
+    model: nn.Module,
+    sites: Sites,
+    plan: Plan,
+    batches: Iterable[Any] | None = None,
+    *,
+    methods: Method | Sequence[Method] | None = None,
+    reconstruct: bool = True,
+    batchnorm: bool | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    memory: int = MEMORY,
+    progress: Progress | bool | None = None,
+) -> Applied:
+    """As :func:`spectrim.apply`, which gives the model alone, with what was learned on the way."""
+    feed = Feed.of(forward)
+    if batches is not None and reads_once(checked_batches(batches)):
+        raise PlanError("batches are read several times; pass a list or a DataLoader, not an iterator")
+    makers = _makers(plan, methods)
+    _check(plan, sites)
+    removed = {e.site: e.choice.kept for e in plan if isinstance(e.choice, ChannelsChoice)}
+    removal = Removal.of(model, sites, removed)
+    entries = [entry for entry in plan if entry.site not in _channels(removal.sites)]
+    for entry in entries:
+        if not entry.choice.is_dense:
+            skeleton(entry.choice, [removal.sites.layer(name).spec for name in entry.sites])
+    groups = {entry.site: entry.members for entry in plan if entry.members}
+    expected = Expected.of(sites, {entry.site: entry.choice for entry in plan}, groups, tuple(makers.values()))
+    first = None if batches is None else begun(batches)[0]
+    if first is not None:
+        feed.decide(model, first)
+        check_copy(model, removal.model, expected, first, feed)
+    work = Work(model, removal, batches is not None and reconstruct, feed)
+    held: tuple[Tensor, ...] = ()
+    steps = ordered(work, entries, makers)
+    if batches is not None and work.follows:
+        batches = listed(batches)
+        # A pass that loops over its samples would stop at the first of them, or come to layers with dense ones before.
+        apart = one_by_one(model, batches, feed) if sites.loops else batches
+        work.split = Split.of(apart, rows=sampling.rows, mask=sampling.mask, layout=feed.layout)
+        follow(work, steps, apart, memory, told(progress))
+        held = Split.of(batches, mask=sampling.mask, layout=feed.layout).held if sites.loops else work.split.held
+    else:
+        for done, step in enumerate(steps):
+            step.put(work, step.layer, False)
+            told(progress)("apply", done + 1, len(steps))
+    if batches is not None and (not work.follows if batchnorm is None else batchnorm):
+        reestimate_batchnorm(removal.model, batches, forward=feed, memory=memory)
+    Traits.of(model).give(removal.model)
+    carry(removal.model, plan)
+    names = [step.layer.name for step in steps] if work.split.samples else []
+    unseen = tuple(name for name in names if name not in work.reached)
+    notes = () if first is None else tuple(prove(model, removal.model, expected, first, forward=feed))
+    return Applied(removal.model, work.errors, unseen, held, (*_edited(plan, expected), *notes))
+
+
+def _edited(plan: Plan, expected: Expected) -> Iterator[str]:
+    """What a plan says it costs, where its choices cost something else."""
+    for cost, value in expected.planned.items():
+        told = plan.costs.get(cost, value)
+        if not math.isclose(told, value, rel_tol=1e-6, abs_tol=0.5):
+            yield (
+                f"the plan says {told:,.0f} {cost}, its choices come to {value:,.0f}: was it edited, or made for other "
+                "inputs?"
+            )
+
+
+def _check(plan: Plan, sites: Sites) -> None:
+    """Raise PlanError unless the plan is for these sites."""
+    names = [name for entry in plan for name in entry.sites]
+    missing = [e.site for e in plan if isinstance(e.choice, ChannelsChoice) and e.site not in _channels(sites)]
+    if missing:
+        raise PlanError(
+            f"the plan removes channels {missing[0]!r}, which the sites do not have"
+            + ("" if sites.couplings else "; find them with couple(model, sites, example) first")
+        )
+    known = {site.name for site in sites} | _channels(sites)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise PlanError(f"the plan names sites that the model does not have: {', '.join(map(repr, unknown))}")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise PlanError(f"the plan names sites more than once: {', '.join(map(repr, twice))}")
+
+
+def _channels(sites: Sites) -> set[str]:
+    return {coupling.name for coupling in sites.couplings}
+
+
+def _makers(plan: Plan, methods: Method | Sequence[Method] | None) -> dict[str, Method]:
+    makers = {method.name: method for method in as_methods(methods or ())}
+    for entry in plan:
+        choice, name = entry.choice, entry.choice.method
+        if choice.is_dense:
+            continue
+        if name not in makers and name not in plan.methods:
+            raise PlanError(f"site {entry.site!r} uses method {name!r}, which the plan does not describe")
+        if name not in makers:
+            makers[name] = from_record(plan.methods[name])
+        if not isinstance(choice, makers[name].offers):
+            kinds = f"{makers[name].offers.kind!r} choices, not {choice.kind!r} ones"
+            raise PlanError(f"site {entry.site!r}: method {name} carries out {kinds}")
+    return makers

@@ -1,0 +1,89 @@
+"""Steps carried out while the dense network and the one that is compressed run side by side."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from spectrim.application.steps import Step
+from spectrim.application.work import Stop, Work
+from spectrim.nn.watch.junctions import junctions
+from spectrim.nn.watch.lockstep import lockstep
+from spectrim.nn.watch.passes import waves
+from spectrim.nn.watch.probe import Probe, probe
+from spectrim.progress import Progress
+
+log = logging.getLogger(__name__)
+
+
+def follow(
+    work: Work,
+    steps: Sequence[Step],
+    batches: Sequence[Any],
+    memory: int,
+    tell: Progress,
+) -> None:
+    """Carry out the steps while both networks run side by side.
+
+    Batches whose activations do not fit in memory at once go one wave after the other: each fits every layer to what
+    has been seen so far, beside layers that were fitted to the waves before.
+    """
+    names = [step.layer.name for step in steps]
+    if not batches or not names:
+        return
+    like = Probe(names) if _small(work, memory) else probe(work.dense, names, batches[0], forward=work.feed)
+    calls = {name: like.calls.get(name, 1) for name in names}
+    again = _restarts(names, like)
+    sums = junctions(work.dense, names, batches[0], forward=work.feed)
+    nbytes = [each.size * like.nbytes * 2 for each in work.split.samples]
+    together = list(waves(enumerate(nbytes), memory))
+    if len(together) > 1:
+        log.info(
+            "activations would take more than %d bytes: %d batches go in %d waves", memory, len(batches), len(together)
+        )
+    if again:
+        log.debug("forward passes start again behind %s", ", ".join(sorted(again)))
+    for number, wave in enumerate(together):
+        first, last = wave[0], wave[-1] + 1
+        log.debug("batches %d to %d", first + 1, last)
+        part = work.split.part(first, last)
+        with lockstep(
+            work.dense, work.removal.model, calls, batches[first:last], forward=work.feed, places=like.places, sums=sums
+        ) as hub:
+            for done, step in enumerate(steps):
+                work.stop = Stop(hub.reach(step.layer.name), part)
+                observed = bool(work.stop.seen) and step.observable(work)
+                step.put(work, work.observe(step.layer) if observed else step.layer, observed)
+                work.left(step.layer)
+                if step.layer.name in again:
+                    hub.restart()
+                tell("apply", number * len(steps) + done + 1, len(together) * len(steps))
+        work.stop = None
+    for name in names:
+        # What was put in while both were in evaluation mode.
+        work.removal.model.get_submodule(name).train(work.dense.get_submodule(name).training)
+
+
+def _small(work: Work, memory: int) -> bool:
+    """Whether layers are called once and all that could be alive surely fits, so that nothing need be tried."""
+    specs = [layer.spec for layer in work.removal.sites]
+    samples = sum(each.size for each in work.split.samples)
+    if work.removal.sites.keeps_state or any(len(spec.inputs) != 1 for spec in specs):
+        return False
+    outputs = [spec.out_channels * math.prod(spec.output_shape(spec.inputs[0])) * spec.dtype.itemsize for spec in specs]
+    # Normalisation, activations, attention: what is beside the layers is of their size.
+    return 2 * 8 * samples * sum(outputs) <= memory
+
+
+def _restarts(names: Sequence[str], like: Probe) -> set[str]:
+    """Layers, in the order they are fitted in, after which passes start again; none where no layer comes after."""
+    place = {name: number for number, name in enumerate(names)}
+    cuts, ends = set(), like.ends()
+    so_far = -1
+    for name in like.order:
+        so_far = max(so_far, place[name])
+        if name in ends and so_far + 1 < len(names):
+            cuts.add(names[so_far])
+    return cuts

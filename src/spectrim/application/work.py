@@ -1,0 +1,99 @@
+"""A network that is compressed layer by layer, and where both networks are while they run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from spectrim.network.factors import Factors, LowRank, SharedBasis
+from spectrim.network.sites import Layer
+from spectrim.nn.channels.removal import Removal
+from spectrim.nn.modules import Factored
+from spectrim.nn.surgery import replace_module
+from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.calibrate import in_full
+from spectrim.nn.watch.lockstep import Seen
+from spectrim.nn.watch.reconstruct import Errors, Joint, Split, refit_second
+
+
+@dataclass(frozen=True)
+class Stop:
+    """What all passes show at the layer they stop at, of the samples of these batches."""
+
+    seen: Sequence[Seen]
+    split: Split
+
+
+@dataclass
+class Work:
+    """A network that is compressed layer by layer, beside the dense one that it is fitted to.
+
+    Attributes
+    ----------
+    follows
+        Whether layers are fitted to what the compressed ones before them deliver.
+    split
+        The samples that they are fitted to.
+    stop
+        Where both networks are, while they run.
+    joints
+        Moments by the layer, as long as more batches come; those of the second layers of pairs by their own names.
+    errors
+        What was learned on the way: see :class:`Applied`.
+    reached
+        Layers that passes of both networks have stopped at.
+    """
+
+    dense: nn.Module
+    removal: Removal
+    follows: bool
+    feed: Feed
+    split: Split = field(default_factory=lambda: Split.of(()))
+    stop: Stop | None = None
+    joints: dict[str, Joint] = field(default_factory=dict)
+    errors: dict[str, Errors] = field(default_factory=dict)
+    reached: set[str] = field(default_factory=set)
+
+    def narrows(self, layer: Layer) -> bool:
+        """Whether a layer has lost channels."""
+        return layer.name in self.removal.changed
+
+    def observe(self, layer: Layer) -> Layer:
+        """A layer as it is to be fitted: the inputs it is given now, and what the dense one answers."""
+        assert self.stop is not None
+        sketch = layer.statistics.input is None and not in_full(layer.spec)
+        joint = self.joints.get(layer.name)
+        if joint is None:
+            outputs = self.removal.outputs(layer.name)
+            joint = self.joints[layer.name] = Joint.of(layer, sketch=sketch, outputs=outputs)
+        joint.add(self.stop.seen, self.stop.split)
+        return joint.layer(layer)
+
+    def put(self, layer: Layer, module: nn.Module, factors: Factors, *, observed: bool) -> None:
+        """Put a module in place of a layer. One fitted to nothing that was observed has its second factor fitted."""
+        if self.stop is not None and self.stop.seen and not observed and _owns_second(factors):
+            assert isinstance(module, Factored)
+            second = f"{layer.name}.1"
+            joint = refit_second(module, layer, self.stop.seen, self.stop.split, self.joints.get(second))
+            if joint is not None:
+                self.joints[second] = joint
+        replace_module(self.removal.model, layer.spec.names, module)
+
+    def left(self, layer: Layer) -> None:
+        """Both networks go on from a layer: what it was fitted to is dropped unless more batches come."""
+        assert self.stop is not None
+        if self.stop.seen:
+            self.reached.add(layer.name)
+        joint = self.joints.get(layer.name)
+        errors = joint and joint.errors(self.removal.model.get_submodule(layer.name))
+        if errors:
+            self.errors[layer.name] = errors
+        if len(self.stop.split.samples) == len(self.split.samples):
+            self.joints.clear()
+
+
+def _owns_second(factors: Factors) -> bool:
+    """Whether the second layer of a pair is the layer's own and may be fitted to it alone."""
+    return isinstance(factors, LowRank) or (isinstance(factors, SharedBasis) and not factors.ranks[1])
