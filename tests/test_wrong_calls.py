@@ -46,6 +46,39 @@ def test_other_arguments_than_a_verb_has(call: Callable[[nn.Module], object], sa
     assert said in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (
+            lambda m, s, t, p: ANY.calibrate(m, [BATCH]),
+            "sites is a list: expected a Sites. Write calibrate(model, find(",
+        ),
+        (lambda m, s, t, p: ANY.calibrate(m, s), "Write calibrate(model, find(model), batches)"),
+        (lambda m, s, t, p: ANY.calibrate(sites=m, model=s, batches=[BATCH]), "sites is a Sequential: expected a Sites"),
+        (lambda m, s, t, p: ANY.couple(s, m, BATCH), "Write couple(model, find(model), example)"),
+        (lambda m, s, t, p: ANY.group(m), "Write group(sites)"),
+        (
+            lambda m, s, t, p: ANY.tabulate(m, st.WeightSVD()),
+            "sites is a Sequential: expected a Sites. Write tabulate(",
+        ),
+        (lambda m, s, t, p: ANY.select(s, "macs=50%"), "candidates is a Sites: expected a Candidates. Write select("),
+        (lambda m, s, t, p: ANY.select(t), "Write select(table, 'macs=50%')"),
+        (lambda m, s, t, p: ANY.apply(m, p, s), "sites is a Plan: expected a Sites. Write apply(model, sites, plan"),
+        (lambda m, s, t, p: ANY.apply(m, s, t), "plan is a Candidates: expected a Plan"),
+        (lambda m, s, t, p: ANY.apply(m, s), "Write apply(model, sites, plan, batches)"),
+        (lambda m, s, t, p: ANY.compare(m, "small", BATCH), "compressed is a str: expected a Module. Write compare("),
+        (lambda m, s, t, p: ANY.load("m", "small.safetensors"), "model is a str: expected a Module. Write load(make_"),
+    ],
+)
+def test_steps_that_are_given_what_another_takes(call: Callable[..., object], said: str) -> None:
+    model = net()
+    sites = st.find(model)
+    table = st.tabulate(sites, st.WeightSVD())
+    with pytest.raises(TypeError) as caught:
+        call(model, sites, table, st.select(table, "parameters=90%"))
+    assert said in str(caught.value)
+
+
 def test_errors_of_a_verb_itself_stay_as_they_are() -> None:
     with pytest.raises(TypeError, match="^the model is a str: expected a torch.nn.Module$"):
         ANY.compress("resnet18", [BATCH], "macs=50%")

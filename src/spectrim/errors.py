@@ -114,6 +114,10 @@ class ExportError(SpectrimError, RuntimeError):
     """An exported program could not be made, or does not compute what the model computes."""
 
 
+def _a(word: str) -> str:
+    return f"an {word}" if word[0] in "AEIOUaeiou" else f"a {word}"
+
+
 def did_you_mean(word: str, known: Iterable[str], other_names: Mapping[str, str] = MappingProxyType({})) -> str:
     """A question that may follow what is said of an unknown name: `` Did you mean 'macs'?``, or nothing.
 
@@ -133,12 +137,22 @@ def did_you_mean(word: str, known: Iterable[str], other_names: Mapping[str, str]
     return f" Did you mean {found!r}?" if found in names else ""
 
 
-def called_as(cure: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a verb that is called with other arguments than it has say what was meant: a name of its own, or ``cure``."""
+def called_as(cure: str, **kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a verb that is called with other arguments than it has say what was meant: a name of its own, or ``cure``.
+
+    Arguments named in ``kinds`` that are of another type are refused with it too, before the verb begins.
+    """
 
     def explained(verb: Callable[P, R]) -> Callable[P, R]:
+        places = list(verb.__code__.co_varnames) if kinds else []
+
         @functools.wraps(verb)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name, given in {**dict(zip(places, args, strict=False)), **kwargs}.items():
+                if not isinstance(given, kinds.get(name, object)):
+                    raise TypeError(
+                        f"{name} is {_a(type(given).__name__)}: expected {_a(kinds[name].__name__)}. {cure}"
+                    )
             try:
                 return verb(*args, **kwargs)
             except TypeError as error:

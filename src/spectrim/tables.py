@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
 from spectrim.cost.whole import Network
+from spectrim.errors import called_as
 from spectrim.methods import ActivationSVD, Curve, JointSVD, Method, WeightSVD, on_offer
 from spectrim.network.choices import DENSE, Choice
 from spectrim.network.sites import Channels, Site, Sites
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 
 @reports
+@called_as("Write tabulate(sites, methods), with the sites of find or calibrate", sites=Sites)
 def tabulate(
     sites: Sites,
     methods: Method | Sequence[Method] | None = None,

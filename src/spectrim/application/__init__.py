@@ -10,6 +10,7 @@ from torch import nn
 from spectrim.application.carried import MEMORY
 from spectrim.application.carried import Applied as Applied
 from spectrim.application.carried import carry_out as carry_out
+from spectrim.errors import called_as
 from spectrim.methods import Method
 from spectrim.network.sites import Sites
 from spectrim.nn.watch.batches import Feed
@@ -20,6 +21,12 @@ from spectrim.selection.plan import Plan
 
 
 @reports
+@called_as(
+    "Write apply(model, sites, plan, batches), with the sites of calibrate and the plan of select",
+    model=nn.Module,
+    sites=Sites,
+    plan=Plan,
+)
 def apply(
     model: nn.Module,
     sites: Sites,

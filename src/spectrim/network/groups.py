@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
+from spectrim.errors import called_as
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Sites, Skipped
 
 _RULES = ("inputs", "repeated")
 
 
+@called_as("Write group(sites), with the sites of find or calibrate", sites=Sites)
 def group(
     sites: Sites,
     groups: Mapping[str, Sequence[str]] | None = None,

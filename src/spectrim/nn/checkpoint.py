@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast, overload, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import CheckpointError, PlanError
+from spectrim.errors import CheckpointError, PlanError, called_as
 from spectrim.network import tensor_files
 from spectrim.network.choices import ChannelsChoice, SumChoice
 from spectrim.network.coupling import IN
@@ -149,6 +149,7 @@ def _listed(plans: Sequence[Plan]) -> str:
     return json.dumps([plan.to_json(lines=False) for plan in plans])
 
 
+@called_as("Write load(make_model(), path), with a new dense model of the same architecture", model=nn.Module)
 def load(model: nn.Module, path: str | Path) -> nn.Module:
     """Rebuild a compressed model from the original constructor's model and a checkpoint.
 

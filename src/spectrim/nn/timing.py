@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.cost.latency import Latency
+from spectrim.cost.latency import device_name as device_name
 from spectrim.cost.rounds import Rounds, Timing, torch_threads
 from spectrim.cost.rounds import Speed as Speed
 from spectrim.nn.copying import copy_model

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from spectrim.errors import called_as
 from spectrim.network.printing import Grid, Printed
 from spectrim.network.printing import show as show
 from spectrim.nn.surgery import parameter_count
@@ -184,6 +185,7 @@ class Comparison(Printed):
         return f"Comparison({', '.join(f'{row.metric}: {row.change}' for row in self.rows)})"
 
 
+@called_as("Write compare(dense, compressed, example), with one batch of inputs", dense=nn.Module, compressed=nn.Module)
 def compare(
     dense: nn.Module,
     compressed: nn.Module,

@@ -11,7 +11,7 @@ def machine_facts() -> dict[str, str]:
     """Processor, memory, threads, accelerator and versions, as text by name."""
     import torch
 
-    from spectrim.cost.latency import device_name
+    from spectrim.nn.timing import device_name
 
     facts = {
         "processor": device_name("cpu"),

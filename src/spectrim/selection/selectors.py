@@ -26,6 +26,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from spectrim.errors import called_as
 from spectrim.selection import knapsack
 from spectrim.selection.budget import Budget, BudgetLike
 from spectrim.selection.budgeted import Budgeted
@@ -154,6 +155,7 @@ def exact(candidates: Candidates, budget: Budget) -> Plan:
     return budgeted.plan(items, picks, "exact", max(bound, min(proven, best)))
 
 
+@called_as("Write select(table, 'macs=50%'), with the table of tabulate(sites)", candidates=Candidates)
 def select(candidates: Candidates, budget: BudgetLike, selector: Selector = exact) -> Plan:
     """Choose one option a site so that the network meets the budget and loses little.
 

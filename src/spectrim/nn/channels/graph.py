@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from spectrim.errors import called_as
 from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Coupling, Side
 from spectrim.network.sites import Layer, Sites, Skipped
 from spectrim.nn.channels.experiments import Experiments
@@ -44,6 +45,7 @@ _VISITS = 16
 _ATTENTION = re.compile(r"ScaledDot|Softmax|Bmm|Attention", re.IGNORECASE)
 
 
+@called_as("Write couple(model, find(model), example)", model=nn.Module, sites=Sites)
 def couple(
     model: nn.Module,
     sites: Sites,

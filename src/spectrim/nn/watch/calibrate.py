@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.cost.counted import macs, parameters, size_bytes
-from spectrim.errors import CalibrationError, ForwardError, SpectrimError
+from spectrim.errors import CalibrationError, ForwardError, SpectrimError, called_as
 from spectrim.linalg.unfold import unfoldings
 from spectrim.network.coupling import IN
 from spectrim.network.layer import LayerSpec
@@ -52,6 +52,7 @@ FEWEST = 1024
 
 
 @reports_steps
+@called_as("Write calibrate(model, find(model), batches)", model=nn.Module, sites=Sites)
 def calibrate(
     model: nn.Module,
     sites: Sites,
