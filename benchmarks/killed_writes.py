@@ -216,10 +216,15 @@ def start(action: Action, folder: Path, at: int | None = None) -> Child:
 
 
 def files(folder: Path) -> Iterator[Path]:
-    """All but what is being written."""
+    """All but what is being written or removed."""
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and not any(part.endswith(".spectrim") for part in path.relative_to(folder).parts):
+        if path.is_file() and not _passing(path.relative_to(folder)):
             yield path
+
+
+def _passing(path: Path) -> bool:
+    """Whether a path is one of a writer at work, or the mark of a folder that is on its way out."""
+    return path.name == ".writing" or any(part.endswith(".spectrim") for part in path.parts)
 
 
 def damaged(folder: Path) -> list[str]:
@@ -236,7 +241,8 @@ def damaged(folder: Path) -> list[str]:
 def state(folder: Path) -> dict[str, Any]:
     """What a folder holds, by the name; None for what is left of writing."""
     whole = {path.relative_to(folder).as_posix(): content(path) for path in files(folder)}
-    return whole | {path.relative_to(folder).as_posix(): None for path in folder.rglob("*.spectrim")}
+    found = (path.relative_to(folder) for path in folder.rglob("*"))
+    return whole | {path.as_posix(): None for path in found if _passing(path)}
 
 
 def content(path: Path) -> Any:

@@ -54,7 +54,10 @@ def test_other_arguments_than_a_verb_has(call: Callable[[nn.Module], object], sa
             "sites is a list: expected a Sites. Write calibrate(model, find(",
         ),
         (lambda m, s, t, p: ANY.calibrate(m, s), "Write calibrate(model, find(model), batches)"),
-        (lambda m, s, t, p: ANY.calibrate(sites=m, model=s, batches=[BATCH]), "sites is a Sequential: expected a Sites"),
+        (
+            lambda m, s, t, p: ANY.calibrate(sites=m, model=s, batches=[BATCH]),
+            "sites is a Sequential: expected a Sites",
+        ),
         (lambda m, s, t, p: ANY.couple(s, m, BATCH), "Write couple(model, find(model), example)"),
         (lambda m, s, t, p: ANY.group(m), "Write group(sites)"),
         (
