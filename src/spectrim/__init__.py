@@ -44,6 +44,7 @@ _HOMES = {
     "Site": "network.sites",
     "Sites": "network.sites",
     "SpectrimError": "errors",
+    "Sweep": "selection.front",
     "Trajectory": "selection.trajectory",
     "UnsupportedLayerError": "errors",
     "WeightSVD": "methods",
@@ -71,6 +72,7 @@ _HOMES = {
     "select": "selection.selectors",
     "sensitivity": "nn.watch.sensitivity",
     "size_bytes": "cost.counted",
+    "sweep": "train",
     "tabulate": "tables",
     "write_report": "report",
 }

@@ -50,6 +50,7 @@ from spectrim.search.widths import Energy as Energy
 from spectrim.search.widths import recommend as recommend
 from spectrim.selection.budget import Budget as Budget
 from spectrim.selection.candidates import Candidates as Candidates
+from spectrim.selection.front import Sweep as Sweep
 from spectrim.selection.plan import Plan as Plan
 from spectrim.selection.selectors import select as select
 from spectrim.selection.trajectory import Trajectory as Trajectory
@@ -58,6 +59,7 @@ from spectrim.train import LearnedRanks as LearnedRanks
 from spectrim.train import budget_path as budget_path
 from spectrim.train import fine_tune as fine_tune
 from spectrim.train import learn_ranks as learn_ranks
+from spectrim.train import sweep as sweep
 
 __version__: str
 __all__: list[str]

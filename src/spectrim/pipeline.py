@@ -365,10 +365,14 @@ def shrink(
     guard: bool = False,
     costs: Mapping[str, Cost] | None = None,
     selector: Selector = exact,
+    table: Candidates | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     progress: Progress = silent,
 ) -> Result:
-    """Compress a network that is prepared: tabulate, select, measure and correct, apply. As for :func:`compress`."""
+    """Compress a network that is prepared: tabulate, select, measure and correct, apply. As for :func:`compress`.
+
+    A ``table`` that was made for another budget is selected from again.
+    """
     sites, batches, latency = prepared.sites, prepared.batches, prepared.latency
     assert batches is not None
     making: dict[str, Any] = {
@@ -386,7 +390,7 @@ def shrink(
         table = tabulate(sites, methods, **making) if table is None else table
         return select(table, limits, selector), table
 
-    plan, table = planned(sites, None, budget)
+    plan, table = planned(sites, table, budget)
     file = 0.0
     if budget.bytes is not None:
         file = table.dense["bytes"] + header_bytes(model)

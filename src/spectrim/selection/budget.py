@@ -195,6 +195,11 @@ class Budget:
     def __hash__(self) -> int:
         return hash(tuple(self._limits.items()))
 
+    def __str__(self) -> str:
+        """The limits as text, shares in percent: ``macs=50%,latency=3``."""
+        limits = self._limits.items()
+        return ",".join(f"{c}={f'{100 * n.number:.6g}%' if n.relative else f'{n.number:.10g}'}" for c, n in limits)
+
     def __repr__(self) -> str:
         if all(cost.isidentifier() for cost in self._stated):
             return f"Budget({', '.join(f'{cost}={amount!r}' for cost, amount in self._stated.items())})"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
     from spectrim.selection.candidates import Row
+    from spectrim.selection.front import Sweep
     from spectrim.selection.plan import Plan
 
 DENSE, PLANNED, CHOSEN, PALE, INK = "#a3adb8", "#2563c9", "#d9480f", "#d5dae0", "#1d2733"
@@ -105,6 +106,32 @@ def curves(rows: Sequence[Row], cost: str, unit: str, *, ax: Axes | None = None)
         else:
             bar = axes.figure.colorbar(ScalarMappable(cmap=colours), ax=axes, ticks=[0, 1])
             bar.ax.set_yticklabels([tail(row.site, 24) for row in (drawn[0], drawn[-1])])
+    return axes
+
+
+def points(sweep: Sweep, cost: str, *, ax: Axes | None = None) -> Axes:
+    """A dot a network, its quality over its cost, of another colour once it is trained; the front as a line."""
+    best = sweep.front(cost)
+    with drawn_on(ax, 6.4, 3.6) as axes:
+        for tuned, colour, label in ((False, PLANNED, "without training"), (True, CHOSEN, "fine-tuned")):
+            judged = [(point, point.tuned if tuned else point.carried_out) for point in sweep]
+            drawn = [(100 * p.costs[cost] / p.dense_costs[cost], sweep.quality(j)) for p, j in judged if j is not None]
+            if drawn:
+                axes.plot(*zip(*drawn, strict=True), "o", ms=5, color=colour, label=label, zorder=3)
+        line = [(100 * p.costs[cost] / p.dense_costs[cost], sweep.quality(p.judged)) for p in best]
+        if line:
+            axes.plot(*zip(*line, strict=True), color=INK, lw=0.9, label="front", zorder=2)
+        if sweep.dense is not None:
+            axes.axhline(sweep.dense, color=DENSE, lw=0.9, ls="--", label="dense", zorder=1)
+        for point in best:
+            at = (100 * point.costs[cost] / point.dense_costs[cost], sweep.quality(point.judged))
+            axes.annotate(point.asked, at, (4, -9), textcoords="offset points", fontsize=6.5, color=INK)
+        axes.set_xlim(0, 105)
+        axes.set_xlabel(f"{'measured time' if cost == 'milliseconds' else cost_label(cost)}, % of dense")
+        axes.set_ylabel(sweep.judged_by if sweep.judged_by == "metric" else f"{sweep.judged_by}, %")
+        axes.grid(True, color=GRID, lw=0.6)
+        axes.set_axisbelow(True)
+        axes.legend(loc="best")
     return axes
 
 

@@ -9,6 +9,7 @@ from spectrim.train.recipe import Recipe
 from spectrim.train.regrow import Regrow
 from spectrim.train.result import EpochRecord, TrainingResult
 from spectrim.train.schedule import PAPER_SCHEDULES, Schedule
+from spectrim.train.sweeping import Sweeping, sweep
 from spectrim.train.tune import fine_tune
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Recipe",
     "Regrow",
     "Schedule",
+    "Sweeping",
     "TrainingResult",
     "add_product_decay",
     "budget_path",
@@ -29,4 +31,5 @@ __all__ = [
     "fine_tune",
     "learn_ranks",
     "product_penalty",
+    "sweep",
 ]

@@ -1,0 +1,312 @@
+"""What a sweep over budgets found, a point a budget: plain values that can be printed, drawn, written and read."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import msgspec
+
+from spectrim.errors import PlanError
+from spectrim.network.files import read_document, write_text
+from spectrim.network.printing import Grid, Printed, amount, cost_name, count, share
+from spectrim.selection.plan import Plan
+from spectrim.selection.point import LARGEST, Judged, Point, finished, record_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Better = Literal["higher", "lower"]
+_SWEEP = "sweep.json"
+# What networks are judged by without a metric: the first that all points have.
+_SAME, _DIFFER = "same class first", "outputs differ"
+
+
+@dataclass(frozen=True)
+class Sweep(Printed):
+    """Networks of several sizes from one calibration. ``print(sweep)`` and notebooks show a table, a line a network.
+
+    It has a length, can be iterated and is indexed by number, the largest network first.
+
+    Attributes
+    ----------
+    points
+        Sorted by :attr:`cost`, the dearest first.
+    cost
+        That the budgets limit first.
+    dense
+        What ``evaluate`` returned for the dense network; None without it.
+    better
+        Which way of the metric is good.
+    unmet
+        Budgets that cannot be met, in words, and why.
+    made_by
+        Carries a plan out again, for :meth:`result`; None of a sweep that was read from files.
+
+    Examples
+    --------
+    >>> print(sweep)  # doctest: +SKIP
+    >>> small = sweep.result(-1).model  # doctest: +SKIP
+    """
+
+    points: tuple[Point, ...]
+    cost: str
+    dense: float | None = None
+    better: Better = "higher"
+    unmet: Mapping[str, str] = field(default_factory=dict)
+    made_by: Callable[[Plan], Any] | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        dearest = sorted(self.points, key=lambda point: -point.costs[self.cost])
+        object.__setattr__(self, "points", tuple(dearest))
+
+    def __len__(self) -> int:
+        return len(self.points)
+
+    def __iter__(self) -> Iterator[Point]:
+        return iter(self.points)
+
+    def __getitem__(self, number: int) -> Point:
+        return self.points[number]
+
+    def result(self, number: int) -> Any:
+        """The :class:`spectrim.Result` of a point, its network carried out again without training.
+
+        Raises
+        ------
+        ValueError
+            If the sweep was read from files, which hold no network.
+        """
+        if self.made_by is None:
+            raise ValueError(
+                "this sweep was read from files and has no network: call sweep(..., folder=) with the network and its "
+                "batches, which reads the same points, or give the plan of a point to spectrim.apply"
+            )
+        return self.made_by(self.points[number].plan)
+
+    @property
+    def judged_by(self) -> str:
+        """What networks are compared by: ``metric``, ``same class first`` (a share) or ``outputs differ``."""
+        if self.dense is not None:
+            return "metric"
+        judged = [point.judged for point in self.points]
+        return _SAME if judged and all(each.top1 is not None for each in judged) else _DIFFER
+
+    def quality(self, judged: Judged) -> float:
+        """How good a network is in what is compared, in percent where it is a share; NaN where it is not known."""
+        by = self.judged_by
+        value = judged.metric if by == "metric" else judged.top1 if by == _SAME else judged.error
+        if value is None:
+            return math.nan
+        return value if by == "metric" else 100 * value
+
+    @property
+    def higher_is_better(self) -> bool:
+        return self.judged_by == _SAME or (self.judged_by == "metric" and self.better == "higher")
+
+    def front(self, cost: str | None = None) -> tuple[Point, ...]:
+        """The points that no other one beats: none is as cheap and as good, and cheaper or better.
+
+        Parameters
+        ----------
+        cost
+            By default that which the budgets limit; also ``milliseconds`` where time was measured.
+
+        Raises
+        ------
+        ValueError
+            For a cost that the points do not have.
+        """
+        cost = self.cost if cost is None else cost
+        if not all(cost in point.costs for point in self.points):
+            known = ", ".join(self.points[0].costs)
+            raise ValueError(f"no cost {cost!r} at every point; there are {known}")
+        sign = 1 if self.higher_is_better else -1
+        known = [point for point in self.points if not math.isnan(self.quality(point.judged))]
+        # Few samples make shares that are often equal: then the outputs themselves decide.
+        ties = [p.judged.error or 0.0 if self.judged_by == _SAME else 0.0 for p in known]
+        at = [(p.costs[cost], (-sign * self.quality(p.judged), tie)) for p, tie in zip(known, ties, strict=True)]
+        return tuple(
+            point
+            for point, mine in zip(known, at, strict=True)
+            if not any(other[0] <= mine[0] and other[1] <= mine[1] and other != mine for other in at)
+        )
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The points as plain values, one dict a point.
+
+        Returns
+        -------
+        list of dict
+            ``asked``; each cost by its name and, with ``_dense``, of the dense network; ``metric``, ``top1``, ``error``
+            and ``samples`` as in :class:`Judged`; the same after training with ``tuned_`` before them, None without;
+            ``on_front``; ``seconds``.
+        """
+        best = self.front()
+        return [
+            {
+                "asked": point.asked,
+                **{
+                    key: value
+                    for cost, dense in point.dense_costs.items()
+                    for key, value in ((cost, point.costs[cost]), (f"{cost}_dense", dense))
+                },
+                **dataclasses.asdict(point.carried_out),
+                **{f"tuned_{name}": value for name, value in dataclasses.asdict(point.tuned or Judged()).items()},
+                "on_front": point in best,
+                "seconds": point.seconds,
+            }
+            for point in self.points
+        ]
+
+    _records = rows
+
+    def plot(self, cost: str | None = None, *, ax: Axes | None = None) -> Axes:
+        """Draw how good the networks are against what they cost, the front as a line.
+
+        Parameters
+        ----------
+        cost
+            By default that which the budgets limit; also ``milliseconds``.
+        ax
+            Axes of matplotlib to draw on; new ones of a new figure if None.
+
+        Raises
+        ------
+        ModuleNotFoundError
+            Without matplotlib.
+        ValueError
+            For a cost that the points do not have.
+        """
+        from spectrim.selection.figures import points
+
+        return points(self, self.cost if cost is None else cost, ax=ax)
+
+    @property
+    def shown_costs(self) -> list[str]:
+        """The costs that tables have a column for."""
+        wanted = dict.fromkeys([self.cost, "macs", "parameters", "milliseconds"])
+        return [cost for cost in wanted if self.points and all(cost in point.costs for point in self.points)]
+
+    def texts(self, judged: Judged | None) -> list[str]:
+        """How good a network is, for people: a cell for each of :attr:`measures`."""
+        if judged is None:
+            return [""] * len(self.measures)
+        cells = {
+            "metric": "" if judged.metric is None else f"{judged.metric:.4g}",
+            _SAME: "" if judged.top1 is None else f"{judged.top1:.2%}",
+            _DIFFER: "" if judged.error is None else f"{judged.error:.2%}",
+        }
+        return [cells[name].replace("%", " %") for name in self.measures]
+
+    @property
+    def measures(self) -> list[str]:
+        """What tables tell of how good networks are: what they are compared by, and how far outputs differ."""
+        differ = all(point.carried_out.error is not None for point in self.points)
+        return [self.judged_by, *([_DIFFER] if differ and self.judged_by == _SAME else [])]
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Heads and cells for people: a line a point, below that of the dense network."""
+        tuned = any(point.tuned is not None for point in self.points)
+        shown = self.shown_costs
+        names = {cost: "ms measured" if cost == "milliseconds" else cost_name(cost) for cost in shown}
+        heads = ["budget", *(head for cost in shown for head in (f">{names[cost]}", ">of dense"))]
+        heads += [*(f">{name}" for name in self.measures), *(f">{name}, fine-tuned" for name in self.measures if tuned)]
+        heads += ["front"]
+        best = self.front() if self.points else ()
+        lines = []
+        if self.points:
+            dense = self.points[0].dense_costs
+            cells = [cell for cost in shown for cell in (_amount(cost, dense[cost]), "")]
+            itself = Judged(self.dense, 1.0, 0.0)
+            lines.append(["dense", *cells, *self.texts(itself), *(self.texts(None) if tuned else []), ""])
+        for point in self.points:
+            cells = [
+                cell
+                for cost in shown
+                for cell in (_amount(cost, point.costs[cost]), share(point.costs[cost], point.dense_costs[cost]))
+            ]
+            after = self.texts(point.tuned) if tuned else []
+            lines.append([point.asked, *cells, *self.texts(point.carried_out), *after, "*" if point in best else ""])
+        return heads, lines
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """What is to be said of all points."""
+        said = []
+        samples = max((point.carried_out.samples for point in self.points), default=0)
+        if self.judged_by == "metric":
+            said.append(f"metric: what evaluate returns, {self.better} is better")
+        if samples:
+            said.append(f"outputs are compared with the dense network's on {samples:,} held-out samples")
+        if any(point.tuned is not None and point.tuned.samples for point in self.points):
+            said.append("after fine-tuning on samples that may be among those that were trained on")
+        return (*said, *(f"{asked} is left out: {why}" for asked, why in self.unmet.items()))
+
+    def _grid(self) -> Grid:
+        heads, lines = self.table()
+        words = [("front", "* no other network is as cheap and as good")]
+        title = f"{count(len(self), 'network')}, {count(len(self.front()), 'network')} on the front"
+        return Grid(heads, lines, title=title, notes=self.sentences, words=words)
+
+    def __repr__(self) -> str:
+        return f"Sweep({count(len(self), 'point')} of {cost_name(self.cost)}, judged by {self.judged_by})"
+
+    def record(self) -> dict[str, Any]:
+        """All but the points and the network, as JSON values."""
+        return {"cost": self.cost, "dense": self.dense, "better": self.better, "unmet": dict(self.unmet)}
+
+    def write(self, folder: str | Path) -> None:
+        """Write ``sweep.json`` and a folder a point, into a folder that there is.
+
+        Raises
+        ------
+        OSError
+            Names the file that cannot be written.
+        """
+        for point in self.points:
+            (Path(folder) / point.folder).mkdir(exist_ok=True)
+            point.write(Path(folder) / point.folder)
+        write_text(Path(folder) / _SWEEP, json.dumps(self.record(), indent=1) + "\n")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Sweep:
+        """Read what a sweep has written to a folder, as far as it has come.
+
+        Raises
+        ------
+        OSError
+            If there is no sweep.
+        PlanError
+            If a file is something else; the message names it.
+        """
+
+        def parse(text: bytes) -> Sweep:
+            record = record_of(text, "a sweep", {"cost", "dense", "better", "unmet"})
+            try:
+                return msgspec.convert({**record, "points": []}, _Read).sweep(finished(folder))
+            except msgspec.MsgspecError as error:
+                raise PlanError(f"not a sweep: {error}") from error
+
+        return read_document(Path(folder) / _SWEEP, parse, LARGEST)
+
+
+class _Read(msgspec.Struct):
+    """What a file says of a sweep: a callable has no place in it."""
+
+    cost: str
+    better: Better
+    dense: float | None = None
+    unmet: dict[str, str] = {}
+
+    def sweep(self, points: Iterable[Point]) -> Sweep:
+        return Sweep(tuple(points), self.cost, self.dense, self.better, self.unmet)
+
+
+def _amount(cost: str, value: float) -> str:
+    return amount("latency" if cost == "milliseconds" else cost, value)

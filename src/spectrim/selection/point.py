@@ -1,0 +1,178 @@
+"""A network that a budget has led to: its plan, what it costs and how good it is, as plain values."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from spectrim.errors import PlanError
+from spectrim.network.files import read_document, write_text
+from spectrim.selection.plan import LARGEST as LARGEST_PLAN
+from spectrim.selection.plan import Plan
+
+LARGEST = LARGEST_PLAN + 2**20
+"""Bytes of the text of a point."""
+_POINT, _PLAN = "point.json", "plan.json"
+
+
+@dataclass(frozen=True)
+class Judged:
+    """How good a network is.
+
+    Attributes
+    ----------
+    metric
+        What ``evaluate`` returned; None without it, and where that was not a number.
+    top1
+        Share of samples for which the dense network and this one have their largest output at the same place; None for
+        outputs that are no scores of classes.
+    error
+        Norm of the difference of both outputs over that of the dense network's; None where they cannot be compared.
+    samples
+        That the outputs were compared on.
+    """
+
+    metric: float | None = None
+    top1: float | None = None
+    error: float | None = None
+    samples: int = 0
+
+
+@dataclass(frozen=True)
+class Point:
+    """A network that a budget has led to.
+
+    Attributes
+    ----------
+    asked
+        The budget in words, ``macs=50%``.
+    plan
+        What was chosen, with its costs and those of the dense network.
+    carried_out
+        How good the network is with its layers reconstructed, without training.
+    tuned
+        How good it is after training; None without.
+    milliseconds
+        Of the dense and the compressed network, run by turns: medians; empty if time was not asked for.
+    seconds
+        That the point took, training included.
+    notes
+        What a user should know of it.
+    """
+
+    asked: str
+    plan: Plan
+    carried_out: Judged = Judged()
+    tuned: Judged | None = None
+    milliseconds: Mapping[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def judged(self) -> Judged:
+        """How good the finished network is."""
+        return self.tuned or self.carried_out
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """Of the network, by cost; measured milliseconds are ``milliseconds``."""
+        measured = {"milliseconds": self.milliseconds["compressed"]} if self.milliseconds else {}
+        return {**self.plan.costs, **measured}
+
+    @property
+    def dense_costs(self) -> dict[str, float]:
+        """The same of the dense network."""
+        measured = {"milliseconds": self.milliseconds["dense"]} if self.milliseconds else {}
+        return {**self.plan.dense_costs, **measured}
+
+    @property
+    def folder(self) -> str:
+        """A name for the point that every file system takes: ``macs-50pct``."""
+        return self.folder_of(self.asked)
+
+    @staticmethod
+    def folder_of(asked: str) -> str:
+        """The name for a point of such a budget."""
+        text = "".join(asked.split()).replace("%", "pct")
+        return "".join(c if c.isascii() and (c.isalnum() or c == ".") else "-" for c in text)
+
+    def trained(self, tuned: Judged, seconds: float) -> Point:
+        """The point after training that took so many seconds."""
+        return dataclasses.replace(self, tuned=tuned, seconds=self.seconds + seconds)
+
+    def write(self, folder: str | Path) -> None:
+        """Write ``point.json``, whole or not at all, and beside it its plan as ``plan.json``, which ``apply`` takes.
+
+        Raises
+        ------
+        OSError
+            Names the file that cannot be written.
+        """
+        record = {name: getattr(self, name) for name in _FIELDS}
+        text = msgspec.json.encode(record | {"plan": msgspec.Raw(self.plan.to_json(lines=False).encode())})
+        self.plan.write(Path(folder) / _PLAN)
+        write_text(Path(folder) / _POINT, msgspec.json.format(text, indent=1).decode() + "\n")
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Point:
+        """Read what :meth:`write` wrote.
+
+        Raises
+        ------
+        OSError
+            If there is no point.
+        PlanError
+            If the file is something else; the message names it.
+        """
+
+        def parse(text: bytes) -> Point:
+            record = record_of(text, "a point of a sweep", {*_FIELDS, "plan"})
+            plan = Plan.from_json(msgspec.json.encode(record.get("plan")))
+            try:
+                return dataclasses.replace(msgspec.convert(record | {"plan": _NO_PLAN}, cls), plan=plan)
+            except msgspec.MsgspecError as error:
+                raise PlanError(f"not a point of a sweep: {error}") from error
+
+        return read_document(Path(folder) / _POINT, parse, LARGEST)
+
+
+_FIELDS = tuple(each.name for each in dataclasses.fields(Point) if each.name != "plan")
+# Plans read their own text, which says more of what is wrong with it.
+_NO_PLAN: Mapping[str, Any] = {"entries": [], "costs": {}, "dense_costs": {}}
+
+
+def finished(folder: str | Path) -> Iterable[Point]:
+    """The points that a folder holds.
+
+    Raises
+    ------
+    PlanError
+        If a file of one is something else; the message names it.
+    """
+    return [Point.read(file.parent) for file in sorted(Path(folder).glob(f"*/{_POINT}"))]
+
+
+def record_of(text: bytes, what: str, known: set[str] | None = None) -> dict[str, Any]:
+    """The JSON object that a text is.
+
+    Raises
+    ------
+    PlanError
+        If it is another text, or has other fields than those that are known, where they are named.
+    """
+    if len(text) > LARGEST:
+        raise PlanError(f"not {what}: more than {LARGEST:,} bytes")
+    try:
+        record = msgspec.json.decode(text)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise PlanError(f"not {what}: {error}") from error
+    if not isinstance(record, dict):
+        raise PlanError(f"not {what}: expected an object")
+    if known is not None and (unknown := sorted(set(record) - known)):
+        raise PlanError(f"not {what}: it has no field {unknown[0]!r}")
+    return record

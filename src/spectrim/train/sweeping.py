@@ -1,0 +1,398 @@
+"""Several budgets from one calibration and one table: each selected anew, carried out, judged, and trained if asked."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from spectrim.application import carry_out
+from spectrim.cost import counted
+from spectrim.cost.counted import Cost
+from spectrim.cost.latency import Latency
+from spectrim.errors import CheckpointError, InfeasibleBudgetError, did_you_mean
+from spectrim.methods import Method, on_offer
+from spectrim.network.files import read_document, write_text
+from spectrim.network.tensor_files import digest_of_tensors
+from spectrim.nn.agreement import Agreement, agreement
+from spectrim.nn.checkpoint import save
+from spectrim.nn.find import Which, check_model
+from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.layout import Where
+from spectrim.nn.watch.nesting import checked_batches, listed, reads_once
+from spectrim.nn.watch.sampling import Mask, Sampling
+from spectrim.nn.watch.state import evaluating
+from spectrim.pipeline import Result, reported, shrink
+from spectrim.preparation import Prepared, check_options, locate, prepare
+from spectrim.progress import Progress, reports, silent, told
+from spectrim.selection.budget import COSTS, OTHER_NAMES, Budget, BudgetLike, Limit
+from spectrim.selection.candidates import Candidates
+from spectrim.selection.front import Better, Sweep
+from spectrim.selection.plan import Plan
+from spectrim.selection.point import LARGEST, Judged, Point, record_of
+from spectrim.selection.selectors import Selector, exact
+from spectrim.tables import tabulate
+from spectrim.train.loop import Evaluate
+
+FRACTIONS = (0.8, 0.65, 0.5, 0.4, 0.33, 0.25, 0.2)
+"""Shares of a cost that are swept where none are given, each about four fifths of the one before."""
+Budgets = str | tuple[str, Sequence[float]] | Sequence[BudgetLike]
+FineTune = Callable[[nn.Module, Path | None], Any]
+_RUN, _MODEL, _TUNING = "run.json", "model.safetensors", "tuning.safetensors"
+
+
+@reports
+def sweep(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    budgets: Budgets = "macs",
+    *,
+    methods: Method | Sequence[Method] | None = None,
+    skip: Which | Iterable[Which] = (),
+    only: Which | Iterable[Which] = (),
+    groups: bool | Mapping[str, Sequence[str]] | None = None,
+    evaluate: Evaluate | None = None,
+    better: Better = "higher",
+    fine_tune: FineTune | None = None,
+    folder: str | Path | None = None,
+    keep_models: bool = False,
+    latency: Latency | None = None,
+    guard: bool = False,
+    costs: Mapping[str, Cost] | None = None,
+    selector: Selector = exact,
+    rows: int | str | None = "auto",
+    mask: Mask = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    samples: Where = None,
+    progress: Progress | bool | None = None,
+) -> Sweep:
+    """Compress a trained model to several budgets: what is lost at every size.
+
+    It is calibrated once and there is one table; each budget is selected from it, carried out with reconstruction as by
+    :func:`spectrim.compress`, and judged.
+
+    Parameters
+    ----------
+    model
+        Left untouched.
+    calibration
+        Batches of training inputs, as for :func:`spectrim.compress`.
+    budgets
+        A cost, ``"macs"``, for shares from 80 % to 20 % of it; a cost and its shares, ``("macs", [0.8, 0.5])``; or a
+        list of budgets, ``["macs=50%", Budget(parameters=0.3)]``.
+    evaluate
+        Function of a model, in evaluation mode and without gradients, to the number that networks are judged by. By
+        default they are judged by how often the dense network's class comes first on held-out calibration samples, or
+        where outputs are no classes by how far they are from its outputs.
+    better
+        Whether a ``higher`` or a ``lower`` number is good.
+    fine_tune
+        Trains a network in place: a function of the network and of a file for its checkpoint (None without ``folder``),
+        as ``lambda small, file: fine_tune(small, train_batches, teacher=model, checkpoint=file)``. None trains nothing.
+    folder
+        Where each point is written as soon as it is there: plan and figures. The same call again reads what is there
+        and goes on; with ``fine_tune`` or ``keep_models`` it adds them to points that lack them.
+    keep_models
+        Write the weights of every network to the folder too.
+    methods, skip, only, groups, latency, guard, costs, selector, rows, mask, forward, samples
+        As for :func:`spectrim.compress`; with ``latency`` every network is timed beside the dense one.
+
+    Returns
+    -------
+    Sweep
+        Budgets that cannot be met are left out and told in ``unmet``.
+
+    Raises
+    ------
+    InfeasibleBudgetError
+        If no budget can be met.
+    CheckpointError
+        If the folder holds a sweep of another network or with other options.
+    TypeError, ValueError
+        For arguments that cannot be meant, before any work.
+    """
+    check_model(model)
+    asked = asked_budgets(budgets, costs)
+    if better not in ("higher", "lower"):
+        raise ValueError(f"better is {better!r}: expected 'higher' or 'lower'")
+    limited = {cost for budget in asked.values() for cost in budget.costs}
+    if groups is None:
+        groups = methods is None and not {"parameters", "bytes"}.isdisjoint(limited)
+    check_options(groups, latency)
+    methods = None if methods is None else on_offer(methods, groups=bool(groups))
+    channels = any(method.removes_channels for method in methods or ())
+    if channels and groups:
+        raise ValueError("layers that share factors would lose different channels: remove channels without groups")
+    sampling, feed = Sampling(rows, None, mask), Feed.of(forward, samples)
+    batches = listed(calibration) if reads_once(checked_batches(calibration)) else calibration
+    sites = locate(model, batches, skip=skip, only=only, channels=channels, forward=feed)
+    timed = latency or guard or "latency" in limited
+
+    def prepared() -> Prepared:
+        return prepare(
+            model, sites, batches, groups=groups, latency=timed, sampling=sampling, forward=feed,
+            progress=told(progress),
+        )  # fmt: skip
+
+    options = {
+        "layers": [site.name for site in sites], "groups": groups, "guard": guard, "costs": sorted(costs or ()),
+        "methods": None if methods is None else [method.record() for method in methods], "rows": rows,
+        "selector": getattr(selector, "__name__", str(selector)),
+    }  # fmt: skip
+    run = Sweeping(
+        model, prepared, methods=methods, guard=guard, costs=costs, selector=selector, forward=feed, evaluate=evaluate,
+        better=better, fine_tune=fine_tune, timed=bool(timed), folder=None if folder is None else Path(folder),
+        keep_models=keep_models, options=options, progress=told(progress),
+    )  # fmt: skip
+    return run.sweep(asked)
+
+
+def asked_budgets(budgets: Budgets, costs: Mapping[str, Cost] | None = None) -> dict[str, Budget]:
+    """Budgets by what they say in words.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what cannot be meant; the message quotes it.
+    """
+    known = [*COSTS, *counted.further(costs)]
+    given: Any = (budgets, FRACTIONS) if isinstance(budgets, str) else budgets
+    if isinstance(given, tuple) and [isinstance(each, str) for each in given] == [True, False]:
+        cost, shares = given
+        if isinstance(shares, Iterable) and not isinstance(shares, Mapping):
+            given = [_share(cost, each, known) for each in shares]
+    if isinstance(given, Mapping | Budget) or not isinstance(given, Iterable):
+        raise TypeError(
+            f"budgets is {budgets!r}: expected a cost such as 'macs', a cost with shares such as "
+            "('macs', [0.8, 0.5]), or a list of budgets"
+        )
+    found = [Budget.of(each) for each in given]
+    if not found:
+        raise ValueError("there are no budgets: give a cost such as 'macs', or at least one budget in the list")
+    for budget in found:
+        budget.check(known)
+    return {str(budget): budget for budget in found}
+
+
+def _share(cost: str, share: Any, known: Sequence[str]) -> Budget:
+    if cost not in known:
+        named = f", or a list such as [{cost!r}]" if "=" in cost else did_you_mean(cost, known, OTHER_NAMES)
+        raise ValueError(f"there is no cost {cost!r} to sweep over: give one of {', '.join(known)}{named}")
+    if not isinstance(share, Real) or isinstance(share, bool) or not 0 < float(share) <= 1:
+        raise ValueError(f"the share {share!r} of {cost} cannot be swept: give numbers above 0 and at most 1, as 0.5")
+    return Budget(**{cost: Limit(float(share), relative=True)})
+
+
+@dataclass(kw_only=True)
+class Sweeping:
+    """A network that is compressed to several budgets, as the parameters of :func:`sweep` say.
+
+    Attributes
+    ----------
+    prepare
+        Called when the first point is not there yet, and once.
+    timed
+        Whether points have measured milliseconds.
+    options
+        What else makes the sweep, as JSON values: a folder holds points of one sweep.
+    """
+
+    model: nn.Module = field(kw_only=False)
+    prepare: Callable[[], Prepared] = field(kw_only=False)
+    methods: Sequence[Method] | None = None
+    guard: bool = False
+    costs: Mapping[str, Cost] | None = None
+    selector: Selector = exact
+    forward: Callable[[nn.Module, Any], Any] | None = None
+    evaluate: Evaluate | None = None
+    better: Better = "higher"
+    fine_tune: FineTune | None = None
+    timed: bool = False
+    folder: Path | None = None
+    keep_models: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    progress: Progress = silent
+    done: Callable[[Point], None] = lambda point: None
+
+    def sweep(self, asked: Mapping[str, Budget]) -> Sweep:
+        """A point for every budget that can be met, read or made."""
+        dense = None if self.evaluate is None else self._evaluated(self.model)
+        if self.evaluate is not None and dense is None:
+            raise ValueError("evaluate returned no finite number for the dense network")
+        points, unmet = [], {}
+        infeasible: InfeasibleBudgetError | None = None
+        self._claim(dense)
+        for number, (words, budget) in enumerate(asked.items()):
+            self.progress("sweep", number, len(asked))
+            try:
+                points.append(self._point(words, budget))
+            except InfeasibleBudgetError as error:
+                infeasible, unmet[words] = error, str(error)
+                continue
+            self.done(points[-1])
+        self.progress("sweep", len(asked), len(asked))
+        if not points and infeasible is not None:
+            raise infeasible
+        first = next(iter(asked.values())).costs[0]
+        found = Sweep(tuple(points), first, dense, self.better, unmet, self.result)
+        if self.folder is not None:
+            found.write(self.folder)
+        return found
+
+    @functools.cached_property
+    def prepared(self) -> Prepared:
+        return self.prepare()
+
+    @functools.cached_property
+    def table(self) -> Candidates:
+        """What is on offer, for all budgets."""
+        known = self.prepared
+        return tabulate(
+            known.sites, self.methods, latency=known.latency, dense_latency=known.dense_latency, costs=self.costs,
+            guard=self.guard, progress=self.progress,
+        )  # fmt: skip
+
+    def result(self, plan: Plan) -> Result:
+        """A plan carried out again."""
+        known = self.prepared
+        done = carry_out(
+            self.model, known.sites, plan, known.batches, methods=self.methods, rows=known.sampling.rows,
+            mask=known.sampling.mask, forward=self.forward, progress=self.progress,
+        )  # fmt: skip
+        report = reported(
+            self.model, done.model, known.sites, plan, done, known.batches, mask=known.sampling.mask,
+            forward=self.forward,
+        )  # fmt: skip
+        return Result(done.model, plan, report, self.table, known.sites)
+
+    def _point(self, words: str, budget: Budget) -> Point:
+        """The point of a budget: read as far as it is there, else made and written."""
+        point, small = self._read(words), None
+        if point is None or not self._is_whole(point):
+            point, small = self._made(words, budget)
+            self._keep(point)
+        place = self._place(point)
+        unsaved = place is not None and self.keep_models and not (place / _MODEL).exists()
+        if unsaved or (self.fine_tune is not None and point.tuned is None):
+            small = self.result(point.plan).model if small is None else small
+            if self.fine_tune is not None:
+                point = self._tuned(point, small)
+            if place is not None and self.keep_models:
+                save(small, point.plan, place / _MODEL)
+            self._keep(point)
+        if place is not None:
+            (place / _TUNING).unlink(missing_ok=True)
+        return point
+
+    def _is_whole(self, point: Point) -> bool:
+        """Whether a point that was read has all that is asked for, training left out."""
+        return not (self.timed and not point.milliseconds) and (
+            self.evaluate is None or point.carried_out.metric is not None
+        )
+
+    def _made(self, words: str, budget: Budget) -> tuple[Point, nn.Module]:
+        began = time.monotonic()
+        result = shrink(
+            self.model, self.prepared, budget, methods=self.methods, guard=self.guard, costs=self.costs,
+            selector=self.selector, table=self.table, forward=self.forward, progress=self.progress,
+        )  # fmt: skip
+        report = result.report
+        milliseconds = {name: timing.p50 for name, timing in report.measured.items()}
+        judged = self._judged(result.model, report.agreement)
+        point = Point(words, result.plan, judged, None, milliseconds, time.monotonic() - began, report.notes)
+        return point, result.model
+
+    def _tuned(self, point: Point, small: nn.Module) -> Point:
+        """The point after its network was trained, in place."""
+        assert self.fine_tune is not None
+        began, place = time.monotonic(), self._place(point)
+        self.fine_tune(small, None if place is None else place / _TUNING)
+        known = self.prepared
+        agreed = None
+        if known.batches is not None:
+            agreed = agreement(self.model, small, known.batches, mask=known.sampling.mask, forward=self.forward)
+        return point.trained(self._judged(small, agreed), time.monotonic() - began)
+
+    def _judged(self, small: nn.Module, agreed: Agreement | None) -> Judged:
+        metric = None if self.evaluate is None else self._evaluated(small)
+        if agreed is None:
+            return Judged(metric)
+        return Judged(metric, agreed.top1, agreed.error, agreed.samples)
+
+    def _evaluated(self, model: nn.Module) -> float | None:
+        """What ``evaluate`` returns; None for NaN and infinity.
+
+        Raises
+        ------
+        TypeError
+            If it is no number.
+        """
+        assert self.evaluate is not None
+        with evaluating(model):
+            value: Any = self.evaluate(model)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
+        if not isinstance(value, Real):
+            raise TypeError(f"evaluate returned {value!r:.80}: expected a number")
+        return float(value) if math.isfinite(value) else None
+
+    def _place(self, point: Point) -> Path | None:
+        return None if self.folder is None else self.folder / point.folder
+
+    def _read(self, words: str) -> Point | None:
+        if self.folder is None:
+            return None
+        try:
+            return Point.read(self.folder / Point.folder_of(words))
+        except FileNotFoundError:
+            return None
+
+    def _keep(self, point: Point) -> None:
+        place = self._place(point)
+        if place is not None:
+            place.mkdir(exist_ok=True)
+            point.write(place)
+
+    def _claim(self, dense: float | None) -> None:
+        """Make the folder that of this sweep, or see that it is so already.
+
+        Raises
+        ------
+        CheckpointError
+            Says what differs.
+        """
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state = {name: each.cpu() for name, each in self.model.state_dict().items() if isinstance(each, Tensor)}
+        plain = {name: each for name, each in state.items() if not each.is_quantized}
+        measured = {} if dense is None else {"the metric of the dense network": dense, "better": self.better}
+        now = {**self.options, **measured, "the digest of the weights": digest_of_tensors(plain)}
+        now = json.loads(json.dumps(now, default=str))
+        file = self.folder / _RUN
+        then: dict[str, Any] = {}
+        if file.exists():
+            # What is asked for since, such as training, is no other sweep.
+            then = read_document(file, lambda text: record_of(text, "the record of a sweep"), LARGEST)
+        changed = [name for name in now if name in then and not _same(then[name], now[name])]
+        if changed:
+            told = "; ".join(f"{name} was {then[name]!r:.80} and is {now[name]!r:.80}" for name in changed)
+            raise CheckpointError(
+                f"{str(self.folder)!r} holds another sweep: {told}. Give the same arguments to go on, or another folder"
+            )
+        write_text(file, json.dumps({**then, **now}, indent=1) + "\n")
+
+
+def _same(then: Any, now: Any) -> bool:
+    """Whether two values of a record are the same; a metric may differ by rounding."""
+    if isinstance(then, float) and isinstance(now, float):
+        return math.isclose(then, now, rel_tol=1e-3)
+    return then == now
