@@ -272,6 +272,16 @@ class Sweep(Printed):
         for point in self.points:
             (Path(folder) / point.folder).mkdir(exist_ok=True)
             point.write(Path(folder) / point.folder)
+        self.write_summary(folder)
+
+    def write_summary(self, folder: str | Path) -> None:
+        """Write ``sweep.json`` alone, where points have been written already.
+
+        Raises
+        ------
+        OSError
+            Names the file if it cannot be written.
+        """
         write_text(Path(folder) / _SWEEP, json.dumps(self.record(), indent=1) + "\n")
 
     @classmethod

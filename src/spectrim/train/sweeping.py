@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import math
@@ -25,6 +26,7 @@ from spectrim.network.tensor_files import digest_of_tensors
 from spectrim.nn.agreement import Agreement, agreement
 from spectrim.nn.checkpoint import save
 from spectrim.nn.find import Which, check_model
+from spectrim.nn.timing import as_run
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.nesting import checked_batches, listed, reads_once
@@ -203,6 +205,8 @@ class Sweeping:
         Whether points have measured milliseconds.
     options
         What else makes the sweep, as JSON values: a folder holds points of one sweep.
+    done
+        Called with all points that there are whenever there is one more.
     """
 
     model: nn.Module = field(kw_only=False)
@@ -220,7 +224,7 @@ class Sweeping:
     keep_models: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     progress: Progress = silent
-    done: Callable[[Point], None] = lambda point: None
+    done: Callable[[Sweep], None] = lambda sweep: None
 
     def sweep(self, asked: Mapping[str, Budget]) -> Sweep:
         """A point for every budget that can be met, read or made."""
@@ -230,21 +234,20 @@ class Sweeping:
         points, unmet = [], {}
         infeasible: InfeasibleBudgetError | None = None
         self._claim(dense)
+        found = Sweep((), next(iter(asked.values())).costs[0], dense, self.better, {}, self.result)
         for number, (words, budget) in enumerate(asked.items()):
             self.progress("sweep", number, len(asked))
             try:
                 points.append(self._point(words, budget))
             except InfeasibleBudgetError as error:
                 infeasible, unmet[words] = error, str(error)
-                continue
-            self.done(points[-1])
+            found = dataclasses.replace(found, points=tuple(points), unmet=dict(unmet))
+            if self.folder is not None:
+                found.write_summary(self.folder)
+            self.done(found)
         self.progress("sweep", len(asked), len(asked))
         if not points and infeasible is not None:
             raise infeasible
-        first = next(iter(asked.values())).costs[0]
-        found = Sweep(tuple(points), first, dense, self.better, unmet, self.result)
-        if self.folder is not None:
-            found.write(self.folder)
         return found
 
     @functools.cached_property
@@ -264,14 +267,15 @@ class Sweeping:
         """A plan carried out again."""
         known = self.prepared
         done = carry_out(
-            self.model, known.sites, plan, known.batches, methods=self.methods, rows=known.sampling.rows,
-            mask=known.sampling.mask, forward=self.forward, progress=self.progress,
+            self.model, known.sites, plan, known.batches, methods=self.methods, sampling=known.sampling,
+            forward=self.forward, progress=self.progress,
         )  # fmt: skip
+        small = done.model if known.latency is None else as_run(done.model, known.example, known.latency)
         report = reported(
-            self.model, done.model, known.sites, plan, done, known.batches, mask=known.sampling.mask,
+            self.model, small, known.sites, plan, done, known.batches, mask=known.sampling.mask,
             forward=self.forward,
         )  # fmt: skip
-        return Result(done.model, plan, report, self.table, known.sites)
+        return Result(small, plan, report, self.table, known.sites)
 
     def _point(self, words: str, budget: Budget) -> Point:
         """The point of a budget: read as far as it is there, else made and written."""
