@@ -15,7 +15,9 @@ _logging.getLogger("spectrim").addHandler(_logging.NullHandler())
 # Public names and where they live; ``__init__.pyi`` says the same to type checkers. They are loaded on first use, so
 # that the command line starts without torch.
 _HOMES = {
+    "ActivationCP": "methods",
     "ActivationSVD": "methods",
+    "ActivationTucker2": "methods",
     "Budget": "selection.budget",
     "CalibrationError": "errors",
     "Candidates": "selection.candidates",
@@ -47,7 +49,9 @@ _HOMES = {
     "Sweep": "selection.front",
     "Trajectory": "selection.trajectory",
     "UnsupportedLayerError": "errors",
+    "WeightCP": "methods",
     "WeightSVD": "methods",
+    "WeightTucker2": "methods",
     "agreement": "nn.agreement",
     "apply": "application",
     "budget_path": "train",

@@ -16,12 +16,16 @@ from spectrim.errors import ProofError as ProofError
 from spectrim.errors import ReadOnlyWeightError as ReadOnlyWeightError
 from spectrim.errors import SpectrimError as SpectrimError
 from spectrim.errors import UnsupportedLayerError as UnsupportedLayerError
+from spectrim.methods import ActivationCP as ActivationCP
 from spectrim.methods import ActivationSVD as ActivationSVD
+from spectrim.methods import ActivationTucker2 as ActivationTucker2
 from spectrim.methods import JointSVD as JointSVD
 from spectrim.methods import LowRankPlusSparse as LowRankPlusSparse
 from spectrim.methods import Method as Method
 from spectrim.methods import PrincipalFilters as PrincipalFilters
+from spectrim.methods import WeightCP as WeightCP
 from spectrim.methods import WeightSVD as WeightSVD
+from spectrim.methods import WeightTucker2 as WeightTucker2
 from spectrim.network.choices import Choice as Choice
 from spectrim.network.factors import LowRank as LowRank
 from spectrim.network.factors import SharedBasis as SharedBasis

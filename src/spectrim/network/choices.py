@@ -301,6 +301,36 @@ class SumChoice(Choice, kind="low_rank_plus_sparse"):
 
 
 @dataclass(frozen=True)
+class TuckerChoice(Choice, kind="tucker"):
+    """Three layers in place of one: ``inputs`` and ``outputs`` channels lie between them."""
+
+    inputs: Rank
+    outputs: Rank
+    bias: bool | None = None
+
+    def __str__(self) -> str:
+        return f"Tucker-2, ranks {self.inputs} and {self.outputs}"
+
+
+@dataclass(frozen=True)
+class CPChoice(Choice, kind="cp"):
+    """Two layers of 1 x 1 in place of one, and in between depthwise ones over ``rank`` channels.
+
+    Attributes
+    ----------
+    kernel
+        ``whole``: one depthwise layer with all of the kernel; ``axes``: one for every axis.
+    """
+
+    rank: Rank
+    kernel: Literal["whole", "axes"] = "whole"
+    bias: bool | None = None
+
+    def __str__(self) -> str:
+        return f"CP, rank {self.rank}" + (", kernel by axes" if self.kernel == "axes" else "")
+
+
+@dataclass(frozen=True)
 class Place:
     """Where channels lie in one module: ``entries`` of an axis belong to each channel."""
 

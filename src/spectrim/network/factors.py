@@ -65,7 +65,7 @@ def kinds() -> Mapping[str, type[Factors]]:
     return dict(_KINDS)
 
 
-def _alone(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+def alone(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
     """The shape of the one layer that a choice for one layer is for."""
     if len(shapes) != 1:
         raise ValueError(f"it is for one layer, not for {len(shapes)}")
@@ -108,7 +108,7 @@ class LowRank(Factors, kind="low_rank"):
 
     @classmethod
     def empty(cls, shapes: Sequence[Sequence[int]], choice: LowRankChoice) -> LowRank:
-        g, o, i, *kernel = _alone(shapes)
+        g, o, i, *kernel = alone(shapes)
         how, rank = unfolding(kernel, choice.unfolding), choice.rank
         rows, columns = how.sizes(kernel)
         full = min(i * rows, o * columns)
@@ -244,7 +244,7 @@ class LowRankPlusSparse(Factors, kind="low_rank_plus_sparse"):
 
     @classmethod
     def empty(cls, shapes: Sequence[Sequence[int]], choice: SumChoice) -> LowRankPlusSparse:
-        g, o, i, *kernel = shape = _alone(shapes)
+        g, o, i, *kernel = shape = alone(shapes)
         how, rank, density = unfolding(kernel, choice.unfolding), choice.rank, choice.density
         rows, columns = how.sizes(kernel)
         full = min(i * rows, o * columns)

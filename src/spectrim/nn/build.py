@@ -10,11 +10,13 @@ from torch import Tensor, nn
 
 from spectrim.errors import PlanError
 from spectrim.linalg.unfold import first_weight, second_weight
-from spectrim.network.choices import Choice
+from spectrim.network.chains import CP, Tucker2, cp_layers, tucker_layers
+from spectrim.network.choices import Choice, CPChoice, TuckerChoice
 from spectrim.network.factors import Factors, LowRank, LowRankPlusSparse, SharedBasis, kinds
 from spectrim.network.layer import LayerSpec
+from spectrim.network.structure import Chain
 from spectrim.nn.find import describe
-from spectrim.nn.modules import Factored, make_layer
+from spectrim.nn.modules import Chained, Factored, make_layer
 from spectrim.nn.shared import Once, Wide
 from spectrim.nn.sparse.layers import Sum, sparse_layer
 
@@ -71,6 +73,29 @@ def _pair(factors: LowRank, spec: LayerSpec, bias: Tensor | None) -> Factored:
         unfolding=factors.how.name,
         original=spec,
     )
+
+
+@build.register
+def _(factors: Tucker2, layers: Sequence[LayerSpec], biases: Sequence[Tensor | None]) -> tuple[nn.Module, ...]:
+    (spec,), (bias,) = layers, biases
+    bias = _shifted(bias, factors.shift)
+    chain = tucker_layers(spec, TuckerChoice(factors.inner.shape[1], factors.outer.shape[1], bias is not None))
+    return (_chained(chain, [factors.inner.mT, factors.core, factors.outer], bias, "Tucker-2", spec),)
+
+
+@build.register
+def _(factors: CP, layers: Sequence[LayerSpec], biases: Sequence[Tensor | None]) -> tuple[nn.Module, ...]:
+    (spec,), (bias,) = layers, biases
+    bias = _shifted(bias, factors.shift)
+    kernel = "whole" if len(factors.kernels) == 1 else "axes"
+    chain = cp_layers(spec, CPChoice(factors.inner.shape[1], kernel, bias is not None))
+    return (_chained(chain, [factors.inner.mT, *factors.kernels, factors.outer], bias, "CP", spec),)
+
+
+def _chained(chain: Chain, weights: Sequence[Tensor], bias: Tensor | None, name: str, spec: LayerSpec) -> Chained:
+    pairs = zip(chain.specs, weights, strict=True)
+    made = [make_layer(part, weight.reshape(part.shape), bias if part.bias else None) for part, weight in pairs]
+    return Chained(*made, name=name, original=spec)
 
 
 @build.register

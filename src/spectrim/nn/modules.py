@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.linalg.unfold import unfolding
+from spectrim.linalg.unfold import Unfolding, fold, unfolding
 from spectrim.network.factors import LowRank
 from spectrim.network.layer import LayerSpec
 from spectrim.nn.find import opened
@@ -141,6 +141,64 @@ class Factored(StandIn, nn.Sequential):
             "gor,gr->go", second.double().reshape(*second.shape[:3], -1).sum(-1), middle.double().reshape(g, -1)
         )
         return (moved.reshape(-1) if bias is None else bias.double() + moved.reshape(-1)).to(second.dtype)
+
+
+class Chained(StandIn, nn.Sequential):
+    """Three plain convolutions or more in place of one, one after the other.
+
+    Attributes
+    ----------
+    decomposition
+        What it is called, for people.
+    original
+        Spec of the layer it stands for.
+    """
+
+    def __init__(self, *layers: nn.Module, name: str, original: LayerSpec) -> None:
+        super().__init__(*layers)
+        self.decomposition = name
+        self.original = original
+
+    def extra_repr(self) -> str:
+        return f"{self.original.kind}, {self.decomposition}"
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The last layer's."""
+        return self[-1].bias  # type: ignore[return-value]
+
+    def whole(self) -> tuple[Tensor, Tensor | None]:
+        """Canonical weight, multiplied out in float64, and bias.
+
+        Raises
+        ------
+        ValueError
+            If no dense layer computes the same: a layer before the last, compressed again, has a bias.
+        """
+        layers = list(self)
+        weight, bias = whole(layers[0])
+        product = weight[0].double()
+        for number, layer in enumerate(layers[1:]):
+            if bias is not None:
+                spec = self.original
+                raise ValueError(
+                    f"layer {spec.name!r} ({spec.kind}): the layer {number} of its chain has a bias, which those after "
+                    "it may pad with zeros; no dense layer computes the same, so it cannot be merged"
+                )
+            weight, bias = whole(layer)
+            product = _composed(product, weight.double())
+        return product.unsqueeze(0).to(weight.dtype), bias
+
+
+def _composed(first: Tensor, second: Tensor) -> Tensor:
+    """``[o, i, *k]`` of a convolution ``[m, i, *k]`` and a canonical one behind it; each axis is of one of the two."""
+    g, o, m, *kernel = second.shape
+    i, sizes = first.shape[1], first.shape[2:]
+    how = Unfolding("", tuple(axis for axis, size in enumerate(sizes) if size > 1))
+    left = first.reshape(g, m, -1).transpose(1, 2)
+    right = second.transpose(1, 2).reshape(g, m, -1)
+    shape = (o, i, *(max(pair) for pair in zip(sizes, kernel, strict=True)))
+    return fold(left @ right, how, shape).flatten(0, 1)
 
 
 def whole(layer: nn.Module) -> tuple[Tensor, Tensor | None]:

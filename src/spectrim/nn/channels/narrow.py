@@ -16,7 +16,7 @@ from spectrim.errors import PlanError
 from spectrim.network.coupling import IN, OUT, THROUGH, Axis
 from spectrim.nn.channels.rules import is_registered, rule_of
 from spectrim.nn.find import describe
-from spectrim.nn.modules import Factored
+from spectrim.nn.modules import Chained, Factored
 from spectrim.nn.standing import StandIn, sized
 
 NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
@@ -204,11 +204,12 @@ def _parameter(held: Tensor, dim: int, kept: Tensor) -> nn.Parameter:
 def _follow(model: nn.Module) -> None:
     """Bring what compressed layers know of the layer they stand for up to date."""
     for module in model.modules():
-        if isinstance(module, Factored) and isinstance(module.first, (_ConvNd, nn.Linear)):
-            second = module.second
-            if isinstance(second, (_ConvNd, nn.Linear)):
-                inputs, outputs = describe(module.first, ("first",)), describe(second, ("second",))
-                module.original = dataclasses.replace(
-                    module.original, in_channels=inputs.in_channels, out_channels=outputs.out_channels
-                )
-                sized(module)
+        if not isinstance(module, (Factored, Chained)):
+            continue
+        first, last = module[0], module[-1]
+        if isinstance(first, (_ConvNd, nn.Linear)) and isinstance(last, (_ConvNd, nn.Linear)):
+            inputs, outputs = describe(first, ("first",)), describe(last, ("last",))
+            module.original = dataclasses.replace(
+                module.original, in_channels=inputs.in_channels, out_channels=outputs.out_channels
+            )
+            sized(module)

@@ -1,0 +1,204 @@
+"""A layer that three layers or more shall stand for: what is approximated, in which metric, and what that loses."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from spectrim.cost.counted import macs, parameters, rank_multiple
+from spectrim.errors import MissingMomentsError
+from spectrim.linalg import response
+from spectrim.linalg.metric import Plain
+from spectrim.linalg.multilinear import Target
+from spectrim.linalg.unfold import unfolding
+from spectrim.methods import statistics
+from spectrim.methods.base import WEIGHT_ENERGY, Curve, Method
+from spectrim.methods.statistics import Patches, Standard
+from spectrim.network.chains import takes
+from spectrim.network.choices import Choice
+from spectrim.network.layer import LayerSpec
+from spectrim.network.sites import Layer
+
+# Multiplications that the curve of one layer, or one choice that is carried out, may take: some seconds of one core.
+WORK = 4e10
+
+
+@dataclass(frozen=True, eq=False)
+class ChainedLayer:
+    """A layer as target and metric.
+
+    Attributes
+    ----------
+    site
+        The layer.
+    fitted
+        What is approximated, its outputs weighed where the site holds a sensitivity.
+    plain
+        The same without that weight of the outputs, which the best last factor does not depend on.
+    units
+        Those of the fit: the layer's own, or None for those of the weight.
+    judge
+        What errors are told by where it is not the fit: the layer in its own units, for fits to the weight.
+    seen
+        What the layer sees, or None without calibration.
+    """
+
+    site: Layer
+    fitted: Target
+    plain: Target
+    units: Standard | None
+    judge: tuple[Standard, Target] | None
+    seen: Patches | None
+
+    @classmethod
+    def of_weight(cls, site: Layer) -> ChainedLayer:
+        """By the weight alone; where there are data, they tell what is lost."""
+        how = unfolding(site.spec.kernel, "input")
+        weight = site.weight[0].double()
+        target = Target(weight, Plain(1, tuple(site.spec.shape[2:]), site.weight.device, how))
+        own = Standard.of(site)
+        seen = own.patches(how) if site.statistics else None
+        judge = None if seen is None else (own, Target(_mixed(own), seen.metric))
+        return cls(site, target, target, None, judge, seen)
+
+    @classmethod
+    def of_responses(cls, site: Layer, method: str) -> ChainedLayer:
+        """By what it answers on the calibration data.
+
+        Raises
+        ------
+        MissingMomentsError
+            If calibration kept nothing of its inputs.
+        """
+        own = Standard.of(site)
+        seen = own.patches(unfolding(site.spec.kernel, "input"))
+        if seen is None:
+            raise site.missing("input", method, site.statistics.names)
+        return cls(site, Target(_mixed(own), seen.metric), Target(own.own_weight[0], seen.metric), own, None, seen)
+
+    @property
+    def energy(self) -> float:
+        """All there is to lose, in the unit of the errors."""
+        return self.fitted.energy if self.judge is None else self.judge[1].energy
+
+    def lost(self, columns: Float[Tensor, "n r"], error: float) -> float:
+        """What a chain with these columns loses, of which the fit says ``error``."""
+        if self.judge is None:
+            return error
+        own, target = self.judge
+        left = own.own_left(columns.unsqueeze(0))
+        right = response.mix(own.own_right(self.plain.outer(columns).mT.unsqueeze(0)), own.root)
+        return target.lost((left @ right)[0].mT.reshape(target.weight.shape))
+
+    def ends(
+        self, inner: Float[Tensor, "i p"], columns: Float[Tensor, "n q"]
+    ) -> tuple[Float[Tensor, "i p"], Float[Tensor, "o q"], Float[Tensor, " o"] | None]:
+        """First and last factor for the layer as it is, and what its bias makes up for, if that is known."""
+        outer = self.plain.outer(columns)
+        shift = None
+        if self.seen is not None:
+            missing = self.plain.weight.flatten(1) - outer @ columns.mT
+            if self.units is None:
+                assert self.judge is not None
+                own = self.judge[0]
+                missing = own.own_right(own.own_left(missing.mT.unsqueeze(0)))[0].mT
+            else:
+                own = self.units
+            shift = own.shift(self.seen.shift(self.seen.metric.unfold(missing.unsqueeze(0))))
+        if self.units is None:
+            return inner, outer, shift
+        return self.units.left(inner.unsqueeze(0))[0], self.units.right(outer.mT.unsqueeze(0))[0].mT, shift
+
+
+def _mixed(own: Standard) -> Float[Tensor, "o i *k"]:
+    """The weight with the root of the gradients applied to its outputs."""
+    weight = own.own_weight[0]
+    return weight if own.root is None else torch.einsum("to,oi...->ti...", own.root[0], weight)
+
+
+@dataclass(frozen=True)
+class ChainMethod(Method):
+    """What methods share that put three layers or more in place of a convolution.
+
+    Attributes
+    ----------
+    multiple_of
+        Offer ranks that are multiples of this; what suits the device and the layer's width if None.
+    evaluations
+        Of the error, when a choice is carried out. The curve is that of fewer, which more only improve.
+    """
+
+    multiple_of: int | None = None
+    evaluations: int = 200
+
+    def __post_init__(self) -> None:
+        if self.multiple_of is not None and self.multiple_of < 1:
+            raise ValueError(f"multiple_of must be at least 1, got {self.multiple_of}")
+        if self.evaluations < 0:
+            raise ValueError(f"evaluations must not be negative, got {self.evaluations}")
+
+    def curve(self, site: Layer) -> Curve:
+        unit = statistics.unit(site) if site.statistics else WEIGHT_ENERGY
+        if not takes(site.spec):
+            return Curve((), (), unit)
+        layer = self.layer(site)
+        found = [(choice, error) for choice, error in self.offered(layer) if error <= 1]
+        scale = statistics.scale(site, layer.energy) if site.statistics else 1.0
+        return Curve(tuple(choice for choice, _ in found), tuple(error for _, error in found), unit, scale)
+
+    @abstractmethod
+    def layer(self, site: Layer) -> ChainedLayer:
+        """The layer as the method fits it."""
+
+    @abstractmethod
+    def offered(self, layer: ChainedLayer) -> Sequence[tuple[Choice, float]]:
+        """Choices and what they lose."""
+
+    def multiple(self, spec: LayerSpec, full: int) -> int:
+        """What ranks are multiples of."""
+        return self.multiple_of or rank_multiple(spec.device, spec.dtype, full)
+
+
+class OfWeight:
+    """Fitted to the weight alone."""
+
+    def layer(self, site: Layer) -> ChainedLayer:
+        return ChainedLayer.of_weight(site)
+
+
+class OfResponses:
+    """Fitted to what the layer answers on the calibration data."""
+
+    def layer(self, site: Layer) -> ChainedLayer:
+        name = type(self).__name__
+        if not site.statistics:
+            raise MissingMomentsError(
+                f"{name} needs calibration statistics, and site {site.name!r} ({site.spec.kind}) holds none. Run "
+                f"calibrate(model, sites, batches) first, or use {name.replace('Activation', 'Weight')}."
+            )
+        return ChainedLayer.of_responses(site, name)
+
+
+def pays(layers: Sequence[LayerSpec], spec: LayerSpec) -> bool:
+    """Whether layers cost fewer parameters or fewer MACs than the one that they stand for."""
+    return parameters(layers) < parameters((spec,)) or (bool(spec.inputs) and macs(layers) < macs((spec,)))
+
+
+def biased(layer: ChainedLayer) -> bool:
+    """Whether chains have a bias: as the layer, and with data to carry the mean of what is left out."""
+    return layer.site.spec.bias or layer.seen is not None
+
+
+def typed(tensors: Sequence[Tensor], site: Layer) -> list[Tensor]:
+    """Tensors in the layer's precision."""
+    return [tensor.to(site.spec.dtype).contiguous() for tensor in tensors]
+
+
+def shifted(shift: Tensor | None, bias: bool | None, site: Layer) -> Tensor | None:
+    """What the bias makes up for, where the chain has one."""
+    return shift.to(site.spec.dtype) if bias and shift is not None else None
