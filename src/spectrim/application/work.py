@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from spectrim.network.chains import CP, Tucker2
 from spectrim.network.factors import Factors, LowRank, SharedBasis
 from spectrim.network.sites import Layer
 from spectrim.nn.channels.removal import Removal
-from spectrim.nn.modules import Factored
+from spectrim.nn.modules import Chained, Factored
 from spectrim.nn.surgery import replace_module
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.calibrate import in_full
 from spectrim.nn.watch.lockstep import Seen
-from spectrim.nn.watch.reconstruct import Errors, Joint, Split, refit_second
+from spectrim.nn.watch.reconstruct import Errors, Joint, Split, refit_last
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Work:
     stop
         Where both networks are, while they run.
     joints
-        Moments by the layer, as long as more batches come; those of the second layers of pairs by their own names.
+        Moments by the layer, as long as more batches come; those of the last layers of pairs and chains by their names.
     errors
         What was learned on the way: see :class:`Applied`.
     reached
@@ -72,13 +73,13 @@ class Work:
         return joint.layer(layer)
 
     def put(self, layer: Layer, module: nn.Module, factors: Factors, *, observed: bool) -> None:
-        """Put a module in place of a layer. One fitted to nothing that was observed has its second factor fitted."""
-        if self.stop is not None and self.stop.seen and not observed and _owns_second(factors):
-            assert isinstance(module, Factored)
-            second = f"{layer.name}.1"
-            joint = refit_second(module, layer, self.stop.seen, self.stop.split, self.joints.get(second))
+        """Put a module in place of a layer. One fitted to nothing that was observed has its last factor fitted."""
+        if self.stop is not None and self.stop.seen and not observed and _owns_last(factors):
+            assert isinstance(module, (Factored, Chained))
+            last = f"{layer.name}.{len(module) - 1}"
+            joint = refit_last(module, layer, self.stop.seen, self.stop.split, self.joints.get(last))
             if joint is not None:
-                self.joints[second] = joint
+                self.joints[last] = joint
         replace_module(self.removal.model, layer.spec.names, module)
 
     def left(self, layer: Layer) -> None:
@@ -94,6 +95,8 @@ class Work:
             self.joints.clear()
 
 
-def _owns_second(factors: Factors) -> bool:
-    """Whether the second layer of a pair is the layer's own and may be fitted to it alone."""
-    return isinstance(factors, LowRank) or (isinstance(factors, SharedBasis) and not factors.ranks[1])
+def _owns_last(factors: Factors) -> bool:
+    """Whether the last layer of a pair or chain is the layer's own and may be fitted to it alone."""
+    if isinstance(factors, SharedBasis):
+        return not factors.ranks[1]
+    return isinstance(factors, (LowRank, Tucker2, CP))

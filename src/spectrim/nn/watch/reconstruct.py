@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from spectrim.linalg.sketch import Sketch
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer
 from spectrim.nn.find import canonical, describe
-from spectrim.nn.modules import Factored, make_layer, whole
+from spectrim.nn.modules import Chained, Factored, make_layer, whole
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Layout
 from spectrim.nn.watch.lockstep import Seen, lockstep
@@ -273,29 +274,30 @@ class Errors:
     held_out: float | None
 
 
-def refit_second(
-    pair: Factored, layer: Layer, seen: Sequence[Seen], split: Split, joint: Joint | None = None
+def refit_last(
+    chain: Factored | Chained, layer: Layer, seen: Sequence[Seen], split: Split, joint: Joint | None = None
 ) -> Joint | None:
-    """Fit the second layer of a pair, and its bias, to the dense layer's answers. The pair is changed in place.
+    """Fit the last layer of a pair or chain, and its bias, to the dense layer's answers. It is changed in place.
 
-    For layers whose patches are too long to hold their second moment: the first factor's responses are short. Pairs
+    For layers whose patches are too long to hold their second moment: what comes to the last layer is short. Those
     without a bias are left alone, since the mean could not be kept.
 
     Parameters
     ----------
     joint
-        Moments of batches seen before, of the same second layer.
+        Moments of batches seen before, of the same last layer.
     """
-    spec = describe(pair.second, tuple(f"{name}.1" for name in layer.spec.names))
-    weight, bias = canonical(pair.second)
+    *before, last = chain
+    spec = describe(last, tuple(f"{name}.{len(before)}" for name in layer.spec.names))
+    weight, bias = canonical(last)
     if bias is None:
         return None
-    second = Layer(spec, weight, bias)
-    joint = joint or Joint.of(second)
+    part = Layer(spec, weight, bias)
+    joint = joint or Joint.of(part)
     with torch.no_grad():
-        joint.add(seen, split, given=pair.first)
-    fitted = joint.layer(second)
-    pair[1] = make_layer(spec, fitted.weight, fitted.bias).train(pair.second.training)
+        joint.add(seen, split, given=lambda x: functools.reduce(lambda value, made: made(value), before, x))
+    fitted = joint.layer(part)
+    chain[len(before)] = make_layer(spec, fitted.weight, fitted.bias).train(last.training)
     return joint
 
 
