@@ -36,6 +36,10 @@ AUTO, JOINT, SPARSE, FILTERS, LEARNED = "auto", "joint", "low-rank-plus-sparse",
 CLASSES: Mapping[str, str] = {
     "weight-svd": "WeightSVD",
     "activation-svd": "ActivationSVD",
+    "weight-cp": "WeightCP",
+    "activation-cp": "ActivationCP",
+    "weight-tucker2": "WeightTucker2",
+    "activation-tucker2": "ActivationTucker2",
     "joint-svd": "JointSVD",
     SPARSE: "LowRankPlusSparse",
     FILTERS: "PrincipalFilters",
@@ -44,6 +48,9 @@ CLASSES: Mapping[str, str] = {
 OTHER_NAMES = {
     "svd": "weight-svd", "low-rank": AUTO, "lowrank": AUTO, "pca": "activation-svd", "sparse": SPARSE,
     "pruning": FILTERS, "prune": FILTERS, "filters": FILTERS, "channels": FILTERS, "rank": LEARNED, "learned": LEARNED,
+    "cp": "activation-cp", "parafac": "activation-cp", "tucker": "activation-tucker2", "tucker2": "activation-tucker2",
+    "tucker-2": "activation-tucker2", "weightcp": "weight-cp", "activationcp": "activation-cp",
+    "weighttucker2": "weight-tucker2", "activationtucker2": "activation-tucker2",
     "wsvd": "weight-svd", "asvd": "activation-svd",
     "weightsvd": "weight-svd", "activationsvd": "activation-svd", "jointsvd": "joint-svd",
     "lowrankplussparse": SPARSE, "principalfilters": FILTERS, "learnedranks": LEARNED,
@@ -51,7 +58,7 @@ OTHER_NAMES = {
 """What people call them elsewhere."""
 NAMES = (AUTO, JOINT, *CLASSES, LEARNED)
 """What ``--method`` takes, beside classes of the user's own."""
-_CALIBRATED = ("activation-svd", FILTERS)
+_CALIBRATED = ("activation-svd", "activation-cp", "activation-tucker2", FILTERS)
 
 
 @dataclass(frozen=True)

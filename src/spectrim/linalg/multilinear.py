@@ -91,28 +91,58 @@ class Target:
         return equations.solve()[0].mT
 
 
+# Pairs of steps that L-BFGS remembers.
+_MEMORY = 20
+
+
 def descend(objective: Objective, start: Sequence[Tensor], evaluations: int) -> list[Tensor]:
-    """The best point that L-BFGS comes to: with more evaluations it goes further on the same way."""
-    points = [each.detach().clone().requires_grad_() for each in start]
-    best, least = [each.detach().clone() for each in points], math.inf
+    """Where L-BFGS comes to with so many evaluations; with more it goes further on the same way, which only falls.
 
-    def closure() -> float:
-        nonlocal best, least
-        with torch.no_grad():
-            error, gradients = objective([each.detach() for each in points])
-        for point, gradient in zip(points, gradients, strict=True):
-            point.grad = gradient.to(point).reshape(point.shape).clone()
-        if error < least:
-            best, least = [each.detach().clone() for each in points], error
-        return error
+    Steps are halved or interpolated until the error falls as far as the slope promises (Nocedal, Wright 2006, 3.5).
+    ``torch.optim`` has it too, and loads the compiler for it.
+    """
+    sizes = [each.numel() for each in start]
 
-    if evaluations > 0:
-        search = torch.optim.LBFGS(
-            points, lr=1, max_iter=evaluations, max_eval=evaluations, history_size=20, tolerance_grad=1e-12,
-            tolerance_change=1e-12, line_search_fn="strong_wolfe",
-        )  # fmt: skip
-        search.step(closure)  # type: ignore[arg-type]
-    return best
+    def at(point: Tensor) -> tuple[float, Tensor]:
+        parts = point.split(sizes)
+        error, slopes = objective([part.reshape(each.shape) for part, each in zip(parts, start, strict=True)])
+        return error, torch.cat([slope.flatten() for slope in slopes])
+
+    point, pairs = torch.cat([each.flatten() for each in start]), []
+    left = evaluations - 1
+    error, gradient = at(point) if left > 0 else (0.0, torch.zeros_like(point))
+    while left > 0 and float(gradient.abs().max()) > 1e-12:
+        way = _direction(gradient, pairs)
+        slope, step = float(way @ gradient), 1.0 if pairs else min(1.0, 1 / float(gradient.abs().sum()))
+        while left > 0:
+            left -= 1
+            ahead, other = at(point + step * way)
+            if ahead <= error + 1e-4 * step * slope:
+                break
+            # The minimum of the parabola through what is known, within bounds.
+            bent = ahead - error - step * slope
+            step *= min(0.5, max(0.1, -0.5 * step * slope / bent)) if bent > 0 else 0.1
+        else:
+            break
+        moved, change = step * way, other - gradient
+        if float(moved @ change) > 1e-12 * float(change @ change):
+            pairs = [*pairs[1 - _MEMORY :], (moved, change)]
+        point, gradient, error = point + moved, other, ahead
+    return [part.reshape(each.shape) for part, each in zip(point.split(sizes), start, strict=True)]
+
+
+def _direction(gradient: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Minus the gradient times the inverse curvature that the last steps tell."""
+    way, shares = -gradient, []
+    for moved, change in reversed(pairs):
+        shares.append((moved @ way) / (moved @ change))
+        way = way - shares[-1] * change
+    if pairs:
+        moved, change = pairs[-1]
+        way = way * ((moved @ change) / (change @ change))
+    for (moved, change), share in zip(pairs, reversed(shares), strict=True):
+        way = way + (share - (change @ way) / (moved @ change)) * moved
+    return way
 
 
 # --- CP -------------------------------------------------------------------------------------------------------------
@@ -197,7 +227,7 @@ def polyadic_error(target: Target, modes: Sequence[Tensor]) -> tuple[float, list
 def polyadic_work(target: Target, rank: int) -> float:
     """Multiplications of one :func:`polyadic_error`."""
     o, n = target.weight.shape[0], target.weight[0].numel()
-    return n * rank * (target.reach + 2 * o + 2 * rank)
+    return float(n * rank) * (target.reach + 2 * o + 2 * rank)
 
 
 def polyadic(

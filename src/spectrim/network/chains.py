@@ -142,6 +142,8 @@ def cp_layers(spec: LayerSpec, choice: CPChoice) -> Chain:
 
 def _between(spec: LayerSpec, layers: Sequence[LayerSpec], bias: bool) -> Chain:
     """Layers between two of 1 x 1."""
+    if not takes(spec):
+        raise ValueError("it is for a convolution of one group whose kernel is larger than 1, and not transposed")
     ones, none = (1,) * len(spec.kernel), (0,) * len(spec.kernel)
     point = dataclasses.replace(
         spec, kernel=ones, stride=ones, padding=none, dilation=ones, padding_mode="zeros", bias=False

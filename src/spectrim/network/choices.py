@@ -327,7 +327,7 @@ class CPChoice(Choice, kind="cp"):
     bias: bool | None = None
 
     def __str__(self) -> str:
-        return f"CP, rank {self.rank}" + (", kernel by axes" if self.kernel == "axes" else "")
+        return f"CP, {self.rank} components" + (", kernel by axes" if self.kernel == "axes" else "")
 
 
 @dataclass(frozen=True)
