@@ -80,12 +80,13 @@ def test_full_ranks_are_the_layer(kind: str) -> None:
     site, layer, inputs = small_site(kind, dtype=torch.float64)
     _, o, i, *kernel = site.spec.shape
     full = min(o, i) * torch.Size(kernel).numel()
-    for method, choice in (
+    pairs: list[tuple[Method, Choice]] = [
         (WeightCP(), CPChoice(full)),
         (ActivationCP(), CPChoice(full, "axes", True)),
         (WeightTucker2(evaluations=0), TuckerChoice(i, o)),
         (ActivationTucker2(evaluations=0), TuckerChoice(i, o, True)),
-    ):
+    ]
+    for method, choice in pairs:
         (module,) = build(method.factorize(site, choice), site.layers, site.biases)
         with torch.no_grad():
             torch.testing.assert_close(module(inputs), layer(inputs), atol=1e-5, rtol=1e-5)

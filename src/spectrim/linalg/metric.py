@@ -419,7 +419,8 @@ def cholesky(matrix: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:
     ValueError
         If the matrix holds NaN or Inf.
     """
-    for whole in (matrix, _without_rounding(matrix), _dominant(matrix)):
+    for mend in (torch.clone, _without_rounding, _dominant):
+        whole = mend(matrix)
         scale = whole.diagonal(dim1=-2, dim2=-1)
         # Where there is nothing, anything may be divided by.
         scale = torch.where(scale > 0, scale, torch.ones_like(scale))

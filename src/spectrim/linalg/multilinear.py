@@ -132,17 +132,17 @@ def descend(objective: Objective, start: Sequence[Tensor], evaluations: int) -> 
 
 
 def _direction(gradient: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Minus the gradient times the inverse curvature that the last steps tell."""
-    way, shares = -gradient, []
-    for moved, change in reversed(pairs):
-        shares.append((moved @ way) / (moved @ change))
-        way = way - shares[-1] * change
-    if pairs:
-        moved, change = pairs[-1]
-        way = way * ((moved @ change) / (change @ change))
-    for (moved, change), share in zip(pairs, reversed(shares), strict=True):
-        way = way + (share - (change @ way) / (moved @ change)) * moved
-    return way
+    """Minus the gradient times the inverse curvature that the last steps tell (Byrd, Nocedal, Schnabel 1994, 2.3)."""
+    if not pairs:
+        return -gradient
+    steps, changes = (torch.stack(each) for each in zip(*pairs, strict=True))
+    met = steps @ changes.mT
+    size = met[-1, -1] / (changes[-1] @ changes[-1])
+    triangle = met.triu()
+    first = torch.linalg.solve_triangular(triangle, (steps @ gradient).unsqueeze(1), upper=True).squeeze(1)
+    rest = met.diagonal() * first + size * (changes @ (changes.mT @ first) - changes @ gradient)
+    second = torch.linalg.solve_triangular(triangle.mT, rest.unsqueeze(1), upper=False).squeeze(1)
+    return size * (changes.mT @ first - gradient) - steps.mT @ second
 
 
 # --- CP -------------------------------------------------------------------------------------------------------------

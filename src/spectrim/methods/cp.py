@@ -33,7 +33,7 @@ from spectrim.network.structure import Chain
 log = logging.getLogger(__name__)
 
 # Ranks of a curve, each so many times the next one, from nearly where nothing is saved.
-_RANKS, _RATIO, _MOST = 12, 0.77, 0.9
+_RANKS, _RATIO, _MOST = 10, 0.73, 0.9
 # Evaluations of the error for a point of the curve, and the fewest with which one is offered.
 _ENOUGH, _FEWEST = 40, 8
 
