@@ -64,8 +64,8 @@ QUESTIONS = (
         "A trained network, some unlabelled images and a budget; no weight is trained afterwards. Accuracy is that on the "
         "10,000 test images of CIFAR-10, which were looked at once for each row. A test of 10,000 images has a standard "
         "error of 0.3 points near 90 %.",
-        ("F2", "R9", "R3"),
-        ("front_rows", "front_neighbours", "resnet20_oneshot"),
+        ("F2", "R9", "R3", "A2 (ResNet-20)"),
+        ("front_rows", "front_neighbours", "resnet20_oneshot", "chains"),
         ("front-resnet20",),
     ),
     Question(
@@ -173,6 +173,11 @@ WORDS = {
         "ResNet-20 on CIFAR-10, no training",
         "Test accuracy of a given ResNet-20 (dense 91.73 %) after one call on 4,000 unlabelled images, at three budgets of "
         "multiply-accumulates.",
+    ),
+    "A2 (ResNet-20)": Words(
+        "ResNet-20 on CIFAR-10, no training, with chains of three layers on offer",
+        "Test accuracy after one plan on 1,024 unlabelled images with low rank, CP and Tucker-2 in one table, at three "
+        "budgets of multiply-accumulates. Arms were compared on held-out training images.",
     ),
     "F3": Words("ResNet-20 on CIFAR-10, fine-tuned", "Test accuracy after fine-tuning with the dense teacher.", _SHORT),
     "F4": Words("ResNet-56 on CIFAR-10, fine-tuned", "Test accuracy after fine-tuning with the dense teacher.", _SHORT),
