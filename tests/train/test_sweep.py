@@ -102,7 +102,7 @@ def test_a_sweep_prints_and_draws(model: nn.Module, batches: list[Tensor]) -> No
     assert "lower is better" in text
     assert set(found.rows()[0]) >= {"asked", "macs", "macs_dense", "metric", "tuned_metric", "on_front"}
     axes = found.plot()
-    assert axes.get_ylabel() == "metric"
+    assert axes.get_ylabel() == "first weight"
     assert {line.get_label() for line in axes.get_lines()} >= {"without training", "front", "dense"}
 
 

@@ -18,6 +18,7 @@ from spectrim.cli.export import export
 from spectrim.cli.help import Command, Program
 from spectrim.cli.path import path
 from spectrim.cli.profile import profile
+from spectrim.cli.sweep import sweep
 
 app = typer.Typer(
     name="spectrim",
@@ -27,7 +28,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (profile, compress, path, evaluate, export, demo, doctor):
+for _command in (profile, compress, sweep, path, evaluate, export, demo, doctor):
     app.command(cls=Command, epilog=_command.examples)(_command)  # type: ignore[attr-defined]
 
 

@@ -35,6 +35,11 @@ def budgets(incomplete: str) -> list[str]:
     return [f"{cost}=" for cost in COSTS if cost.startswith(incomplete)]
 
 
+def costs(incomplete: str) -> list[str]:
+    """Costs of the library."""
+    return [cost for cost in COSTS if cost.startswith(incomplete)]
+
+
 def recipes(incomplete: str) -> list[str]:
     """Recipes of principal filters."""
     return [text for text in ("kl", "energy=0.95") if text.startswith(incomplete)]

@@ -36,6 +36,19 @@ if TYPE_CHECKING:
 SELECTORS = ("exact", "lagrangian", "greedy", "energy", "uniform")
 
 
+def check_selector(text: str) -> None:
+    """Refuse a selector that there is not.
+
+    Raises
+    ------
+    UsageError
+        Says which there are.
+    """
+    if text not in SELECTORS:
+        close = did_you_mean(text, SELECTORS)
+        raise UsageError(f"--selector {text!r} is not known; choose from {', '.join(SELECTORS)}.{close}")
+
+
 def model_argument(meaning: str) -> Any:
     """MODEL, with what it means to a command."""
     return typer.Argument(metavar="MODEL", autocompletion=completion.models, help=meaning)
@@ -354,9 +367,7 @@ class GoalOptions:
             read_budget(self.budget, costs)
         if self.recipe is not None:
             check_recipe(self.recipe)
-        if self.selector not in SELECTORS:
-            close = did_you_mean(self.selector, SELECTORS)
-            raise UsageError(f"--selector {self.selector!r} is not known; choose from {', '.join(SELECTORS)}.{close}")
+        check_selector(self.selector)
 
 
 @dataclass(frozen=True)

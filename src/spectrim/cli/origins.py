@@ -33,10 +33,15 @@ def origin(named: Mapping[str, str], seeds: Mapping[str, int], dense: nn.Module,
     load
         Lines of code that load the small one.
     """
-    parts = [_part(role, text) for role, text in named.items()]
-    parts += [Part.of_model("dense network", type(dense).__name__, dense)]
+    parts = parts_of(named, dense)
     parts += [Part.of_model("compressed network", type(small).__name__, small)]
     return Origin(shlex.join(["spectrim", *sys.argv[1:]]), tuple(parts), seeds, load)
+
+
+def parts_of(named: Mapping[str, str], dense: nn.Module) -> list[Part]:
+    """What a run is made from, with digests: references by their role, and the dense network."""
+    parts = [_part(role, text) for role, text in named.items()]
+    return [*parts, Part.of_model("dense network", type(dense).__name__, dense)]
 
 
 def _part(role: str, text: str) -> Part:

@@ -46,7 +46,7 @@ from spectrim.selection.plan import Plan
 from spectrim.selection.selectors import Selector, energy, exact, greedy, lagrangian, select, uniform
 from spectrim.train import Recipe, fine_tune
 
-_SELECTORS: dict[str, Callable[[Candidates, Budget], Plan]] = dict(
+SELECTOR_OF: dict[str, Callable[[Candidates, Budget], Plan]] = dict(
     zip(SELECTORS, (exact, lagrangian, greedy, energy, uniform), strict=True)
 )
 _STEPS = 200  # between two checkpoints of a fine-tuning
@@ -100,7 +100,7 @@ class Request:
         chosen = methods.chosen(calibrated, multiple_of=multiple_of, share=groups is not False)
         plan = Plan.read(goal.plan) if goal.plan is not None else None
         awaited = plan is None and wanted_groups(sharing, methods) is True
-        return cls(chosen, costs, budget, recipe, plan, groups, awaited, _SELECTORS[goal.selector], goal.guard)
+        return cls(chosen, costs, budget, recipe, plan, groups, awaited, SELECTOR_OF[goal.selector], goal.guard)
 
     @property
     def timed(self) -> bool:

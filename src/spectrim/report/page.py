@@ -90,9 +90,9 @@ class Page:
         """
         parts = {**self._numbers(), **self._pictures(), **self._learned()}
         parts["words"] = list(glossary(_text(parts), (str(entry.choice) for entry in self.plan), self.plan.selector))
-        return _template().render(
+        return template().render(
             title=self.title, origin=self.origin, notes=list(self.notes), skipped=list(self.skipped),
-            css=_style(), plan_json=self.plan.to_json(), **parts,
+            css=style(), plan_json=self.plan.to_json(), **parts,
         )  # fmt: skip
 
     def write(self, path: str | Path) -> Path:
@@ -222,18 +222,20 @@ def write_report(
 
 
 @cache
-def _template() -> Template:
+def template(name: str = "page.html.jinja") -> Template:
+    """A template of this folder."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
         loader=PackageLoader("spectrim", "report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    return environment.get_template("page.html.jinja")
+    return environment.get_template(name)
 
 
 @cache
-def _style() -> Any:
+def style() -> Any:
+    """The style that pages have in common."""
     from markupsafe import Markup
 
     return Markup(files("spectrim.report").joinpath("page.css").read_text(encoding="utf-8"))

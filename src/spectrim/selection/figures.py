@@ -128,7 +128,7 @@ def points(sweep: Sweep, cost: str, *, ax: Axes | None = None) -> Axes:
             axes.annotate(point.asked, at, (4, -9), textcoords="offset points", fontsize=6.5, color=INK)
         axes.set_xlim(0, 105)
         axes.set_xlabel(f"{'measured time' if cost == 'milliseconds' else cost_label(cost)}, % of dense")
-        axes.set_ylabel(sweep.judged_by if sweep.judged_by == "metric" else f"{sweep.judged_by}, %")
+        axes.set_ylabel(sweep.judged_by if sweep.dense is not None else f"{sweep.judged_by}, %")
         axes.grid(True, color=GRID, lw=0.6)
         axes.set_axisbelow(True)
         axes.legend(loc="best")

@@ -43,6 +43,8 @@ class Sweep(Printed):
         What ``evaluate`` returned for the dense network; None without it.
     better
         Which way of the metric is good.
+    metric
+        What it is called.
     unmet
         Budgets that cannot be met, in words, and why.
     made_by
@@ -59,6 +61,7 @@ class Sweep(Printed):
     dense: float | None = None
     better: Better = "higher"
     unmet: Mapping[str, str] = field(default_factory=dict)
+    metric: str = "metric"
     made_by: Callable[[Plan], Any] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -91,23 +94,24 @@ class Sweep(Printed):
 
     @property
     def judged_by(self) -> str:
-        """What networks are compared by: ``metric``, ``same class first`` (a share) or ``outputs differ``."""
+        """What networks are compared by: :attr:`metric`, ``same class first`` (a share) or ``outputs differ``."""
         if self.dense is not None:
-            return "metric"
+            return self.metric
         judged = [point.judged for point in self.points]
         return _SAME if judged and all(each.top1 is not None for each in judged) else _DIFFER
 
     def quality(self, judged: Judged) -> float:
         """How good a network is in what is compared, in percent where it is a share; NaN where it is not known."""
         by = self.judged_by
-        value = judged.metric if by == "metric" else judged.top1 if by == _SAME else judged.error
+        shares = {_SAME: judged.top1, _DIFFER: judged.error}
+        value = shares.get(by, judged.metric)
         if value is None:
             return math.nan
-        return value if by == "metric" else 100 * value
+        return 100 * value if by in shares else value
 
     @property
     def higher_is_better(self) -> bool:
-        return self.judged_by == _SAME or (self.judged_by == "metric" and self.better == "higher")
+        return self.better == "higher" if self.dense is not None else self.judged_by == _SAME
 
     def front(self, cost: str | None = None) -> tuple[Point, ...]:
         """The points that no other one beats: none is as cheap and as good, and cheaper or better.
@@ -198,7 +202,7 @@ class Sweep(Printed):
         if judged is None:
             return [""] * len(self.measures)
         cells = {
-            "metric": "" if judged.metric is None else f"{judged.metric:.4g}",
+            self.metric: "" if judged.metric is None else f"{judged.metric:.4g}",
             _SAME: "" if judged.top1 is None else f"{judged.top1:.2%}",
             _DIFFER: "" if judged.error is None else f"{judged.error:.2%}",
         }
@@ -240,11 +244,11 @@ class Sweep(Printed):
         """What is to be said of all points."""
         said = []
         samples = max((point.carried_out.samples for point in self.points), default=0)
-        if self.judged_by == "metric":
-            said.append(f"metric: what evaluate returns, {self.better} is better")
-        if samples:
+        if self.dense is not None:
+            said.append(f"{self.metric}: what evaluate returns, {self.better} is better")
+        elif samples:
             said.append(f"outputs are compared with the dense network's on {samples:,} held-out samples")
-        if any(point.tuned is not None and point.tuned.samples for point in self.points):
+        if self.dense is None and any(point.tuned is not None for point in self.points):
             said.append("after fine-tuning on samples that may be among those that were trained on")
         return (*said, *(f"{asked} is left out: {why}" for asked, why in self.unmet.items()))
 
@@ -259,7 +263,13 @@ class Sweep(Printed):
 
     def record(self) -> dict[str, Any]:
         """All but the points and the network, as JSON values."""
-        return {"cost": self.cost, "dense": self.dense, "better": self.better, "unmet": dict(self.unmet)}
+        return {
+            "cost": self.cost,
+            "dense": self.dense,
+            "better": self.better,
+            "unmet": dict(self.unmet),
+            "metric": self.metric,
+        }
 
     def write(self, folder: str | Path) -> None:
         """Write ``sweep.json`` and a folder a point, into a folder that there is.
@@ -297,9 +307,9 @@ class Sweep(Printed):
         """
 
         def parse(text: bytes) -> Sweep:
-            record = record_of(text, "a sweep", {"cost", "dense", "better", "unmet"})
+            record = record_of(text, "a sweep", set(_Read.__struct_fields__))
             try:
-                return msgspec.convert({**record, "points": []}, _Read).sweep(finished(folder))
+                return msgspec.convert(record, _Read).sweep(finished(folder))
             except msgspec.MsgspecError as error:
                 raise PlanError(f"not a sweep: {error}") from error
 
@@ -313,9 +323,10 @@ class _Read(msgspec.Struct):
     better: Better
     dense: float | None = None
     unmet: dict[str, str] = {}
+    metric: str = "metric"
 
     def sweep(self, points: Iterable[Point]) -> Sweep:
-        return Sweep(tuple(points), self.cost, self.dense, self.better, self.unmet)
+        return Sweep(tuple(points), self.cost, self.dense, self.better, self.unmet, self.metric)
 
 
 def _amount(cost: str, value: float) -> str:

@@ -151,8 +151,9 @@ def sweep(
     }  # fmt: skip
     run = Sweeping(
         model, prepared, methods=methods, guard=guard, costs=costs, selector=selector, forward=feed, evaluate=evaluate,
-        better=better, fine_tune=fine_tune, timed=bool(timed), folder=None if folder is None else Path(folder),
-        keep_models=keep_models, options=options, progress=told(progress),
+        better=better, metric=_name(evaluate), fine_tune=fine_tune, timed=bool(timed),
+        folder=None if folder is None else Path(folder), keep_models=keep_models, options=options,
+        progress=told(progress),
     )  # fmt: skip
     return run.sweep(asked)
 
@@ -201,12 +202,14 @@ class Sweeping:
     ----------
     prepare
         Called when the first point is not there yet, and once.
+    metric
+        What ``evaluate`` returns is called.
     timed
         Whether points have measured milliseconds.
     options
         What else makes the sweep, as JSON values: a folder holds points of one sweep.
     done
-        Called with all points that there are whenever there is one more.
+        Called with a point as soon as it is there, and with the sweep as far as it has come.
     """
 
     model: nn.Module = field(kw_only=False)
@@ -218,13 +221,14 @@ class Sweeping:
     forward: Callable[[nn.Module, Any], Any] | None = None
     evaluate: Evaluate | None = None
     better: Better = "higher"
+    metric: str = "metric"
     fine_tune: FineTune | None = None
     timed: bool = False
     folder: Path | None = None
     keep_models: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     progress: Progress = silent
-    done: Callable[[Sweep], None] = lambda sweep: None
+    done: Callable[[Point, Sweep], None] = lambda point, sweep: None
 
     def sweep(self, asked: Mapping[str, Budget]) -> Sweep:
         """A point for every budget that can be met, read or made."""
@@ -234,17 +238,19 @@ class Sweeping:
         points, unmet = [], {}
         infeasible: InfeasibleBudgetError | None = None
         self._claim(dense)
-        found = Sweep((), next(iter(asked.values())).costs[0], dense, self.better, {}, self.result)
+        found = Sweep((), next(iter(asked.values())).costs[0], dense, self.better, {}, self.metric, self.result)
         for number, (words, budget) in enumerate(asked.items()):
             self.progress("sweep", number, len(asked))
             try:
                 points.append(self._point(words, budget))
             except InfeasibleBudgetError as error:
                 infeasible, unmet[words] = error, str(error)
+            fresh = len(points) > len(found)
             found = dataclasses.replace(found, points=tuple(points), unmet=dict(unmet))
             if self.folder is not None:
                 found.write_summary(self.folder)
-            self.done(found)
+            if fresh:
+                self.done(points[-1], found)
         self.progress("sweep", len(asked), len(asked))
         if not points and infeasible is not None:
             raise infeasible
@@ -393,6 +399,12 @@ class Sweeping:
                 f"{str(self.folder)!r} holds another sweep: {told}. Give the same arguments to go on, or another folder"
             )
         write_text(file, json.dumps({**then, **now}, indent=1) + "\n")
+
+
+def _name(evaluate: Evaluate | None) -> str:
+    """What a metric is called: as the function, if that has a name."""
+    name = getattr(evaluate, "__name__", "<lambda>")
+    return "metric" if "<" in name else name.replace("_", " ")
 
 
 def _same(then: Any, now: Any) -> bool:

@@ -1,0 +1,168 @@
+"""``spectrim sweep``, when the command line has been read."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from spectrim.cli.common import Output
+from spectrim.cli.filters import with_channels
+from spectrim.cli.methods import AUTO, Methods
+from spectrim.cli.options import (
+    InputOptions,
+    LayerOptions,
+    NetworkOptions,
+    SharingOptions,
+    TrainingOptions,
+)
+from spectrim.cli.origins import parts_of
+from spectrim.cli.preprocessing import tell
+from spectrim.cli.sharing import wanted_groups
+from spectrim.cli.shrinking import SELECTOR_OF
+from spectrim.cli.sparsity import check_patterns
+from spectrim.cli.steps import prepared
+from spectrim.cli.values import read_costs as read_costs
+from spectrim.cli.work import Work
+from spectrim.network.files import replacing
+from spectrim.report import Origin, SweepPage
+from spectrim.report.figures import to_svg
+from spectrim.selection.budget import Budget
+from spectrim.selection.front import Sweep
+from spectrim.selection.point import Point
+from spectrim.train import Sweeping, fine_tune
+
+if TYPE_CHECKING:
+    from spectrim.cli.sweep import SizeOptions, SweepFileOptions
+
+_STEPS = 200  # between two checkpoints of a fine-tuning
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks for.
+
+    Attributes
+    ----------
+    asked
+        Budgets, by what they say in words.
+    costs
+        Functions of layers of the user's own, by the cost.
+    """
+
+    network: NetworkOptions
+    sizes: SizeOptions
+    inputs: InputOptions
+    methods: Methods
+    training: TrainingOptions
+    layers: LayerOptions
+    sharing: SharingOptions
+    files: SweepFileOptions
+    asked: Mapping[str, Budget]
+    costs: Mapping[str, Callable[[Any], float]]
+
+    @property
+    def limited(self) -> set[str]:
+        """The costs that budgets limit."""
+        return {cost for budget in self.asked.values() for cost in budget.costs}
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What makes the sweep, by the option that says it."""
+        parts: list[Any] = [self.inputs, self.layers, self.sharing]
+        if self.training.train is not None:
+            parts.append(dataclasses.replace(self.training, test=None))
+        found = {"method": [each.text for each in self.methods.asked], "model": self.network.model}
+        for part in parts:
+            found |= dataclasses.asdict(part)
+        found |= {"selector": self.sizes.selector, "guard": self.sizes.guard, "cost": self.sizes.own}
+        return {f"--{name.replace('_', '-')}": value for name, value in found.items() if name != "test"}
+
+    def carry_out(self, out: Output) -> None:
+        """Make or read every point, write the files, print the table or the document."""
+        timed = self.sizes.latency or self.sizes.guard or "latency" in self.limited
+        usual = self.methods.names == (AUTO,) and not {"parameters", "bytes"}.isdisjoint(self.limited)
+        groups = wanted_groups(self.sharing, self.methods, default=usual)
+        tuning = dataclasses.replace(self.training.recipe(), checkpoint_every=_STEPS)
+        methods = self.methods.chosen(True, multiple_of=self.layers.multiple_of, share=groups is not False)
+        work = Work.load(self.network, self.layers, self.inputs, self.training, timed=timed)
+        check_patterns(methods, work.sites)
+        out.say(f"sweeping {work.whose}")
+        different = tell(out, work.references, work.dense)
+        folder = self.files.folder
+        out.left = f"the points that are done are in {folder}; "
+
+        def tune(small: nn.Module, file: Path | None) -> None:
+            assert work.training is not None
+            fine_tune(small, work.training, teacher=work.dense, recipe=tuning, progress=out.shows, checkpoint=file)
+
+        def ready() -> Any:
+            sites = work.sites
+            if any(method.removes_channels for method in methods):
+                sites = with_channels(work.dense, sites, work.example)
+            return prepared(out, work, sites, groups, weigh=True)
+
+        with out.progress() as progress:
+            found = Sweeping(
+                work.dense, ready, methods=methods, guard=self.sizes.guard, costs=self.costs,
+                selector=SELECTOR_OF[self.sizes.selector], evaluate=work.score if work.testing is not None else None,
+                metric="accuracy", fine_tune=tune if work.training is not None else None, timed=timed, folder=folder,
+                keep_models=self.files.models, options=self.record, progress=progress,
+                done=functools.partial(_told, out),
+            ).sweep(self.asked)  # fmt: skip
+        self._finish(out, found, work, different)
+
+    def _finish(self, out: Output, found: Sweep, work: Work, notes: tuple[str, ...]) -> None:
+        folder = self.files.folder
+        files = {"sweep": folder / "sweep.json"}
+        smallest = folder / found.front()[-1].folder if found.front() else folder
+        again = shlex.join(["spectrim", "compress", self.network.model, *(
+            ["-w", str(self.network.weights)] if self.network.weights is not None else []
+        ), "-d", str(self.inputs.data), "--plan", str(smallest / "plan.json")])  # fmt: skip
+        if self.files.report:
+            files |= {"figure": folder / "sweep.svg", "report": folder / "sweep.html"}
+            draw(found, files["figure"])
+            origin = Origin(parts=tuple(parts_of(work.named, work.dense)), load=again)
+            SweepPage(work.model, found, notes, origin=origin).write(files["report"])
+        rows = [
+            {**row, "folder": str(folder / point.folder), "notes": list(point.notes)}
+            for row, point in zip(found.rows(), found, strict=True)
+        ]
+        out.document(
+            {
+                "model": work.model, "folder": str(folder), "files": {n: str(path) for n, path in files.items()},
+                "cost": found.cost, "judged_by": found.judged_by, "dense": found.dense, "points": rows,
+                "unmet": dict(found.unmet), "notes": [*found.sentences, *notes],
+            }
+        )  # fmt: skip
+        out.table(*found.table())
+        for note in (*found.sentences, *notes):
+            out.prose(note)
+        out.prose("front: * no other network is as cheap and as good")
+        out.print(f"\nWritten to {folder}, with a folder for each point:")
+        for path in files.values():
+            out.print(f"  {path.name}")
+        out.print("\nTo carry out the smallest network of the front:")
+        out.print(f"  {again}")
+
+
+def draw(found: Sweep, file: Path) -> None:
+    """The front as SVG, whole or not at all."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    found.plot(ax=figure.subplots())
+    with replacing(file) as scratch:
+        scratch.write_bytes(to_svg(figure))
+
+
+def _told(out: Output, point: Point, sweep: Sweep) -> None:
+    """Say what a point has come to."""
+    judged = ", fine-tuned" if point.tuned is not None else ""
+    out.say(f"{point.asked}: {sweep.judged_by} {' '.join(sweep.texts(point.judged)[:1])}{judged}")
