@@ -28,7 +28,7 @@ def test_help_loads_no_torch_and_nothing_else_that_is_heavy():
     assert "--budget" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["profile", "compress", "sweep", "evaluate", "export", "demo"])
+@pytest.mark.parametrize("command", ["profile", "compress", "sweep", "compare", "evaluate", "export", "demo"])
 def test_every_command_has_help_and_json(run, command: str):
     text = run(command, "--help").stdout
     assert "--json" in text

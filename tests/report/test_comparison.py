@@ -213,3 +213,17 @@ def test_labels_may_be_whole_numbers_in_a_column_and_ignored_ones():
     outputs = torch.eye(4)[:3]
     assert accuracy(nn.Identity(), [(outputs, torch.tensor([[0.0], [1.0], [3.0]]))]) == pytest.approx(200 / 3)
     assert accuracy(nn.Identity(), [(outputs, torch.tensor([0, 1, -100]))]) == pytest.approx(200 / 3)
+
+
+def test_several_networks_are_compared_with_one_dense_network():
+    torch.manual_seed(0)
+    dense, half, third = nn.Linear(8, 6), nn.Linear(8, 6, bias=False), nn.Linear(8, 6)
+    found = compare(dense, {"half": half, "third": third}, torch.randn(4, 8), repeats=2)
+    assert found["half"]["parameters"].compressed == 48
+    assert found["third"]["parameters"].ratio == 1
+    assert str(found).splitlines()[0].split() == ["dense", "half", "third"]
+    assert [row["parameters"] for row in found.rows()] == [48, 54]
+    assert {row.metric for row in found["half"].rows} >= {"latency p50", "MACs"}
+    for names in ({}, {"dense": half}):
+        with pytest.raises(ValueError, match="another name than 'dense'"):
+            compare(dense, names, torch.randn(4, 8))

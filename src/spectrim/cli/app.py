@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from spectrim.cli.common import EXIT_CODES
+from spectrim.cli.compare import compare
 from spectrim.cli.compress import compress
 from spectrim.cli.demo import demo
 from spectrim.cli.doctor import doctor
@@ -28,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _command in (profile, compress, sweep, path, evaluate, export, demo, doctor):
+for _command in (profile, compress, sweep, path, evaluate, compare, export, demo, doctor):
     app.command(cls=Command, epilog=_command.examples)(_command)  # type: ignore[attr-defined]
 
 

@@ -7,6 +7,7 @@ from spectrim.report.measures import Score, accuracy
 from spectrim.report.origin import Origin, Part, not_measured
 from spectrim.report.page import Page, write_report
 from spectrim.report.ranks import animate_ranks, cost_curve, rank_paths
+from spectrim.report.side_by_side import SideBySide
 from spectrim.report.sweep_page import SweepPage
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Page",
     "Part",
     "Score",
+    "SideBySide",
     "SweepPage",
     "accuracy",
     "animate_ranks",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import nn
 
@@ -18,6 +18,9 @@ from spectrim.nn.watch.batches import Feed
 from spectrim.progress import Steps
 from spectrim.report.machine import machine_facts
 from spectrim.report.measures import Evaluate, Score, file_size, held, inputs, macs
+
+if TYPE_CHECKING:
+    from spectrim.report.side_by_side import SideBySide
 
 Better = Literal["higher", "lower"]
 _MEDIAN = "latency p50"
@@ -186,9 +189,19 @@ class Comparison(Printed):
 
 
 @called_as("Write compare(dense, compressed, example), with one batch of inputs", dense=nn.Module, compressed=nn.Module)
+@overload
+def compare(
+    dense: nn.Module, compressed: nn.Module, example: Any, *, evaluate: Evaluate | None = None, score: str = "accuracy",
+    repeats: int = 30, threads: int | None = None, progress: Steps | bool | None = None,
+) -> Comparison: ...  # fmt: skip
+@overload
+def compare(
+    dense: nn.Module, compressed: Mapping[str, nn.Module], example: Any, *, evaluate: Evaluate | None = None,
+    score: str = "accuracy", repeats: int = 30, threads: int | None = None, progress: Steps | bool | None = None,
+) -> SideBySide: ...  # fmt: skip
 def compare(
     dense: nn.Module,
-    compressed: nn.Module,
+    compressed: nn.Module | Mapping[str, nn.Module],
     example: Any,
     *,
     evaluate: Evaluate | None = None,
@@ -196,8 +209,8 @@ def compare(
     repeats: int = 30,
     threads: int | None = None,
     progress: Steps | bool | None = None,
-) -> Comparison:
-    """Measure two models side by side.
+) -> Comparison | SideBySide:
+    """Measure a model, or several by their names, beside the dense one.
 
     Parameters
     ----------
@@ -219,24 +232,37 @@ def compare(
 
     Returns
     -------
-    Comparison
+    Comparison or SideBySide
         Rows ``accuracy`` (or ``score``), ``parameters``, ``MACs``, ``file size``, ``peak memory``, ``latency p50`` and
         ``latency p90``. Of sparse weights the entries that are stored count as parameters and MACs, and the file holds
         them packed. Memory and latency are those of the model as it is run: see
-        :func:`spectrim.nn.sparse.kernels.choose_kernels`.
+        :func:`spectrim.nn.sparse.kernels.choose_kernels`. All models are timed in turns.
     """
-    models = {"dense": dense, "compressed": compressed}
-    found, timings = _measure(models, example, evaluate, score, repeats, threads, progress)
-    how = Speed.of_equals if same_layers(dense, compressed) else Speed.of
-    speed = how(timings["dense"], timings["compressed"]) if timings else None
-    rows = tuple(
-        Measure(
-            before.metric, before.unit, before.value, after.value, before.better,
-            speed if before.unit == "ms" else None,
+    others = {"compressed": compressed} if isinstance(compressed, nn.Module) else dict(compressed)
+    if not others or "dense" in others:
+        raise ValueError(
+            f"the models to compare are named {', '.join(map(repr, others)) or 'nothing'}: give at least one, and "
+            "another name than 'dense', which is the first model's"
         )
-        for before, after in zip(found["dense"], found["compressed"], strict=True)
-    )  # fmt: skip
-    return Comparison(rows, _samples(dense, example), _facts(threads))
+    found, timings = _measure({"dense": dense, **others}, example, evaluate, score, repeats, threads, progress)
+    samples, facts = _samples(dense, example), _facts(threads)
+    comparisons = {}
+    for name, model in others.items():
+        how = Speed.of_equals if same_layers(dense, model) else Speed.of
+        speed = how(timings["dense"], timings[name]) if timings else None
+        rows = tuple(
+            Measure(
+                before.metric, before.unit, before.value, after.value, before.better,
+                speed if before.unit == "ms" else None,
+            )
+            for before, after in zip(found["dense"], found[name], strict=True)
+        )  # fmt: skip
+        comparisons[name] = Comparison(rows, samples, facts)
+    if isinstance(compressed, nn.Module):
+        return comparisons["compressed"]
+    from spectrim.report.side_by_side import SideBySide
+
+    return SideBySide(comparisons)
 
 
 def measure(
