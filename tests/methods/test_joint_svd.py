@@ -96,6 +96,40 @@ def test_without_data_the_error_is_that_of_the_stacked_svd(share: str, kind: str
         assert error == pytest.approx(float(s[..., choice["rank"] :].square().sum()) / 3, abs=1e-10)
 
 
+@pytest.mark.parametrize("share", ["right", "left"])
+def test_plain_energy_is_the_objective_of_the_paper(share: str) -> None:
+    # Chen et al., equations 4 and 9: the SVD of the stack as it is, in which a layer of large weights counts more.
+    site, _, _ = small_group("conv2d", calibrated=False, dtype=torch.float64)
+    site = with_weights(site, [w * size for w, size in zip(site.weights, (1.0, 5.0, 0.2), strict=True)])
+    method = JointSVD(share, unfoldings=("height-first",), energy="plain")
+    curve = method.curve(site)
+    choice, error = curve.choices[1], curve.errors[1]
+    how, dim = unfolding((3, 3), "height-first"), -2 if share == "right" else -1
+    matrices = [unfold(w, how) for w in site.weights]
+    u, s, v = torch.linalg.svd(torch.cat(matrices, dim=dim), full_matrices=False)
+    r = choice["rank"]
+    stack = (u[..., :r] * s[..., None, :r]) @ v[..., :r, :]
+    products = [unfold(w, how) for w in method.factorize(site, choice).dense()]
+    torch.testing.assert_close(torch.cat(products, dim=dim), stack)
+    shares = [(m - p).square().sum() / m.square().sum() for m, p in zip(matrices, products, strict=True)]
+    assert error == pytest.approx(float(sum(shares)) / 3)
+    # Less of the plain sum is lost than by the choice in which every layer counts alike, and more of the shares.
+    alike = JointSVD(share, unfoldings=("height-first",))
+    others = [unfold(w, how) for w in alike.factorize(site, dataclasses.replace(choice, method=alike.name)).dense()]
+    lost = [sum((m - p).square().sum() for m, p in zip(matrices, each, strict=True)) for each in (products, others)]
+    assert lost[0] < lost[1]
+    assert (
+        dict(zip(alike.curve(site).choices, alike.curve(site).errors, strict=True))[
+            dataclasses.replace(choice, method=alike.name)
+        ]
+        < error
+    )
+
+
+def test_plain_energy_keeps_the_contract() -> None:
+    assert check_joint_method(JointSVD("both", sweeps=2, multiple_of=4, energy="plain"), layers=["linear"]) > 0
+
+
 def test_a_layer_of_half_the_input_depth_joins_by_the_second_factor() -> None:
     site, layers, inputs = small_group("conv2d", narrow="inputs")
     assert [spec.in_channels for spec in site.layers] == [6, 6, 3]
@@ -378,6 +412,7 @@ def test_moments_must_be_there_for_all_or_none() -> None:
         ({"share": "both", "proportion": 1.5}, "proportion is 1.5; expected a share from 0 .right. to 1 .left."),
         ({"proportion": float("nan")}, "proportion is nan"),
         ({"first": "both"}, "first is 'both'; expected 'left' or 'right'"),
+        ({"energy": "paper"}, "energy is 'paper'; expected 'equal' or 'plain'"),
         ({"multiple_of": 0}, "multiple_of must be at least 1, got 0"),
         ({"sweeps": 0}, "sweeps must be at least 1, got 0"),
         ({"unfoldings": "channel"}, "unfoldings is 'channel'; expected a tuple of names"),
@@ -396,6 +431,7 @@ def test_names_tell_what_is_shared_and_records_make_it_again() -> None:
         "JointSVD-both-0.5",
         "JointSVD-both-0.3",
     ]
-    method = JointSVD("both", 0.7, ("height-first",), 4, True, 12, "right")
+    assert JointSVD("both", energy="plain").name == "JointSVD-both-0.5-plain"
+    method = JointSVD("both", 0.7, ("height-first",), 4, True, 12, "right", "plain")
     assert from_record(method.record()) == method
     assert from_record({"type": "JointSVD", "options": {"share": "both", "proportion": 1}}) == JointSVD("both", 1.0)

@@ -22,7 +22,8 @@ class JointLayers:
     """Layers that are to share a factor, as matrices and metrics in which all their errors count in one unit.
 
     A layer's matrix is scaled so that all of its energy is what losing the layer adds to the loss: 1 without
-    sensitivity. So the sum of what is lost is the loss that selectors minimise, as it is for separate layers.
+    sensitivity. So the sum of what is lost is the loss that selectors minimise, as it is for separate layers. Plain
+    ones are not scaled, and what is minimised is the sum of their squared norms.
 
     Attributes
     ----------
@@ -32,6 +33,8 @@ class JointLayers:
         The same, scaled and with the root of the output weight applied to the columns.
     roots
         What ``mixed`` was scaled by.
+    counts
+        What a unit of the energy of each mixed matrix adds to the loss; 1 unless they are plain.
     own
         The layers in their own units, common ones on a side that is shared.
     seen
@@ -43,6 +46,7 @@ class JointLayers:
     matrices: tuple[Tensor, ...]
     mixed: tuple[Tensor, ...]
     roots: tuple[float, ...]
+    counts: tuple[float, ...]
     own: tuple[Standard, ...]
     seen: tuple[statistics.Patches, ...] | None
     scale: float
@@ -56,6 +60,11 @@ class JointLayers:
     def separates(self) -> bool:
         """Whether the error of a product is that in the average slice, so that projections are optimal."""
         return self.metrics is None or all(a.separates for a in self.metrics)
+
+    def lost(self, products: Sequence[Tensor]) -> float:
+        """What products in place of the mixed matrices add to the loss."""
+        missing = [m - product for m, product in zip(self.mixed, products, strict=True)]
+        return sum(c * energy for c, energy in zip(self.counts, _energies(missing, self.seen), strict=True))
 
     def own_left(self, left: Tensor, number: int) -> Tensor:
         """The first factor of one layer alone, fitted to its mixed matrix, for the layer as it is."""
@@ -82,7 +91,7 @@ class JointLayers:
         return own.shift(self.seen[number].shift(missing))
 
 
-def pose(site: Group, how: Unfolding, *, left: bool, right: bool) -> JointLayers | None:
+def pose(site: Group, how: Unfolding, *, left: bool, right: bool, plain: bool = False) -> JointLayers | None:
     """The layers of a site, or None if calibration kept too little for this unfolding.
 
     Parameters
@@ -90,6 +99,8 @@ def pose(site: Group, how: Unfolding, *, left: bool, right: bool) -> JointLayers
     left, right
         Whether the layers share a first or a second factor. A shared first factor needs one unit an input channel, a
         shared second factor one weight of the outputs.
+    plain
+        Whether squared norms add up as they are.
     """
     parts = site.parts
     own = Standard.together(parts, inputs=left or site.same_input, outputs=right)
@@ -109,8 +120,11 @@ def pose(site: Group, how: Unfolding, *, left: bool, right: bool) -> JointLayers
     scales = [statistics.scale(part, total) for part, total in zip(parts, alone, strict=True)]
     # A layer without energy loses nothing, whatever it is scaled by.
     roots = tuple((s / t) ** 0.5 if s > 0 and t > 0 else 1.0 for s, t in zip(scales, totals, strict=True))
+    ones = (1.0,) * len(parts)
+    if plain:
+        return JointLayers(matrices, mixed, ones, tuple(root**2 for root in roots), own, seen, sum(scales))
     mixed = tuple(root * m for root, m in zip(roots, mixed, strict=True))
-    return JointLayers(matrices, mixed, roots, own, seen, sum(scales))
+    return JointLayers(matrices, mixed, roots, ones, own, seen, sum(scales))
 
 
 def _energies(matrices: Sequence[Tensor], seen: Sequence[statistics.Patches] | None) -> list[float]:

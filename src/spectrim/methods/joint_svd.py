@@ -42,7 +42,8 @@ class JointSVD(Method):
     ``share="right"`` solves ``min sum_n ||M_n - U_n V||^2`` (RJSVD: the second convolution is shared), ``"left"``
     solves ``min sum_n ||M_n - U V_n||^2`` (LJSVD: the first), and ``"both"`` alternates over ``U_n V + U V_n``
     (Bi-JSVD). The norm is that of the layers' responses if the site is calibrated, and that of the weights if not;
-    every layer counts with the share of its energy that is lost.
+    every layer counts with the share of its energy that is lost. The paper's objective, in which squared norms add up
+    as they are, is ``energy="plain"``.
 
     Attributes
     ----------
@@ -60,6 +61,10 @@ class JointSVD(Method):
         Most rounds of an alternation: over both parts (30 in the paper), and over the factors of a calibrated site.
     first
         Which part of ``"both"`` is fitted first: ``"left"`` as in the paper's code, or ``"right"`` as in its text.
+    energy
+        ``"equal"``: every layer counts with the share of its energy that is lost; ``"plain"``: squared norms add up, so
+        that layers with large ones are kept better. Errors in the table are shares either way; those of plain ones are
+        measured at a few ranks.
 
     Notes
     -----
@@ -81,6 +86,7 @@ class JointSVD(Method):
     to_full_rank: bool = False
     sweeps: int = 30
     first: str = "left"
+    energy: str = "equal"
 
     def __post_init__(self) -> None:
         check_unfoldings(self.unfoldings)
@@ -90,6 +96,8 @@ class JointSVD(Method):
             raise ValueError(f"proportion is {self.proportion!r}; expected a share from 0 (right) to 1 (left)")
         if self.first not in ("left", "right"):
             raise ValueError(f"first is {self.first!r}; expected 'left' or 'right'")
+        if self.energy not in ("equal", "plain"):
+            raise ValueError(f"energy is {self.energy!r}; expected 'equal' or 'plain'")
         for name in ("multiple_of", "sweeps"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -98,7 +106,17 @@ class JointSVD(Method):
     @property
     def name(self) -> str:
         """The word plans use: the class and what is shared, so that several may stand in one table."""
-        return f"JointSVD-{self.share}" + (f"-{self.proportion:g}" if self.share == "both" else "")
+        parts = f"JointSVD-{self.share}" + (f"-{self.proportion:g}" if self.share == "both" else "")
+        return parts + ("-plain" if self._plain else "")
+
+    @property
+    def _plain(self) -> bool:
+        return self.energy == "plain"
+
+    @property
+    def _left_share(self) -> float:
+        """The part of the rank whose first factor is shared."""
+        return {"left": 1.0, "right": 0.0}.get(self.share, self.proportion)
 
     def fits(self, site: Group) -> bool:
         """Several layers whose unfolded weights agree on the shared side."""
@@ -130,7 +148,7 @@ class JointSVD(Method):
     ) -> SharedChoice:
         """The choice of a rank; for ``"both"`` it is split by the proportion unless ``left_rank`` is given."""
         if left_rank is None:
-            left_rank = {"left": rank, "right": 0}.get(self.share, round(self.proportion * rank))
+            left_rank = round(self._left_share * rank)
         alike = len({_first_of(spec, how) for spec in site.layers}) == 1
         once = site.same_input and left_rank == rank and alike
         return SharedChoice(how.name, rank, left_rank, bias, once, method=self.name)
@@ -164,10 +182,10 @@ class JointSVD(Method):
             ranks = self.ranks(site, how)
             if not ranks:
                 continue
-            group = pose(site, how, left=self.share != "right", right=self.share != "left")
+            group = pose(site, how, left=self.share != "right", right=self.share != "left", plain=self._plain)
             if group is None:
                 continue
-            offered, lost, energies = self._lost(group, list(ranks))
+            offered, lost, energies = (self._measured if self._plain else self._lost)(group, list(ranks))
             scale = group.scale
             choices += [self.choice(site, how, rank, bias=biased) for rank in offered]
             errors += [value / max(group.scale, 1e-300) for value in lost]
@@ -204,6 +222,12 @@ class JointSVD(Method):
                 lost = torch.stack([e.errors() for e in equations]).sum(0)
         return ranks, lost[ranks].tolist(), energies
 
+    def _measured(self, group: JointLayers, ranks: list[int]) -> tuple[list[int], list[float], None]:
+        """The same by carrying a few ranks out: what is minimised is not what is lost."""
+        knots = _knots(ranks)
+        fits = (self._best(group, rank, round(self._left_share * rank), ranks) for rank in knots)
+        return knots, [group.lost(state.products()) for state in fits], None
+
     def _lost_by_both(self, group: JointLayers, ranks: list[int]) -> tuple[list[int], list[float], None]:
         """The same for both parts: no decomposition has all ranks, so a few are fitted, each from the one before."""
         knots = _knots(ranks)
@@ -213,7 +237,7 @@ class JointSVD(Method):
         """Fits of both parts at ascending ranks, each from the one before."""
         state: Bilateral | None = None
         for rank in knots:
-            left_rank = round(self.proportion * rank)
+            left_rank = round(self._left_share * rank)
             state = bi_joint.bilateral(
                 group.mixed, left_rank, rank - left_rank, group.metrics, sweeps=1, first=self.first, start=state
             )
@@ -234,17 +258,11 @@ class JointSVD(Method):
     def factorize(self, site: Group, choice: SharedChoice) -> SharedBasis:
         how = unfolding(site.layers[0].kernel, choice.unfolding)
         rank, left_rank = choice.rank, choice.left_rank
-        group = pose(site, how, left=left_rank > 0, right=left_rank < rank)
+        group = pose(site, how, left=left_rank > 0, right=left_rank < rank, plain=self._plain)
         if group is None:
             site.parts[0].require("input", f"{self.name} ({how.name})")
             raise MissingMomentsError(f"group {site.name!r}: not all layers hold 'input' moments")
-        start: Bilateral | None = None
-        if 0 < left_rank < rank:
-            # The way that the curve went, so that what is carried out loses no more than it says.
-            below = [knot for knot in _knots(list(self.ranks(site, how))) if knot < rank]
-            for fitted in self._path(group, below):
-                start = fitted
-        state = self._fitted(group, left_rank, rank - left_rank, start)
+        state = self._best(group, rank, left_rank, list(self.ranks(site, how)))
         numbers = range(len(site.layers))
         own_lefts = [group.own_left(state.own_lefts[n], n) for n in numbers]
         own_rights = [group.own_right(state.own_rights[n], n) for n in numbers]
@@ -271,6 +289,15 @@ class JointSVD(Method):
             tuple(spec.shape[1:] for spec in site.layers),
             choice.once,
         )
+
+    def _best(self, group: JointLayers, rank: int, left_rank: int, ranks: list[int]) -> Bilateral:
+        """The factors of the mixed matrices at a rank, of those on offer."""
+        start: Bilateral | None = None
+        if 0 < left_rank < rank:
+            # The way that the curve went, so that what is carried out loses no more than it says.
+            for fitted in self._path(group, [knot for knot in _knots(ranks) if knot < rank]):
+                start = fitted
+        return self._fitted(group, left_rank, rank - left_rank, start)
 
     def _fitted(self, group: JointLayers, left_rank: int, right_rank: int, start: Bilateral | None) -> Bilateral:
         """The factors of the mixed matrices."""
