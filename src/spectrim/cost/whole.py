@@ -152,7 +152,7 @@ class Network:
         return (*found, *(each for each in others if each.name not in told))
 
     def beside(self, coupling: str, picks: Picks = _ALL_DENSE, widths: Widths = _ALL_THERE) -> Costs:
-        """What coupled channels cost in modules that are no layers: normalisation, embeddings."""
+        """What coupled channels cost in modules that are no layers: normalisation, embeddings, products of heads."""
         return self._beside(self._couplings[coupling], self._left(picks, widths))
 
     def prepare(self, options: Iterable[tuple[str, Choice]], progress: Steps | None) -> None:
@@ -181,8 +181,9 @@ class Network:
 
     def _beside(self, coupling: Coupling, left: Widths) -> Costs:
         number = left.get(coupling.name, coupling.channels)
-        held = {"parameters": coupling.parameters * number, "bytes": coupling.bytes * number}
-        return {name: held.get(name, 0.0) for name in self._functions}
+        products = sum(share * self.sites.work.get(path, 0.0) for path, share in coupling.products.items())
+        held = {"parameters": coupling.parameters, "bytes": coupling.bytes, "macs": products}
+        return {name: held.get(name, 0.0) * number for name in self._functions}
 
     def _left(self, picks: Picks, widths: Widths = _ALL_THERE) -> dict[str, int]:
         """Channels left of the couplings that lose some."""

@@ -96,9 +96,9 @@ class PrincipalFilters(Method):
         return tuple(reversed(found))
 
     def step(self, site: Channels) -> int:
-        """The multiple that widths are rounded to."""
-        spec = site.layers[0]
-        return self.multiple_of or rank_multiple(spec.device, spec.dtype, site.coupling.channels)
+        """The multiple that widths are rounded to: the layer's, of which a head has several entries."""
+        spec, entries = site.layers[0], site.coupling.sides[0].positions.shape[1]
+        return self.multiple_of or max(1, rank_multiple(spec.device, spec.dtype, site.coupling.channels) // entries)
 
     def choice(self, site: Channels, removed: list[int]) -> ChannelsChoice:
         """Do without these channels."""

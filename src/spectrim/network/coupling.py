@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import torch
 from jaxtyping import Int64
@@ -62,6 +63,8 @@ class Coupling:
         Equal runs of channels that all have to lose the same number: the groups of a grouped convolution.
     parameters, bytes
         What a channel has in modules that are no layers: normalisation, embeddings.
+    products
+        The share that a channel has of what modules multiply themselves, by their paths: a head's of attention.
     """
 
     name: str
@@ -69,6 +72,7 @@ class Coupling:
     pools: int = 1
     parameters: float = 0.0
     bytes: float = 0.0
+    products: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
     @property
     def channels(self) -> int:

@@ -58,16 +58,35 @@ def narrowed(sites: Sites, kept: Kept) -> Sites:
     couplings = tuple(c.after(list(everything[c.name]), axes) for c in sites.couplings)
     pooled = {name: group.take(_rows(everything[name])) for name, group in sites.pooled.items()}
     gone = {c.name: c.channels - len(everything[c.name]) for c in sites.couplings}
+    work = _work_left(sites, gone)
     return dataclasses.replace(
         sites,
         sites=tuple(cut(site) for site in sites),
         followers=tuple(cut(site) for site in sites.followers),
         untouched=tuple(spec.narrowed(_counts(by_layer.get(spec.name, {}))) for spec in sites.untouched),
-        couplings=couplings,
+        couplings=tuple(_sharing(c, sites.work, work) for c in couplings),
+        work=MappingProxyType(work),
+        other_macs=sites.other_macs - sum(sites.work.values()) + sum(work.values()),
         pooled=MappingProxyType(pooled),
         other_parameters=sites.other_parameters - round(sum(gone[c.name] * c.parameters for c in sites.couplings)),
         other_bytes=sites.other_bytes - round(sum(gone[c.name] * c.bytes for c in sites.couplings)),
     )
+
+
+def _work_left(sites: Sites, gone: Mapping[str, int]) -> dict[str, float]:
+    """What modules multiply themselves without some channels, by their paths."""
+    left = dict(sites.work)
+    for coupling in sites.couplings:
+        for path, share in coupling.products.items():
+            if path in left:
+                left[path] -= gone[coupling.name] * share * sites.work[path]
+    return left
+
+
+def _sharing(coupling: Coupling, before: Mapping[str, float], now: Mapping[str, float]) -> Coupling:
+    """A coupling whose channels have their shares of what is left."""
+    shares = {path: s * before[path] / now[path] if now.get(path) else s for path, s in coupling.products.items()}
+    return dataclasses.replace(coupling, products=MappingProxyType(shares)) if shares else coupling
 
 
 def layers_left(couplings: Iterable[Coupling], numbers: Mapping[str, int]) -> dict[str, dict[str, int]]:

@@ -91,6 +91,7 @@ FOUND: dict[str, dict[str, str]] = {
         "0:out": "0:out:1 1.norm1:through:1 1.q:in:1 1.k:in:1 1.v:in:1 1.o:out:1 1.norm2:through:1 1.up:in:1 "
         "1.down:out:1 2:in:1",
         "1.up:out": "1.up:out:1 1.down:in:1",
+        "1.q:out": "1.q:out:4 1.k:out:4 1.v:out:4 1.o:in:4 1:.heads:1",
     },
     "twice": {"a:out": "a:out:1 b:in:1 b:out:1 head:in:1"},
     "two readers": {"a:out": "a:out:1 b:in:1 c:in:1", "c:out": "c:out:1 d:in:1"},
@@ -136,7 +137,6 @@ IN_THE_WAY: dict[str, dict[str, str]] = {
     "glu": {"a:out": "b"},
     "literal": {"a:out": "View.*write -1.*register_channels"},
     "norm over two axes": {"a:out": "n: LayerNorm over 2 axes"},
-    "attention": {"1.q:out": "ScaledDotProduct"},
     "multihead": {"a:out": "att: the heads of attention are left alone"},
     "recurrent": {"a:out": "r: a LSTM holds parameters of its own"},
     "tied": {"a:out": "b: its weight is tied to c", "b:out": "tied", "c:out": "tied"},

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
@@ -26,7 +26,8 @@ from spectrim.errors import called_as
 from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Coupling, Side
 from spectrim.network.sites import Layer, Sites, Skipped
 from spectrim.nn.channels.experiments import Experiments
-from spectrim.nn.channels.narrow import NORMS
+from spectrim.nn.channels.heads import Heads
+from spectrim.nn.channels.narrow import NORMS, beside_layers, held_at
 from spectrim.nn.channels.rules import rule_of
 from spectrim.nn.channels.trial import DRAWS, Trial, enlivened, first_line
 from spectrim.nn.copying import copy_model
@@ -82,8 +83,9 @@ def couple(
 
     Notes
     -----
-    Layers whose outputs are added up lose the same channels. Grouped convolutions lose as many in every group. The
-    heads of attention are left alone. LayerNorm and GroupNorm are narrowed with their channels, which changes their
+    Layers whose outputs are added up lose the same channels. Grouped convolutions lose as many in every group. A head
+    of attention is one channel of what writes its queries, keys and values and of what reads it; heads that share keys
+    and values are one together. LayerNorm and GroupNorm are narrowed with their channels, which changes their
     statistics; fine-tuning makes up for that.
     """
     try:
@@ -107,6 +109,7 @@ def _coupled(model: nn.Module, sites: Sites, example: Any, run: Feed) -> Sites:
     trial = Trial(enlivened(model), small, run)
     good, failed = trial.sort_out(found, graph.operations)
     good, left = graph.by_experiment(trial, good, [*obstacles, *failed])
+    good, left = _with_heads(Heads(trial, frozenset(site.name for site in sites)), good, left)
     order = {site.name: number for number, site in enumerate(sites)}
     good.sort(key=lambda c: order.get(c.sides[0].name, len(order)))
     touched = {side.name for coupling in good for side in coupling.sides}
@@ -126,6 +129,16 @@ def _coupled(model: nn.Module, sites: Sites, example: Any, run: Feed) -> Sites:
         norms=norms,
         skipped=(*sites.skipped, *skipped),
     )
+
+
+def _with_heads(
+    heads: Heads, good: Sequence[Coupling], left: Sequence[tuple[str, int, str]]
+) -> tuple[list[Coupling], list[tuple[str, int, str]]]:
+    """The couplings with those of attention's heads, and what is left: heads that stay say why."""
+    found, reasons = heads.couplings(good)
+    taken = {f"{side.name}:out" for coupling in found for side in coupling.on(OUT)}
+    told = [(name, count, reasons.get(name, reason)) for name, count, reason in left if name not in taken]
+    return [*good, *found], told
 
 
 def _needing(site: Layer) -> Layer:
@@ -254,7 +267,7 @@ class _Graph:
             plain = all(side.name in known for side in sides if side.axis in (IN, OUT))
             if channels < 2 or not read or not plain:
                 return None
-            numbers, size = _beside_layers(self.model, sides)
+            numbers, size = beside_layers(self.model, sides)
             coupling = Coupling(f"{root}:out", tuple(sides), self._pools(sides, channels), numbers, size)
         except Exception:  # a pass with random numbers runs foreign code, which may raise anything
             return None
@@ -350,11 +363,11 @@ class _Graph:
             if len(place) != len(atoms) or len(counts) != 1:
                 raise _Blocked(f"{path}: holds some of its channels only")
             positions = torch.tensor([sorted(place[number]) for number in range(len(atoms))])
-            length = _length(_get(self.model, path), axis)
+            length = _length(held_at(self.model, path), axis)
             if int(positions.max()) >= length or positions.unique().numel() != positions.numel():
                 raise _Blocked(f"{path}: the dependency graph takes its axis of {length} channels for a longer one")
             found.append(Side(path, axis, positions, length))
-        numbers, size = _beside_layers(self.model, found)
+        numbers, size = beside_layers(self.model, found)
         found.sort(key=lambda side: side.name != self.names[root][0] or side.axis != OUT)
         return Coupling(name, tuple(found), self._pools(found, len(atoms)), numbers, size)
 
@@ -385,7 +398,7 @@ class _Graph:
         """Into how many equal runs the channels fall that all lose the same number."""
         pools = 1
         for side in sides:
-            module = _get(self.model, side.name)
+            module = held_at(self.model, side.name)
             groups = 1
             if isinstance(module, nn.GroupNorm):
                 groups = module.num_groups
@@ -443,7 +456,7 @@ def _careful() -> Iterator[None]:
 
     def guarded(update: Callable[..., None]) -> Callable[..., None]:
         def run(*arguments: Any) -> None:
-            with contextlib.suppress(IndexError, ZeroDivisionError):
+            with contextlib.suppress(IndexError, ZeroDivisionError, TypeError):
                 update(*arguments)
 
         return run
@@ -469,11 +482,6 @@ def _careful() -> Iterator[None]:
         graph.Group = before
         for name, update in mappings.items():
             setattr(index_mapping, name, update)
-
-
-def _get(model: nn.Module, path: str) -> Any:
-    parent, _, leaf = path.rpartition(".")
-    return getattr(model.get_submodule(parent), leaf) if leaf else model
 
 
 def _length(module: Any, axis: str) -> int:
@@ -514,21 +522,6 @@ def _with_attributes(model: nn.Module, coupling: Coupling) -> Iterator[Coupling]
                 positions = torch.arange(number).reshape(coupling.channels, -1)
                 side = Side(path, f".{name}", positions, number)
                 yield dataclasses.replace(coupling, sides=(*coupling.sides, side))
-
-
-def _beside_layers(model: nn.Module, sides: Sequence[Side]) -> tuple[float, float]:
-    """Numbers that a channel has in modules that are no layers, and their bytes."""
-    numbers = size = 0.0
-    for side in sides:
-        owner = _get(model, side.name)
-        if isinstance(owner, (_ConvNd, nn.Linear)) or side.axis.startswith("."):
-            continue
-        held = [owner] if isinstance(owner, Tensor) else [*owner.parameters(), *owner.buffers()]
-        per = [t for t in held if t.numel() >= side.size]
-        share = side.positions.shape[1] / side.size
-        numbers += sum(t.numel() * share for t in per if isinstance(t, nn.Parameter))
-        size += sum(t.numel() * t.element_size() * share for t in per)
-    return numbers, size
 
 
 def _operations(group: Any) -> list[str]:

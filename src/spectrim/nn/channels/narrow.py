@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from spectrim.errors import PlanError
-from spectrim.network.coupling import IN, OUT, THROUGH, Axis
+from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Side
 from spectrim.nn.channels.rules import is_registered, rule_of
 from spectrim.nn.find import describe
 from spectrim.nn.modules import Chained, Factored
@@ -79,6 +79,27 @@ def add_bias(module: Any, name: str) -> None:
     if module.bias is None:
         outputs = module.out_channels if isinstance(module, _ConvNd) else module.out_features
         module.bias = nn.Parameter(module.weight.new_zeros(outputs), requires_grad=module.weight.requires_grad)
+
+
+def held_at(model: nn.Module, path: str) -> Any:
+    """The module or parameter at a path."""
+    parent, _, leaf = path.rpartition(".")
+    return getattr(model.get_submodule(parent), leaf) if leaf else model
+
+
+def beside_layers(model: nn.Module, sides: Sequence[Side]) -> tuple[float, float]:
+    """Numbers that a channel has in modules that are no layers, and their bytes."""
+    numbers = size = 0.0
+    for side in sides:
+        owner = held_at(model, side.name)
+        if isinstance(owner, (_ConvNd, nn.Linear)) or side.axis.startswith("."):
+            continue
+        held = [owner] if isinstance(owner, Tensor) else [*owner.parameters(), *owner.buffers()]
+        per = [t for t in held if t.numel() >= side.size]
+        share = side.positions.shape[1] / side.size
+        numbers += sum(t.numel() * share for t in per if isinstance(t, nn.Parameter))
+        size += sum(t.numel() * t.element_size() * share for t in per)
+    return numbers, size
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

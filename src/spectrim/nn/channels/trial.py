@@ -155,8 +155,12 @@ class Trial:
         unusual = [name for name in operations if not _HARMLESS.search(name)]
         # Harmless by themselves, but the only ones left that can move channels about.
         unusual = unusual or [name for name in operations if _MOVING.search(name)]
-        named = f"{', '.join(unusual[:3])}: {fault}" if unusual else fault
-        return f"{named}. {_CURE}" if _FIXED.search(fault) else named
+        return explained(f"{', '.join(unusual[:3])}: {fault}" if unusual else fault)
+
+
+def explained(fault: str) -> str:
+    """What goes wrong, with what to do where a number is written down somewhere."""
+    return f"{fault}. {_CURE}" if _FIXED.search(fault) else fault
 
 
 @contextlib.contextmanager

@@ -1,0 +1,345 @@
+"""Find the heads of attention, and remove them as channels of the layers around it.
+
+One head has several entries in everything that attention reads and in what it delivers, and heads that share keys and
+values can only go together. Nothing is known of how attention is written: layers deliver random numbers, and gradients
+tell which of them reach which run of entries of the layer behind. What a module knows of the number of its heads is
+found by trial.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from spectrim.network.coupling import IN, OUT, Axis, Coupling, Side, axes_left
+from spectrim.nn.channels.narrow import beside_layers, narrow
+from spectrim.nn.channels.trial import DRAWS, Trial, explained
+from spectrim.nn.copying import copy_model
+from spectrim.nn.flops import WorkCounter
+from spectrim.nn.watch.nesting import output_tensors
+from spectrim.nn.watch.observe import Hook, hooked
+from spectrim.nn.watch.state import evaluating
+
+# Sets of numbers that are tried for one attention, and how many numbers a set has at most.
+_TRIED, _MOST = 64, 4
+# Numbers with such a name are tried first. The trial decides.
+_COUNTS_HEADS = re.compile(r"heads?$|\.all_head_size$", re.IGNORECASE)
+
+Numbers = tuple[tuple[str, str, int], ...]
+"""What follows the number of heads: paths of modules and parameters, the axis of each, and its length."""
+
+
+class Mixed(Exception):
+    """Attention whose heads cannot be told apart, and why."""
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Heads as they lie in layers.
+
+    Attributes
+    ----------
+    owner
+        Path of the innermost module that has all of the layers.
+    sides
+        What the layers write that attention reads, in order of execution, and what the layer behind it reads.
+    """
+
+    owner: str
+    sides: tuple[Side, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.sides[0].name}:out"
+
+    @property
+    def heads(self) -> int:
+        """How many can be removed one by one: groups of them where they share keys and values."""
+        return self.sides[0].positions.shape[0]
+
+    def coupled(self, model: nn.Module, numbers: Numbers) -> Coupling:
+        """The channels that are these heads, with numbers by their paths below the owner."""
+        more = [
+            Side(_joined(self.owner, path), axis, torch.arange(size).reshape(self.heads, -1), size)
+            for path, axis, size in numbers
+        ]
+        sides = (*self.sides, *more)
+        parameters, size = beside_layers(model, sides)
+        return Coupling(self.name, sides, parameters=parameters, bytes=size)
+
+    def alike(self, model: nn.Module) -> tuple[Any, ...]:
+        """What attention of one kind has in common."""
+        owner = model.get_submodule(self.owner)
+        sides = ((s.name.removeprefix(self.owner), s.axis, s.size, s.positions.shape) for s in self.sides)
+        return type(owner), tuple(_numbers(owner, self)), *sides
+
+
+@dataclass(eq=False)
+class Heads:
+    """Attention of a network, taken apart into heads.
+
+    Attributes
+    ----------
+    trial
+        On a model whose weights do not matter; see :func:`spectrim.nn.channels.trial.enlivened`.
+    known
+        Layers that may lose inputs and outputs.
+    """
+
+    trial: Trial
+    known: frozenset[str]
+    _ways: dict[tuple[Any, ...], Numbers | str] = field(default_factory=dict)
+
+    def couplings(self, others: Sequence[Coupling]) -> tuple[list[Coupling], dict[str, str]]:
+        """Heads whose removal does what it says, also together with other channels, and why others stay.
+
+        Returns
+        -------
+        couplings, reasons
+            The reasons by the first layer of the attention.
+        """
+        taken: set[Axis] = {(side.name, side.axis) for coupling in others for side in coupling.sides}
+        try:
+            found = list(self._attentions(taken))
+        except Exception:  # a pass with random numbers runs foreign code, which may raise anything
+            return [], {}
+        good: list[Coupling] = []
+        reasons: dict[str, str] = {}
+        counted = self._own_macs(self.trial.model) if found else {}
+        for attention in found:
+            coupling = self._tried(attention)
+            if isinstance(coupling, str):
+                reasons[attention.name] = coupling
+            else:
+                good.append(dataclasses.replace(coupling, products=self._products(coupling, counted)))
+        if not good or all(self.trial.fault([*others, *good], draw) is None for draw in DRAWS):
+            return good, reasons
+        together: list[Coupling] = []
+        for coupling in good:
+            faults = (self.trial.fault([*others, *together, coupling], draw) for draw in DRAWS)
+            fault = next((fault for fault in faults if fault is not None), None)
+            if fault is None:
+                together.append(coupling)
+            else:
+                reasons[coupling.name] = fault
+        return together, reasons
+
+    def _attentions(self, taken: set[Axis]) -> Iterator[Attention]:
+        model = self.trial.model
+        seen = _Seen.of(model, self.trial)
+        readers: dict[str, set[str]] = {}
+        reaching = {name: seen.sources(calls) for name, calls in seen.inputs.items()}
+        for reader, writers in [*reaching.items(), ("", seen.sources(seen.outputs))]:
+            for writer in writers:
+                readers.setdefault(writer, set()).add(reader)
+        for reader, writers in reaching.items():
+            alone = all(readers[writer] == {reader} for writer in writers)
+            axes = {(reader, IN), *((writer, OUT) for writer in writers)}
+            if not writers or not alone or not {name for name, _ in axes} <= self.known or axes & taken:
+                continue
+            try:
+                sides = seen.heads(reader, writers)
+            except Mixed:
+                continue
+            yield Attention(_above([side.name for side in sides]), sides)
+
+    def _tried(self, attention: Attention) -> Coupling | str:
+        """The channels of attention with the numbers that have to follow, or what goes wrong."""
+        model = self.trial.model
+        kind = attention.alike(model)
+        if (known := self._ways.get(kind)) is not None:
+            return known if isinstance(known, str) else attention.coupled(model, known)
+        faults: list[str] = []
+        owner = model.get_submodule(attention.owner)
+        for numbers in itertools.islice(_sets(list(_numbers(owner, attention))), _TRIED):
+            coupling = attention.coupled(model, numbers)
+            fault = self.trial.fault([coupling])
+            if fault is None:
+                self._ways[kind] = numbers
+                return coupling
+            faults.append(fault)
+        self._ways[kind] = reason = explained(faults[0])
+        return reason
+
+    def _products(self, coupling: Coupling, counted: Mapping[str, float]) -> Mapping[str, float]:
+        """The share that one head has of what modules multiply themselves, by their paths."""
+        small = copy_model(self.trial.model)
+        narrow(small, axes_left([coupling], {coupling.name: range(1, coupling.channels)}))
+        now = self._own_macs(small)
+        lost = {path: 1 - now.get(path, 0.0) / work for path, work in counted.items()}
+        return MappingProxyType({path: share for path, share in lost.items() if share > 0})
+
+    def _own_macs(self, model: nn.Module) -> dict[str, float]:
+        with evaluating(model), WorkCounter() as counter:
+            self.trial.run(model, self.trial.example)
+        layers = {name for name, module in model.named_modules() if isinstance(module, (_ConvNd, nn.Linear))}
+        return {path: work for path, work in counter.own_macs(model).items() if path not in layers}
+
+
+@dataclass(eq=False)
+class _Seen:
+    """A pass in which every layer delivers random numbers: these, and what layers read and the network gives."""
+
+    model: nn.Module
+    drawn: dict[str, list[Tensor]] = field(default_factory=dict)
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
+    outputs: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: nn.Module, trial: Trial) -> _Seen:
+        seen = cls(model)
+        generator = torch.Generator().manual_seed(0)
+        layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))]
+
+        def read(name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+                seen.inputs.setdefault(name, []).append(args[0] if args else next(iter(kwargs.values())))
+
+            return hook
+
+        def write(name: str) -> Callable[..., Tensor]:
+            def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+                drawn = torch.randn(output.shape, generator=generator).to(output).requires_grad_()
+                seen.drawn.setdefault(name, []).append(drawn)
+                # A network may write into what it gets.
+                return drawn.clone()
+
+            return hook
+
+        hooks = [Hook(module, read(name), before=True) for name, module in layers]
+        hooks += [Hook(module, write(name)) for name, module in layers]
+        with evaluating(model), hooked(hooks), torch.enable_grad():
+            seen.outputs = output_tensors(trial.run(model, trial.example))
+        return seen
+
+    def sources(self, tensors: Sequence[Tensor]) -> list[str]:
+        """Layers whose numbers reach these tensors without passing another layer, in order of execution."""
+        tensors = [tensor for tensor in tensors if tensor.requires_grad]
+        if not tensors:
+            return []
+        return [name for name, touched in self._touched(tensors, list(self.drawn)).items() if bool(touched.any())]
+
+    def heads(self, reader: str, writers: Sequence[str]) -> tuple[Side, ...]:
+        """Where heads lie in the layers before and behind attention: in runs as short as keep them apart.
+
+        Raises
+        ------
+        Mixed
+            If no runs do, or if single entries do, which is no attention.
+        """
+        dim = _dim(self.model.get_submodule(reader))
+        size = self.inputs[reader][0].shape[dim]
+        for run in (run for run in range(1, size // 2 + 1) if size % run == 0):
+            try:
+                belongs = self._runs(reader, writers, dim, run)
+            except Mixed:
+                continue
+            if run == 1:
+                raise Mixed("each of its entries is apart")
+            return (*(_side(*each, size // run) for each in belongs.items()), _behind(reader, size, run))
+        raise Mixed("its entries are mixed")
+
+    def _runs(self, reader: str, writers: Sequence[str], dim: int, run: int) -> dict[str, Tensor]:
+        """The run of entries of a layer's input that each number of other layers reaches."""
+        size = self.inputs[reader][0].shape[dim]
+        number = torch.arange(size) // run
+        found = {writer: torch.zeros(self._width(writer), dtype=torch.int64) for writer in writers}
+        for digit in range((size // run - 1).bit_length()):
+            zero, one = (self._reached(reader, writers, dim, (number >> digit) % 2 == value) for value in (0, 1))
+            for writer in writers:
+                if not bool((zero[writer] ^ one[writer]).all()):
+                    raise Mixed(f"{writer}: what it delivers reaches several runs, or none")
+                found[writer] += one[writer].long() << digit
+        return found
+
+    def _reached(self, reader: str, writers: Sequence[str], dim: int, chosen: Tensor) -> dict[str, Tensor]:
+        shape = [-1, *(1,) * (-dim - 1)]
+        return self._touched([x * chosen.to(x).reshape(shape) for x in self.inputs[reader]], writers)
+
+    def _touched(self, tensors: Sequence[Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+        """Which entries of what layers deliver have a gradient from tensors."""
+        drawn = [(name, each) for name in names for each in self.drawn[name]]
+        generator = torch.Generator().manual_seed(1)
+        # A sum of positive and negative weights: what is normalised adds up to what does not change.
+        weights = [torch.randn(t.shape, generator=generator).to(t) for t in tensors]
+        total = sum((t * weight).sum() for t, weight in zip(tensors, weights, strict=True))
+        gradients = torch.autograd.grad(total, [each for _, each in drawn], retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+        found = {name: torch.zeros(self._width(name), dtype=torch.bool) for name in names}
+        for (name, each), gradient in zip(drawn, gradients, strict=True):
+            if gradient is not None:
+                dim = _dim(self.model.get_submodule(name)) % each.dim()
+                rows = (gradient != 0).movedim(dim, -1).reshape(-1, each.shape[dim])
+                found[name] |= rows.any(0).cpu()
+        return found
+
+    def _width(self, name: str) -> int:
+        return self.drawn[name][0].shape[_dim(self.model.get_submodule(name))]
+
+
+def _dim(layer: nn.Module) -> int:
+    return -1 - len(layer.kernel_size) if isinstance(layer, _ConvNd) else -1
+
+
+def _behind(reader: str, size: int, run: int) -> Side:
+    return Side(reader, IN, torch.arange(size).reshape(-1, run), size)
+
+
+def _side(writer: str, belongs: Tensor, heads: int) -> Side:
+    """Where the heads lie in a layer that attention reads."""
+    if not bool((belongs.bincount(minlength=heads) == len(belongs) // heads).all()):
+        raise Mixed(f"{writer}: its heads are not equally wide")
+    return Side(writer, OUT, belongs.argsort(stable=True).reshape(heads, -1), len(belongs))
+
+
+def _above(paths: Sequence[str]) -> str:
+    """The innermost module that has all of these."""
+    columns = zip(*(path.split(".")[:-1] for path in paths), strict=False)
+    return ".".join(names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, columns))
+
+
+def _joined(*paths: str) -> str:
+    return ".".join(filter(None, paths))
+
+
+def _numbers(owner: nn.Module, attention: Attention) -> Iterator[tuple[str, str, int]]:
+    """What may follow the number of heads in a module: attributes, and axes of parameters that belong to no layer."""
+    heads, sizes = attention.heads, {side.size for side in attention.sides}
+
+    def may_follow(number: int) -> bool:
+        return number > 0 and number % heads == 0 and any(size % number == 0 for size in sizes)
+
+    for path, module in owner.named_modules():
+        if isinstance(module, nn.Embedding) and may_follow(module.embedding_dim):
+            yield path, OUT, module.embedding_dim
+        if type(module).__module__.startswith("torch."):
+            continue
+        for name, number in vars(module).items():
+            if type(number) is int and may_follow(number) and not name.startswith("_"):
+                yield path, f".{name}", number
+        for name, parameter in module.named_parameters(recurse=False):
+            for axis, size in enumerate(parameter.shape):
+                if may_follow(size):
+                    yield _joined(path, name), str(axis), size
+
+
+def _sets(numbers: list[tuple[str, str, int]]) -> Iterator[Numbers]:
+    """Sets of numbers that may follow together: those called heads, then few more than those, then few."""
+    named = [each for each in numbers if _COUNTS_HEADS.search(each[1])]
+    others = [each for each in numbers if each not in named]
+    told: set[Numbers] = set()
+    for start, rest in ((named, others), ([], numbers)):
+        for count in range(min(_MOST, len(rest)) + 1):
+            for more in itertools.combinations(rest, count):
+                chosen = tuple(each for each in numbers if each in start or each in more)
+                if chosen not in told and len({(path, axis) for path, axis, _ in chosen}) == len(chosen):
+                    told.add(chosen)
+                    yield chosen

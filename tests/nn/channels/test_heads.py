@@ -1,0 +1,195 @@
+"""Heads of attention as coupled channels: what is left computes what the network with zeroed heads does."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import spectrim as st
+from spectrim.methods import PrincipalFilters
+from spectrim.network.coupling import IN, Coupling, axes_left
+from spectrim.nn.channels.narrow import narrow
+from spectrim.nn.watch.nesting import output_tensors
+
+pytest.importorskip("torch_pruning")
+
+WIDTH, HEADS = 16, 4
+
+
+class Fused(nn.Module):
+    """Queries, keys and values from one layer; ``order`` says whether a head's lie together."""
+
+    def __init__(self, order: str = "apart") -> None:
+        super().__init__()
+        self.heads, self.order = HEADS, order
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH, bias=False), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        y = self.qkv(x)
+        if self.order == "apart":
+            q, k, v = y.reshape(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        else:
+            q, k, v = y.reshape(n, length, self.heads, 3, -1).permute(3, 0, 2, 1, 4)
+        return self.proj(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Shared(nn.Module):
+    """Pairs of queries share keys and values; rotary positions, a norm within each head, a bias for each head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim, self.inner_dim = HEADS, 2, 4, WIDTH
+        self.q, self.k, self.v = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8)
+        self.q_norm = nn.LayerNorm(4)
+        self.slope = nn.Parameter(torch.rand(HEADS, 1, 1))
+        self.o = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, _ = x.shape
+        q = self.q_norm(self.q(x).view(n, length, self.num_heads, self.head_dim)).transpose(1, 2)
+        k, v = (f(x).view(n, length, self.num_kv_heads, self.head_dim).transpose(1, 2) for f in (self.k, self.v))
+        q, k = _rotated(q), _rotated(k)
+        k, v = (t.repeat_interleave(self.num_heads // self.num_kv_heads, 1) for t in (k, v))
+        attended = (q @ k.transpose(-1, -2) / 2 + self.slope).softmax(-1) @ v
+        return self.o(attended.transpose(1, 2).reshape(n, length, self.inner_dim))
+
+
+class OfInput(Fused):
+    """Takes the width of what it gets for the width of its heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, width = x.shape
+        q, k, v = self.qkv(x).reshape(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        return self.proj(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width))
+
+
+class Net(nn.Module):
+    """A block of attention and a feed-forward layer."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.into, self.norm, self.att = nn.Linear(5, WIDTH), nn.LayerNorm(WIDTH), attention
+        self.mlp = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 24), nn.GELU(), nn.Linear(24, WIDTH))
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        x = x + self.att(self.norm(x))
+        return self.head((x + self.mlp(x)).mean(1))
+
+
+def _rotated(x: Tensor) -> Tensor:
+    angle = torch.arange(x.shape[2]).to(x).unsqueeze(1)
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
+
+
+def _net(attention: nn.Module) -> Any:
+    torch.manual_seed(0)
+    return Net(attention).double().eval()
+
+
+def _transformer(name: str, **options: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**sizes, **options)
+    kind = "LlamaForCausalLM" if name == "Llama" else f"{name}Model"
+    return getattr(transformers, kind)(config).double().eval()
+
+
+IMAGES, ROWS = torch.randn(4, 3, 8, 8).double(), torch.randn(4, 6, 5).double()
+WORDS = {"input_ids": torch.arange(24).reshape(4, 6)}
+NETS: dict[str, tuple[Any, Any, int]] = {
+    "fused": (lambda: _net(Fused()), ROWS, 4),
+    "fused head by head": (lambda: _net(Fused("together")), ROWS, 4),
+    "shared keys": (lambda: _net(Shared()), ROWS, 2),
+    "bert": (lambda: _transformer("Bert", vocab_size=30, max_position_embeddings=8), WORDS, 4),
+    "vit": (lambda: _transformer("ViT", image_size=8, patch_size=4), IMAGES, 4),
+    "llama": (lambda: _transformer("Llama", vocab_size=30, num_key_value_heads=2), WORDS, 2),
+}
+
+
+def _coupled(model: nn.Module, example: Any) -> tuple[st.Sites, Coupling]:
+    sites = st.couple(model, st.find(model), example)
+    (heads,) = (coupling for coupling in sites.couplings if coupling.products)
+    return sites, heads
+
+
+def _outputs(model: nn.Module, x: Any) -> list[Tensor]:
+    with torch.no_grad():
+        return output_tensors(model(**x) if isinstance(x, dict) else model(x))
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_what_is_left_computes_what_zeroed_heads_do(name: str):
+    make, x, count = NETS[name]
+    model = make()
+    sites, heads = _coupled(model, x)
+    assert heads.channels == count
+    zeroed, small = copy.deepcopy(model), copy.deepcopy(model)
+    (reader,) = heads.on(IN)
+    with torch.no_grad():
+        zeroed.get_submodule(reader.name).weight[:, reader.positions[1]] = 0
+    narrow(small, axes_left(sites.couplings, {heads.name: [n for n in range(count) if n != 1]}))
+    for dense, wanted, given in zip(*(_outputs(m, x) for m in (model, zeroed, small)), strict=True):
+        torch.testing.assert_close(given, wanted, rtol=1e-12, atol=1e-12)
+        assert not torch.allclose(dense, wanted, rtol=1e-3)
+
+
+def test_numbers_of_a_module_follow_and_sizes_of_a_head_stay():
+    model = _net(Shared())
+    sites, heads = _coupled(model, ROWS)
+    narrow(model, axes_left(sites.couplings, {heads.name: [1]}))
+    attention = model.att
+    assert (attention.num_heads, attention.num_kv_heads, attention.head_dim, attention.inner_dim) == (2, 1, 4, 8)
+    assert attention.q_norm.normalized_shape == (4,)
+    assert attention.slope.shape == (2, 1, 1)
+    assert (attention.q.out_features, attention.k.out_features, attention.o.in_features) == (8, 4, 8)
+
+
+def test_heads_that_code_counts_otherwise_stay_with_the_reason():
+    sites = st.couple(model := _net(OfInput()), st.find(model), ROWS)
+    assert not any(coupling.products for coupling in sites.couplings)
+    (reason,) = (each.reason for each in sites.skipped if each.name == "att.qkv:out")
+    assert "invalid for input" in reason
+    assert "write -1" in reason
+
+
+def test_a_plan_that_removes_heads_counts_products_and_is_saved(tmp_path: Path):
+    model = _net(Shared())
+    batches = [torch.randn(8, 6, 5).double() for _ in range(4)]
+    sites = st.calibrate(model, st.couple(model, st.find(model), batches[0]), batches)
+    (heads,) = (coupling for coupling in sites.couplings if coupling.products)
+    table = st.tabulate(sites, [PrincipalFilters()])
+    (row,) = (row for row in table.rows if row.site == heads.name)
+    dense, option = row.options
+    # Queries 8, keys and values 4 of 16 each; outputs 16 of 8; scores and sums of 2 heads of 4.
+    assert dense.costs["macs"] - option.costs["macs"] == 6 * (8 * 16 + 2 * 4 * 16 + 16 * 8) + 2 * 2 * 6 * 6 * 4
+    result = st.compress(model, batches, {"macs": 0.75}, methods=PrincipalFilters(), only=["att.*"])
+    small: Any = result.model.eval()
+    assert small.att.num_heads == 2
+    st.save(result, tmp_path / "small.safetensors")
+    again = st.load(_net(Shared()), tmp_path / "small.safetensors")
+    torch.testing.assert_close(again.eval()(batches[0]), small(batches[0]))
+
+
+def test_heads_go_by_the_energy_that_the_others_cannot_make_up_for():
+    model = _net(Fused())
+    with torch.no_grad():
+        model.att.proj.weight[:, 8:12] *= 1e-3
+    batches = [torch.randn(32, 6, 5).double() for _ in range(2)]
+    sites = st.calibrate(model, st.couple(model, st.find(model), batches[0]), batches)
+    site = next(site for site in sites.coupled() if site.coupling.products)
+    curve = PrincipalFilters().curve(site)
+    choices: Any = curve.choices
+    assert [len(choice.kept) for choice in choices] == [3, 2, 1]
+    assert choices[0].kept == (0, 1, 3)
+    assert 0 <= curve.errors[0] < 1e-4 < curve.errors[1] < curve.errors[2] < 1
