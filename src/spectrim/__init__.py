@@ -56,6 +56,7 @@ _HOMES = {
     "apply": "application",
     "budget_path": "train",
     "calibrate": "nn.watch.calibrate",
+    "carry_optimizer": "train",
     "choose_kernels": "nn.sparse.kernels",
     "compare": "report",
     "compress": "pipeline",

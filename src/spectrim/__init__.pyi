@@ -61,6 +61,7 @@ from spectrim.selection.trajectory import Trajectory as Trajectory
 from spectrim.tables import tabulate as tabulate
 from spectrim.train import LearnedRanks as LearnedRanks
 from spectrim.train import budget_path as budget_path
+from spectrim.train import carry_optimizer as carry_optimizer
 from spectrim.train import fine_tune as fine_tune
 from spectrim.train import learn_ranks as learn_ranks
 from spectrim.train import sweep as sweep

@@ -73,9 +73,12 @@ def locate(
     skip: Which | Iterable[Which] = (),
     only: Which | Iterable[Which] = (),
     channels: bool = False,
+    parts: bool = False,
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> Sites:
     """The sites of a model, at least one; with ``channels`` those that can be removed, traced with the first batch.
+
+    ``parts`` as for :func:`spectrim.find`.
 
     Raises
     ------
@@ -86,7 +89,7 @@ def locate(
     CalibrationError
         If weights are missing, NaN or Inf, or channels are asked for and there is no batch.
     """
-    sites = find(model, skip=skip, only=only)
+    sites = find(model, skip=skip, only=only, parts=parts)
     if not len(sites):
         reasons = (
             "; ".join(f"{s.name or s.kind}: {s.reason}" for s in sites.skipped[:5]) or "it has no linear or conv layers"

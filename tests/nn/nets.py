@@ -31,7 +31,7 @@ def plan_of(choices: Mapping[str, Choice]) -> Plan:
 
 def compressed(model: nn.Module, choices: Mapping[str, Choice]) -> nn.Module:
     """The model with pairs of random weights, changed in place."""
-    sites = find(model)
+    sites = find(model, parts=any(name not in find(model) for name in choices))
     for name, choice in choices.items():
         if choice.is_dense:
             continue

@@ -160,9 +160,10 @@ def test_exports_scripts_and_traces_see_the_parts(choice: str) -> None:
     assert layer in set(model.modules())
 
 
-def test_a_compressed_layer_is_no_site_and_its_parts_are() -> None:
+def test_a_compressed_layer_is_the_site_it_was_or_on_request_its_parts_are() -> None:
     model, _, _ = standing()
-    assert {site.name for site in st.find(model)} == {"layer.0", "layer.1"}
+    assert [site.name for site in st.find(model)] == ["layer"]
+    assert {site.name for site in st.find(model, parts=True)} == {"layer.0", "layer.1"}
     again = compressed(model, {"layer.0": low_rank(1)})
     assert isinstance(again.layer[0], Factored)
     assert type(merge(again).layer) is nn.Linear

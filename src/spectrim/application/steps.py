@@ -46,10 +46,11 @@ class Stays:
     layer: Layer
 
     def observable(self, work: Work) -> bool:
-        return self.layer.statistics.input is not None or work.narrows(self.layer)
+        return not self.layer.present and (self.layer.statistics.input is not None or work.narrows(self.layer))
 
     def put(self, work: Work, layer: Layer, observed: bool) -> None:
-        work.removal.write(layer)
+        if not layer.present:  # what stands for the layer stays, too
+            work.removal.write(layer)
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ class Network:
         self._makers = {method.name: method for method in self.methods}
         # Places are layers, with a choice or without one, and groups of layers.
         places = {spec.name: (spec,) for spec in sites.untouched} | {site.name: site.layers for site in sites}
+        self._present = {site.name: site.running for site in sites if site.present}
         self._couplings = {coupling.name: coupling for coupling in sites.couplings}
         sides = {c.name: list(dict.fromkeys(side.name for side in c.sides)) for c in sites.couplings}
         # A row of coupled channels is about all places that hold them.
@@ -165,7 +166,7 @@ class Network:
         """
         if self.latency is None:
             return
-        chains: list[Sequence[LayerSpec]] = [(site.spec,) for site in self.sites]
+        chains: list[Sequence[LayerSpec]] = [site.running for site in self.sites]
         for row, choice in options:
             picks = {row: choice}
             left = self._left(picks)
@@ -230,7 +231,7 @@ class Network:
                 if specs == dense:
                     raise
                 # With the channels that are left a sparse weight may not have the pattern: the layer would stay dense.
-        return tuple((spec,) for spec in specs)
+        return tuple(self._present.get(spec.name, (spec,)) for spec in specs)
 
     def _rest(self, left: Widths) -> Costs:
         """What is no layer with a choice, with so many channels left."""

@@ -24,6 +24,7 @@ from spectrim.network.coupling import Coupling
 from spectrim.network.layer import LayerSpec
 from spectrim.network.printing import Grid, Printed, count
 from spectrim.network.skipped import Skipped as Skipped
+from spectrim.network.structure import Chain
 
 
 class _Copied:
@@ -184,12 +185,16 @@ class Layer(Site):
         ``[o_total]`` or None.
     statistics
         From :func:`spectrim.calibrate`.
+    present
+        The layers that an earlier compression has put in its place, one after the other, whose product the weight is;
+        none for a layer as it was made.
     """
 
     spec: LayerSpec
     weight: Tensor
     bias: Tensor | None = None
     statistics: Statistics = Statistics()
+    present: tuple[LayerSpec, ...] = ()
 
     @property
     def name(self) -> str:
@@ -201,7 +206,18 @@ class Layer(Site):
 
     @property
     def kind(self) -> str:
-        return self.spec.kind
+        return f"{self.spec.kind} in {len(self.present)} layers" if self.present else self.spec.kind
+
+    @property
+    def running(self) -> Sequence[LayerSpec]:
+        """The layers that compute it now, with the input shapes they see: itself, or those at present in its place."""
+        if not self.present:
+            return (self.spec,)
+        found, inputs = [], self.spec.inputs
+        for part in self.present:
+            found.append(part.at(inputs))
+            inputs = tuple(part.output_shape(shape) for shape in inputs)
+        return Chain(tuple(found))
 
     def with_layers(self, specs: Sequence[LayerSpec]) -> Layer:
         """The same with other numbers for its layer."""

@@ -175,6 +175,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     """
     tensors, plans, tables = _read(Path(path))
     traits = Traits.of(model)
+    _check_dense(model, plans[0], path)
     for plan in plans:
         rebuild(model, plan, tensors, path)
     _unpack(model, tensors, tables.packed, path)
@@ -213,6 +214,9 @@ def rebuild(model: nn.Module, plan: Plan, names: Container[str], path: str | Pat
         If the plan does not fit the model; the message names the first layer that does not.
     """
     sites = find(model)
+    if any(name not in sites for entry in plan for name in entry.sites if not entry.of_channels):
+        # Before version 0.3 what was compressed again were the layers of a pair.
+        sites = find(model, parts=True)
     _narrow(model, plan, names, path)
     _rebuild(model, sites, plan, path)
 
@@ -364,6 +368,14 @@ def _narrow(model: nn.Module, plan: Plan, names: Container[str], path: str | Pat
                 add_bias(model.get_submodule(name), name)
     except (PlanError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+
+
+def _check_dense(model: nn.Module, plan: Plan, path: str | Path) -> None:
+    """Raise CheckpointError if a layer of the first plan has been compressed already."""
+    modules = dict(model.named_modules())
+    for name in (name for entry in plan if not entry.choice.is_dense for name in entry.sites):
+        if isinstance(modules.get(name), StandIn):
+            raise CheckpointError(f"{path}: the plan changes layer {name!r}, but {_absent(model, name)}")
 
 
 def _absent(model: nn.Module, name: str) -> str:

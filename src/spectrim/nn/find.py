@@ -33,7 +33,9 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @called_as("find takes the model, and skip= and only= by name; batches go to calibrate(model, sites, batches)")
-def find(model: nn.Module, *, skip: Which | Iterable[Which] = (), only: Which | Iterable[Which] = ()) -> Sites:
+def find(
+    model: nn.Module, *, skip: Which | Iterable[Which] = (), only: Which | Iterable[Which] = (), parts: bool = False
+) -> Sites:
     """List the linear layers and convolutions of a model as sites.
 
     Parameters
@@ -43,6 +45,9 @@ def find(model: nn.Module, *, skip: Which | Iterable[Which] = (), only: Which | 
     skip, only
         Layers to leave alone, and layers to keep to: shell-style name patterns (``"layer1.*"``, ``"fc"``), module
         types, or predicates ``(name, module) -> bool``. A name pattern that matches no layer is an error.
+    parts
+        In a network that was compressed before, the layers of a pair or chain are sites by themselves. By default it is
+        one site: the layer that it stands for, whose weight is their product and which costs what they cost.
 
     Returns
     -------
@@ -60,7 +65,10 @@ def find(model: nn.Module, *, skip: Which | Iterable[Which] = (), only: Which | 
     """
     check_model(model)
     names = _names(model)
-    layers = {m: n for m, n in names.items() if _is_layer(m)}
+    tied = _tied_weights(model)
+    chains = {} if parts else {m: found for m in names if (found := _chain(m, names, tied))}
+    inside = {part for found in chains.values() for part in found}
+    layers = {m: n for m, n in names.items() if (_is_layer(m) or m in chains) and m not in inside}
     wanted = _Wanted(_each(skip), _each(only))
     wanted.check([n for group in layers.values() for n in group])
 
@@ -68,9 +76,17 @@ def find(model: nn.Module, *, skip: Which | Iterable[Which] = (), only: Which | 
     skipped: list[Skipped] = []
     untouched: list[LayerSpec] = []
     covered: set[int] = set()
-    tied = _tied_weights(model)
     masks = _masks(model)
     for module, paths in layers.items():
+        if module in chains:
+            site = _compressed_before(module, paths, chains[module])
+            covered.update(id(p) for p in module.parameters())
+            if reason := wanted.reason(module, paths, site.spec):
+                skipped += [Skipped(part.name, part.kind, reason) for part in site.present]
+                untouched += site.present
+            else:
+                sites.append(site)
+            continue
         sparse = "sparse: its weight is zero outside a mask" if module in masks else None
         spec = describe(module, paths) if _is_plain(module) else None
         if spec is not None and module in masks:
@@ -94,7 +110,7 @@ def find(model: nn.Module, *, skip: Which | Iterable[Which] = (), only: Which | 
     numbers, size = _elsewhere(model, covered, masks)
     told = {left.name: left for left in skipped}
     for module, paths in layers.items():
-        if paths[0] in told and module not in masks:
+        if module not in chains and paths[0] in told and module not in masks:
             # What the weight is computed from is counted among the other parameters.
             beside = stored(module.parameters(), covered)
             told[paths[0]] = dataclasses.replace(told[paths[0]], costs=beside)
@@ -103,6 +119,38 @@ def find(model: nn.Module, *, skip: Which | Iterable[Which] = (), only: Which | 
     for left in skipped:
         log.debug("left alone: %s (%s): %s", left.name, left.kind, left.reason)
     return Sites(tuple(sites), tuple(skipped), tuple(untouched), other_parameters=numbers, other_bytes=size)
+
+
+def _chain(
+    module: Any, names: Mapping[nn.Module, tuple[str, ...]], tied: Mapping[int, list[str]]
+) -> tuple[nn.Module, ...]:
+    """The plain layers that stand for a layer, one after the other and nobody else's; none for any other module."""
+    # What is part of a sum stands for no layer by itself.
+    standing = isinstance(module, StandIn) and isinstance(module, _LAYERS) and "" not in names[module]
+    held = module.in_order() if standing else ()
+    for part in held:
+        if type(part) not in _LAYERS or _obstacle_inside(part) or any(id(p) in tied for p in part.parameters()):
+            return ()
+    try:
+        if held and standing:
+            module.whole()
+    except ValueError:
+        return ()  # no one layer computes the same
+    return held
+
+
+def _obstacle_inside(part: nn.Module) -> bool:
+    weight = _weight(part)
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype in _DTYPES and not weight.is_meta
+    return not plain or parametrize.is_parametrized(part) or not {"weight", "bias"} <= part._parameters.keys()
+
+
+@torch.no_grad()
+def _compressed_before(module: Any, paths: tuple[str, ...], parts: tuple[nn.Module, ...]) -> Layer:
+    """The site of a layer that other layers stand for."""
+    weight, bias = module.whole()
+    present = tuple(describe(part, (f"{paths[0]}.{number}",)) for number, part in enumerate(parts))
+    return Layer(describe(module, paths), weight.detach(), None if bias is None else bias.detach(), present=present)
 
 
 def _elsewhere(

@@ -79,6 +79,9 @@ class Factored(StandIn, nn.Sequential):
         self.unfolding = unfolding
         self.original = original
 
+    def in_order(self) -> tuple[nn.Module, ...]:
+        return tuple(self)
+
     @property
     def first(self) -> nn.Module:
         return self[0]
@@ -161,6 +164,9 @@ class Chained(StandIn, nn.Sequential):
 
     def extra_repr(self) -> str:
         return f"{self.original.kind}, {self.decomposition}"
+
+    def in_order(self) -> tuple[nn.Module, ...]:
+        return tuple(self)
 
     @property
     def bias(self) -> Tensor | None:

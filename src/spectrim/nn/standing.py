@@ -50,6 +50,10 @@ class StandIn(nn.Module):
         """Canonical weight ``[g, o, i, *k]``, multiplied out, and bias."""
         raise NotImplementedError
 
+    def in_order(self) -> tuple[nn.Module, ...]:
+        """The layers it is made of where they run one after the other and are all; none otherwise."""
+        return ()
+
     @property
     def weight(self) -> Tensor:
         """The layer's weight in torch's layout: read-only, and multiplied out only where its numbers are asked for."""

@@ -1,5 +1,6 @@
 """Training: a loop with exact resume, distillation, decay of products of factors, learned ranks, moving supports."""
 
+from spectrim.train.carrying import Carried, carry_optimizer
 from spectrim.train.distillation import Distillation
 from spectrim.train.learn import LearnedResult, budget_path, learn_ranks
 from spectrim.train.learned_ranks import LearnedRanks
@@ -14,6 +15,7 @@ from spectrim.train.tune import fine_tune
 
 __all__ = [
     "PAPER_SCHEDULES",
+    "Carried",
     "Distillation",
     "EpochRecord",
     "FactoredPair",
@@ -27,6 +29,7 @@ __all__ = [
     "TrainingResult",
     "add_product_decay",
     "budget_path",
+    "carry_optimizer",
     "factored_pairs",
     "fine_tune",
     "learn_ranks",

@@ -340,7 +340,7 @@ class _Run:
 
     def _ranks(self, net: nn.Module, budget: Budget | None) -> LearnedRanks:
         assert self.calibration is not None
-        sites = locate(net, self.calibration, skip=self.skip, only=self.only, forward=self.feed)
+        sites = locate(net, self.calibration, skip=self.skip, only=self.only, parts=True, forward=self.feed)
         with reporting(self.training["progress"]) as report:
             prepared = prepare(
                 net, sites, self.calibration, sensitivity=self.weigh, groups=self.groups,

@@ -504,6 +504,11 @@ def _check(
     every: float | None,
 ) -> None:
     """Raise ValueError for options that do not fit together, PlanError where there is nothing to learn."""
+    if pairs := [site.name for site in sites if site.present]:
+        raise ValueError(
+            f"layers stand for {pairs[0]!r} already, whose weight is their product and cannot be trained: "
+            "find(model, parts=True) has them as sites, merge(model) makes one layer of them again"
+        )
     if (budget is None) == (multiplier is None):
         raise ValueError("give either a budget or multiplier=, the loss that one unit of the cost is worth")
     if energy not in ("weight", "output"):

@@ -31,7 +31,7 @@ from spectrim.nn.channels.narrow import NORMS, beside_layers, held_at
 from spectrim.nn.channels.rules import rule_of
 from spectrim.nn.channels.trial import DRAWS, Trial, enlivened, first_line
 from spectrim.nn.copying import copy_model
-from spectrim.nn.find import canonical, describe
+from spectrim.nn.find import canonical, describe, find
 from spectrim.nn.standing import as_containers
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
@@ -94,6 +94,10 @@ def couple(
         raise ImportError("removing filters needs torch-pruning: pip install 'spectrim[filters]'") from error
     _check_graph_library()
     feed = Feed.of(forward, samples)
+    if any(site.present for site in sites):
+        # Channels lie in the layers of a pair one by one.
+        names = {site.name for site in sites}
+        sites = find(model, parts=True, only=lambda path, _: path in names or path.rpartition(".")[0] in names)
     with ALONE:
         return _coupled(model, sites, example, feed)
 

@@ -7,7 +7,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
 from typing import Any
 
@@ -26,7 +26,7 @@ from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.nesting import begun, checked_batches, tensors
 from spectrim.nn.watch.observe import Hook, observe
 from spectrim.nn.watch.patches import outputs_at
-from spectrim.nn.watch.readers import reading
+from spectrim.nn.watch.readers import Reading, reading
 from spectrim.nn.watch.responses import Responses
 from spectrim.nn.watch.sampling import Mask, Run, Samples, Sampling, choose, mean_rows
 from spectrim.nn.watch.shapes import Call, Shape, of_one_sample
@@ -227,7 +227,7 @@ class _Watch:
             output = self._run(run, batch, index)
         else:
             counted = [*self.watchers.values(), *self.responses.values()]
-            with flop_counter() as counter, reading(self.model, [site.spec for site in self.sites]) as read:
+            with flop_counter() as counter, self._reading() as read:
                 # The counter of the first pass would count the statistics' own products too.
                 for each in counted:
                     each.counter = counter
@@ -248,6 +248,10 @@ class _Watch:
             self.streams.end_of_pass()
         self.samples += size
         self.tokens += 0 if samples.mask is None else int(samples.mask.sum())
+
+    def _reading(self) -> AbstractContextManager[Reading]:
+        """Who reads weights; one that is multiplied out is another tensor each time."""
+        return reading(self.model, [site.spec for site in self.sites if not site.present])
 
     def _run(self, run: Callable[[Any], Any], batch: Any, index: int) -> Any:
         try:
@@ -283,13 +287,16 @@ class _Watch:
         """The sites with what was seen; those that no batch reached are skipped."""
         sites, watchers, reached = self.sites, self.watchers, self._reached()
         layers = tuple(watchers[name].layer() for name in reached if not watchers[name].refused)
-        left = [site.spec for site in sites if site.name not in reached or watchers[site.name].refused]
+        out = [site for site in sites if site.name not in reached or watchers[site.name].refused]
+        left = [site.spec for site in out]
         others = [spec.at(self.bystanders[spec.name].inputs) for spec in sites.untouched]
-        others += [spec.at(watchers[spec.name].inputs) for spec in left]
+        seen = [site.with_layers([site.spec.at(watchers[site.name].inputs)]) for site in out]
+        others += [part for site in seen for part in site.running]
         # Without an input shape a layer has no MACs and cannot be timed; what it stores counts all the same.
         untouched = tuple(spec for spec in others if spec.inputs)
         idle = [spec for spec in others if not spec.inputs]
         lost = {spec.name for spec in [*left, *idle]}
+        running = [*(spec for layer in layers for spec in layer.running), *untouched]
         cut_off = [c for c in sites.couplings if any(side.name in lost for side in c.sides)]
         couplings = tuple(c for c in sites.couplings if c not in cut_off)
         pooled = {c.name: self.responses[c.name].pooled for c in couplings if c.name in self.responses}
@@ -304,8 +311,8 @@ class _Watch:
             untouched=untouched,
             other_parameters=sites.other_parameters + int(parameters(idle)),
             other_bytes=sites.other_bytes + int(size_bytes(idle)),
-            other_macs=max(0.0, self.other_macs - macs([*(layer.spec for layer in layers), *untouched])),
-            work=MappingProxyType(beside(self.work, [*(layer.spec for layer in layers), *untouched])),
+            other_macs=max(0.0, self.other_macs - macs(running)),
+            work=MappingProxyType(beside(self.work, running)),
             uncounted=MappingProxyType(dict(self.uncounted)),
             samples=self.samples,
             tokens=self.tokens,

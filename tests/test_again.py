@@ -1,0 +1,179 @@
+"""What was compressed before goes tighter: pairs and chains are sites again, and never become chains of chains."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spectrim as st
+from spectrim.network.choices import LowRankChoice
+from spectrim.nn.checkpoint import save
+from spectrim.nn.find import canonical, find
+from spectrim.nn.shipping import carry
+from spectrim.nn.surgery import parameter_count
+from spectrim.train import carry_optimizer
+from tests.cases import one_thread
+from tests.nn.nets import compressed, low_rank, plan_of
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    with one_thread():
+        yield
+
+
+def made() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(32, 12), nn.ReLU(), nn.Linear(12, 5),
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Tensor]:
+    return list(torch.randn(96, 2, 6, 6, generator=torch.Generator().manual_seed(3)).split(48))
+
+
+@pytest.fixture(scope="module")
+def once(batches: list[Tensor]) -> st.Result:
+    return st.compress(made(), batches, "macs=70%")
+
+
+def test_a_second_compression_is_that_of_the_product_and_counts_what_is_there(
+    once: st.Result, batches: list[Tensor], tmp_path: Path
+) -> None:
+    twice = st.compress(once.model, batches, "macs=60%")
+    assert twice.plan.dense_costs == once.plan.costs
+    assert twice.plan.costs["macs"] <= 0.6 * once.plan.costs["macs"]
+    assert twice.plan.costs["parameters"] == parameter_count(twice.model)
+    assert all(name.count(".") <= 2 for name in twice.model.state_dict())  # never a pair within a pair
+    product = st.compress(st.merge(once.model), batches, st.Budget(macs=twice.plan.costs["macs"] + 1))
+    ours, products = (st.agreement(once.model, each.model, batches) for each in (twice, product))
+    assert ours is not None
+    assert products is not None
+    assert ours.error < 1.25 * products.error
+    st.save(twice, tmp_path / "twice.safetensors")
+    loaded = st.load(made(), tmp_path / "twice.safetensors").eval()
+    assert torch.equal(loaded(batches[0]), twice.model(batches[0]))
+
+
+def test_a_pair_that_nothing_is_chosen_for_stays_bit_for_bit(once: st.Result, batches: list[Tensor]) -> None:
+    changed = [entry.site for entry in once.plan if not entry.choice.is_dense]
+    again = st.compress(once.model, batches, "macs=99.9%", skip=changed)
+    for name in changed:
+        for old, new in zip(
+            once.model.get_submodule(name).parameters(), again.model.get_submodule(name).parameters(), strict=True
+        ):
+            assert torch.equal(old, new)
+    kept = st.compress(once.model, batches, "macs=100%")
+    assert kept.plan.costs == once.plan.costs
+    assert torch.equal(kept.model(batches[0]), once.model(batches[0]))
+
+
+def test_sites_of_pairs_are_the_layers_they_stand_for() -> None:
+    dense, model = made(), compressed(made(), {"2": low_rank(3, "height-first"), "5": low_rank(4)})
+    sites = find(model)
+    assert [site.name for site in sites] == [site.name for site in find(dense)]
+    pair = sites.layer("2")
+    assert pair.spec == find(dense).layer("2").spec
+    assert torch.allclose(pair.weight, canonical(model.get_submodule("2"))[0], atol=1e-6)
+    assert [part.name for part in pair.present] == ["2.0", "2.1"]
+    counted = sum(part.stored for site in sites for part in site.running)
+    biases = sum(part.out_channels for site in sites for part in site.running if part.bias)
+    assert counted + biases == parameter_count(model)
+    left = find(model, skip="2")
+    assert [each.name for each in left.skipped] == ["2.0", "2.1"]
+    assert [site.name for site in find(model, parts=True)] == ["0", "2.0", "2.1", "5.0", "5.1", "7"]
+
+
+def test_other_methods_compete_for_pairs_and_learned_ranks_refuse_them_by_name(
+    once: st.Result, batches: list[Tensor]
+) -> None:
+    sparse = st.compress(once.model, batches, "parameters=70%", methods=st.LowRankPlusSparse())
+    assert parameter_count(sparse.model) <= 0.7 * parameter_count(once.model)
+    torch.manual_seed(0)
+    stack = nn.Sequential(*(nn.Linear(12, 12) for _ in range(3))).eval()
+    data = list(torch.randn(64, 12).split(32))
+    pairs = st.compress(stack, data, "parameters=70%", groups=False).model
+    shared = st.compress(pairs, data, "parameters=60%", groups={"all": ["0", "1", "2"]}, methods=st.JointSVD("left"))
+    assert parameter_count(shared.model) == shared.plan.costs["parameters"] <= 0.6 * parameter_count(pairs)
+    with pytest.raises(ValueError, match=r"find\(model, parts=True\)"):
+        st.LearnedRanks(once.model, find(once.model), "parameters=50%")
+
+
+def test_factors_that_layers_share_are_left_alone_with_the_reason(batches: list[Tensor]) -> None:
+    torch.manual_seed(0)
+    stack = nn.Sequential(*(nn.Linear(12, 12) for _ in range(3))).eval()
+    data = list(torch.randn(64, 12).split(32))
+    groups = {"all": ["0", "1", "2"]}
+    shared = st.compress(stack, data, "parameters=40%", groups=groups, methods=[st.JointSVD("left"), st.WeightSVD()])
+    assert any(entry.members for entry in shared.plan)
+    assert any("tied" in each.reason for each in st.find(shared.model).skipped)
+
+
+def test_files_whose_second_plan_names_the_layers_of_a_pair_load_as_before(
+    batches: list[Tensor], tmp_path: Path
+) -> None:
+    model = made()
+    for choices in ({"2": low_rank(3)}, {"2.0": low_rank(2)}):
+        compressed(model, choices)
+        carry(model, plan := plan_of(choices))
+    save(model, plan, tmp_path / "old.safetensors")
+    loaded = st.load(made(), tmp_path / "old.safetensors").eval()
+    assert torch.equal(loaded(batches[0]), model(batches[0]))
+    assert [site.name for site in find(loaded, only="2*")] == ["2.0", "2.1"]  # a pair within a pair stays as it is
+
+
+# The optimizer's state is carried over.
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+
+
+def trained(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[Tensor]) -> torch.optim.Optimizer:
+    for batch in batches:
+        model(batch).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+def test_momentum_of_unchanged_layers_stays_and_that_of_factors_is_projected(batches: list[Tensor]) -> None:
+    dense = made()
+    optimizer = trained(dense, sgd(dense), batches)
+    small = copy.deepcopy(dense)
+    compressed(small, {"5": LowRankChoice("channel", 4, True)})
+    carried = carry_optimizer(optimizer, dense, small)
+    assert [id(p) for group in optimizer.param_groups for p in group["params"]] == [id(p) for p in small.parameters()]
+    held = {name: optimizer.state[p]["momentum_buffer"] for name, p in small.named_parameters()}
+    assert set(carried.kept) == {n for n, _ in small.named_parameters() if not n.startswith("5.") or n == "5.1.bias"}
+    assert set(carried.projected) == {"5.0.weight", "5.1.weight"}
+    before = trained(again := made(), sgd(again), batches).state
+    gradient = before[again.get_parameter("5.weight")]["momentum_buffer"]
+    first, second = small.get_parameter("5.0.weight"), small.get_parameter("5.1.weight")
+    assert torch.allclose(held["5.0.weight"], second.T @ gradient, atol=1e-6)
+    assert torch.allclose(held["5.1.weight"], gradient @ first.T, atol=1e-6)
+    assert torch.equal(held["0.weight"], before[again.get_parameter("0.weight")]["momentum_buffer"])
+    small(batches[0]).square().mean().backward()
+    optimizer.step()
+
+
+def test_squares_of_gradients_are_reset_and_said(batches: list[Tensor]) -> None:
+    dense = made()
+    optimizer = trained(dense, torch.optim.AdamW(dense.parameters()), batches)
+    small = copy.deepcopy(dense)
+    compressed(small, {"2": low_rank(3, "height-first")})
+    carried = carry_optimizer(optimizer, dense, small)
+    assert set(carried.reset) == {"2.0.weight", "2.1.weight"}
+    assert "reset" in str(carried)
+    small(batches[0]).square().mean().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="holds no parameter of"):
+        carry_optimizer(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), made(), small)
