@@ -6,12 +6,21 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 
 from spectrim.nn.formulas import formula, is_unknown
 
 _EVERYTHING = "Global"
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """What is computed meanwhile is nobody's: modes of torch, such as counters, do not see it, and cost no time."""
+    with torch._C.DisableTorchFunction(), _disable_current_modes():
+        yield
 
 
 class _Counting(_FlopCounterMode):
@@ -36,7 +45,6 @@ class WorkCounter(FlopCounterMode):
     def __init__(self) -> None:
         super().__init__(display=False)
         self.uncounted: dict[str, str] = {}
-        self._paused = False
 
     def __enter__(self) -> WorkCounter:
         super().__enter__()
@@ -44,18 +52,7 @@ class WorkCounter(FlopCounterMode):
         self.mode.__class__ = _Counting  # type: ignore[union-attr]
         return self
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Count nothing meanwhile."""
-        before, self._paused = self._paused, True
-        try:
-            yield
-        finally:
-            self._paused = before
-
     def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
-        if self._paused:
-            return out
         name = getattr(func_packet, "_qualified_op_name", str(func_packet))
         count = formula(name)
         places = set(self.mod_tracker.parents)

@@ -7,7 +7,7 @@ import logging
 import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any
 
@@ -20,7 +20,7 @@ from spectrim.linalg.unfold import unfoldings
 from spectrim.network.coupling import IN
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Sites, Skipped, Statistics
-from spectrim.nn.flops import WorkCounter, flop_counter
+from spectrim.nn.flops import flop_counter, unwatched
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.nesting import begun, checked_batches, tensors
@@ -226,17 +226,11 @@ class _Watch:
         if index:
             output = self._run(run, batch, index)
         else:
-            counted = [*self.watchers.values(), *self.responses.values()]
             with flop_counter() as counter, self._reading() as read:
-                # The counter of the first pass would count the statistics' own products too.
-                for each in counted:
-                    each.counter = counter
                 output = self._run(run, batch, index)
             self.other_macs = counter.get_total_flops() / 2 / size
             self.work = {path: work / size for path, work in counter.own_macs(self.model).items()}
             self.uncounted = counter.uncounted_in(self.model)
-            for each in counted:
-                each.counter = None
             for name, reason in read.refused.items():
                 self.watchers[name].refused = reason
         if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors(output)):
@@ -432,14 +426,13 @@ class _Watcher(_Shapes):
         self._streams = streams
         self._output = Buffered()
         self._reads_channels = reads_channels
-        self.counter: WorkCounter | None = None
 
     def see(self, inputs: Tensor, outputs: Tensor) -> None:
         if self._streams is None or self.refused:
             return
         # Sampled rows alone would miss most of a few broken positions.
         self._refuse_unless(_squares(inputs), "sees")
-        with self.counter.paused() if self.counter else nullcontext():
+        with unwatched():
             self._update(self._streams, inputs, outputs)
 
     def _update(self, streams: Streams, inputs: Tensor, outputs: Tensor) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from spectrim.linalg.moments import Moments
 from spectrim.network.coupling import IN, Coupling
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Pooled
-from spectrim.nn.flops import WorkCounter
+from spectrim.nn.flops import unwatched
 from spectrim.nn.watch.sampling import Run, Samples, Sampling, choose_places
 
 # Single positions over the run at least, and in multiples of the number of channels.
@@ -37,7 +36,6 @@ class Responses:
         self._amount, self._run = amount, run
         self._samples: Samples
         self._seen: list[weakref.ref[Tensor]] = []
-        self.counter: WorkCounter | None = None
         n = coupling.channels
         self._max, self._mean, self._unpooled = Moments(1, n), Moments(1, n), Moments(1, n)
 
@@ -61,7 +59,7 @@ class Responses:
             if not x.numel() or any(held() is x for held in self._seen):
                 return
             self._seen.append(weakref.ref(x))
-            with self.counter.paused() if self.counter else nullcontext():
+            with unwatched():
                 self._update(_channels(x.detach(), spec, side.positions))
 
         return watch
