@@ -15,6 +15,7 @@ from spectrim.errors import PlanError as PlanError
 from spectrim.errors import ProofError as ProofError
 from spectrim.errors import ReadOnlyWeightError as ReadOnlyWeightError
 from spectrim.errors import SpectrimError as SpectrimError
+from spectrim.errors import ToleranceError as ToleranceError
 from spectrim.errors import UnsupportedLayerError as UnsupportedLayerError
 from spectrim.methods import ActivationCP as ActivationCP
 from spectrim.methods import ActivationSVD as ActivationSVD

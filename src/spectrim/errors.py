@@ -6,7 +6,7 @@ import difflib
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -67,6 +67,23 @@ class InfeasibleBudgetError(SpectrimError, ValueError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.cost, self.budget, self.lowest, self.dense, self.together, self.skipped)
+
+
+class ToleranceError(SpectrimError, ValueError):
+    """A budget can be met, but not with what the network may lose.
+
+    Attributes
+    ----------
+    result
+        The smallest network that was found to hold the tolerance; None if there is none but the dense network.
+    """
+
+    def __init__(self, said: str, result: Any = None) -> None:
+        self.said, self.result = said, result
+        super().__init__(said)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.said, self.result)
 
 
 def _short(value: float) -> str:

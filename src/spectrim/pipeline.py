@@ -16,7 +16,7 @@ from spectrim.application import Applied, apply, carry_out
 from spectrim.cost import counted
 from spectrim.cost.counted import Cost
 from spectrim.cost.latency import Latency
-from spectrim.errors import called_as
+from spectrim.errors import ToleranceError, called_as
 from spectrim.methods import Method, on_offer
 from spectrim.network.choices import ChannelsChoice
 from spectrim.network.printing import Grid, Printed, amount, cost_name, count, reasons, share, total
@@ -36,10 +36,13 @@ from spectrim.preparation import Prepared, check_options, locate, prepare
 from spectrim.preparation import one_batch as one_batch  # its former place, until version 0.3
 from spectrim.progress import Progress, reports, silent, told
 from spectrim.search.file_size import within_file
+from spectrim.search.judge import Evaluate, Judge, Verdict
 from spectrim.search.measured import CLOSE, meet_latency, wanted_time
 from spectrim.search.stepwise import select_in_steps
-from spectrim.selection.budget import COSTS, Budget, BudgetLike
+from spectrim.search.tolerance import Tolerance, smallest, tightest
+from spectrim.selection.budget import COSTS, Budget, BudgetLike, Limit
 from spectrim.selection.candidates import Candidates
+from spectrim.selection.front import Better
 from spectrim.selection.plan import Plan
 from spectrim.selection.printed import plan_grid
 from spectrim.selection.selectors import Selector, exact, select
@@ -78,6 +81,10 @@ class Report(Printed):
     agreement
         How far the outputs are from the dense network's on these samples; None where they cannot be compared. It is
         that of the model as it was returned: after training call :func:`spectrim.agreement` again.
+    verdict
+        What the network lost by ``evaluate``, or by its outputs, where either was asked for.
+    tolerance
+        What it may lose, if that was stated.
     """
 
     plan: Plan
@@ -88,6 +95,8 @@ class Report(Printed):
     fits: Mapping[str, Errors] = field(default_factory=dict)
     held_out: int = 0
     agreement: Agreement | None = None
+    verdict: Verdict | None = None
+    tolerance: Tolerance | None = None
 
     @property
     def speed(self) -> Speed | None:
@@ -165,9 +174,17 @@ class Report(Printed):
 
     @property
     def sentences(self) -> tuple[str, ...]:
-        """How far outputs agree with the dense network's, whether a latency budget is met, and the notes."""
+        """What was lost, how far outputs agree with dense ones, whether a latency budget is met, and the notes."""
         agreed = () if self.agreement is None else (str(self.agreement),)
-        return (*agreed, *self._time_asked_for(), *self.notes)
+        return (*self._tolerated(), *agreed, *self._time_asked_for(), *self.notes)
+
+    def _tolerated(self) -> Iterator[str]:
+        """Whether the tolerance is met, or what the metric is."""
+        verdict = self.verdict
+        if verdict is not None and self.tolerance is not None:
+            yield self.tolerance.said(verdict)
+        elif verdict is not None and verdict.metric is not None:
+            yield f"evaluate gives {verdict.metric:.6g}, {verdict.dense:.6g} for the dense network"
 
     def _time_asked_for(self) -> Iterator[str]:
         """Whether a latency budget is met by the measured times, and what a busy machine has to do with it."""
@@ -246,8 +263,13 @@ class Result(Printed):
 def compress(
     model: nn.Module,
     calibration: Iterable[Any],
-    budget: BudgetLike,
+    budget: BudgetLike | None = None,
     *,
+    max_drop: float | None = None,
+    min_agreement: float | None = None,
+    evaluate: Evaluate | None = None,
+    better: Better = "higher",
+    cost: str = "macs",
     methods: Method | Sequence[Method] | None = None,
     skip: Which | Iterable[Which] = (),
     only: Which | Iterable[Which] = (),
@@ -265,7 +287,7 @@ def compress(
     samples: Where = None,
     progress: Progress | bool | None = None,
 ) -> Result:
-    """Compress a trained model to a budget: find, calibrate, tabulate, select, apply.
+    """Compress a trained model to a budget, or to a tolerance: find, calibrate, tabulate, select, apply.
 
     Parameters
     ----------
@@ -274,7 +296,20 @@ def compress(
     calibration
         Batches of training inputs, a thousand samples or more; labels are not used. An iterator is read into a list.
     budget
-        For the whole network; also as text, ``"macs=50%"``.
+        For the whole network; also as text, ``"macs=50%"``. With a tolerance it may be left out, and the smallest
+        network is looked for.
+    max_drop
+        A tolerance: how much worse the number that ``evaluate`` returns may be than the dense network's.
+    min_agreement
+        A tolerance without labels: the share of held-out calibration samples whose class is to be the dense network's,
+        as 0.99, or 1 - relative error for outputs that are no scores of classes.
+    evaluate
+        Function of a model alone, in evaluation mode and without gradients, to the number that it is judged by: it
+        holds the data itself, which the model should not have been calibrated on.
+    better
+        Whether a ``higher`` or a ``lower`` number is good.
+    cost
+        What the smallest network has least of, where there is a tolerance and no budget.
     methods
         What may be chosen at each site; as for :func:`spectrim.tabulate` by default. With one that removes channels,
         these are found first (:func:`spectrim.couple`), the plan is made in steps
@@ -313,6 +348,8 @@ def compress(
     ------
     InfeasibleBudgetError
         If the budget cannot be met; carries the lowest reachable cost.
+    ToleranceError
+        If the budget can be met, but not within the tolerance; says which budget can, and carries its ``result``.
     TypeError, ValueError
         For arguments that cannot be meant, and groups beside a method that removes channels; before any work.
 
@@ -320,9 +357,20 @@ def compress(
     -----
     With a latency budget the plan is made from measured layer times, built, measured end to end beside the dense
     network and corrected, up to eight times, until it is within 3 % of the budget.
+
+    With a tolerance and no budget up to eight networks are selected from one table, carried out and judged, and the
+    smallest that held is returned. That it held is measured on the samples that it was chosen by: on others the drop
+    differs by chance, the more the fewer samples there are. Where none holds, the dense network is returned.
     """
     check_model(model)
-    budget = Budget.of(budget)
+    judge = Judge.of(evaluate, better)
+    tolerance = Tolerance.of(max_drop, min_agreement, judge)
+    if budget is None and tolerance is None:
+        raise TypeError(
+            "how small is not said: give a budget, as compress(model, batches, 'macs=50%'), or a tolerance, as "
+            "max_drop=0.5 with evaluate=, or min_agreement=0.99"
+        )
+    budget, goal = Budget.of({cost: 1.0} if budget is None else budget), budget
     budget.check([*COSTS, *counted.further(costs)])
     if not callable(selector):
         raise TypeError(
@@ -349,10 +397,83 @@ def compress(
         model, sites, batches, sensitivity=sensitivity, groups=groups, forward=feed, progress=told(progress),
         latency=latency or guard or budget.latency is not None, sampling=sampling,
     )  # fmt: skip
-    return shrink(
-        model, prepared, budget, methods=methods, reconstruct=reconstruct, guard=guard, costs=costs,
-        selector=selector, forward=feed, progress=told(progress),
+    options: dict[str, Any] = {
+        "methods": methods, "reconstruct": reconstruct, "guard": guard, "costs": costs, "selector": selector,
+        "forward": feed, "progress": told(progress),
+    }  # fmt: skip
+    judge = judge.knowing(model)
+    if tolerance is None:
+        return _judged(shrink(model, prepared, budget, **options), judge, None)
+    return shrink_within(model, prepared, None if goal is None else budget, tolerance, judge, cost=cost, **options)
+
+
+def shrink_within(
+    model: nn.Module,
+    prepared: Prepared,
+    budget: Budget | None,
+    tolerance: Tolerance,
+    judge: Judge,
+    *,
+    cost: str = "macs",
+    progress: Progress = silent,
+    **options: Any,
+) -> Result:
+    """Compress a network that is prepared as far as a tolerance lets it, or to a budget that must hold it.
+
+    Parameters
+    ----------
+    budget
+        None for the smallest network, by ``cost``.
+    judge
+        That knows the dense network.
+    **options
+        As for :func:`shrink`.
+    """
+    table = tabulate(
+        prepared.sites, options.get("methods"), latency=prepared.latency, dense_latency=prepared.dense_latency,
+        costs=options.get("costs"), guard=options.get("guard", False), progress=progress,
     )  # fmt: skip
+
+    def made(limits: Budget) -> Result:
+        result = shrink(model, prepared, limits, table=table, progress=progress, **options)
+        return _judged(result, judge, tolerance)
+
+    def holds(result: Result) -> bool:
+        verdict = result.report.verdict
+        assert verdict is not None
+        log.info("%s: %s", result.plan.costs, tolerance.said(verdict))
+        return tolerance.holds(verdict)
+
+    if budget is not None and holds(stated := made(budget)):
+        return stated
+    limits = tightest(cost, table.dense) if budget is None else budget.limits(table.dense)
+    found = smallest(limits, table.dense, made, holds)
+    if budget is not None:
+        raise ToleranceError(_gate(budget, stated, found), found)
+    if found is None:
+        found = made(Budget(**{cost: Limit(1.0, relative=True)}))
+        said = "no smaller network that was tried holds the tolerance: this is the dense network"
+        found = dataclasses.replace(found, report=dataclasses.replace(found.report, notes=(said, *found.report.notes)))
+    return found
+
+
+def _gate(budget: Budget, stated: Result, found: Result | None) -> str:
+    """What is said of a budget that cannot be met within the tolerance."""
+    tolerance, verdict = stated.report.tolerance, stated.report.verdict
+    assert tolerance is not None
+    assert verdict is not None
+    if found is None:
+        return f"with the budget {budget} {tolerance.said(verdict)}. No smaller network holds it: allow more"
+    shares = ",".join(f"{c}={100 * found.plan.costs[c] / found.plan.dense_costs[c]:.3g}%" for c in budget.costs)
+    return f"with the budget {budget} {tolerance.said(verdict)}. {shares} holds it: give that budget, or allow more"
+
+
+def _judged(result: Result, judge: Judge, tolerance: Tolerance | None) -> Result:
+    """The result with what was lost in its report, where that was asked for."""
+    if judge.evaluate is None and tolerance is None:
+        return result
+    verdict = judge.verdict(result.model, result.report.agreement)
+    return dataclasses.replace(result, report=dataclasses.replace(result.report, verdict=verdict, tolerance=tolerance))
 
 
 def shrink(

@@ -24,7 +24,7 @@ from typing import Annotated, Any, TextIO, get_args, get_type_hints
 import typer
 
 from spectrim.cli.references import UsageError
-from spectrim.errors import InfeasibleBudgetError, SpectrimError
+from spectrim.errors import InfeasibleBudgetError, SpectrimError, ToleranceError
 from spectrim.network.printing import Grid
 from spectrim.progress import bars, switched
 
@@ -225,7 +225,7 @@ def exit_code(error: BaseException) -> int:
     """The exit code of an error."""
     if isinstance(error, UsageError):
         return USAGE
-    return INFEASIBLE if isinstance(error, InfeasibleBudgetError) else FAILED
+    return INFEASIBLE if isinstance(error, InfeasibleBudgetError | ToleranceError) else FAILED
 
 
 @contextlib.contextmanager

@@ -38,12 +38,16 @@ class Agreement:
         Share of rows whose largest output is at the same place; None for outputs that are no scores of classes.
     held_out
         Whether the layers were not fitted to these samples.
+    divergence
+        Kullback-Leibler divergence of the classes' probabilities from the dense network's, in nats, a mean over rows;
+        None for outputs that are no scores of classes.
     """
 
     samples: int
     error: float
     top1: float | None = None
     held_out: bool = True
+    divergence: float | None = None
 
     def __str__(self) -> str:
         which = "held-out calibration samples" if self.held_out else "calibration samples"
@@ -147,6 +151,7 @@ class _Tally:
     energy: float = 0.0
     same: int = 0
     rows: int = 0
+    nats: float = 0.0
     comparable: bool = True
 
     def add(self, wanted: Any, given: Any, data: Tensor | None, samples: int) -> None:
@@ -163,13 +168,17 @@ class _Tally:
             self.energy += float(a.double().square().sum())
             if scores and a.dim() > 1 and a.shape[-1] > 1:
                 self.same += int((a.argmax(-1) == b.argmax(-1)).sum())
+                p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
+                self.nats += float((p.exp() * (p - q)).sum())
                 self.rows += a[..., 0].numel()
 
     def agreement(self, *, held_out: bool) -> Agreement | None:
         if not self.comparable or not self.energy:
             return None
-        top1 = self.same / self.rows if self.rows else None
-        return Agreement(self.samples, math.sqrt(self.missed / self.energy), top1, held_out)
+        error = math.sqrt(self.missed / self.energy)
+        if not self.rows:
+            return Agreement(self.samples, error, None, held_out)
+        return Agreement(self.samples, error, self.same / self.rows, held_out, self.nats / self.rows)
 
 
 @torch.no_grad()

@@ -1,0 +1,126 @@
+"""How far a finished network is from the dense one: by the user's metric, or by the outputs on held-out samples."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from torch import Tensor, nn
+
+from spectrim.errors import CalibrationError
+from spectrim.nn.agreement import Agreement
+from spectrim.nn.watch.state import evaluating
+from spectrim.selection.front import Better
+
+Evaluate = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a network lost, by one measure; smaller is better.
+
+    Attributes
+    ----------
+    metric, dense
+        What ``evaluate`` returned for the network and for the dense one; None without it.
+    drop
+        How much worse the metric is than the dense network's, in its own unit; below zero if it is better.
+    agreement
+        How far the outputs are from the dense network's; None where they cannot be compared.
+    """
+
+    metric: float | None = None
+    dense: float | None = None
+    drop: float | None = None
+    agreement: Agreement | None = None
+
+    @property
+    def loss(self) -> float:
+        """The drop of the metric, else the divergence of scores of classes, else the relative error of the outputs."""
+        if self.drop is not None:
+            return self.drop
+        if self.agreement is None:
+            return math.inf
+        return self.agreement.error if self.agreement.divergence is None else self.agreement.divergence
+
+    @property
+    def agreed(self) -> float | None:
+        """Share of samples whose class is the dense network's; 1 - relative error for outputs that are no scores."""
+        if self.agreement is None:
+            return None
+        return 1 - self.agreement.error if self.agreement.top1 is None else self.agreement.top1
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Judges networks that were carried out.
+
+    Attributes
+    ----------
+    evaluate
+        The user's metric: a function of a model alone, in evaluation mode and without gradients; None judges by the
+        outputs.
+    better
+        Whether a ``higher`` or a ``lower`` number is good.
+    dense
+        What the metric is of the dense network.
+    """
+
+    evaluate: Evaluate | None = None
+    better: Better = "higher"
+    dense: float | None = None
+
+    @classmethod
+    def of(cls, evaluate: Evaluate | None, better: Better) -> Judge:
+        """A judge that has not seen the dense network yet.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For what cannot be meant.
+        """
+        if evaluate is not None and not callable(evaluate):
+            raise TypeError(f"evaluate is {evaluate!r:.80}: expected a function of a model that returns a number")
+        if better not in ("higher", "lower"):
+            raise ValueError(f"better is {better!r}: expected 'higher' or 'lower', whichever metric is good")
+        return cls(evaluate, better)
+
+    def knowing(self, dense: nn.Module) -> Judge:
+        """The judge after it has measured the dense network, once."""
+        return dataclasses.replace(self, dense=self._measured(dense, "the dense network"))
+
+    def verdict(self, small: nn.Module, agreement: Agreement | None) -> Verdict:
+        """What a network lost.
+
+        Raises
+        ------
+        CalibrationError
+            If the metric is NaN or infinite.
+        TypeError
+            If it is no number.
+        """
+        metric = self._measured(small, "a compressed network")
+        if metric is None or self.dense is None:
+            return Verdict(agreement=agreement)
+        drop = self.dense - metric if self.better == "higher" else metric - self.dense
+        return Verdict(metric, self.dense, drop, agreement)
+
+    def _measured(self, model: nn.Module, whose: str) -> float | None:
+        if self.evaluate is None:
+            return None
+        with evaluating(model):
+            value: Any = self.evaluate(model)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
+        if not isinstance(value, Real):
+            raise TypeError(f"evaluate returned {value!r:.80} for {whose}: expected one number, as an accuracy")
+        if not math.isfinite(float(value)):
+            raise CalibrationError(
+                f"evaluate returned {float(value)} for {whose}, which no other number can be compared with: return a "
+                "finite number for any network"
+            )
+        return float(value)

@@ -1,0 +1,155 @@
+"""A tolerance in place of a budget: the smallest network that loses no more, by bisection over plans."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from numbers import Real
+from typing import TypeVar
+
+from spectrim.errors import CalibrationError, InfeasibleBudgetError
+from spectrim.search.judge import Judge, Verdict
+from spectrim.selection.budget import Budget, Limit
+
+R = TypeVar("R")
+# Networks that are made at most. The interval of limits is halved each time, in ratios.
+_STEPS = 8
+# Limits that differ by no more than this ratio make the same network, nearly.
+_CLOSE = 1.02
+# The smallest share of a cost that is tried.
+_LEAST = 0.01
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a compressed network may lose.
+
+    Attributes
+    ----------
+    max_drop
+        How much worse the user's metric may be than the dense network's, in the metric's own unit.
+    min_agreement
+        Share of held-out samples whose class is to be the dense network's, or 1 - relative error for other outputs.
+    """
+
+    max_drop: float | None = None
+    min_agreement: float | None = None
+
+    @classmethod
+    def of(cls, max_drop: float | None, min_agreement: float | None, judge: Judge) -> Tolerance | None:
+        """The tolerance that is stated; None if there is none.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For what cannot be meant; the message quotes it.
+        """
+        if max_drop is None and min_agreement is None:
+            return None
+        if max_drop is not None and min_agreement is not None:
+            raise ValueError(
+                f"max_drop={max_drop!r} and min_agreement={min_agreement!r} are both given: give one of them, max_drop "
+                "with a metric of yours, min_agreement without labels"
+            )
+        for name, value in {"max_drop": max_drop, "min_agreement": min_agreement}.items():
+            if value is not None and (not isinstance(value, Real) or isinstance(value, bool)):
+                raise TypeError(f"{name} is {value!r}: expected a number")
+        if max_drop is not None and not 0 <= max_drop < math.inf:
+            raise ValueError(f"max_drop is {max_drop!r}: expected a finite number of at least 0, in the metric's unit")
+        if min_agreement is not None and not 0 < min_agreement <= 1:
+            raise ValueError(f"min_agreement is {min_agreement!r}: expected a share above 0 and at most 1, as 0.99")
+        if max_drop is not None and judge.evaluate is None:
+            raise ValueError(
+                f"max_drop={max_drop!r} is a drop of a metric, and there is none: give evaluate=, a function of a "
+                "model that returns a number; without labels give min_agreement=0.99"
+            )
+        return cls(max_drop, min_agreement)
+
+    def holds(self, verdict: Verdict) -> bool:
+        """Whether a network loses no more.
+
+        Raises
+        ------
+        CalibrationError
+            If the outputs cannot be compared.
+        """
+        if self.max_drop is not None:
+            # A metric that is as good as dense has no drop, whatever rounding does.
+            return verdict.drop is not None and verdict.drop <= self.max_drop + 1e-9
+        if verdict.agreed is None:
+            raise CalibrationError(
+                "min_agreement cannot be measured: the outputs are zero, or of another shape than the dense network's. "
+                "Give max_drop with evaluate=, a function of a model that returns a number"
+            )
+        return verdict.agreed >= (self.min_agreement or 0.0)
+
+    def said(self, verdict: Verdict) -> str:
+        """What was asked for and what was measured, in a sentence."""
+        met = "is met" if self.holds(verdict) else "is NOT met"
+        if self.max_drop is not None:
+            return (
+                f"the tolerance {met}: evaluate gives {verdict.metric:.6g}, {verdict.dense:.6g} for the dense network, "
+                f"a drop of {verdict.drop:.6g} where {self.max_drop:.6g} is allowed"
+            )
+        agreement = verdict.agreement
+        assert agreement is not None
+        what = "outputs agree with the dense network's" if agreement.top1 is None else "the same class comes first"
+        which = "held-out calibration samples" if agreement.held_out else "calibration samples"
+        return (
+            f"the tolerance {met}: {what} in {verdict.agreed:.2%}, measured on {agreement.samples:,} {which}, where "
+            f"{self.min_agreement:.2%} is asked for"
+        )
+
+
+def smallest(
+    limits: Mapping[str, float],
+    dense: Mapping[str, float],
+    made: Callable[[Budget], R],
+    holds: Callable[[R], bool],
+) -> R | None:
+    """The smallest network that holds, between limits and the dense network's costs.
+
+    Limits lie on the line, in ratios, from the stated ones to the dense costs, and the interval between one that holds
+    and a tighter one that does not is halved. What is lost need not grow as limits get tighter: of all networks that
+    were made the smallest one that holds is returned, and it was measured itself.
+
+    Parameters
+    ----------
+    limits
+        The tightest, by the cost.
+    dense
+        Costs of the dense network.
+    made
+        The network under a budget.
+    holds
+        Whether it loses no more than is tolerated.
+
+    Returns
+    -------
+    R or None
+        None if none of them holds.
+    """
+    best: R | None = None
+    tight, wide = 0.0, 1.0
+    ratio = max(dense[cost] / limit for cost, limit in limits.items())
+    for _ in range(_STEPS):
+        if (wide - tight) * math.log(max(ratio, 1.0)) <= math.log(_CLOSE):
+            break
+        share = (tight + wide) / 2
+        budget = Budget(**{c: Limit(limit ** (1 - share) * dense[c] ** share) for c, limit in limits.items()})
+        try:
+            trial = made(budget)
+        except InfeasibleBudgetError:
+            tight = share
+            continue
+        if holds(trial):
+            best, wide = trial, share
+        else:
+            tight = share
+    return best
+
+
+def tightest(cost: str, dense: Mapping[str, float]) -> dict[str, float]:
+    """Where a search without a budget begins: a small share of one cost."""
+    return {cost: _LEAST * dense[cost]}
