@@ -7,6 +7,7 @@ import fnmatch
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -71,54 +72,92 @@ def find(
     layers = {m: n for m, n in names.items() if (_is_layer(m) or m in chains) and m not in inside}
     wanted = _Wanted(_each(skip), _each(only))
     wanted.check([n for group in layers.values() for n in group])
-
-    sites: list[Layer] = []
-    skipped: list[Skipped] = []
-    untouched: list[LayerSpec] = []
-    covered: set[int] = set()
-    masks = _masks(model)
+    listing = _Listing(model, wanted, tied, _masks(model))
     for module, paths in layers.items():
         if module in chains:
-            site = _compressed_before(module, paths, chains[module])
-            covered.update(id(p) for p in module.parameters())
-            if reason := wanted.reason(module, paths, site.spec):
-                skipped += [Skipped(part.name, part.kind, reason) for part in site.present]
-                untouched += site.present
-            else:
-                sites.append(site)
-            continue
-        sparse = "sparse: its weight is zero outside a mask" if module in masks else None
+            listing.add_chain(module, paths, chains[module])
+        else:
+            listing.add(module, paths)
+    found = listing.sites_of(layers)
+    log.info("%s: %d layers to choose at, %d left alone", type(model).__name__, len(found), len(found.skipped))
+    for left in found.skipped:
+        log.debug("left alone: %s (%s): %s", left.name, left.kind, left.reason)
+    return found
+
+
+@dataclass
+class _Listing:
+    """The layers of a model, sorted into what a choice can be made for and what is left alone.
+
+    Attributes
+    ----------
+    tied
+        Paths of the modules that hold each weight, for weights held by more than one.
+    masks
+        Of the layers whose weight is sparse.
+    covered
+        Parameters that are counted with the layers.
+    """
+
+    model: nn.Module
+    wanted: _Wanted
+    tied: Mapping[int, list[str]]
+    masks: Mapping[nn.Module, tuple[Tensor, Pattern]]
+    sites: list[Layer] = field(default_factory=list)
+    skipped: dict[str, tuple[nn.Module | None, Skipped]] = field(default_factory=dict)
+    untouched: list[LayerSpec] = field(default_factory=list)
+    covered: set[int] = field(default_factory=set)
+
+    def add_chain(self, module: nn.Module, paths: tuple[str, ...], parts: tuple[nn.Module, ...]) -> None:
+        """A layer that other layers stand for."""
+        site = _compressed_before(module, paths, parts)
+        self.covered.update(id(p) for p in module.parameters())
+        if reason := self.wanted.reason(module, paths, site.spec):
+            self.skipped |= {part.name: (None, Skipped(part.name, part.kind, reason)) for part in site.present}
+            self.untouched += site.present
+        else:
+            self.sites.append(site)
+
+    def add(self, module: nn.Module, paths: tuple[str, ...]) -> None:
+        """A layer by itself."""
+        sparse = "sparse: its weight is zero outside a mask" if module in self.masks else None
         spec = describe(module, paths) if _is_plain(module) else None
-        if spec is not None and module in masks:
-            spec = _masked(spec, *masks[module])
-        reason = sparse or _obstacle(model, module, paths, tied) or wanted.reason(module, paths, spec)
+        if spec is not None and module in self.masks:
+            spec = _masked(spec, *self.masks[module])
+        reason = sparse or _obstacle(self.model, module, paths, self.tied) or self.wanted.reason(module, paths, spec)
         if reason is None and spec is not None:
-            weight, bias = canonical(module)
-            sites.append(Layer(spec, weight, bias))
+            self.sites.append(Layer(spec, *canonical(module)))
         else:
             kind = spec.kind if spec is not None else type(module).__name__
-            skipped.append(Skipped(paths[0], kind, reason or "not a plain layer"))
+            self.skipped[paths[0]] = module, Skipped(paths[0], kind, reason or "not a plain layer")
             if spec is not None:
-                # What a weight is computed from, and a weight shared with another layer, is counted elsewhere.
-                weight = module._parameters.get("weight")
-                counted = weight is not None and id(weight) not in covered
-                # So is a bias that is computed from something, or kept as a buffer.
-                biased = module._parameters.get("bias") is not None
-                untouched.append(dataclasses.replace(spec, bias=biased, shared=0 if counted else math.prod(spec.shape)))
+                self.untouched.append(self._as_left(module, spec))
         if spec is not None:
-            covered.update(id(module._parameters.get(name)) for name in ("weight", "bias"))
-    numbers, size = _elsewhere(model, covered, masks)
-    told = {left.name: left for left in skipped}
-    for module, paths in layers.items():
-        if module not in chains and paths[0] in told and module not in masks:
-            # What the weight is computed from is counted among the other parameters.
-            beside = stored(module.parameters(), covered)
-            told[paths[0]] = dataclasses.replace(told[paths[0]], costs=beside)
-    skipped = [*told.values(), *unheld(model, layers, covered)]
-    log.info("%s: %d layers to choose at, %d left alone", type(model).__name__, len(sites), len(skipped))
-    for left in skipped:
-        log.debug("left alone: %s (%s): %s", left.name, left.kind, left.reason)
-    return Sites(tuple(sites), tuple(skipped), tuple(untouched), other_parameters=numbers, other_bytes=size)
+            self.covered.update(id(module._parameters.get(name)) for name in ("weight", "bias"))
+
+    def _as_left(self, module: nn.Module, spec: LayerSpec) -> LayerSpec:
+        """The numbers of a layer that is left alone, as far as they are its own."""
+        # What a weight is computed from, and a weight shared with another layer, is counted elsewhere.
+        weight = module._parameters.get("weight")
+        counted = weight is not None and id(weight) not in self.covered
+        # So is a bias that is computed from something, or kept as a buffer.
+        biased = module._parameters.get("bias") is not None
+        return dataclasses.replace(spec, bias=biased, shared=0 if counted else math.prod(spec.shape))
+
+    def sites_of(self, layers: Mapping[nn.Module, tuple[str, ...]]) -> Sites:
+        """All of them, with what is no layer and holds matrices."""
+        numbers, size = _elsewhere(self.model, self.covered, self.masks)
+        left = [self._with_costs(module, told) for module, told in self.skipped.values()]
+        return Sites(
+            tuple(self.sites), (*left, *unheld(self.model, layers, self.covered)), tuple(self.untouched),
+            other_parameters=numbers, other_bytes=size,
+        )  # fmt: skip
+
+    def _with_costs(self, module: nn.Module | None, told: Skipped) -> Skipped:
+        if module is None or module in self.masks:
+            return told
+        # What the weight is computed from is counted among the other parameters.
+        return dataclasses.replace(told, costs=stored(module.parameters(), self.covered))
 
 
 def _chain(
@@ -164,7 +203,7 @@ def _elsewhere(
     return sum(p.numel() for p in others), sum(t.numel() * t.element_size() for t in [*others, *buffers])
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class _Wanted:
     """Which layers a user leaves alone, and which ones the user keeps to."""
 
@@ -334,7 +373,7 @@ def _tied_weights(model: nn.Module) -> dict[int, list[str]]:
     return {key: names for key, names in holders.items() if len(names) > 1}
 
 
-def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied: dict[int, list[str]]) -> str | None:
+def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied: Mapping[int, list[str]]) -> str | None:
     """Why a layer cannot be factorised, or None."""
     if _is_quantised(module):
         return "quantised: the weight is not a floating-point matrix"
