@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,29 +75,26 @@ def carry_optimizer(optimizer: Optimizer, old: nn.Module, new: nn.Module) -> Car
     Learning rates and steps of schedulers are left as they are: a scheduler holds the optimizer, which stays the same.
     """
     names = {id(p): name for name, p in old.named_parameters()}
-    there = [names[id(p)] for group in optimizer.param_groups for p in group["params"] if id(p) in names]
-    if not there:
+    group_of = {names[id(p)]: n for n, g in enumerate(optimizer.param_groups) for p in g["params"] if id(p) in names}
+    if not group_of:
         raise ValueError(
             f"the optimizer holds no parameter of this {type(old).__name__}: pass the network that it has trained, and "
             "then what was made of it"
         )
     state = {names[id(p)]: held for p, held in optimizer.state.items() if id(p) in names}
-    parents = {name: _layer_of(name, new) for name, _ in new.named_parameters()}
+    shapes = {name: p.shape for name, p in old.named_parameters()}
     momenta = dict(_projected(old, new, state))
     kept, projected, reset = [], [], []
     groups: list[list[nn.Parameter]] = [[] for _ in optimizer.param_groups]
-    of_name = {names[id(p)]: n for n, g in enumerate(optimizer.param_groups) for p in g["params"] if id(p) in names}
-    shapes = {name: p.shape for name, p in old.named_parameters()}
     fresh: dict[nn.Parameter, dict[str, Any]] = {}
     for name, parameter in new.named_parameters():
-        source = name if shapes.get(name) == parameter.shape else _bias_of(name, parents[name], new, shapes)
-        origin = source or next((n for n in (f"{parents[name]}.weight", name) if n in of_name), None)
-        if origin not in of_name and source is None:
-            origin = next((n for n in of_name if n.startswith(f"{parents[name]}.")), None)
-        if origin is None or origin not in of_name:
+        layer = _layer_of(name, new)
+        source = name if shapes.get(name) == parameter.shape else _bias_of(name, layer, new, shapes)
+        origin = source or _origin(name, layer, group_of)
+        if origin not in group_of:
             continue  # of a layer that was not trained
-        groups[of_name[origin]].append(parameter)
-        if source is not None and source in state:
+        groups[group_of[origin]].append(parameter)
+        if source in state:
             fresh[parameter] = {key: _moved(value, parameter) for key, value in state[source].items()}
             kept.append(name)
         elif name in momenta:
@@ -111,6 +108,13 @@ def carry_optimizer(optimizer: Optimizer, old: nn.Module, new: nn.Module) -> Car
     for parameter, held in fresh.items():
         optimizer.state[parameter] = held
     return Carried(tuple(kept), tuple(projected), tuple(reset))
+
+
+def _origin(name: str, layer: str, trained: Iterable[str]) -> str | None:
+    """The trained parameter that one of another shape has come from: the layer's weight, or any of its parts."""
+    names = list(trained)
+    found = (each for each in (f"{layer}.weight", name) if each in names)
+    return next(found, next((each for each in names if each.startswith(f"{layer}.")), None))
 
 
 def _moved(value: Any, parameter: Tensor) -> Any:
