@@ -7,8 +7,9 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -16,9 +17,10 @@ from spectrim.application import Applied, apply, carry_out
 from spectrim.cost import counted
 from spectrim.cost.counted import Cost
 from spectrim.cost.latency import Latency
-from spectrim.errors import ToleranceError, called_as
+from spectrim.errors import PlanError, SpectrimError, ToleranceError, called_as
 from spectrim.methods import Method, on_offer
 from spectrim.network.choices import ChannelsChoice
+from spectrim.network.groups import group
 from spectrim.network.printing import Grid, Printed, amount, cost_name, count, reasons, share, total
 from spectrim.network.sites import Sites
 from spectrim.nn.agreement import Agreement, agreement, check_comparable, output_error
@@ -35,6 +37,7 @@ from spectrim.nn.watch.work import uncounted_work
 from spectrim.preparation import Prepared, check_options, locate, prepare
 from spectrim.preparation import one_batch as one_batch  # its former place, until version 0.3
 from spectrim.progress import Progress, reports, silent, told
+from spectrim.search.arms import Arm, Tried, best, usual
 from spectrim.search.file_size import within_file
 from spectrim.search.judge import Evaluate, Judge, Verdict
 from spectrim.search.measured import CLOSE, meet_latency, wanted_time
@@ -85,6 +88,8 @@ class Report(Printed):
         What the network lost by ``evaluate``, or by its outputs, where either was asked for.
     tolerance
         What it may lose, if that was stated.
+    arms
+        What became of each set of methods that competed, with ``methods="auto"``.
     """
 
     plan: Plan
@@ -97,6 +102,7 @@ class Report(Printed):
     agreement: Agreement | None = None
     verdict: Verdict | None = None
     tolerance: Tolerance | None = None
+    arms: tuple[Tried, ...] = ()
 
     @property
     def speed(self) -> Speed | None:
@@ -176,7 +182,10 @@ class Report(Printed):
     def sentences(self) -> tuple[str, ...]:
         """What was lost, how far outputs agree with dense ones, whether a latency budget is met, and the notes."""
         agreed = () if self.agreement is None else (str(self.agreement),)
-        return (*self._tolerated(), *agreed, *self._time_asked_for(), *self.notes)
+        arms = (
+            (f"methods that competed, by what the network lost: {'; '.join(map(str, self.arms))}",) if self.arms else ()
+        )
+        return (*self._tolerated(), *arms, *agreed, *self._time_asked_for(), *self.notes)
 
     def _tolerated(self) -> Iterator[str]:
         """Whether the tolerance is met, or what the metric is."""
@@ -270,7 +279,8 @@ def compress(
     evaluate: Evaluate | None = None,
     better: Better = "higher",
     cost: str = "macs",
-    methods: Method | Sequence[Method] | None = None,
+    methods: Method | Sequence[Method] | Literal["auto"] | None = None,
+    seconds: float | None = None,
     skip: Which | Iterable[Which] = (),
     only: Which | Iterable[Which] = (),
     groups: bool | Mapping[str, Sequence[str]] | None = None,
@@ -314,7 +324,11 @@ def compress(
         What may be chosen at each site; as for :func:`spectrim.tabulate` by default. With one that removes channels,
         these are found first (:func:`spectrim.couple`), the plan is made in steps
         (:func:`spectrim.search.stepwise.select_in_steps`), and of plans that mix methods the one is taken whose
-        outputs are closest to the dense network's.
+        outputs are closest to the dense network's. ``"auto"`` lets sets of them compete (:mod:`spectrim.search.arms`):
+        each makes a whole network from one calibration, and the one that lost least on held-out samples, or by
+        ``evaluate``, is returned.
+    seconds
+        With ``methods="auto"``: no further set is tried after so long.
     skip, only
         Layers to leave alone or keep to; see :func:`spectrim.find`.
     groups
@@ -380,6 +394,24 @@ def compress(
     sampling = Sampling(rows, positions, mask)
     feed = Feed.of(forward, samples)
     batches = listed(calibration) if reads_once(checked_batches(calibration)) else calibration
+    if seconds is not None and not (isinstance(seconds, Real) and seconds >= 0):
+        raise ValueError(f"seconds is {seconds!r}: expected a number of at least 0")
+    if methods == "auto":
+        if tolerance is not None or groups is not None:
+            raise ValueError(
+                "methods='auto' lets several sets of methods compete under a budget: give a tolerance or groups with "
+                "methods=None or one list of methods"
+            )
+        arms = usual(budget.costs)
+        sites = _coupled(model, batches, skip, only, feed)
+        prepared = prepare(
+            model, sites, batches, sensitivity=sensitivity, forward=feed, progress=told(progress),
+            latency=latency or guard or budget.latency is not None, sampling=sampling,
+        )  # fmt: skip
+        return _best(
+            model, prepared, budget, arms, judge.knowing(model), math.inf if seconds is None else float(seconds),
+            reconstruct=reconstruct, guard=guard, costs=costs, selector=selector, forward=feed, progress=told(progress),
+        )  # fmt: skip
     if groups is None:
         groups = methods is None and not {"parameters", "bytes"}.isdisjoint(budget.costs)
     check_options(groups, latency)
@@ -405,6 +437,47 @@ def compress(
     if tolerance is None:
         return _judged(shrink(model, prepared, budget, **options), judge, None)
     return shrink_within(model, prepared, None if goal is None else budget, tolerance, judge, cost=cost, **options)
+
+
+def _coupled(
+    model: nn.Module, batches: Iterable[Any], skip: Which | Iterable[Which], only: Which | Iterable[Which], feed: Feed
+) -> Sites:
+    """The sites of a model, with the channels that can be removed where these can be found."""
+    try:
+        check_comparable(model, begun(batches)[0], feed)
+        return locate(model, batches, skip=skip, only=only, channels=True, forward=feed)
+    except SpectrimError as error:
+        log.info("no channels are removed: %s", error)
+        return locate(model, batches, skip=skip, only=only, forward=feed)
+
+
+def _best(
+    model: nn.Module,
+    prepared: Prepared,
+    budget: Budget,
+    arms: Sequence[Arm],
+    judge: Judge,
+    seconds: float,
+    *,
+    progress: Progress,
+    **options: Any,
+) -> Result:
+    """The network of the best of several arms, from one calibration."""
+
+    def made(arm: Arm) -> Result:
+        if arm.removes_channels and not prepared.sites.couplings:
+            raise PlanError("no channels were found that can be removed")
+        sites = group(prepared.sites) if arm.groups else prepared.sites
+        known = dataclasses.replace(prepared, sites=sites)
+        result = shrink(model, known, budget, methods=arm.methods, progress=progress, **options)
+        verdict = judge.verdict(result.model, result.report.agreement)
+        return dataclasses.replace(result, report=dataclasses.replace(result.report, verdict=verdict))
+
+    def loss(result: Result) -> float:
+        return math.inf if result.report.verdict is None else result.report.verdict.loss
+
+    result, tried = best(arms, made, loss, seconds=seconds, progress=progress)
+    return dataclasses.replace(result, report=dataclasses.replace(result.report, arms=tried))
 
 
 def shrink_within(
