@@ -165,4 +165,5 @@ def draw(found: Sweep, file: Path) -> None:
 def _told(out: Output, point: Point, sweep: Sweep) -> None:
     """Say what a point has come to."""
     judged = ", fine-tuned" if point.tuned is not None else ""
-    out.say(f"{point.asked}: {sweep.judged_by} {' '.join(sweep.texts(point.judged)[:1])}{judged}")
+    told = zip(sweep.measures, sweep.texts(point.judged), strict=True)
+    out.say(f"{point.asked}: {', '.join(f'{name} {text}' for name, text in told)}{judged}")

@@ -18,6 +18,8 @@ from spectrim.report.words import glossary
 from spectrim.selection.front import Sweep
 from spectrim.selection.point import Judged, Point
 
+_LABELS = 4  # on a front, at most
+
 
 @dataclass(frozen=True)
 class SweepPage:
@@ -102,7 +104,9 @@ def front_chart(sweep: Sweep, cost: str) -> Chart:
         value, at = sweep.quality(each), _share(point, cost)
         shown = f"{point.asked}: {_text(sweep, value)} at {at:.1f} % of the {name}"
         shown += ", fine-tuned" if tone == "choice" else ""
-        label = point.asked if point in best and each is point.judged else ""
+        # Many labels would lie on each other on a phone.
+        named = best if len(best) <= _LABELS else (best[0], best[-1])
+        label = point.asked if point in named and each is point.judged else ""
         dots.append(Dot(x.at(at), y.at(value), shown, tone, label))
     line = tuple((x.at(_share(p, cost)), y.at(sweep.quality(p.judged))) for p in reversed(best))
     curves = [Curve((line,), "plan", "without training")]

@@ -97,8 +97,9 @@ class Sweep(Printed):
         """What networks are compared by: :attr:`metric`, ``same class first`` (a share) or ``outputs differ``."""
         if self.dense is not None:
             return self.metric
-        judged = [point.judged for point in self.points]
-        return _SAME if judged and all(each.top1 is not None for each in judged) else _DIFFER
+        shares = [point.judged.top1 for point in self.points]
+        # Shares that are all the same tell nothing.
+        return _SAME if shares and None not in shares and len(set(shares)) >= min(2, len(shares)) else _DIFFER
 
     def quality(self, judged: Judged) -> float:
         """How good a network is in what is compared, in percent where it is a share; NaN where it is not known."""
@@ -211,8 +212,11 @@ class Sweep(Printed):
     @property
     def measures(self) -> list[str]:
         """What tables tell of how good networks are: what they are compared by, and how far outputs differ."""
-        differ = all(point.carried_out.error is not None for point in self.points)
-        return [self.judged_by, *([_DIFFER] if differ and self.judged_by == _SAME else [])]
+        if self.dense is not None:
+            return [self.metric]
+        parts = {_SAME: lambda judged: judged.top1, _DIFFER: lambda judged: judged.error}
+        known = [name for name, of in parts.items() if all(of(point.carried_out) is not None for point in self.points)]
+        return known or [_DIFFER]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Heads and cells for people: a line a point, below that of the dense network."""

@@ -93,7 +93,7 @@ def sweep(
     evaluate
         Function of a model, in evaluation mode and without gradients, to the number that networks are judged by. By
         default they are judged by how often the dense network's class comes first on held-out calibration samples, or
-        where outputs are no classes by how far they are from its outputs.
+        where that is the same for all, or outputs are no classes, by how far they are from its outputs.
     better
         Whether a ``higher`` or a ``lower`` number is good.
     fine_tune
