@@ -101,3 +101,16 @@ def test_work_kept_offers_no_rank_below_a_sixteenth_and_counts_saved_work():
         full = 256 * (3 if choice["unfolding"] in ("height-first", "width-first") else 1)
         assert choice["rank"] >= full / 16
         assert error == pytest.approx(max(0.0, 1 - st.macs(method.layers(site, choice)) / st.macs(site.layers)))
+
+
+def test_heads_and_widths_that_go_leave_what_zeroed_ones_do():
+    pytest.importorskip("transformers")
+    pytest.importorskip("torch_pruning")
+    from benchmarks import heads
+
+    config = json.loads((EXPERIMENTS / "heads.json").read_text())
+    found = heads.run({**config, **config["smoke"]}, {})
+    (row,) = found["rows"]
+    assert found["claims"]["A7"]["met"]
+    assert row["heads_left"] == [2]
+    assert row["macs"] < row["macs_dense"]

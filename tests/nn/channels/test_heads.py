@@ -193,3 +193,17 @@ def test_heads_go_by_the_energy_that_the_others_cannot_make_up_for():
     assert [len(choice.kept) for choice in choices] == [3, 2, 1]
     assert choices[0].kept == (0, 1, 3)
     assert 0 <= curve.errors[0] < 1e-4 < curve.errors[1] < curve.errors[2] < 1
+
+
+def test_padding_is_no_response_of_a_head():
+    model = _transformer("Bert", vocab_size=30, max_position_embeddings=8)
+    words, mask = WORDS["input_ids"], torch.ones(4, 6, dtype=torch.int64)
+    long = {"input_ids": torch.cat([words, words[:, :2]], 1), "attention_mask": torch.cat([mask, 0 * mask[:, :2]], 1)}
+    sites, heads = _coupled(model, WORDS)
+    short, padded = (
+        st.calibrate(model, sites, [batch]).pooled[heads.name].max
+        for batch in ({"input_ids": words, "attention_mask": mask}, long)
+    )
+    assert short is not None
+    assert padded is not None
+    torch.testing.assert_close(padded.mean, short.mean, rtol=1e-9, atol=1e-9)

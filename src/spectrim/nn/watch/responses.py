@@ -60,16 +60,17 @@ class Responses:
                 return
             self._seen.append(weakref.ref(x))
             with unwatched():
-                self._update(_channels(x.detach(), spec, side.positions))
+                self._update(_channels(x.detach(), spec, side.positions), side.positions.shape[1])
 
         return watch
 
-    def _update(self, rows: Tensor) -> None:
-        """Add responses ``[samples, channels, positions]``."""
+    def _update(self, rows: Tensor, entries: int) -> None:
+        """Add responses ``[samples, channels, entries of a channel x positions]``."""
         single = rows.transpose(1, 2).flatten(0, 1)
         index = choose_places(len(rows), rows.shape[2], self._positions(), self._samples, self._seed)
         self._unpooled.update(single[index.to(single.device)].unsqueeze(0))
         mask = self._samples.mask
+        mask = None if mask is None else mask.repeat(1, entries)
         if mask is None or mask.shape != (len(rows), rows.shape[2]):
             largest, mean = rows.amax(2), rows.float().mean(2)
         else:
