@@ -56,6 +56,7 @@ NARROW = {
     "sparse_vgg16": "a quarter of VGG-16's width",
     "strangers": "small networks, random weights",
     "zoo": "small networks, random weights",
+    "heads": "MiniLM with its weights, a ViT and a Llama with random ones",
 }
 
 QUESTIONS = (
@@ -131,10 +132,10 @@ QUESTIONS = (
         "What does removing filters bring?",
         "Whole channels go, and the layers that read them are corrected. How many may go is read off the spectrum of the "
         "responses, after Suau et al. (WACV 2020).",
-        ("P1", "P2", "P2 (ResNet-56)", "P3", "P4", "P5", "P6", "P7"),
+        ("P1", "P2", "P2 (ResNet-56)", "P3", "P4", "P5", "P6", "P7", "A7"),
         (
             "filter_oracles", "filters_resnet20", "filters_resnet56", "filters_resnet56_training", "filters_vgg16",
-            "domains", "zoo", "filter_speed",
+            "domains", "zoo", "filter_speed", "heads",
         ),
     ),
     Question(
@@ -306,6 +307,9 @@ WORDS = {
     ),
     "P6": Words("Filters removed from many architectures", "Pruned, or passed over with the reason; run and compared."),
     "P7": Words("Time of the analysis of filters", "A layer of 512 filters, and the whole of ResNet-50."),
+    "A7": Words(
+        "Heads of attention and feed-forward widths", "Half of them removed, against the dense network with zeroed ones."
+    ),
     "R1": Words(
         "The same images in other batches",
         "Accuracy of ResNet-20 and errors of the table for 512 images cut into batches of several sizes.",
