@@ -49,7 +49,7 @@ def compress(
     if LEARNED in methods:
         if len(methods.asked) > 1:
             raise UsageError(f"--method {LEARNED} does not combine with another --method: it learns the ranks alone")
-        no = {"plan", "selector", "guard", "recipe", *_SHARING}
+        no = {"plan", "selector", "guard", "recipe", "max_drop", "min_agreement", *_SHARING}
         refuse(context, no, f"does not combine with --method {LEARNED}")
         points = [",".join(goal.budget)] if goal.budget else []
         costs = [text for text in goal.cost or () if text not in former]
@@ -64,6 +64,8 @@ def compress(
         learning.compress(out, run, files)
         return
     _check(context, methods, goal, inputs)
+    if goal.max_drop is not None and training.test is None:
+        raise UsageError(f"--max-drop {goal.max_drop:g} is measured on --test, batches with labels: give them too")
     from spectrim.cli import shrinking
     from spectrim.cli.unfinished import make_folder
     from spectrim.cli.work import Work
@@ -99,11 +101,13 @@ def _check(context: typer.Context, methods: Methods, goal: options.GoalOptions, 
         refuse(context, {"recipe"}, f"is for --method {FILTERS}, not for {methods}")
     if goal.recipe is not None:
         why = f"does not combine with --recipe {goal.recipe}, which says by itself how many filters stay"
-        refuse(context, {"budget", "plan", "selector", "guard"}, why)
+        refuse(context, {"budget", "plan", "selector", "guard", "max_drop", "min_agreement"}, why)
         if len(methods.asked) > 1:
             raise UsageError(f"{methods} {why}")
-    elif bool(goal.budget) == (goal.plan is not None):
+    elif (bool(goal.budget) or goal.tolerant) == (goal.plan is not None):
         raise UsageError(f"give {either} or --plan FILE")
+    if goal.tolerant and inputs.data is None:
+        raise UsageError("a tolerance is searched for with calibration batches: give --data")
     if goal.plan is not None:
         if not goal.plan.is_file():
             raise UsageError(f"--plan {str(goal.plan)!r} is not a file; compress writes plan.json beside the model")

@@ -337,6 +337,22 @@ class GoalOptions:
             "latency=3ms. Repeatable; all hold together."
         ),
     ] = None
+    max_drop: Annotated[
+        float | None,
+        typer.Option(
+            "--max-drop",
+            metavar="POINTS",
+            help="In place of a budget, or beside one: how much accuracy on --test may be lost, as 0.5.",
+        ),
+    ] = None
+    min_agreement: Annotated[
+        float | None,
+        typer.Option(
+            "--min-agreement",
+            metavar="SHARE",
+            help="The same without labels: share of held-out samples of --data whose class stays, as 0.99.",
+        ),
+    ] = None
     cost: Costs = None
     recipe: Annotated[
         str | None,
@@ -365,9 +381,20 @@ class GoalOptions:
         costs = named_costs([text for text in self.cost or () if "=" in text])
         if self.budget:
             read_budget(self.budget, costs)
+        if self.max_drop is not None and not 0 <= self.max_drop < float("inf"):
+            raise UsageError(f"--max-drop {self.max_drop}: expected points of accuracy, at least 0, as 0.5")
+        if self.min_agreement is not None and not 0 < self.min_agreement <= 1:
+            raise UsageError(f"--min-agreement {self.min_agreement}: expected a share above 0 and at most 1, as 0.99")
+        if self.max_drop is not None and self.min_agreement is not None:
+            raise UsageError("--max-drop does not combine with --min-agreement: give one of them")
         if self.recipe is not None:
             check_recipe(self.recipe)
         check_selector(self.selector)
+
+    @property
+    def tolerant(self) -> bool:
+        """Whether there is a tolerance."""
+        return self.max_drop is not None or self.min_agreement is not None
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,10 @@ from spectrim.network.sites import Sites
 from spectrim.network.tensor_files import digest_of_tensors
 from spectrim.nn.agreement import agreement
 from spectrim.nn.checkpoint import load, read_plan, save
-from spectrim.pipeline import Result, shrink
+from spectrim.pipeline import Result, shrink, shrink_within
 from spectrim.report import compare
+from spectrim.search.judge import Judge
+from spectrim.search.tolerance import Tolerance
 from spectrim.search.widths import KL, Energy
 from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates
@@ -79,6 +81,8 @@ class Request:
     awaited: bool
     selector: Selector
     guard: bool
+    max_drop: float | None = None
+    min_agreement: float | None = None
 
     @classmethod
     def read(
@@ -100,7 +104,19 @@ class Request:
         chosen = methods.chosen(calibrated, multiple_of=multiple_of, share=groups is not False)
         plan = Plan.read(goal.plan) if goal.plan is not None else None
         awaited = plan is None and wanted_groups(sharing, methods) is True
-        return cls(chosen, costs, budget, recipe, plan, groups, awaited, SELECTOR_OF[goal.selector], goal.guard)
+        return cls(
+            chosen,
+            costs,
+            budget,
+            recipe,
+            plan,
+            groups,
+            awaited,
+            SELECTOR_OF[goal.selector],
+            goal.guard,
+            goal.max_drop,
+            goal.min_agreement,
+        )
 
     @property
     def timed(self) -> bool:
@@ -195,6 +211,14 @@ def _compressed(out: Output, request: Request, work: Work) -> Result:
     if removing or (request.plan is not None and removals(request.plan)):
         sites = with_channels(work.dense, sites, work.example)
     known = prepared(out, work, sites, request.groups, weigh=True)
+    tolerance = Tolerance.of(request.max_drop, request.min_agreement, judge := Judge(work.score))
+    if tolerance is not None:
+        judge = judge.knowing(work.dense) if request.max_drop is not None else Judge()
+        with out.progress() as show:
+            return shrink_within(
+                work.dense, known, request.budget, tolerance, judge, methods=request.methods, guard=request.guard,
+                selector=request.selector, progress=show, costs=request.costs,
+            )  # fmt: skip
     if request.budget is not None and calibrated:
         with out.progress() as show:
             return shrink(
