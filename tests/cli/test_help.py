@@ -72,7 +72,7 @@ def test_completion_offers_methods_costs_and_files(tmp_path: Path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "net.py").touch()
     (tmp_path / "images.npz").touch()
-    assert completion.methods("weight") == ["weight-svd"]
+    assert completion.methods("weight-s") == ["weight-svd"]
     assert completion.methods("") == list(NAMES)
     assert completion.budgets("m") == ["macs="]
     assert completion.models("n") == ["net.py:"]
