@@ -69,7 +69,10 @@ def test_other_arguments_than_a_verb_has(call: Callable[[nn.Module], object], sa
         (lambda m, s, t, p: ANY.apply(m, p, s), "sites is a Plan: expected a Sites. Write apply(model, sites, plan"),
         (lambda m, s, t, p: ANY.apply(m, s, t), "plan is a Candidates: expected a Plan"),
         (lambda m, s, t, p: ANY.apply(m, s), "Write apply(model, sites, plan, batches)"),
-        (lambda m, s, t, p: ANY.compare(m, "small", BATCH), "compressed is a str: expected a Module. Write compare("),
+        (
+            lambda m, s, t, p: ANY.compare(m, "small", BATCH),
+            "compressed is a str: expected a Module or a Mapping. Write",
+        ),
         (lambda m, s, t, p: ANY.load("m", "small.safetensors"), "model is a str: expected a Module. Write load(make_"),
     ],
 )

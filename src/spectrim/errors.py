@@ -154,7 +154,7 @@ def did_you_mean(word: str, known: Iterable[str], other_names: Mapping[str, str]
     return f" Did you mean {found!r}?" if found in names else ""
 
 
-def called_as(cure: str, **kinds: type) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def called_as(cure: str, **kinds: type | tuple[type, ...]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let a verb that is called with other arguments than it has say what was meant: a name of its own, or ``cure``.
 
     Arguments named in ``kinds`` that are of another type are refused with it too, before the verb begins.
@@ -167,9 +167,10 @@ def called_as(cure: str, **kinds: type) -> Callable[[Callable[P, R]], Callable[P
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             for name, given in {**dict(zip(places, args, strict=False)), **kwargs}.items():
                 if not isinstance(given, kinds.get(name, object)):
-                    raise TypeError(
-                        f"{name} is {_a(type(given).__name__)}: expected {_a(kinds[name].__name__)}. {cure}"
-                    )
+                    kind = kinds[name]
+                    wanted = kind if isinstance(kind, tuple) else (kind,)
+                    expected = " or ".join(_a(each.__name__) for each in wanted)
+                    raise TypeError(f"{name} is {_a(type(given).__name__)}: expected {expected}. {cure}")
             try:
                 return verb(*args, **kwargs)
             except TypeError as error:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -211,3 +212,20 @@ def output_error(
             if seen >= samples:
                 break
     return missed / max(energy, 1e-300)
+
+
+def metric_of(evaluate: Callable[[nn.Module], Any], model: nn.Module, whose: str) -> float:
+    """What a user's metric is of a model, in evaluation mode and without gradients; it may be NaN or infinite.
+
+    Raises
+    ------
+    TypeError
+        If it is no number; says ``whose``.
+    """
+    with evaluating(model):
+        value: Any = evaluate(model)
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"evaluate returned {value!r:.80} for {whose}: expected one number, as an accuracy")
+    return float(value)

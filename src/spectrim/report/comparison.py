@@ -188,7 +188,6 @@ class Comparison(Printed):
         return f"Comparison({', '.join(f'{row.metric}: {row.change}' for row in self.rows)})"
 
 
-@called_as("Write compare(dense, compressed, example), with one batch of inputs", dense=nn.Module, compressed=nn.Module)
 @overload
 def compare(
     dense: nn.Module, compressed: nn.Module, example: Any, *, evaluate: Evaluate | None = None, score: str = "accuracy",
@@ -199,6 +198,11 @@ def compare(
     dense: nn.Module, compressed: Mapping[str, nn.Module], example: Any, *, evaluate: Evaluate | None = None,
     score: str = "accuracy", repeats: int = 30, threads: int | None = None, progress: Steps | bool | None = None,
 ) -> SideBySide: ...  # fmt: skip
+@called_as(
+    "Write compare(dense, compressed, example), with one batch of inputs",
+    dense=nn.Module,
+    compressed=(nn.Module, Mapping),
+)
 def compare(
     dense: nn.Module,
     compressed: nn.Module | Mapping[str, nn.Module],

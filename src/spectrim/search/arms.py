@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from spectrim.errors import SpectrimError
-from spectrim.methods import ActivationSVD, LowRankPlusSparse, Method, PrincipalFilters, WeightSVD
+from spectrim.methods import ActivationCP, ActivationSVD, LowRankPlusSparse, Method, PrincipalFilters, WeightSVD
+from spectrim.network.layer import LayerSpec
 from spectrim.progress import Progress, silent
 
 R = TypeVar("R")
@@ -68,15 +69,19 @@ class Tried:
         return f"{self.name}: {self.note}" if self.note else f"{self.name}: {self.loss:.4g} in {self.seconds:.1f} s"
 
 
-def usual(limited: Iterable[str]) -> list[Arm]:
-    """The arms that fit the costs that are limited, the most promising first."""
+def usual(limited: Iterable[str], layers: Iterable[LayerSpec] = ()) -> list[Arm]:
+    """The arms that fit the costs that are limited and the layers there are, the most promising first."""
     low_rank = (ActivationSVD(), WeightSVD())
+    kernels = any(math.prod(spec.kernel) > 1 for spec in layers)
+    chains = [Arm("low rank, chains", (*low_rank, ActivationCP()))] if kernels else []
+    filters = Arm("filters, then low rank", (PrincipalFilters(), *low_rank))
     if STORED.isdisjoint(limited):
-        return [Arm("low rank", low_rank), Arm("filters, then low rank", (PrincipalFilters(), *low_rank))]
+        return [Arm("low rank", low_rank), *chains, filters]
     return [
         Arm("low rank, shared factors", groups=True),
+        *chains,
         Arm("low rank + sparse", (*low_rank, LowRankPlusSparse())),
-        Arm("filters, then low rank", (PrincipalFilters(), *low_rank)),
+        filters,
         Arm("filters, then all", (PrincipalFilters(), *low_rank, LowRankPlusSparse())),
     ]
 
@@ -86,7 +91,7 @@ def best(
     made: Callable[[Arm], R],
     loss: Callable[[R], float],
     *,
-    seconds: float = math.inf,
+    seconds: float | None = None,
     progress: Progress = silent,
 ) -> tuple[R, tuple[Tried, ...]]:
     """The network of the arm that loses least, so never more than any single arm.
@@ -105,13 +110,13 @@ def best(
     SpectrimError
         Of the first arm, if all are refused.
     """
-    began = time.monotonic()
+    began, limit = time.monotonic(), math.inf if seconds is None else float(seconds)
     tried: list[Tried] = []
     winner: tuple[float, R] | None = None
     first: SpectrimError | None = None
     for number, arm in enumerate(arms):
         start = time.monotonic()
-        if winner is not None and start - began >= seconds:
+        if winner is not None and start - began >= limit:
             tried.append(Tried(arm.name, math.inf, 0.0, f"not tried, as {seconds:g} s were over"))
             continue
         progress(f"arm {arm.name}", number, len(arms))

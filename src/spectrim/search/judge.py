@@ -6,14 +6,11 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from spectrim.errors import CalibrationError
-from spectrim.nn.agreement import Agreement
-from spectrim.nn.watch.state import evaluating
+from spectrim.nn.agreement import Agreement, metric_of
 from spectrim.selection.front import Better
 
 Evaluate = Callable[[nn.Module], float]
@@ -112,15 +109,10 @@ class Judge:
     def _measured(self, model: nn.Module, whose: str) -> float | None:
         if self.evaluate is None:
             return None
-        with evaluating(model):
-            value: Any = self.evaluate(model)
-        if isinstance(value, Tensor) and value.numel() == 1:
-            value = value.item()
-        if not isinstance(value, Real):
-            raise TypeError(f"evaluate returned {value!r:.80} for {whose}: expected one number, as an accuracy")
-        if not math.isfinite(float(value)):
+        value = metric_of(self.evaluate, model, whose)
+        if not math.isfinite(value):
             raise CalibrationError(
-                f"evaluate returned {float(value)} for {whose}, which no other number can be compared with: return a "
+                f"evaluate returned {value} for {whose}, which no other number can be compared with: return a "
                 "finite number for any network"
             )
-        return float(value)
+        return value

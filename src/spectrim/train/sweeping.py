@@ -23,7 +23,7 @@ from spectrim.errors import CheckpointError, InfeasibleBudgetError, did_you_mean
 from spectrim.methods import Method, on_offer
 from spectrim.network.files import read_document, write_text
 from spectrim.network.tensor_files import digest_of_tensors
-from spectrim.nn.agreement import Agreement, agreement
+from spectrim.nn.agreement import Agreement, agreement, metric_of
 from spectrim.nn.checkpoint import save
 from spectrim.nn.find import Which, check_model
 from spectrim.nn.timing import as_run
@@ -31,7 +31,6 @@ from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.nesting import checked_batches, listed, reads_once
 from spectrim.nn.watch.sampling import Mask, Sampling
-from spectrim.nn.watch.state import evaluating
 from spectrim.pipeline import Result, reported, shrink
 from spectrim.preparation import Prepared, check_options, locate, prepare
 from spectrim.progress import Progress, reports, silent, told
@@ -338,21 +337,10 @@ class Sweeping:
         return Judged(metric, agreed.top1, agreed.error, agreed.samples)
 
     def _evaluated(self, model: nn.Module) -> float | None:
-        """What ``evaluate`` returns; None for NaN and infinity.
-
-        Raises
-        ------
-        TypeError
-            If it is no number.
-        """
+        """What ``evaluate`` returns; None for NaN and infinity."""
         assert self.evaluate is not None
-        with evaluating(model):
-            value: Any = self.evaluate(model)
-        if isinstance(value, Tensor) and value.numel() == 1:
-            value = value.item()
-        if not isinstance(value, Real):
-            raise TypeError(f"evaluate returned {value!r:.80}: expected a number")
-        return float(value) if math.isfinite(value) else None
+        value = metric_of(self.evaluate, model, "the dense network" if model is self.model else "a compressed network")
+        return value if math.isfinite(value) else None
 
     def _place(self, point: Point) -> Path | None:
         return None if self.folder is None else self.folder / point.folder

@@ -1,0 +1,249 @@
+"""The one call: from a trained model, calibration batches and a budget to a smaller, faster model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any, Literal
+
+from torch import nn
+
+from spectrim.cost import counted
+from spectrim.cost.counted import Cost
+from spectrim.cost.latency import Latency
+from spectrim.errors import SpectrimError, called_as
+from spectrim.methods import Method, on_offer
+from spectrim.network.sites import Sites
+from spectrim.nn.agreement import check_comparable
+from spectrim.nn.agreement import output_error as output_error
+from spectrim.nn.find import Which, check_model
+from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.layout import Where
+from spectrim.nn.watch.nesting import begun, checked_batches, listed, reads_once
+from spectrim.nn.watch.sampling import Mask, Sampling
+from spectrim.pipeline.report import Report as Report
+from spectrim.pipeline.report import Result
+from spectrim.pipeline.report import reported as reported
+from spectrim.pipeline.shrinking import shrink, shrink_best, shrink_within, with_verdict
+from spectrim.preparation import check_options, locate, prepare
+from spectrim.preparation import one_batch as one_batch  # its former place, until version 0.3
+from spectrim.progress import Progress, reports, told
+from spectrim.search.arms import usual
+from spectrim.search.judge import Evaluate, Judge
+from spectrim.search.tolerance import Tolerance
+from spectrim.selection.budget import COSTS, Budget, BudgetLike
+from spectrim.selection.front import Better
+from spectrim.selection.selectors import Selector, exact
+
+log = logging.getLogger(__name__)
+
+
+@reports
+@called_as(
+    "Write compress(model, batches, 'macs=50%') with batches of inputs like those of training; without any, "
+    "find(model), tabulate(sites, WeightSVD()), select(table, 'parameters=50%') and apply(model, sites, plan) do with "
+    "the weights alone"
+)
+def compress(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    budget: BudgetLike | None = None,
+    *,
+    max_drop: float | None = None,
+    min_agreement: float | None = None,
+    evaluate: Evaluate | None = None,
+    better: Better = "higher",
+    cost: str = "macs",
+    methods: Method | Sequence[Method] | Literal["auto"] | None = None,
+    seconds: float | None = None,
+    skip: Which | Iterable[Which] = (),
+    only: Which | Iterable[Which] = (),
+    groups: bool | Mapping[str, Sequence[str]] | None = None,
+    sensitivity: bool = True,
+    reconstruct: bool = True,
+    latency: Latency | None = None,
+    guard: bool = False,
+    costs: Mapping[str, Cost] | None = None,
+    selector: Selector = exact,
+    rows: int | str | None = "auto",
+    positions: int | None = None,
+    mask: Mask = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    samples: Where = None,
+    progress: Progress | bool | None = None,
+) -> Result:
+    """Compress a trained model to a budget, or to a tolerance: find, calibrate, tabulate, select, apply.
+
+    Parameters
+    ----------
+    model
+        Left untouched.
+    calibration
+        Batches of training inputs, a thousand samples or more; labels are not used. An iterator is read into a list.
+    budget
+        For the whole network; also as text, ``"macs=50%"``. With a tolerance it may be left out, and the smallest
+        network is looked for.
+    max_drop
+        A tolerance: how much worse the number that ``evaluate`` returns may be than the dense network's.
+    min_agreement
+        A tolerance without labels: the share of held-out calibration samples whose class is to be the dense network's,
+        as 0.99, or 1 - relative error for outputs that are no scores of classes.
+    evaluate
+        Function of a model alone, in evaluation mode and without gradients, to the number that it is judged by: it
+        holds the data itself, which the model should not have been calibrated on.
+    better
+        Whether a ``higher`` or a ``lower`` number is good.
+    cost
+        What the smallest network has least of, where there is a tolerance and no budget.
+    methods
+        What may be chosen at each site; as for :func:`spectrim.tabulate` by default. With one that removes channels,
+        these are found first (:func:`spectrim.couple`), the plan is made in steps
+        (:func:`spectrim.search.stepwise.select_in_steps`), and of plans that mix methods the one is taken whose
+        outputs are closest to the dense network's. ``"auto"`` lets sets of them compete (:mod:`spectrim.search.arms`):
+        each makes a whole network from one calibration, and the one that lost least on held-out samples, or by
+        ``evaluate``, is returned.
+    seconds
+        With ``methods="auto"``: no further set is tried after so long.
+    skip, only
+        Layers to leave alone or keep to; see :func:`spectrim.find`.
+    groups
+        Sites that may share factors: True finds them (:func:`spectrim.group`), a mapping names them. None finds them if
+        the budget limits parameters or bytes, which is what sharing saves, and no methods are given.
+    sensitivity
+        Weigh errors by the gradients that reach each layer (one backward pass over 1,024 samples).
+    reconstruct
+        Fit each layer to the dense responses for the inputs that its compressed predecessors deliver.
+    latency
+        How time is measured. Made for the model's device and dtype if the budget limits latency or ``guard`` is set.
+        Where it is given or made, the kernels of sparse layers are chosen for it (:func:`spectrim.choose_kernels`).
+        If its memory format is ``channels_last``, both models are measured in it and the result is returned in it.
+    guard
+        Choose no option that is measured slower than dense, and measure the finished model.
+    costs
+        Further costs of your own, functions of layers by name, which the budget may limit.
+    selector
+        How choices are made; exact by default.
+    rows, positions, mask
+        How many input patches the statistics rest on, and which tokens are data; see :func:`spectrim.calibrate`.
+    forward, samples
+        How the model is run on a batch, and where a batch's samples are; see :func:`spectrim.calibrate`. By default
+        both are seen from the first batch and the model's ``forward``, and the report tells what is not plain.
+
+    Returns
+    -------
+    Result
+
+    Raises
+    ------
+    InfeasibleBudgetError
+        If the budget cannot be met; carries the lowest reachable cost.
+    ToleranceError
+        If the budget can be met, but not within the tolerance; says which budget can, and carries its ``result``.
+    TypeError, ValueError
+        For arguments that cannot be meant, and groups beside a method that removes channels; before any work.
+
+    Notes
+    -----
+    With a latency budget the plan is made from measured layer times, built, measured end to end beside the dense
+    network and corrected, up to eight times, until it is within 3 % of the budget.
+
+    With a tolerance and no budget up to eight networks are selected from one table, carried out and judged, and the
+    smallest that held is returned. That it held is measured on the samples that it was chosen by: on others the drop
+    differs by chance, the more the fewer samples there are. Where none holds, the dense network is returned.
+    """
+    check_model(model)
+    judge = Judge.of(evaluate, better)
+    tolerance = Tolerance.of(max_drop, min_agreement, judge)
+    stated = _stated(budget, tolerance, cost)
+    stated.check([*COSTS, *counted.further(costs)])
+    _check_search(selector, seconds)
+    competing = isinstance(methods, str) and methods == "auto"
+    if competing and not (tolerance is None and groups is None):
+        raise ValueError(
+            "methods='auto' lets several sets of methods compete under a budget: give a tolerance or groups with "
+            "methods=None or one list of methods"
+        )
+    several, shared = (None, False) if competing else _on_offer(methods, groups, stated)
+    check_options(shared, latency)
+    sampling = Sampling(rows, positions, mask)
+    feed = Feed.of(forward, samples)
+    batches = listed(calibration) if reads_once(checked_batches(calibration)) else calibration
+    channels = any(method.removes_channels for method in several or ())
+    if channels and len(several or ()) > 1:
+        check_comparable(model, begun(batches)[0], feed)
+    if competing:
+        sites = _coupled(model, batches, skip, only, feed)
+    else:
+        sites = locate(model, batches, skip=skip, only=only, channels=channels, forward=feed)
+    prepared = prepare(
+        model, sites, batches, sensitivity=sensitivity, groups=shared, forward=feed, progress=told(progress),
+        latency=latency or guard or stated.latency is not None, sampling=sampling,
+    )  # fmt: skip
+    options: dict[str, Any] = {
+        "reconstruct": reconstruct, "guard": guard, "costs": costs, "selector": selector, "forward": feed,
+        "progress": told(progress),
+    }  # fmt: skip
+    judge = judge.knowing(model)
+    if competing:
+        arms = usual(stated.costs, (layer.spec for layer in sites))
+        return shrink_best(model, prepared, stated, arms, judge, seconds, **options)
+    options["methods"] = several
+    if tolerance is None:
+        return with_verdict(shrink(model, prepared, stated, **options), judge, None)
+    return shrink_within(
+        model, prepared, stated if budget is not None else None, tolerance, judge, cost=cost, **options
+    )
+
+
+def _stated(budget: BudgetLike | None, tolerance: Tolerance | None, cost: str) -> Budget:
+    """The budget, which with a tolerance may be left out."""
+    if budget is None and tolerance is None:
+        raise TypeError(
+            "how small is not said: give a budget, as compress(model, batches, 'macs=50%'), or a tolerance, as "
+            "max_drop=0.5 with evaluate=, or min_agreement=0.99"
+        )
+    return Budget.of({cost: 1.0} if budget is None else budget)
+
+
+def _check_search(selector: object, seconds: object) -> None:
+    """Raise TypeError or ValueError for what is no selector, and no limit on the time of a search."""
+    if not callable(selector):
+        raise TypeError(
+            f"selector is {selector!r}: expected a function of a table and a budget, such as those of "
+            "spectrim.selection.selectors"
+        )
+    if seconds is not None and not (isinstance(seconds, Real) and float(seconds) >= 0):
+        raise ValueError(f"seconds is {seconds!r}: expected a number of at least 0")
+
+
+def _on_offer(
+    methods: Any, groups: bool | Mapping[str, Sequence[str]] | None, budget: Budget
+) -> tuple[list[Method] | None, bool | Mapping[str, Sequence[str]]]:
+    """The methods of one set, and which layers may share factors."""
+    if groups is None:
+        groups = methods is None and not {"parameters", "bytes"}.isdisjoint(budget.costs)
+    several = None if methods is None else on_offer(methods, groups=bool(groups))
+    if groups and any(method.removes_channels for method in several or ()):
+        raise ValueError(
+            "layers that share factors would lose different channels: remove channels without groups, or share factors "
+            "in the network that is left"
+        )
+    return several, groups
+
+
+def _coupled(
+    model: nn.Module, batches: Iterable[Any], skip: Which | Iterable[Which], only: Which | Iterable[Which], feed: Feed
+) -> Sites:
+    """The sites of a model, with the channels that can be removed where these can be found."""
+    try:
+        check_comparable(model, begun(batches)[0], feed)
+        return locate(model, batches, skip=skip, only=only, channels=True, forward=feed)
+    except SpectrimError as error:
+        log.info("no channels are removed: %s", error)
+        return locate(model, batches, skip=skip, only=only, forward=feed)
+
+
+def find_some(model: nn.Module, skip: Which | Iterable[Which], only: Which | Iterable[Which]) -> Sites:
+    """The former name of :func:`spectrim.preparation.locate`, until version 0.3."""
+    return locate(model, (), skip=skip, only=only)
