@@ -94,3 +94,20 @@ def test_what_cannot_be_meant() -> None:
     with pytest.raises(ValueError, match="seconds is -1"):
         st.compress(network(), BATCHES, "macs=50%", methods="auto", seconds=-1)
     assert any(isinstance(method, LowRankPlusSparse) for method in usual(["bytes"])[1].methods or ())
+
+
+def test_chains_compete_where_layers_have_kernels_and_time_that_was_not_measured_is_told() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 12, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(12, 12, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(12, 12, 3, padding=1),
+    ).eval()
+    x = torch.randn(32, 3, 6, 6)
+    assert "low rank, chains" not in [arm.name for arm in usual(["macs"], [layer.spec for layer in st.find(network())])]
+    arms = usual(["macs"], [layer.spec for layer in st.find(model)])
+    assert [arm.name for arm in arms][:2] == ["low rank", "low rank, chains"]
+    result = st.compress(model, [x], "macs=40%", methods=st.ActivationCP(evaluations=5))
+    assert any("became chains of three or more thin layers" in note for note in result.report.notes)

@@ -49,7 +49,7 @@ def compress(
     if LEARNED in methods:
         if len(methods.asked) > 1:
             raise UsageError(f"--method {LEARNED} does not combine with another --method: it learns the ranks alone")
-        no = {"plan", "selector", "guard", "recipe", "max_drop", "min_agreement", *_SHARING}
+        no = {"plan", "selector", "guard", "recipe", "max_drop", "min_agreement", "compete", *_SHARING}
         refuse(context, no, f"does not combine with --method {LEARNED}")
         points = [",".join(goal.budget)] if goal.budget else []
         costs = [text for text in goal.cost or () if text not in former]
@@ -101,11 +101,19 @@ def _check(context: typer.Context, methods: Methods, goal: options.GoalOptions, 
         refuse(context, {"recipe"}, f"is for --method {FILTERS}, not for {methods}")
     if goal.recipe is not None:
         why = f"does not combine with --recipe {goal.recipe}, which says by itself how many filters stay"
-        refuse(context, {"budget", "plan", "selector", "guard", "max_drop", "min_agreement"}, why)
+        refuse(context, {"budget", "plan", "selector", "guard", "max_drop", "min_agreement", "compete"}, why)
         if len(methods.asked) > 1:
             raise UsageError(f"{methods} {why}")
     elif (bool(goal.budget) or goal.tolerant) == (goal.plan is not None):
         raise UsageError(f"give {either} or --plan FILE")
+    if goal.compete:
+        refuse(
+            context,
+            {"method", "multiple_of", "plan", "max_drop", "min_agreement", *_SHARING},
+            "does not combine with --compete",
+        )
+        if inputs.data is None:
+            raise UsageError("networks compete on held-out calibration samples: give --data")
     if goal.tolerant and inputs.data is None:
         raise UsageError("a tolerance is searched for with calibration batches: give --data")
     if goal.plan is not None:

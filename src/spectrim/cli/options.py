@@ -353,6 +353,18 @@ class GoalOptions:
             help="The same without labels: share of held-out samples of --data whose class stays, as 0.99.",
         ),
     ] = None
+    compete: Annotated[
+        bool,
+        typer.Option(
+            "--compete",
+            help="Let several sets of methods make a network each (low rank, chains, filters first, sparse) and keep "
+            "the one that loses least on held-out samples of --data.",
+        ),
+    ] = False
+    seconds: Annotated[
+        float | None,
+        typer.Option("--seconds", metavar="S", help="With --compete: try no further set after so long."),
+    ] = None
     cost: Costs = None
     recipe: Annotated[
         str | None,
@@ -387,6 +399,8 @@ class GoalOptions:
             raise UsageError(f"--min-agreement {self.min_agreement}: expected a share above 0 and at most 1, as 0.99")
         if self.max_drop is not None and self.min_agreement is not None:
             raise UsageError("--max-drop does not combine with --min-agreement: give one of them")
+        if self.seconds is not None and not (self.compete and self.seconds >= 0):
+            raise UsageError(f"--seconds {self.seconds:g} limits how long sets of methods compete: give --compete too")
         if self.recipe is not None:
             check_recipe(self.recipe)
         check_selector(self.selector)

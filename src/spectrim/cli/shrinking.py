@@ -25,6 +25,7 @@ from spectrim.cli.filters import (
 from spectrim.cli.methods import AUTO, Methods
 from spectrim.cli.options import SELECTORS, FileOptions, GoalOptions, SharingOptions
 from spectrim.cli.preprocessing import tell
+from spectrim.cli.references import UsageError
 from spectrim.cli.results import Outcome, write_result
 from spectrim.cli.sharing import NONE_ALIKE, Wanted, planned_groups, wanted_groups
 from spectrim.cli.sparsity import check_patterns, fastest, kernel_notes, kernel_values
@@ -32,13 +33,16 @@ from spectrim.cli.steps import carry_out, prepared, table_of
 from spectrim.cli.unfinished import ONE_SHOT, TUNING, UNFINISHED, RunFolder
 from spectrim.cli.values import read_budget, read_costs
 from spectrim.cli.work import Work
+from spectrim.errors import SpectrimError
 from spectrim.methods import Method, PrincipalFilters
 from spectrim.network.sites import Sites
 from spectrim.network.tensor_files import digest_of_tensors
 from spectrim.nn.agreement import agreement
 from spectrim.nn.checkpoint import load, read_plan, save
-from spectrim.pipeline import Result, shrink, shrink_within
+from spectrim.pipeline import Result
+from spectrim.pipeline.shrinking import shrink, shrink_best, shrink_within
 from spectrim.report import compare
+from spectrim.search.arms import usual
 from spectrim.search.judge import Judge
 from spectrim.search.tolerance import Tolerance
 from spectrim.search.widths import KL, Energy
@@ -83,6 +87,8 @@ class Request:
     guard: bool
     max_drop: float | None = None
     min_agreement: float | None = None
+    compete: bool = False
+    seconds: float | None = None
 
     @classmethod
     def read(
@@ -116,6 +122,8 @@ class Request:
             goal.guard,
             goal.max_drop,
             goal.min_agreement,
+            goal.compete,
+            goal.seconds,
         )
 
     @property
@@ -202,7 +210,26 @@ def _kept(out: Output, result: Result, work: Work, held: RunFolder) -> Result:
     return dataclasses.replace(result, model=model, plan=plan, report=dataclasses.replace(result.report, plan=plan))
 
 
+def _best(out: Output, request: Request, work: Work) -> Result:
+    """The network of the set of methods that loses least."""
+    assert request.budget is not None
+    sites = work.sites
+    try:
+        sites = with_channels(work.dense, sites, work.example)
+    except (UsageError, SpectrimError) as error:
+        out.say(f"no filters are removed: {error}")
+    known = prepared(out, work, sites, False, weigh=True)
+    arms = usual(request.budget.costs, (layer.spec for layer in sites))
+    with out.progress() as show:
+        return shrink_best(
+            work.dense, known, request.budget, arms, Judge(), request.seconds, guard=request.guard,
+            selector=request.selector, progress=show, costs=request.costs,
+        )  # fmt: skip
+
+
 def _compressed(out: Output, request: Request, work: Work) -> Result:
+    if request.compete:
+        return _best(out, request, work)
     calibrated = work.calibration is not None
     request = request.fitted(work.sites, calibrated)
     check_patterns(request.methods, work.sites)

@@ -14,6 +14,7 @@ from spectrim.application import apply, carry_out
 from spectrim.cost.counted import Cost
 from spectrim.errors import PlanError, ToleranceError
 from spectrim.methods import Method
+from spectrim.network.choices import CPChoice, TuckerChoice
 from spectrim.network.groups import group
 from spectrim.network.sites import Sites
 from spectrim.nn.agreement import output_error
@@ -98,7 +99,7 @@ def shrink(
     small = done.model
     if latency is not None:
         small = as_run(small, prepared.example, latency)
-    notes = (*_said_of_rest(table, budget), *(_said_of_time(measured) if measured else ()))
+    notes = (*_said_of_rest(table, budget), *(_said_of_time(measured) if measured else _said_of_chains(plan)))
     report = reported(
         model, small, sites, plan, done, batches, mask=prepared.sampling.mask, forward=forward, measured=measured,
         notes=notes,
@@ -114,6 +115,17 @@ def _said_of_rest(table: Candidates, budget: Budget) -> Iterator[str]:
         if share > _MUCH:
             name, kind, _, most = alone[0]
             yield f"{share:.1%} of {cost} is in what was left alone, most in {name or 'the model'} ({kind}, {most:.1%})"
+
+
+def _said_of_chains(plan: Plan) -> Iterator[str]:
+    """That fewer MACs need not be less time, where that is likely."""
+    many = sum(isinstance(entry.choice, CPChoice | TuckerChoice) for entry in plan)
+    if many:
+        yield (
+            f"{many} layers became chains of three or more thin layers, which may take longer than a layer of more "
+            "MACs. Time was not measured: guard=True offers what is measured faster only, and a budget may limit "
+            "milliseconds, as latency=80%"
+        )
 
 
 def _said_of_time(measured: Mapping[str, Timing]) -> Iterator[str]:
