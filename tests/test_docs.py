@@ -55,7 +55,15 @@ def test_there_are_tutorials():
     assert sorted(listed) == [page.stem for page in TUTORIALS] != []
 
 
-@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+# They train, for ten seconds and more each: `make docs` runs them beside the build of the site.
+LONG = ("learned-ranks", "low-rank-plus-sparse", "removing-filters", "sharing")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow) if page.stem in LONG else page for page in TUTORIALS],
+    ids=lambda page: page.stem,
+)
 def test_tutorial_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     if page.stem in EXTERNAL:
         pytest.importorskip(EXTERNAL[page.stem])

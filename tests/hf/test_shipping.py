@@ -152,7 +152,7 @@ def test_a_part_whose_factors_lie_outside_is_refused(tmp_path: Path) -> None:
 
 def test_compressed_twice(tmp_path: Path) -> None:
     small, _ = compressed("llama", "macs")
-    sites = st.find(small, only="*.0.self_attn.q_proj.*")
+    sites = st.find(small, only="*.0.self_attn.q_proj.*", parts=True)
     plan = st.select(st.tabulate(sites, METHODS["bytes"]), st.Budget(bytes=0.995))
     twice: Any = st.apply(small, sites, plan)
     assert any(entry.site.endswith(("proj.0", "proj.1")) for entry in plan if not entry.choice.is_dense)

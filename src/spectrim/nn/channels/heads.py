@@ -30,7 +30,7 @@ from spectrim.nn.watch.observe import Hook, hooked
 from spectrim.nn.watch.state import evaluating
 
 # Sets of numbers that are tried for one attention, and how many numbers a set has at most.
-_TRIED, _MOST = 64, 4
+_TRIED, _MOST = 16, 4
 # Numbers with such a name are tried first. The trial decides.
 _COUNTS_HEADS = re.compile(r"heads?$|\.all_head_size$", re.IGNORECASE)
 

@@ -117,19 +117,20 @@ class Trial:
         # Neighbouring groups keep different shares: two that have to be equally wide must not be equal by chance.
         kept = {c.name: half(c, 2 + 2 * (number % 2), draw) for number, c in enumerate(couplings)}
         axes = axes_left(couplings, kept)
-        reference, small = copy_model(self.model), copy_model(self.model)
-        with torch.no_grad():
-            for (name, axis), left in axes.items():
-                if axis == IN:
-                    _silence(reference.get_submodule(name), left)
         try:
-            narrow(small, axes)
             with torch.no_grad(), without_statistics() as steps:
-                with _recorded(reference) as inside:
-                    wanted = output_tensors(self.run(reference, self.example))
-                steps.again()
+                # First, since most of what goes wrong goes wrong here.
+                small = copy_model(self.model)
+                narrow(small, axes)
                 with _recorded(small) as inside_small:
                     given = output_tensors(self.run(small, self.example))
+                steps.again()
+                reference = copy_model(self.model)
+                for (name, axis), left in axes.items():
+                    if axis == IN:
+                        _silence(reference.get_submodule(name), left)
+                with _recorded(reference) as inside:
+                    wanted = output_tensors(self.run(reference, self.example))
         except Exception as error:
             return f"the narrowed model fails with {type(error).__name__}: {first_line(error)}"
         for a, b in zip(wanted, given, strict=True):
