@@ -85,6 +85,36 @@ def test_steps_that_are_given_what_another_takes(call: Callable[..., object], sa
     assert said in str(caught.value)
 
 
+def test_an_optimizer_is_not_emptied_for_a_network_it_has_nothing_to_do_with() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="no parameter of this Linear has come from"):
+        st.carry_optimizer(optimizer, model, nn.Linear(2, 2))
+    assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
+    with pytest.raises(TypeError, match=r"new is a Report: expected a Module. Write carry_optimizer\("):
+        ANY.carry_optimizer(optimizer, model, st.compress(model, [BATCH], "macs=90%").report)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"seconds": 5}, "give methods='auto' too"),
+        ({"methods": "auto", "min_agreement": 0.9}, "takes neither a tolerance"),
+        ({"methods": "Auto"}, "methods='auto', in small letters"),
+    ],
+)
+def test_options_of_a_search(options: dict[str, Any], said: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        ANY.compress(net(), [BATCH], "macs=50%", **options)
+    assert said in str(caught.value)
+
+
+def test_results_are_no_models_to_compare() -> None:
+    model = net()
+    with pytest.raises(TypeError, match=r"'a' is a Result: expected a model; of a result it is result.model"):
+        ANY.compare(model, {"a": st.compress(model, [BATCH], "macs=90%")}, BATCH)
+
+
 def test_errors_of_a_verb_itself_stay_as_they_are() -> None:
     with pytest.raises(TypeError, match="^the model is a str: expected a torch.nn.Module$"):
         ANY.compress("resnet18", [BATCH], "macs=50%")

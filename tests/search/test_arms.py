@@ -89,7 +89,7 @@ def test_the_arms_are_judged_by_the_metric_where_there_is_one() -> None:
 
 
 def test_what_cannot_be_meant() -> None:
-    with pytest.raises(ValueError, match=r"methods='auto' lets several sets"):
+    with pytest.raises(ValueError, match=r"methods='auto' lets sets of methods compete"):
         st.compress(network(), BATCHES, methods="auto", min_agreement=0.9)
     with pytest.raises(ValueError, match="seconds is -1"):
         st.compress(network(), BATCHES, "macs=50%", methods="auto", seconds=-1)

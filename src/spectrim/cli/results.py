@@ -181,7 +181,11 @@ class Outcome:
         if missing:
             out.print("\nNot measured:")
             for line in missing:
-                out.prose(line, "  ")
+                sentence, colon, command = line.partition(": spectrim ")
+                out.prose(f"{sentence}{colon[:1]}", "  ")
+                if command:
+                    # Not wrapped, so that it can be copied.
+                    out.print(f"    spectrim {command}")
 
     def _unmeasured(self) -> list[str]:
         """What the numbers do not say, each with the option or the command that would."""

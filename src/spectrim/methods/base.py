@@ -127,7 +127,9 @@ def as_methods(methods: Method | Iterable[Method]) -> list[Method]:
     for method in several:
         if not isinstance(method, Method):
             name = method.__name__ if isinstance(method, type) else repr(method)
-            raise TypeError(f"methods has {name}: expected objects of method classes, such as WeightSVD()")
+            auto = str(method).lower() == "auto"
+            cure = "; methods='auto', in small letters, is for compress(), where sets of them compete" if auto else ""
+            raise TypeError(f"methods has {name}: expected objects of method classes, such as WeightSVD(){cure}")
         if named.setdefault(method.name, method) != method:
             raise ValueError(
                 f"two methods are called {method.name!r} ({named[method.name]} and {method}), and a plan tells methods "

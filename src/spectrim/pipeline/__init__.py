@@ -157,12 +157,12 @@ def compress(
     tolerance = Tolerance.of(max_drop, min_agreement, judge)
     stated = _stated(budget, tolerance, cost)
     stated.check([*COSTS, *counted.further(costs)])
-    _check_search(selector, seconds)
     competing = isinstance(methods, str) and methods == "auto"
+    _check_search(selector, seconds, competing)
     if competing and not (tolerance is None and groups is None):
         raise ValueError(
-            "methods='auto' lets several sets of methods compete under a budget: give a tolerance or groups with "
-            "methods=None or one list of methods"
+            "methods='auto' lets sets of methods compete under a budget, and takes neither a tolerance (max_drop, "
+            "min_agreement) nor groups: leave these out, or methods"
         )
     several, shared = (None, False) if competing else _on_offer(methods, groups, stated)
     check_options(shared, latency)
@@ -206,7 +206,7 @@ def _stated(budget: BudgetLike | None, tolerance: Tolerance | None, cost: str) -
     return Budget.of({cost: 1.0} if budget is None else budget)
 
 
-def _check_search(selector: object, seconds: object) -> None:
+def _check_search(selector: object, seconds: object, competing: bool) -> None:
     """Raise TypeError or ValueError for what is no selector, and no limit on the time of a search."""
     if not callable(selector):
         raise TypeError(
@@ -215,6 +215,8 @@ def _check_search(selector: object, seconds: object) -> None:
         )
     if seconds is not None and not (isinstance(seconds, Real) and float(seconds) >= 0):
         raise ValueError(f"seconds is {seconds!r}: expected a number of at least 0")
+    if seconds is not None and not competing:
+        raise ValueError(f"seconds={seconds!r} limits how long sets of methods compete: give methods='auto' too")
 
 
 def _on_offer(

@@ -162,7 +162,9 @@ class Report(Printed):
     @property
     def sentences(self) -> tuple[str, ...]:
         """What was lost, how far outputs agree with dense ones, whether a latency budget is met, and the notes."""
-        agreed = () if self.agreement is None else (str(self.agreement),)
+        # A tolerance of agreement has said it.
+        told = self.agreement is None or (self.tolerance is not None and self.tolerance.min_agreement is not None)
+        agreed = () if told else (str(self.agreement),)
         arms = (
             (f"methods that competed, by what the network lost: {'; '.join(map(str, self.arms))}",) if self.arms else ()
         )

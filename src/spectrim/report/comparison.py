@@ -243,6 +243,9 @@ def compare(
         :func:`spectrim.nn.sparse.kernels.choose_kernels`. All models are timed in turns.
     """
     others = {"compressed": compressed} if isinstance(compressed, nn.Module) else dict(compressed)
+    for name, other in others.items():
+        if not isinstance(other, nn.Module):
+            raise TypeError(f"{name!r} is a {type(other).__name__}: expected a model; of a result it is result.model")
     if not others or "dense" in others:
         raise ValueError(
             f"the models to compare are named {', '.join(map(repr, others)) or 'nothing'}: give at least one, and "

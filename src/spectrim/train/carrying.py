@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from spectrim.errors import called_as
 from spectrim.network.printing import count
 from spectrim.nn.modules import Factored
 from spectrim.nn.standing import StandIn, laid_out
@@ -45,6 +46,7 @@ class Carried:
 
 
 @torch.no_grad()
+@called_as("Write carry_optimizer(optimizer, dense, result.model)", optimizer=Optimizer, old=nn.Module, new=nn.Module)
 def carry_optimizer(optimizer: Optimizer, old: nn.Module, new: nn.Module) -> Carried:
     """Have an optimizer go on with a compressed network, in place.
 
@@ -68,7 +70,7 @@ def carry_optimizer(optimizer: Optimizer, old: nn.Module, new: nn.Module) -> Car
     Raises
     ------
     ValueError
-        If the optimizer holds no parameter of ``old``, or is none of parameters alone.
+        If the optimizer holds no parameter of ``old``, or none of ``new`` has come from one.
 
     Notes
     -----
@@ -102,6 +104,11 @@ def carry_optimizer(optimizer: Optimizer, old: nn.Module, new: nn.Module) -> Car
             projected.append(name)
         elif state:
             reset.append(name)
+    if not any(groups):
+        raise ValueError(
+            f"no parameter of this {type(new).__name__} has come from what the optimizer has trained: pass what was "
+            f"made of the {type(old).__name__}"
+        )
     for group, parameters in zip(optimizer.param_groups, groups, strict=True):
         group["params"] = parameters
     optimizer.state.clear()

@@ -100,7 +100,8 @@ def sweep(
         as ``lambda small, file: fine_tune(small, train_batches, teacher=model, checkpoint=file)``. None trains nothing.
     folder
         Where each point is written as soon as it is there: plan and figures. The same call again reads what is there
-        and goes on; with ``fine_tune`` or ``keep_models`` it adds them to points that lack them.
+        and goes on; with ``fine_tune`` or ``keep_models`` it adds them to points that lack them. Points that are there
+        are not made again where the calibration data is another: take another folder for it.
     keep_models
         Write the weights of every network to the folder too.
     methods, skip, only, groups, latency, guard, costs, selector, rows, mask, forward, samples
