@@ -164,8 +164,8 @@ def compress(
             "methods='auto' lets sets of methods compete under a budget, and takes neither a tolerance (max_drop, "
             "min_agreement) nor groups: leave these out, or methods"
         )
-    several, shared = (None, False) if competing else _on_offer(methods, groups, stated)
-    check_options(shared, latency)
+    check_options(groups, latency)
+    several, shared = (None, False) if competing else offered(methods, groups, stated.costs)
     sampling = Sampling(rows, positions, mask)
     feed = Feed.of(forward, samples)
     batches = listed(calibration) if reads_once(checked_batches(calibration)) else calibration
@@ -219,12 +219,12 @@ def _check_search(selector: object, seconds: object, competing: bool) -> None:
         raise ValueError(f"seconds={seconds!r} limits how long sets of methods compete: give methods='auto' too")
 
 
-def _on_offer(
-    methods: Any, groups: bool | Mapping[str, Sequence[str]] | None, budget: Budget
+def offered(
+    methods: Any, groups: bool | Mapping[str, Sequence[str]] | None, limited: Iterable[str]
 ) -> tuple[list[Method] | None, bool | Mapping[str, Sequence[str]]]:
-    """The methods of one set, and which layers may share factors."""
+    """The methods of one set, and which layers may share factors, where these costs are limited."""
     if groups is None:
-        groups = methods is None and not {"parameters", "bytes"}.isdisjoint(budget.costs)
+        groups = methods is None and not {"parameters", "bytes"}.isdisjoint(limited)
     several = None if methods is None else on_offer(methods, groups=bool(groups))
     if groups and any(method.removes_channels for method in several or ()):
         raise ValueError(

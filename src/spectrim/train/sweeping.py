@@ -20,7 +20,7 @@ from spectrim.cost import counted
 from spectrim.cost.counted import Cost
 from spectrim.cost.latency import Latency
 from spectrim.errors import CheckpointError, InfeasibleBudgetError, did_you_mean
-from spectrim.methods import Method, on_offer
+from spectrim.methods import Method
 from spectrim.network.files import read_document, write_text
 from spectrim.network.tensor_files import digest_of_tensors
 from spectrim.nn.agreement import Agreement, agreement, metric_of
@@ -31,7 +31,7 @@ from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.nesting import checked_batches, listed, reads_once
 from spectrim.nn.watch.sampling import Mask, Sampling
-from spectrim.pipeline import Result, reported, shrink
+from spectrim.pipeline import Result, offered, reported, shrink
 from spectrim.preparation import Prepared, check_options, locate, prepare
 from spectrim.progress import Progress, reports, silent, told
 from spectrim.selection.budget import COSTS, OTHER_NAMES, Budget, BudgetLike, Limit
@@ -126,13 +126,9 @@ def sweep(
     if better not in ("higher", "lower"):
         raise ValueError(f"better is {better!r}: expected 'higher' or 'lower'")
     limited = {cost for budget in asked.values() for cost in budget.costs}
-    if groups is None:
-        groups = methods is None and not {"parameters", "bytes"}.isdisjoint(limited)
     check_options(groups, latency)
-    methods = None if methods is None else on_offer(methods, groups=bool(groups))
+    methods, groups = offered(methods, groups, limited)
     channels = any(method.removes_channels for method in methods or ())
-    if channels and groups:
-        raise ValueError("layers that share factors would lose different channels: remove channels without groups")
     sampling, feed = Sampling(rows, None, mask), Feed.of(forward, samples)
     batches = listed(calibration) if reads_once(checked_batches(calibration)) else calibration
     sites = locate(model, batches, skip=skip, only=only, channels=channels, forward=feed)
