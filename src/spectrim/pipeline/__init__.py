@@ -190,7 +190,8 @@ def compress(
         return shrink_best(model, prepared, stated, arms, judge, seconds, **options)
     options["methods"] = several
     if tolerance is None:
-        return with_verdict(shrink(model, prepared, stated, **options), judge, None)
+        result = shrink(model, prepared, stated, **options)
+        return result if evaluate is None else with_verdict(result, judge)
     return shrink_within(
         model, prepared, stated if budget is not None else None, tolerance, judge, cost=cost, **options
     )

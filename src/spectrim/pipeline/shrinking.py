@@ -154,8 +154,7 @@ def shrink_best(
         sites = group(prepared.sites) if arm.groups else prepared.sites
         known = dataclasses.replace(prepared, sites=sites)
         result = shrink(model, known, budget, methods=arm.methods, progress=progress, **options)
-        verdict = judge.verdict(result.model, result.report.agreement)
-        return dataclasses.replace(result, report=dataclasses.replace(result.report, verdict=verdict))
+        return with_verdict(result, judge)
 
     def loss(result: Result) -> float:
         return math.inf if result.report.verdict is None else result.report.verdict.loss
@@ -225,9 +224,7 @@ def _gate(budget: Budget, stated: Result, found: Result | None) -> str:
     return f"with the budget {budget} {tolerance.said(verdict)}. {shares} holds it: give that budget, or allow more"
 
 
-def with_verdict(result: Result, judge: Judge, tolerance: Tolerance | None) -> Result:
-    """The result with what was lost in its report, where that was asked for."""
-    if judge.evaluate is None and tolerance is None:
-        return result
+def with_verdict(result: Result, judge: Judge, tolerance: Tolerance | None = None) -> Result:
+    """The result with what was lost in its report."""
     verdict = judge.verdict(result.model, result.report.agreement)
     return dataclasses.replace(result, report=dataclasses.replace(result.report, verdict=verdict, tolerance=tolerance))
