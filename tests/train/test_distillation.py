@@ -5,8 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from spectrim.nn.agreement import agreement
 from spectrim.train import Distillation
+from spectrim.train.objective import Objective
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5, 4.0])
@@ -37,6 +40,30 @@ def test_ignored_positions_do_not_count() -> None:
     found = Distillation().divergence(student, teacher, labels)
     torch.testing.assert_close(found, Distillation().divergence(student[:, :3], teacher[:, :3]))
     assert Distillation().divergence(student, teacher, torch.full((2, 5), -100)) == 0
+
+
+def test_maps_are_not_taken_for_scores_along_a_row_of_pixels() -> None:
+    teacher = torch.randn(2, 3, 4, 5)
+    # One constant a row of pixels: no softmax along the row sees it.
+    student = teacher + torch.randn(2, 3, 4, 1)
+    expected = (student - teacher).square().sum() / teacher.square().sum()
+    torch.testing.assert_close(Distillation().distance(student, teacher), expected)
+    dense, small, x = nn.Conv2d(3, 2, 3), nn.Conv2d(3, 2, 3), torch.randn(4, 3, 6, 6)
+    learned = Objective(None, dense, Distillation(), "float32")(small, x, None)
+    found = agreement(dense, small, [x])
+    assert found is not None
+    assert learned.item() == pytest.approx(found.error**2, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (2, 4, 5)])
+def test_classes_are_on_the_axis_that_labels_leave_out(shape: tuple[int, ...]) -> None:
+    student, teacher = torch.randn(2, 3, *shape[1:]), torch.randn(2, 3, *shape[1:])
+    labels = torch.randint(3, shape)
+    labels[0, 1] = -100
+    expected = Distillation().divergence(student.movedim(1, -1), teacher.movedim(1, -1), labels)
+    torch.testing.assert_close(Distillation().distance(student, teacher, labels), expected)
+    last = Distillation().distance(student.movedim(1, -1), teacher.movedim(1, -1), labels)
+    torch.testing.assert_close(last, expected)
 
 
 def test_equal_outputs_have_no_divergence() -> None:

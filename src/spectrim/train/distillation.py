@@ -1,4 +1,4 @@
-"""Learning from the outputs of the uncompressed network (Hinton, Vinyals and Dean, 2015)."""
+"""Learning from the outputs of the uncompressed network (Hinton, Vinyals and Dean, 2015; Ba and Caruana, 2014)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ class Distillation:
     """Mix of a task loss with the distance to a teacher's softened outputs.
 
     ``weight * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - weight) * task``. The factor ``T^2`` keeps
-    the size of the gradients when the temperature changes.
+    the size of the gradients when the temperature changes. Where outputs are maps (four axes or more) and no labels
+    tell which axis the classes are on, as of a detector or a network that makes pictures, the distance is the squared
+    error as a share of the teacher's energy.
 
     Attributes
     ----------
@@ -72,9 +74,29 @@ class Distillation:
             mean = positions.mean()
         return self.temperature**2 * mean
 
+    def distance(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
+        """How far outputs of any kind are from the teacher's.
+
+        Parameters
+        ----------
+        student, teacher
+            Scores of classes on the last axis, or on the second where labels have the shape of all others
+            (``[n, classes, height, width]`` beside ``[n, height, width]``), for which it is :meth:`divergence`; or
+            maps.
+        labels
+            Positions labelled -100 are left out.
+        """
+        positions = None if labels is None else labels.shape
+        if positions == student.shape[:1] + student.shape[2:] != student.shape[:-1]:
+            return self.divergence(student.movedim(1, -1), teacher.movedim(1, -1), labels)
+        if student.dim() < 4 or student.shape != teacher.shape or positions == student.shape[:-1]:
+            return self.divergence(student, teacher, labels)
+        teacher = teacher.float()
+        return (student.float() - teacher).square().sum() / teacher.square().sum().clamp(min=1e-30)
+
     def mix(self, task: Tensor, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
         """The whole loss, from a task loss that is computed already."""
-        return self.weight * self.divergence(student, teacher, labels) + (1 - self.weight) * task
+        return self.weight * self.distance(student, teacher, labels) + (1 - self.weight) * task
 
     def loss_on_pairs(self, student: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
         """Loss for targets ``(labels, teacher_logits)``: cross-entropy as the task, teacher outputs from a cache."""

@@ -51,7 +51,7 @@ class Objective:
             student = student.float()
         if targets is None and self.loss is None and goal is not None and _loss(output) is None:
             assert self.distillation is not None
-            return self.distillation.divergence(student, goal)
+            return self.distillation.distance(student, goal)
         task = self._task(output, student, targets)
         if self.distillation is None or goal is None:
             return task

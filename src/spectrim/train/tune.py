@@ -42,7 +42,8 @@ def fine_tune(
         ``(inputs, targets)`` or a dict that the model takes as keyword arguments, with ``labels`` among them. If there
         is a method ``set_epoch(epoch)``, it is called before each epoch.
     teacher
-        The uncompressed model. Runs in evaluation mode without gradients and is left as found.
+        The uncompressed model. Runs in evaluation mode without gradients and is left as found. What is learned of
+        its outputs: :class:`~spectrim.train.Distillation`.
     recipe
         The hyper-parameters.
     loss
