@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
@@ -154,6 +155,33 @@ def did_you_mean(word: str, known: Iterable[str], other_names: Mapping[str, str]
     return f" Did you mean {found!r}?" if found in names else ""
 
 
+def check_function(name: str, given: object, of: Sequence[str], cure: str) -> None:
+    """Raise TypeError for what is no function, or cannot be called with what it will be called with.
+
+    Parameters
+    ----------
+    name
+        Of the parameter that it was given for.
+    of
+        What it is called with, in words.
+    cure
+        What to give, as an end of the sentence: ``a function of a model that returns a number``.
+    """
+    if not callable(given):
+        raise TypeError(f"{name} is {given!r:.80}: expected {cure}")
+    try:
+        signature = inspect.signature(given)
+    except (TypeError, ValueError):  # some that are written in C tell nothing
+        return
+    try:
+        signature.bind(*of)
+    except TypeError as error:
+        raise TypeError(
+            f"{name} is called with {' and '.join(of)}, which {getattr(given, '__name__', type(given).__name__)}"
+            f"{signature} does not take ({error}): give {cure}"
+        ) from None
+
+
 def called_as(cure: str, **kinds: type | tuple[type, ...]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let a verb that is called with other arguments than it has say what was meant: a name of its own, or ``cure``.
 
@@ -178,8 +206,6 @@ def called_as(cure: str, **kinds: type | tuple[type, ...]) -> Callable[[Callable
                 said = str(error)
                 if began or "Did you mean" in said:  # which later versions of Python ask themselves
                     raise
-                import inspect
-
                 names = inspect.signature(verb).parameters
                 close = "".join(did_you_mean(name, names) for name in kwargs if name not in names)
                 raise TypeError(f"{said}.{close or f' {cure}'}") from None

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 
 import spectrim as st
-from spectrim.errors import CheckpointError, InfeasibleBudgetError, PlanError
+from spectrim.errors import CheckpointError, InfeasibleBudgetError
+from spectrim.report.measures import Score
 from spectrim.selection.front import Sweep
 from spectrim.selection.point import Judged
 from spectrim.train import sweeping
@@ -153,9 +155,96 @@ def test_a_folder_holds_one_sweep(model: nn.Module, batches: list[Tensor], tmp_p
         st.sweep(other, batches, ("macs", [0.5]), folder=tmp_path)
     with pytest.raises(CheckpointError, match="layers was"):
         st.sweep(model, batches, ("macs", [0.5]), folder=tmp_path, skip="0")
-    (tmp_path / "macs-50pct/point.json").write_text(json.dumps({"asked": "macs=50%"}))
-    with pytest.raises(PlanError, match="macs-50pct"):
+    with pytest.raises(CheckpointError, match="the calibration data was '32 samples .* and is '32 samples"):
+        st.sweep(model, [2 * batch for batch in batches], ("macs", [0.5]), folder=tmp_path)
+    again = st.sweep(model, [*torch.cat(batches[::-1]).split(8)], ("macs", [0.5]), folder=tmp_path)  # the same samples
+    assert again.notes == ()
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"run\.json.*delete that file"):
         st.sweep(model, batches, ("macs", [0.5]), folder=tmp_path)
+
+
+def test_samples_that_are_others_in_every_reading_are_not_compared(model: nn.Module, tmp_path: Path) -> None:
+    class Noise(IterableDataset[Tensor]):
+        def __iter__(self) -> Iterator[Tensor]:
+            yield torch.randn(16, 8)
+
+    data = DataLoader(Noise(), batch_size=None)
+    st.sweep(model, data, ("macs", [0.5]), folder=tmp_path)
+    again = st.sweep(model, data, ("macs", [0.5]), folder=tmp_path)
+    assert "other samples in every reading" in str(again)
+
+
+def test_what_is_damaged_is_made_again(model: nn.Module, batches: list[Tensor], tmp_path: Path) -> None:
+    def swept(**more: Any) -> st.Sweep:
+        return st.sweep(model, batches, ("macs", [0.7, 0.5]), folder=tmp_path, **more)
+
+    whole = swept(keep_models=True)
+    weights, plan = (tmp_path / "macs-50pct" / name for name in ("model.safetensors", "plan.json"))
+    right = st.load(perceptron(), weights)(batches[0])
+    for file in (weights, plan):
+        file.write_bytes(file.read_bytes()[:-40])
+    mended = swept(keep_models=True)
+    assert "macs-50pct/model.safetensors: not a readable" in mended[1].notes[-1]
+    assert mended[0] == whole[0]
+    assert torch.equal(st.load(perceptron(), weights)(batches[0]), right)
+    assert st.Plan.read(plan) == whole[1].plan
+    point = tmp_path / "macs-70pct/point.json"
+    for text in ("", json.dumps({"asked": "macs=70%"}), point.read_text()[:-40]):
+        point.write_text(text)
+        again = swept()
+        assert "the point was made again" in again[0].notes[-1]
+        assert "macs-70pct" in str(again)
+        assert dataclasses.replace(again[0], seconds=0, notes=whole[0].notes) == dataclasses.replace(
+            whole[0], seconds=0
+        )
+    assert (tmp_path / "macs-70pct/former.safetensors").exists()
+
+
+def test_weights_that_are_asked_for_after_a_training_are_told_to_be_without_it(
+    model: nn.Module, batches: list[Tensor], tmp_path: Path
+) -> None:
+    st.sweep(model, batches, ("macs", [0.5]), folder=tmp_path, fine_tune=nudge)
+    (point,) = st.sweep(model, batches, ("macs", [0.5]), folder=tmp_path, keep_models=True)
+    assert "before fine-tuning" in point.notes[-1]
+
+
+def test_what_cannot_be_meant_is_refused_before_any_work(batches: list[Tensor], tmp_path: Path) -> None:
+    def idle(net: nn.Module) -> float:
+        pytest.fail("the network was judged")
+
+    (tmp_path / "file").touch()
+    for wrong, said in (
+        ({"fine_tune": lambda small: None}, "fine_tune is called with a network and a file .*too many positional"),
+        ({"fine_tune": 3}, "fine_tune is 3: expected a function of both"),
+        ({"evaluate": lambda: 1.0}, "evaluate is called with a model"),
+        ({"folder": tmp_path / "file"}, "there is a file: give another name: '.*file'"),
+        ({"folder": tmp_path / "file/in"}, "there is a file: give another name: '.*file'"),
+        ({"folder": 3}, "folder is 3: expected a path"),
+        ({"forward": lambda batch: batch}, "forward is called with the model and a batch"),
+        ({"samples": lambda: 1}, "samples is called with a batch"),
+        ({"mask": lambda: None}, "mask is called with a batch"),
+        ({"mask": 3}, "mask is 3: expected"),
+        ({"costs": {"joules": lambda: 1.0}}, "costs\\['joules'\\] is called with a layer"),
+        ({"selector": lambda table: None}, "selector is called with a table and a budget"),
+    ):
+        with pytest.raises((TypeError, OSError), match=said):
+            st.sweep(perceptron(), batches, **{"evaluate": idle, **wrong})
+
+
+def test_a_point_that_is_not_there_is_named(model: nn.Module, batches: list[Tensor]) -> None:
+    found = st.sweep(model, batches, ("macs", [0.5]))
+    for wrong in (1, -2, 5):
+        with pytest.raises(IndexError, match=f"no point {wrong} of a sweep with 1 point: there are 0 to 0"):
+            found.result(wrong)
+
+
+def test_what_a_metric_varies_by_is_told(model: nn.Module, batches: list[Tensor]) -> None:
+    found = st.sweep(model, batches, ("macs", [0.5]), evaluate=lambda net: Score(90.0, 100))
+    assert found[0].judged.standard_error == pytest.approx(3.0)
+    assert "standard error of up to 3" in str(found)
+    assert found.rows()[0]["standard_error"] == pytest.approx(3.0)
+    assert "standard error" not in str(st.sweep(model, batches, ("macs", [0.5]), evaluate=first_weight))
 
 
 def test_budgets_that_cannot_be_met_are_told_and_left_out(model: nn.Module, batches: list[Tensor]) -> None:
@@ -174,6 +263,8 @@ def test_budgets_that_cannot_be_met_are_told_and_left_out(model: nn.Module, batc
         ("macs=50%", "there is no cost 'macs=50%' to sweep over.*list such as"),
         (("macs", [50]), "the share 50 of macs"),
         (("macs", [0]), "the share 0 of macs"),
+        (("macs", "0.5"), "the shares of macs are '0.5'"),
+        (("macs", 0.5), "the shares of macs are 0.5.*'macs=50%'"),
         ([], "there are no budgets"),
         ({"macs": 0.5}, "budgets is .*: expected a cost"),
         ([0.5], "the budget is 0.5"),

@@ -113,7 +113,8 @@ class Request:
                 work.dense, ready, methods=methods, guard=self.sizes.guard, costs=self.costs,
                 selector=SELECTOR_OF[self.sizes.selector], evaluate=work.score if work.testing is not None else None,
                 metric="accuracy", fine_tune=tune if work.training is not None else None, timed=timed, folder=folder,
-                keep_models=self.files.models, options=self.record, progress=progress,
+                keep_models=self.files.models, options=self.record, calibration=work.calibration or (),
+                mask=work.sampling.mask, progress=progress,
                 done=functools.partial(_told, out),
             ).sweep(self.asked)  # fmt: skip
         self._finish(out, found, work, different)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from spectrim.errors import check_function
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Sites
 
@@ -68,6 +69,7 @@ def further(costs: Mapping[str, Cost] | None) -> Mapping[str, Cost]:
     for name, cost in (costs or {}).items():
         if not isinstance(name, str) or not callable(cost):
             raise TypeError(f"costs has {name!r}: {cost!r}; expected {wanted}")
+        check_function(f"costs[{name!r}]", cost, ("a layer",), f"a function of a layer: {wanted}")
     return costs or {}
 
 

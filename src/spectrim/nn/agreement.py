@@ -226,6 +226,8 @@ def metric_of(evaluate: Callable[[nn.Module], Any], model: nn.Module, whose: str
         value: Any = evaluate(model)
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
+    if isinstance(value, float):
+        return value  # a score knows how many samples it was measured on
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"evaluate returned {value!r:.80} for {whose}: expected one number, as an accuracy")
     return float(value)

@@ -221,9 +221,15 @@ def rebuild(model: nn.Module, plan: Plan, names: Container[str], path: str | Pat
     _rebuild(model, sites, plan, path)
 
 
-def read_plan(path: str | Path) -> Plan:
-    """The plan kept in a checkpoint, the last one, without its weights."""
-    return _read(Path(path), weights=False)[1][-1]
+def read_plan(path: str | Path, *, whole: bool = False) -> Plan:
+    """The plan kept in a checkpoint, the last one; with ``whole`` its weights are read too, to see that they are whole.
+
+    Raises
+    ------
+    CheckpointError
+        As :func:`load`, as far as it is read.
+    """
+    return _read(Path(path), weights=whole)[1][-1]
 
 
 def _apart(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -12,7 +12,7 @@ from torch import nn
 from spectrim.cost import counted
 from spectrim.cost.counted import Cost
 from spectrim.cost.latency import Latency
-from spectrim.errors import SpectrimError, called_as
+from spectrim.errors import SpectrimError, called_as, check_function
 from spectrim.methods import Method, on_offer
 from spectrim.network.sites import Sites
 from spectrim.nn.agreement import check_comparable
@@ -207,13 +207,15 @@ def _stated(budget: BudgetLike | None, tolerance: Tolerance | None, cost: str) -
     return Budget.of({cost: 1.0} if budget is None else budget)
 
 
+def check_selector(selector: object) -> None:
+    """Raise TypeError for what makes no choices."""
+    wanted = "a function of a table and a budget, such as those of spectrim.selection.selectors"
+    check_function("selector", selector, ("a table", "a budget"), wanted)
+
+
 def _check_search(selector: object, seconds: object, competing: bool) -> None:
     """Raise TypeError or ValueError for what is no selector, and no limit on the time of a search."""
-    if not callable(selector):
-        raise TypeError(
-            f"selector is {selector!r}: expected a function of a table and a budget, such as those of "
-            "spectrim.selection.selectors"
-        )
+    check_selector(selector)
     if seconds is not None and not (isinstance(seconds, Real) and float(seconds) >= 0):
         raise ValueError(f"seconds is {seconds!r}: expected a number of at least 0")
     if seconds is not None and not competing:

@@ -13,6 +13,7 @@ from spectrim.nn.counting import file_size as file_size
 from spectrim.nn.watch.batches import Feed, arguments
 from spectrim.nn.watch.nesting import logits
 from spectrim.nn.watch.state import evaluating
+from spectrim.selection.point import share_error
 
 Evaluate = Callable[[nn.Module], float]
 
@@ -37,15 +38,8 @@ class Score(float):
 
     @property
     def standard_error(self) -> float:
-        """``sqrt(p (1 - p) / n)`` in points; NaN for an unknown number of samples.
-
-        Where none or all are right, as if half a sample were not: such a test does not show that there is no error.
-        """
-        if not self.samples:
-            return math.nan
-        edge = 0.5 / self.samples
-        share = min(max(self / 100, edge), 1 - edge)
-        return 100 * math.sqrt(share * (1 - share) / self.samples)
+        """In points, as :func:`spectrim.selection.point.share_error` says; NaN for an unknown number of samples."""
+        return 100 * share_error(self / 100, self.samples) if self.samples else math.nan
 
 
 def accuracy(model: nn.Module, batches: Iterable[Any]) -> Score:

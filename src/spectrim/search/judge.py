@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from spectrim.errors import CalibrationError
+from spectrim.errors import CalibrationError, check_function
 from spectrim.nn.agreement import Agreement, metric_of
 from spectrim.selection.front import Better
 
@@ -80,8 +80,8 @@ class Judge:
         TypeError, ValueError
             For what cannot be meant.
         """
-        if evaluate is not None and not callable(evaluate):
-            raise TypeError(f"evaluate is {evaluate!r:.80}: expected a function of a model that returns a number")
+        if evaluate is not None:
+            check_function("evaluate", evaluate, ("a model",), "a function of a model that returns a number")
         if better not in ("higher", "lower"):
             raise ValueError(f"better is {better!r}: expected 'higher' or 'lower', whichever metric is good")
         return cls(evaluate, better)

@@ -16,7 +16,7 @@ from spectrim.errors import PlanError
 from spectrim.network.files import read_document, write_text
 from spectrim.network.printing import Grid, Printed, amount, cost_name, count, share
 from spectrim.selection.plan import Plan
-from spectrim.selection.point import LARGEST, Judged, Point, finished, record_of
+from spectrim.selection.point import LARGEST, Judged, Point, finished, record_of, share_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,6 +49,8 @@ class Sweep(Printed):
         Budgets that cannot be met, in words, and why.
     made_by
         Carries a plan out again, for :meth:`result`; None of a sweep that was read from files.
+    notes
+        What a user should know of all points.
 
     Examples
     --------
@@ -63,6 +65,7 @@ class Sweep(Printed):
     unmet: Mapping[str, str] = field(default_factory=dict)
     metric: str = "metric"
     made_by: Callable[[Plan], Any] | None = field(default=None, compare=False, repr=False)
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         dearest = sorted(self.points, key=lambda point: -point.costs[self.cost])
@@ -75,6 +78,9 @@ class Sweep(Printed):
         return iter(self.points)
 
     def __getitem__(self, number: int) -> Point:
+        if isinstance(number, int) and not -len(self) <= number < len(self):
+            there = f"0 to {len(self) - 1}, or -1 for the smallest network" if self.points else "none"
+            raise IndexError(f"no point {number!r} of a sweep with {count(len(self), 'point')}: there are {there}")
         return self.points[number]
 
     def result(self, number: int) -> Any:
@@ -84,13 +90,16 @@ class Sweep(Printed):
         ------
         ValueError
             If the sweep was read from files, which hold no network.
+        IndexError
+            For a number that no point has.
         """
+        plan = self[number].plan
         if self.made_by is None:
             raise ValueError(
                 "this sweep was read from files and has no network: call sweep(..., folder=) with the network and its "
                 "batches, which reads the same points, or give the plan of a point to spectrim.apply"
             )
-        return self.made_by(self.points[number].plan)
+        return self.made_by(plan)
 
     @property
     def judged_by(self) -> str:
@@ -109,6 +118,14 @@ class Sweep(Printed):
         if value is None:
             return math.nan
         return 100 * value if by in shares else value
+
+    def uncertainty(self, judged: Judged) -> float:
+        """The standard error of :meth:`quality`; NaN where it is not known, as for how far outputs differ."""
+        by = self.judged_by
+        if by == _SAME and judged.top1 is not None and judged.samples:
+            return 100 * share_error(judged.top1, judged.samples)
+        known = judged.standard_error if self.dense is not None else None
+        return math.nan if known is None else known
 
     @property
     def higher_is_better(self) -> bool:
@@ -129,7 +146,7 @@ class Sweep(Printed):
         """
         cost = self.cost if cost is None else cost
         if not all(cost in point.costs for point in self.points):
-            known = ", ".join(self.points[0].costs)
+            known = ", ".join(self.points[0].costs) if self.points else "none"
             raise ValueError(f"no cost {cost!r} at every point; there are {known}")
         sign = 1 if self.higher_is_better else -1
         known = [point for point in self.points if not math.isnan(self.quality(point.judged))]
@@ -252,8 +269,19 @@ class Sweep(Printed):
             said.append(f"{self.metric}: what evaluate returns, {self.better} is better")
         elif samples:
             said.append(f"outputs are compared with the dense network's on {samples:,} held-out samples")
+        unsure = [self.uncertainty(point.judged) for point in self.points]
+        if (most := max((each for each in unsure if not math.isnan(each)), default=0.0)) > 0:
+            points = "" if self.dense is not None else " points"
+            said.append(
+                f"{self.judged_by} has a standard error of up to {most:.2g}{points}: on other samples it would "
+                "differ by about so much"
+            )
         if self.dense is None and any(point.tuned is not None for point in self.points):
             said.append("after fine-tuning on samples that may be among those that were trained on")
+        said += self.notes
+        for note in dict.fromkeys(note for point in self.points for note in point.notes):
+            of = [point.asked for point in self.points if note in point.notes]
+            said.append(note if len(of) == len(self) else f"{' and '.join(of)}: {note}")
         return (*said, *(f"{asked} is left out: {why}" for asked, why in self.unmet.items()))
 
     def _grid(self) -> Grid:
@@ -273,6 +301,7 @@ class Sweep(Printed):
             "better": self.better,
             "unmet": dict(self.unmet),
             "metric": self.metric,
+            "notes": list(self.notes),
         }
 
     def write(self, folder: str | Path) -> None:
@@ -328,9 +357,10 @@ class _Read(msgspec.Struct):
     dense: float | None = None
     unmet: dict[str, str] = {}
     metric: str = "metric"
+    notes: tuple[str, ...] = ()
 
     def sweep(self, points: Iterable[Point]) -> Sweep:
-        return Sweep(tuple(points), self.cost, self.dense, self.better, self.unmet, self.metric)
+        return Sweep(tuple(points), self.cost, self.dense, self.better, self.unmet, self.metric, None, self.notes)
 
 
 def _amount(cost: str, value: float) -> str:

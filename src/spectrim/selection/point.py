@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +37,15 @@ class Judged:
         Norm of the difference of both outputs over that of the dense network's; None where they cannot be compared.
     samples
         That the outputs were compared on.
+    standard_error
+        Of ``metric``, in its unit, if what ``evaluate`` returned knows it as :func:`spectrim.report.accuracy` does.
     """
 
     metric: float | None = None
     top1: float | None = None
     error: float | None = None
     samples: int = 0
+    standard_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,23 @@ class Point:
         """The point after training that took so many seconds."""
         return dataclasses.replace(self, tuned=tuned, seconds=self.seconds + seconds)
 
+    def noted(self, note: str) -> Point:
+        """The point with a note more, unless it is empty or there."""
+        return self if not note or note in self.notes else dataclasses.replace(self, notes=(*self.notes, note))
+
+    def mend(self, folder: str | Path) -> None:
+        """Write ``plan.json`` where it is missing or damaged. One that was changed is left as it is.
+
+        Raises
+        ------
+        OSError
+            Names the file if it cannot be written.
+        """
+        try:
+            Plan.read(Path(folder) / _PLAN)
+        except (FileNotFoundError, PlanError):
+            self.plan.write(Path(folder) / _PLAN)
+
     def write(self, folder: str | Path) -> None:
         """Write ``point.json``, whole or not at all, and beside it its plan as ``plan.json``, which ``apply`` takes.
 
@@ -144,6 +166,22 @@ class Point:
 _FIELDS = tuple(each.name for each in dataclasses.fields(Point) if each.name != "plan")
 # Plans read their own text, which says more of what is wrong with it.
 _NO_PLAN: Mapping[str, Any] = {"entries": [], "costs": {}, "dense_costs": {}}
+
+
+def standard_error(value: object) -> float | None:
+    """The standard error of a metric, of one that knows it, as :class:`spectrim.report.Score` does."""
+    found = getattr(value, "standard_error", None)
+    return float(found) if isinstance(found, Real) and math.isfinite(found) else None
+
+
+def share_error(share: float, samples: int) -> float:
+    """The standard error of a share of so many samples: ``sqrt(p (1 - p) / n)``.
+
+    Where it is none or all of them, as if half a sample were not: that does not show that there is no error.
+    """
+    edge = 0.5 / samples
+    p = min(max(share, edge), 1 - edge)
+    return math.sqrt(p * (1 - p) / samples)
 
 
 def finished(folder: str | Path) -> Iterable[Point]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import json
+import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,35 +22,48 @@ from spectrim.application import carry_out
 from spectrim.cost import counted
 from spectrim.cost.counted import Cost
 from spectrim.cost.latency import Latency
-from spectrim.errors import CheckpointError, InfeasibleBudgetError, did_you_mean
+from spectrim.errors import CheckpointError, InfeasibleBudgetError, PlanError, check_function, did_you_mean
 from spectrim.methods import Method
-from spectrim.network.files import read_document, write_text
+from spectrim.network.files import read_document, remove_abandoned, write_text
 from spectrim.network.tensor_files import digest_of_tensors
 from spectrim.nn.agreement import Agreement, agreement, metric_of
-from spectrim.nn.checkpoint import save
+from spectrim.nn.checkpoint import read_plan, save
 from spectrim.nn.find import Which, check_model
 from spectrim.nn.timing import as_run
 from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.contents import contents, settled
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.nesting import checked_batches, listed, reads_once
 from spectrim.nn.watch.sampling import Mask, Sampling
-from spectrim.pipeline import Result, offered, reported, shrink
+from spectrim.pipeline import Result, check_selector, offered, reported, shrink
 from spectrim.preparation import Prepared, check_options, locate, prepare
 from spectrim.progress import Progress, reports, silent, told
 from spectrim.selection.budget import COSTS, OTHER_NAMES, Budget, BudgetLike, Limit
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.front import Better, Sweep
 from spectrim.selection.plan import Plan
-from spectrim.selection.point import LARGEST, Judged, Point, record_of
+from spectrim.selection.point import LARGEST, Judged, Point, record_of, standard_error
 from spectrim.selection.selectors import Selector, exact
 from spectrim.tables import tabulate
 from spectrim.train.loop import Evaluate
+
+log = logging.getLogger(__name__)
 
 FRACTIONS = (0.8, 0.65, 0.5, 0.4, 0.33, 0.25, 0.2)
 """Shares of a cost that are swept where none are given, each about four fifths of the one before."""
 Budgets = str | tuple[str, Sequence[float]] | Sequence[BudgetLike]
 FineTune = Callable[[nn.Module, Path | None], Any]
-_RUN, _MODEL, _TUNING = "run.json", "model.safetensors", "tuning.safetensors"
+_RUN, _MODEL, _TUNING, _FORMER = "run.json", "model.safetensors", "tuning.safetensors", "former.safetensors"
+_CONTENTS = "the calibration data"
+_RANDOM = (
+    "the calibration data are other samples in every reading, so that it is not known whether they are those of the "
+    "points that were there"
+)
+_TUNED_WITH = ("a network", "a file for its checkpoint")
+_TUNES = (
+    "a function of both, as lambda small, file: spectrim.fine_tune(small, train_batches, teacher=model, "
+    "checkpoint=file)"
+)
 
 
 @reports
@@ -100,8 +116,8 @@ def sweep(
         as ``lambda small, file: fine_tune(small, train_batches, teacher=model, checkpoint=file)``. None trains nothing.
     folder
         Where each point is written as soon as it is there: plan and figures. The same call again reads what is there
-        and goes on; with ``fine_tune`` or ``keep_models`` it adds them to points that lack them. Points that are there
-        are not made again where the calibration data is another: take another folder for it.
+        and goes on; with ``fine_tune`` or ``keep_models`` it adds them to points that lack them. What is damaged is
+        made again, with a note. Of the calibration data a digest is kept: with others the folder is refused.
     keep_models
         Write the weights of every network to the folder too.
     methods, skip, only, groups, latency, guard, costs, selector, rows, mask, forward, samples
@@ -117,15 +133,23 @@ def sweep(
     InfeasibleBudgetError
         If no budget can be met.
     CheckpointError
-        If the folder holds a sweep of another network or with other options.
+        If the folder holds a sweep of another network, of other calibration data or with other options.
+    OSError
+        If the folder is a file, or nothing can be written there; before any work.
     TypeError, ValueError
         For arguments that cannot be meant, before any work.
     """
     check_model(model)
     asked = asked_budgets(budgets, costs)
+    if evaluate is not None:
+        check_function("evaluate", evaluate, ("a model",), "a function of a model that returns a number")
+    if fine_tune is not None:
+        check_function("fine_tune", fine_tune, _TUNED_WITH, _TUNES)
+    place = None if folder is None else _checked(folder)
     if better not in ("higher", "lower"):
         raise ValueError(f"better is {better!r}: expected 'higher' or 'lower'")
     limited = {cost for budget in asked.values() for cost in budget.costs}
+    check_selector(selector)
     check_options(groups, latency)
     methods, groups = offered(methods, groups, limited)
     channels = any(method.removes_channels for method in methods or ())
@@ -147,9 +171,8 @@ def sweep(
     }  # fmt: skip
     run = Sweeping(
         model, prepared, methods=methods, guard=guard, costs=costs, selector=selector, forward=feed, evaluate=evaluate,
-        better=better, metric=_name(evaluate), fine_tune=fine_tune, timed=bool(timed),
-        folder=None if folder is None else Path(folder), keep_models=keep_models, options=options,
-        progress=told(progress),
+        better=better, metric=_name(evaluate), fine_tune=fine_tune, timed=bool(timed), folder=place,
+        keep_models=keep_models, options=options, calibration=batches, mask=mask, progress=told(progress),
     )  # fmt: skip
     return run.sweep(asked)
 
@@ -164,10 +187,15 @@ def asked_budgets(budgets: Budgets, costs: Mapping[str, Cost] | None = None) -> 
     """
     known = [*COSTS, *counted.further(costs)]
     given: Any = (budgets, FRACTIONS) if isinstance(budgets, str) else budgets
-    if isinstance(given, tuple) and [isinstance(each, str) for each in given] == [True, False]:
+    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], str):
         cost, shares = given
-        if isinstance(shares, Iterable) and not isinstance(shares, Mapping):
-            given = [_share(cost, each, known) for each in shares]
+        plain = isinstance(shares, Iterable) and not isinstance(shares, str | Mapping)
+        if not plain and "=" not in cost:
+            raise TypeError(
+                f"the shares of {cost} are {shares!r}: expected a list of numbers, as ({cost!r}, [0.8, 0.5]); one "
+                f"budget alone is ['{cost}=50%']"
+            )
+        given = [_share(cost, each, known) for each in shares] if plain else given
     if isinstance(given, Mapping | Budget) or not isinstance(given, Iterable):
         raise TypeError(
             f"budgets is {budgets!r}: expected a cost such as 'macs', a cost with shares such as "
@@ -204,6 +232,8 @@ class Sweeping:
         Whether points have measured milliseconds.
     options
         What else makes the sweep, as JSON values: a folder holds points of one sweep.
+    calibration, mask
+        Batches that a folder is of, and which of their tokens are data.
     done
         Called with a point as soon as it is there, and with the sweep as far as it has come.
     """
@@ -223,18 +253,22 @@ class Sweeping:
     folder: Path | None = None
     keep_models: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+    calibration: Iterable[Any] = ()
+    mask: Mask = None
     progress: Progress = silent
     done: Callable[[Point, Sweep], None] = lambda point, sweep: None
 
     def sweep(self, asked: Mapping[str, Budget]) -> Sweep:
         """A point for every budget that can be met, read or made."""
+        notes = self._claim()
         dense = None if self.evaluate is None else self._evaluated(self.model)
         if self.evaluate is not None and dense is None:
             raise ValueError("evaluate returned no finite number for the dense network")
+        if dense is not None:
+            self._record({"the metric of the dense network": dense, "better": self.better})
         points, unmet = [], {}
         infeasible: InfeasibleBudgetError | None = None
-        self._claim(dense)
-        found = Sweep((), next(iter(asked.values())).costs[0], dense, self.better, {}, self.metric, self.result)
+        found = Sweep((), next(iter(asked.values())).costs[0], dense, self.better, {}, self.metric, self.result, notes)
         for number, (words, budget) in enumerate(asked.items()):
             self.progress("sweep", number, len(asked))
             try:
@@ -282,21 +316,37 @@ class Sweeping:
     def _point(self, words: str, budget: Budget) -> Point:
         """The point of a budget: read as far as it is there, else made and written."""
         point, small = self._read(words), None
-        if point is None or not self._is_whole(point):
+        if isinstance(point, str) or not self._is_whole(point):
+            damage = point if isinstance(point, str) else ""
             point, small = self._made(words, budget)
-            self._keep(point)
+            self._keep(point := point.noted(damage))
         place = self._place(point)
-        unsaved = place is not None and self.keep_models and not (place / _MODEL).exists()
-        if unsaved or (self.fine_tune is not None and point.tuned is None):
+        damage = None if place is None else self._damage(point, place)
+        if damage is not None or (self.fine_tune is not None and point.tuned is None):
             small = self.result(point.plan).model if small is None else small
             if self.fine_tune is not None:
                 point = self._tuned(point, small)
+            elif point.tuned is not None:
+                damage = f"{_MODEL} is the network before fine-tuning, which was done without it"
             if place is not None and self.keep_models:
                 save(small, point.plan, place / _MODEL)
-            self._keep(point)
+            self._keep(point := point.noted(damage or ""))
         if place is not None:
             (place / _TUNING).unlink(missing_ok=True)
+            remove_abandoned(place)
         return point
+
+    def _damage(self, point: Point, place: Path) -> str | None:
+        """Why the weights of a point are to be written, which is empty where there are none; None if they are there."""
+        if not self.keep_models:
+            return None
+        if not (place / _MODEL).exists():
+            return ""
+        try:
+            plan = read_plan(place / _MODEL, whole=True)
+        except CheckpointError as error:
+            return _told(f"{error}; the weights were made again")
+        return None if plan == point.plan else _told(f"{place / _MODEL} was of another plan, and was made again")
 
     def _is_whole(self, point: Point) -> bool:
         """Whether a point that was read has all that is asked for, training left out."""
@@ -328,10 +378,11 @@ class Sweeping:
         return point.trained(self._judged(small, agreed), time.monotonic() - began)
 
     def _judged(self, small: nn.Module, agreed: Agreement | None) -> Judged:
-        metric = None if self.evaluate is None else self._evaluated(small)
+        value = None if self.evaluate is None else self._evaluated(small)
+        metric, spread = (None, None) if value is None else (float(value), standard_error(value))
         if agreed is None:
-            return Judged(metric)
-        return Judged(metric, agreed.top1, agreed.error, agreed.samples)
+            return Judged(metric, standard_error=spread)
+        return Judged(metric, agreed.top1, agreed.error, agreed.samples, spread)
 
     def _evaluated(self, model: nn.Module) -> float | None:
         """What ``evaluate`` returns; None for NaN and infinity."""
@@ -342,13 +393,25 @@ class Sweeping:
     def _place(self, point: Point) -> Path | None:
         return None if self.folder is None else self.folder / point.folder
 
-    def _read(self, words: str) -> Point | None:
+    def _read(self, words: str) -> Point | str:
+        """The point that is there, or what it is damaged by; weights that were beside it are put aside."""
         if self.folder is None:
-            return None
+            return ""
+        place = self.folder / Point.folder_of(words)
         try:
-            return Point.read(self.folder / Point.folder_of(words))
+            point = Point.read(place)
+            if point.asked == words:
+                point.mend(place)
+                return point
+            why = f"{place} holds a point for {point.asked}"
         except FileNotFoundError:
-            return None
+            return ""
+        except PlanError as error:
+            why = str(error)
+        if (place / _MODEL).exists():
+            os.replace(place / _MODEL, place / _FORMER)
+            why += f"; the weights that were beside it are now {_FORMER}"
+        return _told(f"{why}; the point was made again")
 
     def _keep(self, point: Point) -> None:
         place = self._place(point)
@@ -356,8 +419,8 @@ class Sweeping:
             place.mkdir(exist_ok=True)
             point.write(place)
 
-    def _claim(self, dense: float | None) -> None:
-        """Make the folder that of this sweep, or see that it is so already.
+    def _claim(self) -> tuple[str, ...]:
+        """Make the folder that of this sweep, or see that it is so already; notes on what cannot be seen.
 
         Raises
         ------
@@ -365,25 +428,81 @@ class Sweeping:
             Says what differs.
         """
         if self.folder is None:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
+            return ()
+        _checked(self.folder).mkdir(parents=True, exist_ok=True)
+        remove_abandoned(self.folder)
+        then = self._then()
+        now, alike = settled(
+            then.get(_CONTENTS),
+            lambda: contents(self.model, self.calibration, mask=self.mask, forward=self.forward),
+        )
         state = {name: each.cpu() for name, each in self.model.state_dict().items() if isinstance(each, Tensor)}
         plain = {name: each for name, each in state.items() if not each.is_quantized}
-        measured = {} if dense is None else {"the metric of the dense network": dense, "better": self.better}
-        now = {**self.options, **measured, "the digest of the weights": digest_of_tensors(plain)}
-        now = json.loads(json.dumps(now, default=str))
-        file = self.folder / _RUN
-        then: dict[str, Any] = {}
-        if file.exists():
-            # What is asked for since, such as training, is no other sweep.
-            then = read_document(file, lambda text: record_of(text, "the record of a sweep"), LARGEST)
+        random = alike and then.get(_CONTENTS, now) != now
+        self._record(
+            {
+                **self.options,
+                "the digest of the weights": digest_of_tensors(plain),
+                _CONTENTS: then[_CONTENTS] if random else now,
+            }
+        )
+        return (_told(_RANDOM),) if random else ()
+
+    def _then(self) -> dict[str, Any]:
+        """What the folder is known to hold."""
+        assert self.folder is not None
+        try:
+            return read_document(self.folder / _RUN, lambda text: record_of(text, "the record of a sweep"), LARGEST)
+        except FileNotFoundError:
+            return {}
+        except PlanError as error:
+            raise CheckpointError(
+                f"{error}. It is damaged, so that nothing says what sweep the folder holds: delete that file if it is "
+                "this one, or give another folder"
+            ) from error
+
+    def _record(self, values: Mapping[str, Any]) -> None:
+        """Add to what the folder is known to hold. What is asked for since, such as training, is no other sweep.
+
+        Raises
+        ------
+        CheckpointError
+            Says what was another value.
+        """
+        if self.folder is None:
+            return
+        then, now = self._then(), json.loads(json.dumps(dict(values), default=str))
         changed = [name for name in now if name in then and not _same(then[name], now[name])]
         if changed:
             told = "; ".join(f"{name} was {then[name]!r:.80} and is {now[name]!r:.80}" for name in changed)
             raise CheckpointError(
                 f"{str(self.folder)!r} holds another sweep: {told}. Give the same arguments to go on, or another folder"
             )
-        write_text(file, json.dumps({**then, **now}, indent=1) + "\n")
+        write_text(self.folder / _RUN, json.dumps({**then, **now}, indent=1) + "\n")
+
+
+def _checked(folder: Any) -> Path:
+    """The folder of a sweep, before there is any work that could be lost.
+
+    Raises
+    ------
+    OSError
+        If it is a file, or lies in one.
+    """
+    if not isinstance(folder, str | Path):
+        raise TypeError(f"folder is {folder!r}: expected a path of a folder, where each point is written")
+    for part in (Path(folder), *Path(folder).parents):
+        if part.is_dir():
+            return Path(folder)
+        if part.exists():
+            said = "a sweep needs a folder, which holds several files, and there is a file: give another name"
+            raise NotADirectoryError(errno.ENOTDIR, said, str(part))
+    return Path(folder)
+
+
+def _told(note: str) -> str:
+    log.warning("%s", note)
+    return note
 
 
 def _name(evaluate: Evaluate | None) -> str:

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import CalibrationError, SpectrimError
+from spectrim.errors import CalibrationError, SpectrimError, check_function
 from spectrim.nn.watch.layout import Layout, Where, check_where
 from spectrim.nn.watch.nesting import check_numbers, copied, moved, tensors
 from spectrim.nn.watch.nesting import checked_batches as checked_batches
@@ -53,6 +53,8 @@ class Feed:
 
     def __init__(self, forward: Forward | None = None, samples: Where = None) -> None:
         check_where(samples)
+        if forward is not None:
+            check_function("forward", forward, ("the model", "a batch"), "a function of both that runs the model")
         self._forward, self._samples = forward, samples
         self._way: Way | None = None
         self.layout = Layout()

@@ -11,7 +11,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from spectrim.errors import CalibrationError
+from spectrim.errors import CalibrationError, check_function
 from spectrim.nn.watch.nesting import is_record, rebuilt, tensors, transformed
 
 Where = int | Callable[[Any], int] | None
@@ -20,7 +20,10 @@ Where = int | Callable[[Any], int] | None
 
 def check_where(samples: Where) -> None:
     """Raise TypeError or ValueError for what says nothing of samples."""
-    if samples is None or (callable(samples) and not isinstance(samples, type)):
+    if samples is None:
+        return
+    if callable(samples) and not isinstance(samples, type):
+        check_function("samples", samples, ("a batch",), "a function that counts the samples of a batch")
         return
     if isinstance(samples, bool) or not isinstance(samples, int):
         raise TypeError(

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from spectrim.errors import CalibrationError
+from spectrim.errors import CalibrationError, check_function
 from spectrim.network.layer import LayerSpec
 from spectrim.nn.watch.layout import Layout
 
@@ -129,6 +129,10 @@ class Sampling:
             raise ValueError(f"rows={rows!r}: expected a positive number, None for all positions, or 'auto'")
         if not (positions is None or (isinstance(positions, int) and positions > 0)):
             raise ValueError(f"positions={positions!r}: expected a positive number of positions a sample, or None")
+        if self.mask is not None and not isinstance(self.mask, str):
+            check_function(
+                "mask", self.mask, ("a batch",), "the name of a tensor of the batch, or a function that gives one"
+            )
 
 
 class Run:
