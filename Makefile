@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo check format test test-slow browser-check docs bench bench-check bench-house bench-door bench-strangers bench-report package-check
+.PHONY: help install demo check format test test-slow browser-check docs bench bench-check bench-house bench-door bench-strangers headline bench-report package-check
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,9 @@ bench-door: $(INSTALLED)  ## measure what a stranger sees first: claims D1 to D6
 
 bench-strangers: $(INSTALLED)  ## measure what strangers' networks come to: claims N1 to N6 without a result; BENCH_ARGS="N4 --force"
 	$(BIN)/python -m benchmarks.strangers $(BENCH_ARGS)
+
+headline: $(INSTALLED)  ## compress real networks by every arm, ours and others'; BENCH_ARGS="--path cifar10=DIR --networks resnet20"
+	$(BIN)/python -m benchmarks.headline $(BENCH_ARGS)
 
 bench-report: $(INSTALLED)  ## write tables and figures from benchmarks/results into README.md and docs/
 	$(BIN)/python -m benchmarks.report $(BENCH_ARGS)

@@ -1,0 +1,109 @@
+"""Claims A1 and A2, from the rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.headline.network import Metric, names, plugin
+from benchmarks.run import claim
+
+Row = Mapping[str, Any]
+# Claim A2 names test accuracies of ResNet-20 at these budgets.
+ASKED = {"macs=17.4M": 90.5, "macs=13.5M": 89.0, "macs=9M": 84.0}
+# A difference of so many of its standard errors may be chance.
+NOISE = 2.0
+
+
+@dataclass(frozen=True)
+class Point:
+    """The rows of one network and budget that count: auto, the best single arm of ours, and the best peer."""
+
+    network: str
+    budget: str
+    metric: Metric
+    dense: Row
+    auto: Row
+    single: Row | None
+    peer: Row | None
+
+    def lead(self, other: Row) -> float:
+        """How much better auto is, in the metric's unit."""
+        return round(self.metric.gain(self.auto["value"], other["value"]), 4)
+
+    def noise(self, other: Row) -> float:
+        """Of the difference, were the two tests independent: with the same test samples it is less."""
+        return NOISE * math.hypot(self.auto["error"], other["error"])
+
+
+def points(rows: Sequence[Row]) -> Iterator[Point]:
+    """Every network and budget at which auto was run, with the best of each kind by the test data."""
+    for network in dict.fromkeys(row["network"] for row in rows):
+        if network not in names():
+            continue
+        metric = plugin(network).metric
+        mine = [row for row in rows if row["network"] == network and "failed" not in row]
+        dense = next((row for row in mine if row["arm"] == "dense"), None)
+        for auto in (row for row in mine if row["kind"] == "auto"):
+            if dense is None:
+                continue
+            best = {}
+            for row in mine:
+                if row["budget"] == auto["budget"]:
+                    kind = row["kind"]
+                    if kind not in best or metric.gain(row["value"], best[kind]["value"]) > 0:
+                        best[kind] = row
+            yield Point(network, auto["budget"], metric, dense, auto, best.get("ours"), best.get("peer"))
+
+
+def claims(rows: Sequence[Row]) -> dict[str, Any]:
+    """A1 and A2, as far as there are rows for them."""
+    found = list(points(rows))
+    made = {}
+    if single := [point for point in found if point.single is not None]:
+        made["A1"] = _against_ourselves(single)
+    if peers := [point for point in found if point.peer is not None]:
+        made["A2"] = _against_peers(peers)
+    return made
+
+
+def _against_ourselves(found: Sequence[Point]) -> dict[str, Any]:
+    worse = [p for p in found if p.single and p.lead(p.single) < -p.noise(p.single)]
+    better = [p for p in found if p.single and p.lead(p.single) > 0]
+    share = len(better) / len(found)
+    said = "; ".join(
+        f"{p.network} {p.budget}: {_signed(p.lead(p.single))} on {p.single['arm']}" for p in found if p.single
+    )
+    return claim(
+        round(100 * share, 1), f"% of {len(found)} rows better than the best single arm; {len(worse)} worse than noise",
+        "never worse than noise, better on half", not worse and share >= 0.5, f"{len(better)} of {len(found)} rows "
+        f"better than the best single arm, {len(worse)} worse than noise ({NOISE:g} standard errors): {said}",
+    ) | {"command": _COMMAND}  # fmt: skip
+
+
+def _against_peers(found: Sequence[Point]) -> dict[str, Any]:
+    ahead = [p for p in found if p.peer and p.lead(p.peer) > 0]
+    tested = {p.budget: p.auto["value"] for p in found if p.network == "resnet20" and p.budget in ASKED}
+    levels = all(tested.get(budget, 0) >= asked for budget, asked in ASKED.items())
+    said = "; ".join(f"{p.network} {p.budget}: {_signed(p.lead(p.peer))} on {p.peer['arm']}" for p in found if p.peer)
+    reached = ", ".join(
+        f"{budget.removeprefix('macs=')} {tested[budget]:.2f} % (asked {asked:g})" if budget in tested
+        else f"{budget.removeprefix('macs=')} not run"
+        for budget, asked in ASKED.items()
+    )  # fmt: skip
+    return claim(
+        len(ahead),
+        f"of {len(found)} rows ahead of the best peer; ResNet-20's levels {'' if levels else 'not '}reached",
+        "ahead on every network and budget; ResNet-20 at 17.4, 13.5, 9.0 MMAC >= 90.5, 89.0, 84.0 %",
+        len(ahead) == len(found) and levels,
+        f"{len(ahead)} of {len(found)} rows ahead of the best peer: {said}. ResNet-20 at {reached}",
+    ) | {"command": _COMMAND}  # fmt: skip
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.4g}"
+
+
+_COMMAND = "make headline"

@@ -1,0 +1,81 @@
+"""MiniLM-L6, a sentence encoder: similarity of texts as people see it, and to the dense network's embeddings."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+from torch import Tensor, nn
+
+from benchmarks.headline.network import Figure, Metric, Network, run_on
+
+
+class Plugin(Network):
+    """Paths: ``minilm``, the folder with weights and tokenizer; ``texts``, gensim's folder ``test_data``."""
+
+    name = "minilm"
+    title = "MiniLM-L6 sentence encoder"
+    metric = Metric("cosine to dense", "")
+    needs = ("minilm", "texts")
+    budgets = ("macs=70%", "macs=50%", "macs=33%", "bytes=70%")
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.paths["minilm"])
+
+    def build(self) -> nn.Module:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        from transformers import AutoModel
+
+        return AutoModel.from_pretrained(self.paths["minilm"]).eval()
+
+    def tokens(self, texts: list[str], length: int = 128) -> dict[str, Tensor]:
+        found = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        return {key: found[key] for key in ("input_ids", "attention_mask")}
+
+    def lines(self, name: str) -> list[str]:
+        return (self.paths["texts"] / name).read_text("utf-8").splitlines()
+
+    def calibration(self, count: int) -> list[dict[str, Tensor]]:
+        # The last 60 documents are held out. A sentence is a sample.
+        cut = [line.strip() for text in self.lines("lee_background.cor")[:-60] for line in text.split(". ")]
+        texts = [line for line in cut if len(line) > 40][:count]
+        return [self.tokens(texts[start : start + 32], 64) for start in range(0, len(texts), 32)]
+
+    def embedded(self, model: nn.Module, texts: list[str]) -> Tensor:
+        batches = [self.tokens(texts[start : start + 32]) for start in range(0, len(texts), 32)]
+        found = []
+        for batch in batches:
+            seen = batch["attention_mask"].unsqueeze(-1)
+            found.append((run_on(model, batch).last_hidden_state * seen).sum(1) / seen.sum(1))
+        return nn.functional.normalize(torch.cat(found), dim=-1)
+
+    def cosine(self, model: nn.Module, texts: list[str]) -> Tensor:
+        return (self.embedded(model, texts) * self.embedded(self.build(), texts)).sum(1)
+
+    def held_out(self, model: nn.Module) -> float:
+        return float(self.cosine(model, self.lines("lee_background.cor")[-60:]).mean())
+
+    def test(self, model: nn.Module) -> dict[str, Figure]:
+        texts = self.lines("lee.cor")[:50]
+        near = self.embedded(model, texts)
+        upper = np.triu_indices(len(texts), 1)
+        human = np.loadtxt(self.paths["texts"] / "similarities0-1.txt")[upper]
+        rows = [line.split("\t") for line in self.lines("wordsim353.tsv") if not line.startswith("#")]
+        left, right = (self.embedded(model, [row[side] for row in rows]) for side in (0, 1))
+        return {
+            "cosine to dense": Figure.mean(self.cosine(model, texts)),
+            "Lee-50": Figure.correlation(human, (near @ near.T).numpy()[upper]),
+            "WordSim-353": Figure.correlation(
+                rankdata([float(row[2]) for row in rows]), rankdata((left * right).sum(1).numpy())
+            ),
+        }
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        return model(**batch).last_hidden_state.square().sum()

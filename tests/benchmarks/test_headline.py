@@ -1,0 +1,98 @@
+"""The headline's peers keep their limits, its file its rows, and its claims say what the rows do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import schema
+from benchmarks.headline import claims, network, store
+from benchmarks.headline.__main__ import keys
+from benchmarks.headline.arms import ARMS
+from benchmarks.headline.peers import layers
+from benchmarks.headline.peers.decompositions import CP, Responses, SpatialSVD, Tucker2
+
+CONFIG = {"samples": 1, "seed": 0, "threads": 1}
+EXAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def small_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    strided = nn.Conv2d(16, 24, 3, stride=2, padding=1)
+    return nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), strided, nn.Flatten(), nn.Linear(384, 16)).eval()
+
+
+@pytest.mark.parametrize("cost", ["macs", "bytes"])
+@pytest.mark.parametrize("ranks", [layers.uniform, layers.lagrangian])
+@pytest.mark.parametrize("how", [SpatialSVD, Responses])
+def test_a_peer_is_within_its_limit_and_near_it(how: Any, ranks: Any, cost: layers.Cost):
+    dense, one = small_network(), EXAMPLE[:1]
+    limit = 0.6 * layers.measured(dense, one, cost)
+    small = layers.decomposed(dense, [EXAMPLE], one, cost, limit, how=how(), ranks=ranks)
+    assert 0.75 * limit < layers.measured(small, one, cost) <= limit
+    assert small(EXAMPLE).shape == dense(EXAMPLE).shape
+
+
+@pytest.mark.parametrize("how", [SpatialSVD, Responses, Tucker2, CP])
+def test_at_full_rank_thin_layers_give_what_the_layer_gave(how: Any):
+    dense = nn.Sequential(nn.Conv2d(4, 16, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2))).eval()
+    batch = torch.randn(2, 4, 9, 9, generator=torch.Generator().manual_seed(0))
+    (layer,) = layers.layers_of(dense, batch[:1])
+    made = how()
+    made.watch(dense, [layer], [batch])
+    rank = 16 if how is Responses else made.options(layer)[-1].rank
+    assert torch.allclose(made.made(layer, rank)(batch), dense(batch), atol=1e-3)
+    option = made.options(layer)[0]
+    assert option.cost("macs") == layers.measured(made.made(layer, option.rank), batch[:1], "macs")
+
+
+def test_a_limit_that_no_rank_reaches_is_told():
+    with pytest.raises(ValueError, match="were asked for"):
+        layers.decomposed(
+            small_network(), [EXAMPLE], EXAMPLE[:1], "macs", 10, how=SpatialSVD(), ranks=layers.uniform
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", network.names())
+def test_every_network_is_a_short_file_and_names_arms_and_budgets_that_exist(name: str):
+    kind = network.plugin(name)
+    assert kind.name == name
+    assert len((network.HERE / f"{name}.py").read_text().splitlines()) <= 80
+    rows = list(keys(kind, kind.budgets, list(ARMS)))
+    assert len(rows) == len(set(rows)) >= len(kind.budgets)
+    assert set(kind.arms or ()) <= set(ARMS)
+
+
+def row(arm: str, kind: str, value: float, budget: str = "macs=50%") -> dict[str, Any]:
+    return {"network": "resnet20", "budget": budget, "arm": arm, "kind": kind, "value": value, "error": 0.3}
+
+
+def test_rows_are_kept_once_and_in_order_and_the_file_has_the_form_of_all(tmp_path: Path):
+    target = tmp_path / "headline.json"
+    for each in (row("CP, uniform", "peer", 80.0), row("auto", "auto", 89.0), row("dense", "dense", 91.0, "")):
+        store.keep(target, CONFIG, store.with_row(each))
+    store.keep(target, CONFIG, store.with_row(row("auto", "auto", 90.0)))
+    assert [each["arm"] for each in json.loads(target.read_text())["rows"]] == ["dense", "auto", "CP, uniform"]
+    held = schema.checked(target)
+    assert held["rows"][1]["value"] == 90.0
+    assert held["claims"]["A2"]["value"] == 1
+
+
+def test_claims_count_what_is_ahead_and_what_is_worse_than_noise():
+    rows = [row("dense", "dense", 91.0, "")]
+    for budget, auto, single in (("macs=50%", 90.0, 89.0), ("macs=25%", 80.0, 82.0)):
+        rows += [row("auto", "auto", auto, budget), row("filters", "ours", single, budget)]
+        rows += [row("low rank", "ours", single - 5, budget), row("CP, uniform", "peer", 81.0, budget)]
+    made = claims.claims(rows)
+    assert not made["A1"]["met"]
+    assert "1 of 2 rows better than the best single arm, 1 worse than noise" in made["A1"]["note"]
+    assert made["A2"]["value"] == 1
+    assert not made["A2"]["met"]
+    rows = [each for each in rows if each["budget"] != "macs=25%"]
+    assert claims.claims(rows)["A1"]["met"]
+    assert not claims.claims(rows)["A2"]["met"]  # the levels of ResNet-20 were not run
