@@ -22,6 +22,11 @@ class Plugin(Network):
     metric = Metric("cosine to dense", "")
     needs = ("minilm", "texts")
     budgets = ("macs=70%", "macs=50%", "macs=33%", "bytes=70%")
+    # Without convolutions there are no chains; SVD-LLM and plain SVD are what users take.
+    arms = (
+        "auto", "low rank", "shared factors", "low rank + sparse", "filters", "spatial SVD, uniform",
+        "activation SVD, Lagrangian (as BALF)", "whitened SVD, uniform (as SVD-LLM)",
+    )  # fmt: skip
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -76,6 +81,3 @@ class Plugin(Network):
                 rankdata([float(row[2]) for row in rows]), rankdata((left * right).sum(1).numpy())
             ),
         }
-
-    def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        return model(**batch).last_hidden_state.square().sum()
