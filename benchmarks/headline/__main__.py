@@ -76,7 +76,7 @@ def keys(kind: type[Network], budgets: Sequence[str], arms: Sequence[str]) -> It
     if DENSE in arms:
         yield Key(kind.name, "", DENSE)
     for budget in budgets:
-        for arm in (name for name in ARMS if name in arms):
+        for arm in (name for name in arms if name in ARMS):
             fits = ARMS[arm].only in (None, budget.partition("=")[0])
             if fits and (kind.arms is None or arm in kind.arms):
                 yield Key(kind.name, budget, arm)

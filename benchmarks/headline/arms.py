@@ -132,8 +132,8 @@ def torch_pruning(importance: Literal["magnitude", "Taylor"]) -> Callable[[Task]
     return make
 
 
+# In the order in which they are run: auto takes the longest.
 ARMS: dict[str, Arm] = {
-    "auto": Arm("auto", ours("auto")),
     "low rank": Arm("ours", ours((st.ActivationSVD(), st.WeightSVD()))),
     "CP chains": Arm("ours", ours((st.ActivationCP(),))),
     "Tucker-2 chains": Arm("ours", ours((st.ActivationTucker2(),))),
@@ -147,4 +147,7 @@ ARMS: dict[str, Arm] = {
     "CP, uniform": Arm("peer", peer(CP, layers.uniform)),
     "activation SVD, Lagrangian (as BALF)": Arm("peer", peer(Responses, layers.lagrangian)),
     "whitened SVD, uniform (as SVD-LLM)": Arm("peer", peer(Responses, layers.uniform)),
+    "auto": Arm("auto", ours("auto")),
 }
+# The peers that decompose linear layers.
+MATRICES = ("spatial SVD, uniform", "activation SVD, Lagrangian (as BALF)", "whitened SVD, uniform (as SVD-LLM)")

@@ -11,6 +11,7 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
+from benchmarks.headline.arms import MATRICES
 from benchmarks.headline.network import Figure, Metric, Network, run_on
 
 
@@ -23,10 +24,7 @@ class Plugin(Network):
     needs = ("minilm", "texts")
     budgets = ("macs=70%", "macs=50%", "macs=33%", "bytes=70%")
     # Without convolutions there are no chains; SVD-LLM and plain SVD are what users take.
-    arms = (
-        "auto", "low rank", "shared factors", "low rank + sparse", "filters", "spatial SVD, uniform",
-        "activation SVD, Lagrangian (as BALF)", "whitened SVD, uniform (as SVD-LLM)",
-    )  # fmt: skip
+    arms = ("auto", "low rank", "shared factors", "low rank + sparse", "filters", *MATRICES)
 
     @cached_property
     def tokenizer(self) -> Any:
