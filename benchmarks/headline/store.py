@@ -72,7 +72,7 @@ def _with(name: str, row: Mapping[str, Any], key: tuple[str, ...]) -> Callable[[
 def _place(row: Mapping[str, Any]) -> tuple[Any, ...]:
     from benchmarks.headline.arms import ARMS
 
-    known, arms = names(), list(ARMS)
+    known, arms = names(), ["dense", *sorted(ARMS, key=lambda arm: ARMS[arm].kind != "auto")]
     if row["network"] not in known:
         return (len(known), row["network"], row["budget"], row["arm"])
     budgets = ["", *plugin(row["network"]).budgets]

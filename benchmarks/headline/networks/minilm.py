@@ -52,9 +52,8 @@ class Plugin(Network):
         return [self.tokens(texts[start : start + 32], 64) for start in range(0, len(texts), 32)]
 
     def embedded(self, model: nn.Module, texts: list[str]) -> Tensor:
-        batches = [self.tokens(texts[start : start + 32]) for start in range(0, len(texts), 32)]
         found = []
-        for batch in batches:
+        for batch in (self.tokens(texts[start : start + 32]) for start in range(0, len(texts), 32)):
             seen = batch["attention_mask"].unsqueeze(-1)
             found.append((run_on(model, batch).last_hidden_state * seen).sum(1) / seen.sum(1))
         return nn.functional.normalize(torch.cat(found), dim=-1)
