@@ -61,6 +61,15 @@ NARROW = {
 
 QUESTIONS = (
     Question(
+        "What does a user get, and what would they have got otherwise?",
+        'Trained networks, unlabelled training inputs and a budget; no weight is trained. "auto" is the call with '
+        '`methods="auto"`, a single method one of ours alone, a peer what others do, run from its package or written from its '
+        "description. Each cell names the best by the test data, which favours peers and single methods: there are several "
+        "of them. ± is one standard error of the test.",
+        ("A1", "A2"),
+        ("headline",),
+    ),
+    Question(
         "What is lost without training?",
         "A trained network, some unlabelled images and a budget; no weight is trained afterwards. Accuracy is that on the "
         "10,000 test images of CIFAR-10, which were looked at once for each row. A test of 10,000 images has a standard "
@@ -174,6 +183,14 @@ WORDS = {
         "ResNet-20 on CIFAR-10, no training",
         "Test accuracy of a given ResNet-20 (dense 91.73 %) after one call on 4,000 unlabelled images, at three budgets of "
         "multiply-accumulates.",
+    ),
+    "A1": Words(
+        "Methods that compete against each method alone",
+        "The test metric of `methods=\"auto\"` against the best of the single methods at the same network and budget.",
+    ),
+    "A2": Words(
+        "Methods that compete against the best peer",
+        "The test metric without training, from the same weights and the same unlabelled inputs.",
     ),
     "A2 (ResNet-20)": Words(
         "ResNet-20 on CIFAR-10, no training, with chains of three layers on offer",

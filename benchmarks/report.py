@@ -22,6 +22,7 @@ from benchmarks import schema
 from benchmarks.curves import LEARNED, PUBLISHED, Result, averaged, curves, networks
 from benchmarks.environment import ROOT
 from benchmarks.figures import figures
+from benchmarks.headline.tables import HEAD, beside_others
 from benchmarks.questions import CAPTIONS, NARROW, NO_NETWORK, QUESTIONS, WORDS, Question, Words
 
 NONE = "No results have been recorded yet."
@@ -299,6 +300,9 @@ def _glance(question: Question, results: Sequence[Result]) -> str:
     parts = []
     if "front_rows" in question.results and (rows := front_rows(results)) != NONE:
         parts.append(rows)
+    held = next((result for result in results if result["experiment"] == "headline"), None)
+    if held and "headline" in question.results and (lines := beside_others(held["rows"])):
+        parts.append(table(HEAD, lines))
     if "resnet20_finetune" in question.results and accuracies(results):
         parts.append(accuracies(results))
     rows = [

@@ -24,7 +24,6 @@ class Point:
     network: str
     budget: str
     metric: Metric
-    dense: Row
     auto: Row
     single: Row | None
     peer: Row | None
@@ -40,22 +39,23 @@ class Point:
 
 def points(rows: Sequence[Row]) -> Iterator[Point]:
     """Every network and budget at which auto was run, with the best of each kind by the test data."""
-    for network in dict.fromkeys(row["network"] for row in rows):
-        if network not in names():
-            continue
-        metric = plugin(network).metric
-        mine = [row for row in rows if row["network"] == network and "failed" not in row]
-        dense = next((row for row in mine if row["arm"] == "dense"), None)
-        for auto in (row for row in mine if row["kind"] == "auto"):
-            if dense is None:
-                continue
-            best = {}
-            for row in mine:
-                if row["budget"] == auto["budget"]:
-                    kind = row["kind"]
-                    if kind not in best or metric.gain(row["value"], best[kind]["value"]) > 0:
-                        best[kind] = row
-            yield Point(network, auto["budget"], metric, dense, auto, best.get("ours"), best.get("peer"))
+    for auto in rows:
+        if auto["arm"] == "auto" and "failed" not in auto and auto["network"] in names():
+            best = best_of_each_kind(rows, auto["network"], auto["budget"])
+            metric = plugin(auto["network"]).metric
+            yield Point(auto["network"], auto["budget"], metric, auto, best.get("ours"), best.get("peer"))
+
+
+def best_of_each_kind(rows: Sequence[Row], network: str, budget: str) -> dict[str, Row]:
+    """Of the rows of a network and a budget the best by the test data: by ``dense``, ``auto``, ``ours``, ``peer``."""
+    metric = plugin(network).metric
+    best: dict[str, Row] = {}
+    for row in rows:
+        if (row["network"], row["budget"]) == (network, budget) and "failed" not in row:
+            kind = row["kind"]
+            if kind not in best or metric.gain(row["value"], best[kind]["value"]) > 0:
+                best[kind] = row
+    return best
 
 
 def claims(rows: Sequence[Row]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks import schema
-from benchmarks.headline import claims, network, store
+from benchmarks.headline import claims, network, store, tables
 from benchmarks.headline.__main__ import keys
 from benchmarks.headline.arms import ARMS
 from benchmarks.headline.peers import layers
@@ -96,3 +96,15 @@ def test_claims_count_what_is_ahead_and_what_is_worse_than_noise():
     rows = [each for each in rows if each["budget"] != "macs=25%"]
     assert claims.claims(rows)["A1"]["met"]
     assert not claims.claims(rows)["A2"]["met"]  # the levels of ResNet-20 were not run
+
+
+def test_the_table_has_a_line_a_budget_and_the_best_of_each_kind():
+    sizes = {"macs": 2e7, "file_bytes": 5e5}
+    rows = [row("dense", "dense", 91.0, ""), row("auto", "auto", 90.0)]
+    rows += [row("CP, uniform", "peer", 80.0), row("Tucker-2, uniform", "peer", 85.0), row("filters", "ours", 88.0)]
+    rows.append({"network": "resnet20", "budget": "macs=50%", "arm": "low rank", "failed": "no memory"})
+    dense, line = tables.beside_others([each | sizes for each in rows])
+    assert dense[1:] == ("dense", "", "", "91.0 ± 0.3", "20.0 M", "500")
+    assert line[1:5] == ("macs=50%", "85.0 ± 0.3 (Tucker-2, uniform)", "88.0 ± 0.3 (filters)", "90.0 ± 0.3")
+    (_, alone) = tables.beside_others([each | sizes for each in rows if each["arm"] in ("dense", "filters")])
+    assert alone[2:] == ("-", "88.0 ± 0.3 (filters)", "-", "-", "-")
