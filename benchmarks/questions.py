@@ -56,6 +56,7 @@ NARROW = {
     "sparse_vgg16": "a quarter of VGG-16's width",
     "strangers": "small networks, random weights",
     "zoo": "small networks, random weights",
+    "tolerances": "networks of 18 to 176 thousand parameters, trained on digits",
     "heads": "MiniLM with its weights, a ViT and a Llama with random ones",
 }
 
@@ -66,8 +67,8 @@ QUESTIONS = (
         '`methods="auto"`, a single method one of ours alone, a peer what others do, run from its package or written from its '
         "description. Each cell names the best by the test data, which favours peers and single methods: there are several "
         "of them. ± is one standard error of the test.",
-        ("A1", "A2"),
-        ("headline",),
+        ("A1", "A2", "A6"),
+        ("headline", "tolerances"),
     ),
     Question(
         "What is lost without training?",
@@ -191,6 +192,11 @@ WORDS = {
     "A2": Words(
         "Methods that compete against the best peer",
         "The test metric without training, from the same weights and the same unlabelled inputs.",
+    ),
+    "A6": Words(
+        "A tolerance in place of a budget",
+        "Five networks and four tolerances of lost accuracy: whether what is returned holds on the held-out data that it "
+        "was judged by, and its multiply-accumulates against the smallest network of a fine sweep of budgets that holds.",
     ),
     "A2 (ResNet-20)": Words(
         "ResNet-20 on CIFAR-10, no training, with chains of three layers on offer",

@@ -142,7 +142,7 @@ def test_claims_stand_under_their_question_with_what_was_measured(results: list[
         "### F6",
         "### F10",
     ]
-    assert headings[0] == f"## {questions.QUESTIONS[0].title}"
+    assert headings[0] == f"## {questions.QUESTIONS[1].title}"
     assert headings[-2] == "## Other results"
     assert "measured: -0.3 points" in text
     assert text.startswith("Of 4 claims that were set before measuring, 2 are met and 2 are not.")
@@ -174,7 +174,7 @@ def test_every_claim_and_figure_of_the_results_has_words():
 def test_benchmarks_fold_their_tables_under_questions(results: list[dict[str, Any]]):
     text = report.page(results, ["accuracy-resnet20.svg", "accuracy-resnet20-dark.svg"])
     asked = [line[3:] for line in text.splitlines() if line.startswith("## ")]
-    assert asked == [*(question.title for question in questions.QUESTIONS[:3]), "Other results"]
+    assert asked == [*(question.title for question in questions.QUESTIONS[1:4]), "Other results"]
     assert text.count('<details markdown="1">') == text.count("</details>") == len(results)
     assert "(figures/accuracy-resnet20-dark.svg#only-dark)" in text
     assert questions.CAPTIONS["accuracy-resnet20"].text in text
