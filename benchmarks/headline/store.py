@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.environment import code_version, environment, today
+from benchmarks.headline import detector
 from benchmarks.headline.claims import claims
 from benchmarks.headline.network import names, plugin
 from spectrim.network.files import write_text
@@ -44,7 +45,8 @@ def keep(target: Path, config: Mapping[str, Any], change: Callable[[dict[str, An
         held["rows"].sort(key=_place)
         whole = {
             "experiment": target.stem, "config": dict(config), "date": today(), "wall_seconds": None,
-            "environment": environment(), "code": code_version(), "claims": claims(held["rows"]),
+            "environment": environment(), "code": code_version(),
+            "claims": claims(held["rows"]) | detector.claims(held["rows"], held.get("times", [])),
             "seeds": [config["seed"]], "notes": list(NOTES), "rows": held["rows"],
         }  # fmt: skip
         if held.get("times"):
