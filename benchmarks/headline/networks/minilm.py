@@ -38,18 +38,20 @@ class Plugin(Network):
 
         return AutoModel.from_pretrained(self.paths["minilm"]).eval()
 
-    def tokens(self, texts: list[str], length: int = 128) -> dict[str, Tensor]:
-        found = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+    def tokens(self, texts: list[str]) -> dict[str, Tensor]:
+        found = self.tokenizer(texts, padding=True, truncation=True, max_length=128, return_tensors="pt")
         return {key: found[key] for key in ("input_ids", "attention_mask")}
 
     def lines(self, name: str) -> list[str]:
-        return (self.paths["texts"] / name).read_text("utf-8").splitlines()
+        return (self.paths["texts"] / name).read_text("latin-1").splitlines()
 
     def calibration(self, count: int) -> list[dict[str, Tensor]]:
-        # The last 60 documents are held out. A sentence is a sample.
-        cut = [line.strip() for text in self.lines("lee_background.cor")[:-60] for line in text.split(". ")]
-        texts = [line for line in cut if len(line) > 40][:count]
-        return [self.tokens(texts[start : start + 32], 64) for start in range(0, len(texts), 32)]
+        # Windows of 64 tokens, without padding; the last 60 documents are held out.
+        text = " ".join(self.lines("lee_background.cor")[:-60])
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        ends = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        rows = torch.tensor([[ends[0], *ids[at : at + 62], ends[1]] for at in range(0, len(ids) - 62, 62)][:count])
+        return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(32)]
 
     def embedded(self, model: nn.Module, texts: list[str]) -> Tensor:
         found = []
@@ -65,16 +67,14 @@ class Plugin(Network):
         return float(self.cosine(model, self.lines("lee_background.cor")[-60:]).mean())
 
     def test(self, model: nn.Module) -> dict[str, Figure]:
-        texts = self.lines("lee.cor")[:50]
+        texts, upper = self.lines("lee.cor")[:50], np.triu_indices(50, 1)
         near = self.embedded(model, texts)
-        upper = np.triu_indices(len(texts), 1)
         human = np.loadtxt(self.paths["texts"] / "similarities0-1.txt")[upper]
         rows = [line.split("\t") for line in self.lines("wordsim353.tsv") if not line.startswith("#")]
+        means = [float(row[2]) for row in rows]
         left, right = (self.embedded(model, [row[side] for row in rows]) for side in (0, 1))
         return {
             "cosine to dense": Figure.mean(self.cosine(model, texts)),
             "Lee-50": Figure.correlation(human, (near @ near.T).numpy()[upper]),
-            "WordSim-353": Figure.correlation(
-                rankdata([float(row[2]) for row in rows]), rankdata((left * right).sum(1).numpy())
-            ),
+            "WordSim-353": Figure.correlation(rankdata(means), rankdata((left * right).sum(1).numpy())),
         }
