@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks import schema
-from benchmarks.headline import claims, network, store, tables
+from benchmarks.headline import claims, network, store, tables, timing
 from benchmarks.headline.__main__ import keys
 from benchmarks.headline.arms import ARMS
 from benchmarks.headline.peers import layers
@@ -108,3 +108,24 @@ def test_the_table_has_a_line_a_budget_and_the_best_of_each_kind():
     assert line[1:5] == ("macs=50%", "85.0 ± 0.3 (Tucker-2, uniform)", "88.0 ± 0.3 (filters)", "90.0 ± 0.3")
     (_, alone) = tables.beside_others([each | sizes for each in rows if each["arm"] in ("dense", "filters")])
     assert alone[2:] == ("-", "88.0 ± 0.3 (filters)", "-", "-", "-")
+
+
+@pytest.mark.parametrize("runtime", timing.RUNTIMES)
+def test_a_kept_network_is_timed_beside_the_dense_one_in_every_runtime(runtime: str):
+    dense, threads = small_network(), torch.get_num_threads()
+    small = layers.decomposed(dense, [EXAMPLE], EXAMPLE, "macs", 3e5, how=SpatialSVD(), ranks=layers.uniform)
+    line = timing.timed(
+        row("auto", "auto", 90.0), dense, small, EXAMPLE, runtime=runtime, batch=2, threads=1, repeats=3
+    )
+    torch.set_num_threads(threads)
+    assert line["low"] <= line["faster"] <= line["high"]
+    assert line["dense_ms"] > 0 < line["ms"]
+    assert (line["arm"], line["runtime"]) == ("auto", runtime)
+
+
+def test_what_cannot_be_timed_is_a_line_with_the_reason():
+    broken = nn.Linear(2, 2)
+    line = timing.timed(
+        row("auto", "auto", 9.0), broken, broken, EXAMPLE, runtime="eager", batch=2, threads=1, repeats=3
+    )
+    assert "shapes cannot be multiplied" in line["failed"]
