@@ -237,7 +237,7 @@ class Clock:
 
         return st.Latency(cache=None, timer=timer)
 
-    def models(self, models: Mapping[str, nn.Module], example: Any, *, threads: int) -> dict[str, Timing]:
+    def models(self, models: Mapping[str, nn.Module], example: Any, **_: object) -> dict[str, Timing]:
         found = {}
         for key, model in models.items():
             with torch.no_grad():

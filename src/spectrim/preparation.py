@@ -17,7 +17,7 @@ from spectrim.network.sites import Sites
 from spectrim.nn.channels.graph import couple
 from spectrim.nn.copying import check_copyable
 from spectrim.nn.find import Which, find
-from spectrim.nn.timing import as_timed, measure_latency
+from spectrim.nn.timing import as_timed, measure_latency, ready
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.calibrate import calibrate, check_weights
 from spectrim.nn.watch.nesting import begun
@@ -136,6 +136,13 @@ def prepare(
         How many rows the statistics rest on, and which are data.
     """
     feed = Feed.of(forward)
+    if latency is True:
+        spec = sites.sites[0].spec
+        latency = Latency(device=spec.device, dtype=spec.dtype)
+    example = None
+    if latency is not False:
+        example = one_batch(model, batches, latency.batch, feed)
+        ready(as_timed(model, latency), example, latency.runtime)  # what cannot be run so is said before the work
     sites = calibrate(
         model, sites, batches, rows=sampling.rows, positions=sampling.positions, mask=sampling.mask,
         statistics=statistics, forward=feed, progress=functools.partial(progress, "calibrate"),
@@ -147,12 +154,10 @@ def prepare(
     kept = batches if statistics else None
     if latency is False:
         return Prepared(sites, kept, sampling=sampling)
-    if latency is True:
-        spec = sites.sites[0].spec
-        latency = Latency(device=spec.device, dtype=spec.dtype)
-    example = one_batch(model, batches, latency.batch, feed)
     if dense_latency is None:
-        timings = measure_latency({"dense": as_timed(model, latency)}, example, threads=latency.threads)
+        timings = measure_latency(
+            {"dense": as_timed(model, latency)}, example, threads=latency.threads, runtime=latency.runtime
+        )
         dense_latency = timings["dense"].quiet
     return Prepared(sites, kept, latency, example, dense_latency, sampling)
 

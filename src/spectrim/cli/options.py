@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     from spectrim.train import Recipe
 
+RUNTIMES = ("eager", "compile", "onnxruntime")
 SELECTORS = ("exact", "lagrangian", "greedy", "energy", "uniform")
 
 
@@ -47,6 +48,19 @@ def check_selector(text: str) -> None:
     if text not in SELECTORS:
         close = did_you_mean(text, SELECTORS)
         raise UsageError(f"--selector {text!r} is not known; choose from {', '.join(SELECTORS)}.{close}")
+
+
+def check_runtime(text: str) -> None:
+    """Refuse a runtime that there is not.
+
+    Raises
+    ------
+    UsageError
+        Says which there are.
+    """
+    if text not in RUNTIMES:
+        close = did_you_mean(text, RUNTIMES, {"onnx": "onnxruntime", "ort": "onnxruntime", "torch": "eager"})
+        raise UsageError(f"--runtime {text!r} is not known; choose from {', '.join(RUNTIMES)}.{close}")
 
 
 def model_argument(meaning: str) -> Any:
@@ -78,6 +92,12 @@ Batch = Annotated[
 ]
 Threads = Annotated[
     int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads; by default all that torch takes.")
+]
+Runtime = Annotated[
+    str,
+    typer.Option(
+        "--runtime", metavar="NAME", help=f"What runs the network where time is measured: {', '.join(RUNTIMES)}."
+    ),
 ]
 Device = Annotated[
     str,
@@ -124,11 +144,13 @@ class NetworkOptions:
     ] = None
     batch: Batch = 1
     threads: Threads = None
+    runtime: Runtime = "eager"
     device: Device = "cpu"
 
     def __post_init__(self) -> None:
         check_model(self.model, self.weights)
         check_device(self.device)
+        check_runtime(self.runtime)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ from spectrim.cli.steps import carry_out, prepared, table_of
 from spectrim.cli.unfinished import ONE_SHOT, TUNING, UNFINISHED, RunFolder
 from spectrim.cli.values import read_budget, read_costs
 from spectrim.cli.work import Work
-from spectrim.errors import SpectrimError
+from spectrim.cost.runtimes import runtime_of
+from spectrim.errors import ExportError, SpectrimError
 from spectrim.methods import Method, PrincipalFilters
 from spectrim.network.sites import Sites
 from spectrim.network.tensor_files import digest_of_tensors
@@ -41,7 +42,7 @@ from spectrim.nn.agreement import agreement
 from spectrim.nn.checkpoint import load, read_plan, save
 from spectrim.pipeline import Result
 from spectrim.pipeline.shrinking import shrink, shrink_best, shrink_within
-from spectrim.report import compare
+from spectrim.report import Comparison, compare
 from spectrim.search.arms import usual
 from spectrim.search.judge import Judge
 from spectrim.search.tolerance import Tolerance
@@ -151,7 +152,7 @@ def run_folder(folder: Path, asked: Mapping[str, Any], work: Work, tuning: Recip
         return None
     state = work.dense.state_dict().items()
     weights = {name: each.cpu() for name, each in state if isinstance(each, Tensor) and not each.is_quantized}
-    left = {name: value for name, value in asked.items() if name not in ("test", "batch", "threads")}
+    left = {name: value for name, value in asked.items() if name not in ("test", "batch", "threads", "runtime")}
     record = {**left, "weights_sha256": digest_of_tensors(weights)}
     if asked["plan"] is not None:
         record["plan"] = Path(asked["plan"]).read_text(encoding="utf-8")
@@ -182,13 +183,21 @@ def compress(
     outcome = Outcome(work.model, work.dense, result, files.folder, named=work.named)
     outcome = _tuned(out, outcome, work, tuning, held)
     outcome = outcome.noted(*different)
-    kernels = fastest(result.model, work.example, work.threads)
+    kernels = fastest(result.model, work.example, work.threads) if runtime_of(work.runtime).runs_modules else ()
     outcome = outcome.noted(*filter_notes(result.plan, result.sites))
     if request.recipe is not None:
         outcome = outcome.noted(*sample_notes(result.sites, _filters(request)))
     outcome = outcome.noted(*kernel_notes(kernels))
     score = outcome.known_score if work.testing is not None else None
-    comparison = compare(work.dense, result.model, work.example, evaluate=score, threads=work.threads)
+
+    def compared(runtime: str) -> Comparison:
+        return compare(work.dense, result.model, work.example, evaluate=score, threads=work.threads, runtime=runtime)
+
+    try:
+        comparison = compared(work.runtime)
+    except ExportError as error:  # of the compressed network: the dense one was tried before the work
+        outcome = outcome.noted(f"Time is that of torch's eager mode: {error}.")
+        comparison = compared("eager")
     outcome.finish(
         out, comparison, report=files.report, kernels=kernel_values(kernels), filters=filter_values(result.plan),
         weights=work.whose,

@@ -17,11 +17,14 @@ from spectrim.cli.options import InputOptions, LayerOptions, NetworkOptions, Tra
 from spectrim.cli.references import UsageError
 from spectrim.cli.values import read_shape
 from spectrim.cost.latency import Latency
+from spectrim.cost.runtimes import runtime_of
 from spectrim.network.sites import Sites
 from spectrim.nn.find import find
+from spectrim.nn.timing import ready
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.report import accuracy
+from spectrim.report.measures import inputs as called_inputs
 from spectrim.train.batches import length, split
 
 
@@ -43,7 +46,7 @@ class Work:
         A batch as latency and memory are measured with; None without any batch or shape.
     latency
         How time is measured; None if nothing asks for it.
-    threads
+    threads, runtime
         As given.
     whose
         Whose weights the model has, in words.
@@ -65,6 +68,7 @@ class Work:
     whose: str = ""
     sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
     named: Mapping[str, str] = field(default_factory=dict)
+    runtime: str = "eager"
 
     @classmethod
     def load(
@@ -84,6 +88,10 @@ class Work:
             If something cannot be used; the message quotes it.
         """
         device = device_named(network.device, network.threads)
+        try:
+            runtime_of(network.runtime).check(device, torch.float32, "contiguous")
+        except (ImportError, ValueError) as error:
+            raise UsageError(f"--runtime {network.runtime}: {error}") from error
         dense = load_model(network.model, network.weights).to(device)
         sites = locate(dense, layers.skip, layers.only)
         train = training_batches(training.train, device) if training.train is not None else None
@@ -100,7 +108,9 @@ class Work:
             example = first_batch(data if data is not None else train or (), network.batch, str(name), dense)
         elif inputs.input_shape is not None:
             example = random_input(inputs.input_shape, network.batch, device)
-        clock = Latency(device=device, batch=network.batch) if timed else None
+        if example is not None:
+            ready(dense, called_inputs(dense, example), network.runtime)  # before there is anything that could be lost
+        clock = Latency(device=device, batch=network.batch, runtime=network.runtime) if timed else None
         named = {
             "model": network.model, "weights": network.weights, "calibration data": inputs.data,
             "training data": training.train, "test data": training.test,
@@ -118,6 +128,7 @@ class Work:
             whose_weights(network.model, network.weights),
             Sampling(inputs.rows or "auto", inputs.positions, inputs.mask),
             {role: str(text) for role, text in named.items() if text is not None},
+            network.runtime,
         )
 
     @property

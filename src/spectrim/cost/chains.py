@@ -15,17 +15,17 @@ channels, and one with a smaller kernel to pad or crop its input, is not timed.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from spectrim.cost.counted import require_inputs
 from spectrim.cost.rounds import FEWEST, Rounds, torch_threads
@@ -38,7 +38,7 @@ _BLOCK_MS = 2.0
 _BLOCK_CALLS = 50
 _CHILLED_S = 0.05  # a block's time with weights made cold in between, once it has three calls
 _POOL_BYTES = 64 * 2**20  # more than the last-level cache that one process usually gets
-_COPIES = 8  # of a weight; a layer so small that eight copies stay in the cache stays there in its network too
+COPIES = 8  # of a weight; a layer so small that eight copies stay in the cache stays there in its network too
 
 
 def calls(layers: Sequence[LayerSpec]) -> list[Chain]:
@@ -97,6 +97,7 @@ def measure(
     memory_format: str = "contiguous",
     rounds: int = 9,
     budget: float = 120.0,
+    runs: Callable[[Chain, Tensor, int, bool], list[Run]] | None = None,
     progress: Steps | None = None,
 ) -> list[float]:
     """Milliseconds of each chain: warm-up, then rounds over all chains, and the median of the undisturbed rounds.
@@ -113,25 +114,28 @@ def measure(
         ``contiguous`` or ``channels_last``; the latter applies to convolutions over two and three axes.
     budget
         Seconds after which no further round is begun; three are taken in any case.
+    runs
+        How a chain is run, of which the least time counts: :func:`ways` by default, or
+        :meth:`spectrim.cost.runtimes.Runtime.ways`.
     """
     block = _cuda_block if torch.device(device).type == "cuda" else _block
     with torch_threads(threads), torch.inference_mode():
         pool = number_pool(chains, dtype, device, batch)
-        found = [ways(chain, pool, batch, memory_format == "channels_last") for chain in chains]
-        runs = [run for several in found for run in several]
+        found = [(runs or ways)(chain, pool, batch, memory_format == "channels_last") for chain in chains]
+        timed = [run for several in found for run in several]
         counts = []
-        for run in runs:
+        for run in timed:
             run()
             counts.append(max(1, min(_BLOCK_CALLS, math.ceil(_BLOCK_MS / block(run, 1)))))
         turns = Rounds(rounds, most=3 * rounds, budget=budget)
         for turn in turns:
-            for index, (run, count) in enumerate(zip(runs, counts, strict=True)):
+            for index, (run, count) in enumerate(zip(timed, counts, strict=True)):
                 if turn < rounds or not turns.is_settled(index):
                     turns.begin(index)
                     turns.end(index, block(run, count))
                 if progress is not None and turn < rounds:
-                    progress(turn * len(runs) + index + 1, rounds * len(runs))
-    times = iter([statistics.median(turns[index].undisturbed()) for index in range(len(runs))])
+                    progress(turn * len(timed) + index + 1, rounds * len(timed))
+    times = iter([statistics.median(turns[index].undisturbed()) for index in range(len(timed))])
     return [min(itertools.islice(times, len(several))) for several in found]
 
 
@@ -163,10 +167,10 @@ def _cuda_block(run: Run, count: int) -> float:
 class Run:
     """One way to run a chain; ``chill`` makes its weights cold where it does not take turns with copies of them."""
 
-    call: Callable[[], Tensor]
+    call: Callable[[], object]
     chill: Callable[[], object] | None = None
 
-    def __call__(self) -> Tensor:
+    def __call__(self) -> Any:
         return self.call()
 
 
@@ -185,13 +189,13 @@ def _aligned(numel: int) -> int:
     return -(-numel // 64) * 64
 
 
-def _numel(chain: Chain) -> int:
+def numel_of(chain: Chain) -> int:
     return sum(_aligned(math.prod(_weight_shape(spec))) + _aligned(spec.out_channels) for spec in chain)
 
 
 def number_pool(chains: Sequence[Chain], dtype: torch.dtype, device: str, batch: int) -> Tensor:
     """Random numbers that all weights and inputs are views of, so that memory does not grow with the chains."""
-    sizes = [2 * _numel(chain) for chain in chains]
+    sizes = [2 * numel_of(chain) for chain in chains]
     sizes += [math.prod(_input_shape(chain[0], batch)) for chain in chains]
     numel = max([_POOL_BYTES // dtype.itemsize, *sizes])
     # A block of numbers repeated: drawing all of them would take longer than some measurements.
@@ -227,25 +231,19 @@ def _csr_run(chain: Chain, product: Callable[..., Tensor], pool: Tensor, batch: 
     x = _view(pool, 0, _input_shape(spec, batch), channels_last)
     onto = torch.zeros_like(product(packed, x, bias)) if isinstance(chain, Addend) else None
     entry = pool.itemsize + packed.col_indices().itemsize
-    between = (_COPIES - 1) * packed.values().numel() * entry // pool.itemsize
+    between = (COPIES - 1) * packed.values().numel() * entry // pool.itemsize
     return Run(lambda: product(packed, x, bias, onto), lambda: pool[:between].sum())
 
 
 def dense_run(chain: Chain, pool: Tensor, batch: int, channels_last: bool) -> Run:
     """Runs the chain with dense weights, others than the last time."""
-    view = functools.partial(_view, pool, channels_last=channels_last)
-    copies: list[list[tuple[Tensor, Tensor | None]]] = []
-    offset = 0
-    for _ in range(min(_COPIES, pool.numel() // _numel(chain))):
-        copies.append([])
-        for spec in chain:
-            weight = view(offset, _weight_shape(spec))
-            offset += _aligned(weight.numel())
-            copies[-1].append((weight, view(offset, (spec.out_channels,)) if spec.bias else None))
-            offset += _aligned(spec.out_channels)
+    copies, offset = [], 0
+    for _ in range(min(COPIES, pool.numel() // numel_of(chain))):
+        layers, offset = _weights(chain, pool, offset, channels_last)
+        copies.append(layers)
     operators = [_operator(spec) for spec in chain]
     turns = itertools.cycle(copies)
-    x = view(0, _input_shape(chain[0], batch))
+    x = _view(pool, 0, _input_shape(chain[0], batch), channels_last)
 
     def run() -> Tensor:
         y = x
@@ -257,6 +255,41 @@ def dense_run(chain: Chain, pool: Tensor, batch: int, channels_last: bool) -> Ru
         return Run(run)
     onto = torch.zeros_like(run())
     return Run(lambda: onto + run())
+
+
+class Operators(nn.Module):
+    """A chain of layers as one module with these weights; a second input is added to the output."""
+
+    def __init__(self, chain: Chain, layers: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        super().__init__()
+        self.operators = [_operator(spec) for spec in chain]
+        self.weights, self.biases = [weight for weight, _ in layers], [bias for _, bias in layers]
+
+    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+        for operator, weight, bias in zip(self.operators, self.weights, self.biases, strict=True):
+            x = operator(x, weight, bias)
+        return x if onto is None else x + onto
+
+
+def random_layers(chain: Chain, pool: Tensor, batch: int, channels_last: bool) -> tuple[Operators, tuple[Tensor, ...]]:
+    """A chain as a module, and inputs for it; all numbers are views of the pool."""
+    layers, _ = _weights(chain, pool, 0, channels_last)
+    x = _view(pool, 0, _input_shape(chain[0], batch), channels_last)
+    module = Operators(chain, layers).eval()
+    return module, (x, torch.zeros_like(module(x))) if isinstance(chain, Addend) else (x,)
+
+
+def _weights(
+    chain: Chain, pool: Tensor, offset: int, channels_last: bool
+) -> tuple[list[tuple[Tensor, Tensor | None]], int]:
+    """Weights and biases of the layers of a chain from some place of the pool on, and the place behind them."""
+    found: list[tuple[Tensor, Tensor | None]] = []
+    for spec in chain:
+        weight = _view(pool, offset, _weight_shape(spec), channels_last)
+        offset += _aligned(weight.numel())
+        found.append((weight, _view(pool, offset, (spec.out_channels,), channels_last) if spec.bias else None))
+        offset += _aligned(spec.out_channels)
+    return found, offset
 
 
 def _operator(spec: LayerSpec) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:

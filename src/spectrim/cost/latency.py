@@ -19,6 +19,7 @@ import torch
 
 from spectrim.cost.chains import calls, describe, measure
 from spectrim.cost.counted import macs, rank_multiple, register_width
+from spectrim.cost.runtimes import Runtime, runtime_of
 from spectrim.linalg.unfold import Unfolding
 from spectrim.network.files import remove_abandoned, write_text
 from spectrim.network.layer import LayerSpec
@@ -59,6 +60,9 @@ class Latency:
     device, dtype, threads, batch, memory_format
         How the network will be run. ``memory_format`` is ``contiguous`` or ``channels_last``; the latter applies to
         convolutions over two and three axes. ``threads`` matters on the CPU only.
+    runtime
+        What runs the network: ``"eager"``, ``"compile"`` (``torch.compile``), ``"onnxruntime"``, or a
+        :class:`spectrim.cost.runtimes.Runtime` of your own. Times of each are kept apart.
     cache
         Directory of the measured times; None keeps them in memory.
     register_width
@@ -69,12 +73,15 @@ class Latency:
     budget
         Seconds after which one ``prepare`` stops taking further rounds; at least three are taken.
     timer
-        Takes chains and the options above, gives milliseconds; :func:`spectrim.cost.chains.measure`.
+        Takes chains, the options above and ``runs``, how a chain is run; gives milliseconds.
+        :func:`spectrim.cost.chains.measure` by default.
 
     Raises
     ------
     ValueError
-        For an unknown memory format, or counts below one.
+        For an unknown memory format or runtime, what the runtime cannot run, or counts below one.
+    ImportError
+        If the runtime needs a package or a compiler that is not there.
     """
 
     device: str = "cpu"
@@ -84,6 +91,7 @@ class Latency:
     memory_format: str = "contiguous"
     cache: Path | None = field(default_factory=default_cache)
     register_width: int = field(default_factory=register_width)
+    runtime: Runtime | str = "eager"
     rounds: int = 9
     budget: float = 120.0
     timer: Callable[..., Sequence[float]] = field(default=measure, repr=False, compare=False)
@@ -95,9 +103,15 @@ class Latency:
         for name in ("threads", "batch", "register_width", "rounds"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 1")
+        self.runs.check(self.device, self.dtype, self.memory_format)
         if self.cache is not None:
             object.__setattr__(self, "cache", Path(self.cache))
             self._times.update(self._read())
+
+    @property
+    def runs(self) -> Runtime:
+        """What runs the network."""
+        return runtime_of(self.runtime)
 
     def __call__(self, specs: Sequence[LayerSpec]) -> float:
         """Milliseconds of one forward pass of the batch; several calls of a layer in one pass add up.
@@ -138,6 +152,7 @@ class Latency:
             "memory_format": self.memory_format,
             "register_width": self.register_width,
             "torch": str(torch.__version__),
+            **self.runs.facts(),
         }
 
     def interpolation_error(self, spec: LayerSpec, how: Unfolding, ranks: Sequence[int]) -> dict[int, float]:
@@ -163,6 +178,7 @@ class Latency:
             memory_format=self.memory_format,
             rounds=self.rounds,
             budget=self.budget,
+            runs=self.runs.ways,
             progress=progress,
         )
         return dict(zip(chains, map(float, taken), strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import sys
 import tempfile
@@ -19,11 +20,16 @@ from spectrim.cost.latency import Latency
 from spectrim.cost.latency import device_name as device_name
 from spectrim.cost.rounds import Rounds, Timing, torch_threads
 from spectrim.cost.rounds import Speed as Speed
+from spectrim.cost.runtimes import Runtime as Runtime
+from spectrim.cost.runtimes import runtime_of as runtime_of
+from spectrim.errors import ExportError
 from spectrim.nn.copying import copy_model
 from spectrim.nn.sparse.kernels import choose_kernels
 from spectrim.nn.watch.nesting import copied
 from spectrim.nn.watch.state import ALONE
 from spectrim.progress import Steps, reports_steps, told
+
+_REASON = 200  # characters of what another library says that are passed on
 
 
 @reports_steps
@@ -34,6 +40,8 @@ def measure_latency(
     repeats: int = 30,
     warmup: int = 3,
     threads: int | None = None,
+    runtime: Runtime | str = "eager",
+    seconds: float = math.inf,
     progress: Steps | bool | None = None,
 ) -> dict[str, Timing]:
     """Time models side by side: in each repeat every model runs once, so that a busy moment hits all of them.
@@ -52,6 +60,10 @@ def measure_latency(
         Timed and untimed runs of each model.
     threads
         Of the CPU's operators; None leaves the number as it is.
+    runtime
+        What runs the models, as for :class:`spectrim.Latency`. Each is exported or compiled before the first repeat.
+    seconds
+        After which no further repeat is begun; three are made in any case.
     progress
         True for a bar, or a function called with the repeats done and their number.
 
@@ -59,26 +71,30 @@ def measure_latency(
     ------
     ValueError
         For no model or fewer than one repeat.
+    ExportError
+        If a model cannot be exported or compiled for the runtime; the message says why.
     """
     if not models or repeats < 1:
         raise ValueError(
             f"measuring needs a model and at least one repeat; got {len(models)} models, repeats={repeats}"
         )
-    prepared = _caller(example)
-    rounds = Rounds(repeats, warmup=warmup)
+    args, kwargs = called_with(example)
+    rounds = Rounds(repeats, warmup=warmup, budget=seconds)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch_threads(threads))
         stack.enter_context(torch.inference_mode())
         for model in models.values():
             stack.enter_context(_evaluating(model))
         wait = {name: _waiter(model) for name, model in models.items()}
+        runs = {name: ready(model, example, runtime) for name, model in models.items()}
         for turn in rounds:
             # In another order each time: the first to run finds the caches as the last has left them.
-            for name, model in list(models.items())[:: -1 if turn % 2 else 1]:
-                call = prepared(model)
+            for name, run in list(runs.items())[:: -1 if turn % 2 else 1]:
+                # Each has its own inputs, which the model may write into.
+                own, named = copied(args), copied(kwargs)
                 wait[name]()
                 rounds.begin(name)
-                call()
+                run(*own, **named)
                 wait[name]()
                 rounds.end(name)
             if turn >= 0:
@@ -92,19 +108,19 @@ def peak_memory(model: nn.Module, example: Any) -> int:
     On the CPU the allocations that ``torch.profiler`` records are added up, which covers what torch's allocator hands
     out, also inside operators. On a GPU it is what the caching allocator reports.
     """
-    prepared = _caller(example)
+    args, kwargs = called_with(example)
     device = _device(model)
     with _evaluating(model), torch.inference_mode():
-        prepared(model)()  # what is made once and kept does not count
+        model(*copied(args), **copied(kwargs))  # what is made once and kept does not count
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
-            call = prepared(model)
+            call = functools.partial(model, *copied(args), **copied(kwargs))
             before = torch.cuda.memory_allocated(device)
             call()
             torch.cuda.synchronize(device)
             return torch.cuda.max_memory_allocated(device) - before
-        call = prepared(model)
+        call = functools.partial(model, *copied(args), **copied(kwargs))
         profile = torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
         )
@@ -142,18 +158,45 @@ def same_layers(first: nn.Module, second: nn.Module) -> bool:
     return made_of(first) == made_of(second)
 
 
-def _caller(example: Any) -> Callable[[nn.Module], Callable[[], Any]]:
-    """What prepares a call of a model: each has its own inputs, which the model may write into."""
+def called_with(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and keyword arguments that an example stands for.
+
+    Raises
+    ------
+    TypeError
+        For anything but a tensor, a tuple or a dict.
+    """
     if isinstance(example, Tensor):
-        return lambda model: functools.partial(model, copied(example))
+        return (example,), {}
     if isinstance(example, Mapping):
-        return lambda model: functools.partial(model, **copied(example))
+        return (), dict(example)
     if isinstance(example, (tuple, list)):
-        return lambda model: functools.partial(model, *copied(example))
+        return tuple(example), {}
     raise TypeError(
         f"example is a {type(example).__name__}; expected one batch as a tensor, a tuple of positional arguments or a "
         "dict of keyword arguments"
     )
+
+
+def ready(model: nn.Module, example: Any, runtime: Runtime | str) -> Callable[..., object]:
+    """A model as a runtime runs it, in evaluation and inference mode, on batches of the shapes of an example.
+
+    Raises
+    ------
+    ExportError
+        If it cannot be exported or compiled; the message says why.
+    """
+    args, kwargs = called_with(example)
+    how = runtime_of(runtime)
+    try:
+        with _evaluating(model), torch.inference_mode():
+            return how.ready(model, copied(args), copied(kwargs))
+    except Exception as error:  # of other libraries: anything
+        first = next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), "")
+        said = f"{type(error).__name__}: {first}"[:_REASON]
+        raise ExportError(
+            f"{type(model).__name__} cannot be run by {how.name} ({said}): choose another runtime to measure time with"
+        ) from error
 
 
 def _device(model: nn.Module) -> torch.device:
@@ -201,7 +244,9 @@ def as_timed(model: nn.Module, latency: Latency) -> nn.Module:
 
 
 def as_run(small: nn.Module, example: Any, latency: Latency) -> nn.Module:
-    """A compressed model in the memory format that is measured, its sparse layers run by their fastest kernels."""
+    """A compressed model in the memory format that is measured, its sparse layers run by their fastest kernels where
+    modules are what runs."""
     small = as_timed(small, latency)
-    choose_kernels(small, example, threads=latency.threads)
+    if latency.runs.runs_modules:
+        choose_kernels(small, example, threads=latency.threads)
     return small

@@ -94,6 +94,11 @@ class Report(Printed):
         how = Speed.of_equals if unchanged else Speed.of
         return how(self.measured["dense"], self.measured["compressed"])
 
+    @property
+    def runtime(self) -> str:
+        """What ran the networks that were measured."""
+        return str(self.plan.facts.get("runtime", "eager"))
+
     def rows(self) -> list[dict[str, Any]]:
         """Costs of the whole network as plain values, one dict a cost, those that the budget limits first.
 
@@ -123,7 +128,7 @@ class Report(Printed):
         for row in self.rows():
             unit = "latency" if row["measured"] else row["cost"]
             fewer = str(self.speed) if row["measured"] else f"{row['ratio']:.2f}x"
-            name = cost_name(row["cost"])
+            name = cost_name(row["cost"]) + (f", {self.runtime}" if row["measured"] else "")
             lines.append(
                 [name, *(amount(unit, row[key]) for key in ("dense", "compressed")),
                  share(row["compressed"], row["dense"]), fewer]

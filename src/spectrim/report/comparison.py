@@ -13,7 +13,7 @@ from spectrim.errors import called_as
 from spectrim.network.printing import Grid, Printed
 from spectrim.network.printing import show as show
 from spectrim.nn.surgery import parameter_count
-from spectrim.nn.timing import Speed, Timing, measure_latency, peak_memory, same_layers
+from spectrim.nn.timing import Runtime, Speed, Timing, measure_latency, peak_memory, runtime_of, same_layers
 from spectrim.nn.watch.batches import Feed
 from spectrim.progress import Steps
 from spectrim.report.machine import machine_facts
@@ -171,8 +171,10 @@ class Comparison(Printed):
         }
 
     def to_rows(self) -> list[tuple[str, str, str, str]]:
-        """``(metric, dense, compressed, change)`` as text."""
-        return [(r.metric, r.show(r.dense), r.show(r.compressed), r.change + r.spread) for r in self.rows]
+        """``(metric, dense, compressed, change)`` as text; what ran the networks is named beside their times."""
+        runtime = self.facts.get("runtime")
+        names = {r: f"{r.metric}, {runtime}" if runtime and r.unit == "ms" else r.metric for r in self.rows}
+        return [(names[r], r.show(r.dense), r.show(r.compressed), r.change + r.spread) for r in self.rows]
 
     def to_text(self) -> str:
         """A plain aligned table."""
@@ -191,12 +193,14 @@ class Comparison(Printed):
 @overload
 def compare(
     dense: nn.Module, compressed: nn.Module, example: Any, *, evaluate: Evaluate | None = None, score: str = "accuracy",
-    repeats: int = 30, threads: int | None = None, progress: Steps | bool | None = None,
+    repeats: int = 30, threads: int | None = None, runtime: Runtime | str = "eager",
+    progress: Steps | bool | None = None,
 ) -> Comparison: ...  # fmt: skip
 @overload
 def compare(
     dense: nn.Module, compressed: Mapping[str, nn.Module], example: Any, *, evaluate: Evaluate | None = None,
-    score: str = "accuracy", repeats: int = 30, threads: int | None = None, progress: Steps | bool | None = None,
+    score: str = "accuracy", repeats: int = 30, threads: int | None = None, runtime: Runtime | str = "eager",
+    progress: Steps | bool | None = None,
 ) -> SideBySide: ...  # fmt: skip
 @called_as(
     "Write compare(dense, compressed, example), with one batch of inputs",
@@ -212,6 +216,7 @@ def compare(
     score: str = "accuracy",
     repeats: int = 30,
     threads: int | None = None,
+    runtime: Runtime | str = "eager",
     progress: Steps | bool | None = None,
 ) -> Comparison | SideBySide:
     """Measure a model, or several by their names, beside the dense one.
@@ -231,6 +236,8 @@ def compare(
         Timed runs of each model, taken in turns; 0 leaves latency out.
     threads
         Of the CPU while latency is measured; None leaves the number as it is.
+    runtime
+        What runs the models while latency is measured, as for :class:`spectrim.Latency`.
     progress
         True for a bar, or a function called with the timed repeats done and their number.
 
@@ -251,8 +258,9 @@ def compare(
             f"the models to compare are named {', '.join(map(repr, others)) or 'nothing'}: give at least one, and "
             "another name than 'dense', which is the first model's"
         )
-    found, timings = _measure({"dense": dense, **others}, example, evaluate, score, repeats, threads, progress)
-    samples, facts = _samples(dense, example), _facts(threads)
+    clock = {"repeats": repeats, "threads": threads, "runtime": runtime, "progress": progress}
+    found, timings = _measure({"dense": dense, **others}, example, evaluate, score, clock)
+    samples, facts = _samples(dense, example), _facts(threads, runtime)
     comparisons = {}
     for name, model in others.items():
         how = Speed.of_equals if same_layers(dense, model) else Speed.of
@@ -283,7 +291,8 @@ def measure(
     progress: Steps | bool | None = None,
 ) -> Measurements:
     """Measure one model; see :func:`compare` for parameters and rows."""
-    found, _ = _measure({"model": model}, example, evaluate, score, repeats, threads, progress)
+    clock = {"repeats": repeats, "threads": threads, "progress": progress}
+    found, _ = _measure({"model": model}, example, evaluate, score, clock)
     return Measurements(found["model"], _samples(model, example), _facts(threads))
 
 
@@ -296,9 +305,7 @@ def _measure(
     example: Any,
     evaluate: Evaluate | None,
     score: str,
-    repeats: int,
-    threads: int | None,
-    progress: Steps | bool | None,
+    clock: Mapping[str, Any],
 ) -> tuple[dict[str, tuple[Line, ...]], Mapping[str, Timing]]:
     lines: dict[str, list[Line]] = {}
     for name, model in models.items():
@@ -311,14 +318,15 @@ def _measure(
             Line("peak memory", "B", float(peak_memory(model, inputs(model, example)))),
         ]
     timings: Mapping[str, Timing] = {}
-    if repeats > 0:
+    if clock["repeats"] > 0:
         # One call for all models: they take turns, so that a busy moment hits each of them.
         first = next(iter(models.values()))
-        timings = measure_latency(models, inputs(first, example), repeats=repeats, threads=threads, progress=progress)
+        timings = measure_latency(models, inputs(first, example), **clock)
         for name, timing in timings.items():
             lines[name] += [Line(_MEDIAN, "ms", timing.p50), Line("latency p90", "ms", timing.p90)]
     return {name: tuple(found) for name, found in lines.items()}, timings
 
 
-def _facts(threads: int | None) -> dict[str, str]:
-    return {**machine_facts(), **({"threads": str(threads)} if threads is not None else {})}
+def _facts(threads: int | None, runtime: Runtime | str = "eager") -> dict[str, str]:
+    facts = {**machine_facts(), **({"threads": str(threads)} if threads is not None else {})}
+    return facts | {name: str(value) for name, value in runtime_of(runtime).facts().items()}

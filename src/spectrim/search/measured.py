@@ -77,7 +77,9 @@ def meet_latency(
         key = tuple(entry.choice for entry in plan)
         if key not in known:
             trial = as_run(apply(model, sites, plan, methods=methods), example, latency)
-            known[key] = measure_latency({"dense": dense, "compressed": trial}, example, threads=latency.threads)
+            known[key] = measure_latency(
+                {"dense": dense, "compressed": trial}, example, threads=latency.threads, runtime=latency.runtime
+            )
         measured = known[key]
         if limit is None or asked is None:
             return plan, measured
