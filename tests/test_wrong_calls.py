@@ -99,7 +99,7 @@ def test_an_optimizer_is_not_emptied_for_a_network_it_has_nothing_to_do_with() -
     ("options", "said"),
     [
         ({"seconds": 5}, "give methods='auto' too"),
-        ({"methods": "auto", "min_agreement": 0.9}, "takes neither a tolerance"),
+        ({"methods": "auto", "groups": True}, "takes no groups=True"),
         ({"methods": "Auto"}, "methods='auto', in small letters"),
     ],
 )

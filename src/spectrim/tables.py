@@ -118,6 +118,58 @@ def default_methods(sites: Sites) -> list[Method]:
     return [*methods, JointSVD("left"), JointSVD("right")] if sites.groups else methods
 
 
+def parted(table: Candidates, name: str) -> Candidates:
+    """What one method offers of a table, and the dense options."""
+    removes = any(row.of_channels and any(o.choice.method == name for o in row.options) for row in table.rows)
+    rows: list[Row] = []
+    fixed = dict(table.fixed)
+    for row in table.rows:
+        options = tuple(o for o in row.options if o.choice.is_dense or o.choice.method == name)
+        if row.of_channels and not removes:
+            # What the layers that hold channels cost is no longer counted twice.
+            fixed = {cost: value + row.dense.costs[cost] for cost, value in fixed.items()}
+        elif len(options) > 1 or not row.members:
+            spectra = {key: values for key, values in row.spectra.items() if key.startswith(f"{name}/")}
+            rows.append(dataclasses.replace(row, options=options, spectra=spectra))
+    methods = {key: record for key, record in table.methods.items() if key == name}
+    return dataclasses.replace(table, rows=Rows(rows), fixed=fixed, methods=methods)
+
+
+def merged(tables: Sequence[Candidates]) -> Candidates:
+    """One table of what several tables of the same sites offer, each of other methods, at most one of channels.
+
+    Raises
+    ------
+    ValueError
+        If they report errors in different units.
+    """
+    units = {table.unit for table in tables if table.unit}
+    if len(units) > 1:
+        raise ValueError(f"tables report errors in different units ({', '.join(sorted(units))})")
+    rows: dict[str, list[Row]] = {}
+    for row in (row for table in tables for row in table.rows):
+        rows.setdefault(row.site, []).append(row)
+    whole = next((table for table in tables if any(row.of_channels for row in table.rows)), tables[0])
+    # Groups come after the sites, coupled channels last.
+    of_groups = [name for name, several in rows.items() if several[0].members]
+    of_channels = [name for name, several in rows.items() if several[0].of_channels]
+    singles = [name for name in rows if name not in {*of_groups, *of_channels}]
+    return dataclasses.replace(
+        whole,
+        rows=Rows(_together(rows[name]) for name in (*singles, *of_groups, *of_channels)),
+        unit=units.pop() if units else "",
+        methods={name: record for table in tables for name, record in table.methods.items()},
+    )
+
+
+def _together(rows: Sequence[Row]) -> Row:
+    """One row of rows of one site; losses are counted as in the first that offers anything."""
+    first = next((row for row in rows if len(row.options) > 1), rows[0])
+    options = (first.dense, *(option for row in rows for option in row.options[1:]))
+    spectra = {name: values for row in rows for name, values in row.spectra.items()}
+    return dataclasses.replace(first, options=options, spectra=spectra)
+
+
 def retabulate(candidates: Candidates, sites: Sites, methods: Sequence[Method]) -> Candidates:
     """The same table for other weights: errors are computed again, costs are taken over.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 COMPRESS = ("compress", "nets:tiny", "--only", "wide", "--budget", "macs=60%")
@@ -10,8 +12,16 @@ DATA = ("--data", "nets:batches")
 
 def test_the_best_of_several_sets(run) -> None:
     said = " ".join(run(*COMPRESS, *DATA, "--compete", "--out", "small").output.split())
-    assert "methods that competed, by what the network lost: low rank:" in said
-    assert "filters, then low rank:" in said
+    assert "methods that competed" in said
+    assert "filters, then low rank" in said
+    assert "chosen" in said
+
+
+def test_the_smallest_within_a_tolerance(run) -> None:
+    options = ("compress", "nets:tiny", "--only", "wide", *DATA, "--compete", "--min-agreement", "0.9", "--json")
+    told = json.loads(run(*options, "--out", "small").stdout)
+    assert [arm["chosen"] for arm in told["arms"]].count(True) == 1
+    assert any("the tolerance is met" in note for note in told["notes"])
 
 
 def test_no_further_set_after_some_seconds(run) -> None:
@@ -25,7 +35,7 @@ def test_no_further_set_after_some_seconds(run) -> None:
         (("--input", "1x8x8", "--compete"), "give --data"),
         ((*DATA, "--seconds", "5"), "give --compete too"),
         ((*DATA, "--compete", "--method", "weight-svd"), "does not combine with --compete"),
-        ((*DATA, "--compete", "--min-agreement", "0.9"), "does not combine with --compete"),
+        ((*DATA, "--compete", "--multiple-of", "4"), "does not combine with --compete"),
     ],
 )
 def test_what_does_not_go_together(run, options: tuple[str, ...], said: str) -> None:

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +16,38 @@ from torch import nn
 import spectrim as st
 from spectrim.errors import PlanError
 from spectrim.methods import ActivationSVD, LowRankPlusSparse, PrincipalFilters, WeightSVD
-from spectrim.search.arms import Arm, best, usual
+from spectrim.network.choices import LowRankChoice
+from spectrim.nn.agreement import Agreement
+from spectrim.search.arms import HOPELESS, Arm, Contest, usual
+from spectrim.search.judge import Verdict
+from spectrim.search.stepwise import TooMuchLostError
+from spectrim.selection.plan import Entry, Plan
+from spectrim.tables import merged, parted
 
 ARMS = [Arm("a"), Arm("b"), Arm("c")]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A plan with one entry and a predicted loss."""
+
+    plan: Plan
+
+
+def draft(name: str, predicted: float = 1.0) -> Draft:
+    """A plan of its own."""
+    entry = Entry(name, "linear", LowRankChoice("channel", 1, method="svd"), 0.1, {"macs": 1.0}, {"macs": 2.0})
+    return Draft(Plan((entry,), {"macs": 1.0}, {"macs": 2.0}, {}, loss=predicted))
+
+
+def contest(losses: Mapping[str, float], predicted: Mapping[str, float] = MappingProxyType({}), **more: Any) -> Any:
+    """Networks are names; what each loses is known."""
+    return Contest(
+        planned=lambda arm, most: draft(arm.name, predicted.get(arm.name, 1.0)),
+        made=lambda arm, draft: arm.name,
+        judged=lambda name: Verdict(losses[name], 0.0, losses[name]),
+        **more,
+    )
 
 
 def network() -> nn.Sequential:
@@ -26,29 +60,86 @@ BATCHES = list(torch.randn(128, 12, generator=torch.Generator().manual_seed(0)).
 
 def test_the_least_loss_wins_and_all_are_told() -> None:
     losses = {"a": 0.3, "b": 0.1, "c": 0.2}
-    winner, tried = best(ARMS, lambda arm: arm.name, losses.__getitem__)
+    winner, tried = contest(losses).best(ARMS)
     assert winner == "b"
     assert {each.name: each.loss for each in tried} == losses
+    assert [each.chosen for each in tried] == [False, True, False]
+    assert str(tried[1]).endswith("; chosen")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_winner_is_never_worse_than_any_network_that_was_made(seed: int) -> None:
+    draw = random.Random(seed)
+    losses, predicted = ({arm.name: draw.random() for arm in ARMS} for _ in range(2))
+    winner, tried = contest(losses, predicted).best(ARMS)
+    made = {each.name: each.loss for each in tried if each.loss < math.inf}
+    assert losses[winner] == min(made.values())
+    # What was not made is what its table calls hopeless.
+    assert made.keys() == {name for name in predicted if predicted[name] <= HOPELESS * min(predicted.values())}
 
 
 def test_a_refused_arm_is_a_note() -> None:
-    def made(arm: Arm) -> str:
+    def planned(arm: Arm, most: float) -> Draft:
         if arm.name == "a":
             raise PlanError("it has no layer")
-        return arm.name
+        return draft(arm.name)
 
-    winner, tried = best(ARMS, made, {"b": 0.3, "c": 0.2}.__getitem__)
+    refusing = replace(contest({"b": 0.3, "c": 0.2}), planned=planned)
+    winner, tried = refusing.best(ARMS)
     assert winner == "c"
     assert tried[0].loss == math.inf
     assert str(tried[0]) == "a: refused, it has no layer"
     with pytest.raises(PlanError, match="no layer"):
-        best(ARMS[:1], made, lambda name: 0.0)
+        refusing.best(ARMS[:1])
 
 
-def test_after_the_seconds_no_arm_is_begun() -> None:
-    winner, tried = best(ARMS, lambda arm: arm.name, lambda name: 1.0 if name == "a" else 0.0, seconds=0)
+def test_what_is_hopeless_or_the_same_is_skipped_and_says_so() -> None:
+    losses = {"a": 0.3, "b": 0.1, "c": 0.2}
+    _, tried = contest(losses, {"a": 4.0, "b": 2.0, "c": 2.0 * HOPELESS}).best(ARMS)
+    assert [each.note for each in tried] == ["skipped: its table predicts 2 times the loss", "", ""]
+    same = replace(contest(losses), planned=lambda arm, most: draft("same"))
+    _, tried = same.best(ARMS)
+    assert [each.note for each in tried] == ["", *2 * ["skipped: the same plan as a"]]
+
+    def planned(arm: Arm, most: float) -> Draft:
+        if arm.name == "c":
+            raise TooMuchLostError(7.0, most)
+        return draft(arm.name, 2.0)
+
+    _, tried = replace(contest(losses), planned=planned).best(ARMS)
+    assert tried[2].note == "skipped: its table predicts 3.5 times the loss"
+
+
+def test_after_the_seconds_no_arm_is_begun_and_progress_says_what_is_tried() -> None:
+    said: list[str] = []
+    winner, tried = contest({"a": 1.0}).best(ARMS, seconds=0, progress=lambda what, done, total: said.append(what))
     assert winner == "a"
     assert [each.note for each in tried] == ["", "not tried, as 0 s were over", "not tried, as 0 s were over"]
+    assert said == ["a: plan", "a: carry out"]
+
+
+def test_the_first_that_is_enough_ends_the_search() -> None:
+    winner, tried = contest({"a": 0.3, "b": 0.2}, {"a": 1.1}, enough=lambda name: name == "b").best(ARMS[:2])
+    assert winner == "b"
+    assert tried[0].note == "not needed: another network is good enough"
+
+
+def judged_on(*parts: float) -> Verdict:
+    return Verdict(agreement=Agreement(len(parts), 0.1, 1.0, divergence=sum(parts) / len(parts), parts=parts))
+
+
+def test_what_lost_no_more_by_chance_goes_to_the_simpler_network() -> None:
+    verdicts = {
+        "a": judged_on(0.1, 0.5, 0.3, 0.3),
+        "b": judged_on(0.3, 0.2, 0.3, 0.3),
+        "c": judged_on(0.4, 0.6, 0.4, 0.4),
+    }
+    size = {"a": 1.0, "b": 2.0, "c": 0.0}
+    winner, tried = replace(contest({}, size=size.__getitem__), judged=verdicts.__getitem__).best(ARMS)
+    # b lost less than a by chance; c, which is the simplest, lost more on every sample.
+    assert winner == "a"
+    assert tried[0].outcome == "chosen; b lost less, within the standard error, and is not simpler"
+    assert "0.275 \u00b1 0.025" in str(tried[1])
 
 
 def test_auto_shares_factors_where_parameters_are_limited() -> None:
@@ -59,21 +150,61 @@ def test_auto_shares_factors_where_parameters_are_limited() -> None:
     assert all("not tried" in arm.note for arm in others)
 
 
-def test_auto_is_the_best_of_its_arms() -> None:
+def test_auto_is_the_best_of_its_arms_and_prints_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spectrim.search.arms.HOPELESS", math.inf)
     model, budget = network(), "macs=50%"
     result = st.compress(model, BATCHES, budget, methods="auto", sensitivity=False)
     arms, agreement = result.report.arms, result.report.agreement
     assert [arm.name for arm in arms] == [arm.name for arm in usual(["macs"])]
     assert agreement is not None
-    assert agreement.divergence == min(arm.loss for arm in arms) < math.inf
-    assert "methods that competed" in str(result.report)
+    made = [arm for arm in arms if arm.loss < math.inf]
+    chosen = next(arm for arm in made if arm.chosen)
+    assert agreement.divergence == chosen.loss
+    # Less than the best by no more than chance.
+    assert chosen.loss == min(arm.loss for arm in made) or "standard error" in chosen.note
+    lines = str(result).splitlines()
+    head = next(n for n, line in enumerate(lines) if line.startswith("methods that competed"))
+    assert [line.split("  ")[0] for line in lines[head + 2 : head + 2 + len(arms)]] == [arm.name for arm in arms]
+    assert "chosen" in lines[head + 2 + arms.index(chosen)]
     assert result.plan.costs["macs"] <= 0.5 * result.plan.dense_costs["macs"]
     # An arm does what it does alone.
-    alone = [PrincipalFilters(), ActivationSVD(), WeightSVD()]
-    single = st.compress(model, BATCHES, budget, methods=alone, sensitivity=False).report.agreement
-    assert single is not None
-    filters = next(arm for arm in arms if arm.name == "filters, then low rank")
-    assert single.divergence == pytest.approx(filters.loss, rel=1e-6)
+    for arm, methods in ((arms[0], None), (arms[-1], [PrincipalFilters(), ActivationSVD(), WeightSVD()])):
+        single = st.compress(model, BATCHES, budget, methods=methods, sensitivity=False)
+        assert single.plan.loss == pytest.approx(arm.predicted)
+        if arm in made:
+            assert single.report.agreement is not None
+            assert single.report.agreement.divergence == pytest.approx(arm.loss, rel=1e-6)
+
+
+def test_a_table_is_the_sum_of_its_methods() -> None:
+    model = network()
+    sites = st.calibrate(model, st.couple(model, st.find(model), BATCHES[0]), BATCHES)
+    several = [ActivationSVD(), WeightSVD(), PrincipalFilters()]
+    whole = st.tabulate(sites, several)
+    again = merged([parted(whole, method.name) for method in several])
+    assert again.rows == whole.rows
+    assert again.fixed == pytest.approx(whole.fixed)
+    low_rank = merged([parted(whole, method.name) for method in several[:2]])
+    plain = st.tabulate(sites, several[:2])
+    assert low_rank.rows == plain.rows
+    assert low_rank.fixed == pytest.approx(plain.fixed)
+    assert low_rank.methods == plain.methods
+
+
+def test_the_smallest_network_of_any_arm_holds_the_tolerance() -> None:
+    model = network()
+    result = st.compress(model, BATCHES, methods="auto", min_agreement=0.9, sensitivity=False)
+    verdict = result.report.verdict
+    assert verdict is not None
+    assert verdict.agreed is not None
+    assert verdict.agreed >= 0.9
+    chosen = next(arm for arm in result.report.arms if arm.chosen)
+    assert chosen.costs["macs"] == result.plan.costs["macs"] < result.plan.dense_costs["macs"]
+    # No larger than what the default methods come to.
+    alone = st.compress(model, BATCHES, min_agreement=0.9, sensitivity=False)
+    assert result.plan.costs["macs"] <= 1.1 * alone.plan.costs["macs"]
+    over = st.compress(model, BATCHES, methods="auto", min_agreement=0.9, sensitivity=False, seconds=0)
+    assert "the search ended after 0 s" in over.report.notes
 
 
 def test_the_arms_are_judged_by_the_metric_where_there_is_one() -> None:
@@ -89,8 +220,8 @@ def test_the_arms_are_judged_by_the_metric_where_there_is_one() -> None:
 
 
 def test_what_cannot_be_meant() -> None:
-    with pytest.raises(ValueError, match=r"methods='auto' lets sets of methods compete"):
-        st.compress(network(), BATCHES, methods="auto", min_agreement=0.9)
+    with pytest.raises(ValueError, match="takes no groups=True"):
+        st.compress(network(), BATCHES, "macs=50%", methods="auto", groups=True)
     with pytest.raises(ValueError, match="seconds is -1"):
         st.compress(network(), BATCHES, "macs=50%", methods="auto", seconds=-1)
     assert any(isinstance(method, LowRankPlusSparse) for method in usual(["bytes"])[1].methods or ())

@@ -109,7 +109,7 @@ def _check(context: typer.Context, methods: Methods, goal: options.GoalOptions, 
     if goal.compete:
         refuse(
             context,
-            {"method", "multiple_of", "plan", "max_drop", "min_agreement", *_SHARING},
+            {"method", "multiple_of", "plan", *_SHARING},
             "does not combine with --compete",
         )
         if inputs.data is None:

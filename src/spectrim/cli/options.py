@@ -380,12 +380,12 @@ class GoalOptions:
         typer.Option(
             "--compete",
             help="Let several sets of methods make a network each (low rank, chains, filters first, sparse) and keep "
-            "the one that loses least on held-out samples of --data.",
+            "the one that loses least on held-out samples of --data, or with a tolerance the smallest that holds it.",
         ),
     ] = False
     seconds: Annotated[
         float | None,
-        typer.Option("--seconds", metavar="S", help="With --compete: try no further set after so long."),
+        typer.Option("--seconds", metavar="S", help="With --compete: begin nothing further after so long."),
     ] = None
     cost: Costs = None
     recipe: Annotated[

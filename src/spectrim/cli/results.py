@@ -56,6 +56,11 @@ def write_result(result: Result, folder: Path) -> dict[str, Path]:
     return files
 
 
+def _plain(agreed: Agreement) -> dict[str, Any]:
+    """Figures of an agreement, without what each sample adds."""
+    return {name: value for name, value in dataclasses.asdict(agreed).items() if name != "parts"}
+
+
 @dataclass(frozen=True)
 class Outcome:
     """A compression, as far as it has come.
@@ -161,14 +166,17 @@ class Outcome:
                 ],
                 "scores": dict(self.scores),
                 "comparison": comparison.to_dict(),
-                "agreement": None if agreed is None else dataclasses.asdict(agreed),
+                "agreement": None if agreed is None else _plain(agreed),
                 "skipped": [{"name": s.name, "kind": s.kind, "reason": s.reason} for s in self.result.sites.skipped],
+                "arms": [arm.record() for arm in self.result.report.arms],
                 "notes": list(notes),
                 "load": load,
                 **more,
             }
         )
         out.table(["", ">dense", ">compressed", "change"], comparison.to_rows())
+        if (competed := self.result.report.competed).rows:
+            out.table(competed.columns, competed.rows)
         for note in notes:
             out.prose(note)
         out.print(f"\nWritten to {self.folder}:")

@@ -132,6 +132,12 @@ class Request:
         """Whether latency has to be measured."""
         return self.guard or (self.budget is not None and self.budget.latency is not None)
 
+    def tolerance(self, work: Work) -> tuple[Tolerance | None, Judge]:
+        """What may be lost, and what tells it: accuracy where a drop of it is limited, else the outputs."""
+        judge = Judge(work.score)
+        tolerance = Tolerance.of(self.max_drop, self.min_agreement, judge)
+        return tolerance, judge.knowing(work.dense) if self.max_drop is not None else Judge()
+
     def fitted(self, sites: Sites, calibrated: bool) -> Request:
         """The request with the groups and, where filters were removed, the methods that its plan was made with."""
         if self.plan is None:
@@ -220,20 +226,24 @@ def _kept(out: Output, result: Result, work: Work, held: RunFolder) -> Result:
 
 
 def _best(out: Output, request: Request, work: Work) -> Result:
-    """The network of the set of methods that loses least."""
-    assert request.budget is not None
+    """The network of the set of methods that loses least, or the smallest one within a tolerance."""
     sites = work.sites
     try:
         sites = with_channels(work.dense, sites, work.example)
     except (UsageError, SpectrimError) as error:
         out.say(f"no filters are removed: {error}")
     known = prepared(out, work, sites, False, weigh=True)
-    arms = usual(request.budget.costs, (layer.spec for layer in sites))
+    arms = usual(request.budget.costs if request.budget else (), (layer.spec for layer in sites))
+    options: dict[str, Any] = {"guard": request.guard, "selector": request.selector, "costs": request.costs}
+    tolerance, judge = request.tolerance(work)
     with out.progress() as show:
-        return shrink_best(
-            work.dense, known, request.budget, arms, Judge(), request.seconds, guard=request.guard,
-            selector=request.selector, progress=show, costs=request.costs,
-        )  # fmt: skip
+        if tolerance is not None:
+            return shrink_within(
+                work.dense, known, request.budget, tolerance, judge, arms=arms, seconds=request.seconds, progress=show,
+                **options,
+            )  # fmt: skip
+        assert request.budget is not None
+        return shrink_best(work.dense, known, request.budget, arms, judge, request.seconds, progress=show, **options)
 
 
 def _compressed(out: Output, request: Request, work: Work) -> Result:
@@ -247,9 +257,8 @@ def _compressed(out: Output, request: Request, work: Work) -> Result:
     if removing or (request.plan is not None and removals(request.plan)):
         sites = with_channels(work.dense, sites, work.example)
     known = prepared(out, work, sites, request.groups, weigh=True)
-    tolerance = Tolerance.of(request.max_drop, request.min_agreement, judge := Judge(work.score))
+    tolerance, judge = request.tolerance(work)
     if tolerance is not None:
-        judge = judge.knowing(work.dense) if request.max_drop is not None else Judge()
         with out.progress() as show:
             return shrink_within(
                 work.dense, known, request.budget, tolerance, judge, methods=request.methods, guard=request.guard,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
@@ -42,6 +42,9 @@ class Agreement:
     divergence
         Kullback-Leibler divergence of the classes' probabilities from the dense network's, in nats, a mean over rows;
         None for outputs that are no scores of classes.
+    parts
+        What each sample adds to the divergence, or to the squared error where there is none, times the number of
+        samples: their mean is what is lost. Empty where outputs do not have the samples first.
     """
 
     samples: int
@@ -49,6 +52,26 @@ class Agreement:
     top1: float | None = None
     held_out: bool = True
     divergence: float | None = None
+    parts: tuple[float, ...] = field(default=(), repr=False, compare=False)
+
+    @property
+    def standard_error(self) -> float | None:
+        """How far the divergence, else the relative error, is off by chance, typically; None for too few samples."""
+        if len(self.parts) < 2:
+            return None
+        spread = float(torch.tensor(self.parts, dtype=torch.float64).std()) / math.sqrt(len(self.parts))
+        # The error is the root of the mean.
+        return spread if self.divergence is not None else spread / (2 * self.error) if self.error else 0.0
+
+    def like(self, other: Agreement) -> bool:
+        """Whether two networks that ran on the same samples lose no more one than the other, within standard error.
+
+        The error is that of the mean difference, sample by sample: what is hard for one network is for the other.
+        """
+        if len(self.parts) != len(other.parts) or len(self.parts) < 2:
+            return False
+        differences = torch.tensor(self.parts, dtype=torch.float64) - torch.tensor(other.parts, dtype=torch.float64)
+        return abs(float(differences.mean())) <= float(differences.std()) / math.sqrt(len(differences))
 
     def __str__(self) -> str:
         which = "held-out calibration samples" if self.held_out else "calibration samples"
@@ -154,32 +177,55 @@ class _Tally:
     rows: int = 0
     nats: float = 0.0
     comparable: bool = True
+    squares: list[Tensor] = field(default_factory=list)
+    divergences: list[Tensor] = field(default_factory=list)
 
     def add(self, wanted: Any, given: Any, data: Tensor | None, samples: int) -> None:
         scores = hasattr(wanted, "logits") or (isinstance(wanted, Tensor) and wanted.dim() == 2)
         pairs = list(zip(output_tensors(wanted), output_tensors(given), strict=False))
         self.samples += samples
+        squares, divergences = torch.zeros(samples, dtype=torch.float64), torch.zeros(samples, dtype=torch.float64)
         for a, b in pairs:
             if a.shape != b.shape or not a.is_floating_point():
                 self.comparable &= a.shape == b.shape
                 continue
+            # The sample that each row of the outputs is of.
+            owner = torch.arange(len(a) if a.dim() else 0)
             if data is not None and a.shape[:2] == data.shape:
+                owner = owner.unsqueeze(1).expand(a.shape[:2])[data.cpu()]
                 a, b = a[data.to(a.device)], b[data.to(b.device)]
-            self.missed += float((a.double() - b.double()).square().sum())
+            missed = (a.double() - b.double()).square()
+            self.missed += float(missed.sum())
             self.energy += float(a.double().square().sum())
+            ordered = bool(len(owner)) and int(owner.max()) < samples
+            if ordered:
+                squares.index_add_(0, owner, missed.flatten(1).sum(1).cpu() if missed.dim() > 1 else missed.cpu())
             if scores and a.dim() > 1 and a.shape[-1] > 1:
                 self.same += int((a.argmax(-1) == b.argmax(-1)).sum())
                 p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
-                self.nats += float((p.exp() * (p - q)).sum())
+                nats = (p.exp() * (p - q)).sum(-1)
+                self.nats += float(nats.sum())
                 self.rows += a[..., 0].numel()
+                if ordered:
+                    divergences.index_add_(0, owner, nats.reshape(len(owner), -1).sum(1).cpu())
+        self.squares.append(squares)
+        self.divergences.append(divergences)
 
     def agreement(self, *, held_out: bool) -> Agreement | None:
         if not self.comparable or not self.energy:
             return None
         error = math.sqrt(self.missed / self.energy)
         if not self.rows:
-            return Agreement(self.samples, error, None, held_out)
-        return Agreement(self.samples, error, self.same / self.rows, held_out, self.nats / self.rows)
+            return Agreement(self.samples, error, None, held_out, parts=_shares(self.squares, self.missed, self.energy))
+        parts = _shares(self.divergences, self.nats, self.rows)
+        return Agreement(self.samples, error, self.same / self.rows, held_out, self.nats / self.rows, parts)
+
+
+def _shares(of_samples: Sequence[Tensor], whole: float, unit: float) -> tuple[float, ...]:
+    """What samples add to a mean, so many times as there are samples; empty where they do not add up to it."""
+    values = torch.cat([*of_samples])
+    told = math.isclose(float(values.sum()), whole, rel_tol=1e-6, abs_tol=1e-12)
+    return tuple((values * (len(values) / unit)).tolist()) if told else ()
 
 
 @torch.no_grad()

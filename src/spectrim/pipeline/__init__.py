@@ -101,10 +101,12 @@ def compress(
         these are found first (:func:`spectrim.couple`), the plan is made in steps
         (:func:`spectrim.search.stepwise.select_in_steps`), and of plans that mix methods the one is taken whose
         outputs are closest to the dense network's. ``"auto"`` lets sets of them compete (:mod:`spectrim.search.arms`):
-        each makes a whole network from one calibration, and the one that lost least on held-out samples, or by
-        ``evaluate``, is returned.
+        each is planned from one calibration, those make a whole network that their tables do not call hopeless, and the
+        one that lost least on held-out samples, or by ``evaluate``, is returned; of those that differ by less than the
+        standard error the one with fewest layers, or fewest milliseconds where they are measured. With a tolerance, the
+        smallest network that any of them makes.
     seconds
-        With ``methods="auto"``: no further set is tried after so long.
+        With ``methods="auto"``: nothing further is planned or carried out after so long.
     skip, only
         Layers to leave alone or keep to; see :func:`spectrim.find`.
     groups
@@ -159,10 +161,10 @@ def compress(
     stated.check([*COSTS, *counted.further(costs)])
     competing = isinstance(methods, str) and methods == "auto"
     _check_search(selector, seconds, competing)
-    if competing and not (tolerance is None and groups is None):
+    if competing and groups is not None:
         raise ValueError(
-            "methods='auto' lets sets of methods compete under a budget, and takes neither a tolerance (max_drop, "
-            "min_agreement) nor groups: leave these out, or methods"
+            f"methods='auto' decides by itself where layers share factors, and takes no groups={groups!r:.80}: leave "
+            "out one of them"
         )
     check_options(groups, latency)
     several, shared = (None, False) if competing else offered(methods, groups, stated.costs)
@@ -185,16 +187,18 @@ def compress(
         "progress": told(progress),
     }  # fmt: skip
     judge = judge.knowing(model)
-    if competing:
-        arms = usual(stated.costs, (layer.spec for layer in sites))
+    arms = usual(stated.costs, (layer.spec for layer in sites)) if competing else ()
+    if tolerance is None and arms:
         return shrink_best(model, prepared, stated, arms, judge, seconds, **options)
-    options["methods"] = several
+    if not arms:
+        options["methods"] = several
     if tolerance is None:
         result = shrink(model, prepared, stated, **options)
         return result if evaluate is None else with_verdict(result, judge)
     return shrink_within(
-        model, prepared, stated if budget is not None else None, tolerance, judge, cost=cost, **options
-    )
+        model, prepared, stated if budget is not None else None, tolerance, judge, arms=arms, seconds=seconds,
+        cost=cost, **options,
+    )  # fmt: skip
 
 
 def _stated(budget: BudgetLike | None, tolerance: Tolerance | None, cost: str) -> Budget:

@@ -23,7 +23,7 @@ from spectrim.nn.watch.reconstruct import Errors
 from spectrim.nn.watch.sampling import Mask
 from spectrim.nn.watch.work import uncounted_work
 from spectrim.preparation import one_batch as one_batch  # its former place, until version 0.3
-from spectrim.search.arms import Tried
+from spectrim.search.arms import Tried, arms_grid
 from spectrim.search.judge import Verdict
 from spectrim.search.measured import CLOSE, wanted_time
 from spectrim.search.tolerance import Tolerance
@@ -135,6 +135,17 @@ class Report(Printed):
             )  # fmt: skip
         return Grid(["", ">dense", ">compressed", ">of dense", ">ratio"], lines, notes=(*self._done(), *self._left()))
 
+    @property
+    def competed(self) -> Grid:
+        """What became of the sets of methods that competed, as a table for people; without rows if none did."""
+        return arms_grid(self.arms, next(iter([*self.plan.budget, *self.plan.dense_costs]), ""))
+
+    def __str__(self) -> str:
+        return "\n\n".join(each.text() for each in (self._grid(), self.competed) if each.rows)
+
+    def _repr_html_(self) -> str:
+        return "".join(each.html() for each in (self._grid(), self.competed) if each.rows)
+
     def _done(self) -> Iterator[str]:
         """What was done, in sentences."""
         removals = [entry.choice for entry in self.plan if isinstance(entry.choice, ChannelsChoice)]
@@ -170,10 +181,7 @@ class Report(Printed):
         # A tolerance of agreement has said it.
         told = self.agreement is None or (self.tolerance is not None and self.tolerance.min_agreement is not None)
         agreed = () if told else (str(self.agreement),)
-        arms = (
-            (f"methods that competed, by what the network lost: {'; '.join(map(str, self.arms))}",) if self.arms else ()
-        )
-        return (*self._tolerated(), *arms, *agreed, *self._time_asked_for(), *self.notes)
+        return (*self._tolerated(), *agreed, *self._time_asked_for(), *self.notes)
 
     def _tolerated(self) -> Iterator[str]:
         """Whether the tolerance is met, or what the metric is."""
@@ -242,10 +250,10 @@ class Result(Printed):
         return dataclasses.replace(grid, title="", notes=())
 
     def __str__(self) -> str:
-        return f"{self._grid().text()}\n\n{self._layers().text()}"
+        return f"{self.report}\n\n{self._layers().text()}"
 
     def _repr_html_(self) -> str:
-        return f"{self._grid().html()}{self._layers().html()}"
+        return f"{self.report._repr_html_()}{self._layers().html()}"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({type(self.model).__name__}, {self.plan!r})"

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -24,9 +27,9 @@ from spectrim.pipeline.report import Result, reported
 from spectrim.preparation import Prepared
 from spectrim.preparation import one_batch as one_batch  # its former place, until version 0.3
 from spectrim.progress import Progress, silent
-from spectrim.search.arms import Arm, best
+from spectrim.search.arms import Arm, Contest
 from spectrim.search.file_size import within_file
-from spectrim.search.judge import Judge
+from spectrim.search.judge import Judge, Verdict
 from spectrim.search.measured import meet_latency
 from spectrim.search.stepwise import select_in_steps
 from spectrim.search.tolerance import Tolerance, smallest, tightest
@@ -34,13 +37,42 @@ from spectrim.selection.budget import Budget, Limit
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
 from spectrim.selection.selectors import Selector, exact, select
-from spectrim.tables import tabulate
+from spectrim.tables import default_methods, merged, parted, tabulate
 
 log = logging.getLogger(__name__)
 
 
 # A share of a cost in what was left alone above which a user is told.
 _MUCH = 0.1
+# Samples, at least, on which plans that mix methods are compared before they are carried out.
+_TRIAL = 128
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A network that is planned, and not carried out yet.
+
+    Attributes
+    ----------
+    plan, table, sites
+        The plan, the table it was selected from, and the sites that both are about.
+    budget
+        As it is met: of a limit in bytes the number.
+    methods
+        On offer.
+    again
+        Selects from the table under another budget.
+    file
+        Bytes of the dense network's file, if bytes are limited.
+    """
+
+    plan: Plan
+    table: Candidates
+    sites: Sites
+    budget: Budget
+    methods: Sequence[Method] | None
+    again: Callable[[Candidates, Budget], Plan]
+    file: float | None = None
 
 
 def shrink(
@@ -61,39 +93,85 @@ def shrink(
 
     A ``table`` that was made for another budget is selected from again.
     """
-    sites, batches, latency = prepared.sites, prepared.batches, prepared.latency
+    draft = drafted(
+        model, prepared, budget, methods=methods, guard=guard, costs=costs, selector=selector, table=table,
+        forward=forward, progress=progress,
+    )  # fmt: skip
+    return carried(model, prepared, draft, reconstruct=reconstruct, forward=forward, progress=progress)
+
+
+def drafted(
+    model: nn.Module,
+    prepared: Prepared,
+    budget: Budget,
+    *,
+    methods: Sequence[Method] | None,
+    guard: bool,
+    costs: Mapping[str, Cost] | None,
+    selector: Selector,
+    table: Candidates | None,
+    forward: Callable[[nn.Module, Any], Any] | None,
+    progress: Progress,
+    most: float = math.inf,
+) -> Draft:
+    """The network as it is planned by counted and tabulated costs.
+
+    Raises
+    ------
+    TooMuchLostError
+        If plans that remove channels can be expected to lose more than ``most``.
+    """
+    sites, batches = prepared.sites, prepared.batches
     assert batches is not None
     making: dict[str, Any] = {
-        "latency": latency, "dense_latency": prepared.dense_latency, "costs": costs, "guard": guard,
+        "latency": prepared.latency, "dense_latency": prepared.dense_latency, "costs": costs, "guard": guard,
         "progress": progress,
     }  # fmt: skip
 
     def judged(plan: Plan) -> float:
         trial = apply(model, sites, plan, methods=methods)
-        return output_error(model, trial, batches, mask=prepared.sampling.mask, forward=forward)
+        return output_error(model, trial, batches, samples=_TRIAL, mask=prepared.sampling.mask, forward=forward)
 
     def planned(sites: Sites, table: Candidates | None, limits: Budget) -> tuple[Plan, Candidates]:
         if any(method.removes_channels for method in methods or ()):
-            return select_in_steps(sites, methods or (), limits, selector=selector, table=table, judge=judged, **making)
+            return select_in_steps(
+                sites, methods or (), limits, selector=selector, table=table, judge=judged, most=most, **making
+            )
         table = tabulate(sites, methods, **making) if table is None else table
         return select(table, limits, selector), table
 
+    def again(table: Candidates, limits: Budget) -> Plan:
+        return planned(sites, table, limits)[0]
+
     plan, table = planned(sites, table, budget)
-    file = 0.0
-    if budget.bytes is not None:
-        file = table.dense["bytes"] + header_bytes(model)
-        sites, plan, table, budget = within_file(model, sites, plan, table, budget, planned)
+    if budget.bytes is None:
+        return Draft(plan, table, sites, budget, methods, again)
+    file = table.dense["bytes"] + header_bytes(model)
+    sites, plan, table, budget = within_file(model, sites, plan, table, budget, planned)
+    return Draft(plan, table, sites, budget, methods, again, file)
+
+
+def carried(
+    model: nn.Module,
+    prepared: Prepared,
+    draft: Draft,
+    *,
+    reconstruct: bool,
+    forward: Callable[[nn.Module, Any], Any] | None,
+    progress: Progress,
+) -> Result:
+    """The finished network of a plan, which is corrected by measured times where these are limited."""
+    sites, plan, table, budget, latency = draft.sites, draft.plan, draft.table, draft.budget, prepared.latency
     measured: Mapping[str, Timing] = {}
     if latency is not None:
         plan, measured = meet_latency(
-            model, sites, table, plan, budget, prepared.example, latency,
-            selector=lambda table, limits: planned(sites, table, limits)[0], methods=methods,
-        )  # fmt: skip
-    if budget.bytes is not None:
+            model, sites, table, plan, budget, prepared.example, latency, selector=draft.again, methods=draft.methods
+        )
+    if draft.file is not None:
         # The header that the table counts is that of the compressed network's file.
-        plan = dataclasses.replace(plan, dense_costs={**plan.dense_costs, "bytes": file})
+        plan = dataclasses.replace(plan, dense_costs={**plan.dense_costs, "bytes": draft.file})
     done = carry_out(
-        model, sites, plan, batches, methods=methods, reconstruct=reconstruct, forward=forward,
+        model, sites, plan, prepared.batches, methods=draft.methods, reconstruct=reconstruct, forward=forward,
         sampling=prepared.sampling, progress=progress,
     )  # fmt: skip
     small = done.model
@@ -101,8 +179,8 @@ def shrink(
         small = as_run(small, prepared.example, latency)
     notes = (*_said_of_rest(table, budget), *(_said_of_time(measured) if measured else _said_of_chains(plan)))
     report = reported(
-        model, small, sites, plan, done, batches, mask=prepared.sampling.mask, forward=forward, measured=measured,
-        notes=notes,
+        model, small, sites, plan, done, prepared.batches, mask=prepared.sampling.mask, forward=forward,
+        measured=measured, notes=notes,
     )  # fmt: skip
     return Result(small, plan, report, table, sites)
 
@@ -135,6 +213,51 @@ def _said_of_time(measured: Mapping[str, Timing]) -> Iterator[str]:
         yield f"the compressed model is SLOWER than dense: {small.p50:.3f} ms against {dense.p50:.3f} ms"
 
 
+@dataclass
+class Tables:
+    """What methods offer, tabulated once for all arms that have them.
+
+    Attributes
+    ----------
+    prepared
+        With sites that share nothing.
+    arms
+        All that compete.
+    making
+        As for :func:`spectrim.tabulate`.
+    """
+
+    prepared: Prepared
+    arms: Sequence[Arm]
+    making: Mapping[str, Any]
+    _known: dict[tuple[bool, str], Candidates] = field(default_factory=dict, init=False)
+
+    @cached_property
+    def _grouped(self) -> Sites:
+        return group(self.prepared.sites)
+
+    def sites(self, arm: Arm) -> Sites:
+        """The sites of an arm, with groups if its layers may share factors."""
+        return self._grouped if arm.groups else self.prepared.sites
+
+    def methods(self, arm: Arm) -> list[Method]:
+        """What an arm has on offer."""
+        return default_methods(self.sites(arm)) if arm.methods is None else list(arm.methods)
+
+    def of(self, arm: Arm) -> Candidates:
+        """The table of an arm."""
+        known = {name for grouped, name in self._known if grouped == arm.groups}
+        wanted = {method.name: method for method in self.methods(arm)}
+        # Layers are measured together, so that their times are comparable.
+        others = self.arms if self.prepared.latency is not None else ()
+        more = [m for other in others if other.groups == arm.groups for m in self.methods(other)]
+        missing = {m.name: m for m in (*wanted.values(), *more) if m.name not in known}
+        if missing:
+            table = tabulate(self.sites(arm), list(missing.values()), **self.making)
+            self._known |= {(arm.groups, name): parted(table, name) for name in missing}
+        return merged([self._known[arm.groups, name] for name in wanted])
+
+
 def shrink_best(
     model: nn.Module,
     prepared: Prepared,
@@ -143,24 +266,67 @@ def shrink_best(
     judge: Judge,
     seconds: float | None,
     *,
-    progress: Progress,
-    **options: Any,
+    tables: Tables | None = None,
+    tolerance: Tolerance | None = None,
+    reconstruct: bool = True,
+    guard: bool = False,
+    costs: Mapping[str, Cost] | None = None,
+    selector: Selector = exact,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    progress: Progress = silent,
 ) -> Result:
-    """The network of the best of several arms, from one calibration."""
+    """The network of the best of several arms, from one calibration and one table a method.
 
-    def made(arm: Arm) -> Result:
+    With a ``tolerance`` the first that holds it.
+    """
+    tables = tables or _tables(prepared, arms, guard=guard, costs=costs, progress=progress)
+
+    def planned(arm: Arm, most: float) -> Draft:
         if arm.removes_channels and not prepared.sites.couplings:
             raise PlanError("no channels were found that can be removed")
-        sites = group(prepared.sites) if arm.groups else prepared.sites
-        known = dataclasses.replace(prepared, sites=sites)
-        result = shrink(model, known, budget, methods=arm.methods, progress=progress, **options)
-        return with_verdict(result, judge)
+        known = dataclasses.replace(prepared, sites=tables.sites(arm))
+        return drafted(
+            model, known, budget, methods=tables.methods(arm), guard=guard, costs=costs, selector=selector,
+            table=tables.of(arm), forward=forward, progress=progress, most=most,
+        )  # fmt: skip
 
-    def loss(result: Result) -> float:
-        return math.inf if result.report.verdict is None else result.report.verdict.loss
+    def made(arm: Arm, draft: Draft) -> Result:
+        told = _telling(progress, arm)
+        result = carried(model, prepared, draft, reconstruct=reconstruct, forward=forward, progress=told)
+        return with_verdict(result, judge, tolerance)
 
-    result, tried = best(arms, made, loss, seconds=seconds, progress=progress)
+    contest = Contest(
+        planned, made, _verdict, _size, lambda result: tolerance is not None and tolerance.holds(_verdict(result))
+    )
+    result, tried = contest.best(arms, seconds=seconds, progress=progress)
     return dataclasses.replace(result, report=dataclasses.replace(result.report, arms=tried))
+
+
+def _tables(
+    prepared: Prepared, arms: Sequence[Arm], *, guard: bool, costs: Mapping[str, Cost] | None, progress: Progress
+) -> Tables:
+    making = {
+        "latency": prepared.latency, "dense_latency": prepared.dense_latency, "costs": costs, "guard": guard,
+        "progress": progress,
+    }  # fmt: skip
+    return Tables(prepared, arms, making)
+
+
+def _telling(progress: Progress, arm: Arm) -> Progress:
+    """Progress that says which arm is carried out."""
+    return lambda what, done, total: progress(f"{arm.name}: {what}", done, total)
+
+
+def _verdict(result: Result) -> Verdict:
+    assert result.report.verdict is not None
+    return result.report.verdict
+
+
+def _size(result: Result) -> float:
+    """Milliseconds where they were measured, else how many layers run one after the other."""
+    if result.report.measured:
+        return result.report.measured["compressed"].quiet
+    return float(sum(any(True for _ in module.parameters(recurse=False)) for module in result.model.modules()))
 
 
 def shrink_within(
@@ -170,6 +336,8 @@ def shrink_within(
     tolerance: Tolerance,
     judge: Judge,
     *,
+    arms: Sequence[Arm] = (),
+    seconds: float | None = None,
     cost: str = "macs",
     progress: Progress = silent,
     **options: Any,
@@ -182,35 +350,49 @@ def shrink_within(
         None for the smallest network, by ``cost``.
     judge
         That knows the dense network.
+    arms, seconds
+        Sets of methods that compete at each size; none for those of ``options``. No size is tried after the seconds.
     **options
         As for :func:`shrink`.
     """
-    table = tabulate(
-        prepared.sites, options.get("methods"), latency=prepared.latency, dense_latency=prepared.dense_latency,
-        costs=options.get("costs"), guard=options.get("guard", False), progress=progress,
-    )  # fmt: skip
+    began = time.monotonic()
+    making = {"guard": options.get("guard", False), "costs": options.get("costs"), "progress": progress}
+    only = Arm("", options.pop("methods", None))
+    tables = _tables(prepared, arms or (only,), **making)
+    first = tables.of(arms[0] if arms else only)
+
+    def left() -> float:
+        return math.inf if seconds is None else max(0.0, seconds - (time.monotonic() - began))
 
     def made(limits: Budget) -> Result:
-        result = shrink(model, prepared, limits, table=table, progress=progress, **options)
+        if arms:
+            return shrink_best(
+                model, prepared, limits, arms, judge, None if seconds is None else left(), tables=tables,
+                tolerance=tolerance, progress=progress, **options,
+            )  # fmt: skip
+        result = shrink(model, prepared, limits, methods=only.methods, table=first, progress=progress, **options)
         return with_verdict(result, judge, tolerance)
 
     def holds(result: Result) -> bool:
-        verdict = result.report.verdict
-        assert verdict is not None
-        log.info("%s: %s", result.plan.costs, tolerance.said(verdict))
-        return tolerance.holds(verdict)
+        log.info("%s: %s", result.plan.costs, tolerance.said(_verdict(result)))
+        return tolerance.holds(_verdict(result))
 
     if budget is not None and holds(stated := made(budget)):
         return stated
-    limits = tightest(cost, table.dense) if budget is None else budget.limits(table.dense)
-    found = smallest(limits, table.dense, made, holds)
+    limits = tightest(cost, first.dense) if budget is None else budget.limits(first.dense)
+    found = smallest(limits, first.dense, made, holds, lambda: not left())
     if budget is not None:
         raise ToleranceError(_gate(budget, stated, found), found)
+    over = f"the search ended after {seconds:g} s" if seconds is not None and not left() else ""
     if found is None:
         found = made(Budget(**{cost: Limit(1.0, relative=True)}))
         said = "no smaller network that was tried holds the tolerance: this is the dense network"
-        found = dataclasses.replace(found, report=dataclasses.replace(found.report, notes=(said, *found.report.notes)))
-    return found
+        return _noted(found, *(text for text in (said, over) if text))
+    return _noted(found, over) if over else found
+
+
+def _noted(result: Result, *notes: str) -> Result:
+    return dataclasses.replace(result, report=dataclasses.replace(result.report, notes=(*notes, *result.report.notes)))
 
 
 def _gate(budget: Budget, stated: Result, found: Result | None) -> str:

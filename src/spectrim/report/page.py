@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectrim.network.choices import SumChoice
 from spectrim.network.files import write_text
+from spectrim.network.printing import Grid
 from spectrim.network.sites import Skipped
 from spectrim.report import charts, summary
 from spectrim.report.charts import COST_NAMES, Chart, cost_name, cost_text
@@ -65,6 +66,8 @@ class Page:
         How far the outputs are from the dense network's.
     origin
         When, by which command, from what it was made, and how it is loaded.
+    arms
+        What became of the sets of methods that competed, as a table.
     """
 
     title: str
@@ -79,6 +82,7 @@ class Page:
     fits: Mapping[str, Errors] = field(default_factory=dict)
     agreement: Agreement | None = None
     origin: Origin = field(default_factory=Origin)
+    arms: Grid | None = None
 
     def html(self) -> str:
         """The page as text.
@@ -118,6 +122,7 @@ class Page:
             "layers": [_layer(entry, self._costs, self.fits) for entry in plan],
             "fitted": any(fit.held_out is not None for fit in self.fits.values()),
             "cost_names": [cost_name(c) for c in self._costs],
+            "arms": self.arms,
             "unit": plan.unit,
             "shared": any(entry.members for entry in plan),
             "facts": {**facts, **{f"costs: {k}": v for k, v in plan.facts.items()}},
@@ -217,6 +222,7 @@ def write_report(
         result.report.fits,
         result.report.agreement,
         origin or Origin(parts=(Part.of_model("compressed weights", title, result.model),)),
+        result.report.competed,
     )
     return page.write(path)
 

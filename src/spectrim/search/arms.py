@@ -1,23 +1,34 @@
-"""Sets of methods that compete: each makes a whole network, and the one that loses least by the judge is taken."""
+"""Sets of methods that compete: all are planned, those that promise most make networks, and a judge takes the best.
+
+A plan says what it is predicted to lose. That decides what is worth carrying out, and nothing else: of the networks
+that were made the one is taken that lost least.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Protocol, TypeVar
 
 from spectrim.errors import SpectrimError
 from spectrim.methods import ActivationCP, ActivationSVD, LowRankPlusSparse, Method, PrincipalFilters, WeightSVD
 from spectrim.network.layer import LayerSpec
+from spectrim.network.printing import Grid, cost_name, share
 from spectrim.progress import Progress, silent
+from spectrim.search.judge import Verdict
+from spectrim.search.stepwise import TooMuchLostError
+from spectrim.selection.plan import Plan
 
-R = TypeVar("R")
 log = logging.getLogger(__name__)
 # What a sparse part or a shared factor saves, and hardly any time.
 STORED = frozenset({"parameters", "bytes"})
+# A plan predicted to lose so many times what the best one is predicted to lose is not carried out.
+HOPELESS = 1.5
+# Share of the seconds after which no further set is planned, so that some are left to carry a plan out.
+_PLANNING = 0.5
 
 
 @dataclass(frozen=True)
@@ -55,22 +66,69 @@ class Tried:
     loss
         What the finished network lost by the judge, smaller is better; infinite if there is none.
     seconds
-        That it took.
+        That planning and carrying out took.
     note
-        Why there is no network; empty if there is one.
+        Why there is no network, or why it was chosen before one that lost less; else empty.
+    standard_error
+        Of the loss, over the samples that judged; None where it is not known.
+    predicted
+        What the plan loses by its table; infinite if there is none.
+    costs, dense_costs
+        Of the plan and of the dense network.
+    chosen
+        Whether its network is the one that was returned.
     """
 
     name: str
-    loss: float
-    seconds: float
+    loss: float = math.inf
+    seconds: float = 0.0
     note: str = ""
+    standard_error: float | None = None
+    predicted: float = math.inf
+    costs: Mapping[str, float] = field(default_factory=dict)
+    dense_costs: Mapping[str, float] = field(default_factory=dict)
+    chosen: bool = False
+
+    @property
+    def judged(self) -> str:
+        """The loss with its standard error, in words; empty if there is no network."""
+        if self.loss == math.inf:
+            return ""
+        return f"{self.loss:.4g}" + ("" if self.standard_error is None else f" \u00b1 {self.standard_error:.2g}")
+
+    @property
+    def outcome(self) -> str:
+        """What became of it, in words."""
+        return "; ".join(text for text in ("chosen" if self.chosen else "", self.note) if text)
+
+    def record(self) -> dict[str, Any]:
+        """As plain values."""
+        known = {"loss": self.loss, "predicted": self.predicted}
+        return {
+            "arm": self.name, **{name: value if math.isfinite(value) else None for name, value in known.items()},
+            "standard_error": self.standard_error, "costs": dict(self.costs), "seconds": self.seconds,
+            "chosen": self.chosen, "note": self.note,
+        }  # fmt: skip
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.note}" if self.note else f"{self.name}: {self.loss:.4g} in {self.seconds:.1f} s"
+        told = f"{self.judged} in {self.seconds:.1f} s" if self.judged else ""
+        return f"{self.name}: {'; '.join(text for text in (told, self.outcome) if text)}"
+
+
+def arms_grid(tried: Sequence[Tried], cost: str) -> Grid:
+    """A table of what became of arms."""
+    rows = [
+        [
+            each.name, each.judged, share(each.costs[cost], each.dense_costs[cost]) if cost in each.costs else "",
+            f"{each.seconds:.1f}", each.outcome,
+        ]
+        for each in tried
+    ]  # fmt: skip
+    return Grid(["methods that competed", ">lost", f">{cost_name(cost)} left", ">seconds", "outcome"], rows)
 
 
 def usual(limited: Iterable[str], layers: Iterable[LayerSpec] = ()) -> list[Arm]:
-    """The arms that fit the costs that are limited and the layers there are, the most promising first."""
+    """The arms that fit the costs that are limited and the layers there are, the simplest first."""
     low_rank = (ActivationSVD(), WeightSVD())
     kernels = any(math.prod(spec.kernel) > 1 for spec in layers)
     chains = [Arm("low rank, chains", (*low_rank, ActivationCP()))] if kernels else []
@@ -86,52 +144,175 @@ def usual(limited: Iterable[str], layers: Iterable[LayerSpec] = ()) -> list[Arm]
     ]
 
 
-def best(
-    arms: Sequence[Arm],
-    made: Callable[[Arm], R],
-    loss: Callable[[R], float],
-    *,
-    seconds: float | None = None,
-    progress: Progress = silent,
-) -> tuple[R, tuple[Tried, ...]]:
-    """The network of the arm that loses least, so never more than any single arm.
+class Drafted(Protocol):
+    """A network that is planned."""
 
-    Parameters
+    @property
+    def plan(self) -> Plan: ...
+
+
+P = TypeVar("P", bound=Drafted)
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Contest(Generic[P, R]):
+    """How arms become networks, and how these are compared.
+
+    Attributes
     ----------
+    planned
+        The plan of an arm, which may be refused where it loses more than a number. A :class:`SpectrimError` refuses it.
     made
-        The finished network of an arm. A :class:`SpectrimError` refuses the arm.
-    loss
-        Of a finished network.
-    seconds
-        After which no further arm is begun; the first that can be carried out always is.
-
-    Raises
-    ------
-    SpectrimError
-        Of the first arm, if all are refused.
+        The network of a plan, with the same error.
+    judged
+        What it lost.
+    size
+        Of networks that lost the same, the one with the smallest is taken.
+    enough
+        Whether a network is so good that no other one is made.
     """
-    began, limit = time.monotonic(), math.inf if seconds is None else float(seconds)
-    tried: list[Tried] = []
-    winner: tuple[float, R] | None = None
-    first: SpectrimError | None = None
-    for number, arm in enumerate(arms):
-        start = time.monotonic()
-        if winner is not None and start - began >= limit:
-            tried.append(Tried(arm.name, math.inf, 0.0, f"not tried, as {seconds:g} s were over"))
-            continue
-        progress(f"arm {arm.name}", number, len(arms))
-        try:
-            network = made(arm)
-            lost = loss(network)
-        except SpectrimError as error:
-            first = first or error
-            tried.append(Tried(arm.name, math.inf, time.monotonic() - start, f"refused, {error}"))
-        else:
-            tried.append(Tried(arm.name, lost, time.monotonic() - start))
-            if winner is None or lost < winner[0]:
-                winner = lost, network
-        log.info("arm %s", tried[-1])
-    if winner is None:
-        assert first is not None
-        raise first
-    return winner[1], tuple(tried)
+
+    planned: Callable[[Arm, float], P]
+    made: Callable[[Arm, P], R]
+    judged: Callable[[R], Verdict]
+    size: Callable[[R], float] = lambda _: 0.0
+    enough: Callable[[R], bool] = lambda _: False
+
+    def best(
+        self, arms: Sequence[Arm], *, seconds: float | None = None, progress: Progress = silent
+    ) -> tuple[R, tuple[Tried, ...]]:
+        """The network that loses least of those that are made; of those that lose no more by chance, the simplest.
+
+        Parameters
+        ----------
+        arms
+            The simplest first.
+        seconds
+            After which nothing further is begun; the first plan that can be carried out always is.
+
+        Raises
+        ------
+        SpectrimError
+            Of the first arm, if all are refused.
+        """
+        clock = _Clock(math.inf if seconds is None else float(seconds))
+        tried, drafts, faults = self._plans(arms, clock, progress)
+        finished: dict[str, R] = {}
+        order = sorted(drafts, key=lambda name: drafts[name].plan.loss)
+        by_name = {arm.name: arm for arm in arms}
+        for number, name in enumerate(order):
+            if note := self._passed_over(name, drafts, finished, tried, clock):
+                tried[name] = replace(tried[name], note=note)
+                continue
+            progress(f"{name}: carry out", number, len(order))
+            start = time.monotonic()
+            try:
+                finished[name] = self.made(by_name[name], drafts[name])
+                verdict = self.judged(finished[name])
+            except SpectrimError as error:
+                finished.pop(name, None)
+                faults.append(error)
+                tried[name] = replace(tried[name], note=f"refused, {error}")
+            else:
+                tried[name] = replace(tried[name], loss=verdict.loss, standard_error=verdict.standard_error)
+            took = tried[name].seconds + time.monotonic() - start
+            tried[name] = replace(tried[name], seconds=took)
+            log.info("arm %s", tried[name])
+            if name in finished and self.enough(finished[name]):
+                return finished[name], _told(tried, name, "not needed: another network is good enough")
+        if not finished:
+            raise faults[0]
+        return self._chosen(finished, tried)
+
+    def _plans(
+        self, arms: Sequence[Arm], clock: _Clock, progress: Progress
+    ) -> tuple[dict[str, Tried], dict[str, P], list[SpectrimError]]:
+        """What is planned, by the name of the arm."""
+        tried: dict[str, Tried] = {}
+        drafts: dict[str, P] = {}
+        faults: list[SpectrimError] = []
+        for number, arm in enumerate(arms):
+            if drafts and clock.over(_PLANNING):
+                tried[arm.name] = Tried(arm.name, note=clock.note)
+                continue
+            progress(f"{arm.name}: plan", number, len(arms))
+            start = time.monotonic()
+            least = min((draft.plan.loss for draft in drafts.values()), default=math.inf)
+            found = Tried(arm.name)
+            try:
+                draft = drafts[arm.name] = self.planned(arm, HOPELESS * least)
+            except TooMuchLostError as error:
+                found = replace(found, note=_hopeless(error.loss, least), predicted=error.loss)
+            except SpectrimError as error:
+                faults.append(error)
+                found = replace(found, note=f"refused, {error}")
+            else:
+                plan = draft.plan
+                found = replace(found, predicted=plan.loss, costs=plan.costs, dense_costs=plan.dense_costs)
+            tried[arm.name] = replace(found, seconds=time.monotonic() - start)
+        if not drafts:
+            raise faults[0]
+        return tried, drafts, faults
+
+    def _passed_over(
+        self, name: str, drafts: Mapping[str, P], finished: Mapping[str, R], tried: Mapping[str, Tried], clock: _Clock
+    ) -> str:
+        """Why a plan is not carried out; empty if it is."""
+        if not finished:
+            return ""
+        plan = drafts[name].plan
+        for other in finished:
+            if _changes(plan) == _changes(drafts[other].plan):
+                return f"skipped: the same plan as {other}"
+        least = min(tried[other].predicted for other in finished)
+        if plan.loss > HOPELESS * least:
+            return _hopeless(plan.loss, least)
+        return clock.note if clock.over() else ""
+
+    def _chosen(self, finished: Mapping[str, R], tried: dict[str, Tried]) -> tuple[R, tuple[Tried, ...]]:
+        """The network that lost least, or a simpler one that lost no more by chance."""
+        least = min(finished, key=lambda name: tried[name].loss)
+        verdict = self.judged(finished[least])
+        # In the order of the arms, so that of equals the first is taken.
+        like = [name for name in tried if name in finished and self.judged(finished[name]).like(verdict)]
+        name = min(like or [least], key=lambda name: self.size(finished[name]))
+        if name != least and tried[name].loss > tried[least].loss:
+            why = f"{least} lost less, within the standard error, and is not simpler"
+            tried[name] = replace(tried[name], note=why)
+        return finished[name], _told(tried, name, "")
+
+
+@dataclass
+class _Clock:
+    """When a search is to end."""
+
+    seconds: float
+    began: float = field(default_factory=time.monotonic)
+
+    def over(self, part: float = 1.0) -> bool:
+        """Whether a part of the time is over."""
+        return time.monotonic() - self.began >= part * self.seconds
+
+    @property
+    def note(self) -> str:
+        return f"not tried, as {self.seconds:g} s were over"
+
+
+def _hopeless(loss: float, least: float) -> str:
+    return f"skipped: its table predicts {loss / least:.2g} times the loss" if least > 0 else "skipped: loses more"
+
+
+def _changes(plan: Plan) -> frozenset[tuple[str, str, str]]:
+    """What a plan changes."""
+    return frozenset((e.site, e.choice.method, repr(e.choice)) for e in plan if not e.choice.is_dense)
+
+
+def _told(tried: Mapping[str, Tried], name: str, rest: str) -> tuple[Tried, ...]:
+    """What became of all, in the order they were planned in, where one was chosen."""
+    left = {
+        each: found if found.note or math.isfinite(found.loss) else replace(found, note=rest)
+        for each, found in tried.items()
+    }
+    left[name] = replace(left[name], chosen=True)
+    return tuple(left.values())

@@ -45,6 +45,19 @@ class Verdict:
         return self.agreement.error if self.agreement.divergence is None else self.agreement.divergence
 
     @property
+    def standard_error(self) -> float | None:
+        """How far the loss is off by chance, typically; None where it is not known, as for a metric."""
+        return None if self.drop is not None or self.agreement is None else self.agreement.standard_error
+
+    def like(self, other: Verdict) -> bool:
+        """Whether as much was lost as another network lost, within the standard error where it is known."""
+        if self.loss == other.loss:
+            return True
+        if self.drop is not None or self.agreement is None or other.agreement is None:
+            return False
+        return self.agreement.like(other.agreement)
+
+    @property
     def agreed(self) -> float | None:
         """Share of samples whose class is the dense network's; 1 - relative error for outputs that are no scores."""
         if self.agreement is None:

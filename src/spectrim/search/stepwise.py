@@ -6,9 +6,9 @@ successive linear programs: each step goes a part of the way under a table of th
 network really costs is counted from the layers as they would be, and the last step meets the budget in that count.
 Errors are those of the dense network throughout, and nothing that a step removed is lost to the next one.
 
-The other methods' choices are made once more at the end, for the layers that remain after the removals of each step;
-the plan that loses least is taken. What the removals lose and what is lost in the layers they leave do not quite add
-up, so a ``judge`` may measure it.
+The other methods' choices are made once more at the end, for the layers that remain after the removals of each step,
+from no removals on and as long as that gains; the plan that loses least is taken. What the removals lose and what is
+lost in the layers they leave do not quite add up, so a ``judge`` may measure it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from spectrim.cost.counted import Cost, known
 from spectrim.cost.latency import Latency
 from spectrim.cost.whole import Costs, Network, Picks
-from spectrim.errors import InfeasibleBudgetError
+from spectrim.errors import InfeasibleBudgetError, PlanError
 from spectrim.linalg.bisection import last_number
 from spectrim.methods import Method
 from spectrim.network.choices import DENSE, ChannelsChoice, Choice
@@ -43,7 +43,17 @@ log = logging.getLogger(__name__)
 _HALVINGS = 12
 # Further tables around the plan that should meet the budget.
 _MORE = 6
+# Plans with more removals that are made after one that no later one has beaten.
+_PATIENCE = 2
 _SLACK = 1e-9
+
+
+class TooMuchLostError(PlanError):
+    """No plan can be expected to lose as little as was asked for; carries the ``loss`` that its table predicts."""
+
+    def __init__(self, loss: float, most: float) -> None:
+        super().__init__(f"the table predicts a loss of {loss:.4g}, and no more than {most:.4g} is asked for")
+        self.loss = loss
 
 
 @reports
@@ -60,6 +70,7 @@ def select_in_steps(
     guard: bool = False,
     table: Candidates | None = None,
     judge: Callable[[Plan], float] | None = None,
+    most: float = math.inf,
     progress: Progress | bool | None = None,
 ) -> tuple[Plan, Candidates]:
     """Choose channels to remove, and what to do with the layers that remain.
@@ -73,14 +84,16 @@ def select_in_steps(
     budget
         For the whole network.
     steps
-        Tables on the way to the budget; a few more follow until the plan stays. One is enough, and taken, where no
-        layer loses channels on both sides.
+        Tables on the way to the budget; without other methods a few more follow until the plan stays. One is enough,
+        and taken, where no layer loses channels on both sides and there are no other methods.
     latency, dense_latency, costs, guard
         As for :func:`spectrim.tabulate`.
     table
         What an earlier call returned for the same sites and methods, to choose under another budget.
     judge
         Says how bad a plan is where several methods are mixed; by default what the plan predicts that it loses.
+    most
+        Loss above which a mixed plan is not worth finishing.
 
     Returns
     -------
@@ -92,6 +105,8 @@ def select_in_steps(
     ------
     InfeasibleBudgetError
         If the budget cannot be met; carries the lowest cost reached.
+    TooMuchLostError
+        If mixed choices under the budget lose more than ``most`` by the table.
     """
     others = [method for method in methods if not method.removes_channels]
     if sites.groups:
@@ -115,7 +130,7 @@ def select_in_steps(
     picks: Picks = {}
     trail: list[Picks] = [picks]
     taken = 0
-    for step in range(1, steps + _MORE + 1):
+    for step in range(1, steps + (0 if others else _MORE) + 1):
         # Equal ratios from the dense network to the budget, then around the plan until it stays.
         share = min(step / steps, 1.0)
         goals = {c: min(dense[c], dense[c] * (limits[c] / dense[c]) ** share) for c in limits}
@@ -124,13 +139,20 @@ def select_in_steps(
         trail.append(picks)
         if step >= steps and (picks == before or (steps == 1 and _fits(network.cost(picks), limits))):
             break
-    if not _fits(network.cost(picks), limits):
-        picks = _within(_around(table, network, picks), limits, selector, network)
-    if not others:
-        picks = _spent(table, picks, limits, network)
-    trail = [picks] if not others else [*trail, picks]
-    plans = _plans(trail, lambda picks: _finished(picks, table, others, network, limits, selector, guard))
-    plan = plans[0] if len(plans) == 1 else min(plans, key=judge or (lambda plan: plan.loss))
+    if others and (lost := _lost(table, picks)) > most:
+        raise TooMuchLostError(lost, most)
+
+    def within() -> Picks:
+        fits = _fits(network.cost(picks), limits)
+        return picks if fits else _within(_around(table, network, picks), limits, selector, network)
+
+    def finished(picks: Picks) -> Plan:
+        return _finished(picks, table, others, network, limits, selector, guard)
+
+    if others:
+        plan = _best(trail, finished, judge or (lambda plan: plan.loss)) or finished(within())
+    else:
+        plan = finished(_spent(table, within(), limits, network))
     name = getattr(selector, "__name__", str(selector))
     plan = dataclasses.replace(
         plan,
@@ -236,20 +258,30 @@ def _spent(table: Candidates, picks: Picks, limits: Costs, network: Network) -> 
             over.add((found[1], found[2]))
 
 
-def _plans(trail: Sequence[Picks], finished: Callable[[Picks], Plan]) -> list[Plan]:
-    """Plans that remove what a step on the way removed, from nothing on, and meet the budget by the other methods."""
-    removals = {frozenset(_removals(picks).items()): picks for picks in trail}
-    plans: list[Plan] = []
-    fault: InfeasibleBudgetError | None = None
-    for picks in removals.values():
+def _best(trail: Sequence[Picks], finished: Callable[[Picks], Plan], judge: Callable[[Plan], float]) -> Plan | None:
+    """The best plan that removes what a step on the way removed and meets the budget by the other methods, if any does.
+
+    From nothing on, until more removals have gained nothing twice.
+    """
+    best: tuple[float, Plan] | None = None
+    worse = 0
+    for picks in {frozenset(_removals(picks).items()): picks for picks in trail}.values():
         try:
-            plans.append(finished(picks))
-        except InfeasibleBudgetError as error:
-            fault = error
-    if not plans:
-        assert fault is not None
-        raise fault
-    return plans
+            plan = finished(picks)
+        except InfeasibleBudgetError:
+            continue
+        lost = judge(plan)
+        if best is None or lost < best[0]:
+            best, worse = (lost, plan), 0
+        elif (worse := worse + 1) == _PATIENCE:
+            break
+    return best and best[1]
+
+
+def _lost(table: Candidates, picks: Picks) -> float:
+    """What the picks lose by the table."""
+    rows = [(row, option) for row in table.rows for option in row.options if option.choice == picks.get(row.site)]
+    return sum(row.loss(option) for row, option in rows)
 
 
 def _removals(picks: Picks) -> dict[str, ChannelsChoice]:

@@ -107,6 +107,7 @@ def smallest(
     dense: Mapping[str, float],
     made: Callable[[Budget], R],
     holds: Callable[[R], bool],
+    over: Callable[[], bool] = lambda: False,
 ) -> R | None:
     """The smallest network that holds, between limits and the dense network's costs.
 
@@ -124,6 +125,8 @@ def smallest(
         The network under a budget.
     holds
         Whether it loses no more than is tolerated.
+    over
+        Whether no further network is to be made.
 
     Returns
     -------
@@ -134,7 +137,7 @@ def smallest(
     tight, wide = 0.0, 1.0
     ratio = max(dense[cost] / limit for cost, limit in limits.items())
     for _ in range(_STEPS):
-        if (wide - tight) * math.log(max(ratio, 1.0)) <= math.log(_CLOSE):
+        if (wide - tight) * math.log(max(ratio, 1.0)) <= math.log(_CLOSE) or over():
             break
         share = (tight + wide) / 2
         budget = Budget(**{c: Limit(limit ** (1 - share) * dense[c] ** share) for c, limit in limits.items()})
