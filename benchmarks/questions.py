@@ -67,7 +67,7 @@ QUESTIONS = (
         '`methods="auto"`, a single method one of ours alone, a peer what others do, run from its package or written from its '
         "description. Each cell names the best by the test data, which favours peers and single methods: there are several "
         "of them. ± is one standard error of the test.",
-        ("A1", "A2", "A6"),
+        ("A1", "A2", "A3", "A6"),
         ("headline", "tolerances"),
     ),
     Question(
@@ -192,6 +192,11 @@ WORDS = {
     "A2": Words(
         "Methods that compete against the best peer",
         "The test metric without training, from the same weights and the same unlabelled inputs.",
+    ),
+    "A3": Words(
+        "A text detector 15 times smaller",
+        "CRAFT, VGG-16 at full width, on pages that are drawn; of each budget the methods that are best on held-out pages. The "
+        "pages are easy for it: words in a row, upright, in eight fonts.",
     ),
     "A6": Words(
         "A tolerance in place of a budget",

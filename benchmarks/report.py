@@ -22,6 +22,7 @@ from benchmarks import schema
 from benchmarks.curves import LEARNED, PUBLISHED, Result, averaged, curves, networks
 from benchmarks.environment import ROOT
 from benchmarks.figures import figures
+from benchmarks.headline import detector
 from benchmarks.headline.tables import HEAD, beside_others
 from benchmarks.questions import CAPTIONS, NARROW, NO_NETWORK, QUESTIONS, WORDS, Question, Words
 
@@ -71,6 +72,7 @@ def write(root: Path) -> list[Path]:
         (docs / "index.md", landing),
         (docs / "claims.md", {"results": ledger(results)}),
         (docs / "benchmarks.md", {"results": page(results, pictures)}),
+        (docs / "tutorials" / "text-detector.md", {"results": _detector(results)}),
     ):
         document = path.read_text(encoding="utf-8")
         for name, text in texts.items():
@@ -78,6 +80,11 @@ def write(root: Path) -> list[Path]:
         path.write_text(document, encoding="utf-8")
         written.append(path)
     return written
+
+
+def _detector(results: Sequence[Result]) -> str:
+    held = next((result for result in results if result["experiment"] == "headline"), None)
+    return detector.table(held["rows"], held.get("times", [])) if held else NONE
 
 
 def marks(name: str = "results") -> tuple[str, str]:

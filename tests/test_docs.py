@@ -16,7 +16,7 @@ README = ROOT / "README.md"
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 REFERENCE = sorted((ROOT / "docs" / "api").glob("*.md"))
 # Pages whose code needs what no extra brings.
-EXTERNAL = {"lightning": "lightning"}
+EXTERNAL = {"lightning": "lightning", "text-detector": "easyocr_en_models"}
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^spectrim (?:[^\n]*\\\n)*[^\n]*", re.MULTILINE)
 
@@ -56,7 +56,7 @@ def test_there_are_tutorials():
 
 
 # They train, for ten seconds and more each: `make docs` runs them beside the build of the site.
-LONG = ("learned-ranks", "low-rank-plus-sparse", "removing-filters", "sharing")
+LONG = ("learned-ranks", "low-rank-plus-sparse", "removing-filters", "sharing", "text-detector")
 
 
 @pytest.mark.parametrize(
