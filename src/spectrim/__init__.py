@@ -48,6 +48,7 @@ _HOMES = {
     "SpectrimError": "errors",
     "Sweep": "selection.front",
     "Trajectory": "selection.trajectory",
+    "SlowerError": "errors",
     "ToleranceError": "errors",
     "UnsupportedLayerError": "errors",
     "WeightCP": "methods",

@@ -14,6 +14,7 @@ from spectrim.errors import MissingMomentsError as MissingMomentsError
 from spectrim.errors import PlanError as PlanError
 from spectrim.errors import ProofError as ProofError
 from spectrim.errors import ReadOnlyWeightError as ReadOnlyWeightError
+from spectrim.errors import SlowerError as SlowerError
 from spectrim.errors import SpectrimError as SpectrimError
 from spectrim.errors import ToleranceError as ToleranceError
 from spectrim.errors import UnsupportedLayerError as UnsupportedLayerError

@@ -70,6 +70,27 @@ class InfeasibleBudgetError(SpectrimError, ValueError):
         return type(self), (self.cost, self.budget, self.lowest, self.dense, self.together, self.skipped)
 
 
+class SlowerError(InfeasibleBudgetError):
+    """A budget can be met, but only by networks that were measured to be slower than the dense one, and none may be.
+
+    Attributes
+    ----------
+    said
+        Both times, and what ran the networks.
+    """
+
+    def __init__(self, cost: str, budget: float, dense: float, said: str) -> None:
+        super().__init__(cost, budget, dense, dense)
+        self.said = said
+        self.args = (
+            f"budget {cost} <= {_short(budget)} ({budget / dense:.0%} of dense) is met by a network that is slower "
+            f"than dense here: {said}. Ask for less to be removed, for another cost, or leave guard out",
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.cost, self.budget, self.dense, self.said)
+
+
 class ToleranceError(SpectrimError, ValueError):
     """A budget can be met, but not with what the network may lose.
 

@@ -22,15 +22,15 @@ from spectrim.network.groups import group
 from spectrim.network.sites import Sites
 from spectrim.nn.agreement import output_error
 from spectrim.nn.checkpoint import header_bytes
-from spectrim.nn.timing import Speed, Timing, as_run
+from spectrim.nn.timing import Timing, as_run
 from spectrim.pipeline.report import Result, reported
+from spectrim.pipeline.timed import Draft, met
 from spectrim.preparation import Prepared
 from spectrim.preparation import one_batch as one_batch  # its former place, until version 0.3
 from spectrim.progress import Progress, silent
 from spectrim.search.arms import Arm, Contest
 from spectrim.search.file_size import within_file
 from spectrim.search.judge import Judge, Verdict
-from spectrim.search.measured import meet_latency
 from spectrim.search.stepwise import select_in_steps
 from spectrim.search.tolerance import Tolerance, smallest, tightest
 from spectrim.selection.budget import Budget, Limit
@@ -46,33 +46,6 @@ log = logging.getLogger(__name__)
 _MUCH = 0.1
 # Samples, at least, on which plans that mix methods are compared before they are carried out.
 _TRIAL = 128
-
-
-@dataclass(frozen=True)
-class Draft:
-    """A network that is planned, and not carried out yet.
-
-    Attributes
-    ----------
-    plan, table, sites
-        The plan, the table it was selected from, and the sites that both are about.
-    budget
-        As it is met: of a limit in bytes the number.
-    methods
-        On offer.
-    again
-        Selects from the table under another budget.
-    file
-        Bytes of the dense network's file, if bytes are limited.
-    """
-
-    plan: Plan
-    table: Candidates
-    sites: Sites
-    budget: Budget
-    methods: Sequence[Method] | None
-    again: Callable[[Candidates, Budget], Plan]
-    file: float | None = None
 
 
 def shrink(
@@ -145,10 +118,10 @@ def drafted(
 
     plan, table = planned(sites, table, budget)
     if budget.bytes is None:
-        return Draft(plan, table, sites, budget, methods, again)
+        return Draft(plan, table, sites, budget, methods, again, guard)
     file = table.dense["bytes"] + header_bytes(model)
     sites, plan, table, budget = within_file(model, sites, plan, table, budget, planned)
-    return Draft(plan, table, sites, budget, methods, again, file)
+    return Draft(plan, table, sites, budget, methods, again, guard, file)
 
 
 def carried(
@@ -163,10 +136,9 @@ def carried(
     """The finished network of a plan, which is corrected by measured times where these are limited."""
     sites, plan, table, budget, latency = draft.sites, draft.plan, draft.table, draft.budget, prepared.latency
     measured: Mapping[str, Timing] = {}
+    said_of_time: Sequence[str] = ()
     if latency is not None:
-        plan, measured = meet_latency(
-            model, sites, table, plan, budget, prepared.example, latency, selector=draft.again, methods=draft.methods
-        )
+        plan, measured, said_of_time = met(model, draft, prepared.example, latency)
     if draft.file is not None:
         # The header that the table counts is that of the compressed network's file.
         plan = dataclasses.replace(plan, dense_costs={**plan.dense_costs, "bytes": draft.file})
@@ -177,7 +149,8 @@ def carried(
     small = done.model
     if latency is not None:
         small = as_run(small, prepared.example, latency)
-    notes = (*_said_of_rest(table, budget), *(_said_of_time(measured) if measured else _said_of_chains(plan)))
+    said = said_of_time if measured else tuple(_said_of_chains(plan))
+    notes = (*_said_of_rest(table, budget), *said)
     report = reported(
         model, small, sites, plan, done, prepared.batches, mask=prepared.sampling.mask, forward=forward,
         measured=measured, notes=notes,
@@ -204,13 +177,6 @@ def _said_of_chains(plan: Plan) -> Iterator[str]:
             "MACs. Time was not measured: guard=True offers what is measured faster only, and a budget may limit "
             "milliseconds, as latency=80%"
         )
-
-
-def _said_of_time(measured: Mapping[str, Timing]) -> Iterator[str]:
-    """What a user should know of measured times."""
-    dense, small = measured["dense"], measured["compressed"]
-    if (speed := Speed.of(dense, small)).differs and speed.ratio < 1:
-        yield f"the compressed model is SLOWER than dense: {small.p50:.3f} ms against {dense.p50:.3f} ms"
 
 
 @dataclass

@@ -1,31 +1,37 @@
-"""A limit in milliseconds is met by the clock: plans are built, measured end to end and corrected."""
+"""Plans are built and timed end to end: a limit in milliseconds is met, and layers that lose time are put back."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from spectrim.application import apply
 from spectrim.cost.latency import Latency
-from spectrim.errors import InfeasibleBudgetError
+from spectrim.errors import InfeasibleBudgetError, SlowerError
 from spectrim.methods import Method
-from spectrim.network.choices import Choice
+from spectrim.network.choices import DENSE, Choice
 from spectrim.network.sites import Sites
-from spectrim.nn.timing import Timing, as_run, as_timed, measure_latency
+from spectrim.nn.timing import Speed, Timing, as_run, as_timed, measure_latency
 from spectrim.selection.budget import Budget, Limit
 from spectrim.selection.candidates import Candidates
-from spectrim.selection.plan import Plan
+from spectrim.selection.plan import Entry, Plan
 from spectrim.selection.selectors import Selector, exact, select
 
 log = logging.getLogger(__name__)
 
 # A latency plan is selected, built, measured and corrected at most so often.
 _ROUNDS = 8
+# Networks that are built and timed to find the layers that lose time, beside those that meet a limit; so many at once
+# and so many seconds at once.
+_TRIALS, _BESIDE, _SECONDS = 12, 6, 20.0
 # ... until the measured time is within this share of the budget.
 CLOSE = 0.03
 
@@ -107,3 +113,163 @@ def meet_latency(
     assert best is not None
     # The plan says what was asked for, not the corrected limit that led there.
     return dataclasses.replace(best[1], budget=budget.limits(table.dense)), best[2]
+
+
+@dataclass(frozen=True)
+class PutBack:
+    """What was found of layers that lose time in the finished network.
+
+    Attributes
+    ----------
+    layers
+        Dense again, since the network is faster so.
+    needed
+        They lose time too, and without them no plan meets the budget, or a slower one does.
+    networks, seconds
+        How many were built and timed for it, and how long that took.
+    """
+
+    layers: tuple[str, ...] = ()
+    needed: tuple[str, ...] = ()
+    networks: int = 0
+    seconds: float = 0.0
+
+    @property
+    def sentences(self) -> Iterator[str]:
+        """For the report."""
+        spent = f"{self.networks} networks were timed to find out, in {self.seconds:.0f} s"
+        if self.layers:
+            yield f"dense again, since time was lost in the finished network: {', '.join(self.layers)} ({spent})"
+        if self.needed:
+            yield f"time is lost in the finished network, and the budget needs it: {', '.join(self.needed)} ({spent})"
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Builds plans for one dense network and times them in turns, as ``latency`` says."""
+
+    model: nn.Module
+    sites: Sites
+    example: Any
+    latency: Latency
+    methods: Sequence[Method] | None = None
+
+    def beside(self, plans: Mapping[str, Plan]) -> Mapping[str, Timing]:
+        """Times of the networks of plans, and of the dense one where a plan is named so."""
+        built = {
+            name: as_timed(self.model, self.latency)
+            if name == "dense"
+            else as_run(apply(self.model, self.sites, plan, methods=self.methods), self.example, self.latency)
+            for name, plan in plans.items()
+        }
+        return measure_latency(
+            built, self.example, threads=self.latency.threads, runtime=self.latency.runtime, seconds=_SECONDS
+        )
+
+    def losing(self, plan: Plan, groups: list[list[Entry]], left: int) -> tuple[list[Entry], int]:
+        """The choices of a plan without which its network is surely faster, and how many networks were timed.
+
+        The groups are swapped back to dense one at a time, as many as may be timed; a group that loses time is then
+        looked into in the same way, and counts whole if none of its parts surely does.
+        """
+        groups = groups[:left]
+        if not groups:
+            return [], 0
+        trials = {str(number): with_dense(plan, group) for number, group in enumerate(groups)}
+        times = self.beside({"as planned": plan, **trials})
+        found: list[Entry] = []
+        taken = len(trials) + 1
+        for name, group in zip(trials, groups, strict=True):
+            speed = Speed.of(times["as planned"], times[name])
+            log.info("%s dense again: %s", ", ".join(entry.site for entry in group), speed)
+            if speed.differs and speed.ratio > 1:
+                parts, more = self.losing(plan, split(group), left - taken) if len(group) > 1 else ([], 0)
+                found += parts or group
+                taken += more
+        return found, taken
+
+
+def with_dense(plan: Plan, group: Sequence[Entry]) -> Plan:
+    """A plan with some of its layers left dense, to be timed: its costs are those of the plan before."""
+    sites = {entry.site for entry in group}
+    entries = [
+        dataclasses.replace(e, choice=DENSE, error=0.0, costs=e.dense_costs) if e.site in sites else e for e in plan
+    ]
+    return dataclasses.replace(plan, entries=tuple(entries))
+
+
+def split(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """Entries in order in up to :data:`_BESIDE` groups of nearly equal size."""
+    count = min(_BESIDE, len(entries))
+    edges = [round(number * len(entries) / count) for number in range(count + 1)]
+    return [list(entries[a:b]) for a, b in itertools.pairwise(edges)]
+
+
+def put_back(
+    trials: Trials,
+    plan: Plan,
+    measured: Mapping[str, Timing],
+    again: Callable[[Sequence[str]], tuple[Plan, Mapping[str, Timing]]],
+) -> tuple[Plan, Mapping[str, Timing], PutBack]:
+    """Leave layers dense whose replacement loses time in the finished network, within the budget of the plan.
+
+    Times of layers do not add up: what a layer alone gained may be lost in the network. Where the network gains at
+    least what its layers do together, nothing is looked for. Else layers are swapped back, those that gain the least by
+    the table first, and timed beside the network as planned. Only what differs beyond noise counts.
+
+    Parameters
+    ----------
+    plan, measured
+        From :func:`meet_latency`.
+    again
+        The plan under the same budget, and its times, where these layers are to stay dense.
+
+    Returns
+    -------
+    plan, measured, found
+        As given if nothing is put back, and where methods remove channels: there a layer's time depends on others.
+    """
+    start = time.perf_counter()
+    changed = [entry for entry in plan if not entry.choice.is_dense]
+    speed = Speed.of(measured["compressed"], measured["dense"])
+    planned = plan.costs["latency"] / plan.dense_costs["latency"]
+    removing = any(method.removes_channels for method in trials.methods or ())
+    if not changed or speed.low <= planned or removing:
+        return plan, measured, PutBack()
+    changed.sort(key=lambda entry: -entry.costs["latency"] / max(entry.dense_costs["latency"], 1e-9))
+    losing, networks = trials.losing(plan, split(changed), _TRIALS)
+    names = tuple(site for entry in losing for site in entry.sites)
+
+    def found(**kinds: tuple[str, ...]) -> PutBack:
+        return PutBack(networks=networks, seconds=time.perf_counter() - start, **kinds)
+
+    if not names:
+        return plan, measured, found()
+    try:
+        other, times = again(names)
+    except InfeasibleBudgetError:
+        return plan, measured, found(needed=names)
+    networks += 1
+    kept = trials.beside({"as planned": plan, "put back": other})
+    networks += 2
+    if (change := Speed.of(kept["as planned"], kept["put back"])).differs and change.ratio < 1:
+        return plan, measured, found(needed=names)
+    return other, times, found(layers=names)
+
+
+def check_faster(trials: Trials, plan: Plan, measured: Mapping[str, Timing]) -> None:
+    """Raise SlowerError if the network of a plan is surely slower than the dense one, twice."""
+    if all(entry.choice.is_dense for entry in plan):
+        return
+    times = measured
+    for _ in range(2):
+        speed = Speed.of(times["dense"], times["compressed"])
+        if not (speed.differs and speed.ratio < 1):
+            return
+        times = trials.beside({"dense": plan, "compressed": plan}) if times is measured else times
+    cost, limit = next(iter(plan.budget.items()))
+    said = (
+        f"{times['compressed'].quiet:.3g} ms for {times['dense'].quiet:.3g} ms, run by {trials.latency.runs.name} at "
+        f"batch {trials.latency.batch}"
+    )
+    raise SlowerError(cost, limit, plan.dense_costs[cost], said)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -213,6 +213,12 @@ class Candidates(Printed):
     def singles(self) -> tuple[Row, ...]:
         """The rows of single sites, without the groups."""
         return tuple(row for row in self.rows if not row.members)
+
+    def dense_at(self, sites: Collection[str]) -> Candidates:
+        """The table without choices for these sites, and without the groups that they are in."""
+        rows = [row for row in self.rows if not row.members or set(sites).isdisjoint(row.members)]
+        rows = [dataclasses.replace(r, options=(r.dense,)) if r.site in sites else r for r in rows]
+        return dataclasses.replace(self, rows=Rows(rows))
 
     def _records(self) -> list[dict[str, Any]]:
         return self.rows()
