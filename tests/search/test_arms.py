@@ -118,6 +118,26 @@ def test_after_the_seconds_no_arm_is_begun_and_progress_says_what_is_tried() -> 
     assert said == ["a: plan", "a: carry out"]
 
 
+def test_seconds_are_shared_by_planning_and_carrying_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("spectrim.search.arms.time.monotonic", lambda: now[0])
+
+    def planned(arm: Arm, most: float) -> Draft:
+        now[0] += 2
+        return draft(arm.name, {"a": 3.0, "b": 2.5}.get(arm.name, 1.0))
+
+    def made(arm: Arm, draft: Draft) -> str:
+        now[0] += 5
+        return arm.name
+
+    losses = {"a": 0.3, "b": 0.1, "c": 0.2}
+    _, tried = replace(contest(losses), planned=planned, made=made).best(ARMS, seconds=8)
+    # Two plans take half of the time, and the better one the rest.
+    assert [each.note for each in tried] == ["not tried, as 8 s were over", "", "not tried, as 8 s were over"]
+    assert [each.seconds for each in tried] == [2, 7, 0]
+    assert now[0] == 9
+
+
 def test_the_first_that_is_enough_ends_the_search() -> None:
     winner, tried = contest({"a": 0.3, "b": 0.2}, {"a": 1.1}, enough=lambda name: name == "b").best(ARMS[:2])
     assert winner == "b"

@@ -7,8 +7,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 from torch import nn
@@ -18,11 +16,11 @@ from spectrim.cost.counted import Cost
 from spectrim.errors import PlanError, ToleranceError
 from spectrim.methods import Method
 from spectrim.network.choices import CPChoice, TuckerChoice
-from spectrim.network.groups import group
 from spectrim.network.sites import Sites
 from spectrim.nn.agreement import output_error
 from spectrim.nn.checkpoint import header_bytes
 from spectrim.nn.timing import Timing, as_run
+from spectrim.pipeline.offers import Tables
 from spectrim.pipeline.report import Result, reported
 from spectrim.pipeline.timed import Draft, met
 from spectrim.preparation import Prepared
@@ -37,7 +35,7 @@ from spectrim.selection.budget import Budget, Limit
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
 from spectrim.selection.selectors import Selector, exact, select
-from spectrim.tables import default_methods, merged, parted, tabulate
+from spectrim.tables import tabulate
 
 log = logging.getLogger(__name__)
 
@@ -179,51 +177,6 @@ def _said_of_chains(plan: Plan) -> Iterator[str]:
         )
 
 
-@dataclass
-class Tables:
-    """What methods offer, tabulated once for all arms that have them.
-
-    Attributes
-    ----------
-    prepared
-        With sites that share nothing.
-    arms
-        All that compete.
-    making
-        As for :func:`spectrim.tabulate`.
-    """
-
-    prepared: Prepared
-    arms: Sequence[Arm]
-    making: Mapping[str, Any]
-    _known: dict[tuple[bool, str], Candidates] = field(default_factory=dict, init=False)
-
-    @cached_property
-    def _grouped(self) -> Sites:
-        return group(self.prepared.sites)
-
-    def sites(self, arm: Arm) -> Sites:
-        """The sites of an arm, with groups if its layers may share factors."""
-        return self._grouped if arm.groups else self.prepared.sites
-
-    def methods(self, arm: Arm) -> list[Method]:
-        """What an arm has on offer."""
-        return default_methods(self.sites(arm)) if arm.methods is None else list(arm.methods)
-
-    def of(self, arm: Arm) -> Candidates:
-        """The table of an arm."""
-        known = {name for grouped, name in self._known if grouped == arm.groups}
-        wanted = {method.name: method for method in self.methods(arm)}
-        # Layers are measured together, so that their times are comparable.
-        others = self.arms if self.prepared.latency is not None else ()
-        more = [m for other in others if other.groups == arm.groups for m in self.methods(other)]
-        missing = {m.name: m for m in (*wanted.values(), *more) if m.name not in known}
-        if missing:
-            table = tabulate(self.sites(arm), list(missing.values()), **self.making)
-            self._known |= {(arm.groups, name): parted(table, name) for name in missing}
-        return merged([self._known[arm.groups, name] for name in wanted])
-
-
 def shrink_best(
     model: nn.Module,
     prepared: Prepared,
@@ -245,7 +198,7 @@ def shrink_best(
 
     With a ``tolerance`` the first that holds it.
     """
-    tables = tables or _tables(prepared, arms, guard=guard, costs=costs, progress=progress)
+    tables = tables or Tables(prepared, arms, guard, costs, progress)
 
     def planned(arm: Arm, most: float) -> Draft:
         if arm.removes_channels and not prepared.sites.couplings:
@@ -266,16 +219,6 @@ def shrink_best(
     )
     result, tried = contest.best(arms, seconds=seconds, progress=progress)
     return dataclasses.replace(result, report=dataclasses.replace(result.report, arms=tried))
-
-
-def _tables(
-    prepared: Prepared, arms: Sequence[Arm], *, guard: bool, costs: Mapping[str, Cost] | None, progress: Progress
-) -> Tables:
-    making = {
-        "latency": prepared.latency, "dense_latency": prepared.dense_latency, "costs": costs, "guard": guard,
-        "progress": progress,
-    }  # fmt: skip
-    return Tables(prepared, arms, making)
 
 
 def _telling(progress: Progress, arm: Arm) -> Progress:
@@ -322,9 +265,8 @@ def shrink_within(
         As for :func:`shrink`.
     """
     began = time.monotonic()
-    making = {"guard": options.get("guard", False), "costs": options.get("costs"), "progress": progress}
     only = Arm("", options.pop("methods", None))
-    tables = _tables(prepared, arms or (only,), **making)
+    tables = Tables(prepared, arms or (only,), options.get("guard", False), options.get("costs"), progress)
     first = tables.of(arms[0] if arms else only)
 
     def left() -> float:

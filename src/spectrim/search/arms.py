@@ -288,7 +288,7 @@ class _Clock:
     """When a search is to end."""
 
     seconds: float
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=lambda: time.monotonic())
 
     def over(self, part: float = 1.0) -> bool:
         """Whether a part of the time is over."""

@@ -1,0 +1,67 @@
+"""What sets of methods have on offer in a network that is prepared: one table a method, whoever asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from spectrim.cost.counted import Cost
+from spectrim.methods import Method
+from spectrim.network.groups import group
+from spectrim.network.sites import Sites
+from spectrim.preparation import Prepared
+from spectrim.progress import Progress, silent
+from spectrim.search.arms import Arm
+from spectrim.selection.candidates import Candidates
+from spectrim.tables import default_methods, merged, parted, tabulate
+
+
+@dataclass
+class Tables:
+    """What methods offer, tabulated once for all arms that have them.
+
+    Attributes
+    ----------
+    prepared
+        With sites that share nothing.
+    arms
+        All that compete.
+    guard, costs, progress
+        As for :func:`spectrim.tabulate`.
+    """
+
+    prepared: Prepared
+    arms: Sequence[Arm]
+    guard: bool = False
+    costs: Mapping[str, Cost] | None = None
+    progress: Progress = silent
+    _known: dict[tuple[bool, str], Candidates] = field(default_factory=dict, init=False)
+
+    @cached_property
+    def _grouped(self) -> Sites:
+        return group(self.prepared.sites)
+
+    def sites(self, arm: Arm) -> Sites:
+        """The sites of an arm, with groups if its layers may share factors."""
+        return self._grouped if arm.groups else self.prepared.sites
+
+    def methods(self, arm: Arm) -> list[Method]:
+        """What an arm has on offer."""
+        return default_methods(self.sites(arm)) if arm.methods is None else list(arm.methods)
+
+    def of(self, arm: Arm) -> Candidates:
+        """The table of an arm."""
+        known = {name for grouped, name in self._known if grouped == arm.groups}
+        wanted = {method.name: method for method in self.methods(arm)}
+        # Layers are measured together, so that their times are comparable.
+        others = self.arms if self.prepared.latency is not None else ()
+        more = [m for other in others if other.groups == arm.groups for m in self.methods(other)]
+        missing = {m.name: m for m in (*wanted.values(), *more) if m.name not in known}
+        if missing:
+            table = tabulate(
+                self.sites(arm), list(missing.values()), latency=self.prepared.latency,
+                dense_latency=self.prepared.dense_latency, costs=self.costs, guard=self.guard, progress=self.progress,
+            )  # fmt: skip
+            self._known |= {(arm.groups, name): parted(table, name) for name in missing}
+        return merged([self._known[arm.groups, name] for name in wanted])

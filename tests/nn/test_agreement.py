@@ -1,0 +1,63 @@
+"""What samples add to what is lost: their mean is the loss, and its spread the standard error."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from spectrim.nn.agreement import Agreement, agreement
+
+
+class Shifted(nn.Module):
+    """Outputs of a linear layer, with something added."""
+
+    def __init__(self, shift: float, scores: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        nn.init.normal_(self.layer.weight, generator=torch.Generator().manual_seed(0))
+        self.shift, self.scores = shift, scores
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x) + self.shift * x[:, :3]
+        return y if self.scores else y.unsqueeze(2).expand(-1, -1, 2)
+
+
+BATCHES = list(torch.randn(50, 4, generator=torch.Generator().manual_seed(1)).split(20))
+
+
+def found(shift: float, *, scores: bool = True) -> Agreement:
+    dense, small = Shifted(0.0, scores), Shifted(shift, scores)
+    small.load_state_dict(dense.state_dict())
+    told = agreement(dense, small, BATCHES)
+    assert told is not None
+    return told
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_the_mean_of_what_samples_add_is_what_is_lost(scores: bool) -> None:
+    told = found(0.1, scores=scores)
+    mean = sum(told.parts) / len(told.parts)
+    assert len(told.parts) == told.samples == 50
+    assert mean == pytest.approx(told.divergence if scores else told.error**2)
+    spread = torch.tensor(told.parts, dtype=torch.float64).std().item() / math.sqrt(50)
+    assert told.standard_error == pytest.approx(spread if scores else spread / (2 * told.error))
+    assert "parts" not in repr(told)
+
+
+def test_networks_are_told_apart_sample_by_sample() -> None:
+    small, larger = found(0.1), found(0.13)
+    assert small.like(small)
+    # Half of the samples lose more, and half less.
+    signs = [1 if number % 2 else -1 for number in range(50)]
+    parts = tuple(part + 0.01 * sign for part, sign in zip(small.parts, signs, strict=True))
+    assert small.like(dataclasses.replace(small, parts=parts))
+    # The difference is beyond chance, though each loss alone is known less well.
+    assert small.divergence is not None
+    assert larger.divergence is not None
+    assert not small.like(larger)
+    assert not Agreement(0, 0.1).like(small)
+    assert Agreement(1, 0.1, parts=(0.1,)).standard_error is None
