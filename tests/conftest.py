@@ -58,7 +58,7 @@ class Checks:
 
 # The hook must stand before the modules are imported. SPECTRIM_SHAPE_CHECKS says how many calls are
 # checked; 0 has no hook at all.
-SHAPE_CHECKS = int(os.environ.get("SPECTRIM_SHAPE_CHECKS", "3"))
+SHAPE_CHECKS = int(os.environ.get("SPECTRIM_SHAPE_CHECKS", "1"))
 CHECKS = Checks(jaxtyping.jaxtyped)
 if SHAPE_CHECKS and importlib.util.find_spec("beartype"):
     jaxtyping.install_import_hook(["spectrim.linalg", "spectrim.network.factors"], "beartype.beartype")
@@ -74,10 +74,33 @@ hypothesis.settings.register_profile(
     "spectrim",
     deadline=None,
     derandomize=True,
-    max_examples=int(os.environ.get("SPECTRIM_EXAMPLES", "25")),
+    max_examples=int(os.environ.get("SPECTRIM_EXAMPLES", "15")),
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("spectrim")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked ``table``, cells that show every value of every axis run by default; the others are slow."""
+    tables = collections.defaultdict[tuple[Any, ...], list[pytest.Function]](list)
+    for item in items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("table"):
+            tables[item.parent, item.originalname].append(item)
+    for cells in tables.values():
+        every = cells[0].get_closest_marker("table").kwargs.get("every")
+        for cell in set(cells) - set(cells[::every] if every else _covering(cells)):
+            cell.add_marker(pytest.mark.slow)
+
+
+def _covering(cells: list[pytest.Function]) -> list[pytest.Function]:
+    """Cells that show every value of every axis: each time the one that shows most new ones."""
+    values = {cell: {(axis, id(value)) for axis, value in cell.callspec.params.items()} for cell in cells}
+    chosen, left = [], set().union(*values.values())
+    while left:
+        chosen.append(max(cells, key=lambda cell: len(values[cell] & left)))
+        left -= values[chosen[-1]]
+    return chosen
 
 
 def pytest_collection_finish() -> None:

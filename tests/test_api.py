@@ -59,6 +59,7 @@ def output_error(small: nn.Module, model: nn.Module, batches: list[Tensor]) -> f
 # tabulate
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("name", MODELS)
 def test_rows_have_the_dense_option_first_and_others_that_save(name: str) -> None:
     _, sites, _ = prepared(name)
@@ -166,6 +167,7 @@ def test_ranks_on_offer_are_those_of_the_machine_that_was_measured(register_widt
     assert plain[1].choice.rank == register_width
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("name", MODELS)
 def test_options_that_save_nothing_are_kept_if_they_are_asked_for(name: str) -> None:
     _, sites, _ = prepared(name)
@@ -190,6 +192,7 @@ def moved(sites: Sites) -> Sites:
     return dataclasses.replace(sites, sites=tuple(changed))
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("data", ["none", "calibrated", "weighted"])
 def test_a_table_made_again_is_the_table_of_the_changed_weights(name: str, data: str) -> None:
@@ -262,6 +265,7 @@ def every_site(table: Candidates, method: str, rank: int) -> Plan:
     return make_plan(table, picks, budget={}, selector="test")
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("reconstruct", [False, True])
 def test_apply_leaves_the_original_alone_and_replays(name: str, reconstruct: bool) -> None:
@@ -282,6 +286,7 @@ def test_apply_leaves_the_original_alone_and_replays(name: str, reconstruct: boo
     assert same(small, apply(model, sites, Plan.from_json(plan.to_json()), batches, reconstruct=reconstruct))
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("method", [st.WeightSVD(), st.ActivationSVD()])
 @pytest.mark.parametrize("reconstruct", [False, True])
 def test_the_model_has_as_many_parameters_as_planned_also_without_biases(

@@ -56,7 +56,7 @@ def test_there_are_tutorials():
 
 
 # They train, for ten seconds and more each: `make docs` runs them beside the build of the site.
-LONG = ("learned-ranks", "low-rank-plus-sparse", "removing-filters", "sharing", "text-detector")
+LONG = ("learned-ranks", "low-rank-plus-sparse", "recipes", "removing-filters", "sharing", "text-detector")
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,7 @@ def share_of(budget: Budget, cost: str) -> float:
     return float(share.rstrip("%")) / 100 if isinstance(share, str) else share
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("budget", [Budget(macs=0.6), Budget(parameters="70%"), Budget(parameters=0.8, macs=0.7)])
 def test_the_built_model_meets_the_budget(name: str, budget: Budget) -> None:
@@ -81,6 +82,7 @@ FILES = {
 }
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("limit", ["80%", "30kB"])
 @pytest.mark.parametrize(("methods", "options"), FILES.values(), ids=FILES)
 def test_a_limit_on_bytes_is_met_by_the_file(methods, options, limit, tmp_path: Path) -> None:
@@ -111,6 +113,7 @@ def watts(specs: Sequence[LayerSpec]) -> float:
     return sum(2e-3 * spec.stored + 3e-3 * spec.in_channels for spec in specs)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("budget", ["watts=70%", {"watts": 0.8, "macs": 0.8}])
 @pytest.mark.parametrize("methods", [None, [st.PrincipalFilters(multiple_of=1), st.WeightSVD(multiple_of=1)]])
 def test_a_cost_of_the_users_own_is_limited_in_one_call(budget: str | dict, methods: list | None) -> None:
@@ -250,6 +253,7 @@ class Clock:
         return found
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("overhead", "factor"), [(0.0, 1.0), (5.0, 1.0), (5.0, 1.25), (0.0, 0.8)])
 def test_a_latency_budget_is_met_as_measured(monkeypatch: pytest.MonkeyPatch, overhead: float, factor: float) -> None:
     model, batches = settled("residual"), batches_for("residual")

@@ -28,6 +28,7 @@ def calls() -> dict[str, object]:
     }
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("verb", ["calibrate", "tabulate", "apply", "compress", "compare"])
 def test_true_shows_what_is_done_and_false_is_silent(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     call = calls()[verb]

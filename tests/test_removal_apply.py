@@ -85,6 +85,7 @@ def gap(small: nn.Module, model: nn.Module, x: Tensor) -> float:
     return float((small.eval()(x) - wanted).square().mean() / (wanted - wanted.mean(0)).square().mean())
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("name", NAMES)
 def test_costs_are_those_of_the_plan_and_correction_keeps_what_the_network_computes(name: str):
     model, x, sites = calibrated(name)
@@ -104,6 +105,7 @@ def test_costs_are_those_of_the_plan_and_correction_keeps_what_the_network_compu
     assert plan.dense_costs["parameters"] == parameter_count(model)
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("name", ["chain", "residual", "concat", "grouped", "transposed", "flatten", "twice", "conv3d"])
 def test_reconstruction_beats_the_closed_form_which_beats_no_correction(name: str):
     model, x, sites = calibrated(name, samples=96)
@@ -120,6 +122,7 @@ def test_reconstruction_beats_the_closed_form_which_beats_no_correction(name: st
     assert closed < bare
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("given", [True, False])
 def test_a_checkpoint_loads_into_the_users_constructor_bit_for_bit(name: str, given: bool, tmp_path):
@@ -197,6 +200,7 @@ MIXED = [
 ]  # fmt: skip
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize(("name", "layer", "bias"), MIXED)
 def test_a_pair_of_full_rank_computes_what_the_narrowed_layer_does(name, layer, bias, given, tmp_path):
@@ -371,6 +375,7 @@ def test_removed_channels_never_come_back_in_training():
 
 
 class TestRecommendations:
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:.*more channels than responses")
     def test_a_budget_is_met_within_one_percent_on_a_wide_network(self):
         torch.manual_seed(0)

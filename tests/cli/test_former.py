@@ -44,6 +44,7 @@ def test_every_former_option_is_here():
     assert CASES.keys() == FORMER.keys()
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("name", CASES)
 def test_a_former_option_means_what_it_meant_and_says_how_it_is_written_now(run, asked: list[Any], name: str):
     method, former, now = CASES[name]

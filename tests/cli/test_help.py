@@ -29,6 +29,7 @@ def shown(*arguments: str, columns: int = 80) -> str:
     return done.stdout
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("columns", [80, 45])
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
 def test_help_fits_a_terminal_and_a_phone(command: tuple[str, ...], columns: int):

@@ -132,6 +132,7 @@ def test_groups_are_read_in_order(tmp_path: Path):
     assert list(read_groups(file).items()) == [("b", ("x", "y")), ("a", ("z", "w"))]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -163,6 +163,7 @@ def test_a_folder_without_checkpoints_is_free_for_any_run(run):
     assert json.loads(Path("state/run.json").read_text())["points"] == ["macs=50%"]
 
 
+@pytest.mark.slow
 def test_path_writes_every_point_and_continues(run):
     budgets = ("-b", "macs=65%", "-b", "macs=50%,parameters=55%")
     found = run.json(*PATH, *budgets, "--out", "curve")
@@ -288,6 +289,7 @@ def test_help_of_path_loads_no_torch():
     assert "--json" in done.stdout
 
 
+@pytest.mark.slow
 def test_without_a_folder_for_checkpoints_a_stopped_run_goes_on_from_its_results(run, monkeypatch: pytest.MonkeyPatch):
     arguments = (*LEARN, "-b", "macs=50%", "--no-report")
     run(*arguments, "--out", "whole")

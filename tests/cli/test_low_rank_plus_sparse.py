@@ -129,6 +129,7 @@ def test_the_method_stands_beside_low_rank_alone_unless_the_split_is_fixed():
     assert only == LowRankPlusSparse(patterns=("2:4", "taps"), share=0.25, multiple_of=4)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

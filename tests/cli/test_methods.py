@@ -135,6 +135,7 @@ def test_several_methods_compete(run):
     assert "is for compress" in run("profile", "nets:tiny", "--method", "learned-ranks", code=2).stderr
 
 
+@pytest.mark.table(every=3)
 @pytest.mark.parametrize(
     "arguments",
     [

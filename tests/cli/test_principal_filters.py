@@ -80,6 +80,7 @@ def test_what_was_compressed_can_be_evaluated_exported_and_carried_out_again(run
     torch.testing.assert_close(bare["conv.weight"], dense.conv.weight.detach()[list(kept)])
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize(("text", "recipe"), [("kl", KL()), ("energy=0.8", Energy(0.8))])
 def test_a_recipe_takes_the_place_of_a_budget(run, sites, text: str, recipe: Energy | KL):
     filters = ("--method", f"{METHOD}:rule=l1-max,pooling=mean")
@@ -177,6 +178,7 @@ def test_the_table_of_a_plan_has_low_rank_if_the_plan_has(run):
     assert planned_methods(plan, True) == [PrincipalFilters(), ActivationSVD(), WeightSVD()]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

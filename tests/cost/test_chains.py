@@ -94,6 +94,7 @@ def pool_for(*found, dtype=torch.float32):
     return chains.number_pool([tuple(c) for c in found], dtype, "cpu", 2)
 
 
+@pytest.mark.table(every=2)
 @needs_csr
 @pytest.mark.parametrize(
     ("spec", "several"),
@@ -118,6 +119,7 @@ def test_csr_is_timed_where_it_is_possible(spec, several):
     assert len(ways((sparse, spec), pool, 2, False)) == 1
 
 
+@pytest.mark.table
 @needs_csr
 @pytest.mark.parametrize("kind", [Chain, Addend])
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -87,6 +87,7 @@ def test_names_owners_and_types_do_not_matter_but_shapes_do(clock):
     assert len(set(clock.asked)) == len(clock.asked) == 2 + len(changes)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("how", unfoldings((3, 3)), ids=lambda how: how.name)
 def test_a_family_is_measured_at_few_ranks_up_to_break_even(clock, how, register_width):
     cost = latency(clock)
@@ -381,6 +382,7 @@ def described(module, shape):
     )
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", modules())
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_what_is_timed_is_what_the_module_computes(name, channels_last):

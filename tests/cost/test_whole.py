@@ -66,6 +66,7 @@ def clock(chains: Sequence[Sequence[LayerSpec]], **options: object) -> list[floa
     return [0.01 * len(chain) + 1e-4 * counted.macs(chain) for chain in chains]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("budget", [st.Budget(joules=0.7), st.Budget(joules="80%", macs=0.7, parameters=0.9)])
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "twice"])
 def test_a_cost_of_the_users_own_is_limited_alone_and_with_others(name: str, budget: st.Budget) -> None:
@@ -81,6 +82,7 @@ def test_a_cost_of_the_users_own_is_limited_alone_and_with_others(name: str, bud
     assert tighter.loss > plan.loss
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("name", ["chain", "residual", "projection", "depthwise", "flatten"])
 def test_a_cost_of_the_users_own_is_limited_where_channels_go(name: str) -> None:
     model, batches, sites = coupled(name)
@@ -141,6 +143,7 @@ def test_what_cannot_be_met_is_named_with_and_without_channels() -> None:
         select_in_steps(sites, [FILTERS], st.Budget(joules=0.5))
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("dense_latency", [None, 0.001, 100.0])
 @pytest.mark.parametrize("name", ["chain", "projection", "depthwise", "attention"])
 def test_a_table_adds_up_to_what_the_network_costs(name: str, dense_latency: float | None) -> None:

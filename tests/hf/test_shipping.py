@@ -28,6 +28,7 @@ def again(model: Any, folder: Path, **options: Any) -> Any:
     return type(model).from_pretrained(folder)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("name", NAMES)
 def test_saved_and_loaded_it_is_the_same_bit_for_bit(name: str, budget: str, tmp_path: Path) -> None:
@@ -205,6 +206,7 @@ def merged(name: str) -> tuple[Any, Any]:
     return st.merge(st.apply(model, sites, plan)), model
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("name", NAMES)
 def test_merging_loses_no_bias_on_the_way(name: str, tmp_path: Path) -> None:
     dense, model = merged(name)
@@ -216,6 +218,7 @@ def test_merging_loses_no_bias_on_the_way(name: str, tmp_path: Path) -> None:
     assert (record is not None) == bool(spare)
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_biases_without_a_place_are_folded_into_the_weights(name: str, tmp_path: Path) -> None:
     model = make(name)

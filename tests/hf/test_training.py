@@ -42,6 +42,7 @@ def trainer(model: Any, name: str, folder: Path, steps: int) -> Trainer:
     return Trainer(model=model, args=arguments, train_dataset=rows)  # type: ignore[arg-type]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("name", ["vit", "llama"])
 def test_the_trainer_saves_and_resumes(name: str, budget: str, tmp_path: Path) -> None:
@@ -57,6 +58,7 @@ def test_the_trainer_saves_and_resumes(name: str, budget: str, tmp_path: Path) -
     assert sum(p.numel() for p in last.parameters()) < sum(p.numel() for p in dense.parameters()) or budget == "bytes"
 
 
+@pytest.mark.table(every=3)
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_what_was_loaded_is_trained(budget: str, tmp_path: Path) -> None:
     small, _ = compressed("llama", budget)
@@ -67,6 +69,7 @@ def test_what_was_loaded_is_trained(budget: str, tmp_path: Path) -> None:
     assert same_weights(back, small)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_generating(name: str, budget: str, tmp_path: Path) -> None:
@@ -82,6 +85,7 @@ def test_generating(name: str, budget: str, tmp_path: Path) -> None:
     assert torch.equal(steps, answers[0])
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("name", NAMES)
 def test_adapters_find_layers_by_name_and_train(name: str, budget: str, tmp_path: Path) -> None:

@@ -94,6 +94,7 @@ class Case:
         return self.error.value(rest if found.product is None else rest - found.product.weight)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("metric", ["full", "slices", "plain"])
 @pytest.mark.parametrize("outer", [False, True])
@@ -118,6 +119,7 @@ def test_errors_fall_and_are_those_of_the_weights(step: str, metric: str, outer:
     assert torch.equal(found.product.weight, again.product.weight)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("step", ["greedy", "exact", "height-first"])
 @pytest.mark.parametrize(("name", "density"), PATTERNS)
 def test_every_pattern_is_kept(step: str, name: str, density: float) -> None:
@@ -215,6 +217,7 @@ def test_without_data_it_is_godec(step: type[Greedy] | type[Exact]) -> None:
     assert found.error <= 1.1 * float((target[0] - wanted_low - wanted_sparse).square().sum())
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("step", [Greedy, Exact])
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("rank", "density"), [(2, 0.02), (6, 0.02), (4, 0.15)])
@@ -323,6 +326,7 @@ def test_turns_and_tolerance_end_the_loop(step: str) -> None:
     assert long.error <= coarse.error * (1 + 1e-6)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("density", [0.0, 0.1])
 def test_a_start_is_gone_on_from(step: str, density: float) -> None:

@@ -38,6 +38,7 @@ def test_what_is_packed_in_inference_mode_can_be_used_outside():
         torch.testing.assert_close(csr.linear(packed, x, None), x @ weight.t())
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("dtype", csr.DTYPES)
 @pytest.mark.parametrize("density", [0.0, 0.2, 1.0])
 @pytest.mark.parametrize("shape", [(7,), (1, 7), (2, 7), (3, 7), (2, 3, 7), (0, 7)])

@@ -173,6 +173,7 @@ def metrics_for(kind: str | None, number: int, rows: int, rank: int | None = Non
     return moments(rows, rank=rank) * number if kind == "one" else moments(*[rows] * number, rank=rank)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("kind", "first"), CASES)
 def test_the_objective_of_both_never_rises(kind: str | None, first: str) -> None:
     for shape, ranks in (((8, 6), (2, 2)), ((6, 8), (1, 3)), ((7, 7), (3, 1))):
@@ -240,6 +241,7 @@ DEGENERATE = {
 }
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("how", DEGENERATE)
 @pytest.mark.parametrize("kind", [None, "one", "own"])
 @pytest.mark.parametrize("metric_rank", [None, 1])

@@ -81,6 +81,7 @@ def cases(g: int, kernel: tuple[int, ...], how: Unfolding) -> dict[str, tuple[Sl
     }
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("kind", ["full", "slices", "plain"])
 @pytest.mark.parametrize(("kernel", "how"), SLICED, ids=[f"{k}-{h.name}" for k, h in SLICED])
 @pytest.mark.parametrize("g", [1, 2])

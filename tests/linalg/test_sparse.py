@@ -177,6 +177,7 @@ def test_fits_beat_plain_thresholding_and_refitted_magnitudes_where_inputs_corre
     assert wins["magnitudes"] > 1.05
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("outer", [False, True])
 @pytest.mark.parametrize("kept", [1, 3])
 def test_fits_come_close_to_the_best_of_all_masks(kept: int, outer: bool) -> None:

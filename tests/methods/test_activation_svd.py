@@ -55,6 +55,7 @@ def some(site: Site, method: ActivationSVD | WeightSVD) -> list[tuple[Choice, fl
     return found
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.usefixtures("unshrunk")
 def test_the_reported_error_is_what_the_pair_loses_on_the_calibration_data(kind: str) -> None:
@@ -68,6 +69,7 @@ def test_the_reported_error_is_what_the_pair_loses_on_the_calibration_data(kind:
         torch.testing.assert_close(found.mean(1), wanted.mean(1), atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.usefixtures("unshrunk")
 def test_with_a_sensitivity_the_error_is_weighted_by_the_gradients(kind: str) -> None:
@@ -83,6 +85,7 @@ def test_with_a_sensitivity_the_error_is_weighted_by_the_gradients(kind: str) ->
         torch.testing.assert_close(found.mean(1), wanted.mean(1), atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_no_worse_than_the_weight_svd_at_equal_rank(kind: str, weighted: bool) -> None:
@@ -120,6 +123,7 @@ def test_the_mean_goes_into_the_bias_in_narrow_precision(dtype: torch.dtype) -> 
         assert (found.mean(1) - wanted.mean(1)).abs().max() < 4 * torch.finfo(dtype).eps * spread * 4
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d", "conv2d-grouped", "transposed2d"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_fewer_samples_than_channels_stay_finite_and_keep_the_rest_of_the_weight(kind: str, weighted: bool) -> None:
@@ -159,6 +163,7 @@ def test_missing_statistics_are_named_with_the_site() -> None:
             ActivationSVD().factorize(site, choice)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d", "conv2d-grouped", "conv3d", "transposed2d"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_long_patches_use_slices_and_outputs(kind: str, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,6 +228,7 @@ def test_the_shift_of_a_site_that_is_known_by_its_outputs_counts_the_old_bias_on
     torch.testing.assert_close(found.mean(1), wanted.mean(1))
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("case", ["dead inputs", "zero weight", "constant input"])
 @pytest.mark.parametrize("kind", ["linear", "conv2d"])
 def test_dead_layers_stay_finite(case: str, kind: str) -> None:

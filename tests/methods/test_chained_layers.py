@@ -38,6 +38,7 @@ def named(method: Method) -> str:
     return method.name
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("method", FEW, ids=named)
 @pytest.mark.parametrize("kind", ["conv1d", "conv2d-strided-no-bias", "conv3d"])
 def test_methods_keep_the_contract(method: Method, kind: str) -> None:
@@ -60,6 +61,7 @@ def test_other_layers_are_offered_nothing(kind: str) -> None:
 CHOICES = [CPChoice(5), CPChoice(4, "axes"), TuckerChoice(2, 3)]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 @pytest.mark.parametrize("kind", CONVOLUTIONS)
 def test_the_chain_computes_what_its_factors_stand_for(kind: str, choice: Choice) -> None:
@@ -97,6 +99,7 @@ def rows_of(outputs: Tensor) -> Tensor:
     return outputs.double().movedim(1, -1).flatten(0, -2)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("method", FEW, ids=named)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_curve_is_what_chains_lose_on_the_calibration_data(

@@ -24,6 +24,7 @@ from spectrim.testing.layers import small_group
 from tests.cases import LAYERS, small_site
 
 
+@pytest.mark.table(every=3)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_methods_keep_the_contract_on_every_layer_kind(kind: str) -> None:
     kernel = small_site(kind, calibrated=False)[0].spec.kernel
@@ -33,11 +34,13 @@ def test_methods_keep_the_contract_on_every_layer_kind(kind: str) -> None:
     assert check_method(ActivationSVD(sweeps=0), layers=[kind]) >= 2 * 2 * number
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d", "transposed2d-grouped-no-bias"])
 def test_alternation_keeps_the_contract_too(kind: str) -> None:
     assert check_method(ActivationSVD(sweeps=2), layers=[kind], slack=0.9) > 0
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize(
     ("kind", "pattern"), [("linear", "2:4"), ("conv1d", "unstructured"), ("conv2d-grouped", "channels")]
 )
@@ -47,6 +50,7 @@ def test_low_rank_plus_sparse_keeps_the_contract(kind: str, pattern: str) -> Non
     assert check_method(method, layers=[kind], slack=1.0) >= 3
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("kind", ["linear", "conv2d-grouped", "transposed1d"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 0.01), (torch.bfloat16, 0.03)])
 def test_methods_keep_the_contract_in_other_precisions(kind: str, dtype: torch.dtype, tolerance: float) -> None:

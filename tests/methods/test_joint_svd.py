@@ -36,6 +36,7 @@ CONTRACTS = [
 ]
 
 
+@pytest.mark.table(every=3)
 @pytest.mark.parametrize(
     ("method", "kind"), CONTRACTS, ids=lambda value: value if isinstance(value, str) else value.name
 )
@@ -49,6 +50,7 @@ def test_it_keeps_the_contract_on_every_layer_kind(method: JointSVD) -> None:
     assert check_joint_method(method) >= 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [SHARES[1]], ids=lambda m: m.name)
 def test_it_keeps_the_contract_in_double_precision(method: JointSVD) -> None:
     assert check_joint_method(method, layers=["linear"], dtype=torch.float64) >= 6
@@ -240,6 +242,7 @@ def test_shared_factors_are_counted_once() -> None:
         assert method.factorize(site, choice).numel() == g * (3 * own + shared)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("method", SHARES, ids=lambda m: m.name)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_scale_of_a_group_is_the_sum_of_its_rows(method: JointSVD, weighted: bool) -> None:
@@ -292,6 +295,7 @@ def test_sensitive_layers_are_kept_better() -> None:
         assert lost(keen, method) < lost(site, method)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("method", SHARES, ids=lambda m: m.name)
 @pytest.mark.parametrize(("kind", "weighted"), [("linear", False), ("linear", True), ("conv2d", False)])
 def test_a_refit_keeps_what_is_shared_and_does_not_raise_the_error(method: JointSVD, kind: str, weighted: bool) -> None:

@@ -38,6 +38,7 @@ def choice(method: LowRankPlusSparse, site: Site, rank: int, density: float, nam
     return method.choice(site, unfolding(site.spec.kernel, how), rank, patterns.pattern(name), density)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("kind", ["linear", "conv2d", "conv2d-grouped"])
 @pytest.mark.parametrize("weighted", [False, True])
 def test_without_a_sparse_part_it_loses_what_activation_svd_does(kind: str, weighted: bool) -> None:
@@ -175,6 +176,7 @@ def test_channels_and_taps_make_the_layers_smaller() -> None:
             torch.testing.assert_close(module(inputs), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     ("name", "density"), [("unstructured", 0.2), ("rows", 0.25), ("2:4", 0.5), ("4x1", 0.25), ("2x2", 0.3)]
 )
@@ -382,6 +384,7 @@ def test_what_has_long_patches_is_fitted_to_what_compressed_layers_deliver(monke
     assert apart[True] < apart[False]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("how", ["channel", "height-first"])
 @pytest.mark.parametrize("known", ["nothing", "slices"])
 def test_layers_without_a_moment_keep_their_mean_response(

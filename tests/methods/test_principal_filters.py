@@ -73,6 +73,7 @@ READ_BY = [
 ]  # fmt: skip
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("rule", ["reconstruction", "l1-max"])
 @pytest.mark.parametrize(("name", "channels", "layer"), READ_BY)
 def test_errors_are_those_measured_on_the_calibration_inputs(name: str, channels: str, layer: str, rule: str) -> None:
@@ -100,6 +101,7 @@ def test_losses_of_several_readers_add_up_in_shares_of_their_own_energy() -> Non
         assert error == pytest.approx(sum(measured) / 2, rel=0.03, abs=1e-4)
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("name", ["chain", "grouped", "depthwise", "transposed", "flatten", "concat", "twice", "chunk"])
 def test_weights_in_the_dense_shapes_are_zero_where_channels_are_gone(name: str) -> None:
     _, _, _, found = coupled(name, samples=60)
@@ -124,6 +126,7 @@ def test_weights_in_the_dense_shapes_are_zero_where_channels_are_gone(name: str)
         assert tuple(s.shape for s in FINE.layers(site, choice)) == tuple(tuple(w.shape) for w in factors.weights)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("rule", principal.RULES)
 @pytest.mark.parametrize(("pooling", "held"), [("max", "max"), ("mean", "mean"), ("none", "unpooled")])
 def test_published_rules_choose_by_correlations_of_pooled_responses(rule: str, pooling: str, held: str) -> None:

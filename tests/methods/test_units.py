@@ -96,6 +96,7 @@ CASES = [
 ]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("kind", "name", "weighted"), CASES)
 def test_units_of_inputs_decide_nothing(kind: str, name: str, weighted: bool) -> None:
     site, layer, x = small_site(kind, weighted=weighted)
@@ -103,6 +104,7 @@ def test_units_of_inputs_decide_nothing(kind: str, name: str, weighted: bool) ->
     assert check(METHODS[name], site, other, [(x, y)]) > 0
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 @pytest.mark.parametrize("name", ["low rank", "sparse"])
 def test_the_scale_of_a_layer_decides_nothing(name: str, scale: float) -> None:
@@ -111,6 +113,7 @@ def test_the_scale_of_a_layer_decides_nothing(name: str, scale: float) -> None:
     assert check(METHODS[name], site, other, [(x, y)]) > 2
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("share", JOINT)
 @pytest.mark.parametrize(
     ("kind", "same", "weighted"),
@@ -193,6 +196,7 @@ NETS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", ["low rank", "sparse"])
 @pytest.mark.parametrize("net", NETS)
 def test_units_inside_a_network_decide_nothing(net: str, name: str) -> None:

@@ -12,6 +12,7 @@ from spectrim.testing import measured_error
 from tests.cases import LAYERS, small_site
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_without_data_it_is_the_truncated_svd(kind: str) -> None:
     site, _, _ = small_site(kind, calibrated=False, dtype=torch.float64)
@@ -28,6 +29,7 @@ def test_without_data_it_is_the_truncated_svd(kind: str) -> None:
         torch.testing.assert_close(factors.left @ factors.right, best, atol=1e-9, rtol=1e-9)
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_with_data_its_error_is_measured_in_output_energy(
@@ -51,6 +53,7 @@ def test_calibration_does_not_change_the_weights() -> None:
         assert torch.equal(one.right, two.right)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("method", [WeightSVD(), ActivationSVD(sweeps=0)])
 def test_factors_carry_a_mean_if_their_choice_has_a_bias(kind: str, method: LowRankMethod) -> None:
@@ -69,6 +72,7 @@ def test_factors_carry_a_mean_if_their_choice_has_a_bias(kind: str, method: LowR
     assert WeightSVD().factorize(bare, WeightSVD().choice(bare, how, 2, bias=bare.spec.bias)).shift is None
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("calibrated", [False, True])
 def test_to_full_rank_also_ranks_that_do_not_pay_are_on_offer(kind: str, calibrated: bool) -> None:

@@ -60,6 +60,7 @@ def halves(sites: st.Sites, seed: int = 0) -> dict[str, list[int]]:
     return kept
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("name", NAMES)
 def test_costs_are_those_of_the_narrowed_model(name: str) -> None:
     model, x, sites = calibrated(name)
@@ -76,6 +77,7 @@ def test_costs_are_those_of_the_narrowed_model(name: str) -> None:
         assert Network(left, FUNCTIONS).cost() == pytest.approx(found)
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("name", NAMES)
 def test_specs_are_those_of_the_narrowed_layers_and_moments_are_slices(name: str) -> None:
     model, _, sites = calibrated(name)
@@ -142,6 +144,7 @@ def test_corrected_weights_and_biases_are_least_squares_on_the_calibration_input
     assert torch.allclose(found.mean(0), wanted[:, outputs].mean(0), atol=1e-6)
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("name", ["chain", "residual", "concat", "grouped", "flatten", "depthwise", "twice"])
 def test_narrowing_twice_is_narrowing_once(name: str) -> None:
     _, _, sites = calibrated(name)

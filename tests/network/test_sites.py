@@ -42,6 +42,7 @@ def test_output_shape_is_torchs(kind: str) -> None:
         assert site.spec.output_shape(tuple(grown.shape[2:])) == tuple(layer(grown).shape[2:])
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_pair_has_the_shapes_of_its_layer(kind: str) -> None:
     site, layer, inputs = small_site(kind)

@@ -105,6 +105,7 @@ CASES = {
 }
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_the_file_is_as_large_as_counted_and_comes_back_bit_for_bit(case, dtype, tmp_path):
@@ -363,6 +364,7 @@ def test_a_sum_keeps_its_parts_apart(tmp_path):
 PATTERNS = ("unstructured", "rows", "2:4", "2x2", "channels", "taps")
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("name", PATTERNS)
 def test_what_apply_returns_takes_the_bytes_of_its_plan(name, tmp_path):
     model, batches = settled("residual"), batches_for("residual")

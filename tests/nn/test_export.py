@@ -146,6 +146,7 @@ def wrong(monkeypatch, change):
     monkeypatch.setattr(export, "_traced", lambda model, *rest: traced(Changed(model), *rest))
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize(
     ("exporter", "change", "message"),
     [

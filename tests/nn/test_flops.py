@@ -36,6 +36,7 @@ RECURRENT = {
 }
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("options", RECURRENT.values(), ids=RECURRENT)
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_a_recurrent_layer_uses_every_matrix_once_a_step(kind, options):

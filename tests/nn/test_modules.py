@@ -35,6 +35,7 @@ def factorised(layer, how, rank=None, shift=None):
     return pair, factors
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("name", "how"), CASES)
 def test_a_pair_of_full_rank_equals_the_layer_and_merges_back_to_it(name, how):
     make, shape = LAYERS[name]
@@ -49,6 +50,7 @@ def test_a_pair_of_full_rank_equals_the_layer_and_merges_back_to_it(name, how):
     assert merged.bias is None or torch.equal(merged.bias, layer.bias)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("name", "how"), CASES)
 def test_a_pair_computes_what_its_factors_stand_for(name, how):
     make, shape = LAYERS[name]
@@ -114,6 +116,7 @@ def test_a_pair_whose_layers_are_pairs_merges_in_one_go():
     assert close(pair.merged()(x), wanted, 1e-4)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(("name", "how"), CASES)
 def test_a_skeleton_has_the_shapes_of_the_pair(name, how):
     layer = LAYERS[name][0]()

@@ -122,6 +122,7 @@ CASES = [("linear", "once"), *((kind, share) for kind in KINDS for share in SHAR
 FEW = [("linear", "once"), ("conv2d", "right"), ("conv2d", "both"), ("conv2d-grouped", "both")]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     ("kind", "share", "dtype"),
     [

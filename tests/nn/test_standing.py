@@ -44,6 +44,7 @@ def standing(kind: str = "linear", choice: str = "pair") -> tuple[nn.Module, nn.
     return model, layer, shape
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_layer_stays_the_object_and_the_type_it_was_and_answers_for_its_weight(kind: str, choice: str) -> None:

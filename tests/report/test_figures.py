@@ -13,6 +13,7 @@ from tests.report.cases import plan, shared, sums, table
 HOSTILE = ["<script>alert(1)</script>", "a $\\frac{x$ & 'b' \"c\"", "layer.{{ 7 * 7 }}.$_^"]
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("count", [1, 3, 5, 40])
 def test_spectra_have_a_panel_a_site(count: int):
     candidates = table([f"layer{i}.conv" for i in range(count)])

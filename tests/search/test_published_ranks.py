@@ -128,6 +128,7 @@ def test_proportions_0_and_1_are_the_one_sided_schemes(paper: dict[str, Sites]):
         assert left == joined(sites, 0.08, "ljsvd")
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_plan_is_carried_out_at_its_parameters_and_its_errors(narrow: nn.Module, scheme: str):
     sites = st.find(narrow, only=["layer2.*.conv*", "layer3.*.conv2"])

@@ -50,6 +50,7 @@ def macs(model: nn.Module, x: Tensor) -> float:
 NETWORKS = ["chain", "residual", "projection", "concat", "depthwise", "grouped", "transposed", "flatten", "squeeze"]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("cost", ["parameters", "macs", "bytes"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_plan_costs_what_the_network_costs_and_no_more_than_allowed(name: str, cost: str) -> None:
@@ -64,6 +65,7 @@ def test_a_plan_costs_what_the_network_costs_and_no_more_than_allowed(name: str,
     assert plan.facts["steps"] >= 1
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_what_is_left_of_a_budget_is_spent(name: str) -> None:
     # No group can have its next width.

@@ -87,6 +87,7 @@ def check(plan: Plan, candidates: Candidates, limits: dict[str, float]) -> None:
     assert plan.loss == pytest.approx(loss)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("budget", BUDGETS, ids=["half", "third", "two limits"])
 def test_selectors_against_brute_force(seed: int, budget: Budget) -> None:
@@ -114,6 +115,7 @@ def test_groups_are_chosen_and_left() -> None:
     assert {"g012", "g34", "s0", "s2"} <= chosen
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("price", [0.0, 1e-4, 1e-3, 3e-3, 1e-2, 1.0])
 @pytest.mark.parametrize("dense", [True, False])

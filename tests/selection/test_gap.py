@@ -59,7 +59,7 @@ def least(whole: Candidates, budget: Budget) -> float:
     return float(found.fun)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 3), st.integers(0, 99), st.booleans(), st.booleans())
 def test_bound_optimum_and_value_are_in_order(
     sites: int, options: int, costs: int, seed: int, same: bool, wide: bool
@@ -96,7 +96,7 @@ def test_plans_without_a_bound_say_nothing_of_a_gap() -> None:
     assert lagrangian(whole, Budget(macs=0.5)).facts[PROVEN_GAP] >= 0
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(st.integers(1, 30), st.integers(2, 15), st.integers(2, 3), st.integers(0, 99))
 def test_multipliers_are_those_of_the_linear_relaxation(sites: int, options: int, costs: int, seed: int) -> None:
     whole = table(sites, options, costs, seed)

@@ -20,7 +20,7 @@ from spectrim.selection.plan import Plan
 from spectrim.selection.selectors import at_multiplier, energy, exact, greedy, lagrangian, select, uniform
 
 SELECTORS = (uniform, energy, greedy, lagrangian, exact)
-FEW = settings(max_examples=80, deadline=None, derandomize=True)
+FEW = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 def make_row(name: str, dense: dict[str, float], options: list[tuple[float, dict[str, float]]], **kwargs: Any) -> Row:
@@ -118,7 +118,7 @@ def test_exact_equals_brute_force_under_two_limits(table: Candidates, macs: floa
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
-@settings(FEW, max_examples=40)
+@settings(FEW, max_examples=20)
 @given(table=tables(("macs", "latency")), macs=fractions, latency=st.none() | fractions)
 def test_every_selector_meets_all_limits_or_raises(selector, table: Candidates, macs: float, latency: float | None):
     budget = Budget(macs=macs, latency=None if latency is None else f"{100 * latency}%")
@@ -135,7 +135,7 @@ def test_every_selector_meets_all_limits_or_raises(selector, table: Candidates, 
         assert plan.bound <= best * (1 + 1e-9) + 1e-12
 
 
-@settings(FEW, max_examples=40)
+@settings(FEW, max_examples=20)
 @given(tables(), fractions)
 def test_the_order_of_selectors(table: Candidates, fraction: float) -> None:
     budget = Budget(macs=fraction)
@@ -378,6 +378,7 @@ def long_table() -> Candidates:
     return make_table(*rows, macs=1e6)
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("fraction", [0.15, 0.3, 0.5, 0.8])
 def test_lagrangian_is_close_to_exact_on_longer_tables(fraction: float) -> None:
     table, budget = long_table(), Budget(macs=fraction)

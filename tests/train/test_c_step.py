@@ -91,6 +91,7 @@ def first_rank(ranks: LearnedRanks) -> int:
     return rank
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("cost", ["parameters", "macs"])
 def test_ranks_of_the_released_code(layout: str, cost: str) -> None:

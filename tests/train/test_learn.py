@@ -134,6 +134,7 @@ def test_without_learning_it_is_one_choice_on_the_weights_as_they_are() -> None:
     assert [e.choice for e in result.plan] == [e.choice for e in st.select(bare, BUDGET)]
 
 
+@pytest.mark.slow
 def test_calibration_may_come_from_an_iterator_or_from_the_batches() -> None:
     held = fixed_batches()
     settings = options(learning=Recipe(epochs=1), tuning=Recipe(epochs=0))
@@ -196,6 +197,7 @@ def test_weights_that_explode_name_their_layer() -> None:
 # Stopped runs.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "start", [{}, pytest.param({"multiplier": 2e-4, "cost": "parameters", "dense": False}, marks=pytest.mark.slow)]
 )
@@ -217,6 +219,7 @@ def test_a_run_that_was_stopped_anywhere_ends_equal(start: dict[str, Any], tmp_p
     same(whole, run(Stopping(0), checkpoint=tmp_path))
 
 
+@pytest.mark.slow
 def test_a_path_that_was_stopped_ends_equal(tmp_path: Path) -> None:
     whole = path()
     # In learning and in tuning of the second budget.
@@ -290,6 +293,7 @@ def test_the_table_of_a_result_selects_networks_that_can_be_built() -> None:
     assert parameter_count(small) == plan.costs["parameters"] < result.plan.costs["parameters"]
 
 
+@pytest.mark.slow
 def test_calibration_from_shuffled_batches_does_not_depend_on_what_ran_before() -> None:
     batches, found = shuffled(), []
     for seed in (1, 2):

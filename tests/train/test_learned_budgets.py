@@ -42,6 +42,7 @@ def joules(specs: Sequence[LayerSpec]) -> float:
     return sum(2e-3 * spec.stored + 3e-3 * spec.in_channels for spec in specs)
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("cost", ["parameters", "bytes", "macs", "latency", "joules"])
 def test_every_c_step_meets_the_budget_and_knows_its_multiplier(cost: str) -> None:
     model, batches = settled("residual"), batches_for("residual")
@@ -79,6 +80,7 @@ def test_every_c_step_meets_the_budget_and_knows_its_multiplier(cost: str) -> No
     assert parameter_count(small) == final.costs["parameters"]
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize(("overhead", "factor"), [(0.0, 1.0), (0.4, 1.0), (0.4, 1.3)])
 def test_the_final_network_meets_a_latency_budget_as_measured(monkeypatch, overhead: float, factor: float) -> None:
     def count(model: nn.Module, example: Any) -> float:

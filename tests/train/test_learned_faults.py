@@ -98,6 +98,7 @@ def test_milliseconds_are_of_the_whole_network(monkeypatch) -> None:
     assert 0.9 * asked < found <= asked
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [5, pytest.param(15, marks=pytest.mark.slow)])
 def test_a_run_under_a_latency_budget_continues_though_times_are_measured_anew(
     monkeypatch, tmp_path: Path, stop
@@ -170,6 +171,7 @@ def test_results_of_a_path_do_not_change_afterwards() -> None:
     assert all(torch.equal(a, b) for a, b in zip(kept[0], now, strict=True))
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize(
     ("epochs", "steps"),
     [(3, 16), (2, 11), *(pytest.param(*more, marks=pytest.mark.slow) for more in ((5, 16), (4, 13), (7, 40)))],

@@ -28,6 +28,7 @@ def close(found: Tensor, expected: Tensor, dtype: torch.dtype, scale: float = 1.
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=TOLERANCE[dtype] * scale)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_penalty_gradient_copies_and_multipliers_follow_their_definitions(kind: str, dtype: torch.dtype) -> None:

@@ -15,6 +15,7 @@ from tests.train.learning_script import Residual, options
 from tests.train.small import loader
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("learning", [Recipe(epochs=1), Recipe(epochs=0)])
 def test_the_plan_of_another_run_is_not_taken_over(tmp_path, learning) -> None:
     settings = options(learning=learning, tuning=Recipe(epochs=1), checkpoint=tmp_path)

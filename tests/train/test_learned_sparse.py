@@ -70,6 +70,7 @@ METHODS: dict[str, list[Method]] = {
 }
 
 
+@pytest.mark.slow
 def test_low_rank_plus_sparse_is_chosen_where_it_is_the_truth() -> None:
     errors = {}
     for name, methods in METHODS.items():
@@ -165,6 +166,7 @@ def test_options_that_follow_the_weights_are_made_anew() -> None:
     assert all(option.choice != ZERO for option in table["0"].options)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_equal() -> None:
     def made(seed: int) -> tuple[nn.Module, LearnedRanks]:
         torch.manual_seed(seed)

@@ -81,6 +81,7 @@ def test_finish_with_batches_fits_the_factors_to_the_responses(tmp_path: Path) -
 # State.
 
 
+@pytest.mark.table
 @pytest.mark.parametrize(
     "given",
     [

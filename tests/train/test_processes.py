@@ -42,6 +42,7 @@ def test_one_launched_process_gives_the_same_bits(tmp_path: Path, monkeypatch: p
     assert equal(load_file(next(tmp_path.glob("out*"))), weights(training_script.train(epochs=3)))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs the gloo backend")
 def test_two_processes_give_the_same_weights(tmp_path: Path) -> None:
     """44 samples in batches of 8: the last batch has 4. Each process does half of each.

@@ -27,6 +27,7 @@ def sites_of(kind: str) -> Sites:
     return st.calibrate(model, st.find(model), [inputs])
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_rank_zero_costs_the_bias_and_loses_everything(kind: str) -> None:
     sites = sites_of(kind)

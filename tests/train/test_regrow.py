@@ -87,6 +87,7 @@ class Both:
         return getattr(self.first, name)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("moves", [False, True])
 @pytest.mark.parametrize("option", ["sgd", "adamw"])
 @pytest.mark.parametrize("every", [3, None])

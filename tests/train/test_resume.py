@@ -44,6 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("every", [1, 4, None])
 def test_stopped_runs_end_equal(option: str, every: int | None, tmp_path: Path) -> None:
@@ -129,6 +130,7 @@ def written(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_ends_equal(tmp_path: Path) -> None:
     checkpoint, out = tmp_path / "run.safetensors", tmp_path / "killed.safetensors"
     command = [training_script.__file__, str(out), f"checkpoint={checkpoint}", "mortal=yes"]

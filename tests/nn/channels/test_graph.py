@@ -147,6 +147,7 @@ def places(coupling: Coupling) -> set[str]:
     return {str(place) for place in coupling.places}
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("name", NETS)
 def test_channels_and_where_they_lie(name: str):
     _, _, sites = analysed(name)
@@ -224,6 +225,7 @@ def no_statistics(monkeypatch):
     monkeypatch.setattr(F, "group_norm", group_norm)
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("name", [name for name in NETS if FOUND[name]])
 def test_narrowed_is_the_dense_model_with_the_readers_of_removed_channels_zeroed(name: str, no_statistics):
     model, x, sites = analysed(name)
@@ -260,6 +262,7 @@ def same(a, b) -> bool:
     )
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", ["residual", "grouped", "attention", "squeeze"])
 def test_the_model_is_left_as_found_and_its_mode_does_not_matter(name: str, dtype: torch.dtype):

@@ -125,6 +125,7 @@ def cut(module: nn.Module, axis: str, kept: list[int]) -> nn.Module:
     return model.layer
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_the_cut_module_is_the_dense_one_indexed(name: str, dtype: torch.dtype) -> None:

@@ -26,6 +26,10 @@ TRANSFORMERS = ["hf-resnet-bottleneck", "hf-regnet-y", "hf-convnext", "hf-vit", 
 LEFT_ALONE = ["shufflenet-v2", "gated-conv"]
 
 
+# Seven seconds each.
+LONG = ("hf-levit", "resnet20-option-a")
+
+
 @pytest.fixture(autouse=True)
 def one_thread():
     threads = torch.get_num_threads()
@@ -34,7 +38,10 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", [*OWN, *TRANSFORMERS])
+@pytest.mark.table(every=2)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in (*OWN, *TRANSFORMERS)]
+)
 def test_what_is_left_is_the_network_without_the_channels(name: str):
     if name in TRANSFORMERS:
         pytest.importorskip("transformers")

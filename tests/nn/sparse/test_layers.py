@@ -67,6 +67,7 @@ def counted(monkeypatch):
 # --- what the layers compute
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_kind_computes_what_its_whole_weight_does(name):
     plain, x = layer_of(name)
@@ -321,6 +322,7 @@ def test_the_sum_adds_in_place_only_without_gradients():
 # --- types and layouts
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_types(name, dtype):

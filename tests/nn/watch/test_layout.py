@@ -80,6 +80,7 @@ def images(n: int) -> list[torch.Tensor]:
     return [torch.randn(3, 16, 16) for _ in range(n)]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 @pytest.mark.parametrize("form", ["with targets", "tuples", "alone"])
 def test_macs_of_an_image_do_not_depend_on_how_many_are_in_a_list(n: int, form: str) -> None:

@@ -34,6 +34,7 @@ def test_weight_times_patches_is_the_output_at_all_positions(layer):
     assert torch.equal(outputs_at(spec, outputs, None), wanted)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("index", [[0], [3, 1, 4]])
 def test_patches_and_outputs_at_an_index_are_of_the_same_positions(layer, index):
     module, spec, inputs = layer

@@ -61,6 +61,7 @@ def regression(dense, changed, batches, site):
     return solution[:, :-1].transpose(1, 2), solution[:, -1], x
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("name", TARGETS)
 def test_the_weight_is_that_of_least_squares(name, inplace):
@@ -79,6 +80,7 @@ def test_the_weight_is_that_of_least_squares(name, inplace):
     assert close(response, best, 5e-3)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("rows", [None, "auto", 50])
 @pytest.mark.parametrize("name", TARGETS)
 def test_without_changes_before_it_a_site_stays_what_it_is(name, rows):

@@ -61,6 +61,7 @@ def assert_same(first, second, statistics=("input",), tolerance=1e-5):
 SMALL = {"rows": 24 * 5}
 
 
+@pytest.mark.table(every=2)
 @pytest.mark.parametrize("sizes", [1, 4, 24, [1, 16, 7]], ids=str)
 def test_cut_and_order_of_images_change_nothing_but_rounding(sizes):
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 3, stride=2)).eval()
@@ -73,6 +74,7 @@ def test_cut_and_order_of_images_change_nothing_but_rounding(sizes):
     assert_same(weighed, sensitivity(model, whole, [x], rows=48), ["gradient"])
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("sizes", [1, 5, [1, 16, 7]], ids=str)
 @pytest.mark.parametrize("amount", [SMALL, {"rows": None}, {"rows": "auto"}, {"positions": 3}], ids=str)
 def test_cut_order_and_padding_of_texts_change_nothing_but_rounding(sizes, amount):
