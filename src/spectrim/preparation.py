@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType
@@ -11,9 +12,10 @@ from typing import Any
 from torch import nn
 
 from spectrim.cost.latency import Latency
-from spectrim.errors import PlanError
+from spectrim.errors import PlanError, SpectrimError
 from spectrim.network.groups import group
 from spectrim.network.sites import Sites
+from spectrim.nn.agreement import check_comparable
 from spectrim.nn.channels.graph import couple
 from spectrim.nn.copying import check_copyable
 from spectrim.nn.find import Which, find
@@ -24,6 +26,8 @@ from spectrim.nn.watch.nesting import begun
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.nn.watch.sensitivity import weighed
 from spectrim.progress import Progress, silent
+
+log = logging.getLogger(__name__)
 
 
 def check_options(groups: bool | Mapping[str, Sequence[str]] | None, latency: Latency | bool | None) -> None:
@@ -98,6 +102,28 @@ def locate(
     check_copyable(model)
     check_weights(model, sites)
     return couple(model, sites, begun(batches)[0], forward=forward) if channels else sites
+
+
+def coupled(
+    model: nn.Module,
+    sites: Sites,
+    batch: Any,
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    told: Callable[[str], None] = lambda why: log.info("no channels are removed: %s", why),
+) -> Sites:
+    """The sites with the channels that can be removed; as they are where these cannot be found, and why is told."""
+    feed = Feed.of(forward)
+    try:
+        check_comparable(model, batch, feed)
+        found = couple(model, sites, batch, forward=feed)
+    except (SpectrimError, ImportError) as error:
+        told(str(error))
+        return sites
+    if not found.couplings:
+        reasons = [f"{each.name or each.kind}: {each.reason}" for each in found.skipped[len(sites.skipped) :]]
+        told("; ".join(reasons[:3]) or "no layer reads another")
+    return found
 
 
 def prepare(

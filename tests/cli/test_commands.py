@@ -68,7 +68,9 @@ def test_profile_measures_latency(run):
 
 def test_compress_writes_what_it_says(run):
     found = run.json("compress", "nets:tiny", *DATA, "--budget", "macs=50%", "--test", "nets:batches", "--out", "small")
-    assert {Path(p).name for p in found["files"].values()} == {"model.safetensors", "plan.json", "report.html"}
+    assert {Path(p).name for p in found["files"].values()} == {
+        "model.safetensors", "plan.json", "report.html", "result.json",
+    }  # fmt: skip
     assert all(Path(p).is_file() for p in found["files"].values())
     assert found["costs"]["macs"] <= found["budget"]["macs"] == found["dense_costs"]["macs"] / 2
     plan = Plan.read(found["files"]["plan"])
@@ -181,7 +183,7 @@ def test_json_stays_alone_when_a_model_prints(run):
 def test_demo_runs_end_to_end(run):
     before = torch.random.get_rng_state()
     found = run.json("demo", "--width", "16", "--dense-epochs", "1", "--epochs", "1", "--batch", "4", "--quiet")
-    assert set(found["files"]) == {"model", "plan", "report"}
+    assert set(found["files"]) == {"model", "plan", "report", "result"}
     assert found["dense_costs"]["macs"] >= 4 * found["costs"]["macs"]
     assert list(found["scores"]) == ["dense", "compressed", "fine-tuned"]
     assert torch.equal(torch.random.get_rng_state(), before)

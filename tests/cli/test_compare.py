@@ -46,6 +46,18 @@ def test_networks_are_compared_by_their_plans_alone_or_measured(run):
     assert 0 < errors["macs-80pct"] < errors["macs-50pct"]
 
 
+def test_figures_that_were_kept_are_told(run):
+    compress = ("compress", "nets:tiny", "--data", "nets:batches", "--test", "nets:batches", "-b", "macs=50%")
+    made = run.json(*compress, "--out", "half", "--no-report")
+    told = run.json("compare", "half", "sweep")
+    rows = {row["metric"]: row for row in told["networks"]["half"]["rows"]}
+    assert rows["accuracy (kept)"]["compressed"] == pytest.approx(made["scores"]["compressed"])
+    assert told["agreement"]["half"]["error"] == pytest.approx(made["agreement"]["error"])
+    assert told["agreement"]["macs-50pct"]["error"] > told["agreement"]["macs-80pct"]["error"] > 0
+    Path("half/result.json").write_text("{")
+    assert "result.json: not what compress writes" in run("compare", "half", code=1).stderr
+
+
 def test_networks_are_timed_in_one_table(run):
     shutil.copy("sweep/macs-50pct/model.safetensors", "other.safetensors")
     text = run("compare", "sweep/macs-50pct", "other.safetensors", *MEASURED, "--latency").stdout

@@ -18,6 +18,8 @@ def test_points_are_judged_written_drawn_and_added_to(run):
     found = Sweep.read("sweep")
     assert [point.asked for point in found] == ["macs=80%", "macs=50%"]
     assert all(f"{point.judged.error:.2%}".replace("%", " %") in text for point in found)
+    assert all(name in text for name in ("run.json", "*/point.json", "*/plan.json"))
+    assert "model.safetensors" not in text
     assert Path("sweep/sweep.svg").read_bytes().startswith(b"<?xml")
     page = Path("sweep/sweep.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|<script|url\(", page)
@@ -32,6 +34,9 @@ def test_points_are_judged_written_drawn_and_added_to(run):
     assert [point["tuned_error"] is not None for point in added["points"]] == [True]
     assert added["points"][0]["error"] == found[-1].carried_out.error
     assert Path(added["points"][0]["folder"], "model.safetensors").is_file()
+    assert (
+        "spectrim.load(tiny(), 'sweep/macs-50pct/model.safetensors')" in run(*SWEEP, "--points", "0.5", *trained).stdout
+    )
     said = run(*SWEEP, "--points", "0.5", "--skip", "conv", code=1)
     assert "holds another sweep: --skip was None and is ['conv']" in said.stderr
 
@@ -49,6 +54,23 @@ def test_points_are_judged_written_drawn_and_added_to(run):
 def test_what_cannot_be_swept_is_refused(run, options: tuple[str, ...], said: str):
     assert re.search(said, run(*SWEEP, *options, code=2).stderr)
     assert not Path("sweep").exists()
+
+
+def test_a_table_of_everything_fits_80_columns(run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    more = ("--latency", "--train", "nets:batches", "--epochs", "1", "--no-report")
+    text = run(*SWEEP, "--points", "0.8,0.5", *more).stdout
+    (rule,) = [line for line in text.splitlines() if set(line) == {"-", " "}]
+    assert len(rule) <= 80
+    assert len(rule.split()) == 7
+    assert max(map(len, text.split("Written")[0].splitlines())) <= 80
+
+
+def test_a_metric_has_its_standard_error_in_text_rows_and_page(run):
+    arguments = (*SWEEP, "--points", "0.5", "--test", "nets:batches")
+    assert "accuracy has a standard error of up to" in run(*arguments).stdout
+    assert run.json(*arguments)["points"][0]["standard_error"] > 0
+    assert "A bar is one standard error" in Path("sweep/sweep.html").read_text(encoding="utf-8")
 
 
 def test_data_are_asked_for_and_a_budget_that_nothing_meets_is_told(run):

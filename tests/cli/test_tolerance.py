@@ -15,6 +15,9 @@ TEST = ("--test", "nets:batches")
 def test_a_drop_in_place_of_a_budget(run) -> None:
     found = run.json(*COMPRESS, *DATA, *TEST, "--max-drop", "20", "--out", "small")
     assert found["costs"]["macs"] < found["dense_costs"]["macs"]
+    said = " ".join(found["notes"])
+    assert "the tolerance is met: accuracy on --test is" in said
+    assert "the smallest was taken that held on these samples" in said
     assert "the tolerance is met" in run(*COMPRESS, *DATA, "--min-agreement", "0.6", "--out", "other").output
 
 

@@ -61,6 +61,30 @@ def test_a_training_that_was_stopped_goes_on_and_ends_in_the_same_bits(run, monk
     assert not Path("cut/unfinished").exists()
 
 
+def test_a_run_is_not_gone_on_with_on_other_samples(run, monkeypatch: pytest.MonkeyPatch):
+    with monkeypatch.context() as patch:
+        stopping(patch, 2)
+        run(*TRAIN, "--epochs", "1", "--out", "cut", code=130)
+    file = Path("cut/unfinished/run.json")
+    file.write_text(file.read_text().replace("64 samples", "65 samples"))
+    assert "what --data holds was '65 samples" in run(*TRAIN, "--epochs", "1", "--out", "cut", code=2).stderr
+
+
+def test_a_compressed_model_is_compressed_again_from_its_file_alone(run):
+    usual = ("--data", "nets:batches", "--no-report")
+    once = run.json("compress", "nets:tiny", *usual, "-b", "macs=70%", "--out", "once")
+    weights = ("--weights", "once/model.safetensors")
+    again = run.json("compress", "nets:tiny", *weights, *usual, "-b", "macs=70%", "--out", "again")
+    assert again["dense_costs"]["macs"] == once["costs"]["macs"]
+    assert again["costs"]["macs"] <= 0.7 * once["costs"]["macs"]
+    assert "the weights of once/model.safetensors" in again["weights"]
+    run("evaluate", "nets:tiny", "-c", "again/model.safetensors", "--data", "nets:batches", "--repeats", "0")
+    trained = run(*TRAIN, *weights, "--epochs", "1", "--out", "trained").stdout
+    assert "Fine-tuned for 1 epochs" in trained
+    Path("once/model.safetensors").write_bytes(b"x")
+    assert "cannot be read" in run("compress", "nets:tiny", *weights, *usual, "-b", "macs=70%", code=2).stderr
+
+
 def test_a_folder_that_takes_no_file_is_told_before_any_work(run, monkeypatch: pytest.MonkeyPatch):
     Path("file").write_text("no folder")
     for command in (

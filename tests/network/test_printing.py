@@ -41,7 +41,7 @@ def test_changes_losses_and_names() -> None:
     assert tail("encoder.layer.0.attention.self.query", 32) == "...layer.0.attention.self.query"
     assert tail("encoder.layer.0.attention.self.query", 20) == "...self.query"
     assert len(tail("a" * 50, 20)) == 20
-    assert show(2.4e6, "MAC") == "2.40 MMAC"
+    assert show(2.4e6, "MAC") == "2.40 M"
 
 
 def test_lines_fit_the_width_and_words_fold_while_numbers_stay() -> None:

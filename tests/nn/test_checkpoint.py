@@ -19,7 +19,7 @@ from spectrim.network import tensor_files
 from spectrim.network.choices import Choice
 from spectrim.network.state_values import equal, put_together, taken_apart
 from spectrim.nn.build import skeleton
-from spectrim.nn.checkpoint import load, read_plan, same_weights, save
+from spectrim.nn.checkpoint import check_savable, load, read_plan, same_weights, save
 from spectrim.nn.find import find
 from spectrim.nn.modules import Factored
 from spectrim.nn.surgery import parameter_count, replace_module, size_in_bytes
@@ -621,6 +621,26 @@ def test_parts_that_were_compressed_before_the_whole_come_back(tmp_path):
     save(result.model, result.plan, tmp_path / "small.safetensors")
     again = load(nn.Sequential(Three(), nn.Linear(6, 12)), tmp_path / "small.safetensors")
     assert same_weights(again, result.model)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_state_that_no_file_holds_is_told_before_there_is_anything_to_save(tmp_path):
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.into, self.cell = nn.Linear(8, 8), nn.LSTM(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.cell(self.into(x))[0]
+
+    if not {"fbgemm", "qnnpack", "x86"} & set(torch.backends.quantized.supported_engines):
+        pytest.skip("no quantised kernels on this machine")
+    packed = torch.ao.quantization.quantize_dynamic(Recurrent().eval(), {nn.LSTM}, dtype=torch.qint8)
+    with pytest.raises(CheckpointError, match=r"state 'cell\..*compress the network before it is quantised"):
+        check_savable(packed)
+    with pytest.raises(CheckpointError, match="compress the network before it is quantised"):
+        st.sweep(packed, None, folder=tmp_path / "sweep", keep_models=True)  # pyright: ignore[reportArgumentType]
+    check_savable(Recurrent())
 
 
 @pytest.mark.parametrize("earlier", ["{", "[1]", '["{}"]', "{}"])

@@ -106,10 +106,11 @@ class Output:
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
         """A table for people; columns whose header starts with ``>`` are aligned to the right."""
-        if self.as_json:
-            return
-        text = Grid(columns, rows, title=title).text(columns_of(self.stdout))
-        print(f"{text}\n", file=self.stdout, flush=True)
+        self.grid(Grid(columns, rows, title=title))
+
+    def grid(self, grid: Grid) -> None:
+        """The same with what stands around it."""
+        self.print(f"{grid.text(columns_of(self.stdout))}\n")
 
     def prose(self, text: str, indent: str = "") -> None:
         """A sentence of the result, for people: in lines on a terminal."""

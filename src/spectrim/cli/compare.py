@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
 from spectrim.cli import options
@@ -15,15 +17,18 @@ from spectrim.cli.data import check_data
 from spectrim.cli.models import check_model
 from spectrim.cli.references import UsageError
 from spectrim.cli.values import check_device
+from spectrim.errors import PlanError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from torch import nn
 
+    from spectrim.nn.agreement import Agreement
     from spectrim.report import SideBySide
+    from spectrim.report.comparison import Measure
 
-_MODEL, _PLAN, _POINT = "model.safetensors", "plan.json", "point.json"
+_MODEL, _PLAN, _POINT, _RESULT = "model.safetensors", "plan.json", "point.json", "result.json"
 
 
 @dataclass(frozen=True)
@@ -146,13 +151,63 @@ def _read(out: Output, paths: dict[str, Path]) -> None:
     if len(set(unlike.values())) > 1:
         told = ", ".join(f"{name} {value:,.0f}" for name, value in unlike.items() if value is not None)
         raise UsageError(f"these are not of one dense network, whose parameters differ: {told}")
-    _finish(out, SideBySide({name: planned(plan) for name, plan in plans.items()}), paths)
+    comparisons, agreements = {}, {}
+    for name, plan in plans.items():
+        stored, agreements[name] = _stored(paths[name])
+        comparisons[name] = dataclasses.replace(known := planned(plan), rows=(*stored, *known.rows))
+    _finish(out, SideBySide(comparisons, agreements), paths)
+
+
+class _Agreed(msgspec.Struct):
+    """How far outputs agreed, as compress has written it."""
+
+    samples: int
+    error: float
+    top1: float | None = None
+
+
+class _Kept(msgspec.Struct):
+    """What ``compare`` reads of what compress has found."""
+
+    scores: dict[str, float] = {}
+    agreement: _Agreed | None = None
+
+
+def _kept(text: bytes) -> _Kept:
+    try:
+        return msgspec.json.decode(text, type=_Kept)
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise PlanError(f"not what compress writes: {error}; delete it to compare without it") from error
+
+
+def _stored(path: Path) -> tuple[list[Measure], Agreement | None]:
+    """How good the network of a file is, as it was measured when it was written; nothing where nothing is kept."""
+    from spectrim.network.files import read_document
+    from spectrim.nn.agreement import Agreement
+    from spectrim.report.comparison import Measure
+    from spectrim.selection.front import Sweep
+    from spectrim.selection.point import LARGEST, Point
+
+    if (path.parent / _RESULT).is_file():
+        found = read_document(path.parent / _RESULT, _kept, LARGEST)
+        scores = [*found.scores.values()]
+        rows = [Measure("accuracy (kept)", "%", scores[0], scores[-1], "higher")] if scores else []
+        return rows, None if found.agreement is None else Agreement(**msgspec.structs.asdict(found.agreement))
+    try:
+        point, sweep = Point.read(path.parent), Sweep.read(path.parent.parent)
+    except FileNotFoundError:
+        return [], None
+    judged, rows = point.judged, []
+    if sweep.dense is not None and judged.metric is not None:
+        rows = [Measure(f"{sweep.metric} (kept)", "", sweep.dense, judged.metric, sweep.better)]
+    if point.milliseconds:
+        rows.append(Measure("latency (kept)", "ms", point.dense_costs["milliseconds"], point.costs["milliseconds"]))
+    agreed = None if judged.error is None else Agreement(judged.samples, judged.error, judged.top1)
+    return rows, agreed
 
 
 def _measure(out: Output, compared: ComparedOptions, measuring: ComparingOptions, paths: dict[str, Path]) -> None:
     """Load or make the networks, and measure them beside the dense one."""
-    import dataclasses
-
     from spectrim.cli.data import load_data
     from spectrim.cli.models import load_compressed, load_model
     from spectrim.cli.preprocessing import tell

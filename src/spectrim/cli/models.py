@@ -114,7 +114,8 @@ def load_model(text: str, weights: str | Path | None = None, *, pretrained: bool
     text
         The reference.
     weights
-        ``.safetensors``, or a ``.pt`` / ``.pth`` / ``.bin`` file that ``torch.load(weights_only=True)`` reads.
+        ``.safetensors``, or a ``.pt`` / ``.pth`` / ``.bin`` file that ``torch.load(weights_only=True)`` reads. Of a
+        compressed model, as compress writes it, the result is that model, which may be compressed again.
     pretrained
         Whether the built-in schemes fetch pretrained weights where no file is given.
 
@@ -122,6 +123,8 @@ def load_model(text: str, weights: str | Path | None = None, *, pretrained: bool
     ------
     UsageError
         If the reference or the file cannot be used, or they do not fit each other.
+    CheckpointError
+        If it is the file of a compressed model that is damaged or of another architecture.
     """
     from torch import nn
 
@@ -133,7 +136,11 @@ def load_model(text: str, weights: str | Path | None = None, *, pretrained: bool
         model = call(factory(reference, "model"), reference, "model")
     if not isinstance(model, nn.Module):
         raise UsageError(f"model {text!r} returned a {type(model).__name__}, not a torch.nn.Module")
-    if weights is not None:
+    if weights is not None and _is_compressed(check_file(weights)):
+        from spectrim.nn.checkpoint import load
+
+        model = load(model, weights)
+    elif weights is not None:
         _fill(model, read_weights(weights), text, weights)
     return model.eval()
 
@@ -200,6 +207,21 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if state and all(str(k).startswith("module.") for k in state):
         state = {str(k).removeprefix("module."): v for k, v in state.items()}
     return dict(state)
+
+
+def _is_compressed(path: Path) -> bool:
+    """Whether a file is one that compress wrote."""
+    from safetensors import SafetensorError, safe_open
+
+    from spectrim.nn.checkpoint import FORMAT
+
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (SafetensorError, OSError):
+        return False  # read_weights says why
 
 
 def _unread(error: Exception) -> str:

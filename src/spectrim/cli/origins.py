@@ -95,6 +95,10 @@ def load_lines(model: str, dense: nn.Module, written: Mapping[str, Path]) -> str
         first, made = "import timm", f"timm.create_model({reference.place!r}, pretrained=False{options})"
     elif where == "torchvision":
         first, made = "import torchvision", f"torchvision.models.get_model({reference.place!r}, weights=None{options})"
+    elif where == "hf":
+        name = type(dense).__name__
+        first = f"from transformers import AutoConfig, {name}"
+        made = f"{name}(AutoConfig.from_pretrained({reference.place!r}{options}))"
     else:
         file = Path(where)
         module = file.stem if file.suffix == ".py" else where

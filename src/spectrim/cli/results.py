@@ -9,23 +9,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from torch import nn
 
 from spectrim.cli.common import Output
 from spectrim.cli.origins import load_lines, origin
 from spectrim.network.choices import SumChoice
+from spectrim.network.files import write_text
 from spectrim.nn.agreement import Agreement
 from spectrim.nn.checkpoint import save
 from spectrim.nn.shipping import is_shipped
 from spectrim.pipeline import Result
 from spectrim.report import Comparison, Measured, animate_ranks, write_report
 from spectrim.selection.plan import Plan
+from spectrim.selection.printed import plan_grid
 from spectrim.train import LearnedResult, TrainingResult
 
+_LAYERS = 16
+"""Lines of a table of layers, at most."""
 _HOLDS = {
     "model": "the compressed network: weights and plan",
     "plan": "what was chosen for every layer; --plan carries it out again",
     "report": "the same for people: open it in a browser",
+    "result": "all figures, as --json prints them; compare reads them",
     "transformers": "the network as a folder of transformers, for from_pretrained",
     "ranks": "the ranks that layers had while they were learned",
     "animation": "the same as a film",
@@ -134,7 +140,7 @@ class Outcome:
             *_sums(plan),
             *self.notes,
             *_sharing(plan),
-            *_warnings(comparison, plan),
+            *_warnings(comparison, plan, timed=bool(self.result.report.measured)),
         )
         if report:
             files["report"] = self.folder / "report.html"
@@ -151,32 +157,37 @@ class Outcome:
                 origin=origin({"model": self.model, **self.named}, self.seeds, self.dense, self.result.model, load),
             )
         agreed = self.result.report.agreement
-        out.document(
-            {
-                "model": self.title,
-                "files": {name: str(path) for name, path in files.items()},
-                "costs": dict(plan.costs),
-                "dense_costs": dict(plan.dense_costs),
-                "budget": dict(plan.budget),
-                "selector": plan.selector,
-                "groups": [
-                    {"name": e.site, "members": list(e.members), "method": e.choice.method, "choice": str(e.choice)}
-                    for e in plan
-                    if e.members
-                ],
-                "scores": dict(self.scores),
-                "comparison": comparison.to_dict(),
-                "agreement": None if agreed is None else _plain(agreed),
-                "skipped": [{"name": s.name, "kind": s.kind, "reason": s.reason} for s in self.result.sites.skipped],
-                "arms": [arm.record() for arm in self.result.report.arms],
-                "notes": list(notes),
-                "load": load,
-                **more,
-            }
+        files["result"] = self.folder / "result.json"
+        document = {
+            "model": self.title,
+            "files": {name: str(path) for name, path in files.items()},
+            "costs": dict(plan.costs),
+            "dense_costs": dict(plan.dense_costs),
+            "budget": dict(plan.budget),
+            "selector": plan.selector,
+            "groups": [
+                {"name": e.site, "members": list(e.members), "method": e.choice.method, "choice": str(e.choice)}
+                for e in plan
+                if e.members
+            ],
+            "scores": dict(self.scores),
+            "comparison": comparison.to_dict(),
+            "agreement": None if agreed is None else _plain(agreed),
+            "skipped": [{"name": s.name, "kind": s.kind, "reason": s.reason} for s in self.result.sites.skipped],
+            "arms": [arm.record() for arm in self.result.report.arms],
+            "notes": list(notes),
+            "load": load,
+            **more,
+        }
+        text = msgspec.json.encode(
+            document, enc_hook=lambda value: float(value) if isinstance(value, float) else str(value)
         )
+        write_text(files["result"], msgspec.json.format(text, indent=1).decode() + "\n")
+        out.document(document)
         out.table(["", ">dense", ">compressed", "change"], comparison.to_rows())
         if (competed := self.result.report.competed).rows:
             out.table(competed.columns, competed.rows)
+        out.grid(dataclasses.replace(plan_grid(plan, _LAYERS, files["plan"].name), notes=()))
         for note in notes:
             out.prose(note)
         out.print(f"\nWritten to {self.folder}:")
@@ -233,14 +244,17 @@ def _sums(plan: Plan) -> list[str]:
     return [f"{len(parts)} layer{'s'[: len(parts) > 1]} with a sparse weight, {both} of them beside a low-rank pair."]
 
 
-def _warnings(comparison: Comparison, plan: Plan) -> list[str]:
-    """What the measurement says against the plan, and which limits are none."""
+def _warnings(comparison: Comparison, plan: Plan, *, timed: bool) -> list[str]:
+    """What the measurement says against the plan, and which limits are none. Where it is ``timed``, the report tells.
+
+    Its times are those that the choice was made by.
+    """
     found = [
         f"The budget of {limit:,.6g} for {cost} limits nothing: the dense network takes {plan.dense_costs[cost]:,.6g}."
         for cost, limit in plan.budget.items()
         if cost in plan.dense_costs and limit >= plan.dense_costs[cost]
     ]
-    if "latency p50" in comparison:
+    if "latency p50" in comparison and not timed:
         row = comparison["latency p50"]
         if row.compressed > row.dense and (row.speed is None or row.speed.differs):
             found.append(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,9 +22,9 @@ from spectrim.cli.filters import (
     with_channels,
 )
 from spectrim.cli.methods import AUTO, Methods
+from spectrim.cli.models import load_compressed
 from spectrim.cli.options import SELECTORS, FileOptions, GoalOptions, SharingOptions
 from spectrim.cli.preprocessing import tell
-from spectrim.cli.references import UsageError
 from spectrim.cli.results import Outcome, write_result
 from spectrim.cli.sharing import NONE_ALIKE, Wanted, planned_groups, wanted_groups
 from spectrim.cli.sparsity import check_patterns, fastest, kernel_notes, kernel_values
@@ -34,14 +33,16 @@ from spectrim.cli.unfinished import ONE_SHOT, TUNING, UNFINISHED, RunFolder
 from spectrim.cli.values import read_budget, read_costs
 from spectrim.cli.work import Work
 from spectrim.cost.runtimes import runtime_of
-from spectrim.errors import ExportError, SpectrimError
+from spectrim.errors import ExportError
 from spectrim.methods import Method, PrincipalFilters
 from spectrim.network.sites import Sites
 from spectrim.network.tensor_files import digest_of_tensors
 from spectrim.nn.agreement import agreement
-from spectrim.nn.checkpoint import load, read_plan, save
+from spectrim.nn.checkpoint import check_savable, read_plan, save
+from spectrim.nn.watch.contents import contents, settled
 from spectrim.pipeline import Result
 from spectrim.pipeline.shrinking import shrink, shrink_best, shrink_within
+from spectrim.preparation import coupled
 from spectrim.report import Comparison, compare
 from spectrim.search.arms import usual
 from spectrim.search.judge import Judge
@@ -134,7 +135,7 @@ class Request:
 
     def tolerance(self, work: Work) -> tuple[Tolerance | None, Judge]:
         """What may be lost, and what tells it: accuracy where a drop of it is limited, else the outputs."""
-        judge = Judge(work.score)
+        judge = Judge(work.score, metric="accuracy on --test is")
         tolerance = Tolerance.of(self.max_drop, self.min_agreement, judge)
         return tolerance, judge.knowing(work.dense) if self.max_drop is not None else Judge()
 
@@ -162,8 +163,16 @@ def run_folder(folder: Path, asked: Mapping[str, Any], work: Work, tuning: Recip
     record = {**left, "weights_sha256": digest_of_tensors(weights)}
     if asked["plan"] is not None:
         record["plan"] = Path(asked["plan"]).read_text(encoding="utf-8")
-    written = {"model": "MODEL", "weights_sha256": "the digest of the dense weights", "input_shape": "--input"}
+    written = {
+        "model": "MODEL", "weights_sha256": "the digest of the dense weights", "input_shape": "--input",
+        "samples": "what --data holds",
+    }  # fmt: skip
     held = RunFolder(folder / UNFINISHED, record, written)
+    if (data := work.calibration) is not None:
+        then = held.known("samples")
+        now, alike = settled(then, lambda: contents(work.dense, data, mask=work.sampling.mask))
+        now = then if alike and then is not None else now
+        held = dataclasses.replace(held, record={**record, "samples": now}, usual={"samples": now})
     held.claim()
     return held
 
@@ -178,6 +187,7 @@ def compress(
     held
         Where a fine-tuning goes on if it is stopped; removed when all is done.
     """
+    check_savable(work.dense)
     out.say(f"compressing {work.whose}")
     different = tell(out, work.references, work.dense)
     result = _compressed(out, request, work)
@@ -221,17 +231,13 @@ def _kept(out: Output, result: Result, work: Work, held: RunFolder) -> Result:
     out.say(f"going on with the run in {held.folder}")
     # What was chosen by measured time comes out differently another time.
     plan = read_plan(file)
-    model = load(copy.deepcopy(work.dense), file).eval()
+    model = load_compressed(work.model, file).to(next(work.dense.parameters()).device)
     return dataclasses.replace(result, model=model, plan=plan, report=dataclasses.replace(result.report, plan=plan))
 
 
 def _best(out: Output, request: Request, work: Work) -> Result:
     """The network of the set of methods that loses least, or the smallest one within a tolerance."""
-    sites = work.sites
-    try:
-        sites = with_channels(work.dense, sites, work.example)
-    except (UsageError, SpectrimError) as error:
-        out.say(f"no filters are removed: {error}")
+    sites = coupled(work.dense, work.sites, work.example, told=lambda why: out.say(f"no filters are removed: {why}"))
     known = prepared(out, work, sites, False, weigh=True)
     arms = usual(request.budget.costs if request.budget else (), (layer.spec for layer in sites))
     options: dict[str, Any] = {"guard": request.guard, "selector": request.selector, "costs": request.costs}

@@ -22,7 +22,7 @@ from spectrim.cli.options import (
     SharingOptions,
     TrainingOptions,
 )
-from spectrim.cli.origins import parts_of
+from spectrim.cli.origins import load_lines, parts_of
 from spectrim.cli.preprocessing import tell
 from spectrim.cli.sharing import wanted_groups
 from spectrim.cli.shrinking import SELECTOR_OF
@@ -31,6 +31,7 @@ from spectrim.cli.steps import prepared
 from spectrim.cli.values import read_costs as read_costs
 from spectrim.cli.work import Work
 from spectrim.network.files import replacing
+from spectrim.nn.checkpoint import check_savable
 from spectrim.report import Origin, SweepPage
 from spectrim.report.figures import to_svg
 from spectrim.selection.budget import Budget
@@ -41,6 +42,16 @@ from spectrim.train import Sweeping, fine_tune
 if TYPE_CHECKING:
     from spectrim.cli.sweep import SizeOptions, SweepFileOptions
 
+_HOLDS = {
+    "sweep": "what was swept, and what could not be met",
+    "run": "what makes the sweep: the same call goes on with it",
+    "figure": "the front as a picture",
+    "report": "the same for people: open it in a browser",
+    "point": "of each network: what it costs and how good it is",
+    "plan": "what was chosen for every layer; compress --plan carries it out",
+    "model": "the compressed network: weights and plan",
+}
+"""What files are for."""
 _STEPS = 200  # between two checkpoints of a fine-tuning
 
 
@@ -93,6 +104,8 @@ class Request:
         methods = self.methods.chosen(True, multiple_of=self.layers.multiple_of, share=groups is not False)
         work = Work.load(self.network, self.layers, self.inputs, self.training, timed=timed)
         check_patterns(methods, work.sites)
+        if self.files.models:
+            check_savable(work.dense)
         out.say(f"sweeping {work.whose}")
         different = tell(out, work.references, work.dense)
         folder = self.files.folder
@@ -121,11 +134,14 @@ class Request:
 
     def _finish(self, out: Output, found: Sweep, work: Work, notes: tuple[str, ...]) -> None:
         folder = self.files.folder
-        files = {"sweep": folder / "sweep.json"}
+        files = {"sweep": folder / "sweep.json", "run": folder / "run.json"}
         smallest = folder / found.front()[-1].folder if found.front() else folder
+        kept = self.files.models
         again = shlex.join(["spectrim", "compress", self.network.model, *(
             ["-w", str(self.network.weights)] if self.network.weights is not None else []
         ), "-d", str(self.inputs.data), "--plan", str(smallest / "plan.json")])  # fmt: skip
+        if kept:
+            again = load_lines(self.network.model, work.dense, {"model": smallest / "model.safetensors"})
         if self.files.report:
             files |= {"figure": folder / "sweep.svg", "report": folder / "sweep.html"}
             draw(found, files["figure"])
@@ -145,12 +161,15 @@ class Request:
         out.table(*found.table())
         for note in (*found.sentences, *notes):
             out.prose(note)
-        out.prose("front: * no other network is as cheap and as good")
-        out.print(f"\nWritten to {folder}, with a folder for each point:")
-        for path in files.values():
-            out.print(f"  {path.name}")
-        out.print("\nTo carry out the smallest network of the front:")
-        out.print(f"  {again}")
+        out.prose("* on the front: no other network is as cheap and as good; % of the dense network")
+        told = {path.name: _HOLDS[name] for name, path in files.items()} | {"*/point.json": _HOLDS["point"]}
+        told |= {"*/plan.json": _HOLDS["plan"]} | ({"*/model.safetensors": _HOLDS["model"]} if kept else {})
+        out.print(f"\nWritten to {folder}:")
+        for name, what in told.items():
+            out.prose(f"{name:{max(map(len, told))}}  {what}", "  ")
+        out.print("\nTo load the smallest network of the front:" if kept else "\nTo carry out that network:")
+        for line in again.splitlines():
+            out.print(f"  {line}")
 
 
 def draw(found: Sweep, file: Path) -> None:

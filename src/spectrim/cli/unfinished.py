@@ -104,6 +104,11 @@ class RunFolder:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(now, indent=1) + "\n")
 
+    def known(self, name: str) -> Any:
+        """What the run that is there was made with; None where there is none, or it does not say."""
+        file = self.folder / _RECORD
+        return self._read(file).get(name) if file.is_file() else None
+
     def remove(self) -> None:
         """Remove the folder of a run that is done, unless there is something in it that is not the run's."""
         remove_abandoned(self.folder)

@@ -50,7 +50,8 @@ _WORDS = (
 
 
 def show(value: float, unit: str) -> str:
-    """A value in a size that people read: ``show(2.4e6, "MAC")`` is ``2.40 MMAC``."""
+    """A value in a size that people read: ``show(2.4e6, "MAC")`` is ``2.40 M``, since its name says what is counted."""
+    unit = unit if unit != "MAC" else ""
     if unit in {"%", "ms"}:
         digits = 2 if unit == "%" or abs(value) >= 1 else 3
         return f"{value:.{digits}f} {unit}"

@@ -37,6 +37,9 @@ AGAIN_VERSION = "3"
 # Of a header: what is written of a tensor beside its name and numbers, and of texts beside the plan and tables.
 _TENSOR = ':{"dtype":"F8_E4M3","shape":[],"data_offsets":[,]},'
 _TEXTS = 640
+_PACKED = (
+    ". A quantised layer has packed it: compress the network before it is quantised, and quantise what comes of that"
+)
 
 
 @runtime_checkable
@@ -105,6 +108,11 @@ def save(model: nn.Module | Compressed, plan: Plan | str | Path, path: str | Pat
     if values:
         metadata["values"] = json.dumps(values)
     tensor_files.write(Path(path), tensors, metadata)
+
+
+def check_savable(model: nn.Module) -> None:
+    """Raise CheckpointError, as :func:`save` would, if the state of a model holds what no file can: before any work."""
+    _apart(model.state_dict())
 
 
 def header_bytes(model: nn.Module, plan: Plan | None = None) -> int:
@@ -241,7 +249,8 @@ def _apart(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]
             try:
                 records[name], parts = taken_apart(name, value)
             except TypeError as error:
-                raise CheckpointError(f"state {name!r} holds a {error}; only tensors can be saved") from error
+                cure = _PACKED if "ScriptObject" in str(error) else ""
+                raise CheckpointError(f"state {name!r} holds a {error}; only tensors can be saved{cure}") from error
             tensors |= parts
     return tensors, records
 

@@ -12,7 +12,7 @@ from torch import nn
 from spectrim.cost import counted
 from spectrim.cost.counted import Cost
 from spectrim.cost.latency import Latency
-from spectrim.errors import SpectrimError, called_as, check_function
+from spectrim.errors import called_as, check_function
 from spectrim.methods import Method, on_offer
 from spectrim.network.sites import Sites
 from spectrim.nn.agreement import check_comparable
@@ -26,7 +26,7 @@ from spectrim.pipeline.report import Report as Report
 from spectrim.pipeline.report import Result
 from spectrim.pipeline.report import reported as reported
 from spectrim.pipeline.shrinking import shrink, shrink_best, shrink_within, with_verdict
-from spectrim.preparation import check_options, locate, prepare
+from spectrim.preparation import check_options, coupled, locate, prepare
 from spectrim.preparation import one_batch as one_batch  # its former place, until version 0.3
 from spectrim.progress import Progress, reports, told
 from spectrim.search.arms import usual
@@ -175,7 +175,8 @@ def compress(
     if channels and len(several or ()) > 1:
         check_comparable(model, begun(batches)[0], feed)
     if competing:
-        sites = _coupled(model, batches, skip, only, feed)
+        sites = locate(model, batches, skip=skip, only=only)
+        sites = coupled(model, sites, begun(batches)[0], forward=feed)
     else:
         sites = locate(model, batches, skip=skip, only=only, channels=channels, forward=feed)
     prepared = prepare(
@@ -239,18 +240,6 @@ def offered(
             "in the network that is left"
         )
     return several, groups
-
-
-def _coupled(
-    model: nn.Module, batches: Iterable[Any], skip: Which | Iterable[Which], only: Which | Iterable[Which], feed: Feed
-) -> Sites:
-    """The sites of a model, with the channels that can be removed where these can be found."""
-    try:
-        check_comparable(model, begun(batches)[0], feed)
-        return locate(model, batches, skip=skip, only=only, channels=True, forward=feed)
-    except SpectrimError as error:
-        log.info("no channels are removed: %s", error)
-        return locate(model, batches, skip=skip, only=only, forward=feed)
 
 
 def find_some(model: nn.Module, skip: Which | Iterable[Which], only: Which | Iterable[Which]) -> Sites:

@@ -189,7 +189,7 @@ class Report(Printed):
         if verdict is not None and self.tolerance is not None:
             yield self.tolerance.said(verdict)
         elif verdict is not None and verdict.metric is not None:
-            yield f"evaluate gives {verdict.metric:.6g}, {verdict.dense:.6g} for the dense network"
+            yield f"{verdict.name} {verdict.metric:.6g}, {verdict.dense:.6g} for the dense network"
 
     def _time_asked_for(self) -> Iterator[str]:
         """Whether a latency budget is met by the measured times, and what a busy machine has to do with it."""

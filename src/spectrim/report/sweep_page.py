@@ -51,7 +51,9 @@ class SweepPage:
         heads, lines = sweep.table()
         costs = [sweep.cost, *(["milliseconds"] if "milliseconds" in sweep.shown_costs else [])]
         choices = [str(entry.choice) for point in sweep for entry in point.plan]
-        said = "; ".join(["dense", "held out", *heads, *(cell for line in lines for cell in line[1:])])
+        said = "; ".join(
+            ["dense", "held out", *heads, *sweep.sentences, *(cell for line in lines for cell in line[1:])]
+        )
         return template("sweep.html.jinja").render(
             title=self.title, origin=self.origin, css=style(), notes=[*sweep.sentences, *self.notes],
             count=count(len(sweep), "network"), best=str(len(sweep.front())) if len(sweep) else "0",
@@ -96,7 +98,9 @@ def front_chart(sweep: Sweep, cost: str) -> Chart:
     ]
     values = [sweep.quality(each) for _, each, _ in judged]
     exact = sweep.quality(Judged(sweep.dense, 1.0, 0.0))
-    low, high = min([exact, *values]), max([exact, *values])
+    spreads = [0.0 if math.isnan(spread := sweep.uncertainty(each)) else spread for _, each, _ in judged]
+    low = min([exact, *(v - spread for v, spread in zip(values, spreads, strict=True))])
+    high = max([exact, *(v + spread for v, spread in zip(values, spreads, strict=True))])
     room = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
     x, y = Axis(0, max(100, *(_share(point, cost) for point in sweep))), Axis(low - room, high + room)
     dots = [Dot(x.at(100), y.at(exact), f"dense: {_text(sweep, exact)}", "dense", "dense")]
@@ -104,10 +108,12 @@ def front_chart(sweep: Sweep, cost: str) -> Chart:
         value, at = sweep.quality(each), _share(point, cost)
         shown = f"{point.asked}: {_text(sweep, value)} at {at:.1f} % of the {name}"
         shown += ", fine-tuned" if tone == "choice" else ""
+        if not math.isnan(spread := sweep.uncertainty(each)):
+            shown += f", standard error {spread:.2g}"
         # Many labels would lie on each other on a phone.
         named = best if len(best) <= _LABELS else (best[0], best[-1])
         label = point.asked if point in named and each is point.judged else ""
-        dots.append(Dot(x.at(at), y.at(value), shown, tone, label))
+        dots.append(Dot(x.at(at), y.at(value), shown, tone, label, *_bar(y, value, sweep.uncertainty(each))))
     line = tuple((x.at(_share(p, cost)), y.at(sweep.quality(p.judged))) for p in reversed(best))
     curves = [Curve((line,), "plan", "without training")]
     if any(tone == "choice" for *_, tone in judged):
@@ -115,6 +121,11 @@ def front_chart(sweep: Sweep, cost: str) -> Chart:
         curves += [Curve((), "plan", "without training"), Curve((), "choice", "fine-tuned")]
     unit = "" if sweep.dense is not None else ", %"
     return Chart(f"{name}, % of dense", f"{sweep.judged_by}{unit}", x, y, tuple(dots), tuple(curves), 260)
+
+
+def _bar(y: Axis, value: float, spread: float) -> tuple[float, float]:
+    """The ends of an error bar, as places."""
+    return (math.nan, math.nan) if math.isnan(spread) else (y.at(value - spread), y.at(value + spread))
 
 
 def _share(point: Point, cost: str) -> float:

@@ -16,7 +16,6 @@ _SELECTORS = {
 }
 _WORDS = {
     "MACs": "multiply-accumulate operations for one sample: a count of the work, not a time",
-    "MMAC": "a million MACs (GMAC: a thousand million)",
     "parameters": "the numbers that the network stores",
     "dense": "as it was before compression",
     "output energy": "the sum of squares of a layer's answers, less their mean, on the calibration data",

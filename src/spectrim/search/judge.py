@@ -28,12 +28,15 @@ class Verdict:
         How much worse the metric is than the dense network's, in its own unit; below zero if it is better.
     agreement
         How far the outputs are from the dense network's; None where they cannot be compared.
+    name
+        What gives the metric, for people.
     """
 
     metric: float | None = None
     dense: float | None = None
     drop: float | None = None
     agreement: Agreement | None = None
+    name: str = "evaluate gives"
 
     @property
     def loss(self) -> float:
@@ -78,11 +81,14 @@ class Judge:
         Whether a ``higher`` or a ``lower`` number is good.
     dense
         What the metric is of the dense network.
+    metric
+        What gives the number, for people.
     """
 
     evaluate: Evaluate | None = None
     better: Better = "higher"
     dense: float | None = None
+    metric: str = "evaluate gives"
 
     @classmethod
     def of(cls, evaluate: Evaluate | None, better: Better) -> Judge:
@@ -117,7 +123,7 @@ class Judge:
         if metric is None or self.dense is None:
             return Verdict(agreement=agreement)
         drop = self.dense - metric if self.better == "higher" else metric - self.dense
-        return Verdict(metric, self.dense, drop, agreement)
+        return Verdict(metric, self.dense, drop, agreement, self.metric)
 
     def _measured(self, model: nn.Module, whose: str) -> float | None:
         if self.evaluate is None:

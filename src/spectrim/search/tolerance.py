@@ -89,7 +89,7 @@ class Tolerance:
         met = "is met" if self.holds(verdict) else "is NOT met"
         if self.max_drop is not None:
             return (
-                f"the tolerance {met}: evaluate gives {verdict.metric:.6g}, {verdict.dense:.6g} for the dense network, "
+                f"the tolerance {met}: {verdict.name} {verdict.metric:.6g}, {verdict.dense:.6g} for the dense network, "
                 f"a drop of {verdict.drop:.6g} where {self.max_drop:.6g} is allowed"
             )
         agreement = verdict.agreement

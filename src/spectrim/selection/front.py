@@ -14,7 +14,7 @@ import msgspec
 
 from spectrim.errors import PlanError
 from spectrim.network.files import read_document, write_text
-from spectrim.network.printing import Grid, Printed, amount, cost_name, count, share
+from spectrim.network.printing import Grid, Printed, amount, cost_name, count
 from spectrim.selection.plan import Plan
 from spectrim.selection.point import LARGEST, Judged, Point, finished, record_of, share_error
 
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 Better = Literal["higher", "lower"]
 _SWEEP = "sweep.json"
+_FRONT = "*"
 # What networks are judged by without a metric: the first that all points have.
 _SAME, _DIFFER = "same class first", "outputs differ"
+_SHORT = {_SAME: "same class\nfirst", _DIFFER: "outputs\ndiffer"}
 
 
 @dataclass(frozen=True)
@@ -240,24 +242,25 @@ class Sweep(Printed):
         tuned = any(point.tuned is not None for point in self.points)
         shown = self.shown_costs
         names = {cost: "ms measured" if cost == "milliseconds" else cost_name(cost) for cost in shown}
-        heads = ["budget", *(head for cost in shown for head in (f">{names[cost]}", ">of dense"))]
-        heads += [*(f">{name}" for name in self.measures), *(f">{name}, fine-tuned" for name in self.measures if tuned)]
-        heads += ["front"]
+        measures = [_SHORT.get(name, name) for name in self.measures]
+        heads = ["budget", *(f">{names[cost]}" for cost in shown), *(f">{name}" for name in measures)]
+        # What networks are compared by; another column would not fit 80.
+        heads += [f">{measures[0]},\nfine-tuned"] if tuned else []
         best = self.front() if self.points else ()
         lines = []
         if self.points:
             dense = self.points[0].dense_costs
-            cells = [cell for cost in shown for cell in (_amount(cost, dense[cost]), "")]
+            cells = [_amount(cost, dense[cost]) for cost in shown]
             itself = Judged(self.dense, 1.0, 0.0)
-            lines.append(["dense", *cells, *self.texts(itself), *(self.texts(None) if tuned else []), ""])
+            lines.append(["dense", *cells, *self.texts(itself), *([""] if tuned else [])])
         for point in self.points:
             cells = [
-                cell
+                f"{_amount(cost, point.costs[cost])} {100 * point.costs[cost] / point.dense_costs[cost]:.0f} %"
                 for cost in shown
-                for cell in (_amount(cost, point.costs[cost]), share(point.costs[cost], point.dense_costs[cost]))
             ]
-            after = self.texts(point.tuned) if tuned else []
-            lines.append([point.asked, *cells, *self.texts(point.carried_out), *after, "*" if point in best else ""])
+            after = self.texts(point.tuned)[:1] if tuned else []
+            name = f"{point.asked} *" if point in best else point.asked
+            lines.append([name, *cells, *self.texts(point.carried_out), *after])
         return heads, lines
 
     @property
@@ -266,7 +269,7 @@ class Sweep(Printed):
         said = []
         samples = max((point.carried_out.samples for point in self.points), default=0)
         if self.dense is not None:
-            said.append(f"{self.metric}: what evaluate returns, {self.better} is better")
+            said.append(f"{self.metric}: {self.better} is better")
         elif samples:
             said.append(f"outputs are compared with the dense network's on {samples:,} held-out samples")
         unsure = [self.uncertainty(point.judged) for point in self.points]
@@ -286,7 +289,7 @@ class Sweep(Printed):
 
     def _grid(self) -> Grid:
         heads, lines = self.table()
-        words = [("front", "* no other network is as cheap and as good")]
+        words = [(_FRONT, "on the front: no other network is as cheap and as good"), ("%", "of the dense network")]
         title = f"{count(len(self), 'network')}, {count(len(self.front()), 'network')} on the front"
         return Grid(heads, lines, title=title, notes=self.sentences, words=words)
 
@@ -364,4 +367,4 @@ class _Read(msgspec.Struct):
 
 
 def _amount(cost: str, value: float) -> str:
-    return amount("latency" if cost == "milliseconds" else cost, value)
+    return f"{value:.3g}" if cost == "milliseconds" else amount(cost, value)

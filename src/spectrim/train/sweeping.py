@@ -27,7 +27,7 @@ from spectrim.methods import Method
 from spectrim.network.files import read_document, remove_abandoned, write_text
 from spectrim.network.tensor_files import digest_of_tensors
 from spectrim.nn.agreement import Agreement, agreement, metric_of
-from spectrim.nn.checkpoint import read_plan, save
+from spectrim.nn.checkpoint import check_savable, read_plan, save
 from spectrim.nn.find import Which, check_model
 from spectrim.nn.timing import as_run
 from spectrim.nn.watch.batches import Feed
@@ -146,6 +146,8 @@ def sweep(
     if fine_tune is not None:
         check_function("fine_tune", fine_tune, _TUNED_WITH, _TUNES)
     place = None if folder is None else _checked(folder)
+    if keep_models:
+        check_savable(model)
     if better not in ("higher", "lower"):
         raise ValueError(f"better is {better!r}: expected 'higher' or 'lower'")
     limited = {cost for budget in asked.values() for cost in budget.costs}

@@ -71,6 +71,23 @@ def test_floating_inputs_get_the_dtype_of_the_model_and_others_stay(dtype):
     assert isinstance(pair, Pair)
 
 
+def test_inputs_in_pairs_and_mappings_beside_another_one():
+    class Beside(One):
+        def forward(self, several, scale):
+            x, y = several.values() if isinstance(several, dict) else several
+            return self.fc(x) * scale + y
+
+    class Together(One):
+        def forward(self, batch):
+            (x, y), scale = batch
+            return self.fc(x) * scale + y
+
+    want = One().requires_grad_(False)
+    for model, batch in ((Beside(), ((X, Y), 2.0)), (Beside(), ({"x": X, "y": Y}, 2.0)), (Together(), ((X, Y), 2.0))):
+        model.load_state_dict(want.state_dict())
+        assert torch.equal(call(model, batch), want(X) * 2.0 + Y)
+
+
 def test_inputs_of_a_model_of_mixed_dtypes_stay():
     model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2).half())
     assert arguments(model, X)[0][0].dtype == torch.float32

@@ -138,7 +138,11 @@ def _placed(model: nn.Module, wanted: _Parameters, batch: list[Any] | tuple[Any,
     if alike and isinstance(inputs, Mapping):
         # Pairs of mappings, inputs and targets, have other names in each.
         yield as_list
-    if isinstance(inputs, Mapping):
+    needed = len(wanted.required)
+    if isinstance(inputs, Mapping) and 1 < needed <= len(batch) and not set(wanted.required) <= set(inputs):
+        # A mapping that is the first of several inputs.
+        yield Way(f"the first {needed} elements", lambda batch: (tuple(batch[:needed]), {}))
+    elif isinstance(inputs, Mapping):
         yield from _named(wanted, inputs, lambda batch: batch[0])
     elif isinstance(inputs, list | tuple) and inputs and not isinstance(inputs, PackedSequence):
         yield from _nested(model, wanted, batch)
@@ -166,6 +170,9 @@ def _nested(model: nn.Module, wanted: _Parameters, batch: Any) -> Iterator[Way]:
             listed=listed, note=_LISTED.format(len(inputs)) if listed else "",
         )  # fmt: skip
         ways.insert(0 if listed else len(ways), as_it_is)
+    if needed == 1 and isinstance(batch, tuple) and not listed:
+        # The likeliest is that what follows are targets.
+        ways.append(Way(f"the whole tuple of {len(batch)} as one argument", alone, whole=True))
     yield from ways or _counted(wanted, batch)
 
 
