@@ -87,6 +87,8 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
         {"kept": kept, "arm": arm} for kept in config["macs"] for arm in (AUTO, *names) if arm not in config["chosen"]
     ]
     rows, mixed = resumed.rows(paths["work"] / "auto.jsonl", keys, row)
+    if others := {row["chosen"] for row in rows if row["arm"] == AUTO} - set(config["chosen"]):
+        raise ValueError(f"auto chose {others}: leave these out of the arms that are made alone, as 'chosen'")
     return {
         "claims": _claims(config["network"], rows),
         "rows": rows,
