@@ -12,6 +12,7 @@ from spectrim.network.sites import Sites, Skipped
 from spectrim.pipeline import Report, Result
 from spectrim.report import Comparison, Measure, Measured, Page, write_report
 from spectrim.report.summary import tiles
+from spectrim.search.arms import Tried, arms_grid
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
 from tests.report.cases import plan, shared, sums, table
@@ -170,3 +171,18 @@ def test_sparse_parts_are_named_and_bytes_have_a_column():
     # In step with parameters elsewhere, bytes have none.
     other = table(["a", "b"])
     assert "file size" not in [tile.name for tile in tiles(plan(other), Comparison(rows), None, stored=False)]
+
+
+def test_what_competed_is_a_table_and_its_names_are_text():
+    page, _, chosen = _page(["a", "b"])
+    cost = next(iter(chosen.budget))
+    tried = (
+        Tried('<b>"&', 0.1, 3.0, standard_error=0.01, costs=chosen.costs, dense_costs=chosen.dense_costs, chosen=True),
+        Tried("other", note="skipped: its table predicts 2 times the loss"),
+    )
+    reader = _Reader(replace(page, arms=arms_grid(tried, cost)).html())
+    assert "Methods that competed" in reader.text
+    for text in ('<b>"&', "0.1 \u00b1 0.01", "chosen", "skipped: its table predicts 2 times the loss"):
+        assert text in reader.text
+    # Without a competition there is no such table.
+    assert "Methods that competed" not in _Reader(page.html()).text
