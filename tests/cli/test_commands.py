@@ -138,6 +138,7 @@ def test_export_is_checked(run, suffix: str):
         (("compress", "nets:tiny", *DATA, "-b", "speed=2"), 2, "--budget limits 'speed'"),
         (("compress", "nets:tiny", *DATA, "-b", "macs=many"), 2, "'many'"),
         (("compress", "nets:tiny", *DATA, "-b", "macs=50%", "--selector", "lucky"), 2, "'lucky'"),
+        (("compress", "nets:tiny", *DATA, "-b", "macs=50%", "--runtime", "onnx"), 2, "Did you mean 'onnxruntime'?"),
         (("compress", "nets:tiny", *DATA, "--plan", "gone.json"), 2, "'gone.json'"),
         (("compress", "nets:tiny", *DATA, "-b", "macs=0.01%"), 3, "the lowest reachable is"),
         (("compress", "nets:tiny", *DATA, "--plan", "broken.json"), 1, "not a plan"),

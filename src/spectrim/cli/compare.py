@@ -106,9 +106,11 @@ class ComparingOptions:
     ] = False
     batch: options.Batch = 1
     threads: options.Threads = None
+    runtime: options.Runtime = "eager"
     device: options.Device = "cpu"
 
     def __post_init__(self) -> None:
+        options.check_runtime(self.runtime)
         check_data(self.data, "calibration")
         check_data(self.test, "test")
         check_device(self.device)
@@ -218,7 +220,7 @@ def _measure(out: Output, compared: ComparedOptions, measuring: ComparingOptions
     from spectrim.report import compare as side_by_side
 
     assert compared.model is not None
-    device = device_named(measuring.device, measuring.threads)
+    device = device_named(measuring.device, measuring.threads, measuring.runtime)
     dense = load_model(compared.model, compared.weights).to(device)
     data = None if measuring.data is None else load_data(measuring.data, purpose="calibration", device=device)
     test = None if measuring.test is None else load_data(measuring.test, purpose="test", device=device)
@@ -234,10 +236,11 @@ def _measure(out: Output, compared: ComparedOptions, measuring: ComparingOptions
         else:
             models[name] = load_compressed(compared.model, path).to(device)
         if measuring.latency:
-            fastest(models[name], example, measuring.threads)
+            fastest(models[name], example, measuring.threads, measuring.runtime)
     with usage("--test"):
         found = side_by_side(
-            dense, models, example, threads=measuring.threads, repeats=30 if measuring.latency else 0,
+            dense, models, example, threads=measuring.threads, runtime=measuring.runtime,
+            repeats=30 if measuring.latency else 0,
             evaluate=None if test is None else lambda network: accuracy(network, test),
         )  # fmt: skip
     if data is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,9 +25,11 @@ class MeasuringOptions:
     )
     batch: options.Batch = 1
     threads: options.Threads = None
+    runtime: options.Runtime = "eager"
     device: options.Device = "cpu"
 
     def __post_init__(self) -> None:
+        options.check_runtime(self.runtime)
         check_device(self.device)
 
 
@@ -54,7 +56,7 @@ def evaluate(
     from spectrim.cli.work import device_named, first_batch, random_input
     from spectrim.report import accuracy, compare, measure
 
-    device = device_named(measuring.device, threads)
+    device = device_named(measuring.device, threads, measuring.runtime)
     batches = load_data(data, purpose="test", device=device) if data is not None else None
 
     def score(network):
@@ -71,16 +73,17 @@ def evaluate(
         batch = first_batch(batches, measuring.batch, str(data), network)
     else:
         batch = random_input(str(input_shape), measuring.batch, device)
-    kernels = fastest(network, batch, threads) if measuring.repeats else ()
+    kernels = fastest(network, batch, threads, measuring.runtime) if measuring.repeats else ()
+    clock: dict[str, Any] = {"repeats": measuring.repeats, "threads": threads, "runtime": measuring.runtime}
     if measuring.compare:
         dense = load_model(model.model, model.weights).to(device)
-        comparison = compare(dense, network, batch, evaluate=scoring, repeats=measuring.repeats, threads=threads)
+        comparison = compare(dense, network, batch, evaluate=scoring, **clock)
         out.document({"model": name, **comparison.to_dict(), "kernels": kernel_values(kernels)})
         out.table(["", ">dense", ">compressed", "change"], comparison.to_rows())
         for note in kernel_notes(kernels):
             out.print(note)
         return
-    measured = measure(network, batch, evaluate=scoring, repeats=measuring.repeats, threads=threads)
+    measured = measure(network, batch, evaluate=scoring, **clock)
     out.document({"model": name, **measured.to_dict(), "kernels": kernel_values(kernels)})
     out.table(["", f">{name}"], [(line.metric, line.text) for line in measured.lines])
     for note in kernel_notes(kernels):

@@ -32,7 +32,6 @@ from spectrim.cli.steps import carry_out, prepared, table_of
 from spectrim.cli.unfinished import ONE_SHOT, TUNING, UNFINISHED, RunFolder
 from spectrim.cli.values import read_budget, read_costs
 from spectrim.cli.work import Work
-from spectrim.cost.runtimes import runtime_of
 from spectrim.errors import ExportError
 from spectrim.methods import Method, PrincipalFilters
 from spectrim.network.sites import Sites
@@ -199,7 +198,7 @@ def compress(
     outcome = Outcome(work.model, work.dense, result, files.folder, named=work.named)
     outcome = _tuned(out, outcome, work, tuning, held)
     outcome = outcome.noted(*different)
-    kernels = fastest(result.model, work.example, work.threads) if runtime_of(work.runtime).runs_modules else ()
+    kernels = fastest(result.model, work.example, work.threads, work.runtime)
     outcome = outcome.noted(*filter_notes(result.plan, result.sites))
     if request.recipe is not None:
         outcome = outcome.noted(*sample_notes(result.sites, _filters(request)))

@@ -9,6 +9,7 @@ from torch import nn
 
 from spectrim.cli.methods import SPARSE
 from spectrim.cli.references import UsageError
+from spectrim.cost.runtimes import runtime_of
 from spectrim.methods import LowRankPlusSparse, Method
 from spectrim.network.sites import Sites
 from spectrim.nn.sparse.kernels import ChosenKernel, Kernel, choose_kernels
@@ -30,10 +31,11 @@ def check_patterns(methods: Iterable[Method], sites: Sites) -> None:
                 raise UsageError(f"--method {SPARSE}: pattern {name!r} fits no layer of the model ({'; '.join(kinds)})")
 
 
-def fastest(model: nn.Module, example: Any, threads: int | None) -> tuple[ChosenKernel, ...]:
-    """Let every layer with a sparse weight run as is fastest here
+def fastest(model: nn.Module, example: Any, threads: int | None, runtime: str = "eager") -> tuple[ChosenKernel, ...]:
+    """Let every layer with a sparse weight run as is fastest here, where the runtime runs the modules themselves
     (:func:`spectrim.nn.sparse.kernels.choose_kernels`)."""
-    return choose_kernels(model, example, threads=threads) if any(masked_layers(model)) else ()
+    able = runtime_of(runtime).runs_modules and any(masked_layers(model))
+    return choose_kernels(model, example, threads=threads) if able else ()
 
 
 def kernel_values(chosen: Sequence[ChosenKernel]) -> list[dict[str, Any]]:

@@ -93,6 +93,8 @@ class Request:
         for part in parts:
             found |= dataclasses.asdict(part)
         found |= {"selector": self.sizes.selector, "guard": self.sizes.guard, "cost": self.sizes.own}
+        if self.network.runtime != "eager":  # of which folders from before say nothing
+            found["runtime"] = self.network.runtime
         return {f"--{name.replace('_', '-')}": value for name, value in found.items() if name != "test"}
 
     def carry_out(self, out: Output) -> None:

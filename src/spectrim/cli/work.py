@@ -87,11 +87,7 @@ class Work:
         UsageError
             If something cannot be used; the message quotes it.
         """
-        device = device_named(network.device, network.threads)
-        try:
-            runtime_of(network.runtime).check(device, torch.float32, "contiguous")
-        except (ImportError, ValueError) as error:
-            raise UsageError(f"--runtime {network.runtime}: {error}") from error
+        device = device_named(network.device, network.threads, network.runtime)
         dense = load_model(network.model, network.weights).to(device)
         sites = locate(dense, layers.skip, layers.only)
         train = training_batches(training.train, device) if training.train is not None else None
@@ -149,14 +145,23 @@ class Work:
             return accuracy(model, self.testing)
 
 
-def device_named(device: str, threads: int | None) -> str:
+def device_named(device: str, threads: int | None, runtime: str = "eager") -> str:
     """The device that a name stands for; sets the number of threads, too.
 
     Raises
     ------
     UsageError
-        For a device that torch does not know or cannot reach.
+        For a device that torch does not know or cannot reach, or where the runtime cannot run.
     """
+    found = _device_named(device, threads)
+    try:
+        runtime_of(runtime).check(found, torch.float32, "contiguous")
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"--runtime {runtime}: {error}") from error
+    return found
+
+
+def _device_named(device: str, threads: int | None) -> str:
     if threads is not None:
         torch.set_num_threads(threads)
     if device == "auto":

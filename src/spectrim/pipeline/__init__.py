@@ -121,7 +121,8 @@ def compress(
         Where it is given or made, the kernels of sparse layers are chosen for it (:func:`spectrim.choose_kernels`).
         If its memory format is ``channels_last``, both models are measured in it and the result is returned in it.
     guard
-        Choose no option that is measured slower than dense, and measure the finished model.
+        Choose no option that is measured slower than dense, and measure the finished model: layers that lose time in it
+        are dense again within the budget, and a network that is slower all the same is refused.
     costs
         Further costs of your own, functions of layers by name, which the budget may limit.
     selector
@@ -140,6 +141,8 @@ def compress(
     ------
     InfeasibleBudgetError
         If the budget cannot be met; carries the lowest reachable cost.
+    SlowerError
+        With ``guard``, if the budget is met by a network that was measured slower than dense, twice.
     ToleranceError
         If the budget can be met, but not within the tolerance; says which budget can, and carries its ``result``.
     TypeError, ValueError

@@ -288,12 +288,13 @@ def measure(
     score: str = "accuracy",
     repeats: int = 30,
     threads: int | None = None,
+    runtime: Runtime | str = "eager",
     progress: Steps | bool | None = None,
 ) -> Measurements:
     """Measure one model; see :func:`compare` for parameters and rows."""
-    clock = {"repeats": repeats, "threads": threads, "progress": progress}
+    clock = {"repeats": repeats, "threads": threads, "runtime": runtime, "progress": progress}
     found, _ = _measure({"model": model}, example, evaluate, score, clock)
-    return Measurements(found["model"], _samples(model, example), _facts(threads))
+    return Measurements(found["model"], _samples(model, example), _facts(threads, runtime))
 
 
 def _samples(model: nn.Module, example: Any) -> int:

@@ -241,7 +241,9 @@ class Sweep(Printed):
         """Heads and cells for people: a line a point, below that of the dense network."""
         tuned = any(point.tuned is not None for point in self.points)
         shown = self.shown_costs
-        names = {cost: "ms measured" if cost == "milliseconds" else cost_name(cost) for cost in shown}
+        ran = {str(point.plan.facts.get("runtime", "")) for point in self.points} - {""}
+        clock = ",\n".join(["ms measured", *sorted(ran)])
+        names = {cost: clock if cost == "milliseconds" else cost_name(cost) for cost in shown}
         measures = [_SHORT.get(name, name) for name in self.measures]
         heads = ["budget", *(f">{names[cost]}" for cost in shown), *(f">{name}" for name in measures)]
         # What networks are compared by; another column would not fit 80.

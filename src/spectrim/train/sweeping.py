@@ -170,6 +170,7 @@ def sweep(
         "layers": [site.name for site in sites], "groups": groups, "guard": guard, "costs": sorted(costs or ()),
         "methods": None if methods is None else [method.record() for method in methods], "rows": rows,
         "selector": getattr(selector, "__name__", str(selector)),
+        **({} if latency is None else latency.runs.facts()),  # nothing of eager: folders from before have none
     }  # fmt: skip
     run = Sweeping(
         model, prepared, methods=methods, guard=guard, costs=costs, selector=selector, forward=feed, evaluate=evaluate,
