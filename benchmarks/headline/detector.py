@@ -43,7 +43,7 @@ def chosen(rows: Sequence[Row]) -> Iterator[Row]:
     for budget in ASKED:
         mine = [
             row for row in rows
-            if row["network"] == "craft" and row["budget"] == budget and row["kind"] in ("auto", "ours")
+            if row["network"] == "craft" and row["budget"] == budget and row["kind"] in ("auto", "ours", "trained")
             and "failed" not in row
         ]  # fmt: skip
         for some in ([row for row in mine if not row.get("steps")], [row for row in mine if row.get("steps")]):
