@@ -81,10 +81,15 @@ def table(rows: Sequence[Row], times: Sequence[Row]) -> str:
     ]
     for row in [*dense, *chosen(rows)]:
         timed = speed(row, times)
-        time = "" if timed is None else f"{timed['ms'] / 1000:.2f} s for {timed['dense_ms'] / 1000:.2f} s dense"
+        time = "" if timed is None else _time(timed)
         cells = (
             row["budget"] or "none", row["arm"], f"{row['value']:.1f} ± {row['error']:.1f}",
             f"{row['parameters'] / 1e6:.2f} M", f"{row['macs'] / 1e9:.1f} G", f"{row['file_bytes'] / 1e6:.1f} MB", time,
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _time(timed: Row) -> str:
+    seconds = f"{timed['ms'] / 1000:.2f} s for {timed['dense_ms'] / 1000:.2f} s dense"
+    return f"{seconds} ({timed['low']:.1f} to {timed['high']:.1f}x)"

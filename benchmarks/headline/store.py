@@ -18,8 +18,8 @@ from spectrim.network.files import write_text
 
 NOTES = (
     "A row is one network, one budget and one arm. All arms start from the same weights and the same unlabelled "
-    "training inputs; no weight is trained. What was chosen was chosen on held-out training data; the test data were "
-    "looked at once a row.",
+    "training inputs; no weight is trained unless the arm says so. What was chosen was chosen on held-out training "
+    "data; the test data were looked at once a row.",
     "MACs are counted on the finished network for one input, all operations included; file_bytes of ours is the file "
     "that spectrim.save writes, of others their tensors as safetensors. error is the standard error of value over n "
     "test samples. search_s is the whole call, on a machine shared with others; peak_mb of the whole process, of which "
