@@ -16,7 +16,7 @@ from torch import nn
 import spectrim as st
 from spectrim.errors import PlanError
 from spectrim.methods import ActivationSVD, LowRankPlusSparse, PrincipalFilters, WeightSVD
-from spectrim.network.choices import LowRankChoice
+from spectrim.network.choices import ChannelsChoice, LowRankChoice
 from spectrim.nn.agreement import Agreement
 from spectrim.search.arms import HOPELESS, Arm, Contest, usual
 from spectrim.search.judge import Verdict
@@ -96,7 +96,7 @@ def test_a_refused_arm_is_a_note() -> None:
 def test_what_is_hopeless_or_the_same_is_skipped_and_says_so() -> None:
     losses = {"a": 0.3, "b": 0.1, "c": 0.2}
     _, tried = contest(losses, {"a": 4.0, "b": 2.0, "c": 2.0 * HOPELESS}).best(ARMS)
-    assert [each.note for each in tried] == ["skipped: its table predicts 2 times the loss", "", ""]
+    assert [each.note for each in tried] == ["skipped: its table predicts 2 times the loss of b", "", ""]
     same = replace(contest(losses), planned=lambda arm, most: draft("same"))
     _, tried = same.best(ARMS)
     assert [each.note for each in tried] == ["", *2 * ["skipped: the same plan as a"]]
@@ -107,7 +107,7 @@ def test_what_is_hopeless_or_the_same_is_skipped_and_says_so() -> None:
         return draft(arm.name, 2.0)
 
     _, tried = replace(contest(losses), planned=planned).best(ARMS)
-    assert tried[2].note == "skipped: its table predicts 3.5 times the loss"
+    assert tried[2].note == "skipped: its table predicts 3.5 times the loss of a"
 
 
 def test_after_the_seconds_no_arm_is_begun_and_progress_says_what_is_tried() -> None:
@@ -116,6 +116,18 @@ def test_after_the_seconds_no_arm_is_begun_and_progress_says_what_is_tried() -> 
     assert winner == "a"
     assert [each.note for each in tried] == ["", "not tried, as 0 s were over", "not tried, as 0 s were over"]
     assert said == ["a: plan", "a: carry out"]
+
+
+def test_what_removals_lose_is_not_trusted_to_the_same_degree() -> None:
+    removal = Entry("x:out", "channels", ChannelsChoice((0,), 2, (), method="filters"), 0.1, {}, {}, of_channels=True)
+
+    def planned(arm: Arm, most: float) -> Draft:
+        plan = draft(arm.name, {"a": 2.9, "b": 3.1, "c": 1.0}[arm.name]).plan
+        return Draft(replace(plan, entries=(*plan.entries, removal)) if arm.name == "c" else plan)
+
+    winner, tried = replace(contest({"a": 0.1, "c": 0.2}), planned=planned).best(ARMS)
+    assert winner == "a"
+    assert tried[1].note == "skipped: its table predicts 3.1 times the loss of c"
 
 
 def test_seconds_are_shared_by_planning_and_carrying_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +183,8 @@ def test_auto_shares_factors_where_parameters_are_limited() -> None:
 
 
 def test_auto_is_the_best_of_its_arms_and_prints_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spectrim.search.arms.HOPELESS", math.inf)
+    for name in ("HOPELESS", "HOPELESS_BESIDE_REMOVALS"):
+        monkeypatch.setattr(f"spectrim.search.arms.{name}", math.inf)
     model, budget = network(), "macs=50%"
     result = st.compress(model, BATCHES, budget, methods="auto", sensitivity=False)
     arms, agreement = result.report.arms, result.report.agreement

@@ -25,8 +25,10 @@ from spectrim.selection.plan import Plan
 log = logging.getLogger(__name__)
 # What a sparse part or a shared factor saves, and hardly any time.
 STORED = frozenset({"parameters", "bytes"})
-# A plan predicted to lose so many times what the best one is predicted to lose is not carried out.
+# A plan predicted to lose so many times what another one is predicted to lose is not carried out.
 HOPELESS = 1.5
+# The same where the other one removes channels: what that loses is predicted too low (by 2.6, on two small networks).
+HOPELESS_BESIDE_REMOVALS = 3.0
 # Share of the seconds after which no further set is planned, so that some are left to carry a plan out.
 _PLANNING = 0.5
 
@@ -202,7 +204,7 @@ class Contest(Generic[P, R]):
         order = sorted(drafts, key=lambda name: drafts[name].plan.loss)
         by_name = {arm.name: arm for arm in arms}
         for number, name in enumerate(order):
-            if note := self._passed_over(name, drafts, finished, tried, clock):
+            if note := self._passed_over(name, drafts, finished, clock):
                 tried[name] = replace(tried[name], note=note)
                 continue
             progress(f"{name}: carry out", number, len(order))
@@ -238,12 +240,12 @@ class Contest(Generic[P, R]):
                 continue
             progress(f"{arm.name}: plan", number, len(arms))
             start = time.monotonic()
-            least = min((draft.plan.loss for draft in drafts.values()), default=math.inf)
+            bar, other = _bar({name: draft.plan for name, draft in drafts.items()})
             found = Tried(arm.name)
             try:
-                draft = drafts[arm.name] = self.planned(arm, HOPELESS * least)
+                draft = drafts[arm.name] = self.planned(arm, bar)
             except TooMuchLostError as error:
-                found = replace(found, note=_hopeless(error.loss, least), predicted=error.loss)
+                found = replace(found, note=_hopeless(error.loss, drafts[other].plan, other), predicted=error.loss)
             except SpectrimError as error:
                 faults.append(error)
                 found = replace(found, note=f"refused, {error}")
@@ -255,9 +257,7 @@ class Contest(Generic[P, R]):
             raise faults[0]
         return tried, drafts, faults
 
-    def _passed_over(
-        self, name: str, drafts: Mapping[str, P], finished: Mapping[str, R], tried: Mapping[str, Tried], clock: _Clock
-    ) -> str:
+    def _passed_over(self, name: str, drafts: Mapping[str, P], finished: Mapping[str, R], clock: _Clock) -> str:
         """Why a plan is not carried out; empty if it is."""
         if not finished:
             return ""
@@ -265,9 +265,9 @@ class Contest(Generic[P, R]):
         for other in finished:
             if _changes(plan) == _changes(drafts[other].plan):
                 return f"skipped: the same plan as {other}"
-        least = min(tried[other].predicted for other in finished)
-        if plan.loss > HOPELESS * least:
-            return _hopeless(plan.loss, least)
+        bar, other = _bar({other: drafts[other].plan for other in finished})
+        if plan.loss > bar:
+            return _hopeless(plan.loss, drafts[other].plan, other)
         return clock.note if clock.over() else ""
 
     def _chosen(self, finished: Mapping[str, R], tried: dict[str, Tried]) -> tuple[R, tuple[Tried, ...]]:
@@ -299,8 +299,21 @@ class _Clock:
         return f"not tried, as {self.seconds:g} s were over"
 
 
-def _hopeless(loss: float, least: float) -> str:
-    return f"skipped: its table predicts {loss / least:.2g} times the loss" if least > 0 else "skipped: loses more"
+def _bar(plans: Mapping[str, Plan]) -> tuple[float, str]:
+    """The predicted loss above which a plan is hopeless beside these, and the name of the one that sets it."""
+
+    def bar(plan: Plan) -> float:
+        removes = any(entry.of_channels and not entry.choice.is_dense for entry in plan)
+        return plan.loss * (HOPELESS_BESIDE_REMOVALS if removes else HOPELESS)
+
+    return min(((bar(plan), name) for name, plan in plans.items()), default=(math.inf, ""))
+
+
+def _hopeless(loss: float, plan: Plan, other: str) -> str:
+    """What is said of a plan that is predicted to lose too much beside another one."""
+    if not plan.loss:
+        return f"skipped: {other} is predicted to lose nothing"
+    return f"skipped: its table predicts {loss / plan.loss:.2g} times the loss of {other}"
 
 
 def _changes(plan: Plan) -> frozenset[tuple[str, str, str]]:
