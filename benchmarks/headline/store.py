@@ -17,12 +17,14 @@ from benchmarks.headline.network import names, plugin
 from spectrim.network.files import write_text
 
 NOTES = (
+    "Networks, budgets and arms without a row have not been run; failed says why a row has no figures.",
     "A row is one network, one budget and one arm. All arms start from the same weights and the same unlabelled "
     "training inputs; no weight is trained unless the arm says so. What was chosen was chosen on held-out training "
     "data; the test data were looked at once a row.",
     "MACs are counted on the finished network for one input, all operations included; file_bytes of ours is the file "
     "that spectrim.save writes, of others their tensors as safetensors. error is the standard error of value over n "
-    "test samples. search_s is the whole call, on a machine shared with others; peak_mb of the whole process, of which "
+    "test samples. search_s is the whole call, of peers with the choice on held-out data, on a machine shared with "
+    "others; peak_mb of the whole process, of which "
     "peak_mb_before was there before the call.",
     "BALF, SVD-LLM, spatial SVD, Tucker-2 and CP are written from their descriptions (CP and Tucker-2 with TensorLy); "
     "none is the authors' own program. Of peers, the better of BatchNorm as it was and estimated anew, by the held-out "
