@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import spectrim as st
 from benchmarks.situation_table import Two
 from spectrim.application import carry_out
+from spectrim.nn import proof
 from spectrim.nn.agreement import agreement
 from spectrim.nn.standing import StandIn
 
@@ -199,6 +200,21 @@ class Cast(Two):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
             return super().forward(x)
+
+
+class CastsToFewBits(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x.to(torch.bfloat16))))
+
+
+@pytest.mark.parametrize("kind", [Two, CastsToFewBits])
+def test_what_rounds_twice_is_no_fault(kind: type[Two], monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[torch.dtype] = []
+    original = proof._answers
+    monkeypatch.setattr(proof, "_answers", lambda *a: answers.append(next(a[0].parameters()).dtype) or original(*a))
+    result = st.compress(kind().eval().to(torch.bfloat16), [b.to(torch.bfloat16) for b in BATCHES], "macs=60%")
+    assert {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
+    assert answers == [torch.float32, torch.bfloat16][: 1 + (kind is CastsToFewBits)]
 
 
 def test_statistics_are_exact_where_the_network_casts() -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytest
 
 from spectrim.cli.common import exit_code
+from spectrim.cli.results import _warnings
 from spectrim.errors import InfeasibleBudgetError, ToleranceError
+from spectrim.report import Comparison, Measure
+from spectrim.selection.plan import Plan
 
 COMPRESS = ("compress", "nets:tiny", "--only", "wide")
 DATA = ("--data", "nets:batches")
@@ -34,6 +37,13 @@ def test_a_drop_in_place_of_a_budget(run) -> None:
 )
 def test_what_does_not_go_together(run, options: tuple[str, ...], said: str) -> None:
     assert said in " ".join(run(*COMPRESS, *options, code=2).output.split())
+
+
+@pytest.mark.parametrize("timed", [True, False])
+def test_a_limit_of_time_that_is_missed_is_told_once(timed: bool) -> None:
+    plan = Plan((), {"latency": 3.0}, {"latency": 4.0}, budget={"latency": 1.0})
+    found = Comparison((Measure("latency p50", "ms", 4.0, 5.0),))
+    assert len(_warnings(found, plan, timed=timed)) == (0 if timed else 2)
 
 
 def test_a_budget_beyond_the_tolerance_ends_as_one_that_cannot_be_met() -> None:

@@ -50,6 +50,21 @@ def test_the_contract_holds_in_bfloat16(method: Method) -> None:
     assert check_method(method, layers=["conv2d"], dtype=torch.bfloat16, tolerance=0.03, slack=0.2) > 0
 
 
+def test_components_that_cancel_cost_what_few_bits_lose() -> None:
+    # Of three components, which two come arbitrarily close to, the larger they are and the more they cancel.
+    torch.manual_seed(0)
+    (o, p), (i, j), (k, m) = (torch.linalg.qr(torch.randn(size, 2))[0].T for size in (16, 16, 9))
+    weight = sum(torch.einsum("o,i,k->oik", *each) for each in ((o, i, m), (o, j, k), (p, i, k)))
+
+    def lost(kind: torch.dtype) -> float:
+        model = nn.Sequential(nn.Conv1d(16, 16, 9, padding=4))
+        model[0].weight.data.copy_(weight)  # pyright: ignore[reportArgumentType]
+        return WeightCP(multiple_of=2, evaluations=50).curve(find(model.to(kind)).sites[0]).errors[0]
+
+    assert lost(torch.float32) < 1e-3
+    assert lost(torch.bfloat16) > 0.01
+
+
 @pytest.mark.parametrize("kind", sorted(set(LAYERS) - set(CONVOLUTIONS)))
 def test_other_layers_are_offered_nothing(kind: str) -> None:
     site, _, _ = small_site(kind, calibrated=False)

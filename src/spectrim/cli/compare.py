@@ -17,7 +17,6 @@ from spectrim.cli.data import check_data
 from spectrim.cli.models import check_model
 from spectrim.cli.references import UsageError
 from spectrim.cli.values import check_device
-from spectrim.errors import PlanError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -120,8 +119,8 @@ class ComparingOptions:
 def compare(out: Output, context: typer.Context, compared: ComparedOptions, *, measuring: ComparingOptions) -> None:
     """Put several compressed networks, or plans, side by side: costs, agreement, accuracy, milliseconds.
 
-    Without --model it is what their plans say. With it and --data or --test they are loaded, or plans carried out on
-    --data, and measured beside the dense network.
+    Without --model it is what their plans say, and what was measured when they were made. With it and --data or --test
+    they are loaded, or plans carried out on --data, and measured beside the dense network.
 
     Examples
     --------
@@ -176,10 +175,10 @@ class _Kept(msgspec.Struct):
 
 
 def _kept(text: bytes) -> _Kept:
-    try:
-        return msgspec.json.decode(text, type=_Kept)
-    except (msgspec.MsgspecError, UnicodeError) as error:
-        raise PlanError(f"not what compress writes: {error}; delete it to compare without it") from error
+    from spectrim.selection.point import converted, record_of
+
+    what = "what compress writes; delete it to compare without it"
+    return converted(record_of(text, what), _Kept, what)
 
 
 def _stored(path: Path) -> tuple[list[Measure], Agreement | None]:

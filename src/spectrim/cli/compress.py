@@ -35,8 +35,9 @@ def compress(
 ) -> None:
     """Make a model smaller, fit a budget, and say what it cost.
 
-    Writes model.safetensors (weights and plan), plan.json and report.html, and for learned ranks ranks.json, the course
-    they took. A training that is stopped goes on with the same call. Exit code 3 if the budget cannot be met.
+    Writes model.safetensors (weights and plan), plan.json, result.json (all figures) and report.html, and for learned
+    ranks ranks.json, the course they took. A training that is stopped goes on with the same call. Exit code 3 if the
+    budget cannot be met.
 
     Examples
     --------

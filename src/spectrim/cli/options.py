@@ -140,7 +140,9 @@ class NetworkOptions:
     ]
     weights: Annotated[
         Path | None,
-        weights_option("Its weights: .safetensors, or .pt that holds a state_dict."),
+        weights_option(
+            "Its weights: .safetensors, also as compress writes it, to compress again; .pt with a state_dict."
+        ),
     ] = None
     batch: Batch = 1
     threads: Threads = None

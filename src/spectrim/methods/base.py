@@ -152,7 +152,8 @@ def on_offer(methods: Method | Iterable[Method], *, groups: bool) -> list[Method
     if not groups and all(method.takes is Group for method in several):
         raise ValueError(
             f"{' and '.join(method.name for method in several)} can be chosen for groups of layers only, and there are "
-            "none: give groups=True, groups={name: layers}, or a method for single layers too"
+            "none: give groups=True, groups={name: layers}, or a method for single layers too. True finds repeated "
+            "layers and linear layers of one input"
         )
     return several
 

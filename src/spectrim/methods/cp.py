@@ -36,6 +36,8 @@ log = logging.getLogger(__name__)
 _RANKS, _RATIO, _MOST = 10, 0.73, 0.9
 # Evaluations of the error for a point of the curve, and the fewest with which one is offered.
 _ENOUGH, _FEWEST = 40, 8
+# Of numbers with a smaller step than this, rounding is not felt.
+_FINE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class _CP(ChainMethod):
                     break
                 choice = CPChoice(rank, kernel, biased(layer), method=self.name)
                 modes, error = _fitted(layer, choice, evaluations)
-                error = layer.lost(multilinear.columns_of(modes), error)
+                error = layer.lost(multilinear.columns_of(modes), error) + _rounded(layer, modes)
                 # A fit that came to no less than one of fewer components is nothing to offer.
                 if error < least:
                     found.append((choice, error))
@@ -167,6 +169,18 @@ def _fitted(layer: ChainedLayer, choice: CPChoice, evaluations: int) -> tuple[li
     parts = chains.parts_of(layer.site.spec.kernel, choice.kernel)
     start = multilinear.polyadic_start(layer.fitted, parts, choice.rank)
     return multilinear.polyadic(layer.fitted, start, evaluations)
+
+
+def _rounded(layer: ChainedLayer, modes: Sequence[Tensor]) -> float:
+    """Share of the weight's energy that rounding to a layer of few bits loses: much where large components cancel."""
+    step = torch.finfo(layer.site.spec.dtype).eps
+    if step < _FINE:
+        return 0.0
+    inner, outer, _ = layer.ends(modes[0], multilinear.columns_of(modes))
+    sizes = inner.norm(dim=0) * outer.norm(dim=0)
+    for mode in modes[1:]:
+        sizes = sizes * mode.norm(dim=0)
+    return float((step * sizes).square().sum() / layer.site.weight.to(sizes.dtype).square().sum())
 
 
 def _balanced(

@@ -17,6 +17,7 @@ from spectrim.cost.counted import macs, parameters
 from spectrim.cost.whole import Layered, Network, Picks
 from spectrim.errors import ProofError
 from spectrim.network.sites import Sites
+from spectrim.nn.copying import copy_model
 from spectrim.nn.counting import counting
 from spectrim.nn.modes import said_of_training
 from spectrim.nn.standing import LAYERS, StandIn
@@ -228,22 +229,19 @@ def _merged(small: nn.Module, batch: Any, feed: Feed) -> Iterator[str]:
     """Whether the network computes the same with one weight in place of every layer that stands for another."""
     if not any(isinstance(module, StandIn) for module in small.modules()):
         return
+    precise = _precise(small)
     try:
-        whole = merge(small)
+        whole = merge(precise)
     except ValueError as error:
         yield f"the network was not compared with what merge makes of it: {error}"
         return
-    outputs: list[list[Tensor]] = []
-
-    def run(part: Any) -> None:
-        outputs.clear()
-        # Twice, since what draws random numbers differs from itself.
-        for model in (small, whole, small):
-            with observe(model, forward=feed) as running:
-                outputs.append(output_tensors(running(part)))
-
     try:
-        on_few(run, batch, feed)
+        try:
+            outputs = _answers(precise, whole, batch, feed)
+        except Exception:  # it casts to few bits by itself
+            if precise is small:
+                raise
+            outputs = _answers(small, merge(small), batch, feed)
     except Exception as error:
         raise ProofError(
             f"merged, the compressed {type(small).__name__} cannot be run: {type(error).__name__}: {error}. It asks "
@@ -260,6 +258,27 @@ def _merged(small: nn.Module, batch: Any, feed: Feed) -> Iterator[str]:
                 "its outputs): it asks what its layers are, such as type(layer) is nn.Linear, their children, names or "
                 "number of parameters. Ask isinstance, or skip= the layers concerned"
             )
+
+
+def _answers(small: nn.Module, whole: nn.Module, batch: Any, feed: Feed) -> list[list[Tensor]]:
+    """Outputs of a network, of what it is merged to, and of the network again."""
+    outputs: list[list[Tensor]] = []
+
+    def run(part: Any) -> None:
+        outputs.clear()
+        # Twice, since what draws random numbers differs from itself.
+        for model in (small, whole, small):
+            with observe(model, forward=feed) as running:
+                outputs.append(output_tensors(running(part)))
+
+    on_few(run, batch, feed)
+    return outputs
+
+
+def _precise(model: nn.Module) -> nn.Module:
+    """A copy that rounds less, of a model of few bits: what is rounded twice is not what its layers are asked."""
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    return copy_model(model).float() if kinds and kinds <= {torch.bfloat16, torch.float16} else model
 
 
 def _some(names: Sequence[str]) -> str:

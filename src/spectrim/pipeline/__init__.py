@@ -23,7 +23,7 @@ from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.nesting import begun, checked_batches, listed, reads_once
 from spectrim.nn.watch.sampling import Mask, Sampling
 from spectrim.pipeline.report import Report as Report
-from spectrim.pipeline.report import Result
+from spectrim.pipeline.report import Result as Result
 from spectrim.pipeline.report import reported as reported
 from spectrim.pipeline.shrinking import shrink, shrink_best, shrink_within, with_verdict
 from spectrim.preparation import check_options, coupled, locate, prepare

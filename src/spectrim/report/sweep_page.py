@@ -106,7 +106,7 @@ def front_chart(sweep: Sweep, cost: str) -> Chart:
     dots = [Dot(x.at(100), y.at(exact), f"dense: {_text(sweep, exact)}", "dense", "dense")]
     for point, each, tone in judged:
         value, at = sweep.quality(each), _share(point, cost)
-        shown = f"{point.asked}: {_text(sweep, value)} at {at:.1f} % of the {name}"
+        shown = f"{point.asked}: {_text(sweep, value)}, at {at:.1f} % of the {name}"
         shown += ", fine-tuned" if tone == "choice" else ""
         if not math.isnan(spread := sweep.uncertainty(each)):
             shown += f", standard error {spread:.2g}"

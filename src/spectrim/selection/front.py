@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from spectrim.errors import PlanError
 from spectrim.network.files import read_document, write_text
 from spectrim.network.printing import Grid, Printed, amount, cost_name, count
 from spectrim.selection.plan import Plan
-from spectrim.selection.point import LARGEST, Judged, Point, finished, record_of, share_error
+from spectrim.selection.point import LARGEST, Judged, Point, converted, finished, record_of, share_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -257,7 +256,7 @@ class Sweep(Printed):
             lines.append(["dense", *cells, *self.texts(itself), *([""] if tuned else [])])
         for point in self.points:
             cells = [
-                f"{_amount(cost, point.costs[cost])} {100 * point.costs[cost] / point.dense_costs[cost]:.0f} %"
+                f"{_amount(cost, point.costs[cost])}, {100 * point.costs[cost] / point.dense_costs[cost]:.0f} %"
                 for cost in shown
             ]
             after = self.texts(point.tuned)[:1] if tuned else []
@@ -286,8 +285,8 @@ class Sweep(Printed):
         said += self.notes
         for note in dict.fromkeys(note for point in self.points for note in point.notes):
             of = [point.asked for point in self.points if note in point.notes]
-            said.append(note if len(of) == len(self) else f"{' and '.join(of)}: {note}")
-        return (*said, *(f"{asked} is left out: {why}" for asked, why in self.unmet.items()))
+            said.append(note if len(of) == len(self) else f"with {' and '.join(of)}: {note}")
+        return (*said, *(f"the budget {asked} is left out: {why}" for asked, why in self.unmet.items()))
 
     def _grid(self) -> Grid:
         heads, lines = self.table()
@@ -346,10 +345,7 @@ class Sweep(Printed):
 
         def parse(text: bytes) -> Sweep:
             record = record_of(text, "a sweep", set(_Read.__struct_fields__))
-            try:
-                return msgspec.convert(record, _Read).sweep(finished(folder))
-            except msgspec.MsgspecError as error:
-                raise PlanError(f"not a sweep: {error}") from error
+            return converted(record, _Read, "a sweep").sweep(finished(folder))
 
         return read_document(Path(folder) / _SWEEP, parse, LARGEST)
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -17,6 +17,7 @@ from spectrim.network.files import read_document, write_text
 from spectrim.selection.plan import LARGEST as LARGEST_PLAN
 from spectrim.selection.plan import Plan
 
+T = TypeVar("T")
 LARGEST = LARGEST_PLAN + 2**20
 """Bytes of the text of a point."""
 _POINT, _PLAN = "point.json", "plan.json"
@@ -155,10 +156,7 @@ class Point:
         def parse(text: bytes) -> Point:
             record = record_of(text, "a point of a sweep", {*_FIELDS, "plan"})
             plan = Plan.from_json(msgspec.json.encode(record.get("plan")))
-            try:
-                return dataclasses.replace(msgspec.convert(record | {"plan": _NO_PLAN}, cls), plan=plan)
-            except msgspec.MsgspecError as error:
-                raise PlanError(f"not a point of a sweep: {error}") from error
+            return dataclasses.replace(converted(record | {"plan": _NO_PLAN}, cls, "a point of a sweep"), plan=plan)
 
         return read_document(Path(folder) / _POINT, parse, LARGEST)
 
@@ -193,6 +191,20 @@ def finished(folder: str | Path) -> Iterable[Point]:
         If a file of one is something else; the message names it.
     """
     return [Point.read(file.parent) for file in sorted(Path(folder).glob(f"*/{_POINT}"))]
+
+
+def converted(record: Mapping[str, Any], kind: type[T], what: str) -> T:
+    """A record as an object of a type.
+
+    Raises
+    ------
+    PlanError
+        Says which field is missing or of another type.
+    """
+    try:
+        return msgspec.convert(record, kind)
+    except msgspec.MsgspecError as error:
+        raise PlanError(f"not {what}: {error}") from error
 
 
 def record_of(text: bytes, what: str, known: set[str] | None = None) -> dict[str, Any]:
