@@ -220,7 +220,7 @@ WORDS = {
     "A1 (ResNet-20, time)": Words(
         "What methods that compete cost",
         "CPU time of the whole call on 256 images, calibration included, against that of low rank alone.",
-        "the chains that are chosen take longer to tabulate and to fit than low rank: alone they are above the aim.",
+        "most of it is the table and the fits of the chains that are chosen, which low rank alone does without.",
     ),
     "A2 (ResNet-20)": Words(
         "ResNet-20 on CIFAR-10, no training, with chains of three layers on offer",
