@@ -189,10 +189,12 @@ WORDS = {
     "A1": Words(
         "Methods that compete against each method alone",
         "The test metric of `methods=\"auto\"` against the best of the single methods at the same network and budget.",
+        "the headline has not been run whole; where it was run, auto took the best single method, and was not better.",
     ),
     "A2": Words(
         "Methods that compete against the best peer",
         "The test metric without training, from the same weights and the same unlabelled inputs.",
+        "the headline has not been run whole: most networks and budgets are missing.",
     ),
     "A3": Words(
         "A text detector 15 times smaller",

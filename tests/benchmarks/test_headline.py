@@ -88,14 +88,17 @@ def test_claims_count_what_is_ahead_and_what_is_worse_than_noise():
     for budget, auto, single in (("macs=50%", 90.0, 89.0), ("macs=25%", 80.0, 82.0)):
         rows += [row("auto", "auto", auto, budget), row("filters", "ours", single, budget)]
         rows += [row("low rank", "ours", single - 5, budget), row("CP, uniform", "peer", 81.0, budget)]
-    made = claims.claims(rows)
+    made = claims.claims(rows, planned=2)
     assert not made["A1"]["met"]
-    assert "1 of 2 rows better than the best single arm, 1 worse than noise" in made["A1"]["note"]
+    assert (
+        "2 of 2 networks and budgets run: 1 better than the best single arm, 1 worse than noise" in made["A1"]["note"]
+    )
     assert made["A2"]["value"] == 1
     assert not made["A2"]["met"]
     rows = [each for each in rows if each["budget"] != "macs=25%"]
-    assert claims.claims(rows)["A1"]["met"]
-    assert not claims.claims(rows)["A2"]["met"]  # the levels of ResNet-20 were not run
+    assert claims.claims(rows, planned=1)["A1"]["met"]
+    assert not claims.claims(rows)["A1"]["met"]  # of the other networks nothing is known
+    assert not claims.claims(rows, planned=1)["A2"]["met"]  # the levels of ResNet-20 were not run
 
 
 def test_the_table_has_a_line_a_budget_and_the_best_of_each_kind():
