@@ -337,6 +337,7 @@ def test_exported_programs_compute_what_the_narrowed_model_computes(name: str, t
         assert torch.allclose(program(x[:7]), small(x[:7]), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_onnx(tmp_path):
     pytest.importorskip("onnxscript")

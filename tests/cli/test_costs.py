@@ -35,6 +35,7 @@ def test_profile_lists_it(run):
     assert macs([]) == parameters([]) == 0
 
 
+@pytest.mark.slow
 def test_ranks_are_learned_within_it_and_another_one_is_another_run(run):
     learned = ("--method", "learned-ranks:rank_epochs=0,c_steps=2", *LEARN, "--checkpoint", "state", "--no-report")
     found = run.json("compress", "nets:tiny", *learned, *JOULES, "-b", "joules=60%")

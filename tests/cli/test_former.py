@@ -68,6 +68,7 @@ def test_a_former_option_of_another_method_is_refused(run, name: str):
     assert former[0] in error
 
 
+@pytest.mark.slow
 def test_profile_takes_those_it_had(run):
     call = ("profile", "nets:tiny", "--data", "nets:batches")
     text = run(*call, "--method", FILTERS, "--pooling", "none")

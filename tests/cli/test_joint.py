@@ -176,6 +176,7 @@ def test_options_that_contradict_each_other(run, arguments: tuple[str, ...], mes
     assert message in run("compress", "repeated:net", *DATA, *arguments, code=2).stderr
 
 
+@pytest.mark.slow
 def test_the_document_stays_alone_when_c_code_prints():
     Path("loud.py").write_text(
         "import os\nfrom repeated import net as quiet\ndef net():\n    os.write(1, b'noise\\n')\n    return quiet()\n"

@@ -38,7 +38,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 def test_compress_meets_a_budget_and_writes_the_course_of_the_ranks(run):
     found = run.json(*LEARN, "--budget", "macs=50%", "--budget", "parameters=60%", "--animate", "--out", "small")
-    names = {"model.safetensors", "plan.json", "report.html", "ranks.json", "ranks.gif"}
+    names = {"model.safetensors", "plan.json", "report.html", "ranks.json", "ranks.gif", "result.json"}
     assert {Path(file).name for file in found["files"].values()} == names
     assert Path("small/ranks.gif").read_bytes().startswith(b"GIF8")
     for cost, share in (("macs", 0.5), ("parameters", 0.6)):
@@ -128,6 +128,7 @@ def test_without_epochs_ranks_are_chosen_once(run):
     assert len(Trajectory.read(found["files"]["ranks"])) == 1
 
 
+@pytest.mark.slow
 def test_compress_continues_from_a_checkpoint_and_from_no_other_run(run):
     arguments = (*LEARN, "-b", "macs=50%", "--no-report", "--checkpoint", "state")
     run(*arguments, "--out", "first")

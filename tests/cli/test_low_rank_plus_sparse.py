@@ -45,6 +45,7 @@ def test_compress_counts_the_positions_and_measures_what_it_counted(run):
     assert "% unstructured" in page
 
 
+@pytest.mark.slow
 def test_what_was_compressed_can_be_evaluated_exported_and_carried_out_again(run):
     run("compress", "nets:tiny", *QUICK, *BYTES, "--out", "small", "--no-report")
     costs = Plan.read("small/plan.json").costs
@@ -65,6 +66,7 @@ def test_what_was_compressed_can_be_evaluated_exported_and_carried_out_again(run
     assert all(stored[key].shape == again[key].shape for key in stored)
 
 
+@pytest.mark.slow
 def test_training_keeps_the_support(run):
     call = ("compress", "nets:tiny", *QUICK, *BYTES, "--no-report")
     run(*call, "--out", "at-once")

@@ -97,6 +97,7 @@ def test_a_recipe_takes_the_place_of_a_budget(run, sites, text: str, recipe: Ene
     }
 
 
+@pytest.mark.slow
 def test_low_rank_competes_where_it_is_asked_for(run):
     def kinds(*options: str) -> set[str]:
         run("compress", "filter_nets:redundant", *DATA, *FILTERS, *HALF, "--no-report", "--quiet", *options)
@@ -149,6 +150,7 @@ def test_dead_filters_and_depthwise_layers_are_listed(run):
     assert "passed by" in run("profile", "filter_nets:separable", *DATA, *FILTERS).stdout
 
 
+@pytest.mark.slow
 def test_too_few_samples_are_said(run):
     few = ("--data", "nets:batches?samples=8")
     (note,) = run.json("profile", "nets:tiny", *few, *FILTERS)["notes"]

@@ -362,6 +362,7 @@ def test_wide_linear_layers_are_fitted_to_a_sketch_of_their_inputs(
         assert measured_error(full, factors.dense(), curve.unit) <= error * 1.01 + 1e-3
 
 
+@pytest.mark.slow
 def test_what_has_long_patches_is_fitted_to_what_compressed_layers_deliver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "FULL_PATCH", 20)
     monkeypatch.setattr(calibration, "FULL_LINEAR", 10)

@@ -66,6 +66,7 @@ def test_files_compute_what_the_model_computes_at_batch_sizes_not_seen(exporter,
             assert close(run(x=x), net(x), 1e-4)
 
 
+@pytest.mark.slow
 def test_a_fixed_batch_size(exporter, net):
     write, path = exporter
     assert write(net, torch.randn(1, 3, 8, 8), path, dynamic_batch=False) < 1e-4
@@ -89,7 +90,7 @@ class Words(nn.Module):
         return OrderedDict(logits=self.head(x), masked=(x > 0, torch.where(x > 0, 0.0, -torch.inf)))
 
 
-SCALED = [("program", False), ("program", True), ("onnx", True)]
+SCALED = [("program", False), ("program", True), pytest.param("onnx", True, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("exporter", "scaled"), SCALED, indirect=["exporter"])
@@ -111,6 +112,7 @@ def test_inputs_given_as_a_mapping(exporter, scaled):
 Batch = namedtuple("Batch", "image label")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("exporter", "example"),
     [
@@ -125,6 +127,7 @@ def test_examples_with_labels(exporter, example):
     assert write(Wrapped(nn.Linear(3, 2)), example(torch.randn(4, 3)), path) < 1e-4
 
 
+@pytest.mark.slow
 def test_an_input_that_the_model_does_not_use(exporter):
     write, path = exporter
     batch = {"ids": torch.randint(20, (3, 6)), "unused": torch.rand(3), "mask": torch.rand(3, 6)}

@@ -278,7 +278,7 @@ class Mixed(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("export", [export_program, export_onnx])
+@pytest.mark.parametrize("export", [export_program, pytest.param(export_onnx, marks=pytest.mark.slow)])
 def test_exports_compute_the_same_and_store_what_is_shared_once(export, tmp_path):
     if export is export_onnx:
         pytest.importorskip("onnxruntime")
@@ -290,6 +290,7 @@ def test_exports_compute_the_same_and_store_what_is_shared_once(export, tmp_path
     assert size_in_bytes(model) < stored < size_in_bytes(model) + 1.5 * shared
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_traced_and_compiled_models_compute_the_same():
     model, x = Mixed().eval(), torch.randn(4, 4, 6, 6)

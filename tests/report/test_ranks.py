@@ -200,6 +200,7 @@ def test_bars_reach_the_ranks_of_their_step(tmp_path: Path):
     assert tall[10] == pytest.approx(2 * tall[5], abs=2)
 
 
+@pytest.mark.slow
 def test_a_long_run_of_many_sites_stays_small(tmp_path: Path):
     names = tuple(f"layer{n // 8}.{n}.conv" for n in range(20))
     path = animate_ranks(run(90, names), tmp_path / "r.gif")

@@ -76,6 +76,7 @@ def test_a_run_ends_in_a_factored_network_within_the_budget(tmp_path: Path) -> N
     assert Trajectory.read(tmp_path / "ranks.json") == result.trajectory
 
 
+@pytest.mark.slow
 def test_learning_pulls_the_weights_to_low_rank() -> None:
     weak, strong = (learn(schedule=Schedule(mu, 1, 8), learning=Recipe(epochs=4, lr=0.02)) for mu in (1e-3, 5.0))
     last = [result.trajectory.records[-1].distance for result in (weak, strong)]
@@ -84,6 +85,7 @@ def test_learning_pulls_the_weights_to_low_rank() -> None:
     assert min(losses) > 0
 
 
+@pytest.mark.slow
 def test_a_multiplier_takes_the_place_of_the_budget() -> None:
     small = {}
     for multiplier in (1e-5, 1e-3, 1.0):
@@ -101,6 +103,7 @@ def test_a_multiplier_takes_the_place_of_the_budget() -> None:
     assert small[1.0] < small[1e-3] < small[1e-5] <= parameter_count(Residual())
 
 
+@pytest.mark.slow
 def test_learning_ends_early_when_choices_have_settled_near_low_rank() -> None:
     learning, schedule = Recipe(epochs=12, lr=0.02, schedule="constant", weight_decay=0), Schedule(8, 1, 36)
     found = {
@@ -147,6 +150,7 @@ def test_calibration_may_come_from_an_iterator_or_from_the_batches() -> None:
     assert results[0].report.samples == 48
 
 
+@pytest.mark.slow
 def test_several_budgets_of_one_run() -> None:
     model = Residual()
     before, told = weights(model), []
@@ -264,6 +268,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
         learn(checkpoint=tmp_path)
 
 
+@pytest.mark.slow
 def test_the_given_model_is_the_teacher_unless_there_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
     from spectrim.train import learn as module
 

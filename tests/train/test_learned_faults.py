@@ -158,6 +158,7 @@ def test_the_candidates_of_a_result_can_be_selected_from_and_applied() -> None:
     st.apply(model, result.sites, plan)
 
 
+@pytest.mark.slow
 def test_results_of_a_path_do_not_change_afterwards() -> None:
     kept = []
     results = budget_path(
