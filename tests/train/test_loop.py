@@ -141,6 +141,27 @@ def test_channels_last_converts_model_and_inputs() -> None:
     assert all(formats)
 
 
+@pytest.mark.parametrize("batch_norm", ["train", "frozen"])
+def test_frozen_normalisation_keeps_its_statistics(batch_norm) -> None:
+    """Batches of one sample on another scale: normalised by themselves, they are not what the network computes."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3, bias=False), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(16, 2)
+    )
+    teacher, batches = (
+        copy.deepcopy(model).eval(),
+        [(torch.randn(1, 1, 4, 4) + 5.0, torch.zeros(1).long()) for _ in range(4)],
+    )
+    recipe = {"epochs": 2, "lr": 1e-3, "batch_norm": batch_norm, "weight_decay": 0.0}
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    result = fine_tune(model, batches, teacher=teacher, evaluate=lambda net: float(not net.training), **recipe)
+    same = {name for name, value in model.state_dict().items() if torch.equal(value, before[name])}
+    statistics = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert same == (statistics if batch_norm == "frozen" else set())
+    assert result.last == 1.0
+    assert all(module.training for module in model.modules())
+
+
 def test_hooks_are_called_at_every_step() -> None:
     calls: list[str] = []
     model = Net()

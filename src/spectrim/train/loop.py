@@ -18,6 +18,7 @@ from torch.utils.data import DistributedSampler
 from spectrim.errors import CheckpointError
 from spectrim.nn.contiguity import contiguous_where_needed
 from spectrim.nn.sparse.layers import Masked
+from spectrim.nn.watch.norms import batch_norms
 from spectrim.progress import Update, training_bar
 from spectrim.train import batches as batching
 from spectrim.train import randomness, resume
@@ -247,6 +248,9 @@ class Loop:
         outside, modes = randomness.capture(), flags(self.model)
         self._started = time.perf_counter() - self._seconds
         self.model.train()
+        if self.recipe.batch_norm == "frozen":
+            for _, norm in batch_norms(self.model):
+                norm.eval()
         self._optimizer.zero_grad()
         randomness.restore(self._random, None if self._batch else self.batches)
         attached: Any = self.after_step if hasattr(self.after_step, "attach") else None

@@ -21,6 +21,7 @@ _WORDS = {
     "schedule": ("one_cycle", "cosine", "constant"),
     "precision": ("float32", "bfloat16"),
     "memory_format": ("preserve", "channels_last"),
+    "batch_norm": ("train", "frozen"),
     "keep": ("last", "best"),
 }
 
@@ -57,6 +58,9 @@ class Recipe:
     memory_format
         ``"channels_last"`` converts the model and 4-axis inputs, which is faster for most convolutions. Those whose
         gradients torch fails at stay contiguous, see :func:`~spectrim.nn.contiguity.contiguous_where_needed`.
+    batch_norm
+        ``"frozen"`` normalises with the running statistics and keeps them, as batches of few samples need (detectors,
+        segmentation); ``"train"`` with those of each batch, as torch does. Weights and biases are trained in either.
     evaluate_every
         Epochs between two evaluations; the last epoch is always evaluated.
     keep
@@ -79,6 +83,7 @@ class Recipe:
     precision: Literal["float32", "bfloat16"] = "float32"
     clip: float | None = None
     memory_format: Literal["preserve", "channels_last"] = "preserve"
+    batch_norm: Literal["train", "frozen"] = "train"
     evaluate_every: int = 1
     keep: Literal["last", "best"] = "last"
     checkpoint_every: int | None = None
@@ -125,6 +130,8 @@ class Recipe:
         values = asdict(self)
         if not isinstance(self.optimizer, str):
             values["optimizer"] = getattr(self.optimizer, "__qualname__", type(self.optimizer).__qualname__)
+        if self.batch_norm == "train":
+            del values["batch_norm"]  # checkpoints of before it was there have none
         return values
 
 
