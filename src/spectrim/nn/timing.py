@@ -31,6 +31,9 @@ from spectrim.progress import Steps, reports_steps, told
 
 _REASON = 200  # characters of what another library says that are passed on
 
+# How rounds of timing are told: a function of how many are done and of how many, True for a bar.
+Told = Steps | bool | None
+
 
 @reports_steps
 def measure_latency(
@@ -42,7 +45,7 @@ def measure_latency(
     threads: int | None = None,
     runtime: Runtime | str = "eager",
     seconds: float = math.inf,
-    progress: Steps | bool | None = None,
+    progress: Told = None,
 ) -> dict[str, Timing]:
     """Time models side by side: in each repeat every model runs once, so that a busy moment hits all of them.
 

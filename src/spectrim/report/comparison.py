@@ -13,9 +13,8 @@ from spectrim.errors import called_as
 from spectrim.network.printing import Grid, Printed
 from spectrim.network.printing import show as show
 from spectrim.nn.surgery import parameter_count
-from spectrim.nn.timing import Runtime, Speed, Timing, measure_latency, peak_memory, runtime_of, same_layers
+from spectrim.nn.timing import Runtime, Speed, Timing, Told, measure_latency, peak_memory, runtime_of, same_layers
 from spectrim.nn.watch.batches import Feed
-from spectrim.progress import Steps
 from spectrim.report.machine import machine_facts
 from spectrim.report.measures import Evaluate, Score, file_size, held, inputs, macs
 
@@ -194,13 +193,13 @@ class Comparison(Printed):
 def compare(
     dense: nn.Module, compressed: nn.Module, example: Any, *, evaluate: Evaluate | None = None, score: str = "accuracy",
     repeats: int = 30, threads: int | None = None, runtime: Runtime | str = "eager",
-    progress: Steps | bool | None = None,
+    progress: Told = None,
 ) -> Comparison: ...  # fmt: skip
 @overload
 def compare(
     dense: nn.Module, compressed: Mapping[str, nn.Module], example: Any, *, evaluate: Evaluate | None = None,
     score: str = "accuracy", repeats: int = 30, threads: int | None = None, runtime: Runtime | str = "eager",
-    progress: Steps | bool | None = None,
+    progress: Told = None,
 ) -> SideBySide: ...  # fmt: skip
 @called_as(
     "Write compare(dense, compressed, example), with one batch of inputs",
@@ -217,7 +216,7 @@ def compare(
     repeats: int = 30,
     threads: int | None = None,
     runtime: Runtime | str = "eager",
-    progress: Steps | bool | None = None,
+    progress: Told = None,
 ) -> Comparison | SideBySide:
     """Measure a model, or several by their names, beside the dense one.
 
@@ -289,7 +288,7 @@ def measure(
     repeats: int = 30,
     threads: int | None = None,
     runtime: Runtime | str = "eager",
-    progress: Steps | bool | None = None,
+    progress: Told = None,
 ) -> Measurements:
     """Measure one model; see :func:`compare` for parameters and rows."""
     clock = {"repeats": repeats, "threads": threads, "runtime": runtime, "progress": progress}
