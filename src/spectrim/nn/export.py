@@ -84,6 +84,7 @@ def export_onnx(
         except Exception as error:
             raise ExportError(f"{type(model).__name__} cannot be converted to ONNX: {error}") from error
         assert onnx_program is not None
+        _forget_origins(onnx_program.model)
         # What fails the check must not lie under the final name, nor replace a good file there.
         with replacing(path) as trial:
             onnx_program.save(trial)
@@ -96,6 +97,23 @@ def export_onnx(
                 raise ExportError(f"onnxruntime cannot run the ONNX file of {type(model).__name__}: {error}") from error
             _accept(worst, tolerance, "the ONNX file")
     return worst
+
+
+def _forget_origins(model: Any) -> None:
+    """Drop what torch notes on every node, which can take as many bytes as the weights of a small network."""
+    from onnx_ir.traversal import RecursiveGraphIterator
+
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        nodes = list(RecursiveGraphIterator(graph))
+        for noted in (
+            graph,
+            *nodes,
+            *graph.inputs,
+            *graph.initializers.values(),
+            *(v for n in nodes for v in n.outputs),
+        ):
+            noted.metadata_props.clear()
+            noted.doc_string = None
 
 
 def _run_onnx(session: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -128,11 +146,16 @@ def _traced(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dyn
         names = list(inspect.signature(model.forward).parameters)
         shapes = {**{n: _axes(a) for n, a in zip(names, args, strict=False)}, **_axes(kwargs)}
     try:
-        return torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+        program = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
     except Exception as error:
         raise ExportError(
             f"{type(model).__name__} cannot be exported{' with a dynamic batch' if dynamic else ''}: {error}"
         ) from error
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+            # Lines and paths of the user's source, which a file that is shipped should not tell.
+            node.meta.pop("stack_trace", None)
+    return program
 
 
 def _difference(model: nn.Module, args: Any, kwargs: Any, run: Any, dynamic: bool) -> float:
