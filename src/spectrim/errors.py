@@ -61,9 +61,9 @@ class InfeasibleBudgetError(SpectrimError, ValueError):
         also = f" Each limit can be met alone, but not {' and '.join(together)} together." if together else ""
         also += _left_alone(cost, skipped)
         super().__init__(
-            f"budget {cost} <= {_short(budget)} cannot be met: the lowest reachable is {_short(lowest)} "
-            f"({lowest / dense:.1%} of dense {_short(dense)}). Raise the budget, skip fewer layers or allow smaller "
-            "ranks." + also
+            f"budget {cost} <= {_short(budget, cost)} cannot be met: the lowest reachable is {_short(lowest, cost)} "
+            f"({lowest / dense:.1%} of dense {_short(dense, cost)}). Raise the budget, skip fewer layers or allow "
+            "smaller ranks." + also
         )
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -83,8 +83,8 @@ class SlowerError(InfeasibleBudgetError):
         super().__init__(cost, budget, dense, dense)
         self.said = said
         self.args = (
-            f"budget {cost} <= {_short(budget)} ({budget / dense:.0%} of dense) is met by a network that is slower "
-            f"than dense here: {said}. Ask for less to be removed, for another cost, or leave guard out",
+            f"budget {cost} <= {_short(budget, cost)} ({budget / dense:.0%} of dense) is met by a network that is "
+            f"slower than dense here: {said}. Ask for less to be removed, for another cost, or leave guard out",
         )
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -108,8 +108,10 @@ class ToleranceError(SpectrimError, ValueError):
         return type(self), (self.said, self.result)
 
 
-def _short(value: float) -> str:
-    """A cost in its own unit, in four digits where it has more than six: ``2.043 M``."""
+def _short(value: float, cost: str) -> str:
+    """A cost in its own unit, in four digits where it has more than six: ``2.043 M``; of a latency ``0.2845 ms``."""
+    if cost == "latency":
+        return f"{value:.4g} ms"
     for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
         if value >= size:
             return f"{value / size:.4g} {prefix}"

@@ -126,6 +126,19 @@ def test_things_that_take_the_same_time_do_not_differ(noise: float) -> None:
     assert str(next(speed for speed in found if not speed.differs)).startswith("no difference (")
 
 
+@pytest.mark.parametrize(
+    ("speed", "words"),
+    [
+        (Speed(1.0, 0.9, 1.1), "no difference"),
+        (Speed(1.5, 1.2, 1.8), "1.50x"),
+        (Speed(3.0, 0.3, 7.0), "too noisy to tell"),
+        (Speed(3.0, 0.3, 7.0, equal=True), "no difference"),
+    ],
+)
+def test_a_wide_interval_is_no_sign_that_there_is_no_difference(speed: Speed, words: str) -> None:
+    assert speed.words == words
+
+
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_what_takes_twice_as_long_differs(factor: float) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -134,7 +134,7 @@ def _said_of_time(comparison: Comparison, how: str) -> str:
     spread = f"{clock.speed.low:.2f} to {clock.speed.high:.2f}"
     times = f"{clock.show(clock.compressed)} in place of {clock.show(clock.dense)}"
     if not clock.speed.differs:
-        return f"Time: no difference beyond noise on this machine, with {how} (ratio {spread})."
+        return f"Time: {clock.speed.words} on this machine, with {how} (ratio {spread})."
     if clock.speed.ratio < 1:
         return f"Slower on this machine: {times}, with {how} (ratio {spread})."
     return (

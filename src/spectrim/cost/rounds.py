@@ -28,6 +28,8 @@ FEWEST = 3
 # Rounds that a comparison rests on at least, how unlikely it is to err, and the share of a time that weights take more
 # or less by where they lie in memory: two copies of a network differ by that.
 _ENOUGH, _SURE, _PLACEMENT = 12, 0.01, 0.03
+# Of an interval whose ends are further apart than this factor nobody can say that there is no difference.
+_WIDE = 2.0
 
 
 @dataclass(frozen=True)
@@ -78,11 +80,14 @@ class Speed:
         Median over the rounds of the first time over the second.
     low, high
         Between which the median lies in 99 of 100 cases, whatever the distribution of times (by order statistics).
+    equal
+        Whether the two are known to take the same time.
     """
 
     ratio: float
     low: float
     high: float
+    equal: bool = False
 
     @classmethod
     def of(cls, first: Timing, second: Timing) -> Speed:
@@ -100,16 +105,22 @@ class Speed:
     def of_equals(cls, first: Timing, second: Timing) -> Speed:
         """Of things that are known to take the same time, whatever the machine was busy with meanwhile."""
         found = cls.of(first, second)
-        return cls(found.ratio, min(found.low, 1.0), max(found.high, 1.0))
+        return cls(found.ratio, min(found.low, 1.0), max(found.high, 1.0), equal=True)
 
     @property
     def differs(self) -> bool:
         """Whether the two take different times: surely, and by more than where weights lie in memory makes."""
         return not self.low <= 1 <= self.high and abs(self.ratio - 1) > _PLACEMENT
 
+    @property
+    def words(self) -> str:
+        """The ratio, that there is no difference, or that rounds differ too much to tell."""
+        if self.differs:
+            return f"{self.ratio:.2f}x"
+        return "no difference" if self.equal or self.high <= _WIDE * self.low else "too noisy to tell"
+
     def __str__(self) -> str:
-        spread = f"{self.low:.2f}x to {self.high:.2f}x"
-        return f"{self.ratio:.2f}x ({spread})" if self.differs else f"no difference ({spread})"
+        return f"{self.words} ({self.low:.2f}x to {self.high:.2f}x)"
 
 
 def _outside(count: int) -> int:

@@ -97,9 +97,9 @@ class Measure:
 
     @property
     def change(self) -> str:
-        """The difference of a score in points, the ratio of a cost, ``no difference`` of times that do not differ."""
+        """The difference of a score in points, the ratio of a cost, of times that do not surely differ words."""
         if self.speed is not None and not self.speed.differs:
-            return "no difference"
+            return self.speed.words
         if self.better == "higher":
             points = " points" if self.unit == "%" else ""
             return f"{self.compressed - self.dense:+.2f}{points}"
