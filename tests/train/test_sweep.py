@@ -159,9 +159,12 @@ def test_a_folder_holds_one_sweep(model: nn.Module, batches: list[Tensor], tmp_p
         st.sweep(model, [2 * batch for batch in batches], ("macs", [0.5]), folder=tmp_path)
     again = st.sweep(model, [*torch.cat(batches[::-1]).split(8)], ("macs", [0.5]), folder=tmp_path)  # the same samples
     assert again.notes == ()
-    (tmp_path / "run.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"run\.json.*delete that file"):
-        st.sweep(model, batches, ("macs", [0.5]), folder=tmp_path)
+    record = json.loads((tmp_path / "run.json").read_text())
+    lacking = [json.dumps({name: record[name] for name in record if name != left_out}) for left_out in record]
+    for text in ("{", "{}", *lacking, json.dumps(record | {"guard": True})):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"run\.json.*delete that file"):
+            st.sweep(model, batches, ("macs", [0.5]), folder=tmp_path)
 
 
 def test_samples_that_are_others_in_every_reading_are_not_compared(model: nn.Module, tmp_path: Path) -> None:
@@ -185,12 +188,27 @@ def test_what_is_damaged_is_made_again(model: nn.Module, batches: list[Tensor], 
     for file in (weights, plan):
         file.write_bytes(file.read_bytes()[:-40])
     mended = swept(keep_models=True)
+    assert "plan.json: " in mended[1].notes[-2]
+    assert "it was written again" in mended[1].notes[-2]
     assert "macs-50pct/model.safetensors: not a readable" in mended[1].notes[-1]
     assert mended[0] == whole[0]
+    assert swept(keep_models=True) == whole  # notes are of the run that mends
+    (tmp_path / "sweep.json").write_text("{")
+    assert "sweep.json: not a sweep" in swept(keep_models=True).notes[-1]
+    assert swept(keep_models=True).notes == ()
     assert torch.equal(st.load(perceptron(), weights)(batches[0]), right)
     assert st.Plan.read(plan) == whole[1].plan
     point = tmp_path / "macs-70pct/point.json"
-    for text in ("", json.dumps({"asked": "macs=70%"}), point.read_text()[:-40]):
+    record = json.loads(point.read_text())
+    figures = record | {"carried_out": record["carried_out"] | {"top1": 0.999}}
+    shorter = record | {"plan": record["plan"] | {"entries": record["plan"]["entries"][:-1]}}
+    older = {name: record[name] for name in record if name != "digest"}
+    for text in (
+        "",
+        json.dumps({"asked": "macs=70%"}),
+        point.read_text()[:-40],
+        *map(json.dumps, (figures, shorter, older)),
+    ):
         point.write_text(text)
         again = swept()
         assert "the point was made again" in again[0].notes[-1]

@@ -343,11 +343,7 @@ class Sweep(Printed):
             If a file is something else; the message names it.
         """
 
-        def parse(text: bytes) -> Sweep:
-            record = record_of(text, "a sweep", set(_Read.__struct_fields__))
-            return converted(record, _Read, "a sweep").sweep(finished(folder))
-
-        return read_document(Path(folder) / _SWEEP, parse, LARGEST)
+        return read_summary(folder).sweep(finished(folder))
 
 
 class _Read(msgspec.Struct):
@@ -362,6 +358,23 @@ class _Read(msgspec.Struct):
 
     def sweep(self, points: Iterable[Point]) -> Sweep:
         return Sweep(tuple(points), self.cost, self.dense, self.better, self.unmet, self.metric, None, self.notes)
+
+
+def read_summary(folder: str | Path) -> _Read:
+    """What a folder says of a sweep, points left out.
+
+    Raises
+    ------
+    OSError
+        If there is no sweep.
+    PlanError
+        If the file is something else; the message names it.
+    """
+
+    def parse(text: bytes) -> _Read:
+        return converted(record_of(text, "a sweep", set(_Read.__struct_fields__)), _Read, "a sweep")
+
+    return read_document(Path(folder) / _SWEEP, parse, LARGEST)
 
 
 def _amount(cost: str, value: float) -> str:

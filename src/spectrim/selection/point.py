@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -115,8 +117,10 @@ class Point:
         """The point with a note more, unless it is empty or there."""
         return self if not note or note in self.notes else dataclasses.replace(self, notes=(*self.notes, note))
 
-    def mend(self, folder: str | Path) -> None:
-        """Write ``plan.json`` where it is missing or damaged. One that was changed is left as it is.
+    def mend(self, folder: str | Path) -> str:
+        """Write ``plan.json`` where it is missing or damaged, and say what it was damaged by.
+
+        One that was changed is left as it is, and of one that is missing nothing is said.
 
         Raises
         ------
@@ -125,11 +129,15 @@ class Point:
         """
         try:
             Plan.read(Path(folder) / _PLAN)
-        except (FileNotFoundError, PlanError):
+        except (FileNotFoundError, PlanError) as error:
             self.plan.write(Path(folder) / _PLAN)
+            return f"{error}; it was written again" if isinstance(error, PlanError) else ""
+        return ""
 
     def write(self, folder: str | Path) -> None:
         """Write ``point.json``, whole or not at all, and beside it its plan as ``plan.json``, which ``apply`` takes.
+
+        ``point.json`` holds a digest of what it says, plan and figures.
 
         Raises
         ------
@@ -138,6 +146,7 @@ class Point:
         """
         record = {name: getattr(self, name) for name in _FIELDS}
         text = msgspec.json.encode(record | {"plan": msgspec.Raw(self.plan.to_json(lines=False).encode())})
+        text = msgspec.json.encode(sealed(msgspec.json.decode(text)))
         self.plan.write(Path(folder) / _PLAN)
         write_text(Path(folder) / _POINT, msgspec.json.format(text, indent=1).decode() + "\n")
 
@@ -150,11 +159,11 @@ class Point:
         OSError
             If there is no point.
         PlanError
-            If the file is something else; the message names it.
+            If the file is something else, was changed since, or holds no digest; the message names it.
         """
 
         def parse(text: bytes) -> Point:
-            record = record_of(text, "a point of a sweep", {*_FIELDS, "plan"})
+            record = opened(text, "a point of a sweep", {*_FIELDS, "plan"})
             plan = Plan.from_json(msgspec.json.encode(record.get("plan")))
             return dataclasses.replace(converted(record | {"plan": _NO_PLAN}, cls, "a point of a sweep"), plan=plan)
 
@@ -164,6 +173,7 @@ class Point:
 _FIELDS = tuple(each.name for each in dataclasses.fields(Point) if each.name != "plan")
 # Plans read their own text, which says more of what is wrong with it.
 _NO_PLAN: Mapping[str, Any] = {"entries": [], "costs": {}, "dense_costs": {}}
+_DIGEST = "digest"
 
 
 def standard_error(value: object) -> float | None:
@@ -205,6 +215,29 @@ def converted(record: Mapping[str, Any], kind: type[T], what: str) -> T:
         return msgspec.convert(record, kind)
     except msgspec.MsgspecError as error:
         raise PlanError(f"not {what}: {error}") from error
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of JSON values with a digest of them, for :func:`opened`."""
+    text = json.dumps(record, sort_keys=True).encode()
+    return {**record, _DIGEST: hashlib.sha256(text).hexdigest()}
+
+
+def opened(text: bytes, what: str, known: set[str] | None = None) -> dict[str, Any]:
+    """The JSON object that a text is, as it was before it was sealed.
+
+    Raises
+    ------
+    PlanError
+        As :func:`record_of`, and if it is not what its digest is of.
+    """
+    record = record_of(text, what, None if known is None else {*known, _DIGEST})
+    digest = record.pop(_DIGEST, None)
+    if digest is None:
+        raise PlanError(f"not {what}: it holds no digest of what it says")
+    if digest != sealed(record)[_DIGEST]:
+        raise PlanError(f"not {what} as it was written: what it says does not match its digest")
+    return record
 
 
 def record_of(text: bytes, what: str, known: set[str] | None = None) -> dict[str, Any]:

@@ -40,9 +40,9 @@ from spectrim.preparation import Prepared, check_options, locate, prepare
 from spectrim.progress import Progress, reports, silent, told
 from spectrim.selection.budget import COSTS, OTHER_NAMES, Budget, BudgetLike, Limit
 from spectrim.selection.candidates import Candidates
-from spectrim.selection.front import Better, Sweep
+from spectrim.selection.front import Better, Sweep, read_summary
 from spectrim.selection.plan import Plan
-from spectrim.selection.point import LARGEST, Judged, Point, record_of, standard_error
+from spectrim.selection.point import LARGEST, Judged, Point, opened, sealed, standard_error
 from spectrim.selection.selectors import Selector, exact
 from spectrim.tables import tabulate
 from spectrim.train.loop import Evaluate
@@ -117,7 +117,8 @@ def sweep(
     folder
         Where each point is written as soon as it is there: plan and figures. The same call again reads what is there
         and goes on; with ``fine_tune`` or ``keep_models`` it adds them to points that lack them. What is damaged is
-        made again, with a note. Of the calibration data a digest is kept: with others the folder is refused.
+        made again, with a note in that run: also a point that was changed, or is from before points held a digest. Of
+        the calibration data a digest is kept: with others the folder is refused.
     keep_models
         Write the weights of every network to the folder too.
     methods, skip, only, groups, latency, guard, costs, selector, rows, mask, forward, samples
@@ -133,7 +134,8 @@ def sweep(
     InfeasibleBudgetError
         If no budget can be met.
     CheckpointError
-        If the folder holds a sweep of another network, of other calibration data or with other options.
+        If the folder holds a sweep of another network, of other calibration data or with other options, or its record
+        of them is damaged, was changed or lacks its digest.
     OSError
         If the folder is a file, or nothing can be written there; before any work.
     TypeError, ValueError
@@ -318,11 +320,10 @@ class Sweeping:
 
     def _point(self, words: str, budget: Budget) -> Point:
         """The point of a budget: read as far as it is there, else made and written."""
-        point, small = self._read(words), None
-        if isinstance(point, str) or not self._is_whole(point):
-            damage = point if isinstance(point, str) else ""
+        (point, note), small = self._read(words), None
+        if point is None or not self._is_whole(point):
             point, small = self._made(words, budget)
-            self._keep(point := point.noted(damage))
+            self._keep(point)
         place = self._place(point)
         damage = None if place is None else self._damage(point, place)
         if damage is not None or (self.fine_tune is not None and point.tuned is None):
@@ -330,14 +331,14 @@ class Sweeping:
             if self.fine_tune is not None:
                 point = self._tuned(point, small)
             elif point.tuned is not None:
-                damage = f"{_MODEL} is the network before fine-tuning, which was done without it"
+                point = point.noted(f"{_MODEL} is the network before fine-tuning, which was done without it")
             if place is not None and self.keep_models:
                 save(small, point.plan, place / _MODEL)
-            self._keep(point := point.noted(damage or ""))
+            self._keep(point)
         if place is not None:
             (place / _TUNING).unlink(missing_ok=True)
             remove_abandoned(place)
-        return point
+        return point.noted(note).noted(damage or "")  # not kept: what is there now is sound
 
     def _damage(self, point: Point, place: Path) -> str | None:
         """Why the weights of a point are to be written, which is empty where there are none; None if they are there."""
@@ -396,25 +397,25 @@ class Sweeping:
     def _place(self, point: Point) -> Path | None:
         return None if self.folder is None else self.folder / point.folder
 
-    def _read(self, words: str) -> Point | str:
-        """The point that is there, or what it is damaged by; weights that were beside it are put aside."""
+    def _read(self, words: str) -> tuple[Point | None, str]:
+        """The point that is there, and what was damaged; weights that were beside a damaged point are put aside."""
         if self.folder is None:
-            return ""
+            return None, ""
         place = self.folder / Point.folder_of(words)
         try:
             point = Point.read(place)
             if point.asked == words:
-                point.mend(place)
-                return point
+                mended = point.mend(place)
+                return point, _told(mended) if mended else ""
             why = f"{place} holds a point for {point.asked}"
         except FileNotFoundError:
-            return ""
+            return None, ""
         except PlanError as error:
             why = str(error)
         if (place / _MODEL).exists():
             os.replace(place / _MODEL, place / _FORMER)
             why += f"; the weights that were beside it are now {_FORMER}"
-        return _told(f"{why}; the point was made again")
+        return None, _told(f"{why}; the point was made again")
 
     def _keep(self, point: Point) -> None:
         place = self._place(point)
@@ -449,19 +450,26 @@ class Sweeping:
                 _CONTENTS: then[_CONTENTS] if random else now,
             }
         )
-        return (_told(_RANDOM),) if random else ()
+        notes = [_RANDOM] if random else []
+        try:
+            read_summary(self.folder)
+        except FileNotFoundError:
+            pass
+        except PlanError as error:
+            notes.append(f"{error}; it was written again")
+        return tuple(_told(note) for note in notes)
 
     def _then(self) -> dict[str, Any]:
         """What the folder is known to hold."""
         assert self.folder is not None
         try:
-            return read_document(self.folder / _RUN, lambda text: record_of(text, "the record of a sweep"), LARGEST)
+            return read_document(self.folder / _RUN, lambda text: opened(text, "the record of a sweep"), LARGEST)
         except FileNotFoundError:
             return {}
         except PlanError as error:
             raise CheckpointError(
-                f"{error}. It is damaged, so that nothing says what sweep the folder holds: delete that file if it is "
-                "this one, or give another folder"
+                f"{error}. It is damaged or was changed, so that nothing says what sweep the folder holds: delete "
+                "that file if it is this one, or give another folder"
             ) from error
 
     def _record(self, values: Mapping[str, Any]) -> None:
@@ -481,7 +489,7 @@ class Sweeping:
             raise CheckpointError(
                 f"{str(self.folder)!r} holds another sweep: {told}. Give the same arguments to go on, or another folder"
             )
-        write_text(self.folder / _RUN, json.dumps({**then, **now}, indent=1) + "\n")
+        write_text(self.folder / _RUN, json.dumps(sealed({**then, **now}), indent=1) + "\n")
 
 
 def _checked(folder: Any) -> Path:
