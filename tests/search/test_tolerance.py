@@ -12,7 +12,7 @@ from torch import nn
 import spectrim as st
 from spectrim.errors import CalibrationError, InfeasibleBudgetError, ToleranceError
 from spectrim.search.judge import Judge, Verdict
-from spectrim.search.tolerance import Tolerance, smallest
+from spectrim.search.tolerance import Tolerance, smaller, smallest
 from spectrim.selection.budget import Budget
 
 DENSE = {"macs": 1000.0}
@@ -66,6 +66,23 @@ def test_the_smallest_that_held_is_returned_where_losses_are_not_monotone() -> N
 
     found = smallest({"macs": 10.0}, DENSE, limit, holds)
     assert found == min(filter(holds, tried))
+
+
+@pytest.mark.parametrize("needed", [0.05, 0.3, 0.57, 0.7])
+def test_another_set_is_asked_for_less_than_was_reached_only(needed: float) -> None:
+    tried: list[float] = []
+
+    def limit(budget: Budget) -> float:
+        tried.append(budget.limits(DENSE)["macs"])
+        return tried[-1]
+
+    found = smaller({"macs": 10.0}, {"macs": 600.0}, limit, lambda macs: macs >= 1000 * needed)
+    assert max(tried) < 600
+    if needed == 0.7:
+        assert (found, len(tried)) == (None, 1)
+    else:
+        assert found is not None
+        assert 1000 * needed <= found <= 1100 * needed
 
 
 def test_nothing_that_holds_is_none() -> None:

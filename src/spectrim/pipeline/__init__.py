@@ -103,8 +103,8 @@ def compress(
         outputs are closest to the dense network's. ``"auto"`` lets sets of them compete (:mod:`spectrim.search.arms`):
         each is planned from one calibration, those make a whole network that their tables do not call hopeless, and the
         one that lost least on held-out samples, or by ``evaluate``, is returned; of those that differ by less than the
-        standard error the one with fewest layers, or fewest milliseconds where they are measured. With a tolerance, the
-        smallest network that any of them makes.
+        standard error the one with fewest layers, or fewest milliseconds where they are measured. With a tolerance the
+        first set is searched in full, and the others for what is smaller than it reached.
     seconds
         With ``methods="auto"``: nothing further is planned or carried out after so long.
     skip, only

@@ -13,7 +13,7 @@ from torch import nn
 
 from spectrim.application import apply, carry_out
 from spectrim.cost.counted import Cost
-from spectrim.errors import PlanError, ToleranceError
+from spectrim.errors import PlanError, SpectrimError, ToleranceError
 from spectrim.methods import Method
 from spectrim.network.choices import CPChoice, TuckerChoice
 from spectrim.network.sites import Sites
@@ -26,11 +26,12 @@ from spectrim.pipeline.timed import Draft, met
 from spectrim.preparation import Prepared
 from spectrim.preparation import one_batch as one_batch  # its former place, until version 0.3
 from spectrim.progress import Progress, silent
-from spectrim.search.arms import Arm, Contest
+from spectrim.search.arms import Arm, Contest, not_tried
 from spectrim.search.file_size import within_file
 from spectrim.search.judge import Judge, Verdict
+from spectrim.search.standings import Standings
 from spectrim.search.stepwise import select_in_steps
-from spectrim.search.tolerance import Tolerance, smallest, tightest
+from spectrim.search.tolerance import Tolerance, smaller, smallest, tightest
 from spectrim.selection.budget import Budget, Limit
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
@@ -185,6 +186,7 @@ def shrink_best(
     judge: Judge,
     seconds: float | None,
     *,
+    spent: float = 0.0,
     tables: Tables | None = None,
     tolerance: Tolerance | None = None,
     reconstruct: bool = True,
@@ -196,7 +198,7 @@ def shrink_best(
 ) -> Result:
     """The network of the best of several arms, from one calibration and one table a method.
 
-    With a ``tolerance`` the first that holds it.
+    With a ``tolerance`` the first that holds it. Of the ``seconds`` some may be ``spent`` already.
     """
     tables = tables or Tables(prepared, arms, guard, costs, progress)
 
@@ -217,7 +219,7 @@ def shrink_best(
     contest = Contest(
         planned, made, _verdict, _size, lambda result: tolerance is not None and tolerance.holds(_verdict(result))
     )
-    result, tried = contest.best(arms, seconds=seconds, progress=progress)
+    result, tried = contest.best(arms, seconds=seconds, spent=spent, progress=progress)
     return dataclasses.replace(result, report=dataclasses.replace(result.report, arms=tried))
 
 
@@ -260,46 +262,83 @@ def shrink_within(
     judge
         That knows the dense network.
     arms, seconds
-        Sets of methods that compete at each size; none for those of ``options``. No size is tried after the seconds.
+        Sets of methods, the simplest first; none for those of ``options``. The first is searched in full, the others
+        from the size that it reached on. No size is tried after the seconds.
     **options
         As for :func:`shrink`.
     """
     began = time.monotonic()
     only = Arm("", options.pop("methods", None))
+    simplest = arms[0] if arms else only
     tables = Tables(prepared, arms or (only,), options.get("guard", False), options.get("costs"), progress)
-    first = tables.of(arms[0] if arms else only)
+    first = tables.of(simplest)
+    standings, axis = Standings(arms), cost if budget is None else next(iter(budget.costs))
 
-    def left() -> float:
-        return math.inf if seconds is None else max(0.0, seconds - (time.monotonic() - began))
+    def over() -> bool:
+        return seconds is not None and time.monotonic() - began >= seconds
+
+    def among(arms: Sequence[Arm], limits: Budget) -> Result:
+        return shrink_best(
+            model, prepared, limits, arms, judge, seconds, spent=time.monotonic() - began, tables=tables,
+            tolerance=tolerance, progress=progress, **options,
+        )  # fmt: skip
 
     def made(limits: Budget) -> Result:
         if arms:
-            return shrink_best(
-                model, prepared, limits, arms, judge, None if seconds is None else left(), tables=tables,
-                tolerance=tolerance, progress=progress, **options,
-            )  # fmt: skip
+            return among((simplest,), limits)
         result = shrink(model, prepared, limits, methods=only.methods, table=first, progress=progress, **options)
         return with_verdict(result, judge, tolerance)
 
     def holds(result: Result) -> bool:
         log.info("%s: %s", result.plan.costs, tolerance.said(_verdict(result)))
-        return tolerance.holds(_verdict(result))
+        held = tolerance.holds(_verdict(result))
+        standings.take(result.report.arms, result.plan.costs[axis], held)
+        return held
 
-    if budget is not None and holds(stated := made(budget)):
+    def others(limits: Budget) -> Result | None:
+        size = limits.limits(first.dense)[axis]
+        standing = standings.standing(size)
+        try:
+            return among(standing, limits) if standing else None
+        except SpectrimError as error:
+            standings.refused(standing, size, str(error))
+            return None
+
+    if budget is not None and holds(stated := among(arms, budget) if arms else made(budget)):
         return stated
     limits = tightest(cost, first.dense) if budget is None else budget.limits(first.dense)
-    found = smallest(limits, first.dense, made, holds, lambda: not left())
+    found = smallest(limits, first.dense, made, holds, over)
+    if found is not None:
+        standings.take(found.report.arms, found.plan.costs[axis], holds=True)
+    found = smaller(limits, first.dense if found is None else found.plan.costs, others, holds, over) or found
     if budget is not None:
         raise ToleranceError(_gate(budget, stated, found), found)
-    over = f"the search ended after {seconds:g} s" if seconds is not None and not left() else ""
-    said = (
-        "of the networks that were tried the smallest was taken that held on these samples, so that by chance it may "
-        "lose more on others: measure it on samples that were used for nothing"
-    )
+    tried = None if not standings.rows and arms else found is not None
     if found is None:
-        found = made(Budget(**{cost: Limit(1.0, relative=True)}))
-        said = "no smaller network that was tried holds the tolerance: this is the dense network"
-    return _noted(found, *(text for text in (said, over) if text))
+        found = _without_arms(made(Budget(**{cost: Limit(1.0, relative=True)})))
+    rest = "not tried: no network was left to improve on" if seconds is None or not over() else not_tried(seconds)
+    told = dataclasses.replace(found.report, arms=standings.told(found.report.arms, rest))
+    return _noted(dataclasses.replace(found, report=told), *_said_of_search(tried, seconds if over() else None))
+
+
+def _without_arms(result: Result) -> Result:
+    return dataclasses.replace(result, report=dataclasses.replace(result.report, arms=()))
+
+
+def _said_of_search(held: bool | None, ended: float | None) -> Iterator[str]:
+    """What the smallest network rests on: whether any held, None if none was tried; the seconds it ended after."""
+    if held is None and ended is not None:
+        yield f"no smaller network was tried, as {ended:g} s were over: this is the dense network. Give more seconds"
+        return
+    if held:
+        yield (
+            "of the networks that were tried the smallest was taken that held on these samples, so that by chance it "
+            "may lose more on others: measure it on samples that were used for nothing"
+        )
+    else:
+        yield "no smaller network that was tried holds the tolerance: this is the dense network"
+    if ended is not None:
+        yield f"the search ended after {ended:g} s"
 
 
 def _noted(result: Result, *notes: str) -> Result:

@@ -182,7 +182,7 @@ class Contest(Generic[P, R]):
     enough: Callable[[R], bool] = lambda _: False
 
     def best(
-        self, arms: Sequence[Arm], *, seconds: float | None = None, progress: Progress = silent
+        self, arms: Sequence[Arm], *, seconds: float | None = None, spent: float = 0.0, progress: Progress = silent
     ) -> tuple[R, tuple[Tried, ...]]:
         """The network that loses least of those that are made; of those that lose no more by chance, the simplest.
 
@@ -192,13 +192,15 @@ class Contest(Generic[P, R]):
             The simplest first.
         seconds
             After which nothing further is begun; the first plan that can be carried out always is.
+        spent
+            Seconds of these that are over already.
 
         Raises
         ------
         SpectrimError
             Of the first arm, if all are refused.
         """
-        clock = _Clock(math.inf if seconds is None else float(seconds))
+        clock = _Clock(math.inf if seconds is None else float(seconds), spent)
         tried, drafts, faults = self._plans(arms, clock, progress)
         finished: dict[str, R] = {}
         order = sorted(drafts, key=lambda name: drafts[name].plan.loss)
@@ -283,20 +285,26 @@ class Contest(Generic[P, R]):
         return finished[name], _told(tried, name, "")
 
 
+def not_tried(seconds: float) -> str:
+    """What is said of an arm for which no time was left, of the seconds that were asked for."""
+    return f"not tried, as {seconds:g} s were over"
+
+
 @dataclass
 class _Clock:
     """When a search is to end."""
 
     seconds: float
+    spent: float = 0.0
     began: float = field(default_factory=lambda: time.monotonic())
 
     def over(self, part: float = 1.0) -> bool:
-        """Whether a part of the time is over."""
-        return time.monotonic() - self.began >= part * self.seconds
+        """Whether a part of the time that there was is over."""
+        return time.monotonic() - self.began >= part * (self.seconds - self.spent)
 
     @property
     def note(self) -> str:
-        return f"not tried, as {self.seconds:g} s were over"
+        return not_tried(self.seconds)
 
 
 def _bar(plans: Mapping[str, Plan]) -> tuple[float, str]:

@@ -17,6 +17,8 @@ R = TypeVar("R")
 _STEPS = 8
 # Limits that differ by no more than this ratio make the same network, nearly.
 _CLOSE = 1.02
+# What another set of methods has to save at least, as a ratio: below that no network is made with it.
+_WORTH = 1.05
 # The smallest share of a cost that is tried.
 _LEAST = 0.01
 
@@ -108,6 +110,8 @@ def smallest(
     made: Callable[[Budget], R],
     holds: Callable[[R], bool],
     over: Callable[[], bool] = lambda: False,
+    *,
+    close: float = _CLOSE,
 ) -> R | None:
     """The smallest network that holds, between limits and the dense network's costs.
 
@@ -127,6 +131,8 @@ def smallest(
         Whether it loses no more than is tolerated.
     over
         Whether no further network is to be made.
+    close
+        Limits that differ by no more than this ratio are not told apart.
 
     Returns
     -------
@@ -137,7 +143,7 @@ def smallest(
     tight, wide = 0.0, 1.0
     ratio = max(dense[cost] / limit for cost, limit in limits.items())
     for _ in range(_STEPS):
-        if (wide - tight) * math.log(max(ratio, 1.0)) <= math.log(_CLOSE) or over():
+        if (wide - tight) * math.log(max(ratio, 1.0)) <= math.log(close) or over():
             break
         share = (tight + wide) / 2
         budget = Budget(**{c: Limit(limit ** (1 - share) * dense[c] ** share) for c, limit in limits.items()})
@@ -150,6 +156,51 @@ def smallest(
             best, wide = trial, share
         else:
             tight = share
+    return best
+
+
+def smaller(
+    limits: Mapping[str, float],
+    reached: Mapping[str, float],
+    made: Callable[[Budget], R | None],
+    holds: Callable[[R], bool],
+    over: Callable[[], bool] = lambda: False,
+) -> R | None:
+    """A network that holds and is smaller than one that was reached in another way: by steps that grow, then halving.
+
+    Parameters
+    ----------
+    limits
+        The tightest, by the cost.
+    reached
+        Costs of the network to be improved on.
+    made
+        The network under a budget; None if there is none.
+    holds, over
+        As for :func:`smallest`.
+
+    Returns
+    -------
+    R or None
+        None if a network that is a little smaller does not hold.
+    """
+    best: R | None = None
+    last, step = {cost: max(limit, reached[cost]) for cost, limit in limits.items()}, _WORTH
+
+    def tried(budget: Budget) -> tuple[R | None, bool]:
+        trial = made(budget)
+        return trial, trial is not None and holds(trial)
+
+    while last != limits and not over():
+        aim = {cost: max(limit, last[cost] / step) for cost, limit in limits.items()}
+        trial, held = tried(Budget(**{cost: Limit(limit) for cost, limit in aim.items()}))
+        if held:
+            best, last, step = trial, aim, step**4
+        elif best is None:
+            return None
+        else:
+            found = smallest(aim, last, tried, lambda pair: pair[1], over, close=_WORTH)
+            return best if found is None else found[0]
     return best
 
 
