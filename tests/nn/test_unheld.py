@@ -190,3 +190,15 @@ def test_layers_that_lose_channels_are_not_told_as_left_alone():
     batches = [torch.randn(8, 3, 8, 8)] * 2
     result = st.compress(model, batches, "macs=70%", methods=[st.PrincipalFilters(multiple_of=1)])
     assert not [note for note in result.report.notes if "left alone" in note]
+
+
+@pytest.mark.parametrize("cost", ["parameters", "bytes"])
+def test_what_no_batch_runs_by_itself_counts_among_what_was_left_alone(cost: str):
+    """An output projection that torch's attention multiplies itself has no call of its own."""
+    model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+    sites = st.calibrate(model, st.find(model), [torch.randn(2, 4, 16)])
+    shares = {name: share for name, _, _, share in st.tabulate(sites, [st.WeightSVD()]).left_alone(cost)}
+    stored, attention = sum(p.numel() for p in model.parameters()), model.self_attn
+    for name, module in (("self_attn", None), ("self_attn.out_proj", attention.out_proj)):
+        parts = module.parameters() if module else (attention.in_proj_weight, attention.in_proj_bias)
+        assert shares[name] == pytest.approx(sum(p.numel() for p in parts) / stored)

@@ -298,8 +298,9 @@ class _Watch:
             sites,
             sites=layers,
             skipped=(
-                *sites.skipped,
-                *(Skipped(s.name, s.kind, watchers[s.name].obstacle()) for s in left),
+                *with_stored(
+                    [*sites.skipped, *(Skipped(s.name, s.kind, watchers[s.name].obstacle()) for s in left)], idle
+                ),
                 *(Skipped(c.name, f"{c.channels} channels", "a layer of theirs was not calibrated") for c in cut_off),
             ),
             untouched=untouched,
@@ -314,6 +315,16 @@ class _Watch:
             loops=any(watchers[layer.name].loops for layer in layers),
             couplings=couplings,
             pooled=MappingProxyType(pooled),
+        )
+
+
+def with_stored(skipped: Iterable[Skipped], idle: Iterable[LayerSpec]) -> Iterator[Skipped]:
+    """What was skipped, with what those of them store that no batch ran and that have no spec any more."""
+    stored = {spec.name: {"parameters": parameters([spec]), "bytes": size_bytes([spec])} for spec in idle}
+    for each in skipped:
+        costs = stored.get(each.name, {})
+        yield dataclasses.replace(
+            each, costs={**each.costs, **{c: each.costs.get(c, 0.0) + v for c, v in costs.items()}}
         )
 
 
