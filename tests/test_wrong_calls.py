@@ -140,6 +140,42 @@ def test_labels_without_an_output() -> None:
         st.fine_tune(net(), [(BATCH, torch.full((8,), 12))], epochs=1, progress=False)
 
 
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (
+            torch.zeros(2, 1, 4, 4, dtype=torch.long),
+            r"of shape \(2, 1, 4, 4\) .* outputs .*write labels.squeeze\(1\)",
+        ),
+        (
+            torch.zeros(2, 8, 8, dtype=torch.long),
+            r"resize the labels .* to \(2, 4, 4\), or the outputs .* loss=",
+        ),
+        (torch.zeros(2, 4, 4, dtype=torch.uint8), r"torch.uint8 .*write labels.long\(\)"),
+        (torch.zeros(2, 4, 4), r"torch.float32 .*write labels.long\(\)"),
+        (torch.zeros(2, 4, dtype=torch.long), r"give labels of shape \(2, 4, 4\), or pass loss="),
+        (torch.tensor([-100, 255]).repeat(2, 4, 2), r"labels from 255 to 255.*\(-100 is ignored; loss=.*ignore_index"),
+    ],
+)
+def test_labels_that_do_not_belong_to_maps(labels: torch.Tensor, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        st.fine_tune(torch.nn.Conv2d(2, 3, 1), [(torch.ones(2, 2, 4, 4), labels)], epochs=1, progress=False)
+
+
+def test_labels_that_are_no_tensor() -> None:
+    with pytest.raises(TypeError, match="targets are a list, not a tensor of labels: convert them or pass loss="):
+        st.fine_tune(net(), [(BATCH, [3] * 8)], epochs=1, progress=False)
+
+
+def test_a_batch_without_a_label_that_counts_teaches_nothing() -> None:
+    model = torch.nn.Conv2d(2, 3, 1)
+    before = model.weight.clone()
+    ignored = torch.full((2, 4, 4), -100)
+    trained = st.fine_tune(model, [(torch.ones(2, 2, 4, 4), ignored)], epochs=1, weight_decay=0.0, progress=False)
+    assert trained.history[0].loss == 0
+    torch.testing.assert_close(model.weight, before)
+
+
 def test_a_result_is_saved_as_a_whole(tmp_path: Path) -> None:
     model = net()
     result = st.compress(model, [BATCH], "macs=90%")

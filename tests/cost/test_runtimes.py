@@ -41,6 +41,11 @@ class Twice(Runtime):
         return run
 
 
+class Nameless(Runtime):
+    def ready(self, module, args, kwargs):
+        return module
+
+
 @pytest.fixture
 def twice():
     Twice.asked.clear()
@@ -88,6 +93,27 @@ def test_a_runtime_is_meant_by_its_name_once_it_is_registered(twice, monkeypatch
 def test_what_is_no_runtime_is_quoted():
     with pytest.raises(TypeError, match="runtime is 3: expected one of eager"):
         latency(runtime=3)
+    for take in (register, lambda runtime: latency(runtime=runtime)):
+        with pytest.raises(TypeError, match=r"runtime is the class Twice.*: write Twice\(\)"):
+            take(Twice)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="the runtime Nameless has no name .*: write name = 'mine' in the class"):
+            take(Nameless())
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (None, "ready of the runtime 'twice' returned None: return a function that is called with the inputs"),
+        (lambda: 0, r"returned a function of \(\), which does not take the inputs \(too many positional arguments\)"),
+    ],
+)
+def test_what_cannot_be_called_with_the_inputs_is_refused(twice, monkeypatch, run, said):
+    monkeypatch.setattr(Twice, "ready", lambda self, module, args, kwargs: run)
+    with pytest.raises(TypeError, match=said):
+        measure_latency({"dense": nn.Linear(2, 2)}, torch.zeros(1, 2), runtime=twice)
+    (chain,) = calls([LINEAR])
+    with pytest.raises(TypeError, match=said):
+        twice.ways(chain, chains.number_pool([chain], torch.float32, "cpu", 1), 1, False)
 
 
 @pytest.mark.parametrize("missing", ["onnxruntime", "onnx", "onnxscript"])

@@ -258,6 +258,12 @@ def test_choices_that_no_layer_can_have_are_refused() -> None:
     for wrong in ({"multiple_of": 0}, {"evaluations": -1}):
         with pytest.raises(ValueError, match="must"):
             WeightCP(**wrong)  # type: ignore[arg-type]
+    for wrong in ({"multiple_of": 2.5}, {"evaluations": 2.5}, {"evaluations": True}, {"evaluations": None}):
+        with pytest.raises(TypeError, match="must be a whole number, got"):
+            ActivationCP(**wrong)  # type: ignore[arg-type]
+    for kernels in ((), [], 3, ([],)):
+        with pytest.raises(ValueError, match="kernels is .*; expected a tuple of names out of whole, axes"):
+            ActivationCP(kernels=kernels)  # type: ignore[arg-type]
 
 
 def test_a_chain_compressed_again_merges_unless_a_bias_lies_before_padding() -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from spectrim.nn.agreement import agreement
 from spectrim.train import Distillation
+from spectrim.train.distillation import cross_entropy
 from spectrim.train.objective import Objective
 
 
@@ -30,6 +31,9 @@ def test_mix_weighs_the_task() -> None:
     expected = 0.7 * method.divergence(student, teacher) + 0.3 * task
     torch.testing.assert_close(method.mix(task, student, teacher), expected)
     torch.testing.assert_close(method.loss_on_pairs(student, (labels, teacher)), expected)
+    shares = F.one_hot(labels, 3).float()
+    torch.testing.assert_close(cross_entropy(student, shares), task)
+    assert cross_entropy(student, torch.full_like(labels, -100)) == 0
     assert Distillation(weight=0).mix(task, student, teacher) == task
 
 

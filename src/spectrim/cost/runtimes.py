@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import shutil
 import sys
@@ -38,6 +39,8 @@ class Runtime(ABC):
     def ready(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., object]:
         """What runs a module on inputs of the shapes of these; all that is done once has been done.
 
+        It is called as the module is, with ``*args`` and ``**kwargs`` of those shapes.
+
         Called in evaluation and inference mode, with as many threads as will be timed. It raises anything if the module
         cannot be run so; :func:`spectrim.nn.timing.ready` says why in a sentence.
         """
@@ -56,7 +59,7 @@ class Runtime(ABC):
         :func:`spectrim.cost.chains.dense_run` take, so that weights are cold.
         """
         layers, inputs = random_layers(chain, pool, batch, channels_last)
-        run = self.ready(layers, inputs, {})
+        run = checked_run(self, self.ready(layers, inputs, {}), inputs, {})
         return [Run(lambda: run(*inputs), chill(chain, pool))]
 
 
@@ -167,9 +170,12 @@ def register(runtime: Runtime) -> Runtime:
 
     Raises
     ------
+    TypeError
+        If it is no runtime, or has no name.
     ValueError
         If there is one of another class by that name.
     """
+    runtime = _instance(runtime)
     if type(RUNTIMES.get(runtime.name, runtime)) is not type(runtime):
         raise ValueError(f"there is a runtime {runtime.name!r} already: choose another name")
     RUNTIMES[runtime.name] = runtime
@@ -184,13 +190,58 @@ def runtime_of(given: Runtime | str) -> Runtime:
     TypeError, ValueError
         For anything else; the message quotes it.
     """
-    if isinstance(given, Runtime):
-        return given
     if not isinstance(given, str):
-        raise TypeError(f"runtime is {given!r}: expected one of {', '.join(RUNTIMES)}, or a Runtime")
+        return _instance(given)
     if given not in RUNTIMES:
         raise ValueError(f"runtime {given!r} is not known: give one of {', '.join(RUNTIMES)}, or a Runtime of your own")
     return RUNTIMES[given]
+
+
+def _instance(given: Any) -> Runtime:
+    """A runtime that has a name.
+
+    Raises
+    ------
+    TypeError
+        For anything else.
+    """
+    if isinstance(given, type) and issubclass(given, Runtime):
+        raise TypeError(
+            f"runtime is the class {given.__name__}, and an instance of it is needed: write {given.__name__}()"
+        )
+    if not isinstance(given, Runtime):
+        raise TypeError(f"runtime is {given!r}: expected one of {', '.join(RUNTIMES)}, or a Runtime")
+    name = getattr(given, "name", None)
+    if not isinstance(name, str) or not name:
+        raise TypeError(
+            f"the runtime {type(given).__name__} has no name to keep its times by: write name = 'mine' in the class"
+        )
+    return given
+
+
+def checked_run(runtime: Runtime, run: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., object]:
+    """What :meth:`Runtime.ready` returned.
+
+    Raises
+    ------
+    TypeError
+        If it cannot be called with those inputs.
+    """
+    cure = "return a function that is called with the inputs, as the module is"
+    if not callable(run):
+        raise TypeError(f"ready of the runtime {runtime.name!r} returned {run!r:.80}: {cure}")
+    try:
+        signature = inspect.signature(run)
+    except (TypeError, ValueError):  # some that are written in C tell nothing
+        return run
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"ready of the runtime {runtime.name!r} returned a function of {signature}, which does not take the "
+            f"inputs ({error}): {cure}"
+        ) from None
+    return run
 
 
 def chill(chain: Chain, pool: Tensor) -> Callable[[], object]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from jaxtyping import Float
@@ -137,7 +138,11 @@ class ChainMethod(Method):
     evaluations: int = 200
 
     def __post_init__(self) -> None:
-        if self.multiple_of is not None and self.multiple_of < 1:
+        multiple = 1 if self.multiple_of is None else self.multiple_of
+        for name, given in (("multiple_of", multiple), ("evaluations", self.evaluations)):
+            if not isinstance(given, Integral) or isinstance(given, bool):
+                raise TypeError(f"{name} must be a whole number, got {given!r}: write {name}=8, or leave it out")
+        if multiple < 1:
             raise ValueError(f"multiple_of must be at least 1, got {self.multiple_of}")
         if self.evaluations < 0:
             raise ValueError(f"evaluations must not be negative, got {self.evaluations}")

@@ -58,7 +58,13 @@ class _CP(ChainMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         known = ("whole", "axes")
-        if self.kernels is not None and (isinstance(self.kernels, str) or not set(self.kernels) <= set(known)):
+        if self.kernels is None:
+            return
+        if (
+            not isinstance(self.kernels, tuple | list)
+            or not self.kernels
+            or any(kernel not in known for kernel in self.kernels)
+        ):
             raise ValueError(f"kernels is {self.kernels!r}; expected a tuple of names out of {', '.join(known)}")
 
     def offered(self, layer: ChainedLayer) -> Sequence[tuple[Choice, float]]:

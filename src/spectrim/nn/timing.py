@@ -21,6 +21,7 @@ from spectrim.cost.latency import device_name as device_name
 from spectrim.cost.rounds import Rounds, Timing, torch_threads
 from spectrim.cost.rounds import Speed as Speed
 from spectrim.cost.runtimes import Runtime as Runtime
+from spectrim.cost.runtimes import checked_run
 from spectrim.cost.runtimes import runtime_of as runtime_of
 from spectrim.errors import ExportError
 from spectrim.nn.copying import copy_model
@@ -188,18 +189,21 @@ def ready(model: nn.Module, example: Any, runtime: Runtime | str) -> Callable[..
     ------
     ExportError
         If it cannot be exported or compiled; the message says why.
+    TypeError
+        If a runtime of a user's own returns what cannot be called with the inputs.
     """
     args, kwargs = called_with(example)
     how = runtime_of(runtime)
     try:
         with _evaluating(model), torch.inference_mode():
-            return how.ready(model, copied(args), copied(kwargs))
+            run: Any = how.ready(model, copied(args), copied(kwargs))
     except Exception as error:  # of other libraries: anything
         first = next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), "")
         said = f"{type(error).__name__}: {first}"[:_REASON]
         raise ExportError(
             f"{type(model).__name__} cannot be run by {how.name} ({said}): choose another runtime to measure time with"
         ) from error
+    return checked_run(how, run, args, kwargs)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -101,4 +102,12 @@ class Distillation:
     def loss_on_pairs(self, student: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
         """Loss for targets ``(labels, teacher_logits)``: cross-entropy as the task, teacher outputs from a cache."""
         labels, teacher = targets
-        return self.mix(F.cross_entropy(student.float(), labels), student, teacher, labels)
+        return self.mix(cross_entropy(student.float(), labels), student, teacher, labels)
+
+
+def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:
+    """:func:`torch.nn.functional.cross_entropy`, which is 0 in place of NaN where all labels are -100."""
+    if labels.is_floating_point():
+        return F.cross_entropy(scores, labels)
+    counted = labels.to(torch.int64) != IGNORED
+    return F.cross_entropy(scores, labels, reduction="sum") / counted.sum().clamp(min=1)

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from spectrim.train import batches as batching
-from spectrim.train.distillation import Distillation
+from spectrim.train.distillation import IGNORED, Distillation, cross_entropy
 
 Loss = Callable[[Any, Any], Tensor]
 Flags = list[tuple[nn.Module, bool]]
@@ -67,13 +66,27 @@ class Objective:
             raise ValueError(
                 "the batch has no 'labels' and the model returned no loss: pass teacher= or loss= to fine_tune"
             )
+        if not isinstance(targets, Tensor):
+            raise TypeError(
+                f"targets are a {type(targets).__name__}, not a tensor of labels: convert them or pass loss="
+            )
         try:
-            return F.cross_entropy(student, targets)
+            return cross_entropy(student, targets)
         except IndexError as error:
-            low, high, classes = int(targets.min()), int(targets.max()), student.shape[1]
+            labels, classes = targets.long(), student.shape[1]
+            labels = labels[labels != IGNORED]
             raise ValueError(
-                f"a batch of {len(targets)} has labels from {low} to {high}, and the model answers with {classes} "
-                f"numbers, for classes 0 to {classes - 1}: give it an output for each class, or other labels"
+                f"a batch of {len(targets)} has labels from {int(labels.min())} to {int(labels.max())}, and the model "
+                f"answers with {classes} numbers, for classes 0 to {classes - 1}: give it an output for each class, or "
+                f"other labels ({IGNORED} is ignored; loss=torch.nn.CrossEntropyLoss(ignore_index=...) ignores another)"
+            ) from error
+        except (RuntimeError, ValueError) as error:
+            cure = _cure(student, targets)
+            if cure is None:
+                raise
+            raise ValueError(
+                f"labels of shape {tuple(targets.shape)} and {targets.dtype} do not belong to outputs of shape "
+                f"{tuple(student.shape)}, classes on the second axis: {cure}, or pass loss="
             ) from error
 
     @contextmanager
@@ -90,6 +103,20 @@ class Objective:
         finally:
             set_flags(before)
             self.teacher.to(home)
+
+
+def _cure(scores: Any, labels: Any) -> str | None:
+    """What makes labels fit for cross-entropy; None where they fit, or are no tensor."""
+    if not isinstance(scores, Tensor) or not isinstance(labels, Tensor) or scores.dim() < 2:
+        return None
+    fit = scores.shape[:1] + scores.shape[2:]
+    if labels.dim() == scores.dim() and labels.shape[1] == 1:
+        return "write labels.squeeze(1)"
+    if labels.shape == fit:
+        return None if labels.dtype == torch.int64 else "write labels.long()"
+    if labels.dim() == len(fit) > 1 and len(labels) == len(scores):
+        return f"resize the labels (by nearest neighbours) to {tuple(fit)}, or the outputs to the labels"
+    return f"give labels of shape {tuple(fit)}"
 
 
 def _loss(output: Any) -> Any:
