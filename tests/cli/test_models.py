@@ -68,6 +68,9 @@ def test_weights_that_do_not_fit_say_how(tmp_path: Path):
     save_file(state, tmp_path / "w.safetensors")
     with pytest.raises(UsageError, match=r"1 missing \('head.bias'\); 1 unexpected \('extra'\); 1 of another shape"):
         load_model("nets:tiny", tmp_path / "w.safetensors")
+    save_file({"other": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(UsageError, match="look like the weights of another network"):
+        load_model("nets:tiny", tmp_path / "other.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,11 @@ def junk(path: Path) -> None:
     path.write_bytes(bytes(range(7, 256)))
 
 
+def truncated(path: Path) -> None:
+    torch.save(nn.Linear(8, 8).state_dict(), path)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
 def whole_model(path: Path) -> None:
     torch.save(nn.Linear(2, 2), path)
 
@@ -75,6 +80,7 @@ def checkpoint(path: Path) -> None:
     ("name", "write", "why"),
     [
         ("junk.pt", junk, "not a checkpoint that torch.save wrote"),
+        ("half.pt", truncated, "or it is damaged: save or copy it again$"),
         (
             "model.pt",
             whole_model,

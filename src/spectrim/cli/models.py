@@ -230,8 +230,8 @@ def _unread(error: Exception) -> str:
     named = re.search(r"GLOBAL ([\w.]+)", text)
     if named:
         return f"it holds a whole model or other objects ({named[1]}), not its weights: save model.state_dict() instead"
-    if isinstance(error, pickle.UnpicklingError | EOFError) or "weights_only" in text:
-        return "it is not a checkpoint that torch.save wrote, or it is damaged"
+    if isinstance(error, pickle.UnpicklingError | EOFError) or "weights_only" in text or "zip archive" in text:
+        return "it is not a checkpoint that torch.save wrote, or it is damaged: save or copy it again"
     return text.splitlines()[0] if text else type(error).__name__
 
 
@@ -256,7 +256,8 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], text: str, weights: str
         k = kinds[0]
         problems.append(f"{len(kinds)} of another type ({k!r} is {state[k].dtype}, the model has {mine[k].dtype})")
     if problems:
-        raise UsageError(f"weights {str(weights)!r} do not fit model {text!r}: {'; '.join(problems)}")
+        others = "" if len(missing) < len(mine) / 2 else ". These look like the weights of another network"
+        raise UsageError(f"weights {str(weights)!r} do not fit model {text!r}: {'; '.join(problems)}{others}")
     try:
         model.load_state_dict(dict(state), strict=False)
     except (RuntimeError, NotImplementedError) as error:  # sparse, quantised or without memory

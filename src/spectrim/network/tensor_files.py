@@ -57,7 +57,7 @@ def read(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], dict[s
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
-        raise DamagedFileError(f"not a readable safetensors file: {error}") from error
+        raise DamagedFileError(f"not a readable safetensors file ({error}): write or copy it again") from error
     if TENSORS in texts or TEXTS in texts:
         if texts.get(TEXTS) != _digest_of_texts(texts):
             raise DamagedFileError("damaged: the texts beside its tensors are not those that were written")
