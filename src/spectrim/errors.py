@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
@@ -208,7 +210,8 @@ def check_function(name: str, given: object, of: Sequence[str], cure: str) -> No
 def called_as(cure: str, **kinds: type | tuple[type, ...]) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let a verb that is called with other arguments than it has say what was meant: a name of its own, or ``cure``.
 
-    Arguments named in ``kinds`` that are of another type are refused with it too, before the verb begins.
+    Arguments named in ``kinds`` that are of another type are refused with it too, before the verb begins. In torch's
+    inference mode the verb works outside of it: tensors made there could not be trained afterwards.
     """
 
     def explained(verb: Callable[P, R]) -> Callable[P, R]:
@@ -223,7 +226,8 @@ def called_as(cure: str, **kinds: type | tuple[type, ...]) -> Callable[[Callable
                     expected = " or ".join(_a(each.__name__) for each in wanted)
                     raise TypeError(f"{name} is {_a(type(given).__name__)}: expected {expected}. {cure}")
             try:
-                return verb(*args, **kwargs)
+                with _outside_inference():
+                    return verb(*args, **kwargs)
             except TypeError as error:
                 began = error.__traceback__ is not None and error.__traceback__.tb_next is not None
                 said = str(error)
@@ -236,3 +240,11 @@ def called_as(cure: str, **kinds: type | tuple[type, ...]) -> Callable[[Callable
         return call
 
     return explained
+
+
+def _outside_inference() -> contextlib.AbstractContextManager[Any]:
+    """Not torch's inference mode, if torch is there and in it."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.is_inference_mode_enabled():
+        return contextlib.nullcontext()
+    return torch.inference_mode(False)

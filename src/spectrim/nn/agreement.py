@@ -17,7 +17,7 @@ from spectrim.nn.watch.batches import Feed, Forward
 from spectrim.nn.watch.nesting import begun, output_tensors, transformed
 from spectrim.nn.watch.observe import observe
 from spectrim.nn.watch.sampling import Mask, mask_of
-from spectrim.nn.watch.state import evaluating, kept
+from spectrim.nn.watch.state import evaluating, kept, settings_kept
 
 log = logging.getLogger(__name__)
 
@@ -263,12 +263,14 @@ def output_error(
 def metric_of(evaluate: Callable[[nn.Module], Any], model: nn.Module, whose: str) -> float:
     """What a user's metric is of a model, in evaluation mode and without gradients; it may be NaN or infinite.
 
+    Modes, hooks and flags that the function sets on the model do not stay.
+
     Raises
     ------
     TypeError
         If it is no number; says ``whose``.
     """
-    with evaluating(model):
+    with settings_kept(model), evaluating(model):
         value: Any = evaluate(model)
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from spectrim.errors import PlanError
+from spectrim.errors import PlanError, called_as
 from spectrim.nn.copying import copy_model
 from spectrim.nn.modules import dense_layer
 from spectrim.nn.shipping import declare_ties, forget_layers
@@ -56,6 +56,7 @@ def _leave_fused_kernels(model: nn.Module, layer: nn.TransformerEncoderLayer) ->
             encoder.use_nested_tensor = False
 
 
+@called_as("Write merge(model), or merge(model, batches)")
 def merge(
     model: nn.Module,
     calibration: Iterable[Any] | None = None,

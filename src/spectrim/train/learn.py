@@ -14,7 +14,7 @@ from torch import nn
 from spectrim.application import Applied
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
-from spectrim.errors import CheckpointError, did_you_mean
+from spectrim.errors import CheckpointError, called_as, did_you_mean
 from spectrim.network.printing import Grid, count
 from spectrim.nn.copying import copy_model
 from spectrim.nn.find import Which
@@ -76,6 +76,7 @@ class LearnedResult(Result):
         return replace(grid, notes=(*steps, *grid.notes))
 
 
+@called_as("Write learn_ranks(model, batches, 'macs=50%')")
 def learn_ranks(
     model: nn.Module,
     batches: Iterable[Any],

@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spectrim.errors import did_you_mean
+from spectrim.errors import called_as, did_you_mean
 from spectrim.train.loop import Evaluate, Loop
 from spectrim.train.objective import Loss
 from spectrim.train.recipe import Recipe
 from spectrim.train.result import TrainingResult
 
 
+@called_as("Write fine_tune(model, batches)")
 def fine_tune(
     model: nn.Module,
     batches: Iterable[Any],

@@ -163,6 +163,30 @@ def kept(model: nn.Module) -> Iterator[State]:
         state.put_back()
 
 
+@contextlib.contextmanager
+def settings_kept(model: nn.Module) -> Iterator[None]:
+    """Which parameters take gradients, every module's mode and its hooks are afterwards what they were."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    hooks = [(held, dict(held)) for module in model.modules() for key, held in vars(module).items() if _is_hooks(key)]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            if parameter.requires_grad != flag:
+                parameter.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+        for held, before in hooks:
+            held.clear()
+            held.update(before)
+
+
+def _is_hooks(key: str) -> bool:
+    """Whether torch keeps hooks of a module there, or how they are called."""
+    return key.startswith(("_forward_", "_backward_")) and "_hooks" in key
+
+
 def install(model: nn.Module, values: Mapping[Place, Any]) -> None:
     """Have a model keep these values."""
     for place, value in values.items():
