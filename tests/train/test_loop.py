@@ -322,6 +322,9 @@ def test_errors_quote_their_inputs() -> None:
         fine_tune(model, batches, teacher=model)
     with pytest.raises(FloatingPointError, match="the loss is nan in epoch 1"):
         fine_tune(Net(), [(x * float("nan"), y) for x, y in batches], epochs=1)
+    own = nn.CrossEntropyLoss(ignore_index=7)
+    with pytest.raises(FloatingPointError, match="look in the batches for .* labels that are all ignored"):
+        fine_tune(Net(), [(x, torch.full_like(y, 7)) for x, y in batches], loss=own, epochs=1)
 
 
 def test_the_progress_bar_shows_the_steps(capfd: pytest.CaptureFixture[str]) -> None:

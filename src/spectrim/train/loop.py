@@ -231,7 +231,8 @@ class Loop:
             rate = self._optimizer.param_groups[0]["lr"]
             raise FloatingPointError(
                 f"the loss is {self._loss_sum.item()} in epoch {self.epoch + 1}, by step {self.step}, lr={rate:.3g}. "
-                "Lower lr, set clip=1.0, or look for non-finite values in the batches"
+                "Lower lr, set clip=1.0, or look in the batches for non-finite values, and for "
+                "labels that are all ignored, of which torch's own mean is nan"
             )
 
     def _skip(self, iterator: Any) -> None:

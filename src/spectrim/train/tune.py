@@ -49,7 +49,7 @@ def fine_tune(
         The hyper-parameters.
     loss
         Function of ``(logits, targets)`` with a mean over the batch. None takes the loss that the model returned, if it
-        did, and cross-entropy otherwise.
+        did, and cross-entropy otherwise, where labels of -100 are left out and a batch of nothing else has a loss of 0.
     evaluate
         Function of the model, in evaluation mode, to a number where higher is better.
     checkpoint
@@ -77,7 +77,9 @@ def fine_tune(
     Raises
     ------
     TypeError
-        If an override is no field of the recipe.
+        If an override is no field of the recipe, or targets are no tensor where the loss is cross-entropy.
+    ValueError
+        If labels do not fit the outputs that cross-entropy compares them with; the message says the cure.
     CheckpointError
         If the file at ``checkpoint`` is damaged, or belongs to another model, recipe or data.
     FloatingPointError
