@@ -100,7 +100,9 @@ def front_chart(sweep: Sweep, cost: str) -> Chart:
     exact = sweep.quality(Judged(sweep.dense, 1.0, 0.0))
     spreads = [0.0 if math.isnan(spread := sweep.uncertainty(each)) else spread for _, each, _ in judged]
     low = min([exact, *(v - spread for v, spread in zip(values, spreads, strict=True))])
-    high = max([exact, *(v + spread for v, spread in zip(values, spreads, strict=True))])
+    # No share lies above 100 %, whatever its standard error.
+    most = 100.0 if sweep.dense is None else math.inf
+    high = max([exact, *(min(v + spread, most) for v, spread in zip(values, spreads, strict=True))])
     room = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
     x, y = Axis(0, max(100, *(_share(point, cost) for point in sweep))), Axis(low - room, high + room)
     dots = [Dot(x.at(100), y.at(exact), f"dense: {_text(sweep, exact)}", "dense", "dense")]
@@ -113,7 +115,7 @@ def front_chart(sweep: Sweep, cost: str) -> Chart:
         # Many labels would lie on each other on a phone.
         named = best if len(best) <= _LABELS else (best[0], best[-1])
         label = point.asked if point in named and each is point.judged else ""
-        dots.append(Dot(x.at(at), y.at(value), shown, tone, label, *_bar(y, value, sweep.uncertainty(each))))
+        dots.append(Dot(x.at(at), y.at(value), shown, tone, label, *_bar(y, value, sweep.uncertainty(each), most)))
     line = tuple((x.at(_share(p, cost)), y.at(sweep.quality(p.judged))) for p in reversed(best))
     curves = [Curve((line,), "plan", "without training")]
     if any(tone == "choice" for *_, tone in judged):
@@ -123,9 +125,9 @@ def front_chart(sweep: Sweep, cost: str) -> Chart:
     return Chart(f"{name}, % of dense", f"{sweep.judged_by}{unit}", x, y, tuple(dots), tuple(curves), 260)
 
 
-def _bar(y: Axis, value: float, spread: float) -> tuple[float, float]:
+def _bar(y: Axis, value: float, spread: float, most: float) -> tuple[float, float]:
     """The ends of an error bar, as places."""
-    return (math.nan, math.nan) if math.isnan(spread) else (y.at(value - spread), y.at(value + spread))
+    return (math.nan, math.nan) if math.isnan(spread) else (y.at(value - spread), y.at(min(value + spread, most)))
 
 
 def _share(point: Point, cost: str) -> float:
