@@ -289,6 +289,10 @@ def test_a_latency_budget_that_is_not_met_is_said(monkeypatch: pytest.MonkeyPatc
         result.report, measured={**measured, "compressed": Timing(tuple(times), (0,) * 5 + (1,) * 5)}
     )
     assert "the machine was busy" in " ".join(busy.sentences)
+    # The table and the sentence rest on one statistic, that of an idle machine.
+    row = busy.rows()[-1]
+    assert row["measured"]
+    assert f"{row['compressed']:.3f} ms measured" in " ".join(busy.sentences)
 
 
 def test_guard_measures_and_offers_nothing_slower(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,3 +198,9 @@ def test_what_is_cut_and_whether_there_is_a_bias() -> None:
     for bias, wanted in ((True, (True, True)), (False, (False, False)), (None, (True, False))):
         choice = LowRankChoice("channel", 1, bias)
         assert (choice.biased(True), choice.biased(False)) == wanted
+
+
+def test_heads_of_attention_are_called_heads() -> None:
+    heads = (Place("q", "out", 8), Place("k", "out", 8), Place("o", "in", 8), Place("attention.heads", "number", 1))
+    assert str(ChannelsChoice((0, 2, 3), 4, heads)) == "3 of 4 heads"
+    assert str(ChannelsChoice((0,), 2, (Place("conv", "out", 1), Place("fc", "in", 16)))) == "1 of 2 channels"

@@ -11,7 +11,7 @@ from spectrim.cli.methods import AUTO, FILTERS, Methods
 from spectrim.cli.references import UsageError
 from spectrim.cli.values import check_recipe
 from spectrim.methods import Method, PrincipalFilters, from_record
-from spectrim.network.choices import ChannelsChoice
+from spectrim.network.choices import ChannelsChoice, unit
 from spectrim.network.sites import Sites
 from spectrim.nn.channels.graph import couple
 from spectrim.search.widths import KL, Energy, recommend
@@ -69,14 +69,17 @@ def filter_values(plan: Plan) -> list[dict[str, Any]]:
 
 def filter_notes(plan: Plan, sites: Sites) -> list[str]:
     """Sentences on the filters that were removed, for people; none where there were no channels to choose from."""
-    known = {coupling.name: coupling.channels for coupling in sites.couplings}
-    if not known:
+    notes: list[str] = []
+    for one, many in (("channel", "filters"), ("head", "heads of attention")):
+        known = {c.name: c.channels for c in sites.couplings if unit(c.places) == one}
+        gone = {name: choice.gone for name, choice in removals(plan).items() if choice.unit == one}
+        if known:
+            notes.append(
+                f"{sum(gone.values())} of {sum(known.values())} {many} removed, in {len(gone)} of {len(known)} groups "
+                f"of {one}s."
+            )
+    if not notes:
         return []
-    gone = {name: choice.gone for name, choice in removals(plan).items()}
-    notes = [
-        f"{sum(gone.values())} of {sum(known.values())} filters removed, in {len(gone)} of {len(known)} groups of "
-        "channels."
-    ]
     steps = plan.facts.get("steps")
     if steps is not None:
         notes.append(f"The plan was made in {steps} step{'s'[: steps > 1]} toward the budget.")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_type_hints
@@ -398,8 +398,19 @@ class ChannelsChoice(Choice, kind="kept_channels"):
     def cut(self) -> tuple[str, int]:
         return "responses", len(self.kept)
 
+    @property
+    def unit(self) -> str:
+        """What one of them is, ``channel`` or ``head``."""
+        return unit(self.sides)
+
     def __str__(self) -> str:
-        return f"{len(self.kept)} of {self.of} channels"
+        return f"{len(self.kept)} of {self.of} {self.unit}s"
+
+
+def unit(sides: Iterable[Place]) -> str:
+    """What lies there: a head of attention has several entries wherever layers write or read it, a channel has not."""
+    ends = [place.entries > 1 for place in sides if place.axis in {"in", "out"}]
+    return "head" if ends and all(ends) else "channel"
 
 
 def check_kept(kept: Sequence[int], of: int) -> None:

@@ -45,6 +45,7 @@ _WORDS = (
     ("n:m", r"\b\d+:\d+\b", "of every m weights in a row at most n are stored"),
     ("taps", r"\btaps-", "a part of the kernel is stored: its size, and the corner where it begins"),
     ("n of m channels", r"\d+ of \d+ channels", "the others are removed from all layers that hold them"),
+    ("n of m heads", r"\d+ of \d+ heads", "the other heads of attention are removed from all layers around it"),
     ("zero", r"\bzero\b", "the weight is dropped, the bias stays"),
 )  # fmt: skip
 

@@ -112,7 +112,7 @@ class Report(Printed):
         order = [cost for cost in dict.fromkeys([*plan.budget, *plan.dense_costs]) if cost in plan.dense_costs]
         found = [(cost, plan.dense_costs[cost], plan.costs[cost], False) for cost in order]
         if self.measured:
-            found.append(("measured ms", self.measured["dense"].p50, self.measured["compressed"].p50, True))
+            found.append(("measured ms", self.measured["dense"].quiet, self.measured["compressed"].quiet, True))
         return [
             {
                 "cost": cost, "dense": dense, "compressed": small, "ratio": dense / small if small else math.nan,
@@ -151,9 +151,10 @@ class Report(Printed):
         removals = [entry.choice for entry in self.plan if isinstance(entry.choice, ChannelsChoice)]
         layers = sum(len(entry.sites) for entry in self.plan if not entry.of_channels)
         yield f"{self.plan.changed:,} of {layers:,} layers changed, {self.samples:,} calibration samples"
-        if removals:
-            gone = sum(choice.gone for choice in removals)
-            yield f"{gone:,} channels removed from {count(len(removals), 'group')}"
+        for unit in ("channel", "head"):
+            if some := [choice for choice in removals if choice.unit == unit]:
+                gone = sum(choice.gone for choice in some)
+                yield f"{count(gone, unit)} removed from {count(len(some), 'group')}"
         if shared := [entry for entry in self.plan if entry.members]:
             many = sum(len(entry.members) for entry in shared)
             yield f"{many} layers share factors in {count(len(shared), 'group')}"

@@ -16,6 +16,7 @@ from spectrim.cost.counted import Cost
 from spectrim.errors import PlanError, SpectrimError, ToleranceError
 from spectrim.methods import Method
 from spectrim.network.choices import CPChoice, TuckerChoice
+from spectrim.network.printing import count
 from spectrim.network.sites import Sites
 from spectrim.nn.agreement import output_error
 from spectrim.nn.checkpoint import header_bytes
@@ -172,9 +173,9 @@ def _said_of_chains(plan: Plan) -> Iterator[str]:
     many = sum(isinstance(entry.choice, CPChoice | TuckerChoice) for entry in plan)
     if many:
         yield (
-            f"{many} layers became chains of three or more thin layers, which may take longer than a layer of more "
-            "MACs. Time was not measured: guard=True offers what is measured faster only, and a budget may limit "
-            "milliseconds, as latency=80%"
+            f"{count(many, 'layer')} became {'a chain' if many == 1 else 'chains'} of three or more thin layers, which "
+            "may take longer than a layer of more MACs. Time was not measured: guard=True offers what is measured "
+            "faster only, and a budget may limit milliseconds, as latency=80%"
         )
 
 

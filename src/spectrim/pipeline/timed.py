@@ -88,11 +88,11 @@ def _said_of_time(plan: Plan, measured: Mapping[str, Timing]) -> Iterator[str]:
     """What a user should know of measured times."""
     dense, small = measured["dense"], measured["compressed"]
     if (speed := Speed.of(dense, small)).differs and speed.ratio < 1:
-        yield f"the compressed model is SLOWER than dense: {small.p50:.3f} ms against {dense.p50:.3f} ms"
+        yield f"the compressed model is SLOWER than dense: {small.quiet:.3f} ms against {dense.quiet:.3f} ms"
     runtime = plan.facts.get("runtime", "eager")
     if "macs" in plan.costs and 1 / speed.high > plan.costs["macs"] / plan.dense_costs["macs"] + _APART:
         share = plan.costs["macs"] / plan.dense_costs["macs"]
         yield (
-            f"MACs and milliseconds disagree: {share:.0%} of the MACs take {1 / speed.ratio:.0%} of the time in "
-            f"{runtime} at batch {plan.facts.get('batch', 1)}; a budget such as latency=60% limits the time"
+            f"MACs and milliseconds disagree: {share:.0%} of the MACs take {small.quiet / dense.quiet:.0%} of the time "
+            f"in {runtime} at batch {plan.facts.get('batch', 1)}; a budget such as latency=60% limits the time"
         )

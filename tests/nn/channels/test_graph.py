@@ -133,7 +133,7 @@ FOUND: dict[str, dict[str, str]] = {
 IN_THE_WAY: dict[str, dict[str, str]] = {
     "chain": {"c:out": END},
     "two readers": {"b:out": "output of the network"},
-    "softmax": {"a:out": "Softmax"},
+    "softmax": {"a:out": "a softmax. These channels have to stay, and nothing needs to be done"},
     "glu": {"a:out": "b"},
     "literal": {"a:out": "View.*write -1.*register_channels"},
     "norm over two axes": {"a:out": "n: LayerNorm over 2 axes"},

@@ -13,6 +13,7 @@ from torch.nn import functional
 
 import spectrim as st
 from spectrim.methods import PrincipalFilters
+from spectrim.network.choices import unit
 from spectrim.network.coupling import IN, Coupling, axes_left
 from spectrim.nn.channels.narrow import narrow
 from spectrim.nn.watch.nesting import output_tensors
@@ -135,6 +136,8 @@ def test_what_is_left_computes_what_zeroed_heads_do(name: str):
     model = make()
     sites, heads = _coupled(model, x)
     assert heads.channels == count
+    assert {unit(coupling.places) for coupling in sites.couplings if coupling is not heads} <= {"channel"}
+    assert unit(heads.places) == "head"
     zeroed, small = copy.deepcopy(model), copy.deepcopy(model)
     (reader,) = heads.on(IN)
     with torch.no_grad():

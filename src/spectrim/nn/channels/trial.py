@@ -44,6 +44,17 @@ _CURE = (
     "Where code or a module holds a number of channels, write -1, read it off a layer, or register how the module "
     "loses channels (spectrim.register_channels)"
 )
+# What mixes channels, as autograd calls it, in words.
+_WORDS = (
+    (re.compile(r"^(b|badd)?mm$|matmul|bilinear|einsum|^mv$|^dot$", re.IGNORECASE), "a product of matrices"),
+    (re.compile(r"attention", re.IGNORECASE), "attention"),
+    (re.compile(r"softmax|logsumexp", re.IGNORECASE), "a softmax"),
+    (re.compile(r"slice|select|index|gather|narrow|split|chunk|unbind|take", re.IGNORECASE), "picking by position"),
+    (re.compile(r"pad|roll|flip|repeat|expand|unfold|fold", re.IGNORECASE), "padding, shifting or repeating"),
+    (re.compile(r"fft", re.IGNORECASE), "a Fourier transform"),
+)
+_OTHER = "without half of these channels the network computes something else"
+_STAYS = "These channels have to stay, and nothing needs to be done: the layers may still become low rank"
 _MOVING = re.compile(r"view|reshape|permute|transpose|cat", re.IGNORECASE)
 
 
@@ -137,7 +148,7 @@ class Trial:
             if a.shape != b.shape:
                 return f"the output would have the shape {tuple(b.shape)} in place of {tuple(a.shape)}"
             if a.is_floating_point() and not _close(a, b):
-                return "the narrowed model computes something else"
+                return _OTHER
         for name, held in inside.items():
             owner = reference.get_submodule(name)
             left = axes.get((name, OUT), axes.get((name, THROUGH)))
@@ -148,7 +159,7 @@ class Trial:
             for a, b in zip(held, given, strict=True):
                 a = a if left is None else a.index_select(dim, left.to(a.device))
                 if a.shape != b.shape or not _close(a, b):
-                    return f"the narrowed model computes something else at {name}"
+                    return f"{_OTHER} at {name}"
         return None
 
     @staticmethod
@@ -156,11 +167,18 @@ class Trial:
         unusual = [name for name in operations if not _HARMLESS.search(name)]
         # Harmless by themselves, but the only ones left that can move channels about.
         unusual = unusual or [name for name in operations if _MOVING.search(name)]
-        return explained(f"{', '.join(unusual[:3])}: {fault}" if unusual else fault)
+        by = list(dict.fromkeys(map(_in_words, unusual)))
+        return explained(f"{fault}, after {' and '.join(by[:3])}" if by else fault)
+
+
+def _in_words(operation: str) -> str:
+    return next((words for known, words in _WORDS if known.search(operation)), f"the operation {operation}")
 
 
 def explained(fault: str) -> str:
-    """What goes wrong, with what to do where a number is written down somewhere."""
+    """What goes wrong, with what to do where a number is written down somewhere, or that nothing can be done."""
+    if fault.startswith(_OTHER):
+        return f"{fault}. {_STAYS}"
     return f"{fault}. {_CURE}" if _FIXED.search(fault) else fault
 
 
