@@ -314,16 +314,20 @@ def shrink_within(
     found = smaller(limits, first.dense if found is None else found.plan.costs, others, holds, over) or found
     if budget is not None:
         raise ToleranceError(_gate(budget, stated, found), found)
-    tried = None if not standings.rows and arms else found is not None
-    if found is None:
-        found = _without_arms(made(Budget(**{cost: Limit(1.0, relative=True)})))
-    rest = "not tried: no network was left to improve on" if seconds is None or not over() else not_tried(seconds)
-    told = dataclasses.replace(found.report, arms=standings.told(found.report.arms, rest))
-    return _noted(dataclasses.replace(found, report=told), *_said_of_search(tried, seconds if over() else None))
+    result = found or _without_arms(made(Budget(**{cost: Limit(1.0, relative=True)})))
+    return _concluded(result, standings, found is not None, seconds if over() else None)
 
 
 def _without_arms(result: Result) -> Result:
     return dataclasses.replace(result, report=dataclasses.replace(result.report, arms=()))
+
+
+def _concluded(result: Result, standings: Standings, held: bool, ended: float | None) -> Result:
+    """The network with what became of all arms, whether any ``held``, and after how many seconds the search ended."""
+    rest = "not tried: no network was left to improve on" if ended is None else not_tried(ended)
+    report = dataclasses.replace(result.report, arms=standings.told(result.report.arms, rest))
+    untried = not standings.rows and bool(standings.arms)
+    return _noted(dataclasses.replace(result, report=report), *_said_of_search(None if untried else held, ended))
 
 
 def _said_of_search(held: bool | None, ended: float | None) -> Iterator[str]:
