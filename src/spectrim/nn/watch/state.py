@@ -165,9 +165,8 @@ def kept(model: nn.Module) -> Iterator[State]:
 
 @contextlib.contextmanager
 def settings_kept(model: nn.Module) -> Iterator[None]:
-    """Which parameters take gradients, every module's mode and its hooks are afterwards what they were."""
+    """Which parameters take gradients and every module's hooks are afterwards what they were."""
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
     hooks = [(held, dict(held)) for module in model.modules() for key, held in vars(module).items() if _is_hooks(key)]
     try:
         yield
@@ -175,8 +174,6 @@ def settings_kept(model: nn.Module) -> Iterator[None]:
         for parameter, flag in flags:
             if parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
         for held, before in hooks:
             held.clear()
             held.update(before)
