@@ -35,7 +35,7 @@ def figures(results: Sequence[Result]) -> dict[str, bytes]:
         drawn[f"accuracy-{name}"] = (_accuracy(results, name), _ONE)
     timed = [row for result in results for row in result.get("rows", []) if "saved_ratio" in row]
     if timed:
-        drawn["time-against-macs"] = (_times(timed), _ONE)
+        drawn["time-against-macs"] = (_times(timed), (6.4, 3.3))
     found: dict[str, bytes] = {}
     for result in results:
         rows = result.get("rows", [])
@@ -124,7 +124,7 @@ def _times(rows: Sequence[Mapping[str, Any]]) -> Draw:
         axes.set_ylim(0.1, 1.0)
         axes.set_xlabel("share of the MACs saved")
         axes.set_ylabel("share of the time saved")
-        axes.legend(fontsize=6.5, frameon=False, loc="lower right")
+        figure.legend(fontsize=6.5, frameon=False, loc="outside right upper")
 
     return draw
 

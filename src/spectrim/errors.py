@@ -138,7 +138,20 @@ def _left_alone(cost: str, skipped: tuple[tuple[str, str, str, float], ...], mos
 
 
 class PlanError(SpectrimError, ValueError):
-    """A plan cannot be read, or does not fit the model it is applied to."""
+    """A plan cannot be read, or does not fit the model it is applied to.
+
+    Attributes
+    ----------
+    said
+        What is wrong, without what can be done about it.
+    """
+
+    def __init__(self, said: str, cure: str = "") -> None:
+        self.said = said
+        super().__init__(f"{said}: {cure}" if cure else said)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.said, str(self).removeprefix(self.said).removeprefix(": "))
 
 
 class ProofError(SpectrimError, RuntimeError):

@@ -55,7 +55,7 @@ def test_figures_that_were_kept_are_told(run):
     assert told["agreement"]["half"]["error"] == pytest.approx(made["agreement"]["error"])
     assert told["agreement"]["macs-50pct"]["error"] > told["agreement"]["macs-80pct"]["error"] > 0
     Path("half/result.json").write_text("{")
-    assert "result.json: not what compress writes" in run("compare", "half", code=1).stderr
+    assert "result.json: not what compress writes" in run("compare", "half", code=2).stderr
 
 
 def test_networks_are_timed_in_one_table(run):

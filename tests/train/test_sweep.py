@@ -17,7 +17,7 @@ import spectrim as st
 from spectrim.errors import CheckpointError, InfeasibleBudgetError
 from spectrim.report.measures import Score
 from spectrim.selection.front import Sweep
-from spectrim.selection.point import Judged
+from spectrim.selection.point import Judged, sealed
 from spectrim.train import sweeping
 from tests.cases import one_thread
 
@@ -161,10 +161,29 @@ def test_a_folder_holds_one_sweep(model: nn.Module, batches: list[Tensor], tmp_p
     assert again.notes == ()
     record = json.loads((tmp_path / "run.json").read_text())
     lacking = [json.dumps({name: record[name] for name in record if name != left_out}) for left_out in record]
-    for text in ("{", "{}", *lacking, json.dumps(record | {"guard": True})):
-        (tmp_path / "run.json").write_text(text)
-        with pytest.raises(CheckpointError, match=r"run\.json.*delete that file"):
+    for text in ("{", "{}", *lacking, json.dumps(record | {"guard": True}), None):
+        if text is None:  # whoever deletes the record does not make the points those of another sweep
+            (tmp_path / "run.json").unlink()
+        else:
+            (tmp_path / "run.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"run\.json.*ive another folder, or delete the folders of points"):
             st.sweep(model, batches, ("macs", [0.5]), folder=tmp_path)
+
+
+def test_times_of_a_folder_are_of_one_runtime(model: nn.Module, batches: list[Tensor], tmp_path: Path) -> None:
+    def swept(**how: Any) -> st.Sweep:
+        return st.sweep(model, batches, ("macs", [0.5]), folder=tmp_path, **how)
+
+    swept(latency=st.Latency(cache=None))
+    with pytest.raises(CheckpointError, match="batch was 1 and is 4"):
+        swept(latency=st.Latency(cache=None, batch=4))
+    with pytest.raises(CheckpointError, match="runtime was 'eager' and is 'compile'"):
+        swept(latency=st.Latency(cache=None, runtime="compile"))
+    record = json.loads((tmp_path / "run.json").read_text())
+    del record["runtime"], record["digest"]  # as folders from before are, which are of eager mode
+    (tmp_path / "run.json").write_text(json.dumps(sealed(record)))
+    with pytest.raises(CheckpointError, match="runtime was 'eager' and is 'compile'"):
+        swept(latency=st.Latency(cache=None, runtime="compile"))
 
 
 def test_samples_that_are_others_in_every_reading_are_not_compared(model: nn.Module, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -24,19 +25,20 @@ from typing import Annotated, Any, TextIO, get_args, get_type_hints
 import typer
 
 from spectrim.cli.references import UsageError
-from spectrim.errors import InfeasibleBudgetError, SpectrimError, ToleranceError
+from spectrim.errors import CheckpointError, InfeasibleBudgetError, PlanError, SpectrimError, ToleranceError
 from spectrim.network.printing import Grid
 from spectrim.progress import bars, switched
 
 _PIPE = 160
 """Columns where nobody looks: a pipe has no width, and folded names are not what a reader greps for."""
-FAILED, USAGE, INFEASIBLE, STOPPED = 1, 2, 3, 130
+FAILED, USAGE, INFEASIBLE, STOPPED, TERMINATED = 1, 2, 3, 130, 143
 EXIT_CODES = {
     0: "Done.",
-    FAILED: "It failed, or was refused while it ran: a file cannot be read or written, a model cannot be run.",
-    USAGE: "The command line cannot be carried out; nothing was begun.",
+    FAILED: "It failed, or was refused while it ran: a model cannot be run, a file cannot be written.",
+    USAGE: "The command line, or a file that it names, cannot be used; nothing is lost.",
     INFEASIBLE: "The budget cannot be met; the message says what can be.",
     STOPPED: "Stopped by Ctrl-C; a training goes on with the same call.",
+    TERMINATED: "The same by SIGTERM, as kill, timeout and batch systems send it.",
 }
 
 
@@ -99,6 +101,12 @@ class Output:
         if not self.as_json:
             print(text, file=self.stdout, flush=True)
 
+    def clear(self) -> None:
+        """Remove the folders that were made for nothing."""
+        for folder in self.made:
+            with contextlib.suppress(OSError):  # one that holds something stays
+                folder.rmdir()
+
     def document(self, values: Mapping[str, Any]) -> None:
         """The result, for programs."""
         if self.as_json:
@@ -131,6 +139,14 @@ class Output:
             yield report
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which stops a command as Ctrl-C does."""
+
+
+def _terminate(number: int, frame: object) -> None:
+    raise _Terminated
+
+
 _FORWARD = re.compile(r"([Pp])ass forward=, a function \(model, batch\) that ((runs|returns)( \w+)+)")
 
 
@@ -148,18 +164,19 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def run(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
         with _kept_apart() if as_json else contextlib.nullcontext(sys.stdout) as stdout:
             out = Output(as_json, quiet, stdout)
+            with contextlib.suppress(ValueError):  # of a thread that is not the main one
+                signal.signal(signal.SIGTERM, _terminate)
             try:
                 for name, group in groups.items():
                     options[name] = group(**{each.name: options.pop(each.name) for each in dataclasses.fields(group)})
                 function(out, **options)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as stop:
+                out.clear()
                 goes_on = "the same call goes on with a training that has begun"
                 print(f"spectrim: stopped; {out.left}{goes_on}", file=sys.stderr)
-                raise typer.Exit(STOPPED) from None
+                raise typer.Exit(TERMINATED if isinstance(stop, _Terminated) else STOPPED) from None
             except (SpectrimError, OSError, FloatingPointError) as error:
-                for folder in out.made:
-                    with contextlib.suppress(OSError):  # one that holds something stays
-                        folder.rmdir()
+                out.clear()
                 if debug:
                     raise
                 code, told = exit_code(error), for_command_line(str(error))
@@ -224,7 +241,7 @@ def for_command_line(text: str) -> str:
 
 def exit_code(error: BaseException) -> int:
     """The exit code of an error."""
-    if isinstance(error, UsageError):
+    if isinstance(error, UsageError | PlanError | CheckpointError):  # the latter are of files that were named
         return USAGE
     return INFEASIBLE if isinstance(error, InfeasibleBudgetError | ToleranceError) else FAILED
 

@@ -177,7 +177,7 @@ class _Kept(msgspec.Struct):
 def _kept(text: bytes) -> _Kept:
     from spectrim.selection.point import converted, record_of
 
-    what = "what compress writes; delete it to compare without it"
+    what = "what compress writes"
     return converted(record_of(text, what), _Kept, what)
 
 
@@ -190,7 +190,7 @@ def _stored(path: Path) -> tuple[list[Measure], Agreement | None]:
     from spectrim.selection.point import LARGEST, Point
 
     if (path.parent / _RESULT).is_file():
-        found = read_document(path.parent / _RESULT, _kept, LARGEST)
+        found = read_document(path.parent / _RESULT, _kept, LARGEST, "delete it to compare without it")
         scores = [*found.scores.values()]
         rows = [Measure("accuracy (kept)", "%", scores[0], scores[-1], "higher")] if scores else []
         return rows, None if found.agreement is None else Agreement(**msgspec.structs.asdict(found.agreement))
@@ -246,6 +246,8 @@ def _measure(out: Output, compared: ComparedOptions, measuring: ComparingOptions
         agreed = {name: agreement(dense, model, data) for name, model in models.items()}
         found = dataclasses.replace(found, agreements=agreed)
     _finish(out, found, paths)
+    if plans := [name for name, path in paths.items() if path.suffix == ".json"]:
+        out.prose(f"the layers of {', '.join(plans)} were fitted to those of --data: their files keep no weights")
 
 
 def _carried_out(dense: nn.Module, path: Path, batches: Iterable[Any]) -> nn.Module:
@@ -274,6 +276,3 @@ def _finish(out: Output, found: SideBySide, paths: dict[str, Path]) -> None:
     out.table(*found.table())
     for sentence in found.sentences:
         out.prose(sentence)
-    plans = [name for name, path in paths.items() if path.suffix == ".json"]
-    if plans and found.agreements:
-        out.prose(f"to which the layers of {', '.join(plans)} were fitted here: their files keep no weights")

@@ -84,6 +84,11 @@ class Request:
         return {cost for budget in self.asked.values() for cost in budget.costs}
 
     @property
+    def timed(self) -> bool:
+        """Whether networks are timed."""
+        return self.sizes.latency or self.sizes.guard or "latency" in self.limited
+
+    @property
     def record(self) -> dict[str, Any]:
         """What makes the sweep, by the option that says it."""
         parts: list[Any] = [self.inputs, self.layers, self.sharing]
@@ -93,18 +98,18 @@ class Request:
         for part in parts:
             found |= dataclasses.asdict(part)
         found |= {"selector": self.sizes.selector, "guard": self.sizes.guard, "cost": self.sizes.own}
-        if self.network.runtime != "eager":  # of which folders from before say nothing
-            found["runtime"] = self.network.runtime
+        found["runtime"] = self.network.runtime
+        if self.timed:
+            found |= {name: getattr(self.network, name) for name in ("device", "threads", "batch")}
         return {f"--{name.replace('_', '-')}": value for name, value in found.items() if name != "test"}
 
     def carry_out(self, out: Output) -> None:
         """Make or read every point, write the files, print the table or the document."""
-        timed = self.sizes.latency or self.sizes.guard or "latency" in self.limited
         usual = self.methods.names == (AUTO,) and not {"parameters", "bytes"}.isdisjoint(self.limited)
         groups = wanted_groups(self.sharing, self.methods, default=usual)
         tuning = dataclasses.replace(self.training.recipe(), checkpoint_every=_STEPS)
         methods = self.methods.chosen(True, multiple_of=self.layers.multiple_of, share=groups is not False)
-        work = Work.load(self.network, self.layers, self.inputs, self.training, timed=timed)
+        work = Work.load(self.network, self.layers, self.inputs, self.training, timed=self.timed)
         check_patterns(methods, work.sites)
         if self.files.models:
             check_savable(work.dense)
@@ -127,8 +132,8 @@ class Request:
             found = Sweeping(
                 work.dense, ready, methods=methods, guard=self.sizes.guard, costs=self.costs,
                 selector=SELECTOR_OF[self.sizes.selector], evaluate=work.score if work.testing is not None else None,
-                metric="accuracy", fine_tune=tune if work.training is not None else None, timed=timed, folder=folder,
-                keep_models=self.files.models, options=self.record, calibration=work.calibration or (),
+                metric="accuracy", fine_tune=tune if work.training is not None else None, timed=self.timed,
+                folder=folder, keep_models=self.files.models, options=self.record, calibration=work.calibration or (),
                 mask=work.sampling.mask, progress=progress,
                 done=functools.partial(_told, out),
             ).sweep(self.asked)  # fmt: skip

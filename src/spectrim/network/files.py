@@ -18,6 +18,7 @@ Document = TypeVar("Document")
 
 _END = ".spectrim"
 _LOCK = ".writing"
+_CURE = "give the file that was meant, copy it again, or make it again with the call that wrote it"
 
 
 @contextmanager
@@ -63,20 +64,20 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise OSError(error.errno or errno.EIO, f"cannot be written: {why}", str(path)) from error
 
 
-def read_document(path: str | Path, parse: Callable[[bytes], Document], largest: int) -> Document:
+def read_document(path: str | Path, parse: Callable[[bytes], Document], largest: int, cure: str = _CURE) -> Document:
     """What a file says, by a function that refuses more than ``largest`` bytes; no more than one above them are read.
 
     Raises
     ------
     PlanError
-        As ``parse``; the message names the file.
+        As ``parse``; the message names the file, and says what can be done.
     """
     with open(path, "rb") as file:
         text = file.read(largest + 1)
     try:
         return parse(text)
     except PlanError as error:
-        raise PlanError(f"{path}: {error}") from error
+        raise PlanError(f"{path}: {error.said}", cure) from error
 
 
 def write_text(path: str | Path, text: str) -> None:

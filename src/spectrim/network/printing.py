@@ -20,7 +20,8 @@ WIDTH = 96
 """Columns that a printed table has at most."""
 MOST = 28
 """Rows that a printed table has at most; of more the middle is folded."""
-ROOM = 12  # columns that a cell is not folded below
+ROOM = 12  # columns that a cell is not folded below, where its words leave it
+_PIECE = re.compile(r"[^\s./_-]*[./_-]+|[^\s./_-]+|\s+")
 _BINARY = ((2**30, "Gi"), (2**20, "Mi"), (2**10, "Ki"))
 _DECIMAL = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -234,12 +235,13 @@ class Grid:
         cells = [heads, *self.rows, *self.totals]
         widths = [max(len(line) for row in cells for line in row[place].split("\n")) for place in range(len(heads))]
         words = [number for number, column in enumerate(self.columns) if not column.startswith(">")]
+        least = [max(ROOM, *(len(p) for row in cells for p in _PIECE.findall(row[n]))) for n in range(len(heads))]
         gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= width else 1
         while sum(widths) + gap * (len(widths) - 1) > width:
-            widest = max(words, key=lambda number: widths[number], default=None)
-            if widest is None or widths[widest] <= ROOM:
+            roomy = [number for number in words if widths[number] > least[number]]
+            if not roomy:
                 break
-            widths[widest] -= 1
+            widths[max(roomy, key=lambda number: widths[number])] -= 1
         return gap, widths
 
     def _stacked(self, heads: Sequence[str], width: int) -> Iterator[str]:
@@ -277,9 +279,15 @@ class Grid:
 
 
 def _folded(cell: str, width: int) -> list[str]:
-    """A cell in lines of at most so many characters."""
-    parts = (([line] if len(line) <= width else textwrap.wrap(line, width)) for line in cell.split("\n"))
-    return [line for part in parts for line in part]
+    """A cell in lines of at most so many characters, broken between words, or in a name at its dots and dashes."""
+    lines: list[str] = []
+    for whole in cell.split("\n"):
+        lines.append("")
+        for part in _PIECE.findall(whole):
+            if len(lines[-1] + part.rstrip()) > width:
+                lines.append("")
+            lines[-1] = (lines[-1] + part).lstrip()
+    return [line.rstrip() for line in lines]
 
 
 def _marked(text: str) -> str:

@@ -125,7 +125,9 @@ def points(sweep: Sweep, cost: str, *, ax: Axes | None = None) -> Axes:
             axes.axhline(sweep.dense, color=DENSE, lw=0.9, ls="--", label="dense", zorder=1)
         for point in best:
             at = (100 * point.costs[cost] / point.dense_costs[cost], sweep.quality(point.judged))
-            axes.annotate(point.asked, at, (4, -9), textcoords="offset points", fontsize=6.5, color=INK)
+            # The front falls to the right where less is better: names stand on the side that it leaves free.
+            offset = (4, -9) if sweep.higher_is_better else (4, 4)
+            axes.annotate(point.asked, at, offset, textcoords="offset points", fontsize=6.5, color=INK)
         axes.set_xlim(0, 105)
         axes.set_xlabel(f"{'measured time' if cost == 'milliseconds' else cost_label(cost)}, % of dense")
         axes.set_ylabel(sweep.judged_by if sweep.dense is not None else f"{sweep.judged_by}, %")

@@ -22,7 +22,7 @@ from spectrim.selection.plan import Plan
 T = TypeVar("T")
 LARGEST = LARGEST_PLAN + 2**20
 """Bytes of the text of a point."""
-_POINT, _PLAN = "point.json", "plan.json"
+POINT, _PLAN = "point.json", "plan.json"
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ class Point:
             Plan.read(Path(folder) / _PLAN)
         except (FileNotFoundError, PlanError) as error:
             self.plan.write(Path(folder) / _PLAN)
-            return f"{error}; it was written again" if isinstance(error, PlanError) else ""
+            return f"{error.said}; it was written again" if isinstance(error, PlanError) else ""
         return ""
 
     def write(self, folder: str | Path) -> None:
@@ -148,7 +148,7 @@ class Point:
         text = msgspec.json.encode(record | {"plan": msgspec.Raw(self.plan.to_json(lines=False).encode())})
         text = msgspec.json.encode(sealed(msgspec.json.decode(text)))
         self.plan.write(Path(folder) / _PLAN)
-        write_text(Path(folder) / _POINT, msgspec.json.format(text, indent=1).decode() + "\n")
+        write_text(Path(folder) / POINT, msgspec.json.format(text, indent=1).decode() + "\n")
 
     @classmethod
     def read(cls, folder: str | Path) -> Point:
@@ -167,7 +167,7 @@ class Point:
             plan = Plan.from_json(msgspec.json.encode(record.get("plan")))
             return dataclasses.replace(converted(record | {"plan": _NO_PLAN}, cls, "a point of a sweep"), plan=plan)
 
-        return read_document(Path(folder) / _POINT, parse, LARGEST)
+        return read_document(Path(folder) / POINT, parse, LARGEST)
 
 
 _FIELDS = tuple(each.name for each in dataclasses.fields(Point) if each.name != "plan")
@@ -200,7 +200,7 @@ def finished(folder: str | Path) -> Iterable[Point]:
     PlanError
         If a file of one is something else; the message names it.
     """
-    return [Point.read(file.parent) for file in sorted(Path(folder).glob(f"*/{_POINT}"))]
+    return [Point.read(file.parent) for file in sorted(Path(folder).glob(f"*/{POINT}"))]
 
 
 def converted(record: Mapping[str, Any], kind: type[T], what: str) -> T:

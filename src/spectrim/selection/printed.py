@@ -28,6 +28,7 @@ from spectrim.selection.plan import Entry, Plan
 # Losses that a printed table tells what remains at.
 _LOSSES = (0.01, 0.05)
 _NAME = 32  # columns of a layer's name beside its choice
+_HEADER = [("(all else)", "holds the header of the file, too, which tells of the layers that are new and of the plan")]
 _LOST = {
     "output energy": "share of the energy of a layer's outputs, around their mean, on the calibration samples",
     "weighted output energy": "share of the energy of a layer's outputs, weighed by what they do to the network's",
@@ -82,6 +83,7 @@ def plan_grid(plan: Plan, most: int = MOST, where: str = "plan.rows()") -> Grid:
     if any(rest.dense_costs[cost] or rest.costs[cost] for cost in shown):
         lines.append(rest)
     whole = _Line("whole network", "", plan.costs, plan.dense_costs)
+    grown = "bytes" in shown and rest.costs["bytes"] > rest.dense_costs["bytes"]
     left = ["of dense", "", "", *(share(plan.costs[cost], plan.dense_costs[cost]) for cost in shown)]
     layers = sum(len(entry.sites) for entry in plan if not entry.of_channels)
     title = [f"{plan.changed:,} of {count(layers, 'layer')} changed"]
@@ -92,7 +94,7 @@ def plan_grid(plan: Plan, most: int = MOST, where: str = "plan.rows()") -> Grid:
         [whole.cells(shown), left],
         title="; ".join(title),
         notes=tuple(_plan_notes(plan, where)),
-        words=[*(_lost(plan.unit) if plan.changed else []), *legend(line.choice for line in lines)],
+        words=[*(_lost(plan.unit) if plan.changed else []), *legend(line.choice for line in lines), *_HEADER[:grown]],
     )
 
 

@@ -42,7 +42,7 @@ from spectrim.selection.budget import COSTS, OTHER_NAMES, Budget, BudgetLike, Li
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.front import Better, Sweep, read_summary
 from spectrim.selection.plan import Plan
-from spectrim.selection.point import LARGEST, Judged, Point, opened, sealed, standard_error
+from spectrim.selection.point import LARGEST, POINT, Judged, Point, opened, sealed, standard_error
 from spectrim.selection.selectors import Selector, exact
 from spectrim.tables import tabulate
 from spectrim.train.loop import Evaluate
@@ -55,6 +55,8 @@ Budgets = str | tuple[str, Sequence[float]] | Sequence[BudgetLike]
 FineTune = Callable[[nn.Module, Path | None], Any]
 _RUN, _MODEL, _TUNING, _FORMER = "run.json", "model.safetensors", "tuning.safetensors", "former.safetensors"
 _CONTENTS = "the calibration data"
+_USUAL = {"runtime": "eager", "--runtime": "eager"}  # of which folders from before say nothing
+_UNKNOWN = "give another folder, or delete the folders of points and that file to sweep anew"
 _RANDOM = (
     "the calibration data are other samples in every reading, so that it is not known whether they are those of the "
     "points that were there"
@@ -135,7 +137,7 @@ def sweep(
         If no budget can be met.
     CheckpointError
         If the folder holds a sweep of another network, of other calibration data or with other options, or its record
-        of them is damaged, was changed or lacks its digest.
+        of them is missing or damaged, was changed or lacks its digest.
     OSError
         If the folder is a file, or nothing can be written there; before any work.
     TypeError, ValueError
@@ -168,11 +170,13 @@ def sweep(
             progress=told(progress),
         )  # fmt: skip
 
+    clock = (latency or Latency()).facts() if timed else {}
     options = {
         "layers": [site.name for site in sites], "groups": groups, "guard": guard, "costs": sorted(costs or ()),
         "methods": None if methods is None else [method.record() for method in methods], "rows": rows,
         "selector": getattr(selector, "__name__", str(selector)),
-        **({} if latency is None else latency.runs.facts()),  # nothing of eager: folders from before have none
+        "runtime": "eager", **({} if latency is None else latency.runs.facts()),
+        **{name: clock[name] for name in ("device", "threads", "batch") if timed},
     }  # fmt: skip
     run = Sweeping(
         model, prepared, methods=methods, guard=guard, costs=costs, selector=selector, forward=feed, evaluate=evaluate,
@@ -411,7 +415,7 @@ class Sweeping:
         except FileNotFoundError:
             return None, ""
         except PlanError as error:
-            why = str(error)
+            why = error.said
         if (place / _MODEL).exists():
             os.replace(place / _MODEL, place / _FORMER)
             why += f"; the weights that were beside it are now {_FORMER}"
@@ -456,7 +460,7 @@ class Sweeping:
         except FileNotFoundError:
             pass
         except PlanError as error:
-            notes.append(f"{error}; it was written again")
+            notes.append(f"{error.said}; it was written again")
         return tuple(_told(note) for note in notes)
 
     def _then(self) -> dict[str, Any]:
@@ -465,12 +469,14 @@ class Sweeping:
         try:
             return read_document(self.folder / _RUN, lambda text: opened(text, "the record of a sweep"), LARGEST)
         except FileNotFoundError:
-            return {}
-        except PlanError as error:
+            points = sorted(self.folder.glob(f"*/{POINT}"))
+            if not points:
+                return {}
             raise CheckpointError(
-                f"{error}. It is damaged or was changed, so that nothing says what sweep the folder holds: delete "
-                "that file if it is this one, or give another folder"
-            ) from error
+                f"{self.folder / _RUN} is missing, which says what sweep {points[0]} is of: {_UNKNOWN}"
+            ) from None
+        except PlanError as error:
+            raise CheckpointError(f"{error.said}. {_UNKNOWN[0].upper()}{_UNKNOWN[1:]}") from error
 
     def _record(self, values: Mapping[str, Any]) -> None:
         """Add to what the folder is known to hold. What is asked for since, such as training, is no other sweep.
@@ -483,9 +489,10 @@ class Sweeping:
         if self.folder is None:
             return
         then, now = self._then(), json.loads(json.dumps(dict(values), default=str))
-        changed = [name for name in now if name in then and not _same(then[name], now[name])]
+        was = _USUAL | then if then else {}
+        changed = [name for name in now if name in was and not _same(was[name], now[name])]
         if changed:
-            told = "; ".join(f"{name} was {then[name]!r:.80} and is {now[name]!r:.80}" for name in changed)
+            told = "; ".join(f"{name} was {was[name]!r:.80} and is {now[name]!r:.80}" for name in changed)
             raise CheckpointError(
                 f"{str(self.folder)!r} holds another sweep: {told}. Give the same arguments to go on, or another folder"
             )

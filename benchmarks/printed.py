@@ -1,0 +1,39 @@
+"""Pages whose code blocks are followed by what they print: run, and written into the page.
+
+python -m benchmarks.printed [PAGE ...]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import sys
+from pathlib import Path
+
+from benchmarks.environment import ROOT
+
+PAGES = (ROOT / "docs" / "tutorials" / "what-each-method-is-for.md",)
+_BLOCK = re.compile(r"^(```python\n(.*?)^```\n)(?:\n```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
+
+
+def shown(text: str) -> list[tuple[str, str]]:
+    """Each block of code of a page with the output that stands below it, empty where none does."""
+    return [(source, output or "") for _, source, output in _BLOCK.findall(text)]
+
+
+def printed(text: str) -> str:
+    """A page with what its blocks print, run in turn in one namespace."""
+    namespace: dict[str, object] = {"__name__": "__main__"}
+
+    def run(block: re.Match[str]) -> str:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile(block[2], "page", "exec"), namespace)
+        return f"{block[1]}\n```text\n{out.getvalue()}```\n" if out.getvalue() else block[1]
+
+    return _BLOCK.sub(run, text)
+
+
+if __name__ == "__main__":
+    for page in [Path(name) for name in sys.argv[1:]] or PAGES:
+        page.write_text(printed(page.read_text(encoding="utf-8")), encoding="utf-8")
