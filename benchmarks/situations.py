@@ -32,7 +32,7 @@ from benchmarks.situation_table import COMPRESSED, REFUSED, SITUATIONS, Situatio
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.nesting import output_tensors
 
-for _table in ("held", "passed", "layers", "states"):
+for _table in ("held", "passed", "layers", "states", "borrowed"):
     importlib.import_module(f"benchmarks.situations_{_table}")
 
 ARMS: dict[str, tuple[str, list[st.Method] | None]] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -61,3 +63,43 @@ def test_a_spectral_norm_in_training_is_not_moved_by_looking_at_it() -> None:
     )
     assert model.training
     assert model[0].parametrizations.weight.training
+
+
+class OfOneImageEach(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(24, 24, 3, padding=1)
+
+    def forward(self, images: list[Tensor]) -> Tensor:
+        return torch.cat([F.relu(self.b(F.relu(self.a(image[None])))).mean((2, 3)) for image in images])
+
+
+def test_images_of_other_sizes_are_counted_at_mean_sides_which_is_no_fault() -> None:
+    batches = [[torch.randn(3, 3, width) for width in (5, 4, 6, 7)] for _ in range(2)]
+    torch.manual_seed(0)
+    sites = st.calibrate(model := OfOneImageEach(), st.find(model), batches)
+    # 5.5 columns are counted as 6 or 5, and what goes with them.
+    assert sites["b"].spec.inputs in (((3, 6),), ((3, 5),))
+    result = st.compress(model, batches, st.Budget(macs=0.4), reconstruct=False)
+    assert result.plan.ratio("macs") > 2
+    assert result.model(batches[0]).shape == (4, 24)
+
+
+def test_weights_made_in_inference_mode_are_refused_before_the_work(tmp_path: Path) -> None:
+    result = st.compress(Two(), BATCHES, st.Budget(macs=0.8))
+    st.save(result, tmp_path / "small.safetensors")
+    with torch.inference_mode():
+        made = Two()
+    for verb in (lambda: st.compress(made, BATCHES, "macs=80%"), lambda: st.load(made, tmp_path / "small.safetensors")):
+        with pytest.raises(st.UnsupportedLayerError, match=r"'a.weight' .*inference_mode.*copy.deepcopy"):
+            verb()
+    assert st.compress(copy.deepcopy(made), BATCHES, "macs=80%").plan.ratio("macs") > 1.2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_no_file_could_hold_afterwards_is_refused_before_the_work() -> None:
+    if not {"fbgemm", "qnnpack", "x86"} & set(torch.backends.quantized.supported_engines):
+        pytest.skip("no quantised kernels on this machine")
+    model = nn.Sequential(Two(), torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.LSTM(32, 8)), {nn.LSTM})[0])
+    with pytest.raises(st.CheckpointError, match=r"state '1\..*compress the network before it is quantised"):
+        st.compress(model, BATCHES, st.Budget(macs=0.8))

@@ -17,6 +17,7 @@ from spectrim.methods import Method, on_offer
 from spectrim.network.sites import Sites
 from spectrim.nn.agreement import check_comparable
 from spectrim.nn.agreement import output_error as output_error
+from spectrim.nn.checkpoint import check_savable
 from spectrim.nn.find import Which, check_model
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
@@ -158,6 +159,7 @@ def compress(
     differs by chance, the more the fewer samples there are. Where none holds, the dense network is returned.
     """
     check_model(model)
+    check_savable(model)
     judge = Judge.of(evaluate, better)
     tolerance = Tolerance.of(max_drop, min_agreement, judge)
     stated = _stated(budget, tolerance, cost)
