@@ -89,7 +89,7 @@ class Seen:
     outputs
         All tensors it gave.
     rounded
-        Share of the MACs by which whole numbers of rows may be off.
+        MACs of a sample by which a count at mean sides may be off.
     """
 
     calls: Counter[str]
@@ -184,9 +184,10 @@ def _run(model: nn.Module, batch: Any, names: Sequence[str], feed: Feed) -> Seen
     ]
     with counting(model) as work, observe(model, hooks, forward=feed) as running:
         outputs = output_tensors(running(batch))
-    rounded = _MEAN_SIDES if any(len(set(each)) > 1 for each in shapes.values()) else _ROWS
     calls = Counter({name: len(each) for name, each in shapes.items()})
-    return Seen(calls, work.macs / feed.layout.size(batch), outputs, rounded)
+    each_sample = work.macs / feed.layout.size(batch)
+    several_sizes = any(len(set(each)) > 1 for each in shapes.values())
+    return Seen(calls, each_sample, outputs, _MEAN_SIDES * each_sample if several_sizes else 0.0)
 
 
 def _calls(dense: nn.Module, before: Seen, now: Seen, batch: Any, feed: Feed) -> Iterator[str]:
@@ -223,12 +224,12 @@ def _work(expected: Expected, before: Seen, now: Seen) -> Iterator[str]:
     told = expected.dense.get("macs")
     if told is None or now.calls != before.calls:
         return
-    if not math.isclose(before.macs, told, rel_tol=before.rounded):
+    if not math.isclose(before.macs, told, rel_tol=_ROWS, abs_tol=before.rounded):
         yield (
             f"the MACs of the finished network were not checked: a sample of this batch takes {before.macs:,.0f} in "
             f"the dense network, one of the calibration's first batch {told:,.0f}"
         )
-    elif not math.isclose(now.macs, expected.planned["macs"], rel_tol=before.rounded):
+    elif not math.isclose(now.macs, expected.planned["macs"], rel_tol=_ROWS, abs_tol=before.rounded):
         raise ProofError(
             f"the compressed network takes {now.macs:,.0f} MACs a sample where its plan counts "
             f"{expected.planned['macs']:,.0f}: is the weight of a replaced layer ({_some(tuple(now.calls))}) read by "
