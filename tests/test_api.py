@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -66,7 +67,8 @@ def test_rows_have_the_dense_option_first_and_others_that_save(name: str) -> Non
     table = tabulate(sites)
     assert [row.site for row in table] == [site.name for site in sites]
     assert table.unit == "output energy"
-    assert set(table.methods) == {"ActivationSVD", "WeightSVD"}
+    methods = {method.name: method for method in default_methods(sites)}
+    assert set(table.methods) == set(methods) == {"ActivationSVD", "WeightSVD", "ActivationTucker2"}
     functions = {"parameters": parameters, "bytes": size_bytes, "macs": macs}
     for row, site in zip(table, sites, strict=True):
         assert row.options[0].choice.is_dense
@@ -76,10 +78,14 @@ def test_rows_have_the_dense_option_first_and_others_that_save(name: str) -> Non
         for option in row.options[1:]:
             assert not option.choice.is_dense
             assert any(option.costs[cost] < row.dense.costs[cost] for cost in functions)
-            method = {"ActivationSVD": st.ActivationSVD, "WeightSVD": st.WeightSVD}[option.choice.method]()
-            specs = method.layers(site, option.choice)
+            specs = methods[option.choice.method].layers(site, option.choice)
             assert option.costs == {cost: function(specs) for cost, function in functions.items()}
         assert {key.split("/")[0] for key in row.spectra} == {"ActivationSVD", "WeightSVD"}
+    offered = {row.site: {option.choice.method for option in row.options} for row in table}
+    for site in sites:
+        assert ("ActivationTucker2" in offered[site.name]) == (
+            math.prod(site.spec.kernel) > 1 and site.spec.groups == 1
+        )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -123,7 +129,8 @@ def test_costs_of_ones_own_and_progress() -> None:
     table = tabulate(sites, costs={"layers": len}, progress=lambda *report: told.append(report))
     assert told == [("tabulate", 1, 3), ("tabulate", 2, 3), ("tabulate", 3, 3)]
     for row in table:
-        assert [o.costs["layers"] for o in row.options] == [1] + [2] * (len(row.options) - 1)
+        layers = [1 if o.choice.is_dense else 3 if o.choice.kind == "tucker" else 2 for o in row.options]
+        assert [o.costs["layers"] for o in row.options] == layers
     assert table.dense["layers"] == 3
 
 

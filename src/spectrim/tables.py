@@ -11,7 +11,7 @@ from spectrim.cost import counted
 from spectrim.cost.latency import Latency
 from spectrim.cost.whole import Network
 from spectrim.errors import called_as
-from spectrim.methods import ActivationSVD, Curve, JointSVD, Method, WeightSVD, on_offer
+from spectrim.methods import ActivationSVD, ActivationTucker2, Curve, JointSVD, Method, WeightSVD, on_offer
 from spectrim.network.choices import DENSE, Choice
 from spectrim.network.sites import Channels, Site, Sites
 from spectrim.progress import Progress, reports, told
@@ -40,8 +40,8 @@ def tabulate(
     sites
         From :func:`spectrim.calibrate`, or from :func:`spectrim.find` for data-free methods without MACs.
     methods
-        By default ``ActivationSVD()`` and ``WeightSVD()`` after calibration, ``WeightSVD()`` before; with groups
-        (:func:`spectrim.group`) also ``JointSVD`` with a left- and a right-shared factor.
+        By default ``ActivationSVD()``, ``WeightSVD()`` and ``ActivationTucker2()`` after calibration, ``WeightSVD()``
+        before; with groups (:func:`spectrim.group`) also ``JointSVD`` with a left- and a right-shared factor.
     latency
         Measures milliseconds as a further cost.
     dense_latency
@@ -112,9 +112,9 @@ def tabulate(
 
 
 def default_methods(sites: Sites) -> list[Method]:
-    """Low rank: both methods where every site holds moments, else the data-free one; joint ones with groups."""
+    """Low rank: by data, too, where every site holds moments; joint ones with groups."""
     calibrated = all(site.statistics for site in sites)
-    methods: list[Method] = [ActivationSVD(), WeightSVD()] if calibrated else [WeightSVD()]
+    methods: list[Method] = [ActivationSVD(), WeightSVD(), ActivationTucker2()] if calibrated else [WeightSVD()]
     return [*methods, JointSVD("left"), JointSVD("right")] if sites.groups else methods
 
 

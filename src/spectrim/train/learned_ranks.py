@@ -28,7 +28,7 @@ from spectrim.application import Applied, carry_out
 from spectrim.cost.counted import Cost
 from spectrim.cost.latency import Latency
 from spectrim.errors import CheckpointError, MissingMomentsError, PlanError
-from spectrim.methods import Method, as_methods, from_record
+from spectrim.methods import ActivationSVD, Method, WeightSVD, as_methods, from_record
 from spectrim.network.choices import Choice
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Site, Sites, Statistics
@@ -43,7 +43,7 @@ from spectrim.selection.budget import Budget, BudgetLike
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
 from spectrim.selection.trajectory import Record, Trajectory
-from spectrim.tables import default_methods, tabulate
+from spectrim.tables import tabulate
 from spectrim.train import randomness, rank_tables
 from spectrim.train.c_step import CStep
 from spectrim.train.rank_tables import ZERO
@@ -83,8 +83,8 @@ class LearnedRanks:
         :class:`~spectrim.methods.LowRankPlusSparse` among them copies may be sums of a low-rank and a sparse weight;
         a C step then takes as long as a table of that method does.
     start
-        Methods of the first C step alone. By default those of :func:`spectrim.compress` if the sites are calibrated and
-        a budget is given, so that the first low-rank copy is a good network; else ``methods``.
+        Methods of the first C step alone. By default truncated SVDs by weight and by data if the sites are calibrated
+        and a budget is given, so that the first low-rank copy is a good network; else ``methods``.
     energy
         ``"weight"`` measures errors in weight energy, as the paper does. ``"output"`` measures them in the energy of
         the layer's responses at calibration, weighed by sensitivity where the sites hold it.
@@ -199,7 +199,7 @@ class LearnedRanks:
         )
         if start is None:
             warm = budget is not None and all(site.statistics for site in sites)
-            start = default_methods(sites) if warm else self.methods
+            start = [ActivationSVD(), WeightSVD()] if warm else self.methods
         begin = time.perf_counter()
         # Seen now, and not after an epoch: the methods of all C steps but the first must meet the budget as well.
         plan = self._c_step.choose(now, self.mu)
