@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from spectrim.linalg import admm, sparse
+from spectrim.linalg import additive, admm, sparse
 from spectrim.linalg.low_rank_steps import Greedy
 from spectrim.linalg.metric import Full, Metric, Plain, Rows, Slices
-from spectrim.linalg.patterns import pattern
+from spectrim.linalg.patterns import largest, pattern
 from spectrim.linalg.sparse import Quadratic
 from spectrim.linalg.unfold import unfolding
 
@@ -63,7 +63,8 @@ def test_more_turns_find_better_entries_than_thresholding_of_gradients(rank: int
         error, step = Quadratic(seen), Greedy(seen)
         lost = {}
         for turns in (4, 40):
-            product, weight, mask = admm.search(target, error, step, rank, UNSTRUCTURED, 0.2, (40,), turns=turns)
+            found = admm.search(target, error, step, rank, UNSTRUCTURED, 0.2, (40,), turns=turns)
+            product, weight, mask = found.product, found.weight, found.mask
             assert int(mask.sum()) == 192
             assert not weight[~mask].any()
             rest = target if product is None else target - product.weight
@@ -87,5 +88,24 @@ def test_what_cannot_change_ends_the_search() -> None:
     found = admm.search(
         random(1, 4, N), Quadratic(seen), Counted(seen), 1, pattern("taps-1x2@0x0"), 0.5, KERNEL, turns=40
     )
-    assert int(found[2].sum()) == 24
+    assert int(found.mask.sum()) == 24
     assert len(calls) <= 4
+
+
+def test_a_path_goes_on_from_its_last_point_and_loses_about_what_fits_from_nothing_do() -> None:
+    target, seen = random(1, 24, 40), Full(moment(1, 40, seed=9) + 0.3)
+    error, step = Quadratic(seen), Greedy(seen)
+    points = [(0, 0.1), (1, 0.2), (2, 0.3), (0, 0.2)]
+    fits = list(additive.path(target, error, step, points, UNSTRUCTURED, (40,), turns=16, between=6))
+    for (rank, density), fit in zip(points, fits, strict=True):
+        alone = additive.decompose(
+            target, error, step, rank, UNSTRUCTURED, density, (40,), alternation=additive.Alternation(16, polish=0)
+        )
+        assert int(fit.sparse.mask.sum()) == round(density * 960)
+        assert fit.error < 1.2 * alone.error
+
+
+def test_of_equal_scores_the_first_are_the_largest() -> None:
+    scores = torch.tensor([[0.0, 2.0, 1.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0, 3.0]])
+    wanted = torch.tensor([[False, True, True, True, False], [True, True, True, False, False]])
+    assert torch.equal(largest(scores, 3), wanted)

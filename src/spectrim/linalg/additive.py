@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,13 +133,55 @@ def decompose(
     """
     if start is None and pattern.kept((target.shape[0], target.shape[1], *kernel), density):
         first = admm.FIRST / 10 if cautious else admm.FIRST
-        return _searched(target, error, step, rank, (pattern, density, kernel), alternation, first)
+        sized = pattern, density, kernel
+        found = admm.search(target, error, step if rank else None, rank, *sized, turns=alternation.turns, first=first)
+        return _valued(target, error, step, found, sized, alternation)
     shape = (target.shape[0], target.shape[1], *kernel)
     part = _SparsePart(target, error, pattern, density, kernel, cautious)
     if not rank:
         found = part.alone(start, alternation)
         return Additive(None, found, (found.error,), True)
     return _by_turns(target, error, step, rank, part, start, alternation, alone=not pattern.kept(shape, density))
+
+
+# Up to this density neighbours on a path are close.
+_SPARSE = 0.25
+
+
+def path(
+    target: Float[Tensor, "g o n"],
+    error: Quadratic,
+    step: LowRankStep,
+    points: Iterable[tuple[int, float]],
+    pattern: Pattern,
+    kernel: tuple[int, ...],
+    *,
+    turns: int,
+    between: int,
+) -> Iterator[Additive]:
+    """Fits of one rank and density after the other, as :func:`decompose` without polish, but fast.
+
+    Parameters
+    ----------
+    target, error, step, pattern, kernel
+        As there.
+    points
+        Ranks and densities, these above 0. Where neither falls from one point to the next, the search goes on from the
+        last one's; not at densities above a quarter, where little is lost and six turns find a multiple of it.
+    turns, between
+        Of a search from nothing, and of one that goes on. With 0 none does, and each is that of :func:`decompose`.
+    """
+    found, last = None, (0, 0.0)
+    for rank, density in points:
+        near = last[1] <= density <= _SPARSE and rank >= last[0]
+        goes_on = between and near and found is not None
+        found = admm.search(
+            target, error, step if rank else None, rank, pattern, density, kernel,
+            turns=between if goes_on else turns, first=admm.NEXT if goes_on else admm.FIRST,
+            start=found if goes_on else None, relax=admm.RELAX if between else 1.0,
+        )  # fmt: skip
+        last = rank, density
+        yield _valued(target, error, step, found, (pattern, density, kernel), Alternation(polish=0))
 
 
 def _by_turns(
@@ -201,19 +244,16 @@ def _by_turns(
     return _polished(target, error, step, best, errors, polish, alternation.tolerance, converged=converged)
 
 
-def _searched(
+def _valued(
     target: Tensor,
     error: Quadratic,
     step: LowRankStep,
-    rank: int,
+    found: admm.Found,
     sized: tuple[Pattern, float, tuple[int, ...]],
     alternation: Alternation,
-    first: float,
 ) -> Additive:
-    """Both parts from nothing: which entries stay, a last exchange of single ones, and the values."""
-    product, weight, mask = admm.search(
-        target, error, step if rank else None, rank, *sized, turns=alternation.turns, first=first
-    )
+    """Both parts of a search: a last exchange of single entries, and the values."""
+    product, weight, mask = found.product, found.weight, found.mask
     seen = error if product is None else step.eliminated(product)
     if alternation.polish:
         start = Sparse(weight, mask, math.inf)

@@ -14,8 +14,10 @@ what it will make up for.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from spectrim.linalg.low_rank_steps import LowRankStep, Product
@@ -24,6 +26,30 @@ from spectrim.linalg.sparse import Quadratic, threshold
 
 # Penalties of the first and of the last turn, in shares of the curvature of an entry.
 FIRST, LAST = 0.04, 1.0
+# The first one where the search goes on from a neighbour's.
+NEXT = 0.2
+# Over-relaxation of a path.
+RELAX = 1.5
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a search found, and where another may go on.
+
+    Attributes
+    ----------
+    product
+        The low-rank part, or None.
+    weight, mask
+        The sparse weight. Its values want to be fitted (:func:`spectrim.linalg.sparse.solve`).
+    multiplier
+        ``M``.
+    """
+
+    product: Product | None
+    weight: Float[Tensor, "g o n"]
+    mask: Bool[Tensor, "g o n"]
+    multiplier: Float[Tensor, "g o n"]
 
 
 def search(
@@ -37,7 +63,9 @@ def search(
     *,
     turns: int,
     first: float = FIRST,
-) -> tuple[Product | None, Float[Tensor, "g o n"], Tensor]:
+    start: Found | None = None,
+    relax: float = 1.0,
+) -> Found:
     """Find a low-rank and a sparse weight.
 
     Parameters
@@ -54,19 +82,22 @@ def search(
         Over which the penalty grows: more of them find better entries.
     first
         The first penalty, as a share of the curvature of an entry.
-
-    Returns
-    -------
-    product, weight, mask
-        The low-rank part (None without), and the sparse weight with its mask. Their values want to be fitted
-        (:func:`spectrim.linalg.sparse.solve`).
+    start
+        To go on from, of at most that rank and density; nothing if None.
+    relax
+        Over-relaxation: so much of the way of ``W`` from ``S`` (Eckstein and Bertsekas 1992).
     """
     ridge = error.ridge
     units = ridge.units
     wanted = target * units
-    sparse, multiplier = torch.zeros_like(wanted), torch.zeros_like(wanted)
-    product = step(target, rank, None) if step is not None and rank else None
-    mask = torch.zeros_like(wanted, dtype=torch.bool)
+    if start is None:
+        mask, product = torch.zeros_like(wanted, dtype=torch.bool), None
+        sparse, multiplier = torch.zeros_like(wanted), torch.zeros_like(wanted)
+    else:
+        mask, product = start.mask, start.product
+        sparse, multiplier = start.weight * units, start.multiplier
+    if rank and step is not None and (product is None or product.factors[0].shape[2] < rank):
+        product = step(target - sparse / units, rank, product if step.grows else None)
     penalty, growth = first, (LAST / first) ** (1 / max(1, turns - 1))
     calm = 0
     for _ in range(turns):
@@ -77,16 +108,15 @@ def search(
                 rest = rest - product.weight * units
             else:
                 solve = following
-        free = solve(rest, penalty)
-        free += sparse
+        free = solve(rest, penalty).mul_(relax).add_(sparse).add_(multiplier, alpha=1 - relax)
         before, mask = mask, threshold(free.square(), pattern, density, kernel)
         sparse = free * mask
         # The multiplier is held in units of the penalty.
-        multiplier = (free - sparse) / growth
+        multiplier = free.sub_(sparse).div_(growth)
         penalty *= growth
         if step is not None and product is not None:
             product = step(target - sparse / units, rank, product)
         calm = calm + 1 if torch.equal(mask, before) else 0
         if calm == 2:
             break
-    return product, sparse / units, mask
+    return Found(product, sparse / units, mask, multiplier)

@@ -23,8 +23,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
+
+from spectrim.linalg.unfold import Unfolding, fold, unfold
 
 
 @dataclass(frozen=True)
@@ -75,11 +79,12 @@ class Pattern(ABC):
         """Mask ``[g, o, i, *k]`` of the entries that stay: the units of the largest sums of scores in each pool."""
         shape = tuple(scores.shape)
         opened = self.open(scores)
-        count = self.kept(shape, density)
-        mask = torch.zeros(opened.shape[:2], dtype=torch.bool, device=scores.device)
-        if count:
-            mask.scatter_(1, opened.sum(-1).topk(count, dim=1, sorted=False).indices, True)
+        mask = largest(opened.sum(-1) if opened.shape[2] > 1 else opened.squeeze(2), self.kept(shape, density))
         return self.close(mask.unsqueeze(-1).expand(opened.shape), shape)
+
+    def unfolded(self, how: Unfolding, shape: Sequence[int]) -> Pattern:
+        """The pattern of a weight of that shape that is held as ``[g, (o, k_rest), (i, k_S)]``."""
+        return _Unfolded(self, how, tuple(shape))
 
     def units(self, mask: Tensor) -> Tensor:
         """A mask's units as one flat row of flags, pool after pool. A unit with any entry is there as a whole."""
@@ -92,6 +97,28 @@ class Pattern(ABC):
 
 
 @dataclass(frozen=True)
+class _Unfolded(Pattern):
+    """A pattern of a weight that is held as rows ``(o, k_rest)`` over ``(i, k_S)``."""
+
+    pattern: Pattern
+    how: Unfolding
+    shape: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        return self.pattern.name
+
+    def size(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        return self.pattern.size(self.shape)
+
+    def kept(self, shape: Sequence[int], density: float) -> int:
+        return self.pattern.kept(self.shape, density)
+
+    def keep(self, scores: Tensor, density: float) -> Tensor:
+        return unfold(self.pattern.keep(fold(scores.mT, self.how, self.shape[1:]), density), self.how).mT
+
+
+@dataclass(frozen=True)
 class Unstructured(Pattern):
     """Any entries of the layer."""
 
@@ -101,6 +128,9 @@ class Unstructured(Pattern):
 
     def size(self, shape: Sequence[int]) -> tuple[int, int, int]:
         return 1, math.prod(shape), 1
+
+    def unfolded(self, how: Unfolding, shape: Sequence[int]) -> Pattern:
+        return self
 
 
 @dataclass(frozen=True)
@@ -260,6 +290,20 @@ class Taps(Pattern):
         if density > 0:
             mask[(..., *self.box)] = True
         return mask
+
+
+def largest(scores: Float[Tensor, "pools units"], count: int) -> Bool[Tensor, "pools units"]:
+    """Mask of so many largest scores of each pool; of equal ones those that come first."""
+    if not count:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    # NumPy's selection takes a tenth of the time of topk.
+    least = torch.from_numpy(np.partition(scores.detach().cpu().numpy(), -count, axis=1)[:, -count, None].copy())
+    least = least.to(scores.device)
+    mask = scores >= least
+    if bool((mask.sum(1) > count).any()):
+        tied, above = scores == least, scores > least
+        mask = above | (tied & (tied.cumsum(1) <= count - above.sum(1, keepdim=True)))
+    return mask
 
 
 def taps(scores: Tensor) -> tuple[Taps, ...]:

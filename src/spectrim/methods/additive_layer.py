@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from spectrim.linalg import lowrank
 from spectrim.linalg.additive import Additive
 from spectrim.linalg.low_rank_steps import Exact, Greedy, LowRankStep, Product, Split
 from spectrim.linalg.metric import Metric, Plain, Rows
+from spectrim.linalg.patterns import Pattern
 from spectrim.linalg.sketch import Sketch
 from spectrim.linalg.sparse import Quadratic
-from spectrim.linalg.unfold import Unfolding, unfolding
+from spectrim.linalg.unfold import Unfolding, fold, unfold, unfolding
 from spectrim.methods import statistics
 from spectrim.methods.statistics import Standard
 from spectrim.network.sites import Layer
+
+# Arrays that hold a layer's rows as they are.
+_WHOLE = Unfolding("channel", ())
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,8 +36,12 @@ class AdditiveLayer:
     ----------
     units
         The layer in its own units.
+    held
+        Unfolding of which the arrays are rows ``(o, k_rest)`` over ``(i, k_S)``. It is that of the low-rank part where
+        all slices have one moment: a split kernel is then one that projects its outputs, like any other. Else
+        ``channel``.
     target
-        The weight as ``[g, o, (i, *k)]``.
+        The weight as ``[g, (o, k_rest), (i, k_S)]``.
     error
         What is minimised: lost responses, or lost weights without calibration.
     step
@@ -42,6 +52,7 @@ class AdditiveLayer:
 
     units: Standard
     how: Unfolding
+    held: Unfolding
     target: Tensor
     error: Quadratic
     step: LowRankStep
@@ -56,29 +67,36 @@ class AdditiveLayer:
 
     @classmethod
     def of(cls, site: Layer, how: Unfolding, *, exact: bool = False) -> AdditiveLayer:
-        g, o, *_ = site.spec.shape
         units = Standard.of(site)
         metric, mean = _metric(units, how)
-        split = None if how.name == "channel" else metric.sliced(how)
-        metric = split or metric
         # Layers of millions of weights, whose metrics are rows, are fitted in float32: half the memory and time.
-        target = units.own_weight.to(metric.dtype).reshape(g, o, -1)
-        root = None if units.root is None else units.root.to(metric.dtype)
+        dtype, root, held = metric.dtype, units.root, _WHOLE
+        split = None if how.name == "channel" else metric.sliced(how)
+        if split is not None:
+            metric = split
+        if split is not None and split.separates:
+            metric, held = split.averaged, how
+            if root is not None:
+                each = torch.eye(split.slices, dtype=root.dtype, device=root.device)
+                root = torch.einsum("gab,qs->gaqbs", root, each).flatten(3).flatten(1, 2)
+        root = None if root is None else root.to(dtype)
         outer = None if root is None else root.mT @ root
-        step: LowRankStep = Split(split, root) if split else (Exact if exact else Greedy)(metric, root)
-        return cls(units, how, target, Quadratic(metric, outer), step, mean)
+        projecting: LowRankStep = (Exact if exact else Greedy)(metric, root)
+        step = projecting if split is None or held is how else Split(split, root)
+        return cls(units, how, held, _rows(units.own_weight.to(dtype), held), Quadratic(metric, outer), step, mean)
 
     def single(self) -> AdditiveLayer:
         """The same in float32, at half the time: exact enough to tell choices apart, since channels have unit variance.
 
         Of a split kernel, whose normal equations ask for more digits, it is the layer as it is.
         """
-        if not isinstance(self.step, Greedy):
+        if not isinstance(self.step, Greedy | Exact):
             return self
         metric, root = self.error.metric.single(), self.step.root
         root = None if root is None else root.float()
         error = Quadratic(metric, None if root is None else root.mT @ root)
-        return dataclasses.replace(self, target=self.target.float(), error=error, step=Greedy(metric, root))
+        step = type(self.step)(metric, root)
+        return dataclasses.replace(self, target=self.target.float(), error=error, step=step)
 
     @property
     def site(self) -> Layer:
@@ -86,21 +104,33 @@ class AdditiveLayer:
 
     @property
     def kernel(self) -> tuple[int, ...]:
-        """``(i, *k)``."""
-        return self.site.spec.shape[2:]
+        """``(i, *k)`` of what the arrays hold."""
+        return self.site.spec.shape[2:] if self.held is _WHOLE else self.target.shape[2:]
 
     @property
     def total(self) -> float:
         """Error of leaving out everything."""
         return self.error.value(self.target)
 
+    def arranged(self, pattern: Pattern) -> Pattern:
+        """A pattern of the layer as one of the arrays."""
+        return pattern if self.held is _WHOLE else pattern.unfolded(self.held, self.site.spec.shape)
+
+    def whole(self, rows: Tensor) -> Tensor:
+        """An array as a weight ``[g, o, i, *k]``."""
+        shape = self.site.spec.shape
+        return rows.reshape(shape) if self.held is _WHOLE else fold(rows.mT, self.held, shape[1:])
+
     def scores(self) -> Tensor:
-        """What each entry ``[g, o, n]`` contributes on its own."""
-        return (self.target * self.error.scale(self.target.shape[1])).square()
+        """What each entry ``[g, o, i, *k]`` contributes on its own."""
+        return self.whole((self.target * self.error.scale(self.target.shape[1])).square())
 
     def energies(self) -> Tensor:
         """Spectrum ``[g, R]`` of the low-rank problem alone, descending; for splits that of the average slice."""
-        return self.step.energies(self.target)
+        if self.held is _WHOLE:
+            return self.step.energies(self.target)
+        metric = self.error.metric.sliced(_WHOLE)
+        return lowrank.energies(self.units.mixed(self.how), metric.average)
 
     def factors(self, product: Product | None) -> tuple[Tensor, Tensor]:
         """Left ``[g, (i, k_S), r]`` and right ``[g, r, (o, k_rest)]`` of a product; of rank 0 without one."""
@@ -113,16 +143,22 @@ class AdditiveLayer:
 
     def sparse(self, found: Additive) -> Tensor:
         """The sparse weight ``[g, o, i, *k]``."""
-        return self.units.weight(found.sparse.weight.reshape(self.site.spec.shape))
+        return self.units.weight(self.whole(found.sparse.weight))
 
     def shift(self, found: Additive) -> Tensor:
         """Mean response ``[o_total]`` of what both parts leave out, for the bias."""
         if self.mean is None:
-            return self.target.new_zeros(self.target.shape[0] * self.target.shape[1])
+            return self.target.new_zeros(math.prod(self.site.spec.shape[:2]))
         rest = self.target - found.sparse.weight
         if found.product is not None:
             rest = rest - found.product.weight
-        return self.units.shift(torch.einsum("gon,gn->go", rest, self.mean.to(rest.dtype)).reshape(-1))
+        lost = self.whole(rest).flatten(2)
+        return self.units.shift(torch.einsum("gon,gn->go", lost, self.mean.to(rest.dtype)).reshape(-1))
+
+
+def _rows(weight: Tensor, held: Unfolding) -> Tensor:
+    """A weight ``[g, o, i, *k]`` as rows."""
+    return weight.flatten(2) if held is _WHOLE else unfold(weight, held).mT.contiguous()
 
 
 def _known_slices(site: Layer, how: Unfolding) -> Unfolding | None:

@@ -22,6 +22,8 @@ from spectrim.network.structure import Chain, Sum
 
 # Turns of the decompositions that the curve is made of; a choice that is carried out takes more and loses less.
 _CURVE_TURNS = 16
+# Of a point that goes on from its neighbour's.
+_NEXT_TURNS = 6
 _FEWEST = 3
 # Turns of the values alone, at most, after the decomposition that is carried out.
 _POLISH = 6
@@ -37,6 +39,8 @@ _LARGE = 400_000
 _HUGE = 8_000_000
 # From this many weights on the curve is found in float32.
 _SINGLE = 2**14
+# From this many on its points go on from their neighbours.
+_PATH = 2**14
 # Up to so many weights, what is built is the better of two searches.
 _TINY = 2**11
 # With more outputs than this the spectrum, which is to look at, would take longer than the fit.
@@ -78,9 +82,9 @@ class LowRankPlusSparse(Method):
 
     Notes
     -----
-    The curve comes from few turns of the search at every point of a grid of ranks and densities; what is carried out
-    takes more and loses less. The error is the share of the layer's centred output energy lost.
-    Layers whose patches are too long for their second moment are fitted in that of their slices.
+    The curve comes from few turns of the search at every point of a grid of ranks and densities, each going on from its
+    neighbour's; what is carried out takes more and loses less. The error is the share of the layer's centred output
+    energy lost. Layers whose patches are too long for their second moment are fitted in that of their slices.
     """
 
     offers: ClassVar[type[Choice]] = SumChoice
@@ -129,18 +133,27 @@ class LowRankPlusSparse(Method):
         for number, how in enumerate(self._chosen(site)):
             layer = AdditiveLayer.of(site, how, exact=self.exact)
             total = layer.total
-            quick = _quick(layer)
             scale = statistics.scale(site, total) if site.statistics else 1.0
-            offered = [(rank, _ANY, 0.0) for rank in self._alone(site.spec, how)]
-            for pattern in self._patterns(site, layer):
-                offered += [(r, pattern, d) for r, d in self._grid(site.spec, how, pattern, first=not number)]
-            for rank, pattern, density in offered:
-                found = self._decompose(quick, rank, pattern, density, turns=min(_CURVE_TURNS, self.turns))
+            for rank, pattern, density, error in self._fits(site, layer, first=not number):
                 choices.append(self.choice(site, how, rank, pattern, density))
-                errors.append(min(1.0, found.error / total) if total > 0 else 0.0)
+                errors.append(min(1.0, error / total) if total > 0 else 0.0)
             if site.spec.shape[1] <= _WIDE:
                 spectra[how.name] = lowrank.profile(layer.energies())
         return Curve(tuple(choices), tuple(errors), unit, scale, spectra)
+
+    def _fits(self, site: Layer, layer: AdditiveLayer, *, first: bool) -> Iterator[tuple[int, Pattern, float, float]]:
+        """Ranks, patterns and densities on offer in an unfolding, with their errors."""
+        quick, turns = _quick(layer), min(_CURVE_TURNS, self.turns)
+        for rank in self._alone(site.spec, layer.how):
+            yield rank, _ANY, 0.0, self._decompose(quick, rank, _ANY, 0.0, turns=turns).error
+        for pattern in self._patterns(site, layer):
+            grid = list(self._grid(site.spec, layer.how, pattern, first=first))
+            fits = additive.path(
+                quick.target, quick.error, quick.step, grid, quick.arranged(pattern), quick.kernel,
+                turns=turns, between=min(_NEXT_TURNS, self.turns) if layer.target.numel() >= _PATH else 0,
+            )  # fmt: skip
+            for (rank, density), fit in zip(grid, fits, strict=True):
+                yield rank, pattern, density, fit.error
 
     def factorize(self, site: Layer, choice: SumChoice) -> Factors:
         spec = site.spec
@@ -155,7 +168,7 @@ class LowRankPlusSparse(Method):
         found = min(
             (
                 self._decompose(quick, choice.rank, pattern, choice.density, turns=turns, polish=_POLISH)
-                for turns in ((longest, stated) if layer.target.numel() < _TINY else (longest,))
+                for turns in ((longest, stated) if _tiny(layer) else (longest,))
             ),
             key=lambda fit: fit.error,
         )
@@ -167,7 +180,7 @@ class LowRankPlusSparse(Method):
         if choice.bias and (site.statistics or not spec.bias):
             shift = layer.shift(found).to(spec.dtype)
         dtype = spec.dtype
-        sparse, mask = layer.sparse(found), found.sparse.mask.reshape(spec.shape)
+        sparse, mask = layer.sparse(found), layer.whole(found.sparse.mask)
         return Factors(left.to(dtype), right.to(dtype), sparse.to(dtype), mask, pattern, shift, how)
 
     def layers(self, site: Layer, choice: SumChoice) -> Chain | Sum:
@@ -188,7 +201,7 @@ class LowRankPlusSparse(Method):
             layer.error,
             layer.step,
             rank,
-            pattern,
+            layer.arranged(pattern),
             density,
             layer.kernel,
             alternation=additive.Alternation(turns, self.tolerance, polish=polish),
@@ -228,7 +241,7 @@ class LowRankPlusSparse(Method):
         for name in self.patterns:
             if name == "taps":
                 if len(site.spec.kernel):
-                    found = patterns.taps(layer.scores().reshape(site.spec.shape))
+                    found = patterns.taps(layer.scores())
                     yield from (pattern for pattern in found if site.spec.allows(pattern))
             elif site.spec.allows(pattern := patterns.pattern(name)):
                 yield pattern
@@ -300,6 +313,10 @@ def _structure(
 def _quick(layer: AdditiveLayer) -> AdditiveLayer:
     """What a layer is searched in: of a large one, float32."""
     return layer.single() if layer.target.numel() >= _SINGLE else layer
+
+
+def _tiny(layer: AdditiveLayer) -> bool:
+    return layer.target.numel() < _TINY
 
 
 def _thin(spec: LayerSpec) -> int:
