@@ -12,6 +12,7 @@ from spectrim.cost.latency import Latency
 from spectrim.cost.whole import Network
 from spectrim.errors import called_as
 from spectrim.methods import ActivationSVD, ActivationTucker2, Curve, JointSVD, Method, WeightSVD, on_offer
+from spectrim.methods.statistics import shared
 from spectrim.network.choices import DENSE, Choice
 from spectrim.network.sites import Channels, Site, Sites
 from spectrim.progress import Progress, reports, told
@@ -82,7 +83,7 @@ def tabulate(
     facts = latency.facts() if latency is not None else {}
     for done, site in enumerate([*sites, *groups, *coupled]):
         fitting = [method for method in chosen if isinstance(site, method.takes)]
-        with counted.made_for(facts):
+        with counted.made_for(facts), shared():
             curves = [(method, method.curve(site)) for method in fitting]
         # A group that no method can join is nothing to choose.
         if done < len(sites) or any(curve.choices for _, curve in curves):
@@ -185,7 +186,7 @@ def retabulate(candidates: Candidates, sites: Sites, methods: Sequence[Method]) 
     places = {row.site: number for number, row in enumerate(rows)}
     for site in [*sites, *(group for group in sites.joint() if group.name in places)]:
         row = rows[places[site.name]]
-        with counted.made_for(candidates.facts):
+        with counted.made_for(candidates.facts), shared():
             curves = [(method, method.curve(site)) for method in methods if isinstance(site, method.takes)]
         errors = iter([pair for _, curve in curves for pair in zip(curve.choices, curve.errors, strict=True)])
         options = [row.dense]

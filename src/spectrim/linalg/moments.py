@@ -46,12 +46,14 @@ class Moments:
         ``[groups, features]``, float64.
     scatter
         ``[groups, features, features]``, float64: the sum of centred outer products.
+    inner
+        Features whose products with all others are kept: all of them. Of the rest (:class:`Paired`) only the variance.
     """
 
-    __slots__ = ("__weakref__", "_rounding", "count", "mean", "scatter")
+    __slots__ = ("__weakref__", "_rounding", "count", "inner", "mean", "scatter")
 
     def __init__(self, groups: int, features: int, device: torch.device | str = "cpu") -> None:
-        self.count = 0
+        self.count, self.inner = 0, features
         # Of the observations, as a share of their size.
         self._rounding = 0.0
         self.mean = torch.zeros(groups, features, dtype=torch.float64, device=device)
@@ -77,8 +79,8 @@ class Moments:
         rough = rows.mean(dim=1, keepdim=True)
         centred = rows - rough
         # The rounding of the mean leaves a remainder; taking it into account keeps the sums exact.
-        rest = centred.mean(dim=1, keepdim=True, dtype=torch.float64)
-        self._add(n, (rough + rest).squeeze(1), _products(centred))
+        rest = _mean(centred)
+        self._add(n, (rough + rest).squeeze(1), _products(centred, self.inner))
         self.scatter.baddbmm_(rest.transpose(1, 2), rest, alpha=-n)
 
     @torch.no_grad()
@@ -144,6 +146,24 @@ class Moments:
         return bool(torch.isfinite(self.mean).all() and torch.isfinite(diagonal).all())
 
 
+class Paired(Moments):
+    """Moments of vectors ``[x, y]`` without the products of different ``y``, whose cost is that of ``y`` squared.
+
+    Entries of ``scatter`` between different ``y`` hold nothing that may be read.
+
+    Parameters
+    ----------
+    inner
+        Length of ``x``.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, groups: int, features: int, inner: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(groups, features, device)
+        self.inner = inner
+
+
 def shrunk(covariance: Float[Tensor, "*g d d"], count: int) -> Float[Tensor, "*g d d"]:
     """Covariance with a little of its own variance added to every entry.
 
@@ -166,9 +186,25 @@ def ridge(count: int, features: int) -> float:
 _SMALL, _LARGE = 1e-24, 1e30
 
 
-def _products(rows: Float[Tensor, "g n d"]) -> Float[Tensor, "g d d"]:
-    """``rows^T rows``; entries whose products leave the range of float32 are multiplied in units of their own."""
-    result = _symmetric(rows)
+def _mean(rows: Float[Tensor, "g n d"]) -> Float[Tensor, "g 1 d"]:
+    """In float64. A few rows at a time are added up as they are: to convert all of them takes five times as long."""
+    g, n, d = rows.shape
+    even = n - n % _TOGETHER
+    sums = rows[:, :even].reshape(g, -1, _TOGETHER, d).sum(2) if even else rows[:, :0]
+    whole = sums.sum(1, keepdim=True, dtype=torch.float64) + rows[:, even:].sum(1, keepdim=True, dtype=torch.float64)
+    return whole / n
+
+
+# Rows whose sum loses less to rounding than the rows have lost themselves.
+_TOGETHER = 32
+
+
+def _products(rows: Float[Tensor, "g n d"], inner: int) -> Float[Tensor, "g d d"]:
+    """``rows^T rows``; entries whose products leave the range of float32 are multiplied in units of their own.
+
+    Of those behind ``inner`` the diagonal only.
+    """
+    result = _symmetric(rows, inner)
     if rows.dtype == torch.float64:
         return result
     sums = result.diagonal(dim1=-2, dim2=-1)
@@ -185,21 +221,23 @@ def _products(rows: Float[Tensor, "g n d"]) -> Float[Tensor, "g d d"]:
         return result
     unit = torch.exp2(power)
     rows = (rows.double() / unit.unsqueeze(1)).to(rows.dtype)
-    return _symmetric(rows).double() * unit.unsqueeze(2) * unit.unsqueeze(1)
+    return _symmetric(rows, inner).double() * unit.unsqueeze(2) * unit.unsqueeze(1)
 
 
 # Size of the blocks of which only those on and above the diagonal are multiplied.
 _BLOCK = 144
 
 
-def _symmetric(rows: Float[Tensor, "g n d"]) -> Float[Tensor, "g d d"]:
-    """``rows^T rows``; the lower half is not multiplied but copied."""
+def _symmetric(rows: Float[Tensor, "g n d"], inner: int) -> Float[Tensor, "g d d"]:
+    """``rows^T rows``; the lower half is copied, and of what lies behind ``inner`` only the diagonal is multiplied."""
     size = rows.shape[2]
     if size < 2 * _BLOCK:
         return rows.mT @ rows
     result = rows.new_empty(len(rows), size, size)
-    for start in range(0, size, _BLOCK):
-        end = min(start + _BLOCK, size)
+    if inner < size:
+        result[:, inner:, inner:] = torch.diag_embed(torch.linalg.vector_norm(rows[..., inner:], dim=1).square())
+    for start in range(0, inner, _BLOCK):
+        end = min(start + _BLOCK, inner)
         strip = rows[:, :, start:end].mT @ rows[:, :, start:]
         result[:, start:end, start:] = strip
         result[:, end:, start:end] = strip[:, :, end - start :].mT

@@ -51,7 +51,7 @@ class ActivationSVD(LowRankMethod):
         choices: list[LowRankChoice] = []
         errors: list[float] = []
         spectra: dict[str, tuple[float, ...]] = {}
-        scale, whole = 1.0, 0.0
+        scale = 1.0
         own = Standard.of(site)
         for how in self.offered(site.spec):
             ranks = self.ranks(site.spec, how)
@@ -66,9 +66,7 @@ class ActivationSVD(LowRankMethod):
                 energies = found.energies
                 left, _ = lowrank.factors(mixed, found.basis, ranks[-1])
                 lost = response.refit_errors(mixed, seen.metric, left)
-                # The energy of the responses is the same in every unfolding.
-                whole = whole or float(response.total_energy(mixed, seen.metric).sum())
-                total = whole
+                total = own.energy(how, seen.metric)
             else:
                 # With one slice, or the slice metric alone, the projection is optimal and the spectrum has its error.
                 if seen is None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -114,6 +116,20 @@ def mixed_weight(site: Layer) -> Float[Tensor, "g o d"]:
 _IGNORED = 1e-6
 
 
+# Layers in their own units by the layer's identity, while several methods look at the same ones.
+_HELD: ContextVar[dict[int, Standard] | None] = ContextVar("held", default=None)
+
+
+@contextmanager
+def shared() -> Iterator[None]:
+    """Have methods share what they compute of the layers that they are given inside the context."""
+    token = _HELD.set({})
+    try:
+        yield
+    finally:
+        _HELD.reset(token)
+
+
 @dataclass(frozen=True, eq=False)
 class Standard:
     """A layer in its own units, in which methods fit: no unit of a channel decides, and no number is out of range.
@@ -144,11 +160,18 @@ class Standard:
     @classmethod
     def of(cls, site: Layer) -> Standard:
         """The layer in its own units."""
+        held = _HELD.get()
+        if held is not None and id(site) in held:
+            return held[id(site)]
         inputs, gradient = input_units(site), site.statistics.gradient
         if gradient is None:
-            return cls(site, inputs, *_no_outputs(site))
-        size, root = _gradient_root(gradient)
-        return cls(site, inputs, _output_units([(site, inputs)], size), root)
+            own = cls(site, inputs, *_no_outputs(site))
+        else:
+            size, root = _gradient_root(gradient)
+            own = cls(site, inputs, _output_units([(site, inputs)], size), root)
+        if held is not None:
+            held[id(site)] = own
+        return own
 
     @classmethod
     def together(cls, parts: Sequence[Layer], *, inputs: bool, outputs: bool) -> tuple[Standard, ...]:
@@ -181,7 +204,24 @@ class Standard:
 
     def mixed(self, how: Unfolding) -> Float[Tensor, "g p c"]:
         """The same with the root applied to the outputs."""
-        return response.mix(self.matrix(how), self.root)
+        if how.name not in self._mixed:
+            self._mixed[how.name] = response.mix(self.matrix(how), self.root)
+        return self._mixed[how.name]
+
+    @cached_property
+    def _mixed(self) -> dict[str, Tensor]:
+        return {}
+
+    def energy(self, how: Unfolding, metric: SlicedMetric) -> float:
+        """Of the responses, by what the layer sees under an unfolding; of whole patches the same for all of them."""
+        kind = "" if self._whole is not None else how.name
+        if kind not in self._energies:
+            self._energies[kind] = float(response.total_energy(self.mixed(how), metric).sum())
+        return self._energies[kind]
+
+    @cached_property
+    def _energies(self) -> dict[str, float]:
+        return {}
 
     @cached_property
     def own_weight(self) -> Float[Tensor, "g o i *k"]:

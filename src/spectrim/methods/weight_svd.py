@@ -67,10 +67,12 @@ class WeightSVD(LowRankMethod):
         if seen is not None:
             left, right = lowrank.factors(unfold(site.weight, how), found.basis, found.basis.shape[-1])
             left, right = own.own_left(left), response.mix(own.own_right(right), own.root)
-            mixed = own.mixed(how)
-            total = float(response.total_energy(mixed, seen.metric).sum())
-            whole = mixed if left.shape[-1] < found.energies.shape[-1] else None
-            return response.product_errors(left, right, seen.metric, total, whole), total
+            if left.shape[-1] < found.energies.shape[-1]:
+                total = own.energy(how, seen.metric)
+                return response.product_errors(left, right, seen.metric, total, own.mixed(how)), total
+            pairs = seen.metric.pairs(left, right)
+            total = float(pairs.sum())
+            return (response.trailing(pairs) / max(total, 1e-300)).clamp_min(0), total
         if how.name == "channel" and site.statistics.output is not None:
             # The pair projects the outputs onto the leading basis vectors; the rest is lost.
             basis = response.mix(own.own_right(found.basis.mT), own.root)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -207,10 +208,13 @@ class LayerSpec:
             Whether the second layer has a bias; by default as this layer.
         """
         middle = rank * self.groups
-        wanted = self.bias if bias is None else bias
+        first, second = _halves(self, how, self.bias if bias is None else bias)
+        return Pair((_like(first, "out_channels", middle), _like(second, "in_channels", middle)), self)
+
+    def _halves(self, how: Unfolding, bias: bool) -> tuple[LayerSpec, LayerSpec]:
+        """The two layers of a pair, with channels in the middle yet to be set."""
         if self.is_linear:
-            first = dataclasses.replace(self, out_channels=middle, bias=False)
-            return Pair((first, dataclasses.replace(self, in_channels=middle, bias=wanted)), self)
+            return dataclasses.replace(self, bias=False), dataclasses.replace(self, bias=bias)
         kernels = how.kernels(self.kernel)
 
         def part(kernel: tuple[int, ...], mine: list[bool]) -> dict[str, object]:
@@ -227,15 +231,27 @@ class LayerSpec:
             }
 
         has = [a in how.axes for a in range(len(self.kernel))]
-        first = dataclasses.replace(self, out_channels=middle, bias=False, **part(kernels[0], has))  # type: ignore[arg-type]
+        first = dataclasses.replace(self, bias=False, **part(kernels[0], has))  # type: ignore[arg-type]
         second = dataclasses.replace(  # type: ignore[arg-type]
             self,
-            in_channels=middle,
-            bias=wanted,
+            bias=bias,
             inputs=tuple(first.output_shape(s) for s in self.inputs),
             **part(kernels[1], [not h for h in has]),
         )
-        return Pair((first, second), self)
+        return first, second
+
+
+# A layer has a pair for every rank and unfolding, and tables ask for all of them, one after the other.
+@functools.lru_cache(maxsize=64)
+def _halves(spec: LayerSpec, how: Unfolding, bias: bool) -> tuple[LayerSpec, LayerSpec]:
+    return spec._halves(how, bias)
+
+
+def _like(spec: LayerSpec, side: str, channels: int) -> LayerSpec:
+    """The layer with other channels on one side; :func:`dataclasses.replace` takes ten times as long."""
+    made = object.__new__(LayerSpec)
+    made.__dict__.update(spec.__dict__, **{side: channels})
+    return made
 
 
 def _cropped(spec: LayerSpec, pattern: Taps) -> LayerSpec:

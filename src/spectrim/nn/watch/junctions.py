@@ -102,9 +102,10 @@ class Junction:
             The other side, in the dense and in the compressed network.
         """
         gaps = [self._gap(answer, one, two) for answer, one, two in zip(answers, there, here, strict=True)]
-        if self.norm is not None:
-            gaps = _before(dense.get_submodule(self.norm), answers, gaps)
-        return [answer + gap for answer, gap in zip(answers, gaps, strict=True)]
+        if self.norm is None:
+            return [answer + gap for answer, gap in zip(answers, gaps, strict=True)]
+        share = _before(dense.get_submodule(self.norm), answers, gaps)
+        return [torch.addcmul(answer, gap, share) for answer, gap in zip(answers, gaps, strict=True)]
 
     def _gap(self, answer: Tensor, there: Tensor | None, here: Tensor | None) -> Tensor:
         if there is None or here is None:
@@ -117,8 +118,8 @@ class Junction:
         return (there - here).to(answer.dtype)
 
 
-def _before(norm: nn.Module, answers: Sequence[Tensor], gaps: Sequence[Tensor]) -> list[Tensor]:
-    """What is missing behind a BatchNorm, in the units before it.
+def _before(norm: nn.Module, answers: Sequence[Tensor], gaps: Sequence[Tensor]) -> Tensor:
+    """What makes of something missing behind a BatchNorm what is missing before it: a number a channel.
 
     A channel that the norm nearly silences would have to answer a multiple of what it does: it makes up for no more
     than its own energy.
@@ -127,13 +128,14 @@ def _before(norm: nn.Module, answers: Sequence[Tensor], gaps: Sequence[Tensor]) 
     assert norm.running_var is not None
     scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
     scale = torch.where(scale.abs() > torch.finfo(scale.dtype).tiny, scale, torch.inf).detach()
-    wide = [gap / scale.view(-1, *(1,) * (gap.dim() - 2)) for gap in gaps]
+    share = (_energy(answers) / (_energy(gaps) / scale.double().square()).clamp_min(1e-300)).sqrt().clamp_max(1)
+    return (share / scale).to(scale.dtype).view(-1, *(1,) * (gaps[0].dim() - 2))
 
-    def energy(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.stack([t.double().square().transpose(0, 1).flatten(1).sum(1) for t in tensors]).sum(0)
 
-    share = (energy(answers) / energy(wide).clamp_min(1e-300)).sqrt().clamp_max(1).to(scale.dtype)
-    return [gap * share.view(-1, *(1,) * (gap.dim() - 2)) for gap in wide]
+def _energy(tensors: Sequence[Tensor]) -> Tensor:
+    """Of every channel of tensors ``(samples, channels, ...)``."""
+    norms = [torch.linalg.vector_norm(t.flatten(2) if t.dim() > 2 else t.unsqueeze(2), dim=2) for t in tensors]
+    return torch.cat(norms).double().square().sum(0)
 
 
 def junctions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -9,6 +10,9 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from spectrim.network.layer import LayerSpec
+
+# Numbers of the tables that say where kernels read, at most: 4 MB each.
+_TABLE = 1 << 19
 
 
 def patches_at(spec: LayerSpec, inputs: Tensor, index: Int64[Tensor, " n"] | None) -> Float[Tensor, "g n i *k"]:
@@ -36,11 +40,12 @@ def taps_at(spec: LayerSpec, inputs: Tensor, index: Int64[Tensor, " n"] | None) 
     positions = spec.output_shape(shape)
     if index is None:
         index = torch.arange(len(inputs) * math.prod(positions))
-    place, inside = _places(spec, shape, positions, index % math.prod(positions))
-    sample = (index // math.prod(positions)).unsqueeze(1)
+    size = math.prod(positions)
+    place, outside = _read(spec, shape, positions, index % size)
+    sample = (index // size).unsqueeze(1)
     picked = _gathered(inputs, sample.to(inputs.device), place.to(inputs.device))
-    if not bool(inside.all()):
-        picked.masked_fill_(~inside.to(inputs.device).unsqueeze(2), 0)
+    if outside is not None:
+        picked.masked_fill_(outside.to(inputs.device).unsqueeze(2), 0)
     g, _, i, *kernel = spec.shape
     return picked.reshape(len(index), *kernel, g, i).movedim(-2, 0)
 
@@ -76,10 +81,36 @@ def _gathered(inputs: Tensor, sample: Tensor, place: Tensor) -> Tensor:
     return inputs.flatten(2).transpose(1, 2)[sample, place]
 
 
+def _read(
+    spec: LayerSpec, shape: tuple[int, ...], positions: tuple[int, ...], index: Tensor
+) -> tuple[Int64[Tensor, "n taps"], Tensor | None]:
+    """Where each tap of the kernel reads, as a flat index into the input, and where it reads nothing (or None)."""
+    if math.prod((*positions, *spec.kernel)) > _TABLE:
+        return _places(spec, shape, positions, index)
+    place, outside = _every_place(_geometry(spec), shape, positions)
+    return place[index], outside if outside is None else outside[index]
+
+
+def _geometry(spec: LayerSpec) -> LayerSpec:
+    """A layer with the same windows, alike for all layers that have them."""
+    return LayerSpec(
+        ("",), 1, 1, spec.kernel, spec.stride, spec.padding, spec.dilation, spec.output_padding,
+        transposed=spec.transposed, padding_mode=spec.padding_mode,
+    )  # fmt: skip
+
+
+# Layers of one geometry follow one another, batch by batch.
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)
+def _every_place(
+    spec: LayerSpec, shape: tuple[int, ...], positions: tuple[int, ...]
+) -> tuple[Int64[Tensor, "positions taps"], Tensor | None]:
+    return _places(spec, shape, positions, torch.arange(math.prod(positions)))
+
+
 def _places(
     spec: LayerSpec, shape: tuple[int, ...], positions: tuple[int, ...], index: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Where each tap of the kernel reads, as a flat index ``[n, taps]`` into the input, and whether it reads at all."""
+) -> tuple[Int64[Tensor, "n taps"], Tensor | None]:
     place, inside = index.new_zeros(len(index), 1), index.new_ones(len(index), 1, dtype=torch.bool)
     where: list[Tensor] = []
     for size in reversed(positions):
@@ -105,4 +136,4 @@ def _places(
             here = here.clamp(0, size - 1)
         place = (place.unsqueeze(2) * size + here.unsqueeze(1)).flatten(1)
         inside = (inside.unsqueeze(2) & read.unsqueeze(1)).flatten(1)
-    return place, inside
+    return place, None if bool(inside.all()) else ~inside

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import CalibrationError
-from spectrim.linalg.moments import Moments
+from spectrim.linalg.moments import Paired
 from spectrim.linalg.regression import Covariances, Equations, Unseen, scarcity, towards
 from spectrim.linalg.sketch import Sketch
 from spectrim.network.layer import LayerSpec
@@ -128,8 +128,8 @@ class Joint:
     ) -> None:
         g, o, *_ = spec.shape
         self.spec, self.centre, self.scale, self.outputs = spec, centre, scale, outputs
-        size = spec.features + o
-        self.fitted = Sketch(g, size, size=SKETCH, device=centre.device) if sketch else Moments(g, size, centre.device)
+        d, device = spec.features, centre.device
+        self.fitted = Sketch(g, d + o, size=SKETCH, device=device) if sketch else Paired(g, d + o, d, device)
         self._squares = torch.zeros_like(centre, dtype=torch.float64)
         self._fourths = torch.zeros_like(self._squares)
         self._held: list[tuple[Tensor, Tensor]] = []
@@ -161,10 +161,12 @@ class Joint:
                 positions = split.positions(self.spec, x.shape, samples.size)
                 chosen = choose(self.spec, tuple(x.shape), positions, samples, seed + number)
                 out = held[chosen.sample]
-                if not bool(out.all()):
-                    self._fit(self._rows(x, y, chosen.index[~out]))
-                if bool(out.any()):
-                    self._held.append((self._rows(x, y, chosen.index[out]), chosen.sample[out] + self._samples))
+                rows = self._rows(x, y, torch.cat([chosen.index[~out], chosen.index[out]]))
+                fitted = len(out) - int(out.sum())
+                if fitted:
+                    self._fit(rows[:, :fitted])
+                if fitted < len(out):
+                    self._held.append((rows[:, fitted:].clone(), chosen.sample[out] + self._samples))
             self._samples += samples.size
 
     def _fit(self, rows: Tensor) -> None:
@@ -183,13 +185,16 @@ class Joint:
         )
 
     def _rows(self, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
-        patches = patches_at(self.spec, x, index).flatten(2)
-        wanted = outputs_at(self.spec, y, index)
+        patches, wanted = patches_at(self.spec, x, index), outputs_at(self.spec, y, index)
         if self.outputs is not None:
             left = (self.outputs.to(wanted.device) % wanted.shape[2]).reshape(len(wanted), 1, -1)
             wanted = torch.take_along_dim(wanted, left, 2)
-        rows = torch.cat([patches, wanted.to(patches.dtype)], dim=2)
-        return rows if rows.dtype == torch.float64 else rows.float()
+        d = self.spec.features
+        dtype = torch.float64 if patches.dtype == torch.float64 else torch.float32
+        rows = patches.new_empty(*patches.shape[:2], d + wanted.shape[2], dtype=dtype)
+        rows[..., :d].unflatten(2, patches.shape[2:]).copy_(patches)
+        rows[..., d:].copy_(wanted)
+        return rows
 
     @property
     def unseen(self) -> Unseen | None:
