@@ -56,7 +56,15 @@ def test_there_are_tutorials():
 
 
 # They train, for ten seconds and more each: `make docs` runs them beside the build of the site.
-LONG = ("learned-ranks", "low-rank-plus-sparse", "recipes", "removing-filters", "sharing", "text-detector")
+LONG = (
+    "learned-ranks",
+    "low-rank-plus-sparse",
+    "recipes",
+    "removing-filters",
+    "sharing",
+    "text-detector",
+    "what-each-method-is-for",
+)
 
 
 @pytest.mark.parametrize(
