@@ -175,10 +175,11 @@ class _Kept(msgspec.Struct):
 
 
 def _kept(text: bytes) -> _Kept:
-    from spectrim.selection.point import converted, record_of
+    from spectrim.network.files import converted, record_of
+    from spectrim.selection.point import LARGEST
 
     what = "what compress writes"
-    return converted(record_of(text, what), _Kept, what)
+    return converted(record_of(text, what, LARGEST), _Kept, what)
 
 
 def _stored(path: Path) -> tuple[list[Measure], Agreement | None]:

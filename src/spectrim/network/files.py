@@ -7,7 +7,7 @@ import errno
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -78,6 +78,43 @@ def read_document(path: str | Path, parse: Callable[[bytes], Document], largest:
         return parse(text)
     except PlanError as error:
         raise PlanError(f"{path}: {error.said}", cure) from error
+
+
+def record_of(text: str | bytes, what: str, largest: int, known: set[str] | None = None) -> dict[str, Any]:
+    """The JSON object that a text is.
+
+    Raises
+    ------
+    PlanError
+        If it is another text or too long, or has other fields than those that are known, where they are named.
+    """
+    import msgspec
+
+    if len(text) > largest:
+        raise PlanError(f"not {what}: more than {largest:,} bytes")
+    try:
+        record = msgspec.json.decode(text, type=dict[str, Any])
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        raise PlanError(f"not {what}: {error}") from error
+    if known is not None and (unknown := sorted(set(record) - known)):
+        raise PlanError(f"not {what}: it has no field {unknown[0]!r}")
+    return record
+
+
+def converted(record: Mapping[str, Any], kind: type[Document], what: str) -> Document:
+    """A record as an object of a type.
+
+    Raises
+    ------
+    PlanError
+        Says which field is missing or of another type.
+    """
+    import msgspec
+
+    try:
+        return msgspec.convert(record, kind)
+    except msgspec.MsgspecError as error:
+        raise PlanError(f"not {what}: {error}") from error
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -158,6 +158,12 @@ class Site(ABC):
     def kind(self) -> str:
         """What it is, for people."""
 
+    def _required(self, held: Statistics | Pooled, statistic: str, why: str) -> Moments:
+        moments = getattr(held, statistic)
+        if moments is None:
+            raise self.missing(statistic, why, held.names)
+        return moments
+
     def __repr__(self) -> str:
         statistics = dict.fromkeys(name for part in self.parts for name in part.statistics.names)
         held = f"statistics of {', '.join(statistics)}" if statistics else "no statistics"
@@ -232,10 +238,7 @@ class Layer(Site):
         MissingMomentsError
             If calibration did not collect it; the message names the layer.
         """
-        moments = getattr(self.statistics, statistic)
-        if moments is None:
-            raise self.missing(statistic, why, self.statistics.names)
-        return moments
+        return self._required(self.statistics, statistic, why)
 
 
 class _Several(Site):
@@ -294,6 +297,11 @@ class Pooled:
     mean: Moments | None = None
     unpooled: Moments | None = None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What there is, for people."""
+        return tuple(f.name for f in dataclasses.fields(self) if getattr(self, f.name) is not None)
+
     def take(self, channels: Tensor) -> Pooled:
         """Those of some channels ``[n]``."""
         parts = ((f.name, getattr(self, f.name)) for f in dataclasses.fields(self))
@@ -334,11 +342,7 @@ class Channels(_Several):
         MissingMomentsError
             If calibration did not collect it; the message names the channels.
         """
-        moments = getattr(self.pooled, statistic)
-        if moments is None:
-            names = (f.name for f in dataclasses.fields(self.pooled))
-            raise self.missing(statistic, why, [name for name in names if getattr(self.pooled, name) is not None])
-        return moments
+        return self._required(self.pooled, statistic, why)
 
 
 @dataclass(frozen=True)

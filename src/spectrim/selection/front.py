@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from spectrim.network.files import read_document, write_text
+from spectrim.network.files import converted, read_document, record_of, write_text
 from spectrim.network.printing import Grid, Printed, amount, cost_name, count
 from spectrim.selection.plan import Plan
-from spectrim.selection.point import LARGEST, Judged, Point, converted, finished, record_of, share_error
+from spectrim.selection.point import LARGEST, Judged, Point, finished, share_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -372,7 +372,7 @@ def read_summary(folder: str | Path) -> _Read:
     """
 
     def parse(text: bytes) -> _Read:
-        return converted(record_of(text, "a sweep", set(_Read.__struct_fields__)), _Read, "a sweep")
+        return converted(record_of(text, "a sweep", LARGEST, set(_Read.__struct_fields__)), _Read, "a sweep")
 
     return read_document(Path(folder) / _SWEEP, parse, LARGEST)
 

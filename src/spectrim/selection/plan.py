@@ -16,7 +16,7 @@ import msgspec
 
 from spectrim.errors import PlanError
 from spectrim.network.choices import Choice, read_choice
-from spectrim.network.files import read_document, write_text
+from spectrim.network.files import converted, read_document, record_of, write_text
 from spectrim.network.printing import Grid, Printed, count, flat, percent, total
 from spectrim.network.skipped import Skipped
 from spectrim.selection.candidates import Candidates, printed_costs
@@ -233,14 +233,9 @@ class Plan(Printed):
         PlanError
             If the text is not a plan of a version this library reads; the message says where.
         """
-        if len(text) > LARGEST:
-            raise PlanError(f"not a plan: {len(text):,} characters or more, and a plan has at most {LARGEST:,}")
-        try:
-            raw = msgspec.json.decode(text)
-            # Of a choice this is what all choices have; its kind says the type of the rest.
-            plan = msgspec.convert(raw, cls)
-        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-            raise PlanError(f"not a plan: {error}") from error
+        raw = record_of(text, "a plan", LARGEST)
+        # Of a choice this is what all choices have; its kind says the type of the rest.
+        plan = converted(raw, cls, "a plan")
         if plan.version != VERSION:
             raise PlanError(f"plan has version {plan.version}; this library reads version {VERSION}")
         for record, known in [(raw, cls), *((entry, Entry) for entry in raw["entries"])]:

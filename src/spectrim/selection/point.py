@@ -10,16 +10,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
 from spectrim.errors import PlanError
-from spectrim.network.files import read_document, write_text
+from spectrim.network.files import converted, read_document, record_of, write_text
 from spectrim.selection.plan import LARGEST as LARGEST_PLAN
 from spectrim.selection.plan import Plan
 
-T = TypeVar("T")
 LARGEST = LARGEST_PLAN + 2**20
 """Bytes of the text of a point."""
 POINT, _PLAN = "point.json", "plan.json"
@@ -203,20 +202,6 @@ def finished(folder: str | Path) -> Iterable[Point]:
     return [Point.read(file.parent) for file in sorted(Path(folder).glob(f"*/{POINT}"))]
 
 
-def converted(record: Mapping[str, Any], kind: type[T], what: str) -> T:
-    """A record as an object of a type.
-
-    Raises
-    ------
-    PlanError
-        Says which field is missing or of another type.
-    """
-    try:
-        return msgspec.convert(record, kind)
-    except msgspec.MsgspecError as error:
-        raise PlanError(f"not {what}: {error}") from error
-
-
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record of JSON values with a digest of them, for :func:`opened`."""
     text = json.dumps(record, sort_keys=True).encode()
@@ -229,33 +214,12 @@ def opened(text: bytes, what: str, known: set[str] | None = None) -> dict[str, A
     Raises
     ------
     PlanError
-        As :func:`record_of`, and if it is not what its digest is of.
+        As :func:`spectrim.network.files.record_of`, and if it is not what its digest is of.
     """
-    record = record_of(text, what, None if known is None else {*known, _DIGEST})
+    record = record_of(text, what, LARGEST, None if known is None else {*known, _DIGEST})
     digest = record.pop(_DIGEST, None)
     if digest is None:
         raise PlanError(f"not {what}: it holds no digest of what it says")
     if digest != sealed(record)[_DIGEST]:
         raise PlanError(f"not {what} as it was written: what it says does not match its digest")
-    return record
-
-
-def record_of(text: bytes, what: str, known: set[str] | None = None) -> dict[str, Any]:
-    """The JSON object that a text is.
-
-    Raises
-    ------
-    PlanError
-        If it is another text, or has other fields than those that are known, where they are named.
-    """
-    if len(text) > LARGEST:
-        raise PlanError(f"not {what}: more than {LARGEST:,} bytes")
-    try:
-        record = msgspec.json.decode(text)
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise PlanError(f"not {what}: {error}") from error
-    if not isinstance(record, dict):
-        raise PlanError(f"not {what}: expected an object")
-    if known is not None and (unknown := sorted(set(record) - known)):
-        raise PlanError(f"not {what}: it has no field {unknown[0]!r}")
     return record

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spectrim.errors import PlanError
-from spectrim.network.files import read_document, write_text
+from spectrim.network.files import converted, read_document, record_of, write_text
 from spectrim.network.printing import Grid, Printed, change, cost_name, count, folded
 
 LARGEST = 32 * 2**20
@@ -160,15 +160,8 @@ class Trajectory(Printed):
         PlanError
             If the text is something else; the message says where.
         """
-        import msgspec
-
-        if len(text) > LARGEST:
-            raise PlanError(f"not a trajectory of ranks: more than {LARGEST:,} characters")
-        try:
-            raw = msgspec.json.decode(text)
-            found = msgspec.convert(raw, cls)
-        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-            raise PlanError(f"not a trajectory of ranks: {error}") from error
+        raw = record_of(text, "a trajectory of ranks", LARGEST)
+        found = converted(raw, cls, "a trajectory of ranks")
         for record, known in [(raw, cls), *((each, Record) for each in raw.get("records", ()))]:
             unknown = sorted(set(record) - {each.name for each in fields(known)})
             if unknown:

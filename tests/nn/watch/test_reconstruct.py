@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import sys
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from torch import nn
 
 from spectrim.errors import CalibrationError
 from spectrim.nn.find import canonical, find
+from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.calibrate import calibrate
+from spectrim.nn.watch.lockstep import lockstep
 from spectrim.nn.watch.patches import patches_at
-from spectrim.nn.watch.reconstruct import asymmetric_site
+from spectrim.nn.watch.reconstruct import HELD_OUT, Joint, Split
 from tests.nn.layers import close
 
 
@@ -43,6 +46,18 @@ def pair(name, **options):
     with torch.no_grad():
         changed.first.weight += 0.1 * torch.randn_like(changed.first.weight)
     return dense, changed, [torch.randn(30, 3, 8, 8, dtype=torch.float64) for _ in range(3)]
+
+
+def asymmetric_site(dense, compressed, site, batches, *, rows="auto", held_out=HELD_OUT, forward=None, seed=0, **joint):
+    """A layer as it should be factorised once the layers before it have been, as ``apply`` makes it for one alone."""
+    feed = Feed.of(forward)
+    feed.decide(dense, batches[0])
+    split = Split.of(batches, rows=rows, held_out=held_out, layout=feed.layout)
+    moments = Joint.of(site, **joint)
+    # All of its calls: a model that loops over its images calls it once an image.
+    with lockstep(dense, compressed, {site.name: sys.maxsize}, batches, forward=feed) as hub:
+        moments.add(hub.reach(site.name), split, seed)
+    return moments.layer(site)
 
 
 def regression(dense, changed, batches, site):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +19,8 @@ from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer
 from spectrim.nn.find import canonical, describe
 from spectrim.nn.modules import Chained, Factored, make_layer, whole
-from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Layout
-from spectrim.nn.watch.lockstep import Seen, lockstep
-from spectrim.nn.watch.nesting import listed
+from spectrim.nn.watch.lockstep import Seen
 from spectrim.nn.watch.patches import outputs_at, patches_at
 from spectrim.nn.watch.sampling import Mask, Run, Samples, choose, leading
 
@@ -304,60 +301,3 @@ def refit_last(
     fitted = joint.layer(part)
     chain[len(before)] = make_layer(spec, fitted.weight, fitted.bias).train(last.training)
     return joint
-
-
-def asymmetric_site(
-    dense: nn.Module,
-    compressed: nn.Module,
-    site: Layer,
-    batches: Iterable[Any],
-    *,
-    outputs: Tensor | None = None,
-    rows: int | str | None = "auto",
-    held_out: float = HELD_OUT,
-    sketch: bool = False,
-    forward: Callable[[nn.Module, Any], Any] | None = None,
-    seed: int = 0,
-) -> Layer:
-    """A layer as it should be factorised once the layers before it have been.
-
-    The target is the dense layer's response ``y``, the input ``x`` is what the already compressed predecessors
-    deliver. With their joint moments, ``min E ||y - W' x - b||^2`` equals a least-squares weight ``W*`` to be
-    approximated in the metric of ``x`` (Yu et al. 2017 call this asymmetric reconstruction). How far it goes from the
-    dense weight to ``W*`` is told by samples that are held out (:mod:`spectrim.linalg.regression`).
-
-    Parameters
-    ----------
-    dense, compressed
-        The original, and a copy in which the layers before the site are compressed and this one is still dense.
-    site
-        By its name in both.
-    outputs
-        Output channels of the dense layer which the site still has, ascending; all by default.
-    rows
-        Sampled over all batches, all if None; ``"auto"`` takes enough for the length of a patch.
-    held_out
-        Share of the samples that is not fitted.
-    sketch
-        Keep a sketch of the joint moments, for patches whose second moment is too large to hold.
-
-    Returns
-    -------
-    Layer
-        With weight ``W*``, its bias, and the moments of ``x`` as ``input`` (or ``sketch``); a sensitivity is kept.
-
-    Raises
-    ------
-    CalibrationError
-        If the layer is not reached, or sees NaN or Inf.
-    """
-    batches = listed(batches)
-    feed = Feed.of(forward)
-    for batch in batches[:1]:
-        feed.decide(dense, batch)
-    split = Split.of(batches, rows=rows, held_out=held_out, layout=feed.layout)
-    joint = Joint.of(site, sketch=sketch, outputs=outputs)
-    # All of its calls: a model that loops over its images calls it once an image.
-    with lockstep(dense, compressed, {site.name: sys.maxsize}, batches, forward=feed) as hub:
-        joint.add(hub.reach(site.name), split, seed)
-    return joint.layer(site)
