@@ -51,7 +51,8 @@ def pair(name, **options):
 def asymmetric_site(dense, compressed, site, batches, *, rows="auto", held_out=HELD_OUT, forward=None, seed=0, **joint):
     """A layer as it should be factorised once the layers before it have been, as ``apply`` makes it for one alone."""
     feed = Feed.of(forward)
-    feed.decide(dense, batches[0])
+    for batch in batches[:1]:
+        feed.decide(dense, batch)
     split = Split.of(batches, rows=rows, held_out=held_out, layout=feed.layout)
     moments = Joint.of(site, **joint)
     # All of its calls: a model that loops over its images calls it once an image.
