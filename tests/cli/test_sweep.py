@@ -37,7 +37,7 @@ def test_points_are_judged_written_drawn_and_added_to(run):
     assert (
         "spectrim.load(tiny(), 'sweep/macs-50pct/model.safetensors')" in run(*SWEEP, "--points", "0.5", *trained).stdout
     )
-    said = run(*SWEEP, "--points", "0.5", "--skip", "conv", code=1)
+    said = run(*SWEEP, "--points", "0.5", "--skip", "conv", code=2)
     assert "holds another sweep: --skip was None and is ['conv']" in said.stderr
 
 

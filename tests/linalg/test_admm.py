@@ -109,3 +109,4 @@ def test_of_equal_scores_the_first_are_the_largest() -> None:
     scores = torch.tensor([[0.0, 2.0, 1.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0, 3.0]])
     wanted = torch.tensor([[False, True, True, True, False], [True, True, True, False, False]])
     assert torch.equal(largest(scores, 3), wanted)
+    assert torch.equal(largest(scores.bfloat16(), 3), wanted)

@@ -297,8 +297,8 @@ def largest(scores: Float[Tensor, "pools units"], count: int) -> Bool[Tensor, "p
     if not count:
         return torch.zeros_like(scores, dtype=torch.bool)
     # NumPy's selection takes a tenth of the time of topk.
-    least = torch.from_numpy(np.partition(scores.detach().cpu().numpy(), -count, axis=1)[:, -count, None].copy())
-    least = least.to(scores.device)
+    known = scores.detach().to("cpu", torch.promote_types(scores.dtype, torch.float32)).numpy()
+    least = torch.from_numpy(np.partition(known, -count, axis=1)[:, -count, None].copy()).to(scores)
     mask = scores >= least
     if bool((mask.sum(1) > count).any()):
         tied, above = scores == least, scores > least

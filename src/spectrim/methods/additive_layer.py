@@ -88,9 +88,9 @@ class AdditiveLayer:
     def single(self) -> AdditiveLayer:
         """The same in float32, at half the time: exact enough to tell choices apart, since channels have unit variance.
 
-        Of a split kernel, whose normal equations ask for more digits, it is the layer as it is.
+        Of a split kernel, whose normal equations ask for more digits, and in float32 it is the layer as it is.
         """
-        if not isinstance(self.step, Greedy | Exact):
+        if not isinstance(self.step, Greedy | Exact) or self.target.dtype == torch.float32:
             return self
         metric, root = self.error.metric.single(), self.step.root
         root = None if root is None else root.float()

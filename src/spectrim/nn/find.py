@@ -242,7 +242,9 @@ def check_model(model: object) -> None:
     """Raise TypeError for what is no module, UnsupportedLayerError for one whose numbers nothing may change."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model is a {type(model).__name__}: expected a torch.nn.Module")
-    made = next((name for name, p in model.named_parameters() if p.is_inference()), None)
+    made = next(
+        (name for name, p in model.named_parameters() if not nn.parameter.is_lazy(p) and p.is_inference()), None
+    )
     if made is not None:
         raise UnsupportedLayerError(
             f"{made!r} of the {type(model).__name__} was made in torch.inference_mode(), and can neither be changed "
