@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +25,17 @@ def compressed() -> Result:
     import nets
 
     return compress(nets.tiny(), calibration=nets.batches(), budget="macs=50%")
+
+
+def test_sigterm_stops_a_command_and_means_afterwards_what_it_did(run, monkeypatch: pytest.MonkeyPatch):
+    before = signal.getsignal(signal.SIGTERM)
+    assert run("doctor").exit_code == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.setattr("nets.tiny", lambda: os.kill(os.getpid(), signal.SIGTERM), raising=False)
+    stopped = run("compress", "nets:tiny", "--data", "nets:batches", "--budget", "macs=50%", "-o", "small", code=143)
+    assert "spectrim: stopped" in stopped.stderr
+    assert not Path("small").exists()
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_agreement_is_that_of_the_fine_tuned_model(run):

@@ -147,6 +147,20 @@ def _terminate(number: int, frame: object) -> None:
     raise _Terminated
 
 
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM stops what runs here, and means afterwards what it did."""
+    try:
+        before = signal.signal(signal.SIGTERM, _terminate)
+    except ValueError:  # of a thread that is not the main one
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 _FORWARD = re.compile(r"([Pp])ass forward=, a function \(model, batch\) that ((runs|returns)( \w+)+)")
 
 
@@ -162,10 +176,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     text, _, examples = (inspect.getdoc(function) or "").partition("\n\nExamples\n--------\n")
 
     def run(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
-        with _kept_apart() if as_json else contextlib.nullcontext(sys.stdout) as stdout:
+        with _terminable(), _kept_apart() if as_json else contextlib.nullcontext(sys.stdout) as stdout:
             out = Output(as_json, quiet, stdout)
-            with contextlib.suppress(ValueError):  # of a thread that is not the main one
-                signal.signal(signal.SIGTERM, _terminate)
             try:
                 for name, group in groups.items():
                     options[name] = group(**{each.name: options.pop(each.name) for each in dataclasses.fields(group)})
