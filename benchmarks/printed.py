@@ -27,11 +27,17 @@ def printed(text: str) -> str:
     namespace: dict[str, object] = {"__name__": "__main__"}
 
     def run(block: re.Match[str]) -> str:
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            exec(compile(block[2], "page", "exec"), namespace)
-        return f"{block[1]}\n```text\n{out.getvalue()}```\n" if out.getvalue() else block[1]
+        output = output_of(block[2], "page", namespace)
+        return f"{block[1]}\n```text\n{output}```\n" if output else block[1]
 
     return _BLOCK.sub(run, text)
+
+
+def output_of(source: str, where: str, namespace: dict[str, object]) -> str:
+    """What code prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(compile(source, where, "exec"), namespace)
+    return out.getvalue()
 
 
 if __name__ == "__main__":

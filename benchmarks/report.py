@@ -9,9 +9,7 @@ The same results give the same bytes. Only what stands between the two marks of 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import io
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +22,7 @@ from benchmarks.environment import ROOT
 from benchmarks.figures import figures
 from benchmarks.headline import detector
 from benchmarks.headline.tables import HEAD, beside_others
+from benchmarks.printed import output_of
 from benchmarks.questions import CAPTIONS, NARROW, NO_NETWORK, QUESTIONS, WORDS, Question, Words
 
 NONE = "No results have been recorded yet."
@@ -118,11 +117,8 @@ def example_output(readme: Path) -> str:
 
     code = _BLOCK.search(readme.read_text(encoding="utf-8"))
     assert code, f"{readme} holds no code"
-    printed = io.StringIO()
     torch.manual_seed(0)
-    with contextlib.redirect_stdout(printed):
-        exec(compile(code[1], str(readme), "exec"), {})
-    return f"```text\n{printed.getvalue().rstrip()}\n```"
+    return f"```text\n{output_of(code[1], str(readme), {}).rstrip()}\n```"
 
 
 def example(readme: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import door_readme
+from benchmarks.printed import shown
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -112,12 +113,12 @@ def test_the_page_of_values_shows_what_its_lines_print(
 ):
     monkeypatch.chdir(tmp_path)
     page = ROOT / "docs" / "api" / "values.md"
-    parts = re.findall(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S)
+    parts = [(source, output) for source, output in shown(page.read_text(encoding="utf-8")) if output]
     assert len(parts) == 2
     namespace: dict[str, object] = {}
-    for source, shown in parts:
+    for source, output in parts:
         exec(compile(source, str(page), "exec"), namespace)
-        numbers, words = numbers_and_words(shown)
+        numbers, words = numbers_and_words(output)
         printed, said = numbers_and_words(capsys.readouterr().out)
         assert words == said
         assert printed == pytest.approx(numbers, rel=0.1)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
@@ -82,9 +83,7 @@ def tabulate(
     coupled = sites.coupled() if any(method.removes_channels for method in chosen) else ()
     facts = latency.facts() if latency is not None else {}
     for done, site in enumerate([*sites, *groups, *coupled]):
-        fitting = [method for method in chosen if isinstance(site, method.takes)]
-        with counted.made_for(facts), shared():
-            curves = [(method, method.curve(site)) for method in fitting]
+        curves = _curves(site, chosen, facts)
         # A group that no method can join is nothing to choose.
         if done < len(sites) or any(curve.choices for _, curve in curves):
             found.append((site, curves))
@@ -110,6 +109,12 @@ def tabulate(
         facts=facts,
         skipped=network.left_alone(),
     )
+
+
+def _curves(site: Site, methods: Sequence[Method], facts: Mapping[str, Any]) -> list[tuple[Method, Curve]]:
+    """What the methods that are for such a site offer there, for a machine of these facts."""
+    with counted.made_for(facts), shared():
+        return [(method, method.curve(site)) for method in methods if isinstance(site, method.takes)]
 
 
 def default_methods(sites: Sites) -> list[Method]:
@@ -186,8 +191,7 @@ def retabulate(candidates: Candidates, sites: Sites, methods: Sequence[Method]) 
     places = {row.site: number for number, row in enumerate(rows)}
     for site in [*sites, *(group for group in sites.joint() if group.name in places)]:
         row = rows[places[site.name]]
-        with counted.made_for(candidates.facts), shared():
-            curves = [(method, method.curve(site)) for method in methods if isinstance(site, method.takes)]
+        curves = _curves(site, methods, candidates.facts)
         errors = iter([pair for _, curve in curves for pair in zip(curve.choices, curve.errors, strict=True)])
         options = [row.dense]
         for option in row.options[1:]:

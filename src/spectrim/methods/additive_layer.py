@@ -72,17 +72,17 @@ class AdditiveLayer:
         # Layers of millions of weights, whose metrics are rows, are fitted in float32: half the memory and time.
         dtype, root, held = metric.dtype, units.root, _WHOLE
         split = None if how.name == "channel" else metric.sliced(how)
-        if split is not None:
-            metric = split
         if split is not None and split.separates:
             metric, held = split.averaged, how
             if root is not None:
                 each = torch.eye(split.slices, dtype=root.dtype, device=root.device)
                 root = torch.einsum("gab,qs->gaqbs", root, each).flatten(3).flatten(1, 2)
+        elif split is not None:
+            metric = split
         root = None if root is None else root.to(dtype)
         outer = None if root is None else root.mT @ root
-        projecting: LowRankStep = (Exact if exact else Greedy)(metric, root)
-        step = projecting if split is None or held is how else Split(split, root)
+        step: LowRankStep
+        step = (Exact if exact else Greedy)(metric, root) if split is None or held is how else Split(split, root)
         return cls(units, how, held, _rows(units.own_weight.to(dtype), held), Quadratic(metric, outer), step, mean)
 
     def single(self) -> AdditiveLayer:

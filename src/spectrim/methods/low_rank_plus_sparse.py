@@ -168,7 +168,7 @@ class LowRankPlusSparse(Method):
         found = min(
             (
                 self._decompose(quick, choice.rank, pattern, choice.density, turns=turns, polish=_POLISH)
-                for turns in ((longest, stated) if _tiny(layer) else (longest,))
+                for turns in ((longest, stated) if layer.target.numel() < _TINY else (longest,))
             ),
             key=lambda fit: fit.error,
         )
@@ -313,10 +313,6 @@ def _structure(
 def _quick(layer: AdditiveLayer) -> AdditiveLayer:
     """What a layer is searched in: of a large one, float32."""
     return layer.single() if layer.target.numel() >= _SINGLE else layer
-
-
-def _tiny(layer: AdditiveLayer) -> bool:
-    return layer.target.numel() < _TINY
 
 
 def _thin(spec: LayerSpec) -> int:

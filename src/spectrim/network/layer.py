@@ -211,40 +211,37 @@ class LayerSpec:
         first, second = _halves(self, how, self.bias if bias is None else bias)
         return Pair((_like(first, "out_channels", middle), _like(second, "in_channels", middle)), self)
 
-    def _halves(self, how: Unfolding, bias: bool) -> tuple[LayerSpec, LayerSpec]:
-        """The two layers of a pair, with channels in the middle yet to be set."""
-        if self.is_linear:
-            return dataclasses.replace(self, bias=False), dataclasses.replace(self, bias=bias)
-        kernels = how.kernels(self.kernel)
-
-        def part(kernel: tuple[int, ...], mine: list[bool]) -> dict[str, object]:
-            def pick(values: tuple[int, ...], other: int) -> tuple[int, ...]:
-                return tuple(v if m else other for v, m in zip(values, mine, strict=True))
-
-            padding = self.padding if isinstance(self.padding, str) else pick(self.padding, 0)
-            return {
-                "kernel": kernel,
-                "stride": pick(self.stride, 1),
-                "padding": padding,
-                "dilation": pick(self.dilation, 1),
-                "output_padding": pick(self.output_padding, 0) if self.transposed else self.output_padding,
-            }
-
-        has = [a in how.axes for a in range(len(self.kernel))]
-        first = dataclasses.replace(self, bias=False, **part(kernels[0], has))  # type: ignore[arg-type]
-        second = dataclasses.replace(  # type: ignore[arg-type]
-            self,
-            bias=bias,
-            inputs=tuple(first.output_shape(s) for s in self.inputs),
-            **part(kernels[1], [not h for h in has]),
-        )
-        return first, second
-
 
 # A layer has a pair for every rank and unfolding, and tables ask for all of them, one after the other.
 @functools.lru_cache(maxsize=64)
 def _halves(spec: LayerSpec, how: Unfolding, bias: bool) -> tuple[LayerSpec, LayerSpec]:
-    return spec._halves(how, bias)
+    """The two layers of a pair, with channels in the middle yet to be set."""
+    if spec.is_linear:
+        return dataclasses.replace(spec, bias=False), dataclasses.replace(spec, bias=bias)
+    kernels = how.kernels(spec.kernel)
+
+    def part(kernel: tuple[int, ...], mine: list[bool]) -> dict[str, object]:
+        def pick(values: tuple[int, ...], other: int) -> tuple[int, ...]:
+            return tuple(v if m else other for v, m in zip(values, mine, strict=True))
+
+        padding = spec.padding if isinstance(spec.padding, str) else pick(spec.padding, 0)
+        return {
+            "kernel": kernel,
+            "stride": pick(spec.stride, 1),
+            "padding": padding,
+            "dilation": pick(spec.dilation, 1),
+            "output_padding": pick(spec.output_padding, 0) if spec.transposed else spec.output_padding,
+        }
+
+    has = [a in how.axes for a in range(len(spec.kernel))]
+    first = dataclasses.replace(spec, bias=False, **part(kernels[0], has))  # type: ignore[arg-type]
+    second = dataclasses.replace(  # type: ignore[arg-type]
+        spec,
+        bias=bias,
+        inputs=tuple(first.output_shape(s) for s in spec.inputs),
+        **part(kernels[1], [not h for h in has]),
+    )
+    return first, second
 
 
 def _like(spec: LayerSpec, side: str, channels: int) -> LayerSpec:

@@ -275,11 +275,11 @@ def _merged(small: nn.Module, batch: Any, feed: Feed) -> Iterator[str]:
     for a, b, again in zip(*outputs, strict=False):
         if not a.is_floating_point() or a.shape != b.shape or a.shape != again.shape:
             continue
-        size = a.double().norm()
-        gap, noise = ((a.double() - other.double()).norm() for other in (b, again))
-        if bool(gap > _ROUNDING.get(a.dtype, _ROUNDING_OF_FEW_BITS) * size + 2 * noise):
+        gap, noise = _gap(a, b), _gap(a, again)
+        if bool(gap > _rounding(a) + 2 * noise):
             raise ProofError(
-                f"merged, the compressed {type(small).__name__} computes something else (by {float(gap / size):.2g} of "
+                f"merged, the compressed {type(small).__name__} computes something else (by "
+                f"{float(gap / a.double().norm()):.2g} of "
                 "its outputs): it asks what its layers are, such as type(layer) is nn.Linear, their children, names or "
                 "number of parameters. Ask isinstance, or skip= the layers concerned"
             )
@@ -309,7 +309,16 @@ def _alike(a: Tensor, b: Tensor) -> bool:
     """Whether two outputs are the same but for rounding."""
     if a.shape != b.shape or not a.is_floating_point():
         return True
-    return bool((a.double() - b.double()).norm() <= _ROUNDING.get(a.dtype, _ROUNDING_OF_FEW_BITS) * a.double().norm())
+    return bool(_gap(a, b) <= _rounding(a))
+
+
+def _gap(a: Tensor, b: Tensor) -> Tensor:
+    return (a.double() - b.double()).norm()
+
+
+def _rounding(a: Tensor) -> Tensor:
+    """The difference from an output that rounding explains."""
+    return _ROUNDING.get(a.dtype, _ROUNDING_OF_FEW_BITS) * a.double().norm()
 
 
 def _precise(model: nn.Module) -> nn.Module:
