@@ -49,7 +49,7 @@ class Dense:
     @property
     def arms(self) -> list[Arm]:
         """The sets that compete."""
-        return usual(["macs"], (layer.spec for layer in self.prepared.sites))
+        return usual(["macs"], self.prepared.sites)
 
     def seconds(self, arms: list[Arm]) -> float:
         """CPU seconds of preparing for these arms."""
@@ -81,7 +81,7 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
         return {**found, "test_accuracy": cifar.accuracy(result.model, test)} if arm == AUTO else found
 
     # Those of any network with convolutions.
-    names = [arm.name for arm in usual(["macs"], (layer.spec for layer in find(cifar.ResNet(1))))]
+    names = [arm.name for arm in usual(["macs"], find(cifar.ResNet(1)))]
     # The network of an arm is the same alone and among others, to the bit: what auto chooses need not be made again.
     keys = [
         {"kept": kept, "arm": arm} for kept in config["macs"] for arm in (AUTO, *names) if arm not in config["chosen"]

@@ -24,7 +24,7 @@ from spectrim.search.judge import Verdict
 from spectrim.search.standings import Standings
 from spectrim.search.stepwise import TooMuchLostError
 from spectrim.selection.plan import Entry, Plan
-from spectrim.tables import merged, parted
+from spectrim.tables import default_methods, merged, parted
 
 ARMS = [Arm("a"), Arm("b"), Arm("c")]
 
@@ -190,7 +190,7 @@ def test_auto_is_the_best_of_its_arms_and_prints_them(monkeypatch: pytest.Monkey
     model, budget = network(), "macs=50%"
     result = st.compress(model, BATCHES, budget, methods="auto", sensitivity=False)
     arms, agreement = result.report.arms, result.report.agreement
-    assert [arm.name for arm in arms] == [arm.name for arm in usual(["macs"])]
+    assert [arm.name for arm in arms] == [arm.name for arm in usual(["macs"], result.sites)]
     assert agreement is not None
     made = [arm for arm in arms if arm.loss < math.inf]
     chosen = next(arm for arm in made if arm.chosen)
@@ -298,7 +298,9 @@ def test_what_cannot_be_meant() -> None:
         st.compress(network(), BATCHES, "macs=50%", methods="auto", groups=True)
     with pytest.raises(ValueError, match="seconds is -1"):
         st.compress(network(), BATCHES, "macs=50%", methods="auto", seconds=-1)
-    assert any(isinstance(method, LowRankPlusSparse) for method in usual(["bytes"])[1].methods or ())
+    assert any(
+        isinstance(method, LowRankPlusSparse) for method in usual(["bytes"], st.find(network()))[1].methods or ()
+    )
 
 
 def test_chains_compete_where_layers_have_kernels_and_time_that_was_not_measured_is_told() -> None:
@@ -311,8 +313,12 @@ def test_chains_compete_where_layers_have_kernels_and_time_that_was_not_measured
         nn.Conv2d(12, 12, 3, padding=1),
     ).eval()
     x = torch.randn(32, 3, 6, 6)
-    assert "low rank, chains" not in [arm.name for arm in usual(["macs"], [layer.spec for layer in st.find(network())])]
-    arms = usual(["macs"], [layer.spec for layer in st.find(model)])
+    assert "low rank, chains" not in [arm.name for arm in usual(["macs"], st.find(network()))]
+    arms = usual(["macs"], st.find(model))
     assert [arm.name for arm in arms][:2] == ["low rank", "low rank, chains"]
+    calibrated = st.calibrate(model, st.find(model), [x])
+    default = default_methods(calibrated)
+    # What the call offers by default is offered to every set, which so cannot do worse for the lack of it.
+    assert all(set(default) <= set(arm.methods or ()) for arm in usual(["macs"], calibrated))
     result = st.compress(model, [x], "macs=40%", methods=st.ActivationCP(evaluations=5))
     assert any("became chains of three or more thin layers" in note for note in result.report.notes)

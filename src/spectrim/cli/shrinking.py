@@ -238,7 +238,7 @@ def _best(out: Output, request: Request, work: Work) -> Result:
     """The network of the set of methods that loses least, or the smallest one within a tolerance."""
     sites = coupled(work.dense, work.sites, work.example, told=lambda why: out.say(f"no filters are removed: {why}"))
     known = prepared(out, work, sites, False, weigh=True)
-    arms = usual(request.budget.costs if request.budget else (), (layer.spec for layer in sites))
+    arms = usual(request.budget.costs if request.budget else (), known.sites)
     options: dict[str, Any] = {"guard": request.guard, "selector": request.selector, "costs": request.costs}
     tolerance, judge = request.tolerance(work)
     with out.progress() as show:

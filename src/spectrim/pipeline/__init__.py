@@ -193,7 +193,7 @@ def compress(
         "progress": told(progress),
     }  # fmt: skip
     judge = judge.knowing(model)
-    arms = usual(stated.costs, (layer.spec for layer in sites)) if competing else ()
+    arms = usual(stated.costs, prepared.sites) if competing else ()
     if tolerance is None and arms:
         return shrink_best(model, prepared, stated, arms, judge, seconds, **options)
     if not arms:

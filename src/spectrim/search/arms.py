@@ -14,13 +14,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
 from spectrim.errors import SpectrimError
-from spectrim.methods import ActivationCP, ActivationSVD, LowRankPlusSparse, Method, PrincipalFilters, WeightSVD
-from spectrim.network.layer import LayerSpec
+from spectrim.methods import ActivationCP, LowRankPlusSparse, Method, PrincipalFilters
 from spectrim.network.printing import Grid, cost_name, share
+from spectrim.network.sites import Sites
 from spectrim.progress import Progress, silent
 from spectrim.search.judge import Verdict
 from spectrim.search.stepwise import TooMuchLostError
 from spectrim.selection.plan import Plan
+from spectrim.tables import default_methods
 
 log = logging.getLogger(__name__)
 # What a sparse part or a shared factor saves, and hardly any time.
@@ -129,10 +130,13 @@ def arms_grid(tried: Sequence[Tried], cost: str) -> Grid:
     return Grid(["methods that competed", ">lost", f">{cost_name(cost)} left", ">seconds", "outcome"], rows)
 
 
-def usual(limited: Iterable[str], layers: Iterable[LayerSpec] = ()) -> list[Arm]:
-    """The arms that fit the costs that are limited and the layers there are, the simplest first."""
-    low_rank = (ActivationSVD(), WeightSVD())
-    kernels = any(math.prod(spec.kernel) > 1 for spec in layers)
+def usual(limited: Iterable[str], sites: Sites) -> list[Arm]:
+    """The arms that fit the costs that are limited and the layers there are, the simplest first.
+
+    Low rank is in each of them as it is on offer by default for these sites, which should be calibrated.
+    """
+    low_rank = tuple(default_methods(replace(sites, groups={})))
+    kernels = any(math.prod(site.spec.kernel) > 1 for site in sites)
     chains = [Arm("low rank, chains", (*low_rank, ActivationCP()))] if kernels else []
     filters = Arm("filters, then low rank", (PrincipalFilters(), *low_rank))
     if STORED.isdisjoint(limited):
