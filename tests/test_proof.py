@@ -189,6 +189,21 @@ def test_a_network_that_asks_what_its_layers_are_is_refused(kind: type[Two]) -> 
         st.compress(kind().eval(), BATCHES, st.Budget(macs=0.5))
 
 
+def test_of_layers_that_are_dear_to_merge_one_of_each_kind_is_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof, "_SOON", 0.0)
+    monkeypatch.setattr(proof, "_MULTIPLIED", 0.0)
+    torch.manual_seed(0)
+    layers = [nn.Conv1d(1, 4, 1), nn.Flatten(), nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 30), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Linear(30, 32)).eval()
+    sites = st.calibrate(model, st.find(model, only=["2", "4", "6"]), [x[:, None] for x in BATCHES])
+    plan = st.select(st.tabulate(sites), "parameters=30%")
+    assert all(not entry.choice.is_dense for entry in plan)
+    (note,) = carry_out(model, sites, plan, [x[:, None] for x in BATCHES]).notes
+    # The cheapest one was.
+    assert note.startswith("2 of 3 replaced layers were not merged for the proof")
+    assert "('2', '6')" in note
+
+
 def test_hooks_that_change_answers_stay_and_are_no_fault() -> None:
     model = Two().eval()
     model.b.register_forward_hook(lambda module, args, output: F.relu(output))

@@ -21,7 +21,7 @@ from spectrim.nn.copying import copy_model
 from spectrim.nn.counting import counting
 from spectrim.nn.modes import said_of_training
 from spectrim.nn.standing import LAYERS, StandIn
-from spectrim.nn.surgery import merge, parameter_count
+from spectrim.nn.surgery import merged_at, parameter_count, stand_ins
 from spectrim.nn.watch.batches import Feed, Forward
 from spectrim.nn.watch.nesting import output_tensors, tensors
 from spectrim.nn.watch.observe import Hook, observe, on_few
@@ -33,6 +33,8 @@ _MEAN_SIDES = 0.1
 # Difference of outputs that rounding explains, as a share of them.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-2}
 _ROUNDING_OF_FEW_BITS = 0.1
+# Multiplying out layers may take this share of a forward pass of the batch, or so many MACs, which are soon done.
+_MULTIPLIED, _SOON = 0.25, 1e9
 _COPIES = (
     "a function or closure that was made with the original's layers goes on calling them in every copy. Call the "
     "layers by attributes of the module that holds them"
@@ -136,8 +138,10 @@ def prove(
     """Run both networks on one batch, and compare what the small one does with what was planned.
 
     Every replaced layer is called, as often as the dense one; parameters and MACs are as counted; the outputs have the
-    shapes of the dense ones and are numbers; merged, the network computes the same. The cost is one forward pass of
-    each network, and some of single samples. What asks for its mode is tried in training mode too, for a note.
+    shapes of the dense ones and are numbers; merged, the network computes the same. Where multiplying out all layers
+    is dear, the cheapest are, and one of each kind at least. The cost is one forward pass of each network, some of
+    single samples, and of multiplying out a quarter of a pass or a billion MACs. What asks for its mode is tried in
+    training mode too, for a note.
 
     Yields
     ------
@@ -167,7 +171,7 @@ def prove(
     yield from _calls(dense, before, now, batch, feed)
     yield from _work(expected, before, now)
     yield from _outputs(expected, before, now)
-    yield from _merged(small, batch, feed)
+    yield from _merged(small, batch, feed, max(_SOON, _MULTIPLIED * before.macs * feed.layout.size(batch)))
     yield from said_of_training(dense, small, batch, feed)
 
 
@@ -250,23 +254,34 @@ def _outputs(expected: Expected, before: Seen, now: Seen) -> Iterator[str]:
             raise ProofError("the compressed network gives NaN where the dense one gives numbers")
 
 
-def _merged(small: nn.Module, batch: Any, feed: Feed) -> Iterator[str]:
-    """Whether the network computes the same with one weight in place of every layer that stands for another."""
-    if not any(isinstance(module, StandIn) for module in small.modules()):
+def _merged(small: nn.Module, batch: Any, feed: Feed, most: float) -> Iterator[str]:
+    """Whether the network computes the same with one weight in place of layers that stand for others.
+
+    ``most`` limits the MACs of multiplying them out.
+    """
+    every = stand_ins(small)
+    if not every:
         return
+    chosen = _cheap(every, most)
     precise = _precise(small)
     try:
-        whole = merge(precise)
+        whole = merged_at(precise, chosen)
     except ValueError as error:
         yield f"the network was not compared with what merge makes of it: {error}"
         return
+    if len(chosen) < len(every):
+        left = [names[0] for layer, names in every.items() if layer not in chosen]
+        yield (
+            f"{len(left)} of {len(every)} replaced layers were not merged for the proof, as multiplying them out takes "
+            f"more than {_MULTIPLIED:.0%} of a forward pass of the batch ({_some(left)}); others of their kinds were"
+        )
     try:
         try:
             outputs = _answers(precise, whole, batch, feed)
         except Exception:  # it casts to few bits by itself
             if precise is small:
                 raise
-            outputs = _answers(small, merge(small), batch, feed)
+            outputs = _answers(small, merged_at(small, chosen), batch, feed)
     except Exception as error:
         raise ProofError(
             f"merged, the compressed {type(small).__name__} cannot be run: {type(error).__name__}: {error}. It asks "
@@ -283,6 +298,25 @@ def _merged(small: nn.Module, batch: Any, feed: Feed) -> Iterator[str]:
                 "its outputs): it asks what its layers are, such as type(layer) is nn.Linear, their children, names or "
                 "number of parameters. Ask isinstance, or skip= the layers concerned"
             )
+
+
+def _cheap(layers: Mapping[StandIn, Sequence[str]], most: float) -> Mapping[StandIn, Sequence[str]]:
+    """Those that are multiplied out with the fewest MACs, in all at most so many, and one of each kind at least."""
+    left, kinds, chosen = most, set[tuple[type, str]](), set[StandIn]()
+    for layer in sorted(layers, key=_multiplying):
+        kind = (type(layer), layer.original.kind)
+        left -= _multiplying(layer)
+        if left >= 0 or kind not in kinds:
+            kinds.add(kind)
+            chosen.add(layer)
+    return {layer: names for layer, names in layers.items() if layer in chosen}
+
+
+def _multiplying(layer: StandIn) -> float:
+    """MACs of multiplying out what stands for a layer, as if it were a pair of all its numbers."""
+    rows = layer.weight.shape[0]
+    columns = math.prod(layer.weight.shape[1:])
+    return rows * columns * sum(p.numel() for p in layer.parameters()) / (rows + columns)
 
 
 def _answers(small: nn.Module, whole: nn.Module, batch: Any, feed: Feed) -> list[list[Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -79,7 +79,7 @@ def merge(
     forward
         Runs a model on a batch in another way.
     """
-    merged = _merged(model)
+    merged = merged_at(model, stand_ins(model))
     bare = {n for n, m in model.named_modules() if isinstance(m, StandIn) and not m.original.bias}
     spare = [name for name, m in merged.named_modules() if name in bare and getattr(m, "bias", None) is not None]
     if calibration is not None and spare:
@@ -89,18 +89,24 @@ def merge(
     return merged
 
 
-def _merged(model: nn.Module) -> nn.Module:
+def stand_ins(model: nn.Module) -> Mapping[StandIn, Sequence[str]]:
+    """What stands for a layer, with its names; layers inside of others come after them."""
+    found: dict[StandIn, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, StandIn):
+            found.setdefault(module, []).append(name)
+    return found
+
+
+def merged_at(model: nn.Module, chosen: Mapping[StandIn, Sequence[str]]) -> nn.Module:
+    """A copy of a compressed model with one dense layer in place of each of these, some of :func:`stand_ins`."""
     merged = copy_model(model)
     if isinstance(merged, StandIn):
         return dense_layer(merged).train(model.training)
-    found: dict[nn.Module, list[str]] = {}
-    for name, module in merged.named_modules(remove_duplicate=False):
-        if isinstance(module, StandIn):
-            found.setdefault(module, []).append(name)
     traits = Traits.of(merged)
-    # Layers inside of others come after them, and are merged before them.
-    for layer, names in reversed(found.items()):
-        replace_module(merged, names, dense_layer(layer))
+    # Layers inside of others are merged before them.
+    for names in reversed(list(chosen.values())):
+        replace_module(merged, names, dense_layer(merged.get_submodule(names[0])))
     traits.give(merged)
     forget_layers(merged)
     declare_ties(merged)
