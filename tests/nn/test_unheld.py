@@ -66,8 +66,9 @@ LEFT = {
     "GRU": (lambda: nn.GRU(16, 16, bidirectional=True), "GRU", "hidden_size"),
     "cell": (lambda: nn.LSTMCell(16, 16), "LSTMCell", "nn.Linear"),
     "bilinear": (lambda: nn.Bilinear(16, 16, 4), "Bilinear", "three axes"),
-    "embedding": (lambda: nn.Embedding(10, 16), "Embedding", "looked up"),
-    "bag": (lambda: nn.EmbeddingBag(10, 16), "EmbeddingBag", "looked up"),
+    "embedding of bounded rows": (lambda: nn.Embedding(10, 16, max_norm=1.0), "Embedding", "max_norm"),
+    "embedding of sparse gradients": (lambda: nn.Embedding(10, 16, sparse=True), "Embedding", "gradients"),
+    "bag": (lambda: nn.EmbeddingBag(10, 16), "EmbeddingBag", "nn.Embedding"),
     "attention": (lambda: nn.MultiheadAttention(16, 2), "MultiheadAttention", "nn.Linear layers"),
     "transposed linear": (lambda: Conv1D(16, 16), "Conv1D", "nn.Linear"),
     "functional": (Functional, "Functional", "kernel (8, 3, 3, 3), mixing (8, 8)"),
@@ -103,7 +104,7 @@ def test_a_weight_that_no_site_holds_is_listed(make, kind, cure):
 def test_everything_is_listed_once():
     model = tied()
     sites = st.find(model)
-    assert [(s.name, s.kind) for s in sites.skipped] == [("1", "Linear")]
+    assert [(s.name, s.kind) for s in sites.skipped] == [("0", "Embedding"), ("1", "Linear")]
     assert st.parameters(sites.untouched) + sites.other_parameters == parameter_count(model)
 
 

@@ -77,6 +77,8 @@ def describe(chain: Chain) -> str:
             text += f" density {rounded_density(spec):g}"
         if isinstance(chain, Addend) and spec is chain[-1]:
             text += " added"
+        if spec.looks_up:
+            return f"table {text}"
         if spec.is_linear:
             return f"linear {text}"
         parts = f"k{numbers(spec.kernel)} s{numbers(spec.stride)} p{numbers(spec.padding)} d{numbers(spec.dilation)}"
@@ -182,7 +184,18 @@ def _weight_shape(spec: LayerSpec) -> tuple[int, ...]:
 
 def _input_shape(spec: LayerSpec, batch: int) -> tuple[int, ...]:
     (shape,) = spec.inputs
+    if spec.looks_up:
+        return (batch * shape[0],)
     return (batch * shape[0], spec.in_channels) if spec.is_linear else (batch, spec.in_channels, *shape)
+
+
+def _input(spec: LayerSpec, pool: Tensor, batch: int, channels_last: bool) -> Tensor:
+    """Numbers of the pool; of a table places in it, drawn."""
+    shape = _input_shape(spec, batch)
+    if not spec.looks_up:
+        return _view(pool, 0, shape, channels_last)
+    drawn = torch.Generator().manual_seed(0)
+    return torch.randint(spec.in_channels, shape, generator=drawn).to(pool.device)
 
 
 def _aligned(numel: int) -> int:
@@ -243,7 +256,7 @@ def dense_run(chain: Chain, pool: Tensor, batch: int, channels_last: bool) -> Ru
         copies.append(layers)
     operators = [_operator(spec) for spec in chain]
     turns = itertools.cycle(copies)
-    x = _view(pool, 0, _input_shape(chain[0], batch), channels_last)
+    x = _input(chain[0], pool, batch, channels_last)
 
     def run() -> Tensor:
         y = x
@@ -274,7 +287,7 @@ class Operators(nn.Module):
 def random_layers(chain: Chain, pool: Tensor, batch: int, channels_last: bool) -> tuple[Operators, tuple[Tensor, ...]]:
     """A chain as a module, and inputs for it; all numbers are views of the pool."""
     layers, _ = _weights(chain, pool, 0, channels_last)
-    x = _view(pool, 0, _input_shape(chain[0], batch), channels_last)
+    x = _input(chain[0], pool, batch, channels_last)
     module = Operators(chain, layers).eval()
     return module, (x, torch.zeros_like(module(x))) if isinstance(chain, Addend) else (x,)
 
@@ -294,6 +307,8 @@ def _weights(
 
 def _operator(spec: LayerSpec) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """What the module of this layer calls."""
+    if spec.looks_up:
+        return lambda x, w, b: F.embedding(x, w)
     if spec.is_linear:
         return F.linear
     axes = len(spec.kernel) - 1

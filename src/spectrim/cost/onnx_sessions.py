@@ -46,7 +46,7 @@ def exported(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 def chain_session(chain: Chain, layers: Operators, inputs: tuple[Tensor, ...]) -> Callable[[], Any]:
     """A session that runs a chain of layers with these weights on these inputs."""
     names = [f"x{number}" for number in range(len(inputs))]
-    kind = helper.np_dtype_to_tensor_dtype(inputs[0].numpy().dtype)
+    kinds = [helper.np_dtype_to_tensor_dtype(each.numpy().dtype) for each in inputs]
     nodes, weights, last = [], [], names[0]
     for number, (spec, weight, bias) in enumerate(zip(chain, layers.weights, layers.biases, strict=True)):
         tensors = {f"w{number}": weight} | ({} if bias is None else {f"b{number}": bias})
@@ -58,13 +58,17 @@ def chain_session(chain: Chain, layers: Operators, inputs: tuple[Tensor, ...]) -
             mode = _PADDING[spec.padding_mode]
             nodes.append(helper.make_node("Pad", [last, f"p{number}"], [f"q{number}"], mode=mode))
             last = f"q{number}"
-        nodes.append(helper.make_node(_operator(spec), [last, *tensors], [f"y{number}"], **dict(_attributes(spec))))
+        given = [*tensors, last] if spec.looks_up else [last, *tensors]
+        nodes.append(helper.make_node(_operator(spec), given, [f"y{number}"], **dict(_attributes(spec))))
         last = f"y{number}"
     if len(inputs) > 1:
         nodes.append(helper.make_node("Add", [last, names[1]], ["sum"]))
         last = "sum"
-    taken = [helper.make_tensor_value_info(name, kind, x.shape) for name, x in zip(names, inputs, strict=True)]
-    given = [helper.make_tensor_value_info(last, kind, None)]
+    taken = [
+        helper.make_tensor_value_info(name, kind, x.shape) for name, kind, x in zip(names, kinds, inputs, strict=True)
+    ]
+    number = helper.np_dtype_to_tensor_dtype(layers.weights[0].numpy().dtype)
+    given = [helper.make_tensor_value_info(last, number, None)]
     graph = helper.make_graph(nodes, "chain", taken, given, weights)
     version = helper.find_min_ir_version_for([helper.make_opsetid("", _OPSET)])
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=version)
@@ -88,10 +92,14 @@ def _silent() -> Iterator[None]:
 
 
 def _operator(spec: LayerSpec) -> str:
+    if spec.looks_up:
+        return "Gather"
     return "Gemm" if spec.is_linear else "ConvTranspose" if spec.transposed else "Conv"
 
 
 def _attributes(spec: LayerSpec) -> Iterator[tuple[str, Any]]:
+    if spec.looks_up:
+        return
     if spec.is_linear:
         yield "transB", 1
         return

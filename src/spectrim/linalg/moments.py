@@ -83,6 +83,21 @@ class Moments:
         self._add(n, (rough + rest).squeeze(1), _products(centred, self.inner))
         self.scatter.baddbmm_(rest.transpose(1, 2), rest, alpha=-n)
 
+    @classmethod
+    @torch.no_grad()
+    def of_rows(cls, rows: Float[Tensor, "n d"], weights: Float[Tensor, " n"], count: int) -> Moments:
+        """The moments ``[1, d]`` of rows of these weights, which rest on so many observations."""
+        held = cls(1, rows.shape[1], rows.device)
+        weights = weights.to(rows.device, torch.float64)
+        present = weights > 0
+        rows, shares = rows[present].double(), (weights[present] / weights.sum()).unsqueeze(1)
+        held.count = count
+        held.mean = (rows * shares).sum(0, keepdim=True)
+        centred = (rows - held.mean) * shares.sqrt()
+        held.scatter = (centred.mT @ centred).unsqueeze(0) * count
+        held._rounding = torch.finfo(torch.float64).eps
+        return held
+
     @torch.no_grad()
     def merge(self, other: Moments) -> None:
         """Add the observations of another accumulator of the same shape."""

@@ -65,7 +65,7 @@ def group(
         found = {}
         for rule in rules:
             taken = {site for members in found.values() for site in members}
-            free = [site for site in sites if site.name not in taken]
+            free = [site for site in sites if site.name not in taken and not site.spec.looks_up]
             found |= _same_inputs(sites, free) if rule == "inputs" else _repeated(free, nested=nested)
     check(sites, found)
     return dataclasses.replace(sites, groups=MappingProxyType(found))

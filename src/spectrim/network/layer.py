@@ -72,6 +72,15 @@ class LayerSpec:
         return not self.kernel
 
     @property
+    def looks_up(self) -> bool:
+        """Whether its inputs are places of a table (:class:`Lookup`), and not vectors."""
+        return False
+
+    def as_vectors(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of an input as the weight multiplies it, for the shape that the layer is called with."""
+        return shape
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """``(g, o, i, *k)``: the canonical shape of the weight."""
         g = self.groups
@@ -249,6 +258,54 @@ def _like(spec: LayerSpec, side: str, channels: int) -> LayerSpec:
     made = object.__new__(LayerSpec)
     made.__dict__.update(spec.__dict__, **{side: channels})
     return made
+
+
+@dataclass(frozen=True)
+class Lookup(LayerSpec):
+    """A table that is looked up, ``nn.Embedding``: a linear layer of inputs of which one is 1 and all others are 0.
+
+    Torch holds its weight as rows of outputs, so that it is ``transposed``. Nothing is multiplied: it has no MACs. Of a
+    low-rank pair the first layer is a narrower table and the second is linear.
+
+    Attributes
+    ----------
+    in_channels, out_channels
+        Entries of the table and their width.
+    padding_idx
+        Entry that gets no gradient; None for none.
+    """
+
+    transposed: bool = True
+    bias: bool = False
+    padding_idx: int | None = None
+
+    @property
+    def kind(self) -> str:
+        return "Embedding"
+
+    @property
+    def looks_up(self) -> bool:
+        return True
+
+    @property
+    def positions(self) -> int:
+        """No position multiplies a weight."""
+        return 0
+
+    def as_vectors(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (*shape, self.in_channels)
+
+    def allows(self, pattern: Pattern) -> bool:
+        """A row of the table is read as it lies, so that none of its zeros is skipped."""
+        return False
+
+    def factor(self, how: Unfolding, rank: int, *, bias: bool | None = None) -> Pair:
+        table = dataclasses.replace(self, out_channels=rank)
+        wanted = self.bias if bias is None else bias
+        second = LayerSpec(
+            self.names, rank, self.out_channels, bias=wanted, dtype=self.dtype, device=self.device, inputs=self.inputs
+        )
+        return Pair((table, second), self)
 
 
 def _cropped(spec: LayerSpec, pattern: Taps) -> LayerSpec:

@@ -16,7 +16,7 @@ from spectrim.network.factors import Factors, LowRank, LowRankPlusSparse, Shared
 from spectrim.network.layer import LayerSpec
 from spectrim.network.structure import Chain
 from spectrim.nn.find import describe
-from spectrim.nn.modules import Chained, Factored, make_layer
+from spectrim.nn.modules import Chained, Factored, FactoredTable, make_layer
 from spectrim.nn.shared import Once, Wide
 from spectrim.nn.sparse.layers import Sum, sparse_layer
 
@@ -67,7 +67,8 @@ def _shifted(bias: Tensor | None, shift: Tensor | None) -> Tensor | None:
 
 def _pair(factors: LowRank, spec: LayerSpec, bias: Tensor | None) -> Factored:
     first, second = spec.factor(factors.how, factors.rank, bias=bias is not None)
-    return Factored(
+    kind = FactoredTable if spec.looks_up else Factored
+    return kind(
         make_layer(first, first_weight(factors.left, factors.how, factors.shape)),
         make_layer(second, second_weight(factors.right, factors.how, factors.shape), bias),
         unfolding=factors.how.name,

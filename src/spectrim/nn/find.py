@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from spectrim.errors import UnsupportedLayerError, called_as, did_you_mean
 from spectrim.linalg.packing import packed_bytes
 from spectrim.linalg.patterns import Pattern
-from spectrim.network.layer import LayerSpec
+from spectrim.network.layer import LayerSpec, Lookup
 from spectrim.network.sites import Layer, Sites, Skipped
 from spectrim.nn.standing import StandIn
 from spectrim.nn.unheld import stored, unheld
@@ -29,7 +29,9 @@ Which = str | type | Callable[[str, nn.Module], bool]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_LAYERS = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
+_LAYERS = (nn.Linear, nn.Embedding, *_CONVOLUTIONS, *_TRANSPOSED)
+# Layers that torch keeps the weight of with the inputs first.
+_INPUTS_FIRST = (nn.Embedding, *_TRANSPOSED)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -37,7 +39,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def find(
     model: nn.Module, *, skip: Which | Iterable[Which] = (), only: Which | Iterable[Which] = (), parts: bool = False
 ) -> Sites:
-    """List the linear layers and convolutions of a model as sites.
+    """List the linear layers, convolutions and embeddings of a model as sites.
 
     Parameters
     ----------
@@ -54,8 +56,8 @@ def find(
     -------
     Sites
         One site a layer, in order of registration, and every layer left out with the reason; so is every other module
-        that holds matrices (embeddings, recurrent layers, parameters that ``forward`` multiplies itself). A module
-        that is registered under several names is one site.
+        that holds matrices (bags of embeddings, recurrent layers, parameters that ``forward`` multiplies itself). A
+        module that is registered under several names is one site.
 
     Raises
     ------
@@ -181,7 +183,13 @@ def _chain(
 def _obstacle_inside(part: nn.Module) -> bool:
     weight = _weight(part)
     plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype in _DTYPES and not weight.is_meta
-    return not plain or parametrize.is_parametrized(part) or not {"weight", "bias"} <= part._parameters.keys()
+    return not plain or parametrize.is_parametrized(part) or not _holds_its_own(part)
+
+
+def _holds_its_own(layer: nn.Module) -> bool:
+    """Whether weight and bias are parameters of the layer, and not computed before every call."""
+    wanted = {"weight"} if isinstance(layer, nn.Embedding) else {"weight", "bias"}
+    return wanted <= layer._parameters.keys()
 
 
 @torch.no_grad()
@@ -253,7 +261,7 @@ def check_model(model: object) -> None:
 
 
 def describe(module: nn.Module, names: Iterable[str]) -> LayerSpec:
-    """The numbers of a linear layer or convolution.
+    """The numbers of a linear layer, convolution or embedding.
 
     Raises
     ------
@@ -265,12 +273,15 @@ def describe(module: nn.Module, names: Iterable[str]) -> LayerSpec:
     assert isinstance(weight, Tensor)
     common: dict[str, Any] = {
         "names": names,
-        "bias": module.bias is not None,
+        "bias": getattr(module, "bias", None) is not None,
         "dtype": weight.dtype,
         "device": str(weight.device),
     }
     if isinstance(module, nn.Linear):
         return LayerSpec(in_channels=module.in_features, out_channels=module.out_features, **common)
+    if isinstance(module, nn.Embedding):
+        places = {"in_channels": module.num_embeddings, "out_channels": module.embedding_dim}
+        return Lookup(padding_idx=module.padding_idx, **places, **common)
     if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)):
         return LayerSpec(
             in_channels=module.in_channels,
@@ -285,7 +296,9 @@ def describe(module: nn.Module, names: Iterable[str]) -> LayerSpec:
             padding_mode=module.padding_mode,
             **common,
         )
-    raise UnsupportedLayerError(f"{names[0]!r} is a {type(module).__name__}; expected nn.Linear or nn.Conv*")
+    raise UnsupportedLayerError(
+        f"{names[0]!r} is a {type(module).__name__}; expected nn.Linear, nn.Embedding or nn.Conv*"
+    )
 
 
 def _padding(module: Any) -> tuple[int, ...] | str:
@@ -303,11 +316,11 @@ def canonical(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 def opened(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """As :func:`canonical`, with gradients."""
     weight = module.weight
-    bias = module.bias
+    bias = getattr(module, "bias", None)
     assert isinstance(weight, Tensor)
     groups = getattr(module, "groups", 1)
     grouped = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
-    if isinstance(module, _TRANSPOSED):
+    if isinstance(module, _INPUTS_FIRST):
         grouped = grouped.transpose(1, 2)
     return grouped, bias if isinstance(bias, Tensor) else None
 
@@ -388,7 +401,7 @@ def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied:
     if _is_lazy(_weight(module)):
         return "lazy: run the model once so that its weight has a shape"
     # Weight and spectral normalisation of the older kind, and pruning masks, set the weight before every call.
-    if parametrize.is_parametrized(module) or not {"weight", "bias"} <= module._parameters.keys():
+    if parametrize.is_parametrized(module) or not _holds_its_own(module):
         return f"parametrised: remove the parametrisation first ({_removes(module)})"
     weight = module.weight
     if not isinstance(weight, Tensor) or weight.dtype not in _DTYPES:
@@ -405,6 +418,8 @@ def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied:
         getattr(type(module), name, None) is not getattr(base, name, None) for name in ("forward", "_conv_forward")
     ):
         return f"{type(module).__name__} overrides forward: put a plain nn.{base.__name__} in its place"
+    if reason := _changes_rows(module):
+        return reason
     if id(weight) in tied:
         others = [n or "the model itself" for n in tied[id(weight)] if n not in paths]
         return f"its weight is tied to {', '.join(others)}: give one of them a copy of its own to compress it"
@@ -419,6 +434,17 @@ def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied:
         return f"it holds modules of its own ({', '.join(module._modules)}): move them to the module that holds it"
     if "" in paths:
         return "the model itself is this layer: wrap it in nn.Sequential"
+    return None
+
+
+def _changes_rows(module: nn.Module) -> str | None:
+    """Why the rows of a table are not what is looked up, or not trained as they are; None if they are."""
+    if not isinstance(module, nn.Embedding):
+        return None
+    if module.max_norm is not None:
+        return "max_norm changes its rows when they are looked up, which those of a pair are not: scale them beforehand"
+    if module.sparse or module.scale_grad_by_freq:
+        return "its gradients are sparse or scaled by how often a row is asked for, which those of a pair are not"
     return None
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spectrim.linalg.unfold import Unfolding, fold, unfolding
 from spectrim.network.factors import LowRank
-from spectrim.network.layer import LayerSpec
+from spectrim.network.layer import LayerSpec, Lookup
 from spectrim.nn.find import opened
 from spectrim.nn.standing import StandIn, laid_out
 
@@ -34,8 +34,13 @@ def make_layer(spec: LayerSpec, weight: Tensor | None = None, bias: Tensor | Non
     bias
         ``[o_total]``; zero if None and the spec has a bias.
     """
-    if spec.is_linear:
+    if isinstance(spec, Lookup):
         layer: nn.Module = nn.utils.skip_init(
+            nn.Embedding, spec.in_channels, spec.out_channels, padding_idx=spec.padding_idx, device=spec.device,
+            dtype=spec.dtype,
+        )  # fmt: skip
+    elif spec.is_linear:
+        layer = nn.utils.skip_init(
             nn.Linear, spec.in_channels, spec.out_channels, bias=spec.bias, device=spec.device, dtype=spec.dtype
         )
     else:
@@ -56,7 +61,7 @@ def make_layer(spec: LayerSpec, weight: Tensor | None = None, bias: Tensor | Non
     with torch.no_grad():
         if weight is not None:
             layer.weight.copy_(laid_out(weight, spec))  # type: ignore[operator, arg-type]
-        if isinstance(layer.bias, Tensor):
+        if isinstance(layer._parameters.get("bias"), Tensor):
             layer.bias.zero_() if bias is None else layer.bias.copy_(bias)
     return layer
 
@@ -144,6 +149,24 @@ class Factored(StandIn, nn.Sequential):
             "gor,gr->go", second.double().reshape(*second.shape[:3], -1).sum(-1), middle.double().reshape(g, -1)
         )
         return (moved.reshape(-1) if bias is None else bias.double() + moved.reshape(-1)).to(second.dtype)
+
+
+class FactoredTable(Factored):
+    """A low-rank pair in place of an embedding: a narrower table that is looked up, and a linear layer."""
+
+    @property
+    def rank(self) -> int:
+        return whole(self.first)[0].shape[1]
+
+    @property
+    def bias(self) -> None:
+        """Every row of the table has it (:meth:`whole`)."""
+        return None
+
+    def whole(self) -> tuple[Tensor, None]:
+        """Canonical weight, multiplied out in float64: the pair's bias is in every row, since one row is looked up."""
+        weight, bias = super().whole()
+        return (weight if bias is None else weight + bias.reshape(1, -1, 1)), None
 
 
 class Chained(StandIn, nn.Sequential):

@@ -160,7 +160,11 @@ class Saver:
         """Plain layers that got a bias and stand for themselves again."""
         for name in self.bare:
             module = module_of(self.model, name)
-            if isinstance(module, LAYERS) and not isinstance(module, StandIn) and module.bias is not None:
+            if (
+                isinstance(module, LAYERS)
+                and not isinstance(module, StandIn)
+                and getattr(module, "bias", None) is not None
+            ):
                 yield name
 
     def _biases_of_channels(self, plans: Sequence[Plan]) -> Iterator[str]:

@@ -20,12 +20,12 @@ from spectrim.errors import PlanError, ReadOnlyWeightError
 from spectrim.network.layer import LayerSpec
 
 LAYERS = (
-    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d),
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
 _EVERY_MODULE = frozenset(vars(nn.Module()))
 _PARTS = ("_parameters", "_buffers", "_modules")
-_SIZES = ("in_features", "out_features", "in_channels", "out_channels")
+_SIZES = ("in_features", "out_features", "in_channels", "out_channels", "num_embeddings", "embedding_dim")
 # Names of what a stand-in has brought to the layer, among the attributes of that layer.
 _BROUGHT = "_brought"
 
@@ -327,7 +327,7 @@ def _is_channels_last(weight: Tensor) -> bool:
 def sized(layer: StandIn) -> None:
     """Have the sizes among a layer's attributes be those of what it stands for."""
     spec = layer.original
-    for name, size in zip(_SIZES, (spec.in_channels, spec.out_channels) * 2, strict=True):
+    for name, size in zip(_SIZES, (spec.in_channels, spec.out_channels) * 3, strict=True):
         if name in vars(layer):
             setattr(layer, name, size)
 

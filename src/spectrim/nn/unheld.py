@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from spectrim.network.sites import Skipped
 
-_LOOKED_UP = "a table that is looked up and not multiplied: no method fits it"
 _RECURRENT = (
     "recurrent: one kernel multiplies its matrices step after step, where no pair of layers can stand. Train it with a "
     "smaller hidden_size or a proj_size, or write its cell with nn.Linear layers"
@@ -18,8 +17,7 @@ _RECURRENT = (
 _REASONS: dict[type[nn.Module], str] = {
     nn.RNNBase: _RECURRENT,
     nn.RNNCellBase: "a recurrent cell: it multiplies its matrices itself. Write it with nn.Linear layers",
-    nn.Embedding: _LOOKED_UP,
-    nn.EmbeddingBag: _LOOKED_UP,
+    nn.EmbeddingBag: "it sums the rows that it looks up, which no pair of layers does. Use nn.Embedding and sum",
     nn.Bilinear: "bilinear: its weight has three axes and takes two inputs, which no pair of layers does",
     nn.MultiheadAttention: (
         "it multiplies its weights itself. Use nn.Linear layers for queries, keys, values and outputs, and "

@@ -92,7 +92,7 @@ def beside_layers(model: nn.Module, sides: Sequence[Side]) -> tuple[float, float
     numbers = size = 0.0
     for side in sides:
         owner = held_at(model, side.name)
-        if isinstance(owner, (_ConvNd, nn.Linear)) or side.axis.startswith("."):
+        if isinstance(owner, (_ConvNd, nn.Linear, nn.Embedding)) or side.axis.startswith("."):
             continue
         held = [owner] if isinstance(owner, Tensor) else [*owner.parameters(), *owner.buffers()]
         per = [t for t in held if t.numel() >= side.size]
@@ -228,7 +228,7 @@ def _follow(model: nn.Module) -> None:
         if not isinstance(module, (Factored, Chained)):
             continue
         first, last = module[0], module[-1]
-        if isinstance(first, (_ConvNd, nn.Linear)) and isinstance(last, (_ConvNd, nn.Linear)):
+        if isinstance(first, (_ConvNd, nn.Linear, nn.Embedding)) and isinstance(last, (_ConvNd, nn.Linear)):
             inputs, outputs = describe(first, ("first",)), describe(last, ("last",))
             module.original = dataclasses.replace(
                 module.original, in_channels=inputs.in_channels, out_channels=outputs.out_channels

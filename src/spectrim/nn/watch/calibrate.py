@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from spectrim.cost.counted import macs, parameters, size_bytes
 from spectrim.errors import CalibrationError, ForwardError, SpectrimError, called_as
+from spectrim.linalg.moments import Moments
 from spectrim.linalg.unfold import unfoldings
 from spectrim.network.coupling import IN
 from spectrim.network.layer import LayerSpec
@@ -190,7 +191,9 @@ class _Watch:
         seen = _Inputs()
         streams = Streams() if statistics else None
         watchers = {
-            site.name: _Watcher(site, amount, run, streams, seed, seen, reads_channels=site.name in readers)
+            site.name: (_TableWatcher if site.spec.looks_up else _Watcher)(
+                site, amount, run, streams, seed, seen, reads_channels=site.name in readers
+            )
             for site in sites
         }
         specs = {site.name: site.spec for site in sites}
@@ -402,7 +405,7 @@ class _Shapes:
                 if self.seen is not None and not self.frozen:
                     self.seen.note(inputs, self.spec.name)
                 self._of = self.size
-                self._calls.append(Call.of(self.spec, tuple(inputs.shape), self.size))
+                self._calls.append(Call.of(self.spec, self.spec.as_vectors(tuple(inputs.shape)), self.size))
             self.see(inputs, output)
 
         return watch
@@ -497,6 +500,43 @@ class _Watcher(_Shapes):
                 "the batches and the model's dtype."
             )
         return dataclasses.replace(self._layer, spec=spec, statistics=statistics)
+
+
+class _TableWatcher(_Watcher):
+    """Counts how often each entry of a table is asked for, which tells all of what it answers."""
+
+    def __init__(self, layer: Layer, *options: Any, **more: Any) -> None:
+        super().__init__(layer, *options, **more)
+        # One tensor of places is no input that layers could share a factor for.
+        self.seen = None
+        self._counts = torch.zeros(layer.spec.in_channels, dtype=torch.int64)
+
+    def see(self, inputs: Tensor, outputs: Tensor) -> None:
+        if self._streams is None or self.refused:
+            return
+        self._refuse_unless(_squares(outputs), "gives")
+        shape = self.spec.as_vectors(tuple(inputs.shape))
+        index = choose(self.spec, shape, None, self.samples, self._seed).index
+        places = inputs.reshape(-1).cpu().index_select(0, index.cpu()).long()
+        self._counts += torch.bincount(places, minlength=len(self._counts))
+
+    def layer(self) -> Layer:
+        spec = self.spec.at(self.inputs)
+        count = int(self._counts.sum())
+        if not count:
+            return dataclasses.replace(self._layer, spec=spec)
+        output = Moments.of_rows(self._layer.weight[0].mT, expected(self._counts), count)
+        return dataclasses.replace(self._layer, spec=spec, statistics=Statistics(output=output))
+
+
+def expected(counts: Tensor) -> Tensor:
+    """How often entries are expected in as much data again, for how often they were seen.
+
+    Of as many as were seen once, something new is expected (Good 1953): entries that were not seen have an equal part.
+    """
+    new = counts == 0
+    once = (counts == 1).sum()
+    return counts.double() + torch.where(new, once / new.sum().clamp_min(1), 0.0)
 
 
 def _squares(tensor: Tensor) -> bool:

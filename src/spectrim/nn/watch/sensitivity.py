@@ -230,7 +230,7 @@ class _Gradients:
         """For a layer, after it has run."""
 
         def watch(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            shape = tuple((args[0] if args else kwargs["input"]).shape)
+            shape = spec.as_vectors(tuple((args[0] if args else kwargs["input"]).shape))
 
             def receive(gradient: Tensor | None) -> None:
                 # A function may give none, which is zero.
