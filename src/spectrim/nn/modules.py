@@ -61,8 +61,8 @@ def make_layer(spec: LayerSpec, weight: Tensor | None = None, bias: Tensor | Non
     with torch.no_grad():
         if weight is not None:
             layer.weight.copy_(laid_out(weight, spec))  # type: ignore[operator, arg-type]
-        if isinstance(layer._parameters.get("bias"), Tensor):
-            layer.bias.zero_() if bias is None else layer.bias.copy_(bias)
+        if (own := layer._parameters.get("bias")) is not None:
+            own.zero_() if bias is None else own.copy_(bias)
     return layer
 
 
