@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import spectrim as st
+from spectrim.linalg.unfold import unfolding
 from spectrim.nn.find import canonical, describe
 from spectrim.nn.modules import FactoredTable
 from spectrim.nn.surgery import parameter_count
@@ -35,6 +36,12 @@ def texts(samples=24, length=8):
 
 def small(model, budget, batches):
     return st.compress(model, batches, budget, only="words", methods=st.ActivationSVD(multiple_of=1))
+
+
+def pair_of(model):
+    pair = model.words
+    assert isinstance(pair, FactoredTable)
+    return pair
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -102,7 +109,7 @@ def test_the_curve_is_what_the_pair_loses_and_less_than_the_weight_alone_loses()
 
 def test_a_table_multiplies_nothing_and_its_pair_does():
     spec = describe(nn.Embedding(60, 24), ("words",)).at(((8,),))
-    table, linear = spec.factor(st.linalg.unfold.unfolding((), "channel"), 6)
+    table, linear = spec.factor(unfolding((), "channel"), 6)
     assert st.macs([spec]) == st.macs([table]) == 0
     assert st.macs([linear]) == 8 * 6 * 24
     assert st.parameters([table, linear]) == 60 * 6 + 6 * 24
@@ -120,17 +127,17 @@ def test_a_pair_of_a_table_is_one_site_again():
     site = st.find(once)["words"]
     assert site.spec == describe(model.words, ("words",))
     assert [part.kind for part in site.present] == ["Embedding", "Linear"]
-    twice = small(once, "parameters=75%", [x])
-    assert twice.model.words.rank < once.words.rank
+    twice = small(once, "parameters=75%", [x]).model
+    assert pair_of(twice).rank < pair_of(once).rank
 
 
 def test_gradients_reach_the_pair_and_export_keeps_it():
     model, x = Reader().eval(), texts()
     made = small(model, "parameters=75%", [x]).model
     made(x).sum().backward()
-    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in made.words.parameters())
+    assert all(p.grad is not None and bool(p.grad.abs().sum() > 0) for p in pair_of(made).parameters())
     exported = torch.export.export(copy.deepcopy(made), (x,)).module()
     assert torch.allclose(exported(x), made(x), atol=1e-6)
-    weight, bias = canonical(made.words[0])
-    assert weight.shape == (1, made.words.rank, 60)
+    weight, bias = canonical(pair_of(made)[0])
+    assert weight.shape == (1, pair_of(made).rank, 60)
     assert bias is None
