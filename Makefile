@@ -36,6 +36,8 @@ format: $(INSTALLED)  ## reformat the code and apply the safe fixes
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+# Compiled once, whatever the shell says of bytecode: rewriting the asserts takes 15 seconds, and so do programs that tests start.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(INSTALLED)  ## run the tests of the library, in TEST_WORKERS processes; PYTEST_ARGS adds arguments
 	$(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 

@@ -42,14 +42,15 @@ class Checks:
                 return decorate(function)
             if "<locals>" in function.__qualname__:
                 return function
-            checked = decorate(function)
+            # Compiling checks takes milliseconds a function, and many are never asked for any.
+            checked = functools.cache(lambda: decorate(function))
 
             @functools.wraps(function)
             def call(*args: Any, **kwargs: Any) -> Any:
                 if not self.limit or self.calls[function] >= self.limit:
                     return function(*args, **kwargs)
                 self.calls[function] += 1
-                return checked(*args, **kwargs)
+                return checked()(*args, **kwargs)
 
             return call
 

@@ -31,14 +31,19 @@ def capture(loader: Any = None) -> State:
     version, internal, spare = random.getstate()
     state = {
         "torch": torch.get_rng_state(),
-        "numpy": torch.tensor([*(int(k) for k in keys), position, has_gauss]),  # type: ignore[misc]
+        "numpy": _words([*keys.tolist(), position, has_gauss]),  # type: ignore[union-attr]
         "numpy_gauss": torch.tensor([gauss], dtype=torch.float64),
-        "python": torch.tensor([version, *internal]),
+        "python": _words([version, *internal]),
         "python_gauss": torch.tensor([] if spare is None else [spare], dtype=torch.float64),
     }
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state |= {f"cuda{i}": s for i, s in enumerate(torch.cuda.get_rng_state_all())}
     return state | {f"loader{i}": g.get_state() for i, g in enumerate(_generators(loader))}
+
+
+def _words(values: list[int]) -> Tensor:
+    """``torch.tensor(values)`` in a tenth of the time."""
+    return torch.from_numpy(np.array(values, np.int64))
 
 
 def restore(state: State, loader: Any = None) -> None:
