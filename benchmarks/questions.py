@@ -100,8 +100,8 @@ QUESTIONS = (
         "How long does compression take, and how much memory?",
         "A pass is one forward pass of the calibration data through the dense network, so that the figures mean something "
         "on another machine.",
-        ("F8", "F9", "R4", "R5", "R6", "R7", "R8", "N5"),
-        ("analysis", "memory", "one_pass", "selection_speed", "sparse_fits"),
+        ("F8", "F9", "R4", "R5", "R6", "R7", "R8", "A5", "N5"),
+        ("analysis", "memory", "one_pass", "selection_speed", "sparse_fits", "search_time"),
     ),
     Question(
         "Do the statistics depend on how the data come?",
@@ -212,6 +212,12 @@ WORDS = {
         "Twelve architectures at batch 1 and 16 in torch's eager mode, `torch.compile` and ONNX Runtime: finished networks timed "
         "anew beside the dense ones, in turns; slower is what is so beyond noise, twice.",
         "The networks that were slower are in the table.",
+    ),
+    "A5": Words(
+        "Time of a search among sets of methods",
+        "The whole call with `methods=\"auto\"` on ResNet-50 at 224 x 224 with 128 images; the row says how many seconds it "
+        "was given.",
+        "Calibration, the table and one network that is carried out take longer than a few minutes on this machine.",
     ),
     "A6": Words(
         "A tolerance in place of a budget",
