@@ -5,7 +5,7 @@ and of the dense network's tensors; times are taken in turns, dense and compress
 (BatchNorm not folded). Test images and held-out texts are looked at once, for the figure in the row.
 
 Needs CIFAR-10, the weights of both CIFAR ResNets, the folder of a sentence encoder, a long English text, the folder in
-which the two packages of EfficientNet-Lite0 lie, and a folder of photographs.
+which the two packages of EfficientNet-Lite0 lie, a folder of photographs, and the folder of a text detector's weights.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import spectrim as st
 from benchmarks import cifar
+from benchmarks.headline.networks import craft
 from benchmarks.joint_minilm import windows
 from spectrim.nn.timing import Speed, measure_latency
 
@@ -149,6 +150,16 @@ def _photographs(item: dict[str, Any], paths: dict[str, Any]) -> Job:
     return Job(model, seen, seen[0][: item["batch"]], "agreement with dense, %", agreement)
 
 
+def _detector(item: dict[str, Any], paths: dict[str, Any]) -> Job:
+    network = craft.Plugin(paths)
+    seen = network.calibration(item["pages"])
+
+    def score(model: nn.Module) -> float:
+        return network.test(model)[network.metric.name].value
+
+    return Job(network.build(), seen, seen[0][: item["batch"]], "F-score of words, drawn pages, %", score)
+
+
 def _plain(model: nn.Module) -> nn.Module:
     """The same network of plain layers: its convolutions pad in a forward of their own, which is left alone."""
     for name, layer in list(model.named_modules()):
@@ -188,4 +199,5 @@ JOBS: dict[str, Callable[[dict[str, Any], dict[str, Any]], Job]] = {
     "cifar": _cifar,
     "encoder": _encoder,
     "photographs": _photographs,
+    "detector": _detector,
 }

@@ -1,7 +1,8 @@
 """Run the experiments that have no result yet.
 
     python -m benchmarks.run [NAME ...] [--cifar10 DIR] [--fashion-mnist DIR] [--weights FILE ...] [--minilm DIR]
-                             [--text FILE] [--efficientnet DIR] [--photographs DIR] [--work DIR] [--force]
+                             [--text FILE] [--efficientnet DIR] [--photographs DIR] [--ocr DIR]
+                             [--work DIR] [--force]
 
 An experiment file names its task, a module of this package, and the task's options. What a task needs from outside is
 given by path; experiments whose paths are not given are named and passed over.
@@ -38,6 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--efficientnet", type=Path, metavar="DIR", help="folder with the packages of EfficientNet-Lite0"
     )
     parser.add_argument("--photographs", type=Path, metavar="DIR", help="folder with imagenet_*.png or .jpg")
+    parser.add_argument("--ocr", type=Path, metavar="DIR", help="folder with craft_mlt_25k.pth")
     parser.add_argument("--work", type=Path, metavar="DIR", help="where runs keep checkpoints and caches")
     parser.add_argument("--force", action="store_true", help="run again what has a result")
     options = parser.parse_args(arguments)
@@ -52,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
         "text": options.text,
         "efficientnet": options.efficientnet,
         "photographs": options.photographs,
+        "ocr": options.ocr,
         "weights": {path.stem: path for path in options.weights},
         "work": options.work or Path(tempfile.gettempdir()) / "spectrim-benchmarks",
     }
