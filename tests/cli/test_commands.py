@@ -141,7 +141,7 @@ def test_export_is_checked(run, suffix: str):
         (("compress", "nets:tiny", *DATA, "-b", "macs=50%", "--runtime", "onnx"), 2, "Did you mean 'onnxruntime'?"),
         (("compress", "nets:tiny", *DATA, "--plan", "gone.json"), 2, "'gone.json'"),
         (("compress", "nets:tiny", *DATA, "-b", "macs=0.01%"), 3, "the lowest reachable is"),
-        (("compress", "nets:tiny", *DATA, "--plan", "broken.json"), 2, "not a plan"),
+        (("compress", "nets:tiny", *DATA, "--plan", "broken.json"), 2, "is no plan"),
         (("evaluate", "nets:tiny"), 2, "give --data"),
         (("evaluate", "nets:tiny", "--data", "nets:unlabelled"), 2, "holds no labels"),
         (("evaluate", "nets:tiny", *DATA, "--compare"), 2, "needs --checkpoint"),

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from spectrim.cli.models import load_compressed, load_model, read_weights
+from spectrim.cli.models import load_compressed, load_model
 from spectrim.cli.references import UsageError
 from spectrim.cli.results import write_result
+from spectrim.cli.weights import read_weights
 
 
 def test_factory_with_options_in_evaluation_mode():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from spectrim.cli.models import read_weights
 from spectrim.cli.references import UsageError, call, parse
 from spectrim.cli.results import write_result
 from spectrim.cli.unfinished import make_folder
+from spectrim.cli.weights import read_weights
 from spectrim.nn.agreement import agreement
 from spectrim.pipeline import Result, compress
 
@@ -93,7 +94,7 @@ def checkpoint(path: Path) -> None:
     ("name", "write", "why"),
     [
         ("junk.pt", junk, "not a checkpoint that torch.save wrote"),
-        ("half.pt", truncated, "or it is damaged: save or copy it again$"),
+        ("half.pt", truncated, "is damaged, or a part of it is missing .*: copy it again, or save it again$"),
         (
             "model.pt",
             whole_model,
@@ -165,3 +166,46 @@ def test_what_python_would_be_given_is_said_in_terms_of_options(run):
         "let MODEL name a module of yours whose forward(batch) runs the network, as docs/model-references.md"
         in said.stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("-b", "macs=50%", "--input", "0x8x8"), r"write the sizes of one sample, as 3x224x224\.$"),
+        (("-b", "macs=50%", "--input", "-1x8x8"), r"write the sizes of one sample, as 3x224x224\.$"),
+        (("-b", "macs=50%", "--input", "1,8,8"), "Did you mean 1x8x8"),
+        (("-b", "macs=50%", "--data", "digits?limit=-1"), "limit=-1 must be a number of samples, or 0 for all"),
+        (("-b", "macs=50%", "--data", "digits?seed=-1"), "seed=-1 must lie between 0"),
+        (("-b", "macs=50%", "--data", "digits?normalise=nan/1"), "normalise=nan/1 must be"),
+        (("-b", "macs=50%", "--input", "1x8x8", "--device", "gpu"), "Did you mean 'cuda'"),
+        (("-b", "macs=50%", "--input", "1x8x8", "--lr", "0.1"), "--lr 0.1 is for fine-tuning: give --train too"),
+        (("-b", "macs=50%", "--input", "1x8x8", "--epochs", "3"), "--epochs 3 is for fine-tuning"),
+        (("-b", "macs=50%", "--input", "1x8x8", "--cost", "joules"), "write NAME=package.module:function"),
+        (("-b", "macs=50%", "--input", "1x8x8", "-o", ""), "nothing stands behind -o"),
+        (("-b", "macs=50%", "--input", "1x8x8", "--out="), "nothing stands behind --out"),
+        (("--input", "1x8x8", "--plan", "run"), "'run' is not a file: write run/plan.json"),
+        (("--input", "1x8x8", "--plan", "run/result.json"), "'run/result.json' is no plan: write run/plan.json"),
+        (("-b", "macs=50%", "--input", "1x8x8", "--groups", "run/resultt.json"), "Did you mean 'run/result.json'"),
+    ],
+)
+def test_mistakes_are_told_with_the_cure_before_torch(run, arguments: tuple[str, ...], why: str):
+    Path("run").mkdir()
+    Path("run/plan.json").write_text('{"entries": []}')
+    Path("run/result.json").write_text("{}")
+    said = run("compress", "nets:tiny", *arguments, code=2).stderr.strip()
+    assert re.search(why, said), said
+    assert said.count("\n") == 0
+    assert not Path("compressed").exists()
+
+
+def test_the_program_alone_shows_its_help(run):
+    said = run(code=2)
+    assert "\n\nCommands:\n" in said.stderr
+    assert "error" not in said.stderr
+    assert said.stdout == ""
+
+
+def test_errors_of_the_system_are_told_without_their_number(run, tmp_path: Path):
+    said = run("compress", "nets:tiny", "--input", "1x8x8", "-b", "macs=50%", "-o", "/proc/none", code=1).stderr
+    assert said.startswith("spectrim: error: '/proc/none': nothing can be written there: ")
+    assert "name another place" in said

@@ -191,7 +191,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 out.clear()
                 if debug:
                     raise
-                code, told = exit_code(error), for_command_line(str(error))
+                code, told = exit_code(error), for_command_line(sentence(error))
                 print(f"spectrim: error: {told}", file=sys.stderr)
                 out.document({"error": {"type": type(error).__name__, "message": told, "exit_code": code}})
                 raise typer.Exit(code) from None
@@ -238,6 +238,13 @@ def _kept_apart() -> Iterator[TextIO]:
     finally:
         os.dup2(kept, number)
         os.close(kept)
+
+
+def sentence(error: BaseException) -> str:
+    """What an error says; of one of the system without its number."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{str(error.filename)!r}: {error.strerror}"
+    return str(error)
 
 
 def for_command_line(text: str) -> str:

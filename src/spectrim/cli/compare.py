@@ -16,7 +16,8 @@ from spectrim.cli.common import Output, command, refuse, usage
 from spectrim.cli.data import check_data
 from spectrim.cli.models import check_model
 from spectrim.cli.references import UsageError
-from spectrim.cli.values import check_device
+from spectrim.cli.values import check_device, check_plan
+from spectrim.cli.weights import check_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -75,6 +76,10 @@ class ComparedOptions:
 
 def _paths(given: Path) -> Iterator[Path]:
     if given.is_file():
+        if given.suffix == ".json":
+            check_plan(given, "")
+        else:
+            check_checkpoint(given)
         yield given
         return
     here = [given / name for name in (_MODEL, _PLAN) if (given / name).is_file()]
@@ -111,7 +116,7 @@ class ComparingOptions:
     def __post_init__(self) -> None:
         options.check_runtime(self.runtime)
         check_data(self.data, "calibration")
-        check_data(self.test, "test")
+        check_data(self.test, "test", "--test")
         check_device(self.device)
 
 

@@ -11,6 +11,8 @@ from spectrim.cli.common import Output, command, refuse
 from spectrim.cli.former import formerly, rewritten
 from spectrim.cli.methods import FILTERS, LEARNED, Methods
 from spectrim.cli.references import UsageError
+from spectrim.cli.unfinished import make_folder
+from spectrim.cli.values import check_plan, named_costs
 
 _SHARING = frozenset({"share", "groups"})
 
@@ -46,6 +48,8 @@ def compress(
     """
     # Without a function it is what a multiplier is for, as it was written formerly.
     former = [text for text in goal.cost or () if "=" not in text]
+    if former and not any(text.partition(":")[0] == LEARNED for text in method or ()):
+        named_costs(former)
     methods = Methods.read(rewritten(out, method, {"cost": former}))
     if LEARNED in methods:
         if len(methods.asked) > 1:
@@ -64,18 +68,17 @@ def compress(
         run = learning.RankRun(network, inputs.data, training, layers, learned, points, costs)
         learning.compress(out, run, files)
         return
-    _check(context, methods, goal, inputs)
+    _check(context, methods, goal, inputs, training)
     if goal.max_drop is not None and training.test is None:
         raise UsageError(f"--max-drop {goal.max_drop:g} is measured on --test, batches with labels: give them too")
+    make_folder(out, files.folder)
     from spectrim.cli import shrinking
-    from spectrim.cli.unfinished import make_folder
     from spectrim.cli.work import Work
 
     request = shrinking.Request.read(
         methods, goal, sharing, calibrated=inputs.data is not None, multiple_of=layers.multiple_of
     )
     tuning = training.recipe()
-    make_folder(out, files.folder)
     work = Work.load(network, layers, inputs, training, timed=request.timed)
     # What the fine-tuned weights follow from; what is only measured with is left out.
     record = {"method": [each.text for each in methods.asked]}
@@ -85,7 +88,10 @@ def compress(
     shrinking.compress(out, request, work, tuning, files, held)
 
 
-def _check(context: typer.Context, methods: Methods, goal: options.GoalOptions, inputs: options.InputOptions) -> None:
+def _check(
+    context: typer.Context, methods: Methods, goal: options.GoalOptions, inputs: options.InputOptions,
+    training: options.TrainingOptions,
+) -> None:  # fmt: skip
     """Refuse options that do not go with each other.
 
     Raises
@@ -94,6 +100,8 @@ def _check(context: typer.Context, methods: Methods, goal: options.GoalOptions, 
         Quotes the first of them.
     """
     refuse(context, {"checkpoint", "animate"}, f"is for --method {LEARNED}, not for {methods}")
+    if training.train is None:
+        refuse(context, {"epochs", "lr"}, "is for fine-tuning: give --train too, batches to train on")
     either = "either --budget (as macs=50%)"
     if FILTERS in methods:
         refuse(context, _SHARING, f"does not combine with --method {FILTERS}")
@@ -118,8 +126,7 @@ def _check(context: typer.Context, methods: Methods, goal: options.GoalOptions, 
     if goal.tolerant and inputs.data is None:
         raise UsageError("a tolerance is searched for with calibration batches: give --data")
     if goal.plan is not None:
-        if not goal.plan.is_file():
-            raise UsageError(f"--plan {str(goal.plan)!r} is not a file; compress writes plan.json beside the model")
+        check_plan(goal.plan)
         refuse(context, _SHARING, "does not combine with --plan, which says what is shared")
         if any(each.options for each in methods.asked if each.name == FILTERS):
             raise UsageError(f"{methods} has options, but --plan says what is removed")

@@ -22,6 +22,7 @@ torch; :mod:`spectrim.cli.datasets` reads the files.
 from __future__ import annotations
 
 import dataclasses
+import math
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -46,6 +47,13 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", 
 _INPUTS = ("x", "inputs", "images", "data", "features", "input", "image")
 _LABELS = ("y", "labels", "targets", "classes", "label", "target", "class")
 SCALED, EDGE = 256, 224
+# Where the files that a scheme has found tell of labels, and how there would be some.
+_LABELLED = {
+    "imagefolder": (1, "put the images into one folder a class"),
+    "npz": (2, "name the array that holds them by ?labels=NAME"),
+    "csv": (2, "name the column that holds them by ?labels=NAME"),
+}
+_SEEDS = 2**40  # times the million that epochs take it stays one that torch takes
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,10 @@ class DataOptions:
             raise ValueError(f"split={self.split} must be train or test")
         if self.batch < 1:
             raise ValueError(f"batch={self.batch} must be at least 1")
+        if self.limit < 0:
+            raise ValueError(f"limit={self.limit} must be a number of samples, or 0 for all")
+        if not 0 <= self.seed < _SEEDS:
+            raise ValueError(f"seed={self.seed} must lie between 0 and {_SEEDS - 1}")
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -94,7 +106,8 @@ class DataOptions:
             numbers = tuple(float(v) for v in mean.split(",")), tuple(float(v) for v in std.split(","))
         except ValueError:
             numbers = (), ()
-        if not numbers[0] or len(numbers[0]) != len(numbers[1]) or min(numbers[1]) <= 0:
+        whole = all(math.isfinite(each) for each in (*numbers[0], *numbers[1]))
+        if not numbers[0] or len(numbers[0]) != len(numbers[1]) or not whole or min(numbers[1]) <= 0:
             raise ValueError(
                 f"normalise={self.normalise} must be {', '.join(NORMALISATIONS)} or numbers as 0.5,0.5,0.5/0.2,0.2,0.2"
             )
@@ -231,6 +244,18 @@ class Data:
     options: DataOptions = DataOptions()
     files: tuple[Any, ...] = ()
 
+    def check_labels(self, option: str) -> None:
+        """Refuse built-in data whose files have no labels, for what an option needs them for.
+
+        Raises
+        ------
+        UsageError
+            Says where labels come from.
+        """
+        place, cure = _LABELLED.get(self.reference.scheme, (0, ""))
+        if cure and self.scheme is not None and not self.files[place]:
+            raise UsageError(f"{option}: data {self.reference.text!r} have no labels, which it needs: {cure}")
+
     def load(self, device: str = "cpu") -> Iterable[Any]:
         """The batches.
 
@@ -273,8 +298,13 @@ def load_data(text: str, *, purpose: Purpose = "test", device: str = "cpu") -> I
     return read_data(text, purpose).load(device)
 
 
-def check_data(text: str | None, purpose: Purpose) -> None:
+def check_data(text: str | None, purpose: Purpose, labelled: str = "") -> None:
     """Refuse a reference that :func:`load_data` could not load, as far as that is seen without torch.
+
+    Parameters
+    ----------
+    labelled
+        The option, if it needs labels.
 
     Raises
     ------
@@ -285,6 +315,8 @@ def check_data(text: str | None, purpose: Purpose) -> None:
         found = read_data(text, purpose)
         if found.scheme is None:
             check_factory(found.reference, "data")
+        if labelled:
+            found.check_labels(labelled)
 
 
 def read_data(text: str, purpose: Purpose = "test") -> Data:

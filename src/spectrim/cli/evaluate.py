@@ -9,6 +9,7 @@ import typer
 
 from spectrim.cli import options
 from spectrim.cli.common import Output, command, usage
+from spectrim.cli.data import check_data
 from spectrim.cli.references import UsageError
 from spectrim.cli.values import check_device
 
@@ -49,6 +50,7 @@ def evaluate(
         raise UsageError("give --data (labelled batches), or --input to measure costs alone, as --input 3x224x224")
     if measuring.compare and model.checkpoint is None:
         raise UsageError("--compare needs --checkpoint: the compressed model to put beside the dense one")
+    check_data(data, "test", "--data")
     from spectrim.cli.data import load_data
     from spectrim.cli.models import load_model
     from spectrim.cli.preprocessing import tell

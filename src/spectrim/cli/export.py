@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,6 +15,7 @@ import typer
 from spectrim.cli import options
 from spectrim.cli.common import Output, command
 from spectrim.cli.references import Reference, UsageError, installed
+from spectrim.cli.unfinished import make_folder
 from spectrim.cli.values import check_folder
 
 FORMATS = (".onnx", ".pt2")
@@ -18,7 +23,8 @@ _RUNS = {
     ".onnx": (
         "import onnxruntime",
         "session = onnxruntime.InferenceSession({file!r})",
-        "outputs = session.run(None, dict(zip([each.name for each in session.get_inputs()], arrays)))",
+        "names = [each.name for each in session.get_inputs()]",
+        "outputs = session.run(None, dict(zip(names, arrays)))",
     ),
     ".pt2": ("import torch", "model = torch.export.load({file!r}).module()"),
 }
@@ -43,6 +49,21 @@ class ExportOptions:
         check_folder(self.file.parent)
 
 
+@contextlib.contextmanager
+def _muted() -> Iterator[None]:
+    """What torch's exporter tells those who work on it is not shown: libraries that it does without, and such."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            yield
+    finally:
+        log.setLevel(level)
+
+
 @command
 def export(
     out: Output, model: options.FinishedOptions, example: options.ExampleOptions, written: ExportOptions
@@ -59,12 +80,11 @@ def export(
     if file.suffix == ".onnx":
         for package in ("onnx", "onnxscript"):
             installed(package, Reference(f"--out {file}", ""), "spectrim[export]")
+    make_folder(out, file.parent)
     from spectrim.cli.data import load_data
-    from spectrim.cli.unfinished import make_folder
     from spectrim.cli.work import device_named, first_batch, random_input
     from spectrim.nn.export import export_onnx, export_program
 
-    make_folder(out, file.parent)
     device_named("cpu", written.threads)
     network = model.load()
     if data is not None:
@@ -72,7 +92,8 @@ def export(
     else:
         batch = random_input(str(input_shape), written.batch, "cpu")
     write = export_onnx if file.suffix == ".onnx" else export_program
-    difference = write(network, batch, file)
+    with _muted():
+        difference = write(network, batch, file)
     size = file.stat().st_size
     out.document(
         {"model": model.model, "file": str(file), "format": file.suffix[1:], "bytes": size, "difference": difference}

@@ -74,8 +74,12 @@ class Program(TyperGroup):
         if not standalone_mode:
             return super().main(args, *more, standalone_mode=False, **named)
         try:
+            _check_empty(sys.argv[1:] if args is None else args)
             code = super().main(args, *more, standalone_mode=False, **named)
         except _Unread as error:
+            if type(error).__name__ == "NoArgsIsHelpError":  # of click and of what typer holds of it
+                print(error.ctx.get_help(), file=sys.stderr)
+                sys.exit(error.exit_code)
             path = error.ctx.command_path if error.ctx is not None else "spectrim"
             said = _sentence(_quoted(error, sys.argv[1:] if args is None else args))
             see = " See" if said.endswith("?") else "; see"
@@ -87,6 +91,14 @@ class Program(TyperGroup):
         except typer.Abort:
             sys.exit(130)
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _check_empty(args: Sequence[str]) -> None:
+    """Refuse an empty value: as a folder it would be the one where one is."""
+    for before, each in itertools.pairwise(["spectrim", *args]):
+        if not each or (each.startswith("--") and each.endswith("=")):
+            place = f"behind {before}" if not each else f"behind {each[:-1]}"
+            raise _Unread(f"nothing stands {place}: is a variable of the shell empty?")
 
 
 def _quoted(error: Any, args: Sequence[str]) -> str:

@@ -17,7 +17,6 @@ looks for what it names, without torch.
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,14 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 from spectrim.cli.references import Reference, UsageError, call, factory, installed, need, parse
 from spectrim.cli.sources import check_factory
+from spectrim.cli.weights import SUFFIXES, check_file, fill, read_weights
 from spectrim.errors import did_you_mean
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-
-_WRAPPERS = ("state_dict", "model", "model_state_dict")
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+    from torch import nn
 
 
 def check_model(text: str, weights: str | Path | None = None) -> None:
@@ -77,7 +73,7 @@ def _check_named(reference: Reference) -> None:
 def _close_scheme(reference: Reference) -> str:
     """A question where a built-in name was meant: the reference names no module, but nearly a built-in name."""
     scheme, path = reference.scheme, Path(reference.text)
-    if not reference.place and path.suffix in _SUFFIXES and path.is_file():
+    if not reference.place and path.suffix in SUFFIXES and path.is_file():
         return (
             f" It is a file of weights: write file.py:function, which returns the model, and --weights {reference.text}"
         )
@@ -86,24 +82,6 @@ def _close_scheme(reference: Reference) -> str:
     if scheme.endswith(".py") or "." in scheme or not scheme.isidentifier() or find_spec(scheme) is not None:
         return ""
     return "" if Path(f"{scheme}.py").is_file() else did_you_mean(scheme, SCHEMES)
-
-
-def check_file(weights: str | Path) -> Path:
-    """A file of weights that is there and of a kind that can be read.
-
-    Raises
-    ------
-    UsageError
-        If it is not.
-    """
-    path = Path(weights)
-    if not path.is_file():
-        near = [str(each) for each in path.parent.glob("*.*")] if path.parent.is_dir() else []
-        raise UsageError(f"weights {str(path)!r} is not a file.{did_you_mean(str(path), near)}".removesuffix("."))
-    if path.suffix not in _SUFFIXES:
-        got = repr(path.suffix) if path.suffix else "no suffix"
-        raise UsageError(f"weights {str(path)!r}: expected .safetensors, .pt, .pth or .bin, got {got}")
-    return path
 
 
 def load_model(text: str, weights: str | Path | None = None, *, pretrained: bool = True) -> nn.Module:
@@ -141,7 +119,7 @@ def load_model(text: str, weights: str | Path | None = None, *, pretrained: bool
 
         model = load(model, weights)
     elif weights is not None:
-        _fill(model, read_weights(weights), text, weights)
+        fill(model, read_weights(weights), text, weights)
     return model.eval()
 
 
@@ -162,53 +140,6 @@ def load_compressed(text: str, checkpoint: str | Path) -> nn.Module:
     return load(load_model(text, pretrained=False), checkpoint).eval()
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Tensors by name from a weight file. Pickled code is never run.
-
-    A state dict that lies under ``state_dict``, ``model`` or ``model_state_dict`` is unwrapped, and the prefix
-    ``module.`` that data parallel training leaves on every name is removed.
-
-    Raises
-    ------
-    UsageError
-        If the file is missing, of an unknown kind, damaged, or holds something else.
-    """
-    import torch
-    from torch import Tensor
-
-    from spectrim.nn.checkpoint import FORMAT
-
-    path = check_file(path)
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors import safe_open
-            from safetensors.torch import load_file
-
-            with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("format") == FORMAT:
-                    raise UsageError(
-                        f"weights {str(path)!r} is a Spectrim checkpoint, of a compressed model: use it with "
-                        "--checkpoint (-c) in evaluate and export"
-                    )
-            state: Any = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except UsageError:
-        raise
-    except Exception as error:  # each reader has its own errors for a damaged file
-        reason = _unread(error)
-        raise UsageError(f"weights {str(path)!r} cannot be read: {reason}") from error
-    for key in _WRAPPERS:
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-            break
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UsageError(f"weights {str(path)!r} hold no mapping of names to tensors")
-    if state and all(str(k).startswith("module.") for k in state):
-        state = {str(k).removeprefix("module."): v for k, v in state.items()}
-    return dict(state)
-
-
 def _is_compressed(path: Path) -> bool:
     """Whether a file is one that compress wrote."""
     from safetensors import SafetensorError, safe_open
@@ -222,52 +153,6 @@ def _is_compressed(path: Path) -> bool:
             return (file.metadata() or {}).get("format") == FORMAT
     except (SafetensorError, OSError):
         return False  # read_weights says why
-
-
-def _unread(error: Exception) -> str:
-    """Why a file of weights cannot be read. What torch advises, to run what the file says, is left out."""
-    text = str(error)
-    named = re.search(r"GLOBAL ([\w.]+)", text)
-    if named:
-        return f"it holds a whole model or other objects ({named[1]}), not its weights: save model.state_dict() instead"
-    if isinstance(error, pickle.UnpicklingError | EOFError) or "weights_only" in text or "zip archive" in text:
-        return "it is not a checkpoint that torch.save wrote, or it is damaged: save or copy it again"
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def _fill(model: nn.Module, state: Mapping[str, Tensor], text: str, weights: str | Path) -> None:
-    mine = model.state_dict()
-    # BatchNorm counts its batches only for momentum=None; older files lack the counter.
-    missing = [k for k in mine if k not in state and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in state if k not in mine]
-    shapes = [k for k in mine if k in state and mine[k].shape != state[k].shape]
-    kinds = [k for k in mine if k in state and not _same_kind(state[k].dtype, mine[k].dtype)]
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} missing ({', '.join(map(repr, missing[:3]))})")
-    if unexpected:
-        problems.append(f"{len(unexpected)} unexpected ({', '.join(map(repr, unexpected[:3]))})")
-    if shapes:
-        k = shapes[0]
-        problems.append(
-            f"{len(shapes)} of another shape ({k!r} is {tuple(state[k].shape)}, the model has {tuple(mine[k].shape)})"
-        )
-    if kinds:
-        k = kinds[0]
-        problems.append(f"{len(kinds)} of another type ({k!r} is {state[k].dtype}, the model has {mine[k].dtype})")
-    if problems:
-        others = "" if len(missing) < len(mine) / 2 else ". These look like the weights of another network"
-        raise UsageError(f"weights {str(weights)!r} do not fit model {text!r}: {'; '.join(problems)}{others}")
-    try:
-        model.load_state_dict(dict(state), strict=False)
-    except (RuntimeError, NotImplementedError) as error:  # sparse, quantised or without memory
-        reason = str(error).splitlines()[-1].strip()
-        raise UsageError(f"weights {str(weights)!r} cannot be put into model {text!r}: {reason}") from error
-
-
-def _same_kind(given: torch.dtype, wanted: torch.dtype) -> bool:
-    """Whether numbers are cast without losing what they are: floating-point ones among each other, as ``load`` does."""
-    return given == wanted or (given.is_floating_point and wanted.is_floating_point)
 
 
 def whose_weights(text: str, weights: str | Path | None = None) -> str:

@@ -25,6 +25,7 @@ from spectrim.cli.values import (
     read_groups,
     read_shape,
 )
+from spectrim.cli.weights import check_checkpoint
 from spectrim.errors import did_you_mean
 from spectrim.selection.budget import COSTS
 
@@ -262,7 +263,7 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         check_data(self.train, "training")
-        check_data(self.test, "test")
+        check_data(self.test, "test", "--test")
         if self.lr is not None and not 0 <= self.lr < float("inf"):
             raise UsageError(f"--lr: lr={self.lr} must be a finite number of at least 0")
 
@@ -484,6 +485,8 @@ class FinishedOptions:
             inside = self.checkpoint / "model.safetensors"
             cure = f": write {inside}" if inside.is_file() else "; compress writes model.safetensors"
             raise UsageError(f"checkpoint {str(self.checkpoint)!r} is not a file{cure}")
+        if self.checkpoint is not None:
+            check_checkpoint(self.checkpoint)
 
     def load(self) -> nn.Module:
         """The compressed model if there is a checkpoint, else the dense one."""

@@ -43,8 +43,8 @@ def make_folder(out: Output, folder: Path) -> Path:
             os.fsync(file.fileno())
         remove_abandoned(folder)
     except OSError as error:
-        why = error.strerror or str(error)
-        raise OSError(error.errno or errno.EIO, f"nothing can be written there: {why}", str(folder)) from error
+        why = f"nothing can be written there: {error.strerror or error}; name another place"
+        raise OSError(error.errno or errno.EIO, why, str(folder)) from error
     return folder
 
 

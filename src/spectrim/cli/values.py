@@ -18,6 +18,8 @@ from spectrim.selection.budget import COSTS, OTHER_NAMES, Budget
 
 # Device types of torch that people have.
 _DEVICES = ("cpu", "cuda", "mps", "xpu", "auto")
+_OTHER_DEVICES = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "metal": "mps", "apple": "mps", "intel": "xpu"}
+_LARGEST_PLAN = 64 << 20
 
 
 def read_costs(texts: Sequence[str] | None) -> dict[str, Callable[[Any], float]]:
@@ -86,8 +88,9 @@ def read_shape(text: str) -> tuple[int, ...]:
     except ValueError:
         shape = []
     if not shape or min(shape) < 1:
-        numbers = [part for part in text.replace(",", " ").replace("x", " ").strip("()[] ").split() if part.isdigit()]
-        close = f" Did you mean {'x'.join(numbers)}?" if len(numbers) > 1 else ""
+        numbers = text.lower().replace(",", " ").replace("x", " ").strip("()[] ").split()
+        meant = len(numbers) > 1 and all(part.isdigit() and int(part) for part in numbers)
+        close = f" Did you mean {'x'.join(numbers)}?" if meant else ""
         raise UsageError(f"--input {text!r} is no shape: write the sizes of one sample, as 3x224x224.{close}")
     return tuple(shape)
 
@@ -101,7 +104,7 @@ def check_device(text: str) -> None:
         Says which devices there are.
     """
     name, colon, number = text.partition(":")
-    if name not in _DEVICES and (close := did_you_mean(name, _DEVICES)):
+    if name not in _DEVICES and (close := did_you_mean(name, _DEVICES, _OTHER_DEVICES)):
         raise UsageError(f"--device {text!r} is not known: write cpu, cuda, cuda:1, mps or auto.{close}")
     if colon and not number.isdigit():
         raise UsageError(f"--device {text!r}: the number of a device follows the colon, as cuda:0")
@@ -142,6 +145,36 @@ def check_folder(folder: Path) -> None:
             raise UsageError(f"results cannot go to {str(folder)!r}: {str(each)!r} is a file, not a folder")
 
 
+def check_plan(file: Path, option: str = "--plan ") -> None:
+    """Refuse what is no plan, as far as that is seen without torch: a folder, another file of the same run.
+
+    Parameters
+    ----------
+    option
+        What the file is named by, for messages.
+
+    Raises
+    ------
+    UsageError
+        Says where a plan lies.
+    """
+    inside = file / "plan.json" if file.is_dir() else file.parent / "plan.json"
+    there = inside.is_file() and inside != file
+    if not file.is_file():
+        near = [str(each) for each in file.parent.glob("*.json")]
+        close = f"; compress writes plan.json beside the model.{did_you_mean(str(file), near)}".removesuffix(".")
+        raise UsageError(f"{option}{str(file)!r} is not a file{f': write {inside}' if there else close}")
+    with file.open("rb") as opened:
+        text = opened.read(_LARGEST_PLAN)
+    try:
+        held = json.loads(text)
+    except (ValueError, RecursionError):
+        held = None
+    if not isinstance(held, dict) or "entries" not in held:
+        cure = f"write {inside}" if there else "give plan.json, as compress writes it"
+        raise UsageError(f"{option}{str(file)!r} is no plan: {cure}")
+
+
 def read_groups(file: Path) -> dict[str, tuple[str, ...]]:
     """Names of layers by the name of the group, from a JSON object.
 
@@ -153,7 +186,9 @@ def read_groups(file: Path) -> dict[str, tuple[str, ...]]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
     except OSError as error:
-        raise UsageError(f"--groups {str(file)!r} cannot be read: {error.strerror}") from error
+        near = [str(each) for each in file.parent.glob("*.json")]
+        close = did_you_mean(str(file), near)
+        raise UsageError(f"--groups {str(file)!r} cannot be read: {error.strerror}{close and f'.{close}'}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"--groups {str(file)!r} cannot be read as JSON: {error}") from error
     if not isinstance(found, dict):

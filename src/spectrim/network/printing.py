@@ -21,7 +21,8 @@ WIDTH = 96
 MOST = 28
 """Rows that a printed table has at most; of more the middle is folded."""
 ROOM = 12  # columns that a cell is not folded below, where its words leave it
-_PIECE = re.compile(r"[^\s./_-]*[./_-]+|[^\s./_-]+|\s+")
+# A number that begins a word is one piece.
+_PIECE = re.compile(r"(?<!\S)[^\w\s]*\d+\.\d[^\s./_-]*[./_-]*|[^\s./_-]*[./_-]+|[^\s./_-]+|\s+")
 _BINARY = ((2**30, "Gi"), (2**20, "Mi"), (2**10, "Ki"))
 _DECIMAL = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 

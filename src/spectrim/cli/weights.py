@@ -1,0 +1,283 @@
+"""Files of weights: what a file is, seen without torch, and the tensors that it holds."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spectrim.cli.references import UsageError
+from spectrim.errors import did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+_WRAPPERS = ("state_dict", "model", "model_state_dict")
+_AGAIN = "copy it again, or save it again"
+_CHECKPOINT = "give model.safetensors, which compress writes, or weights of the dense model by --weights"
+_HEAD = 512
+
+
+def check_file(weights: str | Path) -> Path:
+    """A file of weights that is there, of a kind that can be read, and whole as far as is seen without torch.
+
+    Raises
+    ------
+    UsageError
+        If it is not.
+    """
+    path = Path(weights)
+    if not path.is_file():
+        near = [str(each) for each in path.parent.glob("*.*")] if path.parent.is_dir() else []
+        inside = sorted(each for each in path.glob("*.*") if each.suffix in SUFFIXES) if path.is_dir() else []
+        close = f": it is a folder, write {inside[0]}" if inside else f".{did_you_mean(str(path), near)}"
+        raise UsageError(f"weights {str(path)!r} is not a file{close}".removesuffix("."))
+    if path.suffix not in SUFFIXES:
+        got = repr(path.suffix) if path.suffix else "no suffix"
+        raise UsageError(f"weights {str(path)!r}: expected {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, got {got}")
+    if why := unreadable(path):
+        raise UsageError(f"weights {str(path)!r} cannot be read: {why}")
+    return path
+
+
+def check_checkpoint(path: Path) -> None:
+    """Refuse a file that :func:`spectrim.load` could not read, as far as is seen without torch.
+
+    Raises
+    ------
+    UsageError
+        Says what it is.
+    """
+    why = unreadable(path, _CHECKPOINT)
+    if not why and "plan" not in (_header(path).get("__metadata__") or ()):
+        why = f"it holds weights and no plan: {_CHECKPOINT}"
+    if why:
+        raise UsageError(f"checkpoint {str(path)!r} cannot be read: {why}")
+
+
+def unreadable(path: Path, renamed: str = "give it a name that ends in .pt") -> str:
+    """Why a file holds no weights, with the cure, as far as its first bytes and its contents show; else nothing.
+
+    Parameters
+    ----------
+    renamed
+        The cure for a file of ``torch.save`` in place of one of safetensors.
+
+    Raises
+    ------
+    OSError
+        If it cannot be opened.
+    """
+    with path.open("rb") as file:
+        head = file.read(_HEAD)
+    if not head:
+        return f"it is empty: {_AGAIN}"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS and not the file: fetch that with git lfs pull"
+    if head.lstrip()[:1] == b"<":
+        return "it is a web page and not the file: fetch that"
+    saved = head[:4] == b"PK\x03\x04" or head[:1] == b"\x80"
+    if path.suffix == ".safetensors" or renamed == _CHECKPOINT:
+        return f"torch.save wrote it: {renamed}" if saved else _not_safetensors(path, head)
+    if head[8:9] == b"{" and not _not_safetensors(path, head):
+        return "it is a safetensors file: give it a name that ends in .safetensors"
+    # Another way to save, before torch 1.6, is a pickle; one before that an archive of tar.
+    if not saved and head[257:262] != b"ustar":
+        return "it is not a checkpoint that torch.save wrote, or it is damaged: save or copy it again"
+    return _not_zip(path) if head[:2] == b"PK" else ""
+
+
+def _not_safetensors(path: Path, head: bytes) -> str:
+    """Why a file is not as safetensors are: the size of a header, the header, and as many bytes as that says."""
+    length, size = int.from_bytes(head[:8], "little"), path.stat().st_size
+    if head[8:9] != b"{" or length > min(size, 100_000_000):
+        return f"it is no safetensors file, or it is damaged: {_AGAIN}"
+    try:
+        held = _header(path)
+        ends = [int(each["data_offsets"][1]) for name, each in held.items() if name != "__metadata__"]
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        return f"the list of its tensors is damaged: {_AGAIN}"
+    wanted = 8 + length + max(ends, default=0)
+    return "" if wanted == size else f"it should have {wanted:,} bytes and has {size:,}: {_AGAIN}"
+
+
+def _header(path: Path) -> Any:
+    """What a safetensors file says of its tensors, which is JSON behind its length in eight bytes."""
+    with path.open("rb") as file:
+        return json.loads(file.read(int.from_bytes(file.read(8), "little")))
+
+
+def _not_zip(path: Path) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            there = any(name.endswith("data.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        return f"it is damaged, or a part of it is missing ({str(error)[:80]}): {_AGAIN}"
+    return "" if there else "it is an archive that torch.save did not write: give the file that was meant"
+
+
+def _changed(path: Path) -> str:
+    """The part of an archive that is not what was written, by its checksum; torch does not look.
+
+    Archives may be written without checksums: one that no part agrees with says nothing.
+    """
+    if not zipfile.is_zipfile(path):
+        return ""
+    good, bad = False, ""
+    with zipfile.ZipFile(path) as archive:
+        for each in archive.infolist():
+            try:
+                with archive.open(each) as part:
+                    while part.read(1 << 20):
+                        pass
+                good = good or each.file_size > 0
+            except zipfile.BadZipFile:
+                bad = bad or each.filename
+    return bad if good else ""
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Tensors by name from a weight file. Pickled code is never run.
+
+    A state dict may lie under ``state_dict``, ``model`` or ``model_state_dict``, or be the only one in the file; the
+    prefix ``module.`` that data parallel training leaves on every name is removed.
+
+    Raises
+    ------
+    UsageError
+        If the file is missing, of an unknown kind, damaged, or holds something else.
+    """
+    import torch
+
+    from spectrim.nn.checkpoint import FORMAT
+
+    path = check_file(path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+            from safetensors.torch import load_file
+
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}).get("format") == FORMAT:
+                    raise UsageError(
+                        f"weights {str(path)!r} is a Spectrim checkpoint, of a compressed model: use it with "
+                        "--checkpoint (-c) in evaluate and export"
+                    )
+            held: Any = load_file(path)
+        else:
+            held = torch.load(path, map_location="cpu", weights_only=True)
+            if part := _changed(path):
+                raise ValueError(f"its part {part!r} is not what was written: {_AGAIN}")
+    except UsageError:
+        raise
+    except Exception as error:  # each reader has its own errors for a damaged file
+        raise UsageError(f"weights {str(path)!r} cannot be read: {_unread(error)}") from error
+    state = _state_in(held, path)
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): each for name, each in state.items()}
+    return state
+
+
+def _state_in(held: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict that is what a file holds, or is in it."""
+    if _is_state(held):
+        return {str(name): each for name, each in held.items()}
+    within = {str(key): each for key, each in held.items() if _is_state(each)} if isinstance(held, Mapping) else {}
+    for key in (*(name for name in _WRAPPERS if name in within), *(within if len(within) == 1 else ())):
+        return {str(name): each for name, each in within[key].items()}
+    there = f"a {type(held).__name__}"
+    if isinstance(held, Mapping):
+        there = ", ".join(repr(str(key)) for key in list(held)[:6]) if held else "nothing"
+    which = f"one of {', '.join(map(repr, within))}" if within else "model.state_dict()"
+    raise UsageError(
+        f"weights {str(path)!r} hold no mapping of names to tensors, but {there}: save {which} by itself, with "
+        "torch.save"
+    )
+
+
+def _is_state(held: Any) -> bool:
+    from torch import Tensor
+
+    return isinstance(held, Mapping) and bool(held) and all(isinstance(each, Tensor) for each in held.values())
+
+
+def _unread(error: Exception) -> str:
+    """Why a file of weights cannot be read. What torch advises, to run what the file says, is left out."""
+    text = str(error)
+    named = re.search(r"GLOBAL ([\w.]+)", text)
+    if named:
+        return f"it holds a whole model or other objects ({named[1]}), not its weights: save model.state_dict() instead"
+    if isinstance(error, pickle.UnpicklingError | EOFError) or "weights_only" in text or "zip archive" in text:
+        return "it is not a checkpoint that torch.save wrote, or it is damaged: save or copy it again"
+    if _AGAIN in text:
+        return text
+    return f"it is damaged ({text.splitlines()[0][:120] if text else type(error).__name__}): {_AGAIN}"
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor], text: str, weights: str | Path) -> None:
+    """Put the tensors of a file into a model.
+
+    A part that all names begin with, as ``model.`` in checkpoints of Lightning, is left out where they fit without.
+
+    Parameters
+    ----------
+    text, weights
+        The model's reference and the file, for messages.
+
+    Raises
+    ------
+    UsageError
+        Says what does not fit.
+    """
+    mine = model.state_dict()
+    state = _without_prefix(state, mine)
+    # BatchNorm counts its batches only for momentum=None; older files lack the counter.
+    missing = [k for k in mine if k not in state and not k.endswith("num_batches_tracked")]
+    unexpected = [k for k in state if k not in mine]
+    shapes = [k for k in mine if k in state and mine[k].shape != state[k].shape]
+    kinds = [k for k in mine if k in state and not _same_kind(state[k].dtype, mine[k].dtype)]
+    problems, cure = [], "give the model that they were saved from, with its arguments as ?name=value"
+    if missing:
+        problems.append(f"{len(missing)} missing ({', '.join(map(repr, missing[:3]))})")
+    if unexpected:
+        problems.append(f"{len(unexpected)} unexpected ({', '.join(map(repr, unexpected[:3]))})")
+    if shapes:
+        k = shapes[0]
+        problems.append(
+            f"{len(shapes)} of another shape ({k!r} is {tuple(state[k].shape)}, the model has {tuple(mine[k].shape)})"
+        )
+    if kinds:
+        k = kinds[0]
+        problems.append(f"{len(kinds)} of another type ({k!r} is {state[k].dtype}, the model has {mine[k].dtype})")
+        cure = cure if len(problems) > 1 else f"save them as {str(mine[k].dtype).removeprefix('torch.')}"
+    if problems:
+        others = " These look like the weights of another network:" if len(missing) >= len(mine) / 2 else ""
+        said = f"weights {str(weights)!r} do not fit model {text!r}: {'; '.join(problems)}"
+        raise UsageError(f"{said}.{others} {cure}" if others else f"{said}: {cure}")
+    try:
+        model.load_state_dict(dict(state), strict=False)
+    except (RuntimeError, NotImplementedError) as error:  # sparse, quantised or without memory
+        reason = str(error).splitlines()[-1].strip()
+        raise UsageError(f"weights {str(weights)!r} cannot be put into model {text!r}: {reason}") from error
+
+
+def _without_prefix(state: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    first = next((name for name in mine if not name.endswith("num_batches_tracked")), "")
+    for name in state if first and first not in state else ():
+        prefix = name.removesuffix(first)
+        if prefix.endswith(".") and prefix != name and all(each.startswith(prefix) for each in state):
+            found = {each.removeprefix(prefix): value for each, value in state.items()}
+            if found.keys() <= mine.keys():
+                return found
+    return state
+
+
+def _same_kind(given: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether numbers are cast without losing what they are: floating-point ones among each other, as ``load`` does."""
+    return given == wanted or (given.is_floating_point and wanted.is_floating_point)
