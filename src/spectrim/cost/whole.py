@@ -26,7 +26,10 @@ _ALL_DENSE: Picks = MappingProxyType({})
 _ALL_THERE: Widths = MappingProxyType({})
 Chains = tuple[Sequence[LayerSpec], ...]
 """What runs in place of layers: each chain one after the other, none of them fed by another."""
-_PRODUCTS = "it multiplies tensors that are no layer's weight, as attention does. Smaller inputs cost less there"
+_PRODUCTS = (
+    "it multiplies tensors outside of layers, as attention does. Smaller inputs cost less there; where one of them is "
+    "a layer's weight, call the layer instead"
+)
 
 
 class Layered(Protocol):

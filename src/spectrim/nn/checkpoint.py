@@ -36,6 +36,7 @@ AGAIN_VERSION = "3"
 
 # Of a header: what is written of a tensor beside its name and numbers, and of texts beside the plan and tables.
 _TENSOR = ':{"dtype":"F8_E4M3","shape":[],"data_offsets":[,]},'
+_LOADING = "_load_from_state_dict"
 _TEXTS = 640
 _PACKED = (
     ". A quantised layer has packed it: compress the network before it is quantised, and quantise what comes of that"
@@ -91,7 +92,7 @@ def save(model: nn.Module | Compressed, plan: Plan | str | Path, path: str | Pat
             f"save got {', '.join(type(each).__name__ for each in (model, plan, path) if each is not None)}: write "
             "save(result, 'small.safetensors'), or save(model, plan, 'small.safetensors')"
         )
-    state, values = _apart(model.state_dict())
+    state, values = _state(model)
     owners, shared = _owners(state)
     before = earlier(model, plan)
     tensors, packed = _stored(model, [*before, plan], owners)
@@ -112,7 +113,7 @@ def save(model: nn.Module | Compressed, plan: Plan | str | Path, path: str | Pat
 
 def check_savable(model: nn.Module) -> None:
     """Raise CheckpointError, as :func:`save` would, if the state of a model holds what no file can: before any work."""
-    _apart(model.state_dict())
+    _state(model)
 
 
 def header_bytes(model: nn.Module, plan: Plan | None = None) -> int:
@@ -238,6 +239,27 @@ def read_plan(path: str | Path, *, whole: bool = False) -> Plan:
         As :func:`load`, as far as it is read.
     """
     return _read(Path(path), weights=whole)[1][-1]
+
+
+def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of a model, apart, with all its parameters in it, unless the model loads in a way of its own."""
+    state, records = _apart(model.state_dict())
+    held = {(tensor.data_ptr(), tensor.shape) for tensor in state.values()}
+    left = [n for n, p in nn.Module.named_parameters(model) if n not in state and (p.data_ptr(), p.shape) not in held]
+    if left and not any(map(_loads_itself, nn.Module.modules(model))):
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise CheckpointError(
+            f"state_dict of the {type(model).__name__} leaves out {left[0]!r}{more}, without which a file cannot be "
+            "loaded again: give all parameters there, or put what is left out of it into a method of another name"
+        )
+    return state, records
+
+
+def _loads_itself(module: nn.Module) -> bool:
+    """Whether a module may have made up what its state leaves out once it is loaded."""
+    kind = type(module)
+    own = any(getattr(kind, name) is not getattr(nn.Module, name) for name in ("load_state_dict", _LOADING))
+    return (own and not kind.__module__.startswith(("torch.", "spectrim."))) or bool(module._load_state_dict_pre_hooks)
 
 
 def _apart(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from spectrim.errors import UnsupportedLayerError
+from spectrim.nn.parameters import parameters_of
 from spectrim.nn.watch.state import ALONE
 
 # How deep attributes of modules are looked into for tensors.
@@ -39,16 +40,33 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:  # what copies itself may raise anything
-        where = _culprit(model) or "something on it"
-        told = (str(error).strip().splitlines() or [""])[0][:120]
+        where = _culprit(model)
+        if where is None and (kind := _copies_itself(model)) is not None:
+            raise UnsupportedLayerError(
+                f"the model cannot be copied: __deepcopy__ of {kind} fails with {type(error).__name__}: "
+                f"{_line(error)}. It has to copy the modules that are there, which are not those that the class makes "
+                "once layers are replaced"
+            ) from error
+        where = where or "something on it"
+        told = _line(error)
         raise UnsupportedLayerError(
             f"the model cannot be copied: {where} cannot ({type(error).__name__}: {told}). Take it off the model "
             "meanwhile, make it where it is used, or give its class a __deepcopy__"
         ) from error
 
 
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:120]
+
+
+def _copies_itself(model: nn.Module) -> str | None:
+    """The name of the first class of modules that is copied in a way of its own."""
+    kinds = (type(module) for module in nn.Module.modules(model))
+    return next((kind.__name__ for kind in kinds if hasattr(kind, "__deepcopy__")), None)
+
+
 def _shared(model: nn.Module) -> dict[int, Any]:
-    return {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return {id(tensor): tensor for tensor in [*parameters_of(model), *model.buffers()]}
 
 
 def _culprit(model: nn.Module) -> str | None:

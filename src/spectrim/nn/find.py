@@ -19,6 +19,7 @@ from spectrim.linalg.packing import packed_bytes
 from spectrim.linalg.patterns import Pattern
 from spectrim.network.layer import LayerSpec, Lookup
 from spectrim.network.sites import Layer, Sites, Skipped
+from spectrim.nn.parameters import parameters_of
 from spectrim.nn.standing import StandIn
 from spectrim.nn.unheld import stored, unheld
 
@@ -204,7 +205,7 @@ def _elsewhere(
     model: nn.Module, covered: set[int], masks: Mapping[nn.Module, tuple[Tensor, Pattern]]
 ) -> tuple[int, int]:
     """Parameters outside the layers, and their bytes with those of the buffers."""
-    others = [p for p in model.parameters() if id(p) not in covered and not _is_lazy(p)]
+    others = [p for p in parameters_of(model) if id(p) not in covered and not _is_lazy(p)]
     # Masks are counted with their layers, as the bytes that files take for them.
     counted_masks = {id(mask) for mask, _ in masks.values()}
     buffers = [b for b in model.buffers() if id(b) not in counted_masks and not _is_lazy(b)]
@@ -251,7 +252,8 @@ def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model is a {type(model).__name__}: expected a torch.nn.Module")
     made = next(
-        (name for name, p in model.named_parameters() if not nn.parameter.is_lazy(p) and p.is_inference()), None
+        (name for name, p in nn.Module.named_parameters(model) if not nn.parameter.is_lazy(p) and p.is_inference()),
+        None,
     )
     if made is not None:
         raise UnsupportedLayerError(
@@ -417,7 +419,9 @@ def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied:
     if "forward" in vars(module) or any(
         getattr(type(module), name, None) is not getattr(base, name, None) for name in ("forward", "_conv_forward")
     ):
-        return f"{type(module).__name__} overrides forward: put a plain nn.{base.__name__} in its place"
+        name = type(module).__name__
+        kind = f"{type(module).__module__}.{name}" if name == base.__name__ else name
+        return f"{kind} overrides forward: put a plain nn.{base.__name__} in its place"
     if reason := _changes_rows(module):
         return reason
     if id(weight) in tied:

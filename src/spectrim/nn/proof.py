@@ -20,6 +20,7 @@ from spectrim.network.sites import Sites
 from spectrim.nn.copying import copy_model
 from spectrim.nn.counting import counting
 from spectrim.nn.modes import said_of_training
+from spectrim.nn.parameters import parameters_of
 from spectrim.nn.standing import LAYERS, StandIn
 from spectrim.nn.surgery import merged_at, parameter_count, stand_ins
 from spectrim.nn.watch.batches import Feed, Forward
@@ -357,7 +358,7 @@ def _rounding(a: Tensor) -> Tensor:
 
 def _precise(model: nn.Module) -> nn.Module:
     """A copy that rounds less, of a model of few bits: what is rounded twice is not what its layers are asked."""
-    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    kinds = {p.dtype for p in parameters_of(model) if p.is_floating_point()}
     return copy_model(model).float() if kinds and kinds <= {torch.bfloat16, torch.float16} else model
 
 

@@ -43,7 +43,7 @@ class Wide(nn.Module):
         self._dim = 1 - axis if original.transposed else axis
         self._grouped = not self._dim and original.groups > 1
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         spec = self.original
         # Plain look-ups: those of modules take as long as laying small weights side by side.
         one, two = self._modules["parts"]._modules.values()  # type: ignore[union-attr]
@@ -52,7 +52,7 @@ class Wide(nn.Module):
         bias = one._parameters["bias"]  # type: ignore[union-attr]
         if bias is None:
             bias = two._parameters["bias"]  # type: ignore[union-attr]
-        return run(host, spec, x, weight, bias)
+        return run(host, spec, input, weight, bias)
 
     def _weight(self, one: Any, two: Any) -> Tensor:
         """Both weights side by side, in the layout of torch's layer."""
@@ -111,12 +111,12 @@ class Once(nn.Module):
         other._kept = self._kept
         return other
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         # What stands for a tensor while a graph is recorded is no question that could come again.
-        if torch.compiler.is_compiling() or not isinstance(x, Tensor):
-            return self.layer(x)
-        tensors = (x, *self.layer.parameters())
-        state = (*_mode(x), *map(_version, tensors))
+        if torch.compiler.is_compiling() or not isinstance(input, Tensor):
+            return self.layer(input)
+        tensors = (input, *self.layer.parameters())
+        state = (*_mode(input), *map(_version, tensors))
         # Checkpointing sets hooks of its own for every region, and computes each again by itself.
         asked = (*tensors, *_saving_hooks())
         held = self._kept.held
@@ -126,7 +126,7 @@ class Once(nn.Module):
                 self._kept.held = None
             return held.answer
         self._kept.held = None
-        answer = self.layer(x)
+        answer = self.layer(input)
         if self.calls > 1:
             self._kept.keep(answer, asked, state, self.calls - 1)
         return answer

@@ -10,6 +10,7 @@ from torch import nn
 from spectrim.errors import PlanError, called_as
 from spectrim.nn.copying import copy_model
 from spectrim.nn.modules import dense_layer
+from spectrim.nn.parameters import parameters_of
 from spectrim.nn.shipping import declare_ties, forget_layers
 from spectrim.nn.sparse.packed import masked_layers, stored_bytes
 from spectrim.nn.standing import StandIn, Traits, fits, take_over
@@ -115,7 +116,7 @@ def merged_at(model: nn.Module, chosen: Mapping[StandIn, Sequence[str]]) -> nn.M
 
 def parameter_count(model: nn.Module) -> int:
     """Parameters, shared ones once; of sparse weights those inside the mask."""
-    counts = {id(p): p.numel() for p in model.parameters()}
+    counts = {id(p): p.numel() for p in parameters_of(model)}
     for _, _, layer in masked_layers(model):
         counts[id(layer.layer.weight)] = int(layer.mask.sum())
     return sum(counts.values())
@@ -126,7 +127,7 @@ def size_in_bytes(model: nn.Module) -> int:
 
     The header of the file, with names, shapes and the plan, comes on top.
     """
-    sizes = {id(t): t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]}
+    sizes = {id(t): t.numel() * t.element_size() for t in [*parameters_of(model), *model.buffers()]}
     for _, _, layer in masked_layers(model):
         sizes[id(layer.layer.weight)], sizes[id(layer.mask)] = stored_bytes(layer)
     return sum(sizes.values())

@@ -25,6 +25,7 @@ from spectrim.cost.runtimes import checked_run
 from spectrim.cost.runtimes import runtime_of as runtime_of
 from spectrim.errors import ExportError
 from spectrim.nn.copying import copy_model
+from spectrim.nn.parameters import parameters_of
 from spectrim.nn.sparse.kernels import choose_kernels
 from spectrim.nn.watch.nesting import copied
 from spectrim.nn.watch.state import ALONE
@@ -207,7 +208,7 @@ def ready(model: nn.Module, example: Any, runtime: Runtime | str) -> Callable[..
 
 
 def _device(model: nn.Module) -> torch.device:
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in (*parameters_of(model), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
 

@@ -102,7 +102,7 @@ FOUND: dict[str, dict[str, str]] = {
     "shuffle": {"a:out": "a:out:2 b:in:2", "b:out": "b:out:1 head:in:1"},
     "flip": {"a:out": "a:out:1 b:in:1"},
     "softmax": {},
-    "glu": {"b:out": "b:out:1 c:in:1"},
+    "glu": {"a:out": "a:out:2 b:in:1", "b:out": "b:out:1 c:in:1"},
     "pixel shuffle": {"a:out": "a:out:4 b:in:1"},
     "pixel unshuffle": {"a:out": "a:out:1 b:in:4"},
     "c2f": {
@@ -134,11 +134,10 @@ IN_THE_WAY: dict[str, dict[str, str]] = {
     "chain": {"c:out": END},
     "two readers": {"b:out": "output of the network"},
     "softmax": {"a:out": "a softmax. These channels have to stay, and nothing needs to be done"},
-    "glu": {"a:out": "b"},
     "literal": {"a:out": "View.*write -1.*register_channels"},
     "norm over two axes": {"a:out": "n: LayerNorm over 2 axes"},
     "multihead": {"a:out": "att: the heads of attention are left alone"},
-    "recurrent": {"a:out": "r: a LSTM holds parameters of its own"},
+    "recurrent": {"a:out": "r: LSTM holds parameters of its own that read or carry them"},
     "tied": {"a:out": "b: its weight is tied to c", "b:out": "tied", "c:out": "tied"},
 }
 

@@ -24,6 +24,7 @@ from spectrim.nn.channels.narrow import NORMS
 from spectrim.nn.channels.rules import rule_of
 from spectrim.nn.channels.trial import without_statistics
 from spectrim.nn.watch.batches import evaluating, output_tensors
+from spectrim.nn.watch.observe import Hook, hooked
 
 # By what the numbers of a channel are multiplied, and the relative change that is one.
 _FACTOR, _LEAST = 1.7, 1e-5
@@ -92,6 +93,35 @@ class Experiments:
             sources |= {source for source, touched in self._touched.items() if not touched.isdisjoint(reached)}
         # Sources that only share a module with the channels, and no entry of it, are of other channels.
         return _alike(sets.containing(root))
+
+    def holder(self, root: str) -> str | None:
+        """The first module called with what becomes of a layer's channels that has parameters and loses no channels."""
+        others = {
+            n: m
+            for n, m in self.model.named_modules()
+            if n not in self._layers and n not in self._passed and next(m.parameters(recurse=False), None) is not None
+        }
+
+        def seen(chosen: Tensor | None) -> list[tuple[str, list[Tensor]]]:
+            calls: list[tuple[str, list[Tensor]]] = []
+
+            def keep(name: str) -> Callable[..., None]:
+                return lambda _, args, kwargs: calls.append(
+                    (name, [t.detach().clone() for t in output_tensors((args, kwargs))])
+                )
+
+            with hooked(Hook(module, keep(name), before=True) for name, module in others.items()):
+                self._pass(lambda *_: None, None if chosen is None else root, chosen)
+            return calls
+
+        if not others:
+            return None
+        _ = self._base
+        before, after = seen(None), seen(torch.ones(self._length(root, OUT), dtype=torch.bool))
+        for (name, inputs), (_, changed) in zip(before, after, strict=True):
+            if any(bool(_differ(a, b).any()) for a, b in zip(inputs, changed, strict=True)):
+                return name
+        return None
 
     def _length(self, name: str, axis: str) -> int:
         module: Any = self.model.get_submodule(name)

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -25,23 +24,27 @@ from torch.nn.modules.conv import _ConvNd
 from spectrim.errors import called_as
 from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Coupling, Side
 from spectrim.network.sites import Layer, Sites, Skipped
-from spectrim.nn.channels.experiments import Experiments
+from spectrim.nn.channels.experiments import Experiments, Mixed
 from spectrim.nn.channels.heads import Heads
 from spectrim.nn.channels.narrow import NORMS, beside_layers, held_at
 from spectrim.nn.channels.rules import rule_of
+from spectrim.nn.channels.tracing import traced
 from spectrim.nn.channels.trial import DRAWS, Trial, enlivened, first_line
-from spectrim.nn.copying import copy_model
 from spectrim.nn.find import canonical, describe, find
-from spectrim.nn.standing import as_containers
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
-from spectrim.nn.watch.nesting import output_tensors
 from spectrim.nn.watch.state import ALONE
 
 # Channels of a group that are tied to each other are looked for one by one up to this many.
 _LOOKED_AT = 4096
 # Ways by which the channels of one layer may reach one operation.
 _VISITS = 16
+_LOST = "they cannot be followed to all that reads them"
+_UNSEEN = (
+    "the way from them to the output cannot be seen: it leads past autograd (numpy, a copy of the data, a choice of "
+    "the largest)"
+)
+_UNCALLED = "a copy of the model does not call it, so that what reads its channels is not known"
 # Operations that mix channels or positions by what is in them.
 _ATTENTION = re.compile(r"ScaledDot|Softmax|Bmm|Attention", re.IGNORECASE)
 
@@ -152,43 +155,38 @@ def _needing(site: Layer) -> Layer:
 
 @dataclass(eq=False)
 class _Graph:
-    """torch-pruning's graph of a copy of the model, read."""
+    """torch-pruning's graph of a copy of the model, read.
+
+    Attributes
+    ----------
+    called
+        The layers that ran while it was traced.
+    """
 
     model: nn.Module
     sites: Sites
     graph: Any
     names: dict[Any, tuple[str, ...]]
+    called: frozenset[nn.Module] = frozenset()
     operations: dict[str, list[str]] = field(default_factory=dict)
     settled: set[str] = field(default_factory=set)
+    lost: set[str] = field(default_factory=set)
     writers: dict[str, list[nn.Module]] = field(default_factory=dict)
 
     @classmethod
     def traced(cls, model: nn.Module, sites: Sites, example: Any, run: Callable[..., Any]) -> _Graph | str:
         import torch_pruning
 
-        copied = copy_model(model).eval()
-        as_containers(copied)
-        for parameter in copied.parameters():
-            # The graph is read off autograd.
-            parameter.requires_grad_(parameter.is_floating_point())
-        graph = torch_pruning.DependencyGraph()
         try:
-            with warnings.catch_warnings(), torch.enable_grad(), _careful():
-                warnings.simplefilter("ignore")
-                graph.build_dependency(
-                    copied,
-                    example,
-                    forward_fn=lambda m, x: _traceable(run(m, x)),
-                    verbose=False,
-                )
+            trace = traced(model, example, run, torch_pruning.DependencyGraph, _careful)
         except Exception as error:  # tracing runs foreign code, which may raise anything
             return f"channels are left alone: tracing failed with {type(error).__name__}: {first_line(error)}"
         names: dict[Any, tuple[str, ...]] = {}
-        for name, module in copied.named_modules(remove_duplicate=False):
+        for name, module in trace.model.named_modules(remove_duplicate=False):
             names[module] = (*names.get(module, ()), name)
-        for name, parameter in copied.named_parameters():
+        for name, parameter in nn.Module.named_parameters(trace.model):
             names[parameter] = (name,)
-        return cls(copied, sites, graph, names)
+        return cls(trace.model, sites, trace.graph, names, frozenset(trace.called))
 
     def couplings(self) -> tuple[list[Coupling], list[tuple[str, int, str]]]:
         """All groups of channels, and those that stand no chance, as ``(name, channels, reason)``."""
@@ -224,11 +222,22 @@ class _Graph:
                     found.append(self._read(name, module, group, count))
             except _Blocked as error:
                 reason = str(error)
+                if error.lost:
+                    self.lost.add(name)
             except Exception as error:
-                reason = f"the dependency graph fails with {type(error).__name__}: {first_line(error)}"
+                self.lost.add(name)
+                reason = f"{_LOST} (torch-pruning fails with {type(error).__name__}: {first_line(error)})"
             if reason is not None:
                 obstacles.append((name, count, reason))
-        return found, obstacles
+        return found, [*obstacles, *self._beyond()]
+
+    def _beyond(self) -> Iterator[tuple[str, int, str]]:
+        """The layers of sites that the graph does not know."""
+        for site in self.sites:
+            module = self.model.get_submodule(site.name)
+            if module not in self.graph.module2node:
+                reason = _UNSEEN if module in self.called else _UNCALLED
+                yield f"{site.name}:out", site.spec.out_channels, reason
 
     def by_experiment(
         self, trial: Trial, good: list[Coupling], obstacles: Sequence[tuple[str, int, str]]
@@ -247,8 +256,21 @@ class _Graph:
                     good = [*good, coupling]
                     taken |= {side.name for side in coupling.on(OUT)}
             if root not in taken:
-                left.append((name, count, reason))
+                left.append((name, count, self._holder(experiments, root, reason) if name in self.lost else reason))
         return good, left
+
+    def _holder(self, experiments: Experiments, root: str, reason: str) -> str:
+        """The reason as experiments see it: a module that loses no channels reads those of a layer, or nothing does."""
+        try:
+            name = experiments.holder(root)
+            if name is not None:
+                return _holding(name, self.model.get_submodule(name))
+            experiments.sides(root)
+        except Mixed as error:
+            return str(error)
+        except Exception:  # a pass with random numbers runs foreign code, which may raise anything
+            return reason
+        return reason
 
     def _is_beyond_experiments(self, group: Any, name: str) -> bool:
         """Whether channels pass attention, or are also those of tables and parameters that are added to them."""
@@ -323,7 +345,7 @@ class _Graph:
                 return f"{name}: LayerNorm over {len(module.normalized_shape)} axes"
             holds = isinstance(module, nn.Module) and next(module.parameters(recurse=False), None) is not None
             if name and holds and not isinstance(module, (_ConvNd, nn.Linear, nn.Embedding, nn.PReLU, *NORMS)):
-                return f"{name}: a {kind} holds parameters of its own"
+                return _holding(name, module)
         if not any(self._axis(dep) == IN for dep, _ in group):
             return "no layer reads its channels: they are an output of the network"
         return None
@@ -369,7 +391,7 @@ class _Graph:
             positions = torch.tensor([sorted(place[number]) for number in range(len(atoms))])
             length = _length(held_at(self.model, path), axis)
             if int(positions.max()) >= length or positions.unique().numel() != positions.numel():
-                raise _Blocked(f"{path}: the dependency graph takes its axis of {length} channels for a longer one")
+                raise _Blocked(f"{path}: an operation before it makes its {length} channels of these")
             found.append(Side(path, axis, positions, length))
         numbers, size = beside_layers(self.model, found)
         found.sort(key=lambda side: side.name != self.names[root][0] or side.axis != OUT)
@@ -420,13 +442,20 @@ class _Graph:
         return pools
 
 
-def _traceable(output: Any) -> Any:
-    """The outputs that autograd knows."""
-    return [tensor for tensor in output_tensors(output) if tensor.requires_grad]
-
-
 class _Blocked(Exception):
     """A group of channels that cannot be removed, and why."""
+
+    lost = False
+
+
+class _Lost(_Blocked):
+    """A group of channels that the graph does not come to the end of."""
+
+    lost = True
+
+
+def _holding(name: str, module: nn.Module) -> str:
+    return f"{name}: {type(module).__name__} holds parameters of its own that read or carry them"
 
 
 def _mapping_names(index_mapping: Any) -> list[str]:
@@ -474,7 +503,7 @@ def _careful() -> Iterator[None]:
             place = (id(dep.target), dep.handler)
             self.visits[place] = self.visits.get(place, 0) + 1
             if self.visits[place] > _VISITS:
-                raise _Blocked(f"{dep.target.name}: parts of a split meet again")
+                raise _Lost(f"{_LOST}: they come to one place again and again, as where parts of a split meet")
             super().add_dep(dep, idxs)
 
     graph.Group = Bounded

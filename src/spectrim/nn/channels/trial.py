@@ -22,6 +22,7 @@ from spectrim.network.coupling import IN, OUT, THROUGH, Coupling, axes_left
 from spectrim.nn.channels.narrow import narrow
 from spectrim.nn.copying import copy_model
 from spectrim.nn.find import canonical
+from spectrim.nn.parameters import parameters_of
 from spectrim.nn.standing import as_containers
 from spectrim.nn.watch.nesting import output_tensors
 from spectrim.nn.watch.observe import Hook, hooked
@@ -55,6 +56,8 @@ _WORDS = (
 )
 _OTHER = "without half of these channels the network computes something else"
 _STAYS = "These channels have to stay, and nothing needs to be done: the layers may still become low rank"
+# Functions that draw numbers of the shape of their input.
+_DRAWING = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
 _MOVING = re.compile(r"view|reshape|permute|transpose|cat", re.IGNORECASE)
 
 
@@ -211,7 +214,7 @@ def enlivened(model: nn.Module) -> nn.Module:
     layers = {id(p) for m in copied.modules() if isinstance(m, kinds) and isinstance(p := m.weight, nn.Parameter)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for parameter in copied.parameters():
+        for parameter in parameters_of(copied):
             if parameter.is_floating_point() and parameter.numel():
                 noise = torch.randn(parameter.shape).to(parameter)
                 if id(parameter) in layers:
@@ -262,14 +265,21 @@ class _Scales:
         return x / next(self.next)
 
 
+def _undropped(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: A002 (torch's name)
+    return input
+
+
 @contextlib.contextmanager
 def without_statistics() -> Iterator[_Scales]:
     """Layer and group normalisation divide by one number a call: their own statistics mix the channels.
 
-    They are run all the same, for what they say of the number of channels that they are given.
+    They are run all the same, for what they say of the number of channels that they are given. Dropout that is asked
+    for drops nothing: it draws other numbers for another number of channels.
     """
     scales = _Scales()
     functional = torch.nn.functional
+    names = ("layer_norm", "group_norm", *_DRAWING)
+    held = {name: getattr(functional, name) for name in names}
     before = functional.layer_norm, functional.group_norm
 
     def layer_norm(x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
@@ -285,11 +295,14 @@ def without_statistics() -> Iterator[_Scales]:
         x = x if weight is None else x * weight.reshape(shape)
         return x if bias is None else x + bias.reshape(shape)
 
-    functional.layer_norm, functional.group_norm = layer_norm, group_norm  # type: ignore[assignment]
     try:
+        for name in _DRAWING:
+            setattr(functional, name, _undropped)
+        functional.layer_norm, functional.group_norm = layer_norm, group_norm  # type: ignore[assignment]
         yield scales
     finally:
-        functional.layer_norm, functional.group_norm = before
+        for name, function in held.items():
+            setattr(functional, name, function)
 
 
 def first_line(error: BaseException) -> str:

@@ -57,17 +57,17 @@ class Masked(StandIn):
         self.settle()
         self.register_load_state_dict_post_hook(_settle)
 
-    def forward(self, x: Tensor, onto: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, onto: Tensor | None = None) -> Tensor:  # noqa: A002
         """The layer's response, added to ``onto`` if that is given, which kernels besides ``DENSE`` do in place."""
         host: Any = self.layer
         weight = host.weight
         if self._kernel is not Kernel.DENSE and not self.training:
             taken = takes(self._kernel, weight, self.mask)
-            if taken and is_plain_call(x, self.original, weight, host.bias, onto):
-                return self._pack(weight)(x, host.bias, onto)
+            if taken and is_plain_call(input, self.original, weight, host.bias, onto):
+                return self._pack(weight)(input, host.bias, onto)
         if torch.is_grad_enabled() and weight.requires_grad:
             weight = weight * self.mask
-        y = run(host, self.original, x, weight, host.bias)
+        y = run(host, self.original, input, weight, host.bias)
         return y if onto is None else onto + y
 
     @property
@@ -170,8 +170,8 @@ class Slim(StandIn):
         self.original = original
         self.register_buffer("channels", channels.to(torch.int32))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x.index_select(-1 - len(self.original.kernel), self.channels))
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return self.layer(input.index_select(-1 - len(self.original.kernel), self.channels))
 
     @property
     def bias(self) -> Tensor | None:
@@ -212,8 +212,9 @@ class Cropped(StandIn):
         margins = [n for pair in reversed(original.margins(pattern)) for n in pair]
         self._wider, self._narrower = [max(n, 0) for n in margins], [min(n, 0) for n in margins]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         # One after the other, since more may be cut off than the input alone has.
+        x = input
         for margins in (self._wider, self._narrower):
             if any(margins):
                 x = F.pad(x, margins)
@@ -253,10 +254,10 @@ class Sum(StandIn):
         self.sparse = sparse
         self.original = original
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.pair(x)
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        y = self.pair(input)
         # A masked layer adds by itself, which some kernels do at no cost.
-        return self.sparse(x, y) if isinstance(self.sparse, Masked) else y + self.sparse(x)
+        return self.sparse(input, y) if isinstance(self.sparse, Masked) else y + self.sparse(input)
 
     @property
     def bias(self) -> Tensor | None:

@@ -24,7 +24,18 @@ from spectrim.nn.watch.nesting import output_tensors as output_tensors
 from spectrim.nn.watch.nesting import resized as resized
 from spectrim.nn.watch.state import evaluating as evaluating
 from spectrim.nn.watch.state import kept
-from spectrim.nn.watch.ways import Arguments, Way, alone, bare, first_line, is_per_sample, is_sample, names_of, ways
+from spectrim.nn.watch.ways import (
+    Arguments,
+    Way,
+    alone,
+    bare,
+    first_line,
+    is_per_sample,
+    is_sample,
+    is_vector,
+    names_of,
+    ways,
+)
 
 log = logging.getLogger(__name__)
 
@@ -205,16 +216,20 @@ def _working(model: nn.Module, batch: Any) -> Way:
 def _check_batched(model: nn.Module, batch: Any, way: Way) -> None:
     """Raise CalibrationError for a single sample without an axis for samples: it cannot be cut into any.
 
-    Convolutions take such images, and a model with one in front may take them or batches.
+    Convolutions take such images, linear layers such vectors, and a model with one in front may take them or batches.
     """
     layout = Layout(whole=way.whole)
     inputs = layout.inputs(batch)
-    if not is_sample(model, inputs) or layout.size(batch) < 2 or _runs(model, way, layout.resized(batch, 1)) is None:
+    if (
+        not (is_sample(model, inputs) or is_vector(model, inputs))
+        or layout.size(batch) < 2
+        or _runs(model, way, layout.resized(batch, 1)) is None
+    ):
         return
     shape = tuple(inputs.shape)
     raise CalibrationError(
         f"the inputs are one sample of shape {shape} without an axis for samples: give batches, such as "
-        f"{(1, *shape)} by x.unsqueeze(0), or a DataLoader"
+        f"{(1, *shape)} by x.unsqueeze(0), or a DataLoader with a batch_size; or say so, samples=lambda batch: 1"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import math
 import weakref
@@ -239,7 +240,7 @@ class _Watch:
         if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in tensors(output)):
             raise CalibrationError(
                 f"the model's output holds NaN in calibration batch {index}, behind the last layer that was watched. "
-                "Check the weights there, the batch and the dtype."
+                f"Check the weights there, the batch and the dtype.{_spoilt(self.model)}"
             )
         if self.streams is not None:
             self.streams.end_of_pass()
@@ -253,6 +254,8 @@ class _Watch:
     def _run(self, run: Callable[[Any], Any], batch: Any, index: int) -> Any:
         try:
             return run(batch)
+        except _NotFiniteError as error:
+            raise CalibrationError(f"{error}{_spoilt(self.model)}") from error
         except (SpectrimError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # a model may raise anything where it is given what it does not take
@@ -396,7 +399,10 @@ class _Shapes:
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             inputs = args[0] if args else kwargs["input"]
             if len(args) + len(kwargs) > 1:
-                self.refused = "called with more than its input (output_size), which a pair of layers cannot take"
+                self.refused = (
+                    "called with more than its input (output_size), which a pair of layers cannot take: give "
+                    "output_padding to its constructor instead"
+                )
             if not inputs.numel():
                 return
             # A layer that the first batch does not reach is described by the first call it gets.
@@ -481,7 +487,7 @@ class _Watcher(_Shapes):
 
     def _refuse_unless(self, fine: bool, what: str) -> None:
         if not fine:
-            raise CalibrationError(
+            raise _NotFiniteError(
                 f"layer {self.spec.name!r} ({self.spec.kind}) {what} NaN or Inf, or numbers too large to be squared, "
                 f"in calibration batch {self.index}. Check the batch and the model's dtype."
             )
@@ -581,3 +587,15 @@ def positions_of(spec: LayerSpec) -> int:
 def in_full(spec: LayerSpec) -> bool:
     """Whether a second moment of whole patches is kept."""
     return spec.features <= (FULL_LINEAR if spec.is_linear else FULL_PATCH)
+
+
+class _NotFiniteError(CalibrationError):
+    """A layer sees or gives NaN or Inf."""
+
+
+def _spoilt(model: nn.Module) -> str:
+    """The first parameter or buffer of a model that holds NaN or Inf, in a sentence."""
+    held = itertools.chain(nn.Module.named_parameters(model), nn.Module.named_buffers(model))
+    spoilt = (n for n, t in held if t.is_floating_point() and not bool(torch.isfinite(t).all()))
+    name = next(spoilt, None)
+    return "" if name is None else f" {name!r} holds NaN or Inf: mend it first."

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from spectrim.errors import CalibrationError
+from spectrim.nn.parameters import parameters_of
 
 
 def checked_batches(batches: Any) -> Any:
@@ -168,7 +169,7 @@ def moved(batch: Any, model: nn.Module) -> Any:
 
     Always a copy: a model may write into what it is given, and others read the batch after it.
     """
-    floating = [p for p in model.parameters() if p.is_floating_point()]
+    floating = [p for p in parameters_of(model) if p.is_floating_point()]
     device = floating[0].device if floating else None
     kinds = {p.dtype for p in floating}
     dtype = kinds.pop() if len(kinds) == 1 else None
@@ -192,7 +193,10 @@ def output_tensors(output: Any) -> list[Tensor]:
         return [output.logits]
     found = list(tensors(output))
     if not found:
-        raise CalibrationError(f"the model's output of type {type(output).__name__} holds no tensor")
+        raise CalibrationError(
+            f"the model's output of type {type(output).__name__} holds no tensor: pass forward=, a function (model, "
+            "batch) that runs the model and returns tensors"
+        )
     return found
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from spectrim.nn.parameters import parameters_of
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.observe import Hook, hooked, on_few
 from spectrim.nn.watch.state import Place, State, evaluating, kept
@@ -99,7 +100,7 @@ class _Alive(TorchDispatchMode):
         super().__init__()
         self.nbytes = 0
         # Views of parameters are no activations.
-        weights = [*model.parameters(), *model.buffers()]
+        weights = [*parameters_of(model), *model.buffers()]
         self._known: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in weights}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -7,6 +7,7 @@ is refused: what stands under a name would not be what runs.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,10 @@ from spectrim.nn.watch.observe import Hook, hooked
 _READ = (
     "another module computes with its weight, which a pair of layers in its place would multiply out in every pass: "
     "call the layer instead"
+)
+_ITSELF = (
+    "its forward is called past the layer itself, where hooks do not see it: write layer(x) in place of "
+    "layer.forward(x)"
 )
 _BOUND = (
     "forward puts another weight or bias in place of its own, such as by functional_call, which a pair of layers in "
@@ -98,7 +103,8 @@ class _Readers(TorchFunctionMode):
             return self._differentiate(func, args, kwargs or {})
         if not tells(func):
             names = {self.weights.get(id(value)) for value in tree_iter((args, kwargs))}
-            self.seen.refused |= {name: _READ for name in names if name is not None and name not in self.running}
+            read = [name for name in names if name is not None and name not in self.running]
+            self.seen.refused |= {name: _ITSELF if _runs(self.layers[name]) else _READ for name in read}
         if isinstance(func, HigherOrderOperator):
             return self._within(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
@@ -123,6 +129,16 @@ class _Readers(TorchFunctionMode):
             return func(*args, **kwargs)
         except RuntimeError as error:
             raise CalibrationError(f"{what}; without gradients it fails. {cure}") from error
+
+
+def _runs(layer: nn.Module) -> bool:
+    """Whether some function that is running now is the layer's forward."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and frame.f_locals.get("self") is layer:
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _Noting(dict[str, Any]):

@@ -94,7 +94,8 @@ class Responses:
 def _channels(x: Tensor, spec: LayerSpec, positions: Tensor) -> Tensor:
     """``[samples, channels, positions]`` of an input."""
     if spec.is_linear:
-        rows = x.reshape(x.shape[0], -1, x.shape[-1]).transpose(1, 2)
+        # A vector is one sample.
+        rows = x.reshape(x.shape[0] if x.dim() > 1 else 1, -1, x.shape[-1]).transpose(1, 2)
     else:
         axes = len(spec.kernel)
         rows = x.reshape(-1, x.shape[-axes - 1], *x.shape[-axes:]).flatten(2)

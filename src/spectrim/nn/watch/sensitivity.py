@@ -17,6 +17,7 @@ from spectrim.linalg.moments import Moments
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Sites
 from spectrim.nn.contiguity import contiguous_where_needed
+from spectrim.nn.parameters import parameters_of
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.nesting import begun, checked_batches, output_tensors
@@ -154,7 +155,7 @@ def _gradients(
         run_of.samples = min(run_of.samples, samples)
     watch = _Gradients(sites, rows, run_of, seed)
     hooks = [Hook(layer, watch.hook(spec)) for layer, spec in zip(layers, watch.specs, strict=True)]
-    parameters = list(model.parameters())
+    parameters = list(parameters_of(model))
     before = [(p, p.requires_grad, p.grad) for p in parameters]
     seen = 0
     try:

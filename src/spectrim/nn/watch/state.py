@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.cost.rounds import ALONE as ALONE
+from spectrim.nn.parameters import parameters_of
 
 # What every module has; slots of passes come and go by themselves.
 _COMMON = frozenset((*vars(nn.Module()), "forward"))
@@ -166,7 +167,7 @@ def kept(model: nn.Module) -> Iterator[State]:
 @contextlib.contextmanager
 def settings_kept(model: nn.Module) -> Iterator[None]:
     """Which parameters take gradients and every module's hooks are afterwards what they were."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    flags = [(parameter, parameter.requires_grad) for parameter in parameters_of(model)]
     hooks = [(held, dict(held)) for module in model.modules() for key, held in vars(module).items() if _is_hooks(key)]
     try:
         yield

@@ -297,6 +297,13 @@ def is_sample(model: nn.Module, entry: Any) -> bool:
     return entry.dim() == len(first.kernel_size) + 1 and entry.shape[0] == first.in_channels
 
 
+def is_vector(model: nn.Module, entry: Any) -> bool:
+    """Whether a tensor looks like a single sample of a model whose first layer is linear."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    first = next((m for m in bare(model).modules() if isinstance(m, kinds)), None)
+    return isinstance(first, nn.Linear) and isinstance(entry, Tensor) and entry.shape == (first.in_features,)
+
+
 # What torch says of whole numbers where it wants others, bytes first, and of inputs of another size than a layer has.
 _BYTES = re.compile(r"unsigned char|\bByte\b")
 _WHOLE = re.compile(r"\b(long int|int|Long|Int)\b.*\b(float|Float|Half|BFloat16|c10::\w+)\b")

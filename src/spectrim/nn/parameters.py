@@ -1,0 +1,15 @@
+"""The parameters of a model, whatever its class makes of the methods that give them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+
+def parameters_of(model: nn.Module) -> Iterator[nn.Parameter]:
+    """All parameters of a model and of the modules in it, each once.
+
+    A class may have its ``parameters`` give those alone that are to be trained.
+    """
+    return (parameter for _, parameter in nn.Module.named_parameters(model))

@@ -1,0 +1,110 @@
+"""Channels of networks whose gradients are switched off, or whose operations the graph does not know."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import spectrim as st
+from tests.cases import one_thread
+
+pytest.importorskip("torch_pruning")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    with one_thread():
+        yield
+
+
+class Frozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(8, 12), nn.Linear(12, 10), nn.Linear(10, 4)
+
+    def body(self, x: Tensor) -> Tensor:
+        return F.relu(self.b(F.relu(self.a(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = self.body(x)
+        return self.c(x)
+
+
+class Inferring(Frozen):
+    @torch.inference_mode()
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.body(x))
+
+
+class Detached(Frozen):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.body(x).detach())
+
+
+class Choosing(Frozen):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.body(x)).argmax(-1)
+
+
+class Dropping(Frozen):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(F.dropout(self.body(x), 0.5, training=True))
+
+
+class Gated(Frozen):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b = nn.Linear(6, 20)
+
+    def body(self, x: Tensor) -> Tensor:
+        return F.glu(self.b(F.glu(self.a(x), dim=1)))
+
+
+@pytest.mark.parametrize("kind", [Frozen, Inferring, Detached, Choosing, Dropping, Gated])
+def test_channels_are_found(kind: type[Frozen]):
+    torch.manual_seed(0)
+    model = kind().eval()
+    sites = st.couple(model, st.find(model), torch.randn(4, 8))
+    assert {coupling.name for coupling in sites.couplings} == {"a:out", "b:out"}
+    assert [skipped.name for skipped in sites.skipped] == ["c:out"]
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+
+
+class Cell(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.cell, self.c = nn.Linear(8, 6), nn.GRUCell(6, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        return self.c(self.cell(x, self.cell(x, torch.zeros_like(x))))
+
+
+class Closed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        a, b = nn.Linear(8, 6), nn.Linear(6, 4)
+        self.a, self.b = a, b
+        self.steps = [lambda x: F.relu(a(x)), lambda x: b(x)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for step in self.steps:
+            x = step(x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (Cell, "cell: GRUCell holds parameters of its own that read or carry them"),
+        (Closed, "a copy of the model does not call it, so that what reads its channels is not known"),
+    ],
+)
+def test_the_reason_is_told_where_they_are_not_found(kind: type[nn.Module], reason: str):
+    model = kind().eval()
+    sites = st.couple(model, st.find(model), torch.randn(4, 8))
+    assert {each.name: each.reason for each in sites.skipped}["a:out"] == reason
