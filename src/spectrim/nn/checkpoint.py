@@ -244,8 +244,9 @@ def read_plan(path: str | Path, *, whole: bool = False) -> Plan:
 def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state of a model, apart, with all its parameters in it, unless the model loads in a way of its own."""
     state, records = _apart(model.state_dict())
-    held = {(tensor.data_ptr(), tensor.shape) for tensor in state.values()}
-    left = [n for n, p in nn.Module.named_parameters(model) if n not in state and (p.data_ptr(), p.shape) not in held]
+    held = {(tensor.data_ptr(), tensor.shape) for tensor in state.values() if not nn.parameter.is_lazy(tensor)}
+    own = ((n, p) for n, p in nn.Module.named_parameters(model) if n not in state and not nn.parameter.is_lazy(p))
+    left = [name for name, parameter in own if (parameter.data_ptr(), parameter.shape) not in held]
     if left and not any(map(_loads_itself, nn.Module.modules(model))):
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise CheckpointError(
