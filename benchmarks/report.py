@@ -393,13 +393,13 @@ def records(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def show(value: Any, key: str = "") -> str:
-    """A value for people: counts of MACs and parameters in millions, other numbers to five digits."""
+    """A value for people: MACs and parameters in millions (M) or billions (G), other numbers to five digits."""
     if value is None:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, (int, float)) and key.startswith(("macs", "parameters")) and abs(value) >= 1e4:
-        return f"{value / 1e6:.2f} M"
+        return f"{value / 1e9:.2f} G" if abs(value) >= 1e9 else f"{value / 1e6:.2f} M"
     if isinstance(value, float):
         return f"{value:.2f}" if "accuracy" in key or "held_out" in key else f"{value:.5g}"
     return str(value).replace("<", "&lt;")

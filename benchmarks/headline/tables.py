@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.headline.claims import best_of_each_kind
 from benchmarks.headline.network import Metric, names, plugin
+from spectrim.network.printing import amount
 
 HEAD = ("network", "budget", "best peer", "best single method", "auto", "MACs of auto", "file of auto, kB")
 
@@ -20,10 +21,10 @@ def beside_others(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
             best = best_of_each_kind(rows, name, budget)
             if dense := best.get("dense"):
                 said = f"**{kind.title}**, {kind.metric.name}", "dense", "", "", _value(kind.metric, dense)
-                found.append((*said, f"{dense['macs'] / 1e6:.1f} M", f"{dense['file_bytes'] / 1e3:.0f}"))
+                found.append((*said, amount("macs", dense["macs"]), f"{dense['file_bytes'] / 1e3:.0f}"))
                 continue
             auto = best.get("auto")
-            sizes = (f"{auto['macs'] / 1e6:.1f} M", f"{auto['file_bytes'] / 1e3:.0f}") if auto else ("-", "-")
+            sizes = (amount("macs", auto["macs"]), f"{auto['file_bytes'] / 1e3:.0f}") if auto else ("-", "-")
             cells = [_cell(kind.metric, best.get(which)) for which in ("peer", "ours")]
             found.append((kind.title, budget, *cells, _value(kind.metric, auto) if auto else "-", *sizes))
     return found

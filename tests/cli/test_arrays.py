@@ -118,3 +118,38 @@ def test_images_are_left_as_large_as_they_are_where_asked(tmp_path: Path):
     Path("d.png").write_bytes(b"no image")
     with pytest.raises(UsageError, match=r"d.png' cannot be read as an image"):
         list(load_data(f"imagefolder:{tmp_path}"))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "why"),
+    [
+        (
+            {"x": np.zeros((0, 3, 4), "f4"), "y": np.zeros(0, int)},
+            r"array 'x' is empty, of shape \(0, 3, 4\): give samples",
+        ),
+        ({"x": np.array([[{}]], dtype=object)}, "it holds Python objects, which may run code: save numbers"),
+    ],
+)
+def test_arrays_without_numbers_are_told(arrays: dict[str, np.ndarray], why: str):
+    np.savez("none.npz", **arrays)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=why):
+        load_data("none.npz")
+
+
+def test_a_changed_array_and_half_a_file_are_told():
+    np.savez("whole.npz", x=np.arange(600, dtype="f4").reshape(100, 6))
+    content = bytearray(Path("whole.npz").read_bytes())
+    Path("half.npz").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UsageError, match="or it is damaged: save or copy it again"):
+        load_data("half.npz")
+    content[1000] ^= 1
+    Path("changed.npz").write_bytes(content)
+    with pytest.raises(UsageError, match="save or copy it again"):
+        load_data("changed.npz")
+
+
+@pytest.mark.parametrize("mark", [";", "\t"])
+def test_tables_that_are_separated_otherwise_are_told(mark: str):
+    Path("t.csv").write_text(f"a{mark}b{mark}label\n1{mark}2{mark}x\n")
+    with pytest.raises(UsageError, match=f"separated by {mark!r}: separate them by commas".replace("\\", r"\\")):
+        load_data("t.csv")

@@ -86,7 +86,13 @@ def test_another_set_is_asked_for_less_than_was_reached_only(needed: float) -> N
 
 
 def test_nothing_that_holds_is_none() -> None:
-    assert smallest({"macs": 10.0}, DENSE, lambda budget: budget, lambda budget: False) is None
+    told: list[tuple[int, int | None]] = []
+    found = smallest(
+        {"macs": 10.0}, DENSE, lambda budget: budget, lambda budget: False, progress=lambda _, *at: told.append(at)
+    )
+    assert found is None
+    assert told[0] == (0, 8)
+    assert told[-1] == (8, 8)
 
 
 def test_a_drop_is_met_and_told() -> None:

@@ -463,7 +463,10 @@ def _arrays(reference: Reference, options: ArrayOptions) -> tuple[Path, str, str
         with zipfile.ZipFile(file) as archive:
             held = [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
     except (zipfile.BadZipFile, OSError) as error:
-        raise UsageError(f"data {reference.text!r}: {str(file)!r} is no file that numpy.savez wrote") from error
+        raise UsageError(
+            f"data {reference.text!r}: {str(file)!r} is no file that numpy.savez wrote, or it is damaged: save or copy "
+            "it again"
+        ) from error
     known = {name.lower(): name for name in held}
     parts = (f"{{}}_{options.split}", f"{options.split}_{{}}", "{}")
 
@@ -502,6 +505,8 @@ def _table(reference: Reference, options: TableOptions) -> tuple[Path, tuple[str
         raise UsageError(f"data {reference.text!r} is no table in UTF-8, separated by commas: {error}") from error
     if not names:
         raise UsageError(f"data {reference.text!r}: {str(file)!r} is empty")
+    if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), "")):
+        raise UsageError(f"data {reference.text!r}: its columns are separated by {other!r}: separate them by commas")
     if all(_is_number(name) for name in names):
         raise UsageError(f"data {reference.text!r}: its first line must name the columns; it is {','.join(names[:4])}")
     # Without a name that says so they are the one column that holds words.

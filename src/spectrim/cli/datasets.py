@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import gzip
 import struct
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import Tensor
 from spectrim.cli.batches import Batches, ImageFiles, InMemory, Source
 from spectrim.cli.data import ArrayOptions, Data, FolderOptions, ImageOptions
 from spectrim.cli.references import Reference, UsageError, need
+from spectrim.network.printing import count
 
 
 def batches_of(data: Data, device: str) -> Batches:
@@ -92,8 +95,12 @@ def _arrays(data: Data) -> Source:
     try:
         with np.load(file, allow_pickle=False) as held:
             values, targets = held[inputs], held[labels] if labels else None
-    except (ValueError, OSError, EOFError, KeyError) as error:
-        raise UsageError(f"data {text!r}: {str(file)!r} cannot be read: {error}") from error
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        objects = "it holds Python objects, which may run code: save numbers" if "allow_pickle" in str(error) else ""
+        why = objects or f"{error}: save or copy it again"
+        raise UsageError(f"data {text!r}: {str(file)!r} cannot be read: {why}") from error
+    if not values.size:
+        raise UsageError(f"data {text!r}: array {inputs!r} is empty, of shape {values.shape}: give samples")
     if values.ndim < 2 or not np.issubdtype(values.dtype, np.number):
         raise UsageError(
             f"data {text!r}: array {inputs!r} is {values.dtype} {values.shape}; expected numbers with one axis for "
@@ -158,7 +165,7 @@ def _table(data: Data) -> Source:
             known = _classes(np.array([float(target) for target in targets]), labels, text)
         except ValueError:
             known = _classes(np.array(targets), labels, text)
-    return InMemory(torch.tensor(rows), known, f"{len(names) - bool(labels)} columns")
+    return InMemory(torch.tensor(rows), known, count(len(names) - bool(labels), "column"))
 
 
 def _number(value: str, name: str, line: int, text: str) -> float:

@@ -11,7 +11,7 @@ from spectrim.cli.methods import AUTO, FILTERS, Methods
 from spectrim.cli.references import UsageError
 from spectrim.cli.values import check_recipe
 from spectrim.methods import Method, PrincipalFilters, from_record
-from spectrim.network.choices import ChannelsChoice, unit
+from spectrim.network.choices import ChannelsChoice
 from spectrim.network.sites import Sites
 from spectrim.nn.channels.graph import couple
 from spectrim.search.widths import KL, Energy, recommend
@@ -71,7 +71,7 @@ def filter_notes(plan: Plan, sites: Sites) -> list[str]:
     """Sentences on the filters that were removed, for people; none where there were no channels to choose from."""
     notes: list[str] = []
     for one, many in (("channel", "filters"), ("head", "heads of attention")):
-        known = {c.name: c.channels for c in sites.couplings if unit(c.places) == one}
+        known = {c.name: c.channels for c in sites.couplings if c.unit == one}
         gone = {name: choice.gone for name, choice in removals(plan).items() if choice.unit == one}
         if known:
             notes.append(

@@ -17,7 +17,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from spectrim.errors import PlanError
-from spectrim.network.choices import Place, check_kept, shortened
+from spectrim.network.choices import Place, check_kept, shortened, unit
 
 OUT, IN, THROUGH = "out", "in", "through"
 
@@ -86,6 +86,16 @@ class Coupling:
     def places(self) -> tuple[Place, ...]:
         """The sides as a choice holds them."""
         return tuple(Place(side.name, side.axis, side.positions.shape[1]) for side in self.sides)
+
+    @property
+    def unit(self) -> str:
+        """What one of them is, ``channel`` or ``head``."""
+        return unit(self.places)
+
+    @property
+    def kind(self) -> str:
+        """How many of what: ``64 channels``, ``12 heads``."""
+        return f"{self.channels} {self.unit}s"
 
     def check(self, kept: Sequence[int]) -> None:
         """Raise PlanError unless these channels can be what is kept."""

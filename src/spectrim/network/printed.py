@@ -55,7 +55,10 @@ def _notes(sites: Sites) -> Iterator[str]:
     if len(sites.groups) > 5:
         yield f"{len(sites.groups) - 5} more groups, see sites.groups"
     if sites.couplings:
-        channels = sum(coupling.channels for coupling in sites.couplings)
-        yield f"{channels:,} channels in {count(len(sites.couplings), 'group')} can be removed, see sites.couplings"
+        numbers: dict[str, int] = {}
+        for coupling in sites.couplings:
+            numbers[coupling.unit] = numbers.get(coupling.unit, 0) + coupling.channels
+        what = " and ".join(count(number, unit) for unit, number in numbers.items())
+        yield f"{what} in {count(len(sites.couplings), 'group')} can be removed, see sites.couplings"
     yield from reasons(((each.name, each.kind, each.reason) for each in sites.skipped), "sites.skipped")
     yield from sites.notes

@@ -332,7 +332,7 @@ class Channels(_Several):
 
     @property
     def kind(self) -> str:
-        return f"{self.coupling.channels} channels"
+        return self.coupling.kind
 
     def require(self, statistic: str, why: str) -> Moments:
         """The pooled statistic of this name.

@@ -308,7 +308,7 @@ def shrink_within(
     if budget is not None and holds(stated := among(arms, budget) if arms else made(budget)):
         return stated
     limits = tightest(cost, first.dense) if budget is None else budget.limits(first.dense)
-    found = smallest(limits, first.dense, made, holds, over)
+    found = smallest(limits, first.dense, made, holds, over, progress=progress)
     if found is not None:
         standings.take(found.report.arms, found.plan.costs[axis], holds=True)
     found = smaller(limits, first.dense if found is None else found.plan.costs, others, holds, over) or found

@@ -20,4 +20,4 @@ def channels(network: Network, coupling: Coupling, choice: Choice, error: float)
     """Coupled channels. Their layers have entries of their own, and what is left to count is beside them."""
     name = coupling.name
     after, before = network.beside(name, {name: choice}), network.beside(name)
-    return Entry(name, f"{coupling.channels} channels", choice, error, after, before, of_channels=True)
+    return Entry(name, coupling.kind, choice, error, after, before, of_channels=True)

@@ -9,12 +9,14 @@ from numbers import Real
 from typing import TypeVar
 
 from spectrim.errors import CalibrationError, InfeasibleBudgetError
+from spectrim.progress import Progress, silent
 from spectrim.search.judge import Judge, Verdict
 from spectrim.selection.budget import Budget, Limit
 
 R = TypeVar("R")
 # Networks that are made at most. The interval of limits is halved each time, in ratios.
 _STEPS = 8
+_TRIED = "sizes tried"
 # Limits that differ by no more than this ratio make the same network, nearly.
 _CLOSE = 1.02
 # What another set of methods has to save at least, as a ratio: below that no network is made with it.
@@ -112,6 +114,7 @@ def smallest(
     over: Callable[[], bool] = lambda: False,
     *,
     close: float = _CLOSE,
+    progress: Progress = silent,
 ) -> R | None:
     """The smallest network that holds, between limits and the dense network's costs.
 
@@ -133,6 +136,8 @@ def smallest(
         Whether no further network is to be made.
     close
         Limits that differ by no more than this ratio are not told apart.
+    progress
+        Told how many networks were made, of those that are made at most.
 
     Returns
     -------
@@ -142,7 +147,8 @@ def smallest(
     best: R | None = None
     tight, wide = 0.0, 1.0
     ratio = max(dense[cost] / limit for cost, limit in limits.items())
-    for _ in range(_STEPS):
+    for step in range(_STEPS):
+        progress(_TRIED, step, _STEPS)
         if (wide - tight) * math.log(max(ratio, 1.0)) <= math.log(close) or over():
             break
         share = (tight + wide) / 2
@@ -156,6 +162,7 @@ def smallest(
             best, wide = trial, share
         else:
             tight = share
+    progress(_TRIED, _STEPS, _STEPS)
     return best
 
 

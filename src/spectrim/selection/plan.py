@@ -328,7 +328,8 @@ def _written(record: Plan | Entry) -> dict[str, Any]:
 def _entry(entry: Entry, choice: object) -> Entry:
     """An entry from a file, with its choice."""
     try:
-        return dataclasses.replace(entry, choice=read_choice(choice), of_channels=entry.kind.endswith(" channels"))
+        of_channels = entry.kind.endswith((" channels", " heads"))
+        return dataclasses.replace(entry, choice=read_choice(choice), of_channels=of_channels)
     except PlanError as error:
         raise PlanError(f"site {entry.site!r}: {error}") from error
 

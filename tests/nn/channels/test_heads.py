@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -174,12 +175,17 @@ def test_a_plan_that_removes_heads_counts_products_and_is_saved(tmp_path: Path):
     (heads,) = (coupling for coupling in sites.couplings if coupling.products)
     table = st.tabulate(sites, [PrincipalFilters()])
     (row,) = (row for row in table.rows if row.site == heads.name)
+    assert row.kind == "2 heads"
+    assert "2 heads in 1 group can be removed" in str(dataclasses.replace(sites, couplings=(heads,)))
     dense, option = row.options
     # Queries 8, keys and values 4 of 16 each; outputs 16 of 8; scores and sums of 2 heads of 4.
     assert dense.costs["macs"] - option.costs["macs"] == 6 * (8 * 16 + 2 * 4 * 16 + 16 * 8) + 2 * 2 * 6 * 6 * 4
     result = st.compress(model, batches, {"macs": 0.75}, methods=PrincipalFilters(), only=["att.*"])
     small: Any = result.model.eval()
     assert small.att.num_heads == 2
+    assert [entry.kind for entry in result.plan if entry.of_channels] == ["2 heads"]
+    read = st.Plan.from_json(result.plan.to_json())
+    assert [entry.of_channels for entry in read] == [entry.of_channels for entry in result.plan]
     st.save(result, tmp_path / "small.safetensors")
     again = st.load(_net(Shared()), tmp_path / "small.safetensors")
     torch.testing.assert_close(again.eval()(batches[0]), small(batches[0]))

@@ -307,7 +307,7 @@ class _Watch:
                 *with_stored(
                     [*sites.skipped, *(Skipped(s.name, s.kind, watchers[s.name].obstacle()) for s in left)], idle
                 ),
-                *(Skipped(c.name, f"{c.channels} channels", "a layer of theirs was not calibrated") for c in cut_off),
+                *(Skipped(c.name, c.kind, "a layer of theirs was not calibrated") for c in cut_off),
             ),
             untouched=untouched,
             other_parameters=sites.other_parameters + int(parameters(idle)),
