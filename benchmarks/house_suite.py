@@ -13,6 +13,8 @@ from benchmarks.run import claim
 
 # A CPU with AVX2 and nothing newer, as torch's and oneDNN's kernels see it.
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+# As make test has it: asserts are rewritten in the first run, and read in the second.
+WRITTEN = {"PYTHONDONTWRITEBYTECODE": ""}
 
 
 def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
@@ -26,7 +28,7 @@ def _suite(extra: dict[str, str], arguments: list[str]) -> dict[str, Any]:
     """The library's own tests in one process."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     start = time.perf_counter()
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **extra}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **WRITTEN, **extra}, capture_output=True, text=True)
     return {
         "environment": extra,
         "seconds": round(time.perf_counter() - start, 1),

@@ -70,6 +70,11 @@ import hypothesis
 # Many small operations: a second thread costs more than it does.
 torch.set_num_threads(int(os.environ.get("SPECTRIM_TEST_THREADS", "1")))
 
+# For a device that is not there torch keeps every seed to come with the whole stack of its caller: a millisecond each.
+for device in (torch.cuda, torch.xpu):
+    if not device.is_available():
+        device.manual_seed_all = lambda seed: None
+
 # A first call may compile or import something slow: time limits a case would make tests flaky.
 hypothesis.settings.register_profile(
     "spectrim",
@@ -108,6 +113,8 @@ def pytest_collection_finish() -> None:
     """What has been imported stays, and need not be looked through whenever garbage is collected."""
     gc.collect()
     gc.freeze()
+    # Tests leave little behind: it need not be looked for after every 700 objects.
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)
@@ -121,7 +128,8 @@ def _seeded() -> None:
     """Every test starts from the same random state, alone or among others."""
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
+    torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture(autouse=True, scope="session")

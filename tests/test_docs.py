@@ -56,13 +56,16 @@ def test_there_are_tutorials():
     assert sorted(listed) == [page.stem for page in TUTORIALS] != []
 
 
-# They train, for ten seconds and more each: `make docs` runs them beside the build of the site.
+# They train, load transformers or lightning, or export: `make docs` runs them beside the build of the site.
 LONG = (
+    "hugging-face",
     "learned-ranks",
+    "lightning",
     "low-rank-plus-sparse",
     "recipes",
     "removing-filters",
     "sharing",
+    "shipping",
     "text-detector",
     "what-each-method-is-for",
 )

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from spectrim.cli.app import app
+
+# Building all commands from their signatures takes longer than most of them run.
+built = functools.cache(get_command)
 
 
 @pytest.fixture(autouse=True)
@@ -17,6 +22,7 @@ def near(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     monkeypatch.setenv("SPECTRIM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("typer.testing._get_command", built)
     # Commands have --threads; put back what they set.
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
 

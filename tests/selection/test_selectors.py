@@ -395,7 +395,7 @@ def test_lagrangian_is_close_to_exact_on_longer_tables(fraction: float) -> None:
 
 def test_more_budget_never_loses_more() -> None:
     table = long_table()
-    losses = [exact(table, Budget(macs=fraction)).loss for fraction in (0.2, 0.3, 0.4, 0.6, 0.9)]
+    losses = [exact(table, Budget(macs=fraction)).loss for fraction in (0.2, 0.4, 0.9)]
     assert losses == sorted(losses, reverse=True)
 
 

@@ -411,7 +411,7 @@ class Net(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("way", ["program", "onnx", "trace"])
+@pytest.mark.parametrize("way", ["program", pytest.param("onnx", marks=pytest.mark.slow), "trace"])
 def test_exports_hold_plain_layers(way, tmp_path):
     net = Net().eval()
     assert [type(m) for m in (net.b, net.c)] == [Slim, Cropped]

@@ -8,6 +8,7 @@ number made from the *contents* of the sample. So neither the cut into batches n
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -317,13 +318,20 @@ def choose_places(front: int, each: int, positions: int | None, samples: Samples
     return choose(_ROW, (front, each, 1), positions, samples, seed).index
 
 
+@functools.lru_cache(maxsize=2)
+def _normal_numbers(seed: int) -> Tensor:
+    """A table that is only read: drawing it takes longer than a batch of a small network, so it is kept."""
+    with torch.inference_mode(False):
+        return torch.randn(_TABLE, generator=torch.Generator().manual_seed(seed))
+
+
 def directions(outputs: Tensor, samples: Samples, seed: int = 0) -> Tensor:
     """A tensor of standard normal numbers of the shape of a network's outputs, drawn by the contents of the samples.
 
     The same sample is given the same numbers in any batch and order; where outputs belong to padding there are zeros.
     The numbers of a sample are a stretch of one table of a million, which starts where its key says.
     """
-    table = torch.randn(_TABLE, generator=torch.Generator().manual_seed(seed))
+    table = _normal_numbers(seed)
     mask, size = samples.mask, samples.size
     if not outputs.dim() or outputs.shape[0] != size:
         start = int(_shifted(_mixed(samples.keys.sum().reshape(1)), 20)) % _TABLE
