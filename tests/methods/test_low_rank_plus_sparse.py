@@ -144,7 +144,7 @@ def test_a_share_splits_a_single_density_too() -> None:
 
 def test_channels_and_taps_make_the_layers_smaller() -> None:
     site, _, inputs = wide_site()
-    method = LowRankPlusSparse(patterns=("channels", "taps"), densities=(0.5,), ranks=1, turns=2)
+    method = LowRankPlusSparse(patterns=("channels", "taps"), densities=(0.5,), ranks=1, turns=3)
     curve = method.curve(site)
     names = {c["pattern"] for c in curve.choices if not c["rank"]}
     assert "channels" in names
