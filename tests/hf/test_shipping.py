@@ -14,18 +14,53 @@ from torch import nn
 
 import spectrim as st
 from spectrim.nn.checkpoint import same_weights
+from spectrim.nn.modules import FactoredTable
 
 pytest.importorskip("transformers")
 
 import spectrim.hf  # noqa: I001
 from tests.hf.nets import BUDGETS, METHODS, NAMES, compressed, inputs, logits, make
-from transformers import AutoConfig, AutoModel, BertForSequenceClassification, BertModel
+from transformers import AutoConfig, AutoModel, BertForSequenceClassification, BertModel, PreTrainedModel
 
 
 def again(model: Any, folder: Path, **options: Any) -> Any:
     """Saved and loaded."""
     model.save_pretrained(folder, **options)
     return type(model).from_pretrained(folder)
+
+
+def tabled(model: PreTrainedModel, budget: str) -> st.Result:
+    """Compressed at its tables of words alone."""
+    methods = st.ActivationSVD(multiple_of=1)
+    return st.compress(model, [inputs("llama")], budget, only="*embed*", methods=methods)
+
+
+def test_a_narrower_table_is_saved_loaded_merged_and_generates(tmp_path: Path) -> None:
+    model = make("llama")
+    result = tabled(model, "parameters=97%")
+    table = result.model.get_submodule("model.embed_tokens")
+    assert isinstance(table, FactoredTable)
+    back = again(result.model, tmp_path / "one")
+    assert torch.equal(logits(back, "llama"), logits(result.model, "llama"))
+    prompt = torch.tensor([[1, 5, 6]])
+    wanted = result.model.generate(prompt, max_new_tokens=3, do_sample=False)
+    assert torch.equal(back.generate(prompt, max_new_tokens=3, do_sample=False), wanted)
+    merged = again(st.merge(back), tmp_path / "two")
+    assert type(merged.model.embed_tokens) is nn.Embedding
+    assert torch.allclose(logits(merged, "llama"), logits(back, "llama"), atol=1e-5)
+
+
+def test_a_tied_head_is_told_and_its_cure_holds(tmp_path: Path) -> None:
+    model = make("llama", tie_word_embeddings=True)
+    with pytest.raises(st.InfeasibleBudgetError, match="tied to lm_head.*give one of them a copy of its own") as told:
+        st.compress(model, [inputs("llama")], "parameters=5%", methods=st.ActivationSVD())
+    assert "a copy is counted, too" in str(told.value)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+    result = tabled(model, "parameters=97%")
+    assert result.plan.costs["parameters"] == sum(p.numel() for p in result.model.parameters())
+    back = again(result.model, tmp_path)
+    assert torch.equal(logits(back, "llama"), logits(result.model, "llama"))
 
 
 @pytest.mark.table

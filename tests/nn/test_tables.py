@@ -131,6 +131,20 @@ def test_a_pair_of_a_table_is_one_site_again():
     assert pair_of(twice).rank < pair_of(once).rank
 
 
+def test_padding_stays_zero_before_and_after_training():
+    model, x = Reader(padding_idx=0).eval(), texts()
+    made = small(model, "parameters=75%", [x]).model
+    pair = pair_of(made)
+    last = pair[1]
+    assert isinstance(last, nn.Linear)
+    before = last.weight.clone()
+    for _ in range(2):
+        assert torch.equal(pair(torch.zeros(3, dtype=torch.long)), torch.zeros(3, 24))
+        pair(texts()).square().sum().backward()
+        torch.optim.SGD(pair.parameters(), lr=0.1).step()
+    assert not torch.equal(last.weight, before)
+
+
 def test_gradients_reach_the_pair_and_export_keeps_it():
     model, x = Reader().eval(), texts()
     made = small(model, "parameters=75%", [x]).model

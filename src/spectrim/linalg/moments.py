@@ -85,16 +85,18 @@ class Moments:
 
     @classmethod
     @torch.no_grad()
-    def of_rows(cls, rows: Float[Tensor, "n d"], weights: Float[Tensor, " n"], count: int) -> Moments:
-        """The moments ``[1, d]`` of rows of these weights, which rest on so many observations."""
+    def of_rows(
+        cls, rows: Float[Tensor, "n d"], weights: Float[Tensor, " n"], count: int, *, centred: bool = True
+    ) -> Moments:
+        """The moments ``[1, d]`` of rows of these weights, which rest on so many observations; else about zero."""
         held = cls(1, rows.shape[1], rows.device)
         weights = weights.to(rows.device, torch.float64)
         present = weights > 0
         rows, shares = rows[present].double(), (weights[present] / weights.sum()).unsqueeze(1)
         held.count = count
-        held.mean = (rows * shares).sum(0, keepdim=True)
-        centred = (rows - held.mean) * shares.sqrt()
-        held.scatter = (centred.mT @ centred).unsqueeze(0) * count
+        held.mean = (rows * shares).sum(0, keepdim=True) if centred else torch.zeros_like(rows[:1])
+        apart = (rows - held.mean) * shares.sqrt()
+        held.scatter = (apart.mT @ apart).unsqueeze(0) * count
         held._rounding = torch.finfo(torch.float64).eps
         return held
 

@@ -266,7 +266,7 @@ class LowRankMethod(Method):
         return site.spec.factor(how, choice.rank, bias=choice.bias)
 
     def choice(self, site: Layer, how: Unfolding, rank: int, *, bias: bool) -> LowRankChoice:
-        return LowRankChoice(how.name, rank, bias, method=self.name)
+        return LowRankChoice(how.name, rank, bias and not site.spec.keeps_zero, method=self.name)
 
 
 def check_unfoldings(names: tuple[str, ...] | None) -> None:

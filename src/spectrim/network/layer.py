@@ -76,6 +76,11 @@ class LayerSpec:
         """Whether its inputs are places of a table (:class:`Lookup`), and not vectors."""
         return False
 
+    @property
+    def keeps_zero(self) -> bool:
+        """Whether one of its inputs may give zero before and after training, so that no bias may carry a mean."""
+        return False
+
     def as_vectors(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of an input as the weight multiplies it, for the shape that the layer is called with."""
         return shape
@@ -286,6 +291,11 @@ class Lookup(LayerSpec):
     @property
     def looks_up(self) -> bool:
         return True
+
+    @property
+    def keeps_zero(self) -> bool:
+        """Padding does whose row is zero: a pair without bias answers zero, too, and learns nothing from it."""
+        return self.padding_idx is not None
 
     @property
     def positions(self) -> int:

@@ -374,7 +374,7 @@ class Sites(_Copied, Printed):
     untouched
         Specs of the linear layers and convolutions among ``skipped`` that can be described: they cost MACs too.
     other_parameters, other_bytes
-        Parameters (and bytes of parameters and buffers) outside all of the above: normalisation, embeddings.
+        Parameters (and bytes of parameters and buffers) outside all of the above, such as normalisation.
     other_macs
         MACs a sample outside all of the above, such as attention products; known after a run.
     samples

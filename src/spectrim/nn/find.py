@@ -426,7 +426,8 @@ def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied:
         return reason
     if id(weight) in tied:
         others = [n or "the model itself" for n in tied[id(weight)] if n not in paths]
-        return f"its weight is tied to {', '.join(others)}: give one of them a copy of its own to compress it"
+        cure = "give one of them a copy of its own to compress it; a copy is counted, too"
+        return f"its weight is tied to {', '.join(others)}: {cure}"
     for path in paths:
         parent = model.get_submodule(path.rpartition(".")[0]) if path else model
         if isinstance(parent, nn.MultiheadAttention):

@@ -531,7 +531,8 @@ class _TableWatcher(_Watcher):
         count = int(self._counts.sum())
         if not count:
             return dataclasses.replace(self._layer, spec=spec)
-        output = Moments.of_rows(self._layer.weight[0].mT, expected(self._counts), count)
+        rows, weights = self._layer.weight[0].mT, expected(self._counts)
+        output = Moments.of_rows(rows, weights, count, centred=not spec.keeps_zero)
         return dataclasses.replace(self._layer, spec=spec, statistics=Statistics(output=output))
 
 
