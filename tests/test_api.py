@@ -68,7 +68,7 @@ def test_rows_have_the_dense_option_first_and_others_that_save(name: str) -> Non
     assert [row.site for row in table] == [site.name for site in sites]
     assert table.unit == "output energy"
     methods = {method.name: method for method in default_methods(sites)}
-    assert set(table.methods) == set(methods) == {"ActivationSVD", "WeightSVD", "ActivationTucker2"}
+    assert set(table.methods) == set(methods) == {"ActivationSVD", "ActivationTucker2"}
     functions = {"parameters": parameters, "bytes": size_bytes, "macs": macs}
     for row, site in zip(table, sites, strict=True):
         assert row.options[0].choice.is_dense
@@ -80,7 +80,7 @@ def test_rows_have_the_dense_option_first_and_others_that_save(name: str) -> Non
             assert any(option.costs[cost] < row.dense.costs[cost] for cost in functions)
             specs = methods[option.choice.method].layers(site, option.choice)
             assert option.costs == {cost: function(specs) for cost, function in functions.items()}
-        assert {key.split("/")[0] for key in row.spectra} == {"ActivationSVD", "WeightSVD"}
+        assert {key.split("/")[0] for key in row.spectra} == {"ActivationSVD"}
     offered = {row.site: {option.choice.method for option in row.options} for row in table}
     for site in sites:
         assert ("ActivationTucker2" in offered[site.name]) == (
@@ -319,7 +319,7 @@ def test_a_dense_plan_changes_nothing() -> None:
 @pytest.mark.parametrize("method", ["ActivationSVD", "WeightSVD"])
 def test_reconstruction_lowers_the_output_error(method: str) -> None:
     model, sites, batches = prepared("residual")
-    plan = every_site(tabulate(sites), method, 3)
+    plan = every_site(tabulate(sites, [getattr(st, method)()]), method, 3)
     once = output_error(apply(model, sites, plan), model, batches)
     fitted = output_error(apply(model, sites, plan, batches), model, batches)
     assert fitted < once
@@ -331,7 +331,7 @@ def test_reconstruction_fits_the_second_factor_where_patches_are_long(monkeypatc
     monkeypatch.setattr("spectrim.nn.watch.calibrate.FULL_LINEAR", 4)
     model, sites, batches = prepared("residual")
     assert not any(site.statistics.input is not None for site in sites)
-    plan = every_site(tabulate(sites), "WeightSVD", 3)
+    plan = every_site(tabulate(sites, [st.WeightSVD()]), "WeightSVD", 3)
     once, fitted = apply(model, sites, plan), apply(model, sites, plan, batches)
     assert output_error(fitted, model, batches) < output_error(once, model, batches)
     assert parameter_count(fitted) == plan.costs["parameters"]
@@ -343,7 +343,7 @@ def test_reconstruction_fits_the_second_factor_where_patches_are_long(monkeypatc
 
 def test_batchnorm_is_estimated_anew_where_nothing_was_reconstructed() -> None:
     model, sites, batches = prepared("residual")
-    plan = every_site(tabulate(sites), "WeightSVD", 2)
+    plan = every_site(tabulate(sites, [st.WeightSVD()]), "WeightSVD", 2)
 
     def moved(**options: object) -> bool:
         small = apply(model, sites, plan, batches, **options)  # type: ignore[arg-type]

@@ -42,8 +42,8 @@ def tabulate(
     sites
         From :func:`spectrim.calibrate`, or from :func:`spectrim.find` for data-free methods without MACs.
     methods
-        By default ``ActivationSVD()``, ``WeightSVD()`` and ``ActivationTucker2()`` after calibration, ``WeightSVD()``
-        before; with groups (:func:`spectrim.group`) also ``JointSVD`` with a left- and a right-shared factor.
+        By default ``ActivationSVD()`` and ``ActivationTucker2()`` after calibration, ``WeightSVD()`` before; with
+        groups (:func:`spectrim.group`) also ``JointSVD`` with a left- and a right-shared factor.
     latency
         Measures milliseconds as a further cost.
     dense_latency
@@ -118,9 +118,10 @@ def _curves(site: Site, methods: Sequence[Method], facts: Mapping[str, Any]) -> 
 
 
 def default_methods(sites: Sites) -> list[Method]:
-    """Low rank: by data, too, where every site holds moments; joint ones with groups."""
+    """Low rank: by data where every site holds moments, else by weights; joint ones with groups."""
     calibrated = all(site.statistics for site in sites)
-    methods: list[Method] = [ActivationSVD(), WeightSVD(), ActivationTucker2()] if calibrated else [WeightSVD()]
+    # By the data, low rank of the weight is never better at the same ranks than low rank of the responses.
+    methods: list[Method] = [ActivationSVD(), ActivationTucker2()] if calibrated else [WeightSVD()]
     return [*methods, JointSVD("left"), JointSVD("right")] if sites.groups else methods
 
 

@@ -93,12 +93,15 @@ class Target:
 
 # Pairs of steps that L-BFGS remembers.
 _MEMORY = 20
+# So many steps that lower the error by less than this share of it are the last.
+_STEPS, _FALLS = 10, 1e-3
 
 
 def descend(objective: Objective, start: Sequence[Tensor], evaluations: int) -> list[Tensor]:
     """Where L-BFGS comes to with so many evaluations; with more it goes further on the same way, which only falls.
 
-    Steps are halved or interpolated until the error falls as far as the slope promises (Nocedal, Wright 2006, 3.5).
+    It ends sooner where its last steps hardly lowered the error. Steps are halved or interpolated until the error falls
+    as far as the slope promises (Nocedal, Wright 2006, 3.5).
     ``torch.optim`` has it too, and loads the compiler for it.
     """
     sizes = [each.numel() for each in start]
@@ -111,7 +114,8 @@ def descend(objective: Objective, start: Sequence[Tensor], evaluations: int) -> 
     point, pairs = torch.cat([each.flatten() for each in start]), []
     left = evaluations - 1
     error, gradient = at(point) if left > 0 else (0.0, torch.zeros_like(point))
-    while left > 0 and float(gradient.abs().max()) > 1e-12:
+    errors = [error]
+    while left > 0 and float(gradient.abs().max()) > 1e-12 and not _stalled(errors):
         way = _direction(gradient, pairs)
         slope, step = float(way @ gradient), 1.0 if pairs else min(1.0, 1 / float(gradient.abs().sum()))
         while left > 0:
@@ -128,7 +132,12 @@ def descend(objective: Objective, start: Sequence[Tensor], evaluations: int) -> 
         if float(moved @ change) > 1e-12 * float(change @ change):
             pairs = [*pairs[1 - _MEMORY :], (moved, change)]
         point, gradient, error = point + moved, other, ahead
+        errors.append(error)
     return [part.reshape(each.shape) for part, each in zip(point.split(sizes), start, strict=True)]
+
+
+def _stalled(errors: Sequence[float]) -> bool:
+    return len(errors) > _STEPS and errors[-1] > (1 - _FALLS) * errors[-1 - _STEPS]
 
 
 def _direction(gradient: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -328,12 +337,14 @@ def tucker(
 ) -> tuple[Float[Tensor, "i p"], Float[Tensor, "q p *k"]]:
     """Inner factor that loses less than the given one with so many outputs, and the core that belongs to it."""
 
+    wanted = target.metric.first_target(target.matrix)
+
     def objective(points: Sequence[Tensor]) -> tuple[float, Sequence[Tensor]]:
         (left,) = points
         answers, left = Answers.of(target, left), left.unsqueeze(0)
         core, basis, gained = answers.fitted(outputs)
         right = _second(core, basis, answers.positions)
-        away = target.metric.first_operator(right)(left) - target.metric.first_target(target.matrix)(right)
+        away = target.metric.first_operator(right)(left) - wanted(right)
         return float(target.left_over(gained)), [away[0] * (2 / whole)]
 
     whole = max(target.energy, 1e-300)

@@ -70,7 +70,7 @@ class ActivationSVD(LowRankMethod):
             else:
                 # With one slice, or the slice metric alone, the projection is optimal and the spectrum has its error.
                 if seen is None:
-                    energies = _start(own, how, seen).energies
+                    energies = _start(own, how, seen, ranks[-1]).energies
                 else:
                     energies = lowrank.energies(mixed, seen.metric.average)
                 lost, total = lowrank.tail_errors(energies), float(energies.sum())
@@ -87,9 +87,9 @@ class ActivationSVD(LowRankMethod):
         if seen is None and not _has_outputs(site, how):
             site.require("input" if how.name != "channel" else "output", f"ActivationSVD ({how.name})")
         matrix = own.matrix(how)
-        found = _start(own, how, seen)
+        found = _start(own, how, seen, choice.rank)
         if seen is None:
-            left, right, shift = _projected(own, matrix, found.basis[..., : choice.rank])
+            left, right, shift = _projected(own, matrix, found.basis)
         else:
             left, right = self._fitted(matrix, seen.metric, found, own.root, choice.rank)
             shift = own.shift(seen.shift(matrix - left @ right))
@@ -101,7 +101,7 @@ class ActivationSVD(LowRankMethod):
     def _fitted(
         self, matrix: Tensor, metric: SlicedMetric, found: lowrank.Spectrum, weight: Tensor | None, rank: int
     ) -> tuple[Tensor, Tensor]:
-        if rank >= found.basis.shape[-1]:
+        if rank >= found.energies.shape[-1]:
             # Nothing is lost at full rank, so nothing needs fitting and the product is exact.
             return lowrank.factors(matrix, lowrank.spectrum(matrix).basis, rank)
         mixed = response.mix(matrix, weight)
@@ -116,12 +116,13 @@ def _has_outputs(site: Layer, how: Unfolding) -> bool:
     return how.name == "channel" and site.statistics.output is not None
 
 
-def _start(own: Standard, how: Unfolding, seen: statistics.Patches | None) -> lowrank.Spectrum:
-    """Leading directions of every rank, by patches, slices or outputs, whichever the site holds."""
+def _start(own: Standard, how: Unfolding, seen: statistics.Patches | None, most: int) -> lowrank.Spectrum:
+    """So many leading directions, by patches, slices or outputs, whichever the site holds."""
     if seen is not None:
-        return lowrank.spectrum(own.mixed(how), seen.metric.average)
+        return lowrank.spectrum(own.mixed(how), seen.metric.average, most)
     covariance = own.covariance()
-    return lowrank.principal(covariance if own.root is None else own.root @ covariance @ own.root.mT)
+    found = lowrank.principal(covariance if own.root is None else own.root @ covariance @ own.root.mT)
+    return lowrank.Spectrum(found.energies, found.basis[..., :most])
 
 
 def _projected(own: Standard, matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -85,7 +85,7 @@ class WeightSVD(LowRankMethod):
     def factorize(self, site: Layer, choice: LowRankChoice) -> LowRank:
         how = unfolding(site.spec.kernel, choice.unfolding)
         matrix = unfold(site.weight, how)
-        basis = lowrank.spectrum(matrix).basis[..., : choice.rank]
+        basis = lowrank.spectrum(matrix, most=choice.rank).basis
         left, right = lowrank.factors(matrix, basis, choice.rank)
         dtype = site.spec.dtype
         shift = None
