@@ -111,7 +111,19 @@ def test_compress_without_data_uses_the_weights(run):
     assert {e.choice.method for e in Plan.read(found["files"]["plan"]) if not e.choice.is_dense} == {"WeightSVD"}
 
 
-@pytest.mark.parametrize("suffix", ["onnx", "pt2"])
+def test_the_suffix_says_what_is_written(run, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("onnxscript")
+
+    def written(model, example, path, **more) -> float:
+        Path(path).write_bytes(b"for ONNX Runtime")
+        return 2e-6
+
+    monkeypatch.setattr("spectrim.nn.export.export_onnx", written)
+    found = run.json("export", "nets:tiny", "--input", "1x8x8", "--out", "files/m.onnx")
+    assert (found["format"], found["bytes"], found["difference"]) == ("onnx", 16, 2e-6)
+
+
+@pytest.mark.parametrize("suffix", [pytest.param("onnx", marks=pytest.mark.slow), "pt2"])
 def test_export_is_checked(run, suffix: str):
     if suffix == "onnx":
         pytest.importorskip("onnxruntime")

@@ -557,7 +557,7 @@ def test_mutated_plans_of_groups_give_a_clear_error_or_a_sound_model(share, tmp_
     path = tmp_path / "small.safetensors"
     save(sharing(choice), plan_of_group(choice), path)
     data, draw, refused, unnamed, loaded = with_header(*header_of(path.read_bytes())), random.Random(1), 0, 0, 0
-    for _ in range(500):
+    for _ in range(200):
         with path.open("r+b") as file:
             file.write(mutated(data, draw))
             file.truncate()
@@ -571,8 +571,8 @@ def test_mutated_plans_of_groups_give_a_clear_error_or_a_sound_model(share, tmp_
         assert model(torch.zeros(1, 5)).shape == (1, 5)
         assert parameter_count(model) <= parameter_count(stack()) + 3 * 2 * 5 * 5
     assert not unnamed
-    assert refused > 100
-    assert loaded > 5
+    assert refused > 40
+    assert loaded > 2
 
 
 class Three(nn.Module):

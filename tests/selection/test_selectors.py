@@ -20,7 +20,7 @@ from spectrim.selection.plan import Plan
 from spectrim.selection.selectors import at_multiplier, energy, exact, greedy, lagrangian, select, uniform
 
 SELECTORS = (uniform, energy, greedy, lagrangian, exact)
-FEW = settings(max_examples=40, deadline=None, derandomize=True)
+FEW = settings(max_examples=25, deadline=None, derandomize=True)
 
 
 def make_row(name: str, dense: dict[str, float], options: list[tuple[float, dict[str, float]]], **kwargs: Any) -> Row:

@@ -136,7 +136,7 @@ def totals(energies: np.ndarray, alpha: float, mu: float, cost: int, normalize: 
     return alpha * cost * np.arange(len(energies) + 1) + mu / 2 * lost
 
 
-@settings(max_examples=50)
+@settings(max_examples=20)
 @given(
     st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=6, max_size=6),
     st.integers(0, 10**6),
@@ -160,7 +160,7 @@ def test_the_rank_is_the_minimum_over_all_ranks(shapes, seed, alpha, mu, normali
     assert ranks.plan.loss + alpha * ranks.plan.costs["parameters"] == pytest.approx(best, rel=1e-9)
 
 
-@settings(max_examples=150)
+@settings(max_examples=50)
 @given(
     st.lists(st.integers(0, 6), min_size=1, max_size=6).filter(any),
     st.integers(0, 5),
