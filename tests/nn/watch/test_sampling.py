@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from spectrim.errors import CalibrationError
 from spectrim.nn.find import describe
-from spectrim.nn.watch.sampling import Run, Samples, choose, mean_rows
+from spectrim.nn.watch.sampling import Run, Samples, choose, directions, mean_rows
 
 LINEAR = describe(nn.Linear(4, 3), ["layer"])
 CONV = describe(nn.Conv2d(3, 5, 3, padding=1), ["layer"])
@@ -237,3 +237,13 @@ def test_the_lengths_of_a_list_are_known_beforehand():
     batches = [torch.ones(2, 3, 8, 8), torch.ones(4, 3, 4, 4)]
     shares = [Run(batches).see(batch).share for batch in batches]
     assert [share[0].item() for share in shares] == pytest.approx([2.0, 0.5])
+
+
+def test_directions_are_those_of_their_seed_whatever_was_drawn_and_written_before():
+    samples, outputs = Samples.of(torch.randn(3, 4)), torch.zeros(3, 5)
+    first, other = (directions(outputs, samples, seed) for seed in (1, 2))
+    assert not torch.equal(first, other)
+    kept = first.clone()
+    first.zero_()
+    directions(outputs, samples, 3)
+    torch.testing.assert_close(directions(outputs, samples, 1), kept, rtol=0, atol=0)
