@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -110,14 +108,6 @@ def small_site(
     Layer, nn.Module, Tensor
         The site, its layer and the inputs it was calibrated on.
     """
-    return copy.deepcopy(_small_site(kind, calibrated, weighted, dtype, samples, seed))
-
-
-@functools.lru_cache(maxsize=64)
-def _small_site(
-    kind: str, calibrated: bool, weighted: bool, dtype: torch.dtype, samples: int, seed: int
-) -> tuple[Layer, nn.Module, Tensor]:
-    """Kept, since checks of several methods ask for the same sites, and calibrating takes longer than copying."""
     layer = _made(kind, dtype, seed)
     site, inputs = _sited(layer, LAYERS[kind].shape, samples, seed, calibrated=calibrated, weighted=weighted)
     return site, layer, inputs
@@ -164,21 +154,6 @@ def small_group(
         raise ValueError(
             f"narrow is {narrow!r}; expected None, 'outputs' or, where layers see inputs of their own, 'inputs'"
         )
-    return copy.deepcopy(_small_group(kind, number, narrow, calibrated, weighted, same_input, dtype, samples, seed))
-
-
-@functools.lru_cache(maxsize=64)
-def _small_group(
-    kind: str,
-    number: int,
-    narrow: str | None,
-    calibrated: bool,
-    weighted: bool,
-    same_input: bool,
-    dtype: torch.dtype,
-    samples: int,
-    seed: int,
-) -> tuple[Group, tuple[nn.Module, ...], tuple[Tensor, ...]]:
     layers = [_made(kind, dtype, seed + n) for n in range(number)]
     shapes = [LAYERS[kind].shape] * number
     if narrow is not None:
