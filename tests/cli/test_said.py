@@ -209,3 +209,17 @@ def test_errors_of_the_system_are_told_without_their_number(run, tmp_path: Path)
     said = run("compress", "nets:tiny", "--input", "1x8x8", "-b", "macs=50%", "-o", "/proc/none", code=1).stderr
     assert said.startswith("spectrim: error: '/proc/none': nothing can be written there: ")
     assert "name another place" in said
+
+
+def test_a_mask_that_no_batch_holds_is_told_before_the_work(run):
+    said = run("compress", "nets:tiny", "--data", "nets:batches", "-b", "macs=50%", "--mask", "pad", code=2).stderr
+    assert "--mask 'pad': the batches of --data hold no tensors with names; leave it out, or name one" in said
+    assert "calibrate" not in said
+
+
+def test_a_stop_before_there_is_anything_promises_nothing(run, monkeypatch: pytest.MonkeyPatch):
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nets.tiny", stopped, raising=False)
+    assert run("profile", "nets:tiny", code=130).stderr == "spectrim: stopped\n"

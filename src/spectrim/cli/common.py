@@ -76,7 +76,7 @@ class Output:
     made
         Folders that a command has made, the innermost first.
     left
-        What is there if the command is stopped now, in words.
+        What is there if the command is stopped now, and what goes on with it, in words.
     """
 
     as_json: bool = False
@@ -184,8 +184,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 function(out, **options)
             except KeyboardInterrupt as stop:
                 out.clear()
-                goes_on = "the same call goes on with a training that has begun"
-                print(f"spectrim: stopped; {out.left}{goes_on}", file=sys.stderr)
+                print(f"spectrim: stopped{out.left and '; '}{out.left}", file=sys.stderr)
                 raise typer.Exit(TERMINATED if isinstance(stop, _Terminated) else STOPPED) from None
             except (SpectrimError, OSError, FloatingPointError) as error:
                 out.clear()

@@ -153,6 +153,7 @@ def compress(out: Output, run: RankRun, files: FileOptions) -> None:
     scores = [("dense", on.score(on.dense))] if on.testing is not None else []
     held = run.folder(files.checkpoint or folder / UNFINISHED)
     held.claim()
+    out.left = f"the same call goes on with the training that is kept in {held.folder}"
     result = learn_ranks(
         on.dense, on.training, run.budgets[0] if run.points else None, calibration=on.calibration,
         checkpoint=held.folder, latency=on.latency, progress=out.shows, **run.options(),

@@ -88,6 +88,7 @@ def path(
     score = work.score(work.dense)
     checkpoint = folder / "checkpoint"
     run.folder(checkpoint).claim()
+    out.left = f"the same call goes on with what is in {folder}"
     done_points: list[dict[str, Any]] = []
     found: dict[str, Any] = {"model": network.model, "dense": {"costs": {}, "accuracy": score}, "points": done_points}
     files = {"path": folder / "path.json", "figure": folder / "path.svg"}

@@ -194,7 +194,8 @@ def compress(
         out.say(NONE_ALIKE)
     if held is not None:
         result = _kept(out, result, work, held)
-        out.left = f"{write_result(result, files.folder)['model']} is the network before fine-tuning; "
+        file = write_result(result, files.folder)["model"]
+        out.left = f"{file} is the network before fine-tuning; the same call goes on with the training"
     outcome = Outcome(work.model, work.dense, result, files.folder, named=work.named)
     outcome = _tuned(out, outcome, work, tuning, held)
     outcome = outcome.noted(*different)

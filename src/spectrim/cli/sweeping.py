@@ -116,7 +116,7 @@ class Request:
         out.say(f"sweeping {work.whose}")
         different = tell(out, work.references, work.dense)
         folder = self.files.folder
-        out.left = f"the points that are done are in {folder}; "
+        out.left = f"the points that are done are in {folder}; the same call goes on with the others"
 
         def tune(small: nn.Module, file: Path | None) -> None:
             assert work.training is not None

@@ -17,7 +17,8 @@ from spectrim.cli.references import UsageError
 from spectrim.cli.values import check_folder
 from spectrim.network.files import discard, remove_abandoned, write_text
 
-_RECORD = "run.json"
+_RECORD, _WEIGHTS = "run.json", "weights_sha256"
+_DRAWN = ". A MODEL that draws new weights each time can only be gone on with by --weights"
 UNFINISHED = "unfinished"
 """The folder of a run among its results, which goes when it is done."""
 
@@ -96,9 +97,10 @@ class RunFolder:
                 if then.get(name) != value
             ]
             if changed:
+                drawn = now.get(_WEIGHTS) != then.get(_WEIGHTS) and now.get("weights") is None
                 raise UsageError(
                     f"{str(self.folder)!r} holds another run: {'; '.join(changed)}. Give the same options to continue "
-                    "it, another folder, or delete this one"
+                    f"it, another folder, or delete this one{_DRAWN if drawn else ''}"
                 )
             now |= longest
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from spectrim.cli.references import UsageError
 from spectrim.cli.values import read_shape
 from spectrim.cost.latency import Latency
 from spectrim.cost.runtimes import runtime_of
+from spectrim.errors import did_you_mean
 from spectrim.network.sites import Sites
 from spectrim.nn.find import find
 from spectrim.nn.timing import ready
@@ -104,6 +105,8 @@ class Work:
             example = first_batch(data if data is not None else train or (), network.batch, str(name), dense)
         elif inputs.input_shape is not None:
             example = random_input(inputs.input_shape, network.batch, device)
+        if inputs.mask is not None and data is not None:
+            _check_mask(inputs.mask, _first(data, str(inputs.data)))
         if example is not None:
             ready(dense, called_inputs(dense, example), network.runtime)  # before there is anything that could be lost
         clock = Latency(device=device, batch=network.batch, runtime=network.runtime) if timed else None
@@ -197,6 +200,22 @@ def first_batch(batches: Iterable[Any], samples: int, name: str, model: nn.Modul
     """
     batch = _first(batches, name)
     return Feed().decide(model, batch).resized(batch, samples)
+
+
+def _check_mask(name: str, batch: Any) -> None:
+    """Refuse a mask that no tensor of a batch is.
+
+    Raises
+    ------
+    UsageError
+        Says which tensors there are.
+    """
+    held = batch[0] if isinstance(batch, list | tuple) and batch else batch
+    names = list(map(str, held)) if isinstance(held, Mapping) else []
+    if name not in names:
+        there = f"tensors {', '.join(map(repr, names))}" if names else "no tensors with names"
+        close = did_you_mean(name, names)
+        raise UsageError(f"--mask {name!r}: the batches of --data hold {there}; leave it out, or name one.{close}")
 
 
 def _first(batches: Iterable[Any], name: str) -> Any:

@@ -55,6 +55,7 @@ Budgets = str | tuple[str, Sequence[float]] | Sequence[BudgetLike]
 FineTune = Callable[[nn.Module, Path | None], Any]
 _RUN, _MODEL, _TUNING, _FORMER = "run.json", "model.safetensors", "tuning.safetensors", "former.safetensors"
 _CONTENTS = "the calibration data"
+_WEIGHTS = "the digest of the weights"
 _USUAL = {"runtime": "eager", "--runtime": "eager"}  # of which folders from before say nothing
 _UNKNOWN = "give another folder, or delete the folders of points and that file to sweep anew"
 _RANDOM = (
@@ -450,7 +451,7 @@ class Sweeping:
         self._record(
             {
                 **self.options,
-                "the digest of the weights": digest_of_tensors(plain),
+                _WEIGHTS: digest_of_tensors(plain),
                 _CONTENTS: then[_CONTENTS] if random else now,
             }
         )
@@ -493,8 +494,10 @@ class Sweeping:
         changed = [name for name in now if name in was and not _same(was[name], now[name])]
         if changed:
             told = "; ".join(f"{name} was {was[name]!r:.80} and is {now[name]!r:.80}" for name in changed)
+            drawn = ". A model that draws new weights each time must be given saved ones" if _WEIGHTS in changed else ""
             raise CheckpointError(
                 f"{str(self.folder)!r} holds another sweep: {told}. Give the same arguments to go on, or another folder"
+                f"{drawn}"
             )
         write_text(self.folder / _RUN, json.dumps(sealed({**then, **now}), indent=1) + "\n")
 
