@@ -117,11 +117,13 @@ def test_all_linear_layers_take_adapters_without_their_parts() -> None:
     small, plan = compressed("llama", "parameters")
     assert any("q_proj" in site for entry in plan if not entry.choice.is_dense for site in entry.sites)
     want = logits(small, "llama")
-    config = peft.LoraConfig(target_modules="all-linear", exclude_modules=["0", "1"], r=2, task_type="CAUSAL_LM")
+    config = peft.LoraConfig(
+        target_modules="all-linear", exclude_modules=["0", "1", "layer"], r=2, task_type="CAUSAL_LM"
+    )
     adapted = peft.get_peft_model(small, config).eval()
     taken = {n.rpartition(".")[2] for n, m in adapted.named_modules() if hasattr(m, "lora_A")}
     assert {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"} <= taken
-    assert not taken & {"0", "1"}
+    assert not taken & {"0", "1", "layer"}
     torch.testing.assert_close(logits(adapted, "llama"), want)
 
 
