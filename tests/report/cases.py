@@ -10,6 +10,8 @@ from spectrim.selection.candidates import Candidates, Option, Row
 from spectrim.selection.plan import Plan
 from spectrim.selection.selectors import lagrangian
 
+HOSTILE = ["<script>alert(1)</script>", "a $\\frac{x$ & 'b' \"c\"", "layer.{{ 7 * 7 }}.$_^"]
+
 
 def table(names: Sequence[str]) -> Candidates:
     """One row a name: ranks 1 to 8 of two unfoldings, with errors that halve from rank to rank."""

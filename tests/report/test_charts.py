@@ -139,3 +139,35 @@ def test_every_dot_says_its_values_without_a_pointer():
     candidates = table(["a", "b"])
     page = Page("Net", plan(candidates), candidates).html()
     assert page.count('tabindex="0" role="img" aria-label="') == page.count('class="tip"') > 5
+
+
+def test_the_predicted_curve_reaches_the_lowest_cost_with_groups_too():
+    candidates = shared(["a", "b", "c"])
+    points = charts.predicted(candidates)
+    lowest = 500.0 + sum(min(o.costs["macs"] for o in row.options) for row in candidates.singles)
+    assert points[0][0] == pytest.approx(lowest)
+    assert points[-1][0] == candidates.dense["macs"]
+
+
+def test_predicted_loss_falls_as_the_budget_grows():
+    candidates = table(["a", "b", "c"])
+    points = charts.predicted(candidates)
+    cost, loss = zip(*points, strict=True)
+    assert len(points) > 10
+    assert list(loss) == sorted(loss, reverse=True)
+    assert (cost[-1], loss[-1]) == (candidates.dense["macs"], 0.0)
+    # The cheapest point is where every site takes its cheapest option.
+    assert cost[0] == 500 + sum(row.options[1].costs["macs"] for row in candidates)
+
+
+def test_cost_bars_show_each_site_and_the_rest():
+    chosen = plan(table(["a", "b", "c"]))
+    axes = chosen.plot("parameters")
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b", "c", "(all else)"]
+    dense, now = axes.containers
+    assert [bar.get_width() for bar in dense] == [*(e.dense_costs["parameters"] for e in chosen), 50.0]
+    assert [bar.get_width() for bar in now] == [*(e.costs["parameters"] for e in chosen), 50.0]
+    of_group = plan(shared(["a", "b", "c"])).plot("parameters")
+    assert [label.get_text() for label in of_group.get_yticklabels()] == ["group of a", "c", "(all else)"]
+    with pytest.raises(ValueError, match="no cost 'latency'"):
+        chosen.plot("latency")

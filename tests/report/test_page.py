@@ -15,8 +15,7 @@ from spectrim.report.summary import tiles
 from spectrim.search.arms import Tried, arms_grid
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
-from tests.report.cases import plan, shared, sums, table
-from tests.report.test_figures import HOSTILE
+from tests.report.cases import HOSTILE, plan, shared, sums, table
 from tests.report.test_ranks import run
 
 

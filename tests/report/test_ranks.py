@@ -9,8 +9,9 @@ from matplotlib.colors import to_hex, to_rgb
 from PIL import Image, ImageSequence
 
 from spectrim.report import Measured, animate_ranks, cost_curve, figures, rank_paths
+from spectrim.selection.figures import DENSE, PLANNED
 from spectrim.selection.trajectory import Record, Trajectory
-from tests.report.test_figures import HOSTILE
+from tests.report.cases import HOSTILE
 
 FULL = (16, 48, 96)
 
@@ -61,7 +62,7 @@ def test_dense_and_zero_have_colours_of_their_own():
     assert to_hex(colours[2, 0]) == "#ffffff"
     assert to_hex(colours[2, 3]) != "#ffffff"
     # Grey covers the one cell left dense, and not the site at its full rank.
-    assert to_hex(left[1, 3]) == figures.DENSE
+    assert to_hex(left[1, 3]) == DENSE
     assert (left[..., 3] > 0).sum() == 1
     # Higher is darker.
     light = [sum(mesh.cmap(mesh.norm(share))[:3]) for share in (0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0)]
@@ -182,9 +183,9 @@ def test_the_animation_has_a_frame_a_c_step(tmp_path: Path):
     assert len(frames) == 12
     assert durations == [200] * 11 + [800]
     # The first site grows by a rank a step, so more and more is blue; the last step has a site left dense.
-    blue = [_share_of(frame, figures.PLANNED) for frame in frames]
+    blue = [_share_of(frame, PLANNED) for frame in frames]
     assert blue[1] < blue[5] < blue[10]
-    grey = [_share_of(frame, figures.DENSE) for frame in frames]
+    grey = [_share_of(frame, DENSE) for frame in frames]
     assert grey[-1] > 5 * grey[0] > 0
     # The ground is white: a palette that is not made for the picture would tint it.
     assert all((frame[0, 0] == 255).all() for frame in frames)
@@ -192,7 +193,7 @@ def test_the_animation_has_a_frame_a_c_step(tmp_path: Path):
 
 def test_bars_reach_the_ranks_of_their_step(tmp_path: Path):
     frames, _ = _gif(animate_ranks(run(12), tmp_path / "r.gif"))
-    height = [(frame == np.round(255 * np.array(to_rgb(figures.PLANNED)))).all(axis=-1) for frame in frames]
+    height = [(frame == np.round(255 * np.array(to_rgb(PLANNED)))).all(axis=-1) for frame in frames]
     # Columns of the first site lie where only it is blue, within the left third; rank 10 is twice as high as rank 5.
     third = frames[0].shape[1] // 3
     tall = [mask[:, :third].sum(axis=0).max() for mask in height]
@@ -230,7 +231,7 @@ def test_the_curve_shows_points_in_rising_cost_and_dense_in_grey():
     assert list(line.get_xdata()) == pytest.approx([9.0, 17.4, 26.4])
     assert list(line.get_ydata()) == [88.0, 91.5, 91.9]
     assert dense.get_xdata()[0] == pytest.approx(40.6)
-    assert {level.get_color(), dense.get_color()} == {figures.DENSE}
+    assert {level.get_color(), dense.get_color()} == {DENSE}
     assert axes.get_xlabel() == "MACs [M]"
     words = [text.get_text() for text in axes.texts]
     assert words == ["22 %\n88.00 %", "43 %\n91.50 %", "65 %\n91.90 %", "dense\n91.70 %"]

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from spectrim.errors import InfeasibleBudgetError
 from spectrim.report.comparison import show
 from spectrim.report.measures import Score
-from spectrim.selection.budget import UNITS
+from spectrim.selection.budget import UNITS, Budget
 from spectrim.selection.candidates import Candidates, Row
+from spectrim.selection.forest import flattened
 from spectrim.selection.plan import Entry, Plan
+from spectrim.selection.selectors import lagrangian
 
 _POINTS = 32  # of a spectrum, at most
 _FLOOR = 1e-6  # of a spectrum
@@ -134,6 +137,21 @@ class Chart:
     height: int = 220
 
 
+def predicted(candidates: Candidates, cost: str = "macs", points: int = 24) -> list[tuple[float, float]]:
+    """``(cost, loss)`` of the best selection at budgets from the lowest reachable one to dense, in rising cost."""
+    dense = candidates.dense[cost]
+    rows = flattened(candidates, (cost,)).candidates
+    lowest = sum(min(o.costs[cost] for o in row.options) for row in rows) + candidates.fixed[cost]
+    losses: dict[float, float] = {}
+    for fraction in np.linspace(max(lowest / dense, 1e-6) * (1 + 1e-9), 1.0, points):
+        try:
+            plan = lagrangian(candidates, Budget.of({cost: min(fraction, 1.0)}))
+        except InfeasibleBudgetError:  # the cheapest option need not be one that selectors allow
+            continue
+        losses[plan.costs[cost]] = plan.loss
+    return sorted(losses.items())
+
+
 def loss_chart(predicted: Sequence[tuple[float, float]], candidates: Candidates, plan: Plan, cost: str) -> Chart | None:
     """What the table predicts to lose at each cost, and what the plan loses; None if nothing is lost."""
     dense = candidates.dense[cost]
@@ -147,11 +165,11 @@ def loss_chart(predicted: Sequence[tuple[float, float]], candidates: Candidates,
     x, y = Axis(0, 100), Axis(10.0**low, 10.0 ** max(high, low + 1), logarithmic=True)
     dots = [
         Dot(x.at(at), y.at(loss), f"{name}: loss {loss:.3g} at {at:.1f} % of the {cost_name(cost)}", tone, label)
-        for name, tone, label, found in (
+        for name, tone, label, places in (
             ("best selection", "plan", "", points),
             ("this plan", "choice", "this plan", chosen),
         )
-        for at, loss in found
+        for at, loss in places
     ]
     curve = Curve((tuple((x.at(at), y.at(loss)) for at, loss in points),), "plan")
     unit = f"predicted loss ({candidates.unit})" if candidates.unit else "predicted loss"

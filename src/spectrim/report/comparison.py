@@ -16,7 +16,7 @@ from spectrim.nn.surgery import parameter_count
 from spectrim.nn.timing import Runtime, Speed, Timing, Told, measure_latency, peak_memory, runtime_of, same_layers
 from spectrim.nn.watch.batches import Feed
 from spectrim.report.machine import machine_facts
-from spectrim.report.measures import Evaluate, Score, file_size, held, inputs, macs
+from spectrim.report.measures import Evaluate, Score, as_mapping, file_size, inputs, macs
 
 if TYPE_CHECKING:
     from spectrim.report.side_by_side import SideBySide
@@ -258,7 +258,7 @@ def compare(
             "another name than 'dense', which is the first model's"
         )
     clock = {"repeats": repeats, "threads": threads, "runtime": runtime, "progress": progress}
-    found, timings = _measure({"dense": dense, **others}, example, evaluate, score, clock)
+    lines, timings = _measure({"dense": dense, **others}, example, evaluate, score, clock)
     samples, facts = _samples(dense, example), _facts(threads, runtime)
     comparisons = {}
     for name, model in others.items():
@@ -269,7 +269,7 @@ def compare(
                 before.metric, before.unit, before.value, after.value, before.better,
                 speed if before.unit == "ms" else None,
             )
-            for before, after in zip(found["dense"], found[name], strict=True)
+            for before, after in zip(lines["dense"], lines[name], strict=True)
         )  # fmt: skip
         comparisons[name] = Comparison(rows, samples, facts)
     if isinstance(compressed, nn.Module):
@@ -292,12 +292,12 @@ def measure(
 ) -> Measurements:
     """Measure one model; see :func:`compare` for parameters and rows."""
     clock = {"repeats": repeats, "threads": threads, "runtime": runtime, "progress": progress}
-    found, _ = _measure({"model": model}, example, evaluate, score, clock)
-    return Measurements(found["model"], _samples(model, example), _facts(threads, runtime))
+    lines, _ = _measure({"model": model}, example, evaluate, score, clock)
+    return Measurements(lines["model"], _samples(model, example), _facts(threads, runtime))
 
 
 def _samples(model: nn.Module, example: Any) -> int:
-    return Feed().decide(model, held(example)).layout.size(held(example))
+    return Feed().decide(model, as_mapping(example)).layout.size(as_mapping(example))
 
 
 def _measure(
@@ -324,7 +324,7 @@ def _measure(
         timings = measure_latency(models, inputs(first, example), **clock)
         for name, timing in timings.items():
             lines[name] += [Line(_MEDIAN, "ms", timing.p50), Line("latency p90", "ms", timing.p90)]
-    return {name: tuple(found) for name, found in lines.items()}, timings
+    return {name: tuple(measured) for name, measured in lines.items()}, timings
 
 
 def _facts(threads: int | None, runtime: Runtime | str = "eager") -> dict[str, str]:

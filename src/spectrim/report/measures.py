@@ -97,10 +97,10 @@ def macs(model: nn.Module, example: Any) -> float:
     """Multiply-accumulates for one sample, as :func:`spectrim.nn.counting.counting` counts them."""
     from spectrim.nn.counting import counting
 
-    feed = Feed().decide(model, held(example))
+    feed = Feed().decide(model, as_mapping(example))
     with evaluating(model), counting(model) as work:
-        feed(model, held(example))
-    return work.macs / feed.layout.size(held(example))
+        feed(model, as_mapping(example))
+    return work.macs / feed.layout.size(as_mapping(example))
 
 
 def inputs(model: nn.Module, example: Any) -> Any:
@@ -109,6 +109,6 @@ def inputs(model: nn.Module, example: Any) -> Any:
     return kwargs or args
 
 
-def held(example: Any) -> Any:
+def as_mapping(example: Any) -> Any:
     """Token batches behave as mappings without being one."""
     return dict(example) if hasattr(example, "values") and not isinstance(example, torch.Tensor) else example

@@ -16,7 +16,7 @@ from spectrim.network.sites import Skipped
 from spectrim.report import charts, summary
 from spectrim.report.charts import COST_NAMES, Chart, cost_name, cost_text
 from spectrim.report.comparison import Comparison
-from spectrim.report.figures import Measured, predicted
+from spectrim.report.figures import Measured
 from spectrim.report.machine import machine_facts
 from spectrim.report.measures import Score
 from spectrim.report.origin import Origin, Part, not_measured
@@ -135,29 +135,34 @@ class Page:
         """What the charts show."""
         plan, table = self.plan, self.candidates
         first = next(iter(plan.budget), "") or next(iter(self._costs), "")
-        costs = list(dict.fromkeys(c for c in (first, "macs") if c in plan.dense_costs))
-        # Where channels are removed costs do not add up, and no selection from one table is a prediction.
-        adds_up = table is not None and first in table.dense and not any(row.of_channels for row in table)
-        points = predicted(table, first) if table is not None and adds_up else []
-        curves: list[Chart | None] = []
-        if self.measured and first:
-            measured = [(each.label, each.cost, each.score) for each in self.measured]
-            score = next(
-                (r.metric for r in (self.comparison.rows if self.comparison else ()) if r.better == "higher"), "score"
-            )
-            curves.append(charts.score_chart(measured, plan.dense_costs[first], first, score))
-        if table is not None and first in table.dense:
-            curves.append(charts.loss_chart(points, table, plan, first))
+        costs = dict.fromkeys(c for c in (first, "macs") if c in plan.dense_costs)
+        curves = [chart for chart in (self._score_chart(first), self._loss_chart(first)) if chart is not None]
         return {
             "networks": [(cost_name(cost), charts.network(plan, cost)) for cost in costs],
-            "curves": [chart for chart in curves if chart is not None],
-            "predicted": bool(points),
+            "curves": curves,
+            "predicted": any(chart.curves for chart in curves),
             "measured": bool(self.measured),
             "noise": any(Score(each.score).samples for each in self.measured),
             "spectra": charts.spectra(table, plan) if table is not None else [],
             "unfoldings": sorted({cut[0] for e in plan if (cut := e.choice.cut) and cut[1]}),
             "sparse": _has_sparse(plan),
         }
+
+    def _score_chart(self, cost: str) -> Chart | None:
+        if not self.measured or not cost:
+            return None
+        rows = self.comparison.rows if self.comparison else ()
+        score = next((row.metric for row in rows if row.better == "higher"), "score")
+        measured = [(each.label, each.cost, each.score) for each in self.measured]
+        return charts.score_chart(measured, self.plan.dense_costs[cost], cost, score)
+
+    def _loss_chart(self, cost: str) -> Chart | None:
+        table = self.candidates
+        if table is None or cost not in table.dense:
+            return None
+        # Where channels are removed costs do not add up, and no selection from one table is a prediction.
+        points = [] if any(row.of_channels for row in table) else charts.predicted(table, cost)
+        return charts.loss_chart(points, table, self.plan, cost)
 
     def _learned(self) -> dict[str, Any]:
         if self.trajectory is None:

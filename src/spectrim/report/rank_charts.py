@@ -61,7 +61,7 @@ def rank_charts(trajectory: Trajectory) -> list[Chart]:
     """Costs as shares of dense, the distance to low rank, and the metric if it was recorded."""
     records, steps = trajectory.records, range(1, len(trajectory) + 1)
     x = Axis(1, max(len(trajectory), 2))
-    found = []
+    charts = []
     if costs := shown_costs(trajectory):
         lines = [[100 * share_of_dense(trajectory, record, cost) for record in records] for cost in costs]
         limits = [100 * trajectory.budget[c] / trajectory.dense_costs[c] for c in costs if c in trajectory.budget]
@@ -75,21 +75,21 @@ def rank_charts(trajectory: Trajectory) -> list[Chart]:
             for cost, line, tone in zip(costs, lines, _TONES, strict=False)
             for step, value in list(zip(steps, line, strict=True))[-1:]
         ]
-        found.append(Chart("C step", "cost, % of dense", x, y, tuple(dots), (*curves, *across[:1]), 150))
+        charts.append(Chart("C step", "cost, % of dense", x, y, tuple(dots), (*curves, *across[:1]), 150))
     # The scale is logarithmic: a network left dense, at distance 0, has no place on it.
     distances = [record.distance if record.distance > 0 else None for record in records]
     if positive := [value for value in distances if value]:
         low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
         y = Axis(10.0**low, 10.0 ** max(high, low + 1), logarithmic=True)
-        found.append(
+        charts.append(
             Chart("C step", "distance of weights to low rank", x, y, (), (_curve(x, y, distances, "plan"),), 130)
         )
     metrics = [record.metric for record in records]
     if known := [value for value in metrics if value is not None]:
         room = max(0.15 * (max(known) - min(known)), 0.01 * abs(max(known)), 1e-6)
         y = Axis(min(known) - room, max(known) + room)
-        found.append(Chart("C step", "metric of the low-rank copies", x, y, (), (_curve(x, y, metrics, "plan"),), 130))
-    return found
+        charts.append(Chart("C step", "metric of the low-rank copies", x, y, (), (_curve(x, y, metrics, "plan"),), 130))
+    return charts
 
 
 def _curve(x: Axis, y: Axis, values: Sequence[float | None], tone: str, label: str = "") -> Curve:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spectrim.report.figures import _OTHER, _short
+from spectrim.report.figures import MUTED, shortened
 from spectrim.selection.figures import CHOSEN, DENSE, INK, PLANNED, cost_label
 from spectrim.selection.trajectory import Record, Trajectory
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MU = "\u03bc"
 # Steepest where ranks that pay are: they seldom exceed half the full rank, and the scale is a square root.
 _RAMP = ((0.0, "#e0f3c8"), (0.35, "#62c6b4"), (0.65, PLANNED), (1.0, "#0d2250"))
-_LINES = (PLANNED, INK, CHOSEN, _OTHER)
+_LINES = (PLANNED, INK, CHOSEN, MUTED)
 _SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 
 
@@ -41,7 +41,7 @@ def heat_map(figure: Figure, axes: Axes, trajectory: Trajectory) -> None:
     axes.set_ylim(len(sites) - 0.5, -0.5)
     axes.hlines(np.arange(len(sites) - 1) + 0.5, 0.5, len(records) + 0.5, color="white", lw=0.5)
     size = 7 if len(sites) <= 12 else 5.8
-    axes.set_yticks(range(len(sites)), [_short(name, 34) for name in sites], fontsize=size)
+    axes.set_yticks(range(len(sites)), [shortened(name, 34) for name in sites], fontsize=size)
     axes.tick_params(axis="both", length=0, labelbottom=False)
     last = axes.secondary_yaxis("right")
     last.set_yticks(range(len(sites)), _last(trajectory), fontsize=size)
@@ -52,8 +52,8 @@ def heat_map(figure: Figure, axes: Axes, trajectory: Trajectory) -> None:
     above.set_xticks(ticks, [f"{records[tick - 1].mu:.2g}" for tick in ticks])
     above.tick_params(length=2)
     above.set_xlabel(MU)
-    found = [part for part in _SHARES if low.min(initial=1.0) <= part <= low.max(initial=0.0)] or sorted({*low})
-    shades = [found[round(at)] for at in np.linspace(0, len(found) - 1, min(5, len(found)))]
+    shares = [part for part in _SHARES if low.min(initial=1.0) <= part <= low.max(initial=0.0)] or sorted({*low})
+    shades = [shares[round(at)] for at in np.linspace(0, len(shares) - 1, min(5, len(shares)))]
     handles = [Patch(facecolor=ramp(norm(part)), label=f"{100 * part:.3g} %") for part in shades]
     if (share == 0).any():
         handles.insert(0, Patch(facecolor="white", edgecolor="#8792a0", lw=0.6, label="rank 0"))
@@ -96,13 +96,13 @@ def cost_lines(axes: Axes, trajectory: Trajectory) -> None:
 def distance_line(axes: Axes, trajectory: Trajectory) -> None:
     """``||W - Delta|| / ||W||``, logarithmic."""
     # The scale is logarithmic: a network left dense, at distance 0, has no place on it.
-    found = [record.distance if record.distance > 0 else math.nan for record in trajectory.records]
-    positive = [value for value in found if value > 0]
-    _line(axes, found, PLANNED)
+    distances = [record.distance if record.distance > 0 else math.nan for record in trajectory.records]
+    positive = [value for value in distances if value > 0]
+    _line(axes, distances, PLANNED)
     axes.set_ylabel("distance\nto low rank")
     if not positive:
         axes.set_yticks([])
-        axes.text(0.5, 0.5, "0 at every C step", ha="center", va="center", color=_OTHER, transform=axes.transAxes)
+        axes.text(0.5, 0.5, "0 at every C step", ha="center", va="center", color=MUTED, transform=axes.transAxes)
         return
     high = math.ceil(math.log10(max(positive)))
     low = min(math.floor(math.log10(min(positive))), high - 1)

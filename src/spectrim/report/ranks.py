@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectrim.network.files import replacing
-from spectrim.report.figures import _OTHER, Measured, _figure, _short, error_bars
+from spectrim.report.figures import MUTED, Measured, blank_figure, error_bars, shortened
 from spectrim.report.rank_panels import (
     MU,
     cost_lines,
@@ -67,7 +67,7 @@ def rank_paths(trajectory: Trajectory) -> Figure:
     if any(record.metric is not None for record in records):
         drawn.append(metric_line)
     tall = max(0.9, (0.24 if count <= 12 else 0.125) * count)
-    with _figure(7.2, tall + 0.95 * len(drawn) + 1.0) as figure:
+    with blank_figure(7.2, tall + 0.95 * len(drawn) + 1.0) as figure:
         figure.set_dpi(200)  # of the map, which is an image within the SVG: thousands of paths would be a large file
         heat, *below = figure.subplots(
             1 + len(drawn), 1, sharex=True, squeeze=False, height_ratios=[tall, *(0.8 for _ in drawn)]
@@ -134,14 +134,14 @@ def _palette() -> list[int]:
     from matplotlib.colors import to_rgb
 
     steps = np.linspace(0, 1, 14)[:, None]
-    letters = [(1 - steps) * np.array(to_rgb(colour)) + steps for colour in (INK, _OTHER)]
+    letters = [(1 - steps) * np.array(to_rgb(colour)) + steps for colour in (INK, MUTED)]
     colours = np.concatenate([*letters, [to_rgb(colour) for colour in (PLANNED, PALE, DENSE)]])
     return (255 * colours).round().astype(int).ravel().tolist()
 
 
 def _pixels(trajectory: Trajectory, steps: Sequence[int]) -> Iterator[np.ndarray]:
     """Pixels of each step. What stands still is drawn once, for site names take most of the time."""
-    with _figure(min(9.6, max(6.0, 0.152 * len(trajectory.sites) + 1.0)), 3.8) as figure:
+    with blank_figure(min(9.6, max(6.0, 0.152 * len(trajectory.sites) + 1.0)), 3.8) as figure:
         axes = figure.subplots()
         bars = _bars(axes, trajectory)
         axes.set_title(" ", fontsize=9)  # keeps the place of the moving titles free
@@ -167,7 +167,7 @@ def _bars(axes: Axes, trajectory: Trajectory) -> Any:
     axes.set_xlim(-0.7, len(at) - 0.3)
     axes.set_ylim(0, 1.02 * max(trajectory.full))
     named = at[:: math.ceil(len(at) / _NAMES)]
-    axes.set_xticks(named, [_short(trajectory.sites[number], 24) for number in named],
+    axes.set_xticks(named, [shortened(trajectory.sites[number], 24) for number in named],
                     fontsize=7 if len(at) <= 12 else 6, rotation=0 if len(at) <= 5 else 90)  # fmt: skip
     axes.tick_params(axis="x", length=0)
     axes.set_ylabel("rank")
@@ -224,7 +224,7 @@ def cost_curve(points: Sequence[Measured], dense: Measured | None = None, *, cos
     if bad := next((point for point in everything if not point.cost > 0), None):
         raise ValueError(f"cost {bad.cost!r} of {bad.label!r} must be positive: costs are on a logarithmic axis")
     scale, unit = cost_scale(max(point.cost for point in everything), cost)
-    with _figure(7.2, 3.2) as figure:
+    with blank_figure(7.2, 3.2) as figure:
         axes = figure.subplots()
         axes.set_xscale("log")
         x, y = [point.cost / scale for point in points], [point.score for point in points]
@@ -239,7 +239,7 @@ def cost_curve(points: Sequence[Measured], dense: Measured | None = None, *, cos
             axes.axhline(dense.score, color=DENSE, lw=0.9, ls=(0, (4, 3)), zorder=1)
             axes.plot(dense.cost / scale, dense.score, "o", color=DENSE, ms=6, zorder=4)
             error_bars(axes, [dense.cost / scale], [dense.score], DENSE)
-            _name(axes, dense, scale, colour=_OTHER)
+            _name(axes, dense, scale, colour=MUTED)
         axes.margins(x=0.12, y=0.3)
         _cost_ticks(axes)
         axes.set_xlabel(f"{cost_label(cost)} [{unit}]" if unit else cost_label(cost))

@@ -73,7 +73,7 @@ class SideBySide(Printed):
             ``name``; each metric by its name and, with ``_dense``, of the dense network, in its own unit, None where it
             is not known; ``top1``, ``error`` and ``samples`` of the agreement.
         """
-        found = []
+        rows = []
         for name, comparison in self.comparisons.items():
             row: dict[str, Any] = {"name": name}
             for known in self._metrics():
@@ -82,8 +82,8 @@ class SideBySide(Printed):
                 row[f"{known.metric}_dense"] = comparison[known.metric].dense if there else None
             agreed = self.agreements.get(name)
             row |= {part: getattr(agreed, part, None) for part in ("top1", "error", "samples")}
-            found.append(row)
-        return found
+            rows.append(row)
+        return rows
 
     _records = rows
 

@@ -33,16 +33,16 @@ def tiles(plan: Plan, comparison: Comparison | None, agreement: Agreement | None
         Whether the size of the file says more than the number of parameters.
     """
     scores = [] if comparison is None else [row for row in comparison.rows if row.better == "higher"]
-    found = [_tile(row) for row in scores] or [
+    measured = [_tile(row) for row in scores] or [
         Tile("accuracy", "not measured", "no test samples with labels", "unknown")
     ]
     if agreement is not None:
         same = "" if agreement.top1 is None else f"the same class first in {agreement.top1:.2%}"
-        found.append(Tile("outputs differ by", f"{agreement.error:.2%}", same or _samples(agreement), "yes"))
+        measured.append(Tile("outputs differ by", f"{agreement.error:.2%}", same or _samples(agreement), "yes"))
     if comparison is None:
-        return found + [_planned(plan, cost) for cost in plan.dense_costs]
+        return measured + [_planned(plan, cost) for cost in plan.dense_costs]
     wanted = {"MACs", "parameters", "latency p50", *(("file size",) if stored else ())}
-    return found + [_tile(row) for row in comparison.rows if row.metric in wanted]
+    return measured + [_tile(row) for row in comparison.rows if row.metric in wanted]
 
 
 def _planned(plan: Plan, cost: str) -> Tile:

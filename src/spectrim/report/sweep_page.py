@@ -90,44 +90,57 @@ def front_chart(sweep: Sweep, cost: str) -> Chart:
     """
     best = sweep.front(cost)
     name = "measured time" if cost == "milliseconds" else cost_name(cost)
-    judged = [
-        (point, each, tone)
-        for point in sweep
-        for each, tone in ((point.carried_out, "plan"), (point.tuned, "choice"))
-        if each is not None and not math.isnan(sweep.quality(each))
-    ]
-    values = [sweep.quality(each) for _, each, _ in judged]
     exact = sweep.quality(Judged(sweep.dense, 1.0, 0.0))
-    spreads = [0.0 if math.isnan(spread := sweep.uncertainty(each)) else spread for _, each, _ in judged]
-    low = min([exact, *(v - spread for v, spread in zip(values, spreads, strict=True))])
-    # No share lies above 100 %, whatever its standard error.
-    most = 100.0 if sweep.dense is None else math.inf
-    high = max([exact, *(min(v + spread, most) for v, spread in zip(values, spreads, strict=True))])
+    marks = list(_marks(sweep))
+    low, high = min([exact, *(mark.low for mark in marks)]), max([exact, *(mark.high for mark in marks)])
     room = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
     x, y = Axis(0, max(100, *(_share(point, cost) for point in sweep))), Axis(low - room, high + room)
+    # Many labels would lie on each other on a phone.
+    named = best if len(best) <= _LABELS else (best[0], best[-1])
     dots = [Dot(x.at(100), y.at(exact), f"dense: {_text(sweep, exact)}", "dense", "dense")]
-    for point, each, tone in judged:
-        value, at = sweep.quality(each), _share(point, cost)
-        shown = f"{point.asked}: {_text(sweep, value)}, at {at:.1f} % of the {name}"
-        shown += ", fine-tuned" if tone == "choice" else ""
-        if not math.isnan(spread := sweep.uncertainty(each)):
-            shown += f", standard error {spread:.2g}"
-        # Many labels would lie on each other on a phone.
-        named = best if len(best) <= _LABELS else (best[0], best[-1])
-        label = point.asked if point in named and each is point.judged else ""
-        dots.append(Dot(x.at(at), y.at(value), shown, tone, label, *_bar(y, value, sweep.uncertainty(each), most)))
+    for mark in marks:
+        point, at, known = mark.point, _share(mark.point, cost), not math.isnan(mark.spread)
+        text = f"{point.asked}: {_text(sweep, mark.value)}, at {at:.1f} % of the {name}"
+        text += ", fine-tuned" * (mark.tone == "choice") + f", standard error {mark.spread:.2g}" * known
+        label = point.asked if point in named and mark.judged is point.judged else ""
+        bar = (y.at(mark.low), y.at(mark.high)) if known else (math.nan, math.nan)
+        dots.append(Dot(x.at(at), y.at(mark.value), text, mark.tone, label, *bar))
     line = tuple((x.at(_share(p, cost)), y.at(sweep.quality(p.judged))) for p in reversed(best))
     curves = [Curve((line,), "plan", "without training")]
-    if any(tone == "choice" for *_, tone in judged):
+    if any(mark.tone == "choice" for mark in marks):
         curves = [Curve((line,), "pale")]
         curves += [Curve((), "plan", "without training"), Curve((), "choice", "fine-tuned")]
     unit = "" if sweep.dense is not None else ", %"
     return Chart(f"{name}, % of dense", f"{sweep.judged_by}{unit}", x, y, tuple(dots), tuple(curves), 260)
 
 
-def _bar(y: Axis, value: float, spread: float, most: float) -> tuple[float, float]:
-    """The ends of an error bar, as places."""
-    return (math.nan, math.nan) if math.isnan(spread) else (y.at(value - spread), y.at(min(value + spread, most)))
+@dataclass(frozen=True)
+class _Mark:
+    """A network as it was judged: its value, and how far that is off; NaN where it is not known."""
+
+    point: Point
+    judged: Judged
+    tone: str
+    value: float
+    spread: float
+    most: float
+
+    @property
+    def low(self) -> float:
+        return self.value if math.isnan(self.spread) else self.value - self.spread
+
+    @property
+    def high(self) -> float:
+        return min(self.value if math.isnan(self.spread) else self.value + self.spread, self.most)
+
+
+def _marks(sweep: Sweep) -> Iterator[_Mark]:
+    # No share lies above 100 %, whatever its standard error.
+    most = 100.0 if sweep.dense is None else math.inf
+    for point in sweep:
+        for judged, tone in ((point.carried_out, "plan"), (point.tuned, "choice")):
+            if judged is not None and not math.isnan(value := sweep.quality(judged)):
+                yield _Mark(point, judged, tone, value, sweep.uncertainty(judged), most)
 
 
 def _share(point: Point, cost: str) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectrim.network.files import replacing
-from spectrim.report.figures import _figure, _short, to_svg
+from spectrim.report.figures import blank_figure, shortened, to_svg
 from spectrim.selection.figures import DENSE, PLANNED, STYLE
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ def recommended_widths(channels: Mapping[str, int], widths: Mapping[str, Mapping
         If a recipe lacks a group, or there is no recipe.
     """
     names = list(channels)
-    for recipe, found in widths.items():
-        if missing := [name for name in names if name not in found]:
-            raise ValueError(f"recipe {recipe!r} has no width for {missing[0]!r}; it has {', '.join(found) or 'none'}")
+    for recipe, sizes in widths.items():
+        if missing := [name for name in names if name not in sizes]:
+            raise ValueError(f"recipe {recipe!r} has no width for {missing[0]!r}; it has {', '.join(sizes) or 'none'}")
     if not widths:
         raise ValueError("no widths to draw; give those of one recipe at least")
     import matplotlib
@@ -43,18 +43,18 @@ def recommended_widths(channels: Mapping[str, int], widths: Mapping[str, Mapping
     (first, bars), *marks = widths.items()
     colours = matplotlib.colormaps["Oranges"](np.linspace(0.3, 0.95, len(marks)))
     at = np.arange(len(names))
-    with _figure(7.2, max(1.8, 0.21 * len(names) + 0.95)) as figure:
+    with blank_figure(7.2, max(1.8, 0.21 * len(names) + 0.95)) as figure:
         axes = figure.subplots()
         drawn: list[Any] = [
             axes.barh(at, [channels[name] for name in names], height=0.78, color=DENSE, label="now"),
             axes.barh(at, [bars[name] for name in names], height=0.46, color=PLANNED, label=first),
         ]
-        for (recipe, found), colour in zip(marks, colours, strict=True):
+        for (recipe, sizes), colour in zip(marks, colours, strict=True):
             drawn += axes.plot(
-                [found[name] for name in names], at, "D", ms=4.2, color=colour, mec="white", mew=0.5, ls="none",
+                [sizes[name] for name in names], at, "D", ms=4.2, color=colour, mec="white", mew=0.5, ls="none",
                 label=recipe, zorder=3,
             )  # fmt: skip
-        axes.set_yticks(at, [_short(name, 38) for name in names], fontsize=7 if len(names) <= 40 else 6.2)
+        axes.set_yticks(at, [shortened(name, 38) for name in names], fontsize=7 if len(names) <= 40 else 6.2)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlim(0, 1.03 * max(channels.values(), default=1))
         axes.set_xlabel("channels")
