@@ -13,6 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+_REASONS = 5  # that are told, of layers left alone
 
 
 class SpectrimError(Exception):
@@ -120,20 +121,20 @@ def _short(value: float, cost: str) -> str:
     return f"{value:,.6g}"
 
 
-def _left_alone(cost: str, skipped: tuple[tuple[str, str, str, float], ...], most: int = 5) -> str:
+def _left_alone(cost: str, skipped: tuple[tuple[str, str, str, float], ...]) -> str:
     """Sentences on what was left alone, those of one reason together."""
     alike: dict[tuple[str, str], list[tuple[str, float]]] = {}
     for name, kind, reason, share in skipped:
         alike.setdefault((kind, reason), []).append((name or "the model", share))
     order = sorted(alike.items(), key=lambda item: -sum(share for _, share in item[1]))
     said = []
-    for (kind, reason), held in order[:most]:
-        names = held[0][0] if len(held) == 1 else f"{held[0][0]} and {len(held) - 1} more"
-        share = sum(share for _, share in held)
+    for (kind, reason), layers in order[:_REASONS]:
+        names = layers[0][0] if len(layers) == 1 else f"{layers[0][0]} and {len(layers) - 1} more"
+        share = sum(share for _, share in layers)
         said.append(f"{names} ({kind}{f', {share:.1%} of {cost}' if share else ''}): {reason.rstrip('.')}.")
     if not said:
         return ""
-    more = f" And {len(order) - most} more reasons." if len(order) > most else ""
+    more = f" And {len(order) - _REASONS} more reasons." if len(order) > _REASONS else ""
     return f" Left alone: {' '.join(said)}{more}"
 
 
@@ -189,8 +190,8 @@ def did_you_mean(word: str, known: Iterable[str], other_names: Mapping[str, str]
     names = list(known)
     meant = other_names.get(word.lower())
     close = difflib.get_close_matches(word.lower(), [name.lower() for name in names], n=1, cutoff=0.6)
-    found = meant or next((name for name in names if close and name.lower() == close[0]), None)
-    return f" Did you mean {found!r}?" if found in names else ""
+    known_name = meant or next((name for name in names if close and name.lower() == close[0]), None)
+    return f" Did you mean {known_name!r}?" if known_name in names else ""
 
 
 def check_function(name: str, given: object, of: Sequence[str], cure: str) -> None:
@@ -232,12 +233,12 @@ def called_as(cure: str, **kinds: type | tuple[type, ...]) -> Callable[[Callable
 
         @functools.wraps(verb)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            for name, given in {**dict(zip(places, args, strict=False)), **kwargs}.items():
-                if not isinstance(given, kinds.get(name, object)):
+            for name, value in {**dict(zip(places, args, strict=False)), **kwargs}.items():
+                if not isinstance(value, kinds.get(name, object)):
                     kind = kinds[name]
                     wanted = kind if isinstance(kind, tuple) else (kind,)
                     expected = " or ".join(_a(each.__name__) for each in wanted)
-                    raise TypeError(f"{name} is {_a(type(given).__name__)}: expected {expected}. {cure}")
+                    raise TypeError(f"{name} is {_a(type(value).__name__)}: expected {expected}. {cure}")
             try:
                 with _outside_inference():
                     return verb(*args, **kwargs)

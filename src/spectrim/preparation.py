@@ -116,14 +116,14 @@ def coupled(
     feed = Feed.of(forward)
     try:
         check_comparable(model, batch, feed)
-        found = couple(model, sites, batch, forward=feed)
+        coupled_sites = couple(model, sites, batch, forward=feed)
     except (SpectrimError, ImportError) as error:
         told(str(error))
         return sites
-    if not found.couplings:
-        reasons = [f"{each.name or each.kind}: {each.reason}" for each in found.skipped[len(sites.skipped) :]]
+    if not coupled_sites.couplings:
+        reasons = [f"{each.name or each.kind}: {each.reason}" for each in coupled_sites.skipped[len(sites.skipped) :]]
         told("; ".join(reasons[:3]) or "no layer reads another")
-    return found
+    return coupled_sites
 
 
 def prepare(

@@ -78,7 +78,7 @@ def tabulate(
     sites.check_finite()
     chosen = default_methods(sites) if methods is None else on_offer(methods, groups=bool(sites.groups))
     network = Network(sites, counted.known(sites, costs), chosen, latency, dense_latency)
-    found: list[tuple[Site, list[tuple[Method, Curve]]]] = []
+    rows_of: list[tuple[Site, list[tuple[Method, Curve]]]] = []
     groups = sites.joint()
     coupled = sites.coupled() if any(method.removes_channels for method in chosen) else ()
     facts = latency.facts() if latency is not None else {}
@@ -86,21 +86,21 @@ def tabulate(
         curves = _curves(site, chosen, facts)
         # A group that no method can join is nothing to choose.
         if done < len(sites) or any(curve.choices for _, curve in curves):
-            found.append((site, curves))
+            rows_of.append((site, curves))
         told(progress)("tabulate", done + 1, len(sites) + len(groups) + len(coupled))
-    units = {curve.unit for _, curves in found for _, curve in curves if curve.choices}
+    units = {curve.unit for _, curves in rows_of for _, curve in curves if curve.choices}
     if len(units) > 1:
         raise ValueError(
             f"methods report errors in different units ({', '.join(sorted(units))}); calibrate all sites, or use "
             "data-free methods only"
         )
-    offered = [[pair for _, curve in curves for pair in _worth(network, site, curve, dear)] for site, curves in found]
+    offered = [[pair for _, curve in curves for pair in _worth(network, site, curve, dear)] for site, curves in rows_of]
     network.prepare(
-        ((site.name, choice) for (site, _), pairs in zip(found, offered, strict=True) for choice, _ in pairs),
+        ((site.name, choice) for (site, _), pairs in zip(rows_of, offered, strict=True) for choice, _ in pairs),
         functools.partial(told(progress), "measure"),
     )
-    log.info("%d choices at %d sites", sum(map(len, offered)), len(found))
-    rows = [_row(network, site, pairs, curves, guard) for (site, curves), pairs in zip(found, offered, strict=True)]
+    log.info("%d choices at %d sites", sum(map(len, offered)), len(rows_of))
+    rows = [_row(network, site, pairs, curves, guard) for (site, curves), pairs in zip(rows_of, offered, strict=True)]
     return Candidates(
         Rows(rows),
         network.fixed(row.site for row in rows),

@@ -97,7 +97,7 @@ def carry_out(
         feed.decide(model, first)
         check_copy(model, removal.model, expected, first, feed)
     work = Work(model, removal, batches is not None and reconstruct, feed)
-    held: tuple[Tensor, ...] = ()
+    held_out: tuple[Tensor, ...] = ()
     steps = ordered(work, entries, makers)
     if batches is not None and work.follows:
         batches = listed(batches)
@@ -105,7 +105,7 @@ def carry_out(
         apart = one_by_one(model, batches, feed) if sites.loops else batches
         work.split = Split.of(apart, rows=sampling.rows, mask=sampling.mask, layout=feed.layout)
         follow(work, steps, apart, memory, told(progress))
-        held = Split.of(batches, mask=sampling.mask, layout=feed.layout).held if sites.loops else work.split.held
+        held_out = Split.of(batches, mask=sampling.mask, layout=feed.layout).held if sites.loops else work.split.held
     else:
         for done, step in enumerate(steps):
             step.put(work, step.layer, False)
@@ -117,7 +117,7 @@ def carry_out(
     names = [step.layer.name for step in steps] if work.split.samples else []
     unseen = tuple(name for name in names if name not in work.reached)
     notes = () if first is None else tuple(prove(model, removal.model, expected, first, forward=feed))
-    return Applied(removal.model, work.errors, unseen, held, (*_edited(plan, expected), *notes))
+    return Applied(removal.model, work.errors, unseen, held_out, (*_edited(plan, expected), *notes))
 
 
 def _edited(plan: Plan, expected: Expected) -> Iterator[str]:

@@ -49,7 +49,7 @@ def calls(layers: Sequence[LayerSpec]) -> list[Chain]:
     ValueError
         If the input shapes of a layer are not known, or a chain's layers cannot be run one after the other.
     """
-    found: list[Chain] = []
+    chains: list[Chain] = []
     for chain in structure_of(layers).chains():
         shapes = [require_inputs(spec) for spec in chain]
         for first, second in itertools.pairwise(chain):
@@ -60,8 +60,8 @@ def calls(layers: Sequence[LayerSpec]) -> list[Chain]:
                     f"cannot take what {first.name!r} gives ({first.kind}, {first.out_channels} outputs, calls: "
                     f"{len(first.inputs)}), so the two are no chain; expected spectrim.network.structure.Apart"
                 )
-        found += [chain.at(inputs) for inputs in zip(*shapes, strict=True)]
-    return found
+        chains += [chain.at(inputs) for inputs in zip(*shapes, strict=True)]
+    return chains
 
 
 def describe(chain: Chain) -> str:
@@ -123,8 +123,8 @@ def measure(
     block = _cuda_block if torch.device(device).type == "cuda" else _block
     with torch_threads(threads), torch.inference_mode():
         pool = number_pool(chains, dtype, device, batch)
-        found = [(runs or ways)(chain, pool, batch, memory_format == "channels_last") for chain in chains]
-        timed = [run for several in found for run in several]
+        alternatives = [(runs or ways)(chain, pool, batch, memory_format == "channels_last") for chain in chains]
+        timed = [run for several in alternatives for run in several]
         counts = []
         for run in timed:
             run()
@@ -138,7 +138,7 @@ def measure(
                 if progress is not None and turn < rounds:
                     progress(turn * len(timed) + index + 1, rounds * len(timed))
     times = iter([statistics.median(turns[index].undisturbed()) for index in range(len(timed))])
-    return [min(itertools.islice(times, len(several))) for several in found]
+    return [min(itertools.islice(times, len(several))) for several in alternatives]
 
 
 def _block(run: Run, count: int) -> float:
@@ -218,12 +218,12 @@ def number_pool(chains: Sequence[Chain], dtype: torch.dtype, device: str, batch:
 
 def ways(chain: Chain, pool: Tensor, batch: int, channels_last: bool) -> list[Run]:
     """The ways to run a chain: as dense layers, and in CSR where it is one sparse layer that can be."""
-    found = [dense_run(chain, pool, batch, channels_last)]
+    runs = [dense_run(chain, pool, batch, channels_last)]
     if len(chain) == 1 and chain[0].density < 1 and pool.device.type == "cpu" and pool.dtype in csr.DTYPES:
         product = csr_product(chain[0]) if csr.is_available() else None
         if product is not None:
-            found.append(_csr_run(chain, product, pool, batch, channels_last))
-    return found
+            runs.append(_csr_run(chain, product, pool, batch, channels_last))
+    return runs
 
 
 def _view(pool: Tensor, offset: int, shape: tuple[int, ...], channels_last: bool) -> Tensor:
@@ -296,13 +296,13 @@ def _weights(
     chain: Chain, pool: Tensor, offset: int, channels_last: bool
 ) -> tuple[list[tuple[Tensor, Tensor | None]], int]:
     """Weights and biases of the layers of a chain from some place of the pool on, and the place behind them."""
-    found: list[tuple[Tensor, Tensor | None]] = []
+    weights: list[tuple[Tensor, Tensor | None]] = []
     for spec in chain:
         weight = _view(pool, offset, _weight_shape(spec), channels_last)
         offset += _aligned(weight.numel())
-        found.append((weight, _view(pool, offset, (spec.out_channels,), channels_last) if spec.bias else None))
+        weights.append((weight, _view(pool, offset, (spec.out_channels,), channels_last) if spec.bias else None))
         offset += _aligned(spec.out_channels)
-    return found, offset
+    return weights, offset
 
 
 def _operator(spec: LayerSpec) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:

@@ -75,10 +75,10 @@ def further(costs: Mapping[str, Cost] | None) -> Mapping[str, Cost]:
 
 def known(sites: Sites, more: Mapping[str, Cost] | None = None) -> dict[str, Cost]:
     """The costs that can be counted, by name: MACs once the network has been run, and more of the user's own."""
-    found: dict[str, Cost] = {"parameters": parameters, "bytes": size_bytes}
+    functions: dict[str, Cost] = {"parameters": parameters, "bytes": size_bytes}
     if sites.seen and all(spec.inputs for spec in sites.untouched):
-        found["macs"] = macs
-    return {**found, **further(more)}
+        functions["macs"] = macs
+    return {**functions, **further(more)}
 
 
 def require_inputs(spec: LayerSpec) -> tuple[tuple[int, ...], ...]:

@@ -29,9 +29,9 @@ def exported(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     """A session that takes what the module takes, in the shapes of these inputs."""
     with _silent(), torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         program = torch.export.export(module, args, dict(kwargs), strict=False)
-        found = torch.onnx.export(program, dynamo=True, verbose=False)
-        assert found is not None
-        found.save(path := Path(folder) / "model.onnx")  # large weights lie beside it
+        onnx_program = torch.onnx.export(program, dynamo=True, verbose=False)
+        assert onnx_program is not None
+        onnx_program.save(path := Path(folder) / "model.onnx")  # large weights lie beside it
         session = _session(str(path))
     names = [each.name for each in session.get_inputs()]
 
@@ -68,8 +68,8 @@ def chain_session(chain: Chain, layers: Operators, inputs: tuple[Tensor, ...]) -
         helper.make_tensor_value_info(name, kind, x.shape) for name, kind, x in zip(names, kinds, inputs, strict=True)
     ]
     number = helper.np_dtype_to_tensor_dtype(layers.weights[0].numpy().dtype)
-    given = [helper.make_tensor_value_info(last, number, None)]
-    graph = helper.make_graph(nodes, "chain", taken, given, weights)
+    outputs = [helper.make_tensor_value_info(last, number, None)]
+    graph = helper.make_graph(nodes, "chain", taken, outputs, weights)
     version = helper.find_min_ir_version_for([helper.make_opsetid("", _OPSET)])
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=version)
     session = _session(made.SerializeToString())

@@ -104,8 +104,8 @@ class Speed:
     @classmethod
     def of_equals(cls, first: Timing, second: Timing) -> Speed:
         """Of things that are known to take the same time, whatever the machine was busy with meanwhile."""
-        found = cls.of(first, second)
-        return cls(found.ratio, min(found.low, 1.0), max(found.high, 1.0), equal=True)
+        speed = cls.of(first, second)
+        return cls(speed.ratio, min(speed.low, 1.0), max(speed.high, 1.0), equal=True)
 
     @property
     def differs(self) -> bool:

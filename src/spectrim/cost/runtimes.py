@@ -108,8 +108,8 @@ class Compiled(Runtime):
         # torch keeps what it compiled by code object, and runs eagerly, without a word, what has been compiled too
         # often. A code object of its own has no past.
         code = call.__code__.replace(co_firstlineno=id(module) % 2**31)
-        own = types.FunctionType(code, call.__globals__, call.__name__, None, call.__closure__)
-        run = torch.compile(own, dynamic=False)
+        fresh = types.FunctionType(code, call.__globals__, call.__name__, None, call.__closure__)
+        run = torch.compile(fresh, dynamic=False)
         with torch._dynamo.config.patch(recompile_limit=2**20, accumulated_recompile_limit=2**20):
             run(*args, **kwargs)
         return run
@@ -182,7 +182,7 @@ def register(runtime: Runtime) -> Runtime:
     return runtime
 
 
-def runtime_of(given: Runtime | str) -> Runtime:
+def runtime_of(runtime: Runtime | str) -> Runtime:
     """A runtime, or the one of that name.
 
     Raises
@@ -190,14 +190,16 @@ def runtime_of(given: Runtime | str) -> Runtime:
     TypeError, ValueError
         For anything else; the message quotes it.
     """
-    if not isinstance(given, str):
-        return _instance(given)
-    if given not in RUNTIMES:
-        raise ValueError(f"runtime {given!r} is not known: give one of {', '.join(RUNTIMES)}, or a Runtime of your own")
-    return RUNTIMES[given]
+    if not isinstance(runtime, str):
+        return _instance(runtime)
+    if runtime not in RUNTIMES:
+        raise ValueError(
+            f"runtime {runtime!r} is not known: give one of {', '.join(RUNTIMES)}, or a Runtime of your own"
+        )
+    return RUNTIMES[runtime]
 
 
-def _instance(given: Any) -> Runtime:
+def _instance(runtime: Any) -> Runtime:
     """A runtime that has a name.
 
     Raises
@@ -205,18 +207,18 @@ def _instance(given: Any) -> Runtime:
     TypeError
         For anything else.
     """
-    if isinstance(given, type) and issubclass(given, Runtime):
+    if isinstance(runtime, type) and issubclass(runtime, Runtime):
         raise TypeError(
-            f"runtime is the class {given.__name__}, and an instance of it is needed: write {given.__name__}()"
+            f"runtime is the class {runtime.__name__}, and an instance of it is needed: write {runtime.__name__}()"
         )
-    if not isinstance(given, Runtime):
-        raise TypeError(f"runtime is {given!r}: expected one of {', '.join(RUNTIMES)}, or a Runtime")
-    name = getattr(given, "name", None)
+    if not isinstance(runtime, Runtime):
+        raise TypeError(f"runtime is {runtime!r}: expected one of {', '.join(RUNTIMES)}, or a Runtime")
+    name = getattr(runtime, "name", None)
     if not isinstance(name, str) or not name:
         raise TypeError(
-            f"the runtime {type(given).__name__} has no name to keep its times by: write name = 'mine' in the class"
+            f"the runtime {type(runtime).__name__} has no name to keep its times by: write name = 'mine' in the class"
         )
-    return given
+    return runtime
 
 
 def checked_run(runtime: Runtime, run: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., object]:

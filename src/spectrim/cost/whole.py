@@ -111,14 +111,14 @@ class Network:
         The layers of coupled channels have rows of their own too, and are not counted twice.
         """
         left = self._left(picks)
-        found = self._rest(left)
+        costs = self._rest(left)
         for site in self.sites:
             exact, estimate = self._place(site.name, picks, left), self.estimate(site.name, picks)
-            found = {name: value + (exact[name] - estimate[name]) for name, value in found.items()}
+            costs = {name: value + (exact[name] - estimate[name]) for name, value in costs.items()}
         for coupling in (row for row in rows if row in self._couplings):
             estimate = self.estimate(coupling, picks)
-            found = {name: value - estimate[name] for name, value in found.items()}
-        return found
+            costs = {name: value - estimate[name] for name, value in costs.items()}
+        return costs
 
     def row(self, name: str, picks: Picks = _ALL_DENSE, widths: Widths = _ALL_THERE) -> Costs:
         """What a site costs, a group, or all layers that hold coupled channels together."""
@@ -142,7 +142,7 @@ class Network:
     def left_alone(self) -> tuple[Skipped, ...]:
         """What was skipped, and what else computes, each with what it costs."""
         sites, alone = self.sites, {spec.name for spec in self.sites.untouched}
-        found: list[Skipped] = []
+        skipped: list[Skipped] = []
         told = {each.name for each in sites.skipped}
         for each in sites.skipped:
             costs = dict(each.costs)
@@ -151,9 +151,9 @@ class Network:
                 costs = {cost: value + costs.get(cost, 0.0) for cost, value in of_spec.items()}
             elif each.name in sites.work:
                 costs["macs"] = sites.work[each.name]
-            found.append(dataclasses.replace(each, costs=costs))
+            skipped.append(dataclasses.replace(each, costs=costs))
         others = (Skipped(path, "products", _PRODUCTS, {"macs": macs}) for path, macs in sites.work.items())
-        return (*found, *(each for each in others if each.name not in told))
+        return (*skipped, *(each for each in others if each.name not in told))
 
     def beside(self, coupling: str, picks: Picks = _ALL_DENSE, widths: Widths = _ALL_THERE) -> Costs:
         """What coupled channels cost in modules that are no layers: normalisation, embeddings, products of heads."""
@@ -186,8 +186,8 @@ class Network:
     def _beside(self, coupling: Coupling, left: Widths) -> Costs:
         number = left.get(coupling.name, coupling.channels)
         products = sum(share * self.sites.work.get(path, 0.0) for path, share in coupling.products.items())
-        held = {"parameters": coupling.parameters, "bytes": coupling.bytes, "macs": products}
-        return {name: held.get(name, 0.0) * number for name in self._functions}
+        by_cost = {"parameters": coupling.parameters, "bytes": coupling.bytes, "macs": products}
+        return {name: by_cost.get(name, 0.0) * number for name in self._functions}
 
     def _left(self, picks: Picks, widths: Widths = _ALL_THERE) -> dict[str, int]:
         """Channels left of the couplings that lose some."""
@@ -208,9 +208,9 @@ class Network:
         return {cost: known[cost] for cost in functions}
 
     def _estimated(self, name: str, picks: Picks, left: Widths) -> Costs:
-        found = self._place(name, picks, left, self.costs)
+        costs = self._place(name, picks, left, self.costs)
         if self.latency is None:
-            return found
+            return costs
 
         def time(picks: Picks, left: Widths) -> float:
             return self._place(name, picks, left)["latency"]
@@ -219,7 +219,7 @@ class Network:
         for coupling in self._near[name]:
             if coupling.name in left:
                 estimate *= time({}, {coupling.name: left[coupling.name]}) / max(time({}, {}), 1e-9)
-        return {**found, "latency": min(estimate, whole)}
+        return {**costs, "latency": min(estimate, whole)}
 
     def _chains(self, place: str, picks: Picks, left: Widths) -> Chains:
         """The layers in place of a layer or group."""
@@ -245,15 +245,15 @@ class Network:
         }
         untouched = [spec.name for spec in self.sites.untouched]
         alone = [self._place(name, {}, left) for name in untouched]
-        found = {name: sum(costs[name] for costs in alone) + others.get(name, 0.0) for name in self._functions}
+        total = {name: sum(costs[name] for costs in alone) + others.get(name, 0.0) for name in self._functions}
         for coupling in self.sites.couplings:
             dense, now = self._beside(coupling, {}), self._beside(coupling, left)
-            found = {name: value - (dense[name] - now[name]) for name, value in found.items()}
+            total = {name: value - (dense[name] - now[name]) for name, value in total.items()}
         if self.latency is not None and self.dense_latency is not None:
             explained = sum(self._place(site.name, {}, {})["latency"] for site in self.sites)
-            saved = sum(self._place(name, {}, {})["latency"] for name in untouched) - found["latency"]
-            found["latency"] = max(0.0, max(0.0, self.dense_latency - explained) - saved)
-        return found
+            saved = sum(self._place(name, {}, {})["latency"] for name in untouched) - total["latency"]
+            total["latency"] = max(0.0, max(0.0, self.dense_latency - explained) - saved)
+        return total
 
 
 def _total(name: str, cost: counted.Cost, chains: Chains) -> float:

@@ -134,13 +134,13 @@ def decompose(
     if start is None and pattern.kept((target.shape[0], target.shape[1], *kernel), density):
         first = admm.FIRST / 10 if cautious else admm.FIRST
         sized = pattern, density, kernel
-        found = admm.search(target, error, step if rank else None, rank, *sized, turns=alternation.turns, first=first)
-        return _valued(target, error, step, found, sized, alternation)
+        fit = admm.search(target, error, step if rank else None, rank, *sized, turns=alternation.turns, first=first)
+        return _valued(target, error, step, fit, sized, alternation)
     shape = (target.shape[0], target.shape[1], *kernel)
     part = _SparsePart(target, error, pattern, density, kernel, cautious)
     if not rank:
-        found = part.alone(start, alternation)
-        return Additive(None, found, (found.error,), True)
+        fit = part.alone(start, alternation)
+        return Additive(None, fit, (fit.error,), True)
     return _by_turns(target, error, step, rank, part, start, alternation, alone=not pattern.kept(shape, density))
 
 
@@ -171,17 +171,17 @@ def path(
     turns, between
         Of a search from nothing, and of one that goes on. With 0 none does, and each is that of :func:`decompose`.
     """
-    found, last = None, (0, 0.0)
+    fit, last = None, (0, 0.0)
     for rank, density in points:
         near = last[1] <= density <= _SPARSE and rank >= last[0]
-        goes_on = between and near and found is not None
-        found = admm.search(
+        goes_on = between and near and fit is not None
+        fit = admm.search(
             target, error, step if rank else None, rank, pattern, density, kernel,
             turns=between if goes_on else turns, first=admm.NEXT if goes_on else admm.FIRST,
-            start=found if goes_on else None, relax=admm.RELAX if between else 1.0,
+            start=fit if goes_on else None, relax=admm.RELAX if between else 1.0,
         )  # fmt: skip
         last = rank, density
-        yield _valued(target, error, step, found, (pattern, density, kernel), Alternation(polish=0))
+        yield _valued(target, error, step, fit, (pattern, density, kernel), Alternation(polish=0))
 
 
 def _by_turns(
@@ -248,12 +248,12 @@ def _valued(
     target: Tensor,
     error: Quadratic,
     step: LowRankStep,
-    found: admm.Found,
+    fit: admm.Iterate,
     sized: tuple[Pattern, float, tuple[int, ...]],
     alternation: Alternation,
 ) -> Additive:
     """Both parts of a search: a last exchange of single entries, and the values."""
-    product, weight, mask = found.product, found.weight, found.mask
+    product, weight, mask = fit.product, fit.weight, fit.mask
     seen = error if product is None else step.eliminated(product)
     if alternation.polish:
         start = Sparse(weight, mask, math.inf)
@@ -282,10 +282,10 @@ class _SparsePart:
         """Without a low-rank part: pruning with reconstruction."""
         sized = self.pattern, self.density, self.kernel
         before = None if start is None else start.sparse
-        found = sparse.fit(
+        fit = sparse.fit(
             self.target, self.error, *sized, start=before, rounds=alternation.turns, cautious=self.cautious
         )
-        return sparse.solve(self.target, self.error, found.mask, start=found.weight, steps=10 * alternation.polish)
+        return sparse.solve(self.target, self.error, fit.mask, start=fit.weight, steps=10 * alternation.polish)
 
     def beside(
         self, step: LowRankStep, product: Product, state: Sparse, nothing_left: bool
@@ -303,9 +303,9 @@ class _SparsePart:
         return step.refit(self.target - state.weight, product), state, state.error
 
 
-def better(*given: Any, **options: Any) -> Additive:
+def better(*arguments: Any, **options: Any) -> Additive:
     """The better of two fits by :func:`decompose`, one of them cautious: there are many minima."""
-    return min((decompose(*given, **options, cautious=c) for c in (False, True)), key=lambda fit: fit.error)
+    return min((decompose(*arguments, **options, cautious=c) for c in (False, True)), key=lambda fit: fit.error)
 
 
 def settled(
@@ -341,12 +341,12 @@ def _polished(
     rank = product.factors[0].shape[2]
     for _ in range(turns):
         fresh = step(target - state.weight, rank, product)
-        found = sparse.solve(target, step.eliminated(fresh), state.mask, start=state.weight, steps=12)
-        fresh = step.refit(target - found.weight, fresh)
-        fell = 1 - found.error / errors[-1] if errors[-1] > 0 else 0.0
+        fit = sparse.solve(target, step.eliminated(fresh), state.mask, start=state.weight, steps=12)
+        fresh = step.refit(target - fit.weight, fresh)
+        fell = 1 - fit.error / errors[-1] if errors[-1] > 0 else 0.0
         if fell > 0:
-            product, state = fresh, found
-            errors.append(found.error)
+            product, state = fresh, fit
+            errors.append(fit.error)
         if fell <= tolerance:
             converged = True
             break

@@ -33,7 +33,7 @@ RELAX = 1.5
 
 
 @dataclass(frozen=True, eq=False)
-class Found:
+class Iterate:
     """What a search found, and where another may go on.
 
     Attributes
@@ -63,9 +63,9 @@ def search(
     *,
     turns: int,
     first: float = FIRST,
-    start: Found | None = None,
+    start: Iterate | None = None,
     relax: float = 1.0,
-) -> Found:
+) -> Iterate:
     """Find a low-rank and a sparse weight.
 
     Parameters
@@ -119,4 +119,4 @@ def search(
         calm = calm + 1 if torch.equal(mask, before) else 0
         if calm == 2:
             break
-    return Found(product, sparse / units, mask, multiplier)
+    return Iterate(product, sparse / units, mask, multiplier)

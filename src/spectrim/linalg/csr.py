@@ -28,11 +28,11 @@ def pack(weight: Tensor) -> Tensor:
     # A tensor made in inference mode could not be used outside of it.
     with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
-        found = weight.detach().to_sparse_csr()
-        starts, columns = found.crow_indices(), found.col_indices()
+        packed = weight.detach().to_sparse_csr()
+        starts, columns = packed.crow_indices(), packed.col_indices()
         if columns.numel() < 2**31:
             starts, columns = starts.int(), columns.int()
-        return torch.sparse_csr_tensor(starts, columns, found.values(), tuple(weight.shape), check_invariants=False)
+        return torch.sparse_csr_tensor(starts, columns, packed.values(), tuple(weight.shape), check_invariants=False)
 
 
 def linear(packed: Tensor, x: Tensor, bias: Tensor | None, onto: Tensor | None = None) -> Tensor:
@@ -63,15 +63,15 @@ def linear(packed: Tensor, x: Tensor, bias: Tensor | None, onto: Tensor | None =
         for line, seen in zip(out.unbind(), flat.contiguous().unbind(), strict=True):
             torch.addmv(line, packed, seen, out=line)
     else:
-        found = (packed @ flat.t()).t()
+        product = (packed @ flat.t()).t()
         if onto is not None:
-            out.add_(found)
+            out.add_(product)
             if bias is not None:
                 out.add_(bias)
         elif bias is None:
-            out.copy_(found)
+            out.copy_(product)
         else:
-            torch.add(found, bias, out=out)
+            torch.add(product, bias, out=out)
     return out.view(*x.shape[:-1], outputs) if onto is None else onto
 
 

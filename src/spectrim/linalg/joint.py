@@ -59,8 +59,8 @@ def right_shared(
         return lowrank.spectrum(torch.cat(doubles, dim=-2), most=most)
     if doubles[0].shape[-1] <= sum(m.shape[-2] for m in doubles):
         gram = sum((m.mT @ a.weigh(m) for m, a in zip(doubles, metrics, strict=True)), doubles[0].new_zeros(()))
-        found = lowrank.principal(gram)
-        return lowrank.Spectrum(found.energies, found.basis[..., :most])
+        spectrum = lowrank.principal(gram)
+        return lowrank.Spectrum(spectrum.energies, spectrum.basis[..., :most])
     halves = [lowrank.root(a.average) @ m for m, a in zip(doubles, metrics, strict=True)]
     return lowrank.spectrum(torch.cat(halves, dim=-2), most=most)
 
@@ -90,9 +90,9 @@ def left_shared(
     """
     check_same(matrices, 1, "rows")
     stacked = torch.cat([m.double() for m in matrices], dim=-1)
-    found = lowrank.spectrum(stacked, None if metric is None else metric.average, most)
-    left, right = lowrank.factors(stacked, found.basis, found.basis.shape[-1])
-    return left, tuple(right.split([m.shape[-1] for m in matrices], dim=-1)), found.energies
+    spectrum = lowrank.spectrum(stacked, None if metric is None else metric.average, most)
+    left, right = lowrank.factors(stacked, spectrum.basis, spectrum.basis.shape[-1])
+    return left, tuple(right.split([m.shape[-1] for m in matrices], dim=-1)), spectrum.energies
 
 
 def left_start(

@@ -138,10 +138,10 @@ class Greedy(_Projecting):
 
     def __call__(self, target: Float[Tensor, "g o n"], rank: int, start: Product | None) -> Product:
         mixed = self._mixed(target)
-        held = None if start is None else start.factors[1]
+        right = None if start is None else start.factors[1]
         # A first factor out of nothing takes a turn more than one to go on from.
-        turns = self.turns if held is not None and held.shape[1] == rank else self.turns + 1
-        left, right = bilateral.greedy(mixed, self.metric, rank, start=held, rounds=1, turns=turns)
+        turns = self.turns if right is not None and right.shape[1] == rank else self.turns + 1
+        left, right = bilateral.greedy(mixed, self.metric, rank, start=right, rounds=1, turns=turns)
         return self._product(left, right)
 
 

@@ -256,8 +256,8 @@ def polyadic(
         lost, gradients, _ = polyadic_error(target, [point / units for point in points])
         return lost, [gradient / units for gradient in gradients]
 
-    found = normalised([point / units for point in descend(objective, [m * units for m in modes], evaluations)])
-    return found, polyadic_error(target, found)[0]
+    better = normalised([point / units for point in descend(objective, [m * units for m in modes], evaluations)])
+    return better, polyadic_error(target, better)[0]
 
 
 # --- Tucker-2 -------------------------------------------------------------------------------------------------------
@@ -304,8 +304,8 @@ class Answers:
 
 def tucker_start(target: Target, most: int) -> Float[Tensor, "i p"]:
     """Combinations of the input channels, the leading ones of the weight in the average slice; nested."""
-    found = lowrank.spectrum(target.matrix, target.metric.average, most)
-    left, _ = lowrank.factors(target.matrix, found.basis, most)
+    spectrum = lowrank.spectrum(target.matrix, target.metric.average, most)
+    left, _ = lowrank.factors(target.matrix, spectrum.basis, most)
     return normalised([left[0]])[0]
 
 
@@ -316,13 +316,13 @@ def tucker_errors(
 
     One factorisation serves all: the errors fall with either number.
     """
-    answers, outputs, found = Answers.of(target, inner), target.weight.shape[0], []
+    answers, outputs, errors = Answers.of(target, inner), target.weight.shape[0], []
     for number in inputs:
         gained = answers.gained(number).cumsum(0)
         # Fewer combinations than outputs have no further components.
         gained = torch.cat([gained.new_zeros(1), gained, gained[-1:].expand(max(0, outputs - len(gained)))])
-        found.append(target.left_over(gained))
-    return found
+        errors.append(target.left_over(gained))
+    return errors
 
 
 def tucker_work(target: Target, inputs: int) -> float:

@@ -315,11 +315,11 @@ def taps(scores: Tensor) -> tuple[Taps, ...]:
         if extent == kernel:
             continue
         for corner in itertools.product(*(range(k - e + 1) for k, e in zip(kernel, extent, strict=True))):
-            found = Taps(extent, corner)
-            value = float(energy[found.box].sum())
+            box = Taps(extent, corner)
+            value = float(energy[box.box].sum())
             if extent not in best or value > best[extent][0]:
-                best[extent] = value, found
-    return tuple(found for _, found in best.values())
+                best[extent] = value, box
+    return tuple(box for _, box in best.values())
 
 
 _PLAIN: dict[str, Pattern] = {p.name: p for p in (Unstructured(), Rows(), Channels())}
@@ -335,12 +335,12 @@ def pattern(name: str) -> Pattern:
     """
     if name in _PLAIN:
         return _PLAIN[name]
-    if found := re.fullmatch(r"(\d{1,4}):(\d{1,4})", name):
-        return NofM(int(found[1]), int(found[2]))
-    if found := re.fullmatch(r"(\d{1,4})x(\d{1,4})", name):
-        return Blocks(int(found[1]), int(found[2]))
-    if found := re.fullmatch(r"taps-(\d{1,4}(?:x\d{1,4})*)@(\d{1,4}(?:x\d{1,4})*)", name):
-        extent, corner = (tuple(map(int, part.split("x"))) for part in found.groups())
+    if match := re.fullmatch(r"(\d{1,4}):(\d{1,4})", name):
+        return NofM(int(match[1]), int(match[2]))
+    if match := re.fullmatch(r"(\d{1,4})x(\d{1,4})", name):
+        return Blocks(int(match[1]), int(match[2]))
+    if match := re.fullmatch(r"taps-(\d{1,4}(?:x\d{1,4})*)@(\d{1,4}(?:x\d{1,4})*)", name):
+        extent, corner = (tuple(map(int, part.split("x"))) for part in match.groups())
         return Taps(extent, corner)
     raise ValueError(
         f"unknown pattern {name!r}; expected {', '.join(map(repr, _PLAIN))}, n:m as in '2:4', outputs x inputs of a "

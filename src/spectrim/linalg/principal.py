@@ -32,8 +32,8 @@ def _checked(values: Tensor, name: str) -> Tensor:
     odd = (~torch.isfinite(values)).nonzero()
     if len(odd):
         where = odd[0].tolist()
-        found = f"{name}{where} is {float(values[tuple(where)])}"
-        raise ValueError(f"{found}, expected finite numbers: look for NaN or overflow in the responses of this layer")
+        entry = f"{name}{where} is {float(values[tuple(where)])}"
+        raise ValueError(f"{entry}, expected finite numbers: look for NaN or overflow in the responses of this layer")
     return values.detach().double()
 
 

@@ -148,7 +148,7 @@ def scarcity(count: int, squares: Float[Tensor, "g d"], fourths: Float[Tensor, "
 
 
 def towards(
-    weight: Float[Tensor, "g o d"], fitted: Regression, scarce: Float[Tensor, "g d"], held: Unseen | None, count: int
+    weight: Float[Tensor, "g o d"], fitted: Regression, scarce: Float[Tensor, "g d"], unseen: Unseen | None, count: int
 ) -> Float[Tensor, "g o d"]:
     """The weight that answers best for the inputs it is given, as far as samples that were held out agree.
 
@@ -171,13 +171,13 @@ def towards(
         In float64. On the samples that were held out it is never worse than ``weight``.
     """
     missing = fitted.missing(weight)
-    if held is None:
+    if unseen is None:
         return weight.double() + fitted.step(missing, torch.full_like(scarce, ridge(count, weight.shape[2])))
-    left = held.answers - held.inputs @ weight.to(held.inputs.dtype).mT
+    left = unseen.answers - unseen.inputs @ weight.to(unseen.inputs.dtype).mT
     best, most = torch.zeros_like(weight, dtype=torch.float64), 0.0
     for strength in STRENGTHS:
         step = _bounded(fitted.step(missing, strength * scarce + 1e-6), weight)
-        gains = held.gains(left, step.to(held.inputs.dtype))
+        gains = unseen.gains(left, step.to(unseen.inputs.dtype))
         gain, place = (value.item() for value in gains.max(0))
         if gain > most:
             best, most = SHARES[int(place)] * step, gain

@@ -234,7 +234,7 @@ def fit(
         part = gradient * moving
         length = float(part.square().sum()) / max(error.value(part / scale), 1e-300)
         long, short = ([whole / 2**k for k in range(halvings + 1)] for whole in (1.0, length))
-        found = None
+        improved = None
         for reach in [*short, *long[:1]] if cautious else [*short, *long] if turn % 2 else [*long, *short]:
             moved = best.weight * scale + reach * gradient
             mask = threshold(moved.square(), pattern, density, kernel)
@@ -242,11 +242,11 @@ def fit(
                 continue
             tried = solve(target, error, mask, start=moved / scale, steps=steps)
             if tried.error < best.error:
-                found = tried
+                improved = tried
                 break
-        if found is None:
+        if improved is None:
             break
-        best = found
+        best = improved
     return best
 
 

@@ -112,8 +112,8 @@ def elimination(
 def _least(scores: Tensor, count: int, pools: int) -> list[int]:
     """The channels of least score; the same number in every pool."""
     runs = scores.reshape(pools, -1)
-    found = torch.topk(runs, max(1, count // pools), dim=1, largest=False, sorted=True).indices
-    numbers = found + torch.arange(pools).unsqueeze(1) * runs.shape[1]
+    places = torch.topk(runs, max(1, count // pools), dim=1, largest=False, sorted=True).indices
+    numbers = places + torch.arange(pools).unsqueeze(1) * runs.shape[1]
     return numbers.t().flatten().tolist()
 
 
@@ -139,8 +139,8 @@ class _State:
         entries = self.entries[alive]
         f = entries.shape[1]
         if f == 1:
-            own = entries.flatten()
-            cost = self.losses[own, own] / self.inverse[own, own]
+            diagonal = entries.flatten()
+            cost = self.losses[diagonal, diagonal] / self.inverse[diagonal, diagonal]
         else:
             rows, columns = entries.unsqueeze(2), entries.unsqueeze(1)
             solved = torch.linalg.solve(self.inverse[rows, columns], self.losses[rows, columns])
@@ -149,10 +149,10 @@ class _State:
 
     def remove(self, channels: Sequence[int]) -> float:
         """Do without channels; what that adds to the loss."""
-        held = [self.place[c] for c in channels if c in self.place]
-        if not held:
+        places = [self.place[c] for c in channels if c in self.place]
+        if not places:
             return 0.0
-        gone = self.entries[held].flatten()
+        gone = self.entries[places].flatten()
         p, q = self.inverse[:, gone], self.losses[:, gone]
         block = torch.linalg.cholesky(p[gone])
         # K = P_:J P_JJ^{-1}
@@ -163,7 +163,7 @@ class _State:
         change = (q - middle / 2) @ k.t()
         self.losses -= change
         self.losses -= change.t()
-        self.alive[held] = False
+        self.alive[places] = False
         self._close_up(gone)
         return added
 

@@ -51,7 +51,7 @@ class Support:
 def examine(
     target: Float[Tensor, "g o n"],
     error: Quadratic,
-    found: Additive,
+    fit: Additive,
     pattern: Pattern,
     kernel: tuple[int, ...],
     *,
@@ -73,10 +73,10 @@ def examine(
     ValueError
         If the low-rank part is of another split.
     """
-    mask, weight = found.sparse.mask, found.sparse.weight
+    mask, weight = fit.sparse.mask, fit.sparse.weight
     g, o, n = target.shape
     scale = error.scale(o)
-    rest = target - weight if found.product is None else target - weight - found.product.weight
+    rest = target - weight if fit.product is None else target - weight - fit.product.weight
     gains = (error.apply(rest) / scale).square()
     alone = 1 - torch.maximum(_likeness(error, g, n, target), _outputs_likeness(error, target)).clamp_max(1)
     losses = (weight * scale).square() * alone
@@ -85,19 +85,19 @@ def examine(
     least = units.masked_fill(~kept, float("inf")).amin(1)
     most = units.masked_fill(kept, 0.0).amax(1)
     gap = float((least / most.clamp_min(1e-300)).min())
-    return Support(gap, _overlap(found, scale, turns))
+    return Support(gap, _overlap(fit, scale, turns))
 
 
 def _likeness(error: Quadratic, g: int, n: int, like: Tensor) -> Float[Tensor, "g 1 n"]:
     """Largest squared correlation of every input with another one."""
     strength = error.metric.diagonal().clamp_min(1e-300)
-    found = []
-    for some in torch.arange(n, device=like.device).split(1024):
-        rows = torch.zeros(g, some.numel(), n, dtype=like.dtype, device=like.device)
-        rows[:, torch.arange(some.numel(), device=like.device), some] = 1
-        squares = error.metric.times(rows).square() / (strength[:, some].unsqueeze(2) * strength.unsqueeze(1))
-        found.append((squares * (1 - rows)).amax(2))
-    return torch.cat(found, dim=1).unsqueeze(1)
+    maxima = []
+    for entries in torch.arange(n, device=like.device).split(1024):
+        rows = torch.zeros(g, entries.numel(), n, dtype=like.dtype, device=like.device)
+        rows[:, torch.arange(entries.numel(), device=like.device), entries] = 1
+        squares = error.metric.times(rows).square() / (strength[:, entries].unsqueeze(2) * strength.unsqueeze(1))
+        maxima.append((squares * (1 - rows)).amax(2))
+    return torch.cat(maxima, dim=1).unsqueeze(1)
 
 
 def _outputs_likeness(error: Quadratic, like: Tensor) -> Float[Tensor, "g _ 1"]:
@@ -110,12 +110,12 @@ def _outputs_likeness(error: Quadratic, like: Tensor) -> Float[Tensor, "g _ 1"]:
     return (squares * off).amax(2, keepdim=True)
 
 
-def _overlap(found: Additive, scale: Tensor, turns: int) -> float:
+def _overlap(fit: Additive, scale: Tensor, turns: int) -> float:
     """Largest singular value of the projection of the support onto the tangent space, by power iteration."""
-    mask = found.sparse.mask
-    if found.product is None or not bool(mask.any()):
+    mask = fit.sparse.mask
+    if fit.product is None or not bool(mask.any()):
         return 0.0
-    left, right = found.product.factors
+    left, right = fit.product.factors
     g, o, n = mask.shape
     if left.shape[1] != o or right.shape[2] != n:
         raise ValueError(

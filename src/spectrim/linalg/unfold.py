@@ -69,14 +69,14 @@ def unfoldings(kernel: Sequence[int]) -> tuple[Unfolding, ...]:
 def _unfoldings(kernel: tuple[int, ...]) -> tuple[Unfolding, ...]:
     n = len(kernel)
     wide = [a for a in range(n) if kernel[a] > 1]
-    found = [Unfolding("channel", tuple(range(n)))]
+    unfoldings = [Unfolding("channel", tuple(range(n)))]
     if not wide:
-        return tuple(found)
-    found.append(Unfolding("input", ()))
+        return tuple(unfoldings)
+    unfoldings.append(Unfolding("input", ()))
     for size in range(1, len(wide)):
         for subset in itertools.combinations(wide, size):
-            found.append(Unfolding("+".join(_AXIS_NAMES[n][a] for a in subset) + "-first", subset))
-    return tuple(found)
+            unfoldings.append(Unfolding("+".join(_AXIS_NAMES[n][a] for a in subset) + "-first", subset))
+    return tuple(unfoldings)
 
 
 def unfolding(kernel: Sequence[int], name: str) -> Unfolding:

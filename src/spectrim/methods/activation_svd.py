@@ -52,25 +52,25 @@ class ActivationSVD(LowRankMethod):
         errors: list[float] = []
         spectra: dict[str, tuple[float, ...]] = {}
         scale = 1.0
-        own = Standard.of(site)
+        units = Standard.of(site)
         for how in self.offered(site.spec):
             ranks = self.ranks(site.spec, how)
             if not ranks:
                 continue
-            seen = own.patches(how)
+            seen = units.patches(how)
             if seen is None and not _has_outputs(site, how):
                 continue
-            mixed = own.mixed(how)
+            mixed = units.mixed(how)
             if seen is not None and not seen.metric.separates:
-                found = lowrank.spectrum(mixed, seen.metric.average, ranks[-1])
-                energies = found.energies
-                left, _ = lowrank.factors(mixed, found.basis, ranks[-1])
+                spectrum = lowrank.spectrum(mixed, seen.metric.average, ranks[-1])
+                energies = spectrum.energies
+                left, _ = lowrank.factors(mixed, spectrum.basis, ranks[-1])
                 lost = response.refit_errors(mixed, seen.metric, left)
-                total = own.energy(how, seen.metric)
+                total = units.energy(how, seen.metric)
             else:
                 # With one slice, or the slice metric alone, the projection is optimal and the spectrum has its error.
                 if seen is None:
-                    energies = _start(own, how, seen, ranks[-1]).energies
+                    energies = _start(units, how, seen, ranks[-1]).energies
                 else:
                     energies = lowrank.energies(mixed, seen.metric.average)
                 lost, total = lowrank.tail_errors(energies), float(energies.sum())
@@ -82,30 +82,30 @@ class ActivationSVD(LowRankMethod):
 
     def factorize(self, site: Layer, choice: LowRankChoice) -> LowRank:
         how = unfolding(site.spec.kernel, choice.unfolding)
-        own = Standard.of(site)
-        seen = own.patches(how)
+        units = Standard.of(site)
+        seen = units.patches(how)
         if seen is None and not _has_outputs(site, how):
             site.require("input" if how.name != "channel" else "output", f"ActivationSVD ({how.name})")
-        matrix = own.matrix(how)
-        found = _start(own, how, seen, choice.rank)
+        matrix = units.matrix(how)
+        spectrum = _start(units, how, seen, choice.rank)
         if seen is None:
-            left, right, shift = _projected(own, matrix, found.basis)
+            left, right, shift = _projected(units, matrix, spectrum.basis)
         else:
-            left, right = self._fitted(matrix, seen.metric, found, own.root, choice.rank)
-            shift = own.shift(seen.shift(matrix - left @ right))
-        left, right = lowrank.balance(own.left(left), own.right(right))
+            left, right = self._fitted(matrix, seen.metric, spectrum, units.root, choice.rank)
+            shift = units.shift(seen.shift(matrix - left @ right))
+        left, right = lowrank.balance(units.left(left), units.right(right))
         dtype = site.spec.dtype
         moved = shift.to(dtype) if choice.bias else None
         return LowRank(left.to(dtype), right.to(dtype), moved, how, site.spec.shape[1:])
 
     def _fitted(
-        self, matrix: Tensor, metric: SlicedMetric, found: lowrank.Spectrum, weight: Tensor | None, rank: int
+        self, matrix: Tensor, metric: SlicedMetric, spectrum: lowrank.Spectrum, weight: Tensor | None, rank: int
     ) -> tuple[Tensor, Tensor]:
-        if rank >= found.energies.shape[-1]:
+        if rank >= spectrum.energies.shape[-1]:
             # Nothing is lost at full rank, so nothing needs fitting and the product is exact.
             return lowrank.factors(matrix, lowrank.spectrum(matrix).basis, rank)
         mixed = response.mix(matrix, weight)
-        left, _ = lowrank.factors(mixed, found.basis, rank)
+        left, _ = lowrank.factors(mixed, spectrum.basis, rank)
         if not metric.separates:
             left, _ = response.alternate(mixed, metric, left, sweeps=self.sweeps)
         # The best second factor for a given first one does not depend on the weight of the outputs.
@@ -116,22 +116,22 @@ def _has_outputs(site: Layer, how: Unfolding) -> bool:
     return how.name == "channel" and site.statistics.output is not None
 
 
-def _start(own: Standard, how: Unfolding, seen: statistics.Patches | None, most: int) -> lowrank.Spectrum:
+def _start(units: Standard, how: Unfolding, seen: statistics.Patches | None, most: int) -> lowrank.Spectrum:
     """So many leading directions, by patches, slices or outputs, whichever the site holds."""
     if seen is not None:
-        return lowrank.spectrum(own.mixed(how), seen.metric.average, most)
-    covariance = own.covariance()
-    found = lowrank.principal(covariance if own.root is None else own.root @ covariance @ own.root.mT)
-    return lowrank.Spectrum(found.energies, found.basis[..., :most])
+        return lowrank.spectrum(units.mixed(how), seen.metric.average, most)
+    covariance = units.covariance()
+    spectrum = lowrank.principal(covariance if units.root is None else units.root @ covariance @ units.root.mT)
+    return lowrank.Spectrum(spectrum.energies, spectrum.basis[..., :most])
 
 
-def _projected(own: Standard, matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _projected(units: Standard, matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Factors and shift that project the (weighted) outputs onto a basis, from output moments alone."""
-    if own.root is None:
+    if units.root is None:
         inwards, outwards = basis, basis.mT
     else:
-        inwards, outwards = own.root.mT @ basis, torch.linalg.solve_triangular(own.root, basis, upper=True).mT
-    mean = own.site.require("output", "ActivationSVD").mean
-    size = own.outputs.unsqueeze(2)
-    shift = statistics.outside(own.site, mean, size * inwards, outwards / size.mT)
+        inwards, outwards = units.root.mT @ basis, torch.linalg.solve_triangular(units.root, basis, upper=True).mT
+    mean = units.site.require("output", "ActivationSVD").mean
+    size = units.outputs.unsqueeze(2)
+    shift = statistics.outside(units.site, mean, size * inwards, outwards / size.mT)
     return matrix @ inwards, outwards, shift

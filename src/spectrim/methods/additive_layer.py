@@ -70,10 +70,10 @@ class AdditiveLayer:
         units = Standard.of(site)
         metric, mean = _metric(units, how)
         # Layers of millions of weights, whose metrics are rows, are fitted in float32: half the memory and time.
-        dtype, root, held = metric.dtype, units.root, _WHOLE
+        dtype, root, whole = metric.dtype, units.root, _WHOLE
         split = None if how.name == "channel" else metric.sliced(how)
         if split is not None and split.separates:
-            metric, held = split.averaged, how
+            metric, whole = split.averaged, how
             if root is not None:
                 each = torch.eye(split.slices, dtype=root.dtype, device=root.device)
                 root = torch.einsum("gab,qs->gaqbs", root, each).flatten(3).flatten(1, 2)
@@ -82,8 +82,8 @@ class AdditiveLayer:
         root = None if root is None else root.to(dtype)
         outer = None if root is None else root.mT @ root
         step: LowRankStep
-        step = (Exact if exact else Greedy)(metric, root) if split is None or held is how else Split(split, root)
-        return cls(units, how, held, _rows(units.own_weight.to(dtype), held), Quadratic(metric, outer), step, mean)
+        step = (Exact if exact else Greedy)(metric, root) if split is None or whole is how else Split(split, root)
+        return cls(units, how, whole, _rows(units.own_weight.to(dtype), whole), Quadratic(metric, outer), step, mean)
 
     def single(self) -> AdditiveLayer:
         """The same in float32, at half the time: exact enough to tell choices apart, since channels have unit variance.
@@ -141,24 +141,24 @@ class AdditiveLayer:
         first, second = self.how.sizes(kernel)
         return self.target.new_zeros(g, i * first, 0), self.target.new_zeros(g, 0, o * second)
 
-    def sparse(self, found: Additive) -> Tensor:
+    def sparse(self, fit: Additive) -> Tensor:
         """The sparse weight ``[g, o, i, *k]``."""
-        return self.units.weight(self.whole(found.sparse.weight))
+        return self.units.weight(self.whole(fit.sparse.weight))
 
-    def shift(self, found: Additive) -> Tensor:
+    def shift(self, fit: Additive) -> Tensor:
         """Mean response ``[o_total]`` of what both parts leave out, for the bias."""
         if self.mean is None:
             return self.target.new_zeros(math.prod(self.site.spec.shape[:2]))
-        rest = self.target - found.sparse.weight
-        if found.product is not None:
-            rest = rest - found.product.weight
+        rest = self.target - fit.sparse.weight
+        if fit.product is not None:
+            rest = rest - fit.product.weight
         lost = self.whole(rest).flatten(2)
         return self.units.shift(torch.einsum("gon,gn->go", lost, self.mean.to(rest.dtype)).reshape(-1))
 
 
-def _rows(weight: Tensor, held: Unfolding) -> Tensor:
+def _rows(weight: Tensor, how: Unfolding) -> Tensor:
     """A weight ``[g, o, i, *k]`` as rows."""
-    return weight.flatten(2) if held is _WHOLE else unfold(weight, held).mT.contiguous()
+    return weight.flatten(2) if how is _WHOLE else unfold(weight, how).mT.contiguous()
 
 
 def _known_slices(site: Layer, how: Unfolding) -> Unfolding | None:

@@ -196,10 +196,10 @@ def _class_of(written: _Record) -> type[Method]:
     """The class that a record means. One that was made again, as by a cell that runs twice, is the last."""
     known = {(cls.__module__, cls.__name__): cls for cls in _concrete(Method)}
     fitting = {module: cls for (module, name), cls in known.items() if name == written.type}
-    own = [cls for module, cls in fitting.items() if _is_own(module)]
+    ours = [cls for module, cls in fitting.items() if _is_own(module)]
     # Modules of Spectrim move from version to version, and a record of version 0.1 has none.
-    if own and (written.module is None or _is_own(written.module)):
-        return own[0]
+    if ours and (written.module is None or _is_own(written.module)):
+        return ours[0]
     if written.module is None and len(fitting) > 1:
         raise PlanError(
             f"the plan needs method {written.type!r} and does not say whose, of modules {', '.join(sorted(fitting))}. "
@@ -221,10 +221,10 @@ def _is_own(module: str) -> bool:
 
 
 def _concrete(cls: type[Method]) -> list[type[Method]]:
-    found = [] if cls.__abstractmethods__ else [cls]
+    classes = [] if cls.__abstractmethods__ else [cls]
     for child in cls.__subclasses__():
-        found += _concrete(child)
-    return found
+        classes += _concrete(child)
+    return classes
 
 
 @dataclass(frozen=True)

@@ -62,9 +62,9 @@ class ChainedLayer:
         how = unfolding(site.spec.kernel, "input")
         weight = site.weight[0].double()
         target = Target(weight, Plain(1, tuple(site.spec.shape[2:]), site.weight.device, how))
-        own = Standard.of(site)
-        seen = own.patches(how) if site.statistics else None
-        judge = None if seen is None else (own, Target(_mixed(own), seen.metric))
+        units = Standard.of(site)
+        seen = units.patches(how) if site.statistics else None
+        judge = None if seen is None else (units, Target(_mixed(units), seen.metric))
         return cls(site, target, target, None, judge, seen)
 
     @classmethod
@@ -76,11 +76,13 @@ class ChainedLayer:
         MissingMomentsError
             If calibration kept nothing of its inputs.
         """
-        own = Standard.of(site)
-        seen = own.patches(unfolding(site.spec.kernel, "input"))
+        units = Standard.of(site)
+        seen = units.patches(unfolding(site.spec.kernel, "input"))
         if seen is None:
             raise site.missing("input", method, site.statistics.names)
-        return cls(site, Target(_mixed(own), seen.metric), Target(own.own_weight[0], seen.metric), own, None, seen)
+        return cls(
+            site, Target(_mixed(units), seen.metric), Target(units.own_weight[0], seen.metric), units, None, seen
+        )
 
     @property
     def energy(self) -> float:
@@ -91,9 +93,9 @@ class ChainedLayer:
         """What a chain with these columns loses, of which the fit says ``error``."""
         if self.judge is None:
             return error
-        own, target = self.judge
-        left = own.own_left(columns.unsqueeze(0))
-        right = response.mix(own.own_right(self.plain.outer(columns).mT.unsqueeze(0)), own.root)
+        units, target = self.judge
+        left = units.own_left(columns.unsqueeze(0))
+        right = response.mix(units.own_right(self.plain.outer(columns).mT.unsqueeze(0)), units.root)
         return target.lost((left @ right)[0].mT.reshape(target.weight.shape))
 
     def ends(
@@ -106,20 +108,20 @@ class ChainedLayer:
             missing = self.plain.weight.flatten(1) - outer @ columns.mT
             if self.units is None:
                 assert self.judge is not None
-                own = self.judge[0]
-                missing = own.own_right(own.own_left(missing.mT.unsqueeze(0)))[0].mT
+                units = self.judge[0]
+                missing = units.own_right(units.own_left(missing.mT.unsqueeze(0)))[0].mT
             else:
-                own = self.units
-            shift = own.shift(self.seen.shift(self.seen.metric.unfold(missing.unsqueeze(0))))
+                units = self.units
+            shift = units.shift(self.seen.shift(self.seen.metric.unfold(missing.unsqueeze(0))))
         if self.units is None:
             return inner, outer, shift
         return self.units.left(inner.unsqueeze(0))[0], self.units.right(outer.mT.unsqueeze(0))[0].mT, shift
 
 
-def _mixed(own: Standard) -> Float[Tensor, "o i *k"]:
+def _mixed(units: Standard) -> Float[Tensor, "o i *k"]:
     """The weight with the root of the gradients applied to its outputs."""
-    weight = own.own_weight[0]
-    return weight if own.root is None else torch.einsum("to,oi...->ti...", own.root[0], weight)
+    weight = units.own_weight[0]
+    return weight if units.root is None else torch.einsum("to,oi...->ti...", units.root[0], weight)
 
 
 @dataclass(frozen=True)
@@ -139,9 +141,9 @@ class ChainMethod(Method):
 
     def __post_init__(self) -> None:
         multiple = 1 if self.multiple_of is None else self.multiple_of
-        for name, given in (("multiple_of", multiple), ("evaluations", self.evaluations)):
-            if not isinstance(given, Integral) or isinstance(given, bool):
-                raise TypeError(f"{name} must be a whole number, got {given!r}: write {name}=8, or leave it out")
+        for name, value in (("multiple_of", multiple), ("evaluations", self.evaluations)):
+            if not isinstance(value, Integral) or isinstance(value, bool):
+                raise TypeError(f"{name} must be a whole number, got {value!r}: write {name}=8, or leave it out")
         if multiple < 1:
             raise ValueError(f"multiple_of must be at least 1, got {self.multiple_of}")
         if self.evaluations < 0:
@@ -152,9 +154,9 @@ class ChainMethod(Method):
         if not takes(site.spec):
             return Curve((), (), unit)
         layer = self.layer(site)
-        found = [(choice, error) for choice, error in self.offered(layer) if error <= 1]
+        pairs = [(choice, error) for choice, error in self.offered(layer) if error <= 1]
         scale = statistics.scale(site, layer.energy) if site.statistics else 1.0
-        return Curve(tuple(choice for choice, _ in found), tuple(error for _, error in found), unit, scale)
+        return Curve(tuple(choice for choice, _ in pairs), tuple(error for _, error in pairs), unit, scale)
 
     @abstractmethod
     def layer(self, site: Layer) -> ChainedLayer:

@@ -68,7 +68,7 @@ class _CP(ChainMethod):
             raise ValueError(f"kernels is {self.kernels!r}; expected a tuple of names out of {', '.join(known)}")
 
     def offered(self, layer: ChainedLayer) -> Sequence[tuple[Choice, float]]:
-        found: list[tuple[Choice, float]] = []
+        pairs: list[tuple[Choice, float]] = []
         kinds = self._kinds(layer.site.spec)
         for kernel in kinds:
             least = math.inf
@@ -85,9 +85,9 @@ class _CP(ChainMethod):
                 error = layer.lost(multilinear.columns_of(modes), error) + _rounded(layer, modes)
                 # A fit that came to no less than one of fewer components is nothing to offer.
                 if error < least:
-                    found.append((choice, error))
+                    pairs.append((choice, error))
                     least = error
-        return found
+        return pairs
 
     def factorize(self, site: Layer, choice: CPChoice) -> chains.CP:
         layer, kernel = self.layer(site), site.spec.kernel

@@ -47,7 +47,7 @@ class JointLayers:
     mixed: tuple[Tensor, ...]
     roots: tuple[float, ...]
     counts: tuple[float, ...]
-    own: tuple[Standard, ...]
+    units: tuple[Standard, ...]
     seen: tuple[statistics.Patches, ...] | None
     scale: float
 
@@ -68,7 +68,7 @@ class JointLayers:
 
     def own_left(self, left: Tensor, number: int) -> Tensor:
         """The first factor of one layer alone, fitted to its mixed matrix, for the layer as it is."""
-        return self.own[number].left(left / self.roots[number])
+        return self.units[number].left(left / self.roots[number])
 
     def own_right(self, right: Tensor, number: int) -> Tensor:
         """The same of a second factor."""
@@ -76,19 +76,19 @@ class JointLayers:
 
     def shared_left(self, left: Tensor) -> Tensor:
         """The same of the first factor that all layers share."""
-        return self.own[0].left(left)
+        return self.units[0].left(left)
 
     def shared_right(self, right: Tensor, number: int = 0) -> Tensor:
         """The same of the second factor that all layers share."""
-        own = self.own[number]
-        return own.right(response.unmix(right, own.root))
+        units = self.units[number]
+        return units.right(response.unmix(right, units.root))
 
     def shift(self, made: Tensor, number: int) -> Tensor:
         """Mean response of what a product, as it is, leaves out of a layer."""
-        own = self.own[number]
+        units = self.units[number]
         assert self.seen is not None
-        missing = self.matrices[number] - own.own_right(own.own_left(made))
-        return own.shift(self.seen[number].shift(missing))
+        missing = self.matrices[number] - units.own_right(units.own_left(made))
+        return units.shift(self.seen[number].shift(missing))
 
 
 def pose(site: Group, how: Unfolding, *, left: bool, right: bool, plain: bool = False) -> JointLayers | None:
@@ -103,18 +103,18 @@ def pose(site: Group, how: Unfolding, *, left: bool, right: bool, plain: bool = 
         Whether squared norms add up as they are.
     """
     parts = site.parts
-    own = Standard.together(parts, inputs=left or site.same_input, outputs=right)
-    matrices = tuple(each.matrix(how) for each in own)
+    units = Standard.together(parts, inputs=left or site.same_input, outputs=right)
+    matrices = tuple(each.matrix(how) for each in units)
     seen = None
     if site.calibrated:
-        seen = _patches(site, own, how)
+        seen = _patches(site, units, how)
         if seen is None:
             return None
-    mixed = tuple(response.mix(m, each.root) for m, each in zip(matrices, own, strict=True))
+    mixed = tuple(response.mix(m, each.root) for m, each in zip(matrices, units, strict=True))
     totals = _energies(mixed, seen)
     # Losing a layer counts as it does where the layer is chosen alone, by its own weight.
     alone = totals
-    if right and own[0].root is not None:
+    if right and units[0].root is not None:
         each = Standard.together(parts, inputs=left or site.same_input, outputs=False)
         alone = _energies([one.mixed(how) for one in each], seen)
     scales = [statistics.scale(part, total) for part, total in zip(parts, alone, strict=True)]
@@ -122,9 +122,9 @@ def pose(site: Group, how: Unfolding, *, left: bool, right: bool, plain: bool = 
     roots = tuple((s / t) ** 0.5 if s > 0 and t > 0 else 1.0 for s, t in zip(scales, totals, strict=True))
     ones = (1.0,) * len(parts)
     if plain:
-        return JointLayers(matrices, mixed, ones, tuple(root**2 for root in roots), own, seen, sum(scales))
+        return JointLayers(matrices, mixed, ones, tuple(root**2 for root in roots), units, seen, sum(scales))
     mixed = tuple(root * m for root, m in zip(roots, mixed, strict=True))
-    return JointLayers(matrices, mixed, roots, ones, own, seen, sum(scales))
+    return JointLayers(matrices, mixed, roots, ones, units, seen, sum(scales))
 
 
 def _energies(matrices: Sequence[Tensor], seen: Sequence[statistics.Patches] | None) -> list[float]:
@@ -134,9 +134,9 @@ def _energies(matrices: Sequence[Tensor], seen: Sequence[statistics.Patches] | N
     return [float(response.total_energy(m, patches.metric).sum()) for m, patches in layers]
 
 
-def _patches(site: Group, own: Sequence[Standard], how: Unfolding) -> tuple[statistics.Patches, ...] | None:
-    seen = [patches for each in own if (patches := each.patches(how))]
-    if len(seen) < len(own):
+def _patches(site: Group, units: Sequence[Standard], how: Unfolding) -> tuple[statistics.Patches, ...] | None:
+    seen = [patches for each in units if (patches := each.patches(how))]
+    if len(seen) < len(units):
         return None
     if not site.same_input:
         return tuple(seen)

@@ -204,8 +204,8 @@ class JointSVD(Method):
             energies = lowrank.energies(torch.cat(group.mixed, dim=-2 if self.share == "right" else -1))
             return ranks, (lowrank.tail_errors(energies) * float(energies.sum()))[ranks].tolist(), energies
         if self.share == "right":
-            found = joint.right_shared(group.mixed, metrics, most)
-            energies, basis = found.energies, found.basis
+            spectrum = joint.right_shared(group.mixed, metrics, most)
+            energies, basis = spectrum.energies, spectrum.basis
             lefts = [m @ basis for m in group.mixed]
             exact = group.separates
         else:
@@ -330,34 +330,34 @@ class JointSVD(Method):
         number
             Of the layer in the group.
         """
-        own = Standard.of(site)
-        seen = own.patches(factors.how)
+        units = Standard.of(site)
+        seen = units.patches(factors.how)
         if seen is None:
             site.require("input", f"refitting {self.name}")
             return factors
-        matrix = own.matrix(factors.how)
+        matrix = units.matrix(factors.how)
         left_rank, right_rank = factors.ranks
         # A part of rank 0 may be as long as another layer.
         shared_left, v = factors.shared_left.double(), factors.own_rights[number].double()
         u, shared_right = factors.own_lefts[number].double(), factors.shared_right.double()
         if left_rank:
-            shared_left, v = own.own_left(shared_left), own.own_right(v)
+            shared_left, v = units.own_left(shared_left), units.own_right(v)
         if right_rank:
-            u, shared_right = own.own_left(u), own.own_right(shared_right)
+            u, shared_right = units.own_left(u), units.own_right(shared_right)
         # Only the first factor depends on how the outputs are weighed: the best second one is best for each of them.
-        mixed_right = response.mix(shared_right, own.root)
+        mixed_right = response.mix(shared_right, units.root)
         for _ in range(3 if left_rank and right_rank else 1):
             if right_rank:
                 rest = matrix - shared_left @ v if left_rank else matrix
-                u = _own_left(response.mix(rest, own.root), seen.metric, u, mixed_right)
+                u = _own_left(response.mix(rest, units.root), seen.metric, u, mixed_right)
             if left_rank:
                 rest = matrix - u @ shared_right if right_rank else matrix
                 v = response.refit(rest, seen.metric, shared_left)
         (made,) = Bilateral((u,), shared_right, shared_left, (v,)).products()
         missing = matrix - made
         dtype = factors.shared_right.dtype
-        shift = None if site.biases[0] is None else own.shift(seen.shift(missing)).to(dtype)
-        u, v = own.left(u) if right_rank else u, own.right(v) if left_rank else v
+        shift = None if site.biases[0] is None else units.shift(seen.shift(missing)).to(dtype)
+        u, v = units.left(u) if right_rank else u, units.right(v) if left_rank else v
 
         def put(values: tuple[Any, ...], new: Tensor | None) -> tuple[Any, ...]:
             return (*values[:number], new, *values[number + 1 :])

@@ -165,7 +165,7 @@ class LowRankPlusSparse(Method):
         longest, stated = max(_CURVE_TURNS, self.turns // _thin(spec)), min(_CURVE_TURNS, self.turns)
         quick = _quick(layer)
         # Of few entries more turns may find worse ones; the search that the curve tells of is then there as well.
-        found = min(
+        fit = min(
             (
                 self._decompose(quick, choice.rank, pattern, choice.density, turns=turns, polish=_POLISH)
                 for turns in ((longest, stated) if layer.target.numel() < _TINY else (longest,))
@@ -173,14 +173,14 @@ class LowRankPlusSparse(Method):
             key=lambda fit: fit.error,
         )
         if quick is not layer:
-            found = additive.settled(layer.target, layer.error, layer.step, found.double())
-        left, right = layer.factors(found.product)
+            fit = additive.settled(layer.target, layer.error, layer.step, fit.double())
+        left, right = layer.factors(fit.product)
         left, right = lowrank.balance(left, right)
         shift = None
         if choice.bias and (site.statistics or not spec.bias):
-            shift = layer.shift(found).to(spec.dtype)
+            shift = layer.shift(fit).to(spec.dtype)
         dtype = spec.dtype
-        sparse, mask = layer.sparse(found), layer.whole(found.sparse.mask)
+        sparse, mask = layer.sparse(fit), layer.whole(fit.sparse.mask)
         return Factors(left.to(dtype), right.to(dtype), sparse.to(dtype), mask, pattern, shift, how)
 
     def layers(self, site: Layer, choice: SumChoice) -> Chain | Sum:
@@ -241,8 +241,8 @@ class LowRankPlusSparse(Method):
         for name in self.patterns:
             if name == "taps":
                 if len(site.spec.kernel):
-                    found = patterns.taps(layer.scores())
-                    yield from (pattern for pattern in found if site.spec.allows(pattern))
+                    boxes = patterns.taps(layer.scores())
+                    yield from (pattern for pattern in boxes if site.spec.allows(pattern))
             elif site.spec.allows(pattern := patterns.pattern(name)):
                 yield pattern
 
@@ -264,14 +264,14 @@ class LowRankPlusSparse(Method):
         for share in shares:
             for total in _thinned(densities, few if share and self.share is None else 2 * few):
                 # Patterns with a density of their own keep it; the low-rank part is then beside it.
-                own = total if fixed else round((1 - share) * total, 6)
-                pairs.append((int(share * total * numbers / each), own))
+                density = total if fixed else round((1 - share) * total, 6)
+                pairs.append((int(share * total * numbers / each), density))
         seen: set[tuple[int, int]] = set()
         for rank, density in pairs:
             kept = pattern.kept(shape, density)
             # Without a low-rank part all unfoldings are the same.
-            some = kept or (rank and self.share is not None)
-            wanted = some and (rank or first) and rank <= full and (rank, kept) not in seen
+            stored = kept or (rank and self.share is not None)
+            wanted = stored and (rank or first) and rank <= full and (rank, kept) not in seen
             if wanted and self._pays(spec, how, rank, pattern, density):
                 seen.add((rank, kept))
                 yield rank, density
@@ -285,12 +285,12 @@ class LowRankPlusSparse(Method):
             return []
         step = self.multiple_of or rank_multiple(spec.device, spec.dtype, full)
         count = -(-self.ranks // _thin(spec))
-        found = set()
+        ranks = set()
         for n in range(count):
             rank = most ** ((n + 1) / count)
             small = self.multiple_of is None and rank < step
-            found.add(max(1, round(rank)) if small else step * max(1, round(rank / step)))
-        return sorted(rank for rank in found if rank <= full and self._pays(spec, how, rank, _ANY, 0.0))
+            ranks.add(max(1, round(rank)) if small else step * max(1, round(rank / step)))
+        return sorted(rank for rank in ranks if rank <= full and self._pays(spec, how, rank, _ANY, 0.0))
 
     def _pays(self, spec: LayerSpec, how: Unfolding, rank: int, pattern: Pattern, density: float) -> bool:
         made = _structure(spec, how, rank, pattern, density, bias=spec.bias)

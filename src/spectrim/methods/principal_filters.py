@@ -92,8 +92,8 @@ class PrincipalFilters(Method):
         """Numbers of channels on offer, descending, all below the present one."""
         n, pools = site.coupling.channels, site.coupling.pools
         step = self.step(site)
-        found = [w for w in range(step, n, step) if w >= self.least and w % pools == 0]
-        return tuple(reversed(found))
+        widths = [w for w in range(step, n, step) if w >= self.least and w % pools == 0]
+        return tuple(reversed(widths))
 
     def step(self, site: Channels) -> int:
         """The multiple that widths are rounded to: the layer's, of which a head has several entries."""
@@ -122,13 +122,13 @@ class PrincipalFilters(Method):
 
     def energies(self, site: Channels) -> Tensor:
         """The spectrum of the responses, ``[n]``, descending."""
-        held = site.require(self.statistic, type(self).__name__)
-        return principal.spectrum(held.covariance[0])
+        responses = site.require(self.statistic, type(self).__name__)
+        return principal.spectrum(responses.covariance[0])
 
     def dead(self, site: Channels) -> int:
         """Channels whose responses never vary."""
-        held = site.require(self.statistic, "the number of dead filters")
-        return len(principal.inactive(held.covariance[0]))
+        responses = site.require(self.statistic, "the number of dead filters")
+        return len(principal.inactive(responses.covariance[0]))
 
     def elimination(self, site: Channels) -> tuple[list[int], Tensor, float]:
         """The order in which channels go, the error once so many are gone ``[n]``, and the site's scale.
@@ -140,7 +140,7 @@ class PrincipalFilters(Method):
         """
         n = site.coupling.channels
         reading = {side.name for side in site.coupling.on(IN)}
-        found: list[subset.Reader] = []
+        readers: list[subset.Reader] = []
         scale = 0.0
         for part in site.parts:
             if part.name not in reading or not (part.statistics or site.pooled.unpooled):
@@ -149,23 +149,23 @@ class PrincipalFilters(Method):
             of_layer = narrowing.readers(site, part, mixed.mT @ mixed)
             # Sums over layers need losses in one unit.
             total = sum(reader.energy for reader in of_layer)
-            own = statistics.scale(part, total)
+            part_scale = statistics.scale(part, total)
             for reader in of_layer:
-                reader.gram *= own / total if total > 0 else 0.0
-            found += of_layer
-            scale += own
-        if not found:
+                reader.gram *= part_scale / total if total > 0 else 0.0
+            readers += of_layer
+            scale += part_scale
+        if not readers:
             raise MissingMomentsError(
                 f"PrincipalFilters needs calibration statistics, and channels {site.name!r} hold none. "
                 "Run calibrate(model, couple(model, find(model), example), batches) first."
             )
         step = max(self.step(site), -(-n // _STEPS))
         order, lost = subset.elimination(
-            found, n, pools=site.coupling.pools, order=self._given(site), at_a_time=step if n > _STEPS else 1
+            readers, n, pools=site.coupling.pools, order=self._by_rule(site), at_a_time=step if n > _STEPS else 1
         )
         return order, lost / scale if scale > 0 else lost, scale
 
-    def _given(self, site: Channels) -> list[int] | None:
+    def _by_rule(self, site: Channels) -> list[int] | None:
         if self.rule == RECONSTRUCTION:
             return None
         covariance = site.require(self.statistic, type(self).__name__).covariance[0]

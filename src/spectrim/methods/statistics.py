@@ -89,10 +89,10 @@ _ROOTS: weakref.WeakKeyDictionary[Moments, tuple[int, Tensor, Tensor]] = weakref
 
 
 def _gradient_root(gradient: Moments) -> tuple[Tensor, Tensor]:
-    held = _ROOTS.get(gradient)
-    if held is None or held[0] != gradient.count:
-        held = _ROOTS[gradient] = gradient.count, *_sized(shrunk(gradient.second_moment, gradient.count))
-    return held[1:]
+    entry = _ROOTS.get(gradient)
+    if entry is None or entry[0] != gradient.count:
+        entry = _ROOTS[gradient] = gradient.count, *_sized(shrunk(gradient.second_moment, gradient.count))
+    return entry[1:]
 
 
 def _sized(moment: Float[Tensor, "g o o"]) -> tuple[Float[Tensor, "g o"], Float[Tensor, "g o o"]]:
@@ -117,17 +117,17 @@ _IGNORED = 1e-6
 
 
 # Layers in their own units by the layer's identity, while several methods look at the same ones.
-_HELD: ContextVar[dict[int, Standard] | None] = ContextVar("held", default=None)
+_STANDARDS: ContextVar[dict[int, Standard] | None] = ContextVar("held", default=None)
 
 
 @contextmanager
 def shared() -> Iterator[None]:
     """Have methods share what they compute of the layers that they are given inside the context."""
-    token = _HELD.set({})
+    token = _STANDARDS.set({})
     try:
         yield
     finally:
-        _HELD.reset(token)
+        _STANDARDS.reset(token)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,18 +160,18 @@ class Standard:
     @classmethod
     def of(cls, site: Layer) -> Standard:
         """The layer in its own units."""
-        held = _HELD.get()
-        if held is not None and id(site) in held:
-            return held[id(site)]
+        layers = _STANDARDS.get()
+        if layers is not None and id(site) in layers:
+            return layers[id(site)]
         inputs, gradient = input_units(site), site.statistics.gradient
         if gradient is None:
-            own = cls(site, inputs, *_no_outputs(site))
+            standard = cls(site, inputs, *_no_outputs(site))
         else:
             size, root = _gradient_root(gradient)
-            own = cls(site, inputs, _output_units([(site, inputs)], size), root)
-        if held is not None:
-            held[id(site)] = own
-        return own
+            standard = cls(site, inputs, _output_units([(site, inputs)], size), root)
+        if layers is not None:
+            layers[id(site)] = standard
+        return standard
 
     @classmethod
     def together(cls, parts: Sequence[Layer], *, inputs: bool, outputs: bool) -> tuple[Standard, ...]:
@@ -190,13 +190,13 @@ class Standard:
         pairs = list(zip(parts, units, strict=True))
         gradients = [g for part in parts if (g := part.statistics.gradient) is not None]
         if len(gradients) < len(parts):
-            return tuple(cls(part, own, *_no_outputs(part)) for part, own in pairs)
+            return tuple(cls(part, input_size, *_no_outputs(part)) for part, input_size in pairs)
         if not outputs:
-            return tuple(dataclasses.replace(cls.of(part), inputs=own) for part, own in pairs)
+            return tuple(dataclasses.replace(cls.of(part), inputs=input_size) for part, input_size in pairs)
         mean = torch.stack([shrunk(g.second_moment, g.count) for g in gradients]).mean(0)
         size, root = _sized(mean)
         common = _output_units(pairs, size)
-        return tuple(cls(part, own, common, root) for part, own in pairs)
+        return tuple(cls(part, input_size, common, root) for part, input_size in pairs)
 
     def matrix(self, how: Unfolding) -> Float[Tensor, "g p c"]:
         """The unfolded weight."""
@@ -277,12 +277,12 @@ def input_units(site: Layer) -> Float[Tensor, "g i"]:
     weight = site.weight.double()
     if not site.statistics:
         return weight.new_ones(g, i)
-    held = site.statistics
-    moments = [held.input, held.sketch, *held.slices.values(), held.channels]
+    statistics = site.statistics
+    moments = [statistics.input, statistics.sketch, *statistics.slices.values(), statistics.channels]
     known = next((m for m in moments if m is not None), None)
     variance = weight.new_zeros(g, i) if known is None else known.variance.reshape(g, i, -1).mean(2).to(weight.device)
-    own = weight.movedim(2, 1).flatten(2).square().mean(2).sqrt()
-    still = torch.where(own > 0, 1 / own, torch.ones_like(own))
+    size = weight.movedim(2, 1).flatten(2).square().mean(2).sqrt()
+    still = torch.where(size > 0, 1 / size, torch.ones_like(size))
     return torch.where(variance > 0, variance.sqrt(), still)
 
 

@@ -44,7 +44,7 @@ class _Tucker2(ChainMethod):
             return []
         inner = multilinear.tucker_start(layer.fitted, inputs[-1])
         errors = multilinear.tucker_errors(layer.fitted, inner, inputs)
-        found: list[tuple[Choice, float]] = []
+        pairs: list[tuple[Choice, float]] = []
         for number, lost in zip(inputs, errors, strict=True):
             for outputs in self._numbers(layer, spec.out_channels):
                 choice = TuckerChoice(number, outputs, biased(layer), method=self.name)
@@ -55,8 +55,8 @@ class _Tucker2(ChainMethod):
                         few = self._evaluations(layer, number)
                         kept, core = multilinear.tucker(layer.fitted, inner[:, :number], outputs, few)
                         error = layer.lost(_columns(kept, core), error)
-                    found.append((choice, error))
-        return found
+                    pairs.append((choice, error))
+        return pairs
 
     def factorize(self, site: Layer, choice: TuckerChoice) -> chains.Tucker2:
         layer = self.layer(site)

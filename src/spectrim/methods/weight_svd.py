@@ -36,18 +36,18 @@ class WeightSVD(LowRankMethod):
         errors: list[float] = []
         spectra: dict[str, tuple[float, ...]] = {}
         scale = 1.0
-        own = Standard.of(site)
+        units = Standard.of(site)
         for how in self.offered(site.spec):
             ranks = self.ranks(site.spec, how)
             if not ranks:
                 continue
             if site.statistics:
                 most = None if how.name == "channel" else ranks[-1]
-                found = lowrank.spectrum(unfold(site.weight, how), most=most)
-                measured = self._lost(own, how, found)
+                spectrum = lowrank.spectrum(unfold(site.weight, how), most=most)
+                measured = self._lost(units, how, spectrum)
                 if measured is None:
                     continue
-                energies = found.energies
+                energies = spectrum.energies
                 lost, total = measured
                 scale = statistics.scale(site, total)
             else:
@@ -61,22 +61,22 @@ class WeightSVD(LowRankMethod):
         unit = statistics.unit(site) if site.statistics else WEIGHT_ENERGY
         return Curve(tuple(choices), tuple(errors), unit, scale, spectra)
 
-    def _lost(self, own: Standard, how: Unfolding, found: lowrank.Spectrum) -> tuple[Tensor, float] | None:
+    def _lost(self, units: Standard, how: Unfolding, spectrum: lowrank.Spectrum) -> tuple[Tensor, float] | None:
         """Output energy lost at every rank, and the whole, by whatever statistic the site holds; None without one."""
-        site, seen = own.site, own.patches(how)
+        site, seen = units.site, units.patches(how)
         if seen is not None:
-            left, right = lowrank.factors(unfold(site.weight, how), found.basis, found.basis.shape[-1])
-            left, right = own.own_left(left), response.mix(own.own_right(right), own.root)
-            if left.shape[-1] < found.energies.shape[-1]:
-                total = own.energy(how, seen.metric)
-                return response.product_errors(left, right, seen.metric, total, own.mixed(how)), total
+            left, right = lowrank.factors(unfold(site.weight, how), spectrum.basis, spectrum.basis.shape[-1])
+            left, right = units.own_left(left), response.mix(units.own_right(right), units.root)
+            if left.shape[-1] < spectrum.energies.shape[-1]:
+                total = units.energy(how, seen.metric)
+                return response.product_errors(left, right, seen.metric, total, units.mixed(how)), total
             pairs = seen.metric.pairs(left, right)
             total = float(pairs.sum())
             return (response.trailing(pairs) / max(total, 1e-300)).clamp_min(0), total
         if how.name == "channel" and site.statistics.output is not None:
             # The pair projects the outputs onto the leading basis vectors; the rest is lost.
-            basis = response.mix(own.own_right(found.basis.mT), own.root)
-            projected = found.basis.mT @ statistics.outputs(site) @ found.basis
+            basis = response.mix(units.own_right(spectrum.basis.mT), units.root)
+            projected = spectrum.basis.mT @ statistics.outputs(site) @ spectrum.basis
             pairs = (projected * (basis @ basis.mT)).sum(0)
             total = float(pairs.sum())
             return response.trailing(pairs) / max(total, 1e-300), total

@@ -110,15 +110,15 @@ class Report(Printed):
         """
         plan = self.plan
         order = [cost for cost in dict.fromkeys([*plan.budget, *plan.dense_costs]) if cost in plan.dense_costs]
-        found = [(cost, plan.dense_costs[cost], plan.costs[cost], False) for cost in order]
+        costs = [(cost, plan.dense_costs[cost], plan.costs[cost], False) for cost in order]
         if self.measured:
-            found.append(("measured ms", self.measured["dense"].quiet, self.measured["compressed"].quiet, True))
+            costs.append(("measured ms", self.measured["dense"].quiet, self.measured["compressed"].quiet, True))
         return [
             {
                 "cost": cost, "dense": dense, "compressed": small, "ratio": dense / small if small else math.nan,
                 "measured": measured,
             }
-            for cost, dense, small, measured in found
+            for cost, dense, small, measured in costs
         ]  # fmt: skip
 
     _records = rows
@@ -152,9 +152,9 @@ class Report(Printed):
         layers = sum(len(entry.sites) for entry in self.plan if not entry.of_channels)
         yield f"{self.plan.changed:,} of {layers:,} layers changed, {self.samples:,} calibration samples"
         for unit in ("channel", "head"):
-            if some := [choice for choice in removals if choice.unit == unit]:
-                gone = sum(choice.gone for choice in some)
-                yield f"{count(gone, unit)} removed from {count(len(some), 'group')}"
+            if narrowed := [choice for choice in removals if choice.unit == unit]:
+                gone = sum(choice.gone for choice in narrowed)
+                yield f"{count(gone, unit)} removed from {count(len(narrowed), 'group')}"
         if shared := [entry for entry in self.plan if entry.members]:
             many = sum(len(entry.members) for entry in shared)
             yield f"{many} layers share factors in {count(len(shared), 'group')}"
@@ -278,8 +278,8 @@ def reported(
 
     Of a network that was trained since, no samples are held out.
     """
-    held = () if trained else done.held
-    agreed = None if batches is None else agreement(model, small, batches, held, mask=mask, forward=forward)
+    held_out = () if trained else done.held
+    agreed = None if batches is None else agreement(model, small, batches, held_out, mask=mask, forward=forward)
     notes = (*sites.notes, *few_rows(sites), *uncounted_work(sites), *notes, *_said_of_layers(done), *done.notes)
     for note in notes:
         log.warning("%s", note)

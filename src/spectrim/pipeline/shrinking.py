@@ -292,9 +292,9 @@ def shrink_within(
 
     def holds(result: Result) -> bool:
         log.info("%s: %s", result.plan.costs, tolerance.said(_verdict(result)))
-        held = tolerance.holds(_verdict(result))
-        standings.take(result.report.arms, result.plan.costs[axis], held)
-        return held
+        verdict = tolerance.holds(_verdict(result))
+        standings.take(result.report.arms, result.plan.costs[axis], verdict)
+        return verdict
 
     def others(limits: Budget) -> Result | None:
         size = limits.limits(first.dense)[axis]
@@ -308,34 +308,34 @@ def shrink_within(
     if budget is not None and holds(stated := among(arms, budget) if arms else made(budget)):
         return stated
     limits = tightest(cost, first.dense) if budget is None else budget.limits(first.dense)
-    found = smallest(limits, first.dense, made, holds, over, progress=progress)
-    if found is not None:
-        standings.take(found.report.arms, found.plan.costs[axis], holds=True)
-    found = smaller(limits, first.dense if found is None else found.plan.costs, others, holds, over) or found
+    best = smallest(limits, first.dense, made, holds, over, progress=progress)
+    if best is not None:
+        standings.take(best.report.arms, best.plan.costs[axis], holds=True)
+    best = smaller(limits, first.dense if best is None else best.plan.costs, others, holds, over) or best
     if budget is not None:
-        raise ToleranceError(_gate(budget, stated, found), found)
-    result = found or _without_arms(made(Budget(**{cost: Limit(1.0, relative=True)})))
-    return _concluded(result, standings, found is not None, seconds if over() else None)
+        raise ToleranceError(_gate(budget, stated, best), best)
+    result = best or _without_arms(made(Budget(**{cost: Limit(1.0, relative=True)})))
+    return _concluded(result, standings, best is not None, seconds if over() else None)
 
 
 def _without_arms(result: Result) -> Result:
     return dataclasses.replace(result, report=dataclasses.replace(result.report, arms=()))
 
 
-def _concluded(result: Result, standings: Standings, held: bool, ended: float | None) -> Result:
+def _concluded(result: Result, standings: Standings, any_holds: bool, ended: float | None) -> Result:
     """The network with what became of all arms, whether any ``held``, and after how many seconds the search ended."""
     rest = "not tried: no network was left to improve on" if ended is None else not_tried(ended)
     report = dataclasses.replace(result.report, arms=standings.told(result.report.arms, rest))
     untried = not standings.rows and bool(standings.arms)
-    return _noted(dataclasses.replace(result, report=report), *_said_of_search(None if untried else held, ended))
+    return _noted(dataclasses.replace(result, report=report), *_said_of_search(None if untried else any_holds, ended))
 
 
-def _said_of_search(held: bool | None, ended: float | None) -> Iterator[str]:
+def _said_of_search(any_holds: bool | None, ended: float | None) -> Iterator[str]:
     """What the smallest network rests on: whether any held, None if none was tried; the seconds it ended after."""
-    if held is None and ended is not None:
+    if any_holds is None and ended is not None:
         yield f"no smaller network was tried, as {ended:g} s were over: this is the dense network. Give more seconds"
         return
-    if held:
+    if any_holds:
         yield (
             "of the networks that were tried the smallest was taken that held on these samples, so that by chance it "
             "may lose more on others: measure it on samples that were used for nothing"
@@ -350,14 +350,14 @@ def _noted(result: Result, *notes: str) -> Result:
     return dataclasses.replace(result, report=dataclasses.replace(result.report, notes=(*notes, *result.report.notes)))
 
 
-def _gate(budget: Budget, stated: Result, found: Result | None) -> str:
+def _gate(budget: Budget, stated: Result, network: Result | None) -> str:
     """What is said of a budget that cannot be met within the tolerance."""
     tolerance, verdict = stated.report.tolerance, stated.report.verdict
     assert tolerance is not None
     assert verdict is not None
-    if found is None:
+    if network is None:
         return f"with the budget {budget} {tolerance.said(verdict)}. No smaller network holds it: allow more"
-    shares = ",".join(f"{c}={100 * found.plan.costs[c] / found.plan.dense_costs[c]:.3g}%" for c in budget.costs)
+    shares = ",".join(f"{c}={100 * network.plan.costs[c] / network.plan.dense_costs[c]:.3g}%" for c in budget.costs)
     return f"with the budget {budget} {tolerance.said(verdict)}. {shares} holds it: give that budget, or allow more"
 
 

@@ -77,8 +77,8 @@ def met(
     plan, measured = correct(draft.table, draft.plan)
     said: tuple[str, ...] = ()
     if draft.guard or budget.latency is not None:
-        plan, measured, found = put_back(trials, plan, measured, again)
-        said = tuple(found.sentences)
+        plan, measured, restored = put_back(trials, plan, measured, again)
+        said = tuple(restored.sentences)
     if draft.guard:
         check_faster(trials, plan, measured)
     return plan, measured, (*said, *_said_of_time(plan, measured))

@@ -247,18 +247,18 @@ class Contest(Generic[P, R]):
             progress(f"{arm.name}: plan", number, len(arms))
             start = time.monotonic()
             bar, other = _bar({name: draft.plan for name, draft in drafts.items()})
-            found = Tried(arm.name)
+            outcome = Tried(arm.name)
             try:
                 draft = drafts[arm.name] = self.planned(arm, bar)
             except TooMuchLostError as error:
-                found = replace(found, note=_hopeless(error.loss, drafts[other].plan, other), predicted=error.loss)
+                outcome = replace(outcome, note=_hopeless(error.loss, drafts[other].plan, other), predicted=error.loss)
             except SpectrimError as error:
                 faults.append(error)
-                found = replace(found, note=f"refused, {error}")
+                outcome = replace(outcome, note=f"refused, {error}")
             else:
                 plan = draft.plan
-                found = replace(found, predicted=plan.loss, costs=plan.costs, dense_costs=plan.dense_costs)
-            tried[arm.name] = replace(found, seconds=time.monotonic() - start)
+                outcome = replace(outcome, predicted=plan.loss, costs=plan.costs, dense_costs=plan.dense_costs)
+            tried[arm.name] = replace(outcome, seconds=time.monotonic() - start)
         if not drafts:
             raise faults[0]
         return tried, drafts, faults
@@ -336,8 +336,8 @@ def _changes(plan: Plan) -> frozenset[tuple[str, str, str]]:
 def _told(tried: Mapping[str, Tried], name: str, rest: str) -> tuple[Tried, ...]:
     """What became of all, in the order they were planned in, where one was chosen."""
     left = {
-        each: found if found.note or math.isfinite(found.loss) else replace(found, note=rest)
-        for each, found in tried.items()
+        each: outcome if outcome.note or math.isfinite(outcome.loss) else replace(outcome, note=rest)
+        for each, outcome in tried.items()
     }
     left[name] = replace(left[name], chosen=True)
     return tuple(left.values())

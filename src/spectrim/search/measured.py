@@ -177,16 +177,16 @@ class Trials:
             return [], 0
         trials = {str(number): with_dense(plan, group) for number, group in enumerate(groups)}
         times = self.beside({"as planned": plan, **trials})
-        found: list[Entry] = []
+        slower: list[Entry] = []
         taken = len(trials) + 1
         for name, group in zip(trials, groups, strict=True):
             speed = Speed.of(times["as planned"], times[name])
             log.info("%s dense again: %s", ", ".join(entry.site for entry in group), speed)
             if speed.differs and speed.ratio > 1:
                 parts, more = self.losing(plan, split(group), left - taken) if len(group) > 1 else ([], 0)
-                found += parts or group
+                slower += parts or group
                 taken += more
-        return found, taken
+        return slower, taken
 
 
 def with_dense(plan: Plan, group: Sequence[Entry]) -> Plan:
@@ -240,21 +240,21 @@ def put_back(
     losing, networks = trials.losing(plan, split(changed), _TRIALS)
     names = tuple(site for entry in losing for site in entry.sites)
 
-    def found(**kinds: tuple[str, ...]) -> PutBack:
+    def outcome(**kinds: tuple[str, ...]) -> PutBack:
         return PutBack(networks=networks, seconds=time.perf_counter() - start, **kinds)
 
     if not names:
-        return plan, measured, found()
+        return plan, measured, outcome()
     try:
         other, times = again(names)
     except InfeasibleBudgetError:
-        return plan, measured, found(needed=names)
+        return plan, measured, outcome(needed=names)
     networks += 1
     kept = trials.beside({"as planned": plan, "put back": other})
     networks += 2
     if (change := Speed.of(kept["as planned"], kept["put back"])).differs and change.ratio < 1:
-        return plan, measured, found(needed=names)
-    return other, times, found(layers=names)
+        return plan, measured, outcome(needed=names)
+    return other, times, outcome(layers=names)
 
 
 def check_faster(trials: Trials, plan: Plan, measured: Mapping[str, Timing]) -> None:

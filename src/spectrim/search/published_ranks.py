@@ -145,21 +145,21 @@ def choices_at_rate(
     unfoldings = tuple(dict.fromkeys(names))
     single = WeightSVD(unfoldings=unfoldings, multiple_of=1)
     asked = _SCHEMES[scheme]
-    found: list[Assignment] = []
+    assignments: list[Assignment] = []
     covered: set[str] = set()
     if asked is not None:
         share, agree = asked
         joint = JointSVD(share, proportion=proportion, unfoldings=unfoldings, multiple_of=1)
         for site in _groups(sites, agree):
             covered.update(spec.name for spec in site.layers)
-            found.append(Assignment(site, joint, _joint_choice(joint, site, rate, unfolding)))
+            assignments.append(Assignment(site, joint, _joint_choice(joint, site, rate, unfolding)))
     for site in sites:
         if site.name not in covered:
             how = _split(site.spec, unfolding)
             rank = min(_whole(rate * _width(site.spec)), full_rank(site.spec, how))
             choice = single.choice(site, how, max(1, rank), bias=site.spec.bias or site.calibrated)
-            found.append(Assignment(site, single, choice))
-    return tuple(found)
+            assignments.append(Assignment(site, single, choice))
+    return tuple(assignments)
 
 
 def _groups(sites: Sites, agree: str) -> Iterator[Group]:
@@ -169,8 +169,8 @@ def _groups(sites: Sites, agree: str) -> Iterator[Group]:
         # By names and channels alone, as the paper does: in some networks the first layer of a stage still sees the
         # resolution of the stage before, and would be left out for it.
         unseen = tuple(dataclasses.replace(layer, spec=layer.spec.at(())) for layer in sites)
-        found = group(dataclasses.replace(sites, sites=unseen), rules=("repeated",), nested=False)
-        known = dataclasses.replace(sites, groups=found.groups)
+        grouped = group(dataclasses.replace(sites, sites=unseen), rules=("repeated",), nested=False)
+        known = dataclasses.replace(sites, groups=grouped.groups)
     taken: set[str] = set()
     for site in sorted(known.joint(), key=lambda site: -len(site.layers)):
         names = {spec.name for spec in site.layers}
@@ -189,8 +189,8 @@ def _joint_choice(joint: JointSVD, site: Group, rate: float, name: str) -> Share
     widths = [_width(spec) for spec in site.layers]
     separate = sum(width * (a + b) for width, a, b in zip(widths, rows, columns, strict=True))
 
-    def rank(shared: int, own: list[int], part: float = 1.0) -> int:
-        return _whole(rate * part * separate / (shared + sum(own)))
+    def rank(shared: int, separate_sizes: list[int], part: float = 1.0) -> int:
+        return _whole(rate * part * separate / (shared + sum(separate_sizes)))
 
     if joint.share == "right":
         return joint.choice(site, how, min(max(1, rank(columns[0], rows)), joint.full_rank(site, how)), bias=biased)

@@ -46,7 +46,7 @@ class Standings:
         """That no network came of some arms at a size."""
         self.take([Tried(arm.name, note=f"refused, {why}") for arm in arms], size, holds=False)
 
-    def told(self, found: Iterable[Tried], rest: str) -> tuple[Tried, ...]:
+    def told(self, tried: Iterable[Tried], rest: str) -> tuple[Tried, ...]:
         """All arms: what was chosen as it was found, and ``rest`` of those that were never asked for."""
-        rows = {**self.rows, **{each.name: each for each in found if each.chosen}}
+        rows = {**self.rows, **{each.name: each for each in tried if each.chosen}}
         return tuple(rows.get(arm.name, Tried(arm.name, note=rest)) for arm in self.arms)

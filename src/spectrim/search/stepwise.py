@@ -217,10 +217,10 @@ def _check_reachable(table: Candidates, network: Network, limits: Costs) -> None
         picks, lowest = _cheapest(table, cost), dense[cost]
         for _ in range(_MORE):
             # What is cheapest at a layer depends on the channels that it is left with.
-            found = network.cost(picks)[cost]
-            if found <= limit * (1 + _SLACK):
+            amount = network.cost(picks)[cost]
+            if amount <= limit * (1 + _SLACK):
                 break
-            lowest = min(lowest, found)
+            lowest = min(lowest, amount)
             before, picks = picks, _cheapest(_around(table, network, picks), cost)
             if picks == before:
                 raise InfeasibleBudgetError(cost, limit, lowest, dense[cost], skipped=table.left_alone(cost))
@@ -247,15 +247,15 @@ def _spent(table: Candidates, picks: Picks, limits: Costs, network: Network) -> 
 
     while True:
         total = network.cost(picks)
-        found = max((pair for row in rows for pair in better(row, total)), key=lambda pair: pair[0], default=None)
-        if found is None:
+        widening = max((pair for row in rows for pair in better(row, total)), key=lambda pair: pair[0], default=None)
+        if widening is None:
             return picks
-        wider = {**picks, found[1]: found[2]}
+        wider = {**picks, widening[1]: widening[2]}
         # Changes of times are estimates.
         if _fits(network.cost(wider), limits):
             picks = wider
         else:
-            over.add((found[1], found[2]))
+            over.add((widening[1], widening[2]))
 
 
 def _best(trail: Sequence[Picks], finished: Callable[[Picks], Plan], judge: Callable[[Plan], float]) -> Plan | None:
@@ -332,8 +332,8 @@ def _finished(
     )
 
 
-def _fits(found: Mapping[str, float], goals: Mapping[str, float]) -> bool:
-    return all(found[c] <= goals[c] * (1 + _SLACK) for c in goals)
+def _fits(costs: Mapping[str, float], goals: Mapping[str, float]) -> bool:
+    return all(costs[c] <= goals[c] * (1 + _SLACK) for c in goals)
 
 
 def _shares_layers(couplings: Sequence[Coupling]) -> bool:

@@ -200,14 +200,14 @@ def smaller(
 
     while last != limits and not over():
         aim = {cost: max(limit, last[cost] / step) for cost, limit in limits.items()}
-        trial, held = tried(Budget(**{cost: Limit(limit) for cost, limit in aim.items()}))
-        if held:
+        trial, holds_it = tried(Budget(**{cost: Limit(limit) for cost, limit in aim.items()}))
+        if holds_it:
             best, last, step = trial, aim, step**4
         elif best is None:
             return None
         else:
-            found = smallest(aim, last, tried, lambda pair: pair[1], over, close=_WORTH)
-            return best if found is None else found[0]
+            between = smallest(aim, last, tried, lambda pair: pair[1], over, close=_WORTH)
+            return best if between is None else between[0]
     return best
 
 

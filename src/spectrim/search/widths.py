@@ -189,8 +189,8 @@ def _for_budget(
         }
 
     def over(numbers: Mapping[str, int]) -> str | None:
-        found = network.cost(widths=numbers)
-        return next((c for c in limits if found[c] > limits[c] * (1 + 1e-9)), None)
+        costs = network.cost(widths=numbers)
+        return next((c for c in limits if costs[c] > limits[c] * (1 + 1e-9)), None)
 
     low, high = 1e-9, 1.0
     numbers = at(low)
@@ -206,10 +206,10 @@ def _for_budget(
     low = last_number(lambda share: over(at(share)) is None, low, high, _HALVINGS if low < high else 0)
     numbers = at(low)
     # The next widths in the order in which a growing share would take them, as long as they fit.
-    held = {name: (e.cumsum(0) / e.sum().clamp_min(1e-300)).tolist() for name, e in energies.items()}
+    kept_energy = {name: (e.cumsum(0) / e.sum().clamp_min(1e-300)).tolist() for name, e in energies.items()}
     growing = set(coupled)
     while growing:
-        name = min(growing, key=lambda name: held[name][numbers[name] - 1])
+        name = min(growing, key=lambda name: kept_energy[name][numbers[name] - 1])
         wider = _width(coupled[name], numbers[name] + 1, method, True)
         if wider > numbers[name] and over({**numbers, name: wider}) is None:
             numbers[name] = wider

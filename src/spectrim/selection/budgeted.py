@@ -104,8 +104,8 @@ class Budgeted:
         real = self._real
         bound, reduced = _bound(real, self._forest, multipliers)
         possible = reduced <= (best - bound) * (1 + knapsack.GAP)
-        held = self.flat.expand(items.index[picks].tolist())
-        possible |= np.array([held.get(int(r)) == k for r, k in zip(real.site, real.index, strict=True)])
+        picked = self.flat.expand(items.index[picks].tolist())
+        possible |= np.array([picked.get(int(r)) == k for r, k in zip(real.site, real.index, strict=True)])
         return real.keep(possible)
 
     @cached_property
@@ -122,8 +122,8 @@ class Budgeted:
         for number, row in enumerate(self.candidates.rows):
             kept, loss, error, cost = _worth_choosing(row, names, items.names, by_error=False)
             # That nothing is done in a group is said by its sites.
-            some = slice(1, None) if row.members and len(kept) and kept[0] == 0 else slice(None)
-            parts.append((np.full(len(kept[some]), number), kept[some], loss[some], error[some], cost[some]))
+            part = slice(1, None) if row.members and len(kept) and kept[0] == 0 else slice(None)
+            parts.append((np.full(len(kept[part]), number), kept[part], loss[part], error[part], cost[part]))
         site, index, loss, error, cost = (np.concatenate(column) for column in zip(*parts, strict=True))
         dense = np.array([[row.dense.costs[c] for c in items.names] for row in self.candidates.singles], dtype=float)
         cover = tuple(self._forest.leaves[n] for n in site)

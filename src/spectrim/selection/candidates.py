@@ -277,5 +277,5 @@ class Candidates(Printed):
 
 def shares(skipped: Iterable[Skipped], cost: str, dense: float) -> tuple[tuple[str, str, str, float], ...]:
     """What was left alone as :class:`spectrim.InfeasibleBudgetError` tells it, most of a cost first."""
-    found = [(s.name, s.kind, s.reason, s.costs.get(cost, 0.0) / dense if dense else 0.0) for s in skipped]
-    return tuple(sorted(found, key=lambda each: -each[3]))
+    layers = [(s.name, s.kind, s.reason, s.costs.get(cost, 0.0) / dense if dense else 0.0) for s in skipped]
+    return tuple(sorted(layers, key=lambda each: -each[3]))

@@ -159,10 +159,10 @@ def drawn_on(ax: Axes | None, width: float, height: float) -> Iterator[Axes]:
         yield ax
 
 
-def check_cost(held: Mapping[str, float], cost: str) -> None:
+def check_cost(costs: Mapping[str, float], cost: str) -> None:
     """Raise ValueError unless there is such a cost."""
-    if cost not in held:
-        raise ValueError(f"no cost {cost!r} here; there are {', '.join(held)}")
+    if cost not in costs:
+        raise ValueError(f"no cost {cost!r} here; there are {', '.join(costs)}")
 
 
 def cost_label(cost: str) -> str:

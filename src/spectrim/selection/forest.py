@@ -102,15 +102,15 @@ class Forest:
 
     def best(self, number: int, scores: Sequence[Floats]) -> tuple[float, Picks]:
         """Least sum of scores over the ways to cover a row's sites; what is not allowed has infinite scores."""
-        own = int(np.argmin(scores[number]))
-        value, picks = float(scores[number][own]), ((number, own),)
+        together = int(np.argmin(scores[number]))
+        value, picks = float(scores[number][together]), ((number, together),)
         if not self.children[number]:
             return value, picks
         parts = [self.best(child, scores) for child in self.children[number]]
         total = sum(value for value, _ in parts)
         # On a tie nothing is shared.
         if total <= value * (1 + knapsack.ROUNDING):
-            return total, tuple(pair for _, found in parts for pair in found)
+            return total, tuple(pair for _, below in parts for pair in below)
         return value, picks
 
 
@@ -127,20 +127,20 @@ def flattened(candidates: Candidates, names: Sequence[str]) -> Flat:
         return Flat(candidates, picks)
     forest = Forest(candidates)
     rows: list[Row] = []
-    found: list[tuple[Picks, ...]] = []
+    picks_of: list[tuple[Picks, ...]] = []
     for root in forest.roots:
         row = candidates.rows[root]
         if not row.members:
             rows.append(row)
-            found.append(tuple(((root, k),) for k in range(len(row.options))))
+            picks_of.append(tuple(((root, k),) for k in range(len(row.options))))
             continue
         states = _states(forest, root, names)
         # Losses of parts add up, whatever scale and exponent each has; the row's own scale makes errors of them again.
         scale = sum(candidates.rows[leaf].scale for leaf in forest.leaves[root]) or 1.0
         options = [Option(_choice(forest, state.picks), state.loss / scale, state.costs) for state in states]
         rows.append(dataclasses.replace(row, options=tuple(options), scale=scale, exponent=1.0, members=()))
-        found.append(tuple(state.picks for state in states))
-    return Flat(dataclasses.replace(candidates, rows=tuple(rows)), tuple(found))
+        picks_of.append(tuple(state.picks for state in states))
+    return Flat(dataclasses.replace(candidates, rows=tuple(rows)), tuple(picks_of))
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,16 +155,16 @@ class _State:
 def _states(forest: Forest, number: int, names: Sequence[str]) -> list[_State]:
     """Ways to cover a row's sites; the first is dense."""
     row = forest.rows[number]
-    own = [_State(row.loss(o), o.costs, ((number, k),)) for k, o in enumerate(row.options)]
+    together = [_State(row.loss(o), o.costs, ((number, k),)) for k, o in enumerate(row.options)]
     if not forest.children[number]:
-        return own
+        return together
     parts = [_states(forest, child, names) for child in forest.children[number]]
     apart: dict[Picks, _State] = {}
     for weights in _prices(parts, names):
         for state in _sums(parts, names, weights):
             apart.setdefault(state.picks, state)
     dense = tuple(pair for part in parts for pair in part[0].picks)
-    return [apart.pop(dense), *apart.values(), *own[1:]]
+    return [apart.pop(dense), *apart.values(), *together[1:]]
 
 
 def _prices(parts: Sequence[Sequence[_State]], names: Sequence[str]) -> list[Floats]:
@@ -193,11 +193,11 @@ def _sums(parts: Sequence[Sequence[_State]], names: Sequence[str], weights: Floa
             steps.append((-1.0, number))
     steps.sort()
     at = [0] * len(parts)
-    found = [_sum([path[0] for path in paths])]
+    corner_sums = [_sum([path[0] for path in paths])]
     for _, number in steps:
         at[number] += 1
-        found.append(_sum([path[k] for path, k in zip(paths, at, strict=True)]))
-    return found
+        corner_sums.append(_sum([path[k] for path, k in zip(paths, at, strict=True)]))
+    return corner_sums
 
 
 def _sum(states: Sequence[_State]) -> _State:

@@ -38,17 +38,17 @@ def _quiet() -> Iterator[None]:
         # No standard output to keep clean.
         yield
         return
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 1)
+    with tempfile.TemporaryFile() as output:
+        os.dup2(output.fileno(), 1)
         try:
             yield
         finally:
             _flush()
             os.dup2(kept, 1)
             os.close(kept)
-            held.seek(0)
+            output.seek(0)
             with open(1, "wb", closefd=False) as out:
-                out.writelines(line for line in held if not line.startswith(_OWN))
+                out.writelines(line for line in output if not line.startswith(_OWN))
 
 
 def _flush() -> None:

@@ -240,7 +240,7 @@ def relaxed_multipliers(items: Items) -> Floats:
     starts, most = items.starts, 1e4
     ends = np.append(starts[1:], len(loss))
     planes: list[Floats] = []
-    at = found = np.zeros(len(unit))
+    at = multipliers = np.zeros(len(unit))
     best = -np.inf
     for _ in range(_PLANES):
         score = loss + cost @ at
@@ -250,14 +250,14 @@ def relaxed_multipliers(items: Items) -> Floats:
         picks = ties[np.searchsorted(ties, starts)]
         value, slope = float(least.sum() - at @ room), cost[picks].sum(0) - room
         if value > best:
-            best, found = value, at
+            best, multipliers = value, at
         planes.append(np.append(slope, value - slope @ at))
         corner, above = _highest(np.array(planes), most)
         if above - best <= _NEAR * max(abs(best), _NEAR):
             break
         # Between the best point and the top of the planes, which may be far out while there are few.
-        at = 0.5 * (found + corner)
-    return found * scale / unit if (found < 0.4 * most).all() else np.zeros(len(unit))
+        at = 0.5 * (multipliers + corner)
+    return multipliers * scale / unit if (multipliers < 0.4 * most).all() else np.zeros(len(unit))
 
 
 # Planes from which multipliers are found, and how near the top of the dual they have to come.

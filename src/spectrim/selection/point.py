@@ -177,8 +177,8 @@ _DIGEST = "digest"
 
 def standard_error(value: object) -> float | None:
     """The standard error of a metric, of one that knows it, as :class:`spectrim.report.Score` does."""
-    found = getattr(value, "standard_error", None)
-    return float(found) if isinstance(found, Real) and math.isfinite(found) else None
+    error = getattr(value, "standard_error", None)
+    return float(error) if isinstance(error, Real) and math.isfinite(error) else None
 
 
 def share_error(share: float, samples: int) -> float:

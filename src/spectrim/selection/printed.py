@@ -100,11 +100,11 @@ def plan_grid(plan: Plan, most: int = MOST, where: str = "plan.rows()") -> Grid:
 
 def _beside(plan: Plan, *, dense: bool) -> dict[str, float]:
     """What a network costs beside the entries; what is rounding is nothing."""
-    found = {}
+    remainder = {}
     for cost, whole in (plan.dense_costs if dense else plan.costs).items():
         rest = whole - sum((e.dense_costs if dense else e.costs).get(cost, 0.0) for e in plan)
-        found[cost] = rest if abs(rest) > 1e-9 * whole else 0.0
-    return found
+        remainder[cost] = rest if abs(rest) > 1e-9 * whole else 0.0
+    return remainder
 
 
 def _plan_notes(plan: Plan, where: str) -> Iterator[str]:

@@ -149,9 +149,9 @@ def exact(candidates: Candidates, budget: Budget) -> Plan:
     solution = knapsack.solve(small, scale=best)
     if isinstance(solution, str):
         return budgeted.plan(items, picks, f"lagrangian (exact: {solution})", bound)
-    found, proven = solution
-    if small.loss[found].sum() < best:
-        items, picks = small, found
+    better, proven = solution
+    if small.loss[better].sum() < best:
+        items, picks = small, better
     return budgeted.plan(items, picks, "exact", max(bound, min(proven, best)))
 
 

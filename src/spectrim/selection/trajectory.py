@@ -161,12 +161,12 @@ class Trajectory(Printed):
             If the text is something else; the message says where.
         """
         raw = record_of(text, "a trajectory of ranks", LARGEST)
-        found = converted(raw, cls, "a trajectory of ranks")
+        trajectory = converted(raw, cls, "a trajectory of ranks")
         for record, known in [(raw, cls), *((each, Record) for each in raw.get("records", ()))]:
             unknown = sorted(set(record) - {each.name for each in fields(known)})
             if unknown:
                 raise PlanError(f"not a trajectory of ranks: it has no field {unknown[0]!r}")
-        return found
+        return trajectory
 
     def write(self, path: str | Path) -> None:
         """Write the text, whole or not at all.

@@ -174,9 +174,9 @@ def _check_modules(method: Method, site: Site, choice: Choice, factors: Factors,
     specs = method.layers(site, choice)
     modules = {id(m): m for part in build(factors, site.layers, site.biases) for m in part.modules()}
     leaves = [m for m in modules.values() if isinstance(m._parameters.get("weight"), Tensor)]
-    found = sorted((tuple(canonical(m)[0].shape), m.bias is not None) for m in leaves)
+    built = sorted((tuple(canonical(m)[0].shape), m.bias is not None) for m in leaves)
     announced = sorted((spec.shape, spec.bias) for spec in specs if not spec.shared)
-    expect(found == announced, f"{where}: {choice} announces {announced} and builds {found}")
+    expect(built == announced, f"{where}: {choice} announces {announced} and builds {built}")
     if all(spec.density == 1 for spec in specs):
         stored = sum(p.numel() for m in leaves for p in m.parameters(recurse=False))
         counted = parameters(specs)
@@ -191,8 +191,8 @@ def _check_full_rank(method: LowRankMethod, site: Layer, layer: nn.Module, input
         for how in unfoldings(site.spec.kernel):
             choice = method.choice(site, how, full_rank(site.spec, how), bias=site.spec.bias)
             (module,) = build(method.factorize(site, choice), site.layers, site.biases)
-            found = module(inputs).double()
-            apart = float((found - expected).abs().max() / expected.abs().max())
+            answers = module(inputs).double()
+            apart = float((answers - expected).abs().max() / expected.abs().max())
             expect(apart < 24 * epsilon, f"{where}: {choice} should equal the layer and is {apart:.3g} apart")
             checked += 1
     return checked

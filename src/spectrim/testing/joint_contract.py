@@ -80,14 +80,14 @@ def check_joint_method(
     checked = 0
     for kind in layers if layers is not None else LAYERS:
         for name, narrow, same_input, data in _GROUPS:
-            for held in data:
-                calibrated = held != "none"
+            for statistics in data:
+                calibrated = statistics != "none"
                 site, modules, inputs = small_group(
                     kind,
                     narrow=narrow,
                     same_input=same_input,
                     calibrated=calibrated,
-                    weighted=held == "gradients",
+                    weighted=statistics == "gradients",
                     dtype=dtype,
                 )
                 curve = offered(method, site, calibrated=calibrated)
@@ -117,15 +117,16 @@ def _check_pairs(method: Method, site: Site, choice: Choice, factors: Factors, w
     parts = [part for pair in pairs for part in (pair if isinstance(pair, Factored) else (pair,))]
     # What is computed once has one spec, and a module in every pair.
     once = [part for part in parts if isinstance(part, Once)]
-    found = [_shape(part) for part in parts if part not in once[1:]]
+    built = [_shape(part) for part in parts if part not in once[1:]]
     announced = [(spec.shape, spec.bias) for spec in specs]
-    expect(found == announced, f"{where}: {choice} announces {announced} and builds {found}")
+    expect(built == announced, f"{where}: {choice} announces {announced} and builds {built}")
     stored = sum(p.numel() for p in nn.ModuleList(pairs).parameters())
     counted = parameters(specs)
     expect(stored == counted, f"{where}: {choice} has {stored} parameters, and costs count {counted}")
     bare = nn.ModuleList(skeleton(choice, site.layers))
     sizes = [
-        {key: tuple(held.shape) for key, held in some.state_dict().items()} for some in (nn.ModuleList(pairs), bare)
+        {key: tuple(tensor.shape) for key, tensor in modules.state_dict().items()}
+        for modules in (nn.ModuleList(pairs), bare)
     ]
     expect(sizes[0] == sizes[1], f"{where}: {choice} builds {sizes[0]}, and {sizes[1]} without weights")
 
@@ -157,8 +158,8 @@ def _check_full_rank(
             choice = method.choice(site, how, method.full_rank(site, how), bias=any(s.bias for s in site.layers))
             pairs = build(method.factorize(site, choice), site.layers, site.biases)
             for layer, pair, x in zip(layers, pairs, inputs, strict=True):
-                expected, found = layer(x).double(), pair(x).double()
-                apart = float((found - expected).abs().max() / expected.abs().max())
+                expected, answers = layer(x).double(), pair(x).double()
+                apart = float((answers - expected).abs().max() / expected.abs().max())
                 expect(apart < close, f"{where}: {choice} should equal the layers and is {apart:.3g} apart")
             checked += 1
     return checked

@@ -78,8 +78,8 @@ def part(batch: Any, index: int, count: int) -> tuple[Any, float]:
     Every tensor whose first axis is the batch is cut; all others are given to each process. A batch with fewer samples
     than processes is done by all of them.
     """
-    found = tensors(batch)
-    size = found[0].shape[0] if found and found[0].ndim else 0
+    values = tensors(batch)
+    size = values[0].shape[0] if values and values[0].ndim else 0
     if count == 1 or size < count:
         return batch, 1.0
     start, stop = index * size // count, (index + 1) * size // count

@@ -78,8 +78,8 @@ class CStep:
                 self._seen[site.name] = site.weight
         for members in sites.groups.values():
             moved |= set(members) if moved & set(members) else set()
-        some = tuple(site for site in sites if site.name in moved)
-        self.table = self._again(dataclasses.replace(sites, sites=some))
+        moved_sites = tuple(site for site in sites if site.name in moved)
+        self.table = self._again(dataclasses.replace(sites, sites=moved_sites))
 
     def choose(self, sites: Sites, mu: float, table: Candidates | None = None) -> Plan:
         """The plan of least ``mu/2 ||A - Delta||^2`` within the budget, or with the cost added at the multiplier."""
@@ -91,8 +91,8 @@ class CStep:
 
     def take_over(self, dense: Mapping[str, float]) -> None:
         """Go on with costs of the dense network that were measured before: their fixed part makes up the difference."""
-        own = self.table.dense
-        fixed = {name: value + dense.get(name, own[name]) - own[name] for name, value in self.table.fixed.items()}
+        costs = self.table.dense
+        fixed = {name: value + dense.get(name, costs[name]) - costs[name] for name, value in self.table.fixed.items()}
         self.table = dataclasses.replace(self.table, fixed=fixed)
 
     def last(self, sites: Sites, mu: float, plan: Plan) -> tuple[Candidates, Plan]:

@@ -83,7 +83,7 @@ def carry_optimizer(optimizer: Optimizer, old: nn.Module, new: nn.Module) -> Car
             f"the optimizer holds no parameter of this {type(old).__name__}: pass the network that it has trained, and "
             "then what was made of it"
         )
-    state = {names[id(p)]: held for p, held in optimizer.state.items() if id(p) in names}
+    state = {names[id(p)]: entries for p, entries in optimizer.state.items() if id(p) in names}
     shapes = {name: p.shape for name, p in old.named_parameters()}
     momenta = dict(_projected(old, new, state))
     kept, projected, reset = [], [], []
@@ -112,16 +112,16 @@ def carry_optimizer(optimizer: Optimizer, old: nn.Module, new: nn.Module) -> Car
     for group, parameters in zip(optimizer.param_groups, groups, strict=True):
         group["params"] = parameters
     optimizer.state.clear()
-    for parameter, held in fresh.items():
-        optimizer.state[parameter] = held
+    for parameter, entries in fresh.items():
+        optimizer.state[parameter] = entries
     return Carried(tuple(kept), tuple(projected), tuple(reset))
 
 
 def _origin(name: str, layer: str, trained: Iterable[str]) -> str | None:
     """The trained parameter that one of another shape has come from: the layer's weight, or any of its parts."""
     names = list(trained)
-    found = (each for each in (f"{layer}.weight", name) if each in names)
-    return next(found, next((each for each in names if each.startswith(f"{layer}.")), None))
+    exact = (each for each in (f"{layer}.weight", name) if each in names)
+    return next(exact, next((each for each in names if each.startswith(f"{layer}.")), None))
 
 
 def _moved(value: Any, parameter: Tensor) -> Any:
@@ -151,13 +151,13 @@ def _projected(
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Momenta of factors, by their names, where a mean of gradients is all that the optimizer has."""
     for layer, pair in new.named_modules():
-        held = state.get(f"{layer}.weight")
-        if not isinstance(pair, Factored) or held is None or isinstance(old.get_submodule(layer), StandIn):
+        entries = state.get(f"{layer}.weight")
+        if not isinstance(pair, Factored) or entries is None or isinstance(old.get_submodule(layer), StandIn):
             continue
-        tensors = {key: value for key, value in held.items() if isinstance(value, Tensor) and value.dim()}
+        tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor) and value.dim()}
         if not tensors or not tensors.keys() <= _GRADIENTS:
             continue
-        others = {key: value for key, value in held.items() if key not in tensors}
+        others = {key: value for key, value in entries.items() if key not in tensors}
         parts: list[dict[str, Any]] = [{}, {}]
         for key, gradient in tensors.items():
             for part, value in zip(parts, _through(pair, gradient), strict=True):
@@ -173,5 +173,5 @@ def _through(pair: Factored, gradient: Tensor) -> tuple[Tensor, Tensor]:
     assert isinstance(second, Tensor)
     with torch.enable_grad():
         product = laid_out(pair.whole()[0], pair.original)
-        found = torch.autograd.grad(product, [first, second], gradient.to(product.dtype), allow_unused=False)
-    return tuple(each.detach() for each in found)  # type: ignore[return-value]
+        gradients = torch.autograd.grad(product, [first, second], gradient.to(product.dtype), allow_unused=False)
+    return tuple(each.detach() for each in gradients)  # type: ignore[return-value]

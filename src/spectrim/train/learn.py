@@ -306,14 +306,14 @@ class _Run:
 
     def _first(self, seed: int) -> list[Any]:
         """Training batches up to a number of samples, for calibration: the same ones in every call with one seed."""
-        found, samples = [], 0
+        batches, samples = [], 0
         with randomness.seeded(seed, self.batches):
             for batch in self.batches:
-                found.append(batch)
+                batches.append(batch)
                 samples += self.feed.decide(self.model, batch).layout.size(batch)
                 if samples >= _SAMPLES:
                     break
-        return found
+        return batches
 
     def _finished(self, ranks: LearnedRanks, folder: Path | None) -> tuple[nn.Module, Plan]:
         """The factored network; its plan is kept, since one made by measuring comes out differently another time."""

@@ -233,8 +233,8 @@ class LearnedRanks:
         if self.step >= self.schedule.steps:
             raise RuntimeError(f"all {self.schedule.steps} C steps of the schedule are done; call finish()")
         begin, mu = time.perf_counter(), self.mu
-        held = self._multipliers
-        sites = self._present(lambda name, w: w - held[name] / mu if name in held else w.clone())
+        multipliers = self._multipliers
+        sites = self._present(lambda name, w: w - multipliers[name] / mu if name in multipliers else w.clone())
         self._c_step.renew(sites)
         plan = self._take(self._c_step.choose(sites, mu), sites, self.methods, begin)
         record = self.trajectory.records[-1]
@@ -273,8 +273,8 @@ class LearnedRanks:
         copied = copy_model(self.model)
         with torch.no_grad():
             for name, target in self._targets.items():
-                held = self._multipliers.get(name)
-                low = target if held is None else target - _laid_out(held, self.sites[name].spec) / self.mu
+                multiplier = self._multipliers.get(name)
+                low = target if multiplier is None else target - _laid_out(multiplier, self.sites[name].spec) / self.mu
                 weight: Any = copied.get_submodule(name).weight
                 weight.copy_(low)
         return copied
@@ -340,8 +340,8 @@ class LearnedRanks:
     def state_dict(self) -> dict[str, Tensor]:
         """The whole state as tensors; with the weights of the model it continues the run bit for bit."""
         state = {"counts": torch.tensor([self.step, self._batches])}
-        for kind, held in (("target", self._targets), ("multiplier", self._multipliers)):
-            state |= {f"{kind}:{name}": tensor for name, tensor in held.items()}
+        for kind, tensors in (("target", self._targets), ("multiplier", self._multipliers)):
+            state |= {f"{kind}:{name}": tensor for name, tensor in tensors.items()}
         texts = {"plan": self.plan.to_json(), "trajectory": self.trajectory.to_json(), "run": json.dumps(self._run())}
         for name, text in texts.items():
             state[name] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
@@ -357,7 +357,7 @@ class LearnedRanks:
         """
         try:
             then, plan = json.loads(_text(state["run"])), Plan.from_json(_text(state["plan"]))
-            found = Trajectory.from_json(_text(state["trajectory"]))
+            trajectory = Trajectory.from_json(_text(state["trajectory"]))
             step, batches = (int(number) for number in state["counts"])
             # As they are written now: states of version 0.1 do not say whose the methods are.
             then["methods"] = [from_record(record).record() for record in then["methods"]]
@@ -369,14 +369,14 @@ class LearnedRanks:
         ]
         if changed:
             raise CheckpointError(f"the checkpoint belongs to another run: {'; '.join(changed)}")
-        held = self._held(state, plan, found, step)
+        tensors = self._stored_copies(state, plan, trajectory, step)
         # What was measured once holds for the whole run, or the same budget would mean another number of milliseconds.
-        self._c_step.take_over(found.dense_costs)
-        self.step, self._batches, self.plan, self.trajectory = step, batches, plan, found
-        self._targets, self._multipliers = held["target"], held["multiplier"]
+        self._c_step.take_over(trajectory.dense_costs)
+        self.step, self._batches, self.plan, self.trajectory = step, batches, plan, trajectory
+        self._targets, self._multipliers = tensors["target"], tensors["multiplier"]
 
-    def _held(
-        self, state: Mapping[str, Tensor], plan: Plan, found: Trajectory, step: int
+    def _stored_copies(
+        self, state: Mapping[str, Tensor], plan: Plan, trajectory: Trajectory, step: int
     ) -> dict[str, dict[str, Tensor]]:
         """The low-rank copies and multipliers of a state, if they are those of its plan."""
         # In the order of the sites: the penalty adds up in that order, and rounds accordingly.
@@ -385,18 +385,20 @@ class LearnedRanks:
         kinds = ("target", "multiplier") if self.augmented else ("target",)
         known = [(kind, name) for kind in kinds for name in names if name in low]
         wanted = {f"{kind}:{name}" for kind, name in known} | {"counts", "plan", "trajectory", "run"}
-        if wanted != set(state) or not low <= set(names) or found.sites != self.trajectory.sites:
+        if wanted != set(state) or not low <= set(names) or trajectory.sites != self.trajectory.sites:
             raise CheckpointError(f"the state of learned ranks has other tensors than {', '.join(sorted(wanted))}")
-        if not 0 < step <= self.schedule.steps or step != len(found):
-            raise CheckpointError(f"{step} C steps are done of {self.schedule.steps}, and {len(found)} are recorded")
-        held: dict[str, dict[str, Tensor]] = {"target": {}, "multiplier": {}}
+        if not 0 < step <= self.schedule.steps or step != len(trajectory):
+            raise CheckpointError(
+                f"{step} C steps are done of {self.schedule.steps}, and {len(trajectory)} are recorded"
+            )
+        tensors: dict[str, dict[str, Tensor]] = {"target": {}, "multiplier": {}}
         for kind, name in known:
             stored, weight = state[f"{kind}:{name}"], cast(Tensor, self._layers[name].weight)
             like = stored.numel() == weight.numel() if kind == "multiplier" else stored.shape == weight.shape
             if not like or stored.dtype != weight.dtype or not bool(torch.isfinite(stored).all()):
                 raise CheckpointError(f"{kind}:{name} of the state is no finite tensor like the layer's weight")
-            held[kind][name] = stored.to(weight.device, copy=True)
-        return held
+            tensors[kind][name] = stored.to(weight.device, copy=True)
+        return tensors
 
     def _measured(self) -> float | None:
         """What ``evaluate`` says of the nested network, if that is a number. The generators are left as they are."""
@@ -434,12 +436,12 @@ class LearnedRanks:
 
     def _present(self, change: Callable[[str, Tensor], Tensor]) -> Sites:
         """The sites with the present weights, changed by a function of site name and weight."""
-        found = []
+        layers = []
         for site in self.sites:
             weight, bias = canonical(self._layers[site.name])
             statistics = site.statistics if self.energy == "output" else Statistics()
-            found.append(Layer(site.spec, change(site.name, weight), bias, statistics))
-        return dataclasses.replace(self.sites, sites=tuple(found))
+            layers.append(Layer(site.spec, change(site.name, weight), bias, statistics))
+        return dataclasses.replace(self.sites, sites=tuple(layers))
 
     @torch.no_grad()
     def _take(self, plan: Plan, sites: Sites, methods: Sequence[Method], begin: float) -> Plan:

@@ -207,8 +207,8 @@ class Loop:
             if self._best_metric is None or metric > self._best_metric:
                 self._best_metric, self._best_epoch = metric, self.epoch
                 if self.recipe.keep == "best":
-                    own = resume.model_tensors(self.model)
-                    self._best = {name: t.detach().cpu().clone() for name, t in own.items()}
+                    tensors = resume.model_tensors(self.model)
+                    self._best = {name: t.detach().cpu().clone() for name, t in tensors.items()}
         rate = float(self._optimizer.param_groups[0]["lr"])
         self._history.append(EpochRecord(self.epoch, loss, rate, metric))
         log.info("epoch %d of %d: loss %.4g, metric %s", self.epoch, self.recipe.epochs, loss, metric)
@@ -307,15 +307,15 @@ class Loop:
         }
         if self.steps_per_epoch is not None and self.step != self.epoch * self.steps_per_epoch + self._batch:
             record["uneven"] = True
-        flat = {f"{part}/{name}": t for part, held in parts.items() for name, t in held.items()}
+        flat = {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
         resume.write(self.checkpoint, flat, record)
 
     def _resume(self, path: Path) -> None:
         """Put back what a checkpoint holds, when all of it has been looked at: an error leaves everything as it was."""
-        tensors, found = resume.read(path)
+        tensors, raw = resume.read(path)
         parts = {name: resume.section(tensors, name) for name in {key.partition("/")[0] for key in tensors}}
         resume.check_model(self.model, parts.get("model", {}), str(path))
-        record = resume.read_record(found, str(path))
+        record = resume.read_record(raw, str(path))
         now, then = self._record(), record.run
         changed = [f"{k} was {then.get(k)!r} and is {v!r}" for k, v in now.items() if then.get(k) != v]
         if changed:

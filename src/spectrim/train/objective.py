@@ -59,9 +59,9 @@ class Objective:
     def _task(self, output: Any, student: Any, targets: Any) -> Tensor:
         if self.loss is not None:
             return self.loss(student, targets)
-        own = _loss(output)
-        if own is not None:
-            return own.float()
+        loss = _loss(output)
+        if loss is not None:
+            return loss.float()
         if targets is None:
             raise ValueError(
                 "the batch has no 'labels' and the model returned no loss: pass teacher= or loss= to fine_tune"

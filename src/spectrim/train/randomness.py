@@ -76,11 +76,11 @@ def check(state: State, loader: Any, source: str) -> None:
     missing = [name for name in before if name not in state and not name.startswith("cuda")]
     if missing:
         raise CheckpointError(f"{source}: the state of the generator {missing[0]!r} is missing")
-    for name, own in before.items():
-        stored = state.get(name, own)
+    for name, present in before.items():
+        stored = state.get(name, present)
         # Python keeps a spare number, or none.
-        if stored.dtype != own.dtype or (
-            stored.shape != own.shape and not (name == "python_gauss" and len(stored) < 2)
+        if stored.dtype != present.dtype or (
+            stored.shape != present.shape and not (name == "python_gauss" and len(stored) < 2)
         ):
             raise CheckpointError(f"{source}: the state of the generator {name!r} is another one's")
     try:
@@ -95,8 +95,8 @@ def check(state: State, loader: Any, source: str) -> None:
 
 def _generators(loader: Any) -> list[torch.Generator]:
     sampler = getattr(loader, "sampler", None)
-    found = [getattr(owner, "generator", None) for owner in (loader, sampler)]
-    unique = {id(g): g for g in found if isinstance(g, torch.Generator)}
+    generators = [getattr(owner, "generator", None) for owner in (loader, sampler)]
+    unique = {id(g): g for g in generators if isinstance(g, torch.Generator)}
     return list(unique.values())
 
 

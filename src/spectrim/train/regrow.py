@@ -157,9 +157,9 @@ class Regrow:
         layer.mask.copy_(mask)
         layer.settle()
         state = self._optimizer.state.get(weight, {}) if self._optimizer is not None else {}
-        for held in state.values():
-            if isinstance(held, Tensor) and held.shape == weight.shape:
-                held.masked_fill_(changed, 0)
+        for value in state.values():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                value.masked_fill_(changed, 0)
 
 
 def swapped(kept: Tensor, size: Tensor, growth: Tensor, count: int) -> Tensor:
@@ -195,10 +195,10 @@ def _largest(values: Tensor, count: int) -> Tensor:
     # A sample gives a bound that few pass. Where too few do, all are compared.
     sample = values[:: max(1, values.numel() // _SAMPLE)].contiguous()
     bound = sample.kthvalue(max(1, round(sample.numel() * (1 - 1.5 * count / values.numel())))).values
-    some = (values > bound).nonzero().squeeze(1)
-    if some.numel() < count:
-        some = torch.arange(values.numel(), device=values.device)
-    flags[some[values[some].topk(count, sorted=False).indices]] = True
+    candidates = (values > bound).nonzero().squeeze(1)
+    if candidates.numel() < count:
+        candidates = torch.arange(values.numel(), device=values.device)
+    flags[candidates[values[candidates].topk(count, sorted=False).indices]] = True
     return flags
 
 

@@ -126,9 +126,9 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         record = json.loads(metadata[_KEY])
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: the record of the training cannot be read: {error}") from error
-    found = record.pop("format", None) if isinstance(record, dict) else None
-    if found != FORMAT:
-        raise CheckpointError(f"{path}: training checkpoint of format {found!r:.60}, expected {FORMAT}")
+    version = record.pop("format", None) if isinstance(record, dict) else None
+    if version != FORMAT:
+        raise CheckpointError(f"{path}: training checkpoint of format {version!r:.60}, expected {FORMAT}")
     return tensors, record
 
 
@@ -164,26 +164,26 @@ def check_model(model: nn.Module, stored: Mapping[str, Tensor], source: str) -> 
     CheckpointError
         If names, shapes or dtypes differ, or numbers are not finite that are so in the model; says which.
     """
-    own = model_tensors(model)
-    wrong = [f"{n} is missing in it" for n in own if n not in stored]
-    wrong += [f"{n} is not in the model" for n in stored if n not in own]
-    both = [n for n in own if n in stored]
+    tensors = model_tensors(model)
+    wrong = [f"{n} is missing in it" for n in tensors if n not in stored]
+    wrong += [f"{n} is not in the model" for n in stored if n not in tensors]
+    both = [n for n in tensors if n in stored]
     wrong += [
-        f"{n} is {tuple(stored[n].shape)} in it and {tuple(own[n].shape)} in the model"
+        f"{n} is {tuple(stored[n].shape)} in it and {tuple(tensors[n].shape)} in the model"
         for n in both
-        if own[n].shape != stored[n].shape
+        if tensors[n].shape != stored[n].shape
     ]
     wrong += [
-        f"{n} is {stored[n].dtype} in it and {own[n].dtype} in the model"
+        f"{n} is {stored[n].dtype} in it and {tensors[n].dtype} in the model"
         for n in both
-        if own[n].dtype != stored[n].dtype
+        if tensors[n].dtype != stored[n].dtype
     ]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(
             f"{source}: belongs to another model than this {type(model).__name__}: {'; '.join(wrong[:3])}{more}"
         )
-    for name, tensor in own.items():
+    for name, tensor in tensors.items():
         # Masks of minus infinity are buffers of many models.
         if not _finite(stored[name]) and _finite(tensor):
             raise CheckpointError(f"{source}: {name} holds numbers that are not finite")
@@ -258,19 +258,19 @@ def optimizer_state(
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim:
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         state.setdefault(int(index), {})[name] = value
-    if names is not None and any(held.keys() != names for held in state.values()):
+    if names is not None and any(entries.keys() != names for entries in state.values()):
         raise CheckpointError(f"{source}: the state of the optimizer is not whole: it keeps {', '.join(sorted(names))}")
     current = optimizer.state_dict()
     if len(current["param_groups"]) != len(record.groups):
         raise CheckpointError(f"{source}: the optimizer has {len(record.groups)} groups of weights in it")
     groups = []
-    for own, stored in zip(current["param_groups"], record.groups, strict=True):
+    for group, stored in zip(current["param_groups"], record.groups, strict=True):
         # The learning rate is set at every step.
-        changed = [k for k, v in stored.items() if names is not None and k != "lr" and own.get(k, own) != v]
+        changed = [k for k, v in stored.items() if names is not None and k != "lr" and group.get(k, group) != v]
         if changed or "params" in stored or not 0 <= stored.get("lr", 0.0) < math.inf:
             what = (changed or ["lr"])[0]
             raise CheckpointError(f"{source}: {what} of the optimizer is {stored[what]!r:.60} in it")
-        groups.append(own | stored)
+        groups.append(group | stored)
     return {"state": state, "param_groups": groups}
 
 

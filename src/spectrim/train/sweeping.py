@@ -196,27 +196,27 @@ def asked_budgets(budgets: Budgets, costs: Mapping[str, Cost] | None = None) -> 
         For what cannot be meant; the message quotes it.
     """
     known = [*COSTS, *counted.further(costs)]
-    given: Any = (budgets, FRACTIONS) if isinstance(budgets, str) else budgets
-    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], str):
-        cost, shares = given
+    asked: Any = (budgets, FRACTIONS) if isinstance(budgets, str) else budgets
+    if isinstance(asked, tuple) and len(asked) == 2 and isinstance(asked[0], str):
+        cost, shares = asked
         plain = isinstance(shares, Iterable) and not isinstance(shares, str | Mapping)
         if not plain and "=" not in cost:
             raise TypeError(
                 f"the shares of {cost} are {shares!r}: expected a list of numbers, as ({cost!r}, [0.8, 0.5]); one "
                 f"budget alone is ['{cost}=50%']"
             )
-        given = [_share(cost, each, known) for each in shares] if plain else given
-    if isinstance(given, Mapping | Budget) or not isinstance(given, Iterable):
+        asked = [_share(cost, each, known) for each in shares] if plain else asked
+    if isinstance(asked, Mapping | Budget) or not isinstance(asked, Iterable):
         raise TypeError(
             f"budgets is {budgets!r}: expected a cost such as 'macs', a cost with shares such as "
             "('macs', [0.8, 0.5]), or a list of budgets"
         )
-    found = [Budget.of(each) for each in given]
-    if not found:
+    limits = [Budget.of(each) for each in asked]
+    if not limits:
         raise ValueError("there are no budgets: give a cost such as 'macs', or at least one budget in the list")
-    for budget in found:
+    for budget in limits:
         budget.check(known)
-    return {str(budget): budget for budget in found}
+    return {str(budget): budget for budget in limits}
 
 
 def _share(cost: str, share: Any, known: Sequence[str]) -> Budget:
@@ -278,23 +278,25 @@ class Sweeping:
             self._record({"the metric of the dense network": dense, "better": self.better})
         points, unmet = [], {}
         infeasible: InfeasibleBudgetError | None = None
-        found = Sweep((), next(iter(asked.values())).costs[0], dense, self.better, {}, self.metric, self.result, notes)
+        networks = Sweep(
+            (), next(iter(asked.values())).costs[0], dense, self.better, {}, self.metric, self.result, notes
+        )
         for number, (words, budget) in enumerate(asked.items()):
             self.progress("sweep", number, len(asked))
             try:
                 points.append(self._point(words, budget))
             except InfeasibleBudgetError as error:
                 infeasible, unmet[words] = error, str(error)
-            fresh = len(points) > len(found)
-            found = dataclasses.replace(found, points=tuple(points), unmet=dict(unmet))
+            fresh = len(points) > len(networks)
+            networks = dataclasses.replace(networks, points=tuple(points), unmet=dict(unmet))
             if self.folder is not None:
-                found.write_summary(self.folder)
+                networks.write_summary(self.folder)
             if fresh:
-                self.done(points[-1], found)
+                self.done(points[-1], networks)
         self.progress("sweep", len(asked), len(asked))
         if not points and infeasible is not None:
             raise infeasible
-        return found
+        return networks
 
     @functools.cached_property
     def prepared(self) -> Prepared:
