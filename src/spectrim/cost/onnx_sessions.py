@@ -58,8 +58,8 @@ def chain_session(chain: Chain, layers: Operators, inputs: tuple[Tensor, ...]) -
             mode = _PADDING[spec.padding_mode]
             nodes.append(helper.make_node("Pad", [last, f"p{number}"], [f"q{number}"], mode=mode))
             last = f"q{number}"
-        given = [*tensors, last] if spec.looks_up else [last, *tensors]
-        nodes.append(helper.make_node(_operator(spec), given, [f"y{number}"], **dict(_attributes(spec))))
+        arguments = [*tensors, last] if spec.looks_up else [last, *tensors]
+        nodes.append(helper.make_node(_operator(spec), arguments, [f"y{number}"], **dict(_attributes(spec))))
         last = f"y{number}"
     if len(inputs) > 1:
         nodes.append(helper.make_node("Add", [last, names[1]], ["sum"]))

@@ -89,16 +89,16 @@ class Moments:
         cls, rows: Float[Tensor, "n d"], weights: Float[Tensor, " n"], count: int, *, centred: bool = True
     ) -> Moments:
         """The moments ``[1, d]`` of rows of these weights, which rest on so many observations; else about zero."""
-        held = cls(1, rows.shape[1], rows.device)
+        moments = cls(1, rows.shape[1], rows.device)
         weights = weights.to(rows.device, torch.float64)
         present = weights > 0
         rows, shares = rows[present].double(), (weights[present] / weights.sum()).unsqueeze(1)
-        held.count = count
-        held.mean = (rows * shares).sum(0, keepdim=True) if centred else torch.zeros_like(rows[:1])
-        apart = (rows - held.mean) * shares.sqrt()
-        held.scatter = (apart.mT @ apart).unsqueeze(0) * count
-        held._rounding = torch.finfo(torch.float64).eps
-        return held
+        moments.count = count
+        moments.mean = (rows * shares).sum(0, keepdim=True) if centred else torch.zeros_like(rows[:1])
+        apart = (rows - moments.mean) * shares.sqrt()
+        moments.scatter = (apart.mT @ apart).unsqueeze(0) * count
+        moments._rounding = torch.finfo(torch.float64).eps
+        return moments
 
     @torch.no_grad()
     def merge(self, other: Moments) -> None:

@@ -105,7 +105,7 @@ def check_offered(
     """Check a curve, and carry some of its choices out; how many."""
     check_curve(method, site, curve, where)
     carried_out = 0
-    for choice, error in some(curve):
+    for choice, error in of_every_run(curve):
         factors = check_factors(method, site, choice, error, curve.unit, tolerance, slack, where)
         check_built(method, site, choice, factors, where)
         check_numel(method, site, choice, factors, where)
@@ -113,7 +113,7 @@ def check_offered(
     return carried_out
 
 
-def some(curve: Curve) -> Iterator[tuple[Choice, float]]:
+def of_every_run(curve: Curve) -> Iterator[tuple[Choice, float]]:
     """The first, the middle and the last choice of every run of equal settings other than the rank."""
     runs: dict[tuple[object, ...], list[int]] = {}
     for index, choice in enumerate(curve.choices):
