@@ -119,10 +119,16 @@ def _curves(site: Site, methods: Sequence[Method], facts: Mapping[str, Any]) -> 
 
 def default_methods(sites: Sites) -> list[Method]:
     """Low rank: by data where every site holds moments, else by weights; joint ones with groups."""
-    calibrated = all(site.statistics for site in sites)
-    # By the data, low rank of the weight is never better at the same ranks than low rank of the responses.
-    methods: list[Method] = [ActivationSVD(), ActivationTucker2()] if calibrated else [WeightSVD()]
+    methods = low_rank(all(site.statistics for site in sites))
     return [*methods, JointSVD("left"), JointSVD("right")] if sites.groups else methods
+
+
+def low_rank(calibrated: bool, *, multiple_of: int | None = None) -> list[Method]:
+    """Low rank as it is on offer by default, for layers alone."""
+    if not calibrated:
+        return [WeightSVD(multiple_of=multiple_of)]
+    # By the data, low rank of the weight is never better at the same ranks than low rank of the responses.
+    return [ActivationSVD(multiple_of=multiple_of), ActivationTucker2(multiple_of=multiple_of)]
 
 
 def parted(table: Candidates, name: str) -> Candidates:

@@ -6,11 +6,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
 
-from spectrim import ActivationSVD, JointSVD, LowRankPlusSparse, PrincipalFilters, WeightSVD
+import spectrim as st
+from spectrim import ActivationSVD, ActivationTucker2, JointSVD, LowRankPlusSparse, PrincipalFilters, WeightSVD
 from spectrim.cli.methods import AUTO, CLASSES, JOINT, Asked, Methods
 from spectrim.cli.references import UsageError
 from spectrim.selection.plan import Plan
+from spectrim.tables import default_methods
 
 DATA = ("--data", "nets:batches")
 HALF = ("--budget", "macs=50%", "--no-report", "--quiet")
@@ -46,9 +50,13 @@ def test_every_method_of_the_library_has_a_name():
 
 
 def test_names_for_several_methods_and_what_is_offered_beside_them():
-    low_rank = [ActivationSVD(), WeightSVD()]
+    low_rank = [ActivationSVD(), ActivationTucker2()]
     assert chosen() == chosen(AUTO) == chosen(JOINT) == low_rank
-    assert chosen("weight-svd", AUTO) == [WeightSVD(), ActivationSVD()]
+    assert chosen("activation-tucker2", AUTO) == [ActivationTucker2(), ActivationSVD()]
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3)), torch.randn(8, 3, 6, 6)
+    # The command line and the call offer the same by default.
+    assert default_methods(st.calibrate(model, st.find(model), [x])) == low_rank
     assert Methods.read([AUTO]).chosen(False) == [WeightSVD()]
     assert chosen(AUTO, share=True)[2:] == [JointSVD("left"), JointSVD("right")]
     assert chosen(JOINT, share=True)[2:] == [JointSVD("left"), JointSVD("right"), JointSVD("both")]

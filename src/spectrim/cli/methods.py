@@ -207,21 +207,20 @@ class Methods:
         UsageError
             For methods that cannot be made, or not stand beside each other.
         """
-        from spectrim.methods import ActivationSVD, JointSVD, LowRankPlusSparse, WeightSVD, as_methods
+        from spectrim.methods import JointSVD, LowRankPlusSparse, as_methods
+        from spectrim.tables import low_rank
 
         self.check_data(calibrated)
         found: list[Method] = []
         with usage("--method"):
-            low_rank = [
-                kind(multiple_of=multiple_of) for kind in ([ActivationSVD, WeightSVD] if calibrated else [WeightSVD])
-            ]
+            by_default = low_rank(calibrated, multiple_of=multiple_of)
             for each in self.asked:
                 if each.name in (AUTO, JOINT):
-                    found += low_rank
+                    found += by_default
                     continue
                 method = each.build(multiple_of=multiple_of)
                 if len(self.asked) == 1 and isinstance(method, LowRankPlusSparse) and method.share is None:
-                    found += low_rank
+                    found += by_default
                 found.append(method)
             if share and not any(isinstance(method, JointSVD) for method in found):
                 parts = ("left", "right", "both") if JOINT in self else ("left", "right")

@@ -113,9 +113,10 @@ Methods = Annotated[
         metavar="METHOD",
         rich_help_panel="What layers become",
         autocompletion=completion.methods,
-        help="auto (the default: low rank), weight-svd, activation-svd, weight-cp, activation-cp, weight-tucker2, "
-        "activation-tucker2, joint, joint-svd, low-rank-plus-sparse, principal-filters, learned-ranks (compress "
-        "alone), or package.module:Class. Its options follow a colon, as weight-svd:multiple_of=8. Repeatable.",
+        help="auto (low rank and Tucker-2, the default), weight-svd, activation-svd, weight-cp, activation-cp, "
+        "weight-tucker2, activation-tucker2, joint, joint-svd, low-rank-plus-sparse, principal-filters, learned-ranks "
+        "(compress alone), or package.module:Class. Its options follow a colon, as weight-svd:multiple_of=8. "
+        "Repeatable.",
     ),
 ]
 Costs = Annotated[
