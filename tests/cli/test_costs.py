@@ -50,7 +50,7 @@ def test_ranks_are_learned_within_it_and_another_one_is_another_run(run):
 @pytest.mark.parametrize(
     ("cost", "message"),
     [
-        ("joules", "--cost joules is for --method learned-ranks, not for --method auto"),
+        ("joules", "--cost 'joules': write NAME=package.module:function"),
         ("joules=", "--cost 'joules=': write NAME=package.module:function"),
         ("joules=own", "write NAME=package.module:function, as joules=energy:joules"),
         ("macs=own:joules", "there is a cost 'macs' already"),

@@ -172,7 +172,7 @@ def test_a_file_of_groups_that_cannot_be_used_is_quoted(run, command: tuple[str,
     ],
 )
 def test_options_that_contradict_each_other(run, arguments: tuple[str, ...], message: str):
-    Path("plan.json").write_text("{}")
+    Path("plan.json").write_text('{"entries": []}')
     assert message in run("compress", "repeated:net", *DATA, *arguments, code=2).stderr
 
 
