@@ -183,6 +183,19 @@ class CountsParts(Two):
         return self.b(F.relu(self.a(x))) * len(list(self.modules()))
 
 
+class WalksItsModules(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.modules():
+            x = torch.tanh(module(x)) if isinstance(module, nn.Linear) else x
+        return x
+
+
+@pytest.mark.parametrize("method", [None, st.LowRankPlusSparse()])
+def test_what_cannot_be_run_while_layers_are_replaced_is_told_as_such(method: st.Method | None) -> None:
+    with pytest.raises(st.ProofError, match=r"the compressed WalksItsModules cannot be run: RuntimeError.*skip="):
+        st.compress(WalksItsModules().eval(), BATCHES, st.Budget(macs=0.5), methods=method, sensitivity=False)
+
+
 @pytest.mark.parametrize("kind", [AsksWhatItIs, CountsParts])
 def test_a_network_that_asks_what_its_layers_are_is_refused(kind: type[Two]) -> None:
     with pytest.raises(st.ProofError, match=r"merged, the compressed \w+ computes something else .*skip="):

@@ -73,6 +73,11 @@ def test_other_arguments_than_a_verb_has(call: Callable[[nn.Module], object], sa
             lambda m, s, t, p: ANY.compare(m, "small", BATCH),
             "compressed is a str: expected a Module or a Mapping. Write",
         ),
+        (lambda m, s, t, p: ANY.merge(p), "model is a Plan: expected a Module. Write merge(model)"),
+        (lambda m, s, t, p: ANY.fine_tune(p, [BATCH]), "model is a Plan: expected a Module. Write fine_tune(model, ba"),
+        (lambda m, s, t, p: ANY.learn_ranks(p, [BATCH], "macs=50%"), "model is a Plan: expected a Module. Write learn"),
+        (lambda m, s, t, p: ANY.export_program(p, BATCH, "p"), "model is a Plan: expected a Module. Write export_pro"),
+        (lambda m, s, t, p: ANY.export_onnx(p, BATCH, "p"), "model is a Plan: expected a Module. Write export_onnx("),
         (lambda m, s, t, p: ANY.load("m", "small.safetensors"), "model is a str: expected a Module. Write load(make_"),
     ],
 )

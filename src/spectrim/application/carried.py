@@ -18,7 +18,7 @@ from spectrim.network.choices import ChannelsChoice
 from spectrim.network.sites import Sites
 from spectrim.nn.build import skeleton
 from spectrim.nn.channels.removal import Removal
-from spectrim.nn.proof import Expected, check_copy, prove
+from spectrim.nn.proof import Expected, check_copy, prove, watching
 from spectrim.nn.shipping import carry
 from spectrim.nn.standing import Traits
 from spectrim.nn.watch.batches import Feed, one_by_one
@@ -104,7 +104,8 @@ def carry_out(
         # A pass that loops over its samples would stop at the first of them, or come to layers with dense ones before.
         apart = one_by_one(model, batches, feed) if sites.loops else batches
         work.split = Split.of(apart, rows=sampling.rows, mask=sampling.mask, layout=feed.layout)
-        follow(work, steps, apart, memory, told(progress))
+        with watching(model, removal.model, expected, first, feed):
+            follow(work, steps, apart, memory, told(progress))
         held_out = Split.of(batches, mask=sampling.mask, layout=feed.layout).held if sites.loops else work.split.held
     else:
         for done, step in enumerate(steps):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import ExportError
+from spectrim.errors import ExportError, called_as
 from spectrim.network.files import replacing
 from spectrim.nn.watch.batches import arguments
 from spectrim.nn.watch.nesting import rebuilt, resized, tensors
@@ -20,6 +20,7 @@ from spectrim.nn.watch.state import evaluating
 TOLERANCE = 1e-3
 
 
+@called_as("Write export_program(model, example, path); of a result, its .model", model=nn.Module)
 def export_program(
     model: nn.Module, example: Any, path: str | Path, *, dynamic_batch: bool = True, tolerance: float = TOLERANCE
 ) -> float:
@@ -64,6 +65,7 @@ def export_program(
     return worst
 
 
+@called_as("Write export_onnx(model, example, path); of a result, its .model", model=nn.Module)
 def export_onnx(
     model: nn.Module, example: Any, path: str | Path, *, dynamic_batch: bool = True, tolerance: float = TOLERANCE
 ) -> float:

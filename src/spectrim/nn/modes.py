@@ -25,7 +25,7 @@ def said_of_training(dense: nn.Module, small: nn.Module, batch: Any, feed: Feed)
 
     Tried on copies, with two samples, where the code of the network's own modules asks for its mode.
     """
-    if not _asks_for_mode(small):
+    if not asks_for_mode(small):
         return
     error = _in_training(small, batch, feed)
     if isinstance(error, ReadOnlyWeightError):
@@ -39,7 +39,7 @@ def said_of_training(dense: nn.Module, small: nn.Module, batch: Any, feed: Feed)
 
 def check_trainable(model: nn.Module, sites: Sites, batch: Any, feed: Feed) -> None:
     """Raise CalibrationError for a model that is to be trained compressed and writes into the weights of its sites."""
-    if not _asks_for_mode(model):
+    if not asks_for_mode(model):
         return
     trial = copy_model(model)
     for layer in sites:
@@ -65,7 +65,7 @@ def _in_training(model: nn.Module, batch: Any, feed: Feed) -> Exception | None:
     return None
 
 
-def _asks_for_mode(model: nn.Module) -> bool:
+def asks_for_mode(model: nn.Module) -> bool:
     """Whether modules that are not torch's read ``training``."""
     kinds = {base for module in model.modules() for base in type(module).__mro__}
     own = (kind for kind in kinds if not kind.__module__.startswith(("torch.", "spectrim.", "builtins")))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections import Counter, defaultdict
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from spectrim.cost.counted import macs, parameters
 from spectrim.cost.whole import Layered, Network, Picks
-from spectrim.errors import ProofError
+from spectrim.errors import ProofError, SpectrimError
 from spectrim.network.sites import Sites
 from spectrim.nn.copying import copy_model
 from spectrim.nn.counting import counting
@@ -162,13 +163,7 @@ def prove(
             f"{round(expected.planned['parameters']):,}"
         )
     before = _run(dense, batch, expected.changed, feed)
-    try:
-        now = _run(small, batch, expected.changed, feed)
-    except Exception as error:
-        raise ProofError(
-            f"the compressed {type(dense).__name__} cannot be run: {type(error).__name__}: {error}. What reads or "
-            f"calls the replaced layers ({_some(expected.changed)}) does not find what it needs; skip those with skip="
-        ) from error
+    now = _run_small(dense, small, expected.changed, batch, feed)
     yield from _calls(dense, before, now, batch, feed)
     yield from _work(expected, before, now)
     yield from _outputs(expected, before, now)
@@ -193,6 +188,28 @@ def _run(model: nn.Module, batch: Any, names: Sequence[str], feed: Feed) -> Seen
     each_sample = work.macs / feed.layout.size(batch)
     several_sizes = any(len(set(each)) > 1 for each in shapes.values())
     return Seen(calls, each_sample, outputs, _MEAN_SIDES * each_sample if several_sizes else 0.0)
+
+
+def _run_small(dense: nn.Module, small: nn.Module, names: Sequence[str], batch: Any, feed: Feed) -> Seen:
+    try:
+        return _run(small, batch, names, feed)
+    except Exception as error:
+        raise ProofError(
+            f"the compressed {type(dense).__name__} cannot be run: {type(error).__name__}: {error}. What reads or "
+            f"calls the replaced layers ({_some(names)}) does not find what it needs; skip those with skip="
+        ) from error
+
+
+@contextlib.contextmanager
+def watching(dense: nn.Module, small: nn.Module, expected: Expected, batch: Any, feed: Feed) -> Iterator[None]:
+    """Tell what is raised while layers are replaced as a fault of the network, if it cannot be run as it is then."""
+    try:
+        yield
+    except SpectrimError:
+        raise
+    except Exception:
+        _run_small(dense, small, expected.changed, batch, feed)
+        raise
 
 
 def _calls(dense: nn.Module, before: Seen, now: Seen, batch: Any, feed: Feed) -> Iterator[str]:

@@ -57,7 +57,7 @@ def _leave_fused_kernels(model: nn.Module, layer: nn.TransformerEncoderLayer) ->
             encoder.use_nested_tensor = False
 
 
-@called_as("Write merge(model), or merge(model, batches)")
+@called_as("Write merge(model), or merge(model, batches); of a result, its .model", model=nn.Module)
 def merge(
     model: nn.Module,
     calibration: Iterable[Any] | None = None,

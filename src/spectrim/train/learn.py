@@ -76,7 +76,7 @@ class LearnedResult(Result):
         return replace(grid, notes=(*steps, *grid.notes))
 
 
-@called_as("Write learn_ranks(model, batches, 'macs=50%')")
+@called_as("Write learn_ranks(model, batches, 'macs=50%')", model=nn.Module)
 def learn_ranks(
     model: nn.Module,
     batches: Iterable[Any],

@@ -16,7 +16,7 @@ from spectrim.train.recipe import Recipe
 from spectrim.train.result import TrainingResult
 
 
-@called_as("Write fine_tune(model, batches)")
+@called_as("Write fine_tune(model, batches); of a result, its .model", model=nn.Module)
 def fine_tune(
     model: nn.Module,
     batches: Iterable[Any],

@@ -6,6 +6,7 @@ import copy
 import functools
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -398,6 +399,31 @@ def test_a_layer_that_is_not_reached_has_no_channels():
     net, x = made("chain")
     net.idle = nn.Linear(4, 4)
     assert [c.name for c in coupled(net, x).couplings] == ["a:out", "b:out"]
+
+
+class HeadInTraining(nn.Module):
+    """A second head reads the middle, in training mode alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 24, 3, padding=1), nn.Conv2d(24, 16, 1)
+        self.out, self.aside = nn.Linear(16, 5), nn.Conv2d(24, 5, 1)
+
+    def forward(self, x: Tensor) -> Any:
+        x = F.relu(self.b(F.relu(self.a(x))))
+        y = self.out(F.relu(self.c(x)).mean((2, 3)))
+        return (y, self.aside(x)) if self.training else y
+
+
+def test_what_is_read_in_training_mode_alone_keeps_its_channels():
+    torch.manual_seed(0)
+    model, x = HeadInTraining().eval(), torch.randn(8, 3, 6, 6)
+    sites = st.couple(model, st.find(model), x)
+    assert [coupling.name for coupling in sites.couplings] == ["a:out", "c:out"]
+    reasons = {each.name: each.reason for each in sites.skipped}
+    assert "in training mode the narrowed model fails" in reasons["b:out"]
+    small = st.compress(model, [x], "macs=70%", methods=st.PrincipalFilters(), sensitivity=False).model
+    assert small.train()(x)[1].shape == (8, 5, 6, 6)
 
 
 def test_a_module_under_two_names_goes_by_the_first():

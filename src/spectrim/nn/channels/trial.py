@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from spectrim.network.coupling import IN, OUT, THROUGH, Coupling, axes_left
 from spectrim.nn.channels.narrow import narrow
 from spectrim.nn.copying import copy_model
 from spectrim.nn.find import canonical
+from spectrim.nn.modes import asks_for_mode
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.standing import as_containers
 from spectrim.nn.watch.nesting import output_tensors
@@ -163,6 +165,25 @@ class Trial:
                 a = a if left is None else a.index_select(dim, left.to(a.device))
                 if a.shape != b.shape or not _close(a, b):
                     return f"{_OTHER} at {name}"
+        if self.trains and (error := self._in_training(small)) is not None:
+            return (
+                f"in training mode the narrowed model fails with {type(error).__name__}: {first_line(error)}. What "
+                "reads channels there alone keeps its inputs"
+            )
+        return None
+
+    @cached_property
+    def trains(self) -> bool:
+        """Whether the model does something else in training mode, such as a head beside others, and runs there."""
+        return asks_for_mode(self.model) and self._in_training(copy_model(self.model)) is None
+
+    def _in_training(self, model: nn.Module) -> Exception | None:
+        """What a model, which is not used any more, raises in training mode."""
+        try:
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                self.run(model.train(), self.example)
+        except Exception as error:  # a model may raise anything
+            return error
         return None
 
     @staticmethod
