@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +13,7 @@ from spectrim.cli.common import Output, command
 from spectrim.cli.references import Reference, UsageError, installed
 from spectrim.cli.unfinished import make_folder
 from spectrim.cli.values import check_folder
+from spectrim.cost.exporter import quiet_exporter
 
 FORMATS = (".onnx", ".pt2")
 _RUNS = {
@@ -49,21 +46,6 @@ class ExportOptions:
         check_folder(self.file.parent)
 
 
-@contextlib.contextmanager
-def _muted() -> Iterator[None]:
-    """What torch's exporter tells those who work on it is not shown: libraries that it does without, and such."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning)
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            yield
-    finally:
-        log.setLevel(level)
-
-
 @command
 def export(
     out: Output, model: options.FinishedOptions, example: options.ExampleOptions, written: ExportOptions
@@ -92,7 +74,7 @@ def export(
     else:
         batch = random_input(str(input_shape), written.batch, "cpu")
     write = export_onnx if file.suffix == ".onnx" else export_program
-    with _muted():
+    with quiet_exporter(FutureWarning, DeprecationWarning):
         difference = write(network, batch, file)
     size = file.stat().st_size
     out.document(

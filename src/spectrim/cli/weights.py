@@ -54,47 +54,66 @@ def check_checkpoint(path: Path) -> None:
     UsageError
         Says what it is.
     """
-    why = unreadable(path, _CHECKPOINT)
+    head = _head(path)
+    why = _something_else(head) or _not_safetensors(path, head, _CHECKPOINT)
     if not why and "plan" not in (_header(path).get("__metadata__") or ()):
         why = f"it holds weights and no plan: {_CHECKPOINT}"
     if why:
         raise UsageError(f"checkpoint {str(path)!r} cannot be read: {why}")
 
 
-def unreadable(path: Path, renamed: str = "give it a name that ends in .pt") -> str:
+def unreadable(path: Path) -> str:
     """Why a file holds no weights, with the cure, as far as its first bytes and its contents show; else nothing.
-
-    Parameters
-    ----------
-    renamed
-        The cure for a file of ``torch.save`` in place of one of safetensors.
 
     Raises
     ------
     OSError
         If it cannot be opened.
     """
+    head = _head(path)
+    if path.suffix == ".safetensors":
+        return _something_else(head) or _not_safetensors(path, head, "give it a name that ends in .pt")
+    return _something_else(head) or _not_saved(path, head)
+
+
+def _head(path: Path) -> bytes:
     with path.open("rb") as file:
-        head = file.read(_HEAD)
+        return file.read(_HEAD)
+
+
+def _something_else(head: bytes) -> str:
+    """Why a file is none of weights at all."""
     if not head:
         return f"it is empty: {_AGAIN}"
     if head.startswith(b"version https://git-lfs"):
         return "it is a pointer of Git LFS and not the file: fetch that with git lfs pull"
     if head.lstrip()[:1] == b"<":
         return "it is a web page and not the file: fetch that"
-    saved = head[:4] == b"PK\x03\x04" or head[:1] == b"\x80"
-    if path.suffix == ".safetensors" or renamed == _CHECKPOINT:
-        return f"torch.save wrote it: {renamed}" if saved else _not_safetensors(path, head)
-    if head[8:9] == b"{" and not _not_safetensors(path, head):
+    return ""
+
+
+def _is_saved(head: bytes) -> bool:
+    """Whether a file begins as those of ``torch.save`` do."""
+    return head[:4] == b"PK\x03\x04" or head[:1] == b"\x80"
+
+
+def _not_saved(path: Path, head: bytes) -> str:
+    """Why a file is not as ``torch.save`` writes them."""
+    if head[8:9] == b"{" and not _not_safetensors(path, head, ""):
         return "it is a safetensors file: give it a name that ends in .safetensors"
     # Another way to save, before torch 1.6, is a pickle; one before that an archive of tar.
-    if not saved and head[257:262] != b"ustar":
+    if not _is_saved(head) and head[257:262] != b"ustar":
         return "it is not a checkpoint that torch.save wrote, or it is damaged: save or copy it again"
     return _not_zip(path) if head[:2] == b"PK" else ""
 
 
-def _not_safetensors(path: Path, head: bytes) -> str:
-    """Why a file is not as safetensors are: the size of a header, the header, and as many bytes as that says."""
+def _not_safetensors(path: Path, head: bytes, instead: str) -> str:
+    """Why a file is not as safetensors are: the size of a header, the header, and as many bytes as that says.
+
+    ``instead`` is the cure for a file of ``torch.save``.
+    """
+    if _is_saved(head):
+        return f"torch.save wrote it: {instead}"
     length, size = int.from_bytes(head[:8], "little"), path.stat().st_size
     if head[8:9] != b"{" or length > min(size, 100_000_000):
         return f"it is no safetensors file, or it is damaged: {_AGAIN}"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from spectrim.cost.chains import Operators
+from spectrim.cost.exporter import quiet_exporter
 from spectrim.network.layer import LayerSpec
 from spectrim.network.structure import Chain
 
@@ -27,7 +25,7 @@ _PADDING = {"reflect": "reflect", "replicate": "edge", "circular": "wrap"}
 
 def exported(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Callable[..., Any]:
     """A session that takes what the module takes, in the shapes of these inputs."""
-    with _silent(), torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+    with quiet_exporter(Warning), torch.inference_mode(False), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         program = torch.export.export(module, args, dict(kwargs), strict=False)
         onnx_program = torch.onnx.export(program, dynamo=True, verbose=False)
         assert onnx_program is not None
@@ -75,20 +73,6 @@ def chain_session(chain: Chain, layers: Operators, inputs: tuple[Tensor, ...]) -
     session = _session(made.SerializeToString())
     feeds = {name: x.numpy() for name, x in zip(names, inputs, strict=True)}
     return lambda: session.run(None, feeds)
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """Drop warnings of torch's exporter, as of packages that it would know and nobody needs."""
-    exporter = logging.getLogger("torch.onnx")
-    before = exporter.level
-    exporter.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        exporter.setLevel(before)
 
 
 def _operator(spec: LayerSpec) -> str:

@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -428,6 +428,17 @@ def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied:
         others = [n or "the model itself" for n in tied[id(weight)] if n not in paths]
         cure = "give one of them a copy of its own to compress it; a copy is counted, too"
         return f"its weight is tied to {', '.join(others)}: {cure}"
+    if reason := _read_above(model, paths):
+        return reason
+    if module._modules:
+        return f"it holds modules of its own ({', '.join(module._modules)}): move them to the module that holds it"
+    if "" in paths:
+        return "the model itself is this layer: wrap it in nn.Sequential"
+    return None
+
+
+def _read_above(model: nn.Module, paths: Sequence[str]) -> str | None:
+    """Why modules that hold a layer read its weight, or None."""
     for path in paths:
         parent = model.get_submodule(path.rpartition(".")[0]) if path else model
         if isinstance(parent, nn.MultiheadAttention):
@@ -435,10 +446,6 @@ def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied:
         above = path.split(".")
         if any(getattr(model.get_submodule(".".join(above[:n])), "reads_weights", False) for n in range(len(above))):
             return "its weight is one part of a layer's"
-    if module._modules:
-        return f"it holds modules of its own ({', '.join(module._modules)}): move them to the module that holds it"
-    if "" in paths:
-        return "the model itself is this layer: wrap it in nn.Sequential"
     return None
 
 

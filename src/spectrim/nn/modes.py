@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,10 +27,14 @@ def said_of_training(dense: nn.Module, small: nn.Module, batch: Any, feed: Feed)
     """
     if not asks_for_mode(small):
         return
-    error = _in_training(small, batch, feed)
+
+    def fault(model: nn.Module) -> Exception | None:
+        return fault_in_training(copy_model(model), lambda copied: feed(copied, feed.resized(batch, 2)))
+
+    error = fault(small)
     if isinstance(error, ReadOnlyWeightError):
         yield f"the model cannot be trained as it is: in training mode it writes into a layer's weight, and {error}"
-    elif error is not None and _in_training(dense, batch, feed) is None:
+    elif error is not None and fault(dense) is None:
         yield (
             f"the model cannot be trained as it is: in training mode it raises {type(error).__name__}: {error}, which "
             f"the dense one does not. Something there counts on the layers' own weights: {_CURE}"
@@ -46,7 +50,7 @@ def check_trainable(model: nn.Module, sites: Sites, batch: Any, feed: Feed) -> N
         spec = layer.spec
         (module,) = skeleton(LowRankChoice(unfolding="channel", rank=1), [spec])
         replace_module(trial, spec.names, module)
-    error = _in_training(trial, batch, feed)
+    error = fault_in_training(trial, lambda model: feed(model, feed.resized(batch, 2)))
     if isinstance(error, ReadOnlyWeightError):
         raise CalibrationError(
             f"in training mode the model writes into a layer's weight, which it will not have once it is compressed: "
@@ -54,12 +58,11 @@ def check_trainable(model: nn.Module, sites: Sites, batch: Any, feed: Feed) -> N
         ) from error
 
 
-def _in_training(model: nn.Module, batch: Any, feed: Feed) -> Exception | None:
-    """What a copy of a model raises in training mode."""
-    copied = copy_model(model).train()
+def fault_in_training(model: nn.Module, run: Callable[[nn.Module], Any]) -> Exception | None:
+    """What a model, which is changed by it, raises where it is run in training mode."""
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            feed(copied, feed.resized(batch, 2))
+            run(model.train())
     except Exception as error:  # a model may raise anything
         return error
     return None

@@ -23,7 +23,7 @@ from spectrim.network.coupling import IN, OUT, THROUGH, Coupling, axes_left
 from spectrim.nn.channels.narrow import narrow
 from spectrim.nn.copying import copy_model
 from spectrim.nn.find import canonical
-from spectrim.nn.modes import asks_for_mode
+from spectrim.nn.modes import asks_for_mode, fault_in_training
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.standing import as_containers
 from spectrim.nn.watch.nesting import output_tensors
@@ -178,13 +178,7 @@ class Trial:
         return asks_for_mode(self.model) and self._in_training(copy_model(self.model)) is None
 
     def _in_training(self, model: nn.Module) -> Exception | None:
-        """What a model, which is not used any more, raises in training mode."""
-        try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                self.run(model.train(), self.example)
-        except Exception as error:  # a model may raise anything
-            return error
-        return None
+        return fault_in_training(model, lambda trained: self.run(trained, self.example))
 
     @staticmethod
     def _named(fault: str, operations: Sequence[str]) -> str:
