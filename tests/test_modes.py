@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -56,3 +58,43 @@ def test_what_evaluate_sets_on_a_model_does_not_stay() -> None:
     assert not model[2]._forward_hooks
     assert not model[2]._forward_hooks_with_kwargs
     assert not model._backward_hooks
+
+
+@pytest.mark.parametrize(
+    "around",
+    [lambda: torch.autocast("cpu", dtype=torch.bfloat16), lambda: torch.device("meta")],
+    ids=["cast", "device"],
+)
+@pytest.mark.parametrize(
+    "methods", [None, st.PrincipalFilters(), st.LowRankPlusSparse()], ids=["rank", "cut", "sparse"]
+)
+def test_casting_and_a_default_device_around_a_call_change_nothing(around: Any, methods: Any) -> None:
+    model, x = network(), torch.randn(64, 12)
+    wanted = st.compress(model, [x], "parameters=70%", methods=methods)
+    with around():
+        given = st.compress(model, [x], "parameters=70%", methods=methods)
+        now = torch.is_autocast_enabled("cpu"), torch.get_default_device().type
+    with around():
+        assert now == (torch.is_autocast_enabled("cpu"), torch.get_default_device().type)
+    assert torch.equal(wanted.model(x), given.model(x))
+
+
+def test_another_thread_may_use_a_model_meanwhile() -> None:
+    model, x = network(), torch.randn(64, 12)
+    wanted, began, over = st.compress(model, [x], "macs=50%"), threading.Event(), threading.Event()
+
+    def use() -> None:
+        while not over.is_set():
+            model(100 * x[:7])
+            began.set()
+
+    thread = threading.Thread(target=use)
+    thread.start()
+    try:
+        began.wait(10)
+        given = st.compress(model, [x], "macs=50%")
+    finally:
+        over.set()
+        thread.join()
+    assert wanted.plan == given.plan
+    assert torch.equal(wanted.model(x), given.model(x))

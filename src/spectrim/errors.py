@@ -7,7 +7,7 @@ import difflib
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
@@ -225,7 +225,8 @@ def called_as(cure: str, **kinds: type | tuple[type, ...]) -> Callable[[Callable
     """Let a verb that is called with other arguments than it has say what was meant: a name of its own, or ``cure``.
 
     Arguments named in ``kinds`` that are of another type are refused with it too, before the verb begins. In torch's
-    inference mode the verb works outside of it: tensors made there could not be trained afterwards.
+    inference mode the verb works outside of it: tensors made there could not be trained afterwards. So it does of
+    automatic casting and of a default device; what a model's own forward enters is there in it.
     """
 
     def explained(verb: Callable[P, R]) -> Callable[P, R]:
@@ -240,7 +241,7 @@ def called_as(cure: str, **kinds: type | tuple[type, ...]) -> Callable[[Callable
                     expected = " or ".join(_a(each.__name__) for each in wanted)
                     raise TypeError(f"{name} is {_a(type(value).__name__)}: expected {expected}. {cure}")
             try:
-                with _outside_inference():
+                with _as_torch_begins():
                     return verb(*args, **kwargs)
             except TypeError as error:
                 began = error.__traceback__ is not None and error.__traceback__.tb_next is not None
@@ -256,9 +257,26 @@ def called_as(cure: str, **kinds: type | tuple[type, ...]) -> Callable[[Callable
     return explained
 
 
-def _outside_inference() -> contextlib.AbstractContextManager[Any]:
-    """Not torch's inference mode, if torch is there and in it."""
+# Devices that torch casts on by itself, where it is told to.
+_CASTING = ("cpu", "cuda", "mps", "xpu")
+
+
+@contextlib.contextmanager
+def _as_torch_begins() -> Iterator[None]:
+    """No inference mode, no automatic casting and new tensors on the CPU, if torch is there and is told otherwise.
+
+    Casting would round what a verb works out by itself, and another device hold what it makes for the CPU.
+    """
     torch = sys.modules.get("torch")
-    if torch is None or not torch.is_inference_mode_enabled():
-        return contextlib.nullcontext()
-    return torch.inference_mode(False)
+    if torch is None:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        for kind in _CASTING:
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield

@@ -64,7 +64,8 @@ class Coupling:
     parameters, bytes
         What a channel has in modules that are no layers: normalisation, embeddings.
     products
-        The share that a channel has of what modules multiply themselves, by their paths: a head's of attention.
+        The share that a channel has of what modules multiply themselves, by their paths: a head's of attention, a
+        channel's of what is spread along the edges of a graph.
     """
 
     name: str

@@ -27,6 +27,7 @@ from spectrim.network.sites import Layer, Sites, Skipped
 from spectrim.nn.channels.experiments import Experiments, Mixed
 from spectrim.nn.channels.heads import Heads
 from spectrim.nn.channels.narrow import NORMS, beside_layers, held_at
+from spectrim.nn.channels.products import with_products
 from spectrim.nn.channels.rules import rule_of
 from spectrim.nn.channels.tracing import traced
 from spectrim.nn.channels.trial import DRAWS, Trial, enlivened, first_line
@@ -67,7 +68,7 @@ def couple(
     sites
         From :func:`spectrim.find` for the same model. Layers that were skipped on request keep their channels.
     example
-        A batch; two samples of it are used.
+        A batch; two samples of it are used, or all where they belong together, as the nodes of a graph do.
     forward
         Runs a model on a batch in another way.
     samples
@@ -107,17 +108,19 @@ def couple(
 
 def _coupled(model: nn.Module, sites: Sites, example: Any, run: Feed) -> Sites:
     run.decide(model, example)
-    small = run.resized(example, 2)
+    # Not the traced copy: it may keep tensors of autograd, which cannot be copied.
+    lively = enlivened(model)
+    small = run.few(lively, example, 2)
     graph = _Graph.traced(model, sites, small, run)
     if isinstance(graph, str):
         return dataclasses.replace(sites, skipped=(*sites.skipped, Skipped("", type(model).__name__, graph)))
     found, obstacles = graph.couplings()
-    # Not the traced copy: it may keep tensors of autograd, which cannot be copied.
-    trial = Trial(enlivened(model), small, run)
+    trial = Trial(lively, small, run)
     good, failed = trial.sort_out(found, graph.operations)
     good, left = graph.by_experiment(trial, good, [*obstacles, *failed])
     good, left = _with_heads(Heads(trial, frozenset(site.name for site in sites)), good, left)
     order = {site.name: number for number, site in enumerate(sites)}
+    good = list(with_products(trial, good))
     good.sort(key=lambda c: order.get(c.sides[0].name, len(order)))
     touched = {side.name for coupling in good for side in coupling.sides}
     followers = []

@@ -8,23 +8,19 @@ found by trial.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from spectrim.network.coupling import IN, OUT, Axis, Coupling, Side, axes_left
-from spectrim.nn.channels.narrow import beside_layers, narrow
+from spectrim.network.coupling import IN, OUT, Axis, Coupling, Side
+from spectrim.nn.channels.narrow import beside_layers
 from spectrim.nn.channels.trial import DRAWS, Trial, explained
-from spectrim.nn.copying import copy_model
-from spectrim.nn.flops import WorkCounter
 from spectrim.nn.watch.nesting import output_tensors
 from spectrim.nn.watch.observe import Hook, hooked
 from spectrim.nn.watch.state import evaluating
@@ -114,13 +110,12 @@ class Heads:
             return [], {}
         good: list[Coupling] = []
         reasons: dict[str, str] = {}
-        counted = self._own_macs(self.trial.model) if found else {}
         for attention in found:
             coupling = self._tried(attention)
             if isinstance(coupling, str):
                 reasons[attention.name] = coupling
             else:
-                good.append(dataclasses.replace(coupling, products=self._products(coupling, counted)))
+                good.append(coupling)
         if not good or all(self.trial.fault([*others, *good], draw) is None for draw in DRAWS):
             return good, reasons
         together: list[Coupling] = []
@@ -169,20 +164,6 @@ class Heads:
             faults.append(fault)
         self._ways[kind] = reason = explained(faults[0])
         return reason
-
-    def _products(self, coupling: Coupling, counted: Mapping[str, float]) -> Mapping[str, float]:
-        """The share that one head has of what modules multiply themselves, by their paths."""
-        small = copy_model(self.trial.model)
-        narrow(small, axes_left([coupling], {coupling.name: range(1, coupling.channels)}))
-        now = self._own_macs(small)
-        lost = {path: 1 - now.get(path, 0.0) / work for path, work in counted.items()}
-        return MappingProxyType({path: share for path, share in lost.items() if share > 0})
-
-    def _own_macs(self, model: nn.Module) -> dict[str, float]:
-        with evaluating(model), WorkCounter() as counter:
-            self.trial.run(model, self.trial.example)
-        layers = {name for name, module in model.named_modules() if isinstance(module, (_ConvNd, nn.Linear))}
-        return {path: work for path, work in counter.own_macs(model).items() if path not in layers}
 
 
 @dataclass(eq=False)

@@ -160,8 +160,9 @@ class _Watch:
         What is kept of the sites, of coupled channels and of layers left alone, by name.
     order
         Names of layers in the order in which they are called.
-    samples, tokens, other_macs
-        Samples and tokens so far, and MACs a sample outside the watched layers, from the first batch.
+    samples, tokens, masked, other_macs
+        Samples and tokens so far, whether a mask says which tokens there are, and MACs a sample outside the watched
+        layers, from the first batch.
     given
         What of a batch the model is given, in words.
     work, uncounted
@@ -180,6 +181,7 @@ class _Watch:
     order: list[str] = dataclasses.field(default_factory=list)
     samples: int = 0
     tokens: int = 0
+    masked: bool = False
     other_macs: float = 0.0
     work: Mapping[str, float] = dataclasses.field(default_factory=dict)
     uncounted: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -246,6 +248,7 @@ class _Watch:
             self.streams.end_of_pass()
         self.samples += size
         self.tokens += 0 if samples.mask is None else int(samples.mask.sum())
+        self.masked |= samples.mask is not None
 
     def _reading(self) -> AbstractContextManager[Reading]:
         """Who reads weights; one that is multiplied out is another tensor each time."""
@@ -275,9 +278,11 @@ class _Watch:
         reached = [name for name in dict.fromkeys(self.order) if name in watchers]
         if reached or not watchers:
             return reached
-        refused = next((each.refused for each in watchers.values() if each.refused), None)
+        refused = next(((name, each.refused) for name, each in watchers.items() if each.refused), None)
         if refused:
-            raise CalibrationError(f"none of the {len(watchers)} sites was called: {refused}")
+            raise CalibrationError(
+                f"none of the {len(watchers)} sites was called; the first that is used is {refused[0]!r}: {refused[1]}"
+            )
         raise CalibrationError(
             f"none of the {len(watchers)} sites was reached by the calibration batches; "
             f"the first is {next(iter(watchers))!r}. Is this the model that the sites were found in?"
@@ -286,6 +291,11 @@ class _Watch:
     def calibrated(self) -> Sites:
         """The sites with what was seen; those that no batch reached are skipped."""
         sites, watchers, reached = self.sites, self.watchers, self._reached()
+        if self.masked and not self.tokens:
+            raise CalibrationError(
+                "the mask of the calibration batches leaves no token: it is zero where there is padding, and not where "
+                "there is data; pass mask=, a function of the batch that gives it so"
+            )
         layers = tuple(watchers[name].layer() for name in reached if not watchers[name].refused)
         out = [site for site in sites if site.name not in reached or watchers[site.name].refused]
         left = [site.spec for site in out]
@@ -403,6 +413,8 @@ class _Shapes:
                     "called with more than its input (output_size), which a pair of layers cannot take: give "
                     "output_padding to its constructor instead"
                 )
+            if inputs.layout is not torch.strided:
+                self.refused = "called with a sparse tensor, whose rows cannot be watched: give it x.to_dense()"
             if not inputs.numel():
                 return
             # A layer that the first batch does not reach is described by the first call it gets.

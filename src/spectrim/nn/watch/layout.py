@@ -94,13 +94,18 @@ class Layout:
         return next((axis for axis in axes if tensor.dim() > axis and tensor.shape[axis] == size), None)
 
     def columns(self, batch: Any, size: int) -> list[list[Tensor]]:
-        """What tells samples apart: tensors with samples in front, in one piece or one a sample."""
+        """What tells samples apart: tensors with samples in front, in one piece or one a sample.
+
+        Sparse ones count where there are no others: the edges of a graph, which its nodes tell apart.
+        """
         inputs = self.inputs(batch)
         if self.listed and self.count is None:
             rows = [list(tensors(sample)) for sample in inputs]
             return [[t.detach().unsqueeze(0) for t in column] for column in zip(*rows, strict=False)]
         found = [(tensor.detach(), self.axis_of(tensor, size)) for tensor in tensors(inputs)]
-        return [[tensor.movedim(axis, 0)] for tensor, axis in found if axis is not None]
+        cut = [(tensor, axis) for tensor, axis in found if axis is not None]
+        plain = [(tensor, axis) for tensor, axis in cut if tensor.layout is torch.strided]
+        return [[tensor.movedim(axis, 0)] for tensor, axis in plain or [(t.to_dense(), axis) for t, axis in cut]]
 
     def lengths(self, batch: Any, size: int) -> frozenset[int]:
         """Sizes of the axis beside that of the samples."""

@@ -85,7 +85,12 @@ def is_array(value: object) -> bool:
 
 
 def check_numbers(inputs: Any) -> None:
-    """Raise CalibrationError for inputs of arrays or lists of numbers alone, in place of tensors."""
+    """Raise CalibrationError for inputs of arrays or lists of numbers alone, in place of tensors, or of nested ones."""
+    if any(tensor.is_nested for tensor in tensors(inputs)):
+        raise CalibrationError(
+            "a batch holds a nested tensor, whose samples differ in length: pass a padded one (to_padded_tensor(0)), "
+            "and mask=, which says what is no padding; or a list of tensors, one a sample"
+        )
     if next(tensors(inputs), None) is not None:
         return
     if is_array(inputs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from spectrim.nn.watch.state import evaluating, kept
 
 @dataclass(frozen=True)
 class Hook:
-    """A function to be called whenever a module is.
+    """A function to be called whenever this thread calls a module: another one may be using the model meanwhile.
 
     Attributes
     ----------
@@ -32,9 +33,14 @@ class Hook:
 
     def register(self) -> Any:
         """Put it on the module; what is returned takes it away."""
+        ours = threading.get_ident()
+
+        def function(*call: Any) -> Any:
+            return self.function(*call) if threading.get_ident() == ours else None
+
         if self.before:
-            return self.module.register_forward_pre_hook(self.function, with_kwargs=True)
-        return self.module.register_forward_hook(self.function, with_kwargs=True)
+            return self.module.register_forward_pre_hook(function, with_kwargs=True)
+        return self.module.register_forward_hook(function, with_kwargs=True)
 
 
 @contextlib.contextmanager

@@ -63,7 +63,8 @@ def outputs_at(spec: LayerSpec, outputs: Tensor, index: Int64[Tensor, " n"] | No
         else:
             rows = index.to(outputs.device).unsqueeze(1)
             picked = _gathered(batched, rows // size, rows % size).squeeze(1)
-    return picked.reshape(len(picked), spec.groups, -1).transpose(0, 1)
+    # There may be no rows.
+    return picked.reshape(len(picked), spec.groups, picked.shape[1] // spec.groups).transpose(0, 1)
 
 
 def _taken(flat: Tensor, index: Tensor | None) -> Tensor:
