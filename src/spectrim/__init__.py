@@ -49,6 +49,7 @@ _HOMES = {
     "Sweep": "selection.front",
     "Trajectory": "selection.trajectory",
     "SlowerError": "errors",
+    "TiedSVD": "methods",
     "ToleranceError": "errors",
     "UnsupportedLayerError": "errors",
     "WeightCP": "methods",

@@ -25,6 +25,7 @@ from spectrim.methods import JointSVD as JointSVD
 from spectrim.methods import LowRankPlusSparse as LowRankPlusSparse
 from spectrim.methods import Method as Method
 from spectrim.methods import PrincipalFilters as PrincipalFilters
+from spectrim.methods import TiedSVD as TiedSVD
 from spectrim.methods import WeightCP as WeightCP
 from spectrim.methods import WeightSVD as WeightSVD
 from spectrim.methods import WeightTucker2 as WeightTucker2

@@ -94,7 +94,7 @@ def locate(
         If weights are missing, NaN or Inf, or channels are asked for and there is no batch.
     """
     sites = find(model, skip=skip, only=only, parts=parts)
-    if not len(sites):
+    if not sites.layers:
         reasons = (
             "; ".join(f"{s.name or s.kind}: {s.reason}" for s in sites.skipped[:5]) or "it has no linear or conv layers"
         )
@@ -163,7 +163,7 @@ def prepare(
     """
     feed = Feed.of(forward)
     if latency is True:
-        spec = sites.sites[0].spec
+        spec = sites.layers[0].spec
         latency = Latency(device=spec.device, dtype=spec.dtype)
     example = None
     if latency is not False:

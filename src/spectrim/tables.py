@@ -12,10 +12,19 @@ from spectrim.cost import counted
 from spectrim.cost.latency import Latency
 from spectrim.cost.whole import Network
 from spectrim.errors import called_as
-from spectrim.methods import ActivationSVD, ActivationTucker2, Curve, JointSVD, Method, WeightSVD, on_offer
+from spectrim.methods import (
+    ActivationSVD,
+    ActivationTucker2,
+    Curve,
+    JointSVD,
+    Method,
+    TiedSVD,
+    WeightSVD,
+    on_offer,
+)
 from spectrim.methods.statistics import shared
 from spectrim.network.choices import DENSE, Choice
-from spectrim.network.sites import Channels, Site, Sites
+from spectrim.network.sites import Channels, Site, Sites, Tied
 from spectrim.progress import Progress, reports, told
 from spectrim.selection.candidates import Candidates, Option, Row, Rows
 
@@ -42,8 +51,9 @@ def tabulate(
     sites
         From :func:`spectrim.calibrate`, or from :func:`spectrim.find` for data-free methods without MACs.
     methods
-        By default ``ActivationSVD()`` and ``ActivationTucker2()`` after calibration, ``WeightSVD()`` before; with
-        groups (:func:`spectrim.group`) also ``JointSVD`` with a left- and a right-shared factor.
+        By default ``ActivationSVD()`` and ``ActivationTucker2()`` after calibration, ``WeightSVD()`` before; where an
+        embedding and a head have one weight also ``TiedSVD()``; with groups (:func:`spectrim.group`) also ``JointSVD``
+        with a left- and a right-shared factor.
     latency
         Measures milliseconds as a further cost.
     dense_latency
@@ -77,17 +87,19 @@ def tabulate(
         raise ValueError("guard=True needs latency=Latency(...): it drops options that are measured slower than dense")
     sites.check_finite()
     chosen = default_methods(sites) if methods is None else on_offer(methods, groups=bool(sites.groups))
+    chosen = [method for method in chosen if sites.tied or method.takes is not Tied]
     network = Network(sites, counted.known(sites, costs), chosen, latency, dense_latency)
     rows_of: list[tuple[Site, list[tuple[Method, Curve]]]] = []
     groups = sites.joint()
     coupled = sites.coupled() if any(method.removes_channels for method in chosen) else ()
     facts = latency.facts() if latency is not None else {}
-    for done, site in enumerate([*sites, *groups, *coupled]):
+    alone = [*sites, *sites.tied]
+    for done, site in enumerate([*alone, *groups, *coupled]):
         curves = _curves(site, chosen, facts)
         # A group that no method can join is nothing to choose.
-        if done < len(sites) or any(curve.choices for _, curve in curves):
+        if done < len(alone) or any(curve.choices for _, curve in curves):
             rows_of.append((site, curves))
-        told(progress)("tabulate", done + 1, len(sites) + len(groups) + len(coupled))
+        told(progress)("tabulate", done + 1, len(alone) + len(groups) + len(coupled))
     units = {curve.unit for _, curves in rows_of for _, curve in curves if curve.choices}
     if len(units) > 1:
         raise ValueError(
@@ -119,16 +131,18 @@ def _curves(site: Site, methods: Sequence[Method], facts: Mapping[str, Any]) -> 
 
 def default_methods(sites: Sites) -> list[Method]:
     """Low rank: by data where every site holds moments, else by weights; joint ones with groups."""
-    methods = low_rank(all(site.statistics for site in sites))
+    methods = low_rank(all(site.statistics for site in sites.layers))
+    methods = [method for method in methods if sites.tied or method.takes is not Tied]
     return [*methods, JointSVD("left"), JointSVD("right")] if sites.groups else methods
 
 
 def low_rank(calibrated: bool, *, multiple_of: int | None = None) -> list[Method]:
-    """Low rank as it is on offer by default, for layers alone."""
+    """Low rank as it is on offer by default, for layers alone and for those of one weight."""
+    tied = TiedSVD(multiple_of=multiple_of)
     if not calibrated:
-        return [WeightSVD(multiple_of=multiple_of)]
+        return [WeightSVD(multiple_of=multiple_of), tied]
     # By the data, low rank of the weight is never better at the same ranks than low rank of the responses.
-    return [ActivationSVD(multiple_of=multiple_of), ActivationTucker2(multiple_of=multiple_of)]
+    return [ActivationSVD(multiple_of=multiple_of), ActivationTucker2(multiple_of=multiple_of), tied]
 
 
 def parted(table: Candidates, name: str) -> Candidates:

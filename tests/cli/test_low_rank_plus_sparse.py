@@ -123,8 +123,8 @@ def test_the_method_stands_beside_low_rank_alone_unless_the_split_is_fixed():
     def names(calibrated: bool, *texts: str) -> list[str]:
         return [method.name for method in Methods.read(texts).chosen(calibrated, multiple_of=4)]
 
-    assert names(True, METHOD) == ["ActivationSVD", "ActivationTucker2", "LowRankPlusSparse"]
-    assert names(False, METHOD) == ["WeightSVD", "LowRankPlusSparse"]
+    assert names(True, METHOD) == ["ActivationSVD", "ActivationTucker2", "TiedSVD", "LowRankPlusSparse"]
+    assert names(False, METHOD) == ["WeightSVD", "TiedSVD", "LowRankPlusSparse"]
     assert names(True, f"{METHOD}:share=0.25") == ["LowRankPlusSparse"]
     assert names(True, METHOD, "weight-svd") == ["LowRankPlusSparse", "WeightSVD"]
     (only,) = Methods.read([f"{METHOD}:patterns=2:4+taps,share=0.25"]).chosen(True, multiple_of=4)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import spectrim as st
-from spectrim import ActivationSVD, ActivationTucker2, JointSVD, LowRankPlusSparse, PrincipalFilters, WeightSVD
+from spectrim import ActivationSVD, ActivationTucker2, JointSVD, LowRankPlusSparse, PrincipalFilters, TiedSVD, WeightSVD
 from spectrim.cli.methods import AUTO, CLASSES, JOINT, Asked, Methods
 from spectrim.cli.references import UsageError
 from spectrim.selection.plan import Plan
@@ -51,25 +51,26 @@ def test_every_method_of_the_library_has_a_name():
 
 def test_names_for_several_methods_and_what_is_offered_beside_them():
     low_rank = [ActivationSVD(), ActivationTucker2()]
-    assert chosen() == chosen(AUTO) == chosen(JOINT) == low_rank
-    assert chosen("activation-tucker2", AUTO) == [ActivationTucker2(), ActivationSVD()]
+    usual = [*low_rank, TiedSVD()]
+    assert chosen() == chosen(AUTO) == chosen(JOINT) == usual
+    assert chosen("activation-tucker2", AUTO) == [ActivationTucker2(), ActivationSVD(), TiedSVD()]
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3)), torch.randn(8, 3, 6, 6)
-    # The command line and the call offer the same by default.
+    # The command line and the call offer the same by default; this network has no layers of one weight.
     assert default_methods(st.calibrate(model, st.find(model), [x])) == low_rank
-    assert Methods.read([AUTO]).chosen(False) == [WeightSVD()]
-    assert chosen(AUTO, share=True)[2:] == [JointSVD("left"), JointSVD("right")]
-    assert chosen(JOINT, share=True)[2:] == [JointSVD("left"), JointSVD("right"), JointSVD("both")]
+    assert Methods.read([AUTO]).chosen(False) == [WeightSVD(), TiedSVD()]
+    assert chosen(AUTO, share=True)[3:] == [JointSVD("left"), JointSVD("right")]
+    assert chosen(JOINT, share=True)[3:] == [JointSVD("left"), JointSVD("right"), JointSVD("both")]
     assert chosen("joint-svd:share=both", share=True) == [JointSVD("both")]
-    assert chosen("principal-filters:rule=abs-max", AUTO) == [PrincipalFilters("abs-max"), *low_rank]
+    assert chosen("principal-filters:rule=abs-max", AUTO) == [PrincipalFilters("abs-max"), *usual]
 
 
 def test_multiples_are_for_all_methods_that_do_not_say_their_own(near):
     import own
 
     several = chosen(JOINT, "own:Mine", "principal-filters:multiple_of=3", multiple_of=5, share=True)
-    assert [m.multiple_of for m in several] == [5, 5, 5, 3, 5, 5, 5]
-    assert isinstance(several[2], own.Mine)
+    assert [m.multiple_of for m in several] == [5, 5, 5, 5, 3, 5, 5, 5]
+    assert isinstance(several[3], own.Mine)
 
 
 @pytest.mark.parametrize(

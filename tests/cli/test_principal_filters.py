@@ -15,7 +15,7 @@ from spectrim.cli.filter_widths import SHARES
 from spectrim.cli.filters import filter_notes, filter_values, planned_methods
 from spectrim.cli.methods import FILTERS as METHOD
 from spectrim.cli.models import load_compressed, load_model
-from spectrim.methods import ActivationSVD, ActivationTucker2, PrincipalFilters
+from spectrim.methods import ActivationSVD, ActivationTucker2, PrincipalFilters, TiedSVD
 from spectrim.search.widths import KL, Energy, recommend, widths
 
 DATA = ("--data", "nets:batches")
@@ -177,7 +177,7 @@ def test_plans_without_removals_say_nothing_of_filters(run, dense, sites):
 def test_the_table_of_a_plan_has_low_rank_if_the_plan_has(run):
     run("compress", "filter_nets:redundant", *DATA, *FILTERS, *HALF, "--method", "auto", "--no-report", "--quiet")
     plan = Plan.read("compressed/plan.json")
-    assert planned_methods(plan, True) == [PrincipalFilters(), ActivationSVD(), ActivationTucker2()]
+    assert planned_methods(plan, True) == [PrincipalFilters(), ActivationSVD(), ActivationTucker2(), TiedSVD()]
 
 
 @pytest.mark.table

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 from transformers import (
     BertConfig,
+    BertForMaskedLM,
     BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -36,6 +39,14 @@ def make(name: str, **options: Any) -> PreTrainedModel:
             common = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
             config = BertConfig(vocab_size=64, max_position_embeddings=32, num_labels=3, **common, **options)
             return BertForSequenceClassification(config).eval()
+        case "words":
+            common = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+            return BertForMaskedLM(BertConfig(vocab_size=64, max_position_embeddings=32, **common)).eval()
+        case "gpt2":
+            special = {"bos_token_id": 1, "eos_token_id": 2}
+            return GPT2LMHeadModel(
+                GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4, **special)
+            ).eval()
         case "vit":
             common = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
             config = ViTConfig(image_size=16, patch_size=4, num_labels=3, **common, **options)

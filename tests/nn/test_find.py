@@ -146,9 +146,12 @@ def test_a_weight_tied_to_an_embedding():
     model["out"].weight = model["embed"].weight
     sites = find(model)
     assert [s.name for s in sites] == ["mid"]
-    reasons = {left.name: left.reason.partition(":")[0] for left in sites.skipped}
-    assert reasons == {"embed": "its weight is tied to out", "out": "its weight is tied to embed"}
-    assert counted(sites) == parameter_count(model)
+    assert [[part.name for part in tied.parts] for tied in sites.tied] == [["embed", "out"]]
+    assert not sites.skipped
+    for alone in (sites.untied(), find(model, skip="out")):
+        reasons = {left.name: left.reason.partition(":")[0] for left in alone.skipped}
+        assert reasons["embed"] == "its weight is tied to out"
+        assert counted(alone) == parameter_count(model)
 
 
 def test_two_layers_with_one_weight():

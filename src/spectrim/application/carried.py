@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from spectrim.application.following import follow
-from spectrim.application.steps import ordered
+from spectrim.application.steps import ordered, put_tied
 from spectrim.application.work import Work
 from spectrim.errors import PlanError
 from spectrim.methods import Method, as_methods, from_record
@@ -98,6 +98,7 @@ def carry_out(
         check_copy(model, removal.model, expected, first, feed)
     work = Work(model, removal, batches is not None and reconstruct, feed)
     held_out: tuple[Tensor, ...] = ()
+    put_tied(work, entries, makers)
     steps = ordered(work, entries, makers)
     if batches is not None and work.follows:
         batches = listed(batches)
@@ -141,7 +142,7 @@ def _check(plan: Plan, sites: Sites) -> None:
             f"the plan removes channels {missing[0]!r}, which the sites do not have"
             + ("" if sites.couplings else "; find them with couple(model, sites, example) first")
         )
-    known = {site.name for site in sites} | _channels(sites)
+    known = {layer.name for layer in sites.layers} | _channels(sites)
     unknown = [name for name in names if name not in known]
     if unknown:
         raise PlanError(f"the plan names sites that the model does not have: {', '.join(map(repr, unknown))}")

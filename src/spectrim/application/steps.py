@@ -18,6 +18,7 @@ from spectrim.network.factors import Factors
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Group, Layer, Sites
 from spectrim.nn.build import build
+from spectrim.nn.surgery import replace_module
 from spectrim.selection.plan import Entry
 
 
@@ -122,17 +123,32 @@ class Member:
         work.put(layer, self.shared.modules[self.number], self.shared.factors, observed=observed)
 
 
+def put_tied(work: Work, entries: Iterable[Entry], makers: Mapping[str, Method]) -> None:
+    """Put pairs in place of weights that two layers have in common, before anything else is fitted.
+
+    They are fitted to what calibration saw: the first of the two comes before all others, and the last behind them.
+    """
+    tied = {site.name: site for site in work.removal.sites.tied}
+    for entry in entries:
+        if entry.site in tied and not entry.choice.is_dense:
+            site = tied[entry.site]
+            factors = makers[entry.choice.method].factorize(site, entry.choice)
+            for spec, module in zip(site.layers, build(factors, site.layers, site.biases), strict=True):
+                replace_module(work.removal.model, spec.names, module)
+
+
 def ordered(work: Work, entries: Iterable[Entry], makers: Mapping[str, Method]) -> list[Step]:
     """What is done, in order of execution. Where it follows, also at dense layers whose bias can correct the mean.
 
     Only those after the first changed layer: before it, nothing has moved.
     """
     sites, removal = work.removal.sites, work.removal
+    entries = list(entries)
     planned: dict[str, Step] = {}
     for entry in entries:
         planned |= _planned(sites, entry, makers)
     steps: list[Step] = []
-    moved = False
+    moved = any(entry.choice.others for entry in entries)
     for layer in sites:
         # A plan may name the channels alone; the layers that lose some are left dense then.
         step = planned.get(layer.name, Stays(layer) if work.narrows(layer) else None)

@@ -74,14 +74,16 @@ class Network:
         timed = {} if self.latency is None else {"latency": self.latency}
         self._functions: dict[str, counted.Cost] = {**self.costs, **timed}
         self._makers = {method.name: method for method in self.methods}
-        # Places are layers, with a choice or without one, and groups of layers.
-        places = {spec.name: (spec,) for spec in sites.untouched} | {site.name: site.layers for site in sites}
+        # Places are layers, with a choice or without one, those that have one weight, and groups of layers.
+        alone = (*sites, *sites.tied)
+        places = {spec.name: (spec,) for spec in sites.untouched} | {site.name: site.layers for site in alone}
         self._present = {site.name: site.running for site in sites if site.present}
         self._couplings = {coupling.name: coupling for coupling in sites.couplings}
         sides = {c.name: list(dict.fromkeys(side.name for side in c.sides)) for c in sites.couplings}
         # A row of coupled channels is about all places that hold them.
         self._rows = {name: [side for side in names if side in places] for name, names in sides.items()}
         self._groups = {site.name: site for site in sites.joint() if site.name not in places}
+        self._tied = {site.name: site for site in sites.tied}
         self._specs = places | {name: site.layers for name, site in self._groups.items()}
         self._near = {
             place: [c for c in sites.couplings if not {spec.name for spec in specs}.isdisjoint(sides[c.name])]
@@ -101,7 +103,7 @@ class Network:
         left = self._left(picks, widths)
         groups = [name for name in picks if name in self._groups]
         replaced = {member for name in groups for member in self._groups[name].members}
-        names = [*(site.name for site in self.sites if site.name not in replaced), *groups]
+        names = [*(site.name for site in self.sites if site.name not in replaced), *self._tied, *groups]
         places = [self._place(name, picks, left) for name in names]
         return {name: value + sum(costs[name] for costs in places) for name, value in self._rest(left).items()}
 
@@ -110,12 +112,14 @@ class Network:
 
         The layers of coupled channels have rows of their own too, and are not counted twice.
         """
-        left = self._left(picks)
+        left, rows = self._left(picks), set(rows)
         costs = self._rest(left)
         for site in self.sites:
             exact, estimate = self._place(site.name, picks, left), self.estimate(site.name, picks)
             costs = {name: value + (exact[name] - estimate[name]) for name, value in costs.items()}
-        for coupling in (row for row in rows if row in self._couplings):
+        for tied in self._tied.keys() - rows:
+            costs = {name: value + self._place(tied, picks, left)[name] for name, value in costs.items()}
+        for coupling in (name for name in self._couplings if name in rows):
             estimate = self.estimate(coupling, picks)
             costs = {name: value - estimate[name] for name, value in costs.items()}
         return costs
@@ -170,6 +174,7 @@ class Network:
         if self.latency is None:
             return
         chains: list[Sequence[LayerSpec]] = [site.running for site in self.sites]
+        chains += [(spec,) for site in self._tied.values() for spec in site.layers]
         for row, choice in options:
             picks = {row: choice}
             left = self._left(picks)
@@ -227,7 +232,7 @@ class Network:
         dense, choice = self._specs[place], picks.get(place, DENSE)
         specs = tuple(spec.narrowed(counts[spec.name]) if spec.name in counts else spec for spec in dense)
         if not choice.is_dense:
-            site = self._groups.get(place) or self.sites.layer(place)
+            site = self._groups.get(place) or self._tied.get(place) or self.sites.layer(place)
             try:
                 return (self._makers[choice.method].layers(site.with_layers(specs), choice),)
             except ValueError:
@@ -250,7 +255,8 @@ class Network:
             dense, now = self._beside(coupling, {}), self._beside(coupling, left)
             total = {name: value - (dense[name] - now[name]) for name, value in total.items()}
         if self.latency is not None and self.dense_latency is not None:
-            explained = sum(self._place(site.name, {}, {})["latency"] for site in self.sites)
+            alone = (*self.sites, *self._tied.values())
+            explained = sum(self._place(site.name, {}, {})["latency"] for site in alone)
             saved = sum(self._place(name, {}, {})["latency"] for name in untouched) - total["latency"]
             total["latency"] = max(0.0, max(0.0, self.dense_latency - explained) - saved)
         return total

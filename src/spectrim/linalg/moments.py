@@ -148,6 +148,11 @@ class Moments:
         return (self.scatter.diagonal(dim1=-2, dim2=-1) / max(self.count, 1)).masked_fill(self._still, 0.0)
 
     @property
+    def squares(self) -> Float[Tensor, "g d"]:
+        """Mean squares: the diagonal of :attr:`second_moment`."""
+        return self.variance + self.mean.square()
+
+    @property
     def second_moment(self) -> Float[Tensor, "g d d"]:
         """Raw second moment ``E[x x^T]``."""
         return self.covariance + self.mean.unsqueeze(2) @ self.mean.unsqueeze(1)
@@ -161,6 +166,35 @@ class Moments:
         """Whether nothing was NaN, Inf or too large; the diagonal tells, which bounds the other entries."""
         diagonal = self.scatter.diagonal(dim1=-2, dim2=-1)
         return bool(torch.isfinite(self.mean).all() and torch.isfinite(diagonal).all())
+
+
+class Squares:
+    """Mean squares of a stream of vectors, entry by entry: of those that are too long for products of entries.
+
+    Parameters as for :class:`Moments`.
+    """
+
+    __slots__ = ("_sums", "count")
+
+    def __init__(self, groups: int, features: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self._sums = torch.zeros(groups, features, dtype=torch.float64, device=device)
+
+    @torch.no_grad()
+    @without_casting
+    def update(self, rows: Float[Tensor, "g n d"]) -> None:
+        """Add ``n`` observations a group."""
+        self._sums += torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square().to(self._sums.device)
+        self.count += rows.shape[1]
+
+    @property
+    def squares(self) -> Float[Tensor, "g d"]:
+        """Their means."""
+        return self._sums / max(self.count, 1)
+
+    def is_finite(self) -> bool:
+        """Whether nothing was NaN, Inf or too large."""
+        return bool(self._sums.isfinite().all())
 
 
 class Paired(Moments):

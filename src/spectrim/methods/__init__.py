@@ -6,6 +6,7 @@ from spectrim.methods.cp import ActivationCP, WeightCP
 from spectrim.methods.joint_svd import JointSVD
 from spectrim.methods.low_rank_plus_sparse import LowRankPlusSparse
 from spectrim.methods.principal_filters import PrincipalFilters
+from spectrim.methods.tied_svd import TiedSVD
 from spectrim.methods.tucker import ActivationTucker2, WeightTucker2
 from spectrim.methods.weight_svd import WeightSVD
 
@@ -19,6 +20,7 @@ __all__ = [
     "LowRankPlusSparse",
     "Method",
     "PrincipalFilters",
+    "TiedSVD",
     "WeightCP",
     "WeightSVD",
     "WeightTucker2",

@@ -117,6 +117,15 @@ class Choice(metaclass=_ByKind):
         """The name of the spectrum that is cut, such as the unfolding, and how many of its components stay."""
         return None
 
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Layers that it changes beside its site's own."""
+        return ()
+
+    def renamed(self, names: Mapping[str, str | None]) -> Choice:
+        """The same with new names for layers; None for those that a model does not have."""
+        return self
+
     def record(self) -> dict[str, Any]:
         """Kind, method and settings, as plans hold them."""
         return {"kind": self.kind, "method": self.method, "settings": self.settings}
@@ -270,6 +279,37 @@ class SharedChoice(Choice, kind="shared_basis"):
         else:
             shared = f"{'first' if self.left_rank else 'second'} factor shared"
         return f"{self.unfolding}, rank {self.rank}, {shared}" + (", computed once" if self.once else "")
+
+
+@dataclass(frozen=True)
+class TiedChoice(Choice, kind="tied"):
+    """One pair of factors in place of a weight that a table and a linear layer have in common.
+
+    Attributes
+    ----------
+    head
+        Name of the linear layer.
+    """
+
+    rank: Rank
+    head: str
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        return (self.head,)
+
+    def renamed(self, names: Mapping[str, str | None]) -> Choice:
+        """Of a model without the head, the table's pair alone."""
+        head = names[self.head]
+        alone = LowRankChoice("channel", self.rank, False, method=self.method)
+        return alone if head is None else dataclasses.replace(self, head=head)
+
+    @property
+    def cut(self) -> tuple[str, int]:
+        return "channel", self.rank
+
+    def __str__(self) -> str:
+        return f"rank {self.rank}, shared with {self.head}"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from spectrim.linalg.patterns import Pattern, pattern
 from spectrim.linalg.unfold import Unfolding, fold, unfolding
-from spectrim.network.choices import ChannelsChoice, LowRankChoice, SharedChoice, SumChoice, declare
+from spectrim.network.choices import ChannelsChoice, LowRankChoice, SharedChoice, SumChoice, TiedChoice, declare
 from spectrim.network.coupling import IN, OUT, THROUGH, Coupling
 
 _KINDS: dict[str, type[Factors]] = {}
@@ -197,6 +197,45 @@ class SharedBasis(Factors, kind="shared_basis"):
             tuple(tuple(shape[1:]) for shape in shapes),
             choice.once,
         )
+
+
+@dataclass(frozen=True, eq=False)
+class TiedPair(Factors, kind="tied"):
+    """A matrix product in place of a weight that two layers have in common: a table, and a linear layer behind it.
+
+    Attributes
+    ----------
+    rows
+        ``[entries, r]``: the narrower table, and the last layer of the head.
+    columns
+        ``[r, width]``: what makes a row of the table wide again, and the head's first layer.
+    """
+
+    rows: Float[Tensor, "entries r"]
+    columns: Float[Tensor, "r width"]
+
+    @property
+    def rank(self) -> int:
+        return self.rows.shape[1]
+
+    def dense(self) -> tuple[Tensor, ...]:
+        weight = self.rows @ self.columns
+        return weight.mT[None], weight[None]
+
+    def numel(self) -> int:
+        return self.rows.numel() + self.columns.numel()
+
+    @classmethod
+    def empty(cls, shapes: Sequence[Sequence[int]], choice: TiedChoice) -> TiedPair:
+        table, *heads = (tuple(shape) for shape in shapes)
+        if len(table) != 3 or heads != [(table[0], table[2], table[1])] or table[0] != 1:
+            raise ValueError(f"a table and a head of the same weight, turned; these have {[table, *heads]}")
+        _, width, entries = table
+        if not 1 <= choice.rank <= min(width, entries):
+            raise ValueError(
+                f"rank {choice.rank}; expected a whole number from 1 to the full rank {min(width, entries)}"
+            )
+        return cls(torch.empty(entries, choice.rank), torch.empty(choice.rank, width))
 
 
 @dataclass(frozen=True, eq=False)

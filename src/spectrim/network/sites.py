@@ -281,6 +281,54 @@ class Group(_Several):
         return f"{len(self.parts)} x {self.parts[0].kind}"
 
 
+@dataclass(frozen=True, repr=False)
+class Tied(_Several):
+    """A table and a linear layer that have one weight: looked up by rows, and multiplied as a matrix.
+
+    They have one choice. A pair in place of one of them would leave the dense weight to the other.
+
+    Attributes
+    ----------
+    table, head
+        The layers. The head's spec counts the weight as the table's (``shared``).
+    asked
+        ``[entries]``: how often each row of the table is looked up, as shares; None before calibration.
+    weights
+        ``[entries]``: mean squares of the gradients that reach the head's outputs; None without a sensitivity.
+    """
+
+    table: Layer
+    head: Layer
+    asked: Tensor | None = None
+    weights: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        return self.table.name
+
+    @property
+    def parts(self) -> tuple[Layer, ...]:
+        return (self.table, self.head)
+
+    @property
+    def kind(self) -> str:
+        return f"{self.table.kind} and {self.head.kind}"
+
+    def with_layers(self, specs: Sequence[LayerSpec]) -> Tied:
+        """The same with other numbers for its layers."""
+        table, head = (dataclasses.replace(part, spec=spec) for part, spec in zip(self.parts, specs, strict=True))
+        return dataclasses.replace(self, table=table, head=head)
+
+    def untied(self) -> tuple[Skipped, ...]:
+        """The layers as what is left alone, with the reason."""
+        cure = "give one of them a copy of its own to compress it; a copy is counted, too"
+        names = (self.head.name, self.table.name)
+        return tuple(
+            Skipped(part.name, part.kind, f"its weight is tied to {other}: {cure}")
+            for part, other in zip(self.parts, names, strict=True)
+        )
+
+
 @dataclass(frozen=True)
 class Pooled:
     """Moments of coupled channels as their readers see them, ``[1, channels]``.
@@ -361,6 +409,8 @@ class Sites(_Copied, Printed):
         common, or one contains the other. A group is on offer beside its sites, in place of them.
     same_inputs
         Names of sites that are called with one and the same tensor, known after a run.
+    tied
+        Tables and linear layers of one weight, which have one choice together. ``sites`` does not hold them.
     couplings
         Channels that can be removed, with all places they lie in (:func:`spectrim.couple`).
     pooled
@@ -413,6 +463,7 @@ class Sites(_Copied, Printed):
     notes: tuple[str, ...] = ()
     keeps_state: bool = False
     loops: bool = False
+    tied: tuple[Tied, ...] = ()
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.sites)
@@ -421,7 +472,10 @@ class Sites(_Copied, Printed):
         return len(self.sites)
 
     def __getitem__(self, name: str) -> Any:
-        """A :class:`Layer` by its name, or a :class:`Group` or :class:`Channels` by theirs."""
+        """A :class:`Layer` by its name, or a :class:`Group`, :class:`Channels` or :class:`Tied` by theirs."""
+        tied = next((each for each in self.tied if each.name == name), None)
+        if tied is not None:
+            return tied
         coupling = next((c for c in self.couplings if c.name == name), None)
         if coupling is not None:
             return self._coupled(coupling)
@@ -443,13 +497,14 @@ class Sites(_Copied, Printed):
             on; ``skipped``, why it is left alone, else empty.
         """
         rows: list[dict[str, Any]] = []
-        for layer in self.sites:
+        for layer in self.layers:
             spec = layer.spec
             rows.append(
                 {
                     "layer": layer.name, "kind": layer.kind,
                     "in_channels": spec.in_channels, "out_channels": spec.out_channels,
-                    "parameters": spec.stored + spec.out_channels * spec.bias, "macs": spec.stored * spec.positions,
+                    "parameters": spec.stored - spec.shared + spec.out_channels * spec.bias,
+                    "macs": spec.stored * spec.positions,
                     "groups": [name for name, members in self.groups.items() if layer.name in members],
                     "rows": layer.statistics.rows, "skipped": "",
                 }
@@ -514,13 +569,26 @@ class Sites(_Copied, Printed):
         parts = tuple(known[name] for name in names if name in known)
         return Channels(coupling, parts, self.pooled.get(coupling.name, Pooled()))
 
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Those with a choice of their own, and those that have one together."""
+        return (*self.sites, *(part for each in self.tied for part in each.parts))
+
     @cached_property
     def _by_name(self) -> dict[str, Layer]:
-        return {layer.name: layer for layer in self.sites}
+        return {layer.name: layer for layer in self.layers}
+
+    def untied(self) -> Sites:
+        """The same with the tied layers left alone, for what asks layers one by one."""
+        parts = [part.spec for each in self.tied for part in each.parts]
+        skipped = [reason for each in self.tied for reason in each.untied()]
+        return dataclasses.replace(
+            self, tied=(), skipped=(*self.skipped, *skipped), untouched=(*self.untouched, *parts)
+        )
 
     def check_finite(self) -> None:
         """Raise CalibrationError if a weight or bias of a layer holds NaN or Inf; the message names the layer."""
-        for layer in self.sites:
+        for layer in self.layers:
             for what, values in (("weight", layer.weight), ("bias", layer.bias)):
                 if values is not None and not bool(torch.isfinite(values).all()):
                     raise CalibrationError(

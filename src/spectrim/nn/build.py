@@ -9,14 +9,14 @@ from functools import singledispatch
 from torch import Tensor, nn
 
 from spectrim.errors import PlanError
-from spectrim.linalg.unfold import first_weight, second_weight
+from spectrim.linalg.unfold import first_weight, second_weight, unfolding
 from spectrim.network.chains import CP, Tucker2, cp_layers, tucker_layers
 from spectrim.network.choices import Choice, CPChoice, TuckerChoice
-from spectrim.network.factors import Factors, LowRank, LowRankPlusSparse, SharedBasis, kinds
+from spectrim.network.factors import Factors, LowRank, LowRankPlusSparse, SharedBasis, TiedPair, kinds
 from spectrim.network.layer import LayerSpec
 from spectrim.network.structure import Chain
 from spectrim.nn.find import describe
-from spectrim.nn.modules import Chained, Factored, FactoredTable, make_layer
+from spectrim.nn.modules import Chained, Factored, FactoredHead, FactoredTable, make_layer
 from spectrim.nn.shared import Once, Wide
 from spectrim.nn.sparse.layers import Sum, sparse_layer
 
@@ -57,6 +57,16 @@ def _(
     alone = dataclasses.replace(spec, bias=bias is not None)
     sparse = sparse_layer(alone, factors.sparse, factors.mask, factors.pattern, bias)
     return (sparse if pair is None else Sum(pair, sparse, spec),)
+
+
+@build.register
+def _(factors: TiedPair, layers: Sequence[LayerSpec], biases: Sequence[Tensor | None]) -> tuple[nn.Module, ...]:
+    (table, head), (_, bias) = layers, biases
+    pair = LowRank(factors.rows[None], factors.columns[None], None, unfolding((), "channel"), table.shape[1:])
+    stands_for_table = _pair(pair, table, None)
+    assert isinstance(stands_for_table, FactoredTable)
+    last = head.factor(pair.how, pair.rank, bias=bias is not None)[1]
+    return stands_for_table, FactoredHead(stands_for_table, make_layer(last, None, bias), original=head)
 
 
 def _shifted(bias: Tensor | None, shift: Tensor | None) -> Tensor | None:

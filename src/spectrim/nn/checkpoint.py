@@ -433,7 +433,7 @@ def _rebuild(model: nn.Module, sites: Sites, plan: Plan, path: str | Path) -> No
                 why = reasons.get(name, _absent(model, name))
                 raise CheckpointError(f"{path}: the plan changes layer {name!r}, but {why}")
         # As narrow as they are now: a grouped layer that is left one channel a group is a site no longer.
-        layers = [describe(model.get_submodule(name), sites[name].spec.names) for name in entry.sites]
+        layers = [describe(model.get_submodule(name), sites.layer(name).spec.names) for name in entry.sites]
         try:
             modules = skeleton(entry.choice, layers)
         except PlanError as error:

@@ -18,7 +18,7 @@ from spectrim.errors import UnsupportedLayerError, called_as, did_you_mean
 from spectrim.linalg.packing import packed_bytes
 from spectrim.linalg.patterns import Pattern
 from spectrim.network.layer import LayerSpec, Lookup
-from spectrim.network.sites import Layer, Sites, Skipped
+from spectrim.network.sites import Layer, Sites, Skipped, Tied
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.standing import StandIn
 from spectrim.nn.unheld import stored, unheld
@@ -58,7 +58,8 @@ def find(
     Sites
         One site a layer, in order of registration, and every layer left out with the reason; so is every other module
         that holds matrices (bags of embeddings, recurrent layers, parameters that ``forward`` multiplies itself). A
-        module that is registered under several names is one site.
+        module that is registered under several names is one site; an embedding and a linear layer that have one weight
+        are one together (``sites.tied``).
 
     Raises
     ------
@@ -76,7 +77,10 @@ def find(
     wanted = _Wanted(_each(skip), _each(only))
     wanted.check([n for group in layers.values() for n in group])
     listing = _Listing(model, wanted, tied, _masks(model))
+    listing.add_tied(layers)
     for module, paths in layers.items():
+        if module in listing.read_twice:
+            continue
         if module in chains:
             listing.add_chain(module, paths, chains[module])
         else:
@@ -110,6 +114,31 @@ class _Listing:
     skipped: dict[str, tuple[nn.Module | None, Skipped]] = field(default_factory=dict)
     untouched: list[LayerSpec] = field(default_factory=list)
     covered: set[int] = field(default_factory=set)
+    read_twice: dict[nn.Module, Tied] = field(default_factory=dict)
+
+    def add_tied(self, layers: Mapping[nn.Module, tuple[str, ...]]) -> None:
+        """Embeddings and linear layers that have one weight, two by two, where both can be a part of a site."""
+        inside = {part for m in self.model.modules() if isinstance(m, StandIn) for part in m.modules()}
+        holders: dict[int, list[nn.Module]] = {}
+        for module in layers:
+            weight = module._parameters.get("weight")
+            if weight is not None and _is_plain(module) and module not in inside:
+                holders.setdefault(id(weight), []).append(module)
+        for key, modules in holders.items():
+            found = _two_readers(modules)
+            if found is None or len(self.tied.get(key, ())) != 2:
+                continue
+            apart = {held: names for held, names in self.tied.items() if held != key}
+            specs = [describe(module, layers[module]) for module in found]
+            if any(
+                _obstacle(self.model, module, layers[module], apart) or self.wanted.reason(module, layers[module], spec)
+                for module, spec in zip(found, specs, strict=True)
+            ):
+                continue
+            specs[1] = dataclasses.replace(specs[1], shared=specs[1].stored)
+            table, head = (Layer(spec, *canonical(module)) for module, spec in zip(found, specs, strict=True))
+            self.read_twice |= dict.fromkeys(found, Tied(table, head))
+            self.covered |= {id(p) for module in found for p in module.parameters()}
 
     def add_chain(self, module: nn.Module, paths: tuple[str, ...], parts: tuple[nn.Module, ...]) -> None:
         """A layer that other layers stand for."""
@@ -147,13 +176,17 @@ class _Listing:
         biased = module._parameters.get("bias") is not None
         return dataclasses.replace(spec, bias=biased, shared=0 if counted else math.prod(spec.shape))
 
+    def tied_sites(self) -> tuple[Tied, ...]:
+        """Each once, in order of registration."""
+        return tuple({id(each): each for each in self.read_twice.values()}.values())
+
     def sites_of(self, layers: Mapping[nn.Module, tuple[str, ...]]) -> Sites:
         """All of them, with what is no layer and holds matrices."""
         numbers, size = _elsewhere(self.model, self.covered, self.masks)
         left = [self._with_costs(module, told) for module, told in self.skipped.values()]
         return Sites(
             tuple(self.sites), (*left, *unheld(self.model, layers, self.covered)), tuple(self.untouched),
-            other_parameters=numbers, other_bytes=size,
+            other_parameters=numbers, other_bytes=size, tied=self.tied_sites(),
         )  # fmt: skip
 
     def _with_costs(self, module: nn.Module | None, told: Skipped) -> Skipped:
@@ -161,6 +194,13 @@ class _Listing:
             return told
         # What the weight is computed from is counted among the other parameters.
         return dataclasses.replace(told, costs=stored(module.parameters(), self.covered))
+
+
+def _two_readers(modules: Sequence[nn.Module]) -> tuple[nn.Module, nn.Module] | None:
+    """A table and a linear layer, if these are one each."""
+    tables = [module for module in modules if isinstance(module, nn.Embedding)]
+    heads = [module for module in modules if isinstance(module, nn.Linear)]
+    return (tables[0], heads[0]) if len(tables) == len(heads) == 1 and len(modules) == 2 else None
 
 
 def _chain(

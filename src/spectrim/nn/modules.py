@@ -182,6 +182,54 @@ class FactoredTable(Factored):
         return (weight if bias is None else weight + bias.reshape(1, -1, 1)), None
 
 
+class Transposed(nn.Module):
+    """A linear layer without bias whose weight is another one's, which multiplies by it the other way round.
+
+    Attributes
+    ----------
+    weight
+        ``[inputs, outputs]``, the parameter of the other layer.
+    """
+
+    bias = None
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return nn.functional.linear(input, self.weight.mT)
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[1]
+
+    def whole(self) -> tuple[Tensor, None]:
+        """Canonical weight; no bias."""
+        return self.weight.mT[None], None
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]} -> {self.weight.shape[1]}"
+
+
+class FactoredHead(Factored):
+    """A low-rank pair in place of a linear layer, of the factors that stand for a table of the same weight.
+
+    A row of the table is ``U[i] V``, what the head answers is ``x V^T U^T``.
+    """
+
+    def __init__(self, table: FactoredTable, last: nn.Module, *, original: LayerSpec) -> None:
+        held: Any = table.second
+        last.weight = table.first.weight
+        super().__init__(Transposed(held.weight), last, unfolding=table.unfolding, original=original)
+
+    def adopt(self, layer: nn.Module) -> None:
+        """The layer's bias is its own still, and may be another module's too."""
+        bias = layer._parameters.get("bias")
+        if bias is not None:
+            self.second.bias = bias
+
+
 class Chained(StandIn, nn.Sequential):
     """Three plain convolutions or more in place of one, one after the other.
 

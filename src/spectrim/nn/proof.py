@@ -75,7 +75,7 @@ class Expected:
             layer
             for name, choice in picks.items()
             if name not in couplings and not choice.is_dense
-            for layer in groups.get(name, (name,))
+            for layer in groups.get(name, (name, *choice.others))
         ]
         return cls(tuple(changed), network.cost(), network.cost(picks), bool(couplings & picks.keys()))
 

@@ -230,12 +230,14 @@ def declare_ties(model: nn.Module) -> dict[str, str]:
     """
     ties: dict[str, str] = {}
     first: dict[Tensor, str] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        first.setdefault(tensor, name)
     for name, module in model.named_modules():
         if isinstance(module, LAYERS):
             vars(module).pop(_TIED, None)
         if isinstance(module, StandIn):
             for local, tensor in module.named_parameters(remove_duplicate=False):
-                source = first.setdefault(tensor, f"{name}.{local}")
+                source = first[tensor]
                 if source != f"{name}.{local}":
                     ties[f"{name}.{local}"] = source
                     vars(module).setdefault(_TIED, {})[local] = source
@@ -267,6 +269,7 @@ def moved(plan: Plan, rename: Callable[[str], str | None]) -> Plan:
 
 def _moved(entry: Entry, rename: Callable[[str], str | None]) -> Entry | None:
     names = {name: rename(name) for name in changed(entry)}
+    others = {name: names.pop(name) for name in entry.choice.others}
     if None in names.values():
         return None
     new = {name: str(renamed) for name, renamed in names.items()}
@@ -274,7 +277,8 @@ def _moved(entry: Entry, rename: Callable[[str], str | None]) -> Entry | None:
         sides = tuple(replace(place, module=new[place.module]) for place in entry.choice.sides)
         return replace(entry, choice=replace(entry.choice, sides=sides))
     members = tuple(new[site] for site in entry.members)
-    return replace(entry, members=members, site=entry.site if members else new[entry.site])
+    site = entry.site if members else new[entry.site]
+    return replace(entry, members=members, site=site, choice=entry.choice.renamed(others))
 
 
 def changed(entry: Entry) -> tuple[str, ...]:

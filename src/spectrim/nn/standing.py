@@ -54,6 +54,9 @@ class StandIn(nn.Module):
         """The layers it is made of where they run one after the other and are all; none otherwise."""
         return ()
 
+    def adopt(self, layer: nn.Module) -> None:
+        """Take what is the layer's own still, before taking its place."""
+
     @property
     def weight(self) -> Tensor:
         """The layer's weight in torch's layout: read-only, and multiplied out only where its numbers are asked for."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from spectrim.errors import PlanError, called_as
 from spectrim.nn.copying import copy_model
-from spectrim.nn.modules import dense_layer
+from spectrim.nn.modules import FactoredHead, FactoredTable, dense_layer
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.shipping import declare_ties, forget_layers
 from spectrim.nn.sparse.packed import masked_layers, stored_bytes
@@ -41,6 +41,8 @@ def replace_module(model: nn.Module, names: Iterable[str], module: nn.Module) ->
         for tensor in old.parameters():
             module.to(tensor.device)
             break
+        if isinstance(module, StandIn):
+            module.adopt(old)
         if fits(old, module):
             take_over(old, module)
         else:
@@ -105,13 +107,25 @@ def merged_at(model: nn.Module, chosen: Mapping[StandIn, Sequence[str]]) -> nn.M
     if isinstance(merged, StandIn):
         return dense_layer(merged).train(model.training)
     traits = Traits.of(merged)
+    tied = _tied_again(merged, {names[0] for names in chosen.values()})
     # Layers inside of others are merged before them.
     for names in reversed(list(chosen.values())):
         replace_module(merged, names, dense_layer(merged.get_submodule(names[0])))
+    for table, head, bias in tied:
+        layer: Any = merged.get_submodule(head)
+        layer.weight, layer.bias = merged.get_submodule(table).weight, bias
     traits.give(merged)
     forget_layers(merged)
     declare_ties(merged)
     return merged
+
+
+def _tied_again(model: nn.Module, chosen: Container[str]) -> list[tuple[str, str, nn.Parameter | None]]:
+    """Tables and heads of one weight, by name, with the heads' biases, that are all to be merged."""
+    tables = {id(m.second.weight): name for name, m in model.named_modules() if isinstance(m, FactoredTable)}
+    heads = [(name, m) for name, m in model.named_modules() if isinstance(m, FactoredHead) and name in chosen]
+    pairs = [(tables.get(id(m.first.weight), ""), name, m.second._parameters["bias"]) for name, m in heads]
+    return [pair for pair in pairs if pair[0] in chosen]
 
 
 def parameter_count(model: nn.Module) -> int:

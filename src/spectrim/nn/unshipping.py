@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from spectrim.errors import CheckpointError, PlanError
 from spectrim.nn.channels.narrow import add_bias
 from spectrim.nn.checkpoint import rebuild
+from spectrim.nn.modules import FactoredHead
 from spectrim.nn.shipping import FORMAT_VERSION, carry, changed, declare_ties, module_of, moved
 from spectrim.nn.sparse.layers import Masked
 from spectrim.nn.sparse.packed import masked_layers, read_mask, read_weight, stored_bytes
@@ -101,6 +102,11 @@ class Unshipping:
                 module = module_of(model, name)
                 if not isinstance(module, StandIn):
                     _add_bias(module, name)
+        told = vars(model).get("all_tied_weights_keys") or {}
+        for name, module in model.named_modules():
+            if isinstance(module, FactoredHead) and f"{name}.bias" in told:
+                # transformers ties after loading, and knows the layer's bias by the name it had.
+                module.second.bias = model.get_parameter(told[f"{name}.bias"])
         masks = [(layer, layer.mask) for _, _, layer in masked_layers(model)]
         sizes = [stored_bytes(layer) for layer, _ in masks]
         ties = declare_ties(model)

@@ -55,7 +55,7 @@ class Entry:
     @property
     def sites(self) -> tuple[str, ...]:
         """The sites that the choice is for."""
-        return self.members or (self.site,)
+        return self.members or (self.site, *self.choice.others)
 
     def __str__(self) -> str:
         lost = "" if self.choice.is_dense else f", {percent(self.error)} lost"

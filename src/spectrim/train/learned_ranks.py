@@ -161,6 +161,8 @@ class LearnedRanks:
         costs: Mapping[str, Cost] | None = None,
     ) -> None:
         budget = None if budget is None else Budget.of(budget)
+        # Layers that have a weight in common have no choice apart, and stay.
+        sites = sites.untied()
         _check(model, sites, budget, multiplier, energy=energy, normalize=normalize, dense=dense, every=every)
         self.model, self.budget, self.schedule = model, budget, schedule or Schedule()
         self.energy, self.normalize, self.dense = energy, normalize, dense

@@ -103,7 +103,14 @@ def couple(
         names = {site.name for site in sites}
         sites = find(model, parts=True, only=lambda path, _: path in names or path.rpartition(".")[0] in names)
     with ALONE:
-        return _coupled(model, sites, example, feed)
+        # A weight that two layers have in common keeps its channels.
+        alone = sites.untied()
+        found = _coupled(model, alone, example, feed)
+    if not sites.tied:
+        return found
+    told = {each.name for tied in sites.tied for each in tied.untied()}
+    skipped = tuple(each for each in found.skipped if each.name not in told)
+    return dataclasses.replace(found, tied=sites.tied, skipped=skipped, untouched=sites.untouched)
 
 
 def _coupled(model: nn.Module, sites: Sites, example: Any, run: Feed) -> Sites:

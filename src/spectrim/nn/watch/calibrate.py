@@ -21,7 +21,7 @@ from spectrim.linalg.moments import Moments
 from spectrim.linalg.unfold import unfoldings
 from spectrim.network.coupling import IN
 from spectrim.network.layer import LayerSpec
-from spectrim.network.sites import Layer, Sites, Skipped, Statistics
+from spectrim.network.sites import Layer, Sites, Skipped, Statistics, Tied
 from spectrim.nn.flops import flop_counter, unwatched
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
@@ -197,8 +197,14 @@ class _Watch:
             site.name: (_TableWatcher if site.spec.looks_up else _Watcher)(
                 site, amount, run, streams, seed, seen, reads_channels=site.name in readers
             )
-            for site in sites
+            for site in sites.layers
         }
+        for each in sites.tied:
+            if not in_full(each.head.spec):
+                watchers[each.head.name].refused = (
+                    f"its weight is tied to {each.table.name}, and its {each.head.spec.features:,} inputs are more "
+                    f"than the {FULL_LINEAR:,} whose second moment is kept: skip both, or give one a copy of its own"
+                )
         specs = {site.name: site.spec for site in sites}
         responses = {c.name: Responses(c, specs, amount, run, seed) for c in sites.couplings if statistics}
         return cls(
@@ -252,7 +258,7 @@ class _Watch:
 
     def _reading(self) -> AbstractContextManager[Reading]:
         """Who reads weights; one that is multiplied out is another tensor each time."""
-        return reading(self.model, [site.spec for site in self.sites if not site.present])
+        return reading(self.model, [layer.spec for layer in self.sites.layers if not layer.present])
 
     def _run(self, run: Callable[[Any], Any], batch: Any, index: int) -> Any:
         try:
@@ -296,27 +302,34 @@ class _Watch:
                 "the mask of the calibration batches leaves no token: it is zero where there is padding, and not where "
                 "there is data; pass mask=, a function of the batch that gives it so"
             )
-        layers = tuple(watchers[name].layer() for name in reached if not watchers[name].refused)
+        names = {site.name for site in sites}
+        layers = tuple(watchers[name].layer() for name in reached if name in names and not watchers[name].refused)
+        tied = [self._tied(each) for each in sites.tied if self._both(each)]
+        apart = [each for each in sites.tied if not self._both(each)]
         out = [site for site in sites if site.name not in reached or watchers[site.name].refused]
         left = [site.spec for site in out]
         others = [spec.at(self.bystanders[spec.name].inputs) for spec in sites.untouched]
         seen = [site.with_layers([site.spec.at(watchers[site.name].inputs)]) for site in out]
         others += [part for site in seen for part in site.running]
+        others += [part.spec.at(watchers[part.name].inputs) for each in apart for part in each.parts]
         # Without an input shape a layer has no MACs and cannot be timed; what it stores counts all the same.
         untouched = tuple(spec for spec in others if spec.inputs)
         idle = [spec for spec in others if not spec.inputs]
         lost = {spec.name for spec in [*left, *idle]}
-        running = [*(spec for layer in layers for spec in layer.running), *untouched]
+        running = [spec for layer in layers for spec in layer.running]
+        running += [*(spec for each in tied for spec in each.layers), *untouched]
         cut_off = [c for c in sites.couplings if any(side.name in lost for side in c.sides)]
         couplings = tuple(c for c in sites.couplings if c not in cut_off)
         pooled = {c.name: self.responses[c.name].pooled for c in couplings if c.name in self.responses}
         return dataclasses.replace(
             sites,
             sites=layers,
+            tied=tuple(tied),
             skipped=(
                 *with_stored(
                     [*sites.skipped, *(Skipped(s.name, s.kind, watchers[s.name].obstacle()) for s in left)], idle
                 ),
+                *with_stored((self._left_alone(reason) for each in apart for reason in each.untied()), idle),
                 *(Skipped(c.name, c.kind, "a layer of theirs was not calibrated") for c in cut_off),
             ),
             untouched=untouched,
@@ -328,10 +341,26 @@ class _Watch:
             samples=self.samples,
             tokens=self.tokens,
             same_inputs=self.seen.together([layer.name for layer in layers]),
-            loops=any(watchers[layer.name].loops for layer in layers),
+            loops=any(
+                watchers[layer.name].loops for layer in (*layers, *(part for each in tied for part in each.parts))
+            ),
             couplings=couplings,
             pooled=MappingProxyType(pooled),
         )
+
+    def _both(self, tied: Tied) -> bool:
+        """Whether both layers of one weight were called."""
+        return all(part.name in self.order and not self.watchers[part.name].refused for part in tied.parts)
+
+    def _tied(self, tied: Tied) -> Tied:
+        """Layers of one weight with what was seen of each."""
+        table, head = (self.watchers[part.name] for part in tied.parts)
+        assert isinstance(table, _TableWatcher)
+        return dataclasses.replace(tied, table=table.layer(), head=head.layer(), asked=table.asked)
+
+    def _left_alone(self, tied: Skipped) -> Skipped:
+        """Why one of two layers of one weight is left alone: by what it is itself, or since they are tied."""
+        return dataclasses.replace(tied, reason=self.watchers[tied.name].refused or tied.reason)
 
 
 def with_stored(skipped: Iterable[Skipped], idle: Iterable[LayerSpec]) -> Iterator[Skipped]:
@@ -537,6 +566,11 @@ class _TableWatcher(_Watcher):
         index = choose(self.spec, shape, None, self.samples, self._seed).index
         places = inputs.reshape(-1).cpu().index_select(0, index.cpu()).long()
         self._counts += torch.bincount(places, minlength=len(self._counts))
+
+    @property
+    def asked(self) -> Tensor | None:
+        """How often each entry is asked for in as much data again, as shares."""
+        return (weights := expected(self._counts)) / weights.sum() if bool(self._counts.any()) else None
 
     def layer(self) -> Layer:
         spec = self.spec.at(self.inputs)

@@ -61,7 +61,9 @@ class _Readers(TorchFunctionMode):
     def __init__(self, layers: Mapping[str, nn.Module], seen: Reading) -> None:
         super().__init__()
         self.layers, self.seen = layers, seen
-        self.weights = {id(layer.weight): name for name, layer in layers.items()}
+        self.weights: dict[int, set[str]] = {}
+        for name, layer in layers.items():
+            self.weights.setdefault(id(layer.weight), set()).add(name)
         self.own = {name: dict(layer._parameters) for name, layer in layers.items()}
         self.running: list[str] = []
         self.amid: dict[str, set[str]] = {}
@@ -102,9 +104,11 @@ class _Readers(TorchFunctionMode):
         if func in _DERIVATIVES:
             return self._differentiate(func, args, kwargs or {})
         if not tells(func):
-            names = {self.weights.get(id(value)) for value in tree_iter((args, kwargs))}
-            read = [name for name in names if name is not None and name not in self.running]
-            self.seen.refused |= {name: _ITSELF if _runs(self.layers[name]) else _READ for name in read}
+            for value in tree_iter((args, kwargs)):
+                # What several layers have in common is read by any of them.
+                names = self.weights.get(id(value), set())
+                if names.isdisjoint(self.running):
+                    self.seen.refused |= {name: _ITSELF if _runs(self.layers[name]) else _READ for name in names}
         if isinstance(func, HigherOrderOperator):
             return self._within(func, args, kwargs or {})
         return func(*args, **(kwargs or {}))

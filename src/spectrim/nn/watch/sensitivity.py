@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import CalibrationError, SpectrimError
-from spectrim.linalg.moments import Moments
+from spectrim.linalg.moments import Moments, Squares
 from spectrim.network.layer import LayerSpec
-from spectrim.network.sites import Layer, Sites
+from spectrim.network.sites import Layer, Sites, Tied
 from spectrim.nn.contiguity import contiguous_where_needed
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.watch.batches import Feed
@@ -105,7 +106,7 @@ def weighed(
     """
     found = _gradients(model, sites, batches, samples, None, mask, Feed.of(forward), 0)
     usable = {name: m for name, m in found.moments.items() if m.count and m.is_finite() and _total(m) > 0}
-    without = [layer.name for layer in sites if layer.name not in usable]
+    without = [layer.name for layer in sites.layers if layer.name not in usable]
     if not without:
         return _with_gradients(sites, usable)
     names = ", ".join(map(repr, without[:5])) + (", ..." if len(without) > 5 else "")
@@ -117,12 +118,18 @@ def weighed(
         note = f"errors are not weighed by what they do to the model's output: {reason}"
         return dataclasses.replace(sites, notes=(*sites.notes, note))
     note = (
-        f"errors of {len(without)} of {len(sites)} layers ({names}) are not weighed by gradients, but as in the "
+        f"errors of {len(without)} of {len(sites.layers)} layers ({names}) are not weighed by gradients, but as in the "
         f"median of the others: {reason}"
     )
-    weights = [_total_weight(layer, usable[layer.name]) for layer in sites if layer.name in usable]
-    typical = statistics.median(weight for weight in weights)
-    assumed = {layer.name: _even(layer, typical) for layer in sites if layer.name in without}
+    known = [(layer, usable[layer.name]) for layer in sites if layer.name in usable]
+    weights = [_total_weight(layer, gradient) for layer, gradient in known if isinstance(gradient, Moments)]
+    typical = statistics.median(weights) if weights else 1.0
+    assumed: dict[str, Moments | Squares] = {
+        layer.name: _even(layer, typical)
+        for layer in (*sites, *(each.table for each in sites.tied))
+        if layer.name in without
+    }
+    assumed |= {each.head.name: _even_head(each, typical) for each in sites.tied if each.head.name in without}
     return dataclasses.replace(_with_gradients(sites, usable | assumed), notes=(*sites.notes, note))
 
 
@@ -136,7 +143,7 @@ class _Found:
         What the model raised in its forward pass, which is no fault of gradients if it does so without them too.
     """
 
-    moments: Mapping[str, Moments] = field(default_factory=dict)
+    moments: Mapping[str, Moments | Squares] = field(default_factory=dict)
     samples: int = 0
     reason: str = ""
     error: Exception | None = None
@@ -147,7 +154,7 @@ def _gradients(
     seed: int,
 ) -> _Found:  # fmt: skip
     """Run batches forwards and backwards. The model, its gradients and its mode are as before."""
-    layers = [model.get_submodule(layer.name) for layer in sites]
+    layers = [model.get_submodule(layer.name) for layer in sites.layers]
     first, stream = begun(checked_batches(batches))
     feed.decide(model, first)
     run_of = Run(batches, mask, feed.layout)
@@ -182,10 +189,15 @@ class _Gradients:
     """Takes the gradients that reach layers, batch by batch: a batch that fails leaves nothing."""
 
     def __init__(self, sites: Sites, rows: int | None, run: Run, seed: int) -> None:
-        self.specs = [layer.spec for layer in sites]
-        self.moments = {s.name: Moments(s.groups, s.out_channels // s.groups, s.device) for s in self.specs}
+        self.specs = [layer.spec for layer in sites.layers]
+        heads = {each.head.name for each in sites.tied}
+        self.moments: dict[str, Moments | Squares] = {
+            s.name: (Squares if s.name in heads else Moments)(s.groups, s.out_channels // s.groups, s.device)
+            for s in self.specs
+        }
         self.samples: Samples
-        self._run, self._rows, self._seed = run, rows, seed
+        self._run, self._seed = run, seed
+        self._rows = {s.name: FEWEST if rows is None and s.name in heads else rows for s in self.specs}
         self._now: dict[str, list[Tensor]] = {}
         # Writing in place into what backward passes read is rare, and what allows for it is slow.
         self._mutable = False
@@ -236,7 +248,7 @@ class _Gradients:
             def receive(gradient: Tensor | None) -> None:
                 # A function may give none, which is zero.
                 if gradient is not None:
-                    positions = _positions(spec, self._rows, self._run)
+                    positions = _positions(spec, self._rows[spec.name], self._run)
                     index = choose(spec, shape, positions, self.samples, self._seed).index
                     self._now.setdefault(spec.name, []).append(outputs_at(spec, gradient.detach(), index).clone())
 
@@ -253,19 +265,31 @@ class _Gradients:
         return watch
 
 
-def _with_gradients(sites: Sites, moments: Mapping[str, Moments]) -> Sites:
-    return dataclasses.replace(
-        sites,
-        sites=tuple(
-            dataclasses.replace(layer, statistics=dataclasses.replace(layer.statistics, gradient=moments[layer.name]))
-            for layer in sites
-        ),
+def _with_gradients(sites: Sites, moments: Mapping[str, Moments | Squares]) -> Sites:
+    def of(layer: Layer) -> Layer:
+        statistics = dataclasses.replace(layer.statistics, gradient=moments[layer.name])
+        return dataclasses.replace(layer, statistics=statistics)
+
+    tied = (
+        dataclasses.replace(each, table=of(each.table), weights=moments[each.head.name].squares[0])
+        for each in sites.tied
     )
+    return dataclasses.replace(sites, sites=tuple(map(of, sites)), tied=tuple(tied))
 
 
-def _total(moments: Moments) -> float:
+def _total(moments: Moments | Squares) -> float:
     """Mean square of a row."""
-    return float(moments.second_moment.diagonal(dim1=-2, dim2=-1).sum())
+    return float(moments.squares.sum())
+
+
+def _even_head(tied: Tied, total: float) -> Squares:
+    """Gradients that are alike at all outputs of a head, by which losing the whole response matters so much."""
+    head = tied.head
+    weight, inputs = head.weight[0].double(), head.statistics.input
+    energy = float(weight.square().sum() if inputs is None else (weight @ inputs.covariance[0] * weight).sum())
+    even = Squares(1, head.spec.out_channels, head.weight.device)
+    even.update(torch.full((1, 1, head.spec.out_channels), math.sqrt(total / energy) if energy > 0 else 1.0))
+    return even
 
 
 def _energy(layer: Layer, gradient: Tensor | None = None) -> float:
