@@ -48,7 +48,7 @@ class Layer:
             self.patches -= self.patches.mean(1, keepdim=True)
         self.covariance = self.patches.mT @ self.patches / n
         self.matrix = unfold(self.weight, how)
-        self.metric = Full(self.covariance, (i, *kernel), how)
+        self.metric: Full | Slices = Full(self.covariance, (i, *kernel), how)
 
     def flat(self, weight: Tensor) -> Tensor:
         return weight.reshape(*weight.shape[:2], -1)
@@ -233,9 +233,14 @@ def test_trailing_sums_blocks(size: int, seed: int) -> None:
     torch.testing.assert_close(response.trailing(pairs), expected)
 
 
-def test_normal_equations_of_layers_that_share_their_second_factor_add_up() -> None:
+@pytest.mark.parametrize("alike", [(), (1,), (0, 1)])
+def test_normal_equations_of_layers_that_share_their_second_factor_add_up(alike: tuple[int, ...]) -> None:
     how = unfoldings((3, 3))[2]
     one, two = Layer((3, 3), how, i=3), Layer((3, 3), how, i=5)
+    for layer in ((one, two)[number] for number in alike):
+        # All slices of a patch alike, which the normal equations tell once.
+        layer.metric = Slices(layer.metric.average, layer.metric.patch, how)
+        layer.covariance = layer.metric.times(torch.eye(layer.covariance.shape[1]).double().expand(2, -1, -1))
     lefts = [torch.randn(2, layer.matrix.shape[1], 3).double() for layer in (one, two)]
     pairs = list(zip((one, two), lefts, strict=True))
     total, other = (response.normal(x.matrix, x.metric, left) for x, left in pairs)

@@ -102,7 +102,10 @@ class SlicedMetric(Metric):
 
     @abstractmethod
     def normal(self, matrix: Float[Tensor, "g p c"], left: Float[Tensor, "g p r"]) -> tuple[Full, Tensor]:
-        """Normal equations of a second factor: ``G^T C G`` over ``(r, q)`` and ``G^T C M`` ``[g, (r, q), o]``."""
+        """Normal equations of a second factor: ``G^T C G`` over ``(r, q)`` and ``G^T C M`` ``[g, (r, q), o]``.
+
+        Where it is the same for every ``q``, and nothing between two of them, the first is over ``r`` alone.
+        """
 
     @abstractmethod
     def pairs(self, left: Float[Tensor, "g p r"], right: Float[Tensor, "g r c"]) -> Float[Tensor, "r r"]:
@@ -203,7 +206,8 @@ class Full(SlicedMetric):
         half = torch.einsum("gpa,gpqts->gaqts", left, self.opened)
         gram = torch.einsum("gaqts,gtb->gaqbs", half, left)
         cross = torch.einsum("gaqts,gtos->gaqo", half, self.open(matrix))
-        return _normal(gram, cross)
+        width = gram.shape[1] * self.slices
+        return Full(gram.reshape(-1, width, width)), cross.flatten(1, 2)
 
     def pairs(self, left: Float[Tensor, "g p r"], right: Float[Tensor, "g r c"]) -> Float[Tensor, "r r"]:
         # Both moments of a block of components at a time: all at once they would take more room than the metric.
@@ -252,9 +256,8 @@ class _Alike(SlicedMetric):
 
     def normal(self, matrix: Float[Tensor, "g p c"], left: Float[Tensor, "g p r"]) -> tuple[Full, Tensor]:
         half = self.weigh(left)
-        eye = torch.eye(self.slices, dtype=half.dtype, device=half.device)
-        gram = torch.einsum("gab,qs->gaqbs", left.mT @ half, eye)
-        return _normal(gram, torch.einsum("gpa,gpoq->gaqo", half, self.open(matrix)))
+        cross = torch.einsum("gpa,gpoq->gaqo", half, self.open(matrix))
+        return Full(left.mT @ half), cross.flatten(1, 2)
 
     def pairs(self, left: Float[Tensor, "g p r"], right: Float[Tensor, "g r c"]) -> Float[Tensor, "r r"]:
         return ((self.weigh(left).mT @ left) * (right.double() @ right.double().mT)).sum(0)
@@ -454,11 +457,6 @@ def _dominant(matrix: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:
     raised = clean.clone()
     raised.diagonal(dim1=-2, dim2=-1).add_(beside * spread.square())
     return raised
-
-
-def _normal(gram: Float[Tensor, "g r q r q"], cross: Float[Tensor, "g r q o"]) -> tuple[Full, Tensor]:
-    g, rank, slices, outputs = cross.shape
-    return Full(gram.reshape(g, rank * slices, rank * slices)), cross.reshape(g, rank * slices, outputs)
 
 
 def _unpredicted(moment: Float[Tensor, "g n n"], views: Float[Tensor, "g n m"]) -> Float[Tensor, "g n n"]:

@@ -270,23 +270,22 @@ class Answers:
     Attributes
     ----------
     factor
-        Cholesky factor of what is seen through them, over ``(p, k)``.
+        Cholesky factor of what is seen through them, over ``(p, k)``; over ``p`` alone where all ``k`` are alike.
     half
         ``[(p, k), o]``: its inverse times the moment between what is seen and what is wanted.
     positions
         Of the kernel.
     """
 
-    factor: Float[Tensor, "n n"]
+    factor: Float[Tensor, "m m"]
     half: Float[Tensor, "n o"]
     positions: int
 
     @classmethod
     def of(cls, target: Target, inner: Float[Tensor, "i p"]) -> Answers:
         equations = response.normal(target.matrix, target.metric, inner.unsqueeze(0), energy=False)
-        factor = cholesky(equations.gram.moment)[0]
-        half = torch.linalg.solve_triangular(factor, equations.cross[0], upper=False)
-        return cls(factor, half, equations.slices)
+        factor, half = equations.half()
+        return cls(factor[0], half[0], equations.slices)
 
     def gained(self, inputs: int) -> Float[Tensor, " o"]:
         """Energy of each principal component of the answers from the first so many combinations, descending."""
@@ -298,7 +297,7 @@ class Answers:
         """Core, orthonormal outer factor and energy gained by so many components of the answers from all of them."""
         basis = lowrank.principal((self.half.mT @ self.half).unsqueeze(0)).basis[0][:, :outputs]
         projected = self.half @ basis
-        core = torch.linalg.solve_triangular(self.factor.mT, projected, upper=True)
+        core = response.solved(self.factor.mT, projected, upper=True)
         return core.mT, basis, projected.square().sum()
 
 

@@ -65,7 +65,7 @@ class Normal:
     Attributes
     ----------
     gram
-        ``G^T C G`` over ``(r, q)``.
+        ``G^T C G`` over ``(r, q)``; over ``r`` alone where it is the same for every ``q``, and nothing between two.
     cross
         ``G^T C W^T``, ``[g, (r, q), o]``.
     energy
@@ -80,8 +80,21 @@ class Normal:
     slices: int
 
     def __add__(self, other: Normal) -> Normal:
-        gram = Full(self.gram.moment + other.gram.moment)
-        return Normal(gram, self.cross + other.cross, self.energy + other.energy, self.slices)
+        one, two = self.gram.moment, other.gram.moment
+        if one.shape != two.shape:
+            one, two = self._whole(), other._whole()
+        return Normal(Full(one + two), self.cross + other.cross, self.energy + other.energy, self.slices)
+
+    def _whole(self) -> Float[Tensor, "g n n"]:
+        """The Gram matrix over ``(r, q)``."""
+        moment = self.gram.moment
+        eye = torch.eye(self.cross.shape[1] // moment.shape[1], dtype=moment.dtype, device=moment.device)
+        return torch.stack([torch.kron(each, eye) for each in moment])
+
+    def half(self) -> tuple[Float[Tensor, "g m m"], Float[Tensor, "g n o"]]:
+        """Cholesky factor of the Gram matrix, and its inverse times ``cross``."""
+        factor = cholesky(self.gram.moment)
+        return factor, solved(factor, self.cross, upper=False)
 
     def errors(self) -> Float[Tensor, " ranks"]:
         """Energy lost at every rank ``0 .. R`` of a nested first factor.
@@ -89,9 +102,9 @@ class Normal:
         One Cholesky factorisation serves all ranks: the leading blocks of the Gram matrix are those of the smaller
         ranks.
         """
-        solved = torch.linalg.solve_triangular(cholesky(self.gram.moment), self.cross, upper=False)
+        _, half = self.half()
         g, n, _ = self.cross.shape
-        gained = solved.square().sum(-1).reshape(g, n // self.slices, self.slices).sum(-1).sum(0).cumsum(0)
+        gained = half.square().sum(-1).reshape(g, n // self.slices, self.slices).sum(-1).sum(0).cumsum(0)
         # What is gained is a running sum of squares, so the error never rises with the rank, rounding included.
         return (self.energy - torch.cat([gained.new_zeros(1), gained])).clamp_min(0)
 
@@ -104,9 +117,15 @@ class Normal:
         still = size <= _NOTHING * size.amax(-1, keepdim=True)
         if bool(still.any()):
             moment = moment.masked_fill(still.unsqueeze(-1) | still.unsqueeze(-2), 0.0)
-        cross = self.cross.masked_fill(still.unsqueeze(-1), 0.0)
-        solved = Full(moment).solve(cross).reshape(g, n // self.slices, self.slices, outputs)
-        return solved.transpose(2, 3).flatten(2)
+        cross = self.cross.reshape(*size.shape, -1).masked_fill(still.unsqueeze(-1), 0.0)
+        right = Full(moment).solve(cross).reshape(g, n // self.slices, self.slices, outputs)
+        return right.transpose(2, 3).flatten(2)
+
+
+def solved(factor: Float[Tensor, "*g m m"], rows: Float[Tensor, "*g n o"], *, upper: bool) -> Float[Tensor, "*g n o"]:
+    """Rows ``(r, q)`` through the inverse of a triangular factor over them, or over ``r`` alone for every ``q``."""
+    every = rows.reshape(*factor.shape[:-1], -1)
+    return torch.linalg.solve_triangular(factor, every, upper=upper).reshape(rows.shape)
 
 
 def normal(

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -64,7 +63,7 @@ class ChainedLayer:
         target = Target(weight, Plain(1, tuple(site.spec.shape[2:]), site.weight.device, how))
         units = Standard.of(site)
         seen = units.patches(how) if site.statistics else None
-        judge = None if seen is None else (units, Target(_mixed(units), seen.metric))
+        judge = None if seen is None else (units, Target(units.mixed_weight[0], seen.metric))
         return cls(site, target, target, None, judge, seen)
 
     @classmethod
@@ -81,7 +80,12 @@ class ChainedLayer:
         if seen is None:
             raise site.missing("input", method, site.statistics.names)
         return cls(
-            site, Target(_mixed(units), seen.metric), Target(units.own_weight[0], seen.metric), units, None, seen
+            site,
+            Target(units.mixed_weight[0], seen.metric),
+            Target(units.own_weight[0], seen.metric),
+            units,
+            None,
+            seen,
         )
 
     @property
@@ -116,12 +120,6 @@ class ChainedLayer:
         if self.units is None:
             return inner, outer, shift
         return self.units.left(inner.unsqueeze(0))[0], self.units.right(outer.mT.unsqueeze(0))[0].mT, shift
-
-
-def _mixed(units: Standard) -> Float[Tensor, "o i *k"]:
-    """The weight with the root of the gradients applied to its outputs."""
-    weight = units.own_weight[0]
-    return weight if units.root is None else torch.einsum("to,oi...->ti...", units.root[0], weight)
 
 
 @dataclass(frozen=True)

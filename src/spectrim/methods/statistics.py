@@ -204,13 +204,13 @@ class Standard:
 
     def mixed(self, how: Unfolding) -> Float[Tensor, "g p c"]:
         """The same with the root applied to the outputs."""
-        if how.name not in self._mixed:
-            self._mixed[how.name] = response.mix(self.matrix(how), self.root)
-        return self._mixed[how.name]
+        return unfold(self.mixed_weight, how)
 
     @cached_property
-    def _mixed(self) -> dict[str, Tensor]:
-        return {}
+    def mixed_weight(self) -> Float[Tensor, "g o i *k"]:
+        """The weight in these units with the root applied to its outputs."""
+        weight = self.own_weight
+        return weight if self.root is None else (self.root @ weight.flatten(2)).reshape(weight.shape)
 
     def energy(self, how: Unfolding, metric: SlicedMetric) -> float:
         """Of the responses, by what the layer sees under an unfolding; of whole patches the same for all of them."""
