@@ -103,3 +103,61 @@ def test_what_no_file_could_hold_afterwards_is_refused_before_the_work() -> None
     model = nn.Sequential(Two(), torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.LSTM(32, 8)), {nn.LSTM})[0])
     with pytest.raises(st.CheckpointError, match=r"state '1\..*compress the network before it is quantised"):
         st.compress(model, BATCHES, st.Budget(macs=0.8))
+
+
+class OutOfReach(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).masked_fill(x > 0, -torch.inf)
+
+
+class SparseAnswers(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x)).to_sparse()
+
+
+class OneBias(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Linear(32, 64)
+        self.c.bias = self.a.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.a(x) + self.c(x)))
+
+
+@pytest.mark.parametrize("kind", [OutOfReach, SparseAnswers, OneBias])
+def test_outputs_without_a_chance_sparse_ones_and_shared_biases_are_compared_and_counted(kind: type[Two]) -> None:
+    torch.manual_seed(0)
+    result = st.compress(kind(), BATCHES, "macs=85%")
+    agreed = result.report.agreement
+    assert agreed is not None
+    assert 0 < agreed.error < 1
+    assert result.plan.costs["parameters"] == sum(p.numel() for p in result.model.parameters())
+    assert st.compress(kind(), BATCHES, "macs=100%").plan.ratio("macs") == 1
+
+
+class CopiesNothing(Two):
+    def __deepcopy__(self, memo: Any) -> CopiesNothing:
+        return self
+
+
+class Yields(Two):
+    def forward(self, x: Tensor) -> Any:
+        yield super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [(CopiesNothing, r"'a'.*mend its __deepcopy__"), (Yields, "yields.*forward=")]
+)
+@pytest.mark.parametrize("methods", [None, st.PrincipalFilters()])
+def test_what_copies_nothing_or_yields_is_refused_and_left_as_it_is(kind: type[Two], said: str, methods: Any) -> None:
+    model = kind()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(st.SpectrimError, match=said):
+        st.compress(model, BATCHES, "macs=60%", methods=methods)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_a_network_chosen_by_few_samples_is_said_to_be_a_guess() -> None:
+    notes = st.compress(Two(), [BATCHES[0][:2]], "macs=60%").report.notes
+    assert any("2 calibration samples are too few" in note and "a hundred" in note for note in notes)

@@ -99,7 +99,7 @@ def locate(
             "; ".join(f"{s.name or s.kind}: {s.reason}" for s in sites.skipped[:5]) or "it has no linear or conv layers"
         )
         raise PlanError(f"{type(model).__name__} has no layer to compress ({reasons})")
-    check_copyable(model)
+    check_copyable(model, (name for site in sites for name in site.spec.names[:1]))
     check_weights(model, sites)
     return couple(model, sites, begun(batches)[0], forward=forward) if channels else sites
 

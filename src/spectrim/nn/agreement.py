@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import CalibrationError, SpectrimError
 from spectrim.nn.watch.batches import Feed, Forward
-from spectrim.nn.watch.nesting import begun, output_tensors, transformed
+from spectrim.nn.watch.nesting import begun, compared, output_tensors, transformed
 from spectrim.nn.watch.observe import observe
 from spectrim.nn.watch.sampling import Mask, mask_of
 from spectrim.nn.watch.state import evaluating, kept, settings_kept
@@ -194,16 +194,18 @@ class _Tally:
             if data is not None and a.shape[:2] == data.shape:
                 owner = owner.unsqueeze(1).expand(a.shape[:2])[data.cpu()]
                 a, b = a[data.to(a.device)], b[data.to(b.device)]
-            missed = (a.double() - b.double()).square()
+            wide, other = compared(a, b)
+            missed = (wide - other).square()
             self.missed += float(missed.sum())
-            self.energy += float(a.double().square().sum())
+            self.energy += float(wide.square().sum())
             ordered = bool(len(owner)) and int(owner.max()) < samples
             if ordered:
                 squares.index_add_(0, owner, missed.flatten(1).sum(1).cpu() if missed.dim() > 1 else missed.cpu())
             if scores and a.dim() > 1 and a.shape[-1] > 1:
                 self.same += int((a.argmax(-1) == b.argmax(-1)).sum())
                 p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
-                nats = (p.exp() * (p - q)).sum(-1)
+                # What has no chance adds nothing, and a row in which nothing has any tells nothing.
+                nats = (p.exp() * (p - q).masked_fill(p.isneginf(), 0)).sum(-1).masked_fill(a.isneginf().all(-1), 0)
                 self.nats += float(nats.sum())
                 self.rows += a[..., 0].numel()
                 if ordered:
@@ -252,8 +254,9 @@ def output_error(
             for a, b in zip(wanted, given, strict=True):
                 if data is not None and a.shape[:2] == data.shape:
                     a, b = a[data.to(a.device)], b[data.to(b.device)]
-                missed += float((a.double() - b.double()).square().sum())
-                energy += float((a.double() - a.double().mean(0)).square().sum())
+                a, b = compared(a, b)
+                missed += float((a - b).square().sum())
+                energy += float((a - a.mean(0)).square().sum())
             seen += size
             if seen >= samples:
                 break

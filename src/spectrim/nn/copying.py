@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,10 +29,16 @@ def copy_model(model: nn.Module) -> nn.Module:
         return _copied(model, {})
 
 
-def check_copyable(model: nn.Module) -> None:
-    """Raise UnsupportedLayerError if a model cannot be copied, without a copy of its weights."""
+def check_copyable(model: nn.Module, layers: Iterable[str] = ()) -> None:
+    """Raise UnsupportedLayerError if a model, or one of these layers, cannot be copied, without copying weights."""
     with ALONE:
-        _copied(model, _shared(model))
+        copied = _copied(model, _shared(model))
+    for name in layers:
+        if copied.get_submodule(name) is model.get_submodule(name):
+            raise UnsupportedLayerError(
+                f"copy.deepcopy of the {type(model).__name__} gives layer {name!r} itself and no copy of it, so that "
+                "compressing it would change the original: mend its __deepcopy__, or take that away"
+            )
 
 
 def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -45,7 +51,7 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             raise UnsupportedLayerError(
                 f"the model cannot be copied: __deepcopy__ of {kind} fails with {type(error).__name__}: "
                 f"{_line(error)}. It has to copy the modules that are there, which are not those that the class makes "
-                "once layers are replaced"
+                "once layers are replaced: mend it, or take it away"
             ) from error
         where = where or "something on it"
         told = _line(error)

@@ -172,8 +172,9 @@ class _Listing:
         # What a weight is computed from, and a weight shared with another layer, is counted elsewhere.
         weight = module._parameters.get("weight")
         counted = weight is not None and id(weight) not in self.covered
-        # So is a bias that is computed from something, or kept as a buffer.
-        biased = module._parameters.get("bias") is not None
+        # So is a bias that is computed from something, kept as a buffer, or shared.
+        bias = module._parameters.get("bias")
+        biased = bias is not None and id(bias) not in self.covered
         return dataclasses.replace(spec, bias=biased, shared=0 if counted else math.prod(spec.shape))
 
     def tied_sites(self) -> tuple[Tied, ...]:
@@ -450,7 +451,10 @@ def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied:
         return f"its weight is not a floating-point tensor ({getattr(weight, 'dtype', type(weight).__name__)})"
     # Quantised and distributed weights pass for floating-point ones by a tensor type of their own.
     if type(weight) not in (Tensor, nn.Parameter) or weight.layout != torch.strided:
-        return f"its weight is a {type(weight).__name__} of layout {weight.layout}, not a plain dense tensor"
+        return (
+            f"its weight is a {type(weight).__name__} of layout {weight.layout}, not a plain dense tensor: compress "
+            "the network before it is sharded or quantised"
+        )
     if not weight.numel():
         return "empty: it has no inputs or no outputs"
     if weight.is_meta:
@@ -464,10 +468,11 @@ def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied:
         return f"{kind} overrides forward: put a plain nn.{base.__name__} in its place"
     if reason := _changes_rows(module):
         return reason
-    if id(weight) in tied:
-        others = [n or "the model itself" for n in tied[id(weight)] if n not in paths]
-        cure = "give one of them a copy of its own to compress it; a copy is counted, too"
-        return f"its weight is tied to {', '.join(others)}: {cure}"
+    for name, tensor in module._parameters.items():
+        if id(tensor) in tied:
+            others = [n or "the model itself" for n in tied[id(tensor)] if n not in paths]
+            cure = "give one of them a copy of its own to compress it; a copy is counted, too"
+            return f"its {name} is tied to {', '.join(others)}: {cure}"
     if reason := _read_above(model, paths):
         return reason
     if module._modules:
@@ -509,7 +514,9 @@ def _removes(module: nn.Module) -> str:
         return "torch.nn.utils.remove_weight_norm"
     if "weight_mask" in held:
         return "torch.nn.utils.prune.remove"
-    return "torch.nn.utils.remove_spectral_norm" if "weight_u" in held else "make its weight a parameter"
+    if "weight_u" in held:
+        return "torch.nn.utils.remove_spectral_norm"
+    return "make its weight and bias parameters; compress what FSDP shards before that"
 
 
 def _pointless(spec: LayerSpec) -> str | None:

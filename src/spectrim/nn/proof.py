@@ -25,7 +25,7 @@ from spectrim.nn.parameters import parameters_of
 from spectrim.nn.standing import LAYERS, StandIn
 from spectrim.nn.surgery import merged_at, parameter_count, stand_ins
 from spectrim.nn.watch.batches import Feed, Forward
-from spectrim.nn.watch.nesting import output_tensors, tensors
+from spectrim.nn.watch.nesting import compared, output_tensors, tensors
 from spectrim.nn.watch.observe import Hook, observe, on_few
 
 # Layers that run once a batch, whatever the samples, have rows that are no whole number a sample, and are counted so.
@@ -365,12 +365,14 @@ def _alike(a: Tensor, b: Tensor) -> bool:
 
 
 def _gap(a: Tensor, b: Tensor) -> Tensor:
-    return (a.double() - b.double()).norm()
+    a, b = compared(a, b)
+    return (a - b).norm()
 
 
 def _rounding(a: Tensor) -> Tensor:
     """The difference from an output that rounding explains."""
-    return _ROUNDING.get(a.dtype, _ROUNDING_OF_FEW_BITS) * a.double().norm()
+    size = a.double().masked_fill(a.isinf(), 0).norm()
+    return _ROUNDING.get(a.dtype, _ROUNDING_OF_FEW_BITS) * size
 
 
 def _precise(model: nn.Module) -> nn.Module:

@@ -193,16 +193,26 @@ def rebuilt(like: list[Any] | tuple[Any, ...], values: list[Any]) -> Any:
 def output_tensors(output: Any) -> list[Tensor]:
     """The tensors a model's output stands for: itself, its ``logits`` if it has any, or all tensors in it."""
     if isinstance(output, Tensor):
-        return [output]
+        return [_dense(output)]
     if isinstance(getattr(output, "logits", None), Tensor):
-        return [output.logits]
-    found = list(tensors(output))
+        return [_dense(output.logits)]
+    found = [_dense(tensor) for tensor in tensors(output)]
     if not found:
         raise CalibrationError(
             f"the model's output of type {type(output).__name__} holds no tensor: pass forward=, a function (model, "
             "batch) that runs the model and returns tensors"
         )
     return found
+
+
+def _dense(output: Tensor) -> Tensor:
+    return output if output.layout is torch.strided else output.to_dense()
+
+
+def compared(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two outputs in float64, zero where both are one infinity, as scores of what a mask leaves out are."""
+    same = a.isinf() & (a == b)
+    return a.double().masked_fill(same, 0), b.double().masked_fill(same, 0)
 
 
 def logits(output: Any) -> Tensor:
