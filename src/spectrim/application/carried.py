@@ -99,14 +99,14 @@ def carry_out(
     work = Work(model, removal, batches is not None and reconstruct, feed)
     held_out: tuple[Tensor, ...] = ()
     put_tied(work, entries, makers)
-    steps = ordered(work, entries, makers)
+    steps, ends = ordered(work, entries, makers), None
     if batches is not None and work.follows:
         batches = listed(batches)
         # A pass that loops over its samples would stop at the first of them, or come to layers with dense ones before.
         apart = one_by_one(model, batches, feed) if sites.loops else batches
         work.split = Split.of(apart, rows=sampling.rows, mask=sampling.mask, layout=feed.layout)
         with watching(model, removal.model, expected, first, feed):
-            follow(work, steps, apart, memory, told(progress))
+            ends = follow(work, steps, apart, memory, told(progress))
         held_out = Split.of(batches, mask=sampling.mask, layout=feed.layout).held if sites.loops else work.split.held
     else:
         for done, step in enumerate(steps):
@@ -114,11 +114,12 @@ def carry_out(
             told(progress)("apply", done + 1, len(steps))
     if batches is not None and (not work.follows if batchnorm is None else batchnorm):
         reestimate_batchnorm(removal.model, batches, forward=feed, memory=memory)
+        ends = None
     Traits.of(model).give(removal.model)
     carry(removal.model, plan)
     names = [step.layer.name for step in steps] if work.split.samples else []
     unseen = tuple(name for name in names if name not in work.reached)
-    notes = () if first is None else tuple(prove(model, removal.model, expected, first, forward=feed))
+    notes = () if first is None else tuple(prove(model, removal.model, expected, first, forward=feed, ends=ends))
     return Applied(removal.model, work.errors, unseen, held_out, (*_edited(plan, expected), *notes))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from spectrim.application.steps import Step
 from spectrim.application.work import Stop, Work
 from spectrim.nn.watch.junctions import junctions
-from spectrim.nn.watch.lockstep import lockstep
+from spectrim.nn.watch.lockstep import Ended, lockstep
 from spectrim.nn.watch.passes import waves
 from spectrim.nn.watch.probe import Probe, probe
 from spectrim.progress import Progress
@@ -24,15 +24,16 @@ def follow(
     batches: Sequence[Any],
     memory: int,
     tell: Progress,
-) -> None:
-    """Carry out the steps while both networks run side by side.
+) -> tuple[Ended, Ended] | None:
+    """Carry out the steps while both networks run side by side, and give how their passes of one batch ended, if any.
 
     Batches whose activations do not fit in memory at once go one wave after the other: each fits every layer to what
     has been seen so far, beside layers that were fitted to the waves before.
     """
     names = [step.layer.name for step in steps]
     if not batches or not names:
-        return
+        return None
+    ends = None
     like = Probe(names) if _small(work, memory) else probe(work.dense, names, batches[0], forward=work.feed)
     calls = {name: like.calls.get(name, 1) for name in names}
     again = _restarts(names, like)
@@ -60,10 +61,13 @@ def follow(
                 if step.layer.name in again:
                     hub.restart()
                 tell("apply", number * len(steps) + done + 1, len(together) * len(steps))
+            if number == len(together) - 1:
+                ends = hub.ends(0)
         work.stop = None
     for name in names:
         # What was put in while both were in evaluation mode.
         work.removal.model.get_submodule(name).train(work.dense.get_submodule(name).training)
+    return ends
 
 
 def _small(work: Work, memory: int) -> bool:

@@ -8,6 +8,7 @@ before it are compressed. So each network is run once over the batches, whatever
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +39,22 @@ class Seen:
     batch: int
     inputs: Sequence[Tensor]
     targets: Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A forward pass of one of the networks that has come to its end.
+
+    Attributes
+    ----------
+    calls
+        Of the layers of interest.
+    output
+        What the network gave.
+    """
+
+    calls: Counter[str]
+    output: Any
 
 
 @dataclass(frozen=True)
@@ -79,6 +96,10 @@ class Hub:
         for number, target in zip(once, made, strict=True):
             fresh[number] = [target]
         return fresh
+
+    def ends(self, number: int) -> tuple[Ended, Ended]:
+        """Have both passes of one batch, which have left all layers of interest, go on to their ends."""
+        return Ended(*self.dense.finish(number)), Ended(*self.compressed.finish(number))
 
     def restart(self) -> None:
         """Have the compressed passes start again, with all that has been put in place by now."""

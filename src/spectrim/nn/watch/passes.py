@@ -7,6 +7,7 @@ What it takes in memory is what the waiting passes hold alive.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -53,6 +54,10 @@ class _Pass(greenlet):
         Tensors by the layer, until they are taken.
     beside
         The other side of the sum behind a layer, by the layer, until it is taken.
+    calls
+        How often it has come to each layer of interest.
+    output
+        What the model gave, once it is done.
     own
         What the model keeps on itself in this pass: others that run in between keep something else there.
     """
@@ -62,6 +67,8 @@ class _Pass(greenlet):
         self.at: str | None = None
         self.seen: dict[str, list[Tensor]] = {}
         self.beside: dict[str, Tensor] = {}
+        self.calls: Counter[str] = Counter()
+        self.output: Any = None
         self._network, self.own = network, network.state.fresh(network.places)
 
     def advance(self, name: str, left: set[str]) -> None:
@@ -69,7 +76,8 @@ class _Pass(greenlet):
         while not self.dead and self.at != name and (self.at is None or self.at in left):
             with _state_kept():
                 install(self._network.model, self.own)
-                self.switch()
+                given = self.switch()
+                self.output = given if self.dead else None
                 self.own = taken(self._network.model, self._network.places)
 
     def end(self) -> None:
@@ -117,6 +125,12 @@ class Passes:
         if isinstance(here, _Pass) and name not in self._left:
             here.beside[name] = tensor
 
+    def finish(self, number: int) -> tuple[Counter[str], Any]:
+        """Have one pass go on to its end: how often it called each layer of interest, and what the model gave."""
+        one = self._passes[number]
+        one.advance("", self._left)
+        return one.calls, one.output
+
     def restart(self) -> None:
         """Have the passes start again, past what is left."""
         for one in self._passes:
@@ -126,7 +140,10 @@ class Passes:
     def wait(self, name: str, tensor: Tensor) -> None:
         """What a pass does at a layer: it waits until all have got there, unless the layer is called again or left."""
         here = getcurrent()
-        if not isinstance(here, _Pass) or name in self._left:
+        if not isinstance(here, _Pass):
+            return
+        here.calls[name] += 1
+        if name in self._left:
             return
         calls = here.seen.setdefault(name, [])
         if len(calls) + 1 < self._calls[name]:
