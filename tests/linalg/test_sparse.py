@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spectrim.linalg import sparse
+from spectrim.linalg.low_rank_steps import Greedy
 from spectrim.linalg.metric import Full, Plain
 from spectrim.linalg.patterns import Pattern, Taps, pattern
 from spectrim.linalg.sparse import Quadratic, Sparse
@@ -305,3 +306,13 @@ def test_dead_inputs_and_weights_stay_finite(dead: str) -> None:
     found = sparse.fit(target, error, UNSTRUCTURED, 0.4, kernel)
     assert torch.isfinite(found.weight).all()
     assert found.error == pytest.approx(measured(target, error, found.weight), abs=1e-12)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 7])
+def test_an_error_beside_a_product_is_that_of_its_weight_of_the_outputs(rank: int) -> None:
+    target, step = random(1, 8, 12, seed=3), Greedy(Plain(1, (12,), torch.device("cpu")))
+    beside = step.eliminated(step(target, rank, None))
+    assert beside.outer is not None
+    assert (beside.less is None) == (2 * rank >= 8)
+    rows = random(1, 8, 12, seed=4)
+    torch.testing.assert_close(beside.apply(rows), beside.outer @ rows)

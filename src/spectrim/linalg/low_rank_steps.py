@@ -95,7 +95,10 @@ class _Projecting(LowRankStep):
         left = self._basis(product)
         eye = torch.eye(left.shape[1], dtype=left.dtype, device=left.device)
         beside = eye - left @ left.mT
-        return Quadratic(self.metric, beside if self.root is None else self.root.mT @ beside @ self.root)
+        if self.root is not None:
+            return Quadratic(self.metric, self.root.mT @ beside @ self.root)
+        # Two thin products take less than a square one while their columns are fewer than half of the outputs.
+        return Quadratic(self.metric, beside, left if 2 * left.shape[2] < left.shape[1] else None)
 
     def following(self, ridge: Ridge, product: Product) -> Callable[[Tensor, float], Tensor] | None:
         left = product.factors[0]

@@ -37,14 +37,20 @@ class Quadratic:
         ``C``.
     outer
         ``G [g, o, o]``, or None for the identity.
+    less
+        Few orthonormal columns ``[g, o, r]`` with ``G = I - less less^T``, by which that is applied in less time, if
+        there are any.
     """
 
     metric: Metric
     outer: Float[Tensor, "g o o"] | None = None
+    less: Float[Tensor, "g o r"] | None = None
 
     def apply(self, rows: Float[Tensor, "g o n"]) -> Float[Tensor, "g o n"]:
         """``G R C``, half the gradient."""
         seen = self.metric.times(rows)
+        if self.less is not None:
+            return torch.baddbmm(seen, self.less, self.less.mT @ seen, alpha=-1)
         return seen if self.outer is None else self.outer @ seen
 
     def value(self, rows: Float[Tensor, "g o n"]) -> float:
