@@ -19,9 +19,10 @@ from benchmarks import cifar
 from benchmarks.run import claim
 from spectrim.linalg.moments import Moments
 from spectrim.methods import Method
-from spectrim.network.sites import Site, Statistics
+from spectrim.network.sites import Layer, Statistics
 from spectrim.nn.watch.patches import patches_at
-from spectrim.nn.watch.sampling import Samples, choose
+from spectrim.nn.watch.samples import Samples
+from spectrim.nn.watch.sampling import choose
 
 
 def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def _methods() -> dict[str, Method]:
 
 
 @torch.inference_mode()
-def patches(model: nn.Module, site: Site, images: Tensor, *, seed: int) -> Tensor:
+def patches(model: nn.Module, site: Layer, images: Tensor, *, seed: int) -> Tensor:
     """One input patch ``[g, n, d]`` of the layer from each image, in the images' order."""
     found: list[Tensor] = []
 
@@ -92,13 +93,13 @@ def patches(model: nn.Module, site: Site, images: Tensor, *, seed: int) -> Tenso
     return torch.cat(found, dim=1)
 
 
-def _with(site: Site, rows: Tensor) -> Site:
+def _with(site: Layer, rows: Tensor) -> Layer:
     moments = Moments(rows.shape[0], rows.shape[2])
     moments.update(rows)
     return dataclasses.replace(site, statistics=Statistics(input=moments))
 
 
-def _fitted(site: Site, at: Site, method: Method, share: float, seen: Tensor, unseen: Tensor) -> dict[str, Any]:
+def _fitted(site: Layer, at: Layer, method: Method, share: float, seen: Tensor, unseen: Tensor) -> dict[str, Any]:
     """The choice of least error on the samples that stores few enough numbers, and what it loses."""
     curve = method.curve(at)
     limit = share * site.weight.numel()
@@ -117,7 +118,7 @@ def _fitted(site: Site, at: Site, method: Method, share: float, seen: Tensor, un
     }
 
 
-def _lost(site: Site, weight: Tensor, rows: Tensor) -> float:
+def _lost(site: Layer, weight: Tensor, rows: Tensor) -> float:
     """Share of the energy of the centred responses that a weight loses on given patches."""
     g, o = site.spec.shape[:2]
     centred = rows.double() - rows.double().mean(dim=1, keepdim=True)

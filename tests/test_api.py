@@ -327,8 +327,8 @@ def test_reconstruction_lowers_the_output_error(method: str) -> None:
 
 
 def test_reconstruction_fits_the_second_factor_where_patches_are_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("spectrim.nn.watch.calibrate.FULL_PATCH", 4)
-    monkeypatch.setattr("spectrim.nn.watch.calibrate.FULL_LINEAR", 4)
+    monkeypatch.setattr("spectrim.nn.watch.watchers.FULL_PATCH", 4)
+    monkeypatch.setattr("spectrim.nn.watch.watchers.FULL_LINEAR", 4)
     model, sites, batches = prepared("residual")
     assert not any(site.statistics.input is not None for site in sites)
     plan = every_site(tabulate(sites, [st.WeightSVD()]), "WeightSVD", 3)

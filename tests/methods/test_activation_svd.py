@@ -17,7 +17,7 @@ from spectrim.network.choices import Choice
 from spectrim.network.sites import Site
 from spectrim.nn.build import build
 from spectrim.nn.find import find
-from spectrim.nn.watch import calibrate as calibration
+from spectrim.nn.watch import watchers
 from spectrim.nn.watch.calibrate import calibrate
 from spectrim.nn.watch.sensitivity import sensitivity
 from spectrim.testing import measured_error
@@ -168,8 +168,8 @@ def test_missing_statistics_are_named_with_the_site() -> None:
 @pytest.mark.parametrize("weighted", [False, True])
 def test_long_patches_use_slices_and_outputs(kind: str, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     full, _, _ = small_site(kind, dtype=torch.float64, weighted=weighted)
-    monkeypatch.setattr(calibration, "FULL_PATCH", 4)
-    monkeypatch.setattr(calibration, "FULL_LINEAR", 4)
+    monkeypatch.setattr(watchers, "FULL_PATCH", 4)
+    monkeypatch.setattr(watchers, "FULL_LINEAR", 4)
     site, layer, inputs = small_site(kind, dtype=torch.float64, weighted=weighted)
     hows = unfoldings(site.spec.kernel)
     sketch = {"sketch"} if kind == "linear" else set()
@@ -221,7 +221,7 @@ def test_the_shift_of_a_site_that_is_known_by_its_outputs_counts_the_old_bias_on
     model = nn.Sequential(layer, nn.ReLU())
     inputs = torch.randn(200, 12).double() + 3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(calibration, "FULL_LINEAR", 4)
+        patch.setattr(watchers, "FULL_LINEAR", 4)
         site = calibrate(model, find(model), [inputs], rows=None)["0"]
     choice = Choice("low_rank", "ActivationSVD", {"unfolding": "channel", "rank": 3, "bias": True})
     wanted, found = answers(site, layer, inputs, ActivationSVD(), choice)

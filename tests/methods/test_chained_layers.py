@@ -18,8 +18,7 @@ from spectrim.network.choices import Choice, CPChoice, TuckerChoice
 from spectrim.nn.build import build, skeleton
 from spectrim.nn.find import find
 from spectrim.nn.modules import whole
-from spectrim.nn.watch import calibrate as calibration
-from spectrim.nn.watch import reconstruct
+from spectrim.nn.watch import reconstruct, watchers
 from spectrim.selection.plan import Plan
 from spectrim.testing import check_method, measured_error
 from tests.cases import LAYERS, small_site
@@ -200,7 +199,7 @@ def test_without_data_activations_say_which_method_needs_none() -> None:
 def test_layers_too_wide_to_observe_are_fitted_by_slices_and_their_last_layer_to_the_answers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(calibration, "FULL_PATCH", 4)
+    monkeypatch.setattr(watchers, "FULL_PATCH", 4)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)).eval()
     batches = list(torch.randn(32, 3, 8, 8).split(8))

@@ -22,7 +22,7 @@ from spectrim.nn.build import build
 from spectrim.nn.find import find
 from spectrim.nn.modules import whole
 from spectrim.nn.sparse.layers import Cropped, Masked, Slim, Sum
-from spectrim.nn.watch import calibrate as calibration
+from spectrim.nn.watch import watchers
 from spectrim.nn.watch.calibrate import calibrate
 from spectrim.testing import measured_error, sample_inputs
 from tests.cases import LAYERS, batches_for, settled, small_site
@@ -270,7 +270,7 @@ def test_long_patches_are_fitted_in_the_moment_of_their_slices(monkeypatch: pyte
     model = nn.Sequential(layer)
     inputs = sample_inputs((6, 7, 6), 96)
     full = calibrate(model, find(model), [inputs], rows=None)["0"]
-    monkeypatch.setattr(calibration, "FULL_PATCH", 50)
+    monkeypatch.setattr(watchers, "FULL_PATCH", 50)
     site = calibrate(model, find(model), [inputs], rows=None)["0"]
     assert site.statistics.input is None
     method = LowRankPlusSparse(densities=(0.0, 0.1, 0.3), ranks=2, turns=8, unfoldings=None)
@@ -348,7 +348,7 @@ def test_wide_linear_layers_are_fitted_to_a_sketch_of_their_inputs(
 ) -> None:
     full, _, _ = small_site("linear", weighted=weighted)
     wanted = FEW.curve(full)
-    monkeypatch.setattr(calibration, "FULL_LINEAR", 4)
+    monkeypatch.setattr(watchers, "FULL_LINEAR", 4)
     site, _, _ = small_site("linear", weighted=weighted)
     assert site.statistics.input is None
     curve = FEW.curve(site)
@@ -368,8 +368,8 @@ def test_wide_linear_layers_are_fitted_to_a_sketch_of_their_inputs(
 
 @pytest.mark.slow
 def test_what_has_long_patches_is_fitted_to_what_compressed_layers_deliver(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "FULL_PATCH", 20)
-    monkeypatch.setattr(calibration, "FULL_LINEAR", 10)
+    monkeypatch.setattr(watchers, "FULL_PATCH", 20)
+    monkeypatch.setattr(watchers, "FULL_LINEAR", 10)
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12 * 16, 24),
@@ -396,7 +396,7 @@ def test_layers_without_a_moment_keep_their_mean_response(
     monkeypatch: pytest.MonkeyPatch, how: str, known: str
 ) -> None:
     if known == "slices":
-        monkeypatch.setattr(calibration, "FULL_PATCH", 20)
+        monkeypatch.setattr(watchers, "FULL_PATCH", 20)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 12, 3), nn.ReLU(), nn.Conv2d(12, 8, 3)).eval()
     batches = [sample_inputs((3, 8, 8), 32, seed=seed) for seed in range(2)]

@@ -16,8 +16,7 @@ from spectrim.methods.statistics import Standard
 from spectrim.network.sites import Group, Layer, Site
 from spectrim.nn.find import canonical, describe, find
 from spectrim.nn.modules import make_layer
-from spectrim.nn.watch import calibrate as calibration
-from spectrim.nn.watch import sampling
+from spectrim.nn.watch import samples, watchers
 from spectrim.nn.watch.calibrate import calibrate
 from spectrim.nn.watch.sensitivity import sensitivity
 from spectrim.testing import LAYERS, sample_inputs, small_site
@@ -36,7 +35,7 @@ JOINT = {share: JointSVD(share, multiple_of=1, sweeps=4) for share in ("left", "
 @pytest.fixture(autouse=True)
 def _same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are drawn by the contents of samples, and other units are other contents: here by the numbers of samples."""
-    monkeypatch.setattr(sampling, "_hashed", lambda tensor, mask: (torch.arange(len(tensor)) + 1) * 7919)
+    monkeypatch.setattr(samples, "hashed", lambda tensor, mask: (torch.arange(len(tensor)) + 1) * 7919)
 
 
 def units(channels: int, seed: int = 0, *, decades: float = 6) -> Tensor:
@@ -134,8 +133,8 @@ def test_units_of_shared_layers_decide_nothing(kind: str, share: str, same: bool
 @pytest.mark.parametrize(("name", "weighted"), [("low rank", False), ("low rank", True), ("sparse", True)])
 def test_units_of_long_patches_decide_nothing(name: str, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices and outputs of convolutions, sketches of linear layers."""
-    monkeypatch.setattr(calibration, "FULL_PATCH", 20)
-    monkeypatch.setattr(calibration, "FULL_LINEAR", 10)
+    monkeypatch.setattr(watchers, "FULL_PATCH", 20)
+    monkeypatch.setattr(watchers, "FULL_LINEAR", 10)
     for kind in ("conv2d", "linear"):
         site, layer, x = small_site(kind, weighted=weighted)
         assert site.statistics.input is None

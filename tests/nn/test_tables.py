@@ -13,7 +13,7 @@ from spectrim.linalg.unfold import unfolding
 from spectrim.nn.find import canonical, describe
 from spectrim.nn.modules import FactoredTable
 from spectrim.nn.surgery import parameter_count
-from spectrim.nn.watch.calibrate import expected
+from spectrim.nn.watch.watchers import expected
 
 
 class Reader(nn.Module):

@@ -15,8 +15,8 @@ from spectrim.network.choices import TiedChoice
 from spectrim.nn.find import find
 from spectrim.nn.modules import FactoredHead, FactoredTable
 from spectrim.nn.surgery import parameter_count
-from spectrim.nn.watch import calibrate as calibration
-from spectrim.nn.watch.calibrate import expected
+from spectrim.nn.watch import watchers
+from spectrim.nn.watch.watchers import expected
 from spectrim.selection.plan import Plan
 
 
@@ -164,7 +164,7 @@ def test_a_head_that_is_not_called_leaves_both_alone():
 
 
 def test_inputs_too_wide_for_a_moment_leave_both_alone(monkeypatch):
-    monkeypatch.setattr(calibration, "FULL_LINEAR", 20)
+    monkeypatch.setattr(watchers, "FULL_LINEAR", 20)
     model = Writer()
     sites = st.calibrate(model, find(model), [texts()])
     assert not sites.tied

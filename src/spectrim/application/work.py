@@ -14,9 +14,9 @@ from spectrim.nn.channels.removal import Removal
 from spectrim.nn.modules import Chained, Factored
 from spectrim.nn.surgery import replace_module
 from spectrim.nn.watch.batches import Feed
-from spectrim.nn.watch.calibrate import in_full
 from spectrim.nn.watch.lockstep import Seen
 from spectrim.nn.watch.reconstruct import Errors, Joint, Split, refit_last
+from spectrim.nn.watch.watchers import in_full
 
 
 @dataclass(frozen=True)

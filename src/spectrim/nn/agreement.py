@@ -16,7 +16,7 @@ from spectrim.errors import CalibrationError, SpectrimError
 from spectrim.nn.watch.batches import Feed, Forward
 from spectrim.nn.watch.nesting import begun, compared, output_tensors, transformed
 from spectrim.nn.watch.observe import observe
-from spectrim.nn.watch.sampling import Mask, mask_of
+from spectrim.nn.watch.samples import Mask, mask_of
 from spectrim.nn.watch.state import evaluating, kept, settings_kept
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,8 @@ from spectrim.nn.find import Which, check_model
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.nesting import begun, checked_batches, listed, reads_once
-from spectrim.nn.watch.sampling import Mask, Sampling
+from spectrim.nn.watch.samples import Mask
+from spectrim.nn.watch.sampling import Sampling
 from spectrim.pipeline.report import Report as Report
 from spectrim.pipeline.report import Result as Result
 from spectrim.pipeline.report import reported as reported

@@ -22,7 +22,8 @@ from spectrim.nn.modes import check_trainable
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.nesting import begun
-from spectrim.nn.watch.sampling import Mask, Sampling
+from spectrim.nn.watch.samples import Mask
+from spectrim.nn.watch.sampling import Sampling
 from spectrim.pipeline import Result, reported
 from spectrim.preparation import check_options, locate, prepare
 from spectrim.progress import reporting

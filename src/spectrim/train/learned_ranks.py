@@ -36,7 +36,8 @@ from spectrim.nn.copying import copy_model
 from spectrim.nn.find import canonical
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
-from spectrim.nn.watch.sampling import Mask, Sampling
+from spectrim.nn.watch.samples import Mask
+from spectrim.nn.watch.sampling import Sampling
 from spectrim.preparation import one_batch, prepare
 from spectrim.search.measured import meet_latency
 from spectrim.selection.budget import Budget, BudgetLike

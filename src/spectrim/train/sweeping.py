@@ -34,7 +34,8 @@ from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.contents import contents, settled
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.nesting import checked_batches, listed, reads_once
-from spectrim.nn.watch.sampling import Mask, Sampling
+from spectrim.nn.watch.samples import Mask
+from spectrim.nn.watch.sampling import Sampling
 from spectrim.pipeline import Result, check_selector, offered, reported, shrink
 from spectrim.preparation import Prepared, check_options, locate, prepare
 from spectrim.progress import Progress, reports, silent, told

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import spectrim.nn.watch.calibrate as module_under_test
+import spectrim.nn.watch.watchers as module_under_test
 from spectrim.cost.counted import macs, parameters
 from spectrim.errors import CalibrationError
 from spectrim.linalg.unfold import unfoldings

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import spectrim as st
 from spectrim.nn.watch.batches import Feed, arguments
 from spectrim.nn.watch.layout import Layout
-from spectrim.nn.watch.sampling import Samples
+from spectrim.nn.watch.samples import Samples
 
 X, Z, LABELS = torch.randn(4, 3), torch.randn(4, 2), torch.arange(4)
 

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from spectrim.errors import CalibrationError
 from spectrim.nn.find import describe
-from spectrim.nn.watch.sampling import Run, Samples, choose, directions, mean_rows
+from spectrim.nn.watch.samples import Samples
+from spectrim.nn.watch.sampling import Run, choose, directions, mean_rows
 
 LINEAR = describe(nn.Linear(4, 3), ["layer"])
 CONV = describe(nn.Conv2d(3, 5, 3, padding=1), ["layer"])

@@ -10,7 +10,8 @@ from torch import nn
 from spectrim.errors import CalibrationError
 from spectrim.nn.find import find
 from spectrim.nn.watch.calibrate import calibrate
-from spectrim.nn.watch.sampling import Samples, directions
+from spectrim.nn.watch.samples import Samples
+from spectrim.nn.watch.sampling import directions
 from spectrim.nn.watch.sensitivity import sensitivity
 from tests.nn.layers import ConvNet, close
 

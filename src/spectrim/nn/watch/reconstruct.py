@@ -22,7 +22,8 @@ from spectrim.nn.modules import Chained, Factored, make_layer, whole
 from spectrim.nn.watch.layout import Layout
 from spectrim.nn.watch.lockstep import Seen
 from spectrim.nn.watch.patches import outputs_at, patches_at
-from spectrim.nn.watch.sampling import Mask, Run, Samples, choose, leading
+from spectrim.nn.watch.samples import Mask, Samples
+from spectrim.nn.watch.sampling import Run, choose, leading
 
 # Rows wanted for every number of the patch, over the whole run.
 FLOOR = 32

@@ -14,7 +14,8 @@ from spectrim.network.coupling import IN, Coupling
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Pooled
 from spectrim.nn.flops import unwatched
-from spectrim.nn.watch.sampling import Run, Samples, Sampling, choose_places
+from spectrim.nn.watch.samples import Samples
+from spectrim.nn.watch.sampling import Run, Sampling, choose_places
 
 # Single positions over the run at least, and in multiples of the number of channels.
 FEWEST, FLOOR = 1024, 12

@@ -10,100 +10,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float64, Int64
+from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from spectrim.errors import CalibrationError, check_function
 from spectrim.network.layer import LayerSpec
+from spectrim.nn.watch.keys import mixed, odd, shifted, uniform
 from spectrim.nn.watch.layout import Layout
+from spectrim.nn.watch.samples import Chosen, Mask, Samples, lengths_of, mask_of
 
-Mask = str | Callable[[Any], Tensor | None] | None
-
-# The mask of a batch that is a mapping, where no other is named.
-MASK = "attention_mask"
 # Samples that a run is taken to have where nothing says how many: few, so that rather too many rows are kept.
 FEW = 64
-# Numbers of a long sample that its key is made from. Two samples that agree in them have their rows drawn alike, which
-# does no harm.
-_LOOKED_AT = 4096
-# Numbers that are hashed at a time.
-_CHUNK = 1 << 20
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What the samples of one batch are.
-
-    Attributes
-    ----------
-    size
-        How many.
-    keys
-        A number made from the bits of each sample's inputs: the same sample has the same key in any batch, order or
-        cut, and, where there is a mask, with any padding.
-    mask
-        ``[size, positions]``, True where a token is data; None if all are.
-    share
-        The length of each sample in units of the mean length of the run; a sample of twice the length gives twice the
-        rows.
-    lengths
-        Sizes of the input tensors beside that of the samples, by which a layer that is given the positions before the
-        samples is known.
-    turned
-        Whether the inputs have their positions before the samples.
-    """
-
-    size: int
-    keys: Int64[Tensor, " size"]
-    mask: Bool[Tensor, "size positions"] | None
-    share: Float64[Tensor, " size"]
-    lengths: frozenset[int] = frozenset()
-    turned: bool = False
-    _chosen: dict[Hashable, Chosen] = field(default_factory=dict, repr=False, compare=False)
-
-    @classmethod
-    def of(
-        cls,
-        batch: Any,
-        mask: Mask = None,
-        *,
-        mean: float | None = None,
-        layout: Layout = Layout(),  # noqa: B008 (frozen)
-    ) -> Samples:
-        """The samples of a batch.
-
-        Parameters
-        ----------
-        batch
-            Tensors, mappings or tuples whose first element is the inputs; labels make no difference.
-        mask
-            Name of a tensor of the batch, or a function that gives one for a batch (or None), ``[samples,
-            positions]``, not zero where a token is data. By default ``attention_mask`` of a mapping.
-        mean
-            Mean length of a sample of the run, in tokens that are data, or else in numbers of the inputs.
-        layout
-            Where samples are in the batch.
-
-        Raises
-        ------
-        CalibrationError
-            If the mask is not there, or has another shape.
-        """
-        size = layout.size(batch)
-        found = mask_of(batch, mask, size)
-        columns = layout.columns(batch, size)
-        keys = torch.zeros(size, dtype=torch.int64)
-        for number, column in enumerate(columns):
-            keys = _mixed(keys + torch.cat([_hashed(part, found) for part in column]) + _odd(number))
-        share = _lengths(columns, found, size) / mean if mean else torch.ones(size).double()
-        return cls(size, keys, found, share, layout.lengths(batch, size), layout.is_turned(batch, size))
 
 
 @dataclass(frozen=True)
@@ -184,26 +107,11 @@ class Run:
     def _lengths(self, batch: Any, number: int) -> Tensor:
         size = self.layout.size(batch)
         _refuse_empty(size, number)
-        return _lengths(self.layout.columns(batch, size), mask_of(batch, self.mask, size), size)
+        return lengths_of(self.layout.columns(batch, size), mask_of(batch, self.mask, size), size)
 
     def positions(self, rows: int) -> int:
         """Positions of a sample of mean length that give at least so many rows over the run; one or more."""
         return max(1, -(-rows // max(self.samples or FEW, 1)))
-
-
-class Chosen(NamedTuple):
-    """Rows of what a layer sees.
-
-    Attributes
-    ----------
-    index
-        ``[n]``, into the rows as :func:`spectrim.nn.watch.patches.patches_at` counts them; no row twice.
-    sample
-        ``[n]``, the sample of the batch that each belongs to.
-    """
-
-    index: Int64[Tensor, " n"]
-    sample: Int64[Tensor, " n"]
 
 
 def choose(spec: LayerSpec, shape: tuple[int, ...], positions: int | None, samples: Samples, seed: int = 0) -> Chosen:
@@ -236,9 +144,9 @@ def choose(spec: LayerSpec, shape: tuple[int, ...], positions: int | None, sampl
 
 
 def _chosen(rows: _Rows, positions: int | None, seed: int) -> Chosen:
-    keys = _mixed(rows.keys + _odd(seed))
+    keys = mixed(rows.keys + odd(seed))
     # A fraction of a row is one with that probability; a sample of one row always gives it.
-    wanted = rows.counts if positions is None else (positions * rows.share + _uniform(keys)).long().minimum(rows.counts)
+    wanted = rows.counts if positions is None else (positions * rows.share + uniform(keys)).long().minimum(rows.counts)
     wanted = torch.where(rows.counts == 1, 1, wanted)
     if torch.equal(wanted, rows.counts):
         return rows.all()
@@ -246,9 +154,9 @@ def _chosen(rows: _Rows, positions: int | None, seed: int) -> Chosen:
     stratum = torch.arange(len(part)) - (wanted.cumsum(0) - wanted)[part]
     of, strata = rows.counts[part], wanted[part]
     low, high = stratum * of // strata, (stratum + 1) * of // strata
-    drawn = _mixed(keys[part] + _odd(stratum + 1))
+    drawn = mixed(keys[part] + odd(stratum + 1))
     # 31 bits of the number, as a share of the width of the stratum.
-    rank = low + (_shifted(drawn, 33) * (high - low) >> 31)
+    rank = low + (shifted(drawn, 33) * (high - low) >> 31)
     return rows.at(part, rank)
 
 
@@ -334,9 +242,9 @@ def directions(outputs: Tensor, samples: Samples, seed: int = 0) -> Tensor:
     table = _normal_numbers(seed)
     mask, size = samples.mask, samples.size
     if not outputs.dim() or outputs.shape[0] != size:
-        start = int(_shifted(_mixed(samples.keys.sum().reshape(1)), 20)) % _TABLE
+        start = int(shifted(mixed(samples.keys.sum().reshape(1)), 20)) % _TABLE
         return table[(start + torch.arange(outputs.numel())) % _TABLE].reshape(outputs.shape).to(outputs)
-    start = (_shifted(_mixed(samples.keys + _odd(seed)), 20) % _TABLE).unsqueeze(1)
+    start = (shifted(mixed(samples.keys + odd(seed)), 20) % _TABLE).unsqueeze(1)
     if mask is None or outputs.dim() < 2 or outputs.shape[1] != mask.shape[1]:
         place = torch.arange(outputs[0].numel()).expand(size, -1)
         return table[(start + place) % _TABLE].reshape(outputs.shape).to(outputs)
@@ -370,42 +278,6 @@ def _turned(spec: LayerSpec, shape: tuple[int, ...], samples: Samples) -> bool:
     return bool(shape[0] % samples.size) or shape[0] in samples.lengths
 
 
-def mask_of(batch: Any, mask: Mask, size: int) -> Tensor | None:
-    """The mask of a batch, ``[size, positions]`` on the CPU, True where a token is data."""
-    named = mask if isinstance(mask, str) else MASK
-    if callable(mask):
-        found = mask(batch)
-    else:
-        # Data loaders give (inputs, targets).
-        inputs = batch[0] if isinstance(batch, list | tuple) and batch else batch
-        found = inputs.get(named) if isinstance(inputs, Mapping) else None
-        if found is None and isinstance(mask, str):
-            there = ", ".join(map(repr, inputs)) if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
-            raise CalibrationError(
-                f"mask={mask!r}: the batch holds no such tensor, but {there}; name one that it holds, or pass a "
-                "function of the batch"
-            )
-    if found is None:
-        return None
-    if not isinstance(found, Tensor) or found.dim() != 2 or found.shape[0] != size:
-        what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"type {type(found).__name__}"
-        raise CalibrationError(
-            f"the mask {mask if callable(mask) else named!r} has {what}: expected ({size} samples, positions); pass "
-            "mask=, a function of the batch that gives such a tensor, or None where no position is padding"
-        )
-    return (found != 0).cpu()
-
-
-def _lengths(columns: list[list[Tensor]], mask: Tensor | None, size: int) -> Tensor:
-    """How long each sample is: tokens that are data, or numbers of its inputs."""
-    if mask is not None:
-        return mask.sum(1).double()
-    lengths = torch.zeros(size, dtype=torch.float64)
-    for column in columns:
-        lengths += torch.cat([torch.full((len(part),), float(part[0].numel())) for part in column])
-    return torch.where(lengths > 0, lengths, 1.0)
-
-
 def _refuse_empty(size: int, number: int) -> None:
     if not size:
         raise CalibrationError(f"calibration batch {number} is empty: it holds no sample; leave it out")
@@ -427,61 +299,3 @@ def _count(batches: Any) -> int | None:
 _ROW = LayerSpec(("",), 1, 1)
 # Numbers of the table that directions are taken from.
 _TABLE = 1 << 20
-_GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed number
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """The bits of a number moved down, without its sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """Every bit of the result depends on every bit of the number (the finaliser of splitmix64, Steele et al. 2014)."""
-    x = (x ^ _shifted(x, 30)) * -0x40A7B892E31B1A47
-    x = (x ^ _shifted(x, 27)) * -0x6B2FB644ECCEEE15
-    return x ^ _shifted(x, 31)
-
-
-def _odd(number: Any) -> Any:
-    """A multiple of the golden ratio, in which close numbers are far apart; in Python within 64 bits, with sign."""
-    if isinstance(number, Tensor):
-        return number * _GOLDEN
-    return ((number + 1) * _GOLDEN + (1 << 63)) % (1 << 64) - (1 << 63)
-
-
-def _uniform(x: Tensor) -> Tensor:
-    return _shifted(x, 11).double() * 2.0**-53
-
-
-def _words(tensor: Tensor) -> Tensor:
-    """Bits of each row as 64-bit numbers, ``[rows, words]``: all, or those of a few thousand numbers of a long row."""
-    flat = tensor.reshape(len(tensor), -1)
-    flat = flat[:, :: max(1, flat.shape[1] // _LOOKED_AT)]
-    if flat.is_complex():
-        flat = torch.view_as_real(flat).flatten(1)
-    raw = flat.contiguous().view(torch.uint8)
-    short = -raw.shape[1] % 8
-    # A copy starts where a 64-bit number may.
-    return (F.pad(raw, (0, short)) if short else raw.clone()).view(torch.int64)
-
-
-def _hashed(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """A number for the contents of each sample, on the CPU; what the mask leaves out counts as not there."""
-    if not tensor[0].numel():
-        return torch.zeros(len(tensor), dtype=torch.int64)
-    if mask is None or tensor.dim() < 2 or tensor.shape[1] != mask.shape[1]:
-        return torch.cat([_summed(_words(part)) for part in _parts(tensor)])
-    tokens = torch.cat([_summed(_words(part)) for part in _parts(tensor.flatten(0, 1))]).reshape(mask.shape)
-    # The place among the data, so that padding may stand on either side.
-    placed = _mixed(tokens + _odd(mask.cumsum(1)))
-    return _mixed((placed * mask).sum(1))
-
-
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    yield from tensor.split(max(1, _CHUNK // max(tensor[0].numel(), 1)))
-
-
-def _summed(words: Tensor) -> Tensor:
-    places = _mixed(torch.arange(1, words.shape[1] + 1, device=words.device) * _GOLDEN) | 1
-    # Tensor products of whole numbers wrap around.
-    return _mixed((words * places).sum(1)).cpu()

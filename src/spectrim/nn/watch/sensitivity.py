@@ -24,7 +24,8 @@ from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.nesting import begun, checked_batches, output_tensors
 from spectrim.nn.watch.observe import Hook, observe
 from spectrim.nn.watch.patches import outputs_at
-from spectrim.nn.watch.sampling import Mask, Run, Samples, choose, directions
+from spectrim.nn.watch.samples import Mask, Samples
+from spectrim.nn.watch.sampling import Run, choose, directions
 
 # Output positions over the run at least, and in multiples of the number of output channels.
 FEWEST, FLOOR = 4096, 16

@@ -15,7 +15,8 @@ from spectrim.linalg.sketch import Sketch
 from spectrim.linalg.unfold import Unfolding
 from spectrim.network.layer import LayerSpec
 from spectrim.nn.watch.patches import outputs_at, taps_at
-from spectrim.nn.watch.sampling import Samples, choose, pointwise
+from spectrim.nn.watch.samples import Samples
+from spectrim.nn.watch.sampling import choose, pointwise
 
 # Rows that are waited for before moments are given them: as many as their vectors are long, but no more than this.
 _ROOM = 1024

@@ -1,0 +1,139 @@
+"""The samples of a batch: how many, which of their positions are data, how long they are, and a key for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float64, Int64
+from torch import Tensor
+
+from spectrim.errors import CalibrationError
+from spectrim.nn.watch.keys import hashed, mixed, odd
+from spectrim.nn.watch.layout import Layout
+
+Mask = str | Callable[[Any], Tensor | None] | None
+# The mask of a batch that is a mapping, where no other is named.
+MASK = "attention_mask"
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the samples of one batch are.
+
+    Attributes
+    ----------
+    size
+        How many.
+    keys
+        A number made from the bits of each sample's inputs: the same sample has the same key in any batch, order or
+        cut, and, where there is a mask, with any padding.
+    mask
+        ``[size, positions]``, True where a token is data; None if all are.
+    share
+        The length of each sample in units of the mean length of the run; a sample of twice the length gives twice the
+        rows.
+    lengths
+        Sizes of the input tensors beside that of the samples, by which a layer that is given the positions before the
+        samples is known.
+    turned
+        Whether the inputs have their positions before the samples.
+    """
+
+    size: int
+    keys: Int64[Tensor, " size"]
+    mask: Bool[Tensor, "size positions"] | None
+    share: Float64[Tensor, " size"]
+    lengths: frozenset[int] = frozenset()
+    turned: bool = False
+    _chosen: dict[Hashable, Chosen] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        batch: Any,
+        mask: Mask = None,
+        *,
+        mean: float | None = None,
+        layout: Layout = Layout(),  # noqa: B008 (frozen)
+    ) -> Samples:
+        """The samples of a batch.
+
+        Parameters
+        ----------
+        batch
+            Tensors, mappings or tuples whose first element is the inputs; labels make no difference.
+        mask
+            Name of a tensor of the batch, or a function that gives one for a batch (or None), ``[samples,
+            positions]``, not zero where a token is data. By default ``attention_mask`` of a mapping.
+        mean
+            Mean length of a sample of the run, in tokens that are data, or else in numbers of the inputs.
+        layout
+            Where samples are in the batch.
+
+        Raises
+        ------
+        CalibrationError
+            If the mask is not there, or has another shape.
+        """
+        size = layout.size(batch)
+        found = mask_of(batch, mask, size)
+        columns = layout.columns(batch, size)
+        keys = torch.zeros(size, dtype=torch.int64)
+        for number, column in enumerate(columns):
+            keys = mixed(keys + torch.cat([hashed(part, found) for part in column]) + odd(number))
+        share = lengths_of(columns, found, size) / mean if mean else torch.ones(size).double()
+        return cls(size, keys, found, share, layout.lengths(batch, size), layout.is_turned(batch, size))
+
+
+class Chosen(NamedTuple):
+    """Rows of what a layer sees.
+
+    Attributes
+    ----------
+    index
+        ``[n]``, into the rows as :func:`spectrim.nn.watch.patches.patches_at` counts them; no row twice.
+    sample
+        ``[n]``, the sample of the batch that each belongs to.
+    """
+
+    index: Int64[Tensor, " n"]
+    sample: Int64[Tensor, " n"]
+
+
+def mask_of(batch: Any, mask: Mask, size: int) -> Tensor | None:
+    """The mask of a batch, ``[size, positions]`` on the CPU, True where a token is data."""
+    named = mask if isinstance(mask, str) else MASK
+    if callable(mask):
+        found = mask(batch)
+    else:
+        # Data loaders give (inputs, targets).
+        inputs = batch[0] if isinstance(batch, list | tuple) and batch else batch
+        found = inputs.get(named) if isinstance(inputs, Mapping) else None
+        if found is None and isinstance(mask, str):
+            there = ", ".join(map(repr, inputs)) if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
+            raise CalibrationError(
+                f"mask={mask!r}: the batch holds no such tensor, but {there}; name one that it holds, or pass a "
+                "function of the batch"
+            )
+    if found is None:
+        return None
+    if not isinstance(found, Tensor) or found.dim() != 2 or found.shape[0] != size:
+        what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"type {type(found).__name__}"
+        raise CalibrationError(
+            f"the mask {mask if callable(mask) else named!r} has {what}: expected ({size} samples, positions); pass "
+            "mask=, a function of the batch that gives such a tensor, or None where no position is padding"
+        )
+    return (found != 0).cpu()
+
+
+def lengths_of(columns: list[list[Tensor]], mask: Tensor | None, size: int) -> Tensor:
+    """How long each sample is: tokens that are data, or numbers of its inputs."""
+    if mask is not None:
+        return mask.sum(1).double()
+    lengths = torch.zeros(size, dtype=torch.float64)
+    for column in columns:
+        lengths += torch.cat([torch.full((len(part),), float(part[0].numel())) for part in column])
+    return torch.where(lengths > 0, lengths, 1.0)
