@@ -205,10 +205,10 @@ def test_auto_is_the_best_of_its_arms_and_prints_them(monkeypatch: pytest.Monkey
     # An arm does what it does alone.
     for arm, methods in ((arms[0], None), (arms[-1], [PrincipalFilters(), ActivationSVD(), WeightSVD()])):
         single = st.compress(model, BATCHES, budget, methods=methods, sensitivity=False)
-        assert single.plan.loss == pytest.approx(arm.predicted)
+        assert single.plan.loss == pytest.approx(arm.predicted, rel=1e-5)
         if arm in made:
             assert single.report.agreement is not None
-            assert single.report.agreement.divergence == pytest.approx(arm.loss, rel=1e-6)
+            assert single.report.agreement.divergence == pytest.approx(arm.loss, rel=1e-4)
 
 
 def test_a_table_is_the_sum_of_its_methods() -> None:

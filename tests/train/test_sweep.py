@@ -72,7 +72,7 @@ def test_points_are_what_compress_gives_and_calibration_runs_once(
         alone = st.compress(model, batches, budget, groups=False)
         assert point.plan == alone.plan
         assert alone.report.agreement is not None
-        assert point.judged.error == pytest.approx(alone.report.agreement.error)
+        assert point.judged.error == pytest.approx(alone.report.agreement.error, rel=1e-4)
         assert point.costs["macs"] <= float(budget[5:7]) / 100 * point.dense_costs["macs"]
     again = found.result(-1)
     assert again.plan == found[-1].plan

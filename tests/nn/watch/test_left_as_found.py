@@ -203,7 +203,7 @@ def test_layers_that_no_gradient_reaches_count_as_the_others_do(how: str) -> Non
         return float((covariance * layer.statistics.gradient.second_moment[0]).sum())
 
     # Losing the whole of it matters as much as at the others, in the median.
-    assert loss("a") == pytest.approx((loss("b") + loss("c")) / 2, rel=1e-6)
+    assert loss("a") == pytest.approx((loss("b") + loss("c")) / 2, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["raises", "argmax", "zero", "inference"])
