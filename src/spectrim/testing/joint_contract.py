@@ -151,7 +151,7 @@ def _check_full_rank(
     method: JointSVD, site: Group, layers: Sequence[nn.Module], inputs: Sequence[Tensor], where: str
 ) -> int:
     # A fit to responses adds a jitter of 1e-12 to their moments.
-    close = max(1024 * torch.finfo(site.layers[0].dtype).eps, 1e-9)
+    close = max(256 * torch.finfo(site.layers[0].dtype).eps, 1e-9)
     checked = 0
     with torch.no_grad():
         for how in unfoldings(site.layers[0].kernel):
