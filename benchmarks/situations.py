@@ -385,7 +385,7 @@ def _with_weights(dense: nn.Module, result: st.Result) -> nn.Module:
         if id(layer) not in done:
             done.add(id(layer))
             layer.weight.copy_(torch.as_tensor(small.weight.detach().clone()))  # type: ignore[union-attr, operator]
-            bias = small.bias
+            bias = getattr(small, "bias", None)
             layer.bias = None if bias is None else nn.Parameter(bias.detach().clone())  # type: ignore[union-attr, operator]
     return twin
 

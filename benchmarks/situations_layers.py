@@ -247,7 +247,7 @@ class ListOfParameters(Two):
         return super().forward(x)
 
 
-@situation(8, "compressed: a tied embedding is left as it is", tokens, budget=0.9)
+@situation(8, "compressed: an embedding and the head that is tied to it are one site", tokens, budget=0.9)
 class TiedEmbedding(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -322,3 +322,16 @@ def test_chains_compete_where_layers_have_kernels_and_time_that_was_not_measured
     assert all(set(default) <= set(arm.methods or ()) for arm in usual(["macs"], calibrated))
     result = st.compress(model, [x], "macs=40%", methods=st.ActivationCP(evaluations=5))
     assert any("became chains of three or more thin layers" in note for note in result.report.notes)
+
+
+def test_where_no_network_comes_the_simplest_arm_says_why() -> None:
+    def planned(arm: Arm, most: float) -> Draft:
+        if arm.name == "c":
+            raise PlanError("c cannot be planned")
+        return draft(arm.name)
+
+    def made(arm: Arm, draft: Draft) -> str:
+        raise PlanError(f"{arm.name} cannot be made")
+
+    with pytest.raises(PlanError, match="a cannot be made"):
+        Contest(planned=planned, made=made, judged=lambda _: Verdict()).best(ARMS)

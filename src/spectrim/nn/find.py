@@ -128,7 +128,9 @@ class _Listing:
             found = _two_readers(modules)
             if found is None or len(self.tied.get(key, ())) != 2:
                 continue
-            apart = {held: names for held, names in self.tied.items() if held != key}
+            # Both readers keep the parameters that they share, a bias that other modules hold among them.
+            theirs = {id(p) for module in found for p in module.parameters()}
+            apart = {held: names for held, names in self.tied.items() if held not in theirs}
             specs = [describe(module, layers[module]) for module in found]
             if any(
                 _obstacle(self.model, module, layers[module], apart) or self.wanted.reason(module, layers[module], spec)
@@ -138,7 +140,7 @@ class _Listing:
             specs[1] = dataclasses.replace(specs[1], shared=specs[1].stored)
             table, head = (Layer(spec, *canonical(module)) for module, spec in zip(found, specs, strict=True))
             self.read_twice |= dict.fromkeys(found, Tied(table, head))
-            self.covered |= {id(p) for module in found for p in module.parameters()}
+            self.covered |= theirs
 
     def add_chain(self, module: nn.Module, paths: tuple[str, ...], parts: tuple[nn.Module, ...]) -> None:
         """A layer that other layers stand for."""

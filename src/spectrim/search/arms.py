@@ -220,7 +220,7 @@ class Contest(Generic[P, R]):
                 verdict = self.judged(finished[name])
             except SpectrimError as error:
                 finished.pop(name, None)
-                faults.append(error)
+                faults[name] = error
                 tried[name] = replace(tried[name], note=f"refused, {error}")
             else:
                 tried[name] = replace(tried[name], loss=verdict.loss, standard_error=verdict.standard_error)
@@ -230,16 +230,16 @@ class Contest(Generic[P, R]):
             if name in finished and self.enough(finished[name]):
                 return finished[name], _told(tried, name, "not needed: another network is good enough")
         if not finished:
-            raise faults[0]
+            raise next(faults[arm.name] for arm in arms if arm.name in faults)
         return self._chosen(finished, tried)
 
     def _plans(
         self, arms: Sequence[Arm], clock: _Clock, progress: Progress
-    ) -> tuple[dict[str, Tried], dict[str, P], list[SpectrimError]]:
+    ) -> tuple[dict[str, Tried], dict[str, P], dict[str, SpectrimError]]:
         """What is planned, by the name of the arm."""
         tried: dict[str, Tried] = {}
         drafts: dict[str, P] = {}
-        faults: list[SpectrimError] = []
+        faults: dict[str, SpectrimError] = {}
         for number, arm in enumerate(arms):
             if drafts and clock.over(_PLANNING):
                 tried[arm.name] = Tried(arm.name, note=clock.note)
@@ -253,14 +253,14 @@ class Contest(Generic[P, R]):
             except TooMuchLostError as error:
                 outcome = replace(outcome, note=_hopeless(error.loss, drafts[other].plan, other), predicted=error.loss)
             except SpectrimError as error:
-                faults.append(error)
+                faults[arm.name] = error
                 outcome = replace(outcome, note=f"refused, {error}")
             else:
                 plan = draft.plan
                 outcome = replace(outcome, predicted=plan.loss, costs=plan.costs, dense_costs=plan.dense_costs)
             tried[arm.name] = replace(outcome, seconds=time.monotonic() - start)
         if not drafts:
-            raise faults[0]
+            raise next(iter(faults.values()))
         return tried, drafts, faults
 
     def _passed_over(self, name: str, drafts: Mapping[str, P], finished: Mapping[str, R], clock: _Clock) -> str:
