@@ -19,6 +19,7 @@ from benchmarks.run import claim
 from spectrim.nn.find import find
 from spectrim.nn.watch.batches import Feed
 from spectrim.pipeline import Result
+from spectrim.pipeline.making import Making
 from spectrim.pipeline.shrinking import shrink_best
 from spectrim.preparation import Prepared, locate, prepare
 from spectrim.search.arms import Arm, usual
@@ -72,7 +73,7 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
         given = dense()
         arms = [each for each in given.arms if arm in (AUTO, each.name)]
         start = time.process_time()
-        result = shrink_best(given.model, given.prepared, Budget(macs=kept), arms, Judge(), None)
+        result = shrink_best(given.model, given.prepared, Budget(macs=kept), arms, Judge(), Making())
         seconds = given.seconds(arms) + time.process_time() - start
         found = {
             "network": network, **_judged(result), "macs": result.plan.costs["macs"], "cpu_s": round(seconds, 1),

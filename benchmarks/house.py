@@ -15,7 +15,7 @@ from benchmarks.run import claim
 
 PACKAGE = ROOT / "src" / "spectrim"
 # The public verbs and commands take what their users may say; they are left out of the count of parameters.
-VERBS = ("compress", "learn_ranks", "budget_path", "fine_tune", "tabulate", "apply")
+VERBS = ("compress", "learn_ranks", "budget_path", "fine_tune", "sweep", "tabulate", "apply")
 
 
 def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:

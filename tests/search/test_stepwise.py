@@ -19,7 +19,7 @@ from spectrim.nn.flops import flop_counter
 from spectrim.nn.surgery import parameter_count, size_in_bytes
 from spectrim.nn.watch.batches import evaluating
 from spectrim.pipeline import output_error
-from spectrim.search.stepwise import select_in_steps
+from spectrim.search.stepwise import Trial, select_in_steps
 from spectrim.selection.plan import Plan
 from tests.cases import one_thread
 from tests.nn.coupled_nets import made
@@ -135,7 +135,7 @@ def test_other_methods_compete_and_a_judge_decides() -> None:
         seen.append(plan)
         return output_error(model, st.apply(model, sites, plan), batches)
 
-    plan, _ = select_in_steps(sites, methods, st.Budget(parameters=0.5), judge=judge)
+    plan, _ = select_in_steps(sites, methods, st.Budget(parameters=0.5), trial=Trial(judge))
     tried = list(seen)
     assert len(tried) > 1
     assert judge(plan) == min(judge(other) for other in tried)

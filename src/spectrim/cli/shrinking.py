@@ -40,8 +40,10 @@ from spectrim.nn.agreement import agreement
 from spectrim.nn.checkpoint import check_savable, read_plan, save
 from spectrim.nn.watch.contents import contents, settled
 from spectrim.pipeline import Result
+from spectrim.pipeline.making import Making
 from spectrim.pipeline.shrinking import shrink, shrink_best, shrink_within
 from spectrim.preparation import coupled
+from spectrim.progress import Progress
 from spectrim.report import Comparison, compare
 from spectrim.search.arms import usual
 from spectrim.search.judge import Judge
@@ -90,6 +92,11 @@ class Request:
     min_agreement: float | None = None
     compete: bool = False
     seconds: float | None = None
+
+    def making(self, progress: Progress) -> Making:
+        """How a network is made, with the methods that were asked for."""
+        methods = None if self.compete else self.methods
+        return Making(methods, guard=self.guard, costs=self.costs, selector=self.selector, progress=progress)
 
     @classmethod
     def read(
@@ -240,16 +247,16 @@ def _best(out: Output, request: Request, work: Work) -> Result:
     sites = coupled(work.dense, work.sites, work.example, told=lambda why: out.say(f"no filters are removed: {why}"))
     known = prepared(out, work, sites, False, weigh=True)
     arms = usual(request.budget.costs if request.budget else (), known.sites)
-    options: dict[str, Any] = {"guard": request.guard, "selector": request.selector, "costs": request.costs}
     tolerance, judge = request.tolerance(work)
     with out.progress() as show:
         if tolerance is not None:
             return shrink_within(
-                work.dense, known, request.budget, tolerance, judge, arms=arms, seconds=request.seconds, progress=show,
-                **options,
+                work.dense, known, request.budget, tolerance, judge, request.making(show), arms=arms,
+                seconds=request.seconds,
             )  # fmt: skip
         assert request.budget is not None
-        return shrink_best(work.dense, known, request.budget, arms, judge, request.seconds, progress=show, **options)
+        making = request.making(show)
+        return shrink_best(work.dense, known, request.budget, arms, judge, making, seconds=request.seconds)
 
 
 def _compressed(out: Output, request: Request, work: Work) -> Result:
@@ -266,16 +273,10 @@ def _compressed(out: Output, request: Request, work: Work) -> Result:
     tolerance, judge = request.tolerance(work)
     if tolerance is not None:
         with out.progress() as show:
-            return shrink_within(
-                work.dense, known, request.budget, tolerance, judge, methods=request.methods, guard=request.guard,
-                selector=request.selector, progress=show, costs=request.costs,
-            )  # fmt: skip
+            return shrink_within(work.dense, known, request.budget, tolerance, judge, request.making(show))
     if request.budget is not None and calibrated:
         with out.progress() as show:
-            return shrink(
-                work.dense, known, request.budget, methods=request.methods, guard=request.guard,
-                selector=request.selector, progress=show, costs=request.costs,
-            )  # fmt: skip
+            return shrink(work.dense, known, request.budget, request.making(show))
     table = table_of(out, known, request.methods, request.costs, guard=request.guard)
     if request.recipe is not None:
         plan = recommended(known.sites, request.recipe, _filters(request))

@@ -24,6 +24,7 @@ from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.nesting import begun, checked_batches, listed, reads_once
 from spectrim.nn.watch.samples import Mask
 from spectrim.nn.watch.sampling import Sampling
+from spectrim.pipeline.making import Making
 from spectrim.pipeline.report import Report as Report
 from spectrim.pipeline.report import Result as Result
 from spectrim.pipeline.report import reported as reported
@@ -189,22 +190,17 @@ def compress(
         model, sites, batches, sensitivity=sensitivity, groups=shared, forward=feed, progress=told(progress),
         latency=latency or guard or stated.latency is not None, sampling=sampling,
     )  # fmt: skip
-    options: dict[str, Any] = {
-        "reconstruct": reconstruct, "guard": guard, "costs": costs, "selector": selector, "forward": feed,
-        "progress": told(progress),
-    }  # fmt: skip
+    making = Making(several, reconstruct, guard, costs, selector, feed, told(progress))
     judge = judge.knowing(model)
     arms = usual(stated.costs, prepared.sites) if competing else ()
     if tolerance is None and arms:
-        return shrink_best(model, prepared, stated, arms, judge, seconds, **options)
-    if not arms:
-        options["methods"] = several
+        return shrink_best(model, prepared, stated, arms, judge, making, seconds=seconds)
     if tolerance is None:
-        result = shrink(model, prepared, stated, **options)
+        result = shrink(model, prepared, stated, making)
         return result if evaluate is None else with_verdict(result, judge)
     return shrink_within(
-        model, prepared, stated if budget is not None else None, tolerance, judge, arms=arms, seconds=seconds,
-        cost=cost, **options,
+        model, prepared, stated if budget is not None else None, tolerance, judge, making, arms=arms, seconds=seconds,
+        cost=cost,
     )  # fmt: skip
 
 

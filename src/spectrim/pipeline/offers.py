@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from spectrim.cost.counted import Cost
 from spectrim.methods import Method
 from spectrim.network.groups import group
 from spectrim.network.sites import Sites
+from spectrim.pipeline.making import Making
 from spectrim.preparation import Prepared
-from spectrim.progress import Progress, silent
 from spectrim.search.arms import Arm
 from spectrim.selection.candidates import Candidates
 from spectrim.tables import default_methods, merged, parted, tabulate
@@ -27,15 +26,13 @@ class Tables:
         With sites that share nothing.
     arms
         All that compete.
-    guard, costs, progress
-        As for :func:`spectrim.tabulate`.
+    making
+        How they are made.
     """
 
     prepared: Prepared
     arms: Sequence[Arm]
-    guard: bool = False
-    costs: Mapping[str, Cost] | None = None
-    progress: Progress = silent
+    making: Making
     _known: dict[tuple[bool, str], Candidates] = field(default_factory=dict, init=False)
 
     @cached_property
@@ -61,7 +58,8 @@ class Tables:
         if missing:
             table = tabulate(
                 self.sites(arm), list(missing.values()), latency=self.prepared.latency,
-                dense_latency=self.prepared.dense_latency, costs=self.costs, guard=self.guard, progress=self.progress,
+                dense_latency=self.prepared.dense_latency, costs=self.making.costs, guard=self.making.guard,
+                progress=self.making.progress,
             )  # fmt: skip
             self._known |= {(arm.groups, name): parted(table, name) for name in missing}
         return merged([self._known[arm.groups, name] for name in wanted])

@@ -6,37 +6,36 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from spectrim.application import apply, carry_out
-from spectrim.cost.counted import Cost
 from spectrim.errors import PlanError, SpectrimError, ToleranceError
-from spectrim.methods import Method
 from spectrim.network.choices import CPChoice, TuckerChoice
 from spectrim.network.printing import count
 from spectrim.network.sites import Sites
 from spectrim.nn.agreement import output_error
 from spectrim.nn.checkpoint import header_bytes
 from spectrim.nn.timing import Timing, as_run
+from spectrim.pipeline.making import Making
 from spectrim.pipeline.offers import Tables
 from spectrim.pipeline.report import Result, reported
 from spectrim.pipeline.timed import Draft, met
 from spectrim.preparation import Prepared
 from spectrim.preparation import one_batch as one_batch  # its former place, until version 0.3
-from spectrim.progress import Progress, silent
+from spectrim.progress import Progress
 from spectrim.search.arms import Arm, Contest, not_tried
 from spectrim.search.file_size import within_file
 from spectrim.search.judge import Judge, Verdict
 from spectrim.search.standings import Standings
-from spectrim.search.stepwise import select_in_steps
+from spectrim.search.stepwise import Trial, select_in_steps
 from spectrim.search.tolerance import Tolerance, smaller, smallest, tightest
 from spectrim.selection.budget import Budget, Limit
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
-from spectrim.selection.selectors import Selector, exact, select
+from spectrim.selection.selectors import select
 from spectrim.tables import tabulate
 
 log = logging.getLogger(__name__)
@@ -49,42 +48,21 @@ _TRIAL = 128
 
 
 def shrink(
-    model: nn.Module,
-    prepared: Prepared,
-    budget: Budget,
-    *,
-    methods: Sequence[Method] | None = None,
-    reconstruct: bool = True,
-    guard: bool = False,
-    costs: Mapping[str, Cost] | None = None,
-    selector: Selector = exact,
-    table: Candidates | None = None,
-    forward: Callable[[nn.Module, Any], Any] | None = None,
-    progress: Progress = silent,
+    model: nn.Module, prepared: Prepared, budget: Budget, making: Making, table: Candidates | None = None
 ) -> Result:
     """Compress a network that is prepared: tabulate, select, measure and correct, apply. As for :func:`compress`.
 
     A ``table`` that was made for another budget is selected from again.
     """
-    draft = drafted(
-        model, prepared, budget, methods=methods, guard=guard, costs=costs, selector=selector, table=table,
-        forward=forward, progress=progress,
-    )  # fmt: skip
-    return carried(model, prepared, draft, reconstruct=reconstruct, forward=forward, progress=progress)
+    return carried(model, prepared, drafted(model, prepared, budget, making, table), making)
 
 
 def drafted(
     model: nn.Module,
     prepared: Prepared,
     budget: Budget,
-    *,
-    methods: Sequence[Method] | None,
-    guard: bool,
-    costs: Mapping[str, Cost] | None,
-    selector: Selector,
+    making: Making,
     table: Candidates | None,
-    forward: Callable[[nn.Module, Any], Any] | None,
-    progress: Progress,
     most: float = math.inf,
 ) -> Draft:
     """The network as it is planned by counted and tabulated costs.
@@ -94,45 +72,39 @@ def drafted(
     TooMuchLostError
         If plans that remove channels can be expected to lose more than ``most``.
     """
-    sites, batches = prepared.sites, prepared.batches
+    sites, batches, methods = prepared.sites, prepared.batches, making.methods
     assert batches is not None
-    making: dict[str, Any] = {
-        "latency": prepared.latency, "dense_latency": prepared.dense_latency, "costs": costs, "guard": guard,
-        "progress": progress,
+    priced: dict[str, Any] = {
+        "latency": prepared.latency, "dense_latency": prepared.dense_latency, "costs": making.costs,
+        "guard": making.guard, "progress": making.progress,
     }  # fmt: skip
 
     def judged(plan: Plan) -> float:
         trial = apply(model, sites, plan, methods=methods)
-        return output_error(model, trial, batches, samples=_TRIAL, mask=prepared.sampling.mask, forward=forward)
+        return output_error(
+            model, trial, batches, samples=_TRIAL, mask=prepared.sampling.mask, forward=making.forward
+        )  # fmt: skip
 
     def planned(sites: Sites, table: Candidates | None, limits: Budget) -> tuple[Plan, Candidates]:
         if any(method.removes_channels for method in methods or ()):
             return select_in_steps(
-                sites, methods or (), limits, selector=selector, table=table, judge=judged, most=most, **making
+                sites, methods or (), limits, selector=making.selector, table=table, trial=Trial(judged, most), **priced
             )
-        table = tabulate(sites, methods, **making) if table is None else table
-        return select(table, limits, selector), table
+        table = tabulate(sites, methods, **priced) if table is None else table
+        return select(table, limits, making.selector), table
 
     def again(table: Candidates, limits: Budget) -> Plan:
         return planned(sites, table, limits)[0]
 
     plan, table = planned(sites, table, budget)
     if budget.bytes is None:
-        return Draft(plan, table, sites, budget, methods, again, guard)
+        return Draft(plan, table, sites, budget, methods, again, making.guard)
     file = table.dense["bytes"] + header_bytes(model)
     sites, plan, table, budget = within_file(model, sites, plan, table, budget, planned)
-    return Draft(plan, table, sites, budget, methods, again, guard, file)
+    return Draft(plan, table, sites, budget, methods, again, making.guard, file)
 
 
-def carried(
-    model: nn.Module,
-    prepared: Prepared,
-    draft: Draft,
-    *,
-    reconstruct: bool,
-    forward: Callable[[nn.Module, Any], Any] | None,
-    progress: Progress,
-) -> Result:
+def carried(model: nn.Module, prepared: Prepared, draft: Draft, making: Making) -> Result:
     """The finished network of a plan, which is corrected by measured times where these are limited."""
     sites, plan, table, budget, latency = draft.sites, draft.plan, draft.table, draft.budget, prepared.latency
     measured: Mapping[str, Timing] = {}
@@ -143,8 +115,8 @@ def carried(
         # The header that the table counts is that of the compressed network's file.
         plan = dataclasses.replace(plan, dense_costs={**plan.dense_costs, "bytes": draft.file})
     done = carry_out(
-        model, sites, plan, prepared.batches, methods=draft.methods, reconstruct=reconstruct, forward=forward,
-        sampling=prepared.sampling, progress=progress,
+        model, sites, plan, prepared.batches, methods=draft.methods, reconstruct=making.reconstruct,
+        forward=making.forward, sampling=prepared.sampling, progress=making.progress,
     )  # fmt: skip
     small = done.model
     if latency is not None:
@@ -152,7 +124,7 @@ def carried(
     said = said_of_time if measured else tuple(_said_of_chains(plan))
     notes = (*_said_of_rest(table, budget), *said)
     report = reported(
-        model, small, sites, plan, done, prepared.batches, mask=prepared.sampling.mask, forward=forward,
+        model, small, sites, plan, done, prepared.batches, mask=prepared.sampling.mask, forward=making.forward,
         measured=measured, notes=notes,
     )  # fmt: skip
     return Result(small, plan, report, table, sites)
@@ -185,42 +157,34 @@ def shrink_best(
     budget: Budget,
     arms: Sequence[Arm],
     judge: Judge,
-    seconds: float | None,
+    making: Making,
     *,
+    seconds: float | None = None,
     spent: float = 0.0,
     tables: Tables | None = None,
     tolerance: Tolerance | None = None,
-    reconstruct: bool = True,
-    guard: bool = False,
-    costs: Mapping[str, Cost] | None = None,
-    selector: Selector = exact,
-    forward: Callable[[nn.Module, Any], Any] | None = None,
-    progress: Progress = silent,
 ) -> Result:
     """The network of the best of several arms, from one calibration and one table a method.
 
     With a ``tolerance`` the first that holds it. Of the ``seconds`` some may be ``spent`` already.
     """
-    tables = tables or Tables(prepared, arms, guard, costs, progress)
+    tables = tables or Tables(prepared, arms, making)
 
     def planned(arm: Arm, most: float) -> Draft:
         if arm.removes_channels and not prepared.sites.couplings:
             raise PlanError("no channels were found that can be removed")
         known = dataclasses.replace(prepared, sites=tables.sites(arm))
-        return drafted(
-            model, known, budget, methods=tables.methods(arm), guard=guard, costs=costs, selector=selector,
-            table=tables.of(arm), forward=forward, progress=progress, most=most,
-        )  # fmt: skip
+        theirs = dataclasses.replace(making, methods=tables.methods(arm))
+        return drafted(model, known, budget, theirs, tables.of(arm), most)
 
     def made(arm: Arm, draft: Draft) -> Result:
-        told = _telling(progress, arm)
-        result = carried(model, prepared, draft, reconstruct=reconstruct, forward=forward, progress=told)
-        return with_verdict(result, judge, tolerance)
+        told = dataclasses.replace(making, progress=_telling(making.progress, arm))
+        return with_verdict(carried(model, prepared, draft, told), judge, tolerance)
 
     contest = Contest(
         planned, made, _verdict, _size, lambda result: tolerance is not None and tolerance.holds(_verdict(result))
     )
-    result, tried = contest.best(arms, seconds=seconds, spent=spent, progress=progress)
+    result, tried = contest.best(arms, seconds=seconds, spent=spent, progress=making.progress)
     return dataclasses.replace(result, report=dataclasses.replace(result.report, arms=tried))
 
 
@@ -247,12 +211,11 @@ def shrink_within(
     budget: Budget | None,
     tolerance: Tolerance,
     judge: Judge,
+    making: Making,
     *,
     arms: Sequence[Arm] = (),
     seconds: float | None = None,
     cost: str = "macs",
-    progress: Progress = silent,
-    **options: Any,
 ) -> Result:
     """Compress a network that is prepared as far as a tolerance lets it, or to a budget that must hold it.
 
@@ -263,15 +226,13 @@ def shrink_within(
     judge
         That knows the dense network.
     arms, seconds
-        Sets of methods, the simplest first; none for those of ``options``. The first is searched in full, the others
+        Sets of methods, the simplest first; none for those of ``making``. The first is searched in full, the others
         from the size that it reached on. No size is tried after the seconds.
-    **options
-        As for :func:`shrink`.
     """
     began = time.monotonic()
-    only = Arm("", options.pop("methods", None))
+    only = Arm("", None if making.methods is None else tuple(making.methods))
     simplest = arms[0] if arms else only
-    tables = Tables(prepared, arms or (only,), options.get("guard", False), options.get("costs"), progress)
+    tables = Tables(prepared, arms or (only,), making)
     first = tables.of(simplest)
     standings, axis = Standings(arms), cost if budget is None else next(iter(budget.costs))
 
@@ -280,15 +241,14 @@ def shrink_within(
 
     def among(arms: Sequence[Arm], limits: Budget) -> Result:
         return shrink_best(
-            model, prepared, limits, arms, judge, seconds, spent=time.monotonic() - began, tables=tables,
-            tolerance=tolerance, progress=progress, **options,
+            model, prepared, limits, arms, judge, making, seconds=seconds, spent=time.monotonic() - began,
+            tables=tables, tolerance=tolerance,
         )  # fmt: skip
 
     def made(limits: Budget) -> Result:
         if arms:
             return among((simplest,), limits)
-        result = shrink(model, prepared, limits, methods=only.methods, table=first, progress=progress, **options)
-        return with_verdict(result, judge, tolerance)
+        return with_verdict(shrink(model, prepared, limits, making, first), judge, tolerance)
 
     def holds(result: Result) -> bool:
         log.info("%s: %s", result.plan.costs, tolerance.said(_verdict(result)))
@@ -308,7 +268,7 @@ def shrink_within(
     if budget is not None and holds(stated := among(arms, budget) if arms else made(budget)):
         return stated
     limits = tightest(cost, first.dense) if budget is None else budget.limits(first.dense)
-    best = smallest(limits, first.dense, made, holds, over, progress=progress)
+    best = smallest(limits, first.dense, made, holds, over, progress=making.progress)
     if best is not None:
         standings.take(best.report.arms, best.plan.costs[axis], holds=True)
     best = smaller(limits, first.dense if best is None else best.plan.costs, others, holds, over) or best

@@ -8,7 +8,7 @@ Errors are those of the dense network throughout, and nothing that a step remove
 
 The other methods' choices are made once more at the end, for the layers that remain after the removals of each step,
 from no removals on and as long as that gains; the plan that loses least is taken. What the removals lose and what is
-lost in the layers they leave do not quite add up, so a ``judge`` may measure it.
+lost in the layers they leave do not quite add up, so a trial (:class:`Trial`) may measure it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 
 from spectrim.cost.counted import Cost, known
 from spectrim.cost.latency import Latency
@@ -56,6 +58,25 @@ class TooMuchLostError(PlanError):
         self.loss = loss
 
 
+@dataclass(frozen=True)
+class Trial:
+    """How plans that mix methods are compared.
+
+    Attributes
+    ----------
+    judge
+        How bad a plan is; by default what it predicts that it loses.
+    most
+        Loss above which a plan is not worth finishing.
+    """
+
+    judge: Callable[[Plan], float] = attrgetter("loss")
+    most: float = math.inf
+
+
+_BY_TABLE = Trial()
+
+
 @reports
 def select_in_steps(
     sites: Sites,
@@ -69,8 +90,7 @@ def select_in_steps(
     costs: Mapping[str, Cost] | None = None,
     guard: bool = False,
     table: Candidates | None = None,
-    judge: Callable[[Plan], float] | None = None,
-    most: float = math.inf,
+    trial: Trial = _BY_TABLE,
     progress: Progress | bool | None = None,
 ) -> tuple[Plan, Candidates]:
     """Choose channels to remove, and what to do with the layers that remain.
@@ -90,10 +110,8 @@ def select_in_steps(
         As for :func:`spectrim.tabulate`.
     table
         What an earlier call returned for the same sites and methods, to choose under another budget.
-    judge
-        Says how bad a plan is where several methods are mixed; by default what the plan predicts that it loses.
-    most
-        Loss above which a mixed plan is not worth finishing.
+    trial
+        How plans are compared where several methods are mixed; by default by what they predict that they lose.
 
     Returns
     -------
@@ -106,7 +124,7 @@ def select_in_steps(
     InfeasibleBudgetError
         If the budget cannot be met; carries the lowest cost reached.
     TooMuchLostError
-        If mixed choices under the budget lose more than ``most`` by the table.
+        If mixed choices under the budget lose more by the table than the trial lets ``most``.
     """
     others = [method for method in methods if not method.removes_channels]
     if sites.groups:
@@ -139,8 +157,8 @@ def select_in_steps(
         trail.append(picks)
         if step >= steps and (picks == before or (steps == 1 and _fits(network.cost(picks), limits))):
             break
-    if others and (lost := _lost(table, picks)) > most:
-        raise TooMuchLostError(lost, most)
+    if others and (lost := _lost(table, picks)) > trial.most:
+        raise TooMuchLostError(lost, trial.most)
 
     def within() -> Picks:
         fits = _fits(network.cost(picks), limits)
@@ -150,7 +168,7 @@ def select_in_steps(
         return _finished(picks, table, others, network, limits, selector, guard)
 
     if others:
-        plan = _best(trail, finished, judge or (lambda plan: plan.loss)) or finished(within())
+        plan = _best(trail, finished, trial.judge) or finished(within())
     else:
         plan = finished(_spent(table, within(), limits, network))
     name = getattr(selector, "__name__", str(selector))

@@ -37,6 +37,7 @@ from spectrim.nn.watch.nesting import checked_batches, listed, reads_once
 from spectrim.nn.watch.samples import Mask
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.pipeline import Result, check_selector, offered, reported, shrink
+from spectrim.pipeline.making import Making
 from spectrim.preparation import Prepared, check_options, locate, prepare
 from spectrim.progress import Progress, reports, silent, told
 from spectrim.selection.budget import COSTS, OTHER_NAMES, Budget, BudgetLike, Limit
@@ -368,10 +369,8 @@ class Sweeping:
 
     def _made(self, words: str, budget: Budget) -> tuple[Point, nn.Module]:
         began = time.monotonic()
-        result = shrink(
-            self.model, self.prepared, budget, methods=self.methods, guard=self.guard, costs=self.costs,
-            selector=self.selector, table=self.table, forward=self.forward, progress=self.progress,
-        )  # fmt: skip
+        making = Making(self.methods, True, self.guard, self.costs, self.selector, self.forward, self.progress)
+        result = shrink(self.model, self.prepared, budget, making, self.table)
         report = result.report
         milliseconds = {name: timing.p50 for name, timing in report.measured.items()}
         judged = self._judged(result.model, report.agreement)

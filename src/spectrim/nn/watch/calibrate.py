@@ -7,7 +7,7 @@ import inspect
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any
@@ -17,7 +17,7 @@ from torch import nn
 
 from spectrim.cost.counted import macs, parameters, size_bytes
 from spectrim.errors import CalibrationError, ForwardError, SpectrimError, called_as
-from spectrim.network.coupling import IN
+from spectrim.network.coupling import IN, Coupling
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Sites, Skipped, Tied
 from spectrim.nn.flops import flop_counter
@@ -139,6 +139,30 @@ def calibrate(
     for note in found.notes:
         log.info("%s", note)
     return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rest:
+    """Layers that are no calibrated sites.
+
+    Attributes
+    ----------
+    running, idle
+        Those that were called, and those that never were.
+    skipped
+        Why each was left alone.
+    uncalibrated
+        Names of sites that were not called, and of what never was.
+    """
+
+    running: tuple[LayerSpec, ...]
+    idle: list[LayerSpec]
+    skipped: tuple[Skipped, ...]
+    uncalibrated: frozenset[str]
+
+    def cuts_off(self, coupling: Coupling) -> bool:
+        """Whether a layer that holds channels of a coupling was not calibrated."""
+        return any(side.name in self.uncalibrated for side in coupling.sides)
 
 
 @dataclasses.dataclass
@@ -303,48 +327,55 @@ class _Watch:
             )
         names = {site.name for site in sites}
         layers = tuple(watchers[name].layer() for name in reached if name in names and not watchers[name].refused)
-        tied = [self._tied(each) for each in sites.tied if self._both(each)]
-        apart = [each for each in sites.tied if not self._both(each)]
-        out = [site for site in sites if site.name not in reached or watchers[site.name].refused]
-        left = [site.spec for site in out]
-        others = [spec.at(self.bystanders[spec.name].inputs) for spec in sites.untouched]
-        seen = [site.with_layers([site.spec.at(watchers[site.name].inputs)]) for site in out]
-        others += [part for site in seen for part in site.running]
-        others += [part.spec.at(watchers[part.name].inputs) for each in apart for part in each.parts]
-        # Without an input shape a layer has no MACs and cannot be timed; what it stores counts all the same.
-        untouched = tuple(spec for spec in others if spec.inputs)
-        idle = [spec for spec in others if not spec.inputs]
-        lost = {spec.name for spec in [*left, *idle]}
+        tied = tuple(self._tied(each) for each in sites.tied if self._both(each))
+        readers = (*layers, *(part for each in tied for part in each.parts))
+        rest = self._rest(reached)
         running = [spec for layer in layers for spec in layer.running]
-        running += [*(spec for each in tied for spec in each.layers), *untouched]
-        cut_off = [c for c in sites.couplings if any(side.name in lost for side in c.sides)]
-        couplings = tuple(c for c in sites.couplings if c not in cut_off)
+        running += [*(spec for each in tied for spec in each.layers), *rest.running]
+        couplings = tuple(c for c in sites.couplings if not rest.cuts_off(c))
         pooled = {c.name: self.responses[c.name].pooled for c in couplings if c.name in self.responses}
+        cut_off = (
+            Skipped(c.name, c.kind, "a layer of theirs was not calibrated") for c in sites.couplings if rest.cuts_off(c)
+        )
         return dataclasses.replace(
             sites,
             sites=layers,
-            tied=tuple(tied),
-            skipped=(
-                *with_stored(
-                    [*sites.skipped, *(Skipped(s.name, s.kind, watchers[s.name].obstacle()) for s in left)], idle
-                ),
-                *with_stored((self._left_alone(reason) for each in apart for reason in each.untied()), idle),
-                *(Skipped(c.name, c.kind, "a layer of theirs was not calibrated") for c in cut_off),
-            ),
-            untouched=untouched,
-            other_parameters=sites.other_parameters + int(parameters(idle)),
-            other_bytes=sites.other_bytes + int(size_bytes(idle)),
+            tied=tied,
+            skipped=(*rest.skipped, *cut_off),
+            untouched=rest.running,
+            other_parameters=sites.other_parameters + int(parameters(rest.idle)),
+            other_bytes=sites.other_bytes + int(size_bytes(rest.idle)),
             other_macs=max(0.0, self.other_macs - macs(running)),
             work=MappingProxyType(beside(self.work, running)),
             uncounted=MappingProxyType(dict(self.uncounted)),
             samples=self.samples,
             tokens=self.tokens,
             same_inputs=self.seen.together([layer.name for layer in layers]),
-            loops=any(
-                watchers[layer.name].loops for layer in (*layers, *(part for each in tied for part in each.parts))
-            ),
+            loops=any(watchers[layer.name].loops for layer in readers),
             couplings=couplings,
             pooled=MappingProxyType(pooled),
+        )
+
+    def _rest(self, reached: Collection[str]) -> _Rest:
+        """The layers that are no calibrated sites."""
+        sites, watchers = self.sites, self.watchers
+        out = [site for site in sites if site.name not in reached or watchers[site.name].refused]
+        apart = [each for each in sites.tied if not self._both(each)]
+        rest = [spec.at(self.bystanders[spec.name].inputs) for spec in sites.untouched]
+        for site in out:
+            rest += site.with_layers([site.spec.at(watchers[site.name].inputs)]).running
+        rest += [part.spec.at(watchers[part.name].inputs) for each in apart for part in each.parts]
+        # Without an input shape a layer has no MACs and cannot be timed; what it stores counts all the same.
+        idle = [spec for spec in rest if not spec.inputs]
+        skipped = [Skipped(site.spec.name, site.spec.kind, watchers[site.name].obstacle()) for site in out]
+        return _Rest(
+            tuple(spec for spec in rest if spec.inputs),
+            idle,
+            (
+                *with_stored([*sites.skipped, *skipped], idle),
+                *with_stored((self._left_alone(reason) for each in apart for reason in each.untied()), idle),
+            ),
+            frozenset(spec.name for spec in (*(site.spec for site in out), *idle)),
         )
 
     def _both(self, tied: Tied) -> bool:
