@@ -388,8 +388,8 @@ WORDS = {
     "R5": Words(
         "Work grows with depth, not with its square",
         "Layer calls of networks of 12, 48 and 200 layers.",
-        "It is linear. Both networks side by side call a layer about twice a batch; the proof runs a whole batch once more, and "
-        "checks on single samples (copies, sums, the merged network) count as whole calls.",
+        "It is linear. Both networks side by side call a layer about twice a batch, and no other pass takes a whole batch; "
+        "five checks on single samples (copies, sums, the finished and the merged network) count as whole calls.",
     ),
     "R6": Words(
         "Time of calibration",

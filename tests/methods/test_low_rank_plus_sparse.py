@@ -18,6 +18,7 @@ from spectrim.linalg.unfold import unfolding, unfoldings
 from spectrim.methods import ActivationSVD, LowRankPlusSparse, WeightSVD, from_record
 from spectrim.network.choices import Choice
 from spectrim.network.sites import Site, Statistics
+from spectrim.nn.agreement import output_error
 from spectrim.nn.build import build
 from spectrim.nn.find import find
 from spectrim.nn.modules import whole
@@ -446,3 +447,15 @@ def test_the_curve_of_a_large_layer_is_the_same_in_single_precision(
     # Another order of entries that are nearly equal leads to another minimum, nearly as good.
     assert found.errors == pytest.approx(wanted.errors, rel=0.02, abs=1e-5)
     assert found.errors != wanted.errors
+
+
+def test_few_rows_of_a_long_patch_are_fitted_in_the_precision_of_their_slices() -> None:
+    """Rows of few samples are kept in float32; the moments of a slice of the kernel that come of them are float64."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(136, 16, 3, padding=1), nn.Flatten(), nn.Linear(16 * 36, 4)).eval()
+    batches = [torch.randn(10, 136, 6, 6)]
+    method = LowRankPlusSparse(densities=(0.1,), ranks=1, turns=8, unfoldings=("input",))
+    result = st.compress(model, batches, "parameters=20%", methods=method, only="0")
+    (layer,) = (entry for entry in result.plan if not entry.choice.is_dense)
+    assert layer.site == "0"
+    assert output_error(model, result.model, batches) < 0.8

@@ -65,6 +65,15 @@ def test_a_compressed_network_comes_back_bit_for_bit(file):
     assert read_plan(path) == plan_of(CHOICES)
 
 
+@pytest.mark.parametrize("merged", [False, True])
+def test_what_is_not_what_the_plan_makes_is_not_saved_with_it(file, merged):
+    path, model = file
+    kept = path.read_bytes()
+    with pytest.raises(CheckpointError, match="layer 'stem' is a plain Conv2d, and the plan makes it .*rank"):
+        save(st.merge(model) if merged else ConvNet(), plan_of(CHOICES), path)
+    assert path.read_bytes() == kept
+
+
 def test_saving_replaces_the_file_and_leaves_nothing_else(file):
     path, model = file
     with torch.no_grad():

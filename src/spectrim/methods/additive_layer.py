@@ -69,8 +69,7 @@ class AdditiveLayer:
     def of(cls, site: Layer, how: Unfolding, *, exact: bool = False) -> AdditiveLayer:
         units = Standard.of(site)
         metric, mean = _metric(units, how)
-        # Layers of millions of weights, whose metrics are rows, are fitted in float32: half the memory and time.
-        dtype, root, whole = metric.dtype, units.root, _WHOLE
+        root, whole = units.root, _WHOLE
         split = None if how.name == "channel" else metric.sliced(how)
         if split is not None and split.separates:
             metric, whole = split.averaged, how
@@ -79,6 +78,8 @@ class AdditiveLayer:
                 root = torch.einsum("gab,qs->gaqbs", root, each).flatten(3).flatten(1, 2)
         elif split is not None:
             metric = split
+        # Layers of millions of weights, whose metrics are rows, are fitted in float32: half the memory and time.
+        dtype = metric.dtype
         root = None if root is None else root.to(dtype)
         outer = None if root is None else root.mT @ root
         step: LowRankStep

@@ -13,13 +13,21 @@ from torch import Tensor, nn
 
 from spectrim.errors import CheckpointError, PlanError, called_as
 from spectrim.network import tensor_files
-from spectrim.network.choices import ChannelsChoice, SumChoice
+from spectrim.network.choices import (
+    ChannelsChoice,
+    CPChoice,
+    LowRankChoice,
+    SharedChoice,
+    SumChoice,
+    TiedChoice,
+    TuckerChoice,
+)
 from spectrim.network.coupling import IN
 from spectrim.network.sites import Sites
 from spectrim.network.state_values import alike, equal, is_plain, put_together, taken_apart
 from spectrim.nn.build import skeleton
 from spectrim.nn.channels.narrow import add_bias, reshape
-from spectrim.nn.find import describe, find
+from spectrim.nn.find import describe, find, is_layer
 from spectrim.nn.shipping import carry, earlier, remembered
 from spectrim.nn.sparse.layers import Slim
 from spectrim.nn.sparse.packed import masked_layers, packed_mask, read_mask, read_weight, values_inside
@@ -78,8 +86,8 @@ def save(model: nn.Module | Compressed, plan: Plan | str | Path, path: str | Pat
     Raises
     ------
     CheckpointError
-        If the state of the model holds what is made of neither tensors nor numbers, or a mask does not have the pattern
-        and the density of the plan.
+        If the model is not what the plan makes, as the dense network or a merged one, if its state holds what is made
+        of neither tensors nor numbers, or if a mask does not have the pattern and the density of the plan.
     OSError
         If the file cannot be written: there is no such folder, or it is full or read-only.
     TypeError
@@ -92,6 +100,7 @@ def save(model: nn.Module | Compressed, plan: Plan | str | Path, path: str | Pat
             f"save got {', '.join(type(each).__name__ for each in (model, plan, path) if each is not None)}: write "
             "save(result, 'small.safetensors'), or save(model, plan, 'small.safetensors')"
         )
+    _check_carried_out(model, plan)
     state, values = _state(model)
     owners, shared = _owners(state)
     before = earlier(model, plan)
@@ -109,6 +118,19 @@ def save(model: nn.Module | Compressed, plan: Plan | str | Path, path: str | Pat
     if values:
         metadata["values"] = json.dumps(values)
     tensor_files.write(Path(path), tensors, metadata)
+
+
+def _check_carried_out(model: nn.Module, plan: Plan) -> None:
+    """Raise CheckpointError where a plan puts parts in a layer's place and the layer is there itself."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, choice in ((name, entry.choice) for entry in plan for name in entry.sites):
+        layer = modules.get(name)
+        if isinstance(choice, LowRankChoice | TuckerChoice | CPChoice | SharedChoice | TiedChoice) and is_layer(layer):
+            raise CheckpointError(
+                f"layer {name!r} is a plain {type(layer).__name__}, and the plan makes it {choice}: save the model "
+                "that compress or apply returned with the plan; a dense or merged one needs no plan (torch.save, or "
+                "safetensors.torch.save_model)"
+            )
 
 
 def check_savable(model: nn.Module) -> None:

@@ -377,6 +377,11 @@ def _names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
     return names
 
 
+def is_layer(module: nn.Module | None) -> bool:
+    """Whether a module is one of torch's layers itself, and nothing that stands for one."""
+    return type(module) in _LAYERS
+
+
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module is a layer whose weight can be read as an ordinary tensor of numbers."""
     weight = _weight(module) if isinstance(module, _LAYERS) else None
