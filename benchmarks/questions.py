@@ -217,7 +217,8 @@ WORDS = {
         "Time of a search among sets of methods",
         "The whole call with `methods=\"auto\"` on ResNet-50 at 224 x 224 with 128 images; the row says how many seconds it "
         "was given.",
-        "Calibration, the table and one network that is carried out take longer than a few minutes on this machine.",
+        "Most of it goes into the set that removes filters, whose plans are tried one after the other on the calibration "
+        "data; what has begun when the seconds are over is finished.",
     ),
     "A6": Words(
         "A tolerance in place of a budget",
