@@ -417,7 +417,7 @@ def plans_and_files_again(record: Record) -> None:
     runs: dict[str, tuple[str, st.Budget, list[st.Method] | None]] = {
         "low rank": ("convolutions", st.Budget(macs=0.4), None),
         "shared": ("residual", st.Budget(parameters=0.3), None),
-        "sparse": ("perceptron", st.Budget(bytes=0.4), [sparse]),
+        "sparse": ("perceptron", st.Budget(parameters=0.4), [sparse]),
         "channels": ("concatenation", st.Budget(macs=0.5), [st.PrincipalFilters()]),
         "mixed": ("concatenation", st.Budget(macs=0.15), [st.PrincipalFilters(multiple_of=2), st.ActivationSVD()]),
     }
