@@ -123,8 +123,10 @@ def save(model: nn.Module | Compressed, plan: Plan | str | Path, path: str | Pat
 def _check_carried_out(model: nn.Module, plan: Plan) -> None:
     """Raise CheckpointError where a plan puts parts in a layer's place and the layer is there itself."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    for name, choice in ((name, entry.choice) for entry in plan for name in entry.sites):
-        layer = modules.get(name)
+    # Of layers that are not there, and of what does not fit them, loading tells.
+    present = [entry for entry in plan if modules.keys() >= set(entry.sites)]
+    for name, choice in ((name, entry.choice) for entry in present for name in entry.sites):
+        layer = modules[name]
         if isinstance(choice, LowRankChoice | TuckerChoice | CPChoice | SharedChoice | TiedChoice) and is_layer(layer):
             raise CheckpointError(
                 f"layer {name!r} is a plain {type(layer).__name__}, and the plan makes it {choice}: save the model "
