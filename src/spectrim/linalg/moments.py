@@ -148,7 +148,7 @@ class Moments:
         return (self.scatter.diagonal(dim1=-2, dim2=-1) / max(self.count, 1)).masked_fill(self._still, 0.0)
 
     @property
-    def squares(self) -> Float[Tensor, "g d"]:
+    def mean_squares(self) -> Float[Tensor, "g d"]:
         """Mean squares: the diagonal of :attr:`second_moment`."""
         return self.variance + self.mean.square()
 
@@ -188,7 +188,7 @@ class Squares:
         self.count += rows.shape[1]
 
     @property
-    def squares(self) -> Float[Tensor, "g d"]:
+    def mean_squares(self) -> Float[Tensor, "g d"]:
         """Their means."""
         return self._sums / max(self.count, 1)
 

@@ -272,7 +272,7 @@ def _with_gradients(sites: Sites, moments: Mapping[str, Moments | Squares]) -> S
         return dataclasses.replace(layer, statistics=statistics)
 
     tied = (
-        dataclasses.replace(each, table=of(each.table), weights=moments[each.head.name].squares[0])
+        dataclasses.replace(each, table=of(each.table), weights=moments[each.head.name].mean_squares[0])
         for each in sites.tied
     )
     return dataclasses.replace(sites, sites=tuple(map(of, sites)), tied=tuple(tied))
@@ -280,7 +280,7 @@ def _with_gradients(sites: Sites, moments: Mapping[str, Moments | Squares]) -> S
 
 def _total(moments: Moments | Squares) -> float:
     """Mean square of a row."""
-    return float(moments.squares.sum())
+    return float(moments.mean_squares.sum())
 
 
 def _even_head(tied: Tied, total: float) -> Squares:
