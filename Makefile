@@ -64,7 +64,7 @@ bench: $(INSTALLED)  ## run the benchmarks that have no result yet; BENCH_ARGS="
 bench-check: $(INSTALLED)  ## run the tests of the benchmarks, which train small networks; PYTEST_ARGS adds arguments
 	$(BIN)/python -m pytest -q tests/benchmarks $(PYTEST_ARGS)
 
-bench-house: $(INSTALLED)  ## measure the structure, the suite and the golden set against an earlier commit
+bench-house: $(INSTALLED)  ## measure the structure, the start and the suite; house_golden compares a change of structure
 	$(BIN)/python -m benchmarks.run house house_suite --force
 
 bench-door: $(INSTALLED)  ## measure what a stranger sees first: claims D1 to D6 without a result; BENCH_ARGS="D3 --force"

@@ -1,4 +1,4 @@
-"""The golden set on the source of an earlier commit and on the present one (H1): that of a change of structure alone."""
+"""The golden set on the source of an earlier commit and on the present one (H1): that of a change of structure."""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ QUESTIONS = (
         "Is the code in order?",
         "Figures of the source itself.",
         ("H1", "H2", "H3", "H4", "H5", "H6"),
-        ("house", "house_suite"),
+        ("house", "house_golden", "house_suite"),
     ),
 )  # fmt: skip
 
