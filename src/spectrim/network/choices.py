@@ -74,6 +74,8 @@ class Choice(metaclass=_ByKind):
         The word for it in plans; the factor type that it leads to has the same.
     method
         The method that offered it; empty for ``dense``.
+    is_parts
+        Whether thinner layers come in place of the site's own, as a pair or a chain.
 
     Raises
     ------
@@ -83,6 +85,7 @@ class Choice(metaclass=_ByKind):
 
     kind: ClassVar[str] = ""
     is_dense: ClassVar[bool] = False
+    is_parts: ClassVar[bool] = False
 
     method: str = field(default="", kw_only=True)
 
@@ -227,6 +230,8 @@ DENSE: Choice = DenseChoice()
 class LowRankChoice(Choice, kind="low_rank"):
     """A pair of layers in place of one."""
 
+    is_parts: ClassVar[bool] = True
+
     unfolding: str
     rank: Rank
     bias: bool | None = None
@@ -250,6 +255,8 @@ class SharedChoice(Choice, kind="shared_basis"):
     once
         The first factor is shared whole and computed once, of one input.
     """
+
+    is_parts: ClassVar[bool] = True
 
     unfolding: str
     rank: Rank
@@ -290,6 +297,8 @@ class TiedChoice(Choice, kind="tied"):
     head
         Name of the linear layer.
     """
+
+    is_parts: ClassVar[bool] = True
 
     rank: Rank
     head: str
@@ -344,6 +353,8 @@ class SumChoice(Choice, kind="low_rank_plus_sparse"):
 class TuckerChoice(Choice, kind="tucker"):
     """Three layers in place of one: ``inputs`` and ``outputs`` channels lie between them."""
 
+    is_parts: ClassVar[bool] = True
+
     inputs: Rank
     outputs: Rank
     bias: bool | None = None
@@ -361,6 +372,8 @@ class CPChoice(Choice, kind="cp"):
     kernel
         ``whole``: one depthwise layer with all of the kernel; ``axes``: one for every axis.
     """
+
+    is_parts: ClassVar[bool] = True
 
     rank: Rank
     kernel: Literal["whole", "axes"] = "whole"

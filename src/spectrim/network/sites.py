@@ -281,6 +281,11 @@ class Group(_Several):
         return f"{len(self.parts)} x {self.parts[0].kind}"
 
 
+def tied_to(what: str, others: str) -> str:
+    """Why a layer is left alone whose weight or bias others have, too."""
+    return f"its {what} is tied to {others}: give one of them a copy of its own to compress it; a copy is counted, too"
+
+
 @dataclass(frozen=True, repr=False)
 class Tied(_Several):
     """A table and a linear layer that have one weight: looked up by rows, and multiplied as a matrix.
@@ -321,10 +326,9 @@ class Tied(_Several):
 
     def untied(self) -> tuple[Skipped, ...]:
         """The layers as what is left alone, with the reason."""
-        cure = "give one of them a copy of its own to compress it; a copy is counted, too"
         names = (self.head.name, self.table.name)
         return tuple(
-            Skipped(part.name, part.kind, f"its weight is tied to {other}: {cure}")
+            Skipped(part.name, part.kind, tied_to("weight", other))
             for part, other in zip(self.parts, names, strict=True)
         )
 

@@ -13,15 +13,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import CheckpointError, PlanError, called_as
 from spectrim.network import tensor_files
-from spectrim.network.choices import (
-    ChannelsChoice,
-    CPChoice,
-    LowRankChoice,
-    SharedChoice,
-    SumChoice,
-    TiedChoice,
-    TuckerChoice,
-)
+from spectrim.network.choices import ChannelsChoice, SumChoice
 from spectrim.network.coupling import IN
 from spectrim.network.sites import Sites
 from spectrim.network.state_values import alike, equal, is_plain, put_together, taken_apart
@@ -127,7 +119,7 @@ def _check_carried_out(model: nn.Module, plan: Plan) -> None:
     present = [entry for entry in plan if modules.keys() >= set(entry.sites)]
     for name, choice in ((name, entry.choice) for entry in present for name in entry.sites):
         layer = modules[name]
-        if isinstance(choice, LowRankChoice | TuckerChoice | CPChoice | SharedChoice | TiedChoice) and is_layer(layer):
+        if choice.is_parts and is_layer(layer):
             raise CheckpointError(
                 f"layer {name!r} is a plain {type(layer).__name__}, and the plan makes it {choice}: save the model "
                 "that compress or apply returned with the plan; a dense or merged one needs no plan (torch.save, or "

@@ -18,7 +18,7 @@ from spectrim.errors import UnsupportedLayerError, called_as, did_you_mean
 from spectrim.linalg.packing import packed_bytes
 from spectrim.linalg.patterns import Pattern
 from spectrim.network.layer import LayerSpec, Lookup
-from spectrim.network.sites import Layer, Sites, Skipped, Tied
+from spectrim.network.sites import Layer, Sites, Skipped, Tied, tied_to
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.standing import StandIn
 from spectrim.nn.unheld import stored, unheld
@@ -214,7 +214,7 @@ def _chain(
     standing = isinstance(module, StandIn) and isinstance(module, _LAYERS) and "" not in names[module]
     held = module.in_order() if standing else ()
     for part in held:
-        if type(part) not in _LAYERS or _obstacle_inside(part) or any(id(p) in tied for p in part.parameters()):
+        if not is_layer(part) or _obstacle_inside(part) or any(id(p) in tied for p in part.parameters()):
             return ()
     try:
         if held and standing:
@@ -377,7 +377,7 @@ def _names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
     return names
 
 
-def is_layer(module: nn.Module | None) -> bool:
+def is_layer(module: nn.Module) -> bool:
     """Whether a module is one of torch's layers itself, and nothing that stands for one."""
     return type(module) in _LAYERS
 
@@ -477,9 +477,7 @@ def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied:
         return reason
     for name, tensor in module._parameters.items():
         if id(tensor) in tied:
-            others = [n or "the model itself" for n in tied[id(tensor)] if n not in paths]
-            cure = "give one of them a copy of its own to compress it; a copy is counted, too"
-            return f"its {name} is tied to {', '.join(others)}: {cure}"
+            return tied_to(name, ", ".join(n or "the model itself" for n in tied[id(tensor)] if n not in paths))
     if reason := _read_above(model, paths):
         return reason
     if module._modules:
