@@ -80,11 +80,10 @@ class Case:
         rank: int,
         name: str = "unstructured",
         density: float = 0.1,
-        start: Additive | None = None,
         **turns: object,
     ) -> Additive:
         return decompose(
-            self.target, self.error, self.step, rank, pattern(name), density, self.kernel, start=start,
+            self.target, self.error, self.step, rank, pattern(name), density, self.kernel,
             alternation=Alternation(**turns),  # type: ignore[arg-type]
         )  # fmt: skip
 
@@ -326,17 +325,6 @@ def test_turns_and_tolerance_end_the_loop(step: str) -> None:
     assert long.error <= coarse.error * (1 + 1e-6)
 
 
-@pytest.mark.table
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("density", [0.0, 0.1])
-def test_a_start_is_gone_on_from(step: str, density: float) -> None:
-    case = Case(step)
-    short = case.solve(3, density=density, turns=3, growth=1, polish=0, tolerance=0.0)
-    longer = case.solve(3, density=density, turns=8, start=short)
-    assert longer.error <= short.error * (1 + 1e-9)
-    assert case.solve(3, density=density, turns=1, start=short, polish=0).error <= short.error * (1 + 1e-9)
-
-
 def test_over_relaxation_does_no_harm() -> None:
     ratios = []
     for seed in range(4):
@@ -348,7 +336,7 @@ def test_over_relaxation_does_no_harm() -> None:
                 Greedy(metric),
                 4,
                 UNSTRUCTURED,
-                0.1,
+                0.0,
                 (32,),
                 alternation=Alternation(15, relax=relax),
             )

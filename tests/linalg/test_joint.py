@@ -102,7 +102,7 @@ def test_one_matrix_is_the_plain_decomposition(shape: tuple[int, int], weighted:
 def test_the_smaller_gram_side_gives_the_same_in_metrics(shapes: list[tuple[int, int]]) -> None:
     matrices, metrics = drawn(*shapes, groups=2), moments(*(rows for rows, _ in shapes), groups=2)
     found = joint.right_shared(matrices, metrics)
-    whitened = torch.cat([lowrank.square_root(a.moment) @ m for a, m in zip(metrics, matrices, strict=True)], dim=-2)
+    whitened = torch.cat([lowrank.root(a.moment) @ m for a, m in zip(metrics, matrices, strict=True)], dim=-2)
     _, s, v = torch.linalg.svd(whitened, full_matrices=False)
     full = s.shape[-1]
     torch.testing.assert_close(found.energies[:, :full], s.square(), atol=1e-8, rtol=1e-8)

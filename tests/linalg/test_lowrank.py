@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spectrim.linalg.lowrank import balance, energies, factors, principal, profile, spectrum, square_root, tail_errors
+from spectrim.linalg.lowrank import balance, energies, factors, principal, profile, spectrum, tail_errors
 from spectrim.testing import planted
 
 SHAPES = [(1, 6, 6, 6), (2, 9, 4, 4), (3, 4, 9, 4), (2, 7, 5, 2), (2, 5, 7, 2), (1, 1, 6, 1), (1, 6, 1, 1)]
@@ -129,14 +129,6 @@ def test_a_singular_metric_needs_no_special_case() -> None:
     missing = matrix - left @ right
     assert float((missing.mT @ metric @ missing).diagonal(dim1=1, dim2=2).sum()) < 1e-12
     assert float(missing.square().sum()) > 1e-3
-
-
-@pytest.mark.parametrize("rank", [0, 2, 5])
-def test_square_root_squares_to_the_metric(rank: int) -> None:
-    metric = metric_of(2, 5, rank=rank)
-    half = square_root(metric)
-    torch.testing.assert_close(half @ half, metric, atol=1e-12, rtol=1e-10)
-    torch.testing.assert_close(half, half.mT, atol=1e-12, rtol=0)
 
 
 def test_signs_do_not_depend_on_the_sign_of_the_input() -> None:

@@ -97,10 +97,6 @@ def test_densities_that_a_pattern_has_of_its_own():
     assert pattern("rows").densities((0.1, 0.9), (1, 4, 8)) == (0.1, 0.9)
 
 
-def test_physical_patterns_are_the_smaller_layers():
-    assert [name for name in NAMES if pattern(name).is_physical] == [n for n in NAMES if n[:2] in ("ch", "ta")]
-
-
 def test_taps_finds_the_best_box_of_every_size():
     scores = torch.rand(1, 2, 3, 3, 3, generator=torch.Generator().manual_seed(2))
     energy = scores.sum(dim=(0, 1, 2))

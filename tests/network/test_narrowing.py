@@ -15,7 +15,7 @@ from spectrim.network.coupling import IN, OUT, axes_left
 from spectrim.network.narrowing import narrowed
 from spectrim.nn.channels.narrow import narrow
 from spectrim.nn.find import canonical
-from spectrim.nn.flops import flop_counter
+from spectrim.nn.flops import WorkCounter
 from spectrim.nn.surgery import parameter_count, size_in_bytes
 from spectrim.nn.watch.batches import evaluating
 from tests.cases import one_thread
@@ -67,7 +67,7 @@ def test_costs_are_those_of_the_narrowed_model(name: str) -> None:
     for kept in ({}, halves(sites), {sites.couplings[0].name: halves(sites)[sites.couplings[0].name]}):
         small = copy.deepcopy(model)
         narrow(small, axes_left(sites.couplings, kept))
-        with flop_counter() as counter, evaluating(small):
+        with WorkCounter() as counter, evaluating(small):
             small(x)
         found = Network(sites, FUNCTIONS).cost(widths={channels: len(left) for channels, left in kept.items()})
         assert found["parameters"] == parameter_count(small)

@@ -5,9 +5,8 @@
 is solved from nothing by the alternating direction method of multipliers (:mod:`spectrim.linalg.admm`), which finds the
 entries that stay; then the mask is frozen and the values of both parts settle, by turns that lower the error.
 
-From a start, or for a low-rank part alone, the parts take turns from the first one on: the best low-rank part for
-``T - S``, the best sparse part for ``T - L``. Between turns the low-rank step may be over-relaxed (it sees a little
-more than what the sparse part leaves, as in GreBsmo); what does not lower the error is taken back.
+A low-rank part alone is found by turns of its step. Between turns it may be over-relaxed (it sees a little more than
+what is missing, as in GreBsmo); what does not lower the error is taken back.
 
 How the low-rank part is found is an object, since a kernel can be split in several ways:
 :mod:`spectrim.linalg.low_rank_steps`.
@@ -72,13 +71,10 @@ class Alternation:
     Attributes
     ----------
     turns, tolerance
-        Of both parts from nothing exactly so many turns, over which the penalty grows (:mod:`spectrim.linalg.admm`).
-        From a start, or of one part alone, at most so many; fewer once two in a row lower the error by less than this
-        share of it.
-    growth
-        Turns over which the rank grows from nothing.
-    relax
-        Over-relax the low-rank step.
+        With a sparse part exactly so many turns, over which the penalty grows (:mod:`spectrim.linalg.admm`). Of a
+        low-rank part alone at most so many; fewer once two in a row lower the error by less than this share of it.
+    growth, relax
+        Of a low-rank part alone: turns over which its rank grows from nothing, and whether its step is over-relaxed.
     polish
         At most so many turns with a frozen mask at the end, until one lowers the error by less than ``tolerance``.
     """
@@ -99,7 +95,6 @@ def decompose(
     density: float,
     kernel: tuple[int, ...],
     *,
-    start: Additive | None = None,
     alternation: Alternation = Alternation(),
     cautious: bool = False,
 ) -> Additive:
@@ -118,30 +113,26 @@ def decompose(
         layer's responses.
     kernel
         ``(i, *k)``.
-    start
-        To go on from, of the same rank or, if the step grows, of a lower one.
     alternation
         How many turns the parts take, and how.
     cautious
-        Begin with a smaller penalty, and from a start take cautious sparse steps (:func:`spectrim.linalg.sparse.fit`):
-        it ends in another minimum.
+        Begin with a smaller penalty: it ends in another minimum.
 
     Returns
     -------
     Additive
         The errors never rise from turn to turn once the rank is reached.
     """
-    if start is None and pattern.kept((target.shape[0], target.shape[1], *kernel), density):
+    sized = pattern, density, kernel
+    if pattern.kept((*target.shape[:2], *kernel), density):
         first = admm.FIRST / 10 if cautious else admm.FIRST
-        sized = pattern, density, kernel
         fit = admm.search(target, error, step if rank else None, rank, *sized, turns=alternation.turns, first=first)
         return _valued(target, error, step, fit, sized, alternation)
-    shape = (target.shape[0], target.shape[1], *kernel)
-    part = _SparsePart(target, error, pattern, density, kernel, cautious)
+    nothing = Sparse(torch.zeros_like(target), torch.zeros_like(target, dtype=torch.bool), error.value(target))
     if not rank:
-        fit = part.alone(start, alternation)
-        return Additive(None, fit, (fit.error,), True)
-    return _by_turns(target, error, step, rank, part, start, alternation, alone=not pattern.kept(shape, density))
+        return Additive(None, nothing, (nothing.error,), True)
+    product, errors, converged = _alternated(target, error, step, rank, nothing.error, alternation)
+    return Additive(product, nothing, tuple(errors), converged)
 
 
 # Up to this density neighbours on a path are close.
@@ -184,64 +175,39 @@ def path(
         yield _valued(target, error, step, fit, (pattern, density, kernel), Alternation(polish=0))
 
 
-def _by_turns(
-    target: Tensor,
-    error: Quadratic,
-    step: LowRankStep,
-    rank: int,
-    part: _SparsePart,
-    start: Additive | None,
-    alternation: Alternation,
-    *,
-    alone: bool,
-) -> Additive:
-    """Both parts by turns, each fitted to what the other leaves; the low-rank part alone if asked for."""
-    state = Sparse(torch.zeros_like(target), torch.zeros_like(target, dtype=torch.bool), 0.0)
-    product = None
-    if start is not None:
-        state, product = start.sparse, start.product
-    grown = rank if not step.grows or product is not None else 0
-    extra, calm = 0.0, 0
+def _alternated(
+    target: Tensor, error: Quadratic, step: LowRankStep, rank: int, total: float, alternation: Alternation
+) -> tuple[Product, list[float], bool]:
+    """The low-rank part alone by turns: its errors, the last its own, and whether they no longer fell."""
+    grown, extra, calm = 0 if step.grows else rank, 0.0, 0
+    product = best = None
     errors: list[float] = []
-    best: tuple[Product, Sparse] | None = None
-    converged = False
-    total = error.value(target)
     for turn in range(alternation.turns):
         if grown < rank:
             grown = max(grown + 1, rank * (turn + 1) // max(1, min(alternation.growth, alternation.turns)))
-        asked = target - state.weight
-        if extra and best is not None:
-            asked = asked + extra * (asked - best[0].weight)
+        asked = target + extra * (target - best.weight) if extra and best is not None else target
         product = step(asked, grown, product)
-        value = error.value(target - product.weight) if alone or grown >= target.shape[1] else math.inf
-        if not alone:
-            product, state, value = part.beside(step, product, state, value <= 1e-12 * total)
         if grown < rank:
             continue
+        value = error.value(target - product.weight)
         if best is not None and value > errors[-1]:
-            product, state = best
+            product = best
             if not extra:
-                converged = True
-                break
+                return best, errors, True
             # Relaxed too far: go on from before.
             extra = 0.0
             continue
         fell = 1 - value / errors[-1] if errors and errors[-1] > 0 else 1.0
         calm = calm + 1 if fell < alternation.tolerance else 0
-        best = product, state
+        best = product
         errors.append(value)
-        # A turn may gain little just before a change of the mask gains much.
         if value <= 1e-12 * total or calm == 2:
-            converged = True
-            break
+            return best, errors, True
         if alternation.relax and fell < 0.3:
             extra = min(extra + 0.25, 2.0)
-    if best is None:
-        assert isinstance(product, Product)
-        best = product, state
-        errors.append(error.value(target - product.weight - state.weight))
-    polish = 0 if alone else alternation.polish
-    return _polished(target, error, step, best, errors, polish, alternation.tolerance, converged=converged)
+    best = best or product
+    assert best is not None
+    return best, errors or [error.value(target - best.weight)], False
 
 
 def _valued(
@@ -267,62 +233,18 @@ def _valued(
     return _polished(target, error, step, (product, state), [state.error], alternation.polish, alternation.tolerance)
 
 
-@dataclass(frozen=True, eq=False)
-class _SparsePart:
-    """The sparse weight of a fit, which is what :func:`decompose` asks for."""
-
-    target: Tensor
-    error: Quadratic
-    pattern: Pattern
-    density: float
-    kernel: tuple[int, ...]
-    cautious: bool
-
-    def alone(self, start: Additive | None, alternation: Alternation) -> Sparse:
-        """Without a low-rank part: pruning with reconstruction."""
-        sized = self.pattern, self.density, self.kernel
-        before = None if start is None else start.sparse
-        fit = sparse.fit(
-            self.target, self.error, *sized, start=before, rounds=alternation.turns, cautious=self.cautious
-        )
-        return sparse.solve(self.target, self.error, fit.mask, start=fit.weight, steps=10 * alternation.polish)
-
-    def beside(
-        self, step: LowRankStep, product: Product, state: Sparse, nothing_left: bool
-    ) -> tuple[Product, Sparse, float]:
-        """Beside a low-rank part, which is fitted again to what is left: both parts and their error."""
-        sized = self.pattern, self.density, self.kernel
-        if nothing_left:
-            value = self.error.value(self.target - product.weight)
-            mask = sparse.one_shot(self.target, self.error, *sized).mask
-            return step.refit(self.target, product), Sparse(torch.zeros_like(self.target), mask, value), value
-        state = sparse.fit(
-            self.target, step.eliminated(product), *sized,
-            start=state if bool(state.mask.any()) else None, rounds=2, steps=4, halvings=2, cautious=self.cautious,
-        )  # fmt: skip
-        return step.refit(self.target - state.weight, product), state, state.error
-
-
 def better(*arguments: Any, **options: Any) -> Additive:
     """The better of two fits by :func:`decompose`, one of them cautious: there are many minima."""
     return min((decompose(*arguments, **options, cautious=c) for c in (False, True)), key=lambda fit: fit.error)
 
 
-def settled(
-    target: Float[Tensor, "g o n"],
-    error: Quadratic,
-    step: LowRankStep,
-    start: Additive,
-    *,
-    turns: int = 1,
-    tolerance: float = 0.0,
-) -> Additive:
+def settled(target: Float[Tensor, "g o n"], error: Quadratic, step: LowRankStep, start: Additive) -> Additive:
     """The same support and rank with better values, such as of a fit in lower precision."""
     if start.product is None:
-        state = sparse.solve(target, error, start.sparse.mask, start=start.sparse.weight, steps=12 * turns)
+        state = sparse.solve(target, error, start.sparse.mask, start=start.sparse.weight, steps=12)
         return Additive(None, state, (state.error,), start.converged)
     rest = error.value(target - start.product.weight - start.sparse.weight)
-    return _polished(target, error, step, (start.product, start.sparse), [rest], turns, tolerance)
+    return _polished(target, error, step, (start.product, start.sparse), [rest], 1, 0.0)
 
 
 def _polished(

@@ -43,14 +43,8 @@ def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors * torch.where(vectors.gather(-2, pivots) < 0, -1.0, 1.0)
 
 
-def square_root(metric: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:
-    """Symmetric square root of a positive semidefinite matrix. Cost ``O(n^3)``."""
-    values, vectors = _eigh(metric.double())
-    return (vectors * values.sqrt().unsqueeze(-2)) @ vectors.mT
-
-
 def root(metric: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:
-    """A triangular ``R`` with ``R^T R`` the metric, to rounding; a small part of the time of the symmetric root.
+    """A triangular ``R`` with ``R^T R`` the metric, to rounding.
 
     Any root has the spectrum of any other. Rounding is relative to every entry's own diagonal, whatever their units;
     entries without any have a column of zeros.

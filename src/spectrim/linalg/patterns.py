@@ -40,11 +40,6 @@ class Pattern(ABC):
     def name(self) -> str:
         """The word plans use; :func:`pattern` reads it."""
 
-    @property
-    def is_physical(self) -> bool:
-        """Whether what stays is a smaller dense layer."""
-        return False
-
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether a weight of this shape can have the pattern."""
         return True
@@ -216,10 +211,6 @@ class Channels(Pattern):
     def name(self) -> str:
         return "channels"
 
-    @property
-    def is_physical(self) -> bool:
-        return True
-
     def size(self, shape: Sequence[int]) -> tuple[int, int, int]:
         g, o, i, *kernel = shape
         return g, i, o * math.prod(kernel)
@@ -253,10 +244,6 @@ class Taps(Pattern):
     @property
     def name(self) -> str:
         return f"taps-{'x'.join(map(str, self.extent))}@{'x'.join(map(str, self.corner))}"
-
-    @property
-    def is_physical(self) -> bool:
-        return True
 
     @property
     def box(self) -> tuple[slice, ...]:

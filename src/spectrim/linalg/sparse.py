@@ -198,7 +198,6 @@ def fit(
     rounds: int = 8,
     steps: int = 6,
     halvings: int = 3,
-    cautious: bool = False,
 ) -> Sparse:
     """Fit a sparse weight of a pattern to the responses of a target.
 
@@ -216,9 +215,6 @@ def fit(
         Conjugate-gradient steps on the values after each.
     halvings
         Shorter steps tried where a new mask does not lower the error; a shorter step exchanges fewer entries.
-    cautious
-        Try the shorter of two step lengths first in every round, not in every second one. It ends in another minimum,
-        more often in the best one where inputs are nearly dependent, and in a worse one for most trained layers.
 
     Returns
     -------
@@ -241,7 +237,7 @@ def fit(
         length = float(part.square().sum()) / max(error.value(part / scale), 1e-300)
         long, short = ([whole / 2**k for k in range(halvings + 1)] for whole in (1.0, length))
         improved = None
-        for reach in [*short, *long[:1]] if cautious else [*short, *long] if turn % 2 else [*long, *short]:
+        for reach in [*short, *long] if turn % 2 else [*long, *short]:
             moved = best.weight * scale + reach * gradient
             mask = threshold(moved.square(), pattern, density, kernel)
             if torch.equal(mask, best.mask):

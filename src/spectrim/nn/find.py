@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from spectrim.errors import UnsupportedLayerError, called_as, did_you_mean
@@ -248,10 +249,10 @@ def _elsewhere(
     model: nn.Module, covered: set[int], masks: Mapping[nn.Module, tuple[Tensor, Pattern]]
 ) -> tuple[int, int]:
     """Parameters outside the layers, and their bytes with those of the buffers."""
-    others = [p for p in parameters_of(model) if id(p) not in covered and not _is_lazy(p)]
+    others = [p for p in parameters_of(model) if id(p) not in covered and not is_lazy(p)]
     # Masks are counted with their layers, as the bytes that files take for them.
     counted_masks = {id(mask) for mask, _ in masks.values()}
-    buffers = [b for b in model.buffers() if id(b) not in counted_masks and not _is_lazy(b)]
+    buffers = [b for b in model.buffers() if id(b) not in counted_masks and not is_lazy(b)]
     return sum(p.numel() for p in others), sum(t.numel() * t.element_size() for t in [*others, *buffers])
 
 
@@ -295,7 +296,7 @@ def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"the model is a {type(model).__name__}: expected a torch.nn.Module")
     made = next(
-        (name for name, p in nn.Module.named_parameters(model) if not nn.parameter.is_lazy(p) and p.is_inference()),
+        (name for name, p in nn.Module.named_parameters(model) if not is_lazy(p) and p.is_inference()),
         None,
     )
     if made is not None:
@@ -385,7 +386,7 @@ def is_layer(module: nn.Module) -> bool:
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module is a layer whose weight can be read as an ordinary tensor of numbers."""
     weight = _weight(module) if isinstance(module, _LAYERS) else None
-    return isinstance(weight, Tensor) and not _is_lazy(weight) and weight.numel() > 0
+    return isinstance(weight, Tensor) and not is_lazy(weight) and weight.numel() > 0
 
 
 def _weight(module: nn.Module) -> Any:
@@ -411,10 +412,6 @@ def _is_layer(module: nn.Module) -> bool:
 def _is_quantised(module: nn.Module) -> bool:
     home = type(module).__module__
     return "quantized" in home and hasattr(module, "weight") and not isinstance(module, nn.Sequential)
-
-
-def _is_lazy(tensor: object) -> bool:
-    return isinstance(tensor, (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer))
 
 
 def _masks(model: nn.Module) -> dict[nn.Module, tuple[Tensor, Pattern]]:
@@ -448,7 +445,7 @@ def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied:
     """Why a layer cannot be factorised, or None."""
     if _is_quantised(module):
         return "quantised: the weight is not a floating-point matrix"
-    if _is_lazy(_weight(module)):
+    if is_lazy(_weight(module)):
         return "lazy: run the model once so that its weight has a shape"
     # Weight and spectral normalisation of the older kind, and pruning masks, set the weight before every call.
     if parametrize.is_parametrized(module) or not _holds_its_own(module):

@@ -34,7 +34,7 @@ class _Counting(_FlopCounterMode):
 
 
 class WorkCounter(FlopCounterMode):
-    """torch's counter, silent, with the formulas of :mod:`spectrim.nn.formulas`.
+    """torch's counter, silent, with the formulas of :mod:`spectrim.nn.formulas`; two operations are a MAC.
 
     Attributes
     ----------
@@ -80,11 +80,6 @@ class WorkCounter(FlopCounterMode):
     def uncounted_in(self, model: nn.Module) -> dict[str, str]:
         """Operations that have no formula, with the path of the module that called them first."""
         return {name: _path(model, place) for name, place in self.uncounted.items()}
-
-
-def flop_counter() -> WorkCounter:
-    """A counter of operations, to be entered; two operations are one multiply-accumulate."""
-    return WorkCounter()
 
 
 def _above(path: str, known: dict[str, float]) -> str | None:

@@ -59,24 +59,21 @@ def _lengths(x: Tensor) -> list[int]:
     return x._nested_tensor_size()[:, 0].tolist() if x.is_nested else []
 
 
+def _onto(count: Formula) -> Formula:
+    """The same of what is added to a first argument."""
+    return lambda onto, *args, **kwargs: count(*args, **kwargs)
+
+
 def _first_by_last(first: Tensor, second: Tensor, *_: Any, out: Any, **__: Any) -> float:
     """A product whose second factor holds one column an output: ``[.., k] x [k, n]``."""
     return first.numel() * second.shape[-1]
 
 
-def _added(onto: Tensor, first: Tensor, second: Tensor, *_: Any, out: Any, **__: Any) -> float:
-    return first.numel() * second.shape[-1]
-
-
-def _vector(matrix: Tensor, vector: Tensor, *_: Any, out: Any, **__: Any) -> float:
+def _vector(matrix: Tensor, *_: Any, out: Any, **__: Any) -> float:
     return matrix.numel()
 
 
-def _added_vector(onto: Tensor, matrix: Tensor, vector: Tensor, *_: Any, out: Any, **__: Any) -> float:
-    return matrix.numel()
-
-
-def _outer(onto: Tensor, first: Tensor, second: Tensor, *_: Any, out: Any, **__: Any) -> float:
+def _outer(first: Tensor, second: Tensor, *_: Any, out: Any, **__: Any) -> float:
     return first.numel() * second.numel()
 
 
@@ -138,12 +135,8 @@ def _trilinear(
     return math.prod(torch.broadcast_shapes(*shapes))
 
 
-def _distances(first: Tensor, second: Tensor, *_: Any, out: Tensor, **__: Any) -> float:
-    return out.numel() * first.shape[-1]
-
-
-def _own_distances(x: Tensor, *_: Any, out: Tensor, **__: Any) -> float:
-    return out.numel() * x.shape[-1]
+def _distances(points: Tensor, *_: Any, out: Tensor, **__: Any) -> float:
+    return out.numel() * points.shape[-1]
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, out: Any, **__: Any) -> float:
@@ -185,65 +178,40 @@ def _sparse_product(sparse: Tensor, dense: Tensor, *_: Any, out: Any, **__: Any)
     return sparse._nnz() * dense.shape[-1]
 
 
-def _added_sparse(onto: Tensor, sparse: Tensor, dense: Tensor, *_: Any, out: Any, **__: Any) -> float:
-    return sparse._nnz() * dense.shape[-1]
-
-
+# By the names of operations of ``aten``; in place (``_``) an operation counts as it does elsewhere.
+_ATEN: dict[Formula, str] = {
+    _vector: "mv dot vdot",
+    _onto(_vector): "addmv addmv_",
+    _onto(_outer): "addr addr_",
+    _onto(_first_by_last): "addbmm addbmm_ _addmm_activation",
+    _first_by_last: "_int_mm _cslt_sparse_mm",
+    _sparse_product: "_sparse_mm",
+    _onto(_sparse_product): "_sparse_addmm",
+    _packed_linear: "_weight_int8pack_mm _weight_int4pack_mm _weight_int4pack_mm_for_cpu "
+    "_weight_int4pack_mm_with_scales_and_zeros _dyn_quant_matmul_4bit _sparse_semi_structured_linear _grouped_mm "
+    "_scaled_grouped_mm mkldnn_linear",
+    _conv_over_time: "conv_tbc",
+    _recurrent_layer: "mkldnn_rnn_layer",
+    _recurrent: "_cudnn_rnn miopen_rnn",
+    _packed_recurrent(4): "quantized_lstm",
+    _packed_recurrent(3): "quantized_gru",
+    _cell: "quantized_lstm_cell quantized_gru_cell quantized_rnn_relu_cell quantized_rnn_tanh_cell",
+    _trilinear: "_trilinear",
+    _distances: "_cdist_forward _euclidean_dist _pdist_forward",
+    _attention: "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_fused_attention_overrideable "
+    "_scaled_dot_product_attention_math_for_mps",
+    _fused_attention: "_native_multi_head_attention",
+    _encoder_layer: "_transformer_encoder_layer_fwd",
+    _fourier(2.5): "_fft_c2c",
+    _fourier(1.25): "_fft_r2c _fft_c2r",
+}
+_LINEAR = ("", "_relu", "_dynamic", "_relu_dynamic", "_leaky_relu", "_tanh", "_dynamic_fp16", "_relu_dynamic_fp16")
 _FORMULAS: dict[str, Formula] = {
-    "aten::mv": _vector,
-    "aten::addmv": _added_vector,
-    "aten::dot": _vector,
-    "aten::vdot": _vector,
-    "aten::addr": _outer,
-    "aten::addbmm": _added,
-    "aten::_addmm_activation": _added,
-    "aten::_int_mm": _first_by_last,
-    "aten::_sparse_mm": _sparse_product,
-    "aten::_sparse_addmm": _added_sparse,
-    "aten::_weight_int8pack_mm": _packed_linear,
-    "aten::_weight_int4pack_mm": _packed_linear,
-    "aten::_weight_int4pack_mm_for_cpu": _packed_linear,
-    "aten::_weight_int4pack_mm_with_scales_and_zeros": _packed_linear,
-    "aten::_dyn_quant_matmul_4bit": _packed_linear,
-    "aten::_cslt_sparse_mm": lambda packed, dense, *_, out, **__: packed.numel() * dense.shape[-1],
-    "aten::_sparse_semi_structured_linear": _packed_linear,
-    "aten::_grouped_mm": _packed_linear,
-    "aten::_scaled_grouped_mm": _packed_linear,
-    "aten::mkldnn_linear": _packed_linear,
-    "aten::conv_tbc": _conv_over_time,
-    "aten::mkldnn_rnn_layer": _recurrent_layer,
-    "aten::_cudnn_rnn": _recurrent,
-    "aten::miopen_rnn": _recurrent,
-    "aten::quantized_lstm": _packed_recurrent(4),
-    "aten::quantized_gru": _packed_recurrent(3),
-    "aten::quantized_lstm_cell": _cell,
-    "aten::quantized_gru_cell": _cell,
-    "aten::quantized_rnn_relu_cell": _cell,
-    "aten::quantized_rnn_tanh_cell": _cell,
-    "aten::_trilinear": _trilinear,
-    "aten::_cdist_forward": _distances,
-    "aten::_euclidean_dist": _distances,
-    "aten::_pdist_forward": _own_distances,
-    "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
-    "aten::_scaled_dot_product_fused_attention_overrideable": _attention,
-    "aten::_scaled_dot_product_attention_math_for_mps": _attention,
+    **{f"aten::{name}": count for count, names in _ATEN.items() for name in names.split()},
     # Whatever its mask leaves out, as of the others.
     "flex_attention": _attention,
-    "aten::_native_multi_head_attention": _fused_attention,
-    "aten::_transformer_encoder_layer_fwd": _encoder_layer,
-    "aten::_fft_c2c": _fourier(2.5),
-    "aten::_fft_r2c": _fourier(1.25),
-    "aten::_fft_c2r": _fourier(1.25),
     "torchvision::deform_conv2d": _deformed_conv,
     "mkldnn::_linear_pointwise": _packed_linear,
-    **{
-        f"quantized::{name}": _packed_linear
-        for name in (
-            "linear", "linear_relu", "linear_dynamic", "linear_relu_dynamic", "linear_leaky_relu", "linear_tanh",
-            "linear_dynamic_fp16", "linear_relu_dynamic_fp16",
-        )
-    },
+    **{f"quantized::linear{end}": _packed_linear for end in _LINEAR},
     **{f"quantized::conv{n}d{end}": _packed_conv for n in (1, 2, 3) for end in ("", "_relu", "_dynamic")},
-}  # fmt: skip
-# In place, an operation counts as it does elsewhere.
-_FORMULAS |= {f"aten::{name}_": _FORMULAS[f"aten::{name}"] for name in ("addmv", "addr", "addbmm")}
+}

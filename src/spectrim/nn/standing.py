@@ -152,19 +152,8 @@ _TOLD = frozenset(
 _IN_PLACE = frozenset(
     f"__i{name}__"
     for name in (
-        "add",
-        "sub",
-        "mul",
-        "truediv",
-        "div",
-        "floordiv",
-        "mod",
-        "pow",
-        "and",
-        "or",
-        "xor",
-        "lshift",
-        "rshift",
+        *("add", "sub", "mul", "truediv", "div", "floordiv", "mod", "pow"),
+        *("and", "or", "xor", "lshift", "rshift"),
     )
 )
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from spectrim.network.sites import Skipped
 
@@ -62,7 +63,7 @@ def unheld(
                 return
             continue
         own = {key: p for key, p in module._parameters.items() if p is not None and id(p) not in counted}
-        matrices = [key for key, p in own.items() if not _is_lazy(p) and _is_matrix(p)]
+        matrices = [key for key, p in own.items() if not is_lazy(p) and _is_matrix(p)]
         if matrices:
             yield Skipped(name, type(module).__name__, _reason(module, matrices), stored(own.values(), counted))
         else:
@@ -74,18 +75,12 @@ def unheld(
 
 def stored(parameters: Iterable[nn.Parameter], counted: set[int]) -> dict[str, float]:
     """Numbers and bytes of parameters that were not counted before, which they are now."""
-    new = {
-        id(p): p for p in parameters if id(p) not in counted and not isinstance(p, nn.parameter.UninitializedParameter)
-    }
+    new = {id(p): p for p in parameters if id(p) not in counted and not is_lazy(p)}
     counted.update(new)
     return {
         "parameters": float(sum(p.numel() for p in new.values())),
         "bytes": float(sum(p.numel() * p.element_size() for p in new.values())),
     }
-
-
-def _is_lazy(parameter: nn.Parameter) -> bool:
-    return isinstance(parameter, nn.parameter.UninitializedParameter)
 
 
 def _is_matrix(tensor: Tensor) -> bool:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from spectrim.errors import CalibrationError
-from spectrim.nn.watch.batches import arguments, batch_size, call, checked_batches, evaluating, logits, resized
+from spectrim.nn.watch.batches import arguments, call, checked_batches, evaluating, logits, resized
+from spectrim.nn.watch.layout import Layout
 
 X, Y = torch.randn(4, 3), torch.randn(4, 2)
 LABELS = torch.arange(4)
@@ -45,7 +46,7 @@ class Whole(One):
 def test_structures_of_one_input(batch):
     model = One()
     assert torch.equal(call(model, batch), model(X))
-    assert batch_size(batch) == 4
+    assert Layout().size(batch) == 4
 
 
 @pytest.mark.parametrize(
@@ -103,7 +104,7 @@ def test_what_cannot_be_fed_is_named(batch):
 @pytest.mark.parametrize("batch", [{}, [], ("a", "b"), torch.tensor(1.0)])
 def test_a_batch_without_a_batch_axis_is_refused(batch):
     with pytest.raises(CalibrationError, match="batch axis"):
-        batch_size(batch)
+        Layout().size(batch)
 
 
 @dataclass

@@ -189,17 +189,6 @@ def call(model: nn.Module, batch: Any) -> Any:
     return Feed()(model, batch)
 
 
-def batch_size(batch: Any) -> int:
-    """How many samples a batch has, by its first tensor; where a model tells more, by :class:`Feed`.
-
-    Raises
-    ------
-    CalibrationError
-        If the batch holds no tensor with an axis.
-    """
-    return Layout().size(batch)
-
-
 def _working(model: nn.Module, batch: Any) -> Way:
     """The first way that works; the only one without trying it."""
     found = list(ways(model, batch))

@@ -20,7 +20,7 @@ from spectrim.errors import CalibrationError, ForwardError, SpectrimError, calle
 from spectrim.network.coupling import IN, Coupling
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Sites, Skipped, Tied
-from spectrim.nn.flops import flop_counter
+from spectrim.nn.flops import WorkCounter
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.nesting import begun, checked_batches, tensors
@@ -254,7 +254,7 @@ class _Watch:
         if index:
             output = self._run(run, batch, index)
         else:
-            with flop_counter() as counter, self._reading() as read:
+            with WorkCounter() as counter, self._reading() as read:
                 output = self._run(run, batch, index)
             self.other_macs = counter.get_total_flops() / 2 / size
             self.work = {path: work / size for path, work in counter.own_macs(self.model).items()}
