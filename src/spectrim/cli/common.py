@@ -42,6 +42,16 @@ EXIT_CODES = {
 }
 
 
+class Checked:
+    """A group of options. What stands behind the option of a field is a function that refuses values of it."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            for check in getattr(hint, "__metadata__", ())[1:]:
+                if (value := getattr(self, name)) is not None:
+                    check(value)
+
+
 @dataclass(frozen=True)
 class PrintOptions:
     """What is printed."""
@@ -210,7 +220,7 @@ def _options(group: type) -> Iterator[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
     title = (group.__doc__ or "").splitlines()[0]
     for each in dataclasses.fields(group):
-        kind, option = get_args(hints[each.name])
+        kind, option, *_ = get_args(hints[each.name])
         option = copy.copy(option)  # groups may have one in common
         option.rich_help_panel = option.rich_help_panel or title
         default = inspect.Parameter.empty if each.default is dataclasses.MISSING else each.default

@@ -12,12 +12,11 @@ import msgspec
 import typer
 
 from spectrim.cli import options
-from spectrim.cli.common import Output, command, refuse, usage
-from spectrim.cli.data import check_data
+from spectrim.cli.common import Checked, Output, command, refuse, usage
 from spectrim.cli.models import check_model
 from spectrim.cli.references import UsageError
-from spectrim.cli.values import check_device, check_plan
-from spectrim.cli.weights import check_checkpoint
+from spectrim.cli.values import check_plan
+from spectrim.cli.weights import check_checkpoint, check_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -32,7 +31,7 @@ _MODEL, _PLAN, _POINT, _RESULT = "model.safetensors", "plan.json", "point.json",
 
 
 @dataclass(frozen=True)
-class ComparedOptions:
+class ComparedOptions(Checked):
     """What is compared."""
 
     files: Annotated[
@@ -50,12 +49,11 @@ class ComparedOptions:
             metavar="MODEL",
             help="What returns the dense model, as compress takes it: to measure, and not only read what plans say.",
         ),
+        check_model,
     ] = None
-    weights: Annotated[Path | None, options.weights_option("Weights of the dense model: .safetensors or .pt.")] = None
-
-    def __post_init__(self) -> None:
-        if self.model is not None:
-            check_model(self.model, self.weights)
+    weights: Annotated[
+        Path | None, options.weights_option("Weights of the dense model: .safetensors or .pt."), check_file
+    ] = None
 
     def found(self) -> dict[str, Path]:
         """Checkpoints and plans, by the shortest names that tell them apart.
@@ -95,15 +93,18 @@ def _paths(given: Path) -> Iterator[Path]:
 
 
 @dataclass(frozen=True)
-class ComparingOptions:
+class ComparingOptions(Checked):
     """How it is measured."""
 
     data: Annotated[
         str | None,
         options.data_option("Samples on which outputs are compared with the dense network's, named as for compress."),
+        options.check_calibration,
     ] = None
     test: Annotated[
-        str | None, typer.Option("--test", metavar="DATA", help="Batches with labels to measure accuracy on.")
+        str | None,
+        typer.Option("--test", metavar="DATA", help="Batches with labels to measure accuracy on."),
+        options.check_test,
     ] = None
     latency: Annotated[
         bool, typer.Option("--latency", help="Time all networks in turns, so that a busy moment hits each of them.")
@@ -112,12 +113,6 @@ class ComparingOptions:
     threads: options.Threads = None
     runtime: options.Runtime = "eager"
     device: options.Device = "cpu"
-
-    def __post_init__(self) -> None:
-        options.check_runtime(self.runtime)
-        check_data(self.data, "calibration")
-        check_data(self.test, "test", "--test")
-        check_device(self.device)
 
 
 @command

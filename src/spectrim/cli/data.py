@@ -298,7 +298,7 @@ def load_data(text: str, *, purpose: Purpose = "test", device: str = "cpu") -> I
     return read_data(text, purpose).load(device)
 
 
-def check_data(text: str | None, purpose: Purpose, labelled: str = "") -> None:
+def check_data(text: str, purpose: Purpose, labelled: str = "") -> None:
     """Refuse a reference that :func:`load_data` could not load, as far as that is seen without torch.
 
     Parameters
@@ -311,12 +311,11 @@ def check_data(text: str | None, purpose: Purpose, labelled: str = "") -> None:
     UsageError
         Says what is wrong, and what to write.
     """
-    if text is not None:
-        found = read_data(text, purpose)
-        if found.scheme is None:
-            check_factory(found.reference, "data")
-        if labelled:
-            found.check_labels(labelled)
+    found = read_data(text, purpose)
+    if found.scheme is None:
+        check_factory(found.reference, "data")
+    if labelled:
+        found.check_labels(labelled)
 
 
 def read_data(text: str, purpose: Purpose = "test") -> Data:

@@ -8,14 +8,13 @@ from typing import Annotated, Any
 import typer
 
 from spectrim.cli import options
-from spectrim.cli.common import Output, command, usage
+from spectrim.cli.common import Checked, Output, command, usage
 from spectrim.cli.data import check_data
 from spectrim.cli.references import UsageError
-from spectrim.cli.values import check_device
 
 
 @dataclass(frozen=True)
-class MeasuringOptions:
+class MeasuringOptions(Checked):
     """How it is measured."""
 
     compare: Annotated[
@@ -28,10 +27,6 @@ class MeasuringOptions:
     threads: options.Threads = None
     runtime: options.Runtime = "eager"
     device: options.Device = "cpu"
-
-    def __post_init__(self) -> None:
-        options.check_runtime(self.runtime)
-        check_device(self.device)
 
 
 @command
@@ -50,7 +45,8 @@ def evaluate(
         raise UsageError("give --data (labelled batches), or --input to measure costs alone, as --input 3x224x224")
     if measuring.compare and model.checkpoint is None:
         raise UsageError("--compare needs --checkpoint: the compressed model to put beside the dense one")
-    check_data(data, "test", "--data")
+    if data is not None:
+        check_data(data, "test", "--data")
     from spectrim.cli.data import load_data
     from spectrim.cli.models import load_model
     from spectrim.cli.preprocessing import tell

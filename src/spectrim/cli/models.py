@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def check_model(text: str, weights: str | Path | None = None) -> None:
-    """Refuse a reference or a file of weights that :func:`load_model` could not load, as far as is seen without torch.
+def check_model(text: str) -> None:
+    """Refuse a reference that :func:`load_model` could not load, as far as is seen without torch.
 
     Raises
     ------
@@ -47,8 +47,6 @@ def check_model(text: str, weights: str | Path | None = None) -> None:
             raise UsageError(f"model {text!r} is not known.{close}")
         _check_named(reference)
         check_factory(reference, "model")
-    if weights is not None:
-        check_file(weights)
 
 
 def _check_named(reference: Reference) -> None:

@@ -1,10 +1,12 @@
 """Options that commands share, in groups that a command takes as one value; see :func:`spectrim.cli.common.command`.
 
-A group's first line is its heading in the help. It refuses values that cannot be used when it is made, without torch.
+A group's first line is its heading in the help. It refuses values that cannot be used when it is made, without torch:
+by the function behind the option of a field, and where fields must go together by its own.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from spectrim.cli import completion
-from spectrim.cli.common import usage
+from spectrim.cli.common import Checked, usage
 from spectrim.cli.data import check_data
 from spectrim.cli.models import check_model, load_compressed, load_model
 from spectrim.cli.references import UsageError
@@ -21,12 +23,12 @@ from spectrim.cli.values import (
     check_folder,
     check_recipe,
     named_costs,
+    one_of,
     read_budget,
     read_groups,
     read_shape,
 )
-from spectrim.cli.weights import check_checkpoint
-from spectrim.errors import did_you_mean
+from spectrim.cli.weights import check_checkpoint, check_file
 from spectrim.selection.budget import COSTS
 
 if TYPE_CHECKING:
@@ -36,32 +38,6 @@ if TYPE_CHECKING:
 
 RUNTIMES = ("eager", "compile", "onnxruntime")
 SELECTORS = ("exact", "lagrangian", "greedy", "energy", "uniform")
-
-
-def check_selector(text: str) -> None:
-    """Refuse a selector that there is not.
-
-    Raises
-    ------
-    UsageError
-        Says which there are.
-    """
-    if text not in SELECTORS:
-        close = did_you_mean(text, SELECTORS)
-        raise UsageError(f"--selector {text!r} is not known; choose from {', '.join(SELECTORS)}.{close}")
-
-
-def check_runtime(text: str) -> None:
-    """Refuse a runtime that there is not.
-
-    Raises
-    ------
-    UsageError
-        Says which there are.
-    """
-    if text not in RUNTIMES:
-        close = did_you_mean(text, RUNTIMES, {"onnx": "onnxruntime", "ort": "onnxruntime", "torch": "eager"})
-        raise UsageError(f"--runtime {text!r} is not known; choose from {', '.join(RUNTIMES)}.{close}")
 
 
 def model_argument(meaning: str) -> Any:
@@ -84,9 +60,17 @@ def budget_option(meaning: str) -> Any:
     return typer.Option("--budget", "-b", metavar="COST=VALUE", autocompletion=completion.budgets, help=meaning)
 
 
+def folder_option(meaning: str) -> Any:
+    """``--out``."""
+    return typer.Option("--out", "-o", metavar="DIR", help=meaning)
+
+
+check_calibration = functools.partial(check_data, purpose="calibration")
+check_test = functools.partial(check_data, purpose="test", labelled="--test")
 Input = Annotated[
     str | None,
     typer.Option("--input", metavar="SHAPE", help="Shape of one random sample where there are no data, as 3x224x224."),
+    read_shape,
 ]
 Batch = Annotated[
     int, typer.Option("--batch", metavar="N", min=1, help="Samples a pass where time and memory are measured.")
@@ -99,13 +83,21 @@ Runtime = Annotated[
     typer.Option(
         "--runtime", metavar="NAME", help=f"What runs the network where time is measured: {', '.join(RUNTIMES)}."
     ),
+    one_of("--runtime", RUNTIMES, {"onnx": "onnxruntime", "ort": "onnxruntime", "torch": "eager"}),
 ]
 Device = Annotated[
     str,
     typer.Option(
         "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ..., or auto.", autocompletion=completion.devices
     ),
+    check_device,
 ]
+Selector = Annotated[
+    str,
+    typer.Option("--selector", metavar="NAME", help=f"How choices are made: {', '.join(SELECTORS)}."),
+    one_of("--selector", SELECTORS),
+]
+Guard = Annotated[bool, typer.Option("--guard", help="Leave out choices that are measured no faster than dense.")]
 Methods = Annotated[
     list[str] | None,
     typer.Option(
@@ -130,7 +122,7 @@ Costs = Annotated[
 
 
 @dataclass(frozen=True)
-class NetworkOptions:
+class NetworkOptions(Checked):
     """The model."""
 
     model: Annotated[
@@ -139,26 +131,23 @@ class NetworkOptions:
             "What returns it: file.py:function or package.module:function; or torchvision:NAME, timm:NAME, "
             "hf:NAME. Options follow as ?key=value&key=value."
         ),
+        check_model,
     ]
     weights: Annotated[
         Path | None,
         weights_option(
             "Its weights: .safetensors, also as compress writes it, to compress again; .pt with a state_dict."
         ),
+        check_file,
     ] = None
     batch: Batch = 1
     threads: Threads = None
     runtime: Runtime = "eager"
     device: Device = "cpu"
 
-    def __post_init__(self) -> None:
-        check_model(self.model, self.weights)
-        check_device(self.device)
-        check_runtime(self.runtime)
-
 
 @dataclass(frozen=True)
-class InputOptions:
+class InputOptions(Checked):
     """Data that layers are fitted to."""
 
     data: Annotated[
@@ -168,6 +157,7 @@ class InputOptions:
             "FILE.npz, FILE.csv, file.py:function, package.module:function, cifar10:DIR, fashion-mnist:DIR or "
             "digits. Options follow as ?key=value."
         ),
+        check_calibration,
     ] = None
     input_shape: Input = None
     mask: Annotated[
@@ -187,14 +177,9 @@ class InputOptions:
         typer.Option("--positions", metavar="N", min=1, help="Input patches of every sample, in place of --rows."),
     ] = None
 
-    def __post_init__(self) -> None:
-        check_data(self.data, "calibration")
-        if self.input_shape is not None:
-            read_shape(self.input_shape)
-
 
 @dataclass(frozen=True)
-class LayerOptions:
+class LayerOptions(Checked):
     """Which layers."""
 
     skip: Annotated[
@@ -212,7 +197,7 @@ class LayerOptions:
 
 
 @dataclass(frozen=True)
-class SharingOptions:
+class SharingOptions(Checked):
     """Layers that share factors."""
 
     share: Annotated[
@@ -226,17 +211,17 @@ class SharingOptions:
     groups: Annotated[
         Path | None,
         typer.Option("--groups", metavar="FILE", help='Such layers by hand: a JSON file as {"name": ["fc1", "fc2"]}.'),
+        read_groups,
     ] = None
 
     def __post_init__(self) -> None:
-        if self.groups is not None:
-            if self.share is False:
-                raise UsageError(f"--groups {self.groups} does not combine with --no-share")
-            read_groups(self.groups)
+        if self.groups is not None and self.share is False:
+            raise UsageError(f"--groups {self.groups} does not combine with --no-share")
+        super().__post_init__()
 
 
 @dataclass(frozen=True)
-class TrainingOptions:
+class TrainingOptions(Checked):
     """Training and testing."""
 
     train: Annotated[
@@ -247,6 +232,7 @@ class TrainingOptions:
             autocompletion=completion.data,
             help="Batches with labels to fine-tune on, or to learn ranks from; named like --data.",
         ),
+        functools.partial(check_data, purpose="training"),
     ] = None
     test: Annotated[
         str | None,
@@ -256,6 +242,7 @@ class TrainingOptions:
             autocompletion=completion.data,
             help="Batches with labels to measure accuracy on; named like --data.",
         ),
+        check_test,
     ] = None
     epochs: Annotated[int, typer.Option("--epochs", metavar="N", min=0, help="Epochs of fine-tuning.")] = 10
     lr: Annotated[
@@ -263,8 +250,7 @@ class TrainingOptions:
     ] = None
 
     def __post_init__(self) -> None:
-        check_data(self.train, "training")
-        check_data(self.test, "test", "--test")
+        super().__post_init__()
         if self.lr is not None and not 0 <= self.lr < float("inf"):
             raise UsageError(f"--lr: lr={self.lr} must be a finite number of at least 0")
 
@@ -353,7 +339,7 @@ class LearnedRanksOptions(LearningOptions):
 
 
 @dataclass(frozen=True)
-class GoalOptions:
+class GoalOptions(Checked):
     """How small."""
 
     budget: Annotated[
@@ -401,20 +387,17 @@ class GoalOptions:
             help="Principal filters: how many stay, in place of --budget: kl, or energy=0.95 for a share of the "
             "responses' energy.",
         ),
+        check_recipe,
     ] = None
     plan: Annotated[
         Path | None,
         typer.Option("--plan", metavar="FILE", help="Carry out this plan.json in place of a budget."),
     ] = None
-    selector: Annotated[
-        str,
-        typer.Option("--selector", metavar="NAME", help=f"How choices are made: {', '.join(SELECTORS)}."),
-    ] = "exact"
-    guard: Annotated[
-        bool, typer.Option("--guard", help="Leave out choices that are measured no faster than dense.")
-    ] = False
+    selector: Selector = "exact"
+    guard: Guard = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         # Without a function it is what a multiplier is for, as it was written formerly.
         costs = named_costs([text for text in self.cost or () if "=" in text])
         if self.budget:
@@ -427,9 +410,6 @@ class GoalOptions:
             raise UsageError("--max-drop does not combine with --min-agreement: give one of them")
         if self.seconds is not None and not (self.compete and self.seconds >= 0):
             raise UsageError(f"--seconds {self.seconds:g} limits how long sets of methods compete: give --compete too")
-        if self.recipe is not None:
-            check_recipe(self.recipe)
-        check_selector(self.selector)
 
     @property
     def tolerant(self) -> bool:
@@ -438,13 +418,12 @@ class GoalOptions:
 
 
 @dataclass(frozen=True)
-class FileOptions:
+class FileOptions(Checked):
     """Files."""
 
-    folder: Annotated[
-        Path,
-        typer.Option("--out", "-o", metavar="DIR", help="Folder for model.safetensors, plan.json and report.html."),
-    ] = Path("compressed")
+    folder: Annotated[Path, folder_option("Folder for model.safetensors, plan.json and report.html."), check_folder] = (
+        Path("compressed")
+    )
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html.")] = True
     checkpoint: Annotated[
         Path | None,
@@ -457,37 +436,26 @@ class FileOptions:
     ] = None
     animate: Annotated[bool, typer.Option("--animate", help="Learned ranks: write ranks.gif too.")] = False
 
-    def __post_init__(self) -> None:
-        check_folder(self.folder)
-
 
 @dataclass(frozen=True)
-class FinishedOptions:
+class FinishedOptions(Checked):
     """The model, dense or compressed."""
 
     model: Annotated[
         str,
         model_argument("What returns the dense model, as compress takes it: file.py:function, torchvision:NAME, ..."),
+        check_model,
     ]
-    weights: Annotated[
-        Path | None,
-        weights_option("Weights of the dense model: .safetensors or .pt."),
-    ] = None
+    weights: Annotated[Path | None, weights_option("Weights of the dense model: .safetensors or .pt."), check_file] = (
+        None
+    )
     checkpoint: Annotated[
         Path | None,
         typer.Option(
             "--checkpoint", "-c", metavar="FILE", help="model.safetensors that compress wrote, in place of --weights."
         ),
+        check_checkpoint,
     ] = None
-
-    def __post_init__(self) -> None:
-        check_model(self.model, self.weights)
-        if self.checkpoint is not None and not self.checkpoint.is_file():
-            inside = self.checkpoint / "model.safetensors"
-            cure = f": write {inside}" if inside.is_file() else "; compress writes model.safetensors"
-            raise UsageError(f"checkpoint {str(self.checkpoint)!r} is not a file{cure}")
-        if self.checkpoint is not None:
-            check_checkpoint(self.checkpoint)
 
     def load(self) -> nn.Module:
         """The compressed model if there is a checkpoint, else the dense one."""
@@ -497,7 +465,7 @@ class FinishedOptions:
 
 
 @dataclass(frozen=True)
-class ExampleOptions:
+class ExampleOptions(Checked):
     """What it is run on."""
 
     data: Annotated[
@@ -506,10 +474,6 @@ class ExampleOptions:
             "Batches, with labels where accuracy is measured: imagefolder:DIR, FILE.npz, FILE.csv, "
             "file.py:function, ...; options follow as ?key=value."
         ),
+        functools.partial(check_data, purpose="test"),
     ] = None
     input_shape: Input = None
-
-    def __post_init__(self) -> None:
-        check_data(self.data, "test")
-        if self.input_shape is not None:
-            read_shape(self.input_shape)

@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from spectrim.cli import options
-from spectrim.cli.common import Output, command
-from spectrim.cli.data import check_data
+from spectrim.cli.common import Checked, Output, command
 from spectrim.cli.references import UsageError
 from spectrim.cli.values import check_folder
 
@@ -23,7 +20,7 @@ _NAMES = {"macs": "MACs", "parameters": "parameters", "bytes": "weights", "laten
 
 
 @dataclass(frozen=True)
-class PointOptions:
+class PointOptions(Checked):
     """Points of the curve."""
 
     budget: Annotated[
@@ -34,15 +31,11 @@ class PointOptions:
     data: Annotated[
         str | None,
         options.data_option("Samples that layers are fitted to; some of --train by default."),
+        options.check_calibration,
     ] = None
     folder: Annotated[
-        Path,
-        typer.Option("--out", "-o", metavar="DIR", help="Folder for path.json, path.svg and a folder for each point."),
+        Path, options.folder_option("Folder for path.json, path.svg and a folder for each point."), check_folder
     ] = Path("path")
-
-    def __post_init__(self) -> None:
-        check_data(self.data, "calibration")
-        check_folder(self.folder)
 
 
 @command

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from spectrim.cli import completion, options
-from spectrim.cli.common import Output, command, usage
+from spectrim.cli.common import Checked, Output, command, usage
 from spectrim.cli.methods import FILTERS, LEARNED, Methods
 from spectrim.cli.references import UsageError
 from spectrim.cli.values import check_folder, named_costs, read_budget
@@ -18,7 +18,7 @@ from spectrim.selection.budget import COSTS, OTHER_NAMES
 
 
 @dataclass(frozen=True)
-class SizeOptions:
+class SizeOptions(Checked):
     """Which sizes."""
 
     cost: Annotated[
@@ -39,13 +39,8 @@ class SizeOptions:
         list[str] | None,
         options.budget_option("One point, as macs=50% or macs=50%,parameters=40%, in place of --points. Repeatable."),
     ] = None
-    selector: Annotated[
-        str,
-        typer.Option("--selector", metavar="NAME", help=f"How choices are made: {', '.join(options.SELECTORS)}."),
-    ] = "exact"
-    guard: Annotated[
-        bool, typer.Option("--guard", help="Leave out choices that are measured no faster than dense.")
-    ] = False
+    selector: options.Selector = "exact"
+    guard: options.Guard = False
     latency: Annotated[bool, typer.Option("--latency", help="Time every network beside the dense one.")] = False
 
     def __post_init__(self) -> None:
@@ -59,7 +54,7 @@ class SizeOptions:
         for text in self.budget or ():
             read_budget([text], costs)
         _ = self.shares
-        options.check_selector(self.selector)
+        super().__post_init__()
 
     @property
     def own(self) -> list[str]:
@@ -98,22 +93,16 @@ class SizeOptions:
 
 
 @dataclass(frozen=True)
-class SweepFileOptions:
+class SweepFileOptions(Checked):
     """Files."""
 
     folder: Annotated[
-        Path,
-        typer.Option(
-            "--out", "-o", metavar="DIR", help="Folder for sweep.json, sweep.svg, sweep.html and a folder a point."
-        ),
+        Path, options.folder_option("Folder for sweep.json, sweep.svg, sweep.html and a folder a point."), check_folder
     ] = Path("sweep")
     models: Annotated[
         bool, typer.Option("--models", help="Write model.safetensors for every point, to load or to compare.")
     ] = False
     report: Annotated[bool, typer.Option("--report/--no-report", help="Write sweep.html and sweep.svg.")] = True
-
-    def __post_init__(self) -> None:
-        check_folder(self.folder)
 
 
 @command

@@ -6,8 +6,9 @@ They are read without torch, so that what cannot be used is told at once.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from spectrim.cli.common import usage
@@ -93,6 +94,19 @@ def read_shape(text: str) -> tuple[int, ...]:
         close = f" Did you mean {'x'.join(numbers)}?" if meant else ""
         raise UsageError(f"--input {text!r} is no shape: write the sizes of one sample, as 3x224x224.{close}")
     return tuple(shape)
+
+
+def one_of(
+    option: str, known: Sequence[str], other_names: Mapping[str, str] = MappingProxyType({})
+) -> Callable[[str], None]:
+    """What refuses a value of an option that is none of those that are known."""
+
+    def check(text: str) -> None:
+        if text not in known:
+            close = did_you_mean(text, known, other_names)
+            raise UsageError(f"{option} {text!r} is not known; choose from {', '.join(known)}.{close}")
+
+    return check
 
 
 def check_device(text: str) -> None:

@@ -54,6 +54,10 @@ def check_checkpoint(path: Path) -> None:
     UsageError
         Says what it is.
     """
+    if not path.is_file():
+        inside = path / "model.safetensors"
+        cure = f": write {inside}" if inside.is_file() else "; compress writes model.safetensors"
+        raise UsageError(f"checkpoint {str(path)!r} is not a file{cure}")
     head = _head(path)
     why = _something_else(head) or _not_safetensors(path, head, _CHECKPOINT)
     if not why and "plan" not in (_header(path).get("__metadata__") or ()):

@@ -38,8 +38,6 @@ log = logging.getLogger(__name__)
 _SPREAD = 0.25
 # Layers that a printed result has at most.
 _LAYERS = 16
-# A share of a cost in what was left alone above which a user is told.
-_MUCH = 0.1
 
 
 @dataclass(frozen=True)

@@ -324,16 +324,7 @@ class Loop:
                 "or delete the file to start again"
             )
         problem = record.problem(self.recipe.epochs, self.steps_per_epoch)
-        unknown = parts.keys() - {
-            "model",
-            "optimizer",
-            "best",
-            "random",
-            "epoch_random",
-            "loss",
-            "penalty",
-            "after_step",
-        }
+        unknown = parts.keys() - _PARTS
         total, best = tensors.get("loss/sum"), parts.get("best", {})
         if unknown:
             problem = f"it holds {min(unknown)!r}, which is no part of a checkpoint"
