@@ -161,11 +161,11 @@ def compress(out: Output, run: RankRun, files: FileOptions) -> None:
     if scores:
         scores.append(("learned ranks", on.score(result.model)))
     outcome = Outcome(
-        on.model, on.dense, result, folder, tuple(scores), (sentence(result, run), *different), on.named,
+        on.network.model, on.dense, result, folder, tuple(scores), (sentence(result, run), *different), on.named,
         {"training": run.training.recipe().seed},
     )  # fmt: skip
     score = outcome.known_score if scores else None
-    comparison = compare(on.dense, result.model, on.example, evaluate=score, threads=on.threads)
+    comparison = compare(on.dense, result.model, on.example, evaluate=score, threads=on.network.threads)
     outcome.finish(out, comparison, report=files.report, animate=files.animate, weights=on.whose)
     if files.checkpoint is None:
         held.remove()

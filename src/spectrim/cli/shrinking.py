@@ -77,6 +77,8 @@ class Request:
         Layers that may share factors.
     awaited
         Whether there should be such groups, since they were asked for by name.
+    goal
+        How small, as it was said.
     """
 
     methods: list[Method]
@@ -86,17 +88,12 @@ class Request:
     plan: Plan | None
     groups: Wanted
     awaited: bool
-    selector: Selector
-    guard: bool
-    max_drop: float | None = None
-    min_agreement: float | None = None
-    compete: bool = False
-    seconds: float | None = None
+    goal: GoalOptions
 
     def making(self, progress: Progress) -> Making:
         """How a network is made, with the methods that were asked for."""
-        methods = None if self.compete else self.methods
-        return Making(methods, guard=self.guard, costs=self.costs, selector=self.selector, progress=progress)
+        methods = None if self.goal.compete else self.methods
+        return Making(methods, guard=self.goal.guard, costs=self.costs, selector=self.selector, progress=progress)
 
     @classmethod
     def read(
@@ -118,32 +115,22 @@ class Request:
         chosen = methods.chosen(calibrated, multiple_of=multiple_of, share=groups is not False)
         plan = Plan.read(goal.plan) if goal.plan is not None else None
         awaited = plan is None and wanted_groups(sharing, methods) is True
-        return cls(
-            chosen,
-            costs,
-            budget,
-            recipe,
-            plan,
-            groups,
-            awaited,
-            SELECTOR_OF[goal.selector],
-            goal.guard,
-            goal.max_drop,
-            goal.min_agreement,
-            goal.compete,
-            goal.seconds,
-        )
+        return cls(chosen, costs, budget, recipe, plan, groups, awaited, goal)
+
+    @property
+    def selector(self) -> Selector:
+        return SELECTOR_OF[self.goal.selector]
 
     @property
     def timed(self) -> bool:
         """Whether latency has to be measured."""
-        return self.guard or (self.budget is not None and self.budget.latency is not None)
+        return self.goal.guard or (self.budget is not None and self.budget.latency is not None)
 
     def tolerance(self, work: Work) -> tuple[Tolerance | None, Judge]:
         """What may be lost, and what tells it: accuracy where a drop of it is limited, else the outputs."""
         judge = Judge(work.score, metric="accuracy on --test is")
-        tolerance = Tolerance.of(self.max_drop, self.min_agreement, judge)
-        return tolerance, judge.knowing(work.dense) if self.max_drop is not None else Judge()
+        tolerance = Tolerance.of(self.goal.max_drop, self.goal.min_agreement, judge)
+        return tolerance, judge.knowing(work.dense) if self.goal.max_drop is not None else Judge()
 
     def fitted(self, sites: Sites, calibrated: bool) -> Request:
         """The request with the groups and, where filters were removed, the methods that its plan was made with."""
@@ -203,21 +190,19 @@ def compress(
         result = _kept(out, result, work, held)
         file = write_result(result, files.folder)["model"]
         out.left = f"{file} is the network before fine-tuning; the same call goes on with the training"
-    outcome = Outcome(work.model, work.dense, result, files.folder, named=work.named)
+    outcome = Outcome(work.network.model, work.dense, result, files.folder, named=work.named)
     outcome = _tuned(out, outcome, work, tuning, held)
-    outcome = outcome.noted(*different)
-    kernels = fastest(result.model, work.example, work.threads, work.runtime)
-    outcome = outcome.noted(*filter_notes(result.plan, result.sites))
-    if request.recipe is not None:
-        outcome = outcome.noted(*sample_notes(result.sites, _filters(request)))
-    outcome = outcome.noted(*kernel_notes(kernels))
+    network = work.network
+    kernels = fastest(result.model, work.example, network.threads, network.runtime)
+    few = sample_notes(result.sites, _filters(request)) if request.recipe is not None else ()
+    outcome = outcome.noted(*different, *filter_notes(result.plan, result.sites), *few, *kernel_notes(kernels))
     score = outcome.known_score if work.testing is not None else None
 
     def compared(runtime: str) -> Comparison:
-        return compare(work.dense, result.model, work.example, evaluate=score, threads=work.threads, runtime=runtime)
+        return compare(work.dense, result.model, work.example, evaluate=score, threads=network.threads, runtime=runtime)
 
     try:
-        comparison = compared(work.runtime)
+        comparison = compared(network.runtime)
     except ExportError as error:  # of the compressed network: the dense one was tried before the work
         outcome = outcome.noted(f"Time is that of torch's eager mode: {error}.")
         comparison = compared("eager")
@@ -238,7 +223,7 @@ def _kept(out: Output, result: Result, work: Work, held: RunFolder) -> Result:
     out.say(f"going on with the run in {held.folder}")
     # What was chosen by measured time comes out differently another time.
     plan = read_plan(file)
-    model = load_compressed(work.model, file).to(next(work.dense.parameters()).device)
+    model = load_compressed(work.network.model, file).to(next(work.dense.parameters()).device)
     return dataclasses.replace(result, model=model, plan=plan, report=dataclasses.replace(result.report, plan=plan))
 
 
@@ -252,15 +237,15 @@ def _best(out: Output, request: Request, work: Work) -> Result:
         if tolerance is not None:
             return shrink_within(
                 work.dense, known, request.budget, tolerance, judge, request.making(show), arms=arms,
-                seconds=request.seconds,
+                seconds=request.goal.seconds,
             )  # fmt: skip
         assert request.budget is not None
         making = request.making(show)
-        return shrink_best(work.dense, known, request.budget, arms, judge, making, seconds=request.seconds)
+        return shrink_best(work.dense, known, request.budget, arms, judge, making, seconds=request.goal.seconds)
 
 
 def _compressed(out: Output, request: Request, work: Work) -> Result:
-    if request.compete:
+    if request.goal.compete:
         return _best(out, request, work)
     calibrated = work.calibration is not None
     request = request.fitted(work.sites, calibrated)
@@ -277,7 +262,7 @@ def _compressed(out: Output, request: Request, work: Work) -> Result:
     if request.budget is not None and calibrated:
         with out.progress() as show:
             return shrink(work.dense, known, request.budget, request.making(show))
-    table = table_of(out, known, request.methods, request.costs, guard=request.guard)
+    table = table_of(out, known, request.methods, request.costs, guard=request.goal.guard)
     if request.recipe is not None:
         plan = recommended(known.sites, request.recipe, _filters(request))
     elif request.plan is not None:

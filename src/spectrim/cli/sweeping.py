@@ -140,27 +140,27 @@ class Request:
         self._finish(out, found, work, different)
 
     def _finish(self, out: Output, found: Sweep, work: Work, notes: tuple[str, ...]) -> None:
-        folder = self.files.folder
+        folder, model = self.files.folder, self.network.model
         files = {"sweep": folder / "sweep.json", "run": folder / "run.json"}
         smallest = folder / found.front()[-1].folder if found.front() else folder
         kept = self.files.models
-        again = shlex.join(["spectrim", "compress", self.network.model, *(
+        again = shlex.join(["spectrim", "compress", model, *(
             ["-w", str(self.network.weights)] if self.network.weights is not None else []
         ), "-d", str(self.inputs.data), "--plan", str(smallest / "plan.json")])  # fmt: skip
         if kept:
-            again = load_lines(self.network.model, work.dense, {"model": smallest / "model.safetensors"})
+            again = load_lines(model, work.dense, {"model": smallest / "model.safetensors"})
         if self.files.report:
             files |= {"figure": folder / "sweep.svg", "report": folder / "sweep.html"}
             draw(found, files["figure"])
             origin = Origin(parts=tuple(parts_of(work.named, work.dense)), load=again)
-            SweepPage(work.model, found, notes, origin=origin).write(files["report"])
+            SweepPage(model, found, notes, origin=origin).write(files["report"])
         rows = [
             {**row, "folder": str(folder / point.folder), "notes": list(point.notes)}
             for row, point in zip(found.rows(), found, strict=True)
         ]
         out.document(
             {
-                "model": work.model, "folder": str(folder), "files": {n: str(path) for n, path in files.items()},
+                "model": model, "folder": str(folder), "files": {n: str(path) for n, path in files.items()},
                 "cost": found.cost, "judged_by": found.judged_by, "dense": found.dense, "points": rows,
                 "unmet": dict(found.unmet), "notes": [*found.sentences, *notes],
             }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,8 +35,8 @@ class Work:
 
     Attributes
     ----------
-    model
-        The model's reference.
+    network
+        What names the model, and says how it is run where time is measured.
     dense
         The model.
     sites
@@ -47,17 +47,13 @@ class Work:
         A batch as latency and memory are measured with; None without any batch or shape.
     latency
         How time is measured; None if nothing asks for it.
-    threads, runtime
-        As given.
-    whose
-        Whose weights the model has, in words.
     sampling
         How many rows calibration keeps, and which are data.
     named
         References of model, weights and data as given, by their role.
     """
 
-    model: str
+    network: NetworkOptions
     dense: nn.Module
     sites: Sites
     training: Iterable[Any] | None
@@ -65,11 +61,8 @@ class Work:
     testing: Iterable[Any] | None
     example: Any
     latency: Latency | None
-    threads: int | None
-    whose: str = ""
-    sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
-    named: Mapping[str, str] = field(default_factory=dict)
-    runtime: str = "eager"
+    sampling: Sampling
+    named: Mapping[str, str]
 
     @classmethod
     def load(
@@ -91,20 +84,18 @@ class Work:
         device = device_named(network.device, network.threads, network.runtime)
         dense = load_model(network.model, network.weights).to(device)
         sites = locate(dense, layers.skip, layers.only)
-        train = training_batches(training.train, device) if training.train is not None else None
-        if train is not None:
-            check_classes(dense, train, str(training.train))
+        train = training_batches(training.train, device, dense) if training.train is not None else None
         data = load_data(inputs.data, purpose="calibration", device=device) if inputs.data is not None else None
         test = load_data(training.test, purpose="test", device=device) if training.test is not None else None
         if test is not None:
             with usage("--test"):  # labels, before there is anything that could be lost
                 accuracy(dense, [_first(test, str(training.test))])
         example = None
-        if inputs.data is not None or (inputs.input_shape is None and train is not None):
-            name = training.train if inputs.data is None else inputs.data
-            example = first_batch(data if data is not None else train or (), network.batch, str(name), dense)
-        elif inputs.input_shape is not None:
+        seen, name = (train, training.train) if data is None else (data, inputs.data)
+        if data is None and inputs.input_shape is not None:
             example = random_input(inputs.input_shape, network.batch, device)
+        elif seen is not None:
+            example = first_batch(seen, network.batch, str(name), dense)
         if inputs.mask is not None and data is not None:
             _check_mask(inputs.mask, _first(data, str(inputs.data)))
         if example is not None:
@@ -114,21 +105,14 @@ class Work:
             "model": network.model, "weights": network.weights, "calibration data": inputs.data,
             "training data": training.train, "test data": training.test,
         }  # fmt: skip
-        return cls(
-            network.model,
-            dense,
-            sites,
-            train,
-            data,
-            test,
-            example,
-            clock,
-            network.threads,
-            whose_weights(network.model, network.weights),
-            Sampling(inputs.rows or "auto", inputs.positions, inputs.mask),
-            {role: str(text) for role, text in named.items() if text is not None},
-            network.runtime,
-        )
+        named = {role: str(text) for role, text in named.items() if text is not None}
+        sampling = Sampling(inputs.rows or "auto", inputs.positions, inputs.mask)
+        return cls(network, dense, sites, train, data, test, example, clock, sampling, named)
+
+    @property
+    def whose(self) -> str:
+        """Whose weights the model has, in words."""
+        return whose_weights(self.network.model, self.network.weights)
 
     @property
     def references(self) -> dict[str, Iterable[Any] | None]:
@@ -224,8 +208,8 @@ def _first(batches: Iterable[Any], name: str) -> Any:
     raise UsageError(f"data {name!r} is empty")
 
 
-def training_batches(text: str, device: str) -> Iterable[Any]:
-    """The batches that ``--train`` names, fit for training.
+def training_batches(text: str, device: str, model: nn.Module) -> Iterable[Any]:
+    """The batches that ``--train`` names, fit for training a model.
 
     Raises
     ------
@@ -239,10 +223,11 @@ def training_batches(text: str, device: str) -> Iterable[Any]:
         split(_first(batches, text))
     except TypeError as error:
         raise UsageError(f"--train {text!r} cannot be trained on: {error}") from error
+    _check_classes(model, batches, text)
     return batches
 
 
-def check_classes(model: nn.Module, batches: Iterable[Any], text: str) -> None:
+def _check_classes(model: nn.Module, batches: Iterable[Any], text: str) -> None:
     """Refuse labels that a classifier has no output for, before anything is fitted to batches.
 
     Raises
