@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from spectrim.cli.references import Reference, UsageError, call, factory, filled, installed, parse
+from spectrim.cli.references import Reference, UsageError, call, factory, filled, installed, nearest, parse
 from spectrim.cli.sources import check_factory
 from spectrim.errors import did_you_mean
 
@@ -377,8 +377,7 @@ def _directory(reference: Reference) -> Path:
         raise UsageError(f"data {reference.text!r} names no folder: write {reference.scheme}:DIR")
     folder = Path(reference.place).expanduser()
     if not folder.is_dir():
-        near = [str(each) for each in folder.parent.iterdir() if each.is_dir()] if folder.parent.is_dir() else []
-        close = did_you_mean(str(folder), near)
+        close = nearest(folder, "*/")
         raise UsageError(f"data {reference.text!r}: {reference.place!r} is not a folder.{close}".removesuffix("."))
     return folder
 
@@ -388,10 +387,7 @@ def _file(reference: Reference) -> Path:
         raise UsageError(f"data {reference.text!r} names no file: write {reference.scheme}:FILE")
     file = Path(reference.place).expanduser()
     if not file.is_file():
-        near = [str(each) for each in file.parent.glob("*.*")] if file.parent.is_dir() else []
-        raise UsageError(
-            f"data {reference.text!r}: there is no file {reference.place!r}.{did_you_mean(str(file), near)}"
-        )
+        raise UsageError(f"data {reference.text!r}: there is no file {reference.place!r}.{nearest(file, '*.*')}")
     return file
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectrim.cli.references import Reference, UsageError, call, factory, installed, need, parse
+from spectrim.cli.references import Reference, UsageError, call, factory, installed, nearest, need, parse
 from spectrim.cli.sources import check_factory
 from spectrim.cli.weights import SUFFIXES, check_file, fill, read_weights
 from spectrim.errors import did_you_mean
@@ -209,8 +209,7 @@ def _check_hub(reference: Reference) -> None:
         if not (folder / "config.json").is_file():
             raise UsageError(f"model {reference.text!r}: it has no config.json; give what save_pretrained wrote")
     elif name.startswith((".", "/", "~")):
-        near = [str(each) for each in folder.parent.iterdir() if each.is_dir()] if folder.parent.is_dir() else []
-        close = did_you_mean(str(folder), near)
+        close = nearest(folder, "*/")
         raise UsageError(f"model {reference.text!r}: there is no such folder.{close}".removesuffix("."))
     elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         raise UsageError(f"model {reference.text!r}: {name!r} is no name on a hub: write hf:NAME or hf:OWNER/NAME")

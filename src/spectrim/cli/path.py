@@ -70,6 +70,7 @@ def path(
     from spectrim.cli.results import write_result
     from spectrim.cli.unfinished import make_folder
     from spectrim.network.files import write_text
+    from spectrim.selection.point import Point
     from spectrim.train import LearnedResult, budget_path
 
     run = learning.RankRun(network, points.data, training, layers, ranks, budget, cost or ())
@@ -88,7 +89,7 @@ def path(
 
     def done(result: LearnedResult) -> None:
         asked, plan, parts = budget[len(done_points)], result.plan, (result.learning, result.tuning)
-        written = write_result(result, folder / _folder(len(done_points), asked))
+        written = write_result(result, folder / f"{len(done_points):02d}-{Point.folder_of(asked)}")
         seconds = sum(part.seconds for part in parts if part is not None)
         done_points.append(
             {
@@ -119,12 +120,6 @@ def path(
     out.print(f"\nEach point has a folder in {folder}. To load the last one in Python:")
     for line in load_lines(network.model, work.dense, {"model": folder / last}).splitlines():
         out.print(f"  {line}")
-
-
-def _folder(number: int, asked: str) -> str:
-    """A name that every file system takes: ``00-macs-65pct`` for the first point, ``macs=65%``."""
-    text = "".join(asked.split()).replace("%", "pct")
-    return f"{number:02d}-" + "".join(c if c.isascii() and (c.isalnum() or c == ".") else "-" for c in text)
 
 
 def _draw(found: Mapping[str, Any], cost: str, file: Path) -> None:

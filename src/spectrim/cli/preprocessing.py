@@ -12,7 +12,7 @@ from torch import nn
 from spectrim.cli.batches import Batches
 from spectrim.cli.common import Output
 from spectrim.nn.watch.batches import Feed
-from spectrim.train.batches import tensors
+from spectrim.nn.watch.nesting import tensors
 from spectrim.train.randomness import kept
 
 # Inputs of one kind of data differ less than this from batch to batch; a normalisation more or less, by more.
@@ -44,10 +44,9 @@ class Inputs:
         """Of a reference's batches, as a model takes them; None if they hold no tensor."""
         with kept():
             batch = next(iter(batches), None)
-        found = tensors(batch)
-        if not found:
+        first = next(tensors(batch), None)
+        if first is None:
             return None
-        first = found[0]
         # Of a list of images the first tensor is a sample itself.
         of_one = first.shape if model is not None and Feed().decide(model, batch).layout.listed else first.shape[1:]
         settings = batches.preparation if isinstance(batches, Batches) else ""

@@ -79,6 +79,11 @@ def parse(text: str) -> Reference:
     return Reference(text, scheme, place, texts)
 
 
+def nearest(path: Path, pattern: str) -> str:
+    """A question after the file or folder that was meant, of those that lie where there is none of this name."""
+    return did_you_mean(str(path), map(str, path.parent.glob(pattern)))
+
+
 def halves(text: str) -> tuple[str, str]:
     """What stands before and after the first colon; a file's name ends with its suffix, and may hold colons."""
     file, end, place = text.rpartition(".py:")

@@ -109,8 +109,7 @@ class Outcome:
     def tuned(self, training: TrainingResult, agreed: Agreement | None) -> Outcome:
         """After fine-tuning, with the finished model's agreement in place of the one measured before."""
         note = f"Fine-tuned for {training.epochs} epochs in {training.seconds:.0f} s, with the dense model as teacher."
-        report = dataclasses.replace(self.result.report, agreement=agreed)
-        return dataclasses.replace(self, result=dataclasses.replace(self.result, report=report)).noted(note)
+        return dataclasses.replace(self, result=self.result.reporting(agreement=agreed)).noted(note)
 
     @property
     def model(self) -> str:

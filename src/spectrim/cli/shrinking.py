@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from spectrim.cli.common import Output
 from spectrim.cli.filters import (
     filter_notes,
@@ -28,20 +26,21 @@ from spectrim.cli.preprocessing import tell
 from spectrim.cli.results import Outcome, write_result
 from spectrim.cli.sharing import NONE_ALIKE, Wanted, planned_groups, wanted_groups
 from spectrim.cli.sparsity import check_patterns, fastest, kernel_notes, kernel_values
-from spectrim.cli.steps import carry_out, prepared, table_of
+from spectrim.cli.steps import prepared, table_of
 from spectrim.cli.unfinished import ONE_SHOT, TUNING, UNFINISHED, RunFolder
 from spectrim.cli.values import read_budget, read_costs
 from spectrim.cli.work import Work
 from spectrim.errors import ExportError
 from spectrim.methods import Method, PrincipalFilters
 from spectrim.network.sites import Sites
+from spectrim.network.state_values import plain_tensors
 from spectrim.network.tensor_files import digest_of_tensors
 from spectrim.nn.agreement import agreement
 from spectrim.nn.checkpoint import check_savable, read_plan, save
 from spectrim.nn.watch.contents import contents, settled
 from spectrim.pipeline import Result
 from spectrim.pipeline.making import Making
-from spectrim.pipeline.shrinking import shrink, shrink_best, shrink_within
+from spectrim.pipeline.shrinking import finished, shrink, shrink_best, shrink_within
 from spectrim.preparation import coupled
 from spectrim.progress import Progress
 from spectrim.report import Comparison, compare
@@ -150,8 +149,7 @@ def run_folder(folder: Path, asked: Mapping[str, Any], work: Work, tuning: Recip
     """
     if work.training is None or tuning.epochs == 0:
         return None
-    state = work.dense.state_dict().items()
-    weights = {name: each.cpu() for name, each in state if isinstance(each, Tensor) and not each.is_quantized}
+    weights = plain_tensors(work.dense.state_dict())
     left = {name: value for name, value in asked.items() if name not in ("test", "batch", "threads", "runtime")}
     record = {**left, "weights_sha256": digest_of_tensors(weights)}
     if asked["plan"] is not None:
@@ -224,7 +222,7 @@ def _kept(out: Output, result: Result, work: Work, held: RunFolder) -> Result:
     # What was chosen by measured time comes out differently another time.
     plan = read_plan(file)
     model = load_compressed(work.network.model, file).to(next(work.dense.parameters()).device)
-    return dataclasses.replace(result, model=model, plan=plan, report=dataclasses.replace(result.report, plan=plan))
+    return dataclasses.replace(result, model=model, plan=plan).reporting(plan=plan)
 
 
 def _best(out: Output, request: Request, work: Work) -> Result:
@@ -270,7 +268,8 @@ def _compressed(out: Output, request: Request, work: Work) -> Result:
     else:
         assert request.budget is not None
         plan = select(table, request.budget, request.selector)
-    return carry_out(work.dense, known, table, plan)
+    # How layers run is chosen when all is done.
+    return finished(work.dense, dataclasses.replace(known, latency=None), plan, table, Making())
 
 
 def _filters(request: Request) -> PrincipalFilters:

@@ -6,18 +6,13 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
-from spectrim import application
 from spectrim.cli.common import Output
 from spectrim.cli.sharing import Wanted, offer
 from spectrim.cli.work import Work
 from spectrim.methods import Method
 from spectrim.network.sites import Sites
-from spectrim.pipeline import Result, reported
 from spectrim.preparation import Prepared, prepare
 from spectrim.selection.candidates import Candidates
-from spectrim.selection.plan import Plan
 from spectrim.tables import tabulate
 
 
@@ -59,14 +54,6 @@ def table_of(
             known.sites, methods, latency=known.latency, dense_latency=known.dense_latency, costs=costs, guard=guard,
             progress=report,
         )  # fmt: skip
-
-
-def carry_out(model: nn.Module, known: Prepared, table: Candidates, plan: Plan) -> Result:
-    """Apply a plan to a model that has been prepared."""
-    sites = known.sites
-    done = application.carry_out(model, sites, plan, known.batches, sampling=known.sampling)
-    report = reported(model, done.model, sites, plan, done, known.batches, mask=known.sampling.mask)
-    return Result(done.model, plan, report, table, sites)
 
 
 def skipped_values(sites: Sites) -> list[dict[str, str]]:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from spectrim.cli.common import usage
-from spectrim.cli.references import Reference, UsageError, factory, halves
+from spectrim.cli.references import Reference, UsageError, factory, halves, nearest
 from spectrim.cli.sources import check_factory
 from spectrim.errors import did_you_mean
 from spectrim.selection.budget import COSTS, OTHER_NAMES, Budget
@@ -175,8 +175,7 @@ def check_plan(file: Path, option: str = "--plan ") -> None:
     inside = file / "plan.json" if file.is_dir() else file.parent / "plan.json"
     there = inside.is_file() and inside != file
     if not file.is_file():
-        near = [str(each) for each in file.parent.glob("*.json")]
-        close = f"; compress writes plan.json beside the model.{did_you_mean(str(file), near)}".removesuffix(".")
+        close = f"; compress writes plan.json beside the model.{nearest(file, '*.json')}".removesuffix(".")
         raise UsageError(f"{option}{str(file)!r} is not a file{f': write {inside}' if there else close}")
     with file.open("rb") as opened:
         text = opened.read(_LARGEST_PLAN)
@@ -200,8 +199,7 @@ def read_groups(file: Path) -> dict[str, tuple[str, ...]]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
     except OSError as error:
-        near = [str(each) for each in file.parent.glob("*.json")]
-        close = did_you_mean(str(file), near)
+        close = nearest(file, "*.json")
         raise UsageError(f"--groups {str(file)!r} cannot be read: {error.strerror}{close and f'.{close}'}") from error
     except (ValueError, RecursionError) as error:
         raise UsageError(f"--groups {str(file)!r} cannot be read as JSON: {error}") from error

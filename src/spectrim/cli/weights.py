@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spectrim.cli.references import UsageError
-from spectrim.errors import did_you_mean
+from spectrim.cli.references import UsageError, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -34,9 +33,8 @@ def check_file(weights: str | Path) -> Path:
     """
     path = Path(weights)
     if not path.is_file():
-        near = [str(each) for each in path.parent.glob("*.*")] if path.parent.is_dir() else []
         inside = sorted(each for each in path.glob("*.*") if each.suffix in SUFFIXES) if path.is_dir() else []
-        close = f": it is a folder, write {inside[0]}" if inside else f".{did_you_mean(str(path), near)}"
+        close = f": it is a folder, write {inside[0]}" if inside else f".{nearest(path, '*.*')}"
         raise UsageError(f"weights {str(path)!r} is not a file{close}".removesuffix("."))
     if path.suffix not in SUFFIXES:
         got = repr(path.suffix) if path.suffix else "no suffix"

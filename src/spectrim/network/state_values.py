@@ -16,6 +16,11 @@ def is_plain(value: object) -> bool:
     return isinstance(value, Tensor) and not value.is_quantized
 
 
+def plain_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The ordinary tensors of a state, on the CPU."""
+    return {name: value.cpu() for name, value in state.items() if is_plain(value)}
+
+
 def taken_apart(name: str, value: Any) -> tuple[Any, dict[str, Tensor]]:
     """A value of a state as a record for JSON and plain tensors, by names that begin with its own.
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
 from torch import nn
 
@@ -233,6 +233,10 @@ class Result(Printed):
     report: Report
     candidates: Candidates
     sites: Sites
+
+    def reporting(self, **changes: Any) -> Self:
+        """The same result with other values in its report."""
+        return dataclasses.replace(self, report=dataclasses.replace(self.report, **changes))
 
     def rows(self) -> list[dict[str, Any]]:
         """What happened to every layer, as plain values: :meth:`spectrim.Plan.rows`."""

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -106,26 +107,37 @@ def drafted(
 
 def carried(model: nn.Module, prepared: Prepared, draft: Draft, making: Making) -> Result:
     """The finished network of a plan, which is corrected by measured times where these are limited."""
-    sites, plan, table, budget, latency = draft.sites, draft.plan, draft.table, draft.budget, prepared.latency
-    measured: Mapping[str, Timing] = {}
-    said_of_time: Sequence[str] = ()
-    if latency is not None:
-        plan, measured, said_of_time = met(model, draft, prepared.example, latency)
+    plan, measured, said = draft.plan, {}, ()
+    if prepared.latency is not None:
+        plan, measured, said = met(model, draft, prepared.example, prepared.latency)
     if draft.file is not None:
         # The header that the table counts is that of the compressed network's file.
         plan = dataclasses.replace(plan, dense_costs={**plan.dense_costs, "bytes": draft.file})
+    notes = (*_said_of_rest(draft.table, draft.budget), *(said if measured else _said_of_chains(plan)))
+    known, theirs = dataclasses.replace(prepared, sites=draft.sites), dataclasses.replace(making, methods=draft.methods)
+    return finished(model, known, plan, draft.table, theirs, measured=measured, notes=notes)
+
+
+def finished(
+    model: nn.Module,
+    prepared: Prepared,
+    plan: Plan,
+    table: Candidates,
+    making: Making,
+    *,
+    measured: Mapping[str, Timing] = MappingProxyType({}),
+    notes: Sequence[str] = (),
+) -> Result:
+    """What comes of carrying out a plan, as it is run where time is measured, with what is to be said of it."""
+    sites, batches, sampling = prepared.sites, prepared.batches, prepared.sampling
     done = carry_out(
-        model, sites, plan, prepared.batches, methods=draft.methods, reconstruct=making.reconstruct,
-        forward=making.forward, sampling=prepared.sampling, progress=making.progress,
+        model, sites, plan, batches, methods=making.methods, reconstruct=making.reconstruct, forward=making.forward,
+        sampling=sampling, progress=making.progress,
     )  # fmt: skip
-    small = done.model
-    if latency is not None:
-        small = as_run(small, prepared.example, latency)
-    said = said_of_time if measured else tuple(_said_of_chains(plan))
-    notes = (*_said_of_rest(table, budget), *said)
+    small = done.model if prepared.latency is None else as_run(done.model, prepared.example, prepared.latency)
     report = reported(
-        model, small, sites, plan, done, prepared.batches, mask=prepared.sampling.mask, forward=making.forward,
-        measured=measured, notes=notes,
+        model, small, sites, plan, done, batches, mask=sampling.mask, forward=making.forward, measured=measured,
+        notes=notes,
     )  # fmt: skip
     return Result(small, plan, report, table, sites)
 
@@ -185,7 +197,7 @@ def shrink_best(
         planned, made, _verdict, _size, lambda result: tolerance is not None and tolerance.holds(_verdict(result))
     )
     result, tried = contest.best(arms, seconds=seconds, spent=spent, progress=making.progress)
-    return dataclasses.replace(result, report=dataclasses.replace(result.report, arms=tried))
+    return result.reporting(arms=tried)
 
 
 def _telling(progress: Progress, arm: Arm) -> Progress:
@@ -274,20 +286,16 @@ def shrink_within(
     best = smaller(limits, first.dense if best is None else best.plan.costs, others, holds, over) or best
     if budget is not None:
         raise ToleranceError(_gate(budget, stated, best), best)
-    result = best or _without_arms(made(Budget(**{cost: Limit(1.0, relative=True)})))
+    result = best or made(Budget(**{cost: Limit(1.0, relative=True)})).reporting(arms=())
     return _concluded(result, standings, best is not None, seconds if over() else None)
-
-
-def _without_arms(result: Result) -> Result:
-    return dataclasses.replace(result, report=dataclasses.replace(result.report, arms=()))
 
 
 def _concluded(result: Result, standings: Standings, any_holds: bool, ended: float | None) -> Result:
     """The network with what became of all arms, whether any ``held``, and after how many seconds the search ended."""
     rest = "not tried: no network was left to improve on" if ended is None else not_tried(ended)
-    report = dataclasses.replace(result.report, arms=standings.told(result.report.arms, rest))
     untried = not standings.rows and bool(standings.arms)
-    return _noted(dataclasses.replace(result, report=report), *_said_of_search(None if untried else any_holds, ended))
+    notes = (*_said_of_search(None if untried else any_holds, ended), *result.report.notes)
+    return result.reporting(arms=standings.told(result.report.arms, rest), notes=notes)
 
 
 def _said_of_search(any_holds: bool | None, ended: float | None) -> Iterator[str]:
@@ -306,10 +314,6 @@ def _said_of_search(any_holds: bool | None, ended: float | None) -> Iterator[str
         yield f"the search ended after {ended:g} s"
 
 
-def _noted(result: Result, *notes: str) -> Result:
-    return dataclasses.replace(result, report=dataclasses.replace(result.report, notes=(*notes, *result.report.notes)))
-
-
 def _gate(budget: Budget, stated: Result, network: Result | None) -> str:
     """What is said of a budget that cannot be met within the tolerance."""
     tolerance, verdict = stated.report.tolerance, stated.report.verdict
@@ -323,5 +327,4 @@ def _gate(budget: Budget, stated: Result, network: Result | None) -> str:
 
 def with_verdict(result: Result, judge: Judge, tolerance: Tolerance | None = None) -> Result:
     """The result with what was lost in its report."""
-    verdict = judge.verdict(result.model, result.report.agreement)
-    return dataclasses.replace(result, report=dataclasses.replace(result.report, verdict=verdict, tolerance=tolerance))
+    return result.reporting(verdict=judge.verdict(result.model, result.report.agreement), tolerance=tolerance)

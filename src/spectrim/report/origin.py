@@ -11,8 +11,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
+from spectrim.network.state_values import plain_tensors
 from spectrim.network.tensor_files import digest_of_tensors
 
 if TYPE_CHECKING:
@@ -69,8 +70,7 @@ class Part:
     @classmethod
     def of_model(cls, role: str, name: str, model: nn.Module) -> Part:
         """With the digest of the tensors of a model: names, types, shapes and bytes."""
-        state = {key: each.cpu() for key, each in model.state_dict().items() if isinstance(each, Tensor)}
-        plain = {key: each for key, each in state.items() if not each.is_quantized}
+        plain = plain_tensors(model.state_dict())
         return cls(role, name, digest_of_tensors(plain), f"{len(plain):,} tensors")
 
 

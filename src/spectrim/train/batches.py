@@ -8,27 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
-def tensors(value: Any) -> list[Tensor]:
-    """All tensors inside nested mappings, lists and tuples, in order."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    return [t for item in value for t in tensors(item)] if isinstance(value, list | tuple) else []
-
-
-def transform(value: Any, change: Any) -> Any:
-    """The same nesting with ``change`` applied to each tensor."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: transform(item, change) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(transform(item, change) for item in value))
-    if isinstance(value, list | tuple):
-        return type(value)(transform(item, change) for item in value)
-    return value
+from spectrim.nn.watch.nesting import tensors, transformed
 
 
 def length(batches: Any, *, needed: bool) -> int | None:
@@ -78,12 +58,12 @@ def part(batch: Any, index: int, count: int) -> tuple[Any, float]:
     Every tensor whose first axis is the batch is cut; all others are given to each process. A batch with fewer samples
     than processes is done by all of them.
     """
-    values = tensors(batch)
-    size = values[0].shape[0] if values and values[0].ndim else 0
+    first = next(tensors(batch), None)
+    size = first.shape[0] if first is not None and first.ndim else 0
     if count == 1 or size < count:
         return batch, 1.0
     start, stop = index * size // count, (index + 1) * size // count
-    cut = transform(batch, lambda t: t[start:stop] if t.ndim and t.shape[0] == size else t)
+    cut = transformed(batch, lambda t: t[start:stop] if t.ndim and t.shape[0] == size else t)
     return cut, (stop - start) * count / size
 
 
@@ -95,12 +75,12 @@ def place(batch: Any, device: torch.device, channels_last: bool) -> Any:
             return tensor.to(device, non_blocking=True, memory_format=torch.channels_last)
         return tensor.to(device, non_blocking=True)
 
-    return transform(batch, move)
+    return transformed(batch, move)
 
 
 def forward(model: nn.Module, inputs: Any) -> Any:
     """``model(**inputs)`` for a dict, ``model(inputs)`` otherwise, with copies: a model may write into its inputs."""
-    inputs = transform(inputs, torch.clone)
+    inputs = transformed(inputs, torch.clone)
     return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 

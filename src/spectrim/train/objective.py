@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.nn.watch.nesting import tensors
 from spectrim.train import batches as batching
 from spectrim.train.distillation import IGNORED, Distillation, cross_entropy
 
@@ -38,7 +39,7 @@ class Objective:
         self.teacher = teacher if distillation is not None else None
 
     def __call__(self, model: nn.Module, inputs: Any, targets: Any) -> Tensor:
-        device = next((t.device.type for t in batching.tensors(inputs)), "cpu")
+        device = next((t.device.type for t in tensors(inputs)), "cpu")
         goal = None
         with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16"):
             output = batching.forward(model, inputs)

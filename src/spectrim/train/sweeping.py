@@ -16,28 +16,28 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from spectrim.application import carry_out
 from spectrim.cost import counted
 from spectrim.cost.counted import Cost
 from spectrim.cost.latency import Latency
 from spectrim.errors import CheckpointError, InfeasibleBudgetError, PlanError, check_function, did_you_mean
 from spectrim.methods import Method
 from spectrim.network.files import read_document, remove_abandoned, write_text
+from spectrim.network.state_values import plain_tensors
 from spectrim.network.tensor_files import digest_of_tensors
 from spectrim.nn.agreement import Agreement, agreement, metric_of
 from spectrim.nn.checkpoint import check_savable, read_plan, save
 from spectrim.nn.find import Which, check_model
-from spectrim.nn.timing import as_run
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.contents import contents, settled
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.nesting import checked_batches, listed, reads_once
 from spectrim.nn.watch.samples import Mask
 from spectrim.nn.watch.sampling import Sampling
-from spectrim.pipeline import Result, check_selector, offered, reported, shrink
+from spectrim.pipeline import Result, check_selector, offered, shrink
 from spectrim.pipeline.making import Making
+from spectrim.pipeline.shrinking import finished
 from spectrim.preparation import Prepared, check_options, locate, prepare
 from spectrim.progress import Progress, reports, silent, told
 from spectrim.selection.budget import COSTS, OTHER_NAMES, Budget, BudgetLike, Limit
@@ -315,17 +315,11 @@ class Sweeping:
 
     def result(self, plan: Plan) -> Result:
         """A plan carried out again."""
-        known = self.prepared
-        done = carry_out(
-            self.model, known.sites, plan, known.batches, methods=self.methods, sampling=known.sampling,
-            forward=self.forward, progress=self.progress,
-        )  # fmt: skip
-        small = done.model if known.latency is None else as_run(done.model, known.example, known.latency)
-        report = reported(
-            self.model, small, known.sites, plan, done, known.batches, mask=known.sampling.mask,
-            forward=self.forward,
-        )  # fmt: skip
-        return Result(small, plan, report, self.table, known.sites)
+        return finished(self.model, self.prepared, plan, self.table, self._making)
+
+    @property
+    def _making(self) -> Making:
+        return Making(self.methods, True, self.guard, self.costs, self.selector, self.forward, self.progress)
 
     def _point(self, words: str, budget: Budget) -> Point:
         """The point of a budget: read as far as it is there, else made and written."""
@@ -369,8 +363,7 @@ class Sweeping:
 
     def _made(self, words: str, budget: Budget) -> tuple[Point, nn.Module]:
         began = time.monotonic()
-        making = Making(self.methods, True, self.guard, self.costs, self.selector, self.forward, self.progress)
-        result = shrink(self.model, self.prepared, budget, making, self.table)
+        result = shrink(self.model, self.prepared, budget, self._making, self.table)
         report = result.report
         milliseconds = {name: timing.p50 for name, timing in report.measured.items()}
         judged = self._judged(result.model, report.agreement)
@@ -447,16 +440,9 @@ class Sweeping:
             then.get(_CONTENTS),
             lambda: contents(self.model, self.calibration, mask=self.mask, forward=self.forward),
         )
-        state = {name: each.cpu() for name, each in self.model.state_dict().items() if isinstance(each, Tensor)}
-        plain = {name: each for name, each in state.items() if not each.is_quantized}
         random = alike and then.get(_CONTENTS, now) != now
-        self._record(
-            {
-                **self.options,
-                _WEIGHTS: digest_of_tensors(plain),
-                _CONTENTS: then[_CONTENTS] if random else now,
-            }
-        )
+        weights = digest_of_tensors(plain_tensors(self.model.state_dict()))
+        self._record({**self.options, _WEIGHTS: weights, _CONTENTS: then[_CONTENTS] if random else now})
         notes = [_RANDOM] if random else []
         try:
             read_summary(self.folder)
