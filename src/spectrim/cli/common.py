@@ -139,6 +139,17 @@ class Output:
             )
         )  # fmt: skip
 
+    def written(self, folder: Path, files: Mapping[str, str]) -> None:
+        """The names of files in a folder, with what they hold."""
+        self.print(f"\nWritten to {folder}:")
+        for name, holds in files.items():
+            self.prose(f"{name:{max(map(len, files))}}  {holds}", "  ")
+
+    def code(self, heading: str, text: str) -> None:
+        """Lines to be copied, which are not wrapped."""
+        self.print(f"\n{heading}")
+        self.print(textwrap.indent(text, "  "))
+
     @contextlib.contextmanager
     def progress(self) -> Iterator[Callable[[str, int, int | None], None]]:
         """A function ``(what, done, total)`` that draws bars on a terminal, and writes lines elsewhere."""

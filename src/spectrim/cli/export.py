@@ -17,13 +17,11 @@ from spectrim.cost.exporter import quiet_exporter
 
 FORMATS = (".onnx", ".pt2")
 _RUNS = {
-    ".onnx": (
-        "import onnxruntime",
-        "session = onnxruntime.InferenceSession({file!r})",
-        "names = [each.name for each in session.get_inputs()]",
-        "outputs = session.run(None, dict(zip(names, arrays)))",
-    ),
-    ".pt2": ("import torch", "model = torch.export.load({file!r}).module()"),
+    ".onnx": """import onnxruntime
+session = onnxruntime.InferenceSession({file!r})
+names = [each.name for each in session.get_inputs()]
+outputs = session.run(None, dict(zip(names, arrays)))""",
+    ".pt2": "import torch\nmodel = torch.export.load({file!r}).module()",
 }
 """Lines that run what was written, by the suffix."""
 
@@ -80,8 +78,5 @@ def export(
     out.document(
         {"model": model.model, "file": str(file), "format": file.suffix[1:], "bytes": size, "difference": difference}
     )
-    run = _RUNS[file.suffix]
     out.print(f"{file}  {size:,} bytes, largest difference to the model {difference:.1e}")
-    out.print("\nTo run it in Python:")
-    for line in run:
-        out.print(f"  {line.format(file=str(file))}")
+    out.code("To run it in Python:", _RUNS[file.suffix].format(file=str(file)))

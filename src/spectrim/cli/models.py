@@ -228,23 +228,21 @@ def _stored() -> list[str]:
 
 
 def _timm(reference: Reference, pretrained: bool) -> nn.Module:
-    name = _place(reference)
-    timm = need("timm", reference, "timm")
-    options = {"pretrained": pretrained, **reference.options}
-    try:
-        return timm.create_model(name, **options)
-    except (RuntimeError, TypeError, OSError) as error:
-        raise UsageError(f"model {reference.text!r}: timm cannot make it: {error}") from error
+    return _made(reference, need("timm", reference, "timm").create_model, {"pretrained": pretrained})
 
 
 def _torchvision(reference: Reference, pretrained: bool) -> nn.Module:
-    name = _place(reference)
     models = need("torchvision.models", reference, "torchvision")
-    options = {"weights": "DEFAULT" if pretrained else None, **reference.options}
+    return _made(reference, models.get_model, {"weights": "DEFAULT" if pretrained else None})
+
+
+def _made(reference: Reference, make: Callable[..., nn.Module], usual: Mapping[str, Any]) -> nn.Module:
+    """What a library makes of a name and options."""
+    name = _place(reference)
     try:
-        return models.get_model(name, **options)
-    except (ValueError, TypeError, OSError) as error:
-        raise UsageError(f"model {reference.text!r}: torchvision cannot make it: {error}") from error
+        return make(name, **{**usual, **reference.options})
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
+        raise UsageError(f"model {reference.text!r}: {reference.scheme} cannot make it: {error}") from error
 
 
 def _transformers(reference: Reference, pretrained: bool) -> nn.Module:

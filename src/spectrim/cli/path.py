@@ -117,9 +117,8 @@ def path(
     for name, file in files.items():
         out.print(f"{name:6} {file}")
     last = done_points[-1]["files"]["model"]
-    out.print(f"\nEach point has a folder in {folder}. To load the last one in Python:")
-    for line in load_lines(network.model, work.dense, {"model": folder / last}).splitlines():
-        out.print(f"  {line}")
+    load = load_lines(network.model, work.dense, {"model": folder / last})
+    out.code(f"Each point has a folder in {folder}. To load the last one in Python:", load)
 
 
 def _draw(found: Mapping[str, Any], cost: str, file: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import nn
 
 from spectrim.cli.common import Output
 from spectrim.cli.origins import load_lines, origin
+from spectrim.cli.steps import skipped_values
 from spectrim.network.choices import SumChoice
 from spectrim.network.files import write_text
 from spectrim.nn.agreement import Agreement
@@ -141,10 +142,9 @@ class Outcome:
             *_sharing(plan),
             *_warnings(comparison, plan, timed=bool(self.result.report.measured)),
         )
-        if report:
-            files["report"] = self.folder / "report.html"
         load = load_lines(self.model, self.dense, files)
         if report:
+            files["report"] = self.folder / "report.html"
             write_report(
                 files["report"],
                 self.result,
@@ -155,9 +155,32 @@ class Outcome:
                 trajectory=trajectory,
                 origin=origin({"model": self.model, **self.named}, self.seeds, self.dense, self.result.model, load),
             )
-        agreed = self.result.report.agreement
         files["result"] = self.folder / "result.json"
-        document = {
+        document = {**self._document(files, comparison, notes), "load": load, **more}
+        text = msgspec.json.encode(
+            document, enc_hook=lambda value: float(value) if isinstance(value, float) else str(value)
+        )
+        write_text(files["result"], msgspec.json.format(text, indent=1).decode() + "\n")
+        out.document(document)
+        out.table(["", ">dense", ">compressed", "change"], comparison.to_rows())
+        if (competed := self.result.report.competed).rows:
+            out.table(competed.columns, competed.rows)
+        out.grid(dataclasses.replace(plan_grid(plan, _LAYERS, files["plan"].name), notes=()))
+        for note in notes:
+            out.prose(note)
+        out.written(self.folder, {path.name: _HOLDS[name] for name, path in files.items()})
+        out.code("To load it in Python:", load)
+        if missing := list(self._unmeasured()):
+            out.print("\nNot measured:")
+        for sentence, command in missing:
+            out.prose(sentence, "  ")
+            if command:
+                out.print(f"    {command}")  # not wrapped, so that it can be copied
+
+    def _document(self, files: Mapping[str, Path], comparison: Comparison, notes: Sequence[str]) -> dict[str, Any]:
+        """All figures, as JSON values."""
+        plan, agreed = self.result.plan, self.result.report.agreement
+        return {
             "model": self.title,
             "files": {name: str(path) for name, path in files.items()},
             "costs": dict(plan.costs),
@@ -172,50 +195,20 @@ class Outcome:
             "scores": dict(self.scores),
             "comparison": comparison.to_dict(),
             "agreement": None if agreed is None else _plain(agreed),
-            "skipped": [{"name": s.name, "kind": s.kind, "reason": s.reason} for s in self.result.sites.skipped],
+            "skipped": skipped_values(self.result.sites),
             "arms": [arm.record() for arm in self.result.report.arms],
             "notes": list(notes),
-            "load": load,
-            **more,
         }
-        text = msgspec.json.encode(
-            document, enc_hook=lambda value: float(value) if isinstance(value, float) else str(value)
-        )
-        write_text(files["result"], msgspec.json.format(text, indent=1).decode() + "\n")
-        out.document(document)
-        out.table(["", ">dense", ">compressed", "change"], comparison.to_rows())
-        if (competed := self.result.report.competed).rows:
-            out.table(competed.columns, competed.rows)
-        out.grid(dataclasses.replace(plan_grid(plan, _LAYERS, files["plan"].name), notes=()))
-        for note in notes:
-            out.prose(note)
-        out.print(f"\nWritten to {self.folder}:")
-        for name, path in files.items():
-            out.prose(f"{path.name:{max(len(each.name) for each in files.values())}}  {_HOLDS[name]}", "  ")
-        out.print("\nTo load it in Python:")
-        for line in load.splitlines():
-            out.print(f"  {line}")
-        missing = self._unmeasured()
-        if missing:
-            out.print("\nNot measured:")
-            for line in missing:
-                sentence, colon, command = line.partition(": spectrim ")
-                out.prose(f"{sentence}{colon[:1]}", "  ")
-                if command:
-                    # Not wrapped, so that it can be copied.
-                    out.print(f"    spectrim {command}")
 
-    def _unmeasured(self) -> list[str]:
-        """What the numbers do not say, each with the option or the command that would."""
-        found = []
-        model = shlex.join(["spectrim", "evaluate", self.model, "-c", str(self.folder / "model.safetensors")])
+    def _unmeasured(self) -> Iterator[tuple[str, str]]:
+        """What the numbers do not say, each with the command that would, if it is one of its own."""
         if not self.scores:
-            found.append(f"accuracy, without --test: {model} -d DATA")
+            command = ["spectrim", "evaluate", self.model, "-c", str(self.folder / "model.safetensors"), "-d", "DATA"]
+            yield "accuracy, without --test:", shlex.join(command)
         if not self.result.sites.samples:
-            found.append("what layers lose on data: without --data they were fitted to their weights alone")
+            yield "what layers lose on data: without --data they were fitted to their weights alone", ""
         elif not self.trained:
-            found.append("what training would win back: --train DATA fine-tunes")
-        return found
+            yield "what training would win back: --train DATA fine-tunes", ""
 
     def _measured(self) -> tuple[Measured, ...]:
         plan = self.result.plan

@@ -10,6 +10,7 @@ import shlex
 import sys
 import typing
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +70,7 @@ def _source(reference: Reference, what: str) -> Path | None:
     if reference.scheme.endswith(".py"):
         file = Path(reference.scheme).expanduser()
         if not file.is_file():
-            near = [each.name for each in file.parent.glob("*.py")] if file.parent.is_dir() else []
-            close = did_you_mean(file.name, near)
+            close = did_you_mean(file.name, [each.name for each in file.parent.glob("*.py")])
             raise UsageError(f"{what} {reference.text!r}: there is no file {reference.scheme!r}.{close}")
         return file
     here = str(Path.cwd())
@@ -82,24 +82,18 @@ def _source(reference: Reference, what: str) -> Path | None:
     spec = importlib.util.find_spec(first)
     if spec is None:
         file = Path(f"{first}.py")
-        cure = f" Did you mean {file}:{reference.place}?" if file.is_file() else did_you_mean(first, _modules())
+        there = [each.stem for each in Path.cwd().glob("*.py")]
+        cure = f" Did you mean {file}:{reference.place}?" if file.is_file() else did_you_mean(first, there)
         raise UsageError(
             f"{what} {reference.text!r}: cannot import {first!r}: there is no such module, and no built-in name; a "
             f"function in a file is written ./file.py:{reference.place}.{cure}"
         )
-    file = Path(spec.origin) if spec.origin else None
     for part in rest:
-        folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if file is not None else []
-        folders = folders if file is None or file.name != "__init__.py" else [file.parent]
-        found = [f for folder in folders for f in (folder / f"{part}.py", folder / part / "__init__.py") if f.is_file()]
-        if not found:
-            return None  # an extension, a namespace or something that the package makes
-        file = found[0]
-    return file if file is not None and file.suffix == ".py" else None
-
-
-def _modules() -> list[str]:
-    return [file.stem for file in Path.cwd().glob("*.py")]
+        inside = spec.submodule_search_locations
+        spec = PathFinder.find_spec(part, inside) if inside else None  # which imports nothing
+        if spec is None:
+            return None  # something that the package makes
+    return Path(spec.origin) if spec.origin and spec.origin.endswith(".py") else None
 
 
 _CALLED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)

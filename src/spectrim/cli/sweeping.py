@@ -171,12 +171,8 @@ class Request:
         out.prose("* on the front: no other network is as cheap and as good; % of the dense network")
         told = {path.name: _HOLDS[name] for name, path in files.items()} | {"*/point.json": _HOLDS["point"]}
         told |= {"*/plan.json": _HOLDS["plan"]} | ({"*/model.safetensors": _HOLDS["model"]} if kept else {})
-        out.print(f"\nWritten to {folder}:")
-        for name, what in told.items():
-            out.prose(f"{name:{max(map(len, told))}}  {what}", "  ")
-        out.print("\nTo load the smallest network of the front:" if kept else "\nTo carry out that network:")
-        for line in again.splitlines():
-            out.print(f"  {line}")
+        out.written(folder, told)
+        out.code("To load the smallest network of the front:" if kept else "To carry out that network:", again)
 
 
 def draw(found: Sweep, file: Path) -> None:

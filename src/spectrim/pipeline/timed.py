@@ -66,9 +66,7 @@ def met(
     budget, trials = draft.budget, Trials(model, draft.sites, example, latency, draft.methods)
 
     def correct(table: Candidates, plan: Plan) -> tuple[Plan, Mapping[str, Timing]]:
-        return meet_latency(
-            model, draft.sites, table, plan, budget, example, latency, selector=draft.again, methods=draft.methods
-        )
+        return meet_latency(trials, table, plan, budget, selector=draft.again)
 
     def again(names: Sequence[str]) -> tuple[Plan, Mapping[str, Timing]]:
         table = draft.table.dense_at(names)

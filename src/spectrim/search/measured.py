@@ -42,16 +42,12 @@ def wanted_time(limit: float, measured: Mapping[str, Timing], dense: float) -> f
 
 
 def meet_latency(
-    model: nn.Module,
-    sites: Sites,
+    trials: Trials,
     table: Candidates,
     plan: Plan,
     budget: Budget,
-    example: Any,
-    latency: Latency,
     *,
     selector: Selector = exact,
-    methods: Sequence[Method] | None = None,
     close: float = CLOSE,
 ) -> tuple[Plan, Mapping[str, Timing]]:
     """Build, measure and select again until the measured latency meets the budget.
@@ -63,8 +59,6 @@ def meet_latency(
     ----------
     plan
         The first to try, selected from ``table`` under ``budget``.
-    example
-        A batch as the network is timed with, from :func:`spectrim.preparation.one_batch`.
     close
         Share of the budget that may stay unused.
 
@@ -75,17 +69,13 @@ def meet_latency(
         leaves the plan as it is.
     """
     limit = budget.limits(table.dense).get("latency")
-    dense = as_timed(model, latency)
     best: tuple[tuple[bool, float], Plan, Mapping[str, Timing]] | None = None
     known: dict[tuple[Choice, ...], Mapping[str, Timing]] = {}
     asked, too_fast, too_slow = limit, 0.0, math.inf
     for number in range(_ROUNDS):
         key = tuple(entry.choice for entry in plan)
         if key not in known:
-            trial = as_run(apply(model, sites, plan, methods=methods), example, latency)
-            known[key] = measure_latency(
-                {"dense": dense, "compressed": trial}, example, threads=latency.threads, runtime=latency.runtime
-            )
+            known[key] = trials.beside({"dense": plan, "compressed": plan}, seconds=math.inf)
         measured = known[key]
         if limit is None or asked is None:
             return plan, measured
@@ -146,7 +136,10 @@ class PutBack:
 
 @dataclass(frozen=True)
 class Trials:
-    """Builds plans for one dense network and times them in turns, as ``latency`` says."""
+    """Builds plans for one dense network and times them in turns, as ``latency`` says.
+
+    ``example`` is a batch as the network is timed with, from :func:`spectrim.preparation.one_batch`.
+    """
 
     model: nn.Module
     sites: Sites
@@ -154,7 +147,7 @@ class Trials:
     latency: Latency
     methods: Sequence[Method] | None = None
 
-    def beside(self, plans: Mapping[str, Plan]) -> Mapping[str, Timing]:
+    def beside(self, plans: Mapping[str, Plan], seconds: float = _SECONDS) -> Mapping[str, Timing]:
         """Times of the networks of plans, and of the dense one where a plan is named so."""
         built = {
             name: as_timed(self.model, self.latency)
@@ -163,7 +156,7 @@ class Trials:
             for name, plan in plans.items()
         }
         return measure_latency(
-            built, self.example, threads=self.latency.threads, runtime=self.latency.runtime, seconds=_SECONDS
+            built, self.example, threads=self.latency.threads, runtime=self.latency.runtime, seconds=seconds
         )
 
     def losing(self, plan: Plan, groups: list[list[Entry]], left: int) -> tuple[list[Entry], int]:

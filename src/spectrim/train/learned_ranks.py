@@ -39,7 +39,7 @@ from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.samples import Mask
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.preparation import one_batch, prepare
-from spectrim.search.measured import meet_latency
+from spectrim.search.measured import Trials, meet_latency
 from spectrim.selection.budget import Budget, BudgetLike
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
@@ -329,10 +329,8 @@ class LearnedRanks:
             plan = chosen
             if self._latency is not None and self.budget is not None and batches is not None:
                 example = one_batch(self.model, batches, self._latency.batch, forward)
-                plan, _ = meet_latency(
-                    self.model, sites, self.candidates, plan, self.budget, example, self._latency,
-                    methods=self.methods, close=_CLOSE,
-                )  # fmt: skip
+                trials = Trials(self.model, sites, example, self._latency, self.methods)
+                plan, _ = meet_latency(trials, self.candidates, plan, self.budget, close=_CLOSE)
         self.fitted = fitted
         self.applied = carry_out(
             self.model, fitted, plan, batches, methods=self.methods, reconstruct=reconstruct, forward=forward,
