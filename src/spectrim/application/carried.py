@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from spectrim.application.following import follow
-from spectrim.application.steps import ordered, put_tied
+from spectrim.application.steps import Step, ordered, put_tied
 from spectrim.application.work import Work
 from spectrim.errors import PlanError
 from spectrim.methods import Method, as_methods, from_record
@@ -27,7 +27,7 @@ from spectrim.nn.watch.norms import reestimate_batchnorm
 from spectrim.nn.watch.reconstruct import Errors, Split
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.progress import Progress, reports, told
-from spectrim.selection.plan import Plan
+from spectrim.selection.plan import Entry, Plan
 
 # Bytes of activations that wait for a layer to be fitted.
 MEMORY = 4 << 30
@@ -87,9 +87,7 @@ def carry_out(
     removed = {e.site: e.choice.kept for e in plan if isinstance(e.choice, ChannelsChoice)}
     removal = Removal.of(model, sites, removed)
     entries = [entry for entry in plan if entry.site not in _channels(removal.sites)]
-    for entry in entries:
-        if not entry.choice.is_dense:
-            skeleton(entry.choice, [removal.sites.layer(name).spec for name in entry.sites])
+    _check_shapes(entries, removal.sites)
     groups = {entry.site: entry.members for entry in plan if entry.members}
     expected = Expected.of(sites, {entry.site: entry.choice for entry in plan}, groups, tuple(makers.values()))
     first = None if batches is None else begun(batches)[0]
@@ -97,9 +95,8 @@ def carry_out(
         feed.decide(model, first)
         check_copy(model, removal.model, expected, first, feed)
     work = Work(model, removal, batches is not None and reconstruct, feed)
-    held_out: tuple[Tensor, ...] = ()
     put_tied(work, entries, makers)
-    steps, ends = ordered(work, entries, makers), None
+    steps, ends, held_out = ordered(work, entries, makers), None, ()
     if batches is not None and work.follows:
         batches = listed(batches)
         # A pass that loops over its samples would stop at the first of them, or come to layers with dense ones before.
@@ -109,18 +106,29 @@ def carry_out(
             ends = follow(work, steps, apart, memory, told(progress))
         held_out = Split.of(batches, mask=sampling.mask, layout=feed.layout).held if sites.loops else work.split.held
     else:
-        for done, step in enumerate(steps):
-            step.put(work, step.layer, False)
-            told(progress)("apply", done + 1, len(steps))
+        _put_apart(work, steps, told(progress))
     if batches is not None and (not work.follows if batchnorm is None else batchnorm):
         reestimate_batchnorm(removal.model, batches, forward=feed, memory=memory)
         ends = None
     Traits.of(model).give(removal.model)
     carry(removal.model, plan)
-    names = [step.layer.name for step in steps] if work.split.samples else []
-    unseen = tuple(name for name in names if name not in work.reached)
+    unseen = tuple(s.layer.name for s in steps if work.split.samples and s.layer.name not in work.reached)
     notes = () if first is None else tuple(prove(model, removal.model, expected, first, forward=feed, ends=ends))
     return Applied(removal.model, work.errors, unseen, held_out, (*_edited(plan, expected), *notes))
+
+
+def _put_apart(work: Work, steps: Sequence[Step], tell: Progress) -> None:
+    """Put what takes the place of each layer as it was calibrated, whatever the others deliver."""
+    for done, step in enumerate(steps):
+        step.put(work, step.layer, False)
+        tell("apply", done + 1, len(steps))
+
+
+def _check_shapes(entries: Sequence[Entry], sites: Sites) -> None:
+    """Raise what building raises for choices that do not fit their layers, before any work."""
+    for entry in entries:
+        if not entry.choice.is_dense:
+            skeleton(entry.choice, [sites.layer(name).spec for name in entry.sites])
 
 
 def _edited(plan: Plan, expected: Expected) -> Iterator[str]:

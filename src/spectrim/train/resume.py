@@ -167,17 +167,9 @@ def check_model(model: nn.Module, stored: Mapping[str, Tensor], source: str) -> 
     tensors = model_tensors(model)
     wrong = [f"{n} is missing in it" for n in tensors if n not in stored]
     wrong += [f"{n} is not in the model" for n in stored if n not in tensors]
-    both = [n for n in tensors if n in stored]
-    wrong += [
-        f"{n} is {tuple(stored[n].shape)} in it and {tuple(tensors[n].shape)} in the model"
-        for n in both
-        if tensors[n].shape != stored[n].shape
-    ]
-    wrong += [
-        f"{n} is {stored[n].dtype} in it and {tensors[n].dtype} in the model"
-        for n in both
-        if tensors[n].dtype != stored[n].dtype
-    ]
+    for told in (lambda tensor: tuple(tensor.shape), lambda tensor: tensor.dtype):
+        both = {n: (told(stored[n]), told(tensors[n])) for n in tensors if n in stored}
+        wrong += [f"{n} is {then} in it and {now} in the model" for n, (then, now) in both.items() if then != now]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(
@@ -260,18 +252,21 @@ def optimizer_state(
         state.setdefault(int(index), {})[name] = value
     if names is not None and any(entries.keys() != names for entries in state.values()):
         raise CheckpointError(f"{source}: the state of the optimizer is not whole: it keeps {', '.join(sorted(names))}")
-    current = optimizer.state_dict()
-    if len(current["param_groups"]) != len(record.groups):
+    current = optimizer.state_dict()["param_groups"]
+    if len(current) != len(record.groups):
         raise CheckpointError(f"{source}: the optimizer has {len(record.groups)} groups of weights in it")
-    groups = []
-    for group, stored in zip(current["param_groups"], record.groups, strict=True):
-        # The learning rate is set at every step.
-        changed = [k for k, v in stored.items() if names is not None and k != "lr" and group.get(k, group) != v]
-        if changed or "params" in stored or not 0 <= stored.get("lr", 0.0) < math.inf:
-            what = (changed or ["lr"])[0]
-            raise CheckpointError(f"{source}: {what} of the optimizer is {stored[what]!r:.60} in it")
-        groups.append(group | stored)
+    groups = [_group(*pair, names is not None, source) for pair in zip(current, record.groups, strict=True)]
     return {"state": state, "param_groups": groups}
+
+
+def _group(present: Mapping[str, Any], stored: Mapping[str, Any], known: bool, source: str) -> dict[str, Any]:
+    """The options of a group of weights as they are stored, which those of a known optimizer do not change."""
+    # The learning rate is set at every step.
+    changed = [k for k, v in stored.items() if known and k != "lr" and present.get(k, present) != v]
+    if changed or "params" in stored or not 0 <= stored.get("lr", 0.0) < math.inf:
+        what = (changed or ["lr"])[0]
+        raise CheckpointError(f"{source}: {what} of the optimizer is {stored[what]!r:.60} in it")
+    return {**present, **stored}
 
 
 def _fits(name: str, value: object, parameter: Tensor, names: frozenset[str]) -> bool:
