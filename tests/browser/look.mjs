@@ -66,6 +66,8 @@ async function look({ name, url, home, paper }, width, scheme) {
 async function printed(page) {
   await page.evaluate(() => document.querySelectorAll("details").forEach((each) => (each.open = false)));
   await page.emulateMedia({ media: "print" });
+  // On a busy machine what is unfolded by the style of print has no height before a frame was drawn.
+  await page.evaluate(() => new Promise((drawn) => requestAnimationFrame(() => requestAnimationFrame(drawn))));
   const found = await page.evaluate(() => {
     const folded = [...document.querySelectorAll("details")].filter((each) => !each.lastElementChild.checkVisibility(
       { contentVisibilityAuto: true, visibilityProperty: true }) || each.lastElementChild.offsetHeight === 0);
