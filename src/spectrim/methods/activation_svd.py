@@ -48,37 +48,23 @@ class ActivationSVD(LowRankMethod):
                 f"ActivationSVD needs calibration statistics, and site {site.name!r} ({site.spec.kind}) holds none. "
                 "Run calibrate(model, sites, batches) first, or use WeightSVD."
             )
-        choices: list[LowRankChoice] = []
-        errors: list[float] = []
-        spectra: dict[str, tuple[float, ...]] = {}
-        scale = 1.0
-        units = Standard.of(site)
-        for how in self.offered(site.spec):
-            ranks = self.ranks(site.spec, how)
-            if not ranks:
-                continue
-            seen = units.patches(how)
-            if seen is None and not _has_outputs(site, how):
-                continue
+        return super().curve(site)
+
+    def lost(self, units: Standard, how: Unfolding, most: int) -> tuple[Tensor, Tensor, float] | None:
+        seen = units.patches(how)
+        if seen is None and not _has_outputs(units.site, how):
+            return None
+        if seen is not None and not seen.metric.separates:
             mixed = units.mixed(how)
-            if seen is not None and not seen.metric.separates:
-                spectrum = lowrank.spectrum(mixed, seen.metric.average, ranks[-1])
-                energies = spectrum.energies
-                left, _ = lowrank.factors(mixed, spectrum.basis, ranks[-1])
-                lost = response.refit_errors(mixed, seen.metric, left)
-                total = units.energy(how, seen.metric)
-            else:
-                # With one slice, or the slice metric alone, the projection is optimal and the spectrum has its error.
-                if seen is None:
-                    energies = _start(units, how, seen, ranks[-1]).energies
-                else:
-                    energies = lowrank.energies(mixed, seen.metric.average)
-                lost, total = lowrank.tail_errors(energies), float(energies.sum())
-            scale = statistics.scale(site, total)
-            choices += [self.choice(site, how, rank, bias=True) for rank in ranks]
-            errors += lost[list(ranks)].tolist()
-            spectra[how.name] = lowrank.profile(energies)
-        return Curve(tuple(choices), tuple(errors), statistics.unit(site), scale, spectra)
+            spectrum = lowrank.spectrum(mixed, seen.metric.average, most)
+            left, _ = lowrank.factors(mixed, spectrum.basis, most)
+            return response.refit_errors(mixed, seen.metric, left), spectrum.energies, units.energy(how, seen.metric)
+        # With one slice, or the slice metric alone, the projection is optimal and the spectrum has its error.
+        if seen is None:
+            energies = _start(units, how, seen, most).energies
+        else:
+            energies = lowrank.energies(units.mixed(how), seen.metric.average)
+        return lowrank.tail_errors(energies), energies, float(energies.sum())
 
     def factorize(self, site: Layer, choice: LowRankChoice) -> LowRank:
         how = unfolding(site.spec.kernel, choice.unfolding)

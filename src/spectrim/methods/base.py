@@ -10,19 +10,22 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import msgspec
+from torch import Tensor
 
 from spectrim.cost.counted import macs, parameters, rank_multiple
 from spectrim.errors import PlanError
+from spectrim.linalg import lowrank
 from spectrim.linalg.bisection import last_integer
 from spectrim.linalg.unfold import Unfolding, unfolding, unfoldings, unfoldings_named
+from spectrim.methods import statistics
+from spectrim.methods.statistics import OUTPUT_ENERGY as OUTPUT_ENERGY
+from spectrim.methods.statistics import WEIGHT_ENERGY as WEIGHT_ENERGY
+from spectrim.methods.statistics import WEIGHTED_ENERGY as WEIGHTED_ENERGY
+from spectrim.methods.statistics import Standard
 from spectrim.network.choices import Choice, LowRankChoice
 from spectrim.network.factors import Factors
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Channels, Group, Layer, Site
-
-OUTPUT_ENERGY = "output energy"
-WEIGHTED_ENERGY = "weighted output energy"
-WEIGHT_ENERGY = "weight energy"
 
 # The names that any kernel's unfoldings have.
 _UNFOLDINGS = tuple(dict.fromkeys(how.name for axes in (1, 2, 3) for how in unfoldings((2,) * axes)))
@@ -50,6 +53,18 @@ class Curve:
     unit: str
     scale: float = 1.0
     spectra: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, unit: str, curves: Iterable[Curve]) -> Curve:
+        """Those of several unfoldings in one."""
+        parts = list(curves)
+        return cls(
+            tuple(choice for part in parts for choice in part.choices),
+            tuple(error for part in parts for error in part.errors),
+            unit,
+            parts[-1].scale if parts else 1.0,
+            {name: spectrum for part in parts for name, spectrum in part.spectra.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -249,8 +264,29 @@ class LowRankMethod(Method):
 
     def __post_init__(self) -> None:
         check_unfoldings(self.unfoldings)
-        if self.multiple_of is not None and self.multiple_of < 1:
-            raise ValueError(f"multiple_of must be at least 1, got {self.multiple_of}")
+        check_least(self, 1, "multiple_of")
+
+    def curve(self, site: Layer) -> Curve:
+        units, unit = Standard.of(site), statistics.unit(site)
+        biased = site.spec.bias or bool(site.statistics)
+        curves: list[Curve] = []
+        for how in self.offered(site.spec):
+            ranks = self.ranks(site.spec, how)
+            losses = self.lost(units, how, ranks[-1]) if ranks else None
+            if losses is not None:
+                errors, energies, total = losses
+                choices = tuple(self.choice(site, how, rank, bias=biased) for rank in ranks)
+                spectra = {how.name: lowrank.profile(energies)}
+                scale = statistics.scale(site, total)
+                curves.append(Curve(choices, tuple(errors[list(ranks)].tolist()), unit, scale, spectra))
+        return Curve.joined(unit, curves)
+
+    def lost(self, units: Standard, how: Unfolding, most: int) -> tuple[Tensor, Tensor, float] | None:
+        """Share of the energy lost at every rank up to ``most`` at least, the spectrum, and all of the energy.
+
+        None for an unfolding that calibration kept nothing for. Asked by :meth:`curve`.
+        """
+        raise NotImplementedError
 
     def offered(self, spec: LayerSpec) -> tuple[Unfolding, ...]:
         return unfoldings_named(spec.kernel, self.unfoldings)
@@ -275,6 +311,20 @@ def check_unfoldings(names: tuple[str, ...] | None) -> None:
         raise ValueError(f"unfoldings is {names!r}; expected a tuple of names out of {', '.join(_UNFOLDINGS)}")
 
 
+def check_least(method: Method, least: int, *names: str) -> None:
+    """Raise ValueError for options that are smaller; None is no number."""
+    for name in names:
+        value = getattr(method, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def pays(layers: Sequence[LayerSpec], present: Sequence[LayerSpec]) -> bool:
+    """Whether layers have fewer parameters, or fewer MACs where these are known, than those that they stand for."""
+    seen = all(spec.inputs for spec in present)
+    return parameters(layers) < parameters(present) or (seen and macs(layers) < macs(present))
+
+
 def full_rank(spec: LayerSpec, how: Unfolding) -> int:
     """Rank at which a pair can equal the layer."""
     _, o, i, *kernel = spec.shape
@@ -285,11 +335,4 @@ def full_rank(spec: LayerSpec, how: Unfolding) -> int:
 @functools.lru_cache(maxsize=4096)
 def break_even(spec: LayerSpec, how: Unfolding) -> int:
     """The largest rank at which a pair costs fewer parameters or fewer MACs than the layer; 0 if there is none."""
-
-    def pays(rank: int) -> bool:
-        pair = spec.factor(how, rank)
-        if parameters(pair) < parameters((spec,)):
-            return True
-        return bool(spec.inputs) and macs(pair) < macs((spec,))
-
-    return last_integer(pays, 0, full_rank(spec, how) + 1)
+    return last_integer(lambda rank: pays(spec.factor(how, rank), (spec,)), 0, full_rank(spec, how) + 1)

@@ -10,14 +10,14 @@ from numbers import Integral
 from jaxtyping import Float
 from torch import Tensor
 
-from spectrim.cost.counted import macs, parameters, rank_multiple
+from spectrim.cost.counted import rank_multiple
 from spectrim.errors import MissingMomentsError
 from spectrim.linalg import response
 from spectrim.linalg.metric import Plain
 from spectrim.linalg.multilinear import Target
 from spectrim.linalg.unfold import unfolding
 from spectrim.methods import statistics
-from spectrim.methods.base import WEIGHT_ENERGY, Curve, Method
+from spectrim.methods.base import Curve, Method, check_least
 from spectrim.methods.statistics import Patches, Standard
 from spectrim.network.chains import takes
 from spectrim.network.choices import Choice
@@ -142,18 +142,17 @@ class ChainMethod(Method):
         for name, value in (("multiple_of", multiple), ("evaluations", self.evaluations)):
             if not isinstance(value, Integral) or isinstance(value, bool):
                 raise TypeError(f"{name} must be a whole number, got {value!r}: write {name}=8, or leave it out")
-        if multiple < 1:
-            raise ValueError(f"multiple_of must be at least 1, got {self.multiple_of}")
+        check_least(self, 1, "multiple_of")
         if self.evaluations < 0:
             raise ValueError(f"evaluations must not be negative, got {self.evaluations}")
 
     def curve(self, site: Layer) -> Curve:
-        unit = statistics.unit(site) if site.statistics else WEIGHT_ENERGY
+        unit = statistics.unit(site)
         if not takes(site.spec):
             return Curve((), (), unit)
         layer = self.layer(site)
         pairs = [(choice, error) for choice, error in self.offered(layer) if error <= 1]
-        scale = statistics.scale(site, layer.energy) if site.statistics else 1.0
+        scale = statistics.scale(site, layer.energy)
         return Curve(tuple(choice for choice, _ in pairs), tuple(error for _, error in pairs), unit, scale)
 
     @abstractmethod
@@ -187,11 +186,6 @@ class OfResponses:
                 f"calibrate(model, sites, batches) first, or use {name.replace('Activation', 'Weight')}."
             )
         return ChainedLayer.of_responses(site, name)
-
-
-def pays(layers: Sequence[LayerSpec], spec: LayerSpec) -> bool:
-    """Whether layers cost fewer parameters or fewer MACs than the one that they stand for."""
-    return parameters(layers) < parameters((spec,)) or (bool(spec.inputs) and macs(layers) < macs((spec,)))
 
 
 def biased(layer: ChainedLayer) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from spectrim.linalg import multilinear
 from spectrim.linalg.bisection import last_integer
+from spectrim.methods.base import pays
 from spectrim.methods.chained_layer import (
     WORK,
     ChainedLayer,
@@ -20,7 +21,6 @@ from spectrim.methods.chained_layer import (
     OfResponses,
     OfWeight,
     biased,
-    pays,
     shifted,
     typed,
 )
@@ -121,7 +121,7 @@ class _CP(ChainMethod):
         """Ranks on offer, ascending."""
         full = chains.full_rank(spec.shape[1:])
         step = self.multiple(spec, min(spec.in_channels, spec.out_channels))
-        end = last_integer(lambda rank: pays(chains.cp_layers(spec, CPChoice(rank, kernel)), spec), 0, full + 1)
+        end = last_integer(lambda rank: pays(chains.cp_layers(spec, CPChoice(rank, kernel)), (spec,)), 0, full + 1)
         wanted = (_MOST * end * _RATIO**number for number in range(_RANKS))
         ranks = {step * round(rank / step) for rank in wanted}
         return sorted(rank for rank in ranks if 1 <= rank <= end)

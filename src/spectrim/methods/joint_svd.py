@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from spectrim.cost.counted import macs, parameters, rank_multiple
+from spectrim.cost.counted import rank_multiple
 from spectrim.errors import MissingMomentsError
 from spectrim.linalg import bi_joint, joint, lowrank, response
 from spectrim.linalg.bi_joint import Bilateral
@@ -21,7 +21,7 @@ from spectrim.linalg.bisection import last_integer
 from spectrim.linalg.metric import SlicedMetric
 from spectrim.linalg.unfold import Unfolding, unfolding, unfoldings_named
 from spectrim.methods import statistics
-from spectrim.methods.base import WEIGHT_ENERGY, Curve, Method, check_unfoldings, full_rank
+from spectrim.methods.base import WEIGHT_ENERGY, Curve, Method, check_least, check_unfoldings, full_rank, pays
 from spectrim.methods.joint_layers import JointLayers, compatible, pose
 from spectrim.methods.statistics import Standard
 from spectrim.network.choices import Choice, SharedChoice
@@ -98,10 +98,7 @@ class JointSVD(Method):
             raise ValueError(f"first is {self.first!r}; expected 'left' or 'right'")
         if self.energy not in ("equal", "plain"):
             raise ValueError(f"energy is {self.energy!r}; expected 'equal' or 'plain'")
-        for name in ("multiple_of", "sweeps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_least(self, 1, "multiple_of", "sweeps")
 
     @property
     def name(self) -> str:
@@ -173,26 +170,20 @@ class JointSVD(Method):
             return Curve((), (), WEIGHT_ENERGY)
         if len({part.calibrated for part in site.parts}) > 1:
             raise MissingMomentsError(f"group {site.name!r}: some of its layers are calibrated and some are not")
-        choices: list[SharedChoice] = []
-        errors: list[float] = []
-        spectra: dict[str, tuple[float, ...]] = {}
-        scale = 1.0
+        unit = statistics.unit(site.parts[0]) if site.calibrated else WEIGHT_ENERGY
         biased = site.calibrated or any(spec.bias for spec in site.layers)
+        curves: list[Curve] = []
         for how in unfoldings_named(site.layers[0].kernel, self.unfoldings):
             ranks = self.ranks(site, how)
-            if not ranks:
-                continue
-            group = pose(site, how, left=self.share != "right", right=self.share != "left", plain=self._plain)
-            if group is None:
-                continue
-            offered, lost, energies = (self._measured if self._plain else self._lost)(group, list(ranks))
-            scale = group.scale
-            choices += [self.choice(site, how, rank, bias=biased) for rank in offered]
-            errors += [value / max(group.scale, 1e-300) for value in lost]
-            if energies is not None:
-                spectra[how.name] = lowrank.profile(energies)
-        unit = statistics.unit(site.parts[0]) if site.calibrated else WEIGHT_ENERGY
-        return Curve(tuple(choices), tuple(errors), unit, scale, spectra)
+            shared = {"left": self.share != "right", "right": self.share != "left"}
+            group = pose(site, how, **shared, plain=self._plain) if ranks else None
+            if group is not None:
+                offered, lost, energies = (self._measured if self._plain else self._lost)(group, list(ranks))
+                choices = tuple(self.choice(site, how, rank, bias=biased) for rank in offered)
+                errors = tuple(value / max(group.scale, 1e-300) for value in lost)
+                spectra = {} if energies is None else {how.name: lowrank.profile(energies)}
+                curves.append(Curve(choices, errors, unit, group.scale, spectra))
+        return Curve.joined(unit, curves)
 
     def _lost(self, group: JointLayers, ranks: list[int]) -> tuple[list[int], list[float], Tensor | None]:
         """Ranks, what each loses, and the spectrum of the stack."""
@@ -371,14 +362,12 @@ class JointSVD(Method):
 
     def _break_even(self, site: Group, how: Unfolding, full: int) -> int:
         """The largest rank at which the factors cost fewer parameters or fewer MACs than the layers."""
+        biased = any(spec.bias for spec in site.layers)
 
-        def pays(rank: int) -> bool:
-            specs = self.layers(site, self.choice(site, how, rank, bias=any(spec.bias for spec in site.layers)))
-            if parameters(specs) < parameters(site.layers):
-                return True
-            return all(spec.inputs for spec in site.layers) and macs(specs) < macs(site.layers)
+        def worthwhile(rank: int) -> bool:
+            return pays(self.layers(site, self.choice(site, how, rank, bias=biased)), site.layers)
 
-        return last_integer(pays, 0, full + 1)
+        return last_integer(worthwhile, 0, full + 1)
 
 
 def _own_left(rest: Tensor, metric: SlicedMetric, left: Tensor, right: Tensor) -> Tensor:

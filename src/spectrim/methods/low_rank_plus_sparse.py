@@ -7,13 +7,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-from spectrim.cost.counted import macs, parameters, rank_multiple
+from spectrim.cost.counted import rank_multiple
 from spectrim.linalg import additive, lowrank, patterns
 from spectrim.linalg.patterns import Pattern
 from spectrim.linalg.unfold import Unfolding, unfolding, unfoldings_named
 from spectrim.methods import statistics
 from spectrim.methods.additive_layer import AdditiveLayer
-from spectrim.methods.base import OUTPUT_ENERGY, WEIGHT_ENERGY, Curve, Method, check_unfoldings, full_rank
+from spectrim.methods.base import Curve, Method, check_least, check_unfoldings, full_rank, pays
 from spectrim.network.choices import Choice, SumChoice
 from spectrim.network.factors import LowRankPlusSparse as Factors
 from spectrim.network.layer import LayerSpec
@@ -113,8 +113,7 @@ class LowRankPlusSparse(Method):
             raise ValueError(f"share is {self.share!r}; expected a number from 0 (sparse) to 1 (low rank), or None")
         if self.ranks < 0:
             raise ValueError(f"ranks is {self.ranks!r}; expected 0 or more")
-        if self.multiple_of is not None and self.multiple_of < 1:
-            raise ValueError(f"multiple_of must be at least 1, got {self.multiple_of}")
+        check_least(self, 1, "multiple_of")
         if self.turns < _FEWEST:
             raise ValueError(f"turns is {self.turns!r}; expected at least {_FEWEST}")
 
@@ -123,23 +122,20 @@ class LowRankPlusSparse(Method):
         return not site.statistics or bool(self._offered(site))
 
     def curve(self, site: Layer) -> Curve:
-        unit = statistics.unit(site) if site.statistics else WEIGHT_ENERGY
+        unit = statistics.unit(site)
         if not self.fits(site):
-            return Curve((), (), unit if site.statistics else OUTPUT_ENERGY)
-        choices: list[SumChoice] = []
-        errors: list[float] = []
-        spectra: dict[str, tuple[float, ...]] = {}
-        scale = 1.0
-        for number, how in enumerate(self._chosen(site)):
-            layer = AdditiveLayer.of(site, how, exact=self.exact)
-            total = layer.total
-            scale = statistics.scale(site, total) if site.statistics else 1.0
-            for rank, pattern, density, error in self._fits(site, layer, first=not number):
-                choices.append(self.choice(site, how, rank, pattern, density))
-                errors.append(min(1.0, error / total) if total > 0 else 0.0)
-            if site.spec.shape[1] <= _WIDE:
-                spectra[how.name] = lowrank.profile(layer.energies())
-        return Curve(tuple(choices), tuple(errors), unit, scale, spectra)
+            return Curve((), (), unit)
+        return Curve.joined(unit, (self._curve(site, how, first=not n) for n, how in enumerate(self._chosen(site))))
+
+    def _curve(self, site: Layer, how: Unfolding, *, first: bool) -> Curve:
+        layer = AdditiveLayer.of(site, how, exact=self.exact)
+        total = layer.total
+        fits = list(self._fits(site, layer, first=first))
+        choices = tuple(self.choice(site, how, rank, pattern, density) for rank, pattern, density, _ in fits)
+        errors = tuple(min(1.0, error / total) if total > 0 else 0.0 for *_, error in fits)
+        wide = site.spec.shape[1] > _WIDE
+        spectra = {} if wide else {how.name: lowrank.profile(layer.energies())}
+        return Curve(choices, errors, statistics.unit(site), statistics.scale(site, total), spectra)
 
     def _fits(self, site: Layer, layer: AdditiveLayer, *, first: bool) -> Iterator[tuple[int, Pattern, float, float]]:
         """Ranks, patterns and densities on offer in an unfolding, with their errors."""
@@ -293,10 +289,7 @@ class LowRankPlusSparse(Method):
         return sorted(rank for rank in ranks if rank <= full and self._pays(spec, how, rank, _ANY, 0.0))
 
     def _pays(self, spec: LayerSpec, how: Unfolding, rank: int, pattern: Pattern, density: float) -> bool:
-        made = _structure(spec, how, rank, pattern, density, bias=spec.bias)
-        if parameters(made) < parameters((spec,)):
-            return True
-        return bool(spec.inputs) and macs(made) < macs((spec,))
+        return pays(_structure(spec, how, rank, pattern, density, bias=spec.bias), (spec,))
 
 
 def _structure(

@@ -12,7 +12,7 @@ from spectrim.errors import MissingMomentsError
 from spectrim.linalg import principal, subset
 from spectrim.linalg.lowrank import profile
 from spectrim.methods import statistics
-from spectrim.methods.base import OUTPUT_ENERGY, Curve, Method
+from spectrim.methods.base import OUTPUT_ENERGY, Curve, Method, check_least
 from spectrim.network import narrowing
 from spectrim.network.choices import ChannelsChoice, Choice
 from spectrim.network.coupling import IN
@@ -71,10 +71,7 @@ class PrincipalFilters(Method):
             raise ValueError(f"rule is {self.rule!r}; expected one of {', '.join(RULES)}")
         if self.pooling not in POOLINGS:
             raise ValueError(f"pooling is {self.pooling!r}; expected one of {', '.join(POOLINGS)}")
-        for name in ("multiple_of", "least"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_least(self, 1, "multiple_of", "least")
 
     def curve(self, site: Channels) -> Curve:
         order, errors, scale = self.elimination(site)
@@ -185,4 +182,5 @@ def _in_turn(order: list[int], channels: int, pools: int) -> list[int]:
 
 def _unit(site: Channels) -> str:
     reading = {side.name for side in site.coupling.on(IN)}
-    return next((statistics.unit(part) for part in site.parts if part.name in reading), OUTPUT_ENERGY)
+    units = (statistics.unit(part) for part in site.parts if part.name in reading and part.statistics)
+    return next(units, OUTPUT_ENERGY)

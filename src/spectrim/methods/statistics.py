@@ -19,8 +19,11 @@ from spectrim.linalg import lowrank, response
 from spectrim.linalg.metric import WHOLE, Full, SlicedMetric, Slices
 from spectrim.linalg.moments import Moments, shrunk
 from spectrim.linalg.unfold import Unfolding, unfold
-from spectrim.methods.base import OUTPUT_ENERGY, WEIGHTED_ENERGY
 from spectrim.network.sites import Layer
+
+OUTPUT_ENERGY = "output energy"
+WEIGHTED_ENERGY = "weighted output energy"
+WEIGHT_ENERGY = "weight energy"
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +70,9 @@ def outputs(site: Layer) -> Float[Tensor, "g o o"]:
 
 
 def unit(site: Layer) -> str:
-    """Unit of the errors that a calibrated site reports."""
+    """Unit of the errors that a site reports."""
+    if not site.statistics:
+        return WEIGHT_ENERGY
     return WEIGHTED_ENERGY if site.statistics.gradient is not None else OUTPUT_ENERGY
 
 

@@ -16,7 +16,7 @@ from spectrim.linalg import lowrank
 from spectrim.linalg.moments import shrunk
 from spectrim.linalg.two_metrics import Reading, TwiceRead
 from spectrim.linalg.unfold import unfolding
-from spectrim.methods.base import OUTPUT_ENERGY, WEIGHT_ENERGY, WEIGHTED_ENERGY, Curve, Method
+from spectrim.methods.base import OUTPUT_ENERGY, WEIGHT_ENERGY, WEIGHTED_ENERGY, Curve, Method, check_least
 from spectrim.network.choices import Choice, TiedChoice
 from spectrim.network.factors import TiedPair
 from spectrim.network.layer import LayerSpec
@@ -62,10 +62,8 @@ class TiedSVD(Method):
     sweeps: int = 2
 
     def __post_init__(self) -> None:
-        if self.multiple_of is not None and self.multiple_of < 1:
-            raise ValueError(f"multiple_of must be at least 1, got {self.multiple_of}")
-        if self.sweeps < 0:
-            raise ValueError(f"sweeps must be at least 0, got {self.sweeps}")
+        check_least(self, 1, "multiple_of")
+        check_least(self, 0, "sweeps")
 
     def ranks(self, site: Tied) -> range:
         """Ranks on offer: multiples, as long as the factors have fewer parameters than the weight."""

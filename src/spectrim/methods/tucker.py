@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 
 from spectrim.linalg import multilinear
+from spectrim.methods.base import pays
 from spectrim.methods.chained_layer import (
     WORK,
     ChainedLayer,
@@ -16,7 +17,6 @@ from spectrim.methods.chained_layer import (
     OfResponses,
     OfWeight,
     biased,
-    pays,
     shifted,
     typed,
 )
@@ -48,7 +48,7 @@ class _Tucker2(ChainMethod):
         for number, lost in zip(inputs, errors, strict=True):
             for outputs in self._numbers(layer, spec.out_channels):
                 choice = TuckerChoice(number, outputs, biased(layer), method=self.name)
-                if pays(chains.tucker_layers(spec, choice), spec):
+                if pays(chains.tucker_layers(spec, choice), (spec,)):
                     error = float(lost[outputs])
                     if layer.judge is not None:
                         # What is better by the weight may be worse by the data: it is carried out for the curve.

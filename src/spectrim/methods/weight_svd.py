@@ -9,7 +9,7 @@ from torch import Tensor
 from spectrim.linalg import lowrank, response
 from spectrim.linalg.unfold import Unfolding, unfold, unfolding
 from spectrim.methods import statistics
-from spectrim.methods.base import WEIGHT_ENERGY, Curve, LowRankMethod
+from spectrim.methods.base import LowRankMethod
 from spectrim.methods.statistics import Standard
 from spectrim.network.choices import LowRankChoice
 from spectrim.network.factors import LowRank
@@ -31,56 +31,31 @@ class WeightSVD(LowRankMethod):
     Jaderberg et al. 2014, Tai et al. 2016; channel: Denton et al. 2014.
     """
 
-    def curve(self, site: Layer) -> Curve:
-        choices: list[LowRankChoice] = []
-        errors: list[float] = []
-        spectra: dict[str, tuple[float, ...]] = {}
-        scale = 1.0
-        units = Standard.of(site)
-        for how in self.offered(site.spec):
-            ranks = self.ranks(site.spec, how)
-            if not ranks:
-                continue
-            if site.statistics:
-                most = None if how.name == "channel" else ranks[-1]
-                spectrum = lowrank.spectrum(unfold(site.weight, how), most=most)
-                measured = self._lost(units, how, spectrum)
-                if measured is None:
-                    continue
-                energies = spectrum.energies
-                lost, total = measured
-                scale = statistics.scale(site, total)
-            else:
-                # The error of every rank takes the spectrum alone, without a basis.
-                energies = lowrank.energies(unfold(site.weight, how))
-                lost = lowrank.tail_errors(energies)
-            biased = site.spec.bias or bool(site.statistics)
-            choices += [self.choice(site, how, rank, bias=biased) for rank in ranks]
-            errors += lost[list(ranks)].tolist()
-            spectra[how.name] = lowrank.profile(energies)
-        unit = statistics.unit(site) if site.statistics else WEIGHT_ENERGY
-        return Curve(tuple(choices), tuple(errors), unit, scale, spectra)
-
-    def _lost(self, units: Standard, how: Unfolding, spectrum: lowrank.Spectrum) -> tuple[Tensor, float] | None:
-        """Output energy lost at every rank, and the whole, by whatever statistic the site holds; None without one."""
+    def lost(self, units: Standard, how: Unfolding, most: int) -> tuple[Tensor, Tensor, float] | None:
         site, seen = units.site, units.patches(how)
+        matrix = unfold(site.weight, how)
+        if not site.statistics:
+            # The error of every rank takes the spectrum alone, without a basis.
+            energies = lowrank.energies(matrix)
+            return lowrank.tail_errors(energies), energies, float(energies.sum())
+        spectrum = lowrank.spectrum(matrix, most=None if how.name == "channel" else most)
+        energies, basis = spectrum.energies, spectrum.basis
         if seen is not None:
-            left, right = lowrank.factors(unfold(site.weight, how), spectrum.basis, spectrum.basis.shape[-1])
+            left, right = lowrank.factors(matrix, basis, basis.shape[-1])
             left, right = units.own_left(left), response.mix(units.own_right(right), units.root)
-            if left.shape[-1] < spectrum.energies.shape[-1]:
+            if left.shape[-1] < energies.shape[-1]:
                 total = units.energy(how, seen.metric)
-                return response.product_errors(left, right, seen.metric, total, units.mixed(how)), total
+                errors = response.product_errors(left, right, seen.metric, total, units.mixed(how))
+                return errors, energies, total
             pairs = seen.metric.pairs(left, right)
-            total = float(pairs.sum())
-            return (response.trailing(pairs) / max(total, 1e-300)).clamp_min(0), total
-        if how.name == "channel" and site.statistics.output is not None:
+        elif how.name == "channel" and site.statistics.output is not None:
             # The pair projects the outputs onto the leading basis vectors; the rest is lost.
-            basis = response.mix(units.own_right(spectrum.basis.mT), units.root)
-            projected = spectrum.basis.mT @ statistics.outputs(site) @ spectrum.basis
-            pairs = (projected * (basis @ basis.mT)).sum(0)
-            total = float(pairs.sum())
-            return response.trailing(pairs) / max(total, 1e-300), total
-        return None
+            mixed = response.mix(units.own_right(basis.mT), units.root)
+            pairs = (basis.mT @ statistics.outputs(site) @ basis * (mixed @ mixed.mT)).sum(0)
+        else:
+            return None
+        total = float(pairs.sum())
+        return (response.trailing(pairs) / max(total, 1e-300)).clamp_min(0), energies, total
 
     def factorize(self, site: Layer, choice: LowRankChoice) -> LowRank:
         how = unfolding(site.spec.kernel, choice.unfolding)
