@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import tempfile
+import textwrap
 from pathlib import Path
 
 from benchmarks.environment import ROOT
@@ -19,6 +20,7 @@ PAGE = ROOT / "docs" / "command-line.md"
 NET = (
     "from torch import nn\n\n\ndef build(classes=10):\n    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes))\n"
 )
+COLUMNS = 80
 _RUN = re.compile(r"<!-- run: (?P<arguments>.*?) -->.*?<!-- end -->", re.DOTALL)
 
 
@@ -36,9 +38,12 @@ def _ran(arguments: str) -> str:
 
     from spectrim.cli.app import app
 
-    done = CliRunner().invoke(app, shlex.split(arguments), prog_name="spectrim", env={"COLUMNS": "80"})
+    done = CliRunner().invoke(app, shlex.split(arguments), prog_name="spectrim", env={"COLUMNS": str(COLUMNS)})
     code = f"\n$ echo $?\n{done.exit_code}" if done.exit_code else ""
-    shown = f"$ spectrim {arguments}\n{done.output.strip()}{code}"
+    # Errors are one line, which a terminal breaks where it ends.
+    lines = (wrapped for line in done.output.strip().split("\n") for wrapped in textwrap.wrap(line, COLUMNS) or [""])
+    said = "\n".join(lines) if done.exit_code else done.output.strip()
+    shown = f"$ spectrim {arguments}\n{said}{code}"
     return f"<!-- run: {arguments} -->\n```text\n{shown}\n```\n<!-- end -->"
 
 
@@ -49,5 +54,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("COLUMNS", "80")
+    os.environ.setdefault("COLUMNS", str(COLUMNS))
     main()

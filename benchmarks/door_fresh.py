@@ -188,6 +188,8 @@ def page(steps: list[Step]) -> str:
         "alone. `benchmarks/door_fresh.py` (`make bench-door`, D2) types these commands and writes this page; "
         f"with the installation they took {whole / 60:.1f} minutes, on {os.cpu_count()} cores with "
         f"{os.getloadavg()[0]:.0f} processes at work.",
+        "The wheel comes from a clone of the repository, by `pip wheel . --no-deps`; "
+        "`pip install '.[cli,report,export]'` there does as well:",
         f"```sh\n{first.command}\n```",
         "Your model is a function that makes it, and a file of its weights. Here both come from a small script, "
         "`net.py`, which stands for what you have; the images and labels lie in two `.npz` files:",

@@ -66,8 +66,9 @@ QUESTIONS = (
         "What does a user get, and what would they have got otherwise?",
         'Trained networks, unlabelled training inputs and a budget; no weight is trained. "auto" is the call with '
         '`methods="auto"`, a single method one of ours alone, a peer what others do, run from its package or written from its '
-        "description. Each cell names the best by the test data, which favours peers and single methods: there are several "
-        "of them. ± is one standard error of the test.",
+        "description; of a peer, uniform says that every layer keeps the same share. Each cell names the best by the test "
+        "data, which favours peers and single methods: there are several of them. ± is one standard error of the test. "
+        "Claims call each of these ways an arm.",
         ("A1", "A1 (ResNet-20)", "A1 (ResNet-20, time)", "A2", "A3", "A6"),
         ("headline", "tolerances", "auto"),
     ),

@@ -152,24 +152,23 @@ def front_rows(results: Sequence[Result]) -> str:
     found = next((result for result in results if result["experiment"] == "front_rows"), None)
     if found is None:
         return NONE
-    head = ("network", "budget", "metric", "file, MB", "milliseconds", "minutes")
+    head = ("network", "budget", "metric", "file, MB", "milliseconds (batch)", "minutes")
     rows = [
         (
             row["network"],
             _budget(row["budget"]),
             f"{row['metric']}: {_figure(row['metric_before'])} → {_figure(row['metric_after'])}",
             f"{row['file_mb_before']:.1f} → {row['file_mb_after']:.1f}",
-            f"{row['ms_before']:.1f} → {row['ms_after']:.1f}",
+            f"{row['ms_before']:.1f} → {row['ms_after']:.1f} ({row['batch']})",
             f"{row['minutes']:.1f}",
         )
         for row in found["rows"]
     ]
     machine = found["environment"]
-    batches = ", ".join(dict.fromkeys(str(row["batch"]) for row in found["rows"]))
     threads = found["config"]["threads"]
     said = (
         f"One call each, at full width and without training. Milliseconds on {machine['cpu']}, "
-        f"{threads} thread{'s' if threads > 1 else ''}, batches of {batches}; "
+        f"{threads} thread{'s' if threads > 1 else ''}; "
         f"minutes are those of the call ({found['date']})."
     )
     return f"{table(head, rows)}\n\n{said}"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.headline.claims import best_of_each_kind
 from benchmarks.headline.network import Metric, names, plugin
 from spectrim.network.printing import amount
+from spectrim.selection.budget import Budget
 
-HEAD = ("network", "budget", "best peer", "best single method", "auto", "MACs of auto", "file of auto, kB")
+HEAD = ("network and budget", "best peer", "best single method", "auto", "MACs of auto", "file of auto, MB")
 
 
 def beside_others(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
@@ -17,21 +18,38 @@ def beside_others(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for name in (each for each in dict.fromkeys(row["network"] for row in rows) if each in names()):
         kind = plugin(name)
-        for budget in dict.fromkeys(row["budget"] for row in rows if row["network"] == name):
+        for budget in _budgets(row["budget"] for row in rows if row["network"] == name):
             best = best_of_each_kind(rows, name, budget)
             if dense := best.get("dense"):
-                said = f"**{kind.title}**, {kind.metric.name}", "dense", "", "", _value(kind.metric, dense)
-                found.append((*said, amount("macs", dense["macs"]), f"{dense['file_bytes'] / 1e3:.0f}"))
+                said = f"**{kind.title}**: {_judged(kind.metric)}. Dense:"
+                found.append((said, "", "", _value(kind.metric, dense), *_sizes(dense)))
                 continue
             auto = best.get("auto")
-            sizes = (amount("macs", auto["macs"]), f"{auto['file_bytes'] / 1e3:.0f}") if auto else ("-", "-")
             cells = [_cell(kind.metric, best.get(which)) for which in ("peer", "ours")]
-            found.append((kind.title, budget, *cells, _value(kind.metric, auto) if auto else "-", *sizes))
+            cells += [_value(kind.metric, auto), *_sizes(auto)] if auto else ["not run", "", ""]
+            found.append((f"`{budget}`", *cells))
     return found
 
 
+def _budgets(written: Iterable[str]) -> list[str]:
+    """Each budget once, as it was written first: 9M and 9.0M are one. The empty one is the dense network's."""
+    once: dict[Budget | None, str] = {}
+    for text in written:
+        once.setdefault(Budget.of(text) if text else None, text)
+    return list(once.values())
+
+
+def _judged(metric: Metric) -> str:
+    """What a network is judged by, in which unit, and which numbers are good."""
+    return ", ".join(part for part in (metric.name, metric.unit, f"{metric.better} is better") if part)
+
+
+def _sizes(row: Mapping[str, Any]) -> tuple[str, str]:
+    return amount("macs", row["macs"]), f"{row['file_bytes'] / 1e6:.2f}"
+
+
 def _cell(metric: Metric, row: Mapping[str, Any] | None) -> str:
-    return f"{_value(metric, row)} ({row['arm']})" if row else "-"
+    return f"{_value(metric, row)} ({row['arm']})" if row else "not run"
 
 
 def _value(metric: Metric, row: Mapping[str, Any]) -> str:
