@@ -139,6 +139,12 @@ def test_a_wide_interval_is_no_sign_that_there_is_no_difference(speed: Speed, wo
     assert speed.words == words
 
 
+@pytest.mark.parametrize(("ratio", "words"), [(1.4, "1.40x"), (53.4, "too noisy to tell"), (0.02, "too noisy to tell")])
+def test_a_quantile_that_a_busy_machine_moved_is_no_gain(ratio: float, words: str) -> None:
+    assert Speed(1.19, 1.15, 1.24).words_of(ratio) == words
+    assert Speed(1.0, 0.9, 1.1).words_of(ratio) == "no difference"
+
+
 @pytest.mark.parametrize("factor", [0.5, 2.0])
 def test_what_takes_twice_as_long_differs(factor: float) -> None:
     generator = torch.Generator().manual_seed(0)

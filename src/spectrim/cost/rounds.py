@@ -115,8 +115,13 @@ class Speed:
     @property
     def words(self) -> str:
         """The ratio, that there is no difference, or that rounds differ too much to tell."""
+        return self.words_of(self.ratio)
+
+    def words_of(self, ratio: float) -> str:
+        """The same of a ratio of two quantiles, which a busy machine moves far from what runs side by side show."""
         if self.differs:
-            return f"{self.ratio:.2f}x"
+            near = self.low / _WIDE <= ratio <= self.high * _WIDE
+            return f"{ratio:.2f}x" if near else "too noisy to tell"
         return "no difference" if self.equal or self.high <= _WIDE * self.low else "too noisy to tell"
 
     def __str__(self) -> str:

@@ -98,8 +98,8 @@ class Measure:
     @property
     def change(self) -> str:
         """The difference of a score in points, the ratio of a cost, of times that do not surely differ words."""
-        if self.speed is not None and not self.speed.differs:
-            return self.speed.words
+        if self.speed is not None:
+            return self.speed.words_of(self.ratio)
         if self.better == "higher":
             points = " points" if self.unit == "%" else ""
             return f"{self.compressed - self.dense:+.2f}{points}"
