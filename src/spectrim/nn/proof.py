@@ -28,7 +28,7 @@ from spectrim.nn.surgery import merged_at, parameter_count, stand_ins
 from spectrim.nn.watch.batches import Feed, Forward
 from spectrim.nn.watch.lockstep import Ended
 from spectrim.nn.watch.nesting import compared, output_tensors, tensors
-from spectrim.nn.watch.observe import Hook, observe, on_few
+from spectrim.nn.watch.observe import observe, on_each, on_few
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def check_copy(model: nn.Module, copied: nn.Module, expected: Expected, batch: A
         )
     strays: list[str] = []
     originals = [(name, module) for name, module in model.named_modules() if isinstance(module, LAYERS)]
-    hooks = [Hook(module, lambda *_, name=name: strays.append(name), before=True) for name, module in originals]
+    hooks = [*on_each(originals, lambda name, *_: strays.append(name), before=True)]
 
     def run(part: Any) -> None:
         strays.clear()
@@ -217,14 +217,10 @@ def _known(
 def _run(model: nn.Module, batch: Any, names: Sequence[str], feed: Feed) -> Seen:
     shapes: dict[str, list[Any]] = defaultdict(list)
 
-    def seen(name: str, args: Any, kwargs: Any) -> None:
+    def seen(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         shapes[name].append(next((tuple(t.shape) for t in tensors((args, kwargs))), ()))
 
-    layers = [(name, model.get_submodule(name)) for name in names]
-    hooks = [
-        Hook(layer, lambda _, args, kwargs, *__, name=name: seen(name, args, kwargs), before=True)
-        for name, layer in layers
-    ]
+    hooks = on_each([(name, model.get_submodule(name)) for name in names], seen, before=True)
     with counting(model) as work, observe(model, hooks, forward=feed) as running:
         outputs = output_tensors(running(batch))
     calls = Counter({name: len(each) for name, each in shapes.items()})

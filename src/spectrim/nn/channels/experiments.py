@@ -8,8 +8,6 @@ tell all channels of a layer, and an entry that changes in both is mixed of seve
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Side
-from spectrim.nn.channels.narrow import NORMS
-from spectrim.nn.channels.rules import rule_of
-from spectrim.nn.channels.trial import without_statistics
+from spectrim.nn.channels.narrow import NORMS, length
+from spectrim.nn.channels.rules import layers_of, rule_of
+from spectrim.nn.channels.trial import dim_of, without_statistics
 from spectrim.nn.watch.batches import evaluating, output_tensors
-from spectrim.nn.watch.observe import Hook, hooked
+from spectrim.nn.watch.observe import hooked, on_each
 
 # By what the numbers of a channel are multiplied, and the relative change that is one.
 _FACTOR, _LEAST = 1.7, 1e-5
@@ -105,12 +103,10 @@ class Experiments:
         def seen(chosen: Tensor | None) -> list[tuple[str, list[Tensor]]]:
             calls: list[tuple[str, list[Tensor]]] = []
 
-            def keep(name: str) -> Callable[..., None]:
-                return lambda _, args, kwargs: calls.append(
-                    (name, [t.detach().clone() for t in output_tensors((args, kwargs))])
-                )
+            def keep(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+                calls.append((name, [t.detach().clone() for t in output_tensors((args, kwargs))]))
 
-            with hooked(Hook(module, keep(name), before=True) for name, module in others.items()):
+            with hooked(on_each(others.items(), keep, before=True)):
                 self._pass(lambda *_: None, None if chosen is None else root, chosen)
             return calls
 
@@ -124,17 +120,14 @@ class Experiments:
         return None
 
     def _length(self, name: str, axis: str) -> int:
-        module: Any = self.model.get_submodule(name)
-        if axis == THROUGH:
-            return self._base.inputs[name][0].shape[self._dim(name)]
-        names = ("in_features", "in_channels") if axis == IN else ("out_features", "out_channels")
-        return next(getattr(module, each) for each in names if hasattr(module, each))
+        seen = self._base.inputs[name][0].shape[self._dim(name)] if axis == THROUGH else None
+        size = seen or length(self.model.get_submodule(name), axis)
+        assert size is not None
+        return size
 
     @cached_property
     def _layers(self) -> dict[str, nn.Module]:
-        return {
-            n: m for n, m in self.model.named_modules() if isinstance(m, (_ConvNd, nn.Linear)) and not _is_depthwise(m)
-        }
+        return {name: module for name, module in layers_of(self.model) if not _is_depthwise(module)}
 
     @cached_property
     def _passed(self) -> dict[str, nn.Module]:
@@ -149,11 +142,10 @@ class Experiments:
     def _dim(self, name: str) -> int:
         """The axis of a module's input that holds its channels."""
         module = self.model.get_submodule(name)
-        if isinstance(module, _ConvNd):
-            return -1 - len(module.kernel_size)
-        if (rule := rule_of(module)) is not None:
-            return rule[1]
-        return -1 if isinstance(module, (nn.Linear, nn.LayerNorm)) else 1
+        if isinstance(module, (_ConvNd, nn.Linear)):
+            return dim_of(module)
+        rule = rule_of(module)
+        return rule[1] if rule is not None else -1 if isinstance(module, nn.LayerNorm) else 1
 
     @cached_property
     def _touched(self) -> dict[str, set[str]]:
@@ -238,36 +230,26 @@ class Experiments:
         """
         numbers = iter(self._drawn)
 
-        def read(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-                see(name, (args[0] if args else next(iter(kwargs.values()))).detach())
+        def read(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+            see(name, (args[0] if args else next(iter(kwargs.values()))).detach())
 
-            return hook
+        def write(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            drawn = next(numbers, None)
+            if drawn is None:
+                drawn = _noise(output, len(self._drawn))
+                self._drawn.append(drawn)
+            if name == source and chosen is not None:
+                shape = [1] * drawn.dim()
+                shape[self._dim(name)] = -1
+                return drawn * torch.where(chosen, _FACTOR, 1.0).to(drawn).reshape(shape)
+            # A network may write into what it gets.
+            return drawn.clone()
 
-        def write(name: str) -> Callable[..., Tensor]:
-            def hook(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-                drawn = next(numbers, None)
-                if drawn is None:
-                    drawn = _noise(output, len(self._drawn))
-                    self._drawn.append(drawn)
-                if name == source and chosen is not None:
-                    shape = [1] * drawn.dim()
-                    shape[self._dim(name)] = -1
-                    return drawn * torch.where(chosen, _FACTOR, 1.0).to(drawn).reshape(shape)
-                # A network may write into what it gets.
-                return drawn.clone()
-
-            return hook
-
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(evaluating(self.model))
-            steps = stack.enter_context(without_statistics())
+        sinks = on_each((self._layers | self._passed).items(), read, before=True)
+        hooks = [*sinks, *on_each(self._layers.items(), write)]
+        with evaluating(self.model), without_statistics() as steps, hooked(hooks):
             if source is not None:
                 steps.next = iter(self._scales)
-            for name, module in itertools.chain(self._layers.items(), self._passed.items()):
-                stack.callback(module.register_forward_pre_hook(read(name), with_kwargs=True).remove)
-            for name, module in self._layers.items():
-                stack.callback(module.register_forward_hook(write(name)).remove)
             outputs = output_tensors(self.run(self.model, self.example))
         if source is None:
             self._scales += steps.held

@@ -26,12 +26,12 @@ from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Coupling, Side
 from spectrim.network.sites import Layer, Sites, Skipped
 from spectrim.nn.channels.experiments import Experiments, Mixed
 from spectrim.nn.channels.heads import Heads
-from spectrim.nn.channels.narrow import NORMS, beside_layers, held_at
+from spectrim.nn.channels.narrow import NORMS, beside_layers, held_at, length, pools_of
 from spectrim.nn.channels.products import with_products
 from spectrim.nn.channels.rules import rule_of
 from spectrim.nn.channels.tracing import traced
 from spectrim.nn.channels.trial import DRAWS, Trial, enlivened, first_line
-from spectrim.nn.find import canonical, describe, find
+from spectrim.nn.find import canonical, find
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.state import ALONE
@@ -399,10 +399,11 @@ class _Graph:
             if len(place) != len(atoms) or len(counts) != 1:
                 raise _Blocked(f"{path}: holds some of its channels only")
             positions = torch.tensor([sorted(place[number]) for number in range(len(atoms))])
-            length = _length(held_at(self.model, path), axis)
-            if int(positions.max()) >= length or positions.unique().numel() != positions.numel():
-                raise _Blocked(f"{path}: an operation before it makes its {length} channels of these")
-            found.append(Side(path, axis, positions, length))
+            size = length(held_at(self.model, path), axis)
+            assert size is not None
+            if int(positions.max()) >= size or positions.unique().numel() != positions.numel():
+                raise _Blocked(f"{path}: an operation before it makes its {size} channels of these")
+            found.append(Side(path, axis, positions, size))
         numbers, size = beside_layers(self.model, found)
         found.sort(key=lambda side: side.name != self.names[root][0] or side.axis != OUT)
         return Coupling(name, tuple(found), self._pools(found, len(atoms)), numbers, size)
@@ -434,12 +435,7 @@ class _Graph:
         """Into how many equal runs the channels fall that all lose the same number."""
         pools = 1
         for side in sides:
-            module = held_at(self.model, side.name)
-            groups = 1
-            if isinstance(module, nn.GroupNorm):
-                groups = module.num_groups
-            elif isinstance(module, _ConvNd) and side.axis != THROUGH:
-                groups = module.groups
+            groups = pools_of(held_at(self.model, side.name), side.axis)
             if groups == 1:
                 continue
             run = side.size // groups
@@ -525,21 +521,6 @@ def _careful() -> Iterator[None]:
         graph.Group = before
         for name, update in mappings.items():
             setattr(index_mapping, name, update)
-
-
-def _length(module: Any, axis: str) -> int:
-    if isinstance(module, nn.Parameter):
-        return module.shape[int(axis)]
-    if isinstance(module, (_ConvNd, nn.Linear)):
-        spec = describe(module, ("",))
-        return spec.in_channels if axis == IN else spec.out_channels
-    if isinstance(module, nn.Embedding):
-        return module.embedding_dim
-    if isinstance(module, nn.LayerNorm):
-        return module.normalized_shape[-1]
-    if isinstance(module, nn.PReLU):
-        return module.num_parameters
-    return module.num_channels if isinstance(module, nn.GroupNorm) else module.num_features
 
 
 def _halved(coupling: Coupling) -> Iterator[Coupling]:

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from spectrim.network.coupling import IN, OUT, Axis, Coupling, Side
 from spectrim.nn.channels.narrow import beside_layers
-from spectrim.nn.channels.trial import DRAWS, Trial, explained
+from spectrim.nn.channels.rules import layers_of
+from spectrim.nn.channels.trial import DRAWS, Trial, dim_of, explained
 from spectrim.nn.watch.nesting import output_tensors
-from spectrim.nn.watch.observe import Hook, hooked
+from spectrim.nn.watch.observe import hooked, on_each
 from spectrim.nn.watch.state import evaluating
 
 # Sets of numbers that are tried for one attention, and how many numbers a set has at most.
@@ -179,25 +179,18 @@ class _Seen:
     def of(cls, model: nn.Module, trial: Trial) -> _Seen:
         seen = cls(model)
         generator = torch.Generator().manual_seed(0)
-        layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))]
+        layers = layers_of(model)
 
-        def read(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-                seen.inputs.setdefault(name, []).append(args[0] if args else next(iter(kwargs.values())))
+        def read(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+            seen.inputs.setdefault(name, []).append(args[0] if args else next(iter(kwargs.values())))
 
-            return hook
+        def write(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+            drawn = torch.randn(output.shape, generator=generator).to(output).requires_grad_()
+            seen.drawn.setdefault(name, []).append(drawn)
+            # A network may write into what it gets.
+            return drawn.clone()
 
-        def write(name: str) -> Callable[..., Tensor]:
-            def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-                drawn = torch.randn(output.shape, generator=generator).to(output).requires_grad_()
-                seen.drawn.setdefault(name, []).append(drawn)
-                # A network may write into what it gets.
-                return drawn.clone()
-
-            return hook
-
-        hooks = [Hook(module, read(name), before=True) for name, module in layers]
-        hooks += [Hook(module, write(name)) for name, module in layers]
+        hooks = [*on_each(layers, read, before=True), *on_each(layers, write)]
         with evaluating(model), hooked(hooks), torch.enable_grad():
             seen.outputs = output_tensors(trial.run(model, trial.example))
         return seen
@@ -217,7 +210,7 @@ class _Seen:
         Mixed
             If no runs do, or if single entries do, which is no attention.
         """
-        dim = _dim(self.model.get_submodule(reader))
+        dim = dim_of(self.model.get_submodule(reader))
         size = self.inputs[reader][0].shape[dim]
         for run in (run for run in range(1, size // 2 + 1) if size % run == 0):
             try:
@@ -257,17 +250,13 @@ class _Seen:
         found = {name: torch.zeros(self._width(name), dtype=torch.bool) for name in names}
         for (name, each), gradient in zip(drawn, gradients, strict=True):
             if gradient is not None:
-                dim = _dim(self.model.get_submodule(name)) % each.dim()
+                dim = dim_of(self.model.get_submodule(name)) % each.dim()
                 rows = (gradient != 0).movedim(dim, -1).reshape(-1, each.shape[dim])
                 found[name] |= rows.any(0).cpu()
         return found
 
     def _width(self, name: str) -> int:
-        return self.drawn[name][0].shape[_dim(self.model.get_submodule(name))]
-
-
-def _dim(layer: nn.Module) -> int:
-    return -1 - len(layer.kernel_size) if isinstance(layer, _ConvNd) else -1
+        return self.drawn[name][0].shape[dim_of(self.model.get_submodule(name))]
 
 
 def _behind(reader: str, size: int, run: int) -> Side:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from spectrim.errors import PlanError
 from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Side
-from spectrim.nn.channels.rules import is_registered, rule_of
+from spectrim.nn.channels.rules import ChannelRule, Held, is_registered, picked, rule_of
 from spectrim.nn.find import describe
 from spectrim.nn.modules import Chained, Factored
 from spectrim.nn.standing import StandIn, sized
@@ -41,13 +42,16 @@ def narrow(model: nn.Module, axes: Mapping[Axis, Tensor]) -> None:
         module = getattr(owner, leaf) if leaf else owner
         try:
             if isinstance(module, nn.Parameter):
-                setattr(owner, leaf, _parameter(module, int(axis), kept))
+                setattr(owner, leaf, picked(module, int(axis), kept))
             elif not isinstance(module, nn.Module):
                 raise ValueError(f"is a {type(module).__name__}")
             elif axis.startswith("."):
                 setattr(module, axis[1:], len(kept))
             else:
-                _cut(module, axis, kept)
+                rule = rule_along(module, axis)
+                if rule is None:
+                    raise ValueError(f"a {type(module).__name__} has no channels that can be cut")
+                rule.cut(module, kept)
         except (ValueError, IndexError, RuntimeError) as error:
             raise PlanError(f"{name!r}: cannot cut axis {axis!r} to {len(kept)}: {error}") from error
     _follow(model)
@@ -63,7 +67,9 @@ def reshape(model: nn.Module, name: str, axis: str, fewer: int) -> None:
     """
     owner, leaf = _owner(model, name)
     module = getattr(owner, leaf) if leaf else owner
-    size, pools = _size(module, axis, name)
+    size, pools = length(module, axis), pools_of(module, axis)
+    if size is None:
+        raise PlanError(f"{name!r} is a {type(module).__name__}, which has no axis {axis!r} that can be cut")
     left = size - fewer
     if not 1 <= left <= size or left % pools or size % pools:
         raise PlanError(f"{name!r}: {fewer} entries cannot be taken from axis {axis!r} of length {size}")
@@ -113,51 +119,84 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return owner, leaf
 
 
-def _size(module: Any, axis: str, name: str) -> tuple[int, int]:
-    """Length of an axis, and the number of equal runs that all have to lose the same."""
-    if isinstance(module, StandIn):
-        raise PlanError(f"{name!r} is a {type(module).__name__}, which has no axis {axis!r} that can be cut")
-    if axis.startswith(".") and type(number := vars(module).get(axis[1:])) is int:
-        return number, 1
-    if isinstance(module, nn.Parameter) and axis.isdecimal() and int(axis) < module.dim():
-        return module.shape[int(axis)], 1
-    if isinstance(module, _ConvNd) and axis in (IN, OUT, THROUGH):
-        size = module.out_channels if axis == OUT else module.in_channels
-        return size, 1 if axis == THROUGH else module.groups
-    if isinstance(module, nn.Linear) and axis in (IN, OUT):
-        return (module.in_features if axis == IN else module.out_features), 1
-    if isinstance(module, nn.Embedding) and axis == OUT:
-        return module.embedding_dim, 1
-    if axis == THROUGH and isinstance(module, (*NORMS, nn.PReLU)) and not is_registered(module):
-        if isinstance(module, nn.LayerNorm):
-            return module.normalized_shape[-1], 1
-        if isinstance(module, nn.GroupNorm):
-            return module.num_channels, module.num_groups
-        return (module.num_parameters if isinstance(module, nn.PReLU) else module.num_features), 1
-    if axis == THROUGH and isinstance(module, nn.Module) and (known := rule_of(module)) is not None:
-        return known[0].size(module), 1
-    raise PlanError(f"{name!r} is a {type(module).__name__}, which has no axis {axis!r} that can be cut")
+@dataclass(frozen=True)
+class _Along:
+    """How a module of torch loses entries of an axis: an attribute is its length, and tensors lie along it."""
+
+    attribute: str
+    held: Held
+
+    def size(self, module: nn.Module) -> int:
+        size = getattr(module, self.attribute)
+        return size[-1] if isinstance(size, tuple) else size
+
+    def cut(self, module: nn.Module, kept: Tensor) -> None:
+        pools = pools_of(module, THROUGH)
+        _runs(kept, pools, self.size(module) // pools)
+        self.held.cut(module, kept)
+        size = getattr(module, self.attribute)
+        setattr(module, self.attribute, (*size[:-1], len(kept)) if isinstance(size, tuple) else len(kept))
 
 
-def _cut(module: nn.Module, axis: str, kept: Tensor) -> None:
-    if isinstance(module, StandIn):
-        raise ValueError(f"a {type(module).__name__} is cut by its parts")
-    if isinstance(module, _ConvNd):
-        _cut_conv(module, axis, kept)
-    elif isinstance(module, nn.Linear):
-        module.weight = _parameter(module.weight, 0 if axis == OUT else 1, kept)
-        module.out_features, module.in_features = module.weight.shape
-        if axis == OUT and module.bias is not None:
-            module.bias = _parameter(module.bias, 0, kept)
-    elif isinstance(module, nn.Embedding):
-        module.weight = _parameter(module.weight, 1, kept)
-        module.embedding_dim = len(kept)
-    elif isinstance(module, (*NORMS, nn.PReLU)) and not is_registered(module):
-        _cut_norm(module, kept)
-    elif axis == THROUGH and (known := rule_of(module)) is not None:
-        known[0].cut(module, kept)
-    else:
-        raise ValueError(f"a {type(module).__name__} has no channels that can be cut")
+@dataclass(frozen=True)
+class _OfConvolution:
+    """How a convolution loses what it writes, reads, or both."""
+
+    axis: str
+
+    def size(self, module: _ConvNd) -> int:
+        return module.out_channels if self.axis == OUT else module.in_channels
+
+    def cut(self, module: _ConvNd, kept: Tensor) -> None:
+        _cut_conv(module, self.axis, kept)
+
+
+_OF_NORM = Held({"weight": -1, "bias": -1, "running_mean": 0, "running_var": 0})
+_LAYERS: dict[type[nn.Module], Mapping[str, ChannelRule]] = {
+    _ConvNd: {axis: _OfConvolution(axis) for axis in (OUT, IN, THROUGH)},
+    nn.Linear: {
+        OUT: _Along("out_features", Held({"weight": 0, "bias": 0})),
+        IN: _Along("in_features", Held({"weight": 1})),
+    },
+    nn.Embedding: {OUT: _Along("embedding_dim", Held({"weight": 1}))},
+}
+_BETWEEN: dict[type[nn.Module], Mapping[str, ChannelRule]] = {
+    nn.LayerNorm: {THROUGH: _Along("normalized_shape", _OF_NORM)},
+    nn.GroupNorm: {THROUGH: _Along("num_channels", _OF_NORM)},
+    nn.PReLU: {THROUGH: _Along("num_parameters", _OF_NORM)},
+    _BatchNorm: {THROUGH: _Along("num_features", _OF_NORM)},
+    _InstanceNorm: {THROUGH: _Along("num_features", _OF_NORM)},
+}
+
+
+def rule_along(module: Any, axis: str) -> ChannelRule | None:
+    """How a module loses entries of an axis, if it can: as torch's own, as its class is registered, or as it holds."""
+    if isinstance(module, StandIn) or not isinstance(module, nn.Module):
+        return None
+    kinds = _LAYERS if is_registered(module) else _LAYERS | _BETWEEN
+    for kind, rules in kinds.items():
+        if isinstance(module, kind):
+            return rules.get(axis)
+    known = rule_of(module) if axis == THROUGH else None
+    return None if known is None else known[0]
+
+
+def length(module: Any, axis: str) -> int | None:
+    """Length of an axis of a module or parameter, or the number that an attribute is; None where there is none."""
+    if axis.startswith("."):
+        number = vars(module).get(axis[1:])
+        return number if type(number) is int else None
+    if isinstance(module, nn.Parameter):
+        return module.shape[int(axis)] if axis.isdecimal() and int(axis) < module.dim() else None
+    rule = rule_along(module, axis)
+    return None if rule is None else rule.size(module)
+
+
+def pools_of(module: Any, axis: str) -> int:
+    """The number of equal runs of an axis that all have to lose the same."""
+    if isinstance(module, _ConvNd) and axis != THROUGH:
+        return module.groups
+    return module.num_groups if isinstance(module, nn.GroupNorm) else 1
 
 
 def _cut_conv(module: _ConvNd, axis: str, kept: Tensor) -> None:
@@ -171,40 +210,19 @@ def _cut_conv(module: _ConvNd, axis: str, kept: Tensor) -> None:
         module.in_channels = module.out_channels = module.groups = len(kept)
     else:
         size = module.out_channels if axis == OUT else module.in_channels
-        pool = size // groups
-        runs = _runs(kept, groups, pool)
+        runs = _runs(kept, groups, size // groups)
         # [g, o, i, *k], or [g, i, o, *k] of a transposed convolution.
         dim = 1 if (axis == OUT) != module.transposed else 2
         index = runs.reshape(groups, *(-1 if d == dim else 1 for d in range(1, weight.dim())))
-        picked = torch.take_along_dim(weight, index, dim)
-        cut = picked.reshape(-1, *picked.shape[2:])
+        left = torch.take_along_dim(weight, index, dim)
+        cut = left.reshape(-1, *left.shape[2:])
         if axis == OUT:
             module.out_channels = len(kept)
         else:
             module.in_channels = len(kept)
     if axis != IN and module.bias is not None:
-        module.bias = _parameter(module.bias, 0, kept)
+        module.bias = cast(nn.Parameter, picked(module.bias, 0, kept))
     module.weight = nn.Parameter(cut.clone(), requires_grad=module.weight.requires_grad)
-
-
-def _cut_norm(module: Any, kept: Tensor) -> None:
-    for name in ("weight", "bias"):
-        held = getattr(module, name, None)
-        if isinstance(held, nn.Parameter) and held.numel() > 1:
-            setattr(module, name, _parameter(held, held.dim() - 1, kept))
-    for name in ("running_mean", "running_var"):
-        held = getattr(module, name, None)
-        if isinstance(held, Tensor):
-            setattr(module, name, held[kept.to(held.device)].clone())
-    if isinstance(module, nn.LayerNorm):
-        module.normalized_shape = (*module.normalized_shape[:-1], len(kept))
-    elif isinstance(module, nn.GroupNorm):
-        _runs(kept, module.num_groups, module.num_channels // module.num_groups)
-        module.num_channels = len(kept)
-    elif isinstance(module, nn.PReLU):
-        module.num_parameters = len(kept)
-    else:
-        module.num_features = len(kept)
 
 
 def _runs(kept: Tensor, groups: int, pool: int) -> Tensor:
@@ -215,11 +233,6 @@ def _runs(kept: Tensor, groups: int, pool: int) -> Tensor:
     if bool((counts != counts[0]).any()):
         raise ValueError(f"its {groups} groups would keep different numbers of channels, {counts.tolist()}")
     return (kept % pool).reshape(groups, -1)
-
-
-def _parameter(held: Tensor, dim: int, kept: Tensor) -> nn.Parameter:
-    cut = held.detach().index_select(dim, kept.to(held.device))
-    return nn.Parameter(cut, requires_grad=held.requires_grad)
 
 
 def _follow(model: nn.Module) -> None:

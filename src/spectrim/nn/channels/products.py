@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from spectrim.network.coupling import Coupling, axes_left
 from spectrim.nn.channels.narrow import narrow
+from spectrim.nn.channels.rules import layers_of
 from spectrim.nn.channels.trial import Trial, half
 from spectrim.nn.copying import copy_model
 from spectrim.nn.flops import WorkCounter
@@ -38,5 +38,5 @@ def _shares(trial: Trial, coupling: Coupling, counted: Mapping[str, float]) -> M
 def _own_macs(trial: Trial, model: nn.Module) -> dict[str, float]:
     with evaluating(model), WorkCounter() as counter:
         trial.run(model, trial.example)
-    layers = {name for name, module in model.named_modules() if isinstance(module, (_ConvNd, nn.Linear))}
+    layers = {name for name, _ in layers_of(model)}
     return {path: work for path, work in counter.own_macs(model).items() if path not in layers}

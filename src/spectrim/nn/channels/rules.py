@@ -6,6 +6,7 @@ number of channels among its attributes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,6 +23,11 @@ _OF_TORCH = (
 )
 
 
+def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Convolutions and linear layers, by name."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, (_ConvNd, nn.Linear))]
+
+
 class ChannelRule(Protocol):
     """What :func:`register_channels` takes: how many channels a module gets, and how it loses some."""
 
@@ -35,7 +41,7 @@ class ChannelRule(Protocol):
 
 
 @dataclass(frozen=True)
-class _Held:
+class Held:
     """Parameters and buffers that hold a number for each channel along an axis."""
 
     axes: Mapping[str, int]
@@ -47,11 +53,15 @@ class _Held:
     @torch.no_grad()
     def cut(self, module: nn.Module, kept: Tensor) -> None:
         for name, axis in self.axes.items():
-            held = getattr(module, name)
-            if held is None:
-                continue
-            cut = held.detach().index_select(axis, kept.to(held.device))
-            setattr(module, name, nn.Parameter(cut, held.requires_grad) if isinstance(held, nn.Parameter) else cut)
+            held = getattr(module, name, None)
+            if held is not None:
+                setattr(module, name, picked(held, axis, kept))
+
+
+def picked(held: Tensor, axis: int, kept: Tensor) -> Tensor:
+    """Some entries of an axis of a parameter or buffer, as such."""
+    cut = held.detach().index_select(axis, kept.to(held.device))
+    return nn.Parameter(cut, held.requires_grad) if isinstance(held, nn.Parameter) else cut
 
 
 class _Unflattened:
@@ -61,10 +71,7 @@ class _Unflattened:
         sizes = self._sizes(module)
         if sizes[0] < 1:
             raise ValueError("the number of channels is not among its sizes")
-        total = 1
-        for each in sizes:
-            total *= each
-        return total
+        return math.prod(sizes)
 
     def cut(self, module: Any, kept: Tensor) -> None:
         first, *rest = self._sizes(module)
@@ -114,7 +121,7 @@ def register_channels(kind: type[nn.Module], rule: ChannelRule | Mapping[str, in
     if isinstance(rule, Mapping):
         if not rule or not all(isinstance(k, str) and isinstance(v, int) for k, v in rule.items()):
             raise TypeError(f"the rule is {rule!r}: expected names of parameters and buffers with the axis of channels")
-        rule = _Held(dict(rule))
+        rule = Held(dict(rule))
     if not callable(getattr(rule, "size", None)) or not callable(getattr(rule, "cut", None)):
         raise TypeError(f"the rule is {rule!r}: expected a mapping of names to axes, or methods size and cut")
     _RULES[kind] = rule, dim
@@ -138,4 +145,4 @@ def rule_of(module: nn.Module) -> tuple[ChannelRule, int] | None:
     lengths = {t.numel() for t in held.values()}
     if len(lengths) != 1 or any(len(each) != 1 for each in axes.values()):
         return None
-    return _Held({name: axis for name, (axis,) in axes.items()}), 1
+    return Held({name: axis for name, (axis,) in axes.items()}), 1

@@ -11,14 +11,14 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
+from spectrim.nn.channels.rules import layers_of
 from spectrim.nn.copying import copy_model
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.standing import as_containers
 from spectrim.nn.watch.nesting import output_tensors
-from spectrim.nn.watch.observe import Hook, hooked
+from spectrim.nn.watch.observe import hooked, on_each
 
 Around = Callable[[], contextlib.AbstractContextManager[Any]]
 # Traces with one more layer taken for an output, where nothing leads on from it.
@@ -84,21 +84,17 @@ def _traced(
     trace = Trace(copied, graph())
     further: list[Tensor] = []
 
-    def see(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            trace.called.append(module)
-            if name in ends:
-                further.append(output)
-
-        return hook
+    def see(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        trace.called.append(module)
+        if name in ends:
+            further.append(output)
 
     def forward(model: nn.Module, batch: Any) -> list[Tensor]:
         with _Followed(differentiable), _inference(differentiable):
             outputs = [*output_tensors(run(model, batch)), *further]
         return [tensor for tensor in outputs if tensor.requires_grad]
 
-    layers = [(name, m) for name, m in copied.named_modules() if isinstance(m, (_ConvNd, nn.Linear))]
-    with warnings.catch_warnings(), torch.enable_grad(), around(), hooked(Hook(m, see(name)) for name, m in layers):
+    with warnings.catch_warnings(), torch.enable_grad(), around(), hooked(on_each(layers_of(copied), see)):
         warnings.simplefilter("ignore")
         trace.graph.build_dependency(copied, example, forward_fn=forward, verbose=False)
     trace.called = list(dict.fromkeys(trace.called))

@@ -21,13 +21,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from spectrim.network.coupling import IN, OUT, THROUGH, Coupling, axes_left
 from spectrim.nn.channels.narrow import narrow
+from spectrim.nn.channels.rules import layers_of
 from spectrim.nn.copying import copy_model
 from spectrim.nn.find import canonical
 from spectrim.nn.modes import asks_for_mode, fault_in_training
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.standing import as_containers
 from spectrim.nn.watch.nesting import output_tensors
-from spectrim.nn.watch.observe import Hook, hooked
+from spectrim.nn.watch.observe import hooked, on_each
 
 # Share of the outputs' magnitude by which a narrowed model may differ from one with zeroed weights.
 _TOLERANCE = 1e-4
@@ -157,12 +158,11 @@ class Trial:
         for name, held in inside.items():
             owner = reference.get_submodule(name)
             left = axes.get((name, OUT), axes.get((name, THROUGH)))
-            dim = -1 if isinstance(owner, nn.Linear) else -1 - len(owner.kernel_size)  # type: ignore[arg-type]
             given = inside_small.get(name, [])
             if len(held) != len(given):
                 return f"the narrowed model calls {name} {len(given)} times in place of {len(held)}"
             for a, b in zip(held, given, strict=True):
-                a = a if left is None else a.index_select(dim, left.to(a.device))
+                a = a if left is None else a.index_select(dim_of(owner), left.to(a.device))
                 if a.shape != b.shape or not _close(a, b):
                     return f"{_OTHER} at {name}"
         if self.trains and (error := self._in_training(small)) is not None:
@@ -205,14 +205,10 @@ def _recorded(model: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
     """Outputs of every layer: those of the network may hide a fault, behind a last ReLU or a layer scale of 1e-6."""
     held: dict[str, list[Tensor]] = {}
 
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            held.setdefault(name, []).append(output.clone())
+    def keep(name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        held.setdefault(name, []).append(output.clone())
 
-        return hook
-
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, (_ConvNd, nn.Linear))]
-    with hooked(Hook(module, keep(name)) for name, module in layers):
+    with hooked(on_each(layers_of(model), keep)):
         yield held
 
 
@@ -261,6 +257,11 @@ def _close(a: Tensor, b: Tensor) -> bool:
     a, b = a.double(), b.double()
     scale = a.abs().max().clamp_min(1e-30) if a.numel() else a.new_ones(())
     return bool(torch.isfinite(a).all()) and bool(((a - b).abs() <= tolerance * scale).all())
+
+
+def dim_of(layer: nn.Module) -> int:
+    """The axis of what a layer takes or gives that holds its channels."""
+    return -1 - len(layer.kernel_size) if isinstance(layer, _ConvNd) else -1
 
 
 class _Scales:

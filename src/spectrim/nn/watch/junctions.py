@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
 from spectrim.nn.watch.batches import Feed
-from spectrim.nn.watch.observe import Hook, hooked, on_few
+from spectrim.nn.watch.observe import Hook, hooked, on_each, on_few
 from spectrim.nn.watch.state import evaluating, kept
 
 log = logging.getLogger(__name__)
@@ -228,26 +228,19 @@ class _Scan(TorchFunctionMode):
 
     def hooks(self, model: nn.Module) -> Iterator[Hook]:
         """For all modules."""
-        for name, module in model.named_modules():
-            yield Hook(module, self._before(name), before=True)
-            yield Hook(module, self._after(name))
+        yield from on_each(model.named_modules(), self._before, before=True)
+        yield from on_each(model.named_modules(), self._after)
 
-    def _before(self, name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._calls[name] += 1
-            self._show(name, False, (args, kwargs))
-            if isinstance(module, _BatchNorm) and module.running_var is not None and args:
-                self._given[name] = self._value(args[0])
+    def _before(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._calls[name] += 1
+        self._show(name, False, (args, kwargs))
+        if isinstance(module, _BatchNorm) and module.running_var is not None and args:
+            self._given[name] = self._value(args[0])
 
-        return note
-
-    def _after(self, name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            self._show(name, True, output)
-            if name in self._given and isinstance(output, Tensor):
-                self._norms[self._given[name]] = name, output
-
-        return note
+    def _after(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        self._show(name, True, output)
+        if name in self._given and isinstance(output, Tensor):
+            self._norms[self._given[name]] = name, output
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         call = _Call(func, args, kwargs or {})

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.junctions import Junction
-from spectrim.nn.watch.observe import Hook, hooked
+from spectrim.nn.watch.observe import hooked, on_each
 from spectrim.nn.watch.passes import Network, Passes, given
 from spectrim.nn.watch.state import Place, State, evaluating
 
@@ -142,10 +142,8 @@ def lockstep(
         for model in (dense, compressed)
     )
     hub = Hub(dense, Passes(first, batches, calls), Passes(second, batches, calls), sums or {})
-    targets = [
-        Hook(dense.get_submodule(name), lambda module, args, kwargs, output, name=name: hub.dense.wait(name, output))
-        for name in calls
-    ]
+    layers = [(name, dense.get_submodule(name)) for name in calls]
+    targets = [*on_each(layers, lambda name, module, args, kwargs, output: hub.dense.wait(name, output))]
     for model, side in ((dense, hub.dense), (compressed, hub.compressed)):
         targets += [
             one.other.hook(model, lambda tensor, side=side, name=name: side.note(name, tensor))

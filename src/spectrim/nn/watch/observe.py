@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -41,6 +42,13 @@ class Hook:
         if self.before:
             return self.module.register_forward_pre_hook(function, with_kwargs=True)
         return self.module.register_forward_hook(function, with_kwargs=True)
+
+
+def on_each(
+    modules: Iterable[tuple[str, nn.Module]], function: Callable[..., Any], *, before: bool = False
+) -> Iterator[Hook]:
+    """A hook a module, whose function is given the module's name before all else."""
+    return (Hook(module, functools.partial(function, name), before) for name, module in modules)
 
 
 @contextlib.contextmanager

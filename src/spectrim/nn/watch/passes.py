@@ -17,7 +17,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from spectrim.nn.watch.batches import Feed
-from spectrim.nn.watch.observe import Hook, hooked
+from spectrim.nn.watch.observe import hooked, on_each
 from spectrim.nn.watch.state import Place, State, evaluating, install, taken
 
 T = TypeVar("T")
@@ -189,12 +189,11 @@ def passes(
     run = Feed.of(forward)
     every = Passes(Network(model, lambda batch: run(model, batch), State(model), places), batches, calls)
 
-    def stop(name: str) -> Hook:
-        return Hook(
-            model.get_submodule(name), lambda module, args, kwargs: every.wait(name, given(args, kwargs)), before=True
-        )
+    def stop(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        every.wait(name, given(args, kwargs))
 
-    with evaluating(model), hooked([stop(name) for name in calls]):
+    layers = [(name, model.get_submodule(name)) for name in calls]
+    with evaluating(model), hooked(on_each(layers, stop, before=True)):
         try:
             yield every
         finally:

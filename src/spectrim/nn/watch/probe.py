@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter
 
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.watch.batches import Feed
-from spectrim.nn.watch.observe import Hook, hooked, on_few
+from spectrim.nn.watch.observe import hooked, on_each, on_few
 from spectrim.nn.watch.state import Place, State, evaluating, kept
 
 
@@ -72,11 +72,11 @@ def probe(
         nonlocal seen
         seen, alive, size = Probe(), _Alive(model), feed.layout.size(part)
 
-        def note(module: nn.Module, args: Any, kwargs: Any, output: Any, *, name: str) -> None:
+        def note(name: str, *_: Any) -> None:
             seen.order.append(name)
             seen.nbytes = max(seen.nbytes, alive.nbytes / size)
 
-        hooks = [Hook(model.get_submodule(name), _named(note, name)) for name in names]
+        hooks = on_each(((name, model.get_submodule(name)) for name in names), note)
         with evaluating(model), kept(model):
             state, forward_pass = State(model), feed.ready(model, part)
             with hooked(hooks), alive:
@@ -85,10 +85,6 @@ def probe(
 
     on_few(run, batch, feed)
     return seen
-
-
-def _named(note: Callable[..., None], name: str) -> Callable[..., None]:
-    return lambda module, args, kwargs, output: note(module, args, kwargs, output, name=name)
 
 
 class _Alive(TorchDispatchMode):

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_iter
 from spectrim.errors import CalibrationError
 from spectrim.network.layer import LayerSpec
 from spectrim.nn.standing import tells
-from spectrim.nn.watch.observe import Hook, hooked
+from spectrim.nn.watch.observe import hooked, on_each
 
 _READ = (
     "another module computes with its weight, which a pair of layers in its place would multiply out in every pass: "
@@ -184,15 +184,9 @@ def reading(model: nn.Module, specs: Iterable[LayerSpec]) -> Iterator[Reading]:
     layers = {spec.name: model.get_submodule(spec.name) for spec in specs}
     seen = Reading()
     readers = _Readers(layers, seen)
-    hooks = [
-        hook
-        for name, layer in layers.items()
-        for hook in (
-            Hook(layer, lambda *_, name=name: readers.start(name), before=True),
-            Hook(layer, lambda *_, name=name: readers.running.remove(name)),
-        )
-    ]
-    with hooked(hooks), _held(model, layers, seen), readers:
+    starts = on_each(layers.items(), lambda name, *_: readers.start(name), before=True)
+    ends = on_each(layers.items(), lambda name, *_: readers.running.remove(name))
+    with hooked([*starts, *ends]), _held(model, layers, seen), readers:
         yield seen
         readers.end()
 
