@@ -52,6 +52,7 @@ def test_noise_is_said_to_be_noise_and_a_loss_is_not():
     for row, value in ((small, "within noise"), (large, "-1.00 points")):
         first, *_ = tiles(plan(table(["a"])), Comparison((row,)), None, stored=False)
         assert (first.name, first.value) == ("accuracy", value)
+        assert first.detail.endswith(f" ({row.uncertainty})")
 
 
 def test_gains_never_stand_alone():

@@ -180,7 +180,7 @@ def sentence(result: LearnedResult, run: RankRun) -> str:
         early = learning.epochs < run.learned.rank_epochs
         epochs = f"{learning.epochs} epochs" + (f" of {run.learned.rank_epochs}, until they settled," if early else "")
         steps = len(result.trajectory)
-        parts = [f"Ranks learned for {epochs} with {steps} C steps in {learning.seconds:.0f} s"]
+        parts = [f"Ranks learned for {epochs} in {learning.seconds:.0f} s, chosen anew {steps} times (C steps)"]
     if tuning is not None:
         parts.append(f"fine-tuned for {tuning.epochs} epochs in {tuning.seconds:.0f} s")
     return ", then ".join(parts) + (", with the dense model as teacher." if learning or tuning else ".")

@@ -119,13 +119,20 @@ class Measure:
         return self.better == "higher" and abs(self.compressed - self.dense) <= self.standard_error
 
     @property
-    def spread(self) -> str:
+    def uncertainty(self) -> str:
         """Of the median time, between which ratios it lies, run beside run; of a score, its standard error."""
         if self.speed and self.metric == _MEDIAN:
-            return f" ({self.speed.low:.2f}-{self.speed.high:.2f}x)"
-        if self.better == "lower" or math.isnan(self.standard_error):
-            return ""
-        return f" ({'within noise, ' * self.is_noise}standard error {self.standard_error:.2f})"
+            return f"{self.speed.low:.2f}-{self.speed.high:.2f}x"
+        return (
+            ""
+            if self.better == "lower" or math.isnan(self.standard_error)
+            else f"standard error {self.standard_error:.2f}"
+        )
+
+    @property
+    def spread(self) -> str:
+        """The same in brackets, and whether the difference is within it."""
+        return f" ({'within noise, ' * self.is_noise}{self.uncertainty})" if self.uncertainty else ""
 
     def show(self, value: float) -> str:
         """A value in this line's unit, for people."""

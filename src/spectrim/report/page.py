@@ -256,7 +256,7 @@ def _text(parts: Mapping[str, Any]) -> str:
     """What the page says in our own words: names of layers may be any words."""
     cells = [text for row in parts["rows"] for text in row] + [tile.name for tile in parts["tiles"]]
     costs = [text for layer in parts["layers"] for pair in layer["costs"] for text in pair]
-    said = [parts["unit"], *parts["unmeasured"], *parts["cost_names"]]
+    said = [parts["unit"], *parts["unmeasured"], *parts["cost_names"], *parts["facts"]]
     said += [*("held out" for _ in range(parts["fitted"])), *("C step" for _ in parts["ranks"]), "dense"]
     return "; ".join([*cells, *costs, *said])
 

@@ -52,7 +52,7 @@ def _planned(plan: Plan, cost: str) -> Tile:
 
 
 def _tile(row: Measure) -> Tile:
-    detail = f"{row.show(row.dense)} \u2192 {row.show(row.compressed)}{row.spread}"
+    detail = f"{row.show(row.dense)} \u2192 {row.show(row.compressed)}{row.uncertainty and f' ({row.uncertainty})'}"
     return Tile(row.metric, "within noise" if row.is_noise else row.change, detail, "yes" if _holds(row) else "no")
 
 

@@ -26,6 +26,7 @@ _WORDS = {
     "latency p50": "the median time of one batch",
     "latency p90": "the time that nine in ten runs do not exceed",
     "peak memory": "the most memory that one run takes beside the weights and the input",
+    "proven gap": "how much less, as a share, any other plan within the budget can lose at most; 0: none loses less",
     "standard error": "how far an accuracy on so many samples is off by chance, typically: sqrt(p (1 - p) / n)",
 }
 
