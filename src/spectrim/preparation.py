@@ -21,10 +21,10 @@ from spectrim.nn.copying import check_copyable
 from spectrim.nn.find import Which, find
 from spectrim.nn.timing import as_timed, measure_latency, ready
 from spectrim.nn.watch.batches import Feed
-from spectrim.nn.watch.calibrate import calibrate, check_weights
+from spectrim.nn.watch.calibrate import calibrated, check_weights
 from spectrim.nn.watch.nesting import begun
 from spectrim.nn.watch.sampling import Sampling
-from spectrim.nn.watch.sensitivity import weighed
+from spectrim.nn.watch.sensitivity import calibrated_and_weighed, weighed
 from spectrim.progress import Progress, silent
 
 log = logging.getLogger(__name__)
@@ -169,12 +169,12 @@ def prepare(
     if latency is not False:
         example = one_batch(model, batches, latency.batch, feed)
         ready(as_timed(model, latency), example, latency.runtime)  # what cannot be run so is said before the work
-    sites = calibrate(
-        model, sites, batches, rows=sampling.rows, positions=sampling.positions, mask=sampling.mask,
-        statistics=statistics, forward=feed, progress=functools.partial(progress, "calibrate"),
-    )  # fmt: skip
-    if sensitivity:
-        sites = weighed(model, sites, batches, mask=sampling.mask, forward=feed)
+    watched = functools.partial(progress, "calibrate")
+    if sensitivity and statistics:
+        sites = calibrated_and_weighed(model, sites, batches, sampling, feed, progress=watched)
+    else:
+        sites = calibrated(model, sites, batches, sampling, feed, statistics=statistics, progress=watched)
+        sites = weighed(model, sites, batches, mask=sampling.mask, forward=feed) if sensitivity else sites
     if groups is not False:
         sites = group(sites, None if groups is True else groups)
     kept = batches if statistics else None

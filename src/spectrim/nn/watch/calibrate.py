@@ -24,7 +24,7 @@ from spectrim.nn.flops import WorkCounter
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.nesting import begun, checked_batches, tensors
-from spectrim.nn.watch.observe import Hook, observe
+from spectrim.nn.watch.observe import Hook, hooked, observe
 from spectrim.nn.watch.readers import Reading, reading
 from spectrim.nn.watch.responses import Responses
 from spectrim.nn.watch.samples import Mask
@@ -42,6 +42,8 @@ ENOUGH = 4
 # Samples below which a network chosen by them is a guess: on a ResNet-20 at 60 % of the MACs 1 sample leaves 9 % of
 # accuracy, 2 leave 44 %, 8 leave 85 % and 16 leave 96 %, where weights alone leave 91 %.
 GUESSED = 16
+# Runs the model on a batch.
+Call = Callable[[Any], Any]
 
 
 @reports_steps
@@ -114,8 +116,36 @@ def calibrate(
     ValueError
         For ``rows`` or ``positions`` of another kind.
     """
-    amount = Sampling(rows, positions, mask)
-    feed = Feed.of(forward, samples)
+    return calibrated(
+        model, sites, batches, Sampling(rows, positions, mask), Feed.of(forward, samples), statistics=statistics,
+        progress=told(progress), seed=seed,
+    )  # fmt: skip
+
+
+class Passes:
+    """How forward passes are made while a network is calibrated: as they are."""
+
+    def make(self, call: Call, batch: Any, index: int) -> Any:
+        """The output of a pass that is watched."""
+        return call(batch)
+
+    def behind(self, call: Call, batch: Any, index: int) -> None:
+        """What comes after it, of which nothing is watched."""
+
+
+def calibrated(
+    model: nn.Module,
+    sites: Sites,
+    batches: Iterable[Any],
+    amount: Sampling,
+    feed: Feed,
+    *,
+    statistics: bool = True,
+    progress: Steps,
+    seed: int = 0,
+    passes: Passes = Passes(),  # noqa: B008 (holds nothing)
+) -> Sites:
+    """As :func:`calibrate`, by passes that something else may have a part in."""
     check_weights(model, sites)
     try:
         length = len(checked_batches(batches))
@@ -124,13 +154,16 @@ def calibrate(
     first, stream = begun(batches)
     keeps = False
     feed.decide(model, first)
-    watch = _Watch.of(model, sites, amount, Run(batches, mask, feed.layout), seed, feed.words, statistics=statistics)
-    with observe(model, watch.hooks(model), forward=feed) as call:
+    run = Run(batches, amount.mask, feed.layout)
+    watch = _Watch.of(model, sites, amount, run, seed, feed.words, passes, statistics=statistics)
+    with observe(model, forward=feed) as call:
         state = State(model)
         for index, batch in enumerate(stream):
-            watch.see(call, batch, index)
+            with hooked(watch.hooks(model)):
+                watch.see(call, batch, index)
             keeps = bool(state.changed()) if not index else keeps
-            told(progress)(index + 1, length)
+            passes.behind(call, batch, index)
+            progress(index + 1, length)
             if not statistics:
                 break
     found = watch.calibrated()
@@ -178,8 +211,8 @@ class _Watch:
     samples, tokens, masked, other_macs
         Samples and tokens so far, whether a mask says which tokens there are, and MACs a sample outside the watched
         layers, from the first batch.
-    given
-        What of a batch the model is given, in words.
+    given, passes
+        What of a batch the model is given, in words, and how passes are made.
     work, uncounted
         MACs a sample of every module itself, and operations that could not be counted, by path and by name.
     """
@@ -193,6 +226,7 @@ class _Watch:
     streams: Streams | None
     model: nn.Module
     given: str
+    passes: Passes
     order: list[str] = dataclasses.field(default_factory=list)
     samples: int = 0
     tokens: int = 0
@@ -203,8 +237,9 @@ class _Watch:
 
     @classmethod
     def of(
-        cls, model: nn.Module, sites: Sites, amount: Sampling, run: Run, seed: int, given: str, *, statistics: bool
-    ) -> _Watch:
+        cls, model: nn.Module, sites: Sites, amount: Sampling, run: Run, seed: int, given: str, passes: Passes, *,
+        statistics: bool,
+    ) -> _Watch:  # fmt: skip
         readers = {side.name for coupling in sites.couplings for side in coupling.on(IN)}
         seen = SameInputs()
         streams = Streams() if statistics else None
@@ -233,6 +268,7 @@ class _Watch:
             streams,
             model,
             given,
+            passes,
         )
 
     def hooks(self, model: nn.Module) -> Iterator[Hook]:
@@ -243,7 +279,7 @@ class _Watch:
                 layer = _layer(model, self.watchers[side.name].spec)
                 yield Hook(layer, response.hook(number), before=True)
 
-    def see(self, run: Callable[[Any], Any], batch: Any, index: int) -> None:
+    def see(self, run: Call, batch: Any, index: int) -> None:
         """Run the model on a batch; on the first one count what it computes beside the statistics."""
         samples = self.run.see(batch)
         size = samples.size
@@ -283,9 +319,9 @@ class _Watch:
         """Who reads weights; one that is multiplied out is another tensor each time."""
         return reading(self.model, [layer.spec for layer in self.sites.layers if not layer.present])
 
-    def _run(self, run: Callable[[Any], Any], batch: Any, index: int) -> Any:
+    def _run(self, run: Call, batch: Any, index: int) -> Any:
         try:
-            return run(batch)
+            return self.passes.make(run, batch, index)
         except NotFiniteError as error:
             raise CalibrationError(f"{error}{_spoilt(self.model)}") from error
         except (SpectrimError, torch.OutOfMemoryError):

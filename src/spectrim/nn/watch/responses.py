@@ -55,6 +55,7 @@ class Responses:
         side = self.sides[number]
         spec = self._specs[side.name]
 
+        @torch.no_grad()
         def watch(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
             if not x.numel() or any(held() is x for held in self._seen):

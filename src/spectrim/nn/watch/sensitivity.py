@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,12 +21,16 @@ from spectrim.network.sites import Layer, Sites, Tied
 from spectrim.nn.contiguity import contiguous_where_needed
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.calibrate import Call, Passes, calibrated
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.nesting import begun, checked_batches, output_tensors
-from spectrim.nn.watch.observe import Hook, observe
+from spectrim.nn.watch.observe import Hook, hooked, observe
 from spectrim.nn.watch.patches import outputs_at
 from spectrim.nn.watch.samples import Mask, Samples
-from spectrim.nn.watch.sampling import Run, choose, directions
+from spectrim.nn.watch.sampling import Run, Sampling, choose, directions
+from spectrim.progress import Steps
+
+log = logging.getLogger(__name__)
 
 # Output positions over the run at least, and in multiples of the number of output channels.
 FEWEST, FLOOR = 4096, 16
@@ -105,7 +110,37 @@ def weighed(
     Errors of layers that none reaches count as if losing a layer's whole response mattered as much as it does, in the
     median, at the others. Where none reaches any, errors are not weighed at all.
     """
-    found = _gradients(model, sites, batches, samples, None, mask, Feed.of(forward), 0)
+    return with_weights(sites, _gradients(model, sites, batches, samples, None, mask, Feed.of(forward), 0))
+
+
+def calibrated_and_weighed(
+    model: nn.Module,
+    sites: Sites,
+    batches: Iterable[Any],
+    amount: Sampling,
+    feed: Feed,
+    *,
+    progress: Steps,
+    samples: int = 512,
+) -> Sites:
+    """As :func:`calibrate` and then :func:`weighed`, where both watch the same forward passes.
+
+    The first batch is run for each of them: what a pass computes is counted without gradients, and whether there are
+    gradients is known then. Where a later pass fails with them, which it may not without, both begin again, apart.
+    """
+    try:
+        with _weights_apart(model):
+            shared = _Shared(model, sites, batches, samples, amount.mask, feed)
+            found = calibrated(model, sites, batches, amount, feed, progress=progress, passes=shared)
+    except _Refused as error:
+        log.info("sites are calibrated and weighed in passes of their own: %s", error)
+        found = calibrated(model, sites, batches, amount, feed, progress=progress)
+        return weighed(model, found, batches, samples=samples, mask=amount.mask, forward=feed)
+    return with_weights(found, shared.found)
+
+
+def with_weights(sites: Sites, found: Gradients) -> Sites:
+    """Calibrated sites with the gradients that could be had; ``notes`` say where they could not."""
     usable = {name: m for name, m in found.moments.items() if m.count and m.is_finite() and _total(m) > 0}
     without = [layer.name for layer in sites.layers if layer.name not in usable]
     if not without:
@@ -135,7 +170,7 @@ def weighed(
 
 
 @dataclass(frozen=True)
-class _Found:
+class Gradients:
     """Moments of gradients by the layer, over so many samples, and why there are none.
 
     Attributes
@@ -153,80 +188,152 @@ class _Found:
 def _gradients(
     model: nn.Module, sites: Sites, batches: Iterable[Any], samples: int, rows: int | None, mask: Mask, feed: Feed,
     seed: int,
-) -> _Found:  # fmt: skip
+) -> Gradients:  # fmt: skip
     """Run batches forwards and backwards. The model, its gradients and its mode are as before."""
     layers = [model.get_submodule(layer.name) for layer in sites.layers]
     first, stream = begun(checked_batches(batches))
     feed.decide(model, first)
-    run_of = Run(batches, mask, feed.layout)
-    if run_of.samples is not None:
-        run_of.samples = min(run_of.samples, samples)
-    watch = _Gradients(sites, rows, run_of, seed)
-    hooks = [Hook(layer, watch.hook(spec)) for layer, spec in zip(layers, watch.specs, strict=True)]
-    parameters = list(parameters_of(model))
-    before = [(p, p.requires_grad, p.grad) for p in parameters]
-    seen = 0
+    watch = _Gradients(layers, sites, rows, _run_of(batches, samples, mask, feed), seed)
+    with _weights_apart(model), observe(model, forward=feed) as run:
+        for batch in stream:
+            watch.see(run, batch)
+            if watch.reason or watch.seen >= samples:
+                break
+    return watch.found
+
+
+def _run_of(batches: Iterable[Any], samples: int, mask: Mask, feed: Feed) -> Run:
+    """What is known of a run that ends after so many samples."""
+    run = Run(batches, mask, feed.layout)
+    if run.samples is not None:
+        run.samples = min(run.samples, samples)
+    return run
+
+
+@contextlib.contextmanager
+def _weights_apart(model: nn.Module) -> Iterator[None]:
+    """Gradients of weights are not asked for, and would take as long as those of what passes."""
+    before = [(p, p.requires_grad, p.grad) for p in parameters_of(model)]
     try:
-        with observe(model, hooks, gradients=True, forward=feed) as run, contiguous_where_needed(model):
-            # Gradients of weights are not asked for, and would take as long as those of what passes.
-            for parameter in parameters:
+        with contiguous_where_needed(model):
+            for parameter, _, _ in before:
                 parameter.requires_grad_(False)
                 parameter.grad = None
-            for batch in stream:
-                reason, error = watch.see(run, batch)
-                if reason:
-                    return _Found({}, seen, reason, error)
-                seen += watch.samples.size
-                if seen >= samples:
-                    break
+            yield
     finally:
         for parameter, wanted, gradient in before:
             parameter.requires_grad_(wanted)
             parameter.grad = gradient
-    return _Found(watch.moments, seen)
+
+
+class _Refused(SpectrimError):
+    """A forward pass fails with gradients."""
+
+
+class _Shared(Passes):
+    """Passes that a network is calibrated by and that gradients go back through, as long as there are any."""
+
+    def __init__(
+        self, model: nn.Module, sites: Sites, batches: Iterable[Any], samples: int, mask: Mask, feed: Feed
+    ) -> None:
+        layers = [model.get_submodule(layer.name) for layer in sites.layers]
+        self._made = lambda: _Gradients(layers, sites, None, _run_of(batches, samples, mask, feed), 0)
+        self._samples = samples
+        self._watch: _Gradients | None = None
+
+    @property
+    def found(self) -> Gradients:
+        return self._watch.found if self._watch is not None else Gradients()
+
+    def _goes_on(self) -> _Gradients | None:
+        watch = self._watch
+        return watch if watch is not None and not watch.reason and watch.seen < self._samples else None
+
+    def make(self, call: Call, batch: Any, index: int) -> Any:
+        watch = self._goes_on()
+        if watch is None:
+            return call(batch)
+        output = watch.see(call, batch, again=False)
+        if watch.error is not None or watch.fails_in_place:
+            raise _Refused(watch.reason) from watch.error
+        return output
+
+    def behind(self, call: Call, batch: Any, index: int) -> None:
+        if not index:
+            # How the model is fed is decided by now.
+            self._watch = self._made()
+            self._watch.see(call, batch)
 
 
 class _Gradients:
-    """Takes the gradients that reach layers, batch by batch: a batch that fails leaves nothing."""
+    """Takes the gradients that reach layers, batch by batch: a batch that fails leaves nothing.
 
-    def __init__(self, sites: Sites, rows: int | None, run: Run, seed: int) -> None:
-        self.specs = [layer.spec for layer in sites.layers]
+    Attributes
+    ----------
+    seen
+        Samples so far.
+    reason, error
+        Why a batch gave none, if one did, and what the model raised in its forward pass.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], sites: Sites, rows: int | None, run: Run, seed: int) -> None:
+        specs = [layer.spec for layer in sites.layers]
         heads = {each.head.name for each in sites.tied}
         self.moments: dict[str, Moments | Squares] = {
             s.name: (Squares if s.name in heads else Moments)(s.groups, s.out_channels // s.groups, s.device)
-            for s in self.specs
+            for s in specs
         }
         self.samples: Samples
+        self.seen, self.reason = 0, ""
+        self.error: Exception | None = None
         self._run, self._seed = run, seed
-        self._rows = {s.name: FEWEST if rows is None and s.name in heads else rows for s in self.specs}
+        self._rows = {s.name: FEWEST if rows is None and s.name in heads else rows for s in specs}
         self._now: dict[str, list[Tensor]] = {}
+        self._hooks = [Hook(layer, self.hook(spec)) for layer, spec in zip(layers, specs, strict=True)]
         # Writing in place into what backward passes read is rare, and what allows for it is slow.
         self._mutable = False
 
-    def see(self, run: Callable[[Any], Any], batch: Any) -> tuple[str, Exception | None]:
-        """Add the gradients of a batch, or say why there are none."""
+    @property
+    def found(self) -> Gradients:
+        """What has been taken so far."""
+        return Gradients({} if self.reason else self.moments, self.seen, self.reason, self.error)
+
+    @property
+    def fails_in_place(self) -> bool:
+        """Whether something that the backward pass reads was written to, which can be allowed for."""
+        return not self._mutable and "modified by an inplace operation" in self.reason
+
+    def see(self, run: Call, batch: Any, *, again: bool = True) -> Any:
+        """Add the gradients of a batch, or say why there are none, and give the output; it may be run ``again``."""
         self.samples = self._run.see(batch)
-        reason, error = self._tried(run, batch)
-        if not self._mutable and "modified by an inplace operation" in reason:
+        output = self._tried(run, batch)
+        if again and self.fails_in_place:
             self._mutable = True
-            reason, error = self._tried(run, batch)
+            output = self._tried(run, batch)
         for name, parts in self._now.items():
             for part in parts:
                 self.moments[name].update(part)
         self._now = {}
-        return reason, error
+        self.seen += 0 if self.reason else self.samples.size
+        return output
 
-    def _tried(self, run: Callable[[Any], Any], batch: Any) -> tuple[str, Exception | None]:
-        self._now = {}
-        backward = False
+    def _tried(self, run: Call, batch: Any) -> Any:
+        self._now, self.reason, self.error = {}, "", None
+        output, backward = None, False
         try:
-            with torch.autograd.graph.allow_mutation_on_saved_tensors() if self._mutable else contextlib.nullcontext():
-                outputs = [z for z in output_tensors(run(batch)) if z.requires_grad]
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(torch.enable_grad())
+                stack.enter_context(hooked(self._hooks))
+                if self._mutable:
+                    stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
+                output = run(batch)
+                outputs = [z for z in output_tensors(output) if z.requires_grad]
                 if not outputs:
-                    return (
+                    self.reason = (
                         "no gradient reaches the sites: the model's output does not depend on them, or is computed "
                         "without gradients"
-                    ), None
+                    )
+                    return output
                 drawn = [directions(z, self.samples, self._seed + number) for number, z in enumerate(outputs)]
                 backward = True
                 torch.autograd.backward(outputs, drawn)
@@ -235,10 +342,12 @@ class _Gradients:
         except Exception as error:  # backward passes run foreign code, which may raise anything
             self._now = {}
             told = (str(error).strip().splitlines() or ["without a word"])[0][:200]
-            which = "backward" if backward else "forward"
-            reason = f"with gradients the {which} pass fails with {type(error).__name__}: {told}"
-            return reason, None if backward else error
-        return "", None
+            self.reason = (
+                f"with gradients the {'backward' if backward else 'forward'} pass fails with {type(error).__name__}: "
+                f"{told}"
+            )
+            self.error = None if backward else error
+        return output
 
     def hook(self, spec: LayerSpec) -> Callable[..., Tensor]:
         """For a layer, after it has run."""

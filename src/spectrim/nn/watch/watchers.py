@@ -75,6 +75,7 @@ class Shapes:
         self.frozen = index > 0
 
     def hook(self, order: list[str]) -> Callable[..., None]:
+        @torch.no_grad()
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             inputs = args[0] if args else kwargs["input"]
             if len(args) + len(kwargs) > 1:
