@@ -136,6 +136,29 @@ def test_outputs_without_a_chance_sparse_ones_and_shared_biases_are_compared_and
     assert st.compress(kind(), BATCHES, "macs=100%").plan.ratio("macs") == 1
 
 
+@pytest.mark.parametrize("kind", [OutOfReach, SparseAnswers])
+def test_filters_go_from_in_front_of_outputs_without_a_chance(kind: type[Two]) -> None:
+    torch.manual_seed(0)
+    result = st.compress(kind(), BATCHES, "macs=80%", methods=st.PrincipalFilters())
+    assert [entry.choice.is_dense for entry in result.plan if entry.of_channels] == [False]
+
+
+class OfEightBits(Two):
+    def __init__(self) -> None:
+        super().__init__()
+        self.c = nn.Parameter(torch.randn(32, 32).to(torch.float8_e4m3fn), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(super().forward(x), self.c.float())
+
+
+def test_filters_go_from_beside_parts_of_eight_bits() -> None:
+    torch.manual_seed(0)
+    result = st.compress(model := OfEightBits(), BATCHES, "macs=90%", methods=st.PrincipalFilters())
+    assert torch.equal(result.model.c.view(torch.uint8), model.c.view(torch.uint8))  # type: ignore[operator, arg-type]
+    assert result.plan.ratio("macs") > 1.1
+
+
 class CopiesNothing(Two):
     def __deepcopy__(self, memo: Any) -> CopiesNothing:
         return self

@@ -61,3 +61,28 @@ def test_networks_are_told_apart_sample_by_sample() -> None:
     assert not small.like(larger)
     assert not Agreement(0, 0.1).like(small)
     assert Agreement(1, 0.1, parts=(0.1,)).standard_error is None
+
+
+class Best(Shifted):
+    """The two best of three scores; the third has no chance."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y.masked_fill(y == y.amin(-1, keepdim=True), -torch.inf)
+
+
+@pytest.mark.parametrize("scores", [True, False])
+def test_what_is_infinite_in_one_network_alone_misses_one_entry(scores: bool) -> None:
+    dense, small, far = Best(0.0, True), Best(0.5, True), Best(2.0, True)
+    for other in (small, far):
+        other.load_state_dict(dense.state_dict())
+    told = [agreement(dense, each, BATCHES, forward=None if scores else out) for each in (dense, small, far)]
+    assert all(each is not None for each in told)
+    errors = [each.error for each in told if each]
+    assert 0 == errors[0] < errors[1] < errors[2] < 2
+    if scores:
+        assert all(math.isfinite(each.divergence or 0.0) for each in told if each)
+
+
+def out(model: nn.Module, batch: Tensor) -> Tensor:
+    return model(batch).unsqueeze(2)

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 # Samples that outputs are compared on.
 _SAMPLES = 512
+# Log of the chance of what one network alone calls impossible, whose divergence would be infinite.
+_IMPOSSIBLE = math.log(1e-10)
 
 
 @dataclass(frozen=True)
@@ -204,8 +206,9 @@ class _Tally:
             if scores and a.dim() > 1 and a.shape[-1] > 1:
                 self.same += int((a.argmax(-1) == b.argmax(-1)).sum())
                 p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
-                # What has no chance adds nothing, and a row in which nothing has any tells nothing.
-                nats = (p.exp() * (p - q).masked_fill(p.isneginf(), 0)).sum(-1).masked_fill(a.isneginf().all(-1), 0)
+                # What has no chance adds nothing, and a row in which nothing has any, or something all, tells nothing.
+                apart = (p - q.masked_fill(q.isneginf(), _IMPOSSIBLE)).masked_fill(p.isneginf(), 0)
+                nats = (p.exp() * apart).sum(-1).masked_fill(_tells_nothing(a) | _tells_nothing(b), 0)
                 self.nats += float(nats.sum())
                 self.rows += a[..., 0].numel()
                 if ordered:
@@ -221,6 +224,11 @@ class _Tally:
             return Agreement(self.samples, error, None, held_out, parts=_shares(self.squares, self.missed, self.energy))
         parts = _shares(self.divergences, self.nats, self.rows)
         return Agreement(self.samples, error, self.same / self.rows, held_out, self.nats / self.rows, parts)
+
+
+def _tells_nothing(scores: Tensor) -> Tensor:
+    """Rows of scores that are no chances."""
+    return scores.isneginf().all(-1) | scores.isposinf().any(-1)
 
 
 def _shares(of_samples: Sequence[Tensor], whole: float, unit: float) -> tuple[float, ...]:

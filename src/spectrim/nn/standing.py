@@ -291,6 +291,11 @@ class Traits:
                 wanted[bias] = self.trained[name][1]
         for p, trained in wanted.items():
             p.requires_grad_(trained)
+        for module in model.modules():
+            # What distributes a part of a model knows its parameters and buffers from when it was made.
+            distributes = isinstance(module, nn.parallel.DistributedDataParallel)
+            if distributes and any(p.requires_grad for p in module.parameters()):
+                module.__setstate__(module.__getstate__())
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

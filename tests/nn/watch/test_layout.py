@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import UserDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,18 +125,37 @@ def test_several_inputs_behind_what_takes_any(wrapped: nn.Module) -> None:
     assert feed.layout.size((X, Z, LABELS)) == 4
 
 
-def test_a_distributed_model_is_compressed() -> None:
+@pytest.fixture
+def distributed() -> Iterator[Callable[[nn.Module], nn.Module]]:
     if torch.distributed.is_initialized():
         pytest.skip("this process is part of another group")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=store)
     try:
-        model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)))
-        result = st.compress(model, [torch.randn(32, 16)] * 2, "macs=60%")
+        yield nn.parallel.DistributedDataParallel
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_a_distributed_model_is_compressed(distributed: Callable[[nn.Module], nn.Module]) -> None:
+    model = distributed(nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16)))
+    result = st.compress(model, [torch.randn(32, 16)] * 2, "macs=60%")
     assert all(site.statistics.gradient is not None for site in result.sites)
+
+
+@pytest.mark.parametrize(("budget", "methods"), [("macs=60%", None), ("bytes=80%", st.LowRankPlusSparse())])
+def test_a_distributed_part_knows_what_took_its_layers_place(
+    distributed: Callable[[nn.Module], nn.Module], budget: str, methods: st.Method | None
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(distributed(nn.Linear(16, 48)), nn.ReLU(), nn.Linear(48, 16))
+    small = st.compress(model, [torch.randn(64, 16) for _ in range(2)], budget, methods=methods).model.train()
+    small(torch.randn(8, 16)).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())
+    whole = st.merge(small)
+    x = torch.randn(8, 16)
+    assert torch.allclose(whole(x), small(x), atol=1e-4)
 
 
 def test_what_a_mapping_holds_too_much_is_left_out_and_told() -> None:

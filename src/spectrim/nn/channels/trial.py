@@ -27,7 +27,7 @@ from spectrim.nn.find import canonical
 from spectrim.nn.modes import asks_for_mode, fault_in_training
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.standing import as_containers
-from spectrim.nn.watch.nesting import output_tensors
+from spectrim.nn.watch.nesting import compared, output_tensors
 from spectrim.nn.watch.observe import hooked, on_each
 
 # Share of the outputs' magnitude by which a narrowed model may differ from one with zeroed weights.
@@ -227,11 +227,13 @@ def enlivened(model: nn.Module) -> nn.Module:
         torch.manual_seed(0)
         for parameter in parameters_of(copied):
             if parameter.is_floating_point() and parameter.numel():
-                noise = torch.randn(parameter.shape).to(parameter)
+                # Numbers of one byte can be copied, and nothing else.
+                numbers = parameter.float() if parameter.element_size() == 1 else parameter
+                noise = torch.randn(parameter.shape).to(numbers)
                 if id(parameter) in layers:
                     parameter.copy_(noise * math.sqrt(parameter.shape[0] / parameter.numel()))
                 else:
-                    parameter.add_(noise, alpha=0.2)
+                    parameter.copy_(numbers.add(noise, alpha=0.2))
     return copied
 
 
@@ -254,7 +256,7 @@ def _silence(module: nn.Module, left: Tensor) -> None:
 def _close(a: Tensor, b: Tensor) -> bool:
     # Half precision rounds at every layer, and differently with fewer channels.
     tolerance = max(_TOLERANCE, 16 * torch.finfo(a.dtype).eps)
-    a, b = a.double(), b.double()
+    a, b = compared(a, b)
     scale = a.abs().max().clamp_min(1e-30) if a.numel() else a.new_ones(())
     return bool(torch.isfinite(a).all()) and bool(((a - b).abs() <= tolerance * scale).all())
 

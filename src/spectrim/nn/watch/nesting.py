@@ -210,9 +210,17 @@ def _dense(output: Tensor) -> Tensor:
 
 
 def compared(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Two outputs in float64, zero where both are one infinity, as scores of what a mask leaves out are."""
-    same = a.isinf() & (a == b)
-    return a.double().masked_fill(same, 0), b.double().masked_fill(same, 0)
+    """Two outputs in float64, as numbers that can be subtracted.
+
+    Where both are one infinity, as scores of what a mask leaves out are, both are zero. Where one alone is infinite
+    they are as far apart as the numbers there are large: one entry misses one entry.
+    """
+    infinite = a.isinf() | b.isinf()
+    if not bool(infinite.any()):
+        return a.double(), b.double()
+    first, second = (x.double().masked_fill(infinite, 0) for x in (a, b))
+    size = (first.square().sum() / (~infinite).sum().clamp_min(1)).sqrt()
+    return first, torch.where(infinite & (a != b), size, second)
 
 
 def logits(output: Any) -> Tensor:
