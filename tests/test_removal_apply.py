@@ -20,7 +20,7 @@ from spectrim.network.coupling import axes_left
 from spectrim.network.narrowing import narrowed
 from spectrim.nn.channels.narrow import narrow
 from spectrim.nn.checkpoint import same_weights
-from spectrim.nn.flops import flop_counter
+from spectrim.nn.flops import WorkCounter
 from spectrim.nn.surgery import parameter_count, size_in_bytes
 from spectrim.nn.watch.batches import evaluating
 from spectrim.search.widths import widths
@@ -97,7 +97,7 @@ def test_costs_are_those_of_the_plan_and_correction_keeps_what_the_network_compu
         small = st.apply(model, sites, plan, batches)
         assert parameter_count(small) == plan.costs["parameters"]
         assert size_in_bytes(small) == plan.costs["bytes"]
-        with flop_counter() as counter, evaluating(small):
+        with WorkCounter() as counter, evaluating(small):
             small(x)
         assert counter.get_total_flops() / 2 / len(x) == pytest.approx(plan.costs["macs"], rel=1e-9)
         assert gap(small, model, x) < bare
@@ -390,7 +390,7 @@ class TestRecommendations:
         for cost, counted in (("parameters", parameter_count), ("macs", None)):
             plan = st.recommend(sites, st.Budget(**{cost: 0.5}), method=FINE)
             small = st.apply(model, sites, plan)
-            with flop_counter() as counter, evaluating(small):
+            with WorkCounter() as counter, evaluating(small):
                 small(x)
             spent = counter.get_total_flops() / 2 / len(x) if counted is None else counted(small)
             assert spent == pytest.approx(plan.costs[cost], rel=1e-9)

@@ -6,14 +6,14 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from spectrim.nn.flops import flop_counter, unwatched
+from spectrim.nn.flops import WorkCounter, unwatched
 
 torch.manual_seed(0)
 x = torch.randn(4, 10, 16)
 
 
 def counted(run):
-    with torch.no_grad(), flop_counter() as counter:
+    with torch.no_grad(), WorkCounter() as counter:
         run()
     return counter.get_total_flops() / 2
 
@@ -150,7 +150,7 @@ def test_products_that_torch_leaves_out(run, macs):
 
 def test_what_is_counted_in_inference_mode_is_the_same():
     module = nn.LSTM(16, 24, batch_first=True).eval()
-    with torch.inference_mode(), flop_counter() as counter:
+    with torch.inference_mode(), WorkCounter() as counter:
         module(x)
     assert counter.get_total_flops() / 2 == 4 * 10 * matrices(module)
 
@@ -178,7 +178,7 @@ class Decomposed(nn.Module):
 def test_what_has_no_formula_is_named_with_its_module():
     model = nn.Sequential(nn.Linear(16, 16), Decomposed(), nn.ReLU(), nn.BatchNorm1d(4))
     model.eval()
-    with torch.no_grad(), flop_counter() as counter:
+    with torch.no_grad(), WorkCounter() as counter:
         model[:2](x)
         F.layer_norm(x, (16,)), x.softmax(-1), F.interpolate(x, 20), x.norm(), x.cumsum(0), x.sort(-1)
     ((operation, place),) = counter.uncounted_in(model[:2]).items()
@@ -192,21 +192,21 @@ def twice(y: torch.Tensor) -> torch.Tensor:
 
 
 def test_operations_of_other_libraries_are_named():
-    with flop_counter() as counter:
+    with WorkCounter() as counter:
         twice(x)
     assert list(counter.uncounted) == ["spectrim_tests::twice"]
 
 
 def test_macs_of_modules_add_up_to_the_whole():
     model = nn.Sequential(nn.Linear(16, 16), nn.LSTM(16, 24, batch_first=True)).eval()
-    with torch.no_grad(), flop_counter() as counter:
+    with torch.no_grad(), WorkCounter() as counter:
         model(x)
     assert counter.own_macs(model) == {"0": 40 * 256, "1": 40 * matrices(model[1])}
     assert counter.get_total_flops() / 2 == 40 * 256 + 40 * matrices(model[1])
 
 
 def test_a_pause_counts_nothing():
-    with flop_counter() as counter:
+    with WorkCounter() as counter:
         with unwatched():
             _ = x @ x.mT
         assert counter.get_total_flops() == 0

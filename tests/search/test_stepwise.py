@@ -15,7 +15,7 @@ from spectrim.cost.latency import Latency
 from spectrim.cost.whole import Network
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.network.sites import Sites
-from spectrim.nn.flops import flop_counter
+from spectrim.nn.flops import WorkCounter
 from spectrim.nn.surgery import parameter_count, size_in_bytes
 from spectrim.nn.watch.batches import evaluating
 from spectrim.pipeline import output_error
@@ -42,7 +42,7 @@ def calibrated(name: str) -> tuple[nn.Module, list[Tensor], Sites]:
 
 
 def macs(model: nn.Module, x: Tensor) -> float:
-    with evaluating(model), flop_counter() as counter:
+    with evaluating(model), WorkCounter() as counter:
         model(x[:1])
     return counter.get_total_flops() / 2
 

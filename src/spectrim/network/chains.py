@@ -126,15 +126,9 @@ def cp_layers(spec: LayerSpec, choice: CPChoice) -> Chain:
     """The layers of a CP in place of one."""
     rank, layers, inputs = choice.rank, [], spec.inputs
     for part in parts_of(spec.kernel, choice.kernel):
-
-        def pick(values: tuple[int, ...], other: int, part: tuple[int, ...] = part) -> tuple[int, ...]:
-            return tuple(v if axis in part else other for axis, v in enumerate(values))
-
         layer = dataclasses.replace(
-            spec, in_channels=rank, out_channels=rank, groups=rank, bias=False, inputs=inputs,
-            kernel=pick(spec.kernel, 1), stride=pick(spec.stride, 1), dilation=pick(spec.dilation, 1),
-            padding=spec.padding if isinstance(spec.padding, str) else pick(spec.padding, 0),
-        )  # fmt: skip
+            spec, in_channels=rank, out_channels=rank, groups=rank, bias=False, inputs=inputs, **spec.along(part)
+        )
         layers.append(layer)
         inputs = tuple(layer.output_shape(shape) for shape in inputs)
     return _between(spec, layers, choice.biased(spec.bias))

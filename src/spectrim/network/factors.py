@@ -72,6 +72,20 @@ def alone(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return tuple(shapes[0])
 
 
+def _check_rank(rank: int, least: int, full: int) -> None:
+    if not least <= rank <= full:
+        raise ValueError(f"rank {rank}; expected a whole number from {least} to the full rank {full}")
+
+
+def _pair(shape: Sequence[int], how: Unfolding, rank: int, least: int) -> tuple[Tensor, Tensor]:
+    """The two factors of an unfolded weight ``(g, o, i, *k)``."""
+    g, o, i, *kernel = shape
+    first, second = how.sizes(kernel)
+    rows, columns = i * first, o * second
+    _check_rank(rank, least, min(rows, columns))
+    return torch.empty(g, rows, rank), torch.empty(g, rank, columns)
+
+
 @dataclass(frozen=True, eq=False)
 class LowRank(Factors, kind="low_rank"):
     """A matrix product in place of one layer's weight: ``M = left @ right`` in the given unfolding.
@@ -108,13 +122,9 @@ class LowRank(Factors, kind="low_rank"):
 
     @classmethod
     def empty(cls, shapes: Sequence[Sequence[int]], choice: LowRankChoice) -> LowRank:
-        g, o, i, *kernel = alone(shapes)
-        how, rank = unfolding(kernel, choice.unfolding), choice.rank
-        rows, columns = how.sizes(kernel)
-        full = min(i * rows, o * columns)
-        if not 1 <= rank <= full:
-            raise ValueError(f"rank {rank}; expected a whole number from 1 to the full rank {full}")
-        return cls(torch.empty(g, i * rows, rank), torch.empty(g, rank, o * columns), None, how, (o, i, *kernel))
+        shape = alone(shapes)
+        how = unfolding(shape[3:], choice.unfolding)
+        return cls(*_pair(shape, how, choice.rank, 1), None, how, shape[1:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -231,10 +241,7 @@ class TiedPair(Factors, kind="tied"):
         if len(table) != 3 or heads != [(table[0], table[2], table[1])] or table[0] != 1:
             raise ValueError(f"a table and a head of the same weight, turned; these have {[table, *heads]}")
         _, width, entries = table
-        if not 1 <= choice.rank <= min(width, entries):
-            raise ValueError(
-                f"rank {choice.rank}; expected a whole number from 1 to the full rank {min(width, entries)}"
-            )
+        _check_rank(choice.rank, 1, min(width, entries))
         return cls(torch.empty(entries, choice.rank), torch.empty(choice.rank, width))
 
 
@@ -283,12 +290,9 @@ class LowRankPlusSparse(Factors, kind="low_rank_plus_sparse"):
 
     @classmethod
     def empty(cls, shapes: Sequence[Sequence[int]], choice: SumChoice) -> LowRankPlusSparse:
-        g, o, i, *kernel = shape = alone(shapes)
-        how, rank, density = unfolding(kernel, choice.unfolding), choice.rank, choice.density
-        rows, columns = how.sizes(kernel)
-        full = min(i * rows, o * columns)
-        if not 0 <= rank <= full:
-            raise ValueError(f"rank {rank}; expected a whole number from 0 to the full rank {full}")
+        shape, rank, density = alone(shapes), choice.rank, choice.density
+        how = unfolding(shape[3:], choice.unfolding)
+        left, right = _pair(shape, how, rank, 0)
         kind = pattern(choice.pattern)
         if not kind.fits(shape):
             raise ValueError(f"pattern {choice.pattern!r} does not fit a weight of shape {shape}")
@@ -296,7 +300,7 @@ class LowRankPlusSparse(Factors, kind="low_rank_plus_sparse"):
             raise ValueError(f"rank 0 and a density of {density!r} leave nothing of the layer")
         weight = torch.zeros(shape)
         mask = kind.keep(weight, density)
-        return cls(torch.empty(g, i * rows, rank), torch.empty(g, rank, o * columns), weight, mask, kind, None, how)
+        return cls(left, right, weight, mask, kind, None, how)
 
 
 @dataclass(frozen=True, eq=False)

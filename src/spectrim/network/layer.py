@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -183,6 +184,16 @@ class LayerSpec:
             return False
         return pattern.fits(self.shape)
 
+    def along(self, axes: Collection[int]) -> dict[str, Any]:
+        """Kernel, stride, padding and the like of a layer that has these axes of the kernel; the others are of one."""
+
+        def pick(values: tuple[int, ...], other: int) -> tuple[int, ...]:
+            return tuple(value if axis in axes else other for axis, value in enumerate(values))
+
+        padding = self.padding if isinstance(self.padding, str) else pick(self.padding, 0)
+        ones = {name: pick(getattr(self, name), 1) for name in ("kernel", "stride", "dilation")}
+        return {**ones, "padding": padding, "output_padding": pick(self.output_padding, 0)}
+
     def margins(self, pattern: Taps) -> tuple[tuple[int, int], ...]:
         """Padding before and after each axis of the input with which the smaller kernel sees what it saw in this one.
 
@@ -230,32 +241,10 @@ class LayerSpec:
 @functools.lru_cache(maxsize=64)
 def _halves(spec: LayerSpec, how: Unfolding, bias: bool) -> tuple[LayerSpec, LayerSpec]:
     """The two layers of a pair, with channels in the middle yet to be set."""
-    if spec.is_linear:
-        return dataclasses.replace(spec, bias=False), dataclasses.replace(spec, bias=bias)
-    kernels = how.kernels(spec.kernel)
-
-    def part(kernel: tuple[int, ...], mine: list[bool]) -> dict[str, object]:
-        def pick(values: tuple[int, ...], other: int) -> tuple[int, ...]:
-            return tuple(v if m else other for v, m in zip(values, mine, strict=True))
-
-        padding = spec.padding if isinstance(spec.padding, str) else pick(spec.padding, 0)
-        return {
-            "kernel": kernel,
-            "stride": pick(spec.stride, 1),
-            "padding": padding,
-            "dilation": pick(spec.dilation, 1),
-            "output_padding": pick(spec.output_padding, 0) if spec.transposed else spec.output_padding,
-        }
-
-    has = [a in how.axes for a in range(len(spec.kernel))]
-    first = dataclasses.replace(spec, bias=False, **part(kernels[0], has))  # type: ignore[arg-type]
-    second = dataclasses.replace(  # type: ignore[arg-type]
-        spec,
-        bias=bias,
-        inputs=tuple(first.output_shape(s) for s in spec.inputs),
-        **part(kernels[1], [not h for h in has]),
-    )
-    return first, second
+    rest = [axis for axis in range(len(spec.kernel)) if axis not in how.axes]
+    first = dataclasses.replace(spec, bias=False, **spec.along(how.axes))
+    inputs = tuple(first.output_shape(shape) for shape in spec.inputs)
+    return first, dataclasses.replace(spec, bias=bias, inputs=inputs, **spec.along(rest))
 
 
 def _like(spec: LayerSpec, side: str, channels: int) -> LayerSpec:

@@ -397,6 +397,20 @@ class Channels(_Several):
         return self._required(self.pooled, statistic, why)
 
 
+def _row(
+    what: Layer | Skipped, spec: LayerSpec | None, beside: int, groups: list[str], rows: float, skipped: str = ""
+) -> dict[str, Any]:
+    """A row of :meth:`Sites.rows`, with so many parameters beside those that a spec tells of."""
+    return {
+        "layer": what.name, "kind": what.kind,
+        "in_channels": 0 if spec is None else spec.in_channels,
+        "out_channels": 0 if spec is None else spec.out_channels,
+        "parameters": beside + (0 if spec is None else spec.stored + spec.out_channels * spec.bias),
+        "macs": 0 if spec is None else spec.stored * spec.positions,
+        "groups": groups, "rows": rows, "skipped": skipped,
+    }  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Sites(_Copied, Printed):
     """The sites of a network, in order of execution once it has been run, and what surrounds them.
@@ -500,34 +514,21 @@ class Sites(_Copied, Printed):
             for a sample (0 before a run); ``groups``, names of the groups it is in; ``rows`` that its statistics rest
             on; ``skipped``, why it is left alone, else empty.
         """
-        rows: list[dict[str, Any]] = []
-        for layer in self.layers:
-            spec = layer.spec
-            rows.append(
-                {
-                    "layer": layer.name, "kind": layer.kind,
-                    "in_channels": spec.in_channels, "out_channels": spec.out_channels,
-                    "parameters": spec.stored - spec.shared + spec.out_channels * spec.bias,
-                    "macs": spec.stored * spec.positions,
-                    "groups": [name for name, members in self.groups.items() if layer.name in members],
-                    "rows": layer.statistics.rows, "skipped": "",
-                }
-            )  # fmt: skip
         known = {spec.name: spec for spec in self.untouched}
-        for each in self.skipped:
-            spec = known.get(each.name)
-            stored = 0 if spec is None else spec.stored + spec.out_channels * spec.bias
-            rows.append(
-                {
-                    "layer": each.name, "kind": each.kind,
-                    "in_channels": 0 if spec is None else spec.in_channels,
-                    "out_channels": 0 if spec is None else spec.out_channels,
-                    "parameters": stored + int(each.costs.get("parameters", 0)),
-                    "macs": 0 if spec is None else spec.stored * spec.positions,
-                    "groups": [], "rows": 0.0, "skipped": each.reason,
-                }
-            )  # fmt: skip
-        return rows
+        groups = {
+            layer.name: [name for name, members in self.groups.items() if layer.name in members]
+            for layer in self.layers
+        }
+        return [
+            *(
+                _row(part, part.spec, -part.spec.shared, groups[part.name], part.statistics.rows)
+                for part in self.layers
+            ),
+            *(
+                _row(each, known.get(each.name), int(each.costs.get("parameters", 0)), [], 0.0, each.reason)
+                for each in self.skipped
+            ),
+        ]
 
     _records = rows
 

@@ -7,6 +7,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -64,6 +65,27 @@ def read(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], dict[s
         if weights and texts.get(TENSORS) != digest_of_tensors(tensors):
             raise DamagedFileError("damaged: its tensors are not those that were written")
     return tensors, texts
+
+
+def memory_of(tensor: Tensor) -> tuple[Any, ...]:
+    """What tensors have in common that are the same numbers in memory."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def owners(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors to write, and names of those that are the same memory as another, with its name."""
+    seen: dict[tuple[Any, ...], str] = {}
+    shared = {
+        name: first
+        for name, tensor in state.items()
+        if tensor.numel() and (first := seen.setdefault(memory_of(tensor), name)) != name
+    }
+    return {name: tensor for name, tensor in state.items() if name not in shared}, shared
+
+
+def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as files hold them: channels-last ones in plain order; clones keep slices from dragging their base on."""
+    return {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
 
 
 def _digest_of_texts(texts: Mapping[str, str]) -> str:

@@ -22,7 +22,7 @@ from spectrim.nn.channels.narrow import add_bias, reshape
 from spectrim.nn.find import describe, find, is_layer
 from spectrim.nn.shipping import carry, earlier, remembered
 from spectrim.nn.sparse.layers import Slim
-from spectrim.nn.sparse.packed import masked_layers, packed_mask, read_mask, read_weight, values_inside
+from spectrim.nn.sparse.packed import masked_layers, pack_state, read_mask, read_weight
 from spectrim.nn.standing import StandIn, Traits
 from spectrim.nn.surgery import replace_module
 from spectrim.selection.plan import Plan
@@ -94,9 +94,10 @@ def save(model: nn.Module | Compressed, plan: Plan | str | Path, path: str | Pat
         )
     _check_carried_out(model, plan)
     state, values = _state(model)
-    owners, shared = _owners(state)
+    tensors, shared = tensor_files.owners(state)
     before = earlier(model, plan)
-    tensors, packed = _stored(model, [*before, plan], owners)
+    densities = {e.site: e.choice.density for p in (*before, plan) for e in p if isinstance(e.choice, SumChoice)}
+    packed = pack_state(model, tensors, lambda layer: densities.get(layer.original.name))
     metadata = {
         "format": FORMAT,
         "format_version": AGAIN_VERSION if before or values else PACKED_VERSION if packed else FORMAT_VERSION,
@@ -109,7 +110,7 @@ def save(model: nn.Module | Compressed, plan: Plan | str | Path, path: str | Pat
         metadata["earlier"] = _listed(before)
     if values:
         metadata["values"] = json.dumps(values)
-    tensor_files.write(Path(path), tensors, metadata)
+    tensor_files.write(Path(path), tensor_files.plain(tensors), metadata)
 
 
 def _check_carried_out(model: nn.Module, plan: Plan) -> None:
@@ -292,40 +293,6 @@ def _apart(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]
                 raise CheckpointError(f"state {name!r} holds a {error}; only tensors can be saved{cure}") from error
             tensors |= parts
     return tensors, records
-
-
-def _owners(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors to write, and names of those that are the same memory as another."""
-    seen: dict[tuple[Any, ...], str] = {}
-    owners: dict[str, Tensor] = {}
-    shared: dict[str, str] = {}
-    for name, tensor in state.items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-        if tensor.numel() and key in seen:
-            shared[name] = seen[key]
-        else:
-            seen[key] = name
-            owners[name] = tensor
-    return owners, shared
-
-
-def _stored(
-    model: nn.Module, plans: Sequence[Plan], owners: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], list[list[str]]]:
-    """Tensors as the file holds them, and the names ``[weight, mask]`` of those that are packed."""
-    densities = {e.site: e.choice.density for plan in plans for e in plan if isinstance(e.choice, SumChoice)}
-    held = dict(owners)
-    packed: list[list[str]] = []
-    for weight, mask, layer in masked_layers(model):
-        # What another layer owns is stored as it is there.
-        if weight in held and mask in held:
-            try:
-                held[weight], held[mask] = values_inside(layer), packed_mask(layer, densities.get(layer.original.name))
-            except ValueError as error:
-                raise CheckpointError(f"tensor {mask!r} cannot be packed: {error}") from error
-            packed.append([weight, mask])
-    # Channels-last weights are stored in plain order; clones keep slices from dragging their base along.
-    return {name: t.detach().cpu().contiguous().clone() for name, t in held.items()}, packed
 
 
 @dataclass(frozen=True)
@@ -530,7 +497,7 @@ def _check_shared(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], pa
     for name, tensor in state.items():
         if not tensor.numel() or tensor.is_meta:
             continue
-        owner = owners.setdefault((tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype), name)
+        owner = owners.setdefault(tensor_files.memory_of(tensor), name)
         if tensors[name] is not tensors[owner] and not torch.equal(tensors[name], tensors[owner]):
             raise CheckpointError(
                 f"{path}: tensors {owner!r} and {name!r} are one in this model and differ in the file"

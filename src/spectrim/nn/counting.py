@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from spectrim.network import tensor_files
 from spectrim.nn.flops import WorkCounter
-from spectrim.nn.sparse.packed import masked_layers, packed_mask, values_inside
+from spectrim.nn.sparse.packed import masked_layers, pack_state
 from spectrim.nn.sparse.products import Kernel
 from spectrim.nn.watch.observe import Hook, hooked
 
@@ -69,16 +70,9 @@ def file_size(model: nn.Module) -> int:
     """Bytes of the weights as a safetensors file: shared tensors stored once, sparse weights packed."""
     from safetensors.torch import save_file
 
-    owners: dict[tuple[Any, ...], str] = {}
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
-        place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else (name,)
-        if owners.setdefault(place, name) == name:
-            tensors[name] = tensor
-    for weight, mask, layer in masked_layers(model):
-        if weight in tensors:
-            tensors[weight], tensors[mask] = values_inside(layer), packed_mask(layer)
+    tensors, _ = tensor_files.owners(model.state_dict())
+    pack_state(model, tensors)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.safetensors"
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path)
+        save_file(tensor_files.plain(tensors), path)
         return path.stat().st_size

@@ -57,16 +57,8 @@ def make_layer(spec: LayerSpec, weight: Tensor | None = None, bias: Tensor | Non
             nn.Linear, spec.in_channels, spec.out_channels, bias=spec.bias, device=spec.device, dtype=spec.dtype
         )
     else:
-        options: dict[str, Any] = {
-            "stride": spec.stride,
-            "padding": spec.padding,
-            "dilation": spec.dilation,
-            "groups": spec.groups,
-            "bias": spec.bias,
-            "padding_mode": spec.padding_mode,
-            "device": spec.device,
-            "dtype": spec.dtype,
-        }
+        shared = ("stride", "padding", "dilation", "groups", "bias", "padding_mode", "device", "dtype")
+        options = {name: getattr(spec, name) for name in shared}
         if spec.transposed:
             options["output_padding"] = spec.output_padding
         kind = _TYPES[len(spec.kernel), spec.transposed]

@@ -21,7 +21,7 @@ from spectrim.errors import CheckpointError
 from spectrim.network.choices import ChannelsChoice, SumChoice
 from spectrim.network.coupling import IN
 from spectrim.nn.sparse.layers import Masked
-from spectrim.nn.sparse.packed import masked_layers, packed_mask, values_inside
+from spectrim.nn.sparse.packed import pack_state
 from spectrim.nn.standing import LAYERS, StandIn
 from spectrim.selection.plan import Entry, Plan
 
@@ -191,13 +191,7 @@ class Saver:
     def _packed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The state with sparse weights as files hold them."""
         densities = {layer: density for plan in self.plans for layer, density in _sparse_parts(self.model, plan)}
-        for weight, mask, layer in masked_layers(self.model):
-            if weight in state and mask in state:
-                try:
-                    state[mask] = packed_mask(layer, densities.get(layer))
-                except ValueError as error:
-                    raise CheckpointError(f"tensor {mask!r} cannot be packed: {error}") from error
-                state[weight] = values_inside(layer, state[weight])
+        pack_state(self.model, state, densities.get)
         return state
 
 

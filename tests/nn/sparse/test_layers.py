@@ -16,7 +16,7 @@ from spectrim.linalg.patterns import Channels, NofM, Taps, Unstructured, taps
 from spectrim.linalg.unfold import unfoldings
 from spectrim.nn.export import export_onnx, export_program
 from spectrim.nn.find import canonical, describe
-from spectrim.nn.flops import flop_counter
+from spectrim.nn.flops import WorkCounter
 from spectrim.nn.modules import Factored, make_layer
 from spectrim.nn.sparse.layers import Cropped, Masked, Slim, Sum, laid_open, laid_out, sparse_layer
 from spectrim.nn.sparse.products import Kernel
@@ -224,7 +224,7 @@ def test_only_ordinary_calls_use_it(counted, what):
         with torch.no_grad():
             assert close(vmap(module)(x), nn.functional.linear(x, weight, bias))
     elif what == "counter":
-        with torch.no_grad(), flop_counter() as counter:
+        with torch.no_grad(), WorkCounter() as counter:
             module(x[:1])
         assert counter.get_total_flops() == 2 * 8 * 6
     elif what == "forward":

@@ -18,7 +18,20 @@ from spectrim.nn.sparse.products import Kernel, Packed, is_plain_call, products,
 from spectrim.nn.standing import StandIn, laid_open, laid_out
 
 
-class Masked(StandIn):
+class _OfLayer(StandIn):
+    """Stands for a layer by one plain layer."""
+
+    def __init__(self, layer: nn.Module, original: LayerSpec) -> None:
+        super().__init__()
+        self.layer = layer
+        self.original = original
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.layer.bias  # type: ignore[return-value]
+
+
+class Masked(_OfLayer):
     """A layer whose weight is zero outside a mask. Files hold what is inside (:mod:`spectrim.nn.checkpoint`).
 
     Only entries inside the mask get gradients, so that any optimizer leaves the others at zero.
@@ -49,10 +62,8 @@ class Masked(StandIn):
     _packed: Packed | None = None
 
     def __init__(self, layer: nn.Module, mask: Tensor, pattern: Pattern, original: LayerSpec) -> None:
-        super().__init__()
-        self.layer = layer
+        super().__init__(layer, original)
         self.pattern = pattern
-        self.original = original
         self.register_buffer("mask", mask)
         self.settle()
         self.register_load_state_dict_post_hook(_settle)
@@ -131,10 +142,6 @@ class Masked(StandIn):
         """The mask as canonical ``[g, o, i, *k]``."""
         return laid_open(self.mask, self.original)
 
-    @property
-    def bias(self) -> Tensor | None:
-        return self.layer.bias  # type: ignore[return-value]
-
     def whole(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias."""
         return opened(self.layer)
@@ -149,7 +156,7 @@ def _settle(module: Masked, incompatible: object) -> None:
     module.settle()
 
 
-class Slim(StandIn):
+class Slim(_OfLayer):
     """A layer that sees some of its input channels: the others are multiplied by zero in the weight it stands for.
 
     Attributes
@@ -165,17 +172,11 @@ class Slim(StandIn):
     channels: Tensor
 
     def __init__(self, layer: nn.Module, channels: Tensor, original: LayerSpec) -> None:
-        super().__init__()
-        self.layer = layer
-        self.original = original
+        super().__init__(layer, original)
         self.register_buffer("channels", channels.to(torch.int32))
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         return self.layer(input.index_select(-1 - len(self.original.kernel), self.channels))
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.layer.bias  # type: ignore[return-value]
 
     def whole(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias."""
@@ -191,7 +192,7 @@ class Slim(StandIn):
         return f"{self.original.kind}, {self.channels.numel()} of {self.original.in_channels} channels"
 
 
-class Cropped(StandIn):
+class Cropped(_OfLayer):
     """A convolution with a box of the kernel positions of the one it stands for.
 
     Attributes
@@ -205,10 +206,8 @@ class Cropped(StandIn):
     """
 
     def __init__(self, layer: nn.Module, pattern: Taps, original: LayerSpec) -> None:
-        super().__init__()
-        self.layer = layer
+        super().__init__(layer, original)
         self.pattern = pattern
-        self.original = original
         margins = [n for pair in reversed(original.margins(pattern)) for n in pair]
         self._wider, self._narrower = [max(n, 0) for n in margins], [min(n, 0) for n in margins]
 
@@ -219,10 +218,6 @@ class Cropped(StandIn):
             if any(margins):
                 x = F.pad(x, margins)
         return self.layer(x)
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.layer.bias  # type: ignore[return-value]
 
     def whole(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias."""
