@@ -108,7 +108,7 @@ def test_a_layer_is_given_what_the_layers_before_it_deliver_by_then():
             for each in seen:
                 before = small[: int(name)](data[each.batch])
                 torch.testing.assert_close(each.inputs[0], before)
-                torch.testing.assert_close(each.targets[0], dense[: int(name) + 1](data[each.batch]))
+                torch.testing.assert_close(each.targets[0].answer, dense[: int(name) + 1](data[each.batch]))
             layer = nn.Linear(*reversed(small[int(name)].weight.shape)).double()
             small[int(name)] = layer
     assert untouched(dense, small)

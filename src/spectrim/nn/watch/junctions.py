@@ -89,7 +89,7 @@ class Junction:
         answers: Sequence[Tensor],
         there: Sequence[Tensor | None],
         here: Sequence[Tensor | None],
-    ) -> list[Tensor]:
+    ) -> list[MadeUp]:
         """What the layer is to answer, so that the sum is that of the dense network.
 
         Parameters
@@ -101,24 +101,56 @@ class Junction:
         there, here
             The other side, in the dense and in the compressed network.
         """
-        gaps = [self._gap(answer, one, two) for answer, one, two in zip(answers, there, here, strict=True)]
-        if self.norm is None:
-            return [answer + gap for answer, gap in zip(answers, gaps, strict=True)]
-        share = _before(dense.get_submodule(self.norm), answers, gaps)
-        return [torch.addcmul(answer, gap, share) for answer, gap in zip(answers, gaps, strict=True)]
+        sides = [self._sides(answer, one, two) for answer, one, two in zip(answers, there, here, strict=True)]
+        share = None if self.norm is None else _before(dense.get_submodule(self.norm), answers, sides)
+        return [MadeUp(answer, both, share) for answer, both in zip(answers, sides, strict=True)]
 
-    def _gap(self, answer: Tensor, there: Tensor | None, here: Tensor | None) -> Tensor:
+    def _sides(self, answer: Tensor, there: Tensor | None, here: Tensor | None) -> tuple[Tensor, ...]:
+        """The other side in both networks; nothing where it is not known."""
         if there is None or here is None:
-            return torch.zeros_like(answer)
+            return ()
         for way in self.other.ways:
             there, here = way(there), way(here)
         # Where channels have gone the two sides cannot be compared.
-        if not there.shape == here.shape == answer.shape:
-            return torch.zeros_like(answer)
-        return (there - here).to(answer.dtype)
+        return (there, here) if there.shape == here.shape == answer.shape else ()
 
 
-def _before(norm: nn.Module, answers: Sequence[Tensor], gaps: Sequence[Tensor]) -> Tensor:
+@dataclass(frozen=True)
+class MadeUp:
+    """A dense answer with what the other side of its sum misses.
+
+    It is known place by place: as a tensor it would be as large as all activations of the layer, where a few rows are
+    asked for.
+
+    Attributes
+    ----------
+    answer
+        Of the dense layer.
+    sides
+        The other side in the dense and in the compressed network; nothing where none is known.
+    share
+        ``[channels]``, what makes of something missing in the sum what the layer is to answer; None where they are one.
+    """
+
+    answer: Tensor
+    sides: tuple[Tensor, ...] = ()
+    share: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.answer.shape
+
+    def at(self, places: Callable[[Tensor], Tensor]) -> Tensor:
+        """What is answered at some places, ``[g, n, o]``, which a function takes of a tensor."""
+        rows = places(self.answer)
+        if not self.sides:
+            return rows
+        there, here = map(places, self.sides)
+        gap = (there - here).to(rows.dtype)
+        return rows + gap if self.share is None else torch.addcmul(rows, gap, self.share.view(len(rows), 1, -1))
+
+
+def _before(norm: nn.Module, answers: Sequence[Tensor], sides: Sequence[tuple[Tensor, ...]]) -> Tensor:
     """What makes of something missing behind a BatchNorm what is missing before it: a number a channel.
 
     A channel that the norm nearly silences would have to answer a multiple of what it does: it makes up for no more
@@ -128,14 +160,20 @@ def _before(norm: nn.Module, answers: Sequence[Tensor], gaps: Sequence[Tensor]) 
     assert norm.running_var is not None
     scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
     scale = torch.where(scale.abs() > torch.finfo(scale.dtype).tiny, scale, torch.inf).detach()
-    share = (_energy(answers) / (_energy(gaps) / scale.double().square()).clamp_min(1e-300)).sqrt().clamp_max(1)
-    return (share / scale).to(scale.dtype).view(-1, *(1,) * (gaps[0].dim() - 2))
+    known = (sample for both in sides if both for sample in zip(*both, strict=True))
+    # A sample at a time stays in the cache.
+    missing = _energy(((one - two).unsqueeze(0) for one, two in known), scale)
+    share = (_energy(answers, scale) / (missing / scale.double().square()).clamp_min(1e-300)).sqrt().clamp_max(1)
+    return (share / scale).to(scale.dtype)
 
 
-def _energy(tensors: Sequence[Tensor]) -> Tensor:
+def _energy(tensors: Iterable[Tensor], like: Tensor) -> Tensor:
     """Of every channel of tensors ``(samples, channels, ...)``."""
-    norms = [torch.linalg.vector_norm(t.flatten(2) if t.dim() > 2 else t.unsqueeze(2), dim=2) for t in tensors]
-    return torch.cat(norms).double().square().sum(0)
+    energy = torch.zeros_like(like, dtype=torch.float64)
+    for each in tensors:
+        norms = torch.linalg.vector_norm(each.flatten(2) if each.dim() > 2 else each.unsqueeze(2), dim=2)
+        energy += norms.double().square().sum(0)
+    return energy
 
 
 def junctions(
@@ -225,6 +263,8 @@ class _Scan(TorchFunctionMode):
         self._roots: dict[int, Tensor] = {}
         self._alive: list[Any] = []
         self._given: dict[str, tuple[int, int]] = {}
+        # Linear layers whose answers a norm would take by another axis than that of their outputs.
+        self._sequences: set[str] = set()
 
     def hooks(self, model: nn.Module) -> Iterator[Hook]:
         """For all modules."""
@@ -282,7 +322,8 @@ class _Scan(TorchFunctionMode):
         if len(end.leaves) != 1 or not isinstance(end.leaves[0], Tensor):
             return None
         norm, answer, value = None, end.leaves[0], end.values[0]
-        if value in self._norms and len(self._readers.get(value, ())) == 1:
+        normed = value in self._norms and name not in self._sequences
+        if normed and len(self._readers.get(value, ())) == 1:
             norm, answer = self._norms[value]
             if self._calls[norm] != 1:
                 return None

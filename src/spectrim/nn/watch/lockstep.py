@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from spectrim.nn.watch.batches import Feed
-from spectrim.nn.watch.junctions import Junction
+from spectrim.nn.watch.junctions import Junction, MadeUp
 from spectrim.nn.watch.observe import hooked, on_each
 from spectrim.nn.watch.passes import Network, Passes, given
 from spectrim.nn.watch.state import Place, State, evaluating
@@ -33,12 +33,12 @@ class Seen:
     inputs
         Of the compressed network's layer.
     targets
-        Answers of the dense network's.
+        Answers of the dense network's, with what they are to make up for.
     """
 
     batch: int
     inputs: Sequence[Tensor]
-    targets: Sequence[Tensor]
+    targets: Sequence[MadeUp]
 
 
 @dataclass(frozen=True)
@@ -79,23 +79,22 @@ class Hub:
 
         Whatever has been put in the layer's place by the next call is what the compressed passes go on with.
         """
-        inputs, targets = self.compressed.reach(name), self.dense.reach(name)
+        inputs, answers = self.compressed.reach(name), self.dense.reach(name)
+        targets = [[MadeUp(answer) for answer in each] for each in answers]
         if name in self.sums:
-            targets = self._made_up(name, targets)
+            self._make_up(name, answers, targets)
         both = enumerate(zip(inputs, targets, strict=True))
-        return [Seen(number, given, answers) for number, (given, answers) in both if given and answers]
+        return [Seen(number, given, wanted) for number, (given, wanted) in both if given and wanted]
 
-    def _made_up(self, name: str, targets: Sequence[Sequence[Tensor]]) -> list[Sequence[Tensor]]:
-        """Targets of a layer that also make up for what the other side of its sum misses."""
+    def _make_up(self, name: str, answers: Sequence[Sequence[Tensor]], targets: list[list[MadeUp]]) -> None:
+        """Have the targets of a layer make up for what the other side of its sum misses, too."""
         there, here = self.dense.beside(name), self.compressed.beside(name)
-        once = [number for number, answers in enumerate(targets) if len(answers) == 1]
+        once = [number for number, each in enumerate(answers) if len(each) == 1]
         made = self.sums[name].targets(
-            self.model, [targets[n][0] for n in once], [there[n] for n in once], [here[n] for n in once]
+            self.model, [answers[n][0] for n in once], [there[n] for n in once], [here[n] for n in once]
         )
-        fresh: list[Sequence[Tensor]] = list(targets)
         for number, target in zip(once, made, strict=True):
-            fresh[number] = [target]
-        return fresh
+            targets[number] = [target]
 
     def ends(self, number: int) -> tuple[Ended, Ended]:
         """Have both passes of one batch, which have left all layers of interest, go on to their ends."""

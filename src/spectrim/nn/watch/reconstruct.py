@@ -19,6 +19,7 @@ from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer
 from spectrim.nn.find import canonical, describe
 from spectrim.nn.modules import Chained, Factored, make_layer, whole
+from spectrim.nn.watch.junctions import MadeUp
 from spectrim.nn.watch.layout import Layout
 from spectrim.nn.watch.lockstep import Seen
 from spectrim.nn.watch.patches import outputs_at, patches_at
@@ -173,7 +174,7 @@ class Joint:
         self._squares += squares.sum(1)
         self._fourths += squares.square_().sum(1)
 
-    def _answers(self, x: Tensor, y: Tensor) -> bool:
+    def _answers(self, x: Tensor, y: MadeUp) -> bool:
         spec = self.spec
         if spec.is_linear:
             return x.shape[:-1] == y.shape[:-1]
@@ -182,8 +183,8 @@ class Joint:
             y.shape[-axes:]
         )
 
-    def _rows(self, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
-        patches, wanted = patches_at(self.spec, x, index), outputs_at(self.spec, y, index)
+    def _rows(self, x: Tensor, y: MadeUp, index: Tensor) -> Tensor:
+        patches, wanted = patches_at(self.spec, x, index), y.at(lambda each: outputs_at(self.spec, each, index))
         if self.outputs is not None:
             left = (self.outputs.to(wanted.device) % wanted.shape[2]).reshape(len(wanted), 1, -1)
             wanted = torch.take_along_dim(wanted, left, 2)
