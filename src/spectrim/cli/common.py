@@ -297,13 +297,7 @@ def usage(option: str = "") -> Iterator[None]:
 
 
 def refuse(context: typer.Context, parameters: Collection[str], why: str) -> None:
-    """Refuse options, by the names of their parameters, that stand on the command line.
-
-    Raises
-    ------
-    UsageError
-        Quotes the first of them and its value, then says ``why``.
-    """
+    """Refuse options, by the names of their parameters, that stand on the command line."""
     for parameter in context.command.params:
         source = context.get_parameter_source(str(parameter.name))
         if parameter.name in parameters and source is not None and source.name == "COMMANDLINE":

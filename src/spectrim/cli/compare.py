@@ -56,13 +56,7 @@ class ComparedOptions(Checked):
     ] = None
 
     def found(self) -> dict[str, Path]:
-        """Checkpoints and plans, by the shortest names that tell them apart.
-
-        Raises
-        ------
-        UsageError
-            For a path where there is neither.
-        """
+        """Checkpoints and plans, by the shortest names that tell them apart."""
         paths = [path for given in self.files for path in _paths(given)]
         if len(set(paths)) < len(paths):
             raise UsageError(f"{str(next(path for path in paths if paths.count(path) > 1))!r} is named twice")

@@ -92,13 +92,7 @@ def _check(
     context: typer.Context, methods: Methods, goal: options.GoalOptions, inputs: options.InputOptions,
     training: options.TrainingOptions,
 ) -> None:  # fmt: skip
-    """Refuse options that do not go with each other.
-
-    Raises
-    ------
-    UsageError
-        Quotes the first of them.
-    """
+    """Refuse options that do not go with each other."""
     refuse(context, {"checkpoint", "animate"}, f"is for --method {LEARNED}, not for {methods}")
     if training.train is None:
         refuse(context, {"epochs", "lr"}, "is for fine-tuning: give --train too, batches to train on")

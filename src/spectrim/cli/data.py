@@ -245,13 +245,7 @@ class Data:
     files: tuple[Any, ...] = ()
 
     def check_labels(self, option: str) -> None:
-        """Refuse built-in data whose files have no labels, for what an option needs them for.
-
-        Raises
-        ------
-        UsageError
-            Says where labels come from.
-        """
+        """Refuse built-in data whose files have no labels, for what an option needs them for."""
         place, cure = _LABELLED.get(self.reference.scheme, (0, ""))
         if cure and self.scheme is not None and not self.files[place]:
             raise UsageError(f"{option}: data {self.reference.text!r} have no labels, which it needs: {cure}")
@@ -289,11 +283,6 @@ def load_data(text: str, *, purpose: Purpose = "test", device: str = "cpu") -> I
         training split; ``training`` is the training split, shuffled and augmented (digits are not mirrored).
     device
         Where built-in batches go.
-
-    Raises
-    ------
-    UsageError
-        If the reference, an option or a file cannot be used.
     """
     return read_data(text, purpose).load(device)
 
@@ -305,11 +294,6 @@ def check_data(text: str, purpose: Purpose, labelled: str = "") -> None:
     ----------
     labelled
         The option, if it needs labels.
-
-    Raises
-    ------
-    UsageError
-        Says what is wrong, and what to write.
     """
     found = read_data(text, purpose)
     if found.scheme is None:
@@ -319,13 +303,7 @@ def check_data(text: str, purpose: Purpose, labelled: str = "") -> None:
 
 
 def read_data(text: str, purpose: Purpose = "test") -> Data:
-    """Read a reference and find its files.
-
-    Raises
-    ------
-    UsageError
-        If the reference, an option or a file cannot be used.
-    """
+    """Read a reference and find its files."""
     reference = _of_file(parse(text))
     scheme = SCHEMES.get(reference.scheme)
     if scheme is None:

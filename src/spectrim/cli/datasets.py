@@ -20,13 +20,7 @@ from spectrim.network.printing import count
 
 
 def batches_of(data: Data, device: str) -> Batches:
-    """The batches of built-in data.
-
-    Raises
-    ------
-    UsageError
-        If a file cannot be read; the message names it.
-    """
+    """The batches of built-in data."""
     options, source = data.options, _SOURCES[data.reference.scheme](data)
     mean, std = options.normalisation
     augment = options.augment if isinstance(options, ImageOptions) else "none"

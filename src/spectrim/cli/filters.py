@@ -108,12 +108,6 @@ def sample_notes(sites: Sites, method: PrincipalFilters) -> list[str]:
 
 
 def read_recipe(text: str) -> Energy | KL:
-    """What ``--recipe`` says.
-
-    Raises
-    ------
-    UsageError
-        Quotes it.
-    """
+    """What ``--recipe`` says."""
     check_recipe(text)
     return KL() if text == "kl" else Energy(float(text.partition("=")[2]))

@@ -65,13 +65,7 @@ def formerly(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]
 
 
 def rewritten(out: Output, method: Sequence[str] | None, given: Mapping[str, Sequence[str] | bool | None]) -> list[str]:
-    """The values of ``--method`` with those of former options among their own.
-
-    Raises
-    ------
-    UsageError
-        For an option of a method that is not asked for.
-    """
+    """The values of ``--method`` with those of former options among their own."""
     methods, were = list(method or ("auto",)), []
     for name, value in given.items():
         if not value:

@@ -47,11 +47,6 @@ class RankRun:
         One budget each, its limits joined by commas; empty if a multiplier takes their place.
     costs
         Of the user's own, as ``--cost`` takes them.
-
-    Raises
-    ------
-    UsageError
-        For a value that cannot be used; the message quotes it.
     """
 
     network: NetworkOptions

@@ -113,13 +113,7 @@ class Asked:
         return cls(text, name, options)
 
     def check(self) -> None:
-        """Refuse a class that there is not, or options that it does not have, as far as sources tell.
-
-        Raises
-        ------
-        UsageError
-            Says what there is instead.
-        """
+        """Refuse a class that there is not, or options that it does not have, as far as sources tell."""
         if self.name in CLASSES:
             check_options("methods", CLASSES[self.name], self.options, f"--method {self.text}", self.name)
         elif self.name not in NAMES:
@@ -180,13 +174,7 @@ class Methods:
         return tuple(each.name for each in self.asked)
 
     def check_data(self, calibrated: bool) -> None:
-        """Refuse methods that need data where there is none.
-
-        Raises
-        ------
-        UsageError
-            Names the first of them.
-        """
+        """Refuse methods that need data where there is none."""
         for name in self.names:
             if name in _CALIBRATED and not calibrated:
                 raise UsageError(f"--method {name} needs calibration batches: give --data")

@@ -32,13 +32,7 @@ if TYPE_CHECKING:
 
 
 def check_model(text: str) -> None:
-    """Refuse a reference that :func:`load_model` could not load, as far as is seen without torch.
-
-    Raises
-    ------
-    UsageError
-        Says what is wrong, and what to write.
-    """
+    """Refuse a reference that :func:`load_model` could not load, as far as is seen without torch."""
     reference = parse(text)
     if reference.scheme in SCHEMES:
         SCHEMES[reference.scheme][1](reference)
@@ -50,13 +44,7 @@ def check_model(text: str) -> None:
 
 
 def _check_named(reference: Reference) -> None:
-    """Refuse the bare name of a model, which does not say whose it is.
-
-    Raises
-    ------
-    UsageError
-        Says how models of libraries are written.
-    """
+    """Refuse the bare name of a model, which does not say whose it is."""
     name = reference.scheme
     there = Path(name).exists() or Path(f"{name}.py").is_file()
     if reference.place or there or name.endswith(".py") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
@@ -173,13 +161,7 @@ def _place(reference: Reference) -> str:
 
 
 def _registered(reference: Reference, package: str, folder: str) -> None:
-    """Refuse a name that no model in an installed package has, by what its files register.
-
-    Raises
-    ------
-    UsageError
-        If there is no such model, or the package is not installed.
-    """
+    """Refuse a name that no model in an installed package has, by what its files register."""
     name, root = _place(reference), installed(package, reference, package)
     if root is None or ":" in name or "/" in name:  # of a hub, or a folder
         return
@@ -195,13 +177,7 @@ def _registered(reference: Reference, package: str, folder: str) -> None:
 
 
 def _check_hub(reference: Reference) -> None:
-    """Refuse a folder without a configuration, and what can be no name on a hub.
-
-    Raises
-    ------
-    UsageError
-        Says what is missing.
-    """
+    """Refuse a folder without a configuration, and what can be no name on a hub."""
     name = _place(reference)
     installed("transformers", reference, "transformers")
     folder = Path(name).expanduser()

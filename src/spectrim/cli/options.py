@@ -321,11 +321,6 @@ class LearnedRanksOptions(LearningOptions):
             Budgets, if there are any.
         costs
             Of the user's own, as ``--cost`` takes them.
-
-        Raises
-        ------
-        UsageError
-            Says what to give.
         """
         if training.train is None:
             raise UsageError("ranks are learned in training: give --train, batches with labels")

@@ -27,7 +27,11 @@ T = TypeVar("T")
 
 
 class UsageError(SpectrimError, ValueError):
-    """The command line says something that cannot be carried out; the message quotes it."""
+    """The command line says something that cannot be carried out; the message quotes it and says what to write.
+
+    Whatever reads, checks or loads what was given raises it where that cannot be used, and says so in no docstring of
+    its own unless there is more to say.
+    """
 
 
 @dataclass(frozen=True)
@@ -304,13 +308,7 @@ def call(function: Callable[..., Any], reference: Reference, what: str, *args: A
 
 
 def installed(package: str, reference: Reference, install: str) -> Path | None:
-    """The folder of an optional package that a reference needs; it is not imported.
-
-    Raises
-    ------
-    UsageError
-        If it is not installed; the message says how to install it.
-    """
+    """The folder of an optional package that a reference needs; it is not imported."""
     spec = importlib.util.find_spec(package)
     if spec is None:
         raise UsageError(f"{reference.text!r} needs {package}, which is not installed. Run: pip install {install}")
@@ -318,13 +316,7 @@ def installed(package: str, reference: Reference, install: str) -> Path | None:
 
 
 def need(module: str, reference: Reference, install: str) -> Any:
-    """Import an optional library that a reference needs.
-
-    Raises
-    ------
-    UsageError
-        If it is not installed; the message says how to install it.
-    """
+    """Import an optional library that a reference needs."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -98,13 +98,7 @@ class Request:
     def read(
         cls, methods: Methods, goal: GoalOptions, sharing: SharingOptions, *, calibrated: bool, multiple_of: int | None
     ) -> Request:
-        """Read the values of options.
-
-        Raises
-        ------
-        UsageError
-            If one cannot be used; the message quotes it.
-        """
+        """Read the values of options."""
         costs = read_costs(goal.cost)
         budget = read_budget(goal.budget, costs) if goal.budget else None
         recipe = read_recipe(goal.recipe) if goal.recipe is not None else None
@@ -140,13 +134,7 @@ class Request:
 
 
 def run_folder(folder: Path, asked: Mapping[str, Any], work: Work, tuning: Recipe) -> RunFolder | None:
-    """Where the fine-tuning that is asked for can go on after it was stopped; None if there is none.
-
-    Raises
-    ------
-    UsageError
-        If another run was stopped there; the message says what differs.
-    """
+    """Where the fine-tuning that is asked for can go on after it was stopped; None if there is none."""
     if work.training is None or tuning.epochs == 0:
         return None
     weights = plain_tensors(work.dense.state_dict())

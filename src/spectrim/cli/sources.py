@@ -31,11 +31,6 @@ def check_factory(reference: Reference, what: str, arguments: int | None = 0) ->
         ``model`` or ``data``, for messages.
     arguments
         How many arguments the function will get beside the options of the reference; None if it is not called so.
-
-    Raises
-    ------
-    UsageError
-        Quotes the reference and says what there is instead.
     """
     check_form(reference, what)
     source = _source(reference, what)
@@ -60,13 +55,7 @@ def check_factory(reference: Reference, what: str, arguments: int | None = 0) ->
 
 
 def _source(reference: Reference, what: str) -> Path | None:
-    """The file of a module; None if it is not known without importing something.
-
-    Raises
-    ------
-    UsageError
-        If there is no such file or module.
-    """
+    """The file of a module; None if it is not known without importing something."""
     if reference.scheme.endswith(".py"):
         file = Path(reference.scheme).expanduser()
         if not file.is_file():
@@ -161,11 +150,6 @@ def check_options(module: str, kind: str, options: Mapping[str, str], place: str
         The class.
     options, place, name
         As :func:`spectrim.cli.references.filled` takes them.
-
-    Raises
-    ------
-    UsageError
-        As :func:`spectrim.cli.references.filled` does.
     """
     classes = _classes(Path(__file__).parents[1].joinpath(*module.split(".")))
     fields = [field for each in _lineage(kind, classes) for field in _fields(each)]

@@ -17,13 +17,7 @@ from spectrim.nn.sparse.packed import masked_layers
 
 
 def check_patterns(methods: Iterable[Method], sites: Sites) -> None:
-    """Refuse patterns of sparse weights that no layer can have.
-
-    Raises
-    ------
-    UsageError
-        Quotes the first of them.
-    """
+    """Refuse patterns of sparse weights that no layer can have."""
     for method in (each for each in methods if isinstance(each, LowRankPlusSparse)):
         for name in method.patterns:
             if not any(method.takes_pattern(name, layer.spec) for layer in sites):

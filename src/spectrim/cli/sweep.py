@@ -68,13 +68,7 @@ class SizeOptions(Checked):
 
     @property
     def shares(self) -> list[float] | None:
-        """The shares that ``--points`` names; None where it does not.
-
-        Raises
-        ------
-        UsageError
-            Quotes what is no share.
-        """
+        """The shares that ``--points`` names; None where it does not."""
         if self.points is None:
             return None
         found = []

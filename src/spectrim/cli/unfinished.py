@@ -72,13 +72,7 @@ class RunFolder:
     growing: tuple[str, ...] = ()
 
     def claim(self) -> None:
-        """Make the folder this run's, or see that it is so already. Without a checkpoint it is free for any run.
-
-        Raises
-        ------
-        UsageError
-            If the folder holds another run; the message names what differs.
-        """
+        """Make the folder this run's, or see that it is so already. Without a checkpoint it is free for any run."""
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"{str(self.folder)!r} is not a folder; checkpoints of a run are several files")
         file, now = self.folder / _RECORD, json.loads(json.dumps(dict(self.record), default=str))

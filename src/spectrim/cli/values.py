@@ -77,13 +77,7 @@ def read_budget(limits: Sequence[str], costs: Collection[str] = ()) -> Budget:
 
 
 def read_shape(text: str) -> tuple[int, ...]:
-    """The shape of one sample, as ``3x224x224``.
-
-    Raises
-    ------
-    UsageError
-        If the text is no shape.
-    """
+    """The shape of one sample, as ``3x224x224``."""
     try:
         shape = [int(size) for size in text.lower().split("x")]
     except ValueError:
@@ -110,13 +104,7 @@ def one_of(
 
 
 def check_device(text: str) -> None:
-    """Refuse a device whose name is misspelt; whether it can be reached is torch's to say.
-
-    Raises
-    ------
-    UsageError
-        Says which devices there are.
-    """
+    """Refuse a device whose name is misspelt; whether it can be reached is torch's to say."""
     name, colon, number = text.partition(":")
     if name not in _DEVICES and (close := did_you_mean(name, _DEVICES, _OTHER_DEVICES)):
         raise UsageError(f"--device {text!r} is not known: write cpu, cuda, cuda:1, mps or auto.{close}")
@@ -125,13 +113,7 @@ def check_device(text: str) -> None:
 
 
 def check_recipe(text: str) -> None:
-    """Refuse what ``--recipe`` cannot say.
-
-    Raises
-    ------
-    UsageError
-        Quotes it.
-    """
+    """Refuse what ``--recipe`` cannot say."""
     name, equals, value = text.partition("=")
     if text == "kl":
         return
@@ -147,13 +129,7 @@ def check_recipe(text: str) -> None:
 
 
 def check_folder(folder: Path) -> None:
-    """Refuse a folder for results that is a file, or would lie in one.
-
-    Raises
-    ------
-    UsageError
-        Names the file.
-    """
+    """Refuse a folder for results that is a file, or would lie in one."""
     for each in (folder, *folder.parents):
         if each.is_file():
             raise UsageError(f"results cannot go to {str(folder)!r}: {str(each)!r} is a file, not a folder")
@@ -166,11 +142,6 @@ def check_plan(file: Path, option: str = "--plan ") -> None:
     ----------
     option
         What the file is named by, for messages.
-
-    Raises
-    ------
-    UsageError
-        Says where a plan lies.
     """
     inside = file / "plan.json" if file.is_dir() else file.parent / "plan.json"
     there = inside.is_file() and inside != file
@@ -189,13 +160,7 @@ def check_plan(file: Path, option: str = "--plan ") -> None:
 
 
 def read_groups(file: Path) -> dict[str, tuple[str, ...]]:
-    """Names of layers by the name of the group, from a JSON object.
-
-    Raises
-    ------
-    UsageError
-        If the file is missing or holds something else; the message quotes it.
-    """
+    """Names of layers by the name of the group, from a JSON object."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
     except OSError as error:

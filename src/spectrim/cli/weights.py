@@ -24,13 +24,7 @@ _HEAD = 512
 
 
 def check_file(weights: str | Path) -> Path:
-    """A file of weights that is there, of a kind that can be read, and whole as far as is seen without torch.
-
-    Raises
-    ------
-    UsageError
-        If it is not.
-    """
+    """A file of weights that is there, of a kind that can be read, and whole as far as is seen without torch."""
     path = Path(weights)
     if not path.is_file():
         inside = sorted(each for each in path.glob("*.*") if each.suffix in SUFFIXES) if path.is_dir() else []
@@ -45,13 +39,7 @@ def check_file(weights: str | Path) -> Path:
 
 
 def check_checkpoint(path: Path) -> None:
-    """Refuse a file that :func:`spectrim.load` could not read, as far as is seen without torch.
-
-    Raises
-    ------
-    UsageError
-        Says what it is.
-    """
+    """Refuse a file that :func:`spectrim.load` could not read, as far as is seen without torch."""
     if not path.is_file():
         inside = path / "model.safetensors"
         cure = f": write {inside}" if inside.is_file() else "; compress writes model.safetensors"
@@ -250,11 +238,6 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], text: str, weights: str 
     ----------
     text, weights
         The model's reference and the file, for messages.
-
-    Raises
-    ------
-    UsageError
-        Says what does not fit.
     """
     mine = model.state_dict()
     state = _without_prefix(state, mine)

@@ -74,13 +74,7 @@ class Work:
         *,
         timed: bool = False,
     ) -> Work:
-        """Load what a command line names.
-
-        Raises
-        ------
-        UsageError
-            If something cannot be used; the message quotes it.
-        """
+        """Load what a command line names."""
         device = device_named(network.device, network.threads, network.runtime)
         dense = load_model(network.model, network.weights).to(device)
         sites = locate(dense, layers.skip, layers.only)
@@ -120,13 +114,7 @@ class Work:
         return {"--data": self.calibration, "--train": self.training, "--test": self.testing}
 
     def score(self, model: nn.Module) -> float:
-        """Percent of the test samples.
-
-        Raises
-        ------
-        UsageError
-            For batches without labels.
-        """
+        """Percent of the test samples."""
         assert self.testing is not None
         with usage("--test"):
             return accuracy(model, self.testing)
@@ -164,36 +152,18 @@ def _device_named(device: str, threads: int | None) -> str:
 
 
 def random_input(text: str, samples: int, device: str) -> Tensor:
-    """A batch of normal noise of a shape given as ``3x224x224``.
-
-    Raises
-    ------
-    UsageError
-        If the text is no shape.
-    """
+    """A batch of normal noise of a shape given as ``3x224x224``."""
     return torch.randn(samples, *read_shape(text), generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def first_batch(batches: Iterable[Any], samples: int, name: str, model: nn.Module) -> Any:
-    """``samples`` samples from the first batch, as a model takes it, repeated if it has fewer.
-
-    Raises
-    ------
-    UsageError
-        If there is no batch.
-    """
+    """``samples`` samples from the first batch, as a model takes it, repeated if it has fewer."""
     batch = _first(batches, name)
     return Feed().decide(model, batch).resized(batch, samples)
 
 
 def _check_mask(name: str, batch: Any) -> None:
-    """Refuse a mask that no tensor of a batch is.
-
-    Raises
-    ------
-    UsageError
-        Says which tensors there are.
-    """
+    """Refuse a mask that no tensor of a batch is."""
     held = batch[0] if isinstance(batch, list | tuple) and batch else batch
     names = list(map(str, held)) if isinstance(held, Mapping) else []
     if name not in names:
@@ -228,13 +198,7 @@ def training_batches(text: str, device: str, model: nn.Module) -> Iterable[Any]:
 
 
 def _check_classes(model: nn.Module, batches: Iterable[Any], text: str) -> None:
-    """Refuse labels that a classifier has no output for, before anything is fitted to batches.
-
-    Raises
-    ------
-    UsageError
-        Says how many outputs there are.
-    """
+    """Refuse labels that a classifier has no output for, before anything is fitted to batches."""
     if not isinstance(batches, Batches) or batches.classes == 0:
         return  # what a function returns may be trained on in another way
     with torch.no_grad():
