@@ -75,14 +75,12 @@ def evaluate(
     clock: dict[str, Any] = {"repeats": measuring.repeats, "threads": threads, "runtime": measuring.runtime}
     if measuring.compare:
         dense = load_model(model.model, model.weights).to(device)
-        comparison = compare(dense, network, batch, evaluate=scoring, **clock)
-        out.document({"model": name, **comparison.to_dict(), "kernels": kernel_values(kernels)})
-        out.table(["", ">dense", ">compressed", "change"], comparison.to_rows())
-        for note in kernel_notes(kernels):
-            out.print(note)
-        return
-    measured = measure(network, batch, evaluate=scoring, **clock)
-    out.document({"model": name, **measured.to_dict(), "kernels": kernel_values(kernels)})
-    out.table(["", f">{name}"], [(line.metric, line.text) for line in measured.lines])
+        found = compare(dense, network, batch, evaluate=scoring, **clock)
+        columns, rows = ["", ">dense", ">compressed", "change"], found.to_rows()
+    else:
+        found = measure(network, batch, evaluate=scoring, **clock)
+        columns, rows = ["", f">{name}"], [(line.metric, line.text) for line in found.lines]
+    out.document({"model": name, **found.to_dict(), "kernels": kernel_values(kernels)})
+    out.table(columns, rows)
     for note in kernel_notes(kernels):
         out.print(note)

@@ -49,11 +49,8 @@ OTHER_NAMES = {
     "svd": "weight-svd", "low-rank": AUTO, "lowrank": AUTO, "pca": "activation-svd", "sparse": SPARSE,
     "pruning": FILTERS, "prune": FILTERS, "filters": FILTERS, "channels": FILTERS, "rank": LEARNED, "learned": LEARNED,
     "cp": "activation-cp", "parafac": "activation-cp", "tucker": "activation-tucker2", "tucker2": "activation-tucker2",
-    "tucker-2": "activation-tucker2", "weightcp": "weight-cp", "activationcp": "activation-cp",
-    "weighttucker2": "weight-tucker2", "activationtucker2": "activation-tucker2",
-    "wsvd": "weight-svd", "asvd": "activation-svd",
-    "weightsvd": "weight-svd", "activationsvd": "activation-svd", "jointsvd": "joint-svd",
-    "lowrankplussparse": SPARSE, "principalfilters": FILTERS, "learnedranks": LEARNED,
+    "tucker-2": "activation-tucker2", "wsvd": "weight-svd", "asvd": "activation-svd",
+    **{name.replace("-", ""): name for name in (*CLASSES, LEARNED)},
 }  # fmt: skip
 """What people call them elsewhere."""
 NAMES = (AUTO, JOINT, *CLASSES, LEARNED)

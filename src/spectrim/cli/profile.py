@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -210,12 +211,7 @@ def _apart(alone: Candidates, size: float, most: float) -> float | None:
 
 def _rank(values: Sequence[float], share: float) -> int | None:
     """How many components hold a share of the energy; None if more than the table keeps."""
-    total = 0.0
-    for rank, value in enumerate(values, 1):
-        total += value
-        if total >= share - 1e-9:
-            return rank
-    return None
+    return next((rank for rank, held in enumerate(accumulate(values), 1) if held >= share - 1e-9), None)
 
 
 def _print(out: Output, table: Candidates, layers: Sequence[dict[str, Any]]) -> None:

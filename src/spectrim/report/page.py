@@ -21,6 +21,7 @@ from spectrim.report.machine import machine_facts
 from spectrim.report.measures import Score
 from spectrim.report.origin import Origin, Part, not_measured
 from spectrim.report.rank_charts import rank_charts, rank_rows
+from spectrim.report.rank_panels import check_recorded
 from spectrim.report.words import glossary
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Entry, Plan
@@ -167,8 +168,7 @@ class Page:
     def _learned(self) -> dict[str, Any]:
         if self.trajectory is None:
             return {"ranks": []}
-        if not self.trajectory.records:
-            raise ValueError("the trajectory has no C step to draw: pass that of a run that has taken one")
+        check_recorded(self.trajectory)
         return {
             "ranks": rank_rows(self.trajectory),
             "steps": len(self.trajectory),

@@ -23,6 +23,12 @@ _LINES = (PLANNED, INK, CHOSEN, MUTED)
 _SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 
 
+def check_recorded(trajectory: Trajectory) -> None:
+    """Raise ValueError if there is no C step to draw."""
+    if not trajectory.records:
+        raise ValueError("the trajectory has no C step to draw: pass that of a run that has taken one")
+
+
 def heat_map(figure: Figure, axes: Axes, trajectory: Trajectory) -> None:
     """A line a site, a column a C step, coloured by rank / full rank; ``mu`` above, the last ranks at the right."""
     from matplotlib.colors import LinearSegmentedColormap, ListedColormap, PowerNorm

@@ -17,6 +17,7 @@ from spectrim.network.files import replacing
 from spectrim.report.figures import MUTED, Measured, blank_figure, error_bars, shortened
 from spectrim.report.rank_panels import (
     MU,
+    check_recorded,
     cost_lines,
     distance_line,
     heat_map,
@@ -27,7 +28,7 @@ from spectrim.report.rank_panels import (
     step_ticks,
 )
 from spectrim.selection.figures import DENSE, INK, PALE, PLANNED, cost_label, cost_scale
-from spectrim.selection.trajectory import Record, Trajectory
+from spectrim.selection.trajectory import Trajectory
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +61,8 @@ def rank_paths(trajectory: Trajectory) -> Figure:
     ValueError
         If no C step is recorded.
     """
-    records = _records(trajectory)
+    check_recorded(trajectory)
+    records = trajectory.records
     count = len(trajectory.sites)
     drawn = [cost_lines] if shown_costs(trajectory) else []
     drawn.append(distance_line)
@@ -109,7 +111,8 @@ def animate_ranks(trajectory: Trajectory, path: str | Path, *, seconds: float = 
     """
     from PIL import Image
 
-    records, path = _records(trajectory), Path(path)
+    check_recorded(trajectory)
+    records, path = trajectory.records, Path(path)
     if path.suffix.lower() != ".gif":
         raise ValueError(f"an animation is written to a file that ends in .gif, not {path.name!r}")
     if not 0 < seconds < math.inf:
@@ -272,9 +275,3 @@ def _cost_ticks(axes: Axes) -> None:
         ticks = [tick for tick in MaxNLocator(6).tick_values(low, high) if low <= tick <= high]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-
-
-def _records(trajectory: Trajectory) -> tuple[Record, ...]:
-    if not trajectory.records:
-        raise ValueError("the trajectory has no C step to draw: pass that of a run that has taken one")
-    return trajectory.records

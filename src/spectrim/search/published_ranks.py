@@ -192,11 +192,10 @@ def _joint_choice(joint: JointSVD, site: Group, rate: float, name: str) -> Share
     def rank(shared: int, separate_sizes: list[int], part: float = 1.0) -> int:
         return _whole(rate * part * separate / (shared + sum(separate_sizes)))
 
-    if joint.share == "right":
-        return joint.choice(site, how, min(max(1, rank(columns[0], rows)), joint.full_rank(site, how)), bias=biased)
-    if joint.share == "left":
-        return joint.choice(site, how, min(max(1, rank(rows[0], columns)), joint.full_rank(site, how)), bias=biased)
     full = joint.full_rank(site, how)
+    if joint.share != "both":
+        shared = rank(columns[0], rows) if joint.share == "right" else rank(rows[0], columns)
+        return joint.choice(site, how, min(max(1, shared), full), bias=biased)
     left = min(rank(rows[0], columns, joint.proportion), full)
     right = min(rank(columns[0], rows, 1 - joint.proportion), full)
     if not left + right:

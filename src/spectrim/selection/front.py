@@ -299,14 +299,7 @@ class Sweep(Printed):
 
     def record(self) -> dict[str, Any]:
         """All but the points and the network, as JSON values."""
-        return {
-            "cost": self.cost,
-            "dense": self.dense,
-            "better": self.better,
-            "unmet": dict(self.unmet),
-            "metric": self.metric,
-            "notes": list(self.notes),
-        }
+        return {name: getattr(self, name) for name in _Read.__struct_fields__}
 
     def write(self, folder: str | Path) -> None:
         """Write ``sweep.json`` and a folder a point, into a folder that there is.

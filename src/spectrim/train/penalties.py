@@ -105,8 +105,8 @@ def factored_pairs(model: nn.Module) -> tuple[FactoredPair, ...]:
     pairs. Marked modules of another form are not pairs: no product of two matrices describes them, and
     :func:`spectrim.train.fine_tune` decays their weights one by one.
     """
-    pairs = ((name, module, _pair(name, module)) for name, module in model.named_modules())
-    return tuple(pair for _, _, pair in pairs if pair is not None)
+    pairs = (_pair(name, module) for name, module in model.named_modules())
+    return tuple(pair for pair in pairs if pair is not None)
 
 
 def product_penalty(model: nn.Module, decay: float) -> Tensor:
