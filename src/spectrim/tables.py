@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from spectrim.cost import counted
@@ -89,23 +89,9 @@ def tabulate(
     chosen = default_methods(sites) if methods is None else on_offer(methods, groups=bool(sites.groups))
     chosen = [method for method in chosen if sites.tied or method.takes is not Tied]
     network = Network(sites, counted.known(sites, costs), chosen, latency, dense_latency)
-    rows_of: list[tuple[Site, list[tuple[Method, Curve]]]] = []
-    groups = sites.joint()
-    coupled = sites.coupled() if any(method.removes_channels for method in chosen) else ()
     facts = latency.facts() if latency is not None else {}
-    alone = [*sites, *sites.tied]
-    for done, site in enumerate([*alone, *groups, *coupled]):
-        curves = _curves(site, chosen, facts)
-        # A group that no method can join is nothing to choose.
-        if done < len(alone) or any(curve.choices for _, curve in curves):
-            rows_of.append((site, curves))
-        told(progress)("tabulate", done + 1, len(alone) + len(groups) + len(coupled))
-    units = {curve.unit for _, curves in rows_of for _, curve in curves if curve.choices}
-    if len(units) > 1:
-        raise ValueError(
-            f"methods report errors in different units ({', '.join(sorted(units))}); calibrate all sites, or use "
-            "data-free methods only"
-        )
+    rows_of = list(_offers(sites, chosen, facts, told(progress)))
+    unit = _unit(curve for _, curves in rows_of for _, curve in curves)
     offered = [[pair for _, curve in curves for pair in _worth(network, site, curve, dear)] for site, curves in rows_of]
     network.prepare(
         ((site.name, choice) for (site, _), pairs in zip(rows_of, offered, strict=True) for choice, _ in pairs),
@@ -116,17 +102,43 @@ def tabulate(
     return Candidates(
         Rows(rows),
         network.fixed(row.site for row in rows),
-        units.pop() if units else "",
+        unit,
         methods={method.name: method.record() for method in chosen},
         facts=facts,
         skipped=network.left_alone(),
     )
 
 
+def _offers(
+    sites: Sites, methods: Sequence[Method], facts: Mapping[str, Any], tell: Progress
+) -> Iterator[tuple[Site, list[tuple[Method, Curve]]]]:
+    """The rows of a table: sites, groups and coupled channels with what is on offer there."""
+    alone = [*sites, *sites.tied]
+    coupled = sites.coupled() if any(method.removes_channels for method in methods) else ()
+    every = [*alone, *sites.joint(), *coupled]
+    for done, site in enumerate(every):
+        curves = _curves(site, methods, facts)
+        # A group that no method can join is nothing to choose.
+        if done < len(alone) or any(curve.choices for _, curve in curves):
+            yield site, curves
+        tell("tabulate", done + 1, len(every))
+
+
 def _curves(site: Site, methods: Sequence[Method], facts: Mapping[str, Any]) -> list[tuple[Method, Curve]]:
     """What the methods that are for such a site offer there, for a machine of these facts."""
     with counted.made_for(facts), shared():
         return [(method, method.curve(site)) for method in methods if isinstance(site, method.takes)]
+
+
+def _unit(curves: Iterable[Curve]) -> str:
+    """The unit of all errors. Raises ValueError if there are several."""
+    units = {curve.unit for curve in curves if curve.choices}
+    if len(units) > 1:
+        raise ValueError(
+            f"methods report errors in different units ({', '.join(sorted(units))}); calibrate all sites, or use "
+            "data-free methods only"
+        )
+    return next(iter(units), "")
 
 
 def default_methods(sites: Sites) -> list[Method]:

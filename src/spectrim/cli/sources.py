@@ -116,12 +116,9 @@ def _check_call(node: ast.stmt, reference: Reference, what: str, arguments: int)
     takes = node.args
     places = [each.arg for each in [*takes.posonlyargs, *takes.args]]
     named = [*places, *(each.arg for each in takes.kwonlyargs)]
-    needed = [name for name in places[arguments : len(places) - len(takes.defaults)] if name not in given]
-    needed += [
-        each.arg
-        for each, default in zip(takes.kwonlyargs, takes.kw_defaults, strict=True)
-        if default is None and each.arg not in given
-    ]
+    required = places[arguments : len(places) - len(takes.defaults)]
+    required += [each.arg for each, value in zip(takes.kwonlyargs, takes.kw_defaults, strict=True) if value is None]
+    needed = [name for name in required if name not in given]
     unknown = [name for name in given if name not in named] if takes.kwarg is None else []
     allowed = [name for name in named if name not in places[:arguments]]
     if unknown:

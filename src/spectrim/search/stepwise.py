@@ -139,10 +139,7 @@ def select_in_steps(
     network = Network(sites, known(sites, costs), methods, latency, dense_latency)
     dense = network.cost()
     stated = Budget.of(budget).limits(dense)
-    # What the dense network costs nothing of is within any limit.
-    limits = {cost: limit for cost, limit in stated.items() if dense[cost]}
-    if not limits:
-        raise ValueError(f"the dense network has no {' and no '.join(stated)} that a budget could limit")
+    limits = _binding(stated, dense)
     steps = steps if others or _shares_layers(sites.couplings) else 1
     _check_reachable(table, network, limits)
     picks: Picks = {}
@@ -181,6 +178,14 @@ def select_in_steps(
         bound=None,
     )
     return plan, table
+
+
+def _binding(stated: Costs, dense: Costs) -> Costs:
+    """The limits without those on what the dense network costs nothing of, which is within any."""
+    limits = {cost: limit for cost, limit in stated.items() if dense[cost]}
+    if not limits:
+        raise ValueError(f"the dense network has no {' and no '.join(stated)} that a budget could limit")
+    return limits
 
 
 def _around(table: Candidates, network: Network, picks: Picks) -> Candidates:

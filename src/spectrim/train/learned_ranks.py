@@ -18,7 +18,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -29,7 +29,6 @@ from spectrim.cost.counted import Cost
 from spectrim.cost.latency import Latency
 from spectrim.errors import CheckpointError, MissingMomentsError, PlanError
 from spectrim.methods import ActivationSVD, Method, WeightSVD, as_methods, from_record
-from spectrim.network.choices import Choice
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Site, Sites, Statistics
 from spectrim.nn.copying import copy_model
@@ -448,36 +447,30 @@ class LearnedRanks:
     def _take(self, plan: Plan, sites: Sites, methods: Sequence[Method], begin: float) -> Plan:
         """Make the low-rank copies of a plan, update the multipliers, and write the record."""
         mu, following = self.mu, self.schedule.mu(self.step + 1)
-        makers = {method.name: method for method in methods}
-        missed = total = 0.0
-        targets: dict[str, Tensor] = {}
-        multipliers: dict[str, Tensor] = {}
-        for entry in plan:
-            parts = [sites[name] for name in entry.sites]
-            present = [canonical(self._layers[part.name])[0] for part in parts]
-            total += sum(float(weight.double().square().sum()) for weight in present)
-            if entry.choice.is_dense:
-                # Without a constraint the best copy is the weight itself, at any time: there is nothing to pull at.
-                continue
-            site = sites.together(entry.site, entry.members) if entry.members else parts[0]
-            copies = _copies(site, entry.choice, makers)
-            for part, weight, low in zip(parts, present, copies, strict=True):
-                missed += float((weight - low).double().square().sum())
-                target = low
-                if self.augmented:
-                    after = self._multipliers[part.name] if part.name in self._multipliers else 0 * weight
-                    # Before any training there is no L step whose optimality the multipliers could express.
-                    after = after - mu * (weight - low) if self.step else after
-                    multipliers[part.name] = after
-                    target = low + after / following
-                targets[part.name] = _laid_out(target, part.spec)
+        missed, targets, multipliers = 0.0, {}, {}
+        for part, low in _copies(plan, sites, methods):
+            weight = self._weight(part.name)
+            missed += float((weight - low).double().square().sum())
+            target = low
+            if self.augmented:
+                after = self._multipliers[part.name] if part.name in self._multipliers else 0 * weight
+                # Before any training there is no L step whose optimality the multipliers could express.
+                after = after - mu * (weight - low) if self.step else after
+                multipliers[part.name] = after
+                target = low + after / following
+            targets[part.name] = _laid_out(target, part.spec)
         # In the order of the sites, groups or not: the penalty adds up in that order, and rounds accordingly.
         names = [site.name for site in self.sites]
         self._targets = {name: targets[name] for name in names if name in targets}
         self._multipliers = {name: multipliers[name] for name in names if name in multipliers}
+        total = sum(sum(float(self._weight(n).double().square().sum()) for n in entry.sites) for entry in plan)
         self.plan = plan
         self.step += 1
-        seconds = time.perf_counter() - begin
+        self._write(plan, mu, (missed / total) ** 0.5 if total else 0.0, time.perf_counter() - begin)
+        return plan
+
+    def _write(self, plan: Plan, mu: float, distance: float, seconds: float) -> None:
+        """Add the record of a C step to the trajectory."""
         chosen = {name: entry.choice for entry in plan for name in entry.sites}
         where = {name: f" in {entry.site}" if entry.members else "" for entry in plan for name in entry.sites}
         each = zip([chosen[name] for name in self.trajectory.sites], self.trajectory.full, strict=True)
@@ -487,12 +480,15 @@ class LearnedRanks:
             ranks=tuple(rank_tables.rank(choice, full) for choice, full in each),
             choices=tuple(f"{chosen[name]}{where[name]}" for name in self.trajectory.sites),
             costs=dict(plan.costs),
-            distance=(missed / total) ** 0.5 if total else 0.0,
+            distance=distance,
             metric=self._measured(),
             seconds=seconds,
         )
         self.trajectory = dataclasses.replace(self.trajectory, records=(*self.trajectory.records, record))
-        return plan
+
+    def _weight(self, name: str) -> Tensor:
+        """The present weight of a layer, ``[g, o, i, *k]``."""
+        return canonical(self._layers[name])[0]
 
 
 def _check(
@@ -528,10 +524,16 @@ def _check(
         raise PlanError(f"{type(model).__name__} has no layer to compress")
 
 
-def _copies(site: Site, choice: Choice, makers: Mapping[str, Method]) -> tuple[Tensor, ...]:
-    if choice == ZERO:
-        return tuple(torch.zeros_like(weight) for weight in site.weights)
-    return makers[choice.method].factorize(site, choice).dense()
+def _copies(plan: Plan, sites: Sites, methods: Sequence[Method]) -> Iterator[tuple[Layer, Tensor]]:
+    """The low-rank copies that a plan makes of layers; of those left dense, which nothing pulls at, none."""
+    makers = {method.name: method for method in methods}
+    for entry in plan:
+        parts = [sites[name] for name in entry.sites]
+        site: Site = sites.together(entry.site, entry.members) if entry.members else parts[0]
+        if entry.choice == ZERO:
+            yield from zip(parts, map(torch.zeros_like, site.weights), strict=True)
+        elif not entry.choice.is_dense:
+            yield from zip(parts, makers[entry.choice.method].factorize(site, entry.choice).dense(), strict=True)
 
 
 def _laid_out(weight: Tensor, spec: LayerSpec) -> Tensor:

@@ -40,6 +40,7 @@ from spectrim.pipeline.making import Making
 from spectrim.pipeline.shrinking import finished
 from spectrim.preparation import Prepared, check_options, locate, prepare
 from spectrim.progress import Progress, reports, silent, told
+from spectrim.search.judge import Judge
 from spectrim.selection.budget import COSTS, OTHER_NAMES, Budget, BudgetLike, Limit
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.front import Better, Sweep, read_summary
@@ -148,15 +149,12 @@ def sweep(
     """
     check_model(model)
     asked = asked_budgets(budgets, costs)
-    if evaluate is not None:
-        check_function("evaluate", evaluate, ("a model",), "a function of a model that returns a number")
+    Judge.of(evaluate, better)
     if fine_tune is not None:
         check_function("fine_tune", fine_tune, _TUNED_WITH, _TUNES)
     place = None if folder is None else _checked(folder)
     if keep_models:
         check_savable(model)
-    if better not in ("higher", "lower"):
-        raise ValueError(f"better is {better!r}: expected 'higher' or 'lower'")
     limited = {cost for budget in asked.values() for cost in budget.costs}
     check_selector(selector)
     check_options(groups, latency)
