@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectrim.cli.data import EDGE, NORMALISATIONS, SCALED
+from spectrim.cli.data_options import EDGE, NORMALISATIONS, SCALED
 from spectrim.cli.references import UsageError
 
 

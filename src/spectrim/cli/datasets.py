@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from spectrim.cli.batches import Batches, ImageFiles, InMemory, Source
-from spectrim.cli.data import ArrayOptions, Data, FolderOptions, ImageOptions
+from spectrim.cli.data import Data
+from spectrim.cli.data_options import ArrayOptions, FolderOptions, ImageOptions
 from spectrim.cli.references import Reference, UsageError, need
 from spectrim.network.printing import count
 
