@@ -70,7 +70,7 @@ def doctor(out: Output) -> None:
     parts = [*_extras(), *(Part({name: _version(name)}, what, f"pip install {name}") for name, what in _BESIDE.items())]
     caches = {what: (folder, *_size(folder)) for what, folder in _caches().items()}
     found: dict[str, Any] = {
-        "versions": {"spectrim": _version("spectrim"), "python": platform.python_version(), **_torch_version()},
+        "versions": {"spectrim": _version("spectrim"), "python": platform.python_version(), "torch": _version("torch")},
         "machine": {"system": f"{platform.system()} {platform.release()} {platform.machine()}", **_processor()},
         "torch": _torch(),
         "memory": _memory(),
@@ -135,10 +135,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return "?" if importlib.util.find_spec(_IMPORTED.get(package, package.replace("-", "_"))) else None
-
-
-def _torch_version() -> dict[str, str | None]:
-    return {"torch": _version("torch")}
 
 
 def _extras() -> Iterator[Part]:

@@ -81,7 +81,8 @@ class Program(TyperGroup):
                 print(error.ctx.get_help(), file=sys.stderr)
                 sys.exit(error.exit_code)
             path = error.ctx.command_path if error.ctx is not None else "spectrim"
-            said = _sentence(_quoted(error, sys.argv[1:] if args is None else args))
+            # On one line and without a full stop.
+            said = " ".join(_quoted(error, sys.argv[1:] if args is None else args).split()).rstrip(".")
             see = " See" if said.endswith("?") else "; see"
             print(f"spectrim: error: {said}{see} {path} --help", file=sys.stderr)
             if "--json" in (sys.argv[1:] if args is None else args):
@@ -114,11 +115,6 @@ def _quoted(error: Any, args: Sequence[str]) -> str:
             # Of several the last one counts, and is what was read.
             return f"{option} {values[-1]!r}: {reason.partition(', unable')[0]}"
     return message
-
-
-def _sentence(message: str) -> str:
-    """What click says, on one line and without a full stop."""
-    return " ".join(message.split()).rstrip(".")
 
 
 def _width() -> int:

@@ -63,11 +63,6 @@ def write_result(result: Result, folder: Path) -> dict[str, Path]:
     return files
 
 
-def _plain(agreed: Agreement) -> dict[str, Any]:
-    """Figures of an agreement, without what each sample adds."""
-    return {name: value for name, value in dataclasses.asdict(agreed).items() if name != "parts"}
-
-
 @dataclass(frozen=True)
 class Outcome:
     """A compression, as far as it has come.
@@ -179,7 +174,8 @@ class Outcome:
 
     def _document(self, files: Mapping[str, Path], comparison: Comparison, notes: Sequence[str]) -> dict[str, Any]:
         """All figures, as JSON values."""
-        plan, agreed = self.result.plan, self.result.report.agreement
+        plan = self.result.plan
+        agreed = self.result.report.agreement and dataclasses.asdict(self.result.report.agreement)
         return {
             "model": self.title,
             "files": {name: str(path) for name, path in files.items()},
@@ -194,7 +190,8 @@ class Outcome:
             ],
             "scores": dict(self.scores),
             "comparison": comparison.to_dict(),
-            "agreement": None if agreed is None else _plain(agreed),
+            # Without what each sample adds.
+            "agreement": agreed and {name: value for name, value in agreed.items() if name != "parts"},
             "skipped": skipped_values(self.result.sites),
             "arms": [arm.record() for arm in self.result.report.arms],
             "notes": list(notes),

@@ -201,15 +201,12 @@ def _around(table: Candidates, network: Network, picks: Picks) -> Candidates:
 def _chosen(table: Candidates, goals: Costs, selector: Selector) -> Picks:
     """The choices of a plan under the table; the cheapest if none meets the goals."""
     try:
-        return _picks(select(table, Budget.absolute(goals), selector))
+        plan = select(table, Budget.absolute(goals), selector)
+        return {entry.site: entry.choice for entry in plan if not entry.choice.is_dense}
     except InfeasibleBudgetError:
         log.debug("no selection within the goals of this step: the cheapest choices are taken")
         # Around a plan the table knows of smaller steps only.
         return _cheapest(table, *goals)
-
-
-def _picks(plan: Plan) -> Picks:
-    return {entry.site: entry.choice for entry in plan if not entry.choice.is_dense}
 
 
 def _within(table: Candidates, goals: Costs, selector: Selector, network: Network) -> Picks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -104,7 +105,7 @@ class Trajectory(Printed):
         return [
             {
                 "step": number, "mu": record.mu, "distance": record.distance, "ranks": sum(record.ranks),
-                "changed": 0 if before is None else _differences(before.choices, record.choices),
+                "changed": 0 if before is None else sum(map(operator.ne, before.choices, record.choices)),
                 "metric": record.metric, "seconds": record.seconds, **record.costs,
             }
             for number, (before, record) in enumerate(zip(earlier, self.records, strict=False), 1)
@@ -190,7 +191,3 @@ class Trajectory(Printed):
             As :meth:`from_json`; the message names the file.
         """
         return read_document(path, cls.from_json, LARGEST)
-
-
-def _differences(one: tuple[str, ...], other: tuple[str, ...]) -> int:
-    return sum(a != b for a, b in zip(one, other, strict=True))

@@ -97,7 +97,9 @@ def carry_optimizer(optimizer: Optimizer, old: nn.Module, new: nn.Module) -> Car
             continue  # of a layer that was not trained
         groups[group_of[origin]].append(parameter)
         if source in state:
-            fresh[parameter] = {key: _moved(value, parameter) for key, value in state[source].items()}
+            fresh[parameter] = {
+                k: v.clone() if isinstance(v, Tensor) else copy.copy(v) for k, v in state[source].items()
+            }
             kept.append(name)
         elif name in momenta:
             fresh[parameter] = momenta[name]
@@ -122,10 +124,6 @@ def _origin(name: str, layer: str, trained: Iterable[str]) -> str | None:
     names = list(trained)
     exact = (each for each in (f"{layer}.weight", name) if each in names)
     return next(exact, next((each for each in names if each.startswith(f"{layer}.")), None))
-
-
-def _moved(value: Any, parameter: Tensor) -> Any:
-    return value.clone() if isinstance(value, Tensor) else copy.copy(value)
 
 
 def _layer_of(name: str, model: nn.Module) -> str:
