@@ -55,7 +55,7 @@ def shrink(
 
     A ``table`` that was made for another budget is selected from again.
     """
-    return carried(model, prepared, drafted(model, prepared, budget, making, table), making)
+    return carried(model, prepared, drafted(model, prepared, budget, making, table))
 
 
 def drafted(
@@ -99,13 +99,13 @@ def drafted(
 
     plan, table = planned(sites, table, budget)
     if budget.bytes is None:
-        return Draft(plan, table, sites, budget, methods, again, making.guard)
+        return Draft(plan, table, sites, budget, making, again)
     file = table.dense["bytes"] + header_bytes(model)
     sites, plan, table, budget = within_file(model, sites, plan, table, budget, planned)
-    return Draft(plan, table, sites, budget, methods, again, making.guard, file)
+    return Draft(plan, table, sites, budget, making, again, file)
 
 
-def carried(model: nn.Module, prepared: Prepared, draft: Draft, making: Making) -> Result:
+def carried(model: nn.Module, prepared: Prepared, draft: Draft) -> Result:
     """The finished network of a plan, which is corrected by measured times where these are limited."""
     plan, measured, said = draft.plan, {}, ()
     if prepared.latency is not None:
@@ -114,8 +114,8 @@ def carried(model: nn.Module, prepared: Prepared, draft: Draft, making: Making) 
         # The header that the table counts is that of the compressed network's file.
         plan = dataclasses.replace(plan, dense_costs={**plan.dense_costs, "bytes": draft.file})
     notes = (*_said_of_rest(draft.table, draft.budget), *(said if measured else _said_of_chains(plan)))
-    known, theirs = dataclasses.replace(prepared, sites=draft.sites), dataclasses.replace(making, methods=draft.methods)
-    return finished(model, known, plan, draft.table, theirs, measured=measured, notes=notes)
+    known = dataclasses.replace(prepared, sites=draft.sites)
+    return finished(model, known, plan, draft.table, draft.making, measured=measured, notes=notes)
 
 
 def finished(
@@ -186,12 +186,11 @@ def shrink_best(
         if arm.removes_channels and not prepared.sites.couplings:
             raise PlanError("no channels were found that can be removed")
         known = dataclasses.replace(prepared, sites=tables.sites(arm))
-        theirs = dataclasses.replace(making, methods=tables.methods(arm))
+        theirs = dataclasses.replace(making, methods=tables.methods(arm), progress=_telling(making.progress, arm))
         return drafted(model, known, budget, theirs, tables.of(arm), most)
 
     def made(arm: Arm, draft: Draft) -> Result:
-        told = dataclasses.replace(making, progress=_telling(making.progress, arm))
-        return with_verdict(carried(model, prepared, draft, told), judge, tolerance)
+        return with_verdict(carried(model, prepared, draft), judge, tolerance)
 
     contest = Contest(
         planned, made, _verdict, _size, lambda result: tolerance is not None and tolerance.holds(_verdict(result))

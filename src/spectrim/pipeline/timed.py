@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from spectrim.cost.latency import Latency
-from spectrim.methods import Method
 from spectrim.network.sites import Sites
 from spectrim.nn.timing import Speed, Timing
+from spectrim.pipeline.making import Making
 from spectrim.search.measured import Trials, check_faster, meet_latency, put_back
 from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates
@@ -31,12 +31,10 @@ class Draft:
         The plan, the table it was selected from, and the sites that both are about.
     budget
         As it is met: of a limit in bytes the number.
-    methods
-        On offer.
+    making
+        How it was planned, and is carried out.
     again
         Selects from the table under another budget.
-    guard
-        Whether what is measured slower than dense is left out.
     file
         Bytes of the dense network's file, if bytes are limited.
     """
@@ -45,9 +43,8 @@ class Draft:
     table: Candidates
     sites: Sites
     budget: Budget
-    methods: Sequence[Method] | None
+    making: Making
     again: Callable[[Candidates, Budget], Plan]
-    guard: bool = False
     file: float | None = None
 
 
@@ -63,7 +60,7 @@ def met(
     SlowerError
         If the network is slower than dense, and may not be.
     """
-    budget, trials = draft.budget, Trials(model, draft.sites, example, latency, draft.methods)
+    budget, trials = draft.budget, Trials(model, draft.sites, example, latency, draft.making.methods)
 
     def correct(table: Candidates, plan: Plan) -> tuple[Plan, Mapping[str, Timing]]:
         return meet_latency(trials, table, plan, budget, selector=draft.again)
@@ -74,10 +71,10 @@ def met(
 
     plan, measured = correct(draft.table, draft.plan)
     said: tuple[str, ...] = ()
-    if draft.guard or budget.latency is not None:
+    if draft.making.guard or budget.latency is not None:
         plan, measured, restored = put_back(trials, plan, measured, again)
         said = tuple(restored.sentences)
-    if draft.guard:
+    if draft.making.guard:
         check_faster(trials, plan, measured)
     return plan, measured, (*said, *_said_of_time(plan, measured))
 
