@@ -96,9 +96,7 @@ class ComparingOptions(Checked):
         options.check_calibration,
     ] = None
     test: Annotated[
-        str | None,
-        typer.Option("--test", metavar="DATA", help="Batches with labels to measure accuracy on."),
-        options.check_test,
+        str | None, typer.Option(metavar="DATA", help="Batches with labels to measure accuracy on."), options.check_test
     ] = None
     latency: Annotated[
         bool, typer.Option("--latency", help="Time all networks in turns, so that a busy moment hits each of them.")

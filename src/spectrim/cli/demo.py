@@ -25,22 +25,12 @@ def demo(
     budget: Annotated[
         str, typer.Option("--budget", "-b", metavar="COST=VALUE", help="What the compressed model may cost.")
     ] = "macs=22%",
-    width: Annotated[
-        int, typer.Option("--width", min=4, metavar="N", help="Channels of the network's first layers.")
-    ] = 64,
-    dense_epochs: Annotated[
-        int, typer.Option("--dense-epochs", min=1, metavar="N", help="Epochs of training the dense model.")
-    ] = 12,
+    width: Annotated[int, typer.Option(min=4, metavar="N", help="Channels of the network's first layers.")] = 64,
+    dense_epochs: Annotated[int, typer.Option(min=1, metavar="N", help="Epochs of training the dense model.")] = 12,
     epochs: Annotated[int, typer.Option("--epochs", min=0, metavar="N", help="Epochs of fine-tuning.")] = 16,
-    batch: Annotated[
-        int, typer.Option("--batch", min=1, metavar="N", help="Images a call when time is measured.")
-    ] = 64,
-    seed: Annotated[
-        int, typer.Option("--seed", metavar="N", help="Of the first weights and the order of the samples.")
-    ] = 0,
-    threads: Annotated[
-        int, typer.Option("--threads", min=1, metavar="N", help="CPU threads; the network is small.")
-    ] = 1,
+    batch: Annotated[int, typer.Option(min=1, metavar="N", help="Images a call when time is measured.")] = 64,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the first weights and the order of the samples.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, metavar="N", help="CPU threads; the network is small.")] = 1,
 ) -> None:
     """Train a network on digits, compress it, fine-tune it, and say how much smaller and faster it is.
 

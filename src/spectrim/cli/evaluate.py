@@ -20,9 +20,7 @@ class MeasuringOptions(Checked):
     compare: Annotated[
         bool, typer.Option("--compare", help="With --checkpoint: the dense model (with --weights) beside it.")
     ] = False
-    repeats: Annotated[int, typer.Option("--repeats", metavar="N", min=0, help="Timed runs; 0 leaves latency out.")] = (
-        30
-    )
+    repeats: Annotated[int, typer.Option(metavar="N", min=0, help="Timed runs; 0 leaves latency out.")] = 30
     batch: options.Batch = 1
     threads: options.Threads = None
     runtime: options.Runtime = "eager"

@@ -34,7 +34,7 @@ class ExportOptions:
         Path, typer.Option("--out", "-o", metavar="FILE", help="File to write: .onnx or .pt2 (torch.export).")
     ]
     batch: Annotated[
-        int, typer.Option("--batch", metavar="N", min=2, help="Samples of the example; the exported batch is free.")
+        int, typer.Option(metavar="N", min=2, help="Samples of the example; the exported batch is free.")
     ] = 2
     threads: options.Threads = None
 

@@ -72,29 +72,21 @@ Input = Annotated[
     typer.Option("--input", metavar="SHAPE", help="Shape of one random sample where there are no data, as 3x224x224."),
     read_shape,
 ]
-Batch = Annotated[
-    int, typer.Option("--batch", metavar="N", min=1, help="Samples a pass where time and memory are measured.")
-]
-Threads = Annotated[
-    int | None, typer.Option("--threads", metavar="N", min=1, help="CPU threads; by default all that torch takes.")
-]
+Batch = Annotated[int, typer.Option(metavar="N", min=1, help="Samples a pass where time and memory are measured.")]
+Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; by default all that torch takes.")]
 Runtime = Annotated[
     str,
-    typer.Option(
-        "--runtime", metavar="NAME", help=f"What runs the network where time is measured: {', '.join(RUNTIMES)}."
-    ),
+    typer.Option(metavar="NAME", help=f"What runs the network where time is measured: {', '.join(RUNTIMES)}."),
     one_of("--runtime", RUNTIMES, {"onnx": "onnxruntime", "ort": "onnxruntime", "torch": "eager"}),
 ]
 Device = Annotated[
     str,
-    typer.Option(
-        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ..., or auto.", autocompletion=completion.devices
-    ),
+    typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ..., or auto.", autocompletion=completion.devices),
     check_device,
 ]
 Selector = Annotated[
     str,
-    typer.Option("--selector", metavar="NAME", help=f"How choices are made: {', '.join(SELECTORS)}."),
+    typer.Option(metavar="NAME", help=f"How choices are made: {', '.join(SELECTORS)}."),
     one_of("--selector", SELECTORS),
 ]
 Guard = Annotated[bool, typer.Option("--guard", help="Leave out choices that are measured no faster than dense.")]
@@ -163,18 +155,15 @@ class InputOptions(Checked):
     mask: Annotated[
         str | None,
         typer.Option(
-            "--mask",
             metavar="NAME",
             help="Tensor of the batches that is not zero where a token is data; attention_mask by default.",
         ),
     ] = None
     rows: Annotated[
-        int | None,
-        typer.Option("--rows", metavar="N", min=1, help="Input patches that a layer's statistics rest on, in all."),
+        int | None, typer.Option(metavar="N", min=1, help="Input patches that a layer's statistics rest on, in all.")
     ] = None
     positions: Annotated[
-        int | None,
-        typer.Option("--positions", metavar="N", min=1, help="Input patches of every sample, in place of --rows."),
+        int | None, typer.Option(metavar="N", min=1, help="Input patches of every sample, in place of --rows.")
     ] = None
 
 
@@ -184,15 +173,13 @@ class LayerOptions(Checked):
 
     skip: Annotated[
         list[str] | None,
-        typer.Option("--skip", metavar="NAME", help="Leave these layers alone, as fc or 'layer1.*'. Repeatable."),
+        typer.Option(metavar="NAME", help="Leave these layers alone, as fc or 'layer1.*'. Repeatable."),
     ] = None
     only: Annotated[
-        list[str] | None,
-        typer.Option("--only", metavar="NAME", help="Leave all but these layers alone. Repeatable."),
+        list[str] | None, typer.Option(metavar="NAME", help="Leave all but these layers alone. Repeatable.")
     ] = None
     multiple_of: Annotated[
-        int | None,
-        typer.Option("--multiple-of", metavar="N", min=1, help="Ranks, and numbers of filters, are multiples of N."),
+        int | None, typer.Option(metavar="N", min=1, help="Ranks, and numbers of filters, are multiples of N.")
     ] = None
 
 
@@ -210,7 +197,7 @@ class SharingOptions(Checked):
     ] = None
     groups: Annotated[
         Path | None,
-        typer.Option("--groups", metavar="FILE", help='Such layers by hand: a JSON file as {"name": ["fc1", "fc2"]}.'),
+        typer.Option(metavar="FILE", help='Such layers by hand: a JSON file as {"name": ["fc1", "fc2"]}.'),
         read_groups,
     ] = None
 
@@ -227,7 +214,6 @@ class TrainingOptions(Checked):
     train: Annotated[
         str | None,
         typer.Option(
-            "--train",
             metavar="DATA",
             autocompletion=completion.data,
             help="Batches with labels to fine-tune on, or to learn ranks from; named like --data.",
@@ -237,17 +223,14 @@ class TrainingOptions(Checked):
     test: Annotated[
         str | None,
         typer.Option(
-            "--test",
             metavar="DATA",
             autocompletion=completion.data,
             help="Batches with labels to measure accuracy on; named like --data.",
         ),
         check_test,
     ] = None
-    epochs: Annotated[int, typer.Option("--epochs", metavar="N", min=0, help="Epochs of fine-tuning.")] = 10
-    lr: Annotated[
-        float | None, typer.Option("--lr", metavar="NUMBER", help="Highest learning rate of the fine-tuning.")
-    ] = None
+    epochs: Annotated[int, typer.Option(metavar="N", min=0, help="Epochs of fine-tuning.")] = 10
+    lr: Annotated[float | None, typer.Option(metavar="NUMBER", help="Highest learning rate of the fine-tuning.")] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -272,17 +255,13 @@ class TrainingOptions(Checked):
 class LearningOptions:
     """How ranks are learned."""
 
-    rank_epochs: Annotated[
-        int, typer.Option("--rank-epochs", metavar="N", help="Epochs of learning weights and ranks together.")
-    ] = 10
-    rank_lr: Annotated[
-        float | None, typer.Option("--rank-lr", metavar="NUMBER", help="Highest learning rate of these epochs.")
-    ] = None
-    c_steps: Annotated[
-        int, typer.Option("--c-steps", metavar="N", help="How often ranks are chosen in these epochs.")
-    ] = 64
+    rank_epochs: Annotated[int, typer.Option(metavar="N", help="Epochs of learning weights and ranks together.")] = 10
+    rank_lr: Annotated[float | None, typer.Option(metavar="NUMBER", help="Highest learning rate of these epochs.")] = (
+        None
+    )
+    c_steps: Annotated[int, typer.Option(metavar="N", help="How often ranks are chosen in these epochs.")] = 64
     energy: Annotated[
-        str, typer.Option("--energy", metavar="WHICH", help="weight or output, whose energy errors are shares of.")
+        str, typer.Option(metavar="WHICH", help="weight or output, whose energy errors are shares of.")
     ] = "weight"
 
     def __post_init__(self) -> None:
@@ -347,7 +326,6 @@ class GoalOptions(Checked):
     max_drop: Annotated[
         float | None,
         typer.Option(
-            "--max-drop",
             metavar="POINTS",
             help="In place of a budget, or beside one: how much accuracy on --test may be lost, as 0.5.",
         ),
@@ -355,7 +333,6 @@ class GoalOptions(Checked):
     min_agreement: Annotated[
         float | None,
         typer.Option(
-            "--min-agreement",
             metavar="SHARE",
             help="The same without labels: share of held-out samples of --data whose class stays, as 0.99.",
         ),
@@ -369,14 +346,12 @@ class GoalOptions(Checked):
         ),
     ] = False
     seconds: Annotated[
-        float | None,
-        typer.Option("--seconds", metavar="S", help="With --compete: begin nothing further after so long."),
+        float | None, typer.Option(metavar="S", help="With --compete: begin nothing further after so long.")
     ] = None
     cost: Costs = None
     recipe: Annotated[
         str | None,
         typer.Option(
-            "--recipe",
             metavar="RECIPE",
             autocompletion=completion.recipes,
             help="Principal filters: how many stay, in place of --budget: kl, or energy=0.95 for a share of the "
@@ -385,8 +360,7 @@ class GoalOptions(Checked):
         check_recipe,
     ] = None
     plan: Annotated[
-        Path | None,
-        typer.Option("--plan", metavar="FILE", help="Carry out this plan.json in place of a budget."),
+        Path | None, typer.Option(metavar="FILE", help="Carry out this plan.json in place of a budget.")
     ] = None
     selector: Selector = "exact"
     guard: Guard = False
@@ -423,7 +397,6 @@ class FileOptions(Checked):
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            "--checkpoint",
             metavar="DIR",
             help="Learned ranks: folder from which the same call continues after a kill; OUT/unfinished by default, "
             "which goes when all is done.",

@@ -36,9 +36,7 @@ class ShownOptions:
     figure: Annotated[
         Path | None,
         typer.Option(
-            "--figure",
-            metavar="FILE",
-            help="Principal filters: draw the recommended widths, as widths.svg, .png or .pdf.",
+            metavar="FILE", help="Principal filters: draw the recommended widths, as widths.svg, .png or .pdf."
         ),
     ] = None
     latency: Annotated[bool, typer.Option("--latency", help="Measure the milliseconds of every layer too.")] = False

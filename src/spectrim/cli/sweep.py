@@ -24,7 +24,6 @@ class SizeOptions(Checked):
     cost: Annotated[
         str,
         typer.Option(
-            "--cost",
             metavar="NAME",
             autocompletion=completion.costs,
             help="What --points are shares of: macs, parameters, bytes, latency, or one of yours as "
@@ -32,8 +31,7 @@ class SizeOptions(Checked):
         ),
     ] = "macs"
     points: Annotated[
-        str | None,
-        typer.Option("--points", metavar="SHARES", help="As 0.8,0.5,0.33; by default seven from 0.8 to 0.2."),
+        str | None, typer.Option(metavar="SHARES", help="As 0.8,0.5,0.33; by default seven from 0.8 to 0.2.")
     ] = None
     budget: Annotated[
         list[str] | None,
