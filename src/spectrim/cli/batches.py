@@ -170,6 +170,8 @@ class Batches:
         ``none``, ``crop`` (random crops after a zero padding of one eighth) or ``crop-flip`` (and horizontal flips).
     device
         Where the batches go.
+    chosen
+        Numbers of the samples that there are; None for all of the source.
     """
 
     source: Source
@@ -181,6 +183,7 @@ class Batches:
     augment: str = "none"
     device: str = "cpu"
     epoch: int = 0
+    chosen: Tensor | None = None
 
     def set_epoch(self, epoch: int) -> None:
         """Choose which order comes next."""
@@ -188,7 +191,7 @@ class Batches:
 
     @property
     def samples(self) -> int:
-        return len(self.source)
+        return len(self.source) if self.chosen is None else len(self.chosen)
 
     @property
     def classes(self) -> int:
@@ -204,12 +207,13 @@ class Batches:
         return ", ".join(filter(None, (self.source.preparation, normalised)))
 
     def __len__(self) -> int:
-        return -(-len(self.source) // self.batch_size)
+        return -(-self.samples // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor] | Tensor]:
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        n = len(self.source)
+        n = self.samples
         order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
+        order = order if self.chosen is None else self.chosen[order]
         plain = not any(self.mean) and all(value == 1 for value in self.std)
         for indices in order.split(self.batch_size):
             images, labels = self.source.fetch(indices)
@@ -219,34 +223,13 @@ class Batches:
                 images = _crop(images, generator, flip=self.augment == "crop-flip")
             yield images.to(self.device) if labels is None else (images.to(self.device), labels.to(self.device))
 
-    def take(self, samples: int, seed: int | None = None) -> Batches:
+    def take(self, samples: int) -> Batches:
         """The first ``samples`` in an order drawn from the seed: a fair, repeatable part of the whole."""
-        n = len(self.source)
-        if samples <= 0 or samples >= n:
+        if not 0 < samples < self.samples:
             return self
-        generator = torch.Generator().manual_seed(self.seed if seed is None else seed)
-        chosen = torch.randperm(n, generator=generator)[:samples].sort().values
-        return dataclasses.replace(self, source=_Part(self.source, chosen))
-
-
-@dataclass(frozen=True, eq=False)
-class _Part(Source):
-    whole: Source
-    chosen: Tensor
-
-    @property
-    def preparation(self) -> str:
-        return self.whole.preparation
-
-    @property
-    def classes(self) -> int:  # type: ignore[override]
-        return self.whole.classes
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.whole.fetch(self.chosen[indices])
+        generator = torch.Generator().manual_seed(self.seed)
+        taken = torch.randperm(self.samples, generator=generator)[:samples].sort().values
+        return dataclasses.replace(self, chosen=taken if self.chosen is None else self.chosen[taken])
 
 
 def _by_channel(values: tuple[float, ...], images: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from spectrim.cli.common import Output, command
+from spectrim.cli.models import hub_folder
+from spectrim.network.files import default_cache
 
 _FOR = {
     "train": "fine-tuning and learned ranks: compress --train, path",
@@ -199,12 +201,7 @@ def _memory() -> dict[str, int]:
 
 def _caches() -> dict[str, Path]:
     """Folders that fill up: what this library measures, and what the libraries around it fetch."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    # As :func:`spectrim.cost.latency.default_cache`, which is not to be had without torch.
-    windows = os.environ.get("LOCALAPPDATA") if os.name == "nt" else None
-    ours = os.environ.get("SPECTRIM_CACHE") or Path(windows or base) / "spectrim"
-    hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", base / "huggingface")) / "hub"
-    return {"measured times": Path(ours), "Hugging Face": Path(hub)}
+    return {"measured times": default_cache(), "Hugging Face": hub_folder()}
 
 
 def _size(folder: Path) -> tuple[int, int]:

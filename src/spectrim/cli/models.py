@@ -196,10 +196,15 @@ def _check_hub(reference: Reference) -> None:
         )
 
 
+def hub_folder() -> Path:
+    """Where models and data are that were fetched from the hub."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME", base / "huggingface")) / "hub")
+
+
 def _stored() -> list[str]:
     """Names of models that were fetched from the hub before."""
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    folders = Path(os.environ.get("HF_HUB_CACHE", home / "hub")).glob("models--*")
+    folders = hub_folder().glob("models--*")
     return [folder.name.removeprefix("models--").replace("--", "/") for folder in folders]
 
 

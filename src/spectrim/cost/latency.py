@@ -7,7 +7,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import platform
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,6 +20,7 @@ from spectrim.cost.chains import calls, describe, measure
 from spectrim.cost.counted import macs, rank_multiple, register_width
 from spectrim.cost.runtimes import Runtime, runtime_of
 from spectrim.linalg.unfold import Unfolding
+from spectrim.network.files import default_cache as default_cache
 from spectrim.network.files import remove_abandoned, write_text
 from spectrim.network.layer import LayerSpec
 from spectrim.network.structure import Chain, Pair
@@ -28,14 +28,6 @@ from spectrim.progress import Steps
 
 VERSION = 1
 _FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)  # of the rank at which a pair costs the MACs of its layer
-
-
-def default_cache() -> Path:
-    """``$SPECTRIM_CACHE``, or ``spectrim`` in the user's cache directory."""
-    if chosen := os.environ.get("SPECTRIM_CACHE"):
-        return Path(chosen)
-    base = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "spectrim"
 
 
 @dataclass(frozen=True)

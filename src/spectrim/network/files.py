@@ -64,6 +64,14 @@ def replacing(path: str | Path) -> Iterator[Path]:
         raise OSError(error.errno or errno.EIO, f"cannot be written: {why}", str(path)) from error
 
 
+def default_cache() -> Path:
+    """``$SPECTRIM_CACHE``, or ``spectrim`` in the user's cache directory."""
+    if chosen := os.environ.get("SPECTRIM_CACHE"):
+        return Path(chosen)
+    base = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "spectrim"
+
+
 def read_document(path: str | Path, parse: Callable[[bytes], Document], largest: int, cure: str = _CURE) -> Document:
     """What a file says, by a function that refuses more than ``largest`` bytes; no more than one above them are read.
 
