@@ -32,6 +32,7 @@ from spectrim.cli.values import read_costs as read_costs
 from spectrim.cli.work import Work
 from spectrim.network.files import replacing
 from spectrim.nn.checkpoint import check_savable
+from spectrim.pipeline.making import Making
 from spectrim.report import Origin, SweepPage
 from spectrim.report.figures import to_svg
 from spectrim.selection.budget import Budget
@@ -129,13 +130,15 @@ class Request:
             return prepared(out, work, sites, groups, weigh=True)
 
         with out.progress() as progress:
+            making = Making(
+                methods, guard=self.sizes.guard, costs=self.costs, selector=SELECTOR_OF[self.sizes.selector],
+                progress=progress,
+            )  # fmt: skip
             found = Sweeping(
-                work.dense, ready, methods=methods, guard=self.sizes.guard, costs=self.costs,
-                selector=SELECTOR_OF[self.sizes.selector], evaluate=work.score if work.testing is not None else None,
+                work.dense, ready, making=making, evaluate=work.score if work.testing is not None else None,
                 metric="accuracy", fine_tune=tune if work.training is not None else None, timed=self.timed,
                 folder=folder, keep_models=self.files.models, options=self.record, calibration=work.calibration or (),
-                mask=work.sampling.mask, progress=progress,
-                done=functools.partial(_told, out),
+                mask=work.sampling.mask, done=functools.partial(_told, out),
             ).sweep(self.asked)  # fmt: skip
         self._finish(out, found, work, different)
 

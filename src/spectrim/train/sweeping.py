@@ -39,7 +39,7 @@ from spectrim.pipeline import Result, check_selector, offered, shrink
 from spectrim.pipeline.making import Making
 from spectrim.pipeline.shrinking import finished
 from spectrim.preparation import Prepared, check_options, locate, prepare
-from spectrim.progress import Progress, reports, silent, told
+from spectrim.progress import Progress, reports, told
 from spectrim.search.judge import Judge
 from spectrim.selection.budget import COSTS, OTHER_NAMES, Budget, BudgetLike, Limit
 from spectrim.selection.candidates import Candidates
@@ -179,10 +179,10 @@ def sweep(
         "runtime": "eager", **({} if latency is None else latency.runs.facts()),
         **{name: clock[name] for name in ("device", "threads", "batch") if timed},
     }  # fmt: skip
+    making = Making(methods, True, guard, costs, selector, feed, told(progress))
     run = Sweeping(
-        model, prepared, methods=methods, guard=guard, costs=costs, selector=selector, forward=feed, evaluate=evaluate,
-        better=better, metric=_name(evaluate), fine_tune=fine_tune, timed=bool(timed), folder=place,
-        keep_models=keep_models, options=options, calibration=batches, mask=mask, progress=told(progress),
+        model, prepared, making=making, evaluate=evaluate, better=better, metric=_name(evaluate), fine_tune=fine_tune,
+        timed=bool(timed), folder=place, keep_models=keep_models, options=options, calibration=batches, mask=mask,
     )  # fmt: skip
     return run.sweep(asked)
 
@@ -250,11 +250,7 @@ class Sweeping:
 
     model: nn.Module = field(kw_only=False)
     prepare: Callable[[], Prepared] = field(kw_only=False)
-    methods: Sequence[Method] | None = None
-    guard: bool = False
-    costs: Mapping[str, Cost] | None = None
-    selector: Selector = exact
-    forward: Callable[[nn.Module, Any], Any] | None = None
+    making: Making = Making()  # noqa: RUF009 (frozen)
     evaluate: Evaluate | None = None
     better: Better = "higher"
     metric: str = "metric"
@@ -265,7 +261,6 @@ class Sweeping:
     options: Mapping[str, Any] = field(default_factory=dict)
     calibration: Iterable[Any] = ()
     mask: Mask = None
-    progress: Progress = silent
     done: Callable[[Point, Sweep], None] = lambda point, sweep: None
 
     def sweep(self, asked: Mapping[str, Budget]) -> Sweep:
@@ -282,7 +277,7 @@ class Sweeping:
             (), next(iter(asked.values())).costs[0], dense, self.better, {}, self.metric, self.result, notes
         )
         for number, (words, budget) in enumerate(asked.items()):
-            self.progress("sweep", number, len(asked))
+            self.making.progress("sweep", number, len(asked))
             try:
                 points.append(self._point(words, budget))
             except InfeasibleBudgetError as error:
@@ -293,7 +288,7 @@ class Sweeping:
                 networks.write_summary(self.folder)
             if fresh:
                 self.done(points[-1], networks)
-        self.progress("sweep", len(asked), len(asked))
+        self.making.progress("sweep", len(asked), len(asked))
         if not points and infeasible is not None:
             raise infeasible
         return networks
@@ -305,19 +300,15 @@ class Sweeping:
     @functools.cached_property
     def table(self) -> Candidates:
         """What is on offer, for all budgets."""
-        known = self.prepared
+        known, making = self.prepared, self.making
         return tabulate(
-            known.sites, self.methods, latency=known.latency, dense_latency=known.dense_latency, costs=self.costs,
-            guard=self.guard, progress=self.progress,
+            known.sites, making.methods, latency=known.latency, dense_latency=known.dense_latency, costs=making.costs,
+            guard=making.guard, progress=making.progress,
         )  # fmt: skip
 
     def result(self, plan: Plan) -> Result:
         """A plan carried out again."""
-        return finished(self.model, self.prepared, plan, self.table, self._making)
-
-    @property
-    def _making(self) -> Making:
-        return Making(self.methods, True, self.guard, self.costs, self.selector, self.forward, self.progress)
+        return finished(self.model, self.prepared, plan, self.table, self.making)
 
     def _point(self, words: str, budget: Budget) -> Point:
         """The point of a budget: read as far as it is there, else made and written."""
@@ -361,7 +352,7 @@ class Sweeping:
 
     def _made(self, words: str, budget: Budget) -> tuple[Point, nn.Module]:
         began = time.monotonic()
-        result = shrink(self.model, self.prepared, budget, self._making, self.table)
+        result = shrink(self.model, self.prepared, budget, self.making, self.table)
         report = result.report
         milliseconds = {name: timing.p50 for name, timing in report.measured.items()}
         judged = self._judged(result.model, report.agreement)
@@ -376,7 +367,7 @@ class Sweeping:
         known = self.prepared
         agreed = None
         if known.batches is not None:
-            agreed = agreement(self.model, small, known.batches, mask=known.sampling.mask, forward=self.forward)
+            agreed = agreement(self.model, small, known.batches, mask=known.sampling.mask, forward=self.making.forward)
         return point.trained(self._judged(small, agreed), time.monotonic() - began)
 
     def _judged(self, small: nn.Module, agreed: Agreement | None) -> Judged:
@@ -436,7 +427,7 @@ class Sweeping:
         then = self._then()
         now, alike = settled(
             then.get(_CONTENTS),
-            lambda: contents(self.model, self.calibration, mask=self.mask, forward=self.forward),
+            lambda: contents(self.model, self.calibration, mask=self.mask, forward=self.making.forward),
         )
         random = alike and then.get(_CONTENTS, now) != now
         weights = digest_of_tensors(plain_tensors(self.model.state_dict()))
