@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,12 +62,11 @@ class RankRun:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What makes the run, as JSON values."""
+        """What makes the run."""
         training = {name: value for name, value in asdict(self.training).items() if name != "test"}
         files = {"model": self.network.model, "weights": self.network.weights, "data": self.data}
         asked = {"points": self.points, "costs": self.costs}
-        found = {**files, **training, **asked, **asdict(self.learned), **asdict(self.layers)}
-        return json.loads(json.dumps(found, default=str))
+        return {**files, **training, **asked, **asdict(self.learned), **asdict(self.layers)}
 
     @property
     def functions(self) -> dict[str, Callable[[Any], float]]:

@@ -56,7 +56,7 @@ class RunFolder:
     Attributes
     ----------
     record
-        JSON values. Two calls with equal records are one run.
+        Values that are kept as JSON. Two calls with equal records are one run.
     spelled
         How a value of the record is written on the command line, where that is not ``--`` and its name.
     usual

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,6 @@ from spectrim.train.distillation import Distillation
 MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
 
 _DEFAULT_LR = {"sgd": 0.05, "adamw": 1e-3}
-_WORDS = {
-    "optimizer": ("sgd", "adamw"),
-    "schedule": ("one_cycle", "cosine", "constant"),
-    "precision": ("float32", "bfloat16"),
-    "memory_format": ("preserve", "channels_last"),
-    "batch_norm": ("train", "frozen"),
-    "keep": ("last", "best"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +84,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name, words in _WORDS.items():
             value = getattr(self, name)
-            if value not in words and not (name == "optimizer" and callable(value)):
+            if words and value not in words and not (name == "optimizer" and callable(value)):
                 raise ValueError(f"{name}={value!r} is not known; choose from {', '.join(map(repr, words))}")
         for name, least in (("epochs", 0), ("evaluate_every", 1), ("checkpoint_every", 1)):
             value = getattr(self, name)
@@ -133,6 +125,13 @@ class Recipe:
         if self.batch_norm == "train":
             del values["batch_norm"]  # checkpoints of before it was there have none
         return values
+
+
+# What fields may say in words, by their names.
+_WORDS = {
+    name: [word for part in (kind, *get_args(kind)) if get_origin(part) is Literal for word in get_args(part)]
+    for name, kind in get_type_hints(Recipe).items()
+}
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, apart: Iterable[Tensor]) -> list[dict[str, Any]]:
