@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from spectrim.cli.references import UsageError, call, parse
-from spectrim.cli.results import write_result
 from spectrim.cli.unfinished import make_folder
 from spectrim.cli.weights import read_weights
 from spectrim.nn.agreement import agreement
@@ -86,10 +85,6 @@ def whole_model(path: Path) -> None:
     torch.save(nn.Linear(2, 2), path)
 
 
-def checkpoint(path: Path) -> None:
-    write_result(compressed(), path.parent)
-
-
 @pytest.mark.parametrize(
     ("name", "write", "why"),
     [
@@ -100,7 +95,6 @@ def checkpoint(path: Path) -> None:
             whole_model,
             r"whole model .*\(torch.nn.modules.linear.Linear\).*save model.state_dict\(\) instead",
         ),
-        ("model.safetensors", checkpoint, r"a Spectrim checkpoint.* --checkpoint \(-c\)"),
     ],
 )
 def test_weights_that_are_none(tmp_path: Path, name: str, write: Callable[[Path], None], why: str):

@@ -115,14 +115,12 @@ def load_compressed(text: str, checkpoint: str | Path) -> nn.Module:
     Raises
     ------
     UsageError
-        If the reference cannot be used or there is no such file.
+        If the reference cannot be used.
     CheckpointError
-        If the file is damaged or belongs to another architecture.
+        If the file is missing, damaged or belongs to another architecture.
     """
     from spectrim.nn.checkpoint import load
 
-    if not Path(checkpoint).is_file():
-        raise UsageError(f"checkpoint {str(checkpoint)!r} is not a file")
     return load(load_model(text, pretrained=False), checkpoint).eval()
 
 
@@ -209,17 +207,17 @@ def _stored() -> list[str]:
 
 
 def _timm(reference: Reference, pretrained: bool) -> nn.Module:
-    return _made(reference, need("timm", reference, "timm").create_model, {"pretrained": pretrained})
+    return _made(reference, "timm", "create_model", {"pretrained": pretrained})
 
 
 def _torchvision(reference: Reference, pretrained: bool) -> nn.Module:
-    models = need("torchvision.models", reference, "torchvision")
-    return _made(reference, models.get_model, {"weights": "DEFAULT" if pretrained else None})
+    return _made(reference, "torchvision.models", "get_model", {"weights": "DEFAULT" if pretrained else None})
 
 
-def _made(reference: Reference, make: Callable[..., nn.Module], usual: Mapping[str, Any]) -> nn.Module:
-    """What a library makes of a name and options."""
+def _made(reference: Reference, module: str, function: str, usual: Mapping[str, Any]) -> nn.Module:
+    """What a function of a library makes of a name and options."""
     name = _place(reference)
+    make = getattr(need(module, reference, reference.scheme), function)
     try:
         return make(name, **{**usual, **reference.options})
     except (RuntimeError, ValueError, TypeError, OSError) as error:

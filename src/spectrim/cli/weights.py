@@ -164,27 +164,16 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     """
     import torch
 
-    from spectrim.nn.checkpoint import FORMAT
-
     path = check_file(path)
     try:
         if path.suffix == ".safetensors":
-            from safetensors import safe_open
             from safetensors.torch import load_file
 
-            with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}).get("format") == FORMAT:
-                    raise UsageError(
-                        f"weights {str(path)!r} is a Spectrim checkpoint, of a compressed model: use it with "
-                        "--checkpoint (-c) in evaluate and export"
-                    )
             held: Any = load_file(path)
         else:
             held = torch.load(path, map_location="cpu", weights_only=True)
             if part := _changed(path):
                 raise ValueError(f"its part {part!r} is not what was written: {_AGAIN}")
-    except UsageError:
-        raise
     except Exception as error:  # each reader has its own errors for a damaged file
         raise UsageError(f"weights {str(path)!r} cannot be read: {_unread(error)}") from error
     state = _state_in(held, path)
