@@ -250,9 +250,9 @@ def test_sets_compete_from_the_size_that_the_first_reached_on(monkeypatch: pytes
     carried: list[tuple[bool, float]] = []
     whole = shrinking.carried
 
-    def noted(model: Any, prepared: Any, draft: Any, making: Any) -> Any:
-        carried.append((any(method.removes_channels for method in draft.methods), draft.plan.costs["macs"]))
-        return whole(model, prepared, draft, making)
+    def noted(model: Any, prepared: Any, draft: Any) -> Any:
+        carried.append((any(method.removes_channels for method in draft.making.methods), draft.plan.costs["macs"]))
+        return whole(model, prepared, draft)
 
     monkeypatch.setattr(shrinking, "carried", noted)
     result = st.compress(network(), BATCHES, methods="auto", min_agreement=0.9, sensitivity=False)
