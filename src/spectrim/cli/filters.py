@@ -9,7 +9,6 @@ from torch import nn
 
 from spectrim.cli.methods import AUTO, FILTERS, Methods
 from spectrim.cli.references import UsageError
-from spectrim.cli.values import check_recipe
 from spectrim.methods import Method, PrincipalFilters, from_record
 from spectrim.network.choices import ChannelsChoice
 from spectrim.network.sites import Sites
@@ -105,9 +104,3 @@ def sample_notes(sites: Sites, method: PrincipalFilters) -> list[str]:
         f"{max(wide)} channels with {wide[max(wide)]} responses): too few filters are recommended. Calibrate on more "
         "samples."
     ]
-
-
-def read_recipe(text: str) -> Energy | KL:
-    """What ``--recipe`` says."""
-    check_recipe(text)
-    return KL() if text == "kl" else Energy(float(text.partition("=")[2]))

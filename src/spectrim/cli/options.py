@@ -21,12 +21,12 @@ from spectrim.cli.references import UsageError
 from spectrim.cli.values import (
     check_device,
     check_folder,
-    check_recipe,
     named_costs,
     one_of,
     read_budget,
     read_groups,
     read_shape,
+    recipe_share,
 )
 from spectrim.cli.weights import check_checkpoint, check_file
 from spectrim.selection.budget import COSTS
@@ -357,7 +357,7 @@ class GoalOptions(Checked):
             help="Principal filters: how many stay, in place of --budget: kl, or energy=0.95 for a share of the "
             "responses' energy.",
         ),
-        check_recipe,
+        recipe_share,
     ] = None
     plan: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Carry out this plan.json in place of a budget.")

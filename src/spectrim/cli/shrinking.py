@@ -13,7 +13,6 @@ from spectrim.cli.filters import (
     filter_notes,
     filter_values,
     planned_methods,
-    read_recipe,
     recommended,
     removals,
     sample_notes,
@@ -28,7 +27,7 @@ from spectrim.cli.sharing import NONE_ALIKE, Wanted, planned_groups, wanted_grou
 from spectrim.cli.sparsity import check_patterns, fastest, kernel_notes, kernel_values
 from spectrim.cli.steps import prepared, table_of
 from spectrim.cli.unfinished import ONE_SHOT, TUNING, UNFINISHED, RunFolder
-from spectrim.cli.values import read_budget, read_costs
+from spectrim.cli.values import read_budget, read_costs, recipe_share
 from spectrim.cli.work import Work
 from spectrim.errors import ExportError
 from spectrim.methods import Method, PrincipalFilters
@@ -101,7 +100,10 @@ class Request:
         """Read the values of options."""
         costs = read_costs(goal.cost)
         budget = read_budget(goal.budget, costs) if goal.budget else None
-        recipe = read_recipe(goal.recipe) if goal.recipe is not None else None
+        recipe = None
+        if goal.recipe is not None:
+            share = recipe_share(goal.recipe)
+            recipe = KL() if share is None else Energy(share)
         # What sharing saves is parameters and bytes: under other budgets it is hardly ever chosen, and costs time.
         usual = budget is not None and methods.names == (AUTO,) and not {"parameters", "bytes"}.isdisjoint(budget.costs)
         groups = wanted_groups(sharing, methods, default=usual)

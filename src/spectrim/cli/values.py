@@ -112,11 +112,11 @@ def check_device(text: str) -> None:
         raise UsageError(f"--device {text!r}: the number of a device follows the colon, as cuda:0")
 
 
-def check_recipe(text: str) -> None:
-    """Refuse what ``--recipe`` cannot say."""
+def recipe_share(text: str) -> float | None:
+    """The share of energy that ``--recipe`` names; None for ``kl``, which has none."""
     name, equals, value = text.partition("=")
     if text == "kl":
-        return
+        return None
     if name != "energy" or not equals:
         close = did_you_mean(name, ("kl", "energy"))
         raise UsageError(f"--recipe {text!r} is not known; choose kl, or energy=SHARE, as energy=0.95.{close}")
@@ -126,6 +126,7 @@ def check_recipe(text: str) -> None:
         raise UsageError(f"--recipe {text}: {value!r} is not a number") from error
     if not 0 < share <= 1:
         raise UsageError(f"--recipe {text}: the share of energy is {share}; expected above 0 and at most 1, as 0.95")
+    return share
 
 
 def check_folder(folder: Path) -> None:
