@@ -6,8 +6,8 @@ the factors are refined by turns,
 
     X <- qr(T C V^T),      V <- X^T T
 
-where the orthonormal ``X`` makes ``C`` cancel in the second (GreBsmo, Zhou and Tao 2013, in the metric ``C``). Its rank
-grows in rounds by random sketches of what is still missing. It takes products and thin QR decompositions alone. From a
+where the orthonormal ``X`` makes ``C`` cancel in the second (GreBsmo, Zhou and Tao 2013, in the metric ``C``). What
+the rank lacks begins as a random sketch. It takes products and thin QR decompositions alone. From a
 start every turn lowers the error. Without one the turns are over-relaxed: ``qr(T C V^T - s X)``, the shift ``s`` below
 half of the smallest kept eigenvalue, as R tells it, which turns faster towards the leading directions (dynamic shifts;
 Feng and Yu, ACM TOMS 2024).
@@ -41,9 +41,7 @@ def greedy(
     rank: int,
     *,
     start: Float[Tensor, "g c n"] | None = None,
-    rounds: int = 1,
     turns: int = 4,
-    generator: torch.Generator | None = None,
 ) -> tuple[Float[Tensor, "g o r"], Float[Tensor, "g r n"]]:
     """Factors close to the best ones, without a decomposition of the target. Cost ``O(r n^2 + r o n)`` a turn.
 
@@ -51,15 +49,10 @@ def greedy(
     ----------
     start
         A second factor to go on from, of rank ``c <= rank``.
-    rounds
-        In which the rank grows from that of the start. One round with more turns is better than several of fewer at
-        the same cost.
     turns
-        Refinements of both factors after each growth; more with the same rank come closer to :func:`exact`. From
+        Refinements of both factors; more with the same rank come closer to :func:`exact`. From
         nothing, four lose 1 to 2 % more than it does for ranks up to a quarter of the full one, where the spectrum
         falls like a power.
-    generator
-        Of the sketches; a fixed one if None.
 
     Returns
     -------
@@ -68,31 +61,26 @@ def greedy(
     """
     if start is None and turns > 1 and target.dtype == torch.float64 and target[0].numel() >= _SINGLE:
         # A subspace that the last turn refines need not be known to sixteen digits.
-        right = greedy(target.float(), metric.single(), rank, rounds=rounds, turns=turns - 1, generator=generator)[1]
+        right = greedy(target.float(), metric.single(), rank, turns=turns - 1)[1]
         return greedy(target, metric, rank, start=right.double(), turns=1)
     g, o, n = target.shape
-    draw = generator or torch.Generator().manual_seed(0)
     right = target.new_zeros(g, 0, n) if start is None else start
-    left = target.new_zeros(g, o, 0)
     missing = rank - right.shape[1]
     if missing < 0:
         raise ValueError(f"the start has rank {right.shape[1]}, more than the {rank} asked for")
-    rounds = max(1, min(rounds, missing))
-    growth = [missing * (k + 1) // rounds - missing * k // rounds for k in range(rounds)]
-    for grow in growth:
-        if grow:
-            rest = target - left @ (left.mT @ target) if left.shape[-1] else target
-            sketch = torch.randn(g, grow, o, generator=draw, dtype=target.dtype).to(target.device)
-            right = torch.cat([right, sketch @ rest], dim=1)
-        shift = target.new_zeros(g, 1, 1)
-        for turn in range(turns):
-            image = target @ metric.times(right).mT
-            if turn and start is None:
-                image = image - shift * left
-            left, upper = torch.linalg.qr(image)
-            right = left.mT @ target
-            if turn:
-                # Of an image of orthonormal columns: R has the scale of the eigenvalues, less the shift.
-                least = upper.diagonal(dim1=-2, dim2=-1).abs().amin(-1).reshape(g, 1, 1)
-                shift = torch.maximum(shift, (least + shift) / 2)
+    if missing:
+        draw = torch.Generator().manual_seed(0)
+        sketch = torch.randn(g, missing, o, generator=draw, dtype=target.dtype).to(target.device)
+        right = torch.cat([right, sketch @ target], dim=1)
+    left, shift = target.new_zeros(g, o, 0), target.new_zeros(g, 1, 1)
+    for turn in range(turns):
+        image = target @ metric.times(right).mT
+        if turn and start is None:
+            image = image - shift * left
+        left, upper = torch.linalg.qr(image)
+        right = left.mT @ target
+        if turn:
+            # Of an image of orthonormal columns: R has the scale of the eigenvalues, less the shift.
+            least = upper.diagonal(dim1=-2, dim2=-1).abs().amin(-1).reshape(g, 1, 1)
+            shift = torch.maximum(shift, (least + shift) / 2)
     return left, right

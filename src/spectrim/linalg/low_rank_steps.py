@@ -144,7 +144,7 @@ class Greedy(_Projecting):
         right = None if start is None else start.factors[1]
         # A first factor out of nothing takes a turn more than one to go on from.
         turns = self.turns if right is not None and right.shape[1] == rank else self.turns + 1
-        left, right = bilateral.greedy(mixed, self.metric, rank, start=right, rounds=1, turns=turns)
+        left, right = bilateral.greedy(mixed, self.metric, rank, start=right, turns=turns)
         return self._product(left, right)
 
 

@@ -43,6 +43,15 @@ def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors * torch.where(vectors.gather(-2, pivots) < 0, -1.0, 1.0)
 
 
+def standard(covariance: Float[Tensor, "*g d d"]) -> tuple[Float[Tensor, "*g d d"], Float[Tensor, "*g d"]]:
+    """A covariance as correlations and deviations; an entry without variance is on its own, with a deviation of 0."""
+    size = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    inverse = torch.where(size > 0, 1 / size, torch.zeros_like(size))
+    correlation = covariance * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
+    correlation.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    return correlation, size
+
+
 def root(metric: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:
     """A triangular ``R`` with ``R^T R`` the metric, to rounding.
 
@@ -54,13 +63,10 @@ def root(metric: Float[Tensor, "g n n"]) -> Float[Tensor, "g n n"]:
     ValueError
         If the matrix is not positive semidefinite.
     """
-    m = metric.double()
-    size = m.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    inverse = torch.where(size > 0, 1 / size, torch.zeros_like(size))
-    standard = m * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
+    standardised, size = standard(metric.double())
     for jitter in (0.0, 1e-13, 1e-11, 1e-9, 1e-7):
-        standard.diagonal(dim1=-2, dim2=-1).fill_(1 + jitter)
-        factor, failed = torch.linalg.cholesky_ex(standard)
+        standardised.diagonal(dim1=-2, dim2=-1).fill_(1 + jitter)
+        factor, failed = torch.linalg.cholesky_ex(standardised)
         if not bool(failed.any()):
             return factor.mT * size.unsqueeze(-2)
     raise ValueError("a second moment is not positive semidefinite; it holds NaN or Inf")
@@ -141,13 +147,13 @@ def balance(
     return left * scale.unsqueeze(-2), right / scale.unsqueeze(-1)
 
 
-def tail_errors(energies: Float[Tensor, "g R"], total: float | None = None) -> Float[Tensor, " ranks"]:
+def tail_errors(energies: Float[Tensor, "g R"]) -> Float[Tensor, " ranks"]:
     """Relative error of every rank ``0 .. R``: energy of the components left out, over all groups.
 
     A matrix without energy loses nothing at any rank.
     """
     kept = torch.cat([energies.new_zeros(1), energies.sum(dim=0).cumsum(0)])
-    whole = kept[-1] if total is None else torch.as_tensor(total, dtype=kept.dtype, device=kept.device)
+    whole = kept[-1]
     if float(whole) <= 0:
         return torch.zeros_like(kept)
     return ((whole - kept) / whole).clamp(0, 1)

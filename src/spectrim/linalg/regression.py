@@ -71,7 +71,8 @@ class Covariances(Regression):
 
     def step(self, missing: Tensor, damping: Float[Tensor, "g d"]) -> Float[Tensor, "g o d"]:
         # In units of each input's own spread the matrix is a correlation.
-        spread = _positive(self.inputs.diagonal(dim1=-2, dim2=-1).sqrt()).unsqueeze(1)
+        spread = self.inputs.diagonal(dim1=-2, dim2=-1).sqrt()
+        spread = torch.where(spread > 0, spread, 1.0).unsqueeze(1)
         damped = self.inputs / (spread * spread.mT)
         damped.diagonal(dim1=-2, dim2=-1).add_(damping)
         return torch.cholesky_solve((missing / spread).mT, torch.linalg.cholesky(damped)).mT / spread
@@ -191,7 +192,3 @@ def _bounded(step: Float[Tensor, "g o d"], weight: Float[Tensor, "g o d"]) -> Fl
     """
     most, size = weight.double().norm(dim=1, keepdim=True), step.norm(dim=1, keepdim=True)
     return step * (MOST * most / size.clamp_min(1e-300)).clamp_max(1.0)
-
-
-def _positive(spread: Tensor) -> Tensor:
-    return torch.where(spread > 0, spread, torch.ones_like(spread))

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from spectrim.linalg.lowrank import standard as standard
+
 
 @dataclass(eq=False)
 class Reader:
@@ -53,9 +55,8 @@ def elimination(
     pools: int = 1,
     order: Sequence[int] | None = None,
     at_a_time: int = 1,
-    until: int | None = None,
 ) -> tuple[list[int], Float[Tensor, " n"]]:
-    """The order in which channels go, and what is lost once so many are gone.
+    """The order in which channels go until one is left in each pool, and what is lost once so many are gone.
 
     With ``P`` the inverse of ``C[S, S]``, doing without a further channel ``J`` costs exactly
     ``tr(P_JJ^{-1} (P C B C P)_JJ)``. Both matrices follow from their predecessors by updates of the rank of ``J``, so
@@ -74,8 +75,6 @@ def elimination(
         next.
     at_a_time
         Channels that go together, by what each would lose alone. More is faster and a little worse.
-    until
-        Stop once so many channels are left; 1 by default, or one in each pool.
 
     Returns
     -------
@@ -87,13 +86,12 @@ def elimination(
     ``O(d^2 f)`` a channel. With ``at_a_time`` above 1 the losses in between are interpolated.
     """
     states = [_State(reader) for reader in readers]
-    last = -(-max(until or 1, 1) // pools) * pools
     left = torch.ones(channels, dtype=torch.bool)
     gone: list[int] = []
     lost = [0.0]
     step = max(1, at_a_time // pools) * pools
-    while channels - len(gone) > last:
-        count = min(step, channels - len(gone) - last)
+    while channels - len(gone) > pools:
+        count = min(step, channels - len(gone) - pools)
         if order is not None:
             picked = list(order[len(gone) : len(gone) + count])
         else:
@@ -201,12 +199,3 @@ def restored(
     seen = torch.take_along_dim(c, rows, dim=-2)
     inner = torch.take_along_dim(seen, kept.unsqueeze(-2).expand(*seen.shape[:-1], kept.shape[-1]), dim=-1)
     return torch.linalg.solve(inner, seen @ w.mT).mT / torch.take_along_dim(size, kept, dim=-1).unsqueeze(-2)
-
-
-def standard(covariance: Float[Tensor, "*g d d"]) -> tuple[Float[Tensor, "*g d d"], Float[Tensor, "*g d"]]:
-    """A covariance as correlations and deviations; an entry without variance is on its own, with a deviation of 0."""
-    size = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    inverse = torch.where(size > 0, 1 / size, torch.zeros_like(size))
-    correlation = covariance * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
-    correlation.diagonal(dim1=-2, dim2=-1).fill_(1.0)
-    return correlation, size

@@ -102,10 +102,7 @@ def _gradient_root(gradient: Moments) -> tuple[Tensor, Tensor]:
 
 def _sized(moment: Float[Tensor, "g o o"]) -> tuple[Float[Tensor, "g o"], Float[Tensor, "g o o"]]:
     """Root of the diagonal, and a triangular root of what is left with ones there."""
-    size = moment.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
-    inverse = torch.where(size > 0, 1 / size, torch.zeros_like(size))
-    standard = moment * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)
-    standard.diagonal(dim1=-2, dim2=-1).fill_(1.0)
+    standard, size = lowrank.standard(moment)
     return size, lowrank.root(standard)
 
 

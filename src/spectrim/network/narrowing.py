@@ -56,7 +56,7 @@ def narrowed(sites: Sites, kept: Kept) -> Sites:
 
     everything = {c.name: range(c.channels) for c in sites.couplings} | dict(kept)
     couplings = tuple(c.after(list(everything[c.name]), axes) for c in sites.couplings)
-    pooled = {name: group.take(_rows(everything[name])) for name, group in sites.pooled.items()}
+    pooled = {name: group.take(torch.tensor(list(everything[name]))) for name, group in sites.pooled.items()}
     gone = {c.name: c.channels - len(everything[c.name]) for c in sites.couplings}
     work = _work_left(sites, gone)
     return dataclasses.replace(
@@ -145,7 +145,7 @@ def readers(site: Channels, part: Layer, gram: Tensor) -> list[subset.Reader]:
     # A long row behind a flattened image: every position counts as a sample of the channels.
     held = site.require("unpooled", "what is lost without some channels")
     covariance = shrunk(held.covariance, held.count)[0]
-    per_position = gram.reshape(g, i, taps, i, taps).diagonal(dim1=2, dim2=4).sum(-1)[0]
+    per_position = _over_taps(gram, i)[0]
     mixed = torch.zeros_like(covariance)
     for column in side.positions.t():
         mixed += per_position[column][:, column]
@@ -172,10 +172,6 @@ def _by_layer(axes: Mapping[Axis, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 def _counts(axes: Mapping[str, Tensor]) -> dict[str, int]:
     return {axis: len(left) for axis, left in axes.items()}
-
-
-def _rows(kept: Sequence[int]) -> Tensor:
-    return torch.tensor(list(kept), dtype=torch.int64)
 
 
 def _cut(layer: Layer, axes: Mapping[str, Tensor]) -> Layer:

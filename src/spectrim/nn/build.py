@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from functools import singledispatch
 
+import torch
 from torch import Tensor, nn
 
 from spectrim.errors import PlanError
@@ -122,11 +123,11 @@ def _(factors: SharedBasis, layers: Sequence[LayerSpec], biases: Sequence[Tensor
         first, second = spec.factor(factors.how, left_rank + right_rank, bias=bias is not None)
         lefts = [first_weight(part, factors.how, shape) for part in (factors.shared_left, own_left)]
         rights = [second_weight(part, factors.how, shape) for part in (own_right, factors.shared_right)]
-        model = built[0] if built else None
+        like = built[0].in_order() if built else (None, None)
         built.append(
             Factored(
-                _side_by_side(first, lefts, None, 0, None if model is None else model.first),
-                _side_by_side(second, rights, bias, 1, None if model is None else model.second),
+                _side_by_side(first, lefts, None, 0, like[0]),
+                _side_by_side(second, rights, bias, 1, like[1]),
                 unfolding=factors.how.name,
                 original=spec,
             )
@@ -159,15 +160,12 @@ def _side_by_side(
         biased = spec.bias and (number != shared or not weights[1 - shared].shape[axis])
         part = dataclasses.replace(spec, bias=biased, **size)
         parts.append(make_layer(part, weight, bias if biased else None))
-        tied.append(_part(like, len(parts) - 1) if number == shared and like is not None else None)
+        owner = like.parts[len(parts) - 1] if isinstance(like, Wide) else like
+        tied.append(owner if number == shared else None)
     for part, owner in zip(parts, tied, strict=True):
         if owner is not None:
             part.weight = owner.weight
     return parts[0] if len(parts) == 1 else Wide(parts, spec, axis - 1)
-
-
-def _part(layer: nn.Module, number: int) -> nn.Module:
-    return layer.parts[number] if isinstance(layer, Wide) else layer
 
 
 def skeleton(choice: Choice, layers: Sequence[LayerSpec]) -> tuple[nn.Module, ...]:
@@ -190,6 +188,4 @@ def skeleton(choice: Choice, layers: Sequence[LayerSpec]) -> tuple[nn.Module, ..
 
 
 def _zeros(spec: LayerSpec) -> Tensor:
-    import torch
-
     return torch.zeros(spec.out_channels, dtype=spec.dtype, device=spec.device)

@@ -70,11 +70,13 @@ def find(
         If a name pattern matches no layer; the message lists the layers.
     """
     check_model(model)
-    names = _names(model)
+    names = paths_of(model)
     tied = _tied_weights(model)
     chains = {} if parts else {m: found for m in names if (found := _chain(m, names, tied))}
     inside = {part for found in chains.values() for part in found}
-    layers = {m: n for m, n in names.items() if (_is_layer(m) or m in chains) and m not in inside}
+    # Quantised ones deserve a reason.
+    own = {m for m in names if _is_quantised(m) or (isinstance(m, _LAYERS) and not isinstance(m, StandIn))}
+    layers = {m: n for m, n in names.items() if (m in own or m in chains) and m not in inside}
     wanted = _Wanted(_each(skip), _each(only))
     wanted.check([n for group in layers.values() for n in group])
     listing = _Listing(model, wanted, tied, _masks(model))
@@ -371,7 +373,8 @@ def opened(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return grouped, bias if isinstance(bias, Tensor) else None
 
 
-def _names(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+def paths_of(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    """The names of each module, in order of registration."""
     names: dict[nn.Module, tuple[str, ...]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         names[module] = (*names.get(module, ()), name)
@@ -402,11 +405,6 @@ def _weight(module: nn.Module) -> Any:
     finally:
         for part, mode in modes:
             part.training = mode
-
-
-def _is_layer(module: nn.Module) -> bool:
-    """Layers, and things that stand for layers and deserve a reason."""
-    return (isinstance(module, _LAYERS) and not isinstance(module, StandIn)) or _is_quantised(module)
 
 
 def _is_quantised(module: nn.Module) -> bool:

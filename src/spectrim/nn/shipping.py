@@ -49,8 +49,8 @@ def carry(model: nn.Module, plan: Plan) -> None:
             before = vars(module).get("save_pretrained")
             plans = before.plans if isinstance(before, Saver) else ()
             bare = before.bare if isinstance(before, Saver) else frozenset()
-            own = moved(plan, _inside(f"{name}.") if name else str)
-            vars(module)["save_pretrained"] = Saver(module, (*plans, own), bare | _without_bias(module))
+            own = moved(plan, within(f"{name}.") if name else str)
+            vars(module)["save_pretrained"] = Saver(module, (*plans, own), bare | without_bias(module))
     declare_ties(model)
 
 
@@ -280,11 +280,13 @@ def changed(entry: Entry) -> tuple[str, ...]:
     return tuple(p.module for p in entry.choice.sides) if isinstance(entry.choice, ChannelsChoice) else entry.sites
 
 
-def _inside(prefix: str) -> Callable[[str], str | None]:
+def within(prefix: str) -> Callable[[str], str | None]:
+    """Names inside of a module for its own; None for others."""
     return lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None
 
 
-def _without_bias(model: nn.Module) -> frozenset[str]:
+def without_bias(model: nn.Module) -> frozenset[str]:
+    """Names of what stands for layers that have none."""
     return frozenset(name for name, m in model.named_modules() if isinstance(m, StandIn) and not m.original.bias)
 
 

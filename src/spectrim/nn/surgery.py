@@ -9,9 +9,10 @@ from torch import nn
 
 from spectrim.errors import PlanError, called_as
 from spectrim.nn.copying import copy_model
+from spectrim.nn.find import paths_of
 from spectrim.nn.modules import FactoredHead, FactoredTable, dense_layer
 from spectrim.nn.parameters import parameters_of
-from spectrim.nn.shipping import declare_ties, forget_layers
+from spectrim.nn.shipping import declare_ties, forget_layers, without_bias
 from spectrim.nn.sparse.packed import masked_layers, stored_bytes
 from spectrim.nn.standing import StandIn, Traits, fits, take_over
 
@@ -83,7 +84,7 @@ def merge(
         Runs a model on a batch in another way.
     """
     merged = merged_at(model, stand_ins(model))
-    bare = {n for n, m in model.named_modules() if isinstance(m, StandIn) and not m.original.bias}
+    bare = without_bias(model)
     spare = [name for name, m in merged.named_modules() if name in bare and getattr(m, "bias", None) is not None]
     if calibration is not None and spare:
         from spectrim.nn.folding import fold_biases
@@ -94,11 +95,7 @@ def merge(
 
 def stand_ins(model: nn.Module) -> Mapping[StandIn, Sequence[str]]:
     """What stands for a layer, with its names; layers inside of others come after them."""
-    found: dict[StandIn, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, StandIn):
-            found.setdefault(module, []).append(name)
-    return found
+    return {module: names for module, names in paths_of(model).items() if isinstance(module, StandIn)}
 
 
 def merged_at(model: nn.Module, chosen: Mapping[StandIn, Sequence[str]]) -> nn.Module:

@@ -15,7 +15,7 @@ from spectrim.errors import CheckpointError, PlanError
 from spectrim.nn.channels.narrow import add_bias
 from spectrim.nn.checkpoint import rebuild
 from spectrim.nn.modules import FactoredHead
-from spectrim.nn.shipping import FORMAT_VERSION, carry, changed, declare_ties, module_of, moved
+from spectrim.nn.shipping import FORMAT_VERSION, carry, changed, declare_ties, module_of, moved, within
 from spectrim.nn.sparse.layers import Masked
 from spectrim.nn.sparse.packed import masked_layers, read_mask, read_weight, stored_bytes
 from spectrim.nn.standing import StandIn
@@ -181,4 +181,4 @@ def _renaming(model: Any, names: Sequence[str]) -> Callable[[str], str | None]:
     if hasattr(model, model.base_model_prefix):
         return prefix.__add__
     # Layers of the head stay behind.
-    return lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None
+    return within(prefix)

@@ -31,7 +31,7 @@ from spectrim.nn.channels.products import with_products
 from spectrim.nn.channels.rules import rule_of
 from spectrim.nn.channels.tracing import traced
 from spectrim.nn.channels.trial import DRAWS, Trial, enlivened, first_line
-from spectrim.nn.find import canonical, find
+from spectrim.nn.find import canonical, find, paths_of
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.state import ALONE
@@ -191,9 +191,7 @@ class _Graph:
             trace = traced(model, example, run, torch_pruning.DependencyGraph, _careful)
         except Exception as error:  # tracing runs foreign code, which may raise anything
             return f"channels are left alone: tracing failed with {type(error).__name__}: {first_line(error)}"
-        names: dict[Any, tuple[str, ...]] = {}
-        for name, module in trace.model.named_modules(remove_duplicate=False):
-            names[module] = (*names.get(module, ()), name)
+        names: dict[Any, tuple[str, ...]] = {**paths_of(trace.model)}
         for name, parameter in nn.Module.named_parameters(trace.model):
             names[parameter] = (name,)
         return cls(trace.model, sites, trace.graph, names, frozenset(trace.called))

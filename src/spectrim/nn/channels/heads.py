@@ -217,9 +217,10 @@ class _Seen:
                 belongs = self._runs(reader, writers, dim, run)
             except Mixed:
                 continue
+            behind = Side(reader, IN, torch.arange(size).reshape(-1, run), size)
             if run == 1:
                 raise Mixed("each of its entries is apart")
-            return (*(_side(*each, size // run) for each in belongs.items()), _behind(reader, size, run))
+            return (*(_side(*each, size // run) for each in belongs.items()), behind)
         raise Mixed("its entries are mixed")
 
     def _runs(self, reader: str, writers: Sequence[str], dim: int, run: int) -> dict[str, Tensor]:
@@ -257,10 +258,6 @@ class _Seen:
 
     def _width(self, name: str) -> int:
         return self.drawn[name][0].shape[dim_of(self.model.get_submodule(name))]
-
-
-def _behind(reader: str, size: int, run: int) -> Side:
-    return Side(reader, IN, torch.arange(size).reshape(-1, run), size)
 
 
 def _side(writer: str, belongs: Tensor, heads: int) -> Side:

@@ -27,7 +27,8 @@ def values_inside(layer: Masked, weight: Tensor | None = None) -> Tensor:
     Another ``weight`` in the layout of the layer's can take the place of the layer's own.
     """
     weight = canonical(layer.layer)[0] if weight is None else laid_open(weight, layer.original)
-    return _rows(layer, weight)[_units(layer)].reshape(-1)
+    opened = layer.pattern.open(weight)
+    return opened.reshape(-1, opened.shape[-1])[_units(layer)].reshape(-1)
 
 
 def packed_mask(layer: Masked, density: object = None) -> Tensor:
@@ -155,12 +156,6 @@ def opened_state(layer: Masked, state: dict[str, Tensor], weight: str, mask: str
 
 def _units(layer: Masked) -> Tensor:
     return layer.pattern.units(layer.support)
-
-
-def _rows(layer: Masked, weight: Tensor) -> Tensor:
-    """A canonical weight as ``[pools * units, entries]``."""
-    opened = layer.pattern.open(weight)
-    return opened.reshape(-1, opened.shape[-1])
 
 
 def _check_pools(layer: Masked, units: Tensor) -> None:

@@ -8,7 +8,6 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
 from types import MappingProxyType
 from typing import Any
 
@@ -25,7 +24,7 @@ from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.nesting import begun, checked_batches, tensors
 from spectrim.nn.watch.observe import Hook, hooked, observe
-from spectrim.nn.watch.readers import Reading, reading
+from spectrim.nn.watch.readers import reading
 from spectrim.nn.watch.responses import Responses
 from spectrim.nn.watch.samples import Mask
 from spectrim.nn.watch.sampling import Run, Sampling
@@ -290,7 +289,9 @@ class _Watch:
         if index:
             output = self._run(run, batch, index)
         else:
-            with WorkCounter() as counter, self._reading() as read:
+            # A weight that is multiplied out is another tensor each time.
+            specs = [layer.spec for layer in self.sites.layers if not layer.present]
+            with WorkCounter() as counter, reading(self.model, specs) as read:
                 output = self._run(run, batch, index)
             self.other_macs = counter.get_total_flops() / 2 / size
             self.work = {path: work / size for path, work in counter.own_macs(self.model).items()}
@@ -314,10 +315,6 @@ class _Watch:
         self.samples += size
         self.tokens += 0 if samples.mask is None else int(samples.mask.sum())
         self.masked |= samples.mask is not None
-
-    def _reading(self) -> AbstractContextManager[Reading]:
-        """Who reads weights; one that is multiplied out is another tensor each time."""
-        return reading(self.model, [layer.spec for layer in self.sites.layers if not layer.present])
 
     def _run(self, run: Call, batch: Any, index: int) -> Any:
         try:

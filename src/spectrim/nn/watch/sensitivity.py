@@ -141,7 +141,8 @@ def calibrated_and_weighed(
 
 def with_weights(sites: Sites, found: Gradients) -> Sites:
     """Calibrated sites with the gradients that could be had; ``notes`` say where they could not."""
-    usable = {name: m for name, m in found.moments.items() if m.count and m.is_finite() and _total(m) > 0}
+    moments = found.moments.items()
+    usable = {name: m for name, m in moments if m.count and m.is_finite() and float(m.mean_squares.sum()) > 0}
     without = [layer.name for layer in sites.layers if layer.name not in usable]
     if not without:
         return _with_gradients(sites, usable)
@@ -158,7 +159,7 @@ def with_weights(sites: Sites, found: Gradients) -> Sites:
         f"median of the others: {reason}"
     )
     known = [(layer, usable[layer.name]) for layer in sites if layer.name in usable]
-    weights = [_total_weight(layer, gradient) for layer, gradient in known if isinstance(gradient, Moments)]
+    weights = [_energy(layer, gradient.second_moment) for layer, gradient in known if isinstance(gradient, Moments)]
     typical = statistics.median(weights) if weights else 1.0
     assumed: dict[str, Moments | Squares] = {
         layer.name: _even(layer, typical)
@@ -387,11 +388,6 @@ def _with_gradients(sites: Sites, moments: Mapping[str, Moments | Squares]) -> S
     return dataclasses.replace(sites, sites=tuple(map(of, sites)), tied=tuple(tied))
 
 
-def _total(moments: Moments | Squares) -> float:
-    """Mean square of a row."""
-    return float(moments.mean_squares.sum())
-
-
 def _even_head(tied: Tied, total: float) -> Squares:
     """Gradients that are alike at all outputs of a head, by which losing the whole response matters so much."""
     head = tied.head
@@ -414,11 +410,6 @@ def _energy(layer: Layer, gradient: Tensor | None = None) -> float:
     else:
         return 1.0
     return float((covariance * (torch.eye(o).to(covariance) if gradient is None else gradient)).sum())
-
-
-def _total_weight(layer: Layer, gradient: Moments) -> float:
-    """How much losing all of a layer's response matters."""
-    return _energy(layer, gradient.second_moment)
 
 
 def _even(layer: Layer, total: float) -> Moments:
