@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 REFERENCE = sorted((ROOT / "docs" / "api").glob("*.md"))
+METHODS = [ROOT / "docs" / "methods" / f"{name}.md" for name in ("weight-svd", "activation-svd", "chains")]
 # Pages whose code needs what no extra brings.
 EXTERNAL = {"lightning": "lightning", "text-detector": "easyocr_en_models"}
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -83,8 +84,8 @@ def test_tutorial_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert run(page) > 0
 
 
-@pytest.mark.parametrize("page", REFERENCE, ids=lambda page: page.stem)
-def test_reference_pages_have_an_example_that_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("page", [*REFERENCE, *METHODS], ids=lambda page: page.stem)
+def test_pages_have_an_example_that_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     assert run(page) > 0
 

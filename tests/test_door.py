@@ -91,7 +91,11 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "a single batch as a dict": (lambda: compress(calibration={"x": BATCHES[0]}), st.CalibrationError, "are a dict"),
     "a path": (lambda: compress(calibration="images/"), st.CalibrationError, "are a str: expected a list of batches"),
-    "nothing": (lambda: compress(calibration=None), st.CalibrationError, "are a NoneType: expected a list of batches"),
+    "nothing": (
+        lambda: compress(calibration=None),
+        st.CalibrationError,
+        "are None: expected a list of batches .* WeightSVD",
+    ),
     "a name as model": (lambda: compress(model="resnet18"), TypeError, r"model is a str: expected a torch.nn.Module"),
     "a selector's name": (lambda: compress(selector="exact"), TypeError, r"selector is 'exact'.*spectrim.selection"),
     "find: a name": (lambda: st.find("resnet18"), TypeError, "model is a str"),

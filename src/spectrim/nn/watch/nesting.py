@@ -40,6 +40,11 @@ def checked_batches(batches: Any) -> Any:
             f"the batches are a {type(batches).__name__}, which gives single samples: pass "
             "DataLoader(dataset, batch_size=64)"
         )
+    if batches is None:
+        raise CalibrationError(
+            "the batches are None: expected a list of batches or a DataLoader; without data weights alone choose, by "
+            "select(tabulate(find(model), WeightSVD()), 'parameters=50%')"
+        )
     if isinstance(batches, (str, bytes, Mapping)) or not hasattr(type(batches), "__iter__"):
         raise CalibrationError(
             f"the batches are a {type(batches).__name__}: expected a list of batches or a DataLoader"
