@@ -178,40 +178,39 @@ def prove(
             f"the compressed network holds {stored:,} parameters where its plan counts "
             f"{round(expected.planned['parameters']):,}"
         )
-    seen = None if ends is None else _known(small, expected, ends, batch, feed)
+    one = None if ends is None else _one_sample(small, expected, batch, feed)
+    seen = None if ends is None or one is None else _known(one, expected, ends)
     before, now = seen or (
         _run(dense, batch, expected.changed, feed), _run_small(dense, small, expected.changed, batch, feed)
     )  # fmt: skip
     yield from _calls(dense, before, now, batch, feed)
     yield from _work(expected, before, now)
     yield from _outputs(expected, before, now)
-    yield from _merged(small, batch, feed, max(_SOON, _MULTIPLIED * before.macs * feed.layout.size(batch)))
+    most = max(_SOON, _MULTIPLIED * before.macs * feed.layout.size(batch))
+    yield from _merged(small, batch, feed, most, None if one is None else one.outputs)
     yield from said_of_training(dense, small, batch, feed)
 
 
-def _known(
-    small: nn.Module, expected: Expected, ends: Sequence[Ended], batch: Any, feed: Feed
-) -> tuple[Seen, Seen] | None:
-    """What both networks did side by side, if one sample shows that the finished network does as planned."""
-    once, few = Counter(dict.fromkeys(expected.changed, 1)), list[Seen]()
-    told = expected.dense.get("macs")
-    if told is None or any(Counter({name: end.calls[name] for name in once}) != once for end in ends):
-        return None
-
-    def run(part: Any) -> None:
-        few[:] = [_run(small, part, expected.changed, feed)]
-
+def _one_sample(small: nn.Module, expected: Expected, batch: Any, feed: Feed) -> Seen | None:
+    """What the finished network does with the first sample of a batch; nothing if it does not take one."""
     try:
-        on_few(run, batch, feed)
+        return _run(small, feed.resized(batch, 1), expected.changed, feed)
     except Exception as error:  # the whole batch tells what is wrong
         log.info("one sample cannot be run, a whole batch is: %s", error)
         return None
-    (now,) = few
-    planned = math.isclose(now.macs, expected.planned["macs"], rel_tol=_ROWS, abs_tol=0.5)
-    if now.calls != once or not planned or any(t.is_floating_point() and bool(t.isnan().any()) for t in now.outputs):
+
+
+def _known(one: Seen, expected: Expected, ends: Sequence[Ended]) -> tuple[Seen, Seen] | None:
+    """What both networks did side by side, if one sample shows that the finished network does as planned."""
+    once = Counter(dict.fromkeys(expected.changed, 1))
+    told = expected.dense.get("macs")
+    if told is None or any(Counter({name: end.calls[name] for name in once}) != once for end in ends):
+        return None
+    planned = math.isclose(one.macs, expected.planned["macs"], rel_tol=_ROWS, abs_tol=0.5)
+    if one.calls != once or not planned or any(t.is_floating_point() and bool(t.isnan().any()) for t in one.outputs):
         return None
     first, last = (output_tensors(end.output) for end in ends)
-    return Seen(once, told, first, 0.0), Seen(once, now.macs, last, 0.0)
+    return Seen(once, told, first, 0.0), Seen(once, one.macs, last, 0.0)
 
 
 def _run(model: nn.Module, batch: Any, names: Sequence[str], feed: Feed) -> Seen:
@@ -311,10 +310,10 @@ def _outputs(expected: Expected, before: Seen, now: Seen) -> Iterator[str]:
             raise ProofError("the compressed network gives NaN where the dense one gives numbers")
 
 
-def _merged(small: nn.Module, batch: Any, feed: Feed, most: float) -> Iterator[str]:
+def _merged(small: nn.Module, batch: Any, feed: Feed, most: float, known: Sequence[Tensor] | None) -> Iterator[str]:
     """Whether the network computes the same with one weight in place of layers that stand for others.
 
-    ``most`` limits the MACs of multiplying them out.
+    ``most`` limits the MACs of multiplying them out; what the network gives for the first sample may be ``known``.
     """
     every = stand_ins(small)
     if not every:
@@ -334,7 +333,7 @@ def _merged(small: nn.Module, batch: Any, feed: Feed, most: float) -> Iterator[s
         )
     try:
         try:
-            outputs = _answers(precise, whole, batch, feed)
+            outputs = _answers(precise, whole, batch, feed, known if precise is small else None)
         except Exception:  # it casts to few bits by itself
             if precise is small:
                 raise
@@ -376,21 +375,24 @@ def _multiplying(layer: StandIn) -> float:
     return rows * columns * sum(p.numel() for p in layer.parameters()) / (rows + columns)
 
 
-def _answers(small: nn.Module, whole: nn.Module, batch: Any, feed: Feed) -> list[list[Tensor]]:
-    """Outputs of a network, of what it is merged to, and of the network again if these two are not alike."""
-    outputs: list[list[Tensor]] = []
+def _answers(
+    small: nn.Module, whole: nn.Module, batch: Any, feed: Feed, known: Sequence[Tensor] | None = None
+) -> list[Sequence[Tensor]]:
+    """Outputs of a network, of what it is merged to, and of the network again if these two are not alike.
+
+    For the first sample, where both take one; what the network gives for it may be ``known``.
+    """
+    outputs: list[Sequence[Tensor]] = []
+
+    def answered(model: nn.Module, part: Any) -> Sequence[Tensor]:
+        with observe(model, forward=feed) as running:
+            return output_tensors(running(part))
 
     def run(part: Any) -> None:
-        outputs.clear()
-        for model in (small, whole):
-            with observe(model, forward=feed) as running:
-                outputs.append(output_tensors(running(part)))
-        if all(map(_alike, *outputs)):
-            outputs.append(outputs[0])
-            return
+        one = known if feed.layout.size(part) == 1 else None
+        outputs[:] = [answered(small, part) if one is None else one, answered(whole, part)]
         # What draws random numbers differs from itself.
-        with observe(small, forward=feed) as running:
-            outputs.append(output_tensors(running(part)))
+        outputs.append(outputs[0] if all(map(_alike, *outputs)) else answered(small, part))
 
     on_few(run, batch, feed)
     return outputs
