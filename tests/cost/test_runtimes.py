@@ -202,7 +202,7 @@ def test_a_network_that_does_not_compile_is_refused_in_a_sentence_before_the_wor
     with pytest.raises(ExportError, match=said) as refused:
         ready(nn.Linear(3, 2), torch.ones(1, 3), Refuses())
     assert "\n" not in str(refused.value)
-    monkeypatch.setattr("spectrim.preparation.calibrate", lambda *_, **__: pytest.fail("calibrated"))
+    monkeypatch.setattr("spectrim.preparation.calibrated_and_weighed", lambda *_, **__: pytest.fail("calibrated"))
     model = nn.Sequential(nn.Linear(6, 6))
     with pytest.raises(ExportError, match="Sequential cannot be run by refuses"):
         st.compress(model, [torch.randn(8, 6)], "macs=50%", latency=latency(runtime=Refuses()), guard=True)

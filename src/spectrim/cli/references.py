@@ -58,9 +58,6 @@ class Reference:
         """The values, numbers and true / false converted."""
         return {key: _convert(value) for key, value in self.texts.items()}
 
-    def __str__(self) -> str:
-        return self.text
-
 
 def parse(text: str) -> Reference:
     """Take a reference apart.
