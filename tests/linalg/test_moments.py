@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spectrim.linalg.moments import Moments, shrunk
+from spectrim.linalg.moments import Moments, Paired, shrunk
 
 
 def reference(rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -201,3 +201,27 @@ def test_what_changes_by_rounding_alone_has_no_variance() -> None:
     torch.testing.assert_close(kept, reference(rows)[1][0][[0, 3]][:, [0, 3]])
     assert not held.covariance[0, [1, 2]].any()
     assert not held.take(torch.tensor([[1, 2]])).covariance.any()
+
+
+@pytest.mark.parametrize(("inner", "outer"), [(3, 5), (300, 7), (300, 160)])
+@pytest.mark.parametrize("scale", [1.0, 1e-16])
+def test_pairs_hold_the_blocks_of_the_whole_moments(inner: int, outer: int, scale: float) -> None:
+    rows = torch.randn(2, 90, inner + outer, generator=torch.Generator().manual_seed(1)) + 3
+    rows[..., -1] = rows[..., 0] * 2
+    rows = rows * scale
+    whole, cut, paired = Moments(2, inner + outer), Paired(2, inner + outer, inner), Paired(2, inner + outer, inner)
+    whole.update(rows)
+    for part in rows.split(40, dim=1):
+        paired.update(part)
+    cut.update(rows[:, :50])
+    other = Paired(2, inner + outer, inner)
+    other.update(rows[:, 50:])
+    cut.merge(other)
+    for one in (paired, cut):
+        size = scale**2
+        torch.testing.assert_close(one.covariance / size, whole.covariance[..., :inner] / size, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(one.variance / size, whole.variance / size, rtol=1e-4, atol=1e-4)
+        inputs = one.inputs
+        assert (inputs.count, one.is_finite()) == (90, True)
+        torch.testing.assert_close(inputs.mean, whole.mean[:, :inner])
+        torch.testing.assert_close(inputs.covariance, one.covariance[:, :inner])

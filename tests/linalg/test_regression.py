@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 from torch import Tensor
 
-from spectrim.linalg.moments import Moments
+from spectrim.linalg.moments import Paired
 from spectrim.linalg.regression import MOST, Covariances, Equations, Unseen, scarcity, towards
 from spectrim.linalg.sketch import Sketch
 
@@ -26,9 +26,9 @@ def fitted(kind: str, weight: Tensor, x: Tensor, y: Tensor, *, cut: int) -> Tens
     """The weight fitted to all rows but the first ``cut``, each of which is a sample that is held out."""
     g, d = x.shape[0], x.shape[2]
     rows = torch.cat([x, y], dim=2)
-    joint = Moments(g, rows.shape[2]) if kind == "moments" else Sketch(g, rows.shape[2], size=512)
+    joint = Paired(g, rows.shape[2], d) if kind == "moments" else Sketch(g, rows.shape[2], size=512)
     joint.update(rows[:, cut:])
-    regression = Covariances.of(joint, d) if kind == "moments" else Equations.of(joint, d)
+    regression = Covariances.of(joint) if isinstance(joint, Paired) else Equations.of(joint, d)
     away = rows - joint.mean.unsqueeze(1)
     inputs = away[:, cut:, :d]
     scarce = scarcity(joint.count, inputs.square().sum(1), inputs.pow(4).sum(1))

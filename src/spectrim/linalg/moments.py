@@ -46,14 +46,12 @@ class Moments:
         ``[groups, features]``, float64.
     scatter
         ``[groups, features, features]``, float64: the sum of centred outer products.
-    inner
-        Features whose products with all others are kept: all of them. Of the rest (:class:`Paired`) only the variance.
     """
 
-    __slots__ = ("__weakref__", "_rounding", "count", "inner", "mean", "scatter")
+    __slots__ = ("__weakref__", "_rounding", "count", "mean", "scatter")
 
     def __init__(self, groups: int, features: int, device: torch.device | str = "cpu") -> None:
-        self.count, self.inner = 0, features
+        self.count = 0
         # Of the observations, as a share of their size.
         self._rounding = 0.0
         self.mean = torch.zeros(groups, features, dtype=torch.float64, device=device)
@@ -80,8 +78,16 @@ class Moments:
         centred = rows - rough
         # The rounding of the mean leaves a remainder; taking it into account keeps the sums exact.
         rest = _mean(centred)
-        self._add(n, (rough + rest).squeeze(1), _products(centred, self.inner))
-        self.scatter.baddbmm_(rest.transpose(1, 2), rest, alpha=-n)
+        self._add(n, (rough + rest).squeeze(1), self._scattered(centred))
+        self._shift(rest.squeeze(1), -n)
+
+    def _scattered(self, rows: Tensor) -> Tensor:
+        """The scatter of centred rows."""
+        return _products(rows, rows.shape[2])
+
+    def _shift(self, delta: Float[Tensor, "g d"], weight: float) -> None:
+        """Add the products of a vector with itself."""
+        self.scatter.baddbmm_(delta.unsqueeze(2), delta.unsqueeze(1), alpha=weight)
 
     @classmethod
     @torch.no_grad()
@@ -113,7 +119,7 @@ class Moments:
         total = self.count + n
         delta = mean - self.mean
         self.scatter += scatter
-        self.scatter.baddbmm_(delta.unsqueeze(2), delta.unsqueeze(1), alpha=self.count * n / total)
+        self._shift(delta, self.count * n / total)
         self.mean += delta * (n / total)
         self.count = total
 
@@ -137,15 +143,20 @@ class Moments:
         return result
 
     @property
+    def _sums(self) -> Tensor:
+        """Sums of centred squares."""
+        return self.scatter.diagonal(dim1=-2, dim2=-1)
+
+    @property
     def _still(self) -> Tensor:
         """Entries whose spread is no more than the rounding of their mean."""
-        spread = (self.scatter.diagonal(dim1=-2, dim2=-1) / max(self.count, 1)).clamp_min(0).sqrt()
+        spread = (self._sums / max(self.count, 1)).clamp_min(0).sqrt()
         return spread <= self._rounding * self.mean.abs()
 
     @property
     def variance(self) -> Float[Tensor, "g d"]:
         """Diagonal of :attr:`covariance`."""
-        return (self.scatter.diagonal(dim1=-2, dim2=-1) / max(self.count, 1)).masked_fill(self._still, 0.0)
+        return (self._sums / max(self.count, 1)).masked_fill(self._still, 0.0)
 
     @property
     def mean_squares(self) -> Float[Tensor, "g d"]:
@@ -164,8 +175,7 @@ class Moments:
 
     def is_finite(self) -> bool:
         """Whether nothing was NaN, Inf or too large; the diagonal tells, which bounds the other entries."""
-        diagonal = self.scatter.diagonal(dim1=-2, dim2=-1)
-        return bool(torch.isfinite(self.mean).all() and torch.isfinite(diagonal).all())
+        return bool(torch.isfinite(self.mean).all() and torch.isfinite(self._sums).all())
 
 
 class Squares:
@@ -200,19 +210,63 @@ class Squares:
 class Paired(Moments):
     """Moments of vectors ``[x, y]`` without the products of different ``y``, whose cost is that of ``y`` squared.
 
-    Entries of ``scatter`` between different ``y`` hold nothing that may be read.
-
     Parameters
     ----------
     inner
         Length of ``x``.
+
+    Attributes
+    ----------
+    scatter
+        ``[groups, features, inner]``: products with ``x`` alone.
+    squares
+        ``[groups, features - inner]``: those of each ``y`` with itself.
     """
 
-    __slots__ = ()
+    __slots__ = ("inner", "squares")
 
     def __init__(self, groups: int, features: int, inner: int, device: torch.device | str = "cpu") -> None:
-        super().__init__(groups, features, device)
-        self.inner = inner
+        self.count, self.inner, self._rounding = 0, inner, 0.0
+        self.mean = torch.zeros(groups, features, dtype=torch.float64, device=device)
+        self.scatter = torch.zeros(groups, features, inner, dtype=torch.float64, device=device)
+        self.squares = torch.zeros(groups, features - inner, dtype=torch.float64, device=device)
+
+    def _scattered(self, rows: Tensor) -> Tensor:
+        self.squares += torch.linalg.vector_norm(rows[..., self.inner :], dim=1, dtype=torch.float64).square()
+        return _products(rows, self.inner)
+
+    def _shift(self, delta: Float[Tensor, "g d"], weight: float) -> None:
+        self.scatter.baddbmm_(delta.unsqueeze(2), delta[:, : self.inner].unsqueeze(1), alpha=weight)
+        self.squares.add_(delta[:, self.inner :].square(), alpha=weight)
+
+    @torch.no_grad()
+    def merge(self, other: Moments) -> None:
+        """Add the observations of another accumulator of the same shape."""
+        super().merge(other)
+        if isinstance(other, Paired):
+            self.squares += other.squares.to(self.squares.device)
+
+    @property
+    def inputs(self) -> Moments:
+        """Those of ``x``."""
+        groups, _ = self.mean.shape
+        part = Moments(groups, 0, self.mean.device)
+        part.count, part._rounding, part.mean = self.count, self._rounding, self.mean[:, : self.inner].clone()
+        part.scatter = self.scatter[:, : self.inner].clone()
+        return part
+
+    @property
+    def covariance(self) -> Float[Tensor, "g d inner"]:
+        """Centred second moments of ``[x, y]`` with ``x``, divided by the count; of entries that never change zero."""
+        result, still = self.scatter / max(self.count, 1), self._still
+        if bool(still.any()):
+            result.masked_fill_(still.unsqueeze(2) | still[:, : self.inner].unsqueeze(1), 0.0)
+        return result
+
+    @property
+    def _sums(self) -> Tensor:
+        inner = self.scatter[:, : self.inner].diagonal(dim1=-2, dim2=-1)
+        return torch.cat([inner, self.squares], dim=1)
 
 
 def shrunk(covariance: Float[Tensor, "*g d d"], count: int) -> Float[Tensor, "*g d d"]:
@@ -250,15 +304,17 @@ def _mean(rows: Float[Tensor, "g n d"]) -> Float[Tensor, "g 1 d"]:
 _TOGETHER = 32
 
 
-def _products(rows: Float[Tensor, "g n d"], inner: int) -> Float[Tensor, "g d d"]:
-    """``rows^T rows``; entries whose products leave the range of float32 are multiplied in units of their own.
+def _products(rows: Float[Tensor, "g n d"], inner: int) -> Float[Tensor, "g d inner"]:
+    """``rows^T x``, ``x`` the first entries of the rows.
 
-    Of those behind ``inner`` the diagonal only.
+    Entries whose products leave the range of float32 are multiplied in units of their own.
     """
-    result = _symmetric(rows, inner)
+    result = _multiplied(rows, inner)
     if rows.dtype == torch.float64:
         return result
     sums = result.diagonal(dim1=-2, dim2=-1)
+    if inner < rows.shape[2]:
+        sums = torch.cat([sums, torch.linalg.vector_norm(rows[..., inner:], dim=1).square()], dim=1)
     # NaN and Inf are out of the range too, and stay what they are.
     odd = ~((sums >= _SMALL) & (sums <= _LARGE))
     if not bool(odd.any()):
@@ -272,24 +328,20 @@ def _products(rows: Float[Tensor, "g n d"], inner: int) -> Float[Tensor, "g d d"
         return result
     unit = torch.exp2(power)
     rows = (rows.double() / unit.unsqueeze(1)).to(rows.dtype)
-    return _symmetric(rows, inner).double() * unit.unsqueeze(2) * unit.unsqueeze(1)
+    return _multiplied(rows, inner).double() * unit.unsqueeze(2) * unit[:, :inner].unsqueeze(1)
 
 
-# Size of the blocks of which only those on and above the diagonal are multiplied.
+# Size of the blocks of which only those on and below the diagonal are multiplied.
 _BLOCK = 144
 
 
-def _symmetric(rows: Float[Tensor, "g n d"], inner: int) -> Float[Tensor, "g d d"]:
-    """``rows^T rows``; the lower half is copied, and of what lies behind ``inner`` only the diagonal is multiplied."""
-    size = rows.shape[2]
-    if size < 2 * _BLOCK:
-        return rows.mT @ rows
-    result = rows.new_empty(len(rows), size, size)
-    if inner < size:
-        result[:, inner:, inner:] = torch.diag_embed(torch.linalg.vector_norm(rows[..., inner:], dim=1).square())
+def _multiplied(rows: Float[Tensor, "g n d"], inner: int) -> Float[Tensor, "g d inner"]:
+    """``rows^T x``; of the products of ``x`` with itself one half is copied from the other."""
+    if inner < 2 * _BLOCK:
+        return rows.mT @ rows[..., :inner]
+    result = rows.new_empty(len(rows), rows.shape[2], inner)
     for start in range(0, inner, _BLOCK):
         end = min(start + _BLOCK, inner)
-        strip = rows[:, :, start:end].mT @ rows[:, :, start:]
-        result[:, start:end, start:] = strip
-        result[:, end:, start:end] = strip[:, :, end - start :].mT
+        result[:, start:, start:end] = rows[:, :, start:].mT @ rows[:, :, start:end]
+        result[:, start:end, end:] = result[:, end:inner, start:end].mT
     return result

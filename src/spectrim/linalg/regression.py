@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from spectrim.linalg.moments import Moments, ridge
+from spectrim.linalg.moments import Paired, ridge
 from spectrim.linalg.sketch import Sketch, damped_solution
 
 # Strengths of the ridge that are tried, and shares of the step.
@@ -61,10 +61,10 @@ class Covariances(Regression):
     cross: Float[Tensor, "g o d"]
 
     @classmethod
-    def of(cls, joint: Moments, features: int) -> Covariances:
+    def of(cls, joint: Paired) -> Covariances:
         """From moments of ``[x, y]``."""
         covariance = joint.covariance
-        return cls(covariance[:, :features, :features], covariance[:, features:, :features])
+        return cls(covariance[:, : joint.inner], covariance[:, joint.inner :])
 
     def missing(self, weight: Float[Tensor, "g o d"]) -> Float[Tensor, "g o d"]:
         return self.cross - weight.double() @ self.inputs

@@ -213,7 +213,7 @@ class Joint:
                 f"layer {site.name!r} was not reached, or sees NaN or Inf, in the reconstruction batches"
             )
         g, o, *_ = self.spec.shape
-        moments = Equations.of(fitted, d) if isinstance(fitted, Sketch) else Covariances.of(fitted, d)
+        moments = Equations.of(fitted, d) if isinstance(fitted, Sketch) else Covariances.of(fitted)
         scarce = scarcity(fitted.count, self._squares, self._fourths)
         weight = towards(site.weight.reshape(g, o, d), moments, scarce, unseen, fitted.count)
         mean = fitted.mean
@@ -222,9 +222,11 @@ class Joint:
             away = torch.cat([unseen.inputs, unseen.answers], dim=2)
             mean = mean + away.sum(1, dtype=torch.float64) / (fitted.count + away.shape[1])
         bias = (mean[:, d:] - torch.einsum("god,gd->go", weight, mean[:, :d])).reshape(-1)
-        inputs = fitted.take(torch.arange(d, device=mean.device).expand(g, -1))
+        if isinstance(fitted, Sketch):
+            name, inputs = "sketch", fitted.take(torch.arange(d, device=mean.device).expand(g, -1))
+        else:
+            name, inputs = "input", fitted.inputs
         inputs.mean = mean[:, :d].clone()
-        name = "sketch" if isinstance(fitted, Sketch) else "input"
         return dataclasses.replace(
             site,
             weight=weight.to(site.weight.dtype).reshape(site.weight.shape),
@@ -247,9 +249,9 @@ class Joint:
         covariance, mean = self.fitted.covariance, self.fitted.mean
         away = mean[:, d:] - torch.einsum("god,gd->go", w, mean[:, :d])
         away = away if bias is None else away - bias.double().reshape(away.shape)
-        c, cross = covariance[:, :d, :d], covariance[:, d:, :d]
-        energy = covariance[:, d:, d:].diagonal(dim1=-2, dim2=-1).sum().clamp_min(1e-300)
-        missed = energy - 2 * (w * cross).sum() + ((w @ c) * w).sum() + away.square().sum()
+        energy = self.fitted.variance[:, d:].sum().clamp_min(1e-300)
+        crossed = w @ covariance[:, :d] - 2 * covariance[:, d:]
+        missed = energy + (crossed * w).sum() + away.square().sum()
         fitted = float(missed.clamp_min(0) / energy)
         if unseen is None:
             return Errors(fitted, None)
