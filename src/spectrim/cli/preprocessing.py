@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,7 @@ class Inputs:
         if not first.is_floating_point() or not first.numel():
             return inputs
         spread, mean = torch.std_mean(first.double(), correction=0)
-        return cls(settings, inputs.dtype, inputs.shape, float(mean), float(spread))
+        return dataclasses.replace(inputs, mean=float(mean), spread=float(spread))
 
     def __str__(self) -> str:
         size = "x".join(map(str, self.shape)) or "numbers"

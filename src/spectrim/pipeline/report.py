@@ -22,7 +22,6 @@ from spectrim.nn.watch.calibrate import few_rows
 from spectrim.nn.watch.reconstruct import Errors
 from spectrim.nn.watch.samples import Mask
 from spectrim.nn.watch.work import uncounted_work
-from spectrim.preparation import one_batch as one_batch  # its former place, until version 0.3
 from spectrim.search.arms import Tried, arms_grid
 from spectrim.search.judge import Verdict
 from spectrim.search.measured import CLOSE, wanted_time

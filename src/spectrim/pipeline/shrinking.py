@@ -25,7 +25,6 @@ from spectrim.pipeline.offers import Tables
 from spectrim.pipeline.report import Result, reported
 from spectrim.pipeline.timed import Draft, met
 from spectrim.preparation import Prepared
-from spectrim.preparation import one_batch as one_batch  # its former place, until version 0.3
 from spectrim.progress import Progress
 from spectrim.search.arms import Arm, Contest, not_tried
 from spectrim.search.file_size import within_file

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import msgspec
 
 from spectrim.network.files import converted, read_document, record_of, write_text
-from spectrim.network.printing import Grid, Printed, amount, cost_name, count
+from spectrim.network.printing import Grid, Printed, amount, cost_name, count, flat
 from spectrim.selection.plan import Plan
 from spectrim.selection.point import LARGEST, Judged, Point, finished, share_error
 
@@ -174,11 +174,7 @@ class Sweep(Printed):
         return [
             {
                 "asked": point.asked,
-                **{
-                    key: value
-                    for cost, dense in point.dense_costs.items()
-                    for key, value in ((cost, point.costs[cost]), (f"{cost}_dense", dense))
-                },
+                **flat(point.costs, point.dense_costs),
                 **dataclasses.asdict(point.carried_out),
                 **{f"tuned_{name}": value for name, value in dataclasses.asdict(point.tuned or Judged()).items()},
                 "on_front": point in best,
