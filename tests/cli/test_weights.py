@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spectrim.cli.models import load_model
+from spectrim.cli.data import check_data
+from spectrim.cli.models import check_model, load_model
 from spectrim.cli.references import UsageError
 from spectrim.cli.weights import check_checkpoint, check_file, read_weights
 
@@ -55,6 +57,13 @@ def archive() -> Path:
     return Path("a.pt")
 
 
+def scripted() -> Path:
+    with zipfile.ZipFile("s.pt", "w") as file:
+        for name in ("s/data.pkl", "s/constants.pkl"):
+            file.writestr(name, "x")
+    return Path("s.pt")
+
+
 @pytest.mark.parametrize(
     ("write", "why"),
     [
@@ -68,6 +77,7 @@ def archive() -> Path:
         (saved("w.safetensors"), "a name that ends in .pt"),
         (tensors("w.pt"), "a name that ends in .safetensors"),
         (archive, "torch.save did not write"),
+        (scripted, r"a program of torch\.jit or torch\.export: save model\.state_dict\(\)"),
     ],
 )
 def test_what_a_file_is_is_told(write: Callable[[], Path], why: str):
@@ -134,5 +144,27 @@ def test_a_part_that_all_names_begin_with_is_left_out_where_they_fit_without():
 def test_a_folder_says_which_file_was_meant():
     Path("folder").mkdir()
     torch.save(state(), "folder/last.pt")
-    with pytest.raises(UsageError, match=r"'folder' is not a file: it is a folder, write folder/last.pt"):
+    with pytest.raises(UsageError, match=r"'folder' is a folder, not a file: write folder/last.pt"):
         check_file("folder")
+
+
+@pytest.mark.parametrize(("name", "why"), [("meta", "no numbers"), ("sparse", "sparse, quantised or nested")])
+def test_tensors_that_hold_no_plain_numbers_are_told(name: str, why: str):
+    torch.save({key: each.to("meta") if name == "meta" else each.to_sparse() for key, each in state().items()}, "w.pt")
+    with pytest.raises(UsageError, match=why) as caught:
+        load_model("nets:tiny", "w.pt")
+    assert "save the state_dict of a dense, loaded model" in str(caught.value)
+
+
+def test_a_path_that_is_no_file_says_what_it_is_and_means_no_other():
+    os.mkfifo("pipe.pt")
+    Path("folder.pt").mkdir()
+    for name, kind in (("pipe.pt", "a pipe"), ("folder.pt", "a folder")):
+        with pytest.raises(UsageError, match=f"'{name}' is {kind}, not a file$"):
+            check_file(name)
+    for check in (lambda: check_data("pipe.npz", "test"), lambda: check_model("pipe.py:build")):
+        for name in ("pipe.npz", "pipe.py"):
+            Path(name).unlink(missing_ok=True)
+            os.mkfifo(name)
+        with pytest.raises(UsageError, match="is a pipe, not a file$"):
+            check()

@@ -3,10 +3,12 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import pickle
 import random
 import struct
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -227,9 +229,40 @@ def test_a_pickle_is_refused_and_not_run(tmp_path):
     (tmp_path / "model.pkl").write_bytes(pickle.dumps(Bomb()))
     torch.save(ConvNet().state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     for name in ("model.pt", "model.pkl", "old.pt"):
-        with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        with pytest.raises(CheckpointError, match=r"torch\.save wrote it: give the file that spectrim\.save wrote"):
             load(ConvNet(), tmp_path / name)
     assert not RAN
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "it is empty: copy it again"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "fetch that with git lfs pull"),
+        (b"<!DOCTYPE html>", "a web page and not the file"),
+        (b'{"entries": []}', "it is no safetensors file, or it is damaged: copy it again"),
+    ],
+)
+def test_what_a_file_is_in_place_of_a_checkpoint_is_told(content: bytes, why: str, tmp_path):
+    (path := tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=why) as caught:
+        load(ConvNet(), path)
+    assert str(path) in str(caught.value)
+
+
+def test_what_is_no_file_is_neither_read_nor_written(tmp_path):
+    inside, pipe = tmp_path / "model.safetensors", tmp_path / "pipe"
+    os.mkfifo(pipe)  # which would be waited for
+    for path, why in ((pipe, "it is a pipe: give the file"), (os.devnull, "it is a device: give the file")):
+        with pytest.raises(CheckpointError, match=why):
+            load(ConvNet(), path)
+        with pytest.raises(OSError, match="give the name of a file"):
+            tensor_files.write(Path(path), {"a": torch.zeros(2)}, {})
+    inside.touch()
+    with pytest.raises(CheckpointError, match=rf"it is a folder: write {inside}"):
+        load(ConvNet(), tmp_path)
+    with pytest.raises(TypeError, match="path is an int: expected a str"):
+        load(ConvNet(), 3)  # pyright: ignore[reportArgumentType]
 
 
 def test_a_safetensors_file_of_another_library_is_refused(tmp_path):

@@ -239,3 +239,16 @@ def test_a_full_disk_is_an_error_of_the_file_and_ends_no_process(tmp_path: Path)
     assert set(found) == {"model.pt2", "model.safetensors", "run"}
     assert all(name in text and "cannot be written" in text for name, text in found.items())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    class Run(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("it was run")
+
+    for write in (export_program, export_onnx):
+        with pytest.raises(FileNotFoundError, match="there is no folder"):
+            write(Run(), torch.zeros(2, 2), tmp_path / "none" / "net")
+        with pytest.raises(IsADirectoryError, match="it is a folder"):
+            write(Run(), torch.zeros(2, 2), tmp_path)
+    assert not list(tmp_path.iterdir())

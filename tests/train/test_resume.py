@@ -171,6 +171,18 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         finished(path)
 
 
+@pytest.mark.parametrize(("place", "why"), [("", "it is a folder"), ("file/run", "'.*file' is a file, no folder")])
+def test_a_checkpoint_without_a_place_is_told_before_training(place: str, why: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    asked: list[int] = []
+    with pytest.raises((CheckpointError, OSError), match=why):
+        fine_tune(
+            Net(), loader(), epochs=1, checkpoint=tmp_path / place, evaluate=lambda m: float(asked.append(1) or 1)
+        )
+    assert not asked
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
 def test_checkpoints_of_other_models_recipes_and_data_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "run"
     finished(path)

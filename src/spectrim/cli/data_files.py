@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from spectrim.cli.data_options import ArrayOptions, DataOptions, TableOptions
-from spectrim.cli.references import Reference, UsageError, installed, nearest
+from spectrim.cli.references import Reference, UsageError, installed, nearest, not_a_file
 from spectrim.errors import did_you_mean
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
@@ -30,7 +30,7 @@ def _file(reference: Reference) -> Path:
         raise UsageError(f"data {reference.text!r} names no file: write {reference.scheme}:FILE")
     file = Path(reference.place).expanduser()
     if not file.is_file():
-        raise UsageError(f"data {reference.text!r}: there is no file {reference.place!r}.{nearest(file, '*.*')}")
+        raise UsageError(f"data {reference.text!r}: {not_a_file(file, reference.place)}")
     return file
 
 

@@ -21,6 +21,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from spectrim.errors import SpectrimError, did_you_mean
+from spectrim.network.file_kinds import no_file
 
 Value = str | int | float | bool | None
 T = TypeVar("T")
@@ -82,7 +83,16 @@ def parse(text: str) -> Reference:
 
 def nearest(path: Path, pattern: str) -> str:
     """A question after the file or folder that was meant, of those that lie where there is none of this name."""
-    return did_you_mean(str(path), map(str, path.parent.glob(pattern)))
+    folders = pattern.endswith("/")
+    others = (each for each in path.parent.glob(pattern) if each != path and each.is_dir() == folders)
+    return did_you_mean(str(path), map(str, others))
+
+
+def not_a_file(path: Path, name: str) -> str:
+    """What is said of a path where no file lies: that it is a folder or a pipe, or which file may have been meant."""
+    if kind := no_file(path):
+        return f"{name!r} is {kind}, not a file"
+    return f"there is no file {name!r}.{nearest(path, f'*{path.suffix}')}"
 
 
 def halves(text: str) -> tuple[str, str]:

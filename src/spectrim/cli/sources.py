@@ -14,7 +14,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from spectrim.cli.references import Reference, UsageError, check_form, filled
+from spectrim.cli.references import Reference, UsageError, check_form, filled, not_a_file
 from spectrim.errors import did_you_mean
 
 _SHOWN = 6
@@ -59,8 +59,7 @@ def _source(reference: Reference, what: str) -> Path | None:
     if reference.scheme.endswith(".py"):
         file = Path(reference.scheme).expanduser()
         if not file.is_file():
-            close = did_you_mean(file.name, [each.name for each in file.parent.glob("*.py")])
-            raise UsageError(f"{what} {reference.text!r}: there is no file {reference.scheme!r}.{close}")
+            raise UsageError(f"{what} {reference.text!r}: {not_a_file(file, reference.scheme)}")
         return file
     here = str(Path.cwd())
     if here not in sys.path:

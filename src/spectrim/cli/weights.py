@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import zipfile
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectrim.cli.references import UsageError, nearest
+from spectrim.network.file_kinds import AGAIN, head_of, header_of, is_saved, no_file, not_safetensors, something_else
 
 if TYPE_CHECKING:
     import torch
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
-_AGAIN = "copy it again, or save it again"
+_STATE = "save model.state_dict() by itself, with torch.save"
+_DENSE = "save the state_dict of a dense, loaded model"
 _CHECKPOINT = "give model.safetensors, which compress writes, or weights of the dense model by --weights"
-_HEAD = 512
 
 
 def check_file(weights: str | Path) -> Path:
@@ -28,8 +28,8 @@ def check_file(weights: str | Path) -> Path:
     path = Path(weights)
     if not path.is_file():
         inside = sorted(each for each in path.glob("*.*") if each.suffix in SUFFIXES) if path.is_dir() else []
-        close = f": it is a folder, write {inside[0]}" if inside else f".{nearest(path, '*.*')}"
-        raise UsageError(f"weights {str(path)!r} is not a file{close}".removesuffix("."))
+        close = f": write {inside[0]}" if inside else f".{nearest(path, '*.*')}"
+        raise UsageError(f"weights {str(path)!r} is {_what(path)}{close}".removesuffix("."))
     if path.suffix not in SUFFIXES:
         got = repr(path.suffix) if path.suffix else "no suffix"
         raise UsageError(f"weights {str(path)!r}: expected {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, got {got}")
@@ -43,13 +43,18 @@ def check_checkpoint(path: Path) -> None:
     if not path.is_file():
         inside = path / "model.safetensors"
         cure = f": write {inside}" if inside.is_file() else "; compress writes model.safetensors"
-        raise UsageError(f"checkpoint {str(path)!r} is not a file{cure}")
-    head = _head(path)
-    why = _something_else(head) or _not_safetensors(path, head, _CHECKPOINT)
-    if not why and "plan" not in (_header(path).get("__metadata__") or ()):
+        raise UsageError(f"checkpoint {str(path)!r} is {_what(path)}{cure}")
+    head = head_of(path)
+    why = something_else(head) or not_safetensors(path, head, _CHECKPOINT)
+    if not why and "plan" not in (header_of(path).get("__metadata__") or ()):
         why = f"it holds weights and no plan: {_CHECKPOINT}"
     if why:
         raise UsageError(f"checkpoint {str(path)!r} cannot be read: {why}")
+
+
+def _what(path: Path) -> str:
+    kind = no_file(path)
+    return f"{kind}, not a file" if kind else "not a file"
 
 
 def unreadable(path: Path) -> str:
@@ -60,74 +65,31 @@ def unreadable(path: Path) -> str:
     OSError
         If it cannot be opened.
     """
-    head = _head(path)
+    head = head_of(path)
     if path.suffix == ".safetensors":
-        return _something_else(head) or _not_safetensors(path, head, "give it a name that ends in .pt")
-    return _something_else(head) or _not_saved(path, head)
-
-
-def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(_HEAD)
-
-
-def _something_else(head: bytes) -> str:
-    """Why a file is none of weights at all."""
-    if not head:
-        return f"it is empty: {_AGAIN}"
-    if head.startswith(b"version https://git-lfs"):
-        return "it is a pointer of Git LFS and not the file: fetch that with git lfs pull"
-    if head.lstrip()[:1] == b"<":
-        return "it is a web page and not the file: fetch that"
-    return ""
-
-
-def _is_saved(head: bytes) -> bool:
-    """Whether a file begins as those of ``torch.save`` do."""
-    return head[:4] == b"PK\x03\x04" or head[:1] == b"\x80"
+        return something_else(head) or not_safetensors(path, head, "give it a name that ends in .pt")
+    return something_else(head) or _not_saved(path, head)
 
 
 def _not_saved(path: Path, head: bytes) -> str:
     """Why a file is not as ``torch.save`` writes them."""
-    if head[8:9] == b"{" and not _not_safetensors(path, head, ""):
+    if head[8:9] == b"{" and not not_safetensors(path, head, ""):
         return "it is a safetensors file: give it a name that ends in .safetensors"
     # Another way to save, before torch 1.6, is a pickle; one before that an archive of tar.
-    if not _is_saved(head) and head[257:262] != b"ustar":
+    if not is_saved(head) and head[257:262] != b"ustar":
         return "it is not a checkpoint that torch.save wrote, or it is damaged: save or copy it again"
     return _not_zip(path) if head[:2] == b"PK" else ""
-
-
-def _not_safetensors(path: Path, head: bytes, instead: str) -> str:
-    """Why a file is not as safetensors are: the size of a header, the header, and as many bytes as that says.
-
-    ``instead`` is the cure for a file of ``torch.save``.
-    """
-    if _is_saved(head):
-        return f"torch.save wrote it: {instead}"
-    length, size = int.from_bytes(head[:8], "little"), path.stat().st_size
-    if head[8:9] != b"{" or length > min(size, 100_000_000):
-        return f"it is no safetensors file, or it is damaged: {_AGAIN}"
-    try:
-        held = _header(path)
-        ends = [int(each["data_offsets"][1]) for name, each in held.items() if name != "__metadata__"]
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        return f"the list of its tensors is damaged: {_AGAIN}"
-    wanted = 8 + length + max(ends, default=0)
-    return "" if wanted == size else f"it should have {wanted:,} bytes and has {size:,}: {_AGAIN}"
-
-
-def _header(path: Path) -> Any:
-    """What a safetensors file says of its tensors, which is JSON behind its length in eight bytes."""
-    with path.open("rb") as file:
-        return json.loads(file.read(int.from_bytes(file.read(8), "little")))
 
 
 def _not_zip(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
-            there = any(name.endswith("data.pkl") for name in archive.namelist())
+            names = archive.namelist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-        return f"it is damaged, or a part of it is missing ({str(error)[:80]}): {_AGAIN}"
+        return f"it is damaged, or a part of it is missing ({str(error)[:80]}): {AGAIN}"
+    if any(name.endswith(("/constants.pkl", "/archive_format", "models/model.json")) for name in names):
+        return f"it is a program of torch.jit or torch.export: {_STATE}"
+    there = any(name.endswith("data.pkl") for name in names)
     return "" if there else "it is an archive that torch.save did not write: give the file that was meant"
 
 
@@ -173,7 +135,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         else:
             held = torch.load(path, map_location="cpu", weights_only=True)
             if part := _changed(path):
-                raise ValueError(f"its part {part!r} is not what was written: {_AGAIN}")
+                raise ValueError(f"its part {part!r} is not what was written: {AGAIN}")
     except Exception as error:  # each reader has its own errors for a damaged file
         raise UsageError(f"weights {str(path)!r} cannot be read: {_unread(error)}") from error
     state = _state_in(held, path)
@@ -213,9 +175,9 @@ def _unread(error: Exception) -> str:
         return f"it holds a whole model or other objects ({named[1]}), not its weights: save model.state_dict() instead"
     if isinstance(error, pickle.UnpicklingError | EOFError) or "weights_only" in text or "zip archive" in text:
         return "it is not a checkpoint that torch.save wrote, or it is damaged: save or copy it again"
-    if _AGAIN in text:
+    if AGAIN in text:
         return text
-    return f"it is damaged ({text.splitlines()[0][:120] if text else type(error).__name__}): {_AGAIN}"
+    return f"it is damaged ({text.splitlines()[0][:120] if text else type(error).__name__}): {AGAIN}"
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], text: str, weights: str | Path) -> None:
@@ -235,6 +197,10 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], text: str, weights: str 
     unexpected = [k for k in state if k not in mine]
     shapes = [k for k in mine if k in state and mine[k].shape != state[k].shape]
     kinds = [k for k in mine if k in state and not _same_kind(state[k].dtype, mine[k].dtype)]
+    if bare := {k: why for k in mine if k in state and (why := _not_plain(state[k]))}:
+        k, why = next(iter(bare.items()))
+        said = f"weights {str(weights)!r} cannot be put into model {text!r}"
+        raise UsageError(f"{said}: {len(bare)} of them {why}, first {k!r}: {_DENSE}")
     problems, cure = [], "give the model that they were saved from, with its arguments as ?name=value"
     if missing:
         problems.append(f"{len(missing)} missing ({', '.join(map(repr, missing[:3]))})")
@@ -255,7 +221,7 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], text: str, weights: str 
         raise UsageError(f"{said}.{others} {cure}" if others else f"{said}: {cure}")
     try:
         model.load_state_dict(dict(state), strict=False)
-    except (RuntimeError, NotImplementedError) as error:  # sparse, quantised or without memory
+    except (RuntimeError, NotImplementedError) as error:  # a model may load in a way of its own
         reason = str(error).splitlines()[-1].strip()
         raise UsageError(f"weights {str(weights)!r} cannot be put into model {text!r}: {reason}") from error
 
@@ -269,6 +235,17 @@ def _without_prefix(state: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> 
             if found.keys() <= mine.keys():
                 return found
     return state
+
+
+def _not_plain(tensor: Tensor) -> str:
+    """Why the numbers of a tensor cannot be copied; empty where they can."""
+    import torch
+
+    if tensor.is_meta:
+        return "have a shape and no numbers (device meta)"
+    if tensor.is_quantized or tensor.is_nested or tensor.layout is not torch.strided:
+        return "are sparse, quantised or nested"
+    return ""
 
 
 def _same_kind(given: torch.dtype, wanted: torch.dtype) -> bool:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from spectrim.errors import PlanError
+from spectrim.network.file_kinds import no_file
 
 Document = TypeVar("Document")
 
@@ -27,21 +28,18 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     It lies in a folder of its own beside ``path``, so that readers see the old file or the new one, never a part, and a
     writer may leave further files there, which go along before it. The folder is locked while it is in use and removed
-    after an error; what writers that were killed have left beside ``path`` is removed as well. Links are followed, and
-    what is no file (``/dev/stdout``) is written as it is.
+    after an error; what writers that were killed have left beside ``path`` is removed as well. Links are followed.
 
     Raises
     ------
     OSError
-        Names ``path``: there is no such folder, or it is full or read-only, or the file is protected.
+        Names ``path``: there is no such folder, or it is full or read-only, or the file is protected, or it is none.
     """
     target = Path(os.path.realpath(path))
     try:
-        if target.exists() and not target.is_file():
-            if target.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(target))
-            yield target
-            return
+        if kind := no_file(target):
+            number = errno.EISDIR if kind == "a folder" else errno.EINVAL
+            raise OSError(number, f"it is {kind}: give the name of a file", str(target))
         if target.exists() and not os.access(target, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(target))
         remove_abandoned(target.parent)
@@ -126,15 +124,48 @@ def converted(record: Mapping[str, Any], kind: type[Document], what: str) -> Doc
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, whole or not at all.
+    """Write a text file, whole or not at all; a pipe or a device (``/dev/stdout``) is written as it is.
 
     Raises
     ------
     OSError
         Names the file, as that of :func:`replacing`.
     """
-    with replacing(path) as scratch:
+    stream = no_file(Path(path)) not in ("", "a folder")
+    with contextlib.nullcontext(Path(path)) if stream else replacing(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
+
+
+def make_parents(path: Path) -> None:
+    """Make the folder that a file will lie in.
+
+    Raises
+    ------
+    OSError
+        Names the file, and says what is in the way.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        file = next((each for each in path.parents if each.is_file()), None)
+        why = f"{str(file)!r} is a file, no folder" if file else error.strerror
+        raise OSError(error.errno, f"cannot be written: {why}", str(path)) from error
+
+
+def check_place(path: str | Path) -> None:
+    """See that a file can be written, before the work whose end it is to hold; nothing is.
+
+    Raises
+    ------
+    OSError
+        As :func:`replacing`.
+    """
+    with contextlib.suppress(_NothingWritten), replacing(path):
+        raise _NothingWritten
+
+
+class _NothingWritten(Exception):
+    """Leaves a scratch folder without a file."""
 
 
 def remove_abandoned(folder: Path) -> None:

@@ -14,14 +14,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spectrim.network.file_kinds import head_of, no_file, not_safetensors, something_else
 from spectrim.network.files import replacing
 
 TENSORS, TEXTS = "tensors_sha256", "metadata_sha256"
 """Keys of the digests among the texts. Files written before version 0.2 have neither."""
 
 
+_SAVED = "give the file that spectrim.save wrote; weights of torch.save go into the dense model, by load_state_dict"
+
+
 class DamagedFileError(ValueError):
     """A file that cannot be read, or is not what was written."""
+
+
+class NoFileError(DamagedFileError):
+    """A folder, a pipe or a device, which nothing was read of."""
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
@@ -50,7 +58,11 @@ def read(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], dict[s
         If there is no such file.
     DamagedFileError
         If it is no safetensors file, or tensors or texts are not those of its digests.
+    NoFileError
+        If it is something else than a file.
     """
+    if kind := no_file(path):
+        raise NoFileError(f"it is {kind}")
     try:
         with safe_open(path, framework="pt") as file:
             texts = file.metadata() or {}
@@ -58,7 +70,7 @@ def read(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], dict[s
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError, KeyError) as error:
-        raise DamagedFileError(f"not a readable safetensors file ({error}): write or copy it again") from error
+        raise DamagedFileError(_unread(path, error)) from error
     if TENSORS in texts or TEXTS in texts:
         if texts.get(TEXTS) != _digest_of_texts(texts):
             raise DamagedFileError("damaged: the texts beside its tensors are not those that were written")
@@ -86,6 +98,16 @@ def owners(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, st
 def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as files hold them: channels-last ones in plain order; clones keep slices from dragging their base on."""
     return {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+
+
+def _unread(path: Path, error: Exception) -> str:
+    """Why a file cannot be read, with the cure: as its bytes show, else as its reader says."""
+    try:
+        head = head_of(path)
+        why = something_else(head) or not_safetensors(path, head, _SAVED)
+    except OSError:
+        why = ""
+    return why or f"not a readable safetensors file ({error}): write or copy it again"
 
 
 def _digest_of_texts(texts: Mapping[str, str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -175,7 +176,11 @@ def _listed(plans: Sequence[Plan]) -> str:
     return json.dumps([plan.to_json(lines=False) for plan in plans])
 
 
-@called_as("Write load(make_model(), path), with a new dense model of the same architecture", model=nn.Module)
+@called_as(
+    "Write load(make_model(), path), with a new dense model of the same architecture",
+    model=nn.Module,
+    path=(str, os.PathLike),
+)
 def load(model: nn.Module, path: str | Path) -> nn.Module:
     """Rebuild a compressed model from the original constructor's model and a checkpoint.
 
@@ -320,10 +325,12 @@ def _read(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], list[
         tensors, metadata = tensor_files.read(path, weights=weights)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
+    except tensor_files.NoFileError as error:
+        inside = sorted(path.glob("*.safetensors"))
+        cure = f"write {inside[0]}" if inside else "give the file that save wrote"
+        raise CheckpointError(f"{path}: {error}: {cure}") from error
     except tensor_files.DamagedFileError as error:
-        torch_made = path.suffix in (".pt", ".pth", ".bin")
-        cure = f"; load takes what save wrote, and a {path.suffix} file is mostly torch.save's" if torch_made else ""
-        raise CheckpointError(f"{path}: {error}{cure}") from error
+        raise CheckpointError(f"{path}: {error}") from error
     if metadata.get("format") != FORMAT or "plan" not in metadata:
         raise CheckpointError(f"{path}: a safetensors file, but not a Spectrim checkpoint (it holds no plan)")
     version = metadata.get("format_version")

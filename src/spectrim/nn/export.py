@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import ExportError, called_as
-from spectrim.network.files import replacing
+from spectrim.network.files import check_place, replacing
 from spectrim.nn.watch.batches import arguments
 from spectrim.nn.watch.nesting import rebuilt, resized, tensors
 from spectrim.nn.watch.state import evaluating
@@ -20,7 +21,9 @@ from spectrim.nn.watch.state import evaluating
 TOLERANCE = 1e-3
 
 
-@called_as("Write export_program(model, example, path); of a result, its .model", model=nn.Module)
+@called_as(
+    "Write export_program(model, example, path); of a result, its .model", model=nn.Module, path=(str, os.PathLike)
+)
 def export_program(
     model: nn.Module, example: Any, path: str | Path, *, dynamic_batch: bool = True, tolerance: float = TOLERANCE
 ) -> float:
@@ -51,6 +54,7 @@ def export_program(
     OSError
         If the file cannot be written: there is no such folder, or it is full or read-only.
     """
+    check_place(path)
     with evaluating(model):
         args, kwargs = _inputs(model, example, dynamic_batch)
         program = _traced(model, args, kwargs, dynamic_batch)
@@ -65,7 +69,7 @@ def export_program(
     return worst
 
 
-@called_as("Write export_onnx(model, example, path); of a result, its .model", model=nn.Module)
+@called_as("Write export_onnx(model, example, path); of a result, its .model", model=nn.Module, path=(str, os.PathLike))
 def export_onnx(
     model: nn.Module, example: Any, path: str | Path, *, dynamic_batch: bool = True, tolerance: float = TOLERANCE
 ) -> float:
@@ -78,6 +82,7 @@ def export_onnx(
         import onnxscript  # noqa: F401  (torch.onnx needs it and says so less clearly)
     except ImportError as error:
         raise ExportError(f"ONNX export needs {error.name}: pip install 'spectrim[export]'") from error
+    check_place(path)
     with evaluating(model):
         args, kwargs = _inputs(model, example, dynamic_batch)
         program = _traced(model, args, kwargs, dynamic_batch)

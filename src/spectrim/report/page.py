@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -9,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spectrim.errors import called_as
 from spectrim.network.choices import SumChoice
 from spectrim.network.files import write_text
 from spectrim.network.printing import Grid
@@ -177,6 +179,7 @@ class Page:
         }
 
 
+@called_as("Write write_report(path, result)", path=(str, os.PathLike))
 def write_report(
     path: str | Path,
     result: Result,

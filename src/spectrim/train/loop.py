@@ -130,6 +130,8 @@ class Loop:
         if until > self.recipe.epochs:
             raise ValueError(f"until={until} exceeds the {self.recipe.epochs} epochs of the recipe")
         total = None if self.steps_per_epoch is None else until * self.steps_per_epoch
+        if self.checkpoint is not None and self.devices.main and self.epoch < until:
+            resume.check_place(self.checkpoint)
         with self._ready(), training_bar(total, done=self.step, shown=self._shown()) as update:
             while self.epoch < until:
                 self._run_epoch(update)

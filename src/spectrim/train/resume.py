@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from spectrim.errors import CheckpointError
-from spectrim.network import tensor_files
-from spectrim.network.files import remove_abandoned
+from spectrim.network import files, tensor_files
 from spectrim.train.result import EpochRecord
 
 FORMAT = 1
@@ -96,9 +95,21 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) 
     OSError
         Names the file: it cannot be written, and the old one stands.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    files.make_parents(path)
     flat = {name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, t in tensors.items()}
     tensor_files.write(path, flat, {_KEY: json.dumps({"format": FORMAT, **record})})
+
+
+def check_place(path: Path) -> None:
+    """See that a checkpoint can be written, before there is a training to be lost; makes the folder it will lie in.
+
+    Raises
+    ------
+    OSError
+        Names the file.
+    """
+    files.make_parents(path)
+    files.check_place(path)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -109,9 +120,11 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     CheckpointError
         If the file is damaged or is not a training checkpoint of this format.
     """
-    remove_abandoned(path.parent)
+    files.remove_abandoned(path.parent)
     try:
         tensors, metadata = tensor_files.read(path)
+    except tensor_files.NoFileError as error:
+        raise CheckpointError(f"{path}: {error}: give checkpoint the name of a file") from error
     except (tensor_files.DamagedFileError, FileNotFoundError) as error:
         raise CheckpointError(
             f"{path}: the training checkpoint cannot be read ({error}). It is truncated or damaged; "

@@ -1,0 +1,74 @@
+"""What lies at a path, and what a file is by its first bytes and its header: seen without torch, and with the cure."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+AGAIN = "copy it again, or save it again"
+_HEAD = 512
+_NO_FILE = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
+_NO_FILE |= {stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+def no_file(path: Path) -> str:
+    """What lies there that is no file: a folder, a pipe, a device; empty for a file, and where there is nothing."""
+    try:
+        return _NO_FILE.get(stat.S_IFMT(path.stat().st_mode), "")
+    except (OSError, ValueError):
+        return ""
+
+
+def head_of(path: Path) -> bytes:
+    """First bytes of a file.
+
+    Raises
+    ------
+    OSError
+        If it cannot be opened.
+    """
+    with path.open("rb") as file:
+        return file.read(_HEAD)
+
+
+def something_else(head: bytes) -> str:
+    """Why a file that begins so is none of weights at all."""
+    if not head:
+        return f"it is empty: {AGAIN}"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS and not the file: fetch that with git lfs pull"
+    if head.lstrip()[:1] == b"<":
+        return "it is a web page and not the file: fetch that"
+    return ""
+
+
+def is_saved(head: bytes) -> bool:
+    """Whether a file begins as those of ``torch.save`` do."""
+    return head[:4] == b"PK\x03\x04" or head[:1] == b"\x80"
+
+
+def not_safetensors(path: Path, head: bytes, instead: str) -> str:
+    """Why a file is not as safetensors are: the size of a header, the header, and as many bytes as that says.
+
+    ``instead`` is the cure for a file of ``torch.save``.
+    """
+    if is_saved(head):
+        return f"torch.save wrote it: {instead}"
+    length, size = int.from_bytes(head[:8], "little"), path.stat().st_size
+    if head[8:9] != b"{" or length > min(size, 100_000_000):
+        return f"it is no safetensors file, or it is damaged: {AGAIN}"
+    try:
+        held = header_of(path)
+        ends = [int(each["data_offsets"][1]) for name, each in held.items() if name != "__metadata__"]
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        return f"the list of its tensors is damaged: {AGAIN}"
+    wanted = 8 + length + max(ends, default=0)
+    return "" if wanted == size else f"it should have {wanted:,} bytes and has {size:,}: {AGAIN}"
+
+
+def header_of(path: Path) -> Any:
+    """What a safetensors file says of its tensors, which is JSON behind its length in eight bytes."""
+    with path.open("rb") as file:
+        return json.loads(file.read(int.from_bytes(file.read(8), "little")))
