@@ -112,6 +112,8 @@ def test_sliced_metrics_are_their_dense_matrices(kind: str, kernel: tuple[int, .
         torch.stack([torch.kron(each, alike) for each in gram.moment]), through.mT @ dense @ through
     )
     torch.testing.assert_close(cross, through.mT @ dense @ weight.mT)
+    torch.testing.assert_close(metric.normal(matrix, left, metric.seen(matrix))[1], cross)
+    torch.testing.assert_close(metric.first_seen(metric.seen(matrix))(right), metric.first_target(matrix)(right))
     solution = response.Normal(gram, cross, cross.new_zeros(()), q).solve()
     right_of = solution.reshape(g, rank, outputs, q).transpose(2, 3).flatten(1, 2)
     torch.testing.assert_close(through.mT @ dense @ through @ right_of, cross, atol=1e-6, rtol=1e-6)

@@ -101,11 +101,25 @@ class SlicedMetric(Metric):
         """``C M``: moment between what the layer sees and what it answers."""
 
     @abstractmethod
-    def normal(self, matrix: Float[Tensor, "g p c"], left: Float[Tensor, "g p r"]) -> tuple[Full, Tensor]:
+    def normal(
+        self,
+        matrix: Float[Tensor, "g p c"],
+        left: Float[Tensor, "g p r"],
+        seen: Float[Tensor, "g p q o"] | None = None,
+    ) -> tuple[Full, Tensor]:
         """Normal equations of a second factor: ``G^T C G`` over ``(r, q)`` and ``G^T C M`` ``[g, (r, q), o]``.
 
-        Where it is the same for every ``q``, and nothing between two of them, the first is over ``r`` alone.
+        Where it is the same for every ``q``, and nothing between two of them, the first is over ``r`` alone. Of many
+        first factors the second of the two is cheap where ``C M`` (:meth:`seen`) is known.
         """
+
+    def second_target(self, seen: Float[Tensor, "g p q o"], left: Float[Tensor, "g p r"]) -> Float[Tensor, "g rq o"]:
+        """``G^T C M`` from :meth:`seen`."""
+        return torch.einsum("gpa,gpqo->gaqo", left, seen).flatten(1, 2)
+
+    def first_seen(self, seen: Float[Tensor, "g p q o"]) -> Callable[[Tensor], Float[Tensor, "g p r"]]:
+        """:meth:`first_target` from :meth:`seen`."""
+        return lambda right: torch.einsum("gpqo,gaoq->gpa", seen, self.open(right))
 
     @abstractmethod
     def pairs(self, left: Float[Tensor, "g p r"], right: Float[Tensor, "g r c"]) -> Float[Tensor, "r r"]:
@@ -201,13 +215,18 @@ class Full(SlicedMetric):
     def seen(self, matrix: Float[Tensor, "g p c"]) -> Float[Tensor, "g p q o"]:
         return torch.einsum("gpqts,gtos->gpqo", self.opened, self.open(matrix))
 
-    def normal(self, matrix: Float[Tensor, "g p c"], left: Float[Tensor, "g p r"]) -> tuple[Full, Tensor]:
+    def normal(
+        self, matrix: Float[Tensor, "g p c"], left: Float[Tensor, "g p r"], seen: Tensor | None = None
+    ) -> tuple[Full, Tensor]:
         # The metric is contracted over its first axis, as it lies in memory; the other order would copy it.
         half = torch.einsum("gpa,gpqts->gaqts", left, self.opened)
         gram = torch.einsum("gaqts,gtb->gaqbs", half, left)
-        cross = torch.einsum("gaqts,gtos->gaqo", half, self.open(matrix))
         width = gram.shape[1] * self.slices
-        return Full(gram.reshape(-1, width, width)), cross.flatten(1, 2)
+        if seen is None:
+            cross = torch.einsum("gaqts,gtos->gaqo", half, self.open(matrix)).flatten(1, 2)
+        else:
+            cross = self.second_target(seen, left)
+        return Full(gram.reshape(-1, width, width)), cross
 
     def pairs(self, left: Float[Tensor, "g p r"], right: Float[Tensor, "g r c"]) -> Float[Tensor, "r r"]:
         # Both moments of a block of components at a time: all at once they would take more room than the metric.
@@ -223,8 +242,7 @@ class Full(SlicedMetric):
         return result
 
     def first_target(self, matrix: Float[Tensor, "g p c"]) -> Callable[[Tensor], Float[Tensor, "g p r"]]:
-        seen = self.seen(matrix)
-        return lambda right: torch.einsum("gpqo,gaoq->gpa", seen, self.open(right))
+        return self.first_seen(self.seen(matrix))
 
     def first_operator(self, right: Float[Tensor, "g r c"]) -> Callable[[Tensor], Float[Tensor, "g p r"]]:
         second = self.open(right)
@@ -254,10 +272,15 @@ class _Alike(SlicedMetric):
     def seen(self, matrix: Float[Tensor, "g p c"]) -> Float[Tensor, "g p q o"]:
         return self.open(self.weigh(matrix.double())).transpose(2, 3)
 
-    def normal(self, matrix: Float[Tensor, "g p c"], left: Float[Tensor, "g p r"]) -> tuple[Full, Tensor]:
+    def normal(
+        self, matrix: Float[Tensor, "g p c"], left: Float[Tensor, "g p r"], seen: Tensor | None = None
+    ) -> tuple[Full, Tensor]:
         half = self.weigh(left)
-        cross = torch.einsum("gpa,gpoq->gaqo", half, self.open(matrix))
-        return Full(left.mT @ half), cross.flatten(1, 2)
+        if seen is None:
+            cross = torch.einsum("gpa,gpoq->gaqo", half, self.open(matrix)).flatten(1, 2)
+        else:
+            cross = self.second_target(seen, left)
+        return Full(left.mT @ half), cross
 
     def pairs(self, left: Float[Tensor, "g p r"], right: Float[Tensor, "g r c"]) -> Float[Tensor, "r r"]:
         return ((self.weigh(left).mT @ left) * (right.double() @ right.double().mT)).sum(0)

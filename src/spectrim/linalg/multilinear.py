@@ -69,6 +69,11 @@ class Target:
         """The weight with its input channels as rows."""
         return self.metric.unfold(self.weight.flatten(1).unsqueeze(0))
 
+    @cached_property
+    def wanted(self) -> Float[Tensor, "1 i q o"]:
+        """What the metric sees of :attr:`matrix`."""
+        return self.metric.seen(self.matrix)
+
     def left_over(self, gained: Tensor) -> Tensor:
         """Share of the energy that is lost where so much is kept; none of nothing."""
         return (1 - gained / self.energy).clamp(0, 1) if self.energy > 0 else torch.zeros_like(gained)
@@ -283,7 +288,8 @@ class Answers:
 
     @classmethod
     def of(cls, target: Target, inner: Float[Tensor, "i p"]) -> Answers:
-        equations = response.normal(target.matrix, target.metric, inner.unsqueeze(0), energy=False)
+        left = inner.unsqueeze(0)
+        equations = response.normal(target.matrix, target.metric, left, energy=False, seen=target.wanted)
         factor, half = equations.half()
         return cls(factor[0], half[0], equations.slices)
 
@@ -336,7 +342,7 @@ def tucker(
 ) -> tuple[Float[Tensor, "i p"], Float[Tensor, "q p *k"]]:
     """Inner factor that loses less than the given one with so many outputs, and the core that belongs to it."""
 
-    wanted = target.metric.first_target(target.matrix)
+    wanted = target.metric.first_seen(target.wanted)
 
     def objective(points: Sequence[Tensor]) -> tuple[float, Sequence[Tensor]]:
         (left,) = points

@@ -129,13 +129,21 @@ def solved(factor: Float[Tensor, "*g m m"], rows: Float[Tensor, "*g n o"], *, up
 
 
 def normal(
-    matrix: Float[Tensor, "g p c"], metric: SlicedMetric, left: Float[Tensor, "g p r"], *, energy: bool = True
+    matrix: Float[Tensor, "g p c"],
+    metric: SlicedMetric,
+    left: Float[Tensor, "g p r"],
+    *,
+    energy: bool = True,
+    seen: Float[Tensor, "g p q o"] | None = None,
 ) -> Normal:
-    """Normal equations of the second factor of one layer; without ``energy``, for :meth:`Normal.solve` alone."""
-    gram, cross = metric.normal(matrix, left)
-    whole = cross.new_zeros(())
-    if energy:
-        whole = torch.einsum("gpoq,gpqo->", metric.open(matrix), metric.seen(matrix))
+    """Normal equations of the second factor of one layer; without ``energy``, for :meth:`Normal.solve` alone.
+
+    What the metric sees of the matrix may be known.
+    """
+    if energy and seen is None:
+        seen = metric.seen(matrix)
+    gram, cross = metric.normal(matrix, left, seen)
+    whole = torch.einsum("gpoq,gpqo->", metric.open(matrix), seen) if energy else cross.new_zeros(())
     return Normal(gram, cross, whole, metric.slices)
 
 
@@ -201,12 +209,16 @@ def alternate(
     left, right
         The objective is never larger than at the start.
     """
-    target = metric.first_target(matrix)
-    right = refit(matrix, metric, left)
+    seen = metric.seen(matrix)
+
+    def second(left: Tensor) -> Tensor:
+        return normal(matrix, metric, left, energy=False, seen=seen).solve()
+
+    target, right = metric.first_seen(seen), second(left)
     for _ in range(sweeps):
         left = _lowered([target], [metric], left, [right], steps)
         left = left / left.norm(dim=1, keepdim=True).clamp_min(1e-300)
-        right = refit(matrix, metric, left)
+        right = second(left)
     return left, right
 
 
