@@ -220,7 +220,7 @@ def _entry(key: str, entries: Sequence[tuple[Result, Mapping[str, Any]]]) -> lis
         where = f" ({narrow})" if (narrow := _narrow(key, result)) else ""
         lines = [
             f"- asked for: {_plain(claim['target'])}",
-            f"- measured{where}: {_plain(_measured(claim))}",
+            *_listed(f"- measured{where}:", claim),
             f"- by `{claim['command']}` on {result['environment']['cpu']}, {result['date']}",
         ]
         if len(entries) > 1:
@@ -232,13 +232,27 @@ def _entry(key: str, entries: Sequence[tuple[Result, Mapping[str, Any]]]) -> lis
     return parts
 
 
-def _measured(claim: Mapping[str, Any]) -> str:
-    """The value, or the figures behind it where one number stands for several."""
-    if claim.get("note") and (";" in claim["unit"] or "above target" in claim["unit"] or "lost above" in claim["unit"]):
-        return claim["note"]
-    value = f"{show(claim['value'])} {claim['unit']}"
+def _value_and_figures(claim: Mapping[str, Any]) -> tuple[str, str]:
+    """The value, and the figures behind it; these alone where one number stands for several."""
     note = claim.get("note", "")
-    return f"{value} ({note})" if note and not note.startswith("{") else value
+    if note and (";" in claim["unit"] or "above target" in claim["unit"] or "lost above" in claim["unit"]):
+        return "", note
+    return f"{show(claim['value'])} {claim['unit']}", "" if note.startswith("{") else note
+
+
+def _measured(claim: Mapping[str, Any]) -> str:
+    """Both in one line."""
+    value, figures = _value_and_figures(claim)
+    return f"{value} ({figures})" if value and figures else value or figures
+
+
+def _listed(head: str, claim: Mapping[str, Any]) -> list[str]:
+    """What was measured behind its head; of many figures each by itself."""
+    text, (value, figures) = _measured(claim), _value_and_figures(claim)
+    pieces = re.split(r"; |(?<=\D)\. (?=\w)", figures)
+    if len(text) <= 2 * _CELL or len(pieces) < 3:
+        return [f"{head} {_plain(text)}"]
+    return [f"{head} {_plain(value)}".rstrip(), *(f"    - {_plain(piece)}" for piece in pieces)]
 
 
 def _narrow(key: str, result: Result) -> str:

@@ -150,6 +150,15 @@ def test_claims_stand_under_their_question_with_what_was_measured(results: list[
     assert text.startswith("Of 4 claims that were set before measuring, 2 are met and 2 are not.")
 
 
+def test_many_figures_behind_a_claim_stand_one_below_the_other():
+    figures = [f"layer {number} with {'x' * 130}" for number in range(3)]
+    many = report.ledger([result("house", {"H4": {"note": "; ".join(figures)}}, [])])
+    assert "- measured: 1 points\n    - layer 0" in many
+    assert many.count("\n    - ") == 3
+    few = report.ledger([result("house", {"H4": {"note": "one; two; three"}}, [])])
+    assert "- measured: 1 points (one; two; three)" in few
+
+
 def test_what_was_missed_says_why_and_what_was_met_does_not(results: list[dict[str, Any]]):
     text = report.ledger([result("house", {"H4": {"met": False}, "H3": {}}, [])])
     assert f"Why: {questions.WORDS['H4'].missed}" in text
