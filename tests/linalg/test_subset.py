@@ -115,11 +115,14 @@ def test_several_at_a_time_lose_at_the_ends_what_they_lose_and_in_between_a_line
     assert close(float(lost[-1]), float(one_by_one[-1]), held.energy)
 
 
-@given(st.integers(2, 10), st.integers(1, 3), seeds)
-def test_one_channel_is_left_in_each_pool(n: int, pools: int, seed: int) -> None:
-    order, lost = elimination([reader(n * pools, 1, seed)], n * pools, pools=pools)
+@given(st.integers(2, 10), st.integers(1, 12), st.integers(1, 3), seeds)
+def test_it_stops_where_it_is_told(n: int, until: int, pools: int, seed: int) -> None:
+    n *= pools
+    order, lost = elimination([reader(n, 1, seed)], n, pools=pools, until=until)
+    left = n - len(order)
     assert len(lost) == len(order) + 1
-    assert [sum(c // n == pool for c in order) for pool in range(pools)] == [n - 1] * pools
+    assert left % pools == 0
+    assert min(until, n) <= left < max(until, pools) + pools or left == n
 
 
 def test_duplicates_go_first_at_no_loss_and_dead_channels_before_all() -> None:

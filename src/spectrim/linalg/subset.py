@@ -55,8 +55,9 @@ def elimination(
     pools: int = 1,
     order: Sequence[int] | None = None,
     at_a_time: int = 1,
+    until: int | None = None,
 ) -> tuple[list[int], Float[Tensor, " n"]]:
-    """The order in which channels go until one is left in each pool, and what is lost once so many are gone.
+    """The order in which channels go, and what is lost once so many are gone.
 
     With ``P`` the inverse of ``C[S, S]``, doing without a further channel ``J`` costs exactly
     ``tr(P_JJ^{-1} (P C B C P)_JJ)``. Both matrices follow from their predecessors by updates of the rank of ``J``, so
@@ -75,6 +76,8 @@ def elimination(
         next.
     at_a_time
         Channels that go together, by what each would lose alone. More is faster and a little worse.
+    until
+        Stop once so many channels are left; 1 by default, or one in each pool.
 
     Returns
     -------
@@ -86,12 +89,13 @@ def elimination(
     ``O(d^2 f)`` a channel. With ``at_a_time`` above 1 the losses in between are interpolated.
     """
     states = [_State(reader) for reader in readers]
+    last = -(-max(until or 1, 1) // pools) * pools
     left = torch.ones(channels, dtype=torch.bool)
     gone: list[int] = []
     lost = [0.0]
     step = max(1, at_a_time // pools) * pools
-    while channels - len(gone) > pools:
-        count = min(step, channels - len(gone) - pools)
+    while channels - len(gone) > last:
+        count = min(step, channels - len(gone) - last)
         if order is not None:
             picked = list(order[len(gone) : len(gone) + count])
         else:

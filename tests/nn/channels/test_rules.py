@@ -102,7 +102,7 @@ def test_a_rule_for_a_norm_of_torch_takes_its_place():
             return super().forward(x) + self.seen[:, None, None]
 
     names = ("weight", "bias", "running_mean", "running_var", "seen")
-    rule = rules._Held(dict.fromkeys(names, 0))
+    rule = rules.Held(dict.fromkeys(names, 0))
 
     class Rule:
         size = rule.size
