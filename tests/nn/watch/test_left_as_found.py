@@ -418,3 +418,70 @@ def test_a_model_that_sets_up_hooks_of_its_own_does_so_once() -> None:
     assert len(model.a._forward_hooks) <= 1
     with torch.no_grad():
         assert float((model(batches[0]) - result.model(batches[0])).norm()) < float(model(batches[0]).norm())
+
+
+class MovingAverage(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(16), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mean.data.lerp_(x.mean(0), 0.1)
+        return super().forward(x - 0 * self.mean)
+
+
+class Swapped(MovingAverage):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.mean = nn.Parameter(self.mean.detach() + 1, requires_grad=False)
+        self.mean.data = self.mean.data + x.mean(0)
+        return Plain.forward(self, x - 0 * self.mean)
+
+
+class Looked(Plain):
+    """Rows of a table are cut to a norm when they are looked up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(8, 16, max_norm=0.1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + 0 * self.table(x[:, 0].gt(0).long()))
+
+
+class ClampsBias(Plain):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.b.bias.data.clamp_(-0.01, 0.01)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("kind", [MovingAverage, Swapped, Looked])
+@pytest.mark.parametrize("methods", [None, st.PrincipalFilters()])
+def test_what_passes_write_into_parameters_is_gone_afterwards(kind: type[Plain], methods: Any) -> None:
+    plain, model = Plain().eval(), kind().eval()
+    model.load_state_dict(plain.state_dict(), strict=False)
+    held = dict(model.named_parameters())
+    before = {name: parameter.detach().clone() for name, parameter in held.items()}
+    result, wanted = (st.compress(each, X, "macs=60%", methods=methods) for each in (model, plain))
+    assert all(parameter is held[name] for name, parameter in model.named_parameters())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in held.items())
+    small = dict(result.model.named_parameters())
+    assert all(torch.equal(small[name], before[name]) for name in ("mean", "table.weight") if name in before)
+    assert torch.allclose(result.model(X[0].clone()), wanted.model(X[0]), atol=1e-5)
+
+
+def test_a_layer_whose_bias_a_pass_writes_is_left_alone() -> None:
+    model = ClampsBias().eval()
+    bias = model.b.bias.detach().clone()
+    result = st.compress(model, X, "macs=80%")
+    assert [(name, "writes into its weight or bias" in reason) for name, _, reason in result.report.skipped] == [
+        ("b", True)
+    ]
+    assert torch.equal(model.b.bias, bias)
+    assert torch.equal(result.model.b.bias, bias)  # type: ignore[union-attr]
+
+
+def test_writing_is_seen_once_and_costs_no_further_pass() -> None:
+    model, calls = MovingAverage().eval(), []
+    model.a.register_forward_hook(lambda *_: calls.append(1))
+    st.calibrate(model, st.find(model), X)
+    assert len(calls) == len(X)

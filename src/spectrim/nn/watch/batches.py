@@ -36,6 +36,7 @@ from spectrim.nn.watch.ways import (
     names_of,
     ways,
 )
+from spectrim.nn.watch.writes import seen_writing
 
 log = logging.getLogger(__name__)
 
@@ -127,9 +128,11 @@ class Feed:
         """What runs a model on a batch, once: with copies of the batch, which are made now."""
         self.decide(model, batch)
         if self._forward is not None:
-            return functools.partial(self._forward, model, copied(batch))
-        args, kwargs = self.arguments(model, batch)
-        return functools.partial(bare(model), *args, **kwargs)
+            run = functools.partial(self._forward, model, copied(batch))
+        else:
+            args, kwargs = self.arguments(model, batch)
+            run = functools.partial(bare(model), *args, **kwargs)
+        return functools.partial(_run, model, run)
 
     def resized(self, batch: Any, size: int) -> Any:
         """The same batch with other samples than it has, repeated or cut."""
@@ -144,6 +147,11 @@ class Feed:
         except Exception:  # a model may raise anything where it is given what it does not take
             return batch
         return part
+
+
+def _run(model: nn.Module, run: Callable[[], Any]) -> Any:
+    with seen_writing(model):
+        return run()
 
 
 def one_by_one(model: nn.Module, batches: Sequence[Any], feed: Feed) -> list[Any]:
@@ -237,7 +245,7 @@ def _runs(model: nn.Module, way: Way, batch: Any) -> Exception | None:
     try:
         with evaluating(model), kept(model):
             args, kwargs = moved(way.take(batch), model)
-            bare(model)(*args, **kwargs)
+            _run(model, functools.partial(bare(model), *args, **kwargs))
     except SpectrimError:
         raise
     except Exception as error:  # a model may raise anything where it is given what it does not take

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from spectrim.errors import CalibrationError
 from spectrim.network.layer import LayerSpec
 from spectrim.nn.standing import tells
 from spectrim.nn.watch.observe import hooked, on_each
+from spectrim.nn.watch.writes import written
 
 _READ = (
     "another module computes with its weight, which a pair of layers in its place would multiply out in every pass: "
@@ -89,10 +90,10 @@ class _Readers(TorchFunctionMode):
         if torch.is_grad_enabled():
             self.differentiable = self.differentiable or name
 
-    def end(self) -> None:
-        """The pass is over: what was put in place for good does not come in between."""
+    def end(self, for_good: Collection[str]) -> None:
+        """The pass is over: what was put in place for good does not come in between, since each pass has its own."""
         for name, bound in self.amid.items():
-            if not all(map(self._is_altered, bound)):
+            if not all(each in for_good or self._is_altered(each) for each in bound):
                 self.seen.refused.setdefault(name, _AMID)
 
     def _is_altered(self, name: str) -> bool:
@@ -188,7 +189,7 @@ def reading(model: nn.Module, specs: Iterable[LayerSpec]) -> Iterator[Reading]:
     ends = on_each(layers.items(), lambda name, *_: readers.running.remove(name))
     with hooked([*starts, *ends]), _held(model, layers, seen), readers:
         yield seen
-        readers.end()
+        readers.end({path for path, _ in written(model)})
 
 
 @contextlib.contextmanager

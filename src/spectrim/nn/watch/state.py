@@ -10,13 +10,14 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from spectrim.cost.rounds import ALONE as ALONE
 from spectrim.nn.parameters import parameters_of
+from spectrim.nn.watch.writes import tell, written
 
 # What every module has; slots of passes come and go by themselves.
 _COMMON = frozenset((*vars(nn.Module()), "forward"))
@@ -63,13 +64,13 @@ class Place:
     ----------
     module
         Name of the module.
-    buffer
-        Whether it is a buffer, and not another attribute.
+    among
+        Whether it is a parameter, a buffer or another attribute.
     """
 
     module: str
     key: str
-    buffer: bool
+    among: Literal["parameters", "buffers", "attributes"]
 
     def get(self, model: nn.Module) -> Any:
         """What is there, if there is anything."""
@@ -80,12 +81,14 @@ class Place:
         holder = self._holder(model)
         if value is _GONE:
             holder.pop(self.key, None)
+        elif self.among == "parameters" and not isinstance(value, nn.Parameter):
+            holder[self.key] = nn.Parameter(value, requires_grad=False)
         else:
             holder[self.key] = value
 
     def _holder(self, model: nn.Module) -> dict[str, Any]:
         owner = model.get_submodule(self.module)
-        return owner._buffers if self.buffer else vars(owner)
+        return vars(owner) if self.among == "attributes" else vars(owner)[f"_{self.among}"]
 
 
 class State:
@@ -99,13 +102,21 @@ class State:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._held = {place: (value, _copy(value), _version(value)) for place, value in _places(model)}
+        self._held = {place: (value, _copy(value), _version(place, value)) for place, value in _places(model)}
+        tell(model, self)
         self._hooks = {module: [set(vars(module)[kind]) for kind in _HOOKS] for module in model.modules()}
 
+    def learn(self) -> None:
+        """Parameters that the model's first pass wrote into are a part of what it keeps; they are as they were."""
+        for place in _written_places(self._model):
+            value = place.get(self._model)
+            self._held[place] = value, _copy(value), _version(place, value)
+
     def changed(self) -> list[Place]:
-        """Where something else is kept by now."""
+        """Where something else is kept by now, or may be: parameters are put back at once after a first pass."""
         now = dict(_places(self._model))
         found = [place for place in now if place not in self._held]
+        found += _written_places(self._model)
         for place, (value, copy, version) in self._held.items():
             if now.get(place, _GONE) is not value or not _same(value, copy, version):
                 found.append(place)
@@ -200,9 +211,16 @@ def _places(model: nn.Module) -> Iterator[tuple[Place, Any]]:
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             if key not in _COMMON:
-                yield Place(name, key, buffer=False), value
+                yield Place(name, key, "attributes"), value
         for key, value in module._buffers.items():
-            yield Place(name, key, buffer=True), value
+            yield Place(name, key, "buffers"), value
+    for place in _written_places(model):
+        yield place, place.get(model)
+
+
+def _written_places(model: nn.Module) -> Iterator[Place]:
+    """Parameters that passes write into."""
+    return (Place(name, key, "parameters") for name, key in sorted(written(model)))
 
 
 def _is_log(value: Any) -> bool:
@@ -222,14 +240,19 @@ def _copy(value: Any) -> Any:
     return value.copy() if isinstance(value, list | dict | set | deque) else value
 
 
-def _version(value: Any) -> int:
+def _version(place: Place, value: Any) -> int | None:
+    """A number that rises with writes; None for parameters, which are written past it (``.data``)."""
+    if place.among == "parameters":
+        return None
     return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
 
 
-def _same(value: Any, copy: Any, version: int) -> bool:
+def _same(value: Any, copy: Any, version: int | None) -> bool:
     """Whether an object still has in it what it had."""
+    if isinstance(value, Tensor) and version is None:
+        return torch.equal(value, copy)
     if isinstance(value, Tensor):
-        return _version(value) == version
+        return (0 if value.is_inference() else value._version) == version
     if isinstance(value, list | deque):
         return len(value) == len(copy) and all(a is b for a, b in zip(value, copy, strict=True))
     if isinstance(value, dict):

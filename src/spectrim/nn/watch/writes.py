@@ -1,0 +1,125 @@
+"""What a forward pass writes into the model's own parameters, as tables with ``max_norm`` and moving averages do.
+
+That is seen in the first pass of a model, which leaves its parameters as they were. From then on they are a part of
+what the model keeps on itself (:mod:`spectrim.nn.watch.state`): of each pass its own, and put back in the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from spectrim.nn.flops import unwatched
+
+_SEEN: WeakKeyDictionary[nn.Module, frozenset[tuple[str, str]]] = WeakKeyDictionary()
+_WAITING: WeakKeyDictionary[nn.Module, WeakSet[Learner]] = WeakKeyDictionary()
+
+
+class Learner(Protocol):
+    """What wants to know of parameters that are written into, once that is seen and they are as they were."""
+
+    def learn(self) -> None: ...
+
+
+def tell(model: nn.Module, learner: Learner) -> None:
+    """Have somebody know after the first pass of a model; nothing where there was one."""
+    if model not in _SEEN:
+        _WAITING.setdefault(model, WeakSet()).add(learner)
+
+
+def written(model: nn.Module) -> frozenset[tuple[str, str]]:
+    """Paths of modules and names of those of their parameters that passes of a model so far have written into."""
+    return _SEEN.get(model, frozenset())
+
+
+@contextlib.contextmanager
+def seen_writing(model: nn.Module) -> Iterator[None]:
+    """See in the first pass of a model which parameters it writes into, and put these back after it."""
+    if model in _SEEN:
+        yield
+        return
+    with unwatched():
+        held = [_Held(name, module, key, p) for name, module in model.named_modules() for key, p in _plain(module)]
+    try:
+        with _Writes(held):
+            yield
+    finally:
+        with unwatched(), torch.no_grad():
+            _SEEN[model] = frozenset((each.module, each.key) for each in held if each.put_back())
+            for learner in list(_WAITING.pop(model, ())):
+                learner.learn()
+
+
+def _plain(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters that have numbers in a memory of their own; scripted modules hold theirs out of reach."""
+    for key, parameter in module._parameters.items() if isinstance(module._parameters, dict) else ():
+        if type(parameter) is nn.Parameter and parameter.layout is torch.strided and not parameter.is_meta:
+            yield key, parameter
+
+
+class _Held:
+    """A parameter as it was, without a copy as long as nobody writes."""
+
+    def __init__(self, name: str, module: nn.Module, key: str, parameter: nn.Parameter) -> None:
+        self.module, self.key = name, key
+        # What is written into this alias is no change to a backward pass that comes yet.
+        self._owner, self._parameter, self._numbers = module, parameter, parameter.data
+        self._copy: Tensor | None = None
+
+    @property
+    def memory(self) -> int:
+        """Which memory its numbers lie in."""
+        return self._numbers.untyped_storage()._cdata
+
+    def keep(self) -> None:
+        """Copy the numbers, which are about to be written."""
+        if self._copy is None:
+            self._copy = self._numbers.clone()
+
+    def put_back(self) -> bool:
+        """Have the module hold the parameter with its numbers; whether it did not."""
+        there = self._owner._parameters.get(self.key) is self._parameter
+        own = self._parameter.data_ptr() == self._numbers.data_ptr()
+        if not there:
+            self._owner._parameters[self.key] = self._parameter
+        if not own:
+            self._parameter.data = self._numbers
+        if self._copy is not None:
+            self._numbers.copy_(self._copy)
+        return not there or not own or self._copy is not None
+
+
+class _Writes(TorchDispatchMode):
+    """Has parameters copied before an operation writes into their memory."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, held: list[_Held]) -> None:
+        super().__init__()
+        self._held: dict[int, list[_Held]] = {}
+        for each in held:
+            self._held.setdefault(each.memory, []).append(each)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if isinstance(func, OpOverload) and func._schema.is_mutable:
+            for place, argument in enumerate(func._schema.arguments):
+                if argument.alias_info is None or not argument.alias_info.is_write:
+                    continue
+                given = args[place] if place < len(args) else kwargs.get(argument.name)
+                for value in tree_iter(given):
+                    self._before(value)
+        return func(*args, **kwargs)
+
+    def _before(self, value: Any) -> None:
+        if isinstance(value, Tensor) and value.layout is torch.strided:
+            for each in self._held.get(value.untyped_storage()._cdata, ()):
+                each.keep()
