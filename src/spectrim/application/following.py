@@ -56,7 +56,7 @@ def follow(
             for done, step in enumerate(steps):
                 work.stop = Stop(hub.reach(step.layer.name), part)
                 observed = bool(work.stop.seen) and step.observable(work)
-                step.put(work, work.observe(step.layer) if observed else step.layer, observed)
+                step.put(work, work.observe(step.layer, sketch=step.sketches) if observed else step.layer, observed)
                 work.left(step.layer)
                 if step.layer.name in again:
                     hub.restart()

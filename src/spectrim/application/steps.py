@@ -30,6 +30,11 @@ class Step(Protocol):
     @property
     def layer(self) -> Layer: ...
 
+    @property
+    def sketches(self) -> bool:
+        """Whether a sketch is to be held of inputs whose second moment calibration did not keep."""
+        ...
+
     def observable(self, work: Work) -> bool:
         """Whether the layer can be fitted to its present inputs."""
         ...
@@ -45,6 +50,10 @@ class Stays:
 
     changes: ClassVar[bool] = False
     layer: Layer
+
+    @property
+    def sketches(self) -> bool:
+        return False
 
     def observable(self, work: Work) -> bool:
         return not self.layer.present and (self.layer.statistics.input is not None or work.narrows(self.layer))
@@ -62,6 +71,10 @@ class Alone:
     layer: Layer
     method: Method
     choice: Choice
+
+    @property
+    def sketches(self) -> bool:
+        return self.method.reads_sketches
 
     def observable(self, work: Work) -> bool:
         return self.layer.statistics.input is not None or self.method.reads_sketches or work.narrows(self.layer)
@@ -113,6 +126,10 @@ class Member:
     layer: Layer
     shared: Shared
     number: int
+
+    @property
+    def sketches(self) -> bool:
+        return False
 
     def observable(self, work: Work) -> bool:
         return self.layer.statistics.input is not None

@@ -27,6 +27,10 @@ class Stop:
     split: Split
 
 
+# Bytes that the moments a layer is fitted to may take.
+_MOMENTS = 1 << 28
+
+
 @dataclass
 class Work:
     """A network that is compressed layer by layer, beside the dense one that it is fitted to.
@@ -61,12 +65,23 @@ class Work:
         """Whether a layer has lost channels."""
         return layer.name in self.removal.changed
 
-    def observe(self, layer: Layer) -> Layer:
-        """A layer as it is to be fitted: the inputs it is given now, and what the dense one answers."""
+    @property
+    def at_once(self) -> bool:
+        """Whether all batches run side by side, so that what a layer is fitted to lives until the next one only."""
         assert self.stop is not None
-        sketch = layer.statistics.input is None and not in_full(layer.spec)
+        return len(self.stop.split.samples) == len(self.split.samples)
+
+    def observe(self, layer: Layer, *, sketch: bool) -> Layer:
+        """A layer as it is to be fitted: the inputs it is given now, and what the dense one answers.
+
+        Of inputs too many for calibration to keep their second moment a ``sketch`` is held where it is asked for, and
+        where moments would take too much memory: products take less time than what makes rows fewer.
+        """
+        assert self.stop is not None
         joint = self.joints.get(layer.name)
         if joint is None:
+            held = layer.statistics.input is not None or in_full(layer.spec)
+            sketch = not held and (sketch or not self.at_once or Joint.bytes_of(layer.spec) > _MOMENTS)
             outputs = self.removal.outputs(layer.name)
             joint = self.joints[layer.name] = Joint.of(layer, sketch=sketch, outputs=outputs)
         joint.add(self.stop.seen, self.stop.split)
@@ -91,7 +106,7 @@ class Work:
         errors = joint and joint.errors(self.removal.model.get_submodule(layer.name))
         if errors:
             self.errors[layer.name] = errors
-        if len(self.stop.split.samples) == len(self.split.samples):
+        if self.at_once:
             self.joints.clear()
 
 

@@ -37,7 +37,7 @@ from spectrim.selection.budget import Budget, BudgetLike
 from spectrim.selection.candidates import Candidates, Option, Row
 from spectrim.selection.plan import Plan
 from spectrim.selection.selectors import Selector, exact, select
-from spectrim.tables import tabulate
+from spectrim.tables import merged, parted, tabulate
 
 log = logging.getLogger(__name__)
 
@@ -320,12 +320,7 @@ def _finished(
     """The plan of the layers that remain, and of the removals."""
     removals = _removals(picks)
     if others:
-        left = narrowed(network.sites, {name: choice.kept for name, choice in removals.items()})
-        # What is no layer takes the time that it takes in the whole network.
-        time = network.cost(removals).get("latency")
-        remaining = tabulate(
-            left, others, latency=network.latency, dense_latency=time, costs=network.costs, guard=guard
-        )
+        remaining = _remaining(removals, table, others, network, guard)
         plan = select(remaining, Budget.absolute(limits), selector)
         of_layers = [dataclasses.replace(e, dense_costs=network.row(e.site)) for e in plan]
     else:
@@ -350,6 +345,22 @@ def _finished(
         loss=sum(losses),
         methods={**plan.methods, **methods},
     )
+
+
+def _remaining(
+    removals: Mapping[str, ChannelsChoice],
+    table: Candidates,
+    others: Sequence[Method],
+    network: Network,
+    guard: bool,
+) -> Candidates:
+    """What the other methods offer in the layers that remain."""
+    if not removals:
+        return merged([parted(table, method.name) for method in others])
+    left = narrowed(network.sites, {name: choice.kept for name, choice in removals.items()})
+    # What is no layer takes the time that it takes in the whole network.
+    time = network.cost(removals).get("latency")
+    return tabulate(left, others, latency=network.latency, dense_latency=time, costs=network.costs, guard=guard)
 
 
 def _fits(costs: Mapping[str, float], goals: Mapping[str, float]) -> bool:

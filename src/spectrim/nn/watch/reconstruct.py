@@ -16,7 +16,7 @@ from spectrim.linalg.moments import Paired
 from spectrim.linalg.regression import Covariances, Equations, Unseen, scarcity, towards
 from spectrim.linalg.sketch import Sketch
 from spectrim.network.layer import LayerSpec
-from spectrim.network.sites import Layer
+from spectrim.network.sites import Layer, Statistics
 from spectrim.nn.find import canonical, describe
 from spectrim.nn.modules import Chained, Factored, make_layer, whole
 from spectrim.nn.watch.junctions import MadeUp
@@ -25,6 +25,7 @@ from spectrim.nn.watch.lockstep import Seen
 from spectrim.nn.watch.patches import outputs_at, patches_at
 from spectrim.nn.watch.samples import Mask, Samples
 from spectrim.nn.watch.sampling import Run, choose, leading
+from spectrim.nn.watch.watchers import in_full
 
 # Rows wanted for every number of the patch, over the whole run.
 FLOOR = 32
@@ -146,6 +147,11 @@ class Joint:
             centre, scale = known.mean.to(centre), torch.where(spread > 0, spread, 1.0).to(scale)
         return cls(spec, centre, scale, sketch=sketch, outputs=outputs)
 
+    @staticmethod
+    def bytes_of(spec: LayerSpec) -> int:
+        """Of the moments for a layer."""
+        return 8 * spec.groups * (spec.features + spec.shape[1]) ** 2
+
     def add(
         self, seen: Iterable[Seen], split: Split, seed: int = 0, given: Callable[[Tensor], Tensor] = lambda x: x
     ) -> None:
@@ -222,17 +228,21 @@ class Joint:
             away = torch.cat([unseen.inputs, unseen.answers], dim=2)
             mean = mean + away.sum(1, dtype=torch.float64) / (fitted.count + away.shape[1])
         bias = (mean[:, d:] - torch.einsum("god,gd->go", weight, mean[:, :d])).reshape(-1)
+        weight = weight.to(site.weight.dtype).reshape(site.weight.shape)
+        return dataclasses.replace(site, weight=weight, bias=bias, statistics=self._known(site.statistics, mean[:, :d]))
+
+    def _known(self, statistics: Statistics, mean: Tensor) -> Statistics:
+        """What was calibrated, with what is given now in place of what calibration held of all inputs together."""
+        fitted = self.fitted
         if isinstance(fitted, Sketch):
-            name, inputs = "sketch", fitted.take(torch.arange(d, device=mean.device).expand(g, -1))
+            name, inputs = "sketch", fitted.take(torch.arange(mean.shape[1], device=mean.device).expand(len(mean), -1))
+        elif statistics.input is None and not in_full(self.spec):
+            # Methods are not to take apart in full what calibration gave them in slices.
+            return statistics
         else:
             name, inputs = "input", fitted.inputs
-        inputs.mean = mean[:, :d].clone()
-        return dataclasses.replace(
-            site,
-            weight=weight.to(site.weight.dtype).reshape(site.weight.shape),
-            bias=bias,
-            statistics=dataclasses.replace(site.statistics, **{name: inputs}),
-        )
+        inputs.mean = mean.clone()
+        return dataclasses.replace(statistics, **{name: inputs})
 
     def errors(self, module: nn.Module) -> Errors | None:
         """What a module in place of the layer misses of the answers; None where it cannot be told."""
