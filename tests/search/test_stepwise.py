@@ -139,6 +139,11 @@ def test_other_methods_compete_and_a_judge_decides() -> None:
     tried = list(seen)
     assert len(tried) > 1
     assert judge(plan) == min(judge(other) for other in tried)
+    # The first removes nothing, and so is the plan of the others alone.
+    alone = st.select(st.tabulate(sites, methods[1:]), tried[0].budget)
+    assert {e.site: e.choice for e in tried[0] if not e.of_channels} == {e.site: e.choice for e in alone}
+    assert tried[0].costs == pytest.approx(alone.costs)
+    assert tried[0].loss == pytest.approx(alone.loss)
     assert all(other.costs["parameters"] <= other.budget["parameters"] * (1 + 1e-9) for other in tried)
     small = st.apply(model, sites, plan, batches)
     assert parameter_count(small) == plan.costs["parameters"]

@@ -172,6 +172,19 @@ def test_a_sketch_with_room_gives_the_same_site(name):
     torch.testing.assert_close(held.covariance, wanted.covariance, rtol=1e-3, atol=1e-4)
 
 
+def test_patches_that_calibration_took_in_slices_stay_in_slices(monkeypatch):
+    monkeypatch.setattr("spectrim.nn.watch.watchers.FULL_PATCH", 8)
+    dense, changed, batches = pair("conv")
+    site = calibrate(dense, find(dense), batches)["target"]
+    assert site.statistics.input is None
+    fitted = asymmetric_site(dense, changed, site, batches, rows=None, held_out=0)
+    assert fitted.statistics is site.statistics
+    monkeypatch.undo()
+    site = calibrate(dense, find(dense), batches)["target"]
+    full = asymmetric_site(dense, changed, site, batches, rows=None, held_out=0)
+    torch.testing.assert_close(fitted.weight, full.weight, rtol=1e-6, atol=1e-8)
+
+
 def test_a_sketch_that_has_overflown_still_lowers_the_error(monkeypatch):
     monkeypatch.setattr("spectrim.nn.watch.reconstruct.SKETCH", 24)
     dense, changed, batches = pair("conv")
