@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import spectrim as st
-from spectrim.errors import PlanError
+from spectrim.errors import InfeasibleBudgetError, PlanError
 from spectrim.methods import ActivationSVD, LowRankPlusSparse, PrincipalFilters, WeightSVD
 from spectrim.network.choices import ChannelsChoice, LowRankChoice
 from spectrim.nn.agreement import Agreement
@@ -93,6 +93,17 @@ def test_a_refused_arm_is_a_note() -> None:
     assert str(tried[0]) == "a: refused, it has no layer"
     with pytest.raises(PlanError, match="no layer"):
         refusing.best(ARMS[:1])
+
+
+def test_a_budget_that_no_arm_meets_is_told_by_the_one_that_comes_closest() -> None:
+    lowest = {"a": 30.0, "b": 20.0, "c": 25.0}
+
+    def planned(arm: Arm, most: float) -> Draft:
+        raise InfeasibleBudgetError("macs", 10.0, lowest[arm.name], 100.0)
+
+    with pytest.raises(InfeasibleBudgetError) as caught:
+        replace(contest({}), planned=planned).best(ARMS)
+    assert caught.value.lowest == 20.0
 
 
 def test_what_is_hopeless_or_the_same_is_skipped_and_says_so() -> None:

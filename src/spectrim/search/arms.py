@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
 
-from spectrim.errors import SpectrimError
+from spectrim.errors import InfeasibleBudgetError, SpectrimError
 from spectrim.methods import ActivationCP, LowRankPlusSparse, Method, PrincipalFilters
 from spectrim.network.printing import Grid, cost_name, share
 from spectrim.network.sites import Sites
@@ -202,7 +202,7 @@ class Contest(Generic[P, R]):
         Raises
         ------
         SpectrimError
-            Of the first arm, if all are refused.
+            If all are refused: of the arm that comes closest to the budget where it cannot be met, else of the first.
         """
         clock = _Clock(math.inf if seconds is None else float(seconds), spent)
         tried, drafts, faults = self._plans(arms, clock, progress)
@@ -230,7 +230,7 @@ class Contest(Generic[P, R]):
             if name in finished and self.enough(finished[name]):
                 return finished[name], _told(tried, name, "not needed: another network is good enough")
         if not finished:
-            raise next(faults[arm.name] for arm in arms if arm.name in faults)
+            raise _telling([faults[arm.name] for arm in arms if arm.name in faults])
         return self._chosen(finished, tried)
 
     def _plans(
@@ -260,7 +260,7 @@ class Contest(Generic[P, R]):
                 outcome = replace(outcome, predicted=plan.loss, costs=plan.costs, dense_costs=plan.dense_costs)
             tried[arm.name] = replace(outcome, seconds=time.monotonic() - start)
         if not drafts:
-            raise next(iter(faults.values()))
+            raise _telling(list(faults.values()))
         return tried, drafts, faults
 
     def _passed_over(self, name: str, drafts: Mapping[str, P], finished: Mapping[str, R], clock: _Clock) -> str:
@@ -287,6 +287,12 @@ class Contest(Generic[P, R]):
             why = f"{least} lost less, within the standard error, and is not simpler"
             tried[name] = replace(tried[name], note=why)
         return finished[name], _told(tried, name, "")
+
+
+def _telling(faults: Sequence[SpectrimError]) -> SpectrimError:
+    """What tells most of why there is no network: how low a budget may be, of those that say so the lowest."""
+    low = [fault for fault in faults if isinstance(fault, InfeasibleBudgetError)]
+    return min(low, key=lambda fault: fault.lowest / max(fault.budget, 1e-300), default=faults[0])
 
 
 def not_tried(seconds: float) -> str:
