@@ -70,7 +70,9 @@ def doctor(out: Output) -> None:
     $ spectrim doctor
     """
     parts = [*_extras(), *(Part({name: _version(name)}, what, f"pip install {name}") for name, what in _BESIDE.items())]
-    caches = {what: (folder, *_size(folder)) for what, folder in _caches().items()}
+    # Folders that fill up: what this library measures, and what the libraries around it fetch.
+    folders = {"measured times": default_cache(), "Hugging Face": hub_folder()}
+    caches = {what: (folder, *_size(folder)) for what, folder in folders.items()}
     found: dict[str, Any] = {
         "versions": {"spectrim": _version("spectrim"), "python": platform.python_version(), "torch": _version("torch")},
         "machine": {"system": f"{platform.system()} {platform.release()} {platform.machine()}", **_processor()},
@@ -197,11 +199,6 @@ def _memory() -> dict[str, int]:
     except OSError:
         limit = "max"
     return found | ({"allowed here": int(limit)} if limit.isdigit() and int(limit) < found["in all"] else {})
-
-
-def _caches() -> dict[str, Path]:
-    """Folders that fill up: what this library measures, and what the libraries around it fetch."""
-    return {"measured times": default_cache(), "Hugging Face": hub_folder()}
 
 
 def _size(folder: Path) -> tuple[int, int]:

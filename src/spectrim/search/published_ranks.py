@@ -103,7 +103,8 @@ def at_rate(
     joined = {a.site.name: a.site.members for a in assigned if a.site.members}
     methods = {a.method.name: a.method for a in assigned}
     network = Network(dataclasses.replace(sites, groups=joined), counted.known(sites), tuple(methods.values()))
-    options = {a.site.name: _option(a, network) for a in assigned}
+    picked = {a.site.name: a.choice for a in assigned}
+    options = {a.site.name: Option(a.choice, _error(a), network.row(a.site.name, picked)) for a in assigned}
     rows = []
     for name, members in [*((site.name, ()) for site in sites), *joined.items()]:
         kind = sites[members[0] if members else name].spec.kind
@@ -216,11 +217,6 @@ def _width(spec: LayerSpec) -> int:
 def _whole(value: float) -> int:
     """Rounded down, but not from just below a whole number that rounding errors have missed."""
     return int(value * (1 + 1e-12))
-
-
-def _option(assigned: Assignment, network: Network) -> Option:
-    site, choice = assigned.site.name, assigned.choice
-    return Option(choice, _error(assigned), network.row(site, {site: choice}))
 
 
 def _error(assigned: Assignment) -> float:

@@ -281,11 +281,6 @@ def _highest(planes: Floats, most: float) -> tuple[Floats, float]:
     return result.x[:-1], float(result.x[-1])
 
 
-def wanted_gap(items: Items) -> float:
-    """Share of the loss up to which the least one is looked for."""
-    return GAP if len(items.dense) <= FEW_SITES else WIDE_GAP
-
-
 def solve(items: Items, scale: float) -> tuple[Indices, float] | str:
     """Picks of least loss and a proven lower bound, or what went wrong. ``scale`` is a loss of the right magnitude."""
     from scipy.optimize import Bounds, LinearConstraint
@@ -293,6 +288,7 @@ def solve(items: Items, scale: float) -> tuple[Indices, float] | str:
     # The solver's tolerances are absolute, 1e-6: sums near 1000 make them 1e-9 of the loss and of the costs.
     unit = 1000 / items.dense.sum(0)
     room, proven = items.room * unit, None
+    gap = GAP if len(items.dense) <= FEW_SITES else WIDE_GAP
     for _ in range(5):
         result = integer.milp(
             items.loss * (1000 / scale),
@@ -302,7 +298,7 @@ def solve(items: Items, scale: float) -> tuple[Indices, float] | str:
                 LinearConstraint(_one_each(items), 1, 1),
                 LinearConstraint((items.cost * unit).T, -np.inf, room),
             ],
-            options={"mip_rel_gap": wanted_gap(items), "time_limit": SECONDS},
+            options={"mip_rel_gap": gap, "time_limit": SECONDS},
         )
         if result.status != 0:
             return str(result.message)
