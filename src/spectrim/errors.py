@@ -112,13 +112,13 @@ class ToleranceError(SpectrimError, ValueError):
 
 
 def _short(value: float, cost: str) -> str:
-    """A cost in its own unit, in four digits where it has more than six: ``2.043 M``; of a latency ``0.2845 ms``."""
+    """A cost in its own unit: ``2.043 M``, ``27,793``, ``18.94``; of a latency ``0.2845 ms``."""
     if cost == "latency":
         return f"{value:.4g} ms"
     for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
         if value >= size:
             return f"{value / size:.4g} {prefix}"
-    return f"{value:,.6g}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
 
 
 def _left_alone(cost: str, skipped: tuple[tuple[str, str, str, float], ...]) -> str:
