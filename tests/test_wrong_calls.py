@@ -188,5 +188,5 @@ def test_a_result_is_saved_as_a_whole(tmp_path: Path) -> None:
     loaded = st.load(net(), tmp_path / "small.safetensors")
     torch.testing.assert_close(loaded.eval()(BATCH), result.model.eval()(BATCH))
     torch.save(model.state_dict(), tmp_path / "x.pt")
-    with pytest.raises(st.CheckpointError, match=r"load takes what save wrote, and a .pt file"):
+    with pytest.raises(st.CheckpointError, match=r"torch.save wrote it: give the file that spectrim.save wrote"):
         st.load(net(), tmp_path / "x.pt")
