@@ -13,7 +13,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -194,6 +194,11 @@ class Rounds:
     def __getitem__(self, key: Hashable) -> Timing:
         samples, preempted = zip(*self._times[key].values(), strict=True)
         return Timing(samples, preempted)
+
+
+def waiter(device: torch.device) -> Callable[[], None]:
+    """What waits for all that a device has been given to do."""
+    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
 
 
 @contextlib.contextmanager

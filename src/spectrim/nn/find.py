@@ -21,7 +21,7 @@ from spectrim.linalg.patterns import Pattern
 from spectrim.network.layer import LayerSpec, Lookup
 from spectrim.network.sites import Layer, Sites, Skipped, Tied, tied_to
 from spectrim.nn.parameters import parameters_of
-from spectrim.nn.standing import StandIn
+from spectrim.nn.standing import LAYERS, StandIn
 from spectrim.nn.unheld import stored, unheld
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,6 @@ Which = str | type | Callable[[str, nn.Module], bool]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_LAYERS = (nn.Linear, nn.Embedding, *_CONVOLUTIONS, *_TRANSPOSED)
 # Layers that torch keeps the weight of with the inputs first.
 _INPUTS_FIRST = (nn.Embedding, *_TRANSPOSED)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -75,7 +74,7 @@ def find(
     chains = {} if parts else {m: found for m in names if (found := _chain(m, names, tied))}
     inside = {part for found in chains.values() for part in found}
     # Quantised ones deserve a reason.
-    own = {m for m in names if _is_quantised(m) or (isinstance(m, _LAYERS) and not isinstance(m, StandIn))}
+    own = {m for m in names if _is_quantised(m) or (isinstance(m, LAYERS) and not isinstance(m, StandIn))}
     layers = {m: n for m, n in names.items() if (m in own or m in chains) and m not in inside}
     wanted = _Wanted(_each(skip), _each(only))
     wanted.check([n for group in layers.values() for n in group])
@@ -214,10 +213,10 @@ def _chain(
 ) -> tuple[nn.Module, ...]:
     """The plain layers that stand for a layer, one after the other and nobody else's; none for any other module."""
     # What is part of a sum stands for no layer by itself.
-    standing = isinstance(module, StandIn) and isinstance(module, _LAYERS) and "" not in names[module]
+    standing = isinstance(module, StandIn) and isinstance(module, LAYERS) and "" not in names[module]
     held = module.in_order() if standing else ()
     for part in held:
-        if not is_layer(part) or _obstacle_inside(part) or any(id(p) in tied for p in part.parameters()):
+        if not is_layer(part) or _obstacle_in_weight(part) or any(id(p) in tied for p in part.parameters()):
             return ()
     try:
         if held and standing:
@@ -225,12 +224,6 @@ def _chain(
     except ValueError:
         return ()  # no one layer computes the same
     return held
-
-
-def _obstacle_inside(part: nn.Module) -> bool:
-    weight = _weight(part)
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype in _DTYPES and not weight.is_meta
-    return not plain or parametrize.is_parametrized(part) or not _holds_its_own(part)
 
 
 def _holds_its_own(layer: nn.Module) -> bool:
@@ -383,12 +376,12 @@ def paths_of(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
 
 def is_layer(module: nn.Module) -> bool:
     """Whether a module is one of torch's layers itself, and nothing that stands for one."""
-    return type(module) in _LAYERS
+    return type(module) in LAYERS
 
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module is a layer whose weight can be read as an ordinary tensor of numbers."""
-    weight = _weight(module) if isinstance(module, _LAYERS) else None
+    weight = _weight(module) if isinstance(module, LAYERS) else None
     return isinstance(weight, Tensor) and not is_lazy(weight) and weight.numel() > 0
 
 
@@ -441,6 +434,20 @@ def _tied_weights(model: nn.Module) -> dict[int, list[str]]:
 
 def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied: Mapping[int, list[str]]) -> str | None:
     """Why a layer cannot be factorised, or None."""
+    if reason := _obstacle_in_weight(module) or _changes_forward(module) or _changes_rows(module):
+        return reason
+    for name, tensor in module._parameters.items():
+        if id(tensor) in tied:
+            return tied_to(name, ", ".join(n or "the model itself" for n in tied[id(tensor)] if n not in paths))
+    if reason := _read_above(model, paths):
+        return reason
+    if module._modules:
+        return f"it holds modules of its own ({', '.join(module._modules)}): move them to the module that holds it"
+    return "the model itself is this layer: wrap it in nn.Sequential" if "" in paths else None
+
+
+def _obstacle_in_weight(module: nn.Module) -> str | None:
+    """Why the weight of a layer cannot be read as a plain tensor of numbers, or None."""
     if _is_quantised(module):
         return "quantised: the weight is not a floating-point matrix"
     if is_lazy(_weight(module)):
@@ -459,26 +466,18 @@ def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied:
         )
     if not weight.numel():
         return "empty: it has no inputs or no outputs"
-    if weight.is_meta:
-        return "its weight is on the meta device and has no values"
-    base = next(b for b in _LAYERS if isinstance(module, b))
+    return "its weight is on the meta device and has no values" if weight.is_meta else None
+
+
+def _changes_forward(module: nn.Module) -> str | None:
+    """Why a layer is not run as torch runs it, or None."""
+    base = next(b for b in LAYERS if isinstance(module, b))
     if "forward" in vars(module) or any(
         getattr(type(module), name, None) is not getattr(base, name, None) for name in ("forward", "_conv_forward")
     ):
         name = type(module).__name__
         kind = f"{type(module).__module__}.{name}" if name == base.__name__ else name
         return f"{kind} overrides forward: put a plain nn.{base.__name__} in its place"
-    if reason := _changes_rows(module):
-        return reason
-    for name, tensor in module._parameters.items():
-        if id(tensor) in tied:
-            return tied_to(name, ", ".join(n or "the model itself" for n in tied[id(tensor)] if n not in paths))
-    if reason := _read_above(model, paths):
-        return reason
-    if module._modules:
-        return f"it holds modules of its own ({', '.join(module._modules)}): move them to the module that holds it"
-    if "" in paths:
-        return "the model itself is this layer: wrap it in nn.Sequential"
     return None
 
 

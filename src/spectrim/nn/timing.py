@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from spectrim.cost.latency import Latency
 from spectrim.cost.latency import device_name as device_name
-from spectrim.cost.rounds import Rounds, Timing, torch_threads
+from spectrim.cost.rounds import Rounds, Timing, torch_threads, waiter
 from spectrim.cost.rounds import Speed as Speed
 from spectrim.cost.runtimes import Runtime as Runtime
 from spectrim.cost.runtimes import checked_run
@@ -90,7 +90,7 @@ def measure_latency(
         stack.enter_context(torch.inference_mode())
         for model in models.values():
             stack.enter_context(_evaluating(model))
-        wait = {name: _waiter(model) for name, model in models.items()}
+        wait = {name: waiter(_device(model)) for name, model in models.items()}
         runs = {name: ready(model, example, runtime) for name, model in models.items()}
         for turn in rounds:
             # In another order each time: the first to run finds the caches as the last has left them.
@@ -211,11 +211,6 @@ def _device(model: nn.Module) -> torch.device:
     for tensor in (*parameters_of(model), *model.buffers()):
         return tensor.device
     return torch.device("cpu")
-
-
-def _waiter(model: nn.Module) -> Callable[[], None]:
-    device = _device(model)
-    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
 
 
 @contextlib.contextmanager

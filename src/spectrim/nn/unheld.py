@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import torch
@@ -62,15 +61,22 @@ def unheld(
             if not name:
                 return
             continue
-        own = {key: p for key, p in module._parameters.items() if p is not None and id(p) not in counted}
-        matrices = [key for key, p in own.items() if not is_lazy(p) and _is_matrix(p)]
-        if matrices:
-            yield Skipped(name, type(module).__name__, _reason(module, matrices), stored(own.values(), counted))
-        else:
-            buffers = ((key, b) for key, b in module._buffers.items() if "weight" in key and b is not None)
-            for key, buffer in itertools.islice(((k, b) for k, b in buffers if _is_matrix(b)), 1):
-                yield Skipped(name, type(module).__name__, _of_buffer(key, buffer))
+        yield from _held(name, module, counted)
         yield from _unregistered(name, module, counted)
+
+
+def _held(name: str, module: nn.Module, counted: set[int]) -> Iterator[Skipped]:
+    """A module that holds matrices of its own as parameters, or else a weight as a buffer."""
+    kind = type(module).__name__
+    own = {key: p for key, p in module._parameters.items() if p is not None and id(p) not in counted}
+    if matrices := [key for key, p in own.items() if not is_lazy(p) and _is_matrix(p)]:
+        yield Skipped(name, kind, _reason(module, matrices), stored(own.values(), counted))
+        return
+    for key, b in module._buffers.items():
+        if "weight" in key and b is not None and _is_matrix(b):
+            reason = f"its {key} is a buffer ({b.dtype}) and no layer's parameter: a frozen, packed or quantised weight"
+            yield Skipped(name, kind, reason)
+            return
 
 
 def stored(parameters: Iterable[nn.Parameter], counted: set[int]) -> dict[str, float]:
@@ -99,10 +105,6 @@ def _reason(module: nn.Module, names: list[str]) -> str:
         f"it holds {shapes}{more} itself and is no layer. If these are multiplied (functional convolution or linear, "
         "einsum, matmul), put them into nn.Linear or nn.Conv modules"
     )
-
-
-def _of_buffer(name: str, weight: Tensor) -> str:
-    return f"its {name} is a buffer ({weight.dtype}) and no layer's parameter: a frozen, packed or quantised weight"
 
 
 def _unregistered(name: str, module: nn.Module, counted: set[int]) -> Iterator[Skipped]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -294,33 +295,25 @@ def without_statistics() -> Iterator[_Scales]:
     They are run all the same, for what they say of the number of channels that they are given. Dropout that is asked
     for drops nothing: it draws other numbers for another number of channels.
     """
-    scales = _Scales()
-    functional = torch.nn.functional
-    names = ("layer_norm", "group_norm", *_DRAWING)
-    held = {name: getattr(functional, name) for name in names}
+    scales, functional = _Scales(), torch.nn.functional
     before = functional.layer_norm, functional.group_norm
 
-    def layer_norm(x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
-        before[0](x, shape, weight, bias, eps)
+    def scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...]) -> Tensor:
         x = scales.scaled(x)
-        x = x if weight is None else x * weight
-        return x if bias is None else x + bias
-
-    def group_norm(x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
-        before[1](x, groups, weight, bias, eps)
-        x = scales.scaled(x)
-        shape = (1, -1, *(1,) * (x.dim() - 2))
         x = x if weight is None else x * weight.reshape(shape)
         return x if bias is None else x + bias.reshape(shape)
 
-    try:
-        for name in _DRAWING:
-            setattr(functional, name, _undropped)
-        functional.layer_norm, functional.group_norm = layer_norm, group_norm  # type: ignore[assignment]
+    def layer_norm(x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+        before[0](x, shape, weight, bias, eps)
+        return scaled(x, weight, bias, tuple(shape))
+
+    def group_norm(x: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+        before[1](x, groups, weight, bias, eps)
+        return scaled(x, weight, bias, (1, -1, *(1,) * (x.dim() - 2)))
+
+    undropped = dict.fromkeys(_DRAWING, _undropped)
+    with mock.patch.multiple(functional, layer_norm=layer_norm, group_norm=group_norm, **undropped):
         yield scales
-    finally:
-        for name, function in held.items():
-            setattr(functional, name, function)
 
 
 def first_line(error: BaseException) -> str:

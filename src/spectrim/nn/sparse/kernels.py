@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spectrim.cost.rounds import Rounds, Timing, torch_threads
+from spectrim.cost.rounds import Rounds, Timing, torch_threads, waiter
 from spectrim.nn.sparse.layers import Masked
 from spectrim.nn.sparse.products import Kernel, products, takes, works
 from spectrim.nn.watch.batches import arguments
@@ -153,7 +153,7 @@ def _lower_quartile(timing: Timing) -> float:
 @contextlib.contextmanager
 def _timed(layer: Masked, key: tuple[str, Kernel], turns: Rounds) -> Iterator[None]:
     """Time all calls of a layer."""
-    wait = _waiter(layer.mask.device)
+    wait = waiter(layer.mask.device)
 
     def before(*_: object) -> None:
         wait()
@@ -169,7 +169,3 @@ def _timed(layer: Masked, key: tuple[str, Kernel], turns: Rounds) -> Iterator[No
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _waiter(device: torch.device) -> Callable[[], None]:
-    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)

@@ -111,9 +111,8 @@ def reestimate_batchnorm(
             seen += len(wave)
             with torch.no_grad(), passes(model, calls, wave, forward=feed, places=like.places) as every:
                 for name in order:
-                    for shown in every.reach(name):
-                        for inputs in shown:
-                            pooled[name].add(inputs)
+                    for inputs in itertools.chain.from_iterable(every.reach(name)):
+                        pooled[name].add(inputs)
                     if pooled[name].count:
                         pooled[name].give(norms[name], seen)
                     if name in like.ends() and name != order[-1]:

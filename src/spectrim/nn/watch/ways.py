@@ -271,15 +271,20 @@ def is_per_sample(parts: Any) -> bool:
     Tensors with their samples in front, as collated inputs are, agree in their first axis with the targets.
     """
     inputs, *targets = parts
+    return _of_one_kind(inputs) and (not targets or _one_each(inputs, targets))
+
+
+def _of_one_kind(inputs: Any) -> bool:
+    """Whether it is a list of tensors of one type and number of axes, or of mappings with the same names."""
     if not isinstance(inputs, list | tuple) or not inputs or hasattr(inputs, "_fields"):
         return False
     if all(isinstance(entry, Tensor) for entry in inputs):
-        if len({entry.dim() for entry in inputs}) != 1 or len({entry.dtype for entry in inputs}) != 1:
-            return False
-    elif not all(isinstance(entry, Mapping) and set(entry) == set(inputs[0]) for entry in inputs):
-        return False
-    if not targets:
-        return True
+        return len({(entry.dim(), entry.dtype) for entry in inputs}) == 1
+    return all(isinstance(entry, Mapping) and set(entry) == set(inputs[0]) for entry in inputs)
+
+
+def _one_each(inputs: Sequence[Any], targets: Sequence[Any]) -> bool:
+    """Whether targets have an entry for each of a list of inputs, and not a row for each row of the first of them."""
     size = len(inputs)
     lists = [t for t in targets if isinstance(t, list | tuple)]
     if lists:
