@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import spectrim as st
 from spectrim.application import carry_out
@@ -187,3 +187,25 @@ def test_a_layer_that_one_wave_passes_by_was_seen_by_another():
     done = carry_out(model, sites, plan, [x[:31], x[31:]], memory=1, forward=short)
     assert done.unseen == ()
     assert carry_out(model, sites, plan, [x[:31]], forward=short).unseen != ()
+
+
+def test_whole_batches_are_run_twice_and_single_samples_three_times():
+    sizes: list[int] = []
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(16, 16), nn.ReLU()))).eval()
+    batches = list(torch.randn(64, 16).split(32))
+    sites = st.calibrate(model, st.find(model), batches)
+    plan = st.select(st.tabulate(sites, st.ActivationSVD(multiple_of=1)), st.Budget(parameters=0.5))
+    forward = nn.ReLU.forward
+
+    def counted(self: nn.ReLU, x: Tensor) -> Tensor:
+        sizes.append(len(x))
+        return forward(self, x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.ReLU, "forward", counted)
+        st.apply(model, sites, plan, batches)
+    # The networks side by side; the copy, the finished network and what merge makes of it.
+    assert sizes.count(32) <= 2 * 2 * 3
+    assert sizes.count(1) == 3 * 3

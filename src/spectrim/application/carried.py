@@ -90,10 +90,10 @@ def carry_out(
     _check_shapes(entries, removal.sites)
     groups = {entry.site: entry.members for entry in plan if entry.members}
     expected = Expected.of(sites, {entry.site: entry.choice for entry in plan}, groups, tuple(makers.values()))
-    first = None if batches is None else begun(batches)[0]
+    first, sums = None if batches is None else begun(batches)[0], None
     if first is not None:
         feed.decide(model, first)
-        check_copy(model, removal.model, expected, first, feed)
+        sums = check_copy(model, removal.model, expected, first, feed)
     work = Work(model, removal, batches is not None and reconstruct, feed)
     put_tied(work, entries, makers)
     steps, ends, held_out = ordered(work, entries, makers), None, ()
@@ -103,7 +103,7 @@ def carry_out(
         apart = one_by_one(model, batches, feed) if sites.loops else batches
         work.split = Split.of(apart, rows=sampling.rows, mask=sampling.mask, layout=feed.layout)
         with watching(model, removal.model, expected, first, feed):
-            ends = follow(work, steps, apart, memory, told(progress))
+            ends = follow(work, steps, apart, memory, told(progress), sums)
         held_out = Split.of(batches, mask=sampling.mask, layout=feed.layout).held if sites.loops else work.split.held
     else:
         _put_apart(work, steps, told(progress))

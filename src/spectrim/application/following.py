@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spectrim.application.steps import Step
 from spectrim.application.work import Stop, Work
-from spectrim.nn.watch.junctions import junctions
+from spectrim.nn.watch.junctions import Junction, junctions
 from spectrim.nn.watch.lockstep import Ended, lockstep
 from spectrim.nn.watch.passes import waves
 from spectrim.nn.watch.probe import Probe, probe
@@ -24,11 +24,12 @@ def follow(
     batches: Sequence[Any],
     memory: int,
     tell: Progress,
+    sums: Mapping[str, Junction] | None = None,
 ) -> tuple[Ended, Ended] | None:
     """Carry out the steps while both networks run side by side, and give how their passes of one batch ended, if any.
 
     Batches whose activations do not fit in memory at once go one wave after the other: each fits every layer to what
-    has been seen so far, beside layers that were fitted to the waves before.
+    has been seen so far, beside layers that were fitted to the waves before. The ``sums`` behind layers may be known.
     """
     names = [step.layer.name for step in steps]
     if not batches or not names:
@@ -37,7 +38,8 @@ def follow(
     like = Probe(names) if _small(work, memory) else probe(work.dense, names, batches[0], forward=work.feed)
     calls = {name: like.calls.get(name, 1) for name in names}
     again = _restarts(names, like)
-    sums = junctions(work.dense, names, batches[0], forward=work.feed)
+    sums = junctions(work.dense, names, batches[0], forward=work.feed) if sums is None else sums
+    sums = {name: sums[name] for name in names if name in sums}
     nbytes = [each.size * like.nbytes * 2 for each in work.split.samples]
     together = list(waves(enumerate(nbytes), memory))
     if len(together) > 1:

@@ -83,7 +83,7 @@ class Moments:
 
     def _scattered(self, rows: Tensor) -> Tensor:
         """The scatter of centred rows."""
-        return _products(rows, rows.shape[2])
+        return _products(rows, rows.shape[2])[0]
 
     def _shift(self, delta: Float[Tensor, "g d"], weight: float) -> None:
         """Add the products of a vector with itself."""
@@ -232,8 +232,9 @@ class Paired(Moments):
         self.squares = torch.zeros(groups, features - inner, dtype=torch.float64, device=device)
 
     def _scattered(self, rows: Tensor) -> Tensor:
-        self.squares += torch.linalg.vector_norm(rows[..., self.inner :], dim=1, dtype=torch.float64).square()
-        return _products(rows, self.inner)
+        products, squares = _products(rows, self.inner)
+        self.squares += squares[:, self.inner :]
+        return products
 
     def _shift(self, delta: Float[Tensor, "g d"], weight: float) -> None:
         self.scatter.baddbmm_(delta.unsqueeze(2), delta[:, : self.inner].unsqueeze(1), alpha=weight)
@@ -304,44 +305,43 @@ def _mean(rows: Float[Tensor, "g n d"]) -> Float[Tensor, "g 1 d"]:
 _TOGETHER = 32
 
 
-def _products(rows: Float[Tensor, "g n d"], inner: int) -> Float[Tensor, "g d inner"]:
-    """``rows^T x``, ``x`` the first entries of the rows.
+def _products(rows: Float[Tensor, "g n d"], inner: int) -> tuple[Float[Tensor, "g d inner"], Float[Tensor, "g d"]]:
+    """``rows^T x``, ``x`` the first entries of the rows, and the squares of all entries, summed over the rows.
 
     Entries whose products leave the range of float32 are multiplied in units of their own.
     """
-    result = _multiplied(rows, inner)
+    result, sums = _multiplied(rows, inner)
     if rows.dtype == torch.float64:
-        return result
-    sums = result.diagonal(dim1=-2, dim2=-1)
-    if inner < rows.shape[2]:
-        sums = torch.cat([sums, torch.linalg.vector_norm(rows[..., inner:], dim=1).square()], dim=1)
+        return result, sums
     # NaN and Inf are out of the range too, and stay what they are.
     odd = ~((sums >= _SMALL) & (sums <= _LARGE))
     if not bool(odd.any()):
-        return result
+        return result, sums
     size = torch.zeros_like(sums)
     columns = odd.any(dim=0).nonzero().squeeze(1)
     size[:, columns] = rows[:, :, columns].abs().amax(dim=1)
     # A power of two changes no digit.
     power = torch.where(odd & (size > 0) & size.isfinite(), size.log2().floor(), torch.zeros_like(size)).double()
     if not bool(power.any()):
-        return result
+        return result, sums
     unit = torch.exp2(power)
-    rows = (rows.double() / unit.unsqueeze(1)).to(rows.dtype)
-    return _multiplied(rows, inner).double() * unit.unsqueeze(2) * unit[:, :inner].unsqueeze(1)
+    result, sums = _multiplied((rows.double() / unit.unsqueeze(1)).to(rows.dtype), inner)
+    return result.double() * unit.unsqueeze(2) * unit[:, :inner].unsqueeze(1), sums.double() * unit.square()
 
 
 # Size of the blocks of which only those on and below the diagonal are multiplied.
 _BLOCK = 144
 
 
-def _multiplied(rows: Float[Tensor, "g n d"], inner: int) -> Float[Tensor, "g d inner"]:
-    """``rows^T x``; of the products of ``x`` with itself one half is copied from the other."""
+def _multiplied(rows: Float[Tensor, "g n d"], inner: int) -> tuple[Float[Tensor, "g d inner"], Float[Tensor, "g d"]]:
+    """The same in the type of the rows; of the products of ``x`` with itself one half is copied from the other."""
     if inner < 2 * _BLOCK:
-        return rows.mT @ rows[..., :inner]
-    result = rows.new_empty(len(rows), rows.shape[2], inner)
-    for start in range(0, inner, _BLOCK):
-        end = min(start + _BLOCK, inner)
-        result[:, start:, start:end] = rows[:, :, start:].mT @ rows[:, :, start:end]
-        result[:, start:end, end:] = result[:, end:inner, start:end].mT
-    return result
+        result = rows.mT @ rows[..., :inner]
+    else:
+        result = rows.new_empty(len(rows), rows.shape[2], inner)
+        for start in range(0, inner, _BLOCK):
+            end = min(start + _BLOCK, inner)
+            result[:, start:, start:end] = rows[:, :, start:].mT @ rows[:, :, start:end]
+            result[:, start:end, end:] = result[:, end:inner, start:end].mT
+    rest = torch.linalg.vector_norm(rows[..., inner:], dim=1).square()
+    return result, torch.cat([result.diagonal(dim1=-2, dim2=-1), rest], dim=1)

@@ -26,6 +26,7 @@ from spectrim.nn.parameters import parameters_of
 from spectrim.nn.standing import LAYERS, StandIn
 from spectrim.nn.surgery import merged_at, parameter_count, stand_ins
 from spectrim.nn.watch.batches import Feed, Forward
+from spectrim.nn.watch.junctions import Junction, scanned
 from spectrim.nn.watch.lockstep import Ended
 from spectrim.nn.watch.nesting import compared, output_tensors, tensors
 from spectrim.nn.watch.observe import observe, on_each, on_few
@@ -106,8 +107,14 @@ class Seen:
     rounded: float
 
 
-def check_copy(model: nn.Module, copied: nn.Module, expected: Expected, batch: Any, feed: Feed) -> None:
-    """Raise ProofError if a copy of a model calls layers of the model itself: nothing done to the copy would matter."""
+def check_copy(
+    model: nn.Module, copied: nn.Module, expected: Expected, batch: Any, feed: Feed
+) -> Mapping[str, Junction] | None:
+    """Raise ProofError if a copy of a model calls layers of the model itself: nothing done to the copy would matter.
+
+    The run that shows it also shows the sums behind the layers of a copy that has all channels, which are given; None
+    where they could not be looked for.
+    """
     names, removes = expected.changed, expected.removes
     shared = [name for name in names if copied.get_submodule(name) is model.get_submodule(name)]
     if shared:
@@ -119,13 +126,25 @@ def check_copy(model: nn.Module, copied: nn.Module, expected: Expected, batch: A
     originals = [(name, module) for name, module in model.named_modules() if isinstance(module, LAYERS)]
     hooks = [*on_each(originals, lambda name, *_: strays.append(name), before=True)]
 
+    sums: dict[str, Junction] = {}
+
     def run(part: Any) -> None:
         strays.clear()
         with observe(copied, hooks, forward=feed) as running:
             running(part)
 
+    def seen(part: Any) -> None:
+        with scanned(copied, [name for name, _ in originals], sums):
+            run(part)
+
+    found: Mapping[str, Junction] | None = None
     try:
-        on_few(run, batch, feed)
+        if not removes:
+            with contextlib.suppress(Exception):  # what cannot be watched so may be run all the same
+                on_few(seen, batch, feed)
+                found = sums
+        if found is None:
+            on_few(run, batch, feed)
     except Exception as error:
         raise ProofError(
             f"a copy of the {type(model).__name__} cannot be run, which the model can: {type(error).__name__}: {error}"
@@ -136,6 +155,7 @@ def check_copy(model: nn.Module, copied: nn.Module, expected: Expected, batch: A
             f"a copy of the {type(model).__name__} calls layer {strays[0]!r} of the original, so that it cannot be "
             f"replaced: {_COPIES}, or skip={strays[0]!r}"
         )
+    return found
 
 
 def prove(

@@ -10,6 +10,7 @@ multi-branch enhancement, there for blocks of one form; here for any sum that a 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -188,12 +189,8 @@ def junctions(
     found: dict[str, Junction] = {}
 
     def run(part: Any) -> None:
-        nonlocal found
-        with evaluating(model), kept(model):
-            forward_pass, scan = feed.ready(model, part), _Scan()
-            with hooked(scan.hooks(model)), scan:
-                forward_pass()
-            found = {name: one for name in names if (one := scan.junction(name))}
+        with evaluating(model), kept(model), scanned(model, names, found):
+            feed(model, part)
 
     try:
         on_few(run, batch, feed)
@@ -202,6 +199,16 @@ def junctions(
         log.info("sums behind layers were not looked for: %s", error)
         return {}
     return found
+
+
+@contextlib.contextmanager
+def scanned(model: nn.Module, names: Iterable[str], found: dict[str, Junction]) -> Iterator[None]:
+    """Have the forward pass that is made meanwhile show the sums behind layers."""
+    scan = _Scan()
+    with hooked(scan.hooks(model)), scan:
+        yield
+    found.clear()
+    found.update({name: one for name in names if (one := scan.junction(name))})
 
 
 @dataclass(frozen=True)
