@@ -184,6 +184,14 @@ def test_compress_meets_a_budget_in_one_call() -> None:
     assert macs(result.model, batches[0]) == pytest.approx(result.plan.costs["macs"])
     assert result.plan.costs["macs"] <= 0.6 * macs(model, batches[0]) * (1 + 1e-9)
     assert "channels removed" in str(result.report)
+    # Those that hold the channels are dense, and no longer what they were.
+    narrower = {entry.site for entry in result.plan if entry.narrower}
+    assert len(narrower) == result.plan.changed > 0
+    sizes = {
+        site.name: [net.get_parameter(f"{site.name}.weight").shape for net in (model, result.model)]
+        for site in result.sites
+    }
+    assert narrower == {name for name, (before, after) in sizes.items() if before != after}
     closed = st.apply(model, result.sites, result.plan)
     assert output_error(model, result.model, batches) <= output_error(model, closed, batches) * 1.01
 

@@ -57,6 +57,11 @@ class Entry:
         """The sites that the choice is for."""
         return self.members or (self.site, *self.choice.others)
 
+    @property
+    def narrower(self) -> bool:
+        """Whether a layer for which nothing is chosen loses channels."""
+        return self.choice.is_dense and self.costs.get("parameters") != self.dense_costs.get("parameters")
+
     def __str__(self) -> str:
         lost = "" if self.choice.is_dense else f", {percent(self.error)} lost"
         costs = "".join(f"; {total(cost, dense, self.costs[cost])}" for cost, dense in self.dense_costs.items())
@@ -198,8 +203,8 @@ class Plan(Printed):
 
     @property
     def changed(self) -> int:
-        """How many layers have another choice than dense."""
-        return sum(len(e.sites) for e in self if not e.choice.is_dense and not e.of_channels)
+        """How many layers are not as they were: those with another choice than dense, and those that lose channels."""
+        return sum(len(e.sites) for e in self if not e.of_channels and (not e.choice.is_dense or e.narrower))
 
     def _grid(self) -> Grid:
         from spectrim.selection.printed import plan_grid
