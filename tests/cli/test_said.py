@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from spectrim.cli.data import load_data
+from spectrim.cli.models import check_model, load_model
 from spectrim.cli.references import UsageError, call, parse
 from spectrim.cli.unfinished import make_folder
 from spectrim.cli.weights import read_weights
@@ -175,6 +177,7 @@ def test_what_python_would_be_given_is_said_in_terms_of_options(run):
         (("-b", "macs=50%", "--input", "1x8x8", "--lr", "0.1"), "--lr 0.1 is for fine-tuning: give --train too"),
         (("-b", "macs=50%", "--input", "1x8x8", "--epochs", "3"), "--epochs 3 is for fine-tuning"),
         (("-b", "macs=50%", "--input", "1x8x8", "--cost", "joules"), "write NAME=package.module:function"),
+        (("-b", "macs=50%", "--input", "1x8x8", "-d", "digits"), "no data: leave it out, or --data digits"),
         (("-b", "macs=50%", "--input", "1x8x8", "-o", ""), "nothing stands behind -o"),
         (("-b", "macs=50%", "--input", "1x8x8", "--out="), "nothing stands behind --out"),
         (("--input", "1x8x8", "--plan", "run"), "'run' is not a file: write run/plan.json"),
@@ -190,6 +193,60 @@ def test_mistakes_are_told_with_the_cure_before_torch(run, arguments: tuple[str,
     assert re.search(why, said), said
     assert said.count("\n") == 0
     assert not Path("compressed").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("evaluate", "nets:tiny", "--input", "1x8x8"), "with --compare: give that too, or leave --weights out"),
+        (("export", "nets:tiny", "--input", "1x8x8", "-o", "net.pt2"), "leave the other out"),
+    ],
+)
+def test_weights_that_nothing_would_read_are_refused(run, arguments: tuple[str, ...], why: str):
+    import nets
+    from safetensors.torch import save_file
+
+    save_file(nets.tiny().state_dict(), "net.safetensors", {"plan": "{}"})
+    both = ("-w", "net.safetensors", "-c", "net.safetensors")
+    said = run(*arguments, *both, code=2).stderr
+    assert "--weights net.safetensors does not combine with --checkpoint net.safetensors" in said
+    assert why in said
+
+
+@pytest.mark.parametrize("made", ["x", "(x, torch.zeros(8))", "{'x': x}", "'photos'", "torch.nn.Sequential()"])
+def test_what_is_no_list_of_batches_is_told(made: str):
+    Path("made.py").write_text(f"import torch\n\n\ndef data():\n    x = torch.zeros(8, 3)\n    return {made}\n")
+    with pytest.raises(UsageError, match=r"returned an? .*, not an iterable of batches: return a list of them"):
+        load_data("./made.py:data")
+    Path("made.py").unlink()
+
+
+def test_a_network_in_place_of_a_function_is_told():
+    Path("held.py").write_text("from torch import nn\n\nmodel = nn.Linear(2, 2)\n")
+    with pytest.raises(UsageError, match="model is a Linear itself: write a function that returns it"):
+        load_model("./held.py:model")
+
+
+def test_what_the_memory_does_not_hold_is_told(run, monkeypatch: pytest.MonkeyPatch):
+    from spectrim.cli import work
+
+    def full(*args: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 119997600012 bytes.")
+
+    monkeypatch.setattr(work, "random_input", full)
+    said = run("compress", "nets:tiny", "--input", "1x8x8", "-b", "macs=50%", code=1).stderr
+    assert "there is not enough memory for 119997600012 bytes: give fewer or smaller samples (--input" in said
+    assert not Path("compressed").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("transformers")
+    for name in ("HF_HUB_OFFLINE", "http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UsageError, match=r"127\.0\.0\.1 cannot be reached .* write hf:FOLDER"):
+        check_model("hf:somebody/nothing")
 
 
 def test_the_program_alone_shows_its_help(run):

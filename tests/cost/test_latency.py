@@ -204,11 +204,15 @@ def test_unknown_inputs_name_the_layer(clock):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"memory_format": "nhwc"}, {"batch": 0}, {"threads": 0}, {"rounds": 0}, {"register_width": 0}]
-)
+    "wrong",
+    [
+        {"memory_format": "nhwc"}, {"batch": 0}, {"threads": 0}, {"rounds": "9"}, {"register_width": 0},
+        {"device": "gpu"}, {"dtype": "float32"}, {"cache": 3},
+    ],
+)  # fmt: skip
 def test_wrong_options_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Latency(cache=None, **wrong)
+        Latency(**{"cache": None} | wrong)
 
 
 # --- the table on disk

@@ -198,6 +198,15 @@ def test_malformed_plans_are_refused(text: str | bytes, message: str) -> None:
     assert isinstance(caught.value, SpectrimError)
 
 
+def test_a_text_is_read_with_the_mark_of_an_editor_and_what_is_no_text_says_how_a_file_is_read(tmp_path: Path) -> None:
+    text = example().to_json()
+    assert Plan.from_json(f"\ufeff{text}") == Plan.from_json(b"\xef\xbb\xbf" + text.encode()) == example()
+    with pytest.raises(TypeError, match=r"a plan is read from its text, not from .*: a file is read by read\(path\)"):
+        Plan.from_json(tmp_path)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(PlanError, match=r"it is the name of a file, which read\('plan\.json'\) reads"):
+        Plan.from_json("plan.json")
+
+
 def test_diff_names_the_sites_that_differ() -> None:
     plan = example()
     first, second = plan.entries
@@ -294,7 +303,7 @@ def test_plans_written_before_there_were_groups_are_read() -> None:
     entries = [{key: value for key, value in entry.items() if key != "members"} for entry in document()["entries"]]
     assert Plan.from_json(json.dumps(document(entries=entries))) == example()
     twice = [{**ENTRY, "site": "g", "members": ["x", "y"]}, {**ENTRY, "site": "y"}]
-    with pytest.raises(PlanError, match="names each site once"):
+    with pytest.raises(PlanError, match="names each site once; this one has .* twice"):
         Plan.from_json(json.dumps(document(entries=twice)))
 
 

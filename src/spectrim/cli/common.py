@@ -207,9 +207,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 out.clear()
                 print(f"spectrim: stopped{out.left and '; '}{out.left}", file=sys.stderr)
                 raise typer.Exit(TERMINATED if isinstance(stop, _Terminated) else STOPPED) from None
-            except (SpectrimError, OSError, FloatingPointError) as error:
+            except Exception as error:
                 out.clear()
-                if debug:
+                if debug or not _is_told(error):
                     raise
                 code, told = exit_code(error), for_command_line(sentence(error))
                 print(f"spectrim: error: {told}", file=sys.stderr)
@@ -264,7 +264,21 @@ def sentence(error: BaseException) -> str:
     """What an error says; of one of the system without its number."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{str(error.filename)!r}: {error.strerror}"
+    if not isinstance(error, SpectrimError) and _is_of_memory(error):
+        asked = re.search(r"(?:allocate|allocate memory: you tried to allocate) ([\d.]+ \w+)", str(error))
+        much = f" for {asked[1]}" if asked else ""
+        return f"there is not enough memory{much}: give fewer or smaller samples (--input, --batch, ?batch=)"
     return str(error)
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    named = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported for it
+    return named or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+def _is_told(error: BaseException) -> bool:
+    """Whether an error is one for people, in one sentence; others are faults, whose traceback is of use."""
+    return isinstance(error, SpectrimError | OSError | FloatingPointError) or _is_of_memory(error)
 
 
 def for_command_line(text: str) -> str:
@@ -274,7 +288,7 @@ def for_command_line(text: str) -> str:
             f"{'L' if found[1] == 'P' else 'l'}et MODEL name a module of yours whose forward(batch) "
             f"{found[2].replace('the model', 'the network')}, as docs/model-references.md shows"
         ),
-        text,
+        text.replace("; or say so, samples=lambda batch: 1", ""),
     )
 
 

@@ -72,7 +72,8 @@ def _paths(given: Path) -> Iterator[Path]:
             yield from _paths(point)
     else:
         what = f"holds neither {_MODEL} nor {_PLAN}" if given.is_dir() else "is neither a file nor a folder"
-        raise UsageError(f"{str(given)!r} {what}, which compress and sweep write")
+        model = f": a model is given by --model {given}" if ":" in str(given) else ""
+        raise UsageError(f"{str(given)!r} {what}, which compress and sweep write{model}")
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ without torch; :mod:`spectrim.cli.datasets` reads the files.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -101,11 +101,23 @@ class Data:
             return batches_of(self, device)
         found = call(factory(self.reference, "data"), self.reference, "data")
         text = self.reference.text
-        if not isinstance(found, Iterable):
-            raise UsageError(f"data {text!r} returned a {type(found).__name__}, not an iterable of batches")
+        if not isinstance(found, Iterable) or isinstance(found, str | bytes | Mapping) or _is_one_thing(found):
+            raise UsageError(
+                f"data {text!r} returned a {type(found).__name__}, not an iterable of batches: return a list of them, "
+                "or a DataLoader"
+            )
         if iter(found) is found:
             raise UsageError(f"data {text!r} returned an iterator, which can be read once only; return a list")
         return found
+
+
+def _is_one_thing(found: object) -> bool:
+    """Whether what can be iterated over is one tensor, one network, or one batch of inputs and targets."""
+    from torch import Tensor, nn
+
+    shapes = [each.shape for each in found if isinstance(each, Tensor)] if isinstance(found, tuple) else []
+    pair = len(shapes) == 2 and shapes[0] != shapes[1]
+    return isinstance(found, Tensor | nn.Module) or pair
 
 
 def load_data(text: str, *, purpose: Purpose = "test", device: str = "cpu") -> Iterable[Any]:

@@ -41,14 +41,18 @@ def demo(
     $ spectrim demo
     $ spectrim demo --budget macs=12% --batch 1 --out smaller
     """
+    from spectrim.cli.data import check_data, load_data
+    from spectrim.cli.unfinished import make_folder
+    from spectrim.cli.values import read_budget
+
+    wanted = read_budget([budget])
+    check_data("digits", "test")
+    make_folder(out, folder)
     import torch
 
     from spectrim.cli.batches import Batches
-    from spectrim.cli.data import load_data
     from spectrim.cli.digits_net import DigitsNet
     from spectrim.cli.results import Outcome
-    from spectrim.cli.unfinished import make_folder
-    from spectrim.cli.values import read_budget
     from spectrim.cli.work import device_named, first_batch
     from spectrim.nn.agreement import agreement
     from spectrim.pipeline import compress
@@ -56,8 +60,6 @@ def demo(
     from spectrim.train import fine_tune
 
     started = time.perf_counter()
-    wanted = read_budget([budget])
-    make_folder(out, folder)
     device_named("cpu", threads)
     of_model, of_data = f"spectrim.cli.digits_net:DigitsNet?width={width}", f"digits?batch=64&seed={seed}"
     train = load_data(of_data, purpose="training")

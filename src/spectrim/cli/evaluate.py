@@ -43,6 +43,8 @@ def evaluate(
         raise UsageError("give --data (labelled batches), or --input to measure costs alone, as --input 3x224x224")
     if measuring.compare and model.checkpoint is None:
         raise UsageError("--compare needs --checkpoint: the compressed model to put beside the dense one")
+    if not measuring.compare:
+        model.check_one("the dense model is measured with --compare: give that too, or leave --weights out")
     if data is not None:
         check_data(data, "test", "--data")
     from spectrim.cli.data import load_data

@@ -57,6 +57,7 @@ def export(
     data, input_shape, file = example.data, example.input_shape, written.file
     if data is None and input_shape is None:
         raise UsageError("an example input is needed: give --input, as --input 3x224x224, or --data")
+    model.check_one("one of them is exported: leave the other out")
     if file.suffix == ".onnx":
         for package in ("onnx", "onnxscript"):
             installed(package, Reference(f"--out {file}", ""), "spectrim[export]")

@@ -18,9 +18,12 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from spectrim.cli.references import Reference, UsageError, call, factory, installed, nearest, need, parse
 from spectrim.cli.sources import check_factory
@@ -97,7 +100,12 @@ def load_model(text: str, weights: str | Path | None = None, *, pretrained: bool
     if reference.scheme in SCHEMES:
         model = SCHEMES[reference.scheme][0](reference, pretrained)
     else:
-        model = call(factory(reference, "model"), reference, "model")
+        made = factory(reference, "model")
+        if isinstance(made, nn.Module):
+            raise UsageError(
+                f"model {text!r}: {reference.place} is a {type(made).__name__} itself: write a function that returns it"
+            )
+        model = call(made, reference, "model")
     if not isinstance(model, nn.Module):
         raise UsageError(f"model {text!r} returned a {type(model).__name__}, not a torch.nn.Module")
     if weights is not None and _is_compressed(check_file(weights)):
@@ -192,6 +200,24 @@ def _check_hub(reference: Reference) -> None:
             f"model {reference.text!r}: HF_HUB_OFFLINE is set, and {name!r} was not fetched before."
             f"{did_you_mean(name, _stored())}"
         )
+    elif name not in _stored():
+        _check_connection(reference, name)
+
+
+def _check_connection(reference: Reference, name: str) -> None:
+    """Refuse what must be fetched where the hub cannot be reached, which transformers tries for half a minute."""
+    endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    host, port = endpoint.hostname or "", endpoint.port or (80 if endpoint.scheme == "http" else 443)
+    if getproxies():
+        return
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except OSError as error:
+        raise UsageError(
+            f"model {reference.text!r}: {host} cannot be reached ({error.strerror or error}), and {name!r} was not "
+            f"fetched before: write hf:FOLDER, which save_pretrained wrote, or fetch it where there is a connection."
+            f"{did_you_mean(name, _stored())}".removesuffix(".")
+        ) from error
 
 
 def hub_folder() -> Path:

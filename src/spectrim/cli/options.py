@@ -72,6 +72,22 @@ Input = Annotated[
     typer.Option("--input", metavar="SHAPE", help="Shape of one random sample where there are no data, as 3x224x224."),
     read_shape,
 ]
+
+
+class Fed(Checked):
+    """Options of which one says what goes in: data, or the shape of a random sample."""
+
+    data: str | None
+    input_shape: str | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data is not None and self.input_shape is not None:
+            raise UsageError(
+                f"--input {self.input_shape} is for where there are no data: leave it out, or --data {self.data}"
+            )
+
+
 Batch = Annotated[int, typer.Option(metavar="N", min=1, help="Samples a pass where time and memory are measured.")]
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; by default all that torch takes.")]
 Runtime = Annotated[
@@ -139,7 +155,7 @@ class NetworkOptions(Checked):
 
 
 @dataclass(frozen=True)
-class InputOptions(Checked):
+class InputOptions(Fed):
     """Data that layers are fitted to."""
 
     data: Annotated[
@@ -425,6 +441,11 @@ class FinishedOptions(Checked):
         check_checkpoint,
     ] = None
 
+    def check_one(self, cure: str) -> None:
+        """Refuse weights of the dense model beside a compressed one, where nothing would read them."""
+        if self.weights is not None and self.checkpoint is not None:
+            raise UsageError(f"--weights {self.weights} does not combine with --checkpoint {self.checkpoint}: {cure}")
+
     def load(self) -> nn.Module:
         """The compressed model if there is a checkpoint, else the dense one."""
         if self.checkpoint is not None:
@@ -433,7 +454,7 @@ class FinishedOptions(Checked):
 
 
 @dataclass(frozen=True)
-class ExampleOptions(Checked):
+class ExampleOptions(Fed):
     """What it is run on."""
 
     data: Annotated[

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import platform
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -71,7 +72,8 @@ class Latency:
     Raises
     ------
     ValueError
-        For an unknown memory format or runtime, what the runtime cannot run, or counts below one.
+        For an unknown memory format, device or runtime, what the runtime cannot run, values of other types, or counts
+        below one.
     ImportError
         If the runtime needs a package or a compiler that is not there.
     """
@@ -93,8 +95,17 @@ class Latency:
         if self.memory_format not in ("contiguous", "channels_last"):
             raise ValueError(f"memory_format {self.memory_format!r} is neither 'contiguous' nor 'channels_last'")
         for name in ("threads", "batch", "register_width", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be at least 1")
+            count = getattr(self, name)
+            if not isinstance(count, int) or count < 1:
+                raise ValueError(f"{name} is {count!r}; it must be a whole number of at least 1")
+        if not isinstance(self.dtype, torch.dtype):
+            raise ValueError(f"dtype is {self.dtype!r}; give one of torch, as torch.float32")
+        if not isinstance(self.cache, str | os.PathLike | None):
+            raise ValueError(f"cache is {self.cache!r}; give a folder, or None to keep times in memory")
+        try:
+            torch.device(self.device)
+        except RuntimeError as error:
+            raise ValueError(f"device {self.device!r} is not known: write cpu, cuda, cuda:1 or mps") from error
         self.runs.check(self.device, self.dtype, self.memory_format)
         if self.cache is not None:
             object.__setattr__(self, "cache", Path(self.cache))

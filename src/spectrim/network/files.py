@@ -93,15 +93,22 @@ def record_of(text: str | bytes, what: str, largest: int, known: set[str] | None
     ------
     PlanError
         If it is another text or too long, or has other fields than those that are known, where they are named.
+    TypeError
+        If it is no text.
     """
     import msgspec
 
+    if not isinstance(text, str | bytes):
+        raise TypeError(f"{what} is read from its text, not from {text!r:.80}: a file is read by read(path)")
     if len(text) > largest:
         raise PlanError(f"not {what}: more than {largest:,} bytes")
+    # Which editors put before a text.
+    text = text.removeprefix("\ufeff") if isinstance(text, str) else text.removeprefix(b"\xef\xbb\xbf")
     try:
         record = msgspec.json.decode(text, type=dict[str, Any])
     except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
-        raise PlanError(f"not {what}: {error}") from error
+        named = f"; it is the name of a file, which read({text!r}) reads" if str(text).endswith(".json") else ""
+        raise PlanError(f"not {what}: {error}{named}") from error
     if known is not None and (unknown := sorted(set(record) - known)):
         raise PlanError(f"not {what}: it has no field {unknown[0]!r}")
     return record

@@ -248,8 +248,8 @@ class Plan(Printed):
             if unknown:
                 raise PlanError(f"a plan's {known.__name__.lower()} has no field {unknown[0]!r}")
         for names in ([e.site for e in plan.entries], [site for e in plan.entries for site in e.sites]):
-            if len(set(names)) != len(names):
-                raise PlanError("a plan names each site once; this one repeats some")
+            if twice := next((name for number, name in enumerate(names) if name in names[:number]), None):
+                raise PlanError(f"a plan names each site once; this one has {twice!r} twice: leave one of them out")
         entries = zip(plan.entries, raw["entries"], strict=True)
         return dataclasses.replace(plan, entries=tuple(_entry(entry, record["choice"]) for entry, record in entries))
 
