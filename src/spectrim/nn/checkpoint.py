@@ -21,9 +21,10 @@ from spectrim.network.state_values import alike, equal, is_plain, put_together, 
 from spectrim.nn.build import skeleton
 from spectrim.nn.channels.narrow import add_bias, reshape
 from spectrim.nn.find import describe, find, is_layer
+from spectrim.nn.packing import pack_state
 from spectrim.nn.shipping import carry, earlier, remembered
 from spectrim.nn.sparse.layers import Slim
-from spectrim.nn.sparse.packed import masked_layers, pack_state, read_mask, read_weight
+from spectrim.nn.sparse.packed import masked_layers, read_mask, read_weight
 from spectrim.nn.standing import StandIn, Traits
 from spectrim.nn.surgery import replace_module
 from spectrim.selection.plan import Plan

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from spectrim.network import tensor_files
 from spectrim.nn.flops import WorkCounter
-from spectrim.nn.sparse.packed import masked_layers, pack_state
+from spectrim.nn.packing import pack_state
+from spectrim.nn.sparse.packed import masked_layers
 from spectrim.nn.sparse.products import Kernel
 from spectrim.nn.watch.observe import Hook, hooked
 

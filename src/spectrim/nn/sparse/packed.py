@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import CheckpointError
 from spectrim.linalg.packing import pack, packed_bytes, unpack
 from spectrim.nn.find import canonical
 from spectrim.nn.sparse.layers import Masked, laid_open, laid_out
@@ -54,38 +53,6 @@ def packed_mask(layer: Masked, density: object = None) -> Tensor:
         if int(units.sum()) != wanted:
             raise ValueError(f"the mask keeps {int(units.sum())} units, and the plan's density of {density} {wanted}")
     return pack(units)
-
-
-def pack_state(
-    model: nn.Module, state: dict[str, Tensor], density_of: Callable[[Masked], object] = lambda layer: None
-) -> list[list[str]]:
-    """Put values and packed positions in place of whole weights and masks in a state.
-
-    Parameters
-    ----------
-    density_of
-        That the mask of a layer should have, where it is known: a number.
-
-    Returns
-    -------
-    list of list of str
-        ``[weight, mask]``: names of what is packed. What the state has under another layer's name stays as it is there.
-
-    Raises
-    ------
-    CheckpointError
-        As :func:`packed_mask`; the message names the mask.
-    """
-    packed: list[list[str]] = []
-    for weight, mask, layer in masked_layers(model):
-        if weight in state and mask in state:
-            try:
-                state[mask] = packed_mask(layer, density_of(layer))
-            except ValueError as error:
-                raise CheckpointError(f"tensor {mask!r} cannot be packed: {error}") from error
-            state[weight] = values_inside(layer, state[weight])
-            packed.append([weight, mask])
-    return packed
 
 
 def stored_bytes(layer: Masked) -> tuple[int, int]:

@@ -1,0 +1,43 @@
+"""A model's state as files hold it: of sparse weights the values inside the mask, and the packed positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from spectrim.errors import CheckpointError
+from spectrim.nn.sparse.layers import Masked
+from spectrim.nn.sparse.packed import masked_layers, packed_mask, values_inside
+
+
+def pack_state(
+    model: nn.Module, state: dict[str, Tensor], density_of: Callable[[Masked], object] = lambda layer: None
+) -> list[list[str]]:
+    """Put values and packed positions in place of whole weights and masks in a state.
+
+    Parameters
+    ----------
+    density_of
+        That the mask of a layer should have, where it is known: a number.
+
+    Returns
+    -------
+    list of list of str
+        ``[weight, mask]``: names of what is packed. What the state has under another layer's name stays as it is there.
+
+    Raises
+    ------
+    CheckpointError
+        As :func:`packed_mask`; the message names the mask.
+    """
+    packed: list[list[str]] = []
+    for weight, mask, layer in masked_layers(model):
+        if weight in state and mask in state:
+            try:
+                state[mask] = packed_mask(layer, density_of(layer))
+            except ValueError as error:
+                raise CheckpointError(f"tensor {mask!r} cannot be packed: {error}") from error
+            state[weight] = values_inside(layer, state[weight])
+            packed.append([weight, mask])
+    return packed
