@@ -7,8 +7,9 @@ import os
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast, overload, runtime_checkable
+from typing import Any, Protocol, TypeVar, cast, overload, runtime_checkable
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +29,8 @@ from spectrim.nn.sparse.packed import masked_layers, read_mask, read_weight
 from spectrim.nn.standing import StandIn, Traits
 from spectrim.nn.surgery import replace_module
 from spectrim.selection.plan import Plan
+
+T = TypeVar("T")
 
 FORMAT = "spectrim"
 FORMAT_VERSION = "1"
@@ -344,9 +347,8 @@ def _read(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], list[
 
 
 def _plans(metadata: Mapping[str, str], path: Path, *, again: bool) -> list[Plan]:
-    before = _table(metadata, "earlier", path) if again and "earlier" in metadata else []
-    if not isinstance(before, list) or not all(isinstance(text, str) for text in before):
-        raise CheckpointError(f"{path}: the table of earlier plans is not a list of plans")
+    listed = again and "earlier" in metadata
+    before = _table(metadata, "earlier", path, list[str], "a list of plans") if listed else []
     try:
         return [Plan.from_json(text) for text in (*before, metadata["plan"])]
     except PlanError as error:
@@ -355,30 +357,25 @@ def _plans(metadata: Mapping[str, str], path: Path, *, again: bool) -> list[Plan
 
 def _tables(metadata: Mapping[str, str], path: Path, version: str) -> _Tables:
     again = version == AGAIN_VERSION
-    shared = _table(metadata, "shared", path) if "shared" in metadata else {}
-    if not isinstance(shared, dict) or not all(isinstance(v, str) for v in shared.values()):
-        raise CheckpointError(f"{path}: the table of shared tensors is not a table of names")
-    values = _table(metadata, "values", path) if again and "values" in metadata else {}
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: the table of values is not a table of records")
-    holds = version == PACKED_VERSION or (again and "packed" in metadata)
-    packed = _table(metadata, "packed", path) if holds else []
-    if not isinstance(packed, list) or not all(_is_pair(pair) for pair in packed):
-        raise CheckpointError(f"{path}: the table of packed tensors is not a table of pairs of names")
-    return _Tables(shared, [(weight, mask) for weight, mask in packed], values)
+    shared, values, packed = {}, {}, []
+    if "shared" in metadata:
+        shared = _table(metadata, "shared", path, dict[str, str], "a table of names")
+    if again and "values" in metadata:
+        values = _table(metadata, "values", path, dict[str, Any], "a table of records")
+    if version == PACKED_VERSION or (again and "packed" in metadata):
+        packed = _table(metadata, "packed", path, list[tuple[str, str]], "a table of pairs of names")
+    return _Tables(shared, packed, values)
 
 
-def _table(metadata: Mapping[str, str], name: str, path: Path) -> Any:
+def _table(metadata: Mapping[str, str], name: str, path: Path, kind: type[T], what: str) -> T:
     try:
-        return json.loads(metadata[name])
+        return msgspec.convert(json.loads(metadata[name]), kind)
     except KeyError:
         raise CheckpointError(f"{path}: the table of {name} tensors is missing") from None
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{path}: the table of {name} tensors is not {what}: {error}") from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: the table of {name} tensors cannot be read: {error}") from error
-
-
-def _is_pair(value: object) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(name, str) for name in value)
 
 
 def _narrow(model: nn.Module, plan: Plan, names: Container[str], path: str | Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +170,7 @@ def _difference(model: nn.Module, args: Any, kwargs: Any, run: Any, dynamic: boo
     worst = 0.0
     for size in (None, 3) if dynamic else (None,):
         a, k = (args, kwargs) if size is None else (resized(args, size), resized(kwargs, size))
-        wanted = list(tensors(_flat(model(*a, **k))))
-        given = list(tensors(_flat(run(a, k))))
+        wanted, given = list(tensors(model(*a, **k))), list(tensors(run(a, k)))
         if len(wanted) != len(given):
             raise ExportError(f"the exported model returns {len(given)} tensors, the model {len(wanted)}")
         for w, g in zip(wanted, given, strict=True):
@@ -187,12 +186,6 @@ def _relative(wanted: Tensor, given: Tensor) -> float:
     gap = float(torch.where(wanted == given, 0.0, (wanted - given).abs()).max())
     scale = float(torch.where(wanted.isfinite(), wanted.abs(), 0.0).max())
     return math.inf if math.isnan(gap) else gap / max(scale, 1e-12)
-
-
-def _flat(output: Any) -> Sequence[Any]:
-    if isinstance(output, Tensor):
-        return [output]
-    return list(output.values()) if isinstance(output, Mapping) else list(output)
 
 
 def _accept(worst: float, tolerance: float, what: str) -> None:

@@ -117,15 +117,14 @@ def peak_memory(model: nn.Module, example: Any) -> int:
     device = _device(model)
     with _evaluating(model), torch.inference_mode():
         model(*copied(args), **copied(kwargs))  # what is made once and kept does not count
+        call = functools.partial(model, *copied(args), **copied(kwargs))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
             torch.cuda.reset_peak_memory_stats(device)
-            call = functools.partial(model, *copied(args), **copied(kwargs))
             before = torch.cuda.memory_allocated(device)
             call()
             torch.cuda.synchronize(device)
             return torch.cuda.max_memory_allocated(device) - before
-        call = functools.partial(model, *copied(args), **copied(kwargs))
         profile = torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
         )
