@@ -148,4 +148,4 @@ def _share(point: Point, cost: str) -> float:
 
 
 def _text(sweep: Sweep, value: float) -> str:
-    return f"{sweep.judged_by} {value:.4g}" + ("" if sweep.dense is not None else " %")
+    return f"{sweep.judged_by} {value:#.4g}" + ("" if sweep.dense is not None else " %")

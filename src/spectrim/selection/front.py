@@ -217,7 +217,7 @@ class Sweep(Printed):
         if judged is None:
             return [""] * len(self.measures)
         cells = {
-            self.metric: "" if judged.metric is None else f"{judged.metric:.4g}",
+            self.metric: "" if judged.metric is None else f"{judged.metric:#.4g}",
             _SAME: "" if judged.top1 is None else f"{judged.top1:.2%}",
             _DIFFER: "" if judged.error is None else f"{judged.error:.2%}",
         }
