@@ -252,9 +252,14 @@ def _run_small(dense: nn.Module, small: nn.Module, names: Sequence[str], batch: 
     try:
         return _run(small, batch, names, feed)
     except Exception as error:
+        cause = (
+            f"What reads or calls the replaced layers ({_some(names)}) does not find what it needs; skip those with "
+            "skip="
+            if names
+            else "Something reads channels that are gone; skip= the layers before it"
+        )
         raise ProofError(
-            f"the compressed {type(dense).__name__} cannot be run: {type(error).__name__}: {error}. What reads or "
-            f"calls the replaced layers ({_some(names)}) does not find what it needs; skip those with skip="
+            f"the compressed {type(dense).__name__} cannot be run: {type(error).__name__}: {error}. {cause}"
         ) from error
 
 

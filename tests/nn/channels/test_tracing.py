@@ -108,3 +108,28 @@ def test_the_reason_is_told_where_they_are_not_found(kind: type[nn.Module], reas
     model = kind().eval()
     sites = st.couple(model, st.find(model), torch.randn(4, 8))
     assert {each.name: each.reason for each in sites.skipped}["a:out"] == reason
+
+
+class Specialists(nn.Module):
+    """A sample goes through the layer that its kind names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(12, 24)
+        self.each = nn.ModuleList(nn.Linear(24, 6) for _ in range(4))
+
+    def forward(self, x: Tensor, kinds: Tensor) -> Tensor:
+        hidden = F.relu(self.stem(x))
+        answers = hidden.new_zeros(len(x), 6)
+        for number, layer in enumerate(self.each):
+            if (chosen := kinds == number).any():
+                answers[chosen] = layer(hidden[chosen])
+        return answers
+
+
+def test_layers_that_the_first_samples_do_not_come_to_lose_their_inputs_too():
+    torch.manual_seed(0)
+    batches = [(torch.randn(32, 12), torch.arange(32) % 4) for _ in range(2)]
+    result = st.compress(Specialists(), batches, "macs=70%", methods=st.PrincipalFilters())
+    (stem,) = (entry.choice for entry in result.plan if entry.of_channels and not entry.choice.is_dense)
+    assert {place.module for place in stem.lost} == {"stem", *(f"each.{number}" for number in range(4))}

@@ -28,8 +28,8 @@ from spectrim.nn.channels.experiments import Experiments, Mixed
 from spectrim.nn.channels.heads import Heads
 from spectrim.nn.channels.narrow import NORMS, beside_layers, held_at, length, pools_of
 from spectrim.nn.channels.products import with_products
-from spectrim.nn.channels.rules import rule_of
-from spectrim.nn.channels.tracing import traced
+from spectrim.nn.channels.rules import layers_of, rule_of
+from spectrim.nn.channels.tracing import comes_to, traced
 from spectrim.nn.channels.trial import DRAWS, Trial, enlivened, first_line
 from spectrim.nn.find import canonical, find, paths_of
 from spectrim.nn.watch.batches import Feed
@@ -68,7 +68,8 @@ def couple(
     sites
         From :func:`spectrim.find` for the same model. Layers that were skipped on request keep their channels.
     example
-        A batch; two samples of it are used, or all where they belong together, as the nodes of a graph do.
+        A batch; two samples of it are used, or all where they belong together, as the nodes of a graph do, or where
+        others go through layers that these two do not.
     forward
         Runs a model on a batch in another way.
     samples
@@ -119,6 +120,10 @@ def _coupled(model: nn.Module, sites: Sites, example: Any, run: Feed) -> Sites:
     lively = enlivened(model)
     small = run.few(lively, example, 2)
     graph = _Graph.traced(model, sites, small, run)
+    # Other samples may go through layers that these two do not.
+    left = graph.left() if isinstance(graph, _Graph) and small is not example else []
+    if left and comes_to(model, left, example, run):
+        small, graph = example, _Graph.traced(model, sites, example, run)
     if isinstance(graph, str):
         return dataclasses.replace(sites, skipped=(*sites.skipped, Skipped("", type(model).__name__, graph)))
     found, obstacles = graph.couplings()
@@ -195,6 +200,10 @@ class _Graph:
         for name, parameter in nn.Module.named_parameters(trace.model):
             names[parameter] = (name,)
         return cls(trace.model, sites, trace.graph, names, frozenset(trace.called))
+
+    def left(self) -> list[str]:
+        """Layers that did not run."""
+        return [name for name, layer in layers_of(self.model) if layer not in self.called]
 
     def couplings(self) -> tuple[list[Coupling], list[tuple[str, int, str]]]:
         """All groups of channels, and those that stand no chance, as ``(name, channels, reason)``."""

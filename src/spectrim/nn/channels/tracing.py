@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -17,8 +17,9 @@ from spectrim.nn.channels.rules import layers_of
 from spectrim.nn.copying import copy_model
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.standing import as_containers
+from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.nesting import output_tensors
-from spectrim.nn.watch.observe import hooked, on_each
+from spectrim.nn.watch.observe import hooked, observe, on_each
 
 Around = Callable[[], contextlib.AbstractContextManager[Any]]
 # Traces with one more layer taken for an output, where nothing leads on from it.
@@ -44,6 +45,19 @@ class Trace:
     def lost(self) -> list[nn.Module]:
         """Layers that ran and that the graph does not know."""
         return [layer for layer in self.called if layer not in self.graph.module2node]
+
+
+def comes_to(model: nn.Module, names: Collection[str], batch: Any, feed: Feed) -> bool:
+    """Whether a copy of a model calls one of these layers with a batch; not if it cannot be run."""
+    seen: set[str] = set()
+    copied = copy_model(model)
+    hooks = on_each(((name, copied.get_submodule(name)) for name in names), lambda name, *_: seen.add(name))
+    with observe(copied, hooks, forward=feed) as running:
+        try:
+            running(batch)
+        except Exception:  # a model may raise anything; what the trace meets is told
+            return False
+    return bool(seen)
 
 
 def traced(model: nn.Module, example: Any, run: Callable[..., Any], graph: Callable[[], Any], around: Around) -> Trace:
