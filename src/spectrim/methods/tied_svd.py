@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -119,16 +118,11 @@ def posed(site: Tied) -> tuple[TwiceRead, str, float]:
         shares = tuple(_scaled(each, 1 / float(each.energy(weight).clamp_min(1e-300))) for each in readings)
         return TwiceRead(weight, (shares[0], shares[1])), OUTPUT_ENERGY, 2.0
     felt = shrunk(gradient.second_moment, gradient.count)[0].to(weight)
-    looked_up = _scaled(Reading(asked, felt), 0.5 * _positions(site.table.spec))
-    multiplied = _scaled(Reading(site.weights.to(weight), seen), 0.5 * _positions(site.head.spec))
+    looked_up = _scaled(Reading(asked, felt), 0.5 * site.table.spec.rows)
+    multiplied = _scaled(Reading(site.weights.to(weight), seen), 0.5 * site.head.spec.rows)
     problem = TwiceRead(weight, (looked_up, multiplied))
     return problem, WEIGHTED_ENERGY, float(sum(each.energy(weight) for each in problem.readings))
 
 
 def _scaled(reading: Reading, size: float) -> Reading:
     return dataclasses.replace(reading, metric=reading.metric * size)
-
-
-def _positions(spec: LayerSpec) -> float:
-    """Rows of a sample."""
-    return float(sum(math.prod(shape) for shape in spec.inputs))

@@ -105,8 +105,12 @@ class LayerSpec:
     @property
     def positions(self) -> int:
         """Positions that each weight is used at, over all calls in one forward pass of a sample; 0 before a run."""
-        whole = self.is_linear or self.transposed
-        return sum(math.prod(shape if whole else self.output_shape(shape)) for shape in self.inputs)
+        return sum(map(math.prod, self.inputs)) if self.transposed else self.rows
+
+    @property
+    def rows(self) -> int:
+        """Output positions over all calls in one forward pass of a sample; 0 before a run."""
+        return sum(math.prod(self.output_shape(shape)) for shape in self.inputs)
 
     @property
     def features(self) -> int:

@@ -6,7 +6,6 @@ import dataclasses
 import inspect
 import itertools
 import logging
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -255,11 +254,8 @@ class _Watch:
         }
         for each in sites.tied:
             if wide := too_wide(each.head.spec):
-                watchers[
-                    each.head.name
-                ].refused = (
-                    f"its weight is tied to {each.table.name}, and {wide}: skip both, or give one a copy of its own"
-                )
+                why = f"its weight is tied to {each.table.name}, and {wide}: skip both, or give one a copy of its own"
+                watchers[each.head.name].refused = why
         specs = {site.name: site.spec for site in sites}
         responses = {c.name: Responses(c, specs, amount, run, seed) for c in sites.couplings if statistics}
         return cls(
@@ -472,7 +468,7 @@ def few_rows(sites: Sites) -> Iterator[str]:
     if not short:
         return
     layer, moments = min(short, key=lambda pair: pair[1].count / pair[1].mean.shape[1])
-    there = sites.samples * max(1, positions_of(layer.spec))
+    there = sites.samples * max(1, layer.spec.rows)
     cure = "ask for more with rows= or positions=" if there > 1.5 * moments.count else "calibrate on more samples"
     if sites.samples < GUESSED:
         yield (
@@ -485,13 +481,6 @@ def few_rows(sites: Sites) -> Iterator[str]:
         f"{moments.count:,} rows for vectors of {moments.mean.shape[1]:,} numbers, where {ENOUGH} rows a number are "
         f"enough; {cure}"
     )
-
-
-def positions_of(spec: LayerSpec) -> int:
-    """Rows that a layer is given for one sample."""
-    if spec.is_linear:
-        return sum(shape[0] for shape in spec.inputs)
-    return sum(math.prod(spec.output_shape(shape)) for shape in spec.inputs)
 
 
 def _spoilt(model: nn.Module) -> str:
