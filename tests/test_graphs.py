@@ -80,6 +80,30 @@ def test_nested_tensors_are_refused() -> None:
         st.compress(model, [nested], "macs=50%")
 
 
+def test_tensors_on_the_meta_device_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    with pytest.raises(st.CalibrationError, match="meta device.*tensors of data"):
+        st.compress(model, [torch.randn(8, 16, device="meta")], "macs=50%")
+
+
+class Dequantises(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.dequantize())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_batches_are_read_as_the_numbers_they_stand_for() -> None:
+    torch.manual_seed(0)
+    model = Dequantises(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    batches = [torch.quantize_per_tensor(torch.randn(32, 16), 0.05, 0, torch.qint8) for _ in range(2)]
+    plain = nn.Sequential(*model)
+    few, wanted = (
+        st.compress(model, batches, "macs=60%"),
+        st.compress(plain, [b.dequantize() for b in batches], "macs=60%"),
+    )
+    assert [e.choice for e in few.plan] == [e.choice for e in wanted.plan]
+
+
 def test_a_mask_that_leaves_nothing_is_refused_and_a_batch_of_padding_is_not() -> None:
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
 

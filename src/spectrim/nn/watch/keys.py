@@ -42,7 +42,8 @@ def uniform(x: Tensor) -> Tensor:
 
 def _words(tensor: Tensor) -> Tensor:
     """Bits of each row as 64-bit numbers, ``[rows, words]``: all, or those of a few thousand numbers of a long row."""
-    flat = tensor.reshape(len(tensor), -1)
+    # The bits of quantised numbers cannot be viewed: torch's process would end.
+    flat = (tensor.int_repr() if tensor.is_quantized else tensor).reshape(len(tensor), -1)
     flat = flat[:, :: max(1, flat.shape[1] // _LOOKED_AT)]
     if flat.is_complex():
         flat = torch.view_as_real(flat).flatten(1)

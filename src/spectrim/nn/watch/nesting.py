@@ -90,11 +90,15 @@ def is_array(value: object) -> bool:
 
 
 def check_numbers(inputs: Any) -> None:
-    """Raise CalibrationError for inputs of arrays or lists of numbers alone, in place of tensors, or of nested ones."""
+    """Raise CalibrationError for inputs of arrays or lists of numbers alone, in place of tensors, or of odd ones."""
     if any(tensor.is_nested for tensor in tensors(inputs)):
         raise CalibrationError(
             "a batch holds a nested tensor, whose samples differ in length: pass a padded one (to_padded_tensor(0)), "
             "and mask=, which says what is no padding; or a list of tensors, one a sample"
+        )
+    if any(tensor.is_meta for tensor in tensors(inputs)):
+        raise CalibrationError(
+            "a batch holds a tensor on the meta device, which has a shape and no numbers: pass tensors of data"
         )
     if next(tensors(inputs), None) is not None:
         return
