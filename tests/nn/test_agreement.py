@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spectrim.nn.agreement import Agreement, agreement
+from spectrim.nn.agreement import Agreement, DenseOutputs, agreement
 
 
 class Shifted(nn.Module):
@@ -86,3 +87,23 @@ def test_what_is_infinite_in_one_network_alone_misses_one_entry(scores: bool) ->
 
 def out(model: nn.Module, batch: Tensor) -> Tensor:
     return model(batch).unsqueeze(2)
+
+
+@pytest.mark.parametrize("remembered", [1 << 27, 100, 0])
+def test_the_dense_network_runs_once_where_its_outputs_take_little_memory(
+    remembered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("spectrim.nn.agreement._REMEMBERED", remembered)
+    dense, *others = (nn.Linear(6, 3).eval() for _ in range(3))
+    batches = list(torch.randn(40, 6).split(8))
+    calls: list[int] = []
+    dense.register_forward_hook(lambda *_: calls.append(1))
+    outputs = DenseOutputs(dense, batches, samples=32)
+    found = [outputs.missed(other) for other in others]
+    # Four batches of 96 bytes each.
+    assert len(calls) == {1 << 27: 4, 100: 7, 0: 8}[remembered]
+    x = torch.cat(batches[:4]).double()
+    for missed, other in zip(found, others, strict=True):
+        wanted, given = (copy.deepcopy(net).double()(x).detach() for net in (dense, other))
+        energy = sum((part - part.mean(0)).square().sum() for part in wanted.split(8))
+        assert missed == pytest.approx(float((wanted - given).square().sum() / energy), rel=1e-4)

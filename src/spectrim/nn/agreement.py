@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 # Samples that outputs are compared on.
 _SAMPLES = 512
+# Bytes of outputs that are remembered for the next network.
+_REMEMBERED = 1 << 27
 # Log of the chance of what one network alone calls impossible, whose divergence would be infinite.
 _IMPOSSIBLE = math.log(1e-10)
 
@@ -238,7 +240,67 @@ def _shares(of_samples: Sequence[Tensor], whole: float, unit: float) -> tuple[fl
     return tuple((values * (len(values) / unit)).tolist()) if told else ()
 
 
-@torch.no_grad()
+@dataclass
+class DenseOutputs:
+    """What a dense network answers on some samples, for others to be compared with.
+
+    The outputs are remembered as far as they take little memory, so that it runs once.
+
+    Attributes
+    ----------
+    model
+        The network.
+    batches
+        Of inputs, that can be gone through again.
+    samples
+        So many are used.
+    mask
+        Tells padding, which is left out, from data.
+    forward
+        Runs a model on a batch in another way.
+    """
+
+    model: nn.Module
+    batches: Iterable[Any]
+    samples: int = 512
+    mask: Mask = None
+    forward: Forward | None = None
+    _known: list[list[Tensor]] = field(default_factory=list, init=False, repr=False)
+
+    @torch.no_grad()
+    def missed(self, other: nn.Module) -> float:
+        """Share of the energy of the network's outputs that another one misses."""
+        feed = Feed.of(self.forward)
+        first, stream = begun(self.batches)
+        feed.decide(self.model, first)
+        missed = energy = 0.0
+        seen = 0
+        with evaluating(self.model, other), kept(self.model), kept(other):
+            for number, batch in enumerate(stream):
+                size = feed.layout.size(batch)
+                wanted, given = self._outputs(number, batch, feed), output_tensors(feed(other, batch))
+                data = mask_of(batch, self.mask, size)
+                for a, b in zip(wanted, given, strict=True):
+                    if data is not None and a.shape[:2] == data.shape:
+                        a, b = a[data.to(a.device)], b[data.to(b.device)]
+                    a, b = compared(a, b)
+                    missed += float((a - b).square().sum())
+                    energy += float((a - a.mean(0)).square().sum())
+                seen += size
+                if seen >= self.samples:
+                    break
+        return missed / max(energy, 1e-300)
+
+    def _outputs(self, number: int, batch: Any, feed: Feed) -> list[Tensor]:
+        if number < len(self._known):
+            return self._known[number]
+        found = [tensor.clone() for tensor in output_tensors(feed(self.model, batch))]
+        held = sum(tensor.nbytes for tensors in (*self._known, found) for tensor in tensors)
+        if number == len(self._known) and held <= _REMEMBERED:
+            self._known.append(found)
+        return found
+
+
 def output_error(
     dense: nn.Module,
     compressed: nn.Module,
@@ -249,26 +311,7 @@ def output_error(
     forward: Forward | None = None,
 ) -> float:
     """Share of the energy of a network's outputs that a compressed copy misses, on some samples; padding left out."""
-    feed = Feed.of(forward)
-    first, stream = begun(batches)
-    feed.decide(dense, first)
-    missed = energy = 0.0
-    seen = 0
-    with evaluating(dense, compressed), kept(dense), kept(compressed):
-        for batch in stream:
-            size = feed.layout.size(batch)
-            wanted, given = (output_tensors(feed(model, batch)) for model in (dense, compressed))
-            data = mask_of(batch, mask, size)
-            for a, b in zip(wanted, given, strict=True):
-                if data is not None and a.shape[:2] == data.shape:
-                    a, b = a[data.to(a.device)], b[data.to(b.device)]
-                a, b = compared(a, b)
-                missed += float((a - b).square().sum())
-                energy += float((a - a.mean(0)).square().sum())
-            seen += size
-            if seen >= samples:
-                break
-    return missed / max(energy, 1e-300)
+    return DenseOutputs(dense, batches, samples, mask, forward).missed(compressed)
 
 
 def metric_of(evaluate: Callable[[nn.Module], Any], model: nn.Module, whose: str) -> float:

@@ -17,7 +17,7 @@ from spectrim.errors import PlanError, SpectrimError, ToleranceError
 from spectrim.network.choices import CPChoice, TuckerChoice
 from spectrim.network.printing import count
 from spectrim.network.sites import Sites
-from spectrim.nn.agreement import output_error
+from spectrim.nn.agreement import DenseOutputs
 from spectrim.nn.checkpoint import header_bytes
 from spectrim.nn.timing import Timing, as_run
 from spectrim.pipeline.making import Making
@@ -79,11 +79,10 @@ def drafted(
         "guard": making.guard, "progress": making.progress,
     }  # fmt: skip
 
+    outputs = DenseOutputs(model, batches, _TRIAL, prepared.sampling.mask, making.forward)
+
     def judged(plan: Plan) -> float:
-        trial = apply(model, sites, plan, methods=methods)
-        return output_error(
-            model, trial, batches, samples=_TRIAL, mask=prepared.sampling.mask, forward=making.forward
-        )  # fmt: skip
+        return outputs.missed(apply(model, sites, plan, methods=methods))
 
     def planned(sites: Sites, table: Candidates | None, limits: Budget) -> tuple[Plan, Candidates]:
         if any(method.removes_channels for method in methods or ()):
