@@ -15,12 +15,12 @@ def without_casting(function: Callable[..., None]) -> Callable[..., None]:
     """Have a method run in the precision of its numbers where the network casts them by itself (``torch.autocast``)."""
 
     @functools.wraps(function)
-    def exact(self: Any, rows: Tensor) -> None:
+    def exact(self: Any, rows: Tensor, *counts: Tensor) -> None:
         kind = rows.device.type
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):
-                return function(self, rows)
-        return function(self, rows)
+                return function(self, rows, *counts)
+        return function(self, rows, *counts)
 
     return exact
 
@@ -63,8 +63,8 @@ class Moments:
 
     @torch.no_grad()
     @without_casting
-    def update(self, rows: Float[Tensor, "g n d"]) -> None:
-        """Add ``n`` observations a group. Cost ``O(n d^2)``.
+    def update(self, rows: Float[Tensor, "g n d"], counts: Int64[Tensor, "1 n"] | None = None) -> None:
+        """Add ``n`` observations a group, each once or as often as is said. Cost ``O(n d^2)``.
 
         Half and single precision rows are centred, multiplied in float32 and added up in float64; float64 rows stay.
         """
@@ -78,6 +78,10 @@ class Moments:
         centred = rows - rough
         # The rounding of the mean leaves a remainder; taking it into account keeps the sums exact.
         rest = _mean(centred)
+        if counts is not None:
+            often, n = counts.to(rows).unsqueeze(2), int(counts.sum())
+            rest = _mean(centred * often) * (rows.shape[1] / n)
+            centred = centred * often.sqrt()
         self._add(n, (rough + rest).squeeze(1), self._scattered(centred))
         self._shift(rest.squeeze(1), -n)
 

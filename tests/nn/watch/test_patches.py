@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch import nn
 
+from spectrim.linalg.moments import Moments
+from spectrim.linalg.unfold import unfoldings
 from spectrim.nn.find import canonical, describe
-from spectrim.nn.watch.patches import outputs_at, patches_at
+from spectrim.nn.watch.patches import outputs_at, patches_at, slices_at, taps_at
 from tests.nn.layers import LAYERS, close
 
 
@@ -55,3 +60,34 @@ def test_an_input_without_a_batch_axis_is_a_batch_of_one(name):
     make, shape = LAYERS[name]
     spec, inputs = describe(make(), ["layer"]), torch.randn(shape[1:])
     assert torch.equal(patches_at(spec, inputs, None), patches_at(spec, inputs[None], None))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Conv2d(4, 6, 3, padding=1),
+        lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2),
+        lambda: nn.Conv2d(4, 6, 3, dilation=(2, 1), padding=(2, 0), padding_mode="circular"),
+        lambda: nn.ConvTranspose2d(4, 6, 3, stride=(2, 1), padding=(1, 0)),
+    ],
+)
+@pytest.mark.parametrize("few", [False, True])
+def test_slices_are_those_of_the_patches_each_as_often_as_it_is_there(make, few):
+    draw = torch.Generator().manual_seed(0)
+    spec = describe(make(), ["layer"])
+    inputs = torch.randn(3, 4, 7, 6, generator=draw, dtype=torch.float64)
+    every = 3 * math.prod(spec.output_shape((7, 6)))
+    index = torch.randperm(every, generator=draw)[: every // 4] if few else torch.arange(every)
+    patches = taps_at(spec, inputs, index)
+    for how, order in (("input", (0, 1, 2, 3, 4)), ("height-first", (0, 1, 3, 2, 4)), ("width-first", (0, 1, 2, 3, 4))):
+        split = next(each for each in unfoldings((3, 3)) if each.name == how)
+        whole = patches.permute(order).reshape(spec.groups, -1, split.sizes((3, 3))[0] * 4 // spec.groups)
+        slices, counts = slices_at(spec, inputs, index, split)
+        assert int(counts.sum()) == whole.shape[1]
+        assert slices.shape[1] < whole.shape[1]
+        one, two = Moments(*slices.shape[::2]), Moments(*slices.shape[::2])
+        one.update(slices, counts)
+        two.update(whole)
+        assert one.count == two.count
+        torch.testing.assert_close(one.mean, two.mean)
+        torch.testing.assert_close(one.scatter, two.scatter)

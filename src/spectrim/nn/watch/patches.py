@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from spectrim.linalg.unfold import Unfolding
 from spectrim.network.layer import LayerSpec
+from spectrim.nn.watch.keys import mixed
 
 # Numbers of the tables that say where kernels read, at most: 4 MB each.
 _TABLE = 1 << 19
@@ -48,6 +50,44 @@ def taps_at(spec: LayerSpec, inputs: Tensor, index: Int64[Tensor, " n"] | None) 
         picked.masked_fill_(outside.to(inputs.device).unsqueeze(2), 0)
     g, _, i, *kernel = spec.shape
     return picked.reshape(len(index), *kernel, g, i).movedim(-2, 0)
+
+
+def slices_at(
+    spec: LayerSpec, inputs: Tensor, index: Int64[Tensor, " n"], how: Unfolding
+) -> tuple[Float[Tensor, "g m si"], Int64[Tensor, "1 m"]]:
+    """The slices of patches that a first factor sees, ``(k_S, i)``, each once, and how often each is there.
+
+    Patches of neighbouring positions have slices in common: those of all positions are as few as the positions.
+    """
+    axes = len(spec.kernel)
+    if inputs.dim() == axes + 1:
+        inputs = inputs.unsqueeze(0)
+    shape = tuple(inputs.shape[2:])
+    positions = spec.output_shape(shape)
+    size = math.prod(positions)
+    place, outside = _read(spec, shape, positions, index % size)
+    place = place if outside is None else place.masked_fill(outside, -1)
+    rest = [1 + a for a in range(axes) if a not in how.axes]
+    first, second = how.sizes(spec.kernel)
+    place = place.reshape(-1, *spec.kernel).permute(0, *rest, *(1 + a for a in how.axes)).reshape(-1, first)
+    each = torch.cat([(index // size).repeat_interleave(second).unsqueeze(1), place], dim=1)
+    each, counts = _different(each)
+    sample, place = each[:, :1], each[:, 1:]
+    picked = _gathered(inputs, sample.to(inputs.device), place.clamp_min(0).to(inputs.device))
+    picked.masked_fill_((place < 0).to(inputs.device).unsqueeze(2), 0)
+    g, _, i, *_ = spec.shape
+    return picked.reshape(len(each), first, g, i).movedim(2, 0).flatten(2), counts.unsqueeze(0)
+
+
+def _different(rows: Int64[Tensor, "n w"]) -> tuple[Int64[Tensor, "m w"], Int64[Tensor, " m"]]:
+    """Rows that differ, in some order, and how often each is there."""
+    keys = torch.zeros(len(rows), dtype=torch.int64)
+    for column in rows.unbind(1):
+        keys = mixed(keys + column)
+    ordered = rows[keys.argsort(stable=True)]
+    # Equal rows lie together; where different ones have one key, which hardly ever happens, they are told more often.
+    begins = torch.cat([torch.ones(1, dtype=torch.bool), (ordered[1:] != ordered[:-1]).any(1)]).nonzero().squeeze(1)
+    return ordered[begins], torch.cat([begins, begins.new_tensor([len(rows)])]).diff()
 
 
 def outputs_at(spec: LayerSpec, outputs: Tensor, index: Int64[Tensor, " n"] | None) -> Float[Tensor, "g n o"]:

@@ -14,7 +14,7 @@ from spectrim.linalg.moments import Moments
 from spectrim.linalg.sketch import Sketch
 from spectrim.linalg.unfold import Unfolding
 from spectrim.network.layer import LayerSpec
-from spectrim.nn.watch.patches import outputs_at, taps_at
+from spectrim.nn.watch.patches import outputs_at, slices_at, taps_at
 from spectrim.nn.watch.samples import Samples
 from spectrim.nn.watch.sampling import choose, pointwise
 
@@ -22,6 +22,8 @@ from spectrim.nn.watch.sampling import choose, pointwise
 _ROOM = 1024
 # Numbers of patches that are gathered at a time.
 _CHUNK = 1 << 22
+Rows = tuple[Tensor, ...]
+"""Rows ``[g, n, d]``, and how often each is there, ``[1, n]``, if not once."""
 
 
 class Buffered:
@@ -36,27 +38,27 @@ class Buffered:
     def __init__(self, kind: Callable[..., Moments] = Moments) -> None:
         self._kind = kind
         self._moments: Moments | None = None
-        self._held: list[Tensor] = []
+        self._held: list[tuple[Tensor, ...]] = []
 
     # What a model's own inference mode makes could not be added to outside of it.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def add(self, rows: Tensor) -> None:
-        """Add rows ``[g, n, d]``."""
+    def add(self, rows: Tensor, *counts: Tensor) -> None:
+        """Add rows ``[g, n, d]``, and how often each is there, ``[1, n]``, if not once."""
         if self._moments is None:
             self._moments = self._kind(rows.shape[0], rows.shape[2], device=rows.device)
         room = min(rows.shape[2], _ROOM)
         if not self._held and rows.shape[1] >= room:
-            self._moments.update(rows)
+            self._moments.update(rows, *counts)
             return
         # A copy: what runs later may overwrite the layer's input in place.
-        self._held.append(rows.clone())
-        if sum(part.shape[1] for part in self._held) >= room:
+        self._held.append((rows.clone(), *counts))
+        if sum(part[0].shape[1] for part in self._held) >= room:
             self._flush()
 
     def _flush(self) -> None:
         if self._held and self._moments is not None:
-            self._moments.update(torch.cat(self._held, dim=1))
+            self._moments.update(*(torch.cat(parts, dim=1) for parts in zip(*self._held, strict=True)))
             self._held = []
 
     @property
@@ -96,7 +98,7 @@ class Stream:
         self.calls = 0
         self._splits, self._full, self._channels = splits, full, channels
         self._sums: dict[str, Buffered] = {}
-        self._waiting: list[tuple[str, Tensor]] = []
+        self._waiting: list[tuple[str, Rows]] = []
         self._done: dict[str, Moments] | None = None
 
     @property
@@ -104,17 +106,17 @@ class Stream:
         """Whether there are rows that not all readers have been called with."""
         return bool(self.told)
 
-    def add(self, rows: Iterator[tuple[str, Tensor]]) -> None:
+    def add(self, rows: Iterator[tuple[str, Rows]]) -> None:
         """Add the rows of a tensor."""
         for name, part in rows:
             if name not in self._sums:
                 self._sums[name] = Buffered(Sketch if name == "sketch" else Moments)
-            self._sums[name].add(part)
+            self._sums[name].add(*part)
         self.calls += 1
 
-    def hold(self, rows: Iterator[tuple[str, Tensor]], name: str) -> None:
+    def hold(self, rows: Iterator[tuple[str, Rows]], name: str) -> None:
         """Keep the rows of a tensor until all readers have been called with it."""
-        self._waiting = [(statistic, part.clone()) for statistic, part in rows]
+        self._waiting = [(statistic, tuple(each.clone() for each in part)) for statistic, part in rows]
         self.told = {name}
 
     def settle(self) -> None:
@@ -122,19 +124,18 @@ class Stream:
         waiting, self._waiting, self.told = self._waiting, [], set()
         self.add(iter(waiting))
 
-    def rows(self, inputs: Tensor, positions: int | None, samples: Samples, seed: int) -> Iterator[tuple[str, Tensor]]:
-        """Rows ``[g, n, d]`` of a tensor by the name of the statistic, slices by ``"slices"`` and theirs."""
+    def rows(self, inputs: Tensor, positions: int | None, samples: Samples, seed: int) -> Iterator[tuple[str, Rows]]:
+        """Rows of a tensor by the name of the statistic, slices by ``"slices"`` and theirs."""
         spec, shape = self.spec, tuple(inputs.shape)
         index = choose(spec, shape, positions, samples, seed).index
         for part in index.split(max(1, _CHUNK // (spec.features * spec.groups))):
-            patches = taps_at(spec, inputs, part)
             if self._full or spec.is_linear:
-                yield "input" if self._full else "sketch", patches.flatten(2)
+                yield "input" if self._full else "sketch", (taps_at(spec, inputs, part).flatten(2),)
             for how in self._splits:
-                yield f"slices {how.name}", _slices(patches, how)
+                yield f"slices {how.name}", slices_at(spec, inputs, part, how)
         if self._channels and not self._full and not spec.is_linear:
             single = choose(pointwise(spec), shape, positions, samples, seed).index
-            yield "channels", outputs_at(spec, inputs, single)
+            yield "channels", (outputs_at(spec, inputs, single),)
 
     def copy(self, name: str) -> Stream:
         """One of a reader's own, without the rows that wait."""
@@ -199,7 +200,7 @@ class Streams:
         patches: Hashable,
         inputs: Tensor,
         make: Callable[[], Stream],
-        rows: Callable[[Stream], Iterator[tuple[str, Tensor]]],
+        rows: Callable[[Stream], Iterator[tuple[str, Rows]]],
     ) -> None:
         """A layer is called with a tensor, of which it reads such patches."""
         version = -1 if inputs.is_inference() else inputs._version
@@ -244,12 +245,3 @@ def patches_of(spec: LayerSpec) -> Hashable:
         spec.in_channels, spec.kernel, spec.stride, spec.padding, spec.dilation, spec.output_padding, spec.groups,
         spec.transposed, spec.padding_mode,
     )  # fmt: skip
-
-
-def _slices(patches: Tensor, how: Unfolding) -> Tensor:
-    """Patches ``[g, n, *k, i]`` as rows of the first factor's view, ``[g, (n, k_rest), (k_S, i)]``."""
-    g, n, *kernel, i = patches.shape
-    rest = [a for a in range(len(kernel)) if a not in how.axes]
-    moved = patches.permute(0, 1, *(2 + a for a in rest), *(2 + a for a in how.axes), 2 + len(kernel))
-    first, second = how.sizes(kernel)
-    return moved.reshape(g, n * second, i * first)
