@@ -327,7 +327,7 @@ def test_channels_that_went(tmp_path: Path) -> None:
     assert torch.equal(logits(again(small, tmp_path), "vit"), logits(small, "vit"))
 
 
-@pytest.mark.parametrize("change", ["version", "site", "lost"])
+@pytest.mark.parametrize("change", ["version", "plans", "site", "lost"])
 def test_what_does_not_fit_is_named(change: str, tmp_path: Path) -> None:
     small, plan = compressed("llama", "macs")
     small.save_pretrained(tmp_path)
@@ -336,6 +336,11 @@ def test_what_does_not_fit_is_named(change: str, tmp_path: Path) -> None:
     if change == "version":
         path.write_text(path.read_text().replace('"format_version": "1"', '"format_version": "7"'))
         match = "format version '7'"
+    elif change == "plans":
+        record = json.loads(path.read_text())
+        record["quantization_config"]["plans"] = []
+        path.write_text(json.dumps(record))
+        match = "it has no plan, .* saved with them"
     elif change == "site":
         path.write_text(path.read_text().replace(site, f"{site}x"))
         match = f"{site}x"

@@ -69,6 +69,11 @@ class Unshipping:
             raise CheckpointError(f"{PLACE}: format version {version!r}; this library reads {FORMAT_VERSION!r}")
         if not isinstance(plans, list) or not isinstance(biases, list) or not all(isinstance(b, str) for b in biases):
             raise CheckpointError(f"{PLACE}: plans and biases are not a list of plans and a list of names")
+        if not plans and not biases:
+            raise CheckpointError(
+                f"{PLACE}: it has no plan, and the weights are of compressed layers: give the config.json that was "
+                "saved with them"
+            )
         try:
             return cls(tuple(Plan.from_json(json.dumps(plan)) for plan in plans), tuple(biases))
         except PlanError as error:
