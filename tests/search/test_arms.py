@@ -22,7 +22,7 @@ from spectrim.pipeline import shrinking
 from spectrim.search.arms import HOPELESS, Arm, Contest, Tried, usual
 from spectrim.search.judge import Verdict
 from spectrim.search.standings import Standings
-from spectrim.search.stepwise import TooMuchLostError
+from spectrim.search.stepwise import TooMuchLostError, Trial
 from spectrim.selection.plan import Entry, Plan
 from spectrim.tables import default_methods, merged, parted
 
@@ -45,7 +45,7 @@ def draft(name: str, predicted: float = 1.0) -> Draft:
 def contest(losses: Mapping[str, float], predicted: Mapping[str, float] = MappingProxyType({}), **more: Any) -> Any:
     """Networks are names; what each loses is known."""
     return Contest(
-        planned=lambda arm, most: draft(arm.name, predicted.get(arm.name, 1.0)),
+        planned=lambda arm, trial: draft(arm.name, predicted.get(arm.name, 1.0)),
         made=lambda arm, draft: arm.name,
         judged=lambda name: Verdict(losses[name], 0.0, losses[name]),
         **more,
@@ -81,7 +81,7 @@ def test_the_winner_is_never_worse_than_any_network_that_was_made(seed: int) -> 
 
 
 def test_a_refused_arm_is_a_note() -> None:
-    def planned(arm: Arm, most: float) -> Draft:
+    def planned(arm: Arm, trial: Trial) -> Draft:
         if arm.name == "a":
             raise PlanError("it has no layer")
         return draft(arm.name)
@@ -98,7 +98,7 @@ def test_a_refused_arm_is_a_note() -> None:
 def test_a_budget_that_no_arm_meets_is_told_by_the_one_that_comes_closest() -> None:
     lowest = {"a": 30.0, "b": 20.0, "c": 25.0}
 
-    def planned(arm: Arm, most: float) -> Draft:
+    def planned(arm: Arm, trial: Trial) -> Draft:
         raise InfeasibleBudgetError("macs", 10.0, lowest[arm.name], 100.0)
 
     with pytest.raises(InfeasibleBudgetError) as caught:
@@ -110,13 +110,13 @@ def test_what_is_hopeless_or_the_same_is_skipped_and_says_so() -> None:
     losses = {"a": 0.3, "b": 0.1, "c": 0.2}
     _, tried = contest(losses, {"a": 4.0, "b": 2.0, "c": 2.0 * HOPELESS}).best(ARMS)
     assert [each.note for each in tried] == ["skipped: its table predicts 2 times the loss of b", "", ""]
-    same = replace(contest(losses), planned=lambda arm, most: draft("same"))
+    same = replace(contest(losses), planned=lambda arm, trial: draft("same"))
     _, tried = same.best(ARMS)
     assert [each.note for each in tried] == ["", *2 * ["skipped: the same plan as a"]]
 
-    def planned(arm: Arm, most: float) -> Draft:
+    def planned(arm: Arm, trial: Trial) -> Draft:
         if arm.name == "c":
-            raise TooMuchLostError(7.0, most)
+            raise TooMuchLostError(7.0, trial.most)
         return draft(arm.name, 2.0)
 
     _, tried = replace(contest(losses), planned=planned).best(ARMS)
@@ -134,7 +134,7 @@ def test_after_the_seconds_no_arm_is_begun_and_progress_says_what_is_tried() -> 
 def test_what_removals_lose_is_not_trusted_to_the_same_degree() -> None:
     removal = Entry("x:out", "channels", ChannelsChoice((0,), 2, (), method="filters"), 0.1, {}, {}, of_channels=True)
 
-    def planned(arm: Arm, most: float) -> Draft:
+    def planned(arm: Arm, trial: Trial) -> Draft:
         plan = draft(arm.name, {"a": 2.9, "b": 3.1, "c": 1.0}[arm.name]).plan
         return Draft(replace(plan, entries=(*plan.entries, removal)) if arm.name == "c" else plan)
 
@@ -147,7 +147,7 @@ def test_seconds_are_shared_by_planning_and_carrying_out(monkeypatch: pytest.Mon
     now = [0.0]
     monkeypatch.setattr("spectrim.search.arms.time.monotonic", lambda: now[0])
 
-    def planned(arm: Arm, most: float) -> Draft:
+    def planned(arm: Arm, trial: Trial) -> Draft:
         now[0] += 2
         return draft(arm.name, {"a": 3.0, "b": 2.5}.get(arm.name, 1.0))
 
@@ -336,7 +336,7 @@ def test_chains_compete_where_layers_have_kernels_and_time_that_was_not_measured
 
 
 def test_where_no_network_comes_the_simplest_arm_says_why() -> None:
-    def planned(arm: Arm, most: float) -> Draft:
+    def planned(arm: Arm, trial: Trial) -> Draft:
         if arm.name == "c":
             raise PlanError("c cannot be planned")
         return draft(arm.name)

@@ -147,6 +147,11 @@ def test_other_methods_compete_and_a_judge_decides() -> None:
     assert all(other.costs["parameters"] <= other.budget["parameters"] * (1 + 1e-9) for other in tried)
     small = st.apply(model, sites, plan, batches)
     assert parameter_count(small) == plan.costs["parameters"]
+    # Without time for more than one there is a plan all the same.
+    seen.clear()
+    first, _ = select_in_steps(sites, methods, st.Budget(parameters=0.5), trial=Trial(judge, over=lambda: True))
+    assert seen == [tried[0]]
+    assert [entry.choice for entry in first] == [entry.choice for entry in tried[0]]
 
 
 @pytest.mark.parametrize("others", [[], [st.ActivationSVD(multiple_of=1)]], ids=["alone", "mixed"])

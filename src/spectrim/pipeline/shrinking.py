@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -30,7 +29,7 @@ from spectrim.search.arms import Arm, Contest, not_tried
 from spectrim.search.file_size import within_file
 from spectrim.search.judge import Judge, Verdict
 from spectrim.search.standings import Standings
-from spectrim.search.stepwise import Trial, select_in_steps
+from spectrim.search.stepwise import BY_TABLE, Trial, select_in_steps
 from spectrim.search.tolerance import Tolerance, smaller, smallest, tightest
 from spectrim.selection.budget import Budget, Limit
 from spectrim.selection.candidates import Candidates
@@ -63,14 +62,14 @@ def drafted(
     budget: Budget,
     making: Making,
     table: Candidates | None,
-    most: float = math.inf,
+    trial: Trial = BY_TABLE,
 ) -> Draft:
     """The network as it is planned by counted and tabulated costs.
 
     Raises
     ------
     TooMuchLostError
-        If plans that remove channels can be expected to lose more than ``most``.
+        If plans that remove channels can be expected to lose more than the ``trial`` lets them.
     """
     sites, batches, methods = prepared.sites, prepared.batches, making.methods
     assert batches is not None
@@ -87,7 +86,13 @@ def drafted(
     def planned(sites: Sites, table: Candidates | None, limits: Budget) -> tuple[Plan, Candidates]:
         if any(method.removes_channels for method in methods or ()):
             return select_in_steps(
-                sites, methods or (), limits, selector=making.selector, table=table, trial=Trial(judged, most), **priced
+                sites,
+                methods or (),
+                limits,
+                selector=making.selector,
+                table=table,
+                trial=dataclasses.replace(trial, judge=judged),
+                **priced,
             )
         table = tabulate(sites, methods, **priced) if table is None else table
         return select(table, limits, making.selector), table
@@ -180,12 +185,12 @@ def shrink_best(
     """
     tables = tables or Tables(prepared, arms, making)
 
-    def planned(arm: Arm, most: float) -> Draft:
+    def planned(arm: Arm, trial: Trial) -> Draft:
         if arm.removes_channels and not prepared.sites.couplings:
             raise PlanError("no channels were found that can be removed")
         known = dataclasses.replace(prepared, sites=tables.sites(arm))
         theirs = dataclasses.replace(making, methods=tables.methods(arm), progress=_telling(making.progress, arm))
-        return drafted(model, known, budget, theirs, tables.of(arm), most)
+        return drafted(model, known, budget, theirs, tables.of(arm), trial)
 
     def made(arm: Arm, draft: Draft) -> Result:
         return with_verdict(carried(model, prepared, draft), judge, tolerance)

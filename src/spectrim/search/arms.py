@@ -6,6 +6,7 @@ that were made the one is taken that lost least.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
@@ -19,7 +20,7 @@ from spectrim.network.printing import Grid, cost_name, share
 from spectrim.network.sites import Sites
 from spectrim.progress import Progress, silent
 from spectrim.search.judge import Verdict
-from spectrim.search.stepwise import TooMuchLostError
+from spectrim.search.stepwise import TooMuchLostError, Trial
 from spectrim.selection.plan import Plan
 from spectrim.tables import default_methods
 
@@ -30,7 +31,7 @@ STORED = frozenset({"parameters", "bytes"})
 HOPELESS = 1.5
 # The same where the other one removes channels: what that loses is predicted too low (by 2.6, on two small networks).
 HOPELESS_BESIDE_REMOVALS = 3.0
-# Share of the seconds after which no further set is planned, so that some are left to carry a plan out.
+# Share of the seconds after which nothing further is planned, so that some are left to carry a plan out.
 _PLANNING = 0.5
 
 
@@ -168,7 +169,8 @@ class Contest(Generic[P, R]):
     Attributes
     ----------
     planned
-        The plan of an arm, which may be refused where it loses more than a number. A :class:`SpectrimError` refuses it.
+        The plan of an arm, which may be refused where it loses more than the trial lets it. A :class:`SpectrimError`
+        refuses it.
     made
         The network of a plan, with the same error.
     judged
@@ -179,7 +181,7 @@ class Contest(Generic[P, R]):
         Whether a network is so good that no other one is made.
     """
 
-    planned: Callable[[Arm, float], P]
+    planned: Callable[[Arm, Trial], P]
     made: Callable[[Arm, P], R]
     judged: Callable[[R], Verdict]
     size: Callable[[R], float] = lambda _: 0.0
@@ -249,7 +251,9 @@ class Contest(Generic[P, R]):
             bar, other = _bar({name: draft.plan for name, draft in drafts.items()})
             outcome = Tried(arm.name)
             try:
-                draft = drafts[arm.name] = self.planned(arm, bar)
+                draft = drafts[arm.name] = self.planned(
+                    arm, Trial(most=bar, over=functools.partial(clock.over, _PLANNING))
+                )
             except TooMuchLostError as error:
                 outcome = replace(outcome, note=_hopeless(error.loss, drafts[other].plan, other), predicted=error.loss)
             except SpectrimError as error:

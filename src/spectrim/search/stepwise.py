@@ -68,13 +68,16 @@ class Trial:
         How bad a plan is; by default what it predicts that it loses.
     most
         Loss above which a plan is not worth finishing.
+    over
+        Whether the time to look for a better plan is over.
     """
 
     judge: Callable[[Plan], float] = attrgetter("loss")
     most: float = math.inf
+    over: Callable[[], bool] = lambda: False
 
 
-_BY_TABLE = Trial()
+BY_TABLE = Trial()
 
 
 @reports
@@ -90,7 +93,7 @@ def select_in_steps(
     costs: Mapping[str, Cost] | None = None,
     guard: bool = False,
     table: Candidates | None = None,
-    trial: Trial = _BY_TABLE,
+    trial: Trial = BY_TABLE,
     progress: Progress | bool | None = None,
 ) -> tuple[Plan, Candidates]:
     """Choose channels to remove, and what to do with the layers that remain.
@@ -165,7 +168,7 @@ def select_in_steps(
         return _finished(picks, table, others, network, limits, selector, guard)
 
     if others:
-        plan = _best(trail, finished, trial.judge) or finished(within())
+        plan = _best(trail, finished, trial) or finished(within())
     else:
         plan = finished(_spent(table, within(), limits, network))
     name = getattr(selector, "__name__", str(selector))
@@ -278,19 +281,21 @@ def _spent(table: Candidates, picks: Picks, limits: Costs, network: Network) -> 
             over.add((widening[1], widening[2]))
 
 
-def _best(trail: Sequence[Picks], finished: Callable[[Picks], Plan], judge: Callable[[Plan], float]) -> Plan | None:
+def _best(trail: Sequence[Picks], finished: Callable[[Picks], Plan], trial: Trial) -> Plan | None:
     """The best plan that removes what a step on the way removed and meets the budget by the other methods, if any does.
 
-    From nothing on, until more removals have gained nothing twice.
+    From nothing on, until more removals have gained nothing twice, or no time is left.
     """
     best: tuple[float, Plan] | None = None
     worse = 0
     for picks in {frozenset(_removals(picks).items()): picks for picks in trail}.values():
+        if best is not None and trial.over():
+            break
         try:
             plan = finished(picks)
         except InfeasibleBudgetError:
             continue
-        lost = judge(plan)
+        lost = trial.judge(plan)
         if best is None or lost < best[0]:
             best, worse = (lost, plan), 0
         elif (worse := worse + 1) == _PATIENCE:
