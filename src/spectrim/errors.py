@@ -19,6 +19,11 @@ _REASONS = 5  # that are told, of layers left alone
 class SpectrimError(Exception):
     """Base of all errors that Spectrim raises on purpose."""
 
+    @property
+    def brief(self) -> str:
+        """What is wrong, for a line among others."""
+        return str(self)
+
 
 class UnsupportedLayerError(SpectrimError, TypeError):
     """A layer was asked for that Spectrim cannot factorise."""
@@ -68,6 +73,11 @@ class InfeasibleBudgetError(SpectrimError, ValueError):
             f"({lowest / dense:.1%} of dense {_short(dense, cost)}). Raise the budget, skip fewer layers or allow "
             "smaller ranks." + also
         )
+
+    @property
+    def brief(self) -> str:
+        """What is wrong, without the cure and what was left alone."""
+        return str(self).partition(". ")[0]
 
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.cost, self.budget, self.lowest, self.dense, self.together, self.skipped)

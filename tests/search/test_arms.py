@@ -95,6 +95,16 @@ def test_a_refused_arm_is_a_note() -> None:
         refusing.best(ARMS[:1])
 
 
+def test_an_arm_that_misses_the_budget_is_told_in_one_line() -> None:
+    def planned(arm: Arm, most: float) -> Draft:
+        if arm.name == "a":
+            raise InfeasibleBudgetError("macs", 10.0, 30.0, 100.0, skipped=(("rnn", "LSTM", "recurrent", 0.3),))
+        return draft(arm.name)
+
+    _, tried = replace(contest({"b": 0.3, "c": 0.2}), planned=planned).best(ARMS)
+    assert tried[0].note == "refused, budget macs <= 10 cannot be met: the lowest reachable is 30 (30.0% of dense 100)"
+
+
 def test_a_budget_that_no_arm_meets_is_told_by_the_one_that_comes_closest() -> None:
     lowest = {"a": 30.0, "b": 20.0, "c": 25.0}
 

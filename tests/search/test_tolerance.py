@@ -129,6 +129,16 @@ def test_the_dense_network_where_nothing_holds() -> None:
     torch.testing.assert_close(result.model(INPUTS), dense)
 
 
+def test_where_nothing_holds_no_layer_pays_for_the_text_in_a_file() -> None:
+    def unlike(model: nn.Module) -> float:
+        return float((model(INPUTS) - MODEL(INPUTS)).square().sum())
+
+    result = compress(max_drop=0, evaluate=unlike, better="lower", cost="bytes")
+    assert not result.plan.changed
+    assert result.report.verdict is not None
+    assert result.report.verdict.drop == 0
+
+
 def test_a_budget_beyond_the_tolerance_says_which_budget_holds() -> None:
     with pytest.raises(ToleranceError, match=r"NOT met.*macs=\d+.*% holds it") as caught:
         compress(budget="macs=25%", max_drop=10.0, evaluate=accuracy)

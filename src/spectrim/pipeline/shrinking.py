@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 # A share of a cost in what was left alone above which a user is told.
 _MUCH = 0.1
+# Times what the dense network costs: a limit that lets it be as it is.
+_AMPLE = 100.0
 # Samples, at least, on which plans that mix methods are compared before they are carried out.
 _TRIAL = 128
 
@@ -276,7 +278,7 @@ def shrink_within(
         try:
             return among(standing, limits) if standing else None
         except SpectrimError as error:
-            standings.refused(standing, size, str(error))
+            standings.refused(standing, size, error.brief)
             return None
 
     if budget is not None and holds(stated := among(arms, budget) if arms else made(budget)):
@@ -288,7 +290,8 @@ def shrink_within(
     best = smaller(limits, first.dense if best is None else best.plan.costs, others, holds, over) or best
     if budget is not None:
         raise ToleranceError(_gate(budget, stated, best), best)
-    result = best or made(Budget(**{cost: Limit(1.0, relative=True)})).reporting(arms=())
+    # A file tells of the plan, too, so that layers would pay for that text if the limit were the dense file.
+    result = best or made(Budget(**{cost: Limit(_AMPLE * first.dense[cost])})).reporting(arms=())
     return _concluded(result, standings, best is not None, seconds if over() else None)
 
 

@@ -223,7 +223,7 @@ class Contest(Generic[P, R]):
             except SpectrimError as error:
                 finished.pop(name, None)
                 faults[name] = error
-                tried[name] = replace(tried[name], note=f"refused, {error}")
+                tried[name] = replace(tried[name], note=f"refused, {error.brief}")
             else:
                 tried[name] = replace(tried[name], loss=verdict.loss, standard_error=verdict.standard_error)
             took = tried[name].seconds + time.monotonic() - start
@@ -258,7 +258,7 @@ class Contest(Generic[P, R]):
                 outcome = replace(outcome, note=_hopeless(error.loss, drafts[other].plan, other), predicted=error.loss)
             except SpectrimError as error:
                 faults[arm.name] = error
-                outcome = replace(outcome, note=f"refused, {error}")
+                outcome = replace(outcome, note=f"refused, {error.brief}")
             else:
                 plan = draft.plan
                 outcome = replace(outcome, predicted=plan.loss, costs=plan.costs, dense_costs=plan.dense_costs)
