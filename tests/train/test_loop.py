@@ -335,3 +335,46 @@ def test_the_progress_bar_shows_the_steps(capfd: pytest.CaptureFixture[str]) -> 
     assert "4 of 4" in capfd.readouterr().err
     fine_tune(Net(), loader(16), epochs=2, progress=False)
     assert capfd.readouterr().err == ""
+
+
+class Sum(nn.Module):
+    """Takes two inputs, by place, by name or as one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return self.layer(left + right)
+
+
+class SumOfPair(Sum):
+    def forward(self, pair: Any) -> Tensor:  # type: ignore[override]
+        return super().forward(*pair)
+
+
+@pytest.mark.parametrize("kind", [Sum, SumOfPair])
+def test_inputs_are_given_to_models_as_in_calibration(kind: type[Sum]) -> None:
+    left, right, labels = torch.randn(8, 4), torch.randn(8, 4), torch.arange(8) % 3
+    torch.manual_seed(0)
+    model, plain = kind(), nn.Linear(4, 3)
+    plain.load_state_dict(model.layer.state_dict())
+    fine_tune(model, [((left, right), labels)] * 2, epochs=2)
+    fine_tune(plain, [(left + right, labels)] * 2, epochs=2)
+    assert torch.allclose(model.layer.weight, plain.weight, atol=1e-5)
+    if kind is Sum:
+        named = kind()
+        batch = {"left": left.half(), "right": right, "labels": labels, "path": ["a.png"] * 8}
+        fine_tune(named, [batch] * 2, epochs=2)
+        with pytest.raises(TypeError, match=r"Sum cannot be called.*2 inputs.*\(\(x, mask\), targets\)"):
+            fine_tune(kind(), [(left, labels)] * 2, epochs=2)
+
+
+def test_outputs_that_no_loss_can_be_taken_of_are_refused() -> None:
+    class Best(Sum):
+        def forward(self, left: Tensor) -> Any:  # type: ignore[override]
+            return self.layer(left).topk(2)
+
+    teacher = Best()
+    with pytest.raises(TypeError, match="outputs are a topk.*pass loss="):
+        fine_tune(Best(), [(torch.randn(8, 4),)] * 2, epochs=1, teacher=teacher)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.errors import CalibrationError
+from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.nesting import tensors, transformed
 
 
@@ -49,7 +51,10 @@ def split(batch: Any) -> tuple[Any, Any]:
     if isinstance(batch, Tensor):
         return batch, None
     form = f"{type(batch).__name__} of {len(batch)}" if isinstance(batch, list | tuple) else type(batch).__name__
-    raise TypeError(f"a batch must be a pair (inputs, targets), inputs alone or a dict with 'labels', not a {form}")
+    raise TypeError(
+        f"a batch must be a pair (inputs, targets), inputs alone or a dict with 'labels', not a {form}: "
+        "write (batch, targets), or (batch,) to learn from a teacher"
+    )
 
 
 def part(batch: Any, index: int, count: int) -> tuple[Any, float]:
@@ -78,10 +83,35 @@ def place(batch: Any, device: torch.device, channels_last: bool) -> Any:
     return transformed(batch, move)
 
 
-def forward(model: nn.Module, inputs: Any) -> Any:
-    """``model(**inputs)`` for a dict, ``model(inputs)`` otherwise, with copies: a model may write into its inputs."""
-    inputs = transformed(inputs, torch.clone)
-    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+class Calls:
+    """How a model is called with the inputs of batches: as in calibration, seen from the first ones of each type."""
+
+    def __init__(self) -> None:
+        self._feeds: dict[type, Feed] = {}
+
+    def __call__(self, model: nn.Module, inputs: Any) -> Any:
+        """Call a model with copies, into which it may write.
+
+        Raises
+        ------
+        TypeError
+            If the inputs are none that it takes.
+        """
+        feed = self._feeds.setdefault(type(inputs), Feed())
+        try:
+            # Trying ways draws no number that training would.
+            with torch.random.fork_rng(devices=[]):
+                feed.decide(model, (inputs,))
+        except CalibrationError as error:
+            kind = f"a tuple of {len(inputs)}" if isinstance(inputs, tuple) else f"a {type(inputs).__name__}"
+            said = str(error).split(": ")[0]
+            raise TypeError(
+                f"{type(model).__name__} cannot be called with the inputs of a training batch, {kind} ({said}). Give "
+                "batches (inputs, targets), with inputs of several parts in a tuple, ((x, mask), targets), or "
+                "((x, mask),) without targets"
+            ) from error
+        args, kwargs = feed.arguments(model, (inputs,))
+        return model(*args, **kwargs)
 
 
 def logits(output: Any) -> Any:

@@ -37,18 +37,24 @@ class Objective:
     ) -> None:
         self.loss, self.distillation, self.precision = loss, distillation, precision
         self.teacher = teacher if distillation is not None else None
+        self._student_called, self._teacher_called = batching.Calls(), batching.Calls()
 
     def __call__(self, model: nn.Module, inputs: Any, targets: Any) -> Tensor:
         device = next((t.device.type for t in tensors(inputs)), "cpu")
         goal = None
         with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            output = batching.forward(model, inputs)
+            output = self._student_called(model, inputs)
             if self.teacher is not None:
                 with torch.no_grad():
-                    goal = batching.logits(batching.forward(self.teacher, inputs))
+                    goal = batching.logits(self._teacher_called(self.teacher, inputs))
         student = batching.logits(output)
         if isinstance(student, Tensor) and student.is_floating_point():
             student = student.float()
+        if self.loss is None and _loss(output) is None and not isinstance(student, Tensor):
+            raise TypeError(
+                f"the model's outputs are a {type(student).__name__}, and no tensor of scores that a loss could be "
+                "taken of: pass loss=, a function of these outputs and the targets"
+            )
         if targets is None and self.loss is None and goal is not None and _loss(output) is None:
             assert self.distillation is not None
             return self.distillation.distance(student, goal)
