@@ -378,3 +378,17 @@ def test_outputs_that_no_loss_can_be_taken_of_are_refused() -> None:
     teacher = Best()
     with pytest.raises(TypeError, match="outputs are a topk.*pass loss="):
         fine_tune(Best(), [(torch.randn(8, 4),)] * 2, epochs=1, teacher=teacher)
+
+
+class Keeps(Sum):
+    def forward(self, left: Tensor) -> Tensor:  # type: ignore[override]
+        self.seen = self.layer(left)
+        self.all = [self.seen]
+        return self.seen
+
+
+def test_neither_model_nor_teacher_is_left_with_a_graph() -> None:
+    model, teacher = Keeps(), Keeps()
+    fine_tune(model, [(torch.randn(8, 4),)] * 2, epochs=1, teacher=teacher)
+    assert copy.deepcopy(model).seen.grad_fn is None
+    assert not hasattr(teacher, "seen")

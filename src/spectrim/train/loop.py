@@ -19,6 +19,7 @@ from spectrim.errors import CheckpointError
 from spectrim.nn.contiguity import contiguous_where_needed
 from spectrim.nn.sparse.layers import Masked
 from spectrim.nn.watch.norms import batch_norms
+from spectrim.nn.watch.state import cut_graphs
 from spectrim.progress import Update, training_bar
 from spectrim.train import batches as batching
 from spectrim.train import randomness, resume
@@ -269,6 +270,7 @@ class Loop:
             self._seconds = time.perf_counter() - self._started
             self._random = randomness.capture(self.batches)
             set_flags(modes)
+            cut_graphs(self.model)
             randomness.restore(outside)
 
     def _shown(self) -> bool | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.nn.watch.nesting import tensors
+from spectrim.nn.watch.state import kept
 from spectrim.train import batches as batching
 from spectrim.train.distillation import IGNORED, Distillation, cross_entropy
 
@@ -106,7 +107,8 @@ class Objective:
         home = next((p.device for p in self.teacher.parameters()), device)
         self.teacher.to(device).eval()
         try:
-            yield
+            with kept(self.teacher):
+                yield
         finally:
             set_flags(before)
             self.teacher.to(home)

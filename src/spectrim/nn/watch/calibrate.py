@@ -349,7 +349,8 @@ class _Watch:
             )
         raise CalibrationError(
             f"none of the {len(watchers)} sites was reached by the calibration batches; "
-            f"the first is {next(iter(watchers))!r}. Is this the model that the sites were found in?"
+            f"the first is {next(iter(watchers))!r}. Is this the model that the sites were found in, and does it call "
+            "its own layers? A closure, or a list of the class, calls another's: call them by attributes of the module"
         )
 
     def calibrated(self) -> Sites:

@@ -175,6 +175,20 @@ def kept(model: nn.Module) -> Iterator[State]:
         state.put_back()
 
 
+def cut_graphs(model: nn.Module) -> None:
+    """Have a model keep activations without the graphs that they were computed in, which no copy can be made of."""
+    for place, value in list(_places(model)):
+        if isinstance(value, list | deque):
+            for number, part in enumerate(value):
+                value[number] = _without_graph(part)
+        elif value is not (detached := _without_graph(value)):
+            place.put(model, detached)
+
+
+def _without_graph(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) and not value.is_leaf else value
+
+
 @contextlib.contextmanager
 def settings_kept(model: nn.Module) -> Iterator[None]:
     """Which parameters take gradients and every module's hooks are afterwards what they were."""
