@@ -193,6 +193,16 @@ def test_layers_that_lose_channels_are_not_told_as_left_alone():
     assert not [note for note in result.report.notes if "left alone" in note]
 
 
+def test_layers_that_share_factors_are_not_told_as_left_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 2)).eval()
+    how = {"methods": st.JointSVD(), "groups": {"pair": ["0", "1"]}, "reconstruct": False}
+    result = st.compress(model, [torch.randn(32, 16)] * 2, "parameters=80%", **how)
+    (row,) = result.candidates.left_alone("parameters")
+    assert row[0] == "2"
+    assert not [note for note in result.report.notes if "left alone" in note]
+
+
 @pytest.mark.parametrize("cost", ["parameters", "bytes"])
 def test_what_no_batch_runs_by_itself_counts_among_what_was_left_alone(cost: str):
     """An output projection that torch's attention multiplies itself has no call of its own."""

@@ -155,6 +155,8 @@ def test_a_folder_holds_one_sweep(model: nn.Module, batches: list[Tensor], tmp_p
         st.sweep(other, batches, ("macs", [0.5]), folder=tmp_path)
     with pytest.raises(CheckpointError, match="layers was"):
         st.sweep(model, batches, ("macs", [0.5]), folder=tmp_path, skip="0")
+    with pytest.raises(CheckpointError, match=r"methods was None and is \[\{'type': 'ActivationCP'.* \.\.\.\. Give"):
+        st.sweep(model, batches, ("macs", [0.5]), folder=tmp_path, methods=st.ActivationCP())
     with pytest.raises(CheckpointError, match="the calibration data was '32 samples .* and is '32 samples"):
         st.sweep(model, [2 * batch for batch in batches], ("macs", [0.5]), folder=tmp_path)
     again = st.sweep(model, [*torch.cat(batches[::-1]).split(8)], ("macs", [0.5]), folder=tmp_path)  # the same samples
@@ -296,7 +298,7 @@ def test_budgets_that_cannot_be_met_are_told_and_left_out(model: nn.Module, batc
 @pytest.mark.parametrize(
     ("budgets", "said"),
     [
-        ("mac", "there is no cost 'mac' to sweep over.*'macs'"),
+        ("mac", r"there is no cost 'mac' to sweep over.*latency\. Did you mean 'macs'"),
         ("macs=50%", "there is no cost 'macs=50%' to sweep over.*list such as"),
         (("macs", [50]), "the share 50 of macs"),
         (("macs", [0]), "the share 0 of macs"),
@@ -310,6 +312,16 @@ def test_budgets_that_cannot_be_met_are_told_and_left_out(model: nn.Module, batc
 def test_budgets_that_cannot_be_meant_are_refused_before_any_work(budgets: Any, said: str) -> None:
     with pytest.raises((TypeError, ValueError), match=said):
         st.sweep(perceptron(), None, budgets)  # pyright: ignore[reportArgumentType]
+
+
+def test_weights_are_kept_in_a_folder_alone() -> None:
+    with pytest.raises(ValueError, match="keep_models=True writes weights to a folder.*give folder="):
+        st.sweep(perceptron(), None, keep_models=True)  # pyright: ignore[reportArgumentType]
+
+
+def test_each_cost_that_a_budget_limits_has_a_column(model: nn.Module, batches: list[Tensor]) -> None:
+    found = st.sweep(model, batches, ["macs=60%", "stored=80%"], costs={"stored": st.parameters})
+    assert found.shown_costs == ["macs", "stored", "parameters"]
 
 
 @pytest.mark.parametrize("value", ["good", float("nan")])

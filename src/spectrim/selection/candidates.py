@@ -201,10 +201,11 @@ class Candidates(Printed):
         """What was left alone, with its share of the dense network's cost: ``(name, kind, reason, share)``."""
         # Where channels can go, layers without a choice of their own get cheaper too.
         narrows = any(row.of_channels and len(row.options) > 1 for row in self.rows)
+        grouped = {member for row in self.rows if len(row.options) > 1 for member in row.members}
         idle = [
             Skipped(row.site, row.kind, "no method offers anything cheaper for it", row.dense.costs)
             for row in self.singles
-            if len(row.options) == 1 and not row.of_channels and not narrows
+            if len(row.options) == 1 and not row.of_channels and not narrows and row.site not in grouped
         ]
         dense = self.dense[cost]
         return shares([*self.skipped, *idle], cost, dense)

@@ -209,7 +209,8 @@ class Sweep(Printed):
     @property
     def shown_costs(self) -> list[str]:
         """The costs that tables have a column for."""
-        wanted = dict.fromkeys([self.cost, "macs", "parameters", "milliseconds"])
+        limited = [cost for point in self.points for cost in point.plan.budget]
+        wanted = dict.fromkeys([self.cost, *limited, "macs", "parameters", "milliseconds"])
         return [cost for cost in wanted if self.points and all(cost in point.costs for point in self.points)]
 
     def texts(self, judged: Judged | None) -> list[str]:

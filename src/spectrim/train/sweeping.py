@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -154,6 +155,8 @@ def sweep(
         check_function("fine_tune", fine_tune, _TUNED_WITH, _TUNES)
     place = None if folder is None else _checked(folder)
     if keep_models:
+        if place is None:
+            raise ValueError("keep_models=True writes weights to a folder, and none is given: give folder= too")
         check_savable(model)
     limited = {cost for budget in asked.values() for cost in budget.costs}
     check_selector(selector)
@@ -221,7 +224,7 @@ def asked_budgets(budgets: Budgets, costs: Mapping[str, Cost] | None = None) -> 
 
 def _share(cost: str, share: Any, known: Sequence[str]) -> Budget:
     if cost not in known:
-        named = f", or a list such as [{cost!r}]" if "=" in cost else did_you_mean(cost, known, OTHER_NAMES)
+        named = f", or a list such as [{cost!r}]" if "=" in cost else f".{did_you_mean(cost, known, OTHER_NAMES)}"
         raise ValueError(f"there is no cost {cost!r} to sweep over: give one of {', '.join(known)}{named}")
     if not isinstance(share, Real) or isinstance(share, bool) or not 0 < float(share) <= 1:
         raise ValueError(f"the share {share!r} of {cost} cannot be swept: give numbers above 0 and at most 1, as 0.5")
@@ -470,13 +473,17 @@ class Sweeping:
         was = _USUAL | then if then else {}
         changed = [name for name in now if name in was and not _same(was[name], now[name])]
         if changed:
-            told = "; ".join(f"{name} was {was[name]!r:.80} and is {now[name]!r:.80}" for name in changed)
+            told = "; ".join(f"{name} was {_short(was[name])} and is {_short(now[name])}" for name in changed)
             drawn = ". A model that draws new weights each time must be given saved ones" if _WEIGHTS in changed else ""
             raise CheckpointError(
                 f"{str(self.folder)!r} holds another sweep: {told}. Give the same arguments to go on, or another folder"
                 f"{drawn}"
             )
         write_text(self.folder / _RUN, json.dumps(sealed({**then, **now}), indent=1) + "\n")
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(repr(value), 80, placeholder=" ...")
 
 
 def _checked(folder: Any) -> Path:
