@@ -73,6 +73,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     ),
     "milliseconds as latency": (lambda: compress(latency=3), TypeError, r"latency is 3: expected Latency.*Budget\(lat"),
     "a name as groups": (lambda: compress(groups="x"), TypeError, "groups is 'x': expected True to find them, False"),
+    "a word as guard": (lambda: compress(guard="yes"), TypeError, "guard is 'yes': expected True, .* or False"),
     "learn_ranks: a number as latency": (
         lambda: st.learn_ranks(untouched(), BATCHES, HALF, latency=3),
         TypeError,

@@ -30,8 +30,14 @@ from spectrim.progress import Progress, silent
 log = logging.getLogger(__name__)
 
 
-def check_options(groups: bool | Mapping[str, Sequence[str]] | None, latency: Latency | bool | None) -> None:
+def check_options(
+    groups: bool | Mapping[str, Sequence[str]] | None, latency: Latency | bool | None, guard: bool = False
+) -> None:
     """Raise TypeError for options that cannot be meant, before any work."""
+    if not isinstance(guard, bool):
+        raise TypeError(
+            f"guard is {guard!r}: expected True, which refuses what is measured slower than dense, or False"
+        )
     if not isinstance(groups, (bool, Mapping, NoneType)):
         raise TypeError(f"groups is {groups!r}: expected True to find them, False, or a mapping of names to layers")
     if not isinstance(latency, (bool, Latency, NoneType)):

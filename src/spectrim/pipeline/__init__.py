@@ -173,7 +173,7 @@ def compress(
             f"methods='auto' decides by itself where layers share factors, and takes no groups={groups!r:.80}: leave "
             "out one of them"
         )
-    check_options(groups, latency)
+    check_options(groups, latency, guard)
     several, shared = (None, False) if competing else offered(methods, groups, stated.costs)
     sampling = Sampling(rows, positions, mask)
     feed = Feed.of(forward, samples)

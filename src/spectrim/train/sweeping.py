@@ -160,7 +160,7 @@ def sweep(
         check_savable(model)
     limited = {cost for budget in asked.values() for cost in budget.costs}
     check_selector(selector)
-    check_options(groups, latency)
+    check_options(groups, latency, guard)
     methods, groups = offered(methods, groups, limited)
     channels = any(method.removes_channels for method in methods or ())
     sampling, feed = Sampling(rows, None, mask), Feed.of(forward, samples)
