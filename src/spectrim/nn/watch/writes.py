@@ -85,8 +85,11 @@ class _Held:
             self._copy = self._numbers.clone()
 
     def put_back(self) -> bool:
-        """Have the module hold the parameter with its numbers; whether it did not."""
-        there = self._owner._parameters.get(self.key) is self._parameter
+        """Have the module hold the parameter with its numbers; whether it did not.
+
+        A layer in whose place something was put meanwhile holds it no longer.
+        """
+        there = self._owner._parameters.get(self.key, self._parameter) is self._parameter
         own = self._parameter.data_ptr() == self._numbers.data_ptr()
         if not there:
             self._owner._parameters[self.key] = self._parameter
