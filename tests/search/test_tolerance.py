@@ -137,6 +137,8 @@ def test_where_nothing_holds_no_layer_pays_for_the_text_in_a_file() -> None:
     assert not result.plan.changed
     assert result.report.verdict is not None
     assert result.report.verdict.drop == 0
+    assert result.plan.budget == {"bytes": result.plan.dense_costs["bytes"]} == result.report.plan.budget
+    assert st.Plan.from_json(result.plan.to_json()) == result.plan
 
 
 def test_a_budget_beyond_the_tolerance_says_which_budget_holds() -> None:

@@ -290,9 +290,17 @@ def shrink_within(
     best = smaller(limits, first.dense if best is None else best.plan.costs, others, holds, over) or best
     if budget is not None:
         raise ToleranceError(_gate(budget, stated, best), best)
-    # A file tells of the plan, too, so that layers would pay for that text if the limit were the dense file.
-    result = best or made(Budget(**{cost: Limit(_AMPLE * first.dense[cost])})).reporting(arms=())
+    result = best or _left_dense(made(Budget(**{cost: Limit(_AMPLE * first.dense[cost])})), cost)
     return _concluded(result, standings, best is not None, seconds if over() else None)
+
+
+def _left_dense(result: Result, cost: str) -> Result:
+    """The dense network as it was made under an ample limit, with its own cost for a limit.
+
+    A file tells of the plan, too, so that layers would pay for that text if the dense file had been the limit.
+    """
+    plan = dataclasses.replace(result.plan, budget={cost: result.plan.dense_costs[cost]})
+    return dataclasses.replace(result, plan=plan).reporting(arms=(), plan=plan)
 
 
 def _concluded(result: Result, standings: Standings, any_holds: bool, ended: float | None) -> Result:
