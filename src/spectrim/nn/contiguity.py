@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -64,5 +65,9 @@ def _contiguous_inputs(module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 def _contiguous(tensor: Tensor) -> Tensor:
-    """The tensor with contiguous strides, also along axes of size 1, which ``contiguous`` leaves as they are."""
-    return tensor.reshape(-1).view(tensor.shape)
+    """The tensor with contiguous strides, also along axes of size 1, which ``contiguous`` leaves as they are.
+
+    One that has them is itself: what layers share is known by the object.
+    """
+    strides = [math.prod(tensor.shape[axis + 1 :]) for axis in range(tensor.dim())]
+    return tensor if list(tensor.stride()) == strides else tensor.reshape(-1).view(tensor.shape)

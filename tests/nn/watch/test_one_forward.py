@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import ForwardError
+from spectrim.nn.channels.graph import couple
 from spectrim.nn.find import find
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.calibrate import calibrate
@@ -95,3 +96,26 @@ def test_what_fails_in_any_case_is_told_as_calibration_tells_it():
         calibrated_and_weighed(model, find(model), bad, Sampling(), Feed(), progress=lambda *_: None)
     assert not any(m._forward_hooks for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_tensor_of_two_readers_is_seen_once_where_one_of_them_is_kept_contiguous():
+    pytest.importorskip("torch_pruning")
+
+    class Shortcut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.conv = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, stride=2, padding=1)
+            self.short, self.head = nn.Conv2d(6, 6, 1, stride=2), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.stem(x).relu()
+            return self.head((self.conv(y) + self.short(y)).relu().mean((2, 3)))
+
+    model = Shortcut().eval()
+    sites = couple(model, find(model), batches()[0])
+    found = calibrated_and_weighed(model, sites, batches(), Sampling(), Feed(), progress=lambda *_: None)
+    alone = calibrate(model, sites, batches())
+    assert {name: each.max.count for name, each in found.pooled.items()} == {
+        name: each.max.count for name, each in alone.pooled.items()
+    }
+    assert found.pooled["stem:out"].max.count == sum(map(len, batches()))
