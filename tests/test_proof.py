@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import spectrim as st
 from benchmarks.situation_table import Two
@@ -334,3 +335,13 @@ def test_what_writes_into_weights_in_training_is_refused_before_ranks_are_learne
     batches = [(x, torch.zeros(len(x), dtype=torch.long)) for x in BATCHES]
     with pytest.raises(st.CalibrationError, match=r"in training mode .*the weight of layer 'a'.*skip="):
         st.learn_ranks(Clipped(), batches, st.Budget(macs=0.6))
+
+
+def test_what_is_dear_to_multiply_out_is_known_without_multiplying_it_out() -> None:
+    model, x = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16 * 16, 24)).eval(), torch.randn(8, 3, 6, 6)
+    small = st.compress(model, [x], "parameters=60%", methods=[st.ActivationSVD(multiple_of=1)]).model
+    parts = proof.stand_ins(small)
+    assert parts
+    with FlopCounterMode(display=False) as counter:
+        assert proof._cheap(parts, 1e9) == parts
+    assert counter.get_total_flops() == 0
