@@ -76,7 +76,7 @@ def watched(spent: Spent, *, counts: bool) -> Iterator[None]:
             start = time.process_time()
             with counter:
                 found = function(*args, **kwargs)
-                found = None if found is None else list(found)
+                found = list(found) if isinstance(found, Iterator) else found
             spent.seconds += time.process_time() - start
             spent.macs += counter.get_total_flops() / 2 if isinstance(counter, FlopCounterMode) else 0
             return found

@@ -395,8 +395,8 @@ def _cheap(layers: Mapping[StandIn, Sequence[str]], most: float) -> Mapping[Stan
 
 def _multiplying(layer: StandIn) -> float:
     """MACs of multiplying out what stands for a layer, as if it were a pair of all its numbers."""
-    # The weight itself is multiplied out when it is read.
-    rows, columns = layer.original.out_channels, layer.original.features
+    rows = layer.weight.shape[0]
+    columns = math.prod(layer.weight.shape[1:])
     return rows * columns * sum(p.numel() for p in layer.parameters()) / (rows + columns)
 
 
