@@ -190,3 +190,26 @@ def test_a_result_is_saved_as_a_whole(tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "x.pt")
     with pytest.raises(st.CheckpointError, match=r"torch.save wrote it: give the file that spectrim.save wrote"):
         st.load(net(), tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("path", ["a\0b.json", "", "\ud800", 3, b"ab", Path("a\0b")])
+def test_a_path_that_no_file_has_is_quoted(path: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plan, batches = st.Plan((), {}, {}), [(BATCH, torch.zeros(8, dtype=torch.long))]
+    for call in (
+        lambda: plan.write(path),
+        lambda: st.Plan.read(path),
+        lambda: st.Sweep((), "macs").write(path),
+        lambda: st.Sweep.read(path),
+        lambda: st.save(net(), plan, path),
+        lambda: st.load(net(), path),
+        lambda: st.fine_tune(net(), batches, epochs=1, checkpoint=path),
+        lambda: st.learn_ranks(net(), batches, "macs=50%", checkpoint=path),
+        lambda: st.Latency(cache=path),
+        lambda: st.export_program(net(), BATCH, path),
+    ):
+        with pytest.raises((TypeError, ValueError), match="path|folder|checkpoint|cache|save got|the plan") as caught:
+            call()
+        assert "embedded" not in str(caught.value)
+        assert "surrogates not allowed" not in str(caught.value)
+    assert not list(tmp_path.iterdir())

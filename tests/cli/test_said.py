@@ -274,3 +274,34 @@ def test_a_stop_before_there_is_anything_promises_nothing(run, monkeypatch: pyte
 
     monkeypatch.setattr("nets.tiny", stopped, raising=False)
     assert run("profile", "nets:tiny", code=130).stderr == "spectrim: stopped\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--weights", "a\0b.pt"), ("--out", "a\0b"), ("--data", "a\0b.py:batches"), ("--groups", "\0"), ("--skip", "\0")],
+)
+def test_a_nul_is_refused_in_every_text(run, option: str, value: str):
+    arguments = ["compress", "./nets\0.py:tiny" if option == "--skip" else "nets:tiny", "--budget", "macs=50%"]
+    assert "holds a NUL" in run(*arguments, option, value, code=2).stderr
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "taken"),
+    [
+        (("compress", "--input", "1x8x8", "-b", "macs=50%"), "report.html/"),
+        (("sweep", "-d", "nets:batches", "--points", "0.5"), "run.json/"),
+        (("sweep", "-d", "nets:batches", "--points", "0.5"), "macs-50pct/model.safetensors/"),
+        (("sweep", "-d", "nets:batches", "--points", "0.5"), "macs-50pct"),
+    ],
+)
+def test_what_lies_where_a_result_is_to_be_is_named_before_the_work(run, command: tuple[str, ...], taken: str):
+    place = Path("out") / taken
+    place.parent.mkdir(parents=True, exist_ok=True)
+    if taken.endswith("/"):
+        place.mkdir()
+    else:
+        place.touch()
+    name, *options = command
+    said = run(name, "nets:tiny", *options, "-o", "out", code=2).stderr
+    assert f"{str(place)!r}: there is a {'folder where a file' if place.is_dir() else 'file where a folder'}" in said

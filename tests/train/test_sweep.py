@@ -253,12 +253,16 @@ def test_what_cannot_be_meant_is_refused_before_any_work(batches: list[Tensor], 
         pytest.fail("the network was judged")
 
     (tmp_path / "file").touch()
+    (tmp_path / "taken/macs-50pct/point.json").mkdir(parents=True)
     for wrong, said in (
         ({"fine_tune": lambda small: None}, "fine_tune is called with a network and a file .*too many positional"),
         ({"fine_tune": 3}, "fine_tune is 3: expected a function of both"),
         ({"evaluate": lambda: 1.0}, "evaluate is called with a model"),
-        ({"folder": tmp_path / "file"}, "there is a file: give another name: '.*file'"),
-        ({"folder": tmp_path / "file/in"}, "there is a file: give another name: '.*file'"),
+        ({"folder": tmp_path / "file"}, "there is a file where a folder is to be: .*file'"),
+        ({"folder": tmp_path / "file/in"}, "there is a file where a folder is to be: .*file'"),
+        ({"folder": tmp_path / "taken"}, "there is a folder where a file is to be: .*taken/macs-50pct/point.json'"),
+        ({"folder": ""}, "folder is '': it is empty"),
+        ({"folder": "a\0b"}, "no path holds a NUL"),
         ({"folder": 3}, "folder is 3: expected a path"),
         ({"forward": lambda batch: batch}, "forward is called with the model and a batch"),
         ({"samples": lambda: 1}, "samples is called with a batch"),
@@ -267,8 +271,8 @@ def test_what_cannot_be_meant_is_refused_before_any_work(batches: list[Tensor], 
         ({"costs": {"joules": lambda: 1.0}}, "costs\\['joules'\\] is called with a layer"),
         ({"selector": lambda table: None}, "selector is called with a table and a budget"),
     ):
-        with pytest.raises((TypeError, OSError), match=said):
-            st.sweep(perceptron(), batches, **{"evaluate": idle, **wrong})
+        with pytest.raises((TypeError, ValueError, OSError), match=said):
+            st.sweep(perceptron(), batches, ["macs=50%"], **{"evaluate": idle, **wrong})
 
 
 def test_a_point_that_is_not_there_is_named(model: nn.Module, batches: list[Tensor]) -> None:

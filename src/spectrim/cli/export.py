@@ -61,7 +61,7 @@ def export(
     if file.suffix == ".onnx":
         for package in ("onnx", "onnxscript"):
             installed(package, Reference(f"--out {file}", ""), "spectrim[export]")
-    make_folder(out, file.parent)
+    make_folder(out, file.parent, [file.name])
     from spectrim.cli.data import load_data
     from spectrim.cli.work import device_named, first_batch, random_input
     from spectrim.nn.export import export_onnx, export_program

@@ -74,7 +74,7 @@ class Program(TyperGroup):
         if not standalone_mode:
             return super().main(args, *more, standalone_mode=False, **named)
         try:
-            _check_empty(sys.argv[1:] if args is None else args)
+            _check_texts(sys.argv[1:] if args is None else args)
             code = super().main(args, *more, standalone_mode=False, **named)
         except _Unread as error:
             if type(error).__name__ == "NoArgsIsHelpError":  # of click and of what typer holds of it
@@ -94,9 +94,11 @@ class Program(TyperGroup):
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _check_empty(args: Sequence[str]) -> None:
-    """Refuse an empty value: as a folder it would be the one where one is."""
+def _check_texts(args: Sequence[str]) -> None:
+    """Refuse an empty value, which as a folder would be the one where one is, and what no path and no name holds."""
     for before, each in itertools.pairwise(["spectrim", *args]):
+        if "\0" in each:
+            raise _Unread(f"{each!r} holds a NUL, which no path and no name does: write it without")
         if not each or (each.startswith("--") and each.endswith("=")):
             place = f"behind {before}" if not each else f"behind {each[:-1]}"
             raise _Unread(f"nothing stands {place}: is a variable of the shell empty?")

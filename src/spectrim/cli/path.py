@@ -74,7 +74,7 @@ def path(
     from spectrim.train import LearnedResult, budget_path
 
     run = learning.RankRun(network, points.data, training, layers, ranks, budget, cost or ())
-    make_folder(out, folder)
+    make_folder(out, folder, ("path.json", "path.svg", "checkpoint/run.json"))
     work = learning.work(run)
     tell(out, work.references, work.dense)
     out.say(f"compressing {work.whose}")

@@ -94,7 +94,7 @@ def profile(
 
     groups, costs = wanted_groups(sharing, methods), read_costs(cost)
     if figure is not None:
-        make_folder(out, figure.parent)
+        make_folder(out, figure.parent, [figure.name])
     chosen = methods.chosen(inputs.data is not None, multiple_of=layers.multiple_of, share=groups is not False)
     work = Work.load(network, layers, inputs, timed=latency)
     check_patterns(chosen, work.sites)

@@ -131,11 +131,11 @@ def sweep(
         raise UsageError(f"--method {FILTERS} does not combine with layers that share factors")
     from spectrim.cli import sweeping
     from spectrim.cli.unfinished import make_folder
-    from spectrim.train.sweeping import FRACTIONS, asked_budgets
+    from spectrim.train.sweeping import FRACTIONS, asked_budgets, files_of
 
     with usage():
         shares = (sizes.name, sizes.shares or FRACTIONS)
         costs = sweeping.read_costs(sizes.own)
         asked = asked_budgets(sizes.budget or shares, costs)
-    make_folder(out, files.folder)
+    make_folder(out, files.folder, [*files_of(asked), "sweep.svg", "sweep.html"])
     sweeping.Request(network, sizes, inputs, methods, training, layers, sharing, files, asked, costs).carry_out(out)

@@ -7,31 +7,36 @@ import errno
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spectrim.cli.common import Output
+from spectrim.cli.common import Output, sentence
 from spectrim.cli.references import UsageError
 from spectrim.cli.values import check_folder
+from spectrim.network.files import check_folder as check_files
 from spectrim.network.files import discard, remove_abandoned, write_text
 
 _RECORD, _WEIGHTS = "run.json", "weights_sha256"
 _DRAWN = ". A MODEL that draws new weights each time can only be gone on with by --weights"
 UNFINISHED = "unfinished"
 """The folder of a run among its results, which goes when it is done."""
+_RESULTS = (
+    "model.safetensors", "plan.json", "report.html", "result.json", "ranks.json", "ranks.gif",
+    "transformers/config.json", f"{UNFINISHED}/{_RECORD}",
+)  # fmt: skip
 
 
-def make_folder(out: Output, folder: Path) -> Path:
-    """Make a folder for results, and see that it takes a file, before there is anything that could be lost.
+def make_folder(out: Output, folder: Path, files: Sequence[str] = _RESULTS) -> Path:
+    """Make a folder for results, and see that it takes these files, before there is anything that could be lost.
 
     It is removed again if the command fails before it has written anything.
 
     Raises
     ------
     UsageError
-        If it, or what it would lie in, is a file.
+        If it, or what it would lie in, is a file, or something else lies where a file is to be.
     OSError
         Names the folder.
     """
@@ -46,7 +51,10 @@ def make_folder(out: Output, folder: Path) -> Path:
     except OSError as error:
         why = f"nothing can be written there: {error.strerror or error}; name another place"
         raise OSError(error.errno or errno.EIO, why, str(folder)) from error
-    return folder
+    try:
+        return check_files(folder, files)
+    except (NotADirectoryError, IsADirectoryError) as error:
+        raise UsageError(f"results cannot go to {str(folder)!r}: {sentence(error)}") from error
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from spectrim.cost.chains import calls, describe, measure
 from spectrim.cost.counted import macs, rank_multiple, register_width
 from spectrim.cost.runtimes import Runtime, runtime_of
 from spectrim.linalg.unfold import Unfolding
+from spectrim.network.file_kinds import path_of
 from spectrim.network.files import default_cache as default_cache
 from spectrim.network.files import remove_abandoned, write_text
 from spectrim.network.layer import LayerSpec
@@ -102,13 +103,14 @@ class Latency:
             raise ValueError(f"dtype is {self.dtype!r}; give one of torch, as torch.float32")
         if not isinstance(self.cache, str | os.PathLike | None):
             raise ValueError(f"cache is {self.cache!r}; give a folder, or None to keep times in memory")
+        if self.cache is not None:
+            object.__setattr__(self, "cache", path_of(self.cache, "cache"))
         try:
             torch.device(self.device)
         except RuntimeError as error:
             raise ValueError(f"device {self.device!r} is not known: write cpu, cuda, cuda:1 or mps") from error
         self.runs.check(self.device, self.dtype, self.memory_format)
         if self.cache is not None:
-            object.__setattr__(self, "cache", Path(self.cache))
             self._times.update(self._read())
 
     @property
@@ -216,7 +218,7 @@ class Latency:
 
     def _read(self) -> dict[str, float]:
         path = self.path
-        if path is None or not path.exists():
+        if path is None or not os.path.exists(path):  # not that of the path, which raises for names that are too long
             return {}
         remove_abandoned(path.parent)
         try:

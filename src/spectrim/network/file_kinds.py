@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,28 @@ AGAIN = "copy it again, or save it again"
 _HEAD = 512
 _NO_FILE = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 _NO_FILE |= {stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+
+
+def path_of(path: Any, what: str = "path") -> Path:
+    """What was given as a path, where a file can have it.
+
+    Raises
+    ------
+    TypeError
+        If it is of another type.
+    ValueError
+        If it is empty, or holds what no name of a file does; the message quotes it.
+    """
+    text = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(text, str):
+        raise TypeError(f"{what} is {path!r:.80}: expected a path, as a text or a pathlib.Path")
+    try:
+        why = "it is empty" if not text else "no path holds a NUL" if b"\0" in os.fsencode(text) else ""
+    except UnicodeEncodeError:
+        why = "no path holds half of a pair of surrogates"
+    if why:
+        raise ValueError(f"{what} is {text!r:.80}: {why}; give the path that was meant")
+    return Path(path)
 
 
 def no_file(path: Path) -> str:

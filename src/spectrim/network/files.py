@@ -7,13 +7,13 @@ import errno
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from spectrim.errors import PlanError
-from spectrim.network.file_kinds import no_file
+from spectrim.network.file_kinds import no_file, path_of
 
 Document = TypeVar("Document")
 
@@ -34,8 +34,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
     ------
     OSError
         Names ``path``: there is no such folder, or it is full or read-only, or the file is protected, or it is none.
+    TypeError, ValueError
+        If no file can have this path; so do all that write and read here.
     """
-    target = Path(os.path.realpath(path))
+    target = Path(os.path.realpath(path_of(path)))
     try:
         if kind := no_file(target):
             number = errno.EISDIR if kind == "a folder" else errno.EINVAL
@@ -78,6 +80,8 @@ def read_document(path: str | Path, parse: Callable[[bytes], Document], largest:
     PlanError
         As ``parse``; the message names the file, and says what can be done.
     """
+    if (kind := no_file(path_of(path))) == "a folder":
+        raise IsADirectoryError(errno.EISDIR, f"it is {kind}: give the name of a file", str(path))
     with open(path, "rb") as file:
         text = file.read(largest + 1)
     try:
@@ -138,7 +142,7 @@ def write_text(path: str | Path, text: str) -> None:
     OSError
         Names the file, as that of :func:`replacing`.
     """
-    stream = no_file(Path(path)) not in ("", "a folder")
+    stream = no_file(path_of(path)) not in ("", "a folder")
     with contextlib.nullcontext(Path(path)) if stream else replacing(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
@@ -152,7 +156,7 @@ def make_parents(path: Path) -> None:
         Names the file, and says what is in the way.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path_of(path).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         file = next((each for each in path.parents if each.is_file()), None)
         why = f"{str(file)!r} is a file, no folder" if file else error.strerror
@@ -169,6 +173,29 @@ def check_place(path: str | Path) -> None:
     """
     with contextlib.suppress(_NothingWritten), replacing(path):
         raise _NothingWritten
+
+
+def check_folder(folder: str | Path, files: Sequence[str]) -> Path:
+    """See that files, also in folders of it, can be written to a folder that need not be there yet; nothing is.
+
+    Raises
+    ------
+    OSError
+        Names what is in the way, or the first of the files if nothing can be written there.
+    TypeError, ValueError
+        If no folder can have this path.
+    """
+    place = there = path_of(folder, "folder")
+    for file in (place / name for name in reversed(files)):
+        there = next(each for each in (*file.parents, Path()) if os.path.lexists(each))
+        if not there.is_dir():
+            said = "there is a file where a folder is to be: give another folder, or move it away"
+            raise NotADirectoryError(errno.ENOTDIR, said, str(there))
+        if kind := no_file(file):
+            said = f"there is {kind} where a file is to be: give another folder, or move it away"
+            raise OSError(errno.EISDIR, said, str(file))
+    check_place(there / files[0])
+    return place
 
 
 class _NothingWritten(Exception):

@@ -17,6 +17,7 @@ from spectrim.errors import CheckpointError, PlanError, called_as
 from spectrim.network import tensor_files
 from spectrim.network.choices import ChannelsChoice, SumChoice
 from spectrim.network.coupling import IN
+from spectrim.network.file_kinds import path_of
 from spectrim.network.sites import Sites
 from spectrim.network.state_values import alike, equal, is_plain, put_together, taken_apart
 from spectrim.nn.build import skeleton
@@ -92,7 +93,7 @@ def save(model: nn.Module | Compressed, plan: Plan | str | Path, path: str | Pat
     """
     if path is None and isinstance(model, Compressed):
         model, plan, path = model.model, model.plan, cast(Path, plan)
-    if not (isinstance(model, nn.Module) and isinstance(plan, Plan) and isinstance(path, str | Path)):
+    if not (isinstance(model, nn.Module) and isinstance(plan, Plan) and isinstance(path, str | os.PathLike)):
         raise TypeError(
             f"save got {', '.join(type(each).__name__ for each in (model, plan, path) if each is not None)}: write "
             "save(result, 'small.safetensors'), or save(model, plan, 'small.safetensors')"
@@ -115,7 +116,7 @@ def save(model: nn.Module | Compressed, plan: Plan | str | Path, path: str | Pat
         metadata["earlier"] = _listed(before)
     if values:
         metadata["values"] = json.dumps(values)
-    tensor_files.write(Path(path), tensor_files.plain(tensors), metadata)
+    tensor_files.write(path_of(path), tensor_files.plain(tensors), metadata)
 
 
 def _check_carried_out(model: nn.Module, plan: Plan) -> None:
@@ -208,7 +209,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         If the file is missing, damaged (a bit is not what was written) or not a Spectrim checkpoint, or belongs to
         another architecture; the message names the first layer or tensor that does not fit.
     """
-    tensors, plans, tables = _read(Path(path))
+    tensors, plans, tables = _read(path)
     traits = Traits.of(model)
     _check_dense(model, plans[0], path)
     for plan in plans:
@@ -264,7 +265,7 @@ def read_plan(path: str | Path, *, whole: bool = False) -> Plan:
     CheckpointError
         As :func:`load`, as far as it is read.
     """
-    return _read(Path(path), weights=whole)[1][-1]
+    return _read(path, weights=whole)[1][-1]
 
 
 def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -323,8 +324,12 @@ class _Tables:
     values: dict[str, Any]
 
 
-def _read(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], list[Plan], _Tables]:
+def _read(given: str | Path, *, weights: bool = True) -> tuple[dict[str, Tensor], list[Plan], _Tables]:
     """Tensors, plans in the order they were carried out, and tables."""
+    try:
+        path = path_of(given)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     try:
         tensors, metadata = tensor_files.read(path, weights=weights)
     except FileNotFoundError:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from spectrim.network.file_kinds import path_of
 from spectrim.network.state_values import plain_tensors
 from spectrim.network.tensor_files import digest_of_tensors
 
@@ -56,7 +57,7 @@ class Part:
         OSError
             If there is no such file, or it cannot be read.
         """
-        path = Path(path)
+        path = path_of(path)
         files = [path] if not path.is_dir() else sorted(file for file in path.rglob("*") if file.is_file())
         digest = hashlib.sha256()
         for file in files:

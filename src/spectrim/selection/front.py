@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from spectrim.network.files import converted, read_document, record_of, write_text
+from spectrim.network.file_kinds import path_of
+from spectrim.network.files import converted, make_parents, read_document, record_of, write_text
 from spectrim.network.printing import Grid, Printed, amount, cost_name, count, flat
 from spectrim.selection.plan import Plan
-from spectrim.selection.point import LARGEST, Judged, Point, finished, share_error
+from spectrim.selection.point import LARGEST, POINT, Judged, Point, finished, share_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Better = Literal["higher", "lower"]
-_SWEEP = "sweep.json"
+SUMMARY = "sweep.json"
 _FRONT = "*"
 # What networks are judged by without a metric: the first that all points have.
 _SAME, _DIFFER = "same class first", "outputs differ"
@@ -306,9 +307,10 @@ class Sweep(Printed):
         OSError
             Names the file that cannot be written.
         """
+        place = path_of(folder, "folder")
         for point in self.points:
-            (Path(folder) / point.folder).mkdir(exist_ok=True)
-            point.write(Path(folder) / point.folder)
+            make_parents(place / point.folder / POINT)
+            point.write(place / point.folder)
         self.write_summary(folder)
 
     def write_summary(self, folder: str | Path) -> None:
@@ -319,7 +321,7 @@ class Sweep(Printed):
         OSError
             Names the file if it cannot be written.
         """
-        write_text(Path(folder) / _SWEEP, json.dumps(self.record(), indent=1) + "\n")
+        write_text(Path(folder) / SUMMARY, json.dumps(self.record(), indent=1) + "\n")
 
     @classmethod
     def read(cls, folder: str | Path) -> Sweep:
@@ -364,7 +366,7 @@ def read_summary(folder: str | Path) -> _Read:
     def parse(text: bytes) -> _Read:
         return converted(record_of(text, "a sweep", LARGEST, set(_Read.__struct_fields__)), _Read, "a sweep")
 
-    return read_document(Path(folder) / _SWEEP, parse, LARGEST)
+    return read_document(path_of(folder, "folder") / SUMMARY, parse, LARGEST)
 
 
 def _amount(cost: str, value: float) -> str:

@@ -21,7 +21,7 @@ from spectrim.selection.plan import Plan
 
 LARGEST = LARGEST_PLAN + 2**20
 """Bytes of the text of a point."""
-POINT, _PLAN = "point.json", "plan.json"
+POINT, PLAN = "point.json", "plan.json"
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,9 @@ class Point:
             Names the file if it cannot be written.
         """
         try:
-            Plan.read(Path(folder) / _PLAN)
+            Plan.read(Path(folder) / PLAN)
         except (FileNotFoundError, PlanError) as error:
-            self.plan.write(Path(folder) / _PLAN)
+            self.plan.write(Path(folder) / PLAN)
             return f"{error.said}; it was written again" if isinstance(error, PlanError) else ""
         return ""
 
@@ -146,7 +146,7 @@ class Point:
         record = {name: getattr(self, name) for name in _FIELDS}
         text = msgspec.json.encode(record | {"plan": msgspec.Raw(self.plan.to_json(lines=False).encode())})
         text = msgspec.json.encode(sealed(msgspec.json.decode(text)))
-        self.plan.write(Path(folder) / _PLAN)
+        self.plan.write(Path(folder) / PLAN)
         write_text(Path(folder) / POINT, msgspec.json.format(text, indent=1).decode() + "\n")
 
     @classmethod

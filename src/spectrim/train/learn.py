@@ -15,6 +15,7 @@ from spectrim.application import Applied
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
 from spectrim.errors import CheckpointError, called_as, did_you_mean
+from spectrim.network.file_kinds import path_of
 from spectrim.network.printing import Grid, count
 from spectrim.nn.copying import copy_model
 from spectrim.nn.find import Which
@@ -152,13 +153,14 @@ def learn_ranks(
         If the budget cannot be met.
     """
     limits = None if budget is None else _limits(budget, options)
+    folder = None if checkpoint is None else path_of(checkpoint, "checkpoint")
     run = _Run(
         model, batches, calibration=calibration, learning=learning or Recipe(), tuning=tuning or Recipe(),
         patience=patience, weigh=weigh, skip=skip, only=only, groups=groups, mask=mask, samples=samples,
         evaluate=evaluate, latency=latency,
         training={"teacher": teacher, "loss": loss, "progress": progress, "accelerate": accelerate}, options=options,
     )  # fmt: skip
-    return run.point(copy_model(model), limits, None if checkpoint is None else Path(checkpoint))
+    return run.point(copy_model(model), limits, folder)
 
 
 def budget_path(
@@ -205,6 +207,7 @@ def budget_path(
     if not budgets:
         raise ValueError("give at least one budget")
     limits = [_limits(budget, options) for budget in budgets]
+    folder = None if checkpoint is None else path_of(checkpoint, "checkpoint")
     run = _Run(
         model, batches, calibration=calibration, learning=learning or Recipe(), tuning=tuning or Recipe(),
         patience=patience, weigh=weigh, skip=skip, only=only, groups=groups, mask=mask, samples=samples,
@@ -214,9 +217,7 @@ def budget_path(
     net = copy_model(model)
     results = []
     for number, budget in enumerate(limits):
-        results.append(
-            run.point(net, budget, None if checkpoint is None else Path(checkpoint) / f"{number:02d}", number)
-        )
+        results.append(run.point(net, budget, None if folder is None else folder / f"{number:02d}", number))
         if done is not None:
             done(results[-1])
     return tuple(results)

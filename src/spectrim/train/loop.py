@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
 
 from spectrim.errors import CheckpointError
+from spectrim.network.file_kinds import path_of
 from spectrim.nn.contiguity import contiguous_where_needed
 from spectrim.nn.sparse.layers import Masked
 from spectrim.nn.watch.norms import batch_norms
@@ -75,7 +76,7 @@ class Loop:
             raise ValueError("the teacher is the model itself; pass a copy made before the compression")
         self.model, self.batches, self.recipe = model, batches, recipe
         self.evaluate, self.penalty, self.after_step = evaluate, penalty, after_step
-        self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        self.checkpoint = None if checkpoint is None else path_of(checkpoint, "checkpoint")
         self.progress, self.first_epoch = progress, first_epoch
         self.steps_per_epoch = batching.length(batches, needed=recipe.schedule != "constant" or bool(recipe.warmup))
         self.devices = assign(model, accelerate)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import functools
 import json
 import logging
@@ -24,7 +23,7 @@ from spectrim.cost.counted import Cost
 from spectrim.cost.latency import Latency
 from spectrim.errors import CheckpointError, InfeasibleBudgetError, PlanError, check_function, did_you_mean
 from spectrim.methods import Method
-from spectrim.network.files import read_document, remove_abandoned, write_text
+from spectrim.network.files import check_folder, make_parents, read_document, remove_abandoned, write_text
 from spectrim.network.state_values import plain_tensors
 from spectrim.network.tensor_files import digest_of_tensors
 from spectrim.nn.agreement import Agreement, agreement, metric_of
@@ -44,9 +43,9 @@ from spectrim.progress import Progress, reports, told
 from spectrim.search.judge import Judge
 from spectrim.selection.budget import COSTS, OTHER_NAMES, Budget, BudgetLike, Limit
 from spectrim.selection.candidates import Candidates
-from spectrim.selection.front import Better, Sweep, read_summary
+from spectrim.selection.front import SUMMARY, Better, Sweep, read_summary
 from spectrim.selection.plan import Plan
-from spectrim.selection.point import LARGEST, POINT, Judged, Point, opened, sealed, standard_error
+from spectrim.selection.point import LARGEST, PLAN, POINT, Judged, Point, opened, sealed, standard_error
 from spectrim.selection.selectors import Selector, exact
 from spectrim.tables import tabulate
 from spectrim.train.loop import Evaluate
@@ -153,7 +152,7 @@ def sweep(
     Judge.of(evaluate, better)
     if fine_tune is not None:
         check_function("fine_tune", fine_tune, _TUNED_WITH, _TUNES)
-    place = None if folder is None else _checked(folder)
+    place = None if folder is None else check_folder(folder, files_of(asked))
     if keep_models:
         if place is None:
             raise ValueError("keep_models=True writes weights to a folder, and none is given: give folder= too")
@@ -268,7 +267,7 @@ class Sweeping:
 
     def sweep(self, asked: Mapping[str, Budget]) -> Sweep:
         """A point for every budget that can be met, read or made."""
-        notes = self._claim()
+        notes = self._claim(asked)
         dense = None if self.evaluate is None else self._evaluated(self.model)
         if self.evaluate is not None and dense is None:
             raise ValueError("evaluate returned no finite number for the dense network")
@@ -412,20 +411,22 @@ class Sweeping:
     def _keep(self, point: Point) -> None:
         place = self._place(point)
         if place is not None:
-            place.mkdir(exist_ok=True)
+            make_parents(place / POINT)
             point.write(place)
 
-    def _claim(self) -> tuple[str, ...]:
+    def _claim(self, asked: Iterable[str]) -> tuple[str, ...]:
         """Make the folder that of this sweep, or see that it is so already; notes on what cannot be seen.
 
         Raises
         ------
         CheckpointError
             Says what differs.
+        OSError
+            Names what is in the way of its files.
         """
         if self.folder is None:
             return ()
-        _checked(self.folder).mkdir(parents=True, exist_ok=True)
+        check_folder(self.folder, files_of(asked)).mkdir(parents=True, exist_ok=True)
         remove_abandoned(self.folder)
         then = self._then()
         now, alike = settled(
@@ -482,27 +483,14 @@ class Sweeping:
         write_text(self.folder / _RUN, json.dumps(sealed({**then, **now}), indent=1) + "\n")
 
 
+def files_of(asked: Iterable[str]) -> list[str]:
+    """Files of a sweep in its folder, as far as budgets say which, the one that is written first before the others."""
+    points = [f"{Point.folder_of(words)}/{name}" for words in asked for name in (POINT, PLAN, _MODEL, _TUNING)]
+    return [_RUN, SUMMARY, *points]
+
+
 def _short(value: Any) -> str:
     return textwrap.shorten(repr(value), 80, placeholder=" ...")
-
-
-def _checked(folder: Any) -> Path:
-    """The folder of a sweep, before there is any work that could be lost.
-
-    Raises
-    ------
-    OSError
-        If it is a file, or lies in one.
-    """
-    if not isinstance(folder, str | Path):
-        raise TypeError(f"folder is {folder!r}: expected a path of a folder, where each point is written")
-    for part in (Path(folder), *Path(folder).parents):
-        if part.is_dir():
-            return Path(folder)
-        if part.exists():
-            said = "a sweep needs a folder, which holds several files, and there is a file: give another name"
-            raise NotADirectoryError(errno.ENOTDIR, said, str(part))
-    return Path(folder)
 
 
 def _told(note: str) -> str:
