@@ -130,6 +130,20 @@ def test_fused_attention_of_padded_samples():
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
+def test_a_layer_that_multiplies_a_part_of_a_parameter_is_counted_where_gradients_are_off():
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.key = nn.Parameter(torch.randn(8, 16)), nn.Linear(16, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.key(self.table[:6]).mT
+
+    module = Positions()
+    with torch.no_grad():
+        assert counted(lambda: module(torch.randn(3, 4))) == 6 * 16 * 4 + 3 * 4 * 6
+
+
 PRODUCTS = {
     "matrix and vector": (lambda: x[0] @ x[0, 0], 10 * 16),
     "vectors": (lambda: x[0, 0] @ x[0, 0], 16),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from spectrim.nn.formulas import formula, is_unknown
 
@@ -33,6 +34,19 @@ class _Counting(_FlopCounterMode):
         return self.counter._count_flops(func, func(*args, **kwargs), args, kwargs)
 
 
+class _Places(ModuleTracker):
+    """Which modules run. Torch's hooks views of parameters for the backward pass also where gradients are off.
+
+    There it fails: such a view says that it needs gradients and has no function that gives them.
+    """
+
+    def _fw_pre_hook(self, mod: nn.Module, input: Any) -> None:  # noqa: A002 (torch's name)
+        super()._fw_pre_hook(mod, input if torch.is_grad_enabled() else ())
+
+    def _fw_post_hook(self, mod: nn.Module, input: Any, output: Any) -> None:  # noqa: A002 (torch's name)
+        super()._fw_post_hook(mod, input, output if torch.is_grad_enabled() else ())
+
+
 class WorkCounter(FlopCounterMode):
     """torch's counter, silent, with the formulas of :mod:`spectrim.nn.formulas`; two operations are a MAC.
 
@@ -44,6 +58,7 @@ class WorkCounter(FlopCounterMode):
 
     def __init__(self) -> None:
         super().__init__(display=False)
+        self.mod_tracker = _Places()
         self.uncounted: dict[str, str] = {}
 
     def __enter__(self) -> WorkCounter:
