@@ -15,9 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import spectrim as st
 from benchmarks.situation_table import Two
 from spectrim.application import carry_out
-from spectrim.nn import proof
+from spectrim.nn import merge_proof
 from spectrim.nn.agreement import agreement
 from spectrim.nn.standing import StandIn
+from spectrim.nn.surgery import stand_ins
 
 BATCHES = [torch.randn(64, 32, generator=torch.Generator().manual_seed(n)) for n in range(3)]
 
@@ -203,19 +204,22 @@ def test_a_network_that_asks_what_its_layers_are_is_refused(kind: type[Two]) -> 
         st.compress(kind().eval(), BATCHES, st.Budget(macs=0.5))
 
 
-def test_of_layers_that_are_dear_to_merge_one_of_each_kind_is_merged(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(proof, "_SOON", 0.0)
-    monkeypatch.setattr(proof, "_MULTIPLIED", 0.0)
+def test_layers_that_are_dear_to_merge_are_merged_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merge_proof, "_SOON", 0.0)
+    monkeypatch.setattr(merge_proof, "_MULTIPLIED", 0.0)
+    merged: list[Any] = []
+    original = merge_proof._Merged.of
+    monkeypatch.setattr(merge_proof._Merged, "of", lambda *a: merged.append(original(*a)) or merged[-1])
     torch.manual_seed(0)
     layers = [nn.Conv1d(1, 4, 1), nn.Flatten(), nn.Linear(128, 32), nn.ReLU(), nn.Linear(32, 30), nn.ReLU()]
     model = nn.Sequential(*layers, nn.Linear(30, 32)).eval()
     sites = st.calibrate(model, st.find(model, only=["2", "4", "6"]), [x[:, None] for x in BATCHES])
     plan = st.select(st.tabulate(sites), "parameters=30%")
     assert all(not entry.choice.is_dense for entry in plan)
-    (note,) = carry_out(model, sites, plan, [x[:, None] for x in BATCHES]).notes
-    # The cheapest one was.
-    assert note.startswith("2 of 3 replaced layers were not merged for the proof")
-    assert "('2', '6')" in note
+    assert carry_out(model, sites, plan, [x[:, None] for x in BATCHES]).notes == ()
+    (found,) = merged
+    # Each was called for the one sample, and held against what stands for it.
+    assert [len(part.gaps) for part in found.parts] == [1, 1, 1]
 
 
 def test_hooks_that_change_answers_stay_and_are_no_fault() -> None:
@@ -239,8 +243,10 @@ class CastsToFewBits(Two):
 @pytest.mark.parametrize("kind", [Two, CastsToFewBits])
 def test_what_rounds_twice_is_no_fault(kind: type[Two], monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[torch.dtype] = []
-    original = proof._answers
-    monkeypatch.setattr(proof, "_answers", lambda *a: answers.append(next(a[0].parameters()).dtype) or original(*a))
+    original = merge_proof._answers
+    monkeypatch.setattr(
+        merge_proof, "_answers", lambda *a: answers.append(next(a[0].parameters()).dtype) or original(*a)
+    )
     result = st.compress(kind().eval().to(torch.bfloat16), [b.to(torch.bfloat16) for b in BATCHES], "macs=60%")
     assert {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
     assert answers == [torch.float32, torch.bfloat16][: 1 + (kind is CastsToFewBits)]
@@ -340,8 +346,8 @@ def test_what_writes_into_weights_in_training_is_refused_before_ranks_are_learne
 def test_what_is_dear_to_multiply_out_is_known_without_multiplying_it_out() -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Flatten(), nn.Linear(16 * 16, 24)).eval(), torch.randn(8, 3, 6, 6)
     small = st.compress(model, [x], "parameters=60%", methods=[st.ActivationSVD(multiple_of=1)]).model
-    parts = proof.stand_ins(small)
+    parts = stand_ins(small)
     assert parts
     with FlopCounterMode(display=False) as counter:
-        assert proof._cheap(parts, 1e9) == parts
+        assert merge_proof._shared_out(parts, 1e9) == (parts, {})
     assert counter.get_total_flops() == 0

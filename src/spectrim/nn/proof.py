@@ -19,16 +19,15 @@ from spectrim.cost.counted import macs, parameters
 from spectrim.cost.whole import Layered, Network, Picks
 from spectrim.errors import ProofError, SpectrimError
 from spectrim.network.sites import Sites
-from spectrim.nn.copying import copy_model
 from spectrim.nn.counting import counting
+from spectrim.nn.merge_proof import check_merged
 from spectrim.nn.modes import said_of_training
-from spectrim.nn.parameters import parameters_of
-from spectrim.nn.standing import LAYERS, StandIn
-from spectrim.nn.surgery import merged_at, parameter_count, stand_ins
+from spectrim.nn.standing import LAYERS
+from spectrim.nn.surgery import parameter_count
 from spectrim.nn.watch.batches import Feed, Forward
 from spectrim.nn.watch.junctions import Junction, scanned
 from spectrim.nn.watch.lockstep import Ended
-from spectrim.nn.watch.nesting import compared, output_tensors, tensors
+from spectrim.nn.watch.nesting import output_tensors, tensors
 from spectrim.nn.watch.observe import observe, on_each, on_few
 
 log = logging.getLogger(__name__)
@@ -37,11 +36,6 @@ log = logging.getLogger(__name__)
 _ROWS = 0.01
 # What is called with inputs of several sizes is counted at one of mean sides, which are whole numbers.
 _MEAN_SIDES = 0.1
-# Difference of outputs that rounding explains, as a share of them.
-_ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-2}
-_ROUNDING_OF_FEW_BITS = 0.1
-# Multiplying out layers may take this share of a forward pass of the batch, or so many MACs, which are soon done.
-_MULTIPLIED, _SOON = 0.25, 1e9
 _COPIES = (
     "a function or closure that was made with the original's layers goes on calling them in every copy. Call the "
     "layers by attributes of the module that holds them"
@@ -170,10 +164,10 @@ def prove(
     """Run both networks on one batch, and compare what the small one does with what was planned.
 
     Every replaced layer is called, as often as the dense one; parameters and MACs are as counted; the outputs have the
-    shapes of the dense ones and are numbers; merged, the network computes the same. Where multiplying out all layers
-    is dear, the cheapest are, and one of each kind at least. The cost is one forward pass of each network, some of
-    single samples, and of multiplying out a quarter of a pass or a billion MACs. What asks for its mode is tried in
-    training mode too, for a note.
+    shapes of the dense ones and are numbers; merged, the network computes the same. Of layers that are dear to
+    multiply out some outputs are (:mod:`spectrim.nn.merge_proof`). The cost is one forward pass of each network, some
+    of single samples, and of multiplying out about a quarter of a pass or a billion MACs. What asks for its mode is
+    tried in training mode too, for a note.
 
     Parameters
     ----------
@@ -206,8 +200,8 @@ def prove(
     yield from _calls(dense, before, now, batch, feed)
     yield from _work(expected, before, now)
     yield from _outputs(expected, before, now)
-    most = max(_SOON, _MULTIPLIED * before.macs * feed.layout.size(batch))
-    yield from _merged(small, batch, feed, most, None if one is None else one.outputs)
+    work = before.macs * feed.layout.size(batch)
+    yield from check_merged(small, batch, feed, work, None if one is None else one.outputs)
     yield from said_of_training(dense, small, batch, feed)
 
 
@@ -333,118 +327,6 @@ def _outputs(expected: Expected, before: Seen, now: Seen) -> Iterator[str]:
     for a, b in zip(before.outputs, now.outputs, strict=False):
         if b.is_floating_point() and bool(a.isfinite().all()) and bool(b.isnan().any()):
             raise ProofError("the compressed network gives NaN where the dense one gives numbers")
-
-
-def _merged(small: nn.Module, batch: Any, feed: Feed, most: float, known: Sequence[Tensor] | None) -> Iterator[str]:
-    """Whether the network computes the same with one weight in place of layers that stand for others.
-
-    ``most`` limits the MACs of multiplying them out; what the network gives for the first sample may be ``known``.
-    """
-    every = stand_ins(small)
-    if not every:
-        return
-    chosen = _cheap(every, most)
-    precise = _precise(small)
-    try:
-        whole = merged_at(precise, chosen)
-    except ValueError as error:
-        yield f"the network was not compared with what merge makes of it: {error}"
-        return
-    if len(chosen) < len(every):
-        left = [names[0] for layer, names in every.items() if layer not in chosen]
-        yield (
-            f"{len(left)} of {len(every)} replaced layers were not merged for the proof, as multiplying them out takes "
-            f"more than {_MULTIPLIED:.0%} of a forward pass of the batch ({_some(left)}); others of their kinds were"
-        )
-    try:
-        try:
-            outputs = _answers(precise, whole, batch, feed, known if precise is small else None)
-        except Exception:  # it casts to few bits by itself
-            if precise is small:
-                raise
-            outputs = _answers(small, merged_at(small, chosen), batch, feed)
-    except Exception as error:
-        raise ProofError(
-            f"merged, the compressed {type(small).__name__} cannot be run: {type(error).__name__}: {error}. It asks "
-            "what its layers are; ask isinstance, or skip= the layers concerned"
-        ) from error
-    for a, b, again in zip(*outputs, strict=False):
-        if not a.is_floating_point() or a.shape != b.shape or a.shape != again.shape:
-            continue
-        gap, noise = _gap(a, b), _gap(a, again)
-        if bool(gap > _rounding(a) + 2 * noise):
-            raise ProofError(
-                f"merged, the compressed {type(small).__name__} computes something else (by "
-                f"{float(gap / a.double().norm()):.2g} of "
-                "its outputs): it asks what its layers are, such as type(layer) is nn.Linear, their children, names or "
-                "number of parameters. Ask isinstance, or skip= the layers concerned"
-            )
-
-
-def _cheap(layers: Mapping[StandIn, Sequence[str]], most: float) -> Mapping[StandIn, Sequence[str]]:
-    """Those that are multiplied out with the fewest MACs, in all at most so many, and one of each kind at least."""
-    left, kinds, chosen = most, set[tuple[type, str]](), set[StandIn]()
-    for layer in sorted(layers, key=_multiplying):
-        kind = (type(layer), layer.original.kind)
-        left -= _multiplying(layer)
-        if left >= 0 or kind not in kinds:
-            kinds.add(kind)
-            chosen.add(layer)
-    return {layer: names for layer, names in layers.items() if layer in chosen}
-
-
-def _multiplying(layer: StandIn) -> float:
-    """MACs of multiplying out what stands for a layer, as if it were a pair of all its numbers."""
-    rows = layer.weight.shape[0]
-    columns = math.prod(layer.weight.shape[1:])
-    return rows * columns * sum(p.numel() for p in layer.parameters()) / (rows + columns)
-
-
-def _answers(
-    small: nn.Module, whole: nn.Module, batch: Any, feed: Feed, known: Sequence[Tensor] | None = None
-) -> list[Sequence[Tensor]]:
-    """Outputs of a network, of what it is merged to, and of the network again if these two are not alike.
-
-    For the first sample, where both take one; what the network gives for it may be ``known``.
-    """
-    outputs: list[Sequence[Tensor]] = []
-
-    def answered(model: nn.Module, part: Any) -> Sequence[Tensor]:
-        with observe(model, forward=feed) as running:
-            return output_tensors(running(part))
-
-    def run(part: Any) -> None:
-        one = known if feed.layout.size(part) == 1 else None
-        outputs[:] = [answered(small, part) if one is None else one, answered(whole, part)]
-        # What draws random numbers differs from itself.
-        outputs.append(outputs[0] if all(map(_alike, *outputs)) else answered(small, part))
-
-    on_few(run, batch, feed)
-    return outputs
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two outputs are the same but for rounding."""
-    if a.shape != b.shape or not a.is_floating_point():
-        return True
-    return bool(_gap(a, b) <= _rounding(a))
-
-
-def _gap(a: Tensor, b: Tensor) -> Tensor:
-    a, b = compared(a, b)
-    return (a - b).norm()
-
-
-def _rounding(a: Tensor) -> Tensor:
-    """The difference from an output that rounding explains."""
-    size = a.double().masked_fill(a.isinf(), 0).norm()
-    return _ROUNDING.get(a.dtype, _ROUNDING_OF_FEW_BITS) * size
-
-
-def _precise(model: nn.Module) -> nn.Module:
-    """A copy that rounds less, of a model of few bits: what is rounded twice is not what its layers are asked."""
-    kinds = {p.dtype for p in parameters_of(model) if p.is_floating_point()}
-    return copy_model(model).float() if kinds and kinds <= {torch.bfloat16, torch.float16} else model
 
 
 def _some(names: Sequence[str]) -> str:
