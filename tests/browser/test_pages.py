@@ -33,7 +33,7 @@ def test_the_documentation_is_as_it_should_be():
     assert len(seen) >= 4 * 10
     wrong = [f"{each.page} {each.width} {each.scheme}: sideways {each.sideways}" for each in seen if each.sideways > 0]
     wrong += [f"{each.page}: {error}" for each in seen for error in [*each.errors, *each.outside]]
-    wrong += [f"{each.page} {each.scheme}: {rule['rule']}, {rule['first']}" for each in seen for rule in each.serious]
+    wrong += [f"{each.page} {each.scheme}: {rule['rule']}, {rule['first']}" for each in seen for rule in each.axe]
     assert wrong == []
 
 
