@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import spectrim as st
 from spectrim.errors import CheckpointError, InfeasibleBudgetError
 from spectrim.report.measures import Score
+from spectrim.report.sweep_page import front_chart
 from spectrim.selection.front import Sweep
 from spectrim.selection.point import Judged, sealed
 from spectrim.train import sweeping
@@ -94,6 +95,30 @@ def test_the_front_leaves_out_what_another_network_beats() -> None:
     assert [p.costs["parameters"] for p in low.front()] == [20]
     with pytest.raises(ValueError, match="no cost 'joules' at every point"):
         high.front("joules")
+
+
+def test_what_a_metric_knows_is_told_and_kept(model: nn.Module, batches: list[Tensor], tmp_path: Path) -> None:
+    found = st.sweep(model, batches, ["macs=60%"], evaluate=lambda net: Score(90.0, 400), folder=tmp_path)
+    assert found.unit == "%"
+    assert found.dense_error == pytest.approx(1.5)
+    assert found == Sweep.read(tmp_path)
+    assert [line[-1] for line in found.table()[1]] == ["90.00 %", "90.00 %"]
+    assert "metric has a standard error of up to 1.5 points" in str(found)
+    chart = front_chart(found, "macs")
+    assert chart.y_label == "metric, %"
+    assert all(dot.barred for dot in chart.dots)
+    axes = found.plot()
+    assert len(axes.collections) == len(axes.patches) == 1  # a bar, and the band around the dense network
+
+
+def test_notes_that_differ_in_figures_are_told_once(model: nn.Module, batches: list[Tensor]) -> None:
+    found = st.sweep(model, batches, ("macs", [0.8, 0.6, 0.4]))
+    notes = [("slow: 80 of 90",), ("slow: 60 of 80", "alike"), ("slow: 40 of 70", "alike")]
+    points = tuple(dataclasses.replace(point, notes=each) for point, each in zip(found, notes, strict=True))
+    said = dataclasses.replace(found, points=points).sentences
+    assert "slow; with macs=40%: 40 of 70" in said
+    assert "with macs=60%, macs=40%: alike" in said
+    assert sum("slow" in sentence for sentence in said) == 1
 
 
 def test_a_sweep_prints_and_draws(model: nn.Module, batches: list[Tensor]) -> None:

@@ -164,7 +164,8 @@ class Request:
         out.document(
             {
                 "model": model, "folder": str(folder), "files": {n: str(path) for n, path in files.items()},
-                "cost": found.cost, "judged_by": found.judged_by, "dense": found.dense, "points": rows,
+                "cost": found.cost, "judged_by": found.judged_by, "unit": found.judged_in, "dense": found.dense,
+                "points": rows,
                 "unmet": dict(found.unmet), "notes": [*found.sentences, *notes],
             }
         )  # fmt: skip

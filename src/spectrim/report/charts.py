@@ -14,6 +14,7 @@ import numpy as np
 
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.report.comparison import show
+from spectrim.report.labels import Label, placed
 from spectrim.report.measures import Score
 from spectrim.selection.budget import UNITS, Budget
 from spectrim.selection.candidates import Candidates, Row
@@ -23,7 +24,7 @@ from spectrim.selection.selectors import lagrangian
 
 _POINTS = 32  # of a spectrum, at most
 _FLOOR = 1e-6  # of a spectrum
-_ASIDE = 9  # pixels between dots of one cost
+ASIDE = 9  # pixels between dots of one cost
 COST_NAMES = {"macs": "MACs", "parameters": "Parameters", "bytes": "Weights", "latency": "Predicted latency"}
 
 
@@ -136,6 +137,11 @@ class Chart:
     curves: tuple[Curve, ...] = ()
     height: int = 220
 
+    @property
+    def labels(self) -> list[Label]:
+        """Where the label of every dot stands."""
+        return placed(self.dots, self.curves, self.height)
+
 
 def predicted(candidates: Candidates, cost: str = "macs", points: int = 24) -> list[tuple[float, float]]:
     """``(cost, loss)`` of the best selection at budgets from the lowest reachable one to dense, in rising cost."""
@@ -201,7 +207,7 @@ def score_chart(measured: Sequence[tuple[str, float, float]], dense: float, cost
             text += f", standard error {error:.2f} points on {Score(value).samples:,} samples"
             bar = {"low": y.at(value - error), "high": y.at(value + error)}
         tone = "dense" if share > 99.99 else "choice"
-        aside = _ASIDE * sum(dot.x == x.at(share) for dot in dots)
+        aside = ASIDE * sum(dot.x == x.at(share) for dot in dots)
         dots.append(Dot(x.at(share), y.at(value), text, tone, f"{label} {value:.2f} %", aside=aside, **bar))
     return Chart(f"{cost_name(cost)}, % of dense", f"{score}, %", x, y, tuple(dots), height=190)
 

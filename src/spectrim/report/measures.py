@@ -30,6 +30,7 @@ class Score(float):
     """
 
     samples: int
+    unit = "%"
 
     def __new__(cls, value: float, samples: int | None = None) -> Self:
         score = super().__new__(cls, value)

@@ -10,7 +10,7 @@ from typing import Any
 
 from spectrim.network.files import write_text
 from spectrim.network.printing import count
-from spectrim.report.charts import Axis, Chart, Curve, Dot, cost_name
+from spectrim.report.charts import ASIDE, Axis, Chart, Curve, Dot, cost_name
 from spectrim.report.machine import machine_facts
 from spectrim.report.origin import Origin
 from spectrim.report.page import style, template
@@ -90,40 +90,51 @@ def front_chart(sweep: Sweep, cost: str) -> Chart:
     """
     best = sweep.front(cost)
     name = "measured time" if cost == "milliseconds" else cost_name(cost)
-    exact = sweep.quality(Judged(sweep.dense, 1.0, 0.0))
-    marks = list(_marks(sweep))
-    low, high = min([exact, *(mark.low for mark in marks)]), max([exact, *(mark.high for mark in marks)])
+    dense = _Mark.of(sweep, None, sweep.itself, "dense")
+    marks = [dense, *(mark for mark in _marks(sweep) if not math.isnan(mark.value))]
+    low, high = min(mark.low for mark in marks), max(mark.high for mark in marks)
     room = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
     x, y = Axis(0, max(100, *(_share(point, cost) for point in sweep))), Axis(low - room, high + room)
     # Many labels would lie on each other on a phone.
     named = best if len(best) <= _LABELS else (best[0], best[-1])
-    dots = [Dot(x.at(100), y.at(exact), f"dense: {_text(sweep, exact)}", "dense", "dense")]
+    dots: list[Dot] = []
     for mark in marks:
-        point, at, known = mark.point, _share(mark.point, cost), not math.isnan(mark.spread)
-        text = f"{point.asked}: {_text(sweep, mark.value)}, at {at:.1f} % of the {name}"
+        at, known = 100.0 if mark.point is None else _share(mark.point, cost), not math.isnan(mark.spread)
+        of = "dense" if mark.point is None else mark.point.asked
+        text = f"{of}: {_text(sweep, mark.value)}, at {at:.1f} % of the {name}"
         text += ", fine-tuned" * (mark.tone == "choice") + f", standard error {mark.spread:.2g}" * known
-        label = point.asked if point in named and mark.judged is point.judged else ""
+        shown = mark is dense or any(mark.judged is point.judged for point in named)
         bar = (y.at(mark.low), y.at(mark.high)) if known else (math.nan, math.nan)
-        dots.append(Dot(x.at(at), y.at(mark.value), text, mark.tone, label, *bar))
+        aside = ASIDE * sum(dot.x == x.at(at) for dot in dots)
+        dots.append(Dot(x.at(at), y.at(mark.value), text, mark.tone, of if shown else "", *bar, aside=aside))
     line = tuple((x.at(_share(p, cost)), y.at(sweep.quality(p.judged))) for p in reversed(best))
     curves = [Curve((line,), "plan", "without training")]
     if any(mark.tone == "choice" for mark in marks):
         curves = [Curve((line,), "pale")]
         curves += [Curve((), "plan", "without training"), Curve((), "choice", "fine-tuned")]
-    unit = "" if sweep.dense is not None else ", %"
-    return Chart(f"{name}, % of dense", f"{sweep.judged_by}{unit}", x, y, tuple(dots), tuple(curves), 260)
+    label = f"{sweep.judged_by}, {sweep.judged_in}".rstrip(", ")
+    return Chart(f"{name}, % of dense", label, x, y, tuple(dots), tuple(curves), 260)
 
 
 @dataclass(frozen=True)
 class _Mark:
-    """A network as it was judged: its value, and how far that is off; NaN where it is not known."""
+    """A network as it was judged: its value, and how far that is off; NaN where it is not known.
 
-    point: Point
+    ``point`` is None for the dense network.
+    """
+
+    point: Point | None
     judged: Judged
     tone: str
     value: float
     spread: float
     most: float
+
+    @classmethod
+    def of(cls, sweep: Sweep, point: Point | None, judged: Judged, tone: str) -> _Mark:
+        # No share lies above 100 %, whatever its standard error.
+        most = 100.0 if sweep.judged_in == "%" else math.inf
+        return cls(point, judged, tone, sweep.quality(judged), sweep.uncertainty(judged), most)
 
     @property
     def low(self) -> float:
@@ -135,12 +146,11 @@ class _Mark:
 
 
 def _marks(sweep: Sweep) -> Iterator[_Mark]:
-    # No share lies above 100 %, whatever its standard error.
-    most = 100.0 if sweep.dense is None else math.inf
+    # The later of two at one cost stands aside, and the line goes through what was trained.
     for point in sweep:
-        for judged, tone in ((point.carried_out, "plan"), (point.tuned, "choice")):
-            if judged is not None and not math.isnan(value := sweep.quality(judged)):
-                yield _Mark(point, judged, tone, value, sweep.uncertainty(judged), most)
+        if point.tuned is not None:
+            yield _Mark.of(sweep, point, point.tuned, "choice")
+        yield _Mark.of(sweep, point, point.carried_out, "plan")
 
 
 def _share(point: Point, cost: str) -> float:
@@ -148,4 +158,4 @@ def _share(point: Point, cost: str) -> float:
 
 
 def _text(sweep: Sweep, value: float) -> str:
-    return f"{sweep.judged_by} {value:#.4g}" + ("" if sweep.dense is not None else " %")
+    return f"{sweep.judged_by} {value:#.4g} {sweep.judged_in}".rstrip()

@@ -5,6 +5,7 @@ Colours mean the same everywhere: grey is dense, blue is the plan, orange is the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -110,19 +111,30 @@ def curves(rows: Sequence[Row], cost: str, unit: str, *, ax: Axes | None = None)
 
 
 def points(sweep: Sweep, cost: str, *, ax: Axes | None = None) -> Axes:
-    """A dot a network, its quality over its cost, of another colour once it is trained; the front as a line."""
+    """A dot a network, its quality over its cost, of another colour once it is trained; the front as a line.
+
+    Bars, and the band around the dense network, are one standard error to either side, where it is known.
+    """
     best = sweep.front(cost)
     with drawn_on(ax, 6.4, 3.6) as axes:
         for tuned, colour, label in ((False, PLANNED, "without training"), (True, CHOSEN, "fine-tuned")):
             judged = [(point, point.tuned if tuned else point.carried_out) for point in sweep]
-            drawn = [(100 * p.costs[cost] / p.dense_costs[cost], sweep.quality(j)) for p, j in judged if j is not None]
+            drawn = [
+                (100 * p.costs[cost] / p.dense_costs[cost], sweep.quality(j), sweep.uncertainty(j))
+                for p, j in judged
+                if j is not None
+            ]
             if drawn:
-                axes.plot(*zip(*drawn, strict=True), "o", ms=5, color=colour, label=label, zorder=3)
+                x, y, error = zip(*drawn, strict=True)
+                axes.plot(x, y, "o", ms=5, color=colour, label=label, zorder=3)
+                axes.errorbar(x, y, error, fmt="none", elinewidth=0.9, ecolor=colour, zorder=3)
         line = [(100 * p.costs[cost] / p.dense_costs[cost], sweep.quality(p.judged)) for p in best]
         if line:
             axes.plot(*zip(*line, strict=True), color=INK, lw=0.9, label="front", zorder=2)
         if sweep.dense is not None:
             axes.axhline(sweep.dense, color=DENSE, lw=0.9, ls="--", label="dense", zorder=1)
+            if not math.isnan(error := sweep.uncertainty(sweep.itself)):
+                axes.axhspan(sweep.dense - error, sweep.dense + error, color=PALE, alpha=0.5, lw=0, zorder=0)
         for point in best:
             at = (100 * point.costs[cost] / point.dense_costs[cost], sweep.quality(point.judged))
             # The front falls to the right where less is better: names stand on the side that it leaves free.
@@ -130,7 +142,7 @@ def points(sweep: Sweep, cost: str, *, ax: Axes | None = None) -> Axes:
             axes.annotate(point.asked, at, offset, textcoords="offset points", fontsize=6.5, color=INK)
         axes.set_xlim(0, 105)
         axes.set_xlabel(f"{'measured time' if cost == 'milliseconds' else cost_label(cost)}, % of dense")
-        axes.set_ylabel(sweep.judged_by if sweep.dense is not None else f"{sweep.judged_by}, %")
+        axes.set_ylabel(f"{sweep.judged_by}, {sweep.judged_in}".rstrip(", "))
         axes.grid(True, color=GRID, lw=0.6)
         axes.set_axisbelow(True)
         axes.legend(loc="best")

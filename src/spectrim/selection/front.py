@@ -14,7 +14,7 @@ import msgspec
 
 from spectrim.network.file_kinds import path_of
 from spectrim.network.files import converted, make_parents, read_document, record_of, write_text
-from spectrim.network.printing import Grid, Printed, amount, cost_name, count, flat
+from spectrim.network.printing import Grid, Printed, amount, cost_name, count, flat, listed
 from spectrim.selection.plan import Plan
 from spectrim.selection.point import LARGEST, POINT, Judged, Point, finished, share_error
 
@@ -53,6 +53,10 @@ class Sweep(Printed):
         Carries a plan out again, for :meth:`result`; None of a sweep that was read from files.
     notes
         What a user should know of all points.
+    unit
+        Of the metric, ``%`` for :func:`spectrim.report.accuracy`; empty where it is not known.
+    dense_error
+        Standard error of ``dense``, in its unit; None where it is not known.
 
     Examples
     --------
@@ -68,6 +72,8 @@ class Sweep(Printed):
     metric: str = "metric"
     made_by: Callable[[Plan], Any] | None = field(default=None, compare=False, repr=False)
     notes: tuple[str, ...] = ()
+    unit: str = ""
+    dense_error: float | None = None
 
     def __post_init__(self) -> None:
         dearest = sorted(self.points, key=lambda point: -point.costs[self.cost])
@@ -128,6 +134,16 @@ class Sweep(Printed):
             return 100 * share_error(judged.top1, judged.samples)
         known = judged.standard_error if self.dense is not None else None
         return math.nan if known is None else known
+
+    @property
+    def itself(self) -> Judged:
+        """The dense network, judged as the others are."""
+        return Judged(self.dense, 1.0, 0.0, standard_error=self.dense_error)
+
+    @property
+    def judged_in(self) -> str:
+        """The unit of :meth:`quality`; empty where it is not known."""
+        return "%" if self.dense is None else self.unit
 
     @property
     def higher_is_better(self) -> bool:
@@ -219,7 +235,7 @@ class Sweep(Printed):
         if judged is None:
             return [""] * len(self.measures)
         cells = {
-            self.metric: "" if judged.metric is None else f"{judged.metric:#.4g}",
+            self.metric: "" if judged.metric is None else f"{judged.metric:#.4g}{self.unit}",
             _SAME: "" if judged.top1 is None else f"{judged.top1:.2%}",
             _DIFFER: "" if judged.error is None else f"{judged.error:.2%}",
         }
@@ -250,8 +266,7 @@ class Sweep(Printed):
         if self.points:
             dense = self.points[0].dense_costs
             cells = [_amount(cost, dense[cost]) for cost in shown]
-            itself = Judged(self.dense, 1.0, 0.0)
-            lines.append(["dense", *cells, *self.texts(itself), *([""] if tuned else [])])
+            lines.append(["dense", *cells, *self.texts(self.itself), *([""] if tuned else [])])
         for point in self.points:
             cells = [
                 f"{_amount(cost, point.costs[cost])}, {100 * point.costs[cost] / point.dense_costs[cost]:.0f} %"
@@ -273,7 +288,7 @@ class Sweep(Printed):
             said.append(f"outputs are compared with the dense network's on {samples:,} held-out samples")
         unsure = [self.uncertainty(point.judged) for point in self.points]
         if (most := max((each for each in unsure if not math.isnan(each)), default=0.0)) > 0:
-            points = "" if self.dense is not None else " points"
+            points = " points" if self.judged_in == "%" else ""
             said.append(
                 f"{self.judged_by} has a standard error of up to {most:.2g}{points}: on other samples it would "
                 "differ by about so much"
@@ -281,10 +296,20 @@ class Sweep(Printed):
         if self.dense is None and any(point.tuned is not None for point in self.points):
             said.append("after fine-tuning on samples that may be among those that were trained on")
         said += self.notes
-        for note in dict.fromkeys(note for point in self.points for note in point.notes):
-            of = [point.asked for point in self.points if note in point.notes]
-            said.append(note if len(of) == len(self) else f"with {' and '.join(of)}: {note}")
-        return (*said, *(f"the budget {asked} is left out: {why}" for asked, why in self.unmet.items()))
+        return (*said, *self._noted(), *(f"the budget {asked} is left out: {why}" for asked, why in self.unmet.items()))
+
+    def _noted(self) -> Iterator[str]:
+        """Notes of the points. Of those that differ in what follows their first words that of the smallest network."""
+        alike: dict[tuple[str, int], dict[str, str]] = {}
+        for point in self.points:
+            heads = [note.partition(": ")[0] for note in point.notes]
+            for number, (head, note) in enumerate(zip(heads, point.notes, strict=True)):
+                alike.setdefault((head, heads[:number].count(head)), {})[point.asked] = note
+        for (head, _), of in alike.items():
+            smallest, note = list(of.items())[-1]
+            if len(set(of.values())) > 1:
+                note = f"{head}; with {smallest}{note.removeprefix(head)}"
+            yield note if len(of) == len(self) else f"with {listed(list(of), len(of))}: {note}"
 
     def _grid(self) -> Grid:
         heads, lines = self.table()
@@ -347,9 +372,11 @@ class _Read(msgspec.Struct):
     unmet: dict[str, str] = {}
     metric: str = "metric"
     notes: tuple[str, ...] = ()
+    unit: str = ""
+    dense_error: float | None = None
 
     def sweep(self, points: Iterable[Point]) -> Sweep:
-        return Sweep(tuple(points), self.cost, self.dense, self.better, self.unmet, self.metric, None, self.notes)
+        return Sweep(tuple(points), **{name: getattr(self, name) for name in self.__struct_fields__})
 
 
 def read_summary(folder: str | Path) -> _Read:

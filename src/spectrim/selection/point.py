@@ -181,6 +181,12 @@ def standard_error(value: object) -> float | None:
     return float(error) if isinstance(error, Real) and math.isfinite(error) else None
 
 
+def unit_of(value: object) -> str:
+    """The unit of a metric, of one that knows it, as :class:`spectrim.report.Score` does; else empty."""
+    unit = getattr(value, "unit", "")
+    return unit if isinstance(unit, str) else ""
+
+
 def share_error(share: float, samples: int) -> float:
     """The standard error of a share of so many samples: ``sqrt(p (1 - p) / n)``.
 

@@ -45,7 +45,7 @@ from spectrim.selection.budget import COSTS, OTHER_NAMES, Budget, BudgetLike, Li
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.front import SUMMARY, Better, Sweep, read_summary
 from spectrim.selection.plan import Plan
-from spectrim.selection.point import LARGEST, PLAN, POINT, Judged, Point, opened, sealed, standard_error
+from spectrim.selection.point import LARGEST, PLAN, POINT, Judged, Point, opened, sealed, standard_error, unit_of
 from spectrim.selection.selectors import Selector, exact
 from spectrim.tables import tabulate
 from spectrim.train.loop import Evaluate
@@ -276,8 +276,9 @@ class Sweeping:
         points, unmet = [], {}
         infeasible: InfeasibleBudgetError | None = None
         networks = Sweep(
-            (), next(iter(asked.values())).costs[0], dense, self.better, {}, self.metric, self.result, notes
-        )
+            (), next(iter(asked.values())).costs[0], dense, self.better, {}, self.metric, self.result, notes,
+            unit_of(dense), standard_error(dense),
+        )  # fmt: skip
         for number, (words, budget) in enumerate(asked.items()):
             self.making.progress("sweep", number, len(asked))
             try:
