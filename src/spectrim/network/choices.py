@@ -461,8 +461,12 @@ class ChannelsChoice(Choice, kind="kept_channels"):
 
 
 def unit(sides: Iterable[Place]) -> str:
-    """What lies there: a head of attention has several entries wherever layers write or read it, a channel has not."""
-    ends = [place.entries > 1 for place in sides if place.axis in {"in", "out"}]
+    """What lies there: a head of attention has several entries where layers read it and where the first writes it.
+
+    A table of biases has one for each head; a channel has one where it is written.
+    """
+    places = [place for place in sides if place.axis in {"in", "out"}]
+    ends = [place.entries > 1 for place in places if place.axis == "in" or place is places[0]]
     return "head" if ends and all(ends) else "channel"
 
 

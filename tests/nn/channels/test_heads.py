@@ -72,6 +72,51 @@ class OfInput(Fused):
         return self.proj(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width))
 
 
+class Biased(nn.Module):
+    """Adds what it is given to the scores, or a table's entries by distance; hands on what it added, as T5 does."""
+
+    def __init__(self, table: bool) -> None:
+        super().__init__()
+        self.n_heads, self.inner_dim = HEADS, WIDTH
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
+        self.bias = nn.Embedding(6, HEADS) if table else None
+
+    def forward(self, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        n, length, _ = x.shape
+        q, k, v = (f(x).view(n, length, -1, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
+        if added is None:
+            added = torch.zeros(1, self.n_heads, length, length).to(x) if self.bias is None else _far(self.bias, x)
+        attended = (q @ k.transpose(-1, -2) + added).softmax(-1) @ v
+        return self.o(attended.transpose(1, 2).reshape(n, length, self.inner_dim)), added
+
+
+class Stack(nn.Module):
+    """Layers that add one bias for each head: of the first layer (0), of the stack (1), or zeros of the first (2)."""
+
+    def __init__(self, where: int) -> None:
+        super().__init__()
+        self.into, self.head = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 3)
+        self.blocks = nn.ModuleList([Biased(where == 0), Biased(False)])
+        self.bias = nn.Embedding(6, HEADS) if where == 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, added = self.into(x), None if self.bias is None else _far(self.bias, x)
+        for block in self.blocks:
+            more, added = block(x, added)
+            x = x + more
+        return self.head(x)
+
+
+def _far(table: nn.Module, x: Tensor) -> Tensor:
+    places = torch.arange(x.shape[1])
+    return table((places - places[:, None]).abs()).permute(2, 0, 1)[None]
+
+
+def _stack(where: int) -> Any:
+    torch.manual_seed(0)
+    return Stack(where).double().eval()
+
+
 class Net(nn.Module):
     """A block of attention and a feed-forward layer."""
 
@@ -113,6 +158,9 @@ NETS: dict[str, tuple[Any, Any, int]] = {
     "fused": (lambda: _net(Fused()), ROWS, 4),
     "fused head by head": (lambda: _net(Fused("together")), ROWS, 4),
     "shared keys": (lambda: _net(Shared()), ROWS, 2),
+    "a bias of the first layer": (lambda: _stack(0), ROWS, 4),
+    "a bias of the stack": (lambda: _stack(1), ROWS, 4),
+    "no bias, of the first layer": (lambda: _stack(2), ROWS, 4),
     "bert": (lambda: _transformer("Bert", vocab_size=30, max_position_embeddings=8), WORDS, 4),
     "vit": (lambda: _transformer("ViT", image_size=8, patch_size=4), IMAGES, 4),
     "llama": (lambda: _transformer("Llama", vocab_size=30, num_key_value_heads=2), WORDS, 2),
@@ -140,9 +188,9 @@ def test_what_is_left_computes_what_zeroed_heads_do(name: str):
     assert {unit(coupling.places) for coupling in sites.couplings if coupling is not heads} <= {"channel"}
     assert unit(heads.places) == "head"
     zeroed, small = copy.deepcopy(model), copy.deepcopy(model)
-    (reader,) = heads.on(IN)
     with torch.no_grad():
-        zeroed.get_submodule(reader.name).weight[:, reader.positions[1]] = 0
+        for reader in heads.on(IN):
+            zeroed.get_submodule(reader.name).weight[:, reader.positions[1]] = 0
     narrow(small, axes_left(sites.couplings, {heads.name: [n for n in range(count) if n != 1]}))
     for dense, wanted, given in zip(*(_outputs(m, x) for m in (model, zeroed, small)), strict=True):
         torch.testing.assert_close(given, wanted, rtol=1e-12, atol=1e-12)
@@ -158,6 +206,16 @@ def test_numbers_of_a_module_follow_and_sizes_of_a_head_stay():
     assert attention.q_norm.normalized_shape == (4,)
     assert attention.slope.shape == (2, 1, 1)
     assert (attention.q.out_features, attention.k.out_features, attention.o.in_features) == (8, 4, 8)
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_layers_that_add_one_bias_lose_heads_together(where: int):
+    model = _stack(where)
+    sites, heads = _coupled(model, ROWS)
+    assert [side.name for side in heads.on(IN)] == ["blocks.0.o", "blocks.1.o"]
+    narrow(model, axes_left(sites.couplings, {heads.name: [0, 3]}))
+    assert [(block.n_heads, block.inner_dim) for block in model.blocks] == [(2, 8), (2, 8)]
+    assert (model.bias if where else model.blocks[0].bias).weight.shape == (6, 2)
 
 
 def test_heads_that_code_counts_otherwise_stay_with_the_reason():

@@ -3,13 +3,13 @@
 One head has several entries in everything that attention reads and in what it delivers, and heads that share keys and
 values can only go together. Nothing is known of how attention is written: layers deliver random numbers, and gradients
 tell which of them reach which run of entries of the layer behind. What a module knows of the number of its heads is
-found by trial.
+found by trial. Where no head of one attention can go, those at the same place of all layers of a list are tried
+together: they may get one bias for each head.
 """
 
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,65 +18,19 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.network.coupling import IN, OUT, Axis, Coupling, Side
-from spectrim.nn.channels.narrow import beside_layers
+from spectrim.nn.channels.attention import Attention, in_lists, sets
 from spectrim.nn.channels.rules import layers_of
 from spectrim.nn.channels.trial import DRAWS, Trial, dim_of, explained
 from spectrim.nn.watch.nesting import output_tensors
 from spectrim.nn.watch.observe import hooked, on_each
 from spectrim.nn.watch.state import evaluating
 
-# Sets of numbers that are tried for one attention, and how many numbers a set has at most.
-_TRIED, _MOST = 16, 4
-# Numbers with such a name are tried first. The trial decides.
-_COUNTS_HEADS = re.compile(r"heads?$|\.all_head_size$", re.IGNORECASE)
-
-Numbers = tuple[tuple[str, str, int], ...]
-"""What follows the number of heads: paths of modules and parameters, the axis of each, and its length."""
+# Sets of numbers that are tried for one attention.
+_TRIED = 16
 
 
 class Mixed(Exception):
     """Attention whose heads cannot be told apart, and why."""
-
-
-@dataclass(frozen=True, eq=False)
-class Attention:
-    """Heads as they lie in layers.
-
-    Attributes
-    ----------
-    owner
-        Path of the innermost module that has all of the layers.
-    sides
-        What the layers write that attention reads, in order of execution, and what the layer behind it reads.
-    """
-
-    owner: str
-    sides: tuple[Side, ...]
-
-    @property
-    def name(self) -> str:
-        return f"{self.sides[0].name}:out"
-
-    @property
-    def heads(self) -> int:
-        """How many can be removed one by one: groups of them where they share keys and values."""
-        return self.sides[0].positions.shape[0]
-
-    def coupled(self, model: nn.Module, numbers: Numbers) -> Coupling:
-        """The channels that are these heads, with numbers by their paths below the owner."""
-        more = [
-            Side(_joined(self.owner, path), axis, torch.arange(size).reshape(self.heads, -1), size)
-            for path, axis, size in numbers
-        ]
-        sides = (*self.sides, *more)
-        parameters, size = beside_layers(model, sides)
-        return Coupling(self.name, sides, parameters=parameters, bytes=size)
-
-    def alike(self, model: nn.Module) -> tuple[Any, ...]:
-        """What attention of one kind has in common."""
-        owner = model.get_submodule(self.owner)
-        sides = ((s.name.removeprefix(self.owner), s.axis, s.size, s.positions.shape) for s in self.sides)
-        return type(owner), tuple(_numbers(owner, self)), *sides
 
 
 @dataclass(eq=False)
@@ -93,7 +47,7 @@ class Heads:
 
     trial: Trial
     known: frozenset[str]
-    _ways: dict[tuple[Any, ...], Numbers | str] = field(default_factory=dict)
+    _ways: dict[tuple[Any, ...], frozenset[tuple[str, str]] | str] = field(default_factory=dict)
 
     def couplings(self, others: Sequence[Coupling]) -> tuple[list[Coupling], dict[str, str]]:
         """Heads whose removal does what it says, also together with other channels, and why others stay.
@@ -109,13 +63,19 @@ class Heads:
         except Exception:  # a pass with random numbers runs foreign code, which may raise anything
             return [], {}
         good: list[Coupling] = []
+        failed: dict[str, Attention] = {}
         reasons: dict[str, str] = {}
         for attention in found:
-            coupling = self._tried(attention)
+            coupling = self._known(attention)
             if isinstance(coupling, str):
-                reasons[attention.name] = coupling
+                reasons[attention.name], failed[attention.name] = coupling, attention
             else:
                 good.append(coupling)
+        for attention in in_lists(failed.values()):
+            coupling = self._tried(attention)
+            if isinstance(coupling, Coupling):
+                good.append(coupling)
+                reasons = {name: why for name, why in reasons.items() if failed[name].owners[0] not in attention.owners}
         if not good or all(self.trial.fault([*others, *good], draw) is None for draw in DRAWS):
             return good, reasons
         together: list[Coupling] = []
@@ -145,25 +105,36 @@ class Heads:
                 sides = seen.heads(reader, writers)
             except Mixed:
                 continue
-            yield Attention(_above([side.name for side in sides]), sides)
+            yield Attention((_above([side.name for side in sides]),), sides)
 
-    def _tried(self, attention: Attention) -> Coupling | str:
-        """The channels of attention with the numbers that have to follow, or what goes wrong."""
+    def _known(self, attention: Attention) -> Coupling | str:
+        """As :meth:`_tried`; what holds for one of a kind holds for all."""
         model = self.trial.model
         kind = attention.alike(model)
         if (known := self._ways.get(kind)) is not None:
-            return known if isinstance(known, str) else attention.coupled(model, known)
+            if isinstance(known, str):
+                return known
+            return attention.coupled(model, (n for n in attention.numbers(model) if (n.path, n.axis) in known))
+        coupling = self._tried(attention)
+        if isinstance(coupling, str):
+            self._ways[kind] = coupling
+        else:
+            places = {(side.name, side.axis) for side in coupling.sides}
+            followed = (n for n in attention.numbers(model) if (n.places[0][0], n.axis) in places)
+            self._ways[kind] = frozenset((n.path, n.axis) for n in followed)
+        return coupling
+
+    def _tried(self, attention: Attention) -> Coupling | str:
+        """The channels of attention with the numbers that have to follow, or what goes wrong."""
         faults: list[str] = []
-        owner = model.get_submodule(attention.owner)
-        for numbers in itertools.islice(_sets(list(_numbers(owner, attention))), _TRIED):
-            coupling = attention.coupled(model, numbers)
+        candidates = sets(attention.numbers(self.trial.model), attention.heads)
+        for numbers in itertools.islice(candidates, _TRIED):
+            coupling = attention.coupled(self.trial.model, numbers)
             fault = self.trial.fault([coupling])
             if fault is None:
-                self._ways[kind] = numbers
                 return coupling
             faults.append(fault)
-        self._ways[kind] = reason = explained(faults[0])
-        return reason
+        return explained(faults[0])
 
 
 @dataclass(eq=False)
@@ -271,42 +242,3 @@ def _above(paths: Sequence[str]) -> str:
     """The innermost module that has all of these."""
     columns = zip(*(path.split(".")[:-1] for path in paths), strict=False)
     return ".".join(names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, columns))
-
-
-def _joined(*paths: str) -> str:
-    return ".".join(filter(None, paths))
-
-
-def _numbers(owner: nn.Module, attention: Attention) -> Iterator[tuple[str, str, int]]:
-    """What may follow the number of heads in a module: attributes, and axes of parameters that belong to no layer."""
-    heads, sizes = attention.heads, {side.size for side in attention.sides}
-
-    def may_follow(number: int) -> bool:
-        return number > 0 and number % heads == 0 and any(size % number == 0 for size in sizes)
-
-    for path, module in owner.named_modules():
-        if isinstance(module, nn.Embedding) and may_follow(module.embedding_dim):
-            yield path, OUT, module.embedding_dim
-        if type(module).__module__.startswith("torch."):
-            continue
-        for name, number in vars(module).items():
-            if type(number) is int and may_follow(number) and not name.startswith("_"):
-                yield path, f".{name}", number
-        for name, parameter in module.named_parameters(recurse=False):
-            for axis, size in enumerate(parameter.shape):
-                if may_follow(size):
-                    yield _joined(path, name), str(axis), size
-
-
-def _sets(numbers: list[tuple[str, str, int]]) -> Iterator[Numbers]:
-    """Sets of numbers that may follow together: those called heads, then few more than those, then few."""
-    named = [each for each in numbers if _COUNTS_HEADS.search(each[1])]
-    others = [each for each in numbers if each not in named]
-    told: set[Numbers] = set()
-    for start, rest in ((named, others), ([], numbers)):
-        for count in range(min(_MOST, len(rest)) + 1):
-            for more in itertools.combinations(rest, count):
-                chosen = tuple(each for each in numbers if each in start or each in more)
-                if chosen not in told and len({(path, axis) for path, axis, _ in chosen}) == len(chosen):
-                    told.add(chosen)
-                    yield chosen

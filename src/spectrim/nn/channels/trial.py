@@ -42,8 +42,8 @@ _HARMLESS = re.compile(
 )
 # What torch says where a number of channels is written down.
 _FIXED = re.compile(
-    r"invalid for input|don't multiply up|must match the size|split_with_sizes|divisible|normalized_shape|"
-    r"should contain"
+    r"invalid for input|don't multiply up|cannot be multiplied|must match the (existing )?size|split_with_sizes|"
+    r"divisible|normalized_shape|should contain"
 )
 _CURE = (
     "Where code or a module holds a number of channels, write -1, read it off a layer, or register how the module "

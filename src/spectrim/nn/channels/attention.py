@@ -1,0 +1,170 @@
+"""Heads as they lie in the layers around attention, and what else may follow how many there are."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from spectrim.network.coupling import OUT, Coupling, Side
+from spectrim.nn.channels.narrow import beside_layers
+
+# How many numbers a set has at most besides those that say heads.
+_MOST = 4
+# Attributes with such a name are tried first. The trial decides.
+_COUNTS_HEADS = re.compile(r"heads?$|\.all_head_size$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Number:
+    """An attribute, or an axis of a table or parameter that belongs to no layer, that may follow the number of heads.
+
+    Attributes
+    ----------
+    path, axis
+        Where it is, below the module that attention is in.
+    places
+        Full paths, one for each attention whose heads go together, and the length.
+    """
+
+    path: str
+    axis: str
+    places: tuple[tuple[str, int], ...]
+
+    def counts(self, heads: int) -> bool:
+        """Whether it says that it is the number of heads, or has an entry for each."""
+        if self.axis.startswith("."):
+            return bool(_COUNTS_HEADS.search(self.axis))
+        return all(size == heads for _, size in self.places)
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Heads as they lie in layers.
+
+    Attributes
+    ----------
+    owners
+        Path of the innermost module that has all of the layers; several where the heads of several can only go
+        together.
+    sides
+        What the layers write that attention reads, in order of execution, and what the layer behind it reads.
+    listed
+        Path of the list whose modules have them, where they are tried together: what holds the list may also hold what
+        the heads have in common, such as a bias by relative position.
+    """
+
+    owners: tuple[str, ...]
+    sides: tuple[Side, ...]
+    listed: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.sides[0].name}:out"
+
+    @property
+    def heads(self) -> int:
+        """How many can be removed one by one: groups of them where they share keys and values."""
+        return self.sides[0].positions.shape[0]
+
+    def coupled(self, model: nn.Module, numbers: Iterable[Number]) -> Coupling:
+        """The channels that are these heads."""
+        more = [
+            Side(path, number.axis, torch.arange(size).reshape(self.heads, -1), size)
+            for number in numbers
+            for path, size in number.places
+        ]
+        sides = (*self.sides, *more)
+        parameters, size = beside_layers(model, sides)
+        return Coupling(self.name, sides, parameters=parameters, bytes=size)
+
+    def alike(self, model: nn.Module) -> tuple[Any, ...]:
+        """What attention of one kind has in common."""
+        (owner,) = self.owners
+        sides = ((s.name.removeprefix(owner), s.axis, s.size, s.positions.shape) for s in self.sides)
+        numbers = ((number.path, number.axis, number.places[0][1]) for number in self.numbers(model))
+        return type(model.get_submodule(owner)), tuple(numbers), *sides
+
+    def numbers(self, model: nn.Module) -> list[Number]:
+        """What may follow the number of heads: alike in every owner, and what counts heads beside a list."""
+        places: dict[tuple[str, str], list[tuple[str, int]]] = {}
+        for owner in self.owners:
+            for path, axis, size in self._numbers_in(model.get_submodule(owner)):
+                places.setdefault((path, axis), []).append((joined(owner, path), size))
+        found = [Number(path, axis, tuple(held)) for (path, axis), held in places.items()]
+        if not self.listed:
+            return found
+        above, _, own = self.listed.rpartition(".")
+        others = (
+            Number(path, axis, ((joined(above, path), size),))
+            for path, axis, size in self._numbers_in(model.get_submodule(above))
+            if not f"{path}.".startswith(f"{own}.")
+        )
+        return [*found, *(each for each in others if each.counts(self.heads))]
+
+    def _numbers_in(self, owner: nn.Module) -> Iterator[tuple[str, str, int]]:
+        heads, sizes = self.heads, {side.size for side in self.sides}
+
+        def may_follow(number: int) -> bool:
+            return number > 0 and number % heads == 0 and any(size % number == 0 for size in sizes)
+
+        for path, module in owner.named_modules():
+            if isinstance(module, nn.Embedding) and may_follow(module.embedding_dim):
+                yield path, OUT, module.embedding_dim
+            if type(module).__module__.startswith("torch."):
+                continue
+            for name, number in vars(module).items():
+                if type(number) is int and may_follow(number) and not name.startswith("_"):
+                    yield path, f".{name}", number
+            for name, parameter in module.named_parameters(recurse=False):
+                for axis, size in enumerate(parameter.shape):
+                    if may_follow(size):
+                        yield joined(path, name), str(axis), size
+
+
+def in_lists(attentions: Iterable[Attention]) -> list[Attention]:
+    """Attentions at the same place of modules of one list, as one: layer by layer they may get one bias for each head.
+
+    One that is in no list is left out.
+    """
+    lists: dict[tuple[Any, ...], list[Attention]] = {}
+    for attention in attentions:
+        (owner,) = attention.owners
+        parts = owner.split(".")
+        number = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
+        if number:
+            shapes = tuple((side.axis, side.size, tuple(side.positions.shape)) for side in attention.sides)
+            key = ".".join(parts[:number]), tuple(parts[number + 1 :]), shapes
+            lists.setdefault(key, []).append(attention)
+    return [
+        Attention(
+            tuple(owner for each in several for owner in each.owners),
+            tuple(side for each in several for side in each.sides),
+            listed,
+        )
+        for (listed, *_), several in lists.items()
+    ]
+
+
+def sets(numbers: Sequence[Number], heads: int) -> Iterator[tuple[Number, ...]]:
+    """Sets of numbers that may follow together: those that count heads, then few more than those, then few."""
+    counting = [each for each in numbers if each.counts(heads)]
+    others = [each for each in numbers if each not in counting]
+    told: set[tuple[Number, ...]] = set()
+    for start, rest in ((counting, others), ([], list(numbers))):
+        for count in range(min(_MOST, len(rest)) + 1):
+            for more in itertools.combinations(rest, count):
+                chosen = tuple(each for each in numbers if each in start or each in more)
+                if chosen not in told:
+                    told.add(chosen)
+                    yield chosen
+
+
+def joined(*paths: str) -> str:
+    """A path of paths, of which some may be empty."""
+    return ".".join(filter(None, paths))
