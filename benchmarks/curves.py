@@ -41,7 +41,7 @@ def _label(row: Mapping[str, Any]) -> str:
     name = {"spectrim": "Spectrim", "torch-pruning": "Torch-Pruning"}.get(
         row.get("method", "spectrim"), row.get("method")
     )
-    return f"{name}, {epochs} epochs" if epochs else f"{name}, no fine-tuning"
+    return f"{name}, {epochs} epoch{'s' * (epochs > 1)}" if epochs else f"{name}, no fine-tuning"
 
 
 def averaged(points: list[Point]) -> list[Point]:

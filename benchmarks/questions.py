@@ -34,11 +34,15 @@ class Question:
 
 @dataclass(frozen=True)
 class Words:
-    """A claim in plain words: its title, what was measured on what, and what is known of why it was missed."""
+    """A claim in plain words: its title, what was measured on what, and what is known of why it was missed.
+
+    ``below_zero`` is what its value is called where it is below zero, in place of its unit.
+    """
 
     title: str
     what: str
     missed: str = "what is missing stands in what was measured."
+    below_zero: str = ""
 
 
 @dataclass(frozen=True)
@@ -207,6 +211,7 @@ WORDS = {
         "in eager mode pooling, BatchNorm and activations at the page's full size take the time that they took, and ONNX "
         "Runtime, which merges some of them, saves more; no hour of training was at hand, and a few steps made the detector "
         "worse than none.",
+        "points of F-score gained at the worst of the budgets, without training: less than the standard error of the test",
     ),
     "A4": Words(
         "Never slower under a guard",

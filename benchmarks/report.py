@@ -220,7 +220,7 @@ def _entry(key: str, entries: Sequence[tuple[Result, Mapping[str, Any]]]) -> lis
         where = f" ({narrow})" if (narrow := _narrow(key, result)) else ""
         lines = [
             f"- asked for: {_plain(claim['target'])}",
-            *_listed(f"- measured{where}:", claim),
+            *_listed(f"- measured{where}:", _worded(claim, words)),
             f"- by `{claim['command']}` on {result['environment']['cpu']}, {result['date']}",
         ]
         if len(entries) > 1:
@@ -230,6 +230,13 @@ def _entry(key: str, entries: Sequence[tuple[Result, Mapping[str, Any]]]) -> lis
     if words.missed and not all(met):
         parts.append(f"Why: {words.missed}")
     return parts
+
+
+def _worded(claim: Mapping[str, Any], words: Words) -> Mapping[str, Any]:
+    """A claim whose value below zero is told in words for that, if there are any."""
+    if not words.below_zero or claim["value"] >= 0:
+        return claim
+    return {**claim, "value": -claim["value"], "unit": words.below_zero}
 
 
 def _value_and_figures(claim: Mapping[str, Any]) -> tuple[str, str]:
@@ -326,7 +333,7 @@ def _glance(question: Question, results: Sequence[Result]) -> str:
             f"[{key}](claims.md#{_anchor(key)})",
             WORDS.get(key, Words(key, "")).title + (f" ({narrow})" if (narrow := _narrow(key, result)) else ""),
             _plain(claim["target"]),
-            _plain(_short(claim)),
+            _plain(_short(_worded(claim, WORDS.get(key, Words(key, ""))))),
             _met(claim),
         )
         for key, result, claim in claims(results)

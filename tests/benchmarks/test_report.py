@@ -159,6 +159,14 @@ def test_many_figures_behind_a_claim_stand_one_below_the_other():
     assert "- measured: 1 points (one; two; three)" in few
 
 
+def test_a_value_below_zero_is_told_in_its_own_words():
+    words = questions.Words("a", "b", below_zero="points gained")
+    lost = {"value": -0.2, "unit": "points lost at most", "met": True}
+    assert report._short(report._worded(lost, words)) == "0.2 points gained"
+    assert report._worded({**lost, "value": 0.2}, words)["unit"] == "points lost at most"
+    assert report._worded(lost, questions.Words("a", "b")) == lost
+
+
 def test_what_was_missed_says_why_and_what_was_met_does_not(results: list[dict[str, Any]]):
     text = report.ledger([result("house", {"H4": {"met": False}, "H3": {}}, [])])
     assert f"Why: {questions.WORDS['H4'].missed}" in text

@@ -101,7 +101,7 @@ def test_compress_writes_what_it_says(run):
 def test_compress_fine_tunes_and_prints_a_table(run):
     arguments = ("--budget", "parameters=60%", "--train", "nets:batches", "--test", "nets:batches", "--epochs", "1")
     text = run("compress", "nets:tiny", *DATA, *arguments, "--lr", "0.01", "--quiet").stdout
-    assert "Fine-tuned for 1 epochs" in text
+    assert "Fine-tuned for 1 epoch" in text
     assert "parameters" in text
     assert "report.html" in text
 

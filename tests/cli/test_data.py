@@ -160,6 +160,8 @@ def test_factories_get_their_options():
         ("nets:stream", "can be read once only"),
         ("nets:batches?colour=red", "cannot be called with"),
         ("not a module:f", "is not known"),
+        ("imagefoldr:there/is/none", "Did you mean 'imagefolder'?"),
+        ("cifar-10:there", "Did you mean 'cifar10'?"),
     ],
 )
 def test_bad_references_are_quoted(reference: str, message: str):

@@ -55,7 +55,7 @@ def test_compress_meets_a_budget_and_writes_the_course_of_the_ranks(run):
         re.match(r"Ranks learned for 2 epochs in \d+ s, chosen anew 4 times \(C steps\)", note)
         for note in found["notes"]
     )
-    assert any("then fine-tuned for 1 epochs" in note for note in found["notes"])
+    assert any("then fine-tuned for 1 epoch" in note for note in found["notes"])
     # The file holds the network that was measured.
     again = run.json(
         "evaluate", "nets:tiny", "-c", "small/model.safetensors", "--data", "nets:batches", "--repeats", "0"

@@ -80,7 +80,7 @@ def test_a_compressed_model_is_compressed_again_from_its_file_alone(run):
     assert "the weights of once/model.safetensors" in again["weights"]
     run("evaluate", "nets:tiny", "-c", "again/model.safetensors", "--data", "nets:batches", "--repeats", "0")
     trained = run(*TRAIN, *weights, "--epochs", "1", "--out", "trained").stdout
-    assert "Fine-tuned for 1 epochs" in trained
+    assert "Fine-tuned for 1 epoch" in trained
     Path("once/model.safetensors").write_bytes(b"x")
     assert "cannot be read" in run("compress", "nets:tiny", *weights, *usual, "-b", "macs=70%", code=2).stderr
 
@@ -204,7 +204,7 @@ def test_loose_images_calibrate_and_distil(run, tmp_path: Path):
         "compress", "three.py:net", "--data", reference, "-b", "macs=60%", "--train", reference, "--epochs", "1",
         "--out", "small",
     )  # fmt: skip
-    assert any("Fine-tuned for 1 epochs" in note for note in found["notes"])
+    assert any("Fine-tuned for 1 epoch" in note for note in found["notes"])
     error = run("evaluate", "three.py:net", "--data", reference, "--repeats", "0", code=2).stderr
     assert "have no labels, which it needs: put the images into one folder a class" in error
 

@@ -30,7 +30,7 @@ from typing import Any, Literal
 from spectrim.cli import data_files
 from spectrim.cli.data_options import ArrayOptions, DataOptions, FolderOptions, ImageOptions, TableOptions
 from spectrim.cli.references import Reference, UsageError, call, factory, filled, parse
-from spectrim.cli.sources import check_factory
+from spectrim.cli.sources import check_factory, names_nothing
 from spectrim.errors import did_you_mean
 
 CALIBRATION = 2048
@@ -159,7 +159,7 @@ def read_data(text: str, purpose: Purpose = "test") -> Data:
         if not reference.place:
             raise UsageError(_unknown(reference))
         close = did_you_mean(reference.scheme, SCHEMES)
-        if close and Path(reference.place).exists():
+        if close and names_nothing(reference.scheme):
             raise UsageError(f"data {text!r} is not known.{close}")
         return Data(reference)
     usual = {

@@ -23,6 +23,7 @@ from spectrim.cli.unfinished import UNFINISHED, RunFolder, make_folder
 from spectrim.cli.values import read_budget, read_costs
 from spectrim.cli.work import Work
 from spectrim.methods import WeightSVD
+from spectrim.network.printing import count
 from spectrim.preparation import prepare
 from spectrim.report import compare
 from spectrim.selection.budget import Budget
@@ -170,9 +171,11 @@ def sentence(result: LearnedResult, run: RankRun) -> str:
         parts = ["Ranks chosen once, without learning"]
     else:
         early = learning.epochs < run.learned.rank_epochs
-        epochs = f"{learning.epochs} epochs" + (f" of {run.learned.rank_epochs}, until they settled," if early else "")
+        epochs = count(learning.epochs, "epoch") + (
+            f" of {run.learned.rank_epochs}, until they settled," if early else ""
+        )
         steps = len(result.trajectory)
         parts = [f"Ranks learned for {epochs} in {learning.seconds:.0f} s, chosen anew {steps} times (C steps)"]
     if tuning is not None:
-        parts.append(f"fine-tuned for {tuning.epochs} epochs in {tuning.seconds:.0f} s")
+        parts.append(f"fine-tuned for {count(tuning.epochs, 'epoch')} in {tuning.seconds:.0f} s")
     return ", then ".join(parts) + (", with the dense model as teacher." if learning or tuning else ".")

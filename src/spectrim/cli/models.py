@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from spectrim.cli.references import Reference, UsageError, call, factory, installed, nearest, need, parse
-from spectrim.cli.sources import check_factory
+from spectrim.cli.sources import check_factory, names_nothing
 from spectrim.cli.weights import SUFFIXES, check_file, fill, read_weights
 from spectrim.errors import did_you_mean
 
@@ -49,6 +49,11 @@ def check_model(text: str) -> None:
 def _check_named(reference: Reference) -> None:
     """Refuse the bare name of a model, which does not say whose it is."""
     name = reference.scheme
+    if not reference.place and Path(name).is_dir():
+        raise UsageError(
+            f"model {reference.text!r} is a folder: write file.py:function, which returns the model, or hf:{name} for "
+            "one that transformers saved there"
+        )
     there = Path(name).exists() or Path(f"{name}.py").is_file()
     if reference.place or there or name.endswith(".py") or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
         return
@@ -66,11 +71,7 @@ def _close_scheme(reference: Reference) -> str:
         return (
             f" It is a file of weights: write file.py:function, which returns the model, and --weights {reference.text}"
         )
-    from importlib.util import find_spec
-
-    if scheme.endswith(".py") or "." in scheme or not scheme.isidentifier() or find_spec(scheme) is not None:
-        return ""
-    return "" if Path(f"{scheme}.py").is_file() else did_you_mean(scheme, SCHEMES)
+    return did_you_mean(scheme, SCHEMES) if names_nothing(scheme) else ""
 
 
 def load_model(text: str, weights: str | Path | None = None, *, pretrained: bool = True) -> nn.Module:

@@ -17,6 +17,7 @@ from spectrim.cli.origins import load_lines, origin
 from spectrim.cli.steps import skipped_values
 from spectrim.network.choices import SumChoice
 from spectrim.network.files import write_text
+from spectrim.network.printing import count
 from spectrim.nn.agreement import Agreement
 from spectrim.nn.checkpoint import save
 from spectrim.nn.shipping import is_shipped
@@ -104,7 +105,8 @@ class Outcome:
 
     def tuned(self, training: TrainingResult, agreed: Agreement | None) -> Outcome:
         """After fine-tuning, with the finished model's agreement in place of the one measured before."""
-        note = f"Fine-tuned for {training.epochs} epochs in {training.seconds:.0f} s, with the dense model as teacher."
+        epochs = count(training.epochs, "epoch")
+        note = f"Fine-tuned for {epochs} in {training.seconds:.0f} s, with the dense model as teacher."
         return dataclasses.replace(self, result=self.result.reporting(agreement=agreed)).noted(note)
 
     @property

@@ -54,6 +54,13 @@ def check_factory(reference: Reference, what: str, arguments: int | None = 0) ->
         _check_call(held[name], reference, what, arguments)
 
 
+def names_nothing(scheme: str) -> bool:
+    """Whether a scheme that is not built in is neither a file nor a module, seen without importing one."""
+    if "." in scheme or Path(f"{scheme}.py").is_file():
+        return False
+    return not scheme.isidentifier() or importlib.util.find_spec(scheme) is None
+
+
 def _source(reference: Reference, what: str) -> Path | None:
     """The file of a module; None if it is not known without importing something."""
     if reference.scheme.endswith(".py"):
