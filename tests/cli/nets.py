@@ -41,6 +41,10 @@ def batches(samples: int = 64) -> list[tuple[Tensor, Tensor]]:
     return list(zip(images.split(16), torch.arange(samples).remainder(10).split(16), strict=True))
 
 
+def coloured() -> list[tuple[Tensor, Tensor]]:
+    return [(images.expand(-1, 3, -1, -1), labels) for images, labels in batches()]
+
+
 def unlabelled() -> list[Tensor]:
     return [images for images, _ in batches()]
 

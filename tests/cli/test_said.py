@@ -305,3 +305,21 @@ def test_what_lies_where_a_result_is_to_be_is_named_before_the_work(run, command
     name, *options = command
     said = run(name, "nets:tiny", *options, "-o", "out", code=2).stderr
     assert f"{str(place)!r}: there is a {'folder where a file' if place.is_dir() else 'file where a folder'}" in said
+
+
+@pytest.mark.parametrize("command", ["compress", "profile", "evaluate", "export"])
+def test_a_shape_that_the_model_does_not_take_is_quoted(run, command: str):
+    more = {"compress": ["-b", "macs=50%"], "export": ["-o", "net.pt2"]}.get(command, [])
+    said = run(command, "nets:tiny", "--input", "3x8x8", *more, code=2).stderr
+    assert said.count("\n") == 1
+    assert "--input 3x8x8: Tiny cannot be run on it and raises RuntimeError" in said
+    assert "without the batch, as 3x224x224" in said
+
+
+@pytest.mark.parametrize("option", ["--data", "--train", "--test"])
+def test_batches_that_the_model_does_not_take_are_told_by_their_option(run, option: str):
+    given = {"--data": "nets:batches", "--train": "nets:batches", "--test": "nets:batches", option: "nets:coloured"}
+    asked = [each for pair in given.items() for each in pair]
+    said = run("compress", "nets:tiny", *asked, "-b", "macs=50%", "-o", "small", code=1).stderr
+    assert re.search("(--t|data ').*: Tiny cannot be run on it and raises RuntimeError", said)
+    assert not Path("small").exists()

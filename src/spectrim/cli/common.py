@@ -264,21 +264,22 @@ def sentence(error: BaseException) -> str:
     """What an error says; of one of the system without its number."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{str(error.filename)!r}: {error.strerror}"
-    if not isinstance(error, SpectrimError) and _is_of_memory(error):
+    if not isinstance(error, SpectrimError) and is_of_memory(error):
         asked = re.search(r"(?:allocate|allocate memory: you tried to allocate) ([\d.]+ \w+)", str(error))
         much = f" for {asked[1]}" if asked else ""
         return f"there is not enough memory{much}: give fewer or smaller samples (--input, --batch, ?batch=)"
     return str(error)
 
 
-def _is_of_memory(error: BaseException) -> bool:
+def is_of_memory(error: BaseException) -> bool:
+    """Whether there was not enough memory."""
     named = type(error).__name__ == "OutOfMemoryError"  # torch's, which is not imported for it
     return named or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def _is_told(error: BaseException) -> bool:
     """Whether an error is one for people, in one sentence; others are faults, whose traceback is of use."""
-    return isinstance(error, SpectrimError | OSError | FloatingPointError) or _is_of_memory(error)
+    return isinstance(error, SpectrimError | OSError | FloatingPointError) or is_of_memory(error)
 
 
 def for_command_line(text: str) -> str:

@@ -70,7 +70,7 @@ def evaluate(
         tell(out, {"--data": batches}, network)
         batch = first_batch(batches, measuring.batch, str(data), network)
     else:
-        batch = random_input(str(input_shape), measuring.batch, device)
+        batch = random_input(str(input_shape), measuring.batch, device, network)
     kernels = fastest(network, batch, threads, measuring.runtime) if measuring.repeats else ()
     clock: dict[str, Any] = {"repeats": measuring.repeats, "threads": threads, "runtime": measuring.runtime}
     if measuring.compare:

@@ -71,7 +71,7 @@ def export(
     if data is not None:
         batch = first_batch(load_data(data, purpose="test"), written.batch, data, network)
     else:
-        batch = random_input(str(input_shape), written.batch, "cpu")
+        batch = random_input(str(input_shape), written.batch, "cpu", network)
     write = export_onnx if file.suffix == ".onnx" else export_program
     with quiet_exporter(FutureWarning, DeprecationWarning):
         difference = write(network, batch, file)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.cli.batches import Batches
-from spectrim.cli.common import usage
+from spectrim.cli.common import is_of_memory, usage
 from spectrim.cli.data import load_data
 from spectrim.cli.models import load_model, whose_weights
 from spectrim.cli.options import InputOptions, LayerOptions, NetworkOptions, TrainingOptions
@@ -18,15 +19,16 @@ from spectrim.cli.references import UsageError
 from spectrim.cli.values import read_shape
 from spectrim.cost.latency import Latency
 from spectrim.cost.runtimes import runtime_of
-from spectrim.errors import did_you_mean
+from spectrim.errors import CalibrationError, ForwardError, SpectrimError, did_you_mean
 from spectrim.network.sites import Sites
 from spectrim.nn.find import find
 from spectrim.nn.timing import ready
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.sampling import Sampling
+from spectrim.nn.watch.state import evaluating
 from spectrim.report import accuracy
 from spectrim.report.measures import inputs as called_inputs
-from spectrim.train.batches import length, split
+from spectrim.train.batches import Calls, length, split
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,11 @@ class Work:
         data = load_data(inputs.data, purpose="calibration", device=device) if inputs.data is not None else None
         test = load_data(training.test, purpose="test", device=device) if training.test is not None else None
         if test is not None:
-            with usage("--test"):  # labels, before there is anything that could be lost
-                accuracy(dense, [_first(test, str(training.test))])
+            _check_test(dense, _first(test, str(training.test)))
         example = None
         seen, name = (train, training.train) if data is None else (data, inputs.data)
         if data is None and inputs.input_shape is not None:
-            example = random_input(inputs.input_shape, network.batch, device)
+            example = random_input(inputs.input_shape, network.batch, device, dense)
         elif seen is not None:
             example = first_batch(seen, network.batch, str(name), dense)
         if inputs.mask is not None and data is not None:
@@ -151,15 +152,59 @@ def _device_named(device: str, threads: int | None) -> str:
     return device
 
 
-def random_input(text: str, samples: int, device: str) -> Tensor:
-    """A batch of normal noise of a shape given as ``3x224x224``."""
-    return torch.randn(samples, *read_shape(text), generator=torch.Generator().manual_seed(0)).to(device)
+def random_input(text: str, samples: int, device: str, model: nn.Module) -> Tensor:
+    """A batch of normal noise of a shape given as ``3x224x224``, which a model has been run on."""
+    batch = torch.randn(samples, *read_shape(text), generator=torch.Generator().manual_seed(0)).to(device)
+    try:
+        with running(model, f"--input {text}"):
+            Feed().decide(model, batch[:1])(model, batch[:1])
+    except CalibrationError as error:
+        raise UsageError(
+            f"{str(error).partition('. Give batches')[0]}. Write --input with the sizes of one sample, without the "
+            "batch, as 3x224x224; a model of words or of several inputs is given --data"
+        ) from error
+    return batch
+
+
+@contextlib.contextmanager
+def running(model: nn.Module, named: str) -> Iterator[None]:
+    """Run a model in evaluation mode on what the command line names.
+
+    Raises
+    ------
+    ForwardError
+        For what the model raises; the message names the model, the option and what can be done.
+    """
+    try:
+        with evaluating(model):
+            yield
+    except CalibrationError as error:
+        raise type(error)(f"{named}: {error}") from error
+    except Exception as error:  # the model is somebody else's and may raise anything
+        if isinstance(error, SpectrimError) or is_of_memory(error):
+            raise
+        why = str(error).partition("\n")[0].rstrip(".")
+        raise ForwardError(
+            f"{named}: {type(model).__name__} cannot be run on it and raises {type(error).__name__}: {why}. Give "
+            "batches of the shape that the model was trained on: samples first, then its channels or features"
+        ) from error
 
 
 def first_batch(batches: Iterable[Any], samples: int, name: str, model: nn.Module) -> Any:
     """``samples`` samples from the first batch, as a model takes it, repeated if it has fewer."""
     batch = _first(batches, name)
-    return Feed().decide(model, batch).resized(batch, samples)
+    with running(model, f"data {name!r}"):
+        feed = Feed().decide(model, batch)
+        feed(model, batch := feed.resized(batch, samples))
+    return batch
+
+
+def _check_test(model: nn.Module, batch: Any) -> None:
+    """Refuse labels that are none of the model's answers, before there is anything that could be lost."""
+    with running(model, "--test"):
+        Feed().decide(model, batch)(model, batch)
+    with usage("--test"):
+        accuracy(model, [batch])
 
 
 def _check_mask(name: str, batch: Any) -> None:
@@ -190,7 +235,9 @@ def training_batches(text: str, device: str, model: nn.Module) -> Iterable[Any]:
     batches = load_data(text, purpose="training", device=device)
     try:
         length(batches, needed=True)
-        split(_first(batches, text))
+        inputs, _ = split(_first(batches, text))
+        with running(model, f"--train {text}"):
+            Calls()(model, inputs)
     except TypeError as error:
         raise UsageError(f"--train {text!r} cannot be trained on: {error}") from error
     _check_classes(model, batches, text)
