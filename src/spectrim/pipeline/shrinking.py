@@ -163,8 +163,8 @@ def _said_of_chains(plan: Plan) -> Iterator[str]:
     if many:
         yield (
             f"{count(many, 'layer')} became {'a chain' if many == 1 else 'chains'} of three or more thin layers, which "
-            "may take longer than a layer of more MACs. Time was not measured: guard=True (--guard) offers what is "
-            "measured faster only, and a budget may limit milliseconds, as latency=80%"
+            "may take longer than a layer of more MACs. Time had no part in the choice: guard=True (--guard) offers "
+            "what is measured faster only, and a budget may limit milliseconds, as latency=80%"
         )
 
 

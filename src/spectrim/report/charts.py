@@ -159,12 +159,12 @@ def predicted(candidates: Candidates, cost: str = "macs", points: int = 24) -> l
 
 
 def loss_chart(predicted: Sequence[tuple[float, float]], candidates: Candidates, plan: Plan, cost: str) -> Chart | None:
-    """What the table predicts to lose at each cost, and what the plan loses; None if nothing is lost."""
+    """What the table predicts to lose at each cost, and what the plan loses; None where it predicts nothing."""
     dense = candidates.dense[cost]
     # Losses span several powers of ten; the dense network, which loses nothing, has no place on such a scale.
     points = [(100 * c / dense, loss) for c, loss in predicted if loss > 0]
     chosen = [(100 * plan.costs[cost] / dense, plan.loss)] if cost in plan.costs and plan.loss > 0 else []
-    if not points and not chosen:
+    if not points:
         return None
     losses = [loss for _, loss in points + chosen]
     low, high = math.floor(math.log10(min(losses)) + 1e-9), math.ceil(math.log10(max(losses)) - 1e-9)
@@ -179,7 +179,7 @@ def loss_chart(predicted: Sequence[tuple[float, float]], candidates: Candidates,
     ]
     curve = Curve((tuple((x.at(at), y.at(loss)) for at, loss in points),), "plan")
     unit = f"predicted loss ({candidates.unit})" if candidates.unit else "predicted loss"
-    return Chart(f"{cost_name(cost)}, % of dense", unit, x, y, tuple(dots), (curve,) if points else ())
+    return Chart(f"{cost_name(cost)}, % of dense", unit, x, y, tuple(dots), (curve,))
 
 
 def score_chart(measured: Sequence[tuple[str, float, float]], dense: float, cost: str, score: str) -> Chart:

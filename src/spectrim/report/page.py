@@ -128,7 +128,7 @@ class Page:
             "arms": self.arms,
             "unit": plan.unit,
             "shared": any(entry.members for entry in plan),
-            "facts": {**facts, **{f"costs: {k}": v for k, v in plan.facts.items()}},
+            "facts": {**facts, **{f"plan: {k}": v for k, v in plan.facts.items()}},
             "budget": [f"{cost_name(c)} \u2264 {cost_text(c, limit)}" for c, limit in plan.budget.items()],
             "selector": plan.selector,
             "unmeasured": list(not_measured(comparison, self.agreement)),
@@ -279,12 +279,7 @@ def _learning(trajectory: Trajectory) -> str:
     took = f"{steps} C step{'s' if steps > 1 else ''}"
     if steps > 1:
         took += f", the last {settled} without a change" if settled else ", with changes to the last"
-    metric = any(record.metric is not None for record in trajectory.records)
-    return (
-        f"{took}. At the end the weights were at a relative distance of {distance:.2g} from their low-rank copies. "
-        "A line of the map is a layer, a column a C step; below it are costs, the distance"
-        + (" and what was measured of the copies." if metric else ".")
-    )
+    return f"{took}. At the end the weights were at a relative distance of {distance:.2g} from their low-rank copies."
 
 
 def _layer(entry: Entry, shown: Sequence[str], fits: Mapping[str, Errors]) -> dict[str, Any]:

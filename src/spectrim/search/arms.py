@@ -128,7 +128,14 @@ def arms_grid(tried: Sequence[Tried], cost: str) -> Grid:
         ]
         for each in tried
     ]  # fmt: skip
-    return Grid(["methods that competed", ">lost", f">{cost_name(cost)} left", ">seconds", "outcome"], rows)
+    heads = ["methods that competed", ">network lost", f">{cost_name(cost)} left", ">seconds", "outcome"]
+    return Grid(heads, rows, notes=(_LOST,) if rows else ())
+
+
+_LOST = (
+    "network lost: by how much the metric is worse where one was given, else how far outputs diverge from the dense "
+    "network's on samples that were held out (scores of classes in nats, others relative), with its standard error"
+)
 
 
 def usual(limited: Iterable[str], sites: Sites) -> list[Arm]:
