@@ -146,6 +146,32 @@ def test_a_generous_budget_loses_little_and_a_tight_one_more() -> None:
     assert lost[0] < 0.3 * lost[-1]
 
 
+def depthwise() -> nn.Module:
+    """Layers of few channels between depthwise convolutions: of their costs low rank takes 85 % at most."""
+    torch.manual_seed(0)
+    kernels = nn.Conv2d(3, 12, 3, padding=1), nn.Conv2d(12, 12, 5, padding=2, groups=12), nn.Conv2d(12, 12, 1)
+    return nn.Sequential(*kernels, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4)).eval()
+
+
+@pytest.mark.parametrize("tolerance", [None, 1e-9])
+def test_where_low_rank_is_not_enough_all_methods_compete(tolerance: float | None) -> None:
+    pytest.importorskip("torch_pruning")
+    model, batches = depthwise(), list(torch.randn(128, 3, 8, 8).split(32))
+    with pytest.raises(InfeasibleBudgetError):
+        st.compress(model, batches, "macs=25%", methods=[st.ActivationSVD()])
+    result = st.compress(model, batches, "macs=25%", min_agreement=tolerance)
+    assert result.plan.costs["macs"] <= 0.25 * result.plan.dense_costs["macs"]
+    assert next(arm.name for arm in result.report.arms if arm.chosen).startswith("filters")
+    assert "cannot be met" in next(arm.note for arm in result.report.arms if arm.name.startswith("low rank"))
+
+
+def test_what_was_said_of_methods_or_groups_holds_where_it_is_not_enough() -> None:
+    model, batches = depthwise(), list(torch.randn(64, 3, 8, 8).split(32))
+    for said in ({"methods": st.ActivationSVD()}, {"groups": False}):
+        with pytest.raises(InfeasibleBudgetError):
+            st.compress(model, batches, "macs=25%", **said)
+
+
 def test_a_budget_out_of_reach_names_the_lowest() -> None:
     model, batches = settled("cnn"), batches_for("cnn")
     with pytest.raises(InfeasibleBudgetError) as caught:

@@ -30,6 +30,15 @@ def test_no_further_set_after_some_seconds(run) -> None:
     assert "not tried, as 0 s were over" in said
 
 
+def test_where_low_rank_is_not_enough_sets_compete(run) -> None:
+    command = ("compress", "filter_nets:separable", "--data", "nets:batches", "--budget", "macs=35%")
+    said = " ".join(run(*command, "--out", "small").output.split())
+    assert "sets of methods compete" in said
+    assert "chosen" in said
+    refused = run(*command, "--method", "activation-svd", "--out", "other", code=3)
+    assert "cannot be met" in refused.output
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

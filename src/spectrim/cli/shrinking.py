@@ -29,7 +29,7 @@ from spectrim.cli.steps import prepared, table_of
 from spectrim.cli.unfinished import ONE_SHOT, TUNING, UNFINISHED, RunFolder
 from spectrim.cli.values import read_budget, read_costs, recipe_share
 from spectrim.cli.work import Work
-from spectrim.errors import ExportError
+from spectrim.errors import ExportError, InfeasibleBudgetError
 from spectrim.methods import Method, PrincipalFilters
 from spectrim.network.sites import Sites
 from spectrim.network.state_values import plain_tensors
@@ -77,6 +77,8 @@ class Request:
         Whether there should be such groups, since they were asked for by name.
     goal
         How small, as it was said.
+    left_open
+        Whether nothing was said of methods, so that others compete where those of the default cannot meet the budget.
     """
 
     methods: list[Method]
@@ -87,6 +89,7 @@ class Request:
     groups: Wanted
     awaited: bool
     goal: GoalOptions
+    left_open: bool
 
     def making(self, progress: Progress) -> Making:
         """How a network is made, with the methods that were asked for."""
@@ -110,7 +113,8 @@ class Request:
         chosen = methods.chosen(calibrated, multiple_of=multiple_of, share=groups is not False)
         plan = Plan.read(goal.plan) if goal.plan is not None else None
         awaited = plan is None and wanted_groups(sharing, methods) is True
-        return cls(chosen, costs, budget, recipe, plan, groups, awaited, goal)
+        left_open = calibrated and methods.names == (AUTO,) and multiple_of is None and sharing == SharingOptions()
+        return cls(chosen, costs, budget, recipe, plan, groups, awaited, goal, left_open)
 
     @property
     def selector(self) -> Selector:
@@ -233,8 +237,20 @@ def _best(out: Output, request: Request, work: Work) -> Result:
 
 
 def _compressed(out: Output, request: Request, work: Work) -> Result:
+    """The network as it is asked for; of what methods can do where nothing is said of them and low rank cannot."""
     if request.goal.compete:
         return _best(out, request, work)
+    try:
+        return _carried_out(out, request, work)
+    except InfeasibleBudgetError as error:
+        if not request.left_open:
+            raise
+        out.say(f"{error.brief}: sets of methods compete, as with --compete")
+        goal = dataclasses.replace(request.goal, compete=True)
+        return _best(out, dataclasses.replace(request, goal=goal), work)
+
+
+def _carried_out(out: Output, request: Request, work: Work) -> Result:
     calibrated = work.calibration is not None
     request = request.fitted(work.sites, calibrated)
     check_patterns(request.methods, work.sites)

@@ -12,7 +12,7 @@ from torch import nn
 from spectrim.cost import counted
 from spectrim.cost.counted import Cost
 from spectrim.cost.latency import Latency
-from spectrim.errors import called_as, check_function
+from spectrim.errors import InfeasibleBudgetError, called_as, check_function
 from spectrim.methods import Method, on_offer
 from spectrim.network.sites import Sites
 from spectrim.nn.agreement import check_comparable
@@ -100,7 +100,8 @@ def compress(
     cost
         What the smallest network has least of, where there is a tolerance and no budget.
     methods
-        What may be chosen at each site; as for :func:`spectrim.tabulate` by default. With one that removes channels,
+        What may be chosen at each site; as for :func:`spectrim.tabulate` by default, and where these cannot meet the
+        budget as with ``"auto"``. With one that removes channels,
         these are found first (:func:`spectrim.couple`), the plan is made in steps
         (:func:`spectrim.search.stepwise.select_in_steps`), and of plans that mix methods the one is taken whose
         outputs are closest to the dense network's. ``"auto"`` lets sets of them compete (:mod:`spectrim.search.arms`):
@@ -181,27 +182,37 @@ def compress(
     channels = any(method.removes_channels for method in several or ())
     if channels and len(several or ()) > 1:
         check_comparable(model, begun(batches)[0], feed)
-    if competing:
-        sites = locate(model, batches, skip=skip, only=only)
-        sites = coupled(model, sites, begun(batches)[0], forward=feed)
-    else:
-        sites = locate(model, batches, skip=skip, only=only, channels=channels, forward=feed)
-    prepared = prepare(
-        model, sites, batches, sensitivity=sensitivity, groups=shared, forward=feed, progress=told(progress),
-        latency=latency or guard or stated.latency is not None, sampling=sampling,
-    )  # fmt: skip
     making = Making(several, reconstruct, guard, costs, selector, feed, told(progress))
     judge = judge.knowing(model)
-    arms = usual(stated.costs, prepared.sites) if competing else ()
-    if tolerance is None and arms:
-        return shrink_best(model, prepared, stated, arms, judge, making, seconds=seconds)
-    if tolerance is None:
-        result = shrink(model, prepared, stated, making)
+
+    def made(*, competing: bool) -> Result:
+        sites = locate(model, batches, skip=skip, only=only, channels=channels, forward=feed)
+        if competing:
+            sites = coupled(model, sites, begun(batches)[0], forward=feed)
+        known = prepare(
+            model, sites, batches, sensitivity=sensitivity, groups=False if competing else shared, forward=feed,
+            latency=latency or guard or stated.latency is not None, sampling=sampling, progress=making.progress,
+        )  # fmt: skip
+        arms = usual(stated.costs, known.sites) if competing else ()
+        if tolerance is not None:
+            return shrink_within(
+                model, known, None if budget is None else stated, tolerance, judge, making, arms=arms, seconds=seconds,
+                cost=cost,
+            )  # fmt: skip
+        if arms:
+            return shrink_best(model, known, stated, arms, judge, making, seconds=seconds)
+        result = shrink(model, known, stated, making)
         return result if evaluate is None else with_verdict(result, judge)
-    return shrink_within(
-        model, prepared, stated if budget is not None else None, tolerance, judge, making, arms=arms, seconds=seconds,
-        cost=cost,
-    )  # fmt: skip
+
+    if competing:
+        return made(competing=True)
+    try:
+        return made(competing=False)
+    except InfeasibleBudgetError as error:
+        if methods is not None or groups is not None:
+            raise
+        log.info("other methods compete, as those of the default are not enough: %s", error.brief)
+        return made(competing=True)
 
 
 def _stated(budget: BudgetLike | None, tolerance: Tolerance | None, cost: str) -> Budget:
