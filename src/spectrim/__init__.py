@@ -51,6 +51,7 @@ _HOMES = {
     "SlowerError": "errors",
     "TiedSVD": "methods",
     "ToleranceError": "errors",
+    "TrainingError": "errors",
     "UnsupportedLayerError": "errors",
     "WeightCP": "methods",
     "WeightSVD": "methods",

@@ -17,6 +17,7 @@ from spectrim.errors import ReadOnlyWeightError as ReadOnlyWeightError
 from spectrim.errors import SlowerError as SlowerError
 from spectrim.errors import SpectrimError as SpectrimError
 from spectrim.errors import ToleranceError as ToleranceError
+from spectrim.errors import TrainingError as TrainingError
 from spectrim.errors import UnsupportedLayerError as UnsupportedLayerError
 from spectrim.methods import ActivationCP as ActivationCP
 from spectrim.methods import ActivationSVD as ActivationSVD

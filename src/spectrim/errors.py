@@ -41,6 +41,10 @@ class ForwardError(CalibrationError, RuntimeError):
     """A model cannot be run on a calibration batch; what it raised is the cause."""
 
 
+class TrainingError(SpectrimError, RuntimeError):
+    """A network cannot be trained: its forward or backward pass fails. What it raised is the cause."""
+
+
 class InfeasibleBudgetError(SpectrimError, ValueError):
     """A budget lies below what the candidates can reach.
 

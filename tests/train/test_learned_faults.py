@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +15,14 @@ import torch
 from torch import nn
 
 import spectrim as st
-from spectrim.errors import CheckpointError, InfeasibleBudgetError
+from spectrim.errors import CheckpointError, InfeasibleBudgetError, TrainingError
 from spectrim.methods import ActivationSVD, WeightSVD
 from spectrim.network.choices import DENSE, LowRankChoice
 from spectrim.nn.timing import Timing
 from spectrim.selection.candidates import Option, Row
 from spectrim.selection.plan import Plan
 from spectrim.selection.trajectory import Trajectory
-from spectrim.train import LearnedRanks, Recipe, Schedule, budget_path, learn_ranks
+from spectrim.train import LearnedRanks, Recipe, Schedule, budget_path, fine_tune, learn_ranks
 from spectrim.train.rank_tables import ZERO, buildable
 from tests.cases import batches_for, settled
 from tests.train.learned import perturb
@@ -325,3 +328,56 @@ def test_a_kernel_of_one_row_has_the_split_that_is_asked_for() -> None:
     (entry,) = ranks.plan
     assert entry.choice.settings["unfolding"] == "channel"
     assert entry.choice.settings["rank"] == 8
+
+
+class OneWay(torch.autograd.Function):
+    """Computes something, and raises where gradients come back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        raise KeyError("no way back")
+
+
+class Blocked(nn.Module):
+    """Two layers, with something between them that gradients do not come through."""
+
+    def __init__(self, between: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.between = nn.Linear(6, 8), nn.Linear(8, 4), between
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.between(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    ("between", "said"),
+    [
+        (OneWay.apply, "between layers 'first' and 'second' the backward pass raises KeyError.*Mend its backward"),
+        (lambda x: x.exp().mul_(y := x.sigmoid()) + y.mul_(2), "layers 'first' and 'second'.*out of place"),
+        (lambda x: torch.from_numpy(x.numpy()), "raises RuntimeError when it is trained on a batch.*tensors alone"),
+    ],
+)
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_pass_that_raises_in_training_is_told_with_layer_reason_and_cure(
+    between: Callable[[torch.Tensor], torch.Tensor], said: str, learns: bool
+) -> None:
+    batches = [(torch.randn(16, 6), torch.zeros(16, dtype=torch.long))]
+    one = Recipe(epochs=1)
+    learned, tuned = partial(learn_ranks, budget="macs=60%", learning=one, tuning=one), partial(fine_tune, epochs=1)
+    with pytest.raises(TrainingError, match=said) as caught:
+        (learned if learns else tuned)(Blocked(between), batches)
+    assert isinstance(caught.value.__cause__, (KeyError, RuntimeError))
+    assert "needs no gradients" in str(caught.value)
+
+
+def test_outputs_without_gradients_cannot_be_trained() -> None:
+    batches = [(torch.randn(16, 6), torch.zeros(16, dtype=torch.long))]
+    model = Blocked(lambda x: x)
+    model.second.requires_grad_(False)
+    model.between = torch.Tensor.detach
+    with pytest.raises(TrainingError, match="does not depend on a weight that is trained"):
+        fine_tune(model, batches, epochs=1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from spectrim.errors import CalibrationError
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.nesting import tensors, transformed
+from spectrim.train.faults import training_forward
 
 
 def length(batches: Any, *, needed: bool) -> int | None:
@@ -96,6 +97,8 @@ class Calls:
         ------
         TypeError
             If the inputs are none that it takes.
+        TrainingError
+            For what the model raises.
         """
         feed = self._feeds.setdefault(type(inputs), Feed())
         try:
@@ -111,7 +114,8 @@ class Calls:
                 "((x, mask),) without targets"
             ) from error
         args, kwargs = feed.arguments(model, (inputs,))
-        return model(*args, **kwargs)
+        with training_forward(model):
+            return model(*args, **kwargs)
 
 
 def logits(output: Any) -> Any:

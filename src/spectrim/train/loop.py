@@ -23,7 +23,7 @@ from spectrim.nn.watch.norms import batch_norms
 from spectrim.nn.watch.state import cut_graphs
 from spectrim.progress import Update, training_bar
 from spectrim.train import batches as batching
-from spectrim.train import randomness, resume
+from spectrim.train import faults, randomness, resume
 from spectrim.train.devices import assign
 from spectrim.train.objective import Loss, Objective, flags, set_flags
 from spectrim.train.penalties import add_product_decay, factored_pairs
@@ -182,11 +182,11 @@ class Loop:
         factor = recipe.lr_factor(self.step, total) if total else 1.0
         for group, base in zip(self._optimizer.param_groups, self._base_lr, strict=True):
             group["lr"] = base * factor
-        loss = self._objective(self._wrapped, inputs, targets) * share
-        self._loss_sum += loss.detach()
+        loss = task = self._objective(self._wrapped, inputs, targets) * share
+        self._loss_sum += task.detach()
         if self.penalty is not None:
-            loss = loss + self.penalty(self.model)
-        loss.backward()
+            loss = task + self.penalty(self.model)
+        faults.backward(loss, self.model, lambda: self._objective(self._wrapped, inputs, targets))
         if recipe.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         rate = self._optimizer.param_groups[0]["lr"] if self._decoupled else 1.0

@@ -116,8 +116,10 @@ class Objective:
 
 def _cure(scores: Any, labels: Any) -> str | None:
     """What makes labels fit for cross-entropy; None where they fit, or are no tensor."""
-    if not isinstance(scores, Tensor) or not isinstance(labels, Tensor) or scores.dim() < 2:
+    if not isinstance(scores, Tensor) or not isinstance(labels, Tensor):
         return None
+    if scores.dim() < 2:
+        return "let the model answer with a score for each class"
     fit = scores.shape[:1] + scores.shape[2:]
     if labels.dim() == scores.dim() and labels.shape[1] == 1:
         return "write labels.squeeze(1)"

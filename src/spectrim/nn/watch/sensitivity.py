@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import CalibrationError, SpectrimError
+from spectrim.errors import CalibrationError, ForwardError, SpectrimError
 from spectrim.linalg.moments import Moments, Squares
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Sites, Tied
@@ -82,7 +82,7 @@ def sensitivity(
     """
     found = _gradients(model, sites, batches, samples, rows, mask, Feed.of(forward, axis), seed)
     if found.error is not None:
-        raise found.error
+        raise ForwardError(found.reason) from found.error
     if found.reason:
         raise CalibrationError(found.reason)
     for name, moments in found.moments.items():
