@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from spectrim.errors import ExportError, called_as
 from spectrim.network.files import check_place, replacing
 from spectrim.nn.watch.batches import arguments
-from spectrim.nn.watch.nesting import rebuilt, resized, tensors
-from spectrim.nn.watch.state import evaluating
+from spectrim.nn.watch.nesting import copied, rebuilt, resized, tensors
+from spectrim.nn.watch.state import evaluating, left_as_found
 
 TOLERANCE = 1e-3
 
@@ -55,8 +56,7 @@ def export_program(
         If the file cannot be written: there is no such folder, or it is full or read-only.
     """
     check_place(path)
-    with evaluating(model):
-        args, kwargs = _inputs(model, example, dynamic_batch)
+    with _called_with(model, example, dynamic_batch) as (args, kwargs):
         program = _traced(model, args, kwargs, dynamic_batch)
         run = program.module()
         worst = _difference(model, args, kwargs, lambda a, k: run(*a, **k), dynamic_batch)
@@ -83,8 +83,7 @@ def export_onnx(
     except ImportError as error:
         raise ExportError(f"ONNX export needs {error.name}: pip install 'spectrim[export]'") from error
     check_place(path)
-    with evaluating(model):
-        args, kwargs = _inputs(model, example, dynamic_batch)
+    with _called_with(model, example, dynamic_batch) as (args, kwargs):
         program = _traced(model, args, kwargs, dynamic_batch)
         try:
             onnx_program = torch.onnx.export(program, dynamo=True, verbose=False)
@@ -104,6 +103,15 @@ def export_onnx(
                 raise ExportError(f"onnxruntime cannot run the ONNX file of {type(model).__name__}: {error}") from error
             _accept(worst, tolerance, "the ONNX file")
     return worst
+
+
+@contextlib.contextmanager
+def _called_with(model: nn.Module, example: Any, dynamic_batch: bool) -> Iterator[tuple[Any, Any]]:
+    """Arguments of a model in evaluation mode, which is left as it was found."""
+    with evaluating(model):
+        args, kwargs = _inputs(model, example, dynamic_batch)
+        with left_as_found(model, lambda: model(*copied(args), **copied(kwargs))):
+            yield args, kwargs
 
 
 def _forget_origins(model: Any) -> None:
@@ -170,7 +178,7 @@ def _difference(model: nn.Module, args: Any, kwargs: Any, run: Any, dynamic: boo
     worst = 0.0
     for size in (None, 3) if dynamic else (None,):
         a, k = (args, kwargs) if size is None else (resized(args, size), resized(kwargs, size))
-        wanted, given = list(tensors(model(*a, **k))), list(tensors(run(a, k)))
+        wanted, given = list(tensors(model(*copied(a), **copied(k)))), list(tensors(run(a, k)))
         if len(wanted) != len(given):
             raise ExportError(f"the exported model returns {len(given)} tensors, the model {len(wanted)}")
         for w, g in zip(wanted, given, strict=True):

@@ -28,7 +28,7 @@ from spectrim.nn.copying import copy_model
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.sparse.kernels import choose_kernels
 from spectrim.nn.watch.nesting import copied
-from spectrim.nn.watch.state import ALONE
+from spectrim.nn.watch.state import ALONE, kept, left_as_found
 from spectrim.progress import Steps, reports_steps, told
 
 _REASON = 200  # characters of what another library says that are passed on
@@ -53,7 +53,8 @@ def measure_latency(
 
     How two of them compare is :meth:`spectrim.cost.rounds.Speed.of` of their timings.
 
-    The models run in evaluation and inference mode; the mode of each of their modules is restored.
+    The models run in evaluation and inference mode and are left as they were found: the mode of each of their modules,
+    and what passes write into buffers, caches and weights, which each pass finds as the first one did.
 
     Parameters
     ----------
@@ -87,9 +88,8 @@ def measure_latency(
     rounds = Rounds(repeats, warmup=warmup, budget=seconds)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch_threads(threads))
+        put_back = {name: stack.enter_context(_evaluating(model, args, kwargs)) for name, model in models.items()}
         stack.enter_context(torch.inference_mode())
-        for model in models.values():
-            stack.enter_context(_evaluating(model))
         wait = {name: waiter(_device(model)) for name, model in models.items()}
         runs = {name: ready(model, example, runtime) for name, model in models.items()}
         for turn in rounds:
@@ -97,6 +97,7 @@ def measure_latency(
             for name, run in list(runs.items())[:: -1 if turn % 2 else 1]:
                 # Each has its own inputs, which the model may write into.
                 own, named = copied(args), copied(kwargs)
+                put_back[name]()
                 wait[name]()
                 rounds.begin(name)
                 run(*own, **named)
@@ -115,8 +116,9 @@ def peak_memory(model: nn.Module, example: Any) -> int:
     """
     args, kwargs = called_with(example)
     device = _device(model)
-    with _evaluating(model), torch.inference_mode():
+    with _evaluating(model, args, kwargs) as put_back, torch.inference_mode():
         model(*copied(args), **copied(kwargs))  # what is made once and kept does not count
+        put_back()
         call = functools.partial(model, *copied(args), **copied(kwargs))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
@@ -195,7 +197,7 @@ def ready(model: nn.Module, example: Any, runtime: Runtime | str) -> Callable[..
     args, kwargs = called_with(example)
     how = runtime_of(runtime)
     try:
-        with _evaluating(model), torch.inference_mode():
+        with _in_evaluation(model), kept(model), torch.inference_mode():
             run: Any = how.ready(model, copied(args), copied(kwargs))
     except Exception as error:  # of other libraries: anything
         first = next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), "")
@@ -227,7 +229,14 @@ def _muted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Callable[[], None]]:
+    """Evaluation mode for passes on copies of these inputs, each of which finds the model as it was."""
+    with _in_evaluation(model), left_as_found(model, lambda: model(*copied(args), **copied(kwargs))) as put_back:
+        yield put_back
+
+
+@contextlib.contextmanager
+def _in_evaluation(model: nn.Module) -> Iterator[None]:
     with ALONE:
         modes = {module: module.training for module in model.modules()}
         model.eval()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spectrim.nn.counting import file_size as file_size
 from spectrim.nn.watch.batches import Feed, arguments
 from spectrim.nn.watch.nesting import logits
-from spectrim.nn.watch.state import evaluating
+from spectrim.nn.watch.observe import observe
 from spectrim.selection.point import share_error
 
 Evaluate = Callable[[nn.Module], float]
@@ -58,7 +58,7 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> Score:
     """
     feed = Feed()
     right = seen = 0
-    with evaluating(model):
+    with observe(model, forward=feed) as run:
         for batch in batches:
             if isinstance(batch, Mapping) or hasattr(batch, "keys"):
                 labels = batch["labels"] if "labels" in list(batch.keys()) else None
@@ -69,7 +69,7 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> Score:
                     f"a batch of type {type(batch).__name__} holds no labels: expected (inputs, labels) or a mapping "
                     "with 'labels'"
                 )
-            scores = logits(feed(model, batch))
+            scores = logits(run(batch))
             guess = scores.argmax(-1)
             right += int((guess == _classes(labels, guess, scores.shape[-1])).sum())
             seen += labels.numel()
@@ -99,8 +99,8 @@ def macs(model: nn.Module, example: Any) -> float:
     from spectrim.nn.counting import counting
 
     feed = Feed().decide(model, as_mapping(example))
-    with evaluating(model), counting(model) as work:
-        feed(model, as_mapping(example))
+    with counting(model) as work, observe(model, forward=feed) as run:
+        run(as_mapping(example))
     return work.macs / feed.layout.size(as_mapping(example))
 
 

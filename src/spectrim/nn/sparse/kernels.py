@@ -16,7 +16,7 @@ from spectrim.nn.sparse.layers import Masked
 from spectrim.nn.sparse.products import Kernel, products, takes, works
 from spectrim.nn.watch.batches import arguments
 from spectrim.nn.watch.nesting import copied
-from spectrim.nn.watch.state import evaluating
+from spectrim.nn.watch.state import evaluating, left_as_found
 
 __all__ = ["ChosenKernel", "Kernel", "choose_kernels"]
 
@@ -106,8 +106,9 @@ def choose_kernels(
     try:
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch_threads(threads))
-            stack.enter_context(torch.inference_mode())
             stack.enter_context(evaluating(model))
+            put_back = stack.enter_context(left_as_found(model, lambda: model(*copied(args), **copied(kwargs))))
+            stack.enter_context(torch.inference_mode())
             for turn in turns:
                 # Forwards and backwards, so that none always runs after the same one.
                 for kernel in kernels if turn % 2 else reversed(kernels):
@@ -116,6 +117,7 @@ def choose_kernels(
                             layer._kernel = kernel if kernel in offered[name] else Kernel.DENSE
                             if kernel in offered[name]:
                                 timed.enter_context(_timed(layer, (name, kernel), turns))
+                        put_back()
                         model(*copied(args), **copied(kwargs))
         chosen = []
         for name, layer in layers.items():

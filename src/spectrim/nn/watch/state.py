@@ -6,9 +6,10 @@ That is activations, caches, lists of features, counters.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from spectrim.cost.rounds import ALONE as ALONE
 from spectrim.nn.parameters import parameters_of
-from spectrim.nn.watch.writes import tell, written
+from spectrim.nn.watch.writes import seen_writing, tell, written
 
 # What every module has; slots of passes come and go by themselves.
 _COMMON = frozenset((*vars(nn.Module()), "forward"))
@@ -173,6 +174,33 @@ def kept(model: nn.Module) -> Iterator[State]:
         yield state
     finally:
         state.put_back()
+
+
+@contextlib.contextmanager
+def left_as_found(model: nn.Module, run: Callable[[], object]) -> Iterator[Callable[[], None]]:
+    """As :func:`kept`, for a model that is run again and again: yields what has every pass find the same.
+
+    That is to be called before each pass. What the first pass makes and later ones leave alone, as tables of positions,
+    stays meanwhile; what each of them changes, as caches that grow, counters and weights that are written into, is put
+    back.
+
+    Parameters
+    ----------
+    run
+        One pass. Up to two are made, in which what changes is seen.
+    """
+    with kept(model) as cold, torch.no_grad():
+        try:
+            with seen_writing(model):
+                run()
+            warm = State(model)
+            if cold.changed_tensors():
+                run()
+        except Exception:  # whoever runs it next is told
+            warm = State(model)
+        places = warm.changed_tensors()
+        warm.put_back(places)
+        yield functools.partial(warm.put_back, places)
 
 
 def cut_graphs(model: nn.Module) -> None:
