@@ -83,6 +83,7 @@ _HOMES = {
     "size_bytes": "cost.counted",
     "sweep": "train",
     "tabulate": "tables",
+    "with_linear_layers": "nn.linears",
     "write_report": "report",
 }
 

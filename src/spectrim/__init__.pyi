@@ -45,6 +45,7 @@ from spectrim.nn.checkpoint import save as save
 from spectrim.nn.export import export_onnx as export_onnx
 from spectrim.nn.export import export_program as export_program
 from spectrim.nn.find import find as find
+from spectrim.nn.linears import with_linear_layers as with_linear_layers
 from spectrim.nn.sparse.kernels import choose_kernels as choose_kernels
 from spectrim.nn.surgery import merge as merge
 from spectrim.nn.watch.calibrate import calibrate as calibrate

@@ -15,6 +15,7 @@ from torch import nn
 import spectrim as st
 from spectrim.nn.checkpoint import same_weights
 from spectrim.nn.modules import FactoredHead, FactoredTable
+from spectrim.nn.shipping import rewritten
 
 pytest.importorskip("transformers")
 
@@ -100,6 +101,22 @@ def test_a_model_without_the_tied_head_has_the_table_alone(tmp_path: Path) -> No
             back = AutoModel.from_pretrained(tmp_path / folder)
             assert isinstance(back.embed_tokens, FactoredTable)
             assert torch.equal(back(**given).last_hidden_state, wanted)
+
+
+def test_transposed_linear_layers_lose_heads_and_come_back(tmp_path: Path) -> None:
+    model: Any = st.with_linear_layers(make("gpt2"))
+    assert torch.equal(logits(model, "gpt2"), logits(make("gpt2"), "gpt2"))
+    batch = inputs("gpt2")
+    sites = st.couple(model, st.find(model, only="transformer.h.*"), batch)
+    assert sum(coupling.unit == "head" for coupling in sites.couplings) == 2
+    result = st.compress(model, [batch], {"macs": 0.8}, methods=[st.PrincipalFilters()], only="transformer.h.*")
+    small: Any = result.model
+    assert {entry.kind for entry in result.plan if entry.of_channels} >= {"4 heads"}
+    for number, saved in enumerate((small, model)):
+        saved.save_pretrained(tmp_path / str(number))
+        again = type(saved).from_pretrained(tmp_path / str(number))
+        assert torch.equal(logits(again, "gpt2"), logits(saved, "gpt2"))
+        assert rewritten(again) == rewritten(model)
 
 
 @pytest.mark.table

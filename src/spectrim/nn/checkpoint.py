@@ -23,8 +23,9 @@ from spectrim.network.state_values import alike, equal, is_plain, put_together, 
 from spectrim.nn.build import skeleton
 from spectrim.nn.channels.narrow import add_bias, reshape
 from spectrim.nn.find import describe, find, is_layer
+from spectrim.nn.linears import rewrite
 from spectrim.nn.packing import pack_state
-from spectrim.nn.shipping import carry, earlier, remembered
+from spectrim.nn.shipping import carry, earlier, remembered, rewritten
 from spectrim.nn.sparse.layers import Slim
 from spectrim.nn.sparse.packed import masked_layers, read_mask, read_weight
 from spectrim.nn.standing import StandIn, Traits
@@ -38,7 +39,10 @@ FORMAT_VERSION = "1"
 PACKED_VERSION = "2"
 """Of files that hold sparse weights packed."""
 AGAIN_VERSION = "3"
-"""Of files with plans before the last, or quantised weights; all others are of version 1."""
+"""Of files with plans before the last, quantised weights, or modules that nn.Linear layers stand for.
+
+All others are of version 1.
+"""
 
 # Of a header: what is written of a tensor beside its name and numbers, and of texts beside the plan and tables.
 _TENSOR = ':{"dtype":"F8_E4M3","shape":[],"data_offsets":[,]},'
@@ -101,12 +105,12 @@ def save(model: nn.Module | Compressed, plan: Plan | str | Path, path: str | Pat
     _check_carried_out(model, plan)
     state, values = _state(model)
     tensors, shared = tensor_files.owners(state)
-    before = earlier(model, plan)
+    before, linear = earlier(model, plan), rewritten(model)
     densities = {e.site: e.choice.density for p in (*before, plan) for e in p if isinstance(e.choice, SumChoice)}
     packed = pack_state(model, tensors, lambda layer: densities.get(layer.original.name))
     metadata = {
         "format": FORMAT,
-        "format_version": AGAIN_VERSION if before or values else PACKED_VERSION if packed else FORMAT_VERSION,
+        "format_version": AGAIN_VERSION if before or values or linear else PACKED_VERSION if packed else FORMAT_VERSION,
         "plan": plan.to_json(lines=False),
         "shared": json.dumps(shared, sort_keys=True),
     }
@@ -116,6 +120,8 @@ def save(model: nn.Module | Compressed, plan: Plan | str | Path, path: str | Pat
         metadata["earlier"] = _listed(before)
     if values:
         metadata["values"] = json.dumps(values)
+    if linear:
+        metadata["linear"] = json.dumps(linear)
     tensor_files.write(path_of(path), tensor_files.plain(tensors), metadata)
 
 
@@ -173,7 +179,8 @@ def header_bytes(model: nn.Module, plan: Plan | None = None) -> int:
     if plan is None:
         return tensors + 16
     before = remembered(model)
-    named += sum(len(json.dumps(text)) for text in (_listed(before), json.dumps(records)) if len(text) > 2)
+    more = (_listed(before), json.dumps(records), json.dumps(rewritten(model)))
+    named += sum(len(json.dumps(text)) for text in more if len(text) > 2)
     return tensors + named + len(json.dumps(plan.to_json(lines=False))) + _TEXTS
 
 
@@ -210,6 +217,7 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         another architecture; the message names the first layer or tensor that does not fit.
     """
     tensors, plans, tables = _read(path)
+    model = rewrite(model, tables.linear)
     traits = Traits.of(model)
     _check_dense(model, plans[0], path)
     for plan in plans:
@@ -317,11 +325,14 @@ class _Tables:
         Names ``[weight, mask]`` of what is packed.
     values
         Records of what is no plain tensor.
+    linear
+        Names of modules that nn.Linear layers stand for (:mod:`spectrim.nn.linears`).
     """
 
     shared: dict[str, str]
     packed: list[tuple[str, str]]
     values: dict[str, Any]
+    linear: list[str]
 
 
 def _read(given: str | Path, *, weights: bool = True) -> tuple[dict[str, Tensor], list[Plan], _Tables]:
@@ -362,14 +373,16 @@ def _plans(metadata: Mapping[str, str], path: Path, *, again: bool) -> list[Plan
 
 def _tables(metadata: Mapping[str, str], path: Path, version: str) -> _Tables:
     again = version == AGAIN_VERSION
-    shared, values, packed = {}, {}, []
+    shared, values, packed, linear = {}, {}, [], []
     if "shared" in metadata:
         shared = _table(metadata, "shared", path, dict[str, str], "a table of names")
     if again and "values" in metadata:
         values = _table(metadata, "values", path, dict[str, Any], "a table of records")
+    if again and "linear" in metadata:
+        linear = _table(metadata, "linear", path, list[str], "a list of names")
     if version == PACKED_VERSION or (again and "packed" in metadata):
         packed = _table(metadata, "packed", path, list[tuple[str, str]], "a table of pairs of names")
-    return _Tables(shared, packed, values)
+    return _Tables(shared, packed, values, linear)
 
 
 def _table(metadata: Mapping[str, str], name: str, path: Path, kind: type[T], what: str) -> T:

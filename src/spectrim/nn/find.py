@@ -486,7 +486,7 @@ def _read_above(model: nn.Module, paths: Sequence[str]) -> str | None:
     for path in paths:
         parent = model.get_submodule(path.rpartition(".")[0]) if path else model
         if isinstance(parent, nn.MultiheadAttention):
-            return "nn.MultiheadAttention reads its weight directly: use nn.Linear layers of your own"
+            return "nn.MultiheadAttention reads its weight directly: compress spectrim.with_linear_layers(model)"
         above = path.split(".")
         if any(getattr(model.get_submodule(".".join(above[:n])), "reads_weights", False) for n in range(len(above))):
             return "its weight is one part of a layer's"

@@ -30,6 +30,8 @@ FORMAT_VERSION = "1"
 _TIED = "_tied_weights_keys"
 # On a module: plans that were carried out on it, in order.
 _PLANS = "_spectrim_plans"
+# On a module of nn.Linear layers that stands where another kind was.
+REWRITTEN = "_spectrim_rewritten"
 NEEDS = (
     "write `import spectrim.hf` before from_pretrained (pip install spectrim): this model was compressed by Spectrim, "
     "which builds its layers"
@@ -43,15 +45,26 @@ def carry(model: nn.Module, plan: Plan) -> None:
     Any other module remembers it alone. What an earlier plan left is saved as well.
     """
     vars(model)[_PLANS] = (*vars(model).get(_PLANS, ()), plan)
+    take_along(model, plan)
+
+
+def take_along(model: nn.Module, *done: Plan) -> None:
+    """Have a model of transformers, and those inside of a model, save what differs from what their class makes."""
     kind = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    changed = bool(done or rewritten(model))
     for name, module in model.named_modules():
-        if kind is not None and isinstance(module, kind):
+        if kind is not None and isinstance(module, kind) and changed:
             before = vars(module).get("save_pretrained")
             plans = before.plans if isinstance(before, Saver) else ()
             bare = before.bare if isinstance(before, Saver) else frozenset()
-            own = moved(plan, within(f"{name}.") if name else str)
-            vars(module)["save_pretrained"] = Saver(module, (*plans, own), bare | without_bias(module))
+            own = [moved(plan, within(f"{name}.") if name else str) for plan in done]
+            vars(module)["save_pretrained"] = Saver(module, (*plans, *own), bare | without_bias(module))
     declare_ties(model)
+
+
+def rewritten(model: nn.Module) -> list[str]:
+    """First names of modules that stand where another kind was (:mod:`spectrim.nn.linears`)."""
+    return [name for name, module in model.named_modules() if REWRITTEN in vars(module)]
 
 
 def remembered(model: nn.Module) -> tuple[Plan, ...]:
@@ -141,13 +154,15 @@ class Saver:
         plans = [plan for plan in plans if plan.entries]
         biases = sorted({*self._spare_biases(), *self._biases_of_channels(plans)})
         self._check_planned(plans)
-        if not plans and not biases:
+        linear = rewritten(self.model)
+        if not plans and not biases and not linear:
             return None
         return {
             "quant_method": METHOD,
             "format_version": FORMAT_VERSION,
             "plans": [json.loads(plan.to_json()) for plan in plans],
             "biases": biases,
+            **({"linear": linear} if linear else {}),
         }
 
     def _stands(self, entry: Entry) -> bool:

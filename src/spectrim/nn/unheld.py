@@ -20,15 +20,15 @@ _REASONS: dict[type[nn.Module], str] = {
     nn.EmbeddingBag: "it sums the rows that it looks up, which no pair of layers does. Use nn.Embedding and sum",
     nn.Bilinear: "bilinear: its weight has three axes and takes two inputs, which no pair of layers does",
     nn.MultiheadAttention: (
-        "it multiplies its weights itself. Use nn.Linear layers for queries, keys, values and outputs, and "
-        "torch.nn.functional.scaled_dot_product_attention"
+        "it multiplies its weights itself. Compress spectrim.with_linear_layers(model), which computes the same with "
+        "nn.Linear layers (if it appends keys or has a forward of its own, write it with those)"
     ),
 }
 # By the name of the class, so that the library need not be there.
 _BY_NAME = {
     "Conv1D": (
-        "a linear layer that holds its weight transposed (Conv1D of transformers). Put an nn.Linear in its place whose "
-        "weight is conv.weight.T"
+        "a linear layer that holds its weight transposed. Compress spectrim.with_linear_layers(model), which computes "
+        "the same with nn.Linear layers (Conv1D of transformers; in place of any other put one with conv.weight.T)"
     )
 }
 _SCRIPTED = (

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from spectrim.errors import CheckpointError, PlanError
 from spectrim.nn.channels.narrow import add_bias
 from spectrim.nn.checkpoint import rebuild
+from spectrim.nn.linears import rewrite
 from spectrim.nn.modules import FactoredHead
 from spectrim.nn.shipping import FORMAT_VERSION, carry, changed, declare_ties, module_of, moved, within
 from spectrim.nn.sparse.layers import Masked
@@ -50,10 +51,13 @@ class Unshipping:
         To be carried out, in order.
     biases
         Layers with a bias that the architecture has none for.
+    linear
+        Modules that nn.Linear layers stand for (:mod:`spectrim.nn.linears`).
     """
 
     plans: tuple[Plan, ...]
     biases: tuple[str, ...] = ()
+    linear: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Unshipping:
@@ -64,18 +68,19 @@ class Unshipping:
         CheckpointError
             If it is none of a version that this library reads, or its plans are none.
         """
-        version, plans, biases = (record.get(name) for name in ("format_version", "plans", "biases"))
+        version, plans = record.get("format_version"), record.get("plans")
+        biases, linear = _names(record.get("biases")), _names(record.get("linear", []))
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{PLACE}: format version {version!r}; this library reads {FORMAT_VERSION!r}")
-        if not isinstance(plans, list) or not isinstance(biases, list) or not all(isinstance(b, str) for b in biases):
+        if not isinstance(plans, list) or biases is None or linear is None:
             raise CheckpointError(f"{PLACE}: plans and biases are not a list of plans and a list of names")
-        if not plans and not biases:
+        if not plans and not biases and not linear:
             raise CheckpointError(
                 f"{PLACE}: it has no plan, and the weights are of compressed layers: give the config.json that was "
                 "saved with them"
             )
         try:
-            return cls(tuple(Plan.from_json(json.dumps(plan)) for plan in plans), tuple(biases))
+            return cls(tuple(Plan.from_json(json.dumps(plan)) for plan in plans), biases, linear)
         except PlanError as error:
             raise CheckpointError(f"{PLACE}: {error}") from error
 
@@ -85,9 +90,9 @@ class Unshipping:
         A model with a head holds the one without under a name of its own, and transformers loads either from the other.
         """
         names = [name for plan in self.plans for entry in plan for name in changed(entry)]
-        rename = _renaming(model, [*names, *self.biases])
-        biases = filter(None, map(rename, self.biases))
-        return Unshipping(tuple(moved(plan, rename) for plan in self.plans), tuple(biases))
+        rename = _renaming(model, [*names, *self.biases, *self.linear])
+        biases, linear = (tuple(filter(None, map(rename, held))) for held in (self.biases, self.linear))
+        return Unshipping(tuple(moved(plan, rename) for plan in self.plans), biases, linear)
 
     def build(self, model: Any) -> Built:
         """Give a dense model on the meta device the layers of the plans, in place, sparse weights as files hold them.
@@ -97,6 +102,7 @@ class Unshipping:
         CheckpointError
             If a plan does not fit the model; the message names the first layer that does not.
         """
+        rewrite(model, self.linear)
         biased = {f"{name}.bias" for name in self.biases}
         modules = []
         with torch.device("cpu"):
@@ -165,6 +171,11 @@ class Unshipping:
             layer.mask = mask.to(values.device)
         for plan in self.plans:
             carry(model, plan)
+
+
+def _names(value: Any) -> tuple[str, ...] | None:
+    """A list of names, if it is one."""
+    return tuple(value) if isinstance(value, list) and all(isinstance(name, str) for name in value) else None
 
 
 def _on_cpu(module: nn.Module | None) -> nn.Module | None:

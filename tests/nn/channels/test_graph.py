@@ -137,7 +137,7 @@ IN_THE_WAY: dict[str, dict[str, str]] = {
     "softmax": {"a:out": "a softmax. These channels have to stay, and nothing needs to be done"},
     "literal": {"a:out": "View.*write -1.*register_channels"},
     "norm over two axes": {"a:out": "n: LayerNorm over 2 axes"},
-    "multihead": {"a:out": "att: the heads of attention are left alone"},
+    "multihead": {"a:out": "att: it keeps its heads and channels.*with_linear_layers"},
     "recurrent": {"a:out": "r: LSTM holds parameters of its own that read or carry them"},
     "tied": {"a:out": "b: its weight is tied to c", "b:out": "tied", "c:out": "tied"},
 }
@@ -475,7 +475,7 @@ def test_heads_of_torchs_own_encoder_are_left_alone_and_its_mlp_is_not():
     model = nn.Sequential(nn.Linear(6, 8), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Linear(8, 3))
     sites = coupled(model.double().eval(), torch.randn(3, 5, 6, dtype=torch.float64))
     assert [c.name for c in sites.couplings] == ["1.linear1:out"]
-    assert "heads of attention" in reasons(sites)["0:out"]
+    assert "with_linear_layers" in reasons(sites)["0:out"]
 
 
 def test_heads_of_attention_stay_whole_while_the_stream_around_them_is_narrowed():

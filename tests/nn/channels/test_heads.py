@@ -72,6 +72,17 @@ class OfInput(Fused):
         return self.proj(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width))
 
 
+class Borrowed(nn.Module):
+    """Torch's attention, of linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x, x, x, need_weights=False)[0]
+
+
 class Biased(nn.Module):
     """Adds what it is given to the scores, or a table's entries by distance; hands on what it added, as T5 does."""
 
@@ -158,6 +169,7 @@ NETS: dict[str, tuple[Any, Any, int]] = {
     "fused": (lambda: _net(Fused()), ROWS, 4),
     "fused head by head": (lambda: _net(Fused("together")), ROWS, 4),
     "shared keys": (lambda: _net(Shared()), ROWS, 2),
+    "torch's": (lambda: st.with_linear_layers(_net(Borrowed())), ROWS, 4),
     "a bias of the first layer": (lambda: _stack(0), ROWS, 4),
     "a bias of the stack": (lambda: _stack(1), ROWS, 4),
     "no bias, of the first layer": (lambda: _stack(2), ROWS, 4),

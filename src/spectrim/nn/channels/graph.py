@@ -357,7 +357,7 @@ class _Graph:
             if isinstance(module, (_ConvNd, nn.Linear)) and name not in known | followers:
                 return f"{name}: {reasons.get(name, 'no plain layer')}"
             if isinstance(module, nn.MultiheadAttention):
-                return f"{name}: the heads of attention are left alone"
+                return f"{name}: it keeps its heads and channels; those of spectrim.with_linear_layers(model) can go"
             if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
                 return f"{name}: LayerNorm over {len(module.normalized_shape)} axes"
             holds = isinstance(module, nn.Module) and next(module.parameters(recurse=False), None) is not None
