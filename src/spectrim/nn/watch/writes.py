@@ -42,20 +42,27 @@ def written(model: nn.Module) -> frozenset[tuple[str, str]]:
 
 @contextlib.contextmanager
 def seen_writing(model: nn.Module) -> Iterator[None]:
-    """See in the first pass of a model which parameters it writes into, and put these back after it."""
+    """See in the first pass of a model which parameters it writes into, and put these back after it.
+
+    One that raises has not shown all of them: the next is the first then.
+    """
     if model in _SEEN:
         yield
         return
     with unwatched():
         held = [_Held(name, module, key, p) for name, module in model.named_modules() for key, p in _plain(module)]
+    whole = False
     try:
         with _Writes(held):
             yield
+        whole = True
     finally:
         with unwatched(), torch.no_grad():
-            _SEEN[model] = frozenset((each.module, each.key) for each in held if each.put_back())
-            for learner in list(_WAITING.pop(model, ())):
-                learner.learn()
+            found = frozenset((each.module, each.key) for each in held if each.put_back())
+            if whole:
+                _SEEN[model] = found
+                for learner in list(_WAITING.pop(model, ())):
+                    learner.learn()
 
 
 def _plain(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
