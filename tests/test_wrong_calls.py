@@ -213,3 +213,31 @@ def test_a_path_that_no_file_has_is_quoted(path: Any, tmp_path: Path, monkeypatc
         assert "embedded" not in str(caught.value)
         assert "surrogates not allowed" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_cost_of_ones_own_is_no_cost_of_the_library_and_can_be_written_in_a_budget() -> None:
+    for name, said in {
+        "macs": "costs has 'macs', which the library counts or measures itself: give it another name",
+        "Latency": "costs has 'Latency', which",
+        "": "costs has '': give a name without spaces, = and commas",
+        "a=b": "costs has 'a=b': give a name",
+    }.items():
+        for verb in (st.compress, st.sweep, st.learn_ranks):
+            with pytest.raises(ValueError, match=said):
+                verb(net(), [BATCH], "parameters=50%" if verb is not st.sweep else "parameters", costs={name: len})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+def test_a_cost_of_ones_own_that_is_no_amount_is_told_with_its_layer(value: float) -> None:
+    with pytest.raises(ValueError, match=f"cost 'joules' gave {value} for layer '0': expected a finite number"):
+        st.compress(net(), [BATCH], "macs=60%", costs={"joules": lambda layers: value})
+
+
+def test_what_would_be_ignored_is_refused() -> None:
+    for verb, budget in ((st.compress, "macs=60%"), (st.sweep, "macs")):
+        with pytest.raises(
+            ValueError, match="better='lower' is of the number that evaluate= returns, and there is none"
+        ):
+            verb(net(), [BATCH], budget, better="lower")
+    with pytest.raises(ValueError, match="write the budget as 'parameters=50%', or give max_drop"):
+        st.compress(net(), [BATCH], "macs=60%", cost="parameters")

@@ -6,6 +6,7 @@ They are read without torch, so that what cannot be used is told at once.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -46,9 +47,9 @@ def named_costs(texts: Sequence[str] | None) -> dict[str, Reference]:
     for text in texts or ():
         name, equals, place = text.partition("=")
         module, function = halves(place)
-        if not equals or not name.strip() or not function:
+        if not equals or not name or len(re.split(r"[,\s]", name)) > 1 or not function:
             raise UsageError(f"--cost {text!r}: write NAME=package.module:function, as joules=energy:joules")
-        if name in COSTS or name in found:
+        if name.lower() in COSTS or name in found:
             raise UsageError(f"--cost {text!r}: there is a cost {name!r} already; choose another name")
         found[name] = Reference(place, module, function)
         check_factory(found[name], "cost", arguments=1)

@@ -8,6 +8,7 @@ pair), so every cost is a function of the specs that are executed one after the 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -55,6 +56,9 @@ def macs(specs: Sequence[LayerSpec]) -> float:
     return float(sum(spec.stored * spec.positions for spec in specs))
 
 
+_BUILT_IN: Mapping[str, Cost | None] = {"parameters": parameters, "bytes": size_bytes, "macs": macs, "latency": None}
+
+
 def further(costs: Mapping[str, Cost] | None) -> Mapping[str, Cost]:
     """Costs of a user's own by name.
 
@@ -62,6 +66,8 @@ def further(costs: Mapping[str, Cost] | None) -> Mapping[str, Cost]:
     ------
     TypeError
         For what is no mapping of names to functions.
+    ValueError
+        For a name that is the library's, or that no budget can be written with.
     """
     wanted = "functions of layers by name, such as {'joules': joules}"
     if costs is not None and not isinstance(costs, Mapping):
@@ -69,6 +75,12 @@ def further(costs: Mapping[str, Cost] | None) -> Mapping[str, Cost]:
     for name, cost in (costs or {}).items():
         if not isinstance(name, str) or not callable(cost):
             raise TypeError(f"costs has {name!r}: {cost!r}; expected {wanted}")
+        if cost is not _BUILT_IN.get(name.lower(), cost):
+            raise ValueError(f"costs has {name!r}, which the library counts or measures itself: give it another name")
+        if not name or re.search(r"[=,\s]", name):
+            raise ValueError(
+                f"costs has {name!r}: give a name without spaces, = and commas, for budgets as 'joules=50%'"
+            )
         check_function(f"costs[{name!r}]", cost, ("a layer",), f"a function of a layer: {wanted}")
     return costs or {}
 

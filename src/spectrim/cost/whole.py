@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -266,6 +267,11 @@ def _total(name: str, cost: counted.Cost, chains: Chains) -> float:
     """The sum of a cost over chains."""
     values = [cost(chain) for chain in chains]
     try:
-        return float(sum(values))
+        numbers = [float(value) for value in values]
     except (TypeError, ValueError) as error:
         raise TypeError(f"cost {name!r} gave {values[0]!r:.60} for layers: expected a number") from error
+    for number, chain in zip(numbers, chains, strict=True):
+        if not 0 <= number < math.inf:
+            where = " and ".join(repr(spec.name) for spec in chain)
+            raise ValueError(f"cost {name!r} gave {number} for layer {where}: expected a finite number of at least 0")
+    return sum(numbers)

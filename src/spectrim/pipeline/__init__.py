@@ -165,6 +165,11 @@ def compress(
     check_savable(model)
     judge = Judge.of(evaluate, better)
     tolerance = Tolerance.of(max_drop, min_agreement, judge)
+    if tolerance is None and cost != "macs":
+        raise ValueError(
+            f"cost={cost!r} is what the smallest network within a tolerance has least of, and there is none: write "
+            f"the budget as '{cost}=50%', or give max_drop or min_agreement"
+        )
     stated = _stated(budget, tolerance, cost)
     stated.check([*COSTS, *counted.further(costs)])
     competing = isinstance(methods, str) and methods == "auto"

@@ -103,6 +103,11 @@ class Judge:
             check_function("evaluate", evaluate, ("a model",), "a function of a model that returns a number")
         if better not in ("higher", "lower"):
             raise ValueError(f"better is {better!r}: expected 'higher' or 'lower', whichever metric is good")
+        if evaluate is None and better != "higher":
+            raise ValueError(
+                f"better={better!r} is of the number that evaluate= returns, and there is none: give evaluate=, a "
+                "function of a model, too, or leave better out"
+            )
         return cls(evaluate, better)
 
     def knowing(self, dense: nn.Module) -> Judge:
