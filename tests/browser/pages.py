@@ -14,7 +14,20 @@ from spectrim.network.choices import DENSE, ChannelsChoice, LowRankChoice, Place
 from spectrim.network.choices import Choice as AnyChoice
 from spectrim.network.sites import Skipped
 from spectrim.nn.agreement import Agreement
-from spectrim.report import Comparison, Measure, Measured, Origin, Page, Part, Score, accuracy, compare, write_report
+from spectrim.report import (
+    Comparison,
+    Measure,
+    Measured,
+    Origin,
+    Page,
+    Part,
+    Score,
+    SideBySidePage,
+    SweepPage,
+    accuracy,
+    compare,
+    write_report,
+)
 from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates, Option, Row
 from spectrim.selection.plan import Entry, Plan
@@ -24,8 +37,8 @@ from spectrim.selection.trajectory import Record, Trajectory
 HOSTILE = ("<script>alert(1)</script>", "a $\\frac{x$ & 'b' \"c\"", "{{ 7 * 7 }}" + "_" * 120, "\u2028\u202eevil")
 
 
-def real(folder: Path) -> Path:
-    """A small network that was compressed, compared and written about."""
+def _small() -> tuple[nn.Module, list[torch.Tensor], list[tuple[torch.Tensor, torch.Tensor]]]:
+    """A network, batches, and the same with labels."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = nn.Sequential(
@@ -41,8 +54,13 @@ def real(folder: Path) -> Path:
         ).eval()
         batches = [torch.randn(64, 1, 8, 8) for _ in range(4)]
         labels = [torch.randint(0, 10, (64,)) for _ in batches]
+    return model, batches, list(zip(batches, labels, strict=True))
+
+
+def real(folder: Path) -> Path:
+    """A small network that was compressed, compared and written about."""
+    model, batches, tested = _small()
     result = st.compress(model, batches, st.Budget(macs=0.5))
-    tested = list(zip(batches, labels, strict=True))
     comparison = compare(model, result.model, batches[0][:1], evaluate=lambda net: accuracy(net, tested), repeats=5)
     cost = {"dense": result.plan.dense_costs["macs"], "compressed": result.plan.costs["macs"]}
     measured = [
@@ -166,4 +184,31 @@ def bare(folder: Path) -> Path:
     return Page("A plan", Plan.from_json(plan.to_json())).write(folder / "bare.html")
 
 
-REPORTS = {"real": real, "large": large, "bare": bare}
+def swept(folder: Path) -> Path:
+    """Networks of several sizes: a front of many dots whose error bars overlap, some of them trained."""
+    model, batches, tested = _small()
+    sweep = st.sweep(
+        model,
+        batches,
+        evaluate=lambda net: accuracy(net, tested),
+        fine_tune=lambda small, file: None,
+    )
+    return SweepPage("A small network", sweep, ["A note about " + HOSTILE[2]]).write(folder / "sweep.html")
+
+
+def compared(folder: Path) -> Path:
+    """Networks side by side, one of them with a name that is no name."""
+    model, batches, tested = _small()
+    small = {name: st.compress(model, batches, f"macs={s}%") for name, s in (("half", 50), (HOSTILE[0], 45))}
+    found = compare(
+        model,
+        {name: result.model for name, result in small.items()},
+        batches[0][:1],
+        evaluate=lambda net: accuracy(net, tested),
+        repeats=0,
+    )
+    plans = {name: result.plan for name, result in small.items()}
+    return SideBySidePage("Networks " + HOSTILE[2], found, plans).write(folder / "compared.html")
+
+
+REPORTS = {"real": real, "large": large, "bare": bare, "sweep": swept, "compared": compared}

@@ -78,3 +78,17 @@ def test_networks_are_timed_in_one_table(run):
 def test_what_cannot_be_compared_is_refused(run, arguments: tuple[str, ...], said: str):
     assert said in run("compare", *arguments, code=2).stderr
     assert Path("sweep").is_dir()
+
+
+def test_a_page_tells_what_is_printed(run):
+    run("compare", "sweep", "--page", "pages/compared.html")
+    read = Path("pages/compared.html").read_text()
+    for text in ("2 networks beside the dense one", "macs-50pct", "same class first", "What was chosen", "sha256"):
+        assert text in read
+    run("compare", "sweep/macs-50pct", "sweep/macs-80pct/plan.json", *MEASURED, "--page", "measured.html")
+    measured = Path("measured.html").read_text()
+    assert "nets:tiny</h1>" in measured
+    assert measured.count('class="error"') == 3  # the accuracy of the dense network and of two others
+    assert "were fitted to those of --data" in measured
+    assert "expected a name ending in .html" in run("compare", "sweep", "--page", "compared", code=2).stderr
+    assert "results cannot go to" in run("compare", "sweep", "--page", "measured.html/x.html", code=2).stderr

@@ -13,6 +13,7 @@ from spectrim.cli import options
 from spectrim.cli.common import Checked, Output, command, refuse
 from spectrim.cli.models import check_model
 from spectrim.cli.references import UsageError
+from spectrim.cli.unfinished import make_folder
 from spectrim.cli.values import check_plan
 from spectrim.cli.weights import check_checkpoint, check_file
 
@@ -97,8 +98,24 @@ class ComparingOptions(Checked):
     device: options.Device = "cpu"
 
 
+@dataclass(frozen=True)
+class PageOptions:
+    """Files."""
+
+    page: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the table, with a figure, as a page for a browser: compared.html."),
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.page is not None and self.page.suffix != ".html":
+            raise UsageError(f"--page {str(self.page)!r}: expected a name ending in .html, as compared.html")
+
+
 @command
-def compare(out: Output, context: typer.Context, compared: ComparedOptions, *, measuring: ComparingOptions) -> None:
+def compare(
+    out: Output, context: typer.Context, compared: ComparedOptions, *, measuring: ComparingOptions, files: PageOptions
+) -> None:
     """Put several compressed networks, or plans, side by side: costs, agreement, accuracy, milliseconds.
 
     Without --model it is what their plans say, and what was measured when they were made. With it and --data or --test
@@ -107,7 +124,7 @@ def compare(out: Output, context: typer.Context, compared: ComparedOptions, *, m
     Examples
     --------
     $ spectrim compare half third quarter
-    $ spectrim compare sweep -m net.py:build -w net.pt -d imagefolder:photos --test imagefolder:photos --latency
+    $ spectrim compare sweep -m net.py:build -w net.pt -d imagefolder:photos --latency --page compared.html
     """
     paths = compared.found()
     plans = [name for name, path in paths.items() if path.suffix == ".json"]
@@ -117,9 +134,11 @@ def compare(out: Output, context: typer.Context, compared: ComparedOptions, *, m
         raise UsageError("--model needs --data or --test: batches to run the networks on")
     elif plans and measuring.data is None:
         raise UsageError(f"{plans[0]} is a plan: give --data, on which it is carried out, or its {_MODEL}")
+    if files.page is not None:
+        make_folder(out, files.page.parent, [files.page.name])
     from spectrim.cli import comparing
 
     if compared.model is None:
-        comparing.read(out, paths)
+        comparing.read(out, paths, files.page)
     else:
-        comparing.measure(out, compared, measuring, paths)
+        comparing.measure(out, compared, measuring, paths, files.page)

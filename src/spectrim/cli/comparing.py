@@ -16,6 +16,7 @@ from spectrim.cli.compare import ComparedOptions, ComparingOptions
 from spectrim.cli.data import load_data
 from spectrim.cli.filters import with_channels
 from spectrim.cli.models import load_compressed, load_model
+from spectrim.cli.origins import parts_of
 from spectrim.cli.preprocessing import tell
 from spectrim.cli.references import UsageError
 from spectrim.cli.sharing import offer, planned_groups
@@ -27,7 +28,7 @@ from spectrim.nn.checkpoint import read_plan
 from spectrim.nn.find import find
 from spectrim.nn.watch.calibrate import calibrate
 from spectrim.nn.watch.nesting import begun
-from spectrim.report import SideBySide, accuracy
+from spectrim.report import Origin, Part, SideBySide, SideBySidePage, accuracy
 from spectrim.report import compare as side_by_side
 from spectrim.report.comparison import Measure
 from spectrim.report.side_by_side import planned
@@ -38,9 +39,9 @@ from spectrim.selection.point import LARGEST, Point
 _RESULT = "result.json"
 
 
-def read(out: Output, paths: dict[str, Path]) -> None:
+def read(out: Output, paths: dict[str, Path], page: Path | None = None) -> None:
     """What plans say, in one table."""
-    plans = {n: Plan.read(path) if path.suffix == ".json" else read_plan(path) for n, path in paths.items()}
+    plans = _plans(paths)
     unlike = {name: plan.dense_costs.get("parameters") for name, plan in plans.items()}
     if len(set(unlike.values())) > 1:
         told = ", ".join(f"{name} {value:,.0f}" for name, value in unlike.items() if value is not None)
@@ -49,7 +50,11 @@ def read(out: Output, paths: dict[str, Path]) -> None:
     for name, plan in plans.items():
         stored, agreements[name] = _stored(paths[name])
         comparisons[name] = dataclasses.replace(known := planned(plan), rows=(*stored, *known.rows))
-    _finish(out, SideBySide(comparisons, agreements), paths)
+    _finish(out, SideBySide(comparisons, agreements), paths, page)
+
+
+def _plans(paths: dict[str, Path]) -> dict[str, Plan]:
+    return {n: Plan.read(path) if path.suffix == ".json" else read_plan(path) for n, path in paths.items()}
 
 
 class _Kept(msgspec.Struct):
@@ -77,14 +82,16 @@ def _stored(path: Path) -> tuple[list[Measure], Agreement | None]:
         return [], None
     judged, rows = point.judged, []
     if sweep.dense is not None and judged.metric is not None:
-        rows = [Measure(f"{sweep.metric} (kept)", "", sweep.dense, judged.metric, sweep.better)]
+        rows = [Measure(f"{sweep.metric} (kept)", sweep.unit, sweep.dense, judged.metric, sweep.better)]
     if point.milliseconds:
         rows.append(Measure("latency (kept)", "ms", point.dense_costs["milliseconds"], point.costs["milliseconds"]))
     agreed = None if judged.error is None else Agreement(judged.samples, judged.error, judged.top1)
     return rows, agreed
 
 
-def measure(out: Output, compared: ComparedOptions, measuring: ComparingOptions, paths: dict[str, Path]) -> None:
+def measure(
+    out: Output, compared: ComparedOptions, measuring: ComparingOptions, paths: dict[str, Path], page: Path | None
+) -> None:
     """Load or make the networks, and measure them beside the dense one."""
     assert compared.model is not None
     device = device_named(measuring.device, measuring.threads, measuring.runtime)
@@ -113,9 +120,11 @@ def measure(out: Output, compared: ComparedOptions, measuring: ComparingOptions,
     if data is not None:
         agreed = {name: agreement(dense, model, data) for name, model in models.items()}
         found = dataclasses.replace(found, agreements=agreed)
-    _finish(out, found, paths)
-    if plans := [name for name, path in paths.items() if path.suffix == ".json"]:
-        out.prose(f"the layers of {', '.join(plans)} were fitted to those of --data: their files keep no weights")
+    plans = [name for name, path in paths.items() if path.suffix == ".json"]
+    notes = [f"the layers of {', '.join(plans)} were fitted to those of --data: their files keep no weights"]
+    named = {"model": compared.model, "weights": compared.weights, "--data": measuring.data, "--test": measuring.test}
+    parts = parts_of({role: str(text) for role, text in named.items() if text is not None}, dense)
+    _finish(out, found, paths, page, compared.model, parts, notes if plans else ())
 
 
 def _carried_out(dense: nn.Module, path: Path, batches: Iterable[Any]) -> nn.Module:
@@ -127,12 +136,19 @@ def _carried_out(dense: nn.Module, path: Path, batches: Iterable[Any]) -> nn.Mod
     return carry_out(dense, offer(sites, planned_groups(plan, sites)), plan, batches).model
 
 
-def _finish(out: Output, found: SideBySide, paths: dict[str, Path]) -> None:
-    """Print the table or the document."""
+def _finish(
+    out: Output, found: SideBySide, paths: dict[str, Path], page: Path | None, title: str = "Networks side by side",
+    parts: Iterable[Part] = (), notes: Iterable[str] = (),
+) -> None:  # fmt: skip
+    """Print the table or the document, and write the page."""
     agreed = {row["name"]: {part: row[part] for part in ("top1", "error", "samples")} for row in found.rows()}
     out.document(
         {"files": {n: str(path) for n, path in paths.items()}, "networks": found.to_dict(), "agreement": agreed}
     )
     out.table(*found.table())
-    for sentence in found.sentences:
+    for sentence in (*found.sentences, *notes):
         out.prose(sentence)
+    if page is not None:
+        files = [Part.of_files(name, str(path), path) for name, path in paths.items()]
+        SideBySidePage(title, found, _plans(paths), tuple(notes), origin=Origin(parts=(*parts, *files))).write(page)
+        out.written(page.parent, {page.name: "the same for people: open it in a browser"})

@@ -8,6 +8,7 @@ from spectrim.report.origin import Origin, Part, not_measured
 from spectrim.report.page import Page, write_report
 from spectrim.report.ranks import animate_ranks, cost_curve, rank_paths
 from spectrim.report.side_by_side import SideBySide
+from spectrim.report.side_page import SideBySidePage
 from spectrim.report.sweep_page import SweepPage
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Part",
     "Score",
     "SideBySide",
+    "SideBySidePage",
     "SweepPage",
     "accuracy",
     "animate_ranks",

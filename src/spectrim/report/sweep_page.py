@@ -14,6 +14,7 @@ from spectrim.report.charts import ASIDE, Axis, Chart, Curve, Dot, cost_name
 from spectrim.report.machine import machine_facts
 from spectrim.report.origin import Origin
 from spectrim.report.page import style, template
+from spectrim.report.side_page import changes
 from spectrim.report.words import glossary
 from spectrim.selection.front import Sweep
 from spectrim.selection.point import Judged, Point
@@ -54,11 +55,19 @@ class SweepPage:
         said = "; ".join(
             ["dense", "held out", *heads, *sweep.sentences, *(cell for line in lines for cell in line[1:])]
         )
-        return template("sweep.html.jinja").render(
-            title=self.title, origin=self.origin, css=style(), notes=[*sweep.sentences, *self.notes],
-            count=count(len(sweep), "network"), best=str(len(sweep.front())) if len(sweep) else "0",
-            curves=[front_chart(sweep, cost) for cost in dict.fromkeys(costs) if len(sweep)], heads=heads, lines=lines,
-            plans=[(point.asked, list(_changes(point))) for point in sweep], words=list(glossary(said, choices)),
+        best = len(sweep.front()) if len(sweep) else 0
+        caption = "A dot is a network; the line goes through those that no other one beats."
+        curves = [
+            ("And against measured time" if number else "What is lost at every size", front_chart(sweep, cost), caption)
+            for number, cost in enumerate(dict.fromkeys(costs))
+        ]
+        return template("networks.html.jinja").render(
+            title=self.title, kind="sweep", origin=self.origin, css=style(), notes=[*sweep.sentences, *self.notes],
+            said=f"{count(len(sweep), 'network')}, {best} on the front: no other one is as cheap and as good.",
+            curves=curves if len(sweep) else [], heads=heads, lines=lines,
+            legend="* on the front. Percentages beside costs are of the dense network.",
+            plans=[(point.asked, changes(point.plan)) for point in sweep], words=list(glossary(said, choices)),
+            load="The smallest network of the front" if len(sweep) else "Carry one out",
             facts=dict(self.facts) or machine_facts(),
         )  # fmt: skip
 
@@ -72,12 +81,6 @@ class SweepPage:
         """
         write_text(path, self.html())
         return Path(path)
-
-
-def _changes(point: Point) -> Iterator[tuple[str, str, str]]:
-    for entry in point.plan:
-        if not entry.choice.is_dense:
-            yield entry.site, str(entry.choice), f"{entry.error:.2%}"
 
 
 def front_chart(sweep: Sweep, cost: str) -> Chart:

@@ -1,0 +1,120 @@
+"""One self-contained HTML page about several compressed networks beside the dense one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spectrim.network.files import write_text
+from spectrim.network.printing import count
+from spectrim.report.charts import Chart, score_chart
+from spectrim.report.machine import machine_facts
+from spectrim.report.measures import Score
+from spectrim.report.origin import Origin
+from spectrim.report.page import style, template
+from spectrim.report.side_by_side import SideBySide
+from spectrim.report.words import glossary
+from spectrim.selection.plan import Plan
+
+_LABELS = 4  # beside dots, at most
+
+
+@dataclass(frozen=True)
+class SideBySidePage:
+    """What a page about several networks tells.
+
+    Attributes
+    ----------
+    title
+        Heading, for example the model's name.
+    networks
+        What is known of each.
+    plans
+        What was chosen for each, by its name.
+    notes
+        Sentences above the figure.
+    facts
+        Machine and versions; of this machine if empty.
+    origin
+        When, by which command and from what it was made.
+    """
+
+    title: str
+    networks: SideBySide
+    plans: Mapping[str, Plan] = field(default_factory=dict)
+    notes: Sequence[str] = ()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    origin: Origin = field(default_factory=Origin)
+
+    def html(self) -> str:
+        """The page as text."""
+        heads, lines = self.networks.table()
+        notes = [*self.networks.sentences, *self.notes]
+        choices = [str(entry.choice) for plan in self.plans.values() for entry in plan]
+        said = "; ".join(["dense", *notes, *(cell for line in lines for cell in line)])
+        chart = networks_chart(self.networks)
+        caption = "A dot is a network: further to the left less work is left, and further up it is better."
+        if chart is not None and not any(dot.barred for dot in chart.dots):
+            caption += " On how many samples is not known, so that there are no error bars."
+        return template("networks.html.jinja").render(
+            title=self.title, kind="networks side by side", origin=self.origin, css=style(), notes=notes,
+            said=f"{count(len(self.networks), 'network')} beside the dense one.",
+            curves=[] if chart is None else [("How good they are, and what they cost", chart, caption)],
+            legend="Behind a value: dense over compressed, as a ratio; of scores the difference in points.",
+            heads=["measure", *heads[1:]], lines=lines,
+            plans=[(name, changes(plan)) for name, plan in self.plans.items()], load="",
+            words=list(glossary(said, choices)), facts=dict(self.facts) or machine_facts(),
+        )  # fmt: skip
+
+    def write(self, path: str | Path) -> Path:
+        """Write the page, whole or not at all, and return where it is.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written.
+        """
+        write_text(path, self.html())
+        return Path(path)
+
+
+def changes(plan: Plan) -> list[tuple[str, str, str]]:
+    """Layers that a plan changes, with the choice and what it loses."""
+    return [
+        (entry.site, str(entry.choice), f"{entry.error:.2%}") for entry in plan if not entry.choice.is_dense
+    ]  # fmt: skip
+
+
+def networks_chart(networks: SideBySide) -> Chart | None:
+    """A dot a network: its score, or how often the dense network's class comes first, over its multiply-accumulates.
+
+    None where one of them is not known of every network.
+    """
+    names = list(networks.comparisons)
+    known = [{row.metric: row for row in each.rows} for each in networks.comparisons.values()]
+    common = [metric for metric in (known[0] if known else {}) if all(metric in rows for rows in known)]
+    cost = next((metric for metric in common if metric in ("MACs", "MACs (planned)")), None)
+    score = next((m for m in common if known[0][m].unit == "%" and known[0][m].better == "higher"), None)
+    if cost is None:
+        return None
+    if score is not None:
+        dense, scores = known[0][score].dense, [rows[score].compressed for rows in known]
+    else:
+        agreed = [networks.agreements.get(name) for name in names]
+        scores = [Score(100 * each.top1, each.samples) for each in agreed if each is not None and each.top1 is not None]
+        if len(scores) < len(names):
+            return None
+        score, dense = "same class first", 100.0
+    whole = known[0][cost].dense
+    measured = [("dense", whole, dense)]
+    measured += [(name, rows[cost].compressed, value) for name, rows, value in zip(names, known, scores, strict=True)]
+    chart = score_chart(measured, whole, "macs", score)
+    # Values stand in the table, and many labels would lie on each other on a phone.
+    ends = {min(measured[1:], key=lambda each: each[1])[0], max(measured[1:], key=lambda each: each[1])[0]}
+    shown = {"dense", *(names if len(names) <= _LABELS else ends)}
+    labels = [name if name in shown else "" for name, *_ in measured]
+    dots = [dataclasses.replace(dot, label=label) for dot, label in zip(chart.dots, labels, strict=True)]
+    return dataclasses.replace(chart, dots=tuple(dots))
