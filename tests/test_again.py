@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.network.choices import LowRankChoice
+from spectrim.network.choices import ChannelsChoice, LowRankChoice
 from spectrim.nn.checkpoint import save
 from spectrim.nn.find import canonical, find
+from spectrim.nn.modules import Chained, Factored
 from spectrim.nn.shipping import carry
 from spectrim.nn.surgery import parameter_count
 from spectrim.train import carry_optimizer
@@ -130,6 +131,28 @@ def test_files_whose_second_plan_names_the_layers_of_a_pair_load_as_before(
     assert [site.name for site in find(loaded, only="2*")] == ["2.0", "2.1"]  # a pair within a pair stays as it is
 
 
+def test_channels_go_from_pairs_whose_first_layer_gets_a_bias(batches: list[Tensor], tmp_path: Path) -> None:
+    once = st.compress(made(), batches, "macs=60%", methods=st.ActivationSVD())
+    twice = st.compress(once.model, batches, "macs=80%", methods=st.PrincipalFilters())
+    pairs = [m for m in twice.model.modules() if isinstance(m, Factored)]
+    assert any(pair.first.bias is not None and pair.bias_parameter() is None for pair in pairs)
+    assert twice.plan.costs["macs"] <= 0.8 * once.plan.costs["macs"]
+    st.save(twice, tmp_path / "twice.safetensors")
+    loaded = st.load(made(), tmp_path / "twice.safetensors").eval()
+    assert torch.equal(loaded(batches[0]), twice.model(batches[0]))
+
+
+@pytest.mark.parametrize("method", [st.LowRankPlusSparse(), st.JointSVD("both")], ids=lambda m: type(m).__name__)
+def test_what_has_to_be_merged_first_says_so(method: st.Method) -> None:
+    torch.manual_seed(0)
+    stack = nn.Sequential(*(nn.Linear(12, 12) for _ in range(3))).eval()
+    data = list(torch.randn(64, 12).split(32))
+    once = st.compress(stack, data, "parameters=60%", groups={"all": ["0", "1", "2"]}, methods=method)
+    assert any("spectrim.merge(model)" in each.reason for each in st.find(once.model).skipped)
+    twice = st.compress(st.merge(once.model), data, "parameters=50%", methods=st.WeightSVD())
+    assert parameter_count(twice.model) <= 0.5 * parameter_count(stack)
+
+
 # The optimizer's state is carried over.
 
 
@@ -177,3 +200,64 @@ def test_squares_of_gradients_are_reset_and_said(batches: list[Tensor]) -> None:
     optimizer.step()
     with pytest.raises(ValueError, match="holds no parameter of"):
         carry_optimizer(torch.optim.SGD(nn.Linear(2, 2).parameters(), lr=0.1), made(), small)
+
+
+def test_of_channels_that_went_the_state_goes_and_all_other_state_stays(batches: list[Tensor]) -> None:
+    dense = made()
+    optimizer = trained(dense, torch.optim.Adam(dense.parameters(), amsgrad=True), batches)
+    before = {name: dict(optimizer.state[p]) for name, p in dense.named_parameters()}
+    result = st.compress(dense, batches, "macs=60%", methods=st.PrincipalFilters())
+    carried = carry_optimizer(optimizer, dense, result.model)
+    kept = {entry.site: list(entry.choice.kept) for entry in result.plan if isinstance(entry.choice, ChannelsChoice)}
+    outputs, inputs = kept["2:out"], kept["0:out"]
+    assert len(outputs) < 8
+    assert not carried.reset
+    state = optimizer.state[result.model.get_parameter("2.weight")]
+    for key in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        assert torch.equal(state[key], before["2.weight"][key][outputs][:, inputs])
+        assert torch.equal(optimizer.state[result.model.get_parameter("2.bias")][key], before["2.bias"][key][outputs])
+    assert state["step"] == before["2.weight"]["step"]
+    result.model(batches[0]).square().mean().backward()
+    optimizer.step()
+
+
+def test_a_factor_that_layers_share_has_the_sum_of_their_momenta() -> None:
+    torch.manual_seed(0)
+    stack = nn.Sequential(*(nn.Linear(12, 12) for _ in range(3))).eval()
+    data = list(torch.randn(64, 12).split(32))
+    optimizer = trained(stack, sgd(stack), data)
+    momenta = [optimizer.state[stack.get_parameter(f"{n}.weight")]["momentum_buffer"].clone() for n in range(3)]
+    groups = {"all": ["0", "1", "2"]}
+    small = st.compress(stack, data, "parameters=60%", groups=groups, methods=st.JointSVD("left")).model
+    carried = carry_optimizer(optimizer, stack, small)
+    assert not carried.reset
+    shared = small.get_parameter("0.0.weight")
+    assert shared is small.get_submodule("1.0").get_parameter("weight")
+    own = [small.get_parameter(f"{n}.1.weight") for n in range(3)]
+    wanted = sum(second.mT @ momentum for second, momentum in zip(own, momenta, strict=True))
+    torch.testing.assert_close(optimizer.state[shared]["momentum_buffer"], wanted, rtol=1e-4, atol=1e-6)
+    for second, momentum in zip(own, momenta, strict=True):
+        found = optimizer.state[second]["momentum_buffer"]
+        torch.testing.assert_close(found, momentum @ shared.mT, rtol=1e-4, atol=1e-6)
+
+
+def test_chains_have_the_momentum_of_the_layer_and_its_bias(batches: list[Tensor]) -> None:
+    dense = made()
+    optimizer = trained(dense, sgd(dense), batches)
+    state = {name: optimizer.state[p] for name, p in dense.named_parameters()}
+    small = st.compress(dense, batches, "macs=60%", methods=st.WeightTucker2()).model
+    layer = next(name for name, module in small.named_modules() if isinstance(module, Chained))
+    momentum, bias = (state[f"{layer}.{part}"]["momentum_buffer"].clone() for part in ("weight", "bias"))
+    carried = carry_optimizer(optimizer, dense, small)
+    assert not carried.reset
+    assert torch.equal(optimizer.state[small.get_parameter(f"{layer}.2.bias")]["momentum_buffer"], bias)
+    inner, core, outer = (small.get_parameter(f"{layer}.{n}.weight") for n in range(3))
+    wanted = torch.einsum("oikl,om,ri->mrkl", momentum, outer[:, :, 0, 0], inner[:, :, 0, 0])
+    torch.testing.assert_close(optimizer.state[core]["momentum_buffer"], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_network_whose_weights_lie_otherwise_is_refused() -> None:
+    attention = nn.ModuleList([nn.MultiheadAttention(8, 2)])
+    linear = st.with_linear_layers(attention)
+    with pytest.raises(ValueError, match="'0' has nn.Linear layers in the new network"):
+        carry_optimizer(sgd(attention), attention, linear)

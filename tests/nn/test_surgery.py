@@ -253,10 +253,10 @@ def test_layers_inside_sparse_ones_are_sites_and_can_be_compressed_again():
         "stem.pair.0", "stem.pair.1", "stem.sparse.layer", "grouped.pair.0", "grouped.pair.1",
         "up.pair.0", "up.pair.1", "head.pair.0", "head.pair.1", "head.sparse.layer",
     }  # fmt: skip
-    assert {s.name: s.reason for s in sites.skipped} == {
-        "grouped.sparse.layer": "sparse: its weight is zero outside a mask",
-        "up.sparse.layer": "sparse: its weight is zero outside a mask",
-    }
+    reasons = {s.name: s.reason for s in sites.skipped}
+    assert reasons.keys() == {"grouped.sparse.layer", "up.sparse.layer"}
+    assert all(why.startswith("sparse: its weight is zero outside a mask.") for why in reasons.values())
+    assert all("spectrim.merge" in why for why in reasons.values())
     again = compressed(
         model,
         {

@@ -156,7 +156,11 @@ class _Listing:
 
     def add(self, module: nn.Module, paths: tuple[str, ...]) -> None:
         """A layer by itself."""
-        sparse = "sparse: its weight is zero outside a mask" if module in self.masks else None
+        sparse = (
+            "sparse: its weight is zero outside a mask. To compress it again, compress spectrim.merge(model)"
+            if module in self.masks
+            else None
+        )
         spec = describe(module, paths) if _is_plain(module) else None
         if spec is not None and module in self.masks:
             spec = _masked(spec, *self.masks[module])
@@ -436,11 +440,11 @@ def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied:
     """Why a layer cannot be factorised, or None."""
     if reason := _obstacle_in_weight(module) or _changes_forward(module) or _changes_rows(module):
         return reason
+    if reason := _read_above(model, paths):
+        return reason
     for name, tensor in module._parameters.items():
         if id(tensor) in tied:
             return tied_to(name, ", ".join(n or "the model itself" for n in tied[id(tensor)] if n not in paths))
-    if reason := _read_above(model, paths):
-        return reason
     if module._modules:
         return f"it holds modules of its own ({', '.join(module._modules)}): move them to the module that holds it"
     return "the model itself is this layer: wrap it in nn.Sequential" if "" in paths else None
@@ -489,7 +493,7 @@ def _read_above(model: nn.Module, paths: Sequence[str]) -> str | None:
             return "nn.MultiheadAttention reads its weight directly: compress spectrim.with_linear_layers(model)"
         above = path.split(".")
         if any(getattr(model.get_submodule(".".join(above[:n])), "reads_weights", False) for n in range(len(above))):
-            return "its weight is one part of a layer's"
+            return "its weight is one part of a layer's. To compress that again, compress spectrim.merge(model)"
     return None
 
 

@@ -117,6 +117,10 @@ class Factored(StandIn, nn.Sequential):
     def bias(self) -> Tensor | None:
         return self.second.bias if self.first.bias is None else self.whole()[1]  # type: ignore[return-value]
 
+    def bias_parameter(self) -> nn.Parameter | None:
+        """The second layer's, unless the first, compressed again, has one as well."""
+        return None if getattr(self.first, "bias", None) is not None else super().bias_parameter()
+
     def whole(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight, multiplied out in float64, and bias.
 

@@ -54,6 +54,11 @@ class StandIn(nn.Module):
         """The layers it is made of where they run one after the other and are all; none otherwise."""
         return ()
 
+    def bias_parameter(self) -> nn.Parameter | None:
+        """The layer's bias where one part has it as it is; None where there is none, or it is computed of several."""
+        bias = self.bias
+        return bias if isinstance(bias, nn.Parameter) else None
+
     def adopt(self, layer: nn.Module) -> None:
         """Take what is the layer's own still, before taking its place."""
 
@@ -311,9 +316,9 @@ def _parameters(layer: nn.Module) -> tuple[list[nn.Parameter], nn.Parameter | No
     """Those of a layer's weight, and its bias."""
     # What a parametrised layer has is computed when it is read, which may change what it is computed from.
     own = layer._parameters
-    bias = layer.bias if isinstance(layer, StandIn) else own.get("bias")
+    bias = layer.bias_parameter() if isinstance(layer, StandIn) else own.get("bias")
     parts = layer.parameters() if isinstance(layer, StandIn) else [own.get("weight")]
-    return [p for p in parts if p is not None and p is not bias], bias if isinstance(bias, nn.Parameter) else None
+    return [p for p in parts if p is not None and p is not bias], bias
 
 
 def _is_channels_last(weight: Tensor) -> bool:

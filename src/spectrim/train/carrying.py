@@ -13,7 +13,9 @@ from torch.optim import Optimizer
 
 from spectrim.errors import called_as
 from spectrim.network.printing import count
-from spectrim.nn.modules import Factored
+from spectrim.nn.channels.removal import narrow_as
+from spectrim.nn.copying import copy_model
+from spectrim.nn.shipping import rewritten
 from spectrim.nn.standing import StandIn, laid_out
 
 # Running means of gradients, which follow a change of variables as gradients do. Means of squares do not.
@@ -27,9 +29,9 @@ class Carried:
     Attributes
     ----------
     kept
-        Names of the parameters that are as they were, state and all.
+        Names of the parameters that are as they were, state and all, or without the entries of channels that went.
     projected
-        Factors whose momentum is that of the layer, by the chain rule.
+        Factors whose momentum is that of the layers that they are part of, by the chain rule.
     reset
         Parameters that begin without state.
     """
@@ -62,15 +64,17 @@ def carry_optimizer(optimizer: Optimizer, old: nn.Module, new: nn.Module) -> Car
     Returns
     -------
     Carried
-        State of parameters of one name and shape is kept. For the pair ``W = B A`` of a layer whose gradients have the
-        mean ``G``, the means of SGD with momentum are ``B^T G`` and ``G A^T``, which is what the pair's own would be if
-        it had always computed the layer's product. Means of squares (Adam) do not follow, so that state which has some
-        is reset, and so is that of all other layers.
+        State of parameters of one name and shape is kept, and where channels went the entries that are left. For the
+        pair ``W = B A`` of a layer whose gradients have the mean ``G``, the means of SGD with momentum are ``B^T G``
+        and ``G A^T``, which is what the pair's own would be if it had always computed the layer's product; so it is for
+        chains, sums and factors that layers share. Means of squares (Adam) do not follow, so that state which has some
+        is reset, and so is that of layers that were compressed before and have another rank now.
 
     Raises
     ------
     ValueError
-        If the optimizer holds no parameter of ``old``, or none of ``new`` has come from one.
+        If the optimizer holds no parameter of ``old``, or none of ``new`` has come from one; and where layers of
+        ``new`` hold weights in another layout (:func:`spectrim.with_linear_layers`).
 
     Notes
     -----
@@ -83,8 +87,13 @@ def carry_optimizer(optimizer: Optimizer, old: nn.Module, new: nn.Module) -> Car
             f"the optimizer holds no parameter of this {type(old).__name__}: pass the network that it has trained, and "
             "then what was made of it"
         )
-    state = {names[id(p)]: entries for p, entries in optimizer.state.items() if id(p) in names}
-    shapes = {name: p.shape for name, p in old.named_parameters()}
+    if unlike := set(rewritten(new)) - set(rewritten(old)):
+        raise ValueError(
+            f"{min(unlike)!r} has nn.Linear layers in the new network and not in the old one: train what "
+            "with_linear_layers gives, compress that, and pass both"
+        )
+    state = {names[id(p)]: dict(entries) for p, entries in optimizer.state.items() if id(p) in names}
+    shapes = _cut(old, new, state)
     momenta = dict(_projected(old, new, state))
     kept, projected, reset = [], [], []
     groups: list[list[nn.Parameter]] = [[] for _ in optimizer.param_groups]
@@ -137,39 +146,63 @@ def _layer_of(name: str, model: nn.Module) -> str:
 
 
 def _bias_of(name: str, layer: str, new: nn.Module, shapes: Mapping[str, torch.Size]) -> str | None:
-    """The dense layer's bias that the last layer of a pair has taken over."""
-    module = new.get_submodule(layer)
-    bias = f"{layer}.bias"
-    last = isinstance(module, Factored) and name == f"{layer}.{len(module) - 1}.bias"
-    return bias if last and bias in shapes else None
+    """The dense layer's bias that a part of what stands for it has taken over."""
+    module, bias = new.get_submodule(layer), f"{layer}.bias"
+    own = isinstance(module, StandIn) and module.bias_parameter() is new.get_parameter(name)
+    return bias if own and bias in shapes else None
+
+
+def _cut(old: nn.Module, new: nn.Module, state: Mapping[str, dict[str, Any]]) -> Mapping[str, torch.Size]:
+    """Leave of the state, in place, the entries of channels that are still there: shapes of the old network without."""
+    keys = {
+        key
+        for name, p in old.named_parameters()
+        for key, value in state.get(name, {}).items()
+        if isinstance(value, Tensor) and value.shape == p.shape
+    }
+    shapes = {name: p.shape for name, p in old.named_parameters()}
+    # As parameters of the network that lost the channels, they lose what those do.
+    for key in keys:
+        holder = copy_model(old)
+        for name, p in holder.named_parameters():
+            p.copy_(state.get(name, {}).get(key, torch.zeros_like(p)))
+        narrow_as(holder, old, new)
+        for name, p in holder.named_parameters():
+            shapes[name] = p.shape
+            if key in state.get(name, {}):
+                state[name][key] = p.detach()
+    return shapes
 
 
 def _projected(
     old: nn.Module, new: nn.Module, state: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Momenta of factors, by their names, where a mean of gradients is all that the optimizer has."""
-    for layer, pair in new.named_modules():
+    names = {id(p): name for name, p in new.named_parameters()}
+    found: dict[str, dict[str, Any]] = {}
+    for layer, standing in new.named_modules():
         entries = state.get(f"{layer}.weight")
-        if not isinstance(pair, Factored) or entries is None or isinstance(old.get_submodule(layer), StandIn):
+        if not isinstance(standing, StandIn) or entries is None or isinstance(old.get_submodule(layer), StandIn):
             continue
         tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor) and value.dim()}
         if not tensors or not tensors.keys() <= _GRADIENTS:
             continue
         others = {key: value for key, value in entries.items() if key not in tensors}
-        parts: list[dict[str, Any]] = [{}, {}]
         for key, gradient in tensors.items():
-            for part, value in zip(parts, _through(pair, gradient), strict=True):
-                part[key] = value
-        for number, part in enumerate(parts):
-            yield f"{layer}.{number}.weight", {**copy.deepcopy(others), **part}
+            for part, value in _through(standing, gradient):
+                held = found.setdefault(names[id(part)], copy.deepcopy(others))
+                # Of a factor that layers share the gradients add up.
+                held[key] = held[key] + value if key in held else value
+    yield from found.items()
 
 
-def _through(pair: Factored, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of the weights of a pair, given that of its product: ``B^T G`` and ``G A^T``, by autograd."""
-    first, second = pair.first.weight, pair.second.weight
-    assert isinstance(first, Tensor)
-    assert isinstance(second, Tensor)
+def _through(standing: StandIn, gradient: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Gradients of what a weight is made of, given that of the weight: of a pair ``B^T G`` and ``G A^T``."""
+    parts = [p for p in standing.parameters() if p.requires_grad]
     with torch.enable_grad():
-        product = laid_out(pair.whole()[0], pair.original)
-        gradients = torch.autograd.grad(product, [first, second], gradient.to(product.dtype), allow_unused=False)
-    return tuple(each.detach() for each in gradients)  # type: ignore[return-value]
+        product = laid_out(standing.whole()[0], standing.original)
+        gradients = torch.autograd.grad(product, parts, gradient.to(product.dtype), allow_unused=True)
+    for part, value in zip(parts, gradients, strict=True):
+        # A bias is no part of the weight.
+        if value is not None:
+            yield part, value.detach()
