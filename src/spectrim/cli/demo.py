@@ -106,8 +106,8 @@ def _said(plan: Plan, comparison: Comparison, images: int, threads: int) -> Iter
     """What was done and by how much, in plain words."""
     changed = [entry for entry in plan if not entry.choice.is_dense]
     yield (
-        f"Done: {len(changed)} of {len(plan.entries)} layers became two thin layers in a row (low rank), chosen so "
-        "that the whole network keeps the budget and loses the least."
+        f"Done: {len(changed)} of {len(plan.entries)} layers became two or three thin layers in a row (low rank), "
+        "chosen so that the whole network keeps the budget and loses the least."
     )
     size, score = comparison["file size"], comparison["accuracy"]
     yield (
