@@ -70,7 +70,7 @@ def find(
     """
     check_model(model)
     names = paths_of(model)
-    tied = _tied_weights(model)
+    tied = tied_weights(model)
     chains = {} if parts else {m: found for m in names if (found := _chain(m, names, tied))}
     inside = {part for found in chains.values() for part in found}
     # Quantised ones deserve a reason.
@@ -427,7 +427,7 @@ def _masked(spec: LayerSpec, mask: Tensor, kind: Pattern) -> LayerSpec:
     )
 
 
-def _tied_weights(model: nn.Module) -> dict[int, list[str]]:
+def tied_weights(model: nn.Module) -> dict[int, list[str]]:
     """Paths of the modules that hold each weight, for weights held by more than one module."""
     holders: dict[int, list[str]] = {}
     for name, module in model.named_modules():

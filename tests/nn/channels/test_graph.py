@@ -548,3 +548,22 @@ def test_a_torch_pruning_without_what_is_patched_is_refused(missing: str, monkey
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     with pytest.raises(ImportError, match=r"torch-pruning 1\.\d+.*<1\.7"):
         st.couple(model, st.find(model), torch.zeros(2, 3, 8, 8))
+
+
+class TwoTables(nn.Module):
+    """Two tables of one weight, as an encoder's and a decoder's, of which one is added to what a layer writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Embedding(10, 8), nn.Embedding(10, 8)
+        self.two.weight = self.one.weight
+        self.inner, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.one(x) + self.inner(self.two(x)))
+
+
+def test_a_table_whose_weight_another_one_has_keeps_its_channels():
+    sites = coupled(TwoTables().double().eval(), torch.arange(10).reshape(2, 5))
+    assert not sites.couplings
+    assert re.match("one: its weight is tied to two", reasons(sites)["inner:out"])

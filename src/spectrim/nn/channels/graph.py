@@ -23,7 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from spectrim.errors import called_as
 from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Coupling, Side
-from spectrim.network.sites import Layer, Sites, Skipped
+from spectrim.network.sites import Layer, Sites, Skipped, tied_to
 from spectrim.nn.channels.experiments import Experiments, Mixed
 from spectrim.nn.channels.heads import Heads
 from spectrim.nn.channels.narrow import NORMS, beside_layers, held_at, length, pools_of
@@ -31,7 +31,7 @@ from spectrim.nn.channels.products import with_products
 from spectrim.nn.channels.rules import layers_of, rule_of
 from spectrim.nn.channels.tracing import comes_to, traced
 from spectrim.nn.channels.trial import DRAWS, Trial, enlivened, first_line
-from spectrim.nn.find import canonical, find, paths_of
+from spectrim.nn.find import canonical, find, paths_of, tied_weights
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.state import ALONE
@@ -347,6 +347,7 @@ class _Graph:
             return "there is one channel only"
         known = {site.name for site in self.sites}
         reasons = {s.name: s.reason for s in self.sites.skipped}
+        tied = tied_weights(self.model)
         followers = {spec.name for spec in self.sites.untouched if reasons.get(spec.name, "").startswith("depthwise")}
         for dep, _ in group:
             module = dep.target.module
@@ -356,6 +357,10 @@ class _Graph:
                 return "its channels are an output of the network"
             if isinstance(module, (_ConvNd, nn.Linear)) and name not in known | followers:
                 return f"{name}: {reasons.get(name, 'no plain layer')}"
+            # Cut here it would be two tensors, and whole in the other module.
+            own = module.parameters(recurse=False) if isinstance(module, nn.Module) else ()
+            for holders in (tied[id(p)] for p in own if id(p) in tied):
+                return f"{name}: {tied_to('weight', ', '.join(each for each in holders if each != name))}"
             if isinstance(module, nn.MultiheadAttention):
                 return f"{name}: it keeps its heads and channels; those of spectrim.with_linear_layers(model) can go"
             if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
