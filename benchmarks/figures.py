@@ -35,14 +35,14 @@ def figures(results: Sequence[Result]) -> dict[str, bytes]:
         drawn[f"accuracy-{name}"] = (_accuracy(results, name), _ONE)
     timed = [row for result in results for row in result.get("rows", []) if "saved_ratio" in row]
     if timed:
-        drawn["time-against-macs"] = (_times(timed), (6.4, 3.3))
+        drawn["time-against-macs"] = (_times(timed), (4.8, 4.6))
     found: dict[str, bytes] = {}
     for result in results:
         rows = result.get("rows", [])
         if rows and {"arm", "batch_norm"} <= rows[0].keys():
             drawn["front-resnet20"] = (_neighbours(rows), _ONE)
         if rows and {"samples", "seen"} <= rows[0].keys():
-            drawn["error-against-samples"] = (_samples(rows), (8.4, 3.2))
+            drawn["error-against-samples"] = (_samples(rows), (4.8, 7.2))
         if rows and "svd_over_greedy" in rows[0] and result["config"]["claimed"]:
             drawn["low-rank-step-speed"] = (_speed(rows), _ONE)
         if "trajectory" in result:
@@ -124,18 +124,19 @@ def _times(rows: Sequence[Mapping[str, Any]]) -> Draw:
         axes.set_ylim(0.1, 1.0)
         axes.set_xlabel("share of the MACs saved")
         axes.set_ylabel("share of the time saved")
-        figure.legend(fontsize=6.5, frameon=False, loc="outside right upper")
+        figure.legend(fontsize=7, frameon=False, loc="outside lower center", ncols=2)
 
     return draw
 
 
 def _samples(rows: Sequence[Mapping[str, Any]]) -> Draw:
-    """Held-out error of the layers' responses against samples: a panel a layer."""
+    """Held-out error of the layers' responses against samples: a panel a layer, one below the other as on a phone."""
     methods = ("low rank + sparse", "sparse", "low rank", "GoDec")
     layers = list(dict.fromkeys(row["layer"] for row in rows))
 
     def draw(figure: Any, scheme: Scheme) -> None:
-        for axes, layer in zip(figure.subplots(1, len(layers), sharey=True, squeeze=False)[0], layers, strict=True):
+        panels = figure.subplots(len(layers), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+        for axes, layer in zip(panels, layers, strict=True):
             mine = [row for row in rows if row["layer"] == layer]
             for method, colour in zip(methods, scheme.series, strict=False):
                 points = sorted((r["samples"], r["error"]) for r in mine if r["method"] == method)
@@ -146,9 +147,9 @@ def _samples(rows: Sequence[Mapping[str, Any]]) -> Draw:
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
             axes.set_title(f"{layer}, {mine[0]['features']} inputs (dashed)", fontsize=8)
-            axes.set_xlabel("samples")
-        figure.axes[0].set_ylabel("share of the response energy lost, held out")
-        figure.axes[-1].legend(fontsize=7, frameon=False)
+        figure.axes[-1].set_xlabel("samples")
+        figure.supylabel("share of the response energy lost, held out", fontsize=8.5)
+        figure.axes[0].legend(fontsize=7, frameon=False)
 
     return draw
 
