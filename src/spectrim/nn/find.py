@@ -6,7 +6,7 @@ import dataclasses
 import fnmatch
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,8 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Layers that torch keeps the weight of with the inputs first.
 _INPUTS_FIRST = (nn.Embedding, *_TRANSPOSED)
+# Of a part of a compressed layer.
+_MERGE = "To compress the layer again, compress spectrim.merge(model)"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -156,11 +158,7 @@ class _Listing:
 
     def add(self, module: nn.Module, paths: tuple[str, ...]) -> None:
         """A layer by itself."""
-        sparse = (
-            "sparse: its weight is zero outside a mask. To compress it again, compress spectrim.merge(model)"
-            if module in self.masks
-            else None
-        )
+        sparse = f"sparse: its weight is zero outside a mask. {_MERGE}" if module in self.masks else None
         spec = describe(module, paths) if _is_plain(module) else None
         if spec is not None and module in self.masks:
             spec = _masked(spec, *self.masks[module])
@@ -444,7 +442,9 @@ def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied:
         return reason
     for name, tensor in module._parameters.items():
         if id(tensor) in tied:
-            return tied_to(name, ", ".join(n or "the model itself" for n in tied[id(tensor)] if n not in paths))
+            others = ", ".join(n or "the model itself" for n in tied[id(tensor)] if n not in paths)
+            part = any(isinstance(above, StandIn) for above in _above(model, paths))
+            return f"its {name} is tied to {others}. {_MERGE}" if part else tied_to(name, others)
     if module._modules:
         return f"it holds modules of its own ({', '.join(module._modules)}): move them to the module that holds it"
     return "the model itself is this layer: wrap it in nn.Sequential" if "" in paths else None
@@ -491,10 +491,16 @@ def _read_above(model: nn.Module, paths: Sequence[str]) -> str | None:
         parent = model.get_submodule(path.rpartition(".")[0]) if path else model
         if isinstance(parent, nn.MultiheadAttention):
             return "nn.MultiheadAttention reads its weight directly: compress spectrim.with_linear_layers(model)"
-        above = path.split(".")
-        if any(getattr(model.get_submodule(".".join(above[:n])), "reads_weights", False) for n in range(len(above))):
-            return "its weight is one part of a layer's. To compress that again, compress spectrim.merge(model)"
+    if any(getattr(above, "reads_weights", False) for above in _above(model, paths)):
+        return f"its weight is one part of a layer's. {_MERGE}"
     return None
+
+
+def _above(model: nn.Module, paths: Iterable[str]) -> Iterator[nn.Module]:
+    """The modules that hold a layer, from the model on."""
+    for path in paths:
+        names = path.split(".")
+        yield from (model.get_submodule(".".join(names[:n])) for n in range(len(names)))
 
 
 def _changes_rows(module: nn.Module) -> str | None:
