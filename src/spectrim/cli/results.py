@@ -161,9 +161,7 @@ class Outcome:
         out.document(document)
         out.table(["", ">dense", ">compressed", "change"], comparison.to_rows())
         if (competed := self.result.report.competed).rows:
-            out.table(competed.columns, competed.rows)
-            for note in competed.notes:
-                out.prose(note)
+            out.grid(competed)
         out.grid(dataclasses.replace(plan_grid(plan, _LAYERS, files["plan"].name), notes=()))
         for note in notes:
             out.prose(note)

@@ -128,7 +128,7 @@ class Page:
             "arms": self.arms,
             "unit": plan.unit,
             "shared": any(entry.members for entry in plan),
-            "facts": {**facts, **{f"plan: {k}": v for k, v in plan.facts.items()}},
+            "facts": {**facts, **{f"plan: {name}": _fact(value) for name, value in plan.facts.items()}},
             "budget": [f"{cost_name(c)} \u2264 {cost_text(c, limit)}" for c, limit in plan.budget.items()],
             "selector": plan.selector,
             "unmeasured": list(not_measured(comparison, self.agreement)),
@@ -253,6 +253,10 @@ def style() -> Any:
     from markupsafe import Markup
 
     return Markup(files("spectrim.report").joinpath("page.css").read_text(encoding="utf-8"))
+
+
+def _fact(value: object) -> object:
+    return f"{value:.3g}" if isinstance(value, float) else value
 
 
 def _text(parts: Mapping[str, Any]) -> str:
