@@ -15,6 +15,7 @@ from spectrim.cli.data import check_data
 from spectrim.cli.models import check_model, load_model
 from spectrim.cli.references import UsageError
 from spectrim.cli.weights import check_checkpoint, check_file, read_weights
+from spectrim.network.file_kinds import head_of, is_saved, not_safetensors
 
 
 def state() -> dict[str, torch.Tensor]:
@@ -168,3 +169,16 @@ def test_a_path_that_is_no_file_says_what_it_is_and_means_no_other():
             os.mkfifo(name)
         with pytest.raises(UsageError, match="is a pipe, not a file$"):
             check()
+
+
+def test_safetensors_of_every_length_of_header_are_safetensors(tmp_path: Path):
+    file, lengths = tmp_path / "net.safetensors", set()
+    for more in range(0, 256, 8):
+        save_file({"weight": torch.zeros(1)}, file, {"note": "n" * more})
+        head = head_of(file)
+        lengths.add(head[0])
+        assert not is_saved(head)
+        assert not_safetensors(file, head, "") == ""
+    assert 0x80 in lengths  # with which pickles begin
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert is_saved(head_of(tmp_path / "old.pt"))

@@ -68,8 +68,11 @@ def something_else(head: bytes) -> str:
 
 
 def is_saved(head: bytes) -> bool:
-    """Whether a file begins as those of ``torch.save`` do."""
-    return head[:4] == b"PK\x03\x04" or head[:1] == b"\x80"
+    """Whether a file begins as those of ``torch.save`` do: as a zip archive, or as a pickle.
+
+    The length that a safetensors file begins with may begin with the byte of a pickle, too.
+    """
+    return head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[4:9] != b"\0\0\0\0{")
 
 
 def not_safetensors(path: Path, head: bytes, instead: str) -> str:
