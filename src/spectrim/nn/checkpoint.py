@@ -26,9 +26,10 @@ from spectrim.nn.find import describe, find, is_layer
 from spectrim.nn.linears import rewrite
 from spectrim.nn.packing import pack_state
 from spectrim.nn.shipping import carry, earlier, remembered, rewritten
-from spectrim.nn.sparse.layers import Slim
-from spectrim.nn.sparse.packed import masked_layers, read_mask, read_weight
+from spectrim.nn.sparse.layers import Masked, Slim
+from spectrim.nn.sparse.packed import masked_in, read_mask, read_weight
 from spectrim.nn.standing import StandIn, Traits
+from spectrim.nn.stored import name_in
 from spectrim.nn.surgery import replace_module
 from spectrim.selection.plan import Plan
 
@@ -107,7 +108,7 @@ def save(model: nn.Module | Compressed, plan: Plan | str | Path, path: str | Pat
     tensors, shared = tensor_files.owners(state)
     before, linear = earlier(model, plan), rewritten(model)
     densities = {e.site: e.choice.density for p in (*before, plan) for e in p if isinstance(e.choice, SumChoice)}
-    packed = pack_state(model, tensors, lambda layer: densities.get(layer.original.name))
+    packed = pack_state(model, tensors, state, lambda layer: densities.get(layer.original.name))
     metadata = {
         "format": FORMAT,
         "format_version": AGAIN_VERSION if before or values or linear else PACKED_VERSION if packed else FORMAT_VERSION,
@@ -222,12 +223,13 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     _check_dense(model, plans[0], path)
     for plan in plans:
         rebuild(model, plan, tensors, path)
-    _unpack(model, tensors, tables.packed, path)
+    present = model.state_dict()
+    packed = {(weight, mask): layer for weight, mask, layer in masked_in(model, present)}
+    _unpack(packed, tensors, tables.packed, path)
     for name, source in tables.shared.items():
         if source not in tensors:
             raise CheckpointError(f"{path}: tensor {name!r} shares {source!r}, which the file does not hold")
         tensors[name] = tensors[source]
-    present = model.state_dict()
     values = _values(present, tensors, tables.values, path)
     state = {name: value for name, value in present.items() if is_plain(value)}
     _check(state, tensors, path)
@@ -235,7 +237,13 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     _check_channels(model, tensors, path)
     # A copy, which says of which version of its modules it is.
     present.update(tensors | values)
-    model.load_state_dict(present)
+    try:
+        model.load_state_dict(present)
+    except Exception as error:  # a model's own hooks may raise anything
+        raise CheckpointError(
+            f"{path}: the {type(model).__name__} does not load what its state_dict gives: {error}. Have its hooks, or "
+            "its load_state_dict, take that"
+        ) from error
     traits.give(model)
     for plan in plans:
         carry(model, plan)
@@ -278,7 +286,15 @@ def read_plan(path: str | Path, *, whole: bool = False) -> Plan:
 
 def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state of a model, apart, with all its parameters in it, unless the model loads in a way of its own."""
-    state, records = _apart(model.state_dict())
+    try:
+        given = model.state_dict()
+    except Exception as error:  # a model's own hooks may raise anything
+        raise CheckpointError(
+            f"state_dict of the {type(model).__name__} raises {type(error).__name__}: {error}. Have it and its hooks "
+            "take the names that are there: what stands for a layer has other tensors"
+        ) from error
+    state, records = _apart(given)
+    _check_parts(model, state)
     held = {(tensor.data_ptr(), tensor.shape) for tensor in state.values() if not nn.parameter.is_lazy(tensor)}
     own = ((n, p) for n, p in nn.Module.named_parameters(model) if n not in state and not nn.parameter.is_lazy(p))
     left = [name for name, parameter in own if (parameter.data_ptr(), parameter.shape) not in held]
@@ -289,6 +305,17 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "loaded again: give all parameters there, or put what is left out of it into a method of another name"
         )
     return state, records
+
+
+def _check_parts(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError if a state leaves out what stands for a layer: no loading of the model's own knows that."""
+    for path, layer in nn.Module.named_modules(model):
+        for name, tensor in layer.state_dict(prefix=f"{path}.").items() if isinstance(layer, StandIn) else ():
+            if is_plain(tensor) and name_in(state, name, tensor) is None:
+                raise CheckpointError(
+                    f"state_dict of the {type(model).__name__} leaves out {name!r} of what stands for layer {path!r}: "
+                    "have its hooks leave that in, or skip= the layer"
+                )
 
 
 def _loads_itself(module: nn.Module) -> bool:
@@ -448,9 +475,13 @@ def _rebuild(model: nn.Module, sites: Sites, plan: Plan, path: str | Path) -> No
             replace_module(model, spec.names, module)
 
 
-def _unpack(model: nn.Module, tensors: dict[str, Tensor], packed: Sequence[tuple[str, str]], path: str | Path) -> None:
-    """Put whole weights and masks in place of packed ones."""
-    layers = {(weight, mask): layer for weight, mask, layer in masked_layers(model)}
+def _unpack(
+    layers: dict[tuple[str, str], Masked],
+    tensors: dict[str, Tensor],
+    packed: Sequence[tuple[str, str]],
+    path: str | Path,
+) -> None:
+    """Put whole weights and masks in place of packed ones, by their names."""
     for weight, mask in packed:
         # A pair that comes twice has left the table.
         layer = layers.pop((weight, mask), None)

@@ -71,8 +71,9 @@ def file_size(model: nn.Module) -> int:
     """Bytes of the weights as a safetensors file: shared tensors stored once, sparse weights packed."""
     from safetensors.torch import save_file
 
-    tensors, _ = tensor_files.owners(model.state_dict())
-    pack_state(model, tensors)
+    state = model.state_dict()
+    tensors, _ = tensor_files.owners(state)
+    pack_state(model, tensors, state)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.safetensors"
         save_file(tensor_files.plain(tensors), path)

@@ -22,6 +22,7 @@ from spectrim.network.layer import LayerSpec, Lookup
 from spectrim.network.sites import Layer, Sites, Skipped, Tied, tied_to
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.standing import LAYERS, StandIn
+from spectrim.nn.stored import bytes_of_state
 from spectrim.nn.unheld import stored, unheld
 
 log = logging.getLogger(__name__)
@@ -245,12 +246,11 @@ def _compressed_before(module: Any, paths: tuple[str, ...], parts: tuple[nn.Modu
 def _elsewhere(
     model: nn.Module, covered: set[int], masks: Mapping[nn.Module, tuple[Tensor, Pattern]]
 ) -> tuple[int, int]:
-    """Parameters outside the layers, and their bytes with those of the buffers."""
+    """Parameters outside the layers, and their bytes with those of what else files hold."""
     others = [p for p in parameters_of(model) if id(p) not in covered and not is_lazy(p)]
     # Masks are counted with their layers, as the bytes that files take for them.
     counted_masks = {id(mask) for mask, _ in masks.values()}
-    buffers = [b for b in model.buffers() if id(b) not in counted_masks and not is_lazy(b)]
-    return sum(p.numel() for p in others), sum(t.numel() * t.element_size() for t in [*others, *buffers])
+    return sum(p.numel() for p in others), bytes_of_state(model, covered | counted_masks)
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
 from spectrim.errors import CheckpointError
 from spectrim.nn.sparse.layers import Masked
-from spectrim.nn.sparse.packed import masked_layers, packed_mask, values_inside
+from spectrim.nn.sparse.packed import masked_in, packed_mask, values_inside
 
 
 def pack_state(
-    model: nn.Module, state: dict[str, Tensor], density_of: Callable[[Masked], object] = lambda layer: None
+    model: nn.Module,
+    state: dict[str, Tensor],
+    whole: Mapping[str, Any],
+    density_of: Callable[[Masked], object] = lambda layer: None,
 ) -> list[list[str]]:
     """Put values and packed positions in place of whole weights and masks in a state.
 
     Parameters
     ----------
+    whole
+        The state with all names of tensors that are the same memory.
     density_of
         That the mask of a layer should have, where it is known: a number.
 
@@ -32,12 +38,13 @@ def pack_state(
         As :func:`packed_mask`; the message names the mask.
     """
     packed: list[list[str]] = []
-    for weight, mask, layer in masked_layers(model):
-        if weight in state and mask in state:
-            try:
-                state[mask] = packed_mask(layer, density_of(layer))
-            except ValueError as error:
-                raise CheckpointError(f"tensor {mask!r} cannot be packed: {error}") from error
-            state[weight] = values_inside(layer, state[weight])
-            packed.append([weight, mask])
+    for weight, mask, layer in list(masked_in(model, whole)):
+        if weight not in state or mask not in state:
+            continue
+        try:
+            state[mask] = packed_mask(layer, density_of(layer))
+        except ValueError as error:
+            raise CheckpointError(f"tensor {mask!r} cannot be packed: {error}") from error
+        state[weight] = values_inside(layer, state[weight])
+        packed.append([weight, mask])
     return packed

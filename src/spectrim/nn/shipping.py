@@ -206,7 +206,7 @@ class Saver:
     def _packed(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """The state with sparse weights as files hold them."""
         densities = {layer: density for plan in self.plans for layer, density in _sparse_parts(self.model, plan)}
-        pack_state(self.model, state, densities.get)
+        pack_state(self.model, state, state, densities.get)
         return state
 
 

@@ -15,6 +15,7 @@ from spectrim.nn.parameters import parameters_of
 from spectrim.nn.shipping import declare_ties, forget_layers, without_bias
 from spectrim.nn.sparse.packed import masked_layers, stored_bytes
 from spectrim.nn.standing import StandIn, Traits, fits, take_over
+from spectrim.nn.stored import bytes_of_state
 
 # Its place in 0.1, until 0.3.
 from spectrim.nn.watch.norms import reestimate_batchnorm as reestimate_batchnorm
@@ -134,11 +135,10 @@ def parameter_count(model: nn.Module) -> int:
 
 
 def size_in_bytes(model: nn.Module) -> int:
-    """Bytes that a file takes for parameters and buffers, shared ones once; masks as packed positions.
+    """Bytes that a file takes for a model's state, shared tensors once; masks as packed positions.
 
     The header of the file, with names, shapes and the plan, comes on top.
     """
-    sizes = {id(t): t.numel() * t.element_size() for t in [*parameters_of(model), *model.buffers()]}
-    for _, _, layer in masked_layers(model):
-        sizes[id(layer.layer.weight)], sizes[id(layer.mask)] = stored_bytes(layer)
-    return sum(sizes.values())
+    parts = [(layer.layer.weight, layer.mask, stored_bytes(layer)) for _, _, layer in masked_layers(model)]
+    whole = {id(tensor) for weight, mask, _ in parts for tensor in (weight, mask)}
+    return bytes_of_state(model, whole) + sum(values + positions for _, _, (values, positions) in parts)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from spectrim.linalg.packing import pack, packed_bytes, unpack
 from spectrim.nn.find import canonical
 from spectrim.nn.sparse.layers import Masked, laid_open, laid_out
+from spectrim.nn.stored import name_in
 
 
 def masked_layers(model: nn.Module) -> Iterator[tuple[str, str, Masked]]:
@@ -18,6 +20,17 @@ def masked_layers(model: nn.Module) -> Iterator[tuple[str, str, Masked]]:
         if isinstance(module, Masked):
             prefix = f"{name}." if name else ""
             yield f"{prefix}layer.weight", f"{prefix}mask", module
+
+
+def masked_in(model: nn.Module, state: Mapping[str, Any]) -> Iterator[tuple[str, str, Masked]]:
+    """The same with the names of weight and mask in a state of the model, where it has both."""
+    taken: set[str] = set()
+    for *usual, layer in masked_layers(model):
+        tensors: Any = (layer.layer.weight, layer.mask)
+        weight, mask = (name_in(state, name, t, taken) for name, t in zip(usual, tensors, strict=True))
+        if weight is not None and mask is not None:
+            taken |= {weight, mask}
+            yield weight, mask, layer
 
 
 def values_inside(layer: Masked, weight: Tensor | None = None) -> Tensor:
