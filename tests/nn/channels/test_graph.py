@@ -567,3 +567,27 @@ def test_a_table_whose_weight_another_one_has_keeps_its_channels():
     sites = coupled(TwoTables().double().eval(), torch.arange(10).reshape(2, 5))
     assert not sites.couplings
     assert re.match("one: its weight is tied to two", reasons(sites)["inner:out"])
+
+
+class Places(nn.Embedding):
+    """Positions by the shape of what they are added to, as in Marian."""
+
+    def forward(self, shape: torch.Size) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(torch.arange(shape[1]))
+
+
+class Placed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.into, self.places, self.out = nn.Linear(5, 8), Places(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.into(x) + self.places(x.shape))
+
+
+def test_a_table_that_is_called_with_a_shape_stays_with_what_is_added_to_it():
+    model, x = Placed().double().eval(), torch.randn(8, 6, 5).double()
+    sites = st.calibrate(model, coupled(model, x), [x])
+    assert [site.name for site in sites] == ["into", "out"]
+    assert not sites.couplings
+    assert reasons(sites)["into:out"] == "a layer of theirs was not calibrated"

@@ -83,6 +83,22 @@ class Borrowed(nn.Module):
         return self.inner(x, x, x, need_weights=False)[0]
 
 
+class OneKey(nn.Module):
+    """Multi-query attention from one layer: all heads share keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(WIDTH, WIDTH + 8), nn.Linear(WIDTH, WIDTH)
+        self.inner, self.num_key_value_groups = WIDTH, HEADS
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).split((self.inner, 4, 4), -1)
+        q = q.unflatten(-1, (-1, 4)).transpose(1, 2)
+        # Another way to run it would repeat both.
+        attended = functional.scaled_dot_product_attention(q, *(each[:, None] for each in (k, v)), enable_gqa=True)
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
 class Biased(nn.Module):
     """Adds what it is given to the scores, or a table's entries by distance; hands on what it added, as T5 does."""
 
@@ -169,6 +185,7 @@ NETS: dict[str, tuple[Any, Any, int]] = {
     "fused": (lambda: _net(Fused()), ROWS, 4),
     "fused head by head": (lambda: _net(Fused("together")), ROWS, 4),
     "shared keys": (lambda: _net(Shared()), ROWS, 2),
+    "one key for all": (lambda: _net(OneKey()), ROWS, 4),
     "torch's": (lambda: st.with_linear_layers(_net(Borrowed())), ROWS, 4),
     "a bias of the first layer": (lambda: _stack(0), ROWS, 4),
     "a bias of the stack": (lambda: _stack(1), ROWS, 4),
@@ -218,6 +235,14 @@ def test_numbers_of_a_module_follow_and_sizes_of_a_head_stay():
     assert attention.q_norm.normalized_shape == (4,)
     assert attention.slope.shape == (2, 1, 1)
     assert (attention.q.out_features, attention.k.out_features, attention.o.in_features) == (8, 4, 8)
+
+
+def test_what_all_heads_read_stays():
+    model = _net(OneKey())
+    sites, heads = _coupled(model, ROWS)
+    narrow(model, axes_left(sites.couplings, {heads.name: [0, 3]}))
+    attention = model.att
+    assert (attention.inner, attention.num_key_value_groups, attention.qkv.out_features) == (8, 2, 16)
 
 
 @pytest.mark.parametrize("where", [0, 1])

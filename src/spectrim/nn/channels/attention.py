@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,8 @@ from spectrim.nn.channels.narrow import beside_layers
 _MOST = 4
 # Attributes with such a name are tried first. The trial decides.
 _COUNTS_HEADS = re.compile(r"heads?$|\.all_head_size$", re.IGNORECASE)
+# How many heads share keys and values: another way to run attention may read it than the one that is tried.
+_COUNTS_SHARERS = re.compile(r"groups$|n_rep$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -36,12 +38,6 @@ class Number:
     axis: str
     places: tuple[tuple[str, int], ...]
 
-    def counts(self, heads: int) -> bool:
-        """Whether it says that it is the number of heads, or has an entry for each."""
-        if self.axis.startswith("."):
-            return bool(_COUNTS_HEADS.search(self.axis))
-        return all(size == heads for _, size in self.places)
-
 
 @dataclass(frozen=True, eq=False)
 class Attention:
@@ -57,11 +53,14 @@ class Attention:
     listed
         Path of the list whose modules have them, where they are tried together: what holds the list may also hold what
         the heads have in common, such as a bias by relative position.
+    shares
+        Whether what it reads has entries that are in all heads, as keys and values of multi-query attention.
     """
 
     owners: tuple[str, ...]
     sides: tuple[Side, ...]
     listed: str = ""
+    shares: bool = False
 
     @property
     def name(self) -> str:
@@ -88,7 +87,15 @@ class Attention:
         (owner,) = self.owners
         sides = ((s.name.removeprefix(owner), s.axis, s.size, s.positions.shape) for s in self.sides)
         numbers = ((number.path, number.axis, number.places[0][1]) for number in self.numbers(model))
-        return type(model.get_submodule(owner)), tuple(numbers), *sides
+        return type(model.get_submodule(owner)), self.shares, tuple(numbers), *sides
+
+    def counts(self, number: Number) -> bool:
+        """Whether a number says that it is that of the heads, or has an entry for each."""
+        each_one = all(size == self.heads for _, size in number.places)
+        if not number.axis.startswith("."):
+            return each_one
+        sharers = self.shares and each_one and _COUNTS_SHARERS.search(number.axis)
+        return bool(_COUNTS_HEADS.search(number.axis) or sharers)
 
     def numbers(self, model: nn.Module) -> list[Number]:
         """What may follow the number of heads: alike in every owner, and what counts heads beside a list."""
@@ -105,7 +112,7 @@ class Attention:
             for path, axis, size in self._numbers_in(model.get_submodule(above))
             if not f"{path}.".startswith(f"{own}.")
         )
-        return [*found, *(each for each in others if each.counts(self.heads))]
+        return [*found, *filter(self.counts, others)]
 
     def _numbers_in(self, owner: nn.Module) -> Iterator[tuple[str, str, int]]:
         heads, sizes = self.heads, {side.size for side in self.sides}
@@ -139,24 +146,26 @@ def in_lists(attentions: Iterable[Attention]) -> list[Attention]:
         number = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
         if number:
             shapes = tuple((side.axis, side.size, tuple(side.positions.shape)) for side in attention.sides)
-            key = ".".join(parts[:number]), tuple(parts[number + 1 :]), shapes
+            key = ".".join(parts[:number]), tuple(parts[number + 1 :]), attention.shares, shapes
             lists.setdefault(key, []).append(attention)
     return [
         Attention(
             tuple(owner for each in several for owner in each.owners),
             tuple(side for each in several for side in each.sides),
             listed,
+            several[0].shares,
         )
         for (listed, *_), several in lists.items()
     ]
 
 
-def sets(numbers: Sequence[Number], heads: int) -> Iterator[tuple[Number, ...]]:
+def sets(attention: Attention, model: nn.Module) -> Iterator[tuple[Number, ...]]:
     """Sets of numbers that may follow together: those that count heads, then few more than those, then few."""
-    counting = [each for each in numbers if each.counts(heads)]
+    numbers = attention.numbers(model)
+    counting = [each for each in numbers if attention.counts(each)]
     others = [each for each in numbers if each not in counting]
     told: set[tuple[Number, ...]] = set()
-    for start, rest in ((counting, others), ([], list(numbers))):
+    for start, rest in ((counting, others), ([], numbers)):
         for count in range(min(_MOST, len(rest)) + 1):
             for more in itertools.combinations(rest, count):
                 chosen = tuple(each for each in numbers if each in start or each in more)

@@ -97,15 +97,16 @@ class Heads:
             for writer in writers:
                 readers.setdefault(writer, set()).add(reader)
         for reader, writers in reaching.items():
-            alone = all(readers[writer] == {reader} for writer in writers)
-            axes = {(reader, IN), *((writer, OUT) for writer in writers)}
-            if not writers or not alone or not {name for name, _ in axes} <= self.known or axes & taken:
+            alone = {w for w in self.known.intersection(writers) if readers[w] == {reader} and (w, OUT) not in taken}
+            if not alone or reader not in self.known or (reader, IN) in taken:
                 continue
             try:
-                sides = seen.heads(reader, writers)
+                sides, shares = seen.heads(reader, writers)
             except Mixed:
                 continue
-            yield Attention((_above([side.name for side in sides]),), sides)
+            if not {side.name for side in sides if side.axis == OUT} <= alone:
+                continue
+            yield Attention((_above([side.name for side in sides]),), sides, shares=shares)
 
     def _known(self, attention: Attention) -> Coupling | str:
         """As :meth:`_tried`; what holds for one of a kind holds for all."""
@@ -127,7 +128,7 @@ class Heads:
     def _tried(self, attention: Attention) -> Coupling | str:
         """The channels of attention with the numbers that have to follow, or what goes wrong."""
         faults: list[str] = []
-        candidates = sets(attention.numbers(self.trial.model), attention.heads)
+        candidates = sets(attention, self.trial.model)
         for numbers in itertools.islice(candidates, _TRIED):
             coupling = attention.coupled(self.trial.model, numbers)
             fault = self.trial.fault([coupling])
@@ -173,8 +174,14 @@ class _Seen:
             return []
         return [name for name, touched in self._touched(tensors, list(self.drawn)).items() if bool(touched.any())]
 
-    def heads(self, reader: str, writers: Sequence[str]) -> tuple[Side, ...]:
+    def heads(self, reader: str, writers: Sequence[str]) -> tuple[tuple[Side, ...], bool]:
         """Where heads lie in the layers before and behind attention: in runs as short as keep them apart.
+
+        Returns
+        -------
+        sides, shares
+            The second says whether some entries are in all heads, as keys and values of multi-query attention: they
+            stay.
 
         Raises
         ------
@@ -191,21 +198,26 @@ class _Seen:
             behind = Side(reader, IN, torch.arange(size).reshape(-1, run), size)
             if run == 1:
                 raise Mixed("each of its entries is apart")
-            return (*(_side(*each, size // run) for each in belongs.items()), behind)
+            sides = [_side(*each, size // run) for each in belongs.items() if bool((each[1] >= 0).any())]
+            if not sides:
+                raise Mixed("all of what it reads is in all of its entries")
+            return (*sides, behind), any(bool((each < 0).any()) for each in belongs.values())
         raise Mixed("its entries are mixed")
 
     def _runs(self, reader: str, writers: Sequence[str], dim: int, run: int) -> dict[str, Tensor]:
-        """The run of entries of a layer's input that each number of other layers reaches."""
+        """The run of entries of a layer's input that each number of other layers reaches; -1 for all or none."""
         size = self.inputs[reader][0].shape[dim]
         number = torch.arange(size) // run
         found = {writer: torch.zeros(self._width(writer), dtype=torch.int64) for writer in writers}
+        apart: dict[str, Tensor] = {}
         for digit in range((size // run - 1).bit_length()):
             zero, one = (self._reached(reader, writers, dim, (number >> digit) % 2 == value) for value in (0, 1))
             for writer in writers:
-                if not bool((zero[writer] ^ one[writer]).all()):
-                    raise Mixed(f"{writer}: what it delivers reaches several runs, or none")
+                differs = zero[writer] ^ one[writer]
+                if not torch.equal(differs, apart.setdefault(writer, differs)):
+                    raise Mixed(f"{writer}: what it delivers reaches several runs")
                 found[writer] += one[writer].long() << digit
-        return found
+        return {writer: torch.where(apart[writer], number, -1) for writer, number in found.items()}
 
     def _reached(self, reader: str, writers: Sequence[str], dim: int, chosen: Tensor) -> dict[str, Tensor]:
         shape = [-1, *(1,) * (-dim - 1)]
@@ -233,9 +245,10 @@ class _Seen:
 
 def _side(writer: str, belongs: Tensor, heads: int) -> Side:
     """Where the heads lie in a layer that attention reads."""
-    if not bool((belongs.bincount(minlength=heads) == len(belongs) // heads).all()):
+    entries = (belongs >= 0).nonzero().flatten()
+    if not bool((belongs[entries].bincount(minlength=heads) == len(entries) // heads).all()):
         raise Mixed(f"{writer}: its heads are not equally wide")
-    return Side(writer, OUT, belongs.argsort(stable=True).reshape(heads, -1), len(belongs))
+    return Side(writer, OUT, entries[belongs[entries].argsort(stable=True)].reshape(heads, -1), len(belongs))
 
 
 def _above(paths: Sequence[str]) -> str:

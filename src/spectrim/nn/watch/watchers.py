@@ -83,6 +83,9 @@ class Shapes:
                     "called with more than its input (output_size), which a pair of layers cannot take: give "
                     "output_padding to its constructor instead"
                 )
+            if not isinstance(inputs, Tensor):
+                self.refused = f"called with a {type(inputs).__name__} and not with a tensor"
+                return
             if inputs.layout is not torch.strided:
                 self.refused = "called with a sparse tensor, whose rows cannot be watched: give it x.to_dense()"
             if not inputs.numel():
