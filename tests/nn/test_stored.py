@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import spectrim as st
 from spectrim.nn.stored import bytes_of_state
 
-SPARSE = st.LowRankPlusSparse(patterns=("unstructured",), densities=(0.0, 0.2), ranks=2, turns=2)
+SPARSE = st.LowRankPlusSparse(patterns=("unstructured",), densities=(0.0, 0.2), ranks=2, turns=3)
 X = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
 
 
@@ -69,7 +69,7 @@ def without(name: str) -> Callable[[], Plain]:
 
         model.register_state_dict_post_hook(hook)
         model.register_load_state_dict_pre_hook(
-            lambda module, state, *_: [state.setdefault(k, t) for k, t in nn.Module.state_dict(model).items()]
+            lambda module, state, *_: name == "held" and state.setdefault(name, model.held)
         )
         return model
 
@@ -87,7 +87,7 @@ def test_files_have_the_size_of_the_plan_and_are_read_back(
     st.save(result, path)
     planned = result.plan.costs["bytes"]
     # A header is counted at its largest.
-    assert planned - 2000 < path.stat().st_size <= planned <= result.plan.budget["bytes"]
+    assert planned - 1700 < path.stat().st_size <= planned <= result.plan.budget["bytes"]
     torch.manual_seed(0)  # what a state leaves out is as it is made
     again = st.load(make(), path).eval()
     assert torch.equal(again(X), result.model(X))
