@@ -129,6 +129,11 @@ def with_linear_layers(model: nn.Module) -> nn.Module:
     nn.Module
         In the same mode. Weights of attention are named ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``.
 
+    Notes
+    -----
+    Torch's fused encoder kernels run no such attention, as they run no layer that is compressed. Without them encoders
+    of widths 256 and 512 took 1.04 to 1.10 times as long on one core. ``guard`` compares with the model it is given.
+
     Examples
     --------
     >>> import spectrim as st
