@@ -90,7 +90,8 @@ def couple(
     -----
     Layers whose outputs are added up lose the same channels. Grouped convolutions lose as many in every group. A head
     of attention is one channel of what writes its queries, keys and values and of what reads it; heads that share keys
-    and values are one together. LayerNorm and GroupNorm are narrowed with their channels, which changes their
+    and values are one together unless all of them do, and layers that add one bias for each head lose the same heads.
+    LayerNorm and GroupNorm are narrowed with their channels, which changes their
     statistics; fine-tuning makes up for that.
     """
     try:
