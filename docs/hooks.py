@@ -8,6 +8,8 @@ _TITLED = re.compile(r":(?:py:)?(?:func|class|meth|mod|attr|data|exc):<code>([^<
 # Blocks without a colour are those of no language.
 _PRINTED = re.compile(r'<div class="highlight"><pre>(<span></span><code>[^<]*</code>)')
 
+_CONTENTS = re.compile(r'(<nav class="md-nav" aria-label=)"([^"]*)"')
+
 _TABLE = re.compile(r"<table>(.*?)</table>", re.DOTALL)
 
 
@@ -24,8 +26,15 @@ def on_page_content(html: str, **_: object) -> str:
 
 
 def on_post_page(output: str, **_: object) -> str:
-    """Name the search for those who hear the page."""
-    return output.replace(
+    """Name the search for those who hear the page, and tell parts of the contents that have one name apart."""
+    seen: dict[str, int] = {}
+
+    def numbered(nav: re.Match[str]) -> str:
+        name = nav[2].lower()  # what differs in capitals sounds alike
+        number = seen[name] = seen.get(name, 0) + 1
+        return f'{nav[1]}"{nav[2]}{f" ({number})" if number > 1 else ""}"'
+
+    return _CONTENTS.sub(numbered, output).replace(
         'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
     )
 
