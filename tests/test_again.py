@@ -262,3 +262,28 @@ def test_a_network_whose_weights_lie_otherwise_is_refused() -> None:
     linear = st.with_linear_layers(attention)
     with pytest.raises(ValueError, match="'0' has nn.Linear layers in the new network"):
         carry_optimizer(sgd(attention), attention, linear)
+
+
+class Scaled(nn.Module):
+    """A layer's width between two, and a scale that is one number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 5))
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * self.layers(x)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.Adafactor])
+def test_steps_are_counted_on_and_state_that_cannot_be_cut_is_reset(kind: type[torch.optim.Optimizer]) -> None:
+    torch.manual_seed(0)
+    dense, data = Scaled().eval(), [torch.randn(64, 12)]
+    optimizer = trained(dense, kind(dense.parameters()), data)  # type: ignore[call-arg]
+    small = st.compress(dense, data, "macs=60%", methods=st.PrincipalFilters()).model
+    carried = carry_optimizer(optimizer, dense, small)
+    matrices = ("layers.0.weight", "layers.2.weight")
+    assert set(carried.reset) == (set() if kind is torch.optim.Adam else set(matrices))
+    assert all(optimizer.state[small.get_parameter(name)]["step"] == 1 for name in carried.kept)
+    trained(small, optimizer, data)

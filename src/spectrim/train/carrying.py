@@ -152,24 +152,28 @@ def _bias_of(name: str, layer: str, new: nn.Module, shapes: Mapping[str, torch.S
     return bias if own and bias in shapes else None
 
 
-def _cut(old: nn.Module, new: nn.Module, state: Mapping[str, dict[str, Any]]) -> Mapping[str, torch.Size]:
-    """Leave of the state, in place, the entries of channels that are still there: shapes of the old network without."""
-    keys = {
-        key
-        for name, p in old.named_parameters()
-        for key, value in state.get(name, {}).items()
-        if isinstance(value, Tensor) and value.shape == p.shape
-    }
-    shapes = {name: p.shape for name, p in old.named_parameters()}
-    # As parameters of the network that lost the channels, they lose what those do.
-    for key in keys:
+def _cut(old: nn.Module, new: nn.Module, state: dict[str, dict[str, Any]]) -> Mapping[str, torch.Size]:
+    """Leave of the state, in place, the entries of channels that are still there: shapes of the old network without.
+
+    State of a parameter that lost channels is dropped if it has tensors of another shape, as factored ones.
+    """
+    before = {name: p.shape for name, p in old.named_parameters()}
+    # As parameters of the network that lost the channels, tensors lose what those do.
+    holder = copy_model(old)
+    narrow_as(holder, old, new)
+    shapes = {name: p.shape for name, p in holder.named_parameters()}
+    changed = {name for name in before.keys() & state.keys() if before[name] != shapes[name]}
+    tensors = {n: {k: v for k, v in state[n].items() if isinstance(v, Tensor) and v.dim()} for n in changed}
+    for name in [name for name in changed if any(v.shape != before[name] for v in tensors[name].values())]:
+        del state[name], tensors[name]
+    for key in {key for held in tensors.values() for key in held}:
         holder = copy_model(old)
         for name, p in holder.named_parameters():
-            p.copy_(state.get(name, {}).get(key, torch.zeros_like(p)))
+            if key in tensors.get(name, {}):
+                p.copy_(tensors[name][key])
         narrow_as(holder, old, new)
         for name, p in holder.named_parameters():
-            shapes[name] = p.shape
-            if key in state.get(name, {}):
+            if key in tensors.get(name, {}):
                 state[name][key] = p.detach()
     return shapes
 
