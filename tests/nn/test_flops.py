@@ -226,3 +226,13 @@ def test_a_pause_counts_nothing():
         assert counter.get_total_flops() == 0
         _ = x @ x.mT
     assert counter.get_total_flops() / 2 == 4 * 10 * 10 * 16
+
+
+@pytest.mark.parametrize(
+    "kind", [lambda: nn.Linear(16, 5, dtype=torch.complex64), lambda: nn.Conv1d(10, 5, 1, dtype=torch.complex64)]
+)
+def test_a_product_of_complex_numbers_is_four_or_three_of_real_ones(kind):
+    layer = kind()
+    rows = 40 if isinstance(layer, nn.Linear) else 4 * 16
+    times = 4 if isinstance(layer, nn.Linear) else 3  # torch makes three convolutions of it
+    assert counted(lambda: layer(x.to(torch.complex64))) == times * rows * layer.weight.numel()

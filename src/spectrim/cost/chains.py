@@ -67,8 +67,8 @@ def calls(layers: Sequence[LayerSpec]) -> list[Chain]:
 def describe(chain: Chain) -> str:
     """The shape of a chain as text: all that its time depends on besides the machine and how it is run."""
 
-    def numbers(values: tuple[int, ...] | str) -> str:
-        return values if isinstance(values, str) else "x".join(map(str, values))
+    def numbers(values: tuple[float, ...] | str) -> str:
+        return values if isinstance(values, str) else "x".join(f"{n:.6g}" if n % 1 else str(n) for n in values)
 
     def one(spec: LayerSpec) -> str:
         (shape,) = spec.inputs
@@ -184,9 +184,10 @@ def _weight_shape(spec: LayerSpec) -> tuple[int, ...]:
 
 def _input_shape(spec: LayerSpec, batch: int) -> tuple[int, ...]:
     (shape,) = spec.inputs
-    if spec.looks_up:
-        return (batch * shape[0],)
-    return (batch * shape[0], spec.in_channels) if spec.is_linear else (batch, spec.in_channels, *shape)
+    if spec.is_linear:
+        rows = max(1, round(batch * shape[0]))
+        return (rows,) if spec.looks_up else (rows, spec.in_channels)
+    return (batch, spec.in_channels, *map(int, shape))
 
 
 def _input(spec: LayerSpec, pool: Tensor, batch: int, channels_last: bool) -> Tensor:

@@ -93,7 +93,7 @@ def known(sites: Sites, more: Mapping[str, Cost] | None = None) -> dict[str, Cos
     return {**functions, **further(more)}
 
 
-def require_inputs(spec: LayerSpec) -> tuple[tuple[int, ...], ...]:
+def require_inputs(spec: LayerSpec) -> tuple[tuple[float, ...], ...]:
     """The input shapes of a layer.
 
     Raises

@@ -7,7 +7,7 @@ import functools
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,6 +15,8 @@ from spectrim.linalg.packing import packed_bytes
 from spectrim.linalg.patterns import Channels, Pattern, Taps
 from spectrim.linalg.unfold import Unfolding
 from spectrim.network.structure import Pair
+
+N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class LayerSpec:
         One number an axis; all empty for a linear layer. ``padding`` may be ``"same"``.
     inputs
         Spatial shape of the input for every call in one forward pass, for one sample. A linear layer has the number of
-        rows a sample. Empty until the network has been run.
+        rows a sample, a mean where samples have different numbers. Empty until the network has been run.
     shared
         Numbers of the weight that belong to another spec too, which counts them (shared factors).
     density
@@ -58,7 +60,7 @@ class LayerSpec:
     bias: bool = True
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
-    inputs: tuple[tuple[int, ...], ...] = ()
+    inputs: tuple[tuple[float, ...], ...] = ()
     shared: int = 0
     density: float = 1.0
     index_bytes: int = 0
@@ -103,12 +105,12 @@ class LayerSpec:
         return round(math.prod(self.shape) * self.density)
 
     @property
-    def positions(self) -> int:
+    def positions(self) -> float:
         """Positions that each weight is used at, over all calls in one forward pass of a sample; 0 before a run."""
         return sum(map(math.prod, self.inputs)) if self.transposed else self.rows
 
     @property
-    def rows(self) -> int:
+    def rows(self) -> float:
         """Output positions over all calls in one forward pass of a sample; 0 before a run."""
         return sum(math.prod(self.output_shape(shape)) for shape in self.inputs)
 
@@ -135,7 +137,7 @@ class LayerSpec:
         transposed = "Transpose" if self.transposed else ""
         return f"Conv{transposed}{len(self.kernel)}d {'x'.join(map(str, self.kernel))}{strided}{grouped}"
 
-    def output_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+    def output_shape(self, shape: tuple[N, ...]) -> tuple[N, ...]:
         """Spatial shape of the output for a spatial shape of the input."""
         if self.is_linear or self.padding == "same":
             return shape
@@ -148,7 +150,7 @@ class LayerSpec:
             )
         return tuple((n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in parts)
 
-    def at(self, inputs: tuple[tuple[int, ...], ...]) -> LayerSpec:
+    def at(self, inputs: tuple[tuple[float, ...], ...]) -> LayerSpec:
         """The same layer with the input shapes it was seen with."""
         return dataclasses.replace(self, inputs=inputs)
 
@@ -291,7 +293,7 @@ class Lookup(LayerSpec):
         return self.padding_idx is not None
 
     @property
-    def positions(self) -> int:
+    def positions(self) -> float:
         """No position multiplies a weight."""
         return 0
 

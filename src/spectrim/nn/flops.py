@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
@@ -15,6 +15,8 @@ from torch.utils.module_tracker import ModuleTracker
 from spectrim.nn.formulas import formula, is_unknown
 
 _EVERYTHING = "Global"
+# Products of real numbers in one of complex ones.
+_FOUR = 4
 
 
 @contextlib.contextmanager
@@ -71,14 +73,20 @@ class WorkCounter(FlopCounterMode):
         name = getattr(func_packet, "_qualified_op_name", str(func_packet))
         count = formula(name)
         places = set(self.mod_tracker.parents)
+        times = _FOUR if _is_complex(out) and not name.startswith("aten::_fft") else 1
         if count is not None:
-            work = round(2 * count(*args, **kwargs, out=out))
+            work = round(2 * times * count(*args, **kwargs, out=out))
             for place in places:
                 self.flop_counts[place][func_packet] += work
             return out
         if func_packet not in self.flop_registry and is_unknown(name):
             self.uncounted.setdefault(name, max(places - {_EVERYTHING}, key=len, default=""))
-        return super()._count_flops(func_packet, out, args, kwargs)
+        before = self.flop_counts[_EVERYTHING][func_packet]
+        out = super()._count_flops(func_packet, out, args, kwargs)
+        more = (times - 1) * (self.flop_counts[_EVERYTHING][func_packet] - before)
+        for place in places if more else ():
+            self.flop_counts[place][func_packet] += more
+        return out
 
     def own_macs(self, model: nn.Module) -> dict[str, float]:
         """Multiply-accumulates of each module of a model itself, without those of the modules in it, by its path."""
@@ -95,6 +103,10 @@ class WorkCounter(FlopCounterMode):
     def uncounted_in(self, model: nn.Module) -> dict[str, str]:
         """Operations that have no formula, with the path of the module that called them first."""
         return {name: _path(model, place) for name, place in self.uncounted.items()}
+
+
+def _is_complex(out: Any) -> bool:
+    return isinstance(out, Tensor) and out.is_complex()
 
 
 def _above(path: str, known: dict[str, float]) -> str | None:

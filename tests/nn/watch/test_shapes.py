@@ -116,3 +116,29 @@ def test_a_single_image_without_an_axis_for_samples_is_told_before_any_work() ->
     model = DeepStacked()
     with pytest.raises(CalibrationError, match=r"one sample of shape \(3, 8, 8\).*unsqueeze"):
         st.compress(model, listed(8, 8, 8), st.Budget(macs=0.5))
+
+
+class Words(nn.Module):
+    """Rare words go through a layer of their own, and half of an expert's samples to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.AdaptiveLogSoftmaxWithLoss(16, 90, [10, 40], div_value=2.0)
+
+    def forward(self, x: Tensor, words: Tensor) -> Tensor:
+        return self.head(x.flatten(0, 1), words.flatten()).output.reshape(words.shape)
+
+
+def test_layers_that_some_rows_reach_are_counted_in_parts_of_rows() -> None:
+    torch.manual_seed(0)
+    model, x, words = Words().eval(), torch.randn(8, 5, 16), torch.zeros(8, 5, dtype=torch.long)
+    words[0, :3], words[1:3, 0] = 20, 60
+    sites = calibrate(model, find(model), [(x, words)])
+    rows = {site.name: site.spec.rows for site in sites}
+    assert rows == {
+        "head.head": 5, "head.tail.0.0": 3 / 8, "head.tail.0.1": 3 / 8, "head.tail.1.0": 2 / 8, "head.tail.1.1": 2 / 8,
+    }  # fmt: skip
+    by_hand = 5 * 16 * 12 + 3 / 8 * (16 * 8 + 8 * 30) + 2 / 8 * (16 * 4 + 4 * 50)
+    assert st.tabulate(sites).dense["macs"] == by_hand
+    times = st.tabulate(sites, latency=st.Latency(rounds=1)).dense["latency"]
+    assert times > 0

@@ -43,7 +43,7 @@ class Call:
         return cls(tuple(shape[-axes:]), rows, rows % samples == 0)
 
 
-def of_one_sample(calls: Sequence[Call], samples: int) -> tuple[Shape, ...]:
+def of_one_sample(calls: Sequence[Call], samples: int) -> tuple[tuple[float, ...], ...]:
     """Input shapes of a layer for one sample.
 
     A call in which every sample has its part is as many calls for one sample: models that fold frames or crops into the
@@ -52,7 +52,7 @@ def of_one_sample(calls: Sequence[Call], samples: int) -> tuple[Shape, ...]:
     about one size are taken for one of mean size.
     """
     parts = [call for call in calls if not call.whole]
-    shapes: list[Shape] = []
+    shapes: list[tuple[float, ...]] = []
     for call in calls:
         if call.whole:
             each = call.rows // samples
@@ -63,11 +63,13 @@ def of_one_sample(calls: Sequence[Call], samples: int) -> tuple[Shape, ...]:
     return tuple(shapes)
 
 
-def _merged(calls: Sequence[Call], samples: int) -> Iterator[Shape]:
+def _merged(calls: Sequence[Call], samples: int) -> Iterator[tuple[float, ...]]:
     rows = sum(call.rows for call in calls)
     if not calls[0].shape:
         number = max(1, round(len(calls) / samples))
-        yield from ((max(1, round(rows / samples / number)),) for _ in range(number))
+        # A part of a row where some samples have none, as of an expert or the words of a rare cluster.
+        each = rows / samples / number
+        yield from ((int(each) if each.is_integer() else each,) for _ in range(number))
         return
     images = sorted((call.shape for call in calls for _ in range(call.rows)), key=math.prod)
     number = max(1, round(rows / samples))

@@ -19,7 +19,7 @@ from spectrim.nn.flops import unwatched
 from spectrim.nn.watch.patches import outputs_at
 from spectrim.nn.watch.samples import Samples
 from spectrim.nn.watch.sampling import Run, Sampling, choose, mean_rows
-from spectrim.nn.watch.shapes import Call, Shape, of_one_sample
+from spectrim.nn.watch.shapes import Call, of_one_sample
 from spectrim.nn.watch.streams import Buffered, Stream, Streams, patches_of
 
 # Patches up to this length get a full second moment (at most 11 MB); longer ones one for each unfolding's slices.
@@ -102,7 +102,7 @@ class Shapes:
         return watch
 
     @property
-    def inputs(self) -> tuple[Shape, ...]:
+    def inputs(self) -> tuple[tuple[float, ...], ...]:
         """Of one sample."""
         return of_one_sample(self._calls, self._of)
 
