@@ -127,7 +127,7 @@ def _agreement(table: Candidates, plans: dict[float, Plan], everywhere: Sites) -
 
 
 def _unfolding(entry: Any) -> str:
-    return "" if entry.choice.is_dense else str(entry.choice["unfolding"])
+    return str(entry.choice.settings.get("unfolding", entry.choice.kind))
 
 
 def _clock(function: Callable[[], Any]) -> tuple[float, Any]:
