@@ -328,3 +328,10 @@ def test_batches_that_the_model_does_not_take_are_told_by_their_option(run, opti
     )
     assert re.search(f"(--t|data ').*: Tiny {why}", said)
     assert not Path("small").exists()
+
+
+def test_the_demo_refuses_what_cannot_be_met_before_it_trains(run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("spectrim.train.fine_tune", lambda *_, **__: pytest.fail("something was trained"))
+    said = run("demo", "--width", "4", "-b", "macs=0.1%", "-o", "small", code=3).stderr
+    assert "the lowest reachable is" in said
+    assert not Path("small").exists()

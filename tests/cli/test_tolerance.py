@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
 from spectrim.cli.common import exit_code
 from spectrim.cli.results import _warnings
 from spectrim.errors import InfeasibleBudgetError, ToleranceError
+from spectrim.network.choices import LowRankChoice
+from spectrim.nn.standing import StandIn
 from spectrim.report import Comparison, Measure
-from spectrim.selection.plan import Plan
+from spectrim.selection.plan import Entry, Plan
 
 COMPRESS = ("compress", "nets:tiny", "--only", "wide")
 DATA = ("--data", "nets:batches")
@@ -41,10 +44,31 @@ def test_what_does_not_go_together(run, options: tuple[str, ...], said: str) -> 
 
 @pytest.mark.parametrize("timed", [True, False])
 def test_a_limit_of_time_that_is_missed_is_told_once(timed: bool) -> None:
-    plan = Plan((), {"latency": 3.0}, {"latency": 4.0}, budget={"latency": 1.0})
+    changed = Entry(
+        "wide",
+        "",
+        LowRankChoice(method="weight-svd", unfolding="channel", rank=1),
+        0.1,
+        {"latency": 3.0},
+        {"latency": 4.0},
+    )
+    plan = Plan((changed,), {"latency": 3.0}, {"latency": 4.0}, budget={"latency": 1.0})
     found = Comparison((Measure("latency p50", "ms", 4.0, 5.0),))
     assert len(_warnings(found, plan, timed=timed)) == (0 if timed else 2)
 
 
 def test_a_budget_beyond_the_tolerance_ends_as_one_that_cannot_be_met() -> None:
     assert exit_code(ToleranceError("macs=60% holds it")) == exit_code(InfeasibleBudgetError("macs", 1, 2, 3)) == 3
+
+
+def test_a_tolerance_that_only_the_dense_network_holds_tells_of_no_budget(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def accuracy(model: nn.Module, batches: object) -> float:
+        return 0.0 if any(isinstance(module, StandIn) for module in model.modules()) else 100.0
+
+    monkeypatch.setattr("spectrim.cli.work.accuracy", accuracy)
+    found = run.json(*COMPRESS, *DATA, *TEST, "--max-drop", "1", "--out", "small")
+    assert found["costs"] == found["dense_costs"]
+    said = " ".join(found["notes"])
+    assert "no smaller network that was tried holds the tolerance: this is the dense network" in said
+    assert "limits nothing" not in said
+    assert "not faster" not in said

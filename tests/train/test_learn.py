@@ -307,3 +307,19 @@ def test_calibration_from_shuffled_batches_does_not_depend_on_what_ran_before() 
         found.append(learn_ranks(Residual(), batches, BUDGET, **options(calibration=None)))
         assert torch.equal(torch.get_rng_state(), before)
     assert equal(weights(found[0].model), weights(found[1].model))
+
+
+def test_a_later_budget_that_cannot_be_met_is_refused_before_the_first_is_trained() -> None:
+    class Counted(nn.ReLU):
+        passes = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            Counted.passes += self.training
+            return super().forward(x)
+
+    batches = [(torch.randn(16, 12), torch.zeros(16, dtype=torch.long))]
+    model = nn.Sequential(nn.Linear(12, 16), Counted(), nn.Linear(16, 4))
+    one = Recipe(epochs=3)
+    with pytest.raises(st.InfeasibleBudgetError, match="parameters <= "):
+        st.budget_path(model, batches, ["macs=70%", "parameters=1%"], learning=one, tuning=one)
+    assert Counted.passes <= 1

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from spectrim.cli.common import Output, command
+from spectrim.network.choices import LowRankChoice
 
 if TYPE_CHECKING:
     from spectrim.report import Comparison
@@ -55,8 +56,11 @@ def demo(
     from spectrim.cli.results import Outcome
     from spectrim.cli.work import device_named, first_batch
     from spectrim.nn.agreement import agreement
-    from spectrim.pipeline import compress
+    from spectrim.pipeline import compress, offered
+    from spectrim.preparation import locate, prepare
     from spectrim.report import accuracy, compare
+    from spectrim.selection.selectors import check_reachable
+    from spectrim.tables import tabulate
     from spectrim.train import fine_tune
 
     started = time.perf_counter()
@@ -68,10 +72,21 @@ def demo(
     assert isinstance(test, Batches)
     progress = out.shows
 
-    out.say(f"training a network of five convolutions on {train.samples} digits, testing on {test.samples}")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         dense = DigitsNet(width)
+    example = first_batch(test, batch, "digits", dense)
+    # What it costs at the least does not depend on its weights.
+    known = prepare(
+        dense,
+        locate(dense, ()),
+        [example],
+        groups=offered(None, None, wanted.costs)[1],
+        statistics=False,
+        sensitivity=False,
+    )
+    check_reachable(tabulate(known.sites), [wanted])
+    out.say(f"training a network of five convolutions on {train.samples} digits, testing on {test.samples}")
     fine_tune(dense, train, epochs=dense_epochs, lr=0.1, seed=seed, progress=progress)
     dense.eval()
 
@@ -90,7 +105,6 @@ def demo(
         done = fine_tune(small, train, teacher=dense, epochs=epochs, seed=seed, progress=progress)
         outcome = outcome.tuned(done, agreement(dense, small, calibration)).scored("fine-tuned", accuracy(small, test))
     out.say(f"timing both networks side by side, {batch} images a call")
-    example = first_batch(test, batch, "digits", dense)
     comparison = compare(dense, small, example, evaluate=outcome.known_score, repeats=_ROUNDS, threads=threads)
     outcome = outcome.noted(*_said(result.plan, comparison, test.samples, threads))
     seconds = time.perf_counter() - started
@@ -105,9 +119,13 @@ _ROUNDS = 100
 def _said(plan: Plan, comparison: Comparison, images: int, threads: int) -> Iterator[str]:
     """What was done and by how much, in plain words."""
     changed = [entry for entry in plan if not entry.choice.is_dense]
+    pairs = all(isinstance(entry.choice, LowRankChoice) for entry in changed)
+    thin = "two thin layers in a row (low rank)" if pairs else "two or three thin layers in a row"
     yield (
-        f"Done: {len(changed)} of {len(plan.entries)} layers became two or three thin layers in a row (low rank), "
-        "chosen so that the whole network keeps the budget and loses the least."
+        f"Done: {len(changed)} of {len(plan.entries)} layers became {thin}, chosen so that the whole network keeps the "
+        "budget and loses the least."
+        if changed
+        else "Done: no layer had to change, since the network keeps the budget as it is."
     )
     size, score = comparison["file size"], comparison["accuracy"]
     yield (

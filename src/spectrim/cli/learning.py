@@ -27,7 +27,7 @@ from spectrim.network.printing import count
 from spectrim.preparation import prepare
 from spectrim.report import compare
 from spectrim.selection.budget import Budget
-from spectrim.selection.selectors import lagrangian
+from spectrim.selection.selectors import check_reachable
 from spectrim.tables import tabulate
 from spectrim.train import LearnedResult, Recipe, Schedule, learn_ranks
 
@@ -127,12 +127,9 @@ def work(run: RankRun) -> Work:
         For the first budget that cannot be met.
     """
     found = Work.load(run.network, run.layers, InputOptions(run.data), run.training, timed=run.timed)
-    counted = [budget.replace(latency=None) for budget in run.budgets if set(budget.costs) != {"latency"}]
-    if counted:
-        known = prepare(found.dense, found.sites, [found.example], statistics=False, sensitivity=False)
-        table = tabulate(known.sites, [WeightSVD(multiple_of=run.layers.multiple_of)], costs=run.functions)
-        for budget in counted:
-            lagrangian(table, budget)
+    known = prepare(found.dense, found.sites, [found.example], statistics=False, sensitivity=False)
+    table = tabulate(known.sites, [WeightSVD(multiple_of=run.layers.multiple_of)], costs=run.functions)
+    check_reachable(table, run.budgets)
     return found
 
 

@@ -137,6 +137,7 @@ class Outcome:
             *_sums(plan),
             *self.notes,
             *_sharing(plan),
+            *(() if self.result.report.tolerance is not None else _idle(plan)),
             *_warnings(comparison, plan, timed=bool(self.result.report.measured)),
         )
         load = load_lines(self.model, self.dense, files)
@@ -235,19 +236,25 @@ def _sums(plan: Plan) -> list[str]:
     return [f"{len(parts)} layer{'s'[: len(parts) > 1]} with a sparse weight, {both} of them beside a low-rank pair."]
 
 
-def _warnings(comparison: Comparison, plan: Plan, *, timed: bool) -> list[str]:
-    """What the measurement says against the plan, and which limits are none. Where it is ``timed``, the report tells.
-
-    Its times are those that the choice was made by.
-    """
-    found = [
+def _idle(plan: Plan) -> list[str]:
+    """Which limits are none; those within a tolerance were found and not stated, and the report tells of them."""
+    return [
         f"The budget of {limit:,.6g} for {cost} limits nothing: the dense network takes {plan.dense_costs[cost]:,.6g}."
         for cost, limit in plan.budget.items()
         if cost in plan.dense_costs and limit >= plan.dense_costs[cost]
     ]
+
+
+def _warnings(comparison: Comparison, plan: Plan, *, timed: bool) -> list[str]:
+    """What the measurement says against the plan. Where it is ``timed``, the report tells.
+
+    Its times are those that the choice was made by.
+    """
+    found = []
     if "latency p50" in comparison and not timed:
         row = comparison["latency p50"]
-        if row.compressed > row.dense and (row.speed is None or row.speed.differs):
+        changed = any(not entry.choice.is_dense for entry in plan)
+        if changed and row.compressed > row.dense and (row.speed is None or row.speed.differs):
             found.append(
                 f"The compressed model is not faster here: {row.show(row.compressed)} against {row.show(row.dense)} "
                 "dense. Use --budget latency=... or --guard to choose by measured time."

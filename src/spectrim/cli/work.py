@@ -28,7 +28,7 @@ from spectrim.nn.watch.sampling import Sampling
 from spectrim.nn.watch.state import evaluating
 from spectrim.report import accuracy
 from spectrim.report.measures import inputs as called_inputs
-from spectrim.train.batches import Calls, length, split
+from spectrim.train.batches import length, split
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,7 @@ def training_batches(text: str, device: str, model: nn.Module) -> Iterable[Any]:
         length(batches, needed=True)
         inputs, _ = split(_first(batches, text))
         with running(model, f"--train {text}"):
-            Calls()(model, inputs)
+            Feed().decide(model, (inputs,))(model, (inputs,))
     except TypeError as error:
         raise UsageError(f"--train {text!r} cannot be trained on: {error}") from error
     _check_classes(model, batches, text)

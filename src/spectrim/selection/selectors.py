@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -239,3 +239,18 @@ def _by_walk(candidates: Candidates, budget: Budget, selector: str, end: Callabl
         picks = end(budgeted.items)
         picks = knapsack.closest(budgeted.items) if picks is None else picks
     return budgeted.plan(budgeted.items, picks, selector)
+
+
+def check_reachable(table: Candidates, budgets: Iterable[Budget]) -> None:
+    """See that budgets can be met by what a table offers, before there is a training to be lost.
+
+    Milliseconds are not looked at.
+
+    Raises
+    ------
+    InfeasibleBudgetError
+        For the first budget that cannot be met.
+    """
+    for budget in budgets:
+        if set(budget.costs) != {"latency"}:
+            lagrangian(table, budget.replace(latency=None))

@@ -30,6 +30,7 @@ from spectrim.preparation import check_options, locate, prepare
 from spectrim.progress import reporting
 from spectrim.selection.budget import COSTS, Budget, BudgetLike
 from spectrim.selection.plan import Plan
+from spectrim.selection.selectors import check_reachable
 from spectrim.selection.trajectory import Trajectory
 from spectrim.train import randomness
 from spectrim.train.batches import length
@@ -217,7 +218,8 @@ def budget_path(
     net = copy_model(model)
     results = []
     for number, budget in enumerate(limits):
-        results.append(run.point(net, budget, None if folder is None else folder / f"{number:02d}", number))
+        place = None if folder is None else folder / f"{number:02d}"
+        results.append(run.point(net, budget, place, number, limits[number:]))
         if done is not None:
             done(results[-1])
     return tuple(results)
@@ -273,8 +275,13 @@ class _Run:
             with randomness.seeded(seed):
                 self.calibration = list(self.calibration)
 
-    def point(self, net: nn.Module, budget: Budget | None, folder: Path | None, number: int = 0) -> LearnedResult:
-        """Learn one budget on ``net``, in place, and fine-tune what comes of it. ``number`` counts the budgets."""
+    def point(
+        self, net: nn.Module, budget: Budget | None, folder: Path | None, number: int = 0, left: Sequence[Budget] = ()
+    ) -> LearnedResult:
+        """Learn one budget on ``net``, in place, and fine-tune what comes of it.
+
+        ``number`` counts the budgets; those that are ``left`` are seen to be in reach before anything is trained.
+        """
         learning, tuning = self.learning, self.tuning
         planned = folder is not None and learning.epochs and (folder / "plan.json").exists()
         if folder is not None and planned and not (folder / "learning.safetensors").exists():
@@ -286,6 +293,7 @@ class _Run:
         # Calibration batches may be drawn from the generators, too.
         with randomness.seeded(learning.seed, self.calibration):
             ranks = self._ranks(net, budget)
+        check_reachable(ranks.candidates, left)
         # Every training goes on counting epochs and seeds, so that none repeats the orders of the one before.
         epoch = number * (learning.epochs + tuning.epochs)
         learned = tuned = None
