@@ -19,7 +19,7 @@ from spectrim.cli.references import UsageError
 from spectrim.cli.values import read_shape
 from spectrim.cost.latency import Latency
 from spectrim.cost.runtimes import runtime_of
-from spectrim.errors import CalibrationError, ForwardError, SpectrimError, TrainingError, did_you_mean
+from spectrim.errors import CalibrationError, ForwardError, SpectrimError, did_you_mean
 from spectrim.network.sites import Sites
 from spectrim.nn.find import find
 from spectrim.nn.timing import ready
@@ -178,7 +178,7 @@ def running(model: nn.Module, named: str) -> Iterator[None]:
     try:
         with evaluating(model):
             yield
-    except (CalibrationError, TrainingError) as error:
+    except CalibrationError as error:
         raise type(error)(f"{named}: {error}") from error
     except Exception as error:  # the model is somebody else's and may raise anything
         if isinstance(error, SpectrimError) or is_of_memory(error):
