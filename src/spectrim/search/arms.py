@@ -146,14 +146,14 @@ def usual(limited: Iterable[str], sites: Sites) -> list[Arm]:
     low_rank = tuple(default_methods(replace(sites, groups={})))
     kernels = any(math.prod(site.spec.kernel) > 1 for site in sites)
     chains = [Arm("low rank, chains", (*low_rank, ActivationCP()))] if kernels else []
-    filters = Arm("filters, then low rank", (PrincipalFilters(), *low_rank))
+    filters = [Arm("filters", (PrincipalFilters(),)), Arm("filters, then low rank", (PrincipalFilters(), *low_rank))]
     if STORED.isdisjoint(limited):
-        return [Arm("low rank", low_rank), *chains, filters]
+        return [Arm("low rank", low_rank), *chains, *filters]
     return [
         Arm("low rank, shared factors", groups=True),
         *chains,
         Arm("low rank + sparse", (*low_rank, LowRankPlusSparse())),
-        filters,
+        *filters,
         Arm("filters, then all", (PrincipalFilters(), *low_rank, LowRankPlusSparse())),
     ]
 
