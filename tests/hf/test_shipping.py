@@ -357,7 +357,7 @@ def test_what_does_not_fit_is_named(change: str, tmp_path: Path) -> None:
         path.write_text(json.dumps(record))
         match = "it has no plan, .* saved with them"
     elif change == "site":
-        path.write_text(path.read_text().replace(site, f"{site}x"))
+        path.write_text(path.read_text().replace(site, f"{site}x").replace("layers_sha256", "of_before"))
         match = f"{site}x"
     else:
         from safetensors.torch import load_file, save_file
@@ -367,4 +367,24 @@ def test_what_does_not_fit_is_named(change: str, tmp_path: Path) -> None:
         save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
         match = f"lack 1 tensors of compressed layers, first '{site}.0.weight'"
     with pytest.raises(st.CheckpointError, match=match):
+        type(small).from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("change", ["cut", "all", "renamed", "rank", "bias", "dense"])
+def test_layers_that_were_changed_in_a_shipped_plan_are_no_other_network(change: str, tmp_path: Path) -> None:
+    small, _ = compressed("llama", "macs")
+    small.save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "config.json").read_text())
+    entries = record["quantization_config"]["plans"][0]["entries"]
+    settings = entries[0]["choice"]["settings"]
+    if change in ("cut", "all"):
+        del entries[: 1 if change == "cut" else None]
+    elif change == "renamed":
+        entries[0]["site"] = "lm_head"
+    elif change == "dense":
+        entries[0]["choice"] = {"kind": "dense", "method": "", "settings": {}}
+    else:
+        settings[change] = settings["rank"] + 1 if change == "rank" else not settings["bias"]
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    with pytest.raises(st.CheckpointError, match="the layers that it names are not those that were saved"):
         type(small).from_pretrained(tmp_path)

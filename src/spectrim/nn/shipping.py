@@ -8,6 +8,7 @@ files of :mod:`spectrim.nn.checkpoint`. What reads it again is :mod:`spectrim.hf
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 import json
 import sys
@@ -27,6 +28,8 @@ from spectrim.selection.plan import Entry, Plan
 
 METHOD = "spectrim"
 FORMAT_VERSION = "1"
+DIGEST = "layers_sha256"
+"""Of what the configuration says of layers: with a layer cut out, transformers would go on with random weights."""
 _TIED = "_tied_weights_keys"
 # On a module: plans that were carried out on it, in order.
 _PLANS = "_spectrim_plans"
@@ -106,6 +109,11 @@ def is_shipped(model: nn.Module) -> bool:
     return isinstance(vars(model).get("save_pretrained"), Saver)
 
 
+def digest_of(layers: Mapping[str, Any]) -> str:
+    """SHA-256 of JSON values, whatever their order in a file."""
+    return hashlib.sha256(json.dumps(dict(layers), sort_keys=True).encode()).hexdigest()
+
+
 @dataclass(frozen=True, eq=False)
 class Saver:
     """Stands as ``save_pretrained`` of a compressed model, and takes what that does.
@@ -157,13 +165,12 @@ class Saver:
         linear = rewritten(self.model)
         if not plans and not biases and not linear:
             return None
-        return {
-            "quant_method": METHOD,
-            "format_version": FORMAT_VERSION,
+        layers = {
             "plans": [json.loads(plan.to_json()) for plan in plans],
             "biases": biases,
             **({"linear": linear} if linear else {}),
         }
+        return {"quant_method": METHOD, "format_version": FORMAT_VERSION, **layers, DIGEST: digest_of(layers)}
 
     def _stands(self, entry: Entry) -> bool:
         """Whether the model is as an entry made it: channels stay away, and layers may have been merged."""

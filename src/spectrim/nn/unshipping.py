@@ -16,7 +16,17 @@ from spectrim.nn.channels.narrow import add_bias
 from spectrim.nn.checkpoint import rebuild
 from spectrim.nn.linears import rewrite
 from spectrim.nn.modules import FactoredHead
-from spectrim.nn.shipping import FORMAT_VERSION, carry, changed, declare_ties, module_of, moved, within
+from spectrim.nn.shipping import (
+    DIGEST,
+    FORMAT_VERSION,
+    carry,
+    changed,
+    declare_ties,
+    digest_of,
+    module_of,
+    moved,
+    within,
+)
 from spectrim.nn.sparse.layers import Masked
 from spectrim.nn.sparse.packed import masked_layers, read_mask, read_weight, stored_bytes
 from spectrim.nn.standing import StandIn
@@ -66,7 +76,7 @@ class Unshipping:
         Raises
         ------
         CheckpointError
-            If it is none of a version that this library reads, or its plans are none.
+            If it is none of a version that this library reads, or its plans are none, or others than were saved.
         """
         version, plans = record.get("format_version"), record.get("plans")
         biases, linear = _names(record.get("biases")), _names(record.get("linear", []))
@@ -78,6 +88,13 @@ class Unshipping:
             raise CheckpointError(
                 f"{PLACE}: it has no plan, and the weights are of compressed layers: give the config.json that was "
                 "saved with them"
+            )
+        layers = {name: record[name] for name in ("plans", "biases", "linear") if name in record}
+        if record.get(DIGEST) not in (None, digest_of(layers)):  # which folders of before have none of
+            raise CheckpointError(
+                f"{PLACE}: the layers that it names are not those that were saved with the weights, and others would "
+                "have random ones: give the config.json as save_pretrained wrote it; to change a plan, carry it out "
+                "on the dense model"
             )
         try:
             return cls(tuple(Plan.from_json(json.dumps(plan)) for plan in plans), biases, linear)
