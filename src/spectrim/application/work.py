@@ -10,7 +10,8 @@ from torch import nn
 from spectrim.network.chains import CP, Tucker2
 from spectrim.network.factors import Factors, LowRank, SharedBasis
 from spectrim.network.sites import Layer
-from spectrim.nn.channels.removal import Removal
+from spectrim.nn.channels.narrow import narrow
+from spectrim.nn.channels.removal import LEFT, Removal
 from spectrim.nn.modules import Chained, Factored
 from spectrim.nn.surgery import replace_module
 from spectrim.nn.watch.batches import Feed
@@ -115,3 +116,15 @@ def _owns_last(factors: Factors) -> bool:
     if isinstance(factors, SharedBasis):
         return not factors.ranks[1]
     return isinstance(factors, (LowRank, Tucker2, CP))
+
+
+def narrow_as(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Remove from a copy of one network, in place, the channels that have gone on the way from it to another.
+
+    Raises
+    ------
+    PlanError
+        If the other was not made of this one.
+    """
+    for axes in vars(new).get(LEFT, ())[len(vars(old).get(LEFT, ())) :]:
+        narrow(model, axes)

@@ -165,20 +165,10 @@ def compress(
     check_savable(model)
     judge = Judge.of(evaluate, better)
     tolerance = Tolerance.of(max_drop, min_agreement, judge)
-    if tolerance is None and cost != "macs":
-        raise ValueError(
-            f"cost={cost!r} is what the smallest network within a tolerance has least of, and there is none: write "
-            f"the budget as '{cost}=50%', or give max_drop or min_agreement"
-        )
     stated = _stated(budget, tolerance, cost)
     stated.check([*COSTS, *counted.further(costs)])
     competing = isinstance(methods, str) and methods == "auto"
-    _check_search(selector, seconds, competing)
-    if competing and groups is not None:
-        raise ValueError(
-            f"methods='auto' decides by itself where layers share factors, and takes no groups={groups!r:.80}: leave "
-            "out one of them"
-        )
+    _check_search(selector, seconds, groups, competing)
     check_options(groups, latency, guard)
     several, shared = (None, False) if competing else offered(methods, groups, stated.costs)
     sampling = Sampling(rows, positions, mask)
@@ -221,7 +211,12 @@ def compress(
 
 
 def _stated(budget: BudgetLike | None, tolerance: Tolerance | None, cost: str) -> Budget:
-    """The budget, which with a tolerance may be left out."""
+    """The budget, which with a tolerance may be left out; without one there is no cost to have least of."""
+    if tolerance is None and cost != "macs":
+        raise ValueError(
+            f"cost={cost!r} is what the smallest network within a tolerance has least of, and there is none: write "
+            f"the budget as '{cost}=50%', or give max_drop or min_agreement"
+        )
     if budget is None and tolerance is None:
         raise TypeError(
             "how small is not said: give a budget, as compress(model, batches, 'macs=50%'), or a tolerance, as "
@@ -236,13 +231,18 @@ def check_selector(selector: object) -> None:
     check_function("selector", selector, ("a table", "a budget"), wanted)
 
 
-def _check_search(selector: object, seconds: object, competing: bool) -> None:
+def _check_search(selector: object, seconds: object, groups: object, competing: bool) -> None:
     """Raise TypeError or ValueError for what is no selector, and no limit on the time of a search."""
     check_selector(selector)
     if seconds is not None and not (isinstance(seconds, Real) and float(seconds) >= 0):
         raise ValueError(f"seconds is {seconds!r}: expected a number of at least 0")
     if seconds is not None and not competing:
         raise ValueError(f"seconds={seconds!r} limits how long sets of methods compete: give methods='auto' too")
+    if competing and groups is not None:
+        raise ValueError(
+            f"methods='auto' decides by itself where layers share factors, and takes no groups={groups!r:.80}: leave "
+            "out one of them"
+        )
 
 
 def offered(

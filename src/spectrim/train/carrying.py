@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from spectrim.application.work import narrow_as
 from spectrim.errors import called_as
 from spectrim.network.printing import count
-from spectrim.nn.channels.removal import narrow_as
 from spectrim.nn.copying import copy_model
 from spectrim.nn.shipping import rewritten
 from spectrim.nn.standing import StandIn, laid_out

@@ -18,7 +18,7 @@ from spectrim.nn.modules import make_layer
 from spectrim.nn.surgery import replace_module
 
 # On a model: what was left of its axes, removal by removal.
-_LEFT = "_spectrim_axes_left"
+LEFT = "_spectrim_axes_left"
 
 
 @dataclass(eq=False)
@@ -50,7 +50,7 @@ class Removal:
         small = copy_model(model)
         narrow(small, axes)
         if axes:
-            vars(small)[_LEFT] = (*vars(model).get(_LEFT, ()), axes)
+            vars(small)[LEFT] = (*vars(model).get(LEFT, ()), axes)
         removal = cls(small, narrowed(sites, kept), axes, frozenset(name for name, _ in axes))
         for layer, norm in sites.norms.items():
             if layer in {site.name for site in sites}:
@@ -95,15 +95,3 @@ class Removal:
             norm: Any = self.model.get_submodule(self.sites.norms[name])
             mean = self._means[name]
             norm.running_mean.copy_(mean if bias is None else mean - bias.to(mean))
-
-
-def narrow_as(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Remove from a copy of one network, in place, the channels that have gone on the way from it to another.
-
-    Raises
-    ------
-    PlanError
-        If the other was not made of this one.
-    """
-    for axes in vars(new).get(_LEFT, ())[len(vars(old).get(_LEFT, ())) :]:
-        narrow(model, axes)
