@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -330,3 +331,22 @@ def test_the_demo_refuses_what_cannot_be_met_before_it_trains(run, monkeypatch: 
     said = run("demo", "--width", "4", "-b", "macs=0.1%", "-o", "small", code=3).stderr
     assert "the lowest reachable is" in said
     assert not Path("small").exists()
+
+
+@pytest.mark.parametrize("edit", ["none", "cut", "rank", "costs"])
+def test_an_edited_plan_is_carried_out_with_the_costs_that_its_choices_have(run, edit: str):
+    run("compress", "nets:tiny", "-d", "nets:batches", "-b", "macs=50%", "-o", "first", "--no-report")
+    record = json.loads(Path("first/plan.json").read_text(encoding="utf-8"))
+    changed = next(entry for entry in record["entries"] if entry["choice"]["kind"] == "low_rank")
+    if edit == "cut":
+        record["entries"].remove(changed)
+    elif edit == "rank":
+        changed["choice"]["settings"]["rank"] = 1
+    elif edit == "costs":
+        record["costs"]["macs"] = 7.0
+    Path("edited.json").write_text(json.dumps(record), encoding="utf-8")
+    found = run.json("compress", "nets:tiny", "-d", "nets:batches", "--plan", "edited.json", "-o", "out", "--no-report")
+    told = {each["metric"]: each["compressed"] for each in found["comparison"]["rows"]}
+    assert found["costs"]["macs"] == told["MACs"]
+    assert found["costs"]["parameters"] == told["parameters"]
+    assert ("counted anew" in " ".join(found["notes"])) is (edit != "none")

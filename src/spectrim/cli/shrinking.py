@@ -39,6 +39,7 @@ from spectrim.nn.checkpoint import check_savable, read_plan, save
 from spectrim.nn.watch.contents import contents, settled
 from spectrim.pipeline import Result
 from spectrim.pipeline.making import Making
+from spectrim.pipeline.restated import restated
 from spectrim.pipeline.shrinking import finished, shrink, shrink_best, shrink_within
 from spectrim.preparation import coupled
 from spectrim.progress import Progress
@@ -267,15 +268,16 @@ def _carried_out(out: Output, request: Request, work: Work) -> Result:
         with out.progress() as show:
             return shrink(work.dense, known, request.budget, request.making(show))
     table = table_of(out, known, request.methods, request.costs, guard=request.goal.guard)
+    notes: tuple[str, ...] = ()
     if request.recipe is not None:
         plan = recommended(known.sites, request.recipe, _filters(request))
     elif request.plan is not None:
-        plan = request.plan
+        plan, notes = restated(request.plan, known.sites, table, request.costs)
     else:
         assert request.budget is not None
         plan = select(table, request.budget, request.selector)
     # How layers run is chosen when all is done.
-    return finished(work.dense, dataclasses.replace(known, latency=None), plan, table, Making())
+    return finished(work.dense, dataclasses.replace(known, latency=None), plan, table, Making(), notes=notes)
 
 
 def _filters(request: Request) -> PrincipalFilters:

@@ -1,0 +1,62 @@
+"""A plan that was edited, with the costs of the choices that it has now."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from spectrim.cost import counted
+from spectrim.cost.counted import Cost
+from spectrim.cost.whole import Network
+from spectrim.methods import from_record
+from spectrim.network.sites import Sites
+from spectrim.selection.candidates import Candidates
+from spectrim.selection.plan import Plan
+
+_TELLING = ("parameters", "macs")  # what is counted alike wherever a plan was made
+
+
+def restated(
+    plan: Plan, sites: Sites, table: Candidates, costs: Mapping[str, Cost] | None = None
+) -> tuple[Plan, tuple[str, ...]]:
+    """A plan that says what its choices cost, and what is to be said of the one that was given.
+
+    A plan whose choices cost what it says is returned as it is, and so is one that does not fit: carrying it out says
+    why. Of one that was edited, what nothing counts here, as milliseconds, is left out.
+    """
+    try:
+        network = Network(sites, counted.known(sites, costs), [from_record(each) for each in plan.methods.values()])
+        return _restated(plan, network, table)
+    except (KeyError, ValueError):
+        return plan, ()
+
+
+def _restated(plan: Plan, network: Network, table: Candidates) -> tuple[Plan, tuple[str, ...]]:
+    picks = {entry.site: entry.choice for entry in plan if not entry.choice.is_dense}
+    total = network.cost(picks)
+    wrong = [name for name in _TELLING if name in total and not _same(plan.costs.get(name, total[name]), total[name])]
+    if not wrong:
+        return plan, ()
+    offered = {(row.site, option.choice): option.error for row in table.rows for option in row.options}
+    entries, unknown = [], []
+    for entry in plan:
+        now = {} if entry.of_channels else network.counted(entry.site, picks)
+        error = entry.error
+        if not all(_same(entry.costs.get(name, now[name]), now[name]) for name in _TELLING if name in now):
+            error = offered.get((entry.site, entry.choice), error)
+            unknown += [] if (entry.site, entry.choice) in offered else [entry.site]
+        dense = network.counted(entry.site) if now else entry.dense_costs
+        entries.append(dataclasses.replace(entry, costs=now or entry.costs, dense_costs=dense, error=error))
+    notes = [
+        f"the plan said {plan.costs[name]:,.0f} {name}, its choices come to {total[name]:,.0f}: it was edited, or made "
+        "for other inputs, and what is told here was counted anew"
+        for name in wrong
+    ]
+    if unknown:
+        notes.append(f"what {', '.join(unknown[:3])} loses is not known: told is what the plan says, which was edited")
+    return dataclasses.replace(plan, entries=tuple(entries), costs=total, dense_costs=network.cost()), tuple(notes)
+
+
+def _same(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-6, abs_tol=0.5)
