@@ -591,3 +591,22 @@ def test_a_table_that_is_called_with_a_shape_stays_with_what_is_added_to_it():
     assert [site.name for site in sites] == ["into", "out"]
     assert not sites.couplings
     assert reasons(sites)["into:out"] == "a layer of theirs was not calibrated"
+
+
+class Generated(nn.Module):
+    """A layer gives the weight that another one's answer is multiplied by."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.weights, self.last = nn.Linear(32, 16), nn.Linear(16, 8 * 32), nn.Linear(8, 8)
+
+    def forward(self, x):
+        weights = self.weights(torch.relu(self.first(x))).reshape(-1, 8, 32)
+        return self.last(torch.einsum("boi,bi->bo", weights, x))
+
+
+def test_products_that_multiply_indices_come_to_an_end():
+    model = Generated().eval()
+    found = st.couple(model, st.find(model), torch.randn(8, 32))
+    assert "first:out" in {coupling.name for coupling in found.couplings}
+    assert any(skipped.name == "weights:out" for skipped in found.skipped)

@@ -477,6 +477,40 @@ def test_what_passes_write_into_parameters_is_gone_afterwards(kind: type[Plain],
     assert torch.allclose(result.model(X[0].clone()), wanted.model(X[0]), atol=1e-5)
 
 
+class Quantising(Plain):
+    """Its observer resizes and writes its buffers in an operation that counts no writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = torch.ao.quantization.get_default_qat_qconfig("x86")
+        self.watcher = config.weight()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(self.watcher(x.t()).t())
+
+
+def test_observers_of_quantisation_are_as_they_were() -> None:
+    model = Quantising().eval()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    result = st.compress(model, X, "macs=60%", sensitivity=False)
+    for each in (model, result.model):
+        after = each.state_dict()
+        assert all(torch.equal(after[name], t) for name, t in before.items() if "watcher" in name)
+
+
+class MadeWhileRunning(Plain):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not hasattr(self, "made"):
+            self.made = nn.Linear(16, 16)
+        return super().forward(self.made(x))
+
+
+@pytest.mark.parametrize("methods", [None, st.PrincipalFilters()])
+def test_modules_that_a_pass_makes_are_told(methods: Any) -> None:
+    with pytest.raises(st.CalibrationError, match="forward makes the module 'made' while it runs"):
+        st.compress(MadeWhileRunning().eval(), X, "macs=60%", methods=methods)
+
+
 def test_a_layer_whose_bias_a_pass_writes_is_left_alone() -> None:
     model = ClampsBias().eval()
     bias = model.b.bias.detach().clone()

@@ -40,6 +40,8 @@ from spectrim.nn.watch.state import ALONE
 _LOOKED_AT = 4096
 # Ways by which the channels of one layer may reach one operation.
 _VISITS = 16
+# Or one channel may be named so often in one place: products of two parts of one tensor multiply indices.
+_REPEATS = 64
 _LOST = "they cannot be followed to all that reads them"
 _UNSEEN = (
     "the way from them to the output cannot be seen: it leads past autograd (numpy, a copy of the data, a choice of "
@@ -521,7 +523,7 @@ def _careful() -> Iterator[None]:
         def add_dep(self, dep: Any, idxs: Any) -> None:
             place = (id(dep.target), dep.handler)
             self.visits[place] = self.visits.get(place, 0) + 1
-            if self.visits[place] > _VISITS:
+            if self.visits[place] > _VISITS or len(idxs) > _REPEATS * len({each.idx for each in idxs}):
                 raise _Lost(f"{_LOST}: they come to one place again and again, as where parts of a split meet")
             super().add_dep(dep, idxs)
 

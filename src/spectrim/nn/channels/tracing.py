@@ -51,7 +51,9 @@ def comes_to(model: nn.Module, names: Collection[str], batch: Any, feed: Feed) -
     """Whether a copy of a model calls one of these layers with a batch; not if it cannot be run."""
     seen: set[str] = set()
     copied = copy_model(model)
-    hooks = on_each(((name, copied.get_submodule(name)) for name in names), lambda name, *_: seen.add(name))
+    # Not those that the traced copy has made while it ran.
+    there = [(name, module) for name, module in copied.named_modules() if name in names]
+    hooks = on_each(there, lambda name, *_: seen.add(name))
     with observe(copied, hooks, forward=feed) as running:
         try:
             running(batch)

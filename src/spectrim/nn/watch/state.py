@@ -23,6 +23,8 @@ from spectrim.nn.watch.writes import seen_writing, tell, written
 # What every module has; slots of passes come and go by themselves.
 _COMMON = frozenset((*vars(nn.Module()), "forward"))
 _GONE = object()
+# Numbers of a tensor that are compared and not only asked for how often they were written.
+_FEW = 4096
 # Torch's compiler, and what loads it once it is called.
 _COMPILED = frozenset({"torch._dynamo", "torch.nn.attention.flex_attention"})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -294,7 +296,7 @@ def _same(value: Any, copy: Any, version: int | None) -> bool:
     if isinstance(value, Tensor) and version is None:
         return torch.equal(value, copy)
     if isinstance(value, Tensor):
-        return (0 if value.is_inference() else value._version) == version
+        return (0 if value.is_inference() else value._version) == version and _unwritten(value, copy)
     if isinstance(value, list | deque):
         return len(value) == len(copy) and all(a is b for a, b in zip(value, copy, strict=True))
     if isinstance(value, dict):
@@ -302,12 +304,25 @@ def _same(value: Any, copy: Any, version: int | None) -> bool:
     return not isinstance(value, set) or value == copy
 
 
+def _unwritten(value: Tensor, copy: Tensor) -> bool:
+    """Whether few numbers are what they were: observers of quantisation write past the count of writes."""
+    if value.shape != copy.shape:
+        return False
+    plain = value.layout is torch.strided and not value.is_meta and not value.is_quantized
+    if not plain or value.numel() > _FEW or value.element_size() == 1:
+        return True
+    return torch.equal(value, copy) or bool(((value == copy) | ((value != value) & (copy != copy))).all())
+
+
 def _refill(value: Any, copy: Any) -> None:
     if isinstance(value, Tensor):
         with torch.no_grad():
             if not value.is_leaf:
                 value.detach_()
-            value.copy_(copy)
+            if value.shape == copy.shape:
+                value.copy_(copy)
+            else:  # observers of quantisation resize their buffers
+                value.data = copy.clone()
     elif isinstance(value, list | deque):
         value.clear()
         value.extend(copy)
