@@ -296,7 +296,9 @@ def test_a_latency_budget_is_met_as_measured(monkeypatch: pytest.MonkeyPatch, ov
         assert clock.seen[0] > 0.6, "the first plan must miss for the correction to be tested"
     assert not result.report.notes
     assert "measured ms" in str(result.report)
-    assert "the latency budget is met" in " ".join(result.report.sentences)
+    said = " ".join(result.report.sentences)
+    assert "the latency budget is met" in said
+    assert f"with {result.plan.facts['batch']} sample" in said
     assert result.plan.facts["batch"] == 1
 
 

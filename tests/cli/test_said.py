@@ -250,6 +250,23 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch: pytest.Monkey
         check_model("hf:somebody/nothing")
 
 
+def test_what_was_fetched_before_is_loaded_without_a_connection(monkeypatch: pytest.MonkeyPatch):
+    transformers = pytest.importorskip("transformers")
+    asked: list[object] = []
+
+    def from_pretrained(name: str, **options: object) -> None:
+        asked.append(options.get("local_files_only"))
+        raise OSError("as far as this")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", from_pretrained)
+    monkeypatch.setattr("spectrim.cli.models._stored", lambda: ["somebody/tiny"])
+    for out_of_reach in ("it is not there", ""):
+        monkeypatch.setattr("spectrim.cli.models._out_of_reach", lambda seconds, why=out_of_reach: why)
+        with pytest.raises(UsageError, match="as far as this$"):
+            load_model("hf:somebody/tiny")
+    assert asked == [True, None]
+
+
 def test_the_program_alone_shows_its_help(run):
     said = run(code=2)
     assert "\n\nCommands:\n" in said.stderr

@@ -207,18 +207,24 @@ def _check_hub(reference: Reference) -> None:
 
 def _check_connection(reference: Reference, name: str) -> None:
     """Refuse what must be fetched where the hub cannot be reached, which transformers tries for half a minute."""
+    if why := _out_of_reach(seconds=5):
+        raise UsageError(
+            f"model {reference.text!r}: {why}, and {name!r} was not fetched before: write hf:FOLDER, which "
+            f"save_pretrained wrote, or fetch it where there is a connection.{did_you_mean(name, _stored())}"
+        )
+
+
+def _out_of_reach(seconds: float) -> str:
+    """Why the hub cannot be reached, if so; a proxy is taken to reach it."""
     endpoint = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     host, port = endpoint.hostname or "", endpoint.port or (80 if endpoint.scheme == "http" else 443)
     if getproxies():
-        return
+        return ""
     try:
-        socket.create_connection((host, port), timeout=5).close()
+        socket.create_connection((host, port), timeout=seconds).close()
     except OSError as error:
-        raise UsageError(
-            f"model {reference.text!r}: {host} cannot be reached ({error.strerror or error}), and {name!r} was not "
-            f"fetched before: write hf:FOLDER, which save_pretrained wrote, or fetch it where there is a connection."
-            f"{did_you_mean(name, _stored())}".removesuffix(".")
-        ) from error
+        return f"{host} cannot be reached ({error.strerror or error})"
+    return ""
 
 
 def hub_folder() -> Path:
@@ -258,7 +264,9 @@ def _transformers(reference: Reference, pretrained: bool) -> nn.Module:
     # Folders of models that were compressed before.
     need("spectrim.hf", reference, "transformers")
     try:
-        config = transformers.AutoConfig.from_pretrained(name, **reference.options)
+        # What was fetched before is there at once: without a connection transformers would try again and again.
+        held: dict[str, Any] = {"local_files_only": True} if name in _stored() and _out_of_reach(seconds=1) else {}
+        config = transformers.AutoConfig.from_pretrained(name, **{**held, **reference.options})
         architectures = config.architectures or []
         if not architectures or not hasattr(transformers, architectures[0]):
             raise UsageError(
@@ -266,11 +274,11 @@ def _transformers(reference: Reference, pretrained: bool) -> nn.Module:
                 f"{transformers.__version__} has no class; write a factory and pass package.module:factory"
             )
         kind = getattr(transformers, architectures[0])
-        return kind.from_pretrained(name, config=config) if pretrained else kind(config)
+        return kind.from_pretrained(name, config=config, **held) if pretrained else kind(config)
     except (OSError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
-        reason, close = str(error).splitlines()[0], did_you_mean(name, _stored())
+        reason, close = str(error).splitlines()[0], did_you_mean(name, {*_stored()} - {name})
         raise UsageError(f"model {reference.text!r}: transformers cannot load it: {reason}{close}") from error
 
 

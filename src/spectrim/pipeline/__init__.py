@@ -121,7 +121,8 @@ def compress(
     reconstruct
         Fit each layer to the dense responses for the inputs that its compressed predecessors deliver.
     latency
-        How time is measured. Made for the model's device and dtype if the budget limits latency or ``guard`` is set.
+        How time is measured. Made for the model's device and dtype if the budget limits latency or ``guard`` is set,
+        and for one sample a batch, however many calibration has: ``Latency(batch=32)`` is for those that you run.
         Where it is given or made, the kernels of sparse layers are chosen for it (:func:`spectrim.choose_kernels`).
         If its memory format is ``channels_last``, both models are measured in it and the result is returned in it.
     guard

@@ -198,8 +198,10 @@ class Report(Printed):
         wanted = wanted_time(limit, self.measured, self.plan.dense_costs["latency"])
         share = wanted / self.measured["dense"].quiet
         met = "is met" if small.quiet <= wanted * (1 + CLOSE) else "is NOT met"
+        batch = self.plan.facts.get("batch", 1)
         said = (
-            f"the latency budget {met}: {small.quiet:.3f} ms measured, {wanted:.3f} ms ({share:.0%} of dense) asked for"
+            f"the latency budget {met}: {small.quiet:.3f} ms measured, {wanted:.3f} ms ({share:.0%} of dense) asked "
+            f"for, with {count(batch, 'sample')} a batch (latency=Latency(batch=...), --batch)"
         )
         if small.p90 > small.quiet * (1 + _SPREAD):
             said += (
