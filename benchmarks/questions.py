@@ -268,7 +268,8 @@ WORDS = {
     "F8": Words(
         "Seconds of the analysis of ResNet-50 at 224 x 224",
         "Calibration, the table of all options by two methods, and the exact choice, on two cores.",
-        "The layers' matrices, up to 4,608 inputs wide, are decomposed in double precision, for each way to unfold them.",
+        "The table and the choice hold. Calibration multiplies the patches of every layer, up to 4,608 numbers, beside the "
+        "forward pass.",
     ),
     "F9": Words(
         "Memory of the analysis of ResNet-50 at 224 x 224",
