@@ -39,8 +39,27 @@ if TYPE_CHECKING:
 choice_text = str  # its former name, until version 0.3
 
 
+class Written:
+    """A page that can be written to a file."""
+
+    def html(self) -> str:
+        """The page as text."""
+        raise NotImplementedError
+
+    def write(self, path: str | Path) -> Path:
+        """Write the page, whole or not at all, and return where it is.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be written.
+        """
+        write_text(path, self.html())
+        return Path(path)
+
+
 @dataclass(frozen=True)
-class Page:
+class Page(Written):
     """What a page tells. Parts that are None or empty are left out.
 
     Attributes
@@ -101,11 +120,6 @@ class Page:
             title=self.title, origin=self.origin, notes=list(self.notes), skipped=list(self.skipped),
             css=style(), plan_json=self.plan.to_json(), **parts,
         )  # fmt: skip
-
-    def write(self, path: str | Path) -> Path:
-        """Write the page, whole or not at all, and return where it is."""
-        write_text(path, self.html())
-        return Path(path)
 
     @property
     def _costs(self) -> list[str]:

@@ -5,25 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from spectrim.network.files import write_text
 from spectrim.network.printing import count
 from spectrim.report.charts import Chart, score_chart
 from spectrim.report.machine import machine_facts
 from spectrim.report.measures import Score
 from spectrim.report.origin import Origin
-from spectrim.report.page import style, template
+from spectrim.report.page import Written, style, template
 from spectrim.report.side_by_side import SideBySide
 from spectrim.report.words import glossary
 from spectrim.selection.plan import Plan
 
-_LABELS = 4  # beside dots, at most
+LABELS = 4  # beside dots, at most
 
 
 @dataclass(frozen=True)
-class SideBySidePage:
+class SideBySidePage(Written):
     """What a page about several networks tells.
 
     Attributes
@@ -69,17 +67,6 @@ class SideBySidePage:
             words=list(glossary(said, choices)), facts=dict(self.facts) or machine_facts(),
         )  # fmt: skip
 
-    def write(self, path: str | Path) -> Path:
-        """Write the page, whole or not at all, and return where it is.
-
-        Raises
-        ------
-        OSError
-            If the file cannot be written.
-        """
-        write_text(path, self.html())
-        return Path(path)
-
 
 def changes(plan: Plan) -> list[tuple[str, str, str]]:
     """Layers that a plan changes, with the choice and what it loses."""
@@ -114,7 +101,7 @@ def networks_chart(networks: SideBySide) -> Chart | None:
     chart = score_chart(measured, whole, "macs", score)
     # Values stand in the table, and many labels would lie on each other on a phone.
     ends = {min(measured[1:], key=lambda each: each[1])[0], max(measured[1:], key=lambda each: each[1])[0]}
-    shown = {"dense", *(names if len(names) <= _LABELS else ends)}
+    shown = {"dense", *(names if len(names) <= LABELS else ends)}
     labels = [name if name in shown else "" for name, *_ in measured]
     dots = [dataclasses.replace(dot, label=label) for dot, label in zip(chart.dots, labels, strict=True)]
     return dataclasses.replace(chart, dots=tuple(dots))

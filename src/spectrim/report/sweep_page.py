@@ -5,25 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from spectrim.network.files import write_text
 from spectrim.network.printing import count
 from spectrim.report.charts import ASIDE, Axis, Chart, Curve, Dot, cost_name
 from spectrim.report.machine import machine_facts
 from spectrim.report.origin import Origin
-from spectrim.report.page import style, template
-from spectrim.report.side_page import changes
+from spectrim.report.page import Written, style, template
+from spectrim.report.side_page import LABELS, changes
 from spectrim.report.words import glossary
 from spectrim.selection.front import Sweep
 from spectrim.selection.point import Judged, Point
 
-_LABELS = 4  # on a front, at most
-
 
 @dataclass(frozen=True)
-class SweepPage:
+class SweepPage(Written):
     """What a page about a sweep tells.
 
     Attributes
@@ -71,17 +67,6 @@ class SweepPage:
             facts=dict(self.facts) or machine_facts(),
         )  # fmt: skip
 
-    def write(self, path: str | Path) -> Path:
-        """Write the page, whole or not at all, and return where it is.
-
-        Raises
-        ------
-        OSError
-            If the file cannot be written.
-        """
-        write_text(path, self.html())
-        return Path(path)
-
 
 def front_chart(sweep: Sweep, cost: str) -> Chart:
     """A dot a network, of another tone once it is trained, and a line through the front.
@@ -99,7 +84,7 @@ def front_chart(sweep: Sweep, cost: str) -> Chart:
     room = 0.08 * (high - low) or 0.05 * abs(high) or 1.0
     x, y = Axis(0, max(100, *(_share(point, cost) for point in sweep))), Axis(low - room, high + room)
     # Many labels would lie on each other on a phone.
-    named = best if len(best) <= _LABELS else (best[0], best[-1])
+    named = best if len(best) <= LABELS else (best[0], best[-1])
     dots: list[Dot] = []
     for mark in marks:
         at, known = 100.0 if mark.point is None else _share(mark.point, cost), not math.isnan(mark.spread)

@@ -31,16 +31,12 @@ def training_forward(model: nn.Module) -> Iterator[None]:
     TrainingError
         For what it raises.
     """
-    try:
+
+    def said(error: Exception) -> str:
+        return f"{type(model).__name__} raises {type(error).__name__} when it is trained on a batch"
+
+    with _telling(said, "Give batches as it was trained on, (inputs, targets)"):
         yield
-    except (SpectrimError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # a model may raise anything
-        cure = _cure(error, "Give batches as it was trained on, (inputs, targets)")
-        raise TrainingError(
-            f"{type(model).__name__} raises {type(error).__name__} when it is trained on a batch: {_reason(error)}. "
-            f"{cure}; {_WITHOUT}"
-        ) from error
 
 
 def backward(loss: Tensor, model: nn.Module, again: Callable[[], Tensor]) -> None:
@@ -62,20 +58,25 @@ def backward(loss: Tensor, model: nn.Module, again: Callable[[], Tensor]) -> Non
             "the outputs with gradients (no torch.no_grad, detach or argmax on the way) and leave weights "
             f"requires_grad=True; {_WITHOUT}"
         )
-    try:
+
+    def said(error: Exception) -> str:
+        where = _where(model, again)
+        return f"{type(model).__name__} cannot be trained: {where} the backward pass raises {type(error).__name__}"
+
+    with _telling(said, "Mend its backward, or freeze the layers in front of it with requires_grad_(False)"):
         loss.backward()
+
+
+@contextlib.contextmanager
+def _telling(said: Callable[[Exception], str], usual: str) -> Iterator[None]:
+    """Run foreign code, which may raise anything: what is said of it, its reason and the cure, or the usual one."""
+    try:
+        yield
     except (SpectrimError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # backward passes run foreign code
-        cure = _cure(error, "Mend its backward, or freeze the layers in front of it with requires_grad_(False)")
-        raise TrainingError(
-            f"{type(model).__name__} cannot be trained: {_where(model, again)} the backward pass raises "
-            f"{type(error).__name__}: {_reason(error)}. {cure}; {_WITHOUT}"
-        ) from error
-
-
-def _reason(error: Exception) -> str:
-    return first_line(error).rstrip(".")
+    except Exception as error:
+        reason = first_line(error).rstrip(".")
+        raise TrainingError(f"{said(error)}: {reason}. {_cure(error, usual)}; {_WITHOUT}") from error
 
 
 def _cure(error: Exception, usual: str) -> str:
