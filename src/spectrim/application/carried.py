@@ -79,6 +79,8 @@ def carry_out(
     progress: Progress | bool | None = None,
 ) -> Applied:
     """As :func:`spectrim.apply`, which gives the model alone, with what was learned on the way."""
+    if isinstance(memory, bool) or not isinstance(memory, int) or memory <= 0:
+        raise ValueError(f"memory is {memory!r}: expected a positive int of bytes, such as 4 << 30 for 4 GiB")
     feed = Feed.of(forward)
     if batches is not None and reads_once(checked_batches(batches)):
         raise PlanError("batches are read several times; pass a list or a DataLoader, not an iterator")

@@ -286,9 +286,9 @@ def test_sites_come_in_order_of_execution_and_those_not_reached_are_skipped():
     before = find(model)
     assert [s.name for s in before] == ["last", "unused", "twice", "first", "late"]
     sites = calibrate(model, before, [torch.randn(3, 4)] * 2)
-    assert [s.name for s in sites] == ["first", "twice", "last", "late"]
+    assert [s.name for s in sites] == ["first", "twice", "late", "last"]
     assert [(s.name, s.reason) for s in sites.skipped] == [("unused", "never reached by the calibration batches")]
-    assert [s.statistics.input.count for s in sites] == [6, 12, 6, 3]
+    assert [s.statistics.input.count for s in sites] == [6, 12, 3, 6]
     assert sites["twice"].spec.inputs == ((1,), (1,))
     assert sites["late"].spec.inputs == ((1,),)
     assert sites.seen

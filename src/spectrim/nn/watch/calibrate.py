@@ -29,7 +29,7 @@ from spectrim.nn.watch.samples import Mask
 from spectrim.nn.watch.sampling import Run, Sampling
 from spectrim.nn.watch.state import State
 from spectrim.nn.watch.streams import Streams
-from spectrim.nn.watch.watchers import NotFiniteError, SameInputs, Shapes, TableWatcher, Watcher, too_wide
+from spectrim.nn.watch.watchers import NotFiniteError, Order, SameInputs, Shapes, TableWatcher, Watcher, too_wide
 from spectrim.nn.watch.ways import cure, first_line
 from spectrim.nn.watch.work import beside
 from spectrim.nn.watch.writes import written
@@ -210,7 +210,7 @@ class _Watch:
     watchers, responses, bystanders
         What is kept of the sites, of coupled channels and of layers left alone, by name.
     order
-        Names of layers in the order in which they are called.
+        Of the layers that are called.
     samples, tokens, masked, other_macs
         Samples and tokens so far, whether a mask says which tokens there are, and MACs a sample outside the watched
         layers, from the first batch.
@@ -230,7 +230,7 @@ class _Watch:
     model: nn.Module
     given: str
     passes: Passes
-    order: list[str] = dataclasses.field(default_factory=list)
+    order: Order = dataclasses.field(default_factory=Order)
     samples: int = 0
     tokens: int = 0
     masked: bool = False
@@ -282,6 +282,7 @@ class _Watch:
     def see(self, run: Call, batch: Any, index: int) -> None:
         """Run the model on a batch; on the first one count what it computes beside the statistics."""
         samples = self.run.see(batch)
+        self.order.start()
         size = samples.size
         for shapes in [*self.watchers.values(), *self.bystanders.values()]:
             shapes.start(index, samples)
@@ -339,7 +340,7 @@ class _Watch:
     def _reached(self) -> list[str]:
         """Sites that were called, in the order of execution; there must be some."""
         watchers = self.watchers
-        reached = [name for name in dict.fromkeys(self.order) if name in watchers]
+        reached = [name for name in self.order.names if name in watchers]
         if reached or not watchers:
             return reached
         refused = next(((name, each.refused) for name, each in watchers.items() if each.refused), None)
@@ -416,7 +417,7 @@ class _Watch:
 
     def _both(self, tied: Tied) -> bool:
         """Whether both layers of one weight were called."""
-        return all(part.name in self.order and not self.watchers[part.name].refused for part in tied.parts)
+        return all(part.name in self.order.names and not self.watchers[part.name].refused for part in tied.parts)
 
     def _tied(self, tied: Tied) -> Tied:
         """Layers of one weight with what was seen of each."""

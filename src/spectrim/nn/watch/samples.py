@@ -126,6 +126,12 @@ def mask_of(batch: Any, mask: Mask, size: int) -> Tensor | None:
             f"the mask {mask if callable(mask) else named!r} has {what}: expected ({size} samples, positions); pass "
             "mask=, a function of the batch that gives such a tensor, or None where no position is padding"
         )
+    if found.is_floating_point() and bool((found < 0).any()):
+        raise CalibrationError(
+            f"the mask {mask if callable(mask) else named!r} has numbers below 0, as one that is added to scores of "
+            "attention: expected one that is zero where there is padding, and not where there is data; pass "
+            "a function that compares it, such as mask=lambda batch: batch['mask'] == 0"
+        )
     return (found != 0).cpu()
 
 

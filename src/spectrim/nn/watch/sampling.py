@@ -49,14 +49,18 @@ class Sampling:
 
     def __post_init__(self) -> None:
         rows, positions = self.rows, self.positions
-        if not (rows is None or rows == "auto" or (isinstance(rows, int) and rows > 0)):
-            raise ValueError(f"rows={rows!r}: expected a positive number, None for all positions, or 'auto'")
-        if not (positions is None or (isinstance(positions, int) and positions > 0)):
-            raise ValueError(f"positions={positions!r}: expected a positive number of positions a sample, or None")
+        if not (rows is None or rows == "auto" or _is_number(rows)):
+            raise ValueError(f"rows={rows!r}: expected a positive int, None for all positions, or 'auto'")
+        if not (positions is None or _is_number(positions)):
+            raise ValueError(f"positions={positions!r}: expected a positive int, of positions a sample, or None")
         if self.mask is not None and not isinstance(self.mask, str):
             check_function(
                 "mask", self.mask, ("a batch",), "the name of a tensor of the batch, or a function that gives one"
             )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 class Run:

@@ -56,6 +56,26 @@ class SameInputs:
         return tuple(names for names in sets if len(names) > 1)
 
 
+class Order:
+    """Names of layers in the order of execution, also where batches take different ways: those that a later batch
+    reaches first come right behind what it called before them.
+    """
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self._at = -1
+
+    def start(self) -> None:
+        """A new pass begins."""
+        self._at = -1
+
+    def see(self, name: str) -> None:
+        """A layer is called."""
+        if name not in self.names:
+            self.names.insert(self._at + 1, name)
+        self._at = max(self._at, self.names.index(name))
+
+
 class Shapes:
     """Remembers the input shapes of every call of a layer in the first forward pass, for one sample."""
 
@@ -74,7 +94,7 @@ class Shapes:
         self.index, self.size, self.samples = index, samples.size, samples
         self.frozen = index > 0
 
-    def hook(self, order: list[str]) -> Callable[..., None]:
+    def hook(self, order: Order) -> Callable[..., None]:
         @torch.no_grad()
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             inputs = args[0] if args else kwargs["input"]
@@ -90,9 +110,9 @@ class Shapes:
                 self.refused = "called with a sparse tensor, whose rows cannot be watched: give it x.to_dense()"
             if not inputs.numel():
                 return
+            order.see(self.spec.name)
             # A layer that the first batch does not reach is described by the first call it gets.
             if not self.frozen or not self._calls:
-                order.append(self.spec.name)
                 if self.seen is not None and not self.frozen:
                     self.seen.note(inputs, self.spec.name)
                 self._of = self.size
