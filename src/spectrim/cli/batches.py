@@ -114,13 +114,7 @@ class ImageFiles(Source):
 
     @staticmethod
     def _opened(path: Path) -> Any:
-        """An image that is not decoded yet.
-
-        Raises
-        ------
-        UsageError
-            If the file is no image.
-        """
+        """An image that is not decoded yet."""
         from PIL import Image
 
         try:
@@ -233,13 +227,7 @@ class Batches:
 
 
 def _by_channel(values: tuple[float, ...], images: Tensor) -> Tensor:
-    """Numbers along the channels of samples.
-
-    Raises
-    ------
-    UsageError
-        If there are not as many as channels, nor one.
-    """
+    """Numbers along the channels of samples."""
     if len(values) not in (1, images.shape[1]):
         raise UsageError(
             f"data: normalise has {len(values)} means, and samples have {images.shape[1]} channels; give one for each, "

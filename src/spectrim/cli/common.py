@@ -7,7 +7,6 @@ output gets. Exit codes are in :data:`EXIT_CODES`.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import inspect
 import json
@@ -20,7 +19,7 @@ import textwrap
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TextIO, get_args, get_type_hints
+from typing import Annotated, Any, TextIO, get_type_hints
 
 import typer
 
@@ -42,25 +41,53 @@ EXIT_CODES = {
 }
 
 
+REQUIRED: Any = dataclasses.MISSING
+
+
+def option(
+    meaning: str,
+    metavar: str | None = None,
+    default: Any = None,
+    *,
+    flags: Sequence[str] = (),
+    check: Callable[[Any], object] | None = None,
+    kind: Callable[..., Any] = typer.Option,
+    **more: Any,
+) -> Any:
+    """A field of a group of options, with its help.
+
+    Parameters
+    ----------
+    flags
+        As it is written, where that is not ``--`` and the name of the field.
+    check
+        Refuses values that cannot be used, of a group that is :class:`Checked`.
+    kind, more
+        ``typer.Option`` or ``typer.Argument``, and what it takes.
+    """
+    shown = kind(*flags, metavar=metavar, help=meaning, **more)
+    return field(default=default, metadata={"shown": shown, "check": check})
+
+
 class Checked:
-    """A group of options. What stands behind the option of a field is a function that refuses values of it."""
+    """A group of options whose values are checked when it is made."""
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self), include_extras=True).items():
-            for check in getattr(hint, "__metadata__", ())[1:]:
-                if (value := getattr(self, name)) is not None:
-                    check(value)
+        for each in dataclasses.fields(self):  # type: ignore[arg-type]
+            check, value = each.metadata["check"], getattr(self, each.name)
+            if check is not None and value is not None:
+                check(value)
 
 
 @dataclass(frozen=True)
 class PrintOptions:
     """What is printed."""
 
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document on standard output, and nothing else there.")
-    ] = False
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no remarks on standard error.")] = False
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
+    as_json: bool = option(
+        "Print one JSON document on standard output, and nothing else there.", default=False, flags=("--json",)
+    )
+    quiet: bool = option("No progress and no remarks on standard error.", default=False, flags=("--quiet", "-q"))
+    debug: bool = option("Show the traceback of an error.", default=False, flags=("--debug",))
 
 
 def columns_of(stream: TextIO) -> int:
@@ -228,14 +255,13 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
 
 def _options(group: type) -> Iterator[inspect.Parameter]:
     """The parameters of a command that the fields of a group are."""
-    hints = get_type_hints(group, include_extras=True)
+    hints = get_type_hints(group)
     title = (group.__doc__ or "").splitlines()[0]
     for each in dataclasses.fields(group):
-        kind, option, *_ = get_args(hints[each.name])
-        option = copy.copy(option)  # groups may have one in common
-        option.rich_help_panel = option.rich_help_panel or title
-        default = inspect.Parameter.empty if each.default is dataclasses.MISSING else each.default
-        annotation = Annotated[kind, option]
+        shown = each.metadata["shown"]
+        shown.rich_help_panel = title
+        default = inspect.Parameter.empty if each.default is REQUIRED else each.default
+        annotation = Annotated[hints[each.name], shown]
         yield inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 

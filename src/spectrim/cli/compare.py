@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from spectrim.cli import options
-from spectrim.cli.common import Checked, Output, command, refuse
+from spectrim.cli.common import REQUIRED, Checked, Output, command, option, refuse
 from spectrim.cli.models import check_model
 from spectrim.cli.references import UsageError
 from spectrim.cli.unfinished import make_folder
 from spectrim.cli.values import check_plan
-from spectrim.cli.weights import check_checkpoint, check_file
+from spectrim.cli.weights import check_checkpoint
 
 _MODEL, _PLAN, _POINT = "model.safetensors", "plan.json", "point.json"
 
@@ -24,26 +23,19 @@ _MODEL, _PLAN, _POINT = "model.safetensors", "plan.json", "point.json"
 class ComparedOptions(Checked):
     """What is compared."""
 
-    files: Annotated[
-        list[Path],
-        typer.Argument(
-            metavar="FILE...",
-            help="model.safetensors or plan.json that compress or sweep wrote, or such folders; of a sweep all points.",
-        ),
-    ]
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            metavar="MODEL",
-            help="What returns the dense model, as compress takes it: to measure, and not only read what plans say.",
-        ),
-        check_model,
-    ] = None
-    weights: Annotated[
-        Path | None, options.weights_option("Weights of the dense model: .safetensors or .pt."), check_file
-    ] = None
+    files: list[Path] = option(
+        "model.safetensors or plan.json that compress or sweep wrote, or such folders; of a sweep all points.",
+        "FILE...",
+        REQUIRED,
+        kind=typer.Argument,
+    )
+    model: str | None = option(
+        "What returns the dense model, as compress takes it: to measure, and not only read what plans say.",
+        "MODEL",
+        flags=("--model", "-m"),
+        check=check_model,
+    )
+    weights: Path | None = options.weights_option("Weights of the dense model: .safetensors or .pt.")
 
     def found(self) -> dict[str, Path]:
         """Checkpoints and plans, by the shortest names that tell them apart."""
@@ -81,31 +73,24 @@ def _paths(given: Path) -> Iterator[Path]:
 class ComparingOptions(Checked):
     """How it is measured."""
 
-    data: Annotated[
-        str | None,
-        options.data_option("Samples on which outputs are compared with the dense network's, named as for compress."),
-        options.check_calibration,
-    ] = None
-    test: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Batches with labels to measure accuracy on."), options.check_test
-    ] = None
-    latency: Annotated[
-        bool, typer.Option("--latency", help="Time all networks in turns, so that a busy moment hits each of them.")
-    ] = False
-    batch: options.Batch = 1
-    threads: options.Threads = None
-    runtime: options.Runtime = "eager"
-    device: options.Device = "cpu"
+    data: str | None = options.calibration_option(
+        "Samples on which outputs are compared with the dense network's, named as for compress."
+    )
+    test: str | None = option("Batches with labels to measure accuracy on.", "DATA", check=options.check_test)
+    latency: bool = option(
+        "Time all networks in turns, so that a busy moment hits each of them.", default=False, flags=("--latency",)
+    )
+    batch: int = options.batch_option()
+    threads: int | None = options.threads_option()
+    runtime: str = options.runtime_option()
+    device: str = options.device_option()
 
 
 @dataclass(frozen=True)
 class PageOptions:
     """Files."""
 
-    page: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Write the table, with a figure, as a page for a browser: compared.html."),
-    ] = None
+    page: Path | None = option("Write the table, with a figure, as a page for a browser: compared.html.", "FILE")
 
     def __post_init__(self) -> None:
         if self.page is not None and self.page.suffix != ".html":

@@ -78,7 +78,7 @@ class Data:
 
     reference: Reference
     scheme: Scheme | None = None
-    options: DataOptions = DataOptions()  # noqa: RUF009 (frozen)
+    options: DataOptions = DataOptions()
     files: tuple[Any, ...] = ()
 
     def check_labels(self, option: str) -> None:
@@ -88,13 +88,7 @@ class Data:
             raise UsageError(f"{option}: data {self.reference.text!r} have no labels, which it needs: {scheme.cure}")
 
     def load(self, device: str = "cpu") -> Iterable[Any]:
-        """The batches.
-
-        Raises
-        ------
-        UsageError
-            If a file cannot be read, or a function does not return batches.
-        """
+        """The batches."""
         if self.scheme is not None:
             from spectrim.cli.datasets import batches_of
 

@@ -121,13 +121,7 @@ def _channels_first(values: np.ndarray) -> tuple[np.ndarray, str]:
 
 
 def _classes(values: np.ndarray, name: str, text: str) -> Tensor:
-    """Labels as numbers of classes; words are numbered in their order.
-
-    Raises
-    ------
-    UsageError
-        If they are numbers that count nothing.
-    """
+    """Labels as numbers of classes; words are numbered in their order."""
     if values.dtype.kind in "OUS":
         _, values = np.unique(values, return_inverse=True)
     if values.dtype.kind == "f" and np.all(values == np.round(values)):

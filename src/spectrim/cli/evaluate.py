@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from spectrim.cli import options
-from spectrim.cli.common import Checked, Output, command, usage
+from spectrim.cli.common import Checked, Output, command, option, usage
 from spectrim.cli.data import check_data
 from spectrim.cli.references import UsageError
 
@@ -17,14 +15,14 @@ from spectrim.cli.references import UsageError
 class MeasuringOptions(Checked):
     """How it is measured."""
 
-    compare: Annotated[
-        bool, typer.Option("--compare", help="With --checkpoint: the dense model (with --weights) beside it.")
-    ] = False
-    repeats: Annotated[int, typer.Option(metavar="N", min=0, help="Timed runs; 0 leaves latency out.")] = 30
-    batch: options.Batch = 1
-    threads: options.Threads = None
-    runtime: options.Runtime = "eager"
-    device: options.Device = "cpu"
+    compare: bool = option(
+        "With --checkpoint: the dense model (with --weights) beside it.", default=False, flags=("--compare",)
+    )
+    repeats: int = option("Timed runs; 0 leaves latency out.", "N", 30, min=0)
+    batch: int = options.batch_option()
+    threads: int | None = options.threads_option()
+    runtime: str = options.runtime_option()
+    device: str = options.device_option()
 
 
 @command

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from spectrim.cli import options
-from spectrim.cli.common import Output, command
+from spectrim.cli.common import REQUIRED, Output, command, option
 from spectrim.cli.references import Reference, UsageError, installed
 from spectrim.cli.unfinished import make_folder
 from spectrim.cli.values import check_folder
@@ -30,13 +27,9 @@ outputs = session.run(None, dict(zip(names, arrays)))""",
 class ExportOptions:
     """The file."""
 
-    file: Annotated[
-        Path, typer.Option("--out", "-o", metavar="FILE", help="File to write: .onnx or .pt2 (torch.export).")
-    ]
-    batch: Annotated[
-        int, typer.Option(metavar="N", min=2, help="Samples of the example; the exported batch is free.")
-    ] = 2
-    threads: options.Threads = None
+    file: Path = option("File to write: .onnx or .pt2 (torch.export).", "FILE", REQUIRED, flags=("--out", "-o"))
+    batch: int = option("Samples of the example; the exported batch is free.", "N", 2, min=2)
+    threads: int | None = options.threads_option()
 
     def __post_init__(self) -> None:
         if self.file.suffix not in FORMATS:

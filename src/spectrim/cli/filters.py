@@ -18,13 +18,7 @@ from spectrim.selection.plan import Plan
 
 
 def with_channels(model: nn.Module, sites: Sites, example: Any) -> Sites:
-    """The sites with the channels that can be removed.
-
-    Raises
-    ------
-    UsageError
-        If there are none, or what finds them is not installed.
-    """
+    """The sites with the channels that can be removed."""
     known = len(sites.skipped)
     try:
         found = couple(model, sites, example)

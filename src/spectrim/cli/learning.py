@@ -121,8 +121,6 @@ def work(run: RankRun) -> Work:
 
     Raises
     ------
-    UsageError
-        If something cannot be used; the message quotes it.
     InfeasibleBudgetError
         For the first budget that cannot be met.
     """

@@ -78,13 +78,7 @@ class Asked:
 
     @classmethod
     def read(cls, text: str) -> Asked:
-        """Take a value apart.
-
-        Raises
-        ------
-        UsageError
-            For an unknown name, or an option that is not ``NAME=VALUE`` or is there twice.
-        """
+        """Take a value apart."""
         name, colon, rest = text.partition(":")
         if name not in NAMES:
             close = did_you_mean(name, NAMES, OTHER_NAMES)
@@ -123,11 +117,6 @@ class Asked:
         ----------
         **usual
             Values of fields, where the method has these and the options do not say otherwise; None for none.
-
-        Raises
-        ------
-        UsageError
-            If there is no such class, or its options cannot be used.
         """
         return self.filled(self._class(), **usual)
 
@@ -186,11 +175,6 @@ class Methods:
         share
             With those for layers that share a factor, unless they are named: the first or the second, and for ``joint``
             both at once too.
-
-        Raises
-        ------
-        UsageError
-            For methods that cannot be made, or not stand beside each other.
         """
         from spectrim.methods import JointSVD, LowRankPlusSparse, as_methods
         from spectrim.tables import low_rank

@@ -89,8 +89,6 @@ def load_model(text: str, weights: str | Path | None = None, *, pretrained: bool
 
     Raises
     ------
-    UsageError
-        If the reference or the file cannot be used, or they do not fit each other.
     CheckpointError
         If it is the file of a compressed model that is damaged or of another architecture.
     """
@@ -123,8 +121,6 @@ def load_compressed(text: str, checkpoint: str | Path) -> nn.Module:
 
     Raises
     ------
-    UsageError
-        If the reference cannot be used.
     CheckpointError
         If the file is missing, damaged or belongs to another architecture.
     """

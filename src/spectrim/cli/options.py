@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from spectrim.cli import completion
-from spectrim.cli.common import Checked, usage
+from spectrim.cli.common import REQUIRED, Checked, option, usage
 from spectrim.cli.data import check_data
 from spectrim.cli.models import check_model, load_compressed, load_model
 from spectrim.cli.references import UsageError
@@ -40,37 +40,54 @@ RUNTIMES = ("eager", "compile", "onnxruntime")
 SELECTORS = ("exact", "lagrangian", "greedy", "energy", "uniform")
 
 
-def model_argument(meaning: str) -> Any:
-    """MODEL, with what it means to a command."""
-    return typer.Argument(metavar="MODEL", autocompletion=completion.models, help=meaning)
-
-
-def weights_option(meaning: str) -> Any:
-    """``--weights``."""
-    return typer.Option("--weights", "-w", metavar="FILE", help=meaning)
-
-
-def data_option(meaning: str) -> Any:
-    """``--data``."""
-    return typer.Option("--data", "-d", metavar="DATA", autocompletion=completion.data, help=meaning)
-
-
-def budget_option(meaning: str) -> Any:
-    """``--budget``."""
-    return typer.Option("--budget", "-b", metavar="COST=VALUE", autocompletion=completion.budgets, help=meaning)
-
-
-def folder_option(meaning: str) -> Any:
-    """``--out``."""
-    return typer.Option("--out", "-o", metavar="DIR", help=meaning)
-
-
-check_calibration = functools.partial(check_data, purpose="calibration")
+model_argument = functools.partial(
+    option, metavar="MODEL", default=REQUIRED, check=check_model, kind=typer.Argument, autocompletion=completion.models
+)
+weights_option = functools.partial(option, metavar="FILE", flags=("--weights", "-w"), check=check_file)
+data_option = functools.partial(option, metavar="DATA", autocompletion=completion.data)
+calibration_option = functools.partial(
+    data_option, flags=("--data", "-d"), check=functools.partial(check_data, purpose="calibration")
+)
 check_test = functools.partial(check_data, purpose="test", labelled="--test")
-Input = Annotated[
-    str | None,
-    typer.Option("--input", metavar="SHAPE", help="Shape of one random sample where there are no data, as 3x224x224."),
-    read_shape,
+budget_option = functools.partial(
+    option, metavar="COST=VALUE", flags=("--budget", "-b"), autocompletion=completion.budgets
+)
+folder_option = functools.partial(option, metavar="DIR", flags=("--out", "-o"), check=check_folder)
+input_option = functools.partial(
+    option, "Shape of one random sample where there are no data, as 3x224x224.", "SHAPE", flags=("--input",),
+    check=read_shape,
+)  # fmt: skip
+batch_option = functools.partial(option, "Samples a pass where time and memory are measured.", "N", 1, min=1)
+threads_option = functools.partial(option, "CPU threads; by default all that torch takes.", "N", min=1)
+runtime_option = functools.partial(
+    option, f"What runs the network where time is measured: {', '.join(RUNTIMES)}.", "NAME", "eager",
+    check=one_of("--runtime", RUNTIMES, {"onnx": "onnxruntime", "ort": "onnxruntime", "torch": "eager"}),
+)  # fmt: skip
+device_option = functools.partial(
+    option, "cpu, cuda, cuda:1, ..., or auto.", "DEVICE", "cpu", check=check_device, autocompletion=completion.devices
+)
+selector_option = functools.partial(
+    option, f"How choices are made: {', '.join(SELECTORS)}.", "NAME", "exact", check=one_of("--selector", SELECTORS)
+)
+guard_option = functools.partial(
+    option, "Leave out choices that are measured no faster than dense.", default=False, flags=("--guard",)
+)
+costs_option = functools.partial(
+    option, "A cost of your own, as joules=energy.py:joules, a function of a layer. Repeatable.", "NAME=FUNCTION",
+    flags=("--cost",),
+)  # fmt: skip
+Methods = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--method",
+        metavar="METHOD",
+        rich_help_panel="What layers become",
+        autocompletion=completion.methods,
+        help="auto (low rank and Tucker-2, the default), weight-svd, activation-svd, weight-cp, activation-cp, "
+        "weight-tucker2, activation-tucker2, joint, joint-svd, low-rank-plus-sparse, principal-filters, learned-ranks "
+        "(compress alone), or package.module:Class. Its options follow a colon, as weight-svd:multiple_of=8. "
+        "Repeatable.",
+    ),
 ]
 
 
@@ -88,134 +105,61 @@ class Fed(Checked):
             )
 
 
-Batch = Annotated[int, typer.Option(metavar="N", min=1, help="Samples a pass where time and memory are measured.")]
-Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="CPU threads; by default all that torch takes.")]
-Runtime = Annotated[
-    str,
-    typer.Option(metavar="NAME", help=f"What runs the network where time is measured: {', '.join(RUNTIMES)}."),
-    one_of("--runtime", RUNTIMES, {"onnx": "onnxruntime", "ort": "onnxruntime", "torch": "eager"}),
-]
-Device = Annotated[
-    str,
-    typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1, ..., or auto.", autocompletion=completion.devices),
-    check_device,
-]
-Selector = Annotated[
-    str,
-    typer.Option(metavar="NAME", help=f"How choices are made: {', '.join(SELECTORS)}."),
-    one_of("--selector", SELECTORS),
-]
-Guard = Annotated[bool, typer.Option("--guard", help="Leave out choices that are measured no faster than dense.")]
-Methods = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--method",
-        metavar="METHOD",
-        rich_help_panel="What layers become",
-        autocompletion=completion.methods,
-        help="auto (low rank and Tucker-2, the default), weight-svd, activation-svd, weight-cp, activation-cp, "
-        "weight-tucker2, activation-tucker2, joint, joint-svd, low-rank-plus-sparse, principal-filters, learned-ranks "
-        "(compress alone), or package.module:Class. Its options follow a colon, as weight-svd:multiple_of=8. "
-        "Repeatable.",
-    ),
-]
-Costs = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--cost",
-        metavar="NAME=FUNCTION",
-        help="A cost of your own, as joules=energy.py:joules, a function of a layer. Repeatable.",
-    ),
-]
-
-
 @dataclass(frozen=True)
 class NetworkOptions(Checked):
     """The model."""
 
-    model: Annotated[
-        str,
-        model_argument(
-            "What returns it: file.py:function or package.module:function; or torchvision:NAME, timm:NAME, "
-            "hf:NAME. Options follow as ?key=value&key=value."
-        ),
-        check_model,
-    ]
-    weights: Annotated[
-        Path | None,
-        weights_option(
-            "Its weights: .safetensors, also as compress writes it, to compress again; .pt with a state_dict."
-        ),
-        check_file,
-    ] = None
-    batch: Batch = 1
-    threads: Threads = None
-    runtime: Runtime = "eager"
-    device: Device = "cpu"
+    model: str = model_argument(
+        "What returns it: file.py:function or package.module:function; or torchvision:NAME, timm:NAME, hf:NAME. "
+        "Options follow as ?key=value&key=value."
+    )
+    weights: Path | None = weights_option(
+        "Its weights: .safetensors, also as compress writes it, to compress again; .pt with a state_dict."
+    )
+    batch: int = batch_option()
+    threads: int | None = threads_option()
+    runtime: str = runtime_option()
+    device: str = device_option()
 
 
 @dataclass(frozen=True)
 class InputOptions(Fed):
     """Data that layers are fitted to."""
 
-    data: Annotated[
-        str | None,
-        data_option(
-            "A few hundred samples like those of training, without labels if need be: imagefolder:DIR, "
-            "FILE.npz, FILE.csv, file.py:function, package.module:function, cifar10:DIR, fashion-mnist:DIR or "
-            "digits. Options follow as ?key=value."
-        ),
-        check_calibration,
-    ] = None
-    input_shape: Input = None
-    mask: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Tensor of the batches that is not zero where a token is data; attention_mask by default.",
-        ),
-    ] = None
-    rows: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Input patches that a layer's statistics rest on, in all.")
-    ] = None
-    positions: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Input patches of every sample, in place of --rows.")
-    ] = None
+    data: str | None = calibration_option(
+        "A few hundred samples like those of training, without labels if need be: imagefolder:DIR, FILE.npz, FILE.csv, "
+        "file.py:function, package.module:function, cifar10:DIR, fashion-mnist:DIR or digits. Options follow as "
+        "?key=value."
+    )
+    input_shape: str | None = input_option()
+    mask: str | None = option(
+        "Tensor of the batches that is not zero where a token is data; attention_mask by default.", "NAME"
+    )
+    rows: int | None = option("Input patches that a layer's statistics rest on, in all.", "N", min=1)
+    positions: int | None = option("Input patches of every sample, in place of --rows.", "N", min=1)
 
 
 @dataclass(frozen=True)
 class LayerOptions(Checked):
     """Which layers."""
 
-    skip: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME", help="Leave these layers alone, as fc or 'layer1.*'. Repeatable."),
-    ] = None
-    only: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Leave all but these layers alone. Repeatable.")
-    ] = None
-    multiple_of: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Ranks, and numbers of filters, are multiples of N.")
-    ] = None
+    skip: list[str] | None = option("Leave these layers alone, as fc or 'layer1.*'. Repeatable.", "NAME")
+    only: list[str] | None = option("Leave all but these layers alone. Repeatable.", "NAME")
+    multiple_of: int | None = option("Ranks, and numbers of filters, are multiples of N.", "N", min=1)
 
 
 @dataclass(frozen=True)
 class SharingOptions(Checked):
     """Layers that share factors."""
 
-    share: Annotated[
-        bool | None,
-        typer.Option(
-            "--share/--no-share",
-            help="Offer that repeated layers, and layers with one input, share factors. By default compress does where "
-            "the budget limits parameters or bytes and there is no --method.",
-        ),
-    ] = None
-    groups: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help='Such layers by hand: a JSON file as {"name": ["fc1", "fc2"]}.'),
-        read_groups,
-    ] = None
+    share: bool | None = option(
+        "Offer that repeated layers, and layers with one input, share factors. By default compress does where the "
+        "budget limits parameters or bytes and there is no --method.",
+        flags=("--share/--no-share",),
+    )
+    groups: Path | None = option(
+        'Such layers by hand: a JSON file as {"name": ["fc1", "fc2"]}.', "FILE", check=read_groups
+    )
 
     def __post_init__(self) -> None:
         if self.groups is not None and self.share is False:
@@ -227,26 +171,13 @@ class SharingOptions(Checked):
 class TrainingOptions(Checked):
     """Training and testing."""
 
-    train: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DATA",
-            autocompletion=completion.data,
-            help="Batches with labels to fine-tune on, or to learn ranks from; named like --data.",
-        ),
-        functools.partial(check_data, purpose="training"),
-    ] = None
-    test: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DATA",
-            autocompletion=completion.data,
-            help="Batches with labels to measure accuracy on; named like --data.",
-        ),
-        check_test,
-    ] = None
-    epochs: Annotated[int, typer.Option(metavar="N", min=0, help="Epochs of fine-tuning.")] = 10
-    lr: Annotated[float | None, typer.Option(metavar="NUMBER", help="Highest learning rate of the fine-tuning.")] = None
+    train: str | None = data_option(
+        "Batches with labels to fine-tune on, or to learn ranks from; named like --data.",
+        check=functools.partial(check_data, purpose="training"),
+    )
+    test: str | None = data_option("Batches with labels to measure accuracy on; named like --data.", check=check_test)
+    epochs: int = option("Epochs of fine-tuning.", "N", 10, min=0)
+    lr: float | None = option("Highest learning rate of the fine-tuning.", "NUMBER")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -254,13 +185,7 @@ class TrainingOptions(Checked):
             raise UsageError(f"--lr: lr={self.lr} must be a finite number of at least 0")
 
     def recipe(self) -> Recipe:
-        """That of the fine-tuning.
-
-        Raises
-        ------
-        UsageError
-            For a learning rate that cannot be used.
-        """
+        """That of the fine-tuning."""
         from spectrim.train import Recipe
 
         with usage("--lr"):
@@ -271,14 +196,10 @@ class TrainingOptions(Checked):
 class LearningOptions:
     """How ranks are learned."""
 
-    rank_epochs: Annotated[int, typer.Option(metavar="N", help="Epochs of learning weights and ranks together.")] = 10
-    rank_lr: Annotated[float | None, typer.Option(metavar="NUMBER", help="Highest learning rate of these epochs.")] = (
-        None
-    )
-    c_steps: Annotated[int, typer.Option(metavar="N", help="How often ranks are chosen in these epochs.")] = 64
-    energy: Annotated[
-        str, typer.Option(metavar="WHICH", help="weight or output, whose energy errors are shares of.")
-    ] = "weight"
+    rank_epochs: int = option("Epochs of learning weights and ranks together.", "N", 10)
+    rank_lr: float | None = option("Highest learning rate of these epochs.", "NUMBER")
+    c_steps: int = option("How often ranks are chosen in these epochs.", "N", 64)
+    energy: str = option("weight or output, whose energy errors are shares of.", "WHICH", "weight")
 
     def __post_init__(self) -> None:
         if self.rank_epochs < 0:
@@ -332,54 +253,34 @@ class LearnedRanksOptions(LearningOptions):
 class GoalOptions(Checked):
     """How small."""
 
-    budget: Annotated[
-        list[str] | None,
-        budget_option(
-            "What the whole model may cost: macs=50% (or 0.5) of dense, parameters=1.2M, bytes=10MiB or "
-            "latency=3ms. Repeatable; all hold together."
-        ),
-    ] = None
-    max_drop: Annotated[
-        float | None,
-        typer.Option(
-            metavar="POINTS",
-            help="In place of a budget, or beside one: how much accuracy on --test may be lost, as 0.5.",
-        ),
-    ] = None
-    min_agreement: Annotated[
-        float | None,
-        typer.Option(
-            metavar="SHARE",
-            help="The same without labels: share of held-out samples of --data whose class stays, as 0.99.",
-        ),
-    ] = None
-    compete: Annotated[
-        bool,
-        typer.Option(
-            "--compete",
-            help="Let several sets of methods make a network each (low rank, chains, filters first, sparse) and keep "
-            "the one that loses least on held-out samples of --data, or with a tolerance the smallest that holds it.",
-        ),
-    ] = False
-    seconds: Annotated[
-        float | None, typer.Option(metavar="S", help="With --compete: begin nothing further after so long.")
-    ] = None
-    cost: Costs = None
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            metavar="RECIPE",
-            autocompletion=completion.recipes,
-            help="Principal filters: how many stay, in place of --budget: kl, or energy=0.95 for a share of the "
-            "responses' energy.",
-        ),
-        recipe_share,
-    ] = None
-    plan: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Carry out this plan.json in place of a budget.")
-    ] = None
-    selector: Selector = "exact"
-    guard: Guard = False
+    budget: list[str] | None = budget_option(
+        "What the whole model may cost: macs=50% (or 0.5) of dense, parameters=1.2M, bytes=10MiB or latency=3ms. "
+        "Repeatable; all hold together."
+    )
+    max_drop: float | None = option(
+        "In place of a budget, or beside one: how much accuracy on --test may be lost, as 0.5.", "POINTS"
+    )
+    min_agreement: float | None = option(
+        "The same without labels: share of held-out samples of --data whose class stays, as 0.99.", "SHARE"
+    )
+    compete: bool = option(
+        "Let several sets of methods make a network each (low rank, chains, filters first, sparse) and keep the one "
+        "that loses least on held-out samples of --data, or with a tolerance the smallest that holds it.",
+        default=False,
+        flags=("--compete",),
+    )
+    seconds: float | None = option("With --compete: begin nothing further after so long.", "S")
+    cost: list[str] | None = costs_option()
+    recipe: str | None = option(
+        "Principal filters: how many stay, in place of --budget: kl, or energy=0.95 for a share of the responses' "
+        "energy.",
+        "RECIPE",
+        check=recipe_share,
+        autocompletion=completion.recipes,
+    )
+    plan: Path | None = option("Carry out this plan.json in place of a budget.", "FILE")
+    selector: str = selector_option()
+    guard: bool = guard_option()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -406,40 +307,28 @@ class GoalOptions(Checked):
 class FileOptions(Checked):
     """Files."""
 
-    folder: Annotated[Path, folder_option("Folder for model.safetensors, plan.json and report.html."), check_folder] = (
-        Path("compressed")
+    folder: Path = folder_option("Folder for model.safetensors, plan.json and report.html.", default=Path("compressed"))
+    report: bool = option("Write report.html.", default=True, flags=("--report/--no-report",))
+    checkpoint: Path | None = option(
+        "Learned ranks: folder from which the same call continues after a kill; OUT/unfinished by default, which goes "
+        "when all is done.",
+        "DIR",
     )
-    report: Annotated[bool, typer.Option("--report/--no-report", help="Write report.html.")] = True
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Learned ranks: folder from which the same call continues after a kill; OUT/unfinished by default, "
-            "which goes when all is done.",
-        ),
-    ] = None
-    animate: Annotated[bool, typer.Option("--animate", help="Learned ranks: write ranks.gif too.")] = False
+    animate: bool = option("Learned ranks: write ranks.gif too.", default=False, flags=("--animate",))
 
 
 @dataclass(frozen=True)
 class FinishedOptions(Checked):
     """The model, dense or compressed."""
 
-    model: Annotated[
-        str,
-        model_argument("What returns the dense model, as compress takes it: file.py:function, torchvision:NAME, ..."),
-        check_model,
-    ]
-    weights: Annotated[Path | None, weights_option("Weights of the dense model: .safetensors or .pt."), check_file] = (
-        None
+    model: str = model_argument(
+        "What returns the dense model, as compress takes it: file.py:function, torchvision:NAME, ..."
     )
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            "--checkpoint", "-c", metavar="FILE", help="model.safetensors that compress wrote, in place of --weights."
-        ),
-        check_checkpoint,
-    ] = None
+    weights: Path | None = weights_option("Weights of the dense model: .safetensors or .pt.")
+    checkpoint: Path | None = option(
+        "model.safetensors that compress wrote, in place of --weights.", "FILE", flags=("--checkpoint", "-c"),
+        check=check_checkpoint,
+    )  # fmt: skip
 
     def check_one(self, cure: str) -> None:
         """Refuse weights of the dense model beside a compressed one, where nothing would read them."""
@@ -457,12 +346,10 @@ class FinishedOptions(Checked):
 class ExampleOptions(Fed):
     """What it is run on."""
 
-    data: Annotated[
-        str | None,
-        data_option(
-            "Batches, with labels where accuracy is measured: imagefolder:DIR, FILE.npz, FILE.csv, "
-            "file.py:function, ...; options follow as ?key=value."
-        ),
-        functools.partial(check_data, purpose="test"),
-    ] = None
-    input_shape: Input = None
+    data: str | None = data_option(
+        "Batches, with labels where accuracy is measured: imagefolder:DIR, FILE.npz, FILE.csv, file.py:function, ...; "
+        "options follow as ?key=value.",
+        flags=("--data", "-d"),
+        check=functools.partial(check_data, purpose="test"),
+    )
+    input_shape: str | None = input_option()

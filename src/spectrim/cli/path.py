@@ -6,12 +6,11 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from spectrim.cli import options
 from spectrim.cli.common import Checked, Output, command
 from spectrim.cli.references import UsageError
-from spectrim.cli.values import check_folder
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,19 +22,14 @@ _NAMES = {"macs": "MACs", "parameters": "parameters", "bytes": "weights", "laten
 class PointOptions(Checked):
     """Points of the curve."""
 
-    budget: Annotated[
-        list[str] | None,
-        options.budget_option("One point, as macs=50% or macs=50%,parameters=40%. Repeatable, the loosest first."),
-    ] = None
-    cost: options.Costs = None
-    data: Annotated[
-        str | None,
-        options.data_option("Samples that layers are fitted to; some of --train by default."),
-        options.check_calibration,
-    ] = None
-    folder: Annotated[
-        Path, options.folder_option("Folder for path.json, path.svg and a folder for each point."), check_folder
-    ] = Path("path")
+    budget: list[str] | None = options.budget_option(
+        "One point, as macs=50% or macs=50%,parameters=40%. Repeatable, the loosest first."
+    )
+    cost: list[str] | None = options.costs_option()
+    data: str | None = options.calibration_option("Samples that layers are fitted to; some of --train by default.")
+    folder: Path = options.folder_option(
+        "Folder for path.json, path.svg and a folder for each point.", default=Path("path")
+    )
 
 
 @command

@@ -6,12 +6,12 @@ import dataclasses
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from spectrim.cli import options
-from spectrim.cli.common import Output, command, refuse
+from spectrim.cli.common import Output, command, option, refuse
 from spectrim.cli.former import formerly
 from spectrim.cli.methods import FILTERS, LEARNED, SPARSE, Methods
 from spectrim.cli.references import UsageError
@@ -32,14 +32,9 @@ _SIZES = (0.5, 0.25)
 class ShownOptions:
     """What is shown."""
 
-    cost: options.Costs = None
-    figure: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE", help="Principal filters: draw the recommended widths, as widths.svg, .png or .pdf."
-        ),
-    ] = None
-    latency: Annotated[bool, typer.Option("--latency", help="Measure the milliseconds of every layer too.")] = False
+    cost: list[str] | None = options.costs_option()
+    figure: Path | None = option("Principal filters: draw the recommended widths, as widths.svg, .png or .pdf.", "FILE")
+    latency: bool = option("Measure the milliseconds of every layer too.", default=False, flags=("--latency",))
 
     def __post_init__(self) -> None:
         named_costs(self.cost)

@@ -61,13 +61,7 @@ class Reference:
 
 
 def parse(text: str) -> Reference:
-    """Take a reference apart.
-
-    Raises
-    ------
-    UsageError
-        If it is empty or an option is not ``key=value``.
-    """
+    """Take a reference apart."""
     head, _, query = text.strip().partition("?")
     scheme, place = halves(head)
     if not scheme:
@@ -128,12 +122,6 @@ def filled(kind: type[T], options: Mapping[str, str], place: str, name: str, **u
         Where the options stand, and what they are of; for messages.
     **usual
         Values where the options say nothing, of fields that there need not be; None for none.
-
-    Raises
-    ------
-    UsageError
-        For an option that there is not, or a value of another type or that the dataclass refuses. The message says
-        which options there are, of what type and with what default.
     """
     try:
         hints = get_type_hints(kind)
@@ -206,13 +194,7 @@ def _default(field: dataclasses.Field[Any], usual: Mapping[str, Any]) -> str:
 
 
 def check_form(reference: Reference, what: str) -> bool:
-    """Whether a reference is of a Python file, and not of a module.
-
-    Raises
-    ------
-    UsageError
-        If it is neither.
-    """
+    """Whether a reference is of a Python file, and not of a module."""
     file = reference.scheme.endswith(".py")
     if not reference.place and (file or Path(f"{reference.scheme}.py").is_file()):
         name = reference.scheme if file else f"{reference.scheme}.py"
@@ -234,11 +216,6 @@ def factory(reference: Reference, what: str) -> Callable[..., Any]:
     ----------
     what
         ``model`` or ``data``, for messages.
-
-    Raises
-    ------
-    UsageError
-        If the module cannot be imported, has no such attribute, or the attribute cannot be called.
     """
     file = check_form(reference, what)
     here = str(Path.cwd())
@@ -290,13 +267,7 @@ def _load(name: str) -> Any:
 
 
 def call(function: Callable[..., Any], reference: Reference, what: str, *args: Any, **more: Any) -> Any:
-    """Call what a reference names with its options.
-
-    Raises
-    ------
-    UsageError
-        If the signature does not take them, or the function raises.
-    """
+    """Call what a reference names with its options."""
     arguments = {**more, **reference.options}
     try:
         inspect.signature(function).bind(*args, **arguments)

@@ -26,11 +26,6 @@ def wanted_groups(options: SharingOptions, methods: Methods, *, default: bool = 
     ----------
     default
         What not saying anything means.
-
-    Raises
-    ------
-    UsageError
-        If they contradict each other, or the file cannot be used.
     """
     joint = next((name for name in (JOINT, "joint-svd") if name in methods), None)
     if options.share is False and joint is not None:
@@ -43,13 +38,7 @@ def wanted_groups(options: SharingOptions, methods: Methods, *, default: bool = 
 
 
 def offer(sites: Sites, wanted: Wanted) -> Sites:
-    """The sites with the groups that are wanted.
-
-    Raises
-    ------
-    UsageError
-        If groups given by hand name layers that there are not, overlap, or cannot share a factor.
-    """
+    """The sites with the groups that are wanted."""
     if wanted is False:
         return sites
     if wanted is True:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from spectrim.cli import completion, options
-from spectrim.cli.common import Checked, Output, command, usage
+from spectrim.cli.common import Checked, Output, command, option, usage
 from spectrim.cli.methods import FILTERS, LEARNED, Methods
 from spectrim.cli.references import UsageError
-from spectrim.cli.values import check_folder, named_costs, read_budget
+from spectrim.cli.values import named_costs, read_budget
 from spectrim.errors import did_you_mean
 from spectrim.selection.budget import COSTS, OTHER_NAMES
 
@@ -21,25 +18,20 @@ from spectrim.selection.budget import COSTS, OTHER_NAMES
 class SizeOptions(Checked):
     """Which sizes."""
 
-    cost: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME",
-            autocompletion=completion.costs,
-            help="What --points are shares of: macs, parameters, bytes, latency, or one of yours as "
-            "joules=energy.py:joules, a function of a layer.",
-        ),
-    ] = "macs"
-    points: Annotated[
-        str | None, typer.Option(metavar="SHARES", help="As 0.8,0.5,0.33; by default seven from 0.8 to 0.2.")
-    ] = None
-    budget: Annotated[
-        list[str] | None,
-        options.budget_option("One point, as macs=50% or macs=50%,parameters=40%, in place of --points. Repeatable."),
-    ] = None
-    selector: options.Selector = "exact"
-    guard: options.Guard = False
-    latency: Annotated[bool, typer.Option("--latency", help="Time every network beside the dense one.")] = False
+    cost: str = option(
+        "What --points are shares of: macs, parameters, bytes, latency, or one of yours as joules=energy.py:joules, a "
+        "function of a layer.",
+        "NAME",
+        "macs",
+        autocompletion=completion.costs,
+    )
+    points: str | None = option("As 0.8,0.5,0.33; by default seven from 0.8 to 0.2.", "SHARES")
+    budget: list[str] | None = options.budget_option(
+        "One point, as macs=50% or macs=50%,parameters=40%, in place of --points. Repeatable."
+    )
+    selector: str = options.selector_option()
+    guard: bool = options.guard_option()
+    latency: bool = option("Time every network beside the dense one.", default=False, flags=("--latency",))
 
     def __post_init__(self) -> None:
         costs = named_costs(self.own)
@@ -88,13 +80,13 @@ class SizeOptions(Checked):
 class SweepFileOptions(Checked):
     """Files."""
 
-    folder: Annotated[
-        Path, options.folder_option("Folder for sweep.json, sweep.svg, sweep.html and a folder a point."), check_folder
-    ] = Path("sweep")
-    models: Annotated[
-        bool, typer.Option("--models", help="Write model.safetensors for every point, to load or to compare.")
-    ] = False
-    report: Annotated[bool, typer.Option("--report/--no-report", help="Write sweep.html and sweep.svg.")] = True
+    folder: Path = options.folder_option(
+        "Folder for sweep.json, sweep.svg, sweep.html and a folder a point.", default=Path("sweep")
+    )
+    models: bool = option(
+        "Write model.safetensors for every point, to load or to compare.", default=False, flags=("--models",)
+    )
+    report: bool = option("Write sweep.html and sweep.svg.", default=True, flags=("--report/--no-report",))
 
 
 @command

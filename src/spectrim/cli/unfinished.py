@@ -35,8 +35,6 @@ def make_folder(out: Output, folder: Path, files: Sequence[str] = _RESULTS) -> P
 
     Raises
     ------
-    UsageError
-        If it, or what it would lie in, is a file, or something else lies where a file is to be.
     OSError
         Names the folder.
     """

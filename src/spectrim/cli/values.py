@@ -25,24 +25,12 @@ _LARGEST_PLAN = 64 << 20
 
 
 def read_costs(texts: Sequence[str] | None) -> dict[str, Callable[[Any], float]]:
-    """The functions of layers that ``--cost NAME=package.module:function`` names, by the cost.
-
-    Raises
-    ------
-    UsageError
-        For text of another form, a name that is taken, or what cannot be imported or called.
-    """
+    """The functions of layers that ``--cost NAME=package.module:function`` names, by the cost."""
     return {name: factory(reference, "cost") for name, reference in named_costs(texts).items()}
 
 
 def named_costs(texts: Sequence[str] | None) -> dict[str, Reference]:
-    """Where the functions are that ``--cost`` names, by the cost; nothing is imported.
-
-    Raises
-    ------
-    UsageError
-        For text of another form, a name that is taken, or a function that there is not.
-    """
+    """Where the functions are that ``--cost`` names, by the cost; nothing is imported."""
     found: dict[str, Reference] = {}
     for text in texts or ():
         name, equals, place = text.partition("=")
@@ -57,13 +45,7 @@ def named_costs(texts: Sequence[str] | None) -> dict[str, Reference]:
 
 
 def read_budget(limits: Sequence[str], costs: Collection[str] = ()) -> Budget:
-    """The budget that ``--budget`` states, over the library's costs and those of ``--cost``.
-
-    Raises
-    ------
-    UsageError
-        For text that cannot be read, or a cost that is not counted.
-    """
+    """The budget that ``--budget`` states, over the library's costs and those of ``--cost``."""
     with usage("--budget"):
         budget = Budget.parse(*limits).meant()
     known = (*COSTS, *costs)

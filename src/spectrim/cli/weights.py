@@ -118,11 +118,6 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
     A state dict may lie under ``state_dict``, ``model`` or ``model_state_dict``, or be the only one in the file; the
     prefix ``module.`` that data parallel training leaves on every name is removed.
-
-    Raises
-    ------
-    UsageError
-        If the file is missing, of an unknown kind, damaged, or holds something else.
     """
     import torch
 

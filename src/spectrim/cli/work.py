@@ -122,13 +122,7 @@ class Work:
 
 
 def device_named(device: str, threads: int | None, runtime: str = "eager") -> str:
-    """The device that a name stands for; sets the number of threads, too.
-
-    Raises
-    ------
-    UsageError
-        For a device that torch does not know or cannot reach, or where the runtime cannot run.
-    """
+    """The device that a name stands for; sets the number of threads, too."""
     found = _device_named(device, threads)
     try:
         runtime_of(runtime).check(found, torch.float32, "contiguous")
@@ -224,14 +218,7 @@ def _first(batches: Iterable[Any], name: str) -> Any:
 
 
 def training_batches(text: str, device: str, model: nn.Module) -> Iterable[Any]:
-    """The batches that ``--train`` names, fit for training a model.
-
-    Raises
-    ------
-    UsageError
-        If the reference cannot be used, there is no length or no batch, or batches have another form than training
-        takes.
-    """
+    """The batches that ``--train`` names, fit for training a model."""
     batches = load_data(text, purpose="training", device=device)
     try:
         length(batches, needed=True)
@@ -258,13 +245,7 @@ def _check_classes(model: nn.Module, batches: Iterable[Any], text: str) -> None:
 
 
 def locate(model: nn.Module, skip: Sequence[str] | None, only: Sequence[str] | None) -> Sites:
-    """The sites of a model.
-
-    Raises
-    ------
-    UsageError
-        If a pattern matches nothing, or nothing is left to compress.
-    """
+    """The sites of a model."""
     with usage():
         sites = find(model, skip=list(skip or ()), only=list(only or ()))
     if not sites.sites:
