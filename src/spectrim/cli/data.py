@@ -119,25 +119,15 @@ def load_data(text: str, *, purpose: Purpose = "test", device: str = "cpu") -> I
 
     Parameters
     ----------
-    text
-        The reference.
     purpose
         Sets the defaults of the built-in data. ``test`` is the test split; ``calibration`` is 2,048 samples of the
         training split; ``training`` is the training split, shuffled and augmented (digits are not mirrored).
-    device
-        Where built-in batches go.
     """
     return read_data(text, purpose).load(device)
 
 
 def check_data(text: str, purpose: Purpose, labelled: str = "") -> None:
-    """Refuse a reference that :func:`load_data` could not load, as far as that is seen without torch.
-
-    Parameters
-    ----------
-    labelled
-        The option, if it needs labels.
-    """
+    """Refuse what :func:`load_data` could not load, as far as is seen without torch, or what lacks labels."""
     found = read_data(text, purpose)
     if found.scheme is None:
         check_factory(found.reference, "data")

@@ -6,13 +6,7 @@ from torch import Tensor, nn
 
 
 class DigitsNet(nn.Module):
-    """Five convolutions with BatchNorm and a classifier, for 8 x 8 images of one channel.
-
-    Parameters
-    ----------
-    width
-        Channels of the first two convolutions; the later ones have twice as many.
-    """
+    """Five convolutions with BatchNorm and a classifier, for 8 x 8 images of one channel."""
 
     def __init__(self, width: int = 64) -> None:
         super().__init__()

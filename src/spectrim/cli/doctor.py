@@ -40,17 +40,7 @@ _IMPORTED = {"scikit-learn": "sklearn", "pillow": "PIL", "torch-pruning": "torch
 
 @dataclass(frozen=True)
 class Part:
-    """A package or an extra that something needs.
-
-    Attributes
-    ----------
-    packages
-        Versions by the package; None for one that is missing.
-    needed_for
-        In words.
-    install
-        The line that installs it.
-    """
+    """A package or an extra that something needs."""
 
     packages: Mapping[str, str | None]
     needed_for: str

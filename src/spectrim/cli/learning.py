@@ -118,11 +118,6 @@ def work(run: RankRun) -> Work:
     """Load what a run works on, and see that every budget can be met before anything is trained.
 
     Milliseconds are not looked at.
-
-    Raises
-    ------
-    InfeasibleBudgetError
-        For the first budget that cannot be met.
     """
     found = Work.load(run.network, run.layers, InputOptions(run.data), run.training, timed=run.timed)
     known = prepare(found.dense, found.sites, [found.example], statistics=False, sensitivity=False)

@@ -60,17 +60,7 @@ _CALIBRATED = ("activation-svd", "activation-cp", "activation-tucker2", FILTERS)
 
 @dataclass(frozen=True)
 class Asked:
-    """One ``--method``.
-
-    Attributes
-    ----------
-    text
-        As given, for messages.
-    name
-        What stands before the options.
-    options
-        Texts of values by the option.
-    """
+    """One ``--method``."""
 
     text: str
     name: str
@@ -111,13 +101,7 @@ class Asked:
             check_factory(Reference(self.name, *halves(self.name)), "method", arguments=None)
 
     def build(self, **usual: Any) -> Method:
-        """The method.
-
-        Parameters
-        ----------
-        **usual
-            Values of fields, where the method has these and the options do not say otherwise; None for none.
-        """
+        """The method; ``usual`` values where it has such fields and the options do not say otherwise, None for none."""
         return self.filled(self._class(), **usual)
 
     def filled(self, kind: type[T], **usual: Any) -> T:

@@ -79,8 +79,6 @@ def load_model(text: str, weights: str | Path | None = None, *, pretrained: bool
 
     Parameters
     ----------
-    text
-        The reference.
     weights
         ``.safetensors``, or a ``.pt`` / ``.pth`` / ``.bin`` file that ``torch.load(weights_only=True)`` reads. Of a
         compressed model, as compress writes it, the result is that model, which may be compressed again.

@@ -229,15 +229,7 @@ class LearnedRanksOptions(LearningOptions):
             raise UsageError(f"multiplier is {self.multiplier}; expected a finite number above 0, as 4e-9")
 
     def check(self, training: TrainingOptions, points: list[str], costs: list[str]) -> None:
-        """Refuse what ranks cannot be learned from.
-
-        Parameters
-        ----------
-        points
-            Budgets, if there are any.
-        costs
-            Of the user's own, as ``--cost`` takes them.
-        """
+        """Refuse what ranks cannot be learned from."""
         if training.train is None:
             raise UsageError("ranks are learned in training: give --train, batches with labels")
         if bool(points) == (self.multiplier is not None):

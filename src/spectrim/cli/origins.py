@@ -20,19 +20,7 @@ _LARGEST = 2 * 2**30
 
 
 def origin(named: Mapping[str, str], seeds: Mapping[str, int], dense: nn.Module, small: nn.Module, load: str) -> Origin:
-    """Where a compression by the command line comes from.
-
-    Parameters
-    ----------
-    named
-        References of model, weights and data, by their role; the model's is the first.
-    seeds
-        By what they are for.
-    dense, small
-        The networks, whose tensors are digested.
-    load
-        Lines of code that load the small one.
-    """
+    """Where a compression by the command line comes from: by references and their roles."""
     parts = parts_of(named, dense)
     parts += [Part.of_model("compressed network", type(small).__name__, small)]
     return Origin(shlex.join(["spectrim", *sys.argv[1:]]), tuple(parts), seeds, load)
@@ -73,17 +61,7 @@ def _path(reference: Reference) -> Path | None:
 
 
 def load_lines(model: str, dense: nn.Module, written: Mapping[str, Path]) -> str:
-    """Three lines of code that load what a compression has written.
-
-    Parameters
-    ----------
-    model
-        The reference of the dense model.
-    dense
-        That model.
-    written
-        Files, by what it holds.
-    """
+    """Three lines of code that load what a compression of a model has written; files by what they hold."""
     if "transformers" in written:
         name = type(dense).__name__
         first = f"from transformers import {name}\nimport spectrim.hf  # lets from_pretrained build the layers"

@@ -28,8 +28,6 @@ class Inputs:
     ----------
     settings
         How built-in data are prepared; empty for others.
-    shape
-        Of one sample.
     mean, spread
         Of all numbers, of floating-point inputs.
     """

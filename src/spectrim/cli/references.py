@@ -30,8 +30,7 @@ T = TypeVar("T")
 class UsageError(SpectrimError, ValueError):
     """The command line says something that cannot be carried out; the message quotes it and says what to write.
 
-    Whatever reads, checks or loads what was given raises it where that cannot be used, and says so in no docstring of
-    its own unless there is more to say.
+    Whatever reads, checks or loads what was given raises it where that cannot be used, and says so in no docstring.
     """
 
 
@@ -211,11 +210,6 @@ def factory(reference: Reference, what: str) -> Callable[..., Any]:
     """Import the callable that ``package.module:attribute`` names.
 
     The working directory is searched too, as ``python -m`` does.
-
-    Parameters
-    ----------
-    what
-        ``model`` or ``data``, for messages.
     """
     file = check_form(reference, what)
     here = str(Path.cwd())

@@ -45,11 +45,6 @@ def write_result(result: Result, folder: Path) -> dict[str, Path]:
     """Write the network, its plan, and the ranks it went through if they were learned; files by what they hold.
 
     A model of transformers is written as a folder of its own kind as well.
-
-    Raises
-    ------
-    OSError
-        Names the file that cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files = {"model": folder / "model.safetensors", "plan": folder / "plan.json"}

@@ -20,13 +20,7 @@ Wanted = bool | Mapping[str, Sequence[str]]
 
 
 def wanted_groups(options: SharingOptions, methods: Methods, *, default: bool = False) -> Wanted:
-    """What ``--share``, ``--groups`` and ``--method`` say together.
-
-    Parameters
-    ----------
-    default
-        What not saying anything means.
-    """
+    """What ``--share``, ``--groups`` and ``--method`` say together, or what saying nothing means."""
     joint = next((name for name in (JOINT, "joint-svd") if name in methods), None)
     if options.share is False and joint is not None:
         raise UsageError(f"--method {joint} does not combine with --no-share: it is for layers that share factors")

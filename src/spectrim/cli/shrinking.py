@@ -166,13 +166,7 @@ def run_folder(folder: Path, asked: Mapping[str, Any], work: Work, tuning: Recip
 def compress(
     out: Output, request: Request, work: Work, tuning: Recipe, files: FileOptions, held: RunFolder | None = None
 ) -> None:
-    """Compress, write, fine-tune, compare and write again.
-
-    Parameters
-    ----------
-    held
-        Where a fine-tuning goes on if it is stopped; removed when all is done.
-    """
+    """Compress, write, fine-tune (which goes on in ``held`` if it is stopped), compare and write again."""
     check_savable(work.dense)
     out.say(f"compressing {work.whose}")
     different = tell(out, work.references, work.dense)

@@ -27,8 +27,6 @@ def check_factory(reference: Reference, what: str, arguments: int | None = 0) ->
 
     Parameters
     ----------
-    what
-        ``model`` or ``data``, for messages.
     arguments
         How many arguments the function will get beside the options of the reference; None if it is not called so.
     """
@@ -143,17 +141,7 @@ def _check_call(node: ast.stmt, reference: Reference, what: str, arguments: int)
 
 
 def check_options(module: str, kind: str, options: Mapping[str, str], place: str, name: str) -> None:
-    """Refuse options of a class of this package that its source does not have, or whose values it does not take.
-
-    Parameters
-    ----------
-    module
-        Of this package, with the class and those of the package that it derives from.
-    kind
-        The class.
-    options, place, name
-        As :func:`spectrim.cli.references.filled` takes them.
-    """
+    """Refuse options, or values, that a class of this package does not take by its source."""
     classes = _classes(Path(__file__).parents[1].joinpath(*module.split(".")))
     fields = [field for each in _lineage(kind, classes) for field in _fields(each)]
     filled(dataclasses.make_dataclass(kind, fields), options, place, name)

@@ -23,8 +23,6 @@ def prepared(out: Output, work: Work, sites: Sites, groups: Wanted = False, *, w
 
     Parameters
     ----------
-    groups
-        Layers that may share factors.
     weigh
         Collect what an error at each layer does to the outputs, as :func:`spectrim.compress` does.
     """

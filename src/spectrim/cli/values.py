@@ -120,13 +120,7 @@ def check_folder(folder: Path) -> None:
 
 
 def check_plan(file: Path, option: str = "--plan ") -> None:
-    """Refuse what is no plan, as far as that is seen without torch: a folder, another file of the same run.
-
-    Parameters
-    ----------
-    option
-        What the file is named by, for messages.
-    """
+    """Refuse what is no plan, as far as that is seen without torch: a folder, another file of the same run."""
     inside = file / "plan.json" if file.is_dir() else file.parent / "plan.json"
     there = inside.is_file() and inside != file
     if not file.is_file():

@@ -58,13 +58,7 @@ def _what(path: Path) -> str:
 
 
 def unreadable(path: Path) -> str:
-    """Why a file holds no weights, with the cure, as far as its first bytes and its contents show; else nothing.
-
-    Raises
-    ------
-    OSError
-        If it cannot be opened.
-    """
+    """Why a file holds no weights, with the cure, as far as its first bytes and its contents show; else nothing."""
     head = head_of(path)
     if path.suffix == ".safetensors":
         return something_else(head) or not_safetensors(path, head, "give it a name that ends in .pt")
@@ -179,11 +173,6 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], text: str, weights: str 
     """Put the tensors of a file into a model.
 
     A part that all names begin with, as ``model.`` in checkpoints of Lightning, is left out where they fit without.
-
-    Parameters
-    ----------
-    text, weights
-        The model's reference and the file, for messages.
     """
     mine = model.state_dict()
     state = _without_prefix(state, mine)

@@ -45,13 +45,7 @@ def no_file(path: Path) -> str:
 
 
 def head_of(path: Path) -> bytes:
-    """First bytes of a file.
-
-    Raises
-    ------
-    OSError
-        If it cannot be opened.
-    """
+    """First bytes of a file."""
     with path.open("rb") as file:
         return file.read(_HEAD)
 

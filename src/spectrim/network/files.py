@@ -1,4 +1,9 @@
-"""Files that are there whole or not at all, whenever a process dies and whatever the disk says."""
+"""Files that are there whole or not at all, whenever a process dies and whatever the disk says.
+
+What cannot be written raises OSError, which names the file and says what is in the way: there is no such folder, or it
+is full or read-only, or the file is protected, or it is none. A path that no file can have raises TypeError or
+ValueError.
+"""
 
 from __future__ import annotations
 
@@ -29,13 +34,6 @@ def replacing(path: str | Path) -> Iterator[Path]:
     It lies in a folder of its own beside ``path``, so that readers see the old file or the new one, never a part, and a
     writer may leave further files there, which go along before it. The folder is locked while it is in use and removed
     after an error; what writers that were killed have left beside ``path`` is removed as well. Links are followed.
-
-    Raises
-    ------
-    OSError
-        Names ``path``: there is no such folder, or it is full or read-only, or the file is protected, or it is none.
-    TypeError, ValueError
-        If no file can have this path; so do all that write and read here.
     """
     target = Path(os.path.realpath(path_of(path)))
     try:
@@ -135,26 +133,14 @@ def converted(record: Mapping[str, Any], kind: type[Document], what: str) -> Doc
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file, whole or not at all; a pipe or a device (``/dev/stdout``) is written as it is.
-
-    Raises
-    ------
-    OSError
-        Names the file, as that of :func:`replacing`.
-    """
+    """Write a text file, whole or not at all; a pipe or a device (``/dev/stdout``) is written as it is."""
     stream = no_file(path_of(path)) not in ("", "a folder")
     with contextlib.nullcontext(Path(path)) if stream else replacing(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
 
 def make_parents(path: Path) -> None:
-    """Make the folder that a file will lie in.
-
-    Raises
-    ------
-    OSError
-        Names the file, and says what is in the way.
-    """
+    """Make the folder that a file will lie in."""
     try:
         path_of(path).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -164,27 +150,13 @@ def make_parents(path: Path) -> None:
 
 
 def check_place(path: str | Path) -> None:
-    """See that a file can be written, before the work whose end it is to hold; nothing is.
-
-    Raises
-    ------
-    OSError
-        As :func:`replacing`.
-    """
+    """See that a file can be written, before the work whose end it is to hold; nothing is."""
     with contextlib.suppress(_NothingWritten), replacing(path):
         raise _NothingWritten
 
 
 def check_folder(folder: str | Path, files: Sequence[str]) -> Path:
-    """See that files, also in folders of it, can be written to a folder that need not be there yet; nothing is.
-
-    Raises
-    ------
-    OSError
-        Names what is in the way, or the first of the files if nothing can be written there.
-    TypeError, ValueError
-        If no folder can have this path.
-    """
+    """See that files, also in folders of it, can be written to a folder that need not be there yet; nothing is."""
     place = there = path_of(folder, "folder")
     for file in (place / name for name in reversed(files)):
         there = next(each for each in (*file.parents, Path()) if os.path.lexists(each))
@@ -222,13 +194,7 @@ def remove_abandoned(folder: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder of files in one step for all who look: if the process dies in it, the rest counts as abandoned.
-
-    Raises
-    ------
-    OSError
-        If it cannot be removed.
-    """
+    """Remove a folder of files in one step for all who look: if the process dies, the rest counts as abandoned."""
     (folder / _LOCK).touch()
     gone = folder.with_name(f".{folder.name}.{os.getpid()}{_END}")
     os.replace(folder, gone)

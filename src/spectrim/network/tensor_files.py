@@ -33,13 +33,7 @@ class NoFileError(DamagedFileError):
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
-    """Write tensors on the CPU and texts with their digests.
-
-    Raises
-    ------
-    OSError
-        Names the file, as that of :func:`spectrim.network.files.replacing`.
-    """
+    """Write tensors on the CPU and texts with their digests."""
     marked = {**texts, TENSORS: digest_of_tensors(tensors)}
     with replacing(path) as scratch:
         try:

@@ -50,13 +50,7 @@ class Part:
 
     @classmethod
     def of_files(cls, role: str, name: str, path: str | Path) -> Part:
-        """With the digest of a file, or of the names and contents of all files of a folder.
-
-        Raises
-        ------
-        OSError
-            If there is no such file, or it cannot be read.
-        """
+        """With the digest of a file, or of the names and contents of all files of a folder."""
         path = path_of(path)
         files = [path] if not path.is_dir() else sorted(file for file in path.rglob("*") if file.is_file())
         digest = hashlib.sha256()
@@ -111,15 +105,7 @@ class Origin:
 
 
 def not_measured(comparison: Comparison | None, agreement: Agreement | None) -> Iterator[str]:
-    """Sentences about what the numbers of a compression do not tell.
-
-    Parameters
-    ----------
-    comparison
-        Of the two networks, if they were measured.
-    agreement
-        Of their outputs, if they were compared.
-    """
+    """Sentences about what the numbers of a compression do not tell."""
     scores = [] if comparison is None else [row for row in comparison.rows if row.better == "higher"]
     if not scores:
         yield "Accuracy, or any other score: there were no batches with labels to test on."

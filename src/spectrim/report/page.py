@@ -47,13 +47,7 @@ class Written:
         raise NotImplementedError
 
     def write(self, path: str | Path) -> Path:
-        """Write the page, whole or not at all, and return where it is.
-
-        Raises
-        ------
-        OSError
-            If the file cannot be written.
-        """
+        """Write the page, whole or not at all, and return where it is."""
         write_text(path, self.html())
         return Path(path)
 
@@ -227,8 +221,6 @@ def write_report(
     ------
     ValueError
         If there is a trajectory without a C step.
-    OSError
-        If the file cannot be written.
     """
     notes = tuple(dict.fromkeys([*result.report.sentences, *notes]))
     page = Page(

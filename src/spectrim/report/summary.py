@@ -25,13 +25,7 @@ class Tile:
 
 
 def tiles(plan: Plan, comparison: Comparison | None, agreement: Agreement | None, *, stored: bool) -> list[Tile]:
-    """What was measured where there is a measurement, or what was planned; what the network is worth first.
-
-    Parameters
-    ----------
-    stored
-        Whether the size of the file says more than the number of parameters.
-    """
+    """What was measured where there is a measurement, or what was planned; what the network is worth first."""
     scores = [] if comparison is None else [row for row in comparison.rows if row.better == "higher"]
     measured = [_tile(row) for row in scores] or [
         Tile("accuracy", "not measured", "no test samples with labels", "unknown")

@@ -32,17 +32,7 @@ _WORDS = {
 
 
 def glossary(text: str, choices: Iterable[str] = (), selector: str = "") -> Iterator[tuple[str, str]]:
-    """Terms that are used, with what they mean.
-
-    Parameters
-    ----------
-    text
-        What is said beside choices, without names of layers, which may be any words.
-    choices
-        In words.
-    selector
-        Of the plan.
-    """
+    """Terms that are used, with what they mean. ``text`` is without names of layers, which may be any words."""
     for term, meaning in _WORDS.items():
         # "weighted output energy" is not "output energy".
         if re.search(rf"(?<![\w-])(?<!weighted ){re.escape(term)}(?![\w-])", text):

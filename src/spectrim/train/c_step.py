@@ -63,13 +63,7 @@ class CStep:
         self._seen: dict[str, Tensor] = {site.name: site.weight.clone() for site in sites}
 
     def renew(self, sites: Sites) -> None:
-        """Make the rows of the sites that have moved again.
-
-        Raises
-        ------
-        FloatingPointError
-            If a weight is not finite; the message names the layer.
-        """
+        """Make the rows of the sites that have moved again."""
         _check_finite(sites)
         moved = set()
         for site in sites:

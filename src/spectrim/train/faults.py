@@ -40,12 +40,7 @@ def training_forward(model: nn.Module) -> Iterator[None]:
 
 
 def backward(loss: Tensor, model: nn.Module, again: Callable[[], Tensor]) -> None:
-    """Compute the gradients of a loss.
-
-    Parameters
-    ----------
-    again
-        Computes the loss of the batch once more, to see how far gradients come.
+    """Compute the gradients of a loss, which ``again`` computes once more, to see how far they come.
 
     Raises
     ------

@@ -25,8 +25,6 @@ class Objective:
     ----------
     loss
         Function of ``(logits, targets)``; None takes the loss that the model returned, or cross-entropy.
-    teacher
-        Module whose outputs to learn, or None.
     distillation
         How to mix them in; None ignores the teacher.
     precision

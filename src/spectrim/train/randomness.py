@@ -65,13 +65,7 @@ def restore(state: State, loader: Any = None) -> None:
 
 
 def check(state: State, loader: Any, source: str) -> None:
-    """See that :func:`restore` can put back a state. The generators are left as they are.
-
-    Raises
-    ------
-    CheckpointError
-        If it is not a state of the generators that there are.
-    """
+    """See that :func:`restore` can put back a state. The generators are left as they are."""
     before = capture(loader)
     missing = [name for name in before if name not in state and not name.startswith("cuda")]
     if missing:

@@ -1,4 +1,8 @@
-"""Training checkpoints: one safetensors file, replaced as a whole, readable after a kill at any moment."""
+"""Training checkpoints: one safetensors file, replaced as a whole, readable after a kill at any moment.
+
+What is damaged, or belongs to another model, optimizer or run, raises CheckpointError, which says what differs. A file
+that cannot be written raises OSError.
+"""
 
 from __future__ import annotations
 
@@ -89,11 +93,6 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) 
 
     The file is written beside it, flushed to the disk, and renamed. Whenever the process dies, ``path`` is the old
     checkpoint or the new one, whole.
-
-    Raises
-    ------
-    OSError
-        Names the file: it cannot be written, and the old one stands.
     """
     files.make_parents(path)
     flat = {name: t.detach().to("cpu", copy=True, memory_format=torch.contiguous_format) for name, t in tensors.items()}
@@ -101,25 +100,13 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) 
 
 
 def check_place(path: Path) -> None:
-    """See that a checkpoint can be written, before there is a training to be lost; makes the folder it will lie in.
-
-    Raises
-    ------
-    OSError
-        Names the file.
-    """
+    """See that a checkpoint can be written, before there is a training to be lost; makes the folder it will lie in."""
     files.make_parents(path)
     files.check_place(path)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and record of a checkpoint.
-
-    Raises
-    ------
-    CheckpointError
-        If the file is damaged or is not a training checkpoint of this format.
-    """
+    """Tensors and record of a checkpoint."""
     files.remove_abandoned(path.parent)
     try:
         tensors, metadata = tensor_files.read(path)
@@ -146,13 +133,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def read_record(record: Mapping[str, Any], source: str) -> Record:
-    """The record of a checkpoint as values of their types.
-
-    Raises
-    ------
-    CheckpointError
-        Says which value is missing, unknown or of another type.
-    """
+    """The record of a checkpoint as values of their types."""
     try:
         return msgspec.convert(record, Record)
     except (msgspec.ValidationError, RecursionError, OverflowError) as error:
@@ -170,13 +151,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_model(model: nn.Module, stored: Mapping[str, Tensor], source: str) -> None:
-    """See that stored tensors are those of a model.
-
-    Raises
-    ------
-    CheckpointError
-        If names, shapes or dtypes differ, or numbers are not finite that are so in the model; says which.
-    """
+    """See that stored tensors are those of a model."""
     tensors = model_tensors(model)
     wrong = [f"{n} is missing in it" for n in tensors if n not in stored]
     wrong += [f"{n} is not in the model" for n in stored if n not in tensors]
@@ -195,13 +170,7 @@ def check_model(model: nn.Module, stored: Mapping[str, Tensor], source: str) -> 
 
 
 def load_model(model: nn.Module, stored: Mapping[str, Tensor], source: str) -> None:
-    """Copy stored tensors into a model.
-
-    Raises
-    ------
-    CheckpointError
-        If they are not those of the model, as :func:`check_model` says; the model is as it was then.
-    """
+    """Copy stored tensors into a model."""
     check_model(model, stored, source)
     with torch.no_grad():
         for name, tensor in model_tensors(model).items():
@@ -244,11 +213,6 @@ def optimizer_state(
     """What ``load_state_dict`` of an optimizer takes, from what :func:`optimizer_tensors` returned.
 
     In the memory format of the parameters; the optimizer is left as it is.
-
-    Raises
-    ------
-    CheckpointError
-        If it is not the state of this optimizer; says what differs.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     names = _STATE.get(type(optimizer))
