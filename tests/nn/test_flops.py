@@ -236,3 +236,19 @@ def test_a_product_of_complex_numbers_is_four_or_three_of_real_ones(kind):
     rows = 40 if isinstance(layer, nn.Linear) else 4 * 16
     times = 4 if isinstance(layer, nn.Linear) else 3  # torch makes three convolutions of it
     assert counted(lambda: layer(x.to(torch.complex64))) == times * rows * layer.weight.numel()
+
+
+class Unregistered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 24), nn.Linear(24, 8)
+
+    def forward(self, y):
+        return nn.Sequential(self.a, nn.ReLU(), self.b)(y) @ y.new_ones(8, 3)
+
+
+def test_layers_in_a_container_that_the_model_does_not_hold_keep_their_names():
+    model = Unregistered()
+    with torch.no_grad(), WorkCounter() as counter:
+        model(x)
+    assert counter.own_macs(model) == {"": 40 * 24, "a": 40 * 16 * 24, "b": 40 * 24 * 8}

@@ -148,6 +148,35 @@ def test_a_part_of_the_same_name_is_refused() -> None:
         compressed(Wrapped(layer), {"layer": sparse(0, 0.5, "unstructured", bias=True)})
 
 
+class Undivided(nn.Linear):
+    def __init_subclass__(cls, *, tag: str) -> None:
+        raise AssertionError("no type is to be derived")
+
+
+class Final(type):
+    def __new__(cls, name, bases, entries):
+        if any(isinstance(base, Final) for base in bases):
+            raise TypeError("is final")
+        return super().__new__(cls, name, bases, entries)
+
+
+class Sealed(nn.Linear, metaclass=Final):
+    pass
+
+
+def test_types_that_take_no_derived_ones_are_stood_for_or_left_whole() -> None:
+    torch.manual_seed(0)
+    layer = Undivided(6, 5)
+    compressed(Wrapped(layer), {"layer": low_rank(2, "channel", bias=True)})
+    assert isinstance(layer, Undivided)
+    assert isinstance(layer, StandIn)
+    sealed, weight = Sealed(6, 5), nn.Parameter(torch.ones(5, 6))
+    sealed.weight = weight
+    with pytest.raises(PlanError, match="the place of a Sealed, .*is final.* skip the layer"):
+        compressed(Wrapped(sealed), {"layer": low_rank(2, "channel", bias=True)})
+    assert sealed.weight is weight
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 def test_exports_scripts_and_traces_see_the_parts(choice: str) -> None:
     model, layer, shape = standing("conv2d", choice)

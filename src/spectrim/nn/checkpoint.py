@@ -52,6 +52,7 @@ _TEXTS = 640
 _PACKED = (
     ". A quantised layer has packed it: compress the network before it is quantised, and quantise what comes of that"
 )
+_NESTED = ". Have state_dict give tensors by their names alone, and the rest as numbers, texts or lists of these"
 
 
 @runtime_checkable
@@ -334,7 +335,7 @@ def _apart(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]
             try:
                 records[name], parts = taken_apart(name, value)
             except TypeError as error:
-                cure = _PACKED if "ScriptObject" in str(error) else ""
+                cure = _PACKED if "ScriptObject" in str(error) else _NESTED
                 raise CheckpointError(f"state {name!r} holds a {error}; only tensors can be saved{cure}") from error
             tensors |= parts
     return tensors, records

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,13 +40,26 @@ class _Places(ModuleTracker):
     """Which modules run. Torch's hooks views of parameters for the backward pass also where gradients are off.
 
     There it fails: such a view says that it needs gradients and has no function that gives them.
+
+    Attributes
+    ----------
+    running
+        The modules themselves, innermost last: torch names what a container outside of the model holds anew.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: list[nn.Module] = []
 
     def _fw_pre_hook(self, mod: nn.Module, input: Any) -> None:  # noqa: A002 (torch's name)
         super()._fw_pre_hook(mod, input if torch.is_grad_enabled() else ())
+        self.running.append(mod)
 
     def _fw_post_hook(self, mod: nn.Module, input: Any, output: Any) -> None:  # noqa: A002 (torch's name)
         super()._fw_post_hook(mod, input, output if torch.is_grad_enabled() else ())
+        # Past those that have raised, and were caught.
+        while self.running and self.running.pop() is not mod:
+            pass
 
 
 class WorkCounter(FlopCounterMode):
@@ -61,7 +74,10 @@ class WorkCounter(FlopCounterMode):
     def __init__(self) -> None:
         super().__init__(display=False)
         self.mod_tracker = _Places()
-        self.uncounted: dict[str, str] = {}
+        self.uncounted: dict[str, tuple[nn.Module, ...]] = {}
+        # By the identities of the modules that ran, which live as long.
+        self._own: dict[tuple[int, ...], float] = {}
+        self._ran: dict[tuple[int, ...], tuple[nn.Module, ...]] = {}
 
     def __enter__(self) -> WorkCounter:
         super().__enter__()
@@ -71,57 +87,45 @@ class WorkCounter(FlopCounterMode):
 
     def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
         name = getattr(func_packet, "_qualified_op_name", str(func_packet))
-        count = formula(name)
-        places = set(self.mod_tracker.parents)
+        count, modules = formula(name), tuple(self.mod_tracker.running)
         times = _FOUR if _is_complex(out) and not name.startswith("aten::_fft") else 1
+        before = self.flop_counts[_EVERYTHING][func_packet]
         if count is not None:
             work = round(2 * times * count(*args, **kwargs, out=out))
-            for place in places:
-                self.flop_counts[place][func_packet] += work
-            return out
-        if func_packet not in self.flop_registry and is_unknown(name):
-            self.uncounted.setdefault(name, max(places - {_EVERYTHING}, key=len, default=""))
-        before = self.flop_counts[_EVERYTHING][func_packet]
-        out = super()._count_flops(func_packet, out, args, kwargs)
-        more = (times - 1) * (self.flop_counts[_EVERYTHING][func_packet] - before)
-        for place in places if more else ():
-            self.flop_counts[place][func_packet] += more
+        else:
+            if func_packet not in self.flop_registry and is_unknown(name):
+                self.uncounted.setdefault(name, modules)
+            out = super()._count_flops(func_packet, out, args, kwargs)
+            work = times * (self.flop_counts[_EVERYTHING][func_packet] - before)
+        self.flop_counts[_EVERYTHING][func_packet] = before + work
+        if work:
+            running = tuple(map(id, modules))
+            self._ran[running] = modules
+            self._own[running] = self._own.get(running, 0) + work
         return out
 
     def own_macs(self, model: nn.Module) -> dict[str, float]:
         """Multiply-accumulates of each module of a model itself, without those of the modules in it, by its path."""
-        totals = {
-            _path(model, place): sum(c.values()) / 2 for place, c in self.flop_counts.items() if place != _EVERYTHING
-        }
-        found = dict(totals)
-        for path in totals:
-            above = _above(path, totals)
-            if above is not None:
-                found[above] -= totals[path]
-        return {path: work for path, work in found.items() if work > 0}
+        paths, found = _paths(model), dict[str, float]()
+        for running, work in self._own.items():
+            path = _innermost(paths, self._ran[running])
+            found[path] = found.get(path, 0.0) + work / 2
+        return found
 
     def uncounted_in(self, model: nn.Module) -> dict[str, str]:
         """Operations that have no formula, with the path of the module that called them first."""
-        return {name: _path(model, place) for name, place in self.uncounted.items()}
+        paths = _paths(model)
+        return {name: _innermost(paths, modules) for name, modules in self.uncounted.items()}
 
 
 def _is_complex(out: Any) -> bool:
     return isinstance(out, Tensor) and out.is_complex()
 
 
-def _above(path: str, known: dict[str, float]) -> str | None:
-    """The innermost module around a path that was called too."""
-    while path:
-        path = path.rpartition(".")[0]
-        if path in known:
-            return path
-    return None
+def _paths(model: nn.Module) -> dict[int, str]:
+    return {id(module): path for path, module in nn.Module.named_modules(model)}
 
 
-def _path(model: nn.Module, place: str) -> str:
-    """The path of a module, which torch names by the class of the module that was called first."""
-    root, _, path = place.partition(".")
-    if root == type(model).__name__:
-        return path
-    prefixes = [name for name, module in model.named_modules() if type(module).__name__ == root]
-    return ".".join(filter(None, (prefixes[0] if len(prefixes) == 1 else root, path)))
+def _innermost(paths: Mapping[int, str], running: Sequence[nn.Module]) -> str:
+    """Of the modules that run the path of the innermost one that is a part of the model."""
+    return next((paths[id(module)] for module in reversed(running) if id(module) in paths), "")

@@ -44,7 +44,12 @@ class StandIn(nn.Module):
     if TYPE_CHECKING:
         original: LayerSpec
     # The layer's own type, of what has taken a layer's place.
-    _stands_for = None
+    _stands_for: type[nn.Module] | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # What a user's type does with types that are derived from it (registers or refuses them) is not meant for these.
+        if cls._stands_for is None:
+            super().__init_subclass__(**kwargs)
 
     def whole(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight ``[g, o, i, *k]``, multiplied out, and bias."""
@@ -224,29 +229,35 @@ def take_over(layer: nn.Module, module: nn.Module) -> None:
         If the layer has parts of its own under names that the module needs.
     """
     own = getattr(layer, "_stands_for", None) or type(layer)
-    state, brought = vars(layer), vars(layer).get(_BROUGHT, frozenset({"weight", "bias"}))
-    for part in _PARTS:
-        state[part] = {name: value for name, value in state[part].items() if name not in brought}
-    for name in brought:
-        state.pop(name, None)
-    new = {name: value for name, value in vars(module).items() if name not in _EVERY_MODULE}
     standing = isinstance(module, StandIn)
+    state, brought = vars(layer), vars(layer).get(_BROUGHT, frozenset({"weight", "bias"}))
+    kept = {part: {name: value for name, value in state[part].items() if name not in brought} for part in _PARTS}
+    new = {name: value for name, value in vars(module).items() if name not in _EVERY_MODULE}
     if not standing:
         new = {name: value for name, value in new.items() if name in _SIZES}
     parts = [name for part in _PARTS for name in vars(module)[part]]
-    taken = {name for part in _PARTS for name in state[part]} | (state.keys() - set(_SIZES))
+    taken = {name for part in kept.values() for name in part} | (state.keys() - set(_SIZES) - brought)
     clash = [name for name in [*parts, *new] if name in taken]
     if clash:
         raise PlanError(
             f"a {own.__name__} has a part {clash[0]!r} of its own, which a {type(module).__name__} in its place needs: "
             "rename it, or skip the layer"
         )
+    try:
+        # Not by the layer's own way to set attributes, which may be anything.
+        object.__setattr__(layer, "__class__", _standing(type(module), own) if standing else own)
+    except TypeError as error:
+        raise PlanError(
+            f"nothing can stand in the place of a {own.__name__}, whose type allows no derived one ({error}): put a "
+            "plain layer of torch there, or skip the layer"
+        ) from error
+    for name in brought:
+        state.pop(name, None)
+    state.update(kept)
     for part in _PARTS:
         state[part].update(vars(module)[part])
     state.update(new)
     state["_load_state_dict_post_hooks"].update(vars(module)["_load_state_dict_post_hooks"])
-    # Not by the layer's own way to set attributes, which may be anything.
-    object.__setattr__(layer, "__class__", _standing(type(module), own) if standing else own)
     state.pop(_BROUGHT, None)
     if standing:
         state[_BROUGHT] = frozenset([*new, *parts])

@@ -219,6 +219,7 @@ class _Graph:
                 not isinstance(module, (_ConvNd, nn.Linear))
                 or module in visited
                 or module not in self.graph.module2node
+                or module not in self.names  # made by the pass
             ):
                 continue
             if isinstance(module, _ConvNd) and 1 < module.groups == module.out_channels:
