@@ -47,7 +47,7 @@ class StandIn(nn.Module):
     _stands_for: type[nn.Module] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        # What a user's type does with types that are derived from it (registers or refuses them) is not meant for these.
+        # What a user's type does with types that are derived from it (registers, refuses) is not meant for these.
         if cls._stands_for is None:
             super().__init_subclass__(**kwargs)
 

@@ -351,8 +351,8 @@ class _Watch:
         raise CalibrationError(
             f"none of the {len(watchers)} sites was reached by the calibration batches; "
             f"the first is {next(iter(watchers))!r}. Is this the model that the sites were found in, and does it call "
-            "its own layers? A closure, or a list of the class, calls another's: call them by attributes of the module, "
-            "and in the thread that runs the model"
+            "its own layers? A closure, or a list of the class, calls another's: call them by attributes of the "
+            "module and in the thread that runs the model"
         )
 
     def calibrated(self) -> Sites:
