@@ -42,13 +42,7 @@ COPIES = 8  # of a weight; a layer so small that eight copies stay in the cache 
 
 
 def calls(layers: Sequence[LayerSpec]) -> list[Chain]:
-    """The chains that layers are made of, once for each call in a forward pass; a plain sequence is one chain.
-
-    Raises
-    ------
-    ValueError
-        If the input shapes of a layer are not known, or a chain's layers cannot be run one after the other.
-    """
+    """The chains that layers are made of, once for each call in a forward pass; a plain sequence is one chain."""
     chains: list[Chain] = []
     for chain in structure_of(layers).chains():
         shapes = [require_inputs(spec) for spec in chain]
@@ -105,20 +99,12 @@ def measure(
     """Milliseconds of each chain: warm-up, then rounds over all chains, and the median of the undisturbed rounds.
 
     One timing is a block of calls of about 2 ms together. Further rounds are taken, up to three times ``rounds``, while
-    a chain has fewer than three undisturbed ones.
+    a chain has fewer than three undisturbed ones; after ``budget`` seconds none but the first three is begun. ``runs``
+    says how a chain is run, :func:`ways` by default: the least time counts. ``channels_last`` applies to convolutions
+    over two and three axes.
 
     Memory: 64 MiB, or the largest input or twice the largest weight if larger, the activations of one chain, and the
     sparse weights in CSR.
-
-    Parameters
-    ----------
-    memory_format
-        ``contiguous`` or ``channels_last``; the latter applies to convolutions over two and three axes.
-    budget
-        Seconds after which no further round is begun; three are taken in any case.
-    runs
-        How a chain is run, of which the least time counts: :func:`ways` by default, or
-        :meth:`spectrim.cost.runtimes.Runtime.ways`.
     """
     block = _cuda_block if torch.device(device).type == "cuda" else _block
     with torch_threads(threads), torch.inference_mode():

@@ -62,12 +62,7 @@ _BUILT_IN: Mapping[str, Cost | None] = {"parameters": parameters, "bytes": size_
 def further(costs: Mapping[str, Cost] | None) -> Mapping[str, Cost]:
     """Costs of a user's own by name.
 
-    Raises
-    ------
-    TypeError
-        For what is no mapping of names to functions.
-    ValueError
-        For a name that is the library's, or that no budget can be written with.
+    Raises TypeError for what is no mapping of functions, ValueError for a name that no budget can be written with.
     """
     wanted = "functions of layers by name, such as {'joules': joules}"
     if costs is not None and not isinstance(costs, Mapping):
@@ -94,13 +89,7 @@ def known(sites: Sites, more: Mapping[str, Cost] | None = None) -> dict[str, Cos
 
 
 def require_inputs(spec: LayerSpec) -> tuple[tuple[float, ...], ...]:
-    """The input shapes of a layer.
-
-    Raises
-    ------
-    ValueError
-        If there are none; the message names the layer.
-    """
+    """The input shapes of a layer. Raises ValueError if there are none."""
     if not spec.inputs:
         raise ValueError(
             f"layer {spec.name!r} ({spec.kind}) has no input shapes, so what it computes cannot be counted or timed. "
@@ -114,11 +103,6 @@ def register_width() -> int:
 
     That of a :class:`~spectrim.cost.latency.Latency` inside :func:`made_for`, else ``$SPECTRIM_REGISTER_WIDTH``, else
     this machine's: 16 with AVX-512, 8 otherwise.
-
-    Raises
-    ------
-    ValueError
-        If ``$SPECTRIM_REGISTER_WIDTH`` is no number.
     """
     if pinned := _REGISTER_WIDTH.get():
         return pinned
@@ -139,22 +123,12 @@ def made_for(facts: Mapping[str, Any]) -> Iterator[None]:
 
 
 def rank_multiple(device: str, dtype: torch.dtype, full_rank: int, width: int | None = None) -> int:
-    """The multiple that ranks are rounded to by default.
+    """The multiple that ranks are rounded to by default; ``full_rank`` is the largest of each group of a layer.
 
     Channel counts that do not fill the vector registers (or, in half precision on a GPU, the tensor cores) are padded
     by the kernels, so ranks in between cost the time of the next multiple or more. Wide layers get that multiple: one
-    register of float32 on a CPU and 8 on a GPU. Narrow layers get the largest power of two that still leaves 16 ranks.
-
-    Parameters
-    ----------
-    device
-        ``cpu``, ``cuda:0``, ...
-    dtype
-        Of the weights. Half precision keeps float32's multiple on a CPU: its kernels use the same blocks of channels.
-    full_rank
-        The largest rank of the layer, for each group.
-    width
-        float32 numbers in a register of the CPU; None is :func:`register_width`.
+    register of float32 on a CPU (``width``, or :func:`register_width`), whose kernels use the same blocks of channels
+    in half precision, and 8 on a GPU. Narrow layers get the largest power of two that still leaves 16 ranks.
     """
     wide = 8
     if torch.device(device).type == "cpu":

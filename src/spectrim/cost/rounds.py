@@ -142,18 +142,10 @@ def _outside(count: int) -> int:
 class Rounds:
     """An iterator of rounds, in each of which everything is to be timed once, and the times taken.
 
-    Rounds are numbered from 0, those that warm up before that. What is timed several times in one round adds up.
-
-    Parameters
-    ----------
-    count
-        Rounds after which it is enough if everything has :data:`FEWEST` undisturbed times.
-    most
-        Rounds after which it is enough; ``count`` if None.
-    warmup
-        Rounds before the first, whose times are forgotten.
-    budget
-        Seconds after which no further round is begun, except for the first :data:`FEWEST`.
+    Rounds are numbered from 0, the ``warmup`` before that have negative numbers, and their times are forgotten. What is
+    timed several times in one round adds up. There are ``count`` rounds, and up to ``most`` until everything has
+    :data:`FEWEST` undisturbed times; ``budget`` seconds after the start no further round is begun, but for the first
+    :data:`FEWEST`.
     """
 
     def __init__(self, count: int, *, most: int | None = None, warmup: int = 0, budget: float = math.inf) -> None:

@@ -47,26 +47,14 @@ class Network:
     """Counts a network as it would be with some of its layers replaced and some of its channels removed.
 
     Nothing is counted or measured before it is asked for, and nothing twice.
-
-    Attributes
-    ----------
-    sites
-        Of the dense network, with groups and couplings if there are any.
-    costs
-        What is counted, by name: functions of layers that run one after the other.
-    methods
-        Those that the choices are of.
-    latency
-        Measures milliseconds as a further cost, called ``latency``.
-    dense_latency
-        Milliseconds of the whole dense network. What the sites do not explain of them is there whatever is chosen, but
-        for what layers without a choice save by having fewer channels. Without it only layers take time.
     """
 
-    sites: Sites
-    costs: Mapping[str, counted.Cost]
-    methods: Sequence[Layered] = ()
-    latency: Latency | None = None
+    sites: Sites  # of the dense network, with groups and couplings if there are any
+    costs: Mapping[str, counted.Cost]  # what is counted, by name: functions of layers that run one after the other
+    methods: Sequence[Layered] = ()  # those that the choices are of
+    latency: Latency | None = None  # measures milliseconds as a further cost, called ``latency``
+    # Milliseconds of the whole dense network. What the sites do not explain of them is there whatever is chosen, but
+    # for what layers without a choice save by having fewer channels. Without it only layers take time.
     dense_latency: float | None = None
     _known: dict[tuple[object, ...], Costs] = field(default_factory=dict, init=False, repr=False)
 
@@ -92,15 +80,7 @@ class Network:
         }
 
     def cost(self, picks: Picks = _ALL_DENSE, widths: Widths = _ALL_THERE) -> Costs:
-        """What the whole network costs.
-
-        Parameters
-        ----------
-        picks
-            Choices; of coupled channels how many are left counts.
-        widths
-            Channels of couplings that nothing is picked for.
-        """
+        """What the whole network costs. ``widths`` are the channels of couplings that nothing is picked for."""
         left = self._left(picks, widths)
         groups = [name for name in picks if name in self._groups]
         replaced = {member for name in groups for member in self._groups[name].members}
@@ -165,13 +145,7 @@ class Network:
         return self._beside(self._couplings[coupling], self._left(picks, widths))
 
     def prepare(self, options: Iterable[tuple[str, Choice]], progress: Steps | None) -> None:
-        """Measure the layers of the dense network and those of options of rows together, so that they are comparable.
-
-        Parameters
-        ----------
-        options
-            Names of rows and choices of theirs.
-        """
+        """Measure the layers of the dense network and of options of rows together, so that they are comparable."""
         if self.latency is None:
             return
         chains: list[Sequence[LayerSpec]] = [site.running for site in self.sites]

@@ -242,22 +242,10 @@ def _shares(of_samples: Sequence[Tensor], whole: float, unit: float) -> tuple[fl
 
 @dataclass
 class DenseOutputs:
-    """What a dense network answers on some samples, for others to be compared with.
+    """What a dense network answers on some samples, for others to be compared with; padding is left out.
 
-    The outputs are remembered as far as they take little memory, so that it runs once.
-
-    Attributes
-    ----------
-    model
-        The network.
-    batches
-        Of inputs, that can be gone through again.
-    samples
-        So many are used.
-    mask
-        Tells padding, which is left out, from data.
-    forward
-        Runs a model on a batch in another way.
+    The outputs are remembered as far as they take little memory, so that it runs once. Batches can be gone through
+    again.
     """
 
     model: nn.Module
@@ -317,12 +305,8 @@ def output_error(
 def metric_of(evaluate: Callable[[nn.Module], Any], model: nn.Module, whose: str) -> float:
     """What a user's metric is of a model, in evaluation mode and without gradients; it may be NaN or infinite.
 
-    Modes, hooks and flags that the function sets on the model do not stay.
-
-    Raises
-    ------
-    TypeError
-        If it is no number; says ``whose``.
+    Modes, hooks and flags that the function sets on the model do not stay. What is no number raises TypeError, for
+    ``whose``.
     """
     with settings_kept(model), evaluating(model):
         value: Any = evaluate(model)

@@ -24,15 +24,7 @@ from spectrim.nn.sparse.layers import Sum, sparse_layer
 
 @singledispatch
 def build(factors: Factors, layers: Sequence[LayerSpec], biases: Sequence[Tensor | None]) -> tuple[nn.Module, ...]:
-    """Modules for a site's factors, one in place of each of its layers.
-
-    Parameters
-    ----------
-    factors
-        What a method's ``factorize`` returned.
-    layers, biases
-        Of the site.
-    """
+    """Modules for a site's factors, as a method's ``factorize`` returned them, one in place of each of its layers."""
     raise TypeError(f"no builder for factors of type {type(factors).__name__}; register one with build.register")
 
 
@@ -169,13 +161,7 @@ def _side_by_side(
 
 
 def skeleton(choice: Choice, layers: Sequence[LayerSpec]) -> tuple[nn.Module, ...]:
-    """Modules of the shapes that a choice leads to, for weights to be loaded into.
-
-    Raises
-    ------
-    PlanError
-        If choices of its kind have no factors, or these layers cannot have them.
-    """
+    """Modules of the shapes that a choice leads to, for weights to be loaded into; PlanError where it does not fit."""
     known = kinds()
     name, kind = layers[0].name, layers[0].kind
     if choice.kind not in known:

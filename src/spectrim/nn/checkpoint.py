@@ -150,12 +150,7 @@ def check_savable(model: nn.Module) -> None:
 def header_bytes(model: nn.Module, plan: Plan | None = None) -> int:
     """Bytes of a file besides numbers, at most: names, shapes and, of one that :func:`save` writes, digests and plan.
 
-    Parameters
-    ----------
-    model
-        The dense model.
-    plan
-        What it will be compressed by; None for a file of its tensors alone.
+    Of the dense model, compressed by the plan; without one, of a file of its tensors alone.
     """
     held, records = _apart(model.state_dict())
     state = {name: tuple(tensor.shape) for name, tensor in held.items()}
@@ -252,19 +247,9 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
 
 
 def rebuild(model: nn.Module, plan: Plan, names: Container[str], path: str | Path) -> None:
-    """Give a dense model the layers and shapes of a plan, in place; their values are to be loaded.
+    """Give a dense model the layers and shapes of a plan, in place; tensors of these ``names`` are to be loaded.
 
-    Parameters
-    ----------
-    names
-        Of the tensors that will be loaded.
-    path
-        Where the plan stands, for messages.
-
-    Raises
-    ------
-    CheckpointError
-        If the plan does not fit the model; the message names the first layer that does not.
+    Raises CheckpointError, with the ``path`` where the plan stands and the first layer that it does not fit.
     """
     sites = find(model)
     if any(name not in sites for entry in plan for name in entry.sites if not entry.of_channels):
@@ -343,24 +328,12 @@ def _apart(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 @dataclass(frozen=True)
 class _Tables:
-    """What a file says of its tensors.
+    """What a file says of its tensors."""
 
-    Attributes
-    ----------
-    shared
-        Owners of tensors that are the same memory, by their names.
-    packed
-        Names ``[weight, mask]`` of what is packed.
-    values
-        Records of what is no plain tensor.
-    linear
-        Names of modules that nn.Linear layers stand for (:mod:`spectrim.nn.linears`).
-    """
-
-    shared: dict[str, str]
-    packed: list[tuple[str, str]]
-    values: dict[str, Any]
-    linear: list[str]
+    shared: dict[str, str]  # owners of tensors that are the same memory, by their names
+    packed: list[tuple[str, str]]  # names ``[weight, mask]`` of what is packed
+    values: dict[str, Any]  # records of what is no plain tensor
+    linear: list[str]  # modules that nn.Linear layers stand for (spectrim.nn.linears)
 
 
 def _read(given: str | Path, *, weights: bool = True) -> tuple[dict[str, Tensor], list[Plan], _Tables]:

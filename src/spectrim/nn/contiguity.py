@@ -24,13 +24,8 @@ def contiguous_where_needed(model: nn.Module) -> Iterator[None]:
     oneDNN 3.12, ``Conv2d(4, 8, 1, stride=2)``): it books space for as many channels as there are and goes through it in
     steps of a whole block, 8 channels with AVX2 and 16 with AVX-512. From images of about 16 x 16 on gradients are
     wrong, or the process hangs or dies. Transposed convolutions do so with few outputs. Low rank makes such layers of
-    every down-sampling shortcut. In contiguous order another kernel runs, which is sound.
-
-    Parameters
-    ----------
-    model
-        Whose gradients are computed inside the context. Values stay as they are; for a kernel of one position both
-        orders are the same in memory, so weights keep their storage too.
+    every down-sampling shortcut. In contiguous order another kernel runs, which is sound. For a kernel of one position
+    both orders are the same in memory, so weights keep values and storage.
     """
     callers = [(module, [m for m in _hosts(module) if _is_at_risk(m)]) for module in model.modules()]
     hooks = []

@@ -20,10 +20,7 @@ _DEPTH = 5
 def copy_model(model: nn.Module) -> nn.Module:
     """A deep copy. Activations that a model keeps are copied without their graphs, which belong to what was computed.
 
-    Raises
-    ------
-    UnsupportedLayerError
-        If something on the model cannot be copied, such as a lock; the message names the module and the attribute.
+    What cannot be copied, such as a lock, raises UnsupportedLayerError, which names the module and the attribute.
     """
     with ALONE:
         return _copied(model, {})

@@ -21,18 +21,10 @@ from spectrim.nn.watch.observe import Hook, hooked
 
 @dataclass
 class Work:
-    """What has been counted so far.
+    """What has been counted so far."""
 
-    Attributes
-    ----------
-    counter
-        Of all operations.
-    zeros
-        Products with the zeros of sparse weights, call by call.
-    """
-
-    counter: WorkCounter
-    zeros: list[int] = field(default_factory=list)
+    counter: WorkCounter  # of all operations
+    zeros: list[int] = field(default_factory=list)  # products with the zeros of sparse weights, call by call
 
     @property
     def macs(self) -> float:

@@ -99,26 +99,16 @@ def find(
 
 @dataclass
 class _Listing:
-    """The layers of a model, sorted into what a choice can be made for and what is left alone.
-
-    Attributes
-    ----------
-    tied
-        Paths of the modules that hold each weight, for weights held by more than one.
-    masks
-        Of the layers whose weight is sparse.
-    covered
-        Parameters that are counted with the layers.
-    """
+    """The layers of a model, sorted into what a choice can be made for and what is left alone."""
 
     model: nn.Module
     wanted: _Wanted
-    tied: Mapping[int, list[str]]
-    masks: Mapping[nn.Module, tuple[Tensor, Pattern]]
+    tied: Mapping[int, list[str]]  # paths of the modules that hold each weight, for weights held by more than one
+    masks: Mapping[nn.Module, tuple[Tensor, Pattern]]  # of the layers whose weight is sparse
     sites: list[Layer] = field(default_factory=list)
     skipped: dict[str, tuple[nn.Module | None, Skipped]] = field(default_factory=dict)
     untouched: list[LayerSpec] = field(default_factory=list)
-    covered: set[int] = field(default_factory=set)
+    covered: set[int] = field(default_factory=set)  # parameters that are counted with the layers
     read_twice: dict[nn.Module, Tied] = field(default_factory=dict)
 
     def add_tied(self, layers: Mapping[nn.Module, tuple[str, ...]]) -> None:
@@ -304,13 +294,7 @@ def check_model(model: object) -> None:
 
 
 def describe(module: nn.Module, names: Iterable[str]) -> LayerSpec:
-    """The numbers of a linear layer, convolution or embedding.
-
-    Raises
-    ------
-    UnsupportedLayerError
-        For any other module.
-    """
+    """The numbers of a linear layer, convolution or embedding. Raises UnsupportedLayerError for any other module."""
     names = tuple(names)
     weight = _weight(module)
     assert isinstance(weight, Tensor)

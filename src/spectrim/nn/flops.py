@@ -63,13 +63,7 @@ class _Places(ModuleTracker):
 
 
 class WorkCounter(FlopCounterMode):
-    """torch's counter, silent, with the formulas of :mod:`spectrim.nn.formulas`; two operations are a MAC.
-
-    Attributes
-    ----------
-    uncounted
-        Operations that may multiply numbers and have no formula, with the modules they were called in, innermost last.
-    """
+    """torch's counter, silent, with the formulas of :mod:`spectrim.nn.formulas`; two operations are a MAC."""
 
     def __init__(self) -> None:
         super().__init__(display=False)

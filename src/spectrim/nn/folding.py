@@ -24,18 +24,7 @@ def fold_biases(
     """Take biases from layers, in place, and have their weights answer as nearly the same as they can.
 
     ``W x + b`` becomes ``(W + b v) x`` with the row ``v`` that minimises ``E (1 - v x)^2`` over the layer's inputs.
-
-    Parameters
-    ----------
-    names
-        Of the layers.
-    batches
-        Calibration batches.
-
-    Returns
-    -------
-    tuple of str
-        Layers that keep their biases, since calibration kept no second moment of their inputs.
+    Layers that calibration kept no second moment of inputs for keep their biases; their names are returned.
     """
     named = set(names)
     sites = calibrate(model, find(model, only=lambda path, _: path in named), batches, forward=forward)

@@ -13,15 +13,7 @@ _TRANSPOSED = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose
 
 
 def run(host: Any, spec: LayerSpec, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What a plain layer would answer with this weight (in torch's layout) and this bias.
-
-    Parameters
-    ----------
-    host
-        The layer, which tells stride, padding and the like.
-    spec
-        Whether it is linear or transposed.
-    """
+    """What a plain layer, the host, would answer with this weight (in torch's layout) and this bias."""
     if not spec.kernel:
         return F.linear(x, weight, bias)
     if spec.transposed:

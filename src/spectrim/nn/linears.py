@@ -22,16 +22,9 @@ from spectrim.nn.surgery import replace_module
 
 
 class LinearAttention(nn.Module):
-    """``nn.MultiheadAttention`` of nn.Linear layers: it takes and gives the same.
+    """``nn.MultiheadAttention`` of nn.Linear layers: takes and gives the same. Heads keep their size when some go."""
 
-    Attributes
-    ----------
-    num_heads, head_dim
-        How many heads there are, and the size of one, which stays when heads are removed.
-    in_proj_bias
-        None: torch's fused kernels, which pass layers by, are not for this module.
-    """
-
+    # Torch's fused kernels, which pass layers by, are not for this module.
     in_proj_bias = None
     _qkv_same_embed_dim = False
 
@@ -146,13 +139,7 @@ def with_linear_layers(model: nn.Module) -> nn.Module:
 
 
 def rewrite(model: nn.Module, only: Collection[str] | None = None) -> nn.Module:
-    """As :func:`with_linear_layers`, in place.
-
-    Parameters
-    ----------
-    only
-        Names of the modules; by default all that can be.
-    """
+    """As :func:`with_linear_layers`, in place; ``only`` names the modules, by default all that can be."""
     holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for module, names in paths_of(model).items():
         made = _way(module)

@@ -44,22 +44,9 @@ def check_merged(
 ) -> Iterator[str]:
     """Whether a network computes the same with one weight in place of layers that stand for others.
 
-    Parameters
-    ----------
-    work
-        MACs of a forward pass of the batch.
-    known
-        What the network gives for the first sample.
-
-    Yields
-    ------
-    str
-        What was not compared, and why.
-
-    Raises
-    ------
-    ProofError
-        If the merged network cannot be run or computes something else.
+    A forward pass of the batch is so much ``work`` in MACs, and what the network gives for its first sample may be
+    ``known``. Yields what was not compared, and why. Raises ProofError if the merged network cannot be run or computes
+    something else.
     """
     every = stand_ins(small)
     if not every:
@@ -110,34 +97,19 @@ class _Merged:
     def of(
         cls, model: nn.Module, soon: Mapping[StandIn, Sequence[str]], dear: Mapping[StandIn, Sequence[str]]
     ) -> _Merged:
-        """Of a model, or of a copy whose layers have the same names.
-
-        Raises
-        ------
-        ValueError
-            If a layer cannot be merged.
-        """
+        """Of a model, or of a copy whose layers have the same names. Raises ValueError if a layer cannot be merged."""
         merged = merged_at(model, soon) if soon else copy_model(model)
         return cls(merged, [_InPart.put(merged, names) for names in dear.values()])
 
 
 @dataclass
 class _InPart:
-    """A layer of which some outputs are merged, held against what stands for it at every call.
-
-    Attributes
-    ----------
-    plain
-        The layer with one weight for these outputs.
-    outputs
-        Which they are.
-    gaps
-        By how much they differ, and what rounding explains.
-    """
+    """A layer of which some outputs are merged, held against what stands for it at every call."""
 
     stand_in: StandIn
-    plain: nn.Module
+    plain: nn.Module  # the layer with one weight for these outputs
     outputs: Tensor
+    # By how much they differ, and what rounding explains.
     gaps: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     @classmethod
@@ -191,12 +163,8 @@ def _unfilled(spec: LayerSpec, like: Any) -> nn.Module:
 def some_outputs(layer: nn.Module, kept: Tensor) -> nn.Module:
     """A layer that has some of the outputs of another one and can be merged, of which merging it asks as much.
 
-    Parameters
-    ----------
-    layer
-        A plain one, or one whose weight is not multiplied out but laid out.
-    kept
-        Numbers of the outputs, in every group.
+    ``kept`` are numbers of outputs in every group. This is of a plain layer, or one whose weight is laid out and not
+    multiplied out.
     """
     weight, bias = whole(layer)
     kept = kept.to(weight.device)

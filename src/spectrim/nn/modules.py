@@ -38,14 +38,9 @@ def _unfilled(kind: type[nn.Module], *sizes: Any, **options: Any) -> nn.Module:
 
 
 def make_layer(spec: LayerSpec, weight: Tensor | None = None, bias: Tensor | None = None) -> nn.Module:
-    """The plain torch layer that a spec describes.
+    """The plain torch layer that a spec describes, with a canonical weight ``[g, o, i, *k]``, else uninitialised.
 
-    Parameters
-    ----------
-    weight
-        Canonical, ``[g, o, i, *k]``; left uninitialised if None.
-    bias
-        ``[o_total]``; zero if None and the spec has a bias.
+    The bias is ``[o_total]``; zero if None and the spec has one.
     """
     if isinstance(spec, Lookup):
         layer: nn.Module = _unfilled(
@@ -74,12 +69,7 @@ def make_layer(spec: LayerSpec, weight: Tensor | None = None, bias: Tensor | Non
 class Factored(StandIn, nn.Sequential):
     """A low-rank pair in place of one layer: two plain layers, one after the other.
 
-    Attributes
-    ----------
-    unfolding
-        Name of the unfolding, which tells how the kernel is shared out.
-    original
-        Spec of the layer it stands for.
+    The name of the unfolding tells how the kernel is shared out; ``original`` is the spec of the layer it stands for.
     """
 
     is_factored = True
@@ -122,14 +112,10 @@ class Factored(StandIn, nn.Sequential):
         return None if getattr(self.first, "bias", None) is not None else super().bias_parameter()
 
     def whole(self) -> tuple[Tensor, Tensor | None]:
-        """Canonical weight, multiplied out in float64, and bias.
+        """Canonical weight, multiplied out in float64, and bias. A layer that is a pair itself is put together first.
 
-        A layer of the pair that is a pair itself is put together first.
-
-        Raises
-        ------
-        ValueError
-            If no dense layer computes the same: the first layer has a bias, which the second pads with zeros.
+        Raises ValueError if no dense layer computes the same: the first layer has a bias, which the second pads with
+        zeros.
         """
         how = unfolding(self.original.kernel, self.unfolding)
         first, middle = whole(self.first)
@@ -179,13 +165,7 @@ class FactoredTable(Factored):
 
 
 class Transposed(nn.Module):
-    """A linear layer without bias whose weight is another one's, which multiplies by it the other way round.
-
-    Attributes
-    ----------
-    weight
-        ``[inputs, outputs]``, the parameter of the other layer.
-    """
+    """A linear layer without bias whose weight ``[inputs, outputs]`` is that of another one, transposed."""
 
     bias = None
 
@@ -227,15 +207,7 @@ class FactoredHead(Factored):
 
 
 class Chained(StandIn, nn.Sequential):
-    """Three plain convolutions or more in place of one, one after the other.
-
-    Attributes
-    ----------
-    decomposition
-        What it is called, for people.
-    original
-        Spec of the layer it stands for.
-    """
+    """Three plain convolutions or more in place of one. The name of the decomposition is for people."""
 
     def __init__(self, *layers: nn.Module, name: str, original: LayerSpec) -> None:
         super().__init__(*layers)
@@ -256,10 +228,7 @@ class Chained(StandIn, nn.Sequential):
     def whole(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight, multiplied out in float64, and bias.
 
-        Raises
-        ------
-        ValueError
-            If no dense layer computes the same: a layer before the last, compressed again, has a bias.
+        Raises ValueError if no dense layer computes the same: a layer before the last, compressed again, has a bias.
         """
         layers = list(self)
         weight, bias = whole(layers[0])

@@ -18,24 +18,11 @@ def pack_state(
     whole: Mapping[str, Any],
     density_of: Callable[[Masked], object] = lambda layer: None,
 ) -> list[list[str]]:
-    """Put values and packed positions in place of whole weights and masks in a state.
+    """Put values and packed positions in place of whole weights and masks in a state; the names of each pair.
 
-    Parameters
-    ----------
-    whole
-        The state with all names of tensors that are the same memory.
-    density_of
-        That the mask of a layer should have, where it is known: a number.
-
-    Returns
-    -------
-    list of list of str
-        ``[weight, mask]``: names of what is packed. What the state has under another layer's name stays as it is there.
-
-    Raises
-    ------
-    CheckpointError
-        As :func:`packed_mask`; the message names the mask.
+    ``whole`` is the state with all names of tensors that are the same memory; what the state has under another layer's
+    name stays as it is there. A mask that has not the pattern, or the density where that is known, raises
+    CheckpointError.
     """
     packed: list[list[str]] = []
     for weight, mask, layer in list(masked_in(model, whole)):

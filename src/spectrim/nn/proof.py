@@ -44,22 +44,12 @@ _COPIES = (
 
 @dataclass(frozen=True)
 class Expected:
-    """What a network should be once a plan is carried out, counted from its layers.
+    """What a network should be once a plan is carried out, counted from its layers."""
 
-    Attributes
-    ----------
-    changed
-        Names of the layers that are replaced.
-    dense, planned
-        Costs of the dense network and of the planned one: parameters, and MACs of one sample if sites have been run.
-    removes
-        Whether channels are gone.
-    """
-
-    changed: tuple[str, ...]
-    dense: Mapping[str, float]
+    changed: tuple[str, ...]  # names of the layers that are replaced
+    dense: Mapping[str, float]  # costs: parameters, and MACs of one sample if sites have been run
     planned: Mapping[str, float]
-    removes: bool
+    removes: bool  # whether channels are gone
 
     @classmethod
     def of(
@@ -81,24 +71,12 @@ class Expected:
 
 @dataclass(frozen=True)
 class Seen:
-    """What one forward pass of a network did.
+    """What one forward pass of a network did."""
 
-    Attributes
-    ----------
-    calls
-        By the layer.
-    macs
-        Of a sample.
-    outputs
-        All tensors it gave.
-    rounded
-        MACs of a sample by which a count at mean sides may be off.
-    """
-
-    calls: Counter[str]
-    macs: float
-    outputs: Sequence[Tensor]
-    rounded: float
+    calls: Counter[str]  # by the layer
+    macs: float  # of a sample
+    outputs: Sequence[Tensor]  # all tensors it gave
+    rounded: float  # MACs of a sample by which a count at mean sides may be off
 
 
 def check_copy(
@@ -161,29 +139,17 @@ def prove(
     forward: Forward | None = None,
     ends: Sequence[Ended] | None = None,
 ) -> Iterator[str]:
-    """Run both networks on one batch, and compare what the small one does with what was planned.
+    """Run both networks on one batch, compare what the small one does with what was planned, and yield notes.
 
     Every replaced layer is called, as often as the dense one; parameters and MACs are as counted; the outputs have the
-    shapes of the dense ones and are numbers; merged, the network computes the same. Of layers that are dear to
-    multiply out some outputs are (:mod:`spectrim.nn.merge_proof`). The cost is one forward pass of each network, some
-    of single samples, and of multiplying out about a quarter of a pass or a billion MACs. What asks for its mode is
-    tried in training mode too, for a note.
+    shapes of the dense ones and are numbers; merged, the network computes the same. Of layers that are dear to multiply
+    out some outputs are (:mod:`spectrim.nn.merge_proof`). The cost is one forward pass of each network, some of single
+    samples, and of multiplying out about a quarter of a pass or a billion MACs. What asks for its mode is tried in
+    training mode too, for a note.
 
-    Parameters
-    ----------
-    ends
-        Of passes of both that went side by side while layers were replaced. Where these called every layer once, and
-        one sample takes the finished network what was planned, neither is run on the batch again.
-
-    Yields
-    ------
-    str
-        What a user should know: what could not be checked, and why.
-
-    Raises
-    ------
-    ProofError
-        For what does not hold. The message names the layer, the reason and what to do.
+    ``ends`` are of passes of both that went side by side while layers were replaced. Where these called every layer
+    once, and one sample takes the finished network what was planned, neither is run on the batch again. Raises
+    ProofError for what does not hold, with the layer, the reason and what to do.
     """
     feed = Feed.of(forward).decide(dense, batch)
     stored = parameter_count(small)

@@ -19,16 +19,9 @@ class Wide(nn.Module):
     """One layer whose weight lies side by side in two parts, of which one is shared.
 
     Two branches ``V_n (U x) + V (U_n x)`` run as the one pair ``[V_n, V] [U; U_n] x``: their weights are laid side by
-    side along the rank on every call, which costs little beside running two branches.
-
-    Attributes
-    ----------
-    parts
-        Plain layers whose weights are the parts; one of them has the bias.
-    original
-        Spec of the whole layer.
-    axis
-        Of the canonical weight without its groups: 0 for parts of the outputs, 1 for parts of the inputs.
+    side along the rank on every call, which costs little beside running two branches. One of the parts, plain layers,
+    has the bias. The axis is of the canonical weight without its groups: 0 for parts of the outputs, 1 for parts of the
+    inputs.
     """
 
     # The parts are not called, so that no other layer can take the place of one.
@@ -78,22 +71,12 @@ class Wide(nn.Module):
 class Once(nn.Module):
     """A layer that several modules have alike and call with one tensor, computed by the first of them for all.
 
-    Every module has a ``Once`` of its own (:meth:`beside`), whose layer holds the same parameters. What one of them
-    answered is kept until all have been asked for the same tensor, unchanged, with the same parameters and in the same
-    mode; any other question is answered anew. It is dropped as well when the tensor goes, and when gradients have
-    flowed back through it. Compilers and exporters see plain layers, and find equal subexpressions themselves.
+    Every module has a ``Once`` of its own (:meth:`beside`), whose layer holds the same parameters; ``calls`` says how
+    many. What one of them answered is kept until all have been asked for the same tensor, unchanged, with the same
+    parameters and in the same mode; any other question is answered anew. It is dropped as well when the tensor goes,
+    and when gradients have flowed back through it. Compilers and exporters see plain layers, and find equal
+    subexpressions themselves.
 
-    Attributes
-    ----------
-    layer
-        The plain layer.
-    original
-        Its spec.
-    calls
-        Modules that share it.
-
-    Notes
-    -----
     Tensors made in inference mode do not count their changes in place: changed between two of the calls, such a tensor
     gets the answer from before. Calibration offers a layer to be computed once only where it has seen no such change.
     """

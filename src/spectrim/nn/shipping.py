@@ -116,30 +116,14 @@ def digest_of(layers: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Saver:
-    """Stands as ``save_pretrained`` of a compressed model, and takes what that does.
-
-    Attributes
-    ----------
-    model
-        Of transformers.
-    plans
-        Carried out on it, in order.
-    bare
-        Layers that had no bias when they were replaced.
-    """
+    """Stands as ``save_pretrained`` of a compressed model of transformers, and takes what that does."""
 
     model: Any
-    plans: tuple[Plan, ...]
-    bare: frozenset[str]
+    plans: tuple[Plan, ...]  # carried out on it, in order
+    bare: frozenset[str]  # layers that had no bias when they were replaced
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        """Save the model with its plans.
-
-        Raises
-        ------
-        CheckpointError
-            If a compressed layer is in no plan, or a mask does not have the density of its plan; nothing is written.
-        """
+        """Save the model with its plans. What is in none of them raises CheckpointError, and nothing is written."""
         model, kind = self.model, type(self.model)
         record = self.record()
         # With adapters of its own loaded, a model saves those alone.
@@ -237,12 +221,8 @@ class _Shipped:
 def declare_ties(model: nn.Module) -> dict[str, str]:
     """Tell transformers which tensors compressed layers share, of which a file holds one; and no longer, once merged.
 
-    What loads reads it of the model, which is told in full, and what saves of the layers, all but the first.
-
-    Returns
-    -------
-    dict of str to str
-        The first name of each tensor by the others.
+    What loads reads it of the model, which is told in full, and what saves of the layers, all but the first. Returns
+    the first name of each tensor by the others.
     """
     ties: dict[str, str] = {}
     first: dict[Tensor, str] = {}

@@ -31,13 +31,7 @@ _BROUGHT = "_brought"
 
 
 class StandIn(nn.Module):
-    """Computes what a layer does, or nearly, from other numbers.
-
-    Attributes
-    ----------
-    original
-        Spec of the layer it stands for.
-    """
+    """Computes what a layer does, or nearly, from other numbers; ``original`` is the spec of that layer."""
 
     # TorchScript would compile properties and annotations.
     __jit_unused_properties__ = ("weight", "bias", "first", "second", "rank", "support", "kernel", "kernels")
@@ -216,17 +210,8 @@ def fits(layer: nn.Module, module: nn.Module) -> bool:
 def take_over(layer: nn.Module, module: nn.Module) -> None:
     """Have a layer compute as a module does, in place; or, for a plain layer of its kind, have it be that layer again.
 
-    Parameters
-    ----------
-    layer
-        A linear layer or convolution, or one that a stand-in has taken over before.
-    module
-        Gives its parts, and is not to be used any more.
-
-    Raises
-    ------
-    PlanError
-        If the layer has parts of its own under names that the module needs.
+    The module gives its parts and is not to be used any more. Raises PlanError if the layer has parts of its own under
+    names that the module needs.
     """
     own = getattr(layer, "_stands_for", None) or type(layer)
     standing = isinstance(module, StandIn)
@@ -266,18 +251,10 @@ def take_over(layer: nn.Module, module: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Traits:
-    """What layers are besides their numbers: whether they are trained, and their order in memory.
+    """What layers are besides their numbers: whether they are trained, and their order in memory."""
 
-    Attributes
-    ----------
-    trained
-        Whether weight and bias get gradients, by the names of layers.
-    channels_last
-        Layers whose weight lies channels last.
-    """
-
-    trained: Mapping[str, tuple[bool, bool]]
-    channels_last: frozenset[str]
+    trained: Mapping[str, tuple[bool, bool]]  # whether weight and bias get gradients, by the names of layers
+    channels_last: frozenset[str]  # layers whose weight lies channels last
 
     @classmethod
     def of(cls, model: nn.Module) -> Traits:

@@ -17,10 +17,7 @@ from spectrim.nn.parameters import parameters_of
 def bytes_of_state(model: nn.Module, counted: Collection[int] = ()) -> int:
     """Bytes of parameters and of buffers that files hold, and of what else the state has, shared ones once.
 
-    Parameters
-    ----------
-    counted
-        ``id`` of those that are counted elsewhere.
+    Those whose ``id`` is among the counted are left out.
     """
     held = {id(t): t for t in (*parameters_of(model), *_kept_buffers(model)) if not is_lazy(t)}
     size = sum(_bytes(t) for key, t in held.items() if key not in counted)
@@ -53,15 +50,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def name_in(state: Mapping[str, Any], usual: str, tensor: Tensor, taken: Collection[str] = ()) -> str | None:
-    """The name that a tensor of a model has in its state, which hooks may have renamed or copied.
-
-    Parameters
-    ----------
-    usual
-        Its name where nothing is renamed.
-    taken
-        Names of others.
-    """
+    """The name, not yet taken, that a tensor of a model has in its state, which hooks may have renamed or copied."""
     there = state.get(usual)
     if isinstance(there, Tensor) and there.shape == tensor.shape:
         return usual

@@ -25,12 +25,7 @@ def replace_module(model: nn.Module, names: Iterable[str], module: nn.Module) ->
     """Put one module in place of another under all its names, keeping the training mode and device.
 
     What stands for a layer, or is a plain one, takes over the layer's own object (:mod:`spectrim.nn.standing`), so that
-    all who hold it have it; any other module is put in place of it.
-
-    Raises
-    ------
-    PlanError
-        If the model has no module of one of the names.
+    all who hold it have it; any other module is put in place of it. Raises PlanError for a name that is no module's.
     """
     for name in names:
         parent, _, leaf = name.rpartition(".")

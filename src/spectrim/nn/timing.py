@@ -165,13 +165,7 @@ def same_layers(first: nn.Module, second: nn.Module) -> bool:
 
 
 def called_with(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The positional and keyword arguments that an example stands for.
-
-    Raises
-    ------
-    TypeError
-        For anything but a tensor, a tuple or a dict.
-    """
+    """The positional and keyword arguments that an example stands for. Raises TypeError for what is none."""
     if isinstance(example, Tensor):
         return (example,), {}
     if isinstance(example, Mapping):
@@ -187,12 +181,8 @@ def called_with(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def ready(model: nn.Module, example: Any, runtime: Runtime | str) -> Callable[..., object]:
     """A model as a runtime runs it, in evaluation and inference mode, on batches of the shapes of an example.
 
-    Raises
-    ------
-    ExportError
-        If it cannot be exported or compiled; the message says why.
-    TypeError
-        If a runtime of a user's own returns what cannot be called with the inputs.
+    Raises ExportError if it cannot be exported or compiled, with the reason, and TypeError if a runtime of a user's own
+    returns what cannot be called with the inputs.
     """
     args, kwargs = called_with(example)
     how = runtime_of(runtime)

@@ -40,15 +40,7 @@ _SCRIPTED = (
 def unheld(
     model: nn.Module, layers: Mapping[nn.Module, tuple[str, ...]], covered: Collection[int]
 ) -> Iterator[Skipped]:
-    """The modules that hold matrices of their own, with the reason and what they store.
-
-    Parameters
-    ----------
-    layers
-        Modules that are told of elsewhere, with what is in them.
-    covered
-        Identities of the parameters that are counted with layers.
-    """
+    """The modules that hold matrices of their own, with the reason and what they store; none of the layers."""
     told = [path for paths in layers.values() for path in paths]
     counted = set(covered)
     for name, module in model.named_modules():

@@ -37,47 +37,27 @@ PLACE = "quantization_config of config.json"
 
 @dataclass(frozen=True)
 class Built:
-    """What was built for weights to be loaded into.
+    """What was built for weights to be loaded into."""
 
-    Attributes
-    ----------
-    masks
-        Layers with a mask, and one for each that keeps as many entries as the layer's will.
-    ties
-        The first name of each shared tensor by the others.
-    """
-
+    # Layers with a mask, and one for each that keeps as many entries as the layer's will.
     masks: Sequence[tuple[Masked, Tensor]]
-    ties: Mapping[str, str]
+    ties: Mapping[str, str]  # the first name of each shared tensor by the others
 
 
 @dataclass(frozen=True)
 class Unshipping:
     """What a configuration says of the compression of its model (:meth:`spectrim.nn.shipping.Saver.record`).
 
-    Attributes
-    ----------
-    plans
-        To be carried out, in order.
-    biases
-        Layers with a bias that the architecture has none for.
-    linear
-        Modules that nn.Linear layers stand for (:mod:`spectrim.nn.linears`).
+    What is wrong with it, or with the files that came with it, raises CheckpointError.
     """
 
-    plans: tuple[Plan, ...]
-    biases: tuple[str, ...] = ()
-    linear: tuple[str, ...] = ()
+    plans: tuple[Plan, ...]  # to be carried out, in order
+    biases: tuple[str, ...] = ()  # layers with a bias that the architecture has none for
+    linear: tuple[str, ...] = ()  # modules that nn.Linear layers stand for (spectrim.nn.linears)
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Unshipping:
-        """Read a record.
-
-        Raises
-        ------
-        CheckpointError
-            If it is none of a version that this library reads, or its plans are none, or others than were saved.
-        """
+        """Read a record of a version that this library reads, whose layers are those that were saved."""
         version, plans = record.get("format_version"), record.get("plans")
         biases, linear = _names(record.get("biases")), _names(record.get("linear", []))
         if version != FORMAT_VERSION:
@@ -112,13 +92,7 @@ class Unshipping:
         return Unshipping(tuple(moved(plan, rename) for plan in self.plans), biases, linear)
 
     def build(self, model: Any) -> Built:
-        """Give a dense model on the meta device the layers of the plans, in place, sparse weights as files hold them.
-
-        Raises
-        ------
-        CheckpointError
-            If a plan does not fit the model; the message names the first layer that does not.
-        """
+        """Give a dense model on the meta device the layers of the plans, in place, sparse weights as in files."""
         rewrite(model, self.linear)
         biased = {f"{name}.bias" for name in self.biases}
         modules = []
@@ -150,13 +124,7 @@ class Unshipping:
         return Built(masks, ties)
 
     def fill(self, model: Any, built: Built) -> None:
-        """Tie shared tensors and open sparse weights after loading.
-
-        Raises
-        ------
-        CheckpointError
-            If files lacked tensors of compressed layers, or what is packed cannot be opened.
-        """
+        """Tie shared tensors and open sparse weights after loading."""
         vars(model).pop("_keys_to_ignore_on_load_missing", None)
         # Some models of transformers tie in a way of their own, and nothing else.
         for name, source in built.ties.items():

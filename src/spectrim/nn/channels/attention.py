@@ -24,42 +24,26 @@ _COUNTS_SHARERS = re.compile(r"groups$|n_rep$", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Number:
-    """An attribute, or an axis of a table or parameter that belongs to no layer, that may follow the number of heads.
+    """An attribute, or an axis of a table or parameter of no layer, that may follow the number of heads."""
 
-    Attributes
-    ----------
-    path, axis
-        Where it is, below the module that attention is in.
-    places
-        Full paths, one for each attention whose heads go together, and the length.
-    """
-
-    path: str
+    path: str  # below the module that attention is in
     axis: str
-    places: tuple[tuple[str, int], ...]
+    places: tuple[tuple[str, int], ...]  # full paths, one for each attention whose heads go together, and the length
 
 
 @dataclass(frozen=True, eq=False)
 class Attention:
-    """Heads as they lie in layers.
+    """Heads as they lie in layers."""
 
-    Attributes
-    ----------
-    owners
-        Path of the innermost module that has all of the layers; several where the heads of several can only go
-        together.
-    sides
-        What the layers write that attention reads, in order of execution, and what the layer behind it reads.
-    listed
-        Path of the list whose modules have them, where they are tried together: what holds the list may also hold what
-        the heads have in common, such as a bias by relative position.
-    shares
-        Whether what it reads has entries that are in all heads, as keys and values of multi-query attention.
-    """
-
+    # Path of the innermost module that has all of the layers; several where the heads of several can only go
+    # together.
     owners: tuple[str, ...]
+    # What the layers write that attention reads, in order of execution, and what the layer behind it reads.
     sides: tuple[Side, ...]
+    # Path of the list whose modules have them, where they are tried together: what holds the list may also hold what
+    # the heads have in common, such as a bias by relative position.
     listed: str = ""
+    # Whether what it reads has entries that are in all heads, as keys and values of multi-query attention.
     shares: bool = False
 
     @property

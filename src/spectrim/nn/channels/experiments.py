@@ -37,13 +37,7 @@ class Mixed(Exception):
 
 @dataclass(eq=False)
 class Experiments:
-    """Experiments on one model.
-
-    Attributes
-    ----------
-    model
-        Whose weights do not matter; see :func:`spectrim.nn.channels.trial.enlivened`.
-    """
+    """Experiments on one model, whose weights do not matter (:func:`spectrim.nn.channels.trial.enlivened`)."""
 
     model: nn.Module
     example: Any
@@ -53,13 +47,7 @@ class Experiments:
     _scales: list[Tensor] = field(default_factory=list)
 
     def sides(self, root: str) -> tuple[list[Side], int]:
-        """Where the channels of a layer lie, those that can only go together as one, and how many there are.
-
-        Raises
-        ------
-        Mixed
-            If channels are mixed before they are read, are an output, or go different ways in different numbers.
-        """
+        """Where the channels of a layer lie, those that can only go together as one, and how many there are."""
         atoms = self._atoms(root)
         places: dict[Axis, list[list[int]]] = {}
         for atom in atoms:
@@ -216,17 +204,9 @@ class Experiments:
     def _pass(
         self, see: Callable[[str, Tensor], None], source: str | None = None, chosen: Tensor | None = None
     ) -> list[Tensor]:
-        """A pass with random numbers in place of what layers deliver, changed for some channels of one of them.
+        """Outputs of a pass with random numbers for what layers deliver, changed for some channels of one of them.
 
-        Parameters
-        ----------
-        see
-            Called with the name and the input of every module of interest.
-
-        Returns
-        -------
-        list of Tensor
-            Outputs of the network.
+        ``see`` is called with the name and the input of every module of interest.
         """
         numbers = iter(self._drawn)
 

@@ -173,19 +173,13 @@ def _needing(site: Layer) -> Layer:
 
 @dataclass(eq=False)
 class _Graph:
-    """torch-pruning's graph of a copy of the model, read.
-
-    Attributes
-    ----------
-    called
-        The layers that ran while it was traced.
-    """
+    """torch-pruning's graph of a copy of the model, read."""
 
     model: nn.Module
     sites: Sites
     graph: Any
     names: dict[Any, tuple[str, ...]]
-    called: frozenset[nn.Module] = frozenset()
+    called: frozenset[nn.Module] = frozenset()  # the layers that ran while it was traced
     operations: dict[str, list[str]] = field(default_factory=dict)
     settled: set[str] = field(default_factory=set)
     lost: set[str] = field(default_factory=set)

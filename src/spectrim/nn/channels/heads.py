@@ -35,28 +35,14 @@ class Mixed(Exception):
 
 @dataclass(eq=False)
 class Heads:
-    """Attention of a network, taken apart into heads.
+    """Attention of a network, taken apart into heads."""
 
-    Attributes
-    ----------
-    trial
-        On a model whose weights do not matter; see :func:`spectrim.nn.channels.trial.enlivened`.
-    known
-        Layers that may lose inputs and outputs.
-    """
-
-    trial: Trial
-    known: frozenset[str]
+    trial: Trial  # on a model whose weights do not matter (spectrim.nn.channels.trial.enlivened)
+    known: frozenset[str]  # layers that may lose inputs and outputs
     _ways: dict[tuple[Any, ...], frozenset[tuple[str, str]] | str] = field(default_factory=dict)
 
     def couplings(self, others: Sequence[Coupling]) -> tuple[list[Coupling], dict[str, str]]:
-        """Heads whose removal does what it says, also together with other channels, and why others stay.
-
-        Returns
-        -------
-        couplings, reasons
-            The reasons by the first layer of the attention.
-        """
+        """Heads whose removal does what it says, also beside other channels, and why others stay, by first layer."""
         taken: set[Axis] = {(side.name, side.axis) for coupling in others for side in coupling.sides}
         try:
             found = list(self._attentions(taken))
@@ -175,18 +161,10 @@ class _Seen:
         return [name for name, touched in self._touched(tensors, list(self.drawn)).items() if bool(touched.any())]
 
     def heads(self, reader: str, writers: Sequence[str]) -> tuple[tuple[Side, ...], bool]:
-        """Where heads lie in the layers before and behind attention: in runs as short as keep them apart.
+        """Where heads lie in the layers around attention, in runs as short as keep them apart, and whether they share.
 
-        Returns
-        -------
-        sides, shares
-            The second says whether some entries are in all heads, as keys and values of multi-query attention: they
-            stay.
-
-        Raises
-        ------
-        Mixed
-            If no runs do, or if single entries do, which is no attention.
+        What they share is in all heads, as keys and values of multi-query attention, and stays. Raises Mixed if no runs
+        keep heads apart, or if single entries do, which is no attention.
         """
         dim = dim_of(self.model.get_submodule(reader))
         size = self.inputs[reader][0].shape[dim]

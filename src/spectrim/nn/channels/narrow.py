@@ -25,17 +25,9 @@ NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
 
 @torch.no_grad()
 def narrow(model: nn.Module, axes: Mapping[Axis, Tensor]) -> None:
-    """Keep a part of every named axis, in place.
+    """Keep some positions of every named axis, in place (:func:`spectrim.network.coupling.axes_left`).
 
-    Parameters
-    ----------
-    axes
-        Positions that stay by the path of the module and the axis (:func:`spectrim.network.coupling.axes_left`).
-
-    Raises
-    ------
-    PlanError
-        If the model does not have such a module, or its axis cannot be cut so.
+    Raises PlanError if the model does not have such a module, or its axis cannot be cut so.
     """
     for (name, axis), kept in axes.items():
         owner, leaf = _owner(model, name)
@@ -58,13 +50,7 @@ def narrow(model: nn.Module, axes: Mapping[Axis, Tensor]) -> None:
 
 
 def reshape(model: nn.Module, name: str, axis: str, fewer: int) -> None:
-    """Make an axis shorter, whatever its values: a checkpoint brings those.
-
-    Raises
-    ------
-    PlanError
-        If the model has no such module, or so many entries cannot be taken from it.
-    """
+    """Make an axis shorter, whatever its values: a checkpoint brings those. Raises PlanError as :func:`narrow` does."""
     owner, leaf = _owner(model, name)
     module = getattr(owner, leaf) if leaf else owner
     size, pools = length(module, axis), pools_of(module, axis)

@@ -23,24 +23,12 @@ LEFT = "_spectrim_axes_left"
 
 @dataclass(eq=False)
 class Removal:
-    """A model without some of its channels.
+    """A model without some of its channels."""
 
-    Attributes
-    ----------
-    model
-        A narrowed copy, its layers corrected in closed form.
-    sites
-        Of the narrowed model (:func:`spectrim.network.narrowing.narrowed`).
-    axes
-        What is left of the dense model's axes.
-    changed
-        Layers that have lost something.
-    """
-
-    model: nn.Module
-    sites: Sites
-    axes: Mapping[Axis, Tensor]
-    changed: frozenset[str]
+    model: nn.Module  # a narrowed copy, its layers corrected in closed form
+    sites: Sites  # of the narrowed model (spectrim.network.narrowing.narrowed)
+    axes: Mapping[Axis, Tensor]  # what is left of the dense model's axes
+    changed: frozenset[str]  # layers that have lost something
     _means: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod

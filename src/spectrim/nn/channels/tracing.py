@@ -28,19 +28,11 @@ _ENDS = 4
 
 @dataclass(eq=False)
 class Trace:
-    """What one pass of a copy of a model showed.
-
-    Attributes
-    ----------
-    graph
-        torch-pruning's.
-    called
-        The layers that ran, in order.
-    """
+    """What one pass of a copy of a model showed."""
 
     model: nn.Module
-    graph: Any
-    called: list[nn.Module] = field(default_factory=list)
+    graph: Any  # torch-pruning's
+    called: list[nn.Module] = field(default_factory=list)  # the layers that ran, in order
 
     def lost(self) -> list[nn.Module]:
         """Layers that ran and that the graph does not know."""
@@ -66,14 +58,7 @@ def traced(model: nn.Module, example: Any, run: Callable[..., Any], graph: Calla
     """Trace a model as it is, and, if layers are lost that way, as if nothing switched gradients off.
 
     What a pass makes of its last layers may have no gradient (a choice of the largest, boxes); then the last layer that
-    is lost counts as an output.
-
-    Parameters
-    ----------
-    graph
-        Makes torch-pruning's.
-    around
-        Entered while it is built.
+    is lost counts as an output. ``graph`` makes torch-pruning's, and ``around`` is entered while it is built.
     """
     trace = _traced(model, example, run, graph, around, differentiable=False, ends=())
     ends: list[str] = []

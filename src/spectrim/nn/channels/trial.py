@@ -125,13 +125,7 @@ class Trial:
         return good, failed
 
     def fault(self, couplings: Sequence[Coupling], draw: Draw = _at_random) -> str | None:
-        """What goes wrong when half of the channels are removed, or None.
-
-        Parameters
-        ----------
-        draw
-            Chooses the channels that are kept.
-        """
+        """What goes wrong when half of the channels are removed, or None; ``draw`` chooses those that are kept."""
         # Neighbouring groups keep different shares: two that have to be equally wide must not be equal by chance.
         kept = {c.name: half(c, 2 + 2 * (number % 2), draw) for number, c in enumerate(couplings)}
         axes = axes_left(couplings, kept)

@@ -34,25 +34,13 @@ class _OfLayer(StandIn):
 class Masked(_OfLayer):
     """A layer whose weight is zero outside a mask. Files hold what is inside (:mod:`spectrim.nn.checkpoint`).
 
-    Only entries inside the mask get gradients, so that any optimizer leaves the others at zero.
+    Only entries inside the mask, a buffer in the layout of the layer's weight, get gradients, so that any optimizer
+    leaves the others at zero.
 
     In evaluation without gradients it may run through a kernel that skips the zeros (:class:`Kernel`), which
     :func:`spectrim.nn.sparse.kernels.choose_kernels` chooses by measuring. What such a kernel needs is packed at the
     first call and again when weight or mask have changed, in memory besides the weight's, and is in no file and no
     copy. Changes through ``weight.data`` go unseen until :meth:`settle`, :meth:`train` or :meth:`eval` is called.
-
-    Attributes
-    ----------
-    layer
-        The plain layer, its weight zero outside the mask.
-    mask
-        Buffer in the layout of the layer's weight.
-    pattern
-        That the mask has.
-    original
-        Spec of the layer it stands for.
-    kernel
-        How it is multiplied: ``Kernel.DENSE``, or one of :attr:`kernels`.
     """
 
     # The layer is not called, so that no other one can take its place.
@@ -157,19 +145,9 @@ def _settle(module: Masked, incompatible: object) -> None:
 
 
 class Slim(_OfLayer):
-    """A layer that sees some of its input channels: the others are multiplied by zero in the weight it stands for.
+    """A layer that sees some of its input channels: the others are multiplied by zero in the weight it stands for."""
 
-    Attributes
-    ----------
-    layer
-        The thinner plain layer.
-    channels
-        Buffer of the channels it sees, ascending.
-    original
-        Spec of the layer it stands for.
-    """
-
-    channels: Tensor
+    channels: Tensor  # buffer of those it sees, ascending
 
     def __init__(self, layer: nn.Module, channels: Tensor, original: LayerSpec) -> None:
         super().__init__(layer, original)
@@ -193,17 +171,7 @@ class Slim(_OfLayer):
 
 
 class Cropped(_OfLayer):
-    """A convolution with a box of the kernel positions of the one it stands for.
-
-    Attributes
-    ----------
-    layer
-        The plain layer, without padding.
-    pattern
-        Size and corner of the box.
-    original
-        Spec of the layer it stands for.
-    """
+    """A convolution with a box of the kernel positions of the one it stands for, without padding."""
 
     def __init__(self, layer: nn.Module, pattern: Taps, original: LayerSpec) -> None:
         super().__init__(layer, original)
@@ -231,17 +199,7 @@ class Cropped(_OfLayer):
 
 
 class Sum(StandIn):
-    """A low-rank pair and a sparse layer that see the same input, their outputs added.
-
-    Attributes
-    ----------
-    pair
-        Has the bias.
-    sparse
-        :class:`Masked`, :class:`Slim` or :class:`Cropped`.
-    original
-        Spec of the layer it stands for.
-    """
+    """A low-rank pair, which has the bias, and a sparse layer on the same input, their outputs added."""
 
     def __init__(self, pair: Factored, sparse: nn.Module, original: LayerSpec) -> None:
         super().__init__()
@@ -270,15 +228,7 @@ class Sum(StandIn):
 def sparse_layer(
     spec: LayerSpec, weight: Tensor, mask: Tensor, pattern: Pattern, bias: Tensor | None
 ) -> Masked | Slim | Cropped:
-    """The module of a sparse weight.
-
-    Parameters
-    ----------
-    spec
-        Of the layer it stands for, with a bias or without.
-    weight, mask
-        Canonical ``[g, o, i, *k]``; the mask has the pattern.
-    """
+    """The module of a sparse weight, canonical as its mask ``[g, o, i, *k]``; ``spec`` is of the layer it is for."""
     if isinstance(pattern, Taps):
         small = spec.sparse(pattern, 1.0)
         return Cropped(make_layer(small, weight[(..., *pattern.box)], bias), pattern, spec)

@@ -46,15 +46,8 @@ def values_inside(layer: Masked, weight: Tensor | None = None) -> Tensor:
 def packed_mask(layer: Masked, density: object = None) -> Tensor:
     """Which units are kept, as bytes (:func:`spectrim.linalg.packing.pack`).
 
-    Parameters
-    ----------
-    density
-        That the mask should have, if it is known: a number.
-
-    Raises
-    ------
-    ValueError
-        If the mask does not have its pattern, but parts of units or pools of different sizes, or another density.
+    Raises ValueError if the mask does not have its pattern, but parts of units or pools of different sizes, or has
+    another density than one that is given as a number.
     """
     units = _units(layer)
     if not torch.equal(layer.pattern.expand(units, layer.original.shape), layer.support):
@@ -78,19 +71,10 @@ def stored_bytes(layer: Masked) -> tuple[int, int]:
 
 
 def read_mask(layer: Masked, positions: Tensor) -> Tensor:
-    """Inverse of :func:`packed_mask`, in the layout of the layer's weight.
+    """Inverse of :func:`packed_mask` for a layer with any mask of as many units, in the layout of the layer's weight.
 
-    Parameters
-    ----------
-    layer
-        With any mask of as many units.
-    positions
-        From anyone: nothing is allocated that the layer does not take anyway.
-
-    Raises
-    ------
-    ValueError
-        If these are no positions of so many units, or the pattern does not allow them.
+    The positions may be anyone's: nothing is allocated that the layer does not take anyway, and what are no positions
+    of so many units, or not of the pattern, raises ValueError.
     """
     own = _units(layer)
     units = unpack(positions, own.numel(), int(own.sum()))
@@ -99,13 +83,7 @@ def read_mask(layer: Masked, positions: Tensor) -> Tensor:
 
 
 def read_weight(layer: Masked, mask: Tensor, values: Tensor) -> Tensor:
-    """Inverse of :func:`values_inside` for a mask from :func:`read_mask`, in the layout of the layer's weight.
-
-    Raises
-    ------
-    ValueError
-        If these are no floating-point numbers in one row, as many as the mask keeps.
-    """
+    """Inverse of :func:`values_inside` for a mask from :func:`read_mask`; ValueError for what are no such values."""
     shape, weight = layer.original.shape, layer.layer.weight
     assert isinstance(weight, Tensor)
     pools, count, entries = layer.pattern.size(shape)
@@ -122,13 +100,7 @@ def read_weight(layer: Masked, mask: Tensor, values: Tensor) -> Tensor:
 
 
 def opened_state(layer: Masked, state: dict[str, Tensor], weight: str, mask: str) -> None:
-    """Put a whole weight and mask in place of packed ones in a state, if it has such.
-
-    Raises
-    ------
-    ValueError
-        As :func:`read_mask` and :func:`read_weight`.
-    """
+    """Put a whole weight and mask in place of packed ones in a state, if it has such."""
     if weight in state and mask in state and state[mask].dtype == torch.uint8:
         state[mask] = read_mask(layer, state[mask])
         state[weight] = read_weight(layer, state[mask], state[weight])
