@@ -16,7 +16,7 @@ from spectrim.network.choices import Choice, CPChoice, TuckerChoice
 from spectrim.network.factors import Factors, LowRank, LowRankPlusSparse, SharedBasis, TiedPair, kinds
 from spectrim.network.layer import LayerSpec
 from spectrim.network.structure import Chain
-from spectrim.nn.find import describe
+from spectrim.nn.layers import describe
 from spectrim.nn.modules import Chained, Factored, FactoredHead, FactoredTable, make_layer
 from spectrim.nn.shared import Once, Wide
 from spectrim.nn.sparse.layers import Sum, sparse_layer

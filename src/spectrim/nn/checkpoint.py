@@ -22,7 +22,8 @@ from spectrim.network.sites import Sites
 from spectrim.network.state_values import alike, equal, is_plain, put_together, taken_apart
 from spectrim.nn.build import skeleton
 from spectrim.nn.channels.narrow import add_bias, reshape
-from spectrim.nn.find import describe, find, is_layer
+from spectrim.nn.find import find
+from spectrim.nn.layers import describe, is_layer
 from spectrim.nn.linears import rewrite
 from spectrim.nn.packing import pack_state
 from spectrim.nn.shipping import carry, earlier, remembered, rewritten

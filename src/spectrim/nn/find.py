@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils import parametrize
 
-from spectrim.errors import UnsupportedLayerError, called_as, did_you_mean
+from spectrim.errors import UnsupportedLayerError, called_as
 from spectrim.linalg.packing import packed_bytes
 from spectrim.linalg.patterns import Pattern
-from spectrim.network.layer import LayerSpec, Lookup
-from spectrim.network.sites import Layer, Sites, Skipped, Tied, tied_to
+from spectrim.network.layer import LayerSpec
+from spectrim.network.sites import Layer, Sites, Skipped, Tied
+from spectrim.nn.layers import canonical as canonical
+from spectrim.nn.layers import describe as describe
+from spectrim.nn.layers import is_layer, is_plain, is_quantised, paths_of, tied_weights
+from spectrim.nn.obstacles import MERGE, obstacle, obstacle_in_weight
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.standing import LAYERS, StandIn
 from spectrim.nn.stored import bytes_of_state
 from spectrim.nn.unheld import stored, unheld
+from spectrim.nn.wanted import Wanted, each_of
+from spectrim.nn.wanted import Which as Which
 
 log = logging.getLogger(__name__)
-
-Which = str | type | Callable[[str, nn.Module], bool]
-"""Layers: a name pattern, a class of modules, or a function of a module's path and the module."""
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-# Layers that torch keeps the weight of with the inputs first.
-_INPUTS_FIRST = (nn.Embedding, *_TRANSPOSED)
-# Of a part of a compressed layer.
-_MERGE = "To compress the layer again, compress spectrim.merge(model)"
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @called_as("find takes the model, and skip= and only= by name; batches go to calibrate(model, sites, batches)")
@@ -77,9 +70,9 @@ def find(
     chains = {} if parts else {m: found for m in names if (found := _chain(m, names, tied))}
     inside = {part for found in chains.values() for part in found}
     # Quantised ones deserve a reason.
-    own = {m for m in names if _is_quantised(m) or (isinstance(m, LAYERS) and not isinstance(m, StandIn))}
+    own = {m for m in names if is_quantised(m) or (isinstance(m, LAYERS) and not isinstance(m, StandIn))}
     layers = {m: n for m, n in names.items() if (m in own or m in chains) and m not in inside}
-    wanted = _Wanted(_each(skip), _each(only))
+    wanted = Wanted(each_of(skip), each_of(only))
     wanted.check([n for group in layers.values() for n in group])
     listing = _Listing(model, wanted, tied, _masks(model))
     listing.add_tied(layers)
@@ -102,7 +95,7 @@ class _Listing:
     """The layers of a model, sorted into what a choice can be made for and what is left alone."""
 
     model: nn.Module
-    wanted: _Wanted
+    wanted: Wanted
     tied: Mapping[int, list[str]]  # paths of the modules that hold each weight, for weights held by more than one
     masks: Mapping[nn.Module, tuple[Tensor, Pattern]]  # of the layers whose weight is sparse
     sites: list[Layer] = field(default_factory=list)
@@ -117,7 +110,7 @@ class _Listing:
         holders: dict[int, list[nn.Module]] = {}
         for module in layers:
             weight = module._parameters.get("weight")
-            if weight is not None and _is_plain(module) and module not in inside:
+            if weight is not None and is_plain(module) and module not in inside:
                 holders.setdefault(id(weight), []).append(module)
         for key, modules in holders.items():
             found = _two_readers(modules)
@@ -128,7 +121,7 @@ class _Listing:
             apart = {held: names for held, names in self.tied.items() if held not in theirs}
             specs = [describe(module, layers[module]) for module in found]
             if any(
-                _obstacle(self.model, module, layers[module], apart) or self.wanted.reason(module, layers[module], spec)
+                obstacle(self.model, module, layers[module], apart) or self.wanted.reason(module, layers[module], spec)
                 for module, spec in zip(found, specs, strict=True)
             ):
                 continue
@@ -149,11 +142,11 @@ class _Listing:
 
     def add(self, module: nn.Module, paths: tuple[str, ...]) -> None:
         """A layer by itself."""
-        sparse = f"sparse: its weight is zero outside a mask. {_MERGE}" if module in self.masks else None
-        spec = describe(module, paths) if _is_plain(module) else None
+        sparse = f"sparse: its weight is zero outside a mask. {MERGE}" if module in self.masks else None
+        spec = describe(module, paths) if is_plain(module) else None
         if spec is not None and module in self.masks:
             spec = _masked(spec, *self.masks[module])
-        reason = sparse or _obstacle(self.model, module, paths, self.tied) or self.wanted.reason(module, paths, spec)
+        reason = sparse or obstacle(self.model, module, paths, self.tied) or self.wanted.reason(module, paths, spec)
         if reason is None and spec is not None:
             self.sites.append(Layer(spec, *canonical(module)))
         else:
@@ -209,7 +202,7 @@ def _chain(
     standing = isinstance(module, StandIn) and isinstance(module, LAYERS) and "" not in names[module]
     held = module.in_order() if standing else ()
     for part in held:
-        if not is_layer(part) or _obstacle_in_weight(part) or any(id(p) in tied for p in part.parameters()):
+        if not is_layer(part) or obstacle_in_weight(part) or any(id(p) in tied for p in part.parameters()):
             return ()
     try:
         if held and standing:
@@ -217,12 +210,6 @@ def _chain(
     except ValueError:
         return ()  # no one layer computes the same
     return held
-
-
-def _holds_its_own(layer: nn.Module) -> bool:
-    """Whether weight and bias are parameters of the layer, and not computed before every call."""
-    wanted = {"weight"} if isinstance(layer, nn.Embedding) else {"weight", "bias"}
-    return wanted <= layer._parameters.keys()
 
 
 @torch.no_grad()
@@ -243,41 +230,6 @@ def _elsewhere(
     return sum(p.numel() for p in others), bytes_of_state(model, covered | counted_masks)
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    """Which layers a user leaves alone, and which ones the user keeps to."""
-
-    skips: list[Which]
-    onlys: list[Which]
-
-    def check(self, paths: list[str]) -> None:
-        """Raise ValueError for a name pattern that matches no layer."""
-        for pattern in [*self.skips, *self.onlys]:
-            if isinstance(pattern, str) and not any(fnmatch.fnmatchcase(path, pattern) for path in paths):
-                raise ValueError(
-                    f"the name pattern {pattern!r} matches no layer; layers are: {', '.join(paths) or 'none'}. "
-                    f"For all layers of a part write 'part.*'.{_close(pattern, paths)}"
-                )
-
-    def reason(self, module: nn.Module, paths: tuple[str, ...], spec: LayerSpec | None) -> str | None:
-        """Why a layer that could be factorised is left alone, or None."""
-        # First: a depthwise layer is left out in any case, but only on request does it keep its channels.
-        if any(_matches(which, paths, module) for which in self.skips):
-            return "skipped on request"
-        if spec is not None and (pointless := _pointless(spec)):
-            return pointless
-        if self.onlys and not any(_matches(which, paths, module) for which in self.onlys):
-            return "not among the layers asked for"
-        return None
-
-
-def _close(pattern: str, paths: list[str]) -> str:
-    """A question where a part of the model was meant, or a layer was misspelt."""
-    if any(path.startswith(f"{pattern}.") for path in paths):
-        return f" Did you mean '{pattern}.*'?"
-    return did_you_mean(pattern, paths)
-
-
 def check_model(model: object) -> None:
     """Raise TypeError for what is no module, UnsupportedLayerError for one whose numbers nothing may change."""
     if not isinstance(model, nn.Module):
@@ -291,104 +243,6 @@ def check_model(model: object) -> None:
             f"{made!r} of the {type(model).__name__} was made in torch.inference_mode(), and can neither be changed "
             "nor give gradients: make the model outside of it, or take copy.deepcopy(model) outside of it"
         )
-
-
-def describe(module: nn.Module, names: Iterable[str]) -> LayerSpec:
-    """The numbers of a linear layer, convolution or embedding. Raises UnsupportedLayerError for any other module."""
-    names = tuple(names)
-    weight = _weight(module)
-    assert isinstance(weight, Tensor)
-    common: dict[str, Any] = {
-        "names": names,
-        "bias": getattr(module, "bias", None) is not None,
-        "dtype": weight.dtype,
-        "device": str(weight.device),
-    }
-    if isinstance(module, nn.Linear):
-        return LayerSpec(in_channels=module.in_features, out_channels=module.out_features, **common)
-    if isinstance(module, nn.Embedding):
-        places = {"in_channels": module.num_embeddings, "out_channels": module.embedding_dim}
-        return Lookup(padding_idx=module.padding_idx, **places, **common)
-    if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)):
-        return LayerSpec(
-            in_channels=module.in_channels,
-            out_channels=module.out_channels,
-            kernel=tuple(module.kernel_size),
-            stride=tuple(module.stride),
-            padding=_padding(module),
-            dilation=tuple(module.dilation),
-            output_padding=tuple(module.output_padding),
-            groups=module.groups,
-            transposed=isinstance(module, _TRANSPOSED),
-            padding_mode=module.padding_mode,
-            **common,
-        )
-    raise UnsupportedLayerError(
-        f"{names[0]!r} is a {type(module).__name__}; expected nn.Linear, nn.Embedding or nn.Conv*"
-    )
-
-
-def _padding(module: Any) -> tuple[int, ...] | str:
-    if module.padding == "valid":
-        return (0,) * len(module.kernel_size)
-    return module.padding if isinstance(module.padding, str) else tuple(module.padding)
-
-
-def canonical(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight as ``[g, o, i, *k]`` and bias, detached. Views where torch's layout allows it."""
-    weight, bias = opened(module)
-    return weight.detach(), None if bias is None else bias.detach()
-
-
-def opened(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """As :func:`canonical`, with gradients."""
-    weight = module.weight
-    bias = getattr(module, "bias", None)
-    assert isinstance(weight, Tensor)
-    groups = getattr(module, "groups", 1)
-    grouped = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
-    if isinstance(module, _INPUTS_FIRST):
-        grouped = grouped.transpose(1, 2)
-    return grouped, bias if isinstance(bias, Tensor) else None
-
-
-def paths_of(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
-    """The names of each module, in order of registration."""
-    names: dict[nn.Module, tuple[str, ...]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        names[module] = (*names.get(module, ()), name)
-    return names
-
-
-def is_layer(module: nn.Module) -> bool:
-    """Whether a module is one of torch's layers itself, and nothing that stands for one."""
-    return type(module) in LAYERS
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a module is a layer whose weight can be read as an ordinary tensor of numbers."""
-    weight = _weight(module) if isinstance(module, LAYERS) else None
-    return isinstance(weight, Tensor) and not is_lazy(weight) and weight.numel() > 0
-
-
-def _weight(module: nn.Module) -> Any:
-    """A layer's weight as evaluation reads it: in training, reading a spectral norm moves what it is computed from."""
-    if not parametrize.is_parametrized(module, "weight"):
-        return module.weight
-    parts = module.get_submodule("parametrizations")
-    modes = [(part, part.training) for part in parts.modules()]
-    try:
-        parts.eval()
-        with torch.no_grad():
-            return module.weight
-    finally:
-        for part, mode in modes:
-            part.training = mode
-
-
-def _is_quantised(module: nn.Module) -> bool:
-    home = type(module).__module__
-    return "quantized" in home and hasattr(module, "weight") and not isinstance(module, nn.Sequential)
 
 
 def _masks(model: nn.Module) -> dict[nn.Module, tuple[Tensor, Pattern]]:
@@ -407,132 +261,3 @@ def _masked(spec: LayerSpec, mask: Tensor, kind: Pattern) -> LayerSpec:
     return dataclasses.replace(
         spec, density=stored / mask.numel(), index_bytes=packed_bytes(pools * units, stored // entries)
     )
-
-
-def tied_weights(model: nn.Module) -> dict[int, list[str]]:
-    """Paths of the modules that hold each weight, for weights held by more than one module."""
-    holders: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            holders.setdefault(id(parameter), []).append(name)
-    return {key: names for key, names in holders.items() if len(names) > 1}
-
-
-def _obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied: Mapping[int, list[str]]) -> str | None:
-    """Why a layer cannot be factorised, or None."""
-    if reason := _obstacle_in_weight(module) or _changes_forward(module) or _changes_rows(module):
-        return reason
-    if reason := _read_above(model, paths):
-        return reason
-    for name, tensor in module._parameters.items():
-        if id(tensor) in tied:
-            others = ", ".join(n or "the model itself" for n in tied[id(tensor)] if n not in paths)
-            part = any(isinstance(above, StandIn) for above in _above(model, paths))
-            return f"its {name} is tied to {others}. {_MERGE}" if part else tied_to(name, others)
-    if module._modules:
-        return f"it holds modules of its own ({', '.join(module._modules)}): move them to the module that holds it"
-    return "the model itself is this layer: wrap it in nn.Sequential" if "" in paths else None
-
-
-def _obstacle_in_weight(module: nn.Module) -> str | None:
-    """Why the weight of a layer cannot be read as a plain tensor of numbers, or None."""
-    if _is_quantised(module):
-        return "quantised: the weight is not a floating-point matrix"
-    if is_lazy(_weight(module)):
-        return "lazy: run the model once so that its weight has a shape"
-    # Weight and spectral normalisation of the older kind, and pruning masks, set the weight before every call.
-    if parametrize.is_parametrized(module) or not _holds_its_own(module):
-        return f"parametrised: remove the parametrisation first ({_removes(module)})"
-    weight = module.weight
-    if not isinstance(weight, Tensor) or weight.dtype not in _DTYPES:
-        return f"its weight is not a floating-point tensor ({getattr(weight, 'dtype', type(weight).__name__)})"
-    # Quantised and distributed weights pass for floating-point ones by a tensor type of their own.
-    if type(weight) not in (Tensor, nn.Parameter) or weight.layout != torch.strided:
-        return (
-            f"its weight is a {type(weight).__name__} of layout {weight.layout}, not a plain dense tensor: compress "
-            "the network before it is sharded or quantised"
-        )
-    if not weight.numel():
-        return "empty: it has no inputs or no outputs"
-    return "its weight is on the meta device and has no values" if weight.is_meta else None
-
-
-def _changes_forward(module: nn.Module) -> str | None:
-    """Why a layer is not run as torch runs it, or None."""
-    base = next(b for b in LAYERS if isinstance(module, b))
-    if "forward" in vars(module) or any(
-        getattr(type(module), name, None) is not getattr(base, name, None) for name in ("forward", "_conv_forward")
-    ):
-        name = type(module).__name__
-        kind = f"{type(module).__module__}.{name}" if name == base.__name__ else name
-        return f"{kind} overrides forward: put a plain nn.{base.__name__} in its place"
-    return None
-
-
-def _read_above(model: nn.Module, paths: Sequence[str]) -> str | None:
-    """Why modules that hold a layer read its weight, or None."""
-    for path in paths:
-        parent = model.get_submodule(path.rpartition(".")[0]) if path else model
-        if isinstance(parent, nn.MultiheadAttention):
-            return "nn.MultiheadAttention reads its weight directly: compress spectrim.with_linear_layers(model)"
-    if any(getattr(above, "reads_weights", False) for above in _above(model, paths)):
-        return f"its weight is one part of a layer's. {_MERGE}"
-    return None
-
-
-def _above(model: nn.Module, paths: Iterable[str]) -> Iterator[nn.Module]:
-    """The modules that hold a layer, from the model on."""
-    for path in paths:
-        names = path.split(".")
-        yield from (model.get_submodule(".".join(names[:n])) for n in range(len(names)))
-
-
-def _changes_rows(module: nn.Module) -> str | None:
-    """Why the rows of a table are not what is looked up, or not trained as they are; None if they are."""
-    if not isinstance(module, nn.Embedding):
-        return None
-    if module.max_norm is not None:
-        return "max_norm changes its rows when they are looked up, which those of a pair are not: scale them beforehand"
-    if module.sparse or module.scale_grad_by_freq:
-        return "its gradients are sparse or scaled by how often a row is asked for, which those of a pair are not"
-    return None
-
-
-def _removes(module: nn.Module) -> str:
-    """The function of torch that takes a parametrisation away."""
-    if parametrize.is_parametrized(module):
-        return "torch.nn.utils.parametrize.remove_parametrizations"
-    held = {*module._parameters, *module._buffers}
-    if "weight_g" in held:
-        return "torch.nn.utils.remove_weight_norm"
-    if "weight_mask" in held:
-        return "torch.nn.utils.prune.remove"
-    if "weight_u" in held:
-        return "torch.nn.utils.remove_spectral_norm"
-    return "make its weight and bias parameters; compress what FSDP shards before that"
-
-
-def _pointless(spec: LayerSpec) -> str | None:
-    _, o, i, *_ = spec.shape
-    if spec.groups > 1 and (i == 1 or o == 1):
-        return "depthwise: each group has one channel, so there is no matrix to factor"
-    return None
-
-
-def _each(given: Which | Iterable[Which]) -> list[Which]:
-    several = [given] if isinstance(given, (str, type, nn.Module)) or not isinstance(given, Iterable) else list(given)
-    for which in several:
-        if isinstance(which, nn.Module) or not (isinstance(which, (str, type)) or callable(which)):
-            raise TypeError(
-                f"cannot choose layers by {' '.join(repr(which).split())[:80]}: expected a name pattern such as "
-                "'layer1.*', a module type, or a function (name, module) -> bool"
-            )
-    return several
-
-
-def _matches(which: Which, paths: tuple[str, ...], module: nn.Module) -> bool:
-    if isinstance(which, str):
-        return any(fnmatch.fnmatchcase(path, which) for path in paths)
-    if isinstance(which, type):
-        return isinstance(module, which)
-    return any(which(path, module) for path in paths)

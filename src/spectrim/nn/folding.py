@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.linalg.moments import Moments, shrunk
-from spectrim.nn.find import find, opened
+from spectrim.nn.find import find
+from spectrim.nn.layers import opened
 from spectrim.nn.standing import laid_out
 from spectrim.nn.watch.calibrate import calibrate
 

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from spectrim.errors import called_as
 from spectrim.nn.copying import copy_model
-from spectrim.nn.find import paths_of
+from spectrim.nn.layers import paths_of
 from spectrim.nn.shipping import REWRITTEN, take_along
 from spectrim.nn.surgery import replace_module
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from spectrim.errors import ProofError
 from spectrim.network.layer import LayerSpec
 from spectrim.nn.copying import copy_model
-from spectrim.nn.find import describe
+from spectrim.nn.layers import describe
 from spectrim.nn.modules import Chained, Factored, dense_layer, make_layer, whole
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.sparse.layers import Cropped, Masked, Slim, Sum

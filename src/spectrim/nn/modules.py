@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from spectrim.linalg.unfold import Unfolding, fold, unfolding
 from spectrim.network.factors import LowRank
 from spectrim.network.layer import LayerSpec, Lookup
-from spectrim.nn.find import opened
+from spectrim.nn.layers import opened
 from spectrim.nn.standing import StandIn, laid_out
 
 _TYPES: dict[tuple[int, bool], type[nn.Module]] = {

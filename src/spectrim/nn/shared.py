@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.network.layer import LayerSpec
-from spectrim.nn.find import opened
 from spectrim.nn.functional import run
+from spectrim.nn.layers import opened
 
 
 class Wide(nn.Module):

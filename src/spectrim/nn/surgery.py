@@ -9,7 +9,7 @@ from torch import nn
 
 from spectrim.errors import PlanError, called_as
 from spectrim.nn.copying import copy_model
-from spectrim.nn.find import paths_of
+from spectrim.nn.layers import paths_of
 from spectrim.nn.modules import FactoredHead, FactoredTable, dense_layer
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.shipping import declare_ties, forget_layers, without_bias

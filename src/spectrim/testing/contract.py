@@ -18,7 +18,7 @@ from spectrim.network.choices import Choice
 from spectrim.network.factors import Factors
 from spectrim.network.sites import Layer, Site
 from spectrim.nn.build import build
-from spectrim.nn.find import canonical
+from spectrim.nn.layers import canonical
 from spectrim.testing.layers import LAYERS, small_site
 from spectrim.testing.measures import measured_error
 

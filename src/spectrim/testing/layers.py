@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.network.sites import Group, Layer, Sites
-from spectrim.nn.find import canonical, describe, find
+from spectrim.nn.find import find
+from spectrim.nn.layers import canonical, describe
 from spectrim.nn.modules import make_layer
 from spectrim.nn.watch.calibrate import calibrate
 from spectrim.nn.watch.sensitivity import sensitivity

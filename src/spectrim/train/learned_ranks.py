@@ -32,7 +32,7 @@ from spectrim.methods import ActivationSVD, Method, WeightSVD, as_methods, from_
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Site, Sites, Statistics
 from spectrim.nn.copying import copy_model
-from spectrim.nn.find import canonical
+from spectrim.nn.layers import canonical
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.samples import Mask

@@ -31,7 +31,8 @@ from spectrim.nn.channels.products import with_products
 from spectrim.nn.channels.rules import layers_of, rule_of
 from spectrim.nn.channels.tracing import comes_to, traced
 from spectrim.nn.channels.trial import DRAWS, Trial, enlivened, first_line
-from spectrim.nn.find import canonical, find, paths_of, tied_weights
+from spectrim.nn.find import find
+from spectrim.nn.layers import canonical, paths_of, tied_weights
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.state import ALONE

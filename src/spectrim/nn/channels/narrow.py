@@ -16,7 +16,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from spectrim.errors import PlanError
 from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Side
 from spectrim.nn.channels.rules import ChannelRule, Held, is_registered, picked, rule_of
-from spectrim.nn.find import describe
+from spectrim.nn.layers import describe
 from spectrim.nn.modules import Chained, Factored
 from spectrim.nn.standing import StandIn, sized
 

@@ -24,7 +24,7 @@ from spectrim.network.coupling import IN, OUT, THROUGH, Coupling, axes_left
 from spectrim.nn.channels.narrow import narrow
 from spectrim.nn.channels.rules import layers_of
 from spectrim.nn.copying import copy_model
-from spectrim.nn.find import canonical
+from spectrim.nn.layers import canonical
 from spectrim.nn.modes import asks_for_mode, fault_in_training
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.standing import as_containers

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from spectrim.linalg.patterns import Channels, Pattern, Taps
 from spectrim.network.layer import LayerSpec
-from spectrim.nn.find import opened
 from spectrim.nn.functional import run
+from spectrim.nn.layers import opened
 from spectrim.nn.modules import Factored, make_layer, whole
 from spectrim.nn.sparse.products import Kernel, Packed, is_plain_call, products, takes
 from spectrim.nn.standing import StandIn, laid_open, laid_out

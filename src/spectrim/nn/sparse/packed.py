@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.linalg.packing import pack, packed_bytes, unpack
-from spectrim.nn.find import canonical
+from spectrim.nn.layers import canonical
 from spectrim.nn.sparse.layers import Masked, laid_open, laid_out
 from spectrim.nn.stored import name_in
 

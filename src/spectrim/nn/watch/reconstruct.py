@@ -17,7 +17,7 @@ from spectrim.linalg.regression import Covariances, Equations, Unseen, scarcity,
 from spectrim.linalg.sketch import Sketch
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Statistics
-from spectrim.nn.find import canonical, describe
+from spectrim.nn.layers import canonical, describe
 from spectrim.nn.modules import Chained, Factored, make_layer, whole
 from spectrim.nn.watch.junctions import MadeUp
 from spectrim.nn.watch.layout import Layout

@@ -1,0 +1,130 @@
+"""Torch's layers as numbers: what describes one, its weight in one order, and the names and weights of a model.
+
+The canonical weight is ``[g, o, i, *k]``: groups, outputs and inputs of each, and the kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from spectrim.errors import UnsupportedLayerError
+from spectrim.network.layer import LayerSpec, Lookup
+from spectrim.nn.standing import LAYERS
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# Layers that torch keeps the weight of with the inputs first.
+_INPUTS_FIRST = (nn.Embedding, *_TRANSPOSED)
+
+
+def describe(module: nn.Module, names: Iterable[str]) -> LayerSpec:
+    """The numbers of a linear layer, convolution or embedding. Raises UnsupportedLayerError for any other module."""
+    names = tuple(names)
+    weight = weight_of(module)
+    assert isinstance(weight, Tensor)
+    common: dict[str, Any] = {
+        "names": names,
+        "bias": getattr(module, "bias", None) is not None,
+        "dtype": weight.dtype,
+        "device": str(weight.device),
+    }
+    if isinstance(module, nn.Linear):
+        return LayerSpec(in_channels=module.in_features, out_channels=module.out_features, **common)
+    if isinstance(module, nn.Embedding):
+        places = {"in_channels": module.num_embeddings, "out_channels": module.embedding_dim}
+        return Lookup(padding_idx=module.padding_idx, **places, **common)
+    if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)):
+        return LayerSpec(
+            in_channels=module.in_channels,
+            out_channels=module.out_channels,
+            kernel=tuple(module.kernel_size),
+            stride=tuple(module.stride),
+            padding=_padding(module),
+            dilation=tuple(module.dilation),
+            output_padding=tuple(module.output_padding),
+            groups=module.groups,
+            transposed=isinstance(module, _TRANSPOSED),
+            padding_mode=module.padding_mode,
+            **common,
+        )
+    raise UnsupportedLayerError(
+        f"{names[0]!r} is a {type(module).__name__}; expected nn.Linear, nn.Embedding or nn.Conv*"
+    )
+
+
+def _padding(module: Any) -> tuple[int, ...] | str:
+    if module.padding == "valid":
+        return (0,) * len(module.kernel_size)
+    return module.padding if isinstance(module.padding, str) else tuple(module.padding)
+
+
+def canonical(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight as ``[g, o, i, *k]`` and bias, detached. Views where torch's layout allows it."""
+    weight, bias = opened(module)
+    return weight.detach(), None if bias is None else bias.detach()
+
+
+def opened(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """As :func:`canonical`, with gradients."""
+    weight = module.weight
+    bias = getattr(module, "bias", None)
+    assert isinstance(weight, Tensor)
+    groups = getattr(module, "groups", 1)
+    grouped = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    if isinstance(module, _INPUTS_FIRST):
+        grouped = grouped.transpose(1, 2)
+    return grouped, bias if isinstance(bias, Tensor) else None
+
+
+def paths_of(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    """The names of each module, in order of registration."""
+    names: dict[nn.Module, tuple[str, ...]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names[module] = (*names.get(module, ()), name)
+    return names
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether a module is one of torch's layers itself, and nothing that stands for one."""
+    return type(module) in LAYERS
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is a layer whose weight can be read as an ordinary tensor of numbers."""
+    weight = weight_of(module) if isinstance(module, LAYERS) else None
+    return isinstance(weight, Tensor) and not is_lazy(weight) and weight.numel() > 0
+
+
+def weight_of(module: nn.Module) -> Any:
+    """A layer's weight as evaluation reads it: in training, reading a spectral norm moves what it is computed from."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return module.weight
+    parts = module.get_submodule("parametrizations")
+    modes = [(part, part.training) for part in parts.modules()]
+    try:
+        parts.eval()
+        with torch.no_grad():
+            return module.weight
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def is_quantised(module: nn.Module) -> bool:
+    home = type(module).__module__
+    return "quantized" in home and hasattr(module, "weight") and not isinstance(module, nn.Sequential)
+
+
+def tied_weights(model: nn.Module) -> dict[int, list[str]]:
+    """Paths of the modules that hold each weight, for weights held by more than one module."""
+    holders: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            holders.setdefault(id(parameter), []).append(name)
+    return {key: names for key, names in holders.items() if len(names) > 1}
