@@ -107,6 +107,36 @@ def test_channels_are_found_with_the_first_batch() -> None:
         locate(model, [], channels=True)
 
 
+def test_what_is_known_is_taken_over_where_channels_are_found_later() -> None:
+    """To the bit as if all had been calibrated at once, in passes without gradients."""
+    pytest.importorskip("torch_pruning")
+    torch.manual_seed(0)
+    # The second convolution has patches too long for a moment of their own.
+    layers = [nn.Conv2d(3, 144, 3), nn.ReLU(), nn.Conv2d(144, 12, 3), nn.BatchNorm2d(12), nn.Flatten()]
+    net = nn.Sequential(*layers, nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    batches = [torch.randn(8, 3, 8, 8) for _ in range(3)]
+    plain = prepare(net, locate(net, batches), batches)
+    coupled = locate(net, batches, channels=True)
+    grads: list[bool] = []
+    hook = net.register_forward_pre_hook(lambda *_: grads.append(torch.is_grad_enabled()))
+    later = prepare(net, coupled, batches, known=plain).sites
+    hook.remove()
+    assert grads == [False] * 3
+    whole = prepare(net, coupled, batches).sites
+    assert [layer.spec for layer in later] == [layer.spec for layer in whole]
+    assert later.couplings
+    assert [(c.name, c.channels) for c in later.couplings] == [(c.name, c.channels) for c in whole.couplings]
+    assert (later.other_macs, later.samples, later.notes) == (whole.other_macs, whole.samples, whole.notes)
+    assert any(layer.statistics.channels for layer in whole)
+    for one, other in zip(later, whole, strict=True):
+        assert one.statistics.names == other.statistics.names
+        for name in set(one.statistics.names) - {"slices"}:
+            mine, theirs = getattr(one.statistics, name), getattr(other.statistics, name)
+            assert torch.equal(mine.second_moment, theirs.second_moment), (one.name, name)
+    for name, pooled in later.pooled.items():
+        assert torch.equal(pooled.unpooled.second_moment, whole.pooled[name].unpooled.second_moment)
+
+
 def test_the_example_has_the_batch_that_latency_is_measured_at() -> None:
     model = settled("mlp")
     (inputs,) = one_batch(model, [(torch.ones(3, 12), torch.zeros(3))], 5)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import NoneType
 from typing import Any
 
@@ -145,6 +145,7 @@ def prepare(
     sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     forward: Callable[[nn.Module, Any], Any] | None = None,
     progress: Progress = silent,
+    known: Prepared | None = None,
 ) -> Prepared:
     """Calibrate, weigh and group the sites of a dense network, and time the network.
 
@@ -166,8 +167,16 @@ def prepare(
         Of the whole dense network, if it is known; else it is measured.
     sampling
         How many rows the statistics rest on, and which are data.
+    known
+        From an earlier call with the same model, batches and options, before channels were coupled: what it found is
+        taken over, and what it lacks is added.
     """
     feed = Feed.of(forward)
+    watched = functools.partial(progress, "calibrate")
+    if known is not None and {site.name for site in known.sites} <= {site.name for site in sites}:
+        # Without gradients: what coupled channels need is in the forward passes.
+        found = calibrated(model, sites, batches, sampling, feed, progress=watched, known=known.sites)
+        return replace(known, sites=found)
     if latency is True:
         spec = sites.layers[0].spec
         latency = Latency(device=spec.device, dtype=spec.dtype)
@@ -175,7 +184,6 @@ def prepare(
     if latency is not False:
         example = one_batch(model, batches, latency.batch, feed)
         ready(as_timed(model, latency), example, latency.runtime)  # what cannot be run so is said before the work
-    watched = functools.partial(progress, "calibrate")
     if sensitivity and statistics:
         sites = calibrated_and_weighed(model, sites, batches, sampling, feed, progress=watched)
     else:

@@ -24,7 +24,7 @@ from spectrim.methods import (
 )
 from spectrim.methods.statistics import shared
 from spectrim.network.choices import DENSE, Choice
-from spectrim.network.sites import Channels, Site, Sites, Tied
+from spectrim.network.sites import Channels, Group, Site, Sites, Tied
 from spectrim.progress import Progress, reports, told
 from spectrim.selection.candidates import Candidates, Option, Row, Rows
 
@@ -109,17 +109,51 @@ def tabulate(
     )
 
 
+def leanest(
+    sites: Sites, methods: Sequence[Method], costs: Mapping[str, counted.Cost], facts: Mapping[str, Any]
+) -> Candidates | None:
+    """The choices of :func:`tabulate` that cost least, without what they lose: nothing is fitted.
+
+    None where a method does not know its own.
+
+    Parameters
+    ----------
+    costs
+        Counted ones, which grow with ranks, densities and channels.
+    facts
+        Of the machine that the choices are for.
+    """
+    network = Network(sites, costs, methods)
+    rows: list[Row] = []
+    with counted.made_for(facts):
+        for site in _every(sites, methods):
+            offered: list[Choice] = []
+            for method in methods:
+                choices = method.leanest(site) if isinstance(site, method.takes) else ()
+                if choices is None:
+                    return None
+                offered += choices
+            pairs = list(_worth(network, site, Curve(tuple(offered), (0.0,) * len(offered), ""), dear=False))
+            if offered or not isinstance(site, Group | Channels):
+                rows.append(_row(network, site, pairs, [], guard=False))
+    return Candidates(Rows(rows), network.fixed(row.site for row in rows), "", skipped=network.left_alone())
+
+
+def _every(sites: Sites, methods: Sequence[Method]) -> list[Site]:
+    """What has a row in a table, in the order of the rows, where it can be made."""
+    coupled = sites.coupled() if any(method.removes_channels for method in methods) else ()
+    return [*sites, *sites.tied, *sites.joint(), *coupled]
+
+
 def _offers(
     sites: Sites, methods: Sequence[Method], facts: Mapping[str, Any], tell: Progress
 ) -> Iterator[tuple[Site, list[tuple[Method, Curve]]]]:
     """The rows of a table: sites, groups and coupled channels with what is on offer there."""
-    alone = [*sites, *sites.tied]
-    coupled = sites.coupled() if any(method.removes_channels for method in methods) else ()
-    every = [*alone, *sites.joint(), *coupled]
+    every = _every(sites, methods)
     for done, site in enumerate(every):
         curves = _curves(site, methods, facts)
         # A group that no method can join is nothing to choose.
-        if done < len(alone) or any(curve.choices for _, curve in curves):
+        if not isinstance(site, Group | Channels) or any(curve.choices for _, curve in curves):
             yield site, curves
         tell("tabulate", done + 1, len(every))
 

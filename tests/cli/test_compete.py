@@ -26,7 +26,7 @@ def test_the_smallest_within_a_tolerance(run) -> None:
 
 
 def test_no_further_set_after_some_seconds(run) -> None:
-    said = " ".join(run(*COMPRESS, *DATA, "--compete", "--seconds", "0", "--out", "small").output.split())
+    said = " ".join(run(*COMPRESS, *DATA, "--method", "auto", "--seconds", "0", "--out", "small").output.split())
     assert "not tried, as 0 s were over" in said
 
 
@@ -43,8 +43,10 @@ def test_where_low_rank_is_not_enough_sets_compete(run) -> None:
     ("options", "said"),
     [
         (("--input", "1x8x8", "--compete"), "give --data"),
-        ((*DATA, "--seconds", "5"), "give --compete too"),
+        ((*DATA, "--seconds", "5"), "give --method auto too"),
         ((*DATA, "--compete", "--method", "weight-svd"), "does not combine with --compete"),
+        ((*DATA, "--method", "auto", "--method", "weight-svd"), "bring their own. Leave out --method auto"),
+        ((*DATA, "--method", "auto", "--multiple-of", "4"), "does not combine with --method auto"),
         ((*DATA, "--compete", "--multiple-of", "4"), "does not combine with --compete"),
     ],
 )

@@ -17,7 +17,7 @@ CASES = {
     "low_rank_share": (SPARSE, ("--low-rank-share", "0.3"), [f"{SPARSE}:share=0.3"]),
     "rule": (FILTERS, ("--rule", "l1-max"), [f"{FILTERS}:rule=l1-max"]),
     "pooling": (FILTERS, ("--pooling", "none"), [f"{FILTERS}:pooling=none"]),
-    "with_low_rank": (FILTERS, ("--with-low-rank",), [FILTERS, "auto"]),
+    "with_low_rank": (FILTERS, ("--with-low-rank",), [FILTERS, "low-rank"]),
     "rank_epochs": (LEARNED, ("--rank-epochs", "3"), [f"{LEARNED}:rank_epochs=3"]),
     "rank_lr": (LEARNED, ("--rank-lr", "0.1"), [f"{LEARNED}:rank_lr=0.1"]),
     "c_steps": (LEARNED, ("--c-steps", "8"), [f"{LEARNED}:c_steps=8"]),
@@ -64,7 +64,7 @@ def test_a_former_option_means_what_it_meant_and_says_how_it_is_written_now(run,
 def test_a_former_option_of_another_method_is_refused(run, name: str):
     method, former, _ = CASES[name]
     error = run(*CALL, *HALF, *former, code=2).stderr
-    assert f"is for --method {method}, not for --method auto" in error
+    assert f"is for --method {method}, not for --method low-rank" in error
     assert former[0] in error
 
 

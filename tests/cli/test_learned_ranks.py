@@ -231,7 +231,7 @@ def test_a_path_that_cannot_be_met_is_refused_before_training(run):
     [
         ((*LEARN,), 2, "either --budget (as macs=50%), or a multiplier"),
         (learn("multiplier=1e-6", "-b", "macs=50%"), 2, "either --budget (as macs=50%), or a multiplier"),
-        ((*LEARN, "-b", "macs=50%", "--method", "auto"), 2, "--method learned-ranks does not combine with another"),
+        ((*LEARN, "-b", "macs=50%", "--method", "low-rank"), 2, "--method learned-ranks does not combine with another"),
         (
             learn("steps=3", "-b", "macs=50%"),
             2,
@@ -277,7 +277,7 @@ def test_errors_quote_what_was_typed(run, arguments: tuple[str, ...], code: int,
 @pytest.mark.parametrize("given", [("--checkpoint", "state"), ("--animate",)])
 def test_options_of_learned_ranks_are_refused_with_another_method(run, given: tuple[str, ...]):
     error = run("compress", "nets:tiny", "--data", "nets:batches", "-b", "macs=50%", *given, code=2).stderr
-    assert f"{' '.join(given)} is for --method learned-ranks, not for --method auto" in error
+    assert f"{' '.join(given)} is for --method learned-ranks, not for --method low-rank" in error
 
 
 def test_help_of_path_loads_no_torch():

@@ -11,7 +11,7 @@ from torch import nn
 
 import spectrim as st
 from spectrim import ActivationSVD, ActivationTucker2, JointSVD, LowRankPlusSparse, PrincipalFilters, TiedSVD, WeightSVD
-from spectrim.cli.methods import AUTO, CLASSES, JOINT, Asked, Methods
+from spectrim.cli.methods import AUTO, CLASSES, JOINT, LOW_RANK, Asked, Methods
 from spectrim.cli.references import UsageError
 from spectrim.selection.plan import Plan
 from spectrim.tables import default_methods
@@ -52,17 +52,26 @@ def test_every_method_of_the_library_has_a_name():
 def test_names_for_several_methods_and_what_is_offered_beside_them():
     low_rank = [ActivationSVD(), ActivationTucker2()]
     usual = [*low_rank, TiedSVD()]
-    assert chosen() == chosen(AUTO) == chosen(JOINT) == usual
-    assert chosen("activation-tucker2", AUTO) == [ActivationTucker2(), ActivationSVD(), TiedSVD()]
+    assert chosen() == chosen(LOW_RANK) == chosen(JOINT) == usual
+    assert chosen("activation-tucker2", LOW_RANK) == [ActivationTucker2(), ActivationSVD(), TiedSVD()]
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3)), torch.randn(8, 3, 6, 6)
     # The command line and the call offer the same by default; this network has no layers of one weight.
     assert default_methods(st.calibrate(model, st.find(model), [x])) == low_rank
-    assert Methods.read([AUTO]).chosen(False) == [WeightSVD(), TiedSVD()]
-    assert chosen(AUTO, share=True)[3:] == [JointSVD("left"), JointSVD("right")]
+    assert Methods.read([LOW_RANK]).chosen(False) == [WeightSVD(), TiedSVD()]
+    assert chosen(LOW_RANK, share=True)[3:] == [JointSVD("left"), JointSVD("right")]
     assert chosen(JOINT, share=True)[3:] == [JointSVD("left"), JointSVD("right"), JointSVD("both")]
     assert chosen("joint-svd:share=both", share=True) == [JointSVD("both")]
-    assert chosen("principal-filters:rule=abs-max", AUTO) == [PrincipalFilters("abs-max"), *usual]
+    assert chosen("principal-filters:rule=abs-max", LOW_RANK) == [PrincipalFilters("abs-max"), *usual]
+
+
+def test_sets_that_compete_are_for_one_network_and_bring_their_own_methods():
+    assert Methods.read([AUTO], competing=True).names == (AUTO,)
+    with pytest.raises(UsageError, match="--method auto is for compress"):
+        Methods.read([AUTO])
+    with pytest.raises(UsageError, match="bring their own"):
+        Methods.read([AUTO, LOW_RANK], competing=True)
+    assert [Methods.read(texts).said for texts in (None, [], [LOW_RANK])] == [False, False, True]
 
 
 def test_multiples_are_for_all_methods_that_do_not_say_their_own(near):
@@ -76,12 +85,12 @@ def test_multiples_are_for_all_methods_that_do_not_say_their_own(near):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("magic", "--method 'magic' is not known; choose from auto, joint, weight-svd, "),
+        ("magic", "--method 'magic' is not known; choose from low-rank, auto, joint, weight-svd, "),
         ("magic:", "--method 'magic:' is not known"),
         ("weight-svd:", "cannot read option ''"),
         ("weight-svd:multiple_of", "cannot read option 'multiple_of': write NAME=VALUE"),
         ("weight-svd:multiple_of=2,multiple_of=3", "option 'multiple_of' is there twice"),
-        ("auto:multiple_of=2", "auto has no options; name a method, as weight-svd:multiple_of=2"),
+        ("low-rank:multiple_of=2", "low-rank has no options; name a method, as weight-svd:multiple_of=2"),
         (
             "weight-svd:rank=3",
             "there is no option 'rank'; the options of weight-svd are unfoldings: ",

@@ -104,7 +104,7 @@ def test_low_rank_competes_where_it_is_asked_for(run):
         return {entry.choice.kind for entry in Plan.read("compressed/plan.json")} - {"dense"}
 
     assert kinds() == {"kept_channels"}
-    assert "low_rank" in kinds("--method", "auto")
+    assert "low_rank" in kinds("--method", "low-rank")
 
 
 def test_fine_tuning_trains_the_narrow_network(run):
@@ -175,7 +175,7 @@ def test_plans_without_removals_say_nothing_of_filters(run, dense, sites):
 
 
 def test_the_table_of_a_plan_has_low_rank_if_the_plan_has(run):
-    run("compress", "filter_nets:redundant", *DATA, *FILTERS, *HALF, "--method", "auto", "--no-report", "--quiet")
+    run("compress", "filter_nets:redundant", *DATA, *FILTERS, *HALF, "--method", "low-rank", "--no-report", "--quiet")
     plan = Plan.read("compressed/plan.json")
     assert planned_methods(plan, True) == [PrincipalFilters(), ActivationSVD(), ActivationTucker2(), TiedSVD()]
 
@@ -200,7 +200,7 @@ def test_what_cannot_be_carried_out_is_quoted(run, command: tuple[str, ...], arg
     ("arguments", "message"),
     [
         ((*FILTERS, "--recipe", "kl", *HALF), "--budget macs=50% does not combine with --recipe kl, which says"),
-        ((*FILTERS, "--recipe", "kl", "--method", "auto"), f"--method {METHOD} --method auto does not combine with"),
+        ((*FILTERS, "--recipe", "kl", "--method", "low-rank"), f"--method {METHOD} --method low-rank does not combine"),
         ((*FILTERS, "--recipe", "kl", "--selector", "greedy"), "--selector greedy does not combine with --recipe kl"),
         ((*FILTERS, "--recipe", "kl", "--plan", "p.json"), "--plan p.json does not combine with --recipe kl"),
         ((*FILTERS, "--recipe", "energy=1.5"), "--recipe energy=1.5: the share of energy is 1.5; expected a"),
@@ -210,7 +210,7 @@ def test_what_cannot_be_carried_out_is_quoted(run, command: tuple[str, ...], arg
         ((*FILTERS, "--recipe", "energy"), "--recipe 'energy' is not known; choose kl, or energy=SHARE"),
         (("--method", f"{METHOD}:rule=l2", *HALF), "rule is 'l2'; expected one of reconstruction, l1-max"),
         (FILTERS, "give one of --budget (as macs=50%), --recipe (as kl) or --plan FILE"),
-        (("--recipe", "kl"), f"--recipe kl is for --method {METHOD}, not for --method auto"),
+        (("--recipe", "kl"), f"--recipe kl is for --method {METHOD}, not for --method low-rank"),
     ],
 )  # fmt: skip
 def test_options_of_compress_that_do_not_fit_are_quoted(run, arguments: tuple[str, ...], message: str):

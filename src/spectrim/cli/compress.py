@@ -9,7 +9,7 @@ import typer
 from spectrim.cli import options
 from spectrim.cli.common import Output, command, refuse
 from spectrim.cli.former import formerly, rewritten
-from spectrim.cli.methods import FILTERS, LEARNED, Methods
+from spectrim.cli.methods import AUTO, FILTERS, LEARNED, Methods
 from spectrim.cli.references import UsageError
 from spectrim.cli.unfinished import make_folder
 from spectrim.cli.values import check_plan, named_costs
@@ -50,7 +50,7 @@ def compress(
     former = [text for text in goal.cost or () if "=" not in text]
     if former and not any(text.partition(":")[0] == LEARNED for text in method or ()):
         named_costs(former)
-    methods = Methods.read(rewritten(out, method, {"cost": former}))
+    methods = Methods.read(rewritten(out, method, {"cost": former}), competing=True)
     if LEARNED in methods:
         if len(methods.asked) > 1:
             raise UsageError(f"--method {LEARNED} does not combine with another --method: it learns the ranks alone")
@@ -109,14 +109,15 @@ def _check(
             raise UsageError(f"{methods} {why}")
     elif (bool(goal.budget) or goal.tolerant) == (goal.plan is not None):
         raise UsageError(f"give {either} or --plan FILE")
-    if goal.compete:
-        refuse(
-            context,
-            {"method", "multiple_of", "plan", *_SHARING},
-            "does not combine with --compete",
-        )
+    if AUTO in methods or goal.compete:
+        named = set() if AUTO in methods else {"method"}
+        how = f"--method {AUTO}" if AUTO in methods else "--compete"
+        refuse(context, {*named, "multiple_of", "plan", *_SHARING}, f"does not combine with {how}")
         if inputs.data is None:
             raise UsageError("networks compete on held-out calibration samples: give --data")
+    elif goal.seconds is not None:
+        limits = f"--seconds {goal.seconds:g} limits how long sets of methods compete"
+        raise UsageError(f"{limits}: give --method {AUTO} too")
     if goal.tolerant and inputs.data is None:
         raise UsageError("a tolerance is searched for with calibration batches: give --data")
     if goal.plan is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from spectrim.cli.methods import AUTO, FILTERS, Methods
+from spectrim.cli.methods import FILTERS, LOW_RANK, Methods
 from spectrim.cli.references import UsageError
 from spectrim.methods import Method, PrincipalFilters, from_record
 from spectrim.network.choices import ChannelsChoice
@@ -36,7 +36,7 @@ def planned_methods(plan: Plan, calibrated: bool) -> list[Method]:
     if not removed:
         return []
     others = any(not entry.choice.is_dense for entry in plan if entry.site not in removed)
-    beside = Methods.read((AUTO,)).chosen(calibrated) if others else []
+    beside = Methods.read((LOW_RANK,)).chosen(calibrated) if others else []
     return [from_record(plan.methods[next(iter(removed.values())).method]), *beside]
 
 

@@ -13,13 +13,14 @@ from typing import Annotated, Any
 import typer
 
 from spectrim.cli.common import Output
+from spectrim.cli.methods import LOW_RANK
 from spectrim.cli.references import UsageError
 
 
 @dataclass(frozen=True)
 class Former:
-    """An option as it was written, and the method and the method's option that it is now; without one, ``auto`` beside
-    the method."""
+    """An option as it was written, and the method and the method's option that it is now; without one, ``low-rank``
+    beside the method."""
 
     flag: str
     method: str
@@ -66,7 +67,7 @@ def formerly(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]
 
 def rewritten(out: Output, method: Sequence[str] | None, given: Mapping[str, Sequence[str] | bool | None]) -> list[str]:
     """The values of ``--method`` with those of former options among their own."""
-    methods, were = list(method or ("auto",)), []
+    methods, were = list(method or ()), []
     for name, value in given.items():
         if not value:
             continue
@@ -74,13 +75,12 @@ def rewritten(out: Output, method: Sequence[str] | None, given: Mapping[str, Seq
         written = " ".join((former.flag, *values))
         places = [n for n, text in enumerate(methods) if text.partition(":")[0] == former.method]
         if not places:
-            raise UsageError(
-                f"{written} is for --method {former.method}, not for --method {' --method '.join(methods)}"
-            )
+            asked = " --method ".join(methods or (LOW_RANK,))
+            raise UsageError(f"{written} is for --method {former.method}, not for --method {asked}")
         if former.option:
             methods[places[0]] += f"{',' if ':' in methods[places[0]] else ':'}{former.option}={'+'.join(values)}"
         else:
-            methods.append("auto")
+            methods.append(LOW_RANK)
         were.append(written)
     if were:
         now = " ".join(f"--method {text}" for text in methods)

@@ -3,7 +3,8 @@
 ==========================  ===================================================================================
 name                        methods
 ==========================  ===================================================================================
-``auto``                    low rank: of the weights, and with data of the responses
+``low-rank``                the default: low rank of the weights, with data of the responses, and Tucker-2
+``auto``                    ``compress`` alone: sets of methods make a network each, the best is kept
 ``joint``                   the same, with every way to share factors
 ``weight-svd``, ...         one of this library; see :data:`CLASSES`
 ``learned-ranks``           ranks learned in training (``spectrim compress`` alone)
@@ -13,7 +14,7 @@ name                        methods
 The options are the fields of the method's dataclass and their values are read as its types say: ``share=0.3``,
 ``exact=true``, ``share=none``; the values of a tuple are joined by ``+``, as in ``patterns=2:4+rows``. A name ends at
 its colon and an option at its comma, so that values may hold colons. ``low-rank-plus-sparse`` by itself is offered
-beside ``auto`` unless its ``share`` is fixed; several ``--method`` offer what they name.
+beside ``low-rank`` unless its ``share`` is fixed; several ``--method`` offer what they name.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-AUTO, JOINT, SPARSE, FILTERS, LEARNED = "auto", "joint", "low-rank-plus-sparse", "principal-filters", "learned-ranks"
+LOW_RANK, AUTO, JOINT, SPARSE = "low-rank", "auto", "joint", "low-rank-plus-sparse"
+FILTERS, LEARNED = "principal-filters", "learned-ranks"
 CLASSES: Mapping[str, str] = {
     "weight-svd": "WeightSVD",
     "activation-svd": "ActivationSVD",
@@ -46,14 +48,14 @@ CLASSES: Mapping[str, str] = {
 }
 """The classes of :mod:`spectrim.methods` by their names on the command line."""
 OTHER_NAMES = {
-    "svd": "weight-svd", "low-rank": AUTO, "lowrank": AUTO, "pca": "activation-svd", "sparse": SPARSE,
+    "svd": "weight-svd", "lowrank": LOW_RANK, "compete": AUTO, "pca": "activation-svd", "sparse": SPARSE,
     "pruning": FILTERS, "prune": FILTERS, "filters": FILTERS, "channels": FILTERS, "rank": LEARNED, "learned": LEARNED,
     "cp": "activation-cp", "parafac": "activation-cp", "tucker": "activation-tucker2", "tucker2": "activation-tucker2",
     "tucker-2": "activation-tucker2", "wsvd": "weight-svd", "asvd": "activation-svd",
     **{name.replace("-", ""): name for name in (*CLASSES, LEARNED)},
 }  # fmt: skip
 """What people call them elsewhere."""
-NAMES = (AUTO, JOINT, *CLASSES, LEARNED)
+NAMES = (LOW_RANK, AUTO, JOINT, *CLASSES, LEARNED)
 """What ``--method`` takes, beside classes of the user's own."""
 _CALIBRATED = ("activation-svd", "activation-cp", "activation-tucker2", FILTERS)
 
@@ -89,7 +91,7 @@ class Asked:
             if key in options:
                 raise UsageError(f"--method {text}: option {key!r} is there twice; join values by '+'")
             options[key] = value
-        if options and name in (AUTO, JOINT):
+        if options and name in (LOW_RANK, AUTO, JOINT):
             raise UsageError(f"--method {text}: {name} has no options; name a method, as weight-svd:{rest}")
         return cls(text, name, options)
 
@@ -122,16 +124,43 @@ class Asked:
 
 @dataclass(frozen=True)
 class Methods:
-    """All ``--method`` together."""
+    """All ``--method`` together.
+
+    Attributes
+    ----------
+    asked
+        One each; the default where there is none.
+    said
+        Whether there is one.
+    """
 
     asked: tuple[Asked, ...]
+    said: bool = True
 
     @classmethod
-    def read(cls, texts: Sequence[str] | None) -> Methods:
-        asked = tuple(Asked.read(text) for text in texts or (AUTO,))
+    def read(cls, texts: Sequence[str] | None, *, competing: bool = False) -> Methods:
+        """Read the values of options; with ``competing``, sets of methods may be asked for.
+
+        Raises
+        ------
+        UsageError
+            For what is not known, or does not go together.
+        """
+        asked = tuple(Asked.read(text) for text in texts or (LOW_RANK,))
         for each in asked:
             each.check()
-        return cls(asked)
+        methods = cls(asked, bool(texts))
+        if AUTO in methods and not competing:
+            raise UsageError(
+                f"--method {AUTO} is for compress, where sets of methods compete for one network: low rank and "
+                f"Tucker-2 are --method {LOW_RANK}, the default"
+            )
+        if AUTO in methods and len(asked) > 1:
+            raise UsageError(
+                f"{methods}: sets of methods that compete bring their own. Leave out --method {AUTO}, or offer low "
+                f"rank beside by --method {LOW_RANK}"
+            )
+        return methods
 
     def __contains__(self, name: str) -> bool:
         return name in self.names
@@ -168,7 +197,7 @@ class Methods:
         with usage("--method"):
             by_default = low_rank(calibrated, multiple_of=multiple_of)
             for each in self.asked:
-                if each.name in (AUTO, JOINT):
+                if each.name in (LOW_RANK, AUTO, JOINT):
                     found += by_default
                     continue
                 method = each.build(multiple_of=multiple_of)

@@ -83,10 +83,10 @@ Methods = Annotated[
         metavar="METHOD",
         rich_help_panel="What layers become",
         autocompletion=completion.methods,
-        help="auto (low rank and Tucker-2, the default), weight-svd, activation-svd, weight-cp, activation-cp, "
-        "weight-tucker2, activation-tucker2, joint, joint-svd, low-rank-plus-sparse, principal-filters, learned-ranks "
-        "(compress alone), or package.module:Class. Its options follow a colon, as weight-svd:multiple_of=8. "
-        "Repeatable.",
+        help="low-rank (and Tucker-2, the default), auto (compress alone: sets of methods compete), weight-svd, "
+        "activation-svd, weight-cp, activation-cp, weight-tucker2, activation-tucker2, joint, joint-svd, "
+        "low-rank-plus-sparse, principal-filters, learned-ranks (compress alone), or package.module:Class. Its options "
+        "follow a colon, as weight-svd:multiple_of=8. Repeatable.",
     ),
 ]
 
@@ -256,12 +256,13 @@ class GoalOptions(Checked):
         "The same without labels: share of held-out samples of --data whose class stays, as 0.99.", "SHARE"
     )
     compete: bool = option(
-        "Let several sets of methods make a network each (low rank, chains, filters first, sparse) and keep the one "
-        "that loses least on held-out samples of --data, or with a tolerance the smallest that holds it.",
+        "As --method auto: let several sets of methods make a network each (low rank, chains, filters first, sparse) "
+        "and keep the one that loses least on held-out samples of --data, or with a tolerance the smallest that holds "
+        "it.",
         default=False,
         flags=("--compete",),
     )
-    seconds: float | None = option("With --compete: begin nothing further after so long.", "S")
+    seconds: float | None = option("With --method auto: begin nothing further after so long.", "S")
     cost: list[str] | None = costs_option()
     recipe: str | None = option(
         "Principal filters: how many stay, in place of --budget: kl, or energy=0.95 for a share of the responses' "
@@ -286,8 +287,8 @@ class GoalOptions(Checked):
             raise UsageError(f"--min-agreement {self.min_agreement}: expected a share above 0 and at most 1, as 0.99")
         if self.max_drop is not None and self.min_agreement is not None:
             raise UsageError("--max-drop does not combine with --min-agreement: give one of them")
-        if self.seconds is not None and not (self.compete and self.seconds >= 0):
-            raise UsageError(f"--seconds {self.seconds:g} limits how long sets of methods compete: give --compete too")
+        if self.seconds is not None and not self.seconds >= 0:
+            raise UsageError(f"--seconds {self.seconds:g}: expected a number of at least 0")
 
     @property
     def tolerant(self) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spectrim.cli import steps
 from spectrim.cli.common import Output
 from spectrim.cli.filters import (
     filter_notes,
@@ -18,18 +19,18 @@ from spectrim.cli.filters import (
     sample_notes,
     with_channels,
 )
-from spectrim.cli.methods import AUTO, Methods
+from spectrim.cli.methods import AUTO, LOW_RANK, Methods
 from spectrim.cli.models import load_compressed
 from spectrim.cli.options import SELECTORS, FileOptions, GoalOptions, SharingOptions
 from spectrim.cli.preprocessing import tell
 from spectrim.cli.results import Outcome, write_result
 from spectrim.cli.sharing import NONE_ALIKE, Wanted, planned_groups, wanted_groups
 from spectrim.cli.sparsity import check_patterns, fastest, kernel_notes, kernel_values
-from spectrim.cli.steps import prepared, table_of
+from spectrim.cli.steps import table_of
 from spectrim.cli.unfinished import ONE_SHOT, TUNING, UNFINISHED, RunFolder
 from spectrim.cli.values import read_budget, read_costs, recipe_share
 from spectrim.cli.work import Work
-from spectrim.errors import ExportError, InfeasibleBudgetError
+from spectrim.errors import ExportError
 from spectrim.methods import Method, PrincipalFilters
 from spectrim.network.sites import Sites
 from spectrim.network.state_values import plain_tensors
@@ -38,13 +39,13 @@ from spectrim.nn.agreement import agreement
 from spectrim.nn.checkpoint import check_savable, read_plan, save
 from spectrim.nn.watch.contents import contents, settled
 from spectrim.pipeline import Result
+from spectrim.pipeline.goal import Goal, Sets, reached
 from spectrim.pipeline.making import Making
 from spectrim.pipeline.restated import restated
-from spectrim.pipeline.shrinking import finished, shrink, shrink_best, shrink_within
-from spectrim.preparation import coupled
+from spectrim.pipeline.shrinking import finished
+from spectrim.preparation import Prepared, coupled
 from spectrim.progress import Progress
 from spectrim.report import Comparison, compare
-from spectrim.search.arms import usual
 from spectrim.search.judge import Judge
 from spectrim.search.tolerance import Tolerance
 from spectrim.search.widths import KL, Energy
@@ -78,8 +79,8 @@ class Request:
         Whether there should be such groups, since they were asked for by name.
     goal
         How small, as it was said.
-    left_open
-        Whether nothing was said of methods, so that others compete where those of the default cannot meet the budget.
+    sets
+        Which sets of methods may make the network.
     """
 
     methods: list[Method]
@@ -90,12 +91,11 @@ class Request:
     groups: Wanted
     awaited: bool
     goal: GoalOptions
-    left_open: bool
+    sets: Sets
 
     def making(self, progress: Progress) -> Making:
         """How a network is made, with the methods that were asked for."""
-        methods = None if self.goal.compete else self.methods
-        return Making(methods, guard=self.goal.guard, costs=self.costs, selector=self.selector, progress=progress)
+        return Making(self.methods, guard=self.goal.guard, costs=self.costs, selector=self.selector, progress=progress)
 
     @classmethod
     def read(
@@ -109,17 +109,24 @@ class Request:
             share = recipe_share(goal.recipe)
             recipe = KL() if share is None else Energy(share)
         # What sharing saves is parameters and bytes: under other budgets it is hardly ever chosen, and costs time.
-        usual = budget is not None and methods.names == (AUTO,) and not {"parameters", "bytes"}.isdisjoint(budget.costs)
+        stored = budget is not None and not {"parameters", "bytes"}.isdisjoint(budget.costs)
+        usual = stored and methods.names == (LOW_RANK,)
         groups = wanted_groups(sharing, methods, default=usual)
         chosen = methods.chosen(calibrated, multiple_of=multiple_of, share=groups is not False)
         plan = Plan.read(goal.plan) if goal.plan is not None else None
         awaited = plan is None and wanted_groups(sharing, methods) is True
-        left_open = calibrated and methods.names == (AUTO,) and multiple_of is None and sharing == SharingOptions()
-        return cls(chosen, costs, budget, recipe, plan, groups, awaited, goal, left_open)
+        said = methods.said or multiple_of is not None or sharing != SharingOptions()
+        sets = Sets.of(auto=AUTO in methods or goal.compete, said=said)
+        return cls(chosen, costs, budget, recipe, plan, groups, awaited, goal, sets)
 
     @property
     def selector(self) -> Selector:
         return SELECTOR_OF[self.goal.selector]
+
+    @property
+    def sought(self) -> bool:
+        """Whether a budget or a tolerance says how small, and not a plan or a recipe."""
+        return self.plan is None and self.recipe is None
 
     @property
     def timed(self) -> bool:
@@ -214,53 +221,14 @@ def _kept(out: Output, result: Result, work: Work, held: RunFolder) -> Result:
     return dataclasses.replace(result, model=model, plan=plan).reporting(plan=plan)
 
 
-def _best(out: Output, request: Request, work: Work) -> Result:
-    """The network of the set of methods that loses least, or the smallest one within a tolerance."""
-    sites = coupled(work.dense, work.sites, work.example, told=lambda why: out.say(f"no filters are removed: {why}"))
-    known = prepared(out, work, sites, False, weigh=True)
-    arms = usual(request.budget.costs if request.budget else (), known.sites)
-    tolerance, judge = request.tolerance(work)
-    with out.progress() as show:
-        if tolerance is not None:
-            return shrink_within(
-                work.dense, known, request.budget, tolerance, judge, request.making(show), arms=arms,
-                seconds=request.goal.seconds,
-            )  # fmt: skip
-        assert request.budget is not None
-        making = request.making(show)
-        return shrink_best(work.dense, known, request.budget, arms, judge, making, seconds=request.goal.seconds)
-
-
 def _compressed(out: Output, request: Request, work: Work) -> Result:
-    """The network as it is asked for; of what methods can do where nothing is said of them and low rank cannot."""
-    if request.goal.compete:
-        return _best(out, request, work)
-    try:
-        return _carried_out(out, request, work)
-    except InfeasibleBudgetError as error:
-        if not request.left_open:
-            raise
-        out.say(f"{error.brief}: sets of methods compete, as with --compete")
-        goal = dataclasses.replace(request.goal, compete=True)
-        return _best(out, dataclasses.replace(request, goal=goal), work)
-
-
-def _carried_out(out: Output, request: Request, work: Work) -> Result:
+    """The network as it is asked for."""
     calibrated = work.calibration is not None
     request = request.fitted(work.sites, calibrated)
     check_patterns(request.methods, work.sites)
-    removing = any(method.removes_channels for method in request.methods)
-    sites = work.sites
-    if removing or (request.plan is not None and removals(request.plan)):
-        sites = with_channels(work.dense, sites, work.example)
-    known = prepared(out, work, sites, request.groups, weigh=True)
-    tolerance, judge = request.tolerance(work)
-    if tolerance is not None:
-        with out.progress() as show:
-            return shrink_within(work.dense, known, request.budget, tolerance, judge, request.making(show))
-    if request.budget is not None and calibrated:
-        with out.progress() as show:
-            return shrink(work.dense, known, request.budget, request.making(show))
+    if calibrated and request.sought:
+        return _reached(out, request, work)
+    known = _prepared(out, request, work)
     table = table_of(out, known, request.methods, request.costs, guard=request.goal.guard)
     notes: tuple[str, ...] = ()
     if request.recipe is not None:
@@ -272,6 +240,36 @@ def _carried_out(out: Output, request: Request, work: Work) -> Result:
         plan = select(table, request.budget, request.selector)
     # How layers run is chosen when all is done.
     return finished(work.dense, dataclasses.replace(known, latency=None), plan, table, Making(), notes=notes)
+
+
+def _reached(out: Output, request: Request, work: Work) -> Result:
+    """The network of a budget or a tolerance."""
+    tolerance, judge = request.tolerance(work)
+    goal = Goal(request.budget, tolerance, judge, seconds=request.goal.seconds)
+
+    def prepared(*, competing: bool, known: Prepared | None = None) -> Prepared:
+        if not competing:
+            return _prepared(out, request, work, show)
+        sites = coupled(work.dense, work.sites, work.example, told=stays)
+        return steps.prepared(out, work, sites, weigh=True, known=known, progress=show)
+
+    def stays(why: str) -> None:
+        out.say(f"no filters are removed: {why}")
+
+    def told(why: str) -> None:
+        out.say(f"{why}: sets of methods compete, as with --method {AUTO}")
+
+    with out.progress() as show:
+        return reached(work.dense, goal, request.making(show), request.sets, prepared, told)
+
+
+def _prepared(out: Output, request: Request, work: Work, progress: Progress | None = None) -> Prepared:
+    """The dense network prepared for the methods that are asked for."""
+    removing = any(method.removes_channels for method in request.methods)
+    sites = work.sites
+    if removing or (request.plan is not None and removals(request.plan)):
+        sites = with_channels(work.dense, sites, work.example)
+    return steps.prepared(out, work, sites, request.groups, weigh=True, progress=progress)
 
 
 def _filters(request: Request) -> PrincipalFilters:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,11 +13,15 @@ from spectrim.cli.work import Work
 from spectrim.methods import Method
 from spectrim.network.sites import Sites
 from spectrim.preparation import Prepared, prepare
+from spectrim.progress import Progress
 from spectrim.selection.candidates import Candidates
 from spectrim.tables import tabulate
 
 
-def prepared(out: Output, work: Work, sites: Sites, groups: Wanted = False, *, weigh: bool = False) -> Prepared:
+def prepared(
+    out: Output, work: Work, sites: Sites, groups: Wanted = False, *, weigh: bool = False,
+    known: Prepared | None = None, progress: Progress | None = None,
+) -> Prepared:  # fmt: skip
     """Calibrate sites, time the network, and say which layers may share factors.
 
     Without calibration batches the example teaches the input shapes, and without that there are no MACs.
@@ -25,17 +30,21 @@ def prepared(out: Output, work: Work, sites: Sites, groups: Wanted = False, *, w
     ----------
     weigh
         Collect what an error at each layer does to the outputs, as :func:`spectrim.compress` does.
+    known
+        As for :func:`spectrim.preparation.prepare`.
+    progress
+        None for a bar of its own.
     """
     offer(sites, groups)  # what cannot be carried out is refused before the batches are read
-    known, calibrated = Prepared(sites), work.calibration is not None
+    ready, calibrated = Prepared(sites), work.calibration is not None
     batches = [work.example] if work.calibration is None else work.calibration
-    with out.progress() as report:
+    with out.progress() if progress is None else contextlib.nullcontext(progress) as report:
         if calibrated or work.example is not None:
-            known = prepare(
+            ready = prepare(
                 work.dense, sites, batches, statistics=calibrated, sensitivity=weigh and calibrated,
-                latency=work.latency or False, sampling=work.sampling, progress=report,
+                latency=work.latency or False, sampling=work.sampling, progress=report, known=known,
             )  # fmt: skip
-    return dataclasses.replace(known, sites=offer(known.sites, groups))
+    return dataclasses.replace(ready, sites=offer(ready.sites, groups))
 
 
 def table_of(

@@ -102,6 +102,13 @@ class Method(ABC):
     def curve(self, site: Site) -> Curve:
         """Error of every choice, from one decomposition an unfolding. Empty where the method does not fit the site."""
 
+    def leanest(self, site: Site) -> Sequence[Choice] | None:
+        """Those choices of the curve that cost least, without fitting any; None, by default, where that is not known.
+
+        A few more do no harm. They tell that a budget is out of reach before anything is fitted.
+        """
+        return None
+
     @abstractmethod
     def factorize(self, site: Site, choice: Choice) -> Factors:
         """Carry out one choice."""
@@ -280,6 +287,11 @@ class LowRankMethod(Method):
                 scale = statistics.scale(site, total)
                 curves.append(Curve(choices, tuple(errors[list(ranks)].tolist()), unit, scale, spectra))
         return Curve.joined(unit, curves)
+
+    def leanest(self, site: Layer) -> Sequence[Choice]:
+        biased = site.spec.bias or bool(site.statistics)
+        ranks = {how: self.ranks(site.spec, how) for how in self.offered(site.spec)}
+        return [self.choice(site, how, least[0], bias=biased) for how, least in ranks.items() if least]
 
     def lost(self, units: Standard, how: Unfolding, most: int) -> tuple[Tensor, Tensor, float] | None:
         """Share of the energy lost at every rank up to ``most`` at least, the spectrum, and all of the energy.

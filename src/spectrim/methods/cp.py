@@ -89,6 +89,13 @@ class _CP(ChainMethod):
                     least = error
         return pairs
 
+    def leanest(self, site: Layer) -> Sequence[Choice]:
+        spec, biased = site.spec, site.spec.bias or bool(site.statistics)
+        if not chains.takes(spec):
+            return []
+        least = ((kernel, rank) for kernel in self._kinds(spec) for rank in self._ranks(spec, kernel)[:1])
+        return [CPChoice(rank, kernel, biased, method=self.name) for kernel, rank in least]
+
     def factorize(self, site: Layer, choice: CPChoice) -> chains.CP:
         layer, kernel = self.layer(site), site.spec.kernel
         modes, _ = _fitted(layer, choice, self._evaluations(layer, choice.rank, carried_out=True))

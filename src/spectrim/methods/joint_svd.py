@@ -185,6 +185,13 @@ class JointSVD(Method):
                 curves.append(Curve(choices, errors, unit, group.scale, spectra))
         return Curve.joined(unit, curves)
 
+    def leanest(self, site: Group) -> Sequence[Choice]:
+        if not self.fits(site):
+            return []
+        biased = site.calibrated or any(spec.bias for spec in site.layers)
+        ranks = {how: self.ranks(site, how) for how in unfoldings_named(site.layers[0].kernel, self.unfoldings)}
+        return [self.choice(site, how, least[0], bias=biased) for how, least in ranks.items() if least]
+
     def _lost(self, group: JointLayers, ranks: list[int]) -> tuple[list[int], list[float], Tensor | None]:
         """Ranks, what each loses, and the spectrum of the stack."""
         metrics, most = group.metrics, ranks[-1]

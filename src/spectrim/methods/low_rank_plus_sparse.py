@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -126,6 +126,19 @@ class LowRankPlusSparse(Method):
         if not self.fits(site):
             return Curve((), (), unit)
         return Curve.joined(unit, (self._curve(site, how, first=not n) for n, how in enumerate(self._chosen(site))))
+
+    def leanest(self, site: Layer) -> Sequence[Choice] | None:
+        if "taps" in self.patterns:
+            return None  # which positions of a kernel stay is told by the data
+        spec, several = site.spec, [patterns.pattern(name) for name in self.patterns]
+        return [
+            self.choice(site, how, rank, pattern, density)
+            for how in self._offered(site)
+            for rank, pattern, density in (
+                *((rank, _ANY, 0.0) for rank in self._alone(spec, how)),
+                *((r, p, d) for p in several if spec.allows(p) for r, d in self._grid(spec, how, p, first=True)),
+            )
+        ]
 
     def _curve(self, site: Layer, how: Unfolding, *, first: bool) -> Curve:
         layer = AdditiveLayer.of(site, how, exact=self.exact)

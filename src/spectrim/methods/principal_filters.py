@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -84,6 +85,9 @@ class PrincipalFilters(Method):
             scale,
             {"responses": profile(energies.unsqueeze(0))} if float(energies.sum()) > 0 else {},
         )
+
+    def leanest(self, site: Channels) -> Sequence[Choice]:
+        return [self.choice(site, [*range(width, site.coupling.channels)]) for width in self.widths(site)[-1:]]
 
     def widths(self, site: Channels) -> tuple[int, ...]:
         """Numbers of channels on offer, descending, all below the present one."""

@@ -86,6 +86,9 @@ class TiedSVD(Method):
         choices = tuple(TiedChoice(rank, site.head.name, method=self.name) for rank in ranks)
         return Curve(choices, tuple(errors.tolist()), unit, total)
 
+    def leanest(self, site: Tied) -> Sequence[Choice]:
+        return [TiedChoice(rank, site.head.name, method=self.name) for rank in self.ranks(site)[:1]]
+
     def factorize(self, site: Tied, choice: TiedChoice) -> TiedPair:
         problem, _, _ = posed(site)
         rows, columns = problem.alternated(problem.start()[: choice.rank], self.sweeps)

@@ -22,6 +22,7 @@ from spectrim.methods.chained_layer import (
 )
 from spectrim.network import chains
 from spectrim.network.choices import Choice, TuckerChoice
+from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer
 from spectrim.network.structure import Chain
 
@@ -39,14 +40,14 @@ class _Tucker2(ChainMethod):
 
     def offered(self, layer: ChainedLayer) -> Sequence[tuple[Choice, float]]:
         spec = layer.site.spec
-        inputs = [n for n in self._numbers(layer, spec.in_channels) if _affordable(layer, n) > 0]
+        inputs = [n for n in self._numbers(spec, spec.in_channels) if _affordable(layer, n) > 0]
         if not inputs:
             return []
         inner = multilinear.tucker_start(layer.fitted, inputs[-1])
         errors = multilinear.tucker_errors(layer.fitted, inner, inputs)
         pairs: list[tuple[Choice, float]] = []
         for number, lost in zip(inputs, errors, strict=True):
-            for outputs in self._numbers(layer, spec.out_channels):
+            for outputs in self._numbers(spec, spec.out_channels):
                 choice = TuckerChoice(number, outputs, biased(layer), method=self.name)
                 if pays(chains.tucker_layers(spec, choice), (spec,)):
                     error = float(lost[outputs])
@@ -57,6 +58,14 @@ class _Tucker2(ChainMethod):
                         error = layer.lost(_columns(kept, core), error)
                     pairs.append((choice, error))
         return pairs
+
+    def leanest(self, site: Layer) -> Sequence[Choice]:
+        spec = site.spec
+        if not chains.takes(spec):
+            return []
+        inputs, outputs = (self._numbers(spec, channels)[:1] for channels in (spec.in_channels, spec.out_channels))
+        biased = spec.bias or bool(site.statistics)
+        return [TuckerChoice(p, q, biased, method=self.name) for p in inputs for q in outputs]
 
     def factorize(self, site: Layer, choice: TuckerChoice) -> chains.Tucker2:
         layer = self.layer(site)
@@ -74,8 +83,8 @@ class _Tucker2(ChainMethod):
         most = _affordable(layer, inputs)
         return min(self.evaluations, most if layer.judge is None else min(_JUDGED, most // len(_SHARES) ** 2))
 
-    def _numbers(self, layer: ChainedLayer, channels: int) -> list[int]:
-        step = self.multiple(layer.site.spec, channels)
+    def _numbers(self, spec: LayerSpec, channels: int) -> list[int]:
+        step = self.multiple(spec, channels)
         numbers = {step * max(1, round(share * channels / step)) for share in _SHARES}
         return sorted(number for number in numbers if number <= channels)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from torch import nn
 from spectrim.cost import counted
 from spectrim.cost.counted import Cost
 from spectrim.cost.latency import Latency
-from spectrim.errors import InfeasibleBudgetError, called_as, check_function
+from spectrim.errors import called_as, check_function
 from spectrim.methods import Method, on_offer
 from spectrim.network.sites import Sites
 from spectrim.nn.agreement import check_comparable
@@ -24,22 +23,19 @@ from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.nesting import begun, checked_batches, listed, reads_once
 from spectrim.nn.watch.samples import Mask
 from spectrim.nn.watch.sampling import Sampling
+from spectrim.pipeline.goal import Goal, Sets, reached
 from spectrim.pipeline.making import Making
 from spectrim.pipeline.report import Report as Report
 from spectrim.pipeline.report import Result as Result
 from spectrim.pipeline.report import reported as reported
-from spectrim.pipeline.shrinking import shrink, shrink_best, shrink_within, with_verdict
-from spectrim.preparation import check_options, coupled, locate, prepare
+from spectrim.preparation import Prepared, check_options, coupled, locate, prepare
 from spectrim.preparation import one_batch as one_batch  # its former place, until version 0.3
 from spectrim.progress import Progress, reports, told
-from spectrim.search.arms import usual
 from spectrim.search.judge import Evaluate, Judge
 from spectrim.search.tolerance import Tolerance
 from spectrim.selection.budget import COSTS, Budget, BudgetLike
 from spectrim.selection.front import Better
 from spectrim.selection.selectors import Selector, exact
-
-log = logging.getLogger(__name__)
 
 
 @reports
@@ -169,6 +165,7 @@ def compress(
     stated = _stated(budget, tolerance, cost)
     stated.check([*COSTS, *counted.further(costs)])
     competing = isinstance(methods, str) and methods == "auto"
+    sets = Sets.of(auto=competing, said=methods is not None or groups is not None)
     _check_search(selector, seconds, groups, competing)
     check_options(groups, latency, guard)
     several, shared = (None, False) if competing else offered(methods, groups, stated.costs)
@@ -179,36 +176,19 @@ def compress(
     if channels and len(several or ()) > 1:
         check_comparable(model, begun(batches)[0], feed)
     making = Making(several, reconstruct, guard, costs, selector, feed, told(progress))
-    judge = judge.knowing(model)
+    goal = Goal(None if budget is None else stated, tolerance, judge.knowing(model), cost, seconds)
 
-    def made(*, competing: bool) -> Result:
+    def prepared(*, competing: bool, known: Prepared | None = None) -> Prepared:
         sites = locate(model, batches, skip=skip, only=only, channels=channels, forward=feed)
         if competing:
             sites = coupled(model, sites, begun(batches)[0], forward=feed)
-        known = prepare(
+        return prepare(
             model, sites, batches, sensitivity=sensitivity, groups=False if competing else shared, forward=feed,
             latency=latency or guard or stated.latency is not None, sampling=sampling, progress=making.progress,
+            known=known,
         )  # fmt: skip
-        arms = usual(stated.costs, known.sites) if competing else ()
-        if tolerance is not None:
-            return shrink_within(
-                model, known, None if budget is None else stated, tolerance, judge, making, arms=arms, seconds=seconds,
-                cost=cost,
-            )  # fmt: skip
-        if arms:
-            return shrink_best(model, known, stated, arms, judge, making, seconds=seconds)
-        result = shrink(model, known, stated, making)
-        return result if evaluate is None else with_verdict(result, judge)
 
-    if competing:
-        return made(competing=True)
-    try:
-        return made(competing=False)
-    except InfeasibleBudgetError as error:
-        if methods is not None or groups is not None:
-            raise
-        log.info("other methods compete, as those of the default are not enough: %s", error.brief)
-        return made(competing=True)
+    return reached(model, goal, making, sets, prepared)
 
 
 def _stated(budget: BudgetLike | None, tolerance: Tolerance | None, cost: str) -> Budget:

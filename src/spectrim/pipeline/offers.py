@@ -12,6 +12,8 @@ from spectrim.network.sites import Sites
 from spectrim.pipeline.making import Making
 from spectrim.preparation import Prepared
 from spectrim.search.arms import Arm
+from spectrim.search.floors import Floor
+from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates
 from spectrim.tables import default_methods, merged, parted, tabulate
 
@@ -34,6 +36,7 @@ class Tables:
     arms: Sequence[Arm]
     making: Making
     _known: dict[tuple[bool, str], Candidates] = field(default_factory=dict, init=False)
+    _floors: dict[str, Floor] = field(default_factory=dict, init=False)
 
     @cached_property
     def _grouped(self) -> Sites:
@@ -46,6 +49,14 @@ class Tables:
     def methods(self, arm: Arm) -> list[Method]:
         """What an arm has on offer."""
         return default_methods(self.sites(arm)) if arm.methods is None else list(arm.methods)
+
+    def check(self, arm: Arm, budget: Budget) -> None:
+        """Raise InfeasibleBudgetError where not even what costs least in an arm meets the budget; nothing is fitted."""
+        latency = self.prepared.latency
+        facts = {} if latency is None else latency.facts()
+        if arm.name not in self._floors:
+            self._floors[arm.name] = Floor(self.sites(arm), self.methods(arm), facts)
+        self._floors[arm.name].check(budget)
 
     def of(self, arm: Arm) -> Candidates:
         """The table of an arm."""

@@ -190,6 +190,7 @@ def shrink_best(
     def planned(arm: Arm, trial: Trial) -> Draft:
         if arm.removes_channels and not prepared.sites.couplings:
             raise PlanError("no channels were found that can be removed")
+        tables.check(arm, budget)
         known = dataclasses.replace(prepared, sites=tables.sites(arm))
         theirs = dataclasses.replace(making, methods=tables.methods(arm), progress=_telling(making.progress, arm))
         return drafted(model, known, budget, theirs, tables.of(arm), trial)

@@ -144,7 +144,7 @@ def select_in_steps(
     stated = Budget.of(budget).limits(dense)
     limits = _binding(stated, dense)
     steps = steps if others or _shares_layers(sites.couplings) else 1
-    _check_reachable(table, network, limits)
+    check_reachable(table, network, limits)
     picks: Picks = {}
     trail: list[Picks] = [picks]
     taken = 0
@@ -233,7 +233,7 @@ def _cheapest(table: Candidates, *names: str) -> Picks:
     return {row.site: o.choice for row, o in zip(table.rows, least, strict=True) if not o.choice.is_dense}
 
 
-def _check_reachable(table: Candidates, network: Network, limits: Costs) -> None:
+def check_reachable(table: Candidates, network: Network, limits: Costs) -> None:
     """Raise InfeasibleBudgetError if not even the smallest network meets the budget."""
     dense = network.cost()
     for cost, limit in limits.items():

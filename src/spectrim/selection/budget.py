@@ -180,6 +180,11 @@ class Budget:
         self.check(dense)
         return {cost: limit.of(dense[cost]) for cost, limit in self._limits.items()}
 
+    def among(self, costs: Iterable[str]) -> Budget | None:
+        """The limits on these costs alone; None if there are none."""
+        limits = {cost: self._stated[cost] for cost in costs if cost in self._stated}
+        return Budget(**limits) if limits else None
+
     def replace(self, **limits: Amount | None) -> Budget:
         """The same budget with other limits on some costs; None takes a limit away."""
         return Budget(**{**self._stated, **limits})

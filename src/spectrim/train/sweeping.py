@@ -35,9 +35,9 @@ from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.nesting import checked_batches, listed, reads_once
 from spectrim.nn.watch.samples import Mask
 from spectrim.nn.watch.sampling import Sampling
-from spectrim.pipeline import Result, check_selector, offered, shrink
+from spectrim.pipeline import Result, check_selector, offered
 from spectrim.pipeline.making import Making
-from spectrim.pipeline.shrinking import finished
+from spectrim.pipeline.shrinking import finished, shrink
 from spectrim.preparation import Prepared, check_options, locate, prepare
 from spectrim.progress import Progress, reports, told
 from spectrim.search.judge import Judge

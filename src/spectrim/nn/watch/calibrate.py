@@ -17,7 +17,7 @@ from spectrim.cost.counted import macs, parameters, size_bytes
 from spectrim.errors import CalibrationError, ForwardError, SpectrimError, called_as
 from spectrim.network.coupling import IN, Coupling
 from spectrim.network.layer import LayerSpec
-from spectrim.network.sites import Sites, Skipped, Tied
+from spectrim.network.sites import Layer, Sites, Skipped, Tied
 from spectrim.nn.flops import WorkCounter
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
@@ -29,7 +29,16 @@ from spectrim.nn.watch.samples import Mask
 from spectrim.nn.watch.sampling import Run, Sampling
 from spectrim.nn.watch.state import State
 from spectrim.nn.watch.streams import Streams
-from spectrim.nn.watch.watchers import NotFiniteError, Order, SameInputs, Shapes, TableWatcher, Watcher, too_wide
+from spectrim.nn.watch.watchers import (
+    KnownWatcher,
+    NotFiniteError,
+    Order,
+    SameInputs,
+    Shapes,
+    TableWatcher,
+    Watcher,
+    too_wide,
+)
 from spectrim.nn.watch.ways import cure, first_line
 from spectrim.nn.watch.work import beside
 from spectrim.nn.watch.writes import written
@@ -147,8 +156,12 @@ def calibrated(
     progress: Steps,
     seed: int = 0,
     passes: Passes = Passes(),  # noqa: B008 (holds nothing)
+    known: Sites | None = None,
 ) -> Sites:
-    """As :func:`calibrate`, by passes that something else may have a part in."""
+    """As :func:`calibrate`, by passes that something else may have a part in.
+
+    Statistics of layers that were ``known`` before channels were found, from the same batches, are taken over.
+    """
     check_weights(model, sites)
     try:
         length = len(checked_batches(batches))
@@ -158,7 +171,7 @@ def calibrated(
     keeps = False
     feed.decide(model, first)
     run = Run(batches, amount.mask, feed.layout)
-    watch = _Watch.of(model, sites, amount, run, seed, feed.words, passes, statistics=statistics)
+    watch = _Watch.of(model, sites, amount, run, seed, feed.words, passes, statistics=statistics, known=known)
     with observe(model, forward=feed) as call:
         state = State(model)
         for index, batch in enumerate(stream):
@@ -171,6 +184,8 @@ def calibrated(
                 break
     found = watch.calibrated()
     found = dataclasses.replace(found, keeps_state=keeps, notes=(*found.notes, *feed.notes))
+    if known is not None:
+        found = dataclasses.replace(found, tied=known.tied, notes=known.notes)
     log.info("calibrated %d layers on %d samples", len(found), found.samples)
     for note in found.notes:
         log.info("%s", note)
@@ -241,17 +256,20 @@ class _Watch:
     @classmethod
     def of(
         cls, model: nn.Module, sites: Sites, amount: Sampling, run: Run, seed: int, given: str, passes: Passes, *,
-        statistics: bool,
+        statistics: bool, known: Sites | None,
     ) -> _Watch:  # fmt: skip
         readers = {side.name for coupling in sites.couplings for side in coupling.on(IN)}
         seen = SameInputs()
         streams = Streams() if statistics else None
-        watchers = {
-            site.name: (TableWatcher if site.spec.looks_up else Watcher)(
-                site, amount, run, streams, seed, seen, reads_channels=site.name in readers
-            )
-            for site in sites.layers
-        }
+        taken_over = {} if known is None else {site.name: site.statistics for site in known}
+
+        def watcher(site: Layer) -> Watcher:
+            kind = TableWatcher if site.spec.looks_up else Watcher
+            if site.name in taken_over:
+                kind, site = KnownWatcher, dataclasses.replace(site, statistics=taken_over[site.name])
+            return kind(site, amount, run, streams, seed, seen, reads_channels=site.name in readers)
+
+        watchers = {site.name: watcher(site) for site in sites.layers}
         for each in sites.tied:
             if wide := too_wide(each.head.spec):
                 why = f"its weight is tied to {each.table.name}, and {wide}: skip both, or give one a copy of its own"

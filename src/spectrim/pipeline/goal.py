@@ -1,0 +1,115 @@
+"""What a network is to be, and which sets of methods may make it: decided here, whoever asks."""
+
+from __future__ import annotations
+
+import enum
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import nn
+
+from spectrim.errors import InfeasibleBudgetError
+from spectrim.pipeline.making import Making
+from spectrim.pipeline.report import Result
+from spectrim.pipeline.shrinking import shrink, shrink_best, shrink_within, with_verdict
+from spectrim.preparation import Prepared
+from spectrim.search.arms import usual
+from spectrim.search.judge import Judge
+from spectrim.search.tolerance import Tolerance
+from spectrim.selection.budget import Budget
+
+log = logging.getLogger(__name__)
+
+
+class Sets(enum.Enum):
+    """Which sets of methods may make the network."""
+
+    NAMED = "the one that was named"
+    OPEN = "the default, and all that fit where its methods cannot meet the budget"
+    ALL = "all that fit compete"
+
+    @classmethod
+    def of(cls, *, auto: bool, said: bool) -> Sets:
+        """Those for what a user says: ``auto``, or anything else on what layers may become."""
+        return cls.ALL if auto else cls.NAMED if said else cls.OPEN
+
+
+@dataclass(frozen=True)
+class Goal:
+    """How small a network is to be, and how good.
+
+    Attributes
+    ----------
+    budget
+        None for the smallest network within the tolerance.
+    tolerance
+        What may be lost, if that is limited.
+    judge
+        What tells what is lost; it knows the dense network.
+    cost
+        What the smallest network has least of.
+    seconds
+        After which nothing further is begun where sets compete.
+    """
+
+    budget: Budget | None
+    tolerance: Tolerance | None
+    judge: Judge
+    cost: str = "macs"
+    seconds: float | None = None
+
+    @property
+    def limited(self) -> tuple[str, ...]:
+        """The costs that are to be small."""
+        return (self.cost,) if self.budget is None else self.budget.costs
+
+
+class Preparing(Protocol):
+    """Prepares the dense network: with the channels that can go, or without; what is known of it is taken over."""
+
+    def __call__(self, *, competing: bool, known: Prepared | None = None) -> Prepared: ...
+
+
+def reached(
+    model: nn.Module,
+    goal: Goal,
+    making: Making,
+    sets: Sets,
+    prepared: Preparing,
+    told: Callable[[str], None] = lambda why: log.info("%s: sets of methods compete", why),
+) -> Result:
+    """The network that is asked for, by the sets of methods that may make it.
+
+    Parameters
+    ----------
+    making
+        With the methods of the one set; where all compete they bring their own.
+    prepared
+        Prepares the network; called again, with what was found, where all compete after the default.
+    told
+        Why all compete after the default, in words.
+    """
+    known = None
+    if sets is not Sets.ALL:
+        known = prepared(competing=False)
+        try:
+            if goal.tolerance is not None:
+                return shrink_within(model, known, goal.budget, goal.tolerance, goal.judge, making, cost=goal.cost)
+            assert goal.budget is not None
+            result = shrink(model, known, goal.budget, making)
+            return result if goal.judge.evaluate is None else with_verdict(result, goal.judge)
+        except InfeasibleBudgetError as error:
+            if sets is Sets.NAMED:
+                raise
+            told(error.brief)
+    known = prepared(competing=True, known=known)
+    arms = usual(goal.limited, known.sites)
+    if goal.tolerance is not None:
+        return shrink_within(
+            model, known, goal.budget, goal.tolerance, goal.judge, making, arms=arms, seconds=goal.seconds,
+            cost=goal.cost,
+        )  # fmt: skip
+    assert goal.budget is not None
+    return shrink_best(model, known, goal.budget, arms, goal.judge, making, seconds=goal.seconds)
