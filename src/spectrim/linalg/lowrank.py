@@ -84,7 +84,7 @@ def energies(
     else:
         whitened = root(metric) @ m
         gram = whitened @ whitened.mT
-    return torch.linalg.eigvalsh((gram + gram.mT) / 2).flip(-1).clamp_min(0)
+    return variances(gram)
 
 
 def spectrum(
@@ -162,6 +162,12 @@ def tail_errors(energies: Float[Tensor, "g R"]) -> Float[Tensor, " ranks"]:
 def principal(covariance: Float[Tensor, "g n n"]) -> Spectrum:
     """Principal components of a covariance: its eigenvalues, descending, and eigenvectors."""
     return Spectrum(*_eigh(covariance.double()))
+
+
+def variances(covariance: Float[Tensor, "g n n"]) -> Float[Tensor, "g n"]:
+    """Energies of :func:`principal` alone, descending, in a fraction of its time."""
+    gram = covariance.double()
+    return torch.linalg.eigvalsh((gram + gram.mT) / 2).flip(-1).clamp_min(0)
 
 
 def profile(energies: Float[Tensor, "g R"], most: int = 256) -> tuple[float, ...]:

@@ -61,7 +61,7 @@ class ActivationSVD(LowRankMethod):
             return response.refit_errors(mixed, seen.metric, left), spectrum.energies, units.energy(how, seen.metric)
         # With one slice, or the slice metric alone, the projection is optimal and the spectrum has its error.
         if seen is None:
-            energies = _start(units, how, seen, most).energies
+            energies = lowrank.variances(_weighed(units))
         else:
             energies = lowrank.energies(units.mixed(how), seen.metric.average)
         return lowrank.tail_errors(energies), energies, float(energies.sum())
@@ -106,9 +106,14 @@ def _start(units: Standard, how: Unfolding, seen: statistics.Patches | None, mos
     """So many leading directions, by patches, slices or outputs, whichever the site holds."""
     if seen is not None:
         return lowrank.spectrum(units.mixed(how), seen.metric.average, most)
-    covariance = units.covariance()
-    spectrum = lowrank.principal(covariance if units.root is None else units.root @ covariance @ units.root.mT)
+    spectrum = lowrank.principal(_weighed(units))
     return lowrank.Spectrum(spectrum.energies, spectrum.basis[..., :most])
+
+
+def _weighed(units: Standard) -> Tensor:
+    """Covariance of the outputs, weighed by their sensitivity."""
+    covariance = units.covariance()
+    return covariance if units.root is None else units.root @ covariance @ units.root.mT
 
 
 def _projected(units: Standard, matrix: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
