@@ -4,47 +4,31 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, cast, overload, runtime_checkable
+from typing import Any, Protocol, cast, overload, runtime_checkable
 
-import msgspec
-import torch
 from torch import Tensor, nn
 
-from spectrim.errors import CheckpointError, PlanError, called_as
+from spectrim.errors import CheckpointError, called_as
 from spectrim.network import tensor_files
 from spectrim.network.choices import ChannelsChoice, SumChoice
 from spectrim.network.coupling import IN
 from spectrim.network.file_kinds import path_of
-from spectrim.network.sites import Sites
-from spectrim.network.state_values import alike, equal, is_plain, put_together, taken_apart
+from spectrim.network.state_values import equal, is_plain, taken_apart
 from spectrim.nn.build import skeleton
-from spectrim.nn.channels.narrow import add_bias, reshape
-from spectrim.nn.find import find
+from spectrim.nn.headers import FORMAT as FORMAT
+from spectrim.nn.headers import Header
 from spectrim.nn.layers import describe, is_layer
 from spectrim.nn.linears import rewrite
+from spectrim.nn.matching import check_fits, share, unpack, values_of
 from spectrim.nn.packing import pack_state
+from spectrim.nn.rebuilding import check_dense, naming, rebuild
 from spectrim.nn.shipping import carry, earlier, remembered, rewritten
-from spectrim.nn.sparse.layers import Masked, Slim
-from spectrim.nn.sparse.packed import masked_in, read_mask, read_weight
+from spectrim.nn.sparse.packed import masked_in
 from spectrim.nn.standing import StandIn, Traits
 from spectrim.nn.stored import name_in
-from spectrim.nn.surgery import replace_module
 from spectrim.selection.plan import Plan
-
-T = TypeVar("T")
-
-FORMAT = "spectrim"
-FORMAT_VERSION = "1"
-PACKED_VERSION = "2"
-"""Of files that hold sparse weights packed."""
-AGAIN_VERSION = "3"
-"""Of files with plans before the last, quantised weights, or modules that nn.Linear layers stand for.
-
-All others are of version 1.
-"""
 
 # Of a header: what is written of a tensor beside its name and numbers, and of texts beside the plan and tables.
 _TENSOR = ':{"dtype":"F8_E4M3","shape":[],"data_offsets":[,]},'
@@ -111,20 +95,7 @@ def save(model: nn.Module | Compressed, plan: Plan | str | Path, path: str | Pat
     before, linear = earlier(model, plan), rewritten(model)
     densities = {e.site: e.choice.density for p in (*before, plan) for e in p if isinstance(e.choice, SumChoice)}
     packed = pack_state(model, tensors, state, lambda layer: densities.get(layer.original.name))
-    metadata = {
-        "format": FORMAT,
-        "format_version": AGAIN_VERSION if before or values or linear else PACKED_VERSION if packed else FORMAT_VERSION,
-        "plan": plan.to_json(lines=False),
-        "shared": json.dumps(shared, sort_keys=True),
-    }
-    if packed:
-        metadata["packed"] = json.dumps(packed)
-    if before:
-        metadata["earlier"] = _listed(before)
-    if values:
-        metadata["values"] = json.dumps(values)
-    if linear:
-        metadata["linear"] = json.dumps(linear)
+    metadata = Header([*before, plan], shared, packed, values, linear).metadata()
     tensor_files.write(path_of(path), tensor_files.plain(tensors), metadata)
 
 
@@ -176,14 +147,9 @@ def header_bytes(model: nn.Module, plan: Plan | None = None) -> int:
     )
     if plan is None:
         return tensors + 16
-    before = remembered(model)
-    more = (_listed(before), json.dumps(records), json.dumps(rewritten(model)))
-    named += sum(len(json.dumps(text)) for text in more if len(text) > 2)
+    more = ([each.to_json(lines=False) for each in remembered(model)], records, rewritten(model))
+    named += sum(len(json.dumps(json.dumps(table))) for table in more if table)
     return tensors + named + len(json.dumps(plan.to_json(lines=False))) + _TEXTS
-
-
-def _listed(plans: Sequence[Plan]) -> str:
-    return json.dumps([plan.to_json(lines=False) for plan in plans])
 
 
 @called_as(
@@ -214,50 +180,31 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         If the file is missing, damaged (a bit is not what was written) or not a Spectrim checkpoint, or belongs to
         another architecture; the message names the first layer or tensor that does not fit.
     """
-    tensors, plans, tables = _read(path)
-    model = rewrite(model, tables.linear)
-    traits = Traits.of(model)
-    _check_dense(model, plans[0], path)
-    for plan in plans:
-        rebuild(model, plan, tensors, path)
-    present = model.state_dict()
-    packed = {(weight, mask): layer for weight, mask, layer in masked_in(model, present)}
-    _unpack(packed, tensors, tables.packed, path)
-    for name, source in tables.shared.items():
-        if source not in tensors:
-            raise CheckpointError(f"{path}: tensor {name!r} shares {source!r}, which the file does not hold")
-        tensors[name] = tensors[source]
-    values = _values(present, tensors, tables.values, path)
-    state = {name: value for name, value in present.items() if is_plain(value)}
-    _check(state, tensors, path)
-    _check_shared(state, tensors, path)
-    _check_channels(model, tensors, path)
-    # A copy, which says of which version of its modules it is.
-    present.update(tensors | values)
-    try:
-        model.load_state_dict(present)
-    except Exception as error:  # a model's own hooks may raise anything
-        raise CheckpointError(
-            f"{path}: the {type(model).__name__} does not load what its state_dict gives: {error}. Have its hooks, or "
-            "its load_state_dict, take that"
-        ) from error
+    tensors, header = _read(path)
+    with naming(path):
+        model = rewrite(model, header.linear)
+        traits = Traits.of(model)
+        check_dense(model, header.plans[0])
+        for plan in header.plans:
+            rebuild(model, plan, tensors)
+        present = model.state_dict()
+        unpack({(weight, mask): layer for weight, mask, layer in masked_in(model, present)}, tensors, header.packed)
+        share(tensors, header.shared)
+        values = values_of(present, tensors, header.values)
+        check_fits(model, {name: value for name, value in present.items() if is_plain(value)}, tensors)
+        # A copy, which says of which version of its modules it is.
+        present.update(tensors | values)
+        try:
+            model.load_state_dict(present)
+        except Exception as error:  # a model's own hooks may raise anything
+            raise CheckpointError(
+                f"the {type(model).__name__} does not load what its state_dict gives: {error}. Have its hooks, or its "
+                "load_state_dict, take that"
+            ) from error
     traits.give(model)
-    for plan in plans:
+    for plan in header.plans:
         carry(model, plan)
     return model
-
-
-def rebuild(model: nn.Module, plan: Plan, names: Container[str], path: str | Path) -> None:
-    """Give a dense model the layers and shapes of a plan, in place; tensors of these ``names`` are to be loaded.
-
-    Raises CheckpointError, with the ``path`` where the plan stands and the first layer that it does not fit.
-    """
-    sites = find(model)
-    if any(name not in sites for entry in plan for name in entry.sites if not entry.of_channels):
-        # Before version 0.3 what was compressed again were the layers of a pair.
-        sites = find(model, parts=True)
-    _narrow(model, plan, names, path)
-    _rebuild(model, sites, plan, path)
 
 
 def read_plan(path: str | Path, *, whole: bool = False) -> Plan:
@@ -268,7 +215,7 @@ def read_plan(path: str | Path, *, whole: bool = False) -> Plan:
     CheckpointError
         As :func:`load`, as far as it is read.
     """
-    return _read(path, weights=whole)[1][-1]
+    return _read(path, weights=whole)[1].plans[-1]
 
 
 def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -327,18 +274,8 @@ def _apart(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]
     return tensors, records
 
 
-@dataclass(frozen=True)
-class _Tables:
-    """What a file says of its tensors."""
-
-    shared: dict[str, str]  # owners of tensors that are the same memory, by their names
-    packed: list[tuple[str, str]]  # names ``[weight, mask]`` of what is packed
-    values: dict[str, Any]  # records of what is no plain tensor
-    linear: list[str]  # modules that nn.Linear layers stand for (spectrim.nn.linears)
-
-
-def _read(given: str | Path, *, weights: bool = True) -> tuple[dict[str, Tensor], list[Plan], _Tables]:
-    """Tensors, plans in the order they were carried out, and tables."""
+def _read(given: str | Path, *, weights: bool = True) -> tuple[dict[str, Tensor], Header]:
+    """Tensors, and what the file says of them."""
     try:
         path = path_of(given)
     except ValueError as error:
@@ -353,200 +290,8 @@ def _read(given: str | Path, *, weights: bool = True) -> tuple[dict[str, Tensor]
         raise CheckpointError(f"{path}: {error}: {cure}") from error
     except tensor_files.DamagedFileError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    if metadata.get("format") != FORMAT or "plan" not in metadata:
-        raise CheckpointError(f"{path}: a safetensors file, but not a Spectrim checkpoint (it holds no plan)")
-    version = metadata.get("format_version")
-    if version not in (FORMAT_VERSION, PACKED_VERSION, AGAIN_VERSION):
-        raise CheckpointError(
-            f"{path}: format version {version!r}; this library reads {FORMAT_VERSION!r}, {PACKED_VERSION!r} and "
-            f"{AGAIN_VERSION!r}"
-        )
-    return tensors, _plans(metadata, path, again=version == AGAIN_VERSION), _tables(metadata, path, version)
-
-
-def _plans(metadata: Mapping[str, str], path: Path, *, again: bool) -> list[Plan]:
-    listed = again and "earlier" in metadata
-    before = _table(metadata, "earlier", path, list[str], "a list of plans") if listed else []
-    try:
-        return [Plan.from_json(text) for text in (*before, metadata["plan"])]
-    except PlanError as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
-def _tables(metadata: Mapping[str, str], path: Path, version: str) -> _Tables:
-    again = version == AGAIN_VERSION
-    shared, values, packed, linear = {}, {}, [], []
-    if "shared" in metadata:
-        shared = _table(metadata, "shared", path, dict[str, str], "a table of names")
-    if again and "values" in metadata:
-        values = _table(metadata, "values", path, dict[str, Any], "a table of records")
-    if again and "linear" in metadata:
-        linear = _table(metadata, "linear", path, list[str], "a list of names")
-    if version == PACKED_VERSION or (again and "packed" in metadata):
-        packed = _table(metadata, "packed", path, list[tuple[str, str]], "a table of pairs of names")
-    return _Tables(shared, packed, values, linear)
-
-
-def _table(metadata: Mapping[str, str], name: str, path: Path, kind: type[T], what: str) -> T:
-    try:
-        return msgspec.convert(json.loads(metadata[name]), kind)
-    except KeyError:
-        raise CheckpointError(f"{path}: the table of {name} tensors is missing") from None
-    except msgspec.ValidationError as error:
-        raise CheckpointError(f"{path}: the table of {name} tensors is not {what}: {error}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: the table of {name} tensors cannot be read: {error}") from error
-
-
-def _narrow(model: nn.Module, plan: Plan, names: Container[str], path: str | Path) -> None:
-    """Give modules the shapes that a removal of channels left."""
-    lost: dict[tuple[str, str], int] = {}
-    try:
-        for entry in plan:
-            if isinstance(entry.choice, ChannelsChoice):
-                for place in entry.choice.lost:
-                    lost[place.module, place.axis] = lost.get((place.module, place.axis), 0) + place.entries
-        for (name, axis), count in lost.items():
-            if count:
-                reshape(model, name, axis, count)
-        for name, axis in lost:
-            if axis == IN and f"{name}.bias" in names:
-                add_bias(model.get_submodule(name), name)
-    except (PlanError, ValueError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-
-
-def _check_dense(model: nn.Module, plan: Plan, path: str | Path) -> None:
-    """Raise CheckpointError if a layer of the first plan has been compressed already."""
-    modules = dict(model.named_modules())
-    for name in (name for entry in plan if not entry.choice.is_dense for name in entry.sites):
-        if isinstance(modules.get(name), StandIn):
-            raise CheckpointError(f"{path}: the plan changes layer {name!r}, but {_absent(model, name)}")
-
-
-def _absent(model: nn.Module, name: str) -> str:
-    """Why there is no such layer to change."""
-    if isinstance(dict(model.named_modules()).get(name), StandIn):
-        return "it is compressed already in this model: load into the network as it was before any compression"
-    return "this model does not have it"
-
-
-def _rebuild(model: nn.Module, sites: Sites, plan: Plan, path: str | Path) -> None:
-    for entry in plan:
-        if entry.choice.is_dense or isinstance(entry.choice, ChannelsChoice):
-            continue
-        for name in entry.sites:
-            if name not in sites:
-                reasons = {skipped.name: skipped.reason for skipped in sites.skipped}
-                why = reasons.get(name, _absent(model, name))
-                raise CheckpointError(f"{path}: the plan changes layer {name!r}, but {why}")
-        # As narrow as they are now: a grouped layer that is left one channel a group is a site no longer.
-        layers = [describe(model.get_submodule(name), sites.layer(name).spec.names) for name in entry.sites]
-        try:
-            modules = skeleton(entry.choice, layers)
-        except PlanError as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        for spec, module in zip(layers, modules, strict=True):
-            replace_module(model, spec.names, module)
-
-
-def _unpack(
-    layers: dict[tuple[str, str], Masked],
-    tensors: dict[str, Tensor],
-    packed: Sequence[tuple[str, str]],
-    path: str | Path,
-) -> None:
-    """Put whole weights and masks in place of packed ones, by their names."""
-    for weight, mask in packed:
-        # A pair that comes twice has left the table.
-        layer = layers.pop((weight, mask), None)
-        if layer is None:
-            raise CheckpointError(
-                f"{path}: packs {weight!r} and {mask!r}, which are not weight and mask of a sparse layer of the plan"
-            )
-        name = mask
-        try:
-            tensors[mask] = read_mask(layer, tensors[mask])
-            name = weight
-            tensors[weight] = read_weight(layer, tensors[mask], tensors[weight])
-        except KeyError:
-            raise CheckpointError(f"{path}: the packed tensor {name!r} is missing") from None
-        except (ValueError, RuntimeError) as error:
-            raise CheckpointError(f"{path}: the packed tensor {name!r} cannot be read: {error}") from error
-
-
-def _values(
-    state: Mapping[str, Any], tensors: dict[str, Tensor], records: Mapping[str, Any], path: str | Path
-) -> dict[str, Any]:
-    """What is no plain tensor; those that it is made of are taken out."""
-    missing = [name for name, value in state.items() if not is_plain(value) and name not in records]
-    if missing:
-        raise CheckpointError(
-            f"{path}: belongs to another architecture: its {missing[0]!r} is not the "
-            f"{type(state[missing[0]]).__name__} that the model holds"
-        )
-    found: dict[str, Any] = {}
-    parts: set[str] = set()
-    for name, record in records.items():
-        try:
-            found[name], used = put_together(record, tensors)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {name!r}: {error}") from error
-        if name not in state or not alike(found[name], state[name]):
-            raise CheckpointError(f"{path}: belongs to another architecture: {name!r} is another value in the model")
-        parts |= used
-    for name in parts:
-        del tensors[name]
-    return found
-
-
-def _check(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    missing = [name for name in state if name not in tensors]
-    surplus = [name for name in tensors if name not in state]
-    if missing or surplus:
-        raise CheckpointError(
-            f"{path}: belongs to another architecture: {len(missing)} tensors missing"
-            f"{f' (first {missing[0]!r})' if missing else ''}, {len(surplus)} unknown"
-            f"{f' (first {surplus[0]!r})' if surplus else ''}"
-        )
-    for name, tensor in state.items():
-        given = tensors[name]
-        if given.shape != tensor.shape:
-            raise CheckpointError(
-                f"{path}: was made for another architecture, or is damaged: tensor {name!r} has shape "
-                f"{tuple(given.shape)}, the model's has {tuple(tensor.shape)}"
-            )
-        if given.dtype != tensor.dtype and not (given.is_floating_point() and tensor.is_floating_point()):
-            raise CheckpointError(f"{path}: tensor {name!r} is {given.dtype}, the model's is {tensor.dtype}")
-
-
-def _check_shared(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """What is one tensor in the model must be one in the file, or equal: only the last would be kept."""
-    owners: dict[tuple[Any, ...], str] = {}
-    for name, tensor in state.items():
-        if not tensor.numel() or tensor.is_meta:
-            continue
-        owner = owners.setdefault(tensor_files.memory_of(tensor), name)
-        if tensors[name] is not tensors[owner] and not torch.equal(tensors[name], tensors[owner]):
-            raise CheckpointError(
-                f"{path}: tensors {owner!r} and {name!r} are one in this model and differ in the file"
-            )
-
-
-def _check_channels(model: nn.Module, tensors: Mapping[str, Tensor], path: str | Path) -> None:
-    """The channels that thinner layers see must be there: they are read by number."""
-    for name, module in model.named_modules():
-        if isinstance(module, Slim):
-            g, _, i, *_ = module.original.shape
-            key = f"{name}.channels"
-            numbers = tensors[key].reshape(g, -1).long()
-            first = i * torch.arange(g).unsqueeze(1)
-            inside = (numbers >= first) & (numbers < first + i)
-            if not bool(inside.all()) or not bool((numbers.diff(dim=1) > 0).all()):
-                raise CheckpointError(
-                    f"{path}: tensor {key!r} does not name different input channels of {module.original.kind}, "
-                    f"ascending from 0 to {module.original.in_channels - 1}, the same number in each group"
-                )
+    with naming(path):
+        return tensors, Header.of(metadata)
 
 
 def same_weights(first: nn.Module, second: nn.Module) -> bool:

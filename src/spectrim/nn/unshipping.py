@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import CheckpointError, PlanError
+from spectrim.errors import CheckpointError
 from spectrim.nn.channels.narrow import add_bias
-from spectrim.nn.checkpoint import rebuild
 from spectrim.nn.linears import rewrite
 from spectrim.nn.modules import FactoredHead
+from spectrim.nn.rebuilding import naming, rebuild
 from spectrim.nn.shipping import (
     DIGEST,
     FORMAT_VERSION,
@@ -58,28 +58,30 @@ class Unshipping:
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Unshipping:
         """Read a record of a version that this library reads, whose layers are those that were saved."""
+        with naming(PLACE):
+            return cls._read(record)
+
+    @classmethod
+    def _read(cls, record: Mapping[str, Any]) -> Unshipping:
         version, plans = record.get("format_version"), record.get("plans")
         biases, linear = _names(record.get("biases")), _names(record.get("linear", []))
         if version != FORMAT_VERSION:
-            raise CheckpointError(f"{PLACE}: format version {version!r}; this library reads {FORMAT_VERSION!r}")
+            raise CheckpointError(f"format version {version!r}; this library reads {FORMAT_VERSION!r}")
         if not isinstance(plans, list) or biases is None or linear is None:
-            raise CheckpointError(f"{PLACE}: plans and biases are not a list of plans and a list of names")
+            raise CheckpointError("plans and biases are not a list of plans and a list of names")
         if not plans and not biases and not linear:
             raise CheckpointError(
-                f"{PLACE}: it has no plan, and the weights are of compressed layers: give the config.json that was "
-                "saved with them"
+                "it has no plan, and the weights are of compressed layers: give the config.json that was saved with "
+                "them"
             )
         layers = {name: record[name] for name in ("plans", "biases", "linear") if name in record}
         if record.get(DIGEST) not in (None, digest_of(layers)):  # which folders of before have none of
             raise CheckpointError(
-                f"{PLACE}: the layers that it names are not those that were saved with the weights, and others would "
-                "have random ones: give the config.json as save_pretrained wrote it; to change a plan, carry it out "
-                "on the dense model"
+                "the layers that it names are not those that were saved with the weights, and others would have random "
+                "ones: give the config.json as save_pretrained wrote it; to change a plan, carry it out on the dense "
+                "model"
             )
-        try:
-            return cls(tuple(Plan.from_json(json.dumps(plan)) for plan in plans), biases, linear)
-        except PlanError as error:
-            raise CheckpointError(f"{PLACE}: {error}") from error
+        return cls(tuple(Plan.from_json(json.dumps(plan)) for plan in plans), biases, linear)
 
     def fitting(self, model: Any) -> Unshipping:
         """The same with the names that a model has for its layers.
@@ -96,14 +98,14 @@ class Unshipping:
         rewrite(model, self.linear)
         biased = {f"{name}.bias" for name in self.biases}
         modules = []
-        with torch.device("cpu"):
+        with torch.device("cpu"), naming(PLACE):
             for plan in self.plans:
                 modules += [_on_cpu(module_of(model, name)) for entry in plan for name in changed(entry)]
-                rebuild(model, plan, biased, PLACE)
+                rebuild(model, plan, biased)
             for name in self.biases:
                 module = module_of(model, name)
                 if not isinstance(module, StandIn):
-                    _add_bias(module, name)
+                    add_bias(module, name)
         told = vars(model).get("all_tied_weights_keys") or {}
         for name, module in model.named_modules():
             if isinstance(module, FactoredHead) and f"{name}.bias" in told:
@@ -166,13 +168,6 @@ def _names(value: Any) -> tuple[str, ...] | None:
 def _on_cpu(module: nn.Module | None) -> nn.Module | None:
     """Of a module on the meta device: what has no values is no site."""
     return module if module is None else module.to_empty(device="cpu")
-
-
-def _add_bias(module: nn.Module | None, name: str) -> None:
-    try:
-        add_bias(module, name)
-    except PlanError as error:
-        raise CheckpointError(f"{PLACE}: {error}") from error
 
 
 def _renaming(model: Any, names: Sequence[str]) -> Callable[[str], str | None]:
