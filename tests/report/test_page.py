@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from spectrim.network.choices import Choice
 from spectrim.network.sites import Sites, Skipped
 from spectrim.pipeline import Report, Result
-from spectrim.report import Comparison, Measure, Measured, Page, write_report
+from spectrim.report import Comparison, Measure, Measured, Page, machine, write_report
 from spectrim.report.summary import tiles
 from spectrim.search.arms import Tried, arms_grid
 from spectrim.selection.candidates import Candidates
@@ -185,3 +186,11 @@ def test_what_competed_is_a_table_and_its_names_are_text():
         assert text in reader.text
     # Without a competition there is no such table.
     assert "Methods that competed" not in _Reader(page.html()).text
+
+
+def test_a_source_tree_that_is_not_installed_has_a_page(monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(machine, "version", missing)
+    assert machine.machine_facts()["spectrim"] == "not installed"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 
 def machine_facts() -> dict[str, str]:
@@ -20,8 +20,16 @@ def machine_facts() -> dict[str, str]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "spectrim": version("spectrim"),
+        "spectrim": _installed(),
     }
     if torch.cuda.is_available():
         facts["accelerator"] = f"{device_name('cuda')}, CUDA {torch.version.cuda}"
     return facts
+
+
+def _installed() -> str:
+    """The version of this package; a source tree that is not installed has none."""
+    try:
+        return version("spectrim")
+    except PackageNotFoundError:
+        return "not installed"
