@@ -14,7 +14,6 @@ weights. With a budget in place of ``lambda``, the multiplier is the dual of the
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import time
@@ -27,8 +26,8 @@ from torch import Tensor, nn
 from spectrim.application import Applied, carry_out
 from spectrim.cost.counted import Cost
 from spectrim.cost.latency import Latency
-from spectrim.errors import CheckpointError, MissingMomentsError, PlanError
-from spectrim.methods import ActivationSVD, Method, WeightSVD, as_methods, from_record
+from spectrim.errors import MissingMomentsError, PlanError
+from spectrim.methods import ActivationSVD, Method, WeightSVD, as_methods
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Site, Sites, Statistics
 from spectrim.nn.copying import copy_model
@@ -46,6 +45,7 @@ from spectrim.selection.trajectory import Record, Trajectory
 from spectrim.tables import tabulate
 from spectrim.train import randomness, rank_tables
 from spectrim.train.c_step import CStep
+from spectrim.train.learned_state import RunState
 from spectrim.train.rank_tables import ZERO
 from spectrim.train.schedule import Schedule
 
@@ -339,13 +339,8 @@ class LearnedRanks:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole state as tensors; with the weights of the model it continues the run bit for bit."""
-        state = {"counts": torch.tensor([self.step, self._batches])}
-        for kind, tensors in (("target", self._targets), ("multiplier", self._multipliers)):
-            state |= {f"{kind}:{name}": tensor for name, tensor in tensors.items()}
-        texts = {"plan": self.plan.to_json(), "trajectory": self.trajectory.to_json(), "run": json.dumps(self._run())}
-        for name, text in texts.items():
-            state[name] = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-        return state
+        copies = {"target": self._targets, "multiplier": self._multipliers}
+        return RunState(self.step, self._batches, self.plan, self.trajectory, copies).tensors(self._run())
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Put back what :meth:`state_dict` returned.
@@ -355,50 +350,13 @@ class LearnedRanks:
         CheckpointError
             If it belongs to a run with other sites, options or another budget; the message says what differs.
         """
-        try:
-            then, plan = json.loads(_text(state["run"])), Plan.from_json(_text(state["plan"]))
-            trajectory = Trajectory.from_json(_text(state["trajectory"]))
-            step, batches = (int(number) for number in state["counts"])
-            # As they are written now: states of version 0.1 do not say whose the methods are.
-            then["methods"] = [from_record(record).record() for record in then["methods"]]
-        except (KeyError, TypeError, ValueError, PlanError) as error:
-            raise CheckpointError(f"this is no state of learned ranks, or a damaged one: {error!r}") from error
-        now = json.loads(json.dumps(self._run()))
-        changed = [
-            f"{name} was {then.get(name)!r} and is {value!r}" for name, value in now.items() if then.get(name) != value
-        ]
-        if changed:
-            raise CheckpointError(f"the checkpoint belongs to another run: {'; '.join(changed)}")
-        tensors = self._stored_copies(state, plan, trajectory, step)
-        # What was measured once holds for the whole run, or the same budget would mean another number of milliseconds.
-        self._c_step.take_over(trajectory.dense_costs)
-        self.step, self._batches, self.plan, self.trajectory = step, batches, plan, trajectory
-        self._targets, self._multipliers = tensors["target"], tensors["multiplier"]
-
-    def _stored_copies(
-        self, state: Mapping[str, Tensor], plan: Plan, trajectory: Trajectory, step: int
-    ) -> dict[str, dict[str, Tensor]]:
-        """The low-rank copies and multipliers of a state, if they are those of its plan."""
         # In the order of the sites: the penalty adds up in that order, and rounds accordingly.
-        names = [site.name for site in self.sites]
-        low = {name for entry in plan for name in entry.sites if not entry.choice.is_dense}
-        kinds = ("target", "multiplier") if self.augmented else ("target",)
-        known = [(kind, name) for kind in kinds for name in names if name in low]
-        wanted = {f"{kind}:{name}" for kind, name in known} | {"counts", "plan", "trajectory", "run"}
-        if wanted != set(state) or not low <= set(names) or trajectory.sites != self.trajectory.sites:
-            raise CheckpointError(f"the state of learned ranks has other tensors than {', '.join(sorted(wanted))}")
-        if not 0 < step <= self.schedule.steps or step != len(trajectory):
-            raise CheckpointError(
-                f"{step} C steps are done of {self.schedule.steps}, and {len(trajectory)} are recorded"
-            )
-        tensors: dict[str, dict[str, Tensor]] = {"target": {}, "multiplier": {}}
-        for kind, name in known:
-            stored, weight = state[f"{kind}:{name}"], cast(Tensor, self._layers[name].weight)
-            like = stored.numel() == weight.numel() if kind == "multiplier" else stored.shape == weight.shape
-            if not like or stored.dtype != weight.dtype or not bool(torch.isfinite(stored).all()):
-                raise CheckpointError(f"{kind}:{name} of the state is no finite tensor like the layer's weight")
-            tensors[kind][name] = stored.to(weight.device, copy=True)
-        return tensors
+        weights = {site.name: cast(Tensor, self._layers[site.name].weight) for site in self.sites}
+        found = RunState.read(state, self._run(), weights, self.schedule.steps)
+        # What was measured once holds for the whole run, or the same budget would mean another number of milliseconds.
+        self._c_step.take_over(found.trajectory.dense_costs)
+        self.step, self._batches, self.plan, self.trajectory = found.step, found.batches, found.plan, found.trajectory
+        self._targets, self._multipliers = found.copies["target"], found.copies["multiplier"]
 
     def _measured(self) -> float | None:
         """What ``evaluate`` says of the nested network, if that is a number. The generators are left as they are."""
@@ -539,7 +497,3 @@ def _copies(plan: Plan, sites: Sites, methods: Sequence[Method]) -> Iterator[tup
 def _laid_out(weight: Tensor, spec: LayerSpec) -> Tensor:
     """A canonical weight ``[g, o, i, *k]`` in the layout of torch's layer."""
     return (weight.transpose(1, 2) if spec.transposed else weight).flatten(0, 1).contiguous()
-
-
-def _text(tensor: Tensor) -> bytes:
-    return tensor.cpu().numpy().tobytes()

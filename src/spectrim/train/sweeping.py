@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import math
-import os
-import textwrap
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,16 +18,16 @@ from torch import nn
 from spectrim.cost import counted
 from spectrim.cost.counted import Cost
 from spectrim.cost.latency import Latency
-from spectrim.errors import CheckpointError, InfeasibleBudgetError, PlanError, check_function, did_you_mean
+from spectrim.errors import InfeasibleBudgetError, check_function, did_you_mean
 from spectrim.methods import Method
-from spectrim.network.files import check_folder, make_parents, read_document, remove_abandoned, write_text
+from spectrim.network.files import check_folder, remove_abandoned
 from spectrim.network.state_values import plain_tensors
 from spectrim.network.tensor_files import digest_of_tensors
 from spectrim.nn.agreement import Agreement, agreement, metric_of
-from spectrim.nn.checkpoint import check_savable, read_plan, save
+from spectrim.nn.checkpoint import check_savable, save
 from spectrim.nn.find import Which, check_model
 from spectrim.nn.watch.batches import Feed
-from spectrim.nn.watch.contents import contents, settled
+from spectrim.nn.watch.contents import contents
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.nesting import checked_batches, listed, reads_once
 from spectrim.nn.watch.samples import Mask
@@ -43,12 +40,14 @@ from spectrim.progress import Progress, reports, told
 from spectrim.search.judge import Judge
 from spectrim.selection.budget import COSTS, OTHER_NAMES, Budget, BudgetLike, Limit
 from spectrim.selection.candidates import Candidates
-from spectrim.selection.front import SUMMARY, Better, Sweep, read_summary
+from spectrim.selection.front import Better, Sweep
 from spectrim.selection.plan import Plan
-from spectrim.selection.point import LARGEST, PLAN, POINT, Judged, Point, opened, sealed, standard_error, unit_of
+from spectrim.selection.point import Judged, Point, standard_error, unit_of
 from spectrim.selection.selectors import Selector, exact
 from spectrim.tables import tabulate
 from spectrim.train.loop import Evaluate
+from spectrim.train.sweep_folder import MODEL, TUNING, SweepFolder
+from spectrim.train.sweep_folder import files_of as files_of
 
 log = logging.getLogger(__name__)
 
@@ -56,15 +55,6 @@ FRACTIONS = (0.8, 0.65, 0.5, 0.4, 0.33, 0.25, 0.2)
 """Shares of a cost that are swept where none are given, each about four fifths of the one before."""
 Budgets = str | tuple[str, Sequence[float]] | Sequence[BudgetLike]
 FineTune = Callable[[nn.Module, Path | None], Any]
-_RUN, _MODEL, _TUNING, _FORMER = "run.json", "model.safetensors", "tuning.safetensors", "former.safetensors"
-_CONTENTS = "the calibration data"
-_WEIGHTS = "the digest of the weights"
-_USUAL = {"runtime": "eager", "--runtime": "eager"}  # of which folders from before say nothing
-_UNKNOWN = "give another folder, or delete the folders of points and that file to sweep anew"
-_RANDOM = (
-    "the calibration data are other samples in every reading, so that it is not known whether they are those of the "
-    "points that were there"
-)
 _TUNED_WITH = ("a network", "a file for its checkpoint")
 _TUNES = (
     "a function of both, as lambda small, file: spectrim.fine_tune(small, train_batches, teacher=model, "
@@ -271,8 +261,8 @@ class Sweeping:
         dense = None if self.evaluate is None else self._evaluated(self.model)
         if self.evaluate is not None and dense is None:
             raise ValueError("evaluate returned no finite number for the dense network")
-        if dense is not None:
-            self._record({"the metric of the dense network": dense, "better": self.better})
+        if dense is not None and self._kept is not None:
+            self._kept.record({"the metric of the dense network": dense, "better": self.better})
         points, unmet = [], {}
         infeasible: InfeasibleBudgetError | None = None
         networks = Sweep(
@@ -315,37 +305,44 @@ class Sweeping:
 
     def _point(self, words: str, budget: Budget) -> Point:
         """The point of a budget: read as far as it is there, else made and written."""
-        (point, note), small = self._read(words), None
+        kept, small = self._kept, None
+        point, note = (None, "") if kept is None else kept.read(words)
         if point is None or not self._is_whole(point):
             point, small = self._made(words, budget)
             self._keep(point)
-        place = self._place(point)
-        damage = None if place is None else self._damage(point, place)
+        place = None if kept is None else kept.place(point)
+        damage = kept.damage(point) if kept is not None and self.keep_models else None
         if damage is not None or (self.fine_tune is not None and point.tuned is None):
             small = self.result(point.plan).model if small is None else small
             if self.fine_tune is not None:
                 point = self._tuned(point, small)
             elif point.tuned is not None:
-                point = point.noted(f"{_MODEL} is the network before fine-tuning, which was done without it")
+                point = point.noted(f"{MODEL} is the network before fine-tuning, which was done without it")
             if place is not None and self.keep_models:
-                save(small, point.plan, place / _MODEL)
+                save(small, point.plan, place / MODEL)
             self._keep(point)
         if place is not None:
-            (place / _TUNING).unlink(missing_ok=True)
+            (place / TUNING).unlink(missing_ok=True)
             remove_abandoned(place)
         return point.noted(note).noted(damage or "")  # not kept: what is there now is sound
 
-    def _damage(self, point: Point, place: Path) -> str | None:
-        """Why the weights of a point are to be written, which is empty where there are none; None if they are there."""
-        if not self.keep_models:
-            return None
-        if not (place / _MODEL).exists():
-            return ""
-        try:
-            plan = read_plan(place / _MODEL, whole=True)
-        except CheckpointError as error:
-            return _told(f"{error}; the weights were made again")
-        return None if plan == point.plan else _told(f"{place / _MODEL} was of another plan, and was made again")
+    @property
+    def _kept(self) -> SweepFolder | None:
+        return None if self.folder is None else SweepFolder(self.folder)
+
+    def _keep(self, point: Point) -> None:
+        if self._kept is not None:
+            self._kept.keep(point)
+
+    def _claim(self, asked: Iterable[str]) -> tuple[str, ...]:
+        """Make the folder that of this sweep; notes on what cannot be seen."""
+        if self._kept is None:
+            return ()
+
+        def read() -> str:
+            return contents(self.model, self.calibration, mask=self.mask, forward=self.making.forward)
+
+        return self._kept.claim(asked, self.options, digest_of_tensors(plain_tensors(self.model.state_dict())), read)
 
     def _is_whole(self, point: Point) -> bool:
         """Whether a point that was read has all that is asked for, training left out."""
@@ -365,8 +362,8 @@ class Sweeping:
     def _tuned(self, point: Point, small: nn.Module) -> Point:
         """The point after its network was trained, in place."""
         assert self.fine_tune is not None
-        began, place = time.monotonic(), self._place(point)
-        self.fine_tune(small, None if place is None else place / _TUNING)
+        began, kept = time.monotonic(), self._kept
+        self.fine_tune(small, None if kept is None else kept.place(point) / TUNING)
         known = self.prepared
         agreed = None
         if known.batches is not None:
@@ -386,127 +383,8 @@ class Sweeping:
         value = metric_of(self.evaluate, model, "the dense network" if model is self.model else "a compressed network")
         return value if math.isfinite(value) else None
 
-    def _place(self, point: Point) -> Path | None:
-        return None if self.folder is None else self.folder / point.folder
-
-    def _read(self, words: str) -> tuple[Point | None, str]:
-        """The point that is there, and what was damaged; weights that were beside a damaged point are put aside."""
-        if self.folder is None:
-            return None, ""
-        place = self.folder / Point.folder_of(words)
-        try:
-            point = Point.read(place)
-            if point.asked == words:
-                mended = point.mend(place)
-                return point, _told(mended) if mended else ""
-            why = f"{place} holds a point for {point.asked}"
-        except FileNotFoundError:
-            return None, ""
-        except PlanError as error:
-            why = error.said
-        if (place / _MODEL).exists():
-            os.replace(place / _MODEL, place / _FORMER)
-            why += f"; the weights that were beside it are now {_FORMER}"
-        return None, _told(f"{why}; the point was made again")
-
-    def _keep(self, point: Point) -> None:
-        place = self._place(point)
-        if place is not None:
-            make_parents(place / POINT)
-            point.write(place)
-
-    def _claim(self, asked: Iterable[str]) -> tuple[str, ...]:
-        """Make the folder that of this sweep, or see that it is so already; notes on what cannot be seen.
-
-        Raises
-        ------
-        CheckpointError
-            Says what differs.
-        OSError
-            Names what is in the way of its files.
-        """
-        if self.folder is None:
-            return ()
-        check_folder(self.folder, files_of(asked)).mkdir(parents=True, exist_ok=True)
-        remove_abandoned(self.folder)
-        then = self._then()
-        now, alike = settled(
-            then.get(_CONTENTS),
-            lambda: contents(self.model, self.calibration, mask=self.mask, forward=self.making.forward),
-        )
-        random = alike and then.get(_CONTENTS, now) != now
-        weights = digest_of_tensors(plain_tensors(self.model.state_dict()))
-        self._record({**self.options, _WEIGHTS: weights, _CONTENTS: then[_CONTENTS] if random else now})
-        notes = [_RANDOM] if random else []
-        try:
-            read_summary(self.folder)
-        except FileNotFoundError:
-            pass
-        except PlanError as error:
-            notes.append(f"{error.said}; it was written again")
-        return tuple(_told(note) for note in notes)
-
-    def _then(self) -> dict[str, Any]:
-        """What the folder is known to hold."""
-        assert self.folder is not None
-        try:
-            return read_document(self.folder / _RUN, lambda text: opened(text, "the record of a sweep"), LARGEST)
-        except FileNotFoundError:
-            points = sorted(self.folder.glob(f"*/{POINT}"))
-            if not points:
-                return {}
-            raise CheckpointError(
-                f"{self.folder / _RUN} is missing, which says what sweep {points[0]} is of: {_UNKNOWN}"
-            ) from None
-        except PlanError as error:
-            raise CheckpointError(f"{error.said}. {_UNKNOWN[0].upper()}{_UNKNOWN[1:]}") from error
-
-    def _record(self, values: Mapping[str, Any]) -> None:
-        """Add to what the folder is known to hold. What is asked for since, such as training, is no other sweep.
-
-        Raises
-        ------
-        CheckpointError
-            Says what was another value.
-        """
-        if self.folder is None:
-            return
-        then, now = self._then(), json.loads(json.dumps(dict(values), default=str))
-        was = _USUAL | then if then else {}
-        changed = [name for name in now if name in was and not _same(was[name], now[name])]
-        if changed:
-            told = "; ".join(f"{name} was {_short(was[name])} and is {_short(now[name])}" for name in changed)
-            drawn = ". A model that draws new weights each time must be given saved ones" if _WEIGHTS in changed else ""
-            raise CheckpointError(
-                f"{str(self.folder)!r} holds another sweep: {told}. Give the same arguments to go on, or another folder"
-                f"{drawn}"
-            )
-        write_text(self.folder / _RUN, json.dumps(sealed({**then, **now}), indent=1) + "\n")
-
-
-def files_of(asked: Iterable[str]) -> list[str]:
-    """Files of a sweep in its folder, as far as budgets say which, the one that is written first before the others."""
-    points = [f"{Point.folder_of(words)}/{name}" for words in asked for name in (POINT, PLAN, _MODEL, _TUNING)]
-    return [_RUN, SUMMARY, *points]
-
-
-def _short(value: Any) -> str:
-    return textwrap.shorten(repr(value), 80, placeholder=" ...")
-
-
-def _told(note: str) -> str:
-    log.warning("%s", note)
-    return note
-
 
 def _name(evaluate: Evaluate | None) -> str:
     """What a metric is called: as the function, if that has a name."""
     name = getattr(evaluate, "__name__", "<lambda>")
     return "metric" if "<" in name else name.replace("_", " ")
-
-
-def _same(then: Any, now: Any) -> bool:
-    """Whether two values of a record are the same; a metric may differ by rounding."""
-    if isinstance(then, float) and isinstance(now, float):
-        return math.isclose(then, now, rel_tol=1e-3)
-    return then == now
