@@ -195,10 +195,13 @@ class Batches:
     def preparation(self) -> str:
         """What is done to the images, in words; augmentation is not told."""
         numbers = "/".join(",".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
-        plain = not any(self.mean) and all(value == 1 for value in self.std)
         known = next((name for name, pair in NORMALISATIONS.items() if pair == (self.mean, self.std)), numbers)
-        normalised = "not normalised" if plain else f"normalised by {known} (?normalise=none leaves that out)"
+        normalised = "not normalised" if self._plain else f"normalised by {known} (?normalise=none leaves that out)"
         return ", ".join(filter(None, (self.source.preparation, normalised)))
+
+    @property
+    def _plain(self) -> bool:
+        return not any(self.mean) and all(value == 1 for value in self.std)
 
     def __len__(self) -> int:
         return -(-self.samples // self.batch_size)
@@ -208,10 +211,9 @@ class Batches:
         n = self.samples
         order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
         order = order if self.chosen is None else self.chosen[order]
-        plain = not any(self.mean) and all(value == 1 for value in self.std)
         for indices in order.split(self.batch_size):
             images, labels = self.source.fetch(indices)
-            if not plain:
+            if not self._plain:
                 images = (images - _by_channel(self.mean, images)) / _by_channel(self.std, images)
             if self.augment != "none":
                 images = _crop(images, generator, flip=self.augment == "crop-flip")

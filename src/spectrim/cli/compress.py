@@ -52,16 +52,11 @@ def compress(
         named_costs(former)
     methods = Methods.read(rewritten(out, method, {"cost": former}), competing=True)
     if LEARNED in methods:
-        if len(methods.asked) > 1:
-            raise UsageError(f"--method {LEARNED} does not combine with another --method: it learns the ranks alone")
         no = {"plan", "selector", "guard", "recipe", "max_drop", "min_agreement", "compete", *_SHARING}
         refuse(context, no, f"does not combine with --method {LEARNED}")
         points = [",".join(goal.budget)] if goal.budget else []
         costs = [text for text in goal.cost or () if text not in former]
-        asked = next(iter(methods.asked))
-        if "cost" in asked.options and "multiplier" not in asked.options:
-            raise UsageError(f"--method {asked.text}: cost is what a multiplier is for, and there is no multiplier")
-        learned = asked.filled(options.LearnedRanksOptions)
+        learned = _learned(methods)
         learned.check(training, points, costs)
         from spectrim.cli import learning
 
@@ -86,6 +81,16 @@ def compress(
         record |= dataclasses.asdict(options_)
     held = shrinking.run_folder(files.folder, record, work, tuning)
     shrinking.compress(out, request, work, tuning, files, held)
+
+
+def _learned(methods: Methods) -> options.LearnedRanksOptions:
+    """The options of learned ranks, which are learned alone."""
+    asked, *others = methods.asked
+    if others:
+        raise UsageError(f"--method {LEARNED} does not combine with another --method: it learns the ranks alone")
+    if "cost" in asked.options and "multiplier" not in asked.options:
+        raise UsageError(f"--method {asked.text}: cost is what a multiplier is for, and there is no multiplier")
+    return asked.filled(options.LearnedRanksOptions)
 
 
 def _check(

@@ -83,31 +83,32 @@ def doctor(out: Output) -> None:
 def _lines(found: Mapping[str, Any], parts: Sequence[Part]) -> Iterator[str]:
     """The report for people, as wide as the terminal and at most 80 columns."""
     width = min(shutil.get_terminal_size().columns, 80) if sys.stdout.isatty() else 80
-    versions = ", ".join(f"{name} {number or 'not installed'}" for name, number in found["versions"].items())
-    machine, torch, memory = found["machine"], found["torch"], found["memory"]
-    rows = [
-        ("versions", versions),
-        ("Python", sys.executable),
-        ("system", machine["system"]),
-        ("processor", f"{machine['processor']}, {machine['cores']} cores"),
-        ("features", ", ".join(machine["features"]) or "not told by the system"),
-        ("torch", _words(torch)),
-        ("memory", ", ".join(f"{size / 2**30:.1f} GiB {what}" for what, size in memory.items()) or "not known"),
-    ]
-    for what, cache in found["caches"].items():
-        size = f"{cache['files']} files, {cache['bytes'] / 1e6:,.1f} MB" if cache["files"] else "empty"
-        rows.append((what, f"{cache['folder']} ({size})"))
-    for name, text in rows:
+    for name, text in _rows(found):
         yield from _wrapped(f"{name:<15}", text, width)
     yield ""
     there = [f"{name} {number}" for each in parts for name, number in each.packages.items() if number is not None]
     yield from _wrapped(f"{'installed':<15}", ", ".join(dict.fromkeys(there)) or "none of the optional packages", width)
-    for each in parts:
-        if each.missing:
-            yield from _wrapped(f"{'not installed':<15}", f"{', '.join(each.missing)}. Without: no {each.needed_for}. "
-                                f"{each.install}", width)  # fmt: skip
-    if not any(each.missing for each in parts):
+    lacking = [each for each in parts if each.missing]
+    for each in lacking:
+        text = f"{', '.join(each.missing)}. Without: no {each.needed_for}. {each.install}"
+        yield from _wrapped(f"{'not installed':<15}", text, width)
+    if not lacking:
         yield "Nothing is missing."
+
+
+def _rows(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    versions = ", ".join(f"{name} {number or 'not installed'}" for name, number in found["versions"].items())
+    machine, torch, memory = found["machine"], found["torch"], found["memory"]
+    yield "versions", versions
+    yield "Python", sys.executable
+    yield "system", machine["system"]
+    yield "processor", f"{machine['processor']}, {machine['cores']} cores"
+    yield "features", ", ".join(machine["features"]) or "not told by the system"
+    yield "torch", _words(torch)
+    yield "memory", ", ".join(f"{size / 2**30:.1f} GiB {what}" for what, size in memory.items()) or "not known"
+    for what, cache in found["caches"].items():
+        size = f"{cache['files']} files, {cache['bytes'] / 1e6:,.1f} MB" if cache["files"] else "empty"
+        yield what, f"{cache['folder']} ({size})"
 
 
 def _wrapped(head: str, text: str, width: int) -> list[str]:

@@ -119,7 +119,8 @@ class Widths:
 
     def draw(self, file: Path) -> None:
         """Write the figure."""
-        from spectrim.report.width_figure import recommended_widths, write
+        from spectrim.report.figures import write
+        from spectrim.report.width_figure import recommended_widths
 
         channels = {_name(group): group["channels"] for group in self.groups}
         found = {

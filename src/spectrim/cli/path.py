@@ -116,14 +116,12 @@ def path(
 
 
 def _draw(found: Mapping[str, Any], cost: str, file: Path) -> None:
-    from spectrim.network.files import replacing
     from spectrim.report import Measured, cost_curve
-    from spectrim.report.figures import to_svg
+    from spectrim.report.figures import write
 
     networks = [Measured(p["asked"], p["costs"][cost], p["accuracy"]) for p in found["points"]]
     dense = Measured("dense", found["dense"]["costs"][cost], found["dense"]["accuracy"])
-    with replacing(file) as scratch:
-        scratch.write_bytes(to_svg(cost_curve(networks, dense, cost=cost)))
+    write(cost_curve(networks, dense, cost=cost), file)
 
 
 def _print(out: Output, found: Mapping[str, Any]) -> None:

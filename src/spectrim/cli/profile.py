@@ -64,19 +64,8 @@ def profile(
     $ spectrim profile net.py:build --input 3x224x224
     $ spectrim profile torchvision:resnet18 -d imagefolder:photos
     """
-    cost, figure, latency = shown.cost, shown.figure, shown.latency
-    methods = Methods.read(method)
-    if LEARNED in methods:
-        raise UsageError(f"--method {LEARNED} is for compress: it learns ranks in training, and profile only looks")
-    methods.check_data(inputs.data is not None)
-    if FILTERS in methods:
-        why = f"does not combine with --method {FILTERS}"
-        refuse(context, {"share", "groups", "cost"}, why)
-        refuse(context, {"latency"}, f"{why}, which times no layers")
-    else:
-        refuse(context, {"figure"}, f"is for --method {FILTERS}, not for {methods}")
-    if latency and inputs.data is None and inputs.input_shape is None:
-        raise UsageError("--latency needs --data or --input, to know what the layers see")
+    methods, figure = Methods.read(method), shown.figure
+    _check(context, methods, inputs, shown)
     from spectrim.cli.filter_widths import Widths
     from spectrim.cli.filters import with_channels
     from spectrim.cli.sharing import NONE_ALIKE, wanted_groups
@@ -87,11 +76,11 @@ def profile(
     from spectrim.cli.work import Work
     from spectrim.methods import PrincipalFilters
 
-    groups, costs = wanted_groups(sharing, methods), read_costs(cost)
+    groups, costs = wanted_groups(sharing, methods), read_costs(shown.cost)
     if figure is not None:
         make_folder(out, figure.parent, [figure.name])
     chosen = methods.chosen(inputs.data is not None, multiple_of=layers.multiple_of, share=groups is not False)
-    work = Work.load(network, layers, inputs, timed=latency)
+    work = Work.load(network, layers, inputs, timed=shown.latency)
     check_patterns(chosen, work.sites)
     sites = work.sites
     if any(method.removes_channels for method in chosen):
@@ -129,6 +118,21 @@ def profile(
     elif groups is not False:
         out.print(NONE_ALIKE)
     print_skipped(out, known.sites)
+
+
+def _check(context: typer.Context, methods: Methods, inputs: options.InputOptions, shown: ShownOptions) -> None:
+    """Refuse options that do not go with each other."""
+    if LEARNED in methods:
+        raise UsageError(f"--method {LEARNED} is for compress: it learns ranks in training, and profile only looks")
+    methods.check_data(inputs.data is not None)
+    if FILTERS in methods:
+        why = f"does not combine with --method {FILTERS}"
+        refuse(context, {"share", "groups", "cost"}, why)
+        refuse(context, {"latency"}, f"{why}, which times no layers")
+    else:
+        refuse(context, {"figure"}, f"is for --method {FILTERS}, not for {methods}")
+    if shown.latency and inputs.data is None and inputs.input_shape is None:
+        raise UsageError("--latency needs --data or --input, to know what the layers see")
 
 
 def _layer(row: Row, table: Candidates) -> dict[str, Any]:

@@ -30,11 +30,10 @@ from spectrim.cli.sparsity import check_patterns
 from spectrim.cli.steps import prepared
 from spectrim.cli.values import read_costs as read_costs
 from spectrim.cli.work import Work
-from spectrim.network.files import replacing
 from spectrim.nn.checkpoint import check_savable
 from spectrim.pipeline.making import Making
 from spectrim.report import Origin, SweepPage
-from spectrim.report.figures import to_svg
+from spectrim.report.figures import write
 from spectrim.selection.budget import Budget
 from spectrim.selection.front import Sweep
 from spectrim.selection.point import Point
@@ -185,8 +184,7 @@ def draw(found: Sweep, file: Path) -> None:
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     found.plot(ax=figure.subplots())
-    with replacing(file) as scratch:
-        scratch.write_bytes(to_svg(figure))
+    write(figure, file)
 
 
 def _told(out: Output, point: Point, sweep: Sweep) -> None:

@@ -176,38 +176,42 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], text: str, weights: str 
     """
     mine = model.state_dict()
     state = _without_prefix(state, mine)
-    # BatchNorm counts its batches only for momentum=None; older files lack the counter.
-    missing = [k for k in mine if k not in state and not k.endswith("num_batches_tracked")]
-    unexpected = [k for k in state if k not in mine]
-    shapes = [k for k in mine if k in state and mine[k].shape != state[k].shape]
-    kinds = [k for k in mine if k in state and not _same_kind(state[k].dtype, mine[k].dtype)]
     if bare := {k: why for k in mine if k in state and (why := _not_plain(state[k]))}:
         k, why = next(iter(bare.items()))
         said = f"weights {str(weights)!r} cannot be put into model {text!r}"
         raise UsageError(f"{said}: {len(bare)} of them {why}, first {k!r}: {_DENSE}")
-    problems, cure = [], "give the model that they were saved from, with its arguments as ?name=value"
-    if missing:
-        problems.append(f"{len(missing)} missing ({', '.join(map(repr, missing[:3]))})")
-    if unexpected:
-        problems.append(f"{len(unexpected)} unexpected ({', '.join(map(repr, unexpected[:3]))})")
-    if shapes:
-        k = shapes[0]
-        problems.append(
-            f"{len(shapes)} of another shape ({k!r} is {tuple(state[k].shape)}, the model has {tuple(mine[k].shape)})"
-        )
-    if kinds:
-        k = kinds[0]
-        problems.append(f"{len(kinds)} of another type ({k!r} is {state[k].dtype}, the model has {mine[k].dtype})")
-        cure = cure if len(problems) > 1 else f"save them as {str(mine[k].dtype).removeprefix('torch.')}"
-    if problems:
-        others = " These look like the weights of another network:" if len(missing) >= len(mine) / 2 else ""
-        said = f"weights {str(weights)!r} do not fit model {text!r}: {'; '.join(problems)}"
-        raise UsageError(f"{said}.{others} {cure}" if others else f"{said}: {cure}")
+    if problem := _misfit(state, mine):
+        raise UsageError(f"weights {str(weights)!r} do not fit model {text!r}: {problem}")
     try:
         model.load_state_dict(dict(state), strict=False)
     except (RuntimeError, NotImplementedError) as error:  # a model may load in a way of its own
         reason = str(error).splitlines()[-1].strip()
         raise UsageError(f"weights {str(weights)!r} cannot be put into model {text!r}: {reason}") from error
+
+
+def _misfit(state: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> str:
+    """Why tensors do not fit a model's, with the cure; empty where they do."""
+    # BatchNorm counts its batches only for momentum=None; older files lack the counter.
+    missing = [k for k in mine if k not in state and not k.endswith("num_batches_tracked")]
+    apart = {"missing": missing, "unexpected": [k for k in state if k not in mine]}
+    both = [k for k in mine if k in state]
+    shapes = [(k, tuple(state[k].shape), tuple(mine[k].shape)) for k in both]
+    kinds = [(k, state[k].dtype, mine[k].dtype) for k in both]
+    unlike = {
+        "shape": [each for each in shapes if each[1] != each[2]],
+        "type": [each for each in kinds if not _same_kind(*each[1:])],
+    }
+    problems = [f"{len(ks)} {what} ({', '.join(map(repr, ks[:3]))})" for what, ks in apart.items() if ks]
+    for what, found in unlike.items():
+        for name, there, here in found[:1]:
+            problems.append(f"{len(found)} of another {what} ({name!r} is {there}, the model has {here})")
+    if not problems:
+        return ""
+    cure = "give the model that they were saved from, with its arguments as ?name=value"
+    if unlike["type"] and len(problems) == 1:
+        cure = f"save them as {str(unlike['type'][0][2]).removeprefix('torch.')}"
+    others = len(missing) >= len(mine) / 2
+    return f"{'; '.join(problems)}{'. These look like the weights of another network' if others else ''}: {cure}"
 
 
 def _without_prefix(state: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -6,10 +6,12 @@ import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from spectrim.network.files import replacing
 from spectrim.report.measures import Score
-from spectrim.selection.figures import STYLE
+from spectrim.selection.figures import GRID, STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,6 +42,12 @@ def error_bars(axes: Axes, x: Sequence[float], y: Sequence[float], colour: str) 
         axes.errorbar(at, score, yerr=error, fmt="none", ecolor=colour, elinewidth=1.2, capsize=2, zorder=3)
 
 
+def gridded(lines: Any) -> None:
+    """Pale lines behind what is drawn, across axes or one of them."""
+    lines.grid(True, color=GRID, lw=0.6)
+    getattr(lines, "axes", lines).set_axisbelow(True)
+
+
 def to_svg(figure: Figure) -> bytes:
     """The figure as SVG with text as outlines: it looks the same everywhere and needs no font."""
     import matplotlib
@@ -48,6 +56,18 @@ def to_svg(figure: Figure) -> bytes:
         file = io.BytesIO()
         figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()
+
+
+def write(figure: Figure, file: Path) -> None:
+    """Write a figure in the format that the file's name ends in: .svg, .png or .pdf; whole or not at all."""
+    import matplotlib
+
+    with replacing(file) as scratch:
+        if file.suffix == ".svg":
+            scratch.write_bytes(to_svg(figure))
+            return
+        with matplotlib.rc_context(STYLE):
+            figure.savefig(scratch, dpi=200, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
 
 
 def shortened(name: str, length: int) -> str:

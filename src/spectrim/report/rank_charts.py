@@ -59,37 +59,39 @@ def _words(rank: int, dense: bool, full: int) -> str:
 
 def rank_charts(trajectory: Trajectory) -> list[Chart]:
     """Costs as shares of dense, the distance to low rank, and the metric if it was recorded."""
-    records, steps = trajectory.records, range(1, len(trajectory) + 1)
-    x = Axis(1, max(len(trajectory), 2))
-    charts = []
+    x, charts = Axis(1, max(len(trajectory), 2)), []
     if costs := shown_costs(trajectory):
-        lines = [[100 * share_of_dense(trajectory, record, cost) for record in records] for cost in costs]
-        limits = [100 * trajectory.budget[c] / trajectory.dense_costs[c] for c in costs if c in trajectory.budget]
-        y = Axis(0, max(100.0, *limits, *map(max, lines)))
-        curves = [
-            _curve(x, y, line, tone, cost_name(cost)) for cost, line, tone in zip(costs, lines, _TONES, strict=False)
-        ]
-        across = [Curve((((0.0, y.at(limit)), (100.0, y.at(limit))),), "choice", "budget", True) for limit in limits]
-        dots = [
-            Dot(x.at(step), y.at(value), f"C step {step}: {cost_name(cost)} {value:.1f} % of dense", tone)
-            for cost, line, tone in zip(costs, lines, _TONES, strict=False)
-            for step, value in list(zip(steps, line, strict=True))[-1:]
-        ]
-        charts.append(Chart("C step", "cost, % of dense", x, y, tuple(dots), (*curves, *across[:1]), 150))
+        charts.append(_cost_chart(trajectory, costs, x))
     # The scale is logarithmic: a network left dense, at distance 0, has no place on it.
-    distances = [record.distance if record.distance > 0 else None for record in records]
+    distances = [record.distance if record.distance > 0 else None for record in trajectory.records]
     if positive := [value for value in distances if value]:
         low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
         y = Axis(10.0**low, 10.0 ** max(high, low + 1), logarithmic=True)
-        charts.append(
-            Chart("C step", "distance of weights to low rank", x, y, (), (_curve(x, y, distances, "plan"),), 130)
-        )
-    metrics = [record.metric for record in records]
+        charts.append(_line_chart("distance of weights to low rank", x, y, distances))
+    metrics = [record.metric for record in trajectory.records]
     if known := [value for value in metrics if value is not None]:
         room = max(0.15 * (max(known) - min(known)), 0.01 * abs(max(known)), 1e-6)
         y = Axis(min(known) - room, max(known) + room)
-        charts.append(Chart("C step", "metric of the low-rank copies", x, y, (), (_curve(x, y, metrics, "plan"),), 130))
+        charts.append(_line_chart("metric of the low-rank copies", x, y, metrics))
     return charts
+
+
+def _cost_chart(trajectory: Trajectory, costs: Sequence[str], x: Axis) -> Chart:
+    lines = [[100 * share_of_dense(trajectory, record, cost) for record in trajectory.records] for cost in costs]
+    limits = [100 * trajectory.budget[c] / trajectory.dense_costs[c] for c in costs if c in trajectory.budget]
+    y, last = Axis(0, max(100.0, *limits, *map(max, lines))), len(trajectory)
+    named = [(cost_name(cost), line, tone) for cost, line, tone in zip(costs, lines, _TONES, strict=False)]
+    curves = [_curve(x, y, line, tone, name) for name, line, tone in named]
+    across = [Curve((((0.0, y.at(limit)), (100.0, y.at(limit))),), "choice", "budget", True) for limit in limits]
+    dots = [
+        Dot(x.at(last), y.at(line[-1]), f"C step {last}: {name} {line[-1]:.1f} % of dense", tone)
+        for name, line, tone in named
+    ]
+    return Chart("C step", "cost, % of dense", x, y, tuple(dots), (*curves, *across[:1]), 150)
+
+
+def _line_chart(label: str, x: Axis, y: Axis, values: Sequence[float | None]) -> Chart:
+    return Chart("C step", label, x, y, (), (_curve(x, y, values, "plan"),), 130)
 
 
 def _curve(x: Axis, y: Axis, values: Sequence[float | None], tone: str, label: str = "") -> Curve:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectrim.network.files import replacing
-from spectrim.report.figures import MUTED, Measured, blank_figure, error_bars, shortened
+from spectrim.report.figures import MUTED, Measured, blank_figure, error_bars, gridded, shortened
 from spectrim.report.rank_panels import (
     MU,
     check_recorded,
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.text import Text
 
-_GRID = "#e8ebef"
 _FRAMES = 80  # of an animation, at most
 _NAMES = 64  # below its bars, at most
 
@@ -77,8 +76,7 @@ def rank_paths(trajectory: Trajectory) -> Figure:
         heat_map(figure, heat, trajectory)
         for axes, draw in zip(below, drawn, strict=True):
             draw(axes, trajectory)
-            axes.yaxis.grid(True, color=_GRID, lw=0.6)
-            axes.set_axisbelow(True)
+            gridded(axes.yaxis)
         ticks = step_ticks(len(records))
         below[-1].set_xticks(ticks, [str(tick) for tick in ticks])
         below[-1].set_xlim(0.5, len(records) + 0.5)
@@ -247,8 +245,7 @@ def cost_curve(points: Sequence[Measured], dense: Measured | None = None, *, cos
         _cost_ticks(axes)
         axes.set_xlabel(f"{cost_label(cost)} [{unit}]" if unit else cost_label(cost))
         axes.set_ylabel("measured score [%]")
-        axes.grid(True, color=_GRID, lw=0.6)
-        axes.set_axisbelow(True)
+        gridded(axes)
     return figure
 
 

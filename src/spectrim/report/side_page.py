@@ -70,9 +70,13 @@ class SideBySidePage(Written):
 
 def changes(plan: Plan) -> list[tuple[str, str, str]]:
     """Layers that a plan changes, with the choice and what it loses."""
-    return [
-        (entry.site, str(entry.choice), f"{entry.error:.2%}") for entry in plan if not entry.choice.is_dense
-    ]  # fmt: skip
+    return [(entry.site, str(entry.choice), f"{entry.error:.2%}") for entry in plan if not entry.choice.is_dense]
+
+
+def _agreed(networks: SideBySide) -> list[float]:
+    """How often the dense network's class comes first, where it is known."""
+    agreed = [networks.agreements.get(name) for name in networks.comparisons]
+    return [Score(100 * each.top1, each.samples) for each in agreed if each is not None and each.top1 is not None]
 
 
 def networks_chart(networks: SideBySide) -> Chart | None:
@@ -85,19 +89,14 @@ def networks_chart(networks: SideBySide) -> Chart | None:
     common = [metric for metric in (known[0] if known else {}) if all(metric in rows for rows in known)]
     cost = next((metric for metric in common if metric in ("MACs", "MACs (planned)")), None)
     score = next((m for m in common if known[0][m].unit == "%" and known[0][m].better == "higher"), None)
-    if cost is None:
-        return None
     if score is not None:
         dense, scores = known[0][score].dense, [rows[score].compressed for rows in known]
     else:
-        agreed = [networks.agreements.get(name) for name in names]
-        scores = [Score(100 * each.top1, each.samples) for each in agreed if each is not None and each.top1 is not None]
-        if len(scores) < len(names):
-            return None
-        score, dense = "same class first", 100.0
-    whole = known[0][cost].dense
-    measured = [("dense", whole, dense)]
-    measured += [(name, rows[cost].compressed, value) for name, rows, value in zip(names, known, scores, strict=True)]
+        score, dense, scores = "same class first", 100.0, _agreed(networks)
+    if cost is None or len(scores) < len(names):
+        return None
+    whole, costs = known[0][cost].dense, [rows[cost].compressed for rows in known]
+    measured = [("dense", whole, dense), *zip(names, costs, scores, strict=True)]
     chart = score_chart(measured, whole, "macs", score)
     # Values stand in the table, and many labels would lie on each other on a phone.
     ends = {min(measured[1:], key=lambda each: each[1])[0], max(measured[1:], key=lambda each: each[1])[0]}

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spectrim.network.files import replacing
-from spectrim.report.figures import blank_figure, shortened, to_svg
-from spectrim.selection.figures import DENSE, PLANNED, STYLE
+from spectrim.report.figures import blank_figure, gridded, shortened
+from spectrim.selection.figures import DENSE, PLANNED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,20 +56,7 @@ def recommended_widths(channels: Mapping[str, int], widths: Mapping[str, Mapping
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlim(0, 1.03 * max(channels.values(), default=1))
         axes.set_xlabel("channels")
-        axes.xaxis.grid(True, color="#e8ebef", lw=0.6)
-        axes.set_axisbelow(True)
+        gridded(axes.xaxis)
         axes.tick_params(axis="y", length=0)
         figure.legend(handles=drawn, loc="outside upper left", ncols=len(marks) + 2, columnspacing=1.2)
     return figure
-
-
-def write(figure: Figure, file: Path) -> None:
-    """Write a figure in the format that the file's name ends in: .svg, .png or .pdf; whole or not at all."""
-    import matplotlib
-
-    with replacing(file) as scratch:
-        if file.suffix == ".svg":
-            scratch.write_bytes(to_svg(figure))
-            return
-        with matplotlib.rc_context(STYLE):
-            figure.savefig(scratch, dpi=200, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
