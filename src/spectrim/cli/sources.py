@@ -117,15 +117,12 @@ def _check_call(node: ast.stmt, reference: Reference, what: str, arguments: int)
         node, arguments = (inits[0] if inits else node), arguments + 1
     if not isinstance(node, ast.FunctionDef) or node.decorator_list:
         return
-    takes = node.args
-    places = [each.arg for each in [*takes.posonlyargs, *takes.args]]
-    named = [*places, *(each.arg for each in takes.kwonlyargs)]
-    required = places[arguments : len(places) - len(takes.defaults)]
-    required += [each.arg for each, value in zip(takes.kwonlyargs, takes.kw_defaults, strict=True) if value is None]
-    needed = [name for name in required if name not in given]
-    unknown = [name for name in given if name not in named] if takes.kwarg is None else []
-    allowed = [name for name in named if name not in places[:arguments]]
-    if unknown:
+    places = len(node.args.posonlyargs) + len(node.args.args)
+    named = _parameters(node.args)
+    allowed = [*named][min(arguments, places) :]
+    needed = [name for name in allowed if named[name] and name not in given]
+    unknown = [name for name in given if name not in named]
+    if unknown and node.args.kwarg is None:
         options = f"its parameters are {', '.join(allowed)}" if allowed else "it has no parameters"
         raise UsageError(
             f"{what} {reference.text!r}: {reference.place} takes no {unknown[0]!r}; {options}."
@@ -138,6 +135,13 @@ def _check_call(node: ast.stmt, reference: Reference, what: str, arguments: int)
             f"{what} {reference.text!r}: {reference.place}() must be given {', '.join(map(repr, needed))}: write "
             f"{whole}"
         )
+
+
+def _parameters(takes: ast.arguments) -> dict[str, bool]:
+    """Whether parameters must be given, by their names."""
+    places, optional = [*takes.posonlyargs, *takes.args], len(takes.defaults)
+    found = {each.arg: number < len(places) - optional for number, each in enumerate(places)}
+    return found | {each.arg: value is None for each, value in zip(takes.kwonlyargs, takes.kw_defaults, strict=True)}
 
 
 def check_options(module: str, kind: str, options: Mapping[str, str], place: str, name: str) -> None:

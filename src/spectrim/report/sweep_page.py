@@ -77,7 +77,6 @@ def front_chart(sweep: Sweep, cost: str) -> Chart:
         For a cost that the points do not have.
     """
     best = sweep.front(cost)
-    name = "measured time" if cost == "milliseconds" else cost_name(cost)
     dense = _Mark.of(sweep, None, sweep.itself, "dense")
     marks = [dense, *(mark for mark in _marks(sweep) if not math.isnan(mark.value))]
     low, high = min(mark.low for mark in marks), max(mark.high for mark in marks)
@@ -87,21 +86,19 @@ def front_chart(sweep: Sweep, cost: str) -> Chart:
     named = best if len(best) <= LABELS else (best[0], best[-1])
     dots: list[Dot] = []
     for mark in marks:
-        at, known = 100.0 if mark.point is None else _share(mark.point, cost), not math.isnan(mark.spread)
-        of = "dense" if mark.point is None else mark.point.asked
-        text = f"{of}: {_text(sweep, mark.value)}, at {at:.1f} % of the {name}"
-        text += ", fine-tuned" * (mark.tone == "choice") + f", standard error {mark.spread:.2g}" * known
+        at = x.at(mark.share(cost))
         shown = mark is dense or any(mark.judged is point.judged for point in named)
-        bar = (y.at(mark.low), y.at(mark.high)) if known else (math.nan, math.nan)
-        aside = ASIDE * sum(dot.x == x.at(at) for dot in dots)
-        dots.append(Dot(x.at(at), y.at(mark.value), text, mark.tone, of if shown else "", *bar, aside=aside))
+        bar = (math.nan, math.nan) if math.isnan(mark.spread) else (y.at(mark.low), y.at(mark.high))
+        aside = ASIDE * sum(dot.x == at for dot in dots)
+        label = mark.name if shown else ""
+        dots.append(Dot(at, y.at(mark.value), _text(sweep, mark, cost), mark.tone, label, *bar, aside=aside))
     line = tuple((x.at(_share(p, cost)), y.at(sweep.quality(p.judged))) for p in reversed(best))
     curves = [Curve((line,), "plan", "without training")]
     if any(mark.tone == "choice" for mark in marks):
         curves = [Curve((line,), "pale")]
         curves += [Curve((), "plan", "without training"), Curve((), "choice", "fine-tuned")]
     label = f"{sweep.judged_by}, {sweep.judged_in}".rstrip(", ")
-    return Chart(f"{name}, % of dense", label, x, y, tuple(dots), tuple(curves), 260)
+    return Chart(f"{_cost_name(cost)}, % of dense", label, x, y, tuple(dots), tuple(curves), 260)
 
 
 @dataclass(frozen=True)
@@ -125,6 +122,14 @@ class _Mark:
         return cls(point, judged, tone, sweep.quality(judged), sweep.uncertainty(judged), most)
 
     @property
+    def name(self) -> str:
+        return "dense" if self.point is None else self.point.asked
+
+    def share(self, cost: str) -> float:
+        """Percent of the dense network's cost."""
+        return 100.0 if self.point is None else _share(self.point, cost)
+
+    @property
     def low(self) -> float:
         return self.value if math.isnan(self.spread) else self.value - self.spread
 
@@ -145,5 +150,13 @@ def _share(point: Point, cost: str) -> float:
     return 100 * point.costs[cost] / point.dense_costs[cost]
 
 
-def _text(sweep: Sweep, value: float) -> str:
-    return f"{sweep.judged_by} {value:#.4g} {sweep.judged_in}".rstrip()
+def _cost_name(cost: str) -> str:
+    return "measured time" if cost == "milliseconds" else cost_name(cost)
+
+
+def _text(sweep: Sweep, mark: _Mark, cost: str) -> str:
+    """What a network says when it is pointed at."""
+    judged = f"{sweep.judged_by} {mark.value:#.4g} {sweep.judged_in}".rstrip()
+    text = f"{mark.name}: {judged}, at {mark.share(cost):.1f} % of the {_cost_name(cost)}"
+    text += ", fine-tuned" * (mark.tone == "choice")
+    return text if math.isnan(mark.spread) else f"{text}, standard error {mark.spread:.2g}"

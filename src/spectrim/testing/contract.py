@@ -187,15 +187,18 @@ def _check_full_rank(method: LowRankMethod, site: Layer, layer: nn.Module, input
     epsilon = torch.finfo(site.weight.dtype).eps
     checked = 0
     with torch.no_grad():
-        expected = layer(inputs).double()
         for how in unfoldings(site.spec.kernel):
             choice = method.choice(site, how, full_rank(site.spec, how), bias=site.spec.bias)
             (module,) = build(method.factorize(site, choice), site.layers, site.biases)
-            answers = module(inputs).double()
-            apart = float((answers - expected).abs().max() / expected.abs().max())
-            expect(apart < 256 * epsilon, f"{where}: {choice} should equal the layer and is {apart:.3g} apart")
+            check_equal(module(inputs), layer(inputs), 256 * epsilon, f"{where}: {choice} should equal the layer")
             checked += 1
     return checked
+
+
+def check_equal(answers: Tensor, expected: Tensor, close: float, should: str) -> None:
+    """Answers are those that are expected, up to a share of the largest."""
+    apart = float((answers.double() - expected.double()).abs().max() / expected.double().abs().max())
+    expect(apart < close, f"{should} and is {apart:.3g} apart")
 
 
 def expect(holds: bool, otherwise: str) -> None:

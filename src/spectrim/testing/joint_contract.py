@@ -18,7 +18,7 @@ from spectrim.network.sites import Group, Site
 from spectrim.nn.build import build, skeleton
 from spectrim.nn.modules import Factored, whole
 from spectrim.nn.shared import Once
-from spectrim.testing.contract import check_offered, check_record, expect, offered
+from spectrim.testing.contract import check_equal, check_offered, check_record, expect, offered
 from spectrim.testing.layers import LAYERS, small_group
 from spectrim.testing.measures import measured_error
 
@@ -54,27 +54,8 @@ def check_joint_method(
     - a :class:`~spectrim.methods.JointSVD` that shares one side loses nothing at full rank;
     - ``from_record`` makes the method again from its record, also through JSON.
 
-    Parameters
-    ----------
-    method
-        Under test.
-    layers
-        Names from :data:`LAYERS`; all by default.
-    tolerance
-        By how much a choice may lose more than its error, in fractions of the group's energy. Methods may regularise
-        what few samples tell them, and weigh the outputs of layers alike that share a factor.
-    slack
-        The share by which the factors may be better than the curve says; any by default.
-
-    Returns
-    -------
-    int
-        Choices that were carried out and checked.
-
-    Raises
-    ------
-    AssertionError
-        Naming the group, the choice, and what was found and expected.
+    Parameters, returns and errors are as for :func:`check_method`. Methods may weigh the outputs of layers alike
+    that share a factor, so that the tolerance is wider, and factors may be better than the curve says by any share.
     """
     check_record(method)
     checked = 0
@@ -158,8 +139,6 @@ def _check_full_rank(
             choice = method.choice(site, how, method.full_rank(site, how), bias=any(s.bias for s in site.layers))
             pairs = build(method.factorize(site, choice), site.layers, site.biases)
             for layer, pair, x in zip(layers, pairs, inputs, strict=True):
-                expected, answers = layer(x).double(), pair(x).double()
-                apart = float((answers - expected).abs().max() / expected.abs().max())
-                expect(apart < close, f"{where}: {choice} should equal the layers and is {apart:.3g} apart")
+                check_equal(pair(x), layer(x), close, f"{where}: {choice} should equal the layers")
             checked += 1
     return checked
