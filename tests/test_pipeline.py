@@ -105,8 +105,12 @@ def test_a_limit_on_bytes_is_met_by_the_file(methods, options, limit, tmp_path: 
 
 def test_a_limit_that_the_header_alone_takes_says_so() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
-    with pytest.raises(InfeasibleBudgetError, match=r"header \(text, \d+\.\d% of bytes\): names, shapes"):
+    with pytest.raises(InfeasibleBudgetError, match=r"header \(text, \d+\.\d% of bytes\): names, shapes") as raised:
         st.compress(model, torch.randn(64, 8).split(32), Budget(bytes=0.9))
+    # Of the dense network's own file, whose header is another.
+    assert raised.value.dense == size_in_bytes(model) + header_bytes(model)
+    assert raised.value.budget == pytest.approx(0.9 * raised.value.dense)
+    assert raised.value.lowest > raised.value.budget
 
 
 def watts(specs: Sequence[LayerSpec]) -> float:

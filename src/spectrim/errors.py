@@ -83,6 +83,11 @@ class InfeasibleBudgetError(SpectrimError, ValueError):
         """What is wrong, without the cure and what was left alone."""
         return str(self).partition(". ")[0]
 
+    def of(self, dense: float) -> InfeasibleBudgetError:
+        """The same told of a dense network that costs so much, as a file with another header."""
+        skipped = tuple((name, kind, why, share * self.dense / dense) for name, kind, why, share in self.skipped)
+        return InfeasibleBudgetError(self.cost, self.budget, self.lowest, dense, self.together, skipped)
+
     def __reduce__(self) -> tuple[object, ...]:
         return type(self), (self.cost, self.budget, self.lowest, self.dense, self.together, self.skipped)
 

@@ -116,3 +116,56 @@ def test_what_another_module_holds_the_weights_of_stays() -> None:
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(TypeError, match="with_linear_layers"):
         st.with_linear_layers([torch.zeros(3)])  # type: ignore[arg-type]
+
+
+class Fused(nn.Module):
+    """Attention of one layer for queries, keys and values."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__()
+        self.num_heads, self.scale = 4, more.pop("scale", 0.5)
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+        for name, module in more.items():
+            setattr(self, name, module)
+
+    def attended(self, x: Tensor, **masks: Any) -> Tensor:
+        n, length, width = x.shape
+        q, k, v = self.qkv(x).reshape(n, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        made = nn.functional.scaled_dot_product_attention(q, k, v, scale=self.scale, **masks)
+        return self.proj(made.transpose(1, 2).reshape(n, length, width))
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+        return self.attended(x, attn_mask=attn_mask)
+
+
+class Causal(Fused):
+    """Attends to what came before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attended(x, is_causal=True)
+
+
+class Telling(Fused):
+    """Returns a pair."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.attended(x), None
+
+
+def test_attention_of_one_layer_takes_and_gives_the_same_and_keeps_its_names() -> None:
+    model = nn.ModuleDict({"attn": Fused(proj_drop=nn.Dropout(0.5))}).double().eval()
+    linear, x = st.with_linear_layers(model), torch.randn(SAMPLES, LENGTH, 16).double()
+    assert rewritten(linear) == ["attn"]
+    assert list(linear.state_dict()) == list(model.state_dict())
+    mask = torch.ones(LENGTH, LENGTH).tril().bool()
+    for asked in ({}, {"attn_mask": mask}, {"attn_mask": torch.randn(LENGTH, LENGTH).double()}):
+        _same(linear["attn"](x, **asked), model["attn"](x, **asked))
+
+
+@pytest.mark.parametrize(
+    "module",
+    [Causal(), Telling(), Fused(gate=nn.Linear(16, 16)), Fused(attn_drop=nn.Softmax(-1)), Fused().to("meta")],
+    ids=["causal", "a pair", "another part", "no dropout", "no numbers"],
+)
+def test_attention_that_computes_something_else_stays_as_it_is(module: nn.Module) -> None:
+    assert type(st.with_linear_layers(nn.Sequential(module))[0]) is type(module)

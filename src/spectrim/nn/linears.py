@@ -1,7 +1,8 @@
 """Modules that multiply weights of their own, with nn.Linear layers in place of these: what layers are found in.
 
 ``nn.MultiheadAttention`` reads the weights of its layers and passes their forward by, and ``Conv1D`` of transformers
-holds its weight the other way round. Neither can be compressed as it is, nor lose heads.
+holds its weight the other way round. Neither can be compressed as it is, nor lose heads. Attention of vision
+transformers is of nn.Linear layers, and loses heads once it reads its width off them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch.nn import functional
 
 from spectrim.errors import called_as
 from spectrim.nn.copying import copy_model
+from spectrim.nn.fused_attention import FusedAttention, has_parts, is_fused
 from spectrim.nn.layers import paths_of
 from spectrim.nn.shipping import REWRITTEN, take_along
 from spectrim.nn.surgery import replace_module
@@ -108,8 +110,9 @@ def with_linear_layers(model: nn.Module) -> nn.Module:
     """A copy of a model that computes the same, in which attention and ``Conv1D`` are made of nn.Linear layers.
 
     So they are found, become low rank and lose heads: ``nn.MultiheadAttention``, also in torch's encoder and decoder
-    layers, and ``Conv1D`` of transformers, as in GPT-2. Files that are made of the copy say so: ``load`` and
-    ``from_pretrained`` take a model as it is made by its own class.
+    layers, and ``Conv1D`` of transformers, as in GPT-2. Attention with ``qkv`` and ``proj``, as in timm, loses heads:
+    its code takes the width of its input for that of all heads, and is replaced where a trial gives the same. Files
+    that are made of the copy say so: ``load`` and ``from_pretrained`` take a model as it is made by its own class.
 
     Parameters
     ----------
@@ -142,7 +145,7 @@ def rewrite(model: nn.Module, only: Collection[str] | None = None) -> nn.Module:
     """As :func:`with_linear_layers`, in place; ``only`` names the modules, by default all that can be."""
     holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for module, names in paths_of(model).items():
-        made = _way(module)
+        made = _way(module, known=only is not None)
         shared = any(holders[id(p)] > 1 for p in module.parameters())
         if made is None or shared or (only is not None and names[0] not in only):
             continue
@@ -156,12 +159,14 @@ def rewrite(model: nn.Module, only: Collection[str] | None = None) -> nn.Module:
     return model
 
 
-def _way(module: nn.Module) -> Callable[[Any], nn.Module] | None:
-    """How a module is made of nn.Linear layers, if it can be."""
+def _way(module: nn.Module, *, known: bool) -> Callable[[Any], nn.Module] | None:
+    """How a module is made of nn.Linear layers, if it can be; ``known`` if it has been before."""
     kind = type(module)
     if isinstance(module, nn.MultiheadAttention) and kind.forward is nn.MultiheadAttention.forward:
         appends = module.bias_k is not None or module.bias_v is not None or module.add_zero_attn
         return None if appends else LinearAttention
+    if has_parts(module):
+        return FusedAttention if known or is_fused(module) else None
     # By its name, so that the library need not be there.
     if (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D"):
         return lambda conv: _linear(conv.weight.mT, conv.bias, conv)

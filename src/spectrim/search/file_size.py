@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from spectrim.errors import InfeasibleBudgetError
 from spectrim.network.sites import Sites
 from spectrim.network.skipped import Skipped
 from spectrim.nn.checkpoint import header_bytes
@@ -32,7 +33,8 @@ def within_file(
     The file holds the plan, and the plan the layers: the header is counted as what nothing is chosen for, and the plan
     made again.
     """
-    limit = budget.limits({**table.dense, "bytes": table.dense["bytes"] + header_bytes(model)})["bytes"]
+    dense = table.dense["bytes"] + header_bytes(model)
+    limit = budget.limits({**table.dense, "bytes": dense})["bytes"]
     budget, room = budget.replace(bytes=Limit(limit)), 0
     while (header := header_bytes(model, plan)) > room:
         room, more = header + _SLACK, header + _SLACK - room
@@ -41,5 +43,9 @@ def within_file(
         others = tuple(each for each in table.skipped if each.reason != _HEADER)
         told = Skipped("header", "text", _HEADER, {"bytes": float(room)})
         table = dataclasses.replace(table, fixed=fixed, skipped=(*others, told))
-        plan, table = planned(sites, table, budget)
+        try:
+            plan, table = planned(sites, table, budget)
+        except InfeasibleBudgetError as error:
+            # The table's dense network has the header of a plan that it has no need of.
+            raise error.of(dense) if error.cost == "bytes" else error from None
     return sites, plan, table, budget

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -63,6 +64,23 @@ class Shared(nn.Module):
         return self.o(attended.transpose(1, 2).reshape(n, length, self.inner_dim))
 
 
+class Vision(nn.Module):
+    """As timm writes it: heads are as wide together as the input, and queries and keys normalised within each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim, self.scale = HEADS, WIDTH // HEADS, 0.5
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.q_norm, self.k_norm = nn.LayerNorm(4), nn.LayerNorm(4)
+        self.attn_drop, self.proj_drop = nn.Dropout(0.1), nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, width = x.shape
+        q, k, v = self.qkv(x).reshape(n, length, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        attention = (self.q_norm(q) * self.scale @ self.k_norm(k).transpose(-2, -1)).softmax(-1)
+        return self.proj_drop(self.proj((self.attn_drop(attention) @ v).transpose(1, 2).reshape(n, length, width)))
+
+
 class OfInput(Fused):
     """Takes the width of what it gets for the width of its heads."""
 
@@ -70,6 +88,33 @@ class OfInput(Fused):
         n, length, width = x.shape
         q, k, v = self.qkv(x).reshape(n, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         return self.proj(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, width))
+
+
+class Configured(nn.Module):
+    """Reads how many heads there are off a configuration that all layers have, as Phi-3 does."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config, self.num_kv_heads, self.head_dim = config, config.num_kv_heads, 4
+        self.qkv_proj, self.o_proj = nn.Linear(WIDTH, WIDTH + 2 * 8), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        queries, keys = self.config.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        q, k, v = (y.unflatten(-1, (-1, 4)).transpose(1, 2) for y in self.qkv_proj(x).split((queries, keys, keys), -1))
+        attended = functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
+
+
+class Twice(nn.Module):
+    """Two layers of one configuration."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = SimpleNamespace(num_heads=HEADS, num_kv_heads=2, layers=HEADS)
+        self.config, self.first, self.second = config, Configured(config), Configured(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(x + self.first(x))
 
 
 class Borrowed(nn.Module):
@@ -180,6 +225,7 @@ def _transformer(name: str, **options: Any) -> Any:
 
 
 IMAGES, ROWS = torch.randn(4, 3, 8, 8).double(), torch.randn(4, 6, 5).double()
+NO_WORDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 WORDS = {"input_ids": torch.arange(24).reshape(4, 6)}
 NETS: dict[str, tuple[Any, Any, int]] = {
     "fused": (lambda: _net(Fused()), ROWS, 4),
@@ -190,9 +236,11 @@ NETS: dict[str, tuple[Any, Any, int]] = {
     "a bias of the first layer": (lambda: _stack(0), ROWS, 4),
     "a bias of the stack": (lambda: _stack(1), ROWS, 4),
     "no bias, of the first layer": (lambda: _stack(2), ROWS, 4),
+    "as vision transformers write it": (lambda: st.with_linear_layers(_net(Vision())), ROWS, 4),
     "bert": (lambda: _transformer("Bert", vocab_size=30, max_position_embeddings=8), WORDS, 4),
     "vit": (lambda: _transformer("ViT", image_size=8, patch_size=4), IMAGES, 4),
     "llama": (lambda: _transformer("Llama", vocab_size=30, num_key_value_heads=2), WORDS, 2),
+    "phi-3": (lambda: _transformer("Phi3", vocab_size=30, num_key_value_heads=2, **NO_WORDS), WORDS, 2),
 }
 
 
@@ -261,6 +309,41 @@ def test_heads_that_code_counts_otherwise_stay_with_the_reason():
     (reason,) = (each.reason for each in sites.skipped if each.name == "att.qkv:out")
     assert "invalid for input" in reason
     assert "write -1" in reason
+
+
+def test_one_layer_loses_heads_and_the_configuration_that_all_have_stays(tmp_path: Path):
+    model = _net(Twice())
+    sites = st.couple(model, st.find(model), ROWS)
+    found = {coupling.name: coupling for coupling in sites.couplings if coupling.products}
+    assert set(found) == {"att.first.qkv_proj:out", "att.second.qkv_proj:out"}
+    heads = found["att.first.qkv_proj:out"]
+    zeroed, small = copy.deepcopy(model), copy.deepcopy(model)
+    with torch.no_grad():
+        zeroed.att.first.o_proj.weight[:, heads.on(IN)[0].positions[1]] = 0
+    narrow(small, axes_left(sites.couplings, {heads.name: [0]}))
+    torch.testing.assert_close(small(ROWS), zeroed(ROWS), rtol=1e-12, atol=1e-12)
+    first, second, whole = small.att.first.config, small.att.second.config, small.att.config
+    assert (first.num_heads, second.num_heads, whole.num_heads, first.layers) == (2, 4, 4, 4)
+    whole.layers = 7
+    assert copy.deepcopy(small).att.first.config.layers == first.layers == 7
+    result = st.compress(model, list(ROWS.split(2)), {"macs": 0.8}, methods=PrincipalFilters(), only=["att.*"])
+    st.save(result, tmp_path / "small.safetensors")
+    again = st.load(_net(Twice()), tmp_path / "small.safetensors").eval()
+    torch.testing.assert_close(again(ROWS), result.model(ROWS))
+
+
+def test_a_vision_transformer_is_told_what_lets_its_heads_go(tmp_path: Path):
+    model = _net(Vision())
+    sites = st.couple(model, st.find(model), ROWS)
+    reason = next(each.reason for each in sites.skipped if each.name == "att.qkv:out")
+    assert reason.endswith("those of spectrim.with_linear_layers(model) can go")
+    result = st.compress(
+        st.with_linear_layers(model), list(ROWS.split(2)), {"macs": 0.8}, methods=PrincipalFilters(), only=["att.*"]
+    )
+    small: Any = result.model
+    assert 12 * small.att.num_heads == small.att.qkv.out_features < 48
+    st.save(result, tmp_path / "small.safetensors")
+    torch.testing.assert_close(st.load(_net(Vision()), tmp_path / "small.safetensors").eval()(ROWS), small(ROWS))
 
 
 def test_a_plan_that_removes_heads_counts_products_and_is_saved(tmp_path: Path):

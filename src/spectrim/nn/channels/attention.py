@@ -13,6 +13,7 @@ from torch import nn
 
 from spectrim.network.coupling import OUT, Coupling, Side
 from spectrim.nn.channels.narrow import beside_layers
+from spectrim.nn.channels.numbers import numbers_of
 
 # How many numbers a set has at most besides those that say heads.
 _MOST = 4
@@ -78,6 +79,8 @@ class Attention:
         each_one = all(size == self.heads for _, size in number.places)
         if not number.axis.startswith("."):
             return each_one
+        if "." in number.axis[1:]:
+            return False  # a configuration says so of all modules, and most have read it when they were made
         sharers = self.shares and each_one and _COUNTS_SHARERS.search(number.axis)
         return bool(_COUNTS_HEADS.search(number.axis) or sharers)
 
@@ -109,8 +112,9 @@ class Attention:
                 yield path, OUT, module.embedding_dim
             if type(module).__module__.startswith("torch."):
                 continue
-            for name, number in vars(module).items():
-                if type(number) is int and may_follow(number) and not name.startswith("_"):
+            for name, number in numbers_of(module):
+                # Of all that a configuration says, what counts heads.
+                if may_follow(number) and ("." not in name or _COUNTS_HEADS.search(name)):
                     yield path, f".{name}", number
             for name, parameter in module.named_parameters(recurse=False):
                 for axis, size in enumerate(parameter.shape):

@@ -21,10 +21,12 @@ from spectrim.network.coupling import IN, OUT, Axis, Coupling, Side
 from spectrim.nn.channels.attention import Attention, in_lists, sets
 from spectrim.nn.channels.rules import layers_of
 from spectrim.nn.channels.trial import DRAWS, Trial, dim_of, explained
+from spectrim.nn.fused_attention import has_parts
 from spectrim.nn.watch.nesting import output_tensors
 from spectrim.nn.watch.observe import hooked, on_each
 from spectrim.nn.watch.state import evaluating
 
+_REWRITTEN = "; those of spectrim.with_linear_layers(model) can go"
 # Sets of numbers that are tried for one attention.
 _TRIED = 16
 
@@ -121,7 +123,8 @@ class Heads:
             if fault is None:
                 return coupling
             faults.append(fault)
-        return explained(faults[0])
+        way = any(has_parts(self.trial.model.get_submodule(owner)) for owner in attention.owners)
+        return f"{explained(faults[0])}{_REWRITTEN if way else ''}"
 
 
 @dataclass(eq=False)

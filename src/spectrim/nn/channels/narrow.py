@@ -15,6 +15,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from spectrim.errors import PlanError
 from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Side
+from spectrim.nn.channels.numbers import number_at, set_number
 from spectrim.nn.channels.rules import ChannelRule, Held, is_registered, picked, rule_of
 from spectrim.nn.layers import describe
 from spectrim.nn.modules import Chained, Factored
@@ -38,7 +39,7 @@ def narrow(model: nn.Module, axes: Mapping[Axis, Tensor]) -> None:
             elif not isinstance(module, nn.Module):
                 raise ValueError(f"is a {type(module).__name__}")
             elif axis.startswith("."):
-                setattr(module, axis[1:], len(kept))
+                set_number(module, axis[1:], len(kept))
             else:
                 rule = rule_along(module, axis)
                 if rule is None:
@@ -170,8 +171,7 @@ def rule_along(module: Any, axis: str) -> ChannelRule | None:
 def length(module: Any, axis: str) -> int | None:
     """Length of an axis of a module or parameter, or the number that an attribute is; None where there is none."""
     if axis.startswith("."):
-        number = vars(module).get(axis[1:])
-        return number if type(number) is int else None
+        return number_at(module, axis[1:])
     if isinstance(module, nn.Parameter):
         return module.shape[int(axis)] if axis.isdecimal() and int(axis) < module.dim() else None
     rule = rule_along(module, axis)
