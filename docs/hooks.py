@@ -8,6 +8,9 @@ _TITLED = re.compile(r":(?:py:)?(?:func|class|meth|mod|attr|data|exc):<code>([^<
 # Blocks without a colour are those of no language.
 _PRINTED = re.compile(r'<div class="highlight"><pre>(<span></span><code>[^<]*</code>)')
 
+# A name or an option; what is longer has to be cut on a phone.
+_SHORT = re.compile(r"<code>([^<\s]{1,20})</code>")
+
 _CONTENTS = re.compile(r'(<nav class="md-nav" aria-label=)"([^"]*)"')
 
 _TABLE = re.compile(r"<table>(.*?)</table>", re.DOTALL)
@@ -19,8 +22,9 @@ def _reached(table: re.Match[str]) -> str:
 
 
 def on_page_content(html: str, **_: object) -> str:
-    """Show ``:func:`unfold``` as code; let printed tables, which scroll sideways, be reached by keyboard."""
+    """Show ``:func:`unfold``` as code, names in one piece; let printed tables, which scroll, be reached by keyboard."""
     html = _ROLE.sub(r"\1\2\3", _TITLED.sub(r"<code>\1</code>", html))
+    html = _SHORT.sub(r'<code class="short">\1</code>', html)
     html = _TABLE.sub(_reached, html)
     return _PRINTED.sub(r'<div class="highlight printed"><pre tabindex="0">\1', html)
 
@@ -41,4 +45,5 @@ def on_post_page(output: str, **_: object) -> str:
 
 def on_post_template(output_content: str, **_: object) -> str:
     """The same for the page of what is not found."""
-    return on_post_page(output_content)
+    said = "<p>There is no such page. The menu has them all, and the search finds the words of each.</p>"
+    return on_post_page(output_content).replace("<h1>404 - Not found</h1>", f"<h1>Not found</h1>{said}")

@@ -1,6 +1,6 @@
 """Lightning: ranks learned with the weights, in a LightningModule and a callback of a few lines.
 
-pip install spectrim lightning
+pip install . lightning
 python examples/lightning_callback.py
 """
 

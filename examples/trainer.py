@@ -1,6 +1,6 @@
 """A model of transformers: compressed, trained on by its Trainer, saved and loaded by its own functions.
 
-pip install 'spectrim[hf]'
+pip install '.[hf]'
 python examples/trainer.py
 """
 

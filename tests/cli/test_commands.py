@@ -149,6 +149,8 @@ def test_export_is_checked(run, suffix: str):
         (("compress", "nets:tiny", "-b", "macs=50%"), 2, "give --data"),
         (("compress", "nets:tiny", *DATA, "-b", "speed=2"), 2, "--budget limits 'speed'"),
         (("compress", "nets:tiny", *DATA, "-b", "macs=many"), 2, "'many'"),
+        (("compress", "nets:tiny", *DATA, "--macs", "50%"), 2, "Did you mean '--budget'?"),
+        (("compress", "https://a.b/net.pt", *DATA, "-b", "macs=50%"), 2, "is an address"),
         (("compress", "nets:tiny", *DATA, "-b", "macs=50%", "--selector", "lucky"), 2, "'lucky'"),
         (("compress", "nets:tiny", *DATA, "-b", "macs=50%", "--runtime", "onnx"), 2, "Did you mean 'onnxruntime'?"),
         (("compress", "nets:tiny", *DATA, "--plan", "gone.json"), 2, "'gone.json'"),

@@ -253,3 +253,15 @@ def test_what_cannot_be_met_or_is_not_there_is_named() -> None:
         select(in_joules(), Budget(grams=0.5, macs=0.5))
     with pytest.raises(ValueError, match=r"limits grams, .* \(it has macs\)"):
         Budget(grams=0.5).check(["macs"])
+
+
+def test_a_number_without_its_cost_limits_nothing():
+    with pytest.raises(TypeError, match=r"Say what is limited, as Budget\(macs=0\.5\)"):
+        Budget(0.5)  # type: ignore[misc]
+
+
+def test_a_few_bytes_are_asked_about():
+    with pytest.raises(ValueError, match="bytes=5%, for millions bytes=5MB, and for so few indeed"):
+        Budget.of("bytes=5")
+    assert Budget.of("bytes=5MB") == Budget(bytes=5_000_000)
+    assert Budget(bytes=5).limits({"bytes": 9.0}) == {"bytes": 5}

@@ -156,7 +156,10 @@ def _check(plan: Plan, sites: Sites) -> None:
     known = {layer.name for layer in sites.layers} | _channels(sites)
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise PlanError(f"the plan names sites that the model does not have: {', '.join(map(repr, unknown))}")
+        raise PlanError(
+            f"the plan names sites that the model does not have: {', '.join(map(repr, unknown))}; "
+            "give the network that it was made for, or plan this one anew"
+        )
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise PlanError(f"the plan names sites more than once: {', '.join(map(repr, twice))}")

@@ -16,12 +16,15 @@ from typer.core import TyperCommand, TyperGroup
 
 from spectrim.cli.common import PrintOptions
 from spectrim.errors import did_you_mean
+from spectrim.selection.budget import COSTS, OTHER_NAMES
 
 _STACKED = 60
 """Columns of a terminal below which what an option means stands under it and not beside it: a phone's."""
 _WIDEST = 80
 # What stands for the value of an option that does not say so itself, by its type.
 _KINDS = {"int": " N", "float": " NUMBER", "path": " PATH", "list": " TEXT", "str": " TEXT"}
+# What is limited is a value of --budget, and no option of its own.
+_BUDGETED = {f"--{cost}": "--budget" for cost in (*COSTS, *OTHER_NAMES)}
 # What click raises for command lines that it cannot read; its module differs between versions of typer.
 _Unread: Any = typer.BadParameter.__base__
 
@@ -106,8 +109,9 @@ def _check_texts(args: Sequence[str]) -> None:
 
 def _quoted(error: Any, args: Sequence[str]) -> str:
     """What click says, with the value that cannot be read beside the option that it stands behind."""
-    if near := getattr(error, "possibilities", None):  # any that share a few letters: the nearest is meant
-        return f"{error.message.rstrip('.')}.{did_you_mean(str(getattr(error, 'option_name', '')), near)}"
+    if (option := getattr(error, "option_name", None)) and error.ctx:  # what click asks shares a few letters only
+        known = [name for parameter in error.ctx.command.params for name in parameter.opts]
+        return f"{error.message.rstrip('.')}.{did_you_mean(option, known, _BUDGETED)}".rstrip(".")
     message, parameter = error.format_message(), getattr(error, "param", None)
     _, colon, reason = message.partition(": ")
     for option in getattr(parameter, "opts", ()) if colon else ():

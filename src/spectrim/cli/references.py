@@ -227,7 +227,8 @@ def factory(reference: Reference, what: str) -> Callable[..., Any]:
             raise UsageError(f"{said}.{close}" if close else said)
         found = getattr(found, part)
     if not callable(found):
-        raise UsageError(f"{what} {reference.text!r}: {reference.place!r} is a {type(found).__name__}, not callable")
+        said = f"{what} {reference.text!r}: {reference.place!r} is a {type(found).__name__}, not callable"
+        raise UsageError(f"{said}: name a function or a class")
     return found
 
 

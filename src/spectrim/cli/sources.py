@@ -70,6 +70,8 @@ def _source(reference: Reference, what: str) -> Path | None:
     if here not in sys.path:
         sys.path.insert(0, here)
     first, *rest = reference.scheme.split(".")
+    if reference.place.startswith("//"):
+        raise UsageError(f"{what} {reference.text!r} is an address: fetch the file, and name what you have fetched")
     if reference.scheme in sys.modules:
         return None  # what it holds now is what counts
     spec = importlib.util.find_spec(first)

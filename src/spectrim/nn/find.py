@@ -233,7 +233,10 @@ def _elsewhere(
 def check_model(model: object) -> None:
     """Raise TypeError for what is no module, UnsupportedLayerError for one whose numbers nothing may change."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"the model is a {type(model).__name__}: expected a torch.nn.Module")
+        raise TypeError(
+            f"the model is a {type(model).__name__}: expected a torch.nn.Module, and batches after it; of a result it "
+            "is result.model"
+        )
     made = next(
         (name for name, p in nn.Module.named_parameters(model) if not is_lazy(p) and p.is_inference()),
         None,

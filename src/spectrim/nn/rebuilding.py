@@ -73,7 +73,7 @@ def _absent(model: nn.Module, name: str) -> str:
     """Why there is no such layer to change."""
     if isinstance(dict(model.named_modules()).get(name), StandIn):
         return "it is compressed already in this model: load into the network as it was before any compression"
-    return "this model does not have it"
+    return "this model does not have it: load into the network that was compressed, made with the same arguments"
 
 
 def _rebuild(model: nn.Module, sites: Sites, plan: Plan) -> None:

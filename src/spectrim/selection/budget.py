@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from numbers import Real
 from typing import Any
 
-from spectrim.errors import did_you_mean
+from spectrim.errors import called_as, did_you_mean
 
 COSTS = ("parameters", "macs", "bytes", "latency")
 UNITS = {"parameters": "", "macs": "MAC", "bytes": "B", "latency": "ms"}
@@ -30,8 +30,8 @@ _SUFFIXES: dict[str, dict[str, float]] = {
 # Of a cost of the user's own, in whatever unit it is counted.
 _ANY_SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _SHOWN = {"parameters": "k, M, G, B", "bytes": "B, KB, MB, GB, KiB, MiB, GiB", "latency": "us, ms, s"}
-# Costs of which no network has so few as a percentage has.
-_WHOLE = {"parameters": "parameters", "macs": "multiply-accumulates"}
+# Costs of which no network has so few as a percentage has, and how a million of each is written.
+_WHOLE = {"parameters": ("parameters", "M"), "macs": ("multiply-accumulates", "M"), "bytes": ("bytes", "MB")}
 # Between limits in one text: a comma or space that another COST= follows.
 _BETWEEN = re.compile(r"[,\s]+(?=[^\s,=]+\s*=)")
 
@@ -71,9 +71,9 @@ class Budget:
     ------
     ValueError
         For no limit at all, a limit that is not positive, a share above 100 %, text that cannot be read, or a number
-        such as 1.5 for parameters or MACs, which is neither a share nor a count.
+        such as 1.5 for parameters, MACs or bytes, which is neither a share nor a count.
     TypeError
-        For a limit that is neither a number nor text.
+        For a limit that is neither a number nor text, or that does not say of which cost.
     """
 
     parameters: Amount | None = field(init=False)
@@ -83,8 +83,10 @@ class Budget:
     _stated: Mapping[str, Amount] = field(init=False)
     _limits: Mapping[str, Limit] = field(init=False)
 
+    @called_as("Say what is limited, as Budget(macs=0.5) or Budget(parameters='2M', bytes='10MiB')")
     def __init__(
         self,
+        *,
         parameters: Amount | None = None,
         macs: Amount | None = None,
         bytes: Amount | None = None,  # noqa: A002
@@ -143,7 +145,7 @@ class Budget:
         return cls(**limits)
 
     def meant(self) -> Budget:
-        """The budget, unless it was a percentage that lacks its sign: no network has so few parameters or MACs.
+        """The budget, unless it was a percentage or a number of millions that lacks its sign: no network has so few.
 
         Raises
         ------
@@ -153,9 +155,11 @@ class Budget:
         for cost, stated in self._stated.items():
             limit = self._limits[cost]
             if cost in _WHOLE and isinstance(stated, str) and not limit.relative and limit.number <= 100:
+                number, (units, million) = f"{limit.number:g}", _WHOLE[cost]
                 raise ValueError(
-                    f"the {cost} budget {stated!r} is {stated} {_WHOLE[cost]} for a whole network: for a share write "
-                    f"{cost}={stated}%, and for so few indeed Budget({cost}={stated})"
+                    f"the {cost} budget {stated!r} is {number} {units} for a whole network: for a share write "
+                    f"{cost}={number}%, for millions {cost}={number}{million}, and for so few indeed "
+                    f"Budget({cost}={number})"
                 )
         return self
 
@@ -242,8 +246,8 @@ def _read(cost: str, amount: Amount) -> Limit:
         raise ValueError(f"the {cost} budget {amount!r} is more than the dense network has: write at most 100%")
     if cost in _WHOLE and isinstance(amount, float) and amount < 100 and not amount.is_integer() and amount > 1:
         raise ValueError(
-            f"the {cost} budget {amount!r} is {amount} {_WHOLE[cost]} for a whole network, as only numbers up to 1 are "
-            "shares of dense: write at most 1, or '50%'"
+            f"the {cost} budget {amount!r} is {amount} {_WHOLE[cost][0]} for a whole network, as only numbers up to 1 "
+            "are shares of dense: write at most 1, or '50%'"
         )
     return limit
 
