@@ -15,8 +15,9 @@ from spectrim.errors import PlanError
 from spectrim.nn.functional import run
 from spectrim.nn.modules import Factored
 from spectrim.nn.sparse.layers import Masked
-from spectrim.nn.standing import StandIn, Traits, WholeWeight
+from spectrim.nn.standing import StandIn, WholeWeight
 from spectrim.nn.surgery import merge
+from spectrim.nn.traits import Traits
 from tests.nn.layers import LAYERS, Wrapped, close
 from tests.nn.nets import compressed, low_rank, sparse
 

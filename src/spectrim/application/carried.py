@@ -20,7 +20,7 @@ from spectrim.nn.build import skeleton
 from spectrim.nn.channels.removal import Removal
 from spectrim.nn.proof import Expected, check_copy, prove, watching
 from spectrim.nn.shipping import carry
-from spectrim.nn.standing import Traits
+from spectrim.nn.traits import Traits
 from spectrim.nn.watch.batches import Feed, one_by_one
 from spectrim.nn.watch.nesting import begun, checked_batches, listed, reads_once
 from spectrim.nn.watch.norms import reestimate_batchnorm

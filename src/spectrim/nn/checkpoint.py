@@ -26,8 +26,9 @@ from spectrim.nn.packing import pack_state
 from spectrim.nn.rebuilding import check_dense, naming, rebuild
 from spectrim.nn.shipping import carry, earlier, remembered, rewritten
 from spectrim.nn.sparse.packed import masked_in
-from spectrim.nn.standing import StandIn, Traits
+from spectrim.nn.standing import StandIn
 from spectrim.nn.stored import name_in
+from spectrim.nn.traits import Traits
 from spectrim.selection.plan import Plan
 
 # Of a header: what is written of a tensor beside its name and numbers, and of texts beside the plan and tables.

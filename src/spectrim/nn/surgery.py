@@ -14,8 +14,9 @@ from spectrim.nn.modules import FactoredHead, FactoredTable, dense_layer
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.shipping import declare_ties, forget_layers, without_bias
 from spectrim.nn.sparse.packed import masked_layers, stored_bytes
-from spectrim.nn.standing import StandIn, Traits, fits, take_over
+from spectrim.nn.standing import StandIn, fits, take_over
 from spectrim.nn.stored import bytes_of_state
+from spectrim.nn.traits import Traits
 
 # Its place in 0.1, until 0.3.
 from spectrim.nn.watch.norms import reestimate_batchnorm as reestimate_batchnorm
