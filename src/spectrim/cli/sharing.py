@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from spectrim.cli.common import usage
-from spectrim.cli.methods import JOINT, Methods
+from spectrim.cli.methods import JOINT, LOW_RANK, Methods
 from spectrim.cli.options import SharingOptions
 from spectrim.cli.references import UsageError
 from spectrim.cli.values import read_groups
@@ -19,15 +19,19 @@ Wanted = bool | Mapping[str, Sequence[str]]
 """True for the groups that the rules find, False for none, or names of layers by the name of the group."""
 
 
-def wanted_groups(options: SharingOptions, methods: Methods, *, default: bool = False) -> Wanted:
-    """What ``--share``, ``--groups`` and ``--method`` say together, or what saying nothing means."""
+def wanted_groups(options: SharingOptions, methods: Methods, limited: Collection[str] = ()) -> Wanted:
+    """What ``--share``, ``--groups`` and ``--method`` say together, where budgets limit these costs.
+
+    What sharing saves is parameters and bytes: under other budgets it is hardly ever chosen, and costs time.
+    """
     joint = next((name for name in (JOINT, "joint-svd") if name in methods), None)
     if options.share is False and joint is not None:
         raise UsageError(f"--method {joint} does not combine with --no-share: it is for layers that share factors")
     if options.groups is not None:
         return read_groups(options.groups)
     if options.share is None:
-        return default or joint is not None
+        usual = methods.names == (LOW_RANK,) and not {"parameters", "bytes"}.isdisjoint(limited)
+        return usual or joint is not None
     return options.share
 
 

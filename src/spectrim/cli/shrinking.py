@@ -19,7 +19,7 @@ from spectrim.cli.filters import (
     sample_notes,
     with_channels,
 )
-from spectrim.cli.methods import AUTO, LOW_RANK, Methods
+from spectrim.cli.methods import AUTO, Methods
 from spectrim.cli.models import load_compressed
 from spectrim.cli.options import SELECTORS, FileOptions, GoalOptions, SharingOptions
 from spectrim.cli.preprocessing import tell
@@ -108,10 +108,7 @@ class Request:
         if goal.recipe is not None:
             share = recipe_share(goal.recipe)
             recipe = KL() if share is None else Energy(share)
-        # What sharing saves is parameters and bytes: under other budgets it is hardly ever chosen, and costs time.
-        stored = budget is not None and not {"parameters", "bytes"}.isdisjoint(budget.costs)
-        usual = stored and methods.names == (LOW_RANK,)
-        groups = wanted_groups(sharing, methods, default=usual)
+        groups = wanted_groups(sharing, methods, budget.costs if budget is not None else ())
         chosen = methods.chosen(calibrated, multiple_of=multiple_of, share=groups is not False)
         plan = Plan.read(goal.plan) if goal.plan is not None else None
         awaited = plan is None and wanted_groups(sharing, methods) is True

@@ -14,7 +14,7 @@ from torch import nn
 
 from spectrim.cli.common import Output
 from spectrim.cli.filters import with_channels
-from spectrim.cli.methods import LOW_RANK, Methods
+from spectrim.cli.methods import Methods
 from spectrim.cli.options import (
     InputOptions,
     LayerOptions,
@@ -105,8 +105,7 @@ class Request:
 
     def carry_out(self, out: Output) -> None:
         """Make or read every point, write the files, print the table or the document."""
-        usual = self.methods.names == (LOW_RANK,) and not {"parameters", "bytes"}.isdisjoint(self.limited)
-        groups = wanted_groups(self.sharing, self.methods, default=usual)
+        groups = wanted_groups(self.sharing, self.methods, self.limited)
         tuning = dataclasses.replace(self.training.recipe(), checkpoint_every=_STEPS)
         methods = self.methods.chosen(True, multiple_of=self.layers.multiple_of, share=groups is not False)
         work = Work.load(self.network, self.layers, self.inputs, self.training, timed=self.timed)
