@@ -80,19 +80,12 @@ def carry_optimizer(optimizer: Optimizer, old: nn.Module, new: nn.Module) -> Car
     -----
     Learning rates and steps of schedulers are left as they are: a scheduler holds the optimizer, which stays the same.
     """
-    names = {id(p): name for name, p in old.named_parameters()}
-    group_of = {names[id(p)]: n for n, g in enumerate(optimizer.param_groups) for p in g["params"] if id(p) in names}
-    if not group_of:
-        raise ValueError(
-            f"the optimizer holds no parameter of this {type(old).__name__}: pass the network that it has trained, and "
-            "then what was made of it"
-        )
+    group_of, state = _trained(optimizer, old)
     if unlike := set(rewritten(new)) - set(rewritten(old)):
         raise ValueError(
             f"{min(unlike)!r} has nn.Linear layers in the new network and not in the old one: train what "
             "with_linear_layers gives, compress that, and pass both"
         )
-    state = {names[id(p)]: dict(entries) for p, entries in optimizer.state.items() if id(p) in names}
     shapes = _cut(old, new, state)
     momenta = dict(_projected(old, new, state))
     kept, projected, reset = [], [], []
@@ -126,6 +119,18 @@ def carry_optimizer(optimizer: Optimizer, old: nn.Module, new: nn.Module) -> Car
     for parameter, entries in fresh.items():
         optimizer.state[parameter] = entries
     return Carried(tuple(kept), tuple(projected), tuple(reset))
+
+
+def _trained(optimizer: Optimizer, old: nn.Module) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
+    """The groups of an optimizer's parameters, and what it knows of them, by their names in the network."""
+    names = {id(p): name for name, p in old.named_parameters()}
+    group_of = {names[id(p)]: n for n, g in enumerate(optimizer.param_groups) for p in g["params"] if id(p) in names}
+    if not group_of:
+        raise ValueError(
+            f"the optimizer holds no parameter of this {type(old).__name__}: pass the network that it has trained, and "
+            "then what was made of it"
+        )
+    return group_of, {names[id(p)]: dict(entries) for p, entries in optimizer.state.items() if id(p) in names}
 
 
 def _origin(name: str, layer: str, trained: Iterable[str]) -> str | None:

@@ -34,8 +34,6 @@ log = logging.getLogger(__name__)
 
 Evaluate = Callable[[nn.Module], float]
 
-_PARTS = {"model", "optimizer", "best", "random", "epoch_random", "loss", "penalty", "after_step"}  # of checkpoints
-
 
 class Loop:
     """A training run that can be stopped between epochs and continued.
@@ -328,18 +326,10 @@ class Loop:
                 f"{path}: belongs to another run: {'; '.join(changed)}. Use the same recipe and data to continue, "
                 "or delete the file to start again"
             )
-        problem = record.problem(self.recipe.epochs, self.steps_per_epoch)
-        unknown = parts.keys() - _PARTS
-        total, best = tensors.get("loss/sum"), parts.get("best", {})
-        if unknown:
-            problem = f"it holds {min(unknown)!r}, which is no part of a checkpoint"
-        elif total is None or total.shape != () or total.dtype != torch.float64 or not math.isfinite(float(total)):
-            problem = problem or "the sum of losses is no finite number"
-        elif bool(best) != (self.recipe.keep == "best" and record.best[0] is not None):
-            problem = problem or "the best weights are missing, or should not be there"
-        if problem or total is None:
+        wanted = self.recipe.keep == "best" and record.best[0] is not None
+        if problem := resume.damage(parts, record.problem(self.recipe.epochs, self.steps_per_epoch), wanted):
             raise CheckpointError(f"{path}: the training checkpoint is damaged: {problem}; delete it to start again")
-        if best:
+        if best := parts.get("best", {}):
             resume.check_model(self.model, best, str(path))
         state = resume.optimizer_state(self._optimizer, parts.get("optimizer", {}), record.optimizer, str(path))
         for name in ("random", "epoch_random"):
@@ -351,7 +341,7 @@ class Loop:
         self._history, (self._best_metric, self._best_epoch) = list(record.history), record.best
         self._best, self._seconds = best, record.seconds
         self._random, self._epoch_random = parts["random"], parts["epoch_random"]
-        self._loss_sum.copy_(total)
+        self._loss_sum.copy_(parts["loss"]["sum"])
         log.info("%s: goes on from epoch %d, step %d", path, self.epoch, self.step)
 
     def _resume_hooks(self, parts: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:

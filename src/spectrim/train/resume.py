@@ -24,6 +24,7 @@ from spectrim.train.result import EpochRecord
 
 FORMAT = 1
 _KEY = "spectrim_training"
+_PARTS = {"model", "optimizer", "best", "random", "epoch_random", "loss", "penalty", "after_step"}
 Count = Annotated[int, msgspec.Meta(ge=0)]
 # State of each weight in the optimizers that recipes name, all but the number of steps of the weight's shape.
 _STATE: Mapping[type[Optimizer], frozenset[str]] = {
@@ -143,6 +144,21 @@ def read_record(record: Mapping[str, Any], source: str) -> Record:
 def section(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors under ``prefix/``, without it."""
     return {name[len(prefix) + 1 :]: t for name, t in tensors.items() if name.startswith(prefix + "/")}
+
+
+def damage(parts: Mapping[str, Mapping[str, Tensor]], told: str, best: bool) -> str:
+    """What cannot be so in the parts of a checkpoint, or is told of its record; empty if there is nothing.
+
+    ``best`` says whether the best weights are to be there.
+    """
+    total = parts.get("loss", {}).get("sum")
+    if unknown := parts.keys() - _PARTS:
+        return f"it holds {min(unknown)!r}, which is no part of a checkpoint"
+    if told:
+        return told
+    if total is None or total.shape != () or total.dtype != torch.float64 or not math.isfinite(float(total)):
+        return "the sum of losses is no finite number"
+    return "" if bool(parts.get("best")) == best else "the best weights are missing, or should not be there"
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
