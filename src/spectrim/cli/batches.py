@@ -38,20 +38,12 @@ class Source(ABC):
 
 @dataclass(frozen=True, eq=False)
 class InMemory(Source):
-    """Samples and labels that are held as tensors.
+    """Samples and labels that are held as tensors."""
 
-    Attributes
-    ----------
-    images
-        ``[n, ...]``: images as uint8 (0..255), other numbers as they are; whole numbers stay so, as tokens.
-    labels
-        ``[n]``, int64; None without.
-    preparation
-        What was done to them, in words.
-    """
-
+    # ``[n, ...]``: images as uint8 (0..255), other numbers as they are; whole numbers stay so, as tokens.
     images: Tensor
-    labels: Tensor | None
+    labels: Tensor | None  # ``[n]``, int64; None without
+    # What was done to them, in words.
     preparation: str = ""  # type: ignore[assignment]  (a property of the base)
 
     @property
@@ -147,37 +139,20 @@ class Batches:
 
     The order and the augmentation of an epoch depend on ``seed`` and the epoch alone, so that a run that is killed
     and resumed sees the same batches.
-
-    Attributes
-    ----------
-    source
-        Where the samples come from.
-    batch_size
-        Samples a batch; the last one may be smaller.
-    shuffle
-        Another order each epoch.
-    seed
-        Of the order and of the augmentation.
-    mean, std
-        One number a channel, subtracted from and divided out of the images.
-    augment
-        ``none``, ``crop`` (random crops after a zero padding of one eighth) or ``crop-flip`` (and horizontal flips).
-    device
-        Where the batches go.
-    chosen
-        Numbers of the samples that there are; None for all of the source.
     """
 
-    source: Source
-    batch_size: int = 128
-    shuffle: bool = False
-    seed: int = 0
+    source: Source  # where the samples come from
+    batch_size: int = 128  # samples a batch; the last one may be smaller
+    shuffle: bool = False  # another order each epoch
+    seed: int = 0  # of the order and of the augmentation
+    # One number a channel, subtracted from and divided out of the images.
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1.0,)
+    # ``none``, ``crop`` (random crops after a zero padding of one eighth) or ``crop-flip`` (and horizontal flips).
     augment: str = "none"
-    device: str = "cpu"
+    device: str = "cpu"  # where the batches go
     epoch: int = 0
-    chosen: Tensor | None = None
+    chosen: Tensor | None = None  # numbers of the samples that there are; None for all of the source
 
     def set_epoch(self, epoch: int) -> None:
         """Choose which order comes next."""

@@ -39,47 +39,27 @@ Purpose = Literal["test", "calibration", "training"]
 
 @dataclass(frozen=True)
 class Scheme:
-    """A built-in kind of data.
+    """A built-in kind of data."""
 
-    Attributes
-    ----------
-    options
-        What may stand after the question mark.
-    locate
-        Finds the files, and refuses what cannot be read before anything is.
-    augment
-        What is done to training images unless the reference says otherwise.
-    normalise
-        The same of all.
-    labels, cure
-        Which of what ``locate`` returns tells whether there are labels, and how there would be some; without a cure
-        there are always.
-    """
-
-    options: type[DataOptions]
+    options: type[DataOptions]  # what may stand after the question mark
+    # Finds the files, and refuses what cannot be read before anything is.
     locate: Callable[[Reference, Any], tuple[Any, ...]]
-    augment: str = "none"
-    normalise: str = "none"
+    augment: str = "none"  # what is done to training images unless the reference says otherwise
+    normalise: str = "none"  # the same of all
+    # Which of what ``locate`` returns tells whether there are labels, and how there would be some; without a cure there
+    # are always.
     labels: int = 0
     cure: str = ""
 
 
 @dataclass(frozen=True)
 class Data:
-    """A reference that was read: what it names is there, as far as can be seen without loading it.
-
-    Attributes
-    ----------
-    scheme
-        Of built-in data; None for a function.
-    files
-        What the scheme has found.
-    """
+    """A reference that was read: what it names is there, as far as can be seen without loading it."""
 
     reference: Reference
-    scheme: Scheme | None = None
+    scheme: Scheme | None = None  # of built-in data; None for a function
     options: DataOptions = DataOptions()
-    files: tuple[Any, ...] = ()
+    files: tuple[Any, ...] = ()  # what the scheme has found
 
     def check_labels(self, option: str) -> None:
         """Refuse built-in data whose files have no labels, for what an option needs them for."""

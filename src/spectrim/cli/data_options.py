@@ -20,31 +20,15 @@ _SEEDS = 2**40  # times the million that epochs take it stays one that torch tak
 
 @dataclass(frozen=True)
 class DataOptions:
-    """Options of all built-in data.
+    """Options of all built-in data."""
 
-    Attributes
-    ----------
-    split
-        ``train`` or ``test``, where the data have both.
-    batch
-        Samples a batch.
-    limit
-        Use this many samples, drawn at random with ``seed``; 0 for all.
-    shuffle
-        Another order each epoch.
-    seed
-        Of the order, the draw and the augmentation.
-    normalise
-        ``none`` (pixels 0..1, other numbers as they are), ``half`` (to -1..1), ``imagenet``, ``cifar10``,
-        ``fashion-mnist``, or numbers as ``mean,mean,mean/std,std,std``: one a channel of images, one a column of a
-        table.
-    """
-
-    split: str = "test"
-    batch: int = 128
-    limit: int = 0
-    shuffle: bool = False
-    seed: int = 0
+    split: str = "test"  # ``train`` or ``test``, where the data have both
+    batch: int = 128  # samples a batch
+    limit: int = 0  # use this many samples, drawn at random with ``seed``; 0 for all
+    shuffle: bool = False  # another order each epoch
+    seed: int = 0  # of the order, the draw and the augmentation
+    # ``none`` (pixels 0..1, other numbers as they are), ``half`` (to -1..1), ``imagenet``, ``cifar10``,
+    # ``fashion-mnist``, or numbers as ``mean,mean,mean/std,std,std``: one a channel of images, one a column of a table.
     normalise: str = "none"
 
     def __post_init__(self) -> None:
@@ -78,15 +62,9 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class ImageOptions(DataOptions):
-    """Options of images.
+    """Options of images."""
 
-    Attributes
-    ----------
-    augment
-        ``none``, ``crop`` or ``crop-flip``; see :class:`spectrim.cli.batches.Batches`.
-    """
-
-    augment: str = "none"
+    augment: str = "none"  # ``none``, ``crop`` or ``crop-flip``; see :class:`spectrim.cli.batches.Batches`
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -96,19 +74,12 @@ class ImageOptions(DataOptions):
 
 @dataclass(frozen=True)
 class FolderOptions(ImageOptions):
-    """Options of folders of image files.
+    """Options of folders of image files."""
 
-    Attributes
-    ----------
-    resize
-        Pixels that the shorter side is scaled to; 0 to leave images as large as they are, which all must be then. None
-        for 256, and for 0 where all images are of one size below 224.
-    crop
-        Pixels of the square that is cut out of the middle: 224, or ``resize`` where that is less.
-    """
-
+    # Pixels that the shorter side is scaled to; 0 to leave images as large as they are, which all must be then. None
+    # for 256, and for 0 where all images are of one size below 224.
     resize: int | None = None
-    crop: int | None = None
+    crop: int | None = None  # pixels of the square that is cut out of the middle: 224, or ``resize`` where that is less
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -142,26 +113,15 @@ class FolderOptions(ImageOptions):
 
 @dataclass(frozen=True)
 class ArrayOptions(ImageOptions):
-    """Options of arrays of numpy.
+    """Options of arrays of numpy."""
 
-    Attributes
-    ----------
-    inputs, labels
-        Names of the arrays; ``labels=none`` for data without.
-    """
-
+    # Names of the arrays; ``labels=none`` for data without.
     inputs: str = ""
     labels: str = ""
 
 
 @dataclass(frozen=True)
 class TableOptions(DataOptions):
-    """Options of tables.
+    """Options of tables."""
 
-    Attributes
-    ----------
-    labels
-        The column that holds labels, ``none`` for data without.
-    """
-
-    labels: str = ""
+    labels: str = ""  # the column that holds labels, ``none`` for data without

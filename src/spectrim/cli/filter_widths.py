@@ -26,26 +26,16 @@ _SHOWN = 3  # names of layers in a cell of the table
 
 @dataclass(frozen=True)
 class Widths:
-    """Recommended widths of all groups.
+    """Recommended widths of all groups."""
 
-    Attributes
-    ----------
-    groups
-        One a group of channels: ``name``, ``channels``, ``dead`` filters, layers that it is ``written_by``,
-        ``passed_by`` (depthwise ones) and ``read_by``, ``widths`` as recommended and ``rounded`` ones, by the recipe
-        as ``--recipe`` takes it.
-    networks
-        ``parameters`` and ``macs`` of the whole network with the rounded widths, by the recipe.
-    dense
-        The same of the network as it is.
-    notes
-        What a reader should know.
-    """
-
+    # One a group of channels: ``name``, ``channels``, ``dead`` filters, layers that it is ``written_by``, ``passed_by``
+    # (depthwise ones) and ``read_by``, ``widths`` as recommended and ``rounded`` ones, by the recipe as ``--recipe``
+    # takes it.
     groups: tuple[Mapping[str, Any], ...]
+    # ``parameters`` and ``macs`` of the whole network with the rounded widths, by the recipe.
     networks: Mapping[str, Mapping[str, float]]
-    dense: Mapping[str, float]
-    notes: tuple[str, ...]
+    dense: Mapping[str, float]  # the same of the network as it is
+    notes: tuple[str, ...]  # what a reader should know
 
     @classmethod
     def of(cls, sites: Sites, method: PrincipalFilters) -> Widths:

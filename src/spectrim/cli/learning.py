@@ -39,23 +39,15 @@ _OPTIONS = {"model": "MODEL", "points": "--budget", "costs": "--cost"} | {
 
 @dataclass(frozen=True)
 class RankRun:
-    """What the command line says about learning ranks. Two calls with equal records are one run.
-
-    Attributes
-    ----------
-    points
-        One budget each, its limits joined by commas; empty if a multiplier takes their place.
-    costs
-        Of the user's own, as ``--cost`` takes them.
-    """
+    """What the command line says about learning ranks. Two calls with equal records are one run."""
 
     network: NetworkOptions
     data: str | None
     training: TrainingOptions
     layers: LayerOptions
     learned: LearnedRanksOptions
-    points: Sequence[str]
-    costs: Sequence[str] = ()
+    points: Sequence[str]  # one budget each, its limits joined by commas; empty if a multiplier takes their place
+    costs: Sequence[str] = ()  # of the user's own, as ``--cost`` takes them
 
     def __post_init__(self) -> None:
         _ = self.budgets, self.options()

@@ -124,27 +124,16 @@ class Asked:
 
 @dataclass(frozen=True)
 class Methods:
-    """All ``--method`` together.
+    """All ``--method`` together."""
 
-    Attributes
-    ----------
-    asked
-        One each; the default where there is none.
-    said
-        Whether there is one.
-    """
-
-    asked: tuple[Asked, ...]
-    said: bool = True
+    asked: tuple[Asked, ...]  # one each; the default where there is none
+    said: bool = True  # whether there is one
 
     @classmethod
     def read(cls, texts: Sequence[str] | None, *, competing: bool = False) -> Methods:
         """Read the values of options; with ``competing``, sets of methods may be asked for.
 
-        Raises
-        ------
-        UsageError
-            For what is not known, or does not go together.
+        Raises UsageError for what is not known, or does not go together.
         """
         asked = tuple(Asked.read(text) for text in texts or (LOW_RANK,))
         for each in asked:

@@ -117,10 +117,7 @@ def load_model(text: str, weights: str | Path | None = None, *, pretrained: bool
 def load_compressed(text: str, checkpoint: str | Path) -> nn.Module:
     """A compressed model from the reference of its dense architecture and a checkpoint, in evaluation mode.
 
-    Raises
-    ------
-    CheckpointError
-        If the file is missing, damaged or belongs to another architecture.
+    Raises CheckpointError if the file is missing, damaged or belongs to another architecture.
     """
     from spectrim.nn.checkpoint import load
 

@@ -212,15 +212,9 @@ class LearningOptions:
 
 @dataclass(frozen=True)
 class LearnedRanksOptions(LearningOptions):
-    """The options of ``--method learned-ranks``.
+    """The options of ``--method learned-ranks``."""
 
-    Attributes
-    ----------
-    multiplier
-        Loss that one unit of ``cost`` is worth, in place of a budget.
-    """
-
-    multiplier: float | None = None
+    multiplier: float | None = None  # loss that one unit of ``cost`` is worth, in place of a budget
     cost: str = "macs"
 
     def __post_init__(self) -> None:

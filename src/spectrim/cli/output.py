@@ -43,27 +43,14 @@ def columns_of(stream: TextIO) -> int:
 
 @dataclass
 class Output:
-    """Where a command writes.
+    """Where a command writes."""
 
-    Attributes
-    ----------
-    as_json
-        One JSON document in place of tables.
-    quiet
-        Nothing on standard error but errors.
-    stdout
-        The real standard output, which a command's own code cannot reach in JSON mode.
-    made
-        Folders that a command has made, the innermost first.
-    left
-        What is there if the command is stopped now, and what goes on with it, in words.
-    """
-
-    as_json: bool = False
-    quiet: bool = False
+    as_json: bool = False  # one JSON document in place of tables
+    quiet: bool = False  # nothing on standard error but errors
+    # The real standard output, which a command's own code cannot reach in JSON mode.
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
-    made: list[Path] = field(default_factory=list)
-    left: str = ""
+    made: list[Path] = field(default_factory=list)  # folders that a command has made, the innermost first
+    left: str = ""  # what is there if the command is stopped now, and what goes on with it, in words
 
     @property
     def shows(self) -> bool:

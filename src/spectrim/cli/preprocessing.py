@@ -22,19 +22,12 @@ _SPREAD, _SHIFT = 1.7, 1.0
 
 @dataclass(frozen=True)
 class Inputs:
-    """The inputs of a reference, as their first batch shows them.
+    """The inputs of a reference, as their first batch shows them."""
 
-    Attributes
-    ----------
-    settings
-        How built-in data are prepared; empty for others.
-    mean, spread
-        Of all numbers, of floating-point inputs.
-    """
-
-    settings: str
+    settings: str  # how built-in data are prepared; empty for others
     dtype: str
     shape: tuple[int, ...]
+    # Of all numbers, of floating-point inputs.
     mean: float = 0.0
     spread: float = 0.0
 

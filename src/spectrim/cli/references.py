@@ -36,21 +36,13 @@ class UsageError(SpectrimError, ValueError):
 
 @dataclass(frozen=True)
 class Reference:
-    """A reference taken apart.
+    """A reference taken apart."""
 
-    Attributes
-    ----------
-    text
-        As given, for messages.
-    scheme, place
-        What stands before and after the first colon, or the one after the name of a file; ``place`` is empty without.
-    texts
-        What follows the question mark: texts of values by the option.
-    """
-
-    text: str
+    text: str  # as given, for messages
+    # What stands before and after the first colon, or the one after the name of a file; ``place`` is empty without.
     scheme: str
     place: str = ""
+    # What follows the question mark: texts of values by the option.
     texts: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -61,36 +61,18 @@ def write_result(result: Result, folder: Path) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A compression, as far as it has come.
+    """A compression, as far as it has come."""
 
-    Attributes
-    ----------
-    title
-        Of the report.
-    dense
-        The model that was compressed.
-    result
-        The compressed one, and how it came about.
-    folder
-        Where files go.
-    scores
-        ``(stage, percent)`` in the order they were measured: ``dense`` first, the finished model last.
-    notes
-        Sentences for the report.
-    named
-        References of model, weights and data, by their role; by default the title is the model's.
-    seeds
-        By what they are for.
-    """
-
-    title: str
-    dense: nn.Module
-    result: Result
-    folder: Path
+    title: str  # of the report
+    dense: nn.Module  # the model that was compressed
+    result: Result  # the compressed one, and how it came about
+    folder: Path  # where files go
+    # ``(stage, percent)`` in the order they were measured: ``dense`` first, the finished model last.
     scores: tuple[tuple[str, float], ...] = ()
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # sentences for the report
+    # References of model, weights and data, by their role; by default the title is the model's.
     named: Mapping[str, str] = field(default_factory=dict)
-    seeds: Mapping[str, int] = field(default_factory=dict)
+    seeds: Mapping[str, int] = field(default_factory=dict)  # by what they are for
 
     def scored(self, stage: str, percent: float) -> Outcome:
         return dataclasses.replace(self, scores=(*self.scores, (stage, percent)))

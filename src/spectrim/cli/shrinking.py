@@ -63,35 +63,18 @@ _STEPS = 200  # between two checkpoints of a fine-tuning
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for.
+    """What the command line asks for."""
 
-    Attributes
-    ----------
-    methods
-        On offer.
-    costs
-        Functions of layers of the user's own, by the cost.
-    budget, recipe, plan
-        One of them says how small the network gets.
-    groups
-        Layers that may share factors.
-    awaited
-        Whether there should be such groups, since they were asked for by name.
-    goal
-        How small, as it was said.
-    sets
-        Which sets of methods may make the network.
-    """
-
-    methods: list[Method]
-    costs: Mapping[str, Callable[[Any], float]]
+    methods: list[Method]  # on offer
+    costs: Mapping[str, Callable[[Any], float]]  # functions of layers of the user's own, by the cost
+    # One of them says how small the network gets.
     budget: Budget | None
     recipe: Energy | KL | None
     plan: Plan | None
-    groups: Wanted
-    awaited: bool
-    goal: GoalOptions
-    sets: Sets
+    groups: Wanted  # layers that may share factors
+    awaited: bool  # whether there should be such groups, since they were asked for by name
+    goal: GoalOptions  # how small, as it was said
+    sets: Sets  # which sets of methods may make the network
 
     def making(self, progress: Progress) -> Making:
         """How a network is made, with the methods that were asked for."""

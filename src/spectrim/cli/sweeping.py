@@ -57,15 +57,7 @@ _STEPS = 200  # between two checkpoints of a fine-tuning
 
 @dataclass(frozen=True)
 class Request:
-    """What the command line asks for.
-
-    Attributes
-    ----------
-    asked
-        Budgets, by what they say in words.
-    costs
-        Functions of layers of the user's own, by the cost.
-    """
+    """What the command line asks for."""
 
     network: NetworkOptions
     sizes: SizeOptions
@@ -75,8 +67,8 @@ class Request:
     layers: LayerOptions
     sharing: SharingOptions
     files: SweepFileOptions
-    asked: Mapping[str, Budget]
-    costs: Mapping[str, Callable[[Any], float]]
+    asked: Mapping[str, Budget]  # budgets, by what they say in words
+    costs: Mapping[str, Callable[[Any], float]]  # functions of layers of the user's own, by the cost
 
     @property
     def limited(self) -> set[str]:

@@ -57,24 +57,15 @@ def make_folder(out: Output, folder: Path, files: Sequence[str] = _RESULTS) -> P
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder with the checkpoints of one run and a record of what makes it.
-
-    Attributes
-    ----------
-    record
-        Values that are kept as JSON. Two calls with equal records are one run.
-    spelled
-        How a value of the record is written on the command line, where that is not ``--`` and its name.
-    usual
-        Values that records of earlier versions lack.
-    growing
-        Names of lists to which a later call may add at the end, or of which it may leave some away there.
-    """
+    """A folder with the checkpoints of one run and a record of what makes it."""
 
     folder: Path
+    # Values that are kept as JSON. Two calls with equal records are one run.
     record: Mapping[str, Any]
+    # How a value of the record is written on the command line, where that is not ``--`` and its name.
     spelled: Mapping[str, str] = field(default_factory=dict)
-    usual: Mapping[str, Any] = field(default_factory=dict)
+    usual: Mapping[str, Any] = field(default_factory=dict)  # values that records of earlier versions lack
+    # Names of lists to which a later call may add at the end, or of which it may leave some away there.
     growing: tuple[str, ...] = ()
 
     def claim(self) -> None:

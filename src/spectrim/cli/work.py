@@ -33,38 +33,19 @@ from spectrim.train.batches import length, split
 
 @dataclass(frozen=True)
 class Work:
-    """What a command works on.
+    """What a command works on."""
 
-    Attributes
-    ----------
-    network
-        What names the model, and says how it is run where time is measured.
-    dense
-        The model.
-    sites
-        Where something may be chosen.
-    training, calibration, testing
-        Batches, if there are any.
-    example
-        A batch as latency and memory are measured with; None without any batch or shape.
-    latency
-        How time is measured; None if nothing asks for it.
-    sampling
-        How many rows calibration keeps, and which are data.
-    named
-        References of model, weights and data as given, by their role.
-    """
-
-    network: NetworkOptions
-    dense: nn.Module
-    sites: Sites
+    network: NetworkOptions  # what names the model, and says how it is run where time is measured
+    dense: nn.Module  # the model
+    sites: Sites  # where something may be chosen
+    # Batches, if there are any.
     training: Iterable[Any] | None
     calibration: Iterable[Any] | None
     testing: Iterable[Any] | None
-    example: Any
-    latency: Latency | None
-    sampling: Sampling
-    named: Mapping[str, str]
+    example: Any  # A batch as latency and memory are measured with; None without any batch or shape
+    latency: Latency | None  # how time is measured; None if nothing asks for it
+    sampling: Sampling  # how many rows calibration keeps, and which are data
+    named: Mapping[str, str]  # references of model, weights and data as given, by their role
 
     @classmethod
     def load(
@@ -164,10 +145,7 @@ def random_input(text: str, samples: int, device: str, model: nn.Module) -> Tens
 def running(model: nn.Module, named: str) -> Iterator[None]:
     """Run a model in evaluation mode on what the command line names.
 
-    Raises
-    ------
-    ForwardError
-        For what the model raises; the message names the model, the option and what can be done.
+    Raises ForwardError for what the model raises; the message names the model, the option and what can be done.
     """
     try:
         with evaluating(model):

@@ -211,17 +211,10 @@ class SharedBasis(Factors, kind="shared_basis"):
 
 @dataclass(frozen=True, eq=False)
 class TiedPair(Factors, kind="tied"):
-    """A matrix product in place of a weight that two layers have in common: a table, and a linear layer behind it.
+    """A matrix product in place of a weight that two layers have in common: a table, and a linear layer behind it."""
 
-    Attributes
-    ----------
-    rows
-        ``[entries, r]``: the narrower table, and the last layer of the head.
-    columns
-        ``[r, width]``: what makes a row of the table wide again, and the head's first layer.
-    """
-
-    rows: Float[Tensor, "entries r"]
+    rows: Float[Tensor, "entries r"]  # ``[entries, r]``: the narrower table, and the last layer of the head
+    # ``[r, width]``: what makes a row of the table wide again, and the head's first layer.
     columns: Float[Tensor, "r width"]
 
     @property
@@ -247,31 +240,16 @@ class TiedPair(Factors, kind="tied"):
 
 @dataclass(frozen=True, eq=False)
 class LowRankPlusSparse(Factors, kind="low_rank_plus_sparse"):
-    """A matrix product and a sparse weight, added, in place of one layer's weight.
+    """A matrix product and a sparse weight, added, in place of one layer's weight."""
 
-    Attributes
-    ----------
-    left, right
-        The product, as in :class:`LowRank`; with a rank of 0 there is none.
-    sparse
-        ``[g, o, i, *k]``, zero outside ``mask``.
-    mask
-        What is stored of ``sparse``; nothing at a density of 0.
-    pattern
-        That the mask has.
-    shift
-        ``[o_total]``, added to the layer's bias, or None.
-    how
-        The unfolding of the product.
-    """
-
+    # The product, as in :class:`LowRank`; with a rank of 0 there is none.
     left: Float[Tensor, "g rows r"]
     right: Float[Tensor, "g r columns"]
-    sparse: Float[Tensor, "g o i *k"]
-    mask: Bool[Tensor, "g o i *k"]
-    pattern: Pattern
-    shift: Float[Tensor, " o_total"] | None
-    how: Unfolding
+    sparse: Float[Tensor, "g o i *k"]  # ``[g, o, i, *k]``, zero outside ``mask``
+    mask: Bool[Tensor, "g o i *k"]  # what is stored of ``sparse``; nothing at a density of 0
+    pattern: Pattern  # that the mask has
+    shift: Float[Tensor, " o_total"] | None  # ``[o_total]``, added to the layer's bias, or None
+    how: Unfolding  # the unfolding of the product
 
     @property
     def rank(self) -> int:
@@ -305,24 +283,13 @@ class LowRankPlusSparse(Factors, kind="low_rank_plus_sparse"):
 
 @dataclass(frozen=True, eq=False)
 class KeptChannels(Factors, kind="kept_channels"):
-    """Layers without some of their coupled channels.
+    """Layers without some of their coupled channels."""
 
-    Attributes
-    ----------
-    kept
-        Channels that stay, ascending.
-    weights
-        ``[g, o, i, *k]`` a layer, of the channels that stay; those of layers that read them make up for the others.
-    coupling
-        Where the channels lie.
-    layers
-        Names of the layers, in the order of the weights.
-    """
-
-    kept: tuple[int, ...]
+    kept: tuple[int, ...]  # channels that stay, ascending
+    # ``[g, o, i, *k]`` a layer, of the channels that stay; those of layers that read them make up for the others.
     weights: tuple[Tensor, ...]
-    coupling: Coupling
-    layers: tuple[str, ...]
+    coupling: Coupling  # where the channels lie
+    layers: tuple[str, ...]  # names of the layers, in the order of the weights
 
     def dense(self) -> tuple[Tensor, ...]:
         """The weights in the dense layers' shapes, with zeros where channels are gone."""

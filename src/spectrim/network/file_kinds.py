@@ -17,12 +17,8 @@ _NO_FILE |= {stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 def path_of(path: Any, what: str = "path") -> Path:
     """What was given as a path, where a file can have it.
 
-    Raises
-    ------
-    TypeError
-        If it is of another type.
-    ValueError
-        If it is empty, or holds what no name of a file does; the message quotes it.
+    Raises TypeError if it is of another type, ValueError if it is empty, or holds what no name of a file does; the
+    message quotes it.
     """
     text = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(text, str):

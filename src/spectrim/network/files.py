@@ -91,12 +91,8 @@ def read_document(path: str | Path, parse: Callable[[bytes], Document], largest:
 def record_of(text: str | bytes, what: str, largest: int, known: set[str] | None = None) -> dict[str, Any]:
     """The JSON object that a text is.
 
-    Raises
-    ------
-    PlanError
-        If it is another text or too long, or has other fields than those that are known, where they are named.
-    TypeError
-        If it is no text.
+    Raises PlanError if it is another text or too long, or has other fields than those that are known, where they are
+    named, TypeError if it is no text.
     """
     import msgspec
 

@@ -160,30 +160,14 @@ def reasons(skipped: Iterable[tuple[str, str, str]], where: str, most: int = 5) 
 
 @dataclass(frozen=True)
 class Grid:
-    """A table for people.
+    """A table for people."""
 
-    Attributes
-    ----------
-    columns
-        Heads; those of columns that are aligned to the right begin with ``>``.
-    rows
-        Cells as text.
-    totals
-        Rows below a line.
-    title
-        A line or more above the table.
-    notes
-        Sentences beneath it.
-    words
-        Words of the table with what they mean.
-    """
-
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    totals: Sequence[Sequence[str]] = ()
-    title: str = ""
-    notes: Sequence[str] = ()
-    words: Sequence[tuple[str, str]] = ()
+    columns: Sequence[str]  # heads; those of columns that are aligned to the right begin with ``>``
+    rows: Sequence[Sequence[str]]  # cells as text
+    totals: Sequence[Sequence[str]] = ()  # rows below a line
+    title: str = ""  # a line or more above the table
+    notes: Sequence[str] = ()  # sentences beneath it
+    words: Sequence[tuple[str, str]] = ()  # words of the table with what they mean
 
     def text(self, width: int = WIDTH) -> str:
         """The table in lines of at most ``width`` characters, stacked where columns of numbers leave no room."""

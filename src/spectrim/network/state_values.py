@@ -24,10 +24,7 @@ def plain_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
 def taken_apart(name: str, value: Any) -> tuple[Any, dict[str, Tensor]]:
     """A value of a state as a record for JSON and plain tensors, by names that begin with its own.
 
-    Raises
-    ------
-    TypeError
-        If a part of it is of a type that cannot be stored; the message names the type.
+    Raises TypeError if a part of it is of a type that cannot be stored; the message names the type.
     """
     if isinstance(value, _PLAIN):
         return {"value": value}, {}
@@ -59,10 +56,7 @@ def _quantised(name: str, value: Tensor) -> tuple[Any, dict[str, Tensor]]:
 def put_together(record: Any, tensors: Mapping[str, Tensor]) -> tuple[Any, frozenset[str]]:
     """The value of a record, and the names of the tensors that it is made of.
 
-    Raises
-    ------
-    ValueError
-        If it is no such record, or tensors that it needs are missing or do not fit.
+    Raises ValueError if it is no such record, or tensors that it needs are missing or do not fit.
     """
     used: set[str] = set()
     try:

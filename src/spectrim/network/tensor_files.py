@@ -46,14 +46,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -
 def read(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and texts; without ``weights`` the texts alone.
 
-    Raises
-    ------
-    FileNotFoundError
-        If there is no such file.
-    DamagedFileError
-        If it is no safetensors file, or tensors or texts are not those of its digests.
-    NoFileError
-        If it is something else than a file.
+    Raises FileNotFoundError if there is no such file, DamagedFileError if it is no safetensors file, or tensors or
+    texts are not those of its digests, NoFileError if it is something else than a file.
     """
     if kind := no_file(path):
         raise NoFileError(f"it is {kind}")

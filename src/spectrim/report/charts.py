@@ -40,19 +40,12 @@ def cost_text(cost: str, value: float) -> str:
 
 @dataclass(frozen=True)
 class Axis:
-    """From values to places in percent.
+    """From values to places in percent."""
 
-    Attributes
-    ----------
-    low, high
-        Values at 0 and 100 percent.
-    logarithmic
-        Whether equal ratios are equally far apart.
-    """
-
+    # Values at 0 and 100 percent.
     low: float
     high: float
-    logarithmic: bool = False
+    logarithmic: bool = False  # whether equal ratios are equally far apart
 
     def at(self, value: float) -> float:
         low, high, here = map(math.log10 if self.logarithmic else float, (self.low, self.high, value))
@@ -83,32 +76,18 @@ def _short(value: float) -> str:
 
 @dataclass(frozen=True)
 class Dot:
-    """A value that can be pointed at.
+    """A value that can be pointed at."""
 
-    Attributes
-    ----------
-    x, y
-        Its place.
-    text
-        What it says when it is pointed at or reached by keyboard.
-    tone
-        ``dense``, ``plan`` or ``choice``.
-    label
-        Beside it, always seen.
-    low, high
-        Ends of its error bar; NaN without one.
-    aside
-        Pixels that it stands to the right of its place, where another one is.
-    """
-
+    # Its place.
     x: float
     y: float
-    text: str
-    tone: str
-    label: str = ""
+    text: str  # what it says when it is pointed at or reached by keyboard
+    tone: str  # ``dense``, ``plan`` or ``choice``
+    label: str = ""  # beside it, always seen
+    # Ends of its error bar; NaN without one.
     low: float = math.nan
     high: float = math.nan
-    aside: int = 0
+    aside: int = 0  # pixels that it stands to the right of its place, where another one is
 
     @property
     def barred(self) -> bool:

@@ -29,24 +29,12 @@ HEADS = ("", ">dense", ">compressed", ">change")
 
 @dataclass(frozen=True)
 class Line:
-    """One measured number of one model.
+    """One measured number of one model."""
 
-    Attributes
-    ----------
-    metric
-        What was measured.
-    unit
-        ``%``, ``MAC``, ``B``, ``ms`` or nothing.
-    value
-        In that unit.
-    better
-        Which way is good.
-    """
-
-    metric: str
-    unit: str
-    value: float
-    better: Better = "lower"
+    metric: str  # what was measured
+    unit: str  # ``%``, ``MAC``, ``B``, ``ms`` or nothing
+    value: float  # in that unit
+    better: Better = "lower"  # which way is good
 
     @property
     def text(self) -> str:

@@ -101,13 +101,7 @@ class Page(Written):
     arms: Grid | None = None
 
     def html(self) -> str:
-        """The page as text.
-
-        Raises
-        ------
-        ValueError
-            If there is a trajectory without a C step.
-        """
+        """The page as text. Raises ValueError if there is a trajectory without a C step."""
         parts = {**self._numbers(), **self._pictures(), **self._learned()}
         parts["words"] = list(glossary(_text(parts), (str(entry.choice) for entry in self.plan), self.plan.selector))
         return template().render(

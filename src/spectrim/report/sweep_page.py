@@ -71,10 +71,7 @@ class SweepPage(Written):
 def front_chart(sweep: Sweep, cost: str) -> Chart:
     """A dot a network, of another tone once it is trained, and a line through the front.
 
-    Raises
-    ------
-    ValueError
-        For a cost that the points do not have.
+    Raises ValueError for a cost that the points do not have.
     """
     best = sweep.front(cost)
     dense = _Mark.of(sweep, None, sweep.itself, "dense")

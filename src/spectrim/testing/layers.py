@@ -20,18 +20,10 @@ from spectrim.nn.watch.sensitivity import sensitivity
 
 @dataclass(frozen=True)
 class SmallLayer:
-    """A layer to try things on.
+    """A layer to try things on."""
 
-    Attributes
-    ----------
-    make
-        Makes it, from torch's global generator.
-    shape
-        One sample of its input, without the batch axis.
-    """
-
-    make: Callable[[], nn.Module]
-    shape: tuple[int, ...]
+    make: Callable[[], nn.Module]  # makes it, from torch's global generator
+    shape: tuple[int, ...]  # one sample of its input, without the batch axis
 
 
 LAYERS: Mapping[str, SmallLayer] = {

@@ -15,13 +15,7 @@ from spectrim.train.faults import training_forward
 
 
 def length(batches: Any, *, needed: bool) -> int | None:
-    """Batches in an epoch, None if unknown.
-
-    Raises
-    ------
-    TypeError
-        If it is needed and unknown.
-    """
+    """Batches in an epoch, None if unknown. Raises TypeError if it is needed and unknown."""
     try:
         return len(batches)
     except TypeError:
@@ -36,12 +30,8 @@ def length(batches: Any, *, needed: bool) -> int | None:
 def split(batch: Any) -> tuple[Any, Any]:
     """A batch as ``(inputs, targets)``; a dict is its own inputs and has its targets under ``labels``.
 
-    A tensor, alone or alone in a list, is inputs without targets, to be learned from a teacher.
-
-    Raises
-    ------
-    TypeError
-        If the batch has another form.
+    A tensor, alone or alone in a list, is inputs without targets, to be learned from a teacher. Raises TypeError if the
+    batch has another form.
     """
     if isinstance(batch, Mapping):
         return batch, batch.get("labels")
@@ -93,12 +83,7 @@ class Calls:
     def __call__(self, model: nn.Module, inputs: Any) -> Any:
         """Call a model with copies, into which it may write.
 
-        Raises
-        ------
-        TypeError
-            If the inputs are none that it takes.
-        TrainingError
-            For what the model raises.
+        Raises TypeError if the inputs are none that it takes, TrainingError for what the model raises.
         """
         feed = self._feeds.setdefault(type(inputs), Feed())
         try:

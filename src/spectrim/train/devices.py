@@ -13,18 +13,11 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Devices:
-    """The device of this process and its place among all processes.
+    """The device of this process and its place among all processes."""
 
-    Attributes
-    ----------
-    device
-        Where model and batches go.
-    index, count
-        Number of this process and of all. All processes go through the same batches and each does its part, so that
-        the number of processes changes the speed and not the data.
-    """
-
-    device: torch.device
+    device: torch.device  # where model and batches go
+    # Number of this process and of all. All processes go through the same batches and each does its part, so that the
+    # number of processes changes the speed and not the data.
     index: int = 0
     count: int = 1
 

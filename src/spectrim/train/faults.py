@@ -24,13 +24,7 @@ _CURES = {
 
 @contextlib.contextmanager
 def training_forward(model: nn.Module) -> Iterator[None]:
-    """Run a model's forward.
-
-    Raises
-    ------
-    TrainingError
-        For what it raises.
-    """
+    """Run a model's forward. Raises TrainingError for what it raises."""
 
     def said(error: Exception) -> str:
         return f"{type(model).__name__} raises {type(error).__name__} when it is trained on a batch"
@@ -42,10 +36,7 @@ def training_forward(model: nn.Module) -> Iterator[None]:
 def backward(loss: Tensor, model: nn.Module, again: Callable[[], Tensor]) -> None:
     """Compute the gradients of a loss, which ``again`` computes once more, to see how far they come.
 
-    Raises
-    ------
-    TrainingError
-        If there are none; the message names the layer as far as that is seen, the reason and the cure.
+    Raises TrainingError if there are none; the message names the layer as far as that is seen, the reason and the cure.
     """
     if not loss.requires_grad:
         raise TrainingError(

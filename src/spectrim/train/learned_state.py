@@ -18,22 +18,15 @@ from spectrim.selection.trajectory import Trajectory
 
 @dataclass(frozen=True, eq=False)
 class RunState:
-    """How far a run has come.
+    """How far a run has come."""
 
-    Attributes
-    ----------
-    step, batches
-        C steps and batches that are done.
-    plan, trajectory
-        Of the C steps so far.
-    copies
-        Low-rank copies (``target``) and, if they are used, multipliers (``multiplier``), by the layer.
-    """
-
+    # C steps and batches that are done.
     step: int
     batches: int
+    # Of the C steps so far.
     plan: Plan
     trajectory: Trajectory
+    # Low-rank copies (``target``) and, if they are used, multipliers (``multiplier``), by the layer.
     copies: Mapping[str, dict[str, Tensor]]
 
     def tensors(self, run: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -41,29 +41,18 @@ class OptimizerRecord(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Record(msgspec.Struct, forbid_unknown_fields=True):
-    """What a training checkpoint says beside its tensors.
+    """What a training checkpoint says beside its tensors."""
 
-    Attributes
-    ----------
-    run
-        What makes it this run.
-    epoch, batch, step
-        What is done: epochs, batches of the one after them, and steps in all.
-    uneven
-        Whether epochs have had more or fewer batches than the data said.
-    best
-        The highest metric and its epoch.
-    """
-
-    run: dict[str, Any]
+    run: dict[str, Any]  # what makes it this run
+    # What is done: epochs, batches of the one after them, and steps in all.
     epoch: Count
     batch: Count
     step: Count
     seconds: Annotated[float, msgspec.Meta(ge=0)]
     history: tuple[EpochRecord, ...]
-    best: tuple[float | None, int | None]
+    best: tuple[float | None, int | None]  # the highest metric and its epoch
     optimizer: OptimizerRecord
-    uneven: bool = False
+    uneven: bool = False  # whether epochs have had more or fewer batches than the data said
 
     def problem(self, epochs: int, per_epoch: int | None) -> str:
         """What cannot be so in a run of so many epochs of so many batches; empty if there is nothing."""
@@ -200,10 +189,7 @@ def _finite(tensor: Tensor) -> bool:
 def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State of an optimizer as tensors ``index/name`` and JSON values.
 
-    Raises
-    ------
-    TypeError
-        If the state holds anything else, which no checkpoint could restore.
+    Raises TypeError if the state holds anything else, which no checkpoint could restore.
     """
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}

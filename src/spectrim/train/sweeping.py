@@ -222,37 +222,24 @@ def _share(cost: str, share: Any, known: Sequence[str]) -> Budget:
 
 @dataclass(kw_only=True)
 class Sweeping:
-    """A network that is compressed to several budgets, as the parameters of :func:`sweep` say.
-
-    Attributes
-    ----------
-    prepare
-        Called when the first point is not there yet, and once.
-    metric
-        What ``evaluate`` returns is called.
-    timed
-        Whether points have measured milliseconds.
-    options
-        What else makes the sweep, as JSON values: a folder holds points of one sweep.
-    calibration, mask
-        Batches that a folder is of, and which of their tokens are data.
-    done
-        Called with a point as soon as it is there, and with the sweep as far as it has come.
-    """
+    """A network that is compressed to several budgets, as the parameters of :func:`sweep` say."""
 
     model: nn.Module = field(kw_only=False)
-    prepare: Callable[[], Prepared] = field(kw_only=False)
+    prepare: Callable[[], Prepared] = field(kw_only=False)  # called when the first point is not there yet, and once
     making: Making = Making()  # noqa: RUF009 (frozen)
     evaluate: Evaluate | None = None
     better: Better = "higher"
-    metric: str = "metric"
+    metric: str = "metric"  # what ``evaluate`` returns is called
     fine_tune: FineTune | None = None
-    timed: bool = False
+    timed: bool = False  # whether points have measured milliseconds
     folder: Path | None = None
     keep_models: bool = False
+    # What else makes the sweep, as JSON values: a folder holds points of one sweep.
     options: Mapping[str, Any] = field(default_factory=dict)
+    # Batches that a folder is of, and which of their tokens are data.
     calibration: Iterable[Any] = ()
     mask: Mask = None
+    # Called with a point as soon as it is there, and with the sweep as far as it has come.
     done: Callable[[Point, Sweep], None] = lambda point, sweep: None
 
     def sweep(self, asked: Mapping[str, Budget]) -> Sweep:
