@@ -31,21 +31,13 @@ AUTO = "auto"
 
 @dataclasses.dataclass(frozen=True)
 class Dense:
-    """A dense network, and what preparing it took.
-
-    Attributes
-    ----------
-    forward
-        CPU seconds of one pass over the calibration images.
-    coupling, calibrating
-        CPU seconds of finding the channels that can be removed, and of all that every arm needs.
-    """
+    """A dense network, and what preparing it took, in CPU seconds."""
 
     model: cifar.ResNet
     prepared: Prepared
-    forward: float
-    coupling: float
-    calibrating: float
+    forward: float  # of one pass over the calibration images
+    coupling: float  # of finding the channels that can be removed
+    calibrating: float  # of all that every arm needs
 
     @property
     def arms(self) -> list[Arm]:

@@ -55,15 +55,15 @@ def trained(model: nn.Module, recipe: dict[str, Any], train: cifar.Images, check
 def tuned(
     model: nn.Module,
     config: dict[str, Any],
-    train: cifar.Images,
+    data: tuple[cifar.Images, cifar.Images, cifar.Images],
     teacher: cifar.TeacherCache,
     checkpoint: Path,
     *,
     epochs: int,
     seed: int,
-) -> float:
-    """Train a compressed network in place by the recipe of an experiment; seconds."""
-    recipe = config["recipe"]
+) -> dict[str, float]:
+    """What a compressed network is worth once it is trained, in place, by the recipe of an experiment."""
+    (train, held, test), recipe = data, config["recipe"]
     found = st.fine_tune(
         model.to(_DEVICE),
         cifar.Batches(train, batch_size=recipe["batch_size"], seed=seed, teacher=teacher, views=config.get("views")),
@@ -83,7 +83,11 @@ def tuned(
         accelerate=False,
     )
     model.cpu()
-    return round(found.seconds, 1)
+    return {
+        "held_out": cifar.accuracy(model, held),
+        "accuracy": cifar.accuracy(model, test),
+        "seconds_train": round(found.seconds, 1),
+    }
 
 
 def every_row(
@@ -96,16 +100,9 @@ def every_row(
 ) -> dict[str, Any]:
     """Make and train every arm; look at the test set once before and once after training.
 
-    Rows that an interrupted run has finished are taken from its folder.
-
-    Parameters
-    ----------
-    label
-        Names a row, from the point, the arm and the seed.
-    row
-        Makes one: ``(config, arm, point, seed, dense, (train, held, test), cache, work)``.
-    claims
-        By their kind: ``(rows, accuracy of the dense network, what is asked)``.
+    Rows that an interrupted run has finished are taken from its folder, by the label of point, arm and seed. ``row``
+    makes one of ``(config, arm, point, seed, dense, (train, held, test), cache, work)``; ``claims``, by their kind,
+    take ``(rows, accuracy of the dense network, what is asked)``.
     """
     if "threads" in config:
         torch.set_num_threads(config["threads"])

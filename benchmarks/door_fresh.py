@@ -160,13 +160,7 @@ def transcript(environment: Environment, wheel: str, seconds: float, folder: Pat
 
 
 def typed(environment: Environment, command: str, folder: Path) -> str:
-    """What a command of the page says, run in that environment, on standard output.
-
-    Raises
-    ------
-    RuntimeError
-        If it fails.
-    """
+    """What a command of the page says on standard output, run in that environment; RuntimeError if it fails."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     search = os.pathsep.join([str(environment.bin), ours.get("PATH", "")])
     more = {"PATH": search, "COLUMNS": "96", "SPECTRIM_CACHE": str(folder / "cache")}

@@ -53,27 +53,13 @@ _GOAL = ("-b", "macs=50%")
 
 @dataclass(frozen=True)
 class Mistake:
-    """Something that people write, and what the answer must say.
+    """Something that people write, and what the answer must say."""
 
-    Attributes
-    ----------
-    kind
-        What it is in: arguments, references, budgets, folders, python.
-    what
-        In words.
-    given
-        Arguments of the program, or a function that calls the library.
-    cure
-        Text that the answer holds.
-    needs_model
-        Whether it can only be found with the model, and thus with torch.
-    """
-
-    kind: str
-    what: str
-    given: tuple[str, ...] | Callable[[], Any]
-    cure: str
-    needs_model: bool = False
+    kind: str  # what it is in: arguments, references, budgets, folders, python
+    what: str  # in words
+    given: tuple[str, ...] | Callable[[], Any]  # arguments of the program, or a function that calls the library
+    cure: str  # text that the answer holds
+    needs_model: bool = False  # whether it can only be found with the model, and thus with torch
 
 
 COMMAND_LINE = (

@@ -57,13 +57,7 @@ def ours(model: nn.Module, arm: str, batches: Sequence[Tensor], budget: dict[str
 def by_rule(
     model: nn.Module, batches: Sequence[Tensor], budget: dict[str, float], score: Callable[[Tensor], Tensor]
 ) -> nn.Module:
-    """The same share of every group of channels removed, those of least score, without any correction.
-
-    Parameters
-    ----------
-    score
-        Of the filters of a layer, from its weight ``[filters, ...]``.
-    """
+    """The same share of every group of channels removed, those of least score, without any correction."""
     sites = st.couple(model, st.find(model), batches[0])
     sites = st.calibrate(model, sites, batches[:1], statistics=False)
     network = Network(sites, {"macs": costs.macs, "parameters": costs.parameters})
@@ -152,12 +146,7 @@ def _row(
     }
     if point["epochs"]:
         checkpoint = work / f"{_label(point, arm, seed)}-trained.safetensors"
-        seconds = tuned(model, config, train, cache, checkpoint, epochs=point["epochs"], seed=seed)
-        row |= {
-            "held_out": cifar.accuracy(model, held),
-            "accuracy": cifar.accuracy(model, test),
-            "seconds_train": seconds,
-        }
+        row |= tuned(model, config, data, cache, checkpoint, epochs=point["epochs"], seed=seed)
     return row
 
 

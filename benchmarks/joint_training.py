@@ -101,13 +101,12 @@ def _trained(
     cache: cifar.TeacherCache,
     work: Path,
 ) -> dict[str, Any]:
-    train, held, test = data
+    train, held, _ = data
     start = time.perf_counter()
     model, plan = _compressed(dense, arm, share, train[: config["images"]], work / f"{arm}-{share:.4f}.safetensors")
     before, made = cifar.accuracy(model, held), time.perf_counter() - start
     epochs = config["recipe"]["epochs"]
     checkpoint = work / f"{arm}-{share:.4f}-{seed}.safetensors"
-    seconds = tuned(model, config, train, cache, checkpoint, epochs=epochs, seed=seed)
     return {
         "network": network_name(config),
         "arm": arm,
@@ -120,10 +119,8 @@ def _trained(
         "loss_planned": plan.loss,
         "epochs": epochs,
         "held_out_before": before,
-        "held_out": cifar.accuracy(model, held),
-        "accuracy": cifar.accuracy(model, test),
         "seconds_compress": round(made, 1),
-        "seconds_train": seconds,
+        **tuned(model, config, data, cache, checkpoint, epochs=epochs, seed=seed),
     }
 
 

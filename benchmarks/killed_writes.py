@@ -74,18 +74,10 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Action:
-    """Something that writes.
+    """Something that writes."""
 
-    Attributes
-    ----------
-    do
-        Carries it out in the working directory.
-    files
-        Files it leaves, of which those of a run that was not disturbed are the model.
-    """
-
-    do: Callable[[], object]
-    files: tuple[str, ...]
+    do: Callable[[], object]  # carries it out in the working directory
+    files: tuple[str, ...]  # that it leaves, of which those of a run that was not disturbed are the model
 
 
 def kill(action: Action, kills: int, whole_every: int, seed: int) -> dict[str, Any]:

@@ -33,15 +33,9 @@ def _label(point: dict[str, Any], arm: str, seed: int) -> str:
 
 
 def made(model: nn.Module, arm: str, batches: Sequence[Tensor], share: float) -> tuple[nn.Module, st.Plan]:
-    """The compressed network of an arm, without training, and its plan.
+    """The compressed network of an arm, without training, and its plan; ``share`` is of the dense stored bytes.
 
-    Parameters
-    ----------
-    arm
-        ``low rank + sparse``, ``fixed split``, ``low rank``, ``sparse``, ``symmetric target``, ``GoDec`` or
-        ``GoDec sparse`` (sparse alone, without data: magnitude pruning).
-    share
-        Stored bytes, as a fraction of dense.
+    ``GoDec sparse`` is sparse alone, without data: magnitude pruning.
     """
     both: list[st.Method] = [st.LowRankPlusSparse()]
     methods: list[st.Method] = {
@@ -100,12 +94,7 @@ def _row(
     }
     if point["epochs"]:
         checkpoint = work / f"{path.stem}-trained.safetensors"
-        seconds = tuned(model, config, train, cache, checkpoint, epochs=point["epochs"], seed=seed)
-        row |= {
-            "held_out": cifar.accuracy(model, held),
-            "accuracy": cifar.accuracy(model, test),
-            "seconds_train": seconds,
-        }
+        row |= tuned(model, config, data, cache, checkpoint, epochs=point["epochs"], seed=seed)
     return row
 
 

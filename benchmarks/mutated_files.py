@@ -48,24 +48,13 @@ SECONDS, BYTES = 10.0, 2**30
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of file.
+    """One kind of file."""
 
-    Attributes
-    ----------
-    data
-        A whole one.
-    read
-        Reads the file at a path as a user would, and says what it read, to be compared.
-    tensors
-        Whether it is a safetensors file; else it is JSON.
-    stated
-        What a changed file says by itself, for files that are meant to be edited or have no digests: what is read must
-        agree. None if what is read must be what was written.
-    """
-
-    data: bytes
-    read: Callable[[Path], Any]
-    tensors: bool
+    data: bytes  # a whole one
+    read: Callable[[Path], Any]  # reads the file at a path as a user would, and says what it read, to be compared
+    tensors: bool  # whether it is a safetensors file; else it is JSON
+    # What a changed file says by itself, for files that are meant to be edited or have no digests: what is read must
+    # agree. None if what is read must be what was written.
     stated: Callable[[bytes, Any], bool] | None = None
 
 

@@ -58,16 +58,10 @@ class _ResNet(nn.Module):
 def network(name: str, size: int, *, seed: int = 0, width: int = 64) -> nn.Module:
     """A folded network in evaluation mode, for square colour images.
 
-    Parameters
-    ----------
-    name
-        ``alexnet`` (in one column), ``vgg16`` (as published, without BatchNorm), ``googlenet`` (version 1, without the
-        auxiliary classifiers), ``resnet18`` or ``resnet50``.
-    size
-        Side of the images. Up to 64 the networks are those used on CIFAR: the ResNets begin with a 3 x 3 convolution of
-        stride 1 and VGG-16 ends in one linear layer, with 10 classes; above, they are those for ImageNet.
-    width
-        Channels of the ResNets' first layer.
+    ``alexnet`` is in one column, ``vgg16`` as published, without BatchNorm, ``googlenet`` version 1, without the
+    auxiliary classifiers. Up to a side of 64 the networks are those used on CIFAR: the ResNets begin with a 3 x 3
+    convolution of stride 1 and VGG-16 ends in one linear layer, with 10 classes; above, they are those for ImageNet.
+    ``width`` is of the ResNets' first layer.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -69,13 +69,7 @@ class Environment:
 
 
 def run(words: Sequence[str], folder: Path, more: Mapping[str, str] | None = None) -> str:
-    """What a command says on standard output; the caller's Python settings are kept out of it.
-
-    Raises
-    ------
-    RuntimeError
-        If it fails, with all it said.
-    """
+    """What a command says on standard output, without the caller's Python settings; RuntimeError if it fails."""
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "VIRTUAL_ENV"))}
     done = subprocess.run(words, cwd=folder, env={**ours, **(more or {})}, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -170,13 +164,7 @@ def from_source(environment: Environment, archive: Path) -> str:
 
 
 def check(work: Path) -> None:
-    """All of it, one line a step.
-
-    Raises
-    ------
-    AssertionError, RuntimeError
-        At the first step that fails.
-    """
+    """All of it, one line a step; raises at the first step that fails."""
     archive, wheel = build(work)
     steps: list[tuple[str, Callable[[], str]]] = [
         ("contents", lambda: look_into(archive, wheel)),

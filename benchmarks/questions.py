@@ -11,25 +11,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Question:
-    """A section of the pages.
-
-    Attributes
-    ----------
-    title, text
-        The question, and what a reader should know before the tables.
-    claims
-        Ids of the claims that answer it.
-    results
-        Experiments whose tables stand in the section.
-    figures
-        Files in ``docs/figures``, without their ending.
-    """
+    """A section of the pages."""
 
     title: str
-    text: str
-    claims: tuple[str, ...]
-    results: tuple[str, ...]
-    figures: tuple[str, ...] = ()
+    text: str  # what a reader should know before the tables
+    claims: tuple[str, ...]  # ids of the claims that answer it
+    results: tuple[str, ...]  # experiments whose tables stand in the section
+    figures: tuple[str, ...] = ()  # files in ``docs/figures``, without their ending
 
 
 @dataclass(frozen=True)

@@ -92,13 +92,7 @@ def marks(name: str = "results") -> tuple[str, str]:
 
 
 def placed(document: str, text: str, name: str = "results") -> str:
-    """A document with ``text`` between its marks.
-
-    Raises
-    ------
-    ValueError
-        If the document does not hold each mark once, in order.
-    """
+    """A document with ``text`` between its marks; ValueError if it does not hold each mark once, in order."""
     begin, end = marks(name)
     if document.count(begin) != 1 or document.count(end) != 1 or document.index(begin) > document.index(end):
         raise ValueError(f"expected {begin} and, after it, {end}, each once")

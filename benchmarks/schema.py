@@ -67,13 +67,7 @@ class Result(msgspec.Struct):
 
 
 def checked(path: Path) -> dict[str, Any]:
-    """The content of a result file.
-
-    Raises
-    ------
-    ValueError
-        If the file has another form; names the file and the place.
-    """
+    """The content of a result file; ValueError names the file and the place if it has another form."""
     try:
         held: dict[str, Any] = msgspec.json.decode(path.read_bytes())
         known = msgspec.convert(held, Result)

@@ -13,13 +13,9 @@ _UNFOLDINGS = ("channel", "input", "height-first", "width-first")
 def table(sites: int, *, seed: int = 0, measured: bool = True) -> Candidates:
     """A table of a deep network's convolutions and linear layers.
 
-    Spectra fall like powers with noise, two methods lose different amounts at the same ranks, and widths grow with
-    the depth. Each site has about 60 to 200 options.
-
-    Parameters
-    ----------
-    measured
-        Also a latency, which rises in steps with the rank and has noise.
+    Spectra fall like powers with noise, two methods lose different amounts at the same ranks, and widths grow with the
+    depth. Each site has about 60 to 200 options. A latency, if it is measured, rises in steps with the rank and has
+    noise.
     """
     draw = np.random.default_rng(seed)
     rows = tuple(_row(number, sites, draw, measured) for number in range(sites))

@@ -16,23 +16,14 @@ _BRANCHES = (ast.If, ast.For, ast.While, ast.IfExp, ast.ExceptHandler, ast.compr
 
 @dataclass(frozen=True)
 class Function:
-    """One function: where it is, and how large.
-
-    Attributes
-    ----------
-    lines
-        Of the body, without the docstring.
-    branches
-        McCabe's number: one, and one for each condition, loop, handler, clause of a comprehension and further operand
-        of ``and`` and ``or``, nested functions included.
-    parameters
-        All but ``self`` and ``cls``.
-    """
+    """One function: where it is, and how large."""
 
     place: str
-    lines: int
+    lines: int  # of the body, without the docstring
+    # McCabe's number: one, and one for each condition, loop, handler, clause of a comprehension and further operand
+    # of ``and`` and ``or``, nested functions included.
     branches: int
-    parameters: int
+    parameters: int  # all but ``self`` and ``cls``
 
 
 def sources(package: Path) -> list[Path]:

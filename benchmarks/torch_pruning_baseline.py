@@ -41,19 +41,9 @@ def removed(
     importance: Literal["magnitude", "Taylor"] = "magnitude",
     loss: Callable[[nn.Module], Tensor] | None = None,
 ) -> nn.Module:
-    """A copy that costs no more than the limit.
+    """A copy that costs no more than the limit, in which the outputs of ``ignored`` layers of ``dense`` are left alone.
 
-    Parameters
-    ----------
-    ignored
-        Layers of ``dense`` whose outputs are left alone.
-    loss
-        What ``Taylor`` takes the gradient of, before every step.
-
-    Raises
-    ------
-    ValueError
-        If it cannot be reached.
+    ``loss`` is what ``Taylor`` takes the gradient of, before every step. ValueError if the limit cannot be reached.
     """
     import torch_pruning
 

@@ -123,13 +123,10 @@ def enliven(model: nn.Module) -> None:
 
 
 def removed(name: str, *, seed: int = 0) -> dict[str, Any]:
-    """Remove channels from one network and check what is left.
+    """Remove channels from one network and check what is left: a row of the result.
 
-    Returns
-    -------
-    dict
-        A row of the result: ``outcome`` is ``pruned``, ``skipped`` (no group of channels can be pruned) or ``crashed``,
-        ``passed`` whether everything that was asked of it holds, ``fault`` what does not.
+    Its ``outcome`` is ``pruned``, ``skipped`` (no group of channels can be pruned) or ``crashed``, ``passed`` says
+    whether everything that was asked of it holds, ``fault`` what does not.
     """
     start = time.perf_counter()
     row: dict[str, Any] = {"network": name, "outcome": "crashed", "passed": False}

@@ -65,21 +65,11 @@ class Made:
 
 @dataclass(frozen=True)
 class Arm:
-    """A way to compress.
+    """A way to compress."""
 
-    Attributes
-    ----------
-    kind
-        ``auto``, one method of ``ours`` alone, or a ``peer``.
-    make
-        The network for a task.
-    only
-        The cost that it makes sense for; None for any.
-    """
-
-    kind: Literal["auto", "ours", "peer"]
-    make: Callable[[Task], Made]
-    only: layers.Cost | None = None
+    kind: Literal["auto", "ours", "peer"]  # ``auto``, one method of ``ours`` alone, or a ``peer``
+    make: Callable[[Task], Made]  # the network for a task
+    only: layers.Cost | None = None  # the cost that it makes sense for; None for any
 
 
 def ours(methods: Sequence[Method] | Literal["auto"] | None, **options: Any) -> Callable[[Task], Made]:

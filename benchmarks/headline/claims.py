@@ -59,13 +59,7 @@ def best_of_each_kind(rows: Sequence[Row], network: str, budget: str) -> dict[st
 
 
 def claims(rows: Sequence[Row], planned: int | None = None) -> dict[str, Any]:
-    """A1 and A2, as far as there are rows for them.
-
-    Parameters
-    ----------
-    planned
-        Networks and budgets there are in all, those of the plug-ins if None; no claim is met before all have run.
-    """
+    """A1 and A2, as far as there are rows for them; no claim is met before all that is planned has run."""
     found = list(points(rows))
     whole = sum(len(plugin(name).budgets) for name in names()) if planned is None else planned
     made = {}

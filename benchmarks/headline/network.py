@@ -119,13 +119,7 @@ def names() -> list[str]:
 
 
 def plugin(name: str) -> type[Network]:
-    """The class of a network.
-
-    Raises
-    ------
-    ValueError
-        If there is no such network.
-    """
+    """The class of a network; ValueError if there is no such network."""
     if name not in names():
         raise ValueError(f"no network {name!r}; there are {', '.join(names())}")
     return importlib.import_module(f"benchmarks.headline.networks.{name}").Plugin

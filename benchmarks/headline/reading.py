@@ -20,16 +20,11 @@ CHARACTERS = (
 
 
 def words_on(maps: Tensor, text: float = 0.7, low: float = 0.4, link: float = 0.4) -> list[Box]:
-    """Boxes of the words of one page, in the page's pixels.
+    """Boxes of the words of one page, in its pixels, by scores ``[2, height / 2, width / 2]`` of characters and links.
 
     A word is a connected component of places that are a character's or a link's (above ``low``, ``link``), has a
     character that is sure (above ``text``), and is as wide as its characters, widened again by what the maps are
     narrower than the ink.
-
-    Parameters
-    ----------
-    maps
-        Scores of characters and of links, ``[2, height / 2, width / 2]``.
     """
     characters, links = maps.float().numpy()
     labelled: Any = ndimage.label((characters > low) | (links > link))

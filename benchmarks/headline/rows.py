@@ -41,15 +41,7 @@ class Key:
 
 
 def row(key: Key, config: Mapping[str, Any], paths: Mapping[str, Path], folder: Path, limit: float) -> dict[str, Any]:
-    """What is measured of an arm; with ``failed``, why there is nothing.
-
-    Parameters
-    ----------
-    folder
-        Where the network is kept.
-    limit
-        Seconds after which the arm is stopped.
-    """
+    """What is measured of an arm, stopped after so many seconds; with ``failed``, why there is nothing."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_sent, args=(sender, key, dict(config), dict(paths), folder))
