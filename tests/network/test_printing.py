@@ -130,3 +130,11 @@ def test_a_data_frame_is_made_of_the_rows_and_without_pandas_a_sentence(monkeypa
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ModuleNotFoundError, match="needs pandas, which is not installed: pip install pandas"):
         Values().to_pandas()
+
+
+def test_a_reason_stands_once_with_the_names_that_are_asked_for() -> None:
+    left = [(f"layer{n}", "Mixer", "it mixes") for n in range(5)] + [("", "Net", "it holds a weight")]
+    first, last = reasons(left, "elsewhere", names=5)
+    assert first == "left alone: layer0, layer1, layer2, layer3, layer4 (Mixer): it mixes"
+    assert last == "left alone: Net (Net): it holds a weight"
+    assert next(reasons(left, "elsewhere")) == "left alone: layer0, layer1, layer2 and 2 more (Mixer): it mixes"

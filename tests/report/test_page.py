@@ -123,11 +123,12 @@ def test_write_report_takes_a_result(tmp_path: Path, notes: tuple[str, ...]):
 
     _, candidates, chosen = _page(["conv"])
     report = Report(chosen, (), 3, notes=("measured SLOWER",))
-    skipped = (Skipped("stem", "Conv2d", "asked for"),)
+    skipped = (Skipped("stem", "Conv2d", "asked for"), Skipped("", "Net", "it holds a weight itself"))
     result = Result(torch.nn.Identity(), chosen, report, candidates, Sites((), skipped))
     path = write_report(tmp_path / "r.html", result, title="T", notes=notes)
     text = _Reader(path.read_text(encoding="utf-8")).text
     assert "asked for" in text
+    assert "NetNet" in "".join(text.split()), "the network itself has no path, and is named by its class"
     assert all(note in text for note in ("measured SLOWER", *notes))
 
 

@@ -11,6 +11,7 @@ from spectrim.cli.common import Output
 from spectrim.cli.sharing import Wanted, offer
 from spectrim.cli.work import Work
 from spectrim.methods import Method
+from spectrim.network.printing import reasons
 from spectrim.network.sites import Sites
 from spectrim.preparation import Prepared, prepare
 from spectrim.progress import Progress
@@ -69,7 +70,7 @@ def skipped_values(sites: Sites) -> list[dict[str, str]]:
 
 
 def print_skipped(out: Output, sites: Sites) -> None:
-    """A table of what is left alone, for people."""
-    if sites.skipped:
-        rows = [tuple(each.values()) for each in skipped_values(sites)]
-        out.table(["layer", "kind", "reason"], rows, title="Skipped")
+    """All that is left alone, for people: every reason once, with the names that it is the reason for."""
+    left = [(each.name, each.kind, each.reason) for each in sites.skipped]
+    for said in reasons(left, "--json", most=len(left), names=len(left)):
+        out.prose(said)

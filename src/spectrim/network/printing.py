@@ -144,16 +144,16 @@ def legend(choices: Iterable[str]) -> list[tuple[str, str]]:
     return [(word, meaning) for word, pattern, meaning in _WORDS if re.search(pattern, text)]
 
 
-def reasons(skipped: Iterable[tuple[str, str, str]], where: str, most: int = 5) -> Iterator[str]:
-    """``(name, kind, reason)`` of what is left alone as lines, those of one reason together, the first few reasons."""
+def reasons(skipped: Iterable[tuple[str, str, str]], where: str, most: int = 5, names: int = 3) -> Iterator[str]:
+    """``(name, kind, reason)`` of what is left alone as lines, those of one reason together, the first few of both."""
     grouped: dict[str, list[str]] = {}
     kinds: dict[str, list[str]] = {}
     for name, kind, reason in skipped:
         grouped.setdefault(reason, []).append(name or kind)
         kinds.setdefault(reason, []).append(kind)
-    for reason, names in [*grouped.items()][:most]:
+    for reason, among in [*grouped.items()][:most]:
         what = [*dict.fromkeys(kinds[reason])]
-        yield f"left alone: {listed(names)} ({listed(what, 2)}): {reason}"
+        yield f"left alone: {listed(among, names)} ({listed(what, 2)}): {reason}"
     if len(grouped) > most:
         yield f"left alone: {sum(map(len, [*grouped.values()][most:])):,} more for other reasons, see {where}"
 
