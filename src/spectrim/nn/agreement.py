@@ -207,10 +207,7 @@ class _Tally:
                 squares.index_add_(0, owner, missed.flatten(1).sum(1).cpu() if missed.dim() > 1 else missed.cpu())
             if scores and a.dim() > 1 and a.shape[-1] > 1:
                 self.same += int((a.argmax(-1) == b.argmax(-1)).sum())
-                p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
-                # What has no chance adds nothing, and a row in which nothing has any, or something all, tells nothing.
-                apart = (p - q.masked_fill(q.isneginf(), _IMPOSSIBLE)).masked_fill(p.isneginf(), 0)
-                nats = (p.exp() * apart).sum(-1).masked_fill(_tells_nothing(a) | _tells_nothing(b), 0)
+                nats = _divergences(a, b)
                 self.nats += float(nats.sum())
                 self.rows += a[..., 0].numel()
                 if ordered:
@@ -226,6 +223,14 @@ class _Tally:
             return Agreement(self.samples, error, None, held_out, parts=_shares(self.squares, self.missed, self.energy))
         parts = _shares(self.divergences, self.nats, self.rows)
         return Agreement(self.samples, error, self.same / self.rows, held_out, self.nats / self.rows, parts)
+
+
+def _divergences(wanted: Tensor, given: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of each row of scores from the wanted one, in nats."""
+    p, q = wanted.double().log_softmax(-1), given.double().log_softmax(-1)
+    # What has no chance adds nothing, and a row in which nothing has any, or something all, tells nothing.
+    apart = (p - q.masked_fill(q.isneginf(), _IMPOSSIBLE)).masked_fill(p.isneginf(), 0)
+    return (p.exp() * apart).sum(-1).masked_fill(_tells_nothing(wanted) | _tells_nothing(given), 0)
 
 
 def _tells_nothing(scores: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from spectrim.network.layer import LayerSpec
 from spectrim.nn.functional import run
 from spectrim.nn.layers import opened
+from spectrim.nn.modules import whole
 
 
 class Wide(nn.Module):
@@ -121,8 +122,7 @@ class Once(nn.Module):
 
     def whole(self) -> tuple[Tensor, Tensor | None]:
         """Canonical weight and bias."""
-        parts = getattr(self.layer, "whole", None)
-        return opened(self.layer) if parts is None else parts()
+        return whole(self.layer)
 
 
 @dataclass(eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -97,40 +97,48 @@ def choose_kernels(
     if rounds < 1 or not 0 <= margin < 1:
         raise ValueError(f"expected at least one round and a margin from 0 to 1; got rounds={rounds}, margin={margin}")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, Masked)}
-    args, kwargs = arguments(model, example)
     former = {name: layer.kernel for name, layer in layers.items()}
     offered = {name: _offered(layer) for name, layer in layers.items()}
     kernels = [kernel for kernel in Kernel if any(kernel in found for found in offered.values())]
     turns = Rounds(rounds, most=3 * rounds if len(kernels) > 1 else 0, warmup=_WARM_UP, budget=budget)
-    done = False
     try:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch_threads(threads))
-            stack.enter_context(evaluating(model))
-            put_back = stack.enter_context(left_as_found(model, lambda: model(*copied(args), **copied(kwargs))))
-            stack.enter_context(torch.inference_mode())
-            for turn in turns:
-                # Forwards and backwards, so that none always runs after the same one.
-                for kernel in kernels if turn % 2 else reversed(kernels):
-                    with contextlib.ExitStack() as timed:
-                        for name, layer in layers.items():
-                            layer._kernel = kernel if kernel in offered[name] else Kernel.DENSE
-                            if kernel in offered[name]:
-                                timed.enter_context(_timed(layer, (name, kernel), turns))
-                        put_back()
-                        model(*copied(args), **copied(kwargs))
+        with torch_threads(threads), evaluating(model):
+            _take_turns(model, layers, offered, kernels, turns, example)
         chosen = []
         for name, layer in layers.items():
             times = {k: _lower_quartile(turns[name, k]) for k in offered[name] if (name, k) in turns}
             layer.kernel = _fastest(times, margin)
             if len(times) > 1:
                 chosen.append(ChosenKernel(name, layer.kernel, MappingProxyType(times)))
-        done = True
-        return tuple(chosen)
-    finally:
-        if not done:
-            for name, layer in layers.items():
-                layer.kernel = former[name]
+    except BaseException:
+        for name, layer in layers.items():
+            layer.kernel = former[name]
+        raise
+    return tuple(chosen)
+
+
+def _take_turns(
+    model: nn.Module,
+    layers: Mapping[str, Masked],
+    offered: Mapping[str, Sequence[Kernel]],
+    kernels: Sequence[Kernel],
+    turns: Rounds,
+    example: Any,
+) -> None:
+    """Run the model with each kernel in every round, in all layers that may run with it, which are timed."""
+    args, kwargs = arguments(model, example)
+    left = left_as_found(model, lambda: model(*copied(args), **copied(kwargs)))
+    with left as put_back, torch.inference_mode():
+        for turn in turns:
+            # Forwards and backwards, so that none always runs after the same one.
+            for kernel in kernels if turn % 2 else reversed(kernels):
+                with contextlib.ExitStack() as timed:
+                    for name, layer in layers.items():
+                        layer._kernel = kernel if kernel in offered[name] else Kernel.DENSE
+                        if kernel in offered[name]:
+                            timed.enter_context(_timed(layer, (name, kernel), turns))
+                    put_back()
+                    model(*copied(args), **copied(kwargs))
 
 
 def _offered(layer: Masked) -> tuple[Kernel, ...]:
