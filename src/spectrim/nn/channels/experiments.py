@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Side
+from spectrim.nn.channels.lively import without_statistics
 from spectrim.nn.channels.narrow import NORMS, length
 from spectrim.nn.channels.rules import layers_of, rule_of
-from spectrim.nn.channels.trial import dim_of, without_statistics
+from spectrim.nn.channels.trial import dim_of
 from spectrim.nn.watch.batches import evaluating, output_tensors
 from spectrim.nn.watch.observe import hooked, on_each
 
@@ -37,7 +38,7 @@ class Mixed(Exception):
 
 @dataclass(eq=False)
 class Experiments:
-    """Experiments on one model, whose weights do not matter (:func:`spectrim.nn.channels.trial.enlivened`)."""
+    """Experiments on one model, whose weights do not matter (:func:`spectrim.nn.channels.lively.enlivened`)."""
 
     model: nn.Module
     example: Any

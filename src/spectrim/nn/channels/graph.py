@@ -19,10 +19,11 @@ from spectrim.network.sites import Layer, Sites, Skipped
 from spectrim.nn.channels.beyond import by_experiment
 from spectrim.nn.channels.heads import Heads
 from spectrim.nn.channels.library import check_library
+from spectrim.nn.channels.lively import enlivened
 from spectrim.nn.channels.products import with_products
 from spectrim.nn.channels.reading import Graph
 from spectrim.nn.channels.tracing import comes_to
-from spectrim.nn.channels.trial import Trial, enlivened
+from spectrim.nn.channels.trial import Trial
 from spectrim.nn.find import find
 from spectrim.nn.layers import canonical
 from spectrim.nn.watch.batches import Feed

@@ -39,7 +39,7 @@ class Mixed(Exception):
 class Heads:
     """Attention of a network, taken apart into heads."""
 
-    trial: Trial  # on a model whose weights do not matter (spectrim.nn.channels.trial.enlivened)
+    trial: Trial  # on a model whose weights do not matter (spectrim.nn.channels.lively.enlivened)
     known: frozenset[str]  # layers that may lose inputs and outputs
     _ways: dict[tuple[Any, ...], frozenset[tuple[str, str]] | str] = field(default_factory=dict)
 
