@@ -181,7 +181,7 @@ def page(steps: list[Step]) -> str:
         "From an empty environment to a model of your own that is smaller, compared and exported, by the command line "
         "alone. `benchmarks/door_fresh.py` (`make bench-door`, D2) types these commands and writes this page; "
         f"with the installation they took {whole / 60:.1f} minutes, on {os.cpu_count()} cores with "
-        f"{os.getloadavg()[0]:.0f} processes at work.",
+        f"a load of {os.getloadavg()[0]:.0f}.",
         "The wheel comes from a clone of the repository, by `pip wheel . --no-deps`; "
         "`pip install '.[cli,report,export]'` there does as well:",
         f"```sh\n{first.command}\n```",
