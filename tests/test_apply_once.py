@@ -124,6 +124,15 @@ def test_with_too_few_samples_it_is_not_worse_than_without_reconstruction():
     assert sum(gains) / len(gains) <= 1.02
 
 
+@pytest.mark.parametrize("given", [1, 2, 3, "one many times"])
+def test_with_fewer_samples_than_were_calibrated_on_it_is_hardly_worse_than_without(given):
+    model, fresh = network(), data(512, seed=100)
+    sites, plan = planned(model, [data(512)])
+    batch = data(given, seed=7) if isinstance(given, int) else data(1).repeat(40, 1)
+    alone = missed(model, st.apply(model, sites, plan), fresh)
+    assert missed(model, st.apply(model, sites, plan, [batch]), fresh) <= 1.2 * alone
+
+
 def test_errors_are_told_for_samples_that_were_not_fitted():
     model, x = network(), data(64)
     sites, plan = planned(model, [x])

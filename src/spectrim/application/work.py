@@ -84,7 +84,8 @@ class Work:
             held = layer.statistics.input is not None or in_full(layer.spec)
             sketch = not held and (sketch or not self.at_once or Joint.bytes_of(layer.spec) > _MOMENTS)
             outputs = self.removal.outputs(layer.name)
-            joint = self.joints[layer.name] = Joint.of(layer, sketch=sketch, outputs=outputs)
+            shares = self.split.shares(self.removal.sites.samples)
+            joint = self.joints[layer.name] = Joint.of(layer, sketch=sketch, outputs=outputs, shares=shares)
         joint.add(self.stop.seen, self.stop.split)
         return joint.layer(layer)
 

@@ -127,6 +127,13 @@ class Moments:
         self.mean += delta * (n / total)
         self.count = total
 
+    def standing_for(self, count: int) -> Moments:
+        """The same mean and covariance, resting on so many observations."""
+        part = Moments(len(self.mean), 0, self.mean.device)
+        part.count, part._rounding, part.mean = count, self._rounding, self.mean.clone()
+        part.scatter = self.scatter * (count / self.count)
+        return part
+
     def take(self, entries: Int64[Tensor, "g n"]) -> Moments:
         """The moments of some entries of the vectors."""
         index = entries.to(self.mean.device)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import CalibrationError
 from spectrim.linalg.moments import Paired
+from spectrim.linalg.pooled import pooled
 from spectrim.linalg.regression import Covariances, Equations, Unseen, scarcity, towards
 from spectrim.linalg.sketch import Sketch
 from spectrim.network.layer import LayerSpec
@@ -35,6 +36,8 @@ EFFORT = 0.25
 HELD_OUT = 0.125
 # Samples that tell something, where there are three times as many.
 ENOUGH = 4
+# Samples that were calibrated on and are not given, of which the means are held against those of samples that are.
+AGAINST = 64
 # Directions of a sketch.
 SKETCH = 1024
 
@@ -51,6 +54,8 @@ class Split:
         Of every batch.
     held
         ``[size]`` of every batch: those that are held out.
+    total
+        Samples of the whole run, equal ones counted once.
     rows
         Rows wanted at a layer over the whole run; None for all, ``"auto"`` for enough for its patches.
     """
@@ -58,6 +63,7 @@ class Split:
     run: Run
     samples: tuple[Samples, ...]
     held: tuple[Tensor, ...]
+    total: int
     rows: int | str | None = "auto"
 
     @classmethod
@@ -81,12 +87,23 @@ class Split:
         count = max(round(held_out * total), min(ENOUGH, total // 3)) if held_out else 0
         held = torch.zeros(total, dtype=torch.bool)
         held[keys.argsort(stable=True)[:count]] = True
-        return cls(run, samples, held.split([each.size for each in samples]), rows)
+        return cls(run, samples, held.split([each.size for each in samples]), len(keys.unique()), rows)
 
     @property
     def held_out(self) -> int:
         """Samples that are not fitted."""
         return int(sum(int(held.sum()) for held in self.held))
+
+    def shares(self, calibrated: int) -> tuple[float, float]:
+        """Of so many samples that were calibrated on those that are fitted, and what their mean counts.
+
+        Against it stand the samples that are not given, as they were calibrated, but no more than :data:`AGAINST`.
+        """
+        if not calibrated:
+            return 1.0, 1.0
+        absent = min(max(calibrated - self.total, 0), AGAINST)
+        fitted = self.total * (1 - self.held_out / max(sum(each.size for each in self.samples), 1))
+        return min(1.0, fitted / calibrated), self.total / max(self.total + absent, 1)
 
     def part(self, first: int, last: int) -> Split:
         """Some of the batches, with as many rows of each sample."""
@@ -115,6 +132,8 @@ class Joint:
         ``[g, d]``, about the mean and the spread of its inputs: the units in which they are small numbers.
     outputs
         Output channels of the dense layer that it still has, ascending; None for all.
+    shares
+        From :meth:`Split.shares`: what is not fitted counts as it was calibrated.
     """
 
     def __init__(
@@ -125,9 +144,10 @@ class Joint:
         *,
         sketch: bool = False,
         outputs: Tensor | None = None,
+        shares: tuple[float, float] = (1.0, 1.0),
     ) -> None:
         g, o, *_ = spec.shape
-        self.spec, self.centre, self.scale, self.outputs = spec, centre, scale, outputs
+        self.spec, self.centre, self.scale, self.outputs, self.shares = spec, centre, scale, outputs, shares
         d, device = spec.features, centre.device
         self.fitted = Sketch(g, d + o, size=SKETCH, device=device) if sketch else Paired(g, d + o, d, device)
         self._squares = torch.zeros_like(centre, dtype=torch.float64)
@@ -136,7 +156,14 @@ class Joint:
         self._samples = 0
 
     @classmethod
-    def of(cls, site: Layer, *, sketch: bool = False, outputs: Tensor | None = None) -> Joint:
+    def of(
+        cls,
+        site: Layer,
+        *,
+        sketch: bool = False,
+        outputs: Tensor | None = None,
+        shares: tuple[float, float] = (1.0, 1.0),
+    ) -> Joint:
         """For a layer as it was calibrated."""
         spec, known = site.spec, site.statistics.input
         dtype = site.weight.dtype if site.weight.dtype == torch.float64 else torch.float32
@@ -145,7 +172,7 @@ class Joint:
         if known is not None:
             spread = known.covariance.diagonal(dim1=-2, dim2=-1).sqrt()
             centre, scale = known.mean.to(centre), torch.where(spread > 0, spread, 1.0).to(scale)
-        return cls(spec, centre, scale, sketch=sketch, outputs=outputs)
+        return cls(spec, centre, scale, sketch=sketch, outputs=outputs, shares=shares)
 
     @staticmethod
     def bytes_of(spec: LayerSpec) -> int:
@@ -221,15 +248,29 @@ class Joint:
         g, o, *_ = self.spec.shape
         moments = Equations.of(fitted, d) if isinstance(fitted, Sketch) else Covariances.of(fitted)
         scarce = scarcity(fitted.count, self._squares, self._fourths)
-        weight = towards(site.weight.reshape(g, o, d), moments, scarce, unseen, fitted.count)
+        weight = site.weight.reshape(g, o, d).double()
+        # With one or two samples nothing tells how far to go.
+        if self._samples > 2:
+            weight = towards(weight, moments, scarce, unseen, fitted.count)
         mean = fitted.mean
         if unseen is not None:
             # A mean is not fitted to noise: it is that of all samples.
             away = torch.cat([unseen.inputs, unseen.answers], dim=2)
             mean = mean + away.sum(1, dtype=torch.float64) / (fitted.count + away.shape[1])
-        bias = (mean[:, d:] - torch.einsum("god,gd->go", weight, mean[:, :d])).reshape(-1)
+        bias = self._bias(site, weight, mean).reshape(-1)
         weight = weight.to(site.weight.dtype).reshape(site.weight.shape)
         return dataclasses.replace(site, weight=weight, bias=bias, statistics=self._known(site.statistics, mean[:, :d]))
+
+    def _bias(self, site: Layer, weight: Tensor, mean: Tensor) -> Tensor:
+        """What brings the mean answer to the dense one; of samples that are not given it stays as it was calibrated."""
+        d, known, share = self.spec.features, site.statistics.input, self.shares[1]
+        bias = mean[:, d:] - torch.einsum("god,gd->go", weight, mean[:, :d])
+        if known is None or share >= 1:
+            return bias
+        calibrated = torch.einsum("god,gd->go", site.weight.reshape(weight.shape).double() - weight, known.mean)
+        if site.bias is not None:
+            calibrated += site.bias.double().reshape(bias.shape)
+        return torch.lerp(calibrated, bias, share)
 
     def _known(self, statistics: Statistics, mean: Tensor) -> Statistics:
         """What was calibrated, with what is given now in place of what calibration held of all inputs together."""
@@ -242,6 +283,8 @@ class Joint:
         else:
             name, inputs = "input", fitted.inputs
         inputs.mean = mean.clone()
+        if name == "input" and statistics.input is not None:
+            inputs = pooled(inputs, statistics.input, self.shares[0])
         return dataclasses.replace(statistics, **{name: inputs})
 
     def errors(self, module: nn.Module) -> Errors | None:
