@@ -126,6 +126,16 @@ def test_an_infeasible_budget_says_how_low_it_gets() -> None:
     assert 0 < caught.value.lowest < caught.value.dense
 
 
+def test_what_removals_leave_is_told_of_as_a_share_of_the_dense_network(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("spectrim.search.stepwise.check_reachable", lambda *_: None)  # it knows of the smallest alone
+    model, _, sites = calibrated("residual")
+    with pytest.raises(InfeasibleBudgetError) as raised:
+        select_in_steps(sites, [st.PrincipalFilters(), st.ActivationSVD()], {"parameters": 2})
+    assert raised.value.dense == parameter_count(model)
+
+
 def test_other_methods_compete_and_a_judge_decides() -> None:
     model, batches, sites = calibrated("flatten")
     methods = [FILTERS, st.ActivationSVD(multiple_of=1)]

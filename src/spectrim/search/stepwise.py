@@ -165,7 +165,11 @@ def select_in_steps(
         return picks if fits else _within(_around(table, network, picks), limits, selector, network)
 
     def finished(picks: Picks) -> Plan:
-        return _finished(picks, table, others, network, limits, selector, guard)
+        try:
+            return _finished(picks, table, others, network, limits, selector, guard)
+        except InfeasibleBudgetError as error:
+            # What is left after the removals is no dense network.
+            raise error.of(dense[error.cost]) from None
 
     if others:
         plan = _best(trail, finished, trial) or finished(within())

@@ -303,6 +303,33 @@ def test_layers_that_add_one_bias_lose_heads_together(where: int):
     assert (model.bias if where else model.blocks[0].bias).weight.shape == (6, 2)
 
 
+class Sloped(Stack):
+    """Makes a slope for each head of how many there are, as Bloom does."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.n_heads = HEADS
+        for block in self.blocks:
+            block.inner_dim = -1
+
+    def forward(self, x: Tensor) -> Tensor:
+        slopes = torch.arange(1.0, self.n_heads + 1).to(x) / self.n_heads
+        places = torch.arange(x.shape[1]).to(x)
+        x, added = self.into(x), (slopes[:, None, None] * places)[None]
+        for block in self.blocks:
+            x = x + block(x, added)[0]
+        return self.head(x)
+
+
+def test_heads_whose_slopes_are_made_of_their_number_stay_with_the_reason():
+    torch.manual_seed(0)
+    sites = st.couple(model := Sloped().double().eval(), st.find(model), ROWS)
+    assert not any(coupling.products for coupling in sites.couplings)
+    reasons = [each.reason for each in sites.skipped if each.name.endswith(".q:out")]
+    assert len(reasons) == 2
+    assert all(why.startswith("together with those of blocks: without half of") for why in reasons)
+
+
 def test_heads_that_code_counts_otherwise_stay_with_the_reason():
     sites = st.couple(model := _net(OfInput()), st.find(model), ROWS)
     assert not any(coupling.products for coupling in sites.couplings)

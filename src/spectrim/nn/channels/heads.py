@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from spectrim.network.coupling import IN, OUT, Axis, Coupling, Side
 from spectrim.nn.channels.attention import Attention, in_lists, sets
 from spectrim.nn.channels.rules import layers_of
-from spectrim.nn.channels.trial import DRAWS, Trial, dim_of, explained
+from spectrim.nn.channels.trial import DRAWS, Trial, dim_of, explained, is_other
 from spectrim.nn.fused_attention import has_parts
 from spectrim.nn.watch.nesting import output_tensors
 from spectrim.nn.watch.observe import hooked, on_each
@@ -61,20 +61,24 @@ class Heads:
                 good.append(coupling)
         for attention in in_lists(failed.values()):
             coupling = self._tried(attention)
+            together = [name for name, each in failed.items() if each.owners[0] in attention.owners]
             if isinstance(coupling, Coupling):
                 good.append(coupling)
-                reasons = {name: why for name, why in reasons.items() if failed[name].owners[0] not in attention.owners}
+                reasons = {name: why for name, why in reasons.items() if name not in together}
+            elif is_other(coupling):
+                # It tells more than why one of them cannot go alone.
+                reasons |= dict.fromkeys(together, f"together with those of {attention.listed}: {coupling}")
         if not good or all(self.trial.fault([*others, *good], draw) is None for draw in DRAWS):
             return good, reasons
-        together: list[Coupling] = []
+        compatible: list[Coupling] = []
         for coupling in good:
-            faults = (self.trial.fault([*others, *together, coupling], draw) for draw in DRAWS)
+            faults = (self.trial.fault([*others, *compatible, coupling], draw) for draw in DRAWS)
             fault = next((fault for fault in faults if fault is not None), None)
             if fault is None:
-                together.append(coupling)
+                compatible.append(coupling)
             else:
                 reasons[coupling.name] = fault
-        return together, reasons
+        return compatible, reasons
 
     def _attentions(self, taken: set[Axis]) -> Iterator[Attention]:
         model = self.trial.model

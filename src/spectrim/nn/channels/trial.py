@@ -184,9 +184,14 @@ def _in_words(operation: str) -> str:
     return next((words for known, words in _WORDS if known.search(operation)), f"the operation {operation}")
 
 
+def is_other(fault: str) -> bool:
+    """Whether a fault is that the network runs, and computes something else."""
+    return fault.startswith(_OTHER)
+
+
 def explained(fault: str) -> str:
     """What goes wrong, with what to do where a number is written down somewhere, or that nothing can be done."""
-    if fault.startswith(_OTHER):
+    if is_other(fault):
         return f"{fault}. {_STAYS}"
     return f"{fault}. {_CURE}" if _FIXED.search(fault) else fault
 
