@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import spectrim as st
+from spectrim.errors import ProofError
 from spectrim.network.choices import Choice
 from spectrim.nn import merge_proof, modules
 from spectrim.nn.merge_proof import check_merged
@@ -168,3 +169,32 @@ def test_dear_layers_take_few_operations() -> None:
     passed = 2 * (512 + 2048) * 300
     # The network, what stands for the layer in the merged one, eight outputs of it, and multiplying these out.
     assert counter.get_total_flops() <= 2 * passed + 2 * 8 * 512 * (300 + 1)
+
+
+class Jumps(nn.Module):
+    """Rounding of its layer decides what it gives, as it decides which boxes a detector keeps."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (1e9 * self.layer(x)).sin()
+
+
+def test_where_outputs_jump_layers_are_compared_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = alone(low_rank(2), "linear")
+    small = Jumps(model.layer).eval()
+    said = list(check_merged(small, x, Feed(), 1e9))
+    assert len(said) == 1
+    assert "its outputs jump" in said[0]
+    right = merge_proof.whole
+
+    def wrong(layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+        weight, bias = right(layer)
+        return 1.5 * weight, bias
+
+    monkeypatch.setattr(merge_proof, "whole", wrong)
+    with pytest.raises(ProofError, match="layer 'layer'"):
+        list(check_merged(small, x, Feed(), 1e9))

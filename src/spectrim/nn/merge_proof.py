@@ -28,7 +28,7 @@ from spectrim.nn.standing import StandIn, fits, take_over
 from spectrim.nn.surgery import merged_at, replace_module, stand_ins
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.nesting import compared, output_tensors
-from spectrim.nn.watch.observe import observe, on_few
+from spectrim.nn.watch.observe import Hook, observe, on_few
 
 # Difference of outputs that rounding explains, as a share of them.
 _ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-2}
@@ -37,6 +37,8 @@ _ROUNDING_OF_FEW_BITS = 0.1
 _MULTIPLIED, _SOON = 0.25, 1e9
 # Outputs of each group that are multiplied out of a layer that is dear.
 _OUTPUTS = 8
+# Passes of one sample that show whether outputs jump.
+_DRAWS = 3
 
 
 def check_merged(
@@ -52,7 +54,7 @@ def check_merged(
     if not every:
         return
     soon, dear = _shared_out(every, max(_SOON, _MULTIPLIED * work))
-    precise = _precise(small)
+    precise = compared_with = _precise(small)
     try:
         merged = _Merged.of(precise, soon, dear)
     except ValueError as error:
@@ -64,7 +66,7 @@ def check_merged(
         except Exception:  # it casts to few bits by itself
             if precise is small:
                 raise
-            merged = _Merged.of(small, soon, dear)
+            compared_with, merged = small, _Merged.of(small, soon, dear)
             outputs = _answers(small, merged, batch, feed)
     except Exception as error:
         raise ProofError(
@@ -78,6 +80,9 @@ def check_merged(
             continue
         gap, noise = _gap(a, b), _gap(a, again)
         if bool(gap > _rounding(a) + 2 * noise):
+            if _jumps(compared_with, batch, feed):
+                yield from _one_by_one(compared_with, batch, feed)
+                return
             raise ProofError(
                 f"merged, the compressed {type(small).__name__} computes something else (by "
                 f"{float(gap / a.double().norm()):.2g} of "
@@ -246,6 +251,40 @@ def _answers(
 
     on_few(run, batch, feed)
     return outputs
+
+
+def _jumps(small: nn.Module, batch: Any, feed: Feed) -> bool:
+    """Whether outputs move far where rounding moves those of layers, as boxes do that are sorted by their scores."""
+    draws = torch.Generator().manual_seed(0)
+
+    def rounded(_: nn.Module, __: Any, ___: Any, y: Tensor) -> Tensor:
+        size = 16 * torch.finfo(y.dtype).eps * y.norm() / math.sqrt(max(y.numel(), 1))
+        return y + size * torch.randn(y.shape, generator=draws).to(y)
+
+    hooks = [Hook(layer, rounded) for layer in stand_ins(small)]
+    far: list[bool] = []
+
+    def run(part: Any) -> None:
+        with observe(small, forward=feed) as running:
+            before = output_tensors(running(part))
+        with observe(small, hooks, forward=feed) as running:
+            after = [output_tensors(running(part)) for _ in range(_DRAWS)]
+        far[:] = [a.shape != b.shape or not _alike(a, b) for each in after for a, b in zip(before, each, strict=False)]
+
+    on_few(run, batch, feed)
+    return any(far)
+
+
+def _one_by_one(small: nn.Module, batch: Any, feed: Feed) -> Iterator[str]:
+    """Hold each layer against its merged one where the network's outputs tell nothing."""
+    merged = _Merged.of(small, *_shared_out(stand_ins(small), -1.0))
+    _answers(small, merged, batch, feed)
+    for part in merged.parts:
+        part.check()
+    yield (
+        "the network was compared with what merge makes of it layer by layer alone: its outputs jump where rounding "
+        "moves what its layers give"
+    )
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:
