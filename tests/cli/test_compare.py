@@ -54,6 +54,9 @@ def test_figures_that_were_kept_are_told(run):
     assert rows["accuracy (kept)"]["compressed"] == pytest.approx(made["scores"]["compressed"])
     assert told["agreement"]["half"]["error"] == pytest.approx(made["agreement"]["error"])
     assert told["agreement"]["macs-50pct"]["error"] > told["agreement"]["macs-80pct"]["error"] > 0
+    images = made["test_samples"]
+    assert run.json("compare", "half", "--page", "half.html")["networks"]["half"]
+    assert f"points on {images:,} samples" in Path("half.html").read_text()
     Path("half/result.json").write_text("{")
     assert "result.json: not what compress writes" in run("compare", "half", code=2).stderr
 

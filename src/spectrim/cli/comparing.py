@@ -28,7 +28,7 @@ from spectrim.nn.checkpoint import read_plan
 from spectrim.nn.find import find
 from spectrim.nn.watch.calibrate import calibrate
 from spectrim.nn.watch.nesting import begun
-from spectrim.report import Origin, Part, SideBySide, SideBySidePage, accuracy
+from spectrim.report import Origin, Part, Score, SideBySide, SideBySidePage, accuracy
 from spectrim.report import compare as side_by_side
 from spectrim.report.comparison import Measure
 from spectrim.report.side_by_side import planned
@@ -61,6 +61,7 @@ class _Kept(msgspec.Struct):
     """What ``compare`` reads of what compress has found."""
 
     scores: dict[str, float] = {}
+    test_samples: int = 0  # 0 of one written before it was kept
     agreement: Agreement | None = None
 
 
@@ -73,7 +74,7 @@ def _stored(path: Path) -> tuple[list[Measure], Agreement | None]:
     """How good the network of a file is, as it was measured when it was written; nothing where nothing is kept."""
     if (path.parent / _RESULT).is_file():
         found = read_document(path.parent / _RESULT, _kept, LARGEST, "delete it to compare without it")
-        scores = [*found.scores.values()]
+        scores = [Score(score, found.test_samples) for score in found.scores.values()]
         rows = [Measure("accuracy (kept)", "%", scores[0], scores[-1], "higher")] if scores else []
         return rows, found.agreement
     try:

@@ -22,7 +22,7 @@ from spectrim.nn.agreement import Agreement
 from spectrim.nn.checkpoint import save
 from spectrim.nn.shipping import is_shipped
 from spectrim.pipeline import Result
-from spectrim.report import Comparison, Measured, animate_ranks, write_report
+from spectrim.report import Comparison, Measured, Score, animate_ranks, write_report
 from spectrim.selection.plan import Plan
 from spectrim.selection.printed import plan_grid
 from spectrim.train import LearnedResult, TrainingResult
@@ -169,6 +169,7 @@ class Outcome:
                 if e.members
             ],
             "scores": dict(self.scores),
+            "test_samples": max((Score(score).samples for _, score in self.scores), default=0),
             "comparison": comparison.to_dict(),
             # Without what each sample adds.
             "agreement": agreed and {name: value for name, value in agreed.items() if name != "parts"},
