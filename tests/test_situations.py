@@ -184,3 +184,10 @@ def test_what_copies_nothing_or_yields_is_refused_and_left_as_it_is(kind: type[T
 def test_a_network_chosen_by_few_samples_is_said_to_be_a_guess() -> None:
     notes = st.compress(Two(), [BATCHES[0][:2]], "macs=60%").report.notes
     assert any("2 calibration samples are too few" in note and "a hundred" in note for note in notes)
+
+
+def test_what_has_no_values_is_refused_before_the_work() -> None:
+    model = Two()
+    model.c = nn.Linear(32, 32, device="meta")
+    with pytest.raises(st.CheckpointError, match=r"'c.weight' is on the meta device and has no values .* load them"):
+        st.compress(model, BATCHES, "macs=80%")

@@ -94,6 +94,14 @@ def old_weight_norm(layer: nn.Module) -> nn.Module:
         return nn.utils.weight_norm(layer)
 
 
+QAT = torch.ao.quantization.get_default_qat_qconfig()
+
+
+def observed(layer):
+    layer.activation_post_process = torch.ao.quantization.MinMaxObserver()
+    return layer
+
+
 SKIPPED = {
     "depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4), "depthwise"),
     "depthwise-transposed": (lambda: nn.ConvTranspose1d(4, 8, 3, groups=4), "depthwise"),
@@ -102,6 +110,8 @@ SKIPPED = {
     "old weight norm": (lambda: old_weight_norm(nn.Linear(4, 4)), "parametrised"),
     "old spectral norm": (lambda: nn.utils.spectral_norm(nn.Linear(4, 4)), "parametrised"),
     "pruned": (lambda: prune.random_unstructured(nn.Linear(4, 4), "weight", 0.5), "parametrised"),
+    "observed": (lambda: observed(nn.Linear(4, 4)), "compress the network before that"),
+    "trained for quantisation": (lambda: torch.ao.nn.qat.Linear(4, 4, qconfig=QAT), "compress the network before that"),
     "lazy linear": (lambda: nn.LazyLinear(4), "lazy"),
     "lazy conv": (lambda: nn.LazyConv2d(4, 3), "lazy"),
     "meta": (lambda: nn.Linear(4, 4, device="meta"), "meta device"),
@@ -134,7 +144,9 @@ def test_dynamically_quantised_layers_are_skipped():
     model = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), {nn.Linear})
     sites = find(model)
     assert not len(sites)
-    assert [(s.name, s.kind, s.reason.partition(":")[0]) for s in sites.skipped] == [("0", "Linear", "quantised")]
+    assert [(s.name, s.kind, s.reason.partition(":")[0]) for s in sites.skipped] == [
+        ("0", "Linear", "quantised, or prepared for it")
+    ]
 
 
 def test_a_subclass_that_changes_nothing_is_a_site():

@@ -229,6 +229,10 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "take the names that are there: what stands for a layer has other tensors"
         ) from error
     state, records = _apart(given)
+    if empty := next((name for name, tensor in state.items() if tensor.is_meta), None):
+        raise CheckpointError(
+            f"state {empty!r} is on the meta device and has no values to save: load them, or take what holds it away"
+        )
     _check_parts(model, state)
     held = {(tensor.data_ptr(), tensor.shape) for tensor in state.values() if not nn.parameter.is_lazy(tensor)}
     own = ((n, p) for n, p in nn.Module.named_parameters(model) if n not in state and not nn.parameter.is_lazy(p))

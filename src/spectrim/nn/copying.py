@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from collections.abc import Iterable, Iterator, Mapping
@@ -41,7 +42,7 @@ def check_copyable(model: nn.Module, layers: Iterable[str] = ()) -> None:
 def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
     memo |= {id(tensor): tensor.detach().clone() for tensor in _inside_graphs(model)}
     try:
-        return copy.deepcopy(model, memo)
+        copied = copy.deepcopy(model, memo)
     except Exception as error:  # what copies itself may raise anything
         where = _culprit(model)
         if where is None and (kind := _copies_itself(model)) is not None:
@@ -56,6 +57,18 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             f"the model cannot be copied: {where} cannot ({type(error).__name__}: {told}). Take it off the model "
             "meanwhile, make it where it is used, or give its class a __deepcopy__"
         ) from error
+    _copy_attributes(model, memo)
+    return copied
+
+
+def _copy_attributes(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Have copied parameters be told what is written on the originals, as rates of learning: torch leaves that out."""
+    for parameter in parameters_of(model):
+        copied = memo.get(id(parameter))
+        if isinstance(copied, nn.Parameter) and copied is not parameter:
+            for name, value in vars(parameter).items():
+                with contextlib.suppress(Exception):  # what cannot be copied alone is no number or flag
+                    vars(copied).setdefault(name, copy.deepcopy(value, memo))
 
 
 def _line(error: BaseException) -> str:

@@ -42,10 +42,15 @@ def obstacle(model: nn.Module, module: nn.Module, paths: tuple[str, ...], tied: 
     return "the model itself is this layer: wrap it in nn.Sequential" if "" in paths else None
 
 
+def _is_of_quantisation(module: nn.Module | None) -> bool:
+    """Whether a module is a layer or an observer that preparing for quantisation has put there."""
+    return type(module).__module__.startswith("torch.ao.")
+
+
 def obstacle_in_weight(module: nn.Module) -> str | None:
     """Why the weight of a layer cannot be read as a plain tensor of numbers, or None."""
-    if is_quantised(module):
-        return "quantised: the weight is not a floating-point matrix"
+    if is_quantised(module) or any(map(_is_of_quantisation, (module, *module._modules.values()))):
+        return "quantised, or prepared for it: compress the network before that, and quantise what comes of it"
     if is_lazy(weight_of(module)):
         return "lazy: run the model once so that its weight has a shape"
     # Weight and spectral normalisation of the older kind, and pruning masks, set the weight before every call.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def parameters_of(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -13,3 +13,10 @@ def parameters_of(model: nn.Module) -> Iterator[nn.Parameter]:
     A class may have its ``parameters`` give those alone that are to be trained.
     """
     return (parameter for _, parameter in nn.Module.named_parameters(model))
+
+
+def in_place_of(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """A parameter of other values, trained if the former one is, with what users have written on that."""
+    made = nn.Parameter(values, parameter.requires_grad)
+    vars(made).update(vars(parameter))
+    return made

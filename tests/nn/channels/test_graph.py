@@ -610,3 +610,28 @@ def test_products_that_multiply_indices_come_to_an_end():
     found = st.couple(model, st.find(model), torch.randn(8, 32))
     assert "first:out" in {coupling.name for coupling in found.couplings}
     assert any(skipped.name == "weights:out" for skipped in found.skipped)
+
+
+class Gram(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 24, 3, padding=1), nn.Conv2d(1, 8, 3)
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        gram = torch.einsum("bchw,bdhw->bcd", x, x)
+        return self.last(torch.relu(self.second(gram.unsqueeze(1))).mean((2, 3)))
+
+
+def test_channels_that_are_multiplied_with_one_another_are_not_followed_for_ever(monkeypatch):
+    from torch_pruning.dependency import index_mapping
+
+    made = []
+    real = index_mapping._FlattenIndexMapping.__call__
+    spy = lambda self, idxs: (found := real(self, idxs), made.append(len(found)))[0]  # noqa: E731
+    monkeypatch.setattr(index_mapping._FlattenIndexMapping, "__call__", spy)
+    model = Gram().eval()
+    found = st.couple(model, st.find(model), torch.randn(2, 3, 8, 8))
+    assert [coupling.name for coupling in found.couplings] == ["second:out"]
+    assert 0 < sum(made) < 2_000_000

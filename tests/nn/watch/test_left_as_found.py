@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import spectrim as st
+from spectrim.nn.channels.narrow import narrow
 from spectrim.nn.copying import copy_model
 from spectrim.nn.watch.sensitivity import weighed
 from spectrim.nn.watch.state import ALONE, State, evaluating, kept
@@ -249,6 +250,18 @@ def test_state_is_put_back_and_logs_go_on() -> None:
     assert model.count == 0
     assert torch.equal(model.cache, torch.zeros(2))
     assert not hasattr(model, "extra")
+
+
+def test_what_is_written_on_parameters_stays() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 5))
+    for parameter in model.parameters():
+        parameter._no_weight_decay = True  # type: ignore[attr-defined]
+    model[0].weight.of = model[1]  # type: ignore[assignment, union-attr]
+    copied = copy_model(model)
+    assert all(parameter._no_weight_decay for parameter in copied.parameters())  # type: ignore[attr-defined]
+    assert copied[0].weight.of is copied[1]  # type: ignore[index, union-attr]
+    narrow(copied, {(n, axis): torch.arange(6) for n, axis in (("0", "out"), ("1", "through"), ("3", "in"))})
+    assert all(parameter._no_weight_decay for parameter in copied.parameters())  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(("what", "word"), [(threading.Lock(), "lock"), ((n for n in range(2)), "generator")])

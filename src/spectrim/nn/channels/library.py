@@ -13,6 +13,8 @@ from unittest import mock
 _VISITS = 16
 # Or one channel may be named so often in one place: products of two parts of one tensor multiply indices.
 _REPEATS = 64
+# More entries than any axis has that a layer reads: channels were multiplied with one another, again and again.
+_ENTRIES = 2**17
 LOST = "they cannot be followed to all that reads them"
 
 
@@ -38,11 +40,12 @@ def check_library() -> None:
         from torch_pruning.dependency import graph, index_mapping
     except ImportError as error:
         raise ImportError("removing filters needs torch-pruning: pip install 'spectrim[filters]'") from error
-    if not hasattr(getattr(graph, "Group", None), "add_dep") or not _mapping_names(index_mapping):
+    group, flatten = getattr(graph, "Group", None), getattr(index_mapping, "_FlattenIndexMapping", None)
+    if not hasattr(group, "add_dep") or flatten is None or not _mapping_names(index_mapping):
         raise ImportError(
-            f"torch-pruning {version('torch-pruning')} has no dependency.graph.Group.add_dep or no "
-            "dependency.index_mapping.update_*_index_mapping, which reading its graph rests on: "
-            "pip install 'torch-pruning>=1.6,<1.7'"
+            f"torch-pruning {version('torch-pruning')} has no dependency.graph.Group.add_dep, "
+            "index_mapping._FlattenIndexMapping or index_mapping.update_*_index_mapping, which reading its graph rests "
+            "on: pip install 'torch-pruning>=1.6,<1.7'"
         )
 
 
@@ -63,7 +66,8 @@ def careful() -> Iterator[None]:
     """
     from torch_pruning.dependency import graph, index_mapping
 
-    before = graph.Group
+    before, flatten = graph.Group, index_mapping._FlattenIndexMapping
+    spread = flatten.__call__
 
     def guarded(update: Callable[..., None]) -> Callable[..., None]:
         def run(*arguments: Any) -> None:
@@ -71,6 +75,11 @@ def careful() -> Iterator[None]:
                 update(*arguments)
 
         return run
+
+    def bounded(mapping: Any, idxs: Any) -> Any:
+        if len(idxs) > _ENTRIES:
+            raise Lost(f"{LOST}: they are multiplied with one another")
+        return spread(mapping, idxs)
 
     class Bounded(before):  # type: ignore[misc, valid-type]
         def __init__(self) -> None:
@@ -85,5 +94,9 @@ def careful() -> Iterator[None]:
             super().add_dep(dep, idxs)
 
     mappings: dict[str, Any] = {name: guarded(getattr(index_mapping, name)) for name in _mapping_names(index_mapping)}
-    with mock.patch.object(graph, "Group", Bounded), mock.patch.multiple(index_mapping, **mappings):
+    with (
+        mock.patch.object(graph, "Group", Bounded),
+        mock.patch.object(flatten, "__call__", bounded),
+        mock.patch.multiple(index_mapping, **mappings),
+    ):
         yield

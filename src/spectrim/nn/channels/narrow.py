@@ -19,6 +19,7 @@ from spectrim.nn.channels.numbers import number_at, set_number
 from spectrim.nn.channels.rules import ChannelRule, Held, is_registered, picked, rule_of
 from spectrim.nn.layers import describe
 from spectrim.nn.modules import Chained, Factored
+from spectrim.nn.parameters import in_place_of
 from spectrim.nn.standing import StandIn, sized
 
 NORMS = (_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm)
@@ -208,7 +209,7 @@ def _cut_conv(module: _ConvNd, axis: str, kept: Tensor) -> None:
             module.in_channels = len(kept)
     if axis != IN and module.bias is not None:
         module.bias = cast(nn.Parameter, picked(module.bias, 0, kept))
-    module.weight = nn.Parameter(cut.clone(), requires_grad=module.weight.requires_grad)
+    module.weight = in_place_of(module.weight, cut.clone())
 
 
 def _runs(kept: Tensor, groups: int, pool: int) -> Tensor:

@@ -17,6 +17,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from spectrim.nn.parameters import in_place_of
+
 _OF_TORCH = (
     *(_ConvNd, nn.Linear, nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.Bilinear, nn.PReLU),
     *(_BatchNorm, _InstanceNorm, nn.GroupNorm, nn.LayerNorm),
@@ -61,7 +63,7 @@ class Held:
 def picked(held: Tensor, axis: int, kept: Tensor) -> Tensor:
     """Some entries of an axis of a parameter or buffer, as such."""
     cut = held.detach().index_select(axis, kept.to(held.device))
-    return nn.Parameter(cut, held.requires_grad) if isinstance(held, nn.Parameter) else cut
+    return in_place_of(held, cut) if isinstance(held, nn.Parameter) else cut
 
 
 class _Unflattened:
