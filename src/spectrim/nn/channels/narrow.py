@@ -209,7 +209,7 @@ def _cut_conv(module: _ConvNd, axis: str, kept: Tensor) -> None:
             module.in_channels = len(kept)
     if axis != IN and module.bias is not None:
         module.bias = cast(nn.Parameter, picked(module.bias, 0, kept))
-    module.weight = in_place_of(module.weight, cut.clone())
+    module.weight = in_place_of(cast(nn.Parameter, module.weight), cut.clone())
 
 
 def _runs(kept: Tensor, groups: int, pool: int) -> Tensor:
