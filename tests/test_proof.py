@@ -351,3 +351,27 @@ def test_what_is_dear_to_multiply_out_is_known_without_multiplying_it_out() -> N
     with FlopCounterMode(display=False) as counter:
         assert merge_proof._shared_out(parts, 1e9) == (parts, {})
     assert counter.get_total_flops() == 0
+
+
+class Picks(nn.Module):
+    """Rows go on if what the first layer computes of them says so, as boxes do in a detector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(32, 64), nn.Linear(64, 64), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x).relu()
+        y = y[y[:, 0] > y[:, 1]]
+        return self.last(self.second(y).relu()).mean(0, keepdim=True).expand(len(x), -1)
+
+
+def test_layers_that_get_other_rows_than_in_the_dense_network_keep_their_factors():
+    torch.manual_seed(0)
+    model, x = Picks().eval(), torch.randn(256, 16) @ torch.randn(16, 32)
+    result = st.compress(model, [x], budget="macs=30%", progress=False)
+    assert any("picks them by what it computes: 'second'" in note for note in result.report.sentences)
+    with torch.no_grad():
+        y = model.first(x).relu()
+        wanted, given = model.second(y), result.model.second(y)
+    assert (given - wanted).norm() < 0.9 * (wanted - wanted.mean(0)).norm()

@@ -241,10 +241,10 @@ class Joint:
     def layer(self, site: Layer) -> Layer:
         """The layer as it should be factorised: weight ``W*``, its bias, and moments of what it is given."""
         d, fitted, unseen = self.spec.features, self.fitted, self.unseen
-        if not fitted.count or not (fitted.is_finite() and (unseen is None or _finite(unseen))):
-            raise CalibrationError(
-                f"layer {site.name!r} was not reached, or sees NaN or Inf, in the reconstruction batches"
-            )
+        if not fitted.count:  # the networks never gave it as many rows as each other
+            return site
+        if not (fitted.is_finite() and (unseen is None or _finite(unseen))):
+            raise CalibrationError(f"layer {site.name!r} sees NaN or Inf in the reconstruction batches")
         g, o, *_ = self.spec.shape
         moments = Equations.of(fitted, d) if isinstance(fitted, Sketch) else Covariances.of(fitted)
         scarce = scarcity(fitted.count, self._squares, self._fourths)
@@ -355,6 +355,8 @@ def refit_last(
     joint = joint or Joint.of(part)
     with torch.no_grad():
         joint.add(seen, split, given=lambda x: functools.reduce(lambda value, made: made(value), before, x))
+    if not joint.fitted.count:
+        return joint
     fitted = joint.layer(part)
     chain[len(before)] = make_layer(spec, fitted.weight, fitted.bias).train(last.training)
     return joint
