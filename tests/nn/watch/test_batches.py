@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from spectrim.errors import CalibrationError
-from spectrim.nn.watch.batches import arguments, call, checked_batches, evaluating, logits, resized
+from spectrim.nn.watch.batches import Feed, arguments, call, checked_batches, evaluating, logits, resized
 from spectrim.nn.watch.layout import Layout
 
 X, Y = torch.randn(4, 3), torch.randn(4, 2)
@@ -171,3 +171,46 @@ def test_arrays_and_lists_of_numbers_are_refused_with_the_cure(batch, says):
         checked_batches(np.zeros((8, 3)))
     # What stands beside tensors is somebody's own, as are labels.
     assert call(model, (torch.zeros(4, 3), np.zeros(4))).shape == (4, 2)
+
+
+class _Open(nn.Module):
+    """Takes whatever it is given by name, as many models of transformers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+
+    def forward(self, pixels=None):
+        return self.first(pixels)
+
+
+_IMAGES = torch.ones(5, 3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("first", "later"),
+    [
+        ((_IMAGES, torch.ones(5)), _IMAGES),
+        (_IMAGES, (_IMAGES, torch.ones(5))),
+        (_IMAGES, _IMAGES[0]),
+        ({"pixels": _IMAGES}, _IMAGES),
+        (_IMAGES, None),
+    ],
+)
+def test_batches_of_another_form_than_the_first_are_refused(first, later):
+    # The first element of a pair is its images, and that of a tensor one image, which a convolution takes as well.
+    model, feed = _Open().eval(), Feed()
+    feed(model, first)
+    feed(model, first)
+    with pytest.raises(CalibrationError, match=r"a batch is a .*, and the first one was a .*give batches of one form"):
+        feed(model, later)
+
+
+def test_single_samples_in_a_list_of_mappings_are_refused():
+    with pytest.raises(CalibrationError, match="one sample of shape .3, 8, 8. without an axis for samples"):
+        Feed().decide(_Open().eval(), [{"pixels": image} for image in _IMAGES])
+
+
+def test_names_of_entries_may_be_numbers():
+    model = nn.Sequential(nn.Linear(4, 2))
+    assert call(model, {0: torch.ones(3, 4), 1: torch.ones(3, dtype=torch.int64)}).shape == (3, 2)

@@ -7,7 +7,6 @@ parameters of its ``forward``. Where that leaves several ways, they are tried on
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import CalibrationError, SpectrimError, check_function
 from spectrim.nn.watch.layout import Layout, Where, check_where
-from spectrim.nn.watch.nesting import check_numbers, copied, moved, tensors
+from spectrim.nn.watch.nesting import check_numbers, copied, in_words, kind_of, moved, tensors
 from spectrim.nn.watch.nesting import checked_batches as checked_batches
 from spectrim.nn.watch.nesting import logits as logits
 from spectrim.nn.watch.nesting import output_tensors as output_tensors
@@ -33,7 +32,6 @@ from spectrim.nn.watch.ways import (
     is_per_sample,
     is_sample,
     is_vector,
-    names_of,
     ways,
 )
 from spectrim.nn.watch.writes import seen_writing
@@ -69,6 +67,8 @@ class Feed:
             check_function("forward", forward, ("the model", "a batch"), "a function of both that runs the model")
         self._forward, self._samples = forward, samples
         self._way: Way | None = None
+        self._form: tuple[Any, ...] = ()
+        self._first = ""
         self.layout = Layout()
         self.notes: tuple[str, ...] = ()
 
@@ -108,6 +108,7 @@ class Feed:
             notes += [note] if note else []
             self.layout = Layout(axis, listed=way.listed, whole=way.whole)
         self.notes = tuple(notes)
+        self._form, self._first = _form(model, self.layout, batch), in_words(batch)
 
     @property
     def words(self) -> str:
@@ -115,9 +116,20 @@ class Feed:
         return self._way.words if self._way is not None else "what is not known yet"
 
     def arguments(self, model: nn.Module, batch: Any) -> Arguments:
-        """Positional and keyword arguments, copies on the model's device and in its dtype."""
+        """Positional and keyword arguments, copies on the model's device and in its dtype.
+
+        Raises
+        ------
+        CalibrationError
+            For a batch of another form than the first one's, of which other parts would be taken.
+        """
         self.decide(model, batch)
         assert self._way is not None
+        if _form(model, self.layout, batch) != self._form:
+            raise CalibrationError(
+                f"a batch is {in_words(batch)}, and the first one was {self._first}: give batches of one form, or pass "
+                "forward=, a function (model, batch) that runs the model"
+            )
         return cast(Arguments, moved(self._way.take(batch), model))
 
     def __call__(self, model: nn.Module, batch: Any) -> Any:
@@ -215,7 +227,7 @@ def _working(model: nn.Module, batch: Any) -> Way:
         log.info("%s cannot be run with %s: %s", type(model).__name__, way.words, first_line(error))
         failures.append(f"with {way.words} it raises {type(error).__name__}: {first_line(error)}")
     raise CalibrationError(
-        f"{type(model).__name__} cannot be run with a batch that is {_shape(batch)}: {'; '.join(failures)}. Pass "
+        f"{type(model).__name__} cannot be run with a batch that is {in_words(batch)}: {'; '.join(failures)}. Pass "
         "forward=, a function (model, batch) that runs the model"
     )
 
@@ -226,9 +238,10 @@ def _check_batched(model: nn.Module, batch: Any, way: Way) -> None:
     Convolutions take such images, linear layers such vectors, and a model with one in front may take them or batches.
     """
     layout = Layout(whole=way.whole)
-    inputs = layout.inputs(batch)
+    inputs = next(tensors(layout.inputs(batch)), None)
     if (
-        not (is_sample(model, inputs) or is_vector(model, inputs))
+        inputs is None
+        or not (is_sample(model, inputs) or is_vector(model, inputs))
         or layout.size(batch) < 2
         or _runs(model, way, layout.resized(batch, 1)) is None
     ):
@@ -238,6 +251,12 @@ def _check_batched(model: nn.Module, batch: Any, way: Way) -> None:
         f"the inputs are one sample of shape {shape} without an axis for samples: give batches, such as "
         f"{(1, *shape)} by x.unsqueeze(0), or a DataLoader with a batch_size; or say so, samples=lambda batch: 1"
     )
+
+
+def _form(model: nn.Module, layout: Layout, batch: Any) -> tuple[Any, ...]:
+    """What tells which part of a batch is passed, and whether it is a single sample."""
+    inputs = layout.inputs(batch)
+    return (kind_of(batch), kind_of(inputs), is_sample(model, next(tensors(inputs), None)))
 
 
 def _runs(model: nn.Module, way: Way, batch: Any) -> Exception | None:
@@ -286,13 +305,3 @@ def _axis(model: nn.Module, batch: Any, way: Way) -> tuple[int, str]:
         f"samples were taken to lie on the first axis of inputs of shape {tuple(first.shape)}, though the model has "
         "layers with batch_first=False; pass samples=1 if time comes first"
     )
-
-
-def _shape(batch: Any) -> str:
-    """A batch in words."""
-    if isinstance(batch, Tensor):
-        return f"a tensor of shape {tuple(batch.shape)}"
-    if isinstance(batch, Mapping):
-        return f"a mapping of {names_of(batch)}"
-    kinds = ", ".join(type(part).__name__ for part in itertools.islice(batch, 4))
-    return f"a {type(batch).__name__} of {len(batch)} ({kinds}{', ...' if len(batch) > 4 else ''})"

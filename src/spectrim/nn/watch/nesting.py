@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -116,6 +116,24 @@ def check_numbers(inputs: Any) -> None:
         )
     for part in parts:
         check_numbers(part)
+
+
+def kind_of(value: Any) -> type:
+    """Tensor, Mapping or Sequence, where a value is one of these; else its type."""
+    kinds: tuple[tuple[type, Any], ...] = ((Tensor, Tensor), (Mapping, Mapping), (Sequence, list | tuple))
+    return next((kind for kind, held in kinds if isinstance(value, held)), type(value))
+
+
+def in_words(batch: Any) -> str:
+    """A batch in words."""
+    if isinstance(batch, Tensor):
+        return f"a tensor of shape {tuple(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return f"a mapping of {', '.join(map(repr, batch))}"
+    if not isinstance(batch, list | tuple):
+        return f"a {type(batch).__name__}"
+    kinds = ", ".join(type(part).__name__ for part in itertools.islice(batch, 4))
+    return f"a {type(batch).__name__} of {len(batch)} ({kinds}{', ...' if len(batch) > 4 else ''})"
 
 
 def is_record(value: Any) -> bool:

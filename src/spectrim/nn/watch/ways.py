@@ -241,7 +241,7 @@ def _named(wanted: _Parameters, inputs: Mapping[str, Any], of: Callable[[Any], A
             )
         return
     yield Way("the mapping itself", lambda batch: ((of(batch),), {}))
-    held = [k for k, v in inputs.items() if isinstance(v, Tensor) and k.lower() not in _TARGETS]
+    held = [k for k, v in inputs.items() if isinstance(v, Tensor) and str(k).lower() not in _TARGETS]
     for name in sorted(held, key=lambda name: (_is_mask(name), not inputs[name].is_floating_point())):
         yield Way(
             f"{name!r}", lambda batch, name=name: ((of(batch)[name],), {}), note=_dropped(inputs, [name])
@@ -257,8 +257,8 @@ def _dropped(inputs: Mapping[str, Any], taken: list[str]) -> str:
     return f"{note}; so the model does not know the mask {names_of(masks)}" if masks else note
 
 
-def _is_mask(name: str) -> bool:
-    return "mask" in name.lower()
+def _is_mask(name: Any) -> bool:
+    return "mask" in str(name).lower()
 
 
 def names_of(names: Any) -> str:
