@@ -133,6 +133,16 @@ def test_with_fewer_samples_than_were_calibrated_on_it_is_hardly_worse_than_with
     assert missed(model, st.apply(model, sites, plan, [batch]), fresh) <= 1.2 * alone
 
 
+@pytest.mark.parametrize(
+    "other", [lambda x: 10 * x, lambda x: x + 3, lambda x: x[:, :1].expand_as(x).clone(), torch.zeros_like]
+)
+def test_samples_of_another_kind_than_were_calibrated_do_little_harm(other):
+    model, fresh = network(), data(512, seed=100)
+    sites, plan = planned(model, [data(512)])
+    alone = missed(model, st.apply(model, sites, plan), fresh)
+    assert missed(model, st.apply(model, sites, plan, [other(data(40, seed=7))]), fresh) <= 1.3 * alone
+
+
 def test_errors_are_told_for_samples_that_were_not_fitted():
     model, x = network(), data(64)
     sites, plan = planned(model, [x])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from spectrim.linalg.moments import Moments
 
 
@@ -15,3 +17,27 @@ def pooled(now: Moments, known: Moments, share: float) -> Moments:
     result = now.standing_for(count)
     result.merge(known.standing_for(total - count))
     return result
+
+
+def larger(now: Moments, known: Moments) -> float:
+    """How many times as large vectors are as those that are known, in their own directions; at least 1.
+
+    ``tr(M M) / tr(M C)``, with ``M`` second moments about the known mean and ``C`` the known covariance, both in units
+    of the known spread. It is 1 for vectors of one kind, a square for those times a number, and up to ``d`` for those
+    that lie on one line. Entries that never changed tell nothing.
+    """
+    spread = known.covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+    units = torch.where(spread > 0, 1 / spread, 0.0).unsqueeze(1)
+    away = (now.mean - known.mean).unsqueeze(1)
+    moment = (now.covariance + away.mT * away) * units.mT * units
+    beside = (moment * known.covariance * units.mT * units).sum()
+    return max(float(moment.square().sum() / beside.clamp_min(1e-300)), 1.0)
+
+
+def discounted(share: float, times: float) -> float:
+    """The share of samples that are so many times as large as the others.
+
+    Errors of theirs are as much larger, and where they are of another kind they tell less of the others: each counts
+    by the square.
+    """
+    return share / (share + (1 - share) * times * times)

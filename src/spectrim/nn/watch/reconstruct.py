@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import CalibrationError
 from spectrim.linalg.moments import Paired
-from spectrim.linalg.pooled import pooled
+from spectrim.linalg.pooled import discounted, larger, pooled
 from spectrim.linalg.regression import Covariances, Equations, Unseen, scarcity, towards
 from spectrim.linalg.sketch import Sketch
 from spectrim.network.layer import LayerSpec
@@ -246,7 +246,8 @@ class Joint:
         if not (fitted.is_finite() and (unseen is None or _finite(unseen))):
             raise CalibrationError(f"layer {site.name!r} sees NaN or Inf in the reconstruction batches")
         g, o, *_ = self.spec.shape
-        moments = Equations.of(fitted, d) if isinstance(fitted, Sketch) else Covariances.of(fitted)
+        fitted_share, share = self._counted(site)
+        moments = Equations.of(fitted, d) if isinstance(fitted, Sketch) else self._covariances(fitted, site, share)
         scarce = scarcity(fitted.count, self._squares, self._fourths)
         weight = site.weight.reshape(g, o, d).double()
         # With one or two samples nothing tells how far to go.
@@ -257,13 +258,35 @@ class Joint:
             # A mean is not fitted to noise: it is that of all samples.
             away = torch.cat([unseen.inputs, unseen.answers], dim=2)
             mean = mean + away.sum(1, dtype=torch.float64) / (fitted.count + away.shape[1])
-        bias = self._bias(site, weight, mean).reshape(-1)
+        bias = self._bias(site, weight, mean, share).reshape(-1)
         weight = weight.to(site.weight.dtype).reshape(site.weight.shape)
-        return dataclasses.replace(site, weight=weight, bias=bias, statistics=self._known(site.statistics, mean[:, :d]))
+        return dataclasses.replace(
+            site, weight=weight, bias=bias, statistics=self._known(site.statistics, mean[:, :d], fitted_share)
+        )
 
-    def _bias(self, site: Layer, weight: Tensor, mean: Tensor) -> Tensor:
+    def _counted(self, site: Layer) -> tuple[float, float]:
+        """The shares, smaller where what is given is of another kind than what was calibrated."""
+        known = site.statistics.input
+        if known is None or self.shares[1] >= 1 or isinstance(self.fitted, Sketch):
+            return self.shares
+        times = larger(self.fitted.inputs, known)
+        fitted, mean = (discounted(share, times) for share in self.shares)
+        return fitted, mean
+
+    def _covariances(self, fitted: Paired, site: Layer, share: float) -> Covariances:
+        """Those of samples that are given, and for this share of them of others as calibrated, which miss nothing."""
+        given, known = Covariances.of(fitted), site.statistics.input
+        if known is None or share >= 1:
+            return given
+        calibrated = known.covariance
+        weight = site.weight.reshape(given.cross.shape).double()
+        return Covariances(
+            torch.lerp(calibrated, given.inputs, share), torch.lerp(weight @ calibrated, given.cross, share)
+        )
+
+    def _bias(self, site: Layer, weight: Tensor, mean: Tensor, share: float) -> Tensor:
         """What brings the mean answer to the dense one; of samples that are not given it stays as it was calibrated."""
-        d, known, share = self.spec.features, site.statistics.input, self.shares[1]
+        d, known = self.spec.features, site.statistics.input
         bias = mean[:, d:] - torch.einsum("god,gd->go", weight, mean[:, :d])
         if known is None or share >= 1:
             return bias
@@ -272,7 +295,7 @@ class Joint:
             calibrated += site.bias.double().reshape(bias.shape)
         return torch.lerp(calibrated, bias, share)
 
-    def _known(self, statistics: Statistics, mean: Tensor) -> Statistics:
+    def _known(self, statistics: Statistics, mean: Tensor, share: float) -> Statistics:
         """What was calibrated, with what is given now in place of what calibration held of all inputs together."""
         fitted = self.fitted
         if isinstance(fitted, Sketch):
@@ -284,7 +307,7 @@ class Joint:
             name, inputs = "input", fitted.inputs
         inputs.mean = mean.clone()
         if name == "input" and statistics.input is not None:
-            inputs = pooled(inputs, statistics.input, self.shares[0])
+            inputs = pooled(inputs, statistics.input, share)
         return dataclasses.replace(statistics, **{name: inputs})
 
     def errors(self, module: nn.Module) -> Errors | None:

@@ -1,0 +1,43 @@
+"""Moments of few vectors beside known ones."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from spectrim.linalg.moments import Moments
+from spectrim.linalg.pooled import discounted, larger
+
+
+def moments(rows: Tensor) -> Moments:
+    made = Moments(len(rows), rows.shape[2])
+    made.update(rows)
+    return made
+
+
+def test_how_much_larger_vectors_are_in_their_own_directions() -> None:
+    known = torch.randn(2, 4000, 6, generator=torch.Generator().manual_seed(0)).double()
+    line = torch.randn(1, 500, 1, generator=torch.Generator().manual_seed(1)).double().expand(2, 500, 6)
+    assert larger(moments(known), moments(known)) == pytest.approx(1)
+    assert larger(moments(10 * known), moments(known)) == pytest.approx(100, rel=0.01)
+    assert larger(moments(known / 10), moments(known)) == 1
+    assert larger(moments(line), moments(known)) == pytest.approx(6, rel=0.3)
+    # A constant off the known mean, and nothing but that mean.
+    assert larger(moments(torch.full((2, 9, 6), 3.0)), moments(known)) == pytest.approx(6 * 9, rel=0.2)
+    assert larger(moments(known.mean(1, keepdim=True)), moments(known)) == pytest.approx(1)
+
+
+def test_neither_units_nor_entries_that_never_changed_tell_of_another_kind() -> None:
+    known = torch.randn(1, 900, 5, generator=torch.Generator().manual_seed(0)).double()
+    now, by = 3 * known[:, :40] + 1, 10 ** torch.linspace(-6, 6, 5).double()
+    assert larger(moments(now * by), moments(known * by)) == pytest.approx(larger(moments(now), moments(known)))
+    still = torch.cat([known, torch.zeros(1, 900, 1)], dim=2)
+    beside = torch.cat([now, torch.full((1, 40, 1), 1e6)], dim=2)
+    assert larger(moments(beside), moments(still)) == pytest.approx(larger(moments(now), moments(known)))
+
+
+def test_a_share_shrinks_with_the_square() -> None:
+    assert discounted(0.5, 1.0) == 0.5
+    assert discounted(0.5, 3.0) == pytest.approx(0.1)
+    assert discounted(0.5, 1e300) == 0.0
