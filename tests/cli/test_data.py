@@ -96,6 +96,31 @@ def test_image_folder_resizes_and_crops_the_middle(tmp_path: Path):
     assert (images[:, 1] == 0).all()
 
 
+def test_what_is_hidden_in_an_image_folder_is_no_class_and_no_image(tmp_path: Path):
+    image = pytest.importorskip("PIL.Image")
+    for name in ("ants/1.png", "bees/1.png", ".ipynb_checkpoints/1.png", "bees/.ipynb_checkpoints/1.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "ants" / "._1.png").write_bytes(b"resource fork")
+    batches = _batches(f"imagefolder:{tmp_path}?split=test&normalise=none")
+    assert _all(batches)[1].tolist() == [0, 1]
+    assert batches.classes == 2
+
+
+def test_images_of_16_bits_keep_their_greys_and_those_of_32_are_refused(tmp_path: Path):
+    image = pytest.importorskip("PIL.Image")
+    greys = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    image.fromarray(greys).save(tmp_path / "deep.png")
+    (pixels,) = _batches(f"imagefolder:{tmp_path}?normalise=none")
+    expected = torch.from_numpy(greys.astype(np.float32) / 65535).expand(1, 3, 8, 8)
+    torch.testing.assert_close(pixels, expected, atol=0.5 / 255 + 1e-6, rtol=0)
+    (tmp_path / "deep.png").unlink()
+    image.fromarray(greys.astype(np.float32) / 65535).save(tmp_path / "real.tif")
+    with pytest.raises(UsageError, match="'.*real.tif' holds numbers of 32 bits.* save it with 8 or 16 bits"):
+        list(_batches(f"imagefolder:{tmp_path}?normalise=none"))
+
+
 def test_order_follows_from_seed_and_epoch_alone():
     first, second = (_batches("digits?split=train&shuffle=true&augment=crop") for _ in range(2))
     for one, other in zip(first, second, strict=True):

@@ -252,3 +252,17 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path: Path) 
         with pytest.raises(IsADirectoryError, match="it is a folder"):
             write(Run(), torch.zeros(2, 2), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("example", "says"),
+    [
+        (torch.ones(0, 4), "the example is empty: it holds no sample; give a batch"),
+        (torch.full((2, 4), float("nan")), "the model's own outputs hold NaN on the example"),
+    ],
+)
+def test_examples_that_prove_nothing_are_refused(example, says, exporter):
+    export_to, path = exporter
+    with pytest.raises(ExportError, match=says):
+        export_to(nn.Sequential(nn.Linear(4, 2)), example, path)
+    assert not path.exists()

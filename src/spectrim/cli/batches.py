@@ -119,7 +119,7 @@ class ImageFiles(Source):
 
         with self._opened(path) as file:
             try:
-                image = file.convert("RGB")
+                image = _of_bytes(file, path).convert("RGB")
             except OSError as error:
                 raise UsageError(f"data: {str(path)!r} is damaged ({error}); remove it or mend it") from error
         scale = self.resize / min(image.size) if self.resize else 1.0
@@ -131,6 +131,19 @@ class ImageFiles(Source):
             image = image.crop((left, top, left + self.crop, top + self.crop))
         pixels = np.asarray(image)
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+def _of_bytes(image: Any, path: Path) -> Any:
+    """An image with 8 bits a channel; of 16 bits Pillow itself would make all above 255 white."""
+    from PIL import Image
+
+    deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+    if not deep and image.mode in ("I", "F"):
+        raise UsageError(
+            f"data: {str(path)!r} holds numbers of 32 bits, of which nothing says what is white: save it with 8 or 16 "
+            "bits a channel"
+        )
+    return Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8)) if deep else image
 
 
 @dataclass(eq=False)

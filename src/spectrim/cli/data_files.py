@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from spectrim.cli.data_options import ArrayOptions, DataOptions, TableOptions
@@ -74,12 +74,12 @@ def images(reference: Reference, options: DataOptions) -> tuple[tuple[Path, ...]
     root = _directory(reference)
     parts = ("train",) if options.split == "train" else ("test", "val")
     root = next((root / part for part in parts if (root / part).is_dir()), root)
-    classes = sorted(p for p in root.iterdir() if p.is_dir())
-    found = [(path, label) for label, folder in enumerate(classes) for path in _pictures(folder.rglob("*"))]
+    classes = sorted(p for p in root.iterdir() if p.is_dir() and not _is_hidden(p.name))
+    found = [(path, label) for label, folder in enumerate(classes) for path in _pictures(folder, "**/*")]
     if found:
         paths, labels = zip(*found, strict=True)
         return paths, labels, len(classes)
-    loose = tuple(_pictures(root.iterdir()))
+    loose = tuple(_pictures(root, "*"))
     if not loose:
         held = sorted({path.suffix.lower() for path in root.rglob("*") if path.is_file() and path.suffix})
         others = f"; its files are {', '.join(held[:4])}" if held else ""
@@ -90,8 +90,15 @@ def images(reference: Reference, options: DataOptions) -> tuple[tuple[Path, ...]
     return loose, (), 0
 
 
-def _pictures(paths: Iterable[Path]) -> Iterator[Path]:
-    return (path for path in sorted(paths) if path.suffix.lower() in _SUFFIXES)
+def _pictures(folder: Path, pattern: str) -> Iterator[Path]:
+    for path in sorted(folder.glob(pattern)):
+        if path.suffix.lower() in _SUFFIXES and not any(map(_is_hidden, path.relative_to(folder).parts)):
+            yield path
+
+
+def _is_hidden(name: str) -> bool:
+    """What notebooks and macOS leave beside images (``.ipynb_checkpoints``, ``._cat.jpg``): no class and no image."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def arrays(reference: Reference, options: ArrayOptions) -> tuple[Path, str, str]:

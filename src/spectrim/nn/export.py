@@ -139,6 +139,8 @@ def _run_onnx(session: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) ->
 
 def _inputs(model: nn.Module, example: Any, dynamic: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
     args, kwargs = arguments(model, example)
+    if any(not tensor.numel() for tensor in tensors([*args, *kwargs.values()])):
+        raise ExportError("the example is empty: it holds no sample; give a batch of inputs as the model takes them")
     # Export takes a first axis of length one for a constant.
     return (resized(args, 2), resized(kwargs, 2)) if dynamic else (args, kwargs)
 
@@ -182,6 +184,11 @@ def _difference(model: nn.Module, args: Any, kwargs: Any, run: Any, dynamic: boo
         if len(wanted) != len(given):
             raise ExportError(f"the exported model returns {len(given)} tensors, the model {len(wanted)}")
         for w, g in zip(wanted, given, strict=True):
+            if bool(w.isnan().any()):
+                raise ExportError(
+                    "the model's own outputs hold NaN on the example, so that nothing can be compared with them: give "
+                    "inputs prepared as in use, or mend the model's weights"
+                )
             if w.shape != g.shape:
                 raise ExportError(f"the exported model returns shape {tuple(g.shape)}, the model {tuple(w.shape)}")
             if w.numel():
