@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from spectrim.nn.watch.lockstep import lockstep
 from spectrim.nn.watch.probe import Probe, probe
@@ -172,6 +173,31 @@ def test_modes_of_the_thread_belong_to_each_pass():
     assert [each for each in small.seen if each in wanted] == wanted[:1] * 3 + wanted[1:] * 3
     assert not torch.is_inference_mode_enabled()
     assert torch.is_grad_enabled()
+
+
+class Counts(nn.Module):
+    """Watches its own operations, and gives how many products they take."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        with FlopCounterMode(display=False) as work:
+            y = self.last(self.first(x))
+        return y, torch.tensor(work.get_total_flops())
+
+
+def test_modes_that_a_pass_enters_see_nothing_of_others():
+    dense, changed = twins(Counts())
+    every = batches()
+    with lockstep(dense, changed, {"first": 1, "last": 1}, every) as hub:
+        for name in ("first", "last"):
+            hub.reach(name)
+            assert torch._C._len_torch_dispatch_stack() == 0
+            torch.ones(8, 8) @ torch.ones(8, 8)
+        ends = hub.ends(0)
+    assert [int(end.output[1]) for end in ends] == [int(dense(every[0])[1])] * 2
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])

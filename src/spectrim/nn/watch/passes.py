@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
+from torch._C import _len_torch_dispatch_stack
+from torch.utils._python_dispatch import _pop_mode, _push_mode
 
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.observe import hooked, on_each
@@ -69,6 +71,7 @@ class _Pass(greenlet):
         self.beside: dict[str, Tensor] = {}
         self.calls: Counter[str] = Counter()
         self.output: Any = None
+        self._beneath = 0  # modes of torch that are not the pass's own
         self._network, self.own = network, network.state.fresh(network.places)
 
     def advance(self, name: str, left: set[str]) -> None:
@@ -76,6 +79,7 @@ class _Pass(greenlet):
         while not self.dead and self.at != name and (self.at is None or self.at in left):
             with _state_kept():
                 install(self._network.model, self.own)
+                self._beneath = _len_torch_dispatch_stack()
                 given = self.switch()
                 self.output = given if self.dead else None
                 self.own = taken(self._network.model, self._network.places)
@@ -84,7 +88,18 @@ class _Pass(greenlet):
         """Give up what is not done."""
         with _state_kept():
             install(self._network.model, self.own)
+            self._beneath = _len_torch_dispatch_stack()
             self.throw(GreenletExit)
+
+    @contextlib.contextmanager
+    def modes_apart(self) -> Iterator[None]:
+        """Without the modes that the pass has entered: they belong to the thread, where others go on meanwhile."""
+        own: list[Any] = [_pop_mode() for _ in range(_len_torch_dispatch_stack() - self._beneath)]
+        try:
+            yield
+        finally:
+            for mode in reversed(own):
+                _push_mode(mode)
 
 
 class Passes:
@@ -152,7 +167,7 @@ class Passes:
             return
         calls.append(tensor)
         here.at = name
-        with _state_of_pass():
+        with _state_of_pass(), here.modes_apart():
             here.parent.switch()  # type: ignore[union-attr]
 
     def end(self) -> None:
