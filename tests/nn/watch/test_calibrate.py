@@ -15,6 +15,7 @@ import spectrim.nn.watch.watchers as module_under_test
 from spectrim.cost.counted import macs, parameters
 from spectrim.errors import CalibrationError
 from spectrim.linalg.unfold import unfoldings
+from spectrim.nn.channels.graph import couple
 from spectrim.nn.find import canonical, find
 from spectrim.nn.surgery import parameter_count
 from spectrim.nn.watch.calibrate import calibrate
@@ -565,3 +566,28 @@ def test_work_that_cannot_be_counted_is_told():
     assert sites.uncounted[operation] == "0"
     (sentence,) = uncounted_work(sites)
     assert f"{operation} in 0" in sentence
+
+
+class TwoEnds(nn.Module):
+    """Ends early for some batches, where another layer reads what both ways have in common."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.early, self.late = nn.Linear(8, 3), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.first(x))
+        return self.early(x) if x.shape[0] == 5 else self.late(torch.relu(self.second(x)))
+
+
+def test_channels_that_other_layers_read_in_later_batches_stay():
+    model = TwoEnds().eval()
+    long, short = torch.randn(4, 6), torch.randn(5, 6)
+    found = couple(model, find(model), long)
+    assert {c.name for c in calibrate(model, found, [long, long]).couplings} >= {"first:out", "second:out"}
+    sites = calibrate(model, found, [long, short])
+    assert "first:out" not in {c.name for c in sites.couplings}
+    assert "second:out" in {c.name for c in sites.couplings}
+    (reason,) = (skipped.reason for skipped in sites.skipped if skipped.name == "first:out")
+    assert "different ways" in reason

@@ -24,7 +24,7 @@ from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.nesting import begun, checked_batches, tensors
 from spectrim.nn.watch.observe import Hook, hooked, observe
 from spectrim.nn.watch.readers import reading
-from spectrim.nn.watch.responses import Responses
+from spectrim.nn.watch.responses import OtherWays, Responses
 from spectrim.nn.watch.samples import Mask
 from spectrim.nn.watch.sampling import Run, Sampling
 from spectrim.nn.watch.state import State
@@ -211,9 +211,10 @@ class _Rest:
     skipped: tuple[Skipped, ...]
     uncalibrated: frozenset[str]
 
-    def cuts_off(self, coupling: Coupling) -> bool:
-        """Whether a layer that holds channels of a coupling was not calibrated."""
-        return any(side.name in self.uncalibrated for side in coupling.sides)
+    def cuts_off(self, coupling: Coupling) -> str:
+        """Why channels stay: a layer that holds some was not calibrated; else nothing."""
+        off = any(side.name in self.uncalibrated for side in coupling.sides)
+        return "a layer of theirs was not calibrated" if off else ""
 
 
 @dataclasses.dataclass
@@ -231,6 +232,8 @@ class _Watch:
         layers, from the first batch.
     given, passes
         What of a batch the model is given, in words, and how passes are made.
+    ways
+        Of coupled channels.
     work, uncounted
         MACs a sample of every module itself, and operations that could not be counted, by path and by name.
     """
@@ -245,6 +248,7 @@ class _Watch:
     model: nn.Module
     given: str
     passes: Passes
+    ways: OtherWays
     order: Order = dataclasses.field(default_factory=Order)
     samples: int = 0
     tokens: int = 0
@@ -287,6 +291,7 @@ class _Watch:
             model,
             given,
             passes,
+            OtherWays(sites.couplings),
         )
 
     def hooks(self, model: nn.Module) -> Iterator[Hook]:
@@ -308,11 +313,13 @@ class _Watch:
             response.start(samples)
         if index:
             output = self._run(run, batch, index)
+            self.ways.later(self.order.called)
         else:
             # A weight that is multiplied out is another tensor each time.
             specs = [layer.spec for layer in self.sites.layers if not layer.present]
             with WorkCounter() as counter, reading(self.model, specs) as read:
                 output = self._run(run, batch, index)
+            self.ways.first(self.order.called)
             self.other_macs = counter.get_total_flops() / 2 / size
             self.work = {path: work / size for path, work in counter.own_macs(self.model).items()}
             self.uncounted = counter.uncounted_in(self.model)
@@ -388,11 +395,10 @@ class _Watch:
         rest = self._rest(reached)
         running = [spec for layer in layers for spec in layer.running]
         running += [*(spec for each in tied for spec in each.layers), *rest.running]
-        couplings = tuple(c for c in sites.couplings if not rest.cuts_off(c))
+        stay = {c.name: rest.cuts_off(c) or self.ways.why(c) for c in sites.couplings}
+        couplings = tuple(c for c in sites.couplings if not stay[c.name])
         pooled = {c.name: self.responses[c.name].pooled for c in couplings if c.name in self.responses}
-        cut_off = (
-            Skipped(c.name, c.kind, "a layer of theirs was not calibrated") for c in sites.couplings if rest.cuts_off(c)
-        )
+        cut_off = (Skipped(c.name, c.kind, stay[c.name]) for c in sites.couplings if stay[c.name])
         return dataclasses.replace(
             sites,
             sites=layers,

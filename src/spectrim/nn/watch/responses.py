@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spectrim.linalg.moments import Moments
-from spectrim.network.coupling import IN, Coupling
+from spectrim.network.coupling import IN, OUT, Coupling
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Pooled
 from spectrim.nn.flops import unwatched
@@ -91,6 +91,32 @@ class Responses:
             return amount.positions
         least = max(FEWEST, FLOOR * self._max.mean.shape[1])
         return self._run.positions(amount.rows if isinstance(amount.rows, int) else least)
+
+
+class OtherWays:
+    """Which coupled channels go another way in a later pass than in the first, by which their readers were found."""
+
+    def __init__(self, couplings: Iterable[Coupling]) -> None:
+        sides = {c.name: [frozenset(side.name for side in c.on(axis)) for axis in (OUT, IN)] for c in couplings}
+        self._writers = {name: out for name, (out, _) in sides.items()}
+        self._readers = {name: into for name, (_, into) in sides.items()}
+        self._other: set[str] = set()
+
+    def first(self, called: Set[str]) -> None:
+        """Readers that run without being called tell nothing."""
+        self._readers = {name: into & called for name, into in self._readers.items()}
+
+    def later(self, called: Set[str]) -> None:
+        """Channels that are written, and that none of their readers reads, have another."""
+        for name, into in self._readers.items():
+            if into and into.isdisjoint(called) and not self._writers[name].isdisjoint(called):
+                self._other.add(name)
+
+    def why(self, coupling: Coupling) -> str:
+        """Why channels stay; else nothing."""
+        if coupling.name not in self._other:
+            return ""
+        return "batches take different ways, and on some none of the layers that are known to read them is called"
 
 
 def _channels(x: Tensor, spec: LayerSpec, positions: Tensor) -> Tensor:

@@ -63,14 +63,17 @@ class Order:
 
     def __init__(self) -> None:
         self.names: list[str] = []
+        self.called: set[str] = set()
         self._at = -1
 
     def start(self) -> None:
         """A new pass begins."""
+        self.called = set()
         self._at = -1
 
     def see(self, name: str) -> None:
         """A layer is called."""
+        self.called.add(name)
         if name not in self.names:
             self.names.insert(self._at + 1, name)
         self._at = max(self._at, self.names.index(name))
