@@ -186,6 +186,13 @@ def test_a_network_chosen_by_few_samples_is_said_to_be_a_guess() -> None:
     assert any("2 calibration samples are too few" in note and "a hundred" in note for note in notes)
 
 
+def test_samples_that_repeat_are_told_and_no_share_of_what_does_not_vary() -> None:
+    report = st.compress(Two(), [BATCHES[0][:1].expand(64, *BATCHES[0].shape[1:])] * 2, "macs=60%").report
+    assert any(note.startswith("among 128 calibration samples there are only 1 different") for note in report.notes)
+    assert all(fit.fitted <= 1.5 and (fit.held_out or 0) <= 1.5 for fit in report.fits.values())
+    assert not any("different ones" in note for note in st.compress(Two(), BATCHES, "macs=60%").report.notes)
+
+
 def test_what_has_no_values_is_refused_before_the_work() -> None:
     model = Two()
     model.c = nn.Linear(32, 32, device="meta")

@@ -214,3 +214,9 @@ def test_single_samples_in_a_list_of_mappings_are_refused():
 def test_names_of_entries_may_be_numbers():
     model = nn.Sequential(nn.Linear(4, 2))
     assert call(model, {0: torch.ones(3, 4), 1: torch.ones(3, dtype=torch.int64)}).shape == (3, 2)
+
+
+def test_samples_of_several_lengths_are_a_list_and_no_batch_and_targets():
+    model = nn.Embedding(5, 3)
+    with pytest.raises(TypeError):
+        Feed()(model, [torch.zeros(n, dtype=torch.int64) for n in (4, 7)])

@@ -248,3 +248,10 @@ def test_directions_are_those_of_their_seed_whatever_was_drawn_and_written_befor
     first.zero_()
     directions(outputs, samples, 3)
     torch.testing.assert_close(directions(outputs, samples, 1), kept, rtol=0, atol=0)
+
+
+def test_batches_whose_inputs_hold_no_number_are_named():
+    run = Run(iter([torch.ones(2, 3), torch.ones(2, 0)]))
+    run.see(torch.ones(2, 3))
+    with pytest.raises(CalibrationError, match=r"calibration batch 1 is empty: its inputs have the shape \(2, 0\)"):
+        run.see(torch.ones(2, 0))

@@ -38,6 +38,8 @@ HELD_OUT = 0.125
 ENOUGH = 4
 # Samples that were calibrated on and are not given, of which the means are held against those of samples that are.
 AGAINST = 64
+# Variance below which answers of float32 do not vary, in squares of their mean.
+_ROUNDING = 1e-12
 # Directions of a sketch.
 SKETCH = 1024
 
@@ -325,7 +327,10 @@ class Joint:
         covariance, mean = self.fitted.covariance, self.fitted.mean
         away = mean[:, d:] - torch.einsum("god,gd->go", w, mean[:, :d])
         away = away if bias is None else away - bias.double().reshape(away.shape)
-        energy = self.fitted.variance[:, d:].sum().clamp_min(1e-300)
+        energy = self.fitted.variance[:, d:].sum()
+        # Of answers that do not vary, as for samples that are all the same, rounding is all that would be told.
+        if energy <= _ROUNDING * mean[:, d:].square().sum():
+            return None
         crossed = w @ covariance[:, :d] - 2 * covariance[:, d:]
         missed = energy + (crossed * w).sum() + away.square().sum()
         fitted = float(missed.clamp_min(0) / energy)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,12 @@ from spectrim.errors import CalibrationError, check_function
 from spectrim.network.layer import LayerSpec
 from spectrim.nn.watch.keys import mixed, odd, shifted, uniform
 from spectrim.nn.watch.layout import Layout
+from spectrim.nn.watch.nesting import tensors
 from spectrim.nn.watch.samples import Chosen, Mask, Samples, lengths_of, mask_of
 
+# Samples below which a network chosen by them is a guess: on a ResNet-20 at 60 % of the MACs 1 sample leaves 9 % of
+# accuracy, 2 leave 44 %, 8 leave 85 % and 16 leave 96 %, where weights alone leave 91 %.
+GUESSED = 16
 # Samples that a run is taken to have where nothing says how many: few, so that rather too many rows are kept.
 FEW = 64
 
@@ -92,6 +96,7 @@ class Run:
         self.mask, self.layout = mask, layout
         self._seen = 0
         self._mean: float | None = None
+        self._different: set[int] = set()
         if isinstance(batches, list | tuple) and batches:
             lengths = [self._lengths(batch, number) for number, batch in enumerate(batches)]
             self.samples: int | None = sum(map(len, lengths))
@@ -104,13 +109,37 @@ class Run:
         lengths = self._lengths(batch, self._seen) if self._mean is None else None
         if lengths is not None:
             self._mean = float(lengths.mean())
-        _refuse_empty(self.layout.size(batch), self._seen)
+        self._size(batch, self._seen)
         self._seen += 1
-        return Samples.of(batch, self.mask, mean=self._mean, layout=self.layout)
+        samples = Samples.of(batch, self.mask, mean=self._mean, layout=self.layout)
+        if len(self._different) < GUESSED:
+            self._different.update(samples.keys.tolist())
+        return samples
+
+    def repeated(self, samples: int) -> Iterator[str]:
+        """What a user should know where so many samples were seen and few of them differ."""
+        different = len(self._different)
+        # What cannot be told apart, as batches of a type of one's own, has the key 0.
+        if different < min(GUESSED, samples) and 0 not in self._different:
+            yield (
+                f"among {samples:,} calibration samples there are only {different} different ones, too few: the "
+                "network may be worthless on other data, however well its outputs agree on these. Calibrate on a "
+                "hundred or more"
+            )
+
+    def _size(self, batch: Any, number: int) -> int:
+        """Samples of a batch, which must hold some."""
+        size, shapes = self.layout.size(batch), [tuple(t.shape) for t in tensors(self.layout.inputs(batch))]
+        if not size:
+            raise CalibrationError(f"calibration batch {number} is empty: it holds no sample; leave it out")
+        if shapes and not any(map(math.prod, shapes)):
+            raise CalibrationError(
+                f"calibration batch {number} is empty: its inputs have the shape {shapes[0]}; leave it out"
+            )
+        return size
 
     def _lengths(self, batch: Any, number: int) -> Tensor:
-        size = self.layout.size(batch)
-        _refuse_empty(size, number)
+        size = self._size(batch, number)
         return lengths_of(self.layout.columns(batch, size), mask_of(batch, self.mask, size), size)
 
     def positions(self, rows: int) -> int:
@@ -280,11 +309,6 @@ def _turned(spec: LayerSpec, shape: tuple[int, ...], samples: Samples) -> bool:
     if shape[0] == samples.size:
         return samples.turned
     return bool(shape[0] % samples.size) or shape[0] in samples.lengths
-
-
-def _refuse_empty(size: int, number: int) -> None:
-    if not size:
-        raise CalibrationError(f"calibration batch {number} is empty: it holds no sample; leave it out")
 
 
 def _count(batches: Any) -> int | None:

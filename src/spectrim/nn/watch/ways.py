@@ -146,6 +146,9 @@ def _placed(model: nn.Module, wanted: _Parameters, batch: list[Any] | tuple[Any,
         yield from _named(wanted, inputs, lambda batch: batch[0])
     elif isinstance(inputs, list | tuple) and inputs and not isinstance(inputs, PackedSequence):
         yield from _nested(model, wanted, batch)
+    elif alike and all(entry.dim() == 1 for entry in batch) and len({len(entry) for entry in batch}) > 1:
+        # Samples of several lengths; the first of them would be taken for a batch.
+        yield as_list
     else:
         # A model that stacks its images would take the first of them for a batch.
         images = isinstance(batch, list) and all(is_sample(model, entry) for entry in batch)
