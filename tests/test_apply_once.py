@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import spectrim as st
 from spectrim.application import carry_out
+from spectrim.nn.watch import watchers
 from spectrim.nn.watch.batches import Feed, one_by_one
 
 
@@ -141,6 +142,20 @@ def test_samples_of_another_kind_than_were_calibrated_do_little_harm(other):
     sites, plan = planned(model, [data(512)])
     alone = missed(model, st.apply(model, sites, plan), fresh)
     assert missed(model, st.apply(model, sites, plan, [other(data(40, seed=7))]), fresh) <= 1.3 * alone
+
+
+@pytest.mark.parametrize("times", [0, 10])
+def test_the_same_where_no_moment_of_whole_patches_is_kept(times, monkeypatch):
+    monkeypatch.setattr(watchers, "FULL_PATCH", 20)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).eval()  # fmt: skip
+    x, fresh = torch.randn(96, 3, 6, 6), torch.randn(128, 3, 6, 6)
+    sites = st.calibrate(model, st.find(model), [x])
+    plan = st.select(st.tabulate(sites, st.ActivationSVD()), "macs=50%")
+    alone = missed(model, st.apply(model, sites, plan), fresh)
+    assert missed(model, st.apply(model, sites, plan, [times * torch.randn(24, 3, 6, 6)]), fresh) <= 1.3 * alone
 
 
 def test_errors_are_told_for_samples_that_were_not_fitted():

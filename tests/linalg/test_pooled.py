@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg.moments import Moments
-from spectrim.linalg.pooled import discounted, larger
+from spectrim.linalg.pooled import discounted, larger, larger_apart
 
 
 def moments(rows: Tensor) -> Moments:
@@ -35,6 +35,16 @@ def test_neither_units_nor_entries_that_never_changed_tell_of_another_kind() -> 
     still = torch.cat([known, torch.zeros(1, 900, 1)], dim=2)
     beside = torch.cat([now, torch.full((1, 40, 1), 1e6)], dim=2)
     assert larger(moments(beside), moments(still)) == pytest.approx(larger(moments(now), moments(known)))
+
+
+def test_entries_one_by_one() -> None:
+    known = torch.randn(2, 900, 5, generator=torch.Generator().manual_seed(0)).double()
+    known[..., 4] = 2.0
+    held = moments(known)
+    assert larger_apart(held.mean, held.variance, held) == pytest.approx(1)
+    assert larger_apart(held.mean, 100 * held.variance, held) == pytest.approx(100)
+    away = torch.where(held.variance > 0, 3 * held.variance.sqrt(), 1e6)
+    assert larger_apart(held.mean + away, held.variance, held) == pytest.approx(10)
 
 
 def test_a_share_shrinks_with_the_square() -> None:

@@ -72,6 +72,11 @@ class Work:
         assert self.stop is not None
         return len(self.stop.split.samples) == len(self.split.samples)
 
+    @property
+    def shares(self) -> tuple[float, float]:
+        """What of the samples that were calibrated on is given."""
+        return self.split.shares(self.removal.sites.samples)
+
     def observe(self, layer: Layer, *, sketch: bool) -> Layer:
         """A layer as it is to be fitted: the inputs it is given now, and what the dense one answers.
 
@@ -84,8 +89,7 @@ class Work:
             held = layer.statistics.input is not None or in_full(layer.spec)
             sketch = not held and (sketch or not self.at_once or Joint.bytes_of(layer.spec) > _MOMENTS)
             outputs = self.removal.outputs(layer.name)
-            shares = self.split.shares(self.removal.sites.samples)
-            joint = self.joints[layer.name] = Joint.of(layer, sketch=sketch, outputs=outputs, shares=shares)
+            joint = self.joints[layer.name] = Joint.of(layer, sketch=sketch, outputs=outputs, shares=self.shares)
         joint.add(self.stop.seen, self.stop.split)
         return joint.layer(layer)
 
@@ -94,7 +98,9 @@ class Work:
         if self.stop is not None and self.stop.seen and not observed and _owns_last(factors):
             assert isinstance(module, (Factored, Chained))
             last = f"{layer.name}.{len(module) - 1}"
-            joint = refit_last(module, layer, self.stop.seen, self.stop.split, self.joints.get(last))
+            joint = refit_last(
+                module, layer, self.stop.seen, self.stop.split, self.joints.get(last), shares=self.shares
+            )
             if joint is not None:
                 self.joints[last] = joint
         replace_module(self.removal.model, layer.spec.names, module)

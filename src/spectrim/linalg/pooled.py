@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from spectrim.linalg.moments import Moments
 
@@ -26,12 +28,19 @@ def larger(now: Moments, known: Moments) -> float:
     of the known spread. It is 1 for vectors of one kind, a square for those times a number, and up to ``d`` for those
     that lie on one line. Entries that never changed tell nothing.
     """
-    spread = known.covariance.diagonal(dim1=-2, dim2=-1).sqrt()
+    spread = known.variance.sqrt()
     units = torch.where(spread > 0, 1 / spread, 0.0).unsqueeze(1)
     away = (now.mean - known.mean).unsqueeze(1)
     moment = (now.covariance + away.mT * away) * units.mT * units
     beside = (moment * known.covariance * units.mT * units).sum()
     return max(float(moment.square().sum() / beside.clamp_min(1e-300)), 1.0)
+
+
+def larger_apart(mean: Float[Tensor, "g n"], variance: Float[Tensor, "g n"], known: Moments) -> float:
+    """The same of entries one by one, where nothing is known of their products."""
+    spread = known.variance
+    times = torch.where(spread > 0, (variance + (mean - known.mean).square()) / spread, 0.0)
+    return max(float(times.square().sum() / times.sum().clamp_min(1e-300)), 1.0)
 
 
 def discounted(share: float, times: float) -> float:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import CalibrationError
 from spectrim.linalg.moments import Paired
-from spectrim.linalg.pooled import discounted, larger, pooled
+from spectrim.linalg.pooled import discounted, larger, larger_apart, pooled
 from spectrim.linalg.regression import Covariances, Equations, Unseen, scarcity, towards
 from spectrim.linalg.sketch import Sketch
 from spectrim.network.layer import LayerSpec
@@ -155,7 +155,7 @@ class Joint:
         self._squares = torch.zeros_like(centre, dtype=torch.float64)
         self._fourths = torch.zeros_like(self._squares)
         self._held: list[tuple[Tensor, Tensor]] = []
-        self._samples = 0
+        self._samples = self._distinct = 0
 
     @classmethod
     def of(
@@ -202,6 +202,7 @@ class Joint:
                 if fitted < len(out):
                     self._held.append((rows[:, fitted:].clone(), chosen.sample[out] + self._samples))
             self._samples += samples.size
+        self._distinct = min(self._samples, split.total)
 
     def _fit(self, rows: Tensor) -> None:
         self.fitted.update(rows)
@@ -251,10 +252,12 @@ class Joint:
         fitted_share, share = self._counted(site)
         moments = Equations.of(fitted, d) if isinstance(fitted, Sketch) else self._covariances(fitted, site, share)
         scarce = scarcity(fitted.count, self._squares, self._fourths)
-        weight = site.weight.reshape(g, o, d).double()
+        weight = dense = site.weight.reshape(g, o, d).double()
         # With one or two samples nothing tells how far to go.
-        if self._samples > 2:
-            weight = towards(weight, moments, scarce, unseen, fitted.count)
+        if self._distinct > 2:
+            weight = towards(dense, moments, scarce, unseen, fitted.count)
+        if site.statistics.input is None:
+            weight = torch.lerp(dense, weight, share / self.shares[1])
         mean = fitted.mean
         if unseen is not None:
             # A mean is not fitted to noise: it is that of all samples.
@@ -268,12 +271,14 @@ class Joint:
 
     def _counted(self, site: Layer) -> tuple[float, float]:
         """The shares, smaller where what is given is of another kind than what was calibrated."""
-        known = site.statistics.input
-        if known is None or self.shares[1] >= 1 or isinstance(self.fitted, Sketch):
-            return self.shares
-        times = larger(self.fitted.inputs, known)
-        fitted, mean = (discounted(share, times) for share in self.shares)
-        return fitted, mean
+        known, fitted, d = site.statistics, self.fitted, self.spec.features
+        times = 1.0
+        if self.shares[1] < 1 and isinstance(fitted, Paired) and known.input is not None:
+            times = larger(fitted.inputs, known.input)
+        elif self.shares[1] < 1 and known.input is None and known.output is not None:
+            times = larger_apart(fitted.mean[:, d:], fitted.variance[:, d:], known.output)
+        fitted_share, mean_share = (discounted(share, times) for share in self.shares)
+        return fitted_share, mean_share
 
     def _covariances(self, fitted: Paired, site: Layer, share: float) -> Covariances:
         """Those of samples that are given, and for this share of them of others as calibrated, which miss nothing."""
@@ -290,12 +295,10 @@ class Joint:
         """What brings the mean answer to the dense one; of samples that are not given it stays as it was calibrated."""
         d, known = self.spec.features, site.statistics.input
         bias = mean[:, d:] - torch.einsum("god,gd->go", weight, mean[:, :d])
-        if known is None or share >= 1:
-            return bias
-        calibrated = torch.einsum("god,gd->go", site.weight.reshape(weight.shape).double() - weight, known.mean)
-        if site.bias is not None:
-            calibrated += site.bias.double().reshape(bias.shape)
-        return torch.lerp(calibrated, bias, share)
+        calibrated = torch.zeros_like(bias) if site.bias is None else site.bias.double().reshape(bias.shape)
+        inputs = mean[:, :d] if known is None else known.mean
+        moved = weight - site.weight.reshape(weight.shape).double()
+        return torch.lerp(calibrated - torch.einsum("god,gd->go", moved, inputs), bias, share)
 
     def _known(self, statistics: Statistics, mean: Tensor, share: float) -> Statistics:
         """What was calibrated, with what is given now in place of what calibration held of all inputs together."""
@@ -362,7 +365,13 @@ class Errors:
 
 
 def refit_last(
-    chain: Factored | Chained, layer: Layer, seen: Sequence[Seen], split: Split, joint: Joint | None = None
+    chain: Factored | Chained,
+    layer: Layer,
+    seen: Sequence[Seen],
+    split: Split,
+    joint: Joint | None = None,
+    *,
+    shares: tuple[float, float] = (1.0, 1.0),
 ) -> Joint | None:
     """Fit the last layer of a pair or chain, and its bias, to the dense layer's answers. It is changed in place.
 
@@ -373,14 +382,17 @@ def refit_last(
     ----------
     joint
         Moments of batches seen before, of the same last layer.
+    shares
+        From :meth:`Split.shares`.
     """
     *before, last = chain
     spec = describe(last, tuple(f"{name}.{len(before)}" for name in layer.spec.names))
     weight, bias = canonical(last)
     if bias is None:
         return None
-    part = Layer(spec, weight, bias)
-    joint = joint or Joint.of(part)
+    # Its outputs are those of the layer.
+    part = Layer(spec, weight, bias, statistics=Statistics(output=layer.statistics.output))
+    joint = joint or Joint.of(part, shares=shares)
     with torch.no_grad():
         joint.add(seen, split, given=lambda x: functools.reduce(lambda value, made: made(value), before, x))
     if not joint.fitted.count:
