@@ -74,7 +74,7 @@ def without_statistics() -> Iterator[_Scales]:
     for drops nothing: it draws other numbers for another number of channels.
     """
     scales, functional = _Scales(), torch.nn.functional
-    before = functional.layer_norm, functional.group_norm
+    before = functional.layer_norm, functional.group_norm, functional.scaled_dot_product_attention
 
     def scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...]) -> Tensor:
         x = scales.scaled(x)
@@ -89,6 +89,12 @@ def without_statistics() -> Iterator[_Scales]:
         before[1](x, groups, weight, bias, eps)
         return scaled(x, weight, bias, (1, -1, *(1,) * (x.dim() - 2)))
 
+    def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if not key.numel():  # torch 2.9 and older end the process there
+            raise ValueError("attention is left without a head of keys")
+        return before[2](query, key, value, *args, **kwargs)
+
+    attention = {"scaled_dot_product_attention": scaled_dot_product_attention}
     undropped = dict.fromkeys(_DRAWING, _undropped)
-    with mock.patch.multiple(functional, layer_norm=layer_norm, group_norm=group_norm, **undropped):
+    with mock.patch.multiple(functional, layer_norm=layer_norm, group_norm=group_norm, **attention, **undropped):
         yield scales
