@@ -120,6 +120,12 @@ def test_images_are_left_as_large_as_they_are_where_asked(tmp_path: Path):
         list(load_data(f"imagefolder:{tmp_path}"))
 
 
+@pytest.mark.parametrize("kind", [">f4", ">i2", "g"])
+def test_numbers_of_another_byte_order_or_width_are_read(kind: str):
+    np.savez("other.npz", x=np.arange(6).reshape(2, 3).astype(kind))
+    assert samples("other.npz")[0].tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
 @pytest.mark.parametrize(
     ("arrays", "why"),
     [
@@ -127,6 +133,9 @@ def test_images_are_left_as_large_as_they_are_where_asked(tmp_path: Path):
             {"x": np.zeros((0, 3, 4), "f4"), "y": np.zeros(0, int)},
             r"array 'x' is empty, of shape \(0, 3, 4\): give samples",
         ),
+        ({"x": np.ones((2, 3)), "y": np.eye(2)}, r"labels 'y' are of shape \(2, 2\); expected one class a sample"),
+        ({"x": np.ones((2, 3)), "y": np.array(1)}, "2 samples in 'x' but 1 in 'y'"),
+        ({"x": np.ones((2, 3), complex)}, "array 'x' is complex128"),
         ({"x": np.array([[{}]], dtype=object)}, "it holds Python objects, which may run code: save numbers"),
     ],
 )

@@ -20,6 +20,7 @@ from spectrim.cli.models import load_model, whose_weights
 from spectrim.cli.preprocessing import Inputs
 from spectrim.cli.references import UsageError, parse
 from spectrim.cli.unfinished import RunFolder, make_folder
+from spectrim.nn.checkpoint import load
 from spectrim.train import fine_tune
 from tests.cli.nets import Tiny
 
@@ -96,6 +97,16 @@ def test_a_folder_that_takes_no_file_is_told_before_any_work(run, monkeypatch: p
         error = run(*command, code=2).stderr
         assert error.startswith("spectrim: error: ")
         assert "'file/here': 'file' is a file, not a folder" in error
+
+
+def test_a_disk_that_is_full_when_the_network_is_measured_loses_none(run, monkeypatch: pytest.MonkeyPatch):
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(28, "No space left on device", "/tmp/trace.json")
+
+    monkeypatch.setattr(shrinking, "compare", full)
+    said = run("compress", "nets:tiny", "-d", "nets:batches", "-b", "macs=70%", "-o", "small", code=1).stderr
+    assert "No space left on device; small/model.safetensors is the compressed network" in " ".join(said.split())
+    assert load(Tiny(), "small/model.safetensors")
 
 
 def test_whose_weights_are_compressed_is_told(run, tmp_path: Path):

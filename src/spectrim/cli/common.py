@@ -133,6 +133,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 if debug or not _is_told(error):
                     raise
                 code, told = exit_code(error), for_command_line(sentence(error))
+                # On a full disk it matters what is whole already.
+                told += f"; {out.left}" if out.left and isinstance(error, OSError) else ""
                 print(f"spectrim: error: {told}", file=sys.stderr)
                 out.document({"error": {"type": type(error).__name__, "message": told, "exit_code": code}})
                 raise typer.Exit(code) from None

@@ -89,22 +89,24 @@ def _arrays(data: Data) -> Source:
     (file, inputs, labels), text = data.files, data.reference.text
     try:
         with np.load(file, allow_pickle=False) as held:
-            values, targets = held[inputs], held[labels] if labels else None
+            values, targets = held[inputs], np.atleast_1d(held[labels]) if labels else None
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         objects = "it holds Python objects, which may run code: save numbers" if "allow_pickle" in str(error) else ""
         why = objects or f"{error}: save or copy it again"
         raise UsageError(f"data {text!r}: {str(file)!r} cannot be read: {why}") from error
     if not values.size:
         raise UsageError(f"data {text!r}: array {inputs!r} is empty, of shape {values.shape}: give samples")
-    if values.ndim < 2 or not np.issubdtype(values.dtype, np.number):
+    if values.ndim < 2 or values.dtype.kind not in "iuf":
         raise UsageError(
             f"data {text!r}: array {inputs!r} is {values.dtype} {values.shape}; expected numbers with one axis for "
             "samples and at least one more"
         )
     if targets is not None and len(targets) != len(values):
         raise UsageError(f"data {text!r}: {len(values)} samples in {inputs!r} but {len(targets)} in {labels!r}")
-    samples, words = _channels_first(values)
-    known = None if targets is None else _classes(targets.reshape(len(targets), -1)[:, 0], labels, text)
+    # torch has no numbers of another byte order, nor of more than 64 bits.
+    width = min(values.dtype.itemsize, 8)
+    samples, words = _channels_first(values.astype(f"={values.dtype.kind}{width}", copy=False))
+    known = None if targets is None else _classes(targets, labels, text)
     return InMemory(torch.from_numpy(np.ascontiguousarray(samples)), known, words)
 
 
@@ -121,7 +123,13 @@ def _channels_first(values: np.ndarray) -> tuple[np.ndarray, str]:
 
 
 def _classes(values: np.ndarray, name: str, text: str) -> Tensor:
-    """Labels as numbers of classes; words are numbered in their order."""
+    """Labels, one a sample, as numbers of classes; words are numbered in their order."""
+    if values.size != len(values):
+        raise UsageError(
+            f"data {text!r}: labels {name!r} are of shape {values.shape}; expected one class a sample: of one-hot rows "
+            "save .argmax(1); for data without write labels=none"
+        )
+    values = values.reshape(-1)
     if values.dtype.kind in "OUS":
         _, values = np.unique(values, return_inverse=True)
     if values.dtype.kind == "f" and np.all(values == np.round(values)):

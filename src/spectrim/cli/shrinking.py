@@ -162,8 +162,10 @@ def compress(
         out.say(NONE_ALIKE)
     if held is not None:
         result = _kept(out, result, work, held)
-        file = write_result(result, files.folder)["model"]
-        out.left = f"{file} is the network before fine-tuning; the same call goes on with the training"
+    # Before what takes long, or may fail: training, and measuring, which writes to a folder of its own.
+    file = write_result(result, files.folder)["model"]
+    kind = "the network before fine-tuning; the same call goes on with the training"
+    out.left = f"{file} is {kind if held is not None else 'the compressed network'}"
     outcome = Outcome(work.network.model, work.dense, result, files.folder, named=work.named)
     outcome = _tuned(out, outcome, work, tuning, held)
     network = work.network

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -61,12 +59,9 @@ def counting(model: nn.Module) -> Iterator[Work]:
 
 def file_size(model: nn.Module) -> int:
     """Bytes of the weights as a safetensors file: shared tensors stored once, sparse weights packed."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     state = model.state_dict()
     tensors, _ = tensor_files.owners(state)
     pack_state(model, tensors, state)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "weights.safetensors"
-        save_file(tensor_files.plain(tensors), path)
-        return path.stat().st_size
+    return len(save(tensor_files.plain(tensors)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import math
@@ -141,6 +142,8 @@ def peak_memory(model: nn.Module, example: Any) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profile.export_chrome_trace(str(path))
+        if not path.exists():  # torch itself only logs it
+            raise OSError(errno.ENOSPC, "the profiler cannot write there; TMPDIR names another folder", str(path))
         events = json.loads(path.read_text(encoding="utf-8"))["traceEvents"]
     changes = sorted(
         (event["ts"], index, event["args"]["Bytes"])
