@@ -51,6 +51,7 @@ def test_ranks_are_learned_within_it_and_another_one_is_another_run(run):
     ("cost", "message"),
     [
         ("joules", "--cost 'joules': write NAME=package.module:function"),
+        ("joules=bare.py:joules", "cost 'bare.py:joules': joules() is called with 1 argument, and takes 0"),
         ("joules=", "--cost 'joules=': write NAME=package.module:function"),
         ("joules=own", "write NAME=package.module:function, as joules=energy:joules"),
         ("macs=own:joules", "there is a cost 'macs' already"),
@@ -60,6 +61,7 @@ def test_ranks_are_learned_within_it_and_another_one_is_another_run(run):
     ],
 )
 def test_what_cannot_be_a_cost_is_quoted(run, cost: str, message: str):
+    Path("bare.py").write_text("def joules(): return 1.0")
     assert message in run("compress", "nets:tiny", *DATA, "-b", "macs=50%", "--cost", cost, code=2).stderr
 
 

@@ -120,6 +120,11 @@ def _check_call(node: ast.stmt, reference: Reference, what: str, arguments: int)
     if not isinstance(node, ast.FunctionDef) or node.decorator_list:
         return
     places = len(node.args.posonlyargs) + len(node.args.args)
+    if places < arguments and node.args.vararg is None:
+        raise UsageError(
+            f"{what} {reference.text!r}: {reference.place}() is called with {arguments} argument, and takes {places}: "
+            f"give it a parameter, as def {reference.place}(layer)"
+        )
     named = _parameters(node.args)
     allowed = [*named][min(arguments, places) :]
     needed = [name for name in allowed if named[name] and name not in given]
