@@ -206,6 +206,16 @@ def test_batches_of_another_form_than_the_first_are_refused(first, later):
         feed(model, later)
 
 
+def test_as_many_samples_as_a_model_has_channels_are_no_single_one():
+    class Mono(nn.Sequential):
+        def forward(self, x):
+            return super().forward(x[:, None])
+
+    model, feed = Mono(nn.Conv2d(1, 4, 3)).eval(), Feed()
+    feed(model, torch.ones(5, 8, 8))
+    assert feed(model, torch.ones(1, 8, 8)).shape == (1, 4, 6, 6)
+
+
 def test_single_samples_in_a_list_of_mappings_are_refused():
     with pytest.raises(CalibrationError, match="one sample of shape .3, 8, 8. without an axis for samples"):
         Feed().decide(_Open().eval(), [{"pixels": image} for image in _IMAGES])

@@ -67,7 +67,7 @@ class Feed:
             check_function("forward", forward, ("the model", "a batch"), "a function of both that runs the model")
         self._forward, self._samples = forward, samples
         self._way: Way | None = None
-        self._form: tuple[Any, ...] = ()
+        self._form: tuple[type, type, int | None] | None = None
         self._first = ""
         self.layout = Layout()
         self.notes: tuple[str, ...] = ()
@@ -108,7 +108,7 @@ class Feed:
             notes += [note] if note else []
             self.layout = Layout(axis, listed=way.listed, whole=way.whole)
         self.notes = tuple(notes)
-        self._form, self._first = _form(model, self.layout, batch), in_words(batch)
+        self._form, self._first = _form(self.layout, batch), in_words(batch)
 
     @property
     def words(self) -> str:
@@ -125,7 +125,7 @@ class Feed:
         """
         self.decide(model, batch)
         assert self._way is not None
-        if _form(model, self.layout, batch) != self._form:
+        if self._form is not None and _differs(model, self.layout, batch, self._form):
             raise CalibrationError(
                 f"a batch is {in_words(batch)}, and the first one was {self._first}: give batches of one form, or pass "
                 "forward=, a function (model, batch) that runs the model"
@@ -253,10 +253,18 @@ def _check_batched(model: nn.Module, batch: Any, way: Way) -> None:
     )
 
 
-def _form(model: nn.Module, layout: Layout, batch: Any) -> tuple[Any, ...]:
-    """What tells which part of a batch is passed, and whether it is a single sample."""
+def _form(layout: Layout, batch: Any) -> tuple[type, type, int | None]:
+    """What tells which part of a batch is passed: its kind, that of its inputs and how many axes their first has."""
     inputs = layout.inputs(batch)
-    return (kind_of(batch), kind_of(inputs), is_sample(model, next(tensors(inputs), None)))
+    first = next(tensors(inputs), None)
+    return kind_of(batch), kind_of(inputs), None if first is None else first.dim()
+
+
+def _differs(model: nn.Module, layout: Layout, batch: Any, form: tuple[type, type, int | None]) -> bool:
+    """Whether a batch has another form than one, or is a single sample; other models may take any number of axes."""
+    *kinds, axes = _form(layout, batch)
+    single = axes != form[2] and is_sample(model, next(tensors(layout.inputs(batch)), None))
+    return single or tuple(kinds) != form[:2]
 
 
 def _runs(model: nn.Module, way: Way, batch: Any) -> Exception | None:
