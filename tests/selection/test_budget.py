@@ -162,7 +162,7 @@ def test_a_budget_does_not_change_and_others_are_made_of_it() -> None:
     budget = Budget(macs=0.5, joules=0.5)
     with pytest.raises(dataclasses.FrozenInstanceError):
         budget.macs = 0.4  # type: ignore[misc]
-    with pytest.raises(ValueError, match="macs"):  # it would lose the other limit
+    with pytest.raises((TypeError, ValueError), match="macs"):  # it would lose the other limit
         dataclasses.replace(budget, macs=0.4)
     assert budget.replace(joules=0.4) == Budget(macs=0.5, joules=0.4)
     assert budget.replace(joules=None, latency=2) == Budget(macs=0.5, latency=2)
