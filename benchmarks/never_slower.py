@@ -9,6 +9,7 @@ One row a case, each kept as soon as it is there: the same command goes on after
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
             "that median lies in 99 of 100 cases. slower: high < 1 and more than 3 % apart, twice.",
             "share: of the multiply-accumulates, the first of those tried at which the network is not refused. "
             "said: layers that lost time in the finished network, and MACs that disagree with milliseconds.",
-            "Small networks with random weights; what is claimed is about time.",
+            "Small networks with random weights; what is claimed is about time. load: processes that ran or waited, of "
+            "the last minute, at the end of the row.",
             *mixed,
         ],
     }
@@ -87,7 +89,7 @@ def _row(network: str, batch: int, runtime: str, *, config: dict[str, Any], work
             break
     except Exception as error:  # one case that fails is a row
         row |= {"outcome": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}
-    return {**row, "seconds": round(time.perf_counter() - start, 1)}
+    return {**row, "seconds": round(time.perf_counter() - start, 1), "load": round(os.getloadavg()[0], 1)}
 
 
 def _timed(
