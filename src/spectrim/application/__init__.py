@@ -15,7 +15,7 @@ from spectrim.methods import Method
 from spectrim.network.sites import Sites
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
-from spectrim.nn.watch.samples import Mask
+from spectrim.nn.watch.masks import Mask
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.progress import Progress, reports
 from spectrim.selection.plan import Plan

@@ -133,7 +133,9 @@ class InputOptions(Fed):
     )
     input_shape: str | None = input_option()
     mask: str | None = option(
-        "Tensor of the batches that is not zero where a token is data; attention_mask by default.", "NAME"
+        "Tensor of the batches that is not zero where a token is data, or says how many tokens a sample has; "
+        "attention_mask by default, or one of torch's: a key_padding_mask is true of padding.",
+        "NAME",
     )
     rows: int | None = option("Input patches that a layer's statistics rest on, in all.", "N", min=1)
     positions: int | None = option("Input patches of every sample, in place of --rows.", "N", min=1)

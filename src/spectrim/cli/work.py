@@ -73,7 +73,7 @@ class Work:
         elif seen is not None:
             example = first_batch(seen, network.batch, str(name), dense)
         if inputs.mask is not None and data is not None:
-            _check_mask(inputs.mask, _first(data, str(inputs.data)))
+            _check_mask(inputs.mask, dense, _first(data, str(inputs.data)))
         if example is not None:
             ready(dense, called_inputs(dense, example), network.runtime)  # before there is anything that could be lost
         clock = Latency(device=device, batch=network.batch, runtime=network.runtime) if timed else None
@@ -179,10 +179,11 @@ def _check_test(model: nn.Module, batch: Any) -> None:
         accuracy(model, [batch])
 
 
-def _check_mask(name: str, batch: Any) -> None:
+def _check_mask(name: str, model: nn.Module, batch: Any) -> None:
     """Refuse a mask that no tensor of a batch is."""
-    held = batch[0] if isinstance(batch, list | tuple) and batch else batch
-    names = list(map(str, held)) if isinstance(held, Mapping) else []
+    with running(model, "--data"):
+        layout = Feed().decide(model, batch).layout
+    names = list(map(str, layout.named(batch)))
     if name not in names:
         there = f"tensors {', '.join(map(repr, names))}" if names else "no tensors with names"
         close = did_you_mean(name, names)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from spectrim.errors import CalibrationError, SpectrimError
 from spectrim.nn.watch.batches import Feed, Forward
+from spectrim.nn.watch.masks import Mask, mask_of
 from spectrim.nn.watch.nesting import begun, compared, output_tensors, transformed
 from spectrim.nn.watch.observe import observe
-from spectrim.nn.watch.samples import Mask, mask_of
 from spectrim.nn.watch.state import evaluating, kept, settings_kept
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ def _agreement(
             index = index[: _SAMPLES - tally.samples]
             if len(index):
                 part = batch if len(index) == size else feed.layout.picked(batch, index)
-                tally.add(wanted(part), given(part), mask_of(part, mask, len(index)), len(index))
+                tally.add(wanted(part), given(part), mask_of(part, mask, len(index), feed.layout), len(index))
             if tally.samples >= _SAMPLES:
                 break
     return tally.agreement(held_out=held_out)
@@ -272,7 +272,7 @@ class DenseOutputs:
             for number, batch in enumerate(stream):
                 size = feed.layout.size(batch)
                 wanted, given = self._outputs(number, batch, feed), output_tensors(feed(other, batch))
-                data = mask_of(batch, self.mask, size)
+                data = mask_of(batch, self.mask, size, feed.layout)
                 for a, b in zip(wanted, given, strict=True):
                     if data is not None and a.shape[:2] == data.shape:
                         a, b = a[data.to(a.device)], b[data.to(b.device)]

@@ -20,8 +20,8 @@ from spectrim.nn.checkpoint import check_savable
 from spectrim.nn.find import Which, check_model
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
+from spectrim.nn.watch.masks import Mask
 from spectrim.nn.watch.nesting import begun, checked_batches, listed, reads_once
-from spectrim.nn.watch.samples import Mask
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.pipeline.goal import Goal, Sets, reached
 from spectrim.pipeline.making import Making

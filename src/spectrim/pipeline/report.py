@@ -19,8 +19,8 @@ from spectrim.network.sites import Sites
 from spectrim.nn.agreement import Agreement, agreement
 from spectrim.nn.timing import Speed, Timing
 from spectrim.nn.watch.calibrate import few_rows
+from spectrim.nn.watch.masks import Mask
 from spectrim.nn.watch.reconstruct import Errors
-from spectrim.nn.watch.samples import Mask
 from spectrim.nn.watch.work import uncounted_work
 from spectrim.search.arms import Tried, arms_grid
 from spectrim.search.judge import Verdict

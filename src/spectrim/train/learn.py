@@ -22,8 +22,8 @@ from spectrim.nn.find import Which
 from spectrim.nn.modes import check_trainable
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
+from spectrim.nn.watch.masks import Mask
 from spectrim.nn.watch.nesting import begun
-from spectrim.nn.watch.samples import Mask
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.pipeline import Result, reported
 from spectrim.preparation import check_options, locate, prepare

@@ -34,7 +34,7 @@ from spectrim.nn.copying import copy_model
 from spectrim.nn.layers import canonical
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
-from spectrim.nn.watch.samples import Mask
+from spectrim.nn.watch.masks import Mask
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.preparation import one_batch, prepare
 from spectrim.search.measured import Trials, meet_latency

@@ -29,8 +29,8 @@ from spectrim.nn.find import Which, check_model
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.contents import contents
 from spectrim.nn.watch.layout import Where
+from spectrim.nn.watch.masks import Mask
 from spectrim.nn.watch.nesting import checked_batches, listed, reads_once
-from spectrim.nn.watch.samples import Mask
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.pipeline import Result, check_selector, offered
 from spectrim.pipeline.making import Making

@@ -190,7 +190,7 @@ def test_masks_by_name_and_by_function():
     [
         ({"x": torch.ones(2, 3)}, "other", "mask='other': the batch holds no such tensor, but 'x'"),
         (torch.ones(2, 3), "other", "mask='other': .* but a Tensor"),
-        ({"x": torch.ones(2, 3), "attention_mask": torch.ones(2, 1, 3, 3)}, None, r"'attention_mask' has shape \(2, 1"),
+        ({"x": torch.ones(2, 3), "attention_mask": torch.ones(3, 3)}, None, r"'attention_mask' has shape \(3, 3"),
         (torch.ones(2, 3), lambda b: torch.ones(3, 2), r"has shape \(3, 2\): expected \(2 samples"),
         (torch.ones(2, 3), lambda b: [1, 0], "has type list"),
     ],

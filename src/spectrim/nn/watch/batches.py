@@ -100,13 +100,13 @@ class Feed:
         way, asked = self._way, self._samples
         notes = [way.note] if way.note else []
         if callable(asked):
-            self.layout = Layout(whole=way.whole, count=asked)
+            self.layout = Layout(whole=way.whole, count=asked, names=way.names)
         elif asked is not None:
-            self.layout = Layout(axis=asked, whole=way.whole)
+            self.layout = Layout(axis=asked, whole=way.whole, names=way.names)
         else:
             axis, note = (0, "") if way.listed or self._forward is not None else _axis(model, batch, way)
             notes += [note] if note else []
-            self.layout = Layout(axis, listed=way.listed, whole=way.whole)
+            self.layout = Layout(axis, listed=way.listed, whole=way.whole, names=way.names)
         self.notes = tuple(notes)
         self._form, self._first = _form(self.layout, batch), in_words(batch)
 

@@ -21,11 +21,11 @@ from spectrim.network.sites import Layer, Sites, Skipped, Tied
 from spectrim.nn.flops import WorkCounter
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
+from spectrim.nn.watch.masks import Mask, unread
 from spectrim.nn.watch.nesting import begun, checked_batches, tensors
 from spectrim.nn.watch.observe import Hook, hooked, observe
 from spectrim.nn.watch.readers import reading
 from spectrim.nn.watch.responses import OtherWays, Responses
-from spectrim.nn.watch.samples import Mask
 from spectrim.nn.watch.sampling import GUESSED, Run, Sampling
 from spectrim.nn.watch.state import State
 from spectrim.nn.watch.streams import Streams
@@ -97,9 +97,12 @@ def calibrate(
     positions
         Patches of each sample, in place of ``rows``.
     mask
-        Which tokens are data, ``(samples, positions)`` and not zero there: the name of a tensor of the batch or a
-        function of the batch. By default ``attention_mask``, where batches are mappings that hold it. What is padding
-        counts in no statistic.
+        Which tokens are data, ``(samples, positions)`` and not zero there, or how many tokens each sample has, the
+        first ones: the name of a tensor of the batch or a function of the batch. Of masks between positions
+        (``(samples, ..., positions, positions)``) a token is data that any position attends to; one whose name ends in
+        ``key_padding_mask`` is zero where a token is data, as torch's layers take it. By default ``attention_mask``,
+        else what ends so, by the names of a mapping or of the model's parameters. What is padding counts in no
+        statistic.
     statistics
         False to learn input shapes only, from the first batch.
     forward
@@ -181,7 +184,9 @@ def calibrated(
                 break
     found = watch.calibrated()
     found = dataclasses.replace(
-        found, keeps_state=keeps, notes=(*found.notes, *feed.notes, *run.repeated(found.samples))
+        found,
+        keeps_state=keeps,
+        notes=(*found.notes, *feed.notes, *unread(first, amount.mask, feed.layout), *run.repeated(found.samples)),
     )
     if known is not None:
         found = dataclasses.replace(found, tied=known.tied, notes=known.notes)

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from spectrim.nn.watch.batches import Feed, Forward
-from spectrim.nn.watch.samples import Mask, Samples
+from spectrim.nn.watch.masks import Mask
+from spectrim.nn.watch.samples import Samples
 
 
 def contents(model: nn.Module, batches: Iterable[Any], *, mask: Mask = None, forward: Forward | None = None) -> str:

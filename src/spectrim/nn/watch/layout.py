@@ -48,17 +48,30 @@ class Layout:
         The batch as it comes is the inputs; else, of a list or tuple, its first element.
     count
         Counts the samples of a batch, where a user says how.
+    names
+        Of the inputs in the order of a tuple, as the model's ``forward`` calls them.
     """
 
     axis: int = 0
     listed: bool = False
     whole: bool = False
     count: Callable[[Any], int] | None = None
+    names: tuple[str, ...] = ()
 
     def inputs(self, batch: Any) -> Any:
         """The part of a batch that tells samples apart, without targets."""
         first = batch[0] if isinstance(batch, list | tuple) and batch and not self.whole else None
         return first if isinstance(first, Tensor | Mapping | list | tuple) or is_record(first) else batch
+
+    def named(self, batch: Any) -> Mapping[str, Any]:
+        """The inputs that have names, in a mapping or as the model's ``forward`` calls them."""
+        inputs = self.inputs(batch)
+        if isinstance(inputs, Mapping):
+            return inputs
+        if is_record(inputs):
+            return vars(inputs)
+        parts = inputs if isinstance(inputs, list | tuple) else batch
+        return dict(zip(self.names, parts, strict=False)) if isinstance(parts, list | tuple) else {}
 
     def size(self, batch: Any) -> int:
         """How many samples a batch has.
@@ -111,6 +124,11 @@ class Layout:
         """Sizes of the axis beside that of the samples."""
         found = ((tensor, self.axis_of(tensor, size)) for tensor in tensors(self.inputs(batch)))
         return frozenset(t.shape[1 - axis] for t, axis in found if axis in (0, 1) and t.dim() > 1)
+
+    def sides(self, batch: Any, size: int) -> list[int]:
+        """Sizes of the axes of the first inputs that have more than samples, without those."""
+        found = ((tensor, self.axis_of(tensor, size)) for tensor in tensors(self.inputs(batch)) if tensor.dim() > 1)
+        return next(([*t.shape[:axis], *t.shape[axis + 1 :]] for t, axis in found if axis is not None), [])
 
     def is_turned(self, batch: Any, size: int) -> bool:
         """Whether positions come before samples."""

@@ -23,8 +23,9 @@ from spectrim.nn.modules import Chained, Factored, make_layer, whole
 from spectrim.nn.watch.junctions import MadeUp
 from spectrim.nn.watch.layout import Layout
 from spectrim.nn.watch.lockstep import Seen
+from spectrim.nn.watch.masks import Mask
 from spectrim.nn.watch.patches import outputs_at, patches_at
-from spectrim.nn.watch.samples import Mask, Samples
+from spectrim.nn.watch.samples import Samples
 from spectrim.nn.watch.sampling import Run, choose, leading
 from spectrim.nn.watch.watchers import in_full
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,13 +10,9 @@ import torch
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from spectrim.errors import CalibrationError
 from spectrim.nn.watch.keys import hashed, mixed, odd
 from spectrim.nn.watch.layout import Layout
-
-Mask = str | Callable[[Any], Tensor | None] | None
-# The mask of a batch that is a mapping, where no other is named.
-MASK = "attention_mask"
+from spectrim.nn.watch.masks import Mask, check_not_inverted, mask_of
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ class Samples:
             Tensors, mappings or tuples whose first element is the inputs; labels make no difference.
         mask
             Name of a tensor of the batch, or a function that gives one for a batch (or None), ``[samples,
-            positions]``, not zero where a token is data. By default ``attention_mask`` of a mapping.
+            positions]``, not zero where a token is data; see :func:`spectrim.calibrate`.
         mean
             Mean length of a sample of the run, in tokens that are data, or else in numbers of the inputs.
         layout
@@ -76,11 +72,13 @@ class Samples:
         Raises
         ------
         CalibrationError
-            If the mask is not there, or has another shape.
+            If the mask is not there, has another shape, or is true of padding.
         """
         size = layout.size(batch)
-        found = mask_of(batch, mask, size)
+        found = mask_of(batch, mask, size, layout)
         columns = layout.columns(batch, size)
+        if found is not None:
+            check_not_inverted(found, columns)
         keys = torch.zeros(size, dtype=torch.int64)
         for number, column in enumerate(columns):
             keys = mixed(keys + torch.cat([hashed(part, found) for part in column]) + odd(number))
@@ -101,38 +99,6 @@ class Chosen(NamedTuple):
 
     index: Int64[Tensor, " n"]
     sample: Int64[Tensor, " n"]
-
-
-def mask_of(batch: Any, mask: Mask, size: int) -> Tensor | None:
-    """The mask of a batch, ``[size, positions]`` on the CPU, True where a token is data."""
-    named = mask if isinstance(mask, str) else MASK
-    if callable(mask):
-        found = mask(batch)
-    else:
-        # Data loaders give (inputs, targets).
-        inputs = batch[0] if isinstance(batch, list | tuple) and batch else batch
-        found = inputs.get(named) if isinstance(inputs, Mapping) else None
-        if found is None and isinstance(mask, str):
-            there = ", ".join(map(repr, inputs)) if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
-            raise CalibrationError(
-                f"mask={mask!r}: the batch holds no such tensor, but {there}; name one that it holds, or pass a "
-                "function of the batch"
-            )
-    if found is None:
-        return None
-    if not isinstance(found, Tensor) or found.dim() != 2 or found.shape[0] != size:
-        what = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"type {type(found).__name__}"
-        raise CalibrationError(
-            f"the mask {mask if callable(mask) else named!r} has {what}: expected ({size} samples, positions); pass "
-            "mask=, a function of the batch that gives such a tensor, or None where no position is padding"
-        )
-    if found.is_floating_point() and bool((found < 0).any()):
-        raise CalibrationError(
-            f"the mask {mask if callable(mask) else named!r} has numbers below 0, as one that is added to scores of "
-            "attention: expected one that is zero where there is padding, and not where there is data; pass "
-            "a function that compares it, such as mask=lambda batch: batch['mask'] == 0"
-        )
-    return (found != 0).cpu()
 
 
 def lengths_of(columns: list[list[Tensor]], mask: Tensor | None, size: int) -> Tensor:

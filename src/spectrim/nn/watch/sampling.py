@@ -23,8 +23,9 @@ from spectrim.errors import CalibrationError, check_function
 from spectrim.network.layer import LayerSpec
 from spectrim.nn.watch.keys import mixed, odd, shifted, uniform
 from spectrim.nn.watch.layout import Layout
+from spectrim.nn.watch.masks import Mask, mask_of
 from spectrim.nn.watch.nesting import tensors
-from spectrim.nn.watch.samples import Chosen, Mask, Samples, lengths_of, mask_of
+from spectrim.nn.watch.samples import Chosen, Samples, lengths_of
 
 # Samples below which a network chosen by them is a guess: on a ResNet-20 at 60 % of the MACs 1 sample leaves 9 % of
 # accuracy, 2 leave 44 %, 8 leave 85 % and 16 leave 96 %, where weights alone leave 91 %.
@@ -140,7 +141,7 @@ class Run:
 
     def _lengths(self, batch: Any, number: int) -> Tensor:
         size = self._size(batch, number)
-        return lengths_of(self.layout.columns(batch, size), mask_of(batch, self.mask, size), size)
+        return lengths_of(self.layout.columns(batch, size), mask_of(batch, self.mask, size, self.layout), size)
 
     def positions(self, rows: int) -> int:
         """Positions of a sample of mean length that give at least so many rows over the run; one or more."""

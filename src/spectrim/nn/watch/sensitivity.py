@@ -23,10 +23,11 @@ from spectrim.nn.parameters import parameters_of
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.calibrate import Call, Passes, calibrated
 from spectrim.nn.watch.layout import Where
+from spectrim.nn.watch.masks import Mask
 from spectrim.nn.watch.nesting import begun, checked_batches, output_tensors
 from spectrim.nn.watch.observe import Hook, hooked, observe
 from spectrim.nn.watch.patches import outputs_at
-from spectrim.nn.watch.samples import Mask, Samples
+from spectrim.nn.watch.samples import Samples
 from spectrim.nn.watch.sampling import Run, Sampling, choose, directions
 from spectrim.progress import Steps
 

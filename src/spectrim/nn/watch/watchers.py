@@ -224,6 +224,8 @@ class TableWatcher(Watcher):
         # One tensor of places is no input that layers could share a factor for.
         self.seen = None
         self._counts = torch.zeros(layer.spec.in_channels, dtype=torch.int64)
+        # Those that stand for padding are no new ones.
+        self._padding = torch.zeros(layer.spec.in_channels, dtype=torch.int64)
 
     def see(self, inputs: Tensor, outputs: Tensor) -> None:
         if self._streams is None or self.refused:
@@ -231,21 +233,26 @@ class TableWatcher(Watcher):
         self._refuse_unless(_squares(outputs), "gives")
         shape = self.spec.as_vectors(tuple(inputs.shape))
         index = choose(self.spec, shape, None, self.samples, self._seed).index
-        places = inputs.reshape(-1).cpu().index_select(0, index.cpu()).long()
-        self._counts += torch.bincount(places, minlength=len(self._counts))
+        places = inputs.reshape(-1).cpu().long()
+        data = torch.bincount(places.index_select(0, index.cpu()), minlength=len(self._counts))
+        self._counts += data
+        self._padding += torch.bincount(places, minlength=len(self._counts)) - data
+
+    @property
+    def _weights(self) -> Tensor:
+        return expected(self._counts, self._padding > 0)
 
     @property
     def asked(self) -> Tensor | None:
         """How often each entry is asked for in as much data again, as shares."""
-        return (weights := expected(self._counts)) / weights.sum() if bool(self._counts.any()) else None
+        return (weights := self._weights) / weights.sum() if bool(self._counts.any()) else None
 
     def layer(self) -> Layer:
         spec = self.spec.at(self.inputs)
         count = int(self._counts.sum())
         if not count:
             return dataclasses.replace(self._layer, spec=spec)
-        rows, weights = self._layer.weight[0].mT, expected(self._counts)
-        output = Moments.of_rows(rows, weights, count, centred=not spec.keeps_zero)
+        output = Moments.of_rows(self._layer.weight[0].mT, self._weights, count, centred=not spec.keeps_zero)
         return dataclasses.replace(self._layer, spec=spec, statistics=Statistics(output=output))
 
 
@@ -270,12 +277,13 @@ class KnownWatcher(Watcher):
         return dataclasses.replace(layer, statistics=dataclasses.replace(known, channels=channels))
 
 
-def expected(counts: Tensor) -> Tensor:
+def expected(counts: Tensor, padding: Tensor | None = None) -> Tensor:
     """How often entries are expected in as much data again, for how often they were seen.
 
-    Of as many as were seen once, something new is expected (Good 1953): entries that were not seen have an equal part.
+    Of as many as were seen once, something new is expected (Good 1953): entries that were not seen have an equal part,
+    but for those that were seen as ``padding``.
     """
-    new = counts == 0
+    new = counts == 0 if padding is None else (counts == 0) & ~padding
     once = (counts == 1).sum()
     return counts.double() + torch.where(new, once / new.sum().clamp_min(1), 0.0)
 

@@ -33,7 +33,7 @@ class Way:
         What is passed, for people.
     take
         Arguments of a batch.
-    listed, whole
+    listed, whole, names
         As of :class:`spectrim.nn.watch.layout.Layout`.
     note
         What a user should know who did not ask for it; empty where there is nothing to know.
@@ -44,6 +44,7 @@ class Way:
     listed: bool = False
     whole: bool = False
     note: str = ""
+    names: tuple[str, ...] = ()
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -164,7 +165,8 @@ def _nested(model: nn.Module, wanted: _Parameters, batch: Any) -> Iterator[Way]:
     """For ``((x1, x2), targets)`` and ``([image, image], [target, target])``."""
     inputs, needed = batch[0], max(1, len(wanted.required))
     listed = is_per_sample(batch)
-    ways = [Way(f"{len(inputs)} inputs as arguments", lambda batch: (tuple(batch[0]), {}))]
+    names = wanted.places[: len(inputs)]
+    ways = [Way(f"{len(inputs)} inputs as arguments", lambda batch: (tuple(batch[0]), {}), names=names)]
     if not _takes(model, inputs, {}):
         ways = []
     if needed <= len(batch):
@@ -194,15 +196,15 @@ def _counted(wanted: _Parameters, batch: Any) -> Iterator[Way]:
         last = masked[-1] + 1
         yield Way(
             f"the first {last} elements", lambda batch: (tuple(batch[:last]), {}),
-            note=f"the first {last} elements of a batch were taken for {names_of(wanted.places[:last])}; pass "
-            "mask=, a function of the batch, so that padding counts in no statistic",
+            note=f"the first {last} elements of a batch were taken for {names_of(wanted.places[:last])}",
+            names=wanted.places[:last],
         )  # fmt: skip
     for number in range(needed, most + 1):
         yield Way(
             "the first element" if number == 1 else f"the first {number} elements",
             lambda batch, number=number: (tuple(batch[:number]), {}),
-            note=_left_over(number, needed, spare, len(batch)),
-        )
+            note=_left_over(number, needed, spare, len(batch)), names=wanted.places[:number] if number > 1 else (),
+        )  # fmt: skip
 
 
 def _left_over(number: int, needed: int, spare: Sequence[str], size: int) -> str:

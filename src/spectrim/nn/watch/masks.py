@@ -1,0 +1,128 @@
+"""Which positions of a batch's samples are data, and which are padding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectrim.errors import CalibrationError
+from spectrim.nn.watch.layout import Layout
+
+Mask = str | Callable[[Any], Tensor | None] | None
+# The mask of a batch where no other is named: not zero where there is data, as models of transformers take it.
+MASK = "attention_mask"
+# The end of the name of those that are zero there, as layers of torch take them: true, or -inf, where there is padding.
+PADDING = "key_padding_mask"
+
+
+def mask_of(batch: Any, mask: Mask, size: int, layout: Layout = Layout()) -> Tensor | None:  # noqa: B008 (frozen)
+    """The mask of a batch, ``[size, positions]`` on the CPU, True where a token is data."""
+    name, found = _named(batch, mask, layout)
+    if found is None:
+        return None
+    what = repr(name) if name else str(mask)
+    if isinstance(found, Tensor) and found.shape == (size,) and _counts(found):
+        return _in_front(found.cpu(), what, layout.sides(batch, size))
+    if not isinstance(found, Tensor) or found.dim() < 2 or found.shape[0] != size:
+        kind = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"type {type(found).__name__}"
+        raise CalibrationError(
+            f"the mask {what} has {kind}: expected ({size} samples, positions), or how many tokens each sample has; "
+            "pass mask=, a function of the batch that gives such a tensor, or None where no position is padding"
+        )
+    if name.endswith(PADDING):
+        data = found == 0
+    elif found.is_floating_point() and bool((found < 0).any()):
+        raise CalibrationError(
+            f"the mask {what} has numbers below 0, as one that is added to scores of "
+            "attention: expected one that is zero where there is padding, and not where there is data; pass "
+            "a function that compares it, such as mask=lambda batch: batch['mask'] == 0"
+        )
+    else:
+        data = found != 0
+    # Of masks between positions the last axis is what is attended to: data is what any position attends to.
+    return (data.flatten(1, -2).any(1) if data.dim() > 2 else data).cpu()
+
+
+def _named(batch: Any, mask: Mask, layout: Layout) -> tuple[str, Any]:
+    """What says where data is in a batch, and its name; None where nothing does."""
+    if callable(mask):
+        return "", mask(batch)
+    inputs = layout.named(batch)
+    if mask is None:
+        name = next((n for n in inputs if n == MASK), None) or next((n for n in inputs if _is_padding(n)), "")
+        return name, inputs.get(name)
+    if inputs.get(mask) is None:
+        kind = type(batch[0] if isinstance(batch, list | tuple) and batch else batch).__name__
+        there = ", ".join(map(repr, inputs)) or f"a {kind}"
+        raise CalibrationError(
+            f"mask={mask!r}: the batch holds no such tensor, but {there}; name one that it holds, or pass a "
+            "function of the batch"
+        )
+    return mask, inputs[mask]
+
+
+def _is_padding(name: Any) -> bool:
+    return isinstance(name, str) and name.endswith(PADDING)
+
+
+def _counts(found: Tensor) -> bool:
+    """Whether a tensor holds whole numbers."""
+    return not found.is_floating_point() and not found.is_complex() and found.dtype != torch.bool
+
+
+def _in_front(lengths: Tensor, what: str, sides: Sequence[int]) -> Tensor:
+    """The mask of samples that have so many tokens, the first ones of as many as the inputs have positions."""
+    longest = int(lengths.max())
+    positions = next((side for side in sides if side >= longest), None)
+    if positions is None:
+        raise CalibrationError(
+            f"the mask {what} says that a sample has {longest:,} tokens, and the inputs have {list(sides)} positions: "
+            "expected no more; pass mask=, a function of the batch that gives a tensor of (samples, positions)"
+        )
+    return torch.arange(positions) < lengths.unsqueeze(1)
+
+
+def check_not_inverted(mask: Tensor, inputs: Sequence[Sequence[Tensor]]) -> None:
+    """Raise CalibrationError for a mask that is true of padding: the inputs are one and the same there alone.
+
+    Parameters
+    ----------
+    mask
+        ``[samples, positions]``.
+    inputs
+        Tensors with samples in front, in one piece.
+    """
+    for column in inputs:
+        part = column[0]
+        if len(column) > 1 or part.shape[:2] != mask.shape:
+            continue
+        data, padding = (part[where.to(part.device)] for where in (mask, ~mask))
+        if len(data) > 1 and bool((data == data[0]).all()) and len(padding) and not bool((padding == padding[0]).all()):
+            raise CalibrationError(
+                "the mask of the calibration batches is turned round: inputs are all the same where it says that there "
+                "is data, and differ where it says that there is padding; pass a function that compares it, such as "
+                "mask=lambda batch: batch['mask'] == 0"
+            )
+
+
+def unread(batch: Any, mask: Mask, layout: Layout) -> Iterator[str]:
+    """What a user should know of tensors that may say where padding is, and were not taken so."""
+    if mask is not None or _named(batch, mask, layout)[1] is not None:
+        return
+    size = layout.size(batch)
+    for name, value in layout.named(batch).items():
+        if isinstance(value, Tensor) and value.dim() and len(value) == size and _tells(str(name).lower(), value):
+            yield (
+                f"padding, if there is any, was taken for data: {name!r} may tell it, and was not read so. Pass "
+                f"mask={name!r} if it is not zero where a token is data, or says how many tokens a sample has, or a "
+                "function of the batch that gives such a tensor"
+            )
+            return
+
+
+def _tells(name: str, value: Tensor) -> bool:
+    lengths = "length" in name or name.endswith("lens")
+    return ("mask" in name and value.dim() > 1) or (lengths and value.dim() == 1 and _counts(value))

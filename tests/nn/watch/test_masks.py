@@ -1,0 +1,136 @@
+"""What tells padding from data, in every form that models take it in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spectrim as st
+from spectrim.nn.watch.layout import Layout
+from spectrim.nn.watch.masks import mask_of
+from spectrim.nn.watch.samples import Samples
+
+LENGTHS = torch.tensor([3, 5, 1, 4])
+DATA = torch.arange(6) < LENGTHS.unsqueeze(1)
+IDS = torch.where(DATA, torch.arange(1, 25).reshape(4, 6), 0)
+PAIRS = DATA.unsqueeze(1) & DATA.unsqueeze(2)
+CAUSAL = torch.ones(6, 6).tril().bool() & DATA[:, None, None]
+
+
+@pytest.mark.parametrize(
+    ("name", "mask"),
+    [
+        ("attention_mask", DATA),
+        ("attention_mask", DATA.byte()),
+        ("attention_mask", DATA.half()),
+        ("attention_mask", DATA.unsqueeze(1).long()),
+        ("attention_mask", PAIRS),
+        ("attention_mask", CAUSAL.float()),
+        ("src_key_padding_mask", ~DATA),
+        ("key_padding_mask", (~DATA).long()),
+        ("key_padding_mask", torch.zeros(4, 6).masked_fill(~DATA, -torch.inf)),
+        ("lengths", LENGTHS),
+        ("lengths", LENGTHS.int()),
+    ],
+    ids=lambda each: each if isinstance(each, str) else f"{tuple(each.shape)} {each.dtype}",
+)
+def test_every_form_says_the_same(name: str, mask: Tensor) -> None:
+    batch = {"input_ids": IDS, name: mask}
+    told = Samples.of(batch, name).mask
+    assert told is not None
+    assert torch.equal(told, DATA)
+    if name != "lengths":
+        assert torch.equal(told, Samples.of((batch, torch.zeros(4))).mask)
+    # By the names of what the model takes, too.
+    layout = Layout(names=("input_ids", name))
+    for tupled in ((IDS, mask, torch.zeros(4)), ((IDS, mask), torch.zeros(4))):
+        assert torch.equal(told, mask_of(tupled, name, 4, layout))
+
+
+def test_left_padding_between_positions() -> None:
+    left = DATA.flip(1)
+    causal = (torch.ones(6, 6).tril().bool() & left.unsqueeze(1)).unsqueeze(1)
+    assert torch.equal(mask_of({"attention_mask": causal}, None, 4), left)
+
+
+@pytest.mark.parametrize("features", [False, True])
+def test_a_mask_that_is_true_of_padding_is_refused(features: bool) -> None:
+    inputs = IDS.unsqueeze(2) * torch.ones(3) if features else IDS
+    with pytest.raises(st.CalibrationError, match=r"turned round.*mask=lambda batch: batch\['mask'\] == 0"):
+        Samples.of({"x": inputs, "mask": ~DATA}, "mask")
+    assert torch.equal(Samples.of({"x": inputs, "mask": DATA}, "mask").mask, DATA)
+    # Where there is no padding nothing is turned round.
+    full = Samples.of({"x": inputs, "mask": torch.ones(4, 6)}, "mask").mask
+    assert full is not None
+    assert bool(full.all())
+
+
+def test_longer_than_the_inputs_is_refused() -> None:
+    with pytest.raises(st.CalibrationError, match=r"'lengths' says that a sample has 9 tokens, .* \[6\] positions"):
+        Samples.of({"input_ids": IDS, "lengths": LENGTHS + 4}, "lengths")
+
+
+class Masked(nn.Module):
+    """A token reads its own embedding; padding has a large one, that counts if nothing says what it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.a, self.b = nn.Embedding(30, 16), nn.Linear(16, 24), nn.Linear(24, 8)
+        with torch.no_grad():
+            self.embed.weight[0] = 20
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(self.embed(input_ids)))) * attention_mask.unsqueeze(2)
+
+
+class Padded(Masked):
+    def forward(self, input_ids: Tensor, src_key_padding_mask: Tensor) -> Tensor:
+        return super().forward(input_ids, ~src_key_padding_mask)
+
+
+class Counted(Masked):
+    def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        return super().forward(input_ids, torch.arange(6) < lengths.unsqueeze(1))
+
+
+@pytest.mark.parametrize("tupled", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "says", "mask"), [(Masked, DATA.long(), None), (Padded, ~DATA, None), (Counted, LENGTHS, "lengths")]
+)
+def test_what_a_model_calls_a_mask_keeps_padding_out(
+    kind: type[Masked], says: Tensor, mask: str | None, tupled: bool
+) -> None:
+    torch.manual_seed(0)
+    model = kind().eval()
+    name = {Masked: "attention_mask", Padded: "src_key_padding_mask", Counted: "lengths"}[kind]
+    batch: Any = (IDS, says, torch.zeros(4)) if tupled else {"input_ids": IDS, name: says}
+    sites = st.calibrate(model, st.find(model), [batch], mask=mask)
+    assert sites.tokens == int(DATA.sum())
+    seen, moments = model.embed(IDS)[DATA].double(), sites["a"].statistics.input
+    assert moments is not None
+    torch.testing.assert_close(moments.mean[0], seen.mean(0), rtol=1e-4, atol=1e-5)
+    assert moments.count == len(seen)
+
+
+def test_what_may_tell_padding_and_is_not_read_is_told() -> None:
+    model = Counted().eval()
+    batches = [(IDS, LENGTHS)]
+    assert any("'lengths' may tell it" in note for note in st.calibrate(model, st.find(model), batches).notes)
+    assert not st.calibrate(model, st.find(model), batches, mask="lengths").notes[1:]
+    assert not any("may tell" in note for note in st.calibrate(Masked().eval(), st.find(Masked()), [(IDS, DATA)]).notes)
+
+
+def test_an_entry_that_stands_for_padding_is_not_expected_in_further_data() -> None:
+    torch.manual_seed(0)
+    model = Masked().eval()
+    sites = st.calibrate(model, st.find(model), [(IDS, DATA.long())])
+    moments = sites["embed"].statistics.output
+    assert moments is not None
+    # All tokens were seen once: those that were not seen have as large a part, and padding has none.
+    known = model.embed.weight[1:].double()
+    counts = torch.bincount(IDS[DATA], minlength=30)[1:]
+    shares = counts + (counts == 0) * (counts.sum() / (counts == 0).sum())
+    torch.testing.assert_close(moments.mean[0], (known * (shares / shares.sum()).unsqueeze(1)).sum(0))
