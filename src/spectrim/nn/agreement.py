@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import CalibrationError, SpectrimError
 from spectrim.nn.watch.batches import Feed, Forward
+from spectrim.nn.watch.layout import samples_first
 from spectrim.nn.watch.masks import Mask, mask_of
 from spectrim.nn.watch.nesting import begun, compared, output_tensors, transformed
 from spectrim.nn.watch.observe import observe
@@ -164,7 +165,8 @@ def _agreement(
             index = index[: _SAMPLES - tally.samples]
             if len(index):
                 part = batch if len(index) == size else feed.layout.picked(batch, index)
-                tally.add(wanted(part), given(part), mask_of(part, mask, len(index), feed.layout), len(index))
+                data, turned = mask_of(part, mask, len(index), feed.layout), feed.layout.is_turned(part, len(index))
+                tally.add(wanted(part), given(part), data, len(index), turned=turned)
             if tally.samples >= _SAMPLES:
                 break
     return tally.agreement(held_out=held_out)
@@ -184,7 +186,7 @@ class _Tally:
     squares: list[Tensor] = field(default_factory=list)
     divergences: list[Tensor] = field(default_factory=list)
 
-    def add(self, wanted: Any, given: Any, data: Tensor | None, samples: int) -> None:
+    def add(self, wanted: Any, given: Any, data: Tensor | None, samples: int, *, turned: bool = False) -> None:
         scores = hasattr(wanted, "logits") or (isinstance(wanted, Tensor) and wanted.dim() == 2)
         pairs = list(zip(output_tensors(wanted), output_tensors(given), strict=False))
         self.samples += samples
@@ -193,6 +195,7 @@ class _Tally:
             if a.shape != b.shape or not a.is_floating_point():
                 self.comparable &= a.shape == b.shape
                 continue
+            a, b = (samples_first(each, samples, turned) for each in (a, b))
             # The sample that each row of the outputs is of.
             owner = torch.arange(len(a) if a.dim() else 0)
             if data is not None and a.shape[:2] == data.shape:
@@ -272,8 +275,9 @@ class DenseOutputs:
             for number, batch in enumerate(stream):
                 size = feed.layout.size(batch)
                 wanted, given = self._outputs(number, batch, feed), output_tensors(feed(other, batch))
-                data = mask_of(batch, self.mask, size, feed.layout)
+                data, turned = mask_of(batch, self.mask, size, feed.layout), feed.layout.is_turned(batch, size)
                 for a, b in zip(wanted, given, strict=True):
+                    a, b = (samples_first(each, size, turned) for each in (a, b))
                     if data is not None and a.shape[:2] == data.shape:
                         a, b = a[data.to(a.device)], b[data.to(b.device)]
                     a, b = compared(a, b)

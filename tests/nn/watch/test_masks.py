@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as st
+from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Layout
 from spectrim.nn.watch.masks import mask_of
 from spectrim.nn.watch.samples import Samples
+from spectrim.nn.watch.sampling import directions
 
 LENGTHS = torch.tensor([3, 5, 1, 4])
 DATA = torch.arange(6) < LENGTHS.unsqueeze(1)
@@ -53,7 +56,10 @@ def test_every_form_says_the_same(name: str, mask: Tensor) -> None:
 def test_left_padding_between_positions() -> None:
     left = DATA.flip(1)
     causal = (torch.ones(6, 6).tril().bool() & left.unsqueeze(1)).unsqueeze(1)
-    assert torch.equal(mask_of({"attention_mask": causal}, None, 4), left)
+    assert torch.equal(mask_of({"attention_mask": causal, "input_ids": IDS.flip(1)}, None, 4), left)
+    # As many features as positions, and the mask made of another that stands in front.
+    batch = {"hidden_mask": ~causal, "x": torch.ones(4, 6, 6)}
+    assert torch.equal(mask_of(batch, lambda b: ~b["hidden_mask"], 4), left)
 
 
 @pytest.mark.parametrize("features", [False, True])
@@ -134,3 +140,77 @@ def test_an_entry_that_stands_for_padding_is_not_expected_in_further_data() -> N
     counts = torch.bincount(IDS[DATA], minlength=30)[1:]
     shares = counts + (counts == 0) * (counts.sum() / (counts == 0).sum())
     torch.testing.assert_close(moments.mean[0], (known * (shares / shares.sum()).unsqueeze(1)).sum(0))
+
+
+def test_a_mask_of_pixels_is_one_number_a_pixel() -> None:
+    pixels = torch.arange(5) < torch.tensor([2, 5]).reshape(2, 1, 1).expand(2, 4, 1)
+    for mask in (pixels, pixels.unsqueeze(1)):
+        assert torch.equal(mask_of({"x": torch.ones(2, 3, 4, 5), "mask": mask}, "mask", 2), pixels.flatten(1))
+    assert torch.equal(mask_of({"x": torch.ones(2, 4, 5, 3), "mask": pixels}, "mask", 2), pixels.flatten(1))
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv1d(3, 4, 5),
+        nn.Conv1d(3, 4, 3, stride=2, padding=1),
+        nn.Conv1d(3, 4, 3, padding="same", dilation=2),
+        nn.Conv2d(3, 4, 3),
+        nn.Conv2d(3, 4, (3, 1), stride=(2, 1), padding=(1, 0)),
+    ],
+    ids=str,
+)
+def test_a_convolution_answers_for_data_where_the_middle_of_its_patch_is_data(conv: nn.Module) -> None:
+    torch.manual_seed(0)
+    axes = conv.weight.dim() - 2
+    sides = (12, 7)[:axes]
+    x, data = torch.randn(6, 3, *sides), torch.rand(6, *sides) > 0.4
+    # A convolution of the middles alone shows where they are.
+    middle = copy.deepcopy(conv).double()
+    with torch.no_grad():
+        middle.weight.zero_()
+        middle.weight[0, 0][tuple(k // 2 for k in conv.kernel_size)] = 1
+        there = middle(data.unsqueeze(1).double().expand(-1, 3, *sides))[:, 0] - middle.bias[0] > 0.5
+    sites = st.calibrate(
+        model := nn.Sequential(conv), st.find(model), [{"input": x, "mask": data}], rows=None, mask="mask"
+    )
+    rows = conv(x).movedim(1, -1)[there].double()
+    moments = sites["0"].statistics.input
+    assert moments is not None
+    assert moments.count == len(rows) == int(there.sum())
+    answers = moments.mean[0] @ conv.weight.flatten(1).double().T + conv.bias.double()
+    torch.testing.assert_close(answers, rows.mean(0), rtol=1e-4, atol=1e-4)
+
+
+class TimeFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x)))
+
+
+def test_padding_counts_nothing_in_what_is_compared_where_time_comes_first() -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(7, 12, 8), TimeFirst().eval()
+    data = torch.arange(7) < torch.randint(1, 8, (12, 1))
+    noisy = torch.where(data.T.unsqueeze(2), x, 50 * torch.randn(7, 12, 8))
+    batches = [[{"x": each, "mask": data}] for each in (x, noisy)]
+    clean, padded = (st.compress(model, each, "parameters=60%", mask="mask", samples=1) for each in batches)
+    assert clean.plan == padded.plan
+    assert clean.report.agreement is not None
+    feed = Feed(samples=1)
+    one, other = (st.agreement(model, clean.model, [each], mask=lambda _: data, forward=feed) for each in (x, noisy))
+    assert one is not None
+    assert other is not None
+    assert one.error == pytest.approx(other.error, rel=1e-5)
+    assert len(one.parts) == 12
+    assert sum(part > 0 for part in one.parts) == 12
+
+
+def test_directions_are_a_sample_s_own_where_time_comes_first() -> None:
+    x = torch.randn(7, 12, 8)
+    whole = directions(torch.zeros(7, 12, 4), Samples.of(x, layout=Layout(axis=1)))
+    part = directions(torch.zeros(7, 5, 4), Samples.of(x[:, 3:8], layout=Layout(axis=1)))
+    assert torch.equal(whole[:, 3:8], part)

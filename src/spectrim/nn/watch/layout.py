@@ -125,9 +125,9 @@ class Layout:
         found = ((tensor, self.axis_of(tensor, size)) for tensor in tensors(self.inputs(batch)))
         return frozenset(t.shape[1 - axis] for t, axis in found if axis in (0, 1) and t.dim() > 1)
 
-    def sides(self, batch: Any, size: int) -> list[int]:
-        """Sizes of the axes of the first inputs that have more than samples, without those."""
-        found = ((tensor, self.axis_of(tensor, size)) for tensor in tensors(self.inputs(batch)) if tensor.dim() > 1)
+    def sides(self, inputs: Any, size: int) -> list[int]:
+        """Sizes of the axes of the first of some inputs that has more than samples, without those."""
+        found = ((tensor, self.axis_of(tensor, size)) for tensor in tensors(inputs) if tensor.dim() > 1)
         return next(([*t.shape[:axis], *t.shape[axis + 1 :]] for t, axis in found if axis is not None), [])
 
     def is_turned(self, batch: Any, size: int) -> bool:
@@ -154,6 +154,12 @@ class Layout:
             return tensor if axis is None else tensor.index_select(axis, index.to(tensor.device))
 
         return transformed(batch, change)
+
+
+def samples_first(outputs: Tensor, size: int, turned: bool) -> Tensor:
+    """Outputs of so many samples with these in front, where a model is given its positions there (``turned``)."""
+    second = turned and outputs.dim() > 1 and outputs.shape[1] == size
+    return outputs.movedim(1, 0) if second and (outputs.dim() > 2 or outputs.shape[0] != size) else outputs
 
 
 def _chosen(value: Any, index: Tensor, size: int) -> Any:

@@ -19,13 +19,13 @@ PADDING = "key_padding_mask"
 
 
 def mask_of(batch: Any, mask: Mask, size: int, layout: Layout = Layout()) -> Tensor | None:  # noqa: B008 (frozen)
-    """The mask of a batch, ``[size, positions]`` on the CPU, True where a token is data."""
+    """The mask of a batch, ``[size, positions]`` on the CPU, True where a token is data; of images pixel by pixel."""
     name, found = _named(batch, mask, layout)
     if found is None:
         return None
     what = repr(name) if name else str(mask)
     if isinstance(found, Tensor) and found.shape == (size,) and _counts(found):
-        return _in_front(found.cpu(), what, layout.sides(batch, size))
+        return _in_front(found.cpu(), what, _sides(batch, size, layout))
     if not isinstance(found, Tensor) or found.dim() < 2 or found.shape[0] != size:
         kind = f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"type {type(found).__name__}"
         raise CalibrationError(
@@ -42,8 +42,23 @@ def mask_of(batch: Any, mask: Mask, size: int, layout: Layout = Layout()) -> Ten
         )
     else:
         data = found != 0
-    # Of masks between positions the last axis is what is attended to: data is what any position attends to.
-    return (data.flatten(1, -2).any(1) if data.dim() > 2 else data).cpu()
+    return (data if data.dim() == 2 else _of_positions(data, _sides(batch, size, layout))).cpu()
+
+
+def _sides(batch: Any, size: int, layout: Layout) -> list[int]:
+    """Sizes of the axes of the inputs, without that of the samples; masks beside them are none."""
+    plain = [value for name, value in layout.named(batch).items() if "mask" not in str(name).lower()]
+    return layout.sides(plain or layout.inputs(batch), size)
+
+
+def _of_positions(data: Tensor, sides: Sequence[int]) -> Tensor:
+    """One number a position, of a mask of pixels or of one between positions, for inputs of these sides."""
+    shape = tuple(data.shape[1:])
+    image = shape[1:] if shape[0] == 1 else shape
+    if len(image) > 1 and len(sides) == len(image) + 1 and image in (tuple(sides[1:]), tuple(sides[:-1])):
+        return data.flatten(1)
+    # The last axis is what is attended to: data is what any position attends to.
+    return data.flatten(1, -2).any(1)
 
 
 def _named(batch: Any, mask: Mask, layout: Layout) -> tuple[str, Any]:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from spectrim.errors import CalibrationError, check_function
 from spectrim.network.layer import LayerSpec
 from spectrim.nn.watch.keys import mixed, odd, shifted, uniform
-from spectrim.nn.watch.layout import Layout
+from spectrim.nn.watch.layout import Layout, samples_first
 from spectrim.nn.watch.masks import Mask, mask_of
 from spectrim.nn.watch.nesting import tensors
 from spectrim.nn.watch.samples import Chosen, Samples, lengths_of
@@ -158,8 +158,8 @@ def choose(spec: LayerSpec, shape: tuple[int, ...], positions: int | None, sampl
     mask. Anything else, such as the tokens that an expert is given, has no samples: the rows are taken as one, and are
     said to belong to the samples in equal parts.
 
-    A mask applies where there are as many rows as it has entries. Where there are not, as behind a pooling, it says
-    nothing of the rows, and all of them count.
+    A mask applies where there are as many rows as it has entries, and to convolutions of as many positions. Where
+    there are not, as behind a pooling, it says nothing of the rows, and all of them count.
 
     Parameters
     ----------
@@ -172,6 +172,8 @@ def choose(spec: LayerSpec, shape: tuple[int, ...], positions: int | None, sampl
     """
     # Layers with as many rows in the same order are given the same ones.
     alike = (*leading(spec, shape), _turned(spec, shape, samples), positions, seed)
+    if samples.mask is not None and not spec.is_linear:
+        alike = (*alike, shape, spec.kernel, spec.stride, spec.sides, spec.dilation)
     if alike not in samples._chosen:
         samples._chosen[alike] = _chosen(_Rows.of(spec, shape, samples), positions, seed)
     return samples._chosen[alike]
@@ -218,7 +220,7 @@ class _Rows:
     @classmethod
     def of(cls, spec: LayerSpec, shape: tuple[int, ...], samples: Samples) -> _Rows:
         front, total = leading(spec, shape)
-        size, mask = samples.size, samples.mask
+        size, mask = samples.size, _read(spec, shape, samples.mask)
         data = None if mask is None else mask.sum(1)
         if mask is not None and data is not None and total != mask.numel() and total == int(data.sum()):
             return cls(data, samples.keys, samples.share, torch.arange(total), (0, 1))
@@ -255,6 +257,20 @@ def leading(spec: LayerSpec, shape: tuple[int, ...]) -> tuple[int, int]:
     return (leading[0] if leading else 1), math.prod((*leading, *positions))
 
 
+def _read(spec: LayerSpec, shape: tuple[int, ...], mask: Tensor | None) -> Tensor | None:
+    """The mask of a convolution's answers: each is data where the middle of its patch is."""
+    axes = len(spec.kernel)
+    sides = tuple(shape[-axes:]) if axes else ()
+    if mask is None or not axes or spec.transposed or math.prod(sides) != mask.shape[1]:
+        return mask
+    place = torch.zeros(1, dtype=torch.int64)
+    for axis, (side, count) in enumerate(zip(sides, spec.output_shape(sides), strict=True)):
+        middle = spec.dilation[axis] * (spec.kernel[axis] - 1) // 2 - spec.sides[axis][0]
+        at = (torch.arange(count) * spec.stride[axis] + middle).clamp(0, side - 1)
+        place = (place.unsqueeze(1) * side + at).flatten()
+    return mask[:, place]
+
+
 def choose_places(front: int, each: int, positions: int | None, samples: Samples, seed: int = 0) -> Int64[Tensor, " n"]:
     """The same for rows that lie sample by sample, ``[front, each]``."""
     return choose(_ROW, (front, each, 1), positions, samples, seed).index
@@ -273,6 +289,13 @@ def directions(outputs: Tensor, samples: Samples, seed: int = 0) -> Tensor:
     The same sample is given the same numbers in any batch and order; where outputs belong to padding there are zeros.
     The numbers of a sample are a stretch of one table of a million, which starts where its key says.
     """
+    in_front = samples_first(outputs, samples.size, samples.turned)
+    drawn = _drawn(in_front, samples, seed)
+    return drawn if in_front is outputs else drawn.movedim(0, 1)
+
+
+def _drawn(outputs: Tensor, samples: Samples, seed: int) -> Tensor:
+    """The same for outputs that have their samples in front."""
     table = _normal_numbers(seed)
     mask, size = samples.mask, samples.size
     if not outputs.dim() or outputs.shape[0] != size:
