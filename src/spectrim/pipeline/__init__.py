@@ -113,7 +113,7 @@ def compress(
         Sites that may share factors: True finds them (:func:`spectrim.group`), a mapping names them. None finds them if
         the budget limits parameters or bytes, which is what sharing saves, and no methods are given.
     sensitivity
-        Weigh errors by the gradients that reach each layer (one backward pass over 1,024 samples).
+        Weigh errors by the gradients that reach each layer (one backward pass over 512 samples, spread over the run).
     reconstruct
         Fit each layer to the dense responses for the inputs that its compressed predecessors deliver.
     latency

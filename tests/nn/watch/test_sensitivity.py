@@ -119,6 +119,20 @@ def test_batches_are_read_until_there_are_enough_samples():
     assert sites["stem"].statistics.gradient.count == 3 * 12
 
 
+def test_data_in_the_order_of_their_classes_are_seen_from_all_of_them():
+    model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.ReLU(), nn.Linear(6, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(6))
+    # Samples of a class reach one unit of the first layer each.
+    batches = list(torch.eye(6).repeat_interleave(20, 0).split(10))
+    for size in (30, 60):
+        found = sensitivity(model, calibrate(model, find(model), batches), batches, samples=size)
+        reached = found["0"].statistics.gradient.second_moment[0].diagonal()
+        assert (reached > 0).sum() >= min(6, size // 10)
+        whole = sensitivity(model, calibrate(model, find(model), batches), iter(batches), samples=size)
+        assert (whole["0"].statistics.gradient.second_moment[0].diagonal() > 0).sum() == size // 20 + (size % 20 > 0)
+
+
 @dataclass
 class Answer:
     logits: torch.Tensor

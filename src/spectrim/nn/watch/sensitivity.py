@@ -61,7 +61,8 @@ def sensitivity(
     sites
         Calibrated with the same model.
     batches
-        Read until ``samples`` samples have been seen.
+        Those that give ``samples`` samples, spread over the whole run where a list or loader says how long it is; else
+        the first ones.
     rows
         Output positions that are taken over the whole run, an equal part of each sample; by default 16 times the
         number of a layer's output channels, and at least 4,096.
@@ -195,21 +196,14 @@ def _gradients(
     layers = [model.get_submodule(layer.name) for layer in sites.layers]
     first, stream = begun(checked_batches(batches))
     feed.decide(model, first)
-    watch = _Gradients(layers, sites, rows, _run_of(batches, samples, mask, feed), seed)
+    watch = _Gradients(layers, sites, rows, Run(batches, mask, feed.layout), samples, seed)
     with _weights_apart(model), observe(model, forward=feed) as run:
         for batch in stream:
-            watch.see(run, batch)
+            if watch.takes(batch):
+                watch.see(run, batch)
             if watch.reason or watch.seen >= samples:
                 break
     return watch.found
-
-
-def _run_of(batches: Iterable[Any], samples: int, mask: Mask, feed: Feed) -> Run:
-    """What is known of a run that ends after so many samples."""
-    run = Run(batches, mask, feed.layout)
-    if run.samples is not None:
-        run.samples = min(run.samples, samples)
-    return run
 
 
 @contextlib.contextmanager
@@ -239,21 +233,16 @@ class _Shared(Passes):
         self, model: nn.Module, sites: Sites, batches: Iterable[Any], samples: int, mask: Mask, feed: Feed
     ) -> None:
         layers = [model.get_submodule(layer.name) for layer in sites.layers]
-        self._made = lambda: _Gradients(layers, sites, None, _run_of(batches, samples, mask, feed), 0)
-        self._samples = samples
+        self._made = lambda: _Gradients(layers, sites, None, Run(batches, mask, feed.layout), samples, 0)
         self._watch: _Gradients | None = None
 
     @property
     def found(self) -> Gradients:
         return self._watch.found if self._watch is not None else Gradients()
 
-    def _goes_on(self) -> _Gradients | None:
-        watch = self._watch
-        return watch if watch is not None and not watch.reason and watch.seen < self._samples else None
-
     def make(self, call: Call, batch: Any, index: int) -> Any:
-        watch = self._goes_on()
-        if watch is None:
+        watch = self._watch
+        if watch is None or not watch.takes(batch):
             return call(batch)
         output = watch.see(call, batch, again=False)
         if watch.error is not None or watch.fails_in_place:
@@ -264,7 +253,8 @@ class _Shared(Passes):
         if not index:
             # How the model is fed is decided by now.
             self._watch = self._made()
-            self._watch.see(call, batch)
+            if self._watch.takes(batch):
+                self._watch.see(call, batch)
 
 
 class _Gradients:
@@ -278,7 +268,9 @@ class _Gradients:
         Why a batch gave none, if one did, and what the model raised in its forward pass.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], sites: Sites, rows: int | None, run: Run, seed: int) -> None:
+    def __init__(
+        self, layers: Sequence[nn.Module], sites: Sites, rows: int | None, run: Run, samples: int, seed: int
+    ) -> None:
         specs = [layer.spec for layer in sites.layers]
         heads = {each.head.name for each in sites.tied}
         self.moments: dict[str, Moments | Squares] = {
@@ -289,6 +281,9 @@ class _Gradients:
         self.seen, self.reason = 0, ""
         self.error: Exception | None = None
         self._run, self._seed = run, seed
+        self._wanted, self._all, self._passed = samples, run.samples, 0
+        if run.samples is not None:
+            run.samples = min(run.samples, samples)
         self._rows = {s.name: FEWEST if rows is None and s.name in heads else rows for s in specs}
         self._now: dict[str, list[Tensor]] = {}
         self._hooks = [Hook(layer, self.hook(spec)) for layer, spec in zip(layers, specs, strict=True)]
@@ -304,6 +299,15 @@ class _Gradients:
     def fails_in_place(self) -> bool:
         """Whether something that the backward pass reads was written to, which can be allowed for."""
         return not self._mutable and "modified by an inplace operation" in self.reason
+
+    def takes(self, batch: Any) -> bool:
+        """Whether the next batch is one of those that give as many samples as are wanted, spread over the whole run.
+
+        The first ones would be of a few classes where data are sorted by them.
+        """
+        self._passed += self._run.layout.size(batch)
+        behind = self._all is None or self.seen * self._all < self._passed * self._wanted
+        return not self.reason and self.seen < self._wanted and behind
 
     def see(self, run: Call, batch: Any, *, again: bool = True) -> Any:
         """Add the gradients of a batch, or say why there are none, and give the output; it may be run ``again``."""
