@@ -49,6 +49,14 @@ assert not torch.cuda.is_initialized()
     assert not loaded & set(HEAVY)
 
 
+def test_compressing_does_not_load_the_compiler_of_torch() -> None:
+    loaded_after("""
+import sys, torch, spectrim as st
+st.compress(torch.nn.Sequential(torch.nn.Linear(8, 8)), [torch.randn(16, 8)], "parameters=60%")
+assert "torch._dynamo" not in sys.modules
+""")
+
+
 def test_every_public_name_exists_and_is_listed() -> None:
     for name in spectrim.__all__:
         assert getattr(spectrim, name) is not None

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from spectrim.nn.dispatch import Mode
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.observe import hooked, on_each, on_few
@@ -87,10 +87,8 @@ def probe(
     return seen
 
 
-class _Alive(TorchDispatchMode):
+class _Alive(Mode):
     """Counts the bytes of tensors made meanwhile that are still there."""
-
-    supports_higher_order_operators = True
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

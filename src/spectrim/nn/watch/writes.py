@@ -14,9 +14,9 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from spectrim.nn.dispatch import Mode
 from spectrim.nn.flops import unwatched
 
 _SEEN: WeakKeyDictionary[nn.Module, frozenset[tuple[str, str]]] = WeakKeyDictionary()
@@ -107,10 +107,8 @@ class _Held:
         return not there or not own or self._copy is not None
 
 
-class _Writes(TorchDispatchMode):
+class _Writes(Mode):
     """Has parameters copied before an operation writes into their memory."""
-
-    supports_higher_order_operators = True
 
     def __init__(self, held: list[_Held]) -> None:
         super().__init__()
