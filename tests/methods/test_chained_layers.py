@@ -61,7 +61,7 @@ def test_components_that_cancel_cost_what_few_bits_lose() -> None:
         return WeightCP(multiple_of=2, evaluations=50).curve(find(model.to(kind)).sites[0]).errors[0]
 
     assert lost(torch.float32) < 1e-3
-    assert lost(torch.bfloat16) > 0.01
+    assert lost(torch.bfloat16) > 0.005
 
 
 @pytest.mark.parametrize("kind", sorted(set(LAYERS) - set(CONVOLUTIONS)))

@@ -15,11 +15,11 @@ _MEMORY = 20
 _STEPS, _FALLS = 10, 1e-3
 
 
-def descend(objective: Objective, start: Sequence[Tensor], evaluations: int) -> list[Tensor]:
+def descend(objective: Objective, start: Sequence[Tensor], evaluations: int, *, memory: int = _MEMORY) -> list[Tensor]:
     """Where L-BFGS comes to with so many evaluations; with more it goes further on the same way, which only falls.
 
-    It ends sooner where its last steps hardly lowered the error. Steps are halved or interpolated until the error falls
-    as far as the slope promises (Nocedal, Wright 2006, 3.5).
+    It knows its last ``memory`` steps, and ends sooner where the last ones hardly lowered the error. Steps are halved
+    or interpolated until the error falls as far as the slope promises (Nocedal, Wright 2006, 3.5).
     ``torch.optim`` has it too, and loads the compiler for it.
     """
     sizes = [each.numel() for each in start]
@@ -48,7 +48,7 @@ def descend(objective: Objective, start: Sequence[Tensor], evaluations: int) -> 
             break
         moved, change = step * way, other - gradient
         if float(moved @ change) > 1e-12 * float(change @ change):
-            pairs = [*pairs[1 - _MEMORY :], (moved, change)]
+            pairs = [*pairs[1 - memory :], (moved, change)]
         point, gradient, error = point + moved, other, ahead
         errors.append(error)
     return [part.reshape(each.shape) for part, each in zip(point.split(sizes), start, strict=True)]

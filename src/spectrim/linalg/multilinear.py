@@ -31,6 +31,9 @@ from spectrim.linalg import lowrank, response
 from spectrim.linalg.descent import descend as descend
 from spectrim.linalg.metric import Full, SlicedMetric, cholesky
 
+# Steps that a descent to a CP knows of: with 20 an evaluation takes up to a quarter longer, and comes no lower.
+_MEMORY = 8
+
 
 @dataclass(frozen=True, eq=False)
 class Target:
@@ -196,7 +199,8 @@ def polyadic(
         lost, gradients, _ = polyadic_error(target, [point / units for point in points])
         return lost, [gradient / units for gradient in gradients]
 
-    better = normalised([point / units for point in descend(objective, [m * units for m in modes], evaluations)])
+    points = descend(objective, [mode * units for mode in modes], evaluations, memory=_MEMORY)
+    better = normalised([point / units for point in points])
     return better, polyadic_error(target, better)[0]
 
 
