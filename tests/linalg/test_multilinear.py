@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from spectrim.linalg import descent
 from spectrim.linalg.metric import Full, Plain
 from spectrim.linalg.multilinear import (
     Target,
@@ -97,6 +100,20 @@ def test_more_evaluations_lose_less_and_never_more_than_the_start(data: bool) ->
     assert errors[0] == pytest.approx(polyadic_error(goal, start)[0])
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.9 * errors[0]
+
+
+def test_a_descent_to_a_cp_knows_its_last_eight_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    known: list[int] = []
+    direction = descent._direction
+
+    def noted(gradient: torch.Tensor, pairs: Any) -> torch.Tensor:
+        known.append(len(pairs))
+        return direction(gradient, pairs)
+
+    monkeypatch.setattr(descent, "_direction", noted)
+    goal = target((3, 3), data=True)
+    polyadic(goal, polyadic_start(goal, [(0, 1)], 4), 60)
+    assert max(known) == 8
 
 
 def test_a_sum_of_few_components_is_found_again() -> None:
