@@ -53,6 +53,8 @@ class _CP(ChainMethod):
 
     offers: ClassVar[type[Choice]] = CPChoice
 
+    # With the 200 of a Tucker-2 layers lose a little less, and networks do not.
+    evaluations: int = 100
     kernels: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
