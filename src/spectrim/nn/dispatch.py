@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from torch._compile import _disable_dynamo
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def _apart(dispatch: Callable[..., Any]) -> Callable[..., Any]:
-    hidden = torch._disable_dynamo(dispatch, recursive=True)
+    hidden = _disable_dynamo(dispatch, recursive=True)
 
     @functools.wraps(dispatch)
     def function(*args: Any, **kwargs: Any) -> Any:
