@@ -22,6 +22,11 @@ def tiny(width: int = 12) -> nn.Module:
     return Tiny(width)
 
 
+def perceptron() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+
+
 def chatty() -> nn.Module:
     print("a library that prints")
     return tiny()

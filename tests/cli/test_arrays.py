@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -162,3 +165,107 @@ def test_tables_that_are_separated_otherwise_are_told(mark: str):
     Path("t.csv").write_text(f"a{mark}b{mark}label\n1{mark}2{mark}x\n")
     with pytest.raises(UsageError, match=f"separated by {mark!r}: separate them by commas".replace("\\", r"\\")):
         load_data("t.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("a,a,y\n1,2,0\n", "two of its columns are named 'a'"),
+        ("a,b,,\n1,2,3,4\n", "two of its columns are named ''"),
+        ("a,y\n1_000,0\n", "line 2: column 'a' is '1_000', not a number"),
+        ("a,y\n1,-1\n2,0\n", "labels 'y' are int64 such as -1; expected classes"),
+        ("a,y\n1,0.5\n2,1.5\n", "labels 'y' are float64 such as 0.5; expected classes"),
+        ("a,y\n1,inf\n2,1\n", "labels 'y' are float64 such as inf; expected classes"),
+        ("a,y\n1,1e300\n2,1\n", "labels 'y' are float64 such as 1e+300; expected classes"),
+        ("a,y\n1,0\n" + "2,1\n" * 2000 + "\udce4,1\n", "is no table in UTF-8"),
+        (f'a,y\n1,0\n"{"1" * 200_000}",1\n', "field larger than field limit"),
+    ],
+)
+def test_a_table_that_is_read_otherwise_than_it_was_meant_is_refused(text: str, why: str):
+    Path("t.csv").write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(UsageError) as caught:
+        samples("t.csv")
+    assert why in str(caught.value)
+
+
+def npy(shape: bytes, kind: bytes = b"'<f4'") -> bytes:
+    head = (b"{'descr': %s, 'fortran_order': False, 'shape': %s, }" % (kind, shape)).ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + bytes(48)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [b"", b"garbage", npy(b"(%s, 3)" % (b"9" * 60)), npy(b"(True, 12)"), npy(b"(4, 3)", b"'|O'"), npy(b"[" * 3000)],
+)
+def test_an_archive_whose_part_is_no_array_is_refused(part: bytes):
+    with zipfile.ZipFile("d.npz", "w") as archive:
+        archive.writestr("x.npy", part)
+    with pytest.raises(UsageError, match=r"'d\.npz'.* (cannot be read|expected numbers)"):
+        samples("d.npz")
+
+
+def test_labels_that_no_model_has_answers_for_are_refused():
+    for labels in (np.full(4, 2**63 + 2**63 - 100, np.uint64), np.full(4, 2**40), np.full(4, np.inf)):
+        np.savez("l.npz", x=np.zeros((4, 2)), y=labels)
+        with pytest.raises(UsageError, match="labels 'y' are .*expected classes"):
+            samples("l.npz")
+
+
+def test_images_that_cannot_be_read_are_named_at_once(tmp_path: Path):
+    image = pytest.importorskip("PIL.Image")
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    file = folder / "a.png"
+    image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(file)
+    whole = bytearray(file.read_bytes())
+    whole[16:24] = (60_000).to_bytes(4, "big") * 2
+    whole[29:33] = zlib.crc32(whole[12:29]).to_bytes(4, "big")
+    for name, data, why in (
+        ("large.png", bytes(whole), "cannot be read as an image .*pixels"),
+        ("bad.ppm", b"P6\n2m 2\n255\n" + bytes(12), "cannot be read as an image"),
+    ):
+        (folder / name).write_bytes(data)
+        with pytest.raises(UsageError, match=f"'{folder / name}' {why}"):
+            list(load_data(f"imagefolder:{folder}?resize=8"))
+        (folder / name).unlink()
+    image.new("RGB", (30_000, 1)).save(folder / "long.png")
+    with pytest.raises(UsageError, match=r"long.png' of 30000 x 1 pixels would become 7680000 x 256; write a smaller"):
+        list(load_data(f"imagefolder:{folder}"))
+    (folder / "long.png").unlink()
+    os.mkfifo(folder / "pipe.png")
+    with pytest.raises(UsageError, match=r"pipe.png' is a pipe, not an image"):
+        list(load_data(f"imagefolder:{folder}"))
+
+
+def test_a_part_for_testing_has_the_classes_of_the_part_for_training(tmp_path: Path):
+    image = pytest.importorskip("PIL.Image")
+    for place in ("train/a", "train/b", "train/c", "test/a", "test/c"):
+        (tmp_path / place).mkdir(parents=True)
+        image.new("RGB", (8, 8)).save(tmp_path / place / "0.png")
+    found = load_data(f"imagefolder:{tmp_path}")
+    assert isinstance(found, Batches)
+    assert [labels.tolist() for _, labels in found] == [[0, 2]]
+    assert (found.classes, found.names) == (3, ("a", "b", "c"))
+    (tmp_path / "test/d").mkdir()
+    with pytest.raises(UsageError, match=r"class 'd' is in .*test' and not in .*train'"):
+        load_data(f"imagefolder:{tmp_path}")
+
+
+def test_words_for_classes_must_be_the_same_in_training_and_testing(run):
+    rows = [(*np.eye(8)[n % 8], "abcd"[n % 4]) for n in range(32)]
+
+    def table(name: str, words: str) -> str:
+        lines = ["f0,f1,f2,f3,f4,f5,f6,f7,kind", *(",".join(map(str, row)) for row in rows if row[-1] in words)]
+        Path(name).write_text("\n".join(lines), encoding="utf-8")
+        return name
+
+    whole, part = table("a.csv", "abcd"), table("t.csv", "acd")
+    options = ("compress", "nets:perceptron", "-d", whole, "-b", "macs=60%", "--no-report", "--epochs", "1")
+    told = run(*options, "--train", whole, "--test", part, code=2).stderr
+    assert "'b' is one in --train but not in --test: give --test" in told
+    assert not Path("compressed").exists()
+    told = run("evaluate", "nets:perceptron", "-d", part, "--repeats", "1").stderr
+    assert "The 3 classes of the samples are numbered from 0 in alphabetical order" in told
+    assert "numbered from 0" not in run("evaluate", "nets:perceptron", "-d", whole, "--repeats", "1").stderr
+    np.savez("x.npz", x=np.zeros((4, 8), np.float32))
+    assert "augment is for images" in run("profile", "nets:perceptron", "-d", "x.npz?augment=crop", code=2).stderr

@@ -128,7 +128,7 @@ def test_joint_offers_every_way_to_share_within_groups_of_ones_own(run):
 
 def test_groups_are_read_in_order(tmp_path: Path):
     file = tmp_path / "groups.json"
-    file.write_text('{"b": ["x", "y"], "a": ["z", "w"]}')
+    file.write_text('\ufeff{"b": ["x", "y"], "a": ["z", "w"]}', encoding="utf-8")  # as some editors begin a text
     assert list(read_groups(file).items()) == [("b", ("x", "y")), ("a", ("z", "w"))]
 
 
@@ -148,6 +148,8 @@ def test_groups_are_read_in_order(tmp_path: Path):
         ('["blocks.0", "blocks.1"]', 'holds ["blocks.0", "blocks.1"]; expected an object'),
         ('{"a": ["blocks.0"', "'groups.json' cannot be read as JSON"),
         ("\udcff", "'groups.json' cannot be read as JSON"),
+        ('{"a\\ud800": ["blocks.0", "blocks.1"]}', "'groups.json' cannot be read as JSON"),
+        (f'{{"a": ["{"b" * 2**20}"]}}', "'groups.json' cannot be read as JSON: it has more than 1,048,576 bytes"),
     ],
 )
 @pytest.mark.parametrize("command", [("profile",), ("compress", "--budget", "parameters=50%")])

@@ -14,6 +14,8 @@ from threading import Barrier
 import pytest
 import torch
 
+import spectrim as st
+from spectrim.errors import PlanError
 from spectrim.network import tensor_files
 from spectrim.network.files import replacing, write_text
 
@@ -128,3 +130,22 @@ def test_what_a_killed_writer_leaves_goes_with_the_next_write_and_a_living_one_i
         write_text(tmp_path / "other.json", "text")
     assert path.read_text() == "old"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other.json", "plan.json"]
+
+
+def test_a_document_that_says_a_thing_twice_says_neither(tmp_path: Path) -> None:
+    sites = st.find(torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)))
+    plan = st.select(st.tabulate(sites, [st.WeightSVD()]), st.Budget(parameters=0.5))
+    text = plan.to_json()
+    assert st.Plan.from_json(text) == plan
+    for twice in (
+        f'{{"entries": [], {text[text.index("{") + 1 :]}',
+        text.replace('"kind"', '"kind": "dense", "kind"', 1),
+    ):
+        with pytest.raises(PlanError, match=r"not a plan: it has '(entries|kind)' twice"):
+            st.Plan.from_json(twice)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "plan.json")
+    with pytest.raises(OSError, match=r"it is a pipe: give the name of a file: .*plan\.json"):
+        st.Plan.read(tmp_path / "plan.json")

@@ -94,6 +94,16 @@ def test_accuracy_counts_positions_over_batches_of_any_size(as_mapping: bool):
     assert accuracy(_Echo(), batches) == pytest.approx(80.0)
 
 
+@pytest.mark.parametrize("where", ["weights", "batch"])
+def test_no_accuracy_is_that_of_a_model_that_answers_nan(where: str):
+    model, images = _net(2), torch.randn(4, 1, 4, 4)
+    broken = next(model.parameters()) if where == "weights" else images
+    with torch.no_grad():
+        broken.view(-1)[0] = torch.nan
+    with pytest.raises(ValueError, match="the model answers NaN"):
+        accuracy(model, [(images, torch.arange(4).remainder(3))])
+
+
 def test_accuracy_without_labels_or_batches_says_so():
     with pytest.raises(ValueError, match="holds no labels"):
         accuracy(_Echo(), [torch.eye(2)])

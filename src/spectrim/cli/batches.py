@@ -16,12 +16,17 @@ from torch import Tensor
 
 from spectrim.cli.data_options import EDGE, NORMALISATIONS, SCALED
 from spectrim.cli.references import UsageError
+from spectrim.network.file_kinds import no_file
+
+_PIXELS = 2**26
+"""No image is scaled to more: a few are decoded at once."""
 
 
 class Source(ABC):
     """Samples that can be fetched by index."""
 
     classes: int
+    names: tuple[str, ...]  # of the classes, where the data have words for them
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -45,6 +50,7 @@ class InMemory(Source):
     labels: Tensor | None  # ``[n]``, int64; None without
     # What was done to them, in words.
     preparation: str = ""  # type: ignore[assignment]  (a property of the base)
+    names: tuple[str, ...] = ()
 
     @property
     def classes(self) -> int:  # type: ignore[override]
@@ -71,9 +77,13 @@ class ImageFiles(Source):
 
     paths: Sequence[Path]
     labels: Tensor | None
-    classes: int
+    names: tuple[str, ...]
     resize: int
     crop: int
+
+    @property
+    def classes(self) -> int:  # type: ignore[override]
+        return len(self.names)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -107,23 +117,27 @@ class ImageFiles(Source):
     @staticmethod
     def _opened(path: Path) -> Any:
         """An image that is not decoded yet."""
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
+        if kind := no_file(path):  # a pipe would be waited for
+            raise UsageError(f"data: {str(path)!r} is {kind}, not an image; remove it")
         try:
             return Image.open(path)
-        except OSError as error:
-            raise UsageError(f"data: {str(path)!r} cannot be read as an image; remove it or mend it") from error
+        except Exception as error:  # each format has its own errors
+            why = "" if isinstance(error, UnidentifiedImageError | FileNotFoundError) else f" ({error})"
+            raise UsageError(f"data: {str(path)!r} cannot be read as an image{why}; remove it or mend it") from error
 
     def _open(self, path: Path) -> Tensor:
         from PIL import Image
 
         with self._opened(path) as file:
+            width, height = self._scaled(path, file.size)
             try:
                 image = _of_bytes(file, path).convert("RGB")
-            except OSError as error:
+            except UsageError:
+                raise
+            except Exception as error:  # each format has its own errors
                 raise UsageError(f"data: {str(path)!r} is damaged ({error}); remove it or mend it") from error
-        scale = self.resize / min(image.size) if self.resize else 1.0
-        width, height = (max(self.crop, round(side * scale)) for side in image.size)
         if self.resize:
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         if self.crop:
@@ -131,6 +145,17 @@ class ImageFiles(Source):
             image = image.crop((left, top, left + self.crop, top + self.crop))
         pixels = np.asarray(image)
         return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+    def _scaled(self, path: Path, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height that an image is scaled to."""
+        scale = self.resize / min(size) if self.resize else 1.0
+        width, height = (max(self.crop, round(side * scale)) for side in size)
+        if width * height > _PIXELS:
+            raise UsageError(
+                f"data: {str(path)!r} of {size[0]} x {size[1]} pixels would become {width} x {height}; write a smaller "
+                "?resize=, or remove it"
+            )
+        return width, height
 
 
 def _of_bytes(image: Any, path: Path) -> Any:
@@ -180,6 +205,11 @@ class Batches:
         return self.source.classes
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Words for the classes, where the data have some and not numbers."""
+        return self.source.names
+
+    @property
     def preparation(self) -> str:
         """What is done to the images, in words; augmentation is not told."""
         numbers = "/".join(",".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
@@ -227,6 +257,10 @@ def _by_channel(values: tuple[float, ...], images: Tensor) -> Tensor:
 
 
 def _crop(images: Tensor, generator: torch.Generator, *, flip: bool) -> Tensor:
+    if images.dim() != 4:
+        raise UsageError(
+            f"data: augment is for images, and samples are of shape {tuple(images.shape[1:])}: write augment=none"
+        )
     n, _, height, width = images.shape
     by = max(1, height // 8)
     padded = torch.nn.functional.pad(images, (by, by, by, by))

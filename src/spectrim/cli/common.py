@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, TextIO, get_type_hints
 
 import typer
@@ -121,6 +122,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         with _terminable(), _kept_apart() if as_json else contextlib.nullcontext(sys.stdout) as stdout:
             out = Output(as_json, quiet, stdout)
             try:
+                options = {name: _home(value) for name, value in options.items()}
                 for name, group in groups.items():
                     options[name] = group(**{each.name: options.pop(each.name) for each in dataclasses.fields(group)})
                 function(out, **options)
@@ -147,6 +149,15 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in flat]
     run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
     return run
+
+
+def _home(value: Any) -> Any:
+    """A path that begins with ``~`` as shells give it, which they do not behind ``=``; other values as they are."""
+    if isinstance(value, list):
+        return list(map(_home, value))
+    with contextlib.suppress(RuntimeError):  # there is no such user
+        return value.expanduser() if isinstance(value, Path) else value
+    return value
 
 
 def _options(group: type) -> Iterator[inspect.Parameter]:

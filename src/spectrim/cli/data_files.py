@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,17 +69,26 @@ def idx(reference: Reference, options: DataOptions) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def images(reference: Reference, options: DataOptions) -> tuple[tuple[Path, ...], tuple[int, ...], int]:
-    """Image files, the class of each, and how many classes there are; no classes for loose files."""
+def images(reference: Reference, options: DataOptions) -> tuple[tuple[Path, ...], tuple[int, ...], tuple[str, ...]]:
+    """Image files, the class of each, and the names of the classes; no classes for loose files.
+
+    Classes are numbered as the part for training has them, if there is one: a part for testing may lack some.
+    """
     installed("PIL", reference, "pillow")
     root = _directory(reference)
     parts = ("train",) if options.split == "train" else ("test", "val")
-    root = next((root / part for part in parts if (root / part).is_dir()), root)
-    classes = sorted(p for p in root.iterdir() if p.is_dir() and not _is_hidden(p.name))
-    found = [(path, label) for label, folder in enumerate(classes) for path in _pictures(folder, "**/*")]
+    training, root = root / "train", next((root / part for part in parts if (root / part).is_dir()), root)
+    folders = _classes_in(root)
+    names = [each.name for each in _classes_in(training)] or [each.name for each in folders]
+    if strange := [each.name for each in folders if each.name not in names]:
+        raise UsageError(
+            f"data {reference.text!r}: class {strange[0]!r} is in {str(root)!r} and not in {str(training)!r}, by which "
+            "classes are numbered: give it a folder there, which may be empty, or take it away"
+        )
+    found = [(path, names.index(folder.name)) for folder in folders for path in _pictures(folder, "**/*")]
     if found:
         paths, labels = zip(*found, strict=True)
-        return paths, labels, len(classes)
+        return paths, labels, tuple(names)
     loose = tuple(_pictures(root, "*"))
     if not loose:
         held = sorted({path.suffix.lower() for path in root.rglob("*") if path.is_file() and path.suffix})
@@ -87,7 +97,13 @@ def images(reference: Reference, options: DataOptions) -> tuple[tuple[Path, ...]
             f"data {reference.text!r}: no images in {str(root)!r} (loose, or one folder a class){others}. Images are "
             f"{', '.join(sorted(_SUFFIXES))}"
         )
-    return loose, (), 0
+    return loose, (), ()
+
+
+def _classes_in(folder: Path) -> list[Path]:
+    """Folders of classes in a folder, if that is one."""
+    there = folder.iterdir() if folder.is_dir() else ()
+    return sorted(path for path in there if path.is_dir() and not _is_hidden(path.name))
 
 
 def _pictures(folder: Path, pattern: str) -> Iterator[Path]:
@@ -137,25 +153,34 @@ def arrays(reference: Reference, options: ArrayOptions) -> tuple[Path, str, str]
     return file, inputs, "" if options.labels == "none" else one("labels", options.labels, _LABELS, False)
 
 
-def table(reference: Reference, options: TableOptions) -> tuple[Path, tuple[str, ...], str]:
-    """A file, the names of its columns, and that of the labels; no name for no labels."""
+def lines_of(file: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """Rows of a table with the number of the line that each ends on; empty lines are left out."""
     import csv
 
-    file = _file(reference)
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
             reader = csv.reader(lines)
-            names, first = tuple(name.strip() for name in next(reader, ())), next(reader, [])
+            for row in filter(None, reader):
+                yield reader.line_num, row
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UsageError(f"data {reference.text!r} is no table in UTF-8, separated by commas: {error}") from error
+        raise UsageError(f"data {text!r} is no table in UTF-8, separated by commas: {error}") from error
+
+
+def table(reference: Reference, options: TableOptions) -> tuple[Path, tuple[str, ...], str]:
+    """A file, the names of its columns, and that of the labels; no name for no labels."""
+    file = _file(reference)
+    (_, header), (_, first) = ([*itertools.islice(lines_of(file, reference.text), 2), (0, []), (0, [])])[:2]
+    names = tuple(name.strip() for name in header)
     if not names:
         raise UsageError(f"data {reference.text!r}: {str(file)!r} is empty")
     if len(names) == 1 and (other := next((mark for mark in ";\t|" if mark in names[0]), "")):
         raise UsageError(f"data {reference.text!r}: its columns are separated by {other!r}: separate them by commas")
-    if all(_is_number(name) for name in names):
+    if all(as_number(name) is not None for name in names):
         raise UsageError(f"data {reference.text!r}: its first line must name the columns; it is {','.join(names[:4])}")
+    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise UsageError(f"data {reference.text!r}: two of its columns are named {twice[0]!r}: name each otherwise")
     # Without a name that says so they are the one column that holds words.
-    words = [name for name, value in zip(names, first, strict=False) if not _is_number(value)]
+    words = [name for name, value in zip(names, first, strict=False) if as_number(value) is None]
     usual = [name for name in names if name.lower() in _LABELS] + words * (len(words) == 1)
     labels = options.labels or (usual[0] if usual else "none")
     if labels == "none":
@@ -168,9 +193,9 @@ def table(reference: Reference, options: TableOptions) -> tuple[Path, tuple[str,
     return file, names, labels
 
 
-def _is_number(text: str) -> bool:
+def as_number(text: str) -> float | None:
+    """A number as tables have it, and not as Python has it, with ``_`` between digits; None for a word."""
     try:
-        float(text)
+        return None if "_" in text else float(text)
     except ValueError:
-        return False
-    return True
+        return None

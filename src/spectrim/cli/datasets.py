@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
+import math
 import struct
-import zipfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +13,13 @@ from torch import Tensor
 
 from spectrim.cli.batches import Batches, ImageFiles, InMemory, Source
 from spectrim.cli.data import Data
+from spectrim.cli.data_files import as_number, lines_of
 from spectrim.cli.data_options import ArrayOptions, FolderOptions, ImageOptions
 from spectrim.cli.references import Reference, UsageError, need
 from spectrim.network.printing import count
+
+_MANY = 2**31
+"""No classes are so many; numbers of other kinds are."""
 
 
 def batches_of(data: Data, device: str) -> Batches:
@@ -69,7 +71,7 @@ def _read_idx(path: Path, dimensions: int, reference: Reference) -> np.ndarray:
     if len(raw) < start or raw[:4] != bytes([0, 0, 8, dimensions]):
         raise UsageError(f"data {reference.text!r}: {str(path)!r} is no IDX file of {dimensions} axes of bytes")
     shape = struct.unpack(f">{dimensions}I", raw[4:start])
-    if len(raw) - start != int(np.prod(shape)):
+    if len(raw) - start != math.prod(shape):  # numpy's product of these would wrap around
         raise UsageError(f"data {reference.text!r}: {str(path)!r} promises {shape} and holds {len(raw) - start} bytes")
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape).copy()
 
@@ -77,11 +79,11 @@ def _read_idx(path: Path, dimensions: int, reference: Reference) -> np.ndarray:
 def _images(data: Data) -> Source:
     options = data.options
     assert isinstance(options, FolderOptions)
-    paths, labels, classes = data.files
+    paths, labels, names = data.files
     scaled, square = options.scaled, options.square
     if options.leaves(map(ImageFiles.size_of, paths)):
         scaled, square = 0, options.crop or 0
-    return ImageFiles(paths, torch.tensor(labels) if labels else None, classes, scaled, square)
+    return ImageFiles(paths, torch.tensor(labels) if labels else None, names, scaled, square)
 
 
 def _arrays(data: Data) -> Source:
@@ -89,8 +91,11 @@ def _arrays(data: Data) -> Source:
     (file, inputs, labels), text = data.files, data.reference.text
     try:
         with np.load(file, allow_pickle=False) as held:
-            values, targets = held[inputs], np.atleast_1d(held[labels]) if labels else None
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+            # What is no array of numpy comes as bytes.
+            values, targets = np.asarray(held[inputs]), np.atleast_1d(held[labels]) if labels else None
+    except MemoryError:
+        raise
+    except Exception as error:  # zip archives, their ways to compress and headers of numpy have errors of their own
         objects = "it holds Python objects, which may run code: save numbers" if "allow_pickle" in str(error) else ""
         why = objects or f"{error}: save or copy it again"
         raise UsageError(f"data {text!r}: {str(file)!r} cannot be read: {why}") from error
@@ -106,8 +111,8 @@ def _arrays(data: Data) -> Source:
     # torch has no numbers of another byte order, nor of more than 64 bits.
     width = min(values.dtype.itemsize, 8)
     samples, words = _channels_first(values.astype(f"={values.dtype.kind}{width}", copy=False))
-    known = None if targets is None else _classes(targets, labels, text)
-    return InMemory(torch.from_numpy(np.ascontiguousarray(samples)), known, words)
+    known, names = (None, ()) if targets is None else _classes(targets, labels, text)
+    return InMemory(torch.from_numpy(np.ascontiguousarray(samples)), known, words, names)
 
 
 def _channels_first(values: np.ndarray) -> tuple[np.ndarray, str]:
@@ -122,8 +127,9 @@ def _channels_first(values: np.ndarray) -> tuple[np.ndarray, str]:
     return values, ""
 
 
-def _classes(values: np.ndarray, name: str, text: str) -> Tensor:
-    """Labels, one a sample, as numbers of classes; words are numbered in their order."""
+def _classes(values: np.ndarray, name: str, text: str) -> tuple[Tensor, tuple[str, ...]]:
+    """Labels, one a sample, as numbers of classes, and names of the classes; words are numbered in their order."""
+    names: tuple[str, ...] = ()
     if values.size != len(values):
         raise UsageError(
             f"data {text!r}: labels {name!r} are of shape {values.shape}; expected one class a sample: of one-hot rows "
@@ -131,48 +137,47 @@ def _classes(values: np.ndarray, name: str, text: str) -> Tensor:
         )
     values = values.reshape(-1)
     if values.dtype.kind in "OUS":
-        _, values = np.unique(values, return_inverse=True)
-    if values.dtype.kind == "f" and np.all(values == np.round(values)):
+        words, values = np.unique(values, return_inverse=True)
+        names = tuple(map(str, words))
+    if values.dtype.kind == "f" and np.all(np.isfinite(values) & (values == np.round(values)) & (values < _MANY)):
         values = values.astype(np.int64)
-    if values.dtype.kind not in "iub" or (values.size and values.min() < 0):
+    if values.dtype.kind not in "iub" or (values.size and not 0 <= values.min() <= values.max() < _MANY):
         raise UsageError(
             f"data {text!r}: labels {name!r} are {values.dtype} such as {values[0]}; expected classes 0, 1, 2, ... or "
             "words; for data without write labels=none"
         )
-    return torch.from_numpy(values.astype(np.int64))
+    return torch.from_numpy(values.astype(np.int64)), names
 
 
 def _table(data: Data) -> Source:
     (file, names, labels), text = data.files, data.reference.text
     rows, targets = [], []
-    with Path(file).open(newline="", encoding="utf-8-sig") as lines:
-        reader = csv.reader(lines)
-        next(reader)
-        for row in filter(None, reader):
-            if len(row) != len(names):
-                raise UsageError(f"data {text!r}, line {reader.line_num}: {len(row)} values for {len(names)} columns")
-            values = dict(zip(names, row, strict=True))
-            targets.append(values.pop(labels).strip() if labels else "")
-            rows.append([_number(value, name, reader.line_num, text) for name, value in values.items()])
+    lines = lines_of(file, text)
+    next(lines)
+    for line, row in lines:
+        if len(row) != len(names):
+            raise UsageError(f"data {text!r}, line {line}: {len(row)} values for {len(names)} columns")
+        values = dict(zip(names, row, strict=True))
+        targets.append(values.pop(labels).strip() if labels else "")
+        rows.append([_number(value, name, line, text) for name, value in values.items()])
     if not rows:
         raise UsageError(f"data {text!r}: {str(file)!r} has no line after the names of its columns")
-    known: Tensor | None = None
-    if labels:
-        try:
-            known = _classes(np.array([float(target) for target in targets]), labels, text)
-        except ValueError:
-            known = _classes(np.array(targets), labels, text)
-    return InMemory(torch.tensor(rows), known, count(len(names) - bool(labels), "column"))
+    columns = count(len(names) - bool(labels), "column")
+    if not labels:
+        return InMemory(torch.tensor(rows), None, columns)
+    numbers = [as_number(target) for target in targets]
+    known, words = _classes(np.array(targets if None in numbers else numbers), labels, text)
+    return InMemory(torch.tensor(rows), known, columns, words)
 
 
 def _number(value: str, name: str, line: int, text: str) -> float:
-    try:
-        return float(value)
-    except ValueError:
+    number = as_number(value)
+    if number is None:
         raise UsageError(
             f"data {text!r}, line {line}: column {name!r} is {value!r}, not a number; if it holds the labels write "
             f"?labels={name}"
-        ) from None
+        )
+    return number
 
 
 _SOURCES = {

@@ -12,8 +12,9 @@ from torch import nn
 
 from spectrim.cli.batches import Batches
 from spectrim.cli.common import Output
+from spectrim.cli.work import running
 from spectrim.nn.watch.batches import Feed
-from spectrim.nn.watch.nesting import tensors
+from spectrim.nn.watch.nesting import logits, tensors
 from spectrim.train.randomness import kept
 
 # Inputs of one kind of data differ less than this from batch to batch; a normalisation more or less, by more.
@@ -65,6 +66,20 @@ class Inputs:
         return self.shape != other.shape or large > _SPREAD * small or abs(self.mean - other.mean) > _SHIFT * large
 
 
+def class_note(batches: Iterable[Any], model: nn.Module) -> str:
+    """What is to be seen to where words stand for others, or fewer, classes than a model answers with."""
+    if not isinstance(batches, Batches) or not batches.names or not (batch := next(iter(batches), None)):
+        return ""
+    with running(model, "--test"):
+        answers = logits(Feed().decide(model, batch)(model, batch)).shape[-1]
+    if answers == len(batches.names):
+        return ""
+    return (
+        f"The {len(batches.names):,} classes of the samples are numbered from 0 in alphabetical order, "
+        f"and the model answers with {answers} numbers: accuracy is right if these are its first classes."
+    )
+
+
 def tell(out: Output, references: Mapping[str, Iterable[Any] | None], model: nn.Module) -> tuple[str, ...]:
     """Say how the inputs of every option are prepared, and return notes on those that differ from the first."""
     known: dict[str, Inputs] = {}
@@ -80,6 +95,8 @@ def tell(out: Output, references: Mapping[str, Iterable[Any] | None], model: nn.
         for option in options[1:]
         if known[options[0]].differs(known[option])
     )
+    told = class_note(references.get("--test") or (), model)
+    notes += (told,) if told else ()
     for note in notes:
         out.say(f"note: {note}")
     return notes

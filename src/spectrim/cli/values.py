@@ -16,12 +16,13 @@ from spectrim.cli.common import usage
 from spectrim.cli.references import Reference, UsageError, factory, halves, nearest
 from spectrim.cli.sources import check_factory
 from spectrim.errors import did_you_mean
+from spectrim.network.files import each_once, read_document
 from spectrim.selection.budget import COSTS, OTHER_NAMES, Budget
 
 # Device types of torch that people have.
 _DEVICES = ("cpu", "cuda", "mps", "xpu", "auto")
 _OTHER_DEVICES = {"gpu": "cuda", "nvidia": "cuda", "rocm": "cuda", "metal": "mps", "apple": "mps", "intel": "xpu"}
-_LARGEST_PLAN = 64 << 20
+_LARGEST_PLAN, _LARGEST_GROUPS = 64 << 20, 1 << 20
 
 
 def read_costs(texts: Sequence[str] | None) -> dict[str, Callable[[Any], float]]:
@@ -140,12 +141,13 @@ def check_plan(file: Path, option: str = "--plan ") -> None:
 def read_groups(file: Path) -> dict[str, tuple[str, ...]]:
     """Names of layers by the name of the group, from a JSON object."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
+        found = read_document(file, _grouped, _LARGEST_GROUPS)
     except OSError as error:
         close = nearest(file, "*.json")
         raise UsageError(f"--groups {str(file)!r} cannot be read: {error.strerror}{close and f'.{close}'}") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"--groups {str(file)!r} cannot be read as JSON: {error}") from error
+        said = getattr(error, "said", error)
+        raise UsageError(f"--groups {str(file)!r} cannot be read as JSON: {said}") from error
     if not isinstance(found, dict):
         raise UsageError(f'--groups {str(file)!r} holds {_short(found)}; expected an object, as {{"name": ["a", "b"]}}')
     for name, members in found.items():
@@ -156,11 +158,12 @@ def read_groups(file: Path) -> dict[str, tuple[str, ...]]:
     return {name: tuple(members) for name, members in found.items()}
 
 
-def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        twice = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
-        raise ValueError(f"it has {twice!r} twice")
+def _grouped(text: bytes) -> Any:
+    """What a file of groups holds; ValueError if it is no JSON."""
+    if len(text) > _LARGEST_GROUPS:
+        raise ValueError(f"it has more than {_LARGEST_GROUPS:,} bytes")
+    found = json.loads(text.decode("utf-8-sig"), object_pairs_hook=each_once)
+    json.dumps(found, ensure_ascii=False).encode()  # half of a pair of surrogates is no name
     return found
 
 

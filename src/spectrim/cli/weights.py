@@ -170,12 +170,11 @@ def _unread(error: Exception) -> str:
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], text: str, weights: str | Path) -> None:
-    """Put the tensors of a file into a model.
+    """Put the tensors of a file into a model, under the names that it has (:func:`weight_names.as_named`)."""
+    from spectrim.cli.weight_names import as_named
 
-    A part that all names begin with, as ``model.`` in checkpoints of Lightning, is left out where they fit without.
-    """
     mine = model.state_dict()
-    state = _without_prefix(state, mine)
+    state = as_named(state, mine)
     if bare := {k: why for k in mine if k in state and (why := _not_plain(state[k]))}:
         k, why = next(iter(bare.items()))
         said = f"weights {str(weights)!r} cannot be put into model {text!r}"
@@ -191,9 +190,10 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], text: str, weights: str 
 
 def _misfit(state: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> str:
     """Why tensors do not fit a model's, with the cure; empty where they do."""
-    # BatchNorm counts its batches only for momentum=None; older files lack the counter.
-    missing = [k for k in mine if k not in state and not k.endswith("num_batches_tracked")]
-    apart = {"missing": missing, "unexpected": [k for k in state if k not in mine]}
+    from spectrim.cli.weight_names import missing, prefixes, untied
+
+    lacks = missing(state, mine)
+    apart = {"missing": lacks, "unexpected": [k for k in state if k not in mine]}
     both = [k for k in mine if k in state]
     shapes = [(k, tuple(state[k].shape), tuple(mine[k].shape)) for k in both]
     kinds = [(k, state[k].dtype, mine[k].dtype) for k in both]
@@ -205,24 +205,18 @@ def _misfit(state: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> str:
     for what, found in unlike.items():
         for name, there, here in found[:1]:
             problems.append(f"{len(found)} of another {what} ({name!r} is {there}, the model has {here})")
+    if pair := untied(state, mine):
+        problems.append(f"{pair[0]!r} and {pair[1]!r} differ in it and are one tensor in the model")
     if not problems:
         return ""
     cure = "give the model that they were saved from, with its arguments as ?name=value"
     if unlike["type"] and len(problems) == 1:
         cure = f"save them as {str(unlike['type'][0][2]).removeprefix('torch.')}"
-    others = len(missing) >= len(mine) / 2
+    if whole := prefixes(state, mine) if lacks else []:
+        those = f"{{k[{len(whole[0])}:]: v for k, v in state.items() if k.startswith({whole[0]!r})}}"
+        cure = f"all that the model has lies under {' and under '.join(map(repr, whole[:3]))}: save that alone, {those}"
+    others = len(lacks) >= len(mine) / 2 and not whole
     return f"{'; '.join(problems)}{'. These look like the weights of another network' if others else ''}: {cure}"
-
-
-def _without_prefix(state: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    first = next((name for name in mine if not name.endswith("num_batches_tracked")), "")
-    for name in state if first and first not in state else ():
-        prefix = name.removesuffix(first)
-        if prefix.endswith(".") and prefix != name and all(each.startswith(prefix) for each in state):
-            found = {each.removeprefix(prefix): value for each, value in state.items()}
-            if found.keys() <= mine.keys():
-                return found
-    return state
 
 
 def _not_plain(tensor: Tensor) -> str:

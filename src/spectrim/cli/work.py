@@ -65,6 +65,7 @@ class Work:
         data = load_data(inputs.data, purpose="calibration", device=device) if inputs.data is not None else None
         test = load_data(training.test, purpose="test", device=device) if training.test is not None else None
         if test is not None:
+            _check_words(train, test)
             _check_test(dense, _first(test, str(training.test)))
         example = None
         seen, name = (train, training.train) if data is None else (data, inputs.data)
@@ -169,6 +170,17 @@ def first_batch(batches: Iterable[Any], samples: int, name: str, model: nn.Modul
         feed = Feed().decide(model, batch)
         feed(model, batch := feed.resized(batch, samples))
     return batch
+
+
+def _check_words(train: Iterable[Any] | None, test: Iterable[Any] | None) -> None:
+    """Refuse words for classes that are numbered differently where a network is trained and where it is tested."""
+    if isinstance(train, Batches) and isinstance(test, Batches) and train.names and test.names:
+        for one in sorted({*train.names} ^ {*test.names}):
+            here, there = ("--train", "--test") if one in train.names else ("--test", "--train")
+            raise UsageError(
+                f"classes are numbered in alphabetical order, and {one!r} is one in {here} but not in {there}: give "
+                f"{there} an empty folder for it, or numbers of classes as labels"
+            )
 
 
 def _check_test(model: nn.Module, batch: Any) -> None:

@@ -78,7 +78,7 @@ def not_safetensors(path: Path, head: bytes, instead: str) -> str:
     try:
         held = header_of(path)
         ends = [int(each["data_offsets"][1]) for name, each in held.items() if name != "__metadata__"]
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError):
         return f"the list of its tensors is damaged: {AGAIN}"
     wanted = 8 + length + max(ends, default=0)
     return "" if wanted == size else f"it should have {wanted:,} bytes and has {size:,}: {AGAIN}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import stat
 import tempfile
@@ -65,7 +66,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 def default_cache() -> Path:
     """``$SPECTRIM_CACHE``, or ``spectrim`` in the user's cache directory."""
     if chosen := os.environ.get("SPECTRIM_CACHE"):
-        return Path(chosen)
+        return Path(chosen).expanduser()
     base = os.environ.get("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "spectrim"
 
@@ -78,8 +79,9 @@ def read_document(path: str | Path, parse: Callable[[bytes], Document], largest:
     PlanError
         As ``parse``; the message names the file, and says what can be done.
     """
-    if (kind := no_file(path_of(path))) == "a folder":
-        raise IsADirectoryError(errno.EISDIR, f"it is {kind}: give the name of a file", str(path))
+    if kind := no_file(path_of(path)):  # a pipe would be waited for
+        number = errno.EISDIR if kind == "a folder" else errno.EINVAL
+        raise OSError(number, f"it is {kind}: give the name of a file", str(path))
     with open(path, "rb") as file:
         text = file.read(largest + 1)
     try:
@@ -104,12 +106,22 @@ def record_of(text: str | bytes, what: str, largest: int, known: set[str] | None
     text = text.removeprefix("\ufeff") if isinstance(text, str) else text.removeprefix(b"\xef\xbb\xbf")
     try:
         record = msgspec.json.decode(text, type=dict[str, Any])
-    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+        json.loads(text, object_pairs_hook=each_once)
+    except (msgspec.MsgspecError, UnicodeError, ValueError, RecursionError) as error:
         named = f"; it is the name of a file, which read({text!r}) reads" if str(text).endswith(".json") else ""
         raise PlanError(f"not {what}: {error}{named}") from error
     if known is not None and (unknown := sorted(set(record) - known)):
         raise PlanError(f"not {what}: it has no field {unknown[0]!r}")
     return record
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object from its fields, for ``object_pairs_hook``: ValueError if it has one twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
+        raise ValueError(f"it has {twice!r} twice")
+    return found
 
 
 def converted(record: Mapping[str, Any], kind: type[Document], what: str) -> Document:

@@ -54,7 +54,7 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> Score:
     Raises
     ------
     ValueError
-        If a batch holds no labels, others than a class for each answer, or there is no batch.
+        If a batch holds no labels, others than a class for each answer, or there is no batch, or the model answers NaN.
     """
     feed = Feed()
     right = seen = 0
@@ -70,6 +70,11 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> Score:
                     "with 'labels'"
                 )
             scores = logits(run(batch))
+            if scores.isnan().any():
+                raise ValueError(
+                    "the model answers NaN, of which no class is the largest: accuracy is not measured. Mend the "
+                    "model's weights or the batches, which may hold NaN or Inf"
+                )
             guess = scores.argmax(-1)
             right += int((guess == _classes(labels, guess, scores.shape[-1])).sum())
             seen += labels.numel()
