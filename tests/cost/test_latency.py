@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 import threading
 import warnings
 
@@ -473,3 +474,13 @@ def test_the_real_thing(tmp_path):
 def test_facts_are_plain_values_that_a_plan_can_be_written_with() -> None:
     facts = Latency(cache=None).facts()
     assert {type(value) for value in facts.values()} <= {str, int, float, bool}
+
+
+def test_times_are_neither_read_from_a_pipe_nor_written_to_one(tmp_path, clock):
+    cost = latency(clock, cache=tmp_path)
+    os.mkfifo(cost.path)
+    with (
+        pytest.warns(UserWarning, match="cannot be used and are measured anew: .* it is a pipe"),
+        pytest.warns(UserWarning, match="cannot be stored in .* it is a pipe"),
+    ):
+        assert cost(CONV.factor(SPATIAL, 10)) > 0

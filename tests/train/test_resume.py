@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from spectrim.train import Loop, Recipe, fine_tune
 from spectrim.train import resume as resuming
 from tests.train import mortal, small, training_script
 from tests.train.small import Net, accuracy, equal, loader, weights
+
+# What is resumed is often another network than was begun with, so that nothing of it can be left.
+pytestmark = pytest.mark.filterwarnings("ignore:.*began with other weights")
 
 
 class Stop(Exception):
@@ -351,3 +355,24 @@ def test_optimizers_with_odd_state_are_refused(tmp_path: Path) -> None:
 
     with pytest.raises(TypeError, match="Odd keeps 'history' as list"):
         finished(tmp_path / "run", optimizer=Odd)
+
+
+def test_a_run_that_began_with_other_weights_goes_on_and_says_so(tmp_path: Path) -> None:
+    path, recipe = tmp_path / "run.safetensors", Recipe(epochs=2)
+    begun = Net()
+    Loop(begun, loader(), recipe, checkpoint=path).run(until=1)
+    other = Net(seed=1)
+    with pytest.warns(
+        UserWarning, match="began with other weights than the model has now, in 'stem.weight': the model"
+    ):
+        Loop(other, loader(), recipe, checkpoint=path)
+    assert equal(weights(other), weights(begun))
+    alike = Net()
+    with torch.no_grad():
+        alike.stem.weight.mul_(-(1 + 1e-5))  # as another machine may give factors
+    Loop(alike, loader(), recipe, checkpoint=path).run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Loop(alike, loader(), recipe, checkpoint=path)  # where the run is
+    with pytest.warns(UserWarning, match="began with other weights"):  # what they were is kept
+        Loop(other, loader(), recipe, checkpoint=path)

@@ -15,11 +15,12 @@ from typing import Any
 from spectrim.cli.common import Output, sentence
 from spectrim.cli.references import UsageError
 from spectrim.cli.values import check_folder
+from spectrim.network.files import bytes_of, discard, remove_abandoned, write_text
 from spectrim.network.files import check_folder as check_files
-from spectrim.network.files import discard, remove_abandoned, write_text
 
 _RECORD, _WEIGHTS = "run.json", "weights_sha256"
 _DRAWN = ". A MODEL that draws new weights each time can only be gone on with by --weights"
+_LARGEST = 64 << 20  # bytes of a record, which may hold a plan
 UNFINISHED = "unfinished"
 """The folder of a run among its results, which goes when it is done."""
 _RESULTS = (
@@ -111,7 +112,7 @@ class RunFolder:
 
     def _read(self, file: Path) -> dict[str, Any]:
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = json.loads(bytes_of(file, _LARGEST))
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{str(file)!r} is no JSON ({error}); give another folder") from error
         if not isinstance(found, dict) or not all(isinstance(found.get(name), list) for name in self.growing):

@@ -22,13 +22,14 @@ from spectrim.cost.counted import macs, rank_multiple, register_width
 from spectrim.cost.runtimes import Runtime, runtime_of
 from spectrim.linalg.unfold import Unfolding
 from spectrim.network.file_kinds import path_of
+from spectrim.network.files import bytes_of, remove_abandoned, replacing
 from spectrim.network.files import default_cache as default_cache
-from spectrim.network.files import remove_abandoned, write_text
 from spectrim.network.layer import LayerSpec
 from spectrim.network.structure import Chain, Pair
 from spectrim.progress import Steps
 
 VERSION = 1
+_LARGEST = 64 << 20  # bytes of a file of times
 _FRACTIONS = (0.125, 0.25, 0.5, 0.75, 1.0)  # of the rank at which a pair costs the MACs of its layer
 
 
@@ -222,7 +223,7 @@ class Latency:
             return {}
         remove_abandoned(path.parent)
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(bytes_of(path, _LARGEST))
             if content["version"] != VERSION or content["facts"] != self.facts():
                 raise ValueError("it was written for another version or other facts")
             if content.get("sha256", "") not in ("", _digest(content["timings"])):
@@ -247,7 +248,8 @@ class Latency:
         content = {"version": VERSION, "facts": self.facts(), "timings": timings, "sha256": _digest(timings)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(path, json.dumps(content, indent=0, sort_keys=True))
+            with replacing(path) as scratch:
+                scratch.write_text(json.dumps(content, indent=0, sort_keys=True), encoding="utf-8")
         except OSError as error:
             warnings.warn(f"latencies cannot be stored in {str(path)!r} and stay in memory: {error}", stacklevel=3)
 

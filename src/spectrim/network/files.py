@@ -79,15 +79,22 @@ def read_document(path: str | Path, parse: Callable[[bytes], Document], largest:
     PlanError
         As ``parse``; the message names the file, and says what can be done.
     """
-    if kind := no_file(path_of(path)):  # a pipe would be waited for
+    try:
+        return parse(bytes_of(path, largest))
+    except PlanError as error:
+        raise PlanError(f"{path}: {error.said}", cure) from error
+
+
+def bytes_of(path: str | Path, largest: int) -> bytes:
+    """What a file holds, or as much of it as shows that it is more than ``largest`` bytes.
+
+    Raises OSError if it cannot be read, or is a folder, a pipe, which would be waited for, or a device.
+    """
+    if kind := no_file(path_of(path)):
         number = errno.EISDIR if kind == "a folder" else errno.EINVAL
         raise OSError(number, f"it is {kind}: give the name of a file", str(path))
     with open(path, "rb") as file:
-        text = file.read(largest + 1)
-    try:
-        return parse(text)
-    except PlanError as error:
-        raise PlanError(f"{path}: {error.said}", cure) from error
+        return file.read(largest + 1)
 
 
 def record_of(text: str | bytes, what: str, largest: int, known: set[str] | None = None) -> dict[str, Any]:

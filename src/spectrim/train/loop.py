@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -115,6 +116,7 @@ class Loop:
         randomness.seed(recipe.seed)
         self._random = self._epoch_random = randomness.capture()
         randomness.restore(outside)
+        self._start = resume.magnitudes(resume.model_tensors(model)) if self.checkpoint is not None else {}
         if self.checkpoint is not None and self.checkpoint.exists():
             self._resume(self.checkpoint)
 
@@ -300,6 +302,7 @@ class Loop:
                 parts[name] = hook.state_dict()
         record = {
             "run": self._record(),
+            "start": self._start,
             "epoch": self.epoch,
             "batch": self._batch,
             "step": self.step,
@@ -335,11 +338,20 @@ class Loop:
         for name in ("random", "epoch_random"):
             randomness.check(parts.get(name, {}), self.batches, f"{path}: {name}")
         self._resume_hooks(parts, path)
+        # It may also be where the run is: what a call before this one has trained.
+        been = [record.start, *(resume.magnitudes(each) for each in (parts["model"], best) if each)]
+        elsewhere = [resume.apart(self._start, each) for each in been]
+        if all(elsewhere):
+            warnings.warn(
+                f"{path}: its run began with other weights than the model has now, in {elsewhere[0]!r}: the model gets "
+                "those of the run, which goes on; to train what it has, delete the file or give another checkpoint",
+                stacklevel=4,
+            )
         resume.load_model(self.model, parts["model"], str(path))
         self._optimizer.load_state_dict(state)
         self.epoch, self._batch, self.step = record.epoch, record.batch, record.step
         self._history, (self._best_metric, self._best_epoch) = list(record.history), record.best
-        self._best, self._seconds = best, record.seconds
+        self._best, self._seconds, self._start = best, record.seconds, record.start or self._start
         self._random, self._epoch_random = parts["random"], parts["epoch_random"]
         self._loss_sum.copy_(parts["loss"]["sum"])
         log.info("%s: goes on from epoch %d, step %d", path, self.epoch, self.step)

@@ -52,6 +52,8 @@ class Record(msgspec.Struct, forbid_unknown_fields=True):
     history: tuple[EpochRecord, ...]
     best: tuple[float | None, int | None]  # the highest metric and its epoch
     optimizer: OptimizerRecord
+    # What :func:`magnitudes` says of what it began with; empty of earlier versions.
+    start: dict[str, float] = {}
     uneven: bool = False  # whether epochs have had more or fewer batches than the data said
 
     def problem(self, epochs: int, per_epoch: int | None) -> str:
@@ -172,6 +174,20 @@ def check_model(model: nn.Module, stored: Mapping[str, Tensor], source: str) -> 
         # Masks of minus infinity are buffers of many models.
         if not _finite(stored[name]) and _finite(tensor):
             raise CheckpointError(f"{source}: {name} holds numbers that are not finite")
+
+
+def magnitudes(tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Sums of the absolute values of floating-point tensors: what differs between networks alike in form.
+
+    They do not depend on the signs that factors come with, nor on the last bits of a decomposition.
+    """
+    kept = {name: each for name, each in tensors.items() if each.is_floating_point() and not each.is_meta}
+    return {name: float(each.detach().abs().sum(dtype=torch.float64)) for name, each in kept.items()}
+
+
+def apart(now: Mapping[str, float], then: Mapping[str, float]) -> str:
+    """A tensor of which two networks have other magnitudes, as far as both are known; empty where there is none."""
+    return next((n for n, s in now.items() if not math.isclose(s, then.get(n, s), rel_tol=1e-3, abs_tol=1e-12)), "")
 
 
 def load_model(model: nn.Module, stored: Mapping[str, Tensor], source: str) -> None:
