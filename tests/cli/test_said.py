@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import spectrim.cli
 from spectrim.cli.data import load_data
 from spectrim.cli.models import check_model, load_model
 from spectrim.cli.references import UsageError, call, parse
@@ -39,6 +40,49 @@ def test_sigterm_stops_a_command_and_means_afterwards_what_it_did(run, monkeypat
     assert "spectrim: stopped" in stopped.stderr
     assert not Path("small").exists()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("error", [ImportError, None])
+def test_a_stop_that_a_library_swallows_is_one(run, monkeypatch: pytest.MonkeyPatch, number, code: int, error):
+    import nets
+
+    made = nets.tiny
+
+    def swallowing():
+        try:
+            os.kill(os.getpid(), number)
+        except KeyboardInterrupt:
+            if error is not None:
+                raise error("initialization failed") from None
+        return made()
+
+    monkeypatch.setattr("nets.tiny", swallowing)
+    assert "spectrim: stopped" in run("profile", "nets:tiny", "--input", "1x8x8", code=code).stderr
+
+
+def test_signals_that_are_ignored_stay_so(run, monkeypatch: pytest.MonkeyPatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        import nets
+
+        made = nets.tiny
+        monkeypatch.setattr("nets.tiny", lambda: (os.kill(os.getpid(), signal.SIGINT), made())[1])
+        run("profile", "nets:tiny", "--input", "1x8x8")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_stop_while_the_program_is_loaded_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("spectrim.cli.app.main", stopped)
+    with pytest.raises(SystemExit) as caught:
+        spectrim.cli.main()
+    assert (caught.value.code, capsys.readouterr().err) == (130, "spectrim: stopped\n")
 
 
 def test_agreement_is_that_of_the_fine_tuned_model(run):

@@ -82,26 +82,29 @@ class PrintOptions:
     debug: bool = option("Show the traceback of an error.", default=False, flags=("--debug",))
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which stops a command as Ctrl-C does."""
-
-
-def _terminate(number: int, frame: object) -> None:
-    raise _Terminated
-
-
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM stops what runs here, and means afterwards what it did."""
+def _stoppable() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM stop what runs here, and mean afterwards what they did; the numbers of those that came.
+
+    They are kept because what they raise may not arrive: a library that is being loaded makes an ImportError of it, or
+    goes on. Who ignored them (``nohup``) goes on ignoring them.
+    """
+    came: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    heard = [each for each in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(each) is not signal.SIG_IGN]
     try:
-        before = signal.signal(signal.SIGTERM, _terminate)
+        before = {each: signal.signal(each, stop) for each in heard}
     except ValueError:  # of a thread that is not the main one
-        yield
-        return
+        before = {}
     try:
-        yield
+        yield came
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 _FORWARD = re.compile(r"([Pp])ass forward=, a function \(model, batch\) that ((runs|returns)( \w+)+)")
@@ -119,18 +122,20 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     text, _, examples = (inspect.getdoc(function) or "").partition("\n\nExamples\n--------\n")
 
     def run(as_json: bool, quiet: bool, debug: bool, **options: Any) -> None:
-        with _terminable(), _kept_apart() if as_json else contextlib.nullcontext(sys.stdout) as stdout:
+        with _stoppable() as came, _kept_apart() if as_json else contextlib.nullcontext(sys.stdout) as stdout:
             out = Output(as_json, quiet, stdout)
             try:
                 options = {name: _home(value) for name, value in options.items()}
                 for name, group in groups.items():
                     options[name] = group(**{each.name: options.pop(each.name) for each in dataclasses.fields(group)})
                 function(out, **options)
-            except KeyboardInterrupt as stop:
-                out.clear()
-                print(f"spectrim: stopped{out.left and '; '}{out.left}", file=sys.stderr)
-                raise typer.Exit(TERMINATED if isinstance(stop, _Terminated) else STOPPED) from None
+                if came:
+                    raise KeyboardInterrupt
+            except KeyboardInterrupt:
+                raise _stopped(out, came) from None
             except Exception as error:
+                if came:
+                    raise _stopped(out, came) from None
                 out.clear()
                 if debug or not _is_told(error):
                     raise
@@ -158,6 +163,13 @@ def _home(value: Any) -> Any:
     with contextlib.suppress(RuntimeError):  # there is no such user
         return value.expanduser() if isinstance(value, Path) else value
     return value
+
+
+def _stopped(out: Output, came: Sequence[int]) -> typer.Exit:
+    """The end of a command that was stopped, told."""
+    out.clear()
+    print(f"spectrim: stopped{out.left and '; '}{out.left}", file=sys.stderr)
+    return typer.Exit(TERMINATED if signal.SIGTERM in came[:1] else STOPPED)
 
 
 def _options(group: type) -> Iterator[inspect.Parameter]:
