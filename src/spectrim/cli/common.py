@@ -131,12 +131,16 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 function(out, **options)
                 if came:
                     raise KeyboardInterrupt
+                if out.unwritten is not None:
+                    raise out.unwritten
             except KeyboardInterrupt:
                 raise _stopped(out, came) from None
             except Exception as error:
                 if came:
                     raise _stopped(out, came) from None
                 out.clear()
+                if error is out.unwritten:
+                    raise _unwritten(error) from None
                 if debug or not _is_told(error):
                     raise
                 code, told = exit_code(error), for_command_line(sentence(error))
@@ -163,6 +167,14 @@ def _home(value: Any) -> Any:
     with contextlib.suppress(RuntimeError):  # there is no such user
         return value.expanduser() if isinstance(value, Path) else value
     return value
+
+
+def _unwritten(error: OSError) -> typer.Exit:
+    """The end of a command whose results could not be printed; who stopped reading them, as ``head``, knows."""
+    if not isinstance(error, BrokenPipeError):
+        why = error.strerror or error
+        print(f"spectrim: error: standard output cannot be written: {why}; all else is done", file=sys.stderr)
+    return typer.Exit(FAILED)
 
 
 def _stopped(out: Output, came: Sequence[int]) -> typer.Exit:

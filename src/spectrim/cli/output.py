@@ -50,6 +50,7 @@ class Output:
     # The real standard output, which a command's own code cannot reach in JSON mode.
     stdout: TextIO = field(default_factory=lambda: sys.stdout)
     made: list[Path] = field(default_factory=list)  # folders that a command has made, the innermost first
+    unwritten: OSError | None = None  # why standard output takes nothing
     left: str = ""  # what is there if the command is stopped now, and what goes on with it, in words
 
     @property
@@ -66,7 +67,17 @@ class Output:
     def print(self, text: str) -> None:
         """Part of the result, for people."""
         if not self.as_json:
+            self._write(text)
+
+    def _write(self, text: str) -> None:
+        """Write to standard output. Where nothing can be written there, the work goes on, and its end tells."""
+        try:
             print(text, file=self.stdout, flush=True)
+        except OSError as error:
+            self.unwritten = error
+            # So does what comes later, and what is kept back of this: it would be tried again at the end.
+            with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), self.stdout.fileno())
 
     def clear(self) -> None:
         """Remove the folders that were made for nothing."""
@@ -77,7 +88,7 @@ class Output:
     def document(self, values: Mapping[str, Any]) -> None:
         """The result, for programs."""
         if self.as_json:
-            print(json.dumps(values, indent=1, allow_nan=False, default=str), file=self.stdout, flush=True)
+            self._write(json.dumps(values, indent=1, allow_nan=False, default=str))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
         """A table for people; columns whose header starts with ``>`` are aligned to the right."""

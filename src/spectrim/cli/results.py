@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from torch import nn
 
 from spectrim.cli.common import Output
@@ -132,10 +132,8 @@ class Outcome:
             )
         files["result"] = self.folder / "result.json"
         document = {**self._document(files, comparison, notes), "load": load, **more}
-        text = msgspec.json.encode(
-            document, enc_hook=lambda value: float(value) if isinstance(value, float) else str(value)
-        )
-        write_text(files["result"], msgspec.json.format(text, indent=1).decode() + "\n")
+        text = json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False, default=str)
+        write_text(files["result"], f"{text}\n")
         out.document(document)
         out.table(["", ">dense", ">compressed", "change"], comparison.to_rows())
         if (competed := self.result.report.competed).rows:

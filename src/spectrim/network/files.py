@@ -151,7 +151,8 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file, whole or not at all; a pipe or a device (``/dev/stdout``) is written as it is."""
     stream = no_file(path_of(path)) not in ("", "a folder")
     with contextlib.nullcontext(Path(path)) if stream else replacing(path) as scratch:
-        scratch.write_text(text, encoding="utf-8")
+        # Names of files may be no text; escaped they are.
+        scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def make_parents(path: Path) -> None:
