@@ -139,8 +139,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 if came:
                     raise _stopped(out, came) from None
                 out.clear()
-                if error is out.unwritten:
-                    raise _unwritten(error) from None
+                if out.unwritten is not None and error is out.unwritten:
+                    raise _unwritten(out.unwritten) from None
                 if debug or not _is_told(error):
                     raise
                 code, told = exit_code(error), for_command_line(sentence(error))
