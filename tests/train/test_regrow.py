@@ -22,6 +22,9 @@ from tests.train.small import accuracy, equal, fixed_batches, loader, weights
 from tests.train.sparse_nets import Net, linear, masked, squares
 from tests.train.test_resume import Stop, stop_at
 
+# What is resumed is another network than was begun with, so that nothing of it can be left.
+pytestmark = pytest.mark.filterwarnings("ignore:.*began with other weights")
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "sgd": {},
     "adamw": {"optimizer": "adamw", "lr": 0.01, "weight_decay": 0.1},

@@ -24,6 +24,9 @@ from tests.test_joint_apply import Convolutions, applied, case, planned, ties
 from tests.train.learned import perturb
 from tests.train.small import equal, weights
 
+# What is resumed is another network than was begun with, so that nothing of it can be left.
+pytestmark = pytest.mark.filterwarnings("ignore:.*began with other weights")
+
 TRAINED = [("convolutions", "both"), ("attention", "left"), ("attention", "right")]
 
 
