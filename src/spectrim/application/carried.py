@@ -79,12 +79,8 @@ def carry_out(
     progress: Progress | bool | None = None,
 ) -> Applied:
     """As :func:`spectrim.apply`, which gives the model alone, with what was learned on the way."""
-    if isinstance(memory, bool) or not isinstance(memory, int) or memory <= 0:
-        raise ValueError(f"memory is {memory!r}: expected a positive int of bytes, such as 4 << 30 for 4 GiB")
-    feed = Feed.of(forward)
-    if batches is not None and reads_once(checked_batches(batches)):
-        raise PlanError("batches are read several times; pass a list or a DataLoader, not an iterator")
-    makers = _makers(plan, methods)
+    _check_call(batches, memory)
+    feed, makers = Feed.of(forward), _makers(plan, methods)
     _check(plan, sites)
     removed = {e.site: e.choice.kept for e in plan if isinstance(e.choice, ChannelsChoice)}
     removal = Removal.of(model, sites, removed)
@@ -101,12 +97,9 @@ def carry_out(
     steps, ends, held_out = ordered(work, entries, makers), None, ()
     if batches is not None and work.follows:
         batches = listed(batches)
-        # A pass that loops over its samples would stop at the first of them, or come to layers with dense ones before.
-        apart = one_by_one(model, batches, feed) if sites.loops else batches
-        work.split = Split.of(apart, rows=sampling.rows, mask=sampling.mask, layout=feed.layout)
+        apart, held_out = _split(work, batches, sampling)
         with watching(model, removal.model, expected, first, feed):
             ends = follow(work, steps, apart, memory, told(progress), sums)
-        held_out = Split.of(batches, mask=sampling.mask, layout=feed.layout).held if sites.loops else work.split.held
     else:
         _put_apart(work, steps, told(progress))
     if batches is not None and (not work.follows if batchnorm is None else batchnorm):
@@ -117,6 +110,23 @@ def carry_out(
     unseen = tuple(s.layer.name for s in steps if work.split.samples and s.layer.name not in work.reached)
     notes = () if first is None else tuple(prove(model, removal.model, expected, first, forward=feed, ends=ends))
     return Applied(removal.model, work.errors, unseen, held_out, (*_edited(plan, expected), *notes))
+
+
+def _check_call(batches: Iterable[Any] | None, memory: int) -> None:
+    """Raise unless the batches can be read again and the memory is a number of bytes."""
+    if isinstance(memory, bool) or not isinstance(memory, int) or memory <= 0:
+        raise ValueError(f"memory is {memory!r}: expected a positive int of bytes, such as 4 << 30 for 4 GiB")
+    if batches is not None and reads_once(checked_batches(batches)):
+        raise PlanError("batches are read several times; pass a list or a DataLoader, not an iterator")
+
+
+def _split(work: Work, batches: Sequence[Any], sampling: Sampling) -> tuple[Sequence[Any], tuple[Tensor, ...]]:
+    """Choose the samples that layers are fitted to: the batches as they run, and what is held out of those given."""
+    feed, mask, loops = work.feed, sampling.mask, work.removal.sites.loops
+    # A pass that loops over its samples would stop at the first of them, or come to layers with dense ones before.
+    apart = one_by_one(work.dense, batches, feed) if loops else batches
+    work.split = Split.of(apart, rows=sampling.rows, mask=mask, layout=feed.layout)
+    return apart, Split.of(batches, mask=mask, layout=feed.layout).held if loops else work.split.held
 
 
 def _put_apart(work: Work, steps: Sequence[Step], tell: Progress) -> None:

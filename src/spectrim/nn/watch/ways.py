@@ -135,7 +135,8 @@ def _placed(model: nn.Module, wanted: _Parameters, batch: list[Any] | tuple[Any,
         f"the whole list of {len(batch)}", alone, listed=True, whole=True,
         note=_LISTED.format(len(batch)),
     )  # fmt: skip
-    alike = isinstance(batch, list) and len(batch) > 1 and is_per_sample((batch,))
+    samples = isinstance(batch, list) and is_per_sample((batch,))
+    alike = samples and len(batch) > 1
     if alike and isinstance(inputs, Mapping):
         # Pairs of mappings, inputs and targets, have other names in each.
         yield as_list
@@ -147,18 +148,20 @@ def _placed(model: nn.Module, wanted: _Parameters, batch: list[Any] | tuple[Any,
         yield from _named(wanted, inputs, lambda batch: batch[0])
     elif isinstance(inputs, list | tuple) and inputs and not isinstance(inputs, PackedSequence):
         yield from _nested(model, wanted, batch)
-    elif alike and all(entry.dim() == 1 for entry in batch) and len({len(entry) for entry in batch}) > 1:
-        # Samples of several lengths; the first of them would be taken for a batch.
+    elif alike and _of_several_lengths(batch):
+        # The first of them would be taken for a batch.
         yield as_list
     else:
         # A model that stacks its images would take the first of them for a batch.
-        images = isinstance(batch, list) and all(is_sample(model, entry) for entry in batch)
-        single = images and is_per_sample((batch,))
-        if single:
-            yield as_list
+        images = samples and all(is_sample(model, entry) for entry in batch)
+        yield from (as_list,) if images else ()
         yield from _counted(wanted, batch)
-        if alike and not single:
-            yield as_list
+        yield from (as_list,) if alike and not images else ()
+
+
+def _of_several_lengths(samples: Sequence[Tensor]) -> bool:
+    """Whether samples are rows of numbers that no batch can be made of."""
+    return all(entry.dim() == 1 for entry in samples) and len({len(entry) for entry in samples}) > 1
 
 
 def _nested(model: nn.Module, wanted: _Parameters, batch: Any) -> Iterator[Way]:
