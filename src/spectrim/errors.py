@@ -190,6 +190,11 @@ class ExportError(SpectrimError, RuntimeError):
     """An exported program could not be made, or does not compute what the model computes."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of other code says, in short."""
+    return (str(error).strip().splitlines() or ["without a word"])[0][:200]
+
+
 def _a(word: str) -> str:
     return f"an {word}" if word[0] in "AEIOUaeiou" else f"a {word}"
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -44,8 +45,27 @@ def test_missing_batch_counters_are_no_obstacle(tmp_path: Path, monkeypatch: pyt
     import nets
 
     monkeypatch.setattr(nets, "normed", lambda: nn.BatchNorm1d(3), raising=False)
-    save_file({k: v for k, v in nn.BatchNorm1d(3).state_dict().items() if v.dim()}, tmp_path / "w.safetensors")
-    assert isinstance(load_model("nets:normed", tmp_path / "w.safetensors"), nn.BatchNorm1d)
+    state = {k: torch.rand(3) for k, v in nn.BatchNorm1d(3).state_dict().items() if v.dim()}
+    save_file(state, tmp_path / "w.safetensors")
+    loaded = load_model("nets:normed", tmp_path / "w.safetensors").state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in state.items())
+    assert loaded["num_batches_tracked"] == 0
+
+
+@pytest.mark.parametrize("error", [NotImplementedError(), RuntimeError("\n")])
+def test_a_model_that_refuses_weights_without_a_word_is_told(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    import nets
+
+    class Refusing(nn.Linear):
+        def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            raise error
+
+    monkeypatch.setattr(nets, "refusing", lambda: Refusing(3, 2), raising=False)
+    save_file(nn.Linear(3, 2).state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match="cannot be put into model 'nets:refusing': without a word"):
+        load_model("nets:refusing", tmp_path / "w.safetensors")
 
 
 class _Payload:

@@ -17,6 +17,7 @@ from typing import Any
 
 from spectrim.cli.common import Output, command
 from spectrim.cli.models import hub_folder
+from spectrim.errors import first_line
 from spectrim.network.files import default_cache
 
 _FOR = {
@@ -165,7 +166,7 @@ def _torch() -> dict[str, Any]:
     try:
         import torch
     except Exception as error:  # a broken installation may raise anything
-        return {"error": str(error).splitlines()[0] if str(error) else type(error).__name__}
+        return {"error": first_line(error)}
     cuda = torch.cuda.is_available()
     accelerators = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if cuda else []
     if torch.backends.mps.is_available():

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import SpectrimError, TrainingError
+from spectrim.errors import SpectrimError, TrainingError, first_line
 from spectrim.nn.watch.nesting import tensors
-from spectrim.nn.watch.ways import first_line
 
 _WITHOUT = "compress(model, batches, budget) needs no gradients"
 _CURES = {

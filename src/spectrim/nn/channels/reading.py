@@ -14,13 +14,13 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from spectrim.errors import first_line
 from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Coupling, Side
 from spectrim.network.sites import Sites, tied_to
 from spectrim.nn.channels.library import LOST, Blocked, careful, empty_graph
 from spectrim.nn.channels.narrow import NORMS, beside_layers, held_at, length, pools_of
 from spectrim.nn.channels.rules import layers_of, rule_of
 from spectrim.nn.channels.tracing import traced
-from spectrim.nn.channels.trial import first_line
 from spectrim.nn.layers import paths_of, tied_weights
 
 # Channels of a group that are tied to each other are looked for one by one up to this many.

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from spectrim.errors import first_line
 from spectrim.network.coupling import IN, OUT, THROUGH, Coupling, axes_left
 from spectrim.nn.channels.lively import without_statistics
 from spectrim.nn.channels.narrow import narrow
@@ -235,7 +236,3 @@ def _close(a: Tensor, b: Tensor) -> bool:
 def dim_of(layer: nn.Module) -> int:
     """The axis of what a layer takes or gives that holds its channels."""
     return -1 - len(layer.kernel_size) if isinstance(layer, _ConvNd) else -1
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [""])[0][:200]

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import CalibrationError, SpectrimError, check_function
+from spectrim.errors import CalibrationError, SpectrimError, check_function, first_line
 from spectrim.nn.watch.layout import Layout, Where, check_where
 from spectrim.nn.watch.nesting import check_numbers, copied, in_words, kind_of, moved, tensors
 from spectrim.nn.watch.nesting import checked_batches as checked_batches
@@ -28,7 +28,6 @@ from spectrim.nn.watch.ways import (
     Way,
     alone,
     bare,
-    first_line,
     is_per_sample,
     is_sample,
     is_vector,

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from spectrim.cost.counted import macs, parameters, size_bytes
-from spectrim.errors import CalibrationError, ForwardError, SpectrimError, called_as
+from spectrim.errors import CalibrationError, ForwardError, SpectrimError, called_as, first_line
 from spectrim.network.coupling import IN, Coupling
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Sites, Skipped, Tied
@@ -39,7 +39,7 @@ from spectrim.nn.watch.watchers import (
     Watcher,
     too_wide,
 )
-from spectrim.nn.watch.ways import cure, first_line
+from spectrim.nn.watch.ways import cure
 from spectrim.nn.watch.work import beside
 from spectrim.nn.watch.writes import written
 from spectrim.progress import Steps, reports_steps, told

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import CalibrationError, ForwardError, SpectrimError
+from spectrim.errors import CalibrationError, ForwardError, SpectrimError, first_line
 from spectrim.linalg.moments import Moments, Squares
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Sites, Tied
@@ -347,10 +347,9 @@ class _Gradients:
             raise
         except Exception as error:  # backward passes run foreign code, which may raise anything
             self._now = {}
-            told = (str(error).strip().splitlines() or ["without a word"])[0][:200]
             self.reason = (
                 f"with gradients the {'backward' if backward else 'forward'} pass fails with {type(error).__name__}: "
-                f"{told}"
+                f"{first_line(error)}"
             )
             self.error = None if backward else error
         return output

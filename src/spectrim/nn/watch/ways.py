@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from spectrim.errors import CalibrationError
+from spectrim.errors import CalibrationError, first_line
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -335,8 +335,3 @@ def cure(error: BaseException) -> str:
     if _SIZES.search(said):
         return "Give batches of the shape that the model was trained on: samples first, then its channels or features"
     return "If it takes batches in another way, pass forward=, a function (model, batch) that runs it"
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in short."""
-    return (str(error).strip().splitlines() or ["without a word"])[0][:160]
