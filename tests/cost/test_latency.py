@@ -7,6 +7,7 @@ import math
 import os
 import threading
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -325,7 +326,11 @@ def test_default_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("SPECTRIM_CACHE", str(tmp_path))
     assert default_cache() == tmp_path
     monkeypatch.delenv("SPECTRIM_CACHE")
-    assert default_cache().name == "spectrim"
+    base = "LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME"
+    monkeypatch.setenv(base, str(tmp_path / "cache"))
+    assert default_cache() == tmp_path / "cache" / "spectrim"
+    monkeypatch.delenv(base)
+    assert default_cache() == Path.home() / ".cache" / "spectrim"
 
 
 # --- interpolation

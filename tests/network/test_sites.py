@@ -105,6 +105,20 @@ def test_sites_are_looked_up_by_name() -> None:
     assert Sites((one,)).seen
 
 
+def test_rows_count_weights_biases_and_what_is_left_alone() -> None:
+    one, _, _ = small_site("linear")
+    spec = one.spec
+    sites = Sites((one,), untouched=(dataclasses.replace(spec, names=("left",)),), other_parameters=7, other_macs=11)
+    weights = spec.in_channels * spec.out_channels
+    (row,) = sites.rows()
+    assert row["parameters"] == weights + spec.out_channels
+    assert row["macs"] == weights * spec.positions
+    lines = str(sites).splitlines()
+    (whole,) = (line.split() for line in lines if line.startswith("whole network"))
+    assert whole[-1] == str(2 * (weights + spec.out_channels) + 7)
+    assert whole[-2] == str(2 * weights * spec.positions + 11)
+
+
 def test_what_is_several_layers_has_no_single_spec() -> None:
     sites = Sites(tuple(named(small_site("linear")[0], name) for name in "abc"), groups={"all": ("a", "b", "c")})
     for what in ("spec", "weight"):

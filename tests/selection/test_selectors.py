@@ -409,6 +409,19 @@ def test_a_solver_that_gives_up_leaves_the_lagrangian_plan(monkeypatch: pytest.M
     assert plan.bound == close.bound
 
 
+def test_of_few_sites_the_plan_is_the_best_and_of_many_one_that_is_good_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = [((6.0, 0.3), (2.0, 0.6)), ((8.0, 0.3), (1.0, 0.8)), ((5.0, 0.2), (3.0, 0.8))]
+    table = make_table(*(line(f"site{number}", *each) for number, each in enumerate(points)), macs=0.0)
+    budget = Budget.absolute({"macs": 15.0})
+    monkeypatch.setattr(knapsack, "WIDE_GAP", 1.0)
+    best, close = brute_force(table, budget), lagrangian(table, budget).loss
+    assert best is not None
+    assert best < 0.95 * close
+    assert exact(table, budget).loss == pytest.approx(best)
+    monkeypatch.setattr(knapsack, "FEW_SITES", 2)
+    assert exact(table, budget).loss == close
+
+
 def test_select_is_exact_unless_told() -> None:
     table, budget = make_table(line("a", (5.0, 0.1), (1.0, 0.9)), line("b", (9.0, 0.05)), macs=0.0), Budget(macs=0.75)
     assert exact(table, budget) != uniform(table, budget)
