@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg.moments import Moments
-from spectrim.linalg.pooled import discounted, larger, larger_apart
+from spectrim.linalg.pooled import discounted, larger, larger_apart, pooled
 
 
 def moments(rows: Tensor) -> Moments:
@@ -51,3 +51,26 @@ def test_a_share_shrinks_with_the_square() -> None:
     assert discounted(0.5, 1.0) == 0.5
     assert discounted(0.5, 3.0) == pytest.approx(0.1)
     assert discounted(0.5, 1e300) == 0.0
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.3, 300), (1e-9, 1), (0.9999, 999)])
+def test_a_share_of_the_samples_is_as_now_and_the_others_are_as_known(share: float, count: int) -> None:
+    draw = torch.Generator().manual_seed(0)
+    now = moments(3 * torch.randn(2, 50, 4, generator=draw).double() + 1)
+    known = moments(torch.randn(2, 1000, 4, generator=draw).double())
+    before = now.mean.clone(), now.covariance.clone()
+    both, part = pooled(now, known, share), count / 1000
+    assert both.count == known.count
+    torch.testing.assert_close(both.mean, part * now.mean + (1 - part) * known.mean)
+    apart = (now.mean - known.mean).unsqueeze(1)
+    mixed = part * now.covariance + (1 - part) * known.covariance + part * (1 - part) * apart.mT * apart
+    torch.testing.assert_close(both.covariance, mixed)
+    assert now.count == 50
+    assert torch.equal(now.mean, before[0])
+    assert torch.equal(now.covariance, before[1])
+
+
+def test_where_all_are_given_or_nothing_is_known_the_samples_stand_for_themselves() -> None:
+    now, known = (moments(torch.randn(1, n, 3, dtype=torch.float64)) for n in (9, 40))
+    assert pooled(now, known, 1.0) is now
+    assert pooled(now, Moments(1, 3), 0.5) is now
