@@ -26,7 +26,7 @@ from spectrim.methods.statistics import shared
 from spectrim.network.choices import DENSE, Choice
 from spectrim.network.sites import Channels, Group, Site, Sites, Tied
 from spectrim.progress import Progress, reports, told
-from spectrim.selection.candidates import Candidates, Option, Row, Rows
+from spectrim.selection.candidates import Candidates, Option, Row, TableRows
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def tabulate(
     log.info("%d choices at %d sites", sum(map(len, offered)), len(rows_of))
     rows = [_row(network, site, pairs, curves, guard) for (site, curves), pairs in zip(rows_of, offered, strict=True)]
     return Candidates(
-        Rows(rows),
+        TableRows(rows),
         network.fixed(row.site for row in rows),
         unit,
         methods={method.name: method.record() for method in chosen},
@@ -136,7 +136,7 @@ def leanest(
             pairs = list(_worth(network, site, Curve(tuple(offered), (0.0,) * len(offered), ""), dear=False))
             if offered or not isinstance(site, Group | Channels):
                 rows.append(_row(network, site, pairs, [], guard=False))
-    return Candidates(Rows(rows), network.fixed(row.site for row in rows), "", skipped=network.left_alone())
+    return Candidates(TableRows(rows), network.fixed(row.site for row in rows), "", skipped=network.left_alone())
 
 
 def _every(sites: Sites, methods: Sequence[Method]) -> list[Site]:
@@ -205,7 +205,7 @@ def parted(table: Candidates, name: str) -> Candidates:
             spectra = {key: values for key, values in row.spectra.items() if key.startswith(f"{name}/")}
             rows.append(dataclasses.replace(row, options=options, spectra=spectra))
     methods = {key: record for key, record in table.methods.items() if key == name}
-    return dataclasses.replace(table, rows=Rows(rows), fixed=fixed, methods=methods)
+    return dataclasses.replace(table, rows=TableRows(rows), fixed=fixed, methods=methods)
 
 
 def merged(tables: Sequence[Candidates]) -> Candidates:
@@ -229,7 +229,7 @@ def merged(tables: Sequence[Candidates]) -> Candidates:
     singles = [name for name in rows if name not in {*of_groups, *of_channels}]
     return dataclasses.replace(
         whole,
-        rows=Rows(_together(rows[name]) for name in (*singles, *of_groups, *of_channels)),
+        rows=TableRows(_together(rows[name]) for name in (*singles, *of_groups, *of_channels)),
         unit=units.pop() if units else "",
         methods={name: record for table in tables for name, record in table.methods.items()},
     )

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from spectrim.report import labels
-from spectrim.report.charts import Curve, Dot
+from spectrim.report.charts import Dot, Polyline
 
 
 def covered(dots: list[Dot], height: float) -> float:
@@ -48,7 +48,7 @@ def test_every_label_stays_in_the_plot_and_takes_the_best_place() -> None:
 
 def test_lines_are_kept_clear_of() -> None:
     dot = Dot(50, 50, "", "choice", "this plan")
-    falling = Curve((((0, 100), (50, 50), (100, 0)),), "plan")
+    falling = Polyline((((0, 100), (50, 50), (100, 0)),), "plan")
     (place,) = labels.placed([dot], [falling], 200)
     box = labels._box(dot, place, 200)
     assert sum(labels._overlap(box, each) for each in labels._along(falling.points[0], 200)) == 0

@@ -10,7 +10,7 @@ import pytest
 
 from spectrim.network.choices import DENSE, LowRankChoice
 from spectrim.network.skipped import Skipped
-from spectrim.selection.candidates import Candidates, Option, Row, Rows
+from spectrim.selection.candidates import Candidates, Option, Row, TableRows
 from spectrim.selection.plan import Plan, make_plan
 from spectrim.selection.trajectory import Record, Trajectory
 
@@ -104,7 +104,7 @@ def test_rows_of_a_table_are_a_tuple_and_called_plain_values() -> None:
         "members": [], "macs": 1000.0, "macs_dense": 2000.0, "parameters": 500.0, "parameters_dense": 1000.0,
     }  # fmt: skip
     again = pickle.loads(pickle.dumps(candidates))
-    assert isinstance(again.rows, Rows)
+    assert isinstance(again.rows, TableRows)
     assert again == candidates
 
 

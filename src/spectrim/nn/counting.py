@@ -18,7 +18,7 @@ from spectrim.nn.watch.observe import Hook, hooked
 
 
 @dataclass
-class Work:
+class WorkCount:
     """What has been counted so far."""
 
     counter: WorkCounter  # of all operations
@@ -31,7 +31,7 @@ class Work:
 
 
 @contextmanager
-def counting(model: nn.Module) -> Iterator[Work]:
+def counting(model: nn.Module) -> Iterator[WorkCount]:
     """Count what a model computes inside the context.
 
     The zeros of sparse weights are left out, as they are in :func:`spectrim.macs`, whether or not the layer is run with
@@ -50,7 +50,7 @@ def counting(model: nn.Module) -> Iterator[Work]:
         for layer in layers:
             layer.kernel = Kernel.DENSE
         with hooked(Hook(layer, count) for layer in layers), WorkCounter() as counter:
-            work = Work(counter)
+            work = WorkCount(counter)
             yield work
     finally:
         for layer, kernel in zip(layers, kernels, strict=True):

@@ -70,7 +70,7 @@ class Expected:
 
 
 @dataclass(frozen=True)
-class Seen:
+class PassRecord:
     """What one forward pass of a network did."""
 
     calls: Counter[str]  # by the layer
@@ -172,7 +172,7 @@ def prove(
     yield from said_of_training(dense, small, batch, feed)
 
 
-def _one_sample(small: nn.Module, expected: Expected, batch: Any, feed: Feed) -> Seen | None:
+def _one_sample(small: nn.Module, expected: Expected, batch: Any, feed: Feed) -> PassRecord | None:
     """What the finished network does with the first sample of a batch; nothing if it does not take one."""
     try:
         return _run(small, feed.resized(batch, 1), expected.changed, feed)
@@ -181,7 +181,7 @@ def _one_sample(small: nn.Module, expected: Expected, batch: Any, feed: Feed) ->
         return None
 
 
-def _known(one: Seen, expected: Expected, ends: Sequence[Ended]) -> tuple[Seen, Seen] | None:
+def _known(one: PassRecord, expected: Expected, ends: Sequence[Ended]) -> tuple[PassRecord, PassRecord] | None:
     """What both networks did side by side, if one sample shows that the finished network does as planned."""
     once = Counter(dict.fromkeys(expected.changed, 1))
     told = expected.dense.get("macs")
@@ -191,10 +191,10 @@ def _known(one: Seen, expected: Expected, ends: Sequence[Ended]) -> tuple[Seen, 
     if one.calls != once or not planned or any(t.is_floating_point() and bool(t.isnan().any()) for t in one.outputs):
         return None
     first, last = (output_tensors(end.output) for end in ends)
-    return Seen(once, told, first, 0.0), Seen(once, one.macs, last, 0.0)
+    return PassRecord(once, told, first, 0.0), PassRecord(once, one.macs, last, 0.0)
 
 
-def _run(model: nn.Module, batch: Any, names: Sequence[str], feed: Feed) -> Seen:
+def _run(model: nn.Module, batch: Any, names: Sequence[str], feed: Feed) -> PassRecord:
     shapes: dict[str, list[Any]] = defaultdict(list)
 
     def seen(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -207,10 +207,10 @@ def _run(model: nn.Module, batch: Any, names: Sequence[str], feed: Feed) -> Seen
     each_sample = work.macs / feed.layout.size(batch)
     several_sizes = any(len(set(each)) > 1 for each in shapes.values())
     rounded = _MEAN_SIDES * each_sample if several_sizes else 0.0
-    return Seen(calls, each_sample, outputs, rounded, shapes)
+    return PassRecord(calls, each_sample, outputs, rounded, shapes)
 
 
-def _run_small(dense: nn.Module, small: nn.Module, names: Sequence[str], batch: Any, feed: Feed) -> Seen:
+def _run_small(dense: nn.Module, small: nn.Module, names: Sequence[str], batch: Any, feed: Feed) -> PassRecord:
     try:
         return _run(small, batch, names, feed)
     except Exception as error:
@@ -237,7 +237,7 @@ def watching(dense: nn.Module, small: nn.Module, expected: Expected, batch: Any,
         raise
 
 
-def _calls(dense: nn.Module, before: Seen, now: Seen, batch: Any, feed: Feed) -> Iterator[str]:
+def _calls(dense: nn.Module, before: PassRecord, now: PassRecord, batch: Any, feed: Feed) -> Iterator[str]:
     """Whether every replaced layer was called as often as the dense one."""
     lost = [name for name in before.calls if not now.calls[name]]
     if lost and not _goes_other_ways(dense, lost, batch, feed):
@@ -266,7 +266,7 @@ def _goes_other_ways(dense: nn.Module, names: Sequence[str], batch: Any, feed: F
     return len(seen) > 1 or any(0 in each for each in seen)
 
 
-def _work(expected: Expected, before: Seen, now: Seen) -> Iterator[str]:
+def _work(expected: Expected, before: PassRecord, now: PassRecord) -> Iterator[str]:
     """Whether the MACs of the finished network are those that were planned."""
     told = expected.dense.get("macs")
     if told is None or now.calls != before.calls:
@@ -292,7 +292,7 @@ def _work(expected: Expected, before: Seen, now: Seen) -> Iterator[str]:
         )
 
 
-def _outputs(expected: Expected, before: Seen, now: Seen) -> Iterator[str]:
+def _outputs(expected: Expected, before: PassRecord, now: PassRecord) -> Iterator[str]:
     """Whether the outputs are numbers, of the shapes of the dense ones."""
     wanted, given = ([tuple(t.shape) for t in seen.outputs] for seen in (before, now))
     if wanted != given:

@@ -95,7 +95,7 @@ class Dot:
 
 
 @dataclass(frozen=True)
-class Curve:
+class Polyline:
     """Lines through places; ``points`` are groups without a gap."""
 
     points: tuple[tuple[tuple[float, float], ...], ...]
@@ -113,7 +113,7 @@ class Chart:
     x: Axis
     y: Axis
     dots: tuple[Dot, ...] = ()
-    curves: tuple[Curve, ...] = ()
+    curves: tuple[Polyline, ...] = ()
     height: int = 220
 
     @property
@@ -156,7 +156,7 @@ def loss_chart(predicted: Sequence[tuple[float, float]], candidates: Candidates,
         )
         for at, loss in places
     ]
-    curve = Curve((tuple((x.at(at), y.at(loss)) for at, loss in points),), "plan")
+    curve = Polyline((tuple((x.at(at), y.at(loss)) for at, loss in points),), "plan")
     unit = f"predicted loss ({candidates.unit})" if candidates.unit else "predicted loss"
     return Chart(f"{cost_name(cost)}, % of dense", unit, x, y, tuple(dots), (curve,))
 
@@ -233,7 +233,7 @@ class Panel:
 
     name: str
     choice: str
-    curves: tuple[Curve, ...]
+    curves: tuple[Polyline, ...]
     cut: float | None
     components: int
 
@@ -261,6 +261,6 @@ def _panel(row: Row, entry: Entry | None) -> Panel:
         index = np.unique(np.geomspace(1, len(values), min(_POINTS, len(values))).round().astype(int))
         shares = np.maximum(np.asarray(values, dtype=float)[index - 1], _FLOOR)
         places = tuple((x.at(float(i)), y.at(float(share))) for i, share in zip(index, shares, strict=True))
-        curves.append(Curve((places,), how if key == chosen else "pale"))
+        curves.append(Polyline((places,), how if key == chosen else "pale"))
     choice = "not in the plan" if entry is None else str(entry.choice)
     return Panel(row.site, choice, tuple(curves), x.at(rank) if rank else None, longest)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from spectrim.report.charts import Curve, Dot
+    from spectrim.report.charts import Dot, Polyline
 
 _WIDTH = 266  # pixels of a plot on a page of 390
 _LETTER, _ABOVE, _BELOW = 7.5, 10.0, 3.0  # pixels of a letter, and of a line around its foot
@@ -32,7 +32,7 @@ class Label:
     anchor: str = "start"
 
 
-def placed(dots: Sequence[Dot], curves: Sequence[Curve], height: float) -> list[Label]:
+def placed(dots: Sequence[Dot], curves: Sequence[Polyline], height: float) -> list[Label]:
     """A place for the label of every dot, each where it covers least of what is drawn and of those before it.
 
     Parameters

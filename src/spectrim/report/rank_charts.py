@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from spectrim.report.charts import Axis, Chart, Curve, Dot, cost_name
+from spectrim.report.charts import Axis, Chart, Dot, Polyline, cost_name
 from spectrim.report.rank_panels import left_dense, share_of_dense, shown_costs
 from spectrim.selection.trajectory import Trajectory
 
@@ -15,7 +15,7 @@ _TONES = ("plan", "choice", "input", "height-first")
 
 
 @dataclass(frozen=True)
-class Run:
+class Stretch:
     """C steps in which a rank stays: ``strength`` is 0 for rank 0 and 1 for the full rank, on a square root scale."""
 
     start: int
@@ -30,7 +30,7 @@ class RankRow:
     """A site: its ranks, and the last of them in words."""
 
     name: str
-    runs: tuple[Run, ...]
+    runs: tuple[Stretch, ...]
     last: str
 
 
@@ -44,12 +44,12 @@ def rank_rows(trajectory: Trajectory) -> list[RankRow]:
     return rows
 
 
-def _runs(ranks: Sequence[tuple[int, bool]], full: int) -> Iterator[Run]:
+def _runs(ranks: Sequence[tuple[int, bool]], full: int) -> Iterator[Stretch]:
     start = 0
     for (rank, dense), same in groupby(ranks):
         steps = len(list(same))
         which = f"C step {start + 1}" + (f" to {start + steps}" if steps > 1 else "")
-        yield Run(start, steps, round(math.sqrt(rank / full), 2), dense, f"{which}: {_words(rank, dense, full)}")
+        yield Stretch(start, steps, round(math.sqrt(rank / full), 2), dense, f"{which}: {_words(rank, dense, full)}")
         start += steps
 
 
@@ -82,7 +82,7 @@ def _cost_chart(trajectory: Trajectory, costs: Sequence[str], x: Axis) -> Chart:
     y, last = Axis(0, max(100.0, *limits, *map(max, lines))), len(trajectory)
     named = [(cost_name(cost), line, tone) for cost, line, tone in zip(costs, lines, _TONES, strict=False)]
     curves = [_curve(x, y, line, tone, name) for name, line, tone in named]
-    across = [Curve((((0.0, y.at(limit)), (100.0, y.at(limit))),), "choice", "budget", True) for limit in limits]
+    across = [Polyline((((0.0, y.at(limit)), (100.0, y.at(limit))),), "choice", "budget", True) for limit in limits]
     dots = [
         Dot(x.at(last), y.at(line[-1]), f"C step {last}: {name} {line[-1]:.1f} % of dense", tone)
         for name, line, tone in named
@@ -94,7 +94,7 @@ def _line_chart(label: str, x: Axis, y: Axis, values: Sequence[float | None]) ->
     return Chart("C step", label, x, y, (), (_curve(x, y, values, "plan"),), 130)
 
 
-def _curve(x: Axis, y: Axis, values: Sequence[float | None], tone: str, label: str = "") -> Curve:
+def _curve(x: Axis, y: Axis, values: Sequence[float | None], tone: str, label: str = "") -> Polyline:
     """A line through values at 1, 2, ..., with gaps where there are none."""
     groups: list[list[tuple[float, float]]] = [[]]
     for number, value in enumerate(values, 1):
@@ -102,4 +102,4 @@ def _curve(x: Axis, y: Axis, values: Sequence[float | None], tone: str, label: s
             groups.append([])
         else:
             groups[-1].append((x.at(number), y.at(value)))
-    return Curve(tuple(tuple(group) for group in groups if group), tone, label)
+    return Polyline(tuple(tuple(group) for group in groups if group), tone, label)

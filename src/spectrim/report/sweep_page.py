@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spectrim.network.printing import count
-from spectrim.report.charts import ASIDE, Axis, Chart, Curve, Dot, cost_name
+from spectrim.report.charts import ASIDE, Axis, Chart, Dot, Polyline, cost_name
 from spectrim.report.machine import machine_facts
 from spectrim.report.origin import Origin
 from spectrim.report.page import Written, style, template
@@ -90,10 +90,10 @@ def front_chart(sweep: Sweep, cost: str) -> Chart:
         label = mark.name if shown else ""
         dots.append(Dot(at, y.at(mark.value), _text(sweep, mark, cost), mark.tone, label, *bar, aside=aside))
     line = tuple((x.at(_share(p, cost)), y.at(sweep.quality(p.judged))) for p in reversed(best))
-    curves = [Curve((line,), "plan", "without training")]
+    curves = [Polyline((line,), "plan", "without training")]
     if any(mark.tone == "choice" for mark in marks):
-        curves = [Curve((line,), "pale")]
-        curves += [Curve((), "plan", "without training"), Curve((), "choice", "fine-tuned")]
+        curves = [Polyline((line,), "pale")]
+        curves += [Polyline((), "plan", "without training"), Polyline((), "choice", "fine-tuned")]
     label = f"{sweep.judged_by}, {sweep.judged_in}".rstrip(", ")
     return Chart(f"{_cost_name(cost)}, % of dense", label, x, y, tuple(dots), tuple(curves), 260)
 

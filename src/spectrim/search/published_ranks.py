@@ -24,7 +24,7 @@ from spectrim.network.choices import DENSE, LowRankChoice, SharedChoice
 from spectrim.network.groups import group
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Group, Site, Sites
-from spectrim.selection.candidates import Candidates, Option, Row, Rows
+from spectrim.selection.candidates import Candidates, Option, Row, TableRows
 from spectrim.selection.plan import Plan, make_plan
 
 # Rounds after which the error of "both" is taken; the fit that is carried out has more.
@@ -115,7 +115,7 @@ def at_rate(
     if len(units) > 1:
         raise ValueError("some of the sites are calibrated and some are not, so that their errors have different units")
     table = Candidates(
-        Rows(rows),
+        TableRows(rows),
         network.fixed(row.site for row in rows),
         units.pop() if units else WEIGHT_ENERGY,
         methods={name: method.record() for name, method in methods.items()},

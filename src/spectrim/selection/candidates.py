@@ -101,7 +101,7 @@ class Row(Printed):
         return f"Row({self.site!r}, {self.kind}, {count(len(self.options), 'choice')})"
 
 
-class Rows(tuple[Row, ...]):
+class TableRows(tuple[Row, ...]):
     """The rows of a table; called, all their options as plain values."""
 
     __slots__ = ()
@@ -136,7 +136,7 @@ class Candidates(Printed):
     ----------
     rows
         One a site, and one a group of sites after them. Either the group is chosen or its sites are. Called,
-        ``table.rows()``, they are plain dicts, one an option: see :meth:`Rows.__call__`.
+        ``table.rows()``, they are plain dicts, one an option: see :meth:`TableRows.__call__`.
     fixed
         Cost of the rest of the network.
     unit
@@ -155,7 +155,7 @@ class Candidates(Printed):
     >>> table.plot("macs")  # doctest: +SKIP
     """
 
-    rows: Rows
+    rows: TableRows
     fixed: Mapping[str, float]
     unit: str
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -163,8 +163,8 @@ class Candidates(Printed):
     skipped: tuple[Skipped, ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rows, Rows):  # a plain tuple, which callers may give
-            object.__setattr__(self, "rows", Rows(self.rows))
+        if not isinstance(self.rows, TableRows):  # a plain tuple, which callers may give
+            object.__setattr__(self, "rows", TableRows(self.rows))
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -219,7 +219,7 @@ class Candidates(Printed):
         """The table without choices for these sites, and without the groups that they are in."""
         rows = [row for row in self.rows if not row.members or set(sites).isdisjoint(row.members)]
         rows = [dataclasses.replace(r, options=(r.dense,)) if r.site in sites else r for r in rows]
-        return dataclasses.replace(self, rows=Rows(rows))
+        return dataclasses.replace(self, rows=TableRows(rows))
 
     def _records(self) -> list[dict[str, Any]]:
         return self.rows()

@@ -40,7 +40,7 @@ class OptimizerRecord(msgspec.Struct, forbid_unknown_fields=True):
     groups: list[dict[str, bool | int | float]]
 
 
-class Record(msgspec.Struct, forbid_unknown_fields=True):
+class CheckpointRecord(msgspec.Struct, forbid_unknown_fields=True):
     """What a training checkpoint says beside its tensors."""
 
     run: dict[str, Any]  # what makes it this run
@@ -124,10 +124,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, record
 
 
-def read_record(record: Mapping[str, Any], source: str) -> Record:
+def read_record(record: Mapping[str, Any], source: str) -> CheckpointRecord:
     """The record of a checkpoint as values of their types."""
     try:
-        return msgspec.convert(record, Record)
+        return msgspec.convert(record, CheckpointRecord)
     except (msgspec.ValidationError, RecursionError, OverflowError) as error:
         raise CheckpointError(f"{source}: the record of the training is damaged: {error}") from error
 
