@@ -105,6 +105,25 @@ def test_a_path_goes_on_from_its_last_point_and_loses_about_what_fits_from_nothi
         assert fit.error < 1.2 * alone.error
 
 
+@pytest.mark.parametrize(("between", "goes_on"), [(3, [False, True, False, False]), (0, [False] * 4)])
+def test_a_path_goes_on_where_neither_rank_nor_density_falls_and_density_is_low(
+    between: int, goes_on: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, search = [], admm.search
+
+    def watched(*args: object, **options: object) -> admm.Iterate:
+        asked.append((options["turns"], options["first"], options["relax"], options["start"] is not None))
+        return search(*args, **options)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(admm, "search", watched)
+    points = [(1, 0.1), (2, 0.1), (1, 0.2), (1, 0.5)]
+    error, step = Quadratic(Full(moment(1, N))), Greedy(Full(moment(1, N)))
+    list(additive.path(random(1, 4, N), error, step, points, UNSTRUCTURED, KERNEL, turns=5, between=between))
+    relax = admm.RELAX if between else 1.0
+    anew, further = (5, admm.FIRST, relax, False), (between, admm.NEXT, relax, True)
+    assert asked == [further if on else anew for on in goes_on]
+
+
 def test_of_equal_scores_the_first_are_the_largest() -> None:
     scores = torch.tensor([[0.0, 2.0, 1.0, 1.0, 1.0], [3.0, 3.0, 3.0, 3.0, 3.0]])
     wanted = torch.tensor([[False, True, True, True, False], [True, True, True, False, False]])
