@@ -38,6 +38,13 @@ class _Pooled:
         )
         self.mean, self.count = self.mean + gap * (count / total), total
 
+    def renew(self, norm: _BatchNorm, every: Iterable[Tensor], batches: int) -> None:
+        """Add what a layer is given, and have it normalise by all there is."""
+        for inputs in every:
+            self.add(inputs)
+        if self.count:
+            self.give(norm, batches)
+
     def give(self, norm: _BatchNorm, batches: int) -> None:
         """Have a layer normalise by these."""
         assert norm.running_mean is not None
@@ -101,20 +108,14 @@ def reestimate_batchnorm(
     loops = _calls(model, norms, first, feed) > len(like.order)
     calls = {name: like.calls.get(name, 1) for name in norms}
     order = _by_last_call(like.order, norms)
-    parts = (
-        part
-        for batch in itertools.chain(begin, rest)
-        for part in (one_by_one(model, [batch], feed) if loops else [batch])
-    )
+    every_batch = itertools.chain(begin, rest)
+    parts = _alone(model, every_batch, feed) if loops else every_batch
     try:
         for wave in waves(((part, feed.layout.size(part) * like.nbytes) for part in parts), memory):
             seen += len(wave)
             with torch.no_grad(), passes(model, calls, wave, forward=feed, places=like.places) as every:
                 for name in order:
-                    for inputs in itertools.chain.from_iterable(every.reach(name)):
-                        pooled[name].add(inputs)
-                    if pooled[name].count:
-                        pooled[name].give(norms[name], seen)
+                    pooled[name].renew(norms[name], itertools.chain.from_iterable(every.reach(name)), seen)
                     if name in like.ends() and name != order[-1]:
                         every.restart()
     except BaseException:
@@ -122,6 +123,12 @@ def reestimate_batchnorm(
             buffer.copy_(value)
         raise
     return sum(bool(each.count) for each in pooled.values())
+
+
+def _alone(model: nn.Module, batches: Iterable[Any], feed: Feed) -> Iterator[Any]:
+    """The samples of batches, one at a time."""
+    for batch in batches:
+        yield from one_by_one(model, [batch], feed)
 
 
 def _calls(model: nn.Module, names: Iterable[str], batch: Any, feed: Feed) -> int:
