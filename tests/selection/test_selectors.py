@@ -213,6 +213,13 @@ def test_at_multiplier_without_dense_takes_options_that_cost_more_than_dense() -
     assert at_multiplier(table, "macs", 0.06, dense=False)["a"].costs["macs"] == 4.0
 
 
+def test_a_cost_that_the_table_does_not_hold_is_refused_with_what_it_needs() -> None:
+    table = make_table(make_row("a", {"parameters": 9.0}, [(0.1, {"parameters": 4.0})]), parameters=0.0)
+    message = r"multiplier is for macs, which the table does not hold \(it has parameters\). MACs need calibrate\(\)"
+    with pytest.raises(ValueError, match=message):
+        at_multiplier(table, "macs", 0.1)
+
+
 @FEW
 @given(tables(("macs", "latency")), fractions, st.none() | fractions)
 def test_the_lagrangian_is_least_at_its_multipliers(table: Candidates, macs: float, latency: float | None) -> None:

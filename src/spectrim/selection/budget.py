@@ -170,14 +170,7 @@ class Budget:
 
     def check(self, costs: Iterable[str]) -> None:
         """Raise ValueError if another cost is limited than these, which a table will hold."""
-        known = tuple(costs)
-        missing = [c for c in self.costs if c not in known]
-        if missing:
-            raise ValueError(
-                f"the budget limits {', '.join(missing)}, which the table does not hold (it has {', '.join(known)}). "
-                "MACs need calibrate() or an example input; latency needs tabulate(..., latency=...); a cost of your "
-                f"own needs costs={{name: function}}.{did_you_mean(missing[0], COSTS, OTHER_NAMES)}"
-            )
+        check_costs("the budget limits", self.costs, costs)
 
     def limits(self, dense: Mapping[str, float]) -> dict[str, float]:
         """Absolute limits, given the dense network's costs."""
@@ -265,3 +258,14 @@ def _parsed(cost: str, text: str) -> Limit:
         f"cannot read {cost} budget {text!r}: write 0.5, 50% or a number with one of the units {units}; it "
         "must be positive"
     )
+
+
+def check_costs(what: str, named: Iterable[str], costs: Iterable[str]) -> None:
+    """Raise ValueError, which begins with ``what`` names them, for costs that a table does not hold."""
+    known = tuple(costs)
+    if missing := [cost for cost in named if cost not in known]:
+        raise ValueError(
+            f"{what} {', '.join(missing)}, which the table does not hold (it has {', '.join(known)}). MACs need "
+            "calibrate() or an example input; latency needs tabulate(..., latency=...); a cost of your own needs "
+            f"costs={{name: function}}.{did_you_mean(missing[0], COSTS, OTHER_NAMES)}"
+        )

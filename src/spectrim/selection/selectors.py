@@ -28,7 +28,7 @@ import numpy as np
 
 from spectrim.errors import called_as
 from spectrim.selection import knapsack
-from spectrim.selection.budget import Budget, BudgetLike
+from spectrim.selection.budget import Budget, BudgetLike, check_costs
 from spectrim.selection.budgeted import Budgeted
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.forest import Forest
@@ -211,8 +211,7 @@ def at_multiplier(candidates: Candidates, cost: str, multiplier: float, *, dense
     """
     if not 0 <= multiplier < float("inf"):
         raise ValueError(f"multiplier {multiplier!r} must be finite and at least 0")
-    if cost not in candidates.costs:
-        raise ValueError(f"the table has no cost {cost!r}; it has {', '.join(candidates.costs)}")
+    check_costs("the multiplier is for", (cost,), candidates.costs)
     forest = Forest(candidates)
     scores: list[np.ndarray] = []
     for row in candidates.rows:
