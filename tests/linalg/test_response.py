@@ -288,3 +288,17 @@ def test_nested_errors_never_rise_and_end_at_nothing_lost() -> None:
     assert all(after <= before for before, after in pairwise(errors.tolist()))
     assert errors[0] == 1
     assert 0 <= errors[-1] < 1e-9
+
+
+@pytest.mark.parametrize("kernel", [(3,), (2, 3)])
+def test_an_output_weight_mixes_the_outputs_of_every_slice(kernel: tuple[int, ...]) -> None:
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(2, 4, 3, *kernel, generator=draw, dtype=torch.float64)
+    root = torch.randn(2, 4, 4, generator=draw, dtype=torch.float64).triu() + 2 * torch.eye(4, dtype=torch.float64)
+    for how in unfoldings(kernel):
+        matrix = unfold(weight, how)
+        mixed = response.mix(matrix, root)
+        torch.testing.assert_close(mixed, unfold(torch.einsum("goi...,gto->gti...", weight, root), how))
+        torch.testing.assert_close(response.unmix(mixed, root), matrix)
+        assert torch.equal(response.mix(matrix, None), matrix)
+        assert torch.equal(response.unmix(matrix, None), matrix)

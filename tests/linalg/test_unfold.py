@@ -17,6 +17,7 @@ from spectrim.linalg.unfold import (
     first_weight,
     fold,
     second_weight,
+    slice_rows,
     unfold,
     unfolding,
     unfoldings,
@@ -52,6 +53,18 @@ def test_fold_inverts_unfold_for_any_shape(kernel: list[int], g: int, o: int, i:
     assert torch.equal(fold(unfold(weight, how), how, (o, i, *kernel)), weight)
     matrix = normal(*unfold(weight, how).shape, seed=1)
     assert torch.equal(unfold(fold(matrix, how, (o, i, *kernel)), how), matrix)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_rows_of_slices_meet_the_rows_of_the_unfolded_weight(kernel: tuple[int, ...]) -> None:
+    g, n, o, i = 2, 4, 5, 3
+    patches, weight = normal(g, n, i, *kernel, seed=1), normal(g, o, i, *kernel)
+    wanted = torch.einsum("gnx,gox->gno", patches.flatten(2), weight.flatten(2))
+    for how in unfoldings(kernel):
+        first, second = how.sizes(kernel)
+        rows = slice_rows(patches, how).reshape(g, n, second, i * first)
+        matrix = unfold(weight, how).reshape(g, i * first, o, second)
+        torch.testing.assert_close(torch.einsum("gnqp,gpoq->gno", rows, matrix), wanted)
 
 
 def test_unfold_places_every_entry_where_its_name_says() -> None:
