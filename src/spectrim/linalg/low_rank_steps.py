@@ -109,8 +109,7 @@ class _Projecting(LowRankStep):
 
     def energies(self, target: Float[Tensor, "g o n"]) -> Float[Tensor, "g R"]:
         mixed = self._mixed(target)
-        gram = (self.metric.times(mixed) @ mixed.mT).double()
-        return torch.linalg.eigvalsh((gram + gram.mT) / 2).flip(-1).clamp_min(0)
+        return lowrank.variances(self.metric.times(mixed) @ mixed.mT)
 
     def unfolded(self, product: Product) -> tuple[Float[Tensor, "g p r"], Float[Tensor, "g r c"]]:
         left, right = product.factors

@@ -164,7 +164,7 @@ def principal(covariance: Float[Tensor, "g n n"]) -> Spectrum:
     return Spectrum(*_eigh(covariance.double()))
 
 
-def variances(covariance: Float[Tensor, "g n n"]) -> Float[Tensor, "g n"]:
+def variances(covariance: Float[Tensor, "*g n n"]) -> Float[Tensor, "*g n"]:
     """Energies of :func:`principal` alone, descending, in a fraction of its time."""
     gram = covariance.double()
     return torch.linalg.eigvalsh((gram + gram.mT) / 2).flip(-1).clamp_min(0)

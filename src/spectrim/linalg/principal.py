@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spectrim.linalg.lowrank import variances
+
 RULES = ("l1-max", "abs-max", "l1-min", "abs-min")
 """Rules of :func:`removal_order`; the two ``min`` rules are controls that remove what correlates least."""
 
@@ -61,8 +63,7 @@ def spectrum(covariance: Float[Tensor, "n n"]) -> Float[Tensor, " n"]:
     covariance
         ``[n, n]``, of the responses of ``n`` units. Its scale, and hence the divisor, does not matter to the widths.
     """
-    c = _checked(covariance, "covariance")
-    return torch.linalg.eigvalsh((c + c.mT) / 2).flip(-1).clamp_min(0)
+    return variances(_checked(covariance, "covariance"))
 
 
 def energy_width(energies: Float[Tensor, " n"], threshold: float) -> int:
