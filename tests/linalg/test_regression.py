@@ -9,7 +9,7 @@ from hypothesis import strategies as some
 from torch import Tensor
 
 from spectrim.linalg.moments import Paired
-from spectrim.linalg.regression import MOST, Covariances, Equations, Unseen, scarcity, towards
+from spectrim.linalg.regression import MOST, SHARES, Covariances, Equations, Unseen, scarcity, towards
 from spectrim.linalg.sketch import Sketch
 
 
@@ -118,3 +118,16 @@ def test_without_samples_to_hold_out_the_whole_step_is_taken():
     weight, x, y = problem(300, 5, 2, noise=0.1, seed=5)
     best = torch.linalg.lstsq(x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)).solution.mT
     torch.testing.assert_close(fitted("moments", weight, x, y, cut=0), best, rtol=1e-2, atol=1e-2)
+
+
+def test_what_a_share_of_a_step_gains_is_told_by_sample_one_standard_error_below_the_mean():
+    draw = torch.Generator().manual_seed(0)
+    inputs, missing, step = (torch.randn(2, *shape, generator=draw).double() for shape in ((9, 4), (9, 3), (3, 4)))
+    sample = torch.tensor([7, 7, 2, 2, 2, 30, 7, 2, 30])
+    gains = Unseen(inputs, missing, sample).gains(missing, step)
+    for share, gain in zip(SHARES, gains, strict=True):
+        less = missing.square() - (missing - share * inputs @ step.mT).square()
+        each = torch.stack([less[:, sample == number].sum() for number in (2, 7, 30)])
+        torch.testing.assert_close(gain, each.mean() - each.std() / 3**0.5)
+    of_one = Unseen(inputs[:, :2], missing[:, :2], sample[:2]).gains(missing[:, :2], step)
+    assert not of_one.any()
