@@ -112,6 +112,14 @@ def test_plans_written_before_there_were_multipliers_are_read() -> None:
     assert make_plan(table(), [0, 1], budget={}, selector="mine").multipliers == {}
 
 
+def test_a_plan_is_text_of_one_line_or_of_many() -> None:
+    plan = example()
+    short, long = plan.to_json(lines=False), plan.to_json()
+    assert "\n" not in short
+    assert len(long.splitlines()) > len(plan)
+    assert json.loads(short) == json.loads(long)
+
+
 def test_mutated_json_is_read_or_refused() -> None:
     text = example().to_json().encode()
     source = random.Random(0)
