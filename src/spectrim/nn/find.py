@@ -21,13 +21,13 @@ from spectrim.network.sites import Layer, Sites, Skipped, Tied
 from spectrim.nn.layers import canonical as canonical
 from spectrim.nn.layers import describe as describe
 from spectrim.nn.layers import is_layer, is_plain, is_quantised, paths_of, tied_weights
+from spectrim.nn.loose_weights import stored, unheld
 from spectrim.nn.obstacles import MERGE, obstacle, obstacle_in_weight
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.standing import LAYERS, StandIn
 from spectrim.nn.stored import bytes_of_state
-from spectrim.nn.unheld import stored, unheld
-from spectrim.nn.wanted import Wanted, each_of
-from spectrim.nn.wanted import Which as Which
+from spectrim.nn.which import Wanted, each_of
+from spectrim.nn.which import Which as Which
 
 log = logging.getLogger(__name__)
 
