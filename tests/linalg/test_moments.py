@@ -225,3 +225,34 @@ def test_pairs_hold_the_blocks_of_the_whole_moments(inner: int, outer: int, scal
         assert (inputs.count, one.is_finite()) == (90, True)
         torch.testing.assert_close(inputs.mean, whole.mean[:, :inner])
         torch.testing.assert_close(inputs.covariance, one.covariance[:, :inner])
+
+
+@pytest.mark.parametrize("centred", [True, False])
+def test_rows_of_weights_are_as_many_rows_of_weight_one(centred: bool) -> None:
+    rows = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
+    weights = torch.tensor([2.0, 0.0, 1.0, 3.0])
+    made = Moments.of_rows(rows, weights, 50, centred=centred)
+    many = rows.repeat_interleave(weights.long(), dim=0)
+    mean = many.mean(0) if centred else torch.zeros(3, dtype=torch.float64)
+    torch.testing.assert_close(made.mean, mean[None])
+    torch.testing.assert_close(made.covariance, ((many - mean).mT @ (many - mean) / len(many))[None])
+    assert made.count == 50
+    torch.testing.assert_close(Moments.of_rows(rows, 7 * weights, 50, centred=centred).covariance, made.covariance)
+    none = Moments.of_rows(rows, 0 * weights, 50, centred=centred)
+    assert none.mean.shape == made.mean.shape
+    assert not none.covariance.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rows_that_are_there_several_times_are_multiplied_once(dtype: torch.dtype) -> None:
+    rows = torch.randn(1, 6, 3, generator=torch.Generator().manual_seed(0)).to(dtype) + 5
+    often = torch.tensor([[1, 4, 2, 0, 1, 3]])
+    counted, whole = Moments(1, 3), Moments(1, 3)
+    for moments in (counted, whole):
+        moments.update(rows[:, :2])
+    counted.update(rows, often)
+    whole.update(rows.repeat_interleave(often[0], dim=1))
+    assert counted.count == whole.count == 13
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(counted.mean, whole.mean, **close)
+    torch.testing.assert_close(counted.covariance, whole.covariance, **close)

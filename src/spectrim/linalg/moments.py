@@ -104,7 +104,8 @@ class Moments:
         present = weights > 0
         rows, shares = rows[present].double(), (weights[present] / weights.sum()).unsqueeze(1)
         moments.count = count
-        moments.mean = (rows * shares).sum(0, keepdim=True) if centred else torch.zeros_like(rows[:1])
+        if centred:
+            moments.mean = (rows * shares).sum(0, keepdim=True)
         apart = (rows - moments.mean) * shares.sqrt()
         moments.scatter = (apart.mT @ apart).unsqueeze(0) * count
         moments._rounding = torch.finfo(torch.float64).eps
