@@ -93,15 +93,9 @@ class Loop:
             self._wrapped = self.devices.wrap(model)
         self._objective = Objective(loss, teacher, recipe.distillation, recipe.precision)
         self._pairs = factored_pairs(model) if recipe.decay_product and recipe.weight_decay else ()
-        apart = [p for pair in self._pairs for p in pair.parameters]
-        self._optimizer = recipe.make_optimizer(parameter_groups(model, recipe.weight_decay, apart))
-        if recipe.lr is not None:
-            for group in self._optimizer.param_groups:
-                group["lr"] = recipe.lr
+        self._optimizer = self._made_optimizer()
         self._base_lr = [float(group["lr"]) for group in self._optimizer.param_groups]
-        # Steps of these two leave a weight of zero without a gradient at zero; others may mix the entries of a weight.
-        mixing = not isinstance(recipe.optimizer, str)
-        self._masked = [m for m in model.modules() if isinstance(m, Masked)] if mixing else []
+        self._masked = self._mixed()
         self._decoupled = bool(self._optimizer.defaults.get("decoupled_weight_decay", False))
 
         self.epoch = self.step = 0
@@ -119,6 +113,24 @@ class Loop:
         self._start = resume.magnitudes(resume.model_tensors(model)) if self.checkpoint is not None else {}
         if self.checkpoint is not None and self.checkpoint.exists():
             self._resume(self.checkpoint)
+
+    def _made_optimizer(self) -> torch.optim.Optimizer:
+        """The recipe's optimizer, at its rate of learning; weights of pairs whose product decays have a group apart."""
+        apart = [parameter for pair in self._pairs for parameter in pair.parameters]
+        optimizer = self.recipe.make_optimizer(parameter_groups(self.model, self.recipe.weight_decay, apart))
+        if self.recipe.lr is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = self.recipe.lr
+        return optimizer
+
+    def _mixed(self) -> list[Masked]:
+        """Layers whose zeros a step may fill: one of an optimizer of the user's, which may mix the entries of a weight.
+
+        Steps of the library's two leave a weight of zero without a gradient at zero.
+        """
+        if isinstance(self.recipe.optimizer, str):
+            return []
+        return [module for module in self.model.modules() if isinstance(module, Masked)]
 
     def run(self, until: int | None = None) -> TrainingResult:
         """Train until ``until`` epochs are done in all; None is the recipe's number.
