@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +13,10 @@ from spectrim.cli.common import Output, command
 from spectrim.network.choices import LowRankChoice
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from spectrim.report import Comparison
+    from spectrim.selection.budget import Budget
     from spectrim.selection.plan import Plan
 
 
@@ -56,11 +59,8 @@ def demo(
     from spectrim.cli.results import Outcome
     from spectrim.cli.work import device_named, first_batch
     from spectrim.nn.agreement import agreement
-    from spectrim.pipeline import compress, offered
-    from spectrim.preparation import locate, prepare
+    from spectrim.pipeline import compress
     from spectrim.report import accuracy, compare
-    from spectrim.selection.selectors import check_reachable
-    from spectrim.tables import tabulate
     from spectrim.train import fine_tune
 
     started = time.perf_counter()
@@ -76,16 +76,7 @@ def demo(
         torch.manual_seed(seed)
         dense = DigitsNet(width)
     example = first_batch(test, batch, "digits", dense)
-    # What it costs at the least does not depend on its weights.
-    known = prepare(
-        dense,
-        locate(dense, ()),
-        [example],
-        groups=offered(None, None, wanted.costs)[1],
-        statistics=False,
-        sensitivity=False,
-    )
-    check_reachable(tabulate(known.sites), [wanted])
+    _check_reachable(dense, example, wanted)
     out.say(f"training a network of five convolutions on {train.samples} digits, testing on {test.samples}")
     fine_tune(dense, train, epochs=dense_epochs, lr=0.1, seed=seed, progress=progress)
     dense.eval()
@@ -110,6 +101,18 @@ def demo(
     seconds = time.perf_counter() - started
     outcome.finish(out, comparison, seconds=seconds)
     out.print(f"took {seconds:.0f} s")
+
+
+def _check_reachable(model: nn.Module, example: Any, wanted: Budget) -> None:
+    """Raise InfeasibleBudgetError before any training: what a network costs at the least hangs on no weights."""
+    from spectrim.pipeline import offered
+    from spectrim.preparation import locate, prepare
+    from spectrim.selection.selectors import check_reachable
+    from spectrim.tables import tabulate
+
+    groups = offered(None, None, wanted.costs)[1]
+    known = prepare(model, locate(model, ()), [example], groups=groups, statistics=False, sensitivity=False)
+    check_reachable(tabulate(known.sites), [wanted])
 
 
 _ROUNDS = 100

@@ -15,6 +15,8 @@ from spectrim.cli.references import UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from spectrim.train import LearnedResult
+
 _NAMES = {"macs": "MACs", "parameters": "parameters", "bytes": "weights", "latency": "latency"}
 
 
@@ -65,7 +67,7 @@ def path(
     from spectrim.cli.unfinished import make_folder
     from spectrim.network.files import write_text
     from spectrim.selection.point import Point
-    from spectrim.train import LearnedResult, budget_path
+    from spectrim.train import budget_path
 
     run = learning.RankRun(network, points.data, training, layers, ranks, budget, cost or ())
     make_folder(out, folder, ("path.json", "path.svg", "checkpoint/run.json"))
@@ -82,25 +84,15 @@ def path(
     files = {"path": folder / "path.json", "figure": folder / "path.svg"}
 
     def done(result: LearnedResult) -> None:
-        asked, plan, parts = budget[len(done_points)], result.plan, (result.learning, result.tuning)
+        asked = budget[len(done_points)]
         written = write_result(result, folder / f"{len(done_points):02d}-{Point.folder_of(asked)}")
-        seconds = sum(part.seconds for part in parts if part is not None)
-        done_points.append(
-            {
-                "asked": asked,
-                "budget": dict(plan.budget),
-                "costs": dict(plan.costs),
-                "accuracy": work.score(result.model),
-                "rank_epochs": result.learning.epochs if result.learning is not None else 0,
-                "c_steps": len(result.trajectory),
-                "seconds": seconds,
-                "files": {name: file.relative_to(folder).as_posix() for name, file in written.items()},
-            }
-        )
-        found["dense"]["costs"] = dict(plan.dense_costs)
+        names = {name: file.relative_to(folder).as_posix() for name, file in written.items()}
+        done_points.append(_record(asked, result, work.score(result.model), names))
+        found["dense"]["costs"] = dict(result.plan.dense_costs)
         write_text(files["path"], json.dumps(found, indent=1) + "\n")
         _draw(found, run.budgets[0].costs[0], files["figure"])
-        out.say(f"{asked}: {done_points[-1]['accuracy']:.2f} %, dense {score:.2f} %; {seconds:.0f} s of training")
+        point = done_points[-1]
+        out.say(f"{asked}: {point['accuracy']:.2f} %, dense {score:.2f} %; {point['seconds']:.0f} s of training")
 
     budget_path(
         work.dense, work.training, run.budgets, calibration=work.calibration, checkpoint=checkpoint,
@@ -113,6 +105,21 @@ def path(
     last = done_points[-1]["files"]["model"]
     load = load_lines(network.model, work.dense, {"model": folder / last})
     out.code(f"Each point has a folder in {folder}. To load the last one in Python:", load)
+
+
+def _record(asked: str, result: LearnedResult, accuracy: float, files: Mapping[str, str]) -> dict[str, Any]:
+    """What is told of a point."""
+    parts = [part for part in (result.learning, result.tuning) if part is not None]
+    return {
+        "asked": asked,
+        "budget": dict(result.plan.budget),
+        "costs": dict(result.plan.costs),
+        "accuracy": accuracy,
+        "rank_epochs": result.learning.epochs if result.learning is not None else 0,
+        "c_steps": len(result.trajectory),
+        "seconds": sum(part.seconds for part in parts),
+        "files": dict(files),
+    }
 
 
 def _draw(found: Mapping[str, Any], cost: str, file: Path) -> None:
