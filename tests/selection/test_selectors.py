@@ -170,7 +170,7 @@ def test_at_multiplier_takes_the_cheaper_of_ties_and_never_a_dear_option() -> No
     for multiplier in (-1.0, float("inf"), float("nan")):
         with pytest.raises(ValueError, match="multiplier"):
             at_multiplier(table, "macs", multiplier)
-    with pytest.raises(ValueError, match="no cost 'bytes'"):
+    with pytest.raises(ValueError, match="multiplier is for bytes, which the table does not hold"):
         at_multiplier(table, "bytes", 1.0)
 
 
@@ -215,7 +215,7 @@ def test_at_multiplier_without_dense_takes_options_that_cost_more_than_dense() -
 
 def test_a_cost_that_the_table_does_not_hold_is_refused_with_what_it_needs() -> None:
     table = make_table(make_row("a", {"parameters": 9.0}, [(0.1, {"parameters": 4.0})]), parameters=0.0)
-    message = r"multiplier is for macs, which the table does not hold \(it has parameters\). MACs need calibrate\(\)"
+    message = r"multiplier is for macs, which the table does not hold \(it has parameters\). MACs need .* function}\.$"
     with pytest.raises(ValueError, match=message):
         at_multiplier(table, "macs", 0.1)
 

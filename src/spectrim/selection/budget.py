@@ -264,8 +264,9 @@ def check_costs(what: str, named: Iterable[str], costs: Iterable[str]) -> None:
     """Raise ValueError, which begins with ``what`` names them, for costs that a table does not hold."""
     known = tuple(costs)
     if missing := [cost for cost in named if cost not in known]:
+        other = "" if missing[0] in COSTS else did_you_mean(missing[0], COSTS, OTHER_NAMES)
         raise ValueError(
             f"{what} {', '.join(missing)}, which the table does not hold (it has {', '.join(known)}). MACs need "
             "calibrate() or an example input; latency needs tabulate(..., latency=...); a cost of your own needs "
-            f"costs={{name: function}}.{did_you_mean(missing[0], COSTS, OTHER_NAMES)}"
+            f"costs={{name: function}}.{other}"
         )
