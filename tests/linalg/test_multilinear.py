@@ -12,10 +12,10 @@ from torch import Tensor
 
 from spectrim.linalg import descent
 from spectrim.linalg.metric import Full, Plain
+from spectrim.linalg.descent import descend
 from spectrim.linalg.multilinear import (
     Target,
     columns_of,
-    descend,
     normalised,
     polyadic,
     polyadic_error,

@@ -15,7 +15,6 @@ How the low-rank part is found is an object, since a kernel can be split in seve
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -127,7 +126,7 @@ def decompose(
     if pattern.kept((*target.shape[:2], *kernel), density):
         first = admm.FIRST / 10 if cautious else admm.FIRST
         fit = admm.search(target, error, step if rank else None, rank, *sized, turns=alternation.turns, first=first)
-        return _valued(target, error, step, fit, sized, alternation)
+        return _valued(target, error, step, fit, alternation)
     nothing = Sparse(torch.zeros_like(target), torch.zeros_like(target, dtype=torch.bool), error.value(target))
     if not rank:
         return Additive(None, nothing, (nothing.error,), True)
@@ -172,7 +171,7 @@ def path(
             start=fit if goes_on else None, relax=admm.RELAX if between else 1.0,
         )  # fmt: skip
         last = rank, density
-        yield _valued(target, error, step, fit, (pattern, density, kernel), Alternation(polish=0))
+        yield _valued(target, error, step, fit, Alternation(polish=0))
 
 
 def _alternated(
@@ -215,17 +214,12 @@ def _valued(
     error: Quadratic,
     step: LowRankStep,
     fit: admm.Iterate,
-    sized: tuple[Pattern, float, tuple[int, ...]],
     alternation: Alternation,
 ) -> Additive:
-    """Both parts of a search: a last exchange of single entries, and the values."""
-    product, weight, mask = fit.product, fit.weight, fit.mask
+    """The values of both parts of a search."""
+    product = fit.product
     seen = error if product is None else step.eliminated(product)
-    if alternation.polish:
-        start = Sparse(weight, mask, math.inf)
-        state = sparse.fit(target, seen, *sized, start=start, rounds=1, steps=6, halvings=0)
-    else:
-        state = sparse.solve(target, seen, mask, start=weight, steps=6)
+    state = sparse.solve(target, seen, fit.mask, start=fit.weight, steps=6)
     if product is None:
         state = sparse.solve(target, error, state.mask, start=state.weight, steps=10 * alternation.polish)
         return Additive(None, state, (state.error,), True)

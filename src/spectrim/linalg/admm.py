@@ -22,10 +22,10 @@ from torch import Tensor
 
 from spectrim.linalg.low_rank_steps import LowRankStep, Product
 from spectrim.linalg.patterns import Pattern
-from spectrim.linalg.sparse import Quadratic, threshold
+from spectrim.linalg.sparse import Quadratic, shares, threshold
 
 # Penalties of the first and of the last turn, in shares of the curvature of an entry.
-FIRST, LAST = 0.04, 1.0
+FIRST, LAST = 0.04, 2.0
 # The first one where the search goes on from a neighbour's.
 NEXT = 0.2
 # Over-relaxation of a path.
@@ -91,15 +91,15 @@ def search(
     units = ridge.units
     wanted = target * units
     if start is None:
-        mask, product = torch.zeros_like(wanted, dtype=torch.bool), None
+        product = None
         sparse, multiplier = torch.zeros_like(wanted), torch.zeros_like(wanted)
     else:
-        mask, product = start.mask, start.product
+        product = start.product
         sparse, multiplier = start.weight * units, start.multiplier
     if rank and step is not None and (product is None or product.factors[0].shape[2] < rank):
         product = step(target - sparse / units, rank, product if step.grows else None)
     penalty, growth = first, (LAST / first) ** (1 / max(1, turns - 1))
-    calm = 0
+    calm, share, scores = 0, None, wanted
     for _ in range(turns):
         rest, solve = wanted - sparse + multiplier, ridge.solve
         if step is not None and product is not None:
@@ -109,14 +109,16 @@ def search(
             else:
                 solve = following
         free = solve(rest, penalty).mul_(relax).add_(sparse).add_(multiplier, alpha=1 - relax)
-        before, mask = mask, threshold(free.square(), pattern, density, kernel)
-        sparse = free * mask
+        scores = free.square()
+        before, share = share, shares(scores, pattern, density, kernel)
+        sparse = free * share
         # The multiplier is held in units of the penalty.
         multiplier = free.sub_(sparse).div_(growth)
         penalty *= growth
         if step is not None and product is not None:
             product = step(target - sparse / units, rank, product)
-        calm = calm + 1 if torch.equal(mask, before) else 0
+        calm = calm + 1 if before is not None and torch.equal(share, before) else 0
         if calm == 2:
             break
-    return Iterate(product, sparse / units, mask, multiplier)
+    mask = threshold(scores, pattern, density, kernel)
+    return Iterate(product, sparse * mask / units, mask, multiplier)

@@ -11,11 +11,13 @@ Objective = Callable[[Sequence[Tensor]], tuple[float, Sequence[Tensor]]]
 """An error and its gradients, of some tensors."""
 # Pairs of steps that L-BFGS remembers.
 _MEMORY = 20
-# So many steps that lower the error by less than this share of it are the last.
-_STEPS, _FALLS = 10, 1e-3
+# So many steps that lower the error by less than this share of it are the last, if nothing else is asked for.
+_STEPS, FALLS = 10, 1e-3
 
 
-def descend(objective: Objective, start: Sequence[Tensor], evaluations: int, *, memory: int = _MEMORY) -> list[Tensor]:
+def descend(
+    objective: Objective, start: Sequence[Tensor], evaluations: int, *, falls: float = FALLS, memory: int = _MEMORY
+) -> list[Tensor]:
     """Where L-BFGS comes to with so many evaluations; with more it goes further on the same way, which only falls.
 
     It knows its last ``memory`` steps, and ends sooner where the last ones hardly lowered the error. Steps are halved
@@ -33,7 +35,7 @@ def descend(objective: Objective, start: Sequence[Tensor], evaluations: int, *, 
     left = evaluations - 1
     error, gradient = at(point) if left > 0 else (0.0, torch.zeros_like(point))
     errors = [error]
-    while left > 0 and float(gradient.abs().max()) > 1e-12 and not _stalled(errors):
+    while left > 0 and float(gradient.abs().max()) > 1e-12 and not _stalled(errors, falls):
         way = _direction(gradient, pairs)
         slope, step = float(way @ gradient), 1.0 if pairs else min(1.0, 1 / float(gradient.abs().sum()))
         while left > 0:
@@ -54,8 +56,8 @@ def descend(objective: Objective, start: Sequence[Tensor], evaluations: int, *, 
     return [part.reshape(each.shape) for part, each in zip(point.split(sizes), start, strict=True)]
 
 
-def _stalled(errors: Sequence[float]) -> bool:
-    return len(errors) > _STEPS and errors[-1] > (1 - _FALLS) * errors[-1 - _STEPS]
+def _stalled(errors: Sequence[float], falls: float) -> bool:
+    return len(errors) > _STEPS and errors[-1] > (1 - falls) * errors[-1 - _STEPS]
 
 
 def _direction(gradient: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

@@ -27,8 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spectrim.linalg import lowrank, response
-from spectrim.linalg.descent import descend as descend
+from spectrim.linalg import descent, lowrank, response
 from spectrim.linalg.metric import Full, SlicedMetric, cholesky
 
 # Steps that a descent to a CP knows of: with 20 an evaluation takes up to a quarter longer, and comes no lower.
@@ -160,20 +159,28 @@ def normalised(modes: Sequence[Tensor]) -> list[Tensor]:
     return [mode / torch.where((size := mode.norm(dim=0)) > 0, size, torch.ones_like(size)) for mode in modes]
 
 
-def polyadic_error(target: Target, modes: Sequence[Tensor]) -> tuple[float, list[Tensor], Float[Tensor, "o r"]]:
+def polyadic_error(
+    target: Target, modes: Sequence[Tensor], ridge: float = 0.0
+) -> tuple[float, list[Tensor], Float[Tensor, "o r"]]:
     """Share of the energy that a CP with these modes loses, its gradients by them, and the outer factor.
 
-    Cost ``O(n^2 r)`` in a metric of whole patches of ``n`` numbers.
+    With a ridge the energies of all components, times it, count as lost too: ``sum_r |outer_r|^2 c_r^T C c_r`` for
+    columns ``c_r``. Cost ``O(n^2 r)`` in a metric of whole patches of ``n`` numbers.
     """
     columns = columns_of(modes)
     seen = target.seen(columns)
-    factor = cholesky((columns.mT @ seen).unsqueeze(0))[0]
+    factor = cholesky(_raised(columns.mT @ seen, ridge).unsqueeze(0))[0]
     half = torch.linalg.solve_triangular(factor, columns.mT @ target.cross, upper=False)
     outer = torch.linalg.solve_triangular(factor.mT, half, upper=True).mT
     whole = max(target.energy, 1e-300)
-    slope = (seen @ (outer.mT @ outer) - target.cross @ outer) * (2 / whole)
+    slope = (seen @ _raised(outer.mT @ outer, ridge) - target.cross @ outer) * (2 / whole)
     error = float(target.left_over(half.square().sum()))
     return error, [_towards(slope, modes, number) for number in range(len(modes))], outer
+
+
+def _raised(gram: Float[Tensor, "r r"], ridge: float) -> Float[Tensor, "r r"]:
+    """A matrix with a share of its diagonal added to it."""
+    return gram + torch.diag(ridge * gram.diagonal())
 
 
 def polyadic_work(target: Target, rank: int) -> float:
@@ -182,26 +189,47 @@ def polyadic_work(target: Target, rank: int) -> float:
     return float(n * rank) * (target.reach + 2 * o + 2 * rank)
 
 
+# Ridges of a descent, one after the other, and evaluations with each; what is left goes to the last.
+_RIDGES, _FIRST = (1e-1, 1e-3), 20
+# The last descent ends where ten steps lower the error by less than this share of it.
+_SETTLED = 1e-6
+
+
 def polyadic(
     target: Target, modes: Sequence[Float[Tensor, "_ r"]], evaluations: int
 ) -> tuple[list[Float[Tensor, "_ r"]], float]:
-    """Modes that lose less than given ones, and the share of the energy that is lost."""
-    error, _, outer = polyadic_error(target, modes)
+    """Modes that lose less than given ones, and the share of the energy that is lost.
+
+    The least error of a CP need not be attained: large components may cancel ever more closely (de Silva and Lim 2008),
+    and where descent ends in such a valley is told by rounding. With a little ridge there is a minimum, which is
+    reached; a larger one first leads to better minima.
+    """
+    start, error = list(modes), polyadic_error(target, modes)[0]
     if evaluations <= 0 or error <= 1e-12:
-        return list(modes), error
+        return start, error
+    found, first = start, min(_FIRST, evaluations // 2)
+    for ridge, most, falls in zip(_RIDGES, (first, evaluations - first), (descent.FALLS, _SETTLED), strict=True):
+        found = _descended(target, found, ridge, most, falls)
+    left = polyadic_error(target, found)[0]
+    # Where next to nothing is lost the ridge may lose more.
+    return (found, left) if left < error else (start, error)
+
+
+def _descended(target: Target, modes: list[Tensor], ridge: float, evaluations: int, falls: float) -> list[Tensor]:
+    """Where descent with one ridge comes to."""
     # Components in the size of what they answer: their curvatures differ by it.
-    columns = columns_of(modes)
+    columns, outer = columns_of(modes), polyadic_error(target, modes, ridge)[2]
     answers = outer.norm(dim=0) * (columns * target.seen(columns)).sum(0).clamp_min(0).sqrt()
     units = answers / answers.mean().clamp_min(1e-300)
     units = units.clamp_min(1e-3)
 
     def objective(points: Sequence[Tensor]) -> tuple[float, Sequence[Tensor]]:
-        lost, gradients, _ = polyadic_error(target, [point / units for point in points])
+        lost, gradients, _ = polyadic_error(target, [point / units for point in points], ridge)
         return lost, [gradient / units for gradient in gradients]
 
-    points = descend(objective, [mode * units for mode in modes], evaluations, memory=_MEMORY)
-    better = normalised([point / units for point in points])
-    return better, polyadic_error(target, better)[0]
+    start = [mode * units for mode in modes]
+    found = descent.descend(objective, start, evaluations, falls=falls, memory=_MEMORY)
+    return normalised([point / units for point in found])
 
 
 # --- Tucker-2 -------------------------------------------------------------------------------------------------------
@@ -293,7 +321,7 @@ def tucker(
 
     whole = max(target.energy, 1e-300)
     if evaluations > 0:
-        (inner,) = normalised(descend(objective, [inner], evaluations))
+        (inner,) = normalised(descent.descend(objective, [inner], evaluations))
     core, _, _ = Answers.of(target, inner).fitted(outputs)
     return inner, core.reshape(outputs, inner.shape[1], *target.weight.shape[2:])
 

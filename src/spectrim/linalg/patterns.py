@@ -20,7 +20,7 @@ import itertools
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,10 +72,18 @@ class Pattern(ABC):
 
     def keep(self, scores: Tensor, density: float) -> Tensor:
         """Mask ``[g, o, i, *k]`` of the entries that stay: the units of the largest sums of scores in each pool."""
+        return self.chosen(scores, density, largest)
+
+    def shares(self, scores: Tensor, density: float) -> Tensor:
+        """How much of each entry stays, continuous in the scores, which are squares (:func:`ramp`)."""
+        return self.chosen(scores, density, ramp)
+
+    def chosen(self, scores: Tensor, density: float, choose: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """What is chosen of the units of each pool by their sums of scores, for their entries ``[g, o, i, *k]``."""
         shape = tuple(scores.shape)
         opened = self.open(scores)
-        mask = largest(opened.sum(-1) if opened.shape[2] > 1 else opened.squeeze(2), self.kept(shape, density))
-        return self.close(mask.unsqueeze(-1).expand(opened.shape), shape)
+        units = choose(opened.sum(-1) if opened.shape[2] > 1 else opened.squeeze(2), self.kept(shape, density))
+        return self.close(units.unsqueeze(-1).expand(opened.shape), shape)
 
     def unfolded(self, how: Unfolding, shape: Sequence[int]) -> Pattern:
         """The pattern of a weight of that shape that is held as ``[g, (o, k_rest), (i, k_S)]``."""
@@ -109,8 +117,8 @@ class _Unfolded(Pattern):
     def kept(self, shape: Sequence[int], density: float) -> int:
         return self.pattern.kept(self.shape, density)
 
-    def keep(self, scores: Tensor, density: float) -> Tensor:
-        return unfold(self.pattern.keep(fold(scores.mT, self.how, self.shape[1:]), density), self.how).mT
+    def chosen(self, scores: Tensor, density: float, choose: Callable[[Tensor, int], Tensor]) -> Tensor:
+        return unfold(self.pattern.chosen(fold(scores.mT, self.how, self.shape[1:]), density, choose), self.how).mT
 
 
 @dataclass(frozen=True)
@@ -272,7 +280,7 @@ class Taps(Pattern):
     def densities(self, wanted: Iterable[float], shape: Sequence[int]) -> tuple[float, ...]:
         return (math.prod(self.extent) / math.prod(shape[3:]),)
 
-    def keep(self, scores: Tensor, density: float) -> Tensor:
+    def chosen(self, scores: Tensor, density: float, choose: Callable[[Tensor, int], Tensor]) -> Tensor:
         mask = torch.zeros_like(scores, dtype=torch.bool)
         if density > 0:
             mask[(..., *self.box)] = True
@@ -291,6 +299,29 @@ def largest(scores: Float[Tensor, "pools units"], count: int) -> Bool[Tensor, "p
         tied, above = scores == least, scores > least
         mask = above | (tied & (tied.cumsum(1) <= count - above.sum(1, keepdim=True)))
     return mask
+
+
+# Where units begin to stay and where all of them stays, in shares of the border.
+_BAND = 0.6, 1.4
+
+
+def ramp(scores: Float[Tensor, "pools units"], count: int) -> Float[Tensor, "pools units"]:
+    """How much of each unit stays, if so many of each pool are to stay, by scores that are squares.
+
+    The border lies in the middle between the last unit that stays and the first that goes. Nothing stays of what is
+    well below it, all of what is well above, and in between a share that grows with the size (as firm thresholding has
+    it; Gao and Bruce 1997). So scores that differ by rounding give shares that differ by rounding.
+    """
+    if not 0 < count < scores.shape[1]:
+        return torch.full_like(scores, float(count > 0))
+    go = scores.shape[1] - count
+    parted = np.partition(scores.detach().cpu().numpy(), go, axis=1)
+    sizes = np.sqrt(np.stack([parted[:, go], parted[:, :go].max(1)], axis=1))
+    border = torch.from_numpy(sizes.mean(1, keepdims=True)).to(scores)
+    low, high = _BAND
+    # Of a border of nothing all that is anything stays.
+    steep = 1 / ((high - low) * border.clamp_min(torch.finfo(scores.dtype).tiny))
+    return scores.sqrt().mul_(steep).sub_(low / (high - low)).clamp_(0, 1)
 
 
 def taps(scores: Tensor) -> tuple[Taps, ...]:

@@ -135,6 +135,12 @@ def threshold(scores: Float[Tensor, "g o n"], pattern: Pattern, density: float, 
     return pattern.keep(scores.reshape(g, o, *kernel), density).reshape(g, o, n)
 
 
+def shares(scores: Float[Tensor, "g o n"], pattern: Pattern, density: float, kernel: tuple[int, ...]) -> Tensor:
+    """How much of each entry stays, in place of whether it does: the same, continuous in the scores."""
+    g, o, n = scores.shape
+    return pattern.shares(scores.reshape(g, o, *kernel), density).reshape(g, o, n)
+
+
 def one_shot(
     target: Float[Tensor, "g o n"], error: Quadratic, pattern: Pattern, density: float, kernel: tuple[int, ...]
 ) -> Sparse:
