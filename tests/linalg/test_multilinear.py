@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spectrim.linalg import descent
-from spectrim.linalg.metric import Full, Plain
 from spectrim.linalg.descent import descend
+from spectrim.linalg.metric import Full, Plain
 from spectrim.linalg.multilinear import (
     Target,
     columns_of,
@@ -184,3 +184,16 @@ def test_descent_keeps_the_best_point_it_has_seen() -> None:
 def test_columns_without_length_are_left() -> None:
     scaled = normalised([torch.tensor([[3.0, 0.0], [4.0, 0.0]])])[0]
     assert torch.equal(scaled, torch.tensor([[0.6, 0.0], [0.8, 0.0]]))
+
+
+def test_rounding_does_not_decide_where_a_descent_ends() -> None:
+    for seed in range(2):
+        goal = target((3, 3), outputs=12, inputs=10, seed=seed)
+        draw = torch.randn(goal.weight.shape, generator=torch.Generator().manual_seed(seed + 9), dtype=torch.float64)
+        other = Target(goal.weight * (1 + 1e-7 * draw), goal.metric)
+        answers = []
+        for each in (goal, other):
+            modes, _ = polyadic(each, polyadic_start(each, [(0, 1)], 5), 600)
+            columns = columns_of(modes)
+            answers.append(each.outer(columns) @ columns.mT)
+        assert float((answers[0] - answers[1]).norm()) <= 5e-3 * float(answers[0].norm())

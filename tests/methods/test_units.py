@@ -279,3 +279,20 @@ def test_units_of_removed_channels_decide_nothing() -> None:
         curves.append(st.PrincipalFilters(multiple_of=1).curve(sites.coupled()[0]))
     assert curves[0].choices == curves[1].choices
     torch.testing.assert_close(torch.tensor(curves[0].errors), torch.tensor(curves[1].errors), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.table
+@pytest.mark.parametrize("seed", range(2))
+def test_what_rescaling_rounds_sends_no_search_another_way(seed: int) -> None:
+    """Factors that are no powers of two round the weights; a search for entries is no longer decided by that."""
+    torch.manual_seed(seed)
+    model: Any = nn.Sequential(nn.Linear(24, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
+    batches = [sample_inputs((24,), 128, seed=seed + n) for n in range(2)]
+    found = [
+        st.compress(m, batches, st.Budget(parameters=0.6), methods=[LowRankPlusSparse()])
+        for m in (model, rescaled_hidden(model, units(64, seed)))
+    ]
+    assert [e.choice for e in found[0].plan] == [e.choice for e in found[1].plan]
+    with torch.no_grad():
+        one, two = (each.model(batches[0]) for each in found)
+    assert float((one - two).norm()) <= 1e-3 * float(one.norm())

@@ -3,7 +3,11 @@
 The sparse weight is held twice, once free to fit the responses (``W``) and once with its pattern (``S``), and a penalty
 draws the two together (Boyd et al. 2011; for pruning Meng et al., ALPS, 2024):
 
-    W <- argmin of error(T - L - W) + penalty ||W - S + M||^2,    S <- largest entries of W + M,    M <- M + W - S
+    W <- argmin of error(T - L - W) + penalty ||W - S + M||^2,    S <- share of the entries of W + M,    M <- M + W - S
+
+The step of ``S`` is continuous: near the border entries stay in part (:func:`spectrim.linalg.patterns.ramp`), and which
+ones stay as a whole is asked once, at the end. With a mask in every turn rounding decided between entries that were
+nearly equal, and one exchange sent the search to another minimum. The continuous one also finds lower errors.
 
 A small penalty lets ``W`` make up for what ``S`` lacks, wherever that is, and what ``W`` then asks for decides which
 entries are exchanged: many, and far ones, which thresholding of gradients does not find. As it grows by the same factor

@@ -189,9 +189,9 @@ def polyadic_work(target: Target, rank: int) -> float:
     return float(n * rank) * (target.reach + 2 * o + 2 * rank)
 
 
-# Ridges of a descent, one after the other, and evaluations with each; what is left goes to the last.
-_RIDGES, _FIRST = (1e-1, 1e-3), 20
-# The last descent ends where ten steps lower the error by less than this share of it.
+# Ridge of the first descent and its evaluations; that of the second, in shares of what the first has lost.
+_RIDGE, _FIRST, _SHARE = 1e-1, 20, 4e-3
+# The second descent ends where ten steps lower the error by less than this share of it.
 _SETTLED = 1e-6
 
 
@@ -207,9 +207,10 @@ def polyadic(
     start, error = list(modes), polyadic_error(target, modes)[0]
     if evaluations <= 0 or error <= 1e-12:
         return start, error
-    found, first = start, min(_FIRST, evaluations // 2)
-    for ridge, most, falls in zip(_RIDGES, (first, evaluations - first), (descent.FALLS, _SETTLED), strict=True):
-        found = _descended(target, found, ridge, most, falls)
+    first = min(_FIRST, evaluations // 2)
+    found = _descended(target, start, _RIDGE, first, descent.FALLS)
+    ridge = _SHARE * polyadic_error(target, found)[0]
+    found = _descended(target, found, ridge, evaluations - first, _SETTLED)
     left = polyadic_error(target, found)[0]
     # Where next to nothing is lost the ridge may lose more.
     return (found, left) if left < error else (start, error)
