@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import contextvars
 import copy
+import warnings
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from spectrim.nn.watch.lockstep import lockstep
@@ -198,6 +204,131 @@ def test_modes_that_a_pass_enters_see_nothing_of_others():
             torch.ones(8, 8) @ torch.ones(8, 8)
         ends = hub.ends(0)
     assert [int(end.output[1]) for end in ends] == [int(dense(every[0])[1])] * 2
+
+
+class Awaits(nn.Module):
+    """Runs an event loop of its own, of which a thread has one at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    async def steps(self, x):
+        for layer in (self.first, self.last):
+            await asyncio.sleep(0)
+            x = layer(x)
+        return x
+
+    def forward(self, x):
+        return asyncio.run(self.steps(x))
+
+
+def test_event_loops_belong_to_each_pass():
+    dense, changed = twins(Awaits())
+    every = batches()
+    with lockstep(dense, changed, {"first": 1, "last": 1}, every) as hub:
+        for name in ("first", "last"):
+            assert len(hub.reach(name)) == len(every)
+            assert asyncio.run(asyncio.sleep(0, "another")) == "another"
+        ends = [hub.ends(number)[0].output for number in range(len(every))]
+    assert all(torch.equal(end, dense(batch)) for end, batch in zip(ends, every, strict=True))
+
+
+class Within(nn.Module):
+    """Calls its layers inside of something that belongs to the thread or the process."""
+
+    def __init__(self, around):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.around = around
+
+    def forward(self, x):
+        with self.around():
+            return self.last(torch.relu(self.first(x))).double()
+
+
+class Scales(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return out * 1.5 if func is torch.relu else out
+
+
+SETTING = contextvars.ContextVar("SETTING", default=1.0)
+
+
+@contextlib.contextmanager
+def doubles():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@contextlib.contextmanager
+def set_outside():
+    assert SETTING.get() == 2.0
+    token = SETTING.set(3.0)
+    yield
+    SETTING.reset(token)
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        Scales,
+        doubles,
+        set_outside,
+        lambda: sdpa_kernel(SDPBackend.MATH),
+        lambda: torch.device("cpu"),
+        lambda: torch.backends.mkldnn.flags(enabled=False),
+        warnings.catch_warnings,
+    ],
+)
+def test_switches_and_modes_that_a_pass_turns_are_its_own_and_as_they_were_afterwards(around):
+    def seen():
+        flash, modes = torch.backends.cuda.flash_sdp_enabled(), torch._C._len_torch_function_stack()
+        return torch.get_default_dtype(), flash, torch.backends.mkldnn.enabled, warnings.filters, modes
+
+    SETTING.set(2.0)
+    dense, changed = twins(Within(around))
+    every, before = batches(), seen()
+    with lockstep(dense, changed, {"first": 1, "last": 1}, every) as hub:
+        for name in ("first", "last"):
+            assert len(hub.reach(name)) == len(every)
+            assert seen() == before
+        ends = [hub.ends(number)[0].output for number in range(len(every))]
+    assert seen() == before
+    assert all(torch.equal(end, dense(batch)) for end, batch in zip(ends, every, strict=True))
+
+
+class Leaves(nn.Module):
+    def __init__(self, box, layer):
+        super().__init__()
+        self.box, self.layer = box, layer
+
+    def forward(self, x):
+        self.box["x"] = x
+        return torch.relu(self.layer(x))
+
+
+class Takes(Leaves):
+    def forward(self, x):
+        return self.layer(x) + self.box["x"]
+
+
+def test_what_several_modules_keep_in_one_mapping_stays_one_for_each_pass():
+    box = {}
+    model = nn.Sequential(Leaves(box, nn.Linear(4, 4)), Takes(box, nn.Linear(4, 4)))
+    dense, changed = twins(model)
+    every = batches()
+    calls = {"0.layer": 1, "1.layer": 1}
+    with lockstep(dense, changed, calls, every, places=probe(dense, calls, every[0]).places) as hub:
+        for name in calls:
+            assert len(hub.reach(name)) == len(every)
+        ends = [hub.ends(number)[0].output for number in range(len(every))]
+    assert all(torch.equal(end, dense(batch)) for end, batch in zip(ends, every, strict=True))
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -99,6 +101,30 @@ class Making(Net):
         return self.act(self.plain(x))
 
 
+class Forked(Net):
+    """Has C++ code of torch call its layers: a pass that waited there took the process with it."""
+
+    def forward(self, x: Tensor) -> Any:
+        return self.c(torch.jit.wait(torch.jit.fork(self.b, self.a(x))))
+
+
+class InThreads(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            return self.c(pool.submit(torch.no_grad()(self.b), self.a(x)).result())
+
+
+LOCK = threading.Lock()
+
+
+class Locking(Net):
+    """Holds a lock while its layers are called: passes that wait there side by side waited for one another for ever."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with LOCK:
+            return self.plain(x)
+
+
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
@@ -111,6 +137,9 @@ class Making(Net):
         (Swapping, "forward puts another module in the place of 'b'.*calling one or the other"),
         (Lent, "forward puts another module in the place of 'b'"),
         (Making, "forward makes the module 'act' while it runs: make it in __init__"),
+        (Forked, "layer 'b' is called from within torch.jit.fork.*from plain Python, or skip='b'"),
+        (Locking, "layer 'a' is called while the lock '.*LOCK' is held.*where the model is called"),
+        (InThreads, "layer 'b' is called in a thread of its own.*in the thread that runs the model"),
     ],
 )
 def test_what_cannot_be_watched_is_refused_with_layer_reason_and_cure(kind: type[Net], says: str):
@@ -120,6 +149,17 @@ def test_what_cannot_be_watched_is_refused_with_layer_reason_and_cure(kind: type
         st.calibrate(model, st.find(model), BATCHES)
     assert dict(model.named_modules()) == modules
     assert all(type(vars(m)[held]) is dict for m in model.modules() for held in ("_modules", "_parameters"))
+    if kind is not Making:
+        with pytest.raises(st.CalibrationError, match=says):
+            st.couple(model, st.find(model), BATCHES[0])
+
+
+def test_a_layer_that_torch_calls_is_told_without_calibration_too():
+    model = Forked().eval()
+    sites = st.find(model)
+    plan = st.select(st.tabulate(sites, st.WeightSVD()), "parameters=60%")
+    with pytest.raises(st.CalibrationError, match="layer 'b' is called from within torch.jit.fork"):
+        st.apply(model, sites, plan, BATCHES)
 
 
 def test_layers_in_branches_that_torch_compiles_are_refused():

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from spectrim.errors import called_as
+from spectrim.errors import SpectrimError, called_as
 from spectrim.network.coupling import IN, OUT, Coupling
 from spectrim.network.sites import Layer, Sites, Skipped
 from spectrim.nn.channels.beyond import by_experiment
@@ -28,6 +28,8 @@ from spectrim.nn.find import find
 from spectrim.nn.layers import canonical
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
+from spectrim.nn.watch.observe import observe
+from spectrim.nn.watch.readers import reading
 from spectrim.nn.watch.state import ALONE
 
 
@@ -97,6 +99,7 @@ def _coupled(model: nn.Module, sites: Sites, example: Any, run: Feed) -> Sites:
     # Not the traced copy: it may keep tensors of autograd, which cannot be copied.
     lively = enlivened(model)
     small = run.few(lively, example, 2)
+    _check_watchable(lively, sites, small, run)
     graph = Graph.traced(model, sites, small, run)
     # Other samples may go through layers that these two do not.
     left = graph.left() if isinstance(graph, Graph) and small is not example else []
@@ -129,6 +132,18 @@ def _coupled(model: nn.Module, sites: Sites, example: Any, run: Feed) -> Sites:
         norms=norms,
         skipped=(*sites.skipped, *skipped),
     )
+
+
+def _check_watchable(model: nn.Module, sites: Sites, batch: Any, run: Feed) -> None:
+    """Raise CalibrationError where calibration would: for a model that calls its layers as they cannot be watched."""
+    specs = [layer.spec for layer in sites.layers if not layer.present]
+    with observe(model, forward=run) as once, reading(model, specs):
+        try:
+            once(batch)
+        except SpectrimError:
+            raise
+        except Exception:  # the trace meets it too, and tells
+            return
 
 
 def _with_heads(

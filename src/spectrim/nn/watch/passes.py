@@ -7,20 +7,22 @@ What it takes in memory is what the waiting passes hold alive.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-import torch
 from greenlet import GreenletExit, getcurrent, greenlet
-from torch import Tensor, nn
+from torch import Tensor, nn, overrides
 from torch._C import _len_torch_dispatch_stack
-from torch.utils._python_dispatch import _pop_mode, _push_mode
+from torch.utils import _python_dispatch
 
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.observe import hooked, on_each
+from spectrim.nn.watch.readers import check_unheld
 from spectrim.nn.watch.state import Place, State, evaluating, install, taken
+from spectrim.nn.watch.switches import switches_kept, switches_of_pass
 
 T = TypeVar("T")
 
@@ -43,6 +45,32 @@ class Network:
     def put_back(self) -> None:
         """Have the model keep what it did at first."""
         self.state.put_back(self.places)
+
+
+class _Modes(NamedTuple):
+    """The modes of torch that are entered, outermost first: of functions, and of the operations below them."""
+
+    functions: Sequence[Any]
+    operations: Sequence[Any]
+
+    @classmethod
+    def now(cls) -> _Modes:
+        """Those of this thread."""
+        operations = [_python_dispatch._pop_mode() for _ in range(_len_torch_dispatch_stack())][::-1]
+        for mode in operations:
+            _python_dispatch._push_mode(mode)
+        return cls(overrides._get_current_function_mode_stack(), operations)
+
+    def instead(self, others: _Modes) -> None:
+        """Leave these, which are entered now, and enter others."""
+        for _ in self.functions:
+            overrides._pop_mode()
+        for _ in self.operations:
+            _python_dispatch._pop_mode()
+        for mode in others.functions:
+            overrides._push_mode(mode)
+        for mode in others.operations:
+            _python_dispatch._push_mode(mode)
 
 
 class _Pass(greenlet):
@@ -71,35 +99,36 @@ class _Pass(greenlet):
         self.beside: dict[str, Tensor] = {}
         self.calls: Counter[str] = Counter()
         self.output: Any = None
-        self._beneath = 0  # modes of torch that are not the pass's own
+        self.gr_context = contextvars.copy_context()
+        self._beneath = _Modes.now()  # those that are not the pass's own
         self._network, self.own = network, network.state.fresh(network.places)
 
     def advance(self, name: str, left: set[str]) -> None:
         """Go on to a layer, but past none that is not left yet."""
         while not self.dead and self.at != name and (self.at is None or self.at in left):
-            with _state_kept():
+            with switches_kept():
                 install(self._network.model, self.own)
-                self._beneath = _len_torch_dispatch_stack()
+                self._beneath = _Modes.now()
                 given = self.switch()
                 self.output = given if self.dead else None
                 self.own = taken(self._network.model, self._network.places)
 
     def end(self) -> None:
         """Give up what is not done."""
-        with _state_kept():
+        with switches_kept():
             install(self._network.model, self.own)
-            self._beneath = _len_torch_dispatch_stack()
+            self._beneath = _Modes.now()
             self.throw(GreenletExit)
 
     @contextlib.contextmanager
     def modes_apart(self) -> Iterator[None]:
         """Without the modes that the pass has entered: they belong to the thread, where others go on meanwhile."""
-        own: list[Any] = [_pop_mode() for _ in range(_len_torch_dispatch_stack() - self._beneath)]
+        own = _Modes.now()
+        own.instead(self._beneath)
         try:
             yield
         finally:
-            for mode in reversed(own):
-                _push_mode(mode)
+            _Modes.now().instead(own)
 
 
 class Passes:
@@ -167,7 +196,8 @@ class Passes:
             return
         calls.append(tensor)
         here.at = name
-        with _state_of_pass(), here.modes_apart():
+        check_unheld(name)
+        with switches_of_pass(), here.modes_apart():
             here.parent.switch()  # type: ignore[union-attr]
 
     def end(self) -> None:
@@ -218,43 +248,3 @@ def passes(
 def given(args: Any, kwargs: Any) -> Tensor:
     """What a layer is called with."""
     return args[0] if args else kwargs["input"]
-
-
-@dataclass(frozen=True)
-class _Autocast:
-    """Torch's automatic casting on a device, which belongs to the thread and not to a greenlet."""
-
-    device: str
-    enabled: bool
-    dtype: torch.dtype
-
-    @classmethod
-    def now(cls) -> list[_Autocast]:
-        kinds = [kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)]
-        return [cls(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
-
-    def set(self) -> None:
-        torch.set_autocast_enabled(self.device, self.enabled)
-        torch.set_autocast_dtype(self.device, self.dtype)
-
-
-@contextlib.contextmanager
-def _state_kept() -> Iterator[None]:
-    """Gradients and casting as they were, whatever a pass that goes on meanwhile leaves them as."""
-    gradients, casting = torch.is_grad_enabled(), _Autocast.now()
-    try:
-        yield
-    finally:
-        torch.set_grad_enabled(gradients)
-        for cast in casting:
-            cast.set()
-
-
-@contextlib.contextmanager
-def _state_of_pass() -> Iterator[None]:
-    """The same for a pass while others go on. Inference mode, which cannot be set, is left and entered again."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_state_kept())
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(mode=False))
-        yield

@@ -7,7 +7,9 @@ is refused: what stands under a name would not be what runs.
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +42,13 @@ _AMID = (
     "it is called while forward has put other weights in place of some layer's own, which passes that wait at it side "
     "by side would mix up: call it before or after"
 )
+# Python files whose functions have C++ code call back.
+_HOLDING = {
+    os.path.join("torch", "jit", "_async.py"): "torch.jit.fork",
+    os.path.join("torch", "_library", "custom_ops.py"): "an operator of torch.library",
+}
+_LOCKS = (type(threading.Lock()), threading.Semaphore)
+_PATIENCE = 0.2  # seconds
 _DERIVATIVES = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 
 
@@ -59,13 +68,14 @@ class Reading:
 class _Readers(TorchFunctionMode):
     """Notes the layers whose weight goes into an operation while the layer itself does not run."""
 
-    def __init__(self, layers: Mapping[str, nn.Module], seen: Reading) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], seen: Reading, locks: Mapping[str, Any]) -> None:
         super().__init__()
         self.layers, self.seen = layers, seen
         self.weights: dict[int, set[str]] = {}
         for name, layer in layers.items():
             self.weights.setdefault(id(layer.weight), set()).add(name)
         self.own = {name: dict(layer._parameters) for name, layer in layers.items()}
+        self.locks = locks
         self.running: list[str] = []
         self.amid: dict[str, set[str]] = {}
         self.differentiable: str | None = None
@@ -80,6 +90,8 @@ class _Readers(TorchFunctionMode):
                 "cannot be watched. Compress the module that is transformed by itself, on the batches it is given, or "
                 f"skip={name!r}"
             )
+        check_unheld(name)
+        _check_unlocked(name, self.locks)
         if self.inside is not None:
             raise CalibrationError(
                 f"layer {name!r} is called inside torch's {self.inside}, where functions are compiled or run for "
@@ -136,6 +148,44 @@ class _Readers(TorchFunctionMode):
             raise CalibrationError(f"{what}; without gradients it fails. {cure}") from error
 
 
+def check_unheld(name: str) -> None:
+    """Raise CalibrationError if a layer is called by C++ code, which dies where passes wait in it side by side."""
+    frame = sys._getframe()
+    while frame is not None:
+        if held := next((what for path, what in _HOLDING.items() if frame.f_code.co_filename.endswith(path)), None):
+            raise CalibrationError(
+                f"layer {name!r} is called from within {held}, whose C++ code cannot be left while other passes go on: "
+                f"call it from plain Python, or skip={name!r}"
+            )
+        frame = frame.f_back
+
+
+def _check_unlocked(name: str, locks: Mapping[str, Any]) -> None:
+    """Raise CalibrationError if a layer is called while a lock is held, which another pass would wait for for ever."""
+    for lock, held in locks.items():
+        # Another thread gives it back before long.
+        if not held.acquire(timeout=_PATIENCE):
+            raise CalibrationError(
+                f"layer {name!r} is called while the lock {lock!r} is held, which other passes, that go on meanwhile, "
+                "would wait for: take it where the model is called and not in forward, or use a threading.RLock"
+            )
+        held.release()
+
+
+def _locks(model: nn.Module) -> dict[str, Any]:
+    """Locks that the modules of a model may take, by their names: those beside their classes, and of the classes."""
+    kinds = {base for module in model.modules() for base in type(module).__mro__}
+    own = [kind for kind in kinds if not kind.__module__.startswith(("torch.", "spectrim.", "builtins"))]
+    spaces = {kind.__module__: vars(sys.modules[kind.__module__]) for kind in own if kind.__module__ in sys.modules}
+    spaces |= {f"{kind.__module__}.{kind.__qualname__}": vars(kind) for kind in own}
+    return {
+        f"{where}.{key}": value
+        for where, space in spaces.items()
+        for key, value in list(space.items())
+        if isinstance(value, _LOCKS)
+    }
+
+
 def _runs(layer: nn.Module) -> bool:
     """Whether some function that is running now is the layer's forward."""
     frame = sys._getframe()
@@ -184,12 +234,33 @@ def reading(model: nn.Module, specs: Iterable[LayerSpec]) -> Iterator[Reading]:
     """
     layers = {spec.name: model.get_submodule(spec.name) for spec in specs}
     seen = Reading()
-    readers = _Readers(layers, seen)
+    readers = _Readers(layers, seen, _locks(model))
     starts = on_each(layers.items(), lambda name, *_: readers.start(name), before=True)
     ends = on_each(layers.items(), lambda name, *_: readers.running.remove(name))
-    with hooked([*starts, *ends]), _held(model, layers, seen), readers:
+    with hooked([*starts, *ends]), _elsewhere(layers, readers.amid), _held(model, layers, seen), readers:
         yield seen
         readers.end({path for path, _ in written(model)})
+
+
+@contextlib.contextmanager
+def _elsewhere(layers: Mapping[str, nn.Module], here: Collection[str]) -> Iterator[None]:
+    """Refuse layers that are called in other threads alone: there they are neither watched nor counted."""
+    ours, called = threading.get_ident(), dict[str, None]()
+
+    def note(name: str) -> None:
+        if threading.get_ident() != ours:
+            called[name] = None
+
+    with contextlib.ExitStack() as stack:
+        for name, layer in layers.items():
+            handle = layer.register_forward_pre_hook(lambda *_, name=name: note(name))
+            stack.callback(handle.remove)
+        yield
+    if name := next((name for name in called if name not in here), None):
+        raise CalibrationError(
+            f"layer {name!r} is called in a thread of its own, where it can be neither watched nor counted: call "
+            "it in the thread that runs the model, at least while it is compressed"
+        )
 
 
 @contextlib.contextmanager

@@ -147,8 +147,13 @@ class State:
         ]
 
     def fresh(self, places: Iterable[Place]) -> dict[Place, Any]:
-        """Copies of what was kept at some places."""
-        return {place: _copy(self._held[place][1]) if place in self._held else _GONE for place in places}
+        """Copies of what was kept at some places: one for what was the same object at several."""
+        copies: dict[int, Any] = {}
+        values = {place: self._held.get(place, (_GONE, _GONE, 0)) for place in places}
+        return {
+            place: copies.setdefault(id(value), value if copy is _GONE else _copy(copy))
+            for place, (value, copy, _) in values.items()
+        }
 
     def put_back(self, places: Iterable[Place] | None = None) -> None:
         """Have the model keep what it did, each object with what was in it; logs, which hold no tensors, go on.
