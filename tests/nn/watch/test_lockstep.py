@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import copy
+import threading
 import warnings
 
 import pytest
@@ -15,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+import spectrim as st
 from spectrim.nn.watch.lockstep import lockstep
 from spectrim.nn.watch.probe import Probe, probe
 
@@ -303,6 +305,93 @@ def test_switches_and_modes_that_a_pass_turns_are_its_own_and_as_they_were_after
     assert all(torch.equal(end, dense(batch)) for end, batch in zip(ends, every, strict=True))
 
 
+class Skips(nn.Module):
+    """A skip that goes by something else than an argument; what is between its ends is gone when the pass is over."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.begin()
+
+    def begin(self):
+        """What holds it."""
+
+    def forward(self, x):
+        self.leave(x)
+        return self.last(torch.relu(self.first(x))) + self.take()
+
+
+KEPT = {}
+DEPTH = 0
+OF_THREAD = threading.local()
+
+
+class Store:
+    x = None
+
+
+class ByGlobal(Skips):
+    def leave(self, x):
+        global DEPTH
+        assert DEPTH == 0, "entered again"
+        DEPTH += 1
+        KEPT["x"] = x
+
+    def take(self):
+        global DEPTH
+        DEPTH -= 1
+        return KEPT.pop("x")
+
+
+class ByClass(Skips):
+    def leave(self, x):
+        Store.x = x
+
+    def take(self):
+        return Store.x
+
+
+class ByThread(Skips):
+    def leave(self, x):
+        vars(OF_THREAD).setdefault("stack", []).append(x)
+
+    def take(self):
+        return OF_THREAD.stack.pop()
+
+
+class ByHook(Skips):
+    def begin(self):
+        features = {}
+        self.first.register_forward_hook(lambda module, args, output: features.update(x=args[0]))
+        self.leave = lambda x: None
+        self.take = self.given = lambda: features["x"]
+
+
+class ByStack(Skips):
+    def begin(self):
+        self.stack = []
+
+    def leave(self, x):
+        self.stack.append(x)
+
+    def take(self):
+        return self.stack.pop()
+
+
+class ByAttribute(Skips):
+    def begin(self):
+        self.busy = False
+
+    def leave(self, x):
+        assert not self.busy, "entered again"
+        self.busy, self.x = True, x
+
+    def take(self):
+        x, self.busy = self.x, False
+        del self.x
+        return x
+
+
 class Leaves(nn.Module):
     def __init__(self, box, layer):
         super().__init__()
@@ -318,17 +407,36 @@ class Takes(Leaves):
         return self.layer(x) + self.box["x"]
 
 
-def test_what_several_modules_keep_in_one_mapping_stays_one_for_each_pass():
-    box = {}
-    model = nn.Sequential(Leaves(box, nn.Linear(4, 4)), Takes(box, nn.Linear(4, 4)))
-    dense, changed = twins(model)
+class ByBox(nn.Sequential):
+    def __init__(self):
+        box = {}
+        super().__init__()
+        self.first, self.last = Leaves(box, nn.Linear(4, 4)), Takes(box, nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("kind", [ByGlobal, ByClass, ByThread, ByHook, ByStack, ByAttribute, ByBox])
+def test_what_a_pass_keeps_anywhere_until_it_is_taken_is_its_own(kind):
+    dense, changed = twins(kind())
     every = batches()
-    calls = {"0.layer": 1, "1.layer": 1}
+    calls = {name: 1 for name, module in dense.named_modules() if isinstance(module, nn.Linear)}
     with lockstep(dense, changed, calls, every, places=probe(dense, calls, every[0]).places) as hub:
         for name in calls:
             assert len(hub.reach(name)) == len(every)
-        ends = [hub.ends(number)[0].output for number in range(len(every))]
+        ends = [hub.ends(number)[1].output for number in range(len(every))]
+    assert (KEPT, DEPTH, Store.x) == ({}, 0, None), "something of a pass is left"
     assert all(torch.equal(end, dense(batch)) for end, batch in zip(ends, every, strict=True))
+    Store.x = None
+
+
+def test_what_is_gone_at_the_end_of_a_pass_is_seen_by_calibration():
+    model = ByAttribute()
+    inputs = [torch.randn(40, 4) for _ in range(2)]
+    sites = st.calibrate(model, st.find(model), inputs)
+    assert sites.keeps_state
+    plain = Repeated()
+    assert not st.calibrate(plain, st.find(plain), inputs).keeps_state
+    st.compress(model, inputs, "parameters=90%")
+    assert not hasattr(model, "x")
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])

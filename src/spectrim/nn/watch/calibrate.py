@@ -23,7 +23,7 @@ from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.masks import Mask, unread
 from spectrim.nn.watch.nesting import begun, checked_batches, tensors
-from spectrim.nn.watch.observe import Hook, hooked, observe
+from spectrim.nn.watch.observe import Hook, hooked, observe, on_each
 from spectrim.nn.watch.readers import reading
 from spectrim.nn.watch.responses import OtherWays, Responses
 from spectrim.nn.watch.sampling import GUESSED, Run, Sampling
@@ -175,9 +175,9 @@ def calibrated(
     with observe(model, forward=feed) as call:
         state = State(model)
         for index, batch in enumerate(stream):
-            with hooked(watch.hooks(model)):
+            with hooked((*watch.hooks(model), *(() if index else watch.looks(state)))):
                 watch.see(call, batch, index)
-            keeps = bool(state.changed()) if not index else keeps
+            keeps = keeps if index else state.keeps
             passes.behind(call, batch, index)
             progress(index + 1, length)
             if not statistics:
@@ -305,6 +305,12 @@ class _Watch:
             for number, side in enumerate(response.sides):
                 layer = _layer(model, self.watchers[side.name].spec)
                 yield Hook(layer, response.hook(number), before=True)
+
+    def looks(self, state: State) -> Iterator[Hook]:
+        """Have what is kept amid the first pass be seen."""
+        return on_each(
+            ((name, _layer(self.model, shapes.spec)) for name, shapes in self.watchers.items()), lambda *_: state.look()
+        )
 
     def see(self, run: Call, batch: Any, index: int) -> None:
         """Run the model on a batch; on the first one count what it computes beside the statistics."""

@@ -73,6 +73,7 @@ def probe(
         seen, alive, size = Probe(), _Alive(model), feed.layout.size(part)
 
         def note(name: str, *_: Any) -> None:
+            state.look()
             seen.order.append(name)
             seen.nbytes = max(seen.nbytes, alive.nbytes / size)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from spectrim.cost.rounds import ALONE as ALONE
 from spectrim.nn.parameters import parameters_of
+from spectrim.nn.watch.outside import Holder, outside
 from spectrim.nn.watch.writes import seen_writing, tell, written
 
 # What every module has; slots of passes come and go by themselves.
@@ -68,12 +69,15 @@ class Place:
     module
         Name of the module.
     among
-        Whether it is a parameter, a buffer or another attribute.
+        Whether it is a parameter, a buffer, another attribute, or a variable outside of the modules.
+    outside
+        What has that variable.
     """
 
     module: str
     key: str
-    among: Literal["parameters", "buffers", "attributes"]
+    among: Literal["parameters", "buffers", "attributes", "outside"]
+    outside: Holder | None = None
 
     def get(self, model: nn.Module) -> Any:
         """What is there, if there is anything."""
@@ -89,7 +93,9 @@ class Place:
         else:
             holder[self.key] = value
 
-    def _holder(self, model: nn.Module) -> dict[str, Any]:
+    def _holder(self, model: nn.Module) -> Any:
+        if self.outside is not None:
+            return self.outside
         owner = model.get_submodule(self.module)
         return vars(owner) if self.among == "attributes" else vars(owner)[f"_{self.among}"]
 
@@ -106,6 +112,11 @@ class State:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._held = {place: (value, _copy(value), _version(place, value)) for place, value in _places(model)}
+        self._passing: dict[Place, None] = {}
+        self._lively = [
+            (place, place._holder(model)) for place, kept in self._held.items() if _may_pass(model, place, kept[1])
+        ]
+        self._sizes = [(name, vars(module), len(vars(module))) for name, module in model.named_modules()]
         tell(model, self)
         self._hooks = {module: [set(vars(module)[kind]) for kind in _HOOKS] for module in model.modules()}
 
@@ -114,6 +125,22 @@ class State:
         for place in _written_places(self._model):
             value = place.get(self._model)
             self._held[place] = value, _copy(value), _version(place, value)
+
+    def look(self) -> None:
+        """Note, in the middle of a pass, what may be gone at its end, such as what is kept where nothing was before."""
+        for place, holder in self._lively:
+            value, copy, version = self._held[place]
+            if holder.get(place.key, _GONE) is not value or not _same(value, copy, version):
+                self._passing[place] = None
+        for name, space, size in self._sizes:
+            if len(space) > size:
+                new = (Place(name, key, "attributes") for key in space if key not in _COMMON)
+                self._passing |= dict.fromkeys(place for place in new if place not in self._held)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether passes keep something, at their ends or before."""
+        return bool(self._passing or self.changed())
 
     def changed(self) -> list[Place]:
         """Where something else is kept by now, or may be: parameters are put back at once after a first pass."""
@@ -127,7 +154,7 @@ class State:
 
     def of_pass(self) -> list[Place]:
         """Where a forward pass keeps what is its own, and not a mark that hooks of the model's own have been set up."""
-        places = self.changed()
+        places = list(dict.fromkeys((*self.changed(), *self._passing)))
         if not any(self._new_hooks()):
             return places
         return [p for p in places if p in self._held or not isinstance(p.get(self._model), bool)]
@@ -265,6 +292,8 @@ def _places(model: nn.Module) -> Iterator[tuple[Place, Any]]:
             yield Place(name, key, "buffers"), value
     for place in _written_places(model):
         yield place, place.get(model)
+    for (holder, key), value in outside(model).items():
+        yield Place("", key, "outside", holder), value
 
 
 def _written_places(model: nn.Module) -> Iterator[Place]:
@@ -275,6 +304,13 @@ def _written_places(model: nn.Module) -> Iterator[Place]:
 def _is_log(value: Any) -> bool:
     """Whether something is a list or mapping without tensors, as a user's own records are."""
     return isinstance(value, list | dict | set | deque) and not _has_tensor(value)
+
+
+def _may_pass(model: nn.Module, place: Place, value: Any) -> bool:
+    """Whether a pass may keep something there that is gone at its end: a tensor for a while, a mark that it runs."""
+    if place.among == "outside" or value is None or (isinstance(value, list | dict | set | deque) and not value):
+        return True
+    return isinstance(value, int) and not type(model.get_submodule(place.module)).__module__.startswith("torch.")
 
 
 def _has_tensor(value: Any) -> bool:

@@ -1,0 +1,163 @@
+"""What forward passes may keep outside of the modules: in variables beside their functions, in closures and classes.
+
+Hooks that put features into a dict and a head that takes them from there, a skip that goes by a global, a stack of the
+thread: passes that wait side by side would take what another has left there.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+# Of these values is state made; longer ones are tables.
+_KINDS = (Tensor, list, dict, set, deque, tuple, int, float, types.NoneType)
+_LONG = 256
+_DEPTH = 2  # of functions that functions call
+_FOREIGN = frozenset({"torch", "spectrim", "builtins", "collections", "abc", "typing", "transformers"})
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+@dataclass(frozen=True, eq=False)
+class Holder:
+    """What has variables: a mapping of them, a class, or a cell of a closure."""
+
+    owner: dict[str, Any] | type | types.CellType
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Holder) and other.owner is self.owner
+
+    def __hash__(self) -> int:
+        return id(self.owner)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As that of a mapping."""
+        if isinstance(self.owner, types.CellType):
+            try:
+                return self.owner.cell_contents
+            except ValueError:
+                return default
+        return (vars(self.owner) if isinstance(self.owner, type) else self.owner).get(key, default)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if isinstance(self.owner, types.CellType):
+            self.owner.cell_contents = value
+        elif isinstance(self.owner, type):
+            setattr(self.owner, key, value)
+        else:
+            self.owner[key] = value
+
+    def pop(self, key: str, default: Any = None) -> Any:
+        """As that of a mapping."""
+        before = self.get(key, default)
+        if isinstance(self.owner, types.CellType):
+            del self.owner.cell_contents
+        elif isinstance(self.owner, type):
+            if key in vars(self.owner):
+                delattr(self.owner, key)
+        else:
+            self.owner.pop(key, None)
+        return before
+
+
+def outside(model: nn.Module) -> dict[tuple[Holder, str], Any]:
+    """The variables that the functions of a model's own modules and hooks name, and their values."""
+    found: dict[tuple[Holder, str], Any] = {}
+    for holder, key in dict.fromkeys(each for function in _functions(model) for each in _named(function)):
+        value = holder.get(key, _Nothing)
+        if _is_state(value):
+            found[holder, key] = value
+        for inner, name, part in _parts(value, holder):
+            found[inner, name] = part
+    return found
+
+
+class _Nothing:
+    """No variable."""
+
+
+def _is_state(value: Any) -> bool:
+    if not isinstance(value, _KINDS):
+        return False
+    return isinstance(value, Tensor) or not hasattr(value, "__len__") or len(value) <= _LONG
+
+
+def _parts(value: Any, holder: Holder) -> Iterator[tuple[Holder, str, Any]]:
+    """The variables of an object or class beside the functions, or of a thread's own."""
+    if isinstance(value, type):
+        if _root(value.__module__) in _FOREIGN or issubclass(value, nn.Module):
+            return
+        space: Any = vars(value)
+        inner = Holder(value)
+    elif isinstance(value, threading.local) or (
+        not isinstance(value, (nn.Module, types.FunctionType, types.ModuleType, *_KINDS))
+        and isinstance(getattr(value, "__dict__", None), dict)
+        and type(value).__module__ == _module_of(holder)
+    ):
+        space = value.__dict__
+        inner = Holder(space)
+    else:
+        return
+    for name, part in list(space.items()):
+        if not name.startswith("__") and _is_state(part):
+            yield inner, name, part
+
+
+def _module_of(holder: Holder) -> str | None:
+    return holder.owner.get("__name__") if isinstance(holder.owner, dict) else None
+
+
+def _root(module: str | None) -> str:
+    return (module or "").partition(".")[0]
+
+
+def _functions(model: nn.Module) -> Iterator[types.FunctionType]:
+    """Those of the modules' own classes, of hooks, and of forwards that were put in place."""
+    kinds: dict[type, None] = {}
+    for module in model.modules():
+        kinds |= dict.fromkeys(type(module).__mro__)
+        hooks = [hook for kind in _HOOKS for hook in vars(module)[kind].values()]
+        for value in (*hooks, vars(module).get("forward")):
+            yield from _function(value)
+    for kind in kinds:
+        yield from _of_class(kind)
+
+
+@functools.lru_cache(maxsize=1024)
+def _of_class(kind: type) -> tuple[types.FunctionType, ...]:
+    if _root(kind.__module__) in _FOREIGN:
+        return ()
+    return tuple(each for value in vars(kind).values() for each in _function(value))
+
+
+def _function(value: Any) -> Iterator[types.FunctionType]:
+    value = getattr(value, "func", value)  # of a partial
+    value = getattr(value, "__func__", value)  # of a method
+    value = getattr(value, "fget", value)  # of a property
+    if isinstance(value, types.FunctionType) and _root(value.__module__) not in _FOREIGN:
+        yield value
+
+
+def _named(function: types.FunctionType, depth: int = 0) -> Iterator[tuple[Holder, str]]:
+    """Where the variables are that a function names, and those of its own that it calls."""
+    space = Holder(function.__globals__)
+    found = [(space, name) for name in _names(function.__code__) if name in function.__globals__]
+    found += [(Holder(cell), "") for cell in function.__closure__ or ()]
+    for holder, name in found:
+        value = holder.get(name)
+        if not isinstance(value, types.FunctionType):
+            yield holder, name
+        elif depth < _DEPTH and _root(value.__module__) == _root(function.__module__):
+            yield from _named(value, depth + 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def _names(code: types.CodeType) -> tuple[str, ...]:
+    inner = (name for each in code.co_consts if isinstance(each, types.CodeType) for name in _names(each))
+    return tuple(dict.fromkeys((*code.co_names, *inner)))
