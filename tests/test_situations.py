@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -198,3 +199,61 @@ def test_what_has_no_values_is_refused_before_the_work() -> None:
     model.c = nn.Linear(32, 32, device="meta")
     with pytest.raises(st.CheckpointError, match=r"'c.weight' is on the meta device and has no values .* load them"):
         st.compress(model, BATCHES, "macs=80%")
+
+
+class Unanswered(Two):
+    """Cannot say yet what it will have, in names that the library asks for too."""
+
+    def _fail(self) -> Any:
+        raise ValueError("not before the first epoch")
+
+    mask = pattern = layer = batch_first = reads_weights = qkv = property(_fail)
+
+
+def test_what_a_module_fails_to_answer_it_has_not() -> None:
+    torch.manual_seed(0)
+    assert st.compress(Unanswered(), BATCHES, "macs=80%").plan.ratio("macs") > 1.2
+
+
+@dataclasses.dataclass
+class Record:
+    x: Tensor
+    scale: Tensor | None = None
+    ids: list[int] = dataclasses.field(default_factory=list)
+
+
+class TakesRecord(Two):
+    def forward(self, record: Record) -> Tensor:  # type: ignore[override]
+        return super().forward(record.x)
+
+
+class TakesFields(Two):
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * scale
+
+
+@pytest.mark.parametrize("kind", [TakesRecord, TakesFields])
+def test_records_are_given_whole_or_by_their_fields(kind: type[Two]) -> None:
+    torch.manual_seed(0)
+    batches = [Record(x, torch.ones(48, 1) if kind is TakesFields else None) for x in BATCHES]
+    model = kind()
+    sites = st.calibrate(model, st.find(model), batches)
+    plain = Two()
+    plain.load_state_dict(model.state_dict())
+    wanted = st.calibrate(plain, st.find(plain), BATCHES)
+    assert sites.samples == wanted.samples == 96
+    assert all(
+        torch.equal(a.statistics.input.mean, b.statistics.input.mean) for a, b in zip(sites, wanted, strict=True)
+    )
+
+
+class NestedOutput(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nested.as_nested_tensor(list(super().forward(x)), layout=torch.jagged)
+
+
+def test_nested_outputs_are_compared_padded() -> None:
+    torch.manual_seed(0)
+    result = st.compress(NestedOutput(), BATCHES, "macs=80%")
+    assert result.report.agreement is not None
+    assert 0 < float(result.report.agreement.error) < 1

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from spectrim.nn.parameters import asked
 from spectrim.nn.standing import StandIn
 
 # Channels that oneDNN takes at once, with AVX-512; with AVX2 it is half of it.
@@ -43,7 +44,7 @@ def contiguous_where_needed(model: nn.Module) -> Iterator[None]:
 
 def _hosts(module: nn.Module) -> Iterator[Any]:
     """The layers that a module runs without calling them, or the module itself."""
-    return module.modules() if getattr(module, "reads_weights", False) else iter((module,))
+    return module.modules() if asked(module, "reads_weights") else iter((module,))
 
 
 def _is_at_risk(layer: Any) -> bool:

@@ -23,7 +23,7 @@ from spectrim.nn.layers import describe as describe
 from spectrim.nn.layers import is_layer, is_plain, is_quantised, paths_of, tied_weights
 from spectrim.nn.loose_weights import stored, unheld
 from spectrim.nn.obstacles import MERGE, obstacle, obstacle_in_weight
-from spectrim.nn.parameters import parameters_of
+from spectrim.nn.parameters import asked, parameters_of
 from spectrim.nn.standing import LAYERS, StandIn
 from spectrim.nn.stored import bytes_of_state
 from spectrim.nn.which import Wanted, each_of
@@ -252,7 +252,7 @@ def _masks(model: nn.Module) -> dict[nn.Module, tuple[Tensor, Pattern]]:
     """Mask and pattern of the layers whose weight is sparse (:class:`spectrim.nn.sparse.layers.Masked`)."""
     found: dict[nn.Module, tuple[Tensor, Pattern]] = {}
     for module in model.modules():
-        mask, kind, layer = (getattr(module, name, None) for name in ("mask", "pattern", "layer"))
+        mask, kind, layer = (asked(module, name) for name in ("mask", "pattern", "layer"))
         if isinstance(mask, Tensor) and isinstance(kind, Pattern) and isinstance(layer, nn.Module):
             found[layer] = mask, kind
     return found

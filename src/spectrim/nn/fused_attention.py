@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from spectrim.nn.parameters import asked
 from spectrim.nn.watch.state import evaluating
 
 # What such a module holds: the layers, norms of queries and keys within a head, one of all heads, dropout.
@@ -57,7 +58,7 @@ def is_fused(module: nn.Module) -> bool:
 
 def has_parts(module: Any) -> bool:
     """Whether a module has the parts of fused attention and no others."""
-    qkv, proj, heads = (getattr(module, name, None) for name in ("qkv", "proj", "num_heads"))
+    qkv, proj, heads = (asked(module, name) for name in ("qkv", "proj", "num_heads"))
     return (
         not isinstance(module, FusedAttention)
         and isinstance(qkv, nn.Linear)

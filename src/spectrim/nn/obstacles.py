@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import tied_to
 from spectrim.nn.layers import is_quantised, weight_of
+from spectrim.nn.parameters import asked
 from spectrim.nn.standing import LAYERS, StandIn
 
 # Of a part of a compressed layer.
@@ -94,7 +95,7 @@ def _read_above(model: nn.Module, paths: Sequence[str]) -> str | None:
         parent = model.get_submodule(path.rpartition(".")[0]) if path else model
         if isinstance(parent, nn.MultiheadAttention):
             return "nn.MultiheadAttention reads its weight directly: compress spectrim.with_linear_layers(model)"
-    if any(getattr(above, "reads_weights", False) for above in _above(model, paths)):
+    if any(asked(above, "reads_weights") for above in _above(model, paths)):
         return f"its weight is one part of a layer's. {MERGE}"
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,3 +21,11 @@ def in_place_of(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
     made = nn.Parameter(values, parameter.requires_grad)
     vars(made).update(vars(parameter))
     return made
+
+
+def asked(module: nn.Module, name: str) -> Any:
+    """What a module answers for an attribute; None where it has none, or its own code for that fails."""
+    try:
+        return getattr(module, name, None)
+    except Exception:  # a property, or __getattr__, of somebody's class may raise anything
+        return None

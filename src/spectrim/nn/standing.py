@@ -258,7 +258,7 @@ def sized(layer: StandIn) -> None:
 def as_containers(model: nn.Module) -> None:
     """Have what stands for layers be containers of their parts, in place, for tools that ask for types."""
     for module in model.modules():
-        if getattr(module, "_stands_for", None):
+        if getattr(type(module), "_stands_for", None):
             object.__setattr__(module, "__class__", type(module).__mro__[1])
 
 

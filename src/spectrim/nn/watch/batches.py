@@ -298,7 +298,7 @@ def _axis(model: nn.Module, batch: Any, way: Way) -> tuple[int, str]:
     if first is None or first.dim() != (3 if first.is_floating_point() else 2):
         return 0, ""
     targets = [t for t in batch[1:] if isinstance(t, Tensor) and t.dim()] if isinstance(batch, list | tuple) else []
-    if not any(getattr(module, "batch_first", None) is False for module in model.modules()):
+    if not any(vars(module).get("batch_first") is False for module in model.modules()):
         return 0, ""
     time, samples = first.shape[:2]
     if targets and all(len(t) == samples != time for t in targets):

@@ -22,7 +22,7 @@ from spectrim.nn.flops import WorkCounter
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.masks import Mask, unread
-from spectrim.nn.watch.nesting import begun, checked_batches, tensors
+from spectrim.nn.watch.nesting import begun, checked_batches, dense, tensors
 from spectrim.nn.watch.observe import Hook, hooked, observe, on_each
 from spectrim.nn.watch.readers import reading
 from spectrim.nn.watch.responses import OtherWays, Responses
@@ -341,8 +341,7 @@ class _Watch:
                 f"forward of the {type(self.model).__name__} yields, and runs where its values are asked for: pass "
                 "forward=lambda model, batch: list(model(batch)), and whatever else the model takes"
             )
-        # What sparse ones hold beside zeros.
-        found = [t if t.layout is torch.strided else t.to_dense() for t in tensors(output)]
+        found = [dense(tensor) for tensor in tensors(output)]
         if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in found):
             raise CalibrationError(
                 f"the model's output holds NaN in calibration batch {index}, behind the last layer that was watched. "

@@ -220,10 +220,10 @@ def rebuilt(like: list[Any] | tuple[Any, ...], values: list[Any]) -> Any:
 def output_tensors(output: Any) -> list[Tensor]:
     """The tensors a model's output stands for: itself, its ``logits`` if it has any, or all tensors in it."""
     if isinstance(output, Tensor):
-        return [_dense(output)]
+        return [dense(output)]
     if isinstance(getattr(output, "logits", None), Tensor):
-        return [_dense(output.logits)]
-    found = [_dense(tensor) for tensor in tensors(output)]
+        return [dense(output.logits)]
+    found = [dense(tensor) for tensor in tensors(output)]
     if not found:
         raise CalibrationError(
             f"the model's output of type {type(output).__name__} holds no tensor: pass forward=, a function (model, "
@@ -232,7 +232,10 @@ def output_tensors(output: Any) -> list[Tensor]:
     return found
 
 
-def _dense(output: Tensor) -> Tensor:
+def dense(output: Tensor) -> Tensor:
+    """A tensor of all that a sparse one holds, or a nested one, whose rows are padded with zeros."""
+    if output.is_nested:
+        return torch.nested.to_padded_tensor(output, 0.0)
     return output if output.layout is torch.strided else output.to_dense()
 
 

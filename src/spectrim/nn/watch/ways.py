@@ -21,6 +21,7 @@ _LISTED = "a batch was taken for a list with one entry a sample, {} in the first
 _TARGETS = frozenset(
     ["label", "labels", "target", "targets", "y", "class", "classes", "label_ids", "idx", "index", "id", "ids"]
 )
+_SEVERAL = 2
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,16 @@ def ways(model: nn.Module, batch: Any) -> Iterator[Way]:
         yield from _named(wanted, batch, lambda batch: batch)
     elif isinstance(batch, list | tuple) and batch:
         yield from _placed(model, wanted, batch)
+    elif dataclasses.is_dataclass(batch) and len(wanted.required) < _SEVERAL:
+        yield Way(f"the {type(batch).__name__} as one argument", alone, whole=True)
+    elif dataclasses.is_dataclass(batch):
+        yield from _named(wanted, _fields(batch), _fields)
     elif isinstance(batch, Tensor):
         yield from (dataclasses.replace(way, words="the tensor", take=alone) for way in _counted(wanted, (batch,)))
+
+
+def _fields(batch: Any) -> dict[str, Any]:
+    return {part.name: getattr(batch, part.name) for part in dataclasses.fields(batch)}
 
 
 def alone(batch: Any) -> Arguments:
