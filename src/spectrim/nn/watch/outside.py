@@ -85,7 +85,7 @@ class _Nothing:
 def _is_state(value: Any) -> bool:
     if not isinstance(value, _KINDS):
         return False
-    return isinstance(value, Tensor) or not hasattr(value, "__len__") or len(value) <= _LONG
+    return not isinstance(value, list | dict | set | deque | tuple) or len(value) <= _LONG
 
 
 def _parts(value: Any, holder: Holder) -> Iterator[tuple[Holder, str, Any]]:

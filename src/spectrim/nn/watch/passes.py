@@ -56,7 +56,7 @@ class _Modes(NamedTuple):
     @classmethod
     def now(cls) -> _Modes:
         """Those of this thread."""
-        operations = [_python_dispatch._pop_mode() for _ in range(_len_torch_dispatch_stack())][::-1]
+        operations: list[Any] = [_python_dispatch._pop_mode() for _ in range(_len_torch_dispatch_stack())][::-1]
         for mode in operations:
             _python_dispatch._push_mode(mode)
         return cls(overrides._get_current_function_mode_stack(), operations)
