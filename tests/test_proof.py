@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +16,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import spectrim as st
 from benchmarks.situation_table import Two
 from spectrim.application import carry_out
+from spectrim.network.choices import LowRankChoice
 from spectrim.nn import merge_proof
 from spectrim.nn.agreement import agreement
+from spectrim.nn.checkpoint import read_plan, same_weights
 from spectrim.nn.standing import StandIn
 from spectrim.nn.surgery import stand_ins
 
@@ -150,7 +153,7 @@ def test_a_plan_that_was_edited_is_carried_out_and_its_costs_are_told() -> None:
     other = dataclasses.replace(plan, costs={**plan.costs, "macs": 17.0})
     notes = carry_out(model, sites, other, BATCHES).notes
     assert len(notes) == 1
-    assert f"the plan says 17 macs, its choices come to {plan.costs['macs']:,.0f}" in notes[0]
+    assert f"the plan said 17 macs, its choices come to {plan.costs['macs']:,.0f}" in notes[0]
     assert carry_out(model, sites, plan, BATCHES).notes == ()
 
 
@@ -375,3 +378,26 @@ def test_layers_that_get_other_rows_than_in_the_dense_network_keep_their_factors
         y = model.first(x).relu()
         wanted, given = model.second(y), result.model.second(y)
     assert (given - wanted).norm() < 0.9 * (wanted - wanted.mean(0)).norm()
+
+
+def test_the_file_of_an_edited_plan_says_what_its_choices_cost(tmp_path: Path) -> None:
+    model = Two().eval()
+    sites, plan = planned(model)
+    thin = [
+        dataclasses.replace(entry, choice=dataclasses.replace(entry.choice, rank=1))
+        if isinstance(entry.choice, LowRankChoice)
+        else entry
+        for entry in plan
+    ]
+    edited = dataclasses.replace(plan, entries=tuple(thin))
+    small = st.apply(model, sites, edited)
+    st.save(small, edited, tmp_path / "small.safetensors")
+    kept = read_plan(tmp_path / "small.safetensors")
+    assert kept.costs["parameters"] == sum(p.numel() for p in small.parameters()) < plan.costs["parameters"]
+    assert kept.costs["macs"] < plan.costs["macs"] == edited.costs["macs"]
+    assert sum(e.costs["macs"] for e in kept) == kept.costs["macs"]
+    assert kept.diff(edited) == ()
+    assert same_weights(st.load(Two().eval(), tmp_path / "small.safetensors"), small)
+    with pytest.raises(st.CheckpointError, match=r"not the one that the model was made by: '\w' is .*rank 1 there"):
+        st.save(small, plan, tmp_path / "other.safetensors")
+    assert not (tmp_path / "other.safetensors").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import stat
@@ -17,7 +18,7 @@ import torch
 import spectrim as st
 from spectrim.errors import PlanError
 from spectrim.network import tensor_files
-from spectrim.network.files import replacing, write_text
+from spectrim.network.files import as_read, record_of, replacing, write_text
 
 
 def fail_after_writing(scratch: Path) -> None:
@@ -149,3 +150,19 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "plan.json")
     with pytest.raises(OSError, match=r"it is a pipe: give the name of a file: .*plan\.json"):
         st.Plan.read(tmp_path / "plan.json")
+
+
+def test_a_file_where_a_folder_would_have_to_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "plan.json", tmp_path / "file" / "more" / "plan.json"):
+        with pytest.raises(
+            NotADirectoryError, match=r"cannot be written: '.*/file' is a file, no folder: '.*plan\.json'"
+        ):
+            write_text(path, "text")
+    assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_a_record_is_compared_as_it_will_be_read() -> None:
+    record = {"data": Path(os.fsdecode(b"w\xff")), "é": (1, 2.5, None)}
+    assert as_read(record) == {"data": "w?", "é": [1, 2.5, None]}
+    assert record_of(json.dumps(as_read(record)), "a record", 1000) == as_read(record)

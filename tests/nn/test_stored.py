@@ -93,6 +93,16 @@ def test_files_have_the_size_of_the_plan_and_are_read_back(
     assert torch.equal(again(X), result.model(X))
 
 
+def test_a_state_that_does_not_become_smaller_with_the_layers_is_refused() -> None:
+    def halves(module: nn.Module, state: dict[str, Any], prefix: str, meta: Any) -> None:
+        state.update({f"{key}_half": value.half() for key, value in list(state.items())})
+
+    model = Plain().eval()
+    model.register_state_dict_post_hook(halves)
+    with pytest.raises(st.ProofError, match=r"would have [\d,]+ bytes, where the budget allows .*such as '.*_half'"):
+        st.compress(model, [X], "bytes=70%", methods=SPARSE, sensitivity=False)
+
+
 @pytest.mark.parametrize("make", [Plain, Copies, Extra, without("held")])
 def test_bytes_are_those_of_the_state(make: Callable[[], nn.Module]) -> None:
     model = make()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from spectrim.network.sites import Sites
 from spectrim.nn.build import skeleton
 from spectrim.nn.channels.removal import Removal
 from spectrim.nn.proof import Expected, check_copy, prove, watching
+from spectrim.nn.restated import restated
 from spectrim.nn.shipping import carry
 from spectrim.nn.traits import Traits
 from spectrim.nn.watch.batches import Feed, one_by_one
@@ -28,6 +29,8 @@ from spectrim.nn.watch.reconstruct import Errors, Split
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.progress import Progress, reports, told
 from spectrim.selection.plan import Entry, Plan
+
+log = logging.getLogger(__name__)
 
 # Bytes of activations that wait for a layer to be fitted.
 MEMORY = 4 << 30
@@ -106,10 +109,13 @@ def carry_out(
         reestimate_batchnorm(removal.model, batches, forward=feed, memory=memory)
         ends = None
     Traits.of(model).give(removal.model)
+    plan, edited = restated(plan, sites, tuple(makers.values()))
+    for note in edited:
+        log.warning("%s", note)
     carry(removal.model, plan)
     unseen = tuple(s.layer.name for s in steps if work.split.samples and s.layer.name not in work.reached)
     notes = () if first is None else tuple(prove(model, removal.model, expected, first, forward=feed, ends=ends))
-    return Applied(removal.model, work.errors, unseen, held_out, (*_edited(plan, expected), *notes))
+    return Applied(removal.model, work.errors, unseen, held_out, (*edited, *notes))
 
 
 def _check_call(batches: Iterable[Any] | None, memory: int) -> None:
@@ -141,17 +147,6 @@ def _check_shapes(entries: Sequence[Entry], sites: Sites) -> None:
     for entry in entries:
         if not entry.choice.is_dense:
             skeleton(entry.choice, [sites.layer(name).spec for name in entry.sites])
-
-
-def _edited(plan: Plan, expected: Expected) -> Iterator[str]:
-    """What a plan says it costs, where its choices cost something else."""
-    for cost, value in expected.planned.items():
-        told = plan.costs.get(cost, value)
-        if not math.isclose(told, value, rel_tol=1e-6, abs_tol=0.5):
-            yield (
-                f"the plan says {told:,.0f} {cost}, its choices come to {value:,.0f}: was it edited, or made for other "
-                "inputs?"
-            )
 
 
 def _check(plan: Plan, sites: Sites) -> None:

@@ -5,6 +5,8 @@ Importing this module loads typer and no torch, so that ``--help`` answers at on
 
 from __future__ import annotations
 
+import io
+import sys
 from typing import Annotated
 
 import typer
@@ -20,6 +22,7 @@ from spectrim.cli.help import Command, Program
 from spectrim.cli.path import path
 from spectrim.cli.profile import profile
 from spectrim.cli.sweep import sweep
+from spectrim.network.files import SPELLED
 
 app = typer.Typer(
     name="spectrim",
@@ -52,4 +55,7 @@ def _root(
 
 def main() -> None:
     """Entry point of the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=SPELLED)
     app()

@@ -23,6 +23,7 @@ from spectrim.cli.output import Output as Output
 from spectrim.cli.output import usage as usage
 from spectrim.cli.references import UsageError
 from spectrim.errors import CheckpointError, InfeasibleBudgetError, PlanError, SpectrimError, ToleranceError
+from spectrim.network.files import SPELLED
 
 FAILED, USAGE, INFEASIBLE, STOPPED, TERMINATED = 1, 2, 3, 130, 143
 EXIT_CODES = {
@@ -210,7 +211,10 @@ def _kept_apart() -> Iterator[TextIO]:
     kept = os.dup(number)
     os.dup2(other, number)
     try:
-        with open(kept, "w", encoding="utf-8", closefd=False) as file, contextlib.redirect_stdout(sys.stderr):
+        with (
+            open(kept, "w", encoding="utf-8", errors=SPELLED, closefd=False) as file,
+            contextlib.redirect_stdout(sys.stderr),
+        ):
             yield file
     finally:
         os.dup2(kept, number)

@@ -128,12 +128,13 @@ def _is_compressed(path: Path) -> bool:
     """Whether a file is one that compress wrote."""
     from safetensors import SafetensorError, safe_open
 
+    from spectrim.network.file_kinds import in_utf8
     from spectrim.nn.checkpoint import FORMAT
 
     if path.suffix != ".safetensors":
         return False
     try:
-        with safe_open(path, framework="pt") as file:
+        with in_utf8(path) as readable, safe_open(readable, framework="pt") as file:
             return (file.metadata() or {}).get("format") == FORMAT
     except (SafetensorError, OSError):
         return False  # read_weights says why

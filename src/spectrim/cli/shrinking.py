@@ -31,17 +31,17 @@ from spectrim.cli.unfinished import ONE_SHOT, TUNING, UNFINISHED, RunFolder
 from spectrim.cli.values import read_budget, read_costs, recipe_share
 from spectrim.cli.work import Work
 from spectrim.errors import ExportError
-from spectrim.methods import Method, PrincipalFilters
+from spectrim.methods import Method, PrincipalFilters, from_record
 from spectrim.network.sites import Sites
 from spectrim.network.state_values import plain_tensors
 from spectrim.network.tensor_files import digest_of_tensors
 from spectrim.nn.agreement import agreement
 from spectrim.nn.checkpoint import check_savable, read_plan, save
+from spectrim.nn.restated import restated
 from spectrim.nn.watch.contents import contents, settled
 from spectrim.pipeline import Result
 from spectrim.pipeline.goal import Goal, Sets, reached
 from spectrim.pipeline.making import Making
-from spectrim.pipeline.restated import restated
 from spectrim.pipeline.shrinking import finished
 from spectrim.preparation import Prepared, coupled
 from spectrim.progress import Progress
@@ -216,7 +216,8 @@ def _compressed(out: Output, request: Request, work: Work) -> Result:
     if request.recipe is not None:
         plan = recommended(known.sites, request.recipe, _filters(request))
     elif request.plan is not None:
-        plan, notes = restated(request.plan, known.sites, table, request.costs)
+        makers = [from_record(each) for each in request.plan.methods.values()]
+        plan, notes = restated(request.plan, known.sites, makers, table, request.costs)
     else:
         assert request.budget is not None
         plan = select(table, request.budget, request.selector)

@@ -15,7 +15,7 @@ from typing import Any
 from spectrim.cli.common import Output, sentence
 from spectrim.cli.references import UsageError
 from spectrim.cli.values import check_folder
-from spectrim.network.files import bytes_of, discard, remove_abandoned, write_text
+from spectrim.network.files import as_read, bytes_of, discard, remove_abandoned, write_text
 from spectrim.network.files import check_folder as check_files
 
 _RECORD, _WEIGHTS = "run.json", "weights_sha256"
@@ -73,7 +73,7 @@ class RunFolder:
         """Make the folder this run's, or see that it is so already. Without a checkpoint it is free for any run."""
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"{str(self.folder)!r} is not a folder; checkpoints of a run are several files")
-        file, now = self.folder / _RECORD, json.loads(json.dumps(dict(self.record), default=str))
+        file, now = self.folder / _RECORD, as_read(self.record)
         if self.folder.exists():
             for each in (self.folder, *(part for part in self.folder.iterdir() if part.is_dir())):
                 remove_abandoned(each)

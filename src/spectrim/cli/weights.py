@@ -121,7 +121,10 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            held: Any = load_file(path)
+            from spectrim.network.file_kinds import in_utf8
+
+            with in_utf8(path) as readable:
+                held: Any = load_file(readable)
         else:
             held = torch.load(path, map_location="cpu", weights_only=True)
             if part := _changed(path):

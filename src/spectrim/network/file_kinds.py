@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +41,20 @@ def no_file(path: Path) -> str:
         return _NO_FILE.get(stat.S_IFMT(path.stat().st_mode), "")
     except (OSError, ValueError):
         return ""
+
+
+@contextmanager
+def in_utf8(path: Path) -> Iterator[Path]:
+    """The path of a file for readers that take UTF-8 alone: a link to it where its name is other bytes."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder) / "file"
+            link.symlink_to(path.absolute())
+            yield link
+    else:
+        yield path
 
 
 def head_of(path: Path) -> bytes:

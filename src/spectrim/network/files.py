@@ -23,6 +23,8 @@ from spectrim.network.file_kinds import no_file, path_of
 
 Document = TypeVar("Document")
 
+SPELLED = "backslashreplace"
+"""How what is no UTF-8, as the name of a file may be, is written: as JSON and Python spell it."""
 _END = ".spectrim"
 _LOCK = ".writing"
 _CURE = "give the file that was meant, copy it again, or make it again with the call that wrote it"
@@ -58,8 +60,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
             _flush(target.parent)
     except OSError as error:
         why = error.strerror or str(error)
-        if isinstance(error, FileNotFoundError) and not target.parent.is_dir():
-            why = f"there is no folder {str(target.parent)!r}"
+        if isinstance(error, FileNotFoundError | NotADirectoryError) and not target.parent.is_dir():
+            why = _no_folder(target) or f"there is no folder {str(target.parent)!r}"
         raise OSError(error.errno or errno.EIO, f"cannot be written: {why}", str(path)) from error
 
 
@@ -131,6 +133,11 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def as_read(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record as it is read again once it is written as JSON; what is neither JSON nor UTF-8 is text."""
+    return json.loads(json.dumps(dict(record), default=str, ensure_ascii=False).encode(errors="replace"))
+
+
 def converted(record: Mapping[str, Any], kind: type[Document], what: str) -> Document:
     """A record as an object of a type.
 
@@ -151,8 +158,7 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a text file, whole or not at all; a pipe or a device (``/dev/stdout``) is written as it is."""
     stream = no_file(path_of(path)) not in ("", "a folder")
     with contextlib.nullcontext(Path(path)) if stream else replacing(path) as scratch:
-        # Names of files may be no text; escaped they are.
-        scratch.write_text(text, encoding="utf-8", errors="backslashreplace")
+        scratch.write_text(text, encoding="utf-8", errors=SPELLED)
 
 
 def make_parents(path: Path) -> None:
@@ -160,9 +166,13 @@ def make_parents(path: Path) -> None:
     try:
         path_of(path).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        file = next((each for each in path.parents if each.is_file()), None)
-        why = f"{str(file)!r} is a file, no folder" if file else error.strerror
-        raise OSError(error.errno, f"cannot be written: {why}", str(path)) from error
+        raise OSError(error.errno, f"cannot be written: {_no_folder(path) or error.strerror}", str(path)) from error
+
+
+def _no_folder(path: Path) -> str:
+    """Which of the folders that a file would lie in is a file itself; empty where none is."""
+    file = next((each for each in path.parents if each.is_file()), None)
+    return f"{str(file)!r} is a file, no folder" if file else ""
 
 
 def check_place(path: str | Path) -> None:

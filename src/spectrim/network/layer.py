@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -136,6 +136,13 @@ class LayerSpec:
         grouped = "" if self.groups == 1 else f" g{self.groups}"
         transposed = "Transpose" if self.transposed else ""
         return f"Conv{transposed}{len(self.kernel)}d {'x'.join(map(str, self.kernel))}{strided}{grouped}"
+
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Whether the layer can be called with a tensor of a shape: some models try, and go on another way."""
+        if self.looks_up:
+            return True
+        axes = len(self.kernel)
+        return (not axes or len(shape) <= axes + 2) and len(shape) > axes and shape[-axes - 1] == self.in_channels
 
     def output_shape(self, shape: tuple[N, ...]) -> tuple[N, ...]:
         """Spatial shape of the output for a spatial shape of the input."""

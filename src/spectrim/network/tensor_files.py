@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spectrim.network.file_kinds import head_of, no_file, not_safetensors, something_else
+from spectrim.network.file_kinds import head_of, in_utf8, no_file, not_safetensors, something_else
 from spectrim.network.files import replacing
 
 TENSORS, TEXTS = "tensors_sha256", "metadata_sha256"
@@ -52,7 +52,7 @@ def read(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], dict[s
     if kind := no_file(path):
         raise NoFileError(f"it is {kind}")
     try:
-        with safe_open(path, framework="pt") as file:
+        with in_utf8(path) as readable, safe_open(readable, framework="pt") as file:
             texts = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()} if weights else {}  # noqa: SIM118
     except FileNotFoundError:

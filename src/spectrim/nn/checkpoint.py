@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast, overload, runtime_checkable
 
 from torch import Tensor, nn
 
-from spectrim.errors import CheckpointError, called_as
+from spectrim.errors import CheckpointError, ProofError, called_as
 from spectrim.network import tensor_files
 from spectrim.network.choices import ChannelsChoice, SumChoice
 from spectrim.network.coupling import IN
@@ -24,7 +24,7 @@ from spectrim.nn.linears import rewrite
 from spectrim.nn.matching import check_fits, share, unpack, values_of
 from spectrim.nn.packing import pack_state
 from spectrim.nn.rebuilding import check_dense, naming, rebuild
-from spectrim.nn.shipping import carry, earlier, remembered, rewritten
+from spectrim.nn.shipping import carried_out, carry, earlier, remembered, rewritten
 from spectrim.nn.sparse.packed import masked_in
 from spectrim.nn.standing import StandIn
 from spectrim.nn.stored import name_in
@@ -70,14 +70,15 @@ def save(model: nn.Module | Compressed, plan: Plan | str | Path, path: str | Pat
         What :func:`spectrim.apply` returned, fine-tuned or not; or a result, which has model and plan, and the path
         after it: ``save(result, path)``.
     plan
-        The plan it was made by. What was compressed before, and has been compressed again, is saved with the plans that
-        were carried out before this one.
+        The plan it was made by; the file says what its choices cost, also where it was edited. What was compressed
+        before, and has been compressed again, is saved with the plans that were carried out before this one.
 
     Raises
     ------
     CheckpointError
-        If the model is not what the plan makes, as the dense network or a merged one, if its state holds what is made
-        of neither tensors nor numbers, or if a mask does not have the pattern and the density of the plan.
+        If the model is not what the plan makes, as the dense network, a merged one or that of another plan, if its
+        state holds what is made of neither tensors nor numbers, or if a mask does not have the pattern and the density
+        of the plan.
     OSError
         If the file cannot be written: there is no such folder, or it is full or read-only.
     TypeError
@@ -91,13 +92,36 @@ def save(model: nn.Module | Compressed, plan: Plan | str | Path, path: str | Pat
             "save(result, 'small.safetensors'), or save(model, plan, 'small.safetensors')"
         )
     _check_carried_out(model, plan)
+    plan = carried_out(model, plan)
+    tensors, metadata = _contents(model, plan)
+    tensor_files.write(path_of(path), tensor_files.plain(tensors), metadata)
+
+
+def _contents(model: nn.Module, plan: Plan) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and texts of a file."""
     state, values = _state(model)
     tensors, shared = tensor_files.owners(state)
     before, linear = earlier(model, plan), rewritten(model)
     densities = {e.site: e.choice.density for p in (*before, plan) for e in p if isinstance(e.choice, SumChoice)}
     packed = pack_state(model, tensors, state, lambda layer: densities.get(layer.original.name))
-    metadata = Header([*before, plan], shared, packed, values, linear).metadata()
-    tensor_files.write(path_of(path), tensor_files.plain(tensors), metadata)
+    return tensors, Header([*before, plan], shared, packed, values, linear).metadata()
+
+
+def check_size(model: nn.Module, plan: Plan, limit: float) -> None:
+    """Raise ProofError if the numbers and texts that :func:`save` would write are more than so many bytes."""
+    try:
+        tensors, texts = _contents(model, plan)
+    except CheckpointError:  # whoever saves it is told
+        return
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if (size := held + sum(map(len, texts.values()))) > limit:
+        own = {name for name, _ in (*nn.Module.named_parameters(model), *nn.Module.named_buffers(model))}
+        most = max(tensors, key=lambda name: (name not in own, tensors[name].numel()))
+        raise ProofError(
+            f"the file of the compressed network would have {size:,} bytes, where the budget allows {limit:,.0f}: its "
+            f"state_dict holds what does not become smaller with the layers, such as {most!r}. Leave that out of it "
+            "where it is made of the weights, or raise the budget"
+        )
 
 
 def _check_carried_out(model: nn.Module, plan: Plan) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import ExportError, called_as
+from spectrim.network.file_kinds import in_utf8
 from spectrim.network.files import check_place, replacing
 from spectrim.nn.watch.batches import arguments
 from spectrim.nn.watch.nesting import copied, rebuilt, resized, tensors
@@ -95,7 +96,8 @@ def export_onnx(
         with replacing(path) as trial:
             onnx_program.save(trial)
             try:
-                session = onnxruntime.InferenceSession(str(trial), providers=["CPUExecutionProvider"])
+                with in_utf8(trial) as readable:
+                    session = onnxruntime.InferenceSession(str(readable), providers=["CPUExecutionProvider"])
                 worst = _difference(model, args, kwargs, lambda a, k: _run_onnx(session, a, k), dynamic_batch)
             except ExportError:
                 raise

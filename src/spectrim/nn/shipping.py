@@ -87,6 +87,24 @@ def earlier(model: nn.Module, plan: Plan) -> tuple[Plan, ...]:
     return plans[: plans.index(plan)] if plan in plans else ()
 
 
+def carried_out(model: nn.Module, plan: Plan) -> Plan:
+    """The plan with the costs that were counted when it was carried out on a model, which knows its choices.
+
+    Raises CheckpointError if another one was. Of a model that remembers none the plan is taken as it is.
+    """
+    plans = remembered(model)
+    if not plans or plan in plans:
+        return plan
+    if same := next((each for each in reversed(plans) if not each.diff(plan)), None):
+        return same
+    site, done, given = plans[-1].diff(plan)[0]
+    told = [f"{choice}" if choice is not None else "not named" for choice in (done, given)]
+    raise CheckpointError(
+        f"the plan is not the one that the model was made by: {site!r} is {told[0]} there, and {told[1]} in the plan. "
+        "Give the plan that apply was given, or carry this one out"
+    )
+
+
 def forget_layers(model: nn.Module) -> None:
     """Leave, of the plans that modules remember, the channels that went: their layers have one weight again."""
     for module in model.modules():

@@ -17,7 +17,7 @@ from spectrim.network.choices import CPChoice, TuckerChoice
 from spectrim.network.printing import count
 from spectrim.network.sites import Sites
 from spectrim.nn.agreement import DenseOutputs
-from spectrim.nn.checkpoint import header_bytes
+from spectrim.nn.checkpoint import check_size, header_bytes
 from spectrim.nn.timing import Timing, as_run
 from spectrim.pipeline.making import Making
 from spectrim.pipeline.offers import Tables
@@ -120,7 +120,10 @@ def carried(model: nn.Module, prepared: Prepared, draft: Draft) -> Result:
         plan = dataclasses.replace(plan, dense_costs={**plan.dense_costs, "bytes": draft.file})
     notes = (*_said_of_rest(draft.table, draft.budget), *(said if measured else _said_of_chains(plan)))
     known = dataclasses.replace(prepared, sites=draft.sites)
-    return finished(model, known, plan, draft.table, draft.making, measured=measured, notes=notes)
+    result = finished(model, known, plan, draft.table, draft.making, measured=measured, notes=notes)
+    if draft.file is not None:
+        check_size(result.model, plan, plan.budget["bytes"])
+    return result
 
 
 def finished(

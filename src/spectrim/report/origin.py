@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -56,7 +57,7 @@ class Part:
         digest = hashlib.sha256()
         for file in files:
             if path.is_dir():
-                digest.update(file.relative_to(path).as_posix().encode() + b"\0")
+                digest.update(os.fsencode(file.relative_to(path).as_posix()) + b"\0")
             with file.open("rb") as stream:
                 while block := stream.read(_BLOCK):
                     digest.update(block)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spectrim.errors import CheckpointError, PlanError
-from spectrim.network.files import check_folder, make_parents, read_document, remove_abandoned, write_text
+from spectrim.network.files import as_read, check_folder, make_parents, read_document, remove_abandoned, write_text
 from spectrim.nn.checkpoint import read_plan
 from spectrim.nn.watch.contents import settled
 from spectrim.selection.front import SUMMARY, read_summary
@@ -27,6 +27,8 @@ _RUN, _FORMER = "run.json", "former.safetensors"
 _CONTENTS = "the calibration data"
 _WEIGHTS = "the digest of the weights"
 _USUAL = {"runtime": "eager", "--runtime": "eager"}  # of which folders from before say nothing
+# How folders from before sets of methods competed, which sweeps do not know, call what is the default.
+_METHOD, _FORMERLY = "--method", {"auto": "low-rank"}
 _UNKNOWN = "give another folder, or delete the folders of points and that file to sweep anew"
 _RANDOM = (
     "the calibration data are other samples in every reading, so that it is not known whether they are those of the "
@@ -82,8 +84,9 @@ class SweepFolder:
         CheckpointError
             Says what was another value.
         """
-        then, now = self._then(), json.loads(json.dumps(dict(values), default=str))
+        then, now = self._then(), as_read(values)
         was = _USUAL | then if then else {}
+        was |= {_METHOD: [_FORMERLY.get(each, each) for each in was[_METHOD]]} if _METHOD in was else {}
         changed = [name for name in now if name in was and not _same(was[name], now[name])]
         if changed:
             told = "; ".join(f"{name} was {_short(was[name])} and is {_short(now[name])}" for name in changed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -25,6 +26,7 @@ from spectrim.nn.watch.state import evaluating as evaluating
 from spectrim.nn.watch.state import kept
 from spectrim.nn.watch.ways import (
     Arguments,
+    Parameters,
     Way,
     alone,
     bare,
@@ -66,7 +68,7 @@ class Feed:
             check_function("forward", forward, ("the model", "a batch"), "a function of both that runs the model")
         self._forward, self._samples = forward, samples
         self._way: Way | None = None
-        self._form: tuple[type, type, int | None] | None = None
+        self._form: _Form | None = None
         self._first = ""
         self.layout = Layout()
         self.notes: tuple[str, ...] = ()
@@ -107,7 +109,7 @@ class Feed:
             notes += [note] if note else []
             self.layout = Layout(axis, listed=way.listed, whole=way.whole, names=way.names)
         self.notes = tuple(notes)
-        self._form, self._first = _form(self.layout, batch), in_words(batch)
+        self._form, self._first = _Form.of(model, self.layout, batch), in_words(batch)
 
     @property
     def words(self) -> str:
@@ -124,7 +126,7 @@ class Feed:
         """
         self.decide(model, batch)
         assert self._way is not None
-        if self._form is not None and _differs(model, self.layout, batch, self._form):
+        if self._form is not None and self._form.differs(model, self.layout, batch):
             raise CalibrationError(
                 f"a batch is {in_words(batch)}, and the first one was {self._first}: give batches of one form, or pass "
                 "forward=, a function (model, batch) that runs the model"
@@ -252,18 +254,40 @@ def _check_batched(model: nn.Module, batch: Any, way: Way) -> None:
     )
 
 
-def _form(layout: Layout, batch: Any) -> tuple[type, type, int | None]:
-    """What tells which part of a batch is passed: its kind, that of its inputs and how many axes their first has."""
-    inputs = layout.inputs(batch)
-    first = next(tensors(inputs), None)
-    return kind_of(batch), kind_of(inputs), None if first is None else first.dim()
+@dataclass(frozen=True)
+class _Form:
+    """What tells which part of a batch is passed.
 
+    Attributes
+    ----------
+    kinds
+        Of the batch and of its inputs.
+    axes
+        How many the first tensor of the inputs has.
+    names
+        Those of a mapping that ``forward`` takes.
+    """
 
-def _differs(model: nn.Module, layout: Layout, batch: Any, form: tuple[type, type, int | None]) -> bool:
-    """Whether a batch has another form than one, or is a single sample; other models may take any number of axes."""
-    *kinds, axes = _form(layout, batch)
-    single = axes != form[2] and is_sample(model, next(tensors(layout.inputs(batch)), None))
-    return single or tuple(kinds) != form[:2]
+    kinds: tuple[type, type]
+    axes: int | None
+    names: frozenset[str]
+
+    @classmethod
+    def of(cls, model: nn.Module, layout: Layout, batch: Any) -> _Form:
+        inputs = layout.inputs(batch)
+        first = next(tensors(inputs), None)
+        names = frozenset(inputs) & set(Parameters.of(model).names) if isinstance(inputs, Mapping) else frozenset()
+        return cls((kind_of(batch), kind_of(inputs)), None if first is None else first.dim(), names)
+
+    def differs(self, model: nn.Module, layout: Layout, batch: Any) -> bool:
+        """Whether a batch has another form, or is a single sample; other models may take any number of axes.
+
+        Names that only the first batch had may have been left out; others would not be passed.
+        """
+        now = _Form.of(model, layout, batch)
+        single = now.axes != self.axes and is_sample(model, next(tensors(layout.inputs(batch)), None))
+        needed = self.names & set(Parameters.of(model).required)
+        return single or now.kinds != self.kinds or not needed <= now.names <= self.names
 
 
 def _runs(model: nn.Module, way: Way, batch: Any) -> Exception | None:

@@ -177,7 +177,7 @@ def calibrated(
         for index, batch in enumerate(stream):
             with hooked((*watch.hooks(model), *(() if index else watch.looks(state)))):
                 watch.see(call, batch, index)
-            keeps = keeps if index else state.keeps
+            keeps = keeps if index else state.keeps or bool(state.holding())
             passes.behind(call, batch, index)
             progress(index + 1, length)
             if not statistics:

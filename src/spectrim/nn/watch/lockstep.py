@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from spectrim.nn.layers import describe
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.junctions import Junction, MadeUp
 from spectrim.nn.watch.observe import hooked, on_each
@@ -179,8 +180,11 @@ def _slot(
     own: Callable[..., Any] | None,
     wait: Callable[[str, Tensor], None],
 ) -> Callable[..., Any]:
+    spec = describe(layer, (name,))
+
     def answer(*args: Any, **kwargs: Any) -> Any:
-        wait(name, given(args, kwargs))
+        if spec.takes(given(args, kwargs).shape):
+            wait(name, given(args, kwargs))
         now = model.get_submodule(name)
         if now is not layer:
             return now(*args, **kwargs)

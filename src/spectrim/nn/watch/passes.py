@@ -18,6 +18,7 @@ from torch import Tensor, nn, overrides
 from torch._C import _len_torch_dispatch_stack
 from torch.utils import _python_dispatch
 
+from spectrim.nn.layers import describe, is_layer
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.observe import hooked, on_each
 from spectrim.nn.watch.readers import check_unheld
@@ -235,9 +236,11 @@ def passes(
     every = Passes(Network(model, lambda batch: run(model, batch), State(model), places), batches, calls)
 
     def stop(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        every.wait(name, given(args, kwargs))
+        if name not in specs or specs[name].takes(given(args, kwargs).shape):
+            every.wait(name, given(args, kwargs))
 
     layers = [(name, model.get_submodule(name)) for name in calls]
+    specs = {name: describe(layer, (name,)) for name, layer in layers if is_layer(layer)}
     with evaluating(model), hooked(on_each(layers, stop, before=True)):
         try:
             yield every

@@ -24,7 +24,7 @@ from spectrim.errors import CalibrationError
 from spectrim.network.layer import LayerSpec
 from spectrim.nn.standing import tells
 from spectrim.nn.watch.observe import hooked, on_each
-from spectrim.nn.watch.writes import written
+from spectrim.nn.watch.writes import moved_away, written
 
 _READ = (
     "another module computes with its weight, which a pair of layers in its place would multiply out in every pass: "
@@ -281,8 +281,7 @@ def _held(model: nn.Module, layers: Mapping[str, nn.Module], seen: Reading) -> I
     if moved:
         name, known = next(iter(moved.items()))
         raise CalibrationError(
-            f"forward puts another module in the place of {name!r}, so that what is compressed under that name would "
-            "not be what runs: choose between modules by calling one or the other"
+            moved_away(name)
             if known
             else f"forward makes the module {name!r} while it runs: make it in __init__, or, if it is made once, run "
             "the model on a batch first"

@@ -58,7 +58,7 @@ class Responses:
         @torch.no_grad()
         def watch(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = args[0] if args else kwargs["input"]
-            if not x.numel() or any(held() is x for held in self._seen):
+            if not x.numel() or not spec.takes(x.shape) or any(held() is x for held in self._seen):
                 return
             self._seen.append(weakref.ref(x))
             with unwatched():

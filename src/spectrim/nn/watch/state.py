@@ -24,6 +24,7 @@ from spectrim.nn.watch.writes import seen_writing, tell, written
 # What every module has; slots of passes come and go by themselves.
 _COMMON = frozenset((*vars(nn.Module()), "forward"))
 _GONE = object()
+_Container = list | dict | set | deque
 # Numbers of a tensor that are compared and not only asked for how often they were written.
 _FEW = 4096
 # Torch's compiler, and what loads it once it is called.
@@ -153,8 +154,11 @@ class State:
         return found
 
     def of_pass(self) -> list[Place]:
-        """Where a forward pass keeps what is its own, and not a mark that hooks of the model's own have been set up."""
-        places = list(dict.fromkeys((*self.changed(), *self._passing)))
+        """Where a forward pass keeps what is its own, and not a mark that hooks of the model's own have been set up.
+
+        That is also where it may take modules out of a list and put them back.
+        """
+        places = list(dict.fromkeys((*self.changed(), *self._passing, *self.holding())))
         if not any(self._new_hooks()):
             return places
         return [p for p in places if p in self._held or not isinstance(p.get(self._model), bool)]
@@ -165,12 +169,20 @@ class State:
             for kind, there in zip(_HOOKS, known, strict=True):
                 yield from ((vars(module)[kind], key) for key in vars(module)[kind].keys() - there)
 
+    def holding(self) -> list[Place]:
+        """Lists and mappings of modules beside those that torch knows of: a queue of layers that takes turns."""
+        return [
+            place
+            for place, (_, copy, _) in self._held.items()
+            if isinstance(copy, _Container) and _holds(copy, nn.Module)
+        ]
+
     def changed_tensors(self) -> list[Place]:
-        """The same where a tensor is or was, by itself or in a list or mapping."""
+        """Where something else is kept by now, if tensors or modules are or were there: alone, in a list or mapping."""
         return [
             place
             for place in self.changed()
-            if _has_tensor(place.get(self._model)) or (place in self._held and _has_tensor(self._held[place][1]))
+            if _has_parts(place.get(self._model)) or (place in self._held and _has_parts(self._held[place][1]))
         ]
 
     def fresh(self, places: Iterable[Place]) -> dict[Place, Any]:
@@ -183,7 +195,8 @@ class State:
         }
 
     def put_back(self, places: Iterable[Place] | None = None) -> None:
-        """Have the model keep what it did, each object with what was in it; logs, which hold no tensors, go on.
+        """Have the model keep what it did, each object with what was in it; logs, which hold neither tensors nor
+        modules, go on.
 
         At some places only, where the rest is meant to be another by now; else hooks that came meanwhile go too, since
         what marks them as there does.
@@ -302,27 +315,32 @@ def _written_places(model: nn.Module) -> Iterator[Place]:
 
 
 def _is_log(value: Any) -> bool:
-    """Whether something is a list or mapping without tensors, as a user's own records are."""
-    return isinstance(value, list | dict | set | deque) and not _has_tensor(value)
+    """Whether something is a list or mapping without tensors and modules, as a user's own records are."""
+    return isinstance(value, _Container) and not _has_parts(value)
 
 
 def _may_pass(model: nn.Module, place: Place, value: Any) -> bool:
     """Whether a pass may keep something there that is gone at its end: a tensor for a while, a mark that it runs."""
-    if place.among == "outside" or value is None or (isinstance(value, list | dict | set | deque) and not value):
+    if place.among == "outside" or value is None or (isinstance(value, _Container) and not value):
         return True
     return isinstance(value, int) and not type(model.get_submodule(place.module)).__module__.startswith("torch.")
 
 
-def _has_tensor(value: Any) -> bool:
-    if isinstance(value, list | dict | set | deque | tuple):
-        return any(isinstance(part, Tensor) for part in (value.values() if isinstance(value, dict) else value))
-    return isinstance(value, Tensor)
+def _has_parts(value: Any) -> bool:
+    return _holds(value, Tensor | nn.Module)
+
+
+def _holds(value: Any, kind: Any) -> bool:
+    """Whether something is of a kind, or a list or mapping of what is."""
+    if isinstance(value, _Container | tuple):
+        return any(isinstance(part, kind) for part in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, kind)
 
 
 def _copy(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
-    return value.copy() if isinstance(value, list | dict | set | deque) else value
+    return value.copy() if isinstance(value, _Container) else value
 
 
 def _version(place: Place, value: Any) -> int | None:

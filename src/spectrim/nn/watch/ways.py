@@ -57,7 +57,7 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class _Parameters:
+class Parameters:
     """What a model's ``forward`` takes.
 
     Attributes
@@ -79,7 +79,7 @@ class _Parameters:
     any_names: bool = False
 
     @classmethod
-    def of(cls, model: nn.Module) -> _Parameters:
+    def of(cls, model: nn.Module) -> Parameters:
         """Of the model, or of what it hands everything on to."""
         model = bare(model)
         try:
@@ -114,7 +114,7 @@ def _takes(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> bool:
 
 def ways(model: nn.Module, batch: Any) -> Iterator[Way]:
     """Ways to call a model with a batch, the likeliest first."""
-    wanted = _Parameters.of(model)
+    wanted = Parameters.of(model)
     if isinstance(batch, PackedSequence):
         yield Way("the packed sequence", alone, whole=True)
     elif isinstance(batch, Mapping):
@@ -137,7 +137,7 @@ def alone(batch: Any) -> Arguments:
     return (batch,), {}
 
 
-def _placed(model: nn.Module, wanted: _Parameters, batch: list[Any] | tuple[Any, ...]) -> Iterator[Way]:
+def _placed(model: nn.Module, wanted: Parameters, batch: list[Any] | tuple[Any, ...]) -> Iterator[Way]:
     """For ``(inputs, targets, ...)``, or a list of samples."""
     inputs = batch[0]
     as_list = Way(
@@ -173,7 +173,7 @@ def _of_several_lengths(samples: Sequence[Tensor]) -> bool:
     return all(entry.dim() == 1 for entry in samples) and len({len(entry) for entry in samples}) > 1
 
 
-def _nested(model: nn.Module, wanted: _Parameters, batch: Any) -> Iterator[Way]:
+def _nested(model: nn.Module, wanted: Parameters, batch: Any) -> Iterator[Way]:
     """For ``((x1, x2), targets)`` and ``([image, image], [target, target])``."""
     inputs, needed = batch[0], max(1, len(wanted.required))
     listed = is_per_sample(batch)
@@ -193,7 +193,7 @@ def _nested(model: nn.Module, wanted: _Parameters, batch: Any) -> Iterator[Way]:
     yield from ways or _counted(wanted, batch)
 
 
-def _counted(wanted: _Parameters, batch: Any) -> Iterator[Way]:
+def _counted(wanted: Parameters, batch: Any) -> Iterator[Way]:
     """For tensors one after the other, of which the first ones are inputs."""
     needed = max(1, len(wanted.required))
     if needed > len(batch):
@@ -238,7 +238,7 @@ def _hides(entry: Any, inputs: Any) -> bool:
     return entry.shape[:2] == inputs.shape[:2] and bool(((entry == 0) | (entry == 1)).all())
 
 
-def _named(wanted: _Parameters, inputs: Mapping[str, Any], of: Callable[[Any], Any]) -> Iterator[Way]:
+def _named(wanted: Parameters, inputs: Mapping[str, Any], of: Callable[[Any], Any]) -> Iterator[Way]:
     """For a mapping: by name what ``forward`` takes, else the mapping itself, else its only input."""
     if wanted.any_names:
         yield Way("all entries by name", lambda batch: ((), dict(of(batch))))

@@ -7,15 +7,19 @@ what the model keeps on itself (:mod:`spectrim.nn.watch.state`): of each pass it
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
+from greenlet import getcurrent
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_iter
 
+from spectrim.errors import CalibrationError
 from spectrim.nn.dispatch import Mode
 from spectrim.nn.flops import unwatched
 
@@ -53,7 +57,7 @@ def seen_writing(model: nn.Module) -> Iterator[None]:
         held = [_Held(name, module, key, p) for name, module in model.named_modules() for key, p in _plain(module)]
     whole = False
     try:
-        with _Writes(held):
+        with _Writes(held), _in_place(model):
             yield
         whole = True
     finally:
@@ -63,6 +67,59 @@ def seen_writing(model: nn.Module) -> Iterator[None]:
                 _SEEN[model] = found
                 for learner in list(_WAITING.pop(model, ())):
                     learner.learn()
+
+
+def moved_away(name: str) -> str:
+    """What is said of a forward pass that moves modules about."""
+    return (
+        f"forward puts another module in the place of {name!r}, so that what is compressed under that name would not "
+        "be what runs: choose between modules by calling one or the other"
+    )
+
+
+@contextlib.contextmanager
+def _in_place(model: nn.Module) -> Iterator[None]:
+    """Raise CalibrationError if modules are not where they were by the end, and put them back; what was made stays.
+
+    A pass that waits at layers goes on with what is put in their places meanwhile.
+    """
+    if getcurrent().parent is not None:
+        yield
+        return
+    before = [
+        (path, module, key, held, _items(held))
+        for path, module in model.named_modules()
+        for key, held in list(vars(module).items())
+        if isinstance(held, list | deque | dict) and any(isinstance(part, nn.Module) for _, part in _items(held))
+    ]
+    try:
+        yield
+    finally:
+        for path, module, key, held, items in before:
+            there = {name for name, _ in items}
+            now = [(name, part) for name, part in _items(vars(module).get(key)) if name in there]
+            pairs = itertools.zip_longest(items, now, fillvalue=(None, None))
+            moved = next((name for (name, part), (other, one) in pairs if name != other or part is not one), None)
+            if moved is None:
+                continue
+            made = [(name, part) for name, part in _items(held) if name not in there] if key == "_modules" else []
+            held.clear()
+            held.update(items + made) if isinstance(held, dict) else held.extend(part for _, part in items)
+            vars(module)[key] = held
+            above = f"{path}." if path else ""
+            raise CalibrationError(
+                moved_away(f"{above}{moved}")
+                if key == "_modules"
+                else f"forward takes modules out of {above + key!r} and leaves it in another order, so that each pass "
+                "runs others: go through it by a loop or by numbers, and take nothing out"
+            )
+
+
+def _items(held: Any) -> list[tuple[Any, Any]]:
+    """What is in a list or mapping, by its place; nothing in anything else."""
+    if isinstance(held, list | deque):
+        return list(enumerate(held))
+    return list(held.items()) if isinstance(held, dict) else []
 
 
 def _plain(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from spectrim.cost import counted
 from spectrim.cost.counted import Cost
-from spectrim.cost.whole import Network
-from spectrim.methods import from_record
+from spectrim.cost.whole import Layered, Network
+from spectrim.network.choice import Choice
 from spectrim.network.sites import Sites
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
@@ -18,27 +19,35 @@ _TELLING = ("parameters", "macs")  # what is counted alike wherever a plan was m
 
 
 def restated(
-    plan: Plan, sites: Sites, table: Candidates, costs: Mapping[str, Cost] | None = None
+    plan: Plan,
+    sites: Sites,
+    methods: Sequence[Layered],
+    table: Candidates | None = None,
+    costs: Mapping[str, Cost] | None = None,
 ) -> tuple[Plan, tuple[str, ...]]:
     """A plan that says what its choices cost, and what is to be said of the one that was given.
 
     A plan whose choices cost what it says is returned as it is, and so is one that does not fit: carrying it out says
-    why. Of one that was edited, what nothing counts here, as milliseconds, is left out.
+    why. Of one that was edited, what nothing counts here, as milliseconds, is left out. What new choices lose is told
+    as the ``table`` has it.
     """
+    groups = MappingProxyType({entry.site: entry.members for entry in plan if entry.members})
     try:
-        network = Network(sites, counted.known(sites, costs), [from_record(each) for each in plan.methods.values()])
-        return _restated(plan, network, table)
+        network = Network(dataclasses.replace(sites, groups=groups), counted.known(sites, costs), methods)
+        offers = () if table is None else table.rows
+        return _restated(plan, network, {(row.site, o.choice): o.error for row in offers for o in row.options})
     except (KeyError, ValueError):
         return plan, ()
 
 
-def _restated(plan: Plan, network: Network, table: Candidates) -> tuple[Plan, tuple[str, ...]]:
+def _restated(
+    plan: Plan, network: Network, offered: Mapping[tuple[str, Choice], float]
+) -> tuple[Plan, tuple[str, ...]]:
     picks = {entry.site: entry.choice for entry in plan if not entry.choice.is_dense}
     total = network.cost(picks)
     wrong = [name for name in _TELLING if name in total and not _same(plan.costs.get(name, total[name]), total[name])]
     if not wrong:
         return plan, ()
-    offered = {(row.site, option.choice): option.error for row in table.rows for option in row.options}
     entries, unknown = [], []
     for entry in plan:
         now = {} if entry.of_channels else network.counted(entry.site, picks)
