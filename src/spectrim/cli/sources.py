@@ -154,8 +154,9 @@ def _parameters(takes: ast.arguments) -> dict[str, bool]:
 def check_options(module: str, kind: str, options: Mapping[str, str], place: str, name: str) -> None:
     """Refuse options, or values, that a class of this package does not take by its source."""
     classes = _classes(Path(__file__).parents[1].joinpath(*module.split(".")))
-    fields = [field for each in _lineage(kind, classes) for field in _fields(each)]
-    filled(dataclasses.make_dataclass(kind, fields), options, place, name)
+    # A class that gives a field another default has it once.
+    fields = {field[0]: field for each in _lineage(kind, classes) for field in _fields(each)}
+    filled(dataclasses.make_dataclass(kind, fields.values()), options, place, name)
 
 
 @functools.cache
