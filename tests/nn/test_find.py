@@ -117,7 +117,7 @@ SKIPPED = {
     "meta": (lambda: nn.Linear(4, 4, device="meta"), "meta device"),
     "subclass": (lambda: Shouting(4, 4), "Shouting overrides forward"),
     "inner subclass": (lambda: Standardised(4, 4, 3), "Standardised overrides forward"),
-    "patched": (patched, "overrides forward"),
+    "patched": (patched, "its forward was replaced on this object"),
     "integer": (lambda: with_weight(torch.ones(4, 4, dtype=torch.int8)), "torch.int8"),
     "complex": (lambda: with_weight(torch.ones(4, 4, dtype=torch.complex64)), "torch.complex64"),
     "float8": (lambda: with_weight(torch.ones(4, 4).to(torch.float8_e4m3fn)), "torch.float8_e4m3fn"),

@@ -80,9 +80,9 @@ def _holds_its_own(layer: nn.Module) -> bool:
 def _changes_forward(module: nn.Module) -> str | None:
     """Why a layer is not run as torch runs it, or None."""
     base = next(b for b in LAYERS if isinstance(module, b))
-    if "forward" in vars(module) or any(
-        getattr(type(module), name, None) is not getattr(base, name, None) for name in ("forward", "_conv_forward")
-    ):
+    if "forward" in vars(module):
+        return f"its forward was replaced on this object: delete it, or put a plain nn.{base.__name__} in its place"
+    if any(getattr(type(module), name, None) is not getattr(base, name, None) for name in ("forward", "_conv_forward")):
         name = type(module).__name__
         kind = f"{type(module).__module__}.{name}" if name == base.__name__ else name
         return f"{kind} overrides forward: put a plain nn.{base.__name__} in its place"
