@@ -254,8 +254,10 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from error
     state, records = _apart(given)
     if empty := next((name for name, tensor in state.items() if tensor.is_meta), None):
+        holder = dict(nn.Module.named_modules(model)).get(empty.rpartition(".")[0], model)
         raise CheckpointError(
-            f"state {empty!r} is on the meta device and has no values to save: load them, or take what holds it away"
+            f"{type(holder).__name__}'s state {empty!r} is on the meta device and has no values to save: load them, or "
+            "take what holds it away"
         )
     _check_parts(model, state)
     held = {(tensor.data_ptr(), tensor.shape) for tensor in state.values() if not nn.parameter.is_lazy(tensor)}
