@@ -288,7 +288,7 @@ def kinds(folder: Path) -> dict[str, Kind]:
     """Whole files of every kind, written by the library."""
     dense, data = network(), batches()
     low = st.compress(dense, data, st.Budget(macs=0.5))
-    sparse = st.compress(dense, data, st.Budget(bytes=0.6), methods=[st.LowRankPlusSparse()])
+    sparse = st.compress(dense, data, st.Budget(parameters=0.6), methods=[st.LowRankPlusSparse()])
     st.save(low.model, low.plan, folder / "low")
     st.save(sparse.model, sparse.plan, folder / "sparse")
     recipe = Recipe(epochs=2, checkpoint_every=1, keep="best")
