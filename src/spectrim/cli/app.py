@@ -5,8 +5,6 @@ Importing this module loads typer and no torch, so that ``--help`` answers at on
 
 from __future__ import annotations
 
-import io
-import sys
 from typing import Annotated
 
 import typer
@@ -22,7 +20,6 @@ from spectrim.cli.help import Command, Program
 from spectrim.cli.path import path
 from spectrim.cli.profile import profile
 from spectrim.cli.sweep import sweep
-from spectrim.network.files import SPELLED
 
 app = typer.Typer(
     name="spectrim",
@@ -55,7 +52,4 @@ def _root(
 
 def main() -> None:
     """Entry point of the program."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=SPELLED)
     app()
