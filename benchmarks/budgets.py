@@ -104,7 +104,7 @@ def _bytes(model: nn.Module, images: Tensor) -> float:
 
 _COUNTED: dict[str, Callable[[nn.Module, Tensor], float]] = {
     "parameters": lambda model, images: sum(p.numel() for p in model.parameters()),
-    "macs": lambda model, images: measures.macs(model, images[:1]),
+    "macs": lambda model, images: measures.counted_macs(model, images[:1]),
     "bytes": _bytes,
 }
 

@@ -244,7 +244,7 @@ def content(path: Path) -> Any:
         tensors = {key: (str(t.dtype), tuple(t.shape), bytes(t.reshape(-1).view(torch.uint8).tolist()))
                    for key, t in load_file(path).items()}  # fmt: skip
         if name in ("tuning.safetensors", "learning.safetensors", "checkpoint.safetensors"):
-            resume.read(path)
+            resume.read_checkpoint(path)
             # The course of learned ranks holds seconds.
             return {key: value for key, value in tensors.items() if not key.endswith("/trajectory")}
         return tensors, read_plan(path).to_json()

@@ -14,11 +14,11 @@ from spectrim.cost.counted import macs
 from spectrim.cost.rounds import Rounds, Timing, torch_threads
 from spectrim.linalg.patterns import Unstructured
 from spectrim.linalg.unfold import unfolding
-from spectrim.network.factors import LowRankPlusSparse
+from spectrim.network.factors import AdditiveFactors
 from spectrim.network.layer import LayerSpec
 from spectrim.nn.build import build
 from spectrim.nn.sparse.kernels import choose_kernels
-from spectrim.nn.sparse.layers import Sum
+from spectrim.nn.sparse.layers import Summed
 
 _REST = 64 * 2**20  # bytes read between two calls
 
@@ -64,13 +64,13 @@ def run(config: dict[str, Any], paths: dict[str, Any]) -> dict[str, Any]:
     return {"claims": claims, "rows": rows, "seeds": [config["seed"]], "notes": notes}
 
 
-def layers(size: int, rank: int, density: float) -> tuple[nn.Linear, Sum]:
+def layers(size: int, rank: int, density: float) -> tuple[nn.Linear, Summed]:
     """A dense layer, and a low-rank pair plus a sparse layer of random numbers in its place."""
     dense = nn.Linear(size, size).eval().requires_grad_(False)
     spec = LayerSpec(("layer",), size, size)
     mask = Unstructured().keep(torch.rand(1, size, size), density)
     left, right = (torch.randn(1, size, rank) / size for _ in range(2))
-    parts = LowRankPlusSparse(
+    parts = AdditiveFactors(
         left,
         right.mT.contiguous(),
         torch.randn(1, size, size) * mask,
@@ -80,7 +80,7 @@ def layers(size: int, rank: int, density: float) -> tuple[nn.Linear, Sum]:
         unfolding((), "channel"),
     )
     (total,) = build(parts, (spec,), (dense.bias.detach(),))
-    assert isinstance(total, Sum)
+    assert isinstance(total, Summed)
     return dense, total.eval().requires_grad_(False)
 
 
@@ -96,7 +96,7 @@ class Rest(nn.Module):
         return x
 
 
-def _case(dense: nn.Linear, total: Sum, batch: int, threads: int, repeats: int) -> dict[str, Any]:
+def _case(dense: nn.Linear, total: Summed, batch: int, threads: int, repeats: int) -> dict[str, Any]:
     x, rest = torch.randn(batch, dense.in_features), Rest()
     (chosen,) = choose_kernels(nn.Sequential(rest, total), x, threads=threads)
     models = {"dense": dense, "low rank": total.pair}
@@ -104,7 +104,7 @@ def _case(dense: nn.Linear, total: Sum, batch: int, threads: int, repeats: int) 
     for kernel, name in names.items():
         sparse = copy.copy(total.sparse)  # the same weight, which can be packed beside the other's
         sparse.kernel = kernel  # type: ignore[assignment]
-        models[name] = Sum(total.pair, sparse, total.original).eval()
+        models[name] = Summed(total.pair, sparse, total.original).eval()
     timings = _measured(models, rest, x, threads, repeats)
     times = {name: timing.quiet for name, timing in timings.items()}
     best = min(names, key=lambda kernel: times[names[kernel]])

@@ -35,8 +35,10 @@ CASES = {
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What compress was asked for, in place of doing it."""
     heard: list[Any] = []
-    monkeypatch.setattr("spectrim.cli.shrinking.compress", lambda out, request, *rest: heard.append(request.methods))
-    monkeypatch.setattr("spectrim.cli.learning.compress", lambda out, run, *rest: heard.append(run))
+    monkeypatch.setattr(
+        "spectrim.cli.shrinking.compress_and_tell", lambda out, request, *rest: heard.append(request.methods)
+    )
+    monkeypatch.setattr("spectrim.cli.learning.compress_by_learning", lambda out, run, *rest: heard.append(run))
     return heard
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spectrim.cli.learning import spread
+from spectrim.cli.learning import spread_schedule
 from spectrim.cli.options import LearnedRanksOptions
 from spectrim.methods import WeightSVD
 from spectrim.selection.budget import Budget
@@ -73,8 +73,8 @@ def test_options_reach_the_call_and_calibration_is_optional(run):
     run(*learned, "-b", "macs=60%", "--data", "nets:batches?samples=32", *options, "--no-report", "--out", "typed")
     called = learn_ranks(
         nets.tiny().eval(), nets.batches(), Budget(macs="60%"), calibration=nets.batches(32), skip=["head"],
-        learning=Recipe(epochs=2, lr=0.02), tuning=Recipe(epochs=1, lr=0.01), schedule=spread(4), energy="output",
-        methods=[WeightSVD(multiple_of=3)], progress=False,
+        learning=Recipe(epochs=2, lr=0.02), tuning=Recipe(epochs=1, lr=0.01), schedule=spread_schedule(4),
+        energy="output", methods=[WeightSVD(multiple_of=3)], progress=False,
     )  # fmt: skip
     assert Plan.read("typed/plan.json") == called.plan
     assert Trajectory.read("typed/ranks.json").records[-1].ranks == called.trajectory.records[-1].ranks
@@ -84,11 +84,11 @@ def test_options_reach_the_call_and_calibration_is_optional(run):
 
 def test_c_steps_spread_the_usual_range_of_mu():
     usual = Schedule()
-    assert spread(usual.steps) == usual
+    assert spread_schedule(usual.steps) == usual
     for steps in (2, 5, 40):
-        assert spread(steps).mu(steps - 1) == pytest.approx(usual.mu(usual.steps - 1))
-        assert spread(steps).mu(0) == usual.start
-    assert spread(1).steps == 1
+        assert spread_schedule(steps).mu(steps - 1) == pytest.approx(usual.mu(usual.steps - 1))
+        assert spread_schedule(steps).mu(0) == usual.start
+    assert spread_schedule(1).steps == 1
 
 
 def test_defaults_are_those_of_the_library(run):

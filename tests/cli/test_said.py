@@ -15,8 +15,8 @@ from torch import nn
 
 import spectrim.cli
 from spectrim.cli.data import load_data
-from spectrim.cli.models import check_model, load_model
-from spectrim.cli.references import UsageError, call, parse
+from spectrim.cli.models import check_reference, load_model
+from spectrim.cli.references import UsageError, call_reference, parse
 from spectrim.cli.unfinished import make_folder
 from spectrim.cli.weights import read_weights
 from spectrim.nn.agreement import agreement
@@ -188,7 +188,7 @@ def test_a_factory_that_raises_is_told_in_one_sentence():
         raise RuntimeError("no\nweights")
 
     with pytest.raises(UsageError, match="'a:b' raised RuntimeError: no weights"):
-        call(fails, parse("a:b"), "model")
+        call_reference(fails, parse("a:b"), "model")
 
 
 def test_results_cannot_lie_in_a_file(tmp_path: Path):
@@ -296,7 +296,7 @@ def test_a_hub_that_cannot_be_reached_is_told_at_once(monkeypatch: pytest.Monkey
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(UsageError, match=r"127\.0\.0\.1 cannot be reached .* write hf:FOLDER"):
-        check_model("hf:somebody/nothing")
+        check_reference("hf:somebody/nothing")
 
 
 def test_what_was_fetched_before_is_loaded_without_a_connection(monkeypatch: pytest.MonkeyPatch):

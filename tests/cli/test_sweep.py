@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from spectrim.selection.front import Sweep
-from spectrim.selection.point import opened, sealed
+from spectrim.selection.point import sealed, unsealed
 
 SWEEP = ("sweep", "nets:tiny", "--data", "nets:batches")
 
@@ -44,11 +44,11 @@ def test_points_are_judged_written_drawn_and_added_to(run):
 
 def test_a_folder_from_before_sets_of_methods_competed_goes_on(run):
     first = run.json(*SWEEP, "--points", "0.8", "--no-report")["points"]
-    record = opened(Path("sweep/run.json").read_bytes(), "a record")
+    record = unsealed(Path("sweep/run.json").read_bytes(), "a record")
     assert record["--method"] == ["low-rank"]
     Path("sweep/run.json").write_text(json.dumps(sealed({**record, "--method": ["auto"]})))
     assert run.json(*SWEEP, "--points", "0.8,0.6", "--no-report")["points"][0] == first[0]
-    assert opened(Path("sweep/run.json").read_bytes(), "a record") == record
+    assert unsealed(Path("sweep/run.json").read_bytes(), "a record") == record
     assert "--method was ['low-rank'] and is ['weight-svd']" in run(*SWEEP, "--method", "weight-svd", code=2).stderr
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from spectrim.cli.data import check_data
-from spectrim.cli.models import check_model, load_model
+from spectrim.cli.models import check_reference, load_model
 from spectrim.cli.references import UsageError
 from spectrim.cli.weights import check_checkpoint, check_file, read_weights
 from spectrim.network.file_kinds import head_of, is_saved, not_safetensors
@@ -163,7 +163,7 @@ def test_a_path_that_is_no_file_says_what_it_is_and_means_no_other():
     for name, kind in (("pipe.pt", "a pipe"), ("folder.pt", "a folder")):
         with pytest.raises(UsageError, match=f"'{name}' is {kind}, not a file$"):
             check_file(name)
-    for check in (lambda: check_data("pipe.npz", "test"), lambda: check_model("pipe.py:build")):
+    for check in (lambda: check_data("pipe.npz", "test"), lambda: check_reference("pipe.py:build")):
         for name in ("pipe.npz", "pipe.py"):
             Path(name).unlink(missing_ok=True)
             os.mkfifo(name)

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from spectrim.cost import chains, rounds
-from spectrim.cost.chains import Run, calls, csr_product, describe, measure, ways
+from spectrim.cost.chains import Variant, calls, csr_product, describe, measure, variants
 from spectrim.cost.latency import Latency
 from spectrim.linalg import csr
-from spectrim.linalg.patterns import Channels, NofM, Taps, Unstructured
+from spectrim.linalg.patterns import NofM, Taps, Unstructured, WholeChannels
 from spectrim.linalg.unfold import unfolding
 from spectrim.network.layer import LayerSpec
 from spectrim.network.structure import Addend, Apart, Chain, Pair, Sum
@@ -44,7 +44,7 @@ def test_keys_tell_densities_apart_to_two_digits():
     assert describe((LINEAR.sparse(NofM(2, 4), 0.5),)) == "linear 32>16+bias @3 density 0.5"
 
 
-@pytest.mark.parametrize("pattern", [Unstructured(), Channels(), Taps((1, 3), (1, 0))])
+@pytest.mark.parametrize("pattern", [Unstructured(), WholeChannels(), Taps((1, 3), (1, 0))])
 def test_a_sum_is_the_pair_and_the_added_sparse_layer(pattern):
     pair, added = calls(with_sum(CONV, SPATIAL, 4, 0.25, pattern))
     assert isinstance(pair, Pair)
@@ -112,11 +112,11 @@ def pool_for(*found, dtype=torch.float32):
 def test_csr_is_timed_where_it_is_possible(spec, several):
     sparse = spec.sparse(Unstructured(), 0.2)
     pool = pool_for([sparse])
-    assert len(ways((sparse,), pool, 2, False)) == 1 + several
+    assert len(variants((sparse,), pool, 2, False)) == 1 + several
     assert (csr_product(spec) is not None) == several
-    assert len(ways((spec,), pool, 2, False)) == 1
-    assert len(ways((sparse,), pool_for([sparse], dtype=torch.bfloat16), 2, False)) == 1
-    assert len(ways((sparse, spec), pool, 2, False)) == 1
+    assert len(variants((spec,), pool, 2, False)) == 1
+    assert len(variants((sparse,), pool_for([sparse], dtype=torch.bfloat16), 2, False)) == 1
+    assert len(variants((sparse, spec), pool, 2, False)) == 1
 
 
 @pytest.mark.table
@@ -132,7 +132,7 @@ def test_what_is_timed_in_csr_is_a_sparse_layer(kind, channels_last, monkeypatch
         sparse = spec.sparse(Unstructured(), 0.2)
         with torch.inference_mode():
             pool = pool_for([sparse])
-            _, run = ways(kind((sparse,)), pool, 2, channels_last)
+            _, run = variants(kind((sparse,)), pool, 2, channels_last)
             weight = packs[-1]
             x = chains._view(pool, 0, chains._input_shape(sparse, 2), channels_last)
             bias = pool[: spec.out_channels] if spec.bias else None
@@ -173,12 +173,12 @@ def test_the_fastest_way_counts_and_weights_are_cold(monkeypatch):
             calls.append(name)
             clock[0] += seconds
 
-        return Run(call, (lambda: calls.append("chill")) if chilled else None)
+        return Variant(call, (lambda: calls.append("chill")) if chilled else None)
 
     found = {16: [run("slow", 0.004, False), run("fast", 0.001, True)], 8: [run("other", 0.003, False)]}
     monkeypatch.setattr(chains, "time", Time)
     monkeypatch.setattr(rounds, "time", Time)
-    monkeypatch.setattr(chains, "ways", lambda chain, *_: found[chain[0].out_channels])
+    monkeypatch.setattr(chains, "variants", lambda chain, *_: found[chain[0].out_channels])
     times = measure([(LINEAR,), (dataclasses.replace(LINEAR, out_channels=8),)], rounds=3)
     assert times == pytest.approx([1.0, 3.0])
     fast = [i for i, name in enumerate(calls) if name == "fast"]

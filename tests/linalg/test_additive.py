@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spectrim.linalg import bilateral, lowrank, response, sparse
 from spectrim.linalg.additive import Additive, Alternation, better, decompose
-from spectrim.linalg.low_rank_steps import Exact, Greedy, LowRankStep, Split
+from spectrim.linalg.low_rank_steps import Alternating, Exact, Greedy, LowRankStep
 from spectrim.linalg.metric import Full, Metric, Plain, Slices
 from spectrim.linalg.patterns import pattern
 from spectrim.linalg.sparse import Quadratic
@@ -73,7 +73,7 @@ class Case:
         if step in ("greedy", "exact"):
             self.step: LowRankStep = (Greedy if step == "greedy" else Exact)(self.metric, self.root)
         else:
-            self.step = Split(self.metric.sliced(how), self.root)
+            self.step = Alternating(self.metric.sliced(how), self.root)
 
     def solve(
         self,

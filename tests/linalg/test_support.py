@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg.additive import Additive, Alternation, decompose
-from spectrim.linalg.low_rank_steps import Exact, Greedy, Product, Split
+from spectrim.linalg.low_rank_steps import Alternating, Exact, Greedy, Product
 from spectrim.linalg.metric import Full, Plain
 from spectrim.linalg.patterns import pattern
 from spectrim.linalg.sparse import Quadratic, Sparse
@@ -128,7 +128,7 @@ def test_nothing_kept_or_dropped_leaves_no_doubt() -> None:
 def test_other_splits_are_refused() -> None:
     target = random(1, 8, 36)
     metric = Plain(1, (4, 3, 3), torch.device("cpu"), unfolding((3, 3), "height-first"))
-    step = Split(metric)
+    step = Alternating(metric)
     found = decompose(target, Quadratic(metric), step, 2, UNSTRUCTURED, 0.1, (4, 3, 3), alternation=Alternation(3))
     with pytest.raises(ValueError, match="expected those of the split after the whole kernel, with 8 outputs and 36"):
         examine(target, Quadratic(metric), found, UNSTRUCTURED, (4, 3, 3))

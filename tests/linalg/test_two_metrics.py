@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from spectrim.linalg import lowrank
-from spectrim.linalg.two_metrics import Reading, TwiceRead
+from spectrim.linalg.two_metrics import TwiceRead, View
 
 
 def drawn(seed=0, entries=14, width=6, *, like=False):
@@ -16,7 +16,7 @@ def drawn(seed=0, entries=14, width=6, *, like=False):
     weights = [torch.rand(entries, **kind).square(), torch.rand(entries, **kind)]
     if like:
         metrics[1], weights[1] = 3 * metrics[0], weights[0]
-    one, two = (Reading(rows, metric) for rows, metric in zip(weights, metrics, strict=True))
+    one, two = (View(rows, metric) for rows, metric in zip(weights, metrics, strict=True))
     return TwiceRead(torch.randn(entries, width, **kind), (one, two))
 
 

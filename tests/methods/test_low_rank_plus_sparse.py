@@ -22,7 +22,7 @@ from spectrim.nn.agreement import output_error
 from spectrim.nn.build import build
 from spectrim.nn.find import find
 from spectrim.nn.modules import whole
-from spectrim.nn.sparse.layers import Cropped, Masked, Slim, Sum
+from spectrim.nn.sparse.layers import Cropped, Masked, Slim, Summed
 from spectrim.nn.watch import watchers
 from spectrim.nn.watch.calibrate import calibrate
 from spectrim.testing import measured_error, sample_inputs
@@ -155,7 +155,7 @@ def test_channels_and_taps_make_the_layers_smaller() -> None:
         spec = specs[-1]
         factors = method.factorize(site, held)
         (module,) = build(factors, site.layers, site.biases)
-        sparse = module.sparse if isinstance(module, Sum) else module
+        sparse = module.sparse if isinstance(module, Summed) else module
         assert spec.density == 1
         if held["pattern"] == "channels":
             assert isinstance(sparse, Slim)

@@ -25,7 +25,7 @@ from spectrim.network.layer import LayerSpec
 from spectrim.nn.build import skeleton
 from spectrim.nn.checkpoint import load, read_plan, same_weights, save
 from spectrim.nn.find import find
-from spectrim.nn.sparse.layers import Masked, Slim, Sum, laid_out
+from spectrim.nn.sparse.layers import Masked, Slim, Summed, laid_out
 from spectrim.nn.surgery import merge, replace_module, size_in_bytes
 from tests.cases import batches_for, one_thread, settled
 from tests.nn.layers import LAYERS, Wrapped, close
@@ -356,7 +356,7 @@ def test_a_sum_keeps_its_parts_apart(tmp_path):
     path = tmp_path / "sum.safetensors"
     save(model, plan_of(made), path)
     again = load(Wrapped(nn.Conv2d(4, 6, 3)), path).eval()
-    assert isinstance(again.layer, Sum)
+    assert isinstance(again.layer, Summed)
     x = torch.randn(2, 4, 5, 5)
     assert torch.equal(again(x), model.eval()(x))
 

@@ -227,7 +227,7 @@ def test_a_full_disk_is_an_error_of_the_file_and_ends_no_process(tmp_path: Path)
         for name, write in {
             "model.pt2": lambda path: export_program(nn.Linear(4, 3).eval(), torch.zeros(2, 4), path),
             "model.safetensors": lambda path: save(nn.Linear(40, 30), plan, path),
-            "run": lambda path: resume.write(path, {"a": torch.zeros(100)}, {}),
+            "run": lambda path: resume.write_checkpoint(path, {"a": torch.zeros(100)}, {}),
         }.items():
             try:
                 write(tmp_path / name)

@@ -57,7 +57,7 @@ def test_what_stands_for_a_layer_takes_its_input_by_name():
     methods = st.LowRankPlusSparse(patterns=("unstructured",))
     result = st.compress(Named().eval(), BATCHES, "macs=90%", methods=methods, only="b")
     kinds = {type(module).__name__ for module in result.model.modules()}
-    assert kinds & {"Sum", "Masked", "MaskedLinear"}
+    assert kinds & {"Summed", "Masked", "MaskedLinear"}
     assert result.model(BATCHES[0]).shape == (32, 8)
 
 

@@ -13,7 +13,7 @@ from spectrim.network.choices import Choice
 from spectrim.nn.build import skeleton
 from spectrim.nn.find import describe, find
 from spectrim.nn.modules import Factored
-from spectrim.nn.sparse.layers import Cropped, Masked, Slim, Sum
+from spectrim.nn.sparse.layers import Cropped, Masked, Slim, Summed
 from spectrim.nn.surgery import merge, parameter_count, replace_module, size_in_bytes
 from spectrim.nn.watch.norms import reestimate_batchnorm
 from tests.nn.layers import ConvNet, Wrapped, close
@@ -209,7 +209,7 @@ PHYSICAL = {
 
 
 def kinds(model):
-    return [m for m in model.modules() if isinstance(m, (Sum, Masked, Slim, Cropped))]
+    return [m for m in model.modules() if isinstance(m, (Summed, Masked, Slim, Cropped))]
 
 
 @pytest.mark.parametrize("choices", [SPARSE, PHYSICAL], ids=["masked", "physical"])

@@ -10,7 +10,7 @@ from torch import nn
 import spectrim as st
 from spectrim.nn.sparse.kernels import choose_kernels
 from spectrim.nn.timing import measure_latency, peak_memory
-from spectrim.report.measures import accuracy, macs
+from spectrim.report.measures import accuracy, counted_macs
 
 
 class Recorder(nn.Module):
@@ -132,7 +132,7 @@ IDS = torch.randint(9, (4, 5), generator=torch.Generator().manual_seed(0))
         lambda model: measure_latency({"model": model, "again": model}, IDS, repeats=2, warmup=1),
         lambda model: peak_memory(model, IDS),
         lambda model: choose_kernels(model, IDS, rounds=1),
-        lambda model: macs(model, IDS),
+        lambda model: counted_macs(model, IDS),
         lambda model: accuracy(model, [(IDS, torch.zeros(4, 5, dtype=torch.long))] * 2),
         lambda model: st.export_program(model, IDS, "program.pt2", dynamic_batch=False, tolerance=1e9),
         lambda model: st.compress(model, [IDS], "macs=70%", guard=True, sensitivity=False),

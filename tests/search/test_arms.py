@@ -22,7 +22,7 @@ from spectrim.pipeline import shrinking
 from spectrim.search.arms import HOPELESS, Arm, Contest, Tried, usual
 from spectrim.search.judge import Verdict
 from spectrim.search.standings import Standings
-from spectrim.search.stepwise import TooMuchLostError, Trial
+from spectrim.search.stepwise import Judging, TooMuchLostError
 from spectrim.selection.plan import Entry, Plan
 from spectrim.tables import default_methods, merged, parted
 
@@ -81,7 +81,7 @@ def test_the_winner_is_never_worse_than_any_network_that_was_made(seed: int) -> 
 
 
 def test_a_refused_arm_is_a_note() -> None:
-    def planned(arm: Arm, trial: Trial) -> Draft:
+    def planned(arm: Arm, trial: Judging) -> Draft:
         if arm.name == "a":
             raise PlanError("it has no layer")
         return draft(arm.name)
@@ -108,7 +108,7 @@ def test_an_arm_that_misses_the_budget_is_told_in_one_line() -> None:
 def test_a_budget_that_no_arm_meets_is_told_by_the_one_that_comes_closest() -> None:
     lowest = {"a": 30.0, "b": 20.0, "c": 25.0}
 
-    def planned(arm: Arm, trial: Trial) -> Draft:
+    def planned(arm: Arm, trial: Judging) -> Draft:
         raise InfeasibleBudgetError("macs", 10.0, lowest[arm.name], 100.0)
 
     with pytest.raises(InfeasibleBudgetError) as caught:
@@ -124,7 +124,7 @@ def test_what_is_hopeless_or_the_same_is_skipped_and_says_so() -> None:
     _, tried = same.best(ARMS)
     assert [each.note for each in tried] == ["", *2 * ["skipped: the same plan as a"]]
 
-    def planned(arm: Arm, trial: Trial) -> Draft:
+    def planned(arm: Arm, trial: Judging) -> Draft:
         if arm.name == "c":
             raise TooMuchLostError(7.0, trial.most)
         return draft(arm.name, 2.0)
@@ -144,7 +144,7 @@ def test_after_the_seconds_no_arm_is_begun_and_progress_says_what_is_tried() -> 
 def test_what_removals_lose_is_not_trusted_to_the_same_degree() -> None:
     removal = Entry("x:out", "channels", ChannelsChoice((0,), 2, (), method="filters"), 0.1, {}, {}, of_channels=True)
 
-    def planned(arm: Arm, trial: Trial) -> Draft:
+    def planned(arm: Arm, trial: Judging) -> Draft:
         plan = draft(arm.name, {"a": 2.9, "b": 3.1, "c": 1.0}[arm.name]).plan
         return Draft(replace(plan, entries=(*plan.entries, removal)) if arm.name == "c" else plan)
 
@@ -157,7 +157,7 @@ def test_seconds_are_shared_by_planning_and_carrying_out(monkeypatch: pytest.Mon
     now = [0.0]
     monkeypatch.setattr("spectrim.search.arms.time.monotonic", lambda: now[0])
 
-    def planned(arm: Arm, trial: Trial) -> Draft:
+    def planned(arm: Arm, trial: Judging) -> Draft:
         now[0] += 2
         return draft(arm.name, {"a": 3.0, "b": 2.5}.get(arm.name, 1.0))
 
@@ -348,7 +348,7 @@ def test_chains_compete_where_layers_have_kernels_and_time_that_was_not_measured
 
 
 def test_where_no_network_comes_the_simplest_arm_says_why() -> None:
-    def planned(arm: Arm, trial: Trial) -> Draft:
+    def planned(arm: Arm, trial: Judging) -> Draft:
         if arm.name == "c":
             raise PlanError("c cannot be planned")
         return draft(arm.name)

@@ -19,7 +19,7 @@ from spectrim.nn.flops import WorkCounter
 from spectrim.nn.surgery import parameter_count, size_in_bytes
 from spectrim.nn.watch.batches import evaluating
 from spectrim.pipeline import output_error
-from spectrim.search.stepwise import Trial, select_in_steps
+from spectrim.search.stepwise import Judging, select_in_steps
 from spectrim.selection.plan import Plan
 from tests.cases import one_thread
 from tests.nn.coupled_nets import made
@@ -145,7 +145,7 @@ def test_other_methods_compete_and_a_judge_decides() -> None:
         seen.append(plan)
         return output_error(model, st.apply(model, sites, plan), batches)
 
-    plan, _ = select_in_steps(sites, methods, st.Budget(parameters=0.5), trial=Trial(judge))
+    plan, _ = select_in_steps(sites, methods, st.Budget(parameters=0.5), trial=Judging(judge))
     tried = list(seen)
     assert len(tried) > 1
     assert judge(plan) == min(judge(other) for other in tried)
@@ -159,7 +159,7 @@ def test_other_methods_compete_and_a_judge_decides() -> None:
     assert parameter_count(small) == plan.costs["parameters"]
     # Without time for more than one there is a plan all the same.
     seen.clear()
-    first, _ = select_in_steps(sites, methods, st.Budget(parameters=0.5), trial=Trial(judge, over=lambda: True))
+    first, _ = select_in_steps(sites, methods, st.Budget(parameters=0.5), trial=Judging(judge, over=lambda: True))
     assert seen == [tried[0]]
     assert [entry.choice for entry in first] == [entry.choice for entry in tried[0]]
 

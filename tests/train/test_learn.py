@@ -244,7 +244,7 @@ def test_a_run_killed_at_any_moment_ends_equal(tmp_path: Path) -> None:
         for name in ("learning.safetensors", "tuning.safetensors"):
             checkpoint = tmp_path / name
             runs.killed(checkpoint.exists, random.SystemRandom().uniform(0, 0.03))
-            steps[name] = resuming.read(checkpoint)[1]["step"]
+            steps[name] = resuming.read_checkpoint(checkpoint)[1]["step"]
         assert not out.exists(), f"nothing was killed, checkpoints at {steps}"
         runs.whole()
     expected = learn(shuffled())

@@ -22,7 +22,7 @@ from spectrim.selection.plan import Plan
 from spectrim.selection.selectors import at_multiplier
 from spectrim.testing import measured_error
 from spectrim.train import LearnedRanks, Schedule
-from spectrim.train.rank_tables import weighed, without_zero
+from spectrim.train.rank_tables import with_distances, without_zero
 from tests.cases import batches_for, settled
 from tests.train.learned import fake_latency, perturb
 
@@ -62,7 +62,7 @@ def test_every_c_step_meets_the_budget_and_knows_its_multiplier(cost: str) -> No
         record, plan = ranks.trajectory.records[-1], ranks.plan
         assert record.costs == plan.costs
         assert plan.costs[cost] <= limit * (1 + 1e-9)
-        table = without_zero(weighed(ranks.table, sites, record.mu, normalize=True))
+        table = without_zero(with_distances(ranks.table, sites, record.mu, normalize=True))
         multiplier = record.multipliers[cost]
         assert multiplier > 0
         at = at_multiplier(table, cost, multiplier)

@@ -13,14 +13,14 @@ import spectrim as st
 from spectrim.methods import LowRankPlusSparse, Method, WeightSVD
 from spectrim.network.choices import DENSE, Choice
 from spectrim.network.sites import Statistics
-from spectrim.nn.sparse.layers import Masked, Sum
+from spectrim.nn.sparse.layers import Masked, Summed
 from spectrim.nn.surgery import parameter_count
 from spectrim.selection.candidates import Option, Row
 from spectrim.selection.trajectory import Trajectory
 from spectrim.tables import tabulate
 from spectrim.train import LearnedRanks, Loop, Recipe, Schedule, learn_ranks
 from spectrim.train.c_step import CStep
-from spectrim.train.rank_tables import ZERO, buildable, rank, weighed, with_zero, without_zero
+from spectrim.train.rank_tables import ZERO, buildable, rank, with_distances, with_zero, without_zero
 from tests.cases import batches_for, settled
 from tests.train.learned import perturb, timeless
 from tests.train.small import equal, weights
@@ -85,7 +85,7 @@ def test_low_rank_plus_sparse_is_chosen_where_it_is_the_truth() -> None:
             choice = result.plan["0"].choice
             assert (choice.kind, choice["rank"]) == ("low_rank_plus_sparse", 2)
             assert choice["density"] > 0
-            assert isinstance(result.model[0], Sum)
+            assert isinstance(result.model[0], Summed)
             assert parameter_count(result.model) == result.plan.costs["parameters"]
             assert result.trajectory.records[-1].choices == (str(choice),)
             assert Trajectory.from_json(result.trajectory.to_json()) == result.trajectory
@@ -127,7 +127,7 @@ def test_copies_are_those_of_the_method_and_the_budget_holds(network: str, energ
     assert all(0 <= r <= full for r, full in zip(record.ranks, ranks.trajectory.full, strict=True))
     small, plan = ranks.finish(batches_for(network))
     assert parameter_count(small) <= plan.budget["parameters"]
-    assert any(isinstance(module, (Masked, Sum)) for module in small.modules())
+    assert any(isinstance(module, (Masked, Summed)) for module in small.modules())
     for inputs in batches_for(network):
         assert bool(small(inputs).isfinite().all())
 
@@ -243,6 +243,6 @@ def test_a_dropped_layer_of_zeros_loses_nothing() -> None:
     model = nn.Sequential(nn.Linear(12, 10), nn.Linear(10, 4))
     nn.init.zeros_(model[0].weight)
     sites = st.find(model)
-    table = weighed(with_zero(tabulate(sites, [SMALL]), sites), sites, 1.0, normalize=True)
+    table = with_distances(with_zero(tabulate(sites, [SMALL]), sites), sites, 1.0, normalize=True)
     assert all(o.error == 0 for o in table["0"].options)
     assert any(o.error > 0 for o in table["1"].options)

@@ -16,7 +16,7 @@ from spectrim.network.sites import Sites
 from spectrim.selection.candidates import Candidates, Option, Row
 from spectrim.tables import tabulate
 from spectrim.testing import LAYERS, sample_inputs
-from spectrim.train.rank_tables import ZERO, buildable, rank, rank_methods, weighed, with_zero, without_zero
+from spectrim.train.rank_tables import ZERO, buildable, rank, rank_methods, with_distances, with_zero, without_zero
 from tests.cases import batches_for, settled
 
 
@@ -66,8 +66,8 @@ def test_losses_at_a_strength(mu: float) -> None:
     model = settled("residual")
     sites = st.find(model)
     table = tabulate(sites, [WeightSVD()])
-    shares = weighed(table, sites, mu, normalize=True)
-    energies = weighed(table, sites, mu, normalize=False)
+    shares = with_distances(table, sites, mu, normalize=True)
+    energies = with_distances(table, sites, mu, normalize=False)
     for site, row, share, energy in zip(sites, table, shares, energies, strict=True):
         whole = float(site.weight.double().square().sum())
         for option in row.options:
@@ -80,7 +80,7 @@ def test_sensitivity_of_the_sites_is_kept() -> None:
     sites = st.sensitivity(model, st.calibrate(model, st.find(model), batches), batches)
     table = tabulate(sites, [WeightSVD()])
     assert len({row.scale for row in table}) == len(table)
-    for row, found in zip(table, weighed(table, sites, 2.0, normalize=True), strict=True):
+    for row, found in zip(table, with_distances(table, sites, 2.0, normalize=True), strict=True):
         assert found.scale == 2.0 * row.scale
         assert found.exponent == row.exponent
 

@@ -144,7 +144,7 @@ def test_a_run_killed_at_any_moment_ends_equal(tmp_path: Path) -> None:
         for _ in range(2):
             seen = written(checkpoint)
             runs.killed(lambda seen=seen: written(checkpoint) != seen, draw.uniform(0, 0.15))
-            steps.append(resuming.read(checkpoint)[1]["step"])
+            steps.append(resuming.read_checkpoint(checkpoint)[1]["step"])
         assert steps[0] > 0
         assert steps == sorted(steps)
         assert not out.exists(), f"nothing was killed, checkpoints at {steps}"
@@ -207,7 +207,7 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(
     call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "run"
-    resuming.write(path, {"a": torch.ones(3)}, {"step": 1})
+    resuming.write_checkpoint(path, {"a": torch.ones(3)}, {"step": 1})
     owner = tensor_files if call == "save_file" else os
 
     def fail(*arguments: Any) -> None:
@@ -218,18 +218,18 @@ def test_a_crash_while_writing_leaves_the_old_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(owner, call, fail)
         with pytest.raises(Stop):
-            resuming.write(path, {"a": torch.zeros(3)}, {"step": 2})
-    tensors, record = resuming.read(path)
+            resuming.write_checkpoint(path, {"a": torch.zeros(3)}, {"step": 2})
+    tensors, record = resuming.read_checkpoint(path)
     assert record["step"] == 1
     assert torch.equal(tensors["a"], torch.ones(3))
-    resuming.write(path, {"a": torch.zeros(3)}, {"step": 3})
-    assert resuming.read(path)[1]["step"] == 3
+    resuming.write_checkpoint(path, {"a": torch.zeros(3)}, {"step": 3})
+    assert resuming.read_checkpoint(path)[1]["step"] == 3
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
 def rewritten(path: Path, change: Any, out: Path) -> None:
     """A checkpoint with its tensors or its record changed, as one without digests."""
-    tensors, record = resuming.read(path)
+    tensors, record = resuming.read_checkpoint(path)
     change(tensors, record)
     save_file(
         {n: t.contiguous() for n, t in tensors.items()}, out, {resuming._KEY: json.dumps({"format": 1, **record})}
@@ -326,7 +326,7 @@ def test_a_run_that_died_between_the_last_batch_and_the_end_of_its_epoch_continu
         patch.setattr(Loop, "_finish_epoch", lambda loop: stop_at(1)(loop.model))
         with pytest.raises(Stop):
             fine_tune(Net(), loader(16), epochs=2, checkpoint=tmp_path / "run", checkpoint_every=1)
-    assert resuming.read(tmp_path / "run")[1]["batch"] == 2
+    assert resuming.read_checkpoint(tmp_path / "run")[1]["batch"] == 2
     fine_tune(model, loader(16), epochs=2, checkpoint=tmp_path / "run", checkpoint_every=1)
     assert equal(weights(model), weights(whole))
 

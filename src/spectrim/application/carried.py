@@ -23,7 +23,7 @@ from spectrim.nn.restated import restated
 from spectrim.nn.shipping import carry
 from spectrim.nn.traits import Traits
 from spectrim.nn.watch.batches import Feed, one_by_one
-from spectrim.nn.watch.nesting import begun, checked_batches, listed, reads_once
+from spectrim.nn.watch.nesting import begun, checked_batches, copied_batches, reads_once
 from spectrim.nn.watch.norms import reestimate_batchnorm
 from spectrim.nn.watch.reconstruct import Errors, Split
 from spectrim.nn.watch.sampling import Sampling
@@ -99,7 +99,7 @@ def carry_out(
     put_tied(work, entries, makers)
     steps, ends, held_out = ordered(work, entries, makers), None, ()
     if batches is not None and work.follows:
-        batches = listed(batches)
+        batches = copied_batches(batches)
         apart, held_out = _split(work, batches, sampling)
         with watching(model, removal.model, expected, first, feed):
             ends = follow(work, steps, apart, memory, told(progress), sums)

@@ -10,7 +10,7 @@ import typer
 
 from spectrim.cli import options
 from spectrim.cli.common import REQUIRED, Checked, Output, command, option, refuse
-from spectrim.cli.models import check_model
+from spectrim.cli.models import check_reference
 from spectrim.cli.references import UsageError
 from spectrim.cli.unfinished import make_folder
 from spectrim.cli.values import check_plan
@@ -33,7 +33,7 @@ class ComparedOptions(Checked):
         "What returns the dense model, as compress takes it: to measure, and not only read what plans say.",
         "MODEL",
         flags=("--model", "-m"),
-        check=check_model,
+        check=check_reference,
     )
     weights: Path | None = options.weights_option("Weights of the dense model: .safetensors or .pt.")
 
@@ -124,6 +124,6 @@ def compare(
     from spectrim.cli import comparing
 
     if compared.model is None:
-        comparing.read(out, paths, files.page)
+        comparing.read_plans(out, paths, files.page)
     else:
-        comparing.measure(out, compared, measuring, paths, files.page)
+        comparing.measure_networks(out, compared, measuring, paths, files.page)

@@ -16,8 +16,8 @@ from spectrim.cli.compare import ComparedOptions, ComparingOptions
 from spectrim.cli.data import load_data
 from spectrim.cli.filters import with_channels
 from spectrim.cli.models import load_compressed, load_model
-from spectrim.cli.origins import parts_of
-from spectrim.cli.preprocessing import tell
+from spectrim.cli.origins import origin_parts
+from spectrim.cli.preprocessing import tell_preprocessing
 from spectrim.cli.references import UsageError
 from spectrim.cli.sharing import offer, planned_groups
 from spectrim.cli.sparsity import fastest
@@ -39,7 +39,7 @@ from spectrim.selection.point import LARGEST, Point
 _RESULT = "result.json"
 
 
-def read(out: Output, paths: dict[str, Path], page: Path | None = None) -> None:
+def read_plans(out: Output, paths: dict[str, Path], page: Path | None = None) -> None:
     """What plans say, in one table."""
     plans = _plans(paths)
     unlike = {name: plan.dense_costs.get("parameters") for name, plan in plans.items()}
@@ -90,7 +90,7 @@ def _stored(path: Path) -> tuple[list[Measure], Agreement | None]:
     return rows, agreed
 
 
-def measure(
+def measure_networks(
     out: Output, compared: ComparedOptions, measuring: ComparingOptions, paths: dict[str, Path], page: Path | None
 ) -> None:
     """Load or make the networks, and measure them beside the dense one."""
@@ -99,7 +99,7 @@ def measure(
     dense = load_model(compared.model, compared.weights).to(device)
     data = None if measuring.data is None else load_data(measuring.data, purpose="calibration", device=device)
     test = None if measuring.test is None else load_data(measuring.test, purpose="test", device=device)
-    tell(out, {"--data": data, "--test": test}, dense)
+    tell_preprocessing(out, {"--data": data, "--test": test}, dense)
     batches, named = (data, measuring.data) if data is not None else (test, measuring.test)
     assert batches is not None
     example = first_batch(batches, measuring.batch, str(named), dense)
@@ -124,7 +124,7 @@ def measure(
     plans = [name for name, path in paths.items() if path.suffix == ".json"]
     notes = [f"the layers of {', '.join(plans)} were fitted to those of --data: their files keep no weights"]
     named = {"model": compared.model, "weights": compared.weights, "--data": measuring.data, "--test": measuring.test}
-    parts = parts_of({role: str(text) for role, text in named.items() if text is not None}, dense)
+    parts = origin_parts({role: str(text) for role, text in named.items() if text is not None}, dense)
     _finish(out, found, paths, page, compared.model, parts, notes if plans else ())
 
 

@@ -8,7 +8,7 @@ import typer
 
 from spectrim.cli import options
 from spectrim.cli.common import Output, command, refuse
-from spectrim.cli.former import formerly, rewritten
+from spectrim.cli.former import formerly, with_former_options
 from spectrim.cli.methods import AUTO, FILTERS, LEARNED, Methods
 from spectrim.cli.references import UsageError
 from spectrim.cli.unfinished import make_folder
@@ -50,7 +50,7 @@ def compress(
     former = [text for text in goal.cost or () if "=" not in text]
     if former and not any(text.partition(":")[0] == LEARNED for text in method or ()):
         named_costs(former)
-    methods = Methods.read(rewritten(out, method, {"cost": former}), competing=True)
+    methods = Methods.read(with_former_options(out, method, {"cost": former}), competing=True)
     if LEARNED in methods:
         no = {"plan", "selector", "guard", "recipe", "max_drop", "min_agreement", "compete", *_SHARING}
         refuse(context, no, f"does not combine with --method {LEARNED}")
@@ -61,26 +61,26 @@ def compress(
         from spectrim.cli import learning
 
         run = learning.RankRun(network, inputs.data, training, layers, learned, points, costs)
-        learning.compress(out, run, files)
+        learning.compress_by_learning(out, run, files)
         return
     _check(context, methods, goal, inputs, training)
     if goal.max_drop is not None and training.test is None:
         raise UsageError(f"--max-drop {goal.max_drop:g} is measured on --test, batches with labels: give them too")
     make_folder(out, files.folder)
     from spectrim.cli import shrinking
-    from spectrim.cli.work import Work
+    from spectrim.cli.work import Subject
 
     request = shrinking.Request.read(
         methods, goal, sharing, calibrated=inputs.data is not None, multiple_of=layers.multiple_of
     )
     tuning = training.recipe()
-    work = Work.load(network, layers, inputs, training, timed=request.timed)
+    work = Subject.load(network, layers, inputs, training, timed=request.timed)
     # What the fine-tuned weights follow from; what is only measured with is left out.
     record = {"method": [each.text for each in methods.asked]}
     for options_ in (network, inputs, layers, sharing, goal, training):
         record |= dataclasses.asdict(options_)
     held = shrinking.run_folder(files.folder, record, work, tuning)
-    shrinking.compress(out, request, work, tuning, files, held)
+    shrinking.compress_and_tell(out, request, work, tuning, files, held)
 
 
 def _learned(methods: Methods) -> options.LearnedRanksOptions:

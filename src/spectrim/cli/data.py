@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from spectrim.cli import data_files
 from spectrim.cli.data_options import ArrayOptions, DataOptions, FolderOptions, ImageOptions, TableOptions
-from spectrim.cli.references import Reference, UsageError, call, factory, filled, parse
+from spectrim.cli.references import Reference, UsageError, call_reference, factory, filled, parse
 from spectrim.cli.sources import check_factory, names_nothing
 from spectrim.errors import did_you_mean
 
@@ -73,7 +73,7 @@ class Data:
             from spectrim.cli.datasets import batches_of
 
             return batches_of(self, device)
-        found = call(factory(self.reference, "data"), self.reference, "data")
+        found = call_reference(factory(self.reference, "data"), self.reference, "data")
         text = self.reference.text
         if not isinstance(found, Iterable) or isinstance(found, str | bytes | Mapping) or _is_one_thing(found):
             raise UsageError(

@@ -105,12 +105,12 @@ def demo(
 
 def _check_reachable(model: nn.Module, example: Any, wanted: Budget) -> None:
     """Raise InfeasibleBudgetError before any training: what a network costs at the least hangs on no weights."""
-    from spectrim.pipeline import offered
+    from spectrim.pipeline import methods_on_offer
     from spectrim.preparation import locate, prepare
     from spectrim.selection.selectors import check_reachable
     from spectrim.tables import tabulate
 
-    groups = offered(None, None, wanted.costs)[1]
+    groups = methods_on_offer(None, None, wanted.costs)[1]
     known = prepare(model, locate(model, ()), [example], groups=groups, statistics=False, sensitivity=False)
     check_reachable(tabulate(known.sites), [wanted])
 

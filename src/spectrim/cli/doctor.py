@@ -40,7 +40,7 @@ _IMPORTED = {"scikit-learn": "sklearn", "pillow": "PIL", "torch-pruning": "torch
 
 
 @dataclass(frozen=True)
-class Part:
+class Requirement:
     """A package or an extra that something needs."""
 
     packages: Mapping[str, str | None]
@@ -60,7 +60,10 @@ def doctor(out: Output) -> None:
     --------
     $ spectrim doctor
     """
-    parts = [*_extras(), *(Part({name: _version(name)}, what, f"pip install {name}") for name, what in _BESIDE.items())]
+    parts = [
+        *_extras(),
+        *(Requirement({name: _version(name)}, what, f"pip install {name}") for name, what in _BESIDE.items()),
+    ]
     # Folders that fill up: what this library measures, and what the libraries around it fetch.
     folders = {"measured times": default_cache(), "Hugging Face": hub_folder()}
     caches = {what: (folder, *_size(folder)) for what, folder in folders.items()}
@@ -81,7 +84,7 @@ def doctor(out: Output) -> None:
         out.print(line)
 
 
-def _lines(found: Mapping[str, Any], parts: Sequence[Part]) -> Iterator[str]:
+def _lines(found: Mapping[str, Any], parts: Sequence[Requirement]) -> Iterator[str]:
     """The report for people, as wide as the terminal and at most 80 columns."""
     width = min(shutil.get_terminal_size().columns, 80) if sys.stdout.isatty() else 80
     for name, text in _rows(found):
@@ -133,7 +136,7 @@ def _version(package: str) -> str | None:
         return "?" if importlib.util.find_spec(_IMPORTED.get(package, package.replace("-", "_"))) else None
 
 
-def _extras() -> Iterator[Part]:
+def _extras() -> Iterator[Requirement]:
     """The extras of this package, as its metadata list them."""
     try:
         lines = requires("spectrim") or []
@@ -142,7 +145,7 @@ def _extras() -> Iterator[Part]:
     for extra, what in _FOR.items():
         names = [line for line in lines if re.search(rf"extra == ['\"]{extra}['\"]", line)]
         packages = dict.fromkeys(re.split(r"[^\w.-]", name, maxsplit=1)[0] for name in names)
-        yield Part({name: _version(name) for name in packages}, what, f'pip install "spectrim[{extra}]"')
+        yield Requirement({name: _version(name) for name in packages}, what, f'pip install "spectrim[{extra}]"')
 
 
 def _processor() -> dict[str, Any]:

@@ -47,7 +47,7 @@ def evaluate(
         check_data(data, "test", "--data")
     from spectrim.cli.data import load_data
     from spectrim.cli.models import load_model
-    from spectrim.cli.preprocessing import class_note, tell
+    from spectrim.cli.preprocessing import class_note, tell_preprocessing
     from spectrim.cli.sparsity import fastest, kernel_notes, kernel_values
     from spectrim.cli.work import device_named, first_batch, random_input
     from spectrim.report import accuracy, compare, measure
@@ -65,7 +65,7 @@ def evaluate(
     if model.checkpoint is not None:
         name = str(model.checkpoint)
     if batches is not None:
-        tell(out, {"--data": batches}, network)
+        tell_preprocessing(out, {"--data": batches}, network)
         if note := class_note(batches, network):
             out.say(f"note: {note}")
         batch = first_batch(batches, measuring.batch, str(data), network)

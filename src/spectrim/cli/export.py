@@ -9,7 +9,7 @@ from spectrim.cli import options
 from spectrim.cli.common import REQUIRED, Output, command, option
 from spectrim.cli.references import Reference, UsageError, installed
 from spectrim.cli.unfinished import make_folder
-from spectrim.cli.values import check_folder
+from spectrim.cli.values import check_results_folder
 from spectrim.cost.exporter import quiet_exporter
 
 FORMATS = (".onnx", ".pt2")
@@ -34,7 +34,7 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.file.suffix not in FORMATS:
             raise UsageError(f"--out {str(self.file)!r}: expected a name ending in {' or '.join(FORMATS)}")
-        check_folder(self.file.parent)
+        check_results_folder(self.file.parent)
 
 
 @command

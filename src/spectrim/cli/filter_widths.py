@@ -109,14 +109,14 @@ class Widths:
 
     def draw(self, file: Path) -> None:
         """Write the figure."""
-        from spectrim.report.figures import write
+        from spectrim.report.figures import write_figure
         from spectrim.report.width_figure import recommended_widths
 
         channels = {_name(group): group["channels"] for group in self.groups}
         found = {
             f"PFA-{_head(key)}": {_name(group): group["widths"][key] for group in self.groups} for key in self.networks
         }
-        write(recommended_widths(channels, found), file)
+        write_figure(recommended_widths(channels, found), file)
 
 
 def _group(

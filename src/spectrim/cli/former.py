@@ -48,7 +48,7 @@ def formerly(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         def run(out: Output, *, method: list[str] | None, **options: Any) -> None:
             given = {name: options.pop(name) for name in names}
-            function(out, method=rewritten(out, method, given), **options)
+            function(out, method=with_former_options(out, method, given), **options)
 
         signature = inspect.signature(function, eval_str=True)
         hidden = []
@@ -65,7 +65,9 @@ def formerly(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]
     return decorate
 
 
-def rewritten(out: Output, method: Sequence[str] | None, given: Mapping[str, Sequence[str] | bool | None]) -> list[str]:
+def with_former_options(
+    out: Output, method: Sequence[str] | None, given: Mapping[str, Sequence[str] | bool | None]
+) -> list[str]:
     """The values of ``--method`` with those of former options among their own."""
     methods, were = list(method or ()), []
     for name, value in given.items():

@@ -17,11 +17,11 @@ from spectrim.cli.options import (
     NetworkOptions,
     TrainingOptions,
 )
-from spectrim.cli.preprocessing import tell
+from spectrim.cli.preprocessing import tell_preprocessing
 from spectrim.cli.results import Outcome
 from spectrim.cli.unfinished import UNFINISHED, RunFolder, make_folder
 from spectrim.cli.values import read_budget, read_costs
-from spectrim.cli.work import Work
+from spectrim.cli.work import Subject
 from spectrim.methods import WeightSVD
 from spectrim.network.printing import count
 from spectrim.preparation import prepare
@@ -87,7 +87,7 @@ class RankRun:
         return given | {
             "learning": learning,
             "tuning": self.training.recipe(),
-            "schedule": spread(learned.c_steps),
+            "schedule": spread_schedule(learned.c_steps),
             "energy": learned.energy,
             "skip": list(layers.skip or ()),
             "only": list(layers.only or ()),
@@ -98,7 +98,7 @@ class RankRun:
         return RunFolder(folder, self.record, _OPTIONS, {"costs": []}, ("points",))
 
 
-def spread(steps: int) -> Schedule:
+def spread_schedule(steps: int) -> Schedule:
     """The default schedule, its range of ``mu`` spread over another number of C steps."""
     usual = Schedule()
     if steps == 1:
@@ -106,25 +106,25 @@ def spread(steps: int) -> Schedule:
     return dataclasses.replace(usual, steps=steps, factor=usual.factor ** ((usual.steps - 1) / (steps - 1)))
 
 
-def work(run: RankRun) -> Work:
+def work(run: RankRun) -> Subject:
     """Load what a run works on, and see that every budget can be met before anything is trained.
 
     Milliseconds are not looked at.
     """
-    found = Work.load(run.network, run.layers, InputOptions(run.data), run.training, timed=run.timed)
+    found = Subject.load(run.network, run.layers, InputOptions(run.data), run.training, timed=run.timed)
     known = prepare(found.dense, found.sites, [found.example], statistics=False, sensitivity=False)
     table = tabulate(known.sites, [WeightSVD(multiple_of=run.layers.multiple_of)], costs=run.functions)
     check_reachable(table, run.budgets)
     return found
 
 
-def compress(out: Output, run: RankRun, files: FileOptions) -> None:
+def compress_by_learning(out: Output, run: RankRun, files: FileOptions) -> None:
     """``spectrim compress --method learned-ranks``, when the command line has been read."""
     folder = make_folder(out, files.folder)
     on = work(run)
     assert on.training is not None
     out.say(f"compressing {on.whose}")
-    different = tell(out, on.references, on.dense)
+    different = tell_preprocessing(out, on.references, on.dense)
     scores = [("dense", on.score(on.dense))] if on.testing is not None else []
     held = run.folder(files.checkpoint or folder / UNFINISHED)
     held.claim()
@@ -136,8 +136,8 @@ def compress(out: Output, run: RankRun, files: FileOptions) -> None:
     if scores:
         scores.append(("learned ranks", on.score(result.model)))
     outcome = Outcome(
-        on.network.model, on.dense, result, folder, tuple(scores), (sentence(result, run), *different), on.named,
-        {"training": run.training.recipe().seed},
+        on.network.model, on.dense, result, folder, tuple(scores), (training_sentence(result, run), *different),
+        on.named, {"training": run.training.recipe().seed},
     )  # fmt: skip
     score = outcome.known_score if scores else None
     comparison = compare(on.dense, result.model, on.example, evaluate=score, threads=on.network.threads)
@@ -146,7 +146,7 @@ def compress(out: Output, run: RankRun, files: FileOptions) -> None:
         held.remove()
 
 
-def sentence(result: LearnedResult, run: RankRun) -> str:
+def training_sentence(result: LearnedResult, run: RankRun) -> str:
     """How a network was trained."""
     learning, tuning = result.learning, result.tuning
     if learning is None:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from spectrim.cli.common import usage
 from spectrim.cli.references import Reference, UsageError, factory, filled, halves
-from spectrim.cli.sources import check_factory, check_options
+from spectrim.cli.sources import check_factory, check_source_options
 from spectrim.errors import did_you_mean
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Asked:
     def check(self) -> None:
         """Refuse a class that there is not, or options that it does not have, as far as sources tell."""
         if self.name in CLASSES:
-            check_options("methods", CLASSES[self.name], self.options, f"--method {self.text}", self.name)
+            check_source_options("methods", CLASSES[self.name], self.options, f"--method {self.text}", self.name)
         elif self.name not in NAMES:
             check_factory(Reference(self.name, *halves(self.name)), "method", arguments=None)
 

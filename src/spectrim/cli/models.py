@@ -10,7 +10,7 @@ reference                   model
 ``hf:NAME``                 the architecture named in the hub model's (or local folder's) configuration
 ==========================  =============================================================================
 
-With a weight file the built-in schemes do not fetch pretrained weights. :func:`check_model` reads a reference, and
+With a weight file the built-in schemes do not fetch pretrained weights. :func:`check_reference` reads a reference, and
 looks for what it names, without torch.
 """
 
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from spectrim.cli.references import Reference, UsageError, call, factory, installed, nearest, need, parse
+from spectrim.cli.references import Reference, UsageError, call_reference, factory, installed, nearest, need, parse
 from spectrim.cli.sources import check_factory, names_nothing
 from spectrim.cli.weights import SUFFIXES, check_file, fill, read_weights
 from spectrim.errors import did_you_mean, first_line
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def check_model(text: str) -> None:
+def check_reference(text: str) -> None:
     """Refuse a reference that :func:`load_model` could not load, as far as is seen without torch."""
     reference = parse(text)
     if reference.scheme in SCHEMES:
@@ -102,7 +102,7 @@ def load_model(text: str, weights: str | Path | None = None, *, pretrained: bool
             raise UsageError(
                 f"model {text!r}: {reference.place} is a {type(made).__name__} itself: write a function that returns it"
             )
-        model = call(made, reference, "model")
+        model = call_reference(made, reference, "model")
     if not isinstance(model, nn.Module):
         raise UsageError(f"model {text!r} returned a {type(model).__name__}, not a torch.nn.Module")
     if weights is not None and _is_compressed(check_file(weights)):

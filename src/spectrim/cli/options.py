@@ -16,11 +16,11 @@ import typer
 from spectrim.cli import completion
 from spectrim.cli.common import REQUIRED, Checked, option, usage
 from spectrim.cli.data import check_data
-from spectrim.cli.models import check_model, load_compressed, load_model
+from spectrim.cli.models import check_reference, load_compressed, load_model
 from spectrim.cli.references import UsageError
 from spectrim.cli.values import (
     check_device,
-    check_folder,
+    check_results_folder,
     named_costs,
     one_of,
     read_budget,
@@ -41,7 +41,12 @@ SELECTORS = ("exact", "lagrangian", "greedy", "energy", "uniform")
 
 
 model_argument = functools.partial(
-    option, metavar="MODEL", default=REQUIRED, check=check_model, kind=typer.Argument, autocompletion=completion.models
+    option,
+    metavar="MODEL",
+    default=REQUIRED,
+    check=check_reference,
+    kind=typer.Argument,
+    autocompletion=completion.models,
 )
 weights_option = functools.partial(option, metavar="FILE", flags=("--weights", "-w"), check=check_file)
 data_option = functools.partial(option, metavar="DATA", autocompletion=completion.data)
@@ -52,7 +57,7 @@ check_test = functools.partial(check_data, purpose="test", labelled="--test")
 budget_option = functools.partial(
     option, metavar="COST=VALUE", flags=("--budget", "-b"), autocompletion=completion.budgets
 )
-folder_option = functools.partial(option, metavar="DIR", flags=("--out", "-o"), check=check_folder)
+folder_option = functools.partial(option, metavar="DIR", flags=("--out", "-o"), check=check_results_folder)
 input_option = functools.partial(
     option, "Shape of one random sample where there are no data, as 3x224x224.", "SHAPE", flags=("--input",),
     check=read_shape,

@@ -21,12 +21,12 @@ _LARGEST = 2 * 2**30
 
 def origin(named: Mapping[str, str], seeds: Mapping[str, int], dense: nn.Module, small: nn.Module, load: str) -> Origin:
     """Where a compression by the command line comes from: by references and their roles."""
-    parts = parts_of(named, dense)
+    parts = origin_parts(named, dense)
     parts += [Part.of_model("compressed network", type(small).__name__, small)]
     return Origin(shlex.join(["spectrim", *sys.argv[1:]]), tuple(parts), seeds, load)
 
 
-def parts_of(named: Mapping[str, str], dense: nn.Module) -> list[Part]:
+def origin_parts(named: Mapping[str, str], dense: nn.Module) -> list[Part]:
     """What a run is made from, with digests: references by their role, and the dense network."""
     parts = [_part(role, text) for role, text in named.items()]
     return [*parts, Part.of_model("dense network", type(dense).__name__, dense)]

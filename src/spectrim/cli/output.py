@@ -33,7 +33,7 @@ def usage(option: str = "") -> Iterator[None]:
         raise UsageError(f"{option}: {error}" if option else str(error)) from error
 
 
-def columns_of(stream: TextIO) -> int:
+def terminal_columns(stream: TextIO) -> int:
     """How many columns there are: of the terminal, of ``COLUMNS`` elsewhere if it is set, or as many as one likes."""
     if stream.isatty():
         return shutil.get_terminal_size().columns
@@ -96,13 +96,13 @@ class Output:
 
     def grid(self, grid: Grid) -> None:
         """The same with what stands around it."""
-        self.print(f"{grid.text(columns_of(self.stdout))}\n")
+        self.print(f"{grid.text(terminal_columns(self.stdout))}\n")
 
     def prose(self, text: str, indent: str = "") -> None:
         """A sentence of the result, for people: in lines on a terminal."""
         self.print(
             textwrap.fill(
-                text, columns_of(self.stdout), initial_indent=indent, subsequent_indent=indent and f"{indent}  ",
+                text, terminal_columns(self.stdout), initial_indent=indent, subsequent_indent=indent and f"{indent}  ",
                 break_long_words=False, break_on_hyphens=False,
             )
         )  # fmt: skip

@@ -62,7 +62,7 @@ def path(
     ranks.check(training, budget, cost or [])
     from spectrim.cli import learning
     from spectrim.cli.origins import load_lines
-    from spectrim.cli.preprocessing import tell
+    from spectrim.cli.preprocessing import tell_preprocessing
     from spectrim.cli.results import write_result
     from spectrim.cli.unfinished import make_folder
     from spectrim.network.files import write_text
@@ -72,7 +72,7 @@ def path(
     run = learning.RankRun(network, points.data, training, layers, ranks, budget, cost or ())
     make_folder(out, folder, ("path.json", "path.svg", "checkpoint/run.json"))
     work = learning.work(run)
-    tell(out, work.references, work.dense)
+    tell_preprocessing(out, work.references, work.dense)
     out.say(f"compressing {work.whose}")
     assert work.training is not None
     score = work.score(work.dense)
@@ -124,11 +124,11 @@ def _record(asked: str, result: LearnedResult, accuracy: float, files: Mapping[s
 
 def _draw(found: Mapping[str, Any], cost: str, file: Path) -> None:
     from spectrim.report import Measured, cost_curve
-    from spectrim.report.figures import write
+    from spectrim.report.figures import write_figure
 
     networks = [Measured(p["asked"], p["costs"][cost], p["accuracy"]) for p in found["points"]]
     dense = Measured("dense", found["dense"]["costs"][cost], found["dense"]["accuracy"])
-    write(cost_curve(networks, dense, cost=cost), file)
+    write_figure(cost_curve(networks, dense, cost=cost), file)
 
 
 def _print(out: Output, found: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from spectrim.cli.common import Output
 from spectrim.cli.work import running
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.nesting import logits, tensors
-from spectrim.train.randomness import kept
+from spectrim.train.randomness import generators_kept
 
 # Inputs of one kind of data differ less than this from batch to batch; a normalisation more or less, by more.
 _SPREAD, _SHIFT = 1.7, 1.0
@@ -35,7 +35,7 @@ class Inputs:
     @classmethod
     def of(cls, batches: Iterable[Any], model: nn.Module | None = None) -> Inputs | None:
         """Of a reference's batches, as a model takes them; None if they hold no tensor."""
-        with kept():
+        with generators_kept():
             batch = next(iter(batches), None)
         first = next(tensors(batch), None)
         if first is None:
@@ -80,7 +80,9 @@ def class_note(batches: Iterable[Any], model: nn.Module) -> str:
     )
 
 
-def tell(out: Output, references: Mapping[str, Iterable[Any] | None], model: nn.Module) -> tuple[str, ...]:
+def tell_preprocessing(
+    out: Output, references: Mapping[str, Iterable[Any] | None], model: nn.Module
+) -> tuple[str, ...]:
     """Say how the inputs of every option are prepared, and return notes on those that differ from the first."""
     known: dict[str, Inputs] = {}
     for option, batches in references.items():

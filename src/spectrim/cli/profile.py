@@ -73,14 +73,14 @@ def profile(
     from spectrim.cli.steps import prepared, print_skipped, skipped_values, table_of
     from spectrim.cli.unfinished import make_folder
     from spectrim.cli.values import read_costs
-    from spectrim.cli.work import Work
+    from spectrim.cli.work import Subject
     from spectrim.methods import PrincipalFilters
 
     groups, costs = wanted_groups(sharing, methods), read_costs(shown.cost)
     if figure is not None:
         make_folder(out, figure.parent, [figure.name])
     chosen = methods.chosen(inputs.data is not None, multiple_of=layers.multiple_of, share=groups is not False)
-    work = Work.load(network, layers, inputs, timed=shown.latency)
+    work = Subject.load(network, layers, inputs, timed=shown.latency)
     check_patterns(chosen, work.sites)
     sites = work.sites
     if any(method.removes_channels for method in chosen):

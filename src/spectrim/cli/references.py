@@ -253,7 +253,7 @@ def _load(name: str) -> Any:
     return found
 
 
-def call(function: Callable[..., Any], reference: Reference, what: str, *args: Any, **more: Any) -> Any:
+def call_reference(function: Callable[..., Any], reference: Reference, what: str, *args: Any, **more: Any) -> Any:
     """Call what a reference names with its options."""
     arguments = {**more, **reference.options}
     try:

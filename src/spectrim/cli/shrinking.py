@@ -22,14 +22,14 @@ from spectrim.cli.filters import (
 from spectrim.cli.methods import AUTO, Methods
 from spectrim.cli.models import load_compressed
 from spectrim.cli.options import SELECTORS, FileOptions, GoalOptions, SharingOptions
-from spectrim.cli.preprocessing import tell
+from spectrim.cli.preprocessing import tell_preprocessing
 from spectrim.cli.results import Outcome, write_result
 from spectrim.cli.sharing import NONE_ALIKE, Wanted, planned_groups, wanted_groups
 from spectrim.cli.sparsity import check_patterns, fastest, kernel_notes, kernel_values
 from spectrim.cli.steps import table_of
 from spectrim.cli.unfinished import ONE_SHOT, TUNING, UNFINISHED, RunFolder
 from spectrim.cli.values import read_budget, read_costs, recipe_share
-from spectrim.cli.work import Work
+from spectrim.cli.work import Subject
 from spectrim.errors import ExportError
 from spectrim.methods import Method, PrincipalFilters, from_record
 from spectrim.network.sites import Sites
@@ -38,7 +38,7 @@ from spectrim.network.tensor_files import digest_of_tensors
 from spectrim.nn.agreement import agreement
 from spectrim.nn.checkpoint import check_savable, read_plan, save
 from spectrim.nn.restated import restated
-from spectrim.nn.watch.contents import contents, settled
+from spectrim.nn.watch.contents import contents, read_again
 from spectrim.pipeline import Result
 from spectrim.pipeline.goal import Goal, Sets, reached
 from spectrim.pipeline.making import Making
@@ -113,7 +113,7 @@ class Request:
         """Whether latency has to be measured."""
         return self.goal.guard or (self.budget is not None and self.budget.latency is not None)
 
-    def tolerance(self, work: Work) -> tuple[Tolerance | None, Judge]:
+    def tolerance(self, work: Subject) -> tuple[Tolerance | None, Judge]:
         """What may be lost, and what tells it: accuracy where a drop of it is limited, else the outputs."""
         judge = Judge(work.score, metric="accuracy on --test is")
         tolerance = Tolerance.of(self.goal.max_drop, self.goal.min_agreement, judge)
@@ -127,7 +127,7 @@ class Request:
         return dataclasses.replace(self, methods=methods or self.methods, groups=planned_groups(self.plan, sites))
 
 
-def run_folder(folder: Path, asked: Mapping[str, Any], work: Work, tuning: Recipe) -> RunFolder | None:
+def run_folder(folder: Path, asked: Mapping[str, Any], work: Subject, tuning: Recipe) -> RunFolder | None:
     """Where the fine-tuning that is asked for can go on after it was stopped; None if there is none."""
     if work.training is None or tuning.epochs == 0:
         return None
@@ -143,20 +143,20 @@ def run_folder(folder: Path, asked: Mapping[str, Any], work: Work, tuning: Recip
     held = RunFolder(folder / UNFINISHED, record, written)
     if (data := work.calibration) is not None:
         then = held.known("samples")
-        now, alike = settled(then, lambda: contents(work.dense, data, mask=work.sampling.mask))
+        now, alike = read_again(then, lambda: contents(work.dense, data, mask=work.sampling.mask))
         now = then if alike and then is not None else now
         held = dataclasses.replace(held, record={**record, "samples": now}, usual={"samples": now})
     held.claim()
     return held
 
 
-def compress(
-    out: Output, request: Request, work: Work, tuning: Recipe, files: FileOptions, held: RunFolder | None = None
+def compress_and_tell(
+    out: Output, request: Request, work: Subject, tuning: Recipe, files: FileOptions, held: RunFolder | None = None
 ) -> None:
     """Compress, write, fine-tune (which goes on in ``held`` if it is stopped), compare and write again."""
     check_savable(work.dense)
     out.say(f"compressing {work.whose}")
-    different = tell(out, work.references, work.dense)
+    different = tell_preprocessing(out, work.references, work.dense)
     result = _compressed(out, request, work)
     if request.awaited and not result.sites.groups:
         out.say(NONE_ALIKE)
@@ -190,7 +190,7 @@ def compress(
         held.remove()
 
 
-def _kept(out: Output, result: Result, work: Work, held: RunFolder) -> Result:
+def _kept(out: Output, result: Result, work: Subject, held: RunFolder) -> Result:
     """The network that training starts from: of the run that was stopped if there was one, else this one, kept."""
     file = held.folder / ONE_SHOT
     if not file.exists():
@@ -203,7 +203,7 @@ def _kept(out: Output, result: Result, work: Work, held: RunFolder) -> Result:
     return dataclasses.replace(result, model=model, plan=plan).reporting(plan=plan)
 
 
-def _compressed(out: Output, request: Request, work: Work) -> Result:
+def _compressed(out: Output, request: Request, work: Subject) -> Result:
     """The network as it is asked for."""
     calibrated = work.calibration is not None
     request = request.fitted(work.sites, calibrated)
@@ -225,7 +225,7 @@ def _compressed(out: Output, request: Request, work: Work) -> Result:
     return finished(work.dense, dataclasses.replace(known, latency=None), plan, table, Making(), notes=notes)
 
 
-def _reached(out: Output, request: Request, work: Work) -> Result:
+def _reached(out: Output, request: Request, work: Subject) -> Result:
     """The network of a budget or a tolerance."""
     tolerance, judge = request.tolerance(work)
     goal = Goal(request.budget, tolerance, judge, seconds=request.goal.seconds)
@@ -246,7 +246,7 @@ def _reached(out: Output, request: Request, work: Work) -> Result:
         return reached(work.dense, goal, request.making(show), request.sets, prepared, told)
 
 
-def _prepared(out: Output, request: Request, work: Work, progress: Progress | None = None) -> Prepared:
+def _prepared(out: Output, request: Request, work: Subject, progress: Progress | None = None) -> Prepared:
     """The dense network prepared for the methods that are asked for."""
     removing = any(method.removes_channels for method in request.methods)
     sites = work.sites
@@ -259,7 +259,7 @@ def _filters(request: Request) -> PrincipalFilters:
     return next(method for method in request.methods if isinstance(method, PrincipalFilters))
 
 
-def _tuned(out: Output, outcome: Outcome, work: Work, tuning: Recipe, held: RunFolder | None) -> Outcome:
+def _tuned(out: Output, outcome: Outcome, work: Subject, tuning: Recipe, held: RunFolder | None) -> Outcome:
     """Fine-tune if there are batches to, and measure before and after if there are batches for it."""
     dense, small, tested = outcome.dense, outcome.result.model, work.testing is not None
     if tested:

@@ -151,7 +151,7 @@ def _parameters(takes: ast.arguments) -> dict[str, bool]:
     return found | {each.arg: value is None for each, value in zip(takes.kwonlyargs, takes.kw_defaults, strict=True)}
 
 
-def check_options(module: str, kind: str, options: Mapping[str, str], place: str, name: str) -> None:
+def check_source_options(module: str, kind: str, options: Mapping[str, str], place: str, name: str) -> None:
     """Refuse options, or values, that a class of this package does not take by its source."""
     classes = _classes(Path(__file__).parents[1].joinpath(*module.split(".")))
     # A class that gives a field another default has it once.

@@ -9,7 +9,7 @@ from typing import Any
 
 from spectrim.cli.common import Output
 from spectrim.cli.sharing import Wanted, offer
-from spectrim.cli.work import Work
+from spectrim.cli.work import Subject
 from spectrim.methods import Method
 from spectrim.network.printing import reasons
 from spectrim.network.sites import Sites
@@ -20,7 +20,7 @@ from spectrim.tables import tabulate
 
 
 def prepared(
-    out: Output, work: Work, sites: Sites, groups: Wanted = False, *, weigh: bool = False,
+    out: Output, work: Subject, sites: Sites, groups: Wanted = False, *, weigh: bool = False,
     known: Prepared | None = None, progress: Progress | None = None,
 ) -> Prepared:  # fmt: skip
     """Calibrate sites, time the network, and say which layers may share factors.

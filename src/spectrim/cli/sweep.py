@@ -130,4 +130,6 @@ def sweep(
         costs = sweeping.read_costs(sizes.own)
         asked = asked_budgets(sizes.budget or shares, costs)
     make_folder(out, files.folder, [*files_of(asked), "sweep.svg", "sweep.html"])
-    sweeping.Request(network, sizes, inputs, methods, training, layers, sharing, files, asked, costs).carry_out(out)
+    sweeping.SweepRequest(network, sizes, inputs, methods, training, layers, sharing, files, asked, costs).carry_out(
+        out
+    )

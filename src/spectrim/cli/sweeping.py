@@ -22,18 +22,18 @@ from spectrim.cli.options import (
     SharingOptions,
     TrainingOptions,
 )
-from spectrim.cli.origins import load_lines, parts_of
-from spectrim.cli.preprocessing import tell
+from spectrim.cli.origins import load_lines, origin_parts
+from spectrim.cli.preprocessing import tell_preprocessing
 from spectrim.cli.sharing import wanted_groups
 from spectrim.cli.shrinking import SELECTOR_OF
 from spectrim.cli.sparsity import check_patterns
 from spectrim.cli.steps import prepared
 from spectrim.cli.values import read_costs as read_costs
-from spectrim.cli.work import Work
+from spectrim.cli.work import Subject
 from spectrim.nn.checkpoint import check_savable
 from spectrim.pipeline.making import Making
 from spectrim.report import Origin, SweepPage
-from spectrim.report.figures import write
+from spectrim.report.figures import write_figure
 from spectrim.selection.budget import Budget
 from spectrim.selection.front import Sweep
 from spectrim.selection.point import Point
@@ -56,7 +56,7 @@ _STEPS = 200  # between two checkpoints of a fine-tuning
 
 
 @dataclass(frozen=True)
-class Request:
+class SweepRequest:
     """What the command line asks for."""
 
     network: NetworkOptions
@@ -100,12 +100,12 @@ class Request:
         groups = wanted_groups(self.sharing, self.methods, self.limited)
         tuning = dataclasses.replace(self.training.recipe(), checkpoint_every=_STEPS)
         methods = self.methods.chosen(True, multiple_of=self.layers.multiple_of, share=groups is not False)
-        work = Work.load(self.network, self.layers, self.inputs, self.training, timed=self.timed)
+        work = Subject.load(self.network, self.layers, self.inputs, self.training, timed=self.timed)
         check_patterns(methods, work.sites)
         if self.files.models:
             check_savable(work.dense)
         out.say(f"sweeping {work.whose}")
-        different = tell(out, work.references, work.dense)
+        different = tell_preprocessing(out, work.references, work.dense)
         folder = self.files.folder
         out.left = f"the points that are done are in {folder}; the same call goes on with the others"
 
@@ -132,7 +132,7 @@ class Request:
             ).sweep(self.asked)  # fmt: skip
         self._finish(out, found, work, different)
 
-    def _finish(self, out: Output, found: Sweep, work: Work, notes: tuple[str, ...]) -> None:
+    def _finish(self, out: Output, found: Sweep, work: Subject, notes: tuple[str, ...]) -> None:
         folder, model = self.files.folder, self.network.model
         files = {"sweep": folder / "sweep.json", "run": folder / "run.json"}
         smallest = folder / found.front()[-1].folder if found.front() else folder
@@ -145,7 +145,7 @@ class Request:
         if self.files.report:
             files |= {"figure": folder / "sweep.svg", "report": folder / "sweep.html"}
             draw(found, files["figure"])
-            origin = Origin(parts=tuple(parts_of(work.named, work.dense)), load=again)
+            origin = Origin(parts=tuple(origin_parts(work.named, work.dense)), load=again)
             SweepPage(model, found, notes, origin=origin).write(files["report"])
         rows = [
             {**row, "folder": str(folder / point.folder), "notes": list(point.notes)}
@@ -175,7 +175,7 @@ def draw(found: Sweep, file: Path) -> None:
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     found.plot(ax=figure.subplots())
-    write(figure, file)
+    write_figure(figure, file)
 
 
 def _told(out: Output, point: Point, sweep: Sweep) -> None:

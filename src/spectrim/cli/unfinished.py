@@ -14,7 +14,7 @@ from typing import Any
 
 from spectrim.cli.common import Output, sentence
 from spectrim.cli.references import UsageError
-from spectrim.cli.values import check_folder
+from spectrim.cli.values import check_results_folder
 from spectrim.network.files import as_read, bytes_of, discard, remove_abandoned, write_text
 from spectrim.network.files import check_folder as check_files
 
@@ -39,7 +39,7 @@ def make_folder(out: Output, folder: Path, files: Sequence[str] = _RESULTS) -> P
     OSError
         Names the folder.
     """
-    check_folder(folder)
+    check_results_folder(folder)
     try:
         out.made += [each for each in (folder, *folder.parents) if not each.exists()]
         folder.mkdir(parents=True, exist_ok=True)

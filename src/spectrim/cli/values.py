@@ -113,7 +113,7 @@ def recipe_share(text: str) -> float | None:
     return share
 
 
-def check_folder(folder: Path) -> None:
+def check_results_folder(folder: Path) -> None:
     """Refuse a folder for results that is a file, or would lie in one."""
     for each in (folder, *folder.parents):
         if each.is_file():

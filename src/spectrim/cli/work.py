@@ -28,11 +28,11 @@ from spectrim.nn.watch.sampling import Sampling
 from spectrim.nn.watch.state import evaluating
 from spectrim.report import accuracy
 from spectrim.report.measures import inputs as called_inputs
-from spectrim.train.batches import length, split
+from spectrim.train.batches import epoch_length, split
 
 
 @dataclass(frozen=True)
-class Work:
+class Subject:
     """What a command works on."""
 
     network: NetworkOptions  # what names the model, and says how it is run where time is measured
@@ -56,11 +56,11 @@ class Work:
         training: TrainingOptions = TrainingOptions(),  # noqa: B008 (frozen)
         *,
         timed: bool = False,
-    ) -> Work:
+    ) -> Subject:
         """Load what a command line names."""
         device = device_named(network.device, network.threads, network.runtime)
         dense = load_model(network.model, network.weights).to(device)
-        sites = locate(dense, layers.skip, layers.only)
+        sites = find_sites(dense, layers.skip, layers.only)
         train = training_batches(training.train, device, dense) if training.train is not None else None
         data = load_data(inputs.data, purpose="calibration", device=device) if inputs.data is not None else None
         test = load_data(training.test, purpose="test", device=device) if training.test is not None else None
@@ -212,7 +212,7 @@ def training_batches(text: str, device: str, model: nn.Module) -> Iterable[Any]:
     """The batches that ``--train`` names, fit for training a model."""
     batches = load_data(text, purpose="training", device=device)
     try:
-        length(batches, needed=True)
+        epoch_length(batches, needed=True)
         inputs, _ = split(_first(batches, text))
         with running(model, f"--train {text}"):
             Feed().decide(model, (inputs,))(model, (inputs,))
@@ -235,7 +235,7 @@ def _check_classes(model: nn.Module, batches: Iterable[Any], text: str) -> None:
         )
 
 
-def locate(model: nn.Module, skip: Sequence[str] | None, only: Sequence[str] | None) -> Sites:
+def find_sites(model: nn.Module, skip: Sequence[str] | None, only: Sequence[str] | None) -> Sites:
     """The sites of a model."""
     with usage():
         sites = find(model, skip=list(skip or ()), only=list(only or ()))

@@ -93,15 +93,15 @@ def measure(
     memory_format: str = "contiguous",
     rounds: int = 9,
     budget: float = 120.0,
-    runs: Callable[[Chain, Tensor, int, bool], list[Run]] | None = None,
+    runs: Callable[[Chain, Tensor, int, bool], list[Variant]] | None = None,
     progress: Steps | None = None,
 ) -> list[float]:
     """Milliseconds of each chain: warm-up, then rounds over all chains, and the median of the undisturbed rounds.
 
     One timing is a block of calls of about 2 ms together. Further rounds are taken, up to three times ``rounds``, while
     a chain has fewer than three undisturbed ones; after ``budget`` seconds none but the first three is begun. ``runs``
-    says how a chain is run, :func:`ways` by default: the least time counts. ``channels_last`` applies to convolutions
-    over two and three axes.
+    says how a chain is run, :func:`variants` by default: the least time counts. ``channels_last`` applies to
+    convolutions over two and three axes.
 
     Memory: 64 MiB, or the largest input or twice the largest weight if larger, the activations of one chain, and the
     sparse weights in CSR.
@@ -109,7 +109,7 @@ def measure(
     block = _cuda_block if torch.device(device).type == "cuda" else _block
     with torch_threads(threads), torch.inference_mode():
         pool = number_pool(chains, dtype, device, batch)
-        alternatives = [(runs or ways)(chain, pool, batch, memory_format == "channels_last") for chain in chains]
+        alternatives = [(runs or variants)(chain, pool, batch, memory_format == "channels_last") for chain in chains]
         timed = [run for several in alternatives for run in several]
         counts = []
         for run in timed:
@@ -127,7 +127,7 @@ def measure(
     return [min(itertools.islice(times, len(several))) for several in alternatives]
 
 
-def _block(run: Run, count: int) -> float:
+def _block(run: Variant, count: int) -> float:
     """Median milliseconds of ``count`` calls, or of fewer where making each one's weights cold takes long."""
     taken, begun = [], time.perf_counter()
     for _ in range(count):
@@ -141,7 +141,7 @@ def _block(run: Run, count: int) -> float:
     return max(statistics.median(taken), 1e-9) * 1e3
 
 
-def _cuda_block(run: Run, count: int) -> float:
+def _cuda_block(run: Variant, count: int) -> float:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(count):
@@ -152,7 +152,7 @@ def _cuda_block(run: Run, count: int) -> float:
 
 
 @dataclass(frozen=True)
-class Run:
+class Variant:
     """One way to run a chain; ``chill`` makes its weights cold where it does not take turns with copies of them."""
 
     call: Callable[[], object]
@@ -203,7 +203,7 @@ def number_pool(chains: Sequence[Chain], dtype: torch.dtype, device: str, batch:
     return drawn.repeat(-(-numel // drawn.numel())).to(device)
 
 
-def ways(chain: Chain, pool: Tensor, batch: int, channels_last: bool) -> list[Run]:
+def variants(chain: Chain, pool: Tensor, batch: int, channels_last: bool) -> list[Variant]:
     """The ways to run a chain: as dense layers, and in CSR where it is one sparse layer that can be."""
     runs = [dense_run(chain, pool, batch, channels_last)]
     if len(chain) == 1 and chain[0].density < 1 and pool.device.type == "cpu" and pool.dtype in csr.DTYPES:
@@ -220,7 +220,7 @@ def _view(pool: Tensor, offset: int, shape: tuple[int, ...], channels_last: bool
     return flat.view(shape)
 
 
-def _csr_run(chain: Chain, product: Callable[..., Tensor], pool: Tensor, batch: int, channels_last: bool) -> Run:
+def _csr_run(chain: Chain, product: Callable[..., Tensor], pool: Tensor, batch: int, channels_last: bool) -> Variant:
     """Runs a sparse layer in CSR. Before each call as much is read as the copies of :func:`dense_run` would be."""
     (spec,) = chain
     rows, columns = spec.out_channels, spec.features
@@ -232,10 +232,10 @@ def _csr_run(chain: Chain, product: Callable[..., Tensor], pool: Tensor, batch: 
     onto = torch.zeros_like(product(packed, x, bias)) if isinstance(chain, Addend) else None
     entry = pool.itemsize + packed.col_indices().itemsize
     between = (COPIES - 1) * packed.values().numel() * entry // pool.itemsize
-    return Run(lambda: product(packed, x, bias, onto), lambda: pool[:between].sum())
+    return Variant(lambda: product(packed, x, bias, onto), lambda: pool[:between].sum())
 
 
-def dense_run(chain: Chain, pool: Tensor, batch: int, channels_last: bool) -> Run:
+def dense_run(chain: Chain, pool: Tensor, batch: int, channels_last: bool) -> Variant:
     """Runs the chain with dense weights, others than the last time."""
     copies, offset = [], 0
     for _ in range(min(COPIES, pool.numel() // numel_of(chain))):
@@ -252,9 +252,9 @@ def dense_run(chain: Chain, pool: Tensor, batch: int, channels_last: bool) -> Ru
         return y
 
     if not isinstance(chain, Addend):
-        return Run(run)
+        return Variant(run)
     onto = torch.zeros_like(run())
-    return Run(lambda: onto + run())
+    return Variant(lambda: onto + run())
 
 
 class Operators(nn.Module):

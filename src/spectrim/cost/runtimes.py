@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from spectrim.cost.chains import COPIES, Run, numel_of, random_layers, ways
+from spectrim.cost.chains import COPIES, Variant, numel_of, random_layers, variants
 from spectrim.network.structure import Chain
 
 
@@ -52,7 +52,7 @@ class Runtime(ABC):
         """What times hold for, besides the machine and torch."""
         return {"runtime": self.name}
 
-    def ways(self, chain: Chain, pool: Tensor, batch: int, channels_last: bool) -> list[Run]:
+    def ways(self, chain: Chain, pool: Tensor, batch: int, channels_last: bool) -> list[Variant]:
         """How a chain of layers is run alone; the least time counts. Weights and inputs are views of ``pool``.
 
         Here the chain is a module. Before each call as much memory is read as the copies of
@@ -60,7 +60,7 @@ class Runtime(ABC):
         """
         layers, inputs = random_layers(chain, pool, batch, channels_last)
         run = checked_run(self, self.ready(layers, inputs, {}), inputs, {})
-        return [Run(lambda: run(*inputs), chill(chain, pool))]
+        return [Variant(lambda: run(*inputs), chill(chain, pool))]
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,8 @@ class Eager(Runtime):
     def facts(self) -> dict[str, Any]:
         return {}  # as times were written before there were others
 
-    def ways(self, chain: Chain, pool: Tensor, batch: int, channels_last: bool) -> list[Run]:
-        return ways(chain, pool, batch, channels_last)
+    def ways(self, chain: Chain, pool: Tensor, batch: int, channels_last: bool) -> list[Variant]:
+        return variants(chain, pool, batch, channels_last)
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ class Compiled(Runtime):
             run(*args, **kwargs)
         return run
 
-    def ways(self, chain: Chain, pool: Tensor, batch: int, channels_last: bool) -> list[Run]:
-        return ways(chain, pool, batch, channels_last)[:1]
+    def ways(self, chain: Chain, pool: Tensor, batch: int, channels_last: bool) -> list[Variant]:
+        return variants(chain, pool, batch, channels_last)[:1]
 
 
 @dataclass(frozen=True)
@@ -153,12 +153,12 @@ class OnnxRuntime(Runtime):
 
         return exported(module, args, kwargs)
 
-    def ways(self, chain: Chain, pool: Tensor, batch: int, channels_last: bool) -> list[Run]:
+    def ways(self, chain: Chain, pool: Tensor, batch: int, channels_last: bool) -> list[Variant]:
         from spectrim.cost.onnx_sessions import chain_session
 
         layers, inputs = random_layers(chain, pool, batch, channels_last)
         run = chain_session(chain, layers, inputs)
-        return [Run(run, chill(chain, pool))]
+        return [Variant(run, chill(chain, pool))]
 
 
 RUNTIMES: dict[str, Runtime] = {runtime.name: runtime for runtime in (Eager(), Compiled(), OnnxRuntime())}

@@ -156,7 +156,7 @@ class Exact(_Projecting):
 
 
 @dataclass(frozen=True, eq=False)
-class Split(LowRankStep):
+class Alternating(LowRankStep):
     """Factors that share the kernel out between them, by alternation (:mod:`spectrim.linalg.response`).
 
     Attributes

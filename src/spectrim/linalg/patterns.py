@@ -137,7 +137,7 @@ class Unstructured(Pattern):
 
 
 @dataclass(frozen=True)
-class Rows(Pattern):
+class EvenRows(Pattern):
     """The same number of entries for every output."""
 
     @property
@@ -212,7 +212,7 @@ class Blocks(Pattern):
 
 
 @dataclass(frozen=True)
-class Channels(Pattern):
+class WholeChannels(Pattern):
     """Whole input channels, the same number in every group: the layer becomes a thinner one."""
 
     @property
@@ -340,7 +340,7 @@ def taps(scores: Tensor) -> tuple[Taps, ...]:
     return tuple(box for _, box in best.values())
 
 
-_PLAIN: dict[str, Pattern] = {p.name: p for p in (Unstructured(), Rows(), Channels())}
+_PLAIN: dict[str, Pattern] = {p.name: p for p in (Unstructured(), EvenRows(), WholeChannels())}
 
 
 def pattern(name: str) -> Pattern:

@@ -22,7 +22,7 @@ _RIDGE = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class View:
     """How one reader sees the matrix.
 
     Attributes
@@ -54,7 +54,7 @@ class TwiceRead:
     """
 
     matrix: Float[Tensor, "v n"]
-    readings: tuple[Reading, Reading]
+    readings: tuple[View, View]
 
     def energy(self) -> float:
         """What both readers read together."""

@@ -124,5 +124,5 @@ def _projected(units: Standard, matrix: Tensor, basis: Tensor) -> tuple[Tensor, 
         inwards, outwards = units.root.mT @ basis, torch.linalg.solve_triangular(units.root, basis, upper=True).mT
     mean = units.site.require("output", "ActivationSVD").mean
     size = units.outputs.unsqueeze(2)
-    shift = statistics.outside(units.site, mean, size * inwards, outwards / size.mT)
+    shift = statistics.lost_mean(units.site, mean, size * inwards, outwards / size.mT)
     return matrix @ inwards, outwards, shift

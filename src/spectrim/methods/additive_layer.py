@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spectrim.linalg import lowrank
 from spectrim.linalg.additive import Additive
-from spectrim.linalg.low_rank_steps import Exact, Greedy, LowRankStep, Product, Split
+from spectrim.linalg.low_rank_steps import Alternating, Exact, Greedy, LowRankStep, Product
 from spectrim.linalg.metric import Metric, Plain, Rows
 from spectrim.linalg.patterns import Pattern
 from spectrim.linalg.sketch import Sketch
@@ -83,7 +83,7 @@ class AdditiveLayer:
         root = None if root is None else root.to(dtype)
         outer = None if root is None else root.mT @ root
         step: LowRankStep
-        step = (Exact if exact else Greedy)(metric, root) if split is None or whole is how else Split(split, root)
+        step = (Exact if exact else Greedy)(metric, root) if split is None or whole is how else Alternating(split, root)
         return cls(units, how, whole, _rows(units.own_weight.to(dtype), whole), Quadratic(metric, outer), step, mean)
 
     def single(self) -> AdditiveLayer:
@@ -179,7 +179,7 @@ def _metric(units: Standard, how: Unfolding) -> tuple[Metric, Tensor | None]:
     if not site.statistics:
         return Plain(g, tuple(patch), site.weight.device, how), None
     if site.statistics.input is None and sketch is not None:
-        each = 1 / statistics.spread(units.inputs, sketch.mean.shape[1])
+        each = 1 / statistics.channel_units(units.inputs, sketch.mean.shape[1])
         rows = sketch.rows * (each / max(sketch.count, 1) ** 0.5).unsqueeze(1)
         level = sketch.level() * each.square()
         return Rows(rows.to(sketch.rows.dtype), level.to(sketch.rows.dtype), tuple(patch)), sketch.mean * each

@@ -274,7 +274,7 @@ class LowRankMethod(Method):
         check_least(self, 1, "multiple_of")
 
     def curve(self, site: Layer) -> Curve:
-        units, unit = Standard.of(site), statistics.unit(site)
+        units, unit = Standard.of(site), statistics.error_unit(site)
         biased = site.spec.bias or bool(site.statistics)
         curves: list[Curve] = []
         for how in self.offered(site.spec):

@@ -19,7 +19,7 @@ from spectrim.linalg.unfold import unfolding
 from spectrim.methods import statistics
 from spectrim.methods.base import Curve, Method, check_least
 from spectrim.methods.statistics import Patches, Standard
-from spectrim.network.chains import takes
+from spectrim.network.chains import chains_fit
 from spectrim.network.choices import Choice
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer
@@ -147,8 +147,8 @@ class ChainMethod(Method):
             raise ValueError(f"evaluations must not be negative, got {self.evaluations}")
 
     def curve(self, site: Layer) -> Curve:
-        unit = statistics.unit(site)
-        if not takes(site.spec):
+        unit = statistics.error_unit(site)
+        if not chains_fit(site.spec):
             return Curve((), (), unit)
         layer = self.layer(site)
         pairs = [(choice, error) for choice, error in self.offered(layer) if error <= 1]
@@ -198,6 +198,6 @@ def typed(tensors: Sequence[Tensor], site: Layer) -> list[Tensor]:
     return [tensor.to(site.spec.dtype).contiguous() for tensor in tensors]
 
 
-def shifted(shift: Tensor | None, bias: bool | None, site: Layer) -> Tensor | None:
+def shifted_bias(shift: Tensor | None, bias: bool | None, site: Layer) -> Tensor | None:
     """What the bias makes up for, where the chain has one."""
     return shift.to(site.spec.dtype) if bias and shift is not None else None

@@ -21,7 +21,7 @@ from spectrim.methods.chained_layer import (
     OfResponses,
     OfWeight,
     biased,
-    shifted,
+    shifted_bias,
     typed,
 )
 from spectrim.network import chains
@@ -93,7 +93,7 @@ class _CP(ChainMethod):
 
     def leanest(self, site: Layer) -> Sequence[Choice]:
         spec, biased = site.spec, site.spec.bias or bool(site.statistics)
-        if not chains.takes(spec):
+        if not chains.chains_fit(spec):
             return []
         least = ((kernel, rank) for kernel in self._kinds(spec) for rank in self._ranks(spec, kernel)[:1])
         return [CPChoice(rank, kernel, biased, method=self.name) for kernel, rank in least]
@@ -104,7 +104,7 @@ class _CP(ChainMethod):
         inner, outer, shift = layer.ends(modes[0], multilinear.columns_of(modes))
         parts = zip(modes[1:], chains.parts_of(kernel, choice.kernel), strict=True)
         kernels = [chains.kernel_of(mode, kernel, part) for mode, part in parts]
-        return chains.CP(*_balanced(inner, kernels, outer, site), shifted(shift, choice.bias, site))
+        return chains.CP(*_balanced(inner, kernels, outer, site), shifted_bias(shift, choice.bias, site))
 
     def layers(self, site: Layer, choice: CPChoice) -> Chain:
         return chains.cp_layers(site.spec, choice)

@@ -170,7 +170,7 @@ class JointSVD(Method):
             return Curve((), (), WEIGHT_ENERGY)
         if len({part.calibrated for part in site.parts}) > 1:
             raise MissingMomentsError(f"group {site.name!r}: some of its layers are calibrated and some are not")
-        unit = statistics.unit(site.parts[0]) if site.calibrated else WEIGHT_ENERGY
+        unit = statistics.error_unit(site.parts[0]) if site.calibrated else WEIGHT_ENERGY
         biased = site.calibrated or any(spec.bias for spec in site.layers)
         curves: list[Curve] = []
         for how in unfoldings_named(site.layers[0].kernel, self.unfoldings):

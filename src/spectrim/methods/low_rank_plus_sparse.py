@@ -15,7 +15,7 @@ from spectrim.methods import statistics
 from spectrim.methods.additive_layer import AdditiveLayer
 from spectrim.methods.base import Curve, Method, check_least, check_unfoldings, full_rank, pays
 from spectrim.network.choices import Choice, SumChoice
-from spectrim.network.factors import LowRankPlusSparse as Factors
+from spectrim.network.factors import AdditiveFactors as Factors
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer
 from spectrim.network.structure import Chain, Sum
@@ -122,7 +122,7 @@ class LowRankPlusSparse(Method):
         return not site.statistics or bool(self._offered(site))
 
     def curve(self, site: Layer) -> Curve:
-        unit = statistics.unit(site)
+        unit = statistics.error_unit(site)
         if not self.fits(site):
             return Curve((), (), unit)
         return Curve.joined(unit, (self._curve(site, how, first=not n) for n, how in enumerate(self._chosen(site))))
@@ -148,7 +148,7 @@ class LowRankPlusSparse(Method):
         errors = tuple(min(1.0, error / total) if total > 0 else 0.0 for *_, error in fits)
         wide = site.spec.shape[1] > _WIDE
         spectra = {} if wide else {how.name: lowrank.profile(layer.energies())}
-        return Curve(choices, errors, statistics.unit(site), statistics.scale(site, total), spectra)
+        return Curve(choices, errors, statistics.error_unit(site), statistics.scale(site, total), spectra)
 
     def _fits(self, site: Layer, layer: AdditiveLayer, *, first: bool) -> Iterator[tuple[int, Pattern, float, float]]:
         """Ranks, patterns and densities on offer in an unfolding, with their errors."""

@@ -186,5 +186,5 @@ def _in_turn(order: list[int], channels: int, pools: int) -> list[int]:
 
 def _unit(site: Channels) -> str:
     reading = {side.name for side in site.coupling.on(IN)}
-    units = (statistics.unit(part) for part in site.parts if part.name in reading and part.statistics)
+    units = (statistics.error_unit(part) for part in site.parts if part.name in reading and part.statistics)
     return next(units, OUTPUT_ENERGY)

@@ -68,7 +68,7 @@ def outputs(site: Layer) -> Float[Tensor, "g o o"]:
     return shrunk(moments.covariance, moments.count)
 
 
-def unit(site: Layer) -> str:
+def error_unit(site: Layer) -> str:
     """Unit of the errors that a site reports."""
     if not site.statistics:
         return WEIGHT_ENERGY
@@ -250,19 +250,19 @@ class Standard:
 
     def left(self, left: Float[Tensor, "g p r"]) -> Float[Tensor, "g p r"]:
         """The same of a first factor."""
-        return left / spread(self.inputs, left.shape[1]).unsqueeze(2)
+        return left / channel_units(self.inputs, left.shape[1]).unsqueeze(2)
 
     def right(self, right: Float[Tensor, "g r c"]) -> Float[Tensor, "g r c"]:
         """The same of a second factor."""
-        return right / spread(self.outputs, right.shape[2]).unsqueeze(1)
+        return right / channel_units(self.outputs, right.shape[2]).unsqueeze(1)
 
     def own_left(self, left: Float[Tensor, "g p r"]) -> Float[Tensor, "g p r"]:
         """A first factor of the layer, in these units."""
-        return left.double() * spread(self.inputs, left.shape[1]).unsqueeze(2)
+        return left.double() * channel_units(self.inputs, left.shape[1]).unsqueeze(2)
 
     def own_right(self, right: Float[Tensor, "g r c"]) -> Float[Tensor, "g r c"]:
         """The same of a second factor."""
-        return right.double() * spread(self.outputs, right.shape[2]).unsqueeze(1)
+        return right.double() * channel_units(self.outputs, right.shape[2]).unsqueeze(1)
 
     def shift(self, shift: Float[Tensor, " o_total"]) -> Float[Tensor, " o_total"]:
         """The same of a bias."""
@@ -313,25 +313,25 @@ def _per_output(units: Tensor, site: Layer) -> Tensor:
     return units.reshape(*units.shape, 1, *(1 for _ in site.spec.kernel))
 
 
-def spread(units: Float[Tensor, "g i"], entries: int) -> Float[Tensor, "g n"]:
+def channel_units(units: Float[Tensor, "g i"], entries: int) -> Float[Tensor, "g n"]:
     """Units of channels for all entries of a patch, a slice or a row, channel after channel."""
     return units.repeat_interleave(entries // units.shape[1], dim=1)
 
 
 def _in(values: Float[Tensor, "g n"], units: Tensor | None) -> Float[Tensor, "g n"]:
-    return values if units is None else values / spread(units, values.shape[1])
+    return values if units is None else values / channel_units(units, values.shape[1])
 
 
 def _measured(moment: Float[Tensor, "g n n"], units: Tensor | None) -> Float[Tensor, "g n n"]:
     """A moment in units, in place."""
     if units is not None:
-        each = 1 / spread(units, moment.shape[1])
+        each = 1 / channel_units(units, moment.shape[1])
         moment *= each.unsqueeze(2)
         moment *= each.unsqueeze(1)
     return moment
 
 
-def outside(site: Layer, mean: Float[Tensor, "g o"], inwards: Tensor, outwards: Tensor) -> Float[Tensor, " o_total"]:
+def lost_mean(site: Layer, mean: Float[Tensor, "g o"], inwards: Tensor, outwards: Tensor) -> Float[Tensor, " o_total"]:
     """Mean response, without the bias, that a projection of the outputs loses.
 
     ``inwards`` ``[g, o, r]`` and ``outwards`` ``[g, r, o]`` are the two factors of the projection.

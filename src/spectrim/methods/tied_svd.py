@@ -13,7 +13,7 @@ import torch
 from spectrim.cost.counted import rank_multiple
 from spectrim.linalg import lowrank
 from spectrim.linalg.moments import shrunk
-from spectrim.linalg.two_metrics import Reading, TwiceRead
+from spectrim.linalg.two_metrics import TwiceRead, View
 from spectrim.linalg.unfold import unfolding
 from spectrim.methods.base import OUTPUT_ENERGY, WEIGHT_ENERGY, WEIGHTED_ENERGY, Curve, Method, check_least
 from spectrim.network.choices import Choice, TiedChoice
@@ -112,20 +112,20 @@ def posed(site: Tied) -> tuple[TwiceRead, str, float]:
     even, plain = weight.new_ones(entries), torch.eye(width).to(weight)
     if site.asked is None or inputs is None:
         # One metric, in two halves.
-        half = Reading(even, plain / 2)
+        half = View(even, plain / 2)
         return TwiceRead(weight, (half, half)), WEIGHT_ENERGY, 1.0
     seen = shrunk(inputs.second_moment, inputs.count)[0].to(weight)
     asked = site.asked.to(weight)
     if gradient is None or site.weights is None:
-        readings = Reading(asked, plain), Reading(even, seen)
+        readings = View(asked, plain), View(even, seen)
         shares = tuple(_scaled(each, 1 / float(each.energy(weight).clamp_min(1e-300))) for each in readings)
         return TwiceRead(weight, (shares[0], shares[1])), OUTPUT_ENERGY, 2.0
     felt = shrunk(gradient.second_moment, gradient.count)[0].to(weight)
-    looked_up = _scaled(Reading(asked, felt), 0.5 * site.table.spec.rows)
-    multiplied = _scaled(Reading(site.weights.to(weight), seen), 0.5 * site.head.spec.rows)
+    looked_up = _scaled(View(asked, felt), 0.5 * site.table.spec.rows)
+    multiplied = _scaled(View(site.weights.to(weight), seen), 0.5 * site.head.spec.rows)
     problem = TwiceRead(weight, (looked_up, multiplied))
     return problem, WEIGHTED_ENERGY, float(sum(each.energy(weight) for each in problem.readings))
 
 
-def _scaled(reading: Reading, size: float) -> Reading:
+def _scaled(reading: View, size: float) -> View:
     return dataclasses.replace(reading, metric=reading.metric * size)

@@ -17,7 +17,7 @@ from spectrim.methods.chained_layer import (
     OfResponses,
     OfWeight,
     biased,
-    shifted,
+    shifted_bias,
     typed,
 )
 from spectrim.network import chains
@@ -61,7 +61,7 @@ class _Tucker2(ChainMethod):
 
     def leanest(self, site: Layer) -> Sequence[Choice]:
         spec = site.spec
-        if not chains.takes(spec):
+        if not chains.chains_fit(spec):
             return []
         inputs, outputs = (self._numbers(spec, channels)[:1] for channels in (spec.in_channels, spec.out_channels))
         biased = spec.bias or bool(site.statistics)
@@ -74,7 +74,7 @@ class _Tucker2(ChainMethod):
         inner, core = multilinear.tucker(layer.fitted, start, choice.outputs, evaluations)
         inner, outer, shift = layer.ends(inner, _columns(inner, core))
         inner, core, outer = typed(_balanced(inner, core, outer), site)
-        return chains.Tucker2(inner, core, outer, shifted(shift, choice.bias, site))
+        return chains.Tucker2(inner, core, outer, shifted_bias(shift, choice.bias, site))
 
     def layers(self, site: Layer, choice: TuckerChoice) -> Chain:
         return chains.tucker_layers(site.spec, choice)

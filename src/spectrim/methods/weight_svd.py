@@ -75,4 +75,4 @@ class WeightSVD(LowRankMethod):
         if seen is not None:
             return seen.shift(missing)
         mean = site.require("output" if how.name == "channel" else "input", f"the bias of WeightSVD ({how.name})").mean
-        return statistics.outside(site, mean, basis, basis.mT)
+        return statistics.lost_mean(site, mean, basis, basis.mT)

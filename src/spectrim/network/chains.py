@@ -136,7 +136,7 @@ def cp_layers(spec: LayerSpec, choice: CPChoice) -> Chain:
 
 def _between(spec: LayerSpec, layers: Sequence[LayerSpec], bias: bool) -> Chain:
     """Layers between two of 1 x 1."""
-    if not takes(spec):
+    if not chains_fit(spec):
         raise ValueError("it is for a convolution of one group whose kernel is larger than 1, and not transposed")
     ones, none = (1,) * len(spec.kernel), (0,) * len(spec.kernel)
     point = dataclasses.replace(
@@ -148,6 +148,6 @@ def _between(spec: LayerSpec, layers: Sequence[LayerSpec], bias: bool) -> Chain:
     return Chain((first, *layers, last))
 
 
-def takes(spec: LayerSpec) -> bool:
+def chains_fit(spec: LayerSpec) -> bool:
     """Whether chains can take the place of a layer: a convolution of one group whose kernel is larger than 1."""
     return not spec.transposed and spec.groups == 1 and max(spec.kernel, default=1) > 1

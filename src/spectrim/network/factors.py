@@ -239,7 +239,7 @@ class TiedPair(Factors, kind="tied"):
 
 
 @dataclass(frozen=True, eq=False)
-class LowRankPlusSparse(Factors, kind="low_rank_plus_sparse"):
+class AdditiveFactors(Factors, kind="low_rank_plus_sparse"):
     """A matrix product and a sparse weight, added, in place of one layer's weight."""
 
     # The product, as in :class:`LowRank`; with a rank of 0 there is none.
@@ -267,7 +267,7 @@ class LowRankPlusSparse(Factors, kind="low_rank_plus_sparse"):
         return self.left.numel() + self.right.numel() + int(self.mask.sum())
 
     @classmethod
-    def empty(cls, shapes: Sequence[Sequence[int]], choice: SumChoice) -> LowRankPlusSparse:
+    def empty(cls, shapes: Sequence[Sequence[int]], choice: SumChoice) -> AdditiveFactors:
         shape, rank, density = alone(shapes), choice.rank, choice.density
         how = unfolding(shape[3:], choice.unfolding)
         left, right = _pair(shape, how, rank, 0)

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from spectrim.linalg.packing import packed_bytes
-from spectrim.linalg.patterns import Channels, Pattern, Taps
+from spectrim.linalg.patterns import Pattern, Taps, WholeChannels
 from spectrim.linalg.unfold import Unfolding
 from spectrim.network.structure import Pair
 
@@ -183,7 +183,7 @@ class LayerSpec:
             return _cropped(spec, pattern)
         pools, units, _ = pattern.size(self.shape)
         kept = pattern.kept(self.shape, density)
-        if isinstance(pattern, Channels):
+        if isinstance(pattern, WholeChannels):
             return dataclasses.replace(spec, in_channels=pools * kept, index_bytes=4 * pools * kept)
         return dataclasses.replace(
             spec,

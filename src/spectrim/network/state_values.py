@@ -11,14 +11,14 @@ from torch import Tensor
 _PLAIN = (bool, int, float, str, type(None))
 
 
-def is_plain(value: object) -> bool:
+def is_ordinary(value: object) -> bool:
     """Whether a value of a state is an ordinary tensor, to be stored as it is."""
     return isinstance(value, Tensor) and not value.is_quantized
 
 
 def plain_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The ordinary tensors of a state, on the CPU."""
-    return {name: value.cpu() for name, value in state.items() if is_plain(value)}
+    return {name: value.cpu() for name, value in state.items() if is_ordinary(value)}
 
 
 def taken_apart(name: str, value: Any) -> tuple[Any, dict[str, Tensor]]:

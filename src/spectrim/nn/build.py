@@ -13,13 +13,13 @@ from spectrim.errors import PlanError
 from spectrim.linalg.unfold import first_weight, second_weight, unfolding
 from spectrim.network.chains import CP, Tucker2, cp_layers, tucker_layers
 from spectrim.network.choices import Choice, CPChoice, TuckerChoice
-from spectrim.network.factors import Factors, LowRank, LowRankPlusSparse, SharedBasis, TiedPair, kinds
+from spectrim.network.factors import AdditiveFactors, Factors, LowRank, SharedBasis, TiedPair, kinds
 from spectrim.network.layer import LayerSpec
 from spectrim.network.structure import Chain
-from spectrim.nn.layers import describe
+from spectrim.nn.layers import spec_of
 from spectrim.nn.modules import Chained, Factored, FactoredHead, FactoredTable, make_layer
 from spectrim.nn.shared import Once, Wide
-from spectrim.nn.sparse.layers import Sum, sparse_layer
+from spectrim.nn.sparse.layers import Summed, sparse_layer
 
 
 @singledispatch
@@ -35,9 +35,7 @@ def _(factors: LowRank, layers: Sequence[LayerSpec], biases: Sequence[Tensor | N
 
 
 @build.register
-def _(
-    factors: LowRankPlusSparse, layers: Sequence[LayerSpec], biases: Sequence[Tensor | None]
-) -> tuple[nn.Module, ...]:
+def _(factors: AdditiveFactors, layers: Sequence[LayerSpec], biases: Sequence[Tensor | None]) -> tuple[nn.Module, ...]:
     (spec,), (bias,) = layers, biases
     bias = _shifted(bias, factors.shift)
     pair = None
@@ -49,7 +47,7 @@ def _(
         bias = None
     alone = dataclasses.replace(spec, bias=bias is not None)
     sparse = sparse_layer(alone, factors.sparse, factors.mask, factors.pattern, bias)
-    return (sparse if pair is None else Sum(pair, sparse, spec),)
+    return (sparse if pair is None else Summed(pair, sparse, spec),)
 
 
 @build.register
@@ -125,9 +123,9 @@ def _(factors: SharedBasis, layers: Sequence[LayerSpec], biases: Sequence[Tensor
             )
         )
     if factors.once:
-        if len({describe(pair.first, ("first",)) for pair in built}) > 1:
+        if len({spec_of(pair.first, ("first",)) for pair in built}) > 1:
             raise ValueError("first factors with different strides, paddings or dilations cannot be computed once")
-        once = Once(built[0].first, describe(built[0].first, ("first",)), len(built))
+        once = Once(built[0].first, spec_of(built[0].first, ("first",)), len(built))
         for number, pair in enumerate(built):
             pair[0] = once.beside(pair.first) if number else once
     return tuple(built)

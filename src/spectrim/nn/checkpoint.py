@@ -15,13 +15,13 @@ from spectrim.network import tensor_files
 from spectrim.network.choices import ChannelsChoice, SumChoice
 from spectrim.network.coupling import IN
 from spectrim.network.file_kinds import path_of
-from spectrim.network.state_values import equal, is_plain, taken_apart
+from spectrim.network.state_values import equal, is_ordinary, taken_apart
 from spectrim.nn.build import skeleton
 from spectrim.nn.headers import FORMAT as FORMAT
 from spectrim.nn.headers import Header
-from spectrim.nn.layers import describe, is_layer
+from spectrim.nn.layers import is_layer, spec_of
 from spectrim.nn.linears import rewrite
-from spectrim.nn.matching import check_fits, share, unpack, values_of
+from spectrim.nn.matching import check_fits, share_memory, unpack_layers, values_of
 from spectrim.nn.packing import pack_state
 from spectrim.nn.rebuilding import check_dense, naming, rebuild
 from spectrim.nn.shipping import carried_out, carry, earlier, remembered, rewritten
@@ -158,7 +158,7 @@ def header_bytes(model: nn.Module, plan: Plan | None = None) -> int:
             # A layer that loses inputs may be given a bias.
             state |= {f"{place.module}.bias": (1,) for place in choice.lost if place.axis == IN}
         elif not choice.is_dense:
-            layers = [describe(model.get_submodule(name), (name,)) for name in entry.sites]
+            layers = [spec_of(model.get_submodule(name), (name,)) for name in entry.sites]
             for spec, module in zip(layers, skeleton(choice, layers), strict=True):
                 new = {f"{spec.name}.{key}": tuple(t.shape) for key, t in module.state_dict().items()}
                 state |= new
@@ -213,10 +213,12 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
         for plan in header.plans:
             rebuild(model, plan, tensors)
         present = model.state_dict()
-        unpack({(weight, mask): layer for weight, mask, layer in masked_in(model, present)}, tensors, header.packed)
-        share(tensors, header.shared)
+        unpack_layers(
+            {(weight, mask): layer for weight, mask, layer in masked_in(model, present)}, tensors, header.packed
+        )
+        share_memory(tensors, header.shared)
         values = values_of(present, tensors, header.values)
-        check_fits(model, {name: value for name, value in present.items() if is_plain(value)}, tensors)
+        check_fits(model, {name: value for name, value in present.items() if is_ordinary(value)}, tensors)
         # A copy, which says of which version of its modules it is.
         present.update(tensors | values)
         try:
@@ -276,7 +278,7 @@ def _check_parts(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Raise CheckpointError if a state leaves out what stands for a layer: no loading of the model's own knows that."""
     for path, layer in nn.Module.named_modules(model):
         for name, tensor in layer.state_dict(prefix=f"{path}.").items() if isinstance(layer, StandIn) else ():
-            if is_plain(tensor) and name_in(state, name, tensor) is None:
+            if is_ordinary(tensor) and name_in(state, name, tensor) is None:
                 raise CheckpointError(
                     f"state_dict of the {type(model).__name__} leaves out {name!r} of what stands for layer {path!r}: "
                     "have its hooks leave that in, or skip= the layer"
@@ -292,7 +294,7 @@ def _loads_itself(module: nn.Module) -> bool:
 
 def _apart(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Plain tensors, and records of all other values, which are made of some of them."""
-    tensors = {name: value for name, value in state.items() if is_plain(value)}
+    tensors = {name: value for name, value in state.items() if is_ordinary(value)}
     records: dict[str, Any] = {}
     for name, value in state.items():
         if name not in tensors:

@@ -22,7 +22,7 @@ def _apart(dispatch: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-class Apart:
+class Uncompiled:
     """Has the compiler not look into what a mode does, where the compiler is loaded at all.
 
     Torch does the same for every mode, and loads the compiler when the first operation is seen.
@@ -35,7 +35,7 @@ class Apart:
         cls.__torch_dispatch__ = _apart(inspect.unwrap(cls.__torch_dispatch__))
 
 
-class Mode(Apart, TorchDispatchMode):
+class Mode(Uncompiled, TorchDispatchMode):
     """Sees operations, also those that take functions, as fused attention with a score of one's own."""
 
     supports_higher_order_operators = True

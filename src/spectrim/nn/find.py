@@ -19,8 +19,8 @@ from spectrim.linalg.patterns import Pattern
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Sites, Skipped, Tied
 from spectrim.nn.layers import canonical as canonical
-from spectrim.nn.layers import describe as describe
 from spectrim.nn.layers import is_layer, is_plain, is_quantised, paths_of, tied_weights
+from spectrim.nn.layers import spec_of as describe
 from spectrim.nn.loose_weights import stored, unheld
 from spectrim.nn.obstacles import MERGE, obstacle, obstacle_in_weight
 from spectrim.nn.parameters import asked, parameters_of

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
-from spectrim.nn.dispatch import Apart
+from spectrim.nn.dispatch import Uncompiled
 from spectrim.nn.formulas import formula, is_unknown
 
 _EVERYTHING = "Global"
@@ -27,7 +27,7 @@ def unwatched() -> Iterator[None]:
         yield
 
 
-class _Counting(Apart, _FlopCounterMode):
+class _Counting(Uncompiled, _FlopCounterMode):
     """Sees operations; of those that take functions, as fused attention with a score of one's own, what they give."""
 
     def _handle_higher_order_ops(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:

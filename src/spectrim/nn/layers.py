@@ -23,7 +23,7 @@ _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _INPUTS_FIRST = (nn.Embedding, *_TRANSPOSED)
 
 
-def describe(module: nn.Module, names: Iterable[str]) -> LayerSpec:
+def spec_of(module: nn.Module, names: Iterable[str]) -> LayerSpec:
     """The numbers of a linear layer, convolution or embedding. Raises UnsupportedLayerError for any other module."""
     names = tuple(names)
     weight = weight_of(module)

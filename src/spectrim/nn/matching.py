@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from spectrim.errors import CheckpointError
 from spectrim.network import tensor_files
-from spectrim.network.state_values import alike, is_plain, put_together
+from spectrim.network.state_values import alike, is_ordinary, put_together
 from spectrim.nn.sparse.layers import Masked, Slim
 from spectrim.nn.sparse.packed import read_mask, read_weight
 
 
-def unpack(
+def unpack_layers(
     layers: dict[tuple[str, str], Masked],
     tensors: dict[str, Tensor],
     packed: Sequence[Sequence[str]],
@@ -39,7 +39,7 @@ def unpack(
             raise CheckpointError(f"the packed tensor {name!r} cannot be read: {error}") from error
 
 
-def share(tensors: dict[str, Tensor], owners: Mapping[str, str]) -> None:
+def share_memory(tensors: dict[str, Tensor], owners: Mapping[str, str]) -> None:
     """Give tensors that are the same memory all their names."""
     for name, source in owners.items():
         if source not in tensors:
@@ -49,7 +49,7 @@ def share(tensors: dict[str, Tensor], owners: Mapping[str, str]) -> None:
 
 def values_of(state: Mapping[str, Any], tensors: dict[str, Tensor], records: Mapping[str, Any]) -> dict[str, Any]:
     """What is no plain tensor; those that it is made of are taken out."""
-    missing = [name for name, value in state.items() if not is_plain(value) and name not in records]
+    missing = [name for name, value in state.items() if not is_ordinary(value) and name not in records]
     if missing:
         raise CheckpointError(
             f"belongs to another architecture: its {missing[0]!r} is not the "

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from spectrim.errors import ProofError
 from spectrim.network.layer import LayerSpec
 from spectrim.nn.copying import copy_model
-from spectrim.nn.layers import describe
+from spectrim.nn.layers import spec_of
 from spectrim.nn.modules import Chained, Factored, dense_layer, make_layer, whole
 from spectrim.nn.parameters import parameters_of
-from spectrim.nn.sparse.layers import Cropped, Masked, Slim, Sum
+from spectrim.nn.sparse.layers import Cropped, Masked, Slim, Summed
 from spectrim.nn.standing import StandIn, fits, take_over
 from spectrim.nn.surgery import merged_at, replace_module, stand_ins
 from spectrim.nn.watch.batches import Feed
@@ -173,7 +173,7 @@ def some_outputs(layer: nn.Module, kept: Tensor) -> nn.Module:
     """
     weight, bias = whole(layer)
     kept = kept.to(weight.device)
-    spec: Any = getattr(layer, "original", None) or describe(layer, ("part",))
+    spec: Any = getattr(layer, "original", None) or spec_of(layer, ("part",))
     some = None if bias is None else bias.reshape(len(weight), -1)[:, kept].flatten()
     spec = replace(spec, out_channels=len(weight) * len(kept), bias=bias is not None, dtype=weight.dtype)
     return make_layer(replace(spec, device=str(weight.device)), weight[:, kept], some)
@@ -187,7 +187,7 @@ def _(layer: StandIn, kept: Tensor) -> nn.Module:
 
 
 @some_outputs.register
-def _(layer: Sum, kept: Tensor) -> nn.Module:
+def _(layer: Summed, kept: Tensor) -> nn.Module:
     return _with_parts(layer, kept, {name: some_outputs(part, kept) for name, part in layer.named_children()})
 
 
@@ -224,7 +224,7 @@ def _multiplying(layer: StandIn) -> float:
 @_multiplying.register(Masked)
 @_multiplying.register(Slim)
 @_multiplying.register(Cropped)
-@_multiplying.register(Sum)
+@_multiplying.register(Summed)
 def _(layer: StandIn) -> float:
     """Its weight is laid out of those of its parts, or added up."""
     return sum(_multiplying(part) for part in layer.children() if isinstance(part, StandIn))

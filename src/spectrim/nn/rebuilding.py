@@ -15,7 +15,7 @@ from spectrim.network.sites import Sites
 from spectrim.nn.build import skeleton
 from spectrim.nn.channels.narrow import add_bias, reshape
 from spectrim.nn.find import find
-from spectrim.nn.layers import describe
+from spectrim.nn.layers import spec_of
 from spectrim.nn.standing import StandIn
 from spectrim.nn.surgery import replace_module
 from spectrim.selection.plan import Plan
@@ -86,6 +86,6 @@ def _rebuild(model: nn.Module, sites: Sites, plan: Plan) -> None:
                 why = reasons.get(name, _absent(model, name))
                 raise CheckpointError(f"the plan changes layer {name!r}, but {why}")
         # As narrow as they are now: a grouped layer that is left one channel a group is a site no longer.
-        layers = [describe(model.get_submodule(name), sites.layer(name).spec.names) for name in entry.sites]
+        layers = [spec_of(model.get_submodule(name), sites.layer(name).spec.names) for name in entry.sites]
         for spec, module in zip(layers, skeleton(entry.choice, layers), strict=True):
             replace_module(model, spec.names, module)

@@ -60,7 +60,7 @@ def take_along(model: nn.Module, *done: Plan) -> None:
             before = vars(module).get("save_pretrained")
             plans = before.plans if isinstance(before, Saver) else ()
             bare = before.bare if isinstance(before, Saver) else frozenset()
-            own = [moved(plan, within(f"{name}.") if name else str) for plan in done]
+            own = [renamed_entries(plan, within(f"{name}.") if name else str) for plan in done]
             vars(module)["save_pretrained"] = Saver(module, (*plans, *own), bare | without_bias(module))
     declare_ties(model)
 
@@ -73,7 +73,7 @@ def rewritten(model: nn.Module) -> list[str]:
 def remembered(model: nn.Module) -> tuple[Plan, ...]:
     """Plans that were carried out on parts of a model, and on itself, in order."""
     inside = [
-        moved(each, lambda name, path=path: f"{path}.{name}")
+        renamed_entries(each, lambda name, path=path: f"{path}.{name}")
         for path, module in model.named_modules()
         if path
         for each in vars(module).get(_PLANS, ())
@@ -276,7 +276,7 @@ def _sparse_parts(model: nn.Module, plan: Plan) -> Iterator[tuple[Masked, float]
                     yield module, entry.choice.density
 
 
-def moved(plan: Plan, rename: Callable[[str], str | None]) -> Plan:
+def renamed_entries(plan: Plan, rename: Callable[[str], str | None]) -> Plan:
     """The entries of a plan whose modules all have a new name, with these."""
     return replace(plan, entries=tuple(e for e in (_moved(entry, rename) for entry in plan) if e is not None))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from spectrim.network.state_values import is_plain, taken_apart
+from spectrim.network.state_values import is_ordinary, taken_apart
 from spectrim.network.tensor_files import memory_of, owners
 from spectrim.nn.parameters import parameters_of
 
@@ -36,7 +36,7 @@ def _more(model: nn.Module, held: Collection[Tensor]) -> int:
         return 0
     try:
         state = model.state_dict()
-        tensors = {name: value for name, value in state.items() if is_plain(value)}
+        tensors = {name: value for name, value in state.items() if is_ordinary(value)}
         for name in state.keys() - tensors.keys():
             tensors |= taken_apart(name, state[name])[1]
         stored, plain = (owners(each)[0] for each in (tensors, {str(n): t for n, t in enumerate(held)}))
@@ -57,7 +57,7 @@ def name_in(state: Mapping[str, Any], usual: str, tensor: Tensor, taken: Collect
     alike = {
         name: value
         for name, value in state.items()
-        if name not in taken and is_plain(value) and (value.shape, value.dtype) == (tensor.shape, tensor.dtype)
+        if name not in taken and is_ordinary(value) and (value.shape, value.dtype) == (tensor.shape, tensor.dtype)
     }
     same = (name for name, value in alike.items() if memory_of(value) == memory_of(tensor))
     return next(same, None) or next((name for name, value in alike.items() if torch.equal(value, tensor)), None)

@@ -24,7 +24,7 @@ from spectrim.nn.shipping import (
     declare_ties,
     digest_of,
     module_of,
-    moved,
+    renamed_entries,
     within,
 )
 from spectrim.nn.sparse.layers import Masked
@@ -91,7 +91,7 @@ class Unshipping:
         names = [name for plan in self.plans for entry in plan for name in changed(entry)]
         rename = _renaming(model, [*names, *self.biases, *self.linear])
         biases, linear = (tuple(filter(None, map(rename, held))) for held in (self.biases, self.linear))
-        return Unshipping(tuple(moved(plan, rename) for plan in self.plans), biases, linear)
+        return Unshipping(tuple(renamed_entries(plan, rename) for plan in self.plans), biases, linear)
 
     def build(self, model: Any) -> Built:
         """Give a dense model on the meta device the layers of the plans, in place, sparse weights as in files."""

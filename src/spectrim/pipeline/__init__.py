@@ -21,7 +21,7 @@ from spectrim.nn.find import Which, check_model
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.masks import Mask
-from spectrim.nn.watch.nesting import begun, checked_batches, listed, reads_once
+from spectrim.nn.watch.nesting import begun, checked_batches, copied_batches, reads_once
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.pipeline.goal import Goal, Sets, reached
 from spectrim.pipeline.making import Making
@@ -168,10 +168,10 @@ def compress(
     sets = Sets.of(auto=competing, said=methods is not None or groups is not None)
     _check_search(selector, seconds, groups, competing)
     check_options(groups, latency, guard)
-    several, shared = (None, False) if competing else offered(methods, groups, stated.costs)
+    several, shared = (None, False) if competing else methods_on_offer(methods, groups, stated.costs)
     sampling = Sampling(rows, positions, mask)
     feed = Feed.of(forward, samples)
-    batches = listed(calibration) if reads_once(checked_batches(calibration)) else calibration
+    batches = copied_batches(calibration) if reads_once(checked_batches(calibration)) else calibration
     channels = any(method.removes_channels for method in several or ())
     if channels and len(several or ()) > 1:
         check_comparable(model, begun(batches)[0], feed)
@@ -226,7 +226,7 @@ def _check_search(selector: object, seconds: object, groups: object, competing: 
         )
 
 
-def offered(
+def methods_on_offer(
     methods: Any, groups: bool | Mapping[str, Sequence[str]] | None, limited: Iterable[str]
 ) -> tuple[list[Method] | None, bool | Mapping[str, Sequence[str]]]:
     """The methods of one set, and which layers may share factors, where these costs are limited."""

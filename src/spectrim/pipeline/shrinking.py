@@ -29,7 +29,7 @@ from spectrim.search.arms import Arm, Contest, not_tried
 from spectrim.search.file_size import within_file
 from spectrim.search.judge import Judge, Verdict
 from spectrim.search.standings import Standings
-from spectrim.search.stepwise import BY_TABLE, Trial, select_in_steps
+from spectrim.search.stepwise import BY_TABLE, Judging, select_in_steps
 from spectrim.search.tolerance import Tolerance, smaller, smallest, tightest
 from spectrim.selection.budget import Budget, Limit
 from spectrim.selection.candidates import Candidates
@@ -64,7 +64,7 @@ def drafted(
     budget: Budget,
     making: Making,
     table: Candidates | None,
-    trial: Trial = BY_TABLE,
+    trial: Judging = BY_TABLE,
 ) -> Draft:
     """The network as it is planned by counted and tabulated costs.
 
@@ -190,7 +190,7 @@ def shrink_best(
     """
     tables = tables or Tables(prepared, arms, making)
 
-    def planned(arm: Arm, trial: Trial) -> Draft:
+    def planned(arm: Arm, trial: Judging) -> Draft:
         if arm.removes_channels and not prepared.sites.couplings:
             raise PlanError("no channels were found that can be removed")
         tables.check(arm, budget)

@@ -28,7 +28,7 @@ ASIDE = 9  # pixels between dots of one cost
 COST_NAMES = {"macs": "MACs", "parameters": "Parameters", "bytes": "Weights", "latency": "Predicted latency"}
 
 
-def cost_name(cost: str) -> str:
+def cost_title(cost: str) -> str:
     """What a cost is called on the page."""
     return COST_NAMES.get(cost, cost)
 
@@ -149,7 +149,7 @@ def loss_chart(predicted: Sequence[tuple[float, float]], candidates: Candidates,
     low, high = math.floor(math.log10(min(losses)) + 1e-9), math.ceil(math.log10(max(losses)) - 1e-9)
     x, y = Axis(0, 100), Axis(10.0**low, 10.0 ** max(high, low + 1), logarithmic=True)
     dots = [
-        Dot(x.at(at), y.at(loss), f"{name}: loss {loss:.3g} at {at:.1f} % of the {cost_name(cost)}", tone, label)
+        Dot(x.at(at), y.at(loss), f"{name}: loss {loss:.3g} at {at:.1f} % of the {cost_title(cost)}", tone, label)
         for name, tone, label, places in (
             ("best selection", "plan", "", points),
             ("this plan", "choice", "this plan", chosen),
@@ -158,7 +158,7 @@ def loss_chart(predicted: Sequence[tuple[float, float]], candidates: Candidates,
     ]
     curve = Polyline((tuple((x.at(at), y.at(loss)) for at, loss in points),), "plan")
     unit = f"predicted loss ({candidates.unit})" if candidates.unit else "predicted loss"
-    return Chart(f"{cost_name(cost)}, % of dense", unit, x, y, tuple(dots), (curve,))
+    return Chart(f"{cost_title(cost)}, % of dense", unit, x, y, tuple(dots), (curve,))
 
 
 def score_chart(measured: Sequence[tuple[str, float, float]], dense: float, cost: str, score: str) -> Chart:
@@ -180,7 +180,7 @@ def score_chart(measured: Sequence[tuple[str, float, float]], dense: float, cost
     dots = []
     for (label, at, value), error in zip(measured, errors, strict=True):
         share = 100 * at / dense
-        text = f"{label}: {value:.2f} % at {share:.1f} % of the {cost_name(cost)}"
+        text = f"{label}: {value:.2f} % at {share:.1f} % of the {cost_title(cost)}"
         bar = {}
         if error == error:
             text += f", standard error {error:.2f} points on {Score(value).samples:,} samples"
@@ -188,7 +188,7 @@ def score_chart(measured: Sequence[tuple[str, float, float]], dense: float, cost
         tone = "dense" if share > 99.99 else "choice"
         aside = ASIDE * sum(dot.x == x.at(share) for dot in dots)
         dots.append(Dot(x.at(share), y.at(value), text, tone, f"{label} {value:.2f} %", aside=aside, **bar))
-    return Chart(f"{cost_name(cost)}, % of dense", f"{score}, %", x, y, tuple(dots), height=190)
+    return Chart(f"{cost_title(cost)}, % of dense", f"{score}, %", x, y, tuple(dots), height=190)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from spectrim.nn.surgery import parameter_count
 from spectrim.nn.timing import Runtime, Speed, Timing, Told, measure_latency, peak_memory, runtime_of, same_layers
 from spectrim.nn.watch.batches import Feed
 from spectrim.report.machine import machine_facts
-from spectrim.report.measures import Evaluate, Score, as_mapping, file_size, inputs, macs
+from spectrim.report.measures import Evaluate, Score, as_mapping, counted_macs, file_size, inputs
 
 if TYPE_CHECKING:
     from spectrim.report.side_by_side import SideBySide
@@ -308,7 +308,7 @@ def _measure(
         lines[name] = [
             *scores,
             Line("parameters", "", float(parameter_count(model))),
-            Line("MACs", "MAC", macs(model, example)),
+            Line("MACs", "MAC", counted_macs(model, example)),
             Line("file size", "B", float(file_size(model))),
             Line("peak memory", "B", float(peak_memory(model, inputs(model, example)))),
         ]

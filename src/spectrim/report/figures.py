@@ -58,7 +58,7 @@ def to_svg(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def write(figure: Figure, file: Path) -> None:
+def write_figure(figure: Figure, file: Path) -> None:
     """Write a figure in the format that the file's name ends in: .svg, .png or .pdf; whole or not at all."""
     import matplotlib
 
@@ -70,7 +70,7 @@ def write(figure: Figure, file: Path) -> None:
             figure.savefig(scratch, dpi=200, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
 
 
-def shortened(name: str, length: int) -> str:
+def path_end(name: str, length: int) -> str:
     """The end of a module's path, where paths differ."""
     return name if len(name) <= length else "\u2026" + name[-(length - 1) :]
 

@@ -99,7 +99,7 @@ def _classes(labels: Tensor, guess: Tensor, count: int) -> Tensor:
     raise ValueError(f"labels are {what}: accuracy is not measured. Give a class for each answer, or no test batches")
 
 
-def macs(model: nn.Module, example: Any) -> float:
+def counted_macs(model: nn.Module, example: Any) -> float:
     """Multiply-accumulates for one sample, as :func:`spectrim.nn.counting.counting` counts them."""
     from spectrim.nn.counting import counting
 

@@ -16,7 +16,7 @@ from spectrim.network.files import write_text
 from spectrim.network.printing import Grid
 from spectrim.network.sites import Skipped
 from spectrim.report import charts, summary
-from spectrim.report.charts import COST_NAMES, Chart, cost_name, cost_text
+from spectrim.report.charts import COST_NAMES, Chart, cost_text, cost_title
 from spectrim.report.comparison import Comparison
 from spectrim.report.figures import Measured
 from spectrim.report.machine import machine_facts
@@ -126,12 +126,12 @@ class Page(Written):
             "rows": list(summary.rows(plan, comparison, self.agreement)),
             "layers": [_layer(entry, self._costs, self.fits) for entry in plan],
             "fitted": any(fit.held_out is not None for fit in self.fits.values()),
-            "cost_names": [cost_name(c) for c in self._costs],
+            "cost_names": [cost_title(c) for c in self._costs],
             "arms": self.arms,
             "unit": plan.unit,
             "shared": any(entry.members for entry in plan),
             "facts": {**facts, **{f"plan: {name}": _fact(value) for name, value in plan.facts.items()}},
-            "budget": [f"{cost_name(c)} \u2264 {cost_text(c, limit)}" for c, limit in plan.budget.items()],
+            "budget": [f"{cost_title(c)} \u2264 {cost_text(c, limit)}" for c, limit in plan.budget.items()],
             "selector": plan.selector,
             "unmeasured": list(not_measured(comparison, self.agreement)),
         }
@@ -143,7 +143,7 @@ class Page(Written):
         costs = dict.fromkeys(c for c in (first, "macs") if c in plan.dense_costs)
         curves = [chart for chart in (self._score_chart(first), self._loss_chart(first)) if chart is not None]
         return {
-            "networks": [(cost_name(cost), charts.network(plan, cost)) for cost in costs],
+            "networks": [(cost_title(cost), charts.network(plan, cost)) for cost in costs],
             "curves": curves,
             "predicted": any(chart.curves for chart in curves),
             "measured": bool(self.measured),

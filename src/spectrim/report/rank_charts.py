@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from spectrim.report.charts import Axis, Chart, Dot, Polyline, cost_name
+from spectrim.report.charts import Axis, Chart, Dot, Polyline, cost_title
 from spectrim.report.rank_panels import left_dense, share_of_dense, shown_costs
 from spectrim.selection.trajectory import Trajectory
 
@@ -80,7 +80,7 @@ def _cost_chart(trajectory: Trajectory, costs: Sequence[str], x: Axis) -> Chart:
     lines = [[100 * share_of_dense(trajectory, record, cost) for record in trajectory.records] for cost in costs]
     limits = [100 * trajectory.budget[c] / trajectory.dense_costs[c] for c in costs if c in trajectory.budget]
     y, last = Axis(0, max(100.0, *limits, *map(max, lines))), len(trajectory)
-    named = [(cost_name(cost), line, tone) for cost, line, tone in zip(costs, lines, _TONES, strict=False)]
+    named = [(cost_title(cost), line, tone) for cost, line, tone in zip(costs, lines, _TONES, strict=False)]
     curves = [_curve(x, y, line, tone, name) for name, line, tone in named]
     across = [Polyline((((0.0, y.at(limit)), (100.0, y.at(limit))),), "choice", "budget", True) for limit in limits]
     dots = [

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from spectrim.report.charts import cost_name, cost_text
+from spectrim.report.charts import cost_text, cost_title
 from spectrim.report.comparison import Comparison, Measure
 from spectrim.selection.plan import Plan
 
@@ -42,7 +42,7 @@ def tiles(plan: Plan, comparison: Comparison | None, agreement: Agreement | None
 def _planned(plan: Plan, cost: str) -> Tile:
     change = f"{cost_text(cost, plan.dense_costs[cost])} \u2192 {cost_text(cost, plan.costs[cost])}"
     good = "yes" if plan.ratio(cost) >= 1 else "no"
-    return Tile(f"{cost_name(cost)} (planned)", f"{plan.ratio(cost):.2f}x", change, good)
+    return Tile(f"{cost_title(cost)} (planned)", f"{plan.ratio(cost):.2f}x", change, good)
 
 
 def _tile(row: Measure) -> Tile:
@@ -70,7 +70,7 @@ def rows(plan: Plan, comparison: Comparison | None, agreement: Agreement | None)
         for cost, dense in plan.dense_costs.items():
             now = plan.costs[cost]
             yield (
-                f"{cost_name(cost)} (planned)",
+                f"{cost_title(cost)} (planned)",
                 cost_text(cost, dense),
                 cost_text(cost, now),
                 f"{plan.ratio(cost):.2f}x",

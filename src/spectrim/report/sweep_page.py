@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spectrim.network.printing import count
-from spectrim.report.charts import ASIDE, Axis, Chart, Dot, Polyline, cost_name
+from spectrim.report.charts import ASIDE, Axis, Chart, Dot, Polyline, cost_title
 from spectrim.report.machine import machine_facts
 from spectrim.report.origin import Origin
 from spectrim.report.page import Written, style, template
@@ -148,7 +148,7 @@ def _share(point: Point, cost: str) -> float:
 
 
 def _cost_name(cost: str) -> str:
-    return "measured time" if cost == "milliseconds" else cost_name(cost)
+    return "measured time" if cost == "milliseconds" else cost_title(cost)
 
 
 def _text(sweep: Sweep, mark: _Mark, cost: str) -> str:

@@ -20,7 +20,7 @@ from spectrim.network.printing import Grid, cost_name, share
 from spectrim.network.sites import Sites
 from spectrim.progress import Progress, silent
 from spectrim.search.judge import Verdict
-from spectrim.search.stepwise import TooMuchLostError, Trial
+from spectrim.search.stepwise import Judging, TooMuchLostError
 from spectrim.selection.plan import Plan
 from spectrim.tables import default_methods
 
@@ -188,7 +188,7 @@ class Contest(Generic[P, R]):
         Whether a network is so good that no other one is made.
     """
 
-    planned: Callable[[Arm, Trial], P]
+    planned: Callable[[Arm, Judging], P]
     made: Callable[[Arm, P], R]
     judged: Callable[[R], Verdict]
     size: Callable[[R], float] = lambda _: 0.0
@@ -259,7 +259,7 @@ class Contest(Generic[P, R]):
             outcome = Tried(arm.name)
             try:
                 draft = drafts[arm.name] = self.planned(
-                    arm, Trial(most=bar, over=functools.partial(clock.over, _PLANNING))
+                    arm, Judging(most=bar, over=functools.partial(clock.over, _PLANNING))
                 )
             except TooMuchLostError as error:
                 outcome = replace(outcome, note=_hopeless(error.loss, drafts[other].plan, other), predicted=error.loss)

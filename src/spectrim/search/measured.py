@@ -176,7 +176,7 @@ class Trials:
             speed = Speed.of(times["as planned"], times[name])
             log.info("%s dense again: %s", ", ".join(entry.site for entry in group), speed)
             if speed.differs and speed.ratio > 1:
-                parts, more = self.losing(plan, split(group), left - taken) if len(group) > 1 else ([], 0)
+                parts, more = self.losing(plan, in_groups(group), left - taken) if len(group) > 1 else ([], 0)
                 slower += parts or group
                 taken += more
         return slower, taken
@@ -191,7 +191,7 @@ def with_dense(plan: Plan, group: Sequence[Entry]) -> Plan:
     return dataclasses.replace(plan, entries=tuple(entries))
 
 
-def split(entries: Sequence[Entry]) -> list[list[Entry]]:
+def in_groups(entries: Sequence[Entry]) -> list[list[Entry]]:
     """Entries in order in up to :data:`_BESIDE` groups of nearly equal size."""
     count = min(_BESIDE, len(entries))
     edges = [round(number * len(entries) / count) for number in range(count + 1)]
@@ -230,7 +230,7 @@ def put_back(
     if not changed or speed.low <= planned or removing:
         return plan, measured, PutBack()
     changed.sort(key=lambda entry: -entry.costs["latency"] / max(entry.dense_costs["latency"], 1e-9))
-    losing, networks = trials.losing(plan, split(changed), _TRIALS)
+    losing, networks = trials.losing(plan, in_groups(changed), _TRIALS)
     names = tuple(site for entry in losing for site in entry.sites)
 
     def outcome(**kinds: tuple[str, ...]) -> PutBack:

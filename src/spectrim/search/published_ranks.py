@@ -111,7 +111,7 @@ def at_rate(
         dense = Option(DENSE, 0.0, network.row(name))
         offered = (dense, options[name]) if name in options else (dense,)
         rows.append(Row(name, f"{len(members)} x {kind}" if members else kind, offered, members=members))
-    units = {statistics.unit(site) if site.calibrated else WEIGHT_ENERGY for site in sites}
+    units = {statistics.error_unit(site) if site.calibrated else WEIGHT_ENERGY for site in sites}
     if len(units) > 1:
         raise ValueError("some of the sites are calibrated and some are not, so that their errors have different units")
     table = Candidates(

@@ -8,7 +8,7 @@ Errors are those of the dense network throughout, and nothing that a step remove
 
 The other methods' choices are made once more at the end, for the layers that remain after the removals of each step,
 from no removals on and as long as that gains; the plan that loses least is taken. What the removals lose and what is
-lost in the layers they leave do not quite add up, so a trial (:class:`Trial`) may measure it.
+lost in the layers they leave do not quite add up, so a trial (:class:`Judging`) may measure it.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class TooMuchLostError(PlanError):
 
 
 @dataclass(frozen=True)
-class Trial:
+class Judging:
     """How plans that mix methods are compared.
 
     Attributes
@@ -77,7 +77,7 @@ class Trial:
     over: Callable[[], bool] = lambda: False
 
 
-BY_TABLE = Trial()
+BY_TABLE = Judging()
 
 
 @reports
@@ -93,7 +93,7 @@ def select_in_steps(
     costs: Mapping[str, Cost] | None = None,
     guard: bool = False,
     table: Candidates | None = None,
-    trial: Trial = BY_TABLE,
+    trial: Judging = BY_TABLE,
     progress: Progress | bool | None = None,
 ) -> tuple[Plan, Candidates]:
     """Choose channels to remove, and what to do with the layers that remain.
@@ -285,7 +285,7 @@ def _spent(table: Candidates, picks: Picks, limits: Costs, network: Network) -> 
             over.add((widening[1], widening[2]))
 
 
-def _best(trail: Sequence[Picks], finished: Callable[[Picks], Plan], trial: Trial) -> Plan | None:
+def _best(trail: Sequence[Picks], finished: Callable[[Picks], Plan], trial: Judging) -> Plan | None:
     """The best plan that removes what a step on the way removed and meets the budget by the other methods, if any does.
 
     From nothing on, until more removals have gained nothing twice, or no time is left.

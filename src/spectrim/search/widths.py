@@ -25,7 +25,7 @@ from spectrim.network.choices import DENSE, Choice
 from spectrim.network.sites import Channels, Sites
 from spectrim.search import entries
 from spectrim.selection.budget import Budget, BudgetLike
-from spectrim.selection.candidates import shares
+from spectrim.selection.candidates import skipped_shares
 from spectrim.selection.plan import Plan
 
 # Halvings of the interval in which the share of energy lies that meets a budget.
@@ -144,7 +144,7 @@ def recommend(
         costs=network.cost(widths=numbers),
         dense_costs=dense,
         budget=dict(limits),
-        unit=next((statistics.unit(site) for site in sites if site.statistics), ""),
+        unit=next((statistics.error_unit(site) for site in sites if site.statistics), ""),
         selector=name,
         loss=sum(losses, 0.0),
         methods={analysis.name: analysis.record()},
@@ -198,7 +198,7 @@ def _for_budget(
     if worst is not None:
         lowest = network.cost(widths=numbers)[worst]
         dense = network.cost()[worst]
-        skipped = shares(network.left_alone(), worst, dense)
+        skipped = skipped_shares(network.left_alone(), worst, dense)
         raise InfeasibleBudgetError(worst, limits[worst], lowest, dense, skipped=skipped)
     if over(at(high)) is None:
         # All energy may lie in a few components, such as those that few samples span.

@@ -208,7 +208,7 @@ class Candidates(Printed):
             if len(row.options) == 1 and not row.of_channels and not narrows and row.site not in grouped
         ]
         dense = self.dense[cost]
-        return shares([*self.skipped, *idle], cost, dense)
+        return skipped_shares([*self.skipped, *idle], cost, dense)
 
     @property
     def singles(self) -> tuple[Row, ...]:
@@ -276,7 +276,7 @@ class Candidates(Printed):
         return dataclasses.replace(self, rows=rows)
 
 
-def shares(skipped: Iterable[Skipped], cost: str, dense: float) -> tuple[tuple[str, str, str, float], ...]:
+def skipped_shares(skipped: Iterable[Skipped], cost: str, dense: float) -> tuple[tuple[str, str, str, float], ...]:
     """What was left alone as :class:`spectrim.InfeasibleBudgetError` tells it, most of a cost first."""
     layers = [(s.name, s.kind, s.reason, s.costs.get(cost, 0.0) / dense if dense else 0.0) for s in skipped]
     return tuple(sorted(layers, key=lambda each: -each[3]))

@@ -46,7 +46,7 @@ _LEAST = 0.01  # percent lost below which nobody looks
 _NAMED = 10  # lines that a legend can tell apart
 
 
-def bars(plan: Plan, cost: str, *, ax: Axes | None = None) -> Axes:
+def cost_bars(plan: Plan, cost: str, *, ax: Axes | None = None) -> Axes:
     """A pair of bars an entry: its cost dense and as planned, with the rest of the network last."""
     check_cost(plan.dense_costs, cost)
     # Coupled channels cost something in their layers, which have entries of their own.

@@ -16,7 +16,7 @@ from spectrim.network.file_kinds import path_of
 from spectrim.network.files import converted, make_parents, read_document, record_of, write_text
 from spectrim.network.printing import Grid, Printed, amount, cost_name, count, flat, listed
 from spectrim.selection.plan import Plan
-from spectrim.selection.point import LARGEST, POINT, Judged, Point, finished, share_error
+from spectrim.selection.point import LARGEST, POINT, Judged, Point, finished_points, share_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -360,7 +360,7 @@ class Sweep(Printed):
             If a file is something else; the message names it.
         """
 
-        return read_summary(folder).sweep(finished(folder))
+        return read_summary(folder).sweep(finished_points(folder))
 
 
 class _Read(msgspec.Struct):

@@ -170,7 +170,7 @@ def walk(items: Items, paths: list[Indices], keys: list[Floats], *, together: bo
     return np.array([path[n] for path, n in zip(paths, taken, strict=True)]), float(key[steps - 1]) if steps else 0.0
 
 
-def descend(items: Items, weights: Floats) -> tuple[Indices | None, float]:
+def walk_hulls(items: Items, weights: Floats) -> tuple[Indices | None, float]:
     """Walk down the convex hulls of loss over weighted cost; the picks, and the multiplier of the last step."""
     price = items.cost @ weights
     hulls = [hull(front(group, items.loss, price), items.loss, price) for group in items.groups]
@@ -196,14 +196,14 @@ def _spend(items: Items, picks: Indices, weights: Floats) -> Indices:
 def relax(items: Items) -> tuple[Indices, float, Floats]:
     """Picks, lower bound and multipliers of the Lagrangian relaxation."""
     if len(items.limit) == 1:
-        picks, slope = descend(items, np.ones(1))
+        picks, slope = walk_hulls(items, np.ones(1))
         best = _spend(items, closest(items) if picks is None else picks, np.ones(1))
         multipliers = np.array([slope])
     else:
         multipliers = relaxed_multipliers(items)
         mixed = multipliers + 0.1 * items.need * (multipliers / items.need).max()
         tried = [multipliers, mixed, items.need] if multipliers.any() else [items.need]
-        ends = [(picks, weights) for weights in tried if (picks := descend(items, weights)[0]) is not None]
+        ends = [(picks, weights) for weights in tried if (picks := walk_hulls(items, weights)[0]) is not None]
         plans = [_spend(items, picks, weights) for picks, weights in ends or [(closest(items), items.need)]]
         best = min(plans, key=lambda picks: float(items.loss[picks].sum()))
     bound = max(items.lower_bound(multipliers), items.lower_bound(0 * multipliers))
@@ -281,7 +281,7 @@ def _highest(planes: Floats, most: float) -> tuple[Floats, float]:
     return result.x[:-1], float(result.x[-1])
 
 
-def solve(items: Items, scale: float) -> tuple[Indices, float] | str:
+def solve_mixed_integer(items: Items, scale: float) -> tuple[Indices, float] | str:
     """Picks of least loss and a proven lower bound, or what went wrong. ``scale`` is a loss of the right magnitude."""
     from scipy.optimize import Bounds, LinearConstraint
 

@@ -192,9 +192,9 @@ class Plan(Printed):
         ValueError
             For a cost that the plan does not have.
         """
-        from spectrim.selection.figures import bars
+        from spectrim.selection.figures import cost_bars
 
-        return bars(self, cost or self.printed_costs[0], ax=ax)
+        return cost_bars(self, cost or self.printed_costs[0], ax=ax)
 
     @property
     def printed_costs(self) -> list[str]:

@@ -162,7 +162,7 @@ class Point:
         """
 
         def parse(text: bytes) -> Point:
-            record = opened(text, "a point of a sweep", {*_FIELDS, "plan"})
+            record = unsealed(text, "a point of a sweep", {*_FIELDS, "plan"})
             plan = Plan.from_json(msgspec.json.encode(record.get("plan")))
             return dataclasses.replace(converted(record | {"plan": _NO_PLAN}, cls, "a point of a sweep"), plan=plan)
 
@@ -197,7 +197,7 @@ def share_error(share: float, samples: int) -> float:
     return math.sqrt(p * (1 - p) / samples)
 
 
-def finished(folder: str | Path) -> Iterable[Point]:
+def finished_points(folder: str | Path) -> Iterable[Point]:
     """The points that a folder holds.
 
     Raises
@@ -209,12 +209,12 @@ def finished(folder: str | Path) -> Iterable[Point]:
 
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A record of JSON values with a digest of them, for :func:`opened`."""
+    """A record of JSON values with a digest of them, for :func:`unsealed`."""
     text = json.dumps(record, sort_keys=True).encode()
     return {**record, _DIGEST: hashlib.sha256(text).hexdigest()}
 
 
-def opened(text: bytes, what: str, known: set[str] | None = None) -> dict[str, Any]:
+def unsealed(text: bytes, what: str, known: set[str] | None = None) -> dict[str, Any]:
     """The JSON object that a text is, as it was before it was sealed.
 
     Raises

@@ -95,7 +95,7 @@ def greedy(candidates: Candidates, budget: Budget) -> Plan:
     InfeasibleBudgetError, ValueError
         As :func:`uniform`.
     """
-    return _by_walk(candidates, budget, "greedy", lambda items: knapsack.descend(items, items.need)[0])
+    return _by_walk(candidates, budget, "greedy", lambda items: knapsack.walk_hulls(items, items.need)[0])
 
 
 def lagrangian(candidates: Candidates, budget: Budget) -> Plan:
@@ -146,7 +146,7 @@ def exact(candidates: Candidates, budget: Budget) -> Plan:
     if best - bound <= enough * best:
         return budgeted.plan(items, picks, "exact", bound)
     small = budgeted.promising(items, picks, best, multipliers)
-    solution = knapsack.solve(small, scale=best)
+    solution = knapsack.solve_mixed_integer(small, scale=best)
     if isinstance(solution, str):
         return budgeted.plan(items, picks, f"lagrangian (exact: {solution})", bound)
     better, proven = solution

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from spectrim.network.sites import Group, Layer, Sites
 from spectrim.nn.find import find
-from spectrim.nn.layers import canonical, describe
+from spectrim.nn.layers import canonical, spec_of
 from spectrim.nn.modules import make_layer
 from spectrim.nn.watch.calibrate import calibrate
 from spectrim.nn.watch.sensitivity import sensitivity
@@ -152,7 +152,7 @@ def small_group(
     if narrow is not None:
         layers[-1] = _narrowed(layers[-1], narrow)
         if narrow == "inputs":
-            channels, axis = describe(layers[-1], ("0",)).in_channels, -1 if isinstance(layers[-1], nn.Linear) else 0
+            channels, axis = spec_of(layers[-1], ("0",)).in_channels, -1 if isinstance(layers[-1], nn.Linear) else 0
             fewer = list(shapes[-1])
             fewer[axis] = channels
             shapes[-1] = tuple(fewer)
@@ -174,7 +174,7 @@ def _made(kind: str, dtype: torch.dtype, seed: int) -> nn.Module:
 
 def _narrowed(layer: nn.Module, side: str) -> nn.Module:
     """The layer with about half of its channels on a side."""
-    spec = describe(layer, ("0",))
+    spec = spec_of(layer, ("0",))
     weight, bias = canonical(layer)
     g, o, i, *_ = spec.shape
     if side == "inputs":

@@ -14,7 +14,7 @@ from spectrim.nn.watch.nesting import tensors, transformed
 from spectrim.train.faults import training_forward
 
 
-def length(batches: Any, *, needed: bool) -> int | None:
+def epoch_length(batches: Any, *, needed: bool) -> int | None:
     """Batches in an epoch, None if unknown. Raises TypeError if it is needed and unknown."""
     try:
         return len(batches)
@@ -103,7 +103,7 @@ class Calls:
             return model(*args, **kwargs)
 
 
-def logits(output: Any) -> Any:
+def scores_of(output: Any) -> Any:
     """The ``logits`` of a structured output, or the output itself."""
     if isinstance(output, Mapping) and "logits" in output:
         return output["logits"]

@@ -17,7 +17,7 @@ from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan, make_plan
 from spectrim.selection.selectors import at_multiplier, exact, lagrangian
 from spectrim.tables import retabulate, tabulate
-from spectrim.train.rank_tables import buildable, weighed, with_zero, without_zero
+from spectrim.train.rank_tables import buildable, with_distances, with_zero, without_zero
 
 
 class CStep:
@@ -77,7 +77,7 @@ class CStep:
 
     def choose(self, sites: Sites, mu: float, table: Candidates | None = None) -> Plan:
         """The plan of least ``mu/2 ||A - Delta||^2`` within the budget, or with the cost added at the multiplier."""
-        table = weighed(self.table if table is None else table, sites, mu, normalize=self.normalize)
+        table = with_distances(self.table if table is None else table, sites, mu, normalize=self.normalize)
         if self.budget is not None:
             return lagrangian(without_zero(table), self.budget)
         assert self.multiplier is not None
@@ -97,7 +97,7 @@ class CStep:
         if self.budget is None and not all(offered):
             # The first C step may have had methods of its own; these are the ones to build with.
             plan = self.choose(sites, mu, fresh)
-        table = without_zero(weighed(fresh, sites, mu, normalize=self.normalize))
+        table = without_zero(with_distances(fresh, sites, mu, normalize=self.normalize))
         if self.budget is not None:
             return table, exact(table, self.budget)
         numbers = {row.site: number for number, row in enumerate(table.rows)}

@@ -33,7 +33,7 @@ from spectrim.selection.plan import Plan
 from spectrim.selection.selectors import check_reachable
 from spectrim.selection.trajectory import Trajectory
 from spectrim.train import randomness
-from spectrim.train.batches import length
+from spectrim.train.batches import epoch_length
 from spectrim.train.devices import assign
 from spectrim.train.learned_ranks import LearnedRanks
 from spectrim.train.loop import Evaluate, Loop
@@ -361,7 +361,7 @@ class _Run:
             )  # fmt: skip
         check_trainable(net, prepared.sites, begun(self.calibration)[0], self.feed)
         schedule = self.options.get("schedule") or Schedule()
-        total = self.learning.epochs * (length(self.batches, needed=True) or 0)
+        total = self.learning.epochs * (epoch_length(self.batches, needed=True) or 0)
         # The last C step is due after the last batch.
         every = max(1.0, total / max(1, schedule.steps - 1))
         timing = {"latency": prepared.latency, "dense_latency": prepared.dense_latency}

@@ -77,7 +77,9 @@ class Loop:
         self.evaluate, self.penalty, self.after_step = evaluate, penalty, after_step
         self.checkpoint = None if checkpoint is None else path_of(checkpoint, "checkpoint")
         self.progress, self.first_epoch = progress, first_epoch
-        self.steps_per_epoch = batching.length(batches, needed=recipe.schedule != "constant" or bool(recipe.warmup))
+        self.steps_per_epoch = batching.epoch_length(
+            batches, needed=recipe.schedule != "constant" or bool(recipe.warmup)
+        )
         self.devices = assign(model, accelerate)
         if self.devices.count > 1 and isinstance(getattr(batches, "sampler", None), DistributedSampler):
             raise ValueError(
@@ -145,12 +147,12 @@ class Loop:
             raise ValueError(f"until={until} exceeds the {self.recipe.epochs} epochs of the recipe")
         total = None if self.steps_per_epoch is None else until * self.steps_per_epoch
         if self.checkpoint is not None and self.devices.main and self.epoch < until:
-            resume.check_place(self.checkpoint)
+            resume.check_checkpoint_place(self.checkpoint)
         with self._ready(), training_bar(total, done=self.step, shown=self._shown()) as update:
             while self.epoch < until:
                 self._run_epoch(update)
         if self.epoch == self.recipe.epochs and self.recipe.keep == "best" and self._best:
-            resume.load_model(self.model, self._best, "the best weights")
+            resume.copy_tensors(self.model, self._best, "the best weights")
         return self.result()
 
     def result(self) -> TrainingResult:
@@ -326,13 +328,13 @@ class Loop:
         if self.steps_per_epoch is not None and self.step != self.epoch * self.steps_per_epoch + self._batch:
             record["uneven"] = True
         flat = {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
-        resume.write(self.checkpoint, flat, record)
+        resume.write_checkpoint(self.checkpoint, flat, record)
 
     def _resume(self, path: Path) -> None:
         """Put back what a checkpoint holds, when all of it has been looked at: an error leaves everything as it was."""
-        tensors, raw = resume.read(path)
+        tensors, raw = resume.read_checkpoint(path)
         parts = {name: resume.section(tensors, name) for name in {key.partition("/")[0] for key in tensors}}
-        resume.check_model(self.model, parts.get("model", {}), str(path))
+        resume.check_tensors(self.model, parts.get("model", {}), str(path))
         record = resume.read_record(raw, str(path))
         now, then = self._record(), record.run
         changed = [f"{k} was {then.get(k)!r} and is {v!r}" for k, v in now.items() if then.get(k) != v]
@@ -345,10 +347,10 @@ class Loop:
         if problem := resume.damage(parts, record.problem(self.recipe.epochs, self.steps_per_epoch), wanted):
             raise CheckpointError(f"{path}: the training checkpoint is damaged: {problem}; delete it to start again")
         if best := parts.get("best", {}):
-            resume.check_model(self.model, best, str(path))
+            resume.check_tensors(self.model, best, str(path))
         state = resume.optimizer_state(self._optimizer, parts.get("optimizer", {}), record.optimizer, str(path))
         for name in ("random", "epoch_random"):
-            randomness.check(parts.get(name, {}), self.batches, f"{path}: {name}")
+            randomness.check_restorable(parts.get(name, {}), self.batches, f"{path}: {name}")
         self._resume_hooks(parts, path)
         # It may also be where the run is: what a call before this one has trained.
         been = [record.start, *(resume.magnitudes(each) for each in (parts["model"], best) if each)]
@@ -359,7 +361,7 @@ class Loop:
                 "those of the run, which goes on; to train what it has, delete the file or give another checkpoint",
                 stacklevel=4,
             )
-        resume.load_model(self.model, parts["model"], str(path))
+        resume.copy_tensors(self.model, parts["model"], str(path))
         self._optimizer.load_state_dict(state)
         self.epoch, self._batch, self.step = record.epoch, record.batch, record.step
         self._history, (self._best_metric, self._best_epoch) = list(record.history), record.best

@@ -45,8 +45,8 @@ class Objective:
             output = self._student_called(model, inputs)
             if self.teacher is not None:
                 with torch.no_grad():
-                    goal = batching.logits(self._teacher_called(self.teacher, inputs))
-        student = batching.logits(output)
+                    goal = batching.scores_of(self._teacher_called(self.teacher, inputs))
+        student = batching.scores_of(output)
         if isinstance(student, Tensor) and student.is_floating_point():
             student = student.float()
         if self.loss is None and _loss(output) is None and not isinstance(student, Tensor):

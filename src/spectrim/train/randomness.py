@@ -64,7 +64,7 @@ def restore(state: State, loader: Any = None) -> None:
             generator.set_state(state[f"loader{i}"])
 
 
-def check(state: State, loader: Any, source: str) -> None:
+def check_restorable(state: State, loader: Any, source: str) -> None:
     """See that :func:`restore` can put back a state. The generators are left as they are."""
     before = capture(loader)
     missing = [name for name in before if name not in state and not name.startswith("cuda")]
@@ -95,7 +95,7 @@ def _generators(loader: Any) -> list[torch.Generator]:
 
 
 @contextmanager
-def kept() -> Iterator[None]:
+def generators_kept() -> Iterator[None]:
     """The global generators are as before on leaving."""
     before = capture()
     try:

@@ -46,7 +46,7 @@ def without_zero(table: Candidates) -> Candidates:
     return dataclasses.replace(table, rows=tuple(rows))
 
 
-def weighed(table: Candidates, sites: Sites, mu: float, *, normalize: bool) -> Candidates:
+def with_distances(table: Candidates, sites: Sites, mu: float, *, normalize: bool) -> Candidates:
     """The table with the loss ``mu/2 ||A - Delta||^2`` of every option.
 
     ``||A||^2`` counts as 1 with ``normalize``, for every site of a group. A row that has a scale of its own, from

@@ -80,7 +80,7 @@ def _same(first: float | None, second: float | None) -> bool:
     return first == second or (first is not None and second is not None and math.isnan(first) and math.isnan(second))
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
     """Replace the checkpoint at ``path``.
 
     The file is written beside it, flushed to the disk, and renamed. Whenever the process dies, ``path`` is the old
@@ -91,13 +91,13 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) 
     tensor_files.write(path, flat, {_KEY: json.dumps({"format": FORMAT, **record})})
 
 
-def check_place(path: Path) -> None:
+def check_checkpoint_place(path: Path) -> None:
     """See that a checkpoint can be written, before there is a training to be lost; makes the folder it will lie in."""
     files.make_parents(path)
     files.check_place(path)
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and record of a checkpoint."""
     files.remove_abandoned(path.parent)
     try:
@@ -157,7 +157,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(itertools.chain(model.named_parameters(), model.named_buffers()))
 
 
-def check_model(model: nn.Module, stored: Mapping[str, Tensor], source: str) -> None:
+def check_tensors(model: nn.Module, stored: Mapping[str, Tensor], source: str) -> None:
     """See that stored tensors are those of a model."""
     tensors = model_tensors(model)
     wrong = [f"{n} is missing in it" for n in tensors if n not in stored]
@@ -190,9 +190,9 @@ def apart(now: Mapping[str, float], then: Mapping[str, float]) -> str:
     return next((n for n, s in now.items() if not math.isclose(s, then.get(n, s), rel_tol=1e-3, abs_tol=1e-12)), "")
 
 
-def load_model(model: nn.Module, stored: Mapping[str, Tensor], source: str) -> None:
+def copy_tensors(model: nn.Module, stored: Mapping[str, Tensor], source: str) -> None:
     """Copy stored tensors into a model."""
-    check_model(model, stored, source)
+    check_tensors(model, stored, source)
     with torch.no_grad():
         for name, tensor in model_tensors(model).items():
             tensor.copy_(stored[name])

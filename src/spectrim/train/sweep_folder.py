@@ -15,9 +15,9 @@ from typing import Any
 from spectrim.errors import CheckpointError, PlanError
 from spectrim.network.files import as_read, check_folder, make_parents, read_document, remove_abandoned, write_text
 from spectrim.nn.checkpoint import read_plan
-from spectrim.nn.watch.contents import settled
+from spectrim.nn.watch.contents import read_again
 from spectrim.selection.front import SUMMARY, read_summary
-from spectrim.selection.point import LARGEST, PLAN, POINT, Point, opened, sealed
+from spectrim.selection.point import LARGEST, PLAN, POINT, Point, sealed, unsealed
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class SweepFolder:
         check_folder(self.path, files_of(asked)).mkdir(parents=True, exist_ok=True)
         remove_abandoned(self.path)
         then = self._then()
-        now, alike = settled(then.get(_CONTENTS), contents)
+        now, alike = read_again(then.get(_CONTENTS), contents)
         random = alike and then.get(_CONTENTS, now) != now
         self.record({**options, _WEIGHTS: weights, _CONTENTS: then[_CONTENTS] if random else now})
         notes = [_RANDOM] if random else []
@@ -74,7 +74,7 @@ class SweepFolder:
             pass
         except PlanError as error:
             notes.append(f"{error.said}; it was written again")
-        return tuple(told(note) for note in notes)
+        return tuple(logged(note) for note in notes)
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Add to what the folder is known to hold. What is asked for since, such as training, is no other sweep.
@@ -100,7 +100,7 @@ class SweepFolder:
     def _then(self) -> dict[str, Any]:
         """What the folder is known to hold."""
         try:
-            return read_document(self.path / _RUN, lambda text: opened(text, "the record of a sweep"), LARGEST)
+            return read_document(self.path / _RUN, lambda text: unsealed(text, "the record of a sweep"), LARGEST)
         except FileNotFoundError:
             points = sorted(self.path.glob(f"*/{POINT}"))
             if not points:
@@ -127,7 +127,7 @@ class SweepFolder:
             point = Point.read(place)
             if point.asked == words:
                 mended = point.mend(place)
-                return point, told(mended) if mended else ""
+                return point, logged(mended) if mended else ""
             why = f"{place} holds a point for {point.asked}"
         except FileNotFoundError:
             return None, ""
@@ -136,7 +136,7 @@ class SweepFolder:
         if (place / MODEL).exists():
             os.replace(place / MODEL, place / _FORMER)
             why += f"; the weights that were beside it are now {_FORMER}"
-        return None, told(f"{why}; the point was made again")
+        return None, logged(f"{why}; the point was made again")
 
     def damage(self, point: Point) -> str | None:
         """Why the weights of a point are to be written, which is empty where there are none; None if they are there."""
@@ -146,8 +146,8 @@ class SweepFolder:
         try:
             plan = read_plan(place / MODEL, whole=True)
         except CheckpointError as error:
-            return told(f"{error}; the weights were made again")
-        return None if plan == point.plan else told(f"{place / MODEL} was of another plan, and was made again")
+            return logged(f"{error}; the weights were made again")
+        return None if plan == point.plan else logged(f"{place / MODEL} was of another plan, and was made again")
 
 
 def files_of(asked: Iterable[str]) -> list[str]:
@@ -160,7 +160,7 @@ def _short(value: Any) -> str:
     return textwrap.shorten(repr(value), 80, placeholder=" ...")
 
 
-def told(note: str) -> str:
+def logged(note: str) -> str:
     """A note, which is logged as well."""
     log.warning("%s", note)
     return note

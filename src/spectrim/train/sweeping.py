@@ -30,9 +30,9 @@ from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.contents import contents
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.masks import Mask
-from spectrim.nn.watch.nesting import checked_batches, listed, reads_once
+from spectrim.nn.watch.nesting import checked_batches, copied_batches, reads_once
 from spectrim.nn.watch.sampling import Sampling
-from spectrim.pipeline import Result, check_selector, offered
+from spectrim.pipeline import Result, check_selector, methods_on_offer
 from spectrim.pipeline.making import Making
 from spectrim.pipeline.shrinking import finished, shrink
 from spectrim.preparation import Prepared, check_options, locate, prepare
@@ -150,10 +150,10 @@ def sweep(
     limited = {cost for budget in asked.values() for cost in budget.costs}
     check_selector(selector)
     check_options(groups, latency, guard)
-    methods, groups = offered(methods, groups, limited)
+    methods, groups = methods_on_offer(methods, groups, limited)
     channels = any(method.removes_channels for method in methods or ())
     sampling, feed = Sampling(rows, None, mask), Feed.of(forward, samples)
-    batches = listed(calibration) if reads_once(checked_batches(calibration)) else calibration
+    batches = copied_batches(calibration) if reads_once(checked_batches(calibration)) else calibration
     sites = locate(model, batches, skip=skip, only=only, channels=channels, forward=feed)
     timed = latency or guard or "latency" in limited
 

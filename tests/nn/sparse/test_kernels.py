@@ -8,7 +8,7 @@ from torch import nn
 
 from spectrim.cost import rounds
 from spectrim.linalg import csr
-from spectrim.linalg.patterns import Channels, NofM
+from spectrim.linalg.patterns import NofM, WholeChannels
 from spectrim.nn.sparse import kernels
 from spectrim.nn.sparse.kernels import ChosenKernel, Kernel, choose_kernels
 from spectrim.nn.sparse.products import semi_structured
@@ -25,7 +25,7 @@ class Net(nn.Module):
         super().__init__()
         self.conv = masked(nn.Conv2d(3, 8, 3, padding=1))
         self.grouped = masked(nn.Conv2d(8, 8, 3, padding=1, groups=2))
-        self.slim = masked(nn.Conv2d(8, 8, 1), 0.5, Channels())
+        self.slim = masked(nn.Conv2d(8, 8, 1), 0.5, WholeChannels())
         self.total = summed(nn.Linear(8, 5))
         self.unused = masked(nn.Linear(8, 5))
         self.modes = []

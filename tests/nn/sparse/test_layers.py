@@ -12,13 +12,13 @@ from torch import nn
 from torch.func import functional_call, vmap
 
 from spectrim.linalg import csr
-from spectrim.linalg.patterns import Channels, NofM, Taps, Unstructured, taps
+from spectrim.linalg.patterns import NofM, Taps, Unstructured, WholeChannels, taps
 from spectrim.linalg.unfold import unfoldings
 from spectrim.nn.export import export_onnx, export_program
 from spectrim.nn.find import canonical, describe
 from spectrim.nn.flops import WorkCounter
 from spectrim.nn.modules import Factored, make_layer
-from spectrim.nn.sparse.layers import Cropped, Masked, Slim, Sum, laid_open, laid_out, sparse_layer
+from spectrim.nn.sparse.layers import Cropped, Masked, Slim, Summed, laid_open, laid_out, sparse_layer
 from spectrim.nn.sparse.products import Kernel
 from tests.nn.layers import LAYERS, close
 
@@ -47,7 +47,7 @@ def summed(plain, density=0.3):
     alone = dataclasses.replace(spec, bias=False)
     weight, _ = canonical(plain)
     mask = Unstructured().keep(weight.square(), density)
-    return Sum(pair, sparse_layer(alone, weight * mask, mask, Unstructured(), None), spec).eval()
+    return Summed(pair, sparse_layer(alone, weight * mask, mask, Unstructured(), None), spec).eval()
 
 
 def layer_of(name):
@@ -74,9 +74,9 @@ def test_every_kind_computes_what_its_whole_weight_does(name):
     spec = describe(plain, ("layer",))
     weight, _ = canonical(plain)
     modules = [masked(plain), summed(plain)]
-    patterns = [Channels(), *([] if spec.transposed or not spec.kernel else taps(weight.square()))]
+    patterns = [WholeChannels(), *([] if spec.transposed or not spec.kernel else taps(weight.square()))]
     modules += [masked(plain, 0.5, p) for p in patterns if spec.allows(p)]
-    assert {Masked, Sum, Slim} <= {type(m) for m in modules}
+    assert {Masked, Summed, Slim} <= {type(m) for m in modules}
     for module in modules:
         whole, b = module.whole()
         same = make_layer(dataclasses.replace(spec, bias=b is not None), whole, b)
@@ -398,7 +398,7 @@ class Net(nn.Module):
     def __init__(self):
         super().__init__()
         self.a = masked(nn.Conv2d(3, 8, 3, padding=1))
-        self.b = masked(nn.Conv2d(8, 8, 3, padding=1), 0.5, Channels())
+        self.b = masked(nn.Conv2d(8, 8, 3, padding=1), 0.5, WholeChannels())
         weight = torch.rand(1, 8, 8, 3, 3)
         self.c = masked(nn.Conv2d(8, 8, 3, padding=1), 0.5, taps(weight)[2])
         self.d = summed(nn.Conv2d(8, 8, 3, padding=1))

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from spectrim.errors import CalibrationError
 from spectrim.nn.find import describe
 from spectrim.nn.watch.samples import Samples
-from spectrim.nn.watch.sampling import Run, choose, directions, mean_rows
+from spectrim.nn.watch.sampling import Extent, choose, directions, mean_rows
 
 LINEAR = describe(nn.Linear(4, 3), ["layer"])
 CONV = describe(nn.Conv2d(3, 5, 3, padding=1), ["layer"])
@@ -73,7 +73,7 @@ def test_all_rows_where_there_are_no_more(positions):
 def test_padding_changes_neither_keys_nor_what_is_chosen(left):
     lengths = [9, 3, 30, 1, 17]
     short, long = texts(lengths, 32), texts(lengths, 128, left=left)
-    few, many = Run([short]).see(short), Run([long]).see(long)
+    few, many = Extent([short]).see(short), Extent([long]).see(long)
     assert torch.equal(few.keys, many.keys)
     for positions in (4, None):
         here, there = (places(choose(LINEAR, (5, w, 4), positions, s), w) for s, w in [(few, 32), (many, 128)])
@@ -88,7 +88,7 @@ def test_padding_changes_neither_keys_nor_what_is_chosen(left):
 def test_long_samples_give_more_rows_in_proportion():
     lengths = [10, 30] * 500
     batch = texts(lengths, 30)
-    chosen = choose(LINEAR, (1000, 30, 4), 5, Run([batch]).see(batch))
+    chosen = choose(LINEAR, (1000, 30, 4), 5, Extent([batch]).see(batch))
     counts = chosen.sample.bincount(minlength=1000).double()
     # The mean length is 20, so that 5 rows of it are 2.5 and 7.5.
     assert counts[::2].mean() == pytest.approx(2.5, abs=0.1)
@@ -97,7 +97,7 @@ def test_long_samples_give_more_rows_in_proportion():
 
 def test_a_mask_says_nothing_of_a_layer_with_another_number_of_rows():
     batch = texts([9, 3, 30], 32)
-    chosen = choose(LINEAR, (3, 4), 2, Run([batch]).see(batch))
+    chosen = choose(LINEAR, (3, 4), 2, Extent([batch]).see(batch))
     assert chosen.index.tolist() == [0, 1, 2]
 
 
@@ -229,14 +229,14 @@ DATA = TensorDataset(torch.ones(10, 2))
     ],
 )
 def test_how_many_samples_a_run_has(batches, samples):
-    run = Run(batches)
+    run = Extent(batches)
     assert run.samples == samples
     assert run.positions(20) == -(-20 // (samples or 64))
 
 
 def test_the_lengths_of_a_list_are_known_beforehand():
     batches = [torch.ones(2, 3, 8, 8), torch.ones(4, 3, 4, 4)]
-    shares = [Run(batches).see(batch).share for batch in batches]
+    shares = [Extent(batches).see(batch).share for batch in batches]
     assert [share[0].item() for share in shares] == pytest.approx([2.0, 0.5])
 
 
@@ -251,7 +251,7 @@ def test_directions_are_those_of_their_seed_whatever_was_drawn_and_written_befor
 
 
 def test_batches_whose_inputs_hold_no_number_are_named():
-    run = Run(iter([torch.ones(2, 3), torch.ones(2, 0)]))
+    run = Extent(iter([torch.ones(2, 3), torch.ones(2, 0)]))
     run.see(torch.ones(2, 3))
     with pytest.raises(CalibrationError, match=r"calibration batch 1 is empty: its inputs have the shape \(2, 0\)"):
         run.see(torch.ones(2, 0))

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from spectrim.network.coupling import IN, OUT, Coupling, Side
-from spectrim.nn.channels.experiments import Experiments, Mixed
+from spectrim.nn.channels.experiments import Experiments, MixedChannels
 from spectrim.nn.channels.narrow import beside_layers
 from spectrim.nn.channels.reading import Graph, holding
 from spectrim.nn.channels.trial import DRAWS, Trial
@@ -44,7 +44,7 @@ def _holder(graph: Graph, experiments: Experiments, root: str, reason: str) -> s
         if name is not None:
             return holding(name, graph.model.get_submodule(name))
         experiments.sides(root)
-    except Mixed as error:
+    except MixedChannels as error:
         return str(error)
     except Exception:  # a pass with random numbers runs foreign code, which may raise anything
         return reason

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Side
 from spectrim.nn.channels.lively import without_statistics
-from spectrim.nn.channels.narrow import NORMS, length
+from spectrim.nn.channels.narrow import NORMS, axis_length
 from spectrim.nn.channels.rules import layers_of, rule_of
 from spectrim.nn.channels.trial import dim_of
 from spectrim.nn.watch.batches import evaluating, output_tensors
@@ -32,7 +32,7 @@ Node = tuple[str, str, int]
 """Path of a module, name of one of its axes, and an entry of it."""
 
 
-class Mixed(Exception):
+class MixedChannels(Exception):
     """Channels that cannot be told apart where they are read, and where that is."""
 
 
@@ -58,7 +58,7 @@ class Experiments:
             for place, entries in held.items():
                 places.setdefault(place, []).append(sorted(entries))
         if any(len(entries) != len(atoms) for entries in places.values()):
-            raise Mixed("its channels go different ways, in different numbers")
+            raise MixedChannels("its channels go different ways, in different numbers")
         found = [
             Side(name, axis, torch.tensor(entries), self._length(name, axis))
             for (name, axis), entries in places.items()
@@ -110,7 +110,7 @@ class Experiments:
 
     def _length(self, name: str, axis: str) -> int:
         seen = self._base.inputs[name][0].shape[self._dim(name)] if axis == THROUGH else None
-        size = seen or length(self.model.get_submodule(name), axis)
+        size = seen or axis_length(self.model.get_submodule(name), axis)
         assert size is not None
         return size
 
@@ -156,16 +156,16 @@ class Experiments:
             one, out = self._changed(source, lambda c, d=digit: (c >> d) % 2 == 1)
             zero, also_out = self._changed(source, lambda c, d=digit: (c >> d) % 2 == 0)
             if out or also_out:
-                raise Mixed("its channels are an output of the network")
+                raise MixedChannels("its channels are an output of the network")
             for name in one:
                 for call, (a, b) in enumerate(zip(one[name], zero[name], strict=True)):
                     if bool((a & b).any()):
-                        raise Mixed(f"{name}: its channels are mixed before they are read there")
+                        raise MixedChannels(f"{name}: its channels are mixed before they are read there")
                     if digit == 0:
                         sure.setdefault(name, []).append(a | b)
                         number.setdefault(name, []).append(a.long())
                     elif not torch.equal(sure[name][call], a | b):
-                        raise Mixed(f"{name}: what reaches it depends on other channels")
+                        raise MixedChannels(f"{name}: what reaches it depends on other channels")
                     else:
                         number[name][call] += a.long() << digit
         found: dict[Axis, list[tuple[int, int]]] = {}
@@ -193,7 +193,7 @@ class Experiments:
 
         outputs = self._pass(compare, source, chosen)
         if {name: len(calls) for name, calls in found.items()} != base.calls:
-            raise Mixed("which layers are called depends on the numbers inside the network")
+            raise MixedChannels("which layers are called depends on the numbers inside the network")
         return found, any(bool(_differ(a, b).any()) for a, b in zip(base.outputs, outputs, strict=True))
 
     @cached_property
@@ -299,7 +299,7 @@ def _alike(sets: list[list[Node]]) -> list[list[Node]]:
         kinds.setdefault(tuple(sorted((name, axis) for name, axis, _ in nodes)), []).append(nodes)
     if len({len(held) for held in kinds.values()}) > 1:
         numbers = ", ".join(str(len(held)) for held in kinds.values())
-        raise Mixed(f"its channels go different ways, in different numbers ({numbers})")
+        raise MixedChannels(f"its channels go different ways, in different numbers ({numbers})")
     return [[node for nodes in several for node in nodes] for several in zip(*kinds.values(), strict=True)]
 
 
@@ -309,7 +309,7 @@ def _is_depthwise(module: nn.Module) -> bool:
 
 def _differ(a: Tensor, b: Tensor) -> Tensor:
     if a.shape != b.shape:
-        raise Mixed("the shapes inside the network depend on its numbers")
+        raise MixedChannels("the shapes inside the network depend on its numbers")
     if not a.is_floating_point():
         return (a != b).cpu()
     return ((a - b).abs() > _LEAST * a.abs().clamp_min(1e-6)).cpu()

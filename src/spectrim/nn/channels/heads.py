@@ -31,7 +31,7 @@ _REWRITTEN = "; those of spectrim.with_linear_layers(model) can go"
 _TRIED = 16
 
 
-class Mixed(Exception):
+class MixedHeads(Exception):
     """Attention whose heads cannot be told apart, and why."""
 
 
@@ -94,7 +94,7 @@ class Heads:
                 continue
             try:
                 sides, shares = seen.heads(reader, writers)
-            except Mixed:
+            except MixedHeads:
                 continue
             if not {side.name for side in sides if side.axis == OUT} <= alone:
                 continue
@@ -178,16 +178,16 @@ class _Seen:
         for run in (run for run in range(1, size // 2 + 1) if size % run == 0):
             try:
                 belongs = self._runs(reader, writers, dim, run)
-            except Mixed:
+            except MixedHeads:
                 continue
             behind = Side(reader, IN, torch.arange(size).reshape(-1, run), size)
             if run == 1:
-                raise Mixed("each of its entries is apart")
+                raise MixedHeads("each of its entries is apart")
             sides = [_side(*each, size // run) for each in belongs.items() if bool((each[1] >= 0).any())]
             if not sides:
-                raise Mixed("all of what it reads is in all of its entries")
+                raise MixedHeads("all of what it reads is in all of its entries")
             return (*sides, behind), any(bool((each < 0).any()) for each in belongs.values())
-        raise Mixed("its entries are mixed")
+        raise MixedHeads("its entries are mixed")
 
     def _runs(self, reader: str, writers: Sequence[str], dim: int, run: int) -> dict[str, Tensor]:
         """The run of entries of a layer's input that each number of other layers reaches; -1 for all or none."""
@@ -200,7 +200,7 @@ class _Seen:
             for writer in writers:
                 differs = zero[writer] ^ one[writer]
                 if not torch.equal(differs, apart.setdefault(writer, differs)):
-                    raise Mixed(f"{writer}: what it delivers reaches several runs")
+                    raise MixedHeads(f"{writer}: what it delivers reaches several runs")
                 found[writer] += one[writer].long() << digit
         return {writer: torch.where(apart[writer], number, -1) for writer, number in found.items()}
 
@@ -232,7 +232,7 @@ def _side(writer: str, belongs: Tensor, heads: int) -> Side:
     """Where the heads lie in a layer that attention reads."""
     entries = (belongs >= 0).nonzero().flatten()
     if not bool((belongs[entries].bincount(minlength=heads) == len(entries) // heads).all()):
-        raise Mixed(f"{writer}: its heads are not equally wide")
+        raise MixedHeads(f"{writer}: its heads are not equally wide")
     return Side(writer, OUT, entries[belongs[entries].argsort(stable=True)].reshape(heads, -1), len(belongs))
 
 

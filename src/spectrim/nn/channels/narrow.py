@@ -17,7 +17,7 @@ from spectrim.errors import PlanError
 from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Side
 from spectrim.nn.channels.numbers import number_at, set_number
 from spectrim.nn.channels.rules import ChannelRule, Held, is_registered, picked, rule_of
-from spectrim.nn.layers import describe
+from spectrim.nn.layers import spec_of
 from spectrim.nn.modules import Chained, Factored
 from spectrim.nn.parameters import in_place_of
 from spectrim.nn.standing import StandIn, sized
@@ -55,7 +55,7 @@ def reshape(model: nn.Module, name: str, axis: str, fewer: int) -> None:
     """Make an axis shorter, whatever its values: a checkpoint brings those. Raises PlanError as :func:`narrow` does."""
     owner, leaf = _owner(model, name)
     module = getattr(owner, leaf) if leaf else owner
-    size, pools = length(module, axis), pools_of(module, axis)
+    size, pools = axis_length(module, axis), pools_of(module, axis)
     if size is None:
         raise PlanError(f"{name!r} is a {type(module).__name__}, which has no axis {axis!r} that can be cut")
     left = size - fewer
@@ -169,7 +169,7 @@ def rule_along(module: Any, axis: str) -> ChannelRule | None:
     return None if known is None else known[0]
 
 
-def length(module: Any, axis: str) -> int | None:
+def axis_length(module: Any, axis: str) -> int | None:
     """Length of an axis of a module or parameter, or the number that an attribute is; None where there is none."""
     if axis.startswith("."):
         return number_at(module, axis[1:])
@@ -229,7 +229,7 @@ def _follow(model: nn.Module) -> None:
             continue
         first, last = module[0], module[-1]
         if isinstance(first, (_ConvNd, nn.Linear, nn.Embedding)) and isinstance(last, (_ConvNd, nn.Linear)):
-            inputs, outputs = describe(first, ("first",)), describe(last, ("last",))
+            inputs, outputs = spec_of(first, ("first",)), spec_of(last, ("last",))
             module.original = dataclasses.replace(
                 module.original, in_channels=inputs.in_channels, out_channels=outputs.out_channels
             )

@@ -18,7 +18,7 @@ from spectrim.errors import first_line
 from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Coupling, Side
 from spectrim.network.sites import Sites, tied_to
 from spectrim.nn.channels.library import LOST, Blocked, careful, empty_graph
-from spectrim.nn.channels.narrow import NORMS, beside_layers, held_at, length, pools_of
+from spectrim.nn.channels.narrow import NORMS, axis_length, beside_layers, held_at, pools_of
 from spectrim.nn.channels.rules import layers_of, rule_of
 from spectrim.nn.channels.tracing import traced
 from spectrim.nn.layers import paths_of, tied_weights
@@ -232,7 +232,7 @@ class Graph:
             if len(place) != len(atoms) or len(counts) != 1:
                 raise Blocked(f"{path}: holds some of its channels only")
             positions = torch.tensor([sorted(place[number]) for number in range(len(atoms))])
-            size = length(held_at(self.model, path), axis)
+            size = axis_length(held_at(self.model, path), axis)
             assert size is not None
             if int(positions.max()) >= size or positions.unique().numel() != positions.numel():
                 raise Blocked(f"{path}: an operation before it makes its {size} channels of these")

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from spectrim.linalg.patterns import Channels, Pattern, Taps
+from spectrim.linalg.patterns import Pattern, Taps, WholeChannels
 from spectrim.network.layer import LayerSpec
 from spectrim.nn.functional import run
 from spectrim.nn.layers import opened
@@ -198,7 +198,7 @@ class Cropped(_OfLayer):
         return f"{self.original.kind}, {self.pattern.name}"
 
 
-class Sum(StandIn):
+class Summed(StandIn):
     """A low-rank pair, which has the bias, and a sparse layer on the same input, their outputs added."""
 
     def __init__(self, pair: Factored, sparse: nn.Module, original: LayerSpec) -> None:
@@ -232,7 +232,7 @@ def sparse_layer(
     if isinstance(pattern, Taps):
         small = spec.sparse(pattern, 1.0)
         return Cropped(make_layer(small, weight[(..., *pattern.box)], bias), pattern, spec)
-    if isinstance(pattern, Channels):
+    if isinstance(pattern, WholeChannels):
         g, o, i, *kernel = spec.shape
         kept = mask.transpose(1, 2).reshape(g, i, -1).any(-1)
         numbers = kept.reshape(-1).nonzero().squeeze(1)

@@ -28,8 +28,8 @@ from spectrim.nn.watch.ways import (
     Arguments,
     Parameters,
     Way,
-    alone,
     bare,
+    batch_alone,
     is_per_sample,
     is_sample,
     is_vector,
@@ -307,7 +307,9 @@ def _own(batch: Any) -> Way:
     """What a user's own function runs: only the samples are to be told."""
     mappings = isinstance(batch, list) and len(batch) > 1 and all(isinstance(entry, Mapping) for entry in batch)
     listed = isinstance(batch, list | tuple) and len(batch) > 1 and is_per_sample(batch)
-    return Way("what forward= takes", alone, listed=listed or (mappings and is_per_sample((batch,))), whole=mappings)
+    return Way(
+        "what forward= takes", batch_alone, listed=listed or (mappings and is_per_sample((batch,))), whole=mappings
+    )
 
 
 def _axis(model: nn.Module, batch: Any, way: Way) -> tuple[int, str]:

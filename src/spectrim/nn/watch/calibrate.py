@@ -26,7 +26,7 @@ from spectrim.nn.watch.nesting import begun, checked_batches, dense, tensors
 from spectrim.nn.watch.observe import Hook, hooked, observe, on_each
 from spectrim.nn.watch.readers import reading
 from spectrim.nn.watch.responses import OtherWays, Responses
-from spectrim.nn.watch.sampling import GUESSED, Run, Sampling
+from spectrim.nn.watch.sampling import GUESSED, Extent, Sampling
 from spectrim.nn.watch.state import State
 from spectrim.nn.watch.streams import Streams
 from spectrim.nn.watch.watchers import (
@@ -134,7 +134,7 @@ def calibrate(
     )  # fmt: skip
 
 
-class Passes:
+class PassMaker:
     """How forward passes are made while a network is calibrated: as they are."""
 
     def make(self, call: Call, batch: Any, index: int) -> Any:
@@ -155,7 +155,7 @@ def calibrated(
     statistics: bool = True,
     progress: Steps,
     seed: int = 0,
-    passes: Passes = Passes(),  # noqa: B008 (holds nothing)
+    passes: PassMaker = PassMaker(),  # noqa: B008 (holds nothing)
     known: Sites | None = None,
 ) -> Sites:
     """As :func:`calibrate`, by passes that something else may have a part in.
@@ -170,7 +170,7 @@ def calibrated(
     first, stream = begun(batches)
     keeps = False
     feed.decide(model, first)
-    run = Run(batches, amount.mask, feed.layout)
+    run = Extent(batches, amount.mask, feed.layout)
     watch = _Watch.of(model, sites, amount, run, seed, feed.words, passes, statistics=statistics, known=known)
     with observe(model, forward=feed) as call:
         state = State(model)
@@ -247,11 +247,11 @@ class _Watch:
     responses: dict[str, Responses]
     bystanders: dict[str, Shapes]
     seen: SameInputs
-    run: Run
+    run: Extent
     streams: Streams | None
     model: nn.Module
     given: str
-    passes: Passes
+    passes: PassMaker
     ways: OtherWays
     order: Order = dataclasses.field(default_factory=Order)
     samples: int = 0
@@ -263,7 +263,7 @@ class _Watch:
 
     @classmethod
     def of(
-        cls, model: nn.Module, sites: Sites, amount: Sampling, run: Run, seed: int, given: str, passes: Passes, *,
+        cls, model: nn.Module, sites: Sites, amount: Sampling, run: Extent, seed: int, given: str, passes: PassMaker, *,
         statistics: bool, known: Sites | None,
     ) -> _Watch:  # fmt: skip
         readers = {side.name for coupling in sites.couplings for side in coupling.on(IN)}

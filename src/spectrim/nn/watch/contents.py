@@ -23,7 +23,7 @@ def contents(model: nn.Module, batches: Iterable[Any], *, mask: Mask = None, for
     return f"{count:,} samples {total % 2**64:016x}"
 
 
-def settled(then: object, read: Callable[[], str]) -> tuple[str, bool]:
+def read_again(then: object, read: Callable[[], str]) -> tuple[str, bool]:
     """What batches hold, and whether they are as they were.
 
     Samples that are cut or turned at random are others in every reading, which tells nothing: they count as unchanged.

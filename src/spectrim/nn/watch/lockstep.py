@@ -15,12 +15,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spectrim.nn.layers import describe
+from spectrim.nn.layers import spec_of
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.junctions import Junction, MadeUp
 from spectrim.nn.watch.observe import hooked, on_each
-from spectrim.nn.watch.passes import Network, Passes, given
-from spectrim.nn.watch.state import Place, State, evaluating
+from spectrim.nn.watch.passes import Passes, Runner, given
+from spectrim.nn.watch.state import Location, State, evaluating
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def lockstep(
     batches: Sequence[Any],
     *,
     forward: Callable[[nn.Module, Any], Any] | None = None,
-    places: Sequence[Place] = (),
+    places: Sequence[Location] = (),
     sums: Mapping[str, Junction] | None = None,
 ) -> Iterator[Hub]:
     """Run both networks over the batches as far as asked for (:meth:`Hub.reach`).
@@ -138,7 +138,7 @@ def lockstep(
     """
     run = Feed.of(forward)
     first, second = (
-        Network(model, lambda batch, model=model: run(model, batch), State(model), places)
+        Runner(model, lambda batch, model=model: run(model, batch), State(model), places)
         for model in (dense, compressed)
     )
     hub = Hub(dense, Passes(first, batches, calls), Passes(second, batches, calls), sums or {})
@@ -180,7 +180,7 @@ def _slot(
     own: Callable[..., Any] | None,
     wait: Callable[[str, Tensor], None],
 ) -> Callable[..., Any]:
-    spec = describe(layer, (name,))
+    spec = spec_of(layer, (name,))
 
     def answer(*args: Any, **kwargs: Any) -> Any:
         if spec.takes(given(args, kwargs).shape):

@@ -60,7 +60,7 @@ def reads_once(batches: Any) -> bool:
     return first is batches or first is iter(batches)
 
 
-def listed(batches: Iterable[Any]) -> list[Any]:
+def copied_batches(batches: Iterable[Any]) -> list[Any]:
     """All batches at once; copies, since a loader may fill one and the same tensor again and again."""
     if isinstance(batches, (list, tuple, DataLoader)):
         return list(batches)

@@ -18,18 +18,18 @@ from torch import Tensor, nn, overrides
 from torch._C import _len_torch_dispatch_stack
 from torch.utils import _python_dispatch
 
-from spectrim.nn.layers import describe, is_layer
+from spectrim.nn.layers import is_layer, spec_of
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.observe import hooked, on_each
 from spectrim.nn.watch.readers import check_unheld
-from spectrim.nn.watch.state import Place, State, evaluating, install, taken
+from spectrim.nn.watch.state import Location, State, evaluating, install, taken
 from spectrim.nn.watch.switches import switches_kept, switches_of_pass
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Network:
+class Runner:
     """One of the two networks.
 
     Attributes
@@ -41,7 +41,7 @@ class Network:
     model: nn.Module
     run: Callable[[Any], Any]
     state: State
-    places: Sequence[Place] = ()
+    places: Sequence[Location] = ()
 
     def put_back(self) -> None:
         """Have the model keep what it did at first."""
@@ -93,7 +93,7 @@ class _Pass(greenlet):
         What the model keeps on itself in this pass: others that run in between keep something else there.
     """
 
-    def __init__(self, network: Network, batch: Any) -> None:
+    def __init__(self, network: Runner, batch: Any) -> None:
         super().__init__(lambda: network.run(batch))
         self.at: str | None = None
         self.seen: dict[str, list[Tensor]] = {}
@@ -145,7 +145,7 @@ class Passes:
         How often a pass calls each layer of interest: it stops at the last of the calls.
     """
 
-    def __init__(self, network: Network, batches: Sequence[Any], calls: Mapping[str, int]) -> None:
+    def __init__(self, network: Runner, batches: Sequence[Any], calls: Mapping[str, int]) -> None:
         self._network, self._batches, self._calls = network, batches, calls
         self._left: set[str] = set()
         self._passes = [_Pass(network, batch) for batch in batches]
@@ -229,18 +229,18 @@ def passes(
     batches: Sequence[Any],
     *,
     forward: Callable[[nn.Module, Any], Any] | None = None,
-    places: Sequence[Place] = (),
+    places: Sequence[Location] = (),
 ) -> Iterator[Passes]:
     """Run one network over the batches as far as asked for; passes stop before a layer answers (:func:`lockstep`)."""
     run = Feed.of(forward)
-    every = Passes(Network(model, lambda batch: run(model, batch), State(model), places), batches, calls)
+    every = Passes(Runner(model, lambda batch: run(model, batch), State(model), places), batches, calls)
 
     def stop(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if name not in specs or specs[name].takes(given(args, kwargs).shape):
             every.wait(name, given(args, kwargs))
 
     layers = [(name, model.get_submodule(name)) for name in calls]
-    specs = {name: describe(layer, (name,)) for name, layer in layers if is_layer(layer)}
+    specs = {name: spec_of(layer, (name,)) for name, layer in layers if is_layer(layer)}
     with evaluating(model), hooked(on_each(layers, stop, before=True)):
         try:
             yield every

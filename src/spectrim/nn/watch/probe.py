@@ -15,7 +15,7 @@ from spectrim.nn.dispatch import Mode
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.observe import hooked, on_each, on_few
-from spectrim.nn.watch.state import Place, State, evaluating, kept
+from spectrim.nn.watch.state import Location, State, evaluating, kept
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Probe:
 
     order: list[str] = field(default_factory=list)
     nbytes: float = 0.0
-    places: Sequence[Place] = ()
+    places: Sequence[Location] = ()
 
     @property
     def calls(self) -> dict[str, int]:

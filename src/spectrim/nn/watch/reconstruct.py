@@ -18,7 +18,7 @@ from spectrim.linalg.regression import Covariances, Equations, Unseen, scarcity,
 from spectrim.linalg.sketch import Sketch
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Statistics
-from spectrim.nn.layers import canonical, describe
+from spectrim.nn.layers import canonical, spec_of
 from spectrim.nn.modules import Chained, Factored, make_layer, whole
 from spectrim.nn.watch.junctions import MadeUp
 from spectrim.nn.watch.layout import Layout
@@ -26,7 +26,7 @@ from spectrim.nn.watch.lockstep import Seen
 from spectrim.nn.watch.masks import Mask
 from spectrim.nn.watch.patches import outputs_at, patches_at
 from spectrim.nn.watch.samples import Samples
-from spectrim.nn.watch.sampling import Run, choose, leading
+from spectrim.nn.watch.sampling import Extent, choose, leading
 from spectrim.nn.watch.watchers import in_full
 
 # Rows wanted for every number of the patch, over the whole run.
@@ -63,7 +63,7 @@ class Split:
         Rows wanted at a layer over the whole run; None for all, ``"auto"`` for enough for its patches.
     """
 
-    run: Run
+    run: Extent
     samples: tuple[Samples, ...]
     held: tuple[Tensor, ...]
     total: int
@@ -83,7 +83,7 @@ class Split:
 
         Which ones depends on what is in them, not on their order.
         """
-        run = Run(batches, mask, layout)
+        run = Extent(batches, mask, layout)
         samples = tuple(run.see(batch) for batch in batches)
         keys = torch.cat([each.keys for each in samples]) if samples else torch.zeros(0)
         total = len(keys)
@@ -387,7 +387,7 @@ def refit_last(
         From :meth:`Split.shares`.
     """
     *before, last = chain
-    spec = describe(last, tuple(f"{name}.{len(before)}" for name in layer.spec.names))
+    spec = spec_of(last, tuple(f"{name}.{len(before)}" for name in layer.spec.names))
     weight, bias = canonical(last)
     if bias is None:
         return None

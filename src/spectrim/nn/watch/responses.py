@@ -15,7 +15,7 @@ from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Pooled
 from spectrim.nn.flops import unwatched
 from spectrim.nn.watch.samples import Samples
-from spectrim.nn.watch.sampling import Run, Sampling, choose_places
+from spectrim.nn.watch.sampling import Extent, Sampling, choose_places
 
 # Single positions over the run at least, and in multiples of the number of channels.
 FEWEST, FLOOR = 1024, 12
@@ -29,7 +29,7 @@ class Responses:
     """
 
     def __init__(
-        self, coupling: Coupling, readers: Mapping[str, LayerSpec], amount: Sampling, run: Run, seed: int
+        self, coupling: Coupling, readers: Mapping[str, LayerSpec], amount: Sampling, run: Extent, seed: int
     ) -> None:
         self.sides = [side for side in coupling.on(IN) if side.name in readers]
         self._specs = readers

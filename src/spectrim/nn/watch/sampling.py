@@ -68,7 +68,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-class Run:
+class Extent:
     """What is known of a run before it is made: how many samples there are, and how long they are on average.
 
     Parameters

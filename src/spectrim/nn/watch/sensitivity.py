@@ -21,14 +21,14 @@ from spectrim.network.sites import Layer, Sites, Tied
 from spectrim.nn.contiguity import contiguous_where_needed
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.watch.batches import Feed
-from spectrim.nn.watch.calibrate import Call, Passes, calibrated
+from spectrim.nn.watch.calibrate import Call, PassMaker, calibrated
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.masks import Mask
 from spectrim.nn.watch.nesting import begun, checked_batches, output_tensors
 from spectrim.nn.watch.observe import Hook, hooked, observe
 from spectrim.nn.watch.patches import outputs_at
 from spectrim.nn.watch.samples import Samples
-from spectrim.nn.watch.sampling import Run, Sampling, choose, directions
+from spectrim.nn.watch.sampling import Extent, Sampling, choose, directions
 from spectrim.progress import Steps
 
 log = logging.getLogger(__name__)
@@ -196,7 +196,7 @@ def _gradients(
     layers = [model.get_submodule(layer.name) for layer in sites.layers]
     first, stream = begun(checked_batches(batches))
     feed.decide(model, first)
-    watch = _Gradients(layers, sites, rows, Run(batches, mask, feed.layout), samples, seed)
+    watch = _Gradients(layers, sites, rows, Extent(batches, mask, feed.layout), samples, seed)
     with _weights_apart(model), observe(model, forward=feed) as run:
         for batch in stream:
             if watch.takes(batch):
@@ -226,14 +226,14 @@ class _Refused(SpectrimError):
     """A forward pass fails with gradients."""
 
 
-class _Shared(Passes):
+class _Shared(PassMaker):
     """Passes that a network is calibrated by and that gradients go back through, as long as there are any."""
 
     def __init__(
         self, model: nn.Module, sites: Sites, batches: Iterable[Any], samples: int, mask: Mask, feed: Feed
     ) -> None:
         layers = [model.get_submodule(layer.name) for layer in sites.layers]
-        self._made = lambda: _Gradients(layers, sites, None, Run(batches, mask, feed.layout), samples, 0)
+        self._made = lambda: _Gradients(layers, sites, None, Extent(batches, mask, feed.layout), samples, 0)
         self._watch: _Gradients | None = None
 
     @property
@@ -269,7 +269,7 @@ class _Gradients:
     """
 
     def __init__(
-        self, layers: Sequence[nn.Module], sites: Sites, rows: int | None, run: Run, samples: int, seed: int
+        self, layers: Sequence[nn.Module], sites: Sites, rows: int | None, run: Extent, samples: int, seed: int
     ) -> None:
         specs = [layer.spec for layer in sites.layers]
         heads = {each.head.name for each in sites.tied}
@@ -427,6 +427,6 @@ def _even(layer: Layer, total: float) -> Moments:
     return even
 
 
-def _positions(spec: LayerSpec, rows: int | None, run: Run) -> int:
+def _positions(spec: LayerSpec, rows: int | None, run: Extent) -> int:
     """Rows of a sample of mean length."""
     return run.positions(max(FEWEST, FLOOR * spec.out_channels // spec.groups) if rows is None else rows)

@@ -62,7 +62,7 @@ def _eager() -> contextlib.AbstractContextManager[Any]:
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where something is kept.
 
     Attributes
@@ -113,7 +113,7 @@ class State:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._held = {place: (value, _copy(value), _version(place, value)) for place, value in _places(model)}
-        self._passing: dict[Place, None] = {}
+        self._passing: dict[Location, None] = {}
         self._lively = [
             (place, place._holder(model)) for place, kept in self._held.items() if _may_pass(model, place, kept[1])
         ]
@@ -135,7 +135,7 @@ class State:
                 self._passing[place] = None
         for name, space, size in self._sizes:
             if len(space) > size:
-                new = (Place(name, key, "attributes") for key in space if key not in _COMMON)
+                new = (Location(name, key, "attributes") for key in space if key not in _COMMON)
                 self._passing |= dict.fromkeys(place for place in new if place not in self._held)
 
     @property
@@ -143,7 +143,7 @@ class State:
         """Whether passes keep something, at their ends or before."""
         return bool(self._passing or self.changed())
 
-    def changed(self) -> list[Place]:
+    def changed(self) -> list[Location]:
         """Where something else is kept by now, or may be: parameters are put back at once after a first pass."""
         now = dict(_places(self._model))
         found = [place for place in now if place not in self._held]
@@ -153,7 +153,7 @@ class State:
                 found.append(place)
         return found
 
-    def of_pass(self) -> list[Place]:
+    def of_pass(self) -> list[Location]:
         """Where a forward pass keeps what is its own, and not a mark that hooks of the model's own have been set up.
 
         That is also where it may take modules out of a list and put them back.
@@ -169,7 +169,7 @@ class State:
             for kind, there in zip(_HOOKS, known, strict=True):
                 yield from ((vars(module)[kind], key) for key in vars(module)[kind].keys() - there)
 
-    def holding(self) -> list[Place]:
+    def holding(self) -> list[Location]:
         """Lists and mappings of modules beside those that torch knows of: a queue of layers that takes turns."""
         return [
             place
@@ -177,7 +177,7 @@ class State:
             if isinstance(copy, _Container) and _holds(copy, nn.Module)
         ]
 
-    def changed_tensors(self) -> list[Place]:
+    def changed_tensors(self) -> list[Location]:
         """Where something else is kept by now, if tensors or modules are or were there: alone, in a list or mapping."""
         return [
             place
@@ -185,7 +185,7 @@ class State:
             if _has_parts(place.get(self._model)) or (place in self._held and _has_parts(self._held[place][1]))
         ]
 
-    def fresh(self, places: Iterable[Place]) -> dict[Place, Any]:
+    def fresh(self, places: Iterable[Location]) -> dict[Location, Any]:
         """Copies of what was kept at some places: one for what was the same object at several."""
         copies: dict[int, Any] = {}
         values = {place: self._held.get(place, (_GONE, _GONE, 0)) for place in places}
@@ -194,7 +194,7 @@ class State:
             for place, (value, copy, _) in values.items()
         }
 
-    def put_back(self, places: Iterable[Place] | None = None) -> None:
+    def put_back(self, places: Iterable[Location] | None = None) -> None:
         """Have the model keep what it did, each object with what was in it; logs, which hold neither tensors nor
         modules, go on.
 
@@ -285,33 +285,33 @@ def _is_hooks(key: str) -> bool:
     return key.startswith(("_forward_", "_backward_")) and "_hooks" in key
 
 
-def install(model: nn.Module, values: Mapping[Place, Any]) -> None:
+def install(model: nn.Module, values: Mapping[Location, Any]) -> None:
     """Have a model keep these values."""
     for place, value in values.items():
         place.put(model, value)
 
 
-def taken(model: nn.Module, places: Iterable[Place]) -> dict[Place, Any]:
+def taken(model: nn.Module, places: Iterable[Location]) -> dict[Location, Any]:
     """What a model keeps at some places."""
     return {place: place.get(model) for place in places}
 
 
-def _places(model: nn.Module) -> Iterator[tuple[Place, Any]]:
+def _places(model: nn.Module) -> Iterator[tuple[Location, Any]]:
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             if key not in _COMMON:
-                yield Place(name, key, "attributes"), value
+                yield Location(name, key, "attributes"), value
         for key, value in module._buffers.items():
-            yield Place(name, key, "buffers"), value
+            yield Location(name, key, "buffers"), value
     for place in _written_places(model):
         yield place, place.get(model)
     for (holder, key), value in outside(model).items():
-        yield Place("", key, "outside", holder), value
+        yield Location("", key, "outside", holder), value
 
 
-def _written_places(model: nn.Module) -> Iterator[Place]:
+def _written_places(model: nn.Module) -> Iterator[Location]:
     """Parameters that passes write into."""
-    return (Place(name, key, "parameters") for name, key in sorted(written(model)))
+    return (Location(name, key, "parameters") for name, key in sorted(written(model)))
 
 
 def _is_log(value: Any) -> bool:
@@ -319,7 +319,7 @@ def _is_log(value: Any) -> bool:
     return isinstance(value, _Container) and not _has_parts(value)
 
 
-def _may_pass(model: nn.Module, place: Place, value: Any) -> bool:
+def _may_pass(model: nn.Module, place: Location, value: Any) -> bool:
     """Whether a pass may keep something there that is gone at its end: a tensor for a while, a mark that it runs."""
     if place.among == "outside" or value is None or (isinstance(value, _Container) and not value):
         return True
@@ -343,7 +343,7 @@ def _copy(value: Any) -> Any:
     return value.copy() if isinstance(value, _Container) else value
 
 
-def _version(place: Place, value: Any) -> int | None:
+def _version(place: Location, value: Any) -> int | None:
     """A number that rises with writes; None for parameters, which are written past it (``.data``)."""
     if place.among == "parameters":
         return None

@@ -18,7 +18,7 @@ from spectrim.network.sites import Layer, Statistics
 from spectrim.nn.flops import unwatched
 from spectrim.nn.watch.patches import outputs_at
 from spectrim.nn.watch.samples import Samples
-from spectrim.nn.watch.sampling import Run, Sampling, choose, mean_rows
+from spectrim.nn.watch.sampling import Extent, Sampling, choose, mean_rows
 from spectrim.nn.watch.shapes import Call, of_one_sample
 from spectrim.nn.watch.streams import Buffered, Stream, Streams, patches_of
 
@@ -145,7 +145,7 @@ class Watcher(Shapes):
     """Streams the statistics of one layer."""
 
     def __init__(
-        self, layer: Layer, amount: Sampling, run: Run, streams: Streams | None, seed: int, seen: SameInputs,
+        self, layer: Layer, amount: Sampling, run: Extent, streams: Streams | None, seed: int, seen: SameInputs,
         *, reads_channels: bool,
     ) -> None:  # fmt: skip
         super().__init__(layer.spec, seen)

@@ -116,24 +116,26 @@ def ways(model: nn.Module, batch: Any) -> Iterator[Way]:
     """Ways to call a model with a batch, the likeliest first."""
     wanted = Parameters.of(model)
     if isinstance(batch, PackedSequence):
-        yield Way("the packed sequence", alone, whole=True)
+        yield Way("the packed sequence", batch_alone, whole=True)
     elif isinstance(batch, Mapping):
         yield from _named(wanted, batch, lambda batch: batch)
     elif isinstance(batch, list | tuple) and batch:
         yield from _placed(model, wanted, batch)
     elif dataclasses.is_dataclass(batch) and len(wanted.required) < _SEVERAL:
-        yield Way(f"the {type(batch).__name__} as one argument", alone, whole=True)
+        yield Way(f"the {type(batch).__name__} as one argument", batch_alone, whole=True)
     elif dataclasses.is_dataclass(batch):
         yield from _named(wanted, _fields(batch), _fields)
     elif isinstance(batch, Tensor):
-        yield from (dataclasses.replace(way, words="the tensor", take=alone) for way in _counted(wanted, (batch,)))
+        yield from (
+            dataclasses.replace(way, words="the tensor", take=batch_alone) for way in _counted(wanted, (batch,))
+        )
 
 
 def _fields(batch: Any) -> dict[str, Any]:
     return {part.name: getattr(batch, part.name) for part in dataclasses.fields(batch)}
 
 
-def alone(batch: Any) -> Arguments:
+def batch_alone(batch: Any) -> Arguments:
     return (batch,), {}
 
 
@@ -141,7 +143,7 @@ def _placed(model: nn.Module, wanted: Parameters, batch: list[Any] | tuple[Any, 
     """For ``(inputs, targets, ...)``, or a list of samples."""
     inputs = batch[0]
     as_list = Way(
-        f"the whole list of {len(batch)}", alone, listed=True, whole=True,
+        f"the whole list of {len(batch)}", batch_alone, listed=True, whole=True,
         note=_LISTED.format(len(batch)),
     )  # fmt: skip
     samples = isinstance(batch, list) and is_per_sample((batch,))
@@ -189,7 +191,7 @@ def _nested(model: nn.Module, wanted: Parameters, batch: Any) -> Iterator[Way]:
         ways.insert(0 if listed else len(ways), as_it_is)
     if needed == 1 and isinstance(batch, tuple) and not listed:
         # The likeliest is that what follows are targets.
-        ways.append(Way(f"the whole tuple of {len(batch)} as one argument", alone, whole=True))
+        ways.append(Way(f"the whole tuple of {len(batch)} as one argument", batch_alone, whole=True))
     yield from ways or _counted(wanted, batch)
 
 
