@@ -33,7 +33,7 @@ from spectrim.network.coupling import IN, THROUGH, Axis, Coupling, axes_left
 from spectrim.network.sites import Sites
 from spectrim.nn.channels.graph import couple
 from spectrim.nn.channels.narrow import narrow
-from spectrim.nn.find import canonical
+from spectrim.nn.layers import canonical
 from spectrim.nn.watch.batches import call, output_tensors
 
 Made = tuple[nn.Module, Any]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import spectrim as st
 from spectrim.network.choices import ChannelsChoice, LowRankChoice
 from spectrim.nn.checkpoint import save
-from spectrim.nn.find import canonical, find
+from spectrim.nn.find import find
+from spectrim.nn.layers import canonical
 from spectrim.nn.modules import Chained, Factored
 from spectrim.nn.shipping import carry
 from spectrim.nn.surgery import parameter_count

@@ -14,7 +14,8 @@ import spectrim as st
 from spectrim.methods import ActivationSVD, JointSVD, LowRankPlusSparse, Method
 from spectrim.methods.statistics import Standard
 from spectrim.network.sites import Group, Layer, Site
-from spectrim.nn.find import canonical, describe, find
+from spectrim.nn.find import find
+from spectrim.nn.layers import canonical, spec_of
 from spectrim.nn.modules import make_layer
 from spectrim.nn.watch import samples, watchers
 from spectrim.nn.watch.calibrate import calibrate
@@ -172,7 +173,7 @@ def test_inputs_that_never_change_and_outputs_that_nothing_reads() -> None:
 def rescaled_hidden(model: Any, by: Tensor) -> nn.Sequential:
     """The same function with other units of what its first layer gives."""
     first, active, second, *rest = model
-    made: list[Any] = [make_layer(describe(layer, ("0",)), *canonical(layer)) for layer in (first, second)]
+    made: list[Any] = [make_layer(spec_of(layer, ("0",)), *canonical(layer)) for layer in (first, second)]
     one, two = made
     with torch.no_grad():
         one.weight.copy_(first.weight.double() * by.reshape(-1, *(1,) * (first.weight.dim() - 1)))

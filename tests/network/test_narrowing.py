@@ -14,8 +14,8 @@ from spectrim.errors import PlanError
 from spectrim.network.coupling import IN, OUT, axes_left
 from spectrim.network.narrowing import narrowed
 from spectrim.nn.channels.narrow import narrow
-from spectrim.nn.find import canonical
 from spectrim.nn.flops import WorkCounter
+from spectrim.nn.layers import canonical
 from spectrim.nn.surgery import parameter_count, size_in_bytes
 from spectrim.nn.watch.batches import evaluating
 from tests.cases import one_thread

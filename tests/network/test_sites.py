@@ -12,7 +12,7 @@ from spectrim.errors import MissingMomentsError
 from spectrim.linalg.moments import Moments
 from spectrim.linalg.unfold import unfoldings
 from spectrim.network.sites import Group, Layer, Sites, Statistics
-from spectrim.nn.find import canonical, describe
+from spectrim.nn.layers import canonical, spec_of
 from spectrim.nn.modules import make_layer
 from tests.cases import LAYERS, small_site
 
@@ -20,7 +20,7 @@ from tests.cases import LAYERS, small_site
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_spec_describes_the_layer_it_makes(kind: str) -> None:
     site, layer, inputs = small_site(kind, calibrated=False)
-    assert describe(make_layer(site.spec), site.spec.names) == site.spec
+    assert spec_of(make_layer(site.spec), site.spec.names) == site.spec
     assert tuple(site.weight.shape) == site.spec.shape
     assert site.spec.features == site.weight[0, 0].numel()
     again = make_layer(site.spec, site.weight, site.biases[0])
@@ -70,7 +70,7 @@ def test_a_pair_has_the_shapes_of_its_layer(kind: str) -> None:
     ],
 )
 def test_kinds_are_words_for_people(module: nn.Module, word: str) -> None:
-    assert describe(module, ("x",)).kind == word
+    assert spec_of(module, ("x",)).kind == word
 
 
 def named(site: Layer, name: str) -> Layer:

@@ -12,7 +12,8 @@ from torch.overrides import TorchFunctionMode
 
 from spectrim.linalg.patterns import Unstructured
 from spectrim.nn.contiguity import contiguous_where_needed
-from spectrim.nn.find import describe, find
+from spectrim.nn.find import find
+from spectrim.nn.layers import spec_of
 from spectrim.nn.shared import Wide
 from spectrim.nn.sparse.layers import Masked
 from spectrim.nn.watch.calibrate import calibrate
@@ -37,12 +38,12 @@ class Strides(TorchFunctionMode):
 
 def wide() -> nn.Module:
     parts = [nn.Conv2d(4, n, 1, stride=2, bias=False) for n in (3, 5)]
-    return Wide(parts, describe(nn.Conv2d(4, 8, 1, stride=2), ["wide"]), axis=0)
+    return Wide(parts, spec_of(nn.Conv2d(4, 8, 1, stride=2), ["wide"]), axis=0)
 
 
 def masked() -> nn.Module:
     layer = nn.Conv2d(4, 8, 1, stride=2)
-    return Masked(layer, torch.rand(layer.weight.shape) < 0.5, Unstructured(), describe(layer, ["masked"]))
+    return Masked(layer, torch.rand(layer.weight.shape) < 0.5, Unstructured(), spec_of(layer, ["masked"]))
 
 
 AT_RISK = {

@@ -11,7 +11,8 @@ from torch.nn.utils import parametrizations, prune
 
 from spectrim.cost.counted import parameters, size_bytes
 from spectrim.errors import UnsupportedLayerError
-from spectrim.nn.find import canonical, describe, find
+from spectrim.nn.find import find
+from spectrim.nn.layers import canonical, spec_of
 from spectrim.nn.surgery import parameter_count, size_in_bytes
 from tests.nn.layers import LAYERS, ConvNet, Wrapped
 
@@ -42,7 +43,7 @@ def test_every_layer_kind_is_a_site_that_describes_it(name):
 def test_the_spec_holds_all_that_the_layer_computes_with(name):
     make, shape = LAYERS[name]
     layer, inputs = make(), torch.randn(shape)
-    spec = describe(layer, ["layer"])
+    spec = spec_of(layer, ["layer"])
     if spec.padding_mode != "zeros":
         assert spec.padding_mode == layer.padding_mode
         return
@@ -55,7 +56,7 @@ def test_the_spec_holds_all_that_the_layer_computes_with(name):
 
 def test_describe_refuses_other_modules():
     with pytest.raises(UnsupportedLayerError, match="'norm' is a BatchNorm1d"):
-        describe(nn.BatchNorm1d(3), ["norm"])
+        spec_of(nn.BatchNorm1d(3), ["norm"])
 
 
 class Shouting(nn.Linear):

@@ -14,19 +14,19 @@ from spectrim.linalg.unfold import unfold, unfolding, unfoldings
 from spectrim.network.choices import Choice, ZeroChoice
 from spectrim.network.factors import Factors, LowRank
 from spectrim.nn.build import build, skeleton
-from spectrim.nn.find import canonical, describe
+from spectrim.nn.layers import canonical, spec_of
 from spectrim.nn.modules import Factored, make_layer
 from tests.nn.layers import LAYERS, close
 
 CASES = [
-    (name, how.name) for name, (make, _) in LAYERS.items() for how in unfoldings(describe(make(), ["layer"]).kernel)
+    (name, how.name) for name, (make, _) in LAYERS.items() for how in unfoldings(spec_of(make(), ["layer"]).kernel)
 ]
 
 
 def factorised(layer, how, rank=None, shift=None):
     """The layer and its best pair of some rank, full by default."""
     weight, bias = canonical(layer)
-    spec = describe(layer, ["layer"])
+    spec = spec_of(layer, ["layer"])
     how = unfolding(spec.kernel, how)
     u, s, v = torch.linalg.svd(unfold(weight, how).double(), full_matrices=False)
     rank = rank or s.shape[-1]
@@ -44,7 +44,7 @@ def test_a_pair_of_full_rank_equals_the_layer_and_merges_back_to_it(name, how):
     assert close(pair(x), layer(x), 1e-4)
     merged = pair.merged()
     assert type(merged) is type(layer)
-    assert describe(merged, ["layer"]) == describe(layer, ["layer"])
+    assert spec_of(merged, ["layer"]) == spec_of(layer, ["layer"])
     assert close(merged.weight, layer.weight)
     assert (merged.bias is None) == (layer.bias is None)
     assert merged.bias is None or torch.equal(merged.bias, layer.bias)
@@ -55,7 +55,7 @@ def test_a_pair_of_full_rank_equals_the_layer_and_merges_back_to_it(name, how):
 def test_a_pair_computes_what_its_factors_stand_for(name, how):
     make, shape = LAYERS[name]
     layer, x = make(), torch.randn(shape)
-    spec = describe(layer, ["layer"])
+    spec = spec_of(layer, ["layer"])
     shift = torch.randn(spec.out_channels, dtype=torch.float64)
     pair, factors = factorised(layer, how, 1, shift)
     assert pair.rank == factors.rank == 1
@@ -70,9 +70,9 @@ def test_a_pair_computes_what_its_factors_stand_for(name, how):
 def test_make_layer_rebuilds_a_layer_from_its_spec(name):
     make, shape = LAYERS[name]
     layer, x = make(), torch.randn(shape)
-    again = make_layer(describe(layer, ["layer"]), *canonical(layer))
+    again = make_layer(spec_of(layer, ["layer"]), *canonical(layer))
     assert torch.equal(again(x), layer(x))
-    empty = make_layer(describe(layer, ["layer"]))
+    empty = make_layer(spec_of(layer, ["layer"]))
     assert empty.weight.shape == layer.weight.shape
     assert empty.bias is None or not empty.bias.any()
 
@@ -122,15 +122,15 @@ def test_a_skeleton_has_the_shapes_of_the_pair(name, how):
     layer = LAYERS[name][0]()
     pair, _ = factorised(layer, how, 1)
     settings = {"rank": 1, "unfolding": how}
-    (bare,) = skeleton(Choice("low_rank", "m", settings), [describe(layer, ["layer"])])
+    (bare,) = skeleton(Choice("low_rank", "m", settings), [spec_of(layer, ["layer"])])
     assert isinstance(bare, Factored)
     assert {k: (v.shape, v.dtype) for k, v in bare.state_dict().items()} == {
         k: (v.shape, v.dtype) for k, v in pair.state_dict().items()
     }
     for bias in (True, False):
-        (bare,) = skeleton(Choice("low_rank", "m", {**settings, "bias": bias}), [describe(layer, ["layer"])])
+        (bare,) = skeleton(Choice("low_rank", "m", {**settings, "bias": bias}), [spec_of(layer, ["layer"])])
         assert (bare[1].bias is not None) == bias
-        assert describe(bare.merged(), ["layer"]).bias == bias
+        assert spec_of(bare.merged(), ["layer"]).bias == bias
 
 
 HOSTILE = [
@@ -156,7 +156,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("change", HOSTILE, ids=str)
 def test_settings_that_do_not_fit_are_refused_before_memory_is_taken(change, monkeypatch):
-    spec = describe(nn.Linear(4, 6), ["body.fc"])
+    spec = spec_of(nn.Linear(4, 6), ["body.fc"])
     asked = []
     plain = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *size, **kw: asked.append(size) or plain(*size, **kw))
@@ -167,11 +167,11 @@ def test_settings_that_do_not_fit_are_refused_before_memory_is_taken(change, mon
 
 def test_a_kind_without_factors_is_refused_and_those_that_have_some_are_listed():
     with pytest.raises(PlanError, match="'fc': a 'zero' choice has no factors; those of .*low_rank"):
-        skeleton(ZeroChoice(0), [describe(nn.Linear(4, 6), ["fc"])])
+        skeleton(ZeroChoice(0), [spec_of(nn.Linear(4, 6), ["fc"])])
 
 
 def test_a_choice_for_one_layer_does_not_fit_two():
-    specs = [describe(nn.Linear(4, 6), [name]) for name in "ab"]
+    specs = [spec_of(nn.Linear(4, 6), [name]) for name in "ab"]
     with pytest.raises(PlanError, match="'a': .* it is for one layer, not for 2"):
         skeleton(Choice("low_rank", "m", {"rank": 2, "unfolding": "channel"}), specs)
 

@@ -19,7 +19,7 @@ from spectrim.network.choices import Choice
 from spectrim.network.factors import SharedBasis
 from spectrim.nn.build import build, skeleton
 from spectrim.nn.export import export_onnx, export_program
-from spectrim.nn.find import canonical, describe
+from spectrim.nn.layers import canonical, spec_of
 from spectrim.nn.modules import Factored, make_layer
 from spectrim.nn.shared import Once, Wide
 from spectrim.nn.surgery import merge, parameter_count, size_in_bytes
@@ -72,7 +72,7 @@ class Group:
         """The layers that the factors stand for."""
         weights = self.factors.dense()
         return [
-            make_layer(describe(layer, ["layer"]), weight, layer.bias)
+            make_layer(spec_of(layer, ["layer"]), weight, layer.bias)
             for layer, weight in zip(self.layers, weights, strict=True)
         ]
 
@@ -100,7 +100,7 @@ def settings(share: str, how: str = "channel") -> dict[str, str | int | bool]:
 def group(kind: str, share: str, dtype: torch.dtype = torch.float32, *, how: str = "channel") -> Group:
     make, shape = KINDS[kind]
     layers = [make(n, i, o).to(dtype) for n, (i, o) in enumerate(WIDTHS[share])]
-    specs = [describe(layer, [f"layer{n}"]) for n, layer in enumerate(layers)]
+    specs = [spec_of(layer, [f"layer{n}"]) for n, layer in enumerate(layers)]
     empty = SharedBasis.empty([spec.shape for spec in specs], Choice("shared_basis", "m", settings(share, how)))
 
     def drawn(shaped: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ FEW = [("linear", "once"), ("conv2d", "right"), ("conv2d", "both"), ("conv2d-gro
     ],
 )
 def test_modules_compute_the_product_with_one_parameter_for_what_is_shared(kind, share, dtype):
-    for how in unfoldings(describe(KINDS[kind][0](0, 4, 6), ["layer"]).kernel):
+    for how in unfoldings(spec_of(KINDS[kind][0](0, 4, 6), ["layer"]).kernel):
         made = group(kind, share, dtype, how=how.name)
         for module, layer, x in zip(made.modules, made.dense(), made.inputs, strict=True):
             assert close(module(x), layer(x), TOLERANCE[dtype])
@@ -153,7 +153,7 @@ def test_merged_layers_are_plain_and_compute_the_same(kind, share):
     assert all(isinstance(module, Factored) for module in model)
     for layer, module, old, x in zip(merged, made.modules, made.layers, made.inputs, strict=True):
         assert type(layer) is type(old)
-        assert describe(layer, ["layer"]) == describe(old, ["layer"])
+        assert spec_of(layer, ["layer"]) == spec_of(old, ["layer"])
         assert close(layer(x), module(x), 1e-5)
     assert len({parameter.data_ptr() for parameter in merged.parameters()}) == len(list(merged.parameters()))
 
@@ -230,7 +230,7 @@ def test_an_optimizer_has_every_parameter_once_and_moves_all_uses(kind, share):
 @pytest.mark.parametrize(("kind", "share"), FEW)
 def test_state_dicts_have_every_name_and_load_into_a_skeleton(kind, share):
     made = group(kind, share)
-    specs = [describe(layer, [f"layer{n}"]) for n, layer in enumerate(made.layers)]
+    specs = [spec_of(layer, [f"layer{n}"]) for n, layer in enumerate(made.layers)]
     again = nn.ModuleList(skeleton(Choice("shared_basis", "m", settings(share)), specs))
     model = nn.ModuleList(made.modules)
     assert ties(again) == ties(model)
@@ -265,7 +265,7 @@ class Mixed(nn.Module):
         )
         for owner, choice in zip((self.blocks, self.three), choices, strict=True):
             names, layers = zip(*owner.named_children(), strict=True)
-            specs = [describe(layer, [name]) for name, layer in zip(names, layers, strict=True)]
+            specs = [spec_of(layer, [name]) for name, layer in zip(names, layers, strict=True)]
             for name, module in zip(names, skeleton(Choice("shared_basis", "m", choice), specs), strict=True):
                 setattr(owner, name, module)
         for parameter in self.parameters():
@@ -317,7 +317,7 @@ def once(calls: int = 3) -> tuple[Once, list[int]]:
         count[0] += 1
 
     layer.register_forward_hook(hook)
-    return Once(layer, describe(layer, ["layer"]), calls), count
+    return Once(layer, spec_of(layer, ["layer"]), calls), count
 
 
 def test_three_calls_with_one_tensor_compute_it_once_and_keep_nothing():

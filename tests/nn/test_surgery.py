@@ -11,7 +11,8 @@ from spectrim.errors import PlanError
 from spectrim.linalg.packing import packed_bytes
 from spectrim.network.choices import Choice
 from spectrim.nn.build import skeleton
-from spectrim.nn.find import describe, find
+from spectrim.nn.find import find
+from spectrim.nn.layers import spec_of
 from spectrim.nn.modules import Factored
 from spectrim.nn.sparse.layers import Cropped, Masked, Slim, Summed
 from spectrim.nn.surgery import merge, parameter_count, replace_module, size_in_bytes
@@ -122,7 +123,7 @@ def test_shared_parameters_and_buffers_count_once():
 
 def shared(share: dict, names: list[str]) -> list[nn.Module]:
     """Pairs of layers that share factors, with random weights."""
-    specs = [describe(nn.Linear(6, 6), [name]) for name in names]
+    specs = [spec_of(nn.Linear(6, 6), [name]) for name in names]
     modules = skeleton(Choice("shared_basis", "m", {"unfolding": "channel", **share}), specs)
     for parameter in nn.ModuleList(modules).parameters():
         nn.init.normal_(parameter, std=0.4)

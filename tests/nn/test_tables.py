@@ -10,7 +10,7 @@ from torch import nn
 
 import spectrim as st
 from spectrim.linalg.unfold import unfolding
-from spectrim.nn.find import canonical, describe
+from spectrim.nn.layers import canonical, spec_of
 from spectrim.nn.modules import FactoredTable
 from spectrim.nn.surgery import parameter_count
 from spectrim.nn.watch.watchers import expected
@@ -108,7 +108,7 @@ def test_the_curve_is_what_the_pair_loses_and_less_than_the_weight_alone_loses()
 
 
 def test_a_table_multiplies_nothing_and_its_pair_does():
-    spec = describe(nn.Embedding(60, 24), ("words",)).at(((8,),))
+    spec = spec_of(nn.Embedding(60, 24), ("words",)).at(((8,),))
     table, linear = spec.factor(unfolding((), "channel"), 6)
     assert st.macs([spec]) == st.macs([table]) == 0
     assert st.macs([linear]) == 8 * 6 * 24
@@ -125,7 +125,7 @@ def test_a_pair_of_a_table_is_one_site_again():
     model, x = Reader().eval(), texts()
     once = small(model, "parameters=75%", [x]).model
     site = st.find(once)["words"]
-    assert site.spec == describe(model.words, ("words",))
+    assert site.spec == spec_of(model.words, ("words",))
     assert [part.kind for part in site.present] == ["Embedding", "Linear"]
     twice = small(once, "parameters=75%", [x]).model
     assert pair_of(twice).rank < pair_of(once).rank

@@ -8,7 +8,7 @@ from torch import nn
 
 from spectrim.cost.rounds import Timing
 from spectrim.linalg.patterns import pattern
-from spectrim.nn.find import canonical, describe
+from spectrim.nn.layers import canonical, spec_of
 from spectrim.nn.sparse.layers import Masked, sparse_layer
 from spectrim.nn.sparse.products import Kernel
 from spectrim.nn.surgery import merge, parameter_count, size_in_bytes
@@ -160,7 +160,7 @@ def _sparse(kernel: Kernel = Kernel.DENSE) -> nn.Module:
     for module in (nn.Conv2d(1, 8, 3, padding=1), nn.ConvTranspose2d(8, 4, 3, 2), nn.Linear(9, 12)):
         weight, bias = canonical(module)
         mask = pattern("unstructured").keep(weight.square(), 0.25)
-        made = sparse_layer(describe(module, ("layer",)), weight * mask, mask, pattern("unstructured"), bias)
+        made = sparse_layer(spec_of(module, ("layer",)), weight * mask, mask, pattern("unstructured"), bias)
         assert isinstance(made, Masked)
         if kernel in made.kernels:
             made.kernel = kernel

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spectrim.network.choices import Choice
 from spectrim.nn.build import skeleton
-from spectrim.nn.find import describe
+from spectrim.nn.layers import spec_of
 from spectrim.nn.surgery import merge
 from spectrim.train import add_product_decay, factored_pairs, fine_tune, product_penalty
 from tests.train.small import Pair
@@ -134,7 +134,7 @@ TIED = {
 def tied(kind: str, dtype: torch.dtype = torch.float64) -> nn.ModuleList:
     """Three layers that share factors, with random weights."""
     make, how, rank, left_rank = TIED[kind]
-    specs = [describe(make().to(dtype), [f"layer{n}"]) for n in range(3)]
+    specs = [spec_of(make().to(dtype), [f"layer{n}"]) for n in range(3)]
     settings = {"unfolding": how, "rank": rank, "left_rank": left_rank, "once": kind == "linear-once"}
     model = nn.ModuleList(skeleton(Choice("shared_basis", "m", settings), specs))
     for parameter in model.parameters():
@@ -210,6 +210,6 @@ def test_training_decays_the_products_of_shared_factors_and_nothing_twice(kind: 
 
 
 def test_a_transposed_pair_with_shared_parts_is_no_pair() -> None:
-    specs = [describe(nn.ConvTranspose2d(4, 6, 3), [name]) for name in "ab"]
+    specs = [spec_of(nn.ConvTranspose2d(4, 6, 3), [name]) for name in "ab"]
     settings = {"unfolding": "channel", "rank": 3, "left_rank": 1}
     assert factored_pairs(nn.ModuleList(skeleton(Choice("shared_basis", "m", settings), specs))) == ()

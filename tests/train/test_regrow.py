@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import CheckpointError
-from spectrim.nn.find import canonical
+from spectrim.nn.layers import canonical
 from spectrim.nn.surgery import merge, size_in_bytes
 from spectrim.train import Recipe, Regrow, add_product_decay, factored_pairs, fine_tune, product_penalty
 from spectrim.train.regrow import swapped

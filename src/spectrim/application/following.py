@@ -56,10 +56,7 @@ def follow(
             work.dense, work.removal.model, calls, batches[first:last], forward=work.feed, places=like.places, sums=sums
         ) as hub:
             for done, step in enumerate(steps):
-                work.stop = Stop(hub.reach(step.layer.name), part)
-                observed = bool(work.stop.seen) and step.observable(work)
-                step.put(work, work.observe(step.layer, sketch=step.sketches) if observed else step.layer, observed)
-                work.left(step.layer)
+                _carry_out(work, step, Stop(hub.reach(step.layer.name), part))
                 if step.layer.name in again:
                     hub.restart()
                 tell("apply", number * len(steps) + done + 1, len(together) * len(steps))
@@ -70,6 +67,14 @@ def follow(
         # What was put in while both were in evaluation mode.
         work.removal.model.get_submodule(name).train(work.dense.get_submodule(name).training)
     return ends
+
+
+def _carry_out(work: Work, step: Step, stop: Stop) -> None:
+    """Fit a layer to what all passes show there, if they do, and put it in its place."""
+    work.stop = stop
+    observed = bool(stop.seen) and step.observable(work)
+    step.put(work, work.observe(step.layer, sketch=step.sketches) if observed else step.layer, observed)
+    work.left(step.layer)
 
 
 def _small(work: Work, memory: int) -> bool:

@@ -137,19 +137,10 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             except KeyboardInterrupt:
                 raise _stopped(out, came) from None
             except Exception as error:
-                if came:
-                    raise _stopped(out, came) from None
-                out.clear()
-                if out.unwritten is not None and error is out.unwritten:
-                    raise _unwritten(out.unwritten) from None
-                if debug or not _is_told(error):
+                end = _stopped(out, came) if came else _failed(out, error, debug)
+                if end is None:
                     raise
-                code, told = exit_code(error), for_command_line(sentence(error))
-                # On a full disk it matters what is whole already.
-                told += f"; {out.left}" if out.left and isinstance(error, OSError) else ""
-                print(f"spectrim: error: {told}", file=sys.stderr)
-                out.document({"error": {"type": type(error).__name__, "message": told, "exit_code": code}})
-                raise typer.Exit(code) from None
+                raise end from None
 
     run.__name__, run.__doc__ = function.__name__, text
     run.__annotations__ = {}
@@ -168,6 +159,21 @@ def _home(value: Any) -> Any:
     with contextlib.suppress(RuntimeError):  # there is no such user
         return value.expanduser() if isinstance(value, Path) else value
     return value
+
+
+def _failed(out: Output, error: Exception, debug: bool) -> typer.Exit | None:
+    """The end of a command that failed, told in one line; None where the traceback is to be seen."""
+    out.clear()
+    if out.unwritten is not None and error is out.unwritten:
+        return _unwritten(out.unwritten)
+    if debug or not _is_told(error):
+        return None
+    code, told = exit_code(error), for_command_line(sentence(error))
+    # On a full disk it matters what is whole already.
+    told += f"; {out.left}" if out.left and isinstance(error, OSError) else ""
+    print(f"spectrim: error: {told}", file=sys.stderr)
+    out.document({"error": {"type": type(error).__name__, "message": told, "exit_code": code}})
+    return typer.Exit(code)
 
 
 def _unwritten(error: OSError) -> typer.Exit:

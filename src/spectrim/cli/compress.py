@@ -101,6 +101,23 @@ def _check(
     refuse(context, {"checkpoint", "animate"}, f"is for --method {LEARNED}, not for {methods}")
     if training.train is None:
         refuse(context, {"epochs", "lr"}, "is for fine-tuning: give --train too, batches to train on")
+    _check_goal(context, methods, goal)
+    _check_competing(context, methods, goal, inputs)
+    if goal.tolerant and inputs.data is None:
+        raise UsageError("a tolerance is searched for with calibration batches: give --data")
+    if goal.plan is not None:
+        check_plan(goal.plan)
+        refuse(context, _SHARING, "does not combine with --plan, which says what is shared")
+        if any(each.options for each in methods.asked if each.name == FILTERS):
+            raise UsageError(f"{methods} has options, but --plan says what is removed")
+    else:
+        methods.check_data(inputs.data is not None)
+    if inputs.data is None and inputs.input_shape is None:
+        raise UsageError("give --data for calibration, or --input for a data-free compression, as --input 3x224x224")
+
+
+def _check_goal(context: typer.Context, methods: Methods, goal: options.GoalOptions) -> None:
+    """Refuse two that say how small, or none."""
     either = "either --budget (as macs=50%)"
     if FILTERS in methods:
         refuse(context, _SHARING, f"does not combine with --method {FILTERS}")
@@ -114,6 +131,12 @@ def _check(
             raise UsageError(f"{methods} {why}")
     elif (bool(goal.budget) or goal.tolerant) == (goal.plan is not None):
         raise UsageError(f"give {either} or --plan FILE")
+
+
+def _check_competing(
+    context: typer.Context, methods: Methods, goal: options.GoalOptions, inputs: options.InputOptions
+) -> None:
+    """Refuse what sets of methods that compete leave no room for."""
     if AUTO in methods or goal.compete:
         named = set() if AUTO in methods else {"method"}
         how = f"--method {AUTO}" if AUTO in methods else "--compete"
@@ -123,14 +146,3 @@ def _check(
     elif goal.seconds is not None:
         limits = f"--seconds {goal.seconds:g} limits how long sets of methods compete"
         raise UsageError(f"{limits}: give --method {AUTO} too")
-    if goal.tolerant and inputs.data is None:
-        raise UsageError("a tolerance is searched for with calibration batches: give --data")
-    if goal.plan is not None:
-        check_plan(goal.plan)
-        refuse(context, _SHARING, "does not combine with --plan, which says what is shared")
-        if any(each.options for each in methods.asked if each.name == FILTERS):
-            raise UsageError(f"{methods} has options, but --plan says what is removed")
-    else:
-        methods.check_data(inputs.data is not None)
-    if inputs.data is None and inputs.input_shape is None:
-        raise UsageError("give --data for calibration, or --input for a data-free compression, as --input 3x224x224")

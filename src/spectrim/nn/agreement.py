@@ -196,11 +196,7 @@ class _Tally:
                 self.comparable &= a.shape == b.shape
                 continue
             a, b = (samples_first(each, samples, turned) for each in (a, b))
-            # The sample that each row of the outputs is of.
-            owner = torch.arange(len(a) if a.dim() else 0)
-            if data is not None and a.shape[:2] == data.shape:
-                owner = owner.unsqueeze(1).expand(a.shape[:2])[data.cpu()]
-                a, b = a[data.to(a.device)], b[data.to(b.device)]
+            a, b, owner = _without_padding(a, b, data)
             wide, other = compared(a, b)
             missed = (wide - other).square()
             self.missed += float(missed.sum())
@@ -226,6 +222,14 @@ class _Tally:
             return Agreement(self.samples, error, None, held_out, parts=_shares(self.squares, self.missed, self.energy))
         parts = _shares(self.divergences, self.nats, self.rows)
         return Agreement(self.samples, error, self.same / self.rows, held_out, self.nats / self.rows, parts)
+
+
+def _without_padding(a: Tensor, b: Tensor, data: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of two outputs where tokens are data, if they are of tokens, and the sample that each is of."""
+    owner = torch.arange(len(a) if a.dim() else 0)
+    if data is None or a.shape[:2] != data.shape:
+        return a, b, owner
+    return a[data.to(a.device)], b[data.to(b.device)], owner.unsqueeze(1).expand(a.shape[:2])[data.cpu()]
 
 
 def _divergences(wanted: Tensor, given: Tensor) -> Tensor:

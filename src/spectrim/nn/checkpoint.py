@@ -29,7 +29,7 @@ from spectrim.nn.sparse.packed import masked_in
 from spectrim.nn.standing import StandIn
 from spectrim.nn.stored import name_in
 from spectrim.nn.traits import Traits
-from spectrim.selection.plan import Plan
+from spectrim.selection.plan import Entry, Plan
 
 # Of a header: what is written of a tensor beside its name and numbers, and of texts beside the plan and tables.
 _TENSOR = ':{"dtype":"F8_E4M3","shape":[],"data_offsets":[,]},'
@@ -144,6 +144,19 @@ def check_savable(model: nn.Module) -> None:
     _state(model)
 
 
+def _tensors_of(model: nn.Module, entry: Entry) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that a choice gives a dense model, at most, by their names."""
+    choice = entry.choice
+    if isinstance(choice, ChannelsChoice):
+        # A layer that loses inputs may be given a bias.
+        return {f"{place.module}.bias": (1,) for place in choice.lost if place.axis == IN}
+    if choice.is_dense:
+        return {}
+    layers = [spec_of(model.get_submodule(name), (name,)) for name in entry.sites]
+    made = zip(layers, skeleton(choice, layers), strict=True)
+    return {f"{spec.name}.{key}": tuple(t.shape) for spec, new in made for key, t in new.state_dict().items()}
+
+
 def header_bytes(model: nn.Module, plan: Plan | None = None) -> int:
     """Bytes of a file besides numbers, at most: names, shapes and, of one that :func:`save` writes, digests and plan.
 
@@ -153,18 +166,11 @@ def header_bytes(model: nn.Module, plan: Plan | None = None) -> int:
     state = {name: tuple(tensor.shape) for name, tensor in held.items()}
     named = 0
     for entry in plan or ():
-        choice = entry.choice
-        if isinstance(choice, ChannelsChoice):
-            # A layer that loses inputs may be given a bias.
-            state |= {f"{place.module}.bias": (1,) for place in choice.lost if place.axis == IN}
-        elif not choice.is_dense:
-            layers = [spec_of(model.get_submodule(name), (name,)) for name in entry.sites]
-            for spec, module in zip(layers, skeleton(choice, layers), strict=True):
-                new = {f"{spec.name}.{key}": tuple(t.shape) for key, t in module.state_dict().items()}
-                state |= new
-                if entry.members or isinstance(choice, SumChoice):
-                    # Shared and packed tensors are named in tables, too.
-                    named += sum(2 * len(json.dumps(json.dumps(name))) + 4 for name in new)
+        new = _tensors_of(model, entry)
+        state |= new
+        if entry.members or isinstance(entry.choice, SumChoice):
+            # Shared and packed tensors are named in tables, too.
+            named += sum(2 * len(json.dumps(json.dumps(name))) + 4 for name in new)
     digits = len(str(sum(tensor.numel() * tensor.element_size() for tensor in held.values())))
     tensors = sum(
         len(json.dumps(name)) + len(_TENSOR) + 2 * digits + sum(len(str(size)) + 1 for size in shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,9 +18,7 @@ from spectrim.linalg.packing import packed_bytes
 from spectrim.linalg.patterns import Pattern
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Sites, Skipped, Tied
-from spectrim.nn.layers import canonical as canonical
-from spectrim.nn.layers import is_layer, is_plain, is_quantised, paths_of, tied_weights
-from spectrim.nn.layers import spec_of as describe
+from spectrim.nn.layers import canonical, is_layer, is_plain, is_quantised, paths_of, spec_of, tied_weights
 from spectrim.nn.loose_weights import stored, unheld
 from spectrim.nn.obstacles import MERGE, obstacle, obstacle_in_weight
 from spectrim.nn.parameters import asked, parameters_of
@@ -106,20 +104,11 @@ class _Listing:
 
     def add_tied(self, layers: Mapping[nn.Module, tuple[str, ...]]) -> None:
         """Embeddings and linear layers that have one weight, two by two, where both can be a part of a site."""
-        inside = {part for m in self.model.modules() if isinstance(m, StandIn) for part in m.modules()}
-        holders: dict[int, list[nn.Module]] = {}
-        for module in layers:
-            weight = module._parameters.get("weight")
-            if weight is not None and is_plain(module) and module not in inside:
-                holders.setdefault(id(weight), []).append(module)
-        for key, modules in holders.items():
-            found = _two_readers(modules)
-            if found is None or len(self.tied.get(key, ())) != 2:
-                continue
+        for found in self._pairs_of_readers(layers):
             # Both readers keep the parameters that they share, a bias that other modules hold among them.
             theirs = {id(p) for module in found for p in module.parameters()}
             apart = {held: names for held, names in self.tied.items() if held not in theirs}
-            specs = [describe(module, layers[module]) for module in found]
+            specs = [spec_of(module, layers[module]) for module in found]
             if any(
                 obstacle(self.model, module, layers[module], apart) or self.wanted.reason(module, layers[module], spec)
                 for module, spec in zip(found, specs, strict=True)
@@ -143,7 +132,7 @@ class _Listing:
     def add(self, module: nn.Module, paths: tuple[str, ...]) -> None:
         """A layer by itself."""
         sparse = f"sparse: its weight is zero outside a mask. {MERGE}" if module in self.masks else None
-        spec = describe(module, paths) if is_plain(module) else None
+        spec = spec_of(module, paths) if is_plain(module) else None
         if spec is not None and module in self.masks:
             spec = _masked(spec, *self.masks[module])
         reason = sparse or obstacle(self.model, module, paths, self.tied) or self.wanted.reason(module, paths, spec)
@@ -156,6 +145,19 @@ class _Listing:
                 self.untouched.append(self._as_left(module, spec))
         if spec is not None:
             self.covered.update(id(module._parameters.get(name)) for name in ("weight", "bias"))
+
+    def _pairs_of_readers(self, layers: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Embeddings and linear layers, each of which hold one weight that nothing else has."""
+        inside = {part for m in self.model.modules() if isinstance(m, StandIn) for part in m.modules()}
+        holders: dict[int, list[nn.Module]] = {}
+        for module in layers:
+            weight = module._parameters.get("weight")
+            if weight is not None and is_plain(module) and module not in inside:
+                holders.setdefault(id(weight), []).append(module)
+        for key, modules in holders.items():
+            found = _two_readers(modules)
+            if found is not None and len(self.tied.get(key, ())) == 2:
+                yield found
 
     def _as_left(self, module: nn.Module, spec: LayerSpec) -> LayerSpec:
         """The numbers of a layer that is left alone, as far as they are its own."""
@@ -216,8 +218,8 @@ def _chain(
 def _compressed_before(module: Any, paths: tuple[str, ...], parts: tuple[nn.Module, ...]) -> Layer:
     """The site of a layer that other layers stand for."""
     weight, bias = module.whole()
-    present = tuple(describe(part, (f"{paths[0]}.{number}",)) for number, part in enumerate(parts))
-    return Layer(describe(module, paths), weight.detach(), None if bias is None else bias.detach(), present=present)
+    present = tuple(spec_of(part, (f"{paths[0]}.{number}",)) for number, part in enumerate(parts))
+    return Layer(spec_of(module, paths), weight.detach(), None if bias is None else bias.detach(), present=present)
 
 
 def _elsewhere(

@@ -98,9 +98,15 @@ def networks_chart(networks: SideBySide) -> Chart | None:
     whole, costs = known[0][cost].dense, [rows[cost].compressed for rows in known]
     measured = [("dense", whole, dense), *zip(names, costs, scores, strict=True)]
     chart = score_chart(measured, whole, "macs", score)
-    # Values stand in the table, and many labels would lie on each other on a phone.
-    ends = {min(measured[1:], key=lambda each: each[1])[0], max(measured[1:], key=lambda each: each[1])[0]}
-    shown = {"dense", *(names if len(names) <= LABELS else ends)}
-    labels = [name if name in shown else "" for name, *_ in measured]
+    labels = _labels([(name, cost) for name, cost, _ in measured])
     dots = [dataclasses.replace(dot, label=label) for dot, label in zip(chart.dots, labels, strict=True)]
     return dataclasses.replace(chart, dots=tuple(dots))
+
+
+def _labels(networks: Sequence[tuple[str, float]]) -> list[str]:
+    """Names beside dots, the dense network's first. Of many those of the least and the most cost alone, since values
+    stand in the table, and labels would lie on each other on a phone."""
+    (dense, _), *others = networks
+    ends = {pick(others, key=lambda each: each[1])[0] for pick in (min, max)}
+    shown = {dense, *((name for name, _ in others) if len(others) <= LABELS else ends)}
+    return [name if name in shown else "" for name, _ in networks]

@@ -105,12 +105,14 @@ def at_rate(
     network = Network(dataclasses.replace(sites, groups=joined), counted.known(sites), tuple(methods.values()))
     picked = {a.site.name: a.choice for a in assigned}
     options = {a.site.name: Option(a.choice, _error(a), network.row(a.site.name, picked)) for a in assigned}
-    rows = []
-    for name, members in [*((site.name, ()) for site in sites), *joined.items()]:
+
+    def row(name: str, members: tuple[str, ...] = ()) -> Row:
         kind = sites[members[0] if members else name].spec.kind
         dense = Option(DENSE, 0.0, network.row(name))
         offered = (dense, options[name]) if name in options else (dense,)
-        rows.append(Row(name, f"{len(members)} x {kind}" if members else kind, offered, members=members))
+        return Row(name, f"{len(members)} x {kind}" if members else kind, offered, members=members)
+
+    rows = [*(row(site.name) for site in sites), *(row(*group) for group in joined.items())]
     units = {statistics.error_unit(site) if site.calibrated else WEIGHT_ENERGY for site in sites}
     if len(units) > 1:
         raise ValueError("some of the sites are calibrated and some are not, so that their errors have different units")

@@ -145,18 +145,8 @@ def select_in_steps(
     limits = _binding(stated, dense)
     steps = steps if others or _shares_layers(sites.couplings) else 1
     check_reachable(table, network, limits)
-    picks: Picks = {}
-    trail: list[Picks] = [picks]
-    taken = 0
-    for step in range(1, steps + (0 if others else _MORE) + 1):
-        # Equal ratios from the dense network to the budget, then around the plan until it stays.
-        share = min(step / steps, 1.0)
-        goals = {c: min(dense[c], dense[c] * (limits[c] / dense[c]) ** share) for c in limits}
-        before, picks = picks, _chosen(_around(table, network, picks), goals, selector)
-        taken = step
-        trail.append(picks)
-        if step >= steps and (picks == before or (steps == 1 and _fits(network.cost(picks), limits))):
-            break
+    trail = _walked(table, network, limits, selector, steps, 0 if others else _MORE)
+    picks, taken = trail[-1], len(trail) - 1
     if others and (lost := _lost(table, picks)) > trial.most:
         raise TooMuchLostError(lost, trial.most)
 
@@ -193,6 +183,23 @@ def _binding(stated: Costs, dense: Costs) -> Costs:
     if not limits:
         raise ValueError(f"the dense network has no {' and no '.join(stated)} that a budget could limit")
     return limits
+
+
+def _walked(
+    table: Candidates, network: Network, limits: Mapping[str, float], selector: Selector, steps: int, more: int
+) -> list[Picks]:
+    """What is picked from one table to the next: in equal ratios from the dense network to the budget in so many
+    ``steps``, then up to so many ``more`` around the plan until it stays."""
+    dense = network.cost()
+    trail: list[Picks] = [{}]
+    for step in range(1, steps + more + 1):
+        share = min(step / steps, 1.0)
+        goals = {c: min(dense[c], dense[c] * (limits[c] / dense[c]) ** share) for c in limits}
+        before, picks = trail[-1], _chosen(_around(table, network, trail[-1]), goals, selector)
+        trail.append(picks)
+        if step >= steps and (picks == before or (steps == 1 and _fits(network.cost(picks), limits))):
+            break
+    return trail
 
 
 def _around(table: Candidates, network: Network, picks: Picks) -> Candidates:

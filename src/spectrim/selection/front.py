@@ -252,15 +252,7 @@ class Sweep(Printed):
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """Heads and cells for people: a line a point, below that of the dense network."""
-        tuned = any(point.tuned is not None for point in self.points)
-        shown = self.shown_costs
-        ran = {str(point.plan.facts.get("runtime", "")) for point in self.points} - {""}
-        clock = ",\n".join(["ms measured", *sorted(ran)])
-        names = {cost: clock if cost == "milliseconds" else cost_name(cost) for cost in shown}
-        measures = [_SHORT.get(name, name) for name in self.measures]
-        heads = ["budget", *(f">{names[cost]}" for cost in shown), *(f">{name}" for name in measures)]
-        # What networks are compared by; another column would not fit 80.
-        heads += [f">{measures[0]},\nfine-tuned"] if tuned else []
+        tuned, shown = any(point.tuned is not None for point in self.points), self.shown_costs
         best = self.front() if self.points else ()
         lines = []
         if self.points:
@@ -275,7 +267,16 @@ class Sweep(Printed):
             after = self.texts(point.tuned)[:1] if tuned else []
             name = f"{point.asked} *" if point in best else point.asked
             lines.append([name, *cells, *self.texts(point.carried_out), *after])
-        return heads, lines
+        return self._heads(tuned), lines
+
+    def _heads(self, tuned: bool) -> list[str]:
+        ran = {str(point.plan.facts.get("runtime", "")) for point in self.points} - {""}
+        clock = ",\n".join(["ms measured", *sorted(ran)])
+        costs = [clock if cost == "milliseconds" else cost_name(cost) for cost in self.shown_costs]
+        measures = [_SHORT.get(name, name) for name in self.measures]
+        # What networks are compared by; another column would not fit 80.
+        after = [f">{measures[0]},\nfine-tuned"] if tuned else []
+        return ["budget", *(f">{name}" for name in (*costs, *measures)), *after]
 
     @property
     def sentences(self) -> tuple[str, ...]:

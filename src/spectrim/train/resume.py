@@ -225,6 +225,14 @@ def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str
     return tensors, {"values": values, "groups": groups}
 
 
+def _place(key: str, weights: int, source: str) -> tuple[int, str]:
+    """Which of so many weights a value of an optimizer is of, and what it is called."""
+    index, _, name = key.partition("/")
+    if not (index.isascii() and index.isdigit() and len(index) < 10 and int(index) < weights):
+        raise CheckpointError(f"{source}: the optimizer's {key!r} is of none of its {weights} weights")
+    return int(index), name
+
+
 def optimizer_state(
     optimizer: Optimizer, tensors: Mapping[str, Tensor], record: OptimizerRecord, source: str
 ) -> dict[str, Any]:
@@ -236,15 +244,13 @@ def optimizer_state(
     names = _STATE.get(type(optimizer))
     state: dict[int, dict[str, Any]] = {}
     for key, value in itertools.chain(tensors.items(), record.values.items()):
-        index, _, name = key.partition("/")
-        if not (index.isascii() and index.isdigit() and len(index) < 10 and int(index) < len(parameters)):
-            raise CheckpointError(f"{source}: the optimizer's {key!r} is of none of its {len(parameters)} weights")
-        parameter = parameters[int(index)]
+        index, name = _place(key, len(parameters), source)
+        parameter = parameters[index]
         if names is not None and not _fits(name, value, parameter, names):
             raise CheckpointError(f"{source}: the optimizer's {key!r} is not what {type(optimizer).__name__} keeps")
         if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim:
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        state.setdefault(int(index), {})[name] = value
+        state.setdefault(index, {})[name] = value
     if names is not None and any(entries.keys() != names for entries in state.values()):
         raise CheckpointError(f"{source}: the state of the optimizer is not whole: it keeps {', '.join(sorted(names))}")
     current = optimizer.state_dict()["param_groups"]

@@ -15,8 +15,8 @@ from spectrim.linalg import csr
 from spectrim.linalg.patterns import NofM, Taps, Unstructured, WholeChannels, taps
 from spectrim.linalg.unfold import unfoldings
 from spectrim.nn.export import export_onnx, export_program
-from spectrim.nn.find import canonical, describe
 from spectrim.nn.flops import WorkCounter
+from spectrim.nn.layers import canonical, spec_of
 from spectrim.nn.modules import Factored, make_layer
 from spectrim.nn.sparse.layers import Cropped, Masked, Slim, Summed, laid_open, laid_out, sparse_layer
 from spectrim.nn.sparse.products import Kernel
@@ -30,7 +30,7 @@ CSR_LAYERS = [
 
 def masked(plain, density=0.3, pattern=None):
     """A masked layer like a plain one, in evaluation mode."""
-    spec = describe(plain, ("layer",))
+    spec = spec_of(plain, ("layer",))
     weight, bias = canonical(plain)
     pattern = pattern or Unstructured()
     mask = pattern.keep(weight.square(), density)
@@ -39,7 +39,7 @@ def masked(plain, density=0.3, pattern=None):
 
 def summed(plain, density=0.3):
     """A pair and a masked layer in place of a plain one."""
-    spec = describe(plain, ("layer",))
+    spec = spec_of(plain, ("layer",))
     how = unfoldings(spec.kernel)[0]
     pair = Factored(*(make_layer(s) for s in spec.factor(how, 2)), unfolding=how.name, original=spec)
     for parameter in pair.parameters():
@@ -71,7 +71,7 @@ def counted(monkeypatch):
 @pytest.mark.parametrize("name", LAYERS)
 def test_every_kind_computes_what_its_whole_weight_does(name):
     plain, x = layer_of(name)
-    spec = describe(plain, ("layer",))
+    spec = spec_of(plain, ("layer",))
     weight, _ = canonical(plain)
     modules = [masked(plain), summed(plain)]
     patterns = [WholeChannels(), *([] if spec.transposed or not spec.kernel else taps(weight.square()))]
@@ -87,7 +87,7 @@ def test_every_kind_computes_what_its_whole_weight_does(name):
 @pytest.mark.parametrize("name", LAYERS)
 def test_the_layout_of_torch_and_the_canonical_one(name):
     plain, _ = layer_of(name)
-    spec = describe(plain, ("layer",))
+    spec = spec_of(plain, ("layer",))
     weight, _ = canonical(plain)
     assert torch.equal(laid_out(weight, spec), plain.weight)
     assert torch.equal(laid_open(plain.weight, spec), weight)

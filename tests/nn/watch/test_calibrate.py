@@ -16,7 +16,8 @@ from spectrim.cost.counted import macs, parameters
 from spectrim.errors import CalibrationError
 from spectrim.linalg.unfold import unfoldings
 from spectrim.nn.channels.graph import couple
-from spectrim.nn.find import canonical, find
+from spectrim.nn.find import find
+from spectrim.nn.layers import canonical
 from spectrim.nn.surgery import parameter_count
 from spectrim.nn.watch.calibrate import calibrate
 from spectrim.nn.watch.patches import patches_at

@@ -8,7 +8,7 @@ from torch import nn
 
 from spectrim.linalg.moments import Moments
 from spectrim.linalg.unfold import unfoldings
-from spectrim.nn.find import canonical, describe
+from spectrim.nn.layers import canonical, spec_of
 from spectrim.nn.watch.patches import outputs_at, patches_at, slices_at, taps_at
 from tests.nn.layers import LAYERS, close
 
@@ -24,7 +24,7 @@ def respond(module, patches):
 def layer(request):
     make, shape = LAYERS[request.param]
     module = make().double()
-    return module, describe(module, ["layer"]), torch.randn(shape, dtype=torch.float64)
+    return module, spec_of(module, ["layer"]), torch.randn(shape, dtype=torch.float64)
 
 
 def test_weight_times_patches_is_the_output_at_all_positions(layer):
@@ -58,7 +58,7 @@ def test_output_shape_of_the_spec_is_that_of_the_layer(layer):
 @pytest.mark.parametrize("name", ["conv1d", "conv2d-grouped", "transposed2d", "conv3d"])
 def test_an_input_without_a_batch_axis_is_a_batch_of_one(name):
     make, shape = LAYERS[name]
-    spec, inputs = describe(make(), ["layer"]), torch.randn(shape[1:])
+    spec, inputs = spec_of(make(), ["layer"]), torch.randn(shape[1:])
     assert torch.equal(patches_at(spec, inputs, None), patches_at(spec, inputs[None], None))
 
 
@@ -74,7 +74,7 @@ def test_an_input_without_a_batch_axis_is_a_batch_of_one(name):
 @pytest.mark.parametrize("few", [False, True])
 def test_slices_are_those_of_the_patches_each_as_often_as_it_is_there(make, few):
     draw = torch.Generator().manual_seed(0)
-    spec = describe(make(), ["layer"])
+    spec = spec_of(make(), ["layer"])
     inputs = torch.randn(3, 4, 7, 6, generator=draw, dtype=torch.float64)
     every = 3 * math.prod(spec.output_shape((7, 6)))
     index = torch.randperm(every, generator=draw)[: every // 4] if few else torch.arange(every)

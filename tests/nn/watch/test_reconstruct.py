@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from spectrim.errors import CalibrationError
-from spectrim.nn.find import canonical, find
+from spectrim.nn.find import find
+from spectrim.nn.layers import canonical
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.calibrate import calibrate
 from spectrim.nn.watch.lockstep import lockstep

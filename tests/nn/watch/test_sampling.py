@@ -8,12 +8,12 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from spectrim.errors import CalibrationError
-from spectrim.nn.find import describe
+from spectrim.nn.layers import spec_of
 from spectrim.nn.watch.samples import Samples
 from spectrim.nn.watch.sampling import Extent, choose, directions, mean_rows
 
-LINEAR = describe(nn.Linear(4, 3), ["layer"])
-CONV = describe(nn.Conv2d(3, 5, 3, padding=1), ["layer"])
+LINEAR = spec_of(nn.Linear(4, 3), ["layer"])
+CONV = spec_of(nn.Conv2d(3, 5, 3, padding=1), ["layer"])
 
 
 def places(chosen, each):

@@ -68,17 +68,8 @@ class Heads:
             elif is_other(coupling):
                 # It tells more than why one of them cannot go alone.
                 reasons |= dict.fromkeys(together, f"together with those of {attention.listed}: {coupling}")
-        if not good or all(self.trial.fault([*others, *good], draw) is None for draw in DRAWS):
-            return good, reasons
-        compatible: list[Coupling] = []
-        for coupling in good:
-            faults = (self.trial.fault([*others, *compatible, coupling], draw) for draw in DRAWS)
-            fault = next((fault for fault in faults if fault is not None), None)
-            if fault is None:
-                compatible.append(coupling)
-            else:
-                reasons[coupling.name] = fault
-        return compatible, reasons
+        good, faults = self.trial.together(good, others, DRAWS)
+        return good, reasons | faults
 
     def _attentions(self, taken: set[Axis]) -> Iterator[Attention]:
         model = self.trial.model

@@ -68,44 +68,50 @@ class Graph:
         found: list[Coupling] = []
         obstacles: list[tuple[str, int, str]] = []
         visited: set[nn.Module] = set()
-        first = [self.model.get_submodule(site.name) for site in self.sites]
-        for module in [*first, *self.graph.module2node]:
-            if (
-                not isinstance(module, (_ConvNd, nn.Linear))
-                or module in visited
-                or module not in self.graph.module2node
-                or module not in self.names  # made by the pass
-            ):
-                continue
-            if isinstance(module, _ConvNd) and 1 < module.groups == module.out_channels:
-                # A depthwise convolution writes the channels of the layer before it.
+        for module in self._writers():
+            if module in visited:
                 continue
             name, count = f"{self.names[module][0]}:out", self.graph.get_out_channels(module)
             visited.add(module)
             try:
-                group = self._group(module, range(count))
-                for dep, _ in group:
-                    if self.graph.is_out_channel_pruning_fn(dep.handler) and isinstance(dep.target.module, nn.Module):
-                        visited.add(dep.target.module)
-                        self.writers.setdefault(name, []).append(dep.target.module)
-                self.operations[name] = _operations(group)
-                if self._is_beyond_experiments(group, name):
-                    self.settled.add(name)
-                reason = self._obstacle(group, count)
-                if reason is not None:
-                    self.settled.add(name)
-                else:
-                    found.append(self._read(name, module, group, count))
+                coupling = self._coupled(name, module, count)
             except Blocked as error:
-                reason = str(error)
+                coupling = str(error)
                 if error.lost:
                     self.lost.add(name)
             except Exception as error:
                 self.lost.add(name)
-                reason = f"{LOST} (torch-pruning fails with {type(error).__name__}: {first_line(error)})"
-            if reason is not None:
-                obstacles.append((name, count, reason))
+                coupling = f"{LOST} (torch-pruning fails with {type(error).__name__}: {first_line(error)})"
+            visited.update(self.writers.get(name, ()))
+            if isinstance(coupling, str):
+                obstacles.append((name, count, coupling))
+            else:
+                found.append(coupling)
         return found, [*obstacles, *self._beyond()]
+
+    def _writers(self) -> Iterator[nn.Module]:
+        """Layers that write channels of their own, those of sites first."""
+        for module in [*(self.model.get_submodule(site.name) for site in self.sites), *self.graph.module2node]:
+            known = module in self.graph.module2node and module in self.names  # not made by the pass
+            # A depthwise convolution writes the channels of the layer before it.
+            depthwise = isinstance(module, _ConvNd) and 1 < module.groups == module.out_channels
+            if isinstance(module, (_ConvNd, nn.Linear)) and known and not depthwise:
+                yield module
+
+    def _coupled(self, name: str, module: nn.Module, count: int) -> Coupling | str:
+        """The channels that a layer writes, with all that hold them, or why they have to stay."""
+        group = self._group(module, range(count))
+        for dep, _ in group:
+            if self.graph.is_out_channel_pruning_fn(dep.handler) and isinstance(dep.target.module, nn.Module):
+                self.writers.setdefault(name, []).append(dep.target.module)
+        self.operations[name] = _operations(group)
+        if self._is_beyond_experiments(group, name):
+            self.settled.add(name)
+        obstacle = self._obstacle(group, count)
+        if obstacle is None:
+            return self._read(name, module, group, count)
+        self.settled.add(name)
+        return obstacle
 
     def _beyond(self) -> Iterator[tuple[str, int, str]]:
         """The layers of sites that the graph does not know."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from spectrim.errors import first_line
-from spectrim.network.coupling import IN, OUT, THROUGH, Coupling, axes_left
+from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Coupling, axes_left
 from spectrim.nn.channels.lively import without_statistics
 from spectrim.nn.channels.narrow import narrow
 from spectrim.nn.channels.rules import layers_of
@@ -62,6 +62,7 @@ _STAYS = "These channels have to stay, and nothing needs to be done: the layers 
 _MOVING = re.compile(r"view|reshape|permute|transpose|cat", re.IGNORECASE)
 
 
+_Outputs = tuple[list[Tensor], dict[str, list[Tensor]]]  # of a network, and of its layers at every call by name
 Draw = Callable[[int, int], Tensor]
 """Which of so many channels are kept, ascending: one of so many."""
 
@@ -101,25 +102,35 @@ class Trial:
         """The couplings whose removal does what it says, and the others with the reason."""
         if not couplings or self.fault(couplings) is None:
             return list(couplings), []
+        alone = {coupling.name: self.fault([coupling]) for coupling in couplings}
+        faults = {name: self._named(fault, operations[name]) for name, fault in alone.items() if fault is not None}
+        good, apart = self.together([coupling for coupling in couplings if alone[coupling.name] is None])
+        faults |= {name: f"together with the others: {fault}" for name, fault in apart.items()}
+        channels = {coupling.name: coupling.channels for coupling in couplings}
+        return good, [(name, channels[name], fault) for name, fault in faults.items()]
+
+    def together(
+        self, couplings: Sequence[Coupling], others: Sequence[Coupling] = (), draws: Sequence[Draw] = DRAWS[:1]
+    ) -> tuple[list[Coupling], dict[str, str]]:
+        """Of couplings that work alone those that do beside each other and ``others``, and why the rest does not.
+
+        Two groups that one module keeps equal work alone, and not together.
+        """
+
+        def fault(beside: Sequence[Coupling]) -> str | None:
+            faults = (self.fault([*others, *beside], draw) for draw in draws)
+            return next((fault for fault in faults if fault is not None), None)
+
+        if not couplings or fault(couplings) is None:
+            return list(couplings), {}
         good: list[Coupling] = []
-        failed = []
+        faults: dict[str, str] = {}
         for coupling in couplings:
-            fault = self.fault([coupling])
-            if fault is None:
+            if (why := fault([*good, coupling])) is None:
                 good.append(coupling)
             else:
-                failed.append((coupling.name, coupling.channels, self._named(fault, operations[coupling.name])))
-        # What works alone may not work together, such as two groups that one module keeps equal.
-        if good and self.fault(good) is not None:
-            together: list[Coupling] = []
-            for coupling in good:
-                fault = self.fault([*together, coupling])
-                if fault is None:
-                    together.append(coupling)
-                else:
-                    failed.append((coupling.name, coupling.channels, f"together with the others: {fault}"))
-            good = together
-        return good, failed
+                faults[coupling.name] = why
+        return good, faults
 
     def fault(self, couplings: Sequence[Coupling], draw: Draw = _at_random) -> str | None:
         """What goes wrong when half of the channels are removed, or None; ``draw`` chooses those that are kept."""
@@ -131,38 +142,27 @@ class Trial:
                 # First, since most of what goes wrong goes wrong here.
                 small = copy_model(self.model)
                 narrow(small, axes)
-                with _recorded(small) as inside_small:
-                    given = output_tensors(self.run(small, self.example))
+                given = self._outputs(small)
                 steps.again()
                 reference = copy_model(self.model)
                 for (name, axis), left in axes.items():
                     if axis == IN:
                         _silence(reference.get_submodule(name), left)
-                with _recorded(reference) as inside:
-                    wanted = output_tensors(self.run(reference, self.example))
+                wanted = self._outputs(reference)
         except Exception as error:
             return f"the narrowed model fails with {type(error).__name__}: {first_line(error)}"
-        for a, b in zip(wanted, given, strict=True):
-            if a.shape != b.shape:
-                return f"the output would have the shape {tuple(b.shape)} in place of {tuple(a.shape)}"
-            if a.is_floating_point() and not _close(a, b):
-                return _OTHER
-        for name, held in inside.items():
-            owner = reference.get_submodule(name)
-            left = axes.get((name, OUT), axes.get((name, THROUGH)))
-            given = inside_small.get(name, [])
-            if len(held) != len(given):
-                return f"the narrowed model calls {name} {len(given)} times in place of {len(held)}"
-            for a, b in zip(held, given, strict=True):
-                a = a if left is None else a.index_select(dim_of(owner), left.to(a.device))
-                if a.shape != b.shape or not _close(a, b):
-                    return f"{_OTHER} at {name}"
+        if difference := _difference(reference, wanted, given, axes):
+            return difference
         if self.trains and (error := self._in_training(small)) is not None:
             return (
                 f"in training mode the narrowed model fails with {type(error).__name__}: {first_line(error)}. What "
                 "reads channels there alone keeps its inputs"
             )
         return None
+
+    def _outputs(self, model: nn.Module) -> _Outputs:
+        with _recorded(model) as inside:
+            return output_tensors(self.run(model, self.example)), inside
 
     @cached_property
     def trains(self) -> bool:
@@ -195,6 +195,26 @@ def explained(fault: str) -> str:
     if is_other(fault):
         return f"{fault}. {_STAYS}"
     return f"{fault}. {_CURE}" if _FIXED.search(fault) else fault
+
+
+def _difference(reference: nn.Module, wanted: _Outputs, given: _Outputs, axes: Mapping[Axis, Tensor]) -> str | None:
+    """Where a narrowed model gives something else than the ``reference`` with zeroed weights, whose outputs are
+    ``wanted``; ``axes`` say which entries are left."""
+    for a, b in zip(wanted[0], given[0], strict=True):
+        if a.shape != b.shape:
+            return f"the output would have the shape {tuple(b.shape)} in place of {tuple(a.shape)}"
+        if a.is_floating_point() and not _close(a, b):
+            return _OTHER
+    for name, held in wanted[1].items():
+        owner, left = reference.get_submodule(name), axes.get((name, OUT), axes.get((name, THROUGH)))
+        calls = given[1].get(name, [])
+        if len(held) != len(calls):
+            return f"the narrowed model calls {name} {len(calls)} times in place of {len(held)}"
+        for a, b in zip(held, calls, strict=True):
+            a = a if left is None else a.index_select(dim_of(owner), left.to(a.device))
+            if a.shape != b.shape or not _close(a, b):
+                return f"{_OTHER} at {name}"
+    return None
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -96,12 +96,10 @@ def _in_place(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for path, module, key, held, items in before:
-            there = {name for name, _ in items}
-            now = [(name, part) for name, part in _items(vars(module).get(key)) if name in there]
-            pairs = itertools.zip_longest(items, now, fillvalue=(None, None))
-            moved = next((name for (name, part), (other, one) in pairs if name != other or part is not one), None)
+            moved = _moved(items, _items(vars(module).get(key)))
             if moved is None:
                 continue
+            there = {name for name, _ in items}
             made = [(name, part) for name, part in _items(held) if name not in there] if key == "_modules" else []
             held.clear()
             held.update(items + made) if isinstance(held, dict) else held.extend(part for _, part in items)
@@ -113,6 +111,13 @@ def _in_place(model: nn.Module) -> Iterator[None]:
                 else f"forward takes modules out of {above + key!r} and leaves it in another order, so that each pass "
                 "runs others: go through it by a loop or by numbers, and take nothing out"
             )
+
+
+def _moved(before: Sequence[tuple[Any, Any]], now: Iterable[tuple[Any, Any]]) -> Any | None:
+    """The place of the first module that is not where it was, whatever was added; None where there is none."""
+    there = {name for name, _ in before}
+    pairs = itertools.zip_longest(before, [each for each in now if each[0] in there], fillvalue=(None, None))
+    return next((name for (name, part), (other, one) in pairs if name != other or part is not one), None)
 
 
 def _items(held: Any) -> list[tuple[Any, Any]]:
