@@ -190,9 +190,10 @@ class ExportError(SpectrimError, RuntimeError):
     """An exported program could not be made, or does not compute what the model computes."""
 
 
-def first_line(error: BaseException) -> str:
-    """What an error of other code says, in short."""
-    return (str(error).strip().splitlines() or ["without a word"])[0][:200]
+def in_short(error: BaseException) -> str:
+    """What an error of other code says: its first line, or all of it where that ends in a colon, up to 200 letters."""
+    first = (str(error).strip().splitlines() or ["without a word"])[0]
+    return (" ".join(str(error).split()) if first.endswith(":") else first)[:200]
 
 
 def _a(word: str) -> str:

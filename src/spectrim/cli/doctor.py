@@ -17,7 +17,7 @@ from typing import Any
 
 from spectrim.cli.common import Output, command
 from spectrim.cli.models import hub_folder
-from spectrim.errors import first_line
+from spectrim.errors import in_short
 from spectrim.network.files import default_cache
 
 _FOR = {
@@ -169,7 +169,7 @@ def _torch() -> dict[str, Any]:
     try:
         import torch
     except Exception as error:  # a broken installation may raise anything
-        return {"error": first_line(error)}
+        return {"error": in_short(error)}
     cuda = torch.cuda.is_available()
     accelerators = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if cuda else []
     if torch.backends.mps.is_available():

@@ -28,7 +28,7 @@ from urllib.request import getproxies
 from spectrim.cli.references import Reference, UsageError, call_reference, factory, installed, nearest, need, parse
 from spectrim.cli.sources import check_factory, names_nothing
 from spectrim.cli.weights import SUFFIXES, check_file, fill, read_weights
-from spectrim.errors import did_you_mean, first_line
+from spectrim.errors import did_you_mean, in_short
 
 if TYPE_CHECKING:
     from torch import nn
@@ -270,7 +270,7 @@ def _transformers(reference: Reference, pretrained: bool) -> nn.Module:
     except (OSError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
-        reason, close = first_line(error), did_you_mean(name, {*_stored()} - {name})
+        reason, close = in_short(error), did_you_mean(name, {*_stored()} - {name})
         raise UsageError(f"model {reference.text!r}: transformers cannot load it: {reason}{close}") from error
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectrim.cli.references import UsageError, nearest
-from spectrim.errors import first_line
+from spectrim.errors import in_short
 from spectrim.network.file_kinds import AGAIN, head_of, header_of, is_saved, no_file, not_safetensors, something_else
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _unread(error: Exception) -> str:
         return "it is not a checkpoint that torch.save wrote, or it is damaged: save or copy it again"
     if AGAIN in text:
         return text
-    return f"it is damaged ({first_line(error)}): {AGAIN}"
+    return f"it is damaged ({in_short(error)}): {AGAIN}"
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor], text: str, weights: str | Path) -> None:
@@ -188,7 +188,7 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], text: str, weights: str 
     try:
         model.load_state_dict(dict(state), strict=False)
     except (RuntimeError, NotImplementedError) as error:  # a model may load in a way of its own
-        reason = str(error).strip().rpartition("\n")[2].strip() or first_line(error)
+        reason = str(error).strip().rpartition("\n")[2].strip() or in_short(error)
         raise UsageError(f"weights {str(weights)!r} cannot be put into model {text!r}: {reason}") from error
 
 

@@ -19,7 +19,7 @@ from spectrim.cli.references import UsageError
 from spectrim.cli.values import read_shape
 from spectrim.cost.latency import Latency
 from spectrim.cost.runtimes import runtime_of
-from spectrim.errors import CalibrationError, ForwardError, SpectrimError, did_you_mean, first_line
+from spectrim.errors import CalibrationError, ForwardError, SpectrimError, did_you_mean, in_short
 from spectrim.network.sites import Sites
 from spectrim.nn.find import find
 from spectrim.nn.timing import ready
@@ -121,7 +121,7 @@ def _device_named(device: str, threads: int | None) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        said = first_line(error).rstrip(".")
+        said = in_short(error).rstrip(".")
         raise UsageError(
             f"--device {device}: {said}; write cpu, or auto, which takes a GPU where there is one"
         ) from error

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spectrim.errors import UnsupportedLayerError
+from spectrim.errors import UnsupportedLayerError, in_short
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.watch.state import ALONE
 
@@ -48,14 +48,13 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         if where is None and (kind := _copies_itself(model)) is not None:
             raise UnsupportedLayerError(
                 f"the model cannot be copied: __deepcopy__ of {kind} fails with {type(error).__name__}: "
-                f"{_line(error)}. It has to copy the modules that are there, which are not those that the class "
+                f"{in_short(error)}. It has to copy the modules that are there, which are not those that the class "
                 "makes once layers are replaced: mend it, or take it away"
             ) from error
         where = where or "something on it"
-        told = _line(error)
         raise UnsupportedLayerError(
-            f"the model cannot be copied: {where} cannot ({type(error).__name__}: {told}). Take it off the model "
-            "meanwhile, make it where it is used, or give its class a __deepcopy__"
+            f"the model cannot be copied: {where} cannot ({type(error).__name__}: {in_short(error)}). Take it off the "
+            "model meanwhile, make it where it is used, or give its class a __deepcopy__"
         ) from error
     _copy_attributes(model, memo)
     return copied
@@ -69,11 +68,6 @@ def _copy_attributes(model: nn.Module, memo: dict[int, Any]) -> None:
             for name, value in vars(parameter).items():
                 with contextlib.suppress(Exception):  # what cannot be copied alone is no number or flag
                     vars(copied).setdefault(name, copy.deepcopy(value, memo))
-
-
-def _line(error: BaseException) -> str:
-    """What an error says, as one line: what is missing stands behind the first one."""
-    return " ".join(str(error).split())[:120]
 
 
 def _copies_itself(model: nn.Module) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import SpectrimError, TrainingError, first_line
+from spectrim.errors import SpectrimError, TrainingError, in_short
 from spectrim.nn.watch.nesting import tensors
 
 _WITHOUT = "compress(model, batches, budget) needs no gradients"
@@ -60,7 +60,7 @@ def _telling(said: Callable[[Exception], str], usual: str) -> Iterator[None]:
     except (SpectrimError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        reason = first_line(error).rstrip(".")
+        reason = in_short(error).rstrip(".")
         raise TrainingError(f"{said(error)}: {reason}. {_cure(error, usual)}; {_WITHOUT}") from error
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from spectrim.errors import first_line
+from spectrim.errors import in_short
 from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Coupling, Side
 from spectrim.network.sites import Sites, tied_to
 from spectrim.nn.channels.library import LOST, Blocked, careful, empty_graph
@@ -53,7 +53,7 @@ class Graph:
         try:
             trace = traced(model, example, run, empty_graph, careful)
         except Exception as error:  # tracing runs foreign code, which may raise anything
-            return f"channels are left alone: tracing failed with {type(error).__name__}: {first_line(error)}"
+            return f"channels are left alone: tracing failed with {type(error).__name__}: {in_short(error)}"
         names: dict[Any, tuple[str, ...]] = {**paths_of(trace.model)}
         for name, parameter in nn.Module.named_parameters(trace.model):
             names[parameter] = (name,)
@@ -81,7 +81,7 @@ class Graph:
                     self.lost.add(name)
             except Exception as error:
                 self.lost.add(name)
-                coupling = f"{LOST} (torch-pruning fails with {type(error).__name__}: {first_line(error)})"
+                coupling = f"{LOST} (torch-pruning fails with {type(error).__name__}: {in_short(error)})"
             visited.update(self.writers.get(name, ()))
             if isinstance(coupling, str):
                 obstacles.append((name, count, coupling))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from spectrim.errors import first_line
+from spectrim.errors import in_short
 from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Coupling, axes_left
 from spectrim.nn.channels.lively import without_statistics
 from spectrim.nn.channels.narrow import narrow
@@ -150,12 +150,12 @@ class Trial:
                         _silence(reference.get_submodule(name), left)
                 wanted = self._outputs(reference)
         except Exception as error:
-            return f"the narrowed model fails with {type(error).__name__}: {first_line(error)}"
+            return f"the narrowed model fails with {type(error).__name__}: {in_short(error)}"
         if difference := _difference(reference, wanted, given, axes):
             return difference
         if self.trains and (error := self._in_training(small)) is not None:
             return (
-                f"in training mode the narrowed model fails with {type(error).__name__}: {first_line(error)}. What "
+                f"in training mode the narrowed model fails with {type(error).__name__}: {in_short(error)}. What "
                 "reads channels there alone keeps its inputs"
             )
         return None

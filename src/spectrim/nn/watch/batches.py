@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import CalibrationError, SpectrimError, check_function, first_line
+from spectrim.errors import CalibrationError, SpectrimError, check_function, in_short
 from spectrim.nn.watch.layout import Layout, Where, check_where
 from spectrim.nn.watch.nesting import check_numbers, copied, in_words, kind_of, moved, tensors
 from spectrim.nn.watch.nesting import checked_batches as checked_batches
@@ -225,8 +225,8 @@ def _working(model: nn.Module, batch: Any) -> Way:
         error = _runs(model, way, batch)
         if error is None:
             return way
-        log.info("%s cannot be run with %s: %s", type(model).__name__, way.words, first_line(error))
-        failures.append(f"with {way.words} it raises {type(error).__name__}: {first_line(error)}")
+        log.info("%s cannot be run with %s: %s", type(model).__name__, way.words, in_short(error))
+        failures.append(f"with {way.words} it raises {type(error).__name__}: {in_short(error)}")
     raise CalibrationError(
         f"{type(model).__name__} cannot be run with a batch that is {in_words(batch)}: {'; '.join(failures)}. Pass "
         "forward=, a function (model, batch) that runs the model"

@@ -3,56 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import itertools
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import nn
 
-from spectrim.cost.counted import macs, parameters, size_bytes
-from spectrim.errors import CalibrationError, ForwardError, SpectrimError, called_as, first_line
-from spectrim.network.coupling import IN, Coupling
-from spectrim.network.layer import LayerSpec
-from spectrim.network.sites import Layer, Sites, Skipped, Tied
-from spectrim.nn.flops import WorkCounter
+from spectrim.errors import CalibrationError, called_as
+from spectrim.network.sites import Sites
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.masks import Mask, unread
-from spectrim.nn.watch.nesting import begun, checked_batches, dense, tensors
-from spectrim.nn.watch.observe import Hook, hooked, observe, on_each
-from spectrim.nn.watch.readers import reading
-from spectrim.nn.watch.responses import OtherWays, Responses
+from spectrim.nn.watch.nesting import begun, checked_batches
+from spectrim.nn.watch.observe import hooked, observe
 from spectrim.nn.watch.sampling import GUESSED, Extent, Sampling
 from spectrim.nn.watch.state import State
-from spectrim.nn.watch.streams import Streams
-from spectrim.nn.watch.watchers import (
-    KnownWatcher,
-    NotFiniteError,
-    Order,
-    SameInputs,
-    Shapes,
-    TableWatcher,
-    Watcher,
-    too_wide,
-)
-from spectrim.nn.watch.ways import cure
-from spectrim.nn.watch.work import beside
-from spectrim.nn.watch.writes import written
+from spectrim.nn.watch.watched import PassMaker, Watched
 from spectrim.progress import Steps, reports_steps, told
 
 log = logging.getLogger(__name__)
 # Rows a number below which errors on other data are much larger than those on the rows.
 ENOUGH = 4
-_WRITTEN = (
-    "forward writes into its weight or bias, which a pair of layers in its place does not have: write them once "
-    "before compressing, and take that out of forward"
-)
-# Runs the model on a batch.
-Call = Callable[[Any], Any]
 
 
 @reports_steps
@@ -134,17 +105,6 @@ def calibrate(
     )  # fmt: skip
 
 
-class PassMaker:
-    """How forward passes are made while a network is calibrated: as they are."""
-
-    def make(self, call: Call, batch: Any, index: int) -> Any:
-        """The output of a pass that is watched."""
-        return call(batch)
-
-    def behind(self, call: Call, batch: Any, index: int) -> None:
-        """What comes after it, of which nothing is watched."""
-
-
 def calibrated(
     model: nn.Module,
     sites: Sites,
@@ -171,7 +131,7 @@ def calibrated(
     keeps = False
     feed.decide(model, first)
     run = Extent(batches, amount.mask, feed.layout)
-    watch = _Watch.of(model, sites, amount, run, seed, feed.words, passes, statistics=statistics, known=known)
+    watch = Watched.of(model, sites, amount, run, seed, feed.words, passes, statistics=statistics, known=known)
     with observe(model, forward=feed) as call:
         state = State(model)
         for index, batch in enumerate(stream):
@@ -196,284 +156,6 @@ def calibrated(
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class _Rest:
-    """Layers that are no calibrated sites.
-
-    Attributes
-    ----------
-    running, idle
-        Those that were called, and those that never were.
-    skipped
-        Why each was left alone.
-    uncalibrated
-        Names of sites that were not called, and of what never was.
-    """
-
-    running: tuple[LayerSpec, ...]
-    idle: list[LayerSpec]
-    skipped: tuple[Skipped, ...]
-    uncalibrated: frozenset[str]
-
-    def cuts_off(self, coupling: Coupling) -> str:
-        """Why channels stay: a layer that holds some was not calibrated; else nothing."""
-        off = any(side.name in self.uncalibrated for side in coupling.sides)
-        return "a layer of theirs was not calibrated" if off else ""
-
-
-@dataclasses.dataclass
-class _Watch:
-    """What is kept of a network while batches pass.
-
-    Attributes
-    ----------
-    watchers, responses, bystanders
-        What is kept of the sites, of coupled channels and of layers left alone, by name.
-    order
-        Of the layers that are called.
-    samples, tokens, masked, other_macs
-        Samples and tokens so far, whether a mask says which tokens there are, and MACs a sample outside the watched
-        layers, from the first batch.
-    given, passes
-        What of a batch the model is given, in words, and how passes are made.
-    ways
-        Of coupled channels.
-    work, uncounted
-        MACs a sample of every module itself, and operations that could not be counted, by path and by name.
-    """
-
-    sites: Sites
-    watchers: dict[str, Watcher]
-    responses: dict[str, Responses]
-    bystanders: dict[str, Shapes]
-    seen: SameInputs
-    run: Extent
-    streams: Streams | None
-    model: nn.Module
-    given: str
-    passes: PassMaker
-    ways: OtherWays
-    order: Order = dataclasses.field(default_factory=Order)
-    samples: int = 0
-    tokens: int = 0
-    masked: bool = False
-    other_macs: float = 0.0
-    work: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    uncounted: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls, model: nn.Module, sites: Sites, amount: Sampling, run: Extent, seed: int, given: str, passes: PassMaker, *,
-        statistics: bool, known: Sites | None,
-    ) -> _Watch:  # fmt: skip
-        readers = {side.name for coupling in sites.couplings for side in coupling.on(IN)}
-        seen = SameInputs()
-        streams = Streams() if statistics else None
-        taken_over = {} if known is None else {site.name: site.statistics for site in known}
-
-        def watcher(site: Layer) -> Watcher:
-            kind = TableWatcher if site.spec.looks_up else Watcher
-            if site.name in taken_over:
-                kind, site = KnownWatcher, dataclasses.replace(site, statistics=taken_over[site.name])
-            return kind(site, amount, run, streams, seed, seen, reads_channels=site.name in readers)
-
-        watchers = {site.name: watcher(site) for site in sites.layers}
-        for each in sites.tied:
-            if wide := too_wide(each.head.spec):
-                why = f"its weight is tied to {each.table.name}, and {wide}: skip both, or give one a copy of its own"
-                watchers[each.head.name].refused = why
-        specs = {site.name: site.spec for site in sites}
-        responses = {c.name: Responses(c, specs, amount, run, seed) for c in sites.couplings if statistics}
-        return cls(
-            sites,
-            watchers,
-            responses,
-            {spec.name: Shapes(spec) for spec in sites.untouched},
-            seen,
-            run,
-            streams,
-            model,
-            given,
-            passes,
-            OtherWays(sites.couplings),
-        )
-
-    def hooks(self, model: nn.Module) -> Iterator[Hook]:
-        for shapes in [*self.watchers.values(), *self.bystanders.values()]:
-            yield Hook(_layer(model, shapes.spec), shapes.hook(self.order))
-        for response in self.responses.values():
-            for number, side in enumerate(response.sides):
-                layer = _layer(model, self.watchers[side.name].spec)
-                yield Hook(layer, response.hook(number), before=True)
-
-    def looks(self, state: State) -> Iterator[Hook]:
-        """Have what is kept amid the first pass be seen."""
-        return on_each(
-            ((name, _layer(self.model, shapes.spec)) for name, shapes in self.watchers.items()), lambda *_: state.look()
-        )
-
-    def see(self, run: Call, batch: Any, index: int) -> None:
-        """Run the model on a batch; on the first one count what it computes beside the statistics."""
-        samples = self.run.see(batch)
-        self.order.start()
-        size = samples.size
-        for shapes in [*self.watchers.values(), *self.bystanders.values()]:
-            shapes.start(index, samples)
-        for response in self.responses.values():
-            response.start(samples)
-        if index:
-            output = self._run(run, batch, index)
-            self.ways.later(self.order.called)
-        else:
-            # A weight that is multiplied out is another tensor each time.
-            specs = [layer.spec for layer in self.sites.layers if not layer.present]
-            with WorkCounter() as counter, reading(self.model, specs) as read:
-                output = self._run(run, batch, index)
-            self.ways.first(self.order.called)
-            self.other_macs = counter.get_total_flops() / 2 / size
-            self.work = {path: work / size for path, work in counter.own_macs(self.model).items()}
-            self.uncounted = counter.uncounted_in(self.model)
-            own = {name: _WRITTEN for name, _ in written(self.model) if name in self.watchers}
-            for name, reason in {**own, **read.refused}.items():
-                self.watchers[name].refused = reason
-        if inspect.isgenerator(output):
-            raise CalibrationError(
-                f"forward of the {type(self.model).__name__} yields, and runs where its values are asked for: pass "
-                "forward=lambda model, batch: list(model(batch)), and whatever else the model takes"
-            )
-        found = [dense(tensor) for tensor in tensors(output)]
-        if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in found):
-            raise CalibrationError(
-                f"the model's output holds NaN in calibration batch {index}, behind the last layer that was watched. "
-                f"Check the weights there, the batch and the dtype.{_spoilt(self.model)}"
-            )
-        if self.streams is not None:
-            self.streams.end_of_pass()
-        self.samples += size
-        self.tokens += 0 if samples.mask is None else int(samples.mask.sum())
-        self.masked |= samples.mask is not None
-
-    def _run(self, run: Call, batch: Any, index: int) -> Any:
-        try:
-            return self.passes.make(run, batch, index)
-        except NotFiniteError as error:
-            raise CalibrationError(f"{error}{_spoilt(self.model)}") from error
-        except (SpectrimError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # a model may raise anything where it is given what it does not take
-            if "torch.compile with fullgraph" in str(error):
-                raise ForwardError(
-                    f"{type(self.model).__name__} calls something in its forward that torch compiles (torch.cond, "
-                    "while_loop, scan), where layers cannot be watched: write it as plain Python (if, for)"
-                ) from error
-            raise ForwardError(
-                f"{type(self.model).__name__} raises {type(error).__name__} on calibration batch {index}, of which it "
-                f"was given {self.given}: {first_line(error)}. {cure(error)}"
-            ) from error
-
-    def _reached(self) -> list[str]:
-        """Sites that were called, in the order of execution; there must be some."""
-        watchers = self.watchers
-        reached = [name for name in self.order.names if name in watchers]
-        if reached or not watchers:
-            return reached
-        refused = next(((name, each.refused) for name, each in watchers.items() if each.refused), None)
-        if refused:
-            raise CalibrationError(
-                f"none of the {len(watchers)} sites was called; the first that is used is {refused[0]!r}: {refused[1]}"
-            )
-        raise CalibrationError(
-            f"none of the {len(watchers)} sites was reached by the calibration batches; "
-            f"the first is {next(iter(watchers))!r}. Is this the model that the sites were found in, and does it call "
-            "its own layers? A closure, or a list of the class, calls another's: call them by attributes of the "
-            "module and in the thread that runs the model"
-        )
-
-    def calibrated(self) -> Sites:
-        """The sites with what was seen; those that no batch reached are skipped."""
-        sites, watchers, reached = self.sites, self.watchers, self._reached()
-        if self.masked and not self.tokens:
-            raise CalibrationError(
-                "the mask of the calibration batches leaves no token: it is zero where there is padding, and not where "
-                "there is data; pass mask=, a function of the batch that gives it so"
-            )
-        names = {site.name for site in sites}
-        layers = tuple(watchers[name].layer() for name in reached if name in names and not watchers[name].refused)
-        tied = tuple(self._tied(each) for each in sites.tied if self._both(each))
-        readers = (*layers, *(part for each in tied for part in each.parts))
-        rest = self._rest(reached)
-        running = [spec for layer in layers for spec in layer.running]
-        running += [*(spec for each in tied for spec in each.layers), *rest.running]
-        stay = {c.name: rest.cuts_off(c) or self.ways.why(c) for c in sites.couplings}
-        couplings = tuple(c for c in sites.couplings if not stay[c.name])
-        pooled = {c.name: self.responses[c.name].pooled for c in couplings if c.name in self.responses}
-        cut_off = (Skipped(c.name, c.kind, stay[c.name]) for c in sites.couplings if stay[c.name])
-        return dataclasses.replace(
-            sites,
-            sites=layers,
-            tied=tied,
-            skipped=(*rest.skipped, *cut_off),
-            untouched=rest.running,
-            other_parameters=sites.other_parameters + int(parameters(rest.idle)),
-            other_bytes=sites.other_bytes + int(size_bytes(rest.idle)),
-            other_macs=max(0.0, self.other_macs - macs(running)),
-            work=MappingProxyType(beside(self.work, running)),
-            uncounted=MappingProxyType(dict(self.uncounted)),
-            samples=self.samples,
-            tokens=self.tokens,
-            same_inputs=self.seen.together([layer.name for layer in layers]),
-            loops=any(watchers[layer.name].loops for layer in readers),
-            couplings=couplings,
-            pooled=MappingProxyType(pooled),
-        )
-
-    def _rest(self, reached: Collection[str]) -> _Rest:
-        """The layers that are no calibrated sites."""
-        sites, watchers = self.sites, self.watchers
-        out = [site for site in sites if site.name not in reached or watchers[site.name].refused]
-        apart = [each for each in sites.tied if not self._both(each)]
-        rest = [spec.at(self.bystanders[spec.name].inputs) for spec in sites.untouched]
-        for site in out:
-            rest += site.with_layers([site.spec.at(watchers[site.name].inputs)]).running
-        rest += [part.spec.at(watchers[part.name].inputs) for each in apart for part in each.parts]
-        # Without an input shape a layer has no MACs and cannot be timed; what it stores counts all the same.
-        idle = [spec for spec in rest if not spec.inputs]
-        skipped = [Skipped(site.spec.name, site.spec.kind, watchers[site.name].obstacle()) for site in out]
-        return _Rest(
-            tuple(spec for spec in rest if spec.inputs),
-            idle,
-            (
-                *with_stored([*sites.skipped, *skipped], idle),
-                *with_stored((self._left_alone(reason) for each in apart for reason in each.untied()), idle),
-            ),
-            frozenset(spec.name for spec in (*(site.spec for site in out), *idle)),
-        )
-
-    def _both(self, tied: Tied) -> bool:
-        """Whether both layers of one weight were called."""
-        return all(part.name in self.order.names and not self.watchers[part.name].refused for part in tied.parts)
-
-    def _tied(self, tied: Tied) -> Tied:
-        """Layers of one weight with what was seen of each."""
-        table, head = (self.watchers[part.name] for part in tied.parts)
-        assert isinstance(table, TableWatcher)
-        return dataclasses.replace(tied, table=table.layer(), head=head.layer(), asked=table.asked)
-
-    def _left_alone(self, tied: Skipped) -> Skipped:
-        """Why one of two layers of one weight is left alone: by what it is itself, or since they are tied."""
-        return dataclasses.replace(tied, reason=self.watchers[tied.name].refused or tied.reason)
-
-
-def with_stored(skipped: Iterable[Skipped], idle: Iterable[LayerSpec]) -> Iterator[Skipped]:
-    """What was skipped, with what those of them store that no batch ran and that have no spec any more."""
-    stored = {spec.name: {"parameters": parameters([spec]), "bytes": size_bytes([spec])} for spec in idle}
-    for each in skipped:
-        costs = stored.get(each.name, {})
-        yield dataclasses.replace(
-            each, costs={**each.costs, **{c: each.costs.get(c, 0.0) + v for c, v in costs.items()}}
-        )
-
-
 def check_weights(model: nn.Module, sites: Sites) -> None:
     """Raise CalibrationError for what no data mends: layers without weights yet, NaN or Inf in those of sites."""
     lazy = next((name for name, m in model.named_modules() if getattr(m, "has_uninitialized_params", bool)()), None)
@@ -483,15 +165,6 @@ def check_weights(model: nn.Module, sites: Sites) -> None:
             "batch, which gives lazy layers their shapes"
         )
     sites.check_finite()
-
-
-def _layer(model: nn.Module, spec: LayerSpec) -> nn.Module:
-    try:
-        return model.get_submodule(spec.name)
-    except AttributeError:
-        raise CalibrationError(
-            f"the model has no layer {spec.name!r}. Is this the model that the sites were found in?"
-        ) from None
 
 
 def few_rows(sites: Sites) -> Iterator[str]:
@@ -517,11 +190,3 @@ def few_rows(sites: Sites) -> Iterator[str]:
         f"{moments.count:,} rows for vectors of {moments.mean.shape[1]:,} numbers, where {ENOUGH} rows a number are "
         f"enough; {cure}"
     )
-
-
-def _spoilt(model: nn.Module) -> str:
-    """The first parameter or buffer of a model that holds NaN or Inf, in a sentence."""
-    held = itertools.chain(nn.Module.named_parameters(model), nn.Module.named_buffers(model))
-    spoilt = (n for n, t in held if t.is_floating_point() and not bool(torch.isfinite(t).all()))
-    name = next(spoilt, None)
-    return "" if name is None else f" {name!r} holds NaN or Inf: mend it first."

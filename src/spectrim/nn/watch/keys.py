@@ -36,7 +36,7 @@ def odd(number: Any) -> Any:
     return ((number + 1) * _GOLDEN + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def uniform(x: Tensor) -> Tensor:
+def in_unit_interval(x: Tensor) -> Tensor:
     return shifted(x, 11).double() * 2.0**-53
 
 

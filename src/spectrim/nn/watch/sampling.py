@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from spectrim.errors import CalibrationError, check_function
 from spectrim.network.layer import LayerSpec
-from spectrim.nn.watch.keys import mixed, odd, shifted, uniform
+from spectrim.nn.watch.keys import in_unit_interval, mixed, odd, shifted
 from spectrim.nn.watch.layout import Layout, samples_first
 from spectrim.nn.watch.masks import Mask, mask_of
 from spectrim.nn.watch.nesting import tensors
@@ -182,7 +182,11 @@ def choose(spec: LayerSpec, shape: tuple[int, ...], positions: int | None, sampl
 def _chosen(rows: _Rows, positions: int | None, seed: int) -> Chosen:
     keys = mixed(rows.keys + odd(seed))
     # A fraction of a row is one with that probability; a sample of one row always gives it.
-    wanted = rows.counts if positions is None else (positions * rows.share + uniform(keys)).long().minimum(rows.counts)
+    wanted = (
+        rows.counts
+        if positions is None
+        else (positions * rows.share + in_unit_interval(keys)).long().minimum(rows.counts)
+    )
     wanted = torch.where(rows.counts == 1, 1, wanted)
     if torch.equal(wanted, rows.counts):
         return rows.all()

@@ -7,34 +7,29 @@ import dataclasses
 import logging
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import CalibrationError, ForwardError, SpectrimError, first_line
+from spectrim.errors import CalibrationError, ForwardError, SpectrimError
 from spectrim.linalg.moments import Moments, Squares
-from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Sites, Tied
 from spectrim.nn.contiguity import contiguous_where_needed
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.watch.batches import Feed
-from spectrim.nn.watch.calibrate import Call, PassMaker, calibrated
+from spectrim.nn.watch.calibrate import calibrated
+from spectrim.nn.watch.gradients import FEWEST, Gradients, GradientWatch
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.masks import Mask
-from spectrim.nn.watch.nesting import begun, checked_batches, output_tensors
-from spectrim.nn.watch.observe import Hook, hooked, observe
-from spectrim.nn.watch.patches import outputs_at
-from spectrim.nn.watch.samples import Samples
-from spectrim.nn.watch.sampling import Extent, Sampling, choose, directions
+from spectrim.nn.watch.nesting import begun, checked_batches
+from spectrim.nn.watch.observe import observe
+from spectrim.nn.watch.sampling import Extent, Sampling
+from spectrim.nn.watch.watched import Call, PassMaker
 from spectrim.progress import Steps
 
 log = logging.getLogger(__name__)
-
-# Output positions over the run at least, and in multiples of the number of output channels.
-FEWEST, FLOOR = 4096, 16
 
 
 def sensitivity(
@@ -172,22 +167,6 @@ def with_weights(sites: Sites, found: Gradients) -> Sites:
     return dataclasses.replace(_with_gradients(sites, usable | assumed), notes=(*sites.notes, note))
 
 
-@dataclass(frozen=True)
-class Gradients:
-    """Moments of gradients by the layer, over so many samples, and why there are none.
-
-    Attributes
-    ----------
-    error
-        What the model raised in its forward pass, which is no fault of gradients if it does so without them too.
-    """
-
-    moments: Mapping[str, Moments | Squares] = field(default_factory=dict)
-    samples: int = 0
-    reason: str = ""
-    error: Exception | None = None
-
-
 def _gradients(
     model: nn.Module, sites: Sites, batches: Iterable[Any], samples: int, rows: int | None, mask: Mask, feed: Feed,
     seed: int,
@@ -196,7 +175,7 @@ def _gradients(
     layers = [model.get_submodule(layer.name) for layer in sites.layers]
     first, stream = begun(checked_batches(batches))
     feed.decide(model, first)
-    watch = _Gradients(layers, sites, rows, Extent(batches, mask, feed.layout), samples, seed)
+    watch = GradientWatch(layers, sites, rows, Extent(batches, mask, feed.layout), samples, seed)
     with _weights_apart(model), observe(model, forward=feed) as run:
         for batch in stream:
             if watch.takes(batch):
@@ -233,8 +212,8 @@ class _Shared(PassMaker):
         self, model: nn.Module, sites: Sites, batches: Iterable[Any], samples: int, mask: Mask, feed: Feed
     ) -> None:
         layers = [model.get_submodule(layer.name) for layer in sites.layers]
-        self._made = lambda: _Gradients(layers, sites, None, Extent(batches, mask, feed.layout), samples, 0)
-        self._watch: _Gradients | None = None
+        self._made = lambda: GradientWatch(layers, sites, None, Extent(batches, mask, feed.layout), samples, 0)
+        self._watch: GradientWatch | None = None
 
     @property
     def found(self) -> Gradients:
@@ -255,129 +234,6 @@ class _Shared(PassMaker):
             self._watch = self._made()
             if self._watch.takes(batch):
                 self._watch.see(call, batch)
-
-
-class _Gradients:
-    """Takes the gradients that reach layers, batch by batch: a batch that fails leaves nothing.
-
-    Attributes
-    ----------
-    seen
-        Samples so far.
-    reason, error
-        Why a batch gave none, if one did, and what the model raised in its forward pass.
-    """
-
-    def __init__(
-        self, layers: Sequence[nn.Module], sites: Sites, rows: int | None, run: Extent, samples: int, seed: int
-    ) -> None:
-        specs = [layer.spec for layer in sites.layers]
-        heads = {each.head.name for each in sites.tied}
-        self.moments: dict[str, Moments | Squares] = {
-            s.name: (Squares if s.name in heads else Moments)(s.groups, s.out_channels // s.groups, s.device)
-            for s in specs
-        }
-        self.samples: Samples
-        self.seen, self.reason = 0, ""
-        self.error: Exception | None = None
-        self._run, self._seed = run, seed
-        self._wanted, self._all, self._passed = samples, run.samples, 0
-        if run.samples is not None:
-            run.samples = min(run.samples, samples)
-        self._rows = {s.name: FEWEST if rows is None and s.name in heads else rows for s in specs}
-        self._now: dict[str, list[Tensor]] = {}
-        self._hooks = [Hook(layer, self.hook(spec)) for layer, spec in zip(layers, specs, strict=True)]
-        # Writing in place into what backward passes read is rare, and what allows for it is slow.
-        self._mutable = False
-
-    @property
-    def found(self) -> Gradients:
-        """What has been taken so far."""
-        return Gradients({} if self.reason else self.moments, self.seen, self.reason, self.error)
-
-    @property
-    def fails_in_place(self) -> bool:
-        """Whether something that the backward pass reads was written to, which can be allowed for."""
-        return not self._mutable and "modified by an inplace operation" in self.reason
-
-    def takes(self, batch: Any) -> bool:
-        """Whether the next batch is one of those that give as many samples as are wanted, spread over the whole run.
-
-        The first ones would be of a few classes where data are sorted by them.
-        """
-        self._passed += self._run.layout.size(batch)
-        behind = self._all is None or self.seen * self._all < self._passed * self._wanted
-        return not self.reason and self.seen < self._wanted and behind
-
-    def see(self, run: Call, batch: Any, *, again: bool = True) -> Any:
-        """Add the gradients of a batch, or say why there are none, and give the output; it may be run ``again``."""
-        self.samples = self._run.see(batch)
-        output = self._tried(run, batch)
-        if again and self.fails_in_place:
-            self._mutable = True
-            output = self._tried(run, batch)
-        for name, parts in self._now.items():
-            for part in parts:
-                self.moments[name].update(part)
-        self._now = {}
-        self.seen += 0 if self.reason else self.samples.size
-        return output
-
-    def _tried(self, run: Call, batch: Any) -> Any:
-        self._now, self.reason, self.error = {}, "", None
-        output, backward = None, False
-        try:
-            with contextlib.ExitStack() as stack:
-                stack.enter_context(torch.enable_grad())
-                stack.enter_context(hooked(self._hooks))
-                if self._mutable:
-                    stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
-                output = run(batch)
-                outputs = [z for z in output_tensors(output) if z.requires_grad]
-                if not outputs:
-                    self.reason = (
-                        "no gradient reaches the sites: the model's output does not depend on them, or is computed "
-                        "without gradients"
-                    )
-                    return output
-                drawn = [directions(z, self.samples, self._seed + number) for number, z in enumerate(outputs)]
-                backward = True
-                torch.autograd.backward(outputs, drawn)
-        except SpectrimError:
-            raise
-        except Exception as error:  # backward passes run foreign code, which may raise anything
-            self._now = {}
-            self.reason = (
-                f"with gradients the {'backward' if backward else 'forward'} pass fails with {type(error).__name__}: "
-                f"{first_line(error)}"
-            )
-            self.error = None if backward else error
-        return output
-
-    def hook(self, spec: LayerSpec) -> Callable[..., Tensor]:
-        """For a layer, after it has run."""
-
-        def watch(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
-            shape = spec.as_vectors(tuple((args[0] if args else kwargs["input"]).shape))
-
-            def receive(gradient: Tensor | None) -> None:
-                # A function may give none, which is zero.
-                if gradient is not None:
-                    positions = _positions(spec, self._rows[spec.name], self._run)
-                    index = choose(spec, shape, positions, self.samples, self._seed).index
-                    self._now.setdefault(spec.name, []).append(outputs_at(spec, gradient.detach(), index).clone())
-
-            if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-                return output
-            # Where no gradient comes by so far, it begins: with a copy, since what begins may not be overwritten.
-            tracked = output
-            if not output.requires_grad:
-                tracked = (output.clone() if output.is_inference() else output.detach()).requires_grad_().clone()
-            # A tensor hook sees the gradient of the value as it is now, even if it is overwritten in place later.
-            tracked.register_hook(receive)
-            return tracked
-
-        return watch
 
 
 def _with_gradients(sites: Sites, moments: Mapping[str, Moments | Squares]) -> Sites:
@@ -425,8 +281,3 @@ def _even(layer: Layer, total: float) -> Moments:
     even.count = FEWEST
     even.scatter += torch.eye(o).to(even.scatter) * size * even.count
     return even
-
-
-def _positions(spec: LayerSpec, rows: int | None, run: Extent) -> int:
-    """Rows of a sample of mean length."""
-    return run.positions(max(FEWEST, FLOOR * spec.out_channels // spec.groups) if rows is None else rows)

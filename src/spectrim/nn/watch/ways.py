@@ -12,7 +12,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from spectrim.errors import CalibrationError, first_line
+from spectrim.errors import CalibrationError, in_short
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -338,7 +338,7 @@ _SIZES = re.compile(
 
 def cure(error: BaseException) -> str:
     """What may help against what a model raises on a batch, in a sentence without a full stop."""
-    said = first_line(error)
+    said = in_short(error)
     if _BYTES.search(said):
         return "Give numbers prepared as in training: images of bytes become such by batch.float() / 255"
     if _WHOLE.search(said):
