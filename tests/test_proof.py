@@ -157,6 +157,13 @@ def test_a_plan_that_was_edited_is_carried_out_and_its_costs_are_told() -> None:
     assert carry_out(model, sites, plan, BATCHES).notes == ()
 
 
+def test_a_plan_of_another_network_is_told_from_an_edited_one() -> None:
+    plans = {width: planned(nn.Sequential(nn.Linear(32, width), nn.ReLU(), nn.Linear(width, 32))) for width in (48, 64)}
+    wide = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
+    notes = carry_out(wide, plans[64][0], plans[48][1], BATCHES).notes
+    assert "made for another network, in which '2' has 1,568 parameters and not 2,080" in notes[0]
+
+
 def test_what_cannot_be_run_and_what_counts_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Two().eval()
     sites, plan = planned(model)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,6 +16,8 @@ from spectrim.cli.models import load_compressed, load_model
 from spectrim.cli.references import UsageError
 from spectrim.cli.results import write_result
 from spectrim.cli.weights import read_weights
+
+SHARD = "model-00001-of-00002.safetensors"
 
 
 def test_factory_with_options_in_evaluation_mode():
@@ -179,6 +183,39 @@ def test_hf_builds_the_architecture_of_the_configuration(tmp_path: Path):
     assert type(model).__name__ == "BertForSequenceClassification"
     with pytest.raises(UsageError, match="there is no such folder"):
         load_model(f"hf:{tmp_path / 'missing'}")
+
+
+def _edited(folder: Path, name: str, **entries: object) -> None:
+    record = json.loads((folder / name).read_text(encoding="utf-8"))
+    (folder / name).write_text(json.dumps({**record, **entries}), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("damage", "why"),
+    [
+        (lambda f: (f / SHARD).unlink(), f"No such file or directory: .*{SHARD}"),
+        (lambda f: (f / SHARD).write_bytes((f / SHARD).read_bytes()[:-9]), f"{SHARD!r} cannot be read.* copy it again"),
+        (lambda f: (f / SHARD).write_bytes(b"version https://git-lfs.github.com/spec/v1\n"), "git lfs pull"),
+        (lambda f: (f / "config.json").write_text("{"), "is not a valid JSON file"),
+        (lambda f: (f / "model.safetensors.index.json").write_text("{}"), "KeyError: '(weight_map|metadata)'"),
+        (lambda f: _edited(f, "config.json", hidden_act="foo"), "KeyError: 'foo'"),
+        (lambda f: _edited(f, "config.json", hidden_size="a"), "field 'hidden_size': .*expected int, got str"),
+        (lambda f: _edited(f, "config.json", architectures=[3]), r"names \[3\], of which transformers .* has no class"),
+        (lambda f: _edited(f, "config.json", architectures=["GPT2Model"]), "model_type 'bert' and names GPT2Model"),
+        (lambda f: _edited(f, "config.json", num_hidden_layers=2), "16 of its weights would be random, first 'encoder"),
+        (lambda f: _edited(f, "config.json", intermediate_size=9), "3 of its weights would be random"),
+    ],
+)  # fmt: skip
+def test_damaged_hf_folders_are_told_in_one_sentence(tmp_path: Path, damage: Callable[[Path], object], why: str):
+    transformers = pytest.importorskip("transformers")
+    options = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.BertConfig(**options, intermediate_size=8)
+    transformers.BertModel(config).save_pretrained(tmp_path / "bert", max_shard_size="6KB")
+    assert (tmp_path / "bert" / SHARD).is_file()
+    damage(tmp_path / "bert")
+    with pytest.raises(UsageError, match=why) as caught:
+        load_model(f"hf:{tmp_path / 'bert'}")
+    assert str(caught.value).count("\n") == 0
 
 
 def test_hf_folders_of_compressed_models_are_written_and_read(tmp_path: Path):

@@ -116,7 +116,7 @@ def test_whose_weights_are_compressed_is_told(run, tmp_path: Path):
     assert "compressing the weights that nets:tiny returns" in run(*arguments).stderr
     assert whose_weights("timm:resnet18") == "the pretrained weights of timm:resnet18"
     assert whose_weights("timm:resnet18?pretrained=False") == "the random weights of timm:resnet18"
-    assert whose_weights("nets:tiny", "w.pt") == "the weights of w.pt"
+    assert whose_weights("nets:tiny", "w.safetensors") == "the weights of w.safetensors"
 
 
 def test_true_false_and_none_are_read_as_python_writes_them():

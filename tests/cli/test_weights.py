@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from spectrim.cli.data import check_data
 from spectrim.cli.models import check_reference, load_model
 from spectrim.cli.references import UsageError
-from spectrim.cli.weights import check_checkpoint, check_file, read_weights
+from spectrim.cli.weights import check_checkpoint, check_file, part_taken, read_weights
 from spectrim.network.file_kinds import head_of, is_saved, not_safetensors
 
 
@@ -131,6 +131,17 @@ def test_of_several_state_dicts_one_must_be_named():
     torch.save({"old": state(), "new": state(), "epoch": 3}, "w.pt")
     with pytest.raises(UsageError, match="but 'old', 'new', 'epoch': save one of 'old', 'new' by itself"):
         read_weights("w.pt")
+
+
+@pytest.mark.parametrize(("taken", "other"), [("state_dict", "state_dict_ema"), ("model", "ema")])
+def test_which_of_several_state_dicts_is_taken_is_told(run, taken: str, other: str):
+    torch.save({other: {k: v + 1 for k, v in state().items()}, taken: state()}, "w.pt")
+    assert torch.equal(read_weights("w.pt")["conv.weight"], state()["conv.weight"])
+    told = f"the weights of w.pt (its {taken!r}, not {other!r}: save another by itself to have it taken)"
+    for arguments in (("profile",), ("evaluate", "--repeats", "0")):
+        assert told in run(arguments[0], "nets:tiny", "-w", "w.pt", "--input", "1x8x8", *arguments[1:]).stderr
+    torch.save({taken: state(), "epoch": 3}, "w.pt")
+    assert part_taken("w.pt") == ""
 
 
 def test_a_part_that_all_names_begin_with_is_left_out_where_they_fit_without():

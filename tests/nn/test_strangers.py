@@ -125,10 +125,11 @@ def test_vectors_without_an_axis_for_samples_are_told():
     assert st.tabulate(sites).dense["macs"] == 2 * 8 * 24
 
 
-def test_the_buffer_that_spoils_what_layers_see_is_named():
+@pytest.mark.parametrize(("value", "what"), [(float("nan"), "NaN or Inf"), (-1.0, "variances below zero")])
+def test_the_buffer_that_spoils_what_layers_see_is_named(value: float, what: str):
     model = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 4)).eval()
-    model[1].running_var[2] = float("nan")
-    with pytest.raises(st.CalibrationError, match=r"layer '2'.*'1\.running_var' holds NaN or Inf: mend it first"):
+    model[1].running_var[2] = value
+    with pytest.raises(st.CalibrationError, match=rf"layer '2'.*'1\.running_var' holds {what}: mend it first"):
         st.calibrate(model, st.find(model), BATCHES)
 
 

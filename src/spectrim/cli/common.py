@@ -12,7 +12,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TextIO, get_type_hints
@@ -35,6 +35,8 @@ EXIT_CODES = {
     TERMINATED: "The same by SIGTERM, as kill, timeout and batch systems send it.",
 }
 REQUIRED: Any = dataclasses.MISSING
+LARGEST = 2**31 - 1
+"""Of the numbers that options take: torch counts samples, threads and places in so many bits, or twice as many."""
 
 
 def option(
@@ -127,6 +129,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             out = Output(as_json, quiet, stdout)
             try:
                 options = {name: _home(value) for name, value in options.items()}
+                _check_numbers(options)
                 for name, group in groups.items():
                     options[name] = group(**{each.name: options.pop(each.name) for each in dataclasses.fields(group)})
                 function(out, **options)
@@ -174,6 +177,13 @@ def _failed(out: Output, error: Exception, debug: bool) -> typer.Exit | None:
     print(f"spectrim: error: {told}", file=sys.stderr)
     out.document({"error": {"type": type(error).__name__, "message": told, "exit_code": code}})
     return typer.Exit(code)
+
+
+def _check_numbers(options: Mapping[str, Any]) -> None:
+    """Refuse numbers that are too large to be meant."""
+    for name, value in options.items():
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise UsageError(f"--{name.replace('_', '-')} {value} is too large: write at most {LARGEST:,}")
 
 
 def _unwritten(error: OSError) -> typer.Exit:

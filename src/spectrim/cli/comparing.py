@@ -15,7 +15,7 @@ from spectrim.cli.common import Output, usage
 from spectrim.cli.compare import ComparedOptions, ComparingOptions
 from spectrim.cli.data import load_data
 from spectrim.cli.filters import with_channels
-from spectrim.cli.models import load_compressed, load_model
+from spectrim.cli.models import load_compressed, load_model, whose_weights
 from spectrim.cli.origins import origin_parts
 from spectrim.cli.preprocessing import tell_preprocessing
 from spectrim.cli.references import UsageError
@@ -97,6 +97,7 @@ def measure_networks(
     assert compared.model is not None
     device = device_named(measuring.device, measuring.threads, measuring.runtime)
     dense = load_model(compared.model, compared.weights).to(device)
+    out.say(f"dense: {whose_weights(compared.model, compared.weights)}")
     data = None if measuring.data is None else load_data(measuring.data, purpose="calibration", device=device)
     test = None if measuring.test is None else load_data(measuring.test, purpose="test", device=device)
     tell_preprocessing(out, {"--data": data, "--test": test}, dense)

@@ -34,7 +34,7 @@ def demo(
     epochs: Annotated[int, typer.Option("--epochs", min=0, metavar="N", help="Epochs of fine-tuning.")] = 16,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Images a call when time is measured.")] = 64,
     seed: Annotated[int, typer.Option(metavar="N", help="Of the first weights and the order of the samples.")] = 0,
-    threads: Annotated[int, typer.Option(min=1, metavar="N", help="CPU threads; the network is small.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, max=1024, metavar="N", help="CPU threads; the network is small.")] = 1,
 ) -> None:
     """Train a network on digits, compress it, fine-tune it, and say how much smaller and faster it is.
 

@@ -46,7 +46,7 @@ def evaluate(
     if data is not None:
         check_data(data, "test", "--data")
     from spectrim.cli.data import load_data
-    from spectrim.cli.models import load_model
+    from spectrim.cli.models import load_model, whose_weights
     from spectrim.cli.preprocessing import class_note, tell_preprocessing
     from spectrim.cli.sparsity import fastest, kernel_notes, kernel_values
     from spectrim.cli.work import device_named, first_batch, random_input
@@ -71,10 +71,13 @@ def evaluate(
         batch = first_batch(batches, measuring.batch, str(data), network)
     else:
         batch = random_input(str(input_shape), measuring.batch, device, network)
+    if model.checkpoint is None:
+        out.say(f"measuring {whose_weights(name, model.weights)}")
     kernels = fastest(network, batch, threads, measuring.runtime) if measuring.repeats else ()
     clock: dict[str, Any] = {"repeats": measuring.repeats, "threads": threads, "runtime": measuring.runtime}
     if measuring.compare:
         dense = load_model(model.model, model.weights).to(device)
+        out.say(f"dense: {whose_weights(model.model, model.weights)}")
         found = compare(dense, network, batch, evaluate=scoring, **clock)
         columns, rows = ["", ">dense", ">compressed", "change"], found.to_rows()
     else:

@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from spectrim.cli.common import is_of_memory
 from spectrim.cli.references import Reference, UsageError, call_reference, factory, installed, nearest, need, parse
 from spectrim.cli.sources import check_factory, names_nothing
-from spectrim.cli.weights import SUFFIXES, check_file, fill, read_weights
-from spectrim.errors import did_you_mean, in_short
+from spectrim.cli.weights import SUFFIXES, check_file, fill, part_taken, read_weights, unreadable
+from spectrim.errors import SpectrimError, did_you_mean, in_short
 
 if TYPE_CHECKING:
     from torch import nn
@@ -143,7 +144,8 @@ def _is_compressed(path: Path) -> bool:
 def whose_weights(text: str, weights: str | Path | None = None) -> str:
     """Whose weights a model has, in words."""
     if weights is not None:
-        return f"the weights of {weights}"
+        part = part_taken(weights)
+        return f"the weights of {weights}{part and f' ({part})'}"
     reference = parse(text)
     options = reference.options
     fetched = {"timm": options.get("pretrained", True), "torchvision": options.get("weights", True), "hf": True}
@@ -183,6 +185,9 @@ def _check_hub(reference: Reference) -> None:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UsageError(f"model {reference.text!r}: it has no config.json; give what save_pretrained wrote")
+        for file in sorted(folder.glob("model*.safetensors")):
+            if why := unreadable(file):
+                raise UsageError(f"model {reference.text!r}: {file.name!r} cannot be read: {why}")
     elif name.startswith((".", "/", "~")):
         close = nearest(folder, "*/")
         raise UsageError(f"model {reference.text!r}: there is no such folder.{close}".removesuffix("."))
@@ -259,19 +264,45 @@ def _transformers(reference: Reference, pretrained: bool) -> nn.Module:
         # What was fetched before is there at once: without a connection transformers would try again and again.
         held: dict[str, Any] = {"local_files_only": True} if name in _stored() and _out_of_reach(seconds=1) else {}
         config = transformers.AutoConfig.from_pretrained(name, **{**held, **reference.options})
-        architectures = config.architectures or []
-        if not architectures or not hasattr(transformers, architectures[0]):
-            raise UsageError(
-                f"model {reference.text!r}: its configuration names {architectures}, of which transformers "
-                f"{transformers.__version__} has no class; write a factory and pass package.module:factory"
-            )
-        kind = getattr(transformers, architectures[0])
-        return kind.from_pretrained(name, config=config, **held) if pretrained else kind(config)
-    except (OSError, ValueError) as error:
-        if isinstance(error, UsageError):
+        kind = _class_of(config, transformers, reference)
+        if not pretrained:
+            return kind(config)
+        told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, loaded = kind.from_pretrained(name, config=config, **told, **held)
+    except SpectrimError:
+        raise
+    except Exception as error:  # of files and configurations that are damaged, each reader has its own
+        if is_of_memory(error):
             raise
-        reason, close = in_short(error), did_you_mean(name, {*_stored()} - {name})
+        kind = f"{type(error).__name__}: " if isinstance(error, LookupError) else ""
+        reason, close = f"{kind}{in_short(error)}", did_you_mean(name, {*_stored()} - {name})
         raise UsageError(f"model {reference.text!r}: transformers cannot load it: {reason}{close}") from error
+    if random := [key for keys in ("missing_keys", "mismatched_keys") for key in loaded[keys]]:
+        first = random[0] if isinstance(random[0], str) else random[0][0]
+        raise UsageError(
+            f"model {reference.text!r}: {len(random)} of its weights would be random, first {first!r}: they are not in "
+            "its files, or of another shape there. Copy it again with the config.json that it was saved with, or write "
+            "a factory and pass file.py:factory"
+        )
+    return model
+
+
+def _class_of(config: Any, transformers: Any, reference: Reference) -> Any:
+    """The class of transformers that a configuration names."""
+    names = config.architectures or []
+    kind = getattr(transformers, str(names[0]), None) if names else None
+    if kind is None:
+        raise UsageError(
+            f"model {reference.text!r}: its configuration names {names}, of which transformers "
+            f"{transformers.__version__} has no class; write a factory and pass package.module:factory"
+        )
+    wanted = getattr(kind, "config_class", None)
+    if wanted is None or not isinstance(config, wanted):
+        raise UsageError(
+            f"model {reference.text!r}: its configuration is of model_type {config.model_type!r} and names {names[0]}, "
+            "which is no model of that type: give the config.json that save_pretrained wrote"
+        )
+    return kind
 
 
 SCHEMES: Mapping[str, tuple[Callable[[Reference, bool], Any], Callable[[Reference], None]]] = {

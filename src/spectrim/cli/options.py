@@ -63,7 +63,7 @@ input_option = functools.partial(
     check=read_shape,
 )  # fmt: skip
 batch_option = functools.partial(option, "Samples a pass where time and memory are measured.", "N", 1, min=1)
-threads_option = functools.partial(option, "CPU threads; by default all that torch takes.", "N", min=1)
+threads_option = functools.partial(option, "CPU threads; by default all that torch takes.", "N", min=1, max=1024)
 runtime_option = functools.partial(
     option, f"What runs the network where time is measured: {', '.join(RUNTIMES)}.", "NAME", "eager",
     check=one_of("--runtime", RUNTIMES, {"onnx": "onnxruntime", "ort": "onnxruntime", "torch": "eager"}),

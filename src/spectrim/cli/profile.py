@@ -81,6 +81,7 @@ def profile(
         make_folder(out, figure.parent, [figure.name])
     chosen = methods.chosen(inputs.data is not None, multiple_of=layers.multiple_of, share=groups is not False)
     work = Subject.load(network, layers, inputs, timed=shown.latency)
+    out.say(f"looking at {work.whose}")
     check_patterns(chosen, work.sites)
     sites = work.sites
     if any(method.removes_channels for method in chosen):

@@ -6,13 +6,14 @@ They are read without torch, so that what cannot be used is told at once.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from spectrim.cli.common import usage
+from spectrim.cli.common import LARGEST, usage
 from spectrim.cli.references import Reference, UsageError, factory, halves, nearest
 from spectrim.cli.sources import check_factory
 from spectrim.errors import did_you_mean
@@ -71,6 +72,8 @@ def read_shape(text: str) -> tuple[int, ...]:
         meant = len(numbers) > 1 and all(part.isdigit() and int(part) for part in numbers)
         close = f" Did you mean {'x'.join(numbers)}?" if meant else ""
         raise UsageError(f"--input {text!r} is no shape: write the sizes of one sample, as 3x224x224.{close}")
+    if math.prod(shape) > LARGEST:
+        raise UsageError(f"--input {text!r} has {math.prod(shape):.3g} numbers: write the sizes of one sample")
     return tuple(shape)
 
 

@@ -137,13 +137,26 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     return state
 
 
+def part_taken(path: str | Path | None) -> str:
+    """Which of several state dicts in a file :func:`read_weights` takes, in words; empty where there is no other."""
+    import torch
+
+    if path is None or Path(path).suffix == ".safetensors":
+        return ""
+    within = _states(torch.load(path, map_location="meta", weights_only=True))
+    taken, *others = within or [""]
+    beside = ", ".join(map(repr, others))
+    return f"its {taken!r}, not {beside}: save another by itself to have it taken" if others else ""
+
+
 def _state_in(held: Any, path: Path) -> dict[str, Tensor]:
     """The state dict that is what a file holds, or is in it."""
     if _is_state(held):
         return {str(name): each for name, each in held.items()}
-    within = {str(key): each for key, each in held.items() if _is_state(each)} if isinstance(held, Mapping) else {}
-    for key in (*(name for name in _WRAPPERS if name in within), *(within if len(within) == 1 else ())):
-        return {str(name): each for name, each in within[key].items()}
+    within = _states(held)
+    first = next(iter(within), "")
+    if first in _WRAPPERS or len(within) == 1:
+        return {str(name): each for name, each in within[first].items()}
     there = f"a {type(held).__name__}"
     if isinstance(held, Mapping):
         there = ", ".join(repr(str(key)) for key in list(held)[:6]) if held else "nothing"
@@ -152,6 +165,15 @@ def _state_in(held: Any, path: Path) -> dict[str, Tensor]:
         f"weights {str(path)!r} hold no mapping of names to tensors, but {there}: save {which} by itself, with "
         "torch.save"
     )
+
+
+def _states(held: Any) -> dict[str, Mapping[Any, Tensor]]:
+    """The state dicts in what a file holds, by their names; what training scripts call a model's comes first."""
+    if _is_state(held) or not isinstance(held, Mapping):
+        return {}
+    within = {str(key): each for key, each in held.items() if _is_state(each)}
+    first = [key for key in _WRAPPERS if key in within]
+    return {key: within[key] for key in dict.fromkeys([*first, *within])}
 
 
 def _is_state(held: Any) -> bool:

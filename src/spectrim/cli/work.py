@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,7 +87,7 @@ class Subject:
         sampling = Sampling(inputs.rows or "auto", inputs.positions, inputs.mask)
         return cls(network, dense, sites, train, data, test, example, clock, sampling, named)
 
-    @property
+    @functools.cached_property
     def whose(self) -> str:
         """Whose weights the model has, in words."""
         return whose_weights(self.network.model, self.network.weights)

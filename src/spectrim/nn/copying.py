@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ from spectrim.nn.watch.state import ALONE
 
 # How deep attributes of modules are looked into for tensors.
 _DEPTH = 5
+# What holds none, or none of the model's own, as a module of Python does.
+_WITHOUT = (nn.Module, types.ModuleType, type, str, bytes, int, float)
 
 
 def copy_model(model: nn.Module) -> nn.Module:
@@ -110,7 +113,7 @@ def _tensors(value: Any, depth: int, seen: set[int]) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
         return
-    if not depth or id(value) in seen or isinstance(value, nn.Module | type | str | bytes | int | float):
+    if not depth or id(value) in seen or isinstance(value, _WITHOUT):
         return
     seen.add(id(value))
     if isinstance(value, Mapping):

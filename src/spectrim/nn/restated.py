@@ -48,7 +48,7 @@ def _restated(
     wrong = [name for name in _TELLING if name in total and not _same(plan.costs.get(name, total[name]), total[name])]
     if not wrong:
         return plan, ()
-    entries, unknown = [], []
+    entries, unknown, why = [], [], "it was edited, or made for other inputs"
     for entry in plan:
         now = {} if entry.of_channels else network.counted(entry.site, picks)
         error = entry.error
@@ -56,10 +56,14 @@ def _restated(
             error = offered.get((entry.site, entry.choice), error)
             unknown += [] if (entry.site, entry.choice) in offered else [entry.site]
         dense = network.counted(entry.site) if now else entry.dense_costs
+        there, here = (costs.get("parameters", 0.0) for costs in (entry.dense_costs, dense))
+        if there and not _same(there, here):
+            other = f"in which {entry.site!r} has {there:,.0f} parameters and not {here:,.0f}"
+            why = f"it was made for another network, {other}"
         entries.append(dataclasses.replace(entry, costs=now or entry.costs, dense_costs=dense, error=error))
     notes = [
-        f"the plan said {plan.costs[name]:,.0f} {name}, its choices come to {total[name]:,.0f}: it was edited, or made "
-        "for other inputs, and what is told here was counted anew"
+        f"the plan said {plan.costs[name]:,.0f} {name}, its choices come to {total[name]:,.0f}: {why}, and what is "
+        "told here was counted anew"
         for name in wrong
     ]
     if unknown:

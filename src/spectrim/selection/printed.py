@@ -28,7 +28,13 @@ from spectrim.selection.plan import Entry, Plan
 # Losses that a printed table tells what remains at.
 _LOSSES = (0.01, 0.05)
 _NAME = 32  # columns of a layer's name beside its choice
-_HEADER = [("(all else)", "holds the header of the file, too, which tells of the layers that are new and of the plan")]
+_HEADER = [
+    (
+        "(all else)",
+        "holds the header of the file, too, which tells of the layers that are new and of the plan, at its largest: "
+        "the file may be a KiB or two smaller",
+    )
+]
 _LOST = {
     "output energy": "share of the energy of a layer's outputs, around their mean, on the calibration samples",
     "weighted output energy": "share of the energy of a layer's outputs, weighed by what they do to the network's",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import types
 from typing import Any
 
 import pytest
@@ -264,7 +265,22 @@ def test_what_is_written_on_parameters_stays() -> None:
     assert all(parameter._no_weight_decay for parameter in copied.parameters())  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize(("what", "word"), [(threading.Lock(), "lock"), ((n for n in range(2)), "generator")])
+class Unanswering(types.ModuleType):
+    """A module of Python that loads something where it is asked for what it lacks, as torch's of CUDA do."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"nothing to load for {name}")
+
+
+@pytest.mark.parametrize(
+    ("what", "word"),
+    [
+        (threading.Lock(), "lock"),
+        ((n for n in range(2)), "generator"),
+        (functools, "module"),
+        (Unanswering("unanswering"), "Unanswering"),
+    ],
+)
 def test_what_cannot_be_copied_is_named_before_any_work(what: Any, word: str) -> None:
     class Locked(Plain):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

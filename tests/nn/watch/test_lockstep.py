@@ -12,6 +12,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.autograd import graph
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -286,12 +287,21 @@ def set_outside():
         lambda: torch.device("cpu"),
         lambda: torch.backends.mkldnn.flags(enabled=False),
         warnings.catch_warnings,
+        graph.allow_mutation_on_saved_tensors,
+        graph.save_on_cpu,
+        lambda: graph.disable_saved_tensors_hooks("none here"),
+        lambda: torch.autograd.set_detect_anomaly(True, check_nan=False),
+        lambda: torch.autograd.set_multithreading_enabled(False),
+        lambda: torch.backends.cudnn.flags(deterministic=True, benchmark=True),
     ],
 )
 def test_switches_and_modes_that_a_pass_turns_are_its_own_and_as_they_were_afterwards(around):
     def seen():
         flash, modes = torch.backends.cuda.flash_sdp_enabled(), torch._C._len_torch_function_stack()
-        return torch.get_default_dtype(), flash, torch.backends.mkldnn.enabled, warnings.filters, modes
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        gradients = (hooks, torch._C._autograd._saved_tensors_hooks_get_disabled_error_message())
+        gradients += (torch.is_anomaly_enabled(), torch._C._is_multithreading_enabled(), torch.backends.cudnn.benchmark)
+        return torch.get_default_dtype(), flash, torch.backends.mkldnn.enabled, warnings.filters, modes, gradients
 
     SETTING.set(2.0)
     dense, changed = twins(Within(around))

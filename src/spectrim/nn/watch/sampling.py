@@ -32,6 +32,9 @@ from spectrim.nn.watch.samples import Chosen, Samples, lengths_of
 GUESSED = 16
 # Samples that a run is taken to have where nothing says how many: few, so that rather too many rows are kept.
 FEW = 64
+# A number of rows, or of positions, that is meant; torch counts them in twice as many bits.
+_LARGEST = 2**31 - 1
+_MEANT = f"a positive int of at most {_LARGEST:,}"
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,9 @@ class Sampling:
     def __post_init__(self) -> None:
         rows, positions = self.rows, self.positions
         if not (rows is None or rows == "auto" or _is_number(rows)):
-            raise ValueError(f"rows={rows!r}: expected a positive int, None for all positions, or 'auto'")
+            raise ValueError(f"rows={rows!r}: expected {_MEANT}, None for all positions, or 'auto'")
         if not (positions is None or _is_number(positions)):
-            raise ValueError(f"positions={positions!r}: expected a positive int, of positions a sample, or None")
+            raise ValueError(f"positions={positions!r}: expected {_MEANT}, of positions a sample, or None")
         if self.mask is not None and not isinstance(self.mask, str):
             check_function(
                 "mask", self.mask, ("a batch",), "the name of a tensor of the batch, or a function that gives one"
@@ -65,7 +68,7 @@ class Sampling:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST
 
 
 class Extent:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import warnings
 from asyncio import events
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch._C import _autograd
+from torch.autograd import graph
 from torch.backends import cuda, mha
 
 
@@ -33,8 +35,43 @@ def _deterministic() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
 
+def _saving() -> tuple[Sequence[Any], str | None]:
+    """Hooks on what is saved for gradients, outermost first, and why there may be none, if so."""
+    hooks: list[Any] = []
+    while (hook := _autograd._top_saved_tensors_default_hooks(True)) is not None:
+        hooks.insert(0, hook)
+        _autograd._pop_saved_tensors_default_hooks()
+    for hook in hooks:
+        _autograd._push_saved_tensors_default_hooks(*hook)
+    return hooks, _autograd._saved_tensors_hooks_get_disabled_error_message()
+
+
+def _save(value: tuple[Sequence[Any], str | None]) -> None:
+    hooks, refused = value
+    for _ in _saving()[0]:
+        _autograd._pop_saved_tensors_default_hooks()
+    _autograd._saved_tensors_hooks_enable()
+    for hook in hooks:
+        _autograd._push_saved_tensors_default_hooks(*hook)
+    if refused is not None:
+        _autograd._saved_tensors_hooks_disable(refused)
+
+
+def _anomalies() -> tuple[bool, bool]:
+    return torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+
+
+def _attribute(holder: Any, name: str) -> _Switch:
+    return _Switch(lambda: getattr(holder, name), lambda value: setattr(holder, name, value))
+
+
 _SWITCHES = (
     _Switch(torch.is_grad_enabled, torch.set_grad_enabled),
+    _Switch(_saving, _save),
+    _attribute(graph, "_allow_mutation_on_saved_tensors_enabled"),
+    _Switch(_anomalies, lambda value: torch.set_anomaly_enabled(*value)),
+    _Switch(torch._C._is_multithreading_enabled, torch._C._set_multithreading_enabled),
+    _Switch(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     *(_casting(kind) for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind)),
     _Switch(torch.get_default_dtype, torch.set_default_dtype),
     _Switch(torch.get_num_threads, torch.set_num_threads),
@@ -46,7 +83,8 @@ _SWITCHES = (
     _Switch(cuda.math_sdp_enabled, cuda.enable_math_sdp),
     _Switch(cuda.cudnn_sdp_enabled, cuda.enable_cudnn_sdp),
     _Switch(mha.get_fastpath_enabled, mha.set_fastpath_enabled),
-    _Switch(lambda: warnings.filters, lambda value: setattr(warnings, "filters", value)),
+    *(_attribute(torch.backends.cudnn, name) for name in ("benchmark", "deterministic")),
+    _attribute(warnings, "filters"),
     _Switch(events._get_running_loop, events._set_running_loop),
 )
 

@@ -346,8 +346,10 @@ def _layer(model: nn.Module, spec: LayerSpec) -> nn.Module:
 
 
 def _spoilt(model: nn.Module) -> str:
-    """The first parameter or buffer of a model that holds NaN or Inf, in a sentence."""
-    held = itertools.chain(nn.Module.named_parameters(model), nn.Module.named_buffers(model))
-    spoilt = (n for n, t in held if t.is_floating_point() and not bool(torch.isfinite(t).all()))
-    name = next(spoilt, None)
-    return "" if name is None else f" {name!r} holds NaN or Inf: mend it first."
+    """The first parameter or buffer of a model that holds NaN, Inf or a variance below zero, in a sentence."""
+    for name, tensor in itertools.chain(nn.Module.named_parameters(model), nn.Module.named_buffers(model)):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return f" {name!r} holds NaN or Inf: mend it first."
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            return f" {name!r} holds variances below zero: mend it first."
+    return ""
