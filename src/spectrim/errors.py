@@ -148,7 +148,7 @@ def _left_alone(cost: str, skipped: tuple[tuple[str, str, str, float], ...]) -> 
     order = sorted(alike.items(), key=lambda item: -sum(share for _, share in item[1]))
     said = []
     for (kind, reason), layers in order[:_REASONS]:
-        names = layers[0][0] if len(layers) == 1 else f"{layers[0][0]} and {len(layers) - 1} more"
+        names = first_few([name for name, _ in layers], 1)
         share = sum(share for _, share in layers)
         said.append(f"{names} ({kind}{f', {share:.1%} of {cost}' if share else ''}): {reason.rstrip('.')}.")
     if not said:
@@ -188,6 +188,12 @@ class CheckpointError(SpectrimError, ValueError):
 
 class ExportError(SpectrimError, RuntimeError):
     """An exported program could not be made, or does not compute what the model computes."""
+
+
+def first_few(names: Sequence[str], most: int = 3, between: str = ", ") -> str:
+    """Some of many for people: ``a, b, c and 4 more``."""
+    more = len(names) - most
+    return between.join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def in_short(error: BaseException) -> str:

@@ -57,7 +57,7 @@ def _plans(paths: dict[str, Path]) -> dict[str, Plan]:
     return {n: Plan.read(path) if path.suffix == ".json" else read_plan(path) for n, path in paths.items()}
 
 
-class _Kept(msgspec.Struct):
+class _Result(msgspec.Struct):
     """What ``compare`` reads of what compress has found."""
 
     scores: dict[str, float] = {}
@@ -65,9 +65,9 @@ class _Kept(msgspec.Struct):
     agreement: Agreement | None = None
 
 
-def _kept(text: bytes) -> _Kept:
+def _kept(text: bytes) -> _Result:
     what = "what compress writes"
-    return converted(record_of(text, what, LARGEST), _Kept, what)
+    return converted(record_of(text, what, LARGEST), _Result, what)
 
 
 def _stored(path: Path) -> tuple[list[Measure], Agreement | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from spectrim.cli.filters import sample_notes
 from spectrim.cli.steps import print_skipped, skipped_values
 from spectrim.cost import counted
 from spectrim.cost.whole import Network
+from spectrim.errors import first_few
 from spectrim.methods import PrincipalFilters
 from spectrim.network.coupling import IN, OUT, THROUGH
 from spectrim.network.sites import Channels, Sites
@@ -104,7 +105,7 @@ class Widths:
             out.print(note)
         places = {"written_by": "written by", "passed_by": "passed by", "read_by": "read by"}
         used = [key for key in places if any(group[key] for group in self.groups)]
-        lists = [(_name(group), *(_names(group[key]) for key in used)) for group in self.groups]
+        lists = [(_name(group), *(first_few(group[key], _SHOWN) for key in used)) for group in self.groups]
         out.table(["group", *(places[key] for key in used)], lists, title="Layers of each group")
 
     def draw(self, file: Path) -> None:
@@ -147,11 +148,6 @@ def _group(
 
 def _name(group: Mapping[str, Any]) -> str:
     return group["name"].removesuffix(":out")
-
-
-def _names(layers: Sequence[str]) -> str:
-    more = len(layers) - _SHOWN
-    return ", ".join(layers) if more <= 0 else f"{', '.join(layers[:_SHOWN])} and {more} more"
 
 
 def _head(recipe: str) -> str:

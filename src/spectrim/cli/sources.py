@@ -113,7 +113,6 @@ def _definitions(body: Sequence[ast.stmt]) -> Iterator[tuple[str, ast.stmt]]:
 
 def _check_call(node: ast.stmt, reference: Reference, what: str, arguments: int) -> None:
     """Refuse a call that a function's parameters do not allow; what is decorated may take anything."""
-    given = reference.options
     if isinstance(node, ast.ClassDef) and not node.decorator_list:
         inits = [each for each in node.body if isinstance(each, ast.FunctionDef) and each.name == "__init__"]
         node, arguments = (inits[0] if inits else node), arguments + 1
@@ -125,11 +124,16 @@ def _check_call(node: ast.stmt, reference: Reference, what: str, arguments: int)
             f"{what} {reference.text!r}: {reference.place}() is called with {arguments} argument, and takes {places}: "
             f"give it a parameter, as def {reference.place}(layer)"
         )
-    named = _parameters(node.args)
-    allowed = [*named][min(arguments, places) :]
+    _check_options(reference, what, node.args, min(arguments, places))
+
+
+def _check_options(reference: Reference, what: str, parameters: ast.arguments, taken: int) -> None:
+    """Refuse options that are no parameters behind the first ``taken``, and a lack of those that must be given."""
+    given, named = reference.options, _parameters(parameters)
+    allowed = [*named][taken:]
     needed = [name for name in allowed if named[name] and name not in given]
     unknown = [name for name in given if name not in named]
-    if unknown and node.args.kwarg is None:
+    if unknown and parameters.kwarg is None:
         options = f"its parameters are {', '.join(allowed)}" if allowed else "it has no parameters"
         raise UsageError(
             f"{what} {reference.text!r}: {reference.place} takes no {unknown[0]!r}; {options}."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -238,11 +238,15 @@ def _misfit(state: Mapping[str, Tensor], mine: Mapping[str, Tensor]) -> str:
     cure = "give the model that they were saved from, with its arguments as ?name=value"
     if unlike["type"] and len(problems) == 1:
         cure = f"save them as {str(unlike['type'][0][2]).removeprefix('torch.')}"
-    if whole := prefixes(state, mine) if lacks else []:
-        those = f"{{k[{len(whole[0])}:]: v for k, v in state.items() if k.startswith({whole[0]!r})}}"
-        cure = f"all that the model has lies under {' and under '.join(map(repr, whole[:3]))}: save that alone, {those}"
+    whole = prefixes(state, mine) if lacks else []
+    cure = _save_alone(whole) if whole else cure
     others = len(lacks) >= len(mine) / 2 and not whole
     return f"{'; '.join(problems)}{'. These look like the weights of another network' if others else ''}: {cure}"
+
+
+def _save_alone(prefixes: Sequence[str]) -> str:
+    those = f"{{k[{len(prefixes[0])}:]: v for k, v in state.items() if k.startswith({prefixes[0]!r})}}"
+    return f"all that the model has lies under {' and under '.join(map(repr, prefixes[:3]))}: save that alone, {those}"
 
 
 def _not_plain(tensor: Tensor) -> str:

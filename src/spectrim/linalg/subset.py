@@ -88,7 +88,7 @@ def elimination(
     -----
     ``O(d^2 f)`` a channel. With ``at_a_time`` above 1 the losses in between are interpolated.
     """
-    states = [_State(reader) for reader in readers]
+    states = [_Selection(reader) for reader in readers]
     last = -(-max(until or 1, 1) // pools) * pools
     left = torch.ones(channels, dtype=torch.bool)
     gone: list[int] = []
@@ -119,7 +119,7 @@ def _least(scores: Tensor, count: int, pools: int) -> list[int]:
     return numbers.t().flatten().tolist()
 
 
-class _State:
+class _Selection:
     """``P`` and ``Q = P C B C P`` of one reader, over the entries that are left."""
 
     def __init__(self, reader: Reader) -> None:

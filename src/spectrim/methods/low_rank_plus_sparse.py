@@ -257,33 +257,33 @@ class LowRankPlusSparse(Method):
 
     def _grid(self, spec: LayerSpec, how: Unfolding, pattern: Pattern, *, first: bool) -> Iterator[tuple[int, float]]:
         """Ranks and densities on offer: those that store or multiply fewer numbers than the layer."""
-        shape = spec.shape
-        numbers = math.prod(shape)
-        each = sum(math.prod(part.shape) for part in spec.factor(how, 1))
         full = full_rank(spec, how)
-        few = _FEW // _thin(spec)
-        densities = pattern.densities(self.densities, shape)
-        fixed = bool(pattern.densities((), shape))
-        shares = _SHARES if numbers <= _HUGE else (0.0, 0.3)
-        if self.share is not None:
-            shares = (self.share,)
-        elif not self.ranks:
-            shares = (0.0,)
-        pairs: list[tuple[int, float]] = []
-        for share in shares:
-            for total in _thinned(densities, few if share and self.share is None else 2 * few):
-                # Patterns with a density of their own keep it; the low-rank part is then beside it.
-                density = total if fixed else round((1 - share) * total, 6)
-                pairs.append((int(share * total * numbers / each), density))
         seen: set[tuple[int, int]] = set()
-        for rank, density in pairs:
-            kept = pattern.kept(shape, density)
+        for rank, density in self._splits(spec, how, pattern):
+            kept = pattern.kept(spec.shape, density)
             # Without a low-rank part all unfoldings are the same.
             stored = kept or (rank and self.share is not None)
             wanted = stored and (rank or first) and rank <= full and (rank, kept) not in seen
             if wanted and self._pays(spec, how, rank, pattern, density):
                 seen.add((rank, kept))
                 yield rank, density
+
+    def _splits(self, spec: LayerSpec, how: Unfolding, pattern: Pattern) -> Iterator[tuple[int, float]]:
+        """Ranks and densities that share out so many numbers, in several ways."""
+        numbers = math.prod(spec.shape)
+        each = sum(math.prod(part.shape) for part in spec.factor(how, 1))
+        few = _FEW // _thin(spec)
+        densities = pattern.densities(self.densities, spec.shape)
+        fixed = bool(pattern.densities((), spec.shape))
+        shares = _SHARES if numbers <= _HUGE else (0.0, 0.3)
+        if self.share is not None:
+            shares = (self.share,)
+        elif not self.ranks:
+            shares = (0.0,)
+        for share in shares:
+            for total in _thinned(densities, few if share and self.share is None else 2 * few):
+                # Patterns with a density of their own keep it; the low-rank part is then beside it.
+                yield int(share * total * numbers / each), total if fixed else round((1 - share) * total, 6)
 
     def _alone(self, spec: LayerSpec, how: Unfolding) -> list[int]:
         """Ranks on offer for low rank alone: any below the multiple that suits the device, multiples above."""

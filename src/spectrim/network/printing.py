@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from spectrim.errors import first_few
+
 T = TypeVar("T")
 
 WIDTH = 96
@@ -126,8 +128,7 @@ def count(number: int, noun: str) -> str:
 
 def listed(names: Sequence[str], most: int = 3) -> str:
     """Names for people, the first few of many."""
-    shown = ", ".join(tail(name, 48) for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most:,} more"
+    return first_few([tail(name, 48) for name in names], most)
 
 
 def folded(rows: Sequence[T], rest: Callable[[Sequence[T]], T], most: int = MOST) -> list[T]:

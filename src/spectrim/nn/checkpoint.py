@@ -10,7 +10,7 @@ from typing import Any, Protocol, cast, overload, runtime_checkable
 
 from torch import Tensor, nn
 
-from spectrim.errors import CheckpointError, ProofError, called_as
+from spectrim.errors import CheckpointError, ProofError, called_as, first_few
 from spectrim.network import tensor_files
 from spectrim.network.choices import ChannelsChoice, SumChoice
 from spectrim.network.coupling import IN
@@ -272,10 +272,10 @@ def _state(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     own = ((n, p) for n, p in nn.Module.named_parameters(model) if n not in state and not nn.parameter.is_lazy(p))
     left = [name for name, parameter in own if (parameter.data_ptr(), parameter.shape) not in held]
     if left and not any(map(_loads_itself, nn.Module.modules(model))):
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise CheckpointError(
-            f"state_dict of the {type(model).__name__} leaves out {left[0]!r}{more}, without which a file cannot be "
-            "loaded again: give all parameters there, or put what is left out of it into a method of another name"
+            f"state_dict of the {type(model).__name__} leaves out {first_few([*map(repr, left)], 1)}, without which a "
+            "file cannot be loaded again: give all parameters there, or put what is left out of it into a method of "
+            "another name"
         )
     return state, records
 

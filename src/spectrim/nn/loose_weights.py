@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from spectrim.errors import first_few
 from spectrim.network.sites import Skipped
 
 _RECURRENT = (
@@ -91,10 +92,9 @@ def _reason(module: nn.Module, names: list[str]) -> str:
             return reason
     if type(module).__name__ in _BY_NAME:
         return _BY_NAME[type(module).__name__]
-    shapes = ", ".join(f"{name} {tuple(module._parameters[name].shape)}" for name in names[:3])  # type: ignore[union-attr]
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    shapes = first_few([f"{name} {tuple(module._parameters[name].shape)}" for name in names])  # type: ignore[union-attr]
     return (
-        f"it holds {shapes}{more} itself and is no layer. If these are multiplied (functional convolution or linear, "
+        f"it holds {shapes} itself and is no layer. If these are multiplied (functional convolution or linear, "
         "einsum, matmul), put them into nn.Linear or nn.Conv modules"
     )
 

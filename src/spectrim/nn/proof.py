@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from spectrim.cost.counted import macs, parameters
 from spectrim.cost.whole import Layered, Network, Picks
-from spectrim.errors import ProofError, SpectrimError
+from spectrim.errors import ProofError, SpectrimError, first_few
 from spectrim.network.sites import Sites
 from spectrim.nn.counting import counting
 from spectrim.nn.merge_proof import check_merged
@@ -215,8 +215,8 @@ def _run_small(dense: nn.Module, small: nn.Module, names: Sequence[str], batch: 
         return _run(small, batch, names, feed)
     except Exception as error:
         cause = (
-            f"What reads or calls the replaced layers ({_some(names)}) does not find what it needs; skip those with "
-            "skip="
+            f"What reads or calls the replaced layers ({first_few([*map(repr, names)])}) does not find what it needs; "
+            "skip those with skip="
             if names
             else "Something reads channels that are gone; skip= the layers before it"
         )
@@ -249,7 +249,7 @@ def _calls(dense: nn.Module, before: PassRecord, now: PassRecord, batch: Any, fe
     if others:
         yield (
             f"{len(others)} layers are called another number of times than in the dense network, which goes other ways "
-            f"for other inputs: {_some(others)}"
+            f"for other inputs: {first_few([*map(repr, others)])}"
         )
 
 
@@ -281,14 +281,15 @@ def _work(expected: Expected, before: PassRecord, now: PassRecord) -> Iterator[s
     if others:
         yield (
             f"the MACs of the finished network were not checked: layers get other numbers of rows than in the dense "
-            f"network, which picks them by what it computes: {_some(others)}"
+            f"network, which picks them by what it computes: {first_few([*map(repr, others)])}"
         )
     elif not math.isclose(now.macs, expected.planned["macs"], rel_tol=_ROWS, abs_tol=before.rounded):
+        names = first_few([*map(repr, now.calls)])
         raise ProofError(
             f"the compressed network takes {now.macs:,.0f} MACs a sample where its plan counts "
-            f"{expected.planned['macs']:,.0f}: is the weight of a replaced layer ({_some(tuple(now.calls))}) read by "
-            "its parent, and so multiplied out in every pass, or does the network walk its modules and run the parts "
-            "of a layer too? skip= that layer"
+            f"{expected.planned['macs']:,.0f}: is the weight of a replaced layer ({names}) "
+            "read by its parent, and so multiplied out in every pass, or does the network walk its modules and run "
+            "the parts of a layer too? skip= that layer"
         )
 
 
@@ -302,7 +303,3 @@ def _outputs(expected: Expected, before: PassRecord, now: PassRecord) -> Iterato
     for a, b in zip(before.outputs, now.outputs, strict=False):
         if b.is_floating_point() and bool(a.isfinite().all()) and bool(b.isnan().any()):
             raise ProofError("the compressed network gives NaN where the dense one gives numbers")
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")

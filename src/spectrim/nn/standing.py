@@ -205,6 +205,18 @@ def fits(layer: nn.Module, module: nn.Module) -> bool:
     return kind is not None and (isinstance(module, StandIn) or type(module) is kind)
 
 
+def _become(layer: nn.Module, own: type[nn.Module], stand_in: type[StandIn] | None) -> None:
+    """Make a layer one of its own class that computes as a stand-in does, or none that does."""
+    try:
+        # Not by the layer's own way to set attributes, which may be anything.
+        object.__setattr__(layer, "__class__", own if stand_in is None else _standing(stand_in, own))
+    except TypeError as error:
+        raise PlanError(
+            f"nothing can stand in the place of a {own.__name__}, whose type allows no derived one ({error}): put a "
+            "plain layer of torch there, or skip the layer"
+        ) from error
+
+
 def take_over(layer: nn.Module, module: nn.Module) -> None:
     """Have a layer compute as a module does, in place; or, for a plain layer of its kind, have it be that layer again.
 
@@ -226,14 +238,7 @@ def take_over(layer: nn.Module, module: nn.Module) -> None:
             f"a {own.__name__} has a part {clash[0]!r} of its own, which a {type(module).__name__} in its place needs: "
             "rename it, or skip the layer"
         )
-    try:
-        # Not by the layer's own way to set attributes, which may be anything.
-        object.__setattr__(layer, "__class__", _standing(type(module), own) if standing else own)
-    except TypeError as error:
-        raise PlanError(
-            f"nothing can stand in the place of a {own.__name__}, whose type allows no derived one ({error}): put a "
-            "plain layer of torch there, or skip the layer"
-        ) from error
+    _become(layer, own, type(module) if standing else None)
     for name in brought:
         state.pop(name, None)
     state.update(kept)

@@ -13,6 +13,7 @@ from typing import Any, Self
 from torch import nn
 
 from spectrim.application import Applied
+from spectrim.errors import first_few
 from spectrim.network.choices import ChannelsChoice
 from spectrim.network.printing import Grid, Printed, amount, cost_name, count, reasons, share, total
 from spectrim.network.sites import Sites
@@ -296,8 +297,7 @@ def reported(
 def _said_of_layers(done: Applied) -> Iterator[str]:
     """What a user should know of layers that could not be reconstructed."""
     if done.unseen:
-        names = ", ".join(done.unseen[:5]) + (", ..." if len(done.unseen) > 5 else "")
         yield (
             f"{len(done.unseen)} layers were not fitted to what the layers before them deliver, since no forward pass "
-            f"stopped at them in both networks: {names}"
+            f"stopped at them in both networks: {first_few(done.unseen, 5)}"
         )

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from spectrim.errors import CheckpointError
+from spectrim.errors import CheckpointError, first_few
 from spectrim.network import files, tensor_files
 from spectrim.train.result import EpochRecord
 
@@ -166,10 +166,8 @@ def check_tensors(model: nn.Module, stored: Mapping[str, Tensor], source: str) -
         both = {n: (told(stored[n]), told(tensors[n])) for n in tensors if n in stored}
         wrong += [f"{n} is {then} in it and {now} in the model" for n, (then, now) in both.items() if then != now]
     if wrong:
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise CheckpointError(
-            f"{source}: belongs to another model than this {type(model).__name__}: {'; '.join(wrong[:3])}{more}"
-        )
+        why = first_few(wrong, between="; ")
+        raise CheckpointError(f"{source}: belongs to another model than this {type(model).__name__}: {why}")
     for name, tensor in tensors.items():
         # Masks of minus infinity are buffers of many models.
         if not _finite(stored[name]) and _finite(tensor):

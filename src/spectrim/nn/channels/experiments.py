@@ -197,10 +197,10 @@ class Experiments:
         return found, any(bool(_differ(a, b).any()) for a, b in zip(base.outputs, outputs, strict=True))
 
     @cached_property
-    def _base(self) -> _Pass:
+    def _base(self) -> _Recorded:
         inputs: dict[str, list[Tensor]] = {}
         outputs = self._pass(lambda name, x: inputs.setdefault(name, []).append(x.clone()))
-        return _Pass(inputs, [t.clone() for t in outputs])
+        return _Recorded(inputs, [t.clone() for t in outputs])
 
     def _pass(
         self, see: Callable[[str, Tensor], None], source: str | None = None, chosen: Tensor | None = None
@@ -238,7 +238,7 @@ class Experiments:
 
 
 @dataclass(frozen=True)
-class _Pass:
+class _Recorded:
     """Inputs of the modules of interest call by call, and outputs."""
 
     inputs: Mapping[str, list[Tensor]]

@@ -116,11 +116,7 @@ def _coupled(model: nn.Module, sites: Sites, example: Any, run: Feed) -> Sites:
     good = list(with_products(trial, good))
     good.sort(key=lambda c: order.get(c.sides[0].name, len(order)))
     touched = {side.name for coupling in good for side in coupling.sides}
-    followers = []
-    for spec in sites.untouched:
-        if spec.name in touched:
-            weight, bias = canonical(model.get_submodule(spec.name))
-            followers.append(Layer(spec, weight, bias))
+    follow = [spec for spec in sites.untouched if spec.name in touched]
     norms = graph.norms()
     reading = {side.name for coupling in good for side in coupling.on(IN)}
     skipped = [Skipped(name, f"{count} channels", reason) for name, count, reason in left]
@@ -128,7 +124,7 @@ def _coupled(model: nn.Module, sites: Sites, example: Any, run: Feed) -> Sites:
         sites,
         sites=tuple(_needing(site) if site.name in reading - norms.keys() else site for site in sites),
         couplings=tuple(good),
-        followers=tuple(followers),
+        followers=tuple(Layer(spec, *canonical(model.get_submodule(spec.name))) for spec in follow),
         norms=norms,
         skipped=(*sites.skipped, *skipped),
     )

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import CalibrationError, ForwardError, SpectrimError
+from spectrim.errors import CalibrationError, ForwardError, SpectrimError, first_few
 from spectrim.linalg.moments import Moments, Squares
 from spectrim.network.sites import Layer, Sites, Tied
 from spectrim.nn.contiguity import contiguous_where_needed
@@ -143,7 +143,7 @@ def with_weights(sites: Sites, found: Gradients) -> Sites:
     without = [layer.name for layer in sites.layers if layer.name not in usable]
     if not without:
         return _with_gradients(sites, usable)
-    names = ", ".join(map(repr, without[:5])) + (", ..." if len(without) > 5 else "")
+    names = first_few([*map(repr, without)], 5)
     reason = found.reason or (
         "no gradient reaches them, or one that is zero or not finite: the way to the output is cut by a layer without "
         "gradients, no_grad, detach, or a selection"

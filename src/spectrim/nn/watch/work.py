@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
+from spectrim.errors import first_few
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Sites
 
@@ -19,5 +20,4 @@ def uncounted_work(sites: Sites) -> Iterator[str]:
     if not sites.uncounted:
         return
     named = [f"{name} in {path or 'the model itself'}" for name, path in sites.uncounted.items()]
-    more = f" and {len(named) - 5} more" if len(named) > 5 else ""
-    yield f"not counted in the MACs, since there is no formula for it: {', '.join(named[:5])}{more}"
+    yield f"not counted in the MACs, since there is no formula for it: {first_few(named, 5)}"

@@ -54,7 +54,7 @@ def seen_writing(model: nn.Module) -> Iterator[None]:
         yield
         return
     with unwatched():
-        held = [_Held(name, module, key, p) for name, module in model.named_modules() for key, p in _plain(module)]
+        held = [_AsItWas(name, module, key, p) for name, module in model.named_modules() for key, p in _plain(module)]
     whole = False
     try:
         with _Writes(held), _in_place(model):
@@ -134,7 +134,7 @@ def _plain(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             yield key, parameter
 
 
-class _Held:
+class _AsItWas:
     """A parameter as it was, without a copy as long as nobody writes."""
 
     def __init__(self, name: str, module: nn.Module, key: str, parameter: nn.Parameter) -> None:
@@ -172,9 +172,9 @@ class _Held:
 class _Writes(Mode):
     """Has parameters copied before an operation writes into their memory."""
 
-    def __init__(self, held: list[_Held]) -> None:
+    def __init__(self, held: list[_AsItWas]) -> None:
         super().__init__()
-        self._held: dict[int, list[_Held]] = {}
+        self._held: dict[int, list[_AsItWas]] = {}
         for each in held:
             self._held.setdefault(each.memory, []).append(each)
 
