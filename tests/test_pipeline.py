@@ -150,6 +150,22 @@ def test_a_generous_budget_loses_little_and_a_tight_one_more() -> None:
     assert lost[0] < 0.3 * lost[-1]
 
 
+def test_where_outputs_agree_poorly_the_report_says_what_else_there_is() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16)).eval()
+    batches = list(torch.randn(4, 64, 16))
+
+    def told(share: float, **options: Any) -> tuple[bool, bool]:
+        report = st.compress(model, batches, Budget(macs=share), **options).report
+        assert report.agreement is not None
+        return report.agreement.agreed < 0.9, any("methods='auto'" in note for note in report.notes)
+
+    assert told(0.2) == (True, True)
+    assert told(1.0) == (False, False)
+    # Who names methods knows of others.
+    assert told(0.2, methods=[st.ActivationSVD()]) == (True, False)
+
+
 def depthwise() -> nn.Module:
     """Layers of few channels between depthwise convolutions: of their costs low rank takes 85 % at most."""
     torch.manual_seed(0)

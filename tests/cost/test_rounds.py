@@ -100,6 +100,11 @@ def test_no_round_is_begun_beyond_the_budget_but_the_first_three(machine: Machin
     assert sum(machine.work(1000) is None for _ in Rounds(9, budget=budget)) == taken
 
 
+@pytest.mark.parametrize(("least", "taken"), [(0.0, 4), (2.5, 4), (6.0, 6), (100.0, 12)])
+def test_rounds_go_on_for_the_least_seconds(machine: Machine, least: float, taken: int) -> None:
+    assert sum(machine.work(1000) is None for _ in Rounds(4, most=12, least=least)) == taken
+
+
 def test_the_number_of_threads_is_set_and_restored() -> None:
     before = torch.get_num_threads()
     with torch_threads(before + 1):

@@ -122,6 +122,35 @@ def test_a_network_slower_than_dense_is_refused_under_guard_alone(monkeypatch):
     assert any("SLOWER than dense" in note for note in told)
 
 
+class Noisy(Clock):
+    """Noise hides what networks take, unless they are timed for longer."""
+
+    def models(self, models, example, **options: object) -> dict[str, Timing]:
+        quiet = options.get("least", 0.0) >= measured._SURELY
+        times = super().models(models, example)
+        noise = {name: 0.0 if quiet else sign * 5.0 for name, sign in zip(times, (1, -1), strict=False)}
+        return {
+            name: Timing(tuple(time + noise.get(name, 0.0) * (turn % 3 - 1) for turn, time in enumerate(each.samples)))
+            for name, each in times.items()
+        }
+
+
+@pytest.mark.parametrize("takes", [+0.3, -0.3])
+def test_a_network_whose_first_times_tell_nothing_is_timed_for_longer(monkeypatch, takes):
+    clock = Noisy(monkeypatch, dict.fromkeys("0123", takes))
+    if takes > 0:
+        with pytest.raises(SlowerError, match=r"11\.2 ms for 10 ms"):
+            compressed(clock, "macs=45%")
+    else:
+        assert compressed(clock, "macs=45%").report.measured["compressed"].samples == pytest.approx((8.8,) * 15)
+
+
+def test_networks_that_are_timed_on_the_way_are_no_edited_plans(monkeypatch, caplog):
+    compressed(Clock(monkeypatch, {"2": +1.0}))
+    assert "dense again" in caplog.text
+    assert "edited" not in caplog.text
+
+
 def test_macs_and_milliseconds_that_disagree_are_flagged(monkeypatch):
     slow = Clock(monkeypatch, dict.fromkeys("0123", -0.1))
     notes = compressed(slow, "macs=40%", guard=False).report.notes

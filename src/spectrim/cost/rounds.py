@@ -144,12 +144,15 @@ class Rounds:
 
     Rounds are numbered from 0, the ``warmup`` before that have negative numbers, and their times are forgotten. What is
     timed several times in one round adds up. There are ``count`` rounds, and up to ``most`` until everything has
-    :data:`FEWEST` undisturbed times; ``budget`` seconds after the start no further round is begun, but for the first
-    :data:`FEWEST`.
+    :data:`FEWEST` undisturbed times and ``least`` seconds are over; ``budget`` seconds after the start no further round
+    is begun, but for the first :data:`FEWEST`.
     """
 
-    def __init__(self, count: int, *, most: int | None = None, warmup: int = 0, budget: float = math.inf) -> None:
+    def __init__(
+        self, count: int, *, most: int | None = None, warmup: int = 0, budget: float = math.inf, least: float = 0.0
+    ) -> None:
         self.count, self.most, self.warmup, self.budget = count, count if most is None else most, warmup, budget
+        self.least = least
         self._turn = 0
         self._begun: dict[Hashable, tuple[int, float]] = {}
         self._times: dict[Hashable, dict[int, tuple[float, int]]] = {}
@@ -157,8 +160,9 @@ class Rounds:
     def __iter__(self) -> Iterator[int]:
         start = time.perf_counter()
         for turn in range(-self.warmup, self.most):
-            late = turn >= FEWEST and time.perf_counter() - start > self.budget
-            if late or (turn >= self.count and all(map(self.is_settled, self._times))):
+            passed = time.perf_counter() - start
+            enough = turn >= self.count and passed >= self.least and all(map(self.is_settled, self._times))
+            if enough or (turn >= FEWEST and passed > self.budget):
                 return
             self._turn = turn
             yield turn

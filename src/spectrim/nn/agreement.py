@@ -60,6 +60,11 @@ class Agreement:
     parts: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
     @property
+    def agreed(self) -> float:
+        """Share of samples whose class is the dense network's; 1 - relative error for outputs that are no scores."""
+        return 1 - self.error if self.top1 is None else self.top1
+
+    @property
     def standard_error(self) -> float | None:
         """How far the divergence, else the relative error, is off by chance, typically; None for too few samples."""
         if len(self.parts) < 2:

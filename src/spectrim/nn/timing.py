@@ -32,6 +32,7 @@ from spectrim.nn.watch.nesting import copied
 from spectrim.nn.watch.state import ALONE, kept, left_as_found
 from spectrim.progress import Steps, reports_steps, told
 
+_MOST = 1000  # repeats of models that are timed for so many seconds at least
 _REASON = 200  # characters of what another library says that are passed on
 
 # How rounds of timing are told: a function of how many are done and of how many, True for a bar.
@@ -48,6 +49,7 @@ def measure_latency(
     threads: int | None = None,
     runtime: Runtime | str = "eager",
     seconds: float = math.inf,
+    least: float = 0.0,
     progress: Told = None,
 ) -> dict[str, Timing]:
     """Time models side by side: in each repeat every model runs once, so that a busy moment hits all of them.
@@ -71,6 +73,8 @@ def measure_latency(
         What runs the models, as for :class:`spectrim.Latency`. Each is exported or compiled before the first repeat.
     seconds
         After which no further repeat is begun; three are made in any case.
+    least
+        Seconds that repeats go on for, so that fast models are compared as surely as slow ones; in up to 1,000 repeats.
     progress
         True for a bar, or a function called with the repeats done and their number.
 
@@ -86,7 +90,7 @@ def measure_latency(
             f"measuring needs a model and at least one repeat; got {len(models)} models, repeats={repeats}"
         )
     args, kwargs = called_with(example)
-    rounds = Rounds(repeats, warmup=warmup, budget=seconds)
+    rounds = Rounds(repeats, most=max(repeats, _MOST) if least else None, warmup=warmup, budget=seconds, least=least)
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch_threads(threads))
         put_back = {name: stack.enter_context(_evaluating(model, args, kwargs)) for name, model in models.items()}
@@ -105,7 +109,7 @@ def measure_latency(
                 wait[name]()
                 rounds.end(name)
             if turn >= 0:
-                told(progress)(turn + 1, repeats)
+                told(progress)(min(turn + 1, repeats), repeats)
     return {name: rounds[name] for name in models}
 
 

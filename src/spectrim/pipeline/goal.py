@@ -21,6 +21,12 @@ from spectrim.search.tolerance import Tolerance
 from spectrim.selection.budget import Budget
 
 log = logging.getLogger(__name__)
+# Share of outputs that agree with dense ones, below which a user is told what else there is.
+_POOR = 0.9
+_OTHER_SETS = (
+    "the budget costs this network much: fine_tune (--train) wins most of it back; methods='auto' (--method auto) has "
+    "other sets of methods compete, which takes several times as long and may choose layers that run slower"
+)
 
 
 class Sets(enum.Enum):
@@ -99,6 +105,9 @@ def reached(
                 return shrink_within(model, known, goal.budget, goal.tolerance, goal.judge, making, cost=goal.cost)
             assert goal.budget is not None
             result = shrink(model, known, goal.budget, making)
+            if sets is Sets.OPEN and _is_poor(result):
+                log.warning("%s", _OTHER_SETS)
+                result = result.reporting(notes=(*result.report.notes, _OTHER_SETS))
             return result if goal.judge.evaluate is None else with_verdict(result, goal.judge)
         except InfeasibleBudgetError as error:
             if sets is Sets.NAMED:
@@ -113,3 +122,8 @@ def reached(
         )  # fmt: skip
     assert goal.budget is not None
     return shrink_best(model, known, goal.budget, arms, goal.judge, making, seconds=goal.seconds)
+
+
+def _is_poor(result: Result) -> bool:
+    agreement = result.report.agreement
+    return agreement is not None and agreement.agreed < _POOR

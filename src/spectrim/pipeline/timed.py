@@ -12,7 +12,7 @@ from spectrim.cost.latency import Latency
 from spectrim.network.sites import Sites
 from spectrim.nn.timing import Speed, Timing
 from spectrim.pipeline.making import Making
-from spectrim.search.measured import Trials, check_faster, meet_latency, put_back
+from spectrim.search.measured import Trials, meet_latency, put_back, surely_timed
 from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
@@ -75,7 +75,7 @@ def met(
         plan, measured, restored = put_back(trials, plan, measured, again)
         said = tuple(restored.sentences)
     if draft.making.guard:
-        check_faster(trials, plan, measured)
+        measured = surely_timed(trials, plan, measured)
     return plan, measured, (*said, *_said_of_time(plan, measured))
 
 

@@ -62,10 +62,8 @@ class Verdict:
 
     @property
     def agreed(self) -> float | None:
-        """Share of samples whose class is the dense network's; 1 - relative error for outputs that are no scores."""
-        if self.agreement is None:
-            return None
-        return 1 - self.agreement.error if self.agreement.top1 is None else self.agreement.top1
+        """As :attr:`spectrim.Agreement.agreed`, where outputs can be compared."""
+        return None if self.agreement is None else self.agreement.agreed
 
 
 @dataclass(frozen=True)

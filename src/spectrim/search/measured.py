@@ -32,6 +32,8 @@ _ROUNDS = 8
 # Networks that are built and timed to find the layers that lose time, beside those that meet a limit; so many at once
 # and so many seconds at once.
 _TRIALS, _BESIDE, _SECONDS = 12, 6, 20.0
+# Seconds, at least, that networks are timed beside each other; whether one is slower than dense is told in more.
+_LEAST, _SURELY = 0.5, 2.0
 # ... until the measured time is within this share of the budget.
 CLOSE = 0.03
 
@@ -147,7 +149,9 @@ class Trials:
     latency: Latency
     methods: Sequence[Method] | None = None
 
-    def beside(self, plans: Mapping[str, Plan], seconds: float = _SECONDS) -> Mapping[str, Timing]:
+    def beside(
+        self, plans: Mapping[str, Plan], seconds: float = _SECONDS, least: float = _LEAST
+    ) -> Mapping[str, Timing]:
         """Times of the networks of plans, and of the dense one where a plan is named so."""
         built = {
             name: as_timed(self.model, self.latency)
@@ -156,8 +160,9 @@ class Trials:
             for name, plan in plans.items()
         }
         return measure_latency(
-            built, self.example, threads=self.latency.threads, runtime=self.latency.runtime, seconds=seconds
-        )
+            built, self.example, threads=self.latency.threads, runtime=self.latency.runtime, seconds=seconds,
+            least=least,
+        )  # fmt: skip
 
     def losing(self, plan: Plan, groups: list[list[Entry]], left: int) -> tuple[list[Entry], int]:
         """The choices of a plan without which its network is surely faster, and how many networks were timed.
@@ -183,12 +188,16 @@ class Trials:
 
 
 def with_dense(plan: Plan, group: Sequence[Entry]) -> Plan:
-    """A plan with some of its layers left dense, to be timed: its costs are those of the plan before."""
+    """A plan with some of its layers left dense, to be timed."""
     sites = {entry.site for entry in group}
     entries = [
         dataclasses.replace(e, choice=DENSE, error=0.0, costs=e.dense_costs) if e.site in sites else e for e in plan
     ]
-    return dataclasses.replace(plan, entries=tuple(entries))
+    costs = {
+        name: total + sum(e.dense_costs.get(name, 0.0) - e.costs.get(name, 0.0) for e in group)
+        for name, total in plan.costs.items()
+    }
+    return dataclasses.replace(plan, entries=tuple(entries), costs=costs)
 
 
 def in_groups(entries: Sequence[Entry]) -> list[list[Entry]]:
@@ -250,16 +259,22 @@ def put_back(
     return other, times, outcome(layers=names)
 
 
-def check_faster(trials: Trials, plan: Plan, measured: Mapping[str, Timing]) -> None:
-    """Raise SlowerError if the network of a plan is surely slower than the dense one, twice."""
-    if all(entry.choice.is_dense for entry in plan):
-        return
+def surely_timed(trials: Trials, plan: Plan, measured: Mapping[str, Timing]) -> Mapping[str, Timing]:
+    """Times of the network of a plan beside dense, taken for longer where they leave open whether it is slower.
+
+    Raises
+    ------
+    SlowerError
+        If it is slower, twice.
+    """
+    if Speed.of(measured["dense"], measured["compressed"]).low >= 1 or all(entry.choice.is_dense for entry in plan):
+        return measured
     times = measured
     for _ in range(2):
+        times = trials.beside({"dense": plan, "compressed": plan}, least=_SURELY)
         speed = Speed.of(times["dense"], times["compressed"])
         if not (speed.differs and speed.ratio < 1):
-            return
-        times = trials.beside({"dense": plan, "compressed": plan}) if times is measured else times
+            return times
     cost, limit = next(iter(plan.budget.items()))
     said = (
         f"{times['compressed'].quiet:.3g} ms for {times['dense'].quiet:.3g} ms, run by {trials.latency.runs.name} at "
