@@ -28,7 +28,7 @@ from spectrim.nn.find import find
 from spectrim.nn.layers import canonical
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
-from spectrim.nn.watch.observe import observe
+from spectrim.nn.watch.observe import observe, on_few
 from spectrim.nn.watch.readers import reading
 from spectrim.nn.watch.state import ALONE
 
@@ -98,8 +98,7 @@ def _coupled(model: nn.Module, sites: Sites, example: Any, run: Feed) -> Sites:
     run.decide(model, example)
     # Not the traced copy: it may keep tensors of autograd, which cannot be copied.
     lively = enlivened(model)
-    small = run.few(lively, example, 2)
-    _check_watchable(lively, sites, small, run)
+    small = _two(lively, sites, example, run)
     graph = Graph.traced(model, sites, small, run)
     # Other samples may go through layers that these two do not.
     left = graph.left() if isinstance(graph, Graph) and small is not example else []
@@ -130,16 +129,23 @@ def _coupled(model: nn.Module, sites: Sites, example: Any, run: Feed) -> Sites:
     )
 
 
-def _check_watchable(model: nn.Module, sites: Sites, batch: Any, run: Feed) -> None:
-    """Raise CalibrationError where calibration would: for a model that calls its layers as they cannot be watched."""
+def _two(model: nn.Module, sites: Sites, batch: Any, run: Feed) -> Any:
+    """Two samples of a batch; all for a model that does not run with two, as where edges name nodes.
+
+    Raises CalibrationError where calibration would: for a model that calls its layers as they cannot be watched.
+    """
     specs = [layer.spec for layer in sites.layers if not layer.present]
-    with observe(model, forward=run) as once, reading(model, specs):
-        try:
-            once(batch)
-        except SpectrimError:
-            raise
-        except Exception:  # the trace meets it too, and tells
-            return
+
+    def watched(part: Any) -> None:
+        with observe(model, forward=run) as once, reading(model, specs):
+            once(part)
+
+    try:
+        return on_few(watched, batch, run, 2)
+    except SpectrimError:
+        raise
+    except Exception:  # the trace meets it too, and tells
+        return batch
 
 
 def _with_heads(

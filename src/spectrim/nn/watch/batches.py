@@ -151,16 +151,6 @@ class Feed:
         """The same batch with other samples than it has, repeated or cut."""
         return self.layout.resized(batch, size)
 
-    def few(self, model: nn.Module, batch: Any, size: int) -> Any:
-        """The same for a model that runs with so few; else the whole batch, as where edges name nodes."""
-        part = self.resized(batch, size)
-        try:
-            with evaluating(model), kept(model):
-                self(model, part)
-        except Exception:  # a model may raise anything where it is given what it does not take
-            return batch
-        return part
-
 
 def _run(model: nn.Module, run: Callable[[], Any]) -> Any:
     with seen_writing(model):

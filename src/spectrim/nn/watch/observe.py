@@ -60,18 +60,17 @@ def hooked(hooks: Iterable[Hook]) -> Iterator[None]:
         yield
 
 
-def on_few(run: Callable[[Any], None], batch: Any, feed: Feed) -> None:
-    """Run something on one sample of a batch; on the whole one where a model refuses that, or it cannot be cut."""
-    size = feed.layout.size(batch)
-    for part in dict.fromkeys((1, size)):
-        try:
-            run(feed.resized(batch, part) if part < size else batch)
-        except Exception:
-            # What is wrong with the whole one is told.
-            if part == size:
-                raise
-        else:
-            return
+def on_few(run: Callable[[Any], None], batch: Any, feed: Feed, few: int = 1) -> Any:
+    """Run something on so ``few`` samples of a batch, which are given.
+
+    On the whole one where a model refuses them, or it cannot be cut.
+    """
+    if feed.layout.size(batch) != few:
+        with contextlib.suppress(Exception):  # what is wrong with the whole one is told
+            run(part := feed.resized(batch, few))
+            return part
+    run(batch)
+    return batch
 
 
 @contextlib.contextmanager
