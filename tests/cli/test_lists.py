@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.cli.preprocessing import Inputs
-from spectrim.cli.work import first_batch
+from spectrim.cli.subject import first_batch
 from spectrim.report import measure
 
 

@@ -282,12 +282,12 @@ def test_a_network_in_place_of_a_function_is_told():
 
 
 def test_what_the_memory_does_not_hold_is_told(run, monkeypatch: pytest.MonkeyPatch):
-    from spectrim.cli import work
+    from spectrim.cli import subject
 
     def full(*args: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 119997600012 bytes.")
 
-    monkeypatch.setattr(work, "random_input", full)
+    monkeypatch.setattr(subject, "random_input", full)
     said = run("compress", "nets:tiny", "--input", "1x8x8", "-b", "macs=50%", code=1).stderr
     assert "there is not enough memory for 119997600012 bytes: give fewer or smaller samples (--input" in said
     assert not Path("compressed").exists()

@@ -65,7 +65,7 @@ def test_a_tolerance_that_only_the_dense_network_holds_tells_of_no_budget(run, m
     def accuracy(model: nn.Module, batches: object) -> float:
         return 0.0 if any(isinstance(module, StandIn) for module in model.modules()) else 100.0
 
-    monkeypatch.setattr("spectrim.cli.work.accuracy", accuracy)
+    monkeypatch.setattr("spectrim.cli.subject.accuracy", accuracy)
     found = run.json(*COMPRESS, *DATA, *TEST, "--max-drop", "1", "--out", "small")
     assert found["costs"] == found["dense_costs"]
     said = " ".join(found["notes"])

@@ -12,7 +12,7 @@ from torch import nn
 
 import spectrim as st
 from spectrim.errors import PlanError
-from spectrim.nn.functional import run
+from spectrim.nn.layers import run_with
 from spectrim.nn.modules import Factored
 from spectrim.nn.sparse.layers import Masked
 from spectrim.nn.standing import StandIn, WholeWeight
@@ -58,7 +58,7 @@ def test_a_layer_stays_the_object_and_the_type_it_was_and_answers_for_its_weight
     assert {name: getattr(layer, name) for name in sizes} == sizes
     x = torch.randn(shape)
     with torch.no_grad():
-        assert close(run(layer, layer.original, x, layer.weight, layer.bias), layer(x), 1e-4)
+        assert close(run_with(layer, layer.original, x, layer.weight, layer.bias), layer(x), 1e-4)
     assert layer.weight.shape == LAYERS[kind][0]().weight.shape
     assert type(merge(model).layer) is own
 

@@ -21,7 +21,7 @@ from spectrim.cli.preprocessing import tell_preprocessing
 from spectrim.cli.references import UsageError
 from spectrim.cli.sharing import offer, planned_groups
 from spectrim.cli.sparsity import fastest
-from spectrim.cli.work import device_named, first_batch
+from spectrim.cli.subject import device_named, first_batch
 from spectrim.network.files import converted, read_document, record_of
 from spectrim.nn.agreement import Agreement, agreement
 from spectrim.nn.checkpoint import read_plan

@@ -68,7 +68,7 @@ def compress(
         raise UsageError(f"--max-drop {goal.max_drop:g} is measured on --test, batches with labels: give them too")
     make_folder(out, files.folder)
     from spectrim.cli import shrinking
-    from spectrim.cli.work import Subject
+    from spectrim.cli.subject import Subject
 
     request = shrinking.Request.read(
         methods, goal, sharing, calibrated=inputs.data is not None, multiple_of=layers.multiple_of

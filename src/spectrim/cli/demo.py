@@ -57,7 +57,7 @@ def demo(
     from spectrim.cli.batches import Batches
     from spectrim.cli.digits_net import DigitsNet
     from spectrim.cli.results import Outcome
-    from spectrim.cli.work import device_named, first_batch
+    from spectrim.cli.subject import device_named, first_batch
     from spectrim.nn.agreement import agreement
     from spectrim.pipeline import compress
     from spectrim.report import accuracy, compare

@@ -49,7 +49,7 @@ def evaluate(
     from spectrim.cli.models import load_model, whose_weights
     from spectrim.cli.preprocessing import class_note, tell_preprocessing
     from spectrim.cli.sparsity import fastest, kernel_notes, kernel_values
-    from spectrim.cli.work import device_named, first_batch, random_input
+    from spectrim.cli.subject import device_named, first_batch, random_input
     from spectrim.report import accuracy, compare, measure
 
     device = device_named(measuring.device, threads, measuring.runtime)

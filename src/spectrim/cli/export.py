@@ -56,7 +56,7 @@ def export(
             installed(package, Reference(f"--out {file}", ""), "spectrim[export]")
     make_folder(out, file.parent, [file.name])
     from spectrim.cli.data import load_data
-    from spectrim.cli.work import device_named, first_batch, random_input
+    from spectrim.cli.subject import device_named, first_batch, random_input
     from spectrim.nn.export import export_onnx, export_program
 
     device_named("cpu", written.threads)

@@ -19,9 +19,9 @@ from spectrim.cli.options import (
 )
 from spectrim.cli.preprocessing import tell_preprocessing
 from spectrim.cli.results import Outcome
+from spectrim.cli.subject import Subject
 from spectrim.cli.unfinished import UNFINISHED, RunFolder, make_folder
 from spectrim.cli.values import read_budget, read_costs
-from spectrim.cli.work import Subject
 from spectrim.methods import WeightSVD
 from spectrim.network.printing import count
 from spectrim.preparation import prepare

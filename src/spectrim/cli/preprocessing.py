@@ -12,7 +12,7 @@ from torch import nn
 
 from spectrim.cli.batches import Batches
 from spectrim.cli.common import Output
-from spectrim.cli.work import running
+from spectrim.cli.subject import running
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.nesting import logits, tensors
 from spectrim.train.randomness import generators_kept

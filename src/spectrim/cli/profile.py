@@ -71,9 +71,9 @@ def profile(
     from spectrim.cli.sharing import NONE_ALIKE, wanted_groups
     from spectrim.cli.sparsity import check_patterns
     from spectrim.cli.steps import prepared, print_skipped, skipped_values, table_of
+    from spectrim.cli.subject import Subject
     from spectrim.cli.unfinished import make_folder
     from spectrim.cli.values import read_costs
-    from spectrim.cli.work import Subject
     from spectrim.methods import PrincipalFilters
 
     groups, costs = wanted_groups(sharing, methods), read_costs(shown.cost)

@@ -27,9 +27,9 @@ from spectrim.cli.results import Outcome, write_result
 from spectrim.cli.sharing import NONE_ALIKE, Wanted, planned_groups, wanted_groups
 from spectrim.cli.sparsity import check_patterns, fastest, kernel_notes, kernel_values
 from spectrim.cli.steps import table_of
+from spectrim.cli.subject import Subject
 from spectrim.cli.unfinished import ONE_SHOT, TUNING, UNFINISHED, RunFolder
 from spectrim.cli.values import read_budget, read_costs, recipe_share
-from spectrim.cli.work import Subject
 from spectrim.errors import ExportError
 from spectrim.methods import Method, PrincipalFilters, from_record
 from spectrim.network.sites import Sites

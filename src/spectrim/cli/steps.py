@@ -9,7 +9,7 @@ from typing import Any
 
 from spectrim.cli.common import Output
 from spectrim.cli.sharing import Wanted, offer
-from spectrim.cli.work import Subject
+from spectrim.cli.subject import Subject
 from spectrim.methods import Method
 from spectrim.network.printing import reasons
 from spectrim.network.sites import Sites

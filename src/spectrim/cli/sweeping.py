@@ -28,8 +28,8 @@ from spectrim.cli.sharing import wanted_groups
 from spectrim.cli.shrinking import SELECTOR_OF
 from spectrim.cli.sparsity import check_patterns
 from spectrim.cli.steps import prepared
+from spectrim.cli.subject import Subject
 from spectrim.cli.values import read_costs as read_costs
-from spectrim.cli.work import Subject
 from spectrim.nn.checkpoint import check_savable
 from spectrim.pipeline.making import Making
 from spectrim.report import Origin, SweepPage

@@ -21,8 +21,7 @@ from spectrim.nn.headers import FORMAT as FORMAT
 from spectrim.nn.headers import Header
 from spectrim.nn.layers import is_layer, spec_of
 from spectrim.nn.linears import rewrite
-from spectrim.nn.matching import check_fits, share_memory, unpack_layers, values_of
-from spectrim.nn.packing import pack_state
+from spectrim.nn.matching import check_fits, pack_state, share_memory, unpack_layers, values_of
 from spectrim.nn.rebuilding import check_dense, naming, rebuild
 from spectrim.nn.shipping import carried_out, carry, earlier, remembered, rewritten
 from spectrim.nn.sparse.packed import masked_in

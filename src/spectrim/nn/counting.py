@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spectrim.network import tensor_files
 from spectrim.nn.flops import WorkCounter
-from spectrim.nn.packing import pack_state
+from spectrim.nn.matching import pack_state
 from spectrim.nn.sparse.packed import masked_layers
 from spectrim.nn.sparse.products import Kernel
 from spectrim.nn.watch.observe import Hook, hooked

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
@@ -16,6 +17,8 @@ from torch.nn.utils import parametrize
 from spectrim.errors import UnsupportedLayerError
 from spectrim.network.layer import LayerSpec, Lookup
 from spectrim.nn.standing import LAYERS
+
+_UP_BY_AXES = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -128,3 +131,14 @@ def tied_weights(model: nn.Module) -> dict[int, list[str]]:
         for parameter in module.parameters(recurse=False):
             holders.setdefault(id(parameter), []).append(name)
     return {key: names for key, names in holders.items() if len(names) > 1}
+
+
+def run_with(host: Any, spec: LayerSpec, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What a plain layer, the host, would answer with this weight (in torch's layout) and this bias."""
+    if not spec.kernel:
+        return F.linear(x, weight, bias)
+    if spec.transposed:
+        up = _UP_BY_AXES[len(spec.kernel)]
+        return up(x, weight, bias, host.stride, host.padding, host.output_padding, host.groups, host.dilation)
+    # torch's own way to run a convolution with another weight: it knows every padding.
+    return host._conv_forward(x, weight, bias)

@@ -1,8 +1,8 @@
-"""Whether the tensors and values of a file are those of a model, and packed ones opened for it."""
+"""Tensors and values of a file and those of a model: packed for the one, and opened and held against the other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,32 @@ from spectrim.errors import CheckpointError
 from spectrim.network import tensor_files
 from spectrim.network.state_values import alike, is_ordinary, put_together
 from spectrim.nn.sparse.layers import Masked, Slim
-from spectrim.nn.sparse.packed import read_mask, read_weight
+from spectrim.nn.sparse.packed import masked_in, packed_mask, read_mask, read_weight, values_inside
+
+
+def pack_state(
+    model: nn.Module,
+    state: dict[str, Tensor],
+    whole: Mapping[str, Any],
+    density_of: Callable[[Masked], object] = lambda layer: None,
+) -> list[list[str]]:
+    """Put values and packed positions in place of whole weights and masks in a state; the names of each pair.
+
+    ``whole`` is the state with all names of tensors that are the same memory; what the state has under another layer's
+    name stays as it is there. A mask that has not the pattern, or the density where that is known, raises
+    CheckpointError.
+    """
+    packed: list[list[str]] = []
+    for weight, mask, layer in list(masked_in(model, whole)):
+        if weight not in state or mask not in state:
+            continue
+        try:
+            state[mask] = packed_mask(layer, density_of(layer))
+        except ValueError as error:
+            raise CheckpointError(f"tensor {mask!r} cannot be packed: {error}") from error
+        state[weight] = values_inside(layer, state[weight])
+        packed.append([weight, mask])
+    return packed
 
 
 def unpack_layers(

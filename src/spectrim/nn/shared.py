@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.network.layer import LayerSpec
-from spectrim.nn.functional import run
-from spectrim.nn.layers import opened
+from spectrim.nn.layers import opened, run_with
 from spectrim.nn.modules import whole
 
 
@@ -46,7 +45,7 @@ class Wide(nn.Module):
         bias = one._parameters["bias"]  # type: ignore[union-attr]
         if bias is None:
             bias = two._parameters["bias"]  # type: ignore[union-attr]
-        return run(host, spec, input, weight, bias)
+        return run_with(host, spec, input, weight, bias)
 
     def _weight(self, one: Any, two: Any) -> Tensor:
         """Both weights side by side, in the layout of torch's layer."""

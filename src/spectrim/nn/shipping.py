@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from spectrim.errors import CheckpointError
 from spectrim.network.choices import ChannelsChoice, SumChoice
 from spectrim.network.coupling import IN
-from spectrim.nn.packing import pack_state
+from spectrim.nn.matching import pack_state
 from spectrim.nn.sparse.layers import Masked
 from spectrim.nn.standing import LAYERS, StandIn
 from spectrim.selection.plan import Entry, Plan

@@ -22,7 +22,6 @@ from spectrim.nn.timing import Speed, Timing
 from spectrim.nn.watch.calibrate import few_rows
 from spectrim.nn.watch.masks import Mask
 from spectrim.nn.watch.reconstruct import Errors
-from spectrim.nn.watch.work import uncounted_work
 from spectrim.search.arms import Tried, arms_grid
 from spectrim.search.judge import Verdict
 from spectrim.search.measured import CLOSE, wanted_time
@@ -292,6 +291,14 @@ def reported(
     for said in report._time_asked_for():
         log.info("%s", said)
     return report
+
+
+def uncounted_work(sites: Sites) -> Iterator[str]:
+    """What a user should know of operations whose work is in no cost."""
+    if not sites.uncounted:
+        return
+    named = [f"{name} in {path or 'the model itself'}" for name, path in sites.uncounted.items()]
+    yield f"not counted in the MACs, since there is no formula for it: {first_few(named, 5)}"
 
 
 def _said_of_layers(done: Applied) -> Iterator[str]:

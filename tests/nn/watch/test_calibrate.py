@@ -21,7 +21,7 @@ from spectrim.nn.layers import canonical
 from spectrim.nn.surgery import parameter_count
 from spectrim.nn.watch.calibrate import calibrate
 from spectrim.nn.watch.patches import patches_at
-from spectrim.nn.watch.work import uncounted_work
+from spectrim.pipeline.report import uncounted_work
 from tests.nn.layers import LAYERS, ConvNet, Wrapped, close
 
 

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from spectrim.linalg.patterns import Pattern, Taps, WholeChannels
 from spectrim.network.layer import LayerSpec
-from spectrim.nn.functional import run
-from spectrim.nn.layers import opened
+from spectrim.nn.layers import opened, run_with
 from spectrim.nn.modules import Factored, make_layer, whole
 from spectrim.nn.sparse.products import Kernel, Packed, is_plain_call, products, takes
 from spectrim.nn.standing import StandIn, laid_open, laid_out
@@ -66,7 +65,7 @@ class Masked(_OfLayer):
                 return self._pack(weight)(input, host.bias, onto)
         if torch.is_grad_enabled() and weight.requires_grad:
             weight = weight * self.mask
-        y = run(host, self.original, input, weight, host.bias)
+        y = run_with(host, self.original, input, weight, host.bias)
         return y if onto is None else onto + y
 
     @property

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.linalg.packing import pack, packed_bytes, unpack
-from spectrim.nn.layers import canonical
 from spectrim.nn.sparse.layers import Masked, laid_open, laid_out
 from spectrim.nn.stored import name_in
 
@@ -33,13 +32,9 @@ def masked_in(model: nn.Module, state: Mapping[str, Any]) -> Iterator[tuple[str,
             yield weight, mask, layer
 
 
-def values_inside(layer: Masked, weight: Tensor | None = None) -> Tensor:
-    """The weight's entries inside the mask, ``[kept * entries]``: unit after unit in the order of the pattern.
-
-    Another ``weight`` in the layout of the layer's can take the place of the layer's own.
-    """
-    weight = canonical(layer.layer)[0] if weight is None else laid_open(weight, layer.original)
-    opened = layer.pattern.open(weight)
+def values_inside(layer: Masked, weight: Tensor) -> Tensor:
+    """A weight's entries inside a layer's mask, ``[kept * entries]``: unit after unit in the order of the pattern."""
+    opened = layer.pattern.open(laid_open(weight, layer.original))
     return opened.reshape(-1, opened.shape[-1])[_units(layer)].reshape(-1)
 
 

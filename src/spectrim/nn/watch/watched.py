@@ -36,7 +36,6 @@ from spectrim.nn.watch.watchers import (
     too_wide,
 )
 from spectrim.nn.watch.ways import cure
-from spectrim.nn.watch.work import beside
 from spectrim.nn.watch.writes import written
 
 _WRITTEN = (
@@ -266,6 +265,7 @@ class Watched:
         rest = self._rest(reached)
         running = [spec for layer in layers for spec in layer.running]
         running += [*(spec for each in tied for spec in each.layers), *rest.running]
+        own = {name for spec in running for name in spec.names}
         stay = {c.name: rest.cuts_off(c) or self.ways.why(c) for c in sites.couplings}
         couplings = tuple(c for c in sites.couplings if not stay[c.name])
         pooled = {c.name: self.responses[c.name].pooled for c in couplings if c.name in self.responses}
@@ -279,7 +279,7 @@ class Watched:
             other_parameters=sites.other_parameters + int(parameters(rest.idle)),
             other_bytes=sites.other_bytes + int(size_bytes(rest.idle)),
             other_macs=max(0.0, self.other_macs - macs(running)),
-            work=MappingProxyType(beside(self.work, running)),
+            work=MappingProxyType({path: work for path, work in self.work.items() if path not in own}),
             uncounted=MappingProxyType(dict(self.uncounted)),
             samples=self.samples,
             tokens=self.tokens,
