@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import spectrim as st
 from benchmarks.situation_table import Two
 from spectrim.application import carry_out
+from spectrim.application.carried import NOT_RUN
 from spectrim.network.choices import LowRankChoice
 from spectrim.nn import merge_proof
 from spectrim.nn.agreement import agreement
@@ -155,6 +156,38 @@ def test_a_plan_that_was_edited_is_carried_out_and_its_costs_are_told() -> None:
     assert len(notes) == 1
     assert f"the plan said 17 macs, its choices come to {plan.costs['macs']:,.0f}" in notes[0]
     assert carry_out(model, sites, plan, BATCHES).notes == ()
+
+
+class Closure(Two):
+    def begin(self) -> None:
+        first = [self.a]
+        self.run = lambda x: first[0](x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(F.relu(self.run(x)))
+
+
+class Choosy(Two):
+    def forward(self, x: Tensor) -> Tensor:
+        assert any(x.equal(batch) for batch in BATCHES), "noise"
+        return super().forward(x)
+
+
+def test_without_batches_the_network_is_run_on_noise_of_the_shapes_of_calibration() -> None:
+    model = Closure().eval()
+    sites, plan = planned(model)
+    with pytest.raises(st.ProofError, match="calls layer 'a' of the original"):
+        st.apply(model, sites, plan)
+    known = st.find(model)
+    unseen = st.select(st.tabulate(known, [st.WeightSVD()]), "parameters=70%")
+    assert carry_out(model, known, unseen).notes == (NOT_RUN,)
+    model = Choosy().eval()
+    sites, plan = planned(model)
+    assert carry_out(model, sites, plan).notes == (NOT_RUN,)
+    words = nn.Sequential(nn.Embedding(30, 32), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
+    sites = st.calibrate(words, st.find(words), [torch.randint(0, 30, (8, 12))])
+    plan = st.select(st.tabulate(sites, [st.WeightSVD()]), "parameters=70%")
+    assert carry_out(words, sites, plan).notes == ()
 
 
 def test_a_plan_of_another_network_is_told_from_an_edited_one() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from spectrim.nn.watch.masks import Mask
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.progress import Progress, reports
 from spectrim.selection.plan import Plan
+
+log = logging.getLogger(__name__)
 
 
 @reports
@@ -56,7 +59,8 @@ def apply(
     plan
         From :func:`spectrim.select`, or read from a file.
     batches
-        Calibration batches, read several times. Needed for reconstruction and for BatchNorm.
+        Calibration batches, read several times. Needed for reconstruction and for BatchNorm. Without them the new model
+        is tried on noise of the shapes that the sites were calibrated with, and the log says so where it is not.
     methods
         The methods the plan names, for methods of your own that a plan file cannot make again.
     reconstruct
@@ -91,7 +95,10 @@ def apply(
     PlanError
         If the plan names a site the model does not have, or batches that can be read once only are given.
     """
-    return carry_out(
+    applied = carry_out(
         model, sites, plan, batches, methods=methods, reconstruct=reconstruct, batchnorm=batchnorm,
         forward=Feed.of(forward, samples), sampling=Sampling(rows, mask=mask), memory=memory, progress=progress,
-    ).model  # fmt: skip
+    )  # fmt: skip
+    for note in applied.notes:
+        log.warning("%s", note)
+    return applied.model

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spectrim.application.following import follow
@@ -18,13 +19,15 @@ from spectrim.network.choices import ChannelsChoice
 from spectrim.network.sites import Sites
 from spectrim.nn.build import skeleton
 from spectrim.nn.channels.removal import Removal
+from spectrim.nn.parameters import parameters_of
 from spectrim.nn.proof import Expected, check_copy, prove, watching
 from spectrim.nn.restated import restated
 from spectrim.nn.shipping import carry
 from spectrim.nn.traits import Traits
 from spectrim.nn.watch.batches import Feed, one_by_one
-from spectrim.nn.watch.nesting import begun, checked_batches, copied_batches, reads_once
+from spectrim.nn.watch.nesting import begun, checked_batches, copied_batches, noise, reads_once
 from spectrim.nn.watch.norms import reestimate_batchnorm
+from spectrim.nn.watch.observe import observe
 from spectrim.nn.watch.reconstruct import Errors, Split
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.progress import Progress, reports, told
@@ -34,6 +37,10 @@ log = logging.getLogger(__name__)
 
 # Bytes of activations that wait for a layer to be fitted.
 MEMORY = 4 << 30
+NOT_RUN = (
+    "the finished network was not run: nothing shows that it can be, nor that what was replaced is called. Give the "
+    "calibration batches too"
+)
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,10 @@ def carry_out(
     memory: int = MEMORY,
     progress: Progress | bool | None = None,
 ) -> Applied:
-    """As :func:`spectrim.apply`, which gives the model alone, with what was learned on the way."""
+    """As :func:`spectrim.apply`, which gives the model alone, with what was learned on the way.
+
+    Without batches the new model is run on noise of the shapes that the sites were calibrated with, if they were.
+    """
     _check_call(batches, memory)
     feed, makers = Feed.of(forward), _makers(plan, methods)
     _check(plan, sites)
@@ -91,7 +101,7 @@ def carry_out(
     _check_shapes(entries, removal.sites)
     groups = {entry.site: entry.members for entry in plan if entry.members}
     expected = Expected.of(sites, {entry.site: entry.choice for entry in plan}, groups, tuple(makers.values()))
-    first, sums = None if batches is None else begun(batches)[0], None
+    first, sums = _noise(model, sites, feed) if batches is None else begun(batches)[0], None
     if first is not None:
         feed.decide(model, first)
         sums = check_copy(model, removal.model, expected, first, feed)
@@ -110,12 +120,26 @@ def carry_out(
         ends = None
     Traits.of(model).give(removal.model)
     plan, edited = restated(plan, sites, tuple(makers.values()))
-    for note in edited:
-        log.warning("%s", note)
     carry(removal.model, plan)
     unseen = tuple(s.layer.name for s in steps if work.split.samples and s.layer.name not in work.reached)
-    notes = () if first is None else tuple(prove(model, removal.model, expected, first, forward=feed, ends=ends))
+    proof = (NOT_RUN,) if first is None else prove(model, removal.model, expected, first, forward=feed, ends=ends)
+    notes = tuple(proof)
     return Applied(removal.model, work.errors, unseen, held_out, (*edited, *notes))
+
+
+def _noise(model: nn.Module, sites: Sites, feed: Feed) -> Any:
+    """A batch of noise as the sites were calibrated on batches; None where there were none, or the model takes none."""
+    if sites.shaped is None:
+        return None
+    batch = noise(sites.shaped, next((p.device for p in parameters_of(model)), torch.device("cpu")))
+    try:
+        feed.decide(model, batch)
+        with observe(model, forward=feed) as running:
+            running(batch)
+    except Exception as error:  # indices, lengths and the like are no noise
+        log.info("the model takes no noise: %s", error)
+        return None
+    return batch
 
 
 def _check_call(batches: Iterable[Any] | None, memory: int) -> None:

@@ -95,6 +95,8 @@ class Sites(Copied, Printed):
         Whether a forward pass of the network leaves something on its modules: activations, caches, counters.
     loops
         Whether layers are called again and again for some samples of a batch each, as by a loop over its images.
+    shaped
+        A batch like the first one that was run, of tensors without numbers (of the meta device); None before a run.
     """
 
     sites: tuple[Layer, ...]
@@ -117,6 +119,7 @@ class Sites(Copied, Printed):
     keeps_state: bool = False
     loops: bool = False
     tied: tuple[Tied, ...] = ()
+    shaped: Any = field(default=None, repr=False, compare=False)
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.sites)

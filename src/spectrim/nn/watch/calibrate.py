@@ -14,7 +14,7 @@ from spectrim.network.sites import Sites
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.masks import Mask, unread
-from spectrim.nn.watch.nesting import begun, checked_batches
+from spectrim.nn.watch.nesting import begun, checked_batches, without_numbers
 from spectrim.nn.watch.observe import hooked, observe
 from spectrim.nn.watch.sampling import GUESSED, Extent, Sampling
 from spectrim.nn.watch.state import State
@@ -146,6 +146,7 @@ def calibrated(
     found = dataclasses.replace(
         found,
         keeps_state=keeps,
+        shaped=without_numbers(first),
         notes=(*found.notes, *feed.notes, *unread(first, amount.mask, feed.layout), *run.repeated(found.samples)),
     )
     if known is not None:

@@ -175,6 +175,26 @@ def transformed(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
+def without_numbers(batch: Any) -> Any:
+    """A batch of the same shapes on the meta device; None where a tensor cannot be there."""
+    try:
+        return transformed(batch, lambda x: x.detach().to("meta"))
+    except (RuntimeError, NotImplementedError):  # sparse, quantised
+        return None
+
+
+def noise(shaped: Any, device: torch.device) -> Any:
+    """A batch of shapes from :func:`without_numbers`: normal numbers, zeros for whole ones, and nothing masked."""
+    generator = torch.Generator().manual_seed(15)
+
+    def filled(x: Tensor) -> Tensor:
+        if x.is_floating_point() or x.is_complex():
+            return torch.randn(x.shape, dtype=x.dtype, generator=generator).to(device)
+        return torch.full(x.shape, x.dtype == torch.bool, dtype=x.dtype, device=device)
+
+    return transformed(shaped, filled)
+
+
 def _mapping(like: Mapping[Any, Any], values: dict[Any, Any]) -> Any:
     """A mapping of the same type, such as a tokeniser's, with other values; a dict where that cannot be made."""
     if type(like) is dict:
