@@ -101,6 +101,27 @@ def test_a_weight_that_no_site_holds_is_listed(make, kind, cure):
     assert held == parameter_count(module)
 
 
+@pytest.mark.parametrize(
+    ("persistent", "shape", "listed"), [(True, (64, 32), 1), (False, (64, 32), 0), (True, (64,), 0)]
+)
+def test_buffers_that_files_hold_are_listed_with_their_bytes(persistent: bool, shape: tuple[int, ...], listed: int):
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.randn(shape), persistent=persistent)
+
+        def forward(self, x):
+            return x + self.table.sum()
+
+    sites = st.find(nn.Sequential(nn.Linear(8, 8), Table()))
+    assert [(s.name, s.costs) for s in sites.skipped] == [("1", {"bytes": 4.0 * 64 * 32})] * listed
+    if listed:
+        with pytest.raises(
+            st.InfeasibleBudgetError, match=r"Left alone: 1 \(Table, [\d.]+% of bytes\): its table \(64, 32\)"
+        ):
+            st.select(st.tabulate(sites, [st.WeightSVD()]), "bytes=50%")
+
+
 def test_everything_is_listed_once():
     model = tied()
     sites = st.find(model, skip="1")

@@ -59,17 +59,23 @@ def unheld(
 
 
 def _held(name: str, module: nn.Module, counted: set[int]) -> Iterator[Skipped]:
-    """A module that holds matrices of its own as parameters, or else a weight as a buffer."""
+    """A module that holds matrices of its own: as parameters, or as buffers that files hold."""
     kind = type(module).__name__
     own = {key: p for key, p in module._parameters.items() if p is not None and id(p) not in counted}
     if matrices := [key for key, p in own.items() if not is_lazy(p) and _is_matrix(p)]:
         yield Skipped(name, kind, _reason(module, matrices), stored(own.values(), counted))
-        return
-    for key, b in module._buffers.items():
-        if "weight" in key and b is not None and _is_matrix(b):
-            reason = f"its {key} is a buffer ({b.dtype}) and no layer's parameter: a frozen, packed or quantised weight"
-            yield Skipped(name, kind, reason)
-            return
+    kept = {key: b for key, b in module._buffers.items() if b is not None and id(b) not in counted and _is_matrix(b)}
+    passing = module._non_persistent_buffers_set
+    if keys := [key for key, b in kept.items() if "weight" in key or (b.is_floating_point() and key not in passing)]:
+        counted.update(id(kept[key]) for key in keys)
+        shapes = first_few([f"{key} {tuple(kept[key].shape)}" for key in keys])
+        reason = (
+            f"its {shapes} {'is a buffer' if len(keys) == 1 else 'are buffers'} ({kept[keys[0]].dtype}) and no layer's "
+            "parameter: a table, or a frozen, packed or quantised weight. What is multiplied and may become smaller "
+            "belongs into a layer, frozen by requires_grad_(False)"
+        )
+        nbytes = sum(kept[key].numel() * kept[key].element_size() for key in keys if key not in passing)
+        yield Skipped(name, kind, reason, {"bytes": float(nbytes)})
 
 
 def stored(parameters: Iterable[nn.Parameter], counted: set[int]) -> dict[str, float]:
