@@ -96,6 +96,21 @@ def test_names_that_are_gone_answer_for_one_release() -> None:
     assert import_module("spectrim.costs").fixed(sites, {"parameters": spectrim.parameters}) == {"parameters": 6}
 
 
+@pytest.mark.parametrize(
+    ("module", "former", "name"),
+    [
+        ("linalg.patterns", "Rows", "EvenRows"),
+        ("linalg.patterns", "Channels", "WholeChannels"),
+        ("linalg.low_rank_steps", "Split", "Alternating"),
+        ("network.factors", "LowRankPlusSparse", "AdditiveFactors"),
+        ("nn.find", "describe", "spec_of"),
+    ],
+)
+def test_former_names_on_documented_pages_stand_for_the_same(module: str, former: str, name: str) -> None:
+    held = import_module(f"spectrim.{module}")
+    assert getattr(held, former) is getattr(held, name)
+
+
 def test_a_path_that_never_was_is_not_found() -> None:
     with pytest.raises(ModuleNotFoundError, match=r"spectrim\.nonsense"):
         import_module("spectrim.nonsense")

@@ -76,6 +76,19 @@ class Prepared:
     sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
 
 
+def sites_of(
+    model: nn.Module, *, skip: Which | Iterable[Which] = (), only: Which | Iterable[Which] = (), parts: bool = False
+) -> Sites:
+    """As :func:`spectrim.find`, at least one; PlanError says why layers were skipped where there is none."""
+    sites = find(model, skip=skip, only=only, parts=parts)
+    if not sites.layers:
+        reasons = "; ".join(f"{s.name or s.kind}: {s.reason}" for s in sites.skipped[:5])
+        raise PlanError(
+            f"{type(model).__name__} has no layer to compress ({reasons or 'it has no linear or conv layers'})"
+        )
+    return sites
+
+
 def locate(
     model: nn.Module,
     batches: Iterable[Any],
@@ -99,12 +112,7 @@ def locate(
     CalibrationError
         If weights are missing, NaN or Inf, or channels are asked for and there is no batch.
     """
-    sites = find(model, skip=skip, only=only, parts=parts)
-    if not sites.layers:
-        reasons = (
-            "; ".join(f"{s.name or s.kind}: {s.reason}" for s in sites.skipped[:5]) or "it has no linear or conv layers"
-        )
-        raise PlanError(f"{type(model).__name__} has no layer to compress ({reasons})")
+    sites = sites_of(model, skip=skip, only=only, parts=parts)
     check_copyable(model, (name for site in sites for name in site.spec.names[:1]))
     check_weights(model, sites)
     return couple(model, sites, begun(batches)[0], forward=forward) if channels else sites

@@ -63,3 +63,20 @@ def stream():
 
 
 NUMBER = 3
+
+
+class Tied(nn.Module):
+    """A table and a head of one weight, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(30, 8), nn.Linear(8, 30, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.table(words)))
+
+
+def tied() -> nn.Module:
+    torch.manual_seed(0)
+    return Tied()

@@ -209,3 +209,7 @@ def test_demo_runs_end_to_end(run):
     model = "spectrim.cli.digits_net:DigitsNet?width=16"
     again = run.json("evaluate", model, "-c", found["files"]["model"], "--data", "digits", "--repeats", "0")
     assert again["rows"][0]["value"] == pytest.approx(found["scores"]["fine-tuned"], abs=0.5)
+
+
+def test_a_model_whose_only_weight_has_two_readers_is_looked_at(run):
+    assert [row["name"] for row in run.json("profile", "nets:tied")["layers"]] == ["table"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,11 @@ from spectrim.cost.latency import Latency
 from spectrim.cost.runtimes import runtime_of
 from spectrim.errors import CalibrationError, ForwardError, SpectrimError, did_you_mean, in_short
 from spectrim.network.sites import Sites
-from spectrim.nn.find import find
 from spectrim.nn.timing import ready
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.nn.watch.state import evaluating
+from spectrim.preparation import sites_of
 from spectrim.report import accuracy
 from spectrim.report.measures import inputs as called_inputs
 from spectrim.train.batches import epoch_length, split
@@ -61,7 +61,8 @@ class Subject:
         """Load what a command line names."""
         device = device_named(network.device, network.threads, network.runtime)
         dense = load_model(network.model, network.weights).to(device)
-        sites = find_sites(dense, layers.skip, layers.only)
+        with usage():
+            sites = sites_of(dense, skip=layers.skip or (), only=layers.only or ())
         train = training_batches(training.train, device, dense) if training.train is not None else None
         data = load_data(inputs.data, purpose="calibration", device=device) if inputs.data is not None else None
         test = load_data(training.test, purpose="test", device=device) if training.test is not None else None
@@ -234,13 +235,3 @@ def _check_classes(model: nn.Module, batches: Iterable[Any], text: str) -> None:
             f"--train {text!r} has labels up to {batches.classes - 1}, and the model answers with {outputs.shape[1]} "
             "numbers, for classes 0 and up: give a model with as many outputs as classes, or other labels"
         )
-
-
-def find_sites(model: nn.Module, skip: Sequence[str] | None, only: Sequence[str] | None) -> Sites:
-    """The sites of a model."""
-    with usage():
-        sites = find(model, skip=list(skip or ()), only=list(only or ()))
-    if not sites.sites:
-        reasons = "; ".join(f"{s.name}: {s.reason}" for s in sites.skipped[:3])
-        raise UsageError(f"there is no layer to compress ({reasons or 'the model has no linear layer or convolution'})")
-    return sites

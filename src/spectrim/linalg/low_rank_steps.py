@@ -205,3 +205,7 @@ class Alternating(LowRankStep):
 
     def _product(self, left: Tensor, right: Tensor) -> Product:
         return Product(self.metric.fold(left @ right), (left, right))
+
+
+# Its name in 0.1, until 0.3.
+Split = Alternating

@@ -364,3 +364,7 @@ def pattern(name: str) -> Pattern:
         f"unknown pattern {name!r}; expected {', '.join(map(repr, _PLAIN))}, n:m as in '2:4', outputs x inputs of a "
         "block as in '4x4', or a box of kernel positions as in 'taps-1x3@1x0'"
     )
+
+
+# Their names in 0.1, until 0.3.
+Rows, Channels = EvenRows, WholeChannels

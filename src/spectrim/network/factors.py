@@ -322,3 +322,7 @@ class KeptChannels(Factors, kind="kept_channels"):
     @classmethod
     def empty(cls, shapes: Sequence[Sequence[int]], choice: ChannelsChoice) -> KeptChannels:
         raise ValueError("channels are removed from the modules that a plan gives widths for, not from single layers")
+
+
+# Its name in 0.1, until 0.3.
+LowRankPlusSparse = AdditiveFactors

@@ -242,4 +242,4 @@ class Sites(Copied, Printed):
     @property
     def seen(self) -> bool:
         """Whether the network has been run, so that input shapes and MACs are known."""
-        return all(layer.spec.inputs for layer in self.sites)
+        return all(layer.spec.inputs for layer in self.layers)

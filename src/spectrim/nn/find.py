@@ -28,6 +28,7 @@ from spectrim.nn.which import Wanted, each_of
 from spectrim.nn.which import Which as Which
 
 log = logging.getLogger(__name__)
+describe = spec_of  # as it was imported from here in 0.1, until 0.3
 
 
 @called_as("find takes the model, and skip= and only= by name; batches go to calibrate(model, sites, batches)")

@@ -56,8 +56,7 @@ class Expected:
         cls, sites: Sites, picks: Picks, groups: Mapping[str, Sequence[str]], methods: Sequence[Layered]
     ) -> Expected:
         """Of a plan's choices, by the names of sites, of groups with their members, and of coupled channels."""
-        run = all(site.spec.inputs for site in sites)
-        costs = {"parameters": parameters, **({"macs": macs} if run else {})}
+        costs = {"parameters": parameters, **({"macs": macs} if sites.seen else {})}
         network = Network(dataclasses.replace(sites, groups=MappingProxyType(dict(groups))), costs, methods)
         couplings = {coupling.name for coupling in sites.couplings}
         changed = [
