@@ -36,8 +36,8 @@ def evaluate(
     $ spectrim evaluate net.py:build -w net.pt -d imagefolder:photos
     $ spectrim evaluate net.py:build -w net.pt -c compressed/model.safetensors -d imagefolder:photos --compare
     """
-    data, input_shape, threads = example.data, example.input_shape, measuring.threads
-    if data is None and input_shape is None:
+    data, threads = example.data, measuring.threads
+    if data is None and example.input_shape is None:
         raise UsageError("give --data (labelled batches), or --input to measure costs alone, as --input 3x224x224")
     if measuring.compare and model.checkpoint is None:
         raise UsageError("--compare needs --checkpoint: the compressed model to put beside the dense one")
@@ -49,7 +49,7 @@ def evaluate(
     from spectrim.cli.models import load_model, whose_weights
     from spectrim.cli.preprocessing import class_note, tell_preprocessing
     from spectrim.cli.sparsity import fastest, kernel_notes, kernel_values
-    from spectrim.cli.subject import device_named, first_batch, random_input
+    from spectrim.cli.subject import device_named, example_batch
     from spectrim.report import accuracy, compare, measure
 
     device = device_named(measuring.device, threads, measuring.runtime)
@@ -68,9 +68,7 @@ def evaluate(
         tell_preprocessing(out, {"--data": batches}, network)
         if note := class_note(batches, network):
             out.say(f"note: {note}")
-        batch = first_batch(batches, measuring.batch, str(data), network)
-    else:
-        batch = random_input(str(input_shape), measuring.batch, device, network)
+    batch = example_batch(batches, example, measuring.batch, device, network)
     if model.checkpoint is None:
         out.say(f"measuring {whose_weights(name, model.weights)}")
     kernels = fastest(network, batch, threads, measuring.runtime) if measuring.repeats else ()

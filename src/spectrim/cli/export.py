@@ -47,8 +47,8 @@ def export(
     --------
     $ spectrim export net.py:build -c compressed/model.safetensors --input 3x224x224 -o net.onnx
     """
-    data, input_shape, file = example.data, example.input_shape, written.file
-    if data is None and input_shape is None:
+    file = written.file
+    if example.data is None and example.input_shape is None:
         raise UsageError("an example input is needed: give --input, as --input 3x224x224, or --data")
     model.check_one("one of them is exported: leave the other out")
     if file.suffix == ".onnx":
@@ -56,15 +56,13 @@ def export(
             installed(package, Reference(f"--out {file}", ""), "spectrim[export]")
     make_folder(out, file.parent, [file.name])
     from spectrim.cli.data import load_data
-    from spectrim.cli.subject import device_named, first_batch, random_input
+    from spectrim.cli.subject import device_named, example_batch
     from spectrim.nn.export import export_onnx, export_program
 
     device_named("cpu", written.threads)
     network = model.load()
-    if data is not None:
-        batch = first_batch(load_data(data, purpose="test"), written.batch, data, network)
-    else:
-        batch = random_input(str(input_shape), written.batch, "cpu", network)
+    batches = None if example.data is None else load_data(example.data, purpose="test")
+    batch = example_batch(batches, example, written.batch, "cpu", network)
     write = export_onnx if file.suffix == ".onnx" else export_program
     with quiet_exporter(FutureWarning, DeprecationWarning):
         difference = write(network, batch, file)

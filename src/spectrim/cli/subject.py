@@ -15,7 +15,7 @@ from spectrim.cli.batches import Batches
 from spectrim.cli.common import is_of_memory, usage
 from spectrim.cli.data import load_data
 from spectrim.cli.models import load_model, whose_weights
-from spectrim.cli.options import InputOptions, LayerOptions, NetworkOptions, TrainingOptions
+from spectrim.cli.options import ExampleOptions, InputOptions, LayerOptions, NetworkOptions, TrainingOptions
 from spectrim.cli.references import UsageError
 from spectrim.cli.values import read_shape
 from spectrim.cost.latency import Latency
@@ -172,6 +172,15 @@ def first_batch(batches: Iterable[Any], samples: int, name: str, model: nn.Modul
         feed = Feed().decide(model, batch)
         feed(model, batch := feed.resized(batch, samples))
     return batch
+
+
+def example_batch(
+    batches: Iterable[Any] | None, inputs: ExampleOptions, samples: int, device: str, model: nn.Module
+) -> Any:
+    """``samples`` samples of batches, or random ones of the shape that was given."""
+    if batches is None:
+        return random_input(str(inputs.input_shape), samples, device, model)
+    return first_batch(batches, samples, str(inputs.data), model)
 
 
 def _check_words(train: Iterable[Any] | None, test: Iterable[Any] | None) -> None:

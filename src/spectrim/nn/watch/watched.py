@@ -265,11 +265,8 @@ class Watched:
         rest = self._rest(reached)
         running = [spec for layer in layers for spec in layer.running]
         running += [*(spec for each in tied for spec in each.layers), *rest.running]
-        own = {name for spec in running for name in spec.names}
-        stay = {c.name: rest.cuts_off(c) or self.ways.why(c) for c in sites.couplings}
-        couplings = tuple(c for c in sites.couplings if not stay[c.name])
+        couplings, cut_off = self._couplings(rest)
         pooled = {c.name: self.responses[c.name].pooled for c in couplings if c.name in self.responses}
-        cut_off = (Skipped(c.name, c.kind, stay[c.name]) for c in sites.couplings if stay[c.name])
         return dataclasses.replace(
             sites,
             sites=layers,
@@ -279,7 +276,7 @@ class Watched:
             other_parameters=sites.other_parameters + int(parameters(rest.idle)),
             other_bytes=sites.other_bytes + int(size_bytes(rest.idle)),
             other_macs=max(0.0, self.other_macs - macs(running)),
-            work=MappingProxyType({path: work for path, work in self.work.items() if path not in own}),
+            work=MappingProxyType(self._beside(running)),
             uncounted=MappingProxyType(dict(self.uncounted)),
             samples=self.samples,
             tokens=self.tokens,
@@ -288,6 +285,17 @@ class Watched:
             couplings=couplings,
             pooled=MappingProxyType(pooled),
         )
+
+    def _beside(self, layers: Iterable[LayerSpec]) -> dict[str, float]:
+        """MACs by the path of a module, without the modules that are layers of their own."""
+        names = {name for spec in layers for name in spec.names}
+        return {path: work for path, work in self.work.items() if path not in names}
+
+    def _couplings(self, rest: _Rest) -> tuple[tuple[Coupling, ...], list[Skipped]]:
+        """Coupled channels that can go, and why others stay."""
+        stay = {c.name: rest.cuts_off(c) or self.ways.why(c) for c in self.sites.couplings}
+        cut_off = [Skipped(c.name, c.kind, stay[c.name]) for c in self.sites.couplings if stay[c.name]]
+        return tuple(c for c in self.sites.couplings if not stay[c.name]), cut_off
 
     def _rest(self, reached: Collection[str]) -> _Rest:
         """The layers that are no calibrated sites."""
