@@ -29,6 +29,7 @@ import spectrim as st
 from benchmarks import resumed
 from benchmarks.run import claim
 from benchmarks.situation_table import COMPRESSED, REFUSED, SITUATIONS, Situation
+from spectrim.nn.copying import copy_model
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.nesting import output_tensors
 
@@ -349,9 +350,12 @@ def checks(case: Situation, arm: str, work: Path) -> dict[str, Check]:
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """A copy to run; the model itself where it cannot be copied, which it then has to bear."""
+    """A copy to run; the model itself where it cannot be copied, which it then has to bear.
+
+    Of Python's alone, functions would call the layers of the model.
+    """
     try:
-        return copy.deepcopy(model)
+        return copy_model(model)
     except Exception:
         return model
 

@@ -6,7 +6,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from spectrim.cost.counted import macs
+from spectrim.nn.find import find
 from spectrim.nn.flops import WorkCounter, unwatched
+from spectrim.nn.watch.calibrate import calibrate
 
 torch.manual_seed(0)
 x = torch.randn(4, 10, 16)
@@ -50,6 +53,18 @@ def test_a_recurrent_layer_uses_every_matrix_once_a_step(kind, options):
 def test_a_recurrent_layer_with_a_projection_of_its_states():
     module = nn.LSTM(16, 24, 2, batch_first=True, proj_size=8).eval()
     assert counted(lambda: module(x)) == 4 * 10 * matrices(module)
+
+
+def test_complex_numbers_count_four_products_in_layers_as_in_all():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, dtype=torch.cfloat))
+    x = torch.randn(4, 8)
+
+    def forward(model, batch):
+        return model[1](model[0](batch).to(torch.cfloat)).abs()
+
+    sites = calibrate(model, find(model), [x], forward=forward)
+    assert macs(sites.untouched) == counted(lambda: forward(model, x)) / 4 - 64 == 4 * 64
+    assert sites.other_macs == 0
 
 
 @pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])

@@ -53,7 +53,7 @@ def macs(specs: Sequence[LayerSpec]) -> float:
     """
     for spec in specs:
         require_inputs(spec)
-    return float(sum(spec.stored * spec.positions for spec in specs))
+    return float(sum(spec.products for spec in specs))
 
 
 _BUILT_IN: Mapping[str, Cost | None] = {"parameters": parameters, "bytes": size_bytes, "macs": macs, "latency": None}

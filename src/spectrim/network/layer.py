@@ -17,6 +17,8 @@ from spectrim.linalg.unfold import Unfolding
 from spectrim.network.structure import Pair
 
 N = TypeVar("N", int, float)
+# Products of real numbers in one of complex ones.
+COMPLEX = 4
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,11 @@ class LayerSpec:
     def positions(self) -> float:
         """Positions that each weight is used at, over all calls in one forward pass of a sample; 0 before a run."""
         return sum(map(math.prod, self.inputs)) if self.transposed else self.rows
+
+    @property
+    def products(self) -> float:
+        """Multiply-accumulates of a sample, over all calls; 0 before a run. Products of complex numbers are four."""
+        return self.stored * self.positions * (COMPLEX if self.dtype.is_complex else 1)
 
     @property
     def rows(self) -> float:

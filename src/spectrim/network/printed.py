@@ -26,7 +26,7 @@ def sites_grid(sites: Sites) -> Grid:
     parameters = sum(row["parameters"] for row in layers)
     macs = sum(row["macs"] for row in layers)
     beside = (
-        sum(spec.stored * spec.positions for spec in sites.untouched) + sites.other_macs,
+        sum(spec.products for spec in sites.untouched) + sites.other_macs,
         sum(spec.stored + spec.out_channels * spec.bias for spec in sites.untouched) + sites.other_parameters,
     )
     totals = [

@@ -41,7 +41,7 @@ def _row(
         "in_channels": 0 if spec is None else spec.in_channels,
         "out_channels": 0 if spec is None else spec.out_channels,
         "parameters": beside + (0 if spec is None else spec.stored + spec.out_channels * spec.bias),
-        "macs": 0 if spec is None else spec.stored * spec.positions,
+        "macs": 0 if spec is None else spec.products,
         "groups": groups, "rows": rows, "skipped": skipped,
     }  # fmt: skip
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import UnsupportedLayerError, in_short
 from spectrim.nn.parameters import parameters_of
+from spectrim.nn.rebinding import rebind
 from spectrim.nn.watch.state import ALONE
 
 # How deep attributes of modules are looked into for tensors.
@@ -24,6 +25,7 @@ _WITHOUT = (nn.Module, types.ModuleType, type, str, bytes, int, float)
 def copy_model(model: nn.Module) -> nn.Module:
     """A deep copy. Activations that a model keeps are copied without their graphs, which belong to what was computed.
 
+    Functions that it holds, such as hooks, mean the modules of the copy there.
     What cannot be copied, such as a lock, raises UnsupportedLayerError, which names the module and the attribute.
     """
     with ALONE:
@@ -60,6 +62,11 @@ def _copied(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
             "model meanwhile, make it where it is used, or give its class a __deepcopy__"
         ) from error
     _copy_attributes(model, memo)
+    for parameter in parameters_of(copied):
+        # Torch computes those of scripted parts from the originals.
+        if not parameter.is_leaf:
+            parameter.detach_().requires_grad_()
+    rebind(copied, memo)
     return copied
 
 

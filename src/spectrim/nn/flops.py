@@ -12,12 +12,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import FlopCounterMode, _FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
+from spectrim.network.layer import COMPLEX
 from spectrim.nn.dispatch import Uncompiled
 from spectrim.nn.formulas import formula, is_unknown
 
 _EVERYTHING = "Global"
-# Products of real numbers in one of complex ones.
-_FOUR = 4
 
 
 @contextlib.contextmanager
@@ -83,7 +82,7 @@ class WorkCounter(FlopCounterMode):
     def _count_flops(self, func_packet: Any, out: Any, args: Any, kwargs: Any) -> Any:
         name = getattr(func_packet, "_qualified_op_name", str(func_packet))
         count, modules = formula(name), tuple(self.mod_tracker.running)
-        times = _FOUR if _is_complex(out) and not name.startswith("aten::_fft") else 1
+        times = COMPLEX if _is_complex(out) and not name.startswith("aten::_fft") else 1
         before = self.flop_counts[_EVERYTHING][func_packet]
         if count is not None:
             work = round(2 * times * count(*args, **kwargs, out=out))

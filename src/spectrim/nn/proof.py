@@ -37,8 +37,8 @@ _ROWS = 0.01
 # What is called with inputs of several sizes is counted at one of mean sides, which are whole numbers.
 _MEAN_SIDES = 0.1
 _COPIES = (
-    "a function or closure that was made with the original's layers goes on calling them in every copy. Call the "
-    "layers by attributes of the module that holds them"
+    "a global variable, a weak reference or a list of a closure goes on holding them in every copy. Call the layers "
+    "by attributes of the module that holds them"
 )
 
 

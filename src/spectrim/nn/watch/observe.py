@@ -20,6 +20,8 @@ from spectrim.nn.watch.state import evaluating, kept
 class Hook:
     """A function to be called whenever this thread calls a module: another one may be using the model meanwhile.
 
+    It sees what the module itself is given and answers, whatever hooks of the model's own make of that.
+
     Attributes
     ----------
     function
@@ -41,7 +43,7 @@ class Hook:
 
         if self.before:
             return self.module.register_forward_pre_hook(function, with_kwargs=True)
-        return self.module.register_forward_hook(function, with_kwargs=True)
+        return self.module.register_forward_hook(function, with_kwargs=True, prepend=True)
 
 
 def on_each(
