@@ -1,9 +1,10 @@
-"""Hooks of a model's own change what layers give and are given; what layers compute themselves is what is fitted."""
+"""Hooks of a model's own change what layers give and are given; objects that it holds keep what passes leave there."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -51,3 +52,74 @@ def test_layers_with_hooks_are_weighed_and_fitted_as_if_the_model_did_what_these
     assert [entry.choice for entry in found.plan] == [entry.choice for entry in wanted.plan]
     assert all(abs(a.error - b.error) < 1e-6 for a, b in zip(found.plan, wanted.plan, strict=True))
     assert torch.allclose(found.model(BATCHES[0]), wanted.model(BATCHES[0]), atol=1e-5)
+
+
+class Context:
+    """What a pass leaves for itself, as a class of somebody's own keeps it."""
+
+    def keep(self, _: nn.Module, __: Any, output: Tensor) -> None:
+        self.skip = output
+
+    def add(self, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+        return (inputs[0] + self.skip.relu(),)
+
+
+class Skips(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(32, 64), nn.Linear(64, 64), nn.Linear(64, 8)
+        self.begin()
+
+    def begin(self) -> None:
+        """Take down what is needed beside the layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = self.a(x)
+        return self.c(self.b(kept.relu()).relu() + kept.relu())
+
+
+class Chain(Skips):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x).relu()).relu())
+
+
+class OnTheModel(Skips):
+    def begin(self) -> None:
+        self.context = Context()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.context.skip = self.a(x)
+        return self.c(self.b(self.context.skip.relu()).relu() + self.context.skip.relu())
+
+
+class MadeAnew(OnTheModel):
+    def forward(self, x: Tensor) -> Tensor:
+        self.context = Context()
+        y = super().forward(x)
+        del self.context.skip
+        return y
+
+
+class ByMethods(Chain):
+    def begin(self) -> None:
+        context = Context()
+        self.a.register_forward_hook(context.keep)
+        self.c.register_forward_pre_hook(context.add)
+
+
+class ByClosures(Chain):
+    def begin(self) -> None:
+        context = Context()
+        self.a.register_forward_hook(lambda *call: context.keep(*call))
+        self.c.register_forward_pre_hook(lambda *call: context.add(*call))
+
+
+@pytest.mark.parametrize("kind", [OnTheModel, MadeAnew, ByMethods, ByClosures])
+def test_what_a_pass_leaves_in_an_object_is_its_own(kind: type[Skips]) -> None:
+    torch.manual_seed(0)
+    wanted, model = Skips().eval(), kind().eval()
+    model.load_state_dict(wanted.state_dict())
+    batches = [batch[: 64 - 8 * number] for number, batch in enumerate(BATCHES)]
+    a, b = (st.compress(each, batches, "macs=60%") for each in (wanted, model))
+    assert b.plan.changed
+    assert torch.allclose(b.model(BATCHES[0]), a.model(BATCHES[0]), atol=1e-5)

@@ -95,11 +95,7 @@ def _parts(value: Any, holder: Holder) -> Iterator[tuple[Holder, str, Any]]:
             return
         space: Any = vars(value)
         inner = Holder(value)
-    elif isinstance(value, threading.local) or (
-        not isinstance(value, (nn.Module, types.FunctionType, types.ModuleType, *_KINDS))
-        and isinstance(getattr(value, "__dict__", None), dict)
-        and type(value).__module__ == _module_of(holder)
-    ):
+    elif isinstance(value, threading.local) or (own_object(value) is value and _is_near(value, holder)):
         space = value.__dict__
         inner = Holder(space)
     else:
@@ -109,8 +105,19 @@ def _parts(value: Any, holder: Holder) -> Iterator[tuple[Holder, str, Any]]:
             yield inner, name, part
 
 
-def _module_of(holder: Holder) -> str | None:
-    return holder.owner.get("__name__") if isinstance(holder.owner, dict) else None
+def own_object(value: Any) -> Any:
+    """The object of somebody's own class that a value is, or is a method of; None where there is none."""
+    value = value.func if type(value) is functools.partial else value
+    value = value.__self__ if isinstance(value, types.MethodType) else value
+    if isinstance(value, (nn.Module, type, types.FunctionType, types.ModuleType, *_KINDS)):
+        return None
+    own = _root(type(value).__module__) not in _FOREIGN and isinstance(getattr(value, "__dict__", None), dict)
+    return value if own else None
+
+
+def _is_near(value: Any, holder: Holder) -> bool:
+    """Whether a function that names an object may be meant to write into it; what it has imported is not."""
+    return not isinstance(holder.owner, dict) or type(value).__module__ == holder.owner.get("__name__")
 
 
 def _root(module: str | None) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from spectrim.cost.rounds import ALONE as ALONE
 from spectrim.nn.parameters import parameters_of
-from spectrim.nn.watch.outside import Holder, outside
+from spectrim.nn.watch.outside import Holder, outside, own_object
 from spectrim.nn.watch.writes import seen_writing, tell, written
 
 # What every module has; slots of passes come and go by themselves.
@@ -73,12 +73,15 @@ class Location:
         Whether it is a parameter, a buffer, another attribute, or a variable outside of the modules.
     outside
         What has that variable.
+    within
+        Of an attribute of an object that the module holds: by which keys that is found.
     """
 
     module: str
     key: str
     among: Literal["parameters", "buffers", "attributes", "outside"]
     outside: Holder | None = None
+    within: tuple[Any, ...] = ()
 
     def get(self, model: nn.Module) -> Any:
         """What is there, if there is anything."""
@@ -98,7 +101,7 @@ class Location:
         if self.outside is not None:
             return self.outside
         owner = model.get_submodule(self.module)
-        return vars(owner) if self.among == "attributes" else vars(owner)[f"_{self.among}"]
+        return _space_in(vars(owner), self.within) if self.among == "attributes" else vars(owner)[f"_{self.among}"]
 
 
 class State:
@@ -117,7 +120,7 @@ class State:
         self._lively = [
             (place, place._holder(model)) for place, kept in self._held.items() if _may_pass(model, place, kept[1])
         ]
-        self._sizes = [(name, vars(module), len(vars(module))) for name, module in model.named_modules()]
+        self._sizes = [(name, within, space, len(space)) for name, within, space in _spaces(model)]
         tell(model, self)
         self._hooks = {module: [set(vars(module)[kind]) for kind in _HOOKS] for module in model.modules()}
 
@@ -133,9 +136,9 @@ class State:
             value, copy, version = self._held[place]
             if holder.get(place.key, _GONE) is not value or not _same(value, copy, version):
                 self._passing[place] = None
-        for name, space, size in self._sizes:
+        for name, within, space, size in self._sizes:
             if len(space) > size:
-                new = (Location(name, key, "attributes") for key in space if key not in _COMMON)
+                new = (Location(name, key, "attributes", None, within) for key in space if key not in _COMMON)
                 self._passing |= dict.fromkeys(place for place in new if place not in self._held)
 
     @property
@@ -158,7 +161,9 @@ class State:
 
         That is also where it may take modules out of a list and put them back.
         """
-        places = list(dict.fromkeys((*self.changed(), *self._passing, *self.holding())))
+        found = dict.fromkeys((*self.changed(), *self._passing, *self.holding()))
+        # An object before what is in it.
+        places = sorted(found, key=lambda place: len(place.within))
         if not any(self._new_hooks()):
             return places
         return [p for p in places if p in self._held or not isinstance(p.get(self._model), bool)]
@@ -297,16 +302,34 @@ def taken(model: nn.Module, places: Iterable[Location]) -> dict[Location, Any]:
 
 
 def _places(model: nn.Module) -> Iterator[tuple[Location, Any]]:
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
+    for name, within, space in _spaces(model):
+        for key, value in space.items():
             if key not in _COMMON:
-                yield Location(name, key, "attributes"), value
+                yield Location(name, key, "attributes", None, within), value
+    for name, module in model.named_modules():
         for key, value in module._buffers.items():
             yield Location(name, key, "buffers"), value
     for place in _written_places(model):
         yield place, place.get(model)
     for (holder, key), value in outside(model).items():
         yield Location("", key, "outside", holder), value
+
+
+def _spaces(model: nn.Module) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    """What has attributes: the modules by name, and the objects that they or hooks of theirs are made with."""
+    for name, module in model.named_modules():
+        yield name, (), vars(module)
+        held = [((key,), value) for key, value in vars(module).items() if key not in _COMMON]
+        held += [((kind, number), hook) for kind in _HOOKS for number, hook in vars(module)[kind].items()]
+        yield from ((name, within, vars(found)) for within, value in held if (found := own_object(value)) is not None)
+
+
+def _space_in(space: dict[str, Any], within: tuple[Any, ...]) -> dict[str, Any]:
+    """Attributes of an object that is found by these keys; of a module's own without any."""
+    if not within:
+        return space
+    found = own_object(functools.reduce(lambda held, key: held.get(key, {}), within, space))
+    return {} if found is None else vars(found)
 
 
 def _written_places(model: nn.Module) -> Iterator[Location]:
