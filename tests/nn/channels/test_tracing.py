@@ -87,9 +87,9 @@ class Cell(nn.Module):
 class Closed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        a, b = nn.Linear(8, 6), nn.Linear(6, 4)
-        self.a, self.b = a, b
-        self.steps = [lambda x: F.relu(a(x)), lambda x: b(x)]
+        self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 4)
+        layers = [self.a, self.b]
+        self.steps = [lambda x: F.relu(layers[0](x)), lambda x: layers[1](x)]
 
     def forward(self, x: Tensor) -> Tensor:
         for step in self.steps:
