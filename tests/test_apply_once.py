@@ -7,11 +7,13 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import spectrim as st
 from spectrim.application import carry_out
 from spectrim.nn.watch import watchers
 from spectrim.nn.watch.batches import Feed, one_by_one
+from spectrim.nn.watch.reconstruct import Joint
 
 
 def network(depth: int = 6, width: int = 12) -> nn.Module:
@@ -243,3 +245,27 @@ def test_whole_batches_are_run_twice_and_single_samples_three_times():
     # The networks side by side; the copy, the finished network and what merge makes of it.
     assert sizes.count(32) <= 2 * 2 * 3
     assert sizes.count(1) == 3 * 3
+
+
+def test_positions_are_those_that_layers_are_fitted_at_too() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval(), torch.randn(32, 3, 9, 9)
+    sites = st.calibrate(model, st.find(model), [x], positions=3)
+    plan = st.select(st.tabulate(sites, st.ActivationSVD(multiple_of=1)), st.Budget(parameters=0.6))
+    counts: list[int] = []
+    layer = Joint.layer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Joint, "layer", lambda self, site: counts.append(self.fitted.count) or layer(self, site))
+        st.apply(model, sites, plan, [x], positions=3)
+    assert set(counts) == {28 * 3}
+
+
+def test_a_loader_that_shuffles_gives_what_a_list_gives() -> None:
+    """Samples that are held out are known by their place in a batch."""
+    model, x = network(), data(400)
+    loader = DataLoader(TensorDataset(x), batch_size=50, shuffle=True, generator=torch.Generator().manual_seed(3))
+    one, two = (st.compress(model, each, "parameters=60%") for each in (list(x.split(50)), loader))
+    assert one.report.agreement is not None
+    assert two.report.agreement is not None
+    assert two.report.agreement.samples == one.report.agreement.samples == 50
+    assert two.report.agreement.error == pytest.approx(one.report.agreement.error, rel=1e-3)

@@ -78,9 +78,10 @@ def test_merging_adds_up():
         one.merge(held)
 
 
-def test_the_metric_of_the_rows_is_the_shrunk_covariance():
-    held, sketch = both(rows(2, 20, 9), 64, [])
-    metric = Rows(sketch.rows.double() / held.count**0.5, sketch.level())
+@pytest.mark.parametrize("count", [4, 20])
+def test_the_metric_of_the_rows_is_the_shrunk_covariance(count):
+    held, sketch = both(rows(2, count, 9), 64, [])
+    metric = Rows(*sketch.shrunk())
     wanted = shrunk(held.covariance, held.count)
     eye = torch.eye(9, dtype=torch.float64).expand(2, 9, 9)
     torch.testing.assert_close(metric.times(eye), wanted, rtol=1e-4, atol=1e-5)

@@ -458,4 +458,4 @@ def test_few_rows_of_a_long_patch_are_fitted_in_the_precision_of_their_slices() 
     result = st.compress(model, batches, "parameters=20%", methods=method, only="0")
     (layer,) = (entry for entry in result.plan if not entry.choice.is_dense)
     assert layer.site == "0"
-    assert output_error(model, result.model, batches) < 0.8
+    assert output_error(model, result.model, batches) < 0.85

@@ -262,7 +262,8 @@ def test_tabular_data_in_its_own_units(name: str) -> None:
             other[0].weight.copy_(net[0].weight.double() / own)
             other[0].bias.copy_(net[0].bias)
         x = (data.double() * own).float()
-        method = METHODS[name]
+        # A search that ends before it has settled shows what units have rounded.
+        method = ActivationSVD(multiple_of=1) if name == "low rank" else dataclasses.replace(SPARSE, turns=60)
         result = st.compress(other, list(x.split(256)), st.Budget(parameters=0.6), methods=[method], reconstruct=False)
         found.append(lost(other, result.model, x))
     assert found[1] == pytest.approx(found[0], rel=1e-3)

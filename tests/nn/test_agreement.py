@@ -98,12 +98,71 @@ def test_the_dense_network_runs_once_where_its_outputs_take_little_memory(
     batches = list(torch.randn(40, 6).split(8))
     calls: list[int] = []
     dense.register_forward_hook(lambda *_: calls.append(1))
-    outputs = DenseOutputs(dense, batches, samples=32)
+    outputs = DenseOutputs(dense, batches, samples=40)
     found = [outputs.missed(other) for other in others]
-    # Four batches of 96 bytes each.
-    assert len(calls) == {1 << 27: 4, 100: 7, 0: 8}[remembered]
-    x = torch.cat(batches[:4]).double()
+    # Five batches of 96 bytes each.
+    assert len(calls) == {1 << 27: 5, 100: 9, 0: 11}[remembered]
+    x = torch.cat(batches).double()
     for missed, other in zip(found, others, strict=True):
         wanted, given = (copy.deepcopy(net).double()(x).detach() for net in (dense, other))
-        energy = sum((part - part.mean(0)).square().sum() for part in wanted.split(8))
+        energy = (wanted - wanted.mean(0)).square().sum()
         assert missed == pytest.approx(float((wanted - given).square().sum() / energy), rel=1e-4)
+
+
+def of_classes(samples: int = 1500) -> Tensor:
+    """Samples in the order of their classes, which lie far apart."""
+    drawn = torch.randn(samples, 4, generator=torch.Generator().manual_seed(1))
+    return drawn + torch.arange(samples).unsqueeze(1) // 150
+
+
+def cuts(x: Tensor) -> list[list[Tensor]]:
+    mixed = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(2))]
+    return [[x], list(x.split(64)), list(x.split([1000, 1, 499])), list(mixed.split(37)), list(mixed.split(1))]
+
+
+def test_outputs_are_compared_on_samples_of_the_whole_run_in_any_order_and_cut() -> None:
+    x, dense, small = of_classes(), Shifted(0.0, True), Shifted(0.2, True)
+    small.load_state_dict(dense.state_dict())
+    told = [agreement(dense, small, cut) for cut in cuts(x)]
+    missed = [DenseOutputs(dense, cut, samples=128).missed(small) for cut in cuts(x)]
+    for one, error in zip(told, missed, strict=True):
+        assert one is not None
+        assert told[0] is not None
+        assert one.samples == 512
+        assert one.error == pytest.approx(told[0].error, rel=1e-5)
+        assert one.top1 == told[0].top1
+        assert error == pytest.approx(missed[0], rel=1e-5)
+    whole = DenseOutputs(dense, [x], samples=len(x)).missed(small)
+    assert missed[0] == pytest.approx(whole, rel=0.2)
+
+
+def test_held_out_samples_are_chosen_from_in_any_order_too() -> None:
+    x, dense, small = of_classes(), Shifted(0.0, True), Shifted(0.2, True)
+    small.load_state_dict(dense.state_dict())
+    held = [torch.arange(len(x)) % 2 == 0]
+    part = agreement(dense, small, [x], held)
+    alone = agreement(dense, small, [x[::2].flip(0)])
+    assert part is not None
+    assert alone is not None
+    assert (part.held_out, part.samples) == (True, 512)
+    assert part.error == pytest.approx(alone.error, rel=1e-5)
+    # Those of batches that nothing was said of are none.
+    few = agreement(dense, small, list(x.split(100)), [torch.arange(100) < 3])
+    assert few is not None
+    assert few.samples == 3
+
+
+class Whole(Shifted):
+    """Takes batches of one size alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(100, 4))
+
+
+def test_whole_batches_are_compared_where_a_part_is_refused() -> None:
+    x, dense, small = of_classes(), Whole(0.0, True), Whole(0.2, True)
+    small.load_state_dict(dense.state_dict())
+    told = agreement(dense, small, list(x.split(100)))
+    assert told is not None
+    assert told.samples == 600
+    assert DenseOutputs(dense, list(x.split(100)), samples=128).missed(small) > 0

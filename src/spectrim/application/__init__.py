@@ -43,6 +43,7 @@ def apply(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     samples: Where = None,
     rows: int | str | None = "auto",
+    positions: int | None = None,
     mask: Mask = None,
     memory: int = MEMORY,
     progress: Progress | bool | None = None,
@@ -78,6 +79,8 @@ def apply(
     rows
         Positions that a layer is fitted at, over all batches: a number, None for all, or ``"auto"`` for enough for the
         length of its patches.
+    positions
+        Positions of each sample, in place of ``rows``.
     mask
         Tells padding from data: the name of a batch's entry or a function of the batch, which gives ``[batch,
         positions]``; ``attention_mask`` by default.
@@ -97,7 +100,7 @@ def apply(
     """
     applied = carry_out(
         model, sites, plan, batches, methods=methods, reconstruct=reconstruct, batchnorm=batchnorm,
-        forward=Feed.of(forward, samples), sampling=Sampling(rows, mask=mask), memory=memory, progress=progress,
+        forward=Feed.of(forward, samples), sampling=Sampling(rows, positions, mask), memory=memory, progress=progress,
     )  # fmt: skip
     for note in applied.notes:
         log.warning("%s", note)

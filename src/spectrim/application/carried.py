@@ -152,11 +152,11 @@ def _check_call(batches: Iterable[Any] | None, memory: int) -> None:
 
 def _split(work: Work, batches: Sequence[Any], sampling: Sampling) -> tuple[Sequence[Any], tuple[Tensor, ...]]:
     """Choose the samples that layers are fitted to: the batches as they run, and what is held out of those given."""
-    feed, mask, loops = work.feed, sampling.mask, work.removal.sites.loops
+    feed, loops = work.feed, work.removal.sites.loops
     # A pass that loops over its samples would stop at the first of them, or come to layers with dense ones before.
     apart = one_by_one(work.dense, batches, feed) if loops else batches
-    work.split = Split.of(apart, rows=sampling.rows, mask=mask, layout=feed.layout)
-    return apart, Split.of(batches, mask=mask, layout=feed.layout).held if loops else work.split.held
+    work.split = Split.of(apart, sampling, layout=feed.layout)
+    return apart, Split.of(batches, sampling, layout=feed.layout).held if loops else work.split.held
 
 
 def _put_apart(work: Work, steps: Sequence[Step], tell: Progress) -> None:

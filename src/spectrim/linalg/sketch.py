@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from spectrim.linalg.moments import Moments, ridge, without_casting
+from spectrim.linalg.moments import Moments, noise, ridge, without_casting
 
 
 class Sketch(Moments):
@@ -132,12 +132,19 @@ class Sketch(Moments):
         return bool(torch.isfinite(self.mean).all() and torch.isfinite(self.rows).all())
 
     def level(self) -> Float[Tensor, "g d"]:
-        """What every feature has beside the rows, of the covariance: what the rows have lost, and a little.
+        """What every feature has beside the rows, of the covariance: what the rows have lost, and a little."""
+        return (self.lost + ridge(self.count, self.mean.shape[1]) * self.squares) / max(self.count, 1)
 
-        The little is what :func:`spectrim.linalg.moments.shrunk` adds.
-        """
-        share = ridge(self.count, self.mean.shape[1])
-        return (self.lost + share * self.squares) / max(self.count, 1)
+    def shrunk(self) -> tuple[Float[Tensor, "g m d"], Float[Tensor, "g d"]]:
+        """Rows ``B`` and level ``L``: ``B^T B + L`` is what :func:`spectrim.linalg.moments.shrunk` makes of it."""
+        unit = self.squares.sqrt()
+        inverse = torch.where(unit > 0, 1 / unit, torch.zeros_like(unit))
+        standard, beside = self.rows * inverse.float().unsqueeze(1), self.lost * inverse.square()
+        # Squares of all entries of the correlation.
+        squares = (standard @ standard.mT).square().sum((1, 2)) + (2 * _squares(standard) + beside).mul(beside).sum(1)
+        share = noise(squares, (unit > 0).sum(1), self.count)
+        rows = self.rows.double() * ((1 - share) / max(self.count, 1)).sqrt()[:, None, None]
+        return rows, self.level() + share.unsqueeze(1) * (self.squares - self.lost) / max(self.count, 1)
 
     def solve(self, missing: Float[Tensor, "g m o"]) -> Float[Tensor, "g o d"]:
         """The weight that answers its rows with ``missing``, damped by :meth:`level`: least squares of ``m`` equations.

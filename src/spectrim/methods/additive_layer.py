@@ -180,9 +180,9 @@ def _metric(units: Standard, how: Unfolding) -> tuple[Metric, Tensor | None]:
         return Plain(g, tuple(patch), site.weight.device, how), None
     if site.statistics.input is None and sketch is not None:
         each = 1 / statistics.channel_units(units.inputs, sketch.mean.shape[1])
-        rows = sketch.rows * (each / max(sketch.count, 1) ** 0.5).unsqueeze(1)
-        level = sketch.level() * each.square()
-        return Rows(rows.to(sketch.rows.dtype), level.to(sketch.rows.dtype), tuple(patch)), sketch.mean * each
+        rows, level = sketch.shrunk()
+        rows, level = ((rows * each.unsqueeze(1)).to(sketch.rows), (level * each.square()).to(sketch.rows))
+        return Rows(rows, level, tuple(patch)), sketch.mean * each
     seen = units.patches(_known_slices(site, how) or how)
     assert seen is not None
     return seen.metric, seen.mean

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -18,6 +19,7 @@ from spectrim.nn.watch.layout import samples_first
 from spectrim.nn.watch.masks import Mask, mask_of
 from spectrim.nn.watch.nesting import begun, compared, output_tensors, transformed
 from spectrim.nn.watch.observe import observe
+from spectrim.nn.watch.samples import Samples
 from spectrim.nn.watch.state import evaluating, kept, settings_kept
 
 log = logging.getLogger(__name__)
@@ -129,7 +131,8 @@ def agreement(
     dense, small
         Run in evaluation mode without gradients, and left as found.
     batches
-        Of inputs; 512 samples at most are used. Better of samples that nothing was fitted to.
+        Of inputs; 512 samples at most are used, chosen by their contents from all. Better of samples that nothing was
+        fitted to.
     held
         Which samples of every batch to take, ``[size]`` for each; all if none are named.
     mask
@@ -144,12 +147,12 @@ def agreement(
         differ in shape or are zero.
     """
     try:
-        return _agreement(dense, small, batches, held, mask, forward)
+        return _agreement(dense, small, batches, held, mask, forward, parted=True)
     except SpectrimError:
         raise
     except Exception as error:  # a model may refuse other numbers of samples than its batches have
         log.info("outputs are compared on whole batches, since the model refuses a part of one: %s", error)
-        return _agreement(dense, small, batches, (), mask, forward)
+        return _agreement(dense, small, batches, (), mask, forward, parted=False)
 
 
 def _agreement(
@@ -159,22 +162,61 @@ def _agreement(
     held: Sequence[Tensor],
     mask: Mask,
     forward: Forward | None,
+    *,
+    parted: bool,
 ) -> Agreement | None:
-    held_out = any(bool(each.any()) for each in held)
-    parts = zip(batches, held, strict=False) if held_out else ((b, None) for b in batches)
     tally, feed = _Tally(), Feed.of(forward)
+    first, stream = begun(batches)
+    feed.decide(dense, first)
     with observe(dense, forward=feed) as wanted, observe(small, forward=feed) as given:
-        for batch, kept in parts:
-            size = feed.decide(dense, batch).layout.size(batch)
-            index = torch.arange(size) if kept is None else kept.nonzero().flatten()
-            index = index[: _SAMPLES - tally.samples]
-            if len(index):
-                part = batch if len(index) == size else feed.layout.picked(batch, index)
-                data, turned = mask_of(part, mask, len(index), feed.layout), feed.layout.is_turned(part, len(index))
-                tally.add(wanted(part), given(part), data, len(index), turned=turned)
-            if tally.samples >= _SAMPLES:
-                break
-    return tally.agreement(held_out=held_out)
+        for part in spread(stream, _SAMPLES, feed, mask, held) if parted else _first(stream, _SAMPLES, feed):
+            size = feed.layout.size(part)
+            data, turned = mask_of(part, mask, size, feed.layout), feed.layout.is_turned(part, size)
+            tally.add(wanted(part), given(part), data, size, turned=turned)
+    return tally.agreement(held_out=parted and any(bool(each.any()) for each in held))
+
+
+def spread(batches: Iterable[Any], most: int, feed: Feed, mask: Mask = None, held: Sequence[Tensor] = ()) -> list[Any]:
+    """So many samples at most, in parts of batches, chosen by their contents: their order makes no difference.
+
+    Of those that are ``held``, if any are.
+    """
+    parts: list[tuple[Any, Tensor, Tensor]] = []
+    among = held if any(bool(each.any()) for each in held) else itertools.repeat(None)
+    for batch, each in zip(batches, among, strict=False):
+        keys = Samples.of(batch, mask, layout=feed.layout).keys
+        index = torch.arange(len(keys)) if each is None else each.nonzero().flatten()
+        parts.append((batch, index, keys[index]))
+        if sum(len(index) for _, index, _ in parts) > 2 * most:
+            parts = _fewer(parts, most, feed)
+    return [_part(batch, index, feed) for batch, index, _ in _fewer(parts, most, feed) if len(index)]
+
+
+def _fewer(parts: Sequence[tuple[Any, Tensor, Tensor]], most: int, feed: Feed) -> list[tuple[Any, Tensor, Tensor]]:
+    """Those of the smallest keys, where there are more; what goes is not held on to."""
+    keys = torch.cat([keys for _, _, keys in parts])
+    if len(keys) <= most:
+        return list(parts)
+    left = torch.zeros(len(keys), dtype=torch.bool)
+    left[keys.argsort(stable=True)[:most]] = True
+    found = []
+    for (batch, index, keys), stays in zip(parts, left.split([len(index) for _, index, _ in parts]), strict=True):
+        if bool(stays.any()):
+            found.append((_part(batch, index[stays], feed), torch.arange(int(stays.sum())), keys[stays]))
+    return found
+
+
+def _part(batch: Any, index: Tensor, feed: Feed) -> Any:
+    return batch if len(index) == feed.layout.size(batch) else feed.layout.picked(batch, index)
+
+
+def _first(batches: Iterable[Any], most: int, feed: Feed) -> Iterator[Any]:
+    """Whole batches, until there are so many samples."""
+    for batch in batches:
+        yield batch
+        most -= feed.layout.size(batch)
+        if most <= 0:
+            return
 
 
 @dataclass
@@ -261,8 +303,8 @@ def _shares(of_samples: Sequence[Tensor], whole: float, unit: float) -> tuple[fl
 class DenseOutputs:
     """What a dense network answers on some samples, for others to be compared with; padding is left out.
 
-    The outputs are remembered as far as they take little memory, so that it runs once. Batches can be gone through
-    again.
+    The samples are chosen by their contents, once; of batches that the network refuses in part they are the first ones.
+    Its outputs are remembered as far as they take little memory, so that it runs once.
     """
 
     model: nn.Module
@@ -270,32 +312,46 @@ class DenseOutputs:
     samples: int = 512
     mask: Mask = None
     forward: Forward | None = None
+    _parts: list[Any] = field(default_factory=list, init=False, repr=False)
     _known: list[list[Tensor]] = field(default_factory=list, init=False, repr=False)
 
     @torch.no_grad()
     def missed(self, other: nn.Module) -> float:
         """Share of the energy of the network's outputs that another one misses."""
         feed = Feed.of(self.forward)
-        first, stream = begun(self.batches)
-        feed.decide(self.model, first)
         missed = energy = 0.0
-        seen = 0
+        means: dict[Any, tuple[int, Any]] = {}
         with evaluating(self.model, other), kept(self.model), kept(other):
-            for number, batch in enumerate(stream):
+            for number, batch in enumerate(self._chosen(feed)):
                 size = feed.layout.size(batch)
                 wanted, given = self._outputs(number, batch, feed), output_tensors(feed(other, batch))
                 data, turned = mask_of(batch, self.mask, size, feed.layout), feed.layout.is_turned(batch, size)
-                for a, b in zip(wanted, given, strict=True):
+                for place, (a, b) in enumerate(zip(wanted, given, strict=True)):
                     a, b = (samples_first(each, size, turned) for each in (a, b))
                     if data is not None and a.shape[:2] == data.shape:
                         a, b = a[data.to(a.device)], b[data.to(b.device)]
                     a, b = compared(a, b)
                     missed += float((a - b).square().sum())
-                    energy += float((a - a.mean(0)).square().sum())
-                seen += size
-                if seen >= self.samples:
-                    break
+                    # Around the mean of all samples, however they are cut into batches.
+                    rows, mean = len(a) if a.dim() else 1, a.mean(0)
+                    before, known = means.get(key := (place, mean.shape), (0, mean))
+                    apart = (mean - known) * (rows / (before + rows))
+                    energy += float((a - mean).square().sum() + (mean - known).mul(apart).sum() * before)
+                    means[key] = before + rows, known + apart
         return missed / max(energy, 1e-300)
+
+    def _chosen(self, feed: Feed) -> list[Any]:
+        if not self._parts:
+            first, stream = begun(self.batches)
+            feed.decide(self.model, first)
+            self._parts = spread(stream, self.samples, feed, self.mask)
+            try:
+                self._outputs(0, self._parts[0], feed)
+            except Exception as error:  # a model may refuse other numbers of samples than its batches have
+                log.info("outputs are compared on whole batches, since the model refuses a part of one: %s", error)
+                self._known = []
+                self._parts = list(_first(self.batches, self.samples, feed))
+        return self._parts
 
     def _outputs(self, number: int, batch: Any, feed: Feed) -> list[Tensor]:
         if number < len(self._known):

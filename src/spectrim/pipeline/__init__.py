@@ -21,7 +21,7 @@ from spectrim.nn.find import Which, check_model
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.masks import Mask
-from spectrim.nn.watch.nesting import begun, checked_batches, copied_batches, reads_once
+from spectrim.nn.watch.nesting import at_hand, begun
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.pipeline.goal import Goal, Sets, reached
 from spectrim.pipeline.making import Making
@@ -129,7 +129,8 @@ def compress(
     selector
         How choices are made; exact by default.
     rows, positions, mask
-        How many input patches the statistics rest on, and which tokens are data; see :func:`spectrim.calibrate`.
+        How many input patches the statistics rest on and layers are fitted at, and which tokens are data; see
+        :func:`spectrim.calibrate`.
     forward, samples
         How the model is run on a batch, and where a batch's samples are; see :func:`spectrim.calibrate`. By default
         both are seen from the first batch and the model's ``forward``, and the report tells what is not plain.
@@ -171,7 +172,7 @@ def compress(
     several, shared = (None, False) if competing else methods_on_offer(methods, groups, stated.costs)
     sampling = Sampling(rows, positions, mask)
     feed = Feed.of(forward, samples)
-    batches = copied_batches(calibration) if reads_once(checked_batches(calibration)) else calibration
+    batches = at_hand(calibration, alike=reconstruct)
     channels = any(method.removes_channels for method in several or ())
     if channels and len(several or ()) > 1:
         check_comparable(model, begun(batches)[0], feed)

@@ -30,7 +30,7 @@ from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.contents import contents
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.masks import Mask
-from spectrim.nn.watch.nesting import checked_batches, copied_batches, reads_once
+from spectrim.nn.watch.nesting import at_hand
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.pipeline import Result, check_selector, methods_on_offer
 from spectrim.pipeline.making import Making
@@ -153,7 +153,7 @@ def sweep(
     methods, groups = methods_on_offer(methods, groups, limited)
     channels = any(method.removes_channels for method in methods or ())
     sampling, feed = Sampling(rows, None, mask), Feed.of(forward, samples)
-    batches = copied_batches(calibration) if reads_once(checked_batches(calibration)) else calibration
+    batches = at_hand(calibration, alike=True)
     sites = locate(model, batches, skip=skip, only=only, channels=channels, forward=feed)
     timed = latency or guard or "latency" in limited
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as st
+from spectrim.nn.find import find
 from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.calibrate import calibrate
 from spectrim.nn.watch.layout import Layout
 from spectrim.nn.watch.masks import mask_of
 from spectrim.nn.watch.samples import Samples
@@ -214,3 +216,26 @@ def test_directions_are_a_sample_s_own_where_time_comes_first() -> None:
     whole = directions(torch.zeros(7, 12, 4), Samples.of(x, layout=Layout(axis=1)))
     part = directions(torch.zeros(7, 5, 4), Samples.of(x[:, 3:8], layout=Layout(axis=1)))
     assert torch.equal(whole[:, 3:8], part)
+
+
+class Shorter(nn.Module):
+    """Pools pairs of tokens before its second layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        y = self.second(self.first(x).unflatten(1, (-1, 2)).mean(2))
+        return self.head(y.mean(1))
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_padding_behind_a_pooling_is_told(padded: bool) -> None:
+    mask = torch.ones(20, 16)
+    mask[::2, 8:] = 0 if padded else 1
+    model = Shorter().eval()
+    sites = calibrate(model, find(model), [{"x": torch.randn(20, 16, 8), "attention_mask": mask}])
+    told = [note for note in sites.notes if "padding" in note]
+    assert len(told) == padded
+    assert all("1 of 3 layers, first in 'second': it is given 8 positions" in note for note in told)

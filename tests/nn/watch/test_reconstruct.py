@@ -16,6 +16,7 @@ from spectrim.nn.watch.calibrate import calibrate
 from spectrim.nn.watch.lockstep import lockstep
 from spectrim.nn.watch.patches import patches_at
 from spectrim.nn.watch.reconstruct import HELD_OUT, Joint, Split
+from spectrim.nn.watch.sampling import Sampling
 from tests.nn.layers import close
 
 
@@ -54,7 +55,7 @@ def asymmetric_site(dense, compressed, site, batches, *, rows="auto", held_out=H
     feed = Feed.of(forward)
     for batch in batches[:1]:
         feed.decide(dense, batch)
-    split = Split.of(batches, rows=rows, held_out=held_out, layout=feed.layout)
+    split = Split.of(batches, Sampling(rows), held_out=held_out, layout=feed.layout)
     moments = Joint.of(site, **joint)
     # All of its calls: a model that loops over its images calls it once an image.
     with lockstep(dense, compressed, {site.name: sys.maxsize}, batches, forward=feed) as hub:

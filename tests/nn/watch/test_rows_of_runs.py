@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 import spectrim as st
 from spectrim.nn.find import find
+from spectrim.nn.watch import watchers
 from spectrim.nn.watch.calibrate import calibrate, few_rows
 from spectrim.nn.watch.sensitivity import sensitivity
 from spectrim.pipeline import output_error
@@ -208,6 +211,23 @@ def test_a_note_says_what_to_do_about_too_few_rows(samples, rows, cure):
     assert not list(few_rows(calibrate(model, find(model), [torch.randn(40, 3, 16)])))
     result = st.compress(model, [x], st.Budget(parameters=0.9), rows=rows)
     assert note in result.report.notes
+
+
+def test_few_samples_are_told_however_many_rows_they_have():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 30 * 30, 4)).eval()
+    sites = calibrate(model, find(model), [torch.randn(8, 3, 32, 32)])
+    first, *_ = few_rows(sites)
+    assert "8 calibration samples are too few" in first
+    assert not any("calibration samples" in note for note in few_rows(dataclasses.replace(sites, samples=100)))
+
+
+def test_few_rows_of_what_is_kept_in_parts_are_told(monkeypatch):
+    monkeypatch.setattr(watchers, "FULL_PATCH", 20)
+    monkeypatch.setattr(watchers, "FULL_LINEAR", 10)
+    model = nn.Sequential(nn.Linear(12, 30), nn.ReLU(), nn.Linear(30, 6)).eval()
+    (note,) = few_rows(calibrate(model, find(model), [torch.randn(40, 12)]))
+    assert "1 of 2 layers" in note
+    assert "40 rows for vectors of 30 numbers" in note
 
 
 def test_padding_counts_nothing_in_the_error_of_outputs():

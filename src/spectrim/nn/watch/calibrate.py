@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from spectrim.errors import CalibrationError, called_as
-from spectrim.network.sites import Sites
+from spectrim.linalg.moments import Moments
+from spectrim.network.sites import Layer, Sites
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.masks import Mask, unread
@@ -19,6 +20,7 @@ from spectrim.nn.watch.observe import hooked, observe
 from spectrim.nn.watch.sampling import GUESSED, Extent, Sampling
 from spectrim.nn.watch.state import State
 from spectrim.nn.watch.watched import PassMaker, Watched
+from spectrim.nn.watch.watchers import Watcher
 from spectrim.progress import Steps, reports_steps, told
 
 log = logging.getLogger(__name__)
@@ -147,7 +149,13 @@ def calibrated(
         found,
         keeps_state=keeps,
         shaped=without_numbers(first),
-        notes=(*found.notes, *feed.notes, *unread(first, amount.mask, feed.layout), *run.repeated(found.samples)),
+        notes=(
+            *found.notes,
+            *feed.notes,
+            *unread(first, amount.mask, feed.layout),
+            *_unmasked(watch.watchers),
+            *run.repeated(found.samples),
+        ),
     )
     if known is not None:
         found = dataclasses.replace(found, tied=known.tied, notes=known.notes)
@@ -168,26 +176,43 @@ def check_weights(model: nn.Module, sites: Sites) -> None:
     sites.check_finite()
 
 
+def _unmasked(watchers: Mapping[str, Watcher]) -> Iterator[str]:
+    """What a user should know of layers that see positions of which the mask does not say whether they are padding."""
+    rows = {name: each.unmasked for name, each in watchers.items() if each.unmasked}
+    if rows:
+        name, count = next(iter(rows.items()))
+        yield (
+            f"padding counts as data in {len(rows)} of {len(watchers)} layers, first in {name!r}: it is given "
+            f"{count:,} positions of a sample, of which the mask does not say what is padding, as behind a pooling or "
+            "a stride. Calibrate on samples of one length, or put those of like length together, so that there is "
+            "little padding"
+        )
+
+
 def few_rows(sites: Sites) -> Iterator[str]:
     """What a user should know of layers whose moments rest on too few rows for their length, and what to do."""
-    short = [
-        (layer, moments)
-        for layer in sites
-        if (moments := layer.statistics.input) is not None and moments.count < ENOUGH * moments.mean.shape[1]
-    ]
-    if not short:
-        return
-    layer, moments = min(short, key=lambda pair: pair[1].count / pair[1].mean.shape[1])
-    there = sites.samples * max(1, layer.spec.rows)
-    cure = "ask for more with rows= or positions=" if there > 1.5 * moments.count else "calibrate on more samples"
-    if sites.samples < GUESSED:
+    known = [(layer, moments) for layer in sites if (moments := _shortest(layer)) is not None]
+    short = [(layer, moments) for layer, moments in known if moments.count < ENOUGH * moments.mean.shape[1]]
+    if known and sites.samples < GUESSED:
         yield (
             f"{sites.samples} calibration samples are too few: the network may be worthless on other data, however "
             "well its outputs agree on these. Calibrate on a hundred or more; without data, weights alone choose "
             "better: find(model), tabulate(sites, WeightSVD()), select, apply"
         )
+    if not short:
+        return
+    layer, moments = min(short, key=lambda pair: pair[1].count / pair[1].mean.shape[1])
+    there = sites.samples * max(1, layer.spec.rows)
+    cure = "ask for more with rows= or positions=" if there > 1.5 * moments.count else "calibrate on more samples"
     yield (
         f"the statistics of {len(short)} of {len(sites)} layers rest on too few rows, fewest in {layer.name!r}: "
         f"{moments.count:,} rows for vectors of {moments.mean.shape[1]:,} numbers, where {ENOUGH} rows a number are "
         f"enough; {cure}"
     )
+
+
+def _shortest(layer: Layer) -> Moments | None:
+    """Of the moments that a layer's errors are stated by, the one with fewest rows for its length."""
+    kept = layer.statistics
+    moments = [each for each in (kept.input, *kept.slices.values(), kept.output) if each is not None]
+    return min(moments, key=lambda each: each.count / each.mean.shape[1], default=None)

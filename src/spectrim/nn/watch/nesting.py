@@ -67,6 +67,11 @@ def copied_batches(batches: Iterable[Any]) -> list[Any]:
     return [copied(batch) for batch in batches]
 
 
+def at_hand(batches: Iterable[Any], *, alike: bool) -> Iterable[Any]:
+    """Batches that can be read several times, and are ``alike`` each time though a loader shuffles them."""
+    return copied_batches(batches) if reads_once(checked_batches(batches)) or alike else batches
+
+
 def begun(batches: Iterable[Any]) -> tuple[Any, Iterator[Any]]:
     """The first batch, before anything is done with it, and all batches.
 

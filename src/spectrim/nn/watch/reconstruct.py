@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,10 +23,9 @@ from spectrim.nn.modules import Chained, Factored, make_layer, whole
 from spectrim.nn.watch.junctions import MadeUp
 from spectrim.nn.watch.layout import Layout
 from spectrim.nn.watch.lockstep import Seen
-from spectrim.nn.watch.masks import Mask
 from spectrim.nn.watch.patches import outputs_at, patches_at
 from spectrim.nn.watch.samples import Samples
-from spectrim.nn.watch.sampling import Extent, choose, leading
+from spectrim.nn.watch.sampling import Extent, Sampling, choose, leading
 from spectrim.nn.watch.watchers import in_full
 
 # Rows wanted for every number of the patch, over the whole run.
@@ -59,38 +58,38 @@ class Split:
         ``[size]`` of every batch: those that are held out.
     total
         Samples of the whole run, equal ones counted once.
-    rows
-        Rows wanted at a layer over the whole run; None for all, ``"auto"`` for enough for its patches.
+    amount
+        Rows wanted at a layer over the whole run (None for all, ``"auto"`` for enough for its patches), or positions of
+        each sample.
     """
 
     run: Extent
     samples: tuple[Samples, ...]
     held: tuple[Tensor, ...]
     total: int
-    rows: int | str | None = "auto"
+    amount: Sampling = field(default_factory=Sampling)
 
     @classmethod
     def of(
         cls,
         batches: Sequence[Any],
+        amount: Sampling = Sampling(),  # noqa: B008 (frozen)
         *,
-        rows: int | str | None = "auto",
         held_out: float = HELD_OUT,
-        mask: Mask = None,
         layout: Layout = Layout(),  # noqa: B008 (frozen)
     ) -> Split:
         """Hold out a share of the samples, of a few a third; of one or two none.
 
         Which ones depends on what is in them, not on their order.
         """
-        run = Extent(batches, mask, layout)
+        run = Extent(batches, amount.mask, layout)
         samples = tuple(run.see(batch) for batch in batches)
         keys = torch.cat([each.keys for each in samples]) if samples else torch.zeros(0)
         total = len(keys)
         count = max(round(held_out * total), min(ENOUGH, total // 3)) if held_out else 0
         held = torch.zeros(total, dtype=torch.bool)
         held[keys.argsort(stable=True)[:count]] = True
-        return cls(run, samples, held.split([each.size for each in samples]), len(keys.unique()), rows)
+        return cls(run, samples, held.split([each.size for each in samples]), len(keys.unique()), amount)
 
     @property
     def held_out(self) -> int:
@@ -114,10 +113,11 @@ class Split:
 
     def positions(self, spec: LayerSpec, shape: Sequence[int], size: int) -> int | None:
         """Rows to take of each sample of a batch that a layer sees as this shape."""
-        if self.rows is None:
-            return None
-        if isinstance(self.rows, int):
-            return self.run.positions(self.rows)
+        amount = self.amount
+        if amount.rows is None or amount.positions is not None:
+            return amount.positions
+        if isinstance(amount.rows, int):
+            return self.run.positions(amount.rows)
         d, o = spec.features, spec.out_channels // spec.groups
         _, rows = leading(spec, tuple(shape))
         cheap = EFFORT * (rows / size) * d * o / (d + o) ** 2

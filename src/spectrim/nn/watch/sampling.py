@@ -256,6 +256,15 @@ class _Rows:
         return self.at(part, torch.arange(len(part)) - (self.counts.cumsum(0) - self.counts)[part])
 
 
+def unmasked(spec: LayerSpec, shape: tuple[int, ...], samples: Samples) -> int:
+    """How many rows a layer is given of a sample with padding where the mask says nothing of them; 0 where it does."""
+    mask, (front, total), size = _read(spec, shape, samples.mask), leading(spec, shape), samples.size
+    if mask is None or bool(mask.all()) or total % size or front % size or total == int(mask.sum()):
+        return 0
+    each = total // size
+    return 0 if each in (1, mask.shape[1]) else each
+
+
 def leading(spec: LayerSpec, shape: tuple[int, ...]) -> tuple[int, int]:
     """Size of the first axis before a row's own, and rows in all."""
     axes = len(spec.kernel)

@@ -18,7 +18,7 @@ from spectrim.network.sites import Layer, Statistics
 from spectrim.nn.flops import unwatched
 from spectrim.nn.watch.patches import outputs_at
 from spectrim.nn.watch.samples import Samples
-from spectrim.nn.watch.sampling import Extent, Sampling, choose, mean_rows
+from spectrim.nn.watch.sampling import Extent, Sampling, choose, mean_rows, unmasked
 from spectrim.nn.watch.shapes import Call, of_one_sample
 from spectrim.nn.watch.streams import Buffered, Stream, Streams, patches_of
 
@@ -154,6 +154,8 @@ class Watcher(Shapes):
         self._streams = streams
         self._output = Buffered()
         self._reads_channels = reads_channels
+        # Rows of a sample of which no mask says whether they are padding.
+        self.unmasked = 0
 
     def see(self, inputs: Tensor, outputs: Tensor) -> None:
         if self._streams is None or self.refused:
@@ -166,6 +168,7 @@ class Watcher(Shapes):
     def _update(self, streams: Streams, inputs: Tensor, outputs: Tensor) -> None:
         spec, shape = self.spec, tuple(inputs.shape)
         positions = self._positions(shape)
+        self.unmasked = self.unmasked or unmasked(spec, shape, self.samples)
         streams.see(
             spec.name, (patches_of(spec), self._reads_channels), inputs, self._stream,
             lambda stream: stream.rows(inputs, positions, self.samples, self._seed),
