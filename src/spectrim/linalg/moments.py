@@ -299,6 +299,14 @@ def shrunk(covariance: Float[Tensor, "*g d d"], count: int) -> Float[Tensor, "*g
     return result
 
 
+def damped(covariance: Float[Tensor, "*g d d"], count: int) -> Float[Tensor, "*g d d"]:
+    """Covariance with a little of each entry's own variance added, for least squares whose answers it has no part in."""
+    result = covariance.clone()
+    variance = covariance.diagonal(dim1=-2, dim2=-1)
+    result.diagonal(dim1=-2, dim2=-1).add_(variance, alpha=ridge(count, covariance.shape[-1]))
+    return result
+
+
 def noise(squares: Float[Tensor, "*g"], features: Tensor, count: int) -> Float[Tensor, "*g"]:
     """Share of correlations that is taken for noise, by the sum of their squares over all pairs of so many features.
 

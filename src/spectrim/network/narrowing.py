@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spectrim.linalg import subset
-from spectrim.linalg.moments import Moments, shrunk
+from spectrim.linalg.moments import Moments, damped
 from spectrim.linalg.sketch import Sketch
 from spectrim.network.coupling import IN, OUT, THROUGH, Axis, Coupling, axes_left
 from spectrim.network.sites import Channels, Layer, Sites, entries_of
@@ -132,7 +132,7 @@ def readers(site: Channels, part: Layer, gram: Tensor) -> list[subset.Reader]:
     patches = part.statistics.input
     held = patches or part.statistics.channels
     if held is not None:
-        covariance = shrunk(held.covariance, held.count)
+        covariance = damped(held.covariance, held.count)
         if patches is None:
             gram, taps = _over_taps(gram, i), 1
         entries = (side.positions.unsqueeze(2) * taps + torch.arange(taps)).flatten(1)
@@ -144,7 +144,7 @@ def readers(site: Channels, part: Layer, gram: Tensor) -> list[subset.Reader]:
         ]
     # A long row behind a flattened image: every position counts as a sample of the channels.
     held = site.require("unpooled", "what is lost without some channels")
-    covariance = shrunk(held.covariance, held.count)[0]
+    covariance = damped(held.covariance, held.count)[0]
     per_position = _over_taps(gram, i)[0]
     mixed = torch.zeros_like(covariance)
     for column in side.positions.t():
@@ -229,7 +229,7 @@ def _as_they_are(moments: None, weight: Tensor, channels: Tensor) -> tuple[Tenso
 
 def _by_patches(moments: Moments, weight: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
     entries = entries_of(channels, weight.shape[3])
-    fitted = subset.restored(shrunk(moments.covariance, moments.count), weight.flatten(2), entries)
+    fitted = subset.restored(damped(moments.covariance, moments.count), weight.flatten(2), entries)
     return _with_shift(moments, weight, fitted, entries)
 
 
@@ -241,7 +241,7 @@ def _by_sketch(moments: Sketch, weight: Tensor, channels: Tensor) -> tuple[Tenso
 def _by_channels(moments: Moments, weight: Tensor, channels: Tensor) -> tuple[Tensor, Tensor]:
     g, o, i, taps = weight.shape
     by_tap = weight.movedim(3, 2).reshape(g, o * taps, i)
-    fitted = subset.restored(shrunk(moments.covariance, moments.count), by_tap, channels).reshape(g, o, taps, -1)
+    fitted = subset.restored(damped(moments.covariance, moments.count), by_tap, channels).reshape(g, o, taps, -1)
     kept_mean = torch.take_along_dim(moments.mean, channels, 1)
     shift = torch.einsum("goit,gi->go", weight, moments.mean) - torch.einsum("goti,gi->go", fitted, kept_mean)
     return fitted.movedim(2, 3), shift

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.linalg.moments import Moments, shrunk
+from spectrim.linalg.moments import Moments, damped
 from spectrim.nn.find import find
 from spectrim.nn.layers import opened
 from spectrim.nn.standing import laid_out
@@ -45,7 +45,7 @@ def fold_biases(
 def _constant(inputs: Moments) -> Tensor:
     """The rows ``[g, d]`` whose products with the inputs come nearest to one."""
     mean = inputs.mean.double()
-    spread = shrunk(inputs.covariance.double(), inputs.count)
+    spread = damped(inputs.covariance.double(), inputs.count)
     # What never varies is a direction of its own: the least part of the spread keeps it solvable.
     level = torch.finfo(torch.float32).eps * spread.diagonal(dim1=1, dim2=2).amax(1)
     spread = spread + torch.diag_embed(level.unsqueeze(1).expand_as(mean))
