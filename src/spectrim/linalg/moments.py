@@ -300,7 +300,7 @@ def shrunk(covariance: Float[Tensor, "*g d d"], count: int) -> Float[Tensor, "*g
 
 
 def damped(covariance: Float[Tensor, "*g d d"], count: int) -> Float[Tensor, "*g d d"]:
-    """Covariance with a little of each entry's own variance added, for least squares whose answers it has no part in."""
+    """Covariance with a little of each entry's own variance added, for least squares of rows that are given."""
     result = covariance.clone()
     variance = covariance.diagonal(dim1=-2, dim2=-1)
     result.diagonal(dim1=-2, dim2=-1).add_(variance, alpha=ridge(count, covariance.shape[-1]))
