@@ -153,7 +153,7 @@ def sweep(
     methods, groups = methods_on_offer(methods, groups, limited)
     channels = any(method.removes_channels for method in methods or ())
     sampling, feed = Sampling(rows, None, mask), Feed.of(forward, samples)
-    batches = at_hand(calibration, alike=True)
+    batches = at_hand(calibration, alike=False)
     sites = locate(model, batches, skip=skip, only=only, channels=channels, forward=feed)
     timed = latency or guard or "latency" in limited
 
