@@ -212,10 +212,12 @@ def _entry(key: str, entries: Sequence[tuple[Result, Mapping[str, Any]]]) -> lis
     parts = [f"### {key}. {words.title}", f"**{state.capitalize()}.** {words.what}"]
     for result, claim in entries:
         where = f" ({narrow})" if (narrow := _narrow(key, result)) else ""
+        # Claims of one file may be measured on several days.
+        on = {**result, **result.get("measured", {}).get(key, {})}
         lines = [
             f"- asked for: {_plain(claim['target'])}",
             *_listed(f"- measured{where}:", _worded(claim, words)),
-            f"- by `{claim['command']}` on {result['environment']['cpu']}, {result['date']}",
+            f"- by `{claim['command']}` on {on['environment']['cpu']}, {on['date']}",
         ]
         if len(entries) > 1:
             named = result["experiment"].replace("_", " ")

@@ -94,7 +94,7 @@ def test_an_experiment_runs_and_leaves_a_whole_result(name: str, result: Callabl
 
 
 def test_every_experiment_of_these_tasks_is_run_here():
-    tasks = {path.stem: json.loads(path.read_text())["task"] for path in EXPERIMENTS.glob("*.json")}
+    tasks = {path.stem: json.loads(path.read_text()).get("task") for path in EXPERIMENTS.glob("*.json")}
     assert {name for name, task in tasks.items() if task in TASKS} == CLAIMS.keys()
 
 
@@ -181,7 +181,7 @@ def test_trajectories_of_results_become_figures():
         "trajectory": json.loads(trajectory([(0, 0), (3, 1)]).to_json()),
     }
     found = report.figures([held])
-    assert found.keys() == {"rank-paths-lenet300.svg"}
+    assert [name for name in found if name.startswith("rank-paths")] == ["rank-paths-lenet300.svg"]
     assert b"<svg" in found["rank-paths-lenet300.svg"]
     assert report.figures([held]) == found
 

@@ -278,3 +278,11 @@ def test_the_pages_in_the_repository_are_those_of_its_results(tmp_path: Path):
         assert (tmp_path / name).read_text() == (ROOT / name).read_text(), f"{name} is out of date: make bench-report"
     kept = {path.relative_to(ROOT) for path in (ROOT / "docs" / "figures").glob("*.svg")}
     assert {path for path in written if path.suffix == ".svg"} == kept
+
+
+def test_claims_of_one_file_stand_with_their_own_day_and_machine():
+    strangers = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "strangers.json").read_text())
+    other = {"date": "2001-02-03", "environment": {"cpu": "Some CPU"}}
+    page = report.ledger([{**strangers, "measured": {**strangers["measured"], "N2": other}}])
+    assert "`python -m benchmarks.strangers N2` on Some CPU, 2001-02-03" in page
+    assert page.count("Some CPU") == 1
