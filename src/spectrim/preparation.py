@@ -49,30 +49,17 @@ def check_options(
 
 @dataclass(frozen=True)
 class Prepared:
-    """A dense network as plans are made for it.
+    """A dense network as plans are made for it."""
 
-    Attributes
-    ----------
-    sites
-        Calibrated, and weighed, coupled and grouped as asked for.
-    batches
-        That the sites were calibrated on, to be read as often as needed; None where no statistics were taken.
-    sampling
-        How many rows the statistics rest on, and which are data.
-    latency
-        How time is measured; None if it is not.
-    example
-        A batch as the network is timed with: positional arguments or a dict of keyword arguments.
-    dense_latency
-        Milliseconds of the dense network that tables are made and budgets are read with: those that an idle machine
-        would show, as for the layers.
-    """
-
-    sites: Sites
+    sites: Sites  # calibrated, and weighed, coupled and grouped as asked for
+    # That the sites were calibrated on, to be read as often as needed; None where no statistics were taken.
     batches: Iterable[Any] | None = None
-    latency: Latency | None = None
-    example: Any = None
+    latency: Latency | None = None  # how time is measured; None if it is not
+    example: Any = None  # a batch as the network is timed with: positional arguments or a dict of keyword arguments
+    # Milliseconds of the dense network that tables are made and budgets are read with: those that an idle machine would
+    # show, as for the layers.
     dense_latency: float | None = None
+    # How many rows the statistics rest on, and which are data.
     sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
 
 

@@ -34,33 +34,18 @@ _MOMENTS = 1 << 28
 
 @dataclass
 class Work:
-    """A network that is compressed layer by layer, beside the dense one that it is fitted to.
-
-    Attributes
-    ----------
-    follows
-        Whether layers are fitted to what the compressed ones before them deliver.
-    split
-        The samples that they are fitted to.
-    stop
-        Where both networks are, while they run.
-    joints
-        Moments by the layer, as long as more batches come; those of the last layers of pairs and chains by their names.
-    errors
-        What was learned on the way: see :class:`Applied`.
-    reached
-        Layers that passes of both networks have stopped at.
-    """
+    """A network that is compressed layer by layer, beside the dense one that it is fitted to."""
 
     dense: nn.Module
     removal: Removal
-    follows: bool
+    follows: bool  # whether layers are fitted to what the compressed ones before them deliver
     feed: Feed
-    split: Split = field(default_factory=lambda: Split.of(()))
-    stop: Stop | None = None
+    split: Split = field(default_factory=lambda: Split.of(()))  # the samples that they are fitted to
+    stop: Stop | None = None  # where both networks are, while they run
+    # Moments by the layer, as long as more batches come; those of the last layers of pairs and chains by their names.
     joints: dict[str, Joint] = field(default_factory=dict)
-    errors: dict[str, Errors] = field(default_factory=dict)
-    reached: set[str] = field(default_factory=set)
+    errors: dict[str, Errors] = field(default_factory=dict)  # what was learned on the way: see :class:`Applied`
+    reached: set[str] = field(default_factory=set)  # layers that passes of both networks have stopped at
 
     def narrows(self, layer: Layer) -> bool:
         """Whether a layer has lost channels."""

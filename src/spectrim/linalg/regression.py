@@ -47,18 +47,10 @@ class Regression(ABC):
 
 @dataclass(frozen=True, eq=False)
 class Covariances(Regression):
-    """By second moments.
+    """By second moments."""
 
-    Attributes
-    ----------
-    inputs
-        ``C [g, d, d]``.
-    cross
-        ``D [g, o, d]``.
-    """
-
-    inputs: Float[Tensor, "g d d"]
-    cross: Float[Tensor, "g o d"]
+    inputs: Float[Tensor, "g d d"]  # ``C [g, d, d]``
+    cross: Float[Tensor, "g o d"]  # ``D [g, o, d]``
 
     @classmethod
     def of(cls, joint: Paired) -> Covariances:
@@ -80,21 +72,11 @@ class Covariances(Regression):
 
 @dataclass(frozen=True, eq=False)
 class Equations(Regression):
-    """By a few rows, for inputs too many for their second moment; there are fewer equations than inputs.
+    """By a few rows, for inputs too many for their second moment; there are fewer equations than inputs."""
 
-    Attributes
-    ----------
-    inputs
-        ``[g, m, d]``, with ``inputs^T inputs`` about the covariance.
-    answers
-        ``[g, m, o]``.
-    level
-        What every input's variance has beside the rows.
-    """
-
-    inputs: Float[Tensor, "g m d"]
-    answers: Float[Tensor, "g m o"]
-    level: Float[Tensor, "g d"]
+    inputs: Float[Tensor, "g m d"]  # ``[g, m, d]``, with ``inputs^T inputs`` about the covariance
+    answers: Float[Tensor, "g m o"]  # ``[g, m, o]``
+    level: Float[Tensor, "g d"]  # what every input's variance has beside the rows
 
     @classmethod
     def of(cls, joint: Sketch, features: int) -> Equations:
@@ -112,19 +94,12 @@ class Equations(Regression):
 
 @dataclass(frozen=True, eq=False)
 class Unseen:
-    """Rows of samples that were held out, around the means of the fitted ones.
+    """Rows of samples that were held out, around the means of the fitted ones."""
 
-    Attributes
-    ----------
-    inputs, answers
-        ``[g, n, d]`` and ``[g, n, o]``.
-    sample
-        ``[n]``, the sample that each row belongs to.
-    """
-
+    # ``[g, n, d]`` and ``[g, n, o]``.
     inputs: Float[Tensor, "g n d"]
     answers: Float[Tensor, "g n o"]
-    sample: Int64[Tensor, " n"]
+    sample: Int64[Tensor, " n"]  # ``[n]``, the sample that each row belongs to
 
     def gains(self, missing: Float[Tensor, "g n o"], step: Float[Tensor, "g o d"]) -> Float[Tensor, " shares"]:
         """What each of the shares of a step gains a sample, one standard error below the mean; 0 if that is unknown."""

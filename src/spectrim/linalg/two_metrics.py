@@ -23,18 +23,10 @@ _RIDGE = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """How one reader sees the matrix.
+    """How one reader sees the matrix."""
 
-    Attributes
-    ----------
-    rows
-        Weights of the rows.
-    metric
-        Symmetric positive semidefinite, of the columns.
-    """
-
-    rows: Float[Tensor, " v"]
-    metric: Float[Tensor, "n n"]
+    rows: Float[Tensor, " v"]  # weights of the rows
+    metric: Float[Tensor, "n n"]  # symmetric positive semidefinite, of the columns
 
     def energy(self, matrix: Float[Tensor, "v n"]) -> Tensor:
         """``sum_i w_i m_i M m_i^T``."""
@@ -43,18 +35,10 @@ class View:
 
 @dataclass(frozen=True, eq=False)
 class TwiceRead:
-    """A matrix with two readers.
+    """A matrix with two readers."""
 
-    Attributes
-    ----------
-    matrix
-        ``W`` in float64.
-    readings
-        Two.
-    """
-
-    matrix: Float[Tensor, "v n"]
-    readings: tuple[View, View]
+    matrix: Float[Tensor, "v n"]  # ``W`` in float64
+    readings: tuple[View, View]  # two
 
     def energy(self) -> float:
         """What both readers read together."""

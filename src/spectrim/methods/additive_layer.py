@@ -31,32 +31,18 @@ class AdditiveLayer:
 
     All of it is in the layer's own units (:class:`~spectrim.methods.statistics.Standard`): input channels have unit
     variance. What is found is turned back by :meth:`factors`, :meth:`sparse` and :meth:`shift`.
-
-    Attributes
-    ----------
-    units
-        The layer in its own units.
-    held
-        Unfolding of which the arrays are rows ``(o, k_rest)`` over ``(i, k_S)``. It is that of the low-rank part where
-        all slices have one moment: a split kernel is then one that projects its outputs, like any other. Else
-        ``channel``.
-    target
-        The weight as ``[g, (o, k_rest), (i, k_S)]``.
-    error
-        What is minimised: lost responses, or lost weights without calibration.
-    step
-        How the low-rank part is found.
-    mean
-        Mean patch ``[g, n]``, or None without calibration.
     """
 
-    units: Standard
+    units: Standard  # the layer in its own units
     how: Unfolding
+    # Unfolding of which the arrays are rows ``(o, k_rest)`` over ``(i, k_S)``. It is that of the low-rank part where
+    # all slices have one moment: a split kernel is then one that projects its outputs, like any other. Else
+    # ``channel``.
     held: Unfolding
-    target: Tensor
-    error: Quadratic
-    step: LowRankStep
-    mean: Tensor | None
+    target: Tensor  # the weight as ``[g, (o, k_rest), (i, k_S)]``
+    error: Quadratic  # what is minimised: lost responses, or lost weights without calibration
+    step: LowRankStep  # how the low-rank part is found
+    mean: Tensor | None  # mean patch ``[g, n]``, or None without calibration
 
     @classmethod
     def known(cls, site: Layer, how: Unfolding) -> bool:

@@ -30,30 +30,15 @@ WORK = 4e10
 
 @dataclass(frozen=True, eq=False)
 class ChainedLayer:
-    """A layer as target and metric.
+    """A layer as target and metric."""
 
-    Attributes
-    ----------
-    site
-        The layer.
-    fitted
-        What is approximated, its outputs weighed where the site holds a sensitivity.
-    plain
-        The same without that weight of the outputs, which the best last factor does not depend on.
-    units
-        Those of the fit: the layer's own, or None for those of the weight.
-    judge
-        What errors are told by where it is not the fit: the layer in its own units, for fits to the weight.
-    seen
-        What the layer sees, or None without calibration.
-    """
-
-    site: Layer
-    fitted: Target
-    plain: Target
-    units: Standard | None
+    site: Layer  # the layer
+    fitted: Target  # what is approximated, its outputs weighed where the site holds a sensitivity
+    plain: Target  # the same without that weight of the outputs, which the best last factor does not depend on
+    units: Standard | None  # those of the fit: the layer's own, or None for those of the weight
+    # What errors are told by where it is not the fit: the layer in its own units, for fits to the weight.
     judge: tuple[Standard, Target] | None
-    seen: Patches | None
+    seen: Patches | None  # what the layer sees, or None without calibration
 
     @classmethod
     def of_weight(cls, site: Layer) -> ChainedLayer:
@@ -124,17 +109,11 @@ class ChainedLayer:
 
 @dataclass(frozen=True)
 class ChainMethod(Method):
-    """What methods share that put three layers or more in place of a convolution.
+    """What methods share that put three layers or more in place of a convolution."""
 
-    Attributes
-    ----------
-    multiple_of
-        Offer ranks that are multiples of this; what suits the device and the layer's width if None.
-    evaluations
-        Of the error, when a choice is carried out. The curve is that of fewer, which more only improve.
-    """
-
+    # Offer ranks that are multiples of this; what suits the device and the layer's width if None.
     multiple_of: int | None = None
+    # Of the error, when a choice is carried out. The curve is that of fewer, which more only improve.
     evaluations: int = 200
 
     def __post_init__(self) -> None:

@@ -42,19 +42,14 @@ _FINE = 1e-5
 
 @dataclass(frozen=True)
 class _CP(ChainMethod):
-    """See :class:`WeightCP` and :class:`ActivationCP`.
-
-    Attributes
-    ----------
-    kernels
-        ``whole`` for one depthwise layer, ``axes`` for one of every axis; by default both, the second where it has half
-        the numbers of the first or fewer.
-    """
+    """See :class:`WeightCP` and :class:`ActivationCP`."""
 
     offers: ClassVar[type[Choice]] = CPChoice
 
     # With the 200 of a Tucker-2 layers lose a little less, and networks do not.
     evaluations: int = 100
+    # ``whole`` for one depthwise layer, ``axes`` for one of every axis; by default both, the second where it has half
+    # the numbers of the first or fewer.
     kernels: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:

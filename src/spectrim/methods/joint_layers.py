@@ -24,32 +24,17 @@ class JointLayers:
     A layer's matrix is scaled so that all of its energy is what losing the layer adds to the loss: 1 without
     sensitivity. So the sum of what is lost is the loss that selectors minimise, as it is for separate layers. Plain
     ones are not scaled, and what is minimised is the sum of their squared norms.
-
-    Attributes
-    ----------
-    matrices
-        Unfolded weights ``[g, p_n, (o_n, q)]``, float64, in their own units.
-    mixed
-        The same, scaled and with the root of the output weight applied to the columns.
-    roots
-        What ``mixed`` was scaled by.
-    counts
-        What a unit of the energy of each mixed matrix adds to the loss; 1 unless they are plain.
-    own
-        The layers in their own units, common ones on a side that is shared.
-    seen
-        What every layer sees; one object for all that see the same. None without calibration.
-    scale
-        What losing all layers adds to the loss.
     """
 
-    matrices: tuple[Tensor, ...]
-    mixed: tuple[Tensor, ...]
-    roots: tuple[float, ...]
+    matrices: tuple[Tensor, ...]  # unfolded weights ``[g, p_n, (o_n, q)]``, float64, in their own units
+    mixed: tuple[Tensor, ...]  # the same, scaled and with the root of the output weight applied to the columns
+    roots: tuple[float, ...]  # what ``mixed`` was scaled by
+    # What a unit of the energy of each mixed matrix adds to the loss; 1 unless they are plain.
     counts: tuple[float, ...]
-    units: tuple[Standard, ...]
+    units: tuple[Standard, ...]  # the layers in their own units, common ones on a side that is shared
+    # What every layer sees; one object for all that see the same. None without calibration.
     seen: tuple[statistics.Patches, ...] | None
-    scale: float
+    scale: float  # what losing all layers adds to the loss
 
     @property
     def metrics(self) -> tuple[SlicedMetric, ...] | None:

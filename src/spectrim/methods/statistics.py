@@ -27,18 +27,10 @@ WEIGHT_ENERGY = "weight energy"
 
 @dataclass(frozen=True, eq=False)
 class Patches:
-    """What a layer sees, for the slices of an unfolding.
+    """What a layer sees, for the slices of an unfolding."""
 
-    Attributes
-    ----------
-    metric
-        Centred second moment of the patches.
-    mean
-        ``[g, n]``.
-    """
-
-    metric: SlicedMetric
-    mean: Float[Tensor, "g n"]
+    metric: SlicedMetric  # centred second moment of the patches
+    mean: Float[Tensor, "g n"]  # ``[g, n]``
 
     @classmethod
     def of(cls, site: Layer, how: Unfolding, units: Float[Tensor, "g i"] | None = None) -> Patches | None:
@@ -139,23 +131,13 @@ class Standard:
     where the site holds a sensitivity. Since ``W x = (W D^-1) (D x)``, a weight fitted in these units is one of the
     layer in others (:meth:`weight`, :meth:`left`, :meth:`right`). A channel has one unit at all kernel positions, so
     that every unfolding has it, and layers that share a factor have one for all of them.
-
-    Attributes
-    ----------
-    site
-        The layer as it is.
-    inputs
-        ``[g, i]``: its own units of what it sees, 1 without statistics.
-    outputs
-        ``[g, o]``: what its responses are multiplied by.
-    root
-        Triangular ``R`` with ``R^T R`` the second moment of the gradients in these units, which has ones on its
-        diagonal; or None.
     """
 
-    site: Layer
-    inputs: Float[Tensor, "g i"]
-    outputs: Float[Tensor, "g o"]
+    site: Layer  # the layer as it is
+    inputs: Float[Tensor, "g i"]  # ``[g, i]``: its own units of what it sees, 1 without statistics
+    outputs: Float[Tensor, "g o"]  # ``[g, o]``: what its responses are multiplied by
+    # Triangular ``R`` with ``R^T R`` the second moment of the gradients in these units, which has ones on its diagonal;
+    # or None.
     root: Float[Tensor, "g o o"] | None
 
     @classmethod

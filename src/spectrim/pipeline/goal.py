@@ -44,27 +44,13 @@ class Sets(enum.Enum):
 
 @dataclass(frozen=True)
 class Goal:
-    """How small a network is to be, and how good.
+    """How small a network is to be, and how good."""
 
-    Attributes
-    ----------
-    budget
-        None for the smallest network within the tolerance.
-    tolerance
-        What may be lost, if that is limited.
-    judge
-        What tells what is lost; it knows the dense network.
-    cost
-        What the smallest network has least of.
-    seconds
-        After which nothing further is begun where sets compete.
-    """
-
-    budget: Budget | None
-    tolerance: Tolerance | None
-    judge: Judge
-    cost: str = "macs"
-    seconds: float | None = None
+    budget: Budget | None  # none for the smallest network within the tolerance
+    tolerance: Tolerance | None  # what may be lost, if that is limited
+    judge: Judge  # what tells what is lost; it knows the dense network
+    cost: str = "macs"  # what the smallest network has least of
+    seconds: float | None = None  # after which nothing further is begun where sets compete
 
     @property
     def limited(self) -> tuple[str, ...]:

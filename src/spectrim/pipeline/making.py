@@ -16,14 +16,9 @@ from spectrim.selection.selectors import Selector, exact
 
 @dataclass(frozen=True)
 class Making:
-    """What a caller says but the network, its data and the budget; each as for :func:`spectrim.compress`.
+    """What a caller says but the network, its data and the budget; each as for :func:`spectrim.compress`."""
 
-    Attributes
-    ----------
-    methods
-        What may be chosen; where sets of them compete, those of each set take their place.
-    """
-
+    # What may be chosen; where sets of them compete, those of each set take their place.
     methods: Sequence[Method] | None = None
     reconstruct: bool = True
     guard: bool = False

@@ -20,21 +20,11 @@ from spectrim.tables import default_methods, merged, parted, tabulate
 
 @dataclass
 class Tables:
-    """What methods offer, tabulated once for all arms that have them.
+    """What methods offer, tabulated once for all arms that have them."""
 
-    Attributes
-    ----------
-    prepared
-        With sites that share nothing.
-    arms
-        All that compete.
-    making
-        How they are made.
-    """
-
-    prepared: Prepared
-    arms: Sequence[Arm]
-    making: Making
+    prepared: Prepared  # with sites that share nothing
+    arms: Sequence[Arm]  # all that compete
+    making: Making  # how they are made
     _known: dict[tuple[bool, str], Candidates] = field(default_factory=dict, init=False)
     _floors: dict[str, Floor] = field(default_factory=dict, init=False)
 

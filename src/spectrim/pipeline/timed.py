@@ -23,29 +23,16 @@ _APART = 0.25
 
 @dataclass(frozen=True)
 class Draft:
-    """A network that is planned, and not carried out yet.
+    """A network that is planned, and not carried out yet."""
 
-    Attributes
-    ----------
-    plan, table, sites
-        The plan, the table it was selected from, and the sites that both are about.
-    budget
-        As it is met: of a limit in bytes the number.
-    making
-        How it was planned, and is carried out.
-    again
-        Selects from the table under another budget.
-    file
-        Bytes of the dense network's file, if bytes are limited.
-    """
-
+    # The plan, the table it was selected from, and the sites that both are about.
     plan: Plan
     table: Candidates
     sites: Sites
-    budget: Budget
-    making: Making
-    again: Callable[[Candidates, Budget], Plan]
-    file: float | None = None
+    budget: Budget  # as it is met: of a limit in bytes the number
+    making: Making  # how it was planned, and is carried out
+    again: Callable[[Candidates, Budget], Plan]  # selects from the table under another budget
+    file: float | None = None  # bytes of the dense network's file, if bytes are limited
 
 
 def met(

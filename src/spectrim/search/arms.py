@@ -37,21 +37,11 @@ _PLANNING = 0.5
 
 @dataclass(frozen=True)
 class Arm:
-    """One set of methods.
+    """One set of methods."""
 
-    Attributes
-    ----------
-    name
-        For people.
-    methods
-        On offer; None for what :func:`spectrim.tabulate` offers by itself.
-    groups
-        Whether layers may share factors.
-    """
-
-    name: str
-    methods: tuple[Method, ...] | None = None
-    groups: bool = False
+    name: str  # for people
+    methods: tuple[Method, ...] | None = None  # on offer; None for what :func:`spectrim.tabulate` offers by itself
+    groups: bool = False  # whether layers may share factors
 
     @property
     def removes_channels(self) -> bool:
@@ -171,28 +161,15 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Contest(Generic[P, R]):
-    """How arms become networks, and how these are compared.
+    """How arms become networks, and how these are compared."""
 
-    Attributes
-    ----------
-    planned
-        The plan of an arm, which may be refused where it loses more than the trial lets it. A :class:`SpectrimError`
-        refuses it.
-    made
-        The network of a plan, with the same error.
-    judged
-        What it lost.
-    size
-        Of networks that lost the same, the one with the smallest is taken.
-    enough
-        Whether a network is so good that no other one is made.
-    """
-
+    # The plan of an arm, which may be refused where it loses more than the trial lets it. A :class:`SpectrimError`
+    # refuses it.
     planned: Callable[[Arm, Judging], P]
-    made: Callable[[Arm, P], R]
-    judged: Callable[[R], Verdict]
-    size: Callable[[R], float] = lambda _: 0.0
-    enough: Callable[[R], bool] = lambda _: False
+    made: Callable[[Arm, P], R]  # the network of a plan, with the same error
+    judged: Callable[[R], Verdict]  # what it lost
+    size: Callable[[R], float] = lambda _: 0.0  # of networks that lost the same, the one with the smallest is taken
+    enough: Callable[[R], bool] = lambda _: False  # whether a network is so good that no other one is made
 
     def best(
         self, arms: Sequence[Arm], *, seconds: float | None = None, spent: float = 0.0, progress: Progress = silent

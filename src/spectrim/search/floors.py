@@ -20,21 +20,11 @@ from spectrim.tables import leanest
 
 @dataclass(frozen=True)
 class Floor:
-    """The least that a set of methods can leave of a network, in the costs that the library counts.
+    """The least that a set of methods can leave of a network, in the costs that the library counts."""
 
-    Attributes
-    ----------
-    sites
-        Whose input shapes are known.
-    methods
-        On offer together.
-    facts
-        Of the machine that choices are made for.
-    """
-
-    sites: Sites
-    methods: Sequence[Method]
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    sites: Sites  # whose input shapes are known
+    methods: Sequence[Method]  # on offer together
+    facts: Mapping[str, Any] = field(default_factory=dict)  # of the machine that choices are made for
 
     @cached_property
     def _table(self) -> Candidates | None:

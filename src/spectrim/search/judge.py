@@ -18,25 +18,16 @@ Evaluate = Callable[[nn.Module], float]
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a network lost, by one measure; smaller is better.
+    """What a network lost, by one measure; smaller is better."""
 
-    Attributes
-    ----------
-    metric, dense
-        What ``evaluate`` returned for the network and for the dense one; None without it.
-    drop
-        How much worse the metric is than the dense network's, in its own unit; below zero if it is better.
-    agreement
-        How far the outputs are from the dense network's; None where they cannot be compared.
-    name
-        What gives the metric, for people.
-    """
-
+    # What ``evaluate`` returned for the network and for the dense one; None without it.
     metric: float | None = None
     dense: float | None = None
+    # How much worse the metric is than the dense network's, in its own unit; below zero if it is better.
     drop: float | None = None
+    # How far the outputs are from the dense network's; None where they cannot be compared.
     agreement: Agreement | None = None
-    name: str = "evaluate gives"
+    name: str = "evaluate gives"  # what gives the metric, for people
 
     @property
     def loss(self) -> float:
@@ -68,25 +59,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Judge:
-    """Judges networks that were carried out.
+    """Judges networks that were carried out."""
 
-    Attributes
-    ----------
-    evaluate
-        The user's metric: a function of a model alone, in evaluation mode and without gradients; None judges by the
-        outputs.
-    better
-        Whether a ``higher`` or a ``lower`` number is good.
-    dense
-        What the metric is of the dense network.
-    metric
-        What gives the number, for people.
-    """
-
+    # The user's metric: a function of a model alone, in evaluation mode and without gradients; None judges by the
+    # outputs.
     evaluate: Evaluate | None = None
-    better: Better = "higher"
-    dense: float | None = None
-    metric: str = "evaluate gives"
+    better: Better = "higher"  # whether a ``higher`` or a ``lower`` number is good
+    dense: float | None = None  # what the metric is of the dense network
+    metric: str = "evaluate gives"  # what gives the number, for people
 
     @classmethod
     def of(cls, evaluate: Evaluate | None, better: Better) -> Judge:

@@ -109,20 +109,11 @@ def meet_latency(
 
 @dataclass(frozen=True)
 class PutBack:
-    """What was found of layers that lose time in the finished network.
+    """What was found of layers that lose time in the finished network."""
 
-    Attributes
-    ----------
-    layers
-        Dense again, since the network is faster so.
-    needed
-        They lose time too, and without them no plan meets the budget, or a slower one does.
-    networks, seconds
-        How many were built and timed for it, and how long that took.
-    """
-
-    layers: tuple[str, ...] = ()
-    needed: tuple[str, ...] = ()
+    layers: tuple[str, ...] = ()  # dense again, since the network is faster so
+    needed: tuple[str, ...] = ()  # they lose time too, and without them no plan meets the budget, or a slower one does
+    # How many were built and timed for it, and how long that took.
     networks: int = 0
     seconds: float = 0.0
 

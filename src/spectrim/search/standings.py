@@ -11,20 +11,12 @@ from spectrim.search.arms import Arm, Tried
 
 @dataclass
 class Standings:
-    """What became of each arm last, where one after another size is tried.
+    """What became of each arm last, where one after another size is tried."""
 
-    Attributes
-    ----------
-    arms
-        All, in the order they are told in.
-    rows
-        By the name of the arm, of those that were planned or carried out.
-    fallen
-        The largest size at which an arm did not hold, by its name: smaller ones it is not asked for.
-    """
-
-    arms: Sequence[Arm]
+    arms: Sequence[Arm]  # all, in the order they are told in
+    # By the name of the arm, of those that were planned or carried out.
     rows: dict[str, Tried] = field(default_factory=dict)
+    # The largest size at which an arm did not hold, by its name: smaller ones it is not asked for.
     fallen: dict[str, float] = field(default_factory=dict)
 
     def standing(self, size: float) -> list[Arm]:

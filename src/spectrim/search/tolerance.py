@@ -27,17 +27,11 @@ _LEAST = 0.01
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What a compressed network may lose.
+    """What a compressed network may lose."""
 
-    Attributes
-    ----------
-    max_drop
-        How much worse the user's metric may be than the dense network's, in the metric's own unit.
-    min_agreement
-        Share of held-out samples whose class is to be the dense network's, or 1 - relative error for other outputs.
-    """
-
+    # How much worse the user's metric may be than the dense network's, in the metric's own unit.
     max_drop: float | None = None
+    # Share of held-out samples whose class is to be the dense network's, or 1 - relative error for other outputs.
     min_agreement: float | None = None
 
     @classmethod

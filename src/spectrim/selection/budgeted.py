@@ -23,24 +23,12 @@ PROVEN_GAP = "proven gap"
 
 @dataclass(frozen=True, eq=False)
 class Budgeted:
-    """A table within absolute limits.
+    """A table within absolute limits."""
 
-    Attributes
-    ----------
-    candidates
-        The table.
-    limits
-        By the name of the cost.
-    flat
-        The table of the trees.
-    items
-        Its options as a knapsack; None if the dense network meets all limits.
-    """
-
-    candidates: Candidates
-    limits: Mapping[str, float]
-    flat: Flat
-    items: Items | None
+    candidates: Candidates  # the table
+    limits: Mapping[str, float]  # by the name of the cost
+    flat: Flat  # the table of the trees
+    items: Items | None  # its options as a knapsack; None if the dense network meets all limits
 
     @classmethod
     def of(cls, candidates: Candidates, budget: Budget) -> Budgeted:

@@ -33,18 +33,10 @@ class ApartChoice(Choice, kind="apart"):
 
 @dataclass(frozen=True, eq=False)
 class Flat:
-    """A table without groups that stands for one with groups.
+    """A table without groups that stands for one with groups."""
 
-    Attributes
-    ----------
-    candidates
-        One row a tree.
-    picks
-        What every option of every row means in the original table.
-    """
-
-    candidates: Candidates
-    picks: tuple[tuple[Picks, ...], ...]
+    candidates: Candidates  # one row a tree
+    picks: tuple[tuple[Picks, ...], ...]  # what every option of every row means in the original table
 
     def expand(self, picks: Sequence[int]) -> dict[int, int]:
         """Picks of the flat table as those of the original: row number to index of the option."""

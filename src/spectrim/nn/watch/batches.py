@@ -246,21 +246,11 @@ def _check_batched(model: nn.Module, batch: Any, way: Way) -> None:
 
 @dataclass(frozen=True)
 class _Form:
-    """What tells which part of a batch is passed.
+    """What tells which part of a batch is passed."""
 
-    Attributes
-    ----------
-    kinds
-        Of the batch and of its inputs.
-    axes
-        How many the first tensor of the inputs has.
-    names
-        Those of a mapping that ``forward`` takes.
-    """
-
-    kinds: tuple[type, type]
-    axes: int | None
-    names: frozenset[str]
+    kinds: tuple[type, type]  # of the batch and of its inputs
+    axes: int | None  # how many the first tensor of the inputs has
+    names: frozenset[str]  # those of a mapping that ``forward`` takes
 
     @classmethod
     def of(cls, model: nn.Module, layout: Layout, batch: Any) -> _Form:

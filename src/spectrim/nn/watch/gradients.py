@@ -27,17 +27,12 @@ FEWEST, FLOOR = 4096, 16
 
 @dataclass(frozen=True)
 class Gradients:
-    """Moments of gradients by the layer, over so many samples, and why there are none.
-
-    Attributes
-    ----------
-    error
-        What the model raised in its forward pass, which is no fault of gradients if it does so without them too.
-    """
+    """Moments of gradients by the layer, over so many samples, and why there are none."""
 
     moments: Mapping[str, Moments | Squares] = field(default_factory=dict)
     samples: int = 0
     reason: str = ""
+    # What the model raised in its forward pass, which is no fault of gradients if it does so without them too.
     error: Exception | None = None
 
 

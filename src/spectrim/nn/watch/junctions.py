@@ -35,24 +35,12 @@ _CUTS: frozenset[Any] = frozenset({Tensor.__getitem__, nn.functional.pad, nn.fun
 
 @dataclass(frozen=True)
 class Tap:
-    """A tensor that a pass shows at a module, and what is done to it on its way.
+    """A tensor that a pass shows at a module, and what is done to it on its way."""
 
-    Attributes
-    ----------
-    module
-        Its name.
-    after
-        Whether it is among what the module gives, and not among what it is given.
-    leaf
-        Its number there.
-    ways
-        What is done to it, one after the other.
-    """
-
-    module: str
-    after: bool
-    leaf: int
-    ways: tuple[Callable[[Tensor], Tensor], ...] = ()
+    module: str  # its name
+    after: bool  # whether it is among what the module gives, and not among what it is given
+    leaf: int  # its number there
+    ways: tuple[Callable[[Tensor], Tensor], ...] = ()  # what is done to it, one after the other
 
     def hook(self, model: nn.Module, take: Callable[[Tensor], None]) -> Hook:
         """Has a function take the tensor whenever a pass comes by."""
@@ -68,21 +56,11 @@ class Tap:
 
 @dataclass(frozen=True)
 class Junction:
-    """A sum that a layer's answer goes into.
+    """A sum that a layer's answer goes into."""
 
-    Attributes
-    ----------
-    layer
-        Its name.
-    norm
-        The BatchNorm that the answer goes through before, if any.
-    other
-        What it is added to.
-    """
-
-    layer: str
-    norm: str | None
-    other: Tap
+    layer: str  # its name
+    norm: str | None  # the BatchNorm that the answer goes through before, if any
+    other: Tap  # what it is added to
 
     def targets(
         self,
@@ -122,19 +100,12 @@ class MadeUp:
 
     It is known place by place: as a tensor it would be as large as all activations of the layer, where a few rows are
     asked for.
-
-    Attributes
-    ----------
-    answer
-        Of the dense layer.
-    sides
-        The other side in the dense and in the compressed network; nothing where none is known.
-    share
-        ``[channels]``, what makes of something missing in the sum what the layer is to answer; None where they are one.
     """
 
-    answer: Tensor
+    answer: Tensor  # of the dense layer
+    # The other side in the dense and in the compressed network; nothing where none is known.
     sides: tuple[Tensor, ...] = ()
+    # ``[channels]``, what makes of something missing in the sum what the layer is to answer; None where they are one.
     share: Tensor | None = None
 
     @property

@@ -36,27 +36,13 @@ def check_where(samples: Where) -> None:
 
 @dataclass(frozen=True)
 class Layout:
-    """Which part of a batch is inputs, and what of them is a sample.
+    """Which part of a batch is inputs, and what of them is a sample."""
 
-    Attributes
-    ----------
-    axis
-        Of the input tensors, that samples lie on.
-    listed
-        The inputs are a list with an entry for each sample, which may differ in size.
-    whole
-        The batch as it comes is the inputs; else, of a list or tuple, its first element.
-    count
-        Counts the samples of a batch, where a user says how.
-    names
-        Of the inputs in the order of a tuple, as the model's ``forward`` calls them.
-    """
-
-    axis: int = 0
-    listed: bool = False
-    whole: bool = False
-    count: Callable[[Any], int] | None = None
-    names: tuple[str, ...] = ()
+    axis: int = 0  # of the input tensors, that samples lie on
+    listed: bool = False  # the inputs are a list with an entry for each sample, which may differ in size
+    whole: bool = False  # the batch as it comes is the inputs; else, of a list or tuple, its first element
+    count: Callable[[Any], int] | None = None  # counts the samples of a batch, where a user says how
+    names: tuple[str, ...] = ()  # of the inputs in the order of a tuple, as the model's ``forward`` calls them
 
     def inputs(self, batch: Any) -> Any:
         """The part of a batch that tells samples apart, without targets."""

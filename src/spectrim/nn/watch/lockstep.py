@@ -25,54 +25,29 @@ from spectrim.nn.watch.state import Location, State, evaluating
 
 @dataclass(frozen=True)
 class Seen:
-    """What one batch shows at a layer: a tensor for each call of it.
+    """What one batch shows at a layer: a tensor for each call of it."""
 
-    Attributes
-    ----------
-    batch
-        Its number.
-    inputs
-        Of the compressed network's layer.
-    targets
-        Answers of the dense network's, with what they are to make up for.
-    """
-
-    batch: int
-    inputs: Sequence[Tensor]
-    targets: Sequence[MadeUp]
+    batch: int  # its number
+    inputs: Sequence[Tensor]  # of the compressed network's layer
+    targets: Sequence[MadeUp]  # answers of the dense network's, with what they are to make up for
 
 
 @dataclass(frozen=True)
 class Ended:
-    """A forward pass of one of the networks that has come to its end.
+    """A forward pass of one of the networks that has come to its end."""
 
-    Attributes
-    ----------
-    calls
-        Of the layers of interest.
-    output
-        What the network gave.
-    """
-
-    calls: Counter[str]
-    output: Any
+    calls: Counter[str]  # of the layers of interest
+    output: Any  # what the network gave
 
 
 @dataclass(frozen=True)
 class Hub:
-    """The passes of both networks over the same batches.
+    """The passes of both networks over the same batches."""
 
-    Attributes
-    ----------
-    model
-        The dense network.
-    sums
-        What layers' answers are added to, by the layer: they are to make up for what is missing there.
-    """
-
-    model: nn.Module
+    model: nn.Module  # the dense network
     dense: Passes
     compressed: Passes
+    # What layers' answers are added to, by the layer: they are to make up for what is missing there.
     sums: Mapping[str, Junction]
 
     def reach(self, name: str) -> list[Seen]:

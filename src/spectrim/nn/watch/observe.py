@@ -21,18 +21,12 @@ class Hook:
     """A function to be called whenever this thread calls a module: another one may be using the model meanwhile.
 
     It sees what the module itself is given and answers, whatever hooks of the model's own make of that.
-
-    Attributes
-    ----------
-    function
-        ``(module, args, kwargs, output)``; before the module is run ``(module, args, kwargs)``.
-    before
-        Whether it is called before the module is run.
     """
 
     module: nn.Module
+    # ``(module, args, kwargs, output)``; before the module is run ``(module, args, kwargs)``.
     function: Callable[..., Any]
-    before: bool = False
+    before: bool = False  # whether it is called before the module is run
 
     def register(self) -> Any:
         """Put it on the module; what is returned takes it away."""

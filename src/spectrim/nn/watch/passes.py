@@ -30,16 +30,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Runner:
-    """One of the two networks.
-
-    Attributes
-    ----------
-    state, places
-        What it kept on itself when the passes began, and where a pass changes that.
-    """
+    """One of the two networks."""
 
     model: nn.Module
     run: Callable[[Any], Any]
+    # What it kept on itself when the passes began, and where a pass changes that.
     state: State
     places: Sequence[Location] = ()
 

@@ -20,21 +20,11 @@ from spectrim.nn.watch.state import Location, State, evaluating, kept
 
 @dataclass
 class Probe:
-    """What a forward pass is like.
+    """What a forward pass is like."""
 
-    Attributes
-    ----------
-    order
-        Layers in the order of their calls.
-    nbytes
-        Most bytes of activations that it holds alive at one of them, a sample.
-    places
-        Where it keeps something on the model: activations, caches, counters.
-    """
-
-    order: list[str] = field(default_factory=list)
-    nbytes: float = 0.0
-    places: Sequence[Location] = ()
+    order: list[str] = field(default_factory=list)  # layers in the order of their calls
+    nbytes: float = 0.0  # most bytes of activations that it holds alive at one of them, a sample
+    places: Sequence[Location] = ()  # where it keeps something on the model: activations, caches, counters
 
     @property
     def calls(self) -> dict[str, int]:

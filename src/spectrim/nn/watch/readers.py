@@ -54,15 +54,9 @@ _DERIVATIVES = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 
 @dataclass
 class Reading:
-    """What was seen of the layers of a model in a pass.
+    """What was seen of the layers of a model in a pass."""
 
-    Attributes
-    ----------
-    refused
-        Why a layer has to be left alone, by its name.
-    """
-
-    refused: dict[str, str] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)  # why a layer has to be left alone, by its name
 
 
 class _Readers(TorchFunctionMode):

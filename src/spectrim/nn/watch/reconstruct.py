@@ -46,27 +46,14 @@ SKETCH = 1024
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """The samples of a run, batch by batch, and which of them are not fitted.
+    """The samples of a run, batch by batch, and which of them are not fitted."""
 
-    Attributes
-    ----------
-    run
-        What is known of all of them.
-    samples
-        Of every batch.
-    held
-        ``[size]`` of every batch: those that are held out.
-    total
-        Samples of the whole run, equal ones counted once.
-    amount
-        Rows wanted at a layer over the whole run (None for all, ``"auto"`` for enough for its patches), or positions of
-        each sample.
-    """
-
-    run: Extent
-    samples: tuple[Samples, ...]
-    held: tuple[Tensor, ...]
-    total: int
+    run: Extent  # what is known of all of them
+    samples: tuple[Samples, ...]  # of every batch
+    held: tuple[Tensor, ...]  # ``[size]`` of every batch: those that are held out
+    total: int  # samples of the whole run, equal ones counted once
+    # Rows wanted at a layer over the whole run (None for all, ``"auto"`` for enough for its patches), or positions of
+    # each sample.
     amount: Sampling = field(default_factory=Sampling)
 
     @classmethod

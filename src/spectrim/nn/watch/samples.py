@@ -17,33 +17,20 @@ from spectrim.nn.watch.masks import Mask, check_not_inverted, mask_of
 
 @dataclass(frozen=True)
 class Samples:
-    """What the samples of one batch are.
+    """What the samples of one batch are."""
 
-    Attributes
-    ----------
-    size
-        How many.
-    keys
-        A number made from the bits of each sample's inputs: the same sample has the same key in any batch, order or
-        cut, and, where there is a mask, with any padding.
-    mask
-        ``[size, positions]``, True where a token is data; None if all are.
-    share
-        The length of each sample in units of the mean length of the run; a sample of twice the length gives twice the
-        rows.
-    lengths
-        Sizes of the input tensors beside that of the samples, by which a layer that is given the positions before the
-        samples is known.
-    turned
-        Whether the inputs have their positions before the samples.
-    """
-
-    size: int
+    size: int  # how many
+    # A number made from the bits of each sample's inputs: the same sample has the same key in any batch, order or cut,
+    # and, where there is a mask, with any padding.
     keys: Int64[Tensor, " size"]
-    mask: Bool[Tensor, "size positions"] | None
+    mask: Bool[Tensor, "size positions"] | None  # ``[size, positions]``, True where a token is data; None if all are
+    # The length of each sample in units of the mean length of the run; a sample of twice the length gives twice the
+    # rows.
     share: Float64[Tensor, " size"]
+    # Sizes of the input tensors beside that of the samples, by which a layer that is given the positions before the
+    # samples is known.
     lengths: frozenset[int] = frozenset()
-    turned: bool = False
+    turned: bool = False  # whether the inputs have their positions before the samples
     _chosen: dict[Hashable, Chosen] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -87,18 +74,11 @@ class Samples:
 
 
 class Chosen(NamedTuple):
-    """Rows of what a layer sees.
+    """Rows of what a layer sees."""
 
-    Attributes
-    ----------
-    index
-        ``[n]``, into the rows as :func:`spectrim.nn.watch.patches.patches_at` counts them; no row twice.
-    sample
-        ``[n]``, the sample of the batch that each belongs to.
-    """
-
+    # ``[n]``, into the rows as :func:`spectrim.nn.watch.patches.patches_at` counts them; no row twice.
     index: Int64[Tensor, " n"]
-    sample: Int64[Tensor, " n"]
+    sample: Int64[Tensor, " n"]  # ``[n]``, the sample of the batch that each belongs to
 
 
 def lengths_of(columns: list[list[Tensor]], mask: Tensor | None, size: int) -> Tensor:

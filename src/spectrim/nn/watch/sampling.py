@@ -39,21 +39,11 @@ _MEANT = f"a positive int of at most {_LARGEST:,}"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How many rows are asked for, and which of them are data; see :func:`spectrim.calibrate`.
+    """How many rows are asked for, and which of them are data; see :func:`spectrim.calibrate`."""
 
-    Attributes
-    ----------
-    rows
-        Over the whole run: a number, None for all, or ``"auto"``.
-    positions
-        Of each sample, in place of ``rows``.
-    mask
-        As for :meth:`Samples.of`.
-    """
-
-    rows: int | str | None = "auto"
-    positions: int | None = None
-    mask: Mask = None
+    rows: int | str | None = "auto"  # over the whole run: a number, None for all, or ``"auto"``
+    positions: int | None = None  # of each sample, in place of ``rows``
+    mask: Mask = None  # as for :meth:`Samples.of`
 
     def __post_init__(self) -> None:
         rows, positions = self.rows, self.positions
@@ -205,24 +195,15 @@ def _chosen(rows: _Rows, positions: int | None, seed: int) -> Chosen:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows that are data, part by part: as a rule a part is a sample.
+    """The rows that are data, part by part: as a rule a part is a sample."""
 
-    Attributes
-    ----------
-    counts
-        Rows of each part.
-    flat
-        Index of every row, part by part; None where that of row ``r`` of part ``p`` is ``p * steps[0] + r * steps[1]``.
-    owners
-        Samples, where all rows are one part.
-    """
-
-    counts: Tensor
+    counts: Tensor  # rows of each part
     keys: Tensor
     share: Tensor
+    # Index of every row, part by part; None where that of row ``r`` of part ``p`` is ``p * steps[0] + r * steps[1]``.
     flat: Tensor | None
     steps: tuple[int, int]
-    owners: int = 0
+    owners: int = 0  # samples, where all rows are one part
 
     @classmethod
     def of(cls, spec: LayerSpec, shape: tuple[int, ...], samples: Samples) -> _Rows:

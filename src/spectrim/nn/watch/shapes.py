@@ -14,21 +14,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a layer.
+    """One call of a layer."""
 
-    Attributes
-    ----------
-    shape
-        Spatial shape of the input; empty for linear layers.
-    rows
-        Images, or rows of a linear layer.
-    whole
-        Whether samples may lie on an axis of the input, so that each has an equal part of the call.
-    """
-
-    shape: Shape
-    rows: int
-    whole: bool
+    shape: Shape  # spatial shape of the input; empty for linear layers
+    rows: int  # images, or rows of a linear layer
+    whole: bool  # whether samples may lie on an axis of the input, so that each has an equal part of the call
 
     @classmethod
     def of(cls, spec: LayerSpec, shape: Shape, samples: int) -> Call:

@@ -63,25 +63,14 @@ def _eager() -> contextlib.AbstractContextManager[Any]:
 
 @dataclass(frozen=True)
 class Location:
-    """Where something is kept.
+    """Where something is kept."""
 
-    Attributes
-    ----------
-    module
-        Name of the module.
-    among
-        Whether it is a parameter, a buffer, another attribute, or a variable outside of the modules.
-    outside
-        What has that variable.
-    within
-        Of an attribute of an object that the module holds: by which keys that is found.
-    """
-
-    module: str
+    module: str  # name of the module
     key: str
+    # Whether it is a parameter, a buffer, another attribute, or a variable outside of the modules.
     among: Literal["parameters", "buffers", "attributes", "outside"]
-    outside: Holder | None = None
-    within: tuple[Any, ...] = ()
+    outside: Holder | None = None  # what has that variable
+    within: tuple[Any, ...] = ()  # of an attribute of an object that the module holds: by which keys that is found
 
     def get(self, model: nn.Module) -> Any:
         """What is there, if there is anything."""

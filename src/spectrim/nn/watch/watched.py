@@ -59,22 +59,13 @@ class PassMaker:
 
 @dataclasses.dataclass(frozen=True)
 class _Rest:
-    """Layers that are no calibrated sites.
+    """Layers that are no calibrated sites."""
 
-    Attributes
-    ----------
-    running, idle
-        Those that were called, and those that never were.
-    skipped
-        Why each was left alone.
-    uncalibrated
-        Names of sites that were not called, and of what never was.
-    """
-
+    # Those that were called, and those that never were.
     running: tuple[LayerSpec, ...]
     idle: list[LayerSpec]
-    skipped: tuple[Skipped, ...]
-    uncalibrated: frozenset[str]
+    skipped: tuple[Skipped, ...]  # why each was left alone
+    uncalibrated: frozenset[str]  # names of sites that were not called, and of what never was
 
     def cuts_off(self, coupling: Coupling) -> str:
         """Why channels stay: a layer that holds some was not calibrated; else nothing."""
@@ -84,26 +75,10 @@ class _Rest:
 
 @dataclasses.dataclass
 class Watched:
-    """What is kept of a network while batches pass.
-
-    Attributes
-    ----------
-    watchers, responses, bystanders
-        What is kept of the sites, of coupled channels and of layers left alone, by name.
-    order
-        Of the layers that are called.
-    samples, tokens, masked, other_macs
-        Samples and tokens so far, whether a mask says which tokens there are, and MACs a sample outside the watched
-        layers, from the first batch.
-    given, passes
-        What of a batch the model is given, in words, and how passes are made.
-    ways
-        Of coupled channels.
-    work, uncounted
-        MACs a sample of every module itself, and operations that could not be counted, by path and by name.
-    """
+    """What is kept of a network while batches pass."""
 
     sites: Sites
+    # What is kept of the sites, of coupled channels and of layers left alone, by name.
     watchers: dict[str, Watcher]
     responses: dict[str, Responses]
     bystanders: dict[str, Shapes]
@@ -111,14 +86,18 @@ class Watched:
     run: Extent
     streams: Streams | None
     model: nn.Module
+    # What of a batch the model is given, in words, and how passes are made.
     given: str
     passes: PassMaker
-    ways: OtherWays
-    order: Order = dataclasses.field(default_factory=Order)
+    ways: OtherWays  # of coupled channels
+    order: Order = dataclasses.field(default_factory=Order)  # of the layers that are called
+    # Samples and tokens so far, whether a mask says which tokens there are, and MACs a sample outside the watched
+    # layers, from the first batch.
     samples: int = 0
     tokens: int = 0
     masked: bool = False
     other_macs: float = 0.0
+    # MACs a sample of every module itself, and operations that could not be counted, by path and by name.
     work: Mapping[str, float] = dataclasses.field(default_factory=dict)
     uncounted: Mapping[str, str] = dataclasses.field(default_factory=dict)
 

@@ -26,26 +26,15 @@ _SEVERAL = 2
 
 @dataclass(frozen=True)
 class Way:
-    """How a model is called with a batch.
+    """How a model is called with a batch."""
 
-    Attributes
-    ----------
-    words
-        What is passed, for people.
-    take
-        Arguments of a batch.
-    listed, whole, names
-        As of :class:`spectrim.nn.watch.layout.Layout`.
-    note
-        What a user should know who did not ask for it; empty where there is nothing to know.
-    """
-
-    words: str
-    take: Callable[[Any], Arguments]
+    words: str  # what is passed, for people
+    take: Callable[[Any], Arguments]  # arguments of a batch
+    # As of :class:`spectrim.nn.watch.layout.Layout`.
     listed: bool = False
     whole: bool = False
-    note: str = ""
-    names: tuple[str, ...] = ()
+    note: str = ""  # what a user should know who did not ask for it; empty where there is nothing to know
+    names: tuple[str, ...] = ()  # as of the layout, too
 
 
 def bare(model: nn.Module) -> nn.Module:
@@ -58,23 +47,12 @@ def bare(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Parameters:
-    """What a model's ``forward`` takes.
+    """What a model's ``forward`` takes."""
 
-    Attributes
-    ----------
-    required
-        Names that have no default, of those that can be given by position.
-    names
-        All that can be given by name.
-    places
-        All that can be given by position.
-    any_number, any_names
-        Whether it takes ``*args`` and ``**kwargs``.
-    """
-
-    required: tuple[str, ...] = ("input",)
-    names: tuple[str, ...] = ("input",)
-    places: tuple[str, ...] = ("input",)
+    required: tuple[str, ...] = ("input",)  # names that have no default, of those that can be given by position
+    names: tuple[str, ...] = ("input",)  # all that can be given by name
+    places: tuple[str, ...] = ("input",)  # all that can be given by position
+    # Whether it takes ``*args`` and ``**kwargs``.
     any_number: bool = False
     any_names: bool = False
 
