@@ -112,6 +112,18 @@ def test_groups_are_kept_apart() -> None:
         torch.testing.assert_close(held.covariance[group], torch.cov(rows[group].mT, correction=0))
 
 
+@pytest.mark.parametrize("outer", [1, 2, 3, 6])
+def test_matrices_are_swapped_for_their_transposes(outer: int) -> None:
+    rows = torch.randn(2, 50, 6).double()
+    turned = rows.unflatten(2, (outer, -1)).mT.flatten(2)
+    held, other = streamed(rows, [20, 30]).swapped(outer), streamed(turned, [20, 30])
+    assert held.count == other.count
+    torch.testing.assert_close(held.mean, other.mean)
+    torch.testing.assert_close(held.scatter, other.scatter)
+    held.update(rows)
+    assert held.count == 100
+
+
 def test_not_finite_numbers_are_noticed() -> None:
     for bad in (float("nan"), float("inf")):
         rows = torch.randn(1, 5, 2)

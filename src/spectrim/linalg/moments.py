@@ -146,6 +146,16 @@ class Moments:
         part.scatter = torch.take_along_dim(rows, index.unsqueeze(1), 2)
         return part
 
+    def swapped(self, outer: int) -> Moments:
+        """Of vectors that are matrices ``[outer, inner]`` written row by row, those of their transposes."""
+        groups, features = self.mean.shape
+        part, shape = Moments(groups, 0, self.mean.device), (groups, outer, features // outer)
+        part._rounding, part.count = self._rounding, self.count
+        part.mean = self.mean.reshape(shape).mT.reshape(groups, features)
+        pairs = self.scatter.reshape(*shape, *shape[1:]).permute(0, 2, 1, 4, 3)
+        part.scatter = pairs.reshape(groups, features, features)
+        return part
+
     @property
     def covariance(self) -> Float[Tensor, "g d d"]:
         """Centred second moment ``E[(x - m)(x - m)^T]``, divided by the count; of entries that never change zero."""
@@ -366,7 +376,7 @@ def _products(rows: Float[Tensor, "g n d"], inner: int) -> tuple[Float[Tensor, "
     return result.double() * unit.unsqueeze(2) * unit[:, :inner].unsqueeze(1), sums.double() * unit.square()
 
 
-# Size of the blocks of which only those on and below the diagonal are multiplied.
+# Least size of the blocks of which only those on and below the diagonal are multiplied. Larger squares have eight.
 _BLOCK = 144
 
 
@@ -375,10 +385,10 @@ def _multiplied(rows: Float[Tensor, "g n d"], inner: int) -> tuple[Float[Tensor,
     if inner < 2 * _BLOCK:
         result = rows.mT @ rows[..., :inner]
     else:
-        result = rows.new_empty(len(rows), rows.shape[2], inner)
-        for start in range(0, inner, _BLOCK):
-            end = min(start + _BLOCK, inner)
+        result, size = rows.new_empty(len(rows), rows.shape[2], inner), max(_BLOCK, -(-inner // 8))
+        for start in range(0, inner, size):
+            end = min(start + size, inner)
             result[:, start:, start:end] = rows[:, :, start:].mT @ rows[:, :, start:end]
             result[:, start:end, end:] = result[:, end:inner, start:end].mT
-    rest = torch.linalg.vector_norm(rows[..., inner:], dim=1).square()
+    rest = rows[..., inner:].square().sum(dim=1)
     return result, torch.cat([result.diagonal(dim1=-2, dim2=-1), rest], dim=1)

@@ -158,12 +158,8 @@ class Stream:
 
     def _ordered(self, name: str, moments: Moments) -> Moments:
         """Taps were last to first: ``(*k, i)`` becomes ``(i, *k)``."""
-        groups, features = moments.mean.shape
-        taps = features // self.spec.shape[2]
-        if taps == 1 or name == "channels":
-            return moments
-        order = torch.arange(features, device=moments.mean.device).reshape(taps, -1).T.reshape(-1)
-        return moments.take(order.expand(groups, -1))
+        taps = moments.mean.shape[1] // self.spec.shape[2]
+        return moments if taps == 1 or name == "channels" else moments.swapped(taps)
 
     def is_finite(self) -> bool:
         """Whether the sums so far are."""
