@@ -90,19 +90,28 @@ class Silent(ActivationSVD):
         return None
 
 
+def test_a_budget_at_the_floor_is_not_refused_and_one_below_it_is(convolutions: Sites) -> None:
+    floor, table = Floor(convolutions, LOW_RANK), st.tabulate(convolutions, list(LOW_RANK))
+    least = lowest(lambda: floor.check(st.Budget(macs=IMPOSSIBLE)))
+    within, below = (st.Budget.absolute({"macs": least * (1 + by)}) for by in (1e-6, -1e-6))
+    floor.check(within)
+    assert st.select(table, within).costs["macs"] == pytest.approx(least)
+    assert lowest(lambda: floor.check(below)) == least
+
+
 @pytest.mark.parametrize(
     ("methods", "budget"),
     [
-        (LOW_RANK, st.Budget(macs=0.9)),
         ((Silent(),), st.Budget(macs=IMPOSSIBLE)),
         (LOW_RANK, st.Budget(latency=IMPOSSIBLE)),
         (LOW_RANK, st.Budget(joules=IMPOSSIBLE)),
     ],
 )
-def test_what_is_in_reach_or_not_known_is_not_refused(
+def test_what_is_not_known_is_not_refused_and_what_is_known_beside_it_is(
     convolutions: Sites, methods: tuple[Method, ...], budget: st.Budget
 ) -> None:
     Floor(convolutions, methods).check(budget)
+    assert lowest(lambda: Floor(convolutions, LOW_RANK).check(budget.replace(macs=IMPOSSIBLE))) > 0
 
 
 def refuses(self: object, site: object) -> None:
