@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -19,7 +18,7 @@ from spectrim.nn.watch.layout import samples_first
 from spectrim.nn.watch.masks import Mask, mask_of
 from spectrim.nn.watch.nesting import begun, compared, output_tensors, transformed
 from spectrim.nn.watch.observe import observe
-from spectrim.nn.watch.samples import Samples
+from spectrim.nn.watch.samples import first_batches, spread
 from spectrim.nn.watch.state import evaluating, kept, settings_kept
 
 log = logging.getLogger(__name__)
@@ -169,54 +168,13 @@ def _agreement(
     first, stream = begun(batches)
     feed.decide(dense, first)
     with observe(dense, forward=feed) as wanted, observe(small, forward=feed) as given:
-        for part in spread(stream, _SAMPLES, feed, mask, held) if parted else _first(stream, _SAMPLES, feed):
-            size = feed.layout.size(part)
-            data, turned = mask_of(part, mask, size, feed.layout), feed.layout.is_turned(part, size)
+        layout = feed.layout
+        chosen = spread(stream, _SAMPLES, layout, mask, held) if parted else first_batches(stream, _SAMPLES, layout)
+        for part in chosen:
+            size = layout.size(part)
+            data, turned = mask_of(part, mask, size, layout), layout.is_turned(part, size)
             tally.add(wanted(part), given(part), data, size, turned=turned)
     return tally.agreement(held_out=parted and any(bool(each.any()) for each in held))
-
-
-def spread(batches: Iterable[Any], most: int, feed: Feed, mask: Mask = None, held: Sequence[Tensor] = ()) -> list[Any]:
-    """So many samples at most, in parts of batches, chosen by their contents: their order makes no difference.
-
-    Of those that are ``held``, if any are.
-    """
-    parts: list[tuple[Any, Tensor, Tensor]] = []
-    among = held if any(bool(each.any()) for each in held) else itertools.repeat(None)
-    for batch, each in zip(batches, among, strict=False):
-        keys = Samples.of(batch, mask, layout=feed.layout).keys
-        index = torch.arange(len(keys)) if each is None else each.nonzero().flatten()
-        parts.append((batch, index, keys[index]))
-        if sum(len(index) for _, index, _ in parts) > 2 * most:
-            parts = _fewer(parts, most, feed)
-    return [_part(batch, index, feed) for batch, index, _ in _fewer(parts, most, feed) if len(index)]
-
-
-def _fewer(parts: Sequence[tuple[Any, Tensor, Tensor]], most: int, feed: Feed) -> list[tuple[Any, Tensor, Tensor]]:
-    """Those of the smallest keys, where there are more; what goes is not held on to."""
-    keys = torch.cat([keys for _, _, keys in parts])
-    if len(keys) <= most:
-        return list(parts)
-    left = torch.zeros(len(keys), dtype=torch.bool)
-    left[keys.argsort(stable=True)[:most]] = True
-    found = []
-    for (batch, index, keys), stays in zip(parts, left.split([len(index) for _, index, _ in parts]), strict=True):
-        if bool(stays.any()):
-            found.append((_part(batch, index[stays], feed), torch.arange(int(stays.sum())), keys[stays]))
-    return found
-
-
-def _part(batch: Any, index: Tensor, feed: Feed) -> Any:
-    return batch if len(index) == feed.layout.size(batch) else feed.layout.picked(batch, index)
-
-
-def _first(batches: Iterable[Any], most: int, feed: Feed) -> Iterator[Any]:
-    """Whole batches, until there are so many samples."""
-    for batch in batches:
-        yield batch
-        most -= feed.layout.size(batch)
-        if most <= 0:
-            return
 
 
 @dataclass
@@ -328,9 +286,7 @@ class DenseOutputs:
                 data, turned = mask_of(batch, self.mask, size, feed.layout), feed.layout.is_turned(batch, size)
                 for place, (a, b) in enumerate(zip(wanted, given, strict=True)):
                     a, b = (samples_first(each, size, turned) for each in (a, b))
-                    if data is not None and a.shape[:2] == data.shape:
-                        a, b = a[data.to(a.device)], b[data.to(b.device)]
-                    a, b = compared(a, b)
+                    a, b = compared(*_without_padding(a, b, data)[:2])
                     missed += float((a - b).square().sum())
                     # Around the mean of all samples, however they are cut into batches.
                     rows, mean = len(a) if a.dim() else 1, a.mean(0)
@@ -344,13 +300,13 @@ class DenseOutputs:
         if not self._parts:
             first, stream = begun(self.batches)
             feed.decide(self.model, first)
-            self._parts = spread(stream, self.samples, feed, self.mask)
+            self._parts = spread(stream, self.samples, feed.layout, self.mask)
             try:
                 self._outputs(0, self._parts[0], feed)
             except Exception as error:  # a model may refuse other numbers of samples than its batches have
                 log.info("outputs are compared on whole batches, since the model refuses a part of one: %s", error)
                 self._known = []
-                self._parts = list(_first(self.batches, self.samples, feed))
+                self._parts = list(first_batches(self.batches, self.samples, feed.layout))
         return self._parts
 
     def _outputs(self, number: int, batch: Any, feed: Feed) -> list[Tensor]:

@@ -1,8 +1,9 @@
-"""The samples of a batch: how many, which of their positions are data, how long they are, and a key for each."""
+"""The samples of a batch: how many, which of their positions are data, how long they are, a key for each, and a few."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import itertools
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -89,3 +90,48 @@ def lengths_of(columns: list[list[Tensor]], mask: Tensor | None, size: int) -> T
     for column in columns:
         lengths += torch.cat([torch.full((len(part),), float(part[0].numel())) for part in column])
     return torch.where(lengths > 0, lengths, 1.0)
+
+
+def spread(
+    batches: Iterable[Any], most: int, layout: Layout, mask: Mask = None, held: Sequence[Tensor] = ()
+) -> list[Any]:
+    """So many samples at most, in parts of batches, chosen by their contents: their order makes no difference.
+
+    Of those that are ``held``, if any are.
+    """
+    parts: list[tuple[Any, Tensor, Tensor]] = []
+    among = held if any(bool(each.any()) for each in held) else itertools.repeat(None)
+    for batch, each in zip(batches, among, strict=False):
+        keys = Samples.of(batch, mask, layout=layout).keys
+        index = torch.arange(len(keys)) if each is None else each.nonzero().flatten()
+        parts.append((batch, index, keys[index]))
+        if sum(len(index) for _, index, _ in parts) > 2 * most:
+            parts = _fewer(parts, most, layout)
+    return [_part(batch, index, layout) for batch, index, _ in _fewer(parts, most, layout) if len(index)]
+
+
+def _fewer(parts: Sequence[tuple[Any, Tensor, Tensor]], most: int, layout: Layout) -> list[tuple[Any, Tensor, Tensor]]:
+    """Those of the smallest keys, where there are more; what goes is not held on to."""
+    keys = torch.cat([keys for _, _, keys in parts])
+    if len(keys) <= most:
+        return list(parts)
+    left = torch.zeros(len(keys), dtype=torch.bool)
+    left[keys.argsort(stable=True)[:most]] = True
+    found = []
+    for (batch, index, keys), stays in zip(parts, left.split([len(index) for _, index, _ in parts]), strict=True):
+        if bool(stays.any()):
+            found.append((_part(batch, index[stays], layout), torch.arange(int(stays.sum())), keys[stays]))
+    return found
+
+
+def _part(batch: Any, index: Tensor, layout: Layout) -> Any:
+    return batch if len(index) == layout.size(batch) else layout.picked(batch, index)
+
+
+def first_batches(batches: Iterable[Any], most: int, layout: Layout) -> Iterator[Any]:
+    """Whole batches, until there are so many samples."""
+    for batch in batches:
+        yield batch
+        most -= layout.size(batch)
+        if most <= 0:
+            return
