@@ -54,16 +54,17 @@ def silent(what: str, done: int, total: int | None) -> None:
     """Progress that nobody watches."""
 
 
-def lines(seconds: float = _SECONDS) -> Progress:
+def lines(seconds: float = _SECONDS) -> Callable[..., None]:
     """Lines on standard error: at most one in so many seconds, and one when something is done."""
     last = time.monotonic()
 
-    def report(what: str, done: int, total: int | None) -> None:
+    def report(what: str, done: int, total: int | None, text: str = "") -> None:
         nonlocal last
         now = time.monotonic()
         if done == total or now - last >= seconds:
             last = now
-            print(f"{what}: {done}" if total is None else f"{what}: {done} of {total}", file=sys.stderr, flush=True)
+            of = "" if total is None else f" of {total}"
+            print(f"{what}: {done}{of}{text and f', {text}'}", file=sys.stderr, flush=True)
 
     return report
 
@@ -178,17 +179,8 @@ def training_bar(total: int | None, *, done: int = 0, shown: bool | None = None)
         yield lambda done, text: None
         return
     if not watched:
-        last = time.monotonic()
-
-        def update(done: int, text: str) -> None:
-            nonlocal last
-            now = time.monotonic()
-            if done == total or now - last >= _SECONDS:
-                last = now
-                of = "" if total is None else f" of {total}"
-                print(f"fine-tune: {done}{of}, {text}", file=sys.stderr, flush=True)
-
-        yield update
+        report = lines()
+        yield lambda done, text: report("fine-tune", done, total, text)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn

@@ -270,9 +270,7 @@ def retabulate(candidates: Candidates, sites: Sites, methods: Sequence[Method]) 
                     raise ValueError(f"site {site.name!r}: the methods do not offer {words}, which the table has")
                 option = Option(option.choice, error, option.costs)
             options.append(option)
-        spectra = {f"{method.name}/{name}": s for method, curve in curves for name, s in curve.spectra.items()}
-        scale = next((curve.scale for _, curve in curves if curve.choices), 1.0)
-        rows[places[site.name]] = dataclasses.replace(row, options=tuple(options), scale=scale, spectra=spectra)
+        rows[places[site.name]] = dataclasses.replace(row, options=tuple(options), **_told_by(curves))
     return dataclasses.replace(candidates, rows=tuple(rows))
 
 
@@ -296,9 +294,13 @@ def _row(
     options = [Option(choice, error, network.row(site.name, {site.name: choice})) for choice, error in offered]
     if guard:
         options = [option for option in options if option.costs["latency"] < dense.costs["latency"]]
-    spectra = {f"{method.name}/{name}": s for method, curve in curves for name, s in curve.spectra.items()}
-    scale = next((curve.scale for _, curve in curves if curve.choices), 1.0)
     return Row(
-        site.name, site.kind, (dense, *options), scale=scale, spectra=spectra, members=site.members,
+        site.name, site.kind, (dense, *options), **_told_by(curves), members=site.members,
         of_channels=isinstance(site, Channels),
     )  # fmt: skip
+
+
+def _told_by(curves: Sequence[tuple[Method, Curve]]) -> dict[str, Any]:
+    """What methods say of a row as a whole: its spectra, and what losing all of the site adds to the loss."""
+    spectra = {f"{method.name}/{name}": s for method, curve in curves for name, s in curve.spectra.items()}
+    return {"spectra": spectra, "scale": next((curve.scale for _, curve in curves if curve.choices), 1.0)}

@@ -11,6 +11,7 @@ import typer
 
 from spectrim.cli.common import Output, command
 from spectrim.network.choices import LowRankChoice
+from spectrim.network.printing import count
 
 if TYPE_CHECKING:
     from torch import nn
@@ -137,7 +138,7 @@ def _said(plan: Plan, comparison: Comparison, images: int, threads: int) -> Iter
     )
     wrong = [round(images * (100 - percent) / 100) for percent in (score.dense, score.compressed)]
     yield f"Accuracy: of {images} test images {wrong[0]} were wrong before and {wrong[1]} are wrong now."
-    yield _said_of_time(comparison, f"{comparison.batch} images a call on {threads} thread{'s'[: threads > 1]}")
+    yield _said_of_time(comparison, f"{comparison.batch} images a call on {count(threads, 'thread')}")
 
 
 def _said_of_time(comparison: Comparison, how: str) -> str:

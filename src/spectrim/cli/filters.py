@@ -11,6 +11,7 @@ from spectrim.cli.methods import FILTERS, LOW_RANK, Methods
 from spectrim.cli.references import UsageError
 from spectrim.methods import Method, PrincipalFilters, from_record
 from spectrim.network.choices import ChannelsChoice
+from spectrim.network.printing import count
 from spectrim.network.sites import Sites
 from spectrim.nn.channels.graph import couple
 from spectrim.search.widths import KL, Energy, recommend
@@ -75,7 +76,7 @@ def filter_notes(plan: Plan, sites: Sites) -> list[str]:
         return []
     steps = plan.facts.get("steps")
     if steps is not None:
-        notes.append(f"The plan was made in {steps} step{'s'[: steps > 1]} toward the budget.")
+        notes.append(f"The plan was made in {count(steps, 'step')} toward the budget.")
     return notes
 
 

@@ -200,7 +200,7 @@ class Outcome:
 def _sharing(plan: Plan) -> list[str]:
     groups = [entry for entry in plan if entry.members]
     layers = sum(len(entry.members) for entry in groups)
-    return [f"{layers} layers share factors, in {len(groups)} group{'s'[: len(groups) > 1]}."] if groups else []
+    return [f"{layers} layers share factors, in {count(len(groups), 'group')}."] if groups else []
 
 
 def _sums(plan: Plan) -> list[str]:
@@ -209,7 +209,7 @@ def _sums(plan: Plan) -> list[str]:
     both = sum(1 for choice in parts if choice.rank)
     if not parts:
         return []
-    return [f"{len(parts)} layer{'s'[: len(parts) > 1]} with a sparse weight, {both} of them beside a low-rank pair."]
+    return [f"{count(len(parts), 'layer')} with a sparse weight, {both} of them beside a low-rank pair."]
 
 
 def _idle(plan: Plan) -> list[str]:

@@ -11,6 +11,7 @@ from spectrim.cli.methods import SPARSE
 from spectrim.cli.references import UsageError
 from spectrim.cost.runtimes import runtime_of
 from spectrim.methods import LowRankPlusSparse, Method
+from spectrim.network.printing import count
 from spectrim.network.sites import Sites
 from spectrim.nn.sparse.kernels import ChosenKernel, Kernel, choose_kernels
 from spectrim.nn.sparse.packed import masked_layers
@@ -49,7 +50,7 @@ def kernel_notes(chosen: Sequence[ChosenKernel]) -> list[str]:
     if not chosen:
         return []
     packed = [each for each in chosen if each.kernel is not Kernel.DENSE]
-    layers = f"{len(chosen)} layer{'s'[: len(chosen) > 1]} with a sparse weight"
+    layers = f"{count(len(chosen), 'layer')} with a sparse weight"
     if not packed:
         return [f"Of {layers} none is faster here when its zeros are skipped: latency is that of dense kernels."]
     names = ", ".join(sorted({each.kernel.value.upper() for each in packed}))

@@ -15,7 +15,7 @@ from typing import Any
 from spectrim.cli.common import Output, sentence
 from spectrim.cli.references import UsageError
 from spectrim.cli.values import check_results_folder
-from spectrim.network.files import as_read, bytes_of, discard, remove_abandoned, write_text
+from spectrim.network.files import as_read, bytes_of, changed_values, discard, remove_abandoned, write_text
 from spectrim.network.files import check_folder as check_files
 
 _RECORD, _WEIGHTS = "run.json", "weights_sha256"
@@ -83,12 +83,7 @@ class RunFolder:
             for name in self.growing:
                 shared = min(len(then[name]), len(now[name]))
                 then[name], now[name] = then[name][:shared], now[name][:shared]
-            changed = [
-                f"{self.spelled.get(name, '--' + name.replace('_', '-'))} was {then.get(name)!r} and is {value!r}"
-                for name, value in now.items()
-                if then.get(name) != value
-            ]
-            if changed:
+            if changed := changed_values(then, now, self._spelled):
                 drawn = now.get(_WEIGHTS) != then.get(_WEIGHTS) and now.get("weights") is None
                 raise UsageError(
                     f"{str(self.folder)!r} holds another run: {'; '.join(changed)}. Give the same options to continue "
@@ -97,6 +92,10 @@ class RunFolder:
             now |= longest
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(now, indent=1) + "\n")
+
+    def _spelled(self, name: str) -> str:
+        """How a value of the record is written on the command line."""
+        return self.spelled.get(name, f"--{name.replace('_', '-')}")
 
     def known(self, name: str) -> Any:
         """What the run that is there was made with; None where there is none, or it does not say."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from spectrim.cost.counted import macs, rank_multiple, register_width
 from spectrim.cost.runtimes import Runtime, runtime_of
 from spectrim.linalg.unfold import Unfolding
 from spectrim.network.file_kinds import path_of
-from spectrim.network.files import bytes_of, remove_abandoned, replacing
+from spectrim.network.files import bytes_of, digest_of, remove_abandoned, replacing
 from spectrim.network.files import default_cache as default_cache
 from spectrim.network.layer import LayerSpec
 from spectrim.network.structure import Chain, Pair
@@ -214,8 +213,7 @@ class Latency:
         """File of the times: one for each set of facts."""
         if self.cache is None:
             return None
-        text = json.dumps(self.facts(), sort_keys=True)
-        return self.cache / f"latency-{hashlib.sha256(text.encode()).hexdigest()[:16]}.json"
+        return self.cache / f"latency-{digest_of(self.facts())[:16]}.json"
 
     def _read(self) -> dict[str, float]:
         path = self.path
@@ -226,7 +224,7 @@ class Latency:
             content = json.loads(bytes_of(path, _LARGEST))
             if content["version"] != VERSION or content["facts"] != self.facts():
                 raise ValueError("it was written for another version or other facts")
-            if content.get("sha256", "") not in ("", _digest(content["timings"])):
+            if content.get("sha256", "") not in ("", digest_of(content["timings"])):
                 raise ValueError("its timings are not those that were written")
             timings = {str(key): float(value) for key, value in content["timings"].items()}
             if not all(0 < value < math.inf for value in timings.values()):
@@ -245,17 +243,13 @@ class Latency:
         if path is None:
             return
         timings = {**self._read(), **fresh}
-        content = {"version": VERSION, "facts": self.facts(), "timings": timings, "sha256": _digest(timings)}
+        content = {"version": VERSION, "facts": self.facts(), "timings": timings, "sha256": digest_of(timings)}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as scratch:
                 scratch.write_text(json.dumps(content, indent=0, sort_keys=True), encoding="utf-8")
         except OSError as error:
             warnings.warn(f"latencies cannot be stored in {str(path)!r} and stay in memory: {error}", stacklevel=3)
-
-
-def _digest(timings: object) -> str:
-    return hashlib.sha256(json.dumps(timings, sort_keys=True).encode()).hexdigest()
 
 
 def interpolate(points: Sequence[tuple[float, float]], at: float) -> float:

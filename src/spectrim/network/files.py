@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import stat
@@ -131,6 +132,16 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for number, (name, _) in enumerate(pairs) if name in dict(pairs[:number]))
         raise ValueError(f"it has {twice!r} twice")
     return found
+
+
+def digest_of(values: object) -> str:
+    """SHA-256 of JSON values, whatever their order in a file."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def changed_values(then: Mapping[str, Any], now: Mapping[str, Any], spelled: Callable[[str], str] = str) -> list[str]:
+    """What two records of a run say differently, in words: of each name of the present one that it was and is."""
+    return [f"{spelled(k)} was {then.get(k)!r} and is {v!r}" for k, v in now.items() if then.get(k) != v]
 
 
 def as_read(record: Mapping[str, Any]) -> dict[str, Any]:

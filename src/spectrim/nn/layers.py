@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from spectrim.errors import UnsupportedLayerError
 from spectrim.network.layer import LayerSpec, Lookup
+from spectrim.nn.parameters import modes_kept
 from spectrim.nn.standing import LAYERS
 
 _UP_BY_AXES = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
@@ -109,14 +110,9 @@ def weight_of(module: nn.Module) -> Any:
     if not parametrize.is_parametrized(module, "weight"):
         return module.weight
     parts = module.get_submodule("parametrizations")
-    modes = [(part, part.training) for part in parts.modules()]
-    try:
+    with modes_kept(parts), torch.no_grad():
         parts.eval()
-        with torch.no_grad():
-            return module.weight
-    finally:
-        for part, mode in modes:
-            part.training = mode
+        return module.weight
 
 
 def is_quantised(module: nn.Module) -> bool:

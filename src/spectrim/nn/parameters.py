@@ -1,7 +1,8 @@
-"""The parameters of a model, whatever its class makes of the methods that give them."""
+"""Parameters, attributes and modes of a model, whatever its class makes of what gives them."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,3 +30,14 @@ def asked(module: nn.Module, name: str) -> Any:
         return getattr(module, name, None)
     except Exception:  # a property, or __getattr__, of somebody's class may raise anything
         return None
+
+
+@contextlib.contextmanager
+def modes_kept(*models: nn.Module) -> Iterator[None]:
+    """Each module is in training mode, or not, as before on leaving."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

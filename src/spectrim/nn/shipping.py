@@ -8,7 +8,6 @@ files of :mod:`spectrim.nn.checkpoint`. What reads it again is :mod:`spectrim.hf
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 import json
 import sys
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from spectrim.errors import CheckpointError
 from spectrim.network.choices import ChannelsChoice, SumChoice
 from spectrim.network.coupling import IN
+from spectrim.network.files import digest_of
 from spectrim.nn.matching import pack_state
 from spectrim.nn.sparse.layers import Masked
 from spectrim.nn.standing import LAYERS, StandIn
@@ -127,11 +127,6 @@ def is_shipped(model: nn.Module) -> bool:
     return isinstance(vars(model).get("save_pretrained"), Saver)
 
 
-def digest_of(layers: Mapping[str, Any]) -> str:
-    """SHA-256 of JSON values, whatever their order in a file."""
-    return hashlib.sha256(json.dumps(dict(layers), sort_keys=True).encode()).hexdigest()
-
-
 @dataclass(frozen=True, eq=False)
 class Saver:
     """Stands as ``save_pretrained`` of a compressed model of transformers, and takes what that does."""
@@ -172,7 +167,7 @@ class Saver:
             "biases": biases,
             **({"linear": linear} if linear else {}),
         }
-        return {"quant_method": METHOD, "format_version": FORMAT_VERSION, **layers, DIGEST: digest_of(layers)}
+        return {"quant_method": METHOD, "format_version": FORMAT_VERSION, **layers, DIGEST: digest_of(dict(layers))}
 
     def _stands(self, entry: Entry) -> bool:
         """Whether the model is as an entry made it: channels stay away, and layers may have been merged."""

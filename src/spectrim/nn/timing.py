@@ -26,7 +26,7 @@ from spectrim.cost.runtimes import checked_run
 from spectrim.cost.runtimes import runtime_of as runtime_of
 from spectrim.errors import ExportError
 from spectrim.nn.copying import copy_model
-from spectrim.nn.parameters import parameters_of
+from spectrim.nn.parameters import modes_kept, parameters_of
 from spectrim.nn.sparse.kernels import choose_kernels
 from spectrim.nn.watch.nesting import copied
 from spectrim.nn.watch.state import ALONE, kept, left_as_found
@@ -234,14 +234,9 @@ def _evaluating(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 @contextlib.contextmanager
 def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    with ALONE:
-        modes = {module: module.training for module in model.modules()}
+    with ALONE, modes_kept(model):
         model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
+        yield
 
 
 def as_timed(model: nn.Module, latency: Latency) -> nn.Module:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import CheckpointError
+from spectrim.network.files import digest_of
 from spectrim.nn.channels.narrow import add_bias
 from spectrim.nn.linears import rewrite
 from spectrim.nn.modules import FactoredHead
@@ -22,7 +23,6 @@ from spectrim.nn.shipping import (
     carry,
     changed,
     declare_ties,
-    digest_of,
     module_of,
     renamed_entries,
     within,
@@ -75,7 +75,7 @@ class Unshipping:
                 "them"
             )
         layers = {name: record[name] for name in ("plans", "biases", "linear") if name in record}
-        if record.get(DIGEST) not in (None, digest_of(layers)):  # which folders of before have none of
+        if record.get(DIGEST) not in (None, digest_of(dict(layers))):  # which folders of before have none of
             raise CheckpointError(
                 "the layers that it names are not those that were saved with the weights, and others would have random "
                 "ones: give the config.json as save_pretrained wrote it; to change a plan, carry it out on the dense "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from spectrim.network.files import replacing
 from spectrim.report.measures import Score
-from spectrim.selection.figures import GRID, STYLE
+from spectrim.selection.figures import STYLE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,12 +40,6 @@ def error_bars(axes: Axes, x: Sequence[float], y: Sequence[float], colour: str) 
     if known:
         at, score, error = zip(*known, strict=True)
         axes.errorbar(at, score, yerr=error, fmt="none", ecolor=colour, elinewidth=1.2, capsize=2, zorder=3)
-
-
-def gridded(lines: Any) -> None:
-    """Pale lines behind what is drawn, across axes or one of them."""
-    lines.grid(True, color=GRID, lw=0.6)
-    getattr(lines, "axes", lines).set_axisbelow(True)
 
 
 def to_svg(figure: Figure) -> bytes:

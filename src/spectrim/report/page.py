@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from spectrim.errors import called_as
 from spectrim.network.choices import SumChoice
 from spectrim.network.files import write_text
-from spectrim.network.printing import Grid
+from spectrim.network.printing import Grid, count
 from spectrim.network.sites import Skipped
 from spectrim.report import charts, summary
 from spectrim.report.charts import COST_NAMES, Chart, cost_text, cost_title
@@ -280,7 +280,7 @@ def _has_sparse(plan: Plan) -> bool:
 def _learning(trajectory: Trajectory) -> str:
     """How a run of learned ranks went, in sentences."""
     steps, settled, distance = len(trajectory), trajectory.settled, trajectory.records[-1].distance
-    took = f"{steps} C step{'s' if steps > 1 else ''}"
+    took = f"{count(steps, 'C step')}"
     if steps > 1:
         took += f", the last {settled} without a change" if settled else ", with changes to the last"
     return f"{took}. At the end the weights were at a relative distance of {distance:.2g} from their low-rank copies."

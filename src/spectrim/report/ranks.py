@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectrim.network.files import replacing
-from spectrim.report.figures import MUTED, Measured, blank_figure, error_bars, gridded, path_end
+from spectrim.report.figures import MUTED, Measured, blank_figure, error_bars, path_end
 from spectrim.report.rank_panels import (
     MU,
     check_recorded,
@@ -27,7 +27,7 @@ from spectrim.report.rank_panels import (
     shown_costs,
     step_ticks,
 )
-from spectrim.selection.figures import DENSE, INK, PALE, PLANNED, cost_label, cost_scale
+from spectrim.selection.figures import DENSE, INK, PALE, PLANNED, cost_label, cost_scale, gridded
 from spectrim.selection.trajectory import Trajectory
 
 if TYPE_CHECKING:

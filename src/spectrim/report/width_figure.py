@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spectrim.report.figures import blank_figure, gridded, path_end
-from spectrim.selection.figures import DENSE, PLANNED
+from spectrim.report.figures import blank_figure, path_end
+from spectrim.selection.figures import DENSE, PLANNED, gridded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

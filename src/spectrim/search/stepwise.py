@@ -30,6 +30,7 @@ from spectrim.methods import Method
 from spectrim.network.choices import DENSE, ChannelsChoice, Choice
 from spectrim.network.coupling import Coupling
 from spectrim.network.narrowing import narrowed
+from spectrim.network.printing import count
 from spectrim.network.sites import Sites
 from spectrim.progress import Progress, reports
 from spectrim.search import entries
@@ -168,7 +169,7 @@ def select_in_steps(
     name = getattr(selector, "__name__", str(selector))
     plan = dataclasses.replace(
         plan,
-        selector=f"{name}, {taken} step{'s' if taken > 1 else ''}",
+        selector=f"{name}, {count(taken, 'step')}",
         facts={**plan.facts, "steps": taken},
         dense_costs=dense,
         budget=stated,

@@ -70,8 +70,7 @@ def cost_bars(plan: Plan, cost: str, *, ax: Axes | None = None) -> Axes:
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlim(0, 1.07 * most / factor)
         axes.set_xlabel(f"{cost_label(cost)} [{unit}]" if unit else cost_label(cost))
-        axes.xaxis.grid(True, color=GRID, lw=0.6)
-        axes.set_axisbelow(True)
+        gridded(axes.xaxis)
         axes.tick_params(axis="y", length=0)
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return axes
@@ -94,8 +93,7 @@ def curves(rows: Sequence[Row], cost: str, unit: str, *, ax: Axes | None = None)
             axes.plot(x, y, color=colours(number), lw=1, marker=".", ms=3, label=tail(row.site, 38))
         axes.set_xlabel(f"{cost_label(cost)} left, % of the layer's")
         axes.set_ylabel(f"lost, % of the layer's {unit}" if unit else "lost, %")
-        axes.grid(True, color=GRID, lw=0.6)
-        axes.set_axisbelow(True)
+        gridded(axes)
         if not drawn:
             axes.text(0.5, 0.5, "no choices in the table", ha="center", transform=axes.transAxes)
             return axes
@@ -143,8 +141,7 @@ def points(sweep: Sweep, cost: str, *, ax: Axes | None = None) -> Axes:
         axes.set_xlim(0, 105)
         axes.set_xlabel(f"{'measured time' if cost == 'milliseconds' else cost_label(cost)}, % of dense")
         axes.set_ylabel(f"{sweep.judged_by}, {sweep.judged_in}".rstrip(", "))
-        axes.grid(True, color=GRID, lw=0.6)
-        axes.set_axisbelow(True)
+        gridded(axes)
         axes.legend(loc="best")
     return axes
 
@@ -169,6 +166,12 @@ def drawn_on(ax: Axes | None, width: float, height: float) -> Iterator[Axes]:
         if ax is None:
             ax = pyplot.subplots(figsize=(width, height), layout="constrained")[1]
         yield ax
+
+
+def gridded(lines: Any) -> None:
+    """Pale lines behind what is drawn, across axes or one of them."""
+    lines.grid(True, color=GRID, lw=0.6)
+    getattr(lines, "axes", lines).set_axisbelow(True)
 
 
 def check_cost(costs: Mapping[str, float], cost: str) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +13,7 @@ from typing import Any
 import msgspec
 
 from spectrim.errors import PlanError
-from spectrim.network.files import converted, read_document, record_of, write_text
+from spectrim.network.files import converted, digest_of, read_document, record_of, write_text
 from spectrim.selection.plan import LARGEST as LARGEST_PLAN
 from spectrim.selection.plan import Plan
 
@@ -210,8 +208,7 @@ def finished_points(folder: str | Path) -> Iterable[Point]:
 
 def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
     """A record of JSON values with a digest of them, for :func:`unsealed`."""
-    text = json.dumps(record, sort_keys=True).encode()
-    return {**record, _DIGEST: hashlib.sha256(text).hexdigest()}
+    return {**record, _DIGEST: digest_of(record)}
 
 
 def unsealed(text: bytes, what: str, known: set[str] | None = None) -> dict[str, Any]:

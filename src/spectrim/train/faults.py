@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import SpectrimError, TrainingError, in_short
 from spectrim.nn.watch.nesting import tensors
+from spectrim.nn.watch.observe import hooked, on_each
 
 _WITHOUT = "compress(model, batches, budget) needs no gradients"
 _CURES = {
@@ -73,20 +74,16 @@ def _where(model: nn.Module, again: Callable[[], Tensor]) -> str:
     called: list[str] = []
     reached: set[str] = set()
 
-    def watch(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    def watch(name: str, *call: Any) -> None:
+        *_, output = call
         for each in tensors(output):
             if each.requires_grad:
                 called.append(name)
                 each.register_hook(partial(lambda name, gradient: reached.add(name), name))
 
     layers = {name: m for name, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None}
-    hooks = [module.register_forward_hook(partial(watch, name)) for name, module in layers.items()]
-    try:
-        with contextlib.suppress(Exception):
-            again().backward()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(on_each(layers.items(), watch)), contextlib.suppress(Exception):
+        again().backward()
     before = next((name for name in reversed(called) if name not in reached), None)
     behind = next((name for name in called if name in reached), None)
     if before is None:

@@ -362,9 +362,8 @@ class LearnedRanks:
         """What ``evaluate`` says of the nested network, if that is a number. The generators are left as they are."""
         if self.evaluate is None:
             return None
-        state = randomness.capture()
-        metric = float(self.evaluate(self.nested().eval()))
-        randomness.restore(state)
+        with randomness.generators_kept():
+            metric = float(self.evaluate(self.nested().eval()))
         return metric if math.isfinite(metric) else None
 
     def _run(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spectrim.errors import CheckpointError, PlanError
 from spectrim.methods import from_record
+from spectrim.network.files import changed_values
 from spectrim.selection.plan import Plan
 from spectrim.selection.trajectory import Trajectory
 
@@ -85,8 +86,7 @@ class RunState:
 
 def _check_same(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuse a state of another run."""
-    changed = [f"{name} was {then.get(name)!r} and is {each!r}" for name, each in now.items() if then.get(name) != each]
-    if changed:
+    if changed := changed_values(then, now):
         raise CheckpointError(f"the checkpoint belongs to another run: {'; '.join(changed)}")
 
 

@@ -18,7 +18,9 @@ from torch.utils.data import DistributedSampler
 
 from spectrim.errors import CheckpointError
 from spectrim.network.file_kinds import path_of
+from spectrim.network.files import changed_values
 from spectrim.nn.contiguity import contiguous_where_needed
+from spectrim.nn.parameters import modes_kept
 from spectrim.nn.sparse.layers import Masked
 from spectrim.nn.watch.norms import batch_norms
 from spectrim.nn.watch.state import cut_graphs
@@ -26,7 +28,7 @@ from spectrim.progress import Update, training_bar
 from spectrim.train import batches as batching
 from spectrim.train import faults, randomness, resume
 from spectrim.train.devices import assign
-from spectrim.train.objective import Loss, Objective, flags, set_flags
+from spectrim.train.objective import Loss, Objective
 from spectrim.train.penalties import add_product_decay, factored_pairs
 from spectrim.train.recipe import Recipe, parameter_groups
 from spectrim.train.result import EpochRecord, TrainingResult
@@ -108,10 +110,8 @@ class Loop:
         self._best_metric: float | None = None
         self._best_epoch: int | None = None
         self._seconds = 0.0
-        outside = randomness.capture()
-        randomness.seed(recipe.seed)
-        self._random = self._epoch_random = randomness.capture()
-        randomness.restore(outside)
+        with randomness.seeded(recipe.seed):
+            self._random = self._epoch_random = randomness.capture()
         self._start = resume.magnitudes(resume.model_tensors(model)) if self.checkpoint is not None else {}
         if self.checkpoint is not None and self.checkpoint.exists():
             self._resume(self.checkpoint)
@@ -236,13 +236,9 @@ class Loop:
 
     def _measure(self, evaluate: Evaluate) -> float:
         self.devices.share_buffers(self.model)
-        state, modes = randomness.capture(), flags(self.model)
-        self.model.eval()
-        with torch.no_grad():
-            metric = self.devices.from_main(float(evaluate(self.model)))
-        set_flags(modes)
-        randomness.restore(state)
-        return metric
+        with randomness.generators_kept(), modes_kept(self.model), torch.no_grad():
+            self.model.eval()
+            return self.devices.from_main(float(evaluate(self.model)))
 
     def _check_finite(self) -> None:
         if not math.isfinite(self._loss_sum.item()):
@@ -263,30 +259,28 @@ class Loop:
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
-        """Flags, teacher and generators for training; everything as before on leaving."""
-        outside, modes = randomness.capture(), flags(self.model)
+        """Modes, teacher and generators for training; everything as before on leaving."""
         self._started = time.perf_counter() - self._seconds
-        self.model.train()
-        if self.recipe.batch_norm == "frozen":
-            for _, norm in batch_norms(self.model):
-                norm.eval()
-        self._optimizer.zero_grad()
-        randomness.restore(self._random, None if self._batch else self.batches)
         attached: Any = self.after_step if hasattr(self.after_step, "attach") else None
-        try:
-            if attached is not None:
-                attached.attach(self._optimizer)
-            with self._objective.ready(self.devices.device), contiguous_where_needed(self.model):
-                yield
-            self.devices.share_buffers(self.model)
-        finally:
-            if attached is not None:
-                attached.detach()
-            self._seconds = time.perf_counter() - self._started
-            self._random = randomness.capture(self.batches)
-            set_flags(modes)
-            cut_graphs(self.model)
-            randomness.restore(outside)
+        with randomness.generators_kept(), modes_kept(self.model):
+            self.model.train()
+            if self.recipe.batch_norm == "frozen":
+                for _, norm in batch_norms(self.model):
+                    norm.eval()
+            self._optimizer.zero_grad()
+            randomness.restore(self._random, None if self._batch else self.batches)
+            try:
+                if attached is not None:
+                    attached.attach(self._optimizer)
+                with self._objective.ready(self.devices.device), contiguous_where_needed(self.model):
+                    yield
+                self.devices.share_buffers(self.model)
+            finally:
+                if attached is not None:
+                    attached.detach()
+                self._seconds = time.perf_counter() - self._started
+                self._random = randomness.capture(self.batches)
+                cut_graphs(self.model)
 
     def _shown(self) -> bool | None:
         return self.progress if self.devices.main else False
@@ -336,9 +330,7 @@ class Loop:
         parts = {name: resume.section(tensors, name) for name in {key.partition("/")[0] for key in tensors}}
         resume.check_tensors(self.model, parts.get("model", {}), str(path))
         record = resume.read_record(raw, str(path))
-        now, then = self._record(), record.run
-        changed = [f"{k} was {then.get(k)!r} and is {v!r}" for k, v in now.items() if then.get(k) != v]
-        if changed:
+        if changed := changed_values(record.run, self._record()):
             raise CheckpointError(
                 f"{path}: belongs to another run: {'; '.join(changed)}. Use the same recipe and data to continue, "
                 "or delete the file to start again"

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.nn.parameters import modes_kept
 from spectrim.nn.watch.nesting import tensors
 from spectrim.nn.watch.state import kept
 from spectrim.train import batches as batching
 from spectrim.train.distillation import IGNORED, Distillation, cross_entropy
 
 Loss = Callable[[Any, Any], Tensor]
-Flags = list[tuple[nn.Module, bool]]
 
 
 class Objective:
@@ -101,15 +101,14 @@ class Objective:
         if not isinstance(self.teacher, nn.Module):
             yield
             return
-        before = flags(self.teacher)
         home = next((p.device for p in self.teacher.parameters()), device)
-        self.teacher.to(device).eval()
-        try:
-            with kept(self.teacher):
-                yield
-        finally:
-            set_flags(before)
-            self.teacher.to(home)
+        with modes_kept(self.teacher):
+            self.teacher.to(device).eval()
+            try:
+                with kept(self.teacher):
+                    yield
+            finally:
+                self.teacher.to(home)
 
 
 def _cure(scores: Any, labels: Any) -> str | None:
@@ -131,14 +130,3 @@ def _cure(scores: Any, labels: Any) -> str | None:
 def _loss(output: Any) -> Any:
     """The loss that a model has computed itself."""
     return output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
-
-
-def flags(model: nn.Module) -> Flags:
-    """Whether each module is in training mode."""
-    return [(module, module.training) for module in model.modules()]
-
-
-def set_flags(values: Flags) -> None:
-    """Put back what :func:`flags` returned."""
-    for module, training in values:
-        module.training = training

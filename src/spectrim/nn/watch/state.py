@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.cost.rounds import ALONE as ALONE
-from spectrim.nn.parameters import parameters_of
+from spectrim.nn.parameters import modes_kept, parameters_of
 from spectrim.nn.watch.outside import Holder, outside, own_object
 from spectrim.nn.watch.writes import seen_writing, tell, written
 
@@ -39,9 +39,8 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     Torch's fused transformer kernels are off meanwhile: they pass the layers by, so that hooks would not see them. So
     are compiled programs, in which hooks have no place. Other threads that want to watch a model wait.
     """
-    with ALONE:
+    with ALONE, modes_kept(*models):
         fused = torch.backends.mha.get_fastpath_enabled()
-        modes = [(module, module.training) for model in models for module in model.modules()]
         try:
             for model in models:
                 model.eval()
@@ -50,8 +49,6 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
                 yield
         finally:
             torch.backends.mha.set_fastpath_enabled(fused)
-            for module, mode in modes:
-                module.training = mode
 
 
 def _eager() -> contextlib.AbstractContextManager[Any]:
