@@ -40,15 +40,11 @@ class _Places(ModuleTracker):
     """Which modules run. Torch's hooks views of parameters for the backward pass also where gradients are off.
 
     There it fails: such a view says that it needs gradients and has no function that gives them.
-
-    Attributes
-    ----------
-    running
-        The modules themselves, innermost last: torch names what a container outside of the model holds anew.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        # The modules themselves, innermost last: torch names what a container outside of the model holds anew.
         self.running: list[nn.Module] = []
 
     def _fw_pre_hook(self, mod: nn.Module, input: Any) -> None:  # noqa: A002 (torch's name)

@@ -51,15 +51,6 @@ class Forest:
     candidates
         Its single rows come before its groups.
 
-    Attributes
-    ----------
-    roots
-        Numbers of the rows that no group contains, in the network's order.
-    children
-        Of every row; empty for single sites.
-    leaves
-        Numbers of the single rows that a row covers.
-
     Raises
     ------
     ValueError
@@ -74,6 +65,8 @@ class Forest:
             if unknown:
                 raise ValueError(f"group {row.site!r} names site {unknown[0]!r}, which the table does not have")
         self.rows = rows
+        # Numbers of the single rows that each row covers, of its children (none for single sites), and of the rows that
+        # no group contains, in the network's order.
         self.leaves = [tuple(numbers[s] for s in row.members) if row.members else (n,) for n, row in enumerate(rows)]
         self.children: list[list[int]] = [[] for _ in rows]
         self.roots: list[int] = []

@@ -33,11 +33,6 @@ class CStep:
         As for :class:`~spectrim.train.LearnedRanks`.
     **options
         Of :func:`spectrim.tabulate`: ``latency``, ``dense_latency``, ``costs``.
-
-    Attributes
-    ----------
-    table
-        Errors of all options for the weights that were seen last.
     """
 
     def __init__(
@@ -58,7 +53,7 @@ class CStep:
         table = tabulate(sites, self.methods, dear=not dense, **options)
         if not dense:
             _check_offers(table, self.methods)
-        self.table = with_zero(table, sites)
+        self.table = with_zero(table, sites)  # errors of all options for the weights that were seen last
         self._steady = True
         self._seen: dict[str, Tensor] = {site.name: site.weight.clone() for site in sites}
 

@@ -53,13 +53,6 @@ class Feed:
         Runs a model on a batch, where a user says how.
     samples
         The axis of the inputs that samples lie on, or a function that counts the samples of a batch.
-
-    Attributes
-    ----------
-    layout
-        Where samples are; known once a batch has been seen.
-    notes
-        What was decided that a user may not expect.
     """
 
     def __init__(self, forward: Forward | None = None, samples: Where = None) -> None:
@@ -70,8 +63,8 @@ class Feed:
         self._way: Way | None = None
         self._form: _Form | None = None
         self._first = ""
-        self.layout = Layout()
-        self.notes: tuple[str, ...] = ()
+        self.layout = Layout()  # where samples are; known once a batch has been seen
+        self.notes: tuple[str, ...] = ()  # what was decided that a user may not expect
 
     @classmethod
     def of(cls, forward: Forward | None = None, samples: Where = None) -> Feed:

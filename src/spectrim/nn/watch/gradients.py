@@ -37,15 +37,7 @@ class Gradients:
 
 
 class GradientWatch:
-    """Takes the gradients that reach layers, batch by batch: a batch that fails leaves nothing.
-
-    Attributes
-    ----------
-    seen
-        Samples so far.
-    reason, error
-        Why a batch gave none, if one did, and what the model raised in its forward pass.
-    """
+    """Takes the gradients that reach layers, batch by batch: a batch that fails leaves nothing."""
 
     def __init__(
         self, layers: Sequence[nn.Module], sites: Sites, rows: int | None, run: Extent, samples: int, seed: int
@@ -57,6 +49,7 @@ class GradientWatch:
             for s in specs
         }
         self.samples: Samples
+        # Samples so far; why a batch gave no gradients, if one did, and what the model raised in its forward pass.
         self.seen, self.reason = 0, ""
         self.error: Exception | None = None
         self._run, self._seed = run, seed

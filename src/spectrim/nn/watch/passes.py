@@ -70,33 +70,19 @@ class _Modes(NamedTuple):
 
 
 class _Pass(greenlet):
-    """One forward pass that waits at layers.
-
-    Attributes
-    ----------
-    at
-        The layer it waits at.
-    seen
-        Tensors by the layer, until they are taken.
-    beside
-        The other side of the sum behind a layer, by the layer, until it is taken.
-    calls
-        How often it has come to each layer of interest.
-    output
-        What the model gave, once it is done.
-    own
-        What the model keeps on itself in this pass: others that run in between keep something else there.
-    """
+    """One forward pass that waits at layers."""
 
     def __init__(self, network: Runner, batch: Any) -> None:
         super().__init__(lambda: network.run(batch))
-        self.at: str | None = None
-        self.seen: dict[str, list[Tensor]] = {}
+        self.at: str | None = None  # the layer it waits at
+        self.seen: dict[str, list[Tensor]] = {}  # tensors by the layer, until they are taken
+        # The other side of the sum behind a layer, by the layer, until it is taken.
         self.beside: dict[str, Tensor] = {}
-        self.calls: Counter[str] = Counter()
-        self.output: Any = None
+        self.calls: Counter[str] = Counter()  # how often it has come to each layer of interest
+        self.output: Any = None  # what the model gave, once it is done
         self.gr_context = contextvars.copy_context()
         self._beneath = _Modes.now()  # those that are not the pass's own
+        # What the model keeps on itself in this pass: others that run in between keep something else there.
         self._network, self.own = network, network.state.fresh(network.places)
 
     def advance(self, name: str, left: set[str]) -> None:

@@ -112,19 +112,7 @@ class Split:
 
 
 class Joint:
-    """What a layer is given beside what it is to answer: moments, and as they are the rows of samples held out.
-
-    Attributes
-    ----------
-    spec
-        The layer as it is in the compressed network.
-    centre, scale
-        ``[g, d]``, about the mean and the spread of its inputs: the units in which they are small numbers.
-    outputs
-        Output channels of the dense layer that it still has, ascending; None for all.
-    shares
-        From :meth:`Split.shares`: what is not fitted counts as it was calibrated.
-    """
+    """What a layer is given beside what it is to answer: moments, and as they are the rows of samples held out."""
 
     def __init__(
         self,
@@ -137,7 +125,11 @@ class Joint:
         shares: tuple[float, float] = (1.0, 1.0),
     ) -> None:
         g, o, *_ = spec.shape
-        self.spec, self.centre, self.scale, self.outputs, self.shares = spec, centre, scale, outputs, shares
+        self.spec = spec  # the layer as it is in the compressed network
+        # ``[g, d]``, about the mean and the spread of its inputs: the units in which they are small numbers.
+        self.centre, self.scale = centre, scale
+        self.outputs = outputs  # output channels of the dense layer that it still has, ascending; None for all
+        self.shares = shares  # from :meth:`Split.shares`: what is not fitted counts as it was calibrated
         d, device = spec.features, centre.device
         self.fitted = Sketch(g, d + o, size=SKETCH, device=device) if sketch else Paired(g, d + o, d, device)
         self._squares = torch.zeros_like(centre, dtype=torch.float64)

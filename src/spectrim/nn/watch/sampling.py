@@ -75,11 +75,6 @@ class Extent:
     layout
         Where samples are in a batch.
 
-    Attributes
-    ----------
-    samples
-        Of the whole run; None if unknown.
-
     Raises
     ------
     CalibrationError
@@ -93,7 +88,7 @@ class Extent:
         self._different: set[int] = set()
         if isinstance(batches, list | tuple) and batches:
             lengths = [self._lengths(batch, number) for number, batch in enumerate(batches)]
-            self.samples: int | None = sum(map(len, lengths))
+            self.samples: int | None = sum(map(len, lengths))  # of the whole run; None if unknown
             self._mean = float(torch.cat(lengths).sum()) / self.samples
         else:
             self.samples = _count(batches)

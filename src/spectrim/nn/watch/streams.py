@@ -77,25 +77,13 @@ class Buffered:
 
 
 class Stream:
-    """What is kept of the inputs of some layers, all of which have been called with the same tensors.
-
-    Attributes
-    ----------
-    spec
-        Of the first of them; the others have the same patches.
-    readers
-        Their names.
-    calls
-        Tensors that are in the statistics.
-    told
-        Readers that have been called with the tensor that is not in them yet.
-    """
+    """What is kept of the inputs of some layers, all of which have been called with the same tensors."""
 
     def __init__(self, spec: LayerSpec, splits: tuple[Unfolding, ...], *, full: bool, channels: bool) -> None:
-        self.spec = spec
-        self.readers: set[str] = set()
-        self.told: set[str] = set()
-        self.calls = 0
+        self.spec = spec  # of the first of them; the others have the same patches
+        self.readers: set[str] = set()  # their names
+        self.told: set[str] = set()  # readers that have been called with the tensor that is not in the statistics yet
+        self.calls = 0  # tensors that are in them
         self._splits, self._full, self._channels = splits, full, channels
         self._sums: dict[str, Buffered] = {}
         self._waiting: list[tuple[str, Rows]] = []
