@@ -10,6 +10,7 @@ from torch import nn
 
 from spectrim.cost.counted import Cost
 from spectrim.methods import Method
+from spectrim.preparation import Prepared
 from spectrim.progress import Progress, silent
 from spectrim.selection.selectors import Selector, exact
 
@@ -26,3 +27,10 @@ class Making:
     selector: Selector = exact
     forward: Callable[[nn.Module, Any], Any] | None = None
     progress: Progress = silent
+
+    def priced(self, known: Prepared) -> dict[str, Any]:
+        """How choices for a network that is prepared are priced and told of, for :func:`spectrim.tabulate`."""
+        return {
+            "latency": known.latency, "dense_latency": known.dense_latency, "costs": self.costs, "guard": self.guard,
+            "progress": self.progress,
+        }  # fmt: skip

@@ -57,10 +57,6 @@ class Tables:
         more = [m for other in others if other.groups == arm.groups for m in self.methods(other)]
         missing = {m.name: m for m in (*wanted.values(), *more) if m.name not in known}
         if missing:
-            table = tabulate(
-                self.sites(arm), list(missing.values()), latency=self.prepared.latency,
-                dense_latency=self.prepared.dense_latency, costs=self.making.costs, guard=self.making.guard,
-                progress=self.making.progress,
-            )  # fmt: skip
+            table = tabulate(self.sites(arm), list(missing.values()), **self.making.priced(self.prepared))
             self._known |= {(arm.groups, name): parted(table, name) for name in missing}
         return merged([self._known[arm.groups, name] for name in wanted])

@@ -7,7 +7,6 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 from torch import nn
 
@@ -75,10 +74,7 @@ def drafted(
     """
     sites, batches, methods = prepared.sites, prepared.batches, making.methods
     assert batches is not None
-    priced: dict[str, Any] = {
-        "latency": prepared.latency, "dense_latency": prepared.dense_latency, "costs": making.costs,
-        "guard": making.guard, "progress": making.progress,
-    }  # fmt: skip
+    priced = making.priced(prepared)
 
     untried = dataclasses.replace(sites, shaped=None)  # what is run anyway needs no proof on noise
     outputs = DenseOutputs(model, batches, _TRIAL, prepared.sampling.mask, making.forward)

@@ -280,11 +280,7 @@ class Sweeping:
     @functools.cached_property
     def table(self) -> Candidates:
         """What is on offer, for all budgets."""
-        known, making = self.prepared, self.making
-        return tabulate(
-            known.sites, making.methods, latency=known.latency, dense_latency=known.dense_latency, costs=making.costs,
-            guard=making.guard, progress=making.progress,
-        )  # fmt: skip
+        return tabulate(self.prepared.sites, self.making.methods, **self.making.priced(self.prepared))
 
     def result(self, plan: Plan) -> Result:
         """A plan carried out again."""
