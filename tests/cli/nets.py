@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 
 class Tiny(nn.Module):
@@ -44,6 +47,11 @@ def batches(samples: int = 64) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(samples, 1, 8, 8, generator=generator)
     return list(zip(images.split(16), torch.arange(samples).remainder(10).split(16), strict=True))
+
+
+def shuffled() -> DataLoader[Any]:
+    images = torch.cat([images for images, _ in batches()])
+    return DataLoader(TensorDataset(images), 16, shuffle=True, generator=torch.Generator().manual_seed(2))
 
 
 def coloured() -> list[tuple[Tensor, Tensor]]:

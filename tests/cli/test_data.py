@@ -229,3 +229,14 @@ def test_options_are_listed_with_the_defaults_that_hold():
         read_data("digits?sise=3", "calibration")
     assert "split: text = train" in str(caught.value)
     assert "limit: a whole number = 2048" in str(caught.value)
+
+
+@pytest.mark.parametrize("command", ["compress", "sweep"])
+def test_a_loader_that_shuffles_gives_what_a_list_gives(run, command: str) -> None:
+    """Samples that are held out are known by their place in a batch."""
+
+    def error(data: str) -> float:
+        found = run.json(command, "nets:tiny", "-d", data, "-b", "macs=50%", "--out", data[5:], "--no-report")
+        return found["agreement"]["error"] if command == "compress" else found["points"][0]["error"]
+
+    assert error("nets:shuffled") == pytest.approx(error("nets:batches"), rel=1e-3)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import spectrim as st
 from spectrim.errors import CheckpointError, InfeasibleBudgetError
@@ -222,6 +222,28 @@ def test_samples_that_are_others_in_every_reading_are_not_compared(model: nn.Mod
     st.sweep(model, data, ("macs", [0.5]), folder=tmp_path)
     again = st.sweep(model, data, ("macs", [0.5]), folder=tmp_path)
     assert "other samples in every reading" in str(again)
+
+
+def test_a_loader_that_shuffles_gives_what_a_list_gives(model: nn.Module, tmp_path: Path) -> None:
+    """Samples that are held out are known by their place in a batch, and the folder's digest by what they hold."""
+    x = torch.randn(200, 8)
+    loader = DataLoader(TensorDataset(x), batch_size=25, shuffle=True, generator=torch.Generator().manual_seed(3))
+    one, two = (st.sweep(model, each, ("macs", [0.6]), folder=tmp_path / str(n)) for n, each in
+                enumerate((list(x.split(25)), loader)))  # fmt: skip
+    assert one[0].judged.samples == two[0].judged.samples == 25
+    assert two[0].judged.error == pytest.approx(one[0].judged.error, rel=1e-3)
+    again = st.sweep(model, loader, ("macs", [0.6]), folder=tmp_path / "1")
+    assert same(again, two)
+    assert "reading" not in str(again)
+
+
+def test_positions_reach_calibration_and_make_another_sweep(model: nn.Module, tmp_path: Path) -> None:
+    batches = list(torch.randn(60, 20, 8).split(20))
+    st.sweep(model, batches, ("macs", [0.6]), positions=2, folder=tmp_path)
+    rows = st.sweep(model, batches, ("macs", [0.6]), positions=2).result(0)
+    assert rows.report.samples == 60
+    with pytest.raises(CheckpointError, match="positions"):
+        st.sweep(model, batches, ("macs", [0.6]), folder=tmp_path)
 
 
 def test_what_is_damaged_is_made_again(model: nn.Module, batches: list[Tensor], tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from spectrim.cli.subject import Subject
 from spectrim.methods import Method
 from spectrim.network.printing import reasons
 from spectrim.network.sites import Sites
+from spectrim.nn.watch.nesting import at_hand
 from spectrim.preparation import Prepared, prepare
 from spectrim.progress import Progress
 from spectrim.selection.candidates import Candidates
@@ -38,7 +39,9 @@ def prepared(
     """
     offer(sites, groups)  # what cannot be carried out is refused before the batches are read
     ready, calibrated = Prepared(sites), work.calibration is not None
-    batches = [work.example] if work.calibration is None else work.calibration
+    # Read once where networks are made: if a loader shuffles, the samples that are held out stay the same.
+    batches = [work.example] if work.calibration is None else at_hand(work.calibration, alike=weigh)
+    batches = batches if known is None or known.batches is None else known.batches
     with out.progress() if progress is None else contextlib.nullcontext(progress) as report:
         if calibrated or work.example is not None:
             ready = prepare(

@@ -26,7 +26,7 @@ MODEL, TUNING = "model.safetensors", "tuning.safetensors"
 _RUN, _FORMER = "run.json", "former.safetensors"
 _CONTENTS = "the calibration data"
 _WEIGHTS = "the digest of the weights"
-_USUAL = {"runtime": "eager", "--runtime": "eager"}  # of which folders from before say nothing
+_USUAL = {"runtime": "eager", "--runtime": "eager", "positions": None}  # of which folders from before say nothing
 # How folders from before sets of methods competed, which sweeps do not know, call what is the default.
 _METHOD, _FORMERLY = "--method", {"auto": "low-rank"}
 _UNKNOWN = "give another folder, or delete the folders of points and that file to sweep anew"

@@ -82,6 +82,7 @@ def sweep(
     costs: Mapping[str, Cost] | None = None,
     selector: Selector = exact,
     rows: int | str | None = "auto",
+    positions: int | None = None,
     mask: Mask = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     samples: Where = None,
@@ -97,7 +98,8 @@ def sweep(
     model
         Left untouched.
     calibration
-        Batches of training inputs, as for :func:`spectrim.compress`.
+        Batches of training inputs, as for :func:`spectrim.compress`; a loader is read once for all budgets, and once
+        or twice more for the digest of a folder.
     budgets
         A cost, ``"macs"``, for shares from 80 % to 20 % of it; a cost and its shares, ``("macs", [0.8, 0.5])``; or a
         list of budgets, ``["macs=50%", Budget(parameters=0.3)]``.
@@ -117,7 +119,7 @@ def sweep(
         the calibration data a digest is kept: with others the folder is refused.
     keep_models
         Write the weights of every network to the folder too.
-    methods, skip, only, groups, latency, guard, costs, selector, rows, mask, forward, samples
+    methods, skip, only, groups, latency, guard, costs, selector, rows, positions, mask, forward, samples
         As for :func:`spectrim.compress`; with ``latency`` every network is timed beside the dense one.
 
     Returns
@@ -152,14 +154,15 @@ def sweep(
     check_options(groups, latency, guard)
     methods, groups = methods_on_offer(methods, groups, limited)
     channels = any(method.removes_channels for method in methods or ())
-    sampling, feed = Sampling(rows, None, mask), Feed.of(forward, samples)
+    sampling, feed = Sampling(rows, positions, mask), Feed.of(forward, samples)
     batches = at_hand(calibration, alike=False)
     sites = locate(model, batches, skip=skip, only=only, channels=channels, forward=feed)
     timed = latency or guard or "latency" in limited
 
     def prepared() -> Prepared:
+        # Read once: where a loader shuffles, the samples that are held out stay the same for every budget.
         return prepare(
-            model, sites, batches, groups=groups, latency=timed, sampling=sampling, forward=feed,
+            model, sites, at_hand(batches, alike=True), groups=groups, latency=timed, sampling=sampling, forward=feed,
             progress=told(progress),
         )  # fmt: skip
 
@@ -167,7 +170,7 @@ def sweep(
     options = {
         "layers": [site.name for site in sites], "groups": groups, "guard": guard, "costs": sorted(costs or ()),
         "methods": None if methods is None else [method.record() for method in methods], "rows": rows,
-        "selector": getattr(selector, "__name__", str(selector)),
+        "positions": positions, "selector": getattr(selector, "__name__", str(selector)),
         "runtime": "eager", **({} if latency is None else latency.runs.facts()),
         **{name: clock[name] for name in ("device", "threads", "batch") if timed},
     }  # fmt: skip
