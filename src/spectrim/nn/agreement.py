@@ -18,6 +18,7 @@ from spectrim.nn.watch.layout import samples_first
 from spectrim.nn.watch.masks import Mask, mask_of
 from spectrim.nn.watch.nesting import begun, compared, output_tensors, transformed
 from spectrim.nn.watch.observe import observe
+from spectrim.nn.watch.positions import Positions
 from spectrim.nn.watch.samples import first_batches, spread
 from spectrim.nn.watch.state import evaluating, kept, settings_kept
 
@@ -167,13 +168,14 @@ def _agreement(
     tally, feed = _Tally(), Feed.of(forward)
     first, stream = begun(batches)
     feed.decide(dense, first)
+    positions = Positions.of(dense, first, mask, feed)
     with observe(dense, forward=feed) as wanted, observe(small, forward=feed) as given:
         layout = feed.layout
         chosen = spread(stream, _SAMPLES, layout, mask, held) if parted else first_batches(stream, _SAMPLES, layout)
         for part in chosen:
             size = layout.size(part)
             data, turned = mask_of(part, mask, size, layout), layout.is_turned(part, size)
-            tally.add(wanted(part), given(part), data, size, turned=turned)
+            tally.add(wanted(part), given(part), positions, data, size, turned=turned)
     return tally.agreement(held_out=parted and any(bool(each.any()) for each in held))
 
 
@@ -191,17 +193,19 @@ class _Tally:
     squares: list[Tensor] = field(default_factory=list)
     divergences: list[Tensor] = field(default_factory=list)
 
-    def add(self, wanted: Any, given: Any, data: Tensor | None, samples: int, *, turned: bool = False) -> None:
+    def add(
+        self, wanted: Any, given: Any, positions: Positions, data: Tensor | None, samples: int, *, turned: bool = False
+    ) -> None:  # fmt: skip
         scores = hasattr(wanted, "logits") or (isinstance(wanted, Tensor) and wanted.dim() == 2)
         pairs = list(zip(output_tensors(wanted), output_tensors(given), strict=False))
         self.samples += samples
         squares, divergences = torch.zeros(samples, dtype=torch.float64), torch.zeros(samples, dtype=torch.float64)
-        for a, b in pairs:
+        for place, (a, b) in enumerate(pairs):
             if a.shape != b.shape or not a.is_floating_point():
                 self.comparable &= a.shape == b.shape
                 continue
             a, b = (samples_first(each, samples, turned) for each in (a, b))
-            a, b, owner = _without_padding(a, b, data)
+            a, b, owner = _without_padding(a, b, positions.of_output(place, a, data))
             wide, other = compared(a, b)
             missed = (wide - other).square()
             self.missed += float(missed.sum())
@@ -230,9 +234,9 @@ class _Tally:
 
 
 def _without_padding(a: Tensor, b: Tensor, data: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of two outputs where tokens are data, if they are of tokens, and the sample that each is of."""
+    """Rows of two outputs where tokens are data, if they are of tokens as ``data``, and the sample that each is of."""
     owner = torch.arange(len(a) if a.dim() else 0)
-    if data is None or a.shape[:2] != data.shape:
+    if data is None:
         return a, b, owner
     return a[data.to(a.device)], b[data.to(b.device)], owner.unsqueeze(1).expand(a.shape[:2])[data.cpu()]
 
@@ -270,6 +274,7 @@ class DenseOutputs:
     samples: int = 512
     mask: Mask = None
     forward: Forward | None = None
+    _positions: Positions = field(default=Positions(), init=False, repr=False)
     _parts: list[Any] = field(default_factory=list, init=False, repr=False)
     _known: list[list[Tensor]] = field(default_factory=list, init=False, repr=False)
 
@@ -286,7 +291,7 @@ class DenseOutputs:
                 data, turned = mask_of(batch, self.mask, size, feed.layout), feed.layout.is_turned(batch, size)
                 for place, (a, b) in enumerate(zip(wanted, given, strict=True)):
                     a, b = (samples_first(each, size, turned) for each in (a, b))
-                    a, b = compared(*_without_padding(a, b, data)[:2])
+                    a, b = compared(*_without_padding(a, b, self._positions.of_output(place, a, data))[:2])
                     missed += float((a - b).square().sum())
                     # Around the mean of all samples, however they are cut into batches.
                     rows, mean = len(a) if a.dim() else 1, a.mean(0)
@@ -300,6 +305,7 @@ class DenseOutputs:
         if not self._parts:
             first, stream = begun(self.batches)
             feed.decide(self.model, first)
+            self._positions = Positions.of(self.model, first, self.mask, feed)
             self._parts = spread(stream, self.samples, feed.layout, self.mask)
             try:
                 self._outputs(0, self._parts[0], feed)

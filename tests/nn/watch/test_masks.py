@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import spectrim as st
+from spectrim.nn.agreement import agreement, output_error
 from spectrim.nn.find import find
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.calibrate import calibrate
@@ -239,3 +240,78 @@ def test_padding_behind_a_pooling_is_told(padded: bool) -> None:
     told = [note for note in sites.notes if "padding" in note]
     assert len(told) == padded
     assert all("1 of 3 layers, first in 'second': it is given 8 positions" in note for note in told)
+
+
+class Classifier(nn.Module):
+    """Five classes of sentences, by the mean over their tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.inner, self.head = nn.Embedding(40, 8), nn.Linear(8, 12), nn.Linear(12, 5)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        x, data = torch.tanh(self.inner(self.words(input_ids))), attention_mask.to(torch.float32).unsqueeze(2)
+        return self.head((x * data).sum(1) / data.sum(1).clamp_min(1))
+
+
+def _sentences(number: int) -> list[Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    lengths = torch.randint(2, 9, (number,), generator=draw).tolist()
+    return [torch.randint(1, 40, (length,), generator=draw) for length in lengths]
+
+
+def _padded(
+    texts: list[Tensor], size: int = 6, width: int | None = None, *, left: bool = False, dtype: torch.dtype = torch.long
+) -> list[dict[str, Tensor]]:
+    batches = []
+    for part in (texts[n : n + size] for n in range(0, len(texts), size)):
+        ids = torch.zeros(len(part), width or max(map(len, part)), dtype=torch.long)
+        mask = torch.zeros(ids.shape, dtype=dtype)
+        for row, text in enumerate(part):
+            place = slice(ids.shape[1] - len(text), None) if left else slice(len(text))
+            ids[row, place], mask[row, place] = text, 1
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    return batches
+
+
+_ALIKE: dict[str, Any] = {
+    "wide": lambda texts: _padded(texts, width=20),
+    "left": lambda texts: _padded(texts, width=12, left=True),
+    "other numbers in the mask": lambda texts: _padded(texts, dtype=torch.float32),
+    "bool": lambda texts: _padded(texts, dtype=torch.bool),
+    # Batches without padding, and batches of as many tokens as there are classes, among them.
+    "by length": lambda texts: _padded(sorted(texts, key=len)),
+    "one by one": lambda texts: _padded(texts, 1),
+    "turned round": lambda texts: _padded(texts[::-1], 7),
+    "samples of padding alone": lambda texts: _padded([*texts[:6], torch.zeros(0).long(), *texts[6:]], 7, width=10),
+}
+
+
+@pytest.mark.parametrize("form", _ALIKE)
+def test_padding_order_and_cut_change_no_choice_and_no_output(form: str) -> None:
+    texts = _sentences(60)
+    model, test = Classifier().eval(), _padded(_sentences(20), 20)[0]
+    one, two = (st.compress(model, each, "parameters=80%") for each in (_padded(texts), _ALIKE[form](texts)))
+    assert [e.choice for e in two.plan] == [e.choice for e in one.plan]
+    assert (two.report.samples, two.report.held_out) == (one.report.samples, one.report.held_out) == (60, 8)
+    assert [e.error for e in two.plan] == pytest.approx([e.error for e in one.plan], rel=1e-3, abs=1e-6)
+    torch.testing.assert_close(two.model(**test), one.model(**test), rtol=1e-3, atol=1e-4)
+    assert two.report.agreement is not None
+    assert one.report.agreement is not None
+    assert two.report.agreement.error == pytest.approx(one.report.agreement.error, rel=1e-3)
+
+
+def test_as_many_classes_as_tokens_are_no_positions() -> None:
+    """Also of outputs that are compared: of five classes none is padding."""
+    model, (batch,) = Classifier().eval(), _padded([text[:5] for text in _sentences(8)], 8, width=5)
+    small = copy.deepcopy(model)
+    with torch.no_grad():
+        small.head.weight.mul_(0.5)
+        wanted, given = (each(**batch).double() for each in (model, small))
+    found = agreement(model, small, [batch])
+    assert found is not None
+    assert found.error == pytest.approx(float((wanted - given).norm() / wanted.norm()))
+    assert output_error(model, small, [batch]) == pytest.approx(
+        float((wanted - given).square().sum() / (wanted - wanted.mean(0)).square().sum())
+    )

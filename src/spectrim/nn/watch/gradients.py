@@ -17,6 +17,7 @@ from spectrim.network.sites import Sites
 from spectrim.nn.watch.nesting import output_tensors
 from spectrim.nn.watch.observe import Hook, hooked
 from spectrim.nn.watch.patches import outputs_at
+from spectrim.nn.watch.positions import Positions
 from spectrim.nn.watch.samples import Samples
 from spectrim.nn.watch.sampling import Extent, choose, directions
 from spectrim.nn.watch.watched import Call
@@ -40,7 +41,14 @@ class GradientWatch:
     """Takes the gradients that reach layers, batch by batch: a batch that fails leaves nothing."""
 
     def __init__(
-        self, layers: Sequence[nn.Module], sites: Sites, rows: int | None, run: Extent, samples: int, seed: int
+        self,
+        layers: Sequence[nn.Module],
+        sites: Sites,
+        rows: int | None,
+        run: Extent,
+        samples: int,
+        seed: int,
+        positions: Positions = Positions(),  # noqa: B008 (frozen)
     ) -> None:
         specs = [layer.spec for layer in sites.layers]
         heads = {each.head.name for each in sites.tied}
@@ -52,7 +60,7 @@ class GradientWatch:
         # Samples so far; why a batch gave no gradients, if one did, and what the model raised in its forward pass.
         self.seen, self.reason = 0, ""
         self.error: Exception | None = None
-        self._run, self._seed = run, seed
+        self._run, self._seed, self._positions = run, seed, positions
         self._wanted, self._all, self._passed = samples, run.samples, 0
         if run.samples is not None:
             run.samples = min(run.samples, samples)
@@ -92,7 +100,7 @@ class GradientWatch:
             for part in parts:
                 self.moments[name].update(part)
         self._now = {}
-        self.seen += 0 if self.reason else self.samples.size
+        self.seen += 0 if self.reason else int(self.samples.filled.sum())
         return output
 
     def _tried(self, run: Call, batch: Any) -> Any:
@@ -105,16 +113,19 @@ class GradientWatch:
                 if self._mutable:
                     stack.enter_context(torch.autograd.graph.allow_mutation_on_saved_tensors())
                 output = run(batch)
-                outputs = [z for z in output_tensors(output) if z.requires_grad]
+                outputs = {place: z for place, z in enumerate(output_tensors(output)) if z.requires_grad}
                 if not outputs:
                     self.reason = (
                         "no gradient reaches the sites: the model's output does not depend on them, or is computed "
                         "without gradients"
                     )
                     return output
-                drawn = [directions(z, self.samples, self._seed + number) for number, z in enumerate(outputs)]
+                drawn = [
+                    directions(z, self.samples, self._seed + number, positions=self._positions.may_have(place))
+                    for number, (place, z) in enumerate(outputs.items())
+                ]
                 backward = True
-                torch.autograd.backward(outputs, drawn)
+                torch.autograd.backward([*outputs.values()], drawn)
         except SpectrimError:
             raise
         except Exception as error:  # backward passes run foreign code, which may raise anything

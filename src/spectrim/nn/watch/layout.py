@@ -92,8 +92,8 @@ class Layout:
         axes = (self.axis, 0) if self.count is None else (0, 1)
         return next((axis for axis in axes if tensor.dim() > axis and tensor.shape[axis] == size), None)
 
-    def columns(self, batch: Any, size: int) -> list[list[Tensor]]:
-        """What tells samples apart: tensors with samples in front, in one piece or one a sample.
+    def columns(self, batch: Any, size: int, without: Any = None) -> list[list[Tensor]]:
+        """What tells samples apart: tensors with samples in front, in one piece or one a sample; ``without`` a mask.
 
         Sparse ones count where there are no others: the edges of a graph, which its nodes tell apart.
         """
@@ -101,7 +101,8 @@ class Layout:
         if self.listed and self.count is None:
             rows = [list(tensors(sample)) for sample in inputs]
             return [[t.detach().unsqueeze(0) for t in column] for column in zip(*rows, strict=False)]
-        found = [(tensor.detach(), self.axis_of(tensor, size)) for tensor in tensors(inputs)]
+        among = (tensor for tensor in tensors(inputs) if tensor is not without)
+        found = [(tensor.detach(), self.axis_of(tensor, size)) for tensor in among]
         cut = [(tensor, axis) for tensor, axis in found if axis is not None]
         plain = [(tensor, axis) for tensor, axis in cut if tensor.layout is torch.strided]
         return [[tensor.movedim(axis, 0)] for tensor, axis in plain or [(t.to_dense(), axis) for t, axis in cut]]

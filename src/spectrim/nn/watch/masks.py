@@ -45,6 +45,11 @@ def mask_of(batch: Any, mask: Mask, size: int, layout: Layout = Layout()) -> Ten
     return (data if data.dim() == 2 else _of_positions(data, _sides(batch, size, layout))).cpu()
 
 
+def tensor_of(batch: Any, mask: Mask, layout: Layout) -> Any:
+    """The tensor that says where data is in a batch, as it is there; None where there is none."""
+    return _named(batch, mask, layout)[1]
+
+
 def _sides(batch: Any, size: int, layout: Layout) -> list[int]:
     """Sizes of the axes of the inputs, without that of the samples; masks beside them are none."""
     plain = [value for name, value in layout.named(batch).items() if "mask" not in str(name).lower()]

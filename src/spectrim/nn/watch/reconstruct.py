@@ -71,11 +71,12 @@ class Split:
         """
         run = Extent(batches, amount.mask, layout)
         samples = tuple(run.see(batch) for batch in batches)
-        keys = torch.cat([each.keys for each in samples]) if samples else torch.zeros(0)
+        every = torch.cat([each.filled for each in samples]) if samples else torch.zeros(0, dtype=torch.bool)
+        keys = torch.cat([each.keys for each in samples])[every] if samples else torch.zeros(0)
         total = len(keys)
         count = max(round(held_out * total), min(ENOUGH, total // 3)) if held_out else 0
-        held = torch.zeros(total, dtype=torch.bool)
-        held[keys.argsort(stable=True)[:count]] = True
+        held = torch.zeros(len(every), dtype=torch.bool)
+        held[every.nonzero().flatten()[keys.argsort(stable=True)[:count]]] = True
         return cls(run, samples, held.split([each.size for each in samples]), len(keys.unique()), amount)
 
     @property
@@ -91,7 +92,7 @@ class Split:
         if not calibrated:
             return 1.0, 1.0
         absent = min(max(calibrated - self.total, 0), AGAINST)
-        fitted = self.total * (1 - self.held_out / max(sum(each.size for each in self.samples), 1))
+        fitted = self.total * (1 - self.held_out / max(sum(int(each.filled.sum()) for each in self.samples), 1))
         return min(1.0, fitted / calibrated), self.total / max(self.total + absent, 1)
 
     def part(self, first: int, last: int) -> Split:

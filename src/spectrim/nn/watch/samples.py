@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spectrim.nn.watch.keys import hashed, mixed, odd
 from spectrim.nn.watch.layout import Layout
-from spectrim.nn.watch.masks import Mask, check_not_inverted, mask_of
+from spectrim.nn.watch.masks import Mask, check_not_inverted, mask_of, tensor_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Samples:
         """
         size = layout.size(batch)
         found = mask_of(batch, mask, size, layout)
-        columns = layout.columns(batch, size)
+        columns = layout.columns(batch, size, without=tensor_of(batch, mask, layout))
         if found is not None:
             check_not_inverted(found, columns)
         keys = torch.zeros(size, dtype=torch.int64)
@@ -72,6 +72,11 @@ class Samples:
             keys = mixed(keys + torch.cat([hashed(part, found) for part in column]) + odd(number))
         share = lengths_of(columns, found, size) / mean if mean else torch.ones(size).double()
         return cls(size, keys, found, share, layout.lengths(batch, size), layout.is_turned(batch, size))
+
+    @property
+    def filled(self) -> Bool[Tensor, " size"]:
+        """Whether there is data in a sample, and not padding alone."""
+        return torch.ones(self.size, dtype=torch.bool) if self.mask is None else self.mask.any(1)
 
 
 class Chosen(NamedTuple):
@@ -102,9 +107,9 @@ def spread(
     parts: list[tuple[Any, Tensor, Tensor]] = []
     among = held if any(bool(each.any()) for each in held) else itertools.repeat(None)
     for batch, each in zip(batches, among, strict=False):
-        keys = Samples.of(batch, mask, layout=layout).keys
-        index = torch.arange(len(keys)) if each is None else each.nonzero().flatten()
-        parts.append((batch, index, keys[index]))
+        samples = Samples.of(batch, mask, layout=layout)
+        index = (samples.filled if each is None else each & samples.filled).nonzero().flatten()
+        parts.append((batch, index, samples.keys[index]))
         if sum(len(index) for _, index, _ in parts) > 2 * most:
             parts = _fewer(parts, most, layout)
     return [_part(batch, index, layout) for batch, index, _ in _fewer(parts, most, layout) if len(index)]

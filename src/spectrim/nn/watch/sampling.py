@@ -87,9 +87,9 @@ class Extent:
         self._mean: float | None = None
         self._different: set[int] = set()
         if isinstance(batches, list | tuple) and batches:
-            lengths = [self._lengths(batch, number) for number, batch in enumerate(batches)]
-            self.samples: int | None = sum(map(len, lengths))  # of the whole run; None if unknown
-            self._mean = float(torch.cat(lengths).sum()) / self.samples
+            lengths = torch.cat([self._lengths(batch, number) for number, batch in enumerate(batches)])
+            self.samples: int | None = max(1, int((lengths > 0).sum()))  # those of padding alone are none
+            self._mean = float(lengths.sum()) / self.samples
         else:
             self.samples = _count(batches)
 
@@ -97,12 +97,12 @@ class Extent:
         """The samples of the next batch."""
         lengths = self._lengths(batch, self._seen) if self._mean is None else None
         if lengths is not None:
-            self._mean = float(lengths.mean())
+            self._mean = float(lengths.sum() / (lengths > 0).sum().clamp_min(1))
         self._size(batch, self._seen)
         self._seen += 1
         samples = Samples.of(batch, self.mask, mean=self._mean, layout=self.layout)
         if len(self._different) < GUESSED:
-            self._different.update(samples.keys.tolist())
+            self._different.update(samples.keys[samples.filled].tolist())
         return samples
 
     def repeated(self, samples: int) -> Iterator[str]:
@@ -216,7 +216,7 @@ class _Rows:
         if mask is None or each != mask.shape[1]:
             # What has another number of rows than the mask has positions does not grow with the data in it.
             share = samples.share if mask is None else torch.ones_like(samples.share)
-            return cls(torch.full((size,), each), samples.keys, share, None, steps)
+            return cls(samples.filled * each, samples.keys, share, None, steps)
         part, position = mask.nonzero(as_tuple=True)
         return cls(mask.sum(1), samples.keys, samples.share, part * steps[0] + position * steps[1], steps)
 
@@ -275,18 +275,19 @@ def _normal_numbers(seed: int) -> Tensor:
         return torch.randn(_TABLE, generator=torch.Generator().manual_seed(seed))
 
 
-def directions(outputs: Tensor, samples: Samples, seed: int = 0) -> Tensor:
+def directions(outputs: Tensor, samples: Samples, seed: int = 0, *, positions: bool = True) -> Tensor:
     """A tensor of standard normal numbers of the shape of a network's outputs, drawn by the contents of the samples.
 
-    The same sample is given the same numbers in any batch and order; where outputs belong to padding there are zeros.
+    The same sample is given the same numbers in any batch and order; where outputs belong to padding there are zeros,
+    token by token where they have ``positions``.
     The numbers of a sample are a stretch of one table of a million, which starts where its key says.
     """
     in_front = samples_first(outputs, samples.size, samples.turned)
-    drawn = _drawn(in_front, samples, seed)
+    drawn = _drawn(in_front, samples, seed, positions)
     return drawn if in_front is outputs else drawn.movedim(0, 1)
 
 
-def _drawn(outputs: Tensor, samples: Samples, seed: int) -> Tensor:
+def _drawn(outputs: Tensor, samples: Samples, seed: int, positions: bool) -> Tensor:
     """The same for outputs that have their samples in front."""
     table = _normal_numbers(seed)
     mask, size = samples.mask, samples.size
@@ -294,9 +295,9 @@ def _drawn(outputs: Tensor, samples: Samples, seed: int) -> Tensor:
         start = int(shifted(mixed(samples.keys.sum().reshape(1)), 20)) % _TABLE
         return table[(start + torch.arange(outputs.numel())) % _TABLE].reshape(outputs.shape).to(outputs)
     start = (shifted(mixed(samples.keys + odd(seed)), 20) % _TABLE).unsqueeze(1)
-    if mask is None or outputs.dim() < 2 or outputs.shape[1] != mask.shape[1]:
+    if mask is None or not positions or outputs.dim() < 2 or outputs.shape[1] != mask.shape[1]:
         place = torch.arange(outputs[0].numel()).expand(size, -1)
-        return table[(start + place) % _TABLE].reshape(outputs.shape).to(outputs)
+        return (table[(start + place) % _TABLE] * samples.filled.unsqueeze(1)).reshape(outputs.shape).to(outputs)
     # The place among the data, so that padding makes no difference.
     width = max(1, outputs[0, 0].numel())
     place = (mask.cumsum(1) - 1).clamp_min(0).unsqueeze(2) * width + torch.arange(width)

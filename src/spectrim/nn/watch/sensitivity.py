@@ -25,6 +25,7 @@ from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.masks import Mask
 from spectrim.nn.watch.nesting import begun, checked_batches
 from spectrim.nn.watch.observe import observe
+from spectrim.nn.watch.positions import Positions
 from spectrim.nn.watch.sampling import Extent, Sampling
 from spectrim.nn.watch.watched import Call, PassMaker
 from spectrim.progress import Steps
@@ -175,7 +176,8 @@ def _gradients(
     layers = [model.get_submodule(layer.name) for layer in sites.layers]
     first, stream = begun(checked_batches(batches))
     feed.decide(model, first)
-    watch = GradientWatch(layers, sites, rows, Extent(batches, mask, feed.layout), samples, seed)
+    positions = Positions.of(model, first, mask, feed)
+    watch = GradientWatch(layers, sites, rows, Extent(batches, mask, feed.layout), samples, seed, positions)
     with _weights_apart(model), observe(model, forward=feed) as run:
         for batch in stream:
             if watch.takes(batch):
@@ -212,7 +214,9 @@ class _Shared(PassMaker):
         self, model: nn.Module, sites: Sites, batches: Iterable[Any], samples: int, mask: Mask, feed: Feed
     ) -> None:
         layers = [model.get_submodule(layer.name) for layer in sites.layers]
-        self._made = lambda: GradientWatch(layers, sites, None, Extent(batches, mask, feed.layout), samples, 0)
+        self._made = lambda first: GradientWatch(
+            layers, sites, None, Extent(batches, mask, feed.layout), samples, 0, Positions.of(model, first, mask, feed)
+        )
         self._watch: GradientWatch | None = None
 
     @property
@@ -231,7 +235,7 @@ class _Shared(PassMaker):
     def behind(self, call: Call, batch: Any, index: int) -> None:
         if not index:
             # How the model is fed is decided by now.
-            self._watch = self._made()
+            self._watch = self._made(batch)
             if self._watch.takes(batch):
                 self._watch.see(call, batch)
 

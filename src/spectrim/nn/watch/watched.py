@@ -189,7 +189,7 @@ class Watched:
             )
         if self.streams is not None:
             self.streams.end_of_pass()
-        self.samples += size
+        self.samples += int(samples.filled.sum())
         self.tokens += 0 if samples.mask is None else int(samples.mask.sum())
         self.masked |= samples.mask is not None
 
