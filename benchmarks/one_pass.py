@@ -6,7 +6,6 @@ and after. Needs CIFAR-10, the weights of both CIFAR ResNets, the folder of a se
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -110,44 +109,41 @@ def cut(config: dict[str, Any], paths: dict[str, Any]) -> tuple[list[dict[str, A
 
 def _stated_and_true(dense: nn.Module, sites: Any, plan: Any, batches: Sequence[Tensor]) -> list[float]:
     """For every compressed layer the error of the table over the true one on all positions of the images."""
-    found = []
-    for entry in plan:
-        if entry.choice.is_dense:
-            continue
-        only = copy.copy(plan)
-        one = st.apply(dense, sites, _alone(only, entry), None)
-        layer, small = dense.get_submodule(entry.site), one.get_submodule(entry.site)
-        sums = torch.zeros(3, dtype=torch.float64)
-        mean: Any = 0.0
-
-        def see(module: Any, args: Any, output: Tensor, layer: Any = small, sums: Tensor = sums) -> None:
-            nonlocal mean
-            y = output.double().movedim(1, -1).reshape(-1, output.shape[1]) if output.dim() == 4 else output.double()
-            z = layer(args[0]).double()
-            z = z.movedim(1, -1).reshape(y.shape) if z.dim() == 4 else z
-            sums[0] += (y - z).square().sum()
-            sums[1] += y.square().sum()
-            sums[2] += len(y)
-            mean = mean + y.sum(0)
-
-        handle = layer.register_forward_hook(see)
-        with torch.no_grad():
-            for batch in batches:
-                dense(batch)
+    changed = [entry for entry in plan if not entry.choice.is_dense]
+    small = st.apply(dense, sites, plan, None)
+    missed = {entry.site: _Missed(small.get_submodule(entry.site)) for entry in changed}
+    handles = [dense.get_submodule(name).register_forward_hook(each) for name, each in missed.items()]
+    with torch.no_grad():
+        for batch in batches:
+            dense(batch)
+    for handle in handles:
         handle.remove()
-        energy = sums[1] - mean.square().sum() / sums[2]
-        found.append(entry.error / max(float(sums[0] / energy), 1e-12))
-    return found
+    return [entry.error / max(missed[entry.site].share, 1e-12) for entry in changed]
 
 
-def _alone(plan: Any, entry: Any) -> Any:
-    """A plan that changes one layer."""
-    import dataclasses
+class _Missed:
+    """What a layer misses of the answers of the dense one, which it is a hook of, given the same inputs."""
 
-    from spectrim.network.choices import DENSE
+    def __init__(self, layer: Any) -> None:
+        self._layer, self._rows = layer, 0
+        self._lost = self._squares = 0.0
+        self._sum: Any = 0.0
 
-    entries = tuple(each if each is entry else dataclasses.replace(each, choice=DENSE) for each in plan.entries)
-    return dataclasses.replace(plan, entries=entries)
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        y, z = (_rows(each) for each in (output, self._layer(args[0])))
+        self._lost += float((y - z).square().sum())
+        self._squares += float(y.square().sum())
+        self._rows += len(y)
+        self._sum = self._sum + y.sum(0)
+
+    @property
+    def share(self) -> float:
+        """Of the energy about the mean."""
+        return self._lost / (self._squares - float(self._sum.square().sum()) / self._rows)
+
+
+def _rows(outputs: Tensor) -> Tensor:
+    return outputs.double().movedim(1, -1).reshape(-1, outputs.shape[1])
 
 
 # --- R2: units ------------------------------------------------------------------------------------------------------

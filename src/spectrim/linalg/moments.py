@@ -83,7 +83,7 @@ class Moments:
             rest = _mean(centred * often) * (rows.shape[1] / n)
             centred = centred * often.sqrt()
         self._add(n, (rough + rest).squeeze(1), self._scattered(centred))
-        self._shift(rest.squeeze(1), -n)
+        self._shift(rest.squeeze(1), -float(n))
 
     def _scattered(self, rows: Tensor) -> Tensor:
         """The scatter of centred rows."""
@@ -124,7 +124,8 @@ class Moments:
         total = self.count + n
         delta = mean - self.mean
         self.scatter += scatter
-        self._shift(delta, self.count * n / total)
+        if self.count:
+            self._shift(delta, self.count * n / total)
         self.mean += delta * (n / total)
         self.count = total
 
