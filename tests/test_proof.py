@@ -88,6 +88,26 @@ class Captured(Two):
         return self.b(F.relu(self.run(x)))
 
 
+class ByNumber(Two):
+    def begin(self) -> None:
+        self.names = {id(self.a): "a"}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * len(self.names[id(self.a)])
+
+
+class ByInstance(Two):
+    """What it reads of the first one that was made is, in a copy, what that one last left there."""
+
+    def begin(self) -> None:
+        ByInstance.first: Any = self  # type: ignore[misc]
+        self.register_buffer("mean", torch.zeros(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = F.relu(self.a(x)).mean(0)
+        return self.b(F.relu(self.a(x)) - ByInstance.first.mean)
+
+
 class Itself(Two):
     def __deepcopy__(self, memo: Any) -> Itself:
         return self
@@ -97,6 +117,8 @@ class Itself(Two):
     ("kind", "message"),
     [
         (Captured, r"a copy of the Captured calls layer 'a' of the original.*a list of a closure.*skip='a'"),
+        (ByNumber, r"a copy of the ByNumber cannot be run.*KeyError.*id\(\) of a module.*by attributes when it runs"),
+        (ByInstance, r"a copy of the ByInstance computes something else.*as a global variable.*by attributes"),
         (Itself, r"copy.deepcopy of the Itself gives layer 'a' itself"),
     ],
 )
@@ -315,9 +337,9 @@ def test_the_proof_costs_two_passes_of_one_batch() -> None:
     calls: list[int] = []
     model.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
     st.apply(model, sites, plan, BATCHES, reconstruct=False, batchnorm=False)
-    # The copy carries the hook along: it is tried on one sample, then both networks on the batch; in the end the
-    # compressed one, as it is and merged, on one sample: again only where these two differ.
-    assert calls == [1, 64, 64, 1, 1]
+    # The copy carries the hook along: it is tried on one sample, and the model too, then both networks on the batch; in
+    # the end the compressed one, as it is and merged, on one sample: again only where these two differ.
+    assert calls == [1, 1, 64, 64, 1, 1]
 
 
 def test_agreement_is_of_samples_held_out_and_counts_first_classes() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 import spectrim as st
+from spectrim.nn.agreement import agreement
 
 BATCHES = [torch.randn(48, 32, generator=torch.Generator().manual_seed(n)) for n in range(2)]
 
@@ -259,3 +262,65 @@ def test_nested_outputs_are_compared_padded() -> None:
     result = st.compress(NestedOutput(), BATCHES, "macs=80%")
     assert result.report.agreement is not None
     assert 0 < float(result.report.agreement.error) < 1
+
+
+@pytest.mark.parametrize("method", [st.ActivationSVD(), st.PrincipalFilters()])
+def test_hooks_of_backward_passes_are_no_reason_for_a_warning_of_torch(method: st.Method) -> None:
+    torch.manual_seed(0)
+    model = Two()
+    gradients: list[Any] = []
+    model.a.register_full_backward_hook(lambda *given: gradients.append(given))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert st.compress(model, BATCHES, "macs=80%", methods=method).plan.changed
+
+
+LABELS = torch.arange(48) % 32
+
+
+class Labelled(Two):
+    """Beside its answers it gives a loss, of another size, where it is given labels."""
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor | None]:
+        y = super().forward(x)
+        return {"loss": None if labels is None else F.cross_entropy(y, labels), "logits": y}
+
+
+def test_a_loss_beside_the_answers_hides_no_difference_of_theirs() -> None:
+    torch.manual_seed(0)
+    dense = Labelled()
+    small = st.compress(dense, [{"x": batch} for batch in BATCHES], "macs=80%").model
+    told = [agreement(dense, small, [{"x": x, **labels} for x in BATCHES]) for labels in ({}, {"labels": LABELS})]
+    plain = agreement(dense, small, BATCHES, forward=lambda model, batch: model(batch)["logits"])
+    assert plain is not None
+    assert plain.top1 is not None
+    assert told == [plain, plain]
+
+
+class UntilItStays(nn.Module):
+    """A layer is called until what it gives no longer changes, which is sooner in another network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.u, self.o = nn.Linear(48, 48), nn.Linear(32, 48), nn.Linear(48, 4)
+        nn.init.normal_(self.w.weight, std=0.05)
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, z = self.u(x), torch.zeros(())
+        for _ in range(30):
+            z, before = torch.tanh(self.w(z.expand(u.shape)) + u), z
+            if (z - before).norm() < 1e-4 * z.norm():
+                break
+        return self.o(z)
+
+
+def test_layers_that_are_called_until_it_converges_are_compressed_again_with_a_note() -> None:
+    torch.manual_seed(0)
+    every = [st.PrincipalFilters(), st.ActivationSVD()]
+    first = st.compress(UntilItStays(), BATCHES, "macs=60%", methods=every)
+    again = st.compress(first.model, BATCHES, "macs=80%", methods=every)
+    assert again.plan.ratio("macs") > 1.2
+    notes = [note for result in (first, again) for note in result.report.notes if "another number of times" in note]
+    assert notes
+    for note in notes:
+        assert re.search(r"'w\S*'\. A sample of this batch takes [\d,]+ MACs$", note), note

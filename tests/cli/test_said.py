@@ -420,3 +420,15 @@ def test_an_edited_plan_is_carried_out_with_the_costs_that_its_choices_have(run,
     assert found["costs"]["macs"] == told["MACs"]
     assert found["costs"]["parameters"] == told["parameters"]
     assert ("counted anew" in " ".join(found["notes"])) is (edit != "none")
+
+
+def test_batches_beyond_all_memory_are_refused_before_they_are_made():
+    from spectrim.cli import subject
+
+    model = nn.Flatten().eval()
+    most = "--batch 2147483647 is too large: of samples of 64 numbers write at most 33,554,431"
+    with pytest.raises(UsageError, match=most):
+        subject.random_input("1x8x8", 2**31 - 1, "cpu", model)
+    with pytest.raises(UsageError, match=most):
+        subject.first_batch([torch.zeros(4, 1, 8, 8)], 2**31 - 1, "digits", model)
+    assert subject.random_input("1x8x8", 3, "cpu", model).shape == (3, 1, 8, 8)

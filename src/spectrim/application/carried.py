@@ -19,8 +19,9 @@ from spectrim.network.choices import ChannelsChoice
 from spectrim.network.sites import Sites
 from spectrim.nn.build import skeleton
 from spectrim.nn.channels.removal import Removal
+from spectrim.nn.copy_proof import check_copy
 from spectrim.nn.parameters import parameters_of
-from spectrim.nn.proof import Expected, check_copy, prove, watching
+from spectrim.nn.proof import Expected, prove, watching
 from spectrim.nn.restated import restated
 from spectrim.nn.shipping import carry
 from spectrim.nn.traits import Traits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.cli.batches import Batches
-from spectrim.cli.common import is_of_memory, usage
+from spectrim.cli.common import LARGEST, is_of_memory, usage
 from spectrim.cli.data import load_data
 from spectrim.cli.models import load_model, whose_weights
 from spectrim.cli.options import ExampleOptions, InputOptions, LayerOptions, NetworkOptions, TrainingOptions
@@ -24,6 +25,7 @@ from spectrim.errors import CalibrationError, ForwardError, SpectrimError, did_y
 from spectrim.network.sites import Sites
 from spectrim.nn.timing import ready
 from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.nesting import tensors
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.nn.watch.state import evaluating
 from spectrim.preparation import sites_of
@@ -132,16 +134,27 @@ def _device_named(device: str, threads: int | None) -> str:
 
 def random_input(text: str, samples: int, device: str, model: nn.Module) -> Tensor:
     """A batch of normal noise of a shape given as ``3x224x224``, which a model has been run on."""
-    batch = torch.randn(samples, *read_shape(text), generator=torch.Generator().manual_seed(0)).to(device)
+    shape = read_shape(text)
+    _check_batch(samples, math.prod(shape))
     try:
         with running(model, f"--input {text}"):
-            Feed().decide(model, batch[:1])(model, batch[:1])
+            one = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+            Feed().decide(model, one)(model, one)
     except CalibrationError as error:
         raise UsageError(
             f"{str(error).partition('. Give batches')[0]}. Write --input with the sizes of one sample, without the "
             "batch, as 3x224x224; a model of words or of several inputs is given --data"
         ) from error
-    return batch
+    return torch.randn(samples, *shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def _check_batch(samples: int, numbers: float) -> None:
+    """Refuse more samples of so many numbers than any memory is meant for, before they are made."""
+    if samples * numbers > LARGEST:
+        raise UsageError(
+            f"--batch {samples} is too large: of samples of {numbers:,.0f} numbers write at most "
+            f"{max(1, int(LARGEST // numbers)):,}"
+        )
 
 
 @contextlib.contextmanager
@@ -170,6 +183,7 @@ def first_batch(batches: Iterable[Any], samples: int, name: str, model: nn.Modul
     batch = _first(batches, name)
     with running(model, f"data {name!r}"):
         feed = Feed().decide(model, batch)
+        _check_batch(samples, sum(t.numel() for t in tensors(batch)) / feed.layout.size(batch))
         feed(model, batch := feed.resized(batch, samples))
     return batch
 

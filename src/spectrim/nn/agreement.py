@@ -16,7 +16,7 @@ from spectrim.errors import CalibrationError, SpectrimError
 from spectrim.nn.watch.batches import Feed, Forward
 from spectrim.nn.watch.layout import samples_first
 from spectrim.nn.watch.masks import Mask, mask_of
-from spectrim.nn.watch.nesting import begun, compared, output_tensors, transformed
+from spectrim.nn.watch.nesting import begun, compared, named_logits, output_tensors, transformed
 from spectrim.nn.watch.observe import observe
 from spectrim.nn.watch.positions import Positions
 from spectrim.nn.watch.samples import first_batches, spread
@@ -196,7 +196,7 @@ class _Tally:
     def add(
         self, wanted: Any, given: Any, positions: Positions, data: Tensor | None, samples: int, *, turned: bool = False
     ) -> None:  # fmt: skip
-        scores = hasattr(wanted, "logits") or (isinstance(wanted, Tensor) and wanted.dim() == 2)
+        named = wanted if isinstance(wanted, Tensor) and wanted.dim() == 2 else named_logits(wanted)
         pairs = list(zip(output_tensors(wanted), output_tensors(given), strict=False))
         self.samples += samples
         squares, divergences = torch.zeros(samples, dtype=torch.float64), torch.zeros(samples, dtype=torch.float64)
@@ -204,6 +204,7 @@ class _Tally:
             if a.shape != b.shape or not a.is_floating_point():
                 self.comparable &= a.shape == b.shape
                 continue
+            scores = named is not None and (a is named or len(pairs) == 1)
             a, b = (samples_first(each, samples, turned) for each in (a, b))
             a, b, owner = _without_padding(a, b, positions.of_output(place, a, data))
             wide, other = compared(a, b)

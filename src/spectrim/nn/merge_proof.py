@@ -247,7 +247,7 @@ def _answers(
         one = known if feed.layout.size(part) == 1 else None
         outputs[:] = [answered(small, part) if one is None else one, answered(merged.model, part)]
         # What draws random numbers differs from itself.
-        outputs.append(outputs[0] if all(map(_alike, *outputs)) else answered(small, part))
+        outputs.append(outputs[0] if all(map(alike, *outputs)) else answered(small, part))
 
     on_few(run, batch, feed)
     return outputs
@@ -269,7 +269,7 @@ def _jumps(small: nn.Module, batch: Any, feed: Feed) -> bool:
             before = output_tensors(running(part))
         with observe(small, hooks, forward=feed) as running:
             after = [output_tensors(running(part)) for _ in range(_DRAWS)]
-        far[:] = [a.shape != b.shape or not _alike(a, b) for each in after for a, b in zip(before, each, strict=False)]
+        far[:] = [a.shape != b.shape or not alike(a, b) for each in after for a, b in zip(before, each, strict=False)]
 
     on_few(run, batch, feed)
     return any(far)
@@ -287,7 +287,7 @@ def _one_by_one(small: nn.Module, batch: Any, feed: Feed) -> Iterator[str]:
     )
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
+def alike(a: Tensor, b: Tensor) -> bool:
     """Whether two outputs are the same but for rounding."""
     if a.shape != b.shape or not a.is_floating_point():
         return True

@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import nn
 
+from spectrim.nn.watch.outside import Variables, named_globals
+
 
 def rebind(copied: nn.Module, copies: Mapping[int, Any]) -> None:
     """Have functions on a copied model that were made with its modules (hooks, closures, defaults) mean those copies.
 
-    Other variables of theirs stay what they share with the original's.
+    So do those that name the model by a global variable. Other variables stay what they share with the original's.
 
     Parameters
     ----------
@@ -68,12 +70,15 @@ class _Again:
         # A function may be named by a variable of its own.
         if id(function) not in self._made:
             defaults = tuple(map(self, function.__defaults__ or ()))
-            made = types.FunctionType(function.__code__, function.__globals__, function.__name__, defaults, cells)
+            named = {name: part for name, part in named_globals(function) if self._means_copied(part, set())}
+            variables = Variables(function.__globals__) if named else function.__globals__
+            made = types.FunctionType(function.__code__, variables, function.__name__, defaults, cells)
             functools.update_wrapper(made, function)
             del made.__wrapped__  # type: ignore[attr-defined]
             vars(made).update((name, self(value)) for name, value in vars(function).items())
             made.__kwdefaults__ = {name: self(value) for name, value in (function.__kwdefaults__ or {}).items()}
             self._made[id(function)] = made
+            variables |= {name: self(part) for name, part in named.items()}
         return self._made[id(function)]
 
     def _cell(self, cell: types.CellType) -> types.CellType:
@@ -93,8 +98,9 @@ def _contents(cell: types.CellType) -> tuple[Any, ...]:
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """What a function has been made with."""
+    """What a function has been made with, or names."""
     if isinstance(value, types.FunctionType):
+        yield from (part for _, part in named_globals(value))
         for cell in value.__closure__ or ():
             yield from _contents(cell)
         yield from (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())

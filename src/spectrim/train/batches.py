@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spectrim.errors import CalibrationError
 from spectrim.nn.watch.batches import Feed
-from spectrim.nn.watch.nesting import tensors, transformed
+from spectrim.nn.watch.nesting import named_logits, tensors, transformed
 from spectrim.train.faults import training_forward
 
 
@@ -105,6 +105,5 @@ class Calls:
 
 def scores_of(output: Any) -> Any:
     """The ``logits`` of a structured output, or the output itself."""
-    if isinstance(output, Mapping) and "logits" in output:
-        return output["logits"]
-    return getattr(output, "logits", output)
+    named = named_logits(output)
+    return output if named is None else named

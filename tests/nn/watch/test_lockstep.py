@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import spectrim as st
+from spectrim.nn.copying import copy_model
 from spectrim.nn.watch.lockstep import lockstep
 from spectrim.nn.watch.probe import Probe, probe
 
@@ -89,7 +90,7 @@ def untouched(*models: nn.Module) -> bool:
 
 
 def twins(model: nn.Module) -> tuple[nn.Module, nn.Module]:
-    return model.double(), copy.deepcopy(model)
+    return model.double(), copy_model(model)
 
 
 def batches(count: int = 3, size: int = 5) -> list[torch.Tensor]:
@@ -377,6 +378,26 @@ class ByHook(Skips):
         self.take = self.given = lambda: features["x"]
 
 
+def leave_on_the_model(module, args, output):
+    OF_MODEL.given = args[0]
+
+
+class ByModel(Skips):
+    """Its hook means the copy there; its methods go on meaning the model that the copy was made of."""
+
+    def begin(self):
+        global OF_MODEL
+        OF_MODEL = self
+        self.first.register_forward_hook(leave_on_the_model)
+
+    def leave(self, x):
+        OF_MODEL.last.kept = x
+
+    def take(self):
+        assert torch.equal(OF_MODEL.last.kept, self.given)
+        return self.given
+
+
 class ByStack(Skips):
     def begin(self):
         self.stack = []
@@ -424,7 +445,7 @@ class ByBox(nn.Sequential):
         self.first, self.last = Leaves(box, nn.Linear(4, 4)), Takes(box, nn.Linear(4, 4))
 
 
-@pytest.mark.parametrize("kind", [ByGlobal, ByClass, ByThread, ByHook, ByStack, ByAttribute, ByBox])
+@pytest.mark.parametrize("kind", [ByGlobal, ByClass, ByThread, ByHook, ByModel, ByStack, ByAttribute, ByBox])
 def test_what_a_pass_keeps_anywhere_until_it_is_taken_is_its_own(kind):
     dense, changed = twins(kind())
     every = batches()

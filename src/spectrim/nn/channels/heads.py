@@ -25,6 +25,7 @@ from spectrim.nn.fused_attention import has_parts
 from spectrim.nn.watch.nesting import output_tensors
 from spectrim.nn.watch.observe import hooked, on_each
 from spectrim.nn.watch.state import evaluating
+from spectrim.nn.watch.switches import quiet_derivatives
 
 _REWRITTEN = "; those of spectrim.with_linear_layers(model) can go"
 # Sets of numbers that are tried for one attention.
@@ -206,7 +207,9 @@ class _Seen:
         # A sum of positive and negative weights: what is normalised adds up to what does not change.
         weights = [torch.randn(t.shape, generator=generator).to(t) for t in tensors]
         total = sum((t * weight).sum() for t, weight in zip(tensors, weights, strict=True))
-        gradients = torch.autograd.grad(total, [each for _, each in drawn], retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
+        ends = [each for _, each in drawn]
+        with quiet_derivatives():
+            gradients = torch.autograd.grad(total, ends, retain_graph=True, allow_unused=True)  # type: ignore[arg-type]
         found = {name: torch.zeros(self._width(name), dtype=torch.bool) for name in names}
         for (name, each), gradient in zip(drawn, gradients, strict=True):
             if gradient is not None:

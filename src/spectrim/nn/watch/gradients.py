@@ -20,6 +20,7 @@ from spectrim.nn.watch.patches import outputs_at
 from spectrim.nn.watch.positions import Positions
 from spectrim.nn.watch.samples import Samples
 from spectrim.nn.watch.sampling import Extent, choose, directions
+from spectrim.nn.watch.switches import quiet_derivatives
 from spectrim.nn.watch.watched import Call
 
 # Output positions over the run at least, and in multiples of the number of output channels.
@@ -125,7 +126,8 @@ class GradientWatch:
                     for number, (place, z) in enumerate(outputs.items())
                 ]
                 backward = True
-                torch.autograd.backward([*outputs.values()], drawn)
+                with quiet_derivatives():
+                    torch.autograd.backward([*outputs.values()], drawn)
         except SpectrimError:
             raise
         except Exception as error:  # backward passes run foreign code, which may raise anything

@@ -243,7 +243,10 @@ def rebuilt(like: list[Any] | tuple[Any, ...], values: list[Any]) -> Any:
 
 
 def output_tensors(output: Any) -> list[Tensor]:
-    """The tensors a model's output stands for: itself, its ``logits`` if it has any, or all tensors in it."""
+    """The tensors a model's output stands for: itself, its ``logits`` if it has any, or all tensors in it.
+
+    A single number, as a loss, is none beside others: it is of another size, and would hide how far they are apart.
+    """
     if isinstance(output, Tensor):
         return [dense(output)]
     if isinstance(getattr(output, "logits", None), Tensor):
@@ -254,7 +257,12 @@ def output_tensors(output: Any) -> list[Tensor]:
             f"the model's output of type {type(output).__name__} holds no tensor: pass forward=, a function (model, "
             "batch) that runs the model and returns tensors"
         )
-    return found
+    return [tensor for tensor in found if tensor.dim()] or found
+
+
+def named_logits(output: Any) -> Any:
+    """What an output calls its logits, as an attribute or a key; None if nothing."""
+    return output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
 
 
 def dense(output: Tensor) -> Tensor:

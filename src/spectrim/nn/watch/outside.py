@@ -6,6 +6,8 @@ thread: passes that wait side by side would take what another has left there.
 
 from __future__ import annotations
 
+import contextlib
+import dis
 import functools
 import threading
 import types
@@ -21,6 +23,8 @@ _KINDS = (Tensor, list, dict, set, deque, tuple, int, float, types.NoneType)
 _LONG = 256
 _DEPTH = 2  # of functions that functions call
 _FOREIGN = frozenset({"torch", "spectrim", "builtins", "collections", "abc", "typing", "transformers"})
+# What every module has; slots of passes come and go by themselves.
+COMMON = frozenset((*vars(nn.Module()), "forward"))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -66,6 +70,26 @@ class Holder:
         return before
 
 
+class Variables(dict[str, Any]):
+    """Global variables of a function for which some have another value than in its module of Python."""
+
+    def __init__(self, beyond: dict[str, Any]) -> None:
+        super().__init__({name: beyond[name] for name in ("__name__", "__builtins__")})
+        self.beyond = beyond
+
+    def __missing__(self, name: str) -> Any:
+        return self.beyond[name]
+
+
+def named_globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """Global variables that a function of somebody's own may read, and their values; none where it sets some."""
+    if _root(function.__module__) in _FOREIGN or _sets_globals(function.__code__):
+        return
+    for name in _names(function.__code__):
+        with contextlib.suppress(KeyError):
+            yield name, function.__globals__[name]
+
+
 def outside(model: nn.Module) -> dict[tuple[Holder, str], Any]:
     """The variables that the functions of a model's own modules and hooks name, and their values."""
     found: dict[tuple[Holder, str], Any] = {}
@@ -89,20 +113,23 @@ def _is_state(value: Any) -> bool:
 
 
 def _parts(value: Any, holder: Holder) -> Iterator[tuple[Holder, str, Any]]:
-    """The variables of an object or class beside the functions, or of a thread's own."""
+    """The variables of an object, a class or modules beside the functions, or of a thread's own."""
+    for inner, space in _spaces(value, holder):
+        for name, part in list(space.items()):
+            if not name.startswith("__") and name not in COMMON and _is_state(part):
+                yield inner, name, part
+
+
+def _spaces(value: Any, holder: Holder) -> Iterator[tuple[Holder, Any]]:
+    """What has variables there, and these."""
     if isinstance(value, type):
-        if _root(value.__module__) in _FOREIGN or issubclass(value, nn.Module):
-            return
-        space: Any = vars(value)
-        inner = Holder(value)
+        if _root(value.__module__) not in _FOREIGN and not issubclass(value, nn.Module):
+            yield Holder(value), vars(value)
+    elif isinstance(value, nn.Module):
+        # Of a copy whose functions still mean the model that it was made of.
+        yield from ((Holder(vars(module)), vars(module)) for module in nn.Module.modules(value))
     elif isinstance(value, threading.local) or (own_object(value) is value and _is_near(value, holder)):
-        space = value.__dict__
-        inner = Holder(space)
-    else:
-        return
-    for name, part in list(space.items()):
-        if not name.startswith("__") and _is_state(part):
-            yield inner, name, part
+        yield Holder(value.__dict__), value.__dict__
 
 
 def own_object(value: Any) -> Any:
@@ -153,8 +180,8 @@ def _function(value: Any) -> Iterator[types.FunctionType]:
 
 def _named(function: types.FunctionType, depth: int = 0) -> Iterator[tuple[Holder, str]]:
     """Where the variables are that a function names, and those of its own that it calls."""
-    space = Holder(function.__globals__)
-    found = [(space, name) for name in _names(function.__code__) if name in function.__globals__]
+    variables = getattr(function.__globals__, "beyond", function.__globals__)
+    found = [(Holder(variables), name) for name in _names(function.__code__) if name in variables]
     found += [(Holder(cell), "") for cell in function.__closure__ or ()]
     for holder, name in found:
         value = holder.get(name)
@@ -166,5 +193,15 @@ def _named(function: types.FunctionType, depth: int = 0) -> Iterator[tuple[Holde
 
 @functools.lru_cache(maxsize=4096)
 def _names(code: types.CodeType) -> tuple[str, ...]:
-    inner = (name for each in code.co_consts if isinstance(each, types.CodeType) for name in _names(each))
-    return tuple(dict.fromkeys((*code.co_names, *inner)))
+    return tuple(dict.fromkeys((*code.co_names, *(name for each in _inner(code) for name in _names(each)))))
+
+
+@functools.lru_cache(maxsize=4096)
+def _sets_globals(code: types.CodeType) -> bool:
+    sets = any(each.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for each in dis.get_instructions(code))
+    return sets or any(map(_sets_globals, _inner(code)))
+
+
+def _inner(code: types.CodeType) -> Iterator[types.CodeType]:
+    """The functions that are written within one."""
+    return (each for each in code.co_consts if isinstance(each, types.CodeType))

@@ -18,11 +18,9 @@ from torch import Tensor, nn
 
 from spectrim.cost.rounds import ALONE as ALONE
 from spectrim.nn.parameters import modes_kept, parameters_of
-from spectrim.nn.watch.outside import Holder, outside, own_object
+from spectrim.nn.watch.outside import COMMON, Holder, outside, own_object
 from spectrim.nn.watch.writes import seen_writing, tell, written
 
-# What every module has; slots of passes come and go by themselves.
-_COMMON = frozenset((*vars(nn.Module()), "forward"))
 _GONE = object()
 _Container = list | dict | set | deque
 # Numbers of a tensor that are compared and not only asked for how often they were written.
@@ -124,7 +122,7 @@ class State:
                 self._passing[place] = None
         for name, within, space, size in self._sizes:
             if len(space) > size:
-                new = (Location(name, key, "attributes", None, within) for key in space if key not in _COMMON)
+                new = (Location(name, key, "attributes", None, within) for key in space if key not in COMMON)
                 self._passing |= dict.fromkeys(place for place in new if place not in self._held)
 
     @property
@@ -290,7 +288,7 @@ def taken(model: nn.Module, places: Iterable[Location]) -> dict[Location, Any]:
 def _places(model: nn.Module) -> Iterator[tuple[Location, Any]]:
     for name, within, space in _spaces(model):
         for key, value in space.items():
-            if key not in _COMMON:
+            if key not in COMMON:
                 yield Location(name, key, "attributes", None, within), value
     for name, module in model.named_modules():
         for key, value in module._buffers.items():
@@ -305,7 +303,7 @@ def _spaces(model: nn.Module) -> Iterator[tuple[str, tuple[Any, ...], dict[str, 
     """What has attributes: the modules by name, and the objects that they or hooks of theirs are made with."""
     for name, module in model.named_modules():
         yield name, (), vars(module)
-        held = [((key,), value) for key, value in vars(module).items() if key not in _COMMON]
+        held = [((key,), value) for key, value in vars(module).items() if key not in COMMON]
         held += [((kind, number), hook) for kind in _HOOKS for number, hook in vars(module)[kind].items()]
         yield from ((name, within, vars(found)) for within, value in held if (found := own_object(value)) is not None)
 

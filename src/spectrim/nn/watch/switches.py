@@ -102,6 +102,17 @@ def switches_kept() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def quiet_derivatives() -> Iterator[None]:
+    """Derivatives of what a network gives, without torch's word that its own hooks of backward passes fire late.
+
+    They do where the first layers' inputs take no gradients, which whoever calls us has not asked for.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
+        yield
+
+
+@contextlib.contextmanager
 def switches_of_pass() -> Iterator[None]:
     """The same for a pass while others go on. Inference mode, which cannot be set, is left and entered again."""
     with contextlib.ExitStack() as stack:
