@@ -265,3 +265,10 @@ def test_a_few_bytes_are_asked_about():
         Budget.of("bytes=5")
     assert Budget.of("bytes=5MB") == Budget(bytes=5_000_000)
     assert Budget(bytes=5).limits({"bytes": 9.0}) == {"bytes": 5}
+
+
+@pytest.mark.parametrize("text", ["macs=70%,50%,30%", "bytes=1,200,000"])
+def test_several_numbers_in_one_budget_are_told_of_sweeps(text: str) -> None:
+    cost = text.split("=")[0]
+    with pytest.raises(ValueError, match=rf"sweep, with \('{cost}', \[0.7, 0.5\]\) or --points 0.7,0.5"):
+        Budget.parse(text)

@@ -80,7 +80,9 @@ class Measure:
 
     @property
     def ratio(self) -> float:
-        """Dense over compressed: how many times smaller or faster. NaN where the compressed value is 0."""
+        """Dense over compressed; of the median time that of the rounds, run beside run. NaN where compressed is 0."""
+        if self.speed and self.metric == _MEDIAN:
+            return self.speed.ratio
         return self.dense / self.compressed if self.compressed else float("nan")
 
     @property

@@ -254,9 +254,10 @@ def _parsed(cost: str, text: str) -> Limit:
     if match and not match[2]:
         return Limit(float(match[1]), relative=float(match[1]) <= 1)
     units = _SHOWN.get(cost, "k, M, G, T")
+    sweep = f". For several sizes: sweep, with ({cost!r}, [0.7, 0.5]) or --points 0.7,0.5" if "," in text else ""
     raise ValueError(
         f"cannot read {cost} budget {text!r}: write 0.5, 50% or a number with one of the units {units}; it "
-        "must be positive"
+        f"must be positive{sweep}"
     )
 
 
