@@ -1,0 +1,82 @@
+"""The same function of the same samples: outputs in other units, hidden channels of other sign or in another order."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import spectrim as st
+
+Changed = tuple[nn.Sequential, Tensor, float]
+
+
+def perceptron() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 6)).eval()
+
+
+def convolutional() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(4, 12, 3), nn.Tanh(), nn.ConvTranspose2d(12, 12, 3), nn.Tanh(), nn.Conv2d(12, 8, 3, groups=2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+    ).eval()  # fmt: skip
+
+
+def per_channel(values: Tensor, axis: int, like: Tensor) -> Tensor:
+    return values.reshape([-1 if each == axis else 1 for each in range(like.dim())])
+
+
+def times(values: Tensor, factors: Tensor, axis: int) -> Tensor:
+    return (values.double() * per_channel(factors, axis, values)).float()
+
+
+def hidden_turned(net: Any, x: Tensor) -> Changed:
+    """Channels of the other sign, which an odd activation hands on."""
+    other = copy.deepcopy(net)
+    first, second = net[0], net[2]
+    signs = torch.where(torch.rand(len(first.bias), generator=torch.Generator().manual_seed(4)) < 0.5, -1.0, 1.0)
+    other[0].weight.data = times(first.weight.data, signs, 0)
+    other[0].bias.data = first.bias.data * signs
+    other[2].weight.data = times(second.weight.data, signs, 0 if isinstance(second, nn.ConvTranspose2d) else 1)
+    return other, x, 1.0
+
+
+def hidden_permuted(net: Any, x: Tensor) -> Changed:
+    other, order = copy.deepcopy(net), torch.randperm(len(net[0].bias), generator=torch.Generator().manual_seed(4))
+    other[0].weight.data, other[0].bias.data = net[0].weight.data[order], net[0].bias.data[order]
+    second = net[2].weight.data
+    other[2].weight.data = second[order] if isinstance(net[2], nn.ConvTranspose2d) else second[:, order]
+    return other, x, 1.0
+
+
+def outputs_scaled(net: Any, x: Tensor) -> Changed:
+    other = copy.deepcopy(net)
+    for parameter in other[-1].parameters():
+        parameter.data *= 1e9
+    return other, x, 1e9
+
+
+CHANGES = [hidden_turned, hidden_permuted, outputs_scaled]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("make", [perceptron, convolutional], ids=lambda make: make.__name__)
+def test_no_choice_and_no_output_changes(
+    make: Callable[[], nn.Sequential], change: Callable[[Any, Tensor], Changed]
+) -> None:
+    net = make()
+    torch.manual_seed(1)
+    x = torch.randn(160, 16) @ torch.randn(16, 16) if make is perceptron else torch.randn(96, 4, 6, 6)
+    other, changed, unit = change(net, x)
+    one, two = (st.compress(*each, "parameters=70%") for each in ((net, x.split(32)), (other, changed.split(32))))
+    assert [e.choice for e in two.plan] == [e.choice for e in one.plan]
+    assert [e.error for e in two.plan] == pytest.approx([e.error for e in one.plan], rel=1e-3, abs=1e-5)
+    with torch.no_grad():
+        wanted, given = one.model(x), two.model(changed) / unit
+    assert float((wanted - given).norm() / wanted.norm()) < 1e-3
