@@ -69,6 +69,11 @@ CHOICES = [
         {"kept": (0, 2, 3), "of": 4, "sides": "block.0.conv:out:1 pos:2:1 fc:in:4"},
         "3 of 4 channels",
     ),
+    (
+        ChannelsChoice((0,), 4, (Place("of keys ", "out", 1), Place(" 2:0 ", ".heads", 12), Place("", ".n", 1))),
+        {"kept": (0,), "of": 4, "sides": "of keys :out:1  2:0 :.heads:12 :.n:1"},
+        "1 of 4 channels",
+    ),
     (ZeroChoice(0), {"rank": 0}, "zero"),
 ]
 
@@ -193,7 +198,7 @@ def test_a_type_that_is_no_dataclass_is_refused() -> None:
 def test_what_is_cut_and_whether_there_is_a_bias() -> None:
     assert [choice.cut for choice, *_ in CHOICES] == [
         None, ("channel", 8), ("input", 2), ("input", 2), *[("channel", 8)] * 3, ("channel", 4), ("channel", 0),
-        ("input", 3), ("responses", 3), ("", 0),
+        ("input", 3), ("responses", 3), ("responses", 1), ("", 0),
     ]  # fmt: skip
     for bias, wanted in ((True, (True, True)), (False, (False, False)), (None, (True, False))):
         choice = LowRankChoice("channel", 1, bias)

@@ -6,6 +6,7 @@ What they have in common, and how other packages declare their own: :mod:`spectr
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -212,6 +213,10 @@ class Place:
         return f"{self.module}:{self.axis}:{self.entries}"
 
 
+# Places one after another, as text.
+_PLACES = re.compile(r"(.*?:[^: ]+:\d+)(?: |$)")
+
+
 @dataclass(frozen=True)
 class ChannelsChoice(Choice, kind="kept_channels"):
     """Some of coupled channels stay, the others go.
@@ -238,7 +243,10 @@ class ChannelsChoice(Choice, kind="kept_channels"):
         sides = settings["sides"]
         if not isinstance(sides, str):
             raise ValueError(f"sides is {sides!r:.60}; expected text as module:axis:entries of a channel")
-        return {**settings, "sides": tuple(map(Place.parse, sides.split()))}
+        places = _PLACES.findall(sides)
+        # Names may hold spaces.
+        whole = " ".join(places) == sides
+        return {**settings, "sides": tuple(map(Place.parse, places if whole else sides.split()))}
 
     @property
     def settings(self) -> Mapping[str, Any]:

@@ -94,6 +94,10 @@ class Junction:
         return (there, here) if there.shape == here.shape == answer.shape else ()
 
 
+# Numbers that are worked on at a time.
+_CACHED = 1 << 17
+
+
 @dataclass(frozen=True)
 class MadeUp:
     """A dense answer with what the other side of its sum misses.
@@ -132,11 +136,15 @@ def _before(norm: nn.Module, answers: Sequence[Tensor], sides: Sequence[tuple[Te
     assert norm.running_var is not None
     scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
     scale = torch.where(scale.abs() > torch.finfo(scale.dtype).tiny, scale, torch.inf).detach()
-    known = (sample for both in sides if both for sample in zip(*both, strict=True))
-    # A sample at a time stays in the cache.
-    missing = _energy(((one - two).unsqueeze(0) for one, two in known), scale)
+    known = (part for both in sides if both for part in zip(*map(_few, both), strict=True))
+    missing = _energy((one - two for one, two in known), scale)
     share = (_energy(answers, scale) / (missing / scale.double().square()).clamp_min(1e-300)).sqrt().clamp_max(1)
     return (share / scale).to(scale.dtype)
+
+
+def _few(samples: Tensor) -> tuple[Tensor, ...]:
+    """As many samples at a time as stay in the cache."""
+    return samples.split(max(1, _CACHED // max(1, samples[:1].numel())))
 
 
 def _energy(tensors: Iterable[Tensor], like: Tensor) -> Tensor:
