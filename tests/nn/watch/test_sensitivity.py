@@ -119,12 +119,32 @@ def test_batches_are_read_until_there_are_enough_samples():
     assert sites["stem"].statistics.gradient.count == 3 * 12
 
 
+def test_neither_cut_nor_order_changes_which_samples_are_taken():
+    model, x = Small(), torch.randn(48, 4, 4, 4)
+    wanted = probe(model, batches=[x], samples=20)
+    for batches in (x.split(1), x.split(5), x.flip(0).split(16)):
+        found = probe(model, batches=list(batches), samples=20)
+        for one, two in zip(found, wanted, strict=True):
+            assert one.statistics.gradient.count == two.statistics.gradient.count
+            moments = one.statistics.gradient.second_moment, two.statistics.gradient.second_moment
+            torch.testing.assert_close(*moments, rtol=1e-5, atol=1e-7)
+
+
+def test_a_model_that_refuses_parts_of_batches_gives_gradients_of_whole_ones():
+    class Fixed(Small):
+        def forward(self, x):
+            return super().forward(x.view(8, 4, 4, 4))
+
+    sites = probe(Fixed(), batches=list(torch.randn(48, 4, 4, 4).split(8)), samples=20)
+    assert sites["out"].statistics.gradient.count == 24
+
+
 def test_data_in_the_order_of_their_classes_are_seen_from_all_of_them():
     model = nn.Sequential(nn.Linear(6, 6, bias=False), nn.ReLU(), nn.Linear(6, 1, bias=False))
     with torch.no_grad():
         model[0].weight.copy_(torch.eye(6))
     # Samples of a class reach one unit of the first layer each.
-    batches = list(torch.eye(6).repeat_interleave(20, 0).split(10))
+    batches = list((torch.eye(6).repeat_interleave(20, 0) * (1 + torch.rand(120, 1))).split(10))
     for size in (30, 60):
         found = sensitivity(model, calibrate(model, find(model), batches), batches, samples=size)
         reached = found["0"].statistics.gradient.second_moment[0].diagonal()

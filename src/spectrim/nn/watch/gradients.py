@@ -62,7 +62,6 @@ class GradientWatch:
         self.seen, self.reason = 0, ""
         self.error: Exception | None = None
         self._run, self._seed, self._positions = run, seed, positions
-        self._wanted, self._all, self._passed = samples, run.samples, 0
         if run.samples is not None:
             run.samples = min(run.samples, samples)
         self._rows = {s.name: FEWEST if rows is None and s.name in heads else rows for s in specs}
@@ -80,15 +79,6 @@ class GradientWatch:
     def fails_in_place(self) -> bool:
         """Whether something that the backward pass reads was written to, which can be allowed for."""
         return not self._mutable and "modified by an inplace operation" in self.reason
-
-    def takes(self, batch: Any) -> bool:
-        """Whether the next batch is one of those that give as many samples as are wanted, spread over the whole run.
-
-        The first ones would be of a few classes where data are sorted by them.
-        """
-        self._passed += self._run.layout.size(batch)
-        behind = self._all is None or self.seen * self._all < self._passed * self._wanted
-        return not self.reason and self.seen < self._wanted and behind
 
     def see(self, run: Call, batch: Any, *, again: bool = True) -> Any:
         """Add the gradients of a batch, or say why there are none, and give the output; it may be run ``again``."""

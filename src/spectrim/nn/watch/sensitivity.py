@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import logging
 import math
 import statistics
@@ -26,6 +27,7 @@ from spectrim.nn.watch.masks import Mask
 from spectrim.nn.watch.nesting import begun, checked_batches
 from spectrim.nn.watch.observe import observe
 from spectrim.nn.watch.positions import Positions
+from spectrim.nn.watch.samples import first_batches, spread
 from spectrim.nn.watch.sampling import Extent, Sampling
 from spectrim.nn.watch.watched import Call, PassMaker
 from spectrim.progress import Steps
@@ -57,8 +59,9 @@ def sensitivity(
     sites
         Calibrated with the same model.
     batches
-        Those that give ``samples`` samples, spread over the whole run where a list or loader says how long it is; else
-        the first ones.
+        Of which ``samples`` samples are taken, chosen by their contents from the whole run where a list or loader says
+        how long it is: neither cut nor order makes a difference. Else the first batches that hold as many, and where
+        the model refuses a part of a batch, whole batches spread over the run.
     rows
         Output positions that are taken over the whole run, an equal part of each sample; by default 16 times the
         number of a layer's output channels, and at least 4,096.
@@ -125,16 +128,18 @@ def calibrated_and_weighed(
 
     The first batch is run for each of them: what a pass computes is counted without gradients, and whether there are
     gradients is known then. Where a later pass fails with them, which it may not without, both begin again, apart.
+    Of a run of more than ``samples`` samples, those that are chosen are run once more.
     """
     try:
         with _weights_apart(model):
             shared = _Shared(model, sites, batches, samples, amount.mask, feed)
             found = calibrated(model, sites, batches, amount, feed, progress=progress, passes=shared)
+        if shared.found is not None:
+            return with_weights(found, shared.found)
     except _Refused as error:
         log.info("sites are calibrated and weighed in passes of their own: %s", error)
         found = calibrated(model, sites, batches, amount, feed, progress=progress)
-        return weighed(model, found, batches, samples=samples, mask=amount.mask, forward=feed)
-    return with_weights(found, shared.found)
+    return weighed(model, found, batches, samples=samples, mask=amount.mask, forward=feed)
 
 
 def with_weights(sites: Sites, found: Gradients) -> Sites:
@@ -177,14 +182,25 @@ def _gradients(
     first, stream = begun(checked_batches(batches))
     feed.decide(model, first)
     positions = Positions.of(model, first, mask, feed)
-    watch = GradientWatch(layers, sites, rows, Extent(batches, mask, feed.layout), samples, seed, positions)
-    with _weights_apart(model), observe(model, forward=feed) as run:
-        for batch in stream:
-            if watch.takes(batch):
-                watch.see(run, batch)
-            if watch.reason or watch.seen >= samples:
-                break
-    return watch.found
+    there = Extent(batches, mask, feed.layout).samples
+
+    def taken(parts: Iterable[Any]) -> Gradients:
+        watch = GradientWatch(layers, sites, rows, Extent(batches, mask, feed.layout), samples, seed, positions)
+        with _weights_apart(model), observe(model, forward=feed) as run:
+            for part in parts:
+                watch.see(run, part)
+                if watch.reason:
+                    break
+        return watch.found
+
+    if there is None:
+        return taken(first_batches(stream, samples, feed.layout))
+    found = taken(spread(stream, samples, feed.layout, mask))
+    if found.error is None or there <= samples:
+        return found
+    log.info("gradients are taken of whole batches, since the model refuses a part of one: %s", found.error)
+    apart = itertools.islice(batches, 0, None, max(1, there // samples))
+    return taken(first_batches(apart, samples, feed.layout))
 
 
 @contextlib.contextmanager
@@ -213,19 +229,17 @@ class _Shared(PassMaker):
     def __init__(
         self, model: nn.Module, sites: Sites, batches: Iterable[Any], samples: int, mask: Mask, feed: Feed
     ) -> None:
-        layers = [model.get_submodule(layer.name) for layer in sites.layers]
-        self._made = lambda first: GradientWatch(
-            layers, sites, None, Extent(batches, mask, feed.layout), samples, 0, Positions.of(model, first, mask, feed)
-        )
+        self._of = model, sites, batches, samples, mask, feed
         self._watch: GradientWatch | None = None
 
     @property
-    def found(self) -> Gradients:
-        return self._watch.found if self._watch is not None else Gradients()
+    def found(self) -> Gradients | None:
+        """None where the run is not known to be of so few samples."""
+        return None if self._watch is None else self._watch.found
 
     def make(self, call: Call, batch: Any, index: int) -> Any:
         watch = self._watch
-        if watch is None or not watch.takes(batch):
+        if watch is None or watch.reason:
             return call(batch)
         output = watch.see(call, batch, again=False)
         if watch.error is not None or watch.fails_in_place:
@@ -233,11 +247,16 @@ class _Shared(PassMaker):
         return output
 
     def behind(self, call: Call, batch: Any, index: int) -> None:
-        if not index:
-            # How the model is fed is decided by now.
-            self._watch = self._made(batch)
-            if self._watch.takes(batch):
-                self._watch.see(call, batch)
+        if index:
+            return
+        # How the model is fed is decided by now.
+        model, sites, batches, samples, mask, feed = self._of
+        run = Extent(batches, mask, feed.layout)
+        if run.samples is not None and run.samples <= samples:
+            layers = [model.get_submodule(layer.name) for layer in sites.layers]
+            positions = Positions.of(model, batch, mask, feed)
+            self._watch = GradientWatch(layers, sites, None, run, samples, 0, positions)
+            self._watch.see(call, batch)
 
 
 def _with_gradients(sites: Sites, moments: Mapping[str, Moments | Squares]) -> Sites:
