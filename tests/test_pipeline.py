@@ -183,6 +183,8 @@ def test_where_low_rank_is_not_enough_all_methods_compete(tolerance: float | Non
     assert result.plan.costs["macs"] <= 0.25 * result.plan.dense_costs["macs"]
     assert next(arm.name for arm in result.report.arms if arm.chosen).startswith("filters")
     assert "cannot be met" in next(arm.note for arm in result.report.arms if arm.name.startswith("low rank"))
+    assert "cannot be met" in result.report.notes[0]
+    assert ": so other sets of methods competed" in result.report.notes[0]
 
 
 def test_what_was_said_of_methods_or_groups_holds_where_it_is_not_enough() -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import spectrim as st
+from spectrim import tables
 from spectrim.errors import InfeasibleBudgetError, PlanError
 from spectrim.methods import ActivationSVD, LowRankPlusSparse, PrincipalFilters, WeightSVD
 from spectrim.network.choices import ChannelsChoice, LowRankChoice
@@ -195,6 +196,46 @@ def test_what_lost_no_more_by_chance_goes_to_the_simpler_network() -> None:
     assert winner == "a"
     assert tried[0].outcome == "chosen; b lost less, within the standard error, and is not simpler"
     assert "0.275 \u00b1 0.025" in str(tried[1])
+
+
+@pytest.mark.parametrize(("seconds", "begun"), [(9, "aaaab"), (2, "aaaa")])
+def test_a_plan_is_given_up_where_its_time_ends_but_the_first(
+    seconds: int, begun: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers: list[str] = []
+    monkeypatch.setattr("spectrim.search.arms.time.monotonic", lambda: float(len(layers)))
+
+    def planned(arm: Arm, trial: Judging) -> Draft:
+        for done in range(4):
+            layers.append(arm.name)
+            trial.ending()("tabulate", done + 1, 4)
+        return draft(arm.name)
+
+    winner, tried = replace(contest({"a": 1.0}), planned=planned).best(ARMS, seconds=seconds)
+    assert winner == "a"
+    assert "".join(layers) == begun
+    assert [each.note for each in tried] == ["", *2 * [f"not tried, as {seconds} s were over"]]
+
+
+def test_the_clock_is_looked_at_between_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layers: list[str] = []
+    curves = tables._curves
+
+    def counted(site: Any, *args: Any) -> Any:
+        layers.append(site.name)
+        return curves(site, *args)
+
+    monkeypatch.setattr(tables, "_curves", counted)
+    monkeypatch.setattr("spectrim.search.arms.time.monotonic", lambda: float(len(layers)))
+    convolutions = [layer for _ in range(3) for layer in (nn.Conv2d(6, 6, 3, padding=1), nn.ReLU())]
+    x = torch.randn(16, 6, 4, 4)
+    result = st.compress(
+        nn.Sequential(*convolutions).eval(), [x], "macs=50%", methods="auto", sensitivity=False, seconds=7
+    )
+    # Half of the time is over after the first layer's chains.
+    assert layers == ["0", "2", "4", "0"]
+    assert [arm.note for arm in result.report.arms] == ["", *3 * ["not tried, as 7 s were over"]]
 
 
 def test_auto_shares_factors_where_parameters_are_limited() -> None:

@@ -19,7 +19,7 @@ from spectrim.nn.flops import WorkCounter
 from spectrim.nn.surgery import parameter_count, size_in_bytes
 from spectrim.nn.watch.batches import evaluating
 from spectrim.pipeline import output_error
-from spectrim.search.stepwise import Judging, select_in_steps
+from spectrim.search.stepwise import Judging, OutOfTimeError, select_in_steps
 from spectrim.selection.plan import Plan
 from tests.cases import one_thread
 from tests.nn.coupled_nets import made
@@ -222,3 +222,20 @@ def test_a_cost_that_the_network_does_not_have_may_be_limited() -> None:
     assert [entry.choice for entry in plan] == [entry.choice for entry in plain]
     with pytest.raises(ValueError, match="the dense network has no joules that a budget could limit"):
         select_in_steps(sites, [FILTERS], st.Budget(joules=0.5), costs={"joules": lambda specs: 0.0})
+
+
+def test_where_time_ends_the_plan_that_was_found_is_kept() -> None:
+    sites = calibrated("chain")[2]
+    methods, asked = [FILTERS, st.ActivationSVD()], []
+
+    def over() -> bool:
+        asked.append(True)
+        return len(asked) > 1
+
+    with pytest.raises(OutOfTimeError):
+        select_in_steps(sites, methods, "macs=90%", trial=Judging(over=lambda: True, needed=False))
+    # Over while the layers that the first removals leave are tabulated: no removals at all were planned before.
+    plan, table = select_in_steps(sites, methods, "macs=90%", trial=Judging(over=over))
+    assert len(asked) == 2
+    assert all(entry.choice.is_dense for entry in plan if entry.of_channels)
+    assert plan.costs["macs"] <= 0.9 * table.dense["macs"]

@@ -106,7 +106,8 @@ def compress(
         standard error the one with fewest layers, or fewest milliseconds where they are measured. With a tolerance the
         first set is searched in full, and the others for what is smaller than it reached.
     seconds
-        With ``methods="auto"``: nothing further is planned or carried out after so long.
+        With ``methods="auto"``: nothing further is planned or carried out after so long. What is being planned after
+        half of it is given up between two layers, but for the first plan, which is always carried out.
     skip, only
         Layers to leave alone or keep to; see :func:`spectrim.find`.
     groups

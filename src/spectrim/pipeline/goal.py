@@ -27,6 +27,7 @@ _OTHER_SETS = (
     "the budget costs this network much: fine_tune (--train) wins most of it back; methods='auto' (--method auto) has "
     "other sets of methods compete, which takes several times as long and may choose layers that run slower"
 )
+_WIDENED = "{}: so other sets of methods competed, which takes several times as long"
 
 
 class Sets(enum.Enum):
@@ -83,7 +84,7 @@ def reached(
     told
         Why all compete after the default, in words.
     """
-    known = None
+    known, why = None, ""
     if sets is not Sets.ALL:
         known = prepared(competing=False)
         try:
@@ -98,16 +99,20 @@ def reached(
         except InfeasibleBudgetError as error:
             if sets is Sets.NAMED:
                 raise
-            told(error.brief)
+            why = error.brief
+            told(why)
     known = prepared(competing=True, known=known)
     arms = usual(goal.limited, known.sites)
     if goal.tolerance is not None:
-        return shrink_within(
+        result = shrink_within(
             model, known, goal.budget, goal.tolerance, goal.judge, making, arms=arms, seconds=goal.seconds,
             cost=goal.cost,
         )  # fmt: skip
-    assert goal.budget is not None
-    return shrink_best(model, known, goal.budget, arms, goal.judge, making, seconds=goal.seconds)
+    else:
+        assert goal.budget is not None
+        result = shrink_best(model, known, goal.budget, arms, goal.judge, making, seconds=goal.seconds)
+    notes = (_WIDENED.format(why),) if why else ()
+    return result.reporting(notes=(*notes, *result.report.notes))
 
 
 def _is_poor(result: Result) -> bool:

@@ -13,6 +13,7 @@ from spectrim.pipeline.making import Making
 from spectrim.preparation import Prepared
 from spectrim.search.arms import Arm
 from spectrim.search.floors import Floor
+from spectrim.search.stepwise import BY_TABLE, Judging
 from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates
 from spectrim.tables import default_methods, merged, parted, tabulate
@@ -48,8 +49,8 @@ class Tables:
             self._floors[arm.name] = Floor(self.sites(arm), self.methods(arm), facts)
         self._floors[arm.name].check(budget)
 
-    def of(self, arm: Arm) -> Candidates:
-        """The table of an arm."""
+    def of(self, arm: Arm, trial: Judging = BY_TABLE) -> Candidates:
+        """The table of an arm. Raises OutOfTimeError where the trial's time is over first."""
         known = {name for grouped, name in self._known if grouped == arm.groups}
         wanted = {method.name: method for method in self.methods(arm)}
         # Layers are measured together, so that their times are comparable.
@@ -57,6 +58,8 @@ class Tables:
         more = [m for other in others if other.groups == arm.groups for m in self.methods(other)]
         missing = {m.name: m for m in (*wanted.values(), *more) if m.name not in known}
         if missing:
-            table = tabulate(self.sites(arm), list(missing.values()), **self.making.priced(self.prepared))
+            priced = self.making.priced(self.prepared)
+            priced["progress"] = trial.ending(priced["progress"])
+            table = tabulate(self.sites(arm), list(missing.values()), **priced)
             self._known |= {(arm.groups, name): parted(table, name) for name in missing}
         return merged([self._known[arm.groups, name] for name in wanted])

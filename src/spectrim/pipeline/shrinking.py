@@ -193,7 +193,7 @@ def shrink_best(
         tables.check(arm, budget)
         known = dataclasses.replace(prepared, sites=tables.sites(arm))
         theirs = dataclasses.replace(making, methods=tables.methods(arm), progress=_telling(making.progress, arm))
-        return drafted(model, known, budget, theirs, tables.of(arm), trial)
+        return drafted(model, known, budget, theirs, tables.of(arm, trial), trial)
 
     def made(arm: Arm, draft: Draft) -> Result:
         return with_verdict(carried(model, prepared, draft), judge, tolerance)

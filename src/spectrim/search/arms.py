@@ -20,7 +20,7 @@ from spectrim.network.printing import Grid, cost_name, share
 from spectrim.network.sites import Sites
 from spectrim.progress import Progress, silent
 from spectrim.search.judge import Verdict
-from spectrim.search.stepwise import Judging, TooMuchLostError
+from spectrim.search.stepwise import Judging, OutOfTimeError, TooMuchLostError
 from spectrim.selection.plan import Plan
 from spectrim.tables import default_methods
 
@@ -181,7 +181,8 @@ class Contest(Generic[P, R]):
         arms
             The simplest first.
         seconds
-            After which nothing further is begun; the first plan that can be carried out always is.
+            After which nothing further is begun, and no plan is looked for any longer; the first that can be carried
+            out always is.
         spent
             Seconds of these that are over already.
 
@@ -227,17 +228,18 @@ class Contest(Generic[P, R]):
         drafts: dict[str, P] = {}
         faults: dict[str, SpectrimError] = {}
         for number, arm in enumerate(arms):
-            if drafts and clock.over(_PLANNING):
-                tried[arm.name] = Tried(arm.name, note=clock.note)
+            bar, other = _bar({name: draft.plan for name, draft in drafts.items()})
+            trial = Judging(most=bar, over=functools.partial(clock.over, _PLANNING), needed=not drafts)
+            outcome = Tried(arm.name)
+            if not trial.needed and trial.over():
+                tried[arm.name] = replace(outcome, note=clock.note)
                 continue
             progress(f"{arm.name}: plan", number, len(arms))
             start = time.monotonic()
-            bar, other = _bar({name: draft.plan for name, draft in drafts.items()})
-            outcome = Tried(arm.name)
             try:
-                draft = drafts[arm.name] = self.planned(
-                    arm, Judging(most=bar, over=functools.partial(clock.over, _PLANNING))
-                )
+                draft = drafts[arm.name] = self.planned(arm, trial)
+            except OutOfTimeError:
+                outcome = replace(outcome, note=clock.note)
             except TooMuchLostError as error:
                 outcome = replace(outcome, note=_hopeless(error.loss, drafts[other].plan, other), predicted=error.loss)
             except SpectrimError as error:

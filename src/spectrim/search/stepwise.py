@@ -32,7 +32,7 @@ from spectrim.network.coupling import Coupling
 from spectrim.network.narrowing import narrowed
 from spectrim.network.printing import count
 from spectrim.network.sites import Sites
-from spectrim.progress import Progress, reports
+from spectrim.progress import Progress, reports, silent, told
 from spectrim.search import entries
 from spectrim.selection.budget import Budget, BudgetLike
 from spectrim.selection.candidates import Candidates, Option, Row
@@ -59,6 +59,10 @@ class TooMuchLostError(PlanError):
         self.loss = loss
 
 
+class OutOfTimeError(PlanError):
+    """The time to look for a plan is over."""
+
+
 @dataclass(frozen=True)
 class Judging:
     """How plans that mix methods are compared.
@@ -71,11 +75,24 @@ class Judging:
         Loss above which a plan is not worth finishing.
     over
         Whether the time to look for a better plan is over.
+    needed
+        Whether a plan must be found however long that takes.
     """
 
     judge: Callable[[Plan], float] = attrgetter("loss")
     most: float = math.inf
     over: Callable[[], bool] = lambda: False
+    needed: bool = True
+
+    def ending(self, progress: Progress = silent) -> Progress:
+        """Progress that raises OutOfTimeError where more is to do and no time is left, unless a plan is needed."""
+
+        def tell(what: str, done: int, total: int | None) -> None:
+            progress(what, done, total)
+            if done != total and not self.needed and self.over():
+                raise OutOfTimeError("the time to look for a plan is over")
+
+        return tell
 
 
 BY_TABLE = Judging()
@@ -127,6 +144,8 @@ def select_in_steps(
     ------
     InfeasibleBudgetError
         If the budget cannot be met; carries the lowest cost reached.
+    OutOfTimeError
+        If the trial's time is over before there is a plan, and none is needed.
     TooMuchLostError
         If mixed choices under the budget lose more by the table than the trial lets ``most``.
     """
@@ -138,8 +157,9 @@ def select_in_steps(
         )
     if table is None:
         table = tabulate(
-            sites, methods, latency=latency, dense_latency=dense_latency, costs=costs, guard=guard, progress=progress
-        )
+            sites, methods, latency=latency, dense_latency=dense_latency, costs=costs, guard=guard,
+            progress=trial.ending(told(progress)),
+        )  # fmt: skip
     network = Network(sites, known(sites, costs), methods, latency, dense_latency)
     dense = network.cost()
     stated = Budget.of(budget).limits(dense)
@@ -155,15 +175,15 @@ def select_in_steps(
         fits = _fits(network.cost(picks), limits)
         return picks if fits else _within(_around(table, network, picks), limits, selector, network)
 
-    def finished(picks: Picks) -> Plan:
+    def finished(picks: Picks, progress: Progress = silent) -> Plan:
         try:
-            return _finished(picks, table, others, network, limits, selector, guard)
+            return _finished(picks, table, others, network, limits, selector, guard, progress)
         except InfeasibleBudgetError as error:
             # What is left after the removals is no dense network.
             raise error.of(dense[error.cost]) from None
 
     if others:
-        plan = _best(trail, finished, trial) or finished(within())
+        plan = _best(trail, finished, trial) or finished(within(), trial.ending())
     else:
         plan = finished(_spent(table, within(), limits, network))
     name = getattr(selector, "__name__", str(selector))
@@ -293,7 +313,7 @@ def _spent(table: Candidates, picks: Picks, limits: Costs, network: Network) -> 
             over.add((widening[1], widening[2]))
 
 
-def _best(trail: Sequence[Picks], finished: Callable[[Picks], Plan], trial: Judging) -> Plan | None:
+def _best(trail: Sequence[Picks], finished: Callable[[Picks, Progress], Plan], trial: Judging) -> Plan | None:
     """The best plan that removes what a step on the way removed and meets the budget by the other methods, if any does.
 
     From nothing on, until more removals have gained nothing twice, or no time is left.
@@ -304,9 +324,14 @@ def _best(trail: Sequence[Picks], finished: Callable[[Picks], Plan], trial: Judg
         if best is not None and trial.over():
             break
         try:
-            plan = finished(picks)
+            plan = finished(picks, trial.ending())
         except InfeasibleBudgetError:
             continue
+        except OutOfTimeError:
+            if best is None:
+                raise
+            break
+        trial = dataclasses.replace(trial, needed=False)  # there is a plan
         lost = trial.judge(plan)
         if best is None or lost < best[0]:
             best, worse = (lost, plan), 0
@@ -333,11 +358,12 @@ def _finished(
     limits: Costs,
     selector: Selector,
     guard: bool,
+    progress: Progress,
 ) -> Plan:
     """The plan of the layers that remain, and of the removals."""
     removals = _removals(picks)
     if others:
-        remaining = _remaining(removals, table, others, network, guard)
+        remaining = _remaining(removals, table, others, network, guard, progress)
         plan = select(remaining, Budget.absolute(limits), selector)
         of_layers = [dataclasses.replace(e, dense_costs=network.row(e.site)) for e in plan]
     else:
@@ -370,6 +396,7 @@ def _remaining(
     others: Sequence[Method],
     network: Network,
     guard: bool,
+    progress: Progress,
 ) -> Candidates:
     """What the other methods offer in the layers that remain."""
     if not removals:
@@ -377,7 +404,9 @@ def _remaining(
     left = narrowed(network.sites, {name: choice.kept for name, choice in removals.items()})
     # What is no layer takes the time that it takes in the whole network.
     time = network.cost(removals).get("latency")
-    return tabulate(left, others, latency=network.latency, dense_latency=time, costs=network.costs, guard=guard)
+    return tabulate(
+        left, others, latency=network.latency, dense_latency=time, costs=network.costs, guard=guard, progress=progress
+    )
 
 
 def _fits(costs: Mapping[str, float], goals: Mapping[str, float]) -> bool:
