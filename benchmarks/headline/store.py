@@ -45,15 +45,23 @@ def keep(target: Path, config: Mapping[str, Any], change: Callable[[dict[str, An
         held = read(target)
         change(held)
         held["rows"].sort(key=_place)
+        now = {"date": today(), "environment": environment(), "code": code_version()}
+        found = claims(held["rows"]) | detector.claims(held["rows"], held.get("times", []))
         whole = {
-            "experiment": target.stem, "config": dict(config), "date": today(), "wall_seconds": None,
-            "environment": environment(), "code": code_version(),
-            "claims": claims(held["rows"]) | detector.claims(held["rows"], held.get("times", [])),
-            "seeds": [config["seed"]], "notes": list(NOTES), "rows": held["rows"],
+            "experiment": target.stem, "config": dict(config), **now, "wall_seconds": None, "claims": found,
+            "measured": _measured(held, found, now), "seeds": [config["seed"]], "notes": list(NOTES),
+            "rows": held["rows"],
         }  # fmt: skip
         if held.get("times"):
             whole["times"] = held["times"]
         write_text(target, json.dumps(whole, indent=1) + "\n")
+
+
+def _measured(held: Mapping[str, Any], found: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """When, where and by what code every claim came to say what it says."""
+    before = {key: held[key] for key in now if key in held}
+    same = {name for name, claim in found.items() if held.get("claims", {}).get(name) == claim}
+    return {name: held.get("measured", {}).get(name, before) if name in same else dict(now) for name in found}
 
 
 def with_row(row: Mapping[str, Any]) -> Callable[[dict[str, Any]], None]:
