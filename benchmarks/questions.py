@@ -205,9 +205,6 @@ WORDS = {
         "Never slower under a guard",
         "Twelve architectures at batch 1 and 16 in torch's eager mode, `torch.compile` and ONNX Runtime: finished networks timed "
         "anew beside the dense ones, in turns; slower is what is so beyond noise, twice.",
-        "All at batch 1: a VGG of 1.1 ms in eager mode, and two networks of half a millisecond, compiled, on a busy machine, "
-        "which were not slower when tried again. Thirty rounds had left it open. Since then both are timed for two seconds "
-        "more in that case, and that VGG came out 1.14 times as fast; the other rows were not measured again.",
     ),
     "A5": Words(
         "Time of a search among sets of methods",

@@ -85,14 +85,13 @@ def test_rows_are_kept_once_and_in_order_and_the_file_has_the_form_of_all(tmp_pa
 
 def test_claims_that_a_row_does_not_change_stand_with_their_own_day(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     target = tmp_path / "headline.json"
-    days = []
-    for day, each in (("2026-01-01", row("auto", "auto", 89.0)), ("2026-01-02", row("CP, uniform", "peer", 80.0))):
+    first = (row("dense", "dense", 91.0, ""), row("auto", "auto", 89.0), row("CP, uniform", "peer", 80.0))
+    for day, rows in (("2026-01-01", first), ("2026-01-02", [row("low rank", "ours", 88.0)])):
         monkeypatch.setattr(store, "today", lambda day=day: day)
-        store.keep(target, CONFIG, store.with_row(each))
-        days.append({name: one["date"] for name, one in json.loads(target.read_text())["measured"].items()})
-    assert set(days[0].values()) == {"2026-01-01"}
-    assert days[1]["A2"] == "2026-01-02"
-    assert days[1]["A3"] == "2026-01-01"
+        for each in rows:
+            store.keep(target, CONFIG, store.with_row(each))
+    measured = json.loads(target.read_text())["measured"]
+    assert {name: one["date"] for name, one in measured.items()} == {"A1": "2026-01-02", "A2": "2026-01-01"}
 
 
 def test_claims_count_what_is_ahead_and_what_is_worse_than_noise():
