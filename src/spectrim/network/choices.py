@@ -213,8 +213,8 @@ class Place:
         return f"{self.module}:{self.axis}:{self.entries}"
 
 
-# Places one after another, as text.
-_PLACES = re.compile(r"(.*?:[^: ]+:\d+)(?: |$)")
+# Places one after another, as text, whose names may hold spaces; what is none is the rest.
+_PLACES = re.compile(r"(.*?:[^: ]+:\d+|.+)(?: |$)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -243,10 +243,7 @@ class ChannelsChoice(Choice, kind="kept_channels"):
         sides = settings["sides"]
         if not isinstance(sides, str):
             raise ValueError(f"sides is {sides!r:.60}; expected text as module:axis:entries of a channel")
-        places = _PLACES.findall(sides)
-        # Names may hold spaces.
-        whole = " ".join(places) == sides
-        return {**settings, "sides": tuple(map(Place.parse, places if whole else sides.split()))}
+        return {**settings, "sides": tuple(map(Place.parse, _PLACES.findall(sides)))}
 
     @property
     def settings(self) -> Mapping[str, Any]:

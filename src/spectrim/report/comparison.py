@@ -79,10 +79,20 @@ class Measure:
     speed: Speed | None = None
 
     @property
+    def _rounds(self) -> Speed | None:
+        """How the times compare round by round, of the median, which that is about."""
+        return self.speed if self.metric == _MEDIAN else None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Of the median time, the ratios between which it lies, run beside run."""
+        return (self._rounds.low, self._rounds.high) if self._rounds else None
+
+    @property
     def ratio(self) -> float:
         """Dense over compressed; of the median time that of the rounds, run beside run. NaN where compressed is 0."""
-        if self.speed and self.metric == _MEDIAN:
-            return self.speed.ratio
+        if self._rounds:
+            return self._rounds.ratio
         return self.dense / self.compressed if self.compressed else float("nan")
 
     @property
@@ -111,8 +121,8 @@ class Measure:
     @property
     def uncertainty(self) -> str:
         """Of the median time, between which ratios it lies, run beside run; of a score, its standard error."""
-        if self.speed and self.metric == _MEDIAN:
-            return f"{self.speed.low:.2f}-{self.speed.high:.2f}x"
+        if self.interval:
+            return "{:.2f}-{:.2f}x".format(*self.interval)
         return (
             ""
             if self.better == "lower" or math.isnan(self.standard_error)
@@ -157,7 +167,7 @@ class Comparison(Printed):
                     "dense": r.dense,
                     "compressed": r.compressed,
                     "ratio": r.ratio if r.compressed else None,
-                    **({"spread": [r.speed.low, r.speed.high]} if r.speed and r.metric == _MEDIAN else {}),
+                    **({"spread": list(r.interval)} if r.interval else {}),
                     **({"differs": r.speed.differs} if r.speed else {}),
                     **({} if math.isnan(r.standard_error) else {"standard_error": r.standard_error}),
                 }

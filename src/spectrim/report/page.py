@@ -280,7 +280,7 @@ def _has_sparse(plan: Plan) -> bool:
 def _learning(trajectory: Trajectory) -> str:
     """How a run of learned ranks went, in sentences."""
     steps, settled, distance = len(trajectory), trajectory.settled, trajectory.records[-1].distance
-    took = f"{count(steps, 'C step')}"
+    took = count(steps, "C step")
     if steps > 1:
         took += f", the last {settled} without a change" if settled else ", with changes to the last"
     return f"{took}. At the end the weights were at a relative distance of {distance:.2g} from their low-rank copies."

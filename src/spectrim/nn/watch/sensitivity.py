@@ -182,25 +182,26 @@ def _gradients(
     first, stream = begun(checked_batches(batches))
     feed.decide(model, first)
     positions = Positions.of(model, first, mask, feed)
-    there = Extent(batches, mask, feed.layout).samples
+    run = Extent(batches, mask, feed.layout)
+    there = run.samples
 
-    def taken(parts: Iterable[Any]) -> Gradients:
-        watch = GradientWatch(layers, sites, rows, Extent(batches, mask, feed.layout), samples, seed, positions)
-        with _weights_apart(model), observe(model, forward=feed) as run:
+    def taken(parts: Iterable[Any], run: Extent) -> Gradients:
+        watch = GradientWatch(layers, sites, rows, run, samples, seed, positions)
+        with _weights_apart(model), observe(model, forward=feed) as call:
             for part in parts:
-                watch.see(run, part)
+                watch.see(call, part)
                 if watch.reason:
                     break
         return watch.found
 
     if there is None:
-        return taken(first_batches(stream, samples, feed.layout))
-    found = taken(spread(stream, samples, feed.layout, mask))
+        return taken(first_batches(stream, samples, feed.layout), run)
+    found = taken(spread(stream, samples, feed.layout, mask), run)
     if found.error is None or there <= samples:
         return found
     log.info("gradients are taken of whole batches, since the model refuses a part of one: %s", found.error)
     apart = itertools.islice(batches, 0, None, max(1, there // samples))
-    return taken(first_batches(apart, samples, feed.layout))
+    return taken(first_batches(apart, samples, feed.layout), Extent(batches, mask, feed.layout))
 
 
 @contextlib.contextmanager
