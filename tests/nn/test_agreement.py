@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from spectrim.nn.agreement import Agreement, DenseOutputs, agreement
+from spectrim.nn.watch.nesting import compared, tensors
 
 
 class Shifted(nn.Module):
@@ -166,3 +168,46 @@ def test_whole_batches_are_compared_where_a_part_is_refused() -> None:
     assert told is not None
     assert told.samples == 600
     assert DenseOutputs(dense, list(x.split(100)), samples=128).missed(small) > 0
+
+
+@pytest.mark.parametrize(
+    ("turn", "top1", "error"),
+    [
+        (lambda y: y.argmax(-1), True, None),
+        (lambda y: y > 0, True, None),
+        (lambda y: {"labels": y.argmax(-1), "none": None}, True, None),
+        (lambda y: torch.complex(y, -y), False, 1.0),
+        (lambda y: (y * 100).round().clamp(0, 255).to(torch.uint8), False, None),
+        (lambda y: {"labels": y.argmax(-1), "y": y}, False, 1.0),
+    ],
+)
+def test_labels_are_counted_and_complex_numbers_and_bytes_are_amounts(turn: Any, top1: bool, error: float | None):
+    def forward(model: nn.Module, batch: Tensor) -> Any:
+        return turn(model(batch))
+
+    dense, small = Shifted(0.0, True), Shifted(0.3, True)
+    small.load_state_dict(dense.state_dict())
+    told, plain = (agreement(dense, small, BATCHES, forward=each) for each in (forward, None))
+    assert told is not None
+    assert plain is not None
+    assert (told.top1 is not None) == top1
+    assert told.divergence is None
+    assert sum(told.parts) / len(told.parts) == pytest.approx(told.error**2)
+    if error is not None:
+        assert told.error == pytest.approx(plain.error)
+    x = torch.cat(BATCHES)
+    outputs = [next(tensors(forward(each, x))) for each in (dense, small)]
+    if top1:
+        equal = float((outputs[0] == outputs[1]).double().mean())
+        assert 0 < equal < 1
+        assert told.top1 == pytest.approx(equal)
+        assert told.error == pytest.approx(math.sqrt(2 * (1 - equal)))
+    elif error is None:
+        wide, other = (each.double() for each in outputs)
+        assert told.error == pytest.approx(float((wide - other).norm() / wide.norm()))
+
+
+def test_complex_numbers_are_compared_by_both_parts() -> None:
+    a = torch.complex(torch.ones(3), torch.zeros(3))
+    b = torch.complex(torch.ones(3), torch.ones(3))
+    assert float((compared(a, b)[0] - compared(a, b)[1]).norm()) == pytest.approx(math.sqrt(3))

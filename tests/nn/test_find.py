@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
+import spectrim as st
 from spectrim.cost.counted import parameters, size_bytes
 from spectrim.errors import UnsupportedLayerError
 from spectrim.nn.find import find
@@ -95,6 +97,14 @@ def old_weight_norm(layer: nn.Module) -> nn.Module:
         return nn.utils.weight_norm(layer)
 
 
+def with_buffer(name: str) -> nn.Module:
+    layer = nn.Linear(4, 4)
+    value = getattr(layer, name).detach()
+    delattr(layer, name)
+    layer.register_buffer(name, value)
+    return layer
+
+
 QAT = torch.ao.quantization.get_default_qat_qconfig()
 
 
@@ -111,6 +121,9 @@ SKIPPED = {
     "old weight norm": (lambda: old_weight_norm(nn.Linear(4, 4)), "parametrised"),
     "old spectral norm": (lambda: nn.utils.spectral_norm(nn.Linear(4, 4)), "parametrised"),
     "pruned": (lambda: prune.random_unstructured(nn.Linear(4, 4), "weight", 0.5), "parametrised"),
+    "weight in a buffer": (lambda: with_buffer("weight"), "its weight is a buffer and no parameter: make it an nn.Par"),
+    "bias in a buffer": (lambda: with_buffer("bias"), "its bias is a buffer and no parameter: make it an nn.Par"),
+    "sharded": (lambda: with_weight(torch.ones(7)), "its weight is of shape (7,)"),
     "observed": (lambda: observed(nn.Linear(4, 4)), "compress the network before that"),
     "trained for quantisation": (lambda: torch.ao.nn.qat.Linear(4, 4, qconfig=QAT), "compress the network before that"),
     "lazy linear": (lambda: nn.LazyLinear(4), "lazy"),
@@ -205,6 +218,23 @@ def test_a_module_under_two_names_is_one_site():
     assert sites["a.0"].spec.names == ("a.0", "b")
     assert counted(sites) == parameter_count(model)
     assert not len(find(model, skip="b"))
+
+
+@pytest.mark.parametrize("methods", [None, [st.PrincipalFilters()]])
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv1d, nn.ConvTranspose1d])
+def test_sizes_are_those_of_weights_that_were_cut_by_hand(kind: Any, methods: Any) -> None:
+    size = () if kind is nn.Linear else (3,)
+    model = nn.Sequential(kind(8, 32, *size), nn.ReLU(), kind(32, 24, *size), nn.ReLU(), kind(24, 4, *size)).eval()
+    outputs, inputs = (1, 0) if kind is nn.ConvTranspose1d else (0, 1)
+    for layer, axis in ((model[0], outputs), (model[2], inputs)):
+        layer.weight = nn.Parameter(layer.weight.detach().narrow(axis, 0, 20).clone())
+    model[0].bias = nn.Parameter(model[0].bias.detach()[:20].clone())
+    batches = [torch.randn(64, 8) if kind is nn.Linear else torch.randn(8, 8, 12) for _ in range(2)]
+    spec = find(model)["2"].layers[0]
+    assert (spec.in_channels, spec.out_channels) == (20, 24)
+    result = st.compress(model, batches, "parameters=70%", methods=methods)
+    assert result.plan.dense_costs["parameters"] == parameter_count(model)
+    assert result.plan.costs["parameters"] == parameter_count(result.model)
 
 
 def counted(sites) -> float:

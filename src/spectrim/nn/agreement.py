@@ -41,9 +41,10 @@ class Agreement:
     samples
         That both were run on.
     error
-        Norm of the difference over the norm of the dense outputs.
+        Norm of the difference over the norm of the dense outputs; a label counts as a vector with a one at its place.
     top1
-        Share of rows whose largest output is at the same place; None for outputs that are no scores of classes.
+        Share of rows whose largest output is at the same place, or of equal labels where all outputs are labels (whole
+        numbers, true or false); None for outputs that are neither labels nor scores of classes.
     held_out
         Whether the layers were not fitted to these samples.
     divergence
@@ -188,7 +189,7 @@ class _Tally:
     energy: float = 0.0
     same: int = 0
     rows: int = 0
-    nats: float = 0.0
+    nats: float | None = None  # none of outputs that are no scores
     comparable: bool = True
     squares: list[Tensor] = field(default_factory=list)
     divergences: list[Tensor] = field(default_factory=list)
@@ -198,26 +199,31 @@ class _Tally:
     ) -> None:  # fmt: skip
         named = wanted if isinstance(wanted, Tensor) and wanted.dim() == 2 else named_logits(wanted)
         pairs = list(zip(output_tensors(wanted), output_tensors(given), strict=False))
+        self.comparable &= all(a.shape == b.shape for a, b in pairs)
+        labels = not any(_is_amount(a) for a, _ in pairs)
         self.samples += samples
         squares, divergences = torch.zeros(samples, dtype=torch.float64), torch.zeros(samples, dtype=torch.float64)
         for place, (a, b) in enumerate(pairs):
-            if a.shape != b.shape or not a.is_floating_point():
-                self.comparable &= a.shape == b.shape
+            if a.shape != b.shape or not (labels or _is_amount(a)):
                 continue
-            scores = named is not None and (a is named or len(pairs) == 1)
+            scores = named is not None and (a is named or (len(pairs) == 1 and a.dim() == named.dim()))
+            scores &= a.is_floating_point()
             a, b = (samples_first(each, samples, turned) for each in (a, b))
             a, b, owner = _without_padding(a, b, positions.of_output(place, a, data))
-            wide, other = compared(a, b)
+            wide, other = _as_vectors(a, b) if labels else compared(a, b)
             missed = (wide - other).square()
             self.missed += float(missed.sum())
             self.energy += float(wide.square().sum())
             ordered = bool(len(owner)) and int(owner.max()) < samples
             if ordered:
                 squares.index_add_(0, owner, missed.flatten(1).sum(1).cpu() if missed.dim() > 1 else missed.cpu())
-            if scores and a.dim() > 1 and a.shape[-1] > 1:
+            if labels:
+                self.same += int((a == b).sum())
+                self.rows += a.numel()
+            elif scores and a.dim() > 1 and a.shape[-1] > 1:
                 self.same += int((a.argmax(-1) == b.argmax(-1)).sum())
                 nats = _divergences(a, b)
-                self.nats += float(nats.sum())
+                self.nats = (self.nats or 0.0) + float(nats.sum())
                 self.rows += a[..., 0].numel()
                 if ordered:
                     divergences.index_add_(0, owner, nats.reshape(len(owner), -1).sum(1).cpu())
@@ -227,11 +233,22 @@ class _Tally:
     def agreement(self, *, held_out: bool) -> Agreement | None:
         if not self.comparable or not self.energy:
             return None
-        error = math.sqrt(self.missed / self.energy)
-        if not self.rows:
-            return Agreement(self.samples, error, None, held_out, parts=_shares(self.squares, self.missed, self.energy))
+        error, same = math.sqrt(self.missed / self.energy), self.same / self.rows if self.rows else None
+        if self.nats is None:
+            return Agreement(self.samples, error, same, held_out, parts=_shares(self.squares, self.missed, self.energy))
         parts = _shares(self.divergences, self.nats, self.rows)
-        return Agreement(self.samples, error, self.same / self.rows, held_out, self.nats / self.rows, parts)
+        return Agreement(self.samples, error, same, held_out, self.nats / self.rows, parts)
+
+
+def _is_amount(output: Tensor) -> bool:
+    """Whether numbers of an output can be nearly right, as those of images in bytes are: others are labels."""
+    return output.is_floating_point() or output.dtype == torch.uint8
+
+
+def _as_vectors(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels as numbers that are as far apart as vectors with a one at each label's place."""
+    ones = torch.ones(a.shape, dtype=torch.float64, device=a.device)
+    return ones, ones + math.sqrt(2) * (a != b)
 
 
 def _without_padding(a: Tensor, b: Tensor, data: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

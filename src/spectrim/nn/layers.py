@@ -21,44 +21,47 @@ from spectrim.nn.standing import LAYERS
 
 _UP_BY_AXES = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Layers that torch keeps the weight of with the inputs first.
 _INPUTS_FIRST = (nn.Embedding, *_TRANSPOSED)
 
 
 def spec_of(module: nn.Module, names: Iterable[str]) -> LayerSpec:
-    """The numbers of a linear layer, convolution or embedding. Raises UnsupportedLayerError for any other module."""
+    """The numbers of a linear layer, convolution or embedding. Raises UnsupportedLayerError for any other module.
+
+    Sizes are those of the weight, which torch computes with: who cuts a weight may leave what the layer says of it.
+    """
     names = tuple(names)
-    weight = weight_of(module)
-    assert isinstance(weight, Tensor)
+    if not isinstance(module, LAYERS):
+        raise UnsupportedLayerError(
+            f"{names[0]!r} is a {type(module).__name__}; expected nn.Linear, nn.Embedding or nn.Conv*"
+        )
+    weight: Any = weight_of(module)
+    one, other = weight.shape[0], weight.shape[1] * getattr(module, "groups", 1)
+    inputs, outputs = (one, other) if isinstance(module, _INPUTS_FIRST) else (other, one)
     common: dict[str, Any] = {
         "names": names,
+        "in_channels": inputs,
+        "out_channels": outputs,
         "bias": getattr(module, "bias", None) is not None,
         "dtype": weight.dtype,
         "device": str(weight.device),
     }
     if isinstance(module, nn.Linear):
-        return LayerSpec(in_channels=module.in_features, out_channels=module.out_features, **common)
+        return LayerSpec(**common)
     if isinstance(module, nn.Embedding):
-        places = {"in_channels": module.num_embeddings, "out_channels": module.embedding_dim}
-        return Lookup(padding_idx=module.padding_idx, **places, **common)
-    if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)):
-        return LayerSpec(
-            in_channels=module.in_channels,
-            out_channels=module.out_channels,
-            kernel=tuple(module.kernel_size),
-            stride=tuple(module.stride),
-            padding=_padding(module),
-            dilation=tuple(module.dilation),
-            output_padding=tuple(module.output_padding),
-            groups=module.groups,
-            transposed=isinstance(module, _TRANSPOSED),
-            padding_mode=module.padding_mode,
-            **common,
-        )
-    raise UnsupportedLayerError(
-        f"{names[0]!r} is a {type(module).__name__}; expected nn.Linear, nn.Embedding or nn.Conv*"
+        return Lookup(padding_idx=module.padding_idx, **common)
+    conv: Any = module
+    return LayerSpec(
+        kernel=tuple(weight.shape[2:]),
+        stride=tuple(conv.stride),
+        padding=_padding(conv),
+        dilation=tuple(conv.dilation),
+        output_padding=tuple(conv.output_padding),
+        groups=conv.groups,
+        transposed=isinstance(conv, _TRANSPOSED),
+        padding_mode=conv.padding_mode,
+        **common,
     )
 
 
@@ -102,7 +105,7 @@ def is_layer(module: nn.Module) -> bool:
 def is_plain(module: nn.Module) -> bool:
     """Whether a module is a layer whose weight can be read as an ordinary tensor of numbers."""
     weight = weight_of(module) if isinstance(module, LAYERS) else None
-    return isinstance(weight, Tensor) and not is_lazy(weight) and weight.numel() > 0
+    return isinstance(weight, Tensor) and not is_lazy(weight) and weight.dim() > 1 and weight.numel() > 0
 
 
 def weight_of(module: nn.Module) -> Any:

@@ -18,6 +18,12 @@ from spectrim.nn.standing import LAYERS, StandIn
 # Of a part of a compressed layer.
 MERGE = "To compress the layer again, compress spectrim.merge(model)"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What older functions of torch leave beside a weight that they compute, by the end of its name, and what takes it away.
+_REMOVES = {
+    "g": "torch.nn.utils.remove_weight_norm",
+    "mask": "torch.nn.utils.prune.remove",
+    "u": "torch.nn.utils.remove_spectral_norm",
+}
 
 
 def pointless(spec: LayerSpec) -> str | None:
@@ -56,7 +62,7 @@ def obstacle_in_weight(module: nn.Module) -> str | None:
         return "lazy: run the model once so that its weight has a shape"
     # Weight and spectral normalisation of the older kind, and pruning masks, set the weight before every call.
     if parametrize.is_parametrized(module) or not _holds_its_own(module):
-        return f"parametrised: remove the parametrisation first ({_removes(module)})"
+        return _computed(module)
     weight = module.weight
     if not isinstance(weight, Tensor) or weight.dtype not in _DTYPES:
         return f"its weight is not a floating-point tensor ({getattr(weight, 'dtype', type(weight).__name__)})"
@@ -68,6 +74,8 @@ def obstacle_in_weight(module: nn.Module) -> str | None:
         )
     if not weight.numel():
         return "empty: it has no inputs or no outputs"
+    if weight.dim() < 2:
+        return f"its weight is of shape {tuple(weight.shape)}: compress the network before it is sharded or quantised"
     return "its weight is on the meta device and has no values" if weight.is_meta else None
 
 
@@ -118,15 +126,14 @@ def _changes_rows(module: nn.Module) -> str | None:
     return None
 
 
-def _removes(module: nn.Module) -> str:
-    """The function of torch that takes a parametrisation away."""
+def _computed(module: nn.Module) -> str:
+    """Why weight and bias are no parameters of a layer, and how to make them such."""
+    left = {name.rpartition("_")[2] for name in (*module._parameters, *module._buffers) if "_" in name}
+    removes = [function for part, function in _REMOVES.items() if part in left]
     if parametrize.is_parametrized(module):
-        return "torch.nn.utils.parametrize.remove_parametrizations"
-    held = {*module._parameters, *module._buffers}
-    if "weight_g" in held:
-        return "torch.nn.utils.remove_weight_norm"
-    if "weight_mask" in held:
-        return "torch.nn.utils.prune.remove"
-    if "weight_u" in held:
-        return "torch.nn.utils.remove_spectral_norm"
-    return "make its weight and bias parameters; compress what FSDP shards before that"
+        removes = ["torch.nn.utils.parametrize.remove_parametrizations"]
+    if removes:
+        return f"parametrised: remove the parametrisation first ({removes[0]})"
+    name = next(name for name in ("weight", "bias") if name not in module._parameters)
+    what = "a buffer" if name in module._buffers else "set from outside"
+    return f"its {name} is {what} and no parameter: make it an nn.Parameter; compress what FSDP shards before that"

@@ -266,10 +266,14 @@ def named_logits(output: Any) -> Any:
 
 
 def dense(output: Tensor) -> Tensor:
-    """A tensor of all that a sparse one holds, or a nested one, whose rows are padded with zeros."""
+    """A tensor of all that a sparse one holds, or a nested one, whose rows are padded with zeros.
+
+    Of complex numbers both parts, along one more axis.
+    """
     if output.is_nested:
         return torch.nested.to_padded_tensor(output, 0.0)
-    return output if output.layout is torch.strided else output.to_dense()
+    output = output if output.layout is torch.strided else output.to_dense()
+    return torch.view_as_real(output.resolve_conj()) if output.is_complex() else output
 
 
 def compared(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -278,6 +282,7 @@ def compared(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     Where both are one infinity, as scores of what a mask leaves out are, both are zero. Where one alone is infinite
     they are as far apart as the numbers there are large: one entry misses one entry.
     """
+    a, b = dense(a), dense(b)
     infinite = a.isinf() | b.isinf()
     if not bool(infinite.any()):
         return a.double(), b.double()
