@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,16 @@ class ByInstance(Two):
         return self.b(F.relu(self.a(x)) - ByInstance.first.mean)
 
 
+class Slotted(Two):
+    __slots__ = ("steps",)
+
+    def begin(self) -> None:
+        object.__setattr__(self, "steps", [self.a, nn.ReLU(), self.b])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functools.reduce(lambda x, step: step(x), self.steps, x)
+
+
 class Itself(Two):
     def __deepcopy__(self, memo: Any) -> Itself:
         return self
@@ -119,14 +130,16 @@ class Itself(Two):
         (Captured, r"a copy of the Captured calls layer 'a' of the original.*a list of a closure.*skip='a'"),
         (ByNumber, r"a copy of the ByNumber cannot be run.*KeyError.*id\(\) of a module.*by attributes when it runs"),
         (ByInstance, r"a copy of the ByInstance computes something else.*as a global variable.*by attributes"),
+        (Slotted, r"a copy of the Slotted cannot be run.*AttributeError.*__slots__"),
         (Itself, r"copy.deepcopy of the Itself gives layer 'a' itself"),
     ],
 )
-def test_a_copy_that_is_none_is_refused_before_the_work(kind: type[Two], message: str) -> None:
+@pytest.mark.parametrize("methods", [None, [st.PrincipalFilters(), st.ActivationSVD()], "auto"])
+def test_a_copy_that_is_none_is_refused_before_the_work(kind: type[Two], message: str, methods: Any) -> None:
     model = kind().eval()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     with pytest.raises(st.SpectrimError, match=message):
-        st.compress(model, BATCHES, st.Budget(macs=0.5))
+        st.compress(model, BATCHES, st.Budget(macs=0.5), methods=methods)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 

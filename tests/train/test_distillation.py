@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from spectrim.nn.agreement import agreement
 from spectrim.train import Distillation
@@ -57,6 +57,46 @@ def test_maps_are_not_taken_for_scores_along_a_row_of_pixels() -> None:
     found = agreement(dense, small, [x])
     assert found is not None
     assert learned.item() == pytest.approx(found.error**2, rel=1e-5)
+
+
+def test_several_outputs_and_complex_ones_are_as_far_apart_as_their_energy_that_is_missed() -> None:
+    a, b, c, d = torch.randn(2, 5), torch.randn(2, 3), torch.randn(2, 5), torch.randn(2, 3)
+    shares = [(a - c).square().sum() / c.square().sum(), (b - d).square().sum() / d.square().sum()]
+    student, teacher = (
+        {"x": a, "y": [b], "ids": a.argmax(-1), "no": None},
+        {"x": c, "y": [d], "ids": a.argmin(-1), "no": None},
+    )
+    found = Distillation().distance(student, teacher)
+    torch.testing.assert_close(found, (shares[0] + shares[1]) / 2)
+    found = Distillation().distance(torch.complex(a, c), torch.complex(c, -a))
+    torch.testing.assert_close(
+        found, ((a - c).square().sum() + (a + c).square().sum()) / (a.norm() ** 2 + c.norm() ** 2)
+    )
+    with pytest.raises(ValueError, match=r"\(2, 5\).*\(2, 3\)"):
+        Distillation().distance((a, a), (c, d))
+
+
+def test_a_network_of_several_outputs_learns_from_a_teacher_alone_and_beside_a_loss() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.box, self.score = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"box": self.box(x), "score": self.score(x)}
+
+    teacher, student, x = Heads(), Heads(), torch.randn(6, 4)
+    apart = Distillation().distance(student(x), teacher(x))
+    torch.testing.assert_close(Objective(None, teacher, Distillation(), "float32")(student, x, None), apart)
+
+    def loss(outputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs["score"], targets)
+
+    labels = torch.randint(3, (6,))
+    mixed = Objective(loss, teacher, Distillation(weight=0.25), "float32")(student, x, labels)
+    torch.testing.assert_close(mixed, 0.25 * apart + 0.75 * loss(student(x), labels))
+    with pytest.raises(TypeError, match="outputs are a dict.*or teacher= with batches of inputs alone"):
+        Objective(None, teacher, Distillation(), "float32")(student, x, labels)
 
 
 @pytest.mark.parametrize("shape", [(2, 5), (2, 4, 5)])

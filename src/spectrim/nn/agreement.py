@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import CalibrationError, SpectrimError
+from spectrim.nn.copying import cannot_run
 from spectrim.nn.watch.batches import Feed, Forward
 from spectrim.nn.watch.layout import samples_first
 from spectrim.nn.watch.masks import Mask, mask_of
@@ -305,7 +306,11 @@ class DenseOutputs:
         with evaluating(self.model, other), kept(self.model), kept(other):
             for number, batch in enumerate(self._chosen(feed)):
                 size = feed.layout.size(batch)
-                wanted, given = self._outputs(number, batch, feed), output_tensors(feed(other, batch))
+                wanted = self._outputs(number, batch, feed)
+                try:
+                    given = output_tensors(feed(other, batch))
+                except Exception as error:
+                    raise cannot_run(self.model, error) from error
                 data, turned = mask_of(batch, self.mask, size, feed.layout), feed.layout.is_turned(batch, size)
                 for place, (a, b) in enumerate(zip(wanted, given, strict=True)):
                     a, b = (samples_first(each, size, turned) for each in (a, b))

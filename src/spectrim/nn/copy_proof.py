@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spectrim.errors import ProofError, in_short
+from spectrim.errors import ProofError
+from spectrim.nn.copying import MEANS, cannot_run
 from spectrim.nn.merge_proof import alike
 from spectrim.nn.proof import COPIES, Expected
 from spectrim.nn.standing import LAYERS
@@ -16,11 +17,6 @@ from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.junctions import Junction, scanned
 from spectrim.nn.watch.nesting import output_tensors
 from spectrim.nn.watch.observe import observe, on_each, on_few
-
-_MEANS = (
-    "Something there goes on meaning the original, as a global variable does, or an id() of a module that was noted "
-    "down before. Hand it the modules it needs, or have it look them up by attributes when it runs"
-)
 
 
 def check_copy(
@@ -62,11 +58,8 @@ def check_copy(
         if found is None:
             part = on_few(run, batch, feed)
     except Exception as error:
-        raise ProofError(
-            f"a copy of the {type(model).__name__} cannot be run, which the model can: {type(error).__name__}: "
-            f"{in_short(error)}. "
-            + ("Something reads how many channels there were; skip= the layers before it" if removes else _MEANS)
-        ) from error
+        reads = "Something reads how many channels there were; skip= the layers before it"
+        raise cannot_run(model, error, reads if removes else MEANS) from error
     if strays:
         raise ProofError(
             f"a copy of the {type(model).__name__} calls layer {strays[0]!r} of the original, so that it cannot be "
@@ -83,4 +76,4 @@ def _check_same(model: nn.Module, answers: Sequence[Tensor], part: Any, feed: Fe
         wanted = output_tensors(running(part))
         if all(map(alike, wanted, answers)) or not all(map(alike, wanted, output_tensors(running(part)))):
             return
-    raise ProofError(f"a copy of the {type(model).__name__} computes something else than the model does. {_MEANS}")
+    raise ProofError(f"a copy of the {type(model).__name__} computes something else than the model does. {MEANS}")

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spectrim.errors import UnsupportedLayerError, in_short
+from spectrim.errors import ProofError, UnsupportedLayerError, in_short
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.rebinding import rebind
 from spectrim.nn.watch.state import ALONE
@@ -20,6 +20,21 @@ from spectrim.nn.watch.state import ALONE
 _DEPTH = 5
 # What holds none, or none of the model's own, as a module of Python does.
 _WITHOUT = (nn.Module, types.ModuleType, type, str, bytes, int, float)
+
+# Why a copy may do something else, and what to do.
+MEANS = (
+    "Something there goes on meaning the original, as a global variable does, or an id() of a module that was noted "
+    "down before, or was not copied, as what is in __slots__. Hand it the modules it needs, or have it look them up by "
+    "attributes when it runs"
+)
+
+
+def cannot_run(model: nn.Module, error: Exception, cure: str = MEANS) -> ProofError:
+    """What to raise where a copy of a model fails in a forward pass that the model itself gets through."""
+    return ProofError(
+        f"a copy of the {type(model).__name__} cannot be run, which the model can: {type(error).__name__}: "
+        f"{in_short(error)}. {cure}"
+    )
 
 
 def copy_model(model: nn.Module) -> nn.Module:

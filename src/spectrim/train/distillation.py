@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from spectrim.nn.watch.nesting import output_tensors
 
 IGNORED = -100
 """Label that marks a position to leave out, as in :func:`torch.nn.functional.cross_entropy`."""
@@ -18,8 +21,8 @@ class Distillation:
 
     ``weight * T^2 * KL(softmax(teacher / T) || softmax(student / T)) + (1 - weight) * task``. The factor ``T^2`` keeps
     the size of the gradients when the temperature changes. Where outputs are maps (four axes or more) and no labels
-    tell which axis the classes are on, as of a detector or a network that makes pictures, the distance is the squared
-    error as a share of the teacher's energy.
+    tell which axis the classes are on, as of a detector or a network that makes pictures, or complex, or several, the
+    distance is the squared error as a share of the teacher's energy, a mean over the outputs.
 
     Attributes
     ----------
@@ -75,7 +78,7 @@ class Distillation:
             mean = positions.mean()
         return self.temperature**2 * mean
 
-    def distance(self, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
+    def distance(self, student: Any, teacher: Any, labels: Tensor | None = None) -> Tensor:
         """How far outputs of any kind are from the teacher's.
 
         Parameters
@@ -83,19 +86,20 @@ class Distillation:
         student, teacher
             Scores of classes on the last axis, or on the second where labels have the shape of all others
             (``[n, classes, height, width]`` beside ``[n, height, width]``), for which it is :meth:`divergence`; or
-            maps.
+            maps, complex numbers, or several outputs in any structure.
         labels
             Positions labelled -100 are left out.
         """
+        if not isinstance(student, Tensor) or student.is_complex():
+            return _missed(output_tensors(student), output_tensors(teacher))
         positions = None if labels is None else labels.shape
         if positions == student.shape[:1] + student.shape[2:] != student.shape[:-1]:
             return self.divergence(student.movedim(1, -1), teacher.movedim(1, -1), labels)
         if student.dim() < 4 or student.shape != teacher.shape or positions == student.shape[:-1]:
             return self.divergence(student, teacher, labels)
-        teacher = teacher.float()
-        return (student.float() - teacher).square().sum() / teacher.square().sum().clamp(min=1e-30)
+        return _missed([student], [teacher])
 
-    def mix(self, task: Tensor, student: Tensor, teacher: Tensor, labels: Tensor | None = None) -> Tensor:
+    def mix(self, task: Tensor, student: Any, teacher: Any, labels: Tensor | None = None) -> Tensor:
         """The whole loss, from a task loss that is computed already."""
         return self.weight * self.distance(student, teacher, labels) + (1 - self.weight) * task
 
@@ -103,6 +107,18 @@ class Distillation:
         """Loss for targets ``(labels, teacher_logits)``: cross-entropy as the task, teacher outputs from a cache."""
         labels, teacher = targets
         return self.mix(cross_entropy(student.float(), labels), student, teacher, labels)
+
+
+def _missed(students: list[Tensor], teachers: list[Tensor]) -> Tensor:
+    """Squared error as a share of the teacher's energy, a mean over outputs that are numbers."""
+    if [each.shape for each in students] != [each.shape for each in teachers]:
+        raise ValueError(
+            f"the student returned outputs of shapes {[tuple(each.shape) for each in students]} and the teacher "
+            f"{[tuple(each.shape) for each in teachers]}: pass distillation=None to train without"
+        )
+    pairs = [(a.float(), b.float()) for a, b in zip(students, teachers, strict=True) if a.is_floating_point()]
+    shares = [(a - b).square().sum() / b.square().sum().clamp(min=1e-30) for a, b in pairs]
+    return torch.stack(shares).mean() if shares else torch.zeros(())
 
 
 def cross_entropy(scores: Tensor, labels: Tensor) -> Tensor:

@@ -49,12 +49,14 @@ class Objective:
         student = batching.scores_of(output)
         if isinstance(student, Tensor) and student.is_floating_point():
             student = student.float()
-        if self.loss is None and _loss(output) is None and not isinstance(student, Tensor):
+        taught = targets is None and goal is not None
+        if self.loss is None and _loss(output) is None and not isinstance(student, Tensor) and not taught:
             raise TypeError(
                 f"the model's outputs are a {type(student).__name__}, and no tensor of scores that a loss could be "
-                "taken of: pass loss=, a function of these outputs and the targets"
+                "taken of: pass loss=, a function of these outputs and the targets, or teacher= with batches of "
+                "inputs alone"
             )
-        if targets is None and self.loss is None and goal is not None and _loss(output) is None:
+        if taught and self.loss is None and _loss(output) is None:
             assert self.distillation is not None
             return self.distillation.distance(student, goal)
         task = self._task(output, student, targets)
