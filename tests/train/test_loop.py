@@ -375,9 +375,10 @@ def test_outputs_that_no_loss_can_be_taken_of_are_refused() -> None:
         def forward(self, left: Tensor) -> Any:  # type: ignore[override]
             return self.layer(left).topk(2)
 
-    teacher = Best()
+    teacher, x = Best(), torch.randn(8, 4)
     with pytest.raises(TypeError, match="outputs are a topk.*pass loss="):
-        fine_tune(Best(), [(torch.randn(8, 4),)] * 2, epochs=1, teacher=teacher)
+        fine_tune(Best(), [(x, torch.zeros(8, dtype=torch.long))] * 2, epochs=1, teacher=teacher)
+    fine_tune(Best(), [(x,)] * 2, epochs=1, teacher=teacher)
 
 
 class Keeps(Sum):
