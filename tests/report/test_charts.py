@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from spectrim.report import Comparison, Measure, Origin, Page, Score, charts, not_measured
+from spectrim.report import Comparison, Measure, Measured, Origin, Page, Score, charts, not_measured
 from spectrim.report.charts import Axis
 from spectrim.report.rank_charts import rank_charts, rank_rows
 from spectrim.report.summary import rows, tiles
@@ -66,20 +66,17 @@ def test_gains_never_stand_alone():
 
 
 def test_scores_have_error_bars_within_the_axis():
-    points = [("dense", 100.0, Score(91.0, 400)), ("small", 40.0, Score(90.8, 400))]
+    points = [Measured("dense", 100.0, Score(91.0, 400)), Measured("small", 40.0, Score(90.8, 400))]
     chart = charts.score_chart(points, 100.0, "macs", "accuracy")
-    error = points[0][2].standard_error
+    error = Score(points[0].score).standard_error
     assert chart.y.high - chart.y.low > 6 * error  # two equal networks look equal
     for dot in chart.dots:
         assert dot.barred
         assert 0 < dot.low < dot.y < dot.high < 100
         assert "on 400 samples" in dot.text
-    assert [dot.aside for dot in charts.score_chart([*points, ("tuned", 40.0, 91.0)], 100.0, "macs", "").dots] == [
-        0,
-        0,
-        9,
-    ]
-    bare = charts.score_chart([("dense", 100.0, 91.0)], 100.0, "macs", "accuracy")
+    tuned = charts.score_chart([*points, Measured("tuned", 40.0, 91.0)], 100.0, "macs", "")
+    assert [dot.aside for dot in tuned.dots] == [0, 0, 9]
+    bare = charts.score_chart([Measured("dense", 100.0, 91.0)], 100.0, "macs", "accuracy")
     assert not bare.dots[0].barred
 
 

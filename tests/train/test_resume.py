@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -200,6 +201,11 @@ def test_checkpoints_of_other_models_recipes_and_data_are_refused(tmp_path: Path
         fine_tune(Net(), loader(48), epochs=1, checkpoint=path)
     with pytest.raises(CheckpointError, match="teacher was False and is True"):
         finished(path, teacher=Net())
+
+
+def test_numbers_of_numpy_are_written_as_numbers(tmp_path: Path) -> None:
+    fine_tune(Net(), loader(16), epochs=1, lr=np.float64(0.25), checkpoint=tmp_path / "run")
+    assert resuming.read_checkpoint(tmp_path / "run")[1]["run"]["lr"] == 0.25
 
 
 @pytest.mark.parametrize("call", ["save_file", "fsync", "replace"])

@@ -73,7 +73,7 @@ def compress(
     request = shrinking.Request.read(
         methods, goal, sharing, calibrated=inputs.data is not None, multiple_of=layers.multiple_of
     )
-    tuning = training.recipe()
+    tuning = training.recipe(options.STEPS)
     work = Subject.load(network, layers, inputs, training, timed=request.timed)
     # What the fine-tuned weights follow from; what is only measured with is left out.
     record = {"method": [each.text for each in methods.asked]}

@@ -88,7 +88,7 @@ def demo(
         result = compress(dense, calibration, wanted, progress=show)
     small = result.model
     outcome = Outcome(
-        "Digits demo", dense, result, folder, named={"model": of_model, "training data": of_data}, seeds={"demo": seed}
+        "Digits demo", dense, result, folder, {"model": of_model, "training data": of_data}, seeds={"demo": seed}
     )
     outcome = outcome.scored("dense", accuracy(dense, test)).scored("compressed", accuracy(small, test))
 

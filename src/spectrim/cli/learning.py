@@ -136,8 +136,8 @@ def compress_by_learning(out: Output, run: RankRun, files: FileOptions) -> None:
     if scores:
         scores.append(("learned ranks", on.score(result.model)))
     outcome = Outcome(
-        on.network.model, on.dense, result, folder, tuple(scores), (training_sentence(result, run), *different),
-        on.named, {"training": run.training.recipe().seed},
+        on.network.model, on.dense, result, folder, on.named, tuple(scores),
+        (training_sentence(result, run), *different), {"training": run.training.recipe().seed},
     )  # fmt: skip
     score = outcome.known_score if scores else None
     comparison = compare(on.dense, result.model, on.example, evaluate=score, threads=on.network.threads)

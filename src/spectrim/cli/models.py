@@ -20,6 +20,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -35,11 +36,23 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+@dataclass(frozen=True)
+class Scheme:
+    """A built-in kind of model."""
+
+    make: Callable[[Reference, bool], Any]  # the model of a name, with pretrained weights or without
+    check: Callable[[Reference], None]  # refuses a name that it cannot have, as far as is seen without torch
+    fetches: str  # the option that leaves pretrained weights out; empty for none
+    # Lines of code: what is imported, and what makes the network without its weights.
+    imported: str
+    made: str
+
+
 def check_reference(text: str) -> None:
     """Refuse a reference that :func:`load_model` could not load, as far as is seen without torch."""
     reference = parse(text)
     if reference.scheme in SCHEMES:
-        SCHEMES[reference.scheme][1](reference)
+        SCHEMES[reference.scheme].check(reference)
     else:
         if close := _close_scheme(reference):
             raise UsageError(f"model {text!r} is not known.{close}")
@@ -96,7 +109,7 @@ def load_model(text: str, weights: str | Path | None = None, *, pretrained: bool
     reference = parse(text)
     pretrained = pretrained and weights is None
     if reference.scheme in SCHEMES:
-        model = SCHEMES[reference.scheme][0](reference, pretrained)
+        model = SCHEMES[reference.scheme].make(reference, pretrained)
     else:
         made = factory(reference, "model")
         if isinstance(made, nn.Module):
@@ -147,12 +160,10 @@ def whose_weights(text: str, weights: str | Path | None = None) -> str:
         part = part_taken(weights)
         return f"the weights of {weights}{part and f' ({part})'}"
     reference = parse(text)
-    options = reference.options
-    fetched = {"timm": options.get("pretrained", True), "torchvision": options.get("weights", True), "hf": True}
-    if reference.scheme not in fetched:
+    if reference.scheme not in SCHEMES:
         return f"the weights that {text} returns"
-    kind = "pretrained" if fetched[reference.scheme] else "random"
-    return f"the {kind} weights of {reference.scheme}:{reference.place}"
+    fetched = reference.options.get(SCHEMES[reference.scheme].fetches, True)
+    return f"the {'pretrained' if fetched else 'random'} weights of {reference.scheme}:{reference.place}"
 
 
 def _place(reference: Reference) -> str:
@@ -305,9 +316,18 @@ def _class_of(config: Any, transformers: Any, reference: Reference) -> Any:
     return kind
 
 
-SCHEMES: Mapping[str, tuple[Callable[[Reference, bool], Any], Callable[[Reference], None]]] = {
-    "timm": (_timm, lambda reference: _registered(reference, "timm", "models")),
-    "torchvision": (_torchvision, lambda reference: _registered(reference, "torchvision", "models")),
-    "hf": (_transformers, _check_hub),
-}
-"""What makes a model of a built-in name, and what checks the name, by what stands before the colon."""
+SCHEMES: Mapping[str, Scheme] = {
+    "timm": Scheme(
+        _timm, lambda reference: _registered(reference, "timm", "models"), "pretrained", "import timm",
+        "timm.create_model({place!r}, pretrained=False{options})",
+    ),
+    "torchvision": Scheme(
+        _torchvision, lambda reference: _registered(reference, "torchvision", "models"), "weights",
+        "import torchvision", "torchvision.models.get_model({place!r}, weights=None{options})",
+    ),
+    "hf": Scheme(
+        _transformers, _check_hub, "", "from transformers import AutoConfig, {kind}",
+        "{kind}(AutoConfig.from_pretrained({place!r}{options}))",
+    ),
+}  # fmt: skip
+"""By what stands before the colon."""

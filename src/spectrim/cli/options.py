@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 RUNTIMES = ("eager", "compile", "onnxruntime")
 SELECTORS = ("exact", "lagrangian", "greedy", "energy", "uniform")
+STEPS = 200
+"""Between two checkpoints of a fine-tuning."""
 
 
 model_argument = functools.partial(
@@ -191,12 +193,12 @@ class TrainingOptions(Checked):
         if self.lr is not None and not 0 <= self.lr < float("inf"):
             raise UsageError(f"--lr: lr={self.lr} must be a finite number of at least 0")
 
-    def recipe(self) -> Recipe:
-        """That of the fine-tuning."""
+    def recipe(self, every: int | None = None) -> Recipe:
+        """That of the fine-tuning, with so many steps between two checkpoints."""
         from spectrim.train import Recipe
 
         with usage("--lr"):
-            return Recipe(epochs=self.epochs, lr=self.lr)
+            return Recipe(epochs=self.epochs, lr=self.lr, checkpoint_every=every)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
+from spectrim.cli.models import SCHEMES
 from spectrim.cli.references import Reference, parse
 from spectrim.report import Origin, Part
 
@@ -69,14 +70,9 @@ def load_lines(model: str, dense: nn.Module, written: Mapping[str, Path]) -> str
     reference = parse(model)
     options = "".join(f", {name}={value!r}" for name, value in reference.options.items())
     where, made = reference.scheme, f"{reference.place}({options.removeprefix(', ')})"
-    if where == "timm":
-        first, made = "import timm", f"timm.create_model({reference.place!r}, pretrained=False{options})"
-    elif where == "torchvision":
-        first, made = "import torchvision", f"torchvision.models.get_model({reference.place!r}, weights=None{options})"
-    elif where == "hf":
-        name = type(dense).__name__
-        first = f"from transformers import AutoConfig, {name}"
-        made = f"{name}(AutoConfig.from_pretrained({reference.place!r}{options}))"
+    if scheme := SCHEMES.get(where):
+        said = {"place": reference.place, "options": options, "kind": type(dense).__name__}
+        first, made = scheme.imported.format(**said), scheme.made.format(**said)
     else:
         file = Path(where)
         module = file.stem if file.suffix == ".py" else where

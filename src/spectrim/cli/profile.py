@@ -75,6 +75,7 @@ def profile(
     from spectrim.cli.unfinished import make_folder
     from spectrim.cli.values import read_costs
     from spectrim.methods import PrincipalFilters
+    from spectrim.pipeline.making import Making
 
     groups, costs = wanted_groups(sharing, methods), read_costs(shown.cost)
     if figure is not None:
@@ -91,7 +92,7 @@ def profile(
         if isinstance(filters, PrincipalFilters):
             Widths.of(known.sites, filters).finish(out, network.model, known.sites, figure)
             return
-    table = table_of(out, known, chosen, costs)
+    table = table_of(out, known, Making(chosen, costs=costs))
     rows = [_layer(row, table) for row in table.singles]
     if SPARSE in methods:
         rows = [{**layer, "smallest": _smallest(row)} for layer, row in zip(rows, table.singles, strict=True)]

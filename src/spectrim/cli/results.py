@@ -67,11 +67,10 @@ class Outcome:
     dense: nn.Module  # the model that was compressed
     result: Result  # the compressed one, and how it came about
     folder: Path  # where files go
+    named: Mapping[str, str]  # references of model, weights and data, by their role
     # ``(stage, percent)`` in the order they were measured: ``dense`` first, the finished model last.
     scores: tuple[tuple[str, float], ...] = ()
     notes: tuple[str, ...] = ()  # sentences for the report
-    # References of model, weights and data, by their role; by default the title is the model's.
-    named: Mapping[str, str] = field(default_factory=dict)
     seeds: Mapping[str, int] = field(default_factory=dict)  # by what they are for
 
     def scored(self, stage: str, percent: float) -> Outcome:
@@ -89,7 +88,7 @@ class Outcome:
     @property
     def model(self) -> str:
         """The reference of the dense model."""
-        return self.named.get("model", self.title)
+        return self.named["model"]
 
     @property
     def trained(self) -> bool:
@@ -128,7 +127,7 @@ class Outcome:
                 measured=self._measured(),
                 notes=notes,
                 trajectory=trajectory,
-                origin=origin({"model": self.model, **self.named}, self.seeds, self.dense, self.result.model, load),
+                origin=origin(self.named, self.seeds, self.dense, self.result.model, load),
             )
         files["result"] = self.folder / "result.json"
         document = {**self._document(files, comparison, notes), "load": load, **more}

@@ -44,7 +44,7 @@ from spectrim.pipeline.goal import Goal, Sets, reached
 from spectrim.pipeline.making import Making
 from spectrim.pipeline.shrinking import finished
 from spectrim.preparation import Prepared, coupled
-from spectrim.progress import Progress
+from spectrim.progress import Progress, silent
 from spectrim.report import Comparison, compare
 from spectrim.search.judge import Judge
 from spectrim.search.tolerance import Tolerance
@@ -58,7 +58,6 @@ from spectrim.train import Recipe, fine_tune
 SELECTOR_OF: dict[str, Callable[[Candidates, Budget], Plan]] = dict(
     zip(SELECTORS, (exact, lagrangian, greedy, energy, uniform), strict=True)
 )
-_STEPS = 200  # between two checkpoints of a fine-tuning
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class Request:
     goal: GoalOptions  # how small, as it was said
     sets: Sets  # which sets of methods may make the network
 
-    def making(self, progress: Progress) -> Making:
+    def making(self, progress: Progress = silent) -> Making:
         """How a network is made, with the methods that were asked for."""
         return Making(self.methods, guard=self.goal.guard, costs=self.costs, selector=self.selector, progress=progress)
 
@@ -166,7 +165,7 @@ def compress_and_tell(
     file = write_result(result, files.folder)["model"]
     kind = "the network before fine-tuning; the same call goes on with the training"
     out.left = f"{file} is {kind if held is not None else 'the compressed network'}"
-    outcome = Outcome(work.network.model, work.dense, result, files.folder, named=work.named)
+    outcome = Outcome(work.network.model, work.dense, result, files.folder, work.named)
     outcome = _tuned(out, outcome, work, tuning, held)
     network = work.network
     kernels = fastest(result.model, work.example, network.threads, network.runtime)
@@ -211,7 +210,7 @@ def _compressed(out: Output, request: Request, work: Subject) -> Result:
     if calibrated and request.sought:
         return _reached(out, request, work)
     known = _prepared(out, request, work)
-    table = table_of(out, known, request.methods, request.costs, guard=request.goal.guard)
+    table = table_of(out, known, request.making())
     notes: tuple[str, ...] = ()
     if request.recipe is not None:
         plan = recommended(known.sites, request.recipe, _filters(request))
@@ -267,9 +266,8 @@ def _tuned(out: Output, outcome: Outcome, work: Subject, tuning: Recipe, held: R
     if held is None:
         return outcome
     assert work.training is not None
-    recipe = dataclasses.replace(tuning, checkpoint_every=_STEPS)
     done = fine_tune(
-        small, work.training, teacher=dense, recipe=recipe, evaluate=work.score if tested else None,
+        small, work.training, teacher=dense, recipe=tuning, evaluate=work.score if tested else None,
         progress=out.shows, checkpoint=held.folder / TUNING,
     )  # fmt: skip
     # None of the samples counts as held out any more: training may have seen them all.

@@ -26,7 +26,7 @@ def check_patterns(methods: Iterable[Method], sites: Sites) -> None:
                 raise UsageError(f"--method {SPARSE}: pattern {name!r} fits no layer of the model ({'; '.join(kinds)})")
 
 
-def fastest(model: nn.Module, example: Any, threads: int | None, runtime: str = "eager") -> tuple[ChosenKernel, ...]:
+def fastest(model: nn.Module, example: Any, threads: int | None, runtime: str) -> tuple[ChosenKernel, ...]:
     """Let every layer with a sparse weight run as is fastest here, where the runtime runs the modules themselves
     (:func:`spectrim.nn.sparse.kernels.choose_kernels`)."""
     able = runtime_of(runtime).runs_modules and any(masked_layers(model))

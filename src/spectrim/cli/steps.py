@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from spectrim.cli.common import Output
 from spectrim.cli.sharing import Wanted, offer
 from spectrim.cli.subject import Subject
-from spectrim.methods import Method
 from spectrim.network.printing import reasons
 from spectrim.network.sites import Sites
 from spectrim.nn.watch.nesting import at_hand
+from spectrim.pipeline.making import Making
 from spectrim.preparation import Prepared, prepare
 from spectrim.progress import Progress
 from spectrim.selection.candidates import Candidates
@@ -51,20 +49,10 @@ def prepared(
     return dataclasses.replace(ready, sites=offer(ready.sites, groups))
 
 
-def table_of(
-    out: Output,
-    known: Prepared,
-    methods: Sequence[Method],
-    costs: Mapping[str, Callable[[Any], float]],
-    *,
-    guard: bool = False,
-) -> Candidates:
+def table_of(out: Output, known: Prepared, making: Making) -> Candidates:
     """What methods offer for a network that is prepared."""
     with out.progress() as report:
-        return tabulate(
-            known.sites, methods, latency=known.latency, dense_latency=known.dense_latency, costs=costs, guard=guard,
-            progress=report,
-        )  # fmt: skip
+        return tabulate(known.sites, making.methods, **dataclasses.replace(making, progress=report).priced(known))
 
 
 def skipped_values(sites: Sites) -> list[dict[str, str]]:

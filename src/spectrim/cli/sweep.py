@@ -9,7 +9,7 @@ from spectrim.cli import completion, options
 from spectrim.cli.common import Checked, Output, command, option, usage
 from spectrim.cli.methods import FILTERS, LEARNED, Methods
 from spectrim.cli.references import UsageError
-from spectrim.cli.values import named_costs, read_budget
+from spectrim.cli.values import named_costs, read_budget, read_costs
 from spectrim.errors import did_you_mean
 from spectrim.selection.budget import COSTS, OTHER_NAMES
 
@@ -127,7 +127,7 @@ def sweep(
 
     with usage():
         shares = (sizes.name, sizes.shares or FRACTIONS)
-        costs = sweeping.read_costs(sizes.own)
+        costs = read_costs(sizes.own)
         asked = asked_budgets(sizes.budget or shares, costs)
     make_folder(out, files.folder, [*files_of(asked), "sweep.svg", "sweep.html"])
     sweeping.SweepRequest(network, sizes, inputs, methods, training, layers, sharing, files, asked, costs).carry_out(

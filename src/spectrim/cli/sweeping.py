@@ -16,6 +16,7 @@ from spectrim.cli.common import Output
 from spectrim.cli.filters import with_channels
 from spectrim.cli.methods import Methods
 from spectrim.cli.options import (
+    STEPS,
     InputOptions,
     LayerOptions,
     NetworkOptions,
@@ -29,7 +30,6 @@ from spectrim.cli.shrinking import SELECTOR_OF
 from spectrim.cli.sparsity import check_patterns
 from spectrim.cli.steps import prepared
 from spectrim.cli.subject import Subject
-from spectrim.cli.values import read_costs as read_costs
 from spectrim.nn.checkpoint import check_savable
 from spectrim.pipeline.making import Making
 from spectrim.report import Origin, SweepPage
@@ -52,7 +52,6 @@ _HOLDS = {
     "model": "the compressed network: weights and plan",
 }
 """What files are for."""
-_STEPS = 200  # between two checkpoints of a fine-tuning
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ class SweepRequest:
     def carry_out(self, out: Output) -> None:
         """Make or read every point, write the files, print the table or the document."""
         groups = wanted_groups(self.sharing, self.methods, self.limited)
-        tuning = dataclasses.replace(self.training.recipe(), checkpoint_every=_STEPS)
+        tuning = self.training.recipe(STEPS)
         methods = self.methods.chosen(True, multiple_of=self.layers.multiple_of, share=groups is not False)
         work = Subject.load(self.network, self.layers, self.inputs, self.training, timed=self.timed)
         check_patterns(methods, work.sites)

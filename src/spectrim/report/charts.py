@@ -14,6 +14,7 @@ import numpy as np
 
 from spectrim.errors import InfeasibleBudgetError
 from spectrim.report.comparison import show
+from spectrim.report.figures import Measured
 from spectrim.report.labels import Label, placed
 from spectrim.report.measures import Score
 from spectrim.selection.budget import UNITS, Budget
@@ -161,33 +162,28 @@ def loss_chart(predicted: Sequence[tuple[float, float]], candidates: Candidates,
     return Chart(f"{cost_title(cost)}, % of dense", unit, x, y, tuple(dots), (curve,))
 
 
-def score_chart(measured: Sequence[tuple[str, float, float]], dense: float, cost: str, score: str) -> Chart:
+def score_chart(measured: Sequence[Measured], dense: float, cost: str, score: str) -> Chart:
     """Scores at their costs with a standard error each; the axis is as long as makes noise look small.
 
-    Parameters
-    ----------
-    measured
-        ``(label, cost, score in percent)``.
-    dense
-        Cost of the dense network.
+    ``dense`` is the cost of the dense network.
     """
-    errors = [Score(value).standard_error for *_, value in measured]
+    values = [each.score for each in measured]
+    errors = [Score(value).standard_error for value in values]
     known = [error for error in errors if error == error]
-    values = [value for *_, value in measured]
     noise = max(known, default=0.0)
     room = max(1.4 * noise, 0.25 * (max(values) - min(values)), 1.0, 4 * noise - (max(values) - min(values)) / 2)
     x, y = Axis(0, 100), Axis(max(min(values) - room, 0), min(max(values) + room, 100 + 2 * noise))
     dots = []
-    for (label, at, value), error in zip(measured, errors, strict=True):
-        share = 100 * at / dense
-        text = f"{label}: {value:.2f} % at {share:.1f} % of the {cost_title(cost)}"
+    for each, error in zip(measured, errors, strict=True):
+        share, value = 100 * each.cost / dense, each.score
+        text = f"{each.label}: {value:.2f} % at {share:.1f} % of the {cost_title(cost)}"
         bar = {}
         if error == error:
             text += f", standard error {error:.2f} points on {Score(value).samples:,} samples"
             bar = {"low": y.at(value - error), "high": y.at(value + error)}
         tone = "dense" if share > 99.99 else "choice"
         aside = ASIDE * sum(dot.x == x.at(share) for dot in dots)
-        dots.append(Dot(x.at(share), y.at(value), text, tone, f"{label} {value:.2f} %", aside=aside, **bar))
+        dots.append(Dot(x.at(share), y.at(value), text, tone, f"{each.label} {value:.2f} %", aside=aside, **bar))
     return Chart(f"{cost_title(cost)}, % of dense", f"{score}, %", x, y, tuple(dots), height=190)
 
 

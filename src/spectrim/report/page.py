@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
@@ -42,9 +42,16 @@ choice_text = str  # its former name, until version 0.3
 class Written:
     """A page that can be written to a file."""
 
+    title: str
+    origin: Origin
+
     def html(self) -> str:
         """The page as text."""
         raise NotImplementedError
+
+    def _rendered(self, name: str, **parts: Any) -> str:
+        """A template of this folder with what it asks for."""
+        return _template(name).render(title=self.title, origin=self.origin, css=_style(), **parts)
 
     def write(self, path: str | Path) -> Path:
         """Write the page, whole or not at all, and return where it is."""
@@ -104,10 +111,20 @@ class Page(Written):
         """The page as text. Raises ValueError if there is a trajectory without a C step."""
         parts = {**self._numbers(), **self._pictures(), **self._learned()}
         parts["words"] = list(glossary(_text(parts), (str(entry.choice) for entry in self.plan), self.plan.selector))
-        return template().render(
-            title=self.title, origin=self.origin, notes=list(self.notes), skipped=list(self.skipped),
-            css=style(), plan_json=self.plan.to_json(), **parts,
+        skipped = [(each.name or each.kind, each.kind, each.reason) for each in self.skipped]
+        return self._rendered(
+            "page.html.jinja", kind="Spectrim report", said=" ".join(self._said()), notes=list(self.notes),
+            skipped=skipped, plan_json=self.plan.to_json(), **parts,
         )  # fmt: skip
+
+    def _said(self) -> Iterator[str]:
+        """Under the title, what the plan was made for, how, and what it was measured with."""
+        if limits := [f"{cost_title(c)} \u2264 {cost_text(c, limit)}" for c, limit in self.plan.budget.items()]:
+            yield f"Budget: {', '.join(limits)}."
+        if self.plan.selector:
+            yield f"Selected by: {self.plan.selector}."
+        if self.comparison:
+            yield f"Measured with batches of {self.comparison.batch}."
 
     @property
     def _costs(self) -> list[str]:
@@ -121,7 +138,6 @@ class Page(Written):
         plan, comparison = self.plan, self.comparison
         facts = dict(self.facts) or dict(comparison.facts if comparison else {}) or machine_facts()
         return {
-            "comparison": comparison,
             "tiles": summary.tiles(plan, comparison, self.agreement, stored=_counts_bytes(plan)),
             "rows": list(summary.rows(plan, comparison, self.agreement)),
             "layers": [_layer(entry, self._costs, self.fits) for entry in plan],
@@ -131,8 +147,6 @@ class Page(Written):
             "unit": plan.unit,
             "shared": any(entry.members for entry in plan),
             "facts": {**facts, **{f"plan: {name}": _fact(value) for name, value in plan.facts.items()}},
-            "budget": [f"{cost_title(c)} \u2264 {cost_text(c, limit)}" for c, limit in plan.budget.items()],
-            "selector": plan.selector,
             "unmeasured": list(not_measured(comparison, self.agreement)),
         }
 
@@ -158,8 +172,7 @@ class Page(Written):
             return None
         rows = self.comparison.rows if self.comparison else ()
         score = next((row.metric for row in rows if row.better == "higher"), "score")
-        measured = [(each.label, each.cost, each.score) for each in self.measured]
-        return charts.score_chart(measured, self.plan.dense_costs[cost], cost, score)
+        return charts.score_chart(self.measured, self.plan.dense_costs[cost], cost, score)
 
     def _loss_chart(self, cost: str) -> Chart | None:
         table = self.candidates
@@ -236,8 +249,7 @@ def write_report(
 
 
 @cache
-def template(name: str = "page.html.jinja") -> Template:
-    """A template of this folder."""
+def _template(name: str) -> Template:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -248,7 +260,7 @@ def template(name: str = "page.html.jinja") -> Template:
 
 
 @cache
-def style() -> Any:
+def _style() -> Any:
     """The style that pages have in common."""
     from markupsafe import Markup
 

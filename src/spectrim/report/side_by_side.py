@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -53,16 +53,8 @@ class SideBySide(Printed):
                 rows = [row for row in comparison.rows if row.metric == known.metric]
                 cells.append("".join(f"{row.show(row.compressed)} ({row.change})" for row in rows))
             lines.append([known.metric, *cells])
-        return ["", ">dense", *(f">{name}" for name in self.comparisons)], [*self._agreed(), *lines]
-
-    def _agreed(self) -> Iterator[list[str]]:
-        known = [self.agreements.get(name) for name in self.comparisons]
-        if any(each is not None and each.top1 is not None for each in known):
-            cells = ["" if each is None or each.top1 is None else f"{100 * each.top1:.2f} %" for each in known]
-            yield ["same class first", "100.00 %", *cells]
-        if any(each is not None for each in known):
-            cells = ["" if each is None else f"{100 * each.error:.2f} %" for each in known]
-            yield ["outputs differ", "0.00 %", *cells]
+        agreed = agreement_lines([self.agreements.get(name) for name in self.comparisons])
+        return ["", ">dense", *(f">{name}" for name in self.comparisons)], [*agreed, *lines]
 
     def rows(self) -> list[dict[str, Any]]:
         """The networks as plain values, one dict a network.
@@ -103,6 +95,14 @@ class SideBySide(Printed):
 
     def __repr__(self) -> str:
         return f"SideBySide({count(len(self), 'network')}: {', '.join(self.comparisons)})"
+
+
+def agreement_lines(agreements: Sequence[Agreement | None]) -> Iterator[list[str]]:
+    """Cells of a line a measure of how far outputs are from the dense network's: its name, dense, and each network."""
+    for measure, dense, part in (("same class first", 1.0, "top1"), ("outputs differ", 0.0, "error")):
+        shares = [getattr(each, part, None) for each in agreements]
+        if any(share is not None for share in shares):
+            yield [measure, *("" if share is None else f"{100 * share:.2f} %" for share in (dense, *shares))]
 
 
 def planned(plan: Plan) -> Comparison:

@@ -9,10 +9,11 @@ from typing import Any
 
 from spectrim.network.printing import count
 from spectrim.report.charts import Chart, score_chart
+from spectrim.report.figures import Measured
 from spectrim.report.machine import machine_facts
 from spectrim.report.measures import Score
 from spectrim.report.origin import Origin
-from spectrim.report.page import Written, style, template
+from spectrim.report.page import Written
 from spectrim.report.side_by_side import SideBySide
 from spectrim.report.words import glossary
 from spectrim.selection.plan import Plan
@@ -57,8 +58,8 @@ class SideBySidePage(Written):
         caption = "A dot is a network: further to the left less work is left, and further up it is better."
         if chart is not None and not any(dot.barred for dot in chart.dots):
             caption += " On how many samples is not known, so that there are no error bars."
-        return template("networks.html.jinja").render(
-            title=self.title, kind="networks side by side", origin=self.origin, css=style(), notes=notes,
+        return self._rendered(
+            "networks.html.jinja", kind="networks side by side by Spectrim", notes=notes,
             said=f"{count(len(self.networks), 'network')} beside the dense one.",
             curves=[] if chart is None else [("How good they are, and what they cost", chart, caption)],
             legend="Behind a value: dense over compressed, as a ratio; of scores the difference in points.",
@@ -96,17 +97,17 @@ def networks_chart(networks: SideBySide) -> Chart | None:
     if cost is None or len(scores) < len(names):
         return None
     whole, costs = known[0][cost].dense, [rows[cost].compressed for rows in known]
-    measured = [("dense", whole, dense), *zip(names, costs, scores, strict=True)]
+    measured = [Measured("dense", whole, dense), *map(Measured, names, costs, scores)]
     chart = score_chart(measured, whole, "macs", score)
-    labels = _labels([(name, cost) for name, cost, _ in measured])
+    labels = _labels(measured)
     dots = [dataclasses.replace(dot, label=label) for dot, label in zip(chart.dots, labels, strict=True)]
     return dataclasses.replace(chart, dots=tuple(dots))
 
 
-def _labels(networks: Sequence[tuple[str, float]]) -> list[str]:
+def _labels(networks: Sequence[Measured]) -> list[str]:
     """Names beside dots, the dense network's first. Of many those of the least and the most cost alone, since values
     stand in the table, and labels would lie on each other on a phone."""
-    (dense, _), *others = networks
-    ends = {pick(others, key=lambda each: each[1])[0] for pick in (min, max)}
-    shown = {dense, *((name for name, _ in others) if len(others) <= LABELS else ends)}
-    return [name if name in shown else "" for name, _ in networks]
+    dense, *others = networks
+    ends = [pick(others, key=lambda each: each.cost) for pick in (min, max)]
+    shown = {each.label for each in (dense, *(others if len(others) <= LABELS else ends))}
+    return [each.label if each.label in shown else "" for each in networks]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from spectrim.report.charts import cost_text, cost_title
 from spectrim.report.comparison import Comparison, Measure
+from spectrim.report.side_by_side import agreement_lines
 from spectrim.selection.plan import Plan
 
 if TYPE_CHECKING:
@@ -62,9 +63,7 @@ def rows(plan: Plan, comparison: Comparison | None, agreement: Agreement | None)
     lines = [] if comparison is None else list(zip(comparison.rows, comparison.to_rows(), strict=True))
     yield from (texts for row, texts in lines if row.better == "higher")
     if agreement is not None:
-        if agreement.top1 is not None:
-            yield f"same class first, {_samples(agreement)}", "100.00 %", f"{100 * agreement.top1:.2f} %", ""
-        yield f"outputs differ, {_samples(agreement)}", "0.00 %", f"{100 * agreement.error:.2f} %", ""
+        yield from ((f"{name}, {_samples(agreement)}", *cells, "") for name, *cells in agreement_lines([agreement]))
     yield from (texts for row, texts in lines if row.better != "higher")
     if comparison is None:
         for cost, dense in plan.dense_costs.items():

@@ -11,7 +11,7 @@ from spectrim.network.printing import count
 from spectrim.report.charts import ASIDE, Axis, Chart, Dot, Polyline, cost_title
 from spectrim.report.machine import machine_facts
 from spectrim.report.origin import Origin
-from spectrim.report.page import Written, style, template
+from spectrim.report.page import Written
 from spectrim.report.side_page import LABELS, changes
 from spectrim.report.words import glossary
 from spectrim.selection.front import Sweep
@@ -57,8 +57,8 @@ class SweepPage(Written):
             ("And against measured time" if number else "What is lost at every size", front_chart(sweep, cost), caption)
             for number, cost in enumerate(dict.fromkeys(costs))
         ]
-        return template("networks.html.jinja").render(
-            title=self.title, kind="sweep", origin=self.origin, css=style(), notes=[*sweep.sentences, *self.notes],
+        return self._rendered(
+            "networks.html.jinja", kind="sweep by Spectrim", notes=[*sweep.sentences, *self.notes],
             said=f"{count(len(sweep), 'network')}, {best} on the front: no other one is as cheap and as good.",
             curves=curves if len(sweep) else [], heads=heads, lines=lines,
             legend="* on the front. Percentages beside costs are of the dense network.",

@@ -8,10 +8,10 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DistributedSampler
@@ -102,19 +102,24 @@ class Loop:
         self._masked = self._mixed()
         self._decoupled = bool(self._optimizer.defaults.get("decoupled_weight_decay", False))
 
-        self.epoch = self.step = 0
-        self._batch = 0  # batches done in the current epoch
+        # As a checkpoint says it.
+        self._done = resume.CheckpointRecord({}, 0, 0, 0, 0.0, (), (None, None), resume.OptimizerRecord({}, []))
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.devices.device)
-        self._history: list[EpochRecord] = []
         self._best: dict[str, Tensor] = {}
-        self._best_metric: float | None = None
-        self._best_epoch: int | None = None
-        self._seconds = 0.0
         with randomness.seeded(recipe.seed):
             self._random = self._epoch_random = randomness.capture()
-        self._start = resume.magnitudes(resume.model_tensors(model)) if self.checkpoint is not None else {}
-        if self.checkpoint is not None and self.checkpoint.exists():
-            self._resume(self.checkpoint)
+        if self.checkpoint is not None:
+            self._done.start = resume.magnitudes(resume.model_tensors(model))
+            if self.checkpoint.exists():
+                self._resume(self.checkpoint)
+
+    @property
+    def epoch(self) -> int:
+        return self._done.epoch
+
+    @property
+    def step(self) -> int:
+        return self._done.step
 
     def _made_optimizer(self) -> torch.optim.Optimizer:
         """The recipe's optimizer, at its rate of learning; weights of pairs whose product decays have a group apart."""
@@ -148,7 +153,8 @@ class Loop:
         total = None if self.steps_per_epoch is None else until * self.steps_per_epoch
         if self.checkpoint is not None and self.devices.main and self.epoch < until:
             resume.check_checkpoint_place(self.checkpoint)
-        with self._ready(), training_bar(total, done=self.step, shown=self._shown()) as update:
+        shown = self.progress if self.devices.main else False
+        with self._ready(), training_bar(total, done=self.step, shown=shown) as update:
             while self.epoch < until:
                 self._run_epoch(update)
         if self.epoch == self.recipe.epochs and self.recipe.keep == "best" and self._best:
@@ -157,13 +163,12 @@ class Loop:
 
     def result(self) -> TrainingResult:
         """What was reached so far."""
-        return TrainingResult(
-            tuple(self._history), self._best_metric, self._best_epoch, self.epoch, self.step, self._seconds
-        )
+        done = self._done
+        return TrainingResult(done.history, *done.best, done.epoch, done.step, done.seconds)
 
     def _run_epoch(self, update: Update) -> None:
-        here = self._random
-        if self._batch:
+        here, done = self._random, self._done
+        if done.batch:
             randomness.restore(self._epoch_random, self.batches)
         else:
             self._epoch_random = randomness.capture(self.batches)
@@ -171,7 +176,7 @@ class Loop:
             if hasattr(owner, "set_epoch"):
                 cast(Any, owner).set_epoch(self.first_epoch + self.epoch)
         iterator = iter(self.batches)
-        if self._batch:
+        if done.batch:
             self._skip(iterator)
             randomness.restore(here, self.batches)
         for batch in iterator:
@@ -181,7 +186,7 @@ class Loop:
                 self._check_finite()
                 self._save()
             update(self.step, f"epoch {self.epoch + 1}")
-        if not self._batch:
+        if not done.batch:
             raise ValueError(
                 f"batches gave nothing in epoch {self.epoch + 1}. It must be iterable again for every epoch, as a list "
                 "or a DataLoader is and a generator is not"
@@ -211,26 +216,27 @@ class Loop:
             layer.settle()
         if self.after_step is not None:
             self.after_step(self.model)
-        self.step += 1
-        self._batch += 1
+        self._done.step += 1
+        self._done.batch += 1
 
     def _finish_epoch(self) -> None:
         self._check_finite()
-        loss = self.devices.mean(self._loss_sum) / self._batch
-        self.epoch += 1
-        metric = None
-        due = self.epoch % self.recipe.evaluate_every == 0 or self.epoch == self.recipe.epochs
+        done, metric = self._done, None
+        loss = self.devices.mean(self._loss_sum) / done.batch
+        done.epoch += 1
+        due = done.epoch % self.recipe.evaluate_every == 0 or done.epoch == self.recipe.epochs
         if self.evaluate is not None and due:
             metric = self._measure(self.evaluate)
-            if self._best_metric is None or metric > self._best_metric:
-                self._best_metric, self._best_epoch = metric, self.epoch
+            best, _ = done.best
+            if best is None or metric > best:
+                done.best = metric, done.epoch
                 if self.recipe.keep == "best":
                     tensors = resume.model_tensors(self.model)
                     self._best = {name: t.detach().cpu().clone() for name, t in tensors.items()}
         rate = float(self._optimizer.param_groups[0]["lr"])
-        self._history.append(EpochRecord(self.epoch, loss, rate, metric))
-        log.info("epoch %d of %d: loss %.4g, metric %s", self.epoch, self.recipe.epochs, loss, metric)
-        self._batch = 0
+        done.history += (EpochRecord(done.epoch, loss, rate, metric),)
+        log.info("epoch %d of %d: loss %.4g, metric %s", done.epoch, self.recipe.epochs, loss, metric)
+        done.batch = 0
         self._loss_sum.zero_()
         self._save()
 
@@ -250,17 +256,17 @@ class Loop:
             )
 
     def _skip(self, iterator: Any) -> None:
-        for done in range(self._batch):
+        for number in range(self._done.batch):
             if next(iterator, None) is None:
                 raise CheckpointError(
-                    f"{self.checkpoint}: stopped after batch {self._batch} of epoch {self.epoch + 1}, but batches "
-                    f"ended after {done}: the data differ from those of the stopped run"
+                    f"{self.checkpoint}: stopped after batch {self._done.batch} of epoch {self.epoch + 1}, but batches "
+                    f"ended after {number}: the data differ from those of the stopped run"
                 )
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
         """Modes, teacher and generators for training; everything as before on leaving."""
-        self._started = time.perf_counter() - self._seconds
+        self._started = time.perf_counter() - self._done.seconds
         attached: Any = self.after_step if hasattr(self.after_step, "attach") else None
         with randomness.generators_kept(), modes_kept(self.model):
             self.model.train()
@@ -268,7 +274,7 @@ class Loop:
                 for _, norm in batch_norms(self.model):
                     norm.eval()
             self._optimizer.zero_grad()
-            randomness.restore(self._random, None if self._batch else self.batches)
+            randomness.restore(self._random, None if self._done.batch else self.batches)
             try:
                 if attached is not None:
                     attached.attach(self._optimizer)
@@ -278,12 +284,9 @@ class Loop:
             finally:
                 if attached is not None:
                     attached.detach()
-                self._seconds = time.perf_counter() - self._started
+                self._done.seconds = time.perf_counter() - self._started
                 self._random = randomness.capture(self.batches)
                 cut_graphs(self.model)
-
-    def _shown(self) -> bool | None:
-        return self.progress if self.devices.main else False
 
     def _hooks(self) -> tuple[tuple[str, Any], ...]:
         """Those that may have a state, by their names in checkpoints."""
@@ -296,7 +299,8 @@ class Loop:
     def _save(self) -> None:
         if self.checkpoint is None or not self.devices.main:
             return
-        optimizer, values = resume.optimizer_tensors(self._optimizer)
+        done = self._done
+        optimizer, done.optimizer = resume.optimizer_tensors(self._optimizer)
         parts = {
             "model": resume.model_tensors(self.model),
             "optimizer": optimizer,
@@ -308,21 +312,11 @@ class Loop:
         for name, hook in self._hooks():
             if hasattr(hook, "state_dict"):
                 parts[name] = hook.state_dict()
-        record = {
-            "run": self._record(),
-            "start": self._start,
-            "epoch": self.epoch,
-            "batch": self._batch,
-            "step": self.step,
-            "seconds": max(0.0, time.perf_counter() - self._started),
-            "history": [asdict(r) for r in self._history],
-            "best": [self._best_metric, self._best_epoch],
-            "optimizer": values,
-        }
-        if self.steps_per_epoch is not None and self.step != self.epoch * self.steps_per_epoch + self._batch:
-            record["uneven"] = True
+        done.run, done.seconds = self._record(), max(0.0, time.perf_counter() - self._started)
+        per_epoch = self.steps_per_epoch
+        done.uneven = per_epoch is not None and done.step != done.epoch * per_epoch + done.batch
         flat = {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
-        resume.write_checkpoint(self.checkpoint, flat, record)
+        resume.write_checkpoint(self.checkpoint, flat, msgspec.to_builtins(done, enc_hook=float))  # as numpy's numbers
 
     def _resume(self, path: Path) -> None:
         """Put back what a checkpoint holds, when all of it has been looked at: an error leaves everything as it was."""
@@ -346,7 +340,7 @@ class Loop:
         self._resume_hooks(parts, path)
         # It may also be where the run is: what a call before this one has trained.
         been = [record.start, *(resume.magnitudes(each) for each in (parts["model"], best) if each)]
-        elsewhere = [resume.apart(self._start, each) for each in been]
+        elsewhere = [resume.apart(self._done.start, each) for each in been]
         if all(elsewhere):
             warnings.warn(
                 f"{path}: its run began with other weights than the model has now, in {elsewhere[0]!r}: the model gets "
@@ -355,9 +349,8 @@ class Loop:
             )
         resume.copy_tensors(self.model, parts["model"], str(path))
         self._optimizer.load_state_dict(state)
-        self.epoch, self._batch, self.step = record.epoch, record.batch, record.step
-        self._history, (self._best_metric, self._best_epoch) = list(record.history), record.best
-        self._best, self._seconds, self._start = best, record.seconds, record.start or self._start
+        record.start = record.start or self._done.start
+        self._best, self._done = best, record
         self._random, self._epoch_random = parts["random"], parts["epoch_random"]
         self._loss_sum.copy_(parts["loss"]["sum"])
         log.info("%s: goes on from epoch %d, step %d", path, self.epoch, self.step)

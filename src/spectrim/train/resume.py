@@ -200,8 +200,8 @@ def _finite(tensor: Tensor) -> bool:
     return not (tensor.is_floating_point() or tensor.is_complex()) or bool(torch.isfinite(tensor).all())
 
 
-def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State of an optimizer as tensors ``index/name`` and JSON values.
+def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], OptimizerRecord]:
+    """State of an optimizer as tensors ``index/name``, and what it keeps beside them.
 
     Raises TypeError if the state holds anything else, which no checkpoint could restore.
     """
@@ -220,7 +220,7 @@ def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str
                     "holds tensors, numbers and text. Train without checkpoint or with another optimizer"
                 )
     groups = [{k: v for k, v in g.items() if isinstance(v, bool | int | float)} for g in state["param_groups"]]
-    return tensors, {"values": values, "groups": groups}
+    return tensors, OptimizerRecord(values, groups)
 
 
 def _place(key: str, weights: int, source: str) -> tuple[int, str]:
