@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from types import NoneType
 from typing import Any
 
@@ -61,6 +61,8 @@ class Prepared:
     dense_latency: float | None = None
     # How many rows the statistics rest on, and which are data.
     sampling: Sampling = Sampling()  # noqa: RUF009 (frozen)
+    # What methods offer, as it becomes known.
+    curves: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 def sites_of(

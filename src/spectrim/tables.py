@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from spectrim.cost import counted
@@ -30,6 +30,13 @@ from spectrim.selection.candidates import Candidates, Option, Row, TableRows
 
 log = logging.getLogger(__name__)
 
+Asked = Callable[[Method, Site], Curve]
+"""How a method is asked what it offers at a site."""
+
+
+def _own_curve(method: Method, site: Site) -> Curve:
+    return method.curve(site)
+
 
 @reports
 @called_as("Write tabulate(sites, methods), with the sites of find or calibrate", sites=Sites)
@@ -42,6 +49,7 @@ def tabulate(
     costs: Mapping[str, counted.Cost] | None = None,
     guard: bool = False,
     dear: bool = False,
+    curve: Asked = _own_curve,
     progress: Progress | bool | None = None,
 ) -> Candidates:
     """What every method would lose and cost at every site, as one table.
@@ -65,6 +73,8 @@ def tabulate(
         Drop options that are measured no faster than dense. Needs ``latency``.
     dear
         Keep options that save nothing in any cost.
+    curve
+        How a method is asked for a site; :meth:`Method.curve` by default.
     progress
         True for a bar, or a function called with what is being done, how much of it is done, and how much there is.
 
@@ -90,7 +100,7 @@ def tabulate(
     chosen = [method for method in chosen if sites.tied or method.takes is not Tied]
     network = Network(sites, counted.known(sites, costs), chosen, latency, dense_latency)
     facts = latency.facts() if latency is not None else {}
-    rows_of = list(_offers(sites, chosen, facts, told(progress)))
+    rows_of = list(_offers(sites, chosen, facts, curve, told(progress)))
     unit = _unit(curve for _, curves in rows_of for _, curve in curves)
     offered = [[pair for _, curve in curves for pair in _worth(network, site, curve, dear)] for site, curves in rows_of]
     network.prepare(
@@ -146,22 +156,24 @@ def _every(sites: Sites, methods: Sequence[Method]) -> list[Site]:
 
 
 def _offers(
-    sites: Sites, methods: Sequence[Method], facts: Mapping[str, Any], tell: Progress
+    sites: Sites, methods: Sequence[Method], facts: Mapping[str, Any], curve: Asked, tell: Progress
 ) -> Iterator[tuple[Site, list[tuple[Method, Curve]]]]:
     """The rows of a table: sites, groups and coupled channels with what is on offer there."""
     every = _every(sites, methods)
     for done, site in enumerate(every):
-        curves = _curves(site, methods, facts)
+        curves = _curves(site, methods, facts, curve)
         # A group that no method can join is nothing to choose.
         if not isinstance(site, Group | Channels) or any(curve.choices for _, curve in curves):
             yield site, curves
         tell("tabulate", done + 1, len(every))
 
 
-def _curves(site: Site, methods: Sequence[Method], facts: Mapping[str, Any]) -> list[tuple[Method, Curve]]:
+def _curves(
+    site: Site, methods: Sequence[Method], facts: Mapping[str, Any], curve: Asked = _own_curve
+) -> list[tuple[Method, Curve]]:
     """What the methods that are for such a site offer there, for a machine of these facts."""
     with counted.made_for(facts), shared():
-        return [(method, method.curve(site)) for method in methods if isinstance(site, method.takes)]
+        return [(method, curve(method, site)) for method in methods if isinstance(site, method.takes)]
 
 
 def _unit(curves: Iterable[Curve]) -> str:

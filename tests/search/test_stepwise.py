@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 
 import pytest
@@ -14,11 +15,13 @@ from spectrim.cost.counted import parameters
 from spectrim.cost.latency import Latency
 from spectrim.cost.whole import Network
 from spectrim.errors import InfeasibleBudgetError
-from spectrim.network.sites import Sites
+from spectrim.methods import Curve
+from spectrim.network.sites import Layer, Sites
 from spectrim.nn.flops import WorkCounter
 from spectrim.nn.surgery import parameter_count, size_in_bytes
 from spectrim.nn.watch.batches import evaluating
 from spectrim.pipeline import output_error
+from spectrim.search.remaining import Curves
 from spectrim.search.stepwise import Judging, OutOfTimeError, select_in_steps
 from spectrim.selection.plan import Plan
 from tests.cases import one_thread
@@ -222,6 +225,32 @@ def test_a_cost_that_the_network_does_not_have_may_be_limited() -> None:
     assert [entry.choice for entry in plan] == [entry.choice for entry in plain]
     with pytest.raises(ValueError, match="the dense network has no joules that a budget could limit"):
         select_in_steps(sites, [FILTERS], st.Budget(joules=0.5), costs={"joules": lambda specs: 0.0})
+
+
+def test_no_layer_is_asked_twice_with_the_same_channels_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: collections.Counter[tuple[str, bytes]] = collections.Counter()
+    own = st.ActivationSVD.curve
+
+    def curve(self: st.ActivationSVD, site: Layer) -> Curve:
+        asked[site.name, site.weight.numpy().tobytes()] += 1
+        return own(self, site)
+
+    methods = [FILTERS, st.ActivationSVD(multiple_of=1)]
+    model, batches, sites = calibrated("depthwise")
+    fresh, _ = select_in_steps(sites, methods, st.Budget(macs=0.5))
+    monkeypatch.setattr(st.ActivationSVD, "curve", curve)
+    curves: Curves = {}
+    for kept in (0.6, 0.6, 0.5):
+        plan, _ = select_in_steps(sites, methods, st.Budget(macs=kept), curves=curves)
+    assert asked.total() == len(curves) - len(sites.couplings) > len(sites)
+    assert set(asked.values()) == {1}
+    assert plan.to_json() == fresh.to_json()
+
+    # Several plans are made for the file's size, and for each set of methods.
+    asked.clear()
+    result = st.compress(model, batches, "bytes=190%", methods=methods)  # of which the header is most
+    assert any(entry.of_channels and not entry.choice.is_dense for entry in result.plan)
+    assert set(asked.values()) == {1}
 
 
 def test_where_time_ends_the_plan_that_was_found_is_kept() -> None:

@@ -13,6 +13,7 @@ from spectrim.pipeline.making import Making
 from spectrim.preparation import Prepared
 from spectrim.search.arms import Arm
 from spectrim.search.floors import Floor
+from spectrim.search.remaining import asked_once
 from spectrim.search.stepwise import BY_TABLE, Judging
 from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates
@@ -60,6 +61,7 @@ class Tables:
         if missing:
             priced = self.making.priced(self.prepared)
             priced["progress"] = trial.ending(priced["progress"])
-            table = tabulate(self.sites(arm), list(missing.values()), **priced)
+            curve = asked_once(self.prepared.curves, {})
+            table = tabulate(self.sites(arm), list(missing.values()), curve=curve, **priced)
             self._known |= {(arm.groups, name): parted(table, name) for name in missing}
         return merged([self._known[arm.groups, name] for name in wanted])

@@ -90,6 +90,7 @@ def drafted(
                 limits,
                 selector=making.selector,
                 table=table,
+                curves=prepared.curves,
                 trial=dataclasses.replace(trial, judge=judged),
                 **priced,
             )

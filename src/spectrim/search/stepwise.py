@@ -29,16 +29,16 @@ from spectrim.linalg.bisection import last_number
 from spectrim.methods import Method
 from spectrim.network.choices import DENSE, ChannelsChoice, Choice
 from spectrim.network.coupling import Coupling
-from spectrim.network.narrowing import narrowed
 from spectrim.network.printing import count
 from spectrim.network.sites import Sites
 from spectrim.progress import Progress, reports, silent, told
 from spectrim.search import entries
+from spectrim.search.remaining import Curves, Remaining, asked_once
 from spectrim.selection.budget import Budget, BudgetLike
 from spectrim.selection.candidates import Candidates, Option, Row
 from spectrim.selection.plan import Plan
 from spectrim.selection.selectors import Selector, exact, select
-from spectrim.tables import merged, parted, tabulate
+from spectrim.tables import tabulate
 
 log = logging.getLogger(__name__)
 
@@ -111,6 +111,7 @@ def select_in_steps(
     costs: Mapping[str, Cost] | None = None,
     guard: bool = False,
     table: Candidates | None = None,
+    curves: Curves | None = None,
     trial: Judging = BY_TABLE,
     progress: Progress | bool | None = None,
 ) -> tuple[Plan, Candidates]:
@@ -131,6 +132,8 @@ def select_in_steps(
         As for :func:`spectrim.tabulate`.
     table
         What an earlier call returned for the same sites and methods, to choose under another budget.
+    curves
+        What methods offer, as earlier calls for these sites have found it; more is added.
     trial
         How plans are compared where several methods are mixed; by default by what they predict that they lose.
 
@@ -155,10 +158,11 @@ def select_in_steps(
             f"layers that share factors ({next(iter(sites.groups))!r}) would lose different channels: remove channels "
             "without groups, or share factors in the network that is left"
         )
+    curves = {} if curves is None else curves
     if table is None:
         table = tabulate(
             sites, methods, latency=latency, dense_latency=dense_latency, costs=costs, guard=guard,
-            progress=trial.ending(told(progress)),
+            curve=asked_once(curves, {}), progress=trial.ending(told(progress)),
         )  # fmt: skip
     network = Network(sites, known(sites, costs), methods, latency, dense_latency)
     dense = network.cost()
@@ -175,9 +179,12 @@ def select_in_steps(
         fits = _fits(network.cost(picks), limits)
         return picks if fits else _within(_around(table, network, picks), limits, selector, network)
 
+    remaining = Remaining(table, others, network, guard, curves)
+
     def finished(picks: Picks, progress: Progress = silent) -> Plan:
+        left = remaining.after(_removals(picks), progress) if others else None
         try:
-            return _finished(picks, table, others, network, limits, selector, guard, progress)
+            return _finished(picks, table, left, network, limits, selector)
         except InfeasibleBudgetError as error:
             # What is left after the removals is no dense network.
             raise error.of(dense[error.cost]) from None
@@ -353,18 +360,15 @@ def _removals(picks: Picks) -> dict[str, ChannelsChoice]:
 def _finished(
     picks: Picks,
     table: Candidates,
-    others: Sequence[Method],
+    left: Candidates | None,
     network: Network,
     limits: Costs,
     selector: Selector,
-    guard: bool,
-    progress: Progress,
 ) -> Plan:
-    """The plan of the layers that remain, and of the removals."""
+    """The plan of the layers that remain, from a table of what is ``left`` if there is one, and of the removals."""
     removals = _removals(picks)
-    if others:
-        remaining = _remaining(removals, table, others, network, guard, progress)
-        plan = select(remaining, Budget.absolute(limits), selector)
+    if left is not None:
+        plan = select(left, Budget.absolute(limits), selector)
         of_layers = [dataclasses.replace(e, dense_costs=network.row(e.site)) for e in plan]
     else:
         plan = Plan((), network.cost(picks), {}, limits, facts=table.facts)
@@ -387,25 +391,6 @@ def _finished(
         unit=table.unit,
         loss=sum(losses),
         methods={**plan.methods, **methods},
-    )
-
-
-def _remaining(
-    removals: Mapping[str, ChannelsChoice],
-    table: Candidates,
-    others: Sequence[Method],
-    network: Network,
-    guard: bool,
-    progress: Progress,
-) -> Candidates:
-    """What the other methods offer in the layers that remain."""
-    if not removals:
-        return merged([parted(table, method.name) for method in others])
-    left = narrowed(network.sites, {name: choice.kept for name, choice in removals.items()})
-    # What is no layer takes the time that it takes in the whole network.
-    time = network.cost(removals).get("latency")
-    return tabulate(
-        left, others, latency=network.latency, dense_latency=time, costs=network.costs, guard=guard, progress=progress
     )
 
 
