@@ -248,7 +248,7 @@ def test_no_layer_is_asked_twice_with_the_same_channels_left_to_it(monkeypatch: 
 
     # Several plans are made for the file's size, and for each set of methods.
     asked.clear()
-    result = st.compress(model, batches, "bytes=190%", methods=methods)  # of which the header is most
+    result = st.compress(model, batches, st.Budget.absolute({"bytes": 4200}), methods=methods)
     assert any(entry.of_channels and not entry.choice.is_dense for entry in result.plan)
     assert set(asked.values()) == {1}
 
