@@ -76,8 +76,9 @@ class Program(TyperGroup):
     def main(self, args: Sequence[str] | None = None, *more: Any, standalone_mode: bool = True, **named: Any) -> Any:
         if not standalone_mode:
             return super().main(args, *more, standalone_mode=False, **named)
+        given = sys.argv[1:] if args is None else args
         try:
-            _check_texts(sys.argv[1:] if args is None else args)
+            _check_texts(given)
             code = super().main(args, *more, standalone_mode=False, **named)
         except _Unread as error:
             if type(error).__name__ == "NoArgsIsHelpError":  # of click and of what typer holds of it
@@ -85,10 +86,10 @@ class Program(TyperGroup):
                 sys.exit(error.exit_code)
             path = error.ctx.command_path if error.ctx is not None else "spectrim"
             # On one line and without a full stop.
-            said = " ".join(_quoted(error, sys.argv[1:] if args is None else args).split()).rstrip(".")
+            said = " ".join(_quoted(error, given).split()).rstrip(".")
             see = " See" if said.endswith("?") else "; see"
             print(f"spectrim: error: {said}{see} {path} --help", file=sys.stderr)
-            if "--json" in (sys.argv[1:] if args is None else args):
+            if "--json" in given:
                 document = {"type": "UsageError", "message": said, "exit_code": error.exit_code}
                 print(json.dumps({"error": document}, indent=1))
             sys.exit(error.exit_code)

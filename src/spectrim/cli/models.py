@@ -172,12 +172,13 @@ def _place(reference: Reference) -> str:
     return reference.place
 
 
-def _registered(reference: Reference, package: str, folder: str) -> None:
+def _registered(reference: Reference) -> None:
     """Refuse a name that no model in an installed package has, by what its files register."""
+    package = reference.scheme
     name, root = _place(reference), installed(package, reference, package)
     if root is None or ":" in name or "/" in name:  # of a hub, or a folder
         return
-    text = "\n".join(file.read_text(encoding="utf-8") for file in sorted(root.joinpath(folder).rglob("*.py")))
+    text = "\n".join(file.read_text(encoding="utf-8") for file in sorted(root.joinpath("models").rglob("*.py")))
     found = re.findall(r"^@register_model(?:\(\s*(?:name\s*=\s*\"(\w+)\")?\s*\))?.*?^def (\w+)\(", text, re.M | re.S)
     names = [named or function for named, function in found]
     base = name.partition(".")[0]
@@ -318,12 +319,12 @@ def _class_of(config: Any, transformers: Any, reference: Reference) -> Any:
 
 SCHEMES: Mapping[str, Scheme] = {
     "timm": Scheme(
-        _timm, lambda reference: _registered(reference, "timm", "models"), "pretrained", "import timm",
+        _timm, _registered, "pretrained", "import timm",
         "timm.create_model({place!r}, pretrained=False{options})",
     ),
     "torchvision": Scheme(
-        _torchvision, lambda reference: _registered(reference, "torchvision", "models"), "weights",
-        "import torchvision", "torchvision.models.get_model({place!r}, weights=None{options})",
+        _torchvision, _registered, "weights", "import torchvision",
+        "torchvision.models.get_model({place!r}, weights=None{options})",
     ),
     "hf": Scheme(
         _transformers, _check_hub, "", "from transformers import AutoConfig, {kind}",

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from spectrim.cli.references import UsageError
 from spectrim.errors import SpectrimError
 from spectrim.network.printing import Grid
-from spectrim.progress import bars, switched
+from spectrim.progress import bars, silent, switched
 
 _PIPE = 160
 """Columns where nobody looks: a pipe has no width, and folded names are not what a reader greps for."""
@@ -35,10 +35,7 @@ def usage(option: str = "") -> Iterator[None]:
 
 def terminal_columns(stream: TextIO) -> int:
     """How many columns there are: of the terminal, of ``COLUMNS`` elsewhere if it is set, or as many as one likes."""
-    if stream.isatty():
-        return shutil.get_terminal_size().columns
-    stated = os.environ.get("COLUMNS", "")
-    return int(stated) if stated.isdigit() and int(stated) > 0 else _PIPE
+    return shutil.get_terminal_size((80 if stream.isatty() else _PIPE, 24)).columns
 
 
 @dataclass
@@ -122,7 +119,7 @@ class Output:
     def progress(self) -> Iterator[Callable[[str, int, int | None], None]]:
         """A function ``(what, done, total)`` that draws bars on a terminal, and writes lines elsewhere."""
         if not self.shows:
-            yield lambda what, done, total: None
+            yield silent
             return
         with bars() as report:
             yield report

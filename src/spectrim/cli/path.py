@@ -132,15 +132,14 @@ def _draw(found: Mapping[str, Any], cost: str, file: Path) -> None:
 
 
 def _print(out: Output, found: Mapping[str, Any]) -> None:
-    from spectrim.report import show
-    from spectrim.selection.budget import UNITS
+    from spectrim.report.charts import cost_text
 
     dense, points = found["dense"], found["points"]
     limited = {cost for point in points for cost in point["budget"]}
     shown = [cost for cost in dense["costs"] if cost in {"macs", "parameters", *limited}]
 
     def numbers(costs: Mapping[str, float]) -> list[str]:
-        return [show(costs[cost], UNITS.get(cost, "")) for cost in shown]
+        return [cost_text(cost, costs[cost]) for cost in shown]
 
     def cells(costs: Mapping[str, float]) -> list[str]:
         shares = (f"{costs[cost] / dense['costs'][cost]:>6.1%}" for cost in shown)

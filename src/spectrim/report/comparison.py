@@ -16,7 +16,7 @@ from spectrim.nn.surgery import parameter_count
 from spectrim.nn.timing import Runtime, Speed, Timing, Told, measure_latency, peak_memory, runtime_of, same_layers
 from spectrim.nn.watch.batches import Feed
 from spectrim.report.machine import machine_facts
-from spectrim.report.measures import Evaluate, Score, as_mapping, counted_macs, file_size, inputs
+from spectrim.report.measures import Evaluate, Score, counted_macs, file_size, inputs
 
 if TYPE_CHECKING:
     from spectrim.report.side_by_side import SideBySide
@@ -304,7 +304,7 @@ def measure(
 
 
 def _samples(model: nn.Module, example: Any) -> int:
-    return Feed().decide(model, as_mapping(example)).layout.size(as_mapping(example))
+    return Feed().decide(model, example).layout.size(example)
 
 
 def _measure(
@@ -334,6 +334,6 @@ def _measure(
     return {name: tuple(measured) for name, measured in lines.items()}, timings
 
 
-def _facts(threads: int | None, runtime: Runtime | str = "eager") -> dict[str, str]:
+def _facts(threads: int | None, runtime: Runtime | str) -> dict[str, str]:
     facts = {**machine_facts(), **({"threads": str(threads)} if threads is not None else {})}
     return facts | {name: str(value) for name, value in runtime_of(runtime).facts().items()}

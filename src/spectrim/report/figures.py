@@ -64,11 +64,6 @@ def write_figure(figure: Figure, file: Path) -> None:
             figure.savefig(scratch, dpi=200, metadata={"CreationDate": None} if file.suffix == ".pdf" else None)
 
 
-def path_end(name: str, length: int) -> str:
-    """The end of a module's path, where paths differ."""
-    return name if len(name) <= length else "\u2026" + name[-(length - 1) :]
-
-
 @contextmanager
 def blank_figure(width: float, height: float) -> Iterator[Any]:
     """A figure of so many inches, in the style that all have."""

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from spectrim.nn.counting import file_size as file_size
@@ -60,8 +59,8 @@ def accuracy(model: nn.Module, batches: Iterable[Any]) -> Score:
     right = seen = 0
     with observe(model, forward=feed) as run:
         for batch in batches:
-            if isinstance(batch, Mapping) or hasattr(batch, "keys"):
-                labels = batch["labels"] if "labels" in list(batch.keys()) else None
+            if isinstance(batch, Mapping):
+                labels = batch.get("labels")
             else:
                 labels = batch[-1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
             if not isinstance(labels, Tensor):
@@ -103,18 +102,13 @@ def counted_macs(model: nn.Module, example: Any) -> float:
     """Multiply-accumulates for one sample, as :func:`spectrim.nn.counting.counting` counts them."""
     from spectrim.nn.counting import counting
 
-    feed = Feed().decide(model, as_mapping(example))
+    feed = Feed().decide(model, example)
     with counting(model) as work, observe(model, forward=feed) as run:
-        run(as_mapping(example))
-    return work.macs / feed.layout.size(as_mapping(example))
+        run(example)
+    return work.macs / feed.layout.size(example)
 
 
 def inputs(model: nn.Module, example: Any) -> Any:
     """What to pass to a model, on its device: a tuple of arguments or a dict."""
     args, kwargs = arguments(model, example)
     return kwargs or args
-
-
-def as_mapping(example: Any) -> Any:
-    """Token batches behave as mappings without being one."""
-    return dict(example) if hasattr(example, "values") and not isinstance(example, torch.Tensor) else example

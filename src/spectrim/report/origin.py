@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from spectrim.nn.agreement import Agreement
     from spectrim.report.comparison import Comparison
 
-_BLOCK = 2**20
 _LOAD = """import spectrim
 dense = ...  # the network as it was made before compression; its weights do not matter
 model = spectrim.load(dense, "model.safetensors")"""
@@ -59,8 +58,7 @@ class Part:
             if path.is_dir():
                 digest.update(os.fsencode(file.relative_to(path).as_posix()) + b"\0")
             with file.open("rb") as stream:
-                while block := stream.read(_BLOCK):
-                    digest.update(block)
+                hashlib.file_digest(stream, lambda: digest)
         return cls(role, name, digest.hexdigest(), "the file" if not path.is_dir() else f"{len(files):,} files")
 
     @classmethod

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spectrim.report.figures import MUTED, path_end
+from spectrim.network.printing import tail
+from spectrim.report.figures import MUTED
 from spectrim.selection.figures import CHOSEN, DENSE, INK, PLANNED, cost_label
 from spectrim.selection.trajectory import Record, Trajectory
 
@@ -47,7 +48,7 @@ def heat_map(figure: Figure, axes: Axes, trajectory: Trajectory) -> None:
     axes.set_ylim(len(sites) - 0.5, -0.5)
     axes.hlines(np.arange(len(sites) - 1) + 0.5, 0.5, len(records) + 0.5, color="white", lw=0.5)
     size = 7 if len(sites) <= 12 else 5.8
-    axes.set_yticks(range(len(sites)), [path_end(name, 34) for name in sites], fontsize=size)
+    axes.set_yticks(range(len(sites)), [tail(name, 34) for name in sites], fontsize=size)
     axes.tick_params(axis="both", length=0, labelbottom=False)
     last = axes.secondary_yaxis("right")
     last.set_yticks(range(len(sites)), _last(trajectory), fontsize=size)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spectrim.network.files import replacing
-from spectrim.report.figures import MUTED, Measured, blank_figure, error_bars, path_end
+from spectrim.network.printing import tail
+from spectrim.report.figures import MUTED, Measured, blank_figure, error_bars
 from spectrim.report.rank_panels import (
     MU,
     check_recorded,
@@ -168,7 +169,7 @@ def _bars(axes: Axes, trajectory: Trajectory) -> Any:
     axes.set_xlim(-0.7, len(at) - 0.3)
     axes.set_ylim(0, 1.02 * max(trajectory.full))
     named = at[:: math.ceil(len(at) / _NAMES)]
-    axes.set_xticks(named, [path_end(trajectory.sites[number], 24) for number in named],
+    axes.set_xticks(named, [tail(trajectory.sites[number], 24) for number in named],
                     fontsize=7 if len(at) <= 12 else 6, rotation=0 if len(at) <= 5 else 90)  # fmt: skip
     axes.tick_params(axis="x", length=0)
     axes.set_ylabel("rank")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from spectrim.report.figures import blank_figure, path_end
+from spectrim.network.printing import tail
+from spectrim.report.figures import blank_figure
 from spectrim.selection.figures import DENSE, PLANNED, gridded
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def recommended_widths(channels: Mapping[str, int], widths: Mapping[str, Mapping
                 [sizes[name] for name in names], at, "D", ms=4.2, color=colour, mec="white", mew=0.5, ls="none",
                 label=recipe, zorder=3,
             )  # fmt: skip
-        axes.set_yticks(at, [path_end(name, 38) for name in names], fontsize=7 if len(names) <= 40 else 6.2)
+        axes.set_yticks(at, [tail(name, 38) for name in names], fontsize=7 if len(names) <= 40 else 6.2)
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlim(0, 1.03 * max(channels.values(), default=1))
         axes.set_xlabel("channels")

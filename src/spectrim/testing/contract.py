@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import msgspec
 import torch
@@ -12,11 +15,11 @@ from torch import Tensor, nn
 
 from spectrim.cost.counted import parameters
 from spectrim.errors import MissingMomentsError
-from spectrim.linalg.unfold import unfoldings
+from spectrim.linalg.unfold import Unfolding, unfoldings
 from spectrim.methods.base import Curve, LowRankMethod, Method, from_record, full_rank
 from spectrim.network.choices import Choice
 from spectrim.network.factors import Factors
-from spectrim.network.sites import Layer, Site
+from spectrim.network.sites import Site
 from spectrim.nn.build import build
 from spectrim.nn.layers import canonical
 from spectrim.testing.layers import LAYERS, small_site
@@ -70,138 +73,141 @@ def check_method(
     for kind in layers if layers is not None else LAYERS:
         for calibrated, weighted in ((False, False), (True, False), (True, True)):
             site, layer, inputs = small_site(kind, calibrated=calibrated, weighted=weighted, dtype=dtype)
-            curve = offered(method, site, calibrated=calibrated)
-            if curve is None:
-                continue
-            where = f"{method.name} on {kind} ({curve.unit})"
-            checked += check_offered(method, site, curve, _check_modules, tolerance, slack, where)
-            if isinstance(method, LowRankMethod):
-                checked += _check_full_rank(method, site, layer, inputs, where)
-    expect(checked > 0, f"{method.name} offers nothing for any of the layers")
+            tried = _OnLayer.of(method, site, kind, tolerance, slack)
+            if tried is not None:
+                checked += tried.checked() + tried.at_full_rank([layer], [inputs])
+    check_any(checked, method, "layers")
     return checked
 
 
-def offered(method: Method, site: Site, *, calibrated: bool) -> Curve | None:
-    """The curve of a site, or None if the method is for others, or needs data and says so."""
-    if not isinstance(site, method.takes):
-        return None
-    try:
-        return method.curve(site)
-    except MissingMomentsError:
-        if calibrated:
-            raise
-        return None
-
-
-def check_offered(
-    method: Method,
-    site: Site,
-    curve: Curve,
-    check_built: Callable[[Method, Site, Choice, Factors, str], None],
-    tolerance: float,
-    slack: float,
-    where: str,
-) -> int:
-    """Check a curve, and carry some of its choices out; how many."""
-    check_curve(method, site, curve, where)
-    carried_out = 0
-    for choice, error in of_every_run(curve):
-        factors = check_factors(method, site, choice, error, curve.unit, tolerance, slack, where)
-        check_built(method, site, choice, factors, where)
-        check_numel(method, site, choice, factors, where)
-        carried_out += 1
-    return carried_out
-
-
-def of_every_run(curve: Curve) -> Iterator[tuple[Choice, float]]:
-    """The first, the middle and the last choice of every run of equal settings other than the rank."""
-    runs: dict[tuple[object, ...], list[int]] = {}
-    for index, choice in enumerate(curve.choices):
-        fixed = tuple(sorted((k, v) for k, v in choice.settings.items() if isinstance(v, str)))
-        runs.setdefault((choice.kind, fixed), []).append(index)
-    for run in runs.values():
-        for index in dict.fromkeys((run[0], run[len(run) // 2], run[-1])):
-            yield curve.choices[index], curve.errors[index]
+def check_any(checked: int, method: Method, places: str) -> None:
+    """A method has been checked at all."""
+    if not checked:
+        raise AssertionError(f"{method.name} offers nothing for any of the {places}")
 
 
 def check_record(method: Method) -> None:
     """A record makes the method again."""
-    expect(from_record(method.record()) == method, f"{method.name}: from_record(record()) is another method")
+    if from_record(method.record()) != method:
+        raise AssertionError(f"{method.name}: from_record(record()) is another method")
     text = msgspec.json.encode(method.record())
-    expect(from_record(msgspec.json.decode(text)) == method, f"{method.name}: its record does not survive JSON")
+    if from_record(msgspec.json.decode(text)) != method:
+        raise AssertionError(f"{method.name}: its record does not survive JSON")
 
 
-def check_curve(method: Method, site: Site, curve: Curve, where: str) -> None:
-    """A curve is the same each time, and its errors are within 0 and 1."""
-    again = method.curve(site)
-    expect(curve.choices == again.choices and curve.errors == again.errors, f"{where}: the curve changes")
-    expect(len(curve.choices) == len(curve.errors), f"{where}: choices and errors differ in number")
-    for choice, error in zip(curve.choices, curve.errors, strict=True):
-        expect(
-            math.isfinite(error) and 0 <= error <= 1 + 1e-9,
-            f"{where}: {choice} has error {error}, expected a number within 0 and 1",
-        )
+@dataclass(frozen=True)
+class Tried(ABC):
+    """A method on a site, with what it offers there."""
 
+    method: Method
+    site: Site
+    curve: Curve
+    where: str  # for messages
+    tolerance: float
+    slack: float
 
-def check_factors(
-    method: Method, site: Site, choice: Choice, error: float, unit: str, tolerance: float, slack: float, where: str
-) -> Factors:
-    """The factors of a choice have the right shapes, lose what they should, and are the same each time."""
-    factors = method.factorize(site, choice)
-    dense = factors.dense()
-    shapes, wanted = [tuple(w.shape) for w in dense], [tuple(w.shape) for w in site.weights]
-    expect(shapes == wanted, f"{where}: {choice} stands for weights {shapes}, expected {wanted}")
-    expect(
-        all(torch.equal(a, b) for a, b in zip(dense, method.factorize(site, choice).dense(), strict=True)),
-        f"{where}: {choice} gives other factors each time",
-    )
-    measured = measured_error(site, dense, unit)
-    expect(
-        (1 - slack) * error - tolerance <= measured <= error + tolerance,
-        f"{where}: {choice} should lose {error:.6f} and loses {measured:.6f}",
-    )
-    return factors
+    @classmethod
+    def of(cls, method: Method, site: Site, name: str, tolerance: float, slack: float) -> Self | None:
+        """None if the method is for other sites, or needs data and says so."""
+        if not isinstance(site, method.takes):
+            return None
+        try:
+            curve = method.curve(site)
+        except MissingMomentsError:
+            if site.calibrated:
+                raise
+            return None
+        return cls(method, site, curve, f"{method.name} on {name} ({curve.unit})", tolerance, slack)
 
+    @abstractmethod
+    def check_built(self, choice: Choice, factors: Factors) -> None:
+        """What is built is what is announced."""
 
-def check_numel(method: Method, site: Site, choice: Choice, factors: Factors, where: str) -> None:
-    """Factors count what the costs count."""
-    plain = parameters([dataclasses.replace(spec, bias=False) for spec in method.layers(site, choice)])
-    expect(factors.numel() == plain, f"{where}: {choice} has numel() {factors.numel()}, and costs count {plain}")
+    @abstractmethod
+    def full_rank(self, how: Unfolding) -> int | None:
+        """The rank at which a choice loses nothing; None if there is none."""
 
+    def expect(self, holds: bool, otherwise: str) -> None:
+        """Raise AssertionError where something does not hold."""
+        if not holds:
+            raise AssertionError(f"{self.where}: {otherwise}")
 
-def _check_modules(method: Method, site: Site, choice: Choice, factors: Factors, where: str) -> None:
-    """What is built is what is announced."""
-    specs = method.layers(site, choice)
-    modules = {id(m): m for part in build(factors, site.layers, site.biases) for m in part.modules()}
-    leaves = [m for m in modules.values() if isinstance(m._parameters.get("weight"), Tensor)]
-    built = sorted((tuple(canonical(m)[0].shape), m.bias is not None) for m in leaves)
-    announced = sorted((spec.shape, spec.bias) for spec in specs if not spec.shared)
-    expect(built == announced, f"{where}: {choice} announces {announced} and builds {built}")
-    if all(spec.density == 1 for spec in specs):
-        stored = sum(p.numel() for m in leaves for p in m.parameters(recurse=False))
-        counted = parameters(specs)
-        expect(stored == counted, f"{where}: {choice} has {stored} parameters, and costs count {counted}")
+    def checked(self) -> int:
+        """Check the curve, and carry some of its choices out; how many."""
+        self._check_curve()
+        offers = list(self._of_every_run())
+        for choice, error in offers:
+            factors = self._factors(choice, error)
+            self.check_built(choice, factors)
+            specs = self.method.layers(self.site, choice)
+            plain = parameters([dataclasses.replace(spec, bias=False) for spec in specs])
+            said = f"{choice} has numel() {factors.numel()}, and costs count {plain}"
+            self.expect(factors.numel() == plain, said)
+        return len(offers)
 
-
-def _check_full_rank(method: LowRankMethod, site: Layer, layer: nn.Module, inputs: Tensor, where: str) -> int:
-    epsilon = torch.finfo(site.weight.dtype).eps
-    checked = 0
-    with torch.no_grad():
-        for how in unfoldings(site.spec.kernel):
-            choice = method.choice(site, how, full_rank(site.spec, how), bias=site.spec.bias)
-            (module,) = build(method.factorize(site, choice), site.layers, site.biases)
-            check_equal(module(inputs), layer(inputs), 256 * epsilon, f"{where}: {choice} should equal the layer")
+    def at_full_rank(self, layers: Sequence[nn.Module], inputs: Sequence[Tensor]) -> int:
+        """Check that choices of full rank equal the layers; how many."""
+        site, checked = self.site, 0
+        # A fit to the responses of several layers adds a jitter of 1e-12 to their moments.
+        close = max(256 * torch.finfo(site.layers[0].dtype).eps, 1e-9 if len(layers) > 1 else 0.0)
+        for how in unfoldings(site.layers[0].kernel):
+            if (rank := self.full_rank(how)) is None:
+                continue
+            maker: Any = self.method
+            choice = maker.choice(site, how, rank, bias=any(spec.bias for spec in site.layers))
+            pairs = build(maker.factorize(site, choice), site.layers, site.biases)
+            for layer, pair, x in zip(layers, pairs, inputs, strict=True):
+                with torch.no_grad():
+                    answers, expected = pair(x).double(), layer(x).double()
+                apart = float((answers - expected).abs().max() / expected.abs().max())
+                self.expect(apart < close, f"{choice} should equal the layer and is {apart:.3g} apart")
             checked += 1
-    return checked
+        return checked
+
+    def _check_curve(self) -> None:
+        """A curve is the same each time, and its errors are within 0 and 1."""
+        curve, again = self.curve, self.method.curve(self.site)
+        self.expect(curve.choices == again.choices and curve.errors == again.errors, "the curve changes")
+        self.expect(len(curve.choices) == len(curve.errors), "choices and errors differ in number")
+        for choice, error in zip(curve.choices, curve.errors, strict=True):
+            inside = math.isfinite(error) and 0 <= error <= 1 + 1e-9
+            self.expect(inside, f"{choice} has error {error}, expected a number within 0 and 1")
+
+    def _of_every_run(self) -> Iterator[tuple[Choice, float]]:
+        """The first, the middle and the last choice of every run of equal settings other than the rank."""
+        runs: dict[tuple[object, ...], list[tuple[Choice, float]]] = {}
+        for choice, error in zip(self.curve.choices, self.curve.errors, strict=True):
+            fixed = tuple(sorted((k, v) for k, v in choice.settings.items() if isinstance(v, str)))
+            runs.setdefault((choice.kind, fixed), []).append((choice, error))
+        for run in runs.values():
+            yield from (run[at] for at in dict.fromkeys((0, len(run) // 2, len(run) - 1)))
+
+    def _factors(self, choice: Choice, error: float) -> Factors:
+        """The factors of a choice have the right shapes, lose what they should, and are the same each time."""
+        factors = self.method.factorize(self.site, choice)
+        dense = factors.dense()
+        shapes, wanted = [tuple(w.shape) for w in dense], [tuple(w.shape) for w in self.site.weights]
+        self.expect(shapes == wanted, f"{choice} stands for weights {shapes}, expected {wanted}")
+        again = self.method.factorize(self.site, choice).dense()
+        self.expect(all(map(torch.equal, dense, again)), f"{choice} gives other factors each time")
+        measured = measured_error(self.site, dense, self.curve.unit)
+        holds = (1 - self.slack) * error - self.tolerance <= measured <= error + self.tolerance
+        self.expect(holds, f"{choice} should lose {error:.6f} and loses {measured:.6f}")
+        return factors
 
 
-def check_equal(answers: Tensor, expected: Tensor, close: float, should: str) -> None:
-    """Answers are those that are expected, up to a share of the largest."""
-    apart = float((answers.double() - expected.double()).abs().max() / expected.double().abs().max())
-    expect(apart < close, f"{should} and is {apart:.3g} apart")
+class _OnLayer(Tried):
+    def check_built(self, choice: Choice, factors: Factors) -> None:
+        specs, site = self.method.layers(self.site, choice), self.site
+        modules = {id(m): m for part in build(factors, site.layers, site.biases) for m in part.modules()}
+        leaves = [m for m in modules.values() if isinstance(m._parameters.get("weight"), Tensor)]
+        built = sorted((tuple(canonical(m)[0].shape), m.bias is not None) for m in leaves)
+        announced = sorted((spec.shape, spec.bias) for spec in specs if not spec.shared)
+        self.expect(built == announced, f"{choice} announces {announced} and builds {built}")
+        if all(spec.density == 1 for spec in specs):
+            stored = sum(p.numel() for m in leaves for p in m.parameters(recurse=False))
+            counted = parameters(specs)
+            self.expect(stored == counted, f"{choice} has {stored} parameters, and costs count {counted}")
 
-
-def expect(holds: bool, otherwise: str) -> None:
-    """Raise AssertionError where something does not hold."""
-    if not holds:
-        raise AssertionError(otherwise)
+    def full_rank(self, how: Unfolding) -> int | None:
+        return full_rank(self.site.layers[0], how) if isinstance(self.method, LowRankMethod) else None

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from spectrim.cost.counted import parameters
-from spectrim.linalg.unfold import unfoldings
+from spectrim.linalg.unfold import Unfolding
 from spectrim.methods.base import Method
 from spectrim.methods.joint_svd import JointSVD
 from spectrim.network.choices import Choice
 from spectrim.network.factors import Factors
-from spectrim.network.sites import Group, Site
+from spectrim.network.sites import Group
 from spectrim.nn.build import build, skeleton
 from spectrim.nn.modules import Factored, whole
 from spectrim.nn.shared import Once
-from spectrim.testing.contract import check_equal, check_offered, check_record, expect, offered
+from spectrim.testing.contract import Tried, check_any, check_record
 from spectrim.testing.layers import LAYERS, small_group
 from spectrim.testing.measures import measured_error
 
@@ -71,74 +70,49 @@ def check_joint_method(
                     weighted=statistics == "gradients",
                     dtype=dtype,
                 )
-                curve = offered(method, site, calibrated=calibrated)
-                if curve is None:
-                    continue
-                where = f"{method.name} on {name} {kind} ({curve.unit})"
-                check_built = functools.partial(_check_built, unit=curve.unit, tolerance=tolerance)
-                checked += check_offered(method, site, curve, check_built, tolerance, slack, where)
-                if isinstance(method, JointSVD) and method.share != "both" and curve.choices:
-                    checked += _check_full_rank(method, site, modules, inputs, where)
-    expect(checked > 0, f"{method.name} offers nothing for any of the groups")
+                tried = _OnGroup.of(method, site, f"{name} {kind}", tolerance, slack)
+                if tried is not None:
+                    checked += tried.checked() + tried.at_full_rank(modules, inputs)
+    check_any(checked, method, "groups")
     return checked
 
 
-def _check_built(
-    method: Method, site: Site, choice: Choice, factors: Factors, where: str, *, unit: str, tolerance: float
-) -> None:
-    """The pairs, and, of a calibrated group, what fitting the layers anew makes of them."""
-    _check_pairs(method, site, choice, factors, where)
-    if site.calibrated:
-        _check_refit(method, site, choice, factors, unit, tolerance, where)
+class _OnGroup(Tried):
+    def check_built(self, choice: Choice, factors: Factors) -> None:
+        """The pairs, and, of a calibrated group, what fitting the layers anew makes of them."""
+        self._check_pairs(choice, factors)
+        if self.site.calibrated:
+            self._check_refit(choice, factors)
 
+    def full_rank(self, how: Unfolding) -> int | None:
+        method, site = self.method, self.site
+        if isinstance(method, JointSVD) and isinstance(site, Group) and method.share != "both" and self.curve.choices:
+            return method.full_rank(site, how)
+        return None
 
-def _check_pairs(method: Method, site: Site, choice: Choice, factors: Factors, where: str) -> None:
-    specs = method.layers(site, choice)
-    pairs = build(factors, site.layers, site.biases)
-    parts = [part for pair in pairs for part in (pair if isinstance(pair, Factored) else (pair,))]
-    # What is computed once has one spec, and a module in every pair.
-    once = [part for part in parts if isinstance(part, Once)]
-    built = [_shape(part) for part in parts if part not in once[1:]]
-    announced = [(spec.shape, spec.bias) for spec in specs]
-    expect(built == announced, f"{where}: {choice} announces {announced} and builds {built}")
-    stored = sum(p.numel() for p in nn.ModuleList(pairs).parameters())
-    counted = parameters(specs)
-    expect(stored == counted, f"{where}: {choice} has {stored} parameters, and costs count {counted}")
-    bare = nn.ModuleList(skeleton(choice, site.layers))
-    sizes = [
-        {key: tuple(tensor.shape) for key, tensor in modules.state_dict().items()}
-        for modules in (nn.ModuleList(pairs), bare)
-    ]
-    expect(sizes[0] == sizes[1], f"{where}: {choice} builds {sizes[0]}, and {sizes[1]} without weights")
+    def _check_pairs(self, choice: Choice, factors: Factors) -> None:
+        specs, site = self.method.layers(self.site, choice), self.site
+        pairs = build(factors, site.layers, site.biases)
+        parts = [part for pair in pairs for part in (pair if isinstance(pair, Factored) else (pair,))]
+        # What is computed once has one spec, and a module in every pair.
+        once = [part for part in parts if isinstance(part, Once)]
+        wholes = [whole(part) for part in parts if part not in once[1:]]
+        built = [(tuple(weight.shape), bias is not None) for weight, bias in wholes]
+        announced = [(spec.shape, spec.bias) for spec in specs]
+        self.expect(built == announced, f"{choice} announces {announced} and builds {built}")
+        stored, counted = sum(p.numel() for p in nn.ModuleList(pairs).parameters()), parameters(specs)
+        self.expect(stored == counted, f"{choice} has {stored} parameters, and costs count {counted}")
+        sizes, bare = (
+            {key: tuple(tensor.shape) for key, tensor in nn.ModuleList(modules).state_dict().items()}
+            for modules in (pairs, skeleton(choice, site.layers))
+        )
+        self.expect(sizes == bare, f"{choice} builds {sizes}, and {bare} without weights")
 
-
-def _shape(part: nn.Module) -> tuple[tuple[int, ...], bool]:
-    weight, bias = whole(part)
-    return tuple(weight.shape), bias is not None
-
-
-def _check_refit(
-    method: Method, site: Site, choice: Choice, factors: Factors, unit: str, tolerance: float, where: str
-) -> None:
-    before, size = measured_error(site, factors.dense(), unit), factors.numel()
-    for number, part in enumerate(site.parts):
-        factors = method.refit(part, factors, number)
-    after = measured_error(site, factors.dense(), unit)
-    expect(after <= before + tolerance, f"{where}: {choice} loses {before:.6f}, and {after:.6f} once refitted")
-    expect(factors.numel() == size, f"{where}: {choice} has {size} numbers, and {factors.numel()} once refitted")
-
-
-def _check_full_rank(
-    method: JointSVD, site: Group, layers: Sequence[nn.Module], inputs: Sequence[Tensor], where: str
-) -> int:
-    # A fit to responses adds a jitter of 1e-12 to their moments.
-    close = max(256 * torch.finfo(site.layers[0].dtype).eps, 1e-9)
-    checked = 0
-    with torch.no_grad():
-        for how in unfoldings(site.layers[0].kernel):
-            choice = method.choice(site, how, method.full_rank(site, how), bias=any(s.bias for s in site.layers))
-            pairs = build(method.factorize(site, choice), site.layers, site.biases)
-            for layer, pair, x in zip(layers, pairs, inputs, strict=True):
-                check_equal(pair(x), layer(x), close, f"{where}: {choice} should equal the layers")
-            checked += 1
-    return checked
+    def _check_refit(self, choice: Choice, factors: Factors) -> None:
+        site, unit = self.site, self.curve.unit
+        before, size = measured_error(site, factors.dense(), unit), factors.numel()
+        for number, part in enumerate(site.parts):
+            factors = self.method.refit(part, factors, number)
+        after = measured_error(site, factors.dense(), unit)
+        self.expect(after <= before + self.tolerance, f"{choice} loses {before:.6f}, and {after:.6f} once refitted")
+        self.expect(factors.numel() == size, f"{choice} has {size} numbers, and {factors.numel()} once refitted")

@@ -99,9 +99,7 @@ def carry_optimizer(optimizer: Optimizer, old: nn.Module, new: nn.Module) -> Car
             continue  # of a layer that was not trained
         groups[group_of[origin]].append(parameter)
         if source in state:
-            fresh[parameter] = {
-                k: v.clone() if isinstance(v, Tensor) else copy.copy(v) for k, v in state[source].items()
-            }
+            fresh[parameter] = copy.deepcopy(state[source])
             kept.append(name)
         elif name in momenta:
             fresh[parameter] = momenta[name]

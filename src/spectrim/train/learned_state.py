@@ -69,7 +69,8 @@ class RunState:
         except (KeyError, TypeError, ValueError, PlanError) as error:
             raise CheckpointError(f"this is no state of learned ranks, or a damaged one: {error!r}") from error
         now = json.loads(json.dumps(run))
-        _check_same(then, now)
+        if changed := changed_values(then, now):
+            raise CheckpointError(f"the checkpoint belongs to another run: {'; '.join(changed)}")
         low = {name for entry in plan for name in entry.sites if not entry.choice.is_dense}
         kinds = ("target", "multiplier") if now["augmented"] else ("target",)
         names = [name for name in weights if name in low]
@@ -82,12 +83,6 @@ class RunState:
         for kind in kinds:
             copies[kind] = {name: _copy(kind, name, state, weights[name]) for name in names}
         return cls(step, batches, plan, trajectory, copies)
-
-
-def _check_same(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuse a state of another run."""
-    if changed := changed_values(then, now):
-        raise CheckpointError(f"the checkpoint belongs to another run: {'; '.join(changed)}")
 
 
 def _copy(kind: str, name: str, state: Mapping[str, Tensor], weight: Tensor) -> Tensor:
