@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.nn.parameters import modes_kept
+from spectrim.nn.watch.chance import Chance
 from spectrim.nn.watch.nesting import tensors
 from spectrim.nn.watch.state import kept
 from spectrim.train import batches as batching
@@ -42,9 +43,10 @@ class Objective:
         device = next((t.device.type for t in tensors(inputs)), "cpu")
         goal = None
         with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            drawn = Chance.now()
             output = self._student_called(model, inputs)
             if self.teacher is not None:
-                with torch.no_grad():
+                with torch.no_grad(), drawn.again():
                     goal = batching.scores_of(self._teacher_called(self.teacher, inputs))
         student = batching.scores_of(output)
         if isinstance(student, Tensor) and student.is_floating_point():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import CalibrationError, SpectrimError, check_function, in_short
+from spectrim.nn.watch.chance import drawn_from, seed_of
 from spectrim.nn.watch.layout import Layout, Where, check_where
 from spectrim.nn.watch.nesting import check_numbers, copied, in_words, kind_of, moved, tensors
 from spectrim.nn.watch.nesting import checked_batches as checked_batches
@@ -138,15 +139,15 @@ class Feed:
         else:
             args, kwargs = self.arguments(model, batch)
             run = functools.partial(bare(model), *args, **kwargs)
-        return functools.partial(_run, model, run)
+        return functools.partial(_run, model, run, seed_of(batch))
 
     def resized(self, batch: Any, size: int) -> Any:
         """The same batch with other samples than it has, repeated or cut."""
         return self.layout.resized(batch, size)
 
 
-def _run(model: nn.Module, run: Callable[[], Any]) -> Any:
-    with seen_writing(model):
+def _run(model: nn.Module, run: Callable[[], Any], seed: int) -> Any:
+    with seen_writing(model), drawn_from(seed):
         return run()
 
 

@@ -17,6 +17,8 @@ from torch._C import _autograd
 from torch.autograd import graph
 from torch.backends import cuda, mha
 
+from spectrim.nn.watch.chance import Chance
+
 
 class _Switch(NamedTuple):
     get: Callable[[], Any]
@@ -85,6 +87,7 @@ _SWITCHES = (
     _Switch(mha.get_fastpath_enabled, mha.set_fastpath_enabled),
     *(_attribute(torch.backends.cudnn, name) for name in ("benchmark", "deterministic")),
     _attribute(warnings, "filters"),
+    _Switch(Chance.now, Chance.put_back),
     _Switch(events._get_running_loop, events._set_running_loop),
 )
 

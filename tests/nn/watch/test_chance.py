@@ -1,0 +1,99 @@
+"""Models that draw random numbers: a copy draws the same, and nobody else notices."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import spectrim as st
+from spectrim.nn.agreement import agreement
+from spectrim.nn.watch.batches import Feed
+from spectrim.train import Distillation
+from spectrim.train.objective import Objective
+
+MASKS = torch.stack([torch.randperm(32, generator=torch.Generator().manual_seed(n)) for n in range(4)])
+BATCHES = [
+    torch.randn(64, 32, generator=torch.Generator().manual_seed(n)) * 0.9 ** torch.arange(32.0) for n in range(4)
+]
+
+
+class Hides(nn.Module):
+    """Goes by some entries of each batch, in an order of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.b, self.c = nn.Linear(32, 64), nn.Linear(64, 64), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
+        x = x[:, torch.randperm(32) if order is None else order]
+        x = F.relu(self.a(x))
+        return self.c(F.relu(self.b(x * (torch.rand(64) < 0.9 if order is None else 1.0))))
+
+
+class Python(Hides):
+    def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
+        return super().forward(x if random.random() < 0.5 else x.flip(1), MASKS[0])
+
+
+def error(model: nn.Module, small: nn.Module) -> float:
+    """Of the outputs, without anything drawn."""
+    x, order = torch.cat(BATCHES), MASKS[0]
+    with torch.no_grad():
+        return float((model(x, order) - small(x, order)).norm() / model(x, order).norm())
+
+
+@pytest.mark.parametrize("methods", [None, [st.PrincipalFilters(), st.ActivationSVD()], [st.LowRankPlusSparse()]])
+def test_layers_are_fitted_to_what_the_model_gives_for_the_same_numbers(methods: Any) -> None:
+    model = Hides().eval()
+
+    def told(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return model(*batch)
+
+    batches = list(zip(BATCHES, MASKS, strict=True))
+    budget = "bytes=70%" if methods and len(methods) == 1 else "macs=60%"
+    drawn = st.compress(model, BATCHES, budget, methods=methods)
+    given = st.compress(model, batches, budget, methods=methods, forward=told)
+    # Few orders were seen, and this is one of those that the other network was fitted to.
+    assert error(model, drawn.model) < 2 * error(model, given.model) + 0.02
+    agreed = drawn.report.agreement
+    assert agreed is not None
+    assert agreed.error < 2 * error(model, drawn.model) + 0.02
+
+
+@pytest.mark.parametrize("kind", [Hides, Python])
+def test_a_copy_draws_the_same_and_batches_draw_differently(kind: type[Hides]) -> None:
+    model = kind().eval()
+    same = agreement(model, copy.deepcopy(model), BATCHES)
+    assert same is not None
+    assert same.error == 0
+    feed, one = Feed(), BATCHES[0]
+    assert torch.equal(feed(model, one), feed(model, one))
+    other = one.clone()
+    other[0, 0] += 1
+    if kind is Hides:
+        assert not torch.allclose(feed(model, one)[1:], feed(model, other)[1:])
+
+
+@pytest.mark.parametrize("methods", [None, "auto"])
+def test_what_others_draw_goes_on_as_if_no_model_had_run(methods: Any) -> None:
+    model = Hides().eval()
+    drawn = []
+    for run in (False, True):
+        torch.manual_seed(3)
+        if run:
+            st.compress(model, BATCHES, "macs=60%", methods=methods)
+        drawn.append(torch.rand(3))
+    assert torch.equal(*drawn)
+
+
+def test_a_teacher_draws_what_its_student_does() -> None:
+    model = Hides().eval()
+    apart = Objective(None, copy.deepcopy(model), Distillation(), "float32")(model, BATCHES[0], None)
+    assert float(apart.detach()) == pytest.approx(0, abs=1e-6)
