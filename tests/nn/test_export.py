@@ -138,6 +138,38 @@ def test_examples_with_labels(exporter, example):
 
 
 @pytest.mark.slow
+class Waves(Wrapped):
+    def forward(self, x):
+        y = self.layer(x)
+        return torch.complex(y, y.flip(-1))
+
+
+class Noisy(Wrapped):
+    def forward(self, x):
+        y = self.layer(x)
+        return y + torch.randn_like(y)
+
+
+@pytest.mark.parametrize("net", [Waves, Noisy])
+def test_outputs_that_are_complex_or_drawn_are_compared(net, tmp_path):
+    example, path = torch.randn(4, 6), tmp_path / "model.pt2"
+    model = net(nn.Linear(6, 3)).eval()
+    assert export_program(model, example, path) < 1e-5
+    torch.manual_seed(5)
+    wanted = model(example)
+    torch.manual_seed(5)
+    assert torch.allclose(loaded(path)(example), wanted)
+
+
+def test_onnx_has_the_two_parts_of_complex_outputs(tmp_path):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    example, path = torch.randn(4, 6), tmp_path / "model.onnx"
+    model = Waves(nn.Linear(6, 3)).eval()
+    export_onnx(model, example, path)
+    assert torch.allclose(loaded(path)(x=example), torch.view_as_real(model(example)), atol=1e-5)
+
+
 def test_an_input_that_the_model_does_not_use(exporter):
     write, path = exporter
     batch = {"ids": torch.randint(20, (3, 6)), "unused": torch.rand(3), "mask": torch.rand(3, 6)}

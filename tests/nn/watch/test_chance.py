@@ -6,6 +6,7 @@ import copy
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,7 +68,12 @@ def test_layers_are_fitted_to_what_the_model_gives_for_the_same_numbers(methods:
     assert agreed.error < 2 * error(model, drawn.model) + 0.02
 
 
-@pytest.mark.parametrize("kind", [Hides, Python])
+class Numpy(Hides):
+    def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
+        return super().forward(x, torch.from_numpy(np.random.permutation(32)))  # noqa: NPY002 (as people write it)
+
+
+@pytest.mark.parametrize("kind", [Hides, Python, Numpy])
 def test_a_copy_draws_the_same_and_batches_draw_differently(kind: type[Hides]) -> None:
     model = kind().eval()
     same = agreement(model, copy.deepcopy(model), BATCHES)

@@ -269,7 +269,7 @@ def _runs(model: nn.Module, way: Way, batch: Any) -> Exception | None:
     try:
         with evaluating(model), kept(model):
             args, kwargs = moved(way.take(batch), model)
-            _run(model, functools.partial(bare(model), *args, **kwargs))
+            _run(model, functools.partial(bare(model), *args, **kwargs), seed_of(batch))
     except SpectrimError:
         raise
     except Exception as error:  # a model may raise anything where it is given what it does not take

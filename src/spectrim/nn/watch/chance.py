@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,19 +25,22 @@ _FEW = 64
 
 @dataclass(frozen=True, eq=False)
 class Chance:
-    """Where the generators of torch and Python stand, which belong to the process."""
+    """Where the generators of torch, Python and numpy stand, which belong to the process."""
 
     states: tuple[Tensor, ...]
     python: Any
+    numpy: Any
 
     @classmethod
     def now(cls) -> Chance:
-        return cls(tuple(each.get_state() for each in _generators()), random.getstate())
+        states = tuple(each.get_state() for each in _generators())
+        return cls(states, random.getstate(), np.random.get_state(legacy=False))
 
     def put_back(self) -> None:
         for generator, state in zip(_generators(), self.states, strict=False):
             generator.set_state(state)
         random.setstate(self.python)
+        np.random.set_state(self.numpy)
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
@@ -72,6 +76,7 @@ def drawn_from(seed: int) -> Iterator[None]:
     for generator in _generators():
         generator.manual_seed(seed)
     random.seed(seed)
+    np.random.seed(seed)
     try:
         yield
     finally:
