@@ -249,12 +249,10 @@ def _polished(
     errors: list[float],
     turns: int,
     tolerance: float,
-    *,
-    converged: bool = False,
 ) -> Additive:
     """The values of both parts with the mask as it is, until a turn gains less than the tolerance."""
     product, state = best
-    rank = product.factors[0].shape[2]
+    rank, converged = product.factors[0].shape[2], False
     for _ in range(turns):
         fresh = step(target - state.weight, rank, product)
         fit = sparse.solve(target, step.eliminated(fresh), state.mask, start=state.weight, steps=12)

@@ -14,8 +14,10 @@ from spectrim.network.choices import LowRankChoice
 from spectrim.network.sites import Sites
 from spectrim.nn.build import skeleton
 from spectrim.nn.copying import copy_model
+from spectrim.nn.parameters import own_kinds
 from spectrim.nn.surgery import replace_module
 from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.outside import names_in
 
 _CURE = "take that out where the layer is compressed, or skip= the layer"
 
@@ -70,14 +72,5 @@ def fault_in_training(model: nn.Module, run: Callable[[nn.Module], Any]) -> Exce
 
 def asks_for_mode(model: nn.Module) -> bool:
     """Whether modules that are not torch's read ``training``."""
-    kinds = {base for module in model.modules() for base in type(module).__mro__}
-    own = (kind for kind in kinds if not kind.__module__.startswith(("torch.", "spectrim.", "builtins")))
-    functions = (value for kind in own for value in vars(kind).values() if isinstance(value, types.FunctionType))
-    return any("training" in names for function in functions for names in _names(function.__code__))
-
-
-def _names(code: types.CodeType) -> Iterator[tuple[str, ...]]:
-    yield code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+    held = (value for kind in own_kinds(model) for value in vars(kind).values())
+    return any("training" in names_in(value.__code__) for value in held if isinstance(value, types.FunctionType))

@@ -32,6 +32,17 @@ def asked(module: nn.Module, name: str) -> Any:
         return None
 
 
+def own_kinds(model: nn.Module) -> list[type]:
+    """Classes of a model's modules, and what they derive from, that are neither torch's nor this library's."""
+    kinds = {base for module in model.modules() for base in type(module).__mro__}
+    return [kind for kind in kinds if not kind.__module__.startswith(("torch.", "spectrim.", "builtins"))]
+
+
+def version_of(tensor: Tensor) -> int:
+    """Counts changes in place; inference tensors have no counter."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 @contextlib.contextmanager
 def modes_kept(*models: nn.Module) -> Iterator[None]:
     """Each module is in training mode, or not, as before on leaving."""

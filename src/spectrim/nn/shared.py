@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from spectrim.network.layer import LayerSpec
 from spectrim.nn.layers import opened, run_with
 from spectrim.nn.modules import whole
+from spectrim.nn.parameters import version_of
 
 
 class Wide(nn.Module):
@@ -99,7 +100,7 @@ class Once(nn.Module):
         if torch.compiler.is_compiling() or not isinstance(input, Tensor):
             return self.layer(input)
         tensors = (input, *self.layer.parameters())
-        state = (*_mode(input), *map(_version, tensors))
+        state = (*_mode(input), *map(version_of, tensors))
         # Checkpointing sets hooks of its own for every region, and computes each again by itself.
         asked = (*tensors, *_saving_hooks())
         held = self._kept.held
@@ -176,8 +177,3 @@ def _mode(x: Tensor) -> tuple[Any, ...]:
     cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     dtype = torch.get_autocast_dtype(kind) if cast else None
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), dtype
-
-
-def _version(tensor: Tensor) -> int:
-    """Counts changes in place; inference tensors have no counter."""
-    return -1 if tensor.is_inference() else tensor._version

@@ -28,10 +28,10 @@ from spectrim.cost.counted import Cost
 from spectrim.cost.latency import Latency
 from spectrim.errors import MissingMomentsError, PlanError
 from spectrim.methods import ActivationSVD, Method, WeightSVD, as_methods
-from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Site, Sites, Statistics
 from spectrim.nn.copying import copy_model
 from spectrim.nn.layers import canonical
+from spectrim.nn.standing import laid_out
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.masks import Mask
@@ -276,7 +276,7 @@ class LearnedRanks:
         with torch.no_grad():
             for name, target in self._targets.items():
                 multiplier = self._multipliers.get(name)
-                low = target if multiplier is None else target - _laid_out(multiplier, self.sites[name].spec) / self.mu
+                low = target if multiplier is None else target - laid_out(multiplier, self.sites[name].spec) / self.mu
                 weight: Any = copied.get_submodule(name).weight
                 weight.copy_(low)
         return copied
@@ -415,7 +415,7 @@ class LearnedRanks:
                 after = after - mu * (weight - low) if self.step else after
                 multipliers[part.name] = after
                 target = low + after / following
-            targets[part.name] = _laid_out(target, part.spec)
+            targets[part.name] = laid_out(target, part.spec)
         # In the order of the sites, groups or not: the penalty adds up in that order, and rounds accordingly.
         names = [site.name for site in self.sites]
         self._targets = {name: targets[name] for name in names if name in targets}
@@ -491,8 +491,3 @@ def _copies(plan: Plan, sites: Sites, methods: Sequence[Method]) -> Iterator[tup
             yield from zip(parts, map(torch.zeros_like, site.weights), strict=True)
         elif not entry.choice.is_dense:
             yield from zip(parts, makers[entry.choice.method].factorize(site, entry.choice).dense(), strict=True)
-
-
-def _laid_out(weight: Tensor, spec: LayerSpec) -> Tensor:
-    """A canonical weight ``[g, o, i, *k]`` in the layout of torch's layer."""
-    return (weight.transpose(1, 2) if spec.transposed else weight).flatten(0, 1).contiguous()

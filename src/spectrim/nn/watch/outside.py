@@ -85,7 +85,7 @@ def named_globals(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     """Global variables that a function of somebody's own may read, and their values; none where it sets some."""
     if _root(function.__module__) in _FOREIGN or _sets_globals(function.__code__):
         return
-    for name in _names(function.__code__):
+    for name in names_in(function.__code__):
         with contextlib.suppress(KeyError):
             yield name, function.__globals__[name]
 
@@ -181,7 +181,7 @@ def _function(value: Any) -> Iterator[types.FunctionType]:
 def _named(function: types.FunctionType, depth: int = 0) -> Iterator[tuple[Holder, str]]:
     """Where the variables are that a function names, and those of its own that it calls."""
     variables = getattr(function.__globals__, "beyond", function.__globals__)
-    found = [(Holder(variables), name) for name in _names(function.__code__) if name in variables]
+    found = [(Holder(variables), name) for name in names_in(function.__code__) if name in variables]
     found += [(Holder(cell), "") for cell in function.__closure__ or ()]
     for holder, name in found:
         value = holder.get(name)
@@ -192,8 +192,9 @@ def _named(function: types.FunctionType, depth: int = 0) -> Iterator[tuple[Holde
 
 
 @functools.lru_cache(maxsize=4096)
-def _names(code: types.CodeType) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((*code.co_names, *(name for each in _inner(code) for name in _names(each)))))
+def names_in(code: types.CodeType) -> tuple[str, ...]:
+    """Names of variables and attributes that a function reads, and those that are written within it."""
+    return tuple(dict.fromkeys((*code.co_names, *(name for each in _inner(code) for name in names_in(each)))))
 
 
 @functools.lru_cache(maxsize=4096)

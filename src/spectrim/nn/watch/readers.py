@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_iter
 
 from spectrim.errors import CalibrationError
 from spectrim.network.layer import LayerSpec
+from spectrim.nn.parameters import own_kinds
 from spectrim.nn.standing import tells
 from spectrim.nn.watch.observe import hooked, on_each
 from spectrim.nn.watch.writes import moved_away, written
@@ -168,8 +169,7 @@ def _check_unlocked(name: str, locks: Mapping[str, Any]) -> None:
 
 def _locks(model: nn.Module) -> dict[str, Any]:
     """Locks that the modules of a model may take, by their names: those beside their classes, and of the classes."""
-    kinds = {base for module in model.modules() for base in type(module).__mro__}
-    own = [kind for kind in kinds if not kind.__module__.startswith(("torch.", "spectrim.", "builtins"))]
+    own = own_kinds(model)
     spaces = {kind.__module__: vars(sys.modules[kind.__module__]) for kind in own if kind.__module__ in sys.modules}
     spaces |= {f"{kind.__module__}.{kind.__qualname__}": vars(kind) for kind in own}
     return {

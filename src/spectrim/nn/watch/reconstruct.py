@@ -101,15 +101,9 @@ class Split:
 
     def positions(self, spec: LayerSpec, shape: Sequence[int], size: int) -> int | None:
         """Rows to take of each sample of a batch that a layer sees as this shape."""
-        amount = self.amount
-        if amount.rows is None or amount.positions is not None:
-            return amount.positions
-        if isinstance(amount.rows, int):
-            return self.run.positions(amount.rows)
         d, o = spec.features, spec.out_channels // spec.groups
-        _, rows = leading(spec, tuple(shape))
-        cheap = EFFORT * (rows / size) * d * o / (d + o) ** 2
-        return max(self.run.positions(FLOOR * (d + o)), round(cheap))
+        cheap = EFFORT * (leading(spec, tuple(shape))[1] / size) * d * o / (d + o) ** 2
+        return self.amount.positions_in(self.run, lambda: max(self.run.positions(FLOOR * (d + o)), round(cheap)))
 
 
 class Joint:

@@ -86,11 +86,8 @@ class Responses:
 
     def _positions(self) -> int | None:
         """Single positions of a sample of mean length."""
-        amount = self._amount
-        if amount.rows is None or amount.positions is not None:
-            return amount.positions
         least = max(FEWEST, FLOOR * self._max.mean.shape[1])
-        return self._run.positions(amount.rows if isinstance(amount.rows, int) else least)
+        return self._amount.positions_in(self._run, lambda: self._run.positions(least))
 
 
 class OtherWays:

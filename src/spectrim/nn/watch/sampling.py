@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,12 @@ class Sampling:
             check_function(
                 "mask", self.mask, ("a batch",), "the name of a tensor of the batch, or a function that gives one"
             )
+
+    def positions_in(self, run: Extent, enough: Callable[[], int]) -> int | None:
+        """Positions of a sample of mean length in a run; where it is left to us, as many as are ``enough``."""
+        if self.rows is None or self.positions is not None:
+            return self.positions
+        return run.positions(self.rows) if isinstance(self.rows, int) else enough()
 
 
 def _is_number(value: object) -> bool:

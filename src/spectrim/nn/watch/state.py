@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.cost.rounds import ALONE as ALONE
-from spectrim.nn.parameters import modes_kept, parameters_of
+from spectrim.nn.parameters import modes_kept, parameters_of, version_of
 from spectrim.nn.watch.outside import COMMON, Holder, outside, own_object
 from spectrim.nn.watch.writes import seen_writing, tell, written
 
@@ -354,7 +354,7 @@ def _version(place: Location, value: Any) -> int | None:
     """A number that rises with writes; None for parameters, which are written past it (``.data``)."""
     if place.among == "parameters":
         return None
-    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+    return version_of(value) if isinstance(value, Tensor) else 0
 
 
 def _same(value: Any, copy: Any, version: int | None) -> bool:
@@ -362,7 +362,7 @@ def _same(value: Any, copy: Any, version: int | None) -> bool:
     if isinstance(value, Tensor) and version is None:
         return torch.equal(value, copy)
     if isinstance(value, Tensor):
-        return (0 if value.is_inference() else value._version) == version and _unwritten(value, copy)
+        return version_of(value) == version and _unwritten(value, copy)
     if isinstance(value, list | deque):
         return len(value) == len(copy) and all(a is b for a, b in zip(value, copy, strict=True))
     if isinstance(value, dict):

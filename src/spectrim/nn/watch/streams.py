@@ -14,6 +14,7 @@ from spectrim.linalg.moments import Moments
 from spectrim.linalg.sketch import Sketch
 from spectrim.linalg.unfold import Unfolding
 from spectrim.network.layer import LayerSpec
+from spectrim.nn.parameters import version_of
 from spectrim.nn.watch.patches import outputs_at, slices_at, taps_at
 from spectrim.nn.watch.samples import Samples
 from spectrim.nn.watch.sampling import choose, pointwise
@@ -187,7 +188,7 @@ class Streams:
         rows: Callable[[Stream], Iterator[tuple[str, Rows]]],
     ) -> None:
         """A layer is called with a tensor, of which it reads such patches."""
-        version = -1 if inputs.is_inference() else inputs._version
+        version = version_of(inputs)
         known = next(
             (s for held, then, what, s in self._seen if held() is inputs and (then, what) == (version, patches)), None
         )

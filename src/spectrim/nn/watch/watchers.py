@@ -16,6 +16,7 @@ from spectrim.linalg.unfold import unfoldings
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Statistics
 from spectrim.nn.flops import unwatched
+from spectrim.nn.parameters import version_of
 from spectrim.nn.watch.patches import outputs_at
 from spectrim.nn.watch.samples import Samples
 from spectrim.nn.watch.sampling import Extent, Sampling, choose, mean_rows, unmasked
@@ -41,7 +42,7 @@ class SameInputs:
 
     def note(self, inputs: Tensor, name: str) -> None:
         # A tensor that is gone may have given its place to another one; one that was written to is another one.
-        version = -1 if inputs.is_inference() else inputs._version
+        version = version_of(inputs)
         for held, then, names in self._calls:
             if held() is inputs and then == version:
                 names.append(name)
@@ -185,11 +186,10 @@ class Watcher(Shapes):
 
     def _positions(self, shape: tuple[int, ...]) -> int | None:
         """Rows of a sample of mean length."""
-        spec, amount = self.spec, self._amount
-        if amount.rows is None or amount.positions is not None:
-            return amount.positions
-        if isinstance(amount.rows, int):
-            return self._run.positions(amount.rows)
+        return self._amount.positions_in(self._run, lambda: self._enough(shape))
+
+    def _enough(self, shape: tuple[int, ...]) -> int:
+        spec = self.spec
         # A patch of d numbers costs d^2 operations; a position of the layer costs d x out.
         work = spec.features**2 * spec.groups if in_full(spec) else spec.features * spec.in_channels * 6
         share = EFFORT * spec.features * spec.out_channels / work
