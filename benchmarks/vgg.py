@@ -23,7 +23,7 @@ from benchmarks.run import claim
 from spectrim.nn.timing import measure_latency
 from spectrim.selection.plan import Plan, make_plan
 from spectrim.train import Recipe, Schedule
-from spectrim.train.rank_tables import buildable, rank_methods
+from spectrim.train.c_step import buildable, rank_methods
 
 _CONFIGURATION = (1, 1, "M", 2, 2, "M", 4, 4, 4, "M", 8, 8, 8, "M", 8, 8, 8, "M")
 _FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from spectrim.cli.sharing import read_groups
+from spectrim.cli.steps import read_groups
 from spectrim.selection.plan import Plan
 
 SOURCE = '''

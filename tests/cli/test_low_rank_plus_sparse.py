@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from spectrim.cli.methods import SPARSE as METHOD
 from spectrim.cli.methods import Methods
 from spectrim.cli.models import load_compressed
-from spectrim.cli.sparsity import kernel_notes, kernel_values
+from spectrim.cli.steps import kernel_notes, kernel_values
 from spectrim.methods import LowRankPlusSparse
 from spectrim.nn.sparse.kernels import ChosenKernel, Kernel
 from spectrim.nn.sparse.packed import masked_layers

@@ -13,7 +13,7 @@ from spectrim.linalg.unfold import fold, unfold, unfolding
 from spectrim.network.layer import LayerSpec
 from spectrim.selection.plan import Entry
 from spectrim.selection.trajectory import Record
-from spectrim.train.rank_tables import ZERO
+from spectrim.train.c_step import ZERO
 
 
 def perturb(model: nn.Module, amount: float = 0.2) -> None:

@@ -16,7 +16,7 @@ import spectrim
 from spectrim.methods import WeightSVD
 from spectrim.network.sites import Sites
 from spectrim.train import LearnedRanks, Schedule
-from spectrim.train.rank_tables import ZERO
+from spectrim.train.c_step import ZERO
 
 MUS = (0.5, 1.0, 2.0, 10.0)
 # RankSelection.compress of UCMerced-ML/LC-model-compression (bf12c3c) on diag(4, 3, 2, 1), criterion "storage".

@@ -22,7 +22,7 @@ from spectrim.selection.plan import Plan
 from spectrim.selection.selectors import at_multiplier
 from spectrim.testing import measured_error
 from spectrim.train import LearnedRanks, Schedule
-from spectrim.train.rank_tables import with_distances, without_zero
+from spectrim.train.c_step import with_distances, without_zero
 from tests.cases import batches_for, settled
 from tests.train.learned import fake_latency, perturb
 

@@ -23,7 +23,7 @@ from spectrim.selection.candidates import Option, Row
 from spectrim.selection.plan import Plan
 from spectrim.selection.trajectory import Trajectory
 from spectrim.train import LearnedRanks, Recipe, Schedule, budget_path, fine_tune, learn_ranks
-from spectrim.train.rank_tables import ZERO, buildable
+from spectrim.train.c_step import ZERO, buildable
 from tests.cases import batches_for, settled
 from tests.train.learned import perturb
 from tests.train.learning_script import LEARNING, TUNING, Residual, Stop, Stopping, learn, options

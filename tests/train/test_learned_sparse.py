@@ -19,8 +19,7 @@ from spectrim.selection.candidates import Option, Row
 from spectrim.selection.trajectory import Trajectory
 from spectrim.tables import tabulate
 from spectrim.train import LearnedRanks, Loop, Recipe, Schedule, learn_ranks
-from spectrim.train.c_step import CStep
-from spectrim.train.rank_tables import ZERO, buildable, rank, with_distances, with_zero, without_zero
+from spectrim.train.c_step import ZERO, CStep, buildable, rank, with_distances, with_zero, without_zero
 from tests.cases import batches_for, settled
 from tests.train.learned import perturb, timeless
 from tests.train.small import equal, weights

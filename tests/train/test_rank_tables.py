@@ -16,7 +16,7 @@ from spectrim.network.sites import Sites
 from spectrim.selection.candidates import Candidates, Option, Row
 from spectrim.tables import tabulate
 from spectrim.testing import LAYERS, sample_inputs
-from spectrim.train.rank_tables import ZERO, buildable, rank, rank_methods, with_distances, with_zero, without_zero
+from spectrim.train.c_step import ZERO, buildable, rank, rank_methods, with_distances, with_zero, without_zero
 from tests.cases import batches_for, settled
 
 

@@ -19,8 +19,7 @@ from spectrim.cli.models import load_compressed, load_model, whose_weights
 from spectrim.cli.origins import origin_parts
 from spectrim.cli.preprocessing import tell_preprocessing
 from spectrim.cli.references import UsageError
-from spectrim.cli.sharing import offer, planned_groups
-from spectrim.cli.sparsity import fastest
+from spectrim.cli.steps import fastest, offer, planned_groups
 from spectrim.cli.subject import device_named, first_batch
 from spectrim.network.files import converted, read_document, record_of
 from spectrim.nn.agreement import Agreement, agreement

@@ -48,7 +48,7 @@ def evaluate(
     from spectrim.cli.data import load_data
     from spectrim.cli.models import load_model, whose_weights
     from spectrim.cli.preprocessing import class_note, tell_preprocessing
-    from spectrim.cli.sparsity import fastest, kernel_notes, kernel_values
+    from spectrim.cli.steps import fastest, kernel_notes, kernel_values
     from spectrim.cli.subject import device_named, example_batch
     from spectrim.report import accuracy, compare, measure
 

@@ -110,8 +110,7 @@ class Widths:
 
     def draw(self, file: Path) -> None:
         """Write the figure."""
-        from spectrim.report.figures import write_figure
-        from spectrim.report.width_figure import recommended_widths
+        from spectrim.report.figures import recommended_widths, write_figure
 
         channels = {_name(group): group["channels"] for group in self.groups}
         found = {

@@ -68,9 +68,15 @@ def profile(
     _check(context, methods, inputs, shown)
     from spectrim.cli.filter_widths import Widths
     from spectrim.cli.filters import with_channels
-    from spectrim.cli.sharing import NONE_ALIKE, wanted_groups
-    from spectrim.cli.sparsity import check_patterns
-    from spectrim.cli.steps import prepared, print_skipped, skipped_values, table_of
+    from spectrim.cli.steps import (
+        NONE_ALIKE,
+        check_patterns,
+        prepared,
+        print_skipped,
+        skipped_values,
+        table_of,
+        wanted_groups,
+    )
     from spectrim.cli.subject import Subject
     from spectrim.cli.unfinished import make_folder
     from spectrim.cli.values import read_costs

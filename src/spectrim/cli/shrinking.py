@@ -24,9 +24,17 @@ from spectrim.cli.models import load_compressed
 from spectrim.cli.options import SELECTORS, FileOptions, GoalOptions, SharingOptions
 from spectrim.cli.preprocessing import tell_preprocessing
 from spectrim.cli.results import Outcome, write_result
-from spectrim.cli.sharing import NONE_ALIKE, Wanted, planned_groups, wanted_groups
-from spectrim.cli.sparsity import check_patterns, fastest, kernel_notes, kernel_values
-from spectrim.cli.steps import table_of
+from spectrim.cli.steps import (
+    NONE_ALIKE,
+    Wanted,
+    check_patterns,
+    fastest,
+    kernel_notes,
+    kernel_values,
+    planned_groups,
+    table_of,
+    wanted_groups,
+)
 from spectrim.cli.subject import Subject
 from spectrim.cli.unfinished import ONE_SHOT, TUNING, UNFINISHED, RunFolder
 from spectrim.cli.values import read_budget, read_costs, recipe_share
@@ -38,7 +46,7 @@ from spectrim.network.tensor_files import digest_of_tensors
 from spectrim.nn.agreement import agreement
 from spectrim.nn.checkpoint import check_savable, read_plan, save
 from spectrim.nn.restated import restated
-from spectrim.nn.watch.contents import contents, read_again
+from spectrim.nn.watch.samples import contents, read_again
 from spectrim.pipeline import Result
 from spectrim.pipeline.goal import Goal, Sets, reached
 from spectrim.pipeline.making import Making

@@ -25,10 +25,8 @@ from spectrim.cli.options import (
 )
 from spectrim.cli.origins import load_lines, origin_parts
 from spectrim.cli.preprocessing import tell_preprocessing
-from spectrim.cli.sharing import wanted_groups
 from spectrim.cli.shrinking import SELECTOR_OF
-from spectrim.cli.sparsity import check_patterns
-from spectrim.cli.steps import prepared
+from spectrim.cli.steps import check_patterns, prepared, wanted_groups
 from spectrim.cli.subject import Subject
 from spectrim.nn.checkpoint import check_savable
 from spectrim.pipeline.making import Making

@@ -18,10 +18,8 @@ from spectrim.network.sites import Sites
 from spectrim.nn.agreement import DenseOutputs
 from spectrim.nn.checkpoint import check_size, header_bytes
 from spectrim.nn.timing import Timing, as_run
-from spectrim.pipeline.making import Making
-from spectrim.pipeline.offers import Tables
+from spectrim.pipeline.making import Draft, Making, Tables, met
 from spectrim.pipeline.report import Result, reported
-from spectrim.pipeline.timed import Draft, met
 from spectrim.preparation import Prepared
 from spectrim.progress import Progress
 from spectrim.search.arms import Arm, Contest, not_tried

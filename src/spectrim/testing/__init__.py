@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from spectrim.testing.contract import check_method
 from spectrim.testing.joint_contract import check_joint_method
-from spectrim.testing.layers import LAYERS, SmallLayer, sample_inputs, small_group, small_site
+from spectrim.testing.layers import LAYERS, SmallLayer, planted, sample_inputs, small_group, small_site
 from spectrim.testing.measures import measured_error
-from spectrim.testing.spectra import planted
 
 __all__ = [
     "LAYERS",

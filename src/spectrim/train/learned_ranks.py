@@ -43,10 +43,9 @@ from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
 from spectrim.selection.trajectory import Record, Trajectory
 from spectrim.tables import tabulate
-from spectrim.train import randomness, rank_tables
-from spectrim.train.c_step import CStep
+from spectrim.train import c_step, randomness
+from spectrim.train.c_step import ZERO, CStep
 from spectrim.train.learned_state import RunState
-from spectrim.train.rank_tables import ZERO
 from spectrim.train.schedule import Schedule
 
 log = logging.getLogger(__name__)
@@ -171,7 +170,7 @@ class LearnedRanks:
         self.methods = (
             as_methods(methods)
             if methods is not None
-            else rank_tables.rank_methods(paper=not dense, groups=bool(sites.groups))
+            else c_step.rank_methods(paper=not dense, groups=bool(sites.groups))
         )
         self.sites, self._latency = sites, latency
         self._layers = {spec.name: model.get_submodule(spec.name) for spec in (site.spec for site in sites)}
@@ -192,10 +191,10 @@ class LearnedRanks:
                 "energy='weight' keeps calibration from the methods, and one of "
                 f"{', '.join(method.name for method in self.methods)} needs it: give energy='output', or other methods"
             ) from error
-        self.candidates = rank_tables.without_zero(self.table)
+        self.candidates = c_step.without_zero(self.table)
         self.trajectory = Trajectory(
             sites=tuple(site.name for site in sites),
-            full=tuple(rank_tables.full(site.spec) for site in sites),
+            full=tuple(c_step.full(site.spec) for site in sites),
             dense_costs=dict(self.table.dense),
             budget={} if budget is None else budget.limits(self.table.dense),
         )
@@ -434,7 +433,7 @@ class LearnedRanks:
         record = Record(
             mu=mu,
             multipliers=dict(plan.multipliers),
-            ranks=tuple(rank_tables.rank(choice, full) for choice, full in each),
+            ranks=tuple(c_step.rank(choice, full) for choice, full in each),
             choices=tuple(f"{chosen[name]}{where[name]}" for name in self.trajectory.sites),
             costs=dict(plan.costs),
             distance=distance,

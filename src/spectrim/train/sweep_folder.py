@@ -15,7 +15,7 @@ from typing import Any
 from spectrim.errors import CheckpointError, PlanError
 from spectrim.network.files import as_read, check_folder, make_parents, read_document, remove_abandoned, write_text
 from spectrim.nn.checkpoint import read_plan
-from spectrim.nn.watch.contents import read_again
+from spectrim.nn.watch.samples import read_again
 from spectrim.selection.front import SUMMARY, read_summary
 from spectrim.selection.point import LARGEST, PLAN, POINT, Point, sealed, unsealed
 

@@ -27,10 +27,10 @@ from spectrim.nn.agreement import Agreement, agreement, metric_of
 from spectrim.nn.checkpoint import check_savable, save
 from spectrim.nn.find import Which, check_model
 from spectrim.nn.watch.batches import Feed
-from spectrim.nn.watch.contents import contents
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.masks import Mask
 from spectrim.nn.watch.nesting import at_hand
+from spectrim.nn.watch.samples import contents
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.pipeline import Result, check_selector, methods_on_offer
 from spectrim.pipeline.making import Making

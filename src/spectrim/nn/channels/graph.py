@@ -8,29 +8,35 @@ some of the channels, the model and its narrowed copy have to agree.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from spectrim.errors import SpectrimError, called_as
-from spectrim.network.coupling import IN, OUT, Coupling
+from spectrim.network.coupling import IN, OUT, Coupling, Side, axes_left
 from spectrim.network.sites import Layer, Sites, Skipped
-from spectrim.nn.channels.beyond import by_experiment
+from spectrim.nn.channels.experiments import Experiments, MixedChannels
 from spectrim.nn.channels.heads import Heads
 from spectrim.nn.channels.library import check_library
 from spectrim.nn.channels.lively import enlivened
-from spectrim.nn.channels.products import with_products
-from spectrim.nn.channels.reading import Graph
+from spectrim.nn.channels.narrow import beside_layers, narrow
+from spectrim.nn.channels.reading import Graph, holding
+from spectrim.nn.channels.rules import layers_of
 from spectrim.nn.channels.tracing import comes_to
-from spectrim.nn.channels.trial import Trial
+from spectrim.nn.channels.trial import DRAWS, Trial, half
+from spectrim.nn.copying import copy_model
 from spectrim.nn.find import find
+from spectrim.nn.flops import WorkCounter
 from spectrim.nn.layers import canonical
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.observe import observe, on_few
 from spectrim.nn.watch.readers import reading
-from spectrim.nn.watch.state import ALONE
+from spectrim.nn.watch.state import ALONE, evaluating
 
 
 @called_as("Write couple(model, find(model), example)", model=nn.Module, sites=Sites)
@@ -161,3 +167,112 @@ def _with_heads(
 def _needing(site: Layer) -> Layer:
     """A layer that no normalisation follows: without a bias it gets one when it loses inputs."""
     return site if site.spec.bias else dataclasses.replace(site, spec=dataclasses.replace(site.spec, needs_bias=True))
+
+
+def with_products(trial: Trial, couplings: Sequence[Coupling]) -> Iterator[Coupling]:
+    """The couplings with the share that one of their channels has of such products."""
+    counted = _own_macs(trial, trial.model) if couplings else {}
+    for coupling in couplings:
+        yield dataclasses.replace(coupling, products=_shares(trial, coupling, counted)) if counted else coupling
+
+
+def _shares(trial: Trial, coupling: Coupling, counted: Mapping[str, float]) -> Mapping[str, float]:
+    """What a channel takes of each module's products, by the module's path: seen without half of the channels."""
+    kept = half(coupling)
+    small = copy_model(trial.model)
+    narrow(small, axes_left([coupling], {coupling.name: kept}))
+    now = _own_macs(trial, small)
+    gone = coupling.channels - len(kept)
+    lost = {path: (1 - now.get(path, 0.0) / work) / gone for path, work in counted.items()}
+    return MappingProxyType({path: share for path, share in lost.items() if share > 0})
+
+
+def _own_macs(trial: Trial, model: nn.Module) -> dict[str, float]:
+    with evaluating(model), WorkCounter() as counter:
+        trial.run(model, trial.example)
+    layers = {name for name, _ in layers_of(model)}
+    return {path: work for path, work in counter.own_macs(model).items() if path not in layers}
+
+
+def by_experiment(
+    graph: Graph, trial: Trial, good: list[Coupling], obstacles: Sequence[tuple[str, int, str]]
+) -> tuple[list[Coupling], list[tuple[str, int, str]]]:
+    """Look in another way for channels that the graph cannot follow: all couplings that work, and what is left."""
+    experiments = Experiments(trial.model, trial.example, trial.run)
+    taken = {side.name for coupling in good for side in coupling.on(OUT)}
+    left = []
+    for name, count, reason in obstacles:
+        root = name.removesuffix(":out")
+        # A group that was read wrong may hold layers that are of other groups.
+        others = [graph.names[m][0] for m in graph.writers.get(name, []) if isinstance(m, (_ConvNd, nn.Linear))]
+        for writer in dict.fromkeys([root, *others]) if name not in graph.settled else ():
+            coupling = None if writer in taken else _tried(graph, experiments, writer, trial, good)
+            if coupling is not None:
+                good = [*good, coupling]
+                taken |= {side.name for side in coupling.on(OUT)}
+        if root not in taken:
+            left.append((name, count, _holder(graph, experiments, root, reason) if name in graph.lost else reason))
+    return good, left
+
+
+def _holder(graph: Graph, experiments: Experiments, root: str, reason: str) -> str:
+    """The reason as experiments see it: a module that loses no channels reads those of a layer, or nothing does."""
+    try:
+        name = experiments.holder(root)
+        if name is not None:
+            return holding(name, graph.model.get_submodule(name))
+        experiments.sides(root)
+    except MixedChannels as error:
+        return str(error)
+    except Exception:  # a pass with random numbers runs foreign code, which may raise anything
+        return reason
+    return reason
+
+
+def _tried(
+    graph: Graph, experiments: Experiments, root: str, trial: Trial, good: Sequence[Coupling]
+) -> Coupling | None:
+    """The channels of a layer as experiments find them, if their removal does what it says."""
+    known = {site.name for site in graph.sites}
+    if root not in known:
+        return None
+    try:
+        sides, channels = experiments.sides(root)
+        read = any(side.axis == IN for side in sides)
+        plain = all(side.name in known for side in sides if side.axis in (IN, OUT))
+        if channels < 2 or not read or not plain:
+            return None
+        numbers, size = beside_layers(graph.model, sides)
+        coupling = Coupling(f"{root}:out", tuple(sides), graph.pools(sides, channels), numbers, size)
+    except Exception:  # a pass with random numbers runs foreign code, which may raise anything
+        return None
+    ways = [coupling, *_halved(coupling)]
+    for each in (*ways, *(other for way in ways for other in _with_attributes(graph.model, way))):
+        if all(trial.fault([each], draw) is None for draw in DRAWS):
+            return each if not good or trial.fault([*good, each]) is None else None
+    return None
+
+
+def _halved(coupling: Coupling) -> Iterator[Coupling]:
+    """The coupling with channels of both halves tied: a split or a shuffle wants as many of each."""
+    half = coupling.channels // 2
+    if coupling.pools == 1 and half > 1 and coupling.channels % 2 == 0:
+        sides = (
+            dataclasses.replace(side, positions=torch.cat([side.positions[:half], side.positions[half:]], 1))
+            for side in coupling.sides
+        )
+        numbers, size = 2 * coupling.parameters, 2 * coupling.bytes
+        yield dataclasses.replace(coupling, sides=tuple(sides), parameters=numbers, bytes=size)
+
+
+def _with_attributes(model: nn.Module, coupling: Coupling) -> Iterator[Coupling]:
+    """The coupling with an attribute that may be its number of channels, as in ``x.view(-1, graph.channels, h, w)``."""
+    sizes = {coupling.channels * entries for entries in (1, *(side.positions.shape[1] for side in coupling.sides))}
+    for path, module in model.named_modules():
+        if type(module).__module__.startswith("torch."):
+            continue
+        for name, number in vars(module).items():
+            if type(number) is int and number in sizes and not name.startswith("_"):
+                positions = torch.arange(number).reshape(coupling.channels, -1)
+                side = Side(path, f".{name}", positions, number)
+                yield dataclasses.replace(coupling, sides=(*coupling.sides, side))

@@ -1,16 +1,17 @@
-"""The samples of a batch: how many, which of their positions are data, how long they are, a key for each, and a few."""
+"""The samples of a batch: how many, which positions are data, how long they are, a key for each, and a few of them."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float64, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
+from spectrim.nn.watch.batches import Feed, Forward
 from spectrim.nn.watch.keys import hashed, mixed, odd
 from spectrim.nn.watch.layout import Layout
 from spectrim.nn.watch.masks import Mask, check_not_inverted, mask_of, tensor_of
@@ -140,3 +141,30 @@ def first_batches(batches: Iterable[Any], most: int, layout: Layout) -> Iterator
         most -= layout.size(batch)
         if most <= 0:
             return
+
+
+def contents(model: nn.Module, batches: Iterable[Any], *, mask: Mask = None, forward: Forward | None = None) -> str:
+    """How many samples there are, and a digest of their inputs: ``512 samples 9c41...``."""
+    feed = Feed.of(forward)
+    count = total = 0
+    for batch in batches:
+        samples = Samples.of(batch, mask, layout=feed.decide(model, batch).layout)
+        count += samples.size
+        total += int(samples.keys.sum())
+    return f"{count:,} samples {total % 2**64:016x}"
+
+
+def read_again(then: object, read: Callable[[], str]) -> tuple[str, bool]:
+    """What batches hold, and whether they are as they were.
+
+    Samples that are cut or turned at random are others in every reading, which tells nothing: they count as unchanged.
+
+    Parameters
+    ----------
+    then
+        What they held; None where that is not known.
+    read
+        Reads them.
+    """
+    now = read()
+    return now, then in (None, now) or read() != now
