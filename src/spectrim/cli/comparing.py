@@ -97,8 +97,8 @@ def measure_networks(
     device = device_named(measuring.device, measuring.threads, measuring.runtime)
     dense = load_model(compared.model, compared.weights).to(device)
     out.say(f"dense: {whose_weights(compared.model, compared.weights)}")
-    data = None if measuring.data is None else load_data(measuring.data, purpose="calibration", device=device)
-    test = None if measuring.test is None else load_data(measuring.test, purpose="test", device=device)
+    data = load_data(measuring.data, purpose="calibration", device=device)
+    test = load_data(measuring.test, purpose="test", device=device)
     tell_preprocessing(out, {"--data": data, "--test": test}, dense)
     batches, named = (data, measuring.data) if data is not None else (test, measuring.test)
     assert batches is not None

@@ -94,8 +94,8 @@ def _is_one_thing(found: object) -> bool:
     return isinstance(found, Tensor | nn.Module) or pair
 
 
-def load_data(text: str, *, purpose: Purpose = "test", device: str = "cpu") -> Iterable[Any]:
-    """The batches that a reference names.
+def load_data(text: str | None, *, purpose: Purpose = "test", device: str = "cpu") -> Any:
+    """The batches that a reference names; None where none is given.
 
     Parameters
     ----------
@@ -103,7 +103,7 @@ def load_data(text: str, *, purpose: Purpose = "test", device: str = "cpu") -> I
         Sets the defaults of the built-in data. ``test`` is the test split; ``calibration`` is 2,048 samples of the
         training split; ``training`` is the training split, shuffled and augmented (digits are not mirrored).
     """
-    return read_data(text, purpose).load(device)
+    return None if text is None else read_data(text, purpose).load(device)
 
 
 def check_data(text: str, purpose: Purpose, labelled: str = "") -> None:

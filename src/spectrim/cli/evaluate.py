@@ -53,10 +53,9 @@ def evaluate(
     from spectrim.report import accuracy, compare, measure
 
     device = device_named(measuring.device, threads, measuring.runtime)
-    batches = load_data(data, purpose="test", device=device) if data is not None else None
+    batches = load_data(data, purpose="test", device=device)
 
     def score(network):
-        assert batches is not None
         with usage():  # batches without labels
             return accuracy(network, batches)
 

@@ -61,7 +61,7 @@ def export(
 
     device_named("cpu", written.threads)
     network = model.load()
-    batches = None if example.data is None else load_data(example.data, purpose="test")
+    batches = load_data(example.data, purpose="test")
     batch = example_batch(batches, example, written.batch, "cpu", network)
     write = export_onnx if file.suffix == ".onnx" else export_program
     with quiet_exporter(FutureWarning, DeprecationWarning):

@@ -18,7 +18,7 @@ from spectrim.cli.references import UsageError
 from spectrim.cli.values import named_costs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from spectrim.selection.candidates import Candidates, Row
 
@@ -228,6 +228,10 @@ def _print(out: Output, table: Candidates, layers: Sequence[dict[str, Any]]) -> 
     columns = ["layer", "kind", *(f">{_HEADS.get(c, c)}" for c in counted), ">rank for\n90 %", ">rank for\n99 %", ">of"]
     columns += [f">{title} at\n{loss:.0%} lost" for loss in _LOSSES]
     rows = []
+
+    def shown(costs: Mapping[str, float]) -> list[str]:
+        return [show(costs[c], _UNITS.get(c, "")) for c in counted]
+
     for layer in layers:
         # The channel unfolding is the one that every layer has; the others are in the JSON document.
         key = next((k for k in layer["ranks"] if k.endswith("/channel")), next(iter(layer["ranks"]), ""))
@@ -237,15 +241,14 @@ def _print(out: Output, table: Candidates, layers: Sequence[dict[str, Any]]) -> 
             (
                 layer["name"],
                 layer["kind"],
-                *(show(layer["costs"][c], _UNITS.get(c, "")) for c in counted),
+                *shown(layer["costs"]),
                 *(str(ranks[s] or f">{size}") if ranks else "" for s in ("90%", "99%")),
                 str(size or ""),
                 *(f"{layer[main + '_left'][f'{loss:.0%}']:.0%}" for loss in _LOSSES),
             )
         )
-    fixed = [show(table.fixed[c], _UNITS.get(c, "")) for c in counted]
-    rows.append(("(not touched)", "", *fixed, "", "", "", "", ""))
-    rows.append(("all", "", *(show(table.dense[c], _UNITS.get(c, "")) for c in counted), "", "", "", "", ""))
+    for name, costs in (("(not touched)", table.fixed), ("all", table.dense)):
+        rows.append((name, "", *shown(costs), "", "", "", "", ""))
     out.table(columns, rows)
     if table.unit:
         out.prose(

@@ -66,8 +66,8 @@ class Subject:
         with usage():
             sites = sites_of(dense, skip=layers.skip or (), only=layers.only or ())
         train = training_batches(training.train, device, dense) if training.train is not None else None
-        data = load_data(inputs.data, purpose="calibration", device=device) if inputs.data is not None else None
-        test = load_data(training.test, purpose="test", device=device) if training.test is not None else None
+        data = load_data(inputs.data, purpose="calibration", device=device)
+        test = load_data(training.test, purpose="test", device=device)
         if test is not None:
             _check_words(train, test)
             _check_test(dense, _first(test, str(training.test)))

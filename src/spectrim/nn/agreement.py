@@ -217,7 +217,7 @@ class _Tally:
             self.energy += float(wide.square().sum())
             ordered = bool(len(owner)) and int(owner.max()) < samples
             if ordered:
-                squares.index_add_(0, owner, missed.flatten(1).sum(1).cpu() if missed.dim() > 1 else missed.cpu())
+                squares.index_add_(0, owner, missed.reshape(len(owner), -1).sum(1).cpu())
             if labels:
                 self.same += int((a == b).sum())
                 self.rows += a.numel()

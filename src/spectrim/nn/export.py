@@ -113,7 +113,7 @@ def _called_with(model: nn.Module, example: Any, dynamic_batch: bool) -> Iterato
     """Arguments of a model in evaluation mode, which is left as it was found."""
     with evaluating(model):
         args, kwargs = _inputs(model, example, dynamic_batch)
-        with left_as_found(model, lambda: model(*copied(args), **copied(kwargs))):
+        with left_as_found(model, args, kwargs):
             yield args, kwargs
 
 

@@ -8,6 +8,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -66,12 +67,12 @@ def find(
     names = paths_of(model)
     tied = tied_weights(model)
     chains = {} if parts else {m: found for m in names if (found := _chain(m, names, tied))}
-    inside = {part for found in chains.values() for part in found}
+    inside = set(chain.from_iterable(chains.values()))
     # Quantised ones deserve a reason.
     own = {m for m in names if is_quantised(m) or (isinstance(m, LAYERS) and not isinstance(m, StandIn))}
     layers = {m: n for m, n in names.items() if (m in own or m in chains) and m not in inside}
     wanted = Wanted(each_of(skip), each_of(only))
-    wanted.check([n for group in layers.values() for n in group])
+    wanted.check([*chain.from_iterable(layers.values())])
     listing = _Listing(model, wanted, tied, _masks(model))
     listing.add_tied(layers)
     for module, paths in layers.items():

@@ -8,6 +8,7 @@ asked for.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -231,7 +232,7 @@ def take_over(layer: nn.Module, module: nn.Module) -> None:
     if not standing:
         new = {name: value for name, value in new.items() if name in _SIZES}
     parts = [name for part in _PARTS for name in vars(module)[part]]
-    taken = {name for part in kept.values() for name in part} | (state.keys() - set(_SIZES) - brought)
+    taken = set(itertools.chain.from_iterable(kept.values())) | (state.keys() - set(_SIZES) - brought)
     clash = [name for name in [*parts, *new] if name in taken]
     if clash:
         raise PlanError(

@@ -228,7 +228,7 @@ def _muted() -> Iterator[None]:
 @contextlib.contextmanager
 def _evaluating(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Callable[[], None]]:
     """Evaluation mode for passes on copies of these inputs, each of which finds the model as it was."""
-    with _in_evaluation(model), left_as_found(model, lambda: model(*copied(args), **copied(kwargs))) as put_back:
+    with _in_evaluation(model), left_as_found(model, args, kwargs) as put_back:
         yield put_back
 
 

@@ -55,13 +55,14 @@ class Budgeted:
         for c, low in zip(binding, lowest, strict=True):
             if low > limits[c] * (1 + ROUNDING):
                 raise InfeasibleBudgetError(c, limits[c], float(low), dense[c], skipped=candidates.left_alone(c))
+        index, loss, error, cost = (np.concatenate(column) for column in zip(*parts, strict=True))
         items = Items(
             names=tuple(binding),
             site=np.repeat(np.arange(len(parts)), [len(part[0]) for part in parts]),
-            index=np.concatenate([part[0] for part in parts]),
-            loss=np.concatenate([part[1] for part in parts]),
-            error=np.concatenate([part[2] for part in parts]),
-            cost=np.concatenate([part[3] for part in parts]),
+            index=index,
+            loss=loss,
+            error=error,
+            cost=cost,
             dense=np.array([[row.dense.costs[c] for c in binding] for row in flat.candidates.rows], dtype=float),
             fixed=fixed,
             limit=np.array([limits[c] for c in binding]),

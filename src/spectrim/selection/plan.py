@@ -292,12 +292,11 @@ def make_plan(
     """
     numbers = picks if isinstance(picks, Mapping) else dict(enumerate(picks))
     order = {row.site: number for number, row in enumerate(candidates.rows)}
-    rows = [(candidates.rows[number], pick) for number, pick in numbers.items()]
-    rows.sort(key=lambda pair: min(order[site] for site in pair[0].sites))
-    covered = [site for row, _ in rows for site in row.sites]
+    chosen = [(row := candidates.rows[number], row.options[pick]) for number, pick in numbers.items()]
+    chosen.sort(key=lambda pair: min(order[site] for site in pair[0].sites))
+    covered = [site for row, _ in chosen for site in row.sites]
     if sorted(covered) != sorted(row.site for row in candidates.singles):
         raise ValueError("a plan covers every site once; the picked rows do not")
-    chosen = [(row, row.options[pick]) for row, pick in rows]
     entries = tuple(
         Entry(
             row.site, row.kind, option.choice, float(option.error), _plain(option.costs), _plain(row.dense.costs),

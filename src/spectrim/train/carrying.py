@@ -169,15 +169,13 @@ def _cut(old: nn.Module, new: nn.Module, state: dict[str, dict[str, Any]]) -> Ma
     tensors = {n: {k: v for k, v in state[n].items() if isinstance(v, Tensor) and v.dim()} for n in changed}
     for name in [name for name in changed if any(v.shape != before[name] for v in tensors[name].values())]:
         del state[name], tensors[name]
-    for key in {key for held in tensors.values() for key in held}:
-        holder = copy_model(old)
-        for name, p in holder.named_parameters():
-            if key in tensors.get(name, {}):
-                p.copy_(tensors[name][key])
+    for key in set().union(*tensors.values()):
+        holder, having = copy_model(old), [name for name, held in tensors.items() if key in held]
+        for name in having:
+            holder.get_parameter(name).copy_(tensors[name][key])
         narrow_as(holder, old, new)
-        for name, p in holder.named_parameters():
-            if key in tensors.get(name, {}):
-                state[name][key] = p.detach()
+        for name in having:
+            state[name][key] = holder.get_parameter(name).detach()
     return shapes
 
 

@@ -127,8 +127,7 @@ def _take_turns(
 ) -> None:
     """Run the model with each kernel in every round, in all layers that may run with it, which are timed."""
     args, kwargs = arguments(model, example)
-    left = left_as_found(model, lambda: model(*copied(args), **copied(kwargs)))
-    with left as put_back, torch.inference_mode():
+    with left_as_found(model, args, kwargs) as put_back, torch.inference_mode():
         for turn in turns:
             # Forwards and backwards, so that none always runs after the same one.
             for kernel in kernels if turn % 2 else reversed(kernels):

@@ -35,14 +35,12 @@ def taps_at(spec: LayerSpec, inputs: Tensor, index: Int64[Tensor, " n"] | None) 
     """The same with the channels last, as they are read."""
     if spec.is_linear:
         return _taken(inputs.reshape(-1, inputs.shape[-1]), index)[None]
-    axes = len(spec.kernel)
-    if inputs.dim() == axes + 1:
-        inputs = inputs.unsqueeze(0)
+    inputs = _batched(spec, inputs)
     shape = tuple(inputs.shape[2:])
     positions = spec.output_shape(shape)
-    if index is None:
-        index = torch.arange(len(inputs) * math.prod(positions))
     size = math.prod(positions)
+    if index is None:
+        index = torch.arange(len(inputs) * size)
     place, outside = _read(spec, shape, positions, index % size)
     sample = (index // size).unsqueeze(1)
     picked = _gathered(inputs, sample.to(inputs.device), place.to(inputs.device))
@@ -59,15 +57,13 @@ def slices_at(
 
     Patches of neighbouring positions have slices in common: those of all positions are as few as the positions.
     """
-    axes = len(spec.kernel)
-    if inputs.dim() == axes + 1:
-        inputs = inputs.unsqueeze(0)
+    inputs = _batched(spec, inputs)
     shape = tuple(inputs.shape[2:])
     positions = spec.output_shape(shape)
     size = math.prod(positions)
     place, outside = _read(spec, shape, positions, index % size)
     place = place if outside is None else place.masked_fill(outside, -1)
-    rest = [1 + a for a in range(axes) if a not in how.axes]
+    rest = [1 + a for a in range(len(spec.kernel)) if a not in how.axes]
     first, second = how.sizes(spec.kernel)
     place = place.reshape(-1, *spec.kernel).permute(0, *rest, *(1 + a for a in how.axes)).reshape(-1, first)
     each = torch.cat([(index // size).repeat_interleave(second).unsqueeze(1), place], dim=1)
@@ -95,8 +91,7 @@ def outputs_at(spec: LayerSpec, outputs: Tensor, index: Int64[Tensor, " n"] | No
     if spec.is_linear:
         picked = _taken(outputs.reshape(-1, outputs.shape[-1]), index)
     else:
-        axes = len(spec.kernel)
-        batched = outputs.unsqueeze(0) if outputs.dim() == axes + 1 else outputs
+        batched = _batched(spec, outputs)
         size = math.prod(batched.shape[2:])
         if index is None or len(index) == len(batched) * size:
             picked = _taken(batched.movedim(1, -1).reshape(-1, batched.shape[1]), index)
@@ -105,6 +100,11 @@ def outputs_at(spec: LayerSpec, outputs: Tensor, index: Int64[Tensor, " n"] | No
             picked = _gathered(batched, rows // size, rows % size).squeeze(1)
     # There may be no rows.
     return picked.reshape(len(picked), spec.groups, picked.shape[1] // spec.groups).transpose(0, 1)
+
+
+def _batched(spec: LayerSpec, values: Tensor) -> Tensor:
+    """What a convolution takes or gives, with an axis of samples."""
+    return values.unsqueeze(0) if values.dim() == len(spec.kernel) + 1 else values
 
 
 def _taken(flat: Tensor, index: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ import contextlib
 import functools
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from spectrim.cost.rounds import ALONE as ALONE
 from spectrim.nn.parameters import modes_kept, parameters_of, version_of
+from spectrim.nn.watch.nesting import copied
 from spectrim.nn.watch.outside import COMMON, Holder, outside, own_object
 from spectrim.nn.watch.writes import seen_writing, tell, written
 
@@ -213,25 +214,20 @@ def kept(model: nn.Module) -> Iterator[State]:
 
 
 @contextlib.contextmanager
-def left_as_found(model: nn.Module, run: Callable[[], object]) -> Iterator[Callable[[], None]]:
+def left_as_found(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Callable[[], None]]:
     """As :func:`kept`, for a model that is run again and again: yields what has every pass find the same.
 
     That is to be called before each pass. What the first pass makes and later ones leave alone, as tables of positions,
     stays meanwhile; what each of them changes, as caches that grow, counters and weights that are written into, is put
-    back.
-
-    Parameters
-    ----------
-    run
-        One pass. Up to two are made, in which what changes is seen.
+    back. Up to two passes are made on copies of these arguments, in which what changes is seen.
     """
     with kept(model) as cold, torch.no_grad():
         try:
             with seen_writing(model):
-                run()
+                model(*copied(args), **copied(kwargs))
             warm = State(model)
             if cold.changed_tensors():
-                run()
+                model(*copied(args), **copied(kwargs))
         except Exception:  # whoever runs it next is told
             warm = State(model)
         places = warm.changed_tensors()

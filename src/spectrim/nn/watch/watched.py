@@ -240,7 +240,7 @@ class Watched:
         names = {site.name for site in sites}
         layers = tuple(watchers[name].layer() for name in reached if name in names and not watchers[name].refused)
         tied = tuple(self._tied(each) for each in sites.tied if self._both(each))
-        readers = (*layers, *(part for each in tied for part in each.parts))
+        readers = (*layers, *itertools.chain.from_iterable(each.parts for each in tied))
         rest = self._rest(reached)
         running = [spec for layer in layers for spec in layer.running]
         running += [*(spec for each in tied for spec in each.layers), *rest.running]
