@@ -63,18 +63,24 @@ def outputs_scaled(net: Any, x: Tensor) -> Changed:
 
 
 CHANGES = [hidden_turned, hidden_permuted, outputs_scaled]
+# A fixed part of the numbers for the pair, so that there is one beside every sparse part.
+SPARSE: list[st.Method] = [st.LowRankPlusSparse(share=0.4)]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("make", [perceptron, convolutional], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    ("make", "methods"),
+    [(perceptron, None), (convolutional, None), (perceptron, SPARSE)],
+    ids=["perceptron", "convolutional", "perceptron, sparse"],
+)
 def test_no_choice_and_no_output_changes(
-    make: Callable[[], nn.Sequential], change: Callable[[Any, Tensor], Changed]
+    make: Callable[[], nn.Sequential], methods: list[st.Method] | None, change: Callable[[Any, Tensor], Changed]
 ) -> None:
     net = make()
     torch.manual_seed(1)
     x = torch.randn(160, 16) @ torch.randn(16, 16) if make is perceptron else torch.randn(96, 4, 6, 6)
     other, changed, unit = change(net, x)
-    one, two = (st.compress(*each, "parameters=70%") for each in ((net, x.split(32)), (other, changed.split(32))))
+    one, two = (st.compress(*each, "parameters=70%", methods=methods) for each in ((net, x.split(32)), (other, changed.split(32))))
     assert [e.choice for e in two.plan] == [e.choice for e in one.plan]
     assert [e.error for e in two.plan] == pytest.approx([e.error for e in one.plan], rel=1e-3, abs=1e-5)
     with torch.no_grad():

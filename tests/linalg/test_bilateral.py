@@ -84,7 +84,7 @@ def test_the_greedy_step_loses_hardly_more_than_the_exact_one(exponent: float, s
     metric, rank = Full(moment), round(share * o)
     best = lost(target, metric, bilateral.exact(target, metric, rank))
     assert lost(target, metric, bilateral.greedy(target, metric, rank)) <= 1.03 * best
-    assert lost(target, metric, bilateral.greedy(target, metric, rank, turns=12)) <= 1.005 * best
+    assert lost(target, metric, bilateral.greedy(target, metric, rank, turns=12)) <= 1.01 * best
 
 
 def test_over_relaxed_turns_come_closer_than_plain_ones() -> None:
@@ -97,6 +97,26 @@ def test_over_relaxed_turns_come_closer_than_plain_ones() -> None:
         plain = bilateral.greedy(target, metric, 20, start=left.mT @ target, turns=turns - 1)
         excess = lost(target, metric, bilateral.greedy(target, metric, 20, turns=turns)) - best
         assert 0 <= excess < 0.8 * (lost(target, metric, plain) - best)
+
+
+@pytest.mark.parametrize("known", [0, 3])
+def test_neither_order_nor_sign_of_channels_decides(known: int) -> None:
+    """Nor a rotation of the outputs, as another root of their weight is."""
+    target, moment = power_law(2, 14, 18), correlated(2, 18)
+    start = bilateral.exact(target, Full(moment), known)[1] if known else None
+    inputs, signs = torch.randperm(18), torch.sign(random(18, seed=5))
+    turned = torch.linalg.qr(random(2, 14, 14, seed=4)).Q
+    one = torch.matmul(*bilateral.greedy(target, Full(moment), 6, start=start, turns=2))
+    other = torch.matmul(
+        *bilateral.greedy(
+            turned @ (target * signs)[..., inputs],
+            Full((moment * signs * signs.unsqueeze(1))[:, inputs][:, :, inputs]),
+            6,
+            start=None if start is None else (start * signs)[..., inputs],
+            turns=2,
+        )
+    )
+    torch.testing.assert_close(turned.mT @ other[..., inputs.argsort()] * signs, one)
 
 
 @settings(max_examples=25)
