@@ -80,7 +80,10 @@ def test_no_choice_and_no_output_changes(
     torch.manual_seed(1)
     x = torch.randn(160, 16) @ torch.randn(16, 16) if make is perceptron else torch.randn(96, 4, 6, 6)
     other, changed, unit = change(net, x)
-    one, two = (st.compress(*each, "parameters=70%", methods=methods) for each in ((net, x.split(32)), (other, changed.split(32))))
+    one, two = (
+        st.compress(model, data.split(32), "parameters=70%", methods=methods)
+        for model, data in ((net, x), (other, changed))
+    )
     assert [e.choice for e in two.plan] == [e.choice for e in one.plan]
     assert [e.error for e in two.plan] == pytest.approx([e.error for e in one.plan], rel=1e-3, abs=1e-5)
     with torch.no_grad():
