@@ -65,6 +65,35 @@ def test_a_second_compression_is_that_of_the_product_and_counts_what_is_there(
     assert torch.equal(loaded(batches[0]), twice.model(batches[0]))
 
 
+class WithScale(nn.Linear):
+    """With numbers of its own, which whoever holds it reads."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, outputs))
+
+
+class ReadsScales(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([WithScale(16, 32), WithScale(32, 32), WithScale(32, 4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x) * layer.scale)
+        return x
+
+
+def test_parameters_that_a_class_adds_to_its_layers_are_counted_each_time() -> None:
+    batches = list(torch.randn(96, 16, generator=torch.Generator().manual_seed(3)).split(48))
+    first = st.compress(ReadsScales().eval(), batches, "parameters=70%")
+    second = st.compress(first.model, batches, "parameters=80%")
+    for result in (first, second):
+        assert result.plan.costs["parameters"] == parameter_count(result.model)
+    assert second.plan.dense_costs["parameters"] == first.plan.costs["parameters"]
+
+
 def test_a_pair_that_nothing_is_chosen_for_stays_bit_for_bit(once: st.Result, batches: list[Tensor]) -> None:
     changed = [entry.site for entry in once.plan if not entry.choice.is_dense]
     again = st.compress(once.model, batches, "macs=99.9%", skip=changed)

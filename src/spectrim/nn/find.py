@@ -123,7 +123,8 @@ class _Listing:
     def add_chain(self, module: nn.Module, paths: tuple[str, ...], parts: tuple[nn.Module, ...]) -> None:
         """A layer that other layers stand for."""
         site = _compressed_before(module, paths, parts)
-        self.covered.update(id(p) for p in module.parameters())
+        # What a class of the user's own adds to its layers is counted with what no layer holds, as before.
+        self.covered.update(id(p) for part in parts for p in part.parameters())
         if reason := self.wanted.reason(module, paths, site.spec):
             self.skipped |= {part.name: (None, Skipped(part.name, part.kind, reason)) for part in site.present}
             self.untouched += site.present

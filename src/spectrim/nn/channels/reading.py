@@ -174,9 +174,9 @@ class Graph:
         if cut and name not in self._cut:
             return f"{name}: {self._reasons.get(name, 'no plain layer')}"
         # Cut here it would be two tensors, and whole in the other module.
-        own = list(module.parameters(recurse=False))
-        for holders in (self._tied[id(p)] for p in own if id(p) in self._tied):
-            return f"{name}: {tied_to('weight', ', '.join(each for each in holders if each != name))}"
+        own = dict(module.named_parameters(recurse=False))
+        for what, holders in ((what, self._tied[id(p)]) for what, p in own.items() if id(p) in self._tied):
+            return f"{name}: {tied_to(what, ', '.join(each for each in holders if each != name))}"
         if isinstance(module, nn.MultiheadAttention):
             return f"{name}: it keeps its heads and channels; those of spectrim.with_linear_layers(model) can go"
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
