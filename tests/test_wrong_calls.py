@@ -73,6 +73,18 @@ def test_other_arguments_than_a_verb_has(call: Callable[[nn.Module], object], sa
             lambda m, s, t, p: ANY.compare(m, "small", BATCH),
             "compressed is a str: expected a Module or a Mapping. Write",
         ),
+        (lambda m, s, t, p: ANY.recommend(m, "macs=50%"), "sites is a Sequential: expected a Sites. Write recommend("),
+        (lambda m, s, t, p: ANY.recommend(s), "Write recommend(sites, Energy(0.9)), with"),
+        (
+            lambda m, s, t, p: ANY.sensitivity(m, [BATCH]),
+            "sites is a list: expected a Sites. Write sensitivity(model, ",
+        ),
+        (
+            lambda m, s, t, p: ANY.agreement(m, p, [BATCH]),
+            "small is a Plan: expected a Module. Write agreement(dense, ",
+        ),
+        (lambda m, s, t, p: ANY.choose_kernels(p, BATCH), "model is a Plan: expected a Module. Write choose_kernels("),
+        (lambda m, s, t, p: ANY.LearnedRanks(m, "macs=50%"), "sites is a str: expected a Sites. Write LearnedRanks("),
         (lambda m, s, t, p: ANY.merge(p), "model is a Plan: expected a Module. Write merge(model)"),
         (lambda m, s, t, p: ANY.fine_tune(p, [BATCH]), "model is a Plan: expected a Module. Write fine_tune(model, ba"),
         (lambda m, s, t, p: ANY.learn_ranks(p, [BATCH], "macs=50%"), "model is a Plan: expected a Module. Write learn"),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import CalibrationError, SpectrimError
+from spectrim.errors import CalibrationError, SpectrimError, called_as
 from spectrim.nn.copying import cannot_run
 from spectrim.nn.watch.batches import Feed, Forward
 from spectrim.nn.watch.layout import samples_first
@@ -115,6 +115,7 @@ def check_comparable(model: nn.Module, batch: Any, feed: Feed) -> None:
         )
 
 
+@called_as("Write agreement(dense, small, batches); of a result, its .model", dense=nn.Module, small=nn.Module)
 def agreement(
     dense: nn.Module,
     small: nn.Module,

@@ -17,7 +17,7 @@ from torch import Tensor
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
 from spectrim.cost.whole import Network
-from spectrim.errors import InfeasibleBudgetError
+from spectrim.errors import InfeasibleBudgetError, called_as
 from spectrim.linalg import principal
 from spectrim.linalg.bisection import last_number
 from spectrim.methods import PrincipalFilters, statistics
@@ -84,6 +84,7 @@ def widths(
     return {site.name: _width(site, recipe(energies[site.name]), analysis, rounded) for site in sites.coupled()}
 
 
+@called_as("Write recommend(sites, Energy(0.9)), with the sites of couple and calibrate", sites=Sites)
 def recommend(
     sites: Sites,
     recipe: Recipe | BudgetLike,

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from spectrim.application import Applied, carry_out
 from spectrim.cost.counted import Cost
 from spectrim.cost.latency import Latency
-from spectrim.errors import MissingMomentsError, PlanError
+from spectrim.errors import MissingMomentsError, PlanError, called_as
 from spectrim.methods import ActivationSVD, Method, WeightSVD, as_methods
 from spectrim.network.sites import Layer, Site, Sites, Statistics
 from spectrim.nn.copying import copy_model
@@ -138,6 +138,9 @@ class LearnedRanks:
     >>> small, plan = ranks.finish(batches)  # doctest: +SKIP
     """
 
+    @called_as(
+        "Write LearnedRanks(model, sites, 'macs=50%'), with the sites of calibrate", model=nn.Module, sites=Sites
+    )
     def __init__(
         self,
         model: nn.Module,

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from spectrim.cost.rounds import Rounds, Timing, torch_threads, waiter
+from spectrim.errors import called_as
 from spectrim.nn.sparse.layers import Masked
 from spectrim.nn.sparse.products import Kernel, products, takes, works
 from spectrim.nn.watch.batches import arguments
@@ -48,6 +49,7 @@ class ChosenKernel:
         return self.milliseconds[self.kernel] / self.milliseconds[Kernel.DENSE]
 
 
+@called_as("Write choose_kernels(model, example), with one batch of inputs; of a result, its .model", model=nn.Module)
 def choose_kernels(
     model: nn.Module,
     example: Any,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectrim.errors import CalibrationError, ForwardError, SpectrimError, first_few
+from spectrim.errors import CalibrationError, ForwardError, SpectrimError, called_as, first_few
 from spectrim.linalg.moments import Moments, Squares
 from spectrim.network.sites import Layer, Sites, Tied
 from spectrim.nn.contiguity import contiguous_where_needed
@@ -35,6 +35,7 @@ from spectrim.progress import Steps
 log = logging.getLogger(__name__)
 
 
+@called_as("Write sensitivity(model, sites, batches), with the sites of calibrate", model=nn.Module, sites=Sites)
 def sensitivity(
     model: nn.Module,
     sites: Sites,
