@@ -49,11 +49,8 @@ class Stays:
     """The layer stays; its weight and bias may be fitted anew."""
 
     changes: ClassVar[bool] = False
+    sketches = False
     layer: Layer
-
-    @property
-    def sketches(self) -> bool:
-        return False
 
     def observable(self, work: Work) -> bool:
         return not self.layer.present and (self.layer.statistics.input is not None or work.narrows(self.layer))
@@ -123,13 +120,10 @@ class Member:
     """A choice for a group that the layer is the ``number``-th of."""
 
     changes: ClassVar[bool] = True
+    sketches = False
     layer: Layer
     shared: Shared
     number: int
-
-    @property
-    def sketches(self) -> bool:
-        return False
 
     def observable(self, work: Work) -> bool:
         return self.layer.statistics.input is not None

@@ -273,7 +273,7 @@ class JointSVD(Method):
         if choice.bias and group.seen is None:
             # What was announced and counted: every layer of the group has a bias.
             shifts = [torch.zeros(s.out_channels, dtype=dtype, device=s.device) for s in site.layers]
-        elif choice.bias and group.seen is not None:
+        elif choice.bias:
             for n in numbers:
                 made = Bilateral((own_lefts[n],), shared_right, shared_left, (own_rights[n],))
                 shifts[n] = group.shift(made.products()[0], n).to(dtype)

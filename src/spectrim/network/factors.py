@@ -202,7 +202,7 @@ class SharedBasis(Factors, kind="shared_basis"):
             torch.empty(g, right_rank, columns[0]),
             torch.empty(g, rows[0], left_rank),
             tuple(torch.empty(g, left_rank, c) for c in columns),
-            tuple(None for _ in shapes),
+            (None,) * len(shapes),
             how,
             tuple(tuple(shape[1:]) for shape in shapes),
             choice.once,

@@ -204,7 +204,8 @@ class _Tally:
         self.comparable &= all(a.shape == b.shape for a, b in pairs)
         labels = not any(_is_amount(a) for a, _ in pairs)
         self.samples += samples
-        squares, divergences = torch.zeros(samples, dtype=torch.float64), torch.zeros(samples, dtype=torch.float64)
+        self.squares.append(torch.zeros(samples, dtype=torch.float64))
+        self.divergences.append(torch.zeros(samples, dtype=torch.float64))
         for place, (a, b) in enumerate(pairs):
             if a.shape != b.shape or not (labels or _is_amount(a)):
                 continue
@@ -212,25 +213,27 @@ class _Tally:
             scores &= a.is_floating_point()
             a, b = (samples_first(each, samples, turned) for each in (a, b))
             a, b, owner = _without_padding(a, b, positions.of_output(place, a, data))
-            wide, other = _as_vectors(a, b) if labels else compared(a, b)
-            missed = (wide - other).square()
-            self.missed += float(missed.sum())
-            self.energy += float(wide.square().sum())
-            ordered = bool(len(owner)) and int(owner.max()) < samples
+            self._add(a, b, owner, labels=labels, scores=scores and a.dim() > 1 and a.shape[-1] > 1)
+
+    def _add(self, a: Tensor, b: Tensor, owner: Tensor, *, labels: bool, scores: bool) -> None:
+        """Add one output of a batch, whose rows are of these samples."""
+        wide, other = _as_vectors(a, b) if labels else compared(a, b)
+        missed = (wide - other).square()
+        self.missed += float(missed.sum())
+        self.energy += float(wide.square().sum())
+        ordered = bool(len(owner)) and int(owner.max()) < len(self.squares[-1])
+        if ordered:
+            self.squares[-1].index_add_(0, owner, missed.reshape(len(owner), -1).sum(1).cpu())
+        if labels:
+            self.same += int((a == b).sum())
+            self.rows += a.numel()
+        elif scores:
+            self.same += int((a.argmax(-1) == b.argmax(-1)).sum())
+            nats = _divergences(a, b)
+            self.nats = (self.nats or 0.0) + float(nats.sum())
+            self.rows += a[..., 0].numel()
             if ordered:
-                squares.index_add_(0, owner, missed.reshape(len(owner), -1).sum(1).cpu())
-            if labels:
-                self.same += int((a == b).sum())
-                self.rows += a.numel()
-            elif scores and a.dim() > 1 and a.shape[-1] > 1:
-                self.same += int((a.argmax(-1) == b.argmax(-1)).sum())
-                nats = _divergences(a, b)
-                self.nats = (self.nats or 0.0) + float(nats.sum())
-                self.rows += a[..., 0].numel()
-                if ordered:
-                    divergences.index_add_(0, owner, nats.reshape(len(owner), -1).sum(1).cpu())
-        self.squares.append(squares)
-        self.divergences.append(divergences)
+                self.divergences[-1].index_add_(0, owner, nats.reshape(len(owner), -1).sum(1).cpu())
 
     def agreement(self, *, held_out: bool) -> Agreement | None:
         if not self.comparable or not self.energy:

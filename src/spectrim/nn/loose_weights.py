@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,10 +62,14 @@ def unheld(
 def _held(name: str, module: nn.Module, counted: set[int]) -> Iterator[Skipped]:
     """A module that holds matrices of its own: as parameters, or as buffers that files hold."""
     kind = type(module).__name__
-    own = {key: p for key, p in module._parameters.items() if p is not None and id(p) not in counted}
+
+    def new(held: Mapping[str, Any]) -> dict[str, Any]:
+        return {key: tensor for key, tensor in held.items() if tensor is not None and id(tensor) not in counted}
+
+    own = new(module._parameters)
     if matrices := [key for key, p in own.items() if not is_lazy(p) and _is_matrix(p)]:
         yield Skipped(name, kind, _reason(module, matrices), stored(own.values(), counted))
-    kept = {key: b for key, b in module._buffers.items() if b is not None and id(b) not in counted and _is_matrix(b)}
+    kept = {key: b for key, b in new(module._buffers).items() if _is_matrix(b)}
     passing = module._non_persistent_buffers_set
     if keys := [key for key, b in kept.items() if "weight" in key or (b.is_floating_point() and key not in passing)]:
         counted.update(id(kept[key]) for key in keys)

@@ -45,14 +45,13 @@ def _restated(
 ) -> tuple[Plan, tuple[str, ...]]:
     picks = {entry.site: entry.choice for entry in plan if not entry.choice.is_dense}
     total = network.cost(picks)
-    wrong = [name for name in _TELLING if name in total and not _same(plan.costs.get(name, total[name]), total[name])]
-    if not wrong:
+    if not (wrong := _differing(plan.costs, total)):
         return plan, ()
     entries, unknown, why = [], [], "it was edited, or made for other inputs"
     for entry in plan:
         now = {} if entry.of_channels else network.counted(entry.site, picks)
         error = entry.error
-        if not all(_same(entry.costs.get(name, now[name]), now[name]) for name in _TELLING if name in now):
+        if _differing(entry.costs, now):
             error = offered.get((entry.site, entry.choice), error)
             unknown += [] if (entry.site, entry.choice) in offered else [entry.site]
         dense = network.counted(entry.site) if now else entry.dense_costs
@@ -69,6 +68,11 @@ def _restated(
     if unknown:
         notes.append(f"what {', '.join(unknown[:3])} loses is not known: told is what the plan says, which was edited")
     return dataclasses.replace(plan, entries=tuple(entries), costs=total, dense_costs=network.cost()), tuple(notes)
+
+
+def _differing(told: Mapping[str, float], now: Mapping[str, float]) -> list[str]:
+    """Costs of which something else is told than was counted."""
+    return [name for name in _TELLING if name in now and not _same(told.get(name, now[name]), now[name])]
 
 
 def _same(one: float, other: float) -> bool:

@@ -69,7 +69,6 @@ class Forest:
         # no group contains, in the network's order.
         self.leaves = [tuple(numbers[s] for s in row.members) if row.members else (n,) for n, row in enumerate(rows)]
         self.children: list[list[int]] = [[] for _ in rows]
-        self.roots: list[int] = []
         groups = sorted((n for n, row in enumerate(rows) if row.members), key=lambda n: len(self.leaves[n]))
         top = {n: n for n in numbers.values()}
         for number in groups:

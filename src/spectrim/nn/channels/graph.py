@@ -116,12 +116,11 @@ def _coupled(model: nn.Module, sites: Sites, example: Any, run: Feed) -> Sites:
     trial = Trial(lively, small, run)
     good, failed = trial.sort_out(found, graph.operations)
     good, left = by_experiment(graph, trial, good, [*obstacles, *failed])
-    good, left = _with_heads(Heads(trial, frozenset(site.name for site in sites)), good, left)
     order = {site.name: number for number, site in enumerate(sites)}
-    good = list(with_products(trial, good))
-    good.sort(key=lambda c: order.get(c.sides[0].name, len(order)))
+    good, left = _with_heads(Heads(trial, frozenset(order)), good, left)
+    good = sorted(with_products(trial, good), key=lambda c: order.get(c.sides[0].name, len(order)))
     touched = {side.name for coupling in good for side in coupling.sides}
-    follow = [spec for spec in sites.untouched if spec.name in touched]
+    follow = (spec for spec in sites.untouched if spec.name in touched)
     norms = graph.norms()
     reading = {side.name for coupling in good for side in coupling.on(IN)}
     skipped = [Skipped(name, f"{count} channels", reason) for name, count, reason in left]

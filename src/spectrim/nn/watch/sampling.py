@@ -101,8 +101,8 @@ class Extent:
 
     def see(self, batch: Any) -> Samples:
         """The samples of the next batch."""
-        lengths = self._lengths(batch, self._seen) if self._mean is None else None
-        if lengths is not None:
+        if self._mean is None:
+            lengths = self._lengths(batch, self._seen)
             self._mean = float(lengths.sum() / (lengths > 0).sum().clamp_min(1))
         self._size(batch, self._seen)
         self._seen += 1
