@@ -65,13 +65,14 @@ def outputs_scaled(net: Any, x: Tensor) -> Changed:
 CHANGES = [hidden_turned, hidden_permuted, outputs_scaled]
 # A fixed part of the numbers for the pair, so that there is one beside every sparse part.
 SPARSE: list[st.Method] = [st.LowRankPlusSparse(share=0.4)]
+LONGER: list[st.Method] = [st.ActivationTucker2(), st.ActivationCP(), st.ActivationSVD()]
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize(
     ("make", "methods"),
-    [(perceptron, None), (convolutional, None), (perceptron, SPARSE)],
-    ids=["perceptron", "convolutional", "perceptron, sparse"],
+    [(perceptron, None), (convolutional, None), (perceptron, SPARSE), (convolutional, LONGER)],
+    ids=["perceptron", "convolutional", "perceptron, sparse", "convolutional, longer"],
 )
 def test_no_choice_and_no_output_changes(
     make: Callable[[], nn.Sequential], methods: list[st.Method] | None, change: Callable[[Any, Tensor], Changed]
@@ -89,3 +90,44 @@ def test_no_choice_and_no_output_changes(
     with torch.no_grad():
         wanted, given = one.model(x), two.model(changed) / unit
     assert float((wanted - given).norm() / wanted.norm()) < 1e-3
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.LSTM(6, 12, batch_first=True)
+        self.second, self.last = nn.Linear(12, 12), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.second(self.first(x)[0][:, -1])))
+
+
+def test_the_order_of_what_a_recurrent_layer_hands_on_decides_nothing() -> None:
+    torch.manual_seed(0)
+    net, x = Recurrent().eval(), torch.randn(96, 7, 6)
+    other, order = copy.deepcopy(net), torch.randperm(12, generator=torch.Generator().manual_seed(4))
+    gates = torch.cat([order + 12 * gate for gate in range(4)])
+    for name, value in net.first.named_parameters():
+        moved = value.data[gates]
+        getattr(other.first, name).data = moved[:, order] if "hh" in name and moved.dim() == 2 else moved
+    other.second.weight.data = net.second.weight.data[:, order]
+    one, two = (st.compress(each, x.split(32), "parameters=90%") for each in (net, other))
+    assert any(not e.choice.is_dense for e in one.plan)
+    assert [e.choice for e in two.plan] == [e.choice for e in one.plan]
+    with torch.no_grad():
+        wanted, given = one.model(x), two.model(x)
+    assert float((wanted - given).norm() / wanted.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("change", [hidden_turned, hidden_permuted], ids=lambda change: change.__name__)
+def test_of_sixteen_bits_the_same_is_lost(change: Callable[[Any, Tensor], Changed]) -> None:
+    """Sums of sixteen bits in another order may be other ones by 1 %."""
+    torch.manual_seed(1)
+    x = torch.randn(160, 16) @ torch.randn(16, 16)
+    net = perceptron()
+    other, _, _ = change(net, x)
+    results = [st.compress(each.bfloat16(), x.bfloat16().split(32), "parameters=70%") for each in (net, other)]
+    assert [e.error for e in results[1].plan] == pytest.approx([e.error for e in results[0].plan], rel=0.1, abs=1e-3)
+    with torch.no_grad():
+        wanted, given = (result.model(x.bfloat16()).float() for result in results)
+    assert float((wanted - given).norm() / wanted.norm()) < 0.02

@@ -202,3 +202,13 @@ def test_a_sketch_that_has_overflown_still_lowers_the_error(monkeypatch):
         fitted.target.bias.copy_(site.biases[0])
         after = (fitted.target(torch.tanh(fitted.first(batches[0]))) - wanted).square().sum()
     assert after < before
+
+
+@pytest.mark.parametrize(("different", "copies"), [(6, 4), (2, 12), (40, 1), (1, 24)])
+def test_of_equal_samples_all_are_held_out_or_none(different, copies):
+    x = torch.randn(different, 5, generator=torch.Generator().manual_seed(0)).repeat(copies, 1)
+    split = Split.of(x.split(7), Sampling())
+    held = torch.cat(split.held)
+    assert split.total == different
+    assert not {tuple(row.tolist()) for row in x[held]} & {tuple(row.tolist()) for row in x[~held]}
+    assert int(held.sum()) == copies * {6: 2, 2: 0, 40: 5, 1: 0}[different]

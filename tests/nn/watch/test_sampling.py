@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from spectrim.errors import CalibrationError
 from spectrim.nn.layers import spec_of
-from spectrim.nn.watch.samples import Samples
+from spectrim.nn.watch.layout import Layout
+from spectrim.nn.watch.samples import Samples, spread
 from spectrim.nn.watch.sampling import Extent, choose, directions, mean_rows
 
 LINEAR = spec_of(nn.Linear(4, 3), ["layer"])
@@ -255,3 +256,11 @@ def test_batches_whose_inputs_hold_no_number_are_named():
     run.see(torch.ones(2, 3))
     with pytest.raises(CalibrationError, match=r"calibration batch 1 is empty: its inputs have the shape \(2, 0\)"):
         run.see(torch.ones(2, 0))
+
+
+def test_of_samples_that_are_there_several_times_their_share_is_chosen():
+    x = torch.cat([torch.randn(200, 3, generator=torch.Generator().manual_seed(0)), torch.full((200, 3), 0.5)])
+    order = torch.randperm(400, generator=torch.Generator().manual_seed(1))
+    one, two = (torch.cat(spread(each.split(size), 100, Layout())) for each, size in ((x, 400), (x[order], 30)))
+    assert 35 <= int((one == 0.5).all(1).sum()) <= 65
+    assert sorted(one.tolist()) == sorted(two.tolist())

@@ -73,11 +73,12 @@ class Split:
         samples = tuple(run.see(batch) for batch in batches)
         every = torch.cat([each.filled for each in samples]) if samples else torch.zeros(0, dtype=torch.bool)
         keys = torch.cat([each.keys for each in samples])[every] if samples else torch.zeros(0)
-        total = len(keys)
-        count = max(round(held_out * total), min(ENOUGH, total // 3)) if held_out else 0
+        different = torch.where(keys == 0, torch.arange(len(keys)), keys)
+        ordered = different.unique()
+        count = max(round(held_out * len(ordered)), min(ENOUGH, len(ordered) // 3)) if held_out else 0
         held = torch.zeros(len(every), dtype=torch.bool)
-        held[every.nonzero().flatten()[keys.argsort(stable=True)[:count]]] = True
-        return cls(run, samples, held.split([each.size for each in samples]), len(keys.unique()), amount)
+        held[every] = torch.isin(different, ordered[:count])
+        return cls(run, samples, held.split([each.size for each in samples]), len(ordered), amount)
 
     @property
     def held_out(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -103,17 +104,28 @@ def spread(
 ) -> list[Any]:
     """So many samples at most, in parts of batches, chosen by their contents: their order makes no difference.
 
-    Of those that are ``held``, if any are.
+    Of those that are ``held``, if any are. Of samples that are there several times about their share is chosen.
     """
     parts: list[tuple[Any, Tensor, Tensor]] = []
+    times: Counter[int] = Counter()
     among = held if any(bool(each.any()) for each in held) else itertools.repeat(None)
     for batch, each in zip(batches, among, strict=False):
         samples = Samples.of(batch, mask, layout=layout)
         index = (samples.filled if each is None else each & samples.filled).nonzero().flatten()
-        parts.append((batch, index, samples.keys[index]))
+        parts.append((batch, index, _apart(samples.keys[index], times)))
         if sum(len(index) for _, index, _ in parts) > 2 * most:
             parts = _fewer(parts, most, layout)
     return [_part(batch, index, layout) for batch, index, _ in _fewer(parts, most, layout) if len(index)]
+
+
+def _apart(keys: Int64[Tensor, " n"], times: Counter[int]) -> Int64[Tensor, " n"]:
+    """The keys, with others for samples whose equals came before: no sample goes or stays with all of them."""
+    before = []
+    for key in keys.tolist():
+        before.append(times[key])
+        times[key] += 1
+    again = torch.tensor(before, dtype=torch.int64)
+    return torch.where(again > 0, mixed(keys + odd(again)), keys)
 
 
 def _fewer(parts: Sequence[tuple[Any, Tensor, Tensor]], most: int, layout: Layout) -> list[tuple[Any, Tensor, Tensor]]:
