@@ -30,6 +30,21 @@ def test_the_loss_falls_and_the_network_learns() -> None:
     assert accuracy(model.eval()) == result.last
 
 
+def test_a_training_that_makes_a_network_worse_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = Net(width=16)
+    fine_tune(model, loader(96), epochs=12, lr=0.05)
+    trained = copy.deepcopy(model)
+    fine_tune(model, loader(96), epochs=1, lr=0.01)
+    rash = Recipe(epochs=1, lr=1.0, clip=1.0)
+    # A penalty may raise the loss as it is meant to.
+    fine_tune(copy.deepcopy(trained), loader(96), recipe=rash, penalty=lambda net: 0 * net.stem.weight.sum())
+    assert not caplog.records
+    result = fine_tune(trained, loader(96), recipe=rash)
+    (record,) = caplog.records
+    assert f"{result.history[-1].loss:.3g} over the last epoch" in record.getMessage()
+    assert record.getMessage().endswith("as lr=0.1 in place of 1")
+
+
 def test_equal_seeds_give_equal_weights() -> None:
     models = [Net(), Net(), Net()]
     for model, seed in zip(models, (3, 3, 4), strict=True):

@@ -34,6 +34,8 @@ from spectrim.train.recipe import Recipe, parameter_groups
 from spectrim.train.result import EpochRecord, TrainingResult
 
 log = logging.getLogger(__name__)
+# A loss that ends so many times above where it began is worse by more than chance.
+_WORSE = 5.0
 
 Evaluate = Callable[[nn.Module], float]
 
@@ -105,6 +107,7 @@ class Loop:
         # As a checkpoint says it.
         self._done = resume.CheckpointRecord({}, 0, 0, 0, 0.0, (), (None, None), resume.OptimizerRecord({}, []))
         self._loss_sum = torch.zeros((), dtype=torch.float64, device=self.devices.device)
+        self._first: Tensor | None = None  # the loss of the first batch, before any step
         self._best: dict[str, Tensor] = {}
         with randomness.seeded(recipe.seed):
             self._random = self._epoch_random = randomness.capture()
@@ -159,6 +162,8 @@ class Loop:
                 self._run_epoch(update)
         if self.epoch == self.recipe.epochs and self.recipe.keep == "best" and self._best:
             resume.copy_tensors(self.model, self._best, "the best weights")
+        elif self._first is not None and self.penalty is None:
+            self._tell_if_worse(float(self._first), self._done.history[-1].loss)
         return self.result()
 
     def result(self) -> TrainingResult:
@@ -203,6 +208,8 @@ class Loop:
             group["lr"] = base * factor
         loss = task = self._objective(self._wrapped, inputs, targets) * share
         self._loss_sum += task.detach()
+        if self.step == 0:
+            self._first = task.detach()
         if self.penalty is not None:
             loss = task + self.penalty(self.model)
         faults.backward(loss, self.model, lambda: self._objective(self._wrapped, inputs, targets))
@@ -254,6 +261,16 @@ class Loop:
                 "Lower lr, set clip=1.0, or look in the batches for non-finite values, and for "
                 "labels that are all ignored, of which torch's own mean is nan"
             )
+
+    def _tell_if_worse(self, first: float, last: float) -> None:
+        """Warn where the loss of the last epoch is far above that of the first batch."""
+        if 0 < first < last / _WORSE:
+            rate = max(self._base_lr)
+            log.warning(
+                "the loss was %.3g on the first batch, before any step, and %.3g over the last epoch: training made "
+                "the network worse, as too large steps do. Train it as it was before with a lower rate, as lr=%.1g in "
+                "place of %.3g", first, last, rate / 10, rate,
+            )  # fmt: skip
 
     def _skip(self, iterator: Any) -> None:
         for number in range(self._done.batch):

@@ -87,6 +87,8 @@ def fine_tune(
 
     Notes
     -----
+    Where the loss of the last epoch is more than five times that of the first batch, the log warns of the rate.
+
     The global generators are left as found, so that training does not depend on what ran before. Do not shard the data:
     with several processes, each takes its part of every batch.
 
