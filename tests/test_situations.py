@@ -324,3 +324,34 @@ def test_layers_that_are_called_until_it_converges_are_compressed_again_with_a_n
     assert notes
     for note in notes:
         assert re.search(r"'w\S*'\. A sample of this batch takes [\d,]+ MACs$", note), note
+
+
+class TwoTasks(nn.Module):
+    """Places in pixels beside scores, each behind a branch of its own."""
+
+    def __init__(self, unit: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.left, self.right = nn.Linear(32, 64), nn.Linear(64, 64), nn.Linear(64, 64)
+        self.places, self.scores, self.unit = nn.Linear(64, 4), nn.Linear(64, 8), unit
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = F.relu(self.trunk(x))
+        return {"places": self.places(F.relu(self.left(x))) * self.unit, "scores": self.scores(F.relu(self.right(x)))}
+
+
+def test_outputs_count_alike_in_any_unit_and_the_worst_is_told() -> None:
+    results = {unit: st.compress(TwoTasks(unit).eval(), BATCHES, "macs=50%") for unit in (1.0, 1024.0)}
+    choices = [[(entry.site, entry.choice) for entry in result.plan] for result in results.values()]
+    assert choices[0] == choices[1]
+    for unit, result in results.items():
+        told = st.agreement(dense := TwoTasks(unit).eval(), result.model, BATCHES)
+        assert told is not None
+        assert told.worst is not None
+        x = torch.cat(BATCHES)
+        with torch.no_grad():
+            wanted, given = dense(x), result.model(x)
+        off = [float((wanted[name] - given[name]).norm() / wanted[name].norm()) for name in wanted]
+        assert told.worst == pytest.approx(max(off), rel=1e-4)
+        assert min(off) <= told.error <= told.worst + 1e-9
+        assert f"one of several by {told.worst:.2%}" in str(told)

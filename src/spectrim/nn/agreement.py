@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
 
@@ -48,6 +49,8 @@ class Agreement:
         numbers, true or false); None for outputs that are neither labels nor scores of classes.
     held_out
         Whether the layers were not fitted to these samples.
+    worst
+        The error of the output that is furthest off, where there are several: in ``error`` the largest ones weigh most.
     divergence
         Kullback-Leibler divergence of the classes' probabilities from the dense network's, in nats, a mean over rows;
         None for outputs that are no scores of classes.
@@ -61,6 +64,7 @@ class Agreement:
     top1: float | None = None
     held_out: bool = True
     divergence: float | None = None
+    worst: float | None = None
     parts: tuple[float, ...] = field(default=(), repr=False, compare=False)
 
     @property
@@ -90,7 +94,8 @@ class Agreement:
     def __str__(self) -> str:
         which = "held-out calibration samples" if self.held_out else "calibration samples"
         same = "" if self.top1 is None else f"the same class comes first in {self.top1:.2%}, and "
-        return f"on {self.samples:,} {which} {same}outputs differ from the dense network's by {self.error:.2%}"
+        worst = "" if self.worst is None else f", one of several by {self.worst:.2%}"
+        return f"on {self.samples:,} {which} {same}outputs differ from the dense network's by {self.error:.2%}{worst}"
 
 
 def check_comparable(model: nn.Module, batch: Any, feed: Feed) -> None:
@@ -187,8 +192,8 @@ class _Tally:
     """Adds up over batches what two networks' outputs have in common."""
 
     samples: int = 0
-    missed: float = 0.0
-    energy: float = 0.0
+    missed: dict[int, float] = field(default_factory=lambda: defaultdict(float))  # by the place among the outputs
+    energy: dict[int, float] = field(default_factory=lambda: defaultdict(float))
     same: int = 0
     rows: int = 0
     nats: float | None = None  # none of outputs that are no scores
@@ -213,14 +218,14 @@ class _Tally:
             scores &= a.is_floating_point()
             a, b = (samples_first(each, samples, turned) for each in (a, b))
             a, b, owner = _without_padding(a, b, positions.of_output(place, a, data))
-            self._add(a, b, owner, labels=labels, scores=scores and a.dim() > 1 and a.shape[-1] > 1)
+            self._add(place, a, b, owner, labels=labels, scores=scores and a.dim() > 1 and a.shape[-1] > 1)
 
-    def _add(self, a: Tensor, b: Tensor, owner: Tensor, *, labels: bool, scores: bool) -> None:
-        """Add one output of a batch, whose rows are of these samples."""
+    def _add(self, place: int, a: Tensor, b: Tensor, owner: Tensor, *, labels: bool, scores: bool) -> None:
+        """Add one output of a batch, at this place among all, whose rows are of these samples."""
         wide, other = _as_vectors(a, b) if labels else compared(a, b)
         missed = (wide - other).square()
-        self.missed += float(missed.sum())
-        self.energy += float(wide.square().sum())
+        self.missed[place] += float(missed.sum())
+        self.energy[place] += float(wide.square().sum())
         ordered = bool(len(owner)) and int(owner.max()) < len(self.squares[-1])
         if ordered:
             self.squares[-1].index_add_(0, owner, missed.reshape(len(owner), -1).sum(1).cpu())
@@ -236,13 +241,18 @@ class _Tally:
                 self.divergences[-1].index_add_(0, owner, nats.reshape(len(owner), -1).sum(1).cpu())
 
     def agreement(self, *, held_out: bool) -> Agreement | None:
-        if not self.comparable or not self.energy:
+        missed, energy = sum(self.missed.values()), sum(self.energy.values())
+        if not self.comparable or not energy:
             return None
-        error, same = math.sqrt(self.missed / self.energy), self.same / self.rows if self.rows else None
+        shares = [self.missed[place] / whole for place, whole in self.energy.items() if whole]
+        told = Agreement(
+            self.samples, math.sqrt(missed / energy), self.same / self.rows if self.rows else None, held_out,
+            worst=math.sqrt(max(shares)) if len(shares) > 1 else None,
+        )  # fmt: skip
         if self.nats is None:
-            return Agreement(self.samples, error, same, held_out, parts=_shares(self.squares, self.missed, self.energy))
+            return replace(told, parts=_shares(self.squares, missed, energy))
         parts = _shares(self.divergences, self.nats, self.rows)
-        return Agreement(self.samples, error, same, held_out, self.nats / self.rows, parts)
+        return replace(told, divergence=self.nats / self.rows, parts=parts)
 
 
 def _is_amount(output: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +67,7 @@ class GradientWatch:
             run.samples = min(run.samples, samples)
         self._rows = {s.name: FEWEST if rows is None and s.name in heads else rows for s in specs}
         self._now: dict[str, list[Tensor]] = {}
+        self._units: dict[int, float] = {}
         self._hooks = [Hook(layer, self.hook(spec)) for layer, spec in zip(layers, specs, strict=True)]
         # Writing in place into what backward passes read is rare, and what allows for it is slow.
         self._mutable = False
@@ -111,8 +113,10 @@ class GradientWatch:
                         "without gradients"
                     )
                     return output
+                self._units = self._units or _units(outputs)
                 drawn = [
                     directions(z, self.samples, self._seed + number, positions=self._positions.may_have(place))
+                    / self._units.get(place, 1.0)
                     for number, (place, z) in enumerate(outputs.items())
                 ]
                 backward = True
@@ -153,6 +157,17 @@ class GradientWatch:
             return tracked
 
         return watch
+
+
+def _units(outputs: Mapping[int, Tensor]) -> dict[int, float]:
+    """What to measure each of several outputs in, so that all count, as boxes in pixels beside scores of classes do.
+
+    Powers of four, with which outputs of about the size of the first stay as they are: how batches are cut, the first
+    of which tells, makes no difference.
+    """
+    norms = {place: float(z.detach().double().norm()) for place, z in outputs.items()}
+    known = {place: norm for place, norm in norms.items() if 0 < norm < math.inf}
+    return {place: 4.0 ** round(math.log(norm / next(iter(known.values())), 4)) for place, norm in known.items()}
 
 
 def _positions(spec: LayerSpec, rows: int | None, run: Extent) -> int:
