@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from spectrim.cli.learning import spread_schedule
 from spectrim.cli.options import LearnedRanksOptions
 from spectrim.methods import WeightSVD
+from spectrim.report import compare
 from spectrim.selection.budget import Budget
 from spectrim.selection.plan import Plan
 from spectrim.selection.trajectory import Trajectory
@@ -63,6 +64,21 @@ def test_compress_meets_a_budget_and_writes_the_course_of_the_ranks(run):
     values = {row["metric"]: row["value"] for row in again["rows"]}
     assert values["accuracy"] == found["scores"]["learned ranks"]
     assert values["MACs"] == found["costs"]["macs"]
+
+
+def test_networks_are_timed_by_the_runtime_that_is_asked_for(run, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("onnxruntime")
+    ran = []
+
+    def compared(*networks, runtime: str = "eager", **how):
+        ran.append(runtime)
+        return compare(*networks, repeats=0, **how)
+
+    monkeypatch.setattr("spectrim.cli.subject.ready", lambda *network: None)
+    monkeypatch.setattr("spectrim.cli.results.compare", compared)
+    learned = learn("rank_epochs=0,c_steps=1", "--epochs", "0", "--no-report")
+    run(*learned, "-b", "macs=60%", "--runtime", "onnxruntime")
+    assert ran == ["onnxruntime"]
 
 
 def test_options_reach_the_call_and_calibration_is_optional(run):

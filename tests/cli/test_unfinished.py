@@ -103,7 +103,7 @@ def test_a_disk_that_is_full_when_the_network_is_measured_loses_none(run, monkey
     def full(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device", "/tmp/trace.json")
 
-    monkeypatch.setattr(shrinking, "compare", full)
+    monkeypatch.setattr("spectrim.cli.results.compare", full)
     said = run(
         "compress", "nets:tiny", "--input", "1x8x8", "--method", "weight-svd", "-b", "macs=70%", "-o", "small", code=1
     ).stderr

@@ -144,10 +144,10 @@ def test_options_that_follow_the_weights_are_made_anew() -> None:
         model[0].weight.zero_()[:, :, 0].normal_()
     method = dataclasses.replace(SMALL, patterns=("unstructured", "taps"), densities=(0.0, 0.1))
     sites = st.find(model)
+    options = {"costs": {"layers": len}}
     step = CStep(
-        sites, [method], st.Budget(parameters=0.5), None, cost="parameters", normalize=True, dense=True,
-        costs={"layers": len},
-    )  # fmt: skip
+        sites, [method], st.Budget(parameters=0.5), None, cost="parameters", normalize=True, dense=True, options=options
+    )
     before = step.table
     with torch.no_grad():
         model[0].weight.copy_(model[0].weight.transpose(2, 3).flip(3).clone())

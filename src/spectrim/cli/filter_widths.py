@@ -81,17 +81,9 @@ class Widths:
     def print(self, out: Output) -> None:
         """Two tables: the widths with what they lead to, and the layers of every group."""
         recipes = list(self.networks)
-        rows = [
-            (
-                _name(group),
-                *(str(group[key]) for key in ("channels", "dead")),
-                *(str(group["widths"][recipe]) for recipe in recipes),
-            )
-            for group in self.groups
-        ]
-        totals = [sum(group[key] for group in self.groups) for key in ("channels", "dead")]
-        sums = [sum(group["widths"][recipe] for group in self.groups) for recipe in recipes]
-        rows.append(("all groups", *map(str, [*totals, *sums])))
+        numbers = [[each["channels"], each["dead"], *map(each["widths"].get, recipes)] for each in self.groups]
+        rows = [(_name(group), *map(str, line)) for group, line in zip(self.groups, numbers, strict=True)]
+        rows.append(("all groups", *(str(sum(column)) for column in zip(*numbers, strict=True))))
         for cost, title in (("parameters", "parameters"), ("macs", "MACs")):
             cells = [_count(found[cost], self.dense[cost]) for found in self.networks.values()]
             rows.append((title, _count(self.dense[cost]), "", *cells))

@@ -25,7 +25,6 @@ from spectrim.cli.values import read_budget, read_costs
 from spectrim.methods import WeightSVD
 from spectrim.network.printing import count
 from spectrim.preparation import prepare
-from spectrim.report import compare
 from spectrim.selection.budget import Budget
 from spectrim.selection.selectors import check_reachable
 from spectrim.tables import tabulate
@@ -139,8 +138,7 @@ def compress_by_learning(out: Output, run: RankRun, files: FileOptions) -> None:
         on.network.model, on.dense, result, folder, on.named, tuple(scores),
         (training_sentence(result, run), *different), {"training": run.training.recipe().seed},
     )  # fmt: skip
-    score = outcome.known_score if scores else None
-    comparison = compare(on.dense, result.model, on.example, evaluate=score, threads=on.network.threads)
+    outcome, comparison = outcome.compared(on)
     outcome.finish(out, comparison, report=files.report, animate=files.animate, weights=on.whose)
     if files.checkpoint is None:
         held.remove()

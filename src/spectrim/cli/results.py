@@ -15,6 +15,8 @@ from torch import nn
 from spectrim.cli.common import Output
 from spectrim.cli.origins import load_lines, origin
 from spectrim.cli.steps import skipped_values
+from spectrim.cli.subject import Subject
+from spectrim.errors import ExportError
 from spectrim.network.choices import SumChoice
 from spectrim.network.files import write_text
 from spectrim.network.printing import count
@@ -22,7 +24,7 @@ from spectrim.nn.agreement import Agreement
 from spectrim.nn.checkpoint import save
 from spectrim.nn.shipping import is_shipped
 from spectrim.pipeline import Result
-from spectrim.report import Comparison, Measured, Score, animate_ranks, write_report
+from spectrim.report import Comparison, Measured, Score, animate_ranks, compare, write_report
 from spectrim.selection.plan import Plan
 from spectrim.selection.printed import plan_grid
 from spectrim.train import LearnedResult, TrainingResult
@@ -99,6 +101,16 @@ class Outcome:
         """The score already measured of one of the two models."""
         return self.scores[0][1] if model is self.dense else self.scores[-1][1]
 
+    def compared(self, work: Subject) -> tuple[Outcome, Comparison]:
+        """Both networks measured, in torch's eager mode where the runtime cannot take the compressed one."""
+        known = self.known_score if self.scores else None
+        how = {"evaluate": known, "threads": work.network.threads}
+        try:
+            return self, compare(self.dense, self.result.model, work.example, runtime=work.network.runtime, **how)
+        except ExportError as error:  # of the compressed network: the dense one was tried before the work
+            eager = compare(self.dense, self.result.model, work.example, **how)
+            return self.noted(f"Time is that of torch's eager mode: {error}."), eager
+
     def finish(
         self, out: Output, comparison: Comparison, *, report: bool = True, animate: bool = False, **more: Any
     ) -> None:
@@ -120,15 +132,10 @@ class Outcome:
         if report:
             files["report"] = self.folder / "report.html"
             write_report(
-                files["report"],
-                self.result,
-                title=self.title,
-                comparison=comparison,
-                measured=self._measured(),
-                notes=notes,
-                trajectory=trajectory,
+                files["report"], self.result, title=self.title, comparison=comparison, measured=self._measured(),
+                notes=notes, trajectory=trajectory,
                 origin=origin(self.named, self.seeds, self.dense, self.result.model, load),
-            )
+            )  # fmt: skip
         files["result"] = self.folder / "result.json"
         document = {**self._document(files, comparison, notes), "load": load, **more}
         text = json.dumps(document, ensure_ascii=False, indent=1, allow_nan=False, default=str)

@@ -38,7 +38,6 @@ from spectrim.cli.steps import (
 from spectrim.cli.subject import Subject
 from spectrim.cli.unfinished import ONE_SHOT, TUNING, UNFINISHED, RunFolder
 from spectrim.cli.values import read_budget, read_costs, recipe_share
-from spectrim.errors import ExportError
 from spectrim.methods import Method, PrincipalFilters, from_record
 from spectrim.network.sites import Sites
 from spectrim.network.state_values import plain_tensors
@@ -53,7 +52,6 @@ from spectrim.pipeline.making import Making
 from spectrim.pipeline.shrinking import finished
 from spectrim.preparation import Prepared, coupled
 from spectrim.progress import Progress, silent
-from spectrim.report import Comparison, compare
 from spectrim.search.judge import Judge
 from spectrim.search.tolerance import Tolerance
 from spectrim.search.widths import KL, Energy
@@ -179,16 +177,7 @@ def compress_and_tell(
     kernels = fastest(result.model, work.example, network.threads, network.runtime)
     few = sample_notes(result.sites, _filters(request)) if request.recipe is not None else ()
     outcome = outcome.noted(*different, *filter_notes(result.plan, result.sites), *few, *kernel_notes(kernels))
-    score = outcome.known_score if work.testing is not None else None
-
-    def compared(runtime: str) -> Comparison:
-        return compare(work.dense, result.model, work.example, evaluate=score, threads=network.threads, runtime=runtime)
-
-    try:
-        comparison = compared(network.runtime)
-    except ExportError as error:  # of the compressed network: the dense one was tried before the work
-        outcome = outcome.noted(f"Time is that of torch's eager mode: {error}.")
-        comparison = compared("eager")
+    outcome, comparison = outcome.compared(work)
     outcome.finish(
         out, comparison, report=files.report, kernels=kernel_values(kernels), filters=filter_values(result.plan),
         weights=work.whose,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -48,6 +49,12 @@ class Axis:
     high: float
     logarithmic: bool = False  # whether equal ratios are equally far apart
 
+    @classmethod
+    def of_powers(cls, values: Sequence[float]) -> Self:
+        """A logarithmic axis over positive values, from one power of ten to another."""
+        low, high = math.floor(math.log10(min(values)) + 1e-9), math.ceil(math.log10(max(values)) - 1e-9)
+        return cls(10.0**low, 10.0 ** max(high, low + 1), logarithmic=True)
+
     def at(self, value: float) -> float:
         low, high, here = map(math.log10 if self.logarithmic else float, (self.low, self.high, value))
         return round(100 * min(max((here - low) / (high - low), 0.0), 1.0), 2)
@@ -58,12 +65,16 @@ class Axis:
             powers = range(math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9) + 1)
             values = [10.0**power for power in powers][:: math.ceil(len(powers) / most) or 1]
         else:
-            rough = (self.high - self.low) / most
-            power = 10.0 ** math.floor(math.log10(rough))
-            step = next(power * digit for digit in (1, 2, 5, 10) if power * digit >= rough * (1 - 1e-9))
+            step = round_step((self.high - self.low) / most)
             first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
             values = [step * number for number in range(first, last + 1)]
         return [(self.at(value), _short(value)) for value in values]
+
+
+def round_step(least: float) -> float:
+    """The smallest of 1, 2, 5, 10, 20, ... and their tenths, hundredths, ... that is not below a number."""
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(power * digit for digit in (1, 2, 5, 10) if power * digit >= least * (1 - 1e-9))
 
 
 def _short(value: float) -> str:
@@ -146,9 +157,7 @@ def loss_chart(predicted: Sequence[tuple[float, float]], candidates: Candidates,
     chosen = [(100 * plan.costs[cost] / dense, plan.loss)] if cost in plan.costs and plan.loss > 0 else []
     if not points:
         return None
-    losses = [loss for _, loss in points + chosen]
-    low, high = math.floor(math.log10(min(losses)) + 1e-9), math.ceil(math.log10(max(losses)) - 1e-9)
-    x, y = Axis(0, 100), Axis(10.0**low, 10.0 ** max(high, low + 1), logarithmic=True)
+    x, y = Axis(0, 100), Axis.of_powers([loss for _, loss in points + chosen])
     dots = [
         Dot(x.at(at), y.at(loss), f"{name}: loss {loss:.3g} at {at:.1f} % of the {cost_title(cost)}", tone, label)
         for name, tone, label, places in (

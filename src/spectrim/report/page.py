@@ -230,21 +230,12 @@ def write_report(
         If there is a trajectory without a C step.
     """
     notes = tuple(dict.fromkeys([*result.report.sentences, *notes]))
+    report = result.report
+    origin = origin or Origin(parts=(Part.of_model("compressed weights", title, result.model),))
     page = Page(
-        title,
-        result.plan,
-        result.candidates,
-        comparison,
-        result.sites.skipped,
-        measured,
-        notes,
-        facts or {},
-        trajectory,
-        result.report.fits,
-        result.report.agreement,
-        origin or Origin(parts=(Part.of_model("compressed weights", title, result.model),)),
-        result.report.competed,
-    )
+        title, result.plan, result.candidates, comparison, result.sites.skipped, measured, notes, facts or {},
+        trajectory, report.fits, report.agreement, origin, report.competed,
+    )  # fmt: skip
     return page.write(path)
 
 

@@ -65,9 +65,7 @@ def rank_charts(trajectory: Trajectory) -> list[Chart]:
     # The scale is logarithmic: a network left dense, at distance 0, has no place on it.
     distances = [record.distance if record.distance > 0 else None for record in trajectory.records]
     if positive := [value for value in distances if value]:
-        low, high = math.floor(math.log10(min(positive))), math.ceil(math.log10(max(positive)))
-        y = Axis(10.0**low, 10.0 ** max(high, low + 1), logarithmic=True)
-        charts.append(_line_chart("distance of weights to low rank", x, y, distances))
+        charts.append(_line_chart("distance of weights to low rank", x, Axis.of_powers(positive), distances))
     metrics = [record.metric for record in trajectory.records]
     if known := [value for value in metrics if value is not None]:
         room = max(0.15 * (max(known) - min(known)), 0.01 * abs(max(known)), 1e-6)

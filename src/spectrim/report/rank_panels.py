@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from spectrim.network.printing import tail
+from spectrim.report.charts import round_step
 from spectrim.report.figures import MUTED
 from spectrim.selection.figures import CHOSEN, DENSE, INK, PLANNED, cost_label
 from spectrim.selection.trajectory import Record, Trajectory
@@ -151,7 +152,5 @@ def share_of_dense(trajectory: Trajectory, record: Record, cost: str) -> float:
 
 def step_ticks(count: int) -> list[int]:
     """The first C step and round ones after it."""
-    rough = count / 10
-    power = 10 ** max(0, math.floor(math.log10(rough))) if rough > 1 else 1
-    stride = next(power * digit for digit in (1, 2, 5, 10) if power * digit >= rough)
+    stride = int(round_step(max(1.0, count / 10)))
     return sorted({1, *range(stride, count + 1, stride)})

@@ -61,15 +61,10 @@ def check_joint_method(
     for kind in layers if layers is not None else LAYERS:
         for name, narrow, same_input, data in _GROUPS:
             for statistics in data:
-                calibrated = statistics != "none"
                 site, modules, inputs = small_group(
-                    kind,
-                    narrow=narrow,
-                    same_input=same_input,
-                    calibrated=calibrated,
+                    kind, narrow=narrow, same_input=same_input, dtype=dtype, calibrated=statistics != "none",
                     weighted=statistics == "gradients",
-                    dtype=dtype,
-                )
+                )  # fmt: skip
                 tried = _OnGroup.of(method, site, f"{name} {kind}", tolerance, slack)
                 if tried is not None:
                     checked += tried.checked() + tried.at_full_rank(modules, inputs)

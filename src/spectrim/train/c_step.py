@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import torch
@@ -23,38 +24,24 @@ from spectrim.selection.selectors import at_multiplier, exact, lagrangian
 from spectrim.tables import retabulate, tabulate
 
 
+@dataclass
 class CStep:
-    """The table of a run, kept up to date with the weights, and the choice made from it.
+    """The table of a run, kept up to date with the weights, and the choice made from it."""
 
-    Parameters
-    ----------
-    sites
-        With the weights and moments that errors are measured on.
-    methods
-        What may be chosen.
-    budget, multiplier, cost, normalize, dense
-        As for :class:`~spectrim.train.LearnedRanks`.
-    **options
-        Of :func:`spectrim.tabulate`: ``latency``, ``dense_latency``, ``costs``.
-    """
+    sites: InitVar[Sites]  # with the weights and moments that errors are measured on
+    methods: Sequence[Method]  # what may be chosen
+    # As for :class:`~spectrim.train.LearnedRanks`.
+    budget: Budget | None
+    multiplier: float | None
+    cost: str
+    normalize: bool
+    dense: bool
+    options: Mapping[str, Any]  # of :func:`spectrim.tabulate`: ``latency``, ``dense_latency``, ``costs``
 
-    def __init__(
-        self,
-        sites: Sites,
-        methods: Sequence[Method],
-        budget: Budget | None,
-        multiplier: float | None,
-        *,
-        cost: str,
-        normalize: bool,
-        dense: bool,
-        **options: Any,
-    ) -> None:
-        self.methods, self.budget, self.multiplier, self.cost = list(methods), budget, multiplier, cost
-        self.normalize, self.dense, self._options = normalize, dense, options
+    def __post_init__(self, sites: Sites) -> None:
         _check_finite(sites)
-        table = tabulate(sites, self.methods, dear=not dense, **options)
-        if not dense:
+        table = tabulate(sites, self.methods, dear=not self.dense, **self.options)
+        if not self.dense:
             _check_offers(table, self.methods)
         self.table = with_zero(table, sites)  # errors of all options for the weights that were seen last
         self._steady = True
@@ -115,7 +102,7 @@ class CStep:
             except ValueError:
                 # Another error comes again below.
                 self._steady = False
-        fresh = with_zero(tabulate(sites, self.methods, dear=not self.dense, **self._options), sites)
+        fresh = with_zero(tabulate(sites, self.methods, dear=not self.dense, **self.options), sites)
         rows = {row.site: row for row in fresh.rows}
         return dataclasses.replace(self.table, rows=tuple(rows.get(row.site, row) for row in self.table.rows))
 

@@ -164,18 +164,17 @@ class LearnedRanks:
     ) -> None:
         budget = None if budget is None else Budget.of(budget)
         # Layers that have a weight in common have no choice apart, and stay.
-        sites = sites.untied()
-        _check(model, sites, budget, multiplier, energy=energy, normalize=normalize, dense=dense, every=every)
+        sites = self.sites = sites.untied()
         self.model, self.budget, self.schedule = model, budget, schedule or Schedule()
         self.energy, self.normalize, self.dense = energy, normalize, dense
         self.augmented = budget is None if augmented is None else augmented
-        self.every, self.evaluate = every, evaluate
+        self.every, self.evaluate, self._latency = every, evaluate, latency
+        self._check(multiplier)
         self.methods = (
             as_methods(methods)
             if methods is not None
             else c_step.rank_methods(paper=not dense, groups=bool(sites.groups))
         )
-        self.sites, self._latency = sites, latency
         self._layers = {spec.name: model.get_submodule(spec.name) for spec in (site.spec for site in sites)}
         self._targets: dict[str, Tensor] = {}
         self._multipliers: dict[str, Tensor] = {}
@@ -186,9 +185,7 @@ class LearnedRanks:
         self.fitted = sites
         self.applied: Applied | None = None
         try:
-            self._c_step = CStep(
-                now, self.methods, budget, multiplier, cost=cost, normalize=normalize, dense=dense, **options
-            )
+            self._c_step = CStep(now, self.methods, budget, multiplier, cost, normalize, dense, options)
         except MissingMomentsError as error:
             raise ValueError(
                 "energy='weight' keeps calibration from the methods, and one of "
@@ -213,6 +210,28 @@ class LearnedRanks:
             self.plan = self._take(
                 self._c_step.choose(sites, self.mu, tabulate(sites, start, **options)), sites, start, begin
             )
+
+    def _check(self, multiplier: float | None) -> None:
+        """Raise ValueError for options that do not fit together, PlanError where there is nothing to learn."""
+        if pairs := [site.name for site in self.sites if site.present]:
+            raise ValueError(
+                f"layers stand for {pairs[0]!r} already, whose weight is their product and cannot be trained: "
+                "find(model, parts=True) has them as sites, merge(model) makes one layer of them again"
+            )
+        if (self.budget is None) == (multiplier is None):
+            raise ValueError("give either a budget or multiplier=, the loss that one unit of the cost is worth")
+        if self.energy not in ("weight", "output"):
+            raise ValueError(f"energy={self.energy!r} must be 'weight' or 'output'")
+        if self.energy == "output" and not self.normalize:
+            raise ValueError("normalize=False is for weight energy; output energy is a share of the layer's always")
+        if self.energy == "output" and not all(site.statistics for site in self.sites):
+            raise ValueError("energy='output' needs sites from calibrate(model, sites, batches), with statistics")
+        if self.budget is not None and not self.dense:
+            raise ValueError("dense=False is for a multiplier given by hand; under a budget a layer may stay dense")
+        if self.every is not None and self.every < 1:
+            raise ValueError(f"every={self.every!r} must be at least 1")
+        if not len(self.sites):
+            raise PlanError(f"{type(self.model).__name__} has no layer to compress")
 
     # The two calls of a training loop.
 
@@ -448,39 +467,6 @@ class LearnedRanks:
     def _weight(self, name: str) -> Tensor:
         """The present weight of a layer, ``[g, o, i, *k]``."""
         return canonical(self._layers[name])[0]
-
-
-def _check(
-    model: nn.Module,
-    sites: Sites,
-    budget: Budget | None,
-    multiplier: float | None,
-    *,
-    energy: str,
-    normalize: bool,
-    dense: bool,
-    every: float | None,
-) -> None:
-    """Raise ValueError for options that do not fit together, PlanError where there is nothing to learn."""
-    if pairs := [site.name for site in sites if site.present]:
-        raise ValueError(
-            f"layers stand for {pairs[0]!r} already, whose weight is their product and cannot be trained: "
-            "find(model, parts=True) has them as sites, merge(model) makes one layer of them again"
-        )
-    if (budget is None) == (multiplier is None):
-        raise ValueError("give either a budget or multiplier=, the loss that one unit of the cost is worth")
-    if energy not in ("weight", "output"):
-        raise ValueError(f"energy={energy!r} must be 'weight' or 'output'")
-    if energy == "output" and not normalize:
-        raise ValueError("normalize=False is for weight energy; output energy is a share of the layer's always")
-    if energy == "output" and not all(site.statistics for site in sites):
-        raise ValueError("energy='output' needs sites from calibrate(model, sites, batches), with statistics")
-    if budget is not None and not dense:
-        raise ValueError("dense=False is for a multiplier given by hand; under a budget a layer may stay dense")
-    if every is not None and every < 1:
-        raise ValueError(f"every={every!r} must be at least 1")
-    if not len(sites):
-        raise PlanError(f"{type(model).__name__} has no layer to compress")
 
 
 def _copies(plan: Plan, sites: Sites, methods: Sequence[Method]) -> Iterator[tuple[Layer, Tensor]]:

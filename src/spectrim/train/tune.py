@@ -112,16 +112,7 @@ def fine_tune(
             f"{'.' if close else ''}{close}"
         )
     loop = Loop(
-        model,
-        batches,
-        replace(recipe, **overrides),
-        teacher=teacher,
-        loss=loss,
-        evaluate=evaluate,
-        checkpoint=checkpoint,
-        penalty=penalty,
-        after_step=after_step,
-        progress=progress,
-        accelerate=accelerate,
-    )
+        model, batches, replace(recipe, **overrides), teacher=teacher, loss=loss, evaluate=evaluate,
+        checkpoint=checkpoint, penalty=penalty, after_step=after_step, progress=progress, accelerate=accelerate,
+    )  # fmt: skip
     return loop.run()
