@@ -184,3 +184,17 @@ def test_a_judge_without_a_metric_takes_the_divergence_of_classes() -> None:
     assert agreed is not None
     assert agreed.divergence is not None
     assert Judge().verdict(MODEL, agreed).loss == agreed.divergence > 0
+
+
+def test_a_metric_that_is_turned_round_is_told_of() -> None:
+    def mistakes(model: nn.Module) -> float:
+        return 100 - accuracy(model)
+
+    turned = compress(max_drop=10.0, evaluate=mistakes)
+    assert turned.report.verdict is not None
+    assert turned.report.verdict.agreed is not None
+    assert turned.report.verdict.agreed < 0.75
+    assert any("give better='lower'" in note for note in turned.report.notes)
+    assert not any(
+        "better=" in note for note in compress(max_drop=10.0, evaluate=mistakes, better="lower").report.notes
+    )

@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 # A share of a cost in what was left alone above which a user is told.
 _MUCH = 0.1
+# Agreement below which a network cannot be expected to be better than the dense one.
+_UNLIKE = 0.75
 # Times what the dense network costs: a limit that lets it be as it is.
 _AMPLE = 100.0
 # Samples, at least, on which plans that mix methods are compared before they are carried out.
@@ -340,4 +342,16 @@ def _gate(budget: Budget, stated: Result, network: Result | None) -> str:
 
 def with_verdict(result: Result, judge: Judge, tolerance: Tolerance | None = None) -> Result:
     """The result with what was lost in its report."""
-    return result.reporting(verdict=judge.verdict(result.model, result.report.agreement), tolerance=tolerance)
+    verdict = judge.verdict(result.model, result.report.agreement)
+    notes = (*result.report.notes, *_said_of_metric(verdict, judge))
+    return result.reporting(verdict=verdict, tolerance=tolerance, notes=notes)
+
+
+def _said_of_metric(verdict: Verdict, judge: Judge) -> Iterator[str]:
+    """That a metric is called better of a network that hardly does what the dense one does."""
+    if verdict.drop is not None and verdict.drop < 0 and verdict.agreed is not None and verdict.agreed < _UNLIKE:
+        other = "lower" if judge.better == "higher" else "higher"
+        yield (
+            f"{verdict.name} {verdict.metric:.6g}, called better than the dense network's {verdict.dense:.6g}, "
+            f"though outputs agree in {verdict.agreed:.0%} only: if a {other} number is good, give better={other!r}"
+        )
