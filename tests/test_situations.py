@@ -197,6 +197,18 @@ def test_samples_that_repeat_are_told_and_no_share_of_what_does_not_vary() -> No
     assert not any("different ones" in note for note in st.compress(Two(), BATCHES, "macs=60%").report.notes)
 
 
+def test_a_sample_that_outweighs_all_others_is_told() -> None:
+    said = "1.0 of 96 calibration samples have nearly all of the energy"
+    assert any(note.startswith(said) for note in st.compress(Two(), _one_louder(1e6), "macs=60%").report.notes)
+    assert not any("energy" in note for note in st.compress(Two(), _one_louder(2.0), "macs=60%").report.notes)
+
+
+def _one_louder(times: float) -> list[Tensor]:
+    first = BATCHES[0].clone()
+    first[5] *= times
+    return [first, BATCHES[1]]
+
+
 def test_what_has_no_values_is_refused_before_the_work() -> None:
     model = Two()
     model.c = nn.Linear(32, 32, device="meta")

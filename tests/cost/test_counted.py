@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from spectrim.cost.counted import macs, made_for, parameters, rank_multiple, size_bytes
+from spectrim.cost.counted import Cost, macs, made_for, parameters, rank_multiple, size_bytes
 from spectrim.cost.counted import register_width as register_width_here
 from spectrim.linalg.unfold import unfoldings
 from spectrim.network.layer import LayerSpec
+from spectrim.nn.find import find
 
 # (module, spatial shape of the input; rows for Linear)
 LAYERS = {
@@ -166,3 +167,12 @@ def test_the_registers_are_those_of_the_cpu_unless_told_otherwise(monkeypatch):
         monkeypatch.setenv("SPECTRIM_REGISTER_WIDTH", wrong)
         with pytest.raises(ValueError, match=f"SPECTRIM_REGISTER_WIDTH='{wrong}' is no whole number"):
             register_width_here()
+
+
+@pytest.mark.parametrize("cost", [parameters, macs, size_bytes])
+def test_a_network_in_place_of_layer_specs_is_told_where_its_cost_is(cost: Cost) -> None:
+    net = nn.Sequential(nn.Linear(12, 8))
+    sites = find(net)
+    for given in (net, sites, list(net)):
+        with pytest.raises(TypeError, match=rf"{cost.__name__} is given \w+: expected .*layer specs.*tabulate\(sites"):
+            cost(given)  # type: ignore[arg-type]

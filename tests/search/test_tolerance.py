@@ -112,6 +112,12 @@ def test_a_metric_that_falls_as_it_gets_better() -> None:
     assert result.plan.changed
 
 
+def test_a_drop_of_all_that_the_dense_network_has_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"a drop of 1 is allowed .* evaluate gives 1 for the dense network"):
+        compress(max_drop=1, evaluate=lambda model: accuracy(model) / 100)
+    compress(max_drop=1, evaluate=lambda model: -1 + accuracy(model) / 100, budget="macs=90%")
+
+
 def test_agreement_needs_no_labels() -> None:
     result = compress(min_agreement=0.9)
     agreement = result.report.agreement

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spectrim.cli import steps
-from spectrim.cli.common import Output
+from spectrim.cli.common import Output, usage
 from spectrim.cli.filters import (
     filter_notes,
     filter_values,
@@ -122,7 +122,9 @@ class Request:
         """What may be lost, and what tells it: accuracy where a drop of it is limited, else the outputs."""
         judge = Judge(work.score, metric="accuracy on --test is")
         tolerance = Tolerance.of(self.goal.max_drop, self.goal.min_agreement, judge)
-        return tolerance, judge.knowing(work.dense) if self.goal.max_drop is not None else Judge()
+        with usage("--max-drop"):
+            drop = self.goal.max_drop
+            return tolerance, Judge() if drop is None else judge.knowing(work.dense, drop)
 
     def fitted(self, sites: Sites, calibrated: bool) -> Request:
         """The request with the groups and, where filters were removed, the methods that its plan was made with."""

@@ -7,6 +7,7 @@ pair), so every cost is a function of the specs that are executed one after the 
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +28,29 @@ _CHOICES = 16
 _REGISTER_WIDTH: ContextVar[int | None] = ContextVar("register_width", default=None)
 
 
+def _of_layers(cost: Cost) -> Cost:
+    """Let a cost that is given a network, or anything but layer specs, say what it is a cost of."""
+
+    @functools.wraps(cost)
+    def counted(specs: Sequence[LayerSpec]) -> float:
+        try:
+            return cost(specs)
+        except (TypeError, AttributeError):
+            given = specs if isinstance(specs, Sequence) else [specs]
+            other = next((each for each in given if not isinstance(each, LayerSpec)), None)
+            if other is None:
+                raise
+            name = cost.__name__
+            raise TypeError(
+                f"{name} is given {type(other).__name__}: expected a list of layer specs, as {name}([site.spec for "
+                "site in sites]) of sites = find(model). What a whole network costs is in print(sites), and in numbers "
+                "in tabulate(sites, WeightSVD()).dense; MACs after sites = calibrate(model, find(model), batches)"
+            ) from None
+
+    return counted
+
+
+@_of_layers
 def parameters(specs: Sequence[LayerSpec]) -> float:
     """Numbers stored: weights times their density, and biases.
 
@@ -35,11 +59,13 @@ def parameters(specs: Sequence[LayerSpec]) -> float:
     return float(sum(spec.stored - spec.shared + spec.out_channels * spec.bias for spec in specs))
 
 
+@_of_layers
 def size_bytes(specs: Sequence[LayerSpec]) -> float:
     """Bytes of the stored numbers in each spec's dtype, and of what says where the entries of sparse weights are."""
     return float(sum(parameters([spec]) * spec.dtype.itemsize + spec.index_bytes for spec in specs))
 
 
+@_of_layers
 def macs(specs: Sequence[LayerSpec]) -> float:
     """Multiply-accumulates for one sample, over all calls in one forward pass, biases not counted.
 

@@ -178,7 +178,7 @@ def compress(
     if channels and len(several or ()) > 1:
         check_comparable(model, begun(batches)[0], feed)
     making = Making(several, reconstruct, guard, costs, selector, feed, told(progress))
-    goal = Goal(None if budget is None else stated, tolerance, judge.knowing(model), cost, seconds)
+    goal = Goal(None if budget is None else stated, tolerance, judge.knowing(model, max_drop), cost, seconds)
 
     def prepared(*, competing: bool, known: Prepared | None = None) -> Prepared:
         sites = locate(model, batches, skip=skip, only=only, channels=channels, forward=feed)

@@ -88,9 +88,21 @@ class Judge:
             )
         return cls(evaluate, better)
 
-    def knowing(self, dense: nn.Module) -> Judge:
-        """The judge after it has measured the dense network, once."""
-        return dataclasses.replace(self, dense=self._measured(dense, "the dense network"))
+    def knowing(self, dense: nn.Module, max_drop: float | None = None) -> Judge:
+        """The judge after it has measured the dense network, once.
+
+        Raises
+        ------
+        ValueError
+            If ``max_drop`` lets a metric fall to zero or below, as 1 point does one that is a share.
+        """
+        number = self._measured(dense, "the dense network")
+        if number is not None and max_drop is not None and self.better == "higher" and 0 < number <= max_drop:
+            raise ValueError(
+                f"a drop of {max_drop:.6g} is allowed (max_drop) and {self.metric} {number:.6g} for the "
+                "dense network, which limits nothing: give less, in the metric's own unit, as 0.01 where 1 is best"
+            )
+        return dataclasses.replace(self, dense=number)
 
     def verdict(self, small: nn.Module, agreement: Agreement | None) -> Verdict:
         """What a network lost.

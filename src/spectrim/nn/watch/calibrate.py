@@ -154,7 +154,7 @@ def calibrated(
             *feed.notes,
             *unread(first, amount.mask, feed.layout),
             *_unmasked(watch.watchers),
-            *run.repeated(found.samples),
+            *run.said_of_samples(found.samples),
         ),
     )
     if known is not None:

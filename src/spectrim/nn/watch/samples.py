@@ -99,6 +99,16 @@ def lengths_of(columns: list[list[Tensor]], mask: Tensor | None, size: int) -> T
     return torch.where(lengths > 0, lengths, 1.0)
 
 
+def energies_of(columns: list[list[Tensor]], size: int) -> Tensor:
+    """The sum of squares ``[size]`` of the numbers of each sample; what is no number, as tokens, has none."""
+    energies = torch.zeros(size, dtype=torch.float64)
+    for column in columns:
+        if column[0].is_floating_point():
+            norms = [torch.linalg.vector_norm(part.float().unsqueeze(-1).flatten(1), dim=1) for part in column]
+            energies += torch.cat(norms).double().cpu().square()
+    return energies
+
+
 def spread(
     batches: Iterable[Any], most: int, layout: Layout, mask: Mask = None, held: Sequence[Tensor] = ()
 ) -> list[Any]:

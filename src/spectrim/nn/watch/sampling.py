@@ -25,11 +25,13 @@ from spectrim.nn.watch.keys import in_unit_interval, mixed, odd, shifted
 from spectrim.nn.watch.layout import Layout, samples_first
 from spectrim.nn.watch.masks import Mask, mask_of
 from spectrim.nn.watch.nesting import tensors
-from spectrim.nn.watch.samples import Chosen, Samples, lengths_of
+from spectrim.nn.watch.samples import Chosen, Samples, energies_of, lengths_of
 
 # Samples below which a network chosen by them is a guess: on a ResNet-20 at 60 % of the MACs 1 sample leaves 9 % of
 # accuracy, 2 leave 44 %, 8 leave 85 % and 16 leave 96 %, where weights alone leave 91 %.
 GUESSED = 16
+# Samples of equal energy below which a run of many counts as decided by a few.
+_DECIDED = 4
 # Samples that a run is taken to have where nothing says how many: few, so that rather too many rows are kept.
 FEW = 64
 # A number of rows, or of positions, that is meant; torch counts them in twice as many bits.
@@ -92,6 +94,7 @@ class Extent:
         self._seen = 0
         self._mean: float | None = None
         self._different: set[int] = set()
+        self._energy = self._squared = 0.0
         if isinstance(batches, list | tuple) and batches:
             lengths = torch.cat([self._lengths(batch, number) for number, batch in enumerate(batches)])
             self.samples: int | None = max(1, int((lengths > 0).sum()))  # those of padding alone are none
@@ -109,10 +112,13 @@ class Extent:
         samples = Samples.of(batch, self.mask, mean=self._mean, layout=self.layout)
         if len(self._different) < GUESSED:
             self._different.update(samples.keys[samples.filled].tolist())
+        energies = energies_of(self.layout.columns(batch, samples.size), samples.size)
+        self._energy += float(energies.sum())
+        self._squared += float(energies.square().sum())
         return samples
 
-    def repeated(self, samples: int) -> Iterator[str]:
-        """What a user should know where so many samples were seen and few of them differ."""
+    def said_of_samples(self, samples: int) -> Iterator[str]:
+        """What a user should know where so many samples were seen and few of them differ, or outweigh the others."""
         different = len(self._different)
         # What cannot be told apart, as batches of a type of one's own, has the key 0.
         if different < min(GUESSED, samples) and 0 not in self._different:
@@ -120,6 +126,13 @@ class Extent:
                 f"among {samples:,} calibration samples there are only {different} different ones, too few: the "
                 "network may be worthless on other data, however well its outputs agree on these. Calibrate on a "
                 "hundred or more"
+            )
+        # So many samples of equal energy would have the sums that these have.
+        elif self._squared and samples >= GUESSED and (equal := self._energy**2 / self._squared) < _DECIDED:
+            yield (
+                f"{equal:.1f} of {samples:,} calibration samples have nearly all of the energy of the inputs, so that "
+                "layers which see them as they are rest on those alone, and so do the errors that are stated. Look "
+                "for samples in another unit, and leave them out or bring inputs to one scale"
             )
 
     def _size(self, batch: Any, number: int) -> int:
