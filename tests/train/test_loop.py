@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -133,6 +135,54 @@ def test_clip_bounds_the_step() -> None:
     fine_tune(model, batches, clip=0.01, **options)
     moved = torch.stack([(p.detach() - before[n]).square().sum() for n, p in model.named_parameters()]).sum().sqrt()
     torch.testing.assert_close(moved, torch.tensor(0.01), rtol=1e-3, atol=0)
+
+
+def test_a_penalty_comes_on_top_of_what_is_clipped() -> None:
+    plain: dict[str, Any] = {"epochs": 1, "lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "schedule": "constant"}
+    model, batches = Net(), fixed_batches()[:1]
+    before = weights(model)
+    fine_tune(model, batches, clip=1e-9, penalty=lambda net: 3 * net.stem.weight.sum(), **plain)
+    after = weights(model)
+    torch.testing.assert_close(after.pop("stem.weight"), before.pop("stem.weight") - 3)
+    assert all(torch.allclose(after[n], before[n], atol=1e-6) for n, _ in model.named_parameters() if n in after)
+
+
+@pytest.mark.parametrize("taught", [True, False], ids=["teacher", "labels"])
+def test_networks_without_normalisation_train_at_the_defaults(taught: bool) -> None:
+    torch.manual_seed(0)
+    x, centres = torch.randn(256, 64), 3 * torch.randn(10, 64)
+    y = torch.arange(256) % 10
+    batches = list(zip((x + centres[y]).split(64), y.split(64), strict=True))
+    wide = [part for _ in range(3) for part in (nn.Linear(64, 64), nn.ReLU())]
+    teacher = nn.Sequential(*wide, nn.Linear(64, 10))
+    with torch.no_grad():
+        for weight in teacher.parameters():
+            weight.mul_(2.5)  # as sharp as trained ones are
+    fine_tune(teacher, batches, epochs=20, lr=0.01)
+    student = copy.deepcopy(teacher)
+    result = fine_tune(student, batches, teacher=teacher if taught else None, epochs=3)
+    assert all(math.isfinite(record.loss) for record in result.history)
+    with torch.no_grad():
+        right = torch.cat([student(inputs).argmax(1) == labels for inputs, labels in batches])
+    assert float(right.float().mean()) > 0.95
+
+
+def test_what_diverges_has_its_weights_again(tmp_path: Path) -> None:
+    model = Net()
+    fine_tune(model, fixed_batches(), epochs=1)
+    before = weights(model)
+    broken = [(x * float("nan"), y) for x, y in fixed_batches()]
+    with pytest.raises(FloatingPointError, match="has the weights again that it had before this epoch. Lower lr, set"):
+        fine_tune(model, broken, epochs=1)
+    assert equal(weights(model), before)
+    # The last step leaves weights that are not finite, which no loss has seen yet.
+    with pytest.raises(FloatingPointError, match="'stem.weight' holds numbers that are not finite in epoch 1"):
+        fine_tune(
+            model, fixed_batches()[:1], epochs=1, checkpoint=tmp_path / "run",
+            after_step=lambda net: net.stem.weight.data.fill_(float("inf")),
+        )  # fmt: skip
+    assert equal(weights(model), before)
+    assert not (tmp_path / "run").exists()
 
 
 def test_bfloat16_computes_low_and_stores_high() -> None:

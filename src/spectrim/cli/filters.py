@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
@@ -13,22 +13,18 @@ from spectrim.methods import Method, PrincipalFilters, from_record
 from spectrim.network.choices import ChannelsChoice
 from spectrim.network.printing import count
 from spectrim.network.sites import Sites
-from spectrim.nn.channels.graph import couple
+from spectrim.preparation import coupled
 from spectrim.search.widths import KL, Energy, recommend
 from spectrim.selection.plan import Plan
 
 
 def with_channels(model: nn.Module, sites: Sites, example: Any) -> Sites:
     """The sites with the channels that can be removed."""
-    known = len(sites.skipped)
-    try:
-        found = couple(model, sites, example)
-    except ImportError as error:
-        raise UsageError(f"--method {FILTERS}: {error}") from error
-    if not found.couplings:
-        reasons = "; ".join(f"{s.name or s.kind}: {s.reason}" for s in found.skipped[known:][:3])
-        raise UsageError(f"--method {FILTERS}: there are no filters to remove ({reasons or 'no layer reads another'})")
-    return found
+
+    def refuse(why: str) -> NoReturn:
+        raise UsageError(f"--method {FILTERS}: there are no filters to remove ({why})")
+
+    return coupled(model, sites, example, told=refuse)
 
 
 def planned_methods(plan: Plan, calibrated: bool) -> list[Method]:

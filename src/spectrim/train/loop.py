@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -159,7 +160,14 @@ class Loop:
         shown = self.progress if self.devices.main else False
         with self._ready(), training_bar(total, done=self.step, shown=shown) as update:
             while self.epoch < until:
-                self._run_epoch(update)
+                before = {name: t.detach().clone() for name, t in resume.model_tensors(self.model).items()}
+                try:
+                    self._run_epoch(update)
+                    self._check_finite(resume.spoiled(self.model, before))
+                    self._finish_epoch()
+                except FloatingPointError:
+                    resume.copy_tensors(self.model, before, "the weights of before the epoch")
+                    raise
         if self.epoch == self.recipe.epochs and self.recipe.keep == "best" and self._best:
             resume.copy_tensors(self.model, self._best, "the best weights")
         elif self._first is not None and self.penalty is None:
@@ -196,7 +204,6 @@ class Loop:
                 f"batches gave nothing in epoch {self.epoch + 1}. It must be iterable again for every epoch, as a list "
                 "or a DataLoader is and a generator is not"
             )
-        self._finish_epoch()
 
     def _train_on(self, batch: Any) -> None:
         recipe = self.recipe
@@ -206,15 +213,15 @@ class Loop:
         factor = recipe.lr_factor(self.step, total) if total else 1.0
         for group, base in zip(self._optimizer.param_groups, self._base_lr, strict=True):
             group["lr"] = base * factor
-        loss = task = self._objective(self._wrapped, inputs, targets) * share
-        self._loss_sum += task.detach()
+        loss = self._objective(self._wrapped, inputs, targets) * share
+        self._loss_sum += loss.detach()
         if self.step == 0:
-            self._first = task.detach()
-        if self.penalty is not None:
-            loss = task + self.penalty(self.model)
+            self._first = loss.detach()
         faults.backward(loss, self.model, lambda: self._objective(self._wrapped, inputs, targets))
         if recipe.clip is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        if self.penalty is not None and (penalty := self.penalty(self.model)).requires_grad:
+            self._add_gradients(penalty)
         rate = self._optimizer.param_groups[0]["lr"] if self._decoupled else 1.0
         add_product_decay(self._pairs, recipe.weight_decay * rate, shrink=self._decoupled)
         self._optimizer.step()
@@ -226,8 +233,15 @@ class Loop:
         self._done.step += 1
         self._done.batch += 1
 
+    def _add_gradients(self, penalty: Tensor) -> None:
+        """Those of the penalty, whatever the norm of the loss's: it is to hold the weights where they are to go."""
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        found = torch.autograd.grad(penalty, weights, allow_unused=True)
+        for weight, gradient in zip(weights, found, strict=True):
+            if gradient is not None:
+                weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+
     def _finish_epoch(self) -> None:
-        self._check_finite()
         done, metric = self._done, None
         loss = self.devices.mean(self._loss_sum) / done.batch
         done.epoch += 1
@@ -253,13 +267,16 @@ class Loop:
             self.model.eval()
             return self.devices.from_main(float(evaluate(self.model)))
 
-    def _check_finite(self) -> None:
-        if not math.isfinite(self._loss_sum.item()):
-            rate = self._optimizer.param_groups[0]["lr"]
+    def _check_finite(self, spoiled: str | None = None) -> None:
+        loss, rate = self._loss_sum.item(), self._optimizer.param_groups[0]["lr"]
+        wrong = not math.isfinite(loss)
+        if wrong or spoiled is not None:
+            what = f"the loss is {loss}" if wrong else f"{spoiled!r} holds numbers that are not finite"
+            smaller = "set clip=1.0" if self.recipe.clip is None else f"set clip={self.recipe.clip / 10:.1g}"
             raise FloatingPointError(
-                f"the loss is {self._loss_sum.item()} in epoch {self.epoch + 1}, by step {self.step}, lr={rate:.3g}. "
-                "Lower lr, set clip=1.0, or look in the batches for non-finite values, and for "
-                "labels that are all ignored, of which torch's own mean is nan"
+                f"{what} in epoch {self.epoch + 1}, by step {self.step}, lr={rate:.3g}; the model has the weights "
+                f"again that it had before this epoch. Lower lr, {smaller}, or look in the batches for non-finite "
+                "values, and for labels that are all ignored, of which torch's own mean is nan"
             )
 
     def _tell_if_worse(self, first: float, last: float) -> None:
@@ -341,6 +358,8 @@ class Loop:
         parts = {name: resume.section(tensors, name) for name in {key.partition("/")[0] for key in tensors}}
         resume.check_tensors(self.model, parts.get("model", {}), str(path))
         record = resume.read_record(raw, str(path))
+        if record.run.get("clip", 0.0) is None:
+            self._go_on_without_limit(record)
         if changed := changed_values(record.run, self._record()):
             raise CheckpointError(
                 f"{path}: belongs to another run: {'; '.join(changed)}. Use the same recipe and data to continue, "
@@ -371,6 +390,12 @@ class Loop:
         self._random, self._epoch_random = parts["random"], parts["epoch_random"]
         self._loss_sum.copy_(parts["loss"]["sum"])
         log.info("%s: goes on from epoch %d, step %d", path, self.epoch, self.step)
+
+    def _go_on_without_limit(self, record: resume.CheckpointRecord) -> None:
+        """A run that began when gradients had no limit by default has none to its end."""
+        if self.recipe.clip == Recipe.clip:
+            self.recipe = dataclasses.replace(self.recipe, clip=None)
+        record.run = {**record.run, "clip": Recipe(clip=None).record()["clip"]}
 
     def _resume_hooks(self, parts: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
         for name, hook in self._hooks():

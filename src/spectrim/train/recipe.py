@@ -46,7 +46,8 @@ class Recipe:
     precision
         ``"bfloat16"`` runs model and teacher under autocast. Weights and optimizer stay as they are.
     clip
-        Largest norm of all gradients together, None for no limit.
+        Largest norm of all gradients of the loss together, None for no limit; those of a penalty come on top. At the
+        default rate, networks without normalisation diverge without a limit, most with a teacher.
     memory_format
         ``"channels_last"`` converts the model and 4-axis inputs, which is faster for most convolutions. Those whose
         gradients torch fails at stay contiguous, see :func:`~spectrim.nn.contiguity.contiguous_where_needed`.
@@ -73,7 +74,7 @@ class Recipe:
     warmup: float | None = None
     distillation: Distillation | None = field(default_factory=Distillation)
     precision: Literal["float32", "bfloat16"] = "float32"
-    clip: float | None = None
+    clip: float | None = 1.0
     memory_format: Literal["preserve", "channels_last"] = "preserve"
     batch_norm: Literal["train", "frozen"] = "train"
     evaluate_every: int = 1
@@ -122,6 +123,8 @@ class Recipe:
         values = asdict(self)
         if not isinstance(self.optimizer, str):
             values["optimizer"] = getattr(self.optimizer, "__qualname__", type(self.optimizer).__qualname__)
+        if self.clip is None:
+            values["clip"] = "none"  # None stands in checkpoints of before there was a limit by default
         if self.batch_norm == "train":
             del values["batch_norm"]  # checkpoints of before it was there have none
         return values

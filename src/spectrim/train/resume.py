@@ -157,6 +157,12 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return dict(itertools.chain(model.named_parameters(), model.named_buffers()))
 
 
+def spoiled(model: nn.Module, before: Mapping[str, Tensor]) -> str | None:
+    """The name of a parameter or buffer that was finite and holds a number that is not."""
+    tensors = model_tensors(model).items()
+    return next((name for name, tensor in tensors if not _finite(tensor) and _finite(before[name])), None)
+
+
 def check_tensors(model: nn.Module, stored: Mapping[str, Tensor], source: str) -> None:
     """See that stored tensors are those of a model."""
     tensors = model_tensors(model)
