@@ -203,6 +203,14 @@ def test_a_sample_that_outweighs_all_others_is_told() -> None:
     assert not any("energy" in note for note in st.compress(Two(), _one_louder(2.0), "macs=60%").report.notes)
 
 
+def test_a_network_in_training_mode_is_told_where_it_answers_otherwise() -> None:
+    model = nn.Sequential(Two(), nn.Dropout(0.5))
+    for mode in (True, False):
+        result = st.compress(model.train(mode), BATCHES, "macs=60%")
+        assert result.model.training == mode
+        assert any("result.model.eval()" in note for note in result.report.notes) == mode
+
+
 def _one_louder(times: float) -> list[Tensor]:
     first = BATCHES[0].clone()
     first[5] *= times

@@ -11,6 +11,8 @@ from types import MappingProxyType
 from typing import Any, Self
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from spectrim.application import Applied
 from spectrim.errors import first_few
@@ -35,6 +37,8 @@ log = logging.getLogger(__name__)
 
 # Nine in ten runs that take more than others by this share are told to be disturbed.
 _SPREAD = 0.25
+# Modules that do something else in training mode.
+_OTHERWISE = (_DropoutNd, _BatchNorm)
 # Layers that a printed result has at most.
 _LAYERS = 16
 
@@ -283,7 +287,10 @@ def reported(
     """
     held_out = () if trained else done.held
     agreed = None if batches is None else agreement(model, small, batches, held_out, mask=mask, forward=forward)
-    notes = (*sites.notes, *few_rows(sites), *uncounted_work(sites), *notes, *_said_of_layers(done), *done.notes)
+    notes = (
+        *sites.notes, *few_rows(sites), *uncounted_work(sites), *_said_of_mode(small), *notes, *_said_of_layers(done),
+        *done.notes,
+    )  # fmt: skip
     for note in notes:
         log.warning("%s", note)
     skipped = tuple((s.name, s.kind, s.reason) for s in sites.skipped)
@@ -291,6 +298,15 @@ def reported(
     for said in report._time_asked_for():
         log.info("%s", said)
     return report
+
+
+def _said_of_mode(small: nn.Module) -> Iterator[str]:
+    """That a network is in training mode, as the dense one was, where it answers otherwise in it."""
+    if small.training and any(isinstance(each, _OTHERWISE) for each in small.modules()):
+        yield (
+            "the model is in training mode, as it was given, in which it drops values or normalizes by the batch: call "
+            "result.model.eval() before it is used"
+        )
 
 
 def uncounted_work(sites: Sites) -> Iterator[str]:
