@@ -23,7 +23,9 @@ from spectrim.nn.modules import Factored
 from spectrim.nn.standing import StandIn
 from spectrim.nn.surgery import parameter_count, size_in_bytes
 from spectrim.nn.timing import Timing
+from spectrim.pipeline import goal
 from spectrim.search import measured
+from spectrim.search.arms import Arm
 from spectrim.selection.budget import Budget
 from spectrim.selection.plan import Plan
 from tests.cases import MODELS, batches_for, one_thread, sample_inputs, settled
@@ -101,6 +103,37 @@ def test_a_limit_on_bytes_is_met_by_the_file(methods, options, limit, tmp_path: 
     assert dense <= size_in_bytes(model) + header_bytes(model) <= dense + 256
     wanted = 30_000 if limit == "30kB" else 0.8 * (size_in_bytes(model) + header_bytes(model))
     assert result.plan.budget["bytes"] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("methods", [[st.PrincipalFilters(), st.ActivationSVD()], "auto"], ids=["set", "competing"])
+def test_the_lowest_file_that_is_told_can_be_reached(methods, tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("torch_pruning")
+    torch.manual_seed(0)
+    arms = [Arm("pairs", (st.ActivationSVD(),)), Arm("filters", (st.PrincipalFilters(),))]
+    monkeypatch.setattr(goal, "usual", lambda *_: arms)
+    model = nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 4)).eval()
+    batches = torch.randn(64, 16).split(32)
+
+    def refused(limit: int) -> tuple[float, float]:
+        with pytest.raises(InfeasibleBudgetError, match="lowest reachable") as raised:
+            st.compress(model, batches, Budget(bytes=limit), methods=methods, reconstruct=False)
+        return raised.value.lowest, raised.value.dense
+
+    # Below all numbers, and below numbers and header.
+    lowest, dense = refused(100)
+    assert refused(2000) == (lowest, dense)
+    assert dense == size_in_bytes(model) + header_bytes(model)
+    limit = Budget(bytes=round(lowest))
+    result = st.compress(model, batches, limit, methods=methods, reconstruct=False)
+    st.save(result, tmp_path / "small.safetensors")
+    assert (tmp_path / "small.safetensors").stat().st_size <= lowest == result.plan.budget["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("lowest", "told"), [(1_234_501.0, "1.235 M"), (4_681.2, "4,682"), (0.12341, "0.1235"), (50, "50")]
+)
+def test_the_lowest_cost_is_told_rounded_up(lowest, told) -> None:
+    assert f"reachable is {told} (" in str(InfeasibleBudgetError("macs", 0.01, lowest, 2e6))
 
 
 def test_a_limit_that_the_header_alone_takes_says_so() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import functools
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -73,9 +74,9 @@ class InfeasibleBudgetError(SpectrimError, ValueError):
         also = f" Each limit can be met alone, but not {' and '.join(together)} together." if together else ""
         also += _left_alone(cost, skipped)
         super().__init__(
-            f"budget {cost} <= {_short(budget, cost)} cannot be met: the lowest reachable is {_short(lowest, cost)} "
-            f"({lowest / dense:.1%} of dense {_short(dense, cost)}). Raise the budget, skip fewer layers or allow "
-            "smaller ranks." + also
+            f"budget {cost} <= {_short(budget, cost)} cannot be met: the lowest reachable is "
+            f"{_short(_up(lowest), cost)} ({lowest / dense:.1%} of dense {_short(dense, cost)}). "
+            "Raise the budget, skip fewer layers or allow smaller ranks." + also
         )
 
     @property
@@ -138,6 +139,12 @@ def _short(value: float, cost: str) -> str:
         if value >= size:
             return f"{value / size:.4g} {prefix}"
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def _up(value: float) -> float:
+    """A cost as :func:`_short` tells it, rounded up, so that a budget of what is read can be met."""
+    step = 1.0 if 1000 <= value < 1e6 else 10.0 ** (math.floor(math.log10(value)) - 3) if value > 0 else 1.0
+    return math.ceil(value / step - 1e-9) * step
 
 
 def _left_alone(cost: str, skipped: tuple[tuple[str, str, str, float], ...]) -> str:

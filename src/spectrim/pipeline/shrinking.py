@@ -25,6 +25,7 @@ from spectrim.progress import Progress
 from spectrim.search.arms import Arm, Contest, not_tried
 from spectrim.search.file_size import within_file
 from spectrim.search.judge import Judge, Verdict
+from spectrim.search.remaining import asked_once
 from spectrim.search.standings import Standings
 from spectrim.search.stepwise import BY_TABLE, Judging, select_in_steps
 from spectrim.search.tolerance import Tolerance, smaller, smallest, tightest
@@ -82,7 +83,7 @@ def drafted(
     def judged(plan: Plan) -> float:
         return outputs.missed(carry_out(model, untried, plan, methods=methods).model)
 
-    def planned(sites: Sites, table: Candidates | None, limits: Budget) -> tuple[Plan, Candidates]:
+    def planned(sites: Sites, table: Candidates, limits: Budget) -> tuple[Plan, Candidates]:
         if any(method.removes_channels for method in methods or ()):
             return select_in_steps(
                 sites,
@@ -94,17 +95,18 @@ def drafted(
                 trial=dataclasses.replace(trial, judge=judged),
                 **priced,
             )
-        table = tabulate(sites, methods, **priced) if table is None else table
         return select(table, limits, making.selector), table
 
     def again(table: Candidates, limits: Budget) -> Plan:
         return planned(sites, table, limits)[0]
 
-    plan, table = planned(sites, table, budget)
+    if table is None:
+        table = tabulate(sites, methods, curve=asked_once(prepared.curves, {}), **priced)
     if budget.bytes is None:
+        plan, table = planned(sites, table, budget)
         return Draft(plan, table, sites, budget, making, again)
     file = table.dense["bytes"] + header_bytes(model)
-    sites, plan, table, budget = within_file(model, sites, plan, table, budget, planned)
+    sites, plan, table, budget = within_file(model, sites, table, budget, planned)
     return Draft(plan, table, sites, budget, making, again, file)
 
 
@@ -191,7 +193,9 @@ def shrink_best(
     def planned(arm: Arm, trial: Judging) -> Draft:
         if arm.removes_channels and not prepared.sites.couplings:
             raise PlanError("no channels were found that can be removed")
-        tables.check(arm, budget)
+        # Of bytes the header is known with the plan only: the table is made, so that what is told can be reached.
+        if counted := budget.among(cost for cost in budget.costs if cost != "bytes"):
+            tables.check(arm, counted)
         known = dataclasses.replace(prepared, sites=tables.sites(arm))
         theirs = dataclasses.replace(making, methods=tables.methods(arm), progress=_telling(making.progress, arm))
         return drafted(model, known, budget, theirs, tables.of(arm, trial), trial)

@@ -20,32 +20,74 @@ _HEADER = "names, shapes, digests and the plan, which the file holds beside numb
 _SLACK = 64
 
 
+Planned = Callable[[Sites, Candidates, Budget], tuple[Plan, Candidates]]
+
+
 def within_file(
-    model: nn.Module,
-    sites: Sites,
-    plan: Plan,
-    table: Candidates,
-    budget: Budget,
-    planned: Callable[[Sites, Candidates, Budget], tuple[Plan, Candidates]],
+    model: nn.Module, sites: Sites, table: Candidates, budget: Budget, planned: Planned
 ) -> tuple[Sites, Plan, Candidates, Budget]:
     """A plan whose file is within a limit on bytes, a share being one of the dense network's file.
 
     The file holds the plan, and the plan the layers: the header is counted as what nothing is chosen for, and the plan
-    made again.
+    made again; where that leaves nothing, the plan of the smallest file is tried.
+
+    Raises
+    ------
+    InfeasibleBudgetError
+        If the budget cannot be met; of bytes it carries the size of a file that can be made, and the dense file's.
     """
     dense = table.dense["bytes"] + header_bytes(model)
     limit = budget.limits({**table.dense, "bytes": dense})["bytes"]
-    budget, room = budget.replace(bytes=Limit(limit)), 0
-    while (header := header_bytes(model, plan)) > room:
-        room, more = header + _SLACK, header + _SLACK - room
-        sites = dataclasses.replace(sites, other_bytes=sites.other_bytes + more)
-        fixed = {**table.fixed, "bytes": table.fixed["bytes"] + more}
-        others = tuple(each for each in table.skipped if each.reason != _HEADER)
-        told = Skipped("header", "text", _HEADER, {"bytes": float(room)})
-        table = dataclasses.replace(table, fixed=fixed, skipped=(*others, told))
+    budget = budget.replace(bytes=Limit(limit))
+    try:
+        room = 0
+        while True:
+            known, wider = _with_header(sites, table, room)
+            plan, wider = planned(known, wider, budget)
+            if (header := header_bytes(model, plan)) <= room:
+                return known, plan, wider, budget
+            room = header + _SLACK
+    except InfeasibleBudgetError as error:
+        if error.cost != "bytes":
+            raise
         try:
-            plan, table = planned(sites, table, budget)
+            known, plan, wider = _smallest(model, sites, table, budget, planned)
+        except InfeasibleBudgetError:
+            # Not by bytes alone: what cannot be met is told of all limits together.
+            raise error.of(dense) from None
+    least = plan.costs["bytes"]
+    if least > limit:
+        # The table's dense network has the header of a plan that it has no need of.
+        alone = wider.left_alone("bytes")
+        raise InfeasibleBudgetError("bytes", limit, least, wider.dense["bytes"], skipped=alone).of(dense)
+    return known, dataclasses.replace(plan, budget={**plan.budget, "bytes": limit}), wider, budget
+
+
+def _with_header(sites: Sites, table: Candidates, room: int) -> tuple[Sites, Candidates]:
+    """Sites and table that count so many bytes of a header as what nothing is chosen for."""
+    told = Skipped("header", "text", _HEADER, {"bytes": float(room)})
+    fixed = {**table.fixed, "bytes": table.fixed["bytes"] + room}
+    wider = dataclasses.replace(table, fixed=fixed, skipped=(*table.skipped, told)) if room else table
+    return dataclasses.replace(sites, other_bytes=sites.other_bytes + room), wider
+
+
+def _smallest(
+    model: nn.Module, sites: Sites, table: Candidates, budget: Budget, planned: Planned
+) -> tuple[Sites, Plan, Candidates]:
+    """The plan of the smallest file that is found, whatever the budget has for a limit on bytes, and what counts it.
+
+    From no bytes on the limit rises to what is said to be lowest, and with the header of what is planned.
+    """
+    room, limit = 0, 1.0
+    while True:
+        known, wider = _with_header(sites, table, room)
+        try:
+            plan, wider = planned(known, wider, budget.replace(bytes=Limit(limit)))
         except InfeasibleBudgetError as error:
-            # The table's dense network has the header of a plan that it has no need of.
-            raise error.of(dense) if error.cost == "bytes" else error from None
-    return sites, plan, table, budget
+            if error.cost != "bytes" or error.lowest <= limit:
+                raise
+            limit = error.lowest
+            continue
+        if (header := header_bytes(model, plan)) <= room:
+            return known, plan, wider
+        room, limit = header + _SLACK, limit + header + _SLACK - room
