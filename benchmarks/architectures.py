@@ -7,6 +7,7 @@ that was replaced included; here it is saved, loaded into a fresh model, merged 
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -82,10 +83,9 @@ def _row(name: str, arm: str, config: dict[str, Any], work: Path) -> dict[str, A
         }
         if not row["loaded"] or not row["merged"]:
             row["outcome"] = "wrong"
-    except st.SpectrimError as error:
-        row |= {"outcome": "refused", "reason": f"{type(error).__name__}: {error}"}
     except Exception as error:  # what is no refusal is what is looked for
-        row |= {"outcome": "wrong", "reason": f"{type(error).__name__}: {error}"}
+        said = f"{type(error).__name__}: {error}".replace(f"{work}{os.sep}", "")
+        row |= {"outcome": "refused" if isinstance(error, st.SpectrimError) else "wrong", "reason": said}
     return {**row, "seconds": time.perf_counter() - start}
 
 

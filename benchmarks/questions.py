@@ -190,14 +190,14 @@ WORDS = {
     "A2": Words(
         "Methods that compete against the best peer",
         "The test metric without training, from the same weights and the same unlabelled inputs.",
-        "the headline has not been run whole: half of the networks and budgets are missing.",
+        "the headline has not been run whole: two fifths of the networks and budgets are missing.",
     ),
     "A3": Words(
         "A text detector 15 times smaller",
         "CRAFT, VGG-16 at full width, on pages that are drawn; of each budget the methods that are best on held-out pages. The "
         "pages are easy for it: words in a row, upright, in eight fonts.",
-        "in eager mode pooling, BatchNorm and activations at the page's full size take the time that they took, and ONNX "
-        "Runtime, which merges some of them, saves more; no hour of training was at hand, and a few steps made the detector "
+        "in eager mode pooling, BatchNorm and activations at the page's full size take the time that they took; ONNX "
+        "Runtime and torch.compile, which merge some of them, save more than is asked; no hour of training was at hand, and a few steps made the detector "
         "worse than none.",
         "points of F-score gained at the worst of the budgets, without training: less than the standard error of the test",
     ),
