@@ -209,7 +209,7 @@ def test_what_cannot_be_carried_out_is_quoted(run, command: tuple[str, ...], arg
         ((*FILTERS, "--recipe", "energy=most"), "--recipe energy=most: 'most' is not a number"),
         ((*FILTERS, "--recipe", "energy"), "--recipe 'energy' is not known; choose kl, or energy=SHARE"),
         (("--method", f"{METHOD}:rule=l2", *HALF), "rule is 'l2'; expected one of reconstruction, l1-max"),
-        (FILTERS, "give one of --budget (as macs=50%), --recipe (as kl) or --plan FILE"),
+        (FILTERS, "--max-drop, --min-agreement, --recipe (as kl) or --plan FILE"),
         (("--recipe", "kl"), f"--recipe kl is for --method {METHOD}, not for --method low-rank"),
     ],
 )  # fmt: skip

@@ -17,10 +17,12 @@ import spectrim.cli
 from spectrim.cli.data import load_data
 from spectrim.cli.models import check_reference, load_model
 from spectrim.cli.references import UsageError, call_reference, parse
+from spectrim.cli.results import _idle
 from spectrim.cli.unfinished import make_folder
 from spectrim.cli.weights import read_weights
 from spectrim.nn.agreement import agreement
 from spectrim.pipeline import Result, compress
+from spectrim.selection.plan import Plan
 
 TUNED = ("compress", "nets:tiny", "--data", "nets:batches", "--train", "nets:batches", "--epochs", "1", "-o", "small")
 
@@ -121,6 +123,8 @@ def test_a_budget_that_limits_nothing_is_told(run):
     arguments = ("compress", "nets:tiny", "--input", "1x8x8", "--no-report", "--budget")
     assert "limits nothing" in " ".join(run.json(*arguments, "macs=100%")["notes"])
     assert "limits nothing" not in " ".join(run.json(*arguments, "macs=90%")["notes"])
+    plan = Plan((), {"latency": 0.25}, {"latency": 0.5}, budget={"latency": 5.0})
+    assert _idle(plan) == ["The budget of 5.00 ms for latency limits nothing: the dense network takes 0.500 ms."]
     assert "'150%' is more than the dense network" in run(*arguments, "macs=150%", code=2).stderr
 
 

@@ -37,6 +37,7 @@ def test_a_drop_in_place_of_a_budget(run) -> None:
         ((*DATA, *TEST, "--max-drop", "1", "--min-agreement", "0.9"), "give one of them"),
         (("--input", "1x8x8", "--min-agreement", "0.9"), "give --data"),
         ((*DATA, "--min-agreement", "0.9", "--plan", "plan.json"), "or --plan"),
+        (DATA, "give one of --budget (as macs=50%), --max-drop, --min-agreement or --plan FILE"),
     ],
 )
 def test_what_does_not_go_together(run, options: tuple[str, ...], said: str) -> None:

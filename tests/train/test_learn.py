@@ -323,3 +323,8 @@ def test_a_later_budget_that_cannot_be_met_is_refused_before_the_first_is_traine
     with pytest.raises(st.InfeasibleBudgetError, match="parameters <= "):
         st.budget_path(model, batches, ["macs=70%", "parameters=1%"], learning=one, tuning=one)
     assert Counted.passes <= 1
+
+
+def test_an_option_of_a_training_is_told_where_it_belongs() -> None:
+    with pytest.raises(TypeError, match=r"epochs=1 is of a training: write learning=Recipe\(epochs=1\)"):
+        learn_ranks(Residual(), loader(), BUDGET, epochs=1)

@@ -118,10 +118,10 @@ def _check(
 
 def _check_goal(context: typer.Context, methods: Methods, goal: options.GoalOptions) -> None:
     """Refuse two that say how small, or none."""
-    either = "either --budget (as macs=50%)"
+    ways = "--budget (as macs=50%), --max-drop, --min-agreement"
     if FILTERS in methods:
         refuse(context, _SHARING, f"does not combine with --method {FILTERS}")
-        either = "one of --budget (as macs=50%), --recipe (as kl)"
+        ways += ", --recipe (as kl)"
     else:
         refuse(context, {"recipe"}, f"is for --method {FILTERS}, not for {methods}")
     if goal.recipe is not None:
@@ -130,7 +130,7 @@ def _check_goal(context: typer.Context, methods: Methods, goal: options.GoalOpti
         if len(methods.asked) > 1:
             raise UsageError(f"{methods} {why}")
     elif (bool(goal.budget) or goal.tolerant) == (goal.plan is not None):
-        raise UsageError(f"give {either} or --plan FILE")
+        raise UsageError(f"give one of {ways} or --plan FILE")
 
 
 def _check_competing(

@@ -19,12 +19,13 @@ from spectrim.cli.subject import Subject
 from spectrim.errors import ExportError
 from spectrim.network.choices import SumChoice
 from spectrim.network.files import write_text
-from spectrim.network.printing import count
+from spectrim.network.printing import count, show
 from spectrim.nn.agreement import Agreement
 from spectrim.nn.checkpoint import save
 from spectrim.nn.shipping import is_shipped
 from spectrim.pipeline import Result
 from spectrim.report import Comparison, Measured, Score, animate_ranks, compare, write_report
+from spectrim.selection.budget import UNITS
 from spectrim.selection.plan import Plan
 from spectrim.selection.printed import plan_grid
 from spectrim.train import LearnedResult, TrainingResult
@@ -221,7 +222,8 @@ def _sums(plan: Plan) -> list[str]:
 def _idle(plan: Plan) -> list[str]:
     """Which limits are none; those within a tolerance were found and not stated, and the report tells of them."""
     return [
-        f"The budget of {limit:,.6g} for {cost} limits nothing: the dense network takes {plan.dense_costs[cost]:,.6g}."
+        f"The budget of {show(limit, UNITS.get(cost, ''))} for {cost} limits nothing: the dense network takes "
+        f"{show(plan.dense_costs[cost], UNITS.get(cost, ''))}."
         for cost, limit in plan.budget.items()
         if cost in plan.dense_costs and limit >= plan.dense_costs[cost]
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -262,6 +262,9 @@ class _Run:
             name for name in inspect.signature(LearnedRanks).parameters if name not in ("model", "sites", "budget")
         ]
         if unknown := [name for name in self.options if name not in known]:
+            if unknown[0] in (each.name for each in fields(Recipe)):
+                said = f"{unknown[0]}={self.options[unknown[0]]!r}"
+                raise TypeError(f"{said} is of a training: write learning=Recipe({said}), or tuning=Recipe({said})")
             close = did_you_mean(unknown[0], known) or f" Options beside its own are {', '.join(known)}"
             raise TypeError(f"learning ranks has no option {unknown[0]!r}.{close}")
         self.feed = Feed(None, self.samples)
