@@ -268,7 +268,7 @@ WORDS = {
     "H2": Words(
         "Minutes of the test suite",
         "The whole suite in one process.",
-        "The suite has grown faster than it was made quicker.",
+        "The suite has grown from 5,308 to 6,086 tests since it was met. In two processes, as `make test` runs it, it stays within.",
     ),
     "H3": Words(
         "Shape of the source",
