@@ -44,7 +44,9 @@ log = logging.getLogger(__name__)
 
 # Halvings of the interval in which the limit for the last table lies.
 _HALVINGS = 12
-# Further tables around the plan that should meet the budget.
+# Tables on the way to the budget. One is enough where no layer loses channels on both sides and nothing else competes.
+_STEPS = 4
+# Further tables around the plan that should meet the budget, where nothing else competes.
 _MORE = 6
 # Plans with more removals that are made after one that no later one has beaten.
 _PATIENCE = 2
@@ -104,7 +106,6 @@ def select_in_steps(
     methods: Sequence[Method],
     budget: BudgetLike,
     *,
-    steps: int = 4,
     selector: Selector = exact,
     latency: Latency | None = None,
     dense_latency: float | None = None,
@@ -125,9 +126,6 @@ def select_in_steps(
         At least one that removes channels; others compete with it in every step.
     budget
         For the whole network.
-    steps
-        Tables on the way to the budget; without other methods a few more follow until the plan stays. One is enough,
-        and taken, where no layer loses channels on both sides and there are no other methods.
     latency, dense_latency, costs, guard
         As for :func:`spectrim.tabulate`.
     table
@@ -168,7 +166,7 @@ def select_in_steps(
     dense = network.cost()
     stated = Budget.of(budget).limits(dense)
     limits = _binding(stated, dense)
-    steps = steps if others or _shares_layers(sites.couplings) else 1
+    steps = _STEPS if others or _shares_layers(sites.couplings) else 1
     check_reachable(table, network, limits)
     trail = _walked(table, network, limits, selector, steps, 0 if others else _MORE)
     picks, taken = trail[-1], len(trail) - 1
