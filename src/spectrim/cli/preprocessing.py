@@ -14,8 +14,8 @@ from spectrim.cli.batches import Batches
 from spectrim.cli.common import Output
 from spectrim.cli.subject import running
 from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.chance import draws_kept
 from spectrim.nn.watch.nesting import logits, tensors
-from spectrim.train.randomness import generators_kept
 
 # Inputs of one kind of data differ less than this from batch to batch; a normalisation more or less, by more.
 _SPREAD, _SHIFT = 1.7, 1.0
@@ -35,7 +35,7 @@ class Inputs:
     @classmethod
     def of(cls, batches: Iterable[Any], model: nn.Module | None = None) -> Inputs | None:
         """Of a reference's batches, as a model takes them; None if they hold no tensor."""
-        with generators_kept():
+        with draws_kept():
             batch = next(iter(batches), None)
         first = next(tensors(batch), None)
         if first is None:

@@ -33,6 +33,7 @@ from spectrim.nn.copying import copy_model
 from spectrim.nn.layers import canonical
 from spectrim.nn.standing import laid_out
 from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.chance import draws_kept
 from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.masks import Mask
 from spectrim.nn.watch.sampling import Sampling
@@ -43,7 +44,7 @@ from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
 from spectrim.selection.trajectory import Record, Trajectory
 from spectrim.tables import tabulate
-from spectrim.train import c_step, randomness
+from spectrim.train import c_step
 from spectrim.train.c_step import ZERO, CStep
 from spectrim.train.learned_state import RunState
 from spectrim.train.schedule import Schedule
@@ -383,7 +384,7 @@ class LearnedRanks:
         """What ``evaluate`` says of the nested network, if that is a number. The generators are left as they are."""
         if self.evaluate is None:
             return None
-        with randomness.generators_kept():
+        with draws_kept():
             metric = float(self.evaluate(self.nested().eval()))
         return metric if math.isfinite(metric) else None
 

@@ -23,6 +23,7 @@ from spectrim.network.files import changed_values
 from spectrim.nn.contiguity import contiguous_where_needed
 from spectrim.nn.parameters import modes_kept
 from spectrim.nn.sparse.layers import Masked
+from spectrim.nn.watch.chance import draws_kept
 from spectrim.nn.watch.norms import batch_norms
 from spectrim.nn.watch.state import cut_graphs
 from spectrim.progress import Update, training_bar
@@ -263,7 +264,7 @@ class Loop:
 
     def _measure(self, evaluate: Evaluate) -> float:
         self.devices.share_buffers(self.model)
-        with randomness.generators_kept(), modes_kept(self.model), torch.no_grad():
+        with draws_kept(), modes_kept(self.model), torch.no_grad():
             self.model.eval()
             return self.devices.from_main(float(evaluate(self.model)))
 
@@ -302,7 +303,7 @@ class Loop:
         """Modes, teacher and generators for training; everything as before on leaving."""
         self._started = time.perf_counter() - self._done.seconds
         attached: Any = self.after_step if hasattr(self.after_step, "attach") else None
-        with randomness.generators_kept(), modes_kept(self.model):
+        with draws_kept(), modes_kept(self.model):
             self.model.train()
             if self.recipe.batch_norm == "frozen":
                 for _, norm in batch_norms(self.model):

@@ -43,9 +43,9 @@ class Objective:
         device = next((t.device.type for t in tensors(inputs)), "cpu")
         goal = None
         with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            drawn = Chance.now()
+            drawn = Chance.now() if self.teacher is not None else None
             output = self._student_called(model, inputs)
-            if self.teacher is not None:
+            if self.teacher is not None and drawn is not None:
                 with torch.no_grad(), drawn.again():
                     goal = batching.scores_of(self._teacher_called(self.teacher, inputs))
         student = batching.scores_of(output)

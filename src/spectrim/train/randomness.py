@@ -95,16 +95,6 @@ def _generators(loader: Any) -> list[torch.Generator]:
 
 
 @contextmanager
-def generators_kept() -> Iterator[None]:
-    """The global generators are as before on leaving."""
-    before = capture()
-    try:
-        yield
-    finally:
-        restore(before)
-
-
-@contextmanager
 def seeded(value: int, loader: Any = None) -> Iterator[None]:
     """Seeded generators inside; as before on leaving."""
     before = capture(loader)

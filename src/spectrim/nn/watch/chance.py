@@ -45,12 +45,19 @@ class Chance:
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
         """Random numbers are drawn as from then on, and afterwards as if none had been."""
-        before = Chance.now()
-        self.put_back()
-        try:
+        with draws_kept():
+            self.put_back()
             yield
-        finally:
-            before.put_back()
+
+
+@contextlib.contextmanager
+def draws_kept() -> Iterator[None]:
+    """The generators of the process are as before on leaving."""
+    before = Chance.now()
+    try:
+        yield
+    finally:
+        before.put_back()
 
 
 def _generators() -> tuple[torch.Generator, ...]:
@@ -72,12 +79,9 @@ def seed_of(batch: Any) -> int:
 @contextlib.contextmanager
 def drawn_from(seed: int) -> Iterator[None]:
     """Random numbers are drawn as after this seed, and afterwards as if none had been."""
-    before = Chance.now()
-    for generator in _generators():
-        generator.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
-    try:
+    with draws_kept():
+        for generator in _generators():
+            generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)
         yield
-    finally:
-        before.put_back()
