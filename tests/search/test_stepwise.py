@@ -21,7 +21,7 @@ from spectrim.nn.flops import WorkCounter
 from spectrim.nn.surgery import parameter_count, size_in_bytes
 from spectrim.nn.watch.batches import evaluating
 from spectrim.pipeline import output_error
-from spectrim.search.remaining import Curves
+from spectrim.search.remaining import Curves, asked_once
 from spectrim.search.stepwise import Judging, OutOfTimeError, select_in_steps
 from spectrim.selection.plan import Plan
 from tests.cases import one_thread
@@ -268,3 +268,14 @@ def test_where_time_ends_the_plan_that_was_found_is_kept() -> None:
     assert len(asked) == 2
     assert all(entry.choice.is_dense for entry in plan if entry.of_channels)
     assert plan.costs["macs"] <= 0.9 * table.dense["macs"]
+
+
+def test_what_a_method_offers_is_not_taken_for_what_it_offers_with_other_options() -> None:
+    _, _, sites = calibrated("chain")
+    site = next(iter(sites))
+    curves: Curves = {}
+    asked = asked_once(curves, {})
+    one, other = st.ActivationSVD(multiple_of=1), st.ActivationSVD(multiple_of=4)
+    assert asked(one, site).choices != asked(other, site).choices
+    assert asked(st.ActivationSVD(multiple_of=1), site) is asked(one, site)
+    assert len(curves) == 2

@@ -26,7 +26,8 @@ def asked_once(curves: Curves, kept: Mapping[tuple[str, str], Sequence[int]]) ->
         left.setdefault(layer, []).append((axis, tuple(positions)))
 
     def curve(method: Method, site: Site) -> Curve:
-        key = (method.name, site.name, *((part.name, *left.get(part.name, ())) for part in site.parts))
+        # Two of one name may differ in their options, and a user's own type may bear the name of one of ours.
+        key = (type(method), repr(method), site.name, *((part.name, *left.get(part.name, ())) for part in site.parts))
         if key not in curves:
             curves[key] = method.curve(site)
         return curves[key]
