@@ -20,7 +20,7 @@ from benchmarks.environment import code_version, environment, today
 from benchmarks.headline.arms import ARMS, Made, Task
 from benchmarks.headline.network import Network, plugin
 from benchmarks.headline.peers.layers import measured
-from spectrim.nn.counting import file_size
+from spectrim.nn.checkpoint import file_size
 
 DENSE = "dense"
 

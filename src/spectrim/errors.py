@@ -148,9 +148,9 @@ def _up(value: float) -> float:
 
 
 def _left_alone(cost: str, skipped: tuple[tuple[str, str, str, float], ...]) -> str:
-    """Sentences on what was left alone, those of one reason together."""
+    """Sentences on what was left alone and has some of the cost, or else on all of it, those of one reason together."""
     alike: dict[tuple[str, str], list[tuple[str, float]]] = {}
-    for name, kind, reason, share in skipped:
+    for name, kind, reason, share in [each for each in skipped if each[3]] or skipped:
         alike.setdefault((kind, reason), []).append((name or "the model", share))
     order = sorted(alike.items(), key=lambda item: -sum(share for _, share in item[1]))
     said = []

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import spectrim
 from benchmarks.command_line import PAGE, written
 from benchmarks.door_mistakes import COMMAND_LINE, Mistake, in_python, make_folder, python
 from spectrim.cli import completion, data
@@ -135,6 +136,12 @@ def test_usage_errors_load_no_torch(newcomer: Path):
         [sys.executable, "-c", script, json.dumps(given)], capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_package_runs_as_the_program() -> None:
+    program = [sys.executable, "-m", "spectrim", "--version"]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout.strip()) == (0, spectrim.__version__), done.stderr
 
 
 def test_click_errors_are_a_document_too():

@@ -261,7 +261,7 @@ def test_a_number_without_its_cost_limits_nothing():
 
 
 def test_a_few_bytes_are_asked_about():
-    with pytest.raises(ValueError, match="bytes=5%, for millions bytes=5MB, and for so few indeed"):
+    with pytest.raises(ValueError, match="bytes=5%, for millions bytes=5MB, and for so few indeed bytes=0.005kB"):
         Budget.of("bytes=5")
     assert Budget.of("bytes=5MB") == Budget(bytes=5_000_000)
     assert Budget(bytes=5).limits({"bytes": 9.0}) == {"bytes": 5}
@@ -272,3 +272,17 @@ def test_several_numbers_in_one_budget_are_told_of_sweeps(text: str) -> None:
     cost = text.split("=")[0]
     with pytest.raises(ValueError, match=rf"sweep, with \('{cost}', \[0.7, 0.5\]\) or --points 0.7,0.5"):
         Budget.parse(text)
+
+
+@pytest.mark.parametrize("cost, one", [("macs", "1M"), ("parameters", "1M"), ("bytes", "1MB"), ("latency", "1ms")])
+def test_one_without_a_sign_is_asked_about_and_the_cures_are_taken(cost: str, one: str) -> None:
+    with pytest.raises(ValueError, match=rf"'1' may mean all or a hundredth .*: write {cost}=100%, .*{cost}={one}"):
+        Budget.of(f"{cost}=1")
+    assert Budget.of(f"{cost}=100%") == Budget(**{cost: 1})
+    assert Budget.of(f"{cost}={one}").limits({cost: 9e9})[cost] == (1 if cost == "latency" else 1e6)
+
+
+def test_few_multiply_accumulates_can_be_written_as_the_sentence_says() -> None:
+    with pytest.raises(ValueError, match=r"so few indeed macs=0.05k$"):
+        Budget.of("macs=50")
+    assert Budget.of("macs=0.05k").limits({"macs": 1e6}) == {"macs": 50}

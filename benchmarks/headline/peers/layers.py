@@ -11,7 +11,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from benchmarks.headline.network import run_on
-from spectrim.nn.counting import counting, file_size
+from spectrim.nn.checkpoint import file_size
+from spectrim.nn.counting import counting
 
 Cost = Literal["macs", "bytes"]
 # What each further tensor takes in the header of a file, about.

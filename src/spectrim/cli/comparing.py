@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 from torch import nn
 
-from spectrim.application import carry_out
 from spectrim.cli.common import Output, usage
 from spectrim.cli.compare import ComparedOptions, ComparingOptions
 from spectrim.cli.data import load_data
@@ -27,6 +26,7 @@ from spectrim.nn.checkpoint import read_plan
 from spectrim.nn.find import find
 from spectrim.nn.watch.calibrate import calibrate
 from spectrim.nn.watch.nesting import begun
+from spectrim.pipeline.shrinking import network_of
 from spectrim.report import Origin, Part, Score, SideBySide, SideBySidePage, accuracy
 from spectrim.report import compare as side_by_side
 from spectrim.report.comparison import Measure
@@ -134,7 +134,7 @@ def _carried_out(dense: nn.Module, path: Path, batches: Iterable[Any]) -> nn.Mod
     if any(entry.of_channels for entry in plan):
         sites = with_channels(dense, sites, begun(batches)[0])
     sites = calibrate(dense, sites, batches)
-    return carry_out(dense, offer(sites, planned_groups(plan, sites)), plan, batches).model
+    return network_of(dense, offer(sites, planned_groups(plan, sites)), plan, batches)
 
 
 def _finish(

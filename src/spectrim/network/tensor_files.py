@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from spectrim.network.files import replacing
 
 TENSORS, TEXTS = "tensors_sha256", "metadata_sha256"
 """Keys of the digests among the texts. Files written before version 0.2 have neither."""
+_DIGEST = "0" * 64  # as long as one of SHA-256
 
 
 _SAVED = "give the file that spectrim.save wrote; weights of torch.save go into the dense model, by load_state_dict"
@@ -41,6 +43,23 @@ def write(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -
         except SafetensorError as error:
             number = re.search(r"os error (\d+)", str(error))
             raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
+
+
+def size(tensors: Mapping[str, Tensor], texts: Mapping[str, str] | None = None) -> int:
+    """Bytes of the file that :func:`write` makes of tensors and texts; without texts, of one of the tensors alone.
+
+    Exact but for few bytes where tensors of different types take as many bytes a number.
+    """
+    marked = {} if texts is None else {"__metadata__": {**texts, TENSORS: _DIGEST, TEXTS: _DIGEST}}
+    listed: dict[str, Any] = {}
+    end = 0
+    # As they lie in the file, since offsets have more digits towards its end.
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        kind = re.sub("^(b?f|u|i|c)[a-z]+", r"\1", str(tensor.dtype).removeprefix("torch."))
+        listed[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header = len(json.dumps({**marked, **listed}, ensure_ascii=False, separators=(",", ":")).encode())
+    return 8 + -(-header // 8) * 8 + end
 
 
 def read(path: Path, *, weights: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast, overload, runtime_checkable
 
@@ -92,28 +92,41 @@ def save(model: nn.Module | Compressed, plan: Plan | str | Path, path: str | Pat
         )
     _check_carried_out(model, plan)
     plan = carried_out(model, plan)
-    tensors, metadata = _contents(model, plan)
+    tensors, metadata = _contents(model, (*earlier(model, plan), plan))
     tensor_files.write(path_of(path), tensor_files.plain(tensors), metadata)
 
 
-def _contents(model: nn.Module, plan: Plan) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and texts of a file."""
+def _contents(model: nn.Module, plans: Sequence[Plan]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and texts of a file, with the plans in the order they were carried out."""
     state, values = _state(model)
     tensors, shared = tensor_files.owners(state)
-    before, linear = earlier(model, plan), rewritten(model)
-    densities = {e.site: e.choice.density for p in (*before, plan) for e in p if isinstance(e.choice, SumChoice)}
+    densities = {e.site: e.choice.density for p in plans for e in p if isinstance(e.choice, SumChoice)}
     packed = pack_state(model, tensors, state, lambda layer: densities.get(layer.original.name))
-    return tensors, Header([*before, plan], shared, packed, values, linear).metadata()
+    return tensors, Header(plans, shared, packed, values, rewritten(model)).metadata()
 
 
-def check_size(model: nn.Module, plan: Plan, limit: float) -> None:
-    """Raise ProofError if the numbers and texts that :func:`save` would write are more than so many bytes."""
+def file_size(model: nn.Module) -> int:
+    """Bytes of the file that a model is saved to: with the plans of one that was compressed, else of its tensors alone.
+
+    Tensors that share memory count once, sparse weights as they are packed. Raises CheckpointError where :func:`save`
+    would.
+    """
+    if plans := remembered(model):
+        return tensor_files.size(*_contents(model, plans))
+    state, _ = _apart(model.state_dict())
+    tensors, _ = tensor_files.owners(state)
+    pack_state(model, tensors, state)
+    return tensor_files.size(tensors)
+
+
+def check_size(model: nn.Module, limit: float) -> None:
+    """Raise ProofError if the file that :func:`save` would write has more than so many bytes."""
     try:
-        tensors, texts = _contents(model, plan)
+        size = file_size(model)
     except CheckpointError:  # whoever saves it is told
         return
-    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    if (size := held + sum(map(len, texts.values()))) > limit:
+    if size > limit:
+        tensors, _ = _apart(model.state_dict())
         own = {name for name, _ in (*nn.Module.named_parameters(model), *nn.Module.named_buffers(model))}
         most = max(tensors, key=lambda name: (name not in own, tensors[name].numel()))
         raise ProofError(

@@ -1,4 +1,4 @@
-"""Count the multiply-accumulates of a model that is run, and the bytes of its file."""
+"""Count the multiply-accumulates of a model that is run."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spectrim.network import tensor_files
 from spectrim.nn.flops import WorkCounter
-from spectrim.nn.matching import pack_state
 from spectrim.nn.sparse.packed import masked_layers
 from spectrim.nn.sparse.products import Kernel
 from spectrim.nn.watch.observe import Hook, hooked
@@ -55,13 +53,3 @@ def counting(model: nn.Module) -> Iterator[WorkCount]:
     finally:
         for layer, kernel in zip(layers, kernels, strict=True):
             layer.kernel = kernel
-
-
-def file_size(model: nn.Module) -> int:
-    """Bytes of the weights as a safetensors file: shared tensors stored once, sparse weights packed."""
-    from safetensors.torch import save
-
-    state = model.state_dict()
-    tensors, _ = tensor_files.owners(state)
-    pack_state(model, tensors, state)
-    return len(save(tensor_files.plain(tensors)))

@@ -15,11 +15,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from spectrim.application import Applied
-from spectrim.errors import first_few
+from spectrim.errors import CheckpointError, first_few
 from spectrim.network.choices import ChannelsChoice
 from spectrim.network.printing import Grid, Printed, amount, cost_name, count, reasons, share, total
 from spectrim.network.sites import Sites
 from spectrim.nn.agreement import Agreement, agreement
+from spectrim.nn.checkpoint import file_size
 from spectrim.nn.timing import Speed, Timing
 from spectrim.nn.watch.calibrate import few_rows
 from spectrim.nn.watch.masks import Mask
@@ -57,6 +58,9 @@ class Report(Printed):
         Calibration samples.
     measured
         Milliseconds of the dense and the compressed network, measured side by side, if latency was asked for.
+    stored
+        Bytes of the files of the dense and the compressed network, header and plan included; none of what no file can
+        hold.
     notes
         What a user should know, such as a model measured slower than dense.
     fits
@@ -78,6 +82,7 @@ class Report(Printed):
     skipped: tuple[tuple[str, str, str], ...]
     samples: int
     measured: Mapping[str, Timing] = field(default_factory=dict)
+    stored: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     fits: Mapping[str, Errors] = field(default_factory=dict)
     held_out: int = 0
@@ -111,15 +116,17 @@ class Report(Printed):
         """
         plan = self.plan
         order = [cost for cost in dict.fromkeys([*plan.budget, *plan.dense_costs]) if cost in plan.dense_costs]
-        costs = [(cost, plan.dense_costs[cost], plan.costs[cost], False) for cost in order]
+        counted = {cost: (plan.dense_costs[cost], plan.costs[cost]) for cost in order}
+        found = {"bytes": self.stored} if self.stored else {}
         if self.measured:
-            costs.append(("measured ms", self.measured["dense"].quiet, self.measured["compressed"].quiet, True))
+            found["measured ms"] = {name: timing.quiet for name, timing in self.measured.items()}
+        costs = counted | {cost: (values["dense"], values["compressed"]) for cost, values in found.items()}
         return [
             {
                 "cost": cost, "dense": dense, "compressed": small, "ratio": dense / small if small else math.nan,
-                "measured": measured,
+                "measured": cost in found,
             }
-            for cost, dense, small, measured in costs
+            for cost, (dense, small) in costs.items()
         ]  # fmt: skip
 
     _records = rows
@@ -127,9 +134,10 @@ class Report(Printed):
     def _grid(self) -> Grid:
         lines = []
         for row in self.rows():
-            unit = "latency" if row["measured"] else row["cost"]
-            fewer = str(self.speed) if row["measured"] else f"{row['ratio']:.2f}x"
-            name = cost_name(row["cost"]) + (f", {self.runtime}" if row["measured"] else "")
+            timed = row["cost"] == "measured ms"
+            unit = "latency" if timed else row["cost"]
+            fewer = str(self.speed) if timed else f"{row['ratio']:.2f}x"
+            name = cost_name(row["cost"]) + (f", {self.runtime}" if timed else "")
             lines.append(
                 [name, *(amount(unit, row[key]) for key in ("dense", "compressed")),
                  share(row["compressed"], row["dense"]), fewer]
@@ -294,10 +302,20 @@ def reported(
     for note in notes:
         log.warning("%s", note)
     skipped = tuple((s.name, s.kind, s.reason) for s in sites.skipped)
-    report = Report(plan, skipped, sites.samples, measured, notes, done.errors, done.held_out, agreed)
+    report = Report(
+        plan, skipped, sites.samples, measured, _stored(model, small), notes, done.errors, done.held_out, agreed
+    )
     for said in report._time_asked_for():
         log.info("%s", said)
     return report
+
+
+def _stored(model: nn.Module, small: nn.Module) -> dict[str, int]:
+    """Bytes of the files of both networks; nothing where one cannot be saved, as whoever saves it is told."""
+    try:
+        return {"dense": file_size(model), "compressed": file_size(small)}
+    except CheckpointError:
+        return {}
 
 
 def _said_of_mode(small: nn.Module) -> Iterator[str]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 from torch import nn
 
 from spectrim.application import carry_out
 from spectrim.errors import PlanError, SpectrimError, ToleranceError
+from spectrim.methods import Method
 from spectrim.network.choices import CPChoice, TuckerChoice
 from spectrim.network.printing import count
 from spectrim.network.sites import Sites
@@ -81,7 +83,7 @@ def drafted(
     outputs = DenseOutputs(model, batches, _TRIAL, prepared.sampling.mask, making.forward)
 
     def judged(plan: Plan) -> float:
-        return outputs.missed(carry_out(model, untried, plan, methods=methods).model)
+        return outputs.missed(network_of(model, untried, plan, methods=methods))
 
     def planned(sites: Sites, table: Candidates, limits: Budget) -> tuple[Plan, Candidates]:
         if any(method.removes_channels for method in methods or ()):
@@ -110,6 +112,17 @@ def drafted(
     return Draft(plan, table, sites, budget, making, again, file)
 
 
+def network_of(
+    model: nn.Module,
+    sites: Sites,
+    plan: Plan,
+    batches: Iterable[Any] | None = None,
+    methods: Sequence[Method] | None = None,
+) -> nn.Module:
+    """The network of a plan alone, its layers fitted to the batches if there are any."""
+    return carry_out(model, sites, plan, batches, methods=methods).model
+
+
 def carried(model: nn.Module, prepared: Prepared, draft: Draft) -> Result:
     """The finished network of a plan, which is corrected by measured times where these are limited."""
     plan, measured, said = draft.plan, {}, ()
@@ -122,7 +135,7 @@ def carried(model: nn.Module, prepared: Prepared, draft: Draft) -> Result:
     known = dataclasses.replace(prepared, sites=draft.sites)
     result = finished(model, known, plan, draft.table, draft.making, measured=measured, notes=notes)
     if draft.file is not None:
-        check_size(result.model, plan, plan.budget["bytes"])
+        check_size(result.model, plan.budget["bytes"])
     return result
 
 

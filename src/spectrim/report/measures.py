@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from spectrim.nn.counting import file_size as file_size
+from spectrim.nn.checkpoint import file_size as file_size
 from spectrim.nn.watch.batches import Feed, arguments
 from spectrim.nn.watch.nesting import logits
 from spectrim.nn.watch.observe import observe

@@ -40,13 +40,7 @@ def within_file(
     limit = budget.limits({**table.dense, "bytes": dense})["bytes"]
     budget = budget.replace(bytes=Limit(limit))
     try:
-        room = 0
-        while True:
-            known, wider = _with_header(sites, table, room)
-            plan, wider = planned(known, wider, budget)
-            if (header := header_bytes(model, plan)) <= room:
-                return known, plan, wider, budget
-            room = header + _SLACK
+        return *_settled(model, sites, table, lambda known, wider: planned(known, wider, budget)), budget
     except InfeasibleBudgetError as error:
         if error.cost != "bytes":
             raise
@@ -63,6 +57,19 @@ def within_file(
     return known, dataclasses.replace(plan, budget={**plan.budget, "bytes": limit}), wider, budget
 
 
+def _settled(
+    model: nn.Module, sites: Sites, table: Candidates, planned: Callable[[Sites, Candidates], tuple[Plan, Candidates]]
+) -> tuple[Sites, Plan, Candidates]:
+    """A plan whose header is within the bytes that are counted for it, and what counts them."""
+    room = 0
+    while True:
+        known, wider = _with_header(sites, table, room)
+        plan, wider = planned(known, wider)
+        if (header := header_bytes(model, plan)) <= room:
+            return known, plan, wider
+        room = header + _SLACK
+
+
 def _with_header(sites: Sites, table: Candidates, room: int) -> tuple[Sites, Candidates]:
     """Sites and table that count so many bytes of a header as what nothing is chosen for."""
     told = Skipped("header", "text", _HEADER, {"bytes": float(room)})
@@ -74,20 +81,16 @@ def _with_header(sites: Sites, table: Candidates, room: int) -> tuple[Sites, Can
 def _smallest(
     model: nn.Module, sites: Sites, table: Candidates, budget: Budget, planned: Planned
 ) -> tuple[Sites, Plan, Candidates]:
-    """The plan of the smallest file that is found, whatever the budget has for a limit on bytes, and what counts it.
+    """The plan of the smallest file that is found, whatever the budget has for a limit on bytes, and what counts it."""
 
-    From no bytes on the limit rises to what is said to be lowest, and with the header of what is planned.
-    """
-    room, limit = 0, 1.0
-    while True:
-        known, wider = _with_header(sites, table, room)
-        try:
-            plan, wider = planned(known, wider, budget.replace(bytes=Limit(limit)))
-        except InfeasibleBudgetError as error:
-            if error.cost != "bytes" or error.lowest <= limit:
-                raise
-            limit = error.lowest
-            continue
-        if (header := header_bytes(model, plan)) <= room:
-            return known, plan, wider
-        room, limit = header + _SLACK, limit + header + _SLACK - room
+    def least(known: Sites, wider: Candidates) -> tuple[Plan, Candidates]:
+        limit = 1.0
+        while True:
+            try:
+                return planned(known, wider, budget.replace(bytes=Limit(limit)))
+            except InfeasibleBudgetError as error:
+                if error.cost != "bytes" or error.lowest <= limit:
+                    raise
+                limit = error.lowest
+
+    return _settled(model, sites, table, least)

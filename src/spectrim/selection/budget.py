@@ -30,8 +30,8 @@ _SUFFIXES: dict[str, dict[str, float]] = {
 # Of a cost of the user's own, in whatever unit it is counted.
 _ANY_SUFFIXES = {"k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _SHOWN = {"parameters": "k, M, G, B", "bytes": "B, KB, MB, GB, KiB, MiB, GiB", "latency": "us, ms, s"}
-# Costs of which no network has so few as a percentage has, and how a million of each is written.
-_WHOLE = {"parameters": ("parameters", "M"), "macs": ("multiply-accumulates", "M"), "bytes": ("bytes", "MB")}
+# Costs of which no network has so few as a percentage has: what they count, and what follows a prefix such as M.
+_WHOLE = {"parameters": ("parameters", ""), "macs": ("multiply-accumulates", ""), "bytes": ("bytes", "B")}
 # Between limits in one text: a comma or space that another COST= follows.
 _BETWEEN = re.compile(r"[,\s]+(?=[^\s,=]+\s*=)")
 
@@ -150,16 +150,26 @@ class Budget:
         Raises
         ------
         ValueError
-            Says how a share is written.
+            Says how a share is written, also of text that is 1, which may be all of dense, a hundredth or a unit.
         """
         for cost, stated in self._stated.items():
             limit = self._limits[cost]
-            if cost in _WHOLE and isinstance(stated, str) and not limit.relative and limit.number <= 100:
-                number, (units, million) = f"{limit.number:g}", _WHOLE[cost]
+            match = _NUMBER.match(stated) if isinstance(stated, str) else None
+            if match is None or match[2]:
+                continue
+            units, suffix = _WHOLE.get(cost, ("", ""))
+            number, few = f"{limit.number:g}", limit.number / 1e3
+            if limit.number == 1:
+                one = f"M{suffix}" if units else {"latency": "ms"}.get(cost, "M")
+                raise ValueError(
+                    f"the {cost} budget {stated!r} may mean all or a hundredth of what the dense network has: write "
+                    f"{cost}=100%, {cost}=1%, or with a unit {cost}=1{one}"
+                )
+            if units and not limit.relative and limit.number <= 100:
                 raise ValueError(
                     f"the {cost} budget {stated!r} is {number} {units} for a whole network: for a share write "
-                    f"{cost}={number}%, for millions {cost}={number}{million}, and for so few indeed "
-                    f"Budget({cost}={number})"
+                    f"{cost}={number}%, for millions {cost}={number}M{suffix}, and for so few indeed "
+                    f"{cost}={few:g}k{suffix}"
                 )
         return self
 

@@ -198,7 +198,10 @@ class Candidates(Printed):
         return {c: self.fixed[c] + sum(option.costs[c] for option in chosen) for c in self.costs}
 
     def left_alone(self, cost: str) -> tuple[tuple[str, str, str, float], ...]:
-        """What was left alone, with its share of the dense network's cost: ``(name, kind, reason, share)``."""
+        """What was left alone, with its share of the dense network's cost: ``(name, kind, reason, share)``.
+
+        Where layers can change, channels that stay are not among it: they cost nothing that their layers do not.
+        """
         # Where channels can go, layers without a choice of their own get cheaper too.
         narrows = any(row.of_channels and len(row.options) > 1 for row in self.rows)
         grouped = {member for row in self.rows if len(row.options) > 1 for member in row.members}
@@ -207,8 +210,9 @@ class Candidates(Printed):
             for row in self.singles
             if len(row.options) == 1 and not row.of_channels and not narrows and row.site not in grouped
         ]
-        dense = self.dense[cost]
-        return skipped_shares([*self.skipped, *idle], cost, dense)
+        alone = skipped_shares([*self.skipped, *idle], cost, self.dense[cost])
+        layers = any(len(row.options) > 1 and not row.of_channels for row in self.rows)
+        return tuple(each for each in alone if each[3]) if layers else alone
 
     @property
     def singles(self) -> tuple[Row, ...]:
