@@ -274,7 +274,7 @@ def test_several_numbers_in_one_budget_are_told_of_sweeps(text: str) -> None:
         Budget.parse(text)
 
 
-@pytest.mark.parametrize("cost, one", [("macs", "1M"), ("parameters", "1M"), ("bytes", "1MB"), ("latency", "1ms")])
+@pytest.mark.parametrize(("cost", "one"), [("macs", "1M"), ("parameters", "1M"), ("bytes", "1MB"), ("latency", "1ms")])
 def test_one_without_a_sign_is_asked_about_and_the_cures_are_taken(cost: str, one: str) -> None:
     with pytest.raises(ValueError, match=rf"'1' may mean all or a hundredth .*: write {cost}=100%, .*{cost}={one}"):
         Budget.of(f"{cost}=1")
