@@ -117,7 +117,7 @@ class Report(Printed):
         plan = self.plan
         order = [cost for cost in dict.fromkeys([*plan.budget, *plan.dense_costs]) if cost in plan.dense_costs]
         counted = {cost: (plan.dense_costs[cost], plan.costs[cost]) for cost in order}
-        found = {"bytes": self.stored} if self.stored else {}
+        found: dict[str, Mapping[str, float]] = {"bytes": self.stored} if self.stored else {}
         if self.measured:
             found["measured ms"] = {name: timing.quiet for name, timing in self.measured.items()}
         costs = counted | {cost: (values["dense"], values["compressed"]) for cost, values in found.items()}
