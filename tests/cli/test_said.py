@@ -168,7 +168,10 @@ def test_weights_that_are_none(tmp_path: Path, name: str, write: Callable[[Path]
         (("evaluate", "nets:tiny?width=x", "--input", "1x8x8"), "'nets:tiny?width=x' raised TypeError"),
         (("evaluate", "nets:tiny", "--data", "folder"), "write imagefolder:folder"),
         (("evaluate", "nets:tiny", "--data", "file"), "'file' is a file: write a function"),
-        (("compress", "nets:tiny", "--input", "1x8x8", "-b", "macs=1", "-o", "file"), "'file' is a file, not a folder"),
+        (
+            ("compress", "nets:tiny", "--input", "1x8x8", "-b", "macs=100%", "-o", "file"),
+            "'file' is a file, not a folder",
+        ),
         (("compress", "nets:tiny", "--input", "1x8x8", "-b", "macs=-5%"), "units k, M, G, T; it must be positive"),
     ],
 )
