@@ -103,24 +103,27 @@ def search(
     if rank and step is not None and (product is None or product.factors[0].shape[2] < rank):
         product = step(target - sparse / units, rank, product if step.grows else None)
     penalty, growth = first, (LAST / first) ** (1 / max(1, turns - 1))
-    calm, share, scores = 0, None, wanted
+    calm, share = 0, None
+    # What every turn writes again: the arrays may be large, and fresh memory costs as much as the sums.
+    rest, scores = torch.empty_like(wanted), torch.empty_like(wanted)
     for _ in range(turns):
-        rest, solve = wanted - sparse + multiplier, ridge.solve
+        torch.sub(wanted, sparse, out=rest).add_(multiplier)
+        solve = ridge.solve
         if step is not None and product is not None:
             following = step.following(ridge, product)
             if following is None:
-                rest = rest - product.weight * units
+                rest.sub_(product.weight * units)
             else:
                 solve = following
         free = solve(rest, penalty).mul_(relax).add_(sparse).add_(multiplier, alpha=1 - relax)
-        scores = free.square()
+        torch.square(free, out=scores)
         before, share = share, shares(scores, pattern, density, kernel)
-        sparse = free * share
+        torch.mul(free, share, out=sparse)
         # The multiplier is held in units of the penalty.
         multiplier = free.sub_(sparse).div_(growth)
         penalty *= growth
         if step is not None and product is not None:
-            product = step(target - sparse / units, rank, product)
+            product = step(torch.div(sparse, units, out=rest).sub_(target).neg_(), rank, product)
         calm = calm + 1 if before is not None and torch.equal(share, before) else 0
         if calm == 2:
             break

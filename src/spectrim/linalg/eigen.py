@@ -49,7 +49,7 @@ class Eigen:
         gain = along if whole else along - beside
         seen = (opened.reshape(g, o * q, p) @ self.vectors).reshape(g, o, q, -1) * gain.unsqueeze(2)
         step = (seen.reshape(g, o * q, -1) @ self.vectors.mT).reshape(opened.shape)
-        return self.joined(step if whole else step + opened * beside.unsqueeze(2))
+        return self.joined(step if whole else step.addcmul_(opened, beside.unsqueeze(2)))
 
 
 def _eigh(matrix: Float[Tensor, "g p p"]) -> tuple[Tensor, Tensor]:

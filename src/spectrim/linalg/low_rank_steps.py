@@ -103,7 +103,8 @@ class _Projecting(LowRankStep):
     def following(self, ridge: Ridge, product: Product) -> Callable[[Tensor, float], Tensor] | None:
         left = product.factors[0]
         if self.root is None:
-            return lambda rows, penalty: _without(left, ridge.solve(_without(left, rows), penalty))
+            # All outputs count alike: what is solved for in the other directions stays in them.
+            return lambda rows, penalty: ridge.solve(_without(left, rows), penalty)
         outer = self.eliminated(product).outer
         return ridge.weighted(outer).solve if outer is not None and left.shape[1] <= _FEW else None
 
@@ -129,7 +130,7 @@ class _Projecting(LowRankStep):
 
 
 def _without(left: Float[Tensor, "g o r"], rows: Float[Tensor, "g o n"]) -> Float[Tensor, "g o n"]:
-    return rows - left @ (left.mT @ rows)
+    return torch.baddbmm(rows, left, left.mT @ rows, alpha=-1)
 
 
 @dataclass(frozen=True, eq=False)

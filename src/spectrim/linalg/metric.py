@@ -370,7 +370,7 @@ class Rows(Metric):
     patch: tuple[int, ...] = ()
 
     def times(self, rows: Float[Tensor, "g m n"]) -> Float[Tensor, "g m n"]:
-        return (rows @ self.rows.mT) @ self.rows + rows * self.level.unsqueeze(1)
+        return ((rows @ self.rows.mT) @ self.rows).addcmul_(rows, self.level.unsqueeze(1))
 
     def diagonal(self) -> Float[Tensor, "g n"]:
         return self.rows.square().sum(1) + self.level
