@@ -105,10 +105,11 @@ def carry_out(
     _check_shapes(entries, removal.sites)
     groups = {entry.site: entry.members for entry in plan if entry.members}
     expected = Expected.of(sites, {entry.site: entry.choice for entry in plan}, groups, tuple(makers.values()))
-    first, sums = _noise(model, sites, feed) if batches is None else begun(batches)[0], None
+    first = _noise(model, sites, feed) if batches is None else begun(batches)[0]
+    sums, doubts = None, ()
     if first is not None:
         feed.decide(model, first)
-        sums = check_copy(model, removal.model, expected, first, feed)
+        sums, doubts = check_copy(model, removal.model, expected, first, feed)
     work = Work(model, removal, batches is not None and reconstruct, feed)
     put_tied(work, entries, makers)
     steps, ends, held_out = ordered(work, entries, makers), None, ()
@@ -127,8 +128,7 @@ def carry_out(
     carry(removal.model, plan)
     unseen = tuple(s.layer.name for s in steps if work.split.samples and s.layer.name not in work.reached)
     proof = (NOT_RUN,) if first is None else prove(model, removal.model, expected, first, forward=feed, ends=ends)
-    notes = tuple(proof)
-    return Applied(removal.model, work.errors, unseen, held_out, (*edited, *notes))
+    return Applied(removal.model, work.errors, unseen, held_out, (*edited, *doubts, *proof))
 
 
 def _noise(model: nn.Module, sites: Sites, feed: Feed) -> Any:

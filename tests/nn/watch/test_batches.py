@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+import spectrim as st
 from spectrim.errors import CalibrationError
 from spectrim.nn.watch.batches import Feed, arguments, call, checked_batches, evaluating, logits, resized
 from spectrim.nn.watch.layout import Layout
@@ -70,6 +71,18 @@ def test_floating_inputs_get_the_dtype_of_the_model_and_others_stay(dtype):
     assert x.dtype == pair.image.dtype == dtype
     assert pair.label.dtype == LABELS.dtype
     assert isinstance(pair, Pair)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_inputs_of_another_dtype_than_the_model_are_told_of(dtype):
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).to(dtype)
+    given = torch.float64 if dtype == torch.float32 else torch.float32
+    batches = [torch.randn(32, 8, dtype=given) for _ in range(2)]
+    result = st.compress(model, batches, "parameters=80%")
+    says = f"inputs of {given} were given to the model as {dtype}".replace("torch.", "")
+    assert [says in note for note in result.report.notes].count(True) == 1
+    same = st.compress(model, [batch.to(dtype) for batch in batches], "parameters=80%")
+    assert not any("were given to the model as" in note for note in same.report.notes)
 
 
 def test_inputs_in_pairs_and_mappings_beside_another_one():

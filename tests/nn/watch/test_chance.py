@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from typing import Any
 
@@ -85,6 +86,80 @@ def test_a_copy_draws_the_same_and_batches_draw_differently(kind: type[Hides]) -
     other[0, 0] += 1
     if kind is Hides:
         assert not torch.allclose(feed(model, one)[1:], feed(model, other)[1:])
+
+
+class Holder:
+    """Something of somebody's own that draws."""
+
+    def __init__(self) -> None:
+        self.rng = np.random.RandomState(1)
+
+
+class OwnTorch(Hides):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rng = torch.Generator().manual_seed(5)
+
+    def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
+        x = F.relu(self.a(x[:, torch.randperm(32, generator=self.rng) if order is None else order]))
+        return self.c(F.relu(self.b(x * (torch.rand(64, generator=self.rng) < 0.9 if order is None else 1.0))))
+
+
+class OwnPython(Hides):
+    drawing = {"rng": [random.Random(2)]}  # noqa: RUF012 (as people write it)
+
+    def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
+        return super().forward(x if self.drawing["rng"][0].random() < 0.5 else x.flip(1), MASKS[0])
+
+
+class OwnNumpy(Hides):
+    def __init__(self) -> None:
+        super().__init__()
+        self.holder = Holder()
+
+    def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
+        return super().forward(x, torch.from_numpy(self.holder.rng.permutation(32)))
+
+
+RNG = np.random.default_rng(4)
+
+
+class Newer(Hides):
+    def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
+        return super().forward(x, torch.from_numpy(RNG.permutation(32)))
+
+
+@pytest.mark.parametrize(("kind", "of_process"), [(OwnTorch, Hides), (OwnPython, Python), (OwnNumpy, Numpy)])
+def test_generators_of_a_models_own_draw_as_those_of_the_process(kind: type[Hides], of_process: type[Hides]) -> None:
+    model = kind().eval()
+    before = copy.deepcopy(model)
+    own, others = (st.compress(each, BATCHES, "macs=60%") for each in (model, of_process().eval()))
+    assert own.plan == others.plan
+    assert all(torch.equal(a, b) for a, b in zip(own.model.parameters(), others.model.parameters(), strict=True))
+    # Afterwards the model goes on as if it had not been run.
+    assert torch.equal(model(BATCHES[0]), before(BATCHES[0])) or kind is OwnPython
+
+
+def test_a_generator_that_a_function_names_begins_each_pass_anew_and_goes_on_afterwards() -> None:
+    model, state = Newer().eval(), copy.deepcopy(RNG.bit_generator.state)
+    result = st.compress(model, BATCHES, "macs=60%")
+    assert RNG.bit_generator.state == state
+    assert result.report.agreement is not None
+    feed = Feed()
+    assert torch.equal(feed(model, BATCHES[0]), feed(model, BATCHES[0]))
+
+
+TICKS = itertools.count()
+
+
+class Ticks(Hides):
+    def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
+        return super().forward(x, MASKS[0]) + next(TICKS) % 3
+
+
+def test_a_model_that_never_repeats_itself_is_told_of() -> None:
+    result = st.compress(Ticks().eval(), BATCHES, "macs=60%")
+    assert any("other outputs each time that it runs" in note for note in result.report.notes)
 
 
 @pytest.mark.parametrize("methods", [None, "auto"])

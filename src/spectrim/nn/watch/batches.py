@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import CalibrationError, SpectrimError, check_function, in_short
-from spectrim.nn.watch.chance import drawn_from, seed_of
+from spectrim.nn.watch.chance import drawn_from, generators_of, seed_of
 from spectrim.nn.watch.layout import Layout, Where, check_where
-from spectrim.nn.watch.nesting import check_numbers, copied, in_words, kind_of, moved, tensors
+from spectrim.nn.watch.nesting import check_numbers, copied, dtype_of, in_words, kind_of, moved, tensors
 from spectrim.nn.watch.nesting import checked_batches as checked_batches
 from spectrim.nn.watch.nesting import logits as logits
 from spectrim.nn.watch.nesting import output_tensors as output_tensors
@@ -94,6 +94,7 @@ class Feed:
         assert self._way is not None
         way, asked = self._way, self._samples
         notes = [way.note] if way.note else []
+        notes += [] if self._forward is not None else _rounded(model, way.take(batch))
         if callable(asked):
             self.layout = Layout(whole=way.whole, count=asked, names=way.names)
         elif asked is not None:
@@ -147,7 +148,7 @@ class Feed:
 
 
 def _run(model: nn.Module, run: Callable[[], Any], seed: int) -> Any:
-    with seen_writing(model), drawn_from(seed):
+    with seen_writing(model), drawn_from(seed, generators_of(model)):
         return run()
 
 
@@ -275,6 +276,18 @@ def _runs(model: nn.Module, way: Way, batch: Any) -> Exception | None:
     except Exception as error:  # a model may raise anything where it is given what it does not take
         return error
     return None
+
+
+def _rounded(model: nn.Module, taken: Any) -> Iterator[str]:
+    """What a user should know of inputs of another dtype than the model's."""
+    wanted = dtype_of(model)
+    others = {t.dtype for t in tensors(taken) if t.is_floating_point()} - {wanted}
+    if wanted is not None and others:
+        kinds = " and ".join(sorted(str(each).removeprefix("torch.") for each in others))
+        yield (
+            f"inputs of {kinds} were given to the model as {str(wanted).removeprefix('torch.')}, in which its "
+            "parameters are: whoever runs it has to do that, too"
+        )
 
 
 def _own(batch: Any) -> Way:

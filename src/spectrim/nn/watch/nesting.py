@@ -221,15 +221,19 @@ def copied(batch: Any) -> Any:
     return copy.deepcopy(batch)
 
 
+def dtype_of(model: nn.Module) -> torch.dtype | None:
+    """The dtype of all floating parameters of a model; None where they have several, or there are none."""
+    kinds = {p.dtype for p in parameters_of(model) if p.is_floating_point()}
+    return kinds.pop() if len(kinds) == 1 else None
+
+
 def moved(batch: Any, model: nn.Module) -> Any:
     """A copy of a batch on a model's device, its floating tensors in the model's dtype if all its parameters have one.
 
     Always a copy: a model may write into what it is given, and others read the batch after it.
     """
-    floating = [p for p in parameters_of(model) if p.is_floating_point()]
-    device = floating[0].device if floating else None
-    kinds = {p.dtype for p in floating}
-    dtype = kinds.pop() if len(kinds) == 1 else None
+    device = next((p.device for p in parameters_of(model) if p.is_floating_point()), None)
+    dtype = dtype_of(model)
 
     def put(tensor: Tensor) -> Tensor:
         return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None, copy=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dis
 import functools
+import random
 import threading
 import types
 from collections import deque
@@ -16,10 +17,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+import numpy as np
+from torch import Generator, Tensor, nn
 
+# What draws random numbers.
+GENERATORS = (Generator, random.Random, np.random.RandomState, np.random.Generator)
 # Of these values is state made; longer ones are tables.
-_KINDS = (Tensor, list, dict, set, deque, tuple, int, float, types.NoneType)
+_KINDS = (Tensor, list, dict, set, deque, tuple, int, float, types.NoneType, *GENERATORS)
 _LONG = 256
 _DEPTH = 2  # of functions that functions call
 _FOREIGN = frozenset({"torch", "spectrim", "builtins", "collections", "abc", "typing", "transformers"})
@@ -123,7 +127,7 @@ def _parts(value: Any, holder: Holder) -> Iterator[tuple[Holder, str, Any]]:
 def _spaces(value: Any, holder: Holder) -> Iterator[tuple[Holder, Any]]:
     """What has variables there, and these."""
     if isinstance(value, type):
-        if _root(value.__module__) not in _FOREIGN and not issubclass(value, nn.Module):
+        if is_own(value) and not issubclass(value, nn.Module):
             yield Holder(value), vars(value)
     elif isinstance(value, nn.Module):
         # Of a copy whose functions still mean the model that it was made of.
@@ -138,13 +142,18 @@ def own_object(value: Any) -> Any:
     value = value.__self__ if isinstance(value, types.MethodType) else value
     if isinstance(value, (nn.Module, type, types.FunctionType, types.ModuleType, *_KINDS)):
         return None
-    own = _root(type(value).__module__) not in _FOREIGN and isinstance(getattr(value, "__dict__", None), dict)
+    own = is_own(type(value)) and isinstance(getattr(value, "__dict__", None), dict)
     return value if own else None
 
 
 def _is_near(value: Any, holder: Holder) -> bool:
     """Whether a function that names an object may be meant to write into it; what it has imported is not."""
     return not isinstance(holder.owner, dict) or type(value).__module__ == holder.owner.get("__name__")
+
+
+def is_own(value: Any) -> bool:
+    """Whether a class or a function is somebody's own, and none of torch, this library or the like."""
+    return _root(getattr(value, "__module__", None)) not in _FOREIGN
 
 
 def _root(module: str | None) -> str:
@@ -165,7 +174,7 @@ def _functions(model: nn.Module) -> Iterator[types.FunctionType]:
 
 @functools.lru_cache(maxsize=1024)
 def _of_class(kind: type) -> tuple[types.FunctionType, ...]:
-    if _root(kind.__module__) in _FOREIGN:
+    if not is_own(kind):
         return ()
     return tuple(each for value in vars(kind).values() for each in _function(value))
 
