@@ -238,6 +238,55 @@ def test_strict_sensitivity_still_raises() -> None:
     assert weighed(model, st.calibrate(model, st.find(model), X), X).notes
 
 
+class Built(Plain):
+    """Makes a table in the first pass, and notes down that it has, in a mark, a number or a shape."""
+
+    def __init__(self, before: Any) -> None:
+        super().__init__()
+        self.built = before
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.built:
+            self.table = torch.ones(1)
+            self.built = {bool: True, int: 8, tuple: tuple(x.shape)}[type(self.built)]
+        return super().forward(x) * self.table
+
+
+@pytest.mark.parametrize("before", [False, 0, ()])
+def test_a_table_and_the_mark_that_it_is_there_come_and_go_together(before: Any) -> None:
+    model = Built(before)
+    result = st.compress(model, X, "macs=60%")
+    assert model.built == before
+    assert not hasattr(model, "table")
+    plain = Plain()
+    plain.load_state_dict(model.state_dict())
+    assert result.plan == st.compress(plain, X, "macs=60%").plan
+
+
+class Halves(Plain):
+    """Halves a weight the first time that it runs, and its inputs from then on, as RWKV does."""
+
+    halved = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.halved:
+            with torch.no_grad():
+                self.b.weight.mul_(0.5)  # type: ignore[operator, union-attr]
+            self.halved = True
+        return super().forward(x) * 2
+
+
+def test_a_weight_that_is_rescaled_once_is_so_in_every_pass() -> None:
+    model = Halves().eval()
+    result = st.compress(model, X, "macs=80%")
+    assert not model.halved
+    assert not any("each time" in note for note in result.report.notes)
+    with torch.no_grad():
+        wanted, given = (torch.cat([net(x) for x in X]) for net in (model, result.model))
+    assert result.report.agreement is not None
+    assert result.report.agreement.error == pytest.approx(float((wanted - given).norm() / wanted.norm()), rel=0.5)
+
+
 def test_state_is_put_back_and_logs_go_on() -> None:
     model = Plain()
     model.log, model.count, model.cache = [], 0, torch.zeros(2)  # type: ignore[assignment]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from spectrim.cost.rounds import ALONE as ALONE
 from spectrim.nn.parameters import modes_kept, parameters_of, version_of
 from spectrim.nn.watch.nesting import copied
-from spectrim.nn.watch.outside import COMMON, Holder, outside, own_object
+from spectrim.nn.watch.outside import COMMON, Holder, is_own, outside, own_object
 from spectrim.nn.watch.writes import seen_writing, tell, written
 
 _GONE = object()
@@ -154,10 +154,11 @@ class State:
         return [p for p in places if p in self._held or not isinstance(p.get(self._model), bool)]
 
     def _new_hooks(self) -> Iterator[tuple[dict[int, Any], int]]:
-        """Hooks that came meanwhile: where, and by which number."""
+        """Hooks that came meanwhile, beside those that watch the model: where, and by which number."""
         for module, known in self._hooks.items():
             for kind, there in zip(_HOOKS, known, strict=True):
-                yield from ((vars(module)[kind], key) for key in vars(module)[kind].keys() - there)
+                hooks = vars(module)[kind]
+                yield from ((hooks, key) for key in hooks.keys() - there if is_own(hooks[key]))
 
     def holding(self) -> list[Location]:
         """Lists and mappings of modules beside those that torch knows of: a queue of layers that takes turns."""
@@ -168,12 +169,18 @@ class State:
         ]
 
     def changed_tensors(self) -> list[Location]:
-        """Where something else is kept by now, if tensors or modules are or were there: alone, in a list or mapping."""
-        return [
+        """Where something else is kept by now, if tensors or modules are or were there: alone, in a list or mapping.
+
+        With these go marks that say that they are there, unless they may say that hooks or modules have come.
+        """
+        changed = self.changed()
+        values = [
             place
-            for place in self.changed()
+            for place in changed
             if _has_parts(place.get(self._model)) or (place in self._held and _has_parts(self._held[place][1]))
         ]
+        set_up = any(self._new_hooks()) or any(module not in self._hooks for module in self._model.modules())
+        return changed if values and not set_up else values
 
     def fresh(self, places: Iterable[Location]) -> dict[Location, Any]:
         """Copies of what was kept at some places: one for what was the same object at several."""
