@@ -119,6 +119,11 @@ def test_what_is_known_of_a_weight_takes_no_product(monkeypatch: pytest.MonkeyPa
     assert weight.is_floating_point()
     assert not weight.detach().requires_grad
     assert layer.bias is layer[1].bias
+    half = torch.ones(2, dtype=torch.float16)
+    assert half.to(weight).dtype == half.type_as(weight.data).dtype == torch.float32
+    assert torch.equal(weight.new_zeros(2, 3), torch.zeros(2, 3))
+    assert torch.equal(torch.ones_like(weight.detach()), torch.ones(5, 7))
+    assert torch.ones(35).view_as(weight).shape == (5, 7)
 
 
 def test_gradients_flow_through_a_weight_that_is_read() -> None:

@@ -116,13 +116,17 @@ class WholeWeight(Tensor):
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             return laid_out(self.layer.whole()[0], self.layer.original)
 
+    def _hollow(self) -> Tensor:
+        """A tensor of the same shape, dtype and device for what reads no number of it."""
+        return torch.empty((), dtype=self.dtype, device=self.device).expand(self.shape)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = _name(func)
         me = args[0] if args else next(iter(kwargs.values()), None)
         if isinstance(me, WholeWeight):
-            if name in ("data", "detach"):
+            if aliases(func):
                 return WholeWeight(me.layer, differentiable=False)
             if name == "requires_grad":
                 return me.differentiable and any(p.requires_grad for p in me.layer.parameters())
@@ -133,6 +137,10 @@ class WholeWeight(Tensor):
                 raise _written(me.layer, "weight")
         if isinstance(kwargs.get("out"), WholeWeight):
             raise _written(kwargs["out"].layer, "weight")
+        if name in (*_LIKE, *_AS):
+            first = 1 if name in _AS else 0
+            args = (*args[:first], *tree_map_only(WholeWeight, WholeWeight._hollow, args[first:]))
+            kwargs = tree_map_only(WholeWeight, WholeWeight._hollow, kwargs)
         args, kwargs = tree_map_only(WholeWeight, WholeWeight.multiplied_out, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -150,8 +158,17 @@ _TOLD = frozenset(
         *("is_nested", "is_mkldnn", "retains_grad", "_backward_hooks", "_post_accumulate_grad_hooks"),
         *("size", "dim", "ndimension", "numel", "nelement", "element_size", "__len__", "stride", "storage_offset"),
         *("is_floating_point", "is_complex", "is_conj", "is_neg", "is_inference", "is_contiguous", "get_device"),
+        *("requires_grad", "is_signed"),
     }
 )
+# What makes a tensor of the same kind as a weight, and what makes another tensor, its first argument, of that kind.
+_LIKE = frozenset(
+    {
+        *("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like"),
+        *("new", "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor"),
+    }
+)
+_AS = frozenset({"to", "type_as", "view_as", "reshape_as", "expand_as"})
 _IN_PLACE = frozenset(
     f"__i{name}__"
     for name in (
@@ -161,9 +178,17 @@ _IN_PLACE = frozenset(
 )
 
 
-def tells(function: Any) -> bool:
-    """Whether a function of a tensor tells of shape, dtype, device and the like, and reads no number."""
-    return _name(function) in _TOLD
+def aliases(function: Any) -> bool:
+    """Whether a function gives the same numbers under another name."""
+    return _name(function) in ("data", "detach")
+
+
+def read_of(function: Any, args: Any, kwargs: Any) -> Any:
+    """The arguments of a function whose numbers it may read, and not shape, dtype, device and the like alone."""
+    name = _name(function)
+    if name in _TOLD or name in _LIKE or aliases(function):
+        return ()
+    return args[:1] if name in _AS else (args, kwargs)
 
 
 def _name(function: Any) -> str:

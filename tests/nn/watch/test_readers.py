@@ -236,3 +236,32 @@ def test_attention_with_a_score_of_ones_own_is_run_and_counted():
     sites = st.calibrate(model, st.find(model), [torch.randn(2, 16, 32)])
     assert sites.other_macs == 2 * 16 * 16 * 32
     assert not sites.uncounted
+
+
+class Asks(Net):
+    """Makes and turns tensors as its layers' weights are, and reads none of their numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.b.weight.data
+        start = weight.new_zeros(len(x), *x.shape[1:-1], 8) + torch.zeros_like(self.b.weight)[0]
+        x = torch.relu(self.a(x.to(self.a.weight)))
+        if self.b.weight.requires_grad and self.c.weight.is_signed():
+            x = x + start
+        return self.c(torch.relu(self.b(x)).type_as(self.c.weight.detach()))
+
+
+class Detached(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(torch.relu(torch.nn.functional.linear(self.a(x), self.b.weight.detach(), self.b.bias)))
+
+
+def test_what_only_asks_for_shape_and_dtype_of_a_weight_leaves_the_layer_to_be_compressed():
+    result = st.compress(Asks().eval(), BATCHES, "macs=60%")
+    assert not result.report.skipped
+    assert "b" in {entry.site for entry in result.plan if not entry.choice.is_dense}
+    assert result.model(BATCHES[0]).shape == BATCHES[0].shape
+
+
+def test_numbers_of_a_weight_are_read_under_another_name_too():
+    sites = st.calibrate(Detached().eval(), st.find(Detached()), BATCHES)
+    assert [(each.name, "computes with its weight" in each.reason) for each in sites.skipped] == [("b", True)]

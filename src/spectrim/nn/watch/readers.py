@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_iter
 from spectrim.errors import CalibrationError
 from spectrim.network.layer import LayerSpec
 from spectrim.nn.parameters import own_kinds
-from spectrim.nn.standing import tells
+from spectrim.nn.standing import aliases, read_of
 from spectrim.nn.watch.observe import hooked, on_each
 from spectrim.nn.watch.writes import moved_away, written
 
@@ -69,6 +69,7 @@ class _Readers(TorchFunctionMode):
         self.weights: dict[int, set[str]] = {}
         for name, layer in layers.items():
             self.weights.setdefault(id(layer.weight), set()).add(name)
+        self.others: list[Tensor] = []  # other objects of the same numbers, whose identities are theirs while they live
         self.own = {name: dict(layer._parameters) for name, layer in layers.items()}
         self.locks = locks
         self.running: list[str] = []
@@ -111,15 +112,18 @@ class _Readers(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _DERIVATIVES:
             return self._differentiate(func, args, kwargs or {})
-        if not tells(func):
-            for value in tree_iter((args, kwargs)):
-                # What several layers have in common is read by any of them.
-                names = self.weights.get(id(value), set())
-                if names.isdisjoint(self.running):
-                    self.seen.refused |= {name: _ITSELF if _runs(self.layers[name]) else _READ for name in names}
+        for value in tree_iter(read_of(func, args, kwargs)):
+            # What several layers have in common is read by any of them.
+            names = self.weights.get(id(value), set())
+            if names.isdisjoint(self.running):
+                self.seen.refused |= {name: _ITSELF if _runs(self.layers[name]) else _READ for name in names}
         if isinstance(func, HigherOrderOperator):
             return self._within(func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+        given = func(*args, **(kwargs or {}))
+        if args and aliases(func) and id(args[0]) in self.weights:
+            self.weights[id(given)] = self.weights[id(args[0])]
+            self.others.append(given)
+        return given
 
     def _within(self, func: HigherOrderOperator, args: Any, kwargs: Any) -> Any:
         """Run an operation that takes functions."""
