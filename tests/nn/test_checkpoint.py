@@ -234,6 +234,22 @@ def test_a_pickle_is_refused_and_not_run(tmp_path):
     assert not RAN
 
 
+@pytest.mark.parametrize("name", ["net.pt2", "NET.ONNX"])
+def test_names_of_exported_programs_are_refused_for_weights(name, tmp_path):
+    file = tmp_path / name
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    data = [(torch.randn(4, 8), torch.zeros(4, dtype=torch.long))]
+    result = st.compress(model, [batch for batch, _ in data], "parameters=90%")
+    with pytest.raises(ValueError, match="exported program: give a name ending in .safetensors"):
+        save(result, file)
+    with pytest.raises(ValueError, match="its name says an exported program"):
+        st.fine_tune(result.model, data, checkpoint=file)
+    assert not file.exists()
+    file.write_bytes(b"PK\x03\x04 and more of it")
+    with pytest.raises(CheckpointError, match="it is an exported program: give the file of weights that save wrote"):
+        load(ConvNet(), file)
+
+
 @pytest.mark.parametrize(
     ("content", "why"),
     [

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import warnings
 import zipfile
 from collections import OrderedDict, namedtuple
 from pathlib import Path
@@ -77,6 +78,15 @@ def test_files_compute_what_the_model_computes_at_batch_sizes_not_seen(exporter,
 
 
 @pytest.mark.slow
+def test_what_exporters_say_of_themselves_and_of_others_is_dropped(exporter, caplog):
+    write, file = exporter
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        write(ConvNet().eval(), torch.randn(2, 3, 8, 8), file)
+    assert not [each for each in said if issubclass(each.category, FutureWarning | DeprecationWarning)]
+    assert not [record for record in caplog.records if record.name.startswith("torch.onnx")]
+
+
 def test_a_fixed_batch_size(exporter, net):
     write, path = exporter
     assert write(net, torch.randn(1, 3, 8, 8), path, dynamic_batch=False) < 1e-4

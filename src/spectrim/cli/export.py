@@ -10,7 +10,6 @@ from spectrim.cli.common import REQUIRED, Output, command, option
 from spectrim.cli.references import Reference, UsageError, installed
 from spectrim.cli.unfinished import make_folder
 from spectrim.cli.values import check_results_folder
-from spectrim.cost.exporter import quiet_exporter
 
 FORMATS = (".onnx", ".pt2")
 _RUNS = {
@@ -64,8 +63,7 @@ def export(
     batches = load_data(example.data, purpose="test")
     batch = example_batch(batches, example, written.batch, "cpu", network)
     write = export_onnx if file.suffix == ".onnx" else export_program
-    with quiet_exporter(FutureWarning, DeprecationWarning):
-        difference = write(network, batch, file)
+    difference = write(network, batch, file)
     size = file.stat().st_size
     out.document(
         {"model": model.model, "file": str(file), "format": file.suffix[1:], "bytes": size, "difference": difference}

@@ -13,6 +13,8 @@ from typing import Any
 
 AGAIN = "copy it again, or save it again"
 _HEAD = 512
+# Names of files that hold a program, which the weights of a model are not.
+_PROGRAMS = {".pt2": "export_program", ".onnx": "export_onnx"}
 _NO_FILE = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 _NO_FILE |= {stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
 
@@ -33,6 +35,16 @@ def path_of(path: Any, what: str = "path") -> Path:
     if why:
         raise ValueError(f"{what} is {text!r:.80}: {why}; give the path that was meant")
     return Path(path)
+
+
+def check_weights_name(path: Path) -> None:
+    """Raise ValueError for the name of a file of weights that says that it is an exported program."""
+    writer = _PROGRAMS.get(path.suffix.lower())
+    if writer is not None:
+        raise ValueError(
+            f"{str(path)!r} is to hold weights and a plan, in the format of safetensors, and its name says an exported "
+            f"program: give a name ending in .safetensors; {writer}(model, example, path) writes programs"
+        )
 
 
 def no_file(path: Path) -> str:
@@ -87,6 +99,8 @@ def not_safetensors(path: Path, head: bytes, instead: str) -> str:
 
     ``instead`` is the cure for a file of ``torch.save``.
     """
+    if path.suffix.lower() in _PROGRAMS and head[8:9] != b"{":
+        return "it is an exported program: give the file of weights that save wrote, or compress"
     if is_saved(head):
         return f"torch.save wrote it: {instead}"
     length, size = int.from_bytes(head[:8], "little"), path.stat().st_size

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from spectrim.network.file_kinds import head_of, in_utf8, no_file, not_safetensors, something_else
+from spectrim.network.file_kinds import check_weights_name, head_of, in_utf8, no_file, not_safetensors, something_else
 from spectrim.network.files import replacing
 
 TENSORS, TEXTS = "tensors_sha256", "metadata_sha256"
@@ -35,7 +35,8 @@ class NoFileError(DamagedFileError):
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> None:
-    """Write tensors on the CPU and texts with their digests."""
+    """Write tensors on the CPU and texts with their digests; raises ValueError for the name of a program."""
+    check_weights_name(path)
     marked = {**texts, TENSORS: digest_of_tensors(tensors)}
     with replacing(path) as scratch:
         try:

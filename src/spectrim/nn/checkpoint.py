@@ -82,6 +82,8 @@ def save(model: nn.Module | Compressed, plan: Plan | str | Path, path: str | Pat
         If the file cannot be written: there is no such folder, or it is full or read-only.
     TypeError
         For arguments of other types or in another order.
+    ValueError
+        If the name says that the file is another kind of thing: an exported program, as ``.pt2`` and ``.onnx`` do.
     """
     if path is None and isinstance(model, Compressed):
         model, plan, path = model.model, model.plan, cast(Path, plan)

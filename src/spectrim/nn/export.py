@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectrim.cost.exporter import quiet_exporter
 from spectrim.errors import ExportError, called_as
 from spectrim.network.file_kinds import in_utf8
 from spectrim.network.files import check_place, replacing
@@ -110,8 +111,8 @@ def export_onnx(
 
 @contextlib.contextmanager
 def _called_with(model: nn.Module, example: Any, dynamic_batch: bool) -> Iterator[tuple[Any, Any]]:
-    """Arguments of a model in evaluation mode, which is left as it was found."""
-    with evaluating(model):
+    """Arguments of a model in evaluation mode, which is left as it was found. Warnings of exporters are dropped."""
+    with evaluating(model), quiet_exporter(FutureWarning, DeprecationWarning):
         args, kwargs = _inputs(model, example, dynamic_batch)
         with left_as_found(model, args, kwargs):
             yield args, kwargs

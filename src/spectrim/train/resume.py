@@ -20,6 +20,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from spectrim.errors import CheckpointError, first_few
 from spectrim.network import files, tensor_files
+from spectrim.network.file_kinds import check_weights_name
 from spectrim.train.result import EpochRecord
 
 FORMAT = 1
@@ -93,6 +94,7 @@ def write_checkpoint(path: Path, tensors: Mapping[str, Tensor], record: Mapping[
 
 def check_checkpoint_place(path: Path) -> None:
     """See that a checkpoint can be written, before there is a training to be lost; makes the folder it will lie in."""
+    check_weights_name(path)
     files.make_parents(path)
     files.check_place(path)
 
