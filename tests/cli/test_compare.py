@@ -34,6 +34,8 @@ def test_networks_are_compared_by_their_plans_alone_or_measured(run):
     assert set(told["networks"]) == {"macs-80pct", "macs-50pct"}
     counted = {n: {r["metric"]: r["ratio"] for r in c["rows"]} for n, c in told["networks"].items()}
     assert counted["macs-50pct"]["MACs (planned)"] > counted["macs-80pct"]["MACs (planned)"] > 1
+    # No header of a file is among them.
+    assert {"weights (planned)", "bytes (planned)"} & counted["macs-50pct"].keys() == {"weights (planned)"}
 
     found = run.json("compare", "sweep/macs-50pct", "sweep/macs-80pct/plan.json", *MEASURED)
     measured = {name: {row["metric"]: row for row in each["rows"]} for name, each in found["networks"].items()}

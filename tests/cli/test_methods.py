@@ -95,6 +95,7 @@ def test_multiples_are_for_all_methods_that_do_not_say_their_own(near):
             "weight-svd:rank=3",
             "there is no option 'rank'; the options of weight-svd are unfoldings: ",
         ),
+        ("low-rank-plus-sparse:pattern=2:4", "several joined by + = 0.0+0.01+0.02+0.03+"),
         (
             "low-rank-plus-sparse:share=most",
             "share is 'most'; expected a number or none; the options of",

@@ -166,8 +166,16 @@ def check_source_options(module: str, kind: str, options: Mapping[str, str], pla
 @functools.cache
 def _classes(folder: Path) -> dict[str, ast.ClassDef]:
     """Those of a folder by their names; reading all of its files takes a tenth of a second."""
-    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.py"))]
-    return {each.name: each for tree in trees for each in tree.body if isinstance(each, ast.ClassDef)}
+    found: dict[str, ast.ClassDef] = {}
+    for file in sorted(folder.glob("*.py")):
+        body = ast.parse(file.read_text(encoding="utf-8")).body
+        constants = {ast.unparse(each.targets[0]): each.value for each in body if isinstance(each, ast.Assign)}
+        for kind in (each for each in body if isinstance(each, ast.ClassDef)):
+            found[kind.name] = kind
+            for node in kind.body:
+                if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Name):
+                    node.value = constants[node.value.id]
+    return found
 
 
 def _lineage(kind: str, classes: dict[str, ast.ClassDef]) -> Iterator[ast.ClassDef]:
@@ -185,10 +193,7 @@ def _fields(kind: ast.ClassDef) -> Iterator[tuple[str, Any, Any]]:
         written = ast.unparse(node.annotation)
         if written.startswith("ClassVar"):
             continue
-        try:
-            default = ast.literal_eval(node.value) if node.value is not None else dataclasses.MISSING
-        except ValueError:  # a constant of the module
-            default = f"<{ast.unparse(node.value)}>" if node.value is not None else dataclasses.MISSING
+        default = ast.literal_eval(node.value) if node.value is not None else dataclasses.MISSING
         # Annotations are those of our own methods: builtins and what typing has.
         annotation = eval(written, {**vars(typing)})
         yield node.target.id, annotation, dataclasses.field(default=default)

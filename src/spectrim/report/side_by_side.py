@@ -107,9 +107,11 @@ def agreement_lines(agreements: Sequence[Agreement | None]) -> Iterator[list[str
 
 def planned(plan: Plan) -> Comparison:
     """What a plan says of its network: costs that were counted when it was made, or measured."""
+    # Bytes are those of the weights alone, but where they are limited: then the header of the file counts.
+    names = {} if "bytes" in plan.budget else {"bytes": "weights"}
     return Comparison(
         tuple(
-            Measure(f"{cost_name(cost)} (planned)", UNITS.get(cost, ""), dense, plan.costs[cost])
+            Measure(f"{names.get(cost, cost_name(cost))} (planned)", UNITS.get(cost, ""), dense, plan.costs[cost])
             for cost, dense in plan.dense_costs.items()
             if cost in plan.costs
         )
