@@ -174,7 +174,7 @@ def _classes(folder: Path) -> dict[str, ast.ClassDef]:
             found[kind.name] = kind
             for node in kind.body:
                 if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Name):
-                    node.value = constants[node.value.id]
+                    node.value = constants.get(node.value.id, node.value)
     return found
 
 

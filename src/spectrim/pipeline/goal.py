@@ -24,8 +24,9 @@ log = logging.getLogger(__name__)
 # Share of outputs that agree with dense ones, below which a user is told what else there is.
 _POOR = 0.9
 _OTHER_SETS = (
-    "the budget costs this network much: fine_tune (--train) wins most of it back; methods='auto' (--method auto) has "
-    "other sets of methods compete, which takes several times as long and may choose layers that run slower"
+    "without training the budget costs this network much: fine_tune (--train) wins most of it back; methods='auto' "
+    "(--method auto) has other sets of methods compete, which takes several times as long and may choose layers that "
+    "run slower"
 )
 _WIDENED = "{}: so other sets of methods competed, which takes several times as long"
 
