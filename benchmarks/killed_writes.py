@@ -359,6 +359,7 @@ def actions() -> dict[str, Action]:
     clock = Latency(cache=Path("cache"), threads=1).path
     assert clock is not None
     small = ("model.safetensors", "plan.json")
+    written = (*small, "result.json")
     checkpoints = ("learning.safetensors", "tuning.safetensors", "plan.json")
     points = ("00-macs-70pct", "01-macs-50pct")
     learning = ("--method", "learned-ranks:rank_epochs=2,c_steps=3", "--epochs", "1")
@@ -376,15 +377,15 @@ def actions() -> dict[str, Action]:
         "fine_tune": Action(fine_tune, ("checkpoint.safetensors", "tuned.safetensors")),
         "learn_ranks": Action(learned, ("learned.safetensors", *(f"run/{name}" for name in checkpoints))),
         "spectrim compress": Action(
-            command("compress", MODEL, *DATA, "-b", "macs=50%", "--out", "out"), inside("out", *small, "report.html")
+            command("compress", MODEL, *DATA, "-b", "macs=50%", "--out", "out"), inside("out", *written, "report.html")
         ),
         "spectrim compress --train": Action(
             command("compress", MODEL, *DATA, *TRAIN, "-b", "macs=50%", "--epochs", "3", "--no-report", "--out", "out"),
-            inside("out", *small),
+            inside("out", *written),
         ),
         "spectrim compress, learned ranks": Action(
             command("compress", MODEL, *TRAIN, *learning, "-b", "macs=50%", "--no-report", "-o", "out"),
-            inside("out", *small, "ranks.json"),
+            inside("out", *written, "ranks.json"),
         ),
         "spectrim path": Action(
             command(
@@ -405,6 +406,6 @@ def actions() -> dict[str, Action]:
             ("out/widths.png",),
         ),
         "spectrim demo": Action(
-            command("demo", "--epochs", "1", "--dense-epochs", "1", "-o", "out"), inside("out", *small, "report.html")
+            command("demo", "--epochs", "1", "--dense-epochs", "1", "-o", "out"), inside("out", *written, "report.html")
         ),
     }  # fmt: skip
