@@ -54,9 +54,9 @@ test-slow: $(INSTALLED)  ## run what takes long: all mutated files, kills and st
 package-check: $(INSTALLED)  ## build the wheel and the source archive, look into them, install both in an empty environment
 	$(BIN)/python -m benchmarks.package_check
 
-docs: $(INSTALLED)  ## build the documentation into site/, warnings are errors, and run the tutorials that make test leaves out
+docs: $(INSTALLED)  ## build the documentation into site/, warnings are errors, and run the tutorials and examples that make test leaves out
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
-	$(BIN)/python -m pytest -q -m slow -n $(TEST_WORKERS) tests/test_docs.py
+	$(BIN)/python -m pytest -q -m slow -n $(TEST_WORKERS) tests/test_docs.py tests/test_examples.py
 
 bench: $(INSTALLED)  ## run the benchmarks that have no result yet; BENCH_ARGS="--cifar10 DIR --weights FILE"
 	$(BIN)/python -m benchmarks.run $(BENCH_ARGS)

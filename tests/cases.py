@@ -104,7 +104,7 @@ def settled(name: str, *, dtype: torch.dtype = torch.float32) -> nn.Module:
     return model.eval().to(dtype)
 
 
-def batches_for(name: str, *, count: int = 3, size: int = 32, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def batches_for(name: str, *, count: int = 2, size: int = 48, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Input batches of a model."""
     return [sample_inputs(MODELS[name][1], size, dtype=dtype, seed=seed) for seed in range(count)]
 

@@ -22,6 +22,8 @@ from spectrim.train import carry_optimizer
 from tests.cases import one_thread
 from tests.nn.nets import compressed, low_rank, plan_of
 
+SPARSE = st.LowRankPlusSparse(densities=(0.0, 0.1, 0.3), ranks=2, turns=4)
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
@@ -126,7 +128,7 @@ def test_sites_of_pairs_are_the_layers_they_stand_for() -> None:
 def test_other_methods_compete_for_pairs_and_learned_ranks_refuse_them_by_name(
     once: st.Result, batches: list[Tensor]
 ) -> None:
-    sparse = st.compress(once.model, batches, "parameters=70%", methods=st.LowRankPlusSparse())
+    sparse = st.compress(once.model, batches, "parameters=70%", methods=SPARSE)
     assert parameter_count(sparse.model) <= 0.7 * parameter_count(once.model)
     torch.manual_seed(0)
     stack = nn.Sequential(*(nn.Linear(12, 12) for _ in range(3))).eval()
@@ -173,7 +175,7 @@ def test_channels_go_from_pairs_whose_first_layer_gets_a_bias(batches: list[Tens
     assert torch.equal(loaded(batches[0]), twice.model(batches[0]))
 
 
-@pytest.mark.parametrize("method", [st.LowRankPlusSparse(), st.JointSVD("both")], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize("method", [SPARSE, st.JointSVD("both", sweeps=2)], ids=lambda m: type(m).__name__)
 def test_what_has_to_be_merged_first_says_so(method: st.Method) -> None:
     torch.manual_seed(0)
     stack = nn.Sequential(*(nn.Linear(12, 12) for _ in range(3))).eval()

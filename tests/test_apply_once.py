@@ -40,7 +40,7 @@ def missed(model: nn.Module, small: nn.Module, x: torch.Tensor) -> float:
         return float((small(x) - wanted).square().sum() / wanted.square().sum())
 
 
-@pytest.mark.parametrize("depth", [3, 12, 30])
+@pytest.mark.parametrize("depth", [3, 12])
 def test_layers_are_called_twice_a_batch_whatever_the_depth(depth, monkeypatch):
     model, x = network(depth), data()
     sites, plan = planned(model, list(x.split(32)))
@@ -127,23 +127,20 @@ def test_with_too_few_samples_it_is_not_worse_than_without_reconstruction():
     assert sum(gains) / len(gains) <= 1.02
 
 
-@pytest.mark.parametrize("given", [1, 2, 3, "one many times"])
-def test_with_fewer_samples_than_were_calibrated_on_it_is_hardly_worse_than_without(given):
-    model, fresh = network(), data(512, seed=100)
-    sites, plan = planned(model, [data(512)])
-    batch = data(given, seed=7) if isinstance(given, int) else data(1).repeat(40, 1)
-    alone = missed(model, st.apply(model, sites, plan), fresh)
-    assert missed(model, st.apply(model, sites, plan, [batch]), fresh) <= 1.2 * alone
-
-
-@pytest.mark.parametrize(
-    "other", [lambda x: 10 * x, lambda x: x + 3, lambda x: x[:, :1].expand_as(x).clone(), torch.zeros_like]
-)
-def test_samples_of_another_kind_than_were_calibrated_do_little_harm(other):
+def test_with_fewer_samples_than_were_calibrated_on_it_is_hardly_worse_than_without():
     model, fresh = network(), data(512, seed=100)
     sites, plan = planned(model, [data(512)])
     alone = missed(model, st.apply(model, sites, plan), fresh)
-    assert missed(model, st.apply(model, sites, plan, [other(data(40, seed=7))]), fresh) <= 1.3 * alone
+    for batch in (data(1, seed=7), data(2, seed=7), data(3, seed=7), data(1).repeat(40, 1)):
+        assert missed(model, st.apply(model, sites, plan, [batch]), fresh) <= 1.2 * alone
+
+
+def test_samples_of_another_kind_than_were_calibrated_do_little_harm():
+    model, fresh, x = network(), data(512, seed=100), data(40, seed=7)
+    sites, plan = planned(model, [data(512)])
+    alone = missed(model, st.apply(model, sites, plan), fresh)
+    for other in (10 * x, x + 3, x[:, :1].expand_as(x).clone(), torch.zeros_like(x)):
+        assert missed(model, st.apply(model, sites, plan, [other]), fresh) <= 1.3 * alone
 
 
 @pytest.mark.parametrize("times", [0, 10])

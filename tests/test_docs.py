@@ -59,6 +59,7 @@ def test_there_are_tutorials():
 
 # They train, load transformers or lightning, or export: `make docs` runs them beside the build of the site.
 LONG = (
+    "getting-started",
     "hugging-face",
     "learned-ranks",
     "lightning",

@@ -25,6 +25,8 @@ SAID = {
     "service": r'\{"class": \d\}\ntraining parts loaded: ',
     "sweep": r" 80% +\d.*\n +60% +\d.*\n +40% +\d.*\n +25% +\d",
 }
+# They train for seconds, or load lightning: `make docs` runs them beside the build of the site.
+LONG = ("own_model", "latency_budget", "lightning_callback")
 WRITTEN = {"own_model": "small.safetensors", "trainer": "small/model.safetensors", "service": "digits.safetensors"}
 
 
@@ -54,7 +56,11 @@ def test_every_example_is_known_listed_and_short() -> None:
         assert f"python examples/{path.name}" in text
 
 
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow) if path.stem in LONG else path for path in SCRIPTS],
+    ids=lambda path: path.stem,
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the trainers, whose calls these scripts are
 def test_example_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(sys, "argv", [str(path)])

@@ -36,25 +36,19 @@ def test_import_is_light() -> None:
     assert not loaded & {*HEAVY, "torch", "numpy"}
 
 
-def test_public_names_load_without_the_optional_packages_touch_no_device_and_are_not_hidden_by_modules() -> None:
+def test_neither_public_names_nor_compressing_load_what_is_optional_or_the_compiler_of_torch() -> None:
+    """In one process: loading torch takes longer than all else here."""
     names = [name for name in spectrim.__all__ if name not in ("compare", "write_report")]
     code = f"""
-import spectrim.selection.selectors, spectrim.pipeline, spectrim.application, spectrim as st, torch
+import sys, spectrim.selection.selectors, spectrim.pipeline, spectrim.application, spectrim as st, torch
 for name in {names!r}: getattr(st, name)
 assert all(callable(f) for f in (st.select, st.compress, st.apply, st.find, st.calibrate, st.sensitivity))
 assert not torch.cuda.is_initialized()
-"""
-    loaded = loaded_after(code)
-    assert "torch" in loaded
-    assert not loaded & set(HEAVY)
-
-
-def test_compressing_does_not_load_the_compiler_of_torch() -> None:
-    loaded_after("""
-import sys, torch, spectrim as st
+assert not {set(HEAVY)!r} & set(sys.modules)
 st.compress(torch.nn.Sequential(torch.nn.Linear(8, 8)), [torch.randn(16, 8)], "parameters=60%")
 assert "torch._dynamo" not in sys.modules
-""")
+"""
+    assert "torch" in loaded_after(code)
 
 
 def test_every_public_name_exists_and_is_listed() -> None:

@@ -171,6 +171,7 @@ def _weight(model: nn.Module, site: str, index: int) -> str:
     return f"{site}.{index}.parts.{index}.weight" if hasattr(factor, "parts") else f"{site}.{index}.weight"
 
 
+@pytest.mark.table(every=3)
 @pytest.mark.parametrize(("net", "methods"), PLANS)
 def test_fitting_to_the_compressed_predecessors_loses_no_more(net: str, methods: str) -> None:
     held = case(net)

@@ -60,14 +60,16 @@ def test_what_evaluate_sets_on_a_model_does_not_stay() -> None:
     assert not model._backward_hooks
 
 
+SPARSE = st.LowRankPlusSparse(densities=(0.0, 0.3), ranks=2, turns=4)
+
+
+@pytest.mark.table
 @pytest.mark.parametrize(
     "around",
     [lambda: torch.autocast("cpu", dtype=torch.bfloat16), lambda: torch.device("meta")],
     ids=["cast", "device"],
 )
-@pytest.mark.parametrize(
-    "methods", [None, st.PrincipalFilters(), st.LowRankPlusSparse()], ids=["rank", "cut", "sparse"]
-)
+@pytest.mark.parametrize("methods", [None, st.PrincipalFilters(), SPARSE], ids=["rank", "cut", "sparse"])
 def test_casting_and_a_default_device_around_a_call_change_nothing(around: Any, methods: Any) -> None:
     model, x = network(), torch.randn(64, 12)
     wanted = st.compress(model, [x], "parameters=70%", methods=methods)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,16 @@ SPARSE: list[st.Method] = [st.LowRankPlusSparse(share=0.4)]
 LONGER: list[st.Method] = [st.ActivationTucker2(), st.ActivationCP(), st.ActivationSVD()]
 
 
+@functools.cache
+def unchanged(
+    make: Callable[[], nn.Sequential], methods: tuple[st.Method, ...] | None
+) -> tuple[nn.Sequential, Tensor, st.Result]:
+    net = make()
+    torch.manual_seed(1)
+    x = torch.randn(144, 16) @ torch.randn(16, 16) if make is perceptron else torch.randn(96, 4, 6, 6)
+    return net, x, st.compress(net, x.split(48), "parameters=70%", methods=methods)
+
+
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @pytest.mark.parametrize(
     ("make", "methods"),
@@ -77,14 +88,9 @@ LONGER: list[st.Method] = [st.ActivationTucker2(), st.ActivationCP(), st.Activat
 def test_no_choice_and_no_output_changes(
     make: Callable[[], nn.Sequential], methods: list[st.Method] | None, change: Callable[[Any, Tensor], Changed]
 ) -> None:
-    net = make()
-    torch.manual_seed(1)
-    x = torch.randn(160, 16) @ torch.randn(16, 16) if make is perceptron else torch.randn(96, 4, 6, 6)
+    net, x, one = unchanged(make, None if methods is None else tuple(methods))
     other, changed, unit = change(net, x)
-    one, two = (
-        st.compress(model, data.split(32), "parameters=70%", methods=methods)
-        for model, data in ((net, x), (other, changed))
-    )
+    two = st.compress(other, changed.split(48), "parameters=70%", methods=methods)
     assert [e.choice for e in two.plan] == [e.choice for e in one.plan]
     assert [e.error for e in two.plan] == pytest.approx([e.error for e in one.plan], rel=1e-3, abs=1e-5)
     with torch.no_grad():

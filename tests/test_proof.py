@@ -271,7 +271,7 @@ class WalksItsModules(Two):
         return x
 
 
-@pytest.mark.parametrize("method", [None, st.LowRankPlusSparse()])
+@pytest.mark.parametrize("method", [None, st.LowRankPlusSparse(densities=(0.0, 0.3), ranks=2, turns=4)])
 def test_what_cannot_be_run_while_layers_are_replaced_is_told_as_such(method: st.Method | None) -> None:
     with pytest.raises(st.ProofError, match=r"the compressed WalksItsModules cannot be run: RuntimeError.*skip="):
         st.compress(WalksItsModules().eval(), BATCHES, st.Budget(macs=0.5), methods=method, sensitivity=False)

@@ -46,7 +46,7 @@ def not_a_model() -> str:
 def batches(samples: int = 64) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(samples, 1, 8, 8, generator=generator)
-    return list(zip(images.split(16), torch.arange(samples).remainder(10).split(16), strict=True))
+    return list(zip(images.split(32), torch.arange(samples).remainder(10).split(32), strict=True))
 
 
 def shuffled() -> DataLoader[Any]:

@@ -70,7 +70,7 @@ def test_what_cannot_be_swept_is_refused(run, options: tuple[str, ...], said: st
 def test_a_table_of_everything_fits_80_columns(run, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("COLUMNS", "80")
     more = ("--latency", "--train", "nets:batches", "--epochs", "1", "--no-report")
-    text = run(*SWEEP, "--points", "0.8,0.5", *more).stdout
+    text = run(*SWEEP, "--points", "0.5", *more).stdout
     (rule,) = [line for line in text.splitlines() if set(line) == {"-", " "}]
     assert len(rule) <= 80
     assert len(rule.split()) == 7

@@ -240,7 +240,7 @@ def test_a_student_learns_from_its_teacher_without_labels():
 
 def test_on_a_pipe_there_are_lines(run):
     told = run(*TRAIN, "--epochs", "1").stderr.splitlines()
-    assert "fine-tune: 4 of 4, epoch 1" in told
+    assert "fine-tune: 2 of 2, epoch 1" in told
     assert any(line.startswith("calibrate: ") for line in told), told
     assert run(*TRAIN, "--epochs", "1", "--quiet").stderr == ""
 

@@ -85,7 +85,7 @@ def test_with_a_sensitivity_the_error_is_weighted_by_the_gradients(kind: str) ->
         torch.testing.assert_close(found.mean(1), wanted.mean(1), atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.table
+@pytest.mark.table(every=3)
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_no_worse_than_the_weight_svd_at_equal_rank(kind: str, weighted: bool) -> None:

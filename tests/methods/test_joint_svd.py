@@ -29,10 +29,10 @@ BARE = JointSVD("both", proportion=0.3)
 CONTRACTS = [
     *((method, "linear") for method in SHARES[:2]),
     (JointSVD("right", sweeps=1, unfoldings=("height-first",)), "conv2d"),
-    (JointSVD("left", sweeps=1, unfoldings=("channel",)), "transposed2d-grouped-no-bias"),
+    (JointSVD("left", sweeps=1, unfoldings=("channel",), multiple_of=2), "transposed2d-grouped-no-bias"),
     (JointSVD("both", sweeps=2, unfoldings=("width-first",)), "transposed2d"),
     (JointSVD("both", proportion=1.0, sweeps=2), "linear-tokens-no-bias"),
-    (JointSVD("both", proportion=0.0, sweeps=2, unfoldings=("input",)), "conv2d-reflect"),
+    (JointSVD("both", proportion=0.0, sweeps=2, unfoldings=("input",), multiple_of=2), "conv2d-reflect"),
 ]
 
 

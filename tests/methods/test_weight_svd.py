@@ -29,7 +29,7 @@ def test_without_data_it_is_the_truncated_svd(kind: str) -> None:
         torch.testing.assert_close(factors.left @ factors.right, best, atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.table(every=2)
+@pytest.mark.table(every=3)
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_with_data_its_error_is_measured_in_output_energy(

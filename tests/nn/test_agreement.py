@@ -119,7 +119,8 @@ def of_classes(samples: int = 1500) -> Tensor:
 
 def cuts(x: Tensor) -> list[list[Tensor]]:
     mixed = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(2))]
-    return [[x], list(x.split(64)), list(x.split([1000, 1, 499])), list(mixed.split(37)), list(mixed.split(1))]
+    ones = [*mixed[:150].split(1), mixed[150:]]
+    return [[x], list(x.split(64)), list(x.split([1000, 1, 499])), list(mixed.split(37)), ones]
 
 
 def test_outputs_are_compared_on_samples_of_the_whole_run_in_any_order_and_cut() -> None:

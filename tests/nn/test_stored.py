@@ -76,6 +76,7 @@ def without(name: str) -> Callable[[], Plain]:
     return make
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("make", [Plain, renames("", "net."), renames("b.", "body."), Copies, Extra, without("held")])
 @pytest.mark.parametrize("method", [None, SPARSE])
 def test_files_have_the_size_of_the_plan_and_are_read_back(

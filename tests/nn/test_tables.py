@@ -44,6 +44,7 @@ def pair_of(model):
     return pair
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", [{}, {"padding_idx": 0}], ids=str)
 @pytest.mark.parametrize("budget", ["parameters=75%", "bytes=90%"])

@@ -56,6 +56,7 @@ def test_both_layers_are_one_site_and_counted_once():
     assert sum(row["parameters"] for row in sites.rows()) == parameter_count(model)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("budget", ["parameters=60%", "bytes=90%", "macs=75%"])

@@ -53,7 +53,7 @@ def macs(model: nn.Module, x: Tensor) -> float:
 NETWORKS = ["chain", "residual", "projection", "concat", "depthwise", "grouped", "transposed", "flatten", "squeeze"]
 
 
-@pytest.mark.table
+@pytest.mark.table(every=5)
 @pytest.mark.parametrize("cost", ["parameters", "macs", "bytes"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_plan_costs_what_the_network_costs_and_no_more_than_allowed(name: str, cost: str) -> None:

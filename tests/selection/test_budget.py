@@ -106,7 +106,7 @@ def test_several_limits_and_none() -> None:
         budget.limits({"macs": 100.0})
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.text(max_size=12) | st.from_regex(r"[0-9.eE+-]{0,8} ?[a-zA-Z%]{0,4}", fullmatch=True))
 def test_any_text_is_a_budget_or_a_value_error(text: str) -> None:
     try:

@@ -144,7 +144,10 @@ def test_a_distributed_model_is_compressed(distributed: Callable[[nn.Module], nn
     assert all(site.statistics.gradient is not None for site in result.sites)
 
 
-@pytest.mark.parametrize(("budget", "methods"), [("macs=60%", None), ("bytes=80%", st.LowRankPlusSparse())])
+@pytest.mark.parametrize(
+    ("budget", "methods"),
+    [("macs=60%", None), ("bytes=80%", st.LowRankPlusSparse(densities=(0.0, 0.1, 0.3), ranks=2, turns=4))],
+)
 def test_a_distributed_part_knows_what_took_its_layers_place(
     distributed: Callable[[nn.Module], nn.Module], budget: str, methods: st.Method | None
 ) -> None:

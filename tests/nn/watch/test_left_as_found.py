@@ -130,12 +130,20 @@ def graphs(model: nn.Module) -> list[str]:
     ]
 
 
+@functools.cache
+def compressed(methods: Any = None) -> tuple[Plain, st.Result]:
+    """A plain network, and what becomes of it."""
+    torch.manual_seed(0)
+    plain = Plain().eval()
+    return plain, st.compress(plain, X, "macs=60%", methods=methods)
+
+
 @pytest.mark.parametrize("kind", [KeepsSkip, KeepsList, KeepsBuffer])
 def test_what_passes_keep_on_the_model_is_each_pass_s_own(kind: type[Plain]) -> None:
-    plain = Plain().eval()
+    plain, wanted = compressed()
     model = twin(kind, plain)
     before = {key: value for key, value in vars(model).items() if not key.startswith("_")}
-    result, wanted = (st.compress(each, X, "macs=60%") for each in (model, plain))
+    result = st.compress(model, X, "macs=60%")
     assert torch.allclose(result.model(X[0].clone()), wanted.model(X[0]), atol=1e-5)
     assert [entry.choice for entry in result.plan] == [entry.choice for entry in wanted.plan]
     assert not graphs(model)
@@ -540,14 +548,15 @@ class ClampsBias(Plain):
         return super().forward(x)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("kind", [MovingAverage, Swapped, OfWholeBatches, Looked])
 @pytest.mark.parametrize("methods", [None, st.PrincipalFilters()])
 def test_what_passes_write_into_parameters_is_gone_afterwards(kind: type[Plain], methods: Any) -> None:
-    plain, model = Plain().eval(), kind().eval()
+    (plain, wanted), model = compressed(methods), kind().eval()
     model.load_state_dict(plain.state_dict(), strict=False)
     held = dict(model.named_parameters())
     before = {name: parameter.detach().clone() for name, parameter in held.items()}
-    result, wanted = (st.compress(each, X, "macs=60%", methods=methods) for each in (model, plain))
+    result = st.compress(model, X, "macs=60%", methods=methods)
     assert all(parameter is held[name] for name, parameter in model.named_parameters())
     assert all(torch.equal(parameter, before[name]) for name, parameter in held.items())
     small = dict(result.model.named_parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -288,11 +289,15 @@ _ALIKE: dict[str, Any] = {
 }
 
 
+@functools.cache
+def _compressed() -> st.Result:
+    return st.compress(Classifier().eval(), _padded(_sentences(60)), "parameters=80%")
+
+
 @pytest.mark.parametrize("form", _ALIKE)
 def test_padding_order_and_cut_change_no_choice_and_no_output(form: str) -> None:
-    texts = _sentences(60)
-    model, test = Classifier().eval(), _padded(_sentences(20), 20)[0]
-    one, two = (st.compress(model, each, "parameters=80%") for each in (_padded(texts), _ALIKE[form](texts)))
+    one, test = _compressed(), _padded(_sentences(20), 20)[0]
+    two = st.compress(Classifier().eval(), _ALIKE[form](_sentences(60)), "parameters=80%")
     assert [e.choice for e in two.plan] == [e.choice for e in one.plan]
     assert (two.report.samples, two.report.held_out) == (one.report.samples, one.report.held_out) == (60, 8)
     assert [e.error for e in two.plan] == pytest.approx([e.error for e in one.plan], rel=1e-3, abs=1e-6)

@@ -80,6 +80,7 @@ def compressed(methods: Any) -> st.Result:
     return st.compress(Plain().eval(), BATCHES, st.Budget(macs=0.7), methods=methods)
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("methods", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("make", [Trying, Queued, lambda: Queued(list), Keyed], ids=["trying", "deque", "list", "dict"])
 def test_what_goes_another_way_about_it_is_compressed_as_the_same_network(make: Any, methods: Any) -> None:

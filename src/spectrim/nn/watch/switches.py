@@ -17,7 +17,7 @@ from torch._C import _autograd
 from torch.autograd import graph
 from torch.backends import cuda, mha
 
-from spectrim.nn.watch.chance import Chance
+from spectrim.nn.watch.chance import draws_kept
 
 
 class _Switch(NamedTuple):
@@ -87,7 +87,6 @@ _SWITCHES = (
     _Switch(mha.get_fastpath_enabled, mha.set_fastpath_enabled),
     *(_attribute(torch.backends.cudnn, name) for name in ("benchmark", "deterministic")),
     _attribute(warnings, "filters"),
-    _Switch(Chance.now, Chance.put_back),
     _Switch(events._get_running_loop, events._set_running_loop),
 )
 
@@ -97,7 +96,8 @@ def switches_kept() -> Iterator[None]:
     """All are afterwards as they were, whatever a pass that goes on meanwhile leaves them as."""
     before = [switch.get() for switch in _SWITCHES]
     try:
-        yield
+        with draws_kept():
+            yield
     finally:
         for switch, value in zip(_SWITCHES, before, strict=True):
             if switch.get() != value:
