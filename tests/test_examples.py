@@ -25,8 +25,8 @@ SAID = {
     "service": r'\{"class": \d\}\ntraining parts loaded: ',
     "sweep": r" 80% +\d.*\n +60% +\d.*\n +40% +\d.*\n +25% +\d",
 }
-# They train for seconds, or load lightning: `make docs` runs them beside the build of the site.
-LONG = ("own_model", "latency_budget", "lightning_callback")
+# They train for seconds, or load trainers: `make docs` runs them beside the build of the site.
+LONG = ("own_model", "latency_budget", "lightning_callback", "trainer")
 WRITTEN = {"own_model": "small.safetensors", "trainer": "small/model.safetensors", "service": "digits.safetensors"}
 
 

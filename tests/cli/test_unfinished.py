@@ -43,7 +43,7 @@ def test_a_training_that_was_stopped_goes_on_and_ends_in_the_same_bits(run, monk
     arguments = (*TRAIN, "--epochs", "3")
     run(*arguments, "--out", "whole")
     with monkeypatch.context() as patch:
-        stopping(patch, 7)
+        stopping(patch, 3)
         assert "goes on" in run(*arguments, "--out", "cut", code=130).stderr
     one_shot = load_file("cut/model.safetensors")
     assert Path("cut/plan.json").is_file()

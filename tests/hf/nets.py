@@ -65,6 +65,7 @@ def make(name: str, **options: Any) -> PreTrainedModel:
                 d_kv=8,
                 d_ff=64,
                 num_layers=2,
+                num_decoder_layers=1,
                 num_heads=4,
                 decoder_start_token_id=0,
                 **options,

@@ -119,7 +119,7 @@ def test_exact_equals_brute_force_under_two_limits(table: Candidates, macs: floa
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
-@settings(FEW, max_examples=20)
+@settings(FEW, max_examples=12)
 @given(table=tables(("macs", "latency")), macs=fractions, latency=st.none() | fractions)
 def test_every_selector_meets_all_limits_or_raises(selector, table: Candidates, macs: float, latency: float | None):
     budget = Budget(macs=macs, latency=None if latency is None else f"{100 * latency}%")

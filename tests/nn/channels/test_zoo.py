@@ -110,6 +110,7 @@ def test_there_are_enough_architectures():
     assert len(zoo.NETWORKS) >= 44
 
 
+@pytest.mark.slow
 def test_the_experiment_counts_what_holds(monkeypatch: pytest.MonkeyPatch):
     held = json.loads((Path(zoo.__file__).parent / "experiments" / "zoo.json").read_text())
     config = {**held, "networks": ["lenet", "conv3d", "shufflenet-v2"], "at_least": 3}

@@ -20,7 +20,7 @@ from spectrim.nn.watch.sensitivity import weighed
 from spectrim.nn.watch.state import ALONE, State, evaluating, kept
 from spectrim.selection import integer
 
-X = [torch.randn(48, 16, generator=torch.Generator().manual_seed(n)) for n in range(3)]
+X = [torch.randn(48, 16, generator=torch.Generator().manual_seed(n)) for n in range(2)]
 
 
 class Plain(nn.Module):

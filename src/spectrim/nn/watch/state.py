@@ -10,8 +10,7 @@ import functools
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,8 +57,7 @@ def _eager() -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
-@dataclass(frozen=True)
-class Location:
+class Location(NamedTuple):
     """Where something is kept."""
 
     module: str  # name of the module
