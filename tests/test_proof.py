@@ -25,7 +25,7 @@ from spectrim.nn.checkpoint import read_plan, same_weights
 from spectrim.nn.standing import StandIn
 from spectrim.nn.surgery import stand_ins
 
-BATCHES = [torch.randn(64, 32, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+BATCHES = [torch.randn(64, 32, generator=torch.Generator().manual_seed(n)) for n in range(3)]
 
 
 class Listed(Two):
