@@ -44,6 +44,7 @@ def graphs(kind: str) -> list[dict[str, Tensor]]:
     return [{"x": torch.randn(NODES, 16, generator=generator), "edges": edges(there)} for there in drawn]
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("kind", ["list", "dense", "sparse"])
 @pytest.mark.parametrize("methods", [None, st.PrincipalFilters()], ids=["low rank", "filters"])
 @pytest.mark.filterwarnings("ignore")

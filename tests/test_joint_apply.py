@@ -107,7 +107,13 @@ METHODS = {
     "both": (st.JointSVD("both", proportion=0.5, unfoldings=_SOME, sweeps=3),),
     "mixed": (st.ActivationSVD(), st.JointSVD("left"), st.JointSVD("right")),
 }
-PLANS = [(net, methods) for net in NETS for methods in METHODS]
+# Every set of methods in one network; the others are slow tests.
+SOME = {("convolutions", "right"), ("convolutions", "both"), ("attention", "left"), ("attention", "mixed")}
+PLANS = [
+    pytest.param(net, methods, marks=[] if (net, methods) in SOME else pytest.mark.slow)
+    for net in NETS
+    for methods in METHODS
+]
 
 
 @cache
@@ -143,7 +149,6 @@ def joint(plan: Plan) -> list[Entry]:
     return [entry for entry in plan if entry.members and not entry.choice.is_dense]
 
 
-@pytest.mark.table
 @pytest.mark.parametrize("fitted", [False, True], ids=["alone", "fitted"])
 @pytest.mark.parametrize(("net", "methods"), PLANS)
 def test_the_result_costs_what_the_plan_says_and_shares_what_it_says(net: str, methods: str, fitted: bool) -> None:
@@ -171,7 +176,6 @@ def _weight(model: nn.Module, site: str, index: int) -> str:
     return f"{site}.{index}.parts.{index}.weight" if hasattr(factor, "parts") else f"{site}.{index}.weight"
 
 
-@pytest.mark.table(every=3)
 @pytest.mark.parametrize(("net", "methods"), PLANS)
 def test_fitting_to_the_compressed_predecessors_loses_no_more(net: str, methods: str) -> None:
     held = case(net)

@@ -165,6 +165,7 @@ def test_compiled_layers_are_timed_by_the_dense_kernels_alone():
         assert len(RUNTIMES["compile"].ways(Chain((sparse,)), pool, 1, False)) == 1
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
 @pytest.mark.parametrize("spec", [CONV, dataclasses.replace(CONV, kernel=(3, 4), padding="same"), LINEAR])
 def test_onnx_runtime_computes_what_torch_does(spec, mode):

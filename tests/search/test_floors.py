@@ -59,6 +59,7 @@ def lowest(call: Any) -> float:
     raise AssertionError("the budget was met")
 
 
+@pytest.mark.table
 @pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("net", ["convolutions", "perceptron"])
 def test_the_floor_is_what_the_table_can_reach(net: str, name: str, request) -> None:
