@@ -66,6 +66,21 @@ def test_compress_meets_a_budget_and_writes_the_course_of_the_ranks(run):
     assert values["MACs"] == found["costs"]["macs"]
 
 
+def test_rows_of_calibration_and_what_is_data_are_as_asked_for(run, monkeypatch: pytest.MonkeyPatch):
+    asked = {}
+
+    def learned(*arguments, **options):
+        asked.update(options)
+        return learn_ranks(*arguments, **options)
+
+    monkeypatch.setattr("spectrim.cli.learning.learn_ranks", learned)
+    call = (*learn("rank_epochs=0,c_steps=1", "--epochs", "0", "--no-report"), "-b", "macs=60%")
+    run(*call, "--positions", "3")
+    assert (asked["rows"], asked["positions"], asked["mask"]) == ("auto", 3, None)
+    run(*call, "--rows", "100")
+    assert (asked["rows"], asked["positions"]) == (100, None)
+
+
 def test_networks_are_timed_by_the_runtime_that_is_asked_for(run, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("onnxruntime")
     ran = []

@@ -40,6 +40,15 @@ def same(one: LearnedResult, other: LearnedResult) -> None:
             assert dataclasses.replace(mine, seconds=0) == dataclasses.replace(theirs, seconds=0)
 
 
+def test_statistics_rest_on_as_many_rows_as_are_asked_for() -> None:
+    steps = options(skip="stem") | {"learning": Recipe(epochs=0), "tuning": Recipe(epochs=0)}
+    counts = [
+        max(layer.statistics.rows for layer in learn_ranks(Residual(), loader(), BUDGET, **steps, **rows).sites)
+        for rows in ({"positions": 1}, {"positions": 2}, {"rows": None})
+    ]
+    assert 2 * counts[0] == counts[1] < counts[2]
+
+
 def test_a_run_ends_in_a_factored_network_within_the_budget(tmp_path: Path) -> None:
     model, batches = Residual(), loader()
     model.conv1.eval()

@@ -100,7 +100,8 @@ def apply(
     """
     applied = carry_out(
         model, sites, plan, batches, methods=methods, reconstruct=reconstruct, batchnorm=batchnorm,
-        forward=Feed.of(forward, samples), sampling=Sampling(rows, positions, mask), memory=memory, progress=progress,
+        forward=Feed.of(forward, samples, mask), sampling=Sampling(rows, positions, mask), memory=memory,
+        progress=progress,
     )  # fmt: skip
     for note in applied.notes:
         log.warning("%s", note)

@@ -60,7 +60,7 @@ def compress(
         learned.check(training, points, costs)
         from spectrim.cli import learning
 
-        run = learning.RankRun(network, inputs.data, training, layers, learned, points, costs)
+        run = learning.RankRun(network, inputs, training, layers, learned, points, costs)
         learning.compress_by_learning(out, run, files)
         return
     _check(context, methods, goal, inputs, training)

@@ -41,7 +41,7 @@ class RankRun:
     """What the command line says about learning ranks. Two calls with equal records are one run."""
 
     network: NetworkOptions
-    data: str | None
+    inputs: InputOptions
     training: TrainingOptions
     layers: LayerOptions
     learned: LearnedRanksOptions
@@ -55,7 +55,7 @@ class RankRun:
     def record(self) -> dict[str, Any]:
         """What makes the run."""
         training = {name: value for name, value in asdict(self.training).items() if name != "test"}
-        files = {"model": self.network.model, "weights": self.network.weights, "data": self.data}
+        files = {"model": self.network.model, "weights": self.network.weights, **asdict(self.inputs)}
         asked = {"points": self.points, "costs": self.costs}
         return {**files, **training, **asked, **asdict(self.learned), **asdict(self.layers)}
 
@@ -94,7 +94,7 @@ class RankRun:
 
     def folder(self, folder: Path) -> RunFolder:
         """A folder of checkpoints of this run. Points may be added after those that are known, or left away there."""
-        return RunFolder(folder, self.record, _OPTIONS, {"costs": []}, ("points",))
+        return RunFolder(folder, self.record, _OPTIONS, {"costs": [], **asdict(InputOptions())}, ("points",))
 
 
 def spread_schedule(steps: int) -> Schedule:
@@ -110,7 +110,7 @@ def work(run: RankRun) -> Subject:
 
     Milliseconds are not looked at.
     """
-    found = Subject.load(run.network, run.layers, InputOptions(run.data), run.training, timed=run.timed)
+    found = Subject.load(run.network, run.layers, run.inputs, run.training, timed=run.timed)
     known = prepare(found.dense, found.sites, [found.example], statistics=False, sensitivity=False)
     table = tabulate(known.sites, [WeightSVD(multiple_of=run.layers.multiple_of)], costs=run.functions)
     check_reachable(table, run.budgets)
@@ -130,7 +130,7 @@ def compress_by_learning(out: Output, run: RankRun, files: FileOptions) -> None:
     out.left = f"the same call goes on with the training that is kept in {held.folder}"
     result = learn_ranks(
         on.dense, on.training, run.budgets[0] if run.points else None, calibration=on.calibration,
-        checkpoint=held.folder, latency=on.latency, progress=out.shows, **run.options(),
+        checkpoint=held.folder, latency=on.latency, progress=out.shows, **run.options(), **vars(on.sampling),
     )  # fmt: skip
     if scores:
         scores.append(("learned ranks", on.score(result.model)))

@@ -69,7 +69,7 @@ def path(
     from spectrim.selection.point import Point
     from spectrim.train import budget_path
 
-    run = learning.RankRun(network, points.data, training, layers, ranks, budget, cost or ())
+    run = learning.RankRun(network, options.InputOptions(points.data), training, layers, ranks, budget, cost or ())
     make_folder(out, folder, ("path.json", "path.svg", "checkpoint/run.json"))
     work = learning.work(run)
     tell_preprocessing(out, work.references, work.dense)
@@ -96,7 +96,7 @@ def path(
 
     budget_path(
         work.dense, work.training, run.budgets, calibration=work.calibration, checkpoint=checkpoint,
-        latency=work.latency, progress=out.shows, done=done, **run.options(),
+        latency=work.latency, progress=out.shows, done=done, **run.options(), **vars(work.sampling),
     )  # fmt: skip
     out.document({**found, "folder": str(folder), "files": {name: str(file) for name, file in files.items()}})
     _print(out, found)

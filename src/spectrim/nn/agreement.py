@@ -173,7 +173,7 @@ def _agreement(
     *,
     parted: bool,
 ) -> Agreement | None:
-    tally, feed = _Tally(), Feed.of(forward)
+    tally, feed = _Tally(), Feed.of(forward, mask=mask)
     first, stream = begun(batches)
     feed.decide(dense, first)
     positions = Positions.of(dense, first, mask, feed)

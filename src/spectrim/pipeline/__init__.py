@@ -172,7 +172,7 @@ def compress(
     check_options(groups, latency, guard)
     several, shared = (None, False) if competing else methods_on_offer(methods, groups, stated.costs)
     sampling = Sampling(rows, positions, mask)
-    feed = Feed.of(forward, samples)
+    feed = Feed.of(forward, samples, mask)
     batches = at_hand(calibration, alike=reconstruct)
     channels = any(method.removes_channels for method in several or ())
     if channels and len(several or ()) > 1:

@@ -93,6 +93,8 @@ def learn_ranks(
     skip: Which | Iterable[Which] = (),
     only: Which | Iterable[Which] = (),
     groups: bool | Mapping[str, Sequence[str]] = False,
+    rows: int | str | None = "auto",
+    positions: int | None = None,
     mask: Mask = None,
     samples: Where = None,
     teacher: nn.Module | None = None,
@@ -130,10 +132,9 @@ def learn_ranks(
         Layers to leave alone or keep to; see :func:`spectrim.find`.
     groups
         Layers that may share factors: True finds them (:func:`spectrim.group`), a mapping names them.
-    mask
-        Which tokens of the calibration batches are data; see :func:`spectrim.calibrate`.
-    samples
-        Where a batch's samples are; see :func:`spectrim.calibrate`.
+    rows, positions, mask, samples
+        How many rows of the calibration batches statistics and fits rest on, which of their tokens are data, and where
+        a batch's samples are; see :func:`spectrim.calibrate`.
     teacher, loss, evaluate, progress, accelerate
         As for :func:`spectrim.fine_tune`; ``evaluate`` is used in tuning.
     checkpoint
@@ -157,8 +158,8 @@ def learn_ranks(
     folder = None if checkpoint is None else path_of(checkpoint, "checkpoint")
     run = _Run(
         model, batches, calibration=calibration, learning=learning or Recipe(), tuning=tuning or Recipe(),
-        patience=patience, weigh=weigh, skip=skip, only=only, groups=groups, mask=mask, samples=samples,
-        evaluate=evaluate, latency=latency,
+        patience=patience, weigh=weigh, skip=skip, only=only, groups=groups,
+        sampling=Sampling(rows, positions, mask), samples=samples, evaluate=evaluate, latency=latency,
         training={"teacher": teacher, "loss": loss, "progress": progress, "accelerate": accelerate}, options=options,
     )  # fmt: skip
     return run.point(copy_model(model), limits, folder)
@@ -177,6 +178,8 @@ def budget_path(
     skip: Which | Iterable[Which] = (),
     only: Which | Iterable[Which] = (),
     groups: bool | Mapping[str, Sequence[str]] = False,
+    rows: int | str | None = "auto",
+    positions: int | None = None,
     mask: Mask = None,
     samples: Where = None,
     teacher: nn.Module | None = None,
@@ -211,8 +214,8 @@ def budget_path(
     folder = None if checkpoint is None else path_of(checkpoint, "checkpoint")
     run = _Run(
         model, batches, calibration=calibration, learning=learning or Recipe(), tuning=tuning or Recipe(),
-        patience=patience, weigh=weigh, skip=skip, only=only, groups=groups, mask=mask, samples=samples,
-        evaluate=evaluate, latency=latency,
+        patience=patience, weigh=weigh, skip=skip, only=only, groups=groups,
+        sampling=Sampling(rows, positions, mask), samples=samples, evaluate=evaluate, latency=latency,
         training={"teacher": teacher, "loss": loss, "progress": progress, "accelerate": accelerate}, options=options,
     )  # fmt: skip
     net = copy_model(model)
@@ -249,7 +252,7 @@ class _Run:
     skip: Which | Iterable[Which]
     only: Which | Iterable[Which]
     groups: bool | Mapping[str, Sequence[str]]
-    mask: Mask
+    sampling: Sampling
     samples: Where
     evaluate: Evaluate | None
     latency: Latency | None
@@ -267,7 +270,7 @@ class _Run:
                 raise TypeError(f"{said} is of a training: write learning=Recipe({said}), or tuning=Recipe({said})")
             close = did_you_mean(unknown[0], known) or f" Options beside its own are {', '.join(known)}"
             raise TypeError(f"learning ranks has no option {unknown[0]!r}.{close}")
-        self.feed = Feed(None, self.samples)
+        self.feed = Feed(None, self.samples, self.sampling.mask)
         if self.training["teacher"] is None and self.training["loss"] is None:
             self.training["teacher"] = self.model
         seed = self.learning.seed
@@ -313,7 +316,7 @@ class _Run:
         with randomness.seeded(learning.seed, self.calibration):
             report = reported(
                 self.model, small, ranks.fitted, plan, ranks.applied or Applied(small), self.calibration,
-                mask=self.mask, forward=self.feed, trained=True,
+                mask=self.sampling.mask, forward=self.feed, trained=True,
             )  # fmt: skip
         return LearnedResult(small, plan, report, ranks.candidates, ranks.fitted, ranks.trajectory, learned, tuned)
 
@@ -340,8 +343,8 @@ class _Run:
                     f"{kept}: a plan within {dict(plan.budget)}, but the budget is {dict(asked)}. Delete the folder "
                     "to start again"
                 )
-            return ranks.finish(self.calibration, plan=plan, forward=self.feed, mask=self.mask)
-        small, plan = ranks.finish(self.calibration, forward=self.feed, mask=self.mask)
+            return ranks.finish(self.calibration, plan=plan, forward=self.feed, **vars(self.sampling))
+        small, plan = ranks.finish(self.calibration, forward=self.feed, **vars(self.sampling))
         if kept is not None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             plan.write(kept)
@@ -358,7 +361,7 @@ class _Run:
         with reporting(self.training["progress"]) as report:
             prepared = prepare(
                 net, sites, self.calibration, sensitivity=self.weigh, groups=self.groups,
-                sampling=Sampling(mask=self.mask), progress=report, forward=self.feed,
+                sampling=self.sampling, progress=report, forward=self.feed,
                 latency=self.latency or (budget is not None and budget.latency is not None),
                 dense_latency=self.options.get("dense_latency"),
             )  # fmt: skip

@@ -311,6 +311,8 @@ class LearnedRanks:
         reconstruct: bool = True,
         forward: Callable[[nn.Module, Any], Any] | None = None,
         samples: Where = None,
+        rows: int | str | None = "auto",
+        positions: int | None = None,
         mask: Mask = None,
     ) -> tuple[nn.Module, Plan]:
         """The factored network that the present weights lead to, and its plan.
@@ -326,7 +328,7 @@ class LearnedRanks:
             latency budget is checked by measuring. Without them every layer is factorised on its own.
         plan
             To be carried out in place of a choice made here, as the one that an earlier call returned.
-        reconstruct, forward, samples, mask
+        reconstruct, forward, samples, rows, positions, mask
             As for :func:`spectrim.apply`.
 
         Returns
@@ -335,13 +337,11 @@ class LearnedRanks:
             A new model of plain layers; the trained one is left as it is. ``applied`` holds what was learned on the
             way, such as how far layers miss, and :func:`spectrim.nn.agreement.agreement` how far outputs agree.
         """
-        forward = Feed.of(forward, samples)
+        sampling, forward = Sampling(rows, positions, mask), Feed.of(forward, samples, mask)
         sites = self._present(lambda name, weight: weight.clone())
         if batches is not None:
             weighed = any(site.statistics.gradient is not None for site in self.sites)
-            fitted = prepare(
-                self.model, sites, batches, sensitivity=weighed, sampling=Sampling(mask=mask), forward=forward
-            ).sites
+            fitted = prepare(self.model, sites, batches, sensitivity=weighed, sampling=sampling, forward=forward).sites
             sites = fitted if self.energy == "output" else sites
         else:
             fitted = sites
@@ -355,7 +355,7 @@ class LearnedRanks:
         self.fitted = fitted
         self.applied = carry_out(
             self.model, fitted, plan, batches, methods=self.methods, reconstruct=reconstruct, forward=forward,
-            sampling=Sampling(mask=mask),
+            sampling=sampling,
         )  # fmt: skip
         return self.applied.model, plan
 

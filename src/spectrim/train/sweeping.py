@@ -154,7 +154,7 @@ def sweep(
     check_options(groups, latency, guard)
     methods, groups = methods_on_offer(methods, groups, limited)
     channels = any(method.removes_channels for method in methods or ())
-    sampling, feed = Sampling(rows, positions, mask), Feed.of(forward, samples)
+    sampling, feed = Sampling(rows, positions, mask), Feed.of(forward, samples, mask)
     batches = at_hand(calibration, alike=False)
     sites = locate(model, batches, skip=skip, only=only, channels=channels, forward=feed)
     timed = latency or guard or "latency" in limited

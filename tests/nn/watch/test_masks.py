@@ -36,6 +36,9 @@ CAUSAL = torch.ones(6, 6).tril().bool() & DATA[:, None, None]
         ("attention_mask", DATA.unsqueeze(1).long()),
         ("attention_mask", PAIRS),
         ("attention_mask", CAUSAL.float()),
+        ("attention_mask", torch.zeros(CAUSAL.shape).masked_fill(~CAUSAL, -torch.inf)),
+        ("attention_mask", torch.zeros(PAIRS.shape).masked_fill(~PAIRS, torch.finfo(torch.float32).min)),
+        ("attention_mask", torch.zeros(4, 1, 1, 6).half().masked_fill(~DATA[:, None, None], -1e4)),
         ("src_key_padding_mask", ~DATA),
         ("key_padding_mask", (~DATA).long()),
         ("key_padding_mask", torch.zeros(4, 6).masked_fill(~DATA, -torch.inf)),
@@ -61,6 +64,10 @@ def test_left_padding_between_positions() -> None:
     left = DATA.flip(1)
     causal = (torch.ones(6, 6).tril().bool() & left.unsqueeze(1)).unsqueeze(1)
     assert torch.equal(mask_of({"attention_mask": causal, "input_ids": IDS.flip(1)}, None, 4), left)
+    # Padding that would attend to nothing attends to all, so that no softmax is of nothing.
+    freed = causal | ~causal.any(-1, keepdim=True)
+    for mask in (freed, torch.zeros(freed.shape).masked_fill(~freed, -torch.inf)):
+        assert torch.equal(mask_of({"attention_mask": mask, "input_ids": IDS.flip(1)}, None, 4), left)
     # As many features as positions, and the mask made of another that stands in front.
     batch = {"hidden_mask": ~causal, "x": torch.ones(4, 6, 6)}
     assert torch.equal(mask_of(batch, lambda b: ~b["hidden_mask"], 4), left)
@@ -76,6 +83,13 @@ def test_a_mask_that_is_true_of_padding_is_refused(features: bool) -> None:
     full = Samples.of({"x": inputs, "mask": torch.ones(4, 6)}, "mask").mask
     assert full is not None
     assert bool(full.all())
+
+
+def test_nothing_taken_away_is_all_data_and_numbers_of_both_signs_are_refused() -> None:
+    scores = torch.zeros(4, 1, 6, 6)
+    assert bool(torch.as_tensor(mask_of({"attention_mask": scores, "input_ids": IDS}, None, 4)).all())
+    with pytest.raises(st.CalibrationError, match=r"'attention_mask' has numbers below 0 and above it"):
+        mask_of({"attention_mask": scores + torch.randn(6), "input_ids": IDS}, None, 4)
 
 
 def test_longer_than_the_inputs_is_refused() -> None:
@@ -123,6 +137,41 @@ def test_what_a_model_calls_a_mask_keeps_padding_out(
     assert moments is not None
     torch.testing.assert_close(moments.mean[0], seen.mean(0), rtol=1e-4, atol=1e-5)
     assert moments.count == len(seen)
+
+
+class Token(nn.Module):
+    """Every position for itself, or as a convolution that is given zeros as padding."""
+
+    def __init__(self, *, convolves: bool) -> None:
+        super().__init__()
+        self.a = nn.Conv1d(8, 24, 3, padding=1) if convolves else nn.Linear(8, 24)
+        self.b = nn.Linear(24, 8)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        mask = attention_mask.bool().unsqueeze(2)
+        return self.b(torch.where(mask, self.a(torch.where(mask.mT, x, 0)).mT, 0) if x.shape[1] == 8 else self.a(x))
+
+
+@pytest.mark.parametrize("convolves", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+def test_no_number_in_padding_changes_anything(convolves: bool, named: bool) -> None:
+    torch.manual_seed(0)
+    model, data = Token(convolves=convolves).eval(), torch.arange(12) < torch.randint(3, 13, (64, 1))
+    x = torch.randn(64, 12, 8) @ torch.randn(8, 8)
+
+    def compressed(padding: float) -> Tensor:
+        filled = torch.where(data.unsqueeze(2), x, padding)
+        filled = filled.mT.contiguous() if convolves else filled
+        batches = [{"x": a, "attention_mask": b} for a, b in zip(filled.split(20), data.split(20), strict=True)]
+        mask = (lambda batch: batch["attention_mask"]) if named else None
+        result = st.compress(model, batches, st.Budget(parameters=0.6), mask=mask)
+        assert result.report.agreement is not None
+        with torch.no_grad():
+            return result.model(filled, data)[data]
+
+    wanted = compressed(0.0)
+    for odd in (float("nan"), float("inf")):
+        assert torch.allclose(compressed(odd), wanted, atol=1e-5)
 
 
 def test_what_may_tell_padding_and_is_not_read_is_told() -> None:

@@ -239,3 +239,16 @@ def test_padding_counts_nothing_in_the_error_of_outputs():
     short = output_error(dense, other, [texts(30)])
     assert output_error(dense, other, [texts(90, left=True)]) == pytest.approx(short, rel=1e-4)
     assert output_error(dense, other, [texts(90)], mask=lambda batch: None) != pytest.approx(short, rel=0.1)
+
+
+def test_rows_that_are_alike_within_samples_are_told():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)).eval()
+    rows = torch.randn(24, 64, 8)
+    for alike in (False, True):
+        x = rows[:, :1].expand(-1, 64, -1) + 0.1 * rows if alike else rows
+        notes = [calibrate(model, find(model), list(x.split(cut))).notes for cut in (1, 24)]
+        assert notes[0] == notes[1]
+        told = [note for note in notes[0] if "24 calibration samples are few" in note]
+        assert len(told) == alike
+        assert all("rows tell as much as " in note and "a few hundred" in note for note in told)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from spectrim.errors import CalibrationError, SpectrimError, check_function, in_short
 from spectrim.nn.watch.chance import drawn_from, generators_of, seed_of
 from spectrim.nn.watch.layout import Layout, Where, check_where
+from spectrim.nn.watch.masks import Mask, with_numbers
 from spectrim.nn.watch.nesting import check_numbers, copied, dtype_of, in_words, kind_of, moved, tensors
 from spectrim.nn.watch.nesting import checked_batches as checked_batches
 from spectrim.nn.watch.nesting import logits as logits
@@ -54,13 +55,15 @@ class Feed:
         Runs a model on a batch, where a user says how.
     samples
         The axis of the inputs that samples lie on, or a function that counts the samples of a batch.
+    mask
+        Says what is padding, in which a model is given no NaN and no Inf.
     """
 
-    def __init__(self, forward: Forward | None = None, samples: Where = None) -> None:
+    def __init__(self, forward: Forward | None = None, samples: Where = None, mask: Mask = None) -> None:
         check_where(samples)
         if forward is not None:
             check_function("forward", forward, ("the model", "a batch"), "a function of both that runs the model")
-        self._forward, self._samples = forward, samples
+        self._forward, self._samples, self._mask = forward, samples, mask
         self._way: Way | None = None
         self._form: _Form | None = None
         self._first = ""
@@ -68,9 +71,9 @@ class Feed:
         self.notes: tuple[str, ...] = ()  # what was decided that a user may not expect
 
     @classmethod
-    def of(cls, forward: Forward | None = None, samples: Where = None) -> Feed:
+    def of(cls, forward: Forward | None = None, samples: Where = None, mask: Mask = None) -> Feed:
         """The feed that a verb was given in place of a function, or a new one."""
-        return forward if isinstance(forward, Feed) else cls(forward, samples)
+        return forward if isinstance(forward, Feed) else cls(forward, samples, mask)
 
     def decide(self, model: nn.Module, batch: Any) -> Feed:
         """See from a first batch what batches are; nothing where that is known.
@@ -135,6 +138,7 @@ class Feed:
     def ready(self, model: nn.Module, batch: Any) -> Callable[[], Any]:
         """What runs a model on a batch, once: with copies of the batch, which are made now."""
         self.decide(model, batch)
+        batch = with_numbers(batch, self._mask, self.layout)
         if self._forward is not None:
             run = functools.partial(self._forward, model, copied(batch))
         else:

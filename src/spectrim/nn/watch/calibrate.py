@@ -72,10 +72,11 @@ def calibrate(
     mask
         Which tokens are data, ``(samples, positions)`` and not zero there, or how many tokens each sample has, the
         first ones: the name of a tensor of the batch or a function of the batch. Of masks between positions
-        (``(samples, ..., positions, positions)``) a token is data that any position attends to; one whose name ends in
+        (``(samples, ..., positions, positions)``) a token is data that any position attends to; one that is added to
+        scores of attention takes padding away by a large number below zero; one whose name ends in
         ``key_padding_mask`` is zero where a token is data, as torch's layers take it. By default ``attention_mask``,
         else what ends so, by the names of a mapping or of the model's parameters. What is padding counts in no
-        statistic.
+        statistic, and the model is given zeros for NaN and Inf in it.
     statistics
         False to learn input shapes only, from the first batch.
     forward
@@ -102,7 +103,7 @@ def calibrate(
         For ``rows`` or ``positions`` of another kind.
     """
     return calibrated(
-        model, sites, batches, Sampling(rows, positions, mask), Feed.of(forward, samples), statistics=statistics,
+        model, sites, batches, Sampling(rows, positions, mask), Feed.of(forward, samples, mask), statistics=statistics,
         progress=told(progress), seed=seed,
     )  # fmt: skip
 
@@ -154,6 +155,7 @@ def calibrated(
             *feed.notes,
             *unread(first, amount.mask, feed.layout),
             *_unmasked(watch.watchers),
+            *_alike(watch.watchers, found.samples),
             *run.said_of_samples(found.samples),
         ),
     )
@@ -186,6 +188,21 @@ def _unmasked(watchers: Mapping[str, Watcher]) -> Iterator[str]:
             f"{count:,} positions of a sample, of which the mask does not say what is padding, as behind a pooling or "
             "a stride. Calibrate on samples of one length, or put those of like length together, so that there is "
             "little padding"
+        )
+
+
+def _alike(watchers: Mapping[str, Watcher], samples: int) -> Iterator[str]:
+    """What a user should know of layers whose rows are many and tell little, since those of a sample are alike."""
+    worth = {name: (each.alike.independent, each.numbers) for name, each in watchers.items() if each.alike.count}
+    many = {name: each for name, each in worth.items() if watchers[name].alike.count >= ENOUGH * each[1]}
+    short = {name: worth / numbers for name, (worth, numbers) in many.items() if worth < ENOUGH * numbers}
+    if short and samples >= GUESSED:
+        name = min(short, key=short.__getitem__)
+        yield (
+            f"{samples} calibration samples are few: their rows are so alike in {len(short)} of {len(watchers)} layers "
+            f"that less is known than their numbers say, most in {name!r}, whose {watchers[name].alike.count:,} rows "
+            f"tell as much as {many[name][0]:,.0f} independent ones, for {many[name][1]} outputs. Errors on other data "
+            "may be twice those that are stated; calibrate on a few hundred samples"
         )
 
 

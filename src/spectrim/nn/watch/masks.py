@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from spectrim.errors import CalibrationError
 from spectrim.nn.watch.layout import Layout
+from spectrim.nn.watch.nesting import transformed
 
 Mask = str | Callable[[Any], Tensor | None] | None
 # The mask of a batch where no other is named: not zero where there is data, as models of transformers take it.
@@ -32,22 +34,56 @@ def mask_of(batch: Any, mask: Mask, size: int, layout: Layout = Layout()) -> Ten
             f"the mask {what} has {kind}: expected ({size} samples, positions), or how many tokens each sample has; "
             "pass mask=, a function of the batch that gives such a tensor, or None where no position is padding"
         )
-    if name.endswith(PADDING):
-        data = found == 0
-    elif found.is_floating_point() and bool((found < 0).any()):
-        raise CalibrationError(
-            f"the mask {what} has numbers below 0, as one that is added to scores of "
-            "attention: expected one that is zero where there is padding, and not where there is data; pass "
-            "a function that compares it, such as mask=lambda batch: batch['mask'] == 0"
-        )
-    else:
-        data = found != 0
+    data = found == 0 if name.endswith(PADDING) else _where_data(found, what)
     return (data if data.dim() == 2 else _of_positions(data, _sides(batch, size, layout))).cpu()
 
 
 def tensor_of(batch: Any, mask: Mask, layout: Layout) -> Any:
     """The tensor that says where data is in a batch, as it is there; None where there is none."""
     return _named(batch, mask, layout)[1]
+
+
+def with_numbers(batch: Any, mask: Mask, layout: Layout) -> Any:
+    """A batch with zeros in place of NaN and Inf in its padding: what stands there is to count nowhere."""
+    says = tensor_of(batch, mask, layout)
+    data = None if says is None else mask_of(batch, mask, layout.size(batch), layout)
+    if data is None or bool(data.all()):
+        return batch
+
+    def change(tensor: Tensor) -> Tensor:
+        where = None if tensor is says or not tensor.is_floating_point() else _spread(data, tensor, layout)
+        return tensor if where is None else tensor.masked_fill(~(where.to(tensor.device) | tensor.isfinite()), 0)
+
+    return transformed(batch, change)
+
+
+def _spread(data: Tensor, tensor: Tensor, layout: Layout) -> Tensor | None:
+    """A mask in the shape of a tensor, with axes of length one where it has more; None for one without positions."""
+    size, positions = data.shape
+    axis = layout.axis_of(tensor, size)
+    sides = () if axis is None else tensor.movedim(axis, 0).shape[1:]
+    place = _place(sides, positions)
+    if axis is None or place is None:
+        return None
+    ones = (1,) * len(sides)
+    shape = (*ones[: place.start], *sides[place], *ones[place.stop :])
+    return data.reshape(size, *shape).movedim(0, axis)
+
+
+def positions_second(tensor: Tensor, positions: int) -> Tensor:
+    """A tensor with samples in front with its positions behind them; as it is where it has none."""
+    place = _place(tensor.shape[1:], positions)
+    if place is None or not place.start:
+        return tensor
+    return tensor.flatten(1 + place.start).movedim(-1, 1)
+
+
+def _place(sides: Sequence[int], positions: int) -> slice | None:
+    """Which sides of a sample are its positions: the first, as of tokens, or the last ones, as of an image."""
+    if sides and sides[0] == positions:
+        return slice(0, 1)
+    last = (n for n in range(1, len(sides)) if math.prod(sides[n:]) == positions)
+    return next((slice(n, len(sides)) for n in last), None)
 
 
 def _sides(batch: Any, size: int, layout: Layout) -> list[int]:
@@ -63,7 +99,35 @@ def _of_positions(data: Tensor, sides: Sequence[int]) -> Tensor:
     if len(image) > 1 and len(sides) == len(image) + 1 and image in (tuple(sides[1:]), tuple(sides[:-1])):
         return data.flatten(1)
     # The last axis is what is attended to: data is what any position attends to.
-    return data.flatten(1, -2).any(1)
+    return (data & ~_of_padding(data)).flatten(1, -2).any(1)
+
+
+def _where_data(found: Tensor, what: str) -> Tensor:
+    """Where a mask is not zero, or where one that is added to scores of attention takes nothing away."""
+    above, below = (bool(each.any()) for each in (found > 0, found < 0))
+    # One between positions that is all zeros takes nothing away.
+    if not found.is_floating_point() or not (below or (found.dim() > 2 and not above)):
+        return found != 0
+    if above:
+        raise CalibrationError(
+            f"the mask {what} has numbers below 0 and above it: expected one that is not zero where there is data, or "
+            "one that is added to scores of attention, 0 there and -inf where there is padding; pass a function that "
+            "compares it, such as mask=lambda batch: batch['mask'] == 0"
+        )
+    return found > _TAKEN_AWAY
+
+
+# What is added to a score of attention that is to count.
+_TAKEN_AWAY = -1e3
+
+
+def _of_padding(data: Tensor) -> Tensor:
+    """Rows ``[..., positions, 1]`` that attend to everything, ahead of one that does not: attention needs something to
+    attend to, so that causal masks let padding on the left do so.
+    """
+    whole = data.all(-1, keepdim=True)
+    behind = (data.any(-1, keepdim=True) & ~whole).flip(-2).cumsum(-2).flip(-2) > 0
+    return whole & behind
 
 
 def _named(batch: Any, mask: Mask, layout: Layout) -> tuple[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from spectrim.nn.watch.batches import Feed, Forward
 from spectrim.nn.watch.keys import hashed, mixed, odd
 from spectrim.nn.watch.layout import Layout
-from spectrim.nn.watch.masks import Mask, check_not_inverted, mask_of, tensor_of
+from spectrim.nn.watch.masks import Mask, check_not_inverted, mask_of, positions_second, tensor_of
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class Samples:
             check_not_inverted(found, columns)
         keys = torch.zeros(size, dtype=torch.int64)
         for number, column in enumerate(columns):
-            keys = mixed(keys + torch.cat([hashed(part, found) for part in column]) + odd(number))
+            parts = column if found is None else [positions_second(part, found.shape[1]) for part in column]
+            keys = mixed(keys + torch.cat([hashed(part, found) for part in parts]) + odd(number))
         share = lengths_of(columns, found, size) / mean if mean else torch.ones(size).double()
         return cls(size, keys, found, share, layout.lengths(batch, size), layout.is_turned(batch, size))
 

@@ -82,7 +82,7 @@ def sensitivity(
     CalibrationError
         If no gradient reaches a site, or gradients are NaN or Inf; the message names the layer.
     """
-    found = _gradients(model, sites, batches, samples, rows, mask, Feed.of(forward, axis), seed)
+    found = _gradients(model, sites, batches, samples, rows, mask, Feed.of(forward, axis, mask), seed)
     if found.error is not None:
         raise ForwardError(found.reason) from found.error
     if found.reason:
@@ -112,7 +112,7 @@ def weighed(
     Errors of layers that none reaches count as if losing a layer's whole response mattered as much as it does, in the
     median, at the others. Where none reaches any, errors are not weighed at all.
     """
-    return with_weights(sites, _gradients(model, sites, batches, samples, None, mask, Feed.of(forward), 0))
+    return with_weights(sites, _gradients(model, sites, batches, samples, None, mask, Feed.of(forward, mask=mask), 0))
 
 
 def calibrated_and_weighed(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import CalibrationError
+from spectrim.linalg.alike import Alike
 from spectrim.linalg.moments import Moments
 from spectrim.linalg.unfold import unfoldings
 from spectrim.network.layer import LayerSpec
@@ -27,6 +28,8 @@ from spectrim.nn.watch.streams import Buffered, Stream, Streams, patches_of
 FULL_PATCH = 1152
 # Linear layers up to this many inputs do too (at most 34 MB): they have no slices to keep in its place.
 FULL_LINEAR = 2048
+# Samples from which on it is not asked how alike the rows of each are.
+_MANY = 256
 # Share of a layer's own MACs that its statistics may cost.
 EFFORT = 0.08
 # Rows over the whole run that a moment of vectors of d numbers rests on at least, in multiples of d; and rows at least.
@@ -155,6 +158,7 @@ class Watcher(Shapes):
         self._streams = streams
         self._output = Buffered()
         self._reads_channels = reads_channels
+        self.alike = Alike(layer.spec.out_channels)
         # Rows of a sample of which no mask says whether they are padding.
         self.unmasked = 0
 
@@ -174,15 +178,27 @@ class Watcher(Shapes):
             spec.name, (patches_of(spec), self._reads_channels), inputs, self._stream,
             lambda stream: stream.rows(inputs, positions, self.samples, self._seed),
         )  # fmt: skip
-        if not in_full(spec):
+        full, few = in_full(spec), (self._run.samples or 0) < _MANY
+        if not full:
             self._refuse_unless(_squares(outputs), "gives")
-            index = choose(spec, shape, positions, self.samples, self._seed).index
-            self._output.add(outputs_at(spec, outputs, index))
+        if full and not few:
+            return
+        chosen = choose(spec, shape, positions, self.samples, self._seed)
+        rows = outputs_at(spec, outputs, chosen.index)
+        if not full:
+            self._output.add(rows)
+        if few:
+            self.alike.add(rows.transpose(0, 1).flatten(1), chosen.sample, self.size, self.index)
 
     def _stream(self) -> Stream:
         spec, full = self.spec, in_full(self.spec)
         splits = () if full else tuple(how for how in unfoldings(spec.kernel) if how.name != "channel")
         return Stream(spec, splits, full=full, channels=self._reads_channels)
+
+    @property
+    def numbers(self) -> int:
+        """Most directions that its answers may have."""
+        return min(self.spec.out_channels // self.spec.groups, self.spec.features)
 
     def _positions(self, shape: tuple[int, ...]) -> int | None:
         """Rows of a sample of mean length."""
