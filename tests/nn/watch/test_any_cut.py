@@ -54,13 +54,13 @@ def test_experts_lose_the_same_however_samples_are_cut(inputs: Tensor) -> None:
     assert lost[1] < 1.15 * lost[0]
 
 
-def test_a_mask_that_is_added_to_scores_takes_padding_away(inputs: Tensor) -> None:
+def test_a_mask_that_is_added_to_scores_and_may_mean_two_things_is_refused(inputs: Tensor) -> None:
     model = nn.Sequential(nn.Linear(20, 8)).eval()
     padded = torch.zeros(40, 5)
     padded[:, 3:] = -1e9
-    sites = st.calibrate(model, st.find(model), [inputs.reshape(40, 5, 20)], mask=lambda batch: padded)
-    assert sites.tokens == 40 * 3
-    assert sites.sites[0].statistics.rows == 40 * 3
+    for mask in (padded, padded.unsqueeze(1) + torch.ones(1, 5, 1)):
+        with pytest.raises(st.CalibrationError, match="below 0, as one that is added"):
+            st.calibrate(model, st.find(model), [inputs.reshape(40, 5, 20)], mask=lambda batch, mask=mask: mask)
 
 
 @pytest.mark.parametrize("option", ["rows", "positions"])

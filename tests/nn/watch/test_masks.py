@@ -88,7 +88,7 @@ def test_a_mask_that_is_true_of_padding_is_refused(features: bool) -> None:
 def test_nothing_taken_away_is_all_data_and_numbers_of_both_signs_are_refused() -> None:
     scores = torch.zeros(4, 1, 6, 6)
     assert bool(torch.as_tensor(mask_of({"attention_mask": scores, "input_ids": IDS}, None, 4)).all())
-    with pytest.raises(st.CalibrationError, match=r"'attention_mask' has numbers below 0 and above it"):
+    with pytest.raises(st.CalibrationError, match=r"'attention_mask' has numbers below 0.*others above it"):
         mask_of({"attention_mask": scores + torch.randn(6), "input_ids": IDS}, None, 4)
 
 

@@ -108,10 +108,12 @@ def _where_data(found: Tensor, what: str) -> Tensor:
     # One between positions that is all zeros takes nothing away.
     if not found.is_floating_point() or not (below or (found.dim() > 2 and not above)):
         return found != 0
-    if above:
+    # One without positions to attend from is all zeros for a sample without padding, and for one of nothing else.
+    if above or found.dim() == 2:
         raise CalibrationError(
-            f"the mask {what} has numbers below 0 and above it: expected one that is not zero where there is data, or "
-            "one that is added to scores of attention, 0 there and -inf where there is padding; pass a function that "
+            f"the mask {what} has numbers below 0, as one that is added to scores of attention, "
+            + ("and others above it" if above else "for each position once")
+            + ": expected one that is zero where there is padding, and not where there is data; pass a function that "
             "compares it, such as mask=lambda batch: batch['mask'] == 0"
         )
     return found > _TAKEN_AWAY
