@@ -21,7 +21,7 @@ from torch.utils import _python_dispatch
 
 from spectrim.nn.layers import is_layer, spec_of
 from spectrim.nn.watch.batches import Feed
-from spectrim.nn.watch.chance import draws_kept, generators_of
+from spectrim.nn.watch.chance import generators_of
 from spectrim.nn.watch.observe import hooked, on_each
 from spectrim.nn.watch.readers import check_unheld
 from spectrim.nn.watch.state import Location, State, evaluating, install, taken
@@ -95,7 +95,7 @@ class _Pass(greenlet):
     def advance(self, name: str, left: set[str]) -> None:
         """Go on to a layer, but past none that is not left yet."""
         while not self.dead and self.at != name and (self.at is None or self.at in left):
-            with switches_kept(), draws_kept(self._network.generators):
+            with switches_kept(self._network.generators):
                 install(self._network.model, self.own)
                 self._beneath = _Modes.now()
                 given = self.switch()
@@ -104,7 +104,7 @@ class _Pass(greenlet):
 
     def end(self) -> None:
         """Give up what is not done."""
-        with switches_kept(), draws_kept(self._network.generators):
+        with switches_kept(self._network.generators):
             install(self._network.model, self.own)
             self._beneath = _Modes.now()
             self.throw(GreenletExit)
@@ -186,7 +186,7 @@ class Passes:
         calls.append(tensor)
         here.at = name
         check_unheld(name)
-        with switches_of_pass(), draws_kept(self._network.generators), here.modes_apart():
+        with switches_of_pass(self._network.generators), here.modes_apart():
             here.parent.switch()  # type: ignore[union-attr]
 
     def end(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from asyncio import events
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -92,11 +92,11 @@ _SWITCHES = (
 
 
 @contextlib.contextmanager
-def switches_kept() -> Iterator[None]:
-    """All are afterwards as they were, whatever a pass that goes on meanwhile leaves them as."""
+def switches_kept(generators: Iterable[Any]) -> Iterator[None]:
+    """All are afterwards as they were, generators too, whatever a pass that goes on meanwhile leaves them as."""
     before = [switch.get() for switch in _SWITCHES]
     try:
-        with draws_kept():
+        with draws_kept(generators):
             yield
     finally:
         for switch, value in zip(_SWITCHES, before, strict=True):
@@ -116,10 +116,10 @@ def quiet_derivatives() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def switches_of_pass() -> Iterator[None]:
+def switches_of_pass(generators: Iterable[Any]) -> Iterator[None]:
     """The same for a pass while others go on. Inference mode, which cannot be set, is left and entered again."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(switches_kept())
+        stack.enter_context(switches_kept(generators))
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(mode=False))
         yield
