@@ -171,6 +171,27 @@ def test_whole_batches_are_compared_where_a_part_is_refused() -> None:
     assert DenseOutputs(dense, list(x.split(100)), samples=128).missed(small) > 0
 
 
+class BySize(Shifted):
+    """Answers for few samples as no large batch is answered for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if len(x) > 30 else self.layer(-x)
+
+
+@pytest.mark.parametrize("kind", [BySize, Whole])
+def test_held_out_samples_are_compared_in_batches_as_the_model_is_given_them(kind: type[Shifted]) -> None:
+    x, dense, small = of_classes()[:200], kind(0.0, True), kind(0.2, True)
+    small.load_state_dict(dense.state_dict())
+    told = agreement(dense, small, list(x.split(100)), [torch.arange(100) < 7] * 2)
+    assert told is not None
+    assert (told.held_out, told.samples, len(told.parts)) == (True, 14, 14)
+    held = torch.cat([x[:7], x[100:107]])
+    assert told.error == pytest.approx(float((0.2 * held[:, :3]).norm() / dense.layer(held).detach().norm()), rel=1e-5)
+    few = DenseOutputs(dense, list(x.split(100)), samples=20).missed(small)
+    y = dense.layer(x[:100]).detach()
+    assert few == pytest.approx(float((0.2 * x[:100, :3]).square().sum() / (y - y.mean(0)).square().sum()), rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("turn", "top1", "error"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import math
 from collections import defaultdict
@@ -15,8 +17,8 @@ from torch import Tensor, nn
 
 from spectrim.errors import CalibrationError, SpectrimError, called_as
 from spectrim.nn.copying import cannot_run
-from spectrim.nn.watch.batches import Feed, Forward
-from spectrim.nn.watch.layout import samples_first
+from spectrim.nn.watch.batches import Feed, Forward, begins_alike
+from spectrim.nn.watch.layout import Layout, samples_first
 from spectrim.nn.watch.masks import Mask, mask_of
 from spectrim.nn.watch.nesting import begun, compared, named_logits, output_tensors, transformed
 from spectrim.nn.watch.observe import observe
@@ -142,7 +144,8 @@ def agreement(
         Of inputs; 512 samples at most are used, chosen by their contents from all. Better of samples that nothing was
         fitted to.
     held
-        Which samples of every batch to take, ``[size]`` for each; all if none are named.
+        Which samples of every batch to take, ``[size]`` for each; all if none are named. Where a model refuses a part
+        of a batch, or answers for it otherwise, it is run on the whole one.
     mask
         Tells padding from data; see :func:`spectrim.calibrate`.
     forward
@@ -159,8 +162,8 @@ def agreement(
     except SpectrimError:
         raise
     except Exception as error:  # a model may refuse other numbers of samples than its batches have
-        log.info("outputs are compared on whole batches, since the model refuses a part of one: %s", error)
-        return _agreement(dense, small, batches, (), mask, forward, parted=False)
+        log.info("outputs are compared on whole batches, since the model does not take a part of one: %s", error)
+        return _agreement(dense, small, batches, held, mask, forward, parted=False)
 
 
 def _agreement(
@@ -176,15 +179,30 @@ def _agreement(
     tally, feed = _Tally(), Feed.of(forward, mask=mask)
     first, stream = begun(batches)
     feed.decide(dense, first)
-    positions = Positions.of(dense, first, mask, feed)
+    positions, layout = Positions.of(dense, first, mask, feed), feed.layout
+    among = held if any(bool(each.any()) for each in held) else ()
+    cut = spread(stream, _SAMPLES, layout, mask, held) if parted else first_batches(stream, _SAMPLES, layout)
+    held_out = bool(among)
     with observe(dense, forward=feed) as wanted, observe(small, forward=feed) as given:
-        layout = feed.layout
-        chosen = spread(stream, _SAMPLES, layout, mask, held) if parted else first_batches(stream, _SAMPLES, layout)
-        for part in chosen:
-            size = layout.size(part)
-            data, turned = mask_of(part, mask, size, layout), layout.is_turned(part, size)
-            tally.add(wanted(part), given(part), positions, data, size, turned=turned)
-    return tally.agreement(held_out=parted and any(bool(each.any()) for each in held))
+        if parted:
+            _check_parted(wanted, first, cut, layout)
+        for batch, these in zip(cut, itertools.repeat(None) if parted or not among else among, strict=False):
+            a, b, part, size = wanted(batch), given(batch), batch, layout.size(batch)
+            if these is not None:
+                index = these.nonzero().flatten()
+                held_out &= all(layout.axis_of(each, size) is not None for each in output_tensors(a))
+                a, b = (layout.of_samples(each, index, size) for each in (a, b))
+                part, size = layout.picked(batch, index), len(index)
+            if size:
+                tally.add(a, b, positions, mask_of(part, mask, size, layout), size, turned=layout.is_turned(part, size))
+    return tally.agreement(held_out=held_out)
+
+
+def _check_parted(running: Callable[[Any], Any], batch: Any, parts: Iterable[Any], layout: Layout) -> None:
+    """Raise ValueError where a model answers otherwise for as many samples as a part has than in a whole batch."""
+    few = next((layout.size(part) for part in parts), 0)
+    if 0 < few != layout.size(batch) and not begins_alike(running, batch, layout.resized(batch, few)):
+        raise ValueError(f"outputs of {few} samples are others than those of a batch that begins with them")
 
 
 @dataclass
@@ -346,6 +364,7 @@ class DenseOutputs:
             self._parts = spread(stream, self.samples, feed.layout, self.mask)
             try:
                 self._outputs(0, self._parts[0], feed)
+                _check_parted(functools.partial(feed, self.model), first, self._parts, feed.layout)
             except Exception as error:  # a model may refuse other numbers of samples than its batches have
                 log.info("outputs are compared on whole batches, since the model refuses a part of one: %s", error)
                 self._known = []

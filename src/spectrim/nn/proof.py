@@ -313,17 +313,14 @@ def check_copy(
             f"a copy of the {type(model).__name__} calls layer {strays[0]!r} of the original, so that it cannot be "
             f"replaced: {COPIES}, or skip={strays[0]!r}"
         )
-    return found, () if removes else tuple(_answers(model, answers, part, feed))
+    return found, tuple(_answers(model, None if removes else answers, part, feed))
 
 
-def _answers(model: nn.Module, answers: Sequence[Tensor], part: Any, feed: Feed) -> Iterator[str]:
-    """Whether these answers of a copy are the model's, and if not, whether its own are."""
+def _answers(model: nn.Module, answers: Sequence[Tensor] | None, part: Any, feed: Feed) -> Iterator[str]:
+    """Whether a model repeats itself, and if so, whether these answers of a copy, if any, are its own."""
     with observe(model, forward=feed) as running:
-        wanted = output_tensors(running(part))
-        if all(map(alike, wanted, answers)):
-            return
-        repeats = all(map(alike, wanted, output_tensors(running(part))))
-    if not repeats:
+        wanted, again = (output_tensors(running(part)) for _ in range(2))
+    if not all(map(alike, wanted, again)):
         yield DIFFERS
-    else:
+    elif answers is not None and not all(map(alike, wanted, answers)):
         raise ProofError(f"a copy of the {type(model).__name__} computes something else than the model does. {MEANS}")

@@ -157,8 +157,21 @@ class Ticks(Hides):
         return super().forward(x, MASKS[0]) + next(TICKS) % 3
 
 
-def test_a_model_that_never_repeats_itself_is_told_of() -> None:
-    result = st.compress(Ticks().eval(), BATCHES, "macs=60%")
+class Counts(Hides):
+    """Counts its passes in a list, which a copy takes along: both answer alike, and not the same again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes = [0]
+
+    def forward(self, x: Tensor, order: Tensor | None = None) -> Tensor:
+        self.passes[0] += 1
+        return super().forward(x, MASKS[0]) + self.passes[0] % 2
+
+
+@pytest.mark.parametrize(("kind", "methods"), [(Ticks, None), (Counts, None), (Counts, [st.PrincipalFilters()])])
+def test_a_model_that_never_repeats_itself_is_told_of(kind: type[Hides], methods: Any) -> None:
+    result = st.compress(kind().eval(), BATCHES, "macs=60%", methods=methods)
     assert any("other outputs each time that it runs" in note for note in result.report.notes)
 
 

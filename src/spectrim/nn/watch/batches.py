@@ -165,19 +165,20 @@ def one_by_one(model: nn.Module, batches: Sequence[Any], feed: Feed) -> list[Any
     ]
     try:
         with evaluating(model), kept(model):
-            whole, first = (output_tensors(feed(model, part)) for part in (batches[0], alone[0]))
-        parted = all(feed.layout.size(each) == 1 for each in alone) and _of_first(whole, first)
+            same = begins_alike(functools.partial(feed, model), batches[0], alone[0])
+        parted = same and all(feed.layout.size(each) == 1 for each in alone)
     except Exception:  # a model may raise anything where it is given what it does not take
         parted = False
     return alone if parted else list(batches)
 
 
-def _of_first(whole: Sequence[Tensor], first: Sequence[Tensor]) -> bool:
-    """Whether outputs of a batch begin as those of its first sample, as far as they can be compared."""
+def begins_alike(running: Callable[[Any], Any], batch: Any, part: Any) -> bool:
+    """Whether outputs of a batch begin as those of its first samples alone, as far as they can be compared."""
+    whole, first = (output_tensors(running(each)) for each in (batch, part))
     for a, b in zip(whole, first, strict=False):
-        of_one = a[:1] if a.dim() and a.shape[1:] == b.shape[1:] else a
-        comparable = of_one.shape == b.shape and of_one.is_floating_point() and b.numel()
-        if comparable and bool((of_one - b).abs().max() > _ALIKE * torch.maximum(of_one.abs().max(), b.abs().max())):
+        of_part = a[: len(b)] if a.dim() and b.dim() and a.shape[1:] == b.shape[1:] else a
+        comparable = of_part.shape == b.shape and of_part.is_floating_point() and b.numel()
+        if comparable and bool((of_part - b).abs().max() > _ALIKE * torch.maximum(of_part.abs().max(), b.abs().max())):
             return False
     return True
 

@@ -135,12 +135,16 @@ class Layout:
         if self.listed:
             inputs = self.inputs(batch) is batch
             return _chosen(batch, index, size) if inputs else rebuilt(batch, [_chosen(v, index, size) for v in batch])
+        return self.of_samples(batch, index, size)
+
+    def of_samples(self, value: Any, index: Int64[Tensor, " n"], size: int) -> Any:
+        """What is of some of ``size`` samples, by their numbers, in inputs or outputs; the rest stays whole."""
 
         def change(tensor: Tensor) -> Tensor:
             axis = self.axis_of(tensor, size)
             return tensor if axis is None else tensor.index_select(axis, index.to(tensor.device))
 
-        return transformed(batch, change)
+        return transformed(value, change)
 
 
 def samples_first(outputs: Tensor, size: int, turned: bool) -> Tensor:
