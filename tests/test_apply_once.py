@@ -222,7 +222,7 @@ def test_a_layer_that_one_wave_passes_by_was_seen_by_another():
     assert carry_out(model, sites, plan, [x[:31]], forward=short).unseen != ()
 
 
-def test_whole_batches_are_run_twice_and_single_samples_four_times():
+def test_whole_batches_are_run_twice_and_single_samples_five_times():
     sizes: list[int] = []
 
     torch.manual_seed(0)
@@ -239,9 +239,10 @@ def test_whole_batches_are_run_twice_and_single_samples_four_times():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nn.ReLU, "forward", counted)
         st.apply(model, sites, plan, batches)
-    # The networks side by side; the model and its copy, the finished network and what merge makes of it.
+    # The networks side by side; the model twice, to see that it repeats itself, and its copy, the finished network and
+    # what merge makes of it.
     assert sizes.count(32) <= 2 * 2 * 3
-    assert sizes.count(1) == 4 * 3
+    assert sizes.count(1) == 5 * 3
 
 
 def test_positions_are_those_that_layers_are_fitted_at_too() -> None:

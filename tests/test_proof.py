@@ -350,9 +350,10 @@ def test_the_proof_costs_two_passes_of_one_batch() -> None:
     calls: list[int] = []
     model.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
     st.apply(model, sites, plan, BATCHES, reconstruct=False, batchnorm=False)
-    # The copy carries the hook along: it is tried on one sample, and the model too, then both networks on the batch; in
-    # the end the compressed one, as it is and merged, on one sample: again only where these two differ.
-    assert calls == [1, 1, 64, 64, 1, 1]
+    # The copy carries the hook along: it is tried on one sample, and the model twice, to see that it repeats itself;
+    # then both networks on the batch; in the end the compressed one, as it is and merged, on one sample: again only
+    # where these two differ.
+    assert calls == [1, 1, 1, 64, 64, 1, 1]
 
 
 def test_agreement_is_of_samples_held_out_and_counts_first_classes() -> None:
