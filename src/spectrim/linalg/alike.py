@@ -32,7 +32,8 @@ class Alike:
     @torch.no_grad()
     def add(self, rows: Float[Tensor, "n d"], sample: Int64[Tensor, " n"], size: int, part: int) -> None:
         """Add rows, each of one of so many samples; those of a ``part`` that was last are of the same samples."""
-        along = rows.double().cpu() @ self._directions
+        rows = rows if rows.dtype == torch.float64 else rows.float()
+        along = (rows @ self._directions.to(rows)).double().cpu()
         if self._middle is None:
             self._middle = along.mean(0)
         powers = (along - self._middle).unsqueeze(1) ** torch.arange(5).unsqueeze(1)

@@ -36,11 +36,11 @@ class Spectrum:
 
 def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, descending and not negative, and eigenvectors with fixed signs."""
-    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
-    values, vectors = values.flip(-1).clamp_min(0), vectors.flip(-1)
+    values, vectors = torch.linalg.eigh((gram + gram.mT).div_(2))
     # The largest entry of each vector is made positive, so that results do not depend on the eigensolver's mood.
     pivots = vectors.abs().argmax(dim=-2, keepdim=True)
-    return values, vectors * torch.where(vectors.gather(-2, pivots) < 0, -1.0, 1.0)
+    vectors *= torch.where(vectors.gather(-2, pivots) < 0, -1.0, 1.0)
+    return values.flip(-1).clamp_min(0), vectors.flip(-1)
 
 
 def standard(covariance: Float[Tensor, "*g d d"]) -> tuple[Float[Tensor, "*g d d"], Float[Tensor, "*g d"]]:
@@ -167,7 +167,7 @@ def principal(covariance: Float[Tensor, "g n n"]) -> Spectrum:
 def variances(covariance: Float[Tensor, "*g n n"]) -> Float[Tensor, "*g n"]:
     """Energies of :func:`principal` alone, descending, in a fraction of its time."""
     gram = covariance.double()
-    return torch.linalg.eigvalsh((gram + gram.mT) / 2).flip(-1).clamp_min(0)
+    return torch.linalg.eigvalsh((gram + gram.mT).div_(2)).flip(-1).clamp_min(0)
 
 
 def profile(energies: Float[Tensor, "g R"], most: int = 256) -> tuple[float, ...]:

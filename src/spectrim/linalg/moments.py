@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from spectrim.linalg.finite import all_finite
+
 
 def without_casting(function: Callable[..., None]) -> Callable[..., None]:
     """Have a method run in the precision of its numbers where the network casts them by itself (``torch.autocast``)."""
@@ -198,7 +200,7 @@ class Moments:
 
     def is_finite(self) -> bool:
         """Whether nothing was NaN, Inf or too large; the diagonal tells, which bounds the other entries."""
-        return bool(torch.isfinite(self.mean).all() and torch.isfinite(self._sums).all())
+        return all_finite(self.mean, self._sums)
 
 
 class Squares:

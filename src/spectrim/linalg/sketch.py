@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from spectrim.linalg.finite import all_finite
 from spectrim.linalg.moments import Moments, noise, ridge, without_casting
 
 
@@ -129,7 +130,7 @@ class Sketch(Moments):
         return (self.mean.numel() + self.squares.numel()) * 8 + self.rows.numel() * 4
 
     def is_finite(self) -> bool:
-        return bool(torch.isfinite(self.mean).all() and torch.isfinite(self.rows).all())
+        return all_finite(self.mean, self.rows)
 
     def level(self) -> Float[Tensor, "g d"]:
         """What every feature has beside the rows, of the covariance: what the rows have lost, and a little."""

@@ -13,9 +13,8 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
-import torch
-
 from spectrim.errors import CalibrationError
+from spectrim.linalg.finite import all_finite
 from spectrim.network.coupling import Coupling
 from spectrim.network.layer import LayerSpec
 from spectrim.network.printing import Grid, Printed, amount, count, folded, listed, reasons, tail
@@ -233,7 +232,7 @@ class Sites(Copied, Printed):
         """Raise CalibrationError if a weight or bias of a layer holds NaN or Inf; the message names the layer."""
         for layer in self.layers:
             for what, values in (("weight", layer.weight), ("bias", layer.bias)):
-                if values is not None and not bool(torch.isfinite(values).all()):
+                if values is not None and not all_finite(values):
                     raise CalibrationError(
                         f"layer {layer.name!r} ({layer.kind}) holds NaN or Inf in its {what}: mend the model's "
                         "weights, or skip the layer"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from spectrim.errors import CalibrationError
+from spectrim.linalg.finite import all_finite
 from spectrim.linalg.moments import Paired
 from spectrim.linalg.pooled import discounted, larger, larger_apart, pooled
 from spectrim.linalg.regression import Covariances, Equations, Unseen, scarcity, towards
@@ -213,7 +214,7 @@ class Joint:
         if not self._held:
             return None
         rows = torch.cat([rows for rows, _ in self._held], dim=1)
-        rows = rows - self.fitted.mean.to(rows.dtype).unsqueeze(1)
+        rows -= self.fitted.mean.to(rows.dtype).unsqueeze(1)
         d = self.spec.features
         return Unseen(rows[..., :d], rows[..., d:], torch.cat([sample for _, sample in self._held]))
 
@@ -222,7 +223,7 @@ class Joint:
         d, fitted, unseen = self.spec.features, self.fitted, self.unseen
         if not fitted.count:  # the networks never gave it as many rows as each other
             return site
-        if not (fitted.is_finite() and (unseen is None or _finite(unseen))):
+        if not (fitted.is_finite() and (unseen is None or all_finite(unseen.inputs, unseen.answers))):
             raise CalibrationError(f"layer {site.name!r} sees NaN or Inf in the reconstruction batches")
         g, o, *_ = self.spec.shape
         fitted_share, share = self._counted(site)
@@ -318,10 +319,6 @@ class Joint:
         left = unseen.answers - unseen.inputs @ w.to(unseen.inputs.dtype).mT + away.to(unseen.inputs.dtype).unsqueeze(1)
         lost, whole_of = (float(rows.double().square().sum()) for rows in (left, unseen.answers))
         return Errors(fitted, lost / max(whole_of, 1e-300))
-
-
-def _finite(unseen: Unseen) -> bool:
-    return bool(torch.isfinite(unseen.inputs).all() and torch.isfinite(unseen.answers).all())
 
 
 @dataclass(frozen=True)
