@@ -335,7 +335,7 @@ def test_without_a_folder_for_checkpoints_a_stopped_run_goes_on_from_its_results
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("spectrim.cli.learning.compare", stop)  # trained, and nothing written
+        patch.setattr("spectrim.cli.results.Outcome.compared", stop)  # trained, and nothing written
         assert "the same call goes on" in run(*arguments, "--out", "cut", code=130).stderr
     learned = Path("cut/unfinished/learning.safetensors").read_bytes()
     assert "was 4 and is 5" in run(*learn("rank_epochs=2,c_steps=5"), "-b", "macs=50%", "--out", "cut", code=2).stderr

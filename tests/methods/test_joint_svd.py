@@ -56,6 +56,22 @@ def test_it_keeps_the_contract_in_double_precision(method: JointSVD) -> None:
     assert check_joint_method(method, layers=["linear"], dtype=torch.float64) >= 6
 
 
+@pytest.mark.parametrize("same_input", [False, True])
+def test_first_factors_are_fitted_by_each_layers_own_outputs(same_input: bool) -> None:
+    """Fitting them again, by the weight of the layer's own outputs and not of the common ones, gains nothing more."""
+    method = SHARES[0]
+    site, *_ = small_group(
+        "conv2d-1x1", narrow=None, same_input=same_input, dtype=torch.float32, calibrated=True, weighted=True
+    )
+    curve = method.curve(site)
+    for choice in curve.choices[:3]:
+        factors = again = method.factorize(site, choice)
+        for number, part in enumerate(site.parts):
+            again = method.refit(part, again, number)
+        lost, least = (measured_error(site, each.dense(), curve.unit) for each in (factors, again))
+        assert lost <= least * 1.003
+
+
 @dataclasses.dataclass(frozen=True)
 class Twice(JointSVD):
     """Counts what is shared for every layer."""

@@ -19,6 +19,7 @@ from spectrim.errors import CheckpointError, InfeasibleBudgetError, TrainingErro
 from spectrim.methods import ActivationSVD, WeightSVD
 from spectrim.network.choices import DENSE, LowRankChoice
 from spectrim.nn.timing import Timing
+from spectrim.nn.watch.state import evaluating
 from spectrim.selection.candidates import Option, Row
 from spectrim.selection.plan import Plan
 from spectrim.selection.trajectory import Trajectory
@@ -77,7 +78,8 @@ class Clock:
     def models(self, models, example, **_: object) -> dict[str, Timing]:
         found = {}
         for key, model in models.items():
-            with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
+            counter = torch.utils.flop_counter.FlopCounterMode(display=False)
+            with evaluating(model), counter, torch.no_grad():
                 model(*example)
             found[key] = Timing((self.off() * (self.overhead + counter.get_total_flops() / 2e4 / len(example[0])),) * 3)
         return found

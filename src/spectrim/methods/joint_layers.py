@@ -35,6 +35,8 @@ class JointLayers:
     # What every layer sees; one object for all that see the same. None without calibration.
     seen: tuple[statistics.Patches, ...] | None
     scale: float  # what losing all layers adds to the loss
+    # Each layer's own weight of the outputs, as a root in the units above, where one is shared and it has one.
+    own_roots: tuple[Tensor, ...] = ()
 
     @property
     def metrics(self) -> tuple[SlicedMetric, ...] | None:
@@ -98,18 +100,21 @@ def pose(site: Group, how: Unfolding, *, left: bool, right: bool, plain: bool = 
     mixed = tuple(response.mix(m, each.root) for m, each in zip(matrices, units, strict=True))
     totals = _energies(mixed, seen)
     # Losing a layer counts as it does where the layer is chosen alone, by its own weight.
-    alone = totals
-    if right and units[0].root is not None:
-        each = Standard.together(parts, inputs=left or site.same_input, outputs=False)
-        alone = _energies([one.mixed(how) for one in each], seen)
+    own_roots = _own_roots(units) if right else ()
+    alone = _energies(list(map(response.mix, matrices, own_roots)), seen) if own_roots else totals
     scales = [statistics.scale(part, total) for part, total in zip(parts, alone, strict=True)]
     # A layer without energy loses nothing, whatever it is scaled by.
     roots = tuple((s / t) ** 0.5 if s > 0 and t > 0 else 1.0 for s, t in zip(scales, totals, strict=True))
     ones = (1.0,) * len(parts)
     if plain:
-        return JointLayers(matrices, mixed, ones, tuple(root**2 for root in roots), units, seen, sum(scales))
+        return JointLayers(matrices, mixed, ones, tuple(root**2 for root in roots), units, seen, sum(scales), own_roots)
     mixed = tuple(root * m for root, m in zip(roots, mixed, strict=True))
-    return JointLayers(matrices, mixed, roots, ones, units, seen, sum(scales))
+    return JointLayers(matrices, mixed, roots, ones, units, seen, sum(scales), own_roots)
+
+
+def _own_roots(units: Sequence[Standard]) -> tuple[Tensor, ...]:
+    own = ((each, statistics.output_weight(each.site)) for each in units)
+    return tuple(weight / each.outputs.unsqueeze(1) for each, weight in own if weight is not None)
 
 
 def _energies(matrices: Sequence[Tensor], seen: Sequence[statistics.Patches] | None) -> list[float]:

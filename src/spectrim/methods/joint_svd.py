@@ -260,7 +260,7 @@ class JointSVD(Method):
         if group is None:
             site.parts[0].require("input", f"{self.name} ({how.name})")
             raise MissingMomentsError(f"group {site.name!r}: not all layers hold 'input' moments")
-        state = self._best(group, rank, left_rank, list(self.ranks(site, how)))
+        state = _by_own_outputs(group, self._best(group, rank, left_rank, list(self.ranks(site, how))))
         numbers = range(len(site.layers))
         own_lefts = [group.own_left(state.own_lefts[n], n) for n in numbers]
         own_rights = [group.own_right(state.own_rights[n], n) for n in numbers]
@@ -375,6 +375,23 @@ class JointSVD(Method):
             return pays(self.layers(site, self.choice(site, how, rank, bias=biased)), site.layers)
 
         return last_integer(worthwhile, 0, full + 1)
+
+
+def _by_own_outputs(group: JointLayers, state: Bilateral) -> Bilateral:
+    """First factors of a shared second one, fitted again by each layer's own weight of its outputs.
+
+    To share a second factor the layers share a weight of the outputs, their mean; what is lost is told by their own.
+    """
+    if not group.own_roots or group.metrics is None:
+        return state
+    common, lefts = group.units[0].root, list(state.own_lefts)
+    for n, own in enumerate(group.own_roots):
+        rest = group.mixed[n]
+        if state.shared_left.shape[-1]:
+            rest = rest - state.shared_left @ state.own_rights[n]
+        rest, right = (response.mix(response.unmix(m, common), own) for m in (rest, state.shared_right))
+        lefts[n] = _own_left(rest, group.metrics[n], lefts[n], right)
+    return dataclasses.replace(state, own_lefts=tuple(lefts))
 
 
 def _own_left(rest: Tensor, metric: SlicedMetric, left: Tensor, right: Tensor) -> Tensor:
