@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import re
@@ -19,7 +20,7 @@ from spectrim.report import compare
 from spectrim.selection.budget import Budget
 from spectrim.selection.plan import Plan
 from spectrim.selection.trajectory import Trajectory
-from spectrim.train import LearnedRanks, Recipe, Schedule, learn_ranks
+from spectrim.train import LearnedRanks, Recipe, Schedule, budget_path, learn_ranks
 
 BATCHES = ("--train", "nets:batches", "--test", "nets:batches")
 LEARN = ("compress", "nets:tiny", "--method", "learned-ranks:rank_epochs=2,c_steps=4", *BATCHES, "--epochs", "1")
@@ -66,15 +67,21 @@ def test_compress_meets_a_budget_and_writes_the_course_of_the_ranks(run):
     assert values["MACs"] == found["costs"]["macs"]
 
 
-def test_rows_of_calibration_and_what_is_data_are_as_asked_for(run, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("command", ["compress", "path"])
+def test_rows_of_calibration_and_what_is_data_are_as_asked_for(command, run, monkeypatch: pytest.MonkeyPatch):
     asked = {}
 
-    def learned(*arguments, **options):
+    def noted(verb, *arguments, **options):
         asked.update(options)
-        return learn_ranks(*arguments, **options)
+        return verb(*arguments, **options)
 
-    monkeypatch.setattr("spectrim.cli.learning.learn_ranks", learned)
-    call = (*learn("rank_epochs=0,c_steps=1", "--epochs", "0", "--no-report"), "-b", "macs=60%")
+    monkeypatch.setattr("spectrim.cli.learning.learn_ranks", functools.partial(noted, learn_ranks))
+    monkeypatch.setattr("spectrim.train.budget_path", functools.partial(noted, budget_path))
+    options = {
+        "compress": learn("rank_epochs=0,c_steps=1", "--epochs", "0", "--no-report"),
+        "path": ("path", "nets:tiny", *BATCHES, "--rank-epochs", "0", "--epochs", "0", "--c-steps", "1"),
+    }
+    call = (*options[command], "-b", "macs=60%")
     run(*call, "--positions", "3")
     assert (asked["rows"], asked["positions"], asked["mask"]) == ("auto", 3, None)
     run(*call, "--rows", "100")

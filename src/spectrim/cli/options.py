@@ -64,6 +64,12 @@ input_option = functools.partial(
     option, "Shape of one random sample where there are no data, as 3x224x224.", "SHAPE", flags=("--input",),
     check=read_shape,
 )  # fmt: skip
+mask_option = functools.partial(
+    option, "Tensor of the batches that is not zero where a token is data, or says how many tokens a sample has; "
+    "attention_mask by default, or one of torch's: a key_padding_mask is true of padding.", "NAME",
+)  # fmt: skip
+rows_option = functools.partial(option, "Input patches that a layer's statistics rest on, in all.", "N", min=1)
+positions_option = functools.partial(option, "Input patches of every sample, in place of --rows.", "N", min=1)
 batch_option = functools.partial(option, "Samples a pass where time and memory are measured.", "N", 1, min=1)
 threads_option = functools.partial(option, "CPU threads; by default all that torch takes.", "N", min=1, max=1024)
 runtime_option = functools.partial(
@@ -139,13 +145,9 @@ class InputOptions(Fed):
         "?key=value."
     )
     input_shape: str | None = input_option()
-    mask: str | None = option(
-        "Tensor of the batches that is not zero where a token is data, or says how many tokens a sample has; "
-        "attention_mask by default, or one of torch's: a key_padding_mask is true of padding.",
-        "NAME",
-    )
-    rows: int | None = option("Input patches that a layer's statistics rest on, in all.", "N", min=1)
-    positions: int | None = option("Input patches of every sample, in place of --rows.", "N", min=1)
+    mask: str | None = mask_option()
+    rows: int | None = rows_option()
+    positions: int | None = positions_option()
 
 
 @dataclass(frozen=True)

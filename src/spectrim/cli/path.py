@@ -29,6 +29,9 @@ class PointOptions(Checked):
     )
     cost: list[str] | None = options.costs_option()
     data: str | None = options.calibration_option("Samples that layers are fitted to; some of --train by default.")
+    mask: str | None = options.mask_option()
+    rows: int | None = options.rows_option()
+    positions: int | None = options.positions_option()
     folder: Path = options.folder_option(
         "Folder for path.json, path.svg and a folder for each point.", default=Path("path")
     )
@@ -69,7 +72,8 @@ def path(
     from spectrim.selection.point import Point
     from spectrim.train import budget_path
 
-    run = learning.RankRun(network, options.InputOptions(points.data), training, layers, ranks, budget, cost or ())
+    fitted_to = options.InputOptions(points.data, None, points.mask, points.rows, points.positions)
+    run = learning.RankRun(network, fitted_to, training, layers, ranks, budget, cost or ())
     make_folder(out, folder, ("path.json", "path.svg", "checkpoint/run.json"))
     work = learning.work(run)
     tell_preprocessing(out, work.references, work.dense)
