@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +17,12 @@ from spectrim.nn.checkpoint import save
 from spectrim.nn.find import find
 from spectrim.nn.layers import canonical
 from spectrim.nn.modules import Chained, Factored
+from spectrim.nn.shared import Wide
 from spectrim.nn.shipping import carry
 from spectrim.nn.surgery import parameter_count
 from spectrim.train import carry_optimizer
 from tests.cases import one_thread
-from tests.nn.nets import compressed, low_rank, plan_of
+from tests.nn.nets import compressed, low_rank, plan_of, settle, sparse
 
 SPARSE = st.LowRankPlusSparse(densities=(0.0, 0.1, 0.3), ranks=2, turns=4)
 
@@ -149,6 +151,50 @@ def test_factors_that_layers_share_are_left_alone_with_the_reason(batches: list[
     assert any(entry.members for entry in shared.plan)
     reasons = [each.reason for each in st.find(shared.model).skipped]
     assert any("tied" in reason and "spectrim.merge(model)" in reason for reason in reasons)
+
+
+def made_sparse(model: nn.Sequential, densities: Mapping[str, float]) -> nn.Sequential:
+    """With layers that are sparse by themselves, and one beside a pair."""
+    choices = {name: sparse(0, density, "unstructured") for name, density in densities.items()}
+    choices["5"] = sparse(2, 0.3, "rows")
+    compressed(model, choices)
+    settle(model)
+    carry(model, plan_of(choices))
+    return model
+
+
+@pytest.mark.parametrize("methods", [None, SPARSE], ids=["default", "sparse"])
+def test_layers_beside_sparse_ones_are_compressed_again(methods: Any, batches: list[Tensor], tmp_path: Path) -> None:
+    once = made_sparse(made(), {"2": 0.4})
+    twice = st.compress(once, batches, "macs=85%", methods=methods)
+    # What masks a layer is left alone, and costs what is inside the mask: nothing is a product beside the layers.
+    told = {each.name: each.reason for each in twice.sites.skipped}
+    assert all(told[name].startswith("sparse") and "spectrim.merge" in told[name] for name in ("2", "5.sparse"))
+    assert not twice.sites.work
+    dense = 36 * 144 + 4 * round(0.4 * 576) + 2 * (32 + 12) + 4 * 32 + 60
+    assert twice.plan.dense_costs["macs"] == pytest.approx(dense, rel=0.002)
+    st.save(twice, tmp_path / "twice.safetensors")
+    assert torch.equal(st.load(made(), tmp_path / "twice.safetensors").eval()(batches[0]), twice.model(batches[0]))
+
+
+def test_a_budget_that_sparse_layers_make_impossible_names_them(batches: list[Tensor]) -> None:
+    with pytest.raises(st.InfeasibleBudgetError, match=r"Left alone: 0 .*% of macs\): sparse: .*merge"):
+        st.compress(made_sparse(made(), {"0": 0.4, "2": 0.4}), batches, "macs=50%")
+
+
+def test_parts_that_layers_share_side_by_side_are_told_of_where_they_are_multiplied() -> None:
+    torch.manual_seed(0)
+    stack = nn.Sequential(*(nn.Linear(12, 12) for _ in range(3)), nn.Linear(12, 24)).eval()
+    data, groups = list(torch.randn(64, 12).split(32)), {"all": ["0", "1", "2"]}
+    once = st.compress(stack, data, "parameters=60%", groups=groups, methods=st.JointSVD("both", sweeps=2))
+    wide = [name for name, module in once.model.named_modules() if isinstance(module, Wide)]
+    twice = st.compress(once.model, data, "macs=95%", methods=st.WeightSVD())
+    assert wide
+    assert not twice.sites.work
+    for cost in ("macs", "parameters"):
+        assert twice.plan.dense_costs[cost] == once.plan.costs[cost]
+    told = {each.name: each.reason for each in twice.sites.skipped}
+    assert all("spectrim.merge(model)" in told[name] for name in wide)
 
 
 def test_files_whose_second_plan_names_the_layers_of_a_pair_load_as_before(

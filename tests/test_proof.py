@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -119,6 +120,18 @@ class Slotted(Two):
         return functools.reduce(lambda x, step: step(x), self.steps, x)
 
 
+class Registered(Two):
+    """What was noted down of a module is not known of its copy, which runs all the same."""
+
+    scales: ClassVar[weakref.WeakKeyDictionary[nn.Module, float]] = weakref.WeakKeyDictionary()
+
+    def begin(self) -> None:
+        self.scales[self] = 1.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scales.get(self, 1.0)
+
+
 class Itself(Two):
     def __deepcopy__(self, memo: Any) -> Itself:
         return self
@@ -130,6 +143,7 @@ class Itself(Two):
         (Captured, r"a copy of the Captured calls layer 'a' of the original.*a list of a closure.*skip='a'"),
         (ByNumber, r"a copy of the ByNumber cannot be run.*KeyError.*id\(\) of a module.*by attributes when it runs"),
         (ByInstance, r"a copy of the ByInstance computes something else.*as a global variable.*by attributes"),
+        (Registered, r"a copy of the Registered computes something else.*noted down before"),
         (Slotted, r"a copy of the Slotted cannot be run.*AttributeError.*__slots__"),
         (Itself, r"copy.deepcopy of the Itself gives layer 'a' itself"),
     ],
@@ -141,6 +155,20 @@ def test_a_copy_that_is_none_is_refused_before_the_work(kind: type[Two], message
     with pytest.raises(st.SpectrimError, match=message):
         st.compress(model, BATCHES, st.Budget(macs=0.5), methods=methods)
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Registered, "a copy of the Registered computes something else"),
+        (ByNumber, r"Left alone: a and 1 more .*: channels are left alone: tracing failed with KeyError"),
+    ],
+)
+def test_where_channels_alone_may_go_a_copy_is_tried_too_and_why_they_stay_is_told(
+    kind: type[Two], message: str
+) -> None:
+    with pytest.raises(st.SpectrimError, match=message):
+        st.compress(kind().eval(), BATCHES, st.Budget(macs=0.5), methods=st.PrincipalFilters())
 
 
 class Experts(nn.Module):

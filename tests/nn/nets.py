@@ -10,6 +10,7 @@ from torch import nn
 from spectrim.network.choices import Choice
 from spectrim.nn.build import skeleton
 from spectrim.nn.find import find
+from spectrim.nn.sparse.layers import Masked
 from spectrim.nn.surgery import replace_module
 from spectrim.selection.plan import Entry, Plan
 
@@ -42,6 +43,13 @@ def compressed(model: nn.Module, choices: Mapping[str, Choice]) -> nn.Module:
                 parameter.copy_(torch.randn(parameter.shape) * 0.3)
         replace_module(model, spec.names, pair)
     return model
+
+
+def settle(model: nn.Module) -> None:
+    """Put the weights to zero outside their masks."""
+    for module in model.modules():
+        if isinstance(module, Masked):
+            module.settle()
 
 
 CHOICES = {

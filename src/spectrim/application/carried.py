@@ -253,8 +253,9 @@ def follow(
         log.debug("batches %d to %d", first + 1, last)
         part = work.split.part(first, last)
         with lockstep(
-            work.dense, work.removal.model, calls, batches[first:last], forward=work.feed, places=like.places, sums=sums
-        ) as hub:
+            work.dense, work.removal.model, calls, batches[first:last], forward=work.feed, places=like.places,
+            sets_up=like.sets_up, sums=sums,
+        ) as hub:  # fmt: skip
             for done, step in enumerate(steps):
                 _take(work, step, Stop(hub.reach(step.layer.name), part))
                 if step.layer.name in again:

@@ -64,7 +64,10 @@ def find(
         If a name pattern matches no layer; the message lists the layers.
     """
     check_model(model)
+    masks = _masks(model)
     names = paths_of(model)
+    # Who calls a sparse layer calls what masks it, which multiplies by itself.
+    names |= {layer: names[masked] for layer, (masked, _, _) in masks.items()}
     tied = tied_weights(model)
     chains = {} if parts else {m: found for m in names if (found := _chain(m, names, tied))}
     inside = set(chain.from_iterable(chains.values()))
@@ -73,8 +76,9 @@ def find(
     layers = {m: n for m, n in names.items() if (m in own or m in chains) and m not in inside}
     wanted = Wanted(each_of(skip), each_of(only))
     wanted.check([*chain.from_iterable(layers.values())])
-    listing = _Listing(model, wanted, tied, _masks(model))
+    listing = _Listing(model, wanted, tied, masks)
     listing.add_tied(layers)
+    listing.add_sides(names)
     for module, paths in layers.items():
         if module in listing.read_twice:
             continue
@@ -96,7 +100,7 @@ class _Listing:
     model: nn.Module
     wanted: Wanted
     tied: Mapping[int, list[str]]  # paths of the modules that hold each weight, for weights held by more than one
-    masks: Mapping[nn.Module, tuple[Tensor, Pattern]]  # of the layers whose weight is sparse
+    masks: Masks  # of the layers whose weight is sparse
     sites: list[Layer] = field(default_factory=list)
     skipped: dict[str, tuple[nn.Module | None, Skipped]] = field(default_factory=dict)
     untouched: list[LayerSpec] = field(default_factory=list)
@@ -131,12 +135,23 @@ class _Listing:
         else:
             self.sites.append(site)
 
+    def add_sides(self, names: Mapping[nn.Module, tuple[str, ...]]) -> None:
+        """What multiplies by parts of a weight, some of which other layers have too: these are listed by themselves."""
+        for module in (m for m in names if asked(m, "reads_weights")):
+            spec: Any = asked(module, "original")
+            if all(module is not masked for masked, _, _ in self.masks.values()) and isinstance(spec, LayerSpec):
+                path = names[module][0]
+                self.skipped[path] = None, Skipped(path, spec.kind, f"its weight lies in several parts. {MERGE}")
+                self.untouched.append(
+                    dataclasses.replace(spec, names=names[module], bias=False, shared=math.prod(spec.shape))
+                )
+
     def add(self, module: nn.Module, paths: tuple[str, ...]) -> None:
         """A layer by itself."""
         sparse = f"sparse: its weight is zero outside a mask. {MERGE}" if module in self.masks else None
         spec = spec_of(module, paths) if is_plain(module) else None
         if spec is not None and module in self.masks:
-            spec = _masked(spec, *self.masks[module])
+            spec = _masked(spec, *self.masks[module][1:])
         reason = sparse or obstacle(self.model, module, paths, self.tied) or self.wanted.reason(module, paths, spec)
         if reason is None and spec is not None:
             self.sites.append(Layer(spec, *canonical(module)))
@@ -224,13 +239,11 @@ def _compressed_before(module: Any, paths: tuple[str, ...], parts: tuple[nn.Modu
     return Layer(spec_of(module, paths), weight.detach(), None if bias is None else bias.detach(), present=present)
 
 
-def _elsewhere(
-    model: nn.Module, covered: set[int], masks: Mapping[nn.Module, tuple[Tensor, Pattern]]
-) -> tuple[int, int]:
+def _elsewhere(model: nn.Module, covered: set[int], masks: Masks) -> tuple[int, int]:
     """Parameters outside the layers, and their bytes with those of what else files hold."""
     others = [p for p in parameters_of(model) if id(p) not in covered and not is_lazy(p)]
     # Masks are counted with their layers, as the bytes that files take for them.
-    counted_masks = {id(mask) for mask, _ in masks.values()}
+    counted_masks = {id(mask) for _, mask, _ in masks.values()}
     return sum(p.numel() for p in others), bytes_of_state(model, covered | counted_masks)
 
 
@@ -252,13 +265,16 @@ def check_model(model: object) -> None:
         )
 
 
-def _masks(model: nn.Module) -> dict[nn.Module, tuple[Tensor, Pattern]]:
-    """Mask and pattern of the layers whose weight is sparse (:class:`spectrim.nn.sparse.layers.Masked`)."""
-    found: dict[nn.Module, tuple[Tensor, Pattern]] = {}
+Masks = Mapping[nn.Module, tuple[nn.Module, Tensor, Pattern]]
+"""Of each layer whose weight is sparse what holds it (:class:`spectrim.nn.sparse.layers.Masked`), mask and pattern."""
+
+
+def _masks(model: nn.Module) -> Masks:
+    found: dict[nn.Module, tuple[nn.Module, Tensor, Pattern]] = {}
     for module in model.modules():
         mask, kind, layer = (asked(module, name) for name in ("mask", "pattern", "layer"))
         if isinstance(mask, Tensor) and isinstance(kind, Pattern) and isinstance(layer, nn.Module):
-            found[layer] = mask, kind
+            found[layer] = module, mask, kind
     return found
 
 

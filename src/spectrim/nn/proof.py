@@ -19,7 +19,7 @@ from spectrim.cost.counted import macs, parameters
 from spectrim.cost.whole import Layered, Network, Picks
 from spectrim.errors import ProofError, SpectrimError, first_few
 from spectrim.network.sites import Sites
-from spectrim.nn.copying import MEANS, cannot_run
+from spectrim.nn.copying import MEANS, cannot_run, copy_model
 from spectrim.nn.counting import counting
 from spectrim.nn.merge_proof import alike, check_merged
 from spectrim.nn.modes import said_of_training
@@ -313,14 +313,17 @@ def check_copy(
             f"a copy of the {type(model).__name__} calls layer {strays[0]!r} of the original, so that it cannot be "
             f"replaced: {COPIES}, or skip={strays[0]!r}"
         )
-    return found, tuple(_answers(model, None if removes else answers, part, feed))
+    if removes:  # what has fewer channels answers otherwise
+        with observe(copy_model(model), forward=feed) as running:
+            answers = output_tensors(running(part))
+    return found, tuple(_answers(model, answers, part, feed))
 
 
-def _answers(model: nn.Module, answers: Sequence[Tensor] | None, part: Any, feed: Feed) -> Iterator[str]:
-    """Whether a model repeats itself, and if so, whether these answers of a copy, if any, are its own."""
+def _answers(model: nn.Module, answers: Sequence[Tensor], part: Any, feed: Feed) -> Iterator[str]:
+    """Whether a model repeats itself, and if so, whether these answers of a copy are its own."""
     with observe(model, forward=feed) as running:
         wanted, again = (output_tensors(running(part)) for _ in range(2))
     if not all(map(alike, wanted, again)):
         yield DIFFERS
-    elif answers is not None and not all(map(alike, wanted, answers)):
+    elif not all(map(alike, wanted, answers)):
         raise ProofError(f"a copy of the {type(model).__name__} computes something else than the model does. {MEANS}")

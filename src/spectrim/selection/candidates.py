@@ -205,8 +205,11 @@ class Candidates(Printed):
         # Where channels can go, layers without a choice of their own get cheaper too.
         narrows = any(row.of_channels and len(row.options) > 1 for row in self.rows)
         grouped = {member for row in self.rows if len(row.options) > 1 for member in row.members}
+        # Where channels were looked for and all stay, that is why; of a network that was not traced it is told once.
+        stay = {each.name.removesuffix(":out"): each.reason for each in self.skipped if not each.costs}
+        why = stay.get("", "no method offers anything cheaper for it")
         idle = [
-            Skipped(row.site, row.kind, "no method offers anything cheaper for it", row.dense.costs)
+            Skipped(row.site, row.kind, stay.get(row.site, why), row.dense.costs)
             for row in self.singles
             if len(row.options) == 1 and not row.of_channels and not narrows and row.site not in grouped
         ]

@@ -90,6 +90,7 @@ def lockstep(
     *,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     places: Sequence[Location] = (),
+    sets_up: bool = False,
     sums: Mapping[str, Junction] | None = None,
 ) -> Iterator[Hub]:
     """Run both networks over the batches as far as asked for (:meth:`Hub.reach`).
@@ -107,13 +108,15 @@ def lockstep(
         Runs a model on a batch in another way.
     places
         Where a forward pass keeps something on the model (:func:`probe`): each pass has its own there.
+    sets_up
+        Whether hooks that a pass gives the model are there to stay; else each pass has its own of these, too.
     sums
         What layers' answers are added to (:func:`spectrim.nn.watch.junctions.junctions`): a layer's target is then what
         brings the sum to that of the dense network.
     """
     run = Feed.of(forward)
     first, second = (
-        Runner(model, lambda batch, model=model: run(model, batch), State(model), places)
+        Runner(model, lambda batch, model=model: run(model, batch), State(model), places, sets_up)
         for model in (dense, compressed)
     )
     hub = Hub(dense, Passes(first, batches, calls), Passes(second, batches, calls), sums or {})

@@ -39,6 +39,7 @@ class Runner:
     # What it kept on itself when the passes began, and where a pass changes that.
     state: State
     places: Sequence[Location] = ()
+    sets_up: bool = False  # whether hooks that a pass gives the model are there to stay, for all passes
 
     @functools.cached_property
     def generators(self) -> Sequence[Any]:
@@ -91,16 +92,21 @@ class _Pass(greenlet):
         self._beneath = _Modes.now()  # those that are not the pass's own
         # What the model keeps on itself in this pass: others that run in between keep something else there.
         self._network, self.own = network, network.state.fresh(network.places)
+        # Hooks that it takes away at its end.
+        self._hooks: list[tuple[dict[int, Any], int, Any]] = []
 
     def advance(self, name: str, left: set[str]) -> None:
         """Go on to a layer, but past none that is not left yet."""
         while not self.dead and self.at != name and (self.at is None or self.at in left):
             with switches_kept(self._network.generators):
                 install(self._network.model, self.own)
+                for hooks, key, hook in self._hooks:
+                    hooks[key] = hook
                 self._beneath = _Modes.now()
                 given = self.switch()
                 self.output = given if self.dead else None
                 self.own = taken(self._network.model, self._network.places)
+                self._hooks = [] if self.dead or self._network.sets_up else self._network.state.take_hooks()
 
     def end(self) -> None:
         """Give up what is not done."""

@@ -25,6 +25,7 @@ class Probe:
     order: list[str] = field(default_factory=list)  # layers in the order of their calls
     nbytes: float = 0.0  # most bytes of activations that it holds alive at one of them, a sample
     places: Sequence[Location] = ()  # where it keeps something on the model: activations, caches, counters
+    sets_up: bool = False  # whether it leaves hooks of the model's own there
 
     @property
     def calls(self) -> dict[str, int]:
@@ -72,7 +73,7 @@ def probe(
             state, forward_pass = State(model), feed.ready(model, part)
             with hooked(hooks), alive:
                 forward_pass()
-            seen.places = state.of_pass()
+            seen.places, seen.sets_up = state.of_pass(), state.sets_up
 
     on_few(run, batch, feed)
     return seen

@@ -148,7 +148,7 @@ class State:
         found = dict.fromkeys((*self.changed(), *self._passing, *self.holding()))
         # An object before what is in it.
         places = sorted(found, key=lambda place: len(place.within))
-        if not any(self._new_hooks()):
+        if not self.sets_up:
             return places
         return [p for p in places if p in self._held or not isinstance(p.get(self._model), bool)]
 
@@ -158,6 +158,15 @@ class State:
             for kind, there in zip(_HOOKS, known, strict=True):
                 hooks = vars(module)[kind]
                 yield from ((hooks, key) for key in hooks.keys() - there if is_own(hooks[key]))
+
+    def take_hooks(self) -> list[tuple[dict[int, Any], int, Any]]:
+        """Take away hooks that came meanwhile: where each was, its number, and what it is."""
+        return [(hooks, key, hooks.pop(key)) for hooks, key in list(self._new_hooks())]
+
+    @property
+    def sets_up(self) -> bool:
+        """Whether hooks of the model's own have come to stay."""
+        return any(self._new_hooks())
 
     def holding(self) -> list[Location]:
         """Lists and mappings of modules beside those that torch knows of: a queue of layers that takes turns."""
@@ -178,7 +187,7 @@ class State:
             for place in changed
             if _has_parts(place.get(self._model)) or (place in self._held and _has_parts(self._held[place][1]))
         ]
-        set_up = any(self._new_hooks()) or any(module not in self._hooks for module in self._model.modules())
+        set_up = self.sets_up or any(module not in self._hooks for module in self._model.modules())
         return changed if values and not set_up else values
 
     def fresh(self, places: Iterable[Location]) -> dict[Location, Any]:
@@ -198,8 +207,7 @@ class State:
         what marks them as there does.
         """
         if places is None:
-            for hooks, key in list(self._new_hooks()):
-                del hooks[key]
+            self.take_hooks()
         for place in self.changed() if places is None else places:
             value, copy, version = self._held.get(place, (_GONE, None, 0))
             if _is_log(place.get(self._model)) and (value is _GONE or _is_log(copy)):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spectrim.cost.counted import macs, parameters, size_bytes
+from spectrim.cost.counted import parameters, size_bytes
 from spectrim.errors import CalibrationError, ForwardError, SpectrimError, in_short
 from spectrim.network.coupling import IN, Coupling
 from spectrim.network.layer import LayerSpec
@@ -91,13 +91,12 @@ class Watched:
     passes: PassMaker
     ways: OtherWays  # of coupled channels
     order: Order = dataclasses.field(default_factory=Order)  # of the layers that are called
-    # Samples and tokens so far, whether a mask says which tokens there are, and MACs a sample outside the watched
-    # layers, from the first batch.
+    # Samples and tokens so far, and whether a mask says which tokens there are.
     samples: int = 0
     tokens: int = 0
     masked: bool = False
-    other_macs: float = 0.0
-    # MACs a sample of every module itself, and operations that could not be counted, by path and by name.
+    # MACs a sample of every module itself, from the first batch, and operations that could not be counted: by path, by
+    # name.
     work: Mapping[str, float] = dataclasses.field(default_factory=dict)
     uncounted: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
@@ -170,7 +169,6 @@ class Watched:
             with WorkCounter() as counter, reading(self.model, specs) as read:
                 output = self._run(run, batch, index)
             self.ways.first(self.order.called)
-            self.other_macs = counter.get_total_flops() / 2 / size
             self.work = {path: work / size for path, work in counter.own_macs(self.model).items()}
             self.uncounted = counter.uncounted_in(self.model)
             own = {name: _WRITTEN for name, _ in written(self.model) if name in self.watchers}
@@ -244,6 +242,7 @@ class Watched:
         rest = self._rest(reached)
         running = [spec for layer in layers for spec in layer.running]
         running += [*(spec for each in tied for spec in each.layers), *rest.running]
+        work = self._beside(running)
         couplings, cut_off = self._couplings(rest)
         pooled = {c.name: self.responses[c.name].pooled for c in couplings if c.name in self.responses}
         return dataclasses.replace(
@@ -254,8 +253,8 @@ class Watched:
             untouched=rest.running,
             other_parameters=sites.other_parameters + int(parameters(rest.idle)),
             other_bytes=sites.other_bytes + int(size_bytes(rest.idle)),
-            other_macs=max(0.0, self.other_macs - macs(running)),
-            work=MappingProxyType(self._beside(running)),
+            other_macs=sum(work.values()),
+            work=MappingProxyType(work),
             uncounted=MappingProxyType(dict(self.uncounted)),
             samples=self.samples,
             tokens=self.tokens,
