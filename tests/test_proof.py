@@ -410,6 +410,18 @@ def test_the_report_tells_how_far_outputs_agree() -> None:
     assert "on 24 held-out calibration samples" in str(result.report)
 
 
+def test_where_channels_went_no_samples_count_as_held_out() -> None:
+    low_rank, narrowed = (
+        st.compress(Two().eval(), BATCHES, "macs=70%", methods=method)
+        for method in (st.ActivationSVD(), st.PrincipalFilters())
+    )
+    # What reads the channels that are left makes up for the others by the statistics of all samples.
+    for result, held_out in ((low_rank, True), (narrowed, False)):
+        agreed = result.report.agreement
+        assert agreed is not None
+        assert (agreed.held_out, "held-out" in str(agreed)) == (held_out, held_out)
+
+
 class Clipped(Two):
     def forward(self, x: Tensor) -> Tensor:
         if self.training:

@@ -124,6 +124,28 @@ def test_reconstruction_beats_the_closed_form_which_beats_no_correction(name: st
     assert closed < bare
 
 
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 32, dropout=0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder(x)
+
+
+def test_a_narrowed_encoder_runs_by_the_kernels_that_it_runs_by_once_it_is_loaded(tmp_path):
+    x = torch.randn(96, 5, 8)
+    result = st.compress(Encoder().eval(), list(x.split(48)), "macs=85%", methods=st.PrincipalFilters())
+    st.save(result, tmp_path / "narrowed.safetensors")
+    loaded = st.load(Encoder(), tmp_path / "narrowed.safetensors").eval()
+    small, again = (model.encoder.layers[0] for model in (result.model, loaded))
+    assert small.linear1.out_features == again.linear1.out_features < 32
+    assert small.activation_relu_or_gelu == again.activation_relu_or_gelu == 1  # torch's mark of fused kernels
+    with torch.no_grad():
+        assert torch.equal(result.model(x), loaded(x))
+
+
 @pytest.mark.table(every=3)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("given", [True, False])

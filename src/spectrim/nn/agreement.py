@@ -50,7 +50,7 @@ class Agreement:
         Share of rows whose largest output is at the same place, or of equal labels where all outputs are labels (whole
         numbers, true or false); None for outputs that are neither labels nor scores of classes.
     held_out
-        Whether the layers were not fitted to these samples.
+        Whether the layers were not fitted to these samples; where channels went they were, by statistics of all.
     worst
         The error of the output that is furthest off, where there are several: in ``error`` the largest ones weigh most.
     divergence

@@ -9,7 +9,7 @@ from torch import nn
 
 from spectrim.errors import PlanError, called_as
 from spectrim.nn.copying import copy_model
-from spectrim.nn.layers import paths_of
+from spectrim.nn.layers import is_layer, paths_of
 from spectrim.nn.modules import FactoredHead, FactoredTable, dense_layer
 from spectrim.nn.parameters import parameters_of
 from spectrim.nn.shipping import declare_ties, forget_layers, without_bias
@@ -45,7 +45,7 @@ def replace_module(model: nn.Module, names: Iterable[str], module: nn.Module) ->
             take_over(old, module)
         else:
             setattr(owner, leaf, module)
-        if isinstance(owner, nn.TransformerEncoderLayer):
+        if isinstance(owner, nn.TransformerEncoderLayer) and not is_layer(module):
             _leave_fused_kernels(model, owner)
 
 

@@ -291,10 +291,13 @@ def reported(
 ) -> Report:
     """What a plan that was carried out did; where there are batches, how far the outputs agree.
 
-    Of a network that was trained since, no samples are held out.
+    Of a network that was trained since, no samples are held out; where channels went neither, since what reads those
+    that are left makes up for the others by the statistics of all samples.
     """
     held_out = () if trained else done.held
     agreed = None if batches is None else agreement(model, small, batches, held_out, mask=mask, forward=forward)
+    if agreed is not None and any(isinstance(entry.choice, ChannelsChoice) for entry in plan):
+        agreed = dataclasses.replace(agreed, held_out=False)
     notes = (
         *sites.notes, *few_rows(sites), *uncounted_work(sites), *_said_of_mode(small), *notes, *_said_of_layers(done),
         *done.notes,
