@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import spectrim as st
+from spectrim.application import Applied
 from spectrim.errors import CheckpointError, InfeasibleBudgetError, PlanError
 from spectrim.methods import WeightSVD
 from spectrim.nn.modules import Factored
@@ -20,9 +21,10 @@ from spectrim.nn.surgery import parameter_count
 from spectrim.selection.trajectory import Trajectory
 from spectrim.train import LearnedResult, Recipe, Schedule, budget_path, learn_ranks
 from spectrim.train import resume as resuming
+from spectrim.train.one_shot import Candidate, better
 from tests.train import learning_script, mortal
 from tests.train.learned import timeless
-from tests.train.learning_script import SCHEDULE, Residual, Stop, Stopping, learn, options, path, shuffled
+from tests.train.learning_script import SCHEDULE, Residual, Stop, Stopping, calibration, learn, options, path, shuffled
 from tests.train.small import accuracy, equal, fixed_batches, loader, weights
 
 BUDGET = st.Budget(parameters=0.5)
@@ -142,8 +144,49 @@ def test_without_learning_it_is_one_choice_on_the_weights_as_they_are() -> None:
     sites = st.find(Residual())
     table = st.tabulate(st.calibrate(Residual(), sites, fixed_batches()), [WeightSVD()])
     assert result.plan.costs.keys() == table.dense.keys()
+    calibrated = st.calibrate(Residual(), sites, fixed_batches(48, 24))
+    by_data = st.select(st.tabulate(calibrated, [st.ActivationSVD()]), BUDGET)
+    assert [e.choice for e in result.plan] == [e.choice for e in by_data]
+    by_weight = learn(learning=Recipe(epochs=0), tuning=Recipe(epochs=0), energy="weight")
     bare = st.tabulate(sites, [WeightSVD()])
-    assert [e.choice for e in result.plan] == [e.choice for e in st.select(bare, BUDGET)]
+    assert [e.choice for e in by_weight.plan] == [e.choice for e in st.select(bare, BUDGET)]
+
+
+@pytest.mark.parametrize("metric", [False, True])
+def test_learning_that_does_harm_gives_way_to_what_compress_makes(metric: bool) -> None:
+    # Steps that are far too large.
+    model, harm = Residual().eval(), Recipe(epochs=1, lr=0.5, warmup=0.0, clip=None)
+    inputs = calibration()[0][0]
+
+    def alike(small: nn.Module) -> float:
+        return -float((small(inputs) - model(inputs)).square().mean())
+
+    settings = options(learning=harm, tuning=Recipe(epochs=0), evaluate=alike if metric else None)
+    result = learn_ranks(model, fixed_batches(), BUDGET, **settings)
+    alone = st.compress(model, calibration(), BUDGET, groups=False)
+    assert result.plan.costs == alone.plan.costs
+    assert [e.choice for e in result.plan] == [e.choice for e in alone.plan]
+    assert equal(weights(result.model), weights(alone.model))
+    assert sum("learning has not paid" in note for note in result.report.notes) == 1
+    assert result.learning is not None
+
+
+def test_of_two_networks_the_one_that_loses_less_goes_on() -> None:
+    applied = [Applied(nn.Linear(1, 1)) for _ in range(2)]
+    found = learn(learning=Recipe(epochs=0), tuning=Recipe(epochs=0))
+    learned, other = (Candidate(each, found.plan, found.candidates, found.sites) for each in applied)
+
+    def lost(numbers: tuple[float, float]) -> Any:
+        return lambda model: dict(zip((id(each.model) for each in applied), numbers, strict=True))[id(model)]
+
+    def fails(model: nn.Module) -> float:
+        raise ValueError("no targets")
+
+    assert better(learned, other, lost((1.0, 0.5)))[0] is other
+    for judge in (lost((0.5, 1.0)), lost((1.0, 1.0)), lost((1.0, float("nan"))), fails):
+        assert better(learned, other, judge) == (learned, ())
+    assert better(learned, None, fails) == (learned, ())
+    assert better(learned, other, lost((float("inf"), 1.0)))[0] is other
 
 
 @pytest.mark.slow

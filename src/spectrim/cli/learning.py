@@ -22,7 +22,7 @@ from spectrim.cli.results import Outcome
 from spectrim.cli.subject import Subject
 from spectrim.cli.unfinished import UNFINISHED, RunFolder, make_folder
 from spectrim.cli.values import read_budget, read_costs
-from spectrim.methods import WeightSVD
+from spectrim.methods import ActivationSVD, WeightSVD
 from spectrim.network.printing import count
 from spectrim.preparation import prepare
 from spectrim.selection.budget import Budget
@@ -79,15 +79,17 @@ class RankRun:
         given: dict[str, Any] = {"costs": self.functions} if self.costs else {}
         if learned.multiplier is not None:
             given |= {"multiplier": learned.multiplier, "cost": learned.cost}
+        if learned.energy is not None:
+            given["energy"] = learned.energy
         if layers.multiple_of is not None:
-            given["methods"] = [WeightSVD(multiple_of=layers.multiple_of)]
+            by_weight = learned.energy == "weight" or learned.multiplier is not None
+            given["methods"] = [(WeightSVD if by_weight else ActivationSVD)(multiple_of=layers.multiple_of)]
         with usage("rank_lr"):
             learning = Recipe(epochs=learned.rank_epochs, lr=learned.rank_lr)
         return given | {
             "learning": learning,
             "tuning": self.training.recipe(),
             "schedule": spread_schedule(learned.c_steps),
-            "energy": learned.energy,
             "skip": list(layers.skip or ()),
             "only": list(layers.only or ()),
         }

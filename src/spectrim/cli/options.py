@@ -210,14 +210,16 @@ class LearningOptions:
     rank_epochs: int = option("Epochs of learning weights and ranks together.", "N", 10)
     rank_lr: float | None = option("Highest learning rate of these epochs.", "NUMBER")
     c_steps: int = option("How often ranks are chosen in these epochs.", "N", 64)
-    energy: str = option("weight or output, whose energy errors are shares of.", "WHICH", "weight")
+    energy: str | None = option(
+        "weight or output, whose energy errors are shares of; by default output, and weight with a multiplier.", "WHICH"
+    )
 
     def __post_init__(self) -> None:
         if self.rank_epochs < 0:
             raise UsageError(f"rank_epochs is {self.rank_epochs}; expected 0 or more")
         if self.c_steps < 1:
             raise UsageError(f"c_steps is {self.c_steps}; expected 1 or more")
-        if self.energy not in ("weight", "output"):
+        if self.energy not in (None, "weight", "output"):
             raise UsageError(f"energy is {self.energy!r}; expected weight or output")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spectrim.cost.counted import known
 from spectrim.errors import PlanError
-from spectrim.methods import JointSVD, Method, WeightSVD
+from spectrim.methods import ActivationSVD, JointSVD, Method, WeightSVD
 from spectrim.methods.base import full_rank
 from spectrim.network.choices import Choice, ZeroChoice
 from spectrim.network.layer import LayerSpec
@@ -127,14 +127,15 @@ def _check_finite(sites: Sites) -> None:
 ZERO = ZeroChoice(0)
 
 
-def rank_methods(*, paper: bool, groups: bool = False) -> list[Method]:
+def rank_methods(*, paper: bool, groups: bool = False, by_data: bool = False) -> list[Method]:
     """What a C step offers by default: truncated SVDs in all unfoldings, or those of the paper; with groups joint ones.
 
-    The paper's have no groups.
+    The paper's have no groups. ``by_data`` makes them low rank of responses.
     """
     if paper:
         return [WeightSVD(unfoldings=("channel",), multiple_of=1, to_full_rank=True)]
-    return [WeightSVD(), JointSVD("left"), JointSVD("right")] if groups else [WeightSVD()]
+    alone: list[Method] = [ActivationSVD() if by_data else WeightSVD()]
+    return [*alone, JointSVD("left"), JointSVD("right")] if groups else alone
 
 
 def with_zero(table: Candidates, sites: Sites) -> Candidates:

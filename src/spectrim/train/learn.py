@@ -11,7 +11,6 @@ from typing import Any
 
 from torch import nn
 
-from spectrim.application import Applied
 from spectrim.cost import counted
 from spectrim.cost.latency import Latency
 from spectrim.errors import CheckpointError, called_as, did_you_mean
@@ -26,7 +25,7 @@ from spectrim.nn.watch.masks import Mask
 from spectrim.nn.watch.nesting import begun
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.pipeline import Result, reported
-from spectrim.preparation import check_options, locate, prepare
+from spectrim.preparation import Prepared, check_options, locate, prepare
 from spectrim.progress import reporting
 from spectrim.selection.budget import COSTS, Budget, BudgetLike
 from spectrim.selection.plan import Plan
@@ -37,7 +36,8 @@ from spectrim.train.batches import epoch_length
 from spectrim.train.devices import assign
 from spectrim.train.learned_ranks import LearnedRanks
 from spectrim.train.loop import Evaluate, Loop
-from spectrim.train.objective import Loss
+from spectrim.train.objective import Loss, Objective
+from spectrim.train.one_shot import Candidate, better, loss_of, one_shot
 from spectrim.train.recipe import Recipe
 from spectrim.train.result import TrainingResult
 from spectrim.train.schedule import Schedule
@@ -117,8 +117,8 @@ def learn_ranks(
     budget
         For the whole network. ``multiplier=`` among the options takes its place.
     calibration
-        Batches of inputs for the first low-rank copy and for the final fit; the first 2,048 samples of ``batches``
-        if None.
+        Batches of inputs for the low-rank copies and for the final fit; the first 2,048 samples of ``batches`` if None.
+        With their labels they judge whether learning has paid, best if they are none that are trained on.
     learning
         Training of the dense network with the penalty. The C steps are spread evenly over its epochs.
     tuning
@@ -136,14 +136,16 @@ def learn_ranks(
         How many rows of the calibration batches statistics and fits rest on, which of their tokens are data, and where
         a batch's samples are; see :func:`spectrim.calibrate`.
     teacher, loss, evaluate, progress, accelerate
-        As for :func:`spectrim.fine_tune`; ``evaluate`` is used in tuning.
+        As for :func:`spectrim.fine_tune`; ``evaluate``, of which more is better, is used in tuning, and in place of the
+        loss to judge whether learning has paid.
     checkpoint
         Folder of two training checkpoints. A call that was killed and made again continues from them and ends in the
         same weights, bit for bit on a CPU.
     latency
         How time is measured, for a latency budget.
     **options
-        Of :class:`LearnedRanks`: ``schedule``, ``multiplier``, ``methods``, ``energy``, ...
+        Of :class:`LearnedRanks`: ``schedule``, ``multiplier``, ``methods``, ``energy``, ... Within a budget ``energy``
+        is ``"output"`` by default.
 
     Returns
     -------
@@ -153,6 +155,12 @@ def learn_ranks(
     ------
     InfeasibleBudgetError
         If the budget cannot be met.
+
+    Notes
+    -----
+    Where a few steps of learning have done harm, the network that :func:`spectrim.compress` makes of the given weights
+    within the budget is fine-tuned and returned, and a note of the report says so. With a multiplier, and where
+    milliseconds are limited, the two are not compared.
     """
     limits = None if budget is None else _limits(budget, options)
     folder = None if checkpoint is None else path_of(checkpoint, "checkpoint")
@@ -298,8 +306,13 @@ class _Run:
         net.to(assign(net, self.training["accelerate"]).device)
         # Calibration batches may be drawn from the generators, too.
         with randomness.seeded(learning.seed, self.calibration):
-            ranks = self._ranks(net, budget)
-        check_reachable(ranks.candidates, left)
+            known, ranks = self._ranks(net, budget)
+            check_reachable(ranks.candidates, left)
+            # Of the weights as they are now. What is measured would not come out alike in a call that goes on.
+            other = None
+            if learning.epochs and budget is not None and budget.latency is None:
+                options = (self.options.get("methods"), self.options.get("costs"))
+                other = one_shot(net, known, budget, *options, self.feed)
         # Every training goes on counting epochs and seeds, so that none repeats the orders of the one before.
         epoch = number * (learning.epochs + tuning.epochs)
         learned = tuned = None
@@ -309,16 +322,26 @@ class _Run:
                 loop.run(until=loop.epoch + 1)
             learned = loop.result()
         with randomness.seeded(learning.seed, self.calibration):
-            small, plan = self._finished(ranks, folder)
+            found, said = better(self._finished(ranks, folder), other, self._lost)
+        small = found.applied.model
         if tuning.epochs:
             epoch += learning.epochs
             tuned = self._loop(small, tuning, epoch, folder, "tuning", evaluate=self.evaluate).run()
         with randomness.seeded(learning.seed, self.calibration):
             report = reported(
-                self.model, small, ranks.fitted, plan, ranks.applied or Applied(small), self.calibration,
-                mask=self.sampling.mask, forward=self.feed, trained=True,
+                self.model, small, found.sites, found.plan, found.applied, self.calibration,
+                mask=self.sampling.mask, forward=self.feed, notes=said, trained=True,
             )  # fmt: skip
-        return LearnedResult(small, plan, report, ranks.candidates, ranks.fitted, ranks.trajectory, learned, tuned)
+        return LearnedResult(small, found.plan, report, found.table, found.sites, ranks.trajectory, learned, tuned)
+
+    def _lost(self, model: nn.Module) -> float:
+        """What is lost with a network before it is fine-tuned."""
+        assert self.calibration is not None
+        recipe, training = self.tuning, self.training
+        objective = Objective(training["loss"], training["teacher"], recipe.distillation, recipe.precision)
+        return loss_of(
+            model, self.calibration, objective, lambda b: self.feed.decide(self.model, b).layout.size(b), self.evaluate
+        )
 
     def _first(self, seed: int) -> list[Any]:
         """Training batches up to a number of samples, for calibration: the same ones in every call with one seed."""
@@ -331,9 +354,9 @@ class _Run:
                     break
         return batches
 
-    def _finished(self, ranks: LearnedRanks, folder: Path | None) -> tuple[nn.Module, Plan]:
+    def _finished(self, ranks: LearnedRanks, folder: Path | None) -> Candidate:
         """The factored network; its plan is kept, since one made by measuring comes out differently another time."""
-        kept = None if folder is None else folder / "plan.json"
+        kept, plan = None if folder is None else folder / "plan.json", None
         if kept is not None and kept.exists():
             plan, asked = Plan.read(kept), ranks.trajectory.budget
             # A limit in time is a share of what was measured, which differs from one process to the next.
@@ -343,19 +366,20 @@ class _Run:
                     f"{kept}: a plan within {dict(plan.budget)}, but the budget is {dict(asked)}. Delete the folder "
                     "to start again"
                 )
-            return ranks.finish(self.calibration, plan=plan, forward=self.feed, **vars(self.sampling))
-        small, plan = ranks.finish(self.calibration, forward=self.feed, **vars(self.sampling))
-        if kept is not None:
+        _, chosen = ranks.finish(self.calibration, plan=plan, forward=self.feed, **vars(self.sampling))
+        if kept is not None and plan is None:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            plan.write(kept)
-        return small, plan
+            chosen.write(kept)
+        assert ranks.applied is not None
+        return Candidate(ranks.applied, chosen, ranks.candidates, ranks.fitted)
 
     def _loop(self, model: nn.Module, recipe: Recipe, epoch: int, folder: Path | None, name: str, **hooks: Any) -> Loop:
         recipe = replace(recipe, seed=recipe.seed + epoch)
         path = None if folder is None else folder / f"{name}.safetensors"
         return Loop(model, self.batches, recipe, checkpoint=path, first_epoch=epoch, **hooks, **self.training)
 
-    def _ranks(self, net: nn.Module, budget: Budget | None) -> LearnedRanks:
+    def _ranks(self, net: nn.Module, budget: Budget | None) -> tuple[Prepared, LearnedRanks]:
+        """The network as it is prepared, and a run that begins with it."""
         assert self.calibration is not None
         sites = locate(net, self.calibration, skip=self.skip, only=self.only, parts=True, forward=self.feed)
         with reporting(self.training["progress"]) as report:
@@ -371,7 +395,10 @@ class _Run:
         # The last C step is due after the last batch.
         every = max(1.0, total / max(1, schedule.steps - 1))
         timing = {"latency": prepared.latency, "dense_latency": prepared.dense_latency}
-        return LearnedRanks(net, prepared.sites, budget, every=every, **{**self.options, **timing})
+        by_data = budget is not None and self.options.get("normalize", True)
+        energy = "output" if by_data and all(site.statistics for site in prepared.sites) else "weight"
+        options = {"energy": energy, **self.options, **timing}
+        return prepared, LearnedRanks(net, prepared.sites, budget, every=every, **options)
 
 
 def _settled(trajectory: Trajectory, patience: int | None) -> bool:

@@ -79,9 +79,9 @@ class LearnedRanks:
     schedule
         ``mu`` at every C step.
     methods
-        What may be chosen at each site. By default truncated SVDs of the weight in all its unfoldings. With
-        :class:`~spectrim.methods.LowRankPlusSparse` among them copies may be sums of a low-rank and a sparse weight;
-        a C step then takes as long as a table of that method does.
+        What may be chosen at each site. By default truncated SVDs of the weight in all its unfoldings, or low rank of
+        responses where ``energy`` is theirs. With :class:`~spectrim.methods.LowRankPlusSparse` among them copies may be
+        sums of a low-rank and a sparse weight; a C step then takes as long as a table of that method does.
     start
         Methods of the first C step alone. By default truncated SVDs by weight and by data if the sites are calibrated
         and a budget is given, so that the first low-rank copy is a good network; else ``methods``.
@@ -174,7 +174,7 @@ class LearnedRanks:
         self.methods = (
             as_methods(methods)
             if methods is not None
-            else c_step.rank_methods(paper=not dense, groups=bool(sites.groups))
+            else c_step.rank_methods(paper=not dense, groups=bool(sites.groups), by_data=energy == "output")
         )
         self._layers = {spec.name: model.get_submodule(spec.name) for spec in (site.spec for site in sites)}
         self._targets: dict[str, Tensor] = {}
