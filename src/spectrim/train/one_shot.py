@@ -48,7 +48,8 @@ def one_shot(
 ) -> Candidate:
     """What :func:`spectrim.compress` makes of the present weights within the budget."""
     sites = known.sites.untied()
-    table = tabulate(sites, methods, costs=costs)
+    timing = {"latency": known.latency, "dense_latency": known.dense_latency}
+    table = tabulate(sites, methods, costs=costs, **timing)
     plan = exact(table, budget)
     applied = carry_out(net, sites, plan, known.batches, methods=methods, forward=feed, sampling=known.sampling)
     return Candidate(applied, plan, table, sites)
@@ -101,7 +102,7 @@ def better(
     if not theirs < ours:
         return learned, ()
     return other, (
-        f"learning has not paid: the network that compress makes without it lost less, {theirs:.4g} against {ours:.4g} "
+        f"learning has not paid: the network that compress makes without it lost less, {theirs:.6g} against {ours:.6g} "
         "(the mean loss of training, or the negative metric), and was taken. More epochs of learning, or another rate, "
         "may change that",
     )
