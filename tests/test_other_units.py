@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -95,6 +96,27 @@ def test_no_choice_and_no_output_changes(
     assert [e.error for e in two.plan] == pytest.approx([e.error for e in one.plan], rel=1e-3, abs=1e-5)
     with torch.no_grad():
         wanted, given = one.model(x), two.model(changed) / unit
+    assert float((wanted - given).norm() / wanted.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("methods", [None, [st.ActivationSVD()]], ids=["default", "low rank"])
+def test_hidden_channels_of_every_layer_in_units_of_their_own(methods: list[st.Method] | None) -> None:
+    """Over 12 decades: sharing is not taken for cheap, and what held-out samples gain is told in the outputs' units."""
+    torch.manual_seed(0)
+    sizes = (40, 64, 64, 48, 9)
+    net = nn.Sequential(*(each for a, b in pairwise(sizes) for each in (nn.Linear(a, b), nn.ReLU())))[:-1].eval()
+    x = torch.randn(320, 40) @ torch.randn(40, 40) / 6
+    other, draw = copy.deepcopy(net), torch.Generator().manual_seed(0)
+    for first, second in ((0, 2), (2, 4), (4, 6)):
+        units = 10 ** (12 * torch.rand(len(net[first].bias), generator=draw) - 6)
+        other[first].weight.data, other[first].bias.data = (
+            times(value.data, units, 0) for value in (other[first].weight, other[first].bias)
+        )
+        other[second].weight.data = times(other[second].weight.data, 1 / units, 1)
+    one, two = (st.compress(each, x.split(64), "parameters=60%", methods=methods) for each in (net, other))
+    assert [e.choice for e in two.plan] == [e.choice for e in one.plan]
+    with torch.no_grad():
+        wanted, given = one.model(x), two.model(x)
     assert float((wanted - given).norm() / wanted.norm()) < 1e-3
 
 

@@ -22,8 +22,9 @@ def problem(n: int, d: int, o: int, *, noise: float, seed: int, moved: float = 1
     return weight, x, y
 
 
-def fitted(kind: str, weight: Tensor, x: Tensor, y: Tensor, *, cut: int) -> Tensor:
+def fitted(kind: str, weight: Tensor, x: Tensor, y: Tensor, *, cut: int, units: Tensor | None = None) -> Tensor:
     """The weight fitted to all rows but the first ``cut``, each of which is a sample that is held out."""
+    units = y.new_ones(len(y), y.shape[2]) if units is None else units
     g, d = x.shape[0], x.shape[2]
     rows = torch.cat([x, y], dim=2)
     joint = Paired(g, rows.shape[2], d) if kind == "moments" else Sketch(g, rows.shape[2], size=512)
@@ -33,7 +34,7 @@ def fitted(kind: str, weight: Tensor, x: Tensor, y: Tensor, *, cut: int) -> Tens
     inputs = away[:, cut:, :d]
     scarce = scarcity(joint.count, inputs.square().sum(1), inputs.pow(4).sum(1))
     held = Unseen(away[:, :cut, :d], away[:, :cut, d:], torch.arange(cut)) if cut else None
-    return towards(weight, regression, scarce, held, joint.count)
+    return towards(weight, regression, scarce, held, joint.count, units)
 
 
 def lost(weight: Tensor, x: Tensor, y: Tensor, *, cut: int) -> float:
@@ -81,6 +82,18 @@ def test_units_of_the_inputs_change_nothing(kind):
     tolerance = 1e-8 if kind == "moments" else 1e-3
     assert not torch.allclose(plain, weight, rtol=0.1)
     torch.testing.assert_close(scaled * units, plain, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", ["moments", "rows"])
+def test_units_of_the_outputs_change_nothing_where_they_are_told(kind):
+    weight, x, y = problem(80, 20, 5, noise=2.0, seed=3, moved=0.3)
+    units = 10.0 ** torch.linspace(-6, 6, 5, dtype=torch.float64)
+    plain = fitted(kind, weight, x, y, cut=20)
+    scaled = fitted(kind, weight * units.unsqueeze(1), x, y * units, cut=20, units=1 / units.unsqueeze(0))
+    untold = fitted(kind, weight * units.unsqueeze(1), x, y * units, cut=20)
+    tolerance = 1e-8 if kind == "moments" else 1e-3
+    torch.testing.assert_close(scaled / units.unsqueeze(1), plain, rtol=tolerance, atol=tolerance)
+    assert not torch.allclose(untold / units.unsqueeze(1), plain, rtol=0.01)
 
 
 @pytest.mark.parametrize("kind", ["moments", "rows"])

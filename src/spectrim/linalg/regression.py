@@ -12,6 +12,8 @@ but what is seen too seldom is fitted to noise. Three things keep it from that:
 - How strong the ridge is, and what share of the step is taken, is decided on samples that are not fitted: the step that
   gains most by one standard error below the mean over samples (the rule of Breiman et al. 1984), or none.
 - No input's weights change by more than a few times their own size.
+
+What is gained over all outputs, and how large an input's weights are, is told in units of the outputs that are given.
 """
 
 from __future__ import annotations
@@ -124,7 +126,12 @@ def scarcity(count: int, squares: Float[Tensor, "g d"], fourths: Float[Tensor, "
 
 
 def towards(
-    weight: Float[Tensor, "g o d"], fitted: Regression, scarce: Float[Tensor, "g d"], unseen: Unseen | None, count: int
+    weight: Float[Tensor, "g o d"],
+    fitted: Regression,
+    scarce: Float[Tensor, "g d"],
+    unseen: Unseen | None,
+    count: int,
+    units: Float[Tensor, "g o"],
 ) -> Float[Tensor, "g o d"]:
     """The weight that answers best for the inputs it is given, as far as samples that were held out agree.
 
@@ -140,6 +147,8 @@ def towards(
         Samples that were held out; None if there are none: then the whole step is taken, with a little ridge.
     count
         Rows fitted.
+    units
+        What answers are multiplied by where outputs are added up.
 
     Returns
     -------
@@ -149,21 +158,24 @@ def towards(
     missing = fitted.missing(weight)
     if unseen is None:
         return weight.double() + fitted.step(missing, torch.full_like(scarce, ridge(count, weight.shape[2])))
-    left = unseen.answers - unseen.inputs @ weight.to(unseen.inputs.dtype).mT
+    each = units.to(unseen.inputs).unsqueeze(1)
+    left = (unseen.answers - unseen.inputs @ weight.to(unseen.inputs.dtype).mT) * each
     best, most = torch.zeros_like(weight, dtype=torch.float64), 0.0
     for strength in STRENGTHS:
-        step = _bounded(fitted.step(missing, strength * scarce + 1e-6), weight)
-        gains = unseen.gains(left, step.to(unseen.inputs.dtype))
+        step = _bounded(fitted.step(missing, strength * scarce + 1e-6), weight, units)
+        gains = unseen.gains(left, (step * units.unsqueeze(2)).to(unseen.inputs.dtype))
         gain, place = (value.item() for value in gains.max(0))
         if gain > most:
             best, most = SHARES[int(place)] * step, gain
     return weight.double() + best
 
 
-def _bounded(step: Float[Tensor, "g o d"], weight: Float[Tensor, "g o d"]) -> Float[Tensor, "g o d"]:
+def _bounded(
+    step: Float[Tensor, "g o d"], weight: Float[Tensor, "g o d"], units: Float[Tensor, "g o"]
+) -> Float[Tensor, "g o d"]:
     """A step that changes no input's weights by more than :data:`MOST` times their own size.
 
     So what an input does beyond all that was seen of it has a bound.
     """
-    most, size = weight.double().norm(dim=1, keepdim=True), step.norm(dim=1, keepdim=True)
+    most, size = ((each * units.unsqueeze(2)).norm(dim=1, keepdim=True) for each in (weight.double(), step))
     return step * (MOST * most / size.clamp_min(1e-300)).clamp_max(1.0)

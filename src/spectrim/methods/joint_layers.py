@@ -35,7 +35,8 @@ class JointLayers:
     # What every layer sees; one object for all that see the same. None without calibration.
     seen: tuple[statistics.Patches, ...] | None
     scale: float  # what losing all layers adds to the loss
-    # Each layer's own weight of the outputs, as a root in the units above, where one is shared and it has one.
+    # Each layer's own weight of the outputs, as a root in the units above, where one is shared and it has one; with it
+    # the energy of the layer's matrix is what losing the layer adds to the loss.
     own_roots: tuple[Tensor, ...] = ()
 
     @property
@@ -51,7 +52,14 @@ class JointLayers:
     def lost(self, products: Sequence[Tensor]) -> float:
         """What products in place of the mixed matrices add to the loss."""
         missing = [m - product for m, product in zip(self.mixed, products, strict=True)]
+        if self.own_roots:
+            return sum(_energies([self.by_own(m, number) for number, m in enumerate(missing)], self.seen))
         return sum(c * energy for c, energy in zip(self.counts, _energies(missing, self.seen), strict=True))
+
+    def by_own(self, mixed: Tensor, number: int) -> Tensor:
+        """Columns beside those of a mixed matrix, weighed as the layer's own outputs are."""
+        columns = response.unmix(mixed, self.units[number].root) / self.roots[number]
+        return response.mix(columns, self.own_roots[number])
 
     def own_left(self, left: Tensor, number: int) -> Tensor:
         """The first factor of one layer alone, fitted to its mixed matrix, for the layer as it is."""
@@ -103,13 +111,19 @@ def pose(site: Group, how: Unfolding, *, left: bool, right: bool, plain: bool = 
     own_roots = _own_roots(units) if right else ()
     alone = _energies(list(map(response.mix, matrices, own_roots)), seen) if own_roots else totals
     scales = [statistics.scale(part, total) for part, total in zip(parts, alone, strict=True)]
-    # A layer without energy loses nothing, whatever it is scaled by.
-    roots = tuple((s / t) ** 0.5 if s > 0 and t > 0 else 1.0 for s, t in zip(scales, totals, strict=True))
+    roots = _sized(scales, totals)
+    own_roots = tuple(size * own for size, own in zip(_sized(scales, alone), own_roots, strict=False))
     ones = (1.0,) * len(parts)
     if plain:
         return JointLayers(matrices, mixed, ones, tuple(root**2 for root in roots), units, seen, sum(scales), own_roots)
     mixed = tuple(root * m for root, m in zip(roots, mixed, strict=True))
     return JointLayers(matrices, mixed, roots, ones, units, seen, sum(scales), own_roots)
+
+
+def _sized(scales: Sequence[float], energies: Sequence[float]) -> tuple[float, ...]:
+    """What makes of matrices of these energies such of the others."""
+    # A layer without energy loses nothing, whatever it is scaled by.
+    return tuple((s / e) ** 0.5 if s > 0 and e > 0 else 1.0 for s, e in zip(scales, energies, strict=True))
 
 
 def _own_roots(units: Sequence[Standard]) -> tuple[Tensor, ...]:

@@ -204,6 +204,8 @@ class JointSVD(Method):
         if self.share == "right":
             spectrum = joint.right_shared(group.mixed, metrics, most)
             energies, basis = spectrum.energies, spectrum.basis
+            if group.own_roots:
+                return ranks, _lost_by_own(group, metrics, basis)[ranks].tolist(), energies
             lefts = [m @ basis for m in group.mixed]
             exact = group.separates
         else:
@@ -224,7 +226,7 @@ class JointSVD(Method):
         """The same by carrying a few ranks out: what is minimised is not what is lost."""
         knots = _knots(ranks)
         fits = (self._best(group, rank, round(self._left_share * rank), ranks) for rank in knots)
-        return knots, [group.lost(state.products()) for state in fits], None
+        return knots, [group.lost(_by_own_outputs(group, state).products()) for state in fits], None
 
     def _lost_by_both(self, group: JointLayers, ranks: list[int]) -> tuple[list[int], list[float], None]:
         """The same for both parts: no decomposition has all ranks, so a few are fitted, each from the one before."""
@@ -242,6 +244,8 @@ class JointSVD(Method):
             yield state
 
     def _rest(self, group: JointLayers, state: Bilateral) -> float:
+        if group.own_roots:
+            return group.lost(_by_own_outputs(group, state).products())
         if group.metrics is None or group.separates:
             return bi_joint.objective(group.mixed, state.products(), group.metrics)
         layers = list(zip(group.mixed, group.metrics, state.own_lefts, strict=True))
@@ -384,14 +388,28 @@ def _by_own_outputs(group: JointLayers, state: Bilateral) -> Bilateral:
     """
     if not group.own_roots or group.metrics is None:
         return state
-    common, lefts = group.units[0].root, list(state.own_lefts)
-    for n, own in enumerate(group.own_roots):
+    lefts = list(state.own_lefts)
+    for n, metric in enumerate(group.metrics if state.shared_right.shape[-2] else ()):
         rest = group.mixed[n]
         if state.shared_left.shape[-1]:
             rest = rest - state.shared_left @ state.own_rights[n]
-        rest, right = (response.mix(response.unmix(m, common), own) for m in (rest, state.shared_right))
-        lefts[n] = _own_left(rest, group.metrics[n], lefts[n], right)
+        lefts[n] = _own_left(group.by_own(rest, n), metric, lefts[n], group.by_own(state.shared_right, n))
     return dataclasses.replace(state, own_lefts=tuple(lefts))
+
+
+def _lost_by_own(group: JointLayers, metrics: Sequence[SlicedMetric], basis: Tensor) -> Tensor:
+    """What second factors of rank ``0 .. R``, the first rows of a basis, lose by the layers' own weights.
+
+    The best first factors are projections where the metric separates, and else lose no more.
+    """
+    lost = basis.new_zeros(basis.shape[-1] + 1)
+    for n, metric in enumerate(metrics):
+        matrix = group.by_own(group.mixed[n], n)
+        # QR keeps the spans of leading columns.
+        rows, _ = torch.linalg.qr(group.by_own(basis.mT, n).mT)
+        total = float(response.total_energy(matrix, metric).sum())
+        lost = lost + total * response.product_errors(matrix @ rows, rows.mT, metric, total, matrix)
+    return lost
 
 
 def _own_left(rest: Tensor, metric: SlicedMetric, left: Tensor, right: Tensor) -> Tensor:

@@ -232,7 +232,7 @@ class Joint:
         weight = dense = site.weight.reshape(g, o, d).double()
         # With one or two samples nothing tells how far to go.
         if self._distinct > 2:
-            weight = towards(dense, moments, scarce, unseen, fitted.count)
+            weight = towards(dense, moments, scarce, unseen, fitted.count, _units(site))
         if site.statistics.input is None:
             weight = torch.lerp(dense, weight, share / self.shares[1])
         mean = fitted.mean
@@ -319,6 +319,13 @@ class Joint:
         left = unseen.answers - unseen.inputs @ w.to(unseen.inputs.dtype).mT + away.to(unseen.inputs.dtype).unsqueeze(1)
         lost, whole_of = (float(rows.double().square().sum()) for rows in (left, unseen.answers))
         return Errors(fitted, lost / max(whole_of, 1e-300))
+
+
+def _units(site: Layer) -> Tensor:
+    """What outputs are multiplied by to count as they do for the network's, ``[g, o]``: the size of their gradients."""
+    ones, gradient = site.weight.new_ones(site.spec.shape[:2], dtype=torch.float64), site.statistics.gradient
+    size = ones if gradient is None else gradient.mean_squares.sqrt()
+    return size / most if float(most := size.max()) > 0 else ones
 
 
 @dataclass(frozen=True)
