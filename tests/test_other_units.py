@@ -100,8 +100,8 @@ def test_no_choice_and_no_output_changes(
 
 
 @pytest.mark.parametrize("methods", [None, [st.ActivationSVD()]], ids=["default", "low rank"])
-def test_hidden_channels_of_every_layer_in_units_of_their_own(methods: list[st.Method] | None) -> None:
-    """Over 12 decades: sharing is not taken for cheap, and what held-out samples gain is told in the outputs' units."""
+def test_inputs_and_hidden_channels_of_every_layer_in_units_of_their_own(methods: list[st.Method] | None) -> None:
+    """Over 12 decades: the same samples are held out, sharing is not taken for cheap, and what is gained is weighed."""
     torch.manual_seed(0)
     sizes = (40, 64, 64, 48, 9)
     net = nn.Sequential(*(each for a, b in pairwise(sizes) for each in (nn.Linear(a, b), nn.ReLU())))[:-1].eval()
@@ -113,10 +113,15 @@ def test_hidden_channels_of_every_layer_in_units_of_their_own(methods: list[st.M
             times(value.data, units, 0) for value in (other[first].weight, other[first].bias)
         )
         other[second].weight.data = times(other[second].weight.data, 1 / units, 1)
-    one, two = (st.compress(each, x.split(64), "parameters=60%", methods=methods) for each in (net, other))
+    units = 10 ** (12 * torch.rand(40, generator=draw) - 6)
+    other[0].weight.data, scaled = times(other[0].weight.data, 1 / units, 1), x * units
+    one, two = (
+        st.compress(each, inputs.split(64), "parameters=60%", methods=methods)
+        for each, inputs in ((net, x), (other, scaled))
+    )
     assert [e.choice for e in two.plan] == [e.choice for e in one.plan]
     with torch.no_grad():
-        wanted, given = one.model(x), two.model(x)
+        wanted, given = one.model(x), two.model(scaled)
     assert float((wanted - given).norm() / wanted.norm()) < 1e-3
 
 

@@ -43,7 +43,8 @@ def test_a_plan_is_carried_out_as_it_was(name):
         assert agrees(kept.answer(small), name, 1e-4)
         return
     # What is fitted to data may be fitted better than in version 0.1: the same layers, and no more lost than then.
-    assert lost(kept, kept.answer(small)) <= 1.25 * lost(kept, OUTPUTS[name])
+    # Which samples are held out makes 0.97 to 1.35 times as much of it.
+    assert lost(kept, kept.answer(small)) <= 1.4 * lost(kept, OUTPUTS[name])
     if name in CHECKPOINTS:
         loaded = st.load(dense(kept.net, seed=7), FILES / f"{name}.safetensors")
         shapes = [{key: value.shape for key, value in model.state_dict().items()} for model in (small, loaded)]

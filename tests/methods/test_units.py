@@ -36,7 +36,7 @@ JOINT = {share: JointSVD(share, multiple_of=1, sweeps=4) for share in ("left", "
 @pytest.fixture(autouse=True)
 def _same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are drawn by the contents of samples, and other units are other contents: here by the numbers of samples."""
-    monkeypatch.setattr(samples, "hashed", lambda tensor, mask: (torch.arange(len(tensor)) + 1) * 7919)
+    monkeypatch.setattr(samples, "hashed", lambda tensor, mask, **_: (torch.arange(len(tensor)) + 1) * 7919)
 
 
 def units(channels: int, seed: int = 0, *, decades: float = 6) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from spectrim.errors import CalibrationError
+from spectrim.linalg.moments import Moments
 from spectrim.nn.find import find
 from spectrim.nn.layers import canonical
 from spectrim.nn.watch.batches import Feed
@@ -128,7 +129,9 @@ def test_a_layer_called_twice_and_overwritten_in_place():
 def test_other_moments_are_kept_and_models_left_as_found():
     dense, changed, batches = pair("conv")
     site = calibrate(dense, find(dense), batches)["target"]
-    site = dataclasses.replace(site, statistics=dataclasses.replace(site.statistics, gradient=site.statistics.input))
+    gradient = Moments(*site.spec.shape[:2])
+    gradient.update(torch.randn(gradient.mean.shape[0], 50, gradient.mean.shape[1]))
+    site = dataclasses.replace(site, statistics=dataclasses.replace(site.statistics, gradient=gradient))
     dense.train()
     changed.eval()
     calls = []

@@ -44,7 +44,7 @@ def test_second_moments_equal_autograd_along_the_same_directions(inplace):
         conv = twin.conv(x)
         mid = twin.mid(torch.relu(conv).flatten(1))
         out = twin.out(torch.relu(mid))
-        direction = directions(out, Samples.of(x), 7)
+        direction = directions(out, Samples.of(x, signs=True), 7)
         found = torch.autograd.grad((out * direction).sum(), [conv, mid, out])
         gradients["conv"].append(found[0].movedim(1, -1).reshape(-1, 2, 2).transpose(0, 1))
         gradients["mid"].append(found[1][None])

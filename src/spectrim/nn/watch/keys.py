@@ -40,26 +40,34 @@ def in_unit_interval(x: Tensor) -> Tensor:
     return shifted(x, 11).double() * 2.0**-53
 
 
-def _words(tensor: Tensor) -> Tensor:
-    """Bits of each row as 64-bit numbers, ``[rows, words]``: all, or those of a few thousand numbers of a long row."""
+def _words(tensor: Tensor, signs: bool) -> Tensor:
+    """Bits of each row as 64-bit numbers, ``[rows, words]``: all, or those of a few thousand numbers of a long row.
+
+    Of numbers with a point their signs alone, if so asked: they are the same in any unit and precision.
+    """
     # The bits of quantised numbers cannot be viewed: torch's process would end.
     flat = (tensor.int_repr() if tensor.is_quantized else tensor).reshape(len(tensor), -1)
     flat = flat[:, :: max(1, flat.shape[1] // _LOOKED_AT)]
     if flat.is_complex():
         flat = torch.view_as_real(flat).flatten(1)
+    if signs and flat.is_floating_point():
+        flat = (flat > 0).to(torch.int8) - (flat < 0).to(torch.int8)
     raw = flat.contiguous().view(torch.uint8)
     short = -raw.shape[1] % 8
     # A copy starts where a 64-bit number may.
     return (F.pad(raw, (0, short)) if short else raw.clone()).view(torch.int64)
 
 
-def hashed(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """A number for the contents of each sample, on the CPU; what the mask leaves out counts as not there."""
+def hashed(tensor: Tensor, mask: Tensor | None, *, signs: bool = False) -> Tensor:
+    """A number for the contents of each sample, on the CPU; what the mask leaves out counts as not there.
+
+    With ``signs`` these alone are looked at, where numbers have a point.
+    """
     if not tensor[0].numel():
         return torch.zeros(len(tensor), dtype=torch.int64)
     if mask is None or tensor.dim() < 2 or tensor.shape[1] != mask.shape[1]:
-        return torch.cat([_summed(_words(part)) for part in _parts(tensor)])
-    tokens = torch.cat([_summed(_words(part)) for part in _parts(tensor.flatten(0, 1))]).reshape(mask.shape)
+        return torch.cat([_summed(_words(part, signs)) for part in _parts(tensor)])
+    tokens = torch.cat([_summed(_words(part, signs)) for part in _parts(tensor.flatten(0, 1))]).reshape(mask.shape)
     # The place among the data, so that padding may stand on either side.
     placed = mixed(tokens + odd(mask.cumsum(1)))
     return mixed((placed * mask).sum(1))

@@ -73,7 +73,7 @@ class Split:
         run = Extent(batches, amount.mask, layout)
         samples = tuple(run.see(batch) for batch in batches)
         every = torch.cat([each.filled for each in samples]) if samples else torch.zeros(0, dtype=torch.bool)
-        keys = torch.cat([each.keys for each in samples])[every] if samples else torch.zeros(0)
+        keys = torch.cat([each.unitless for each in samples])[every] if samples else torch.zeros(0)
         different = torch.where(keys == 0, torch.arange(len(keys)), keys)
         ordered = different.unique()
         count = max(round(held_out * len(ordered)), min(ENOUGH, len(ordered) // 3)) if held_out else 0

@@ -34,6 +34,7 @@ class Samples:
     # samples is known.
     lengths: frozenset[int] = frozenset()
     turned: bool = False  # whether the inputs have their positions before the samples
+    signs: Int64[Tensor, " size"] | None = None  # keys of their signs alone, where these are to be looked at
     _chosen: dict[Hashable, Chosen] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -44,6 +45,7 @@ class Samples:
         *,
         mean: float | None = None,
         layout: Layout = Layout(),  # noqa: B008 (frozen)
+        signs: bool = False,
     ) -> Samples:
         """The samples of a batch.
 
@@ -58,6 +60,8 @@ class Samples:
             Mean length of a sample of the run, in tokens that are data, or else in numbers of the inputs.
         layout
             Where samples are in the batch.
+        signs
+            Whether :attr:`unitless` keys are asked for.
 
         Raises
         ------
@@ -69,17 +73,30 @@ class Samples:
         columns = layout.columns(batch, size, without=tensor_of(batch, mask, layout))
         if found is not None:
             check_not_inverted(found, columns)
-        keys = torch.zeros(size, dtype=torch.int64)
-        for number, column in enumerate(columns):
-            parts = column if found is None else [positions_second(part, found.shape[1]) for part in column]
-            keys = mixed(keys + torch.cat([hashed(part, found) for part in parts]) + odd(number))
+        keys = _keys(columns, found, size, signs=False)
         share = lengths_of(columns, found, size) / mean if mean else torch.ones(size).double()
-        return cls(size, keys, found, share, layout.lengths(batch, size), layout.is_turned(batch, size))
+        return cls(
+            size, keys, found, share, layout.lengths(batch, size), layout.is_turned(batch, size),
+            _keys(columns, found, size, signs=True) if signs else None,
+        )  # fmt: skip
+
+    @property
+    def unitless(self) -> Int64[Tensor, " size"]:
+        """Keys that are the same in any unit, where signs are looked at."""
+        return self.keys if self.signs is None else self.signs
 
     @property
     def filled(self) -> Bool[Tensor, " size"]:
         """Whether there is data in a sample, and not padding alone."""
         return torch.ones(self.size, dtype=torch.bool) if self.mask is None else self.mask.any(1)
+
+
+def _keys(columns: list[list[Tensor]], mask: Tensor | None, size: int, *, signs: bool) -> Int64[Tensor, " size"]:
+    keys = torch.zeros(size, dtype=torch.int64)
+    for number, column in enumerate(columns):
+        parts = column if mask is None else [positions_second(part, mask.shape[1]) for part in column]
+        keys = mixed(keys + torch.cat([hashed(part, mask, signs=signs) for part in parts]) + odd(number))
+    return keys
 
 
 class Chosen(NamedTuple):
@@ -111,19 +128,26 @@ def energies_of(columns: list[list[Tensor]], size: int) -> Tensor:
 
 
 def spread(
-    batches: Iterable[Any], most: int, layout: Layout, mask: Mask = None, held: Sequence[Tensor] = ()
+    batches: Iterable[Any],
+    most: int,
+    layout: Layout,
+    mask: Mask = None,
+    held: Sequence[Tensor] = (),
+    *,
+    signs: bool = False,
 ) -> list[Any]:
     """So many samples at most, in parts of batches, chosen by their contents: their order makes no difference.
 
-    Of those that are ``held``, if any are. Of samples that are there several times about their share is chosen.
+    By their signs, if so asked. Of those that are ``held``, if any are. Of samples that are there several times about
+    their share is chosen.
     """
     parts: list[tuple[Any, Tensor, Tensor]] = []
     times: Counter[int] = Counter()
     among = held if any(bool(each.any()) for each in held) else itertools.repeat(None)
     for batch, each in zip(batches, among, strict=False):
-        samples = Samples.of(batch, mask, layout=layout)
+        samples = Samples.of(batch, mask, layout=layout, signs=signs)
         index = (samples.filled if each is None else each & samples.filled).nonzero().flatten()
-        parts.append((batch, index, _apart(samples.keys[index], times)))
+        parts.append((batch, index, _apart(samples.unitless[index], times)))
         if sum(len(index) for _, index, _ in parts) > 2 * most:
             parts = _fewer(parts, most, layout)
     return [_part(batch, index, layout) for batch, index, _ in _fewer(parts, most, layout) if len(index)]

@@ -72,6 +72,9 @@ def _is_number(value: object) -> bool:
 class Extent:
     """What is known of a run before it is made: how many samples there are, and how long they are on average.
 
+    Where all samples of a list are told apart by their signs, what is held out and the directions of gradients go by
+    these, so that inputs in other units have the same.
+
     Parameters
     ----------
     batches
@@ -99,8 +102,13 @@ class Extent:
             lengths = torch.cat([self._lengths(batch, number) for number, batch in enumerate(batches)])
             self.samples: int | None = max(1, int((lengths > 0).sum()))  # those of padding alone are none
             self._mean = float(lengths.sum()) / self.samples
+            samples = [Samples.of(batch, mask, layout=layout, signs=True) for batch in batches]
+            bits, signs = (
+                torch.cat(each).unique() for each in zip(*((s.keys, s.unitless) for s in samples), strict=True)
+            )
+            self.signs = len(bits) == len(signs)
         else:
-            self.samples = _count(batches)
+            self.samples, self.signs = _count(batches), False
 
     def see(self, batch: Any) -> Samples:
         """The samples of the next batch."""
@@ -109,7 +117,7 @@ class Extent:
             self._mean = float(lengths.sum() / (lengths > 0).sum().clamp_min(1))
         self._size(batch, self._seen)
         self._seen += 1
-        samples = Samples.of(batch, self.mask, mean=self._mean, layout=self.layout)
+        samples = Samples.of(batch, self.mask, mean=self._mean, layout=self.layout, signs=self.signs)
         if len(self._different) < GUESSED:
             self._different.update(samples.keys[samples.filled].tolist())
         energies = energies_of(self.layout.columns(batch, samples.size), samples.size)
@@ -311,9 +319,9 @@ def _drawn(outputs: Tensor, samples: Samples, seed: int, positions: bool) -> Ten
     table = _normal_numbers(seed)
     mask, size = samples.mask, samples.size
     if not outputs.dim() or outputs.shape[0] != size:
-        start = int(shifted(mixed(samples.keys.sum().reshape(1)), 20)) % _TABLE
+        start = int(shifted(mixed(samples.unitless.sum().reshape(1)), 20)) % _TABLE
         return table[(start + torch.arange(outputs.numel())) % _TABLE].reshape(outputs.shape).to(outputs)
-    start = (shifted(mixed(samples.keys + odd(seed)), 20) % _TABLE).unsqueeze(1)
+    start = (shifted(mixed(samples.unitless + odd(seed)), 20) % _TABLE).unsqueeze(1)
     if mask is None or not positions or outputs.dim() < 2 or outputs.shape[1] != mask.shape[1]:
         place = torch.arange(outputs[0].numel()).expand(size, -1)
         return (table[(start + place) % _TABLE] * samples.filled.unsqueeze(1)).reshape(outputs.shape).to(outputs)
