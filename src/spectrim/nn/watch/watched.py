@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spectrim.cost.counted import parameters, size_bytes
+from spectrim.cost.counted import macs, parameters, size_bytes
 from spectrim.errors import CalibrationError, ForwardError, SpectrimError, in_short
 from spectrim.network.coupling import IN, Coupling
 from spectrim.network.layer import LayerSpec
@@ -38,6 +38,8 @@ from spectrim.nn.watch.watchers import (
 from spectrim.nn.watch.ways import cure
 from spectrim.nn.watch.writes import written
 
+# Share of its work that what a layer's formula leaves of it may be by rounding.
+_ROUNDING = 1e-9
 _WRITTEN = (
     "forward writes into its weight or bias, which a pair of layers in its place does not have: write them once "
     "before compressing, and take that out of forward"
@@ -265,9 +267,19 @@ class Watched:
         )
 
     def _beside(self, layers: Iterable[LayerSpec]) -> dict[str, float]:
-        """MACs by the path of a module, without the modules that are layers of their own."""
-        names = {name for spec in layers for name in spec.names}
-        return {path: work for path, work in self.work.items() if path not in names}
+        """MACs by the path of a module beside those of the layers.
+
+        What a layer does in its own way, beyond its formula, is among them. What masks and shared factors leave out of
+        a layer was counted of whole weights, and is no work.
+        """
+        known = {name: spec for spec in layers for name in spec.names}
+        found = {path: work for path, work in self.work.items() if path not in known}
+        for path, spec in known.items():
+            work = self.work.get(path, 0.0)
+            more = work - macs([spec])
+            if spec.density == 1 and not spec.shared and more > _ROUNDING * work:
+                found[path] = more
+        return found
 
     def _couplings(self, rest: _Rest) -> tuple[tuple[Coupling, ...], list[Skipped]]:
         """Coupled channels that can go, and why others stay."""
