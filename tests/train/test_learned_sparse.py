@@ -77,6 +77,7 @@ def test_low_rank_plus_sparse_is_chosen_where_it_is_the_truth() -> None:
         result = learn_ranks(
             planted.model, planted.batches, st.Budget(parameters=0.212), methods=methods, start=methods,
             schedule=Schedule(0.02, 1.5, 16), learning=RECIPE, tuning=RECIPE, loss=squares, weigh=False,
+            energy="weight",
         )  # fmt: skip
         errors[name] = planted.error(result.model)
         assert result.plan.costs["parameters"] <= 0.212 * 32 * 48
