@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spectrim.linalg import symmetric
 from spectrim.linalg.metric import Metric
 
 # From this many entries on the first turns are taken in float32, at half the time.
@@ -31,7 +32,7 @@ def exact(
 ) -> tuple[Float[Tensor, "g o r"], Float[Tensor, "g r n"]]:
     """The best factors, from one eigendecomposition of ``T C T^T``. Cost ``O(o n^2 + o^3)``."""
     gram = metric.times(target) @ target.mT
-    _, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
+    _, vectors = symmetric.eigh((gram + gram.mT) / 2)
     left = vectors[..., vectors.shape[-1] - rank :].flip(-1)
     return left, left.mT @ target
 

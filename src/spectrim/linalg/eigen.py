@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from spectrim.linalg import symmetric
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,30 +51,16 @@ class Eigen:
         return self.joined(step if whole else step.addcmul_(opened, beside.unsqueeze(2)))
 
 
-def _eigh(matrix: Float[Tensor, "g p p"]) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and vectors, also where the solver of this precision does not converge."""
-    try:
-        return torch.linalg.eigh(matrix)
-    except RuntimeError as error:  # what does not converge
-        log.info("eigenvalues of %s are sought again in double precision: %s", tuple(matrix.shape), error)
-        exact = matrix.double()
-        # A little on the diagonal keeps equal eigenvalues apart from what is rounding.
-        size = exact.diagonal(dim1=-2, dim2=-1).amax(-1, keepdim=True)
-        steps = torch.arange(exact.shape[-1], dtype=exact.dtype, device=exact.device) / exact.shape[-1]
-        values, vectors = torch.linalg.eigh(exact + torch.diag_embed(1e-9 * size * (1 + steps)))
-        return values.to(matrix.dtype), vectors.to(matrix.dtype)
-
-
 def of_moment(moment: Float[Tensor, "g p p"]) -> tuple[Tensor, Tensor, Tensor]:
     """Values, vectors and rest of a moment: all of its eigenvectors."""
-    values, vectors = _eigh(moment)
+    values, vectors = symmetric.eigh(moment)
     return values.clamp_min(0), vectors, values.new_zeros(values.shape[0])
 
 
 def of_rows(rows: Float[Tensor, "g m n"], level: Float[Tensor, "g n"]) -> tuple[Tensor, Tensor, Tensor]:
     """Those of ``B^T B`` and a level, whose mean stands for it."""
     gram = rows.double() @ rows.double().mT
-    squares, left = _eigh((gram + gram.mT) / 2)
+    squares, left = symmetric.eigh((gram + gram.mT) / 2)
     least = 1e-10 * squares[:, -1:].clamp_min(1e-300)
     vectors = rows.mT @ (left * squares.clamp_min(least).rsqrt().unsqueeze(1)).to(rows.dtype)
     vectors = torch.where((squares > least).unsqueeze(1), vectors, torch.zeros_like(vectors))

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from spectrim.linalg import symmetric
+
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
@@ -36,7 +38,7 @@ class Spectrum:
 
 def _eigh(gram: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues, descending and not negative, and eigenvectors with fixed signs."""
-    values, vectors = torch.linalg.eigh((gram + gram.mT).div_(2))
+    values, vectors = symmetric.eigh((gram + gram.mT).div_(2))
     # The largest entry of each vector is made positive, so that results do not depend on the eigensolver's mood.
     pivots = vectors.abs().argmax(dim=-2, keepdim=True)
     vectors *= torch.where(vectors.gather(-2, pivots) < 0, -1.0, 1.0)
@@ -167,7 +169,7 @@ def principal(covariance: Float[Tensor, "g n n"]) -> Spectrum:
 def variances(covariance: Float[Tensor, "*g n n"]) -> Float[Tensor, "*g n"]:
     """Energies of :func:`principal` alone, descending, in a fraction of its time."""
     gram = covariance.double()
-    return torch.linalg.eigvalsh((gram + gram.mT).div_(2)).flip(-1).clamp_min(0)
+    return symmetric.eigvalsh((gram + gram.mT).div_(2)).flip(-1).clamp_min(0)
 
 
 def profile(energies: Float[Tensor, "g R"], most: int = 256) -> tuple[float, ...]:

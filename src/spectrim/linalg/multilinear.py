@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spectrim.linalg import descent, lowrank, response
+from spectrim.linalg import descent, lowrank, response, symmetric
 from spectrim.linalg.metric import Full, SlicedMetric, cholesky
 
 # Steps that a descent to a CP knows of: with 20 an evaluation takes up to a quarter longer, and comes no lower.
@@ -265,7 +265,7 @@ class Answers:
         """Energy of each principal component of the answers from the first so many combinations, descending."""
         half = self.half[: inputs * self.positions]
         gram = half.mT @ half if len(half) > half.shape[1] else half @ half.mT
-        return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0)
+        return symmetric.eigvalsh(gram).flip(-1).clamp_min(0)
 
     def fitted(self, outputs: int) -> tuple[Float[Tensor, "q n"], Float[Tensor, "o q"], Tensor]:
         """Core, orthonormal outer factor and energy gained by so many components of the answers from all of them."""

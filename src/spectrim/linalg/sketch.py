@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from spectrim.linalg import symmetric
 from spectrim.linalg.finite import all_finite
 from spectrim.linalg.moments import Moments, noise, ridge, without_casting
 
@@ -90,7 +91,7 @@ class Sketch(Moments):
         unit = self.squares.sqrt()
         standard = self.rows * torch.where(unit > 0, 1 / unit, torch.zeros_like(unit)).float().unsqueeze(1)
         gram = (standard @ standard.mT).double()
-        energies, vectors = torch.linalg.eigh(gram)
+        energies, vectors = symmetric.eigh(gram)
         energies, vectors = energies.flip(-1).clamp_min(0), vectors.flip(-1)
         kept, first = energies[:, : self.size], energies[:, self.size : self.size + 1]
         weaker = (kept - first).clamp_min(0)

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from spectrim.linalg import symmetric
 from spectrim.linalg.eigen import Eigen
 from spectrim.linalg.metric import Metric
 from spectrim.linalg.patterns import Pattern
@@ -105,7 +106,7 @@ class Ridge:
 
     def weighted(self, outer: Float[Tensor, "g o o"]) -> Ridge:
         """The same with another weight of the outputs, in the units of this one."""
-        values, vectors = torch.linalg.eigh(outer / self.outputs / self.outputs.mT)
+        values, vectors = symmetric.eigh(outer / self.outputs / self.outputs.mT)
         return dataclasses.replace(self, values=values.clamp_min(0), vectors=vectors)
 
     @property

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from spectrim.linalg import lowrank
+from spectrim.linalg import lowrank, symmetric
 
 # Of its mean diagonal, added to a sum of metrics, which may have directions that nothing reads.
 _RIDGE = 1e-9
@@ -62,7 +62,7 @@ class TwiceRead:
         weights = sum(size * each.rows for size, each in zip(sizes, self.readings, strict=True))
         whitened = self.matrix @ root.mT
         gram = (whitened.mT * weights) @ whitened
-        _, basis = torch.linalg.eigh((gram + gram.mT) / 2)
+        _, basis = symmetric.eigh((gram + gram.mT) / 2)
         return basis.flip(-1).mT @ root
 
     def rows(self, columns: Float[Tensor, "r n"]) -> Float[Tensor, "v r"]:
@@ -101,7 +101,7 @@ def _diagonal(one: Float[Tensor, "n n"], two: Float[Tensor, "n n"]) -> tuple[Ten
     root = lowrank.root(_firm(one + two)[None])[0]
     inner = torch.linalg.solve_triangular(root.mT, one, upper=False)
     inner = torch.linalg.solve_triangular(root.mT, inner.mT, upper=False)
-    values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
+    values, vectors = symmetric.eigh((inner + inner.mT) / 2)
     return torch.linalg.solve_triangular(root, vectors, upper=True), values.clamp(0, 1)
 
 

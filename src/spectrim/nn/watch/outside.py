@@ -156,6 +156,11 @@ def is_own(value: Any) -> bool:
     return _root(getattr(value, "__module__", None)) not in _FOREIGN
 
 
+def watches(hook: Any) -> bool:
+    """Whether a hook is this library's or torch's, and none that a model has set up."""
+    return _root(getattr(hook, "__module__", None)) in ("spectrim", "torch")
+
+
 def _root(module: str | None) -> str:
     return (module or "").partition(".")[0]
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from spectrim.cost.rounds import ALONE as ALONE
 from spectrim.nn.parameters import modes_kept, parameters_of, version_of
 from spectrim.nn.watch.nesting import copied
-from spectrim.nn.watch.outside import COMMON, Holder, is_own, outside, own_object
+from spectrim.nn.watch.outside import COMMON, Holder, outside, own_object, watches
 from spectrim.nn.watch.writes import seen_writing, tell, written
 
 _GONE = object()
@@ -157,7 +157,7 @@ class State:
         for module, known in self._hooks.items():
             for kind, there in zip(_HOOKS, known, strict=True):
                 hooks = vars(module)[kind]
-                yield from ((hooks, key) for key in hooks.keys() - there if is_own(hooks[key]))
+                yield from ((hooks, key) for key in hooks.keys() - there if not watches(hooks[key]))
 
     def take_hooks(self) -> list[tuple[dict[int, Any], int, Any]]:
         """Take away hooks that came meanwhile: where each was, its number, and what it is."""
