@@ -16,7 +16,7 @@ from torch import nn
 import spectrim as st
 from spectrim import preparation
 from spectrim.cost.counted import macs
-from spectrim.errors import InfeasibleBudgetError, PlanError
+from spectrim.errors import InfeasibleBudgetError, PlanError, SlowerError
 from spectrim.network.layer import LayerSpec
 from spectrim.nn.checkpoint import header_bytes
 from spectrim.nn.modules import Factored
@@ -387,11 +387,17 @@ def test_a_latency_budget_is_met_as_measured(monkeypatch: pytest.MonkeyPatch, ov
 def test_a_latency_budget_that_is_not_met_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = settled("residual"), batches_for("residual")
     clock = Clock(monkeypatch, "residual", 0.0, 100.0)
-    result = st.compress(model, batches, Budget(latency=0.9), latency=clock.latency(), sensitivity=False)
+    one: dict[str, Any] = {"methods": [st.ActivationSVD()], "sensitivity": False, "latency": clock.latency()}
+    with pytest.raises(SlowerError, match="latency <= .*slower than dense"):
+        st.compress(model, batches, Budget(latency=0.9), **one)
+    result = st.compress(model, batches, Budget(macs=0.6), **one)
     measured = result.report.measured
     assert measured["compressed"].p50 > measured["dense"].p50
+    assert "the compressed model is SLOWER than dense" in str(result.report)
+    assert "such as latency=60%" in str(result.report)
+    limit = {"latency": 0.9 * result.plan.dense_costs["latency"]}
+    result = result.reporting(plan=dataclasses.replace(result.plan, budget=limit))
     text = str(result.report)
-    assert "the compressed model is SLOWER than dense" in text
     assert "the latency budget is NOT met" in text
     assert "the machine was busy" not in text
     times = [measured["compressed"].p50] * 5 + [measured["compressed"].p50 * 3] * 5

@@ -94,7 +94,7 @@ class InfeasibleBudgetError(SpectrimError, ValueError):
 
 
 class SlowerError(InfeasibleBudgetError):
-    """A budget can be met, but only by networks that were measured to be slower than the dense one, and none may be.
+    """A budget leads to networks that were measured to be slower than the dense one, and none may be.
 
     Attributes
     ----------
@@ -106,8 +106,8 @@ class SlowerError(InfeasibleBudgetError):
         super().__init__(cost, budget, dense, dense)
         self.said = said
         self.args = (
-            f"budget {cost} <= {_short(budget, cost)} ({budget / dense:.0%} of dense) is met by a network that is "
-            f"slower than dense here: {said}. Ask for less to be removed, for another cost, or leave guard out",
+            f"budget {cost} <= {_short(budget, cost)} ({budget / dense:.0%} of dense) makes a network that is "
+            f"slower than dense here: {said}. Ask for less to be removed, or limit another cost without guard",
         )
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 
 import pytest
 import torch
@@ -120,6 +121,28 @@ def test_a_network_slower_than_dense_is_refused_under_guard_alone(monkeypatch):
     assert str(again) == str(refused.value)
     told = compressed(clock, "macs=10%", guard=False).report.notes
     assert any("SLOWER than dense" in note for note in told)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"guard": True}, r"no smaller network could be had \(budget macs .*slower than dense here"),
+        ({"cost": "latency", "guard": False}, r"no smaller network could be had \(budget latency .*slower than dense"),
+    ],
+)
+def test_why_no_smaller_network_could_be_had_is_told(monkeypatch, options, said):
+    """Rather than that none holds the tolerance."""
+    result = compressed(Clock(monkeypatch, dict.fromkeys("0123", 2.0)), None, min_agreement=0.01, **options)
+    assert not result.plan.changed
+    assert any(re.search(said, note) for note in result.report.notes)
+
+
+def test_the_smallest_by_milliseconds_is_on_time(monkeypatch):
+    """A network that misses its limit is none that holds, though it loses no more than it may."""
+    result = compressed(Clock(monkeypatch, dict.fromkeys("0123", -0.02)), None, min_agreement=0.01, cost="latency",
+                        guard=False)  # fmt: skip
+    assert not any("NOT met" in said for said in result.report.sentences)
+    assert result.plan.changed or any("ms measured for" in note for note in result.report.notes)
 
 
 class Noisy(Clock):

@@ -145,7 +145,7 @@ def compress(
     InfeasibleBudgetError
         If the budget cannot be met; carries the lowest reachable cost.
     SlowerError
-        With ``guard``, if the budget is met by a network that was measured slower than dense, twice.
+        If the network was measured slower than dense, twice, with ``guard`` or where it misses a latency budget.
     ToleranceError
         If the budget can be met, but not within the tolerance; says which budget can, and carries its ``result``.
     TypeError, ValueError
@@ -156,7 +156,7 @@ def compress(
     With a latency budget the plan is made from measured layer times, built, measured end to end beside the dense
     network and corrected, up to eight times, until it is within 3 % of the budget.
 
-    With a tolerance and no budget up to eight networks are selected from one table, carried out and judged, and the
+    With a tolerance and no budget about ten networks are selected from one table, carried out and judged, and the
     smallest that held is returned. That it held is measured on the samples that it was chosen by: on others the drop
     differs by chance, the more the fewer samples there are. Where none holds, the dense network is returned.
     """

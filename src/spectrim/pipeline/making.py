@@ -19,7 +19,7 @@ from spectrim.preparation import Prepared
 from spectrim.progress import Progress, silent
 from spectrim.search.arms import Arm
 from spectrim.search.floors import Floor
-from spectrim.search.measured import Trials, meet_latency, put_back, surely_timed
+from spectrim.search.measured import Trials, is_late, meet_latency, put_back, surely_timed
 from spectrim.search.remaining import asked_once
 from spectrim.search.stepwise import BY_TABLE, Judging
 from spectrim.selection.budget import Budget
@@ -125,7 +125,7 @@ def met(
     Raises
     ------
     SlowerError
-        If the network is slower than dense, and may not be.
+        If the network is slower than dense, and may not be: under ``guard``, and where it misses a limit on its time.
     """
     budget, trials = draft.budget, Trials(model, draft.sites, example, latency, draft.making.methods)
 
@@ -141,7 +141,7 @@ def met(
     if draft.making.guard or budget.latency is not None:
         plan, measured, restored = put_back(trials, plan, measured, again)
         said = tuple(restored.sentences)
-    if draft.making.guard:
+    if draft.making.guard or is_late(plan, measured):
         measured = surely_timed(trials, plan, measured)
     return plan, measured, (*said, *_said_of_time(plan, measured))
 
@@ -156,5 +156,6 @@ def _said_of_time(plan: Plan, measured: Mapping[str, Timing]) -> Iterator[str]:
         share = plan.costs["macs"] / plan.dense_costs["macs"]
         yield (
             f"MACs and milliseconds disagree: {share:.0%} of the MACs take {small.quiet / dense.quiet:.0%} of the time "
-            f"in {runtime} at batch {plan.facts.get('batch', 1)}; a budget such as latency=60% limits the time"
+            f"in {runtime} at batch {plan.facts.get('batch', 1)}"
+            f"{'' if 'latency' in plan.budget else '; a budget such as latency=60% limits the time'}"
         )

@@ -27,7 +27,7 @@ from spectrim.nn.watch.masks import Mask
 from spectrim.nn.watch.reconstruct import Errors
 from spectrim.search.arms import Tried, arms_grid
 from spectrim.search.judge import Verdict
-from spectrim.search.measured import CLOSE, wanted_time
+from spectrim.search.measured import asked_time, is_late
 from spectrim.search.tolerance import Tolerance
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
@@ -203,13 +203,12 @@ class Report(Printed):
 
     def _time_asked_for(self) -> Iterator[str]:
         """Whether a latency budget is met by the measured times, and what a busy machine has to do with it."""
-        limit = (self.plan.budget or {}).get("latency")
-        if limit is None or not self.measured:
+        wanted = asked_time(self.plan, self.measured)
+        if wanted is None:
             return
         small = self.measured["compressed"]
-        wanted = wanted_time(limit, self.measured, self.plan.dense_costs["latency"])
         share = wanted / self.measured["dense"].quiet
-        met = "is met" if small.quiet <= wanted * (1 + CLOSE) else "is NOT met"
+        met = "is NOT met" if is_late(self.plan, self.measured) else "is met"
         batch = self.plan.facts.get("batch", 1)
         said = (
             f"the latency budget {met}: {small.quiet:.3f} ms measured, {wanted:.3f} ms ({share:.0%} of dense) asked "

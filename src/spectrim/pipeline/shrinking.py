@@ -27,6 +27,7 @@ from spectrim.progress import Progress
 from spectrim.search.arms import Arm, Contest, not_tried
 from spectrim.search.file_size import within_file
 from spectrim.search.judge import Judge, Verdict
+from spectrim.search.measured import asked_time, is_late
 from spectrim.search.remaining import asked_once
 from spectrim.search.standings import Standings
 from spectrim.search.stepwise import BY_TABLE, Judging, select_in_steps
@@ -270,6 +271,7 @@ def shrink_within(
     tables = Tables(prepared, arms or (only,), making)
     first = tables.of(simplest)
     standings, axis = Standings(arms), cost if budget is None else next(iter(budget.costs))
+    why = ""  # the last network could not be had, if it was not for the tolerance
 
     def over() -> bool:
         return seconds is not None and time.monotonic() - began >= seconds
@@ -285,9 +287,15 @@ def shrink_within(
             return among((simplest,), limits)
         return with_verdict(shrink(model, prepared, limits, making, first), judge, tolerance)
 
+    def refused(error: SpectrimError) -> None:
+        nonlocal why
+        why = error.brief
+
     def holds(result: Result) -> bool:
+        nonlocal why
         log.info("%s: %s", result.plan.costs, tolerance.said(_verdict(result)))
-        verdict = tolerance.holds(_verdict(result))
+        why = _late(result) if budget is None else ""
+        verdict = tolerance.holds(_verdict(result)) and not why
         standings.take(result.report.arms, result.plan.costs[axis], verdict)
         return verdict
 
@@ -303,14 +311,22 @@ def shrink_within(
     if budget is not None and holds(stated := among(arms, budget) if arms else made(budget)):
         return stated
     limits = tightest(cost, first.dense) if budget is None else budget.limits(first.dense)
-    best = smallest(limits, first.dense, made, holds, over, progress=making.progress)
+    best = smallest(limits, first.dense, made, holds, over, refused=refused, progress=making.progress)
     if best is not None:
         standings.take(best.report.arms, best.plan.costs[axis], holds=True)
     best = smaller(limits, first.dense if best is None else best.plan.costs, others, holds, over) or best
     if budget is not None:
         raise ToleranceError(_gate(budget, stated, best), best)
     result = best or _left_dense(made(Budget(**{cost: Limit(_AMPLE * first.dense[cost])})), cost)
-    return _concluded(result, standings, best is not None, seconds if over() else None)
+    return _concluded(result, standings, best is not None, seconds if over() else None, why)
+
+
+def _late(result: Result) -> str:
+    """That a network takes longer than it was made for, as the clock says; empty if it does not."""
+    plan, measured = result.plan, result.report.measured
+    if not is_late(plan, measured):
+        return ""
+    return f"{measured['compressed'].quiet:.3g} ms measured for {asked_time(plan, measured):.3g} ms that were asked for"
 
 
 def _left_dense(result: Result, cost: str) -> Result:
@@ -322,16 +338,16 @@ def _left_dense(result: Result, cost: str) -> Result:
     return dataclasses.replace(result, plan=plan).reporting(arms=(), plan=plan)
 
 
-def _concluded(result: Result, standings: Standings, any_holds: bool, ended: float | None) -> Result:
-    """The network with what became of all arms, whether any ``held``, and after how many seconds the search ended."""
+def _concluded(result: Result, standings: Standings, any_holds: bool, ended: float | None, why: str) -> Result:
+    """The network with what became of all arms: whether any held, or why not; seconds after which the search ended."""
     rest = "not tried: no network was left to improve on" if ended is None else not_tried(ended)
     untried = not standings.rows and bool(standings.arms)
-    notes = (*_said_of_search(None if untried else any_holds, ended), *result.report.notes)
+    notes = (*_said_of_search(None if untried else any_holds, ended, why), *result.report.notes)
     return result.reporting(arms=standings.told(result.report.arms, rest), notes=notes)
 
 
-def _said_of_search(any_holds: bool | None, ended: float | None) -> Iterator[str]:
-    """What the smallest network rests on: whether any held, None if none was tried; the seconds it ended after."""
+def _said_of_search(any_holds: bool | None, ended: float | None, why: str) -> Iterator[str]:
+    """What the smallest network rests on: whether any held, None if none was tried; seconds it ended after; why not."""
     if any_holds is None and ended is not None:
         yield f"no smaller network was tried, as {ended:g} s were over: this is the dense network. Give more seconds"
         return
@@ -341,7 +357,8 @@ def _said_of_search(any_holds: bool | None, ended: float | None) -> Iterator[str
             "may lose more on others: measure it on samples that were used for nothing"
         )
     else:
-        yield "no smaller network that was tried holds the tolerance: this is the dense network"
+        reason = f"could be had ({why})" if why else "that was tried holds the tolerance"
+        yield f"no smaller network {reason}: this is the dense network"
     if ended is not None:
         yield f"the search ended after {ended:g} s"
 
@@ -360,15 +377,29 @@ def _gate(budget: Budget, stated: Result, network: Result | None) -> str:
 def with_verdict(result: Result, judge: Judge, tolerance: Tolerance | None = None) -> Result:
     """The result with what was lost in its report."""
     verdict = judge.verdict(result.model, result.report.agreement)
-    notes = (*result.report.notes, *_said_of_metric(verdict, judge))
+    notes = (*result.report.notes, *_said_of_metric(verdict, judge, tolerance))
     return result.reporting(verdict=verdict, tolerance=tolerance, notes=notes)
 
 
-def _said_of_metric(verdict: Verdict, judge: Judge) -> Iterator[str]:
-    """That a metric is called better of a network that hardly does what the dense one does."""
-    if verdict.drop is not None and verdict.drop < 0 and verdict.agreed is not None and verdict.agreed < _UNLIKE:
+def _said_of_metric(verdict: Verdict, judge: Judge, tolerance: Tolerance | None) -> Iterator[str]:
+    """That a metric calls a network as good as it is to be that hardly does what the dense one does."""
+    if verdict.drop is None or verdict.agreed is None or verdict.agreed >= _UNLIKE:
+        return
+    said, dense, apart = (
+        f"{verdict.name} {verdict.metric:.6g}",
+        f"{verdict.dense:.6g}",
+        f"agree in {verdict.agreed:.0%}",
+    )
+    if verdict.drop < 0:
         other = "lower" if judge.better == "higher" else "higher"
         yield (
-            f"{verdict.name} {verdict.metric:.6g}, called better than the dense network's {verdict.dense:.6g}, "
-            f"though outputs agree in {verdict.agreed:.0%} only: if a {other} number is good, give better={other!r}"
+            f"{said}, called better than the dense network's {dense}, though outputs {apart} only: if a {other} number "
+            f"is good, give better={other!r}"
+        )
+    elif verdict.drop == 0:
+        yield f"{said}, as for the dense network, though outputs {apart} only: does evaluate run the model it is given?"
+    elif tolerance is not None and tolerance.max_drop is not None and tolerance.holds(verdict):
+        yield (
+            f"{said}, within {tolerance.max_drop:.6g} of the dense network's {dense}, though outputs {apart} only: "
+            "max_drop is in the metric's own unit, as 0.01 where 1 is best"
         )

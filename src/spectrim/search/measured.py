@@ -43,6 +43,21 @@ def wanted_time(limit: float, measured: Mapping[str, Timing], dense: float) -> f
     return limit * measured["dense"].quiet / dense
 
 
+def asked_time(plan: Plan, measured: Mapping[str, Timing]) -> float | None:
+    """Milliseconds that the network of a plan may take in this run; None if time has no limit or was not measured."""
+    limit = (plan.budget or {}).get("latency")
+    return None if limit is None or not measured else wanted_time(limit, measured, plan.dense_costs["latency"])
+
+
+def is_late(plan: Plan, measured: Mapping[str, Timing]) -> bool:
+    """Whether a limit on time is missed as measured, by more than it is corrected to.
+
+    What differs between the dense network and a plan that changes nothing is noise.
+    """
+    asked = asked_time(plan, measured)
+    return asked is not None and measured["compressed" if plan.changed else "dense"].quiet > asked * (1 + CLOSE)
+
+
 def meet_latency(
     trials: Trials,
     table: Candidates,

@@ -19,6 +19,9 @@ _STEPS = 8
 _TRIED = "sizes tried"
 # Limits that differ by no more than this ratio make the same network, nearly.
 _CLOSE = 1.02
+# What is lost goes up and down as limits get tighter: below the smallest that held, steps by this ratio are tried until
+# so many in a row do not hold.
+_BELOW, _MISSES = 1.1, 2
 # What another set of methods has to save at least, as a ratio: below that no network is made with it.
 _WORTH = 1.05
 # The smallest share of a cost that is tried.
@@ -107,14 +110,16 @@ def smallest(
     holds: Callable[[R], bool],
     over: Callable[[], bool] = lambda: False,
     *,
+    refused: Callable[[InfeasibleBudgetError], object] = lambda error: None,
     close: float = _CLOSE,
+    misses: int = _MISSES,
     progress: Progress = silent,
 ) -> R | None:
     """The smallest network that holds, between limits and the dense network's costs.
 
     Limits lie on the line, in ratios, from the stated ones to the dense costs, and the interval between one that holds
-    and a tighter one that does not is halved. What is lost need not grow as limits get tighter: of all networks that
-    were made the smallest one that holds is returned, and it was measured itself.
+    and a tighter one that does not is halved. What is lost need not grow as limits get tighter: a few that are tighter
+    still are tried below it. The network that is returned was measured itself.
 
     Parameters
     ----------
@@ -128,8 +133,12 @@ def smallest(
         Whether it loses no more than is tolerated.
     over
         Whether no further network is to be made.
+    refused
+        Told why no network was made under a budget.
     close
         Limits that differ by no more than this ratio are not told apart.
+    misses
+        How many in a row do not hold before nothing tighter is tried.
     progress
         Told how many networks were made, of those that are made at most.
 
@@ -139,24 +148,34 @@ def smallest(
         None if none of them holds.
     """
     best: R | None = None
-    tight, wide = 0.0, 1.0
-    ratio = max(dense[cost] / limit for cost, limit in limits.items())
-    for step in range(_STEPS):
-        progress(_TRIED, step, _STEPS)
-        if (wide - tight) * math.log(max(ratio, 1.0)) <= math.log(close) or over():
-            break
-        share = (tight + wide) / 2
+    tight, wide, made_so_far = 0.0, 1.0, 0
+    ratio = math.log(max(1.0, *(dense[cost] / limit for cost, limit in limits.items())))
+
+    def tried(share: float) -> bool:
+        nonlocal best, wide, made_so_far
+        progress(_TRIED, made_so_far, max(made_so_far + 1, _STEPS + misses))
+        made_so_far += 1
         budget = Budget(**{c: Limit(limit ** (1 - share) * dense[c] ** share) for c, limit in limits.items()})
         try:
             trial = made(budget)
-        except InfeasibleBudgetError:
+        except InfeasibleBudgetError as error:
+            refused(error)
+            return False
+        if not holds(trial):
+            return False
+        best, wide = trial, share
+        return True
+
+    while made_so_far < _STEPS and (wide - tight) * ratio > math.log(close) and not over():
+        if not tried(share := (tight + wide) / 2):
             tight = share
-            continue
-        if holds(trial):
-            best, wide = trial, share
-        else:
-            tight = share
-    progress(_TRIED, _STEPS, _STEPS)
+    below = 1
+    while best is not None and below <= misses and not over():
+        share = wide - below * math.log(_BELOW) / max(ratio, 1e-12)
+        if share <= 0:
+            break
+        below = 1 if tried(share) else below + 1
+    progress(_TRIED, made_so_far, made_so_far)
     return best
 
 
@@ -200,7 +219,7 @@ def smaller(
         elif best is None:
             return None
         else:
-            between = smallest(aim, last, tried, lambda pair: pair[1], over, close=_WORTH)
+            between = smallest(aim, last, tried, lambda pair: pair[1], over, close=_WORTH, misses=0)
             return best if between is None else between[0]
     return best
 
