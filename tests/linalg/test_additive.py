@@ -43,8 +43,7 @@ def correlated(g: int, n: int, *, seed: int = 0) -> Tensor:
 
 
 def root_of(matrix: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(matrix)
-    return vectors @ (values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT)
+    return torch.linalg.cholesky(matrix, upper=True)
 
 
 def mixture(o: int, n: int, rank: int, density: float, *, g: int = 1, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,7 +68,7 @@ class Case:
         }
         self.metric = found[metric]
         self.root = root_of(correlated(g, o, seed=3)) if outer else None
-        self.error = Quadratic(self.metric, None if self.root is None else self.root @ self.root)
+        self.error = Quadratic(self.metric, None if self.root is None else self.root.mT @ self.root)
         if step in ("greedy", "exact"):
             self.step: LowRankStep = (Greedy if step == "greedy" else Exact)(self.metric, self.root)
         else:

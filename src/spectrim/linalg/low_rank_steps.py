@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -44,7 +45,12 @@ class LowRankStep(ABC):
     grows: bool = False
     """Whether a smaller rank is a start for a larger one."""
     root: Float[Tensor, "g o o"] | None
-    """``R`` with ``R^T R = G``, or None."""
+    """Upper triangular ``R`` with ``R^T R = G``, or None."""
+
+    @cached_property
+    def outer(self) -> Float[Tensor, "g o o"] | None:
+        """``G``."""
+        return None if self.root is None else self.root.mT @ self.root
 
     @abstractmethod
     def __call__(self, target: Float[Tensor, "g o n"], rank: int, start: Product | None) -> Product:
@@ -93,12 +99,12 @@ class _Projecting(LowRankStep):
 
     def eliminated(self, product: Product) -> Quadratic:
         left = self._basis(product)
+        if self.root is not None and self.outer is not None:
+            made_up = self.root.mT @ left
+            return Quadratic(self.metric, self.outer - made_up @ made_up.mT)
         eye = torch.eye(left.shape[1], dtype=left.dtype, device=left.device)
-        beside = eye - left @ left.mT
-        if self.root is not None:
-            return Quadratic(self.metric, self.root.mT @ beside @ self.root)
         # Two thin products take less than a square one while their columns are fewer than half of the outputs.
-        return Quadratic(self.metric, beside, left if 2 * left.shape[2] < left.shape[1] else None)
+        return Quadratic(self.metric, eye - left @ left.mT, left if 2 * left.shape[2] < left.shape[1] else None)
 
     def following(self, ridge: Ridge, product: Product) -> Callable[[Tensor, float], Tensor] | None:
         left = product.factors[0]
@@ -125,7 +131,7 @@ class _Projecting(LowRankStep):
 
     def _product(self, left: Tensor, right: Tensor) -> Product:
         if self.root is not None:
-            left = torch.linalg.solve(self.root, left)
+            left = torch.linalg.solve_triangular(self.root, left, upper=True)
         return Product(left @ right, (left, right))
 
 
@@ -165,7 +171,7 @@ class Alternating(LowRankStep):
     metric
         ``C``, for the slices of the split.
     root
-        ``R`` with ``R^T R = G``, or None.
+        Upper triangular, with ``R^T R = G``, or None.
     steps
         Conjugate-gradient steps on the first factor a turn.
     """
@@ -194,9 +200,7 @@ class Alternating(LowRankStep):
         return self._product(left, response.refit(self.metric.unfold(target), self.metric, left))
 
     def eliminated(self, product: Product) -> Quadratic:
-        return Quadratic(
-            self.metric.beside(product.factors[0]), None if self.root is None else self.root.mT @ self.root
-        )
+        return Quadratic(self.metric.beside(product.factors[0]), self.outer)
 
     def energies(self, target: Float[Tensor, "g o n"]) -> Float[Tensor, "g R"]:
         return lowrank.energies(response.mix(self.metric.unfold(target), self.root), self.metric.average)

@@ -67,10 +67,11 @@ class AdditiveLayer:
         # Layers of millions of weights, whose metrics are rows, are fitted in float32: half the memory and time.
         dtype = metric.dtype
         root = None if root is None else root.to(dtype)
-        outer = None if root is None else root.mT @ root
         step: LowRankStep
         step = (Exact if exact else Greedy)(metric, root) if split is None or whole is how else Alternating(split, root)
-        return cls(units, how, whole, _rows(units.own_weight.to(dtype), whole), Quadratic(metric, outer), step, mean)
+        return cls(
+            units, how, whole, _rows(units.own_weight.to(dtype), whole), Quadratic(metric, step.outer), step, mean
+        )
 
     def single(self) -> AdditiveLayer:
         """The same in float32, at half the time: exact enough to tell choices apart, since channels have unit variance.
@@ -81,8 +82,8 @@ class AdditiveLayer:
             return self
         metric, root = self.error.metric.single(), self.step.root
         root = None if root is None else root.float()
-        error = Quadratic(metric, None if root is None else root.mT @ root)
         step = type(self.step)(metric, root)
+        error = Quadratic(metric, step.outer)
         return dataclasses.replace(self, target=self.target.float(), error=error, step=step)
 
     @property
