@@ -170,11 +170,11 @@ def test_images_folded_into_the_batch_axis():
 def test_keys_tell_samples_apart_by_their_inputs_alone(dtype):
     x = torch.randint(0, 2, (50, 3, 20)).to(dtype)
     x[7] = x[3]
-    keys = Samples.of(x).keys
+    keys = Samples.of(x).bits
     assert keys[7] == keys[3]
     assert len(keys.unique()) == 49
-    assert torch.equal(Samples.of((x, torch.arange(50))).keys, keys)
-    assert torch.equal(Samples.of(x.flip(0)).keys.flip(0), keys)
+    assert torch.equal(Samples.of((x, torch.arange(50))).bits, keys)
+    assert torch.equal(Samples.of(x.flip(0)).bits.flip(0), keys)
 
 
 def test_masks_by_name_and_by_function():

@@ -22,6 +22,7 @@ from spectrim.network.sites import Layer, Statistics
 from spectrim.nn.layers import canonical, spec_of
 from spectrim.nn.modules import Chained, Factored, make_layer, whole
 from spectrim.nn.watch.junctions import MadeUp
+from spectrim.nn.watch.keys import ranked
 from spectrim.nn.watch.layout import Layout
 from spectrim.nn.watch.lockstep import Seen
 from spectrim.nn.watch.patches import outputs_at, patches_at
@@ -73,9 +74,12 @@ class Split:
         run = Extent(batches, amount.mask, layout)
         samples = tuple(run.see(batch) for batch in batches)
         every = torch.cat([each.filled for each in samples]) if samples else torch.zeros(0, dtype=torch.bool)
-        keys = torch.cat([each.unitless for each in samples])[every] if samples else torch.zeros(0)
-        different = torch.where(keys == 0, torch.arange(len(keys)), keys)
-        ordered = different.unique()
+        keys, bits = (
+            torch.cat([getattr(each, name) for each in samples])[every] if samples else torch.zeros(0)
+            for name in ("keys", "bits")
+        )
+        different = torch.where(bits == 0, torch.arange(len(bits)), bits)
+        ordered = different[ranked(keys, different)].unique_consecutive()
         count = max(round(held_out * len(ordered)), min(ENOUGH, len(ordered) // 3)) if held_out else 0
         held = torch.zeros(len(every), dtype=torch.bool)
         held[every] = torch.isin(different, ordered[:count])

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor, nn
 
 from spectrim.nn.watch.batches import Feed, Forward
-from spectrim.nn.watch.keys import hashed, mixed, odd
+from spectrim.nn.watch.keys import keys_of, mixed, odd, ranked
 from spectrim.nn.watch.layout import Layout
 from spectrim.nn.watch.masks import Mask, check_not_inverted, mask_of, positions_second, tensor_of
 
@@ -23,9 +23,10 @@ class Samples:
     """What the samples of one batch are."""
 
     size: int  # how many
-    # A number made from the bits of each sample's inputs: the same sample has the same key in any batch, order or cut,
-    # and, where there is a mask, with any padding.
+    # A number made from each sample's inputs, by which is drawn: the same sample has the same key in any batch, order
+    # or cut, where there is a mask with any padding, and as a rule in any units.
     keys: Int64[Tensor, " size"]
+    bits: Int64[Tensor, " size"]  # the same of all bits, by which it is told apart
     mask: Bool[Tensor, "size positions"] | None  # ``[size, positions]``, True where a token is data; None if all are
     # The length of each sample in units of the mean length of the run; a sample of twice the length gives twice the
     # rows.
@@ -34,7 +35,6 @@ class Samples:
     # samples is known.
     lengths: frozenset[int] = frozenset()
     turned: bool = False  # whether the inputs have their positions before the samples
-    signs: Int64[Tensor, " size"] | None = None  # keys of their signs alone, where these are to be looked at
     _chosen: dict[Hashable, Chosen] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -45,7 +45,6 @@ class Samples:
         *,
         mean: float | None = None,
         layout: Layout = Layout(),  # noqa: B008 (frozen)
-        signs: bool = False,
     ) -> Samples:
         """The samples of a batch.
 
@@ -60,8 +59,6 @@ class Samples:
             Mean length of a sample of the run, in tokens that are data, or else in numbers of the inputs.
         layout
             Where samples are in the batch.
-        signs
-            Whether :attr:`unitless` keys are asked for.
 
         Raises
         ------
@@ -73,30 +70,16 @@ class Samples:
         columns = layout.columns(batch, size, without=tensor_of(batch, mask, layout))
         if found is not None:
             check_not_inverted(found, columns)
-        keys = _keys(columns, found, size, signs=False)
         share = lengths_of(columns, found, size) / mean if mean else torch.ones(size).double()
-        return cls(
-            size, keys, found, share, layout.lengths(batch, size), layout.is_turned(batch, size),
-            _keys(columns, found, size, signs=True) if signs else None,
-        )  # fmt: skip
-
-    @property
-    def unitless(self) -> Int64[Tensor, " size"]:
-        """Keys that are the same in any unit, where signs are looked at."""
-        return self.keys if self.signs is None else self.signs
+        if found is not None:
+            columns = [[positions_second(part, found.shape[1]) for part in column] for column in columns]
+        keys, bits = keys_of(columns, found, size)
+        return cls(size, keys, bits, found, share, layout.lengths(batch, size), layout.is_turned(batch, size))
 
     @property
     def filled(self) -> Bool[Tensor, " size"]:
         """Whether there is data in a sample, and not padding alone."""
         return torch.ones(self.size, dtype=torch.bool) if self.mask is None else self.mask.any(1)
-
-
-def _keys(columns: list[list[Tensor]], mask: Tensor | None, size: int, *, signs: bool) -> Int64[Tensor, " size"]:
-    keys = torch.zeros(size, dtype=torch.int64)
-    for number, column in enumerate(columns):
-        parts = column if mask is None else [positions_second(part, mask.shape[1]) for part in column]
-        keys = mixed(keys + torch.cat([hashed(part, mask, signs=signs) for part in parts]) + odd(number))
-    return keys
 
 
 class Chosen(NamedTuple):
@@ -128,52 +111,50 @@ def energies_of(columns: list[list[Tensor]], size: int) -> Tensor:
 
 
 def spread(
-    batches: Iterable[Any],
-    most: int,
-    layout: Layout,
-    mask: Mask = None,
-    held: Sequence[Tensor] = (),
-    *,
-    signs: bool = False,
+    batches: Iterable[Any], most: int, layout: Layout, mask: Mask = None, held: Sequence[Tensor] = ()
 ) -> list[Any]:
     """So many samples at most, in parts of batches, chosen by their contents: their order makes no difference.
 
-    By their signs, if so asked. Of those that are ``held``, if any are. Of samples that are there several times about
-    their share is chosen.
+    Of those that are ``held``, if any are. Of samples that are there several times about their share is chosen.
     """
-    parts: list[tuple[Any, Tensor, Tensor]] = []
+    parts: list[_Part] = []
     times: Counter[int] = Counter()
     among = held if any(bool(each.any()) for each in held) else itertools.repeat(None)
     for batch, each in zip(batches, among, strict=False):
-        samples = Samples.of(batch, mask, layout=layout, signs=signs)
+        samples = Samples.of(batch, mask, layout=layout)
         index = (samples.filled if each is None else each & samples.filled).nonzero().flatten()
-        parts.append((batch, index, _apart(samples.unitless[index], times)))
+        keys, bits = samples.keys[index], samples.bits[index]
+        parts.append((batch, index, torch.stack([_apart(keys, bits, times), bits])))
         if sum(len(index) for _, index, _ in parts) > 2 * most:
             parts = _fewer(parts, most, layout)
     return [_part(batch, index, layout) for batch, index, _ in _fewer(parts, most, layout) if len(index)]
 
 
-def _apart(keys: Int64[Tensor, " n"], times: Counter[int]) -> Int64[Tensor, " n"]:
+# A batch, which of its samples, and keys and bits of these, ``[2, n]``.
+_Part = tuple[Any, Tensor, Tensor]
+
+
+def _apart(keys: Int64[Tensor, " n"], bits: Int64[Tensor, " n"], times: Counter[int]) -> Int64[Tensor, " n"]:
     """The keys, with others for samples whose equals came before: no sample goes or stays with all of them."""
     before = []
-    for key in keys.tolist():
-        before.append(times[key])
-        times[key] += 1
+    for each in bits.tolist():
+        before.append(times[each])
+        times[each] += 1
     again = torch.tensor(before, dtype=torch.int64)
     return torch.where(again > 0, mixed(keys + odd(again)), keys)
 
 
-def _fewer(parts: Sequence[tuple[Any, Tensor, Tensor]], most: int, layout: Layout) -> list[tuple[Any, Tensor, Tensor]]:
+def _fewer(parts: Sequence[_Part], most: int, layout: Layout) -> list[_Part]:
     """Those of the smallest keys, where there are more; what goes is not held on to."""
-    keys = torch.cat([keys for _, _, keys in parts])
+    keys, bits = torch.cat([each for _, _, each in parts], dim=1)
     if len(keys) <= most:
         return list(parts)
     left = torch.zeros(len(keys), dtype=torch.bool)
-    left[keys.argsort(stable=True)[:most]] = True
+    left[ranked(keys, bits)[:most]] = True
     found = []
     for (batch, index, keys), stays in zip(parts, left.split([len(index) for _, index, _ in parts]), strict=True):
         if bool(stays.any()):
-            found.append((_part(batch, index[stays], layout), torch.arange(int(stays.sum())), keys[stays]))
+            found.append((_part(batch, index[stays], layout), torch.arange(int(stays.sum())), keys[:, stays]))
     return found
 
 
@@ -197,7 +178,7 @@ def contents(model: nn.Module, batches: Iterable[Any], *, mask: Mask = None, for
     for batch in batches:
         samples = Samples.of(batch, mask, layout=feed.decide(model, batch).layout)
         count += samples.size
-        total += int(samples.keys.sum())
+        total += int(samples.bits.sum())
     return f"{count:,} samples {total % 2**64:016x}"
 
 

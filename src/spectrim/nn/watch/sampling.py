@@ -2,7 +2,8 @@
 
 A row is one position of one sample: a token of a linear layer, an output position of a convolution. Of every sample as
 many rows are kept as the run asks for, spread evenly over its positions; where in each part of them is drawn with a
-number made from the *contents* of the sample. So neither the cut into batches nor their order changes what is kept.
+number made from the *contents* of the sample, in any units. So neither the cut into batches nor their order changes
+what is kept.
 """
 
 from __future__ import annotations
@@ -72,9 +73,6 @@ def _is_number(value: object) -> bool:
 class Extent:
     """What is known of a run before it is made: how many samples there are, and how long they are on average.
 
-    Where all samples of a list are told apart by their signs, what is held out and the directions of gradients go by
-    these, so that inputs in other units have the same.
-
     Parameters
     ----------
     batches
@@ -102,13 +100,8 @@ class Extent:
             lengths = torch.cat([self._lengths(batch, number) for number, batch in enumerate(batches)])
             self.samples: int | None = max(1, int((lengths > 0).sum()))  # those of padding alone are none
             self._mean = float(lengths.sum()) / self.samples
-            samples = [Samples.of(batch, mask, layout=layout, signs=True) for batch in batches]
-            bits, signs = (
-                torch.cat(each).unique() for each in zip(*((s.keys, s.unitless) for s in samples), strict=True)
-            )
-            self.signs = len(bits) == len(signs)
         else:
-            self.samples, self.signs = _count(batches), False
+            self.samples = _count(batches)
 
     def see(self, batch: Any) -> Samples:
         """The samples of the next batch."""
@@ -117,9 +110,9 @@ class Extent:
             self._mean = float(lengths.sum() / (lengths > 0).sum().clamp_min(1))
         self._size(batch, self._seen)
         self._seen += 1
-        samples = Samples.of(batch, self.mask, mean=self._mean, layout=self.layout, signs=self.signs)
+        samples = Samples.of(batch, self.mask, mean=self._mean, layout=self.layout)
         if len(self._different) < GUESSED:
-            self._different.update(samples.keys[samples.filled].tolist())
+            self._different.update(samples.bits[samples.filled].tolist())
         energies = energies_of(self.layout.columns(batch, samples.size), samples.size)
         self._energy += float(energies.sum())
         self._squared += float(energies.square().sum())
@@ -319,9 +312,9 @@ def _drawn(outputs: Tensor, samples: Samples, seed: int, positions: bool) -> Ten
     table = _normal_numbers(seed)
     mask, size = samples.mask, samples.size
     if not outputs.dim() or outputs.shape[0] != size:
-        start = int(shifted(mixed(samples.unitless.sum().reshape(1)), 20)) % _TABLE
+        start = int(shifted(mixed(samples.keys.sum().reshape(1)), 20)) % _TABLE
         return table[(start + torch.arange(outputs.numel())) % _TABLE].reshape(outputs.shape).to(outputs)
-    start = (shifted(mixed(samples.unitless + odd(seed)), 20) % _TABLE).unsqueeze(1)
+    start = (shifted(mixed(samples.keys + odd(seed)), 20) % _TABLE).unsqueeze(1)
     if mask is None or not positions or outputs.dim() < 2 or outputs.shape[1] != mask.shape[1]:
         place = torch.arange(outputs[0].numel()).expand(size, -1)
         return (table[(start + place) % _TABLE] * samples.filled.unsqueeze(1)).reshape(outputs.shape).to(outputs)

@@ -197,7 +197,7 @@ def _gradients(
 
     if there is None:
         return taken(first_batches(stream, samples, feed.layout), run)
-    found = taken(spread(stream, samples, feed.layout, mask, signs=run.signs), run)
+    found = taken(spread(stream, samples, feed.layout, mask), run)
     if found.error is None or there <= samples:
         return found
     log.info("gradients are taken of whole batches, since the model refuses a part of one: %s", found.error)
