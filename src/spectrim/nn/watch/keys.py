@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -52,7 +52,7 @@ def ranked(keys: Int64[Tensor, " n"], bits: Int64[Tensor, " n"]) -> Int64[Tensor
 
 
 # Tensors with samples in front, in one piece or one a sample, each with the mask of its positions if it has any.
-_Column = list[tuple[Tensor, Tensor | None]]
+_Column = Sequence[tuple[Tensor, Tensor | None]]
 
 
 def keys_of(columns: Iterable[list[Tensor]], mask: Tensor | None, size: int) -> tuple[Tensor, Tensor]:
