@@ -76,7 +76,7 @@ def keys_of(columns: Iterable[list[Tensor]], mask: Tensor | None, size: int) -> 
     return torch.where(telling < _TELLING, bits, _folded(drawn, size)), bits
 
 
-def _folded(columns: list[_Column], size: int) -> Int64[Tensor, " size"]:
+def _folded(columns: Sequence[_Column], size: int) -> Int64[Tensor, " size"]:
     keys = torch.zeros(size, dtype=torch.int64)
     for number, column in enumerate(columns):
         keys = mixed(keys + torch.cat([hashed(*each) for each in column]) + odd(number))
