@@ -16,7 +16,7 @@ _LOOKED_AT = 4096
 # Comparisons within a sample, and how near to each other numbers count as equal: rounding hardly ever turns one.
 _COMPARED, _NEAR = 128, 1e-5
 # Signs and comparisons that are not as most of a sample's are, from which on they are what it is drawn by.
-_TELLING = 6
+_TELLING = 4
 # Numbers that are hashed at a time.
 _CHUNK = 1 << 20
 _GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed number
