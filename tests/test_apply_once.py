@@ -118,7 +118,7 @@ def test_order_and_cut_of_the_batches_change_nothing_but_rounding():
 
 def test_with_too_few_samples_it_is_not_worse_than_without_reconstruction():
     gains = []
-    for seed in range(6):
+    for seed in range(12):
         model, few, fresh = network(), data(24, seed=10 + seed), data(512, seed=100 + seed)
         sites, plan = planned(model, [few])
         fitted = st.apply(model, sites, plan, [few])
