@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import spectrim as st
 from spectrim.cost import counted as costs
 from spectrim.errors import MissingMomentsError
 from spectrim.linalg.moments import Moments
@@ -70,6 +71,24 @@ def test_first_factors_are_fitted_by_each_layers_own_outputs(same_input: bool) -
             again = method.refit(part, again, number)
         lost, least = (measured_error(site, each.dense(), curve.unit) for each in (factors, again))
         assert lost <= least * 1.003
+
+
+def test_what_is_carried_out_loses_no_more_than_is_stated() -> None:
+    """Both parts are improved by a common weight of the outputs: by their own the layers may lose more."""
+    torch.manual_seed(0)
+    first, second, third = (nn.Conv2d(8, 8, 3, padding=1) for _ in range(3))
+    for layer in (second, third):
+        layer.weight.data = 0.6 * first.weight.data + 0.4 * layer.weight.data
+    ends = nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 6)
+    net = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third, *ends)
+    batches = [torch.randn(100, 8, 6, 6)]
+    sites = st.sensitivity(net, st.calibrate(net, st.find(net), batches, rows=None), batches)
+    site = st.group(sites, {"group": ["0", "2", "4"]})["group"]
+    method = JointSVD("both", unfoldings=("width-first",))
+    curve = method.curve(site)
+    assert len(curve.choices) > 3
+    for choice, error in zip(curve.choices, curve.errors, strict=True):
+        assert measured_error(site, method.factorize(site, choice).dense(), curve.unit) <= error * (1 + 1e-4)
 
 
 @dataclasses.dataclass(frozen=True)
