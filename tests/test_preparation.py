@@ -16,6 +16,10 @@ import spectrim as st
 from spectrim.cli.app import app
 from spectrim.errors import CalibrationError
 from spectrim.nn.timing import Timing
+from spectrim.nn.watch.batches import Feed
+from spectrim.nn.watch.calibrate import calibrated
+from spectrim.nn.watch.reconstruct import Split
+from spectrim.nn.watch.sampling import Sampling
 from spectrim.preparation import Prepared, locate, one_batch, prepare
 from spectrim.train import Recipe
 from tests.cases import batches_for, settled
@@ -107,8 +111,8 @@ def test_channels_are_found_with_the_first_batch() -> None:
         locate(model, [], channels=True)
 
 
-def test_what_is_known_is_taken_over_where_channels_are_found_later() -> None:
-    """To the bit as if all had been calibrated at once, in passes without gradients."""
+def test_where_channels_are_found_later_all_is_as_if_they_had_been_at_once() -> None:
+    """To the bit: statistics of the samples that are fitted, without those that are held out."""
     pytest.importorskip("torch_pruning")
     torch.manual_seed(0)
     # The second convolution has patches too long for a moment of their own.
@@ -117,11 +121,7 @@ def test_what_is_known_is_taken_over_where_channels_are_found_later() -> None:
     batches = [torch.randn(8, 3, 8, 8) for _ in range(3)]
     plain = prepare(net, locate(net, batches), batches)
     coupled = locate(net, batches, channels=True)
-    grads: list[bool] = []
-    hook = net.register_forward_pre_hook(lambda *_: grads.append(torch.is_grad_enabled()))
     later = prepare(net, coupled, batches, known=plain).sites
-    hook.remove()
-    assert grads == [False] * 3
     whole = prepare(net, coupled, batches).sites
     assert [layer.spec for layer in later] == [layer.spec for layer in whole]
     assert later.couplings
@@ -148,3 +148,51 @@ def test_the_example_has_the_batch_that_latency_is_measured_at() -> None:
 
     held = one_batch(Named(), [{"tokens": torch.ones(3, 12)}], 2)
     assert held["tokens"].shape == (2, 12)
+
+
+@pytest.mark.parametrize("size", [1, 5, 16])
+def test_where_channels_may_go_statistics_rest_on_the_samples_that_are_not_held_out(size: int) -> None:
+    """Else what reads the channels that are left would have seen what it is judged by."""
+    pytest.importorskip("torch_pruning")
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.Flatten(), nn.Linear(96, 8), nn.ReLU()]
+    net, images = nn.Sequential(*layers, nn.Linear(8, 4)).eval(), torch.randn(16, 3, 8, 8)
+    (held,) = Split.of([images]).held
+    assert int(held.sum()) == 4
+    coupled, few = locate(net, [images], channels=True), [images[~held]]
+    assert coupled.couplings
+    found = prepare(net, coupled, list(images.split(size)), sampling=Sampling(None))
+    wanted = calibrated(net, coupled, few, Sampling(None), Feed(), progress=lambda *_: None)
+    assert found.sampling.apart == Split.of([images]).apart != frozenset()
+    for one, other in zip(found.sites, wanted, strict=True):
+        mine, theirs = one.statistics.input, other.statistics.input
+        assert mine is not None
+        assert theirs is not None
+        assert mine.count == theirs.count
+        assert torch.allclose(mine.second_moment, theirs.second_moment, rtol=1e-4, atol=1e-5)
+    for name, pooled in found.sites.pooled.items():
+        theirs = wanted.pooled[name].unpooled
+        assert torch.allclose(pooled.unpooled.second_moment, theirs.second_moment, rtol=1e-4, atol=1e-5)
+
+
+def test_of_few_samples_what_removals_lose_is_told_and_judged_by_others() -> None:
+    """Of 64 samples of a wide network: what was told was a tenth of the truth, and the worse network was taken."""
+    pytest.importorskip("torch_pruning")
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 8)]
+    net, mix = nn.Sequential(*layers).eval(), torch.randn(16, 64)
+    seen, others = (torch.randn(n, 16) @ mix + 0.3 * torch.randn(n, 64) for n in (64, 2000))
+
+    def missed(result: st.Result) -> float:
+        with torch.no_grad():
+            return float((result.model(others) - net(others)).norm() / net(others).norm())
+
+    default, filters, auto = (
+        st.compress(net, list(seen.split(16)), "macs=50%", methods=methods)
+        for methods in (None, st.PrincipalFilters(), "auto")
+    )
+    told = filters.report.agreement
+    assert told is not None
+    assert told.held_out
+    assert told.error > 0.6 * missed(filters)
+    assert missed(auto) < 1.15 * min(missed(default), missed(filters)) < missed(filters)

@@ -23,6 +23,7 @@ from spectrim.nn.timing import as_timed, measure_latency, ready
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.calibrate import calibrated, check_weights
 from spectrim.nn.watch.nesting import begun
+from spectrim.nn.watch.reconstruct import Split
 from spectrim.nn.watch.sampling import Sampling
 from spectrim.nn.watch.sensitivity import calibrated_and_weighed, weighed
 from spectrim.progress import Progress, silent
@@ -163,17 +164,23 @@ def prepare(
     dense_latency
         Of the whole dense network, if it is known; else it is measured.
     sampling
-        How many rows the statistics rest on, and which are data.
+        How many rows the statistics rest on, and which are data. Where channels can be removed the samples that fits
+        hold out are left out: what reads channels makes up for those that go by the statistics alone.
     known
-        From an earlier call with the same model, batches and options, before channels were coupled: what it found is
-        taken over, and what it lacks is added.
+        From an earlier call with the same model, batches and options, before channels were coupled: how long the
+        network takes is taken over.
     """
     feed = Feed.of(forward)
+    if known is not None:
+        found = prepare(
+            model, sites, batches, statistics=statistics, sensitivity=sensitivity, groups=groups, sampling=sampling,
+            forward=feed, progress=progress,
+        )  # fmt: skip
+        return replace(known, sites=found.sites, batches=found.batches, sampling=found.sampling, curves={})
     watched = functools.partial(progress, "calibrate")
-    if known is not None and {site.name for site in known.sites} <= {site.name for site in sites}:
-        # Without gradients: what coupled channels need is in the forward passes.
-        found = calibrated(model, sites, batches, sampling, feed, progress=watched, known=known.sites)
-        return replace(known, sites=found)
+    if sites.couplings and statistics:
+        feed.decide(model, begun(batches)[0])
+        sampling = replace(sampling, apart=Split.of(batches, sampling, layout=feed.layout).apart)
     if latency is True:
         spec = sites.layers[0].spec
         latency = Latency(device=spec.device, dtype=spec.dtype)

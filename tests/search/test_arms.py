@@ -142,16 +142,16 @@ def test_after_the_seconds_no_arm_is_begun_and_progress_says_what_is_tried() -> 
     assert said == ["a: plan", "a: carry out"]
 
 
-def test_what_removals_lose_is_not_trusted_to_the_same_degree() -> None:
+def test_what_removals_are_predicted_to_lose_rules_out_no_other_plan() -> None:
     removal = Entry("x:out", "channels", ChannelsChoice((0,), 2, (), method="filters"), 0.1, {}, {}, of_channels=True)
 
     def planned(arm: Arm, trial: Judging) -> Draft:
-        plan = draft(arm.name, {"a": 2.9, "b": 3.1, "c": 1.0}[arm.name]).plan
+        plan = draft(arm.name, {"a": 290.0, "b": 310.0, "c": 1.0}[arm.name]).plan
         return Draft(replace(plan, entries=(*plan.entries, removal)) if arm.name == "c" else plan)
 
-    winner, tried = replace(contest({"a": 0.1, "c": 0.2}), planned=planned).best(ARMS)
-    assert winner == "a"
-    assert tried[1].note == "skipped: its table predicts 3.1 times the loss of c"
+    winner, tried = replace(contest({"a": 0.3, "b": 0.1, "c": 0.2}), planned=planned).best(ARMS)
+    assert winner == "b"
+    assert all(each.loss < math.inf for each in tried)
 
 
 def test_seconds_are_shared_by_planning_and_carrying_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -247,8 +247,7 @@ def test_auto_shares_factors_where_parameters_are_limited() -> None:
 
 
 def test_auto_is_the_best_of_its_arms_and_prints_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HOPELESS", "HOPELESS_BESIDE_REMOVALS"):
-        monkeypatch.setattr(f"spectrim.search.arms.{name}", math.inf)
+    monkeypatch.setattr("spectrim.search.arms.HOPELESS", math.inf)
     model, budget = network(), "macs=50%"
     result = st.compress(model, BATCHES, budget, methods="auto", sensitivity=False)
     arms, agreement = result.report.arms, result.report.agreement
@@ -264,13 +263,16 @@ def test_auto_is_the_best_of_its_arms_and_prints_them(monkeypatch: pytest.Monkey
     assert [line.split("  ")[0] for line in lines[head + 2 : head + 2 + len(arms)]] == [arm.name for arm in arms]
     assert "chosen" in lines[head + 2 + arms.index(chosen)]
     assert result.plan.costs["macs"] <= 0.5 * result.plan.dense_costs["macs"]
-    # An arm does what it does alone.
-    for arm, methods in ((arms[0], None), (arms[-1], [PrincipalFilters(), ActivationSVD(), WeightSVD()])):
+    # An arm does what it does alone; without removals that rests on all samples, with them on those that are fitted.
+    for arm, methods, close in (
+        (arms[0], None, 0.1),
+        (arms[-1], [PrincipalFilters(), ActivationSVD(), WeightSVD()], 1e-5),
+    ):
         single = st.compress(model, BATCHES, budget, methods=methods, sensitivity=False)
-        assert single.plan.loss == pytest.approx(arm.predicted, rel=1e-5)
+        assert single.plan.loss == pytest.approx(arm.predicted, rel=close)
         if arm in made:
             assert single.report.agreement is not None
-            assert single.report.agreement.divergence == pytest.approx(arm.loss, rel=1e-4)
+            assert single.report.agreement.divergence == pytest.approx(arm.loss, rel=10 * close)
 
 
 def test_a_table_is_the_sum_of_its_methods() -> None:

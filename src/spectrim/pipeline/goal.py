@@ -61,7 +61,7 @@ class Goal:
 
 
 class Preparing(Protocol):
-    """Prepares the dense network: with the channels that can go, or without; what is known of it is taken over."""
+    """Prepares the dense network: with the channels that can go, or without; its time is taken over if known."""
 
     def __call__(self, *, competing: bool, known: Prepared | None = None) -> Prepared: ...
 
@@ -81,7 +81,7 @@ def reached(
     making
         With the methods of the one set; where all compete they bring their own.
     prepared
-        Prepares the network; called again, with what was found, where all compete after the default.
+        Prepares the network; called again, with what is known of its time, where all compete after the default.
     told
         Why all compete after the default, in words.
     """

@@ -23,8 +23,8 @@ from spectrim.nn.agreement import Agreement, agreement
 from spectrim.nn.checkpoint import file_size
 from spectrim.nn.timing import Speed, Timing
 from spectrim.nn.watch.calibrate import few_rows
-from spectrim.nn.watch.masks import Mask
 from spectrim.nn.watch.reconstruct import Errors
+from spectrim.nn.watch.sampling import Sampling
 from spectrim.search.arms import Tried, arms_grid
 from spectrim.search.judge import Verdict
 from spectrim.search.measured import asked_time, is_late
@@ -282,7 +282,7 @@ def reported(
     done: Applied,
     batches: Iterable[Any] | None,
     *,
-    mask: Mask = None,
+    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     forward: Callable[[nn.Module, Any], Any] | None = None,
     measured: Mapping[str, Timing] = MappingProxyType({}),
     notes: Sequence[str] = (),
@@ -290,12 +290,14 @@ def reported(
 ) -> Report:
     """What a plan that was carried out did; where there are batches, how far the outputs agree.
 
-    Of a network that was trained since, no samples are held out; where channels went neither, since what reads those
-    that are left makes up for the others by the statistics of all samples.
+    Of a network that was trained since, no samples are held out; where channels went neither, unless the statistics,
+    by which what reads those that are left makes up for the others, were taken without them.
     """
     held_out = () if trained else done.held
-    agreed = None if batches is None else agreement(model, small, batches, held_out, mask=mask, forward=forward)
-    if agreed is not None and any(isinstance(entry.choice, ChannelsChoice) for entry in plan):
+    agreed = (
+        None if batches is None else agreement(model, small, batches, held_out, mask=sampling.mask, forward=forward)
+    )
+    if agreed is not None and not sampling.apart and any(isinstance(entry.choice, ChannelsChoice) for entry in plan):
         agreed = dataclasses.replace(agreed, held_out=False)
     notes = (
         *sites.notes, *few_rows(sites), *uncounted_work(sites), *_said_of_mode(small), *notes, *_said_of_layers(done),

@@ -158,7 +158,7 @@ def finished(
     )  # fmt: skip
     small = done.model if prepared.latency is None else as_run(done.model, prepared.example, prepared.latency)
     report = reported(
-        model, small, sites, plan, done, batches, mask=sampling.mask, forward=making.forward, measured=measured,
+        model, small, sites, plan, done, batches, sampling=sampling, forward=making.forward, measured=measured,
         notes=notes,
     )  # fmt: skip
     return Result(small, plan, report, table, sites)

@@ -27,10 +27,9 @@ from spectrim.tables import default_methods
 log = logging.getLogger(__name__)
 # What a sparse part or a shared factor saves, and hardly any time.
 STORED = frozenset({"parameters", "bytes"})
-# A plan predicted to lose so many times what another one is predicted to lose is not carried out.
+# A plan predicted to lose so many times what another one is predicted to lose is not carried out. Where that removes
+# channels it says nothing: what it loses is predicted too low, of few samples by far.
 HOPELESS = 1.5
-# The same where the other one removes channels: what that loses is predicted too low (by 2.6, on two small networks).
-HOPELESS_BESIDE_REMOVALS = 3.0
 # Share of the seconds after which nothing further is planned, so that some are left to carry a plan out.
 _PLANNING = 0.5
 
@@ -310,11 +309,11 @@ class _Clock:
 def _bar(plans: Mapping[str, Plan]) -> tuple[float, str]:
     """The predicted loss above which a plan is hopeless beside these, and the name of the one that sets it."""
 
-    def bar(plan: Plan) -> float:
-        removes = any(entry.of_channels and not entry.choice.is_dense for entry in plan)
-        return plan.loss * (HOPELESS_BESIDE_REMOVALS if removes else HOPELESS)
+    def removes(plan: Plan) -> bool:
+        return any(entry.of_channels and not entry.choice.is_dense for entry in plan)
 
-    return min(((bar(plan), name) for name, plan in plans.items()), default=(math.inf, ""))
+    bars = ((plan.loss * HOPELESS, name) for name, plan in plans.items() if not removes(plan))
+    return min(bars, default=(math.inf, ""))
 
 
 def _hopeless(loss: float, plan: Plan, other: str) -> str:

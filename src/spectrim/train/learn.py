@@ -330,7 +330,7 @@ class _Run:
         with randomness.seeded(learning.seed, self.calibration):
             report = reported(
                 self.model, small, found.sites, found.plan, found.applied, self.calibration,
-                mask=self.sampling.mask, forward=self.feed, notes=said, trained=True,
+                sampling=self.sampling, forward=self.feed, notes=said, trained=True,
             )  # fmt: skip
         return LearnedResult(small, found.plan, report, found.table, found.sites, ranks.trajectory, learned, tuned)
 
@@ -366,7 +366,7 @@ class _Run:
                     f"{kept}: a plan within {dict(plan.budget)}, but the budget is {dict(asked)}. Delete the folder "
                     "to start again"
                 )
-        _, chosen = ranks.finish(self.calibration, plan=plan, forward=self.feed, **vars(self.sampling))
+        _, chosen = ranks.finish(self.calibration, plan=plan, forward=self.feed, **self.sampling.options)
         if kept is not None and plan is None:
             kept.parent.mkdir(parents=True, exist_ok=True)
             chosen.write(kept)

@@ -119,12 +119,8 @@ def calibrated(
     progress: Steps,
     seed: int = 0,
     passes: PassMaker = PassMaker(),  # noqa: B008 (holds nothing)
-    known: Sites | None = None,
 ) -> Sites:
-    """As :func:`calibrate`, by passes that something else may have a part in.
-
-    Statistics of layers that were ``known`` before channels were found, from the same batches, are taken over.
-    """
+    """As :func:`calibrate`, by passes that something else may have a part in."""
     check_weights(model, sites)
     try:
         length = len(checked_batches(batches))
@@ -133,8 +129,8 @@ def calibrated(
     first, stream = begun(batches)
     keeps = False
     feed.decide(model, first)
-    run = Extent(batches, amount.mask, feed.layout)
-    watch = Watched.of(model, sites, amount, run, seed, feed.words, passes, statistics=statistics, known=known)
+    run = Extent(batches, amount.mask, feed.layout, amount.apart)
+    watch = Watched.of(model, sites, amount, run, seed, feed.words, passes, statistics=statistics)
     with observe(model, forward=feed) as call:
         state = State(model)
         for index, batch in enumerate(stream):
@@ -159,8 +155,6 @@ def calibrated(
             *run.said_of_samples(found.samples),
         ),
     )
-    if known is not None:
-        found = dataclasses.replace(found, tied=known.tied, notes=known.notes)
     log.info("calibrated %d layers on %d samples", len(found), found.samples)
     for note in found.notes:
         log.info("%s", note)

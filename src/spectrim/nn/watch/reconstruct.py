@@ -61,7 +61,7 @@ class Split:
     @classmethod
     def of(
         cls,
-        batches: Sequence[Any],
+        batches: Iterable[Any],
         amount: Sampling = Sampling(),  # noqa: B008 (frozen)
         *,
         held_out: float = HELD_OUT,
@@ -89,6 +89,13 @@ class Split:
     def held_out(self) -> int:
         """Samples that are not fitted."""
         return int(sum(int(held.sum()) for held in self.held))
+
+    @property
+    def apart(self) -> frozenset[int]:
+        """What samples held out are told apart by, for :class:`Sampling`; none where one of them cannot be told."""
+        pairs = zip(self.samples, self.held, strict=True)
+        bits = frozenset(bit for samples, held in pairs for bit in samples.bits[held].tolist())
+        return frozenset() if 0 in bits else bits
 
     def shares(self, calibrated: int) -> tuple[float, float]:
         """Of so many samples that were calibrated on those that are fitted, and what their mean counts.

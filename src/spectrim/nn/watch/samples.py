@@ -35,6 +35,7 @@ class Samples:
     # samples is known.
     lengths: frozenset[int] = frozenset()
     turned: bool = False  # whether the inputs have their positions before the samples
+    apart: Bool[Tensor, " size"] | None = None  # samples of which no row is drawn; None if there are none
     _chosen: dict[Hashable, Chosen] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class Sampling:
     rows: int | str | None = "auto"  # over the whole run: a number, None for all, or ``"auto"``
     positions: int | None = None  # of each sample, in place of ``rows``
     mask: Mask = None  # as for :meth:`Samples.of`
+    apart: frozenset[int] = field(default=frozenset(), repr=False)  # of samples left out: their :attr:`Samples.bits`
 
     def __post_init__(self) -> None:
         rows, positions = self.rows, self.positions
@@ -58,6 +59,11 @@ class Sampling:
             check_function(
                 "mask", self.mask, ("a batch",), "the name of a tensor of the batch, or a function that gives one"
             )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a caller says, by the names of :func:`spectrim.calibrate`."""
+        return {"rows": self.rows, "positions": self.positions, "mask": self.mask}
 
     def positions_in(self, run: Extent, enough: Callable[[], int]) -> int | None:
         """Positions of a sample of mean length in a run; where it is left to us, as many as are ``enough``."""
@@ -83,6 +89,8 @@ class Extent:
         As for :meth:`Samples.of`.
     layout
         Where samples are in a batch.
+    apart
+        What samples are told apart by of which no row is to be drawn.
 
     Raises
     ------
@@ -90,8 +98,15 @@ class Extent:
         For a batch without samples; the message has its number.
     """
 
-    def __init__(self, batches: Iterable[Any], mask: Mask = None, layout: Layout = Layout()) -> None:  # noqa: B008
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        mask: Mask = None,
+        layout: Layout = Layout(),  # noqa: B008 (frozen)
+        apart: Iterable[int] = (),
+    ) -> None:
         self.mask, self.layout = mask, layout
+        self._apart = torch.tensor(sorted(apart), dtype=torch.int64)
         self._seen = 0
         self._mean: float | None = None
         self._different: set[int] = set()
@@ -111,6 +126,8 @@ class Extent:
         self._size(batch, self._seen)
         self._seen += 1
         samples = Samples.of(batch, self.mask, mean=self._mean, layout=self.layout)
+        if len(self._apart):
+            samples = dataclasses.replace(samples, apart=torch.isin(samples.bits, self._apart))
         if len(self._different) < GUESSED:
             self._different.update(samples.bits[samples.filled].tolist())
         energies = energies_of(self.layout.columns(batch, samples.size), samples.size)
@@ -183,11 +200,11 @@ def choose(spec: LayerSpec, shape: tuple[int, ...], positions: int | None, sampl
     if samples.mask is not None and not spec.is_linear:
         alike = (*alike, shape, spec.kernel, spec.stride, spec.sides, spec.dilation)
     if alike not in samples._chosen:
-        samples._chosen[alike] = _chosen(_Rows.of(spec, shape, samples), positions, seed)
+        samples._chosen[alike] = _chosen(_Rows.of(spec, shape, samples), positions, seed, samples.apart)
     return samples._chosen[alike]
 
 
-def _chosen(rows: _Rows, positions: int | None, seed: int) -> Chosen:
+def _chosen(rows: _Rows, positions: int | None, seed: int, apart: Tensor | None) -> Chosen:
     keys = mixed(rows.keys + odd(seed))
     # A fraction of a row is one with that probability; a sample of one row always gives it.
     wanted = (
@@ -196,6 +213,8 @@ def _chosen(rows: _Rows, positions: int | None, seed: int) -> Chosen:
         else (positions * rows.share + in_unit_interval(keys)).long().minimum(rows.counts)
     )
     wanted = torch.where(rows.counts == 1, 1, wanted)
+    if apart is not None and len(apart) == len(wanted) and not rows.owners:
+        wanted = wanted.masked_fill(apart, 0)
     if torch.equal(wanted, rows.counts):
         return rows.all()
     part = torch.arange(len(wanted)).repeat_interleave(wanted)

@@ -26,7 +26,6 @@ from spectrim.nn.watch.sampling import Extent, Sampling
 from spectrim.nn.watch.state import State
 from spectrim.nn.watch.streams import Streams
 from spectrim.nn.watch.watchers import (
-    KnownWatcher,
     NotFiniteError,
     Order,
     SameInputs,
@@ -105,17 +104,14 @@ class Watched:
     @classmethod
     def of(
         cls, model: nn.Module, sites: Sites, amount: Sampling, run: Extent, seed: int, given: str, passes: PassMaker, *,
-        statistics: bool, known: Sites | None,
+        statistics: bool,
     ) -> Watched:  # fmt: skip
         readers = {side.name for coupling in sites.couplings for side in coupling.on(IN)}
         seen = SameInputs()
         streams = Streams() if statistics else None
-        taken_over = {} if known is None else {site.name: site.statistics for site in known}
 
         def watcher(site: Layer) -> Watcher:
             kind = TableWatcher if site.spec.looks_up else Watcher
-            if site.name in taken_over:
-                kind, site = KnownWatcher, dataclasses.replace(site, statistics=taken_over[site.name])
             return kind(site, amount, run, streams, seed, seen, reads_channels=site.name in readers)
 
         watchers = {site.name: watcher(site) for site in sites.layers}

@@ -275,27 +275,6 @@ class TableWatcher(Watcher):
         return dataclasses.replace(self._layer, spec=spec, statistics=Statistics(output=output))
 
 
-class KnownWatcher(Watcher):
-    """Takes the statistics of a layer over, and streams what they lack: channels at single positions."""
-
-    def __init__(self, layer: Layer, *options: Any, **more: Any) -> None:
-        super().__init__(layer, *options, **more)
-        if layer.spec.looks_up:
-            self.seen = None
-
-    def see(self, inputs: Tensor, outputs: Tensor) -> None:
-        if self._reads_channels and not in_full(self.spec) and not self.spec.is_linear:
-            super().see(inputs, outputs)
-
-    def _stream(self) -> Stream:
-        return Stream(self.spec, (), full=False, channels=True)
-
-    def layer(self) -> Layer:
-        known, layer = self._layer.statistics, super().layer()
-        channels = layer.statistics.channels or known.channels
-        return dataclasses.replace(layer, statistics=dataclasses.replace(known, channels=channels))
-
-
 def expected(counts: Tensor, padding: Tensor | None = None) -> Tensor:
     """How often entries are expected in as much data again, for how often they were seen.
 
