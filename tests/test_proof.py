@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import spectrim as st
 from benchmarks.situation_table import Two
-from spectrim.application import carry_out
+from spectrim.application import Applied, carry_out
 from spectrim.application.carried import NOT_RUN
 from spectrim.network.choices import LowRankChoice
 from spectrim.nn import merge_proof
@@ -25,6 +25,9 @@ from spectrim.nn.agreement import agreement
 from spectrim.nn.checkpoint import read_plan, same_weights
 from spectrim.nn.standing import StandIn
 from spectrim.nn.surgery import stand_ins
+from spectrim.nn.watch.reconstruct import Split
+from spectrim.nn.watch.sampling import Sampling
+from spectrim.pipeline.report import reported
 
 BATCHES = [torch.randn(64, 32, generator=torch.Generator().manual_seed(n)) for n in range(3)]
 
@@ -410,16 +413,20 @@ def test_the_report_tells_how_far_outputs_agree() -> None:
     assert "on 24 held-out calibration samples" in str(result.report)
 
 
-def test_where_channels_went_no_samples_count_as_held_out() -> None:
-    low_rank, narrowed = (
-        st.compress(Two().eval(), BATCHES, "macs=70%", methods=method)
-        for method in (st.ActivationSVD(), st.PrincipalFilters())
-    )
-    # What reads the channels that are left makes up for the others by the statistics of all samples.
-    for result, held_out in ((low_rank, True), (narrowed, False)):
-        agreed = result.report.agreement
-        assert agreed is not None
-        assert (agreed.held_out, "held-out" in str(agreed)) == (held_out, held_out)
+def test_where_channels_went_samples_are_held_out_that_were_left_out_of_the_statistics() -> None:
+    """By which what reads the channels that are left makes up for the others."""
+    model = Two().eval()
+    result = st.compress(model, BATCHES, "macs=70%", methods=st.PrincipalFilters())
+    agreed = result.report.agreement
+    assert agreed is not None
+    assert agreed.held_out
+    done = Applied(result.model, held=Split.of(BATCHES).held)
+    for sampling in (Sampling(), Sampling(apart=Split.of(BATCHES).apart)):
+        report = reported(model, result.model, result.sites, result.plan, done, BATCHES, sampling=sampling)
+        told = report.agreement
+        assert told is not None
+        assert told.held_out == bool(sampling.apart)
+        assert ("held-out" in str(told)) == told.held_out
 
 
 class Clipped(Two):
