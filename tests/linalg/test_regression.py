@@ -34,7 +34,7 @@ def fitted(kind: str, weight: Tensor, x: Tensor, y: Tensor, *, cut: int, units: 
     inputs = away[:, cut:, :d]
     scarce = scarcity(joint.count, inputs.square().sum(1), inputs.pow(4).sum(1))
     held = Unseen(away[:, :cut, :d], away[:, :cut, d:], torch.arange(cut)) if cut else None
-    return towards(weight, regression, scarce, held, joint.count, units)
+    return towards(weight, regression, scarce, held, units)
 
 
 def lost(weight: Tensor, x: Tensor, y: Tensor, *, cut: int) -> float:

@@ -58,7 +58,9 @@ def test_one_sequence_without_samples(kind: Any) -> None:
     attention = nn.MultiheadAttention(16, 4, **kind).double().eval()
     inputs = [torch.randn(LENGTH, width).double() for width in (16, attention.kdim, attention.vdim)]
     masks = {"key_padding_mask": PADDED[0]}
-    _same(st.with_linear_layers(attention)(*inputs, **masks), attention(*inputs, **masks))
+    given, wanted = (each(*inputs, **masks) for each in (st.with_linear_layers(attention), attention))
+    _same(given, wanted)
+    assert given[0].shape == (LENGTH, 16)
 
 
 def _encoder() -> Any:

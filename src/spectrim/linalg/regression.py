@@ -36,7 +36,9 @@ MOST = 4.0
 
 
 class Regression(ABC):
-    """Inputs ``x [g, d]`` and wanted answers ``y [g, o]``, around their means."""
+    """Inputs ``x [g, d]`` and wanted answers ``y [g, o]``, around their means, of ``count`` rows."""
+
+    count: int
 
     @abstractmethod
     def missing(self, weight: Float[Tensor, "g o d"]) -> Tensor:
@@ -53,12 +55,13 @@ class Covariances(Regression):
 
     inputs: Float[Tensor, "g d d"]  # ``C [g, d, d]``
     cross: Float[Tensor, "g o d"]  # ``D [g, o, d]``
+    count: int
 
     @classmethod
     def of(cls, joint: Paired) -> Covariances:
         """From moments of ``[x, y]``."""
         covariance = joint.covariance
-        return cls(covariance[:, : joint.inner], covariance[:, joint.inner :])
+        return cls(covariance[:, : joint.inner], covariance[:, joint.inner :], joint.count)
 
     def missing(self, weight: Float[Tensor, "g o d"]) -> Float[Tensor, "g o d"]:
         return self.cross - weight.double() @ self.inputs
@@ -79,12 +82,13 @@ class Equations(Regression):
     inputs: Float[Tensor, "g m d"]  # ``[g, m, d]``, with ``inputs^T inputs`` about the covariance
     answers: Float[Tensor, "g m o"]  # ``[g, m, o]``
     level: Float[Tensor, "g d"]  # what every input's variance has beside the rows
+    count: int
 
     @classmethod
     def of(cls, joint: Sketch, features: int) -> Equations:
         """From a sketch of ``[x, y]``."""
         rows = joint.rows / max(joint.count, 1) ** 0.5
-        return cls(rows[..., :features], rows[..., features:], joint.level()[:, :features])
+        return cls(rows[..., :features], rows[..., features:], joint.level()[:, :features], joint.count)
 
     def missing(self, weight: Float[Tensor, "g o d"]) -> Float[Tensor, "g m o"]:
         return self.answers - self.inputs.double() @ weight.double().mT
@@ -130,7 +134,6 @@ def towards(
     fitted: Regression,
     scarce: Float[Tensor, "g d"],
     unseen: Unseen | None,
-    count: int,
     units: Float[Tensor, "g o"],
 ) -> Float[Tensor, "g o d"]:
     """The weight that answers best for the inputs it is given, as far as samples that were held out agree.
@@ -143,10 +146,8 @@ def towards(
         What is fitted.
     scarce
         From :func:`scarcity`.
-    held
+    unseen
         Samples that were held out; None if there are none: then the whole step is taken, with a little ridge.
-    count
-        Rows fitted.
     units
         What answers are multiplied by where outputs are added up.
 
@@ -157,7 +158,7 @@ def towards(
     """
     missing = fitted.missing(weight)
     if unseen is None:
-        return weight.double() + fitted.step(missing, torch.full_like(scarce, ridge(count, weight.shape[2])))
+        return weight.double() + fitted.step(missing, torch.full_like(scarce, ridge(fitted.count, weight.shape[2])))
     each = units.to(unseen.inputs).unsqueeze(1)
     left = (unseen.answers - unseen.inputs @ weight.to(unseen.inputs.dtype).mT) * each
     best, most = torch.zeros_like(weight, dtype=torch.float64), 0.0

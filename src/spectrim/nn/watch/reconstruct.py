@@ -243,7 +243,7 @@ class Joint:
         weight = dense = site.weight.reshape(g, o, d).double()
         # With one or two samples nothing tells how far to go.
         if self._distinct > 2:
-            weight = towards(dense, moments, scarce, unseen, fitted.count, _units(site))
+            weight = towards(dense, moments, scarce, unseen, _units(site))
         if site.statistics.input is None:
             weight = torch.lerp(dense, weight, share / self.shares[1])
         mean = fitted.mean
@@ -275,9 +275,8 @@ class Joint:
             return given
         calibrated = known.covariance
         weight = site.weight.reshape(given.cross.shape).double()
-        return Covariances(
-            torch.lerp(calibrated, given.inputs, share), torch.lerp(weight @ calibrated, given.cross, share)
-        )
+        inputs, cross = torch.lerp(calibrated, given.inputs, share), torch.lerp(weight @ calibrated, given.cross, share)
+        return dataclasses.replace(given, inputs=inputs, cross=cross)
 
     def _bias(self, site: Layer, weight: Tensor, mean: Tensor, share: float) -> Tensor:
         """What brings the mean answer to the dense one; of samples that are not given it stays as it was calibrated."""
