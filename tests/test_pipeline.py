@@ -118,6 +118,8 @@ def test_a_report_tells_the_bytes_of_the_files(methods, budget: str, tmp_path: P
         assert result.plan.changed
         (row,) = [row for row in result.report.rows() if row["cost"] == "bytes"]
         assert row["compressed"] == (tmp_path / "small.safetensors").stat().st_size
+        if budget == "bytes=90%":  # a share of the same file
+            assert result.plan.budget["bytes"] == pytest.approx(0.9 * row["dense"], abs=256)
         return row | {"model": result.model}
 
     save_file(model.state_dict(), tmp_path / "dense.safetensors")

@@ -174,8 +174,11 @@ def _tensors_of(model: nn.Module, entry: Entry) -> dict[str, tuple[int, ...]]:
 def header_bytes(model: nn.Module, plan: Plan | None = None) -> int:
     """Bytes of a file besides numbers, at most: names, shapes and, of one that :func:`save` writes, digests and plan.
 
-    Of the dense model, compressed by the plan; without one, of a file of its tensors alone.
+    Of the dense model, compressed by the plan; without one, of the file that the model itself is saved to.
     """
+    if plan is None and (plans := remembered(model)):
+        stored, texts = _contents(model, plans)
+        return tensor_files.size(stored, texts) - sum(tensor.nbytes for tensor in stored.values())
     held, records = _apart(model.state_dict())
     state = {name: tuple(tensor.shape) for name, tensor in held.items()}
     named = 0
