@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from spectrim.network.choices import LowRankChoice
 from spectrim.nn import merge_proof
 from spectrim.nn.agreement import agreement
 from spectrim.nn.checkpoint import read_plan, same_weights
+from spectrim.nn.shipping import remembered
 from spectrim.nn.standing import StandIn
 from spectrim.nn.surgery import stand_ins
 from spectrim.nn.watch.reconstruct import Split
@@ -262,6 +264,14 @@ def test_a_plan_of_another_network_is_told_from_an_edited_one() -> None:
     wide = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
     notes = carry_out(wide, plans[64][0], plans[48][1], BATCHES).notes
     assert "made for another network, in which '2' has 1,568 parameters and not 2,080" in notes[0]
+    # Its choices cost what it says: what they are a share of does not.
+    once = st.compress(wide, BATCHES, "macs=50%")
+    again = st.compress(once.model, BATCHES, "macs=60%")
+    assert not carry_out(once.model, again.sites, again.plan, BATCHES).notes
+    done = carry_out(wide, plans[64][0], again.plan, BATCHES)
+    assert re.search(r"the plan said [0-9,]+ parameters of its dense network, this one has 4,192", done.notes[0])
+    assert "made for another network" in done.notes[0]
+    assert remembered(done.model)[-1].dense_costs["macs"] == plans[64][1].dense_costs["macs"]
 
 
 def test_what_cannot_be_run_and_what_counts_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

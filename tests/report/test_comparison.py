@@ -8,12 +8,14 @@ from torch import nn
 
 from spectrim.cost.rounds import Speed, Timing
 from spectrim.linalg.patterns import pattern
+from spectrim.nn.agreement import Agreement
 from spectrim.nn.layers import canonical, spec_of
 from spectrim.nn.sparse.layers import Masked, sparse_layer
 from spectrim.nn.sparse.products import Kernel
 from spectrim.nn.surgery import merge, parameter_count, size_in_bytes
 from spectrim.report import Comparison, Measure, accuracy, compare, measure, show
 from spectrim.report.measures import counted_macs, file_size
+from spectrim.report.side_by_side import SideBySide
 
 
 def _net(width: int) -> nn.Module:
@@ -245,3 +247,12 @@ def test_several_networks_are_compared_with_one_dense_network():
     for names in ({}, {"dense": half}):
         with pytest.raises(ValueError, match="another name than 'dense'"):
             compare(dense, names, torch.randn(4, 8))
+
+
+def test_it_is_told_of_which_samples_agreements_are():
+    def told(*samples: int) -> tuple[str, ...]:
+        agreements = {name: Agreement(number, 0.1) for name, number in zip("ab", samples, strict=True)}
+        return SideBySide({}, agreements).sentences
+
+    assert told(64, 64) == ("outputs are compared with the dense network's on 64 samples",)
+    assert told(64, 1) == ("outputs are compared with the dense network's on 64 samples (a) and 1 sample (b)",)

@@ -379,3 +379,14 @@ def test_each_cost_that_a_budget_limits_has_a_column(model: nn.Module, batches: 
 def test_a_metric_is_a_finite_number(model: nn.Module, batches: list[Tensor], value: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="evaluate returned"):
         st.sweep(model, batches, evaluate=lambda net: value)
+
+
+def test_networks_of_which_a_metric_is_no_number_are_told_of(model: nn.Module, batches: list[Tensor]) -> None:
+    whole = sum(p.numel() for p in model.parameters())
+
+    def metric(net: nn.Module) -> float:
+        return 1.0 if sum(p.numel() for p in net.parameters()) > 0.6 * whole else float("nan")
+
+    found = st.sweep(model, batches, ("parameters", [0.8, 0.5]), evaluate=metric)
+    assert [point.asked for point in found.front()] == ["parameters=80%"]
+    assert "metric is no finite number with parameters=50%: not on the front" in found.sentences

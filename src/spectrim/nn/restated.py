@@ -27,9 +27,9 @@ def restated(
 ) -> tuple[Plan, tuple[str, ...]]:
     """A plan that says what its choices cost, and what is to be said of the one that was given.
 
-    A plan whose choices cost what it says is returned as it is, and so is one that does not fit: carrying it out says
-    why. Of one that was edited, what nothing counts here, as milliseconds, is left out. What new choices lose is told
-    as the ``table`` has it.
+    A plan whose choices, and whose dense network, cost what it says is returned as it is, and so is one that does not
+    fit: carrying it out says why. Of one that was edited, what nothing counts here, as milliseconds, is left out. What
+    new choices lose is told as the ``table`` has it.
     """
     groups = MappingProxyType({entry.site: entry.members for entry in plan if entry.members})
     try:
@@ -44,8 +44,9 @@ def _restated(
     plan: Plan, network: Network, offered: Mapping[tuple[str, Choice], float]
 ) -> tuple[Plan, tuple[str, ...]]:
     picks = {entry.site: entry.choice for entry in plan if not entry.choice.is_dense}
-    total = network.cost(picks)
-    if not (wrong := _differing(plan.costs, total)):
+    total, dense_total = network.cost(picks), network.cost()
+    wrong, dense_wrong = _differing(plan.costs, total), _differing(plan.dense_costs, dense_total)
+    if not wrong and not dense_wrong:
         return plan, ()
     entries, unknown, why = [], [], "it was edited, or made for other inputs"
     for entry in plan:
@@ -60,14 +61,17 @@ def _restated(
             other = f"in which {entry.site!r} has {there:,.0f} parameters and not {here:,.0f}"
             why = f"it was made for another network, {other}"
         entries.append(dataclasses.replace(entry, costs=now or entry.costs, dense_costs=dense, error=error))
+    told = [
+        *((name, plan.costs, ", its choices come to", total) for name in wrong),
+        *((name, plan.dense_costs, " of its dense network, this one has", dense_total) for name in dense_wrong),
+    ]
     notes = [
-        f"the plan said {plan.costs[name]:,.0f} {name}, its choices come to {total[name]:,.0f}: {why}, and what is "
-        "told here was counted anew"
-        for name in wrong
+        f"the plan said {said[name]:,.0f} {name}{what} {now[name]:,.0f}: {why}, and what is told here was counted anew"
+        for name, said, what, now in told
     ]
     if unknown:
         notes.append(f"what {', '.join(unknown[:3])} loses is not known: told is what the plan says, which was edited")
-    return dataclasses.replace(plan, entries=tuple(entries), costs=total, dense_costs=network.cost()), tuple(notes)
+    return dataclasses.replace(plan, entries=tuple(entries), costs=total, dense_costs=dense_total), tuple(notes)
 
 
 def _differing(told: Mapping[str, float], now: Mapping[str, float]) -> list[str]:

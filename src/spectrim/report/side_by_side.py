@@ -86,8 +86,12 @@ class SideBySide(Printed):
     @property
     def sentences(self) -> tuple[str, ...]:
         """On what outputs were compared."""
-        samples = max((each.samples for each in self.agreements.values() if each is not None), default=0)
-        return (f"outputs are compared with the dense network's on {samples:,} samples",) if samples else ()
+        on: dict[int, list[str]] = {}
+        for name, each in self.agreements.items():
+            if each is not None:
+                on.setdefault(each.samples, []).append(name)
+        said = [count(n, "sample") + (f" ({', '.join(names)})" if len(on) > 1 else "") for n, names in on.items()]
+        return (f"outputs are compared with the dense network's on {' and '.join(said)}",) if on else ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values. Numbers are in the unit of each row, not rounded."""

@@ -285,6 +285,8 @@ class Sweep(Printed):
         samples = max((point.carried_out.samples for point in self.points), default=0)
         if self.dense is not None:
             said.append(f"{self.metric}: {self.better} is better")
+            if untold := [point.asked for point in self.points if point.judged.metric is None]:
+                said.append(f"{self.metric} is no finite number with {listed(untold, len(self))}: not on the front")
         elif samples:
             said.append(f"outputs are compared with the dense network's on {samples:,} held-out samples")
         unsure = [self.uncertainty(point.judged) for point in self.points]
