@@ -1,5 +1,7 @@
 """What is counted that torch's own counter leaves out, against the same work written out as matrix products."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -267,3 +269,36 @@ def test_layers_in_a_container_that_the_model_does_not_hold_keep_their_names():
     with torch.no_grad(), WorkCounter() as counter:
         model(x)
     assert counter.own_macs(model) == {"": 40 * 24, "a": 40 * 16 * 24, "b": 40 * 24 * 8}
+
+
+class Meanwhile(nn.Linear):
+    """Another thread is in the middle of another layer while this one computes."""
+
+    def __init__(self, other):
+        super().__init__(8, 4)
+        self.other = other
+
+    def forward(self, x):
+        began, done = threading.Event(), threading.Event()
+
+        def stay(*_):
+            began.set()
+            done.wait(10)
+
+        self.other.register_forward_pre_hook(stay)
+        thread = threading.Thread(target=self.other, args=(x,))
+        thread.start()
+        began.wait(10)
+        try:
+            return super().forward(x)
+        finally:
+            done.set()
+            thread.join()
+
+
+def test_what_runs_in_another_thread_is_none_of_a_models_work():
+    model = nn.Sequential(nn.Linear(8, 2))
+    model.append(Meanwhile(model[0]))
+    with torch.no_grad(), WorkCounter() as counter:
+        model[1](torch.randn(3, 8))
+    assert counter.own_macs(model) == {"1": 3 * 8 * 4}

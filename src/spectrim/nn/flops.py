@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,21 +38,27 @@ class _Counting(Uncompiled, _FlopCounterMode):
 
 
 class _Places(ModuleTracker):
-    """Which modules run. Torch's hooks views of parameters for the backward pass also where gradients are off.
+    """Which modules run in this thread: torch is told of those of all threads, and would count work as theirs.
 
-    There it fails: such a view says that it needs gradients and has no function that gives them.
+    It hooks views of parameters for the backward pass also where gradients are off. There it fails: such a view says
+    that it needs gradients and has no function that gives them.
     """
 
     def __init__(self) -> None:
         super().__init__()
         # The modules themselves, innermost last: torch names what a container outside of the model holds anew.
         self.running: list[nn.Module] = []
+        self._thread = threading.get_ident()
 
     def _fw_pre_hook(self, mod: nn.Module, input: Any) -> None:  # noqa: A002 (torch's name)
+        if threading.get_ident() != self._thread:
+            return
         super()._fw_pre_hook(mod, input if torch.is_grad_enabled() else ())
         self.running.append(mod)
 
     def _fw_post_hook(self, mod: nn.Module, input: Any, output: Any) -> None:  # noqa: A002 (torch's name)
+        if threading.get_ident() != self._thread:
+            return
         super()._fw_post_hook(mod, input, output if torch.is_grad_enabled() else ())
         # Past those that have raised, and were caught.
         while self.running and self.running.pop() is not mod:
