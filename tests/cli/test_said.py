@@ -416,6 +416,15 @@ def test_the_demo_refuses_what_cannot_be_met_before_it_trains(run, monkeypatch: 
     assert not Path("small").exists()
 
 
+def test_a_plan_that_needs_samples_asks_for_them(run):
+    run("compress", "nets:tiny", "-d", "nets:batches", "-b", "macs=50%", "-o", "small", "--no-report")
+    call = ("compress", "nets:tiny", "--input", "1x8x8", "--plan", "small/plan.json", "-o", "other")
+    said = " ".join(run(*call, code=2).stderr.split())
+    assert "--plan small/plan.json needs samples to carry it out: give --data (site" in said
+    assert "calibrate(" not in said
+    assert not Path("other/model.safetensors").exists()
+
+
 @pytest.mark.parametrize("edit", ["none", "cut", "rank", "costs"])
 def test_an_edited_plan_is_carried_out_with_the_costs_that_its_choices_have(run, edit: str):
     record = json.loads(planned())

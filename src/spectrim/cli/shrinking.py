@@ -23,6 +23,7 @@ from spectrim.cli.methods import AUTO, Methods
 from spectrim.cli.models import load_compressed
 from spectrim.cli.options import SELECTORS, FileOptions, GoalOptions, SharingOptions
 from spectrim.cli.preprocessing import tell_preprocessing
+from spectrim.cli.references import UsageError
 from spectrim.cli.results import Outcome, write_result
 from spectrim.cli.steps import (
     NONE_ALIKE,
@@ -38,6 +39,7 @@ from spectrim.cli.steps import (
 from spectrim.cli.subject import Subject
 from spectrim.cli.unfinished import ONE_SHOT, TUNING, UNFINISHED, RunFolder
 from spectrim.cli.values import read_budget, read_costs, recipe_share
+from spectrim.errors import MissingMomentsError
 from spectrim.methods import Method, PrincipalFilters, from_record
 from spectrim.network.sites import Sites
 from spectrim.network.state_values import plain_tensors
@@ -220,7 +222,14 @@ def _compressed(out: Output, request: Request, work: Subject) -> Result:
         assert request.budget is not None
         plan = select(table, request.budget, request.selector)
     # How layers run is chosen when all is done.
-    return finished(work.dense, dataclasses.replace(known, latency=None), plan, table, Making(), notes=notes)
+    known = dataclasses.replace(known, latency=None)
+    try:
+        return finished(work.dense, known, plan, table, Making(), notes=notes)
+    except MissingMomentsError as error:
+        if calibrated:
+            raise
+        said = str(error).partition(". ")[0]
+        raise UsageError(f"--plan {request.goal.plan} needs samples to carry it out: give --data ({said})") from error
 
 
 def _reached(out: Output, request: Request, work: Subject) -> Result:
