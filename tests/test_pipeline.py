@@ -247,6 +247,15 @@ def test_where_low_rank_is_not_enough_all_methods_compete(tolerance: float | Non
     assert ": so other sets of methods competed" in result.report.notes[0]
 
 
+def test_within_a_tolerance_too_it_is_told_that_other_sets_may_need_less() -> None:
+    model, batches = depthwise(), list(torch.randn(64, 3, 8, 8).split(32))
+    result = st.compress(model, batches, min_agreement=1e-9)
+    assert result.plan.costs["macs"] < result.plan.dense_costs["macs"]
+    (said,) = [note for note in result.report.notes if "methods='auto'" in note]
+    assert "cannot be met" in said
+    assert not any("methods='auto'" in note for note in st.compress(model, batches, "macs=95%").report.notes)
+
+
 def test_what_was_said_of_methods_or_groups_holds_where_it_is_not_enough() -> None:
     model, batches = depthwise(), list(torch.randn(64, 3, 8, 8).split(32))
     for said in ({"methods": st.ActivationSVD()}, {"groups": False}):

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from spectrim.application import carry_out
-from spectrim.errors import PlanError, SpectrimError, ToleranceError
+from spectrim.errors import PlanError, SlowerError, SpectrimError, ToleranceError
 from spectrim.methods import Method
 from spectrim.network.choices import CPChoice, TuckerChoice
 from spectrim.network.printing import count
@@ -49,6 +49,10 @@ _UNLIKE = 0.75
 _AMPLE = 100.0
 # Samples, at least, on which plans that mix methods are compared before they are carried out.
 _TRIAL = 128
+_LESS = (
+    "these methods make no network of a size that was tried ({}): methods='auto' (--method auto) has other sets "
+    "compete, which may hold the tolerance with less"
+)
 
 
 def shrink(
@@ -272,6 +276,7 @@ def shrink_within(
     first = tables.of(simplest)
     standings, axis = Standings(arms), cost if budget is None else next(iter(budget.costs))
     why = ""  # the last network could not be had, if it was not for the tolerance
+    least = ""  # the methods make no network of a size that was tried
 
     def over() -> bool:
         return seconds is not None and time.monotonic() - began >= seconds
@@ -288,8 +293,10 @@ def shrink_within(
         return with_verdict(shrink(model, prepared, limits, making, first), judge, tolerance)
 
     def refused(error: SpectrimError) -> None:
-        nonlocal why
+        nonlocal why, least
         why = error.brief
+        if not arms and not isinstance(error, SlowerError):
+            least = why
 
     def holds(result: Result) -> bool:
         nonlocal why
@@ -318,6 +325,8 @@ def shrink_within(
     if budget is not None:
         raise ToleranceError(_gate(budget, stated, best), best)
     result = best or _left_dense(made(Budget(**{cost: Limit(_AMPLE * first.dense[cost])})), cost)
+    if least and best is not None:
+        result = result.reporting(notes=(_LESS.format(least), *result.report.notes))
     return _concluded(result, standings, best is not None, seconds if over() else None, why)
 
 
