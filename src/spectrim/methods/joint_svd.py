@@ -410,10 +410,13 @@ def _lost_by_own(group: JointLayers, metrics: Sequence[SlicedMetric], basis: Ten
 
 
 def _own_left(rest: Tensor, metric: SlicedMetric, left: Tensor, right: Tensor) -> Tensor:
-    """First factor of one layer for a given second one, exactly where the metric separates."""
+    """First factor of one layer for a given second one, exactly where the metric separates.
+
+    After fewer steps rounding still decides how far the others have come.
+    """
     if metric.separates:
         return torch.linalg.lstsq(right.mT, rest.mT).solution.mT
-    return response.refit_first([rest], [metric], left, [right], steps=24)
+    return response.refit_first([rest], [metric], left, [right], steps=48)
 
 
 def _knots(ranks: list[int]) -> list[int]:
