@@ -325,8 +325,7 @@ def shrink_within(
     if budget is not None:
         raise ToleranceError(_gate(budget, stated, best), best)
     result = best or _left_dense(made(Budget(**{cost: Limit(_AMPLE * first.dense[cost])})), cost)
-    if least and best is not None:
-        result = result.reporting(notes=(_LESS.format(least), *result.report.notes))
+    why = why if best is None else least
     return _concluded(result, standings, best is not None, seconds if over() else None, why)
 
 
@@ -348,7 +347,7 @@ def _left_dense(result: Result, cost: str) -> Result:
 
 
 def _concluded(result: Result, standings: Standings, any_holds: bool, ended: float | None, why: str) -> Result:
-    """The network with what became of all arms: whether any held, or why not; seconds after which the search ended."""
+    """The network with what became of all arms: whether any held, why none was smaller; seconds it took."""
     rest = "not tried: no network was left to improve on" if ended is None else not_tried(ended)
     untried = not standings.rows and bool(standings.arms)
     notes = (*_said_of_search(None if untried else any_holds, ended, why), *result.report.notes)
@@ -356,7 +355,7 @@ def _concluded(result: Result, standings: Standings, any_holds: bool, ended: flo
 
 
 def _said_of_search(any_holds: bool | None, ended: float | None, why: str) -> Iterator[str]:
-    """What the smallest network rests on: whether any held, None if none was tried; seconds it ended after; why not."""
+    """What it rests on: whether any held, None if none was tried; seconds it ended after; why none is smaller."""
     if any_holds is None and ended is not None:
         yield f"no smaller network was tried, as {ended:g} s were over: this is the dense network. Give more seconds"
         return
@@ -370,6 +369,8 @@ def _said_of_search(any_holds: bool | None, ended: float | None, why: str) -> It
         yield f"no smaller network {reason}: this is the dense network"
     if ended is not None:
         yield f"the search ended after {ended:g} s"
+    if any_holds and why:
+        yield _LESS.format(why)
 
 
 def _gate(budget: Budget, stated: Result, network: Result | None) -> str:

@@ -213,7 +213,7 @@ def _chosen(rows: _Rows, positions: int | None, seed: int, apart: Tensor | None)
         else (positions * rows.share + in_unit_interval(keys)).long().minimum(rows.counts)
     )
     wanted = torch.where(rows.counts == 1, 1, wanted)
-    if apart is not None and len(apart) == len(wanted) and not rows.owners:
+    if apart is not None and not rows.owners:
         wanted = wanted.masked_fill(apart, 0)
     if torch.equal(wanted, rows.counts):
         return rows.all()
