@@ -23,7 +23,7 @@ from spectrim.nn.modules import Factored
 from spectrim.nn.standing import StandIn
 from spectrim.nn.surgery import parameter_count, size_in_bytes
 from spectrim.nn.timing import Timing
-from spectrim.pipeline import goal
+from spectrim.pipeline import sets
 from spectrim.search import measured
 from spectrim.search.arms import Arm
 from spectrim.selection.budget import Budget
@@ -135,7 +135,7 @@ def test_the_lowest_file_that_is_told_can_be_reached(methods, tmp_path: Path, mo
     pytest.importorskip("torch_pruning")
     torch.manual_seed(0)
     arms = [Arm("pairs", (st.ActivationSVD(),)), Arm("filters", (st.PrincipalFilters(),))]
-    monkeypatch.setattr(goal, "usual", lambda *_: arms)
+    monkeypatch.setattr(sets, "usual", lambda *_: arms)
     model = nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 4)).eval()
     batches = torch.randn(64, 16).split(32)
 
@@ -247,13 +247,26 @@ def test_where_low_rank_is_not_enough_all_methods_compete(tolerance: float | Non
     assert ": so other sets of methods competed" in result.report.notes[0]
 
 
-def test_within_a_tolerance_too_it_is_told_that_other_sets_may_need_less() -> None:
+def test_within_a_tolerance_too_other_sets_compete_below_what_low_rank_can_reach() -> None:
+    pytest.importorskip("torch_pruning")
     model, batches = depthwise(), list(torch.randn(64, 3, 8, 8).split(32))
     result = st.compress(model, batches, min_agreement=1e-9)
-    assert result.plan.costs["macs"] < result.plan.dense_costs["macs"]
-    (said,) = [note for note in result.report.notes if "methods='auto'" in note]
+    named = st.compress(model, batches, min_agreement=1e-9, methods=[st.ActivationSVD()])
+    assert result.plan.costs["macs"] < 0.5 * named.plan.costs["macs"]
+    assert ": so other sets of methods competed" in result.report.notes[0]
+    (chosen,) = [arm for arm in result.report.arms if arm.chosen]
+    assert chosen.costs == result.plan.costs
+    assert not any("methods='auto'" in note for note in result.report.notes)
+    (said,) = [note for note in named.report.notes if "methods='auto'" in note]
     assert "cannot be met" in said
     assert not any("methods='auto'" in note for note in st.compress(model, batches, "macs=95%").report.notes)
+
+
+def test_where_low_rank_reaches_further_than_the_tolerance_nothing_else_competes() -> None:
+    model = settled("cnn")
+    result = st.compress(model, batches_for("cnn"), min_agreement=0.99)
+    assert not result.report.arms
+    assert not any("competed" in note for note in result.report.notes)
 
 
 def test_what_was_said_of_methods_or_groups_holds_where_it_is_not_enough() -> None:

@@ -49,8 +49,9 @@ from spectrim.nn.checkpoint import check_savable, read_plan, save
 from spectrim.nn.restated import restated
 from spectrim.nn.watch.samples import contents, read_again
 from spectrim.pipeline import Result
-from spectrim.pipeline.goal import Goal, Sets, reached
+from spectrim.pipeline.goal import Goal
 from spectrim.pipeline.making import Making
+from spectrim.pipeline.sets import Sets, reached
 from spectrim.pipeline.shrinking import finished
 from spectrim.preparation import Prepared, coupled
 from spectrim.progress import Progress, silent

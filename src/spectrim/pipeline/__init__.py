@@ -23,11 +23,12 @@ from spectrim.nn.watch.layout import Where
 from spectrim.nn.watch.masks import Mask
 from spectrim.nn.watch.nesting import at_hand, begun
 from spectrim.nn.watch.sampling import Sampling
-from spectrim.pipeline.goal import Goal, Sets, reached
+from spectrim.pipeline.goal import Goal
 from spectrim.pipeline.making import Making
 from spectrim.pipeline.report import Report as Report
 from spectrim.pipeline.report import Result as Result
 from spectrim.pipeline.report import reported as reported
+from spectrim.pipeline.sets import Sets, reached
 from spectrim.preparation import Prepared, check_options, coupled, locate, prepare
 from spectrim.preparation import one_batch as one_batch  # its former place, until version 0.3
 from spectrim.progress import Progress, reports, told
@@ -97,8 +98,8 @@ def compress(
         What the smallest network has least of, where there is a tolerance and no budget.
     methods
         What may be chosen at each site; as for :func:`spectrim.tabulate` by default, and where these cannot meet the
-        budget as with ``"auto"``. With one that removes channels,
-        these are found first (:func:`spectrim.couple`), the plan is made in steps
+        budget, or make no network of a size that a tolerance's search tries, as with ``"auto"``. With one that removes
+        channels, these are found first (:func:`spectrim.couple`), the plan is made in steps
         (:func:`spectrim.search.stepwise.select_in_steps`), and of plans that mix methods the one is taken whose
         outputs are closest to the dense network's. ``"auto"`` lets sets of them compete (:mod:`spectrim.search.arms`):
         each is planned from one calibration, those make a whole network that their tables do not call hopeless, and the

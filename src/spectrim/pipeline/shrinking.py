@@ -1,10 +1,9 @@
-"""A network that is prepared is compressed: to a budget, within a tolerance, or by the best of several arms."""
+"""A network that is prepared is compressed to a budget: by one set of methods, or by the best of several."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from spectrim.application import carry_out
-from spectrim.errors import PlanError, SlowerError, SpectrimError, ToleranceError
+from spectrim.errors import PlanError
 from spectrim.methods import Method
 from spectrim.network.choices import CPChoice, TuckerChoice
 from spectrim.network.printing import count
@@ -24,15 +23,13 @@ from spectrim.pipeline.making import Draft, Making, Tables, met
 from spectrim.pipeline.report import Result, reported
 from spectrim.preparation import Prepared
 from spectrim.progress import Progress
-from spectrim.search.arms import Arm, Contest, not_tried
+from spectrim.search.arms import Arm, Contest
 from spectrim.search.file_size import within_file
 from spectrim.search.judge import Judge, Verdict
-from spectrim.search.measured import asked_time, is_late
 from spectrim.search.remaining import asked_once
-from spectrim.search.standings import Standings
 from spectrim.search.stepwise import BY_TABLE, Judging, select_in_steps
-from spectrim.search.tolerance import Tolerance, smaller, smallest, tightest
-from spectrim.selection.budget import Budget, Limit
+from spectrim.search.tolerance import Tolerance
+from spectrim.selection.budget import Budget
 from spectrim.selection.candidates import Candidates
 from spectrim.selection.plan import Plan
 from spectrim.selection.selectors import select
@@ -45,14 +42,8 @@ log = logging.getLogger(__name__)
 _MUCH = 0.1
 # Agreement below which a network cannot be expected to be better than the dense one.
 _UNLIKE = 0.75
-# Times what the dense network costs: a limit that lets it be as it is.
-_AMPLE = 100.0
 # Samples, at least, on which plans that mix methods are compared before they are carried out.
 _TRIAL = 128
-_LESS = (
-    "these methods make no network of a size that was tried ({}): methods='auto' (--method auto) has other sets "
-    "compete, which may hold the tolerance with less"
-)
 
 
 def shrink(
@@ -222,7 +213,7 @@ def shrink_best(
         return with_verdict(carried(model, prepared, draft), judge, tolerance)
 
     contest = Contest(
-        planned, made, _verdict, _size, lambda result: tolerance is not None and tolerance.holds(_verdict(result))
+        planned, made, verdict_of, _size, lambda result: tolerance is not None and tolerance.holds(verdict_of(result))
     )
     result, tried = contest.best(arms, seconds=seconds, spent=spent, progress=making.progress)
     return result.reporting(arms=tried)
@@ -233,7 +224,8 @@ def _telling(progress: Progress, arm: Arm) -> Progress:
     return lambda what, done, total: progress(f"{arm.name}: {what}", done, total)
 
 
-def _verdict(result: Result) -> Verdict:
+def verdict_of(result: Result) -> Verdict:
+    """What was lost, of a network that was judged."""
     assert result.report.verdict is not None
     return result.report.verdict
 
@@ -243,145 +235,6 @@ def _size(result: Result) -> float:
     if result.report.measured:
         return result.report.measured["compressed"].quiet
     return float(sum(any(True for _ in module.parameters(recurse=False)) for module in result.model.modules()))
-
-
-def shrink_within(
-    model: nn.Module,
-    prepared: Prepared,
-    budget: Budget | None,
-    tolerance: Tolerance,
-    judge: Judge,
-    making: Making,
-    *,
-    arms: Sequence[Arm] = (),
-    seconds: float | None = None,
-    cost: str = "macs",
-) -> Result:
-    """Compress a network that is prepared as far as a tolerance lets it, or to a budget that must hold it.
-
-    Parameters
-    ----------
-    budget
-        None for the smallest network, by ``cost``.
-    judge
-        That knows the dense network.
-    arms, seconds
-        Sets of methods, the simplest first; none for those of ``making``. The first is searched in full, the others
-        from the size that it reached on. No size is tried after the seconds.
-    """
-    began = time.monotonic()
-    only = Arm("", None if making.methods is None else tuple(making.methods))
-    simplest = arms[0] if arms else only
-    tables = Tables(prepared, arms or (only,), making)
-    first = tables.of(simplest)
-    standings, axis = Standings(arms), cost if budget is None else next(iter(budget.costs))
-    why = ""  # the last network could not be had, if it was not for the tolerance
-    least = ""  # the methods make no network of a size that was tried
-
-    def over() -> bool:
-        return seconds is not None and time.monotonic() - began >= seconds
-
-    def among(arms: Sequence[Arm], limits: Budget) -> Result:
-        return shrink_best(
-            model, prepared, limits, arms, judge, making, seconds=seconds, spent=time.monotonic() - began,
-            tables=tables, tolerance=tolerance,
-        )  # fmt: skip
-
-    def made(limits: Budget) -> Result:
-        if arms:
-            return among((simplest,), limits)
-        return with_verdict(shrink(model, prepared, limits, making, first), judge, tolerance)
-
-    def refused(error: SpectrimError) -> None:
-        nonlocal why, least
-        why = error.brief
-        if not arms and not isinstance(error, SlowerError):
-            least = why
-
-    def holds(result: Result) -> bool:
-        nonlocal why
-        log.info("%s: %s", result.plan.costs, tolerance.said(_verdict(result)))
-        why = _late(result) if budget is None else ""
-        verdict = tolerance.holds(_verdict(result)) and not why
-        standings.take(result.report.arms, result.plan.costs[axis], verdict)
-        return verdict
-
-    def others(limits: Budget) -> Result | None:
-        size = limits.limits(first.dense)[axis]
-        standing = standings.standing(size)
-        try:
-            return among(standing, limits) if standing else None
-        except SpectrimError as error:
-            standings.refused(standing, size, error.brief)
-            return None
-
-    if budget is not None and holds(stated := among(arms, budget) if arms else made(budget)):
-        return stated
-    limits = tightest(cost, first.dense) if budget is None else budget.limits(first.dense)
-    best = smallest(limits, first.dense, made, holds, over, refused=refused, progress=making.progress)
-    if best is not None:
-        standings.take(best.report.arms, best.plan.costs[axis], holds=True)
-    best = smaller(limits, first.dense if best is None else best.plan.costs, others, holds, over) or best
-    if budget is not None:
-        raise ToleranceError(_gate(budget, stated, best), best)
-    result = best or _left_dense(made(Budget(**{cost: Limit(_AMPLE * first.dense[cost])})), cost)
-    why = why if best is None else least
-    return _concluded(result, standings, best is not None, seconds if over() else None, why)
-
-
-def _late(result: Result) -> str:
-    """That a network takes longer than it was made for, as the clock says; empty if it does not."""
-    plan, measured = result.plan, result.report.measured
-    if not is_late(plan, measured):
-        return ""
-    return f"{measured['compressed'].quiet:.3g} ms measured for {asked_time(plan, measured):.3g} ms that were asked for"
-
-
-def _left_dense(result: Result, cost: str) -> Result:
-    """The dense network as it was made under an ample limit, with its own cost for a limit.
-
-    A file tells of the plan, too, so that layers would pay for that text if the dense file had been the limit.
-    """
-    plan = dataclasses.replace(result.plan, budget={cost: result.plan.dense_costs[cost]})
-    return dataclasses.replace(result, plan=plan).reporting(arms=(), plan=plan)
-
-
-def _concluded(result: Result, standings: Standings, any_holds: bool, ended: float | None, why: str) -> Result:
-    """The network with what became of all arms: whether any held, why none was smaller; seconds it took."""
-    rest = "not tried: no network was left to improve on" if ended is None else not_tried(ended)
-    untried = not standings.rows and bool(standings.arms)
-    notes = (*_said_of_search(None if untried else any_holds, ended, why), *result.report.notes)
-    return result.reporting(arms=standings.told(result.report.arms, rest), notes=notes)
-
-
-def _said_of_search(any_holds: bool | None, ended: float | None, why: str) -> Iterator[str]:
-    """What it rests on: whether any held, None if none was tried; seconds it ended after; why none is smaller."""
-    if any_holds is None and ended is not None:
-        yield f"no smaller network was tried, as {ended:g} s were over: this is the dense network. Give more seconds"
-        return
-    if any_holds:
-        yield (
-            "of the networks that were tried the smallest was taken that held on these samples, so that by chance it "
-            "may lose more on others: measure it on samples that were used for nothing"
-        )
-    else:
-        reason = f"could be had ({why})" if why else "that was tried holds the tolerance"
-        yield f"no smaller network {reason}: this is the dense network"
-    if ended is not None:
-        yield f"the search ended after {ended:g} s"
-    if any_holds and why:
-        yield _LESS.format(why)
-
-
-def _gate(budget: Budget, stated: Result, network: Result | None) -> str:
-    """What is said of a budget that cannot be met within the tolerance."""
-    tolerance, verdict = stated.report.tolerance, stated.report.verdict
-    assert tolerance is not None
-    assert verdict is not None
-    if network is None:
-        return f"with the budget {budget} {tolerance.said(verdict)}. No smaller network holds it: allow more"
-    shares = ",".join(f"{c}={100 * network.plan.costs[c] / network.plan.dense_costs[c]:.3g}%" for c in budget.costs)
-    return f"with the budget {budget} {tolerance.said(verdict)}. {shares} holds it: give that budget, or allow more"
 
 
 def with_verdict(result: Result, judge: Judge, tolerance: Tolerance | None = None) -> Result:
