@@ -249,8 +249,9 @@ class Full(SlicedMetric):
         outer = torch.einsum("gaoq,gbos->gaqbs", second, second)
 
         def image(left: Tensor) -> Tensor:
-            half = torch.einsum("gpqts,gtb->gpqbs", self.opened, left)
-            return torch.einsum("gpqbs,gaqbs->gpa", half, outer)
+            # The metric is symmetric: as in :meth:`normal`, over its first axis.
+            half = torch.einsum("gtspq,gtb->gbspq", self.opened, left)
+            return torch.einsum("gbspq,gaqbs->gpa", half, outer)
 
         return image
 
