@@ -14,6 +14,7 @@ from torch import nn
 
 from spectrim.cost.counted import macs, parameters, size_bytes
 from spectrim.errors import CalibrationError, ForwardError, SpectrimError, in_short
+from spectrim.linalg.finite import all_finite
 from spectrim.network.coupling import IN, Coupling
 from spectrim.network.layer import LayerSpec
 from spectrim.network.sites import Layer, Sites, Skipped, Tied
@@ -342,7 +343,7 @@ def _layer(model: nn.Module, spec: LayerSpec) -> nn.Module:
 def _spoilt(model: nn.Module) -> str:
     """The first parameter or buffer of a model that holds NaN, Inf or a variance below zero, in a sentence."""
     for name, tensor in itertools.chain(nn.Module.named_parameters(model), nn.Module.named_buffers(model)):
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             return f" {name!r} holds NaN or Inf: mend it first."
         if name.endswith("running_var") and bool((tensor < 0).any()):
             return f" {name!r} holds variances below zero: mend it first."
