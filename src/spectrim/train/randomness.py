@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from spectrim.errors import CheckpointError
+from spectrim.nn.watch.chance import draws_kept
 
 State = dict[str, Tensor]
 
@@ -97,9 +98,6 @@ def _generators(loader: Any) -> list[torch.Generator]:
 @contextmanager
 def seeded(value: int, loader: Any = None) -> Iterator[None]:
     """Seeded generators inside; as before on leaving."""
-    before = capture(loader)
-    seed(value)
-    try:
+    with draws_kept(_generators(loader)):
+        seed(value)
         yield
-    finally:
-        restore(before, loader)
