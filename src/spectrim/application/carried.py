@@ -160,7 +160,7 @@ def _split(work: Work, batches: Sequence[Any], sampling: Sampling) -> tuple[Sequ
     # A pass that loops over its samples would stop at the first of them, or come to layers with dense ones before.
     apart = one_by_one(work.dense, batches, feed) if loops else batches
     work.split = Split.of(apart, sampling, layout=feed.layout)
-    return apart, Split.of(batches, sampling, layout=feed.layout).held if loops else work.split.held
+    return apart, torch.cat(work.split.held).split([feed.layout.size(batch) for batch in batches])
 
 
 def _put_apart(work: Work, steps: Sequence[Step], tell: Progress) -> None:
