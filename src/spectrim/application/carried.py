@@ -110,6 +110,7 @@ def carry_out(
     if first is not None:
         feed.decide(model, first)
         sums, doubts = check_copy(model, removal.model, expected, first, feed)
+    removal.cut()
     work = Work(model, removal, batches is not None and reconstruct, feed)
     put_tied(work, entries, makers)
     steps, ends, held_out = ordered(work, entries, makers), None, ()

@@ -30,11 +30,11 @@ MEANS = (
 )
 
 
-def cannot_run(model: nn.Module, error: Exception, cure: str = MEANS) -> ProofError:
+def cannot_run(model: nn.Module, error: Exception) -> ProofError:
     """What to raise where a copy of a model fails in a forward pass that the model itself gets through."""
     return ProofError(
         f"a copy of the {type(model).__name__} cannot be run, which the model can: {type(error).__name__}: "
-        f"{in_short(error)}. {cure}"
+        f"{in_short(error)}. {MEANS}"
     )
 
 

@@ -19,7 +19,7 @@ from spectrim.cost.counted import macs, parameters
 from spectrim.cost.whole import Layered, Network, Picks
 from spectrim.errors import ProofError, SpectrimError, first_few
 from spectrim.network.sites import Sites
-from spectrim.nn.copying import MEANS, cannot_run, copy_model
+from spectrim.nn.copying import MEANS, cannot_run
 from spectrim.nn.counting import counting
 from spectrim.nn.merge_proof import alike, check_merged
 from spectrim.nn.modes import said_of_training
@@ -272,11 +272,9 @@ def check_copy(
     """Raise ProofError if a copy of a model calls layers of the model itself, or computes something else than it does.
 
     What is done to such a copy would not matter, or not show what it does to the model. The run also shows the sums
-    behind the layers of a copy that has all channels, which are given; None where they could not be looked for. Notes
-    are given beside them.
+    behind the copy's layers, which are given; None where they could not be looked for. Notes are given beside them.
     """
-    names, removes = expected.changed, expected.removes
-    shared = [name for name in names if copied.get_submodule(name) is model.get_submodule(name)]
+    shared = [name for name in expected.changed if copied.get_submodule(name) is model.get_submodule(name)]
     if shared:
         raise ProofError(
             f"copy.deepcopy of the {type(model).__name__} gives layer {shared[0]!r} itself and no copy of it, so that "
@@ -299,23 +297,18 @@ def check_copy(
 
     found: Mapping[str, Junction] | None = None
     try:
-        if not removes:
-            with contextlib.suppress(Exception):  # what cannot be watched so may be run all the same
-                part = on_few(seen, batch, feed)
-                found = sums
+        with contextlib.suppress(Exception):  # what cannot be watched so may be run all the same
+            part = on_few(seen, batch, feed)
+            found = sums
         if found is None:
             part = on_few(run, batch, feed)
     except Exception as error:
-        reads = "Something reads how many channels there were; skip= the layers before it"
-        raise cannot_run(model, error, reads if removes else MEANS) from error
+        raise cannot_run(model, error) from error
     if strays:
         raise ProofError(
             f"a copy of the {type(model).__name__} calls layer {strays[0]!r} of the original, so that it cannot be "
             f"replaced: {COPIES}, or skip={strays[0]!r}"
         )
-    if removes:  # what has fewer channels answers otherwise
-        with observe(copy_model(model), forward=feed) as running:
-            answers = output_tensors(running(part))
     return found, tuple(_answers(model, answers, part, feed))
 
 

@@ -25,7 +25,7 @@ LEFT = "_spectrim_axes_left"
 class Removal:
     """A model without some of its channels."""
 
-    model: nn.Module  # a narrowed copy, its layers corrected in closed form
+    model: nn.Module  # a copy, which :meth:`cut` narrows, its layers corrected in closed form
     sites: Sites  # of the narrowed model (spectrim.network.narrowing.narrowed)
     axes: Mapping[Axis, Tensor]  # what is left of the dense model's axes
     changed: frozenset[str]  # layers that have lost something
@@ -33,22 +33,24 @@ class Removal:
 
     @classmethod
     def of(cls, model: nn.Module, sites: Sites, kept: Mapping[str, Sequence[int]]) -> Removal:
-        """Carry out a removal; the model itself is left untouched."""
+        """A removal from a copy, which has all channels yet; the model itself is left untouched."""
         axes = axes_left(sites.couplings, kept)
-        small = copy_model(model)
-        narrow(small, axes)
-        if axes:
-            vars(small)[LEFT] = (*vars(model).get(LEFT, ()), axes)
-        removal = cls(small, narrowed(sites, kept), axes, frozenset(name for name, _ in axes))
-        for layer, norm in sites.norms.items():
-            if layer in {site.name for site in sites}:
+        return cls(copy_model(model), narrowed(sites, kept), axes, frozenset(name for name, _ in axes))
+
+    def cut(self) -> None:
+        """Carry out the removal on the copy."""
+        small = self.model
+        narrow(small, self.axes)
+        if self.axes:
+            vars(small)[LEFT] = (*vars(small).get(LEFT, ()), self.axes)
+        for layer, norm in self.sites.norms.items():
+            if layer in {site.name for site in self.sites}:
                 mean = small.get_submodule(norm).running_mean
                 assert isinstance(mean, Tensor)
-                removal._means[layer] = mean.detach().clone()
-        for site in removal.sites:
-            if site.name in removal.changed:
-                removal.write(site)
-        return removal
+                self._means[layer] = mean.detach().clone()
+        for site in self.sites:
+            if site.name in self.changed:
+                self.write(site)
 
     def outputs(self, name: str) -> Tensor | None:
         """Output channels of the dense layer that are left, or None for all."""
