@@ -34,7 +34,7 @@ def mask_of(batch: Any, mask: Mask, size: int, layout: Layout = Layout()) -> Ten
             f"the mask {what} has {kind}: expected ({size} samples, positions), or how many tokens each sample has; "
             "pass mask=, a function of the batch that gives such a tensor, or None where no position is padding"
         )
-    data = found == 0 if name.endswith(PADDING) else _where_data(found, what)
+    data = found == 0 if name.endswith(PADDING) else found > _TAKEN_AWAY if _is_added(found, what) else found != 0
     return (data if data.dim() == 2 else _of_positions(data, _sides(batch, size, layout))).cpu()
 
 
@@ -102,21 +102,20 @@ def _of_positions(data: Tensor, sides: Sequence[int]) -> Tensor:
     return (data & ~_of_padding(data)).flatten(1, -2).any(1)
 
 
-def _where_data(found: Tensor, what: str) -> Tensor:
-    """Where a mask is not zero, or where one that is added to scores of attention takes nothing away."""
+def _is_added(found: Tensor, what: str) -> bool:
+    """Whether a mask is added to scores of attention, of which it takes away what is below zero."""
     above, below = (bool(each.any()) for each in (found > 0, found < 0))
     # One between positions that is all zeros takes nothing away.
-    if not found.is_floating_point() or not (below or (found.dim() > 2 and not above)):
-        return found != 0
+    added = found.is_floating_point() and (below or (found.dim() > 2 and not above))
     # One without positions to attend from is all zeros for a sample without padding, and for one of nothing else.
-    if above or found.dim() == 2:
+    if added and (above or found.dim() == 2):
         raise CalibrationError(
             f"the mask {what} has numbers below 0, as one that is added to scores of attention, "
             + ("and others above it" if above else "for each position once")
             + ": expected one that is zero where there is padding, and not where there is data; pass a function that "
             "compares it, such as mask=lambda batch: batch['mask'] == 0"
         )
-    return found > _TAKEN_AWAY
+    return added
 
 
 # What is added to a score of attention that is to count.
