@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import spectrim as st
 from benchmarks import zoo, zoo_reduced
 from benchmarks.run import claim
-from spectrim.application import carried
+from spectrim.nn.proof import Proof
 from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.nesting import tensors
 
@@ -83,8 +83,8 @@ def watched(spent: Spent, *, counts: bool) -> Iterator[None]:
 
         return call
 
-    parts = {name: watching(getattr(carried, name)) for name in ("check_copy", "prove")}
-    with mock.patch.multiple(carried, **parts):
+    parts = {name: watching(getattr(Proof, name)) for name in ("check_copy", "__call__")}
+    with mock.patch.multiple(Proof, **parts):
         yield
 
 

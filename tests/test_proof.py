@@ -19,11 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import spectrim as st
 from benchmarks.situation_table import Two
 from spectrim.application import Applied, carry_out
-from spectrim.application.carried import NOT_RUN
 from spectrim.network.choices import LowRankChoice
 from spectrim.nn import merge_proof
 from spectrim.nn.agreement import agreement
 from spectrim.nn.checkpoint import read_plan, same_weights
+from spectrim.nn.proof import NOT_RUN
 from spectrim.nn.shipping import remembered
 from spectrim.nn.standing import StandIn
 from spectrim.nn.surgery import stand_ins

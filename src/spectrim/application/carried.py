@@ -20,7 +20,7 @@ from spectrim.network.sites import Sites
 from spectrim.nn.build import skeleton
 from spectrim.nn.channels.removal import Removal
 from spectrim.nn.parameters import parameters_of
-from spectrim.nn.proof import Expected, check_copy, prove, watching
+from spectrim.nn.proof import Expected, Proof
 from spectrim.nn.restated import restated
 from spectrim.nn.shipping import carry
 from spectrim.nn.traits import Traits
@@ -41,10 +41,6 @@ log = logging.getLogger(__name__)
 
 # Bytes of activations that wait for a layer to be fitted.
 MEMORY = 4 << 30
-NOT_RUN = (
-    "the finished network was not run: nothing shows that it can be, nor that what was replaced is called. Give the "
-    "calibration batches too"
-)
 
 
 @dataclass(frozen=True)
@@ -106,10 +102,10 @@ def carry_out(
     groups = {entry.site: entry.members for entry in plan if entry.members}
     expected = Expected.of(sites, {entry.site: entry.choice for entry in plan}, groups, tuple(makers.values()))
     first = _noise(model, sites, feed) if batches is None else begun(batches)[0]
-    sums, doubts = None, ()
     if first is not None:
         feed.decide(model, first)
-        sums, doubts = check_copy(model, removal.model, expected, first, feed)
+    proof = Proof(model, removal.model, expected, first, feed)
+    sums, doubts = proof.check_copy()
     removal.cut()
     work = Work(model, removal, batches is not None and reconstruct, feed)
     put_tied(work, entries, makers)
@@ -117,19 +113,19 @@ def carry_out(
     if batches is not None and work.follows:
         batches = copied_batches(batches)
         apart, held_out = _split(work, batches, sampling)
-        with watching(model, removal.model, expected, first, feed):
+        with proof.watching():
             ends = follow(work, steps, apart, memory, told(progress), sums)
     else:
         _put_apart(work, steps, told(progress))
     if batches is not None and (not work.follows if batchnorm is None else batchnorm):
-        reestimate_batchnorm(removal.model, batches, forward=feed, memory=memory)
+        with proof.watching():
+            reestimate_batchnorm(removal.model, batches, forward=feed, memory=memory)
         ends = None
     Traits.of(model).give(removal.model)
     plan, edited = restated(plan, sites, tuple(makers.values()))
     carry(removal.model, plan)
     unseen = tuple(s.layer.name for s in steps if work.split.samples and s.layer.name not in work.reached)
-    proof = (NOT_RUN,) if first is None else prove(model, removal.model, expected, first, forward=feed, ends=ends)
-    return Applied(removal.model, work.errors, unseen, held_out, (*edited, *doubts, *proof))
+    return Applied(removal.model, work.errors, unseen, held_out, (*edited, *doubts, *proof(ends)))
 
 
 def _noise(model: nn.Module, sites: Sites, feed: Feed) -> Any:

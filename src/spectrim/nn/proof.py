@@ -25,7 +25,7 @@ from spectrim.nn.merge_proof import alike, check_merged
 from spectrim.nn.modes import said_of_training
 from spectrim.nn.standing import LAYERS
 from spectrim.nn.surgery import parameter_count
-from spectrim.nn.watch.batches import Feed, Forward
+from spectrim.nn.watch.batches import Feed
 from spectrim.nn.watch.junctions import Junction, scanned
 from spectrim.nn.watch.lockstep import Ended
 from spectrim.nn.watch.nesting import output_tensors, tensors
@@ -40,6 +40,10 @@ _MEAN_SIDES = 0.1
 COPIES = (
     "a global variable, a weak reference or a list of a closure goes on holding them in every copy. Call the layers "
     "by attributes of the module that holds them"
+)
+NOT_RUN = (
+    "the finished network was not run: nothing shows that it can be, nor that what was replaced is called. Give the "
+    "calibration batches too"
 )
 DIFFERS = (
     "the model gives other outputs each time that it runs on one batch, as where it reads a clock or goes on counting: "
@@ -86,54 +90,176 @@ class PassRecord:
     shapes: Mapping[str, Sequence[tuple[int, ...]]] = field(default_factory=dict)  # of what layers were given
 
 
-def prove(
-    dense: nn.Module,
-    small: nn.Module,
-    expected: Expected,
-    batch: Any,
-    *,
-    forward: Forward | None = None,
-    ends: Sequence[Ended] | None = None,
-) -> Iterator[str]:
-    """Run both networks on one batch, compare what the small one does with what was planned, and yield notes.
+@dataclass(frozen=True)
+class Proof:
+    """Two networks side by side on one batch, and what is to become of the small one."""
 
-    Every replaced layer is called, as often as the dense one; parameters and MACs are as counted; the outputs have the
-    shapes of the dense ones and are numbers; merged, the network computes the same. Of layers that are dear to multiply
-    out some outputs are (:mod:`spectrim.nn.merge_proof`). The cost is one forward pass of each network, some of single
-    samples, and of multiplying out about a quarter of a pass or a billion MACs. What asks for its mode is tried in
-    training mode too, for a note.
+    dense: nn.Module
+    small: nn.Module  # a copy of it, in which layers are replaced as time goes on
+    expected: Expected
+    batch: Any  # None if there is none, by which nothing is proved
+    feed: Feed
 
-    ``ends`` are of passes of both that went side by side while layers were replaced. Where these called every layer
-    once, and one sample takes the finished network what was planned, neither is run on the batch again. Raises
-    ProofError for what does not hold, with the layer, the reason and what to do.
-    """
-    feed = Feed.of(forward).decide(dense, batch)
-    stored = parameter_count(small)
-    if stored != round(expected.planned["parameters"]):
-        raise ProofError(
-            f"the compressed network holds {stored:,} parameters where its plan counts "
-            f"{round(expected.planned['parameters']):,}"
-        )
-    one = None if ends is None else _one_sample(small, expected, batch, feed)
-    seen = None if ends is None or one is None else _known(one, expected, ends)
-    before, now = seen or (
-        _run(dense, batch, expected.layers, feed), _run_small(dense, small, expected, batch, feed)
-    )  # fmt: skip
-    yield from _calls(dense, expected, before, now, batch, feed)
-    yield from _work(expected, before, now)
-    yield from _outputs(expected, before, now)
-    work = before.macs * feed.layout.size(batch)
-    yield from check_merged(small, batch, feed, work, None if one is None else one.outputs)
-    yield from said_of_training(dense, small, batch, feed)
+    def __call__(self, ends: Sequence[Ended] | None = None) -> Iterator[str]:
+        """Run both networks, compare what the small one does with what was planned, and yield notes.
 
+        Every replaced layer is called, as often as the dense one; parameters and MACs are as counted; the outputs have
+        the shapes of the dense ones and are numbers; merged, the network computes the same. Of layers that are dear to
+        multiply out some outputs are (:mod:`spectrim.nn.merge_proof`). The cost is one forward pass of each network,
+        some of single samples, and of multiplying out about a quarter of a pass or a billion MACs. What asks for its
+        mode is tried in training mode too, for a note.
 
-def _one_sample(small: nn.Module, expected: Expected, batch: Any, feed: Feed) -> PassRecord | None:
-    """What the finished network does with the first sample of a batch; nothing if it does not take one."""
-    try:
-        return _run(small, feed.resized(batch, 1), expected.layers, feed)
-    except Exception as error:  # the whole batch tells what is wrong
-        log.info("one sample cannot be run, a whole batch is: %s", error)
-        return None
+        ``ends`` are of passes of both that went side by side while layers were replaced. Where these called every layer
+        once, and one sample takes the finished network what was planned, neither is run on the batch again. Raises
+        ProofError for what does not hold, with the layer, the reason and what to do.
+        """
+        if self.batch is None:
+            yield NOT_RUN
+            return
+        stored, planned = parameter_count(self.small), round(self.expected.planned["parameters"])
+        if stored != planned:
+            raise ProofError(f"the compressed network holds {stored:,} parameters where its plan counts {planned:,}")
+        one = None if ends is None else self._one_sample()
+        seen = None if ends is None or one is None else _known(one, self.expected, ends)
+        before, now = seen or (self._run(self.dense, self.batch), self._run_small())
+        yield from self._calls(before, now)
+        yield from _work(self.expected, before, now)
+        yield from _outputs(self.expected, before, now)
+        work = before.macs * self.feed.layout.size(self.batch)
+        yield from check_merged(self.small, self.batch, self.feed, work, None if one is None else one.outputs)
+        yield from said_of_training(self.dense, self.small, self.batch, self.feed)
+
+    def _run(self, model: nn.Module, batch: Any) -> PassRecord:
+        shapes: dict[str, list[Any]] = defaultdict(list)
+
+        def seen(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+            shapes[name].append(next((tuple(t.shape) for t in tensors((args, kwargs))), ()))
+
+        hooks = on_each([(name, model.get_submodule(name)) for name in self.expected.layers], seen, before=True)
+        with counting(model) as work, observe(model, hooks, forward=self.feed) as running:
+            outputs = output_tensors(running(batch))
+        calls = Counter({name: len(each) for name, each in shapes.items()})
+        each_sample = work.macs / self.feed.layout.size(batch)
+        several_sizes = any(len(set(each)) > 1 for each in shapes.values())
+        rounded = _MEAN_SIDES * each_sample if several_sizes else 0.0
+        return PassRecord(calls, each_sample, outputs, rounded, shapes)
+
+    def _run_small(self) -> PassRecord:
+        try:
+            return self._run(self.small, self.batch)
+        except Exception as error:
+            names = first_few([*map(repr, self.expected.changed)])
+            causes = {
+                f"What reads or calls the replaced layers ({names}) does not find what it needs; skip them": names,
+                "Something reads channels that are gone; skip= the layers before it": self.expected.removes,
+            }
+            cause = ". Or: ".join(words for words, there in causes.items() if there)
+            raise ProofError(
+                f"the compressed {type(self.dense).__name__} cannot be run: {type(error).__name__}: {error}. {cause}"
+            ) from error
+
+    def _one_sample(self) -> PassRecord | None:
+        """What the finished network does with the first sample of the batch; nothing if it does not take one."""
+        try:
+            return self._run(self.small, self.feed.resized(self.batch, 1))
+        except Exception as error:  # the whole batch tells what is wrong
+            log.info("one sample cannot be run, a whole batch is: %s", error)
+            return None
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Tell what is raised while layers are replaced as a fault of the network, if it cannot be run as it is."""
+        try:
+            yield
+        except SpectrimError:
+            raise
+        except Exception:
+            self._run_small()
+            raise
+
+    def _calls(self, before: PassRecord, now: PassRecord) -> Iterator[str]:
+        """Whether every replaced layer was called, and all as often as in the dense network."""
+        lost = [name for name in self.expected.changed if before.calls[name] and not now.calls[name]]
+        if lost and not self._goes_other_ways(lost):
+            raise ProofError(
+                f"layer {lost[0]!r} was replaced, and is not called any more ({len(lost)} such layers): the network "
+                f"reaches it in another way than by its name; {COPIES}, or skip={lost[0]!r}"
+            )
+        others = [name for name in before.calls if now.calls[name] != before.calls[name]]
+        if others:
+            yield (
+                f"{len(others)} layers are called another number of times than in the dense network, which goes other "
+                f"ways for other inputs: {first_few([*map(repr, others)])}. A sample of this batch takes "
+                f"{now.macs:,.0f} MACs"
+            )
+
+    def _goes_other_ways(self, names: Sequence[str]) -> bool:
+        """Whether some layers are called for some samples and not for others, as those of a mixture of experts."""
+        seen: set[tuple[int, ...]] = set()
+        for number in range(min(8, self.feed.layout.size(self.batch))):
+            try:
+                calls = self._run(self.dense, self.feed.layout.picked(self.batch, torch.tensor([number]))).calls
+            except Exception:
+                return False
+            seen.add(tuple(calls[name] for name in names))
+        return len(seen) > 1 or any(0 in each for each in seen)
+
+    def check_copy(self) -> tuple[Mapping[str, Junction] | None, tuple[str, ...]]:
+        """Raise ProofError if the copy calls layers of the model itself, or computes something else than it does.
+
+        What is done to such a copy would not matter, or not show what it does to the model. The run also shows the sums
+        behind the copy's layers, which are given; None where they could not be looked for. Notes are given beside them.
+        """
+        if self.batch is None:
+            return None, ()
+        model, copied, kind = self.dense, self.small, type(self.dense).__name__
+        for name in self.expected.changed:
+            if copied.get_submodule(name) is model.get_submodule(name):
+                raise ProofError(
+                    f"copy.deepcopy of the {kind} gives layer {name!r} itself and no copy of it, so that compressing "
+                    "it would change the original: see its __deepcopy__"
+                )
+        strays: list[str] = []
+        originals = [(name, module) for name, module in model.named_modules() if isinstance(module, LAYERS)]
+        hooks = [*on_each(originals, lambda name, *_: strays.append(name), before=True)]
+        sums: dict[str, Junction] = {}
+        answers: list[Tensor] = []
+
+        def run(part: Any) -> None:
+            strays.clear()
+            with observe(copied, hooks, forward=self.feed) as running:
+                answers[:] = output_tensors(running(part))
+
+        def seen(part: Any) -> None:
+            with scanned(copied, [name for name, _ in originals], sums):
+                run(part)
+
+        found: Mapping[str, Junction] | None = None
+        try:
+            with contextlib.suppress(Exception):  # what cannot be watched so may be run all the same
+                part = on_few(seen, self.batch, self.feed)
+                found = sums
+            if found is None:
+                part = on_few(run, self.batch, self.feed)
+        except Exception as error:
+            raise cannot_run(model, error) from error
+        if strays:
+            raise ProofError(
+                f"a copy of the {kind} calls layer {strays[0]!r} of the original, so that it cannot be replaced: "
+                f"{COPIES}, or skip={strays[0]!r}"
+            )
+        return found, tuple(self._answers(answers, part))
+
+    def _answers(self, answers: Sequence[Tensor], part: Any) -> Iterator[str]:
+        """Whether the model repeats itself, and if so, whether these answers of its copy are its own."""
+        with observe(self.dense, forward=self.feed) as running:
+            wanted, again = (output_tensors(running(part)) for _ in range(2))
+        if not all(map(alike, wanted, again)):
+            yield DIFFERS
+        elif not all(map(alike, wanted, answers)):
+            raise ProofError(
+                f"a copy of the {type(self.dense).__name__} computes something else than the model does. {MEANS}"
+            )
 
 
 def _known(one: PassRecord, expected: Expected, ends: Sequence[Ended]) -> tuple[PassRecord, PassRecord] | None:
@@ -147,80 +273,6 @@ def _known(one: PassRecord, expected: Expected, ends: Sequence[Ended]) -> tuple[
         return None
     first, last = (output_tensors(end.output) for end in ends)
     return PassRecord(once, told, first, 0.0), PassRecord(once, one.macs, last, 0.0)
-
-
-def _run(model: nn.Module, batch: Any, names: Sequence[str], feed: Feed) -> PassRecord:
-    shapes: dict[str, list[Any]] = defaultdict(list)
-
-    def seen(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        shapes[name].append(next((tuple(t.shape) for t in tensors((args, kwargs))), ()))
-
-    hooks = on_each([(name, model.get_submodule(name)) for name in names], seen, before=True)
-    with counting(model) as work, observe(model, hooks, forward=feed) as running:
-        outputs = output_tensors(running(batch))
-    calls = Counter({name: len(each) for name, each in shapes.items()})
-    each_sample = work.macs / feed.layout.size(batch)
-    several_sizes = any(len(set(each)) > 1 for each in shapes.values())
-    rounded = _MEAN_SIDES * each_sample if several_sizes else 0.0
-    return PassRecord(calls, each_sample, outputs, rounded, shapes)
-
-
-def _run_small(dense: nn.Module, small: nn.Module, expected: Expected, batch: Any, feed: Feed) -> PassRecord:
-    try:
-        return _run(small, batch, expected.layers, feed)
-    except Exception as error:
-        names = first_few([*map(repr, expected.changed)])
-        cause = (
-            f"What reads or calls the replaced layers ({names}) does not find what it needs; skip those with skip="
-            if names
-            else "Something reads channels that are gone; skip= the layers before it"
-        )
-        raise ProofError(
-            f"the compressed {type(dense).__name__} cannot be run: {type(error).__name__}: {error}. {cause}"
-        ) from error
-
-
-@contextlib.contextmanager
-def watching(dense: nn.Module, small: nn.Module, expected: Expected, batch: Any, feed: Feed) -> Iterator[None]:
-    """Tell what is raised while layers are replaced as a fault of the network, if it cannot be run as it is then."""
-    try:
-        yield
-    except SpectrimError:
-        raise
-    except Exception:
-        _run_small(dense, small, expected, batch, feed)
-        raise
-
-
-def _calls(
-    dense: nn.Module, expected: Expected, before: PassRecord, now: PassRecord, batch: Any, feed: Feed
-) -> Iterator[str]:
-    """Whether every replaced layer was called, and all as often as in the dense network."""
-    lost = [name for name in expected.changed if before.calls[name] and not now.calls[name]]
-    if lost and not _goes_other_ways(dense, lost, batch, feed):
-        raise ProofError(
-            f"layer {lost[0]!r} was replaced, and is not called any more ({len(lost)} such layers): the network "
-            f"reaches it in another way than by its name; {COPIES}, or skip={lost[0]!r}"
-        )
-    others = [name for name in before.calls if now.calls[name] != before.calls[name]]
-    if others:
-        yield (
-            f"{len(others)} layers are called another number of times than in the dense network, which goes other ways "
-            f"for other inputs: {first_few([*map(repr, others)])}. A sample of this batch takes {now.macs:,.0f} MACs"
-        )
-
-
-def _goes_other_ways(dense: nn.Module, names: Sequence[str], batch: Any, feed: Feed) -> bool:
-    """Whether some layers are called for some samples and not for others, as those of a mixture of experts."""
-    seen: set[tuple[int, ...]] = set()
-    size = feed.layout.size(batch)
-    for number in range(min(8, size)):
-        try:
-            calls = _run(dense, feed.layout.picked(batch, torch.tensor([number])), names, feed).calls
-        except Exception:
-            return False
-        seen.add(tuple(calls[name] for name in names))
-    return len(seen) > 1 or any(0 in each for each in seen)
 
 
 def _work(expected: Expected, before: PassRecord, now: PassRecord) -> Iterator[str]:
@@ -264,59 +316,3 @@ def _outputs(expected: Expected, before: PassRecord, now: PassRecord) -> Iterato
     for a, b in zip(before.outputs, now.outputs, strict=False):
         if b.is_floating_point() and bool(a.isfinite().all()) and bool(b.isnan().any()):
             raise ProofError("the compressed network gives NaN where the dense one gives numbers")
-
-
-def check_copy(
-    model: nn.Module, copied: nn.Module, expected: Expected, batch: Any, feed: Feed
-) -> tuple[Mapping[str, Junction] | None, tuple[str, ...]]:
-    """Raise ProofError if a copy of a model calls layers of the model itself, or computes something else than it does.
-
-    What is done to such a copy would not matter, or not show what it does to the model. The run also shows the sums
-    behind the copy's layers, which are given; None where they could not be looked for. Notes are given beside them.
-    """
-    shared = [name for name in expected.changed if copied.get_submodule(name) is model.get_submodule(name)]
-    if shared:
-        raise ProofError(
-            f"copy.deepcopy of the {type(model).__name__} gives layer {shared[0]!r} itself and no copy of it, so that "
-            "compressing it would change the original: see its __deepcopy__"
-        )
-    strays: list[str] = []
-    originals = [(name, module) for name, module in model.named_modules() if isinstance(module, LAYERS)]
-    hooks = [*on_each(originals, lambda name, *_: strays.append(name), before=True)]
-    sums: dict[str, Junction] = {}
-    answers: list[Tensor] = []
-
-    def run(part: Any) -> None:
-        strays.clear()
-        with observe(copied, hooks, forward=feed) as running:
-            answers[:] = output_tensors(running(part))
-
-    def seen(part: Any) -> None:
-        with scanned(copied, [name for name, _ in originals], sums):
-            run(part)
-
-    found: Mapping[str, Junction] | None = None
-    try:
-        with contextlib.suppress(Exception):  # what cannot be watched so may be run all the same
-            part = on_few(seen, batch, feed)
-            found = sums
-        if found is None:
-            part = on_few(run, batch, feed)
-    except Exception as error:
-        raise cannot_run(model, error) from error
-    if strays:
-        raise ProofError(
-            f"a copy of the {type(model).__name__} calls layer {strays[0]!r} of the original, so that it cannot be "
-            f"replaced: {COPIES}, or skip={strays[0]!r}"
-        )
-    return found, tuple(_answers(model, answers, part, feed))
-
-
-def _answers(model: nn.Module, answers: Sequence[Tensor], part: Any, feed: Feed) -> Iterator[str]:
-    """Whether a model repeats itself, and if so, whether these answers of a copy are its own."""
-    with observe(model, forward=feed) as running:
-        wanted, again = (output_tensors(running(part)) for _ in range(2))
-    if not all(map(alike, wanted, again)):
-        yield DIFFERS
-    elif not all(map(alike, wanted, answers)):
-        raise ProofError(f"a copy of the {type(model).__name__} computes something else than the model does. {MEANS}")
