@@ -15,9 +15,9 @@ from safetensors.torch import load_file, safe_open, save_file
 from torch import Tensor, nn
 
 import spectrim as st
-from spectrim.errors import CheckpointError, InfeasibleBudgetError, PlanError
+from spectrim.errors import CheckpointError, InfeasibleBudgetError, PlanError, ProofError
 from spectrim.linalg.principal import energy_width, kl_width
-from spectrim.network.choices import DENSE, Choice
+from spectrim.network.choices import DENSE, Choice, LowRankChoice
 from spectrim.network.coupling import axes_left
 from spectrim.network.narrowing import narrowed
 from spectrim.nn.channels.narrow import narrow
@@ -317,6 +317,17 @@ def edited(plan: Plan, **settings: object) -> str:
     for key in [key for key, value in held.items() if value is None]:
         del held[key]
     return json.dumps(document)
+
+
+@pytest.mark.parametrize("reconstruct", [True, False])
+def test_what_reads_how_many_channels_there_were_is_told_of(reconstruct: bool):
+    x = torch.randn(24, 12)
+    model = nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    sites = st.calibrate(model, st.couple(model, st.find(model), x), [x])
+    model[1].register_forward_hook(lambda module, args, output: output + torch.zeros(16))
+    for more in ({}, {"2": LowRankChoice("channel", 2, bias=True, method="ActivationSVD")}):
+        with pytest.raises(ProofError, match="cannot be run.*channels that are gone; skip= the layers before it"):
+            st.apply(model, sites, plan_of(sites, **more), [x], reconstruct=reconstruct)
 
 
 def test_a_choice_without_channels_and_channels_that_are_not_there():

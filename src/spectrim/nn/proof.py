@@ -150,7 +150,7 @@ class Proof:
         except Exception as error:
             names = first_few([*map(repr, self.expected.changed)])
             causes = {
-                f"What reads or calls the replaced layers ({names}) does not find what it needs; skip them": names,
+                f"What reads or calls replaced layers ({names}) misses what it needs; skip those with skip=": names,
                 "Something reads channels that are gone; skip= the layers before it": self.expected.removes,
             }
             cause = ". Or: ".join(words for words, there in causes.items() if there)
