@@ -94,8 +94,8 @@ def test_gradients_modes_and_hooks_are_left_as_found():
     with pytest.raises(RuntimeError):
         probe(model, batches=[torch.randn(2, 3, 6, 6), torch.randn(2, 4, 6, 6)])
     check()
-    with pytest.raises(AttributeError):
-        sensitivity(model, find(nn.ModuleDict({"stem": model.stem, "zzz": nn.Linear(2, 2)})), [])
+    with pytest.raises(CalibrationError, match="no layer 'zzz'. Is this the model that the sites were found in"):
+        sensitivity(model, find(nn.ModuleDict({"stem": model.stem, "zzz": nn.Linear(2, 2)})), [torch.randn(2, 3, 6, 6)])
     check()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from spectrim.nn.watch.positions import Positions
 from spectrim.nn.watch.samples import Samples
 from spectrim.nn.watch.sampling import Extent, choose, directions
 from spectrim.nn.watch.switches import quiet_derivatives
-from spectrim.nn.watch.watched import Call
+from spectrim.nn.watch.watched import Call, layer_of
 
 # Output positions over the run at least, and in multiples of the number of output channels.
 FEWEST, FLOOR = 4096, 16
@@ -44,7 +44,7 @@ class GradientWatch:
 
     def __init__(
         self,
-        layers: Sequence[nn.Module],
+        model: nn.Module,
         sites: Sites,
         rows: int | None,
         run: Extent,
@@ -68,7 +68,7 @@ class GradientWatch:
         self._rows = {s.name: FEWEST if rows is None and s.name in heads else rows for s in specs}
         self._now: dict[str, list[Tensor]] = {}
         self._units: dict[int, float] = {}
-        self._hooks = [Hook(layer, self.hook(spec)) for layer, spec in zip(layers, specs, strict=True)]
+        self._hooks = [Hook(layer_of(model, spec), self.hook(spec)) for spec in specs]
         # Writing in place into what backward passes read is rare, and what allows for it is slow.
         self._mutable = False
 

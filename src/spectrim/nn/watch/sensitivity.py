@@ -179,7 +179,6 @@ def _gradients(
     seed: int,
 ) -> Gradients:  # fmt: skip
     """Run batches forwards and backwards. The model, its gradients and its mode are as before."""
-    layers = [model.get_submodule(layer.name) for layer in sites.layers]
     first, stream = begun(checked_batches(batches))
     feed.decide(model, first)
     positions = Positions.of(model, first, mask, feed)
@@ -187,7 +186,7 @@ def _gradients(
     there = run.samples
 
     def taken(parts: Iterable[Any], run: Extent) -> Gradients:
-        watch = GradientWatch(layers, sites, rows, run, samples, seed, positions)
+        watch = GradientWatch(model, sites, rows, run, samples, seed, positions)
         with _weights_apart(model), observe(model, forward=feed) as call:
             for part in parts:
                 watch.see(call, part)
@@ -255,9 +254,8 @@ class _Shared(PassMaker):
         model, sites, batches, samples, mask, feed = self._of
         run = Extent(batches, mask, feed.layout)
         if run.samples is not None and run.samples <= samples:
-            layers = [model.get_submodule(layer.name) for layer in sites.layers]
             positions = Positions.of(model, batch, mask, feed)
-            self._watch = GradientWatch(layers, sites, None, run, samples, 0, positions)
+            self._watch = GradientWatch(model, sites, None, run, samples, 0, positions)
             self._watch.see(call, batch)
 
 

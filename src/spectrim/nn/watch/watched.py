@@ -138,17 +138,16 @@ class Watched:
 
     def hooks(self, model: nn.Module) -> Iterator[Hook]:
         for shapes in [*self.watchers.values(), *self.bystanders.values()]:
-            yield Hook(_layer(model, shapes.spec), shapes.hook(self.order))
+            yield Hook(layer_of(model, shapes.spec), shapes.hook(self.order))
         for response in self.responses.values():
             for number, side in enumerate(response.sides):
-                layer = _layer(model, self.watchers[side.name].spec)
+                layer = layer_of(model, self.watchers[side.name].spec)
                 yield Hook(layer, response.hook(number), before=True)
 
     def looks(self, state: State) -> Iterator[Hook]:
         """Have what is kept amid the first pass be seen."""
-        return on_each(
-            ((name, _layer(self.model, shapes.spec)) for name, shapes in self.watchers.items()), lambda *_: state.look()
-        )
+        layers = ((name, layer_of(self.model, shapes.spec)) for name, shapes in self.watchers.items())
+        return on_each(layers, lambda *_: state.look())
 
     def see(self, run: Call, batch: Any, index: int) -> None:
         """Run the model on a batch; on the first one count what it computes beside the statistics."""
@@ -331,7 +330,7 @@ def with_stored(skipped: Iterable[Skipped], idle: Iterable[LayerSpec]) -> Iterat
         )
 
 
-def _layer(model: nn.Module, spec: LayerSpec) -> nn.Module:
+def layer_of(model: nn.Module, spec: LayerSpec) -> nn.Module:
     try:
         return model.get_submodule(spec.name)
     except AttributeError:
